@@ -1,0 +1,54 @@
+# One command each; every target makes the environment it needs. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SEEDS ?= 10000
+MINUTES ?= 20
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all bench check sim etcds proto clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,bench,dev]'
+	@touch $@
+
+demo: $(VENV)/.installed  ## bundled store, proxy, 1,000 client watches: prints the reduction
+	$(BIN)/watchmux demo
+
+test: $(VENV)/.installed-dev etcds  ## the tests (under 5 minutes on 2 cores)
+	$(BIN)/python -m pytest -q -m "not long"
+
+test-all: $(VENV)/.installed-dev etcds  ## every etcd version, every client, long faults (under 30 minutes)
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.installed-dev  ## ruff, mypy --strict, imports point down
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+bench: $(VENV)/.installed-dev etcds  ## CPU per event, delay and memory beside etcd's own grpc-proxy
+	$(BIN)/python -m tests.bench
+
+sim: $(VENV)/.installed-dev  ## SEEDS=n seeds of the simulator
+	$(BIN)/python -m tests.sim SEEDS=$(SEEDS)
+
+etcds: $(VENV)/.installed-dev  ## fetch the real etcds that the tests run against
+	@$(BIN)/python -m tests.etcd.binaries
+
+proto: $(VENV)/.installed-dev  ## regenerate proto/pb from the .proto files
+	$(BIN)/python -m proto.generate
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) .etcd build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,23 @@
+"""Fixtures that every test may use: real etcds on loopback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.etcd.binaries import EtcdBinary, current
+from tests.etcd.server import EtcdServer
+
+
+@pytest.fixture
+def etcd_binary() -> EtcdBinary:
+    """The newest etcd there is."""
+    return current()
+
+
+@pytest.fixture
+def etcd(etcd_binary: EtcdBinary) -> Iterator[EtcdServer]:
+    """A current etcd, running, with nothing in it."""
+    with EtcdServer(etcd_binary) as server:
+        yield server

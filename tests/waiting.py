@@ -1,0 +1,40 @@
+"""Bounded waits on conditions, so that no test sleeps for a guessed time."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+POLL_S = 0.02
+_never = threading.Event()
+
+
+def until(condition: Callable[[], T], what: str, timeout_s: float = 10.0) -> T:
+    """Return the first true value of `condition`, polled; fail with `what` after `timeout_s` seconds."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout_s} s in vain for {what}; last seen: {value!r}")
+        _never.wait(POLL_S)
+
+
+async def until_async(condition: Callable[[], T], what: str, timeout_s: float = 10.0) -> T:
+    """Do the same as `until` without holding up the event loop."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if loop.time() > deadline:
+            raise AssertionError(f"waited {timeout_s} s in vain for {what}; last seen: {value!r}")
+        turn = loop.create_future()
+        loop.call_later(POLL_S, turn.set_result, None)
+        await turn
