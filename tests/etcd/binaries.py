@@ -68,9 +68,7 @@ def _identify(directory: Path) -> EtcdBinary:
 def _archive() -> tuple[str, str]:
     """Return (repository, release) of the machine's main Debian archive, from apt's own configuration."""
     if shutil.which("apt-get") is None:
-        raise EtcdMissing(
-            "the tests fetch their etcds with apt-get, which is not here; name etcd executables in ETCD_BIN"
-        )
+        raise EtcdMissing("no apt-get here to fetch etcds with; name etcd executables in ETCD_BIN")
     lines = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(CREATED_BY)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)"],
         capture_output=True,

@@ -93,9 +93,7 @@ class EtcdServer:
         assert self.process is None, "already running"
         if self._log is None:
             self._log = (self.directory / "etcd.log").open("ab")
-        environment = {**os.environ, "ETCD_UNSUPPORTED_ARCH": ""}
-        environment.pop("ETCD_UNSUPPORTED_ARCH")
-        self.process = subprocess.Popen(self.arguments(), stdout=self._log, stderr=self._log, env=environment)
+        self.process = subprocess.Popen(self.arguments(), stdout=self._log, stderr=self._log)
         until(self._healthy, f"etcd {self.binary.name} at {self.endpoint} to serve", 30)
 
     def _healthy(self) -> bool:
@@ -138,7 +136,7 @@ class EtcdServer:
         return int(self.metrics()["etcd_debugging_mvcc_watcher_total"])
 
     def ctl(
-        self, *arguments: str, endpoint: str | None = None, check: bool = True, **options: object
+        self, *arguments: str, endpoint: str | None = None, check: bool = True, stdin: str | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run this release's etcdctl against `endpoint` (default: this etcd) and return what it printed."""
         done = subprocess.run(
@@ -147,10 +145,9 @@ class EtcdServer:
             text=True,
             timeout=60,
             env={**os.environ, "ETCDCTL_API": "3"},
-            input=str(options["input"]) if "input" in options else None,
+            input=stdin,
         )
         if check and done.returncode:
-            raise AssertionError(
-                f"etcdctl {' '.join(arguments)} ended with {done.returncode}: {done.stderr or done.stdout}"
-            )
+            what = f"etcdctl {' '.join(arguments)} ended with {done.returncode}"
+            raise AssertionError(f"{what}: {done.stderr or done.stdout}")
         return done
