@@ -1,0 +1,301 @@
+"""Settings from their sources: flags and environment over the configuration file over the defaults.
+
+Every source ends in the same check, and every refusal is one line that names where the value came from (a flag, a
+variable, a line of the file), what is wrong with it and what would be right. The commented example file is written
+here too, from the same knobs, so that it cannot grow old.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import textwrap
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from proxy.config import Kind, Knob, Settings, knobs, tables
+from proxy.config_values import (
+    BadValue,
+    check_readable,
+    parse_address,
+    parse_duration_s,
+    parse_metrics_address,
+    parse_size_bytes,
+)
+
+_TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+_TOML_PLACE = re.compile(r"\s*\(at line (\d+), column (\d+)\)")
+_WIDTH = 118
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the text is the whole one-line message, its origin included."""
+
+
+class Given(msgspec.Struct, frozen=True):
+    """A value somebody gave to a knob, and where: `--linger`, `WATCHMUX_LINGER`, `watchmux.toml:7: watch.linger_s`."""
+
+    value: Any
+    origin: str
+
+
+def from_text(knob: Knob, text: str) -> Any:
+    """Turn a flag's or a variable's text into the knob's own type.
+
+    Raises BadValue.
+    """
+    match knob.kind:
+        case Kind.SECONDS:
+            return parse_duration_s(text)
+        case Kind.BYTES:
+            return parse_size_bytes(text)
+        case Kind.COUNT:
+            try:
+                return int(text.replace("_", ""))
+            except ValueError:
+                raise BadValue(f"expected {expectation(knob)}, got {text!r}") from None
+        case Kind.SWITCH:
+            if text.lower() not in _TRUTH:
+                raise BadValue(f"expected true or false, got {text!r}")
+            return _TRUTH[text.lower()]
+        case Kind.ENDPOINTS:
+            return [part.strip() for part in text.split(",") if part.strip()]
+        case _:
+            return text
+
+
+def expectation(knob: Knob) -> str:
+    """Say in words what the knob takes, in the file's units."""
+    meta = next(part for part in knob.type.__metadata__ if isinstance(part, msgspec.Meta))
+    bounds = [
+        f"{sign} {bound:g}"
+        for sign, bound in ((">=", meta.ge), (">", meta.gt), ("<=", meta.le))
+        if isinstance(bound, int | float)
+    ]
+    plain = {
+        Kind.SECONDS: "a number of seconds",
+        Kind.BYTES: "a whole number of bytes",
+        Kind.COUNT: "a whole number",
+        Kind.SWITCH: "true or false",
+        Kind.CHOICE: "one of " + ", ".join(knob.choices),
+        Kind.ENDPOINTS: 'a list of strings like ["127.0.0.1:2379"]',
+    }.get(knob.kind, "a string")
+    return " ".join([plain, " and ".join(bounds)]).strip()
+
+
+def check_value(knob: Knob, given: Given) -> Any:
+    """Return the value, fit for its field of Settings.
+
+    Raises ConfigError.
+    """
+    try:
+        value = msgspec.convert(given.value, knob.type, strict=True)
+    except msgspec.ValidationError:
+        raise ConfigError(f"{given.origin}: expected {expectation(knob)}, got {_shown(given.value)}") from None
+    checks: dict[Kind, Callable[[Any], object]] = {
+        Kind.ADDRESS: lambda text: parse_address(text, listening=True),
+        Kind.METRICS_ADDRESS: parse_metrics_address,
+        Kind.FILE: check_readable,
+        Kind.ENDPOINTS: _check_endpoints,
+    }
+    try:
+        if value and knob.kind in checks:
+            checks[knob.kind](value)
+    except ValueError as error:
+        raise ConfigError(f"{given.origin}: {error}") from None
+    return value
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _check_endpoints(endpoints: list[str]) -> None:
+    for endpoint in endpoints:
+        scheme, separator, rest = endpoint.rpartition("://")
+        if separator and scheme not in ("http", "https", "unix", "unixs"):
+            raise BadValue(f"{endpoint!r}: the scheme {scheme!r} is not known; use http:// or https://")
+        if not scheme.startswith("unix"):
+            parse_address(rest.rstrip("/"))
+
+
+def read_file(path: Path) -> dict[str, Given]:
+    """Read a configuration file into what it gives to each knob, by `table.key`; nothing is converted yet.
+
+    Raises ConfigError for a file that cannot be read, is not TOML, or has a table or key nobody knows.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read it: {(error.strerror or str(error)).lower()}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file: byte {error.start} is not UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        place = _TOML_PLACE.search(str(error))
+        where = f"{path}:{place.group(1)}" if place else str(path)
+        reason = _TOML_PLACE.sub("", str(error))
+        raise ConfigError(f"{where}: not TOML: {reason[:1].lower() + reason[1:]}") from None
+    given: dict[str, Given] = {}
+    by_path = {knob.path: knob for knob in knobs()}
+    for table, content in document.items():
+        if table not in tables():
+            raise ConfigError(_unknown(path, text, table, isinstance(content, dict)))
+        if not isinstance(content, dict):
+            raise ConfigError(f"{_place(path, text, '', table)}: {table} is a table; write [{table}] on its own line")
+        for key, value in content.items():
+            where = _place(path, text, table, key)
+            name = f"{table}.{key}"
+            if name not in by_path:
+                known = [knob.key for knob in knobs() if knob.table == table]
+                raise ConfigError(f"{where}: unknown key {key!r} in [{table}]{_hint(key, known, table)}")
+            given[name] = Given(value, f"{where}: {name}")
+    return given
+
+
+def _unknown(path: Path, text: str, name: str, is_table: bool) -> str:
+    where = _place(path, text, "", name)
+    if is_table:
+        return f"{where}: unknown table [{name}]{_hint(name, list(tables()))}; there are {', '.join(tables())}"
+    return f"{where}: unknown key {name!r} outside a table{_hint(name, [knob.key for knob in knobs()])}"
+
+
+def _hint(wrong: str, known: list[str], table: str = "") -> str:
+    """Guess what was meant: the same key in another table, or the nearest spelling."""
+    elsewhere = next((knob for knob in knobs() if knob.key == wrong and knob.table != table), None)
+    if elsewhere is not None:
+        return f"; it belongs in [{elsewhere.table}]"
+    flagged = next((knob for knob in knobs() if wrong.replace("_", "-") == knob.flag.removeprefix("--")), None)
+    if flagged is not None:
+        return f"; did you mean {flagged.key!r}?"
+    close = difflib.get_close_matches(wrong, known, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _place(path: Path, text: str, table: str, key: str) -> str:
+    """Return FILE:LINE of a key, as far as a look at the lines can tell; FILE alone where it cannot."""
+    current = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[\s*([\w.\"'-]+)\s*\]", line)
+        if header:
+            current = header.group(1).strip("\"'")
+            if not table and current == key:
+                return f"{path}:{number}"
+        elif current == table and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]", line):
+            return f"{path}:{number}"
+    return str(path)
+
+
+def layer(above: Mapping[str, Given], below: Mapping[str, Given]) -> Settings:
+    """Build the settings: `above` (flags and variables) over `below` (the file) over the defaults.
+
+    Both map `table.key` to what was given, already of the knob's type. Raises ConfigError.
+    """
+    merged = {**below, **above}
+    values: dict[str, dict[str, Any]] = {table: {} for table in tables()}
+    for knob in knobs():
+        given = merged.get(knob.path)
+        if given is not None:
+            values[knob.table][knob.key] = check_value(knob, given)
+    settings = msgspec.convert(values, Settings, strict=True)
+    check_together(settings, merged)
+    return settings
+
+
+def check_together(settings: Settings, given: Mapping[str, Given]) -> None:
+    """Check what no single value shows: pairs that need each other, one address for two things.
+
+    Raises ConfigError.
+    """
+    by_path = {knob.path: knob for knob in knobs()}
+
+    def origin(path: str) -> str:
+        return given[path].origin if path in given else by_path[path].flag
+
+    upstream, listener = settings.upstream, settings.listener
+    for first, second, values in (
+        ("upstream.cert", "upstream.key", (upstream.cert, upstream.key)),
+        ("listener.cert_file", "listener.key_file", (listener.cert_file, listener.key_file)),
+    ):
+        if bool(values[0]) != bool(values[1]):
+            there, missing = (first, second) if values[0] else (second, first)
+            raise ConfigError(f"{origin(there)}: needs {by_path[missing].flag} as well")
+    if listener.trusted_ca_file and not listener.cert_file:
+        raise ConfigError(f"{origin('listener.trusted_ca_file')}: needs --cert-file and --key-file as well")
+    if settings.admin.metrics_addr:
+        metrics = parse_metrics_address(settings.admin.metrics_addr)
+        if metrics.port and metrics == parse_address(listener.listen_addr, listening=True):
+            raise ConfigError(f"{origin('admin.metrics_addr')}: {metrics} is --listen-addr; use another port")
+    _check_certificates(settings, origin)
+
+
+def _check_certificates(settings: Settings, origin: Callable[[str], str]) -> None:
+    """Load what TLS will need, so that a wrong file is refused at the start and not at the first handshake."""
+    pairs = (
+        ("upstream.cert", settings.upstream.cert, settings.upstream.key),
+        ("listener.cert_file", settings.listener.cert_file, settings.listener.key_file),
+    )
+    bundles = (
+        ("upstream.cacert", settings.upstream.cacert),
+        ("listener.trusted_ca_file", settings.listener.trusted_ca_file),
+    )
+    if not any(pair[1] for pair in pairs) and not any(bundle[1] for bundle in bundles):
+        return
+    import ssl  # here, not above: it costs 15 ms and memory, and only those who use TLS should pay
+
+    for path, certificate, key in pairs:
+        if certificate:
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=_no_password)
+            except (ssl.SSLError, OSError, ValueError) as error:
+                raise ConfigError(f"{origin(path)}: {certificate!r} and {key!r} {_tls_reason(error)}") from None
+    for path, bundle in bundles:
+        if bundle:
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(bundle)
+            except (ssl.SSLError, OSError) as error:
+                raise ConfigError(f"{origin(path)}: {bundle!r} {_tls_reason(error)}") from None
+
+
+def _no_password() -> str:
+    raise ValueError("encrypted")
+
+
+def _tls_reason(error: Exception) -> str:
+    reason = str(getattr(error, "reason", "") or "")
+    if "MISMATCH" in reason:
+        return "do not belong together: the key is not the certificate's"
+    if str(error) == "encrypted":
+        return "cannot be used: the key is encrypted; decrypt it first"
+    return f"cannot be used: no PEM certificate or key in it ({reason.lower().replace('_', ' ') or error})"
+
+
+def render_example() -> str:
+    """Write the commented configuration file with every knob at its default."""
+    lines = [
+        "# watchmux: every knob, at its default. Flags and WATCHMUX_* variables go before this file.",
+        "# Written by `watchmux config`; durations are in seconds (_s), sizes in bytes (_bytes).",
+    ]
+    for table, struct in tables().items():
+        lines += ["", "", f"# {(struct.__doc__ or '').strip()}", f"[{table}]"]
+        for knob in (knob for knob in knobs() if knob.table == table):
+            lines += ["", *(f"# {line}" for line in textwrap.wrap(knob.text, _WIDTH - 2))]
+            choices = f"   one of: {', '.join(knob.choices)}" if knob.choices else ""
+            lines += [f"# {knob.flag}   {knob.env}{choices}", f"{knob.key} = {_toml(knob.default)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}" if value != int(value) else str(int(value))
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(part) for part in value) + "]"
+    return str(value)

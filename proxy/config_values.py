@@ -1,0 +1,143 @@
+"""The kinds of value a knob can have: durations, sizes, addresses, URLs, files.
+
+Flags and environment variables say `--linger=500ms` and `--history-bytes-max=64MiB`, as etcd's users are used to; the
+configuration file says `linger_s = 0.5`, with the unit in the name. Both end as the same numbers, and both are refused
+by the same one-line errors, which say what is wrong and what would be right.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+_DURATION_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h|d)")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_SIZE_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
+
+
+class BadValue(ValueError):
+    """A value that cannot be used; the text says why and what would be right, without naming the knob."""
+
+
+class Address(NamedTuple):
+    """Where to listen or to connect: a host name or IP address (without brackets) and a port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_duration_s(text: str) -> float:
+    """Read a duration as Go writes it (`1m30s`, `500ms`), or a plain number of seconds, into seconds.
+
+    Raises BadValue.
+    """
+    plain = text.strip()
+    try:
+        seconds = float(plain)
+    except ValueError:
+        parts = list(_DURATION_PART.finditer(plain))
+        if not parts or "".join(part.group(0) for part in parts) != plain:
+            raise BadValue(f"{text!r} is not a duration; write it like 500ms, 10s or 1m30s") from None
+        return sum(float(part.group(1)) * _DURATION_UNITS_S[part.group(2)] for part in parts)
+    if not 0 <= seconds < float("inf"):
+        raise BadValue(f"{text!r} is not a duration; write it like 500ms, 10s or 1m30s")
+    return seconds
+
+
+def parse_size_bytes(text: str) -> int:
+    """Read a size (`64MiB`, `64M`, `1500000`; always powers of 1024) into bytes.
+
+    Raises BadValue.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise BadValue(f"{text!r} is not a size; write it like 1500000, 512KiB or 64MiB")
+    number, unit = match.groups()
+    return int(float(number) * 1024 ** _SIZE_POWERS[(unit or "").lower().removesuffix("i")])
+
+
+def show_duration(seconds: float) -> str:
+    """Write seconds the way flags read them: 0.1 -> `100ms`, 7200 -> `2h`."""
+    for unit, scale in (("h", 3600), ("m", 60), ("s", 1)):
+        if seconds >= scale and seconds % scale == 0:
+            return f"{int(seconds // scale)}{unit}"
+    return "0s" if seconds == 0 else f"{seconds * 1000:g}ms" if seconds < 1 else f"{seconds:g}s"
+
+
+def show_size(size: int) -> str:
+    """Write a number of bytes the way flags read it: 1048576 -> `1MiB`; what is no round number stays plain."""
+    for unit, power in (("GiB", 3), ("MiB", 2), ("KiB", 1)):
+        if size >= 1024**power and size % 1024**power == 0:
+            return f"{size // 1024**power}{unit}"
+    return str(size)
+
+
+def parse_address(text: str, *, listening: bool = False) -> Address:
+    """Read `HOST:PORT`, `[IPv6]:PORT` or, where one listens, `:PORT` (all interfaces).
+
+    Port 0 (any free port) is accepted only where one listens. Raises BadValue.
+    """
+    host, colon, port_text = text.strip().rpartition(":")
+    if not colon:
+        raise BadValue(f"{text!r} has no port; write HOST:PORT, like 127.0.0.1:2379")
+    if not (port_text.isascii() and port_text.isdigit()) or int(port_text) > 65535:
+        raise BadValue(f"{port_text!r} in {text!r} is not a port; it is a number from 0 to 65535")
+    port = int(port_text)
+    if port == 0 and not listening:
+        raise BadValue(f"{text!r} has port 0, where nothing can be reached")
+    if host.startswith("[") and host.endswith("]"):
+        try:
+            ipaddress.IPv6Address(host[1:-1].split("%")[0])
+        except ValueError:
+            raise BadValue(f"{host!r} in {text!r} is not an IPv6 address") from None
+        return Address(host[1:-1], port)
+    if host == "" and listening:
+        return Address("0.0.0.0", port)  # all interfaces, as etcd reads ":port"
+    if ":" in host:
+        raise BadValue(f"{text!r} is ambiguous; write an IPv6 address in brackets, like [::1]:2379")
+    _check_host(host, text)
+    return Address(host, port)
+
+
+def _check_host(host: str, text: str) -> None:
+    if re.fullmatch(r"[\d.]+", host):
+        try:
+            ipaddress.IPv4Address(host)
+        except ValueError:
+            raise BadValue(f"{host!r} in {text!r} is not an IPv4 address") from None
+    elif not _HOST_NAME.fullmatch(host):
+        raise BadValue(f"{host!r} in {text!r} is not a host name")
+
+
+def parse_metrics_address(text: str) -> Address:
+    """Read where to serve metrics: `HOST:PORT` or, as etcd's flag has it, `http://HOST:PORT`.
+
+    Raises BadValue; https is refused, because metrics are served in plain text.
+    """
+    if "://" not in text:
+        return parse_address(text, listening=True)
+    parts = urlsplit(text)
+    if parts.scheme == "https":
+        raise BadValue(f"{text!r}: metrics are served in plain text; use http:// and a private address")
+    if parts.scheme != "http":
+        raise BadValue(f"{text!r}: the scheme {parts.scheme!r} is not known; use http://HOST:PORT")
+    if parts.path.rstrip("/") or parts.query or parts.fragment:
+        raise BadValue(f"{text!r}: leave out the path; /metrics, /health and /v1/status are added")
+    return parse_address(parts.netloc, listening=True)
+
+
+def check_readable(path: str) -> None:
+    """Make sure that a file is there and can be read. Raises BadValue."""
+    try:
+        with Path(path).open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise BadValue(f"cannot read {path!r}: {(error.strerror or str(error)).lower()}") from None
