@@ -1,0 +1,95 @@
+"""A watchmux proxy as a process of its own, started by its command line as a user would."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.etcd.server import HOST, free_port
+from tests.waiting import until
+
+
+class ProxyProcess:
+    """`watchmux serve` in front of `endpoints` (HOST:PORT[,...]). Use as a context manager."""
+
+    def __init__(self, endpoints: str, extra: Sequence[str] = ()) -> None:
+        self.endpoints = endpoints
+        self.extra = list(extra)
+        self.port = free_port()
+        self.metrics_port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self._log = Path(tempfile.mkstemp(prefix="watchmux-proxy-", suffix=".log")[1])
+
+    @property
+    def endpoint(self) -> str:
+        """Where clients connect, as HOST:PORT."""
+        return f"{HOST}:{self.port}"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        if error is not None:
+            sys.stderr.write(self.log()[-4000:])
+        self._log.unlink(missing_ok=True)
+
+    def start(self) -> None:
+        """Start it (again) on the same port and wait until it accepts connections."""
+        assert self.process is None, "already running"
+        command = [
+            *(sys.executable, "-m", "proxy.cli", "serve"),
+            f"--endpoints={self.endpoints}",
+            f"--listen-addr={self.endpoint}",
+            f"--metrics-addr={HOST}:{self.metrics_port}",
+            *self.extra,
+        ]
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        until(self._accepts, f"the proxy to listen at {self.endpoint}", 20)
+
+    def _accepts(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise AssertionError(f"the proxy ended with {self.process.returncode}:\n{self.log()[-2000:]}")
+        with socket.socket() as probe:
+            return probe.connect_ex((HOST, self.port)) == 0
+
+    def log(self) -> str:
+        """What it has logged so far."""
+        return self._log.read_text(errors="replace")
+
+    def stop(self, how: signal.Signals = signal.SIGTERM, limit_s: float = 20) -> int:
+        """End it in good order; return its exit status."""
+        assert self.process is not None
+        self.process.send_signal(how)
+        status = self.process.wait(limit_s)
+        self.process = None
+        return status
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        if self.process is not None:
+            self.stop(signal.SIGKILL)
+
+    def cpu_s(self) -> float:
+        """Return the user and system CPU seconds it has used."""
+        assert self.process is not None
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory_bytes(self) -> int:
+        """Return its resident memory."""
+        assert self.process is not None
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
