@@ -1,0 +1,245 @@
+"""
+gRPC's framing: messages in a byte stream, status codes, timeouts and the encodings of metadata values.
+
+What the gRPC specification ("gRPC over HTTP2", PROTOCOL-HTTP2.md) puts on top of HTTP/2. It is ours because the
+connection is ours: listener and upstream client read the same bytes with the same code, and every bound (message size,
+inflated size) is checked before memory is spent on it.
+
+Header values are `bytes` here, as `proto.http2` hands them over.
+"""
+
+from __future__ import annotations
+
+import binascii
+import math
+import re
+import struct
+import zlib
+from enum import IntEnum
+from typing import Final, Literal, NoReturn
+
+PREFIX_BYTES: Final = 5
+"""Length of the prefix of each message: one byte "compressed", four bytes of length, big endian."""
+
+TIMEOUT_DIGITS_MAX: Final = 8
+"""A grpc-timeout value has at most this many digits."""
+
+
+class Status(IntEnum):
+    """The status codes of gRPC (statuscodes.md), by their numbers on the wire."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+class FramingError(ValueError):
+    """The peer sent something that is not gRPC, or is too large: the call ends with `code` and `text`."""
+
+    def __init__(self, code: Status, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.text = text
+
+
+_PREFIX: Final = struct.Struct(">BI")
+
+
+def frame(message: bytes, compressed: bool = False) -> bytes:
+    """Return `message` with its 5-byte prefix; `compressed` says that it already is."""
+    return _PREFIX.pack(compressed, len(message)) + message
+
+
+class Unframer:
+    """
+    Cuts the bytes of one direction of a call back into messages.
+
+    max_message_bytes bounds one message, both as it is on the wire and inflated. `decompress` is the call's
+    grpc-encoding: with None, or "identity" said as None, a message marked as compressed is an error.
+    """
+
+    __slots__ = ("_buffer", "_error", "_inflate", "_max", "_need")
+
+    def __init__(self, max_message_bytes: int, decompress: Literal["gzip"] | None = None) -> None:
+        self._max = max_message_bytes
+        self._inflate = decompress == "gzip"
+        # The start of a message that is not complete; empty between messages.
+        self._buffer = bytearray()
+        # Bytes the buffer must hold before it is worth looking at again: a prefix, or a prefix and its message.
+        self._need = PREFIX_BYTES
+        # The first error: it stays, since the place of the next prefix is unknown.
+        self._error: FramingError | None = None
+
+    @property
+    def pending(self) -> bool:
+        """True while half a message waits; a stream that ends now was cut."""
+        return bool(self._buffer)
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """
+        Take the next bytes of the stream and return the messages that they complete.
+
+        Raises FramingError: RESOURCE_EXHAUSTED for a message above the bound, as soon as its prefix is known; INTERNAL
+        for a bad prefix or bad compression. Messages in front of it in the same `data` are lost, and so is the rest of
+        the stream: each later call raises the same.
+        """
+        if self._error is not None:
+            raise self._error
+        buffer = self._buffer
+        if buffer:
+            buffer += data
+            if len(buffer) < self._need:
+                return []
+            data = bytes(buffer)
+            buffer.clear()
+        messages: list[bytes] = []
+        size = len(data)
+        start = 0
+        self._need = PREFIX_BYTES
+        while size - start >= PREFIX_BYTES:
+            flag, length = _PREFIX.unpack_from(data, start)
+            if flag or length > self._max:
+                self._check_prefix(flag, length)
+            end = start + PREFIX_BYTES + length
+            if end > size:
+                self._need = PREFIX_BYTES + length
+                break
+            message = data[start + PREFIX_BYTES : end]
+            messages.append(self._inflated(message) if flag else message)
+            start = end
+        if start < size:
+            buffer += memoryview(data)[start:]
+        return messages
+
+    def _check_prefix(self, flag: int, length: int) -> None:
+        if flag > 1:
+            self._fail(Status.INTERNAL, f"gRPC message with the unknown compression flag {flag}")
+        if flag and not self._inflate:
+            self._fail(Status.INTERNAL, "gRPC message marked as compressed in a call without grpc-encoding")
+        if length > self._max:
+            self._fail_oversize(f"{length}")
+
+    def _inflated(self, message: bytes) -> bytes:
+        """Return the gzip member `message` inflated, never spending more than the bound on it."""
+        inflater = zlib.decompressobj(wbits=31)
+        try:
+            inflated = inflater.decompress(message, self._max + 1)
+        except zlib.error as error:
+            self._fail(Status.INTERNAL, f"gRPC message with broken gzip data: {error}")
+        if len(inflated) > self._max:
+            self._fail_oversize("inflated, more")
+        # One member per message, as every gRPC library writes it: a run of tiny members would cost quadratic time.
+        if not inflater.eof or inflater.unused_data:
+            self._fail(Status.INTERNAL, "gRPC message with cut or trailing gzip data")
+        return inflated
+
+    def _fail_oversize(self, size: str) -> NoReturn:
+        self._fail(Status.RESOURCE_EXHAUSTED, f"gRPC message larger than the maximum ({size} vs. {self._max} bytes)")
+
+    def _fail(self, code: Status, text: str) -> NoReturn:
+        self._buffer.clear()
+        self._error = FramingError(code, text)
+        raise self._error
+
+
+_UNITS_NS: Final = {b"n": 1, b"u": 10**3, b"m": 10**6, b"S": 10**9, b"M": 60 * 10**9, b"H": 3600 * 10**9}
+_NS: Final = 10**9
+_AMOUNT_MAX: Final = 10**TIMEOUT_DIGITS_MAX - 1
+
+
+def encode_timeout(seconds: float) -> bytes:
+    """
+    Return the grpc-timeout value for `seconds`, in the finest unit whose number fits, rounded up.
+
+    Nothing or less becomes `0n`; more than the format can say becomes its maximum, 99999999 hours.
+    Raises ValueError for NaN.
+    """
+    if math.isnan(seconds):
+        raise ValueError("a timeout must be a number of seconds")
+    if seconds <= 0:
+        return b"0n"
+    if seconds < _AMOUNT_MAX * 3600:
+        nanoseconds = math.ceil(seconds * _NS)
+        for unit, unit_ns in _UNITS_NS.items():
+            amount = -(-nanoseconds // unit_ns)
+            if amount <= _AMOUNT_MAX:
+                return b"%d%b" % (amount, unit)
+    return b"%dH" % _AMOUNT_MAX
+
+
+def decode_timeout(value: bytes) -> float:
+    """Return the seconds of a grpc-timeout value. Raises FramingError (INTERNAL) when it is not one."""
+    digits, unit_ns = value[:-1], _UNITS_NS.get(value[-1:])
+    if unit_ns is None or not digits.isdigit() or len(digits) > TIMEOUT_DIGITS_MAX:
+        raise FramingError(Status.INTERNAL, f"malformed grpc-timeout {value[:32]!r}")
+    return int(digits) * unit_ns / _NS
+
+
+_UNSAFE: Final = re.compile(rb"[^\x20-\x24\x26-\x7e]")
+_ESCAPE: Final = re.compile(rb"%([0-9A-Fa-f]{2})")
+
+
+def encode_message(text: str) -> bytes:
+    """Return `text` as a grpc-message value: UTF-8, percent-encoded but for printable ASCII other than `%`."""
+    return _UNSAFE.sub(lambda match: b"%%%02X" % match[0][0], text.encode("utf-8", "replace"))
+
+
+def decode_message(value: bytes) -> str:
+    """
+    Return the text of a grpc-message value.
+
+    Nothing is an error, as the specification asks: what is no valid escape stays, what is no UTF-8 becomes U+FFFD.
+    """
+    return _ESCAPE.sub(lambda match: bytes((int(match[1], 16),)), value).decode("utf-8", "replace")
+
+
+def encode_binary(value: bytes) -> bytes:
+    """Return `value` as the value of a `-bin` header: base64 without padding."""
+    return binascii.b2a_base64(value, newline=False).rstrip(b"=")
+
+
+def decode_binary(value: bytes) -> list[bytes]:
+    """
+    Return the values of a `-bin` header, padded or not; several headers of one name may come joined by commas.
+
+    Raises FramingError (INTERNAL) when one of them is not base64.
+    """
+    return [_decode_base64(part.strip(b" \t")) for part in value.split(b",")]
+
+
+def _decode_base64(part: bytes) -> bytes:
+    try:
+        return binascii.a2b_base64(part + b"=" * (-len(part) % 4), strict_mode=True)
+    except binascii.Error as error:
+        raise FramingError(Status.INTERNAL, f"malformed base64 in binary metadata: {error}") from None
+
+
+_HTTP_STATUS: Final = {
+    400: Status.INTERNAL,
+    401: Status.UNAUTHENTICATED,
+    403: Status.PERMISSION_DENIED,
+    404: Status.UNIMPLEMENTED,
+    429: Status.UNAVAILABLE,
+    502: Status.UNAVAILABLE,
+    503: Status.UNAVAILABLE,
+    504: Status.UNAVAILABLE,
+}
+
+
+def http_status_to_grpc(status: int) -> Status:
+    """Return the code of an answer that has an HTTP status and no grpc-status (http-grpc-status-mapping.md)."""
+    return _HTTP_STATUS.get(status, Status.UNKNOWN)

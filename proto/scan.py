@@ -1,0 +1,583 @@
+"""
+Watch messages at byte level: reading a WatchResponse into what the proxy needs of it, and writing watch messages.
+
+A protobuf message is the concatenation of its fields. So what is the same for all watches of a response, the header and
+the events, is cut out of it once as encoded fields, and what a client gets is joined from these bytes and a few of its
+own: nothing is built or serialised per client. Unknown fields inside a header, an event or a key-value travel along
+with the bytes; unknown fields of the response itself are left behind.
+
+How it reads. There are two readers for each message. The quick one is a loop written out for the fields that etcd
+sends, whose tags are one byte; when it meets anything else it leaves the whole message to the other one, which is built
+on `_fields` and complete. The quick ones do not check bounds at each step: `pos` only grows, so a field that reaches
+over the end of its message shows in the end as pos != end, and one that reaches over the data as an IndexError. A known
+field number with another wire type is an unknown field; of a number given twice the last one counts, and messages given
+twice are merged.
+
+Fields: etcd's api/etcdserverpb/rpc.proto and api/mvccpb/kv.proto. Encoding: protobuf.dev/programming-guides/encoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+PUT: Final = 0
+DELETE: Final = 1
+
+# Tags, (field number << 3) | wire type. WatchResponse:
+_HEADER: Final = 0x0A
+_WATCH_ID: Final = 0x10
+_CREATED: Final = 0x18
+_CANCELED: Final = 0x20
+_COMPACT_REVISION: Final = 0x28
+_CANCEL_REASON: Final = 0x32
+_FRAGMENT: Final = 0x38
+_EVENTS: Final = 0x5A
+# ResponseHeader:
+_CLUSTER_ID: Final = 0x08
+_MEMBER_ID: Final = 0x10
+_REVISION: Final = 0x18
+_RAFT_TERM: Final = 0x20
+# Event:
+_TYPE: Final = 0x08
+_KV: Final = 0x12
+_PREV_KV: Final = 0x1A
+# KeyValue:
+_KEY: Final = 0x0A
+_CREATE_REVISION: Final = 0x10
+_MOD_REVISION: Final = 0x18
+_VERSION: Final = 0x20
+_VALUE: Final = 0x2A
+_LEASE: Final = 0x30
+_KEY_AND_VALUE: Final = frozenset((_KEY, _VALUE))
+_OTHER_NUMBERS: Final = frozenset((_CREATE_REVISION, _VERSION, _LEASE))
+# WatchRequest, a oneof:
+_CREATE_REQUEST: Final = 0x0A
+_CANCEL_REQUEST: Final = 0x12
+_PROGRESS_REQUEST: Final = 0x1A
+# WatchCreateRequest; WatchCancelRequest has only the watch id:
+_CREATE_KEY: Final = 0x0A
+_CREATE_RANGE_END: Final = 0x12
+_CREATE_START_REVISION: Final = 0x18
+_CREATE_PROGRESS_NOTIFY: Final = 0x20
+_CREATE_FILTERS: Final = 0x2A
+_CREATE_PREV_KV: Final = 0x30
+_CREATE_WATCH_ID: Final = 0x38
+_CREATE_FRAGMENT: Final = 0x40
+_CANCEL_WATCH_ID: Final = 0x08
+
+_VARINT_BYTES_MAX: Final = 10
+"""A number has 64 bits, seven in each byte."""
+_TAG_BYTES_MAX: Final = 5
+"""Tags and lengths have 32 bits."""
+
+
+class ScanError(ValueError):
+    """The bytes are no WatchResponse."""
+
+
+class Header:
+    """A ResponseHeader: its four numbers, and its bytes as they came. Not to be changed."""
+
+    __slots__ = ("cluster_id", "encoded", "member_id", "raft_term", "revision")
+
+    def __init__(self, encoded: bytes, cluster_id: int, member_id: int, revision: int, raft_term: int) -> None:
+        # The whole field 1 of a response, with tag and length; b"" when the response has none.
+        self.encoded = encoded
+        self.cluster_id = cluster_id
+        self.member_id = member_id
+        # The store's revision when the response was made.
+        self.revision = revision
+        self.raft_term = raft_term
+
+    @classmethod
+    def make(cls, cluster_id: int, member_id: int, revision: int, raft_term: int) -> Header:
+        """Return a header of these numbers, encoded as etcd does."""
+        body = (
+            _number_field(_CLUSTER_ID, cluster_id)
+            + _number_field(_MEMBER_ID, member_id)
+            + _number_field(_REVISION, revision)
+            + _number_field(_RAFT_TERM, raft_term)
+        )
+        return cls(_bytes_field(_HEADER, body), cluster_id, member_id, revision, raft_term)
+
+    def at(self, revision: int) -> Header:
+        """Return this header at another revision: same member, same term, unknown fields kept."""
+        if revision == self.revision:
+            return self
+        # In front of the term, where etcd has it; the order means nothing to a reader.
+        before: list[bytes] = []
+        after: list[bytes] = []
+        for tag, start, _, end, _ in _fields(self.encoded, _body_of(self.encoded), len(self.encoded)):
+            if tag != _REVISION:
+                (before if tag in (_CLUSTER_ID, _MEMBER_ID) else after).append(self.encoded[start:end])
+        body = b"".join([*before, _number_field(_REVISION, revision), *after])
+        return Header(_bytes_field(_HEADER, body), self.cluster_id, self.member_id, revision, self.raft_term)
+
+    def __repr__(self) -> str:
+        return (
+            f"Header(cluster_id={self.cluster_id:x}, member_id={self.member_id:x}, "
+            f"revision={self.revision}, raft_term={self.raft_term})"
+        )
+
+
+class Event:
+    """One event of a response: what the core decides by, and the bytes that clients get. Not to be changed."""
+
+    __slots__ = ("_bare", "encoded", "kind", "revision")
+
+    def __init__(self, kind: int, revision: int, encoded: bytes, bare: bytes | None) -> None:
+        # PUT or DELETE; a type that a later etcd may add keeps its number.
+        self.kind = kind
+        # The revision of the change (kv.mod_revision); 0 when the event has no kv.
+        self.revision = revision
+        # The whole `events` field of the response, with tag and length.
+        self.encoded = encoded
+        # None = has a prev_kv and is cut when asked for, so that a history does not hold every value twice.
+        self._bare = bare
+
+    @property
+    def bare(self) -> bytes:
+        """`encoded` without prev_kv: the same object when it has none, else cut anew each time, about 3 us."""
+        bare = self._bare
+        return _without_prev_kv(self.encoded) if bare is None else bare
+
+    def __repr__(self) -> str:
+        return f"Event(kind={self.kind}, revision={self.revision}, encoded={self.encoded!r})"
+
+
+class WatchResponse:
+    """A WatchResponse whose header and events are left encoded; the names are those of rpc.proto."""
+
+    __slots__ = (
+        "cancel_reason",
+        "canceled",
+        "compact_revision",
+        "created",
+        "events",
+        "fragment",
+        "header",
+        "watch_id",
+    )
+
+    def __init__(
+        self,
+        header: Header,
+        watch_id: int = 0,
+        created: bool = False,
+        canceled: bool = False,
+        compact_revision: int = 0,
+        cancel_reason: str = "",
+        fragment: bool = False,
+        events: list[Event] | None = None,
+    ) -> None:
+        self.header = header
+        self.watch_id = watch_id
+        self.created = created
+        self.canceled = canceled
+        self.compact_revision = compact_revision
+        self.cancel_reason = cancel_reason
+        # True for all but the last piece of a response that was split.
+        self.fragment = fragment
+        self.events: list[Event] = [] if events is None else events
+
+    def __repr__(self) -> str:
+        return (
+            f"WatchResponse({self.header!r}, watch_id={self.watch_id}, created={self.created}, "
+            f"canceled={self.canceled}, compact_revision={self.compact_revision}, "
+            f"cancel_reason={self.cancel_reason!r}, fragment={self.fragment}, events={self.events!r})"
+        )
+
+
+_NO_HEADER: Final = Header(b"", 0, 0, 0, 0)
+
+
+def scan_watch_response(data: bytes) -> WatchResponse:
+    """
+    Read an encoded WatchResponse.
+
+    A cancel_reason that is no UTF-8 is read with replacements: etcd's Go code does not check it, and people read it.
+    Raises ScanError where a protobuf library would refuse the bytes, and for groups, which etcd has none of.
+    """
+    try:
+        return _scan_response(data)
+    except IndexError:
+        raise ScanError("a watch response ends in the middle of a field") from None
+
+
+def _scan_response(data: bytes) -> WatchResponse:
+    header = _NO_HEADER
+    watch_id = 0
+    events: list[Event] = []
+    pos = 0
+    end = len(data)
+    while pos < end:
+        tag = data[pos]
+        value = data[pos + 1]
+        body = pos + 2
+        if tag == _EVENTS:
+            if value > 127:
+                value, body = _long_size(data, body, value)
+            stop = body + value
+            events.append(_scan_event(data, pos, body, stop))
+            pos = stop
+        elif tag == _WATCH_ID:
+            if value > 127:
+                value, body = _long_number(data, body, value)
+            watch_id = value
+            pos = body
+        elif tag == _HEADER and header is _NO_HEADER:
+            if value > 127:
+                value, body = _long_size(data, body, value)
+            stop = body + value
+            header = _scan_header(data[pos:stop], body - pos)
+            pos = stop
+        else:
+            return _scan_any_response(data)
+    if pos != end:
+        raise ScanError("a field of a watch response reaches over its end")
+    return WatchResponse(header, _signed(watch_id), False, False, 0, "", False, events)
+
+
+def _scan_any_response(data: bytes) -> WatchResponse:
+    response = WatchResponse(_NO_HEADER)
+    for tag, start, body, end, value in _fields(data, 0, len(data)):
+        if tag == _HEADER:
+            response.header = _scan_header(*_joined(response.header, data[start:end], body - start))
+        elif tag == _WATCH_ID:
+            response.watch_id = _signed(value)
+        elif tag == _CREATED:
+            response.created = value != 0
+        elif tag == _CANCELED:
+            response.canceled = value != 0
+        elif tag == _COMPACT_REVISION:
+            response.compact_revision = _signed(value)
+        elif tag == _CANCEL_REASON:
+            response.cancel_reason = data[body:end].decode("utf-8", "replace")
+        elif tag == _FRAGMENT:
+            response.fragment = value != 0
+        elif tag == _EVENTS:
+            response.events.append(_scan_event(data, start, body, end))
+    return response
+
+
+def _joined(earlier: Header, encoded: bytes, body: int) -> tuple[bytes, int]:
+    """Return `encoded` with the fields of an earlier header of its response in front, and where its body starts."""
+    if earlier is not _NO_HEADER:
+        encoded = _bytes_field(_HEADER, earlier.encoded[_body_of(earlier.encoded) :] + encoded[body:])
+        body = _body_of(encoded)
+    return encoded, body
+
+
+# Cluster and member id of the last header that began with these two: their bytes and their values. Only a cache: an
+# upstream sends the same two ids in each response, as 20 bytes of varints that cost more than the rest of a small one.
+_ids: tuple[bytes, int, int] = (b"", 0, 0)
+
+
+def _scan_header(encoded: bytes, body: int) -> Header:
+    """Read the header whose whole field is `encoded` and whose own fields start at `body`."""
+    ids, cluster_id, member_id = _ids
+    if not encoded.startswith(ids, body):
+        return _scan_any_header(encoded, body)
+    revision = raft_term = 0
+    pos = body + len(ids)
+    end = len(encoded)
+    while pos < end:
+        tag = encoded[pos]
+        value = encoded[pos + 1]
+        pos += 2
+        if value > 127:
+            value, pos = _long_number(encoded, pos, value)
+        if tag == _REVISION:
+            revision = value
+        elif tag == _RAFT_TERM:
+            raft_term = value
+        else:
+            return _scan_any_header(encoded, body)
+    if pos != end:
+        raise ScanError("a field of a header reaches over its end")
+    return Header(encoded, cluster_id, member_id, _signed(revision), raft_term)
+
+
+def _scan_any_header(encoded: bytes, body: int) -> Header:
+    global _ids
+    numbers = {_CLUSTER_ID: 0, _MEMBER_ID: 0, _REVISION: 0, _RAFT_TERM: 0}
+    tags: list[int] = []
+    for tag, _, _, end, value in _fields(encoded, body, len(encoded)):
+        numbers[tag] = value
+        tags.append(tag)
+        if tags == [_CLUSTER_ID, _MEMBER_ID]:
+            _ids = (encoded[body:end], numbers[_CLUSTER_ID], numbers[_MEMBER_ID])
+    return Header(encoded, numbers[_CLUSTER_ID], numbers[_MEMBER_ID], _signed(numbers[_REVISION]), numbers[_RAFT_TERM])
+
+
+def _scan_event(data: bytes, start: int, body: int, end: int) -> Event:
+    """Read the event data[body:end], whose tag is at `start`."""
+    kind = PUT
+    revision = 0
+    encoded = data[start:end]
+    bare: bytes | None = encoded
+    pos = body
+    while pos < end:
+        tag = data[pos]
+        value = data[pos + 1]
+        pos += 2
+        if tag == _KV:
+            if value > 127:
+                value, pos = _long_size(data, pos, value)
+            stop = pos + value
+            revision = _scan_key_value(data, pos, stop, revision)
+            pos = stop
+        elif tag == _TYPE and value < 128:
+            kind = value
+        elif tag == _PREV_KV:
+            if value > 127:
+                value, pos = _long_size(data, pos, value)
+            stop = pos + value
+            _scan_key_value(data, pos, stop, 0)
+            bare = None
+            pos = stop
+        else:
+            return _scan_any_event(data, start, body, end)
+    if pos != end:
+        raise ScanError("a field of an event reaches over its end")
+    return Event(kind, revision, encoded, bare)
+
+
+def _scan_any_event(data: bytes, start: int, body: int, end: int) -> Event:
+    encoded = data[start:end]
+    event = Event(PUT, 0, encoded, encoded)
+    for tag, _, inner, stop, value in _fields(data, body, end):
+        if tag == _TYPE:
+            # An enum has 32 bits, signed, whatever was sent.
+            event.kind = (value & 0xFFFF_FFFF ^ 0x8000_0000) - 0x8000_0000
+        elif tag == _KV:
+            event.revision = _scan_key_value(data, inner, stop, event.revision)
+        elif tag == _PREV_KV:
+            _scan_key_value(data, inner, stop, 0)
+            event._bare = None
+    return event
+
+
+def _scan_key_value(data: bytes, pos: int, end: int, revision: int) -> int:
+    """Return the mod_revision of the KeyValue data[pos:end], or `revision` when it says none."""
+    start = pos
+    found = revision
+    while pos < end:
+        tag = data[pos]
+        value = data[pos + 1]
+        pos += 2
+        if tag == _MOD_REVISION:
+            if value > 127:
+                value, pos = _long_number(data, pos, value)
+            found = value
+        elif tag in _KEY_AND_VALUE:
+            if value > 127:
+                value, pos = _long_size(data, pos, value)
+            pos += value
+        elif tag in _OTHER_NUMBERS:
+            last = pos + _VARINT_BYTES_MAX - 1
+            while value > 127:
+                value = data[pos]
+                pos += 1
+            if pos > last:
+                raise ScanError("a number of more than 64 bits")
+        else:
+            return _scan_any_key_value(data, start, end, revision)
+    if pos != end:
+        raise ScanError("a field of a key-value reaches over its end")
+    return _signed(found)
+
+
+def _scan_any_key_value(data: bytes, pos: int, end: int, revision: int) -> int:
+    for tag, _, _, _, value in _fields(data, pos, end):
+        if tag == _MOD_REVISION:
+            revision = _signed(value)
+    return revision
+
+
+def _without_prev_kv(encoded: bytes) -> bytes:
+    """Return an encoded event without its field prev_kv."""
+    fields = _fields(encoded, _body_of(encoded), len(encoded))
+    return _bytes_field(_EVENTS, b"".join([encoded[start:end] for tag, start, _, end, _ in fields if tag != _PREV_KV]))
+
+
+def _body_of(encoded: bytes) -> int:
+    """Return where the body of an encoded field with a one-byte tag starts; 0 for no field at all."""
+    if not encoded:
+        return 0
+    return 2 if encoded[1] < 128 else _long_size(encoded, 2, encoded[1])[1]
+
+
+def _fields(data: bytes, pos: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """
+    Walk the fields of the message data[pos:end].
+
+    Yields for each its tag, where it starts, where its content (what follows tag and length) starts and ends, and the
+    number, as 64 bits without a sign, if it is one. Raises ScanError, IndexError.
+    """
+    while pos < end:
+        start = pos
+        tag = data[pos]
+        pos += 1
+        if tag > 127:
+            tag, pos = _long_size(data, pos, tag)
+        kind = tag & 7
+        if tag < 8 or tag > 0xFFFF_FFFF or kind in (3, 4, 6, 7):
+            raise ScanError(f"a field with the tag {tag}: no field number, a group or no wire type")
+        body = pos
+        value = 0
+        if kind == 0:
+            value = data[pos]
+            pos += 1
+            if value > 127:
+                value, pos = _long_number(data, pos, value)
+        elif kind == 2:
+            size = data[pos]
+            body = pos = pos + 1
+            if size > 127:
+                size, body = _long_size(data, pos, size)
+            pos = body + size
+        else:
+            pos += 8 if kind == 1 else 4
+        if pos > end:
+            break
+        yield tag, start, body, pos, value
+    if pos != end:
+        raise ScanError("a field reaches over the end of its message")
+
+
+def _long_number(data: bytes, pos: int, value: int) -> tuple[int, int]:
+    """
+    Read on at `pos` in a number whose first byte, `value`, says that there are more.
+
+    Returns it, as 64 bits without a sign, and where it ends. Two to four bytes, a revision, are written out.
+    """
+    byte = data[pos]
+    value += (byte << 7) - 128
+    if byte < 128:
+        return value, pos + 1
+    byte = data[pos + 1]
+    value += (byte << 14) - (128 << 7)
+    if byte < 128:
+        return value, pos + 2
+    byte = data[pos + 2]
+    value += (byte << 21) - (128 << 14)
+    if byte < 128:
+        return value, pos + 3
+    for count in range(4, _VARINT_BYTES_MAX):
+        byte = data[pos + count - 1]
+        value += (byte << 7 * count) - (128 << 7 * (count - 1))
+        if byte < 128:
+            return value & 0xFFFF_FFFF_FFFF_FFFF, pos + count
+    raise ScanError("a number of more than 64 bits")
+
+
+def _long_size(data: bytes, pos: int, value: int) -> tuple[int, int]:
+    """Read on in a length or a tag; see `_long_number`."""
+    byte = data[pos]
+    value += (byte << 7) - 128
+    if byte < 128:
+        return value, pos + 1
+    for count in range(2, _TAG_BYTES_MAX):
+        byte = data[pos + count - 1]
+        value += (byte << 7 * count) - (128 << 7 * (count - 1))
+        if byte < 128:
+            return value, pos + count
+    raise ScanError("a length or a tag of more than 32 bits")
+
+
+def _signed(value: int) -> int:
+    """Return 64 bits without a sign as an int64."""
+    return value if value < 1 << 63 else value - (1 << 64)
+
+
+def encode_watch_id(watch_id: int) -> bytes:
+    """Return the field watch_id of a WatchResponse, nothing for 0; a negative id takes 10 bytes."""
+    return _number_field(_WATCH_ID, watch_id)
+
+
+def encode_response(
+    header: Header,
+    watch_id: int,
+    *,
+    created: bool = False,
+    canceled: bool = False,
+    compact_revision: int = 0,
+    cancel_reason: str = "",
+    fragment: bool = False,
+    events: bytes = b"",
+) -> bytes:
+    """Return an encoded WatchResponse; `events` are events' encoded fields, joined."""
+    return b"".join(
+        (
+            header.encoded,
+            _number_field(_WATCH_ID, watch_id),
+            _number_field(_CREATED, created),
+            _number_field(_CANCELED, canceled),
+            _number_field(_COMPACT_REVISION, compact_revision),
+            _bytes_field(_CANCEL_REASON, cancel_reason.encode()) if cancel_reason else b"",
+            _number_field(_FRAGMENT, fragment),
+            events,
+        )
+    )
+
+
+def encode_create(
+    key: bytes,
+    range_end: bytes = b"",
+    start_revision: int | None = None,
+    *,
+    watch_id: int = 0,
+    progress_notify: bool = False,
+    no_put: bool = False,
+    no_delete: bool = False,
+    prev_kv: bool = False,
+    fragment: bool = False,
+) -> bytes:
+    """Return an encoded WatchRequest that creates a watch; start_revision None means now, watch_id 0 any id."""
+    filters = (b"\x00" if no_put else b"") + (b"\x01" if no_delete else b"")
+    return _bytes_field(
+        _CREATE_REQUEST,
+        b"".join(
+            (
+                _bytes_field(_CREATE_KEY, key) if key else b"",
+                _bytes_field(_CREATE_RANGE_END, range_end) if range_end else b"",
+                _number_field(_CREATE_START_REVISION, start_revision or 0),
+                _number_field(_CREATE_PROGRESS_NOTIFY, progress_notify),
+                _bytes_field(_CREATE_FILTERS, filters) if filters else b"",
+                _number_field(_CREATE_PREV_KV, prev_kv),
+                _number_field(_CREATE_WATCH_ID, watch_id),
+                _number_field(_CREATE_FRAGMENT, fragment),
+            )
+        ),
+    )
+
+
+def encode_cancel(watch_id: int) -> bytes:
+    """Return an encoded WatchRequest that cancels a watch."""
+    return _bytes_field(_CANCEL_REQUEST, _number_field(_CANCEL_WATCH_ID, watch_id))
+
+
+def encode_progress() -> bytes:
+    """Return an encoded WatchRequest that asks for a progress response."""
+    return _bytes_field(_PROGRESS_REQUEST, b"")
+
+
+def _number_field(tag: int, value: int) -> bytes:
+    """Return a number's field, nothing for 0 (proto3 sends no defaults)."""
+    return bytes((tag,)) + _varint(value) if value else b""
+
+
+def _bytes_field(tag: int, value: bytes) -> bytes:
+    return bytes((tag,)) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    value &= 0xFFFF_FFFF_FFFF_FFFF
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
