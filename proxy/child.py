@@ -1,0 +1,204 @@
+"""Child processes of the program: how they say that they are ready, and how none of them outlives its parent.
+
+`serve` starts the bundled store, `demo` and `measure` start a store, a proxy and load clients, each as a process of
+its own. Parent and child share one socket pair. The child writes one JSON line into it when it is ready (its ports,
+which are free ones the parent cannot know), and reads from it until it ends: when the parent is gone, however it
+went, the child sees the end of the stream and leaves. The parent ends a child by its process id: SIGTERM, and SIGKILL
+after a limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import IO
+
+import msgspec
+
+READY_LIMIT_S = 15.0
+"""A process that has not said it is ready after this long never will (seconds)."""
+
+STOP_LIMIT_S = 5.0
+"""How long a child may take to end in good order before it is killed (seconds)."""
+
+_OUTPUT_BYTES_MAX = 4000
+"""As much of a child's last words as an error message can use (bytes)."""
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True):
+    """What a child says once: where it serves, as HOST:PORT; "" for what it does not serve."""
+
+    address: str = ""
+    metrics: str = ""
+
+
+class ChildFailed(Exception):
+    """A child process that did not start or ended by itself; the text is one line with its last words."""
+
+
+def python_command(module: str, *arguments: str) -> list[str]:
+    """Return the command line that runs a module of this program in another process."""
+    return [sys.executable, "-m", module, *arguments]
+
+
+class Child:
+    """One child process, seen from the parent."""
+
+    def __init__(
+        self,
+        name: str,
+        process: asyncio.subprocess.Process,
+        pipe: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        output: IO[bytes],
+    ) -> None:
+        self.name = name
+        self.process = process
+        self.ready = Ready()
+        self._reader, self._writer = pipe
+        self._output = output
+
+    @classmethod
+    async def start(cls, name: str, command: Sequence[str]) -> Child:
+        """Start `command` with `--parent-fd=N` appended and wait until it is ready.
+
+        `name` is for people ("the bundled store"). Raises ChildFailed.
+        """
+        ours, theirs = socket.socketpair()
+        pipe = await asyncio.open_unix_connection(sock=ours)
+        output = tempfile.TemporaryFile(prefix="watchmux-child-")  # noqa: SIM115 - closed by stop()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                f"--parent-fd={theirs.fileno()}",
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C is the parent's to pass on, in its own order
+            )
+        except OSError as error:
+            pipe[1].close()
+            output.close()
+            raise ChildFailed(f"cannot start {name}: {error.strerror or error}") from None
+        finally:
+            theirs.close()
+        child = cls(name, process, pipe, output)
+        try:
+            async with asyncio.timeout(READY_LIMIT_S):
+                child.ready = msgspec.json.decode(await child.read_line(), type=Ready)
+        except TimeoutError:
+            words = child.last_words() or "it said nothing"
+            await child.stop(0)
+            raise ChildFailed(f"{name} was not ready after {READY_LIMIT_S:g} s: {words}") from None
+        except BaseException:
+            await child.stop(0)
+            raise
+        return child
+
+    async def read_line(self) -> bytes:
+        """Return the next line the child wrote to its parent.
+
+        Raises ChildFailed, with its last words, when it ended instead.
+        """
+        line = b""
+        with contextlib.suppress(ConnectionError):
+            line = await self._reader.readline()
+        if line.endswith(b"\n"):
+            return line
+        await self.process.wait()
+        raise ChildFailed(f"{self.name} ended: {self.last_words()}")
+
+    def write_line(self, message: object) -> None:
+        """Send the child one JSON line."""
+        self._writer.write(msgspec.json.encode(message) + b"\n")
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self.process.pid
+
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self.process.returncode is None
+
+    def last_words(self) -> str:
+        """Return the last line it wrote to standard output or error, or how it ended."""
+        # pread: the child writes through the same open file, whose position must stay where the child left it.
+        size = os.fstat(self._output.fileno()).st_size
+        tail = os.pread(self._output.fileno(), _OUTPUT_BYTES_MAX, max(size - _OUTPUT_BYTES_MAX, 0))
+        lines = [line.strip() for line in tail.decode(errors="replace").splitlines() if line.strip()]
+        if lines:
+            return lines[-1].removeprefix("watchmux: ")
+        return f"exit code {self.process.returncode}" if not self.running() else ""
+
+    async def stop(self, limit_s: float = STOP_LIMIT_S) -> int:
+        """End it, by its id, and return its exit code; killed when it takes longer than `limit_s`."""
+        if self.running() and limit_s > 0:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.process.wait(), limit_s)
+        if self.running():
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+        code = await self.process.wait()
+        self._writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()
+        self._output.close()
+        return code
+
+
+class Parent:
+    """The parent, seen from a child; a process that was started by hand has none."""
+
+    def __init__(self, pipe: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None) -> None:
+        self._pipe = pipe
+        self._listening: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def join(cls, fd: int | None, line: Callable[[bytes], None], gone: Callable[[], None]) -> Parent:
+        """Take up the socket the parent left at `fd` (None: started by hand, and nothing below does anything).
+
+        `line` is called with each line the parent sends, `gone` once when it has ended.
+        """
+        if fd is None:
+            return cls(None)
+        parent = cls(await asyncio.open_unix_connection(sock=socket.socket(fileno=fd)))
+        parent._listening = asyncio.create_task(parent._listen(line, gone))
+        return parent
+
+    async def _listen(self, line: Callable[[bytes], None], gone: Callable[[], None]) -> None:
+        assert self._pipe is not None
+        with contextlib.suppress(ConnectionError):
+            while text := await self._pipe[0].readline():
+                line(text)
+        gone()
+
+    def write_line(self, message: object) -> None:
+        """Send the parent one JSON line; the first one must be a `Ready`."""
+        if self._pipe is not None:
+            self._pipe[1].write(msgspec.json.encode(message) + b"\n")
+
+    async def leave(self) -> None:
+        """Send what is still queued and close the socket."""
+        if self._listening is not None:
+            self._listening.cancel()
+        if self._pipe is not None:
+            with contextlib.suppress(ConnectionError):
+                await self._pipe[1].drain()
+                self._pipe[1].close()
+                await self._pipe[1].wait_closed()
+
+
+def on_signals(leave: Callable[[], None]) -> None:
+    """Call `leave` from the running event loop on SIGTERM and SIGINT, each time one comes."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, leave)

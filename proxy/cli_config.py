@@ -1,0 +1,34 @@
+"""`watchmux config`: the commented example file, and a check of one's own.
+
+A file is checked by the very code that `watchmux serve` reads it with, so that a deployment can refuse a bad one
+before it replaces a good one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from proxy.cli_errors import WRONG_REQUEST, Failed
+from proxy.config_file import ConfigError, layer, read_file, render_example
+
+
+@click.command(name="config")
+@click.option("--check", "path", metavar="FILE.toml", help="Check this file instead; exit code 2 if it cannot be used.")
+def command(path: str | None) -> None:
+    """Print a configuration file with every knob at its default, or check one.
+
+    \b
+      watchmux config > watchmux.toml
+      watchmux config --check watchmux.toml
+      watchmux serve --config watchmux.toml
+    """
+    if path is None:
+        click.echo(render_example(), nl=False)
+        return
+    try:
+        layer({}, read_file(Path(path)))
+    except ConfigError as error:
+        raise Failed(str(error), WRONG_REQUEST) from None
+    click.echo(f"{path}: good")

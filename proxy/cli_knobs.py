@@ -1,0 +1,164 @@
+"""The knobs as click options, and the settings that flags, environment and file give together.
+
+Options are made from the knobs (proxy/config.py), so flags, variables and file keys cannot drift apart. Beside them
+stand the flags of `etcd grpc-proxy start` that mean nothing here: its users change one word in their command line, so
+each is either taken and named in the log, or refused with the reason, never an "unknown option".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from proxy.cli_errors import WRONG_REQUEST, Failed
+from proxy.config import Kind, Knob, Settings, knobs, tables
+from proxy.config_file import ConfigError, Given, from_text, layer, read_file
+from proxy.config_values import BadValue, show_duration, show_size
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+CONFIG_ENV = "WATCHMUX_CONFIG"
+
+TAKEN = {
+    "permit-without-stream": "connections to etcd are always kept alive",
+    "max-send-bytes": "etcd decides on sizes",
+    "max-recv-bytes": "etcd decides on sizes",
+    "data-dir": "nothing is kept on disk",
+    "self-signed-cert-validity": "certificates are not made here",
+    "insecure-discovery": "there is no discovery",
+    "discovery-srv-name": "there is no discovery",
+    "experimental-serializable-ordering": "reads pass through to etcd untouched",
+    "experimental-enable-grpc-logging": "use --log-level=debug",
+}
+"""Flags of etcd's grpc-proxy that change nothing here, and why."""
+
+REFUSED = {
+    "namespace": "prefixing keys is not there yet",
+    "resolver-prefix": "registering the proxy in etcd is not there; give clients its address",
+    "resolver-ttl": "registering the proxy in etcd is not there; give clients its address",
+    "endpoints-auto-sync-interval": "endpoints are not read from etcd; name all of them in --endpoints",
+    "discovery-srv": "DNS discovery is not there; name the members in --endpoints",
+    "auto-tls": "certificates are not made here; give --cert-file and --key-file",
+    "client-crl-file": "revocation lists are not there yet",
+    "listen-cipher-suites": "choosing cipher suites is not there yet",
+    "tls-min-version": "TLS 1.2 and later are served; choosing is not there yet",
+    "tls-max-version": "TLS 1.2 and later are served; choosing is not there yet",
+    "enable-pprof": "that is Go's profiler",
+    "experimental-leasing-prefix": "leasing is not there: reads pass through to etcd untouched",
+}
+"""Flags of etcd's grpc-proxy that would promise something not done here, and why."""
+
+
+def knob_options(function: Function) -> Function:
+    """Give a command every knob as an option, `--config`, `--debug` and grpc-proxy's other flags."""
+    for name in (*TAKEN, *REFUSED):
+        # The value is optional, so that switches and flags with a value are both taken.
+        function = click.option(f"--{name}", _foreign(name), is_flag=False, flag_value="true", hidden=True)(function)
+    for knob in reversed(knobs()):
+        function = _option(knob)(function)
+    function = click.option("--debug", is_flag=True, help="The same as --log-level=debug.")(function)
+    return click.option("--config", envvar=CONFIG_ENV, metavar="FILE.toml", help="Read settings from this file.")(
+        function
+    )
+
+
+def _foreign(flag: str) -> str:
+    return "foreign_" + flag.replace("-", "_")
+
+
+def _parameter(knob: Knob) -> str:
+    return knob.path.replace(".", "__")
+
+
+def _option(knob: Knob) -> Callable[[Function], Function]:
+    switch: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if knob.kind is Kind.SWITCH else {}
+    return click.option(
+        knob.flag,
+        _parameter(knob),
+        envvar=knob.env,
+        type=click.Choice(knob.choices) if knob.choices else str,
+        metavar=None if knob.choices else f"[{knob.kind.value}]" if switch else knob.kind.value.upper(),
+        help=f"{knob.text}{_default(knob)}",
+        hidden=knob.advanced,
+        **switch,
+    )
+
+
+def _default(knob: Knob) -> str:
+    if knob.default in ("", [], False):
+        return ""
+    match knob.kind:
+        case Kind.SECONDS:
+            shown = show_duration(knob.default)
+        case Kind.BYTES:
+            shown = show_size(knob.default)
+        case _:
+            shown = str(knob.default)
+    return f"  [default: {shown}]"
+
+
+class KnobCommand(click.Command):
+    """A command whose help groups the knobs as the configuration file does, and tells how the sources are ranked."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section per table, the command's own options last, and the order of precedence."""
+        sections: dict[str, list[tuple[str, str]]] = {table: [] for table in tables()}
+        own: list[tuple[str, str]] = []
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                table = (parameter.name or "").partition("__")[0]
+                (sections[table] if "__" in (parameter.name or "") else own).append(record)
+        for table, records in sections.items():
+            if records:
+                with formatter.section((tables()[table].__doc__ or table).strip().rstrip(".")):
+                    formatter.write_dl(records, col_max=34)
+        with formatter.section("Options of the command"):
+            formatter.write_dl(own, col_max=34)
+        formatter.write_paragraph()
+        formatter.write_text(
+            "A flag goes before its environment variable, that before the configuration file, that before the default. "
+            "The variable of --listen-addr is WATCHMUX_LISTEN_ADDR, and so for every flag; `watchmux config` prints a "
+            "file with every knob, its unit and what it trades for what. Durations: 500ms, 10s, 1m30s. Sizes: 64MiB."
+        )
+
+
+def settings_of(ctx: click.Context) -> tuple[Settings, list[str]]:
+    """Return the settings that a command's flags, environment and file give, and notes for the log.
+
+    Raises Failed, with the exit code of a wrong request, for anything that cannot be used.
+    """
+    try:
+        return _settings_of(ctx)
+    except ConfigError as error:
+        raise Failed(str(error), WRONG_REQUEST) from None
+
+
+def _settings_of(ctx: click.Context) -> tuple[Settings, list[str]]:
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    given = {
+        name: str(ctx.params[name])
+        for name, source in sources.items()
+        if source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    }
+    for flag, reason in REFUSED.items():
+        if _foreign(flag) in given:
+            raise ConfigError(f"--{flag}: {reason}")
+    above: dict[str, Given] = {}
+    for knob in knobs():
+        name = _parameter(knob)
+        if name not in given:
+            continue
+        origin = knob.env if sources[name] is ParameterSource.ENVIRONMENT else knob.flag
+        try:
+            above[knob.path] = Given(from_text(knob, given[name]), origin)
+        except BadValue as error:
+            raise ConfigError(f"{origin}: {error}") from None
+    if "debug" in given:
+        above.setdefault("log.log_level", Given("debug", "--debug"))
+    below = read_file(Path(given["config"])) if "config" in given else {}
+    notes = [f"--{flag} changes nothing here: {reason}" for flag, reason in TAKEN.items() if _foreign(flag) in given]
+    return layer(above, below), notes

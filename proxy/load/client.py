@@ -1,0 +1,251 @@
+"""A load client: one process with many real gRPC Watch streams, which writes down every response it gets.
+
+Run by the parent as `python -m proxy.load.client`. It speaks gRPC by grpc.aio, as a stranger would, not by our own
+HTTP/2, so that it proves the proxy and not the proxy's idea of the protocol. Responses are recorded as the bytes that
+came, with the time of their arrival; they are decoded here only as far as it takes to know when everything has come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import grpc
+import grpc.aio
+import msgspec
+
+from proto.pb import rpc_pb2
+from proxy.child import Parent, Ready, on_signals
+from proxy.load.plan import SLOW_AFTER_MESSAGES, ClientPlan, PlannedStream, PlannedWatch, Range
+
+WATCH = "/etcdserverpb.Watch/Watch"
+REPORT_S = 0.1
+_BLOCK = 512
+
+
+class Final(msgspec.Struct, frozen=True):
+    """The last revisions of each range: once a watch has seen what of them matches it, it has seen everything."""
+
+    puts: list[int]
+    deletes: list[int]
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """How far a client process is; sent to the parent ten times a second."""
+
+    opened: int = 0
+    """Watches whose `created` has come."""
+    messages: int = 0
+    events: int = 0
+    finished: int = 0
+    """Watches that have everything up to the final revisions."""
+    failed: list[str] = msgspec.field(default_factory=list)
+    """Why streams ended, for those that did."""
+    recorded: bool = False
+    """The record is written; nothing follows."""
+
+
+class Recorded(msgspec.Struct, frozen=True, array_like=True):
+    """One response as it came: the stream's place in the plan, the monotonic time in ns, the message."""
+
+    stream: int
+    at_ns: int
+    message: bytes
+
+
+class Recorder:
+    """Writes responses to a file, in blocks."""
+
+    def __init__(self, path: str) -> None:
+        self._file = Path(path).open("wb")  # noqa: SIM115 - closed by close()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._block: list[Recorded] = []
+
+    def add(self, stream: int, message: bytes) -> None:
+        """Record one response that has come just now."""
+        self._block.append(Recorded(stream, time.monotonic_ns(), message))
+        if len(self._block) >= _BLOCK:
+            self._flush()
+
+    def _flush(self) -> None:
+        data = self._encoder.encode(self._block)
+        self._file.write(len(data).to_bytes(4, "big"))
+        self._file.write(data)
+        self._block = []
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._flush()
+        self._file.close()
+
+
+def read_record(path: str) -> list[Recorded]:
+    """Read what a Recorder wrote; a block that its process did not live to finish is left out."""
+    data = memoryview(Path(path).read_bytes())
+    decoder = msgspec.msgpack.Decoder(list[Recorded])
+    records: list[Recorded] = []
+    position = 0
+    while position < len(data):
+        size = int.from_bytes(data[position : position + 4], "big")
+        position += 4 + size
+        if position <= len(data):
+            records += decoder.decode(data[position - size : position])
+    return records
+
+
+def create_request(watch: PlannedWatch, span: Range) -> bytes:
+    """Encode the request that opens a planned watch."""
+    create = rpc_pb2.WatchCreateRequest(
+        key=span.key,
+        range_end=span.range_end,
+        start_revision=watch.start_revision,
+        prev_kv=watch.prev_kv,
+    )
+    if watch.no_put:
+        create.filters.append(rpc_pb2.WatchCreateRequest.NOPUT)
+    if watch.no_delete:
+        create.filters.append(rpc_pb2.WatchCreateRequest.NODELETE)
+    return rpc_pb2.WatchRequest(create_request=create).SerializeToString()
+
+
+class LoadStream:
+    """One Watch call and how far each of its watches is."""
+
+    def __init__(self, number: int, plan: PlannedStream, client: LoadClient) -> None:
+        self.number = number
+        self.plan = plan
+        self.client = client
+        self.ids: list[int] = []
+        """The watch ids in the order of the plan, as far as created; the answers come in the order of the creates."""
+        self.positions = [0] * len(plan.watches)
+        self._messages = 0
+
+    async def run(self, call: Any) -> None:
+        """Open every watch and read until the stream ends."""
+        for watch in self.plan.watches:
+            await call.write(create_request(watch, self.client.plan.ranges[watch.range]))
+        while True:
+            message = await call.read()
+            if message is grpc.aio.EOF:
+                text = f"{await call.code()}: {await call.details()}"
+                raise ConnectionError(text)
+            self.client.recorder.add(self.number, message)
+            self.take(rpc_pb2.WatchResponse.FromString(message))
+            self._messages += 1
+            if self._messages == SLOW_AFTER_MESSAGES and self.plan.pause_s:
+                await asyncio.sleep(self.plan.pause_s)
+
+    def take(self, response: rpc_pb2.WatchResponse) -> None:
+        """Note how far a watch is now."""
+        report = self.client.report
+        report.messages += 1
+        if response.created:
+            self.ids.append(response.watch_id)
+            self.positions[len(self.ids) - 1] = response.header.revision if not self._start(len(self.ids) - 1) else 0
+            report.opened += 1
+        if response.canceled:
+            report.failed.append(f"a watch was cancelled: {response.cancel_reason or 'compacted'}")
+        if response.events:
+            report.events += len(response.events)
+            self.positions[self.ids.index(response.watch_id)] = response.events[-1].kv.mod_revision
+
+    def _start(self, index: int) -> int:
+        return self.plan.watches[index].start_revision
+
+    def finished(self, final: Final) -> int:
+        """Return how many watches have the last event that matches them."""
+        count = 0
+        for watch, position in zip(self.plan.watches, self.positions, strict=True):
+            last_put = 0 if watch.no_put else final.puts[watch.range]
+            last_delete = 0 if watch.no_delete else final.deletes[watch.range]
+            count += position >= max(last_put, last_delete)
+        return count if len(self.ids) == len(self.positions) else 0
+
+
+class LoadClient:
+    """All the streams of one process."""
+
+    def __init__(self, plan: ClientPlan) -> None:
+        self.plan = plan
+        self.report = Report()
+        self.recorder = Recorder(plan.record)
+        self.final: Final | None = None
+        self.streams = [LoadStream(number, stream, self) for number, stream in enumerate(plan.streams)]
+        self._channels: dict[int, grpc.aio.Channel] = {}
+        self._leaving = asyncio.Event()
+
+    def leave(self) -> None:
+        """End as soon as possible."""
+        self._leaving.set()
+
+    def told(self, line: bytes) -> None:
+        """Take the parent's one message: writing has ended, at these revisions."""
+        self.final = msgspec.json.decode(line, type=Final)
+
+    def _channel(self, stream: PlannedStream) -> grpc.aio.Channel:
+        # A pool of its own makes each channel a connection of its own. The slow stream has one to itself with a small
+        # window, so that not reading it reaches the server soon, and reaches nobody else.
+        number = -1 if stream.pause_s else stream.channel
+        if number not in self._channels:
+            options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
+            if stream.pause_s:
+                options += [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+            self._channels[number] = grpc.aio.insecure_channel(self.plan.target, options=options)
+        return self._channels[number]
+
+    async def _run_stream(self, stream: LoadStream) -> None:
+        call: Any = self._channel(stream.plan).stream_stream(WATCH)()
+        try:
+            await stream.run(call)
+        except (grpc.aio.AioRpcError, ConnectionError) as error:
+            text = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error)
+            self.report.failed.append(f"a stream ended: {text}")
+        finally:
+            call.cancel()
+
+    async def run(self, parent: Parent) -> None:
+        """Open everything, record, and report until told to leave."""
+        tasks = [asyncio.create_task(self._run_stream(stream)) for stream in self.streams]
+        try:
+            while not self._leaving.is_set():
+                if self.final is not None:
+                    self.report.finished = sum(stream.finished(self.final) for stream in self.streams)
+                parent.write_line(self.report)
+                try:
+                    await asyncio.wait_for(self._leaving.wait(), REPORT_S)
+                except TimeoutError:
+                    continue
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for channel in self._channels.values():
+                await channel.close()
+            self.recorder.close()
+            self.report.recorded = True
+            parent.write_line(self.report)
+
+
+async def _main(plan: ClientPlan, parent_fd: int | None) -> None:
+    client = LoadClient(plan)
+    parent = await Parent.join(parent_fd, client.told, client.leave)
+    on_signals(client.leave)
+    parent.write_line(Ready())
+    await client.run(parent)
+    await parent.leave()
+
+
+@click.command()
+@click.option("--plan", "path", required=True)
+@click.option("--parent-fd", type=int, default=None)
+def main(path: str, parent_fd: int | None) -> None:
+    """Carry out a plan (a msgpack file) and report to the parent process."""
+    plan = msgspec.msgpack.decode(Path(path).read_bytes(), type=ClientPlan)
+    asyncio.run(_main(plan, parent_fd))
+
+
+if __name__ == "__main__":
+    main()

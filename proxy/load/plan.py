@@ -1,0 +1,119 @@
+"""What the load clients watch: a deterministic plan, made before anything runs.
+
+The parent makes the plan, the client processes carry it out, and the judge reads it again to know what each recorded
+watch had asked for. Nothing is drawn at random: two runs, one directly and one through the proxy, ask for the same.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+PAST_EVERY = 5
+"""Of the watches in the demo's plan, every fifth starts in the past."""
+
+SLOW_AFTER_MESSAGES = 20
+"""The slow stream reads this many messages before it stops for a while: it has been served, and is now a laggard."""
+
+
+class Range(msgspec.Struct, frozen=True):
+    """A range that many clients watch: a single key (`range_end` empty), or every key that starts with `key`."""
+
+    key: bytes
+    range_end: bytes
+
+    def keys(self, count: int) -> list[bytes]:
+        """Return the keys to write in it: itself, or `count` keys below the prefix."""
+        return [self.key + b"%03d" % number for number in range(count)] if self.range_end else [self.key]
+
+
+class PlannedWatch(msgspec.Struct, frozen=True):
+    """One watch: which range, from where (0: now), and its options as in WatchCreateRequest."""
+
+    range: int
+    start_revision: int = 0
+    no_put: bool = False
+    no_delete: bool = False
+    prev_kv: bool = False
+
+
+class PlannedStream(msgspec.Struct, frozen=True):
+    """One Watch call: its watches in the order of their creates; `channel` says which connection it shares.
+
+    `pause_s`: how long it stops reading, once, after SLOW_AFTER_MESSAGES messages; 0 for all but the slow one.
+    """
+
+    channel: int
+    watches: list[PlannedWatch]
+    pause_s: float = 0.0
+
+
+class ClientPlan(msgspec.Struct, frozen=True):
+    """What one client process does: its streams, towards `target` (HOST:PORT), recorded into the file `record`."""
+
+    target: str
+    ranges: list[Range]
+    streams: list[PlannedStream]
+    record: str
+
+
+class Shape(msgspec.Struct, frozen=True, kw_only=True):
+    """The size of a load: how many of everything."""
+
+    watches: int = 1000
+    ranges: int = 10
+    streams: int = 200
+    channels: int = 40
+    processes: int = 2
+    pause_s: float = 0.0
+    plain: bool = False
+    """Every watch from now and without options."""
+
+
+def make_ranges(prefix: bytes, count: int) -> list[Range]:
+    """Return `count` ranges below `prefix`: prefixes, and every fourth one a single key."""
+    ranges = []
+    for number in range(count):
+        key = prefix + b"%03d" % number
+        single = number % 4 == 3
+        # A prefix ends in "/", and "0" is the byte after it.
+        ranges.append(Range(key, b"") if single else Range(key + b"/", key + b"0"))
+    return ranges
+
+
+def make_streams(shape: Shape, past: list[int]) -> list[PlannedStream]:
+    """Return the streams of a load.
+
+    Watches are dealt to the streams so that each stream watches different ranges. `past`: revisions that watches in
+    the past may start at; unless the shape is plain, a fifth of the watches does, and of each twelve one has no puts,
+    one no deletes and three have prev_kv. The first stream is the slow one.
+    """
+    watches: list[list[PlannedWatch]] = [[] for _ in range(shape.streams)]
+    for number in range(shape.watches):
+        # A stream's own watches have consecutive ranges, and all ranges are used equally.
+        stream = number % shape.streams
+        which = (stream + number // shape.streams) % shape.ranges
+        watches[stream].append(_watch(number, which, shape, past))
+    return [
+        PlannedStream(
+            channel=number % shape.channels,
+            watches=own,
+            pause_s=shape.pause_s if number == 0 else 0.0,
+        )
+        for number, own in enumerate(watches)
+    ]
+
+
+def _watch(number: int, which: int, shape: Shape, past: list[int]) -> PlannedWatch:
+    if shape.plain:
+        return PlannedWatch(which)
+    start = past[number // PAST_EVERY % len(past)] if past and number % PAST_EVERY == 0 else 0
+    kind = number % 12
+    return PlannedWatch(which, start, no_put=kind == 3, no_delete=kind == 7, prev_kv=kind in (1, 5, 9))
+
+
+def deal(streams: list[PlannedStream], processes: int) -> list[list[PlannedStream]]:
+    """Deal streams to processes by channel, so that streams of one connection stay together; none stays empty."""
+    dealt: list[list[PlannedStream]] = [[] for _ in range(processes)]
+    for stream in streams:
+        dealt[stream.channel % processes].append(stream)
+    return [part for part in dealt if part]

@@ -1,0 +1,118 @@
+"""One run of the load, seen from the parent: start the clients, wait until they watch, write, wait, collect.
+
+Everything is bounded in time: clients that do not get their watches opened, or do not get all events after the last
+write, end the run with a line that says how far they came, and what is missing is then found by the judge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from proxy.child import Child, ChildFailed, python_command
+from proxy.load.client import Final, Report
+from proxy.load.plan import ClientPlan, PlannedStream, Range, deal
+
+OPEN_LIMIT_S = 30.0
+"""How long opening all watches may take (seconds)."""
+
+FINISH_LIMIT_S = 15.0
+"""How long the clients may take after the last write to get everything (seconds)."""
+
+RECORD_LIMIT_S = 10.0
+
+
+class LoadFailed(Exception):
+    """The load could not be put on; the text is one line."""
+
+
+class Load:
+    """The client processes of one run."""
+
+    def __init__(self, target: str, ranges: list[Range], streams: list[PlannedStream], processes: int) -> None:
+        self._target = target
+        self._ranges = ranges
+        self._parts = deal(streams, processes)
+        self.watches = sum(len(stream.watches) for stream in streams)
+        self.plans: list[ClientPlan] = []
+        self._children: list[Child] = []
+        self._readers: list[asyncio.Task[None]] = []
+        self._reports: list[Report] = []
+
+    @property
+    def total(self) -> Report:
+        """The sum of what the client processes have last reported."""
+        total = Report(recorded=bool(self._reports) and all(report.recorded for report in self._reports))
+        for report in self._reports:
+            total.opened += report.opened
+            total.messages += report.messages
+            total.events += report.events
+            total.finished += report.finished
+            total.failed += report.failed
+        return total
+
+    async def start(self, directory: Path) -> None:
+        """Start the client processes; their plans and records go into `directory`. Raises LoadFailed."""
+        self.plans = [
+            ClientPlan(self._target, self._ranges, part, str(directory / f"record-{number}"))
+            for number, part in enumerate(self._parts)
+        ]
+        try:
+            await asyncio.gather(*(self._start_one(number, directory) for number in range(len(self.plans))))
+        except ChildFailed as error:
+            raise LoadFailed(str(error)) from None
+
+    async def _start_one(self, number: int, directory: Path) -> None:
+        path = directory / f"plan-{number}"
+        path.write_bytes(msgspec.msgpack.encode(self.plans[number]))
+        command = python_command("proxy.load.client", f"--plan={path}")
+        child = await Child.start("a load client", command)
+        self._children.append(child)
+        self._reports.append(Report())
+        self._readers.append(asyncio.create_task(self._read(child, len(self._reports) - 1)))
+
+    async def _read(self, child: Child, index: int) -> None:
+        decoder = msgspec.json.Decoder(Report)
+        while not self._reports[index].recorded:
+            try:
+                self._reports[index] = decoder.decode(await child.read_line())
+            except ChildFailed as error:
+                self._reports[index].failed.append(str(error))
+                return
+
+    async def wait_opened(self) -> None:
+        """Wait until every watch is created. Raises LoadFailed."""
+        await self._wait(lambda total: total.opened >= self.watches, OPEN_LIMIT_S)
+        total = self.total
+        if total.failed:
+            raise LoadFailed(f"{len(total.failed)} client streams failed while opening, first: {total.failed[0]}")
+        if total.opened < self.watches:
+            raise LoadFailed(f"only {total.opened} of {self.watches} watches were opened in {OPEN_LIMIT_S:g} s")
+
+    async def wait_finished(self, final: Final) -> bool:
+        """Tell the clients the last revisions; return whether all watches came that far in time."""
+        for child in self._children:
+            child.write_line(final)
+        return await self._wait(lambda total: total.finished >= self.watches, FINISH_LIMIT_S)
+
+    async def _wait(self, reached: Callable[[Report], bool], limit_s: float) -> bool:
+        deadline = time.monotonic() + limit_s
+        while not reached(self.total):
+            if self.total.failed or time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    async def leave(self) -> None:
+        """End the clients; afterwards their records are complete."""
+        await asyncio.gather(*(child.stop(RECORD_LIMIT_S) for child in self._children))
+        for reader in self._readers:
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reader
+        self._children = []

@@ -1,0 +1,130 @@
+"""Writes for the load: puts, deletes and transactions over the planned ranges, at a steady rate.
+
+Each value carries the time at which its write began, so that a client's delay can be read off the event itself: all
+processes of a run share one machine and so one monotonic clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from proto.pb import rpc_pb2
+from proxy.load.client import Final
+from proxy.load.plan import Range
+
+KEYS_PER_RANGE = 16
+CALL_LIMIT_S = 10.0
+STAMP_BYTES = 20
+_OPERATIONS_MAX = 100
+_KV = "/etcdserverpb.KV/"
+
+
+class WriteFailed(Exception):
+    """The store did not take a write; the text is one line."""
+
+
+def stamp(size: int) -> bytes:
+    """Return a value of at least `size` bytes that begins with the time now."""
+    return (b"%020d " % time.monotonic_ns()).ljust(size, b"x")
+
+
+def read_stamp(value: bytes) -> int:
+    """Return the monotonic time in ns a value was written at; 0 for one that was not written here."""
+    head = value[:STAMP_BYTES]
+    return int(head) if len(head) == STAMP_BYTES and head.isdigit() else 0
+
+
+class Writer:
+    """Writes into the ranges, and knows the last revisions of each."""
+
+    def __init__(self, target: str, ranges: Sequence[Range], value_bytes: int) -> None:
+        self._channel = grpc.aio.insecure_channel(target)
+        self._value_bytes = value_bytes
+        self._keys = [span.keys(KEYS_PER_RANGE) for span in ranges]
+        self._alive: set[bytes] = set()
+        self._turn = 0
+        self.written = 0
+        """Events made: one for each key put or deleted."""
+        self.revision = 0
+        """The newest revision written."""
+        self.final = Final([0] * len(ranges), [0] * len(ranges))
+
+    async def _call(self, name: str, request: Message) -> bytes:
+        method: Any = self._channel.unary_unary(_KV + name)
+        try:
+            answer: bytes = await method(request.SerializeToString(), timeout=CALL_LIMIT_S)
+            return answer
+        except grpc.aio.AioRpcError as error:
+            raise WriteFailed(f"{name} failed: {error.code().name}: {error.details()}") from None
+
+    async def current_revision(self) -> int:
+        """Return the store's revision."""
+        request = rpc_pb2.RangeRequest(key=b"\0", count_only=True)
+        return rpc_pb2.RangeResponse.FromString(await self._call("Range", request)).header.revision
+
+    async def _commit(self, which: int, puts: Sequence[bytes], deletes: Sequence[bytes]) -> None:
+        operations = [
+            rpc_pb2.RequestOp(request_put=rpc_pb2.PutRequest(key=key, value=stamp(self._value_bytes))) for key in puts
+        ]
+        operations += [rpc_pb2.RequestOp(request_delete_range=rpc_pb2.DeleteRangeRequest(key=key)) for key in deletes]
+        answer = await self._call("Txn", rpc_pb2.TxnRequest(success=operations))
+        self.revision = rpc_pb2.TxnResponse.FromString(answer).header.revision
+        self.written += len(operations)
+        self._alive.update(puts)
+        self._alive.difference_update(deletes)
+        if puts:
+            self.final.puts[which] = self.revision
+        if deletes:
+            self.final.deletes[which] = self.revision
+
+    async def write(self) -> None:
+        """Make the next change: mostly one put; every fifth turn a transaction of several; every seventh a delete."""
+        turn, self._turn = self._turn, self._turn + 1
+        which = turn % len(self._keys)
+        keys = self._keys[which]
+        start = turn // len(self._keys)
+        chosen = [keys[(start + step) % len(keys)] for step in range(min(3, len(keys)))]
+        doomed = [key for key in chosen[-1:] if key in self._alive]
+        if turn % 7 == 6 and doomed:
+            await self._commit(which, [], doomed)
+        elif turn % 5 == 4 and len(chosen) > 1:
+            await self._commit(which, chosen[:-1], doomed)
+        else:
+            await self._commit(which, chosen[:1], [])
+
+    async def write_for(self, seconds: float, per_second: float) -> None:
+        """Write at a steady rate for a time, then close each range with a put and a delete."""
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        number = 0
+        while (due := start + number / per_second) < start + seconds:
+            if (wait := due - loop.time()) > 0:
+                await asyncio.sleep(wait)
+            elif loop.time() > start + seconds:
+                break  # the store is slower than asked for; keep to the time
+            await self.write()
+            number += 1
+        await self.close_ranges()
+
+    async def close_ranges(self) -> None:
+        """End each range with a put and then a delete, so that every filter has a last event to wait for."""
+        for which, keys in enumerate(self._keys):
+            await self._commit(which, keys[:1], [])
+            await self._commit(which, [], keys[:1])
+
+    async def clean_up(self) -> None:
+        """Delete what is left of the keys written."""
+        left = sorted(self._alive)
+        for begin in range(0, len(left), _OPERATIONS_MAX):
+            await self._commit(0, [], left[begin : begin + _OPERATIONS_MAX])
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._channel.close()
