@@ -1,0 +1,51 @@
+"""HTTP/2 (RFC 9113) as a value that is driven: server and client role, no I/O.
+
+Why our own and not `h2`: measured with h2 4.4.1 as a server, every request scanned all streams of its connection (a
+unary call cost 160 us of CPU, 934 with 5,000 streams open), a GOAWAY in either direction ended the connection and
+dropped queued output, and one malformed header or one stream too many killed every watch on it. A fan-out proxy also
+writes DATA far more often than anything else; here that is one packed frame header in front of shared bytes.
+
+Read `connection.py` first, then `sending.py` and `receiving.py`.
+"""
+
+from proto.http2.connection import Connection
+from proto.http2.errors import ErrorCode, GoingAway, StreamMisuse, TooManyStreams
+from proto.http2.events import (
+    ConnectionFailed,
+    DataReceived,
+    Event,
+    GoAwayReceived,
+    Headers,
+    HeadersKind,
+    HeadersReceived,
+    PeerSettings,
+    PingAcknowledged,
+    StreamDrained,
+    StreamReset,
+)
+from proto.http2.limits import Limits
+from proto.http2.sending import Role
+from proto.http2.streams import Stream, StreamState
+
+__all__ = [
+    "Connection",
+    "ConnectionFailed",
+    "DataReceived",
+    "ErrorCode",
+    "Event",
+    "GoAwayReceived",
+    "GoingAway",
+    "Headers",
+    "HeadersKind",
+    "HeadersReceived",
+    "Limits",
+    "PeerSettings",
+    "PingAcknowledged",
+    "Role",
+    "Stream",
+    "StreamDrained",
+    "StreamMisuse",
+    "StreamReset",
+    "StreamState",
+    "TooManyStreams",
+]

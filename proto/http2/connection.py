@@ -1,0 +1,352 @@
+"""The HTTP/2 connection: a value that is driven, server and client role alike (RFC 9113).
+
+Theory of operation. The shell gives received bytes to `receive` and acts on the events it returns; it calls the
+methods of the sending half (`sending.py`) and, once a turn of its loop, writes what `output` hands it. There is no
+I/O, no clock and no task in here. `receive` cuts the bytes into frames in one loop, without copying more than the
+payloads that leave as events, and gives each whole frame to its handler (`receiving.py`; the frames of the connection
+itself are handled here). A frame that is not whole yet waits as the list of the pieces it came in, and is joined
+once.
+
+A peer's mistake never raises: a stream's fault ends in RST_STREAM and `StreamReset`, a connection's fault in GOAWAY and
+`ConnectionFailed`, with everything queued before it still in the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from proto.http2 import frames
+from proto.http2.errors import ConnectionFault, ErrorCode, GoingAway, StreamFault, TooManyStreams, error_code
+from proto.http2.events import (
+    ConnectionFailed,
+    Event,
+    GoAwayReceived,
+    PeerSettings,
+    PingAcknowledged,
+    StreamReset,
+)
+from proto.http2.limits import (
+    FRAME_BYTES_MAX,
+    FRAME_BYTES_MIN,
+    HEADER_TABLE_BYTES_DEFAULT,
+    STREAM_ID_MAX,
+    WINDOW_BYTES_DEFAULT,
+    WINDOW_BYTES_MAX,
+    Limits,
+)
+from proto.http2.receiving import IGNORED, PINGS, SETTINGS, ReceivingHalf
+from proto.http2.sending import HALF_CLOSED_LOCAL, Role
+from proto.http2.streams import Stream
+
+_Handler: TypeAlias = Callable[[Any, bytes, int, int, int, int, list[Event]], None]
+
+_unpack_header = frames.FRAME_HEADER.unpack_from
+_HEADER_BYTES = frames.FRAME_HEADER_BYTES
+
+
+class Connection(ReceivingHalf):
+    """One HTTP/2 connection, in one of the two roles."""
+
+    __slots__ = (
+        "_expect_settings",
+        "_needed",
+        "_partial",
+        "_partial_bytes",
+        "_preface_left",
+        "going_away",
+        "peer_header_list_bytes_max",
+        "peer_last_id",
+        "peer_max_streams",
+        "settings_pending",
+    )
+
+    def __init__(self, role: Role, limits: Limits | None = None) -> None:
+        super().__init__(role, limits or Limits())
+        # SETTINGS of ours that the peer has not acknowledged; the shell times them out.
+        self.settings_pending = 0
+        # Streams the peer lets us open; unlimited until it says otherwise (6.5.2).
+        self.peer_max_streams = STREAM_ID_MAX
+        # Bytes of a header list the peer wants to take at most, None if it does not care.
+        self.peer_header_list_bytes_max: int | None = None
+        # The last stream id of the peer's GOAWAY, None before it.
+        self.peer_last_id: int | None = None
+        # We have sent GOAWAY (first or second step).
+        self.going_away = False
+        self._preface_left = frames.PREFACE if self._server else b""
+        self._expect_settings = True
+        # The pieces of a frame that is not whole, their length, and the length from which on it is worth a look.
+        self._partial: list[bytes] = []
+        self._partial_bytes = 0
+        self._needed = 0
+
+    @property
+    def open_streams(self) -> int:
+        """Number of open streams."""
+        return len(self.streams)
+
+    def start(self) -> None:
+        """Queue what a connection begins with: preface (client), SETTINGS, the connection's window (3.4)."""
+        limits = self.limits
+        entries = [
+            (frames.SETTING_INITIAL_WINDOW_SIZE, limits.initial_window),
+            (frames.SETTING_MAX_FRAME_SIZE, limits.max_frame_bytes),
+            (frames.SETTING_MAX_HEADER_LIST_SIZE, limits.header_list_bytes_max),
+        ]
+        if self._server:
+            entries.append((frames.SETTING_MAX_CONCURRENT_STREAMS, limits.max_streams))
+        else:
+            entries.append((frames.SETTING_ENABLE_PUSH, 0))
+            self._out.append(frames.PREFACE)
+        if limits.header_table_bytes != HEADER_TABLE_BYTES_DEFAULT:
+            entries.append((frames.SETTING_HEADER_TABLE_SIZE, limits.header_table_bytes))
+        self._out.append(frames.settings(entries))
+        self.settings_pending += 1
+        more = limits.connection_window - WINDOW_BYTES_DEFAULT
+        if more > 0:
+            self._out.append(frames.window_update(0, more))
+            self.receive_window += more
+
+    def receive(self, data: bytes) -> list[Event]:
+        """Take bytes from the peer and return what they mean, in order. Never raises for what a peer sends."""
+        events: list[Event] = []
+        if self.closed:
+            return events
+        partial = self._partial
+        if partial:
+            partial.append(data)
+            self._partial_bytes += len(data)
+            if self._partial_bytes < self._needed:
+                return events
+            data = b"".join(partial)
+            partial.clear()
+        try:
+            done = self._take_frames(data, events)
+        except ConnectionFault as fault:
+            self._fail(fault, events)
+            return events
+        if done < len(data):
+            partial.append(data[done:] if done else data)
+            self._partial_bytes = len(data) - done
+        return events
+
+    def open(self, headers: Sequence[tuple[bytes, bytes]], end_stream: bool = False) -> Stream:
+        """Open a stream with a request (client role).
+
+        Raises TooManyStreams while the peer's limit is reached, GoingAway if this connection takes no more streams.
+        """
+        if self.closed or self.ending or self.going_away or self._last_id + 2 > STREAM_ID_MAX:
+            raise GoingAway
+        if len(self.streams) >= self.peer_max_streams:
+            raise TooManyStreams(self.peer_max_streams)
+        stream_id = self._last_id + 2 if self._last_id else 1
+        self._last_id = stream_id
+        stream = Stream(stream_id, self._peer_initial_window, self._own_initial_window)
+        stream.started = True
+        stream.bodiless = (b":method", b"HEAD") in headers
+        self.streams[stream_id] = stream
+        self._write_headers(stream, headers, end_stream)
+        if end_stream:
+            stream.ending = True
+            stream.state = HALF_CLOSED_LOCAL
+        return stream
+
+    def ping(self, payload: bytes) -> None:
+        """Queue a PING of 8 bytes; the answer comes as PingAcknowledged. Raises ValueError."""
+        if len(payload) != 8:
+            raise ValueError("a PING carries 8 bytes")
+        if not self.closed:
+            self._out.append(frames.ping(payload))
+
+    def go_away(self, last: bool = False, code: ErrorCode = ErrorCode.NO_ERROR, debug: bytes = b"") -> None:
+        """End the connection in good order, in two steps (6.8). Open streams go on in both.
+
+        Step 1 (last=False) tells the peer to open no more streams, and still takes those that are on their way. Step
+        2 (last=True), at least a round trip later, names the last stream that was taken; higher ones are refused, and
+        when the last stream has ended `closed` becomes True.
+        """
+        if self.closed:
+            return
+        self.going_away = True
+        # What a client took from its peer are pushes, and there are none.
+        last_id = (self._last_id if self._server else 0) if last else STREAM_ID_MAX
+        last_id = min(last_id, self._last_accepted)
+        self._out.append(frames.go_away(last_id, code, debug))
+        if last:
+            self._last_accepted = last_id
+            self.ending = True
+            if not self.streams:
+                self._shut()
+
+    def _fail(self, fault: ConnectionFault, events: list[Event]) -> None:
+        """End the connection for the peer's fault (5.4.1)."""
+        last_id = self._last_id if self._server else 0
+        self._out.append(frames.go_away(min(last_id, self._last_accepted), fault.code, fault.reason.encode()))
+        self._shut()
+        self._partial.clear()
+        events.append(ConnectionFailed(fault.code, fault.reason))
+
+    def _take_frames(self, data: bytes, events: list[Event]) -> int:
+        """Handle the whole frames in `data`; return how many bytes they were. Raises ConnectionFault."""
+        at = self._take_preface(data) if self._preface_left else 0
+        end = len(data)
+        frame_bytes_max = self.limits.max_frame_bytes
+        handlers = _HANDLERS
+        while end - at >= _HEADER_BYTES:
+            head, flags, stream_id = _unpack_header(data, at)
+            length = head >> 8
+            kind = head & 0xFF
+            stream_id &= STREAM_ID_MAX
+            if self._expect_settings or self._block_id:
+                self._check_order(kind, flags, stream_id)
+            if length > frame_bytes_max:
+                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"frame of {length} bytes")
+            body = at + _HEADER_BYTES
+            stop = body + length
+            if stop > end:
+                self._needed = _HEADER_BYTES + length
+                return at
+            at = stop
+            try:
+                if kind < len(handlers):
+                    handlers[kind](self, data, body, stop, flags, stream_id, events)
+                else:
+                    # Unknown types are for extensions, and ignored (5.5).
+                    self._count(IGNORED)
+            except StreamFault as fault:
+                self._abort(fault, events)
+            if self.closed:
+                return end
+        self._needed = _HEADER_BYTES
+        return at
+
+    def _take_preface(self, data: bytes) -> int:
+        """Check what a client begins with, as far as it has come (3.4)."""
+        left = self._preface_left
+        size = min(len(left), len(data))
+        if data[:size] != left[:size]:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "not an HTTP/2 preface")
+        self._preface_left = left[size:]
+        return size
+
+    def _check_order(self, kind: int, flags: int, stream_id: int) -> None:
+        if self._expect_settings:
+            if kind != frames.SETTINGS or flags & frames.ACK:
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "connection does not begin with SETTINGS")
+            self._expect_settings = False
+        elif kind != frames.CONTINUATION or stream_id != self._block_id:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "frame inside a header block")
+
+    def _on_settings(self, data: bytes, body: int, stop: int, flags: int, stream_id: int, events: list[Event]) -> None:
+        """SETTINGS (6.5)."""
+        if stream_id:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "SETTINGS on a stream")
+        if flags & frames.ACK:
+            if stop != body:
+                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "SETTINGS acknowledged with a payload")
+            self._settings_acknowledged()
+            return
+        if (stop - body) % 6:
+            raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "SETTINGS of a wrong size")
+        self._count(SETTINGS)
+        for identifier, value in frames.SETTING.iter_unpack(data[body:stop]):
+            self._apply_setting(identifier, value)
+        # Acknowledged when they hold, and before anything is sent that needs them (6.5.3).
+        self._out.append(frames.SETTINGS_ACK)
+        events.append(PeerSettings())
+        self._serve(events)
+
+    def _apply_setting(self, identifier: int, value: int) -> None:
+        """Apply one setting of the peer; unknown ones mean nothing (6.5.2). Raises ConnectionFault."""
+        if identifier == frames.SETTING_INITIAL_WINDOW_SIZE:
+            try:
+                if value > WINDOW_BYTES_MAX:
+                    raise OverflowError
+                self._change_initial_window(value)
+            except OverflowError:
+                raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "window above 2^31-1") from None
+        elif identifier == frames.SETTING_MAX_FRAME_SIZE:
+            if not FRAME_BYTES_MIN <= value <= FRAME_BYTES_MAX:
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"MAX_FRAME_SIZE {value}")
+            self._change_frame_bytes(value)
+        elif identifier == frames.SETTING_HEADER_TABLE_SIZE:
+            self._encoder.resize(value)
+        elif identifier == frames.SETTING_MAX_CONCURRENT_STREAMS:
+            self.peer_max_streams = value
+        elif identifier == frames.SETTING_MAX_HEADER_LIST_SIZE:
+            self.peer_header_list_bytes_max = value
+        elif identifier == frames.SETTING_ENABLE_PUSH:
+            # A server may name it, but only with 0.
+            if value > (1 if self._server else 0):
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"ENABLE_PUSH {value}")
+        elif identifier == frames.SETTING_ENABLE_CONNECT_PROTOCOL and value > 1:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"ENABLE_CONNECT_PROTOCOL {value}")
+
+    def _settings_acknowledged(self) -> None:
+        """The peer follows our settings from now on: what we allowed beyond them until now ends."""
+        if not self.settings_pending:
+            self._count(IGNORED)
+            return
+        self.settings_pending -= 1
+        if self.settings_pending:
+            return
+        self._decoder.table_bytes_max = self.limits.header_table_bytes
+        delta = self.limits.initial_window - self._own_initial_window
+        if delta:
+            self._own_initial_window += delta
+            for stream in self.streams.values():
+                stream.receive_window += delta
+
+    def _on_ping(self, data: bytes, body: int, stop: int, flags: int, stream_id: int, events: list[Event]) -> None:
+        """PING (6.7)."""
+        if stop - body != 8:
+            raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "PING of a wrong size")
+        if stream_id:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PING on a stream")
+        self._count(PINGS)
+        if flags & frames.ACK:
+            events.append(PingAcknowledged(data[body:stop]))
+        else:
+            self._out.append(frames.ping(data[body:stop], ack=True))
+
+    def _on_go_away(self, data: bytes, body: int, stop: int, _flags: int, stream_id: int, events: list[Event]) -> None:
+        """GOAWAY (6.8): nothing changes for the streams up to the last id; those above it were never looked at."""
+        if stream_id:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "GOAWAY on a stream")
+        if stop - body < 8:
+            raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "GOAWAY of a wrong size")
+        self._count(IGNORED)
+        word = frames.WORD.unpack_from
+        last_id = word(data, body)[0] & STREAM_ID_MAX
+        code = error_code(word(data, body + 4)[0])
+        self.peer_last_id = last_id
+        events.append(GoAwayReceived(last_id, code, data[body + 8 : stop]))
+        if self._server:
+            return
+        for stream in [stream for stream in self.streams.values() if stream.id > last_id]:
+            self._forget(stream)
+            events.append(StreamReset(stream, ErrorCode.REFUSED_STREAM, True, "above the last id of GOAWAY"))
+        self.ending = True
+        if not self.streams:
+            self._shut()
+
+    def _on_push_promise(
+        self, _data: bytes, _body: int, _stop: int, _flags: int, _stream_id: int, _events: list[Event]
+    ) -> None:
+        """PUSH_PROMISE (6.6): a client must not send it, and as a client we have forbidden it."""
+        raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PUSH_PROMISE")
+
+
+# By frame type.
+_HANDLERS: tuple[_Handler, ...] = (
+    Connection._on_data,
+    Connection._on_headers,
+    Connection._on_priority,
+    Connection._on_rst_stream,
+    Connection._on_settings,
+    Connection._on_push_promise,
+    Connection._on_ping,
+    Connection._on_go_away,
+    Connection._on_window_update,
+    Connection._on_continuation,
+)

@@ -1,0 +1,145 @@
+"""Validity of header lists (RFC 9113 sections 8.1.1, 8.2, 8.3).
+
+A malformed list is the fault of one request, never of the connection. Fields repeat endlessly, so what was found
+about a short one is remembered; the memory is bounded and shared by all connections.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+# What a field is. Bits, so that a list's fields add up to what has been seen.
+_REGULAR = 0
+_METHOD = 1
+_SCHEME = 2
+_PATH = 4
+_AUTHORITY = 8
+_STATUS = 16
+_CONTENT_LENGTH = 32
+_HOST = 64
+_BAD = 128
+
+_REQUEST_PSEUDO = _METHOD | _SCHEME | _PATH | _AUTHORITY
+_PSEUDO = _REQUEST_PSEUDO | _STATUS
+_REQUEST_REQUIRED = _METHOD | _SCHEME | _PATH
+
+_SPECIAL = {
+    b":method": _METHOD,
+    b":scheme": _SCHEME,
+    b":path": _PATH,
+    b":authority": _AUTHORITY,
+    b":status": _STATUS,
+    b"content-length": _CONTENT_LENGTH,
+    b"host": _HOST,
+}
+# They belong to HTTP/1 connections (8.2.2).
+_CONNECTION_SPECIFIC = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
+
+# Visible ASCII without upper case and, after the first place, without colon (8.2.1).
+_NAME = re.compile(rb":?[!-9;-@\[-~]+").fullmatch
+# Neither NUL, CR, LF inside nor blanks around (8.2.1).
+_VALUE = re.compile(rb"(?:[^\0\r\n\t ](?:[^\0\r\n]*[^\0\r\n\t ])?)?").fullmatch
+_STATUS_VALUE = re.compile(rb"[1-9][0-9][0-9]").fullmatch
+_LENGTH_VALUE = re.compile(rb"[0-9]{1,18}").fullmatch
+
+_KINDS_MAX = 4_096
+_KIND_VALUE_BYTES_MAX = 128
+_kinds: dict[tuple[bytes, bytes], int] = {}
+
+
+class MalformedHeaders(Exception):
+    """A header list that RFC 9113 forbids; the text says why."""
+
+
+def check_request(headers: Sequence[tuple[bytes, bytes]]) -> int | None:
+    """Return the content-length a request promises, if any. Raises MalformedHeaders."""
+    seen = _check(headers, _REQUEST_PSEUDO)
+    if seen & _REQUEST_REQUIRED != _REQUEST_REQUIRED and not _is_connect(headers, seen):
+        raise MalformedHeaders("request without :method, :scheme or :path")
+    if seen & _HOST and seen & _AUTHORITY:
+        _check_host(headers)
+    return content_length(headers) if seen & _CONTENT_LENGTH else None
+
+
+def check_response(headers: Sequence[tuple[bytes, bytes]]) -> tuple[int, int | None]:
+    """Return the status and the content-length of a response. Raises MalformedHeaders."""
+    seen = _check(headers, _STATUS)
+    if not seen & _STATUS:
+        raise MalformedHeaders("response without :status")
+    # Pseudo-header fields come first, and there is only one in a response.
+    status = int(headers[0][1])
+    if status == 101:
+        raise MalformedHeaders("status 101 does not exist in HTTP/2")
+    return status, content_length(headers) if seen & _CONTENT_LENGTH else None
+
+
+def check_trailers(headers: Sequence[tuple[bytes, bytes]]) -> None:
+    """Check a list after the body. Raises MalformedHeaders."""
+    _check(headers, 0)
+
+
+def content_length(headers: Sequence[tuple[bytes, bytes]]) -> int:
+    """Return the one value of all content-length fields. Raises MalformedHeaders if they differ."""
+    values = {int(value) for name, value in headers if name == b"content-length"}
+    if len(values) != 1:
+        raise MalformedHeaders("content-length fields differ")
+    return values.pop()
+
+
+def _check(headers: Sequence[tuple[bytes, bytes]], allowed_pseudo: int) -> int:
+    seen = 0
+    regular_seen = False
+    known = _kinds.get
+    for field in headers:
+        kind = known(field)
+        if kind is None:
+            kind = _classify(field)
+        if kind & _PSEUDO:
+            if regular_seen:
+                raise MalformedHeaders("pseudo-header field after a regular one")
+            if not kind & allowed_pseudo:
+                raise MalformedHeaders(f"{field[0].decode('ascii')} does not belong here")
+            if kind & seen:
+                raise MalformedHeaders(f"{field[0].decode('ascii')} twice")
+        elif kind == _BAD:
+            raise MalformedHeaders(f"forbidden field {field[0][:64]!r}")
+        else:
+            regular_seen = True
+        seen |= kind
+    return seen
+
+
+def _classify(field: tuple[bytes, bytes]) -> int:
+    kind = _kind(*field)
+    if len(field[1]) <= _KIND_VALUE_BYTES_MAX and len(field[0]) <= _KIND_VALUE_BYTES_MAX:
+        if len(_kinds) >= _KINDS_MAX:
+            _kinds.clear()
+        _kinds[(field[0], field[1])] = kind
+    return kind
+
+
+def _kind(name: bytes, value: bytes) -> int:
+    kind = _SPECIAL.get(name, _REGULAR)
+    bad = (
+        _NAME(name) is None
+        or _VALUE(value) is None
+        or (name.startswith(b":") and kind == _REGULAR)
+        or name in _CONNECTION_SPECIFIC
+        or (name == b"te" and value.lower() != b"trailers")
+        or (kind & (_METHOD | _SCHEME | _PATH) and not value)
+        or (kind == _STATUS and _STATUS_VALUE(value) is None)
+        or (kind == _CONTENT_LENGTH and _LENGTH_VALUE(value) is None)
+    )
+    return _BAD if bad else kind
+
+
+def _is_connect(headers: Sequence[tuple[bytes, bytes]], seen: int) -> bool:
+    """Tell whether it is a CONNECT request, which names an authority only (8.5)."""
+    return seen & _REQUEST_PSEUDO == _METHOD | _AUTHORITY and (b":method", b"CONNECT") in headers
+
+
+def _check_host(headers: Sequence[tuple[bytes, bytes]]) -> None:
+    hosts = {value.lower() for name, value in headers if name in (b"host", b":authority")}
+    if len(hosts) != 1:
+        raise MalformedHeaders("host differs from :authority")

@@ -1,0 +1,78 @@
+"""Every limit of an HTTP/2 connection, with its unit and its reason.
+
+The peer decides how many streams it opens, how fast it sends and what; these numbers bound what that can cost. The
+first group is announced in SETTINGS and is part of the protocol, the second one is ours alone (RFC 9113 section
+10.5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FRAME_BYTES_MIN = 16_384
+FRAME_BYTES_MAX = 2**24 - 1
+WINDOW_BYTES_DEFAULT = 65_535
+WINDOW_BYTES_MAX = 2**31 - 1
+STREAM_ID_MAX = 2**31 - 1
+HEADER_TABLE_BYTES_DEFAULT = 4_096
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one connection allows its peer.
+
+    Flood limits have no clock: each counts frames that cost us work and bring nothing, and one percent of the limit
+    is forgiven whenever the shell takes the output of a connection that is not paused. A peer that keeps within what
+    a turn of the event loop can do is never counted out, one that runs ahead of the loop is, and one that does not
+    read its answers (so that the transport is paused) gets no forgiveness at all.
+    """
+
+    max_streams: int = 100_000
+    """Streams the peer may have open; more are refused one by one. Bounds memory at some 400 bytes a stream."""
+
+    initial_window: int = 262_144
+    """Bytes a stream may receive before we have consumed any. Bounds what one call makes us hold."""
+
+    connection_window: int = 1_048_576
+    """Bytes all streams together may receive before we have consumed any (at least 65,535, which is given)."""
+
+    max_frame_bytes: int = FRAME_BYTES_MIN
+    """Bytes of a received frame's payload, checked before it is buffered. Bounds the receive buffer."""
+
+    header_list_bytes_max: int = 65_536
+    """Bytes of one header list, decoded, 32 per field included (RFC 9113 6.5.2).
+    A longer one is not kept, its stream is refused with ENHANCE_YOUR_CALM (gRPC's RESOURCE_EXHAUSTED)."""
+
+    header_table_bytes: int = HEADER_TABLE_BYTES_DEFAULT
+    """Bytes of the table the peer's header compression may build on our side (RFC 7541 section 4)."""
+
+    resets_remembered: int = 1_000
+    """Ids of streams reset by us that are remembered, so that late frames for them are dropped in silence. A late frame
+    of one that is forgotten is answered by one more RST_STREAM, which does no harm."""
+
+    continuations_max: int = 64
+    """CONTINUATION frames in one header block: with 16 KiB frames 1 MiB, far beyond any header list we would take."""
+
+    resets_max: int = 2_000
+    """Streams that ended badly before any answer: reset by the peer before we answered,
+    refused, or broken by it. Bounds the "rapid reset" attack (CVE-2023-44487) and "made you reset"
+    (CVE-2025-8671)."""
+
+    pings_max: int = 1_000
+    """PINGs, each of which asks for an answer: bounds the unread answers too."""
+
+    settings_max: int = 100
+    """SETTINGS, each of which asks for an answer and may touch every stream."""
+
+    empty_data_max: int = 1_000
+    """DATA frames that carry no data and do not end their stream."""
+
+    tiny_updates_max: int = 20_000
+    """WINDOW_UPDATEs of less than `tiny_update_bytes`; with them a peer cuts our data into tiny frames. Generous: some
+    clients give back every small message at once, on many streams."""
+
+    tiny_update_bytes: int = 1_024
+    """Bytes from which on a WINDOW_UPDATE is not counted."""
+
+    ignored_max: int = 10_000
+    """Frames without effect: PRIORITY, unknown types, frames for streams that are closed."""

@@ -1,0 +1,377 @@
+"""The receiving half of an HTTP/2 connection: what each stream's frames mean, and the ledger of what the peer may send.
+
+Every handler gets one whole frame as a range of the received bytes. It changes the state, appends events, and raises
+a fault where the peer is wrong: `StreamFault` ends one stream, `ConnectionFault` the connection. Wherever RFC 9113
+leaves the choice, the stream pays and the connection lives, because other people's watches are on it.
+"""
+
+from __future__ import annotations
+
+from hpack import HPACKError
+
+from proto.http2 import frames
+from proto.http2.compression import HeaderDecoder
+from proto.http2.errors import ConnectionFault, ErrorCode, StreamFault, error_code
+from proto.http2.events import DataReceived, Event, Headers, HeadersKind, HeadersReceived, StreamReset
+from proto.http2.headers import MalformedHeaders, check_request, check_response, check_trailers
+from proto.http2.limits import HEADER_TABLE_BYTES_DEFAULT, WINDOW_BYTES_DEFAULT, WINDOW_BYTES_MAX, Limits
+from proto.http2.sending import CLOSED, HALF_CLOSED_LOCAL, HALF_CLOSED_REMOTE, OPEN, Role, SendingHalf
+from proto.http2.streams import Stream
+
+# The flood counters, by place in the list.
+RESETS = 0
+PINGS = 1
+SETTINGS = 2
+EMPTY_DATA = 3
+TINY_UPDATES = 4
+IGNORED = 5
+_FLOOD_NAMES = ("streams ended badly", "PING", "SETTINGS", "empty DATA", "tiny WINDOW_UPDATE", "frames without effect")
+
+_unpack_word = frames.WORD.unpack_from
+# A body's length is not to be checked: the peer promised nothing, or its promise is about another message (RFC 9110
+# 8.6).
+_NO_BODY_STATUSES = frozenset({204, 304})
+
+
+class ReceivingHalf(SendingHalf):
+    """What the peer sends on streams, and what it is allowed to send."""
+
+    __slots__ = (
+        "_block_end_stream",
+        "_block_frames",
+        "_block_id",
+        "_decoder",
+        "_flood",
+        "_flood_max",
+        "_last_accepted",
+        "_last_id",
+        "_own_initial_window",
+        "_unreturned",
+        "_window_step",
+        "receive_window",
+    )
+
+    def __init__(self, role: Role, limits: Limits) -> None:
+        super().__init__(role, limits)
+        # Bytes the peer may still send on all streams together.
+        self.receive_window = WINDOW_BYTES_DEFAULT
+        # Bytes consumed that no WINDOW_UPDATE has told the peer about yet, and how many are worth one.
+        self._unreturned = 0
+        self._window_step = max(limits.connection_window, WINDOW_BYTES_DEFAULT) // 2
+        # The window a new stream gives the peer. Until it has acknowledged our settings it may use the default.
+        self._own_initial_window = max(limits.initial_window, WINDOW_BYTES_DEFAULT)
+        table_bytes = max(limits.header_table_bytes, HEADER_TABLE_BYTES_DEFAULT)
+        self._decoder = HeaderDecoder(limits.header_list_bytes_max, table_bytes)
+        # The header block that is arriving: its stream (0: none), whether it ends the stream, its CONTINUATIONs.
+        self._block_id = 0
+        self._block_end_stream = False
+        self._block_frames = 0
+        # The highest stream id so far: the peer's for a server, our own for a client.
+        self._last_id = 0
+        # The highest id we take from the peer; lowered by the second step of going away.
+        self._last_accepted = WINDOW_BYTES_MAX
+        self._flood = [0] * len(_FLOOD_NAMES)
+        self._flood_max = (
+            limits.resets_max,
+            limits.pings_max,
+            limits.settings_max,
+            limits.empty_data_max,
+            limits.tiny_updates_max,
+            limits.ignored_max,
+        )
+
+    def consumed(self, stream: Stream | None, size: int) -> None:
+        """Give `size` flow-controlled bytes back to the peer, who may send as many more.
+
+        Always credits the connection, and the stream as long as the peer sends on it. WINDOW_UPDATEs are held back
+        until half a window has gathered.
+        """
+        if self.closed or size <= 0:
+            return
+        self._unreturned += size
+        if self._unreturned >= self._window_step:
+            self._out.append(frames.window_update(0, self._unreturned))
+            self.receive_window += self._unreturned
+            self._unreturned = 0
+        if stream is not None and (stream.state is OPEN or stream.state is HALF_CLOSED_LOCAL):
+            stream.unreturned += size
+            if stream.unreturned * 2 >= self.limits.initial_window:
+                self._out.append(frames.window_update(stream.id, stream.unreturned))
+                stream.receive_window += stream.unreturned
+                stream.unreturned = 0
+
+    def _count(self, kind: int) -> None:
+        """Count a frame that brings nothing (10.5). Raises ConnectionFault at the limit."""
+        flood = self._flood
+        flood[kind] += 1
+        self._forgiving = True
+        if flood[kind] > self._flood_max[kind]:
+            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, f"flood: {_FLOOD_NAMES[kind]}")
+
+    def _forgive(self) -> None:
+        flood = self._flood
+        self._forgiving = False
+        for kind, limit in enumerate(self._flood_max):
+            if flood[kind]:
+                flood[kind] = left = max(0, flood[kind] - max(1, limit // 100))
+                if left:
+                    self._forgiving = True
+
+    def _is_idle(self, stream_id: int) -> bool:
+        """Tell whether no stream of this id ever was (5.1.1): even ids belong to pushes, which nobody makes."""
+        return stream_id > self._last_id or not stream_id & 1
+
+    def _abort(self, fault: StreamFault, events: list[Event]) -> None:
+        """End one stream for the peer's fault; tell the shell if it knew the stream."""
+        self._count(RESETS)
+        stream = self.streams.get(fault.stream_id)
+        self._reset_id(fault.stream_id, fault.code)
+        if stream is not None:
+            self._forget(stream)
+            events.append(StreamReset(stream, fault.code, False, fault.reason))
+
+    def _on_data(self, data: bytes, body: int, stop: int, flags: int, stream_id: int, events: list[Event]) -> None:
+        """DATA (6.1)."""
+        length = stop - body
+        if flags & frames.PADDED:
+            body, stop = _unpad(data, body, stop)
+        stream = self.streams.get(stream_id)
+        if stream is None and self._is_idle(stream_id):
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"DATA on stream {stream_id}, which is not open")
+        self.receive_window -= length
+        if self.receive_window < 0:
+            raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "connection window overrun")
+        if stream is None:
+            self.consumed(None, length)
+            self._late(stream_id)
+            return
+        size = stop - body
+        end_stream = bool(flags & frames.END_STREAM)
+        stream.receive_window -= length
+        fault = _data_fault(stream, size, end_stream)
+        if fault is not None:
+            self.consumed(None, length)
+            raise fault
+        if size:
+            if stream.content_left is not None:
+                stream.content_left -= size
+            chunk = data[body:stop]
+        else:
+            chunk = b""
+            if not end_stream:
+                self._count(EMPTY_DATA)
+        if length != size:
+            self.consumed(stream, length - size)
+        if size or end_stream:
+            events.append(DataReceived(stream, chunk, size, end_stream))
+        if end_stream:
+            self._received_end(stream)
+
+    def _on_headers(self, data: bytes, body: int, stop: int, flags: int, stream_id: int, events: list[Event]) -> None:
+        """HEADERS (6.2)."""
+        if flags & frames.PADDED:
+            body, stop = _unpad(data, body, stop)
+        if flags & frames.PRIORITY_FLAG:
+            body += 5
+            if body > stop:
+                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "HEADERS without room for its priority")
+        if not stream_id or (not stream_id & 1) or (not self._server and self._is_idle(stream_id)):
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"HEADERS on stream {stream_id}")
+        end_stream = bool(flags & frames.END_STREAM)
+        self._feed(data[body:stop])
+        if flags & frames.END_HEADERS:
+            self._block_complete(stream_id, end_stream, events)
+        else:
+            self._block_id = stream_id
+            self._block_end_stream = end_stream
+            self._block_frames = 0
+
+    def _on_continuation(
+        self, data: bytes, body: int, stop: int, flags: int, stream_id: int, events: list[Event]
+    ) -> None:
+        """CONTINUATION (6.10); that it belongs to the block is checked by the caller for every frame."""
+        if not self._block_id:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "CONTINUATION without HEADERS")
+        self._block_frames += 1
+        if self._block_frames > self.limits.continuations_max:
+            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "flood: CONTINUATION")
+        self._feed(data[body:stop])
+        if flags & frames.END_HEADERS:
+            self._block_id = 0
+            self._block_complete(stream_id, self._block_end_stream, events)
+
+    def _feed(self, block: bytes) -> None:
+        try:
+            self._decoder.feed(block)
+        except HPACKError as error:
+            raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, str(error)) from error
+
+    def _block_complete(self, stream_id: int, end_stream: bool, events: list[Event]) -> None:
+        """Use a header list, which has been decoded whatever becomes of it, for the compression's sake (4.3)."""
+        try:
+            headers = self._decoder.finish()
+        except HPACKError as error:
+            raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, str(error)) from error
+        stream = self.streams.get(stream_id)
+        if stream is None:
+            if self._server and stream_id > self._last_id:
+                self._begin_request(stream_id, headers, end_stream, events)
+                return
+            if self._server and headers and headers[0][0].startswith(b":"):
+                # Not late trailers but a request: stream ids grow (5.1.1).
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"stream {stream_id} opened again")
+            self._late(stream_id)
+            return
+        if headers is None:
+            raise StreamFault(stream_id, ErrorCode.ENHANCE_YOUR_CALM, "header list too large")
+        if stream.state is HALF_CLOSED_REMOTE:
+            raise StreamFault(stream_id, ErrorCode.STREAM_CLOSED, "headers after the end of the stream")
+        try:
+            kind = self._take_headers(stream, headers, end_stream)
+        except MalformedHeaders as error:
+            raise StreamFault(stream_id, ErrorCode.PROTOCOL_ERROR, str(error)) from error
+        events.append(HeadersReceived(stream, headers, end_stream, kind))
+        if end_stream:
+            self._received_end(stream)
+
+    def _begin_request(self, stream_id: int, headers: Headers | None, end_stream: bool, events: list[Event]) -> None:
+        self._last_id = stream_id
+        if stream_id > self._last_accepted:
+            raise StreamFault(stream_id, ErrorCode.REFUSED_STREAM, "going away")
+        if len(self.streams) >= self.limits.max_streams:
+            raise StreamFault(stream_id, ErrorCode.REFUSED_STREAM, "too many streams")
+        if headers is None:
+            raise StreamFault(stream_id, ErrorCode.ENHANCE_YOUR_CALM, "header list too large")
+        try:
+            content_length = check_request(headers)
+            if end_stream and content_length:
+                raise MalformedHeaders("content-length without content")
+        except MalformedHeaders as error:
+            raise StreamFault(stream_id, ErrorCode.PROTOCOL_ERROR, str(error)) from error
+        stream = Stream(stream_id, self._peer_initial_window, self._own_initial_window)
+        stream.headers_seen = True
+        stream.content_left = content_length
+        if end_stream:
+            stream.state = HALF_CLOSED_REMOTE
+        self.streams[stream_id] = stream
+        events.append(HeadersReceived(stream, headers, end_stream, HeadersKind.REQUEST))
+
+    def _take_headers(self, stream: Stream, headers: Headers, end_stream: bool) -> HeadersKind:
+        """Check a header list on an open stream and say which one it is. Raises MalformedHeaders."""
+        if stream.headers_seen:
+            check_trailers(headers)
+            if not end_stream:
+                raise MalformedHeaders("trailers that do not end the stream")
+            if stream.content_left:
+                raise MalformedHeaders("less content than content-length")
+            return HeadersKind.TRAILERS
+        status, content_length = check_response(headers)
+        if status < 200:
+            if end_stream:
+                raise MalformedHeaders("informational response that ends the stream")
+            return HeadersKind.INFORMATIONAL
+        if content_length is not None and status not in _NO_BODY_STATUSES and not stream.bodiless:
+            if end_stream and content_length:
+                raise MalformedHeaders("content-length without content")
+            stream.content_left = content_length
+        stream.headers_seen = True
+        return HeadersKind.RESPONSE
+
+    def _on_rst_stream(
+        self, data: bytes, body: int, stop: int, _flags: int, stream_id: int, events: list[Event]
+    ) -> None:
+        """RST_STREAM (6.4)."""
+        if stop - body != 4:
+            raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "RST_STREAM of a wrong size")
+        stream = self.streams.get(stream_id)
+        if stream is None:
+            if self._is_idle(stream_id):
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"RST_STREAM on stream {stream_id}, which is not open")
+            self._count(IGNORED)
+            return
+        if self._server and not stream.started:
+            self._count(RESETS)
+        self._forget(stream)
+        events.append(StreamReset(stream, error_code(_unpack_word(data, body)[0]), True))
+
+    def _on_window_update(
+        self, data: bytes, body: int, stop: int, _flags: int, stream_id: int, events: list[Event]
+    ) -> None:
+        """WINDOW_UPDATE (6.9)."""
+        if stop - body != 4:
+            raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "WINDOW_UPDATE of a wrong size")
+        increment = _unpack_word(data, body)[0] & WINDOW_BYTES_MAX
+        if not stream_id:
+            if not increment:
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
+            self.send_window += increment
+            if self.send_window > WINDOW_BYTES_MAX:
+                raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "connection window above 2^31-1")
+            if self._round_robin:
+                self._serve(events)
+        else:
+            stream = self.streams.get(stream_id)
+            if stream is None:
+                if self._is_idle(stream_id):
+                    raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"WINDOW_UPDATE on stream {stream_id}, not open")
+                self._count(IGNORED)
+                return
+            if not increment:
+                raise StreamFault(stream_id, ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
+            window = stream.send_window + increment
+            if window > WINDOW_BYTES_MAX:
+                raise StreamFault(stream_id, ErrorCode.FLOW_CONTROL_ERROR, "stream window above 2^31-1")
+            stream.send_window = window
+            if stream.blocked:
+                self._wait(stream)
+                self._serve(events)
+        if increment < self.limits.tiny_update_bytes:
+            self._count(TINY_UPDATES)
+
+    def _on_priority(
+        self, _data: bytes, body: int, stop: int, _flags: int, stream_id: int, _events: list[Event]
+    ) -> None:
+        """PRIORITY (6.3): deprecated, checked and ignored."""
+        if not stream_id:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PRIORITY on stream 0")
+        if stop - body != 5 and stream_id in self.streams:
+            raise StreamFault(stream_id, ErrorCode.FRAME_SIZE_ERROR, "PRIORITY of a wrong size")
+        self._count(IGNORED)
+
+    def _late(self, stream_id: int) -> None:
+        """A frame came for a stream that is closed: no fault if we reset it, and one more reset if not (5.1)."""
+        if stream_id in self._reset_ids:
+            self._count(IGNORED)
+        else:
+            raise StreamFault(stream_id, ErrorCode.STREAM_CLOSED, "frame on a closed stream")
+
+    def _received_end(self, stream: Stream) -> None:
+        """END_STREAM of the peer: change the stream's state."""
+        if stream.state is HALF_CLOSED_LOCAL:
+            self._forget(stream)
+        elif stream.state is not CLOSED:
+            stream.state = HALF_CLOSED_REMOTE
+
+
+def _data_fault(stream: Stream, size: int, end_stream: bool) -> StreamFault | None:
+    """Return what is wrong with `size` bytes of content on a stream, if anything."""
+    if stream.state is HALF_CLOSED_REMOTE:
+        return StreamFault(stream.id, ErrorCode.STREAM_CLOSED, "data after the end of the stream")
+    if stream.receive_window < 0:
+        return StreamFault(stream.id, ErrorCode.FLOW_CONTROL_ERROR, "stream window overrun")
+    if not stream.headers_seen:
+        return StreamFault(stream.id, ErrorCode.PROTOCOL_ERROR, "data before the response's headers")
+    left = stream.content_left
+    if left is not None and (size > left or (end_stream and size != left)):
+        return StreamFault(stream.id, ErrorCode.PROTOCOL_ERROR, "content differs from content-length")
+    return None
+
+
+def _unpad(data: bytes, body: int, stop: int) -> tuple[int, int]:
+    """Return the range of a frame without its padding (6.1). Raises ConnectionFault."""
+    if body == stop:
+        raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "padded frame without its padding's length")
+    padding = data[body]
+    if padding >= stop - body:
+        raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "padding longer than the frame")
+    return body + 1, stop - padding

@@ -1,0 +1,333 @@
+"""The sending half of an HTTP/2 connection: one output queue, and the ledger of what the peer lets us send.
+
+Theory of operation. Whatever may go out at once is appended to the output, in call order; the shell takes it with
+`output()` and writes it in one go. Only DATA can be held up: by its stream's window, by the connection's window, or
+because the transport is paused. Then the stream is *blocked*: its pieces wait in its own queue, and everything said
+later on that stream (more data, trailers) waits behind them. A blocked stream whose own window is open is *waiting*:
+it stands in the round robin, which is served one frame a turn as soon as the connection's window or the transport
+opens. A blocked stream without a window of its own stands nowhere; its WINDOW_UPDATE, or a change of the initial
+window, brings it back.
+
+So: the round robin is empty, or the connection's window is used up, or the transport is paused.
+
+`send` is where a fan-out proxy lives. Its fast lane compares three numbers, packs nine bytes and appends the very
+pieces it was given: nothing is copied, so that one payload can be in the output of a thousand connections.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from enum import Enum
+
+from proto.http2 import frames
+from proto.http2.compression import HeaderEncoder
+from proto.http2.errors import ErrorCode, StreamMisuse
+from proto.http2.events import Event, StreamDrained
+from proto.http2.limits import FRAME_BYTES_MIN, WINDOW_BYTES_DEFAULT, WINDOW_BYTES_MAX, Limits
+from proto.http2.streams import Stream, StreamState
+
+OPEN = StreamState.OPEN
+HALF_CLOSED_LOCAL = StreamState.HALF_CLOSED_LOCAL
+HALF_CLOSED_REMOTE = StreamState.HALF_CLOSED_REMOTE
+CLOSED = StreamState.CLOSED
+
+_pack_header = frames.FRAME_HEADER.pack
+# Nothing fits into it: the fast lane is shut with one number.
+_SHUT = -1
+
+
+class Role(Enum):
+    """Which side of the connection we are: a client opens streams, a server answers them."""
+
+    CLIENT = "client"
+    SERVER = "server"
+
+
+class SendingHalf:
+    """What we may send, what waits, and what is ready to be written."""
+
+    __slots__ = (
+        "_encoder",
+        "_forgiving",
+        "_frame_bytes_live",
+        "_out",
+        "_paused",
+        "_peer_frame_bytes",
+        "_peer_initial_window",
+        "_reset_ids",
+        "_round_robin",
+        "_server",
+        "closed",
+        "ending",
+        "limits",
+        "role",
+        "send_window",
+        "streams",
+    )
+
+    def __init__(self, role: Role, limits: Limits) -> None:
+        self.role = role
+        self.limits = limits
+        # The connection is over: the shell writes the output that is left and closes the transport.
+        self.closed = False
+        # No stream will be added any more; when the last one ends the connection is closed.
+        self.ending = False
+        # The open streams by id.
+        self.streams: dict[int, Stream] = {}
+        # Bytes the peer lets us send on all streams together.
+        self.send_window = WINDOW_BYTES_DEFAULT
+        self._server = role is Role.SERVER
+        self._out: list[bytes] = []
+        self._paused = False
+        # The largest payload the peer takes (its SETTINGS_MAX_FRAME_SIZE) ...
+        self._peer_frame_bytes = FRAME_BYTES_MIN
+        # ... and the same as long as data may flow, _SHUT while the transport is paused or the connection is over.
+        self._frame_bytes_live = FRAME_BYTES_MIN
+        # The window a new stream begins with (the peer's SETTINGS_INITIAL_WINDOW_SIZE).
+        self._peer_initial_window = WINDOW_BYTES_DEFAULT
+        self._encoder = HeaderEncoder()
+        self._round_robin: deque[Stream] = deque()
+        # Ids of streams reset by us, oldest first: late frames for them are no fault of the peer.
+        self._reset_ids: dict[int, None] = {}
+        # Some flood counter is above zero.
+        self._forgiving = False
+
+    def output(self) -> list[bytes]:
+        """Take what is ready to be written, in order; [] when there is nothing."""
+        out = self._out
+        if out:
+            self._out = []
+        if self._forgiving and not self._paused:
+            self._forgive()
+        return out
+
+    def send(self, stream: Stream, pieces: Sequence[bytes], size: int, end_stream: bool = False) -> bool:
+        """Send DATA: the pieces joined, `size` bytes in all.
+
+        Returns True when everything is in the output; False when some of it has to wait (then `stream.blocked` is True
+        until `StreamDrained`). On a stream that is over (reset, or its connection is closed) data is dropped and the
+        answer is True: nothing waits. Raises StreamMisuse after an earlier end_stream.
+        """
+        if (
+            size <= stream.send_window
+            and size <= self.send_window
+            and size <= self._frame_bytes_live
+            and not stream.blocked
+            and not stream.ending
+        ):
+            stream.send_window -= size
+            self.send_window -= size
+            out = self._out
+            out.append(_pack_header(size << 8, 1 if end_stream else 0, stream.id))
+            out += pieces
+            if end_stream:
+                stream.ending = True
+                self._sent_end(stream)
+            return True
+        return self._send_waiting(stream, pieces, size, end_stream)
+
+    def send_headers(self, stream: Stream, headers: Sequence[tuple[bytes, bytes]], end_stream: bool = False) -> None:
+        """Send a header list: informational or final response, or (with end_stream) trailers.
+
+        Trailers queue behind the stream's unsent data. Does nothing on a stream that is over.
+        Raises StreamMisuse after an earlier end_stream, or for a list without end_stream behind unsent data.
+        """
+        if stream.state is CLOSED or self.closed:
+            return
+        if stream.ending:
+            raise StreamMisuse(f"headers on stream {stream.id} after its end")
+        if stream.blocked:
+            if not end_stream:
+                raise StreamMisuse(f"headers that are not trailers behind unsent data on stream {stream.id}")
+            stream.trailers = list(headers)
+            stream.ending = True
+            return
+        stream.started = True
+        self._write_headers(stream, headers, end_stream)
+        if end_stream:
+            stream.ending = True
+            self._sent_end(stream)
+
+    def reset(self, stream: Stream, code: ErrorCode) -> None:
+        """End a stream at once with RST_STREAM; what waits on it is dropped. Does nothing if it is over already.
+
+        The only way to end a stream in the middle of a gRPC message.
+        """
+        if stream.state is CLOSED or self.closed:
+            return
+        self._reset_id(stream.id, code)
+        self._forget(stream)
+
+    def pause(self) -> None:
+        """Hold all DATA back: the transport's write buffer is full. Control frames still go to the output."""
+        self._paused = True
+        self._frame_bytes_live = _SHUT
+
+    def resume(self) -> list[Event]:
+        """Let DATA flow again: the transport's write buffer has drained. Returns the streams that are drained by it."""
+        events: list[Event] = []
+        self._paused = False
+        if not self.closed:
+            self._frame_bytes_live = self._peer_frame_bytes
+            self._serve(events)
+        return events
+
+    @property
+    def paused(self) -> bool:
+        """Between `pause` and `resume`."""
+        return self._paused
+
+    def _send_waiting(self, stream: Stream, pieces: Sequence[bytes], size: int, end_stream: bool) -> bool:
+        if stream.state is CLOSED or self.closed:
+            return True
+        if stream.ending:
+            raise StreamMisuse(f"data on stream {stream.id} after its end")
+        stream.ending = end_stream
+        if size:
+            if stream.queue is None:
+                stream.queue = deque()
+            stream.queue.extend(pieces)
+            stream.unsent += size
+        if stream.blocked:
+            return False
+        while stream.unsent:
+            size = min(stream.unsent, stream.send_window, self.send_window, self._frame_bytes_live)
+            if size <= 0:
+                stream.blocked = True
+                self._wait(stream)
+                return False
+            self._write_data(stream, size)
+        self._finish(stream)
+        return True
+
+    def _wait(self, stream: Stream) -> None:
+        """Put a blocked stream into the round robin, unless only its own window can bring it on."""
+        if stream.send_window > 0 and not stream.waiting:
+            stream.waiting = True
+            self._round_robin.append(stream)
+
+    def _serve(self, events: list[Event]) -> None:
+        """Send for the waiting streams, one frame a turn, as far as the connection's window goes (5.2.1)."""
+        queue = self._round_robin
+        while queue and self.send_window > 0 and self._frame_bytes_live > 0:
+            stream = queue.popleft()
+            stream.waiting = False
+            # It may have been reset, or its window lowered, since it was put here.
+            size = min(stream.unsent, stream.send_window, self.send_window, self._frame_bytes_live)
+            if size <= 0:
+                continue
+            self._write_data(stream, size)
+            if stream.unsent:
+                self._wait(stream)
+            else:
+                stream.blocked = False
+                self._finish(stream)
+                events.append(StreamDrained(stream))
+
+    def _write_data(self, stream: Stream, size: int) -> None:
+        """Move `size` bytes, at least one, from the stream's queue to the output as one frame."""
+        queue = stream.queue
+        assert queue is not None
+        stream.send_window -= size
+        self.send_window -= size
+        stream.unsent -= size
+        last = stream.ending and not stream.unsent and stream.trailers is None
+        out = self._out
+        out.append(_pack_header(size << 8, 1 if last else 0, stream.id))
+        offset = stream.queue_offset
+        while size:
+            piece = queue[0]
+            left = len(piece) - offset
+            if left > size:
+                out.append(piece[offset : offset + size])
+                offset += size
+                break
+            out.append(piece[offset:] if offset else piece)
+            queue.popleft()
+            offset = 0
+            size -= left
+        stream.queue_offset = offset
+
+    def _finish(self, stream: Stream) -> None:
+        """Say what comes after the stream's data, all of which is in the output now."""
+        queue = stream.queue
+        if queue is not None:
+            stream.queue = None
+        if stream.trailers is not None:
+            trailers, stream.trailers = stream.trailers, None
+            self._write_headers(stream, trailers, True)
+        elif queue is None:
+            # Nothing but an end, or nothing at all: no window is needed for an empty frame (6.9).
+            self._out.append(_pack_header(0, 1 if stream.ending else 0, stream.id))
+        if stream.ending:
+            self._sent_end(stream)
+
+    def _write_headers(self, stream: Stream, headers: Sequence[tuple[bytes, bytes]], end_stream: bool) -> None:
+        # Encoded when it goes out and not before: the compression state follows the order of the wire (4.3).
+        block = self._encoder.encode(headers)
+        if len(block) <= self._peer_frame_bytes:
+            flags = frames.END_HEADERS | frames.END_STREAM if end_stream else frames.END_HEADERS
+            self._out.append(_pack_header(len(block) << 8 | frames.HEADERS, flags, stream.id) + block)
+        else:
+            self._out += frames.header_block(stream.id, block, end_stream, self._peer_frame_bytes)
+
+    def _sent_end(self, stream: Stream) -> None:
+        """END_STREAM of ours is in the output: change the stream's state."""
+        if stream.state is HALF_CLOSED_REMOTE:
+            self._forget(stream)
+        elif self._server:
+            # A complete response whose request is still open: the client shall stop sending (8.1).
+            self._reset_id(stream.id, ErrorCode.NO_ERROR)
+            self._forget(stream)
+        else:
+            stream.state = HALF_CLOSED_LOCAL
+
+    def _reset_id(self, stream_id: int, code: ErrorCode) -> None:
+        self._out.append(frames.rst_stream(stream_id, code))
+        ids = self._reset_ids
+        ids[stream_id] = None
+        if len(ids) > self.limits.resets_remembered:
+            # Half at a time, so that a reset costs the same however many there were.
+            self._reset_ids = dict.fromkeys(list(ids)[len(ids) // 2 :])
+
+    def _forget(self, stream: Stream) -> None:
+        """Drop a stream that is closed, with all that waits on it."""
+        stream.state = CLOSED
+        # Shuts the fast lane: whoever still holds the stream sends into the void.
+        stream.ending = True
+        stream.blocked = False
+        stream.unsent = 0
+        stream.queue = None
+        stream.trailers = None
+        self.streams.pop(stream.id, None)
+        if self.ending and not self.streams:
+            self._shut()
+
+    def _shut(self) -> None:
+        self.closed = True
+        self._frame_bytes_live = _SHUT
+
+    def _change_frame_bytes(self, size: int) -> None:
+        """Follow the peer's SETTINGS_MAX_FRAME_SIZE."""
+        self._peer_frame_bytes = size
+        if not self._paused and not self.closed:
+            self._frame_bytes_live = size
+
+    def _change_initial_window(self, size: int) -> None:
+        """Follow the peer's SETTINGS_INITIAL_WINDOW_SIZE: it moves the windows of all streams, not the connection's.
+
+        May leave windows negative. Raises OverflowError if one would exceed 2^31-1 (6.9.2).
+        """
+        delta = size - self._peer_initial_window
+        self._peer_initial_window = size
+        for stream in self.streams.values():
+            stream.send_window += delta
+            if stream.send_window > WINDOW_BYTES_MAX:
+                raise OverflowError
+            if stream.blocked:
+                self._wait(stream)
+
+    def _forgive(self) -> None:
+        """Lower the flood counters; the receiving half knows them."""
+        raise NotImplementedError
