@@ -1,0 +1,128 @@
+"""
+From a gRPC call to a method of the store, and back: what all services share.
+
+Messages are taken and given as bytes, so that their sizes are known: for the byte counters, and because etcd refuses
+a large request with texts of its own. A service is a table of methods; whatever it raises as StoreError becomes the
+call's status.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar, cast
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from proto.framing import Status
+from upstream.store import errors
+from upstream.store.errors import Refusal, StoreError
+
+REQUEST_BYTES_MAX = 1536 * 1024
+"""The largest write: etcd's --max-request-bytes default."""
+
+MESSAGE_BYTES_MAX = REQUEST_BYTES_MAX + 512 * 1024
+"""The largest message taken at all: the same with the overhead etcd's gRPC server allows for."""
+
+Request = TypeVar("Request", bound=Message)
+# In quotes because only the stubs make these classes generic.
+Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
+
+_CODES = {Status(code.value[0]): code for code in grpc.StatusCode}
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes of messages, without framing, as etcd counts them (etcd_network_client_grpc_*_bytes_total)."""
+
+    received: int = 0
+    sent: int = 0
+
+
+async def end(context: Context, refusal: Refusal) -> None:
+    """End a call with a refusal; does not return."""
+    await context.abort(_CODES[refusal.code], refusal.text)
+
+
+async def read(context: Context, traffic: Traffic) -> bytes | None:
+    """Read the next message of a stream; None when the client has ended its side."""
+    # The stubs do not know that EOF comes as a value.
+    data = cast(object, await context.read())
+    if not isinstance(data, bytes):
+        return None
+    traffic.received += len(data)
+    return data
+
+
+def parse(kind: type[Request], data: bytes) -> Request:
+    """Parse a request. Raises StoreError when it is too large or not one."""
+    if len(data) > MESSAGE_BYTES_MAX:
+        text = f"grpc: received message larger than max ({len(data)} vs. {MESSAGE_BYTES_MAX})"
+        raise StoreError(Refusal(Status.RESOURCE_EXHAUSTED, text))
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise StoreError(
+            Refusal(Status.INTERNAL, f"grpc: error unmarshalling request: not a {kind.DESCRIPTOR.full_name}")
+        ) from None
+
+
+def check_write_size(data: bytes) -> None:
+    """Refuse a write larger than etcd would put into its log. Raises StoreError."""
+    if len(data) > REQUEST_BYTES_MAX:
+        raise StoreError(errors.REQUEST_TOO_LARGE)
+
+
+def unary(
+    kind: type[Request], answer: Callable[[Request], Awaitable[Message]], traffic: Traffic, *, write: bool = False
+) -> Handler:
+    """Make the handler of a unary method; `write` says that the size limit of writes applies."""
+
+    async def call(data: bytes, context: Context) -> bytes:
+        traffic.received += len(data)
+        try:
+            request = parse(kind, data)
+            if write:
+                check_write_size(data)
+            response = (await answer(request)).SerializeToString()
+        except StoreError as error:
+            await end(context, error.refusal)
+            raise
+        traffic.sent += len(response)
+        return response
+
+    return grpc.unary_unary_rpc_method_handler(call)
+
+
+def stream(call: Callable[[Context], Coroutine[Any, Any, None]]) -> Handler:
+    """Make the handler of a bidirectional method that reads and writes on the context."""
+
+    async def run(_requests: AsyncIterator[bytes], context: Context) -> None:
+        try:
+            await call(context)
+        except StoreError as error:
+            await end(context, error.refusal)
+
+    return grpc.stream_stream_rpc_method_handler(run)
+
+
+def unimplemented(reason: str, *, streams_answers: bool = False) -> Handler:
+    """Make the handler of a method that the store does not have; it says why."""
+
+    async def call(_data: bytes, context: Context) -> bytes:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, reason)
+        raise AssertionError("abort returned")
+
+    async def call_stream(_data: bytes, context: Context) -> None:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, reason)
+
+    if streams_answers:
+        return grpc.unary_stream_rpc_method_handler(call_stream)
+    return grpc.unary_unary_rpc_method_handler(call)
+
+
+def service(name: str, methods: Mapping[str, Handler]) -> grpc.GenericRpcHandler:
+    """Make a service of its methods' handlers; `name` is the full one, such as etcdserverpb.KV."""
+    return grpc.method_handlers_generic_handler(name, dict(methods))

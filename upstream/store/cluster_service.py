@@ -1,0 +1,42 @@
+"""The Cluster service: one member, which is all this store ever has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grpc
+
+from proto.pb import rpc_pb2
+from upstream.store.calls import Handler, Traffic, service, unary, unimplemented
+from upstream.store.state import StoreState
+
+NO_CLUSTER = "the bundled store is a single member: it takes no others (run an etcd cluster for that)"
+
+
+class ClusterService:
+    """etcdserverpb.Cluster."""
+
+    def __init__(self, state: StoreState) -> None:
+        self._state = state
+        # What clients are told to connect to; known once the server listens.
+        self.client_urls: Sequence[str] = ()
+
+    def handlers(self, traffic: Traffic) -> grpc.GenericRpcHandler:
+        """Return the service to register."""
+        methods: dict[str, Handler] = {
+            name: unimplemented(NO_CLUSTER) for name in ("MemberAdd", "MemberRemove", "MemberUpdate", "MemberPromote")
+        }
+        methods["MemberList"] = unary(rpc_pb2.MemberListRequest, self.member_list, traffic)
+        return service("etcdserverpb.Cluster", methods)
+
+    async def member_list(self, _request: rpc_pb2.MemberListRequest) -> rpc_pb2.MemberListResponse:
+        """Answer MemberList. Without peers there are no peer URLs; the client URL stands in."""
+        response = rpc_pb2.MemberListResponse()
+        self._state.fill(response.header)
+        # etcd's cluster answers carry no revision.
+        response.header.revision = 0
+        identity = self._state.identity
+        response.members.add(
+            ID=identity.member_id, name=identity.name, peerURLs=self.client_urls, clientURLs=self.client_urls
+        )
+        return response

@@ -1,0 +1,53 @@
+"""
+The errors etcd answers with: gRPC code and text, exactly.
+
+Clients decide by both (clientv3 maps texts back to its own errors, others only look at the code), so neither may
+differ by a letter. Source: etcd api/v3rpc/rpctypes/error.go. The pure parts raise them; the services turn them into a
+gRPC status.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from proto.framing import Status
+
+
+class Refusal(NamedTuple):
+    """What a refused call is answered with."""
+
+    code: Status
+    text: str
+
+
+class StoreError(Exception):
+    """A call is refused, for the reason given."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.text)
+        self.refusal = refusal
+
+
+EMPTY_KEY = Refusal(Status.INVALID_ARGUMENT, "etcdserver: key is not provided")
+KEY_NOT_FOUND = Refusal(Status.INVALID_ARGUMENT, "etcdserver: key not found")
+VALUE_PROVIDED = Refusal(Status.INVALID_ARGUMENT, "etcdserver: value is provided")
+LEASE_PROVIDED = Refusal(Status.INVALID_ARGUMENT, "etcdserver: lease is provided")
+TOO_MANY_OPS = Refusal(Status.INVALID_ARGUMENT, "etcdserver: too many operations in txn request")
+DUPLICATE_KEY = Refusal(Status.INVALID_ARGUMENT, "etcdserver: duplicate key given in txn request")
+INVALID_SORT_OPTION = Refusal(Status.INVALID_ARGUMENT, "etcdserver: invalid sort option")
+COMPACTED = Refusal(Status.OUT_OF_RANGE, "etcdserver: mvcc: required revision has been compacted")
+FUTURE_REVISION = Refusal(Status.OUT_OF_RANGE, "etcdserver: mvcc: required revision is a future revision")
+REQUEST_TOO_LARGE = Refusal(Status.INVALID_ARGUMENT, "etcdserver: request is too large")
+
+LEASE_NOT_FOUND = Refusal(Status.NOT_FOUND, "etcdserver: requested lease not found")
+LEASE_EXISTS = Refusal(Status.FAILED_PRECONDITION, "etcdserver: lease already exists")
+LEASE_TTL_TOO_LARGE = Refusal(Status.OUT_OF_RANGE, "etcdserver: too large lease TTL")
+
+MEMBER_NOT_FOUND = Refusal(Status.NOT_FOUND, "etcdserver: member not found")
+AUTH_NOT_ENABLED = Refusal(Status.FAILED_PRECONDITION, "etcdserver: authentication is not enabled")
+WATCH_CANCELED = Refusal(Status.CANCELLED, "etcdserver: watch canceled")
+STOPPED = Refusal(Status.UNAVAILABLE, "etcdserver: server stopped")
+
+# Refusals of a watch's creation; they travel as cancel_reason, so the code is only for completeness.
+WATCH_RANGE_EMPTY = Refusal(Status.INVALID_ARGUMENT, "mvcc: watcher range is empty")
+WATCH_DUPLICATE_ID = Refusal(Status.INVALID_ARGUMENT, "mvcc: duplicate watch ID provided on the WatchStream")

@@ -1,0 +1,111 @@
+"""The Maintenance service: status and hashes; what a store without raft, bolt and alarms cannot do says so."""
+
+from __future__ import annotations
+
+import zlib
+
+import grpc
+
+from proto.framing import Status
+from proto.pb import rpc_pb2
+from upstream.store import errors
+from upstream.store.calls import Traffic, service, unary, unimplemented
+from upstream.store.errors import Refusal, StoreError
+from upstream.store.index import Record
+from upstream.store.state import RAFT_TERM, StoreState
+from upstream.store.txn import key_value
+
+VERSION = "3.5.30"
+"""The etcd release whose behaviour is kept. Clients decide by it what they may ask for (ordered progress, say)."""
+
+NO_SNAPSHOT = "the bundled store has no bolt database to send: copy its --data-dir, or read the keys with Range"
+NO_LEADER_TO_MOVE = "the bundled store is a single member: there is no other to lead"
+NO_DOWNGRADE = "the bundled store has no older version to go back to"
+NO_ALARMS = "the bundled store raises no alarms and takes none"
+
+
+class MaintenanceService:
+    """etcdserverpb.Maintenance."""
+
+    def __init__(self, state: StoreState) -> None:
+        self._state = state
+
+    def handlers(self, traffic: Traffic) -> grpc.GenericRpcHandler:
+        """Return the service to register."""
+        return service(
+            "etcdserverpb.Maintenance",
+            {
+                "Alarm": unary(rpc_pb2.AlarmRequest, self.alarm, traffic),
+                "Status": unary(rpc_pb2.StatusRequest, self.status, traffic),
+                "Defragment": unary(rpc_pb2.DefragmentRequest, self.defragment, traffic),
+                "Hash": unary(rpc_pb2.HashRequest, self.hash, traffic),
+                "HashKV": unary(rpc_pb2.HashKVRequest, self.hash_kv, traffic),
+                "Snapshot": unimplemented(NO_SNAPSHOT, streams_answers=True),
+                "MoveLeader": unimplemented(NO_LEADER_TO_MOVE),
+                "Downgrade": unimplemented(NO_DOWNGRADE),
+            },
+        )
+
+    async def status(self, _request: rpc_pb2.StatusRequest) -> rpc_pb2.StatusResponse:
+        """Answer Status."""
+        state = self._state
+        response = rpc_pb2.StatusResponse(
+            version=VERSION,
+            dbSize=state.mvcc.size_bytes,
+            dbSizeInUse=state.mvcc.size_bytes,
+            leader=state.identity.member_id,
+            raftIndex=state.raft_index,
+            raftAppliedIndex=state.raft_index,
+            raftTerm=RAFT_TERM,
+        )
+        state.fill(response.header)
+        return response
+
+    async def alarm(self, request: rpc_pb2.AlarmRequest) -> rpc_pb2.AlarmResponse:
+        """Answer Alarm: there are none to list or to end, and none can be raised."""
+        if request.action == rpc_pb2.AlarmRequest.ACTIVATE:
+            raise StoreError(Refusal(Status.UNIMPLEMENTED, NO_ALARMS))
+        response = rpc_pb2.AlarmResponse()
+        self._state.fill(response.header)
+        return response
+
+    async def defragment(self, _request: rpc_pb2.DefragmentRequest) -> rpc_pb2.DefragmentResponse:
+        """Answer Defragment: memory is not fragmented the way a bolt file is, so there is nothing to do."""
+        return rpc_pb2.DefragmentResponse()
+
+    async def hash(self, _request: rpc_pb2.HashRequest) -> rpc_pb2.HashResponse:
+        """Answer Hash."""
+        response = rpc_pb2.HashResponse(hash=self._hash(self._state.mvcc.revision))
+        self._state.fill(response.header)
+        return response
+
+    async def hash_kv(self, request: rpc_pb2.HashKVRequest) -> rpc_pb2.HashKVResponse:
+        """Answer HashKV: a hash of all revisions up to the one asked for; 0 = the newest."""
+        mvcc = self._state.mvcc
+        revision = request.revision
+        if 0 < revision < mvcc.compact_revision:
+            raise StoreError(errors.COMPACTED)
+        if revision > mvcc.revision:
+            raise StoreError(errors.FUTURE_REVISION)
+        revision = revision or mvcc.revision
+        response = rpc_pb2.HashKVResponse(
+            hash=self._hash(revision), compact_revision=mvcc.compact_revision, hash_revision=revision
+        )
+        self._state.fill(response.header)
+        return response
+
+    def _hash(self, revision: int) -> int:
+        """
+        Hash the records up to a revision, in order of revision.
+
+        CRC-32 instead of etcd's CRC-32C: the values only have to agree between members of one cluster.
+        """
+        mvcc = self._state.mvcc
+
+        def place(record: Record) -> tuple[int, int]:
+            return record.mod_revision, record.sub_revision
+
+        value = 0
+        for record in sorted((r for r in mvcc.index.records() if r.mod_revision <= revision), key=place):
+            value = zlib.crc32(key_value(record).SerializeToString(deterministic=True), value)
+        return value

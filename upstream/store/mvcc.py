@@ -1,0 +1,245 @@
+"""
+The multi-version store: revisions of keys, read at any revision that is not compacted.
+
+Pure: no I/O, no clock, no leases, no watches. Every write happens in a `WriteTxn`, which takes exactly one revision
+however many keys it changes; the changes within share it and are numbered by sub-revision. `log` has the changes by
+revision, for watches; the key index has them by key, for reads. Semantics are those of etcd's server/storage/mvcc
+(kvstore.go, kvstore_txn.go), the odd ones included: a fresh store is at revision 1, and its compact revision is -1.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from upstream.store import errors
+from upstream.store.errors import StoreError
+from upstream.store.index import KeyIndex, Record
+
+FIRST_REVISION = 1
+"""The revision of an empty store (etcd counts the state before the first write)."""
+
+NEVER_COMPACTED = -1
+
+# What a record weighs beside key and value: the Python objects around it, roughly. For the size that status reports.
+RECORD_OVERHEAD_BYTES = 250
+
+
+@dataclass(slots=True)
+class RangeResult:
+    """What a read found."""
+
+    # In order of keys.
+    records: list[Record]
+    # The revision the store was at, not the one that was read.
+    revision: int
+
+
+Changes = tuple[Record, ...]
+"""The changes of one revision, in order of sub-revision."""
+
+
+class Mvcc:
+    """The store itself. `revision` is the newest; reads below `compact_revision` are refused."""
+
+    __slots__ = ("_compaction_queue", "_log", "_log_start", "compact_revision", "index", "revision", "size_bytes")
+
+    def __init__(self) -> None:
+        self.index = KeyIndex()
+        self.revision = FIRST_REVISION
+        self.compact_revision = NEVER_COMPACTED
+        # Approximate bytes of all records held.
+        self.size_bytes = 0
+        # _log[i] has the changes of revision _log_start + i; every revision has one entry.
+        self._log: list[Changes] = []
+        self._log_start = FIRST_REVISION + 1
+        # (revision, keys changed up to it that may have something to drop): the physical side of compactions, which
+        # is done in slices so that a large one does not hold everybody up.
+        self._compaction_queue: deque[tuple[int, list[bytes]]] = deque()
+
+    # Reading
+
+    def range(self, key: bytes, range_end: bytes = b"", revision: int = 0, *, now: int | None = None) -> RangeResult:
+        """
+        Read the records of [key, range_end) at a revision; 0 or below = the newest.
+
+        range_end b"" = the key alone, FROM_KEY = without end. `now` is the newest revision as the reader sees it
+        (within a write transaction one more than the store's, once it has changed something).
+
+        Raises StoreError: COMPACTED, FUTURE_REVISION.
+        """
+        newest = self.revision if now is None else now
+        if revision > newest:
+            raise StoreError(errors.FUTURE_REVISION)
+        at = revision if revision > 0 else newest
+        if at < self.compact_revision:
+            raise StoreError(errors.COMPACTED)
+        return RangeResult(self.index.range(key, range_end, at), newest)
+
+    def check_readable(self, revision: int) -> None:
+        """
+        Refuse a revision that a transaction's range may not ask for (etcd txn/range.go, checkRange).
+
+        Stricter than `range`: here a negative revision is a compacted one, but only once the store was compacted.
+
+        Raises StoreError: COMPACTED, FUTURE_REVISION.
+        """
+        if revision == 0:
+            return
+        if revision > self.revision:
+            raise StoreError(errors.FUTURE_REVISION)
+        if revision < self.compact_revision:
+            raise StoreError(errors.COMPACTED)
+
+    def previous(self, record: Record) -> Record | None:
+        """Return what the key held just before this change's revision; None when nothing, or compacted."""
+        before = record.mod_revision - 1
+        if before < self.compact_revision:
+            return None
+        return self.index.get(record.key, before)
+
+    def changes(self, first: int, last: int) -> Sequence[Changes]:
+        """Return the changes of revisions first..last, one entry each; `first` is not below the log's floor."""
+        start = first - self._log_start
+        assert start >= 0, "the log does not reach back that far"
+        return self._log[start : last - self._log_start + 1]
+
+    @property
+    def log_floor(self) -> int:
+        """The lowest revision whose changes the log still has."""
+        return self._log_start
+
+    # Writing
+
+    def write(self) -> WriteTxn:
+        """Begin a write transaction. One at a time; it must be committed before the next read or write."""
+        return WriteTxn(self)
+
+    # Compaction
+
+    def compact(self, revision: int) -> None:
+        """
+        Refuse reads below `revision` from now on; the space is freed by `compact_step`.
+
+        Raises StoreError: COMPACTED when that was done already, FUTURE_REVISION.
+        """
+        if revision <= self.compact_revision:
+            raise StoreError(errors.COMPACTED)
+        if revision > self.revision:
+            raise StoreError(errors.FUTURE_REVISION)
+        self.compact_revision = revision
+        # Only a key that changed since the last compaction can have anything to drop. The log's entry at the compact
+        # revision itself stays (a watch may start there), so its tombstones come up again at the next compaction.
+        passed = self._log[: max(0, revision - self._log_start + 1)]
+        keys = list({record.key: None for changes in passed for record in changes})
+        if revision > self._log_start:
+            del self._log[: revision - self._log_start]
+            self._log_start = revision
+        self._compaction_queue.append((revision, keys))
+
+    def compact_step(self, keys_max: int) -> bool:
+        """Drop superseded records of at most `keys_max` keys; return whether everything is done."""
+        while self._compaction_queue and keys_max > 0:
+            revision, keys = self._compaction_queue[0]
+            batch = keys[-keys_max:]
+            del keys[-keys_max:]
+            keys_max -= len(batch)
+            for key in batch:
+                self.size_bytes -= sum(map(weight, self.index.compact(key, revision)))
+            if not keys:
+                self._compaction_queue.popleft()
+        return not self._compaction_queue
+
+    # Restoring
+
+    def load(self, records: Iterable[Record], revision: int, compact_revision: int) -> None:
+        """Fill an empty store with records in order of (mod_revision, sub_revision), as a durable log kept them."""
+        assert self.revision == FIRST_REVISION
+        assert not len(self.index)
+        held = list(records)
+        self.index.load(held)
+        self.size_bytes = sum(map(weight, held))
+        self.revision = revision
+        self.compact_revision = compact_revision
+        self._log_start = max(compact_revision, FIRST_REVISION + 1)
+        log: list[list[Record]] = [[] for _ in range(revision - self._log_start + 1)]
+        for record in held:
+            if record.mod_revision >= self._log_start:
+                log[record.mod_revision - self._log_start].append(record)
+        self._log = [tuple(changes) for changes in log]
+        if compact_revision > NEVER_COMPACTED:
+            # The compaction may have been decided, but not carried out, when the log was last written.
+            self._compaction_queue.append((compact_revision, list({record.key: None for record in held})))
+
+    def _commit(self, changes: Changes) -> None:
+        self.revision += 1
+        self._log.append(changes)
+        self.size_bytes += sum(map(weight, changes))
+
+
+def weight(record: Record) -> int:
+    """Return what a record takes in memory, approximately, in bytes."""
+    return RECORD_OVERHEAD_BYTES + len(record.key) + len(record.value)
+
+
+class WriteTxn:
+    """
+    Changes that become visible together, as one revision.
+
+    Its reads see its own changes. It cannot be rolled back: whatever may be refused is checked before it begins.
+    """
+
+    __slots__ = ("_changes", "_mvcc", "_next")
+
+    def __init__(self, mvcc: Mvcc) -> None:
+        self._mvcc = mvcc
+        self._next = mvcc.revision + 1
+        self._changes: list[Record] = []
+
+    @property
+    def revision(self) -> int:
+        """The revision as seen inside: the store's, or the transaction's own once it has changed something."""
+        return self._next if self._changes else self._next - 1
+
+    def range(self, key: bytes, range_end: bytes = b"", revision: int = 0) -> RangeResult:
+        """Read as `Mvcc.range` does, with the transaction's own changes."""
+        return self._mvcc.range(key, range_end, revision, now=self.revision)
+
+    def newest(self, key: bytes) -> Record | None:
+        """Return what a key holds now, the transaction's own changes included."""
+        return self._mvcc.index.newest(key)
+
+    def put(self, key: bytes, value: bytes, lease: int = 0) -> Record:
+        """Set a key's value and lease (0 = none)."""
+        before = self._mvcc.index.newest(key)
+        record = Record(
+            # The key's own bytes object is kept once per key, whatever the number of revisions.
+            key if before is None else before.key,
+            value,
+            self._next if before is None else before.create_revision,
+            self._next,
+            len(self._changes),
+            1 if before is None else before.version + 1,
+            lease,
+        )
+        self._add(record)
+        return record
+
+    def delete_range(self, key: bytes, range_end: bytes = b"") -> int:
+        """Delete the keys of [key, range_end); return how many there were."""
+        found = self._mvcc.index.range(key, range_end, self._next)
+        for before in found:
+            self._add(Record(before.key, b"", 0, self._next, len(self._changes), 0, 0, deleted=True))
+        return len(found)
+
+    def commit(self) -> Changes:
+        """Make the changes the store's newest revision; without any, nothing happens. Return them."""
+        changes = tuple(self._changes)
+        if changes:
+            self._mvcc._commit(changes)
+        return changes
+
+    def _add(self, record: Record) -> None:
+        self._mvcc.index.append(record)
+        self._changes.append(record)

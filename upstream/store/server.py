@@ -1,0 +1,227 @@
+"""
+The bundled store as a server: gRPC on one address, HTTP on another.
+
+`Store` is what the program and the tests start; `serve` runs one until it is cancelled. The server is grpc.aio in one
+event loop, which is also all the locking there is: every call runs from start to end without another in between,
+except where it waits for a commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import random
+import socket
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from aiohttp import web
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]  # no stubs
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]  # no stubs
+
+from proto.pb import rpc_pb2
+from upstream.store import loops
+from upstream.store.auth_service import AuthService
+from upstream.store.calls import Traffic
+from upstream.store.cluster_service import ClusterService
+from upstream.store.http import make_application
+from upstream.store.kv_service import KVService
+from upstream.store.lease_service import LeaseService
+from upstream.store.maintenance_service import MaintenanceService
+from upstream.store.state import Identity, StoreState
+from upstream.store.watch_service import PROGRESS_NOTIFY_INTERVAL_S, WatchService
+from upstream.store.writer import Writer
+
+GRPC_RECEIVE_BYTES_MAX = 64 * 1024 * 1024
+"""Where gRPC itself stops reading a message. Above etcd's limit, so that a too large one is refused in etcd's words."""
+
+STREAMS_PER_CONNECTION_MAX = 2**31 - 1
+"""etcd's --max-concurrent-streams default is without limit too."""
+
+STOP_GRACE_S = 1.0
+"""What calls under way get to finish at a stop; watch streams never finish by themselves."""
+
+_UINT63_MAX = 2**63 - 1
+
+
+class StoreListenError(OSError):
+    """The store cannot listen where it was told to; the text says what, where, and what to do."""
+
+
+@dataclass(slots=True, frozen=True)
+class StoreSettings:
+    """What a store can be told."""
+
+    # HOST:PORT for clients; port 0 = any free one.
+    listen_addr: str = "127.0.0.1:0"
+    # HOST:PORT for /health, /version and /metrics; None = not served.
+    metrics_addr: str | None = None
+    # Seconds between progress notifications of a watch that asked for them.
+    progress_notify_interval_s: float = PROGRESS_NOTIFY_INTERVAL_S
+    name: str = "watchmux"
+
+
+class Store:
+    """A running store. `port` and `metrics_port` are known once `start` has returned."""
+
+    def __init__(self, settings: StoreSettings | None = None) -> None:
+        self.settings = settings or StoreSettings()
+        identity = Identity(random.randint(1, _UINT63_MAX), random.randint(1, _UINT63_MAX), self.settings.name)
+        self.state = StoreState(identity, lambda: random.randint(1, _UINT63_MAX))
+        self.port = 0
+        self.metrics_port: int | None = None
+        self._traffic = Traffic()
+        self._writer = Writer(self.state)
+        self._compactor = loops.Compactor(self.state.mvcc)
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self._runner: web.AppRunner | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def endpoint(self) -> str:
+        """Where clients connect, as HOST:PORT."""
+        return join_address(parse_address(self.settings.listen_addr, "--listen-addr")[0], self.port)
+
+    async def start(self) -> None:
+        """Listen and serve. Raises StoreListenError; nothing is left behind then."""
+        try:
+            await self._start_grpc()
+            await self._start_http()
+        except BaseException:
+            await self.stop(grace_s=0)
+            raise
+        watchable = self.state.watchable
+        self._spawn("sync watchers", loops.sync_watchers(watchable))
+        self._spawn("retry victims", loops.retry_victims(watchable))
+        self._spawn("expire leases", loops.expire_leases(self.state, self._writer))
+        for service in ("", *_SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Stop serving: no new calls, `grace_s` seconds for those under way, then everything is closed."""
+        if self._server is not None:
+            await self._health.enter_graceful_shutdown()
+            await self._server.stop(grace_s)
+            self._server = None
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        await self._compactor.stop()
+
+    def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.create_task(work, name=f"store: {name}"))
+
+    async def _start_grpc(self) -> None:
+        host, port = parse_address(self.settings.listen_addr, "--listen-addr")
+        _check_free(host, port, "--listen-addr")
+        server = grpc.aio.server(
+            options=[
+                # A port in use is an error, not a second server that gets half of the connections.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", GRPC_RECEIVE_BYTES_MAX),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
+                # Clients may ping as often as they like, with or without calls (etcd allows one in 5 s).
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+                ("grpc.http2.max_ping_strikes", 0),
+            ]
+        )
+        cluster = ClusterService(self.state)
+        server.add_generic_rpc_handlers(
+            (
+                KVService(self.state, self._writer, self._compactor).handlers(self._traffic),
+                WatchService(self.state, self.settings.progress_notify_interval_s).handlers(self._traffic),
+                LeaseService(self.state, self._writer).handlers(self._traffic),
+                cluster.handlers(self._traffic),
+                MaintenanceService(self.state).handlers(self._traffic),
+                AuthService(self.state).handlers(self._traffic),
+            )
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        try:
+            self.port = server.add_insecure_port(join_address(host, port))
+        except RuntimeError:
+            raise StoreListenError(_listen_text("--listen-addr", host, port, "it is in use")) from None
+        self._server = server
+        cluster.client_urls = (f"http://{join_address(host, self.port)}",)
+        await server.start()
+
+    async def _start_http(self) -> None:
+        if self.settings.metrics_addr is None:
+            return
+        host, port = parse_address(self.settings.metrics_addr, "--listen-metrics-urls")
+        self._runner = web.AppRunner(make_application(self.state, self._traffic), access_log=None)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, host, port, reuse_port=False)
+        try:
+            await site.start()
+        except OSError as error:
+            text = _listen_text("--listen-metrics-urls", host, port, _reason(error))
+            raise StoreListenError(text) from None
+        self.metrics_port = self._runner.addresses[0][1]
+
+
+_SERVICES = tuple(
+    rpc_pb2.DESCRIPTOR.services_by_name[name].full_name
+    for name in ("KV", "Watch", "Lease", "Cluster", "Maintenance", "Auth")
+)
+
+
+async def serve(settings: StoreSettings | None = None) -> None:
+    """Run a store until cancelled. Raises StoreListenError."""
+    store = Store(settings)
+    await store.start()
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await store.stop()
+
+
+def parse_address(text: str, flag: str) -> tuple[str, int]:
+    """Split HOST:PORT; an IPv6 host stands in brackets. Raises StoreListenError."""
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not (colon and host and port.isdecimal() and int(port) < 2**16):
+        raise StoreListenError(f"{flag}={text}: not an address; write HOST:PORT, such as 127.0.0.1:2379 (port 0: any)")
+    return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """Write HOST:PORT, an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _check_free(host: str, port: int, flag: str) -> None:
+    """Try to listen the plain way first: gRPC does not say why it could not. Raises StoreListenError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with contextlib.closing(socket.socket(family, kind, protocol)) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen()
+    except OSError as error:
+        raise StoreListenError(_listen_text(flag, host, port, _reason(error))) from None
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "it is in use"
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+
+
+def _listen_text(flag: str, host: str, port: int, reason: str) -> str:
+    return (
+        f"the store cannot listen on {join_address(host, port)}: {reason}; "
+        f"stop what uses it or choose another {flag} (port 0: any free one)"
+    )

@@ -1,0 +1,219 @@
+"""
+Everything one member knows, and the calls on it: the store without a network.
+
+Pure like its parts: time comes in as `now` (seconds, monotonic), random ids come from a function passed in. A write is
+two steps. `apply` steps change the store and answer; `publish` lets watchers see what was changed. In between a
+journal can make the changes durable, so that no watcher ever sees what a crash could take back. The services answer
+only after `publish`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from proto.pb import rpc_pb2
+from upstream.store import txn as requests
+from upstream.store.errors import StoreError
+from upstream.store.index import Record
+from upstream.store.lease import Lessor
+from upstream.store.mvcc import Changes, Mvcc, WriteTxn
+from upstream.store.watch_batch import ResponseHead
+from upstream.store.watchable import WatchableStore
+
+RAFT_TERM = 2
+"""The term a fresh single etcd is in."""
+
+LEASE_GONE_TTL = -1
+"""The TTL that time-to-live answers for a lease that is not there."""
+
+
+@dataclass(slots=True, frozen=True)
+class Identity:
+    """Who answers: the ids in every header. Never 0, which clients take for "not filled"."""
+
+    cluster_id: int
+    member_id: int
+    name: str = "watchmux"
+
+
+@dataclass(slots=True)
+class CallStats:
+    """Counters for the metrics etcd_mvcc_*_total and etcd_debugging_lease_*_total."""
+
+    ranges: int = 0
+    puts: int = 0
+    deletes: int = 0
+    txns: int = 0
+    leases_granted: int = 0
+    leases_revoked: int = 0
+    leases_renewed: int = 0
+
+
+class StoreState:
+    """The store's parts wired together; one method per call. All raise StoreError where etcd refuses."""
+
+    __slots__ = ("_random_id", "_unpublished", "head", "identity", "lessor", "mvcc", "raft_index", "stats", "watchable")
+
+    def __init__(self, identity: Identity, random_id: Callable[[], int], lessor: Lessor | None = None) -> None:
+        """Start empty. `random_id` makes up positive 63-bit lease ids."""
+        self.identity = identity
+        self.mvcc = Mvcc()
+        self.watchable = WatchableStore(self.mvcc)
+        self.lessor = lessor or Lessor()
+        self.head = ResponseHead(identity.cluster_id, identity.member_id, RAFT_TERM)
+        self.stats = CallStats()
+        # What etcd would have in its raft log: it only has to grow with every write.
+        self.raft_index = 4
+        self._random_id = random_id
+        self._unpublished: list[Changes] = []
+
+    def fill(self, header: rpc_pb2.ResponseHeader) -> None:
+        """Fill a header: who answers, and the newest revision unless the answer has one already."""
+        header.cluster_id = self.identity.cluster_id
+        header.member_id = self.identity.member_id
+        header.raft_term = RAFT_TERM
+        if not header.revision:
+            header.revision = self.mvcc.revision
+
+    def publish(self) -> None:
+        """Show the watchers what was committed since the last call."""
+        while self._unpublished:
+            for changes in self._take_unpublished():
+                self.watchable.notify(changes)
+
+    def _take_unpublished(self) -> list[Changes]:
+        taken = self._unpublished
+        self._unpublished = []
+        return taken
+
+    # KV
+
+    def range(self, request: rpc_pb2.RangeRequest) -> rpc_pb2.RangeResponse:
+        """Answer Range."""
+        requests.check_range(request)
+        self.stats.ranges += 1
+        response = requests.run_range(self.mvcc, request)
+        self.fill(response.header)
+        return response
+
+    def put(self, request: rpc_pb2.PutRequest) -> rpc_pb2.PutResponse:
+        """Apply Put."""
+        requests.check_put(request)
+        requests.check_put_runs(self.mvcc, request, self.lessor.exists)
+        txn = self.mvcc.write()
+        response = requests.run_put(txn, request)
+        self._commit(txn)
+        self.fill(response.header)
+        return response
+
+    def delete_range(self, request: rpc_pb2.DeleteRangeRequest) -> rpc_pb2.DeleteRangeResponse:
+        """Apply DeleteRange."""
+        requests.check_delete_range(request)
+        txn = self.mvcc.write()
+        response = requests.run_delete_range(txn, request)
+        self._commit(txn)
+        self.fill(response.header)
+        return response
+
+    def txn(self, request: rpc_pb2.TxnRequest) -> rpc_pb2.TxnResponse:
+        """Apply Txn."""
+        requests.check_txn(request)
+        branch = requests.decide(self.mvcc, request)
+        requests.check_branch(self.mvcc, branch, self.lessor.exists)
+        self.stats.txns += 1
+        txn = self.mvcc.write()
+        response = requests.run_branch(txn, branch)
+        self._commit(txn)
+        self.fill(response.header)
+        return response
+
+    def compact(self, request: rpc_pb2.CompactionRequest) -> rpc_pb2.CompactionResponse:
+        """Apply Compact; the physical part is left to `mvcc.compact_step`."""
+        self.mvcc.compact(request.revision)
+        self.raft_index += 1
+        response = rpc_pb2.CompactionResponse()
+        self.fill(response.header)
+        return response
+
+    # Leases
+
+    def lease_grant(self, request: rpc_pb2.LeaseGrantRequest, now: float) -> rpc_pb2.LeaseGrantResponse:
+        """Apply LeaseGrant; without an id one is made up."""
+        lease_id = request.ID
+        while not lease_id:
+            lease_id = self._random_id()
+        lease = self.lessor.grant(lease_id, request.TTL, now)
+        self.raft_index += 1
+        self.stats.leases_granted += 1
+        response = rpc_pb2.LeaseGrantResponse(ID=lease_id, TTL=lease.ttl_s)
+        self.fill(response.header)
+        return response
+
+    def lease_revoke(self, lease_id: int) -> rpc_pb2.LeaseRevokeResponse:
+        """Apply LeaseRevoke: the lease's keys are deleted in one revision."""
+        keys = self.lessor.keys(lease_id)
+        txn = self.mvcc.write()
+        for key in keys:
+            txn.delete_range(key)
+        self._commit(txn)
+        self.lessor.drop(lease_id)
+        self.stats.leases_revoked += 1
+        response = rpc_pb2.LeaseRevokeResponse()
+        self.fill(response.header)
+        return response
+
+    def lease_keep_alive(self, lease_id: int, now: float) -> rpc_pb2.LeaseKeepAliveResponse:
+        """Answer one message of LeaseKeepAlive; TTL 0 says that the lease is gone."""
+        response = rpc_pb2.LeaseKeepAliveResponse(ID=lease_id)
+        self.fill(response.header)
+        try:
+            response.TTL = self.lessor.renew(lease_id, now)
+        except StoreError:
+            return response
+        self.stats.leases_renewed += 1
+        return response
+
+    def lease_time_to_live(
+        self, request: rpc_pb2.LeaseTimeToLiveRequest, now: float
+    ) -> rpc_pb2.LeaseTimeToLiveResponse:
+        """Answer LeaseTimeToLive; a lease that is gone is no error."""
+        response = rpc_pb2.LeaseTimeToLiveResponse(ID=request.ID)
+        self.fill(response.header)
+        try:
+            lease = self.lessor.live(request.ID, now)
+        except StoreError:
+            response.TTL = LEASE_GONE_TTL
+            return response
+        response.TTL = int(lease.remaining_s(now))
+        response.grantedTTL = lease.ttl_s
+        if request.keys:
+            response.keys.extend(sorted(lease.keys))
+        return response
+
+    def lease_leases(self) -> rpc_pb2.LeaseLeasesResponse:
+        """Answer LeaseLeases."""
+        response = rpc_pb2.LeaseLeasesResponse()
+        self.fill(response.header)
+        response.leases.extend(rpc_pb2.LeaseStatus(ID=lease.lease_id) for lease in self.lessor.leases())
+        return response
+
+    def expire_leases(self, now: float) -> int:
+        """Revoke leases that have run out, a bounded number of them; return how many."""
+        due = self.lessor.expired(now)
+        for lease_id in due:
+            self.lease_revoke(lease_id)
+        return len(due)
+
+    def _commit(self, txn: WriteTxn) -> None:
+        changes = txn.commit()
+        self.raft_index += 1
+        if changes:
+            self._count(changes)
+            self.lessor.follow(changes)
+            self._unpublished.append(changes)
+
+    def _count(self, changes: tuple[Record, ...]) -> None:
+        deletes = sum(record.deleted for record in changes)
+        self.stats.deletes += deletes
+        self.stats.puts += len(changes) - deletes

@@ -1,0 +1,132 @@
+"""
+The Watch service: per stream one task that reads requests and one that writes answers.
+
+The reader decides ids and refusals as requests arrive; the writer sends the stream's queue in order. A reader whose
+client sends creates faster than it takes their answers waits (etcd's control channel is bounded too). The client
+ending its side does not end the stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+
+import grpc
+
+from proto.pb import rpc_pb2
+from upstream.store.calls import Context, Traffic, parse, read, service, stream
+from upstream.store.state import StoreState
+from upstream.store.watch_batch import encode_message
+from upstream.store.watchable import WatchStream
+
+CONTROLS_MAX = 16
+"""Control answers waiting on a stream before no more requests are read (etcd's ctrlStreamBufLen)."""
+
+PROGRESS_NOTIFY_INTERVAL_S = 600.0
+PROGRESS_NOTIFY_JITTER = 0.1
+"""Each stream's interval is up to this part longer, so that streams opened together do not stay in step."""
+
+_Create = rpc_pb2.WatchCreateRequest
+
+
+class WatchService:
+    """etcdserverpb.Watch."""
+
+    def __init__(self, state: StoreState, progress_notify_interval_s: float = PROGRESS_NOTIFY_INTERVAL_S) -> None:
+        self._state = state
+        self._interval_s = progress_notify_interval_s
+        self._traffic = Traffic()
+
+    def handlers(self, traffic: Traffic) -> grpc.GenericRpcHandler:
+        """Return the service to register."""
+        self._traffic = traffic
+        return service("etcdserverpb.Watch", {"Watch": stream(self._serve)})
+
+    async def _serve(self, context: Context) -> None:
+        session = _Session(self._state, context, self._traffic)
+        interval_s = self._interval_s * (1 + random.uniform(0, PROGRESS_NOTIFY_JITTER))
+        reader = asyncio.create_task(session.read(), name="watch reader")
+        ticker = asyncio.create_task(session.tick(interval_s), name="watch progress ticker")
+        try:
+            await session.write(reader)
+        finally:
+            session.close()
+            for task in (reader, ticker):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
+
+
+class _Session:
+    """One client's stream."""
+
+    __slots__ = ("_context", "_ready", "_room", "_state", "_stream", "_traffic")
+
+    def __init__(self, state: StoreState, context: Context, traffic: Traffic) -> None:
+        self._state = state
+        self._context = context
+        self._traffic = traffic
+        # Set while there is something to write, or the reader has failed.
+        self._ready = asyncio.Event()
+        # Set while there is room for control answers.
+        self._room = asyncio.Event()
+        self._stream: WatchStream = state.watchable.open_stream(self._ready.set)
+
+    async def read(self) -> None:
+        """Take requests until the client ends its side."""
+        try:
+            while (data := await read(self._context, self._traffic)) is not None:
+                self._take(parse(rpc_pb2.WatchRequest, data))
+                while self._stream.queued_controls >= CONTROLS_MAX:
+                    self._room.clear()
+                    await self._room.wait()
+        except Exception:
+            self._ready.set()
+            raise
+
+    def _take(self, request: rpc_pb2.WatchRequest) -> None:
+        kind = request.WhichOneof("request_union")
+        if kind == "create_request":
+            create = request.create_request
+            self._stream.create(
+                create.key,
+                create.range_end,
+                create.start_revision,
+                create.watch_id,
+                no_put=_Create.NOPUT in create.filters,
+                no_delete=_Create.NODELETE in create.filters,
+                prev_kv=create.prev_kv,
+                fragment=create.fragment,
+                progress_notify=create.progress_notify,
+            )
+        elif kind == "cancel_request":
+            self._stream.cancel(request.cancel_request.watch_id)
+        elif kind == "progress_request":
+            self._stream.request_progress()
+
+    async def write(self, reader: asyncio.Task[None]) -> None:
+        """Send answers as they come; ends only by an error of the reader or of the stream."""
+        head = self._state.head
+        while True:
+            message = self._stream.take()
+            if message is None:
+                if reader.done() and not reader.cancelled() and (error := reader.exception()) is not None:
+                    raise error
+                self._ready.clear()
+                await self._ready.wait()
+                continue
+            for piece in encode_message(head, message):
+                self._traffic.sent += len(piece)
+                await self._context.write(piece)
+            self._room.set()
+
+    async def tick(self, interval_s: float) -> None:
+        """Announce progress now and then to the watches that asked for it."""
+        while True:
+            await asyncio.sleep(interval_s)
+            self._stream.progress_tick()
+
+    def close(self) -> None:
+        """End the stream's watches."""
+        self._stream.close()
