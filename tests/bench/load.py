@@ -13,7 +13,7 @@ import json
 import struct
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import hpack
 import uvloop
@@ -48,8 +48,7 @@ class Client(asyncio.Protocol):
         self.tail = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
         settings = struct.pack(">HIHI", 4, WINDOW, 5, 2**24 - 1)
         raise_window = frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", WINDOW - 65535))
         transport.write(PREFACE + frame(SETTINGS, 0, 0, settings) + raise_window)

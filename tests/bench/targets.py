@@ -51,10 +51,13 @@ def direct(etcd: EtcdServer) -> Iterator[Target]:
 def peer(etcd: EtcdServer) -> Iterator[Target]:
     """Yield etcd's own grpc-proxy, in front of `etcd`."""
     port = free_port()
-    command = [str(etcd.binary.etcd), "grpc-proxy", "start", f"--endpoints={etcd.endpoint}"]
-    process = subprocess.Popen(
-        [*command, f"--listen-addr={HOST}:{port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    command = [
+        *(str(etcd.binary.etcd), "grpc-proxy", "start"),
+        f"--endpoints={etcd.endpoint}",
+        f"--listen-addr={HOST}:{port}",
+        f"--advertise-client-url={HOST}:{port}",  # it dials this to serve its metrics, and ends when it cannot
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         until(lambda: _listens(port), "etcd grpc-proxy to listen", 20)
         yield Target("grpc-proxy", port, process.pid)
