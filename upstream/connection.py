@@ -1,0 +1,557 @@
+"""
+One HTTP/2 connection to one upstream etcd, and the calls on it.
+
+An asyncio.Protocol around `proto.http2` in its client role: plain TCP, TLS or a unix socket. It has callbacks
+instead of futures and no task of its own, because the calls on it are watches that get thousands of messages and
+passed-through calls whose frames just change sides. Everything runs in the event loop's thread, and what the
+callbacks write while bytes are being received goes out in one write afterwards.
+
+Timers: the server must acknowledge our SETTINGS; while calls are open, silence is followed by a PING, and a PING
+without any answer ends the connection. That is how a server that vanished without a word is noticed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol, cast
+
+from proto.framing import Status, decode_message, http_status_to_grpc
+from proto.http2 import (
+    Connection,
+    ConnectionFailed,
+    DataReceived,
+    ErrorCode,
+    Event,
+    GoAwayReceived,
+    GoingAway,
+    Headers,
+    HeadersKind,
+    HeadersReceived,
+    Limits,
+    PeerSettings,
+    Role,
+    Stream,
+    StreamDrained,
+    StreamReset,
+    TooManyStreams,
+)
+from upstream.endpoints import Endpoint
+from upstream.errors import Unreachable, closed_early, explain_connect, not_http2
+from upstream.settings import ConnectionSettings
+
+_PING: Final = b"watchmux"
+_FIRST_BYTES_MAX: Final = 512
+_SETTINGS_FRAME: Final = 4
+
+
+class NotSent(Exception):
+    """A call could not be started on this connection; nothing of it has been sent."""
+
+
+class CallHandler(Protocol):
+    """What a call on an upstream connection is told; always from the event loop, never from inside `request`."""
+
+    def on_headers(self, headers: Headers) -> None:
+        """The response's headers came. Not called for an answer that is only trailers."""
+
+    def on_data(self, data: bytes, flow_size: int) -> None:
+        """Bytes of the body came. `flow_size` has to be given to `UpstreamCall.consumed`, now or later."""
+
+    def on_drained(self) -> None:
+        """After `write` returned False: everything has been handed to the transport."""
+
+    def on_end(self, status: int, message: str, trailers: Headers) -> None:
+        """
+        The call is over; nothing follows. Not called after `UpstreamCall.reset`.
+
+        `trailers` are as they came, and with them the status; [] when there were none, because the stream was reset
+        (`UpstreamCall.reset_code`) or the connection broke: then status and message are made from that.
+        """
+
+
+class UpstreamCall:
+    """One call: a stream and who is told about it."""
+
+    __slots__ = ("_connection", "ended", "handler", "http_status", "reset_code", "stream", "unprocessed")
+
+    def __init__(self, connection: ClientConnection, stream: Stream, handler: CallHandler) -> None:
+        self._connection = connection
+        self.stream = stream
+        self.handler = handler
+        # Over: by its trailers, by a reset of either side, or with the connection.
+        self.ended = False
+        # The HTTP status of the answer; 0 before it came.
+        self.http_status = 0
+        # The code of the RST_STREAM that ended it, if one did.
+        self.reset_code: ErrorCode | None = None
+        # The server has not looked at it, so that it can safely be sent again (RFC 9113 8.7).
+        self.unprocessed = False
+
+    @property
+    def blocked(self) -> bool:
+        """Something written still waits for a window or for the transport."""
+        return self.stream.blocked
+
+    def write(self, pieces: Sequence[bytes], size: int, end: bool = False) -> bool:
+        """Send bytes of the body, `size` in all; `end` half-closes. False: wait for `on_drained` before more."""
+        if self.ended:
+            return True
+        return self._connection.write(self.stream, pieces, size, end)
+
+    def end(self) -> None:
+        """Half-close: nothing more will be written."""
+        self.write((), 0, end=True)
+
+    def reset(self, code: ErrorCode = ErrorCode.CANCEL) -> None:
+        """End the call at once; its handler is told nothing more."""
+        if not self.ended:
+            self.ended = True
+            self._connection.reset(self.stream, code)
+
+    def consumed(self, size: int) -> None:
+        """Give back `size` bytes of flow control, so that the server may send as many again."""
+        self._connection.consumed(self.stream, size)
+
+
+class ClientConnection(asyncio.Protocol):
+    """See the module. Made by `connect`."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        secure: bool,
+        settings: ConnectionSettings,
+        loop: asyncio.AbstractEventLoop,
+        on_closed: Callable[[ClientConnection], None] | None = None,
+    ) -> None:
+        self.endpoint = endpoint
+        self.secure = secure
+        # Told once when it can take no new calls any more: closed, or the server says that it goes away. May be
+        # replaced.
+        self.on_closed = on_closed
+        # It takes calls.
+        self.healthy = False
+        # Why it is over; None while it lives or after a `close` of ours.
+        self.failure: Unreachable | None = None
+        self.ready: asyncio.Future[None] = loop.create_future()
+        self.http2 = Connection(
+            Role.CLIENT,
+            Limits(initial_window=settings.stream_window_bytes, connection_window=settings.connection_window_bytes),
+        )
+        self._settings = settings
+        self._loop = loop
+        self._transport: asyncio.Transport | None = None
+        # The start of what the server said, until its first SETTINGS: tells what it is, if it is no HTTP/2 server.
+        self._first = b""
+        # Output is flushed when the bytes at hand have been received.
+        self._receiving = False
+        self._flush_scheduled = False
+        self._heard_at = 0.0
+        # When the PING that has not been answered was sent.
+        self._pinged_at: float | None = None
+        self._keepalive: asyncio.TimerHandle | None = None
+        self._settings_timer: asyncio.TimerHandle | None = None
+        self._over = False
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start HTTP/2."""
+        # By its methods: uvloop's transports have no base class in common with asyncio's.
+        transport = self._transport = cast("asyncio.Transport", transport)
+        transport.set_write_buffer_limits(self._settings.write_high_bytes, self._settings.write_low_bytes)
+        tls = transport.get_extra_info("ssl_object")
+        if tls is not None and tls.selected_alpn_protocol() != "h2":
+            what = "it does not offer HTTP/2 over TLS (ALPN h2)"
+            self._fail(Unreachable(self.endpoint.text, what, "give etcd's client port"))
+            return
+        self._heard_at = self._loop.time()
+        self.http2.start()
+        self._flush()
+        self._settings_timer = self._loop.call_later(self._settings.settings_timeout_s, self._check_settings)
+        self._keepalive = self._loop.call_later(self._settings.keepalive_s, self._check_alive)
+
+    def data_received(self, data: bytes) -> None:
+        """Take what the server sent, tell the calls, and write what that brought about."""
+        if self._over:
+            return
+        self._heard_at = self._loop.time()
+        if not self.ready.done():
+            self._first = (self._first + data)[:_FIRST_BYTES_MAX]
+            # The first frame has to be SETTINGS (RFC 9113 3.4); its type is the fourth byte.
+            if len(self._first) > 3 and self._first[3] != _SETTINGS_FRAME:
+                self._fail(not_http2(self.endpoint.text, self.secure, self._first))
+                return
+        self._receiving = True
+        try:
+            self._dispatch(self.http2.receive(data))
+        finally:
+            self._receiving = False
+        self._flush()
+
+    def pause_writing(self) -> None:
+        """The kernel does not keep up."""
+        self.http2.pause()
+
+    def resume_writing(self) -> None:
+        """The kernel has caught up."""
+        self._dispatch(self.http2.resume())
+        self._flush()
+
+    def eof_received(self) -> bool:
+        """The server will send nothing more: close."""
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End every call."""
+        if self.failure is None and not self._over:
+            if not self.ready.done():
+                self.failure = (
+                    explain_connect(exc, self.endpoint.text, self.secure)
+                    if exc is not None
+                    else closed_early(self.endpoint.text, self.secure)
+                )
+            else:
+                text = f"the connection was lost ({exc})" if exc is not None else "the server closed the connection"
+                self.failure = Unreachable(self.endpoint.text, text, "check that etcd runs there")
+        self._finish()
+
+    # What calls use.
+
+    @property
+    def open_calls(self) -> int:
+        """Calls that are not over."""
+        return len(self.http2.streams)
+
+    @property
+    def has_room(self) -> bool:
+        """It takes calls and the server's limit of concurrent ones is not reached."""
+        return self.healthy and len(self.http2.streams) < self.http2.peer_max_streams
+
+    def request(self, headers: Headers, handler: CallHandler, end_stream: bool = False) -> UpstreamCall:
+        """
+        Start a call; `headers` are complete, with the pseudo-headers first (`request_headers` makes them).
+
+        Raises NotSent when the connection is over or full.
+        """
+        if not self.healthy:
+            raise NotSent("the connection is closed")
+        try:
+            stream = self.http2.open(headers, end_stream)
+        except (GoingAway, TooManyStreams) as error:
+            raise NotSent(str(error) or type(error).__name__) from None
+        call = UpstreamCall(self, stream, handler)
+        stream.owner = call
+        self._schedule_flush()
+        return call
+
+    def write(self, stream: Stream, pieces: Sequence[bytes], size: int, end: bool) -> bool:
+        """Send DATA on a stream; see `UpstreamCall.write`."""
+        done = self.http2.send(stream, pieces, size, end)
+        self._schedule_flush()
+        return done
+
+    def reset(self, stream: Stream, code: ErrorCode) -> None:
+        """Reset a stream; see `UpstreamCall.reset`."""
+        stream.owner = None
+        if not self._over:
+            self.http2.reset(stream, code)
+            self._schedule_flush()
+            self._close_when_done()
+
+    def consumed(self, stream: Stream, size: int) -> None:
+        """Give back flow control; see `UpstreamCall.consumed`."""
+        if not self._over:
+            self.http2.consumed(stream, size)
+            self._schedule_flush()
+
+    def close(self, reason: Unreachable | None = None) -> None:
+        """Close now: GOAWAY to the server, and every call ends UNAVAILABLE with `reason`."""
+        if self._over:
+            return
+        self.failure = self.failure or reason
+        if self._transport is not None:
+            if not self.http2.closed:
+                self.http2.go_away(last=True)
+            self._flush()
+            self._transport.close()
+        self._finish()
+
+    def abort(self, reason: Unreachable) -> None:
+        """Drop the connection without a word; what waits to be written is lost."""
+        if not self._over:
+            self._fail(reason)
+
+    # Inside.
+
+    def _dispatch(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, DataReceived):
+                self._on_data(event)
+            elif isinstance(event, HeadersReceived):
+                self._on_headers(event)
+            elif isinstance(event, StreamDrained):
+                call = event.stream.owner
+                if call is not None:
+                    call.handler.on_drained()
+            elif isinstance(event, StreamReset):
+                self._on_reset(event)
+            elif isinstance(event, PeerSettings):
+                self._on_settings()
+            elif isinstance(event, GoAwayReceived):
+                self._on_go_away(event)
+            elif isinstance(event, ConnectionFailed):
+                what = f"the server broke HTTP/2 ({event.code.name}: {event.reason})"
+                self.failure = self.failure or Unreachable(self.endpoint.text, what, "give etcd's client port")
+
+    def _on_data(self, event: DataReceived) -> None:
+        call: UpstreamCall | None = event.stream.owner
+        if call is None:
+            self.http2.consumed(event.stream, event.flow_size)
+            return
+        if event.data or event.flow_size:
+            call.handler.on_data(event.data, event.flow_size)
+        if event.end_stream and not call.ended:
+            self._end(call, *_status_of([], call.http_status), [])
+
+    def _on_headers(self, event: HeadersReceived) -> None:
+        call: UpstreamCall | None = event.stream.owner
+        if call is None or event.kind is HeadersKind.INFORMATIONAL:
+            return
+        headers = event.headers
+        if event.kind is HeadersKind.RESPONSE:
+            call.http_status = _number(headers, b":status")
+        if event.end_stream:
+            self._end(call, *_status_of(headers, call.http_status), headers)
+        elif event.kind is HeadersKind.RESPONSE:
+            call.handler.on_headers(headers)
+
+    def _on_reset(self, event: StreamReset) -> None:
+        call: UpstreamCall | None = event.stream.owner
+        if call is None:
+            return
+        code = event.code
+        call.reset_code = code
+        call.unprocessed = code is ErrorCode.REFUSED_STREAM and event.by_peer
+        status = _STATUS_OF_RESET.get(code, Status.INTERNAL)
+        text = f"the stream was reset ({code.name}{': ' + event.reason if event.reason else ''})"
+        self._end(call, status, text, [])
+
+    def _on_settings(self) -> None:
+        if not self.ready.done():
+            self._first = b""
+            self.healthy = True
+            self.ready.set_result(None)
+
+    def _on_go_away(self, event: GoAwayReceived) -> None:
+        debug = event.debug[:200].decode("utf-8", "replace")
+        what = f"the server goes away ({event.code.name}{': ' + debug if debug else ''})"
+        self._tell_closed(Unreachable(self.endpoint.text, what, "check whether etcd is being restarted"))
+        self._close_when_done()
+
+    def _end(self, call: UpstreamCall, status: int, message: str, trailers: Headers) -> None:
+        """Tell a call that it is over, and end our side of it."""
+        call.ended = True
+        stream = call.stream
+        stream.owner = None
+        if not self._over and stream.id in self.http2.streams:
+            # The server is done before we are (RFC 9113 8.1).
+            self.http2.reset(stream, ErrorCode.NO_ERROR)
+        call.handler.on_end(status, message, trailers)
+        self._close_when_done()
+
+    def _close_when_done(self) -> None:
+        """After GOAWAY the connection is kept for the calls that are open, not longer."""
+        if not self.healthy and self.ready.done() and not self._over and not self.http2.streams:
+            self._loop.call_soon(self.close)
+
+    def _schedule_flush(self) -> None:
+        if not (self._receiving or self._flush_scheduled):
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        """Write everything there is, at once."""
+        self._flush_scheduled = False
+        transport = self._transport
+        if transport is None or self._over:
+            return
+        pieces = self.http2.output()
+        if len(pieces) == 1:
+            transport.write(pieces[0])
+        elif pieces:
+            transport.writelines(pieces)
+        if self.http2.closed:
+            transport.close()
+            self._finish()
+
+    def _check_settings(self) -> None:
+        self._settings_timer = None
+        if self.http2.settings_pending and not self._over:
+            what = f"it did not acknowledge our SETTINGS in {self._settings.settings_timeout_s:g} s"
+            self._fail(Unreachable(self.endpoint.text, what, "give etcd's client port"))
+
+    def _check_alive(self) -> None:
+        if self._over:
+            return
+        now = self._loop.time()
+        settings = self._settings
+        if self._pinged_at is not None:
+            if self._heard_at > self._pinged_at:
+                self._pinged_at = None
+            elif now - self._pinged_at >= settings.keepalive_timeout_s:
+                what = f"it did not answer for {now - self._heard_at:.0f} s, not even a ping"
+                self._fail(Unreachable(self.endpoint.text, what, "check that etcd and the network are up"))
+                return
+        due = self._heard_at + settings.keepalive_s
+        if self._pinged_at is None and now >= due:
+            # Only with calls open: etcd counts pings on an idle connection as abuse.
+            if self.http2.streams and self.ready.done():
+                self._pinged_at = now
+                self.http2.ping(_PING)
+                self._flush()
+            due = now + settings.keepalive_s
+        wait_s = (due if self._pinged_at is None else self._pinged_at + settings.keepalive_timeout_s) - now
+        self._keepalive = self._loop.call_later(wait_s, self._check_alive)
+
+    def _fail(self, failure: Unreachable) -> None:
+        """End at once: the server is not one that would read a goodbye."""
+        self.failure = self.failure or failure
+        if self._transport is not None:
+            self._transport.abort()
+        self._finish()
+
+    def _finish(self) -> None:
+        """Mark it as over, once: timers, calls, listeners."""
+        if self._over:
+            return
+        self._over = True
+        self.healthy = False
+        for timer in (self._keepalive, self._settings_timer):
+            if timer is not None:
+                timer.cancel()
+        failure = self.failure or Unreachable(self.endpoint.text, "the connection was closed", "try again")
+        if not self.ready.done():
+            self.ready.set_exception(failure)
+            # `connect` may be gone by now, given up or cancelled: then nobody retrieves it.
+            self.ready.exception()
+        for stream in list(self.http2.streams.values()):
+            call = stream.owner
+            if call is not None:
+                self._end(call, Status.UNAVAILABLE, str(failure), [])
+        self._tell_closed(failure)
+
+    def _tell_closed(self, failure: Unreachable) -> None:
+        self.healthy = False
+        self.failure = self.failure or failure
+        on_closed, self.on_closed = self.on_closed, None
+        if on_closed is not None:
+            on_closed(self)
+
+
+async def connect(
+    endpoint: Endpoint,
+    tls: ssl.SSLContext | None,
+    settings: ConnectionSettings | None = None,
+    on_closed: Callable[[ClientConnection], None] | None = None,
+) -> ClientConnection:
+    """
+    Connect to an endpoint and return the connection when the server has sent its SETTINGS.
+
+    `tls` is used as the endpoint's scheme says; see `Endpoint.uses_tls`. Raises Unreachable, with a text for people.
+    """
+    settings = settings or ConnectionSettings()
+    loop = asyncio.get_running_loop()
+    secure = endpoint.uses_tls(tls is not None)
+    if secure and tls is None:
+        from upstream.tls import client_context
+
+        tls = client_context()
+    made: list[ClientConnection] = []
+
+    def factory() -> ClientConnection:
+        made.append(ClientConnection(endpoint, secure, settings, loop, on_closed))
+        return made[-1]
+
+    context = tls if secure else None
+    server_hostname = endpoint.host if secure else None
+    try:
+        async with asyncio.timeout(settings.connect_timeout_s):
+            if endpoint.path:
+                await loop.create_unix_connection(factory, endpoint.path, ssl=context, server_hostname=server_hostname)
+            else:
+                await loop.create_connection(
+                    factory, endpoint.host, endpoint.port, ssl=context, server_hostname=server_hostname
+                )
+            await made[-1].ready
+    except (OSError, TimeoutError, Unreachable, UnicodeError) as error:
+        explained = explain_connect(error, endpoint.text, secure)
+        _discard(made, explained)
+        raise explained from None
+    except asyncio.CancelledError:
+        _discard(made, Unreachable(endpoint.text, "given up", "nothing: another endpoint was faster"))
+        raise
+    return made[-1]
+
+
+def _discard(made: list[ClientConnection], reason: Unreachable) -> None:
+    for connection in made:
+        connection.on_closed = None
+        connection.abort(reason)
+
+
+def request_headers(
+    connection: ClientConnection,
+    path: bytes,
+    metadata: Sequence[tuple[bytes, bytes]] = (),
+    timeout: bytes | None = None,
+) -> Headers:
+    """Return the headers of a gRPC call of our own; `timeout` is a grpc-timeout value."""
+    headers = [
+        (b":method", b"POST"),
+        (b":scheme", b"https" if connection.secure else b"http"),
+        (b":path", path),
+        (b":authority", connection.endpoint.authority),
+        (b"te", b"trailers"),
+        (b"content-type", b"application/grpc"),
+        (b"user-agent", b"watchmux"),
+    ]
+    if timeout is not None:
+        headers.append((b"grpc-timeout", timeout))
+    headers.extend(metadata)
+    return headers
+
+
+# gRPC's PROTOCOL-HTTP2.md, "Errors".
+_STATUS_OF_RESET: Final = {
+    ErrorCode.REFUSED_STREAM: Status.UNAVAILABLE,
+    ErrorCode.CANCEL: Status.CANCELLED,
+    ErrorCode.ENHANCE_YOUR_CALM: Status.RESOURCE_EXHAUSTED,
+    ErrorCode.INADEQUATE_SECURITY: Status.PERMISSION_DENIED,
+}
+
+
+def _number(headers: Headers, name: bytes) -> int:
+    """Return the number in a header, 0 without it."""
+    for key, value in headers:
+        if key == name and value.isdigit():
+            return int(value)
+    return 0
+
+
+def _status_of(trailers: Headers, http_status: int) -> tuple[int, str]:
+    """Return status code and text of an answer from its trailers, or from the HTTP status when it is no gRPC answer."""
+    status: int | None = None
+    message = ""
+    for key, value in trailers:
+        if key == b"grpc-status" and value.isdigit():
+            status = int(value)
+        elif key == b"grpc-message":
+            message = decode_message(value)
+    if status is not None:
+        return status, message
+    if http_status != 200:
+        return http_status_to_grpc(http_status), f"the server answered with HTTP status {http_status}, not with gRPC"
+    return Status.UNKNOWN, "the server ended the call without a status"

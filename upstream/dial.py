@@ -1,0 +1,204 @@
+"""
+Finding an etcd that can carry watches: connect, ask who is there, first good answer wins.
+
+A connection for watches is used only after its server has said (Maintenance.Status) which version it is, since that
+decides whether manual progress requests can be trusted, how far its store is, and whether it has a leader. All
+endpoints are tried side by side, slightly staggered, so that one that does not answer holds nobody up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import ssl
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from proto.framing import Status
+from proto.pb import rpc_pb2
+from proto.scan import Header
+from upstream.connection import ClientConnection, NotSent, connect
+from upstream.endpoints import Backoff, Endpoint
+from upstream.errors import CallFailed, Log, Unreachable
+from upstream.settings import Settings
+from upstream.unary import call_unary
+
+STATUS_PATH: Final = "/etcdserverpb.Maintenance/Status"
+
+_VERSION: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
+_AUTH_REFUSALS: Final = frozenset({Status.UNAUTHENTICATED, Status.PERMISSION_DENIED, Status.INVALID_ARGUMENT})
+
+
+def has_ordered_progress(version: str) -> bool:
+    """
+    Whether an etcd of this version answers manual progress requests in order with events, for quiet watches too.
+
+    Fixed in 3.4.31 and 3.5.13 (etcd pull requests 15237, 17563 and their backports).
+    """
+    match = _VERSION.match(version)
+    if match is None:
+        return False
+    numbers = (int(match[1]), int(match[2]), int(match[3] or 0))
+    return numbers >= (3, 5, 13) or (3, 4, 31) <= numbers < (3, 5, 0)
+
+
+class Server:
+    """A server that answered, and what it said of itself."""
+
+    __slots__ = ("connection", "has_leader", "header", "ordered_progress", "target", "version")
+
+    def __init__(self, target: Target, connection: ClientConnection) -> None:
+        self.target = target
+        self.connection = connection
+        # As it says, such as "3.5.30"; "" when it would not say.
+        self.version = ""
+        self.ordered_progress = False
+        # Of its answer; None when it would not say.
+        self.header: Header | None = None
+        # It knows a leader; assumed where it would not say.
+        self.has_leader = True
+
+
+class Target:
+    """One endpoint, and what is known of it between attempts."""
+
+    __slots__ = ("backoff", "endpoint", "leaderless", "not_before", "told", "tried", "unimplemented")
+
+    def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
+        self.endpoint = endpoint
+        self.backoff = Backoff(settings.backoff_first_s, settings.backoff_max_s)
+        # When it may be tried again, in loop time.
+        self.not_before = 0.0
+        # It has failed since the present search began.
+        self.tried = False
+        # Its last answer was that it has no leader.
+        self.leaderless = False
+        # Its last answer was that it has no Watch service.
+        self.unimplemented = False
+        # The last problem that was logged; "" when it works.
+        self.told = ""
+
+    def failed(self, now: float) -> None:
+        """It does not work: set when it may be tried again."""
+        self.tried = True
+        self.not_before = now + self.backoff.failed(now)
+
+
+class Dialer:
+    """Tries the endpoints until one serves."""
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        tls: ssl.SSLContext | None,
+        settings: Settings,
+        log: Log,
+        on_failure: Callable[[], None],
+    ) -> None:
+        self.targets = [Target(endpoint, settings) for endpoint in endpoints]
+        self._tls = tls
+        self._settings = settings
+        self._log = log
+        # Told after each attempt that failed.
+        self._on_failure = on_failure
+        # Targets in the order in which they are tried: the one that worked last comes first.
+        self._order = list(self.targets)
+
+    async def dial(self, accept: Callable[[Server], bool]) -> Server:
+        """Try all endpoints side by side, each again and again with backoff, until one serves as `accept` wants."""
+        for target in self.targets:
+            target.tried = False
+        tasks = [
+            asyncio.get_running_loop().create_task(self._attempts(target, rank, accept))
+            for rank, target in enumerate(self._order)
+        ]
+        winner: Server | None = None
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            winner = next(task for task in tasks if task in done).result()
+        finally:
+            await self._discard(tasks, winner)
+        self.prefer(winner.target)
+        return winner
+
+    def prefer(self, target: Target) -> None:
+        """Try this one first next time."""
+        self._order.remove(target)
+        self._order.insert(0, target)
+
+    def problem(self, target: Target, text: str) -> None:
+        """Log a problem of an endpoint, once until it changes."""
+        if target.told != text:
+            target.told = text
+            self._log.warning("upstream_watch_unreachable", endpoint=target.endpoint.text, problem=text)
+
+    async def _discard(self, tasks: list[asyncio.Task[Server]], winner: Server | None) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for task in tasks:
+            if not task.cancelled() and task.exception() is None and task.result() is not winner:
+                task.result().connection.close()
+
+    async def _attempts(self, target: Target, rank: int, accept: Callable[[Server], bool]) -> Server:
+        loop = asyncio.get_running_loop()
+        delay_s = rank * self._settings.stagger_s
+        while True:
+            await asyncio.sleep(max(delay_s, target.not_before - loop.time()))
+            delay_s = 0.0
+            try:
+                server = await self._attempt(target)
+            except Unreachable as error:
+                target.failed(loop.time())
+                self.problem(target, str(error))
+            else:
+                if accept(server):
+                    return server
+                server.connection.close()
+                target.failed(loop.time())
+                self.problem(
+                    target, f"{target.endpoint.text}: it has no leader; check the other members of the cluster"
+                )
+            self._on_failure()
+
+    async def _attempt(self, target: Target) -> Server:
+        """Connect and ask. Raises Unreachable."""
+        connection = await connect(target.endpoint, self._tls, self._settings.connection)
+        server = Server(target, connection)
+        try:
+            await self._ask(server)
+        except BaseException:
+            connection.close()
+            raise
+        return server
+
+    async def _ask(self, server: Server) -> None:
+        """Ask a server for its status. Raises Unreachable when it is not fit for watches."""
+        where = server.target.endpoint.text
+        try:
+            answer, _ = await call_unary(server.connection, STATUS_PATH, b"", (), self._settings.status_timeout_s)
+            status = rpc_pb2.StatusResponse.FromString(answer)
+        except NotSent as error:
+            raise Unreachable(where, str(error), "check that etcd runs there") from None
+        except DecodeError:
+            raise Unreachable(where, "its status cannot be read", "check that it is an etcd") from None
+        except CallFailed as error:
+            if error.status in _AUTH_REFUSALS:
+                # Only releases that are newer than ordered progress ask for a token here.
+                server.ordered_progress = True
+                return
+            if error.status == Status.UNIMPLEMENTED and server.connection.healthy:
+                return
+            if not server.connection.healthy and server.connection.failure is not None:
+                raise server.connection.failure from None
+            raise Unreachable(where, f"it does not tell its status ({error})", "check that etcd is up") from None
+        if status.isLearner:
+            raise Unreachable(where, "it is a learner, which serves no watches", "promote it or leave it out")
+        server.version = status.version
+        server.ordered_progress = has_ordered_progress(status.version)
+        header = status.header
+        server.header = Header.make(header.cluster_id, header.member_id, header.revision, header.raft_term)
+        server.has_leader = status.leader != 0
+        server.target.leaderless = not server.has_leader

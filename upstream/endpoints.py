@@ -1,0 +1,161 @@
+"""
+Where the upstream etcds are, and when to try one again.
+
+Endpoints are written as etcd's own tools take them (`--endpoints`): a list separated by commas, each a URL or just
+`host:port`. Whether TLS is spoken follows clientv3's rules: `https://` and `unixs://` always, `http://` and `unix://`
+never, and an endpoint without a scheme exactly when certificates were configured.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from upstream.errors import BadEndpoint
+
+PORT_DEFAULT: Final = 2379
+"""etcd's client port."""
+
+BACKOFF_FIRST_S: Final = 0.02
+BACKOFF_MAX_S: Final = 2.0
+
+_SECURE_OF_SCHEME: Final = {"https": True, "unixs": True, "http": False, "unix": False}
+_HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?")
+_ADDRESS_6: Final = re.compile(r"[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?")
+_TO_DO: Final = "write host:port, http://host:port, https://host:port or unix:///path"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One address of an upstream etcd."""
+
+    # As it was written; what logs and errors show.
+    text: str
+    # Name or address without brackets; "localhost" for a unix socket.
+    host: str
+    # 0 for a unix socket.
+    port: int
+    # Path of the unix socket; "" for TCP.
+    path: str
+    # True and False as the scheme says; None without a scheme: TLS exactly when it is configured.
+    secure: bool | None
+
+    @property
+    def authority(self) -> bytes:
+        """The value of `:authority` for calls to this endpoint."""
+        if self.path:
+            return b"localhost"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}".encode("ascii")
+
+    def uses_tls(self, configured: bool) -> bool:
+        """Whether to speak TLS, given whether certificates are configured."""
+        return configured if self.secure is None else self.secure
+
+
+def parse_endpoints(text: str | Sequence[str]) -> list[Endpoint]:
+    """
+    Read a list of endpoints, written with commas or given as a sequence; repeated ones count once.
+
+    Raises BadEndpoint, which says what is wrong with which of them.
+    """
+    parts = text.split(",") if isinstance(text, str) else list(text)
+    endpoints = [parse_endpoint(part.strip()) for part in parts if part.strip()]
+    if not endpoints:
+        raise BadEndpoint("endpoints", "none is given", _TO_DO)
+    unique = {
+        (endpoint.host, endpoint.port, endpoint.path, endpoint.secure): endpoint for endpoint in reversed(endpoints)
+    }
+    return list(reversed(unique.values()))
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """Read one endpoint. Raises BadEndpoint."""
+    where = f"endpoint {text!r}"
+    scheme, mark, rest = text.partition("://")
+    if not mark:
+        secure, rest = None, text
+        if text.startswith(("unix:", "unixs:")):
+            scheme, _, rest = text.partition(":")
+            return _unix(text, scheme, rest)
+    elif scheme.lower() in ("unix", "unixs"):
+        return _unix(text, scheme.lower(), rest)
+    elif scheme.lower() in _SECURE_OF_SCHEME:
+        secure = _SECURE_OF_SCHEME[scheme.lower()]
+    else:
+        raise BadEndpoint(where, f"the scheme {scheme!r} is unknown", _TO_DO)
+    rest, _, extra = rest.partition("/")
+    if extra or "?" in rest or "#" in rest:
+        raise BadEndpoint(where, "there is a path behind the port", _TO_DO)
+    if "@" in rest:
+        raise BadEndpoint(where, "it holds a user name", "give the user by --user, not in the endpoint")
+    host, port = _host_and_port(rest, where)
+    return Endpoint(text, host, port, "", secure)
+
+
+def _unix(text: str, scheme: str, path: str) -> Endpoint:
+    if not path:
+        raise BadEndpoint(f"endpoint {text!r}", "the path of the socket is missing", _TO_DO)
+    return Endpoint(text, "localhost", 0, path, _SECURE_OF_SCHEME[scheme])
+
+
+def _host_and_port(text: str, where: str) -> tuple[str, int]:
+    if text.startswith("["):
+        host, bracket, tail = text[1:].partition("]")
+        good = bool(bracket) and _ADDRESS_6.fullmatch(host) is not None and (not tail or tail.startswith(":"))
+        port = tail[1:] if tail else str(PORT_DEFAULT)
+    else:
+        host, colon, port = text.partition(":")
+        if ":" in port:
+            raise BadEndpoint(where, "an IPv6 address needs brackets", "write [address]:port")
+        good = _HOST.fullmatch(host) is not None
+        port = port if colon else str(PORT_DEFAULT)
+    if not good:
+        raise BadEndpoint(where, f"{host!r} is not a host name or address" if host else "the host is missing", _TO_DO)
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536):
+        raise BadEndpoint(where, f"{port!r} is not a port", "give a port from 1 to 65535")
+    return host, int(port)
+
+
+class Backoff:
+    """
+    How long to wait before an endpoint is tried again: at once the first time, then doubling, with jitter.
+
+    A success alone does not start it over: an endpoint that accepts and drops at once would be hammered. It has to
+    have held for the longest delay.
+    """
+
+    __slots__ = ("_delay_s", "_first_s", "_jitter", "_max_s", "_success_at")
+
+    def __init__(
+        self,
+        first_s: float = BACKOFF_FIRST_S,
+        max_s: float = BACKOFF_MAX_S,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._first_s = first_s
+        self._max_s = max_s
+        # Returns a number in [0, 1).
+        self._jitter = jitter
+        # The delay after the next failure, before jitter; 0 = at once.
+        self._delay_s = 0.0
+        # Since when the endpoint has worked; None while it does not.
+        self._success_at: float | None = None
+
+    def succeeded(self, now: float) -> None:
+        """The endpoint works."""
+        if self._success_at is None:
+            self._success_at = now
+
+    def failed(self, now: float) -> float:
+        """The endpoint does not work (any more). Return the seconds to wait before the next try."""
+        if self._success_at is not None and now - self._success_at >= self._max_s:
+            self._delay_s = 0.0
+        self._success_at = None
+        delay_s = self._delay_s
+        self._delay_s = min(max(2 * delay_s, self._first_s), self._max_s)
+        # Between half of the delay and all of it: many proxies that lose one etcd do not come back in step.
+        return delay_s * (0.5 + 0.5 * self._jitter())

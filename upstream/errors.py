@@ -1,0 +1,172 @@
+"""
+What can go wrong with an upstream, said for the person who has to mend it.
+
+Every text here has three parts: where it happened, what happened, and what to do about it. They are shown as one
+line, in a log or on a terminal, never as a traceback: a closed port is not a bug of this program.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+import ssl
+from typing import Final, Protocol
+
+from proto.framing import Status
+
+
+class UpstreamError(Exception):
+    """Something about an upstream that a person can mend: where, what, what to do."""
+
+    def __init__(self, where: str, what: str, to_do: str) -> None:
+        super().__init__(f"{where}: {what}; {to_do}")
+        self.where = where
+        self.what = what
+        self.to_do = to_do
+
+
+class BadEndpoint(UpstreamError):
+    """An endpoint that was configured is not one."""
+
+
+class BadTls(UpstreamError):
+    """Certificates or keys that were configured cannot be used."""
+
+
+class Unreachable(UpstreamError):
+    """An endpoint cannot be reached, or what answers there is not an etcd."""
+
+
+class CallFailed(Exception):
+    """A call ended with a gRPC status other than OK."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"{_status_name(status)}: {text}")
+        self.status = status
+        self.text = text
+
+
+class Log(Protocol):
+    """The part of a structlog logger that this package uses."""
+
+    def info(self, event: str, **fields: object) -> object: ...
+
+    def warning(self, event: str, **fields: object) -> object: ...
+
+
+class Silence:
+    """A log that nobody reads."""
+
+    def info(self, event: str, **fields: object) -> None: ...
+
+    def warning(self, event: str, **fields: object) -> None: ...
+
+
+def _status_name(status: int) -> str:
+    try:
+        return Status(status).name
+    except ValueError:
+        return f"status {status}"
+
+
+def explain_connect(error: BaseException, where: str, secure: bool) -> Unreachable:
+    """Return what a failed connection attempt to the endpoint `where` means; `secure` says that TLS was spoken."""
+    if isinstance(error, Unreachable):
+        return error
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _explain_certificate(error, where)
+    if isinstance(error, ssl.SSLError):
+        return _explain_tls(error, where)
+    if isinstance(error, TimeoutError):
+        return Unreachable(where, "no answer in time", "check that etcd runs there and that no firewall is in between")
+    if isinstance(error, socket.gaierror):
+        return Unreachable(where, "the name cannot be resolved", "check the spelling and the name server")
+    if isinstance(error, FileNotFoundError):
+        return Unreachable(where, "there is no such socket", "check the path and that etcd runs")
+    if isinstance(error, PermissionError):
+        return Unreachable(where, "permission denied", "check who may open the socket")
+    code = error.errno if isinstance(error, OSError) else None
+    if code == errno.ECONNREFUSED or isinstance(error, ConnectionRefusedError):
+        return Unreachable(where, "connection refused", "check that etcd runs and listens on that address and port")
+    if isinstance(error, ConnectionError):
+        return closed_early(where, secure)
+    if code in (errno.EHOSTUNREACH, errno.ENETUNREACH):
+        return Unreachable(where, "no route to the host", "check the address and the network")
+    text = str(error) or type(error).__name__
+    return Unreachable(where, f"the connection failed ({text})", "check that etcd runs there")
+
+
+def _explain_certificate(error: ssl.SSLCertVerificationError, where: str) -> Unreachable:
+    reason = error.verify_message or "verification failed"
+    if "mismatch" in reason or "is not valid for" in reason:
+        to_do = "connect by a name or address that the certificate lists"
+    elif "expired" in reason or "not yet valid" in reason:
+        to_do = "renew the certificate or set the clock"
+    else:
+        to_do = "give the certificate authority that signed it (--cacert)"
+    return Unreachable(where, f"its certificate is not trusted ({reason})", to_do)
+
+
+def _explain_tls(error: ssl.SSLError, where: str) -> Unreachable:
+    reason = error.reason or ""
+    if "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason or "HTTP_REQUEST" in reason:
+        return Unreachable(where, "it does not speak TLS", "use http:// for this endpoint, or check the port")
+    if "CERTIFICATE_REQUIRED" in reason or "BAD_CERTIFICATE" in reason or "HANDSHAKE_FAILURE" in reason:
+        return Unreachable(
+            where, f"it refused our certificate ({reason})", "give one that it trusts (--cert and --key)"
+        )
+    if "UNKNOWN_CA" in reason:
+        return Unreachable(
+            where, "it does not trust our certificate", "give one that its authority signed (--cert and --key)"
+        )
+    return Unreachable(where, f"the TLS handshake failed ({reason or error})", "check the certificates on both sides")
+
+
+def closed_early(where: str, secure: bool) -> Unreachable:
+    """Return the text for a server that closed the connection before it said anything in HTTP/2."""
+    if secure:
+        return Unreachable(
+            where, "it closed the connection after the TLS handshake", "check --cert and --key, and that it is an etcd"
+        )
+    return Unreachable(
+        where,
+        "it closed the connection at once",
+        "if it expects TLS, use https:// for this endpoint; else check the port",
+    )
+
+
+def not_http2(where: str, secure: bool, first: bytes) -> Unreachable:
+    """Return the text for a server whose first bytes are not HTTP/2."""
+    if first[:1] == b"\x15" and first[1:2] == b"\x03":
+        return Unreachable(where, "it expects TLS", "use https:// for this endpoint")
+    if first[:5] == b"HTTP/":
+        if b"HTTPS" in first or b"TLS" in first:
+            return Unreachable(where, "it expects TLS", "use https:// for this endpoint")
+        hint = "" if secure else ", or https:// if it expects TLS"
+        return Unreachable(where, "it answers in HTTP/1, not as an etcd does", f"give etcd's client port{hint}")
+    return Unreachable(where, "what answers there does not speak HTTP/2", "give etcd's client port")
+
+
+_REASON: Final = re.compile(r"rpc error: code = (\w+) desc = (.*)", re.DOTALL)
+_CODES: Final = {
+    **{status.name.replace("_", "").lower(): status for status in Status},
+    "canceled": Status.CANCELLED,
+}
+
+
+def read_reason(cancel_reason: str) -> tuple[int, str]:
+    """
+    Return the status code and text of a cancel_reason.
+
+    etcd puts a Go error there: `rpc error: code = PermissionDenied desc = etcdserver: permission denied`, or the
+    text of an error that has no code.
+    """
+    match = _REASON.fullmatch(cancel_reason)
+    if match is not None:
+        return _CODES.get(match[1].lower(), Status.UNKNOWN), match[2]
+    if "compacted" in cancel_reason:
+        return Status.OUT_OF_RANGE, cancel_reason
+    if cancel_reason:
+        return Status.INVALID_ARGUMENT, cancel_reason
+    return Status.UNAVAILABLE, ""

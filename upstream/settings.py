@@ -1,0 +1,54 @@
+"""
+The limits and intervals of the upstream side, each with its unit and its reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from upstream.endpoints import BACKOFF_FIRST_S, BACKOFF_MAX_S
+
+MIB: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionSettings:
+    """One connection to one endpoint."""
+
+    # Resolving, TCP, TLS and the server's first SETTINGS together.
+    connect_timeout_s: float = 5.0
+    # How long the server may take to acknowledge our SETTINGS (RFC 9113 6.5.3).
+    settings_timeout_s: float = 10.0
+    # Silence after which a PING is sent while calls are open. etcd takes a ping every 5 s
+    # (--grpc-keepalive-min-time) and ends connections that send more.
+    keepalive_s: float = 10.0
+    # How long the answer to it may take before the connection counts as dead.
+    keepalive_timeout_s: float = 5.0
+    # Inbound window of one call. What is received is handed on at once, so this only has to cover the way to the
+    # server and back; it is also what a paused backfill can hold in memory.
+    stream_window_bytes: int = 1 * MIB
+    # Inbound window of the connection: so large that paused calls never hold up the others.
+    connection_window_bytes: int = 1024 * MIB
+    # Bytes the kernel has not taken yet at which we stop writing, and at which we go on.
+    write_high_bytes: int = 256 * 1024
+    write_low_bytes: int = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The watch client and the pool."""
+
+    connection: ConnectionSettings = ConnectionSettings()
+    # Between two tries of one endpoint: the first at once, then doubling from the one to the other, with jitter.
+    backoff_first_s: float = BACKOFF_FIRST_S
+    backoff_max_s: float = BACKOFF_MAX_S
+    # When several endpoints can be tried, the next one starts this long after the one before, unless that failed.
+    stagger_s: float = 0.05
+    # What a new connection is asked first (version, revision, leader) has to be answered in this time.
+    status_timeout_s: float = 5.0
+    # The largest watch response taken. etcd sends fragments of 2 MiB (--max-request-bytes + 512 KiB) but does not cut
+    # what it had waiting before `created`, up to 1000 revisions of a key each.
+    watch_message_bytes_max: int = 512 * MIB
+    # The largest answer to a call of our own.
+    unary_message_bytes_max: int = 64 * MIB

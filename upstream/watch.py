@@ -1,0 +1,405 @@
+"""
+The watch client: what clientv3's Watcher is, for one listener that opens and closes watches.
+
+A thin shell around `WatchState`. It holds one connection of its own, apart from the pool's; each message that comes
+on it goes through scanner and state to the listener within the same call, without a task, a future or any decoding.
+One task looks after the connection: finds an etcd that serves (`Dialer`), waits until it breaks, finds the next
+one; after a break all watches register again by themselves and the listener sees neither a gap nor anything twice.
+
+Calls to the listener are synchronous and come from the event loop. It may call the client from inside of them.
+
+No leader. Streams ask etcd for a leader (metadata `hasleader`), so that a member cut off from its cluster ends them
+instead of staying silent. Then the other endpoints are tried; when every one has failed and one of them for lack of
+a leader, the listener is told `no_leader` and watches go on without `hasleader`, as events may still come, until an
+endpoint with a leader is found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from proto.framing import FramingError, Status, Unframer, frame
+from proto.http2 import Headers
+from proto.scan import Header, ScanError, WatchResponse, scan_watch_response
+from upstream.connection import ClientConnection, NotSent, UpstreamCall, request_headers
+from upstream.dial import Dialer, Server
+from upstream.endpoints import Endpoint
+from upstream.errors import CallFailed, Log, Silence
+from upstream.pool import NO_LEADER_TEXT
+from upstream.settings import Settings
+from upstream.unary import HAS_LEADER
+from upstream.watch_effects import CloseStream, Effect, HeaderSeen, Lost, OpenStream, Progressed, Received, Write
+from upstream.watch_state import OpenedWatch, WatchState, WatchStream
+
+WATCH_PATH = b"/etcdserverpb.Watch/Watch"
+
+# What trying again does not mend. Not UNIMPLEMENTED, which another endpoint may serve, and not CANCELLED, which an
+# etcd that is being stopped says.
+_FINAL = frozenset({Status.INVALID_ARGUMENT, Status.PERMISSION_DENIED, Status.UNAUTHENTICATED})
+
+
+class WatchListener(Protocol):
+    """Who is told; `watch` is always the object that was opened."""
+
+    def received(self, watch: OpenedWatch, response: WatchResponse) -> None:
+        """
+        Whole revisions of events, none seen before; or `created`, once; or a bookmark: no events, complete through
+        header.revision; or `canceled` with compact_revision: then the watch is over.
+        """
+
+    def progressed(self, watches: Iterable[OpenedWatch], header: Header) -> None:
+        """A progress answer proves all of these complete through header.revision."""
+
+    def lost(self, watch: OpenedWatch, status: int, text: str) -> None:
+        """The watch is over for good: refused, cancelled by the server, or unreadable."""
+
+    def no_leader(self) -> None:
+        """No endpoint has a leader. Watches go on as well as they can."""
+
+    def header_seen(self, header: Header) -> None:
+        """The header of an answer that is not passed on otherwise."""
+
+    def broken(self) -> None:
+        """The connection is lost. Watches resume by themselves."""
+
+    def resumed(self) -> None:
+        """There is a connection (again), and all watches are being registered on it."""
+
+
+class _Call:
+    """The call that carries one WatchStream."""
+
+    __slots__ = ("_client", "_held", "_stream", "_unframer", "call")
+
+    def __init__(self, client: WatchClient, stream: WatchStream, message_bytes_max: int) -> None:
+        self._client = client
+        self._stream = stream
+        self._unframer = Unframer(message_bytes_max)
+        # What came while paused, unread and without credit: at most one stream window.
+        self._held: list[tuple[bytes, int]] = []
+        self.call: UpstreamCall | None = None
+
+    def on_headers(self, headers: Headers) -> None:
+        pass
+
+    def on_data(self, data: bytes, flow_size: int) -> None:
+        if self._stream.paused or self._held:
+            self._held.append((data, flow_size))
+            return
+        self._read(data, flow_size)
+
+    def on_drained(self) -> None:
+        pass
+
+    def on_end(self, status: int, message: str, trailers: Headers) -> None:  # noqa: ARG002 - CallHandler's signature
+        self._client._stream_ended(self._stream, status, message)
+
+    def resume(self) -> None:
+        """Read what was held."""
+        while self._held and not self._stream.paused:
+            self._read(*self._held.pop(0))
+
+    def _read(self, data: bytes, flow_size: int) -> None:
+        call = self.call
+        assert call is not None
+        call.consumed(flow_size)
+        if call.http_status != 200:
+            return
+        client = self._client
+        stream = self._stream
+        try:
+            for message in self._unframer.feed(data):
+                if call.ended:
+                    break
+                client._apply(client._state.received(stream, scan_watch_response(message)))
+        except FramingError as error:
+            call.reset()
+            client._stream_ended(stream, error.code, error.text, final=error.code == Status.RESOURCE_EXHAUSTED)
+        except ScanError as error:
+            call.reset()
+            client._stream_ended(stream, Status.INTERNAL, str(error))
+
+
+class WatchClient:
+    """Watches at whichever of several endpoints serves. Use from one event loop."""
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        listener: WatchListener,
+        settings: Settings | None = None,
+        tls: ssl.SSLContext | None = None,
+        log: Log | None = None,
+    ) -> None:
+        self._settings = settings or Settings()
+        self._listener = listener
+        self._log = log or Silence()
+        self._state = WatchState()
+        self._dialer = Dialer(endpoints, tls, self._settings, self._log, self._attempt_failed)
+        # The server in use; None while there is none.
+        self._server: Server | None = None
+        # Set when the server in use is not to be used any more.
+        self._lost = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        # A pending registration of watches whose stream ended.
+        self._register_timer: asyncio.TimerHandle | None = None
+        # No endpoint has a leader: watches are opened without asking for one.
+        self.leaderless = False
+        # Connections lost while watches were open, since the start.
+        self.breaks = 0
+
+    # For the listener.
+
+    @property
+    def ordered_progress(self) -> bool:
+        """The server answers manual progress requests in order with events. False before the first connection."""
+        return self._state.ordered_progress
+
+    @property
+    def connected(self) -> bool:
+        """There is a connection on which watches are registered."""
+        return self._state.connected
+
+    @property
+    def newest_revision(self) -> int:
+        """The highest revision seen in any header; 0 before the first."""
+        return self._state.newest_revision
+
+    @property
+    def server(self) -> tuple[str, str] | None:
+        """The endpoint in use and the version it says it is; None while there is none."""
+        return (self._server.target.endpoint.text, self._server.version) if self._server is not None else None
+
+    @property
+    def stream_count(self) -> int:
+        """Watch calls open upstream."""
+        return sum(1 for _ in self._state.streams())
+
+    @property
+    def watch_count(self) -> int:
+        """Watches that are open."""
+        return len(self._state)
+
+    def start(self) -> None:
+        """Start connecting, in the running event loop."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="upstream watches")
+
+    async def stop(self) -> None:
+        """Close the connection. The listener is told nothing."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        self._drop_server()
+
+    def open(self, watch: OpenedWatch) -> None:
+        """Open a watch; it registers as soon as there is a connection. Raises ValueError if it is open already."""
+        self._apply(self._state.open(watch))
+
+    def close(self, watch: OpenedWatch) -> None:
+        """Cancel a watch; the listener hears nothing more of it. One that is over is ignored."""
+        self._apply(self._state.close(watch))
+
+    def pause(self, watch: OpenedWatch) -> None:
+        """Stop reading a backfill; what is under way fills one stream window. Raises ValueError for a trunk."""
+        self._state.pause(watch)
+
+    def resume(self, watch: OpenedWatch) -> None:
+        """Read a paused backfill again."""
+        stream = self._state.resume(watch)
+        if stream is not None and isinstance(stream.shell, _Call):
+            # Not at once: the listener would get events inside of its own call.
+            asyncio.get_running_loop().call_soon(stream.shell.resume)
+
+    def request_progress(self) -> None:
+        """Ask upstream how far all watches are complete; see `WatchState.request_progress`."""
+        self._apply(self._state.request_progress())
+
+    def store_went_back(self, revision: int) -> None:
+        """The store is at `revision` after all, below what was seen before (restored from a snapshot)."""
+        self._state.newest_revision = revision
+
+    # Streams.
+
+    def _apply(self, effects: list[Effect]) -> None:
+        listener = self._listener
+        for effect in effects:
+            if isinstance(effect, Received):
+                listener.received(effect.watch, effect.response)
+            elif isinstance(effect, Write):
+                shell = effect.stream.shell
+                if isinstance(shell, _Call) and shell.call is not None:
+                    framed = frame(effect.message)
+                    shell.call.write((framed,), len(framed))
+            elif isinstance(effect, Progressed):
+                listener.progressed(effect.watches, effect.header)
+            elif isinstance(effect, HeaderSeen):
+                listener.header_seen(effect.header)
+            elif isinstance(effect, OpenStream):
+                self._open_stream(effect.stream)
+            elif isinstance(effect, CloseStream):
+                shell = effect.stream.shell
+                if isinstance(shell, _Call) and shell.call is not None:
+                    shell.call.reset()
+            elif isinstance(effect, Lost):
+                listener.lost(effect.watch, effect.status, effect.text)
+
+    def _open_stream(self, stream: WatchStream) -> None:
+        server = self._server
+        assert server is not None, "streams are opened while connected"
+        metadata: list[tuple[bytes, bytes]] = []
+        if not self.leaderless:
+            metadata.append(HAS_LEADER)
+        if stream.token is not None:
+            metadata.append((b"token", stream.token))
+        shell = _Call(self, stream, self._settings.watch_message_bytes_max)
+        headers = request_headers(server.connection, WATCH_PATH, metadata)
+        try:
+            shell.call = server.connection.request(headers, shell)
+        except NotSent:
+            # The server's limit of streams, or the connection is just ending: later.
+            asyncio.get_running_loop().call_soon(self._stream_ended, stream, Status.UNAVAILABLE, "no stream to be had")
+            return
+        stream.shell = shell
+
+    def _stream_ended(self, stream: WatchStream, status: int, text: str, final: bool = False) -> None:
+        """A stream is over without our doing: decide whether it is tried again here, elsewhere, or not at all."""
+        server = self._server
+        if server is None or stream not in self._state.streams():
+            return
+        if final or status in _FINAL or (status == Status.UNIMPLEMENTED and self._nobody_serves(server)):
+            self._apply(self._state.refused(stream, status, text))
+            return
+        opened = stream.shell is not None
+        answered = stream.answered
+        self._state.ended(stream)
+        if answered:
+            server.target.unimplemented = False
+        if not server.connection.healthy:
+            # The connection is over, which is told separately.
+            return
+        if status == Status.UNAVAILABLE and text == NO_LEADER_TEXT:
+            server.target.leaderless = True
+        elif answered or not opened:
+            self._register_later(server)
+            return
+        self._give_up(server, f"it ended the watch stream: {CallFailed(status, text)}")
+
+    def _nobody_serves(self, server: Server) -> bool:
+        """The server has no Watch service; whether that is so at all endpoints."""
+        server.target.unimplemented = True
+        return all(target.unimplemented for target in self._dialer.targets)
+
+    def _register_later(self, server: Server) -> None:
+        """Register again what has no stream, on this connection: at once the first time, then with backoff."""
+        if self._register_timer is None:
+            loop = asyncio.get_running_loop()
+            server.target.failed(loop.time())
+            self._register_timer = loop.call_at(server.target.not_before, self._register)
+
+    def _register(self) -> None:
+        self._register_timer = None
+        if self._server is not None:
+            self._server.target.backoff.succeeded(asyncio.get_running_loop().time())
+            self._apply(self._state.register())
+
+    # The connection.
+
+    def _give_up(self, server: Server, problem: str) -> None:
+        """Do not use this server any more, though it can be reached."""
+        self._dialer.problem(server.target, f"{server.target.endpoint.text}: {problem}")
+        self._lost.set()
+
+    async def _run(self) -> None:
+        while True:
+            server = await self._dialer.dial(self._acceptable)
+            self._use(server)
+            while not self._lost.is_set():
+                if not self.leaderless:
+                    await self._lost.wait()
+                    continue
+                better = await self._wait_for_leader()
+                if better is not None:
+                    self._break()
+                    self._use(better)
+            self._break()
+
+    def _acceptable(self, server: Server) -> bool:
+        return server.has_leader or self.leaderless
+
+    def _attempt_failed(self) -> None:
+        """Decide, after an attempt that failed, whether to go on without a leader."""
+        targets = self._dialer.targets
+        if self.leaderless or self._server is not None:
+            return
+        if all(target.tried for target in targets) and any(target.leaderless for target in targets):
+            self.leaderless = True
+            self._log.warning("upstream_no_leader", endpoints=[target.endpoint.text for target in targets])
+            self._listener.no_leader()
+
+    async def _wait_for_leader(self) -> Server | None:
+        """Look for an endpoint with a leader; None when the present connection ends before."""
+        loop = asyncio.get_running_loop()
+        search = loop.create_task(self._dialer.dial(lambda server: server.has_leader))
+        lost = loop.create_task(self._lost.wait())
+        try:
+            await asyncio.wait((search, lost), return_when=asyncio.FIRST_COMPLETED)
+            if search.done():
+                return search.result()
+            return None
+        finally:
+            lost.cancel()
+            search.cancel()
+            await asyncio.gather(lost, search, return_exceptions=True)
+
+    def _use(self, server: Server) -> None:
+        """A server answered: register everything on its connection."""
+        if server.has_leader:
+            self.leaderless = False
+        self._server = server
+        self._lost.clear()
+        target = server.target
+        target.backoff.succeeded(asyncio.get_running_loop().time())
+        target.told = ""
+        connection = server.connection
+        self._log.info("upstream_watch_connected", endpoint=target.endpoint.text, version=server.version)
+        revision = 0
+        if server.header is not None:
+            revision = server.header.revision
+            self._listener.header_seen(server.header)
+        self._apply(self._state.connect(server.ordered_progress, revision))
+        self._listener.resumed()
+        if connection.healthy:
+            connection.on_closed = self._connection_closed
+        else:
+            self._connection_closed(connection)
+
+    def _connection_closed(self, connection: ClientConnection) -> None:
+        server = self._server
+        if server is not None and server.connection is connection:
+            if connection.failure is not None:
+                self._dialer.problem(server.target, str(connection.failure))
+            self._lost.set()
+
+    def _break(self) -> None:
+        """The server in use is not usable: every watch waits for the next one."""
+        server = self._server
+        if server is not None:
+            server.target.failed(asyncio.get_running_loop().time())
+        self._drop_server()
+        self.breaks += 1
+        self._listener.broken()
+
+    def _drop_server(self) -> None:
+        server, self._server = self._server, None
+        self._state.disconnect()
+        if self._register_timer is not None:
+            self._register_timer.cancel()
+            self._register_timer = None
+        if server is not None:
+            server.connection.on_closed = None
+            server.connection.close()

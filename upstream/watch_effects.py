@@ -1,0 +1,83 @@
+"""
+What `WatchState` wants done: each of its inputs returns a list of these, to be carried out in order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from proto.scan import Header, WatchResponse
+
+if TYPE_CHECKING:
+    from upstream.watch_state import OpenedWatch, WatchStream
+
+
+class OpenStream:
+    """Start the Watch call of a stream."""
+
+    __slots__ = ("stream",)
+
+    def __init__(self, stream: WatchStream) -> None:
+        self.stream = stream
+
+
+class CloseStream:
+    """End the Watch call of a stream: nothing is left on it."""
+
+    __slots__ = ("stream",)
+
+    def __init__(self, stream: WatchStream) -> None:
+        self.stream = stream
+
+
+class Write:
+    """Send a message (WatchRequest, without gRPC prefix) on a stream."""
+
+    __slots__ = ("message", "stream")
+
+    def __init__(self, stream: WatchStream, message: bytes) -> None:
+        self.stream = stream
+        self.message = message
+
+
+class Received:
+    """Whole revisions, `created` (once), a bookmark (no events) or a compaction cancel (which ends it) for a watch."""
+
+    __slots__ = ("response", "watch")
+
+    def __init__(self, watch: OpenedWatch, response: WatchResponse) -> None:
+        self.watch = watch
+        self.response = response
+
+
+class Progressed:
+    """These watches are complete through header.revision."""
+
+    __slots__ = ("header", "watches")
+
+    def __init__(self, watches: list[OpenedWatch], header: Header) -> None:
+        self.watches = watches
+        self.header = header
+
+
+class Lost:
+    """A watch is over for good."""
+
+    __slots__ = ("status", "text", "watch")
+
+    def __init__(self, watch: OpenedWatch, status: int, text: str) -> None:
+        self.watch = watch
+        self.status = status
+        self.text = text
+
+
+class HeaderSeen:
+    """A header came with an answer that is not passed on."""
+
+    __slots__ = ("header",)
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+
+
+Effect = OpenStream | CloseStream | Write | Received | Progressed | Lost | HeaderSeen
