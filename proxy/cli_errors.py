@@ -1,7 +1,7 @@
 """How a command tells its user that it cannot go on: one line, and an exit code.
 
-A module of its own, because `python -m proxy.cli` loads the command line under another name than an import would, and an
-exception class must exist once to be caught.
+A module of its own, because `python -m proxy.cli` loads the command line under another name than an import would, and
+an exception class must exist once to be caught.
 """
 
 from __future__ import annotations

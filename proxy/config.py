@@ -1,12 +1,13 @@
 """Every knob of the proxy: name, default, unit, flag, and what it trades for what. One place, read by all others.
 
 The command line's options, the `WATCHMUX_*` variables, the configuration file and the commented example in
-`configs/watchmux.toml` are all made from the structs below, so a knob is added by adding one field. Units stand last in
-the names (`linger_s`, `history_bytes_max`). A number that limits nothing when 0 says so in its text.
+`configs/watchmux.toml` are all made from the structs below, so a knob is added by adding one field. Units stand last
+in the names (`linger_s`, `history_bytes_max`). A number that limits nothing when 0 says so in its text.
 """
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Iterator
 from enum import Enum
@@ -105,7 +106,26 @@ class Upstream(msgspec.Struct, kw_only=True, frozen=True):
             from_etcd=True,
             gt=0,
         ),
-    ] = 20.0
+    ] = 5.0
+    connect_timeout_s: Annotated[
+        float,
+        _knob(
+            "Give up connecting to a member (name, TCP and TLS together) after so long and try the next one.",
+            Kind.SECONDS,
+            gt=0,
+            advanced=True,
+        ),
+    ] = 5.0
+    watch_message_bytes_max: Annotated[
+        int,
+        _knob(
+            "The largest watch response taken from etcd. etcd does not cut what it had waiting for a watch, so this is "
+            "far above its own 1.5 MiB for a request.",
+            Kind.BYTES,
+            ge=1,
+            advanced=True,
+        ),
+    ] = 512 * MIB
 
 
 class Listener(msgspec.Struct, kw_only=True, frozen=True):
@@ -168,6 +188,23 @@ class Listener(msgspec.Struct, kw_only=True, frozen=True):
             gt=0,
         ),
     ] = 20.0
+    connections_max: Annotated[
+        int,
+        _knob(
+            "Client connections at a time; one more is told so and closed. Keep it below the limit of open files.",
+            Kind.COUNT,
+            ge=1,
+        ),
+    ] = 20_000
+    sessions_per_connection_max: Annotated[
+        int,
+        _knob(
+            "Watch streams on one connection; one more is refused with RESOURCE_EXHAUSTED.",
+            Kind.COUNT,
+            ge=1,
+            advanced=True,
+        ),
+    ] = 10_000
     drain_s: Annotated[
         float,
         _knob(
@@ -185,8 +222,8 @@ class Watch(msgspec.Struct, kw_only=True, frozen=True):
     linger_s: Annotated[
         float,
         _knob(
-            "Keep the upstream watch of a range open so long after its last client left. Longer: a client that comes "
-            "back finds its history; shorter: etcd is rid of the watch sooner.",
+            "Keep the upstream watch of a range open so long after its last client left. Longer: a client that "
+            "comes back finds its history; shorter: etcd is rid of the watch sooner.",
             Kind.SECONDS,
             ge=0,
         ),
@@ -196,17 +233,184 @@ class Watch(msgspec.Struct, kw_only=True, frozen=True):
         _knob(
             "Tell quiet watches that asked for progress_notify how far they are, this often.",
             Kind.SECONDS,
-            from_etcd=True,
             gt=0,
+            from_etcd=True,
         ),
     ] = 600.0
+    history_bytes_total_max: Annotated[
+        int,
+        _knob(
+            "Memory for recent events of all ranges together. From it watches that start in the past or fell "
+            "behind are served without asking etcd; the oldest events go first.",
+            Kind.BYTES,
+            ge=0,
+        ),
+    ] = 256 * MIB
+    history_bytes_max: Annotated[
+        int,
+        _knob(
+            "Memory for recent events of one range. More: deeper starts in the past without a watch of their own "
+            "at etcd.",
+            Kind.BYTES,
+            ge=0,
+            advanced=True,
+        ),
+    ] = 16 * MIB
+    history_revisions_max: Annotated[
+        int,
+        _knob(
+            "Revisions remembered of one range; bounds what many small events cost beside their bytes.",
+            Kind.COUNT,
+            ge=1,
+            advanced=True,
+        ),
+    ] = 20_000
+    history_age_s: Annotated[
+        float,
+        _knob(
+            "How long events are remembered; frees the memory of ranges that were busy once.",
+            Kind.SECONDS,
+            ge=0,
+            advanced=True,
+        ),
+    ] = 300.0
+    lagging_age_s_max: Annotated[
+        float,
+        _knob(
+            "End the stream of a client that has been behind without a break for longer. 0: never; a slow client "
+            "costs nobody but itself.",
+            Kind.SECONDS,
+            ge=0,
+        ),
+    ] = 0.0
+    watches_max: Annotated[
+        int, _knob("Watches of all clients; more are refused. A watch costs about 0.5 KiB.", Kind.COUNT, ge=1)
+    ] = 10_000_000
+    watches_per_session_max: Annotated[
+        int, _knob("Watches on one stream; more are refused.", Kind.COUNT, ge=1, advanced=True)
+    ] = 100_000
+    queue_max: Annotated[
+        int,
+        _knob("Requests of one stream that wait for etcd; one more ends the stream.", Kind.COUNT, ge=1, advanced=True),
+    ] = 100_000
+    trunks_max: Annotated[
+        int,
+        _knob(
+            "Different ranges watched at etcd; a watch that would need one more is refused.",
+            Kind.COUNT,
+            ge=1,
+            advanced=True,
+        ),
+    ] = 1_000_000
+    backfills_max: Annotated[
+        int,
+        _knob(
+            "Private catch-up watches open at etcd at once; watches that need one more wait. More: faster after "
+            "many deep starts; each is a stream at etcd.",
+            Kind.COUNT,
+            ge=1,
+            advanced=True,
+        ),
+    ] = 100
+    backfill_bytes_max: Annotated[
+        int,
+        _knob(
+            "What a shared catch-up watch may hold for its slower watches before these get one of their own.",
+            Kind.BYTES,
+            ge=0,
+            advanced=True,
+        ),
+    ] = 4 * MIB
+    backfill_share_revisions: Annotated[
+        int,
+        _knob(
+            "A watch shares a catch-up watch that is at most so many revisions behind what it needs.",
+            Kind.COUNT,
+            ge=0,
+            advanced=True,
+        ),
+    ] = 10_000
+    trunk_catch_up_revisions: Annotated[
+        int,
+        _knob(
+            "The first watch of a range takes the shared upstream watch back so many revisions at most; older "
+            "starts get a catch-up watch, so that later watches need not wait.",
+            Kind.COUNT,
+            ge=0,
+            advanced=True,
+        ),
+    ] = 1000
+    replay_bytes_max: Annotated[
+        int,
+        _knob(
+            "Size of the responses joined for a client that catches up. More: fewer, larger messages.",
+            Kind.BYTES,
+            ge=1,
+            advanced=True,
+        ),
+    ] = MIB
+    replay_turn_bytes_max: Annotated[
+        int,
+        _knob(
+            "What all clients that catch up are given before live events have their turn again.",
+            Kind.BYTES,
+            ge=1,
+            advanced=True,
+        ),
+    ] = 8 * MIB
+    response_bytes_max: Annotated[
+        int,
+        _knob(
+            "Responses joined of several revisions stay below; a default gRPC client takes 4 MiB.",
+            Kind.BYTES,
+            ge=1,
+            advanced=True,
+        ),
+    ] = 4 * MIB - 16 * KIB
+    fragment_bytes: Annotated[
+        int,
+        _knob(
+            "From this size on a response is split for watches that asked for fragments, as etcd does.",
+            Kind.BYTES,
+            ge=1,
+            advanced=True,
+        ),
+    ] = 2 * MIB
+    bookmark_s: Annotated[
+        float,
+        _knob(
+            "Ask etcd this often how far quiet ranges are, so that no break resumes from a revision compacted "
+            "meanwhile.",
+            Kind.SECONDS,
+            gt=0,
+            advanced=True,
+        ),
+    ] = 30.0
+    progress_retry_s: Annotated[
+        float,
+        _knob(
+            "While a client waits for progress, ask etcd again after this: etcd drops requests that it cannot answer.",
+            Kind.SECONDS,
+            gt=0,
+            advanced=True,
+        ),
+    ] = 0.1
+    progress_retry_s_max: Annotated[
+        float,
+        _knob(
+            "The longest pause between such requests; they double from the first one.",
+            Kind.SECONDS,
+            gt=0,
+            advanced=True,
+        ),
+    ] = 1.0
 
 
 class Log(msgspec.Struct, kw_only=True, frozen=True):
     """What is logged. Keys and values of clients never are."""
 
     log_level: Annotated[
-        Literal["debug", "info", "warn", "error"], _knob("The least grave messages to log.", Kind.CHOICE)
+        Literal["debug", "info", "warn", "error", "fatal"], _knob("The least grave messages to log.", Kind.CHOICE)
     ] = "info"
     log_format: Annotated[
         Literal["auto", "console", "json"],
@@ -280,7 +484,8 @@ def _walk() -> Iterator[Knob]:
         for field in msgspec.structs.fields(struct):
             meta = next(part for part in typing.get_args(annotated[field.name]) if isinstance(part, msgspec.Meta))
             about: _About = (meta.extra or {})["about"]
-            name = field.name.removesuffix("_s") if about.kind is Kind.SECONDS else field.name
+            # `progress_retry_s_max` is --progress-retry-max: a duration's flag takes any unit.
+            name = re.sub(r"_s(?=_|$)", "", field.name) if about.kind is Kind.SECONDS else field.name
             yield Knob(
                 table=table,
                 key=field.name,

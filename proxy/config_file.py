@@ -25,6 +25,7 @@ from proxy.config_values import (
     parse_duration_s,
     parse_metrics_address,
     parse_size_bytes,
+    show_size,
 )
 
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -115,12 +116,13 @@ def _shown(value: object) -> str:
 
 
 def _check_endpoints(endpoints: list[str]) -> None:
-    for endpoint in endpoints:
-        scheme, separator, rest = endpoint.rpartition("://")
-        if separator and scheme not in ("http", "https", "unix", "unixs"):
-            raise BadValue(f"{endpoint!r}: the scheme {scheme!r} is not known; use http:// or https://")
-        if not scheme.startswith("unix"):
-            parse_address(rest.rstrip("/"))
+    from upstream.endpoints import parse_endpoints  # here: the example file and --help need nothing of upstream
+    from upstream.errors import BadEndpoint
+
+    try:
+        parse_endpoints(endpoints)
+    except BadEndpoint as error:
+        raise BadValue(str(error)) from None
 
 
 def read_file(path: Path) -> dict[str, Given]:
@@ -235,43 +237,20 @@ def check_together(settings: Settings, given: Mapping[str, Given]) -> None:
 
 def _check_certificates(settings: Settings, origin: Callable[[str], str]) -> None:
     """Load what TLS will need, so that a wrong file is refused at the start and not at the first handshake."""
-    pairs = (
-        ("upstream.cert", settings.upstream.cert, settings.upstream.key),
-        ("listener.cert_file", settings.listener.cert_file, settings.listener.key_file),
-    )
-    bundles = (
-        ("upstream.cacert", settings.upstream.cacert),
-        ("listener.trusted_ca_file", settings.listener.trusted_ca_file),
-    )
-    if not any(pair[1] for pair in pairs) and not any(bundle[1] for bundle in bundles):
+    upstream, listener = settings.upstream, settings.listener
+    if not (upstream.cert or upstream.cacert or listener.cert_file):
         return
-    import ssl  # here, not above: it costs 15 ms and memory, and only those who use TLS should pay
+    from upstream.errors import BadTls  # here, not above: ssl costs 15 ms and memory, for those only who use it
+    from upstream.tls import client_context, server_context
 
-    for path, certificate, key in pairs:
-        if certificate:
-            try:
-                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=_no_password)
-            except (ssl.SSLError, OSError, ValueError) as error:
-                raise ConfigError(f"{origin(path)}: {certificate!r} and {key!r} {_tls_reason(error)}") from None
-    for path, bundle in bundles:
-        if bundle:
-            try:
-                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(bundle)
-            except (ssl.SSLError, OSError) as error:
-                raise ConfigError(f"{origin(path)}: {bundle!r} {_tls_reason(error)}") from None
-
-
-def _no_password() -> str:
-    raise ValueError("encrypted")
-
-
-def _tls_reason(error: Exception) -> str:
-    reason = str(getattr(error, "reason", "") or "")
-    if "MISMATCH" in reason:
-        return "do not belong together: the key is not the certificate's"
-    if str(error) == "encrypted":
-        return "cannot be used: the key is encrypted; decrypt it first"
-    return f"cannot be used: no PEM certificate or key in it ({reason.lower().replace('_', ' ') or error})"
+    path = "upstream.cert" if upstream.cert else "upstream.cacert"
+    try:
+        client_context(upstream.cert or None, upstream.key or None, upstream.cacert or None)
+        if listener.cert_file:
+            path = "listener.cert_file"
+            server_context(listener.cert_file, listener.key_file, listener.trusted_ca_file or None)
+    except BadTls as error:
+        raise ConfigError(f"{origin(path)}: {error}") from None
 
 
 def render_example() -> str:
@@ -283,9 +262,11 @@ def render_example() -> str:
     for table, struct in tables().items():
         lines += ["", "", f"# {(struct.__doc__ or '').strip()}", f"[{table}]"]
         for knob in (knob for knob in knobs() if knob.table == table):
-            lines += ["", *(f"# {line}" for line in textwrap.wrap(knob.text, _WIDTH - 2))]
-            choices = f"   one of: {', '.join(knob.choices)}" if knob.choices else ""
-            lines += [f"# {knob.flag}   {knob.env}{choices}", f"{knob.key} = {_toml(knob.default)}"]
+            lines += ["", *(f"# {line}" for line in textwrap.wrap(knob.text, _WIDTH - 2, break_on_hyphens=False))]
+            note = f"   one of: {', '.join(knob.choices)}" if knob.choices else ""
+            if knob.kind is Kind.BYTES:
+                note = f"   ({show_size(knob.default)})"
+            lines += [f"# {knob.flag}   {knob.env}{note}", f"{knob.key} = {_toml(knob.default)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -293,9 +274,11 @@ def _toml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        return f"{value:g}" if value != int(value) else str(int(value))
+        return f"{value:g}" if value != int(value) else f"{int(value):_}"
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, int):
+        return f"{value:_}"
     if isinstance(value, list):
         return "[" + ", ".join(_toml(part) for part in value) + "]"
     return str(value)

@@ -1,8 +1,8 @@
 """The kinds of value a knob can have: durations, sizes, addresses, URLs, files.
 
 Flags and environment variables say `--linger=500ms` and `--history-bytes-max=64MiB`, as etcd's users are used to; the
-configuration file says `linger_s = 0.5`, with the unit in the name. Both end as the same numbers, and both are refused
-by the same one-line errors, which say what is wrong and what would be right.
+configuration file says `linger_s = 0.5`, with the unit in the name. Both end as the same numbers, and both are
+refused by the same one-line errors, which say what is wrong and what would be right.
 """
 
 from __future__ import annotations

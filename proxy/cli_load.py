@@ -1,0 +1,55 @@
+"""What `demo` and `measure` share on the command line: the shape of the load, and one line for each way to fail."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from proxy.child import ChildFailed
+from proxy.cli_errors import WRONG_REQUEST, Failed
+from proxy.load.judge import NoTruth
+from proxy.load.plan import Shape
+from proxy.load.prometheus import NoMetrics
+from proxy.load.run import LoadFailed
+from proxy.load.writer import WriteFailed
+from upstream.endpoints import parse_endpoints
+from upstream.errors import BadEndpoint
+
+STREAMS_PER_CHANNEL = 5
+PROCESSES_MAX = 4
+
+
+def shape_of(*, watches: int, ranges: int, streams: int, pause_s: float = 0.0, plain: bool = False) -> Shape:
+    """Return the shape of a load: several streams share a connection, and every core gets a client process."""
+    channels = max(1, streams // STREAMS_PER_CHANNEL)
+    processes = min(PROCESSES_MAX, os.cpu_count() or 1, channels)
+    return Shape(
+        watches=watches,
+        ranges=ranges,
+        streams=streams,
+        channels=channels,
+        processes=processes,
+        pause_s=pause_s,
+        plain=plain,
+    )
+
+
+def first_endpoint(flag: str, text: str) -> str:
+    """Return the first of the endpoints as HOST:PORT; load clients speak plain text only. Raises Failed."""
+    try:
+        endpoint = parse_endpoints(text)[0]
+    except BadEndpoint as error:
+        raise Failed(f"{flag}: {error}", WRONG_REQUEST) from None
+    if endpoint.secure or endpoint.path:
+        raise Failed(f"{flag}: {endpoint.text!r}: the load clients speak plain TCP only, not TLS", WRONG_REQUEST)
+    return endpoint.authority.decode()
+
+
+@contextmanager
+def load_errors() -> Iterator[None]:
+    """Turn what can go wrong with a load into one line for the user."""
+    try:
+        yield
+    except (ChildFailed, LoadFailed, WriteFailed, NoMetrics, NoTruth) as error:
+        raise Failed(str(error)) from None

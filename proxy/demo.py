@@ -1,0 +1,98 @@
+"""`watchmux demo`: what the proxy does, shown in half a minute on real processes, and judged.
+
+A store, a proxy and client processes are started; clients open a thousand watches through the proxy, some in the past,
+some with filters or prev_kv, one of them slow; then things are written. What each client got is compared with the
+store's own history by the guarantee checkers, and the store itself says how many watchers it had to serve.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from proxy.load.plan import Shape
+from proxy.load.show import Bars
+from proxy.load.stage import Stage
+from proxy.load.trial import Spec, Trial, run_trial
+
+PAST_WRITES = 200
+VALUE_BYTES = 256
+WRITES_PER_SECOND = 60.0
+SLOW_S = 2.0
+
+
+class DemoResult(msgspec.Struct, kw_only=True):
+    """What came of the demo."""
+
+    trial: Trial
+    shape: Shape
+    seconds: float
+    upstream_name: str
+
+    @property
+    def faultless(self) -> bool:
+        """Every client got exactly what it should."""
+        return self.trial.verdict.faultless and not self.trial.complaints
+
+
+async def run_demo(stage: Stage, shape: Shape, seconds: float, bars: Bars, endpoints: str | None = None) -> DemoResult:
+    """Run the demo on a stage; `endpoints` are all members of a cluster, where the upstream is one of them.
+
+    Raises ChildFailed, LoadFailed, WriteFailed, NoMetrics or NoTruth, each with one line of text.
+    """
+    await stage.start_proxy(endpoints)
+    spec = Spec(
+        shape=shape,
+        seconds=seconds,
+        per_second=WRITES_PER_SECOND,
+        value_bytes=VALUE_BYTES,
+        past_writes=PAST_WRITES,
+    )
+    trial = await run_trial(spec, stage.upstream, stage.page, stage.proxy, bars, through_proxy=True)
+    return DemoResult(trial=trial, shape=shape, seconds=seconds, upstream_name=stage.upstream_name)
+
+
+def show_result(result: DemoResult, console: Console) -> None:
+    """Print the table and the verdict."""
+    trial, verdict, shape = result.trial, result.trial.verdict, result.shape
+    table = Table(
+        title=f"{shape.watches:,} watches over {shape.ranges} ranges, {result.seconds:g} s of writes",
+        show_header=False,
+        title_justify="left",
+    )
+    table.add_column("what")
+    table.add_column("number", justify="right", style="bold")
+    table.add_column("note", style="dim")
+    table.add_row("client watches", f"{shape.watches:,}", f"on {shape.streams:,} gRPC streams through the proxy")
+    table.add_row("upstream watchers", f"{trial.watchers:,}", f"as {result.upstream_name} itself counts them")
+    table.add_row("upstream watch streams", f"{trial.watch_streams:,}", "counted there too")
+    table.add_row("reduction", _factor(shape.watches, trial.watchers), "client watches for each upstream watcher")
+    table.add_section()
+    sent = trial.after.events_sent - trial.before.events_sent
+    table.add_row("events written", f"{trial.written:,}", "while the clients watched")
+    table.add_row("events in", f"{sent:,}", "sent by the upstream, the past included")
+    table.add_row("events out", f"{verdict.events:,}", "received by the clients")
+    table.add_section()
+    for name, count in (
+        ("lost", verdict.lost),
+        ("duplicated", verdict.duplicated),
+        ("out of order", verdict.out_of_order),
+        ("otherwise wrong", verdict.wrong),
+    ):
+        table.add_row(name, Text(f"{count:,}", style="bold red" if count else "bold green"), "")
+    table.add_section()
+    table.add_row("delay, half of the events", f"{verdict.p50_ms:.1f} ms", "from the start of the write to the client")
+    table.add_row("delay, 99 of 100", f"{verdict.p99_ms:.1f} ms", "slow client and past left out")
+    console.print(table)
+    for text in (*verdict.examples, *trial.complaints[:5]):
+        console.print(Text(f"  {text}", style="red"))
+    if result.faultless:
+        console.print(f"[green]Every one of the {verdict.watches:,} histories equals the store's.")
+    else:
+        console.print("[red]The clients' histories are not what the store's history says they should be.")
+
+
+def _factor(watches: int, watchers: int) -> str:
+    return f"{watches / watchers:,.0f}x" if watchers > 0 else "-"

@@ -1,0 +1,60 @@
+"""Progress bars for a demo or measurement, on standard error, so that standard output holds the result alone."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+
+class Bars:
+    """One line for each step. Use as a context manager; nothing is drawn where standard error is no terminal."""
+
+    def __init__(self, title: str = "", console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._title = title
+        self._task: TaskID | None = None
+        self._total = 0.0
+        self._progress = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish()
+        self._progress.stop()
+
+    def title(self, title: str) -> None:
+        """Begin the steps of another part; its name goes before each of them."""
+        self._title = title
+
+    def step(self, text: str, total: float) -> None:
+        """Finish the step before and begin this one."""
+        self._finish()
+        description = f"{self._title}: {text}" if self._title else text
+        self._total = total
+        self._task = self._progress.add_task(description, total=total, note="")
+
+    def at(self, value: float, text: str = "") -> None:
+        """Say how far the step is; `text` stands beside the bar."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=value, note=text)
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, completed=self._total)
+            self._task = None

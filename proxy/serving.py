@@ -1,0 +1,225 @@
+"""The life of `watchmux serve`: make the proxy that the settings describe, start it, and drain it when told to leave.
+
+Kept apart from the flags (proxy/cli_serve.py) and from the proxy itself (proxy/server.py), which knows neither
+files nor signals. An etcd that cannot be reached is no reason not to start: clients may come first, as after a
+power cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+from coalesce import Limits
+from proto.http2 import Limits as Http2Limits
+from proxy import logs
+from proxy.child import Child, ChildFailed, Parent, Ready, on_signals, python_command
+from proxy.cli_errors import FAILURE, WRONG_REQUEST, Failed
+from proxy.config import Settings, Watch
+from proxy.config_values import Address, parse_address, parse_metrics_address
+from proxy.listener import ListenerSettings
+from proxy.server import Proxy
+from proxy.watch import WatchSettings
+from upstream.errors import UpstreamError
+from upstream.settings import ConnectionSettings
+from upstream.settings import Settings as UpstreamSettings
+
+if TYPE_CHECKING:
+    import ssl
+
+    from proxy.admin import Admin
+
+log = logs.logger("serve")
+
+
+def core_limits(watch: Watch) -> Limits:
+    """Return the core's limits; its names are the knobs', but for two."""
+    values = {name: getattr(watch, name) for name in watch.__struct_fields__}
+    return Limits(
+        progress_notify_s=values.pop("watch_progress_notify_interval_s"),
+        lagging_age_s_max=values.pop("lagging_age_s_max") or None,
+        **values,
+    )
+
+
+def listener_settings(settings: Settings) -> ListenerSettings:
+    """Return the listener's settings."""
+    listener = settings.listener
+    return ListenerSettings(
+        http2=Http2Limits(max_streams=listener.max_concurrent_streams),
+        connections_max=listener.connections_max,
+        keepalive_interval_s=listener.grpc_keepalive_interval_s or None,
+        keepalive_timeout_s=listener.grpc_keepalive_timeout_s,
+    )
+
+
+def upstream_settings(settings: Settings) -> UpstreamSettings:
+    """Return the upstream side's settings."""
+    upstream = settings.upstream
+    return UpstreamSettings(
+        connection=ConnectionSettings(
+            connect_timeout_s=upstream.connect_timeout_s,
+            keepalive_s=upstream.dial_keepalive_time_s,
+            keepalive_timeout_s=upstream.dial_keepalive_timeout_s,
+        ),
+        watch_message_bytes_max=upstream.watch_message_bytes_max,
+    )
+
+
+def _tls(settings: Settings) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:
+    """Return the contexts for the listener and towards etcd; None where TLS is not asked for."""
+    listener, upstream = settings.listener, settings.upstream
+    secured = any(endpoint.startswith(("https://", "unixs:")) for endpoint in upstream.endpoints)
+    wanted = upstream.cert or upstream.cacert or upstream.insecure_skip_tls_verify or secured
+    if not wanted and not listener.cert_file:
+        return None, None
+    from upstream.tls import client_context, server_context
+
+    inward = outward = None
+    if listener.cert_file:
+        inward = server_context(listener.cert_file, listener.key_file, listener.trusted_ca_file or None)
+    if wanted:
+        outward = client_context(
+            upstream.cert or None, upstream.key or None, upstream.cacert or None, upstream.insecure_skip_tls_verify
+        )
+    return inward, outward
+
+
+def proxy_of(settings: Settings, endpoints: list[str]) -> Proxy:
+    """Make the proxy that the settings describe, in front of `endpoints`. Raises UpstreamError."""
+    address = parse_address(settings.listener.listen_addr, listening=True)
+    inward, outward = _tls(settings)
+    return Proxy(
+        endpoints=endpoints,
+        host=address.host,
+        port=address.port,
+        tls=inward,
+        upstream_tls=outward,
+        upstream=upstream_settings(settings),
+        listener=listener_settings(settings),
+        watch=WatchSettings(sessions_per_connection_max=settings.listener.sessions_per_connection_max),
+        limits=core_limits(settings.watch),
+    )
+
+
+def cannot_listen(address: Address, flag: str, error: OSError) -> Failed:
+    """Say why an address cannot be listened on, and what to do."""
+    if error.errno == errno.EADDRINUSE:
+        reason = "it is in use"
+    else:
+        reason = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
+    return Failed(f"cannot listen on {address}: {reason}; stop what uses it or choose another {flag} (port 0: any)")
+
+
+async def serve(settings: Settings, notes: list[str], parent_fd: int | None) -> int:
+    """Run the proxy until a signal or the end of the parent; return the exit code. Raises Failed."""
+    logs.configure(settings.log.log_level, settings.log.log_format)
+    for note in notes:
+        log.warning(note)
+    leaving = asyncio.Event()
+    signals = _Signals(leaving)
+    on_signals(signals.came)
+    parent = await Parent.join(parent_fd, lambda _line: None, leaving.set)
+    store = await _start_store() if not settings.upstream.endpoints else None
+    proxy: Proxy | None = None
+    admin: Admin | None = None
+    try:
+        endpoints = [store.ready.address] if store else settings.upstream.endpoints
+        proxy = proxy_of(settings, endpoints)
+        address = await _start(proxy, settings)
+        admin = await _start_admin(proxy, settings)
+        parent.write_line(Ready(address=str(address), metrics=str(admin.address) if admin else ""))
+        log.info(
+            "serving",
+            address=settings.listener.advertise_client_url or str(address),
+            endpoints=endpoints,
+            metrics=f"http://{admin.address}/metrics" if admin else None,
+            store="bundled, in memory" if store else None,
+        )
+        code = await _until_told(leaving, store)
+        await signals.or_again(proxy.drain(settings.listener.drain_s if code == 0 else 0))
+    except UpstreamError as error:
+        raise Failed(str(error), WRONG_REQUEST) from None
+    finally:
+        if admin is not None:
+            await admin.stop()
+        if proxy is not None:
+            await proxy.stop()
+        if store is not None:
+            await store.stop()
+        await parent.leave()
+    log.info("ended")
+    return code
+
+
+class _Signals:
+    """The first signal asks to leave in good order, the second to leave at once."""
+
+    def __init__(self, leaving: asyncio.Event) -> None:
+        self._leaving = leaving
+        self._again = asyncio.Event()
+
+    def came(self) -> None:
+        (self._again if self._leaving.is_set() else self._leaving).set()
+
+    async def or_again(self, work: Coroutine[Any, Any, object]) -> None:
+        """Do the work, but give it up at the second signal."""
+        task = asyncio.ensure_future(work)
+        again = asyncio.ensure_future(self._again.wait())
+        await asyncio.wait([task, again], return_when=asyncio.FIRST_COMPLETED)
+        again.cancel()
+        if task.done():
+            task.result()
+        else:
+            log.warning("second signal: ending at once")
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def _start(proxy: Proxy, settings: Settings) -> Address:
+    address = parse_address(settings.listener.listen_addr, listening=True)
+    try:
+        await proxy.start()
+    except OSError as error:
+        raise cannot_listen(address, "--listen-addr", error) from None
+    return Address(address.host, proxy.port)
+
+
+async def _start_admin(proxy: Proxy, settings: Settings) -> Admin | None:
+    if not settings.admin.metrics_addr:
+        return None
+    from proxy.admin import Admin  # the web server is loaded only by those who ask for it
+
+    address = parse_metrics_address(settings.admin.metrics_addr)
+    admin = Admin(proxy, address)
+    try:
+        await admin.start()
+    except OSError as error:
+        raise cannot_listen(address, "--metrics-addr", error) from None
+    return admin
+
+
+async def _start_store() -> Child:
+    try:
+        return await Child.start("the bundled store", python_command("proxy.cli", "store", "--listen-addr=127.0.0.1:0"))
+    except ChildFailed as error:
+        raise Failed(str(error)) from None
+
+
+async def _until_told(leaving: asyncio.Event, store: Child | None) -> int:
+    """Wait until it is time to leave; a bundled store that ends takes the proxy with it. Return the exit code."""
+    told = asyncio.ensure_future(leaving.wait())
+    waits: list[asyncio.Future[object]] = [told]
+    if store is not None:
+        waits.append(asyncio.ensure_future(store.process.wait()))
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    if told.done() and not told.cancelled():
+        log.info("draining")
+        return 0
+    log.error("the bundled store ended", reason=store.last_words() if store else "")
+    return FAILURE
