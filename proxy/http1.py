@@ -1,0 +1,206 @@
+"""HTTP/1 connections: handed through to etcd byte for byte.
+
+etcd serves its JSON gateway, /version, /health and /metrics on its client port, so their users point at the proxy as
+at etcd. Nothing is parsed beyond the method, which tells HTTP/1 from garbage; watches through the JSON gateway are
+therefore not merged. The two transports hold each other up: what one side does not take is not read from the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+from proxy import logs
+from upstream.endpoints import Endpoint
+
+METHOD = re.compile(rb"[A-Z]{1,16}( |$)")
+"""The beginning of a request line, or of what may still become one (RFC 9112 3)."""
+
+log = logs.logger("http1")
+
+Choose = Callable[[], Endpoint]
+"""Returns the endpoint that the next connection goes to."""
+
+
+@dataclass(slots=True, frozen=True)
+class Http1Settings:
+    """Bounds of handed-through connections."""
+
+    connect_timeout_s: float = 5.0
+    """How long etcd may take to accept; then the client gets 502."""
+
+    opening_timeout_s: float = 10.0
+    """How long a client may take to name its method; then it gets 408."""
+
+    connections_max: int = 1_000
+    """HTTP/1 connections at a time; one more gets 503."""
+
+
+class Http1:
+    """Makes the protocol that takes over a connection which is not HTTP/2."""
+
+    def __init__(
+        self, choose: Choose, tls: ssl.SSLContext | None = None, settings: Http1Settings | None = None
+    ) -> None:
+        self.settings = settings or Http1Settings()
+        self.connections: set[ClientSide] = set()
+        self._choose = choose
+        self._tls = tls
+
+    def __call__(self, transport: asyncio.Transport, opening: bytes) -> ClientSide:
+        """Take over `transport`, on which `opening` was read so far."""
+        client = ClientSide(self, transport)
+        self.connections.add(client)
+        if len(self.connections) > self.settings.connections_max:
+            client.refuse(503, "too many HTTP/1 connections")
+        else:
+            client.data_received(opening)
+        return client
+
+    async def dial(self, client: ClientSide) -> None:
+        """Connect `client` to etcd; it gets a 502 when that fails."""
+        endpoint = self._choose()
+        secure = endpoint.uses_tls(self._tls is not None)
+        context = self._tls if secure else None
+        loop = asyncio.get_running_loop()
+
+        def factory() -> UpstreamSide:
+            return UpstreamSide(client)
+
+        try:
+            async with asyncio.timeout(self.settings.connect_timeout_s):
+                if endpoint.path:
+                    await loop.create_unix_connection(factory, endpoint.path, ssl=context)
+                else:
+                    await loop.create_connection(factory, endpoint.host, endpoint.port, ssl=context)
+        except (OSError, TimeoutError) as error:
+            log.warning("HTTP/1 not handed through", endpoint=endpoint.text, problem=str(error) or "timed out")
+            client.refuse(502, f"etcd at {endpoint.text} cannot be reached")
+
+    def stop(self) -> None:
+        """Close all connections."""
+        for client in tuple(self.connections):
+            client.close()
+
+
+class _Side(asyncio.Protocol):
+    """One of the two transports; `other` is the one its bytes go to."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self.other: _Side | None = None
+
+    def pause_writing(self) -> None:
+        """It does not take what is written: stop reading from the other side."""
+        if self.other is not None and self.other.transport is not None:
+            self.other.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """It takes bytes again."""
+        if self.other is not None and self.other.transport is not None:
+            self.other.transport.resume_reading()
+
+    def eof_received(self) -> bool:
+        """Pass the end of one direction on; the other one may go on."""
+        other = self.other
+        if other is None or other.transport is None or not other.transport.can_write_eof():
+            return False
+        other.transport.write_eof()
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Close the other side when one is gone, after what was written to it."""
+        del exc
+        self.transport = None
+        if self.other is not None and self.other.transport is not None:
+            self.other.transport.close()
+
+
+class UpstreamSide(_Side):
+    """The connection to etcd."""
+
+    def __init__(self, client: ClientSide) -> None:
+        super().__init__()
+        self.other = client
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send what the client has said so far and go on."""
+        self.transport = cast(asyncio.Transport, transport)
+        assert isinstance(self.other, ClientSide)
+        self.other.joined(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Pass an answer on."""
+        if self.other is not None and self.other.transport is not None:
+            self.other.transport.write(data)
+
+
+class ClientSide(_Side):
+    """The client's connection."""
+
+    def __init__(self, owner: Http1, transport: asyncio.Transport) -> None:
+        super().__init__()
+        self.transport = transport
+        self._owner = owner
+        # What came before etcd was there.
+        self._opening = b""
+        self._dialling: asyncio.Task[None] | None = None
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(owner.settings.opening_timeout_s, self.refuse, 408, "no request came")
+
+    def data_received(self, data: bytes) -> None:
+        """Pass a request on; before that, tell from its first bytes whether it is one."""
+        if self.other is not None:
+            if self.other.transport is not None:
+                self.other.transport.write(data)
+            return
+        self._opening += data
+        if self._dialling is not None or self.transport is None:
+            return
+        found = METHOD.match(self._opening)
+        if found is None:
+            self.refuse(400, "neither HTTP/2 nor HTTP/1")
+        elif found[1]:
+            self._timer.cancel()
+            self.transport.pause_reading()
+            self._dialling = asyncio.get_running_loop().create_task(self._owner.dial(self))
+
+    def joined(self, upstream: UpstreamSide) -> None:
+        """Etcd is there."""
+        self.other = upstream
+        if self.transport is None or upstream.transport is None:
+            if upstream.transport is not None:
+                upstream.transport.close()
+            return
+        upstream.transport.write(self._opening)
+        self._opening = b""
+        self.transport.resume_reading()
+
+    def refuse(self, status: int, text: str) -> None:
+        """Answer by ourselves, and close."""
+        if self.transport is not None:
+            body = f"watchmux: {text}\n".encode()
+            head = f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: text/plain\r\nConnection: close\r\n"
+            self.transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            self.close()
+
+    def close(self) -> None:
+        """Close after what is written."""
+        self._timer.cancel()
+        if self.transport is not None:
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget it."""
+        self._timer.cancel()
+        self._owner.connections.discard(self)
+        if self._dialling is not None and self.other is None:
+            self._dialling.cancel()
+        super().connection_lost(exc)
+
+
+_REASONS = {400: "Bad Request", 408: "Request Timeout", 502: "Bad Gateway", 503: "Service Unavailable"}

@@ -1,0 +1,335 @@
+"""Pass-through: every call that is not a watch, switched between a client's connection and etcd's at frame level.
+
+A call is two HTTP/2 streams, and passing it on is moving what arrives on one to the other: heads, DATA as it came, the
+trailers. Messages are not cut, decoded or decompressed, so bytes, metadata, user-agent and compression stay the
+client's, and methods nobody has heard of work like the others. There is no task, future or timer per call; deadlines
+are the client's and etcd's, both of whom read `grpc-timeout` themselves.
+
+Flow control goes end to end: bytes are given back to the side they came from when the other side has taken them, so a
+slow reader of a 100 MB snapshot holds up nobody but its sender, and no more than a window of it waits here.
+
+What no server has looked at is sent again on another connection, once per endpoint; a call that may have been looked at
+never is, since it may be a write. With no upstream reachable a call ends UNAVAILABLE, as a direct client would see it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from proto.framing import Status
+from proto.http2 import ErrorCode, Stream
+from proxy.calls import RESPONSE_HEAD, Carrier, Headers, Refusal, refuse, status_trailers
+from upstream.connection import ClientConnection, NotSent, UpstreamCall
+from upstream.pool import Pool
+
+GRPC_PREFIX_BYTES = 5
+
+
+@dataclass(slots=True, frozen=True)
+class PassthroughSettings:
+    """What pass-through keeps, each with its unit and its reason."""
+
+    waiting_max: int = 10_000
+    """Calls that may wait for a connection to come up; one more ends UNAVAILABLE at once."""
+
+    resend_bytes_max: int = 64 * 1024
+    """Bytes of a request that are kept, until its answer begins, so that it can be sent again when no server has looked
+    at it. Larger requests are not sent again."""
+
+
+@dataclass(slots=True)
+class PassthroughStats:
+    """Counts since the start."""
+
+    calls: int = 0
+    resent: int = 0
+    """Times a call was sent again because no server had looked at it."""
+
+    unavailable: int = 0
+    """Calls ended here because no upstream could take them."""
+
+    broken: int = 0
+    """Calls whose upstream connection broke under them."""
+
+
+class Passthrough:
+    """The handler factory for all streams that no route claims."""
+
+    def __init__(self, pool: Pool, settings: PassthroughSettings | None = None) -> None:
+        self.settings = settings or PassthroughSettings()
+        self.stats = PassthroughStats()
+        self._pool = pool
+        # Calls for which there was no connection yet, oldest first.
+        self._waiting: deque[Relay] = deque()
+        pool.when_available(self._serve_waiting)
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for a connection."""
+        return len(self._waiting)
+
+    def __call__(self, connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> Relay | None:
+        """Take a new request stream. Raises Refusal, UNAVAILABLE, when no upstream can be reached."""
+        self.stats.calls += 1
+        relay = Relay(self, connection, stream, headers, end_stream)
+        upstream = self._pool.pick()
+        if upstream is not None and relay.begin(upstream):
+            return relay
+        self._hold(relay)
+        return relay
+
+    def _hold(self, relay: Relay) -> None:
+        down = self._pool.down
+        if down is not None or len(self._waiting) >= self.settings.waiting_max:
+            self.stats.unavailable += 1
+            reason = f"no etcd can be reached: {down}" if down is not None else "too many calls wait for an etcd"
+            raise Refusal(200, Status.UNAVAILABLE, reason)
+        self._waiting.append(relay)
+
+    def again(self, relay: Relay) -> None:
+        """Send a call that no server has looked at to another connection, or let it wait for one, or end it."""
+        self.stats.resent += 1
+        upstream = self._pool.pick()
+        if upstream is not None and relay.begin(upstream):
+            return
+        try:
+            self._hold(relay)
+        except Refusal as refusal:
+            relay.refuse(refusal)
+
+    def over(self) -> None:
+        """Let a call that waits for room have the place of one that is over."""
+        if self._waiting:
+            self._serve_waiting()
+
+    def _serve_waiting(self) -> None:
+        """Begin what waited, as far as connections take it; end it when there is no hope."""
+        waiting = self._waiting
+        while waiting:
+            relay = waiting[0]
+            if relay.done:
+                waiting.popleft()
+                continue
+            upstream = self._pool.pick()
+            if upstream is None:
+                down = self._pool.down
+                if down is None:
+                    return
+                waiting.popleft()
+                self.stats.unavailable += 1
+                relay.refuse(Refusal(200, Status.UNAVAILABLE, f"no etcd can be reached: {down}"))
+            elif relay.begin(upstream):
+                waiting.popleft()
+            else:
+                return
+
+
+class Relay:
+    """One call: the client's stream on one side, etcd's on the other. Handler of both.
+
+    `done` is True from the moment the client's stream is answered in full or gone; nothing is sent on it after that.
+    """
+
+    __slots__ = (
+        "_answered",
+        "_boundary",
+        "_call",
+        "_connection",
+        "_headers",
+        "_owed_client",
+        "_owed_upstream",
+        "_owner",
+        "_request",
+        "_request_bytes",
+        "_request_over",
+        "_stream",
+        "_tries_left",
+        "done",
+    )
+
+    def __init__(
+        self, owner: Passthrough, connection: Carrier, stream: Stream, headers: Headers, end_stream: bool
+    ) -> None:
+        self.done = False
+        self._owner = owner
+        self._connection = connection
+        self._stream = stream
+        self._headers = headers
+        self._call: UpstreamCall | None = None
+        # The response's head has gone to the client.
+        self._answered = False
+        # The client has ended its side.
+        self._request_over = end_stream
+        # What came of the request, while it may have to be sent (again); None when it is too much or no longer needed.
+        self._request: list[bytes] | None = []
+        self._request_bytes = 0
+        # Flow control not given back yet, because the other side has not taken the bytes.
+        self._owed_client = 0
+        self._owed_upstream = 0
+        self._boundary = _MessageBoundary()
+        self._tries_left = 3
+
+    def begin(self, upstream: ClientConnection) -> bool:
+        """Start the call on an upstream connection with what came so far. False: it cannot take it."""
+        authority = upstream.endpoint.authority
+        scheme = b"https" if upstream.secure else b"http"
+        headers = [
+            (name, scheme if name == b":scheme" else authority if name == b":authority" else value)
+            for name, value in self._headers
+        ]
+        request = self._request or []
+        ends_at_once = self._request_over and not request
+        try:
+            self._call = call = upstream.request(headers, self, ends_at_once)
+        except NotSent:
+            return False
+        if not ends_at_once and (request or self._request_over):
+            call.write(request, self._request_bytes, self._request_over)
+        self._give_back_client()
+        return True
+
+    # The client's side: a Handler.
+
+    def data(self, data: bytes, flow_size: int, end_stream: bool) -> None:
+        """Pass a part of the request on."""
+        if end_stream:
+            self._request_over = True
+        self._owed_client += flow_size
+        request = self._request
+        if request is not None:
+            request.append(data)
+            self._request_bytes += len(data)
+            if self._call is not None and self._request_bytes > self._owner.settings.resend_bytes_max:
+                self._request = None
+        call = self._call
+        if call is not None:
+            call.write((data,), len(data), end_stream)
+            self._give_back_client()
+
+    def trailers(self, headers: Headers) -> None:
+        """End the request; gRPC knows no request trailers."""
+        del headers
+        self.data(b"", 0, True)
+
+    def drained(self) -> None:
+        """The client has taken what came: let etcd send on."""
+        owed, self._owed_upstream = self._owed_upstream, 0
+        if self._call is not None and owed:
+            self._call.consumed(owed)
+
+    def closed(self, code: int | None) -> None:
+        """The client has given up, or is gone: so is the call."""
+        del code
+        self.done = True
+        if self._call is not None:
+            self._call.reset(ErrorCode.CANCEL)
+            self._owner.over()
+
+    # etcd's side: a CallHandler.
+
+    def on_headers(self, headers: Headers) -> None:
+        """Pass the response's head on."""
+        self._answered = True
+        self._request = None
+        if not self.done:
+            self._connection.h2.send_headers(self._stream, headers)
+            self._connection.touch()
+
+    def on_data(self, data: bytes, flow_size: int) -> None:
+        """Pass a part of the response on; give it back to etcd when the client has taken it."""
+        call = self._call
+        assert call is not None
+        if self.done:
+            call.consumed(flow_size)
+            return
+        self._boundary.feed(data)
+        if self._connection.h2.send(self._stream, (data,), len(data)):
+            call.consumed(flow_size)
+        else:
+            self._owed_upstream += flow_size
+        self._connection.touch()
+
+    def on_drained(self) -> None:
+        """etcd has taken what came of the request: let the client send on."""
+        self._give_back_client()
+
+    def on_end(self, status: int, message: str, trailers: Headers) -> None:
+        """End the client's stream as etcd's ended, or send the call again when nobody has looked at it."""
+        call, self._call = self._call, None
+        assert call is not None
+        if self.done:
+            return
+        if call.unprocessed and self._request is not None and self._tries_left:
+            self._tries_left -= 1
+            self._owner.again(self)
+            return
+        self.done = True
+        h2, stream = self._connection.h2, self._stream
+        if trailers:
+            h2.send_headers(stream, trailers, True)
+        elif call.reset_code is not None:
+            h2.reset(stream, call.reset_code)
+        elif self._answered and call.http_status != 200:
+            h2.send(stream, (), 0, True)
+        else:
+            self._owner.stats.broken += 1
+            self._end_broken(status, message)
+        self._connection.touch()
+        self._owner.over()
+
+    # Inside.
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer a call that never reached an upstream."""
+        self.done = True
+        refuse(self._connection, self._stream, refusal)
+
+    def _end_broken(self, status: int, message: str) -> None:
+        """The upstream connection is gone: say so, in the one way that is still open."""
+        h2, stream = self._connection.h2, self._stream
+        trailers = status_trailers(status, message)
+        if not self._answered:
+            h2.send_headers(stream, RESPONSE_HEAD + trailers, True)
+        elif self._boundary.inside:
+            # A message that is half sent can only end by a reset (gRPC over HTTP/2).
+            h2.reset(stream, ErrorCode.INTERNAL_ERROR)
+        else:
+            h2.send_headers(stream, trailers, True)
+
+    def _give_back_client(self) -> None:
+        call = self._call
+        if call is not None and self._owed_client and not call.blocked and not self.done:
+            owed, self._owed_client = self._owed_client, 0
+            self._connection.h2.consumed(self._stream, owed)
+            self._connection.touch()
+
+
+class _MessageBoundary:
+    """Knows whether the bytes that went by so far end inside a gRPC message."""
+
+    __slots__ = ("_left", "_prefix")
+
+    def __init__(self) -> None:
+        # Bytes of the current message still to come, and the part of the next prefix that came.
+        self._left = 0
+        self._prefix = b""
+
+    @property
+    def inside(self) -> bool:
+        """A message, or the prefix of one, has begun and not ended."""
+        return self._left > 0 or bool(self._prefix)
+
+    def feed(self, data: bytes) -> None:
+        """Follow some more bytes."""
+        if self._left >= len(data):
+            self._left -= len(data)
+            return
+        offset, size = self._left, len(data)
+        if self._prefix:
+            data = self._prefix + data
+            size = len(data)
+        while size - offset >= GRPC_PREFIX_BYTES:
+            offset += GRPC_PREFIX_BYTES + int.from_bytes(data[offset + 1 : offset + GRPC_PREFIX_BYTES], "big")
+        self._left = max(0, offset - size)
+        self._prefix = data[offset:]
