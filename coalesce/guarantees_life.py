@@ -172,7 +172,9 @@ class Life:
                 span.sessions.append((span.start, 0))
         elif isinstance(record, Canceled):
             if span.canceled is None:
-                span.canceled, span.canceled_next = record, span.next_revision
+                span.canceled = record
+                # Without the headers: etcd's promise nothing while a watch catches up.
+                span.canceled_next = max(span.start or 0, span.last_event + 1, span.last_mark + 1)
         else:
             # A watch from now has everything through its created header; any other begins at the revision it named.
             floor = (span.sessions[-1][0] if span.sessions else 0) - span.from_now

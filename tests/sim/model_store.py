@@ -1,0 +1,265 @@
+"""A pure model of etcd's storage: the log of all changes, and members that apply it each at their own pace.
+
+It follows server/storage/mvcc/watchable_store.go closely where a proxy could trip over it: a watcher is synced,
+unsynced or a victim; unsynced ones get bounded batches under the store's revision; compaction cancels who is strictly
+below. Time does not exist here: whoever drives the model says when a member applies, syncs or retries its victims.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from coalesce.guarantees import DELETE, PUT, Change, Previous, Truth, in_range
+from proto.pb import kv_pb2
+from proto.scan import Event, scan_watch_response
+
+if TYPE_CHECKING:
+    from tests.sim.model_stream import ServerStream
+
+Operation = tuple[bytes, bytes | None]
+"""A key and the value to put; None deletes it."""
+
+EVENTS_TAG = b"\x5a"
+"""Field 11 of WatchResponse, length-delimited."""
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """One entry of the replicated log: the changes of one revision, or a compaction."""
+
+    revision: int
+    changes: tuple[Change, ...] = ()
+    compact_revision: int = 0
+
+
+class Store:
+    """What the cluster has agreed on."""
+
+    def __init__(self) -> None:
+        # Etcd's first revision; the first write makes 2.
+        self.revision = 1
+        self.compact_revision = 0
+        self.compact_revisions: list[int] = []
+        self.changes: list[Change] = []
+        self.log: list[Applied] = []
+        self._latest: dict[bytes, Change] = {}
+        self._events: dict[tuple[int, bytes, bool], Event] = {}
+
+    def write(self, operations: Iterable[Operation], lease: int = 0) -> int:
+        """Apply one transaction, a key at most once in it; return the revision, unchanged if nothing was written."""
+        revision = self.revision + 1
+        changes = []
+        for key, value in operations:
+            before = self._latest.get(key)
+            prev = None if before is None else Previous(*before[2:7])
+            if value is not None:
+                created, version = (revision, 1) if prev is None else (prev.create_revision, prev.version + 1)
+                change = Change(PUT, key, value, created, revision, version, lease, prev)
+                self._latest[key] = change
+            elif prev is not None:
+                change = Change(DELETE, key, b"", 0, revision, 0, 0, prev)
+                del self._latest[key]
+            else:
+                continue
+            changes.append(change)
+        if changes:
+            self.revision = revision
+            self.changes.extend(changes)
+            self.log.append(Applied(revision, tuple(changes)))
+        return self.revision
+
+    def compact(self, revision: int) -> bool:
+        """Forget what is below `revision`; False if that is not above the last compaction or in the future."""
+        if not self.compact_revision < revision <= self.revision:
+            return False
+        self.compact_revision = revision
+        self.compact_revisions.append(revision)
+        self.log.append(Applied(self.revision, compact_revision=revision))
+        return True
+
+    def truth(self) -> Truth:
+        """Return all there was, for the checkers."""
+        return Truth(self.changes, self.compact_revisions)
+
+    def live_keys(self) -> list[bytes]:
+        """Return the keys that exist now."""
+        return sorted(self._latest)
+
+    def event(self, change: Change, prev: bool) -> Event:
+        """Return the change as the scanner would read it from the wire."""
+        identity = (change.mod_revision, change.key, prev)
+        event = self._events.get(identity)
+        if event is None:
+            body = encode_event(change, prev)
+            event = scan_watch_response(EVENTS_TAG + _varint(len(body)) + body).events[0]
+            self._events[identity] = event
+        return event
+
+
+def encode_event(change: Change, prev: bool) -> bytes:
+    """Return the change as an encoded mvccpb.Event, with or without the value before it."""
+    message = kv_pb2.Event(
+        type=kv_pb2.Event.PUT if change.kind == PUT else kv_pb2.Event.DELETE,
+        kv=kv_pb2.KeyValue(
+            key=change.key,
+            value=change.value,
+            create_revision=change.create_revision,
+            mod_revision=change.mod_revision,
+            version=change.version,
+            lease=change.lease,
+        ),
+    )
+    if prev and change.prev is not None:
+        value, created, modified, version, lease = change.prev
+        message.prev_kv.CopyFrom(
+            kv_pb2.KeyValue(
+                key=change.key,
+                value=value,
+                create_revision=created,
+                mod_revision=modified,
+                version=version,
+                lease=lease,
+            )
+        )
+    return bytes(message.SerializeToString())
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+@dataclass(slots=True, eq=False)
+class Watcher:
+    """A watch at a member."""
+
+    stream: ServerStream
+    watch_id: int
+    key: bytes
+    range_end: bytes
+    # As asked for; 0 is now.
+    start_revision: int
+    # The first revision it may still get.
+    min_revision: int
+    prev_kv: bool
+    # Events that did not fit in the stream's channel: (changes, header revision); it is a victim meanwhile.
+    held: tuple[Sequence[Change], int] | None = None
+    # Where a victim's catch-up goes on once its events are sent; 0: it has no more to read.
+    more_revision: int = 0
+    compacted: bool = False
+
+    def matches(self, change: Change) -> bool:
+        """Tell whether the watch gets this change."""
+        return change.mod_revision >= self.min_revision and in_range(change.key, self.key, self.range_end)
+
+
+@dataclass(slots=True)
+class Member:
+    """One etcd server: what it has applied, and its watchers."""
+
+    store: Store
+    member_id: int
+    # Revisions of events in one catch-up response (etcd: watchBatchMaxRevs, 1000).
+    batch_revisions_max: int = 1000
+    revision: int = 1
+    compact_revision: int = 0
+    position: int = 0
+    # Dicts, not sets: their order is that of registration, so runs are the same each time.
+    synced: dict[Watcher, None] = field(default_factory=dict)
+    unsynced: dict[Watcher, None] = field(default_factory=dict)
+    victims: dict[Watcher, None] = field(default_factory=dict)
+
+    @property
+    def behind(self) -> int:
+        """How many log entries it has not applied."""
+        return len(self.store.log) - self.position
+
+    def apply(self, count: int) -> None:
+        """Apply the next entries of the log, and notify the synced watchers of each."""
+        for entry in self.store.log[self.position : self.position + count]:
+            self.position += 1
+            if entry.compact_revision:
+                self.compact_revision = entry.compact_revision
+                continue
+            self.revision = entry.revision
+            for watcher in list(self.synced):
+                changes = [change for change in entry.changes if watcher.matches(change)]
+                if not changes:
+                    continue
+                watcher.min_revision = entry.revision + 1
+                if not watcher.stream.offer(watcher, changes, entry.revision):
+                    del self.synced[watcher]
+                    watcher.held, watcher.more_revision = (changes, entry.revision), 0
+                    self.victims[watcher] = None
+
+    def add(self, watcher: Watcher) -> None:
+        """Register a watcher: in the future and now are synced, the past is unsynced."""
+        if watcher.start_revision == 0 or watcher.start_revision > self.revision:
+            watcher.min_revision = max(self.revision + 1, watcher.start_revision)
+            self.synced[watcher] = None
+        else:
+            watcher.min_revision = watcher.start_revision
+            self.unsynced[watcher] = None
+
+    def remove(self, watcher: Watcher) -> None:
+        """Cancel a watcher, in whatever state."""
+        for group in (self.synced, self.unsynced, self.victims):
+            group.pop(watcher, None)
+
+    def sync(self, rng: random.Random) -> None:
+        """Run one round of the loop that serves unsynced watchers (etcd: every 100 ms), for some of them."""
+        chosen = [watcher for watcher in self.unsynced if rng.random() < 0.8]
+        for watcher in chosen:
+            if watcher.min_revision < self.compact_revision:
+                if watcher.stream.offer_compacted(watcher, self.compact_revision):
+                    watcher.compacted = True
+                    del self.unsynced[watcher]
+                continue
+            self._catch_up(watcher)
+
+    def _catch_up(self, watcher: Watcher) -> None:
+        changes, more_revision = self._batch(watcher)
+        watcher.min_revision = more_revision or max(self.revision + 1, watcher.min_revision)
+        if changes and not watcher.stream.offer(watcher, changes, self.revision):
+            watcher.held, watcher.more_revision = (changes, self.revision), more_revision
+            del self.unsynced[watcher]
+            self.victims[watcher] = None
+        elif not more_revision:
+            del self.unsynced[watcher]
+            self.synced[watcher] = None
+
+    def _batch(self, watcher: Watcher) -> tuple[list[Change], int]:
+        """Return the next changes of an unsynced watcher, and where the rest begins (0: there is no rest)."""
+        changes: list[Change] = []
+        revisions = 0
+        for change in self.store.changes:
+            if change.mod_revision > self.revision:
+                break
+            if not watcher.matches(change):
+                continue
+            if not changes or changes[-1].mod_revision != change.mod_revision:
+                if revisions == self.batch_revisions_max:
+                    return changes, change.mod_revision
+                revisions += 1
+            changes.append(change)
+        return changes, 0
+
+    def retry_victims(self) -> None:
+        """Try again to hand victims their events (etcd: every 10 ms); the header is then the last revision they saw."""
+        for watcher in list(self.victims):
+            assert watcher.held is not None
+            changes, _ = watcher.held
+            if not watcher.stream.offer(watcher, changes, watcher.min_revision - 1):
+                continue
+            del self.victims[watcher]
+            watcher.held = None
+            watcher.min_revision = watcher.more_revision or watcher.min_revision
+            group = self.unsynced if watcher.min_revision <= self.revision else self.synced
+            group[watcher] = None

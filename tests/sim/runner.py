@@ -1,0 +1,113 @@
+"""Running simulations: a seed makes a world and a list of steps; a failing list is shrunk to what it takes."""
+
+from __future__ import annotations
+
+import random
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import coalesce as real_core
+from tests.sim.settle import finish
+from tests.sim.steps import FAULTS, Step, execute, make_config, make_steps
+from tests.sim.world import World
+
+STEPS_MIN = 30
+STEPS_MAX = 110
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one run."""
+
+    seed: int
+    steps: list[Step]
+    # Empty: all was well. Else the failure's text, and its last lines of the stack.
+    failure: str = ""
+    stack: str = ""
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def steps_of(seed: int) -> list[Step]:
+    """Return the list of steps that a seed stands for."""
+    rng = random.Random(seed)
+    make_config(rng)
+    return make_steps(rng, rng.randint(STEPS_MIN, STEPS_MAX))
+
+
+def run(seed: int, steps: Sequence[Step] | None = None, core: ModuleType = real_core) -> Outcome:
+    """Run a seed, or other steps in its world; return what became of it. Never raises for what the core does."""
+    rng = random.Random(seed)
+    config = make_config(rng)
+    chosen = list(steps_of(seed) if steps is None else steps)
+    outcome = Outcome(seed, chosen)
+    world: World | None = None
+    try:
+        world = World(config, core)
+        for step in chosen:
+            execute(world, step)
+        finish(world, random.Random(seed))
+    except Exception as error:
+        outcome.failure = f"{type(error).__name__}: {error}"
+        outcome.stack = "".join(traceback.format_exception(error)[-4:])
+    if world is not None:
+        outcome.counts.update(world.counts)
+    return outcome
+
+
+def shrink(outcome: Outcome, core: ModuleType = real_core, runs_max: int = 600) -> Outcome:
+    """Return a failing run with as few steps as leaving some out can bring; it must fail in the same way."""
+    kind = _kind(outcome)
+    best = outcome
+    runs = 0
+    size = max(1, len(best.steps) // 2)
+    while size and runs < runs_max:
+        at = 0
+        while at < len(best.steps) and runs < runs_max:
+            steps = best.steps[:at] + best.steps[at + size :]
+            runs += 1
+            tried = run(outcome.seed, steps, core)
+            if tried.failure and _kind(tried) == kind:
+                best = tried
+            else:
+                at += size
+        size //= 2
+    return best
+
+
+def _kind(outcome: Outcome) -> str:
+    """Return what sort of failure it is, without the numbers in it."""
+    line = outcome.failure.split("\n")[0]
+    return "".join(letter for letter in line if not letter.isdigit())[:60]
+
+
+def report(outcome: Outcome) -> str:
+    """Return a failure for people: how to see it again, what happened, and the steps."""
+    steps = "\n".join(f"    {place:3} {step.name:16} {step.seed}" for place, step in enumerate(outcome.steps))
+    return (
+        f"seed {outcome.seed}: {outcome.failure}\n{outcome.stack}\n"
+        f"  {len(outcome.steps)} steps (python -m tests.sim --seed {outcome.seed} shows them being made):\n{steps}"
+    )
+
+
+def run_many(
+    seeds: Sequence[int], core: ModuleType = real_core, on_failure: Callable[[Outcome], None] | None = None
+) -> Counter[str]:
+    """Run seeds; return what happened how often, with failures counted as such."""
+    counts: Counter[str] = Counter()
+    for seed in seeds:
+        outcome = run(seed, core=core)
+        counts.update(outcome.counts)
+        counts["runs"] += 1
+        if outcome.failure:
+            counts["failures"] += 1
+            if on_failure is not None:
+                on_failure(outcome)
+    return counts
+
+
+def faults(counts: Counter[str]) -> dict[str, int]:
+    """Return how often each kind of fault was injected."""
+    return {name: counts[name] for name in sorted(FAULTS)}

@@ -1,0 +1,351 @@
+"""The steps of a simulation: what clients, writers, operators and bad luck do to the world.
+
+A run is a list of steps, and each step is a name and a seed of its own: what it does follows from that seed and from
+the world it finds. So every subset of a list is a run too (a step that finds nothing to do does nothing), which is
+what makes shrinking a failure possible.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tests.sim.clients import SimWatch, Spec
+from tests.sim.settle import settle
+from tests.sim.world import Config, SimClient, World
+
+
+class Step(NamedTuple):
+    """One thing that happens."""
+
+    name: str
+    seed: int
+
+
+Action = Callable[[World, random.Random], None]
+
+ACTIONS: dict[str, Action] = {}
+WEIGHTS: dict[str, float] = {}
+FAULTS: set[str] = set()
+
+
+def _action(weight: float, fault: bool = False) -> Callable[[Action], Action]:
+    def register(action: Action) -> Action:
+        name = action.__name__
+        ACTIONS[name] = action
+        WEIGHTS[name] = weight
+        if fault:
+            FAULTS.add(name)
+        return action
+
+    return register
+
+
+def execute(world: World, step: Step) -> None:
+    """Do one step, make a few moves, and let the core check itself."""
+    rng = random.Random(step.seed)
+    world.rng = rng
+    world.count(step.name)
+    ACTIONS[step.name](world, rng)
+    world.make_moves(rng, rng.randint(0, world.config.moves))
+    world.advance(rng.choice((0.0, 0.001, 0.02)))
+    world.core.check()
+
+
+# writers
+
+
+@_action(6)
+def put(world: World, rng: random.Random) -> None:
+    """A key is put."""
+    world.store.write([(rng.choice(world.config.keys), _value(world, rng))], lease=rng.choice((0, 0, 0, 7)))
+
+
+@_action(2)
+def delete(world: World, rng: random.Random) -> None:
+    """A key is deleted."""
+    keys = world.store.live_keys()
+    if keys:
+        world.store.write([(rng.choice(keys), None)])
+
+
+@_action(3)
+def txn(world: World, rng: random.Random) -> None:
+    """Several keys change in one revision."""
+    keys = rng.sample(world.config.keys, rng.randint(1, len(world.config.keys)))
+    world.store.write([(key, _value(world, rng) if rng.random() < 0.7 else None) for key in keys])
+
+
+@_action(3)
+def burst(world: World, rng: random.Random) -> None:
+    """Many revisions at once."""
+    for _ in range(rng.randint(2, 10)):
+        world.store.write([(rng.choice(world.config.keys), _value(world, rng))])
+
+
+@_action(1.5, fault=True)
+def compact(world: World, rng: random.Random) -> None:
+    """The history is compacted, mostly close to its end."""
+    revision = world.store.revision
+    world.store.compact(rng.choice((revision, revision - 1, revision - rng.randint(0, 8), rng.randint(1, revision))))
+
+
+def _value(world: World, rng: random.Random) -> bytes:
+    return b"%d:" % world.store.revision + b"v" * rng.randint(0, world.config.value_bytes_max)
+
+
+# clients
+
+
+@_action(3)
+def join(world: World, rng: random.Random) -> None:
+    """A new client comes with a watch."""
+    if len(world.clients) >= world.config.clients_max:
+        return
+    token = rng.choice((b"root", b"root", b"half", b"bad", None)) if world.config.auth else None
+    window = rng.choice((1 << 20, 1 << 20, 400, 100, 1))
+    client = SimClient(token, rng.random() < 0.3, rng.random() < 0.5, window)
+    world.clients.append(client)
+    world.connect_client(client)
+    _new_watch(world, rng, client)
+
+
+@_action(7)
+def create(world: World, rng: random.Random) -> None:
+    """A client creates a watch."""
+    client = _connected(world, rng)
+    if client is not None:
+        _new_watch(world, rng, client)
+
+
+def _new_watch(world: World, rng: random.Random, client: SimClient) -> None:
+    session = client.session
+    if session is None or session.ended is not None or len(client.watches) >= world.config.watches_max:
+        return
+    key, range_end = rng.choice(world.config.ranges)
+    spec = Spec(
+        key,
+        range_end,
+        no_put=rng.random() < 0.12,
+        no_delete=rng.random() < 0.12,
+        prev_kv=rng.random() < 0.25,
+        fragment=rng.random() < 0.3,
+        progress_notify=rng.random() < 0.2,
+    )
+    watch = SimWatch.make(spec, _start(world, rng), client.by_header)
+    client.watches.append(watch)
+    world.watches.append(watch)
+    watch_id = rng.choice((0, 0, 0, 0, 0, 0, 1, 2, 3, 77, -2))
+    world.create(client, watch, watch_id)
+
+
+def _start(world: World, rng: random.Random) -> int | None:
+    revision = world.store.revision
+    near = max(1, revision + rng.randint(-3, 2))
+    start = rng.choice((None, None, near, near, rng.randint(1, revision), revision + rng.randint(1, 6)))
+    if rng.random() < 0.1:
+        start = rng.choice((1, max(1, world.store.compact_revision + rng.randint(-1, 1))))
+    return -rng.randint(1, 3) if rng.random() < 0.02 else start
+
+
+@_action(3)
+def cancel(world: World, rng: random.Random) -> None:
+    """A client cancels a watch, created or not yet, or an id that it does not have."""
+    client = _connected(world, rng)
+    if client is None or client.session is None:
+        return
+    session = client.session
+    watch_id = rng.choice([*session.taken, 99]) if rng.random() < 0.95 else rng.randint(-5, 120)
+    session.expect_cancel(watch_id)
+    world.input(world.core.cancel, session.core, watch_id)
+
+
+@_action(3)
+def progress(world: World, rng: random.Random) -> None:
+    """A client asks for progress."""
+    client = _connected(world, rng)
+    if client is not None and client.session is not None:
+        client.session.expect_progress()
+        world.input(world.core.progress, client.session.core)
+
+
+@_action(1.5, fault=True)
+def disconnect(world: World, rng: random.Random) -> None:
+    """A client loses its session."""
+    client = _connected(world, rng)
+    if client is not None:
+        world.close_session(client)
+
+
+@_action(3)
+def reconnect(world: World, rng: random.Random) -> None:
+    """A client without a session opens one, with all its watches from their next revisions."""
+    waiting = [client for client in world.clients if client.session is None]
+    if waiting:
+        world.connect_client(rng.choice(waiting))
+
+
+@_action(1)
+def reopen(world: World, rng: random.Random) -> None:
+    """A client opens a watch again that the server had cancelled."""
+    client = _connected(world, rng)
+    if client is None:
+        return
+    canceled = [watch for watch in client.watches if watch.canceled and not watch.over]
+    if canceled:
+        world.create(client, rng.choice(canceled), 0)
+
+
+@_action(0.7)
+def leave(world: World, rng: random.Random) -> None:
+    """A client goes away for good."""
+    if world.clients:
+        client = world.clients.pop(rng.randrange(len(world.clients)))
+        world.close_session(client)
+
+
+@_action(2, fault=True)
+def squeeze(world: World, rng: random.Random) -> None:
+    """A client becomes slow, or fast again."""
+    client = _connected(world, rng)
+    if client is not None and client.session is not None:
+        client.window = client.session.window = rng.choice((1, 50, 300, 1 << 20))
+
+
+def _connected(world: World, rng: random.Random) -> SimClient | None:
+    clients = [client for client in world.clients if client.session is not None and client.session.ended is None]
+    return rng.choice(clients) if clients else None
+
+
+# upstream
+
+
+@_action(2, fault=True)
+def break_upstream(world: World, _: random.Random) -> None:
+    """The connection to etcd breaks."""
+    world.upstream.disconnect()
+
+
+@_action(1.5, fault=True)
+def break_stream(world: World, rng: random.Random) -> None:
+    """One watch stream to etcd breaks."""
+    world.upstream.end_stream(rng)
+
+
+@_action(0.3, fault=True)
+def lose(world: World, rng: random.Random) -> None:
+    """The server cancels one upstream watch for good."""
+    world.upstream.cancel_one(rng, "rpc error: code = PermissionDenied desc = etcdserver: permission denied")
+
+
+@_action(0.3, fault=True)
+def no_leader(world: World, _: random.Random) -> None:
+    """No endpoint has a leader."""
+    world.input(world.core.no_leader)
+
+
+@_action(0.2, fault=True)
+def restart(world: World, _: random.Random) -> None:
+    """The proxy is killed and started again."""
+    world.restart()
+
+
+@_action(1)
+def notify(world: World, rng: random.Random) -> None:
+    """A member's progress ticker fires for one upstream watch."""
+    live = [(link, watch_id) for link in world.upstream.links() for watch_id in link.watchers]
+    if live:
+        link, watch_id = rng.choice(live)
+        link.notify_progress(watch_id)
+
+
+# time
+
+
+@_action(5)
+def flow(world: World, rng: random.Random) -> None:
+    """Much of what waits happens, in random order."""
+    world.make_moves(rng, rng.randint(5, 40))
+
+
+@_action(2)
+def quiet(world: World, rng: random.Random) -> None:
+    """Everything that waits happens."""
+    settle(world, rng, 0.0)
+
+
+@_action(2)
+def wait(world: World, rng: random.Random) -> None:
+    """Time passes."""
+    world.advance(rng.choice((0.1, 0.3, 2.0, 6.0)))
+
+
+@_action(0.4)
+def wait_long(world: World, rng: random.Random) -> None:
+    """Much time passes."""
+    world.advance(rng.choice((35.0, 80.0)))
+
+
+# making runs
+
+
+def make_config(rng: random.Random) -> Config:
+    """Return the shape of a world: mostly with limits so small that everything runs into them."""
+    keys = tuple(bytes([letter]) for letter in b"abcdef"[: rng.randint(2, 6)])
+    some: list[tuple[bytes, bytes]] = [
+        (rng.choice(keys), b""),
+        (rng.choice(keys), b""),
+        (b"a", b"g"),
+        (b"b", b"d"),
+        (b"", b"\0"),
+        (b"c", b"\0"),
+        (b"a", b"c"),
+        (b"", b""),
+    ]
+    ranges = rng.sample(some, rng.randint(1, 4))
+    if rng.random() < 0.15:
+        ranges.append((b"d", b"b"))
+    response_bytes = rng.choice((150, 400, 2000, 1 << 22))
+    limits: dict[str, object] = {
+        "linger_s": rng.choice((0.0, 0.5, 2.0)),
+        "history_bytes_max": rng.choice((1, 100, 400, 2000, 1 << 20)),
+        "history_bytes_total_max": rng.choice((50, 500, 5000, 1 << 20)),
+        "history_revisions_max": rng.choice((1, 2, 4, 10, 1000)),
+        "history_age_s": rng.choice((0.5, 5.0, 300.0)),
+        "replay_bytes_max": min(response_bytes, rng.choice((1, 100, 500, 1 << 20))),
+        "replay_turn_bytes_max": rng.choice((1, 300, 1 << 20)),
+        "response_bytes_max": response_bytes,
+        "fragment_bytes": rng.choice((60, 150, 1 << 21)),
+        "backfills_max": rng.choice((1, 2, 3, 100)),
+        "backfill_bytes_max": rng.choice((1, 200, 1 << 20)),
+        "backfill_share_revisions": rng.choice((0, 3, 10, 10_000)),
+        "trunk_catch_up_revisions": rng.choice((0, 3, 10, 1000)),
+        "bookmark_s": rng.choice((5.0, 30.0)),
+        "progress_notify_s": rng.choice((3.0, 40.0)),
+        "lagging_age_s_max": rng.choice((None, None, None, 4.0)),
+    }
+    return Config(
+        limits,
+        tuple(ranges),
+        keys,
+        members=rng.choice((1, 1, 2, 3)),
+        batch_revisions_max=rng.choice((1, 2, 5, 1000)),
+        channel_max=rng.choice((1, 2, 128)),
+        ordered_progress=rng.random() < 0.85,
+        auth=rng.random() < 0.15,
+        value_bytes_max=rng.choice((0, 20, 80)),
+        clients_max=rng.randint(1, 6),
+        moves=rng.choice((0, 3, 10)),
+    )
+
+
+def make_steps(rng: random.Random, count: int) -> list[Step]:
+    """Return a random run, in which each kind of step is common, rare or absent."""
+    names = list(ACTIONS)
+    weights = [
+        WEIGHTS[name] * rng.choice((0.0, 1.0, 1.0, 1.0, 4.0) if name in FAULTS else (0.5, 1.0, 1.0, 3.0))
+        for name in names
+    ]
+    opening = [Step("join", rng.getrandbits(32)), Step("burst", rng.getrandbits(32))]
+    return opening + [Step(name, rng.getrandbits(32)) for name in rng.choices(names, weights, k=count)]

@@ -1,0 +1,151 @@
+"""The simulator's side of the upstream watch client: the real `WatchState` on model connections that break.
+
+The pure state of the watch client decides everything; the shell of the real one only moves bytes, and so does this
+one: between each pair of its calls anything can go missing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from proto.scan import Header, WatchResponse
+from tests.sim.model_store import Member
+from tests.sim.model_stream import ServerStream
+from upstream import watch_effects
+from upstream.watch_state import WatchState, WatchStream
+
+
+@dataclass(slots=True)
+class UpstreamShell:
+    """One watch client: connected to one member at a time, or to none."""
+
+    members: list[Member]
+    ordered_progress: bool
+    channel_max: int
+    # What to do with what the state says, as in upstream/watch.py.
+    on_received: Callable[[Any, WatchResponse], None]
+    on_progressed: Callable[[list[Any], Header], None]
+    on_lost: Callable[[Any, int, str], None]
+    on_header: Callable[[Header], None]
+    state: WatchState = field(default_factory=WatchState)
+    member: Member | None = None
+    # Streams that ended alone: their watches wait to be registered again.
+    unregistered: bool = False
+    opened: int = 0
+    breaks: int = 0
+    _links: dict[WatchStream, ServerStream] = field(default_factory=dict)
+    # Paused upstreams by id(), and how many responses are read all the same, since they were in the window.
+    _paused: dict[int, int] = field(default_factory=dict)
+
+    # what the engine calls
+
+    def open(self, upstream: Any) -> None:
+        """Register an upstream watch."""
+        self.opened += 1
+        self._do(self.state.open(upstream))
+
+    def close(self, upstream: Any) -> None:
+        """Cancel an upstream watch."""
+        self._paused.pop(id(upstream), None)
+        self._do(self.state.close(upstream))
+
+    def pause(self, upstream: Any, in_flight: int) -> None:
+        """Stop reading a backfill, after `in_flight` more responses."""
+        self._paused[id(upstream)] = in_flight
+
+    def resume(self, upstream: Any) -> None:
+        """Read a backfill again."""
+        self._paused.pop(id(upstream), None)
+
+    def request_progress(self) -> None:
+        """Ask for manual progress on every stream."""
+        self._do(self.state.request_progress())
+
+    # what the network does
+
+    def connect(self, rng: random.Random) -> None:
+        """Connect to some member, which may lag."""
+        self.member = rng.choice(self.members)
+        self._do(self.state.connect(self.ordered_progress, self.member.revision))
+
+    def disconnect(self) -> None:
+        """Lose the connection with everything that was on its way."""
+        self.breaks += 1
+        self.member = None
+        self.unregistered = False
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
+        self.state.disconnect()
+
+    def end_stream(self, rng: random.Random) -> None:
+        """Lose one stream."""
+        if self._links:
+            stream = rng.choice(list(self._links))
+            self._links.pop(stream).close()
+            self.state.ended(stream)
+            self.unregistered = True
+            self.breaks += 1
+
+    def register(self) -> None:
+        """Register again what was on streams that ended."""
+        self.unregistered = False
+        self._do(self.state.register())
+
+    def cancel_one(self, rng: random.Random, reason: str) -> None:
+        """Have the server cancel one live watch with a reason."""
+        live = [(link, watch_id) for stream, link in self._links.items() for watch_id in stream.by_id]
+        if live:
+            link, watch_id = rng.choice(live)
+            link.cancel_with(watch_id, reason)
+
+    def links(self) -> list[ServerStream]:
+        """Return the server's ends of all streams."""
+        return list(self._links.values())
+
+    def readable(self) -> list[WatchStream]:
+        """Return the streams on which a response can be read now."""
+        return [stream for stream, link in self._links.items() if link.out and self._is_read(stream)]
+
+    def read(self, stream: WatchStream) -> None:
+        """Read one response."""
+        paused = self._paused_on(stream)
+        if paused is not None:
+            self._paused[paused] -= 1
+        self._do(self.state.received(stream, self._links[stream].out.popleft()))
+
+    def _is_read(self, stream: WatchStream) -> bool:
+        paused = self._paused_on(stream)
+        return paused is None or self._paused[paused] > 0
+
+    def _paused_on(self, stream: WatchStream) -> int | None:
+        if not stream.is_backfill or not self._paused:
+            return None
+        registrations = [*stream.by_id.values(), *(registration for registration, _ in stream.creating)]
+        return next((id(each.watch) for each in registrations if id(each.watch) in self._paused), None)
+
+    def _do(self, effects: list[watch_effects.Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, watch_effects.Write):
+                link = self._links.get(effect.stream)
+                if link is not None:
+                    link.requests.append(effect.message)
+            elif isinstance(effect, watch_effects.OpenStream):
+                assert self.member is not None
+                link = ServerStream(self.member, self.channel_max, self.ordered_progress)
+                self._links[effect.stream] = link
+            elif isinstance(effect, watch_effects.CloseStream):
+                link = self._links.pop(effect.stream, None)
+                if link is not None:
+                    link.close()
+            elif isinstance(effect, watch_effects.Received):
+                self.on_received(effect.watch, effect.response)
+            elif isinstance(effect, watch_effects.Progressed):
+                self.on_progressed(effect.watches, effect.header)
+            elif isinstance(effect, watch_effects.Lost):
+                self.on_lost(effect.watch, effect.status, effect.text)
+            else:
+                self.on_header(effect.header)

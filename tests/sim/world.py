@@ -1,0 +1,376 @@
+"""The simulated world: one core, its engine, its upstream, an etcd and its clients, on one virtual clock.
+
+Everything that happens between them is a *move* that waits until somebody makes it: a request on its way upstream, a
+response on its way back, a member that applies, a read that is answered, a client that reads its socket. A step of
+the simulation does one thing and makes a few random moves; `settle` makes all of them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import coalesce as real_core
+from proto.scan import Header, WatchResponse
+from tests.sim.clients import SimSession, SimulationFailure, SimWatch, Spec
+from tests.sim.model_store import Member, Store
+from tests.sim.model_stream import header_of
+from tests.sim.upstream_shell import UpstreamShell
+
+Move = Callable[[random.Random], None]
+
+PERMISSION_DENIED = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
+INVALID_TOKEN = "rpc error: code = Unauthenticated desc = etcdserver: invalid auth token"
+USER_EMPTY = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty"
+
+
+@dataclass(slots=True, eq=False)
+class SimClient:
+    """A client program: its identity, its habits, its watches, and its session while it has one."""
+
+    token: bytes | None
+    has_leader: bool
+    by_header: bool
+    window: int
+    watches: list[SimWatch] = field(default_factory=list)
+    session: SimSession | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The shape of one world; all of it follows from the seed."""
+
+    limits: dict[str, Any]
+    ranges: tuple[tuple[bytes, bytes], ...]
+    keys: tuple[bytes, ...]
+    members: int = 1
+    batch_revisions_max: int = 1000
+    channel_max: int = 128
+    ordered_progress: bool = True
+    auth: bool = False
+    value_bytes_max: int = 40
+    clients_max: int = 5
+    watches_max: int = 16
+    # Random moves made after each step.
+    moves: int = 4
+
+
+class World:
+    """The state of one simulation. `core` is the package under test: the real one, or a mutant of it."""
+
+    def __init__(self, config: Config, core: ModuleType = real_core) -> None:
+        self.config = config
+        self.package = core
+        self.now = 1000.0
+        self.store = Store()
+        self.members = [Member(self.store, 0xE0 + n, config.batch_revisions_max) for n in range(config.members)]
+        self.clients: list[SimClient] = []
+        # Every watch there ever was, for the checkers; and those of clients that went away for good.
+        self.watches: list[SimWatch] = []
+        self.counts: dict[str, int] = {}
+        # How many upstream watches the engine was told to open and not to close.
+        self._inbox: deque[tuple[Any, ...]] = deque()
+        self._busy = False
+        self._start()
+
+    def _start(self) -> None:
+        """Start the proxy."""
+        limits = self.package.Limits(**self.config.limits)
+        self.core: Any = self.package.Coalescer(limits, ordered_progress=self.config.ordered_progress)
+        self.upstream = UpstreamShell(
+            self.members,
+            self.config.ordered_progress,
+            self.config.channel_max,
+            on_received=self._received,
+            on_progressed=lambda watches, header: self.input(self.core.progressed, tuple(watches), header),
+            on_lost=lambda watch, status, text: self.input(self.core.lost, watch, self.package.Lost(status, text)),
+            on_header=self.core_header_seen,
+        )
+        # (read, the store's revision when it began); a linearizable answer is not below.
+        self.reads: list[tuple[Any, int]] = []
+        self.checks: list[tuple[Any, int]] = []
+        self.open_upstreams: dict[int, Any] = {}
+        self.rng = random.Random(0)
+
+    def restart(self) -> None:
+        """Kill the proxy and start a new one: all sessions break."""
+        for client in self.clients:
+            if client.session is not None:
+                client.session.closed = True
+                client.session = None
+        self.upstream.disconnect()
+        self._inbox.clear()
+        self._start()
+
+    def count(self, what: str, number: int = 1) -> None:
+        """Count something that happened."""
+        self.counts[what] = self.counts.get(what, 0) + number
+
+    # the engine
+
+    def _received(self, upstream: Any, response: WatchResponse) -> None:
+        self.input(self.core.received, upstream, response)
+
+    def core_header_seen(self, header: Header) -> None:
+        """Tell the core of a header; it has no effects."""
+        self.core.header_seen(header)
+
+    def input(self, method: Callable[..., list[Any]], *arguments: Any) -> None:
+        """Give the core an input and carry out its effects; inputs that arise meanwhile wait."""
+        self._inbox.append((method, *arguments))
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            while self._inbox:
+                method, *rest = self._inbox.popleft()
+                for effect in method(*rest, self.now):
+                    _CARRY_OUT[type(effect).__name__](self, effect)
+        finally:
+            self._busy = False
+
+    def _deliver(self, effect: Any) -> None:
+        payload = effect.payload
+        for watch in effect.watches:
+            session: SimSession = watch.outlet
+            if session.stalled:
+                self.count("returned")
+                self.core.returned(watch, payload)
+                continue
+            if not session.write(payload.messages(watch.watch_id)):
+                self._stall(session)
+
+    def _send(self, effect: Any) -> None:
+        session: SimSession = effect.session.outlet
+        if not session.write((effect.message,)) and not session.stalled:
+            self._stall(session)
+
+    def _stall(self, session: SimSession) -> None:
+        self.count("stalls")
+        session.stalled = True
+        self.core.stalled(session.core)
+
+    def _end_session(self, effect: Any) -> None:
+        session: SimSession = effect.session.outlet
+        if session.ended is not None:
+            raise SimulationFailure("a session ended twice")
+        session.ended = (effect.status, effect.text)
+        self.count("ended sessions")
+
+    def _open_upstream(self, effect: Any) -> None:
+        upstream = effect.upstream
+        if id(upstream) in self.open_upstreams:
+            raise SimulationFailure("an upstream watch opened twice")
+        self.open_upstreams[id(upstream)] = upstream
+        self.count("backfills" if upstream.is_backfill else "trunks")
+        self.upstream.open(upstream)
+
+    def _close_upstream(self, effect: Any) -> None:
+        self.open_upstreams.pop(id(effect.upstream), None)
+        self.upstream.close(effect.upstream)
+
+    def _pause_upstream(self, effect: Any) -> None:
+        self.count("pauses")
+        self.upstream.pause(effect.upstream, self.rng.choice((0, 0, 1, 2)))
+
+    def _resume_upstream(self, effect: Any) -> None:
+        self.upstream.resume(effect.upstream)
+
+    def _read_revision(self, effect: Any) -> None:
+        self.count("reads")
+        self.reads.append((effect.read, self.store.revision))
+
+    def _check_permission(self, effect: Any) -> None:
+        self.checks.append((effect.check, self.store.revision))
+
+    def _request_progress(self, _: Any) -> None:
+        self.count("progress requests upstream")
+        self.upstream.request_progress()
+
+    # moves
+
+    def moves(self) -> list[Move]:
+        """Return everything that could happen by itself now."""
+        moves: list[Move] = []
+        for member in self.members:
+            if member.behind:
+                moves.append(partial(_apply, member))
+            if member.unsynced:
+                moves.append(member.sync)
+            if member.victims:
+                moves.append(partial(_alone, member.retry_victims))
+        upstream = self.upstream
+        if upstream.member is None:
+            moves.append(upstream.connect)
+        elif upstream.unregistered:
+            moves.append(partial(_alone, upstream.register))
+        for link in upstream.links():
+            if link.can_receive:
+                moves.append(partial(_alone, link.receive))
+            if link.can_send:
+                moves.append(link.send)
+        moves.extend(partial(_alone, partial(upstream.read, stream)) for stream in upstream.readable())
+        if self.reads:
+            moves.append(self._answer_read)
+        if self.checks:
+            moves.append(self._answer_check)
+        for client in self.clients:
+            session = client.session
+            if session is not None and (session.outbox or session.ended is not None):
+                moves.append(partial(self._client_reads_some, client))
+        return moves
+
+    def make_moves(self, rng: random.Random, count: int) -> None:
+        """Make up to `count` random moves."""
+        self.rng = rng
+        for _ in range(count):
+            moves = self.moves()
+            if not moves:
+                return
+            rng.choice(moves)(rng)
+
+    def _answer_read(self, rng: random.Random) -> None:
+        read, began_at = self.reads.pop(rng.randrange(len(self.reads)))
+        self.input(self.core.revision_read, read, self._read_header(rng, began_at))
+
+    def _answer_check(self, rng: random.Random) -> None:
+        check, began_at = self.checks.pop(rng.randrange(len(self.checks)))
+        outcome: Any
+        refusal = self.permission(check.session.identity.token, check.key, check.range_end)
+        if refusal:
+            outcome = self.package.Refusal(refusal)
+        else:
+            header = self._read_header(rng, began_at)
+            # An engine that knows auth to be off answers with an older header, which is no read of now.
+            old = header_of(header.member_id, rng.randint(1, header.revision))
+            outcome = self.package.Granted(header) if self.config.auth or rng.random() < 0.5 else old
+        self.input(self.core.permission, check, outcome)
+
+    def _read_header(self, rng: random.Random, began_at: int) -> Header:
+        return header_of(rng.choice(self.members).member_id, rng.randint(began_at, self.store.revision))
+
+    def permission(self, token: bytes | None, key: bytes, range_end: bytes) -> str:
+        """Return why etcd would refuse the range to this token; "" if it does not."""
+        if not self.config.auth:
+            return ""
+        if token is None:
+            return USER_EMPTY
+        if token == b"bad":
+            return INVALID_TOKEN
+        # The token "half" is for the first half of the keys.
+        middle = self.config.keys[len(self.config.keys) // 2]
+        inside = key < middle and (not range_end or b"\0" < range_end <= middle)
+        return PERMISSION_DENIED if token == b"half" and not inside else ""
+
+    # clients
+
+    def _client_reads_some(self, client: SimClient, rng: random.Random) -> None:
+        self.client_reads(client, rng.randint(1, 6))
+
+    def client_reads(self, client: SimClient, count: int) -> None:
+        """Have a client read some messages; when all are read its proxy may write on, or its stream is over."""
+        session = client.session
+        if session is None:
+            return
+        while count > 0 and session.outbox:
+            session.read(self.store.revision)
+            count -= 1
+        if session.ended is not None:
+            if not session.outbox:
+                session.closed = True
+                client.session = None
+            return
+        if session.stalled and session.outbox_bytes <= session.window:
+            session.stalled = False
+            self.input(self.core.drained, session.core)
+
+    def connect_client(self, client: SimClient) -> None:
+        """Open a session for a client, with all watches it still wants."""
+        limits = self.config.limits
+        session = SimSession(
+            client.window,
+            limits.get("response_bytes_max", 1 << 22),
+            lambda key, range_end: self.permission(client.token, key, range_end),
+        )
+        identity = self.package.Identity(client.token, client.has_leader)
+        session.core = self.core.open_session(session, identity, self.now)
+        client.session = session
+        for watch in client.watches:
+            if not watch.over:
+                self.create(client, watch, 0)
+
+    def create(self, client: SimClient, watch: SimWatch, watch_id: int) -> None:
+        """Send a watch's create request, from its next revision."""
+        session = client.session
+        assert session is not None
+        spec: Spec = watch.spec
+        session.expect(watch, watch.next_revision, watch_id, self.store.revision)
+        request = self.package.CreateRequest(
+            spec.key,
+            spec.range_end,
+            watch.next_revision,
+            watch_id,
+            spec.progress_notify,
+            spec.no_put,
+            spec.no_delete,
+            spec.prev_kv,
+            spec.fragment,
+        )
+        self.input(self.core.create, session.core, request)
+
+    def close_session(self, client: SimClient) -> None:
+        """A client's stream breaks or is closed: what it has not read is gone."""
+        session = client.session
+        if session is None:
+            return
+        client.session = None
+        if session.ended is None:
+            self.input(self.core.close, session.core)
+        session.closed = True
+
+    # time
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, with the core's timers firing on the way."""
+        until = self.now + seconds
+        for _ in range(1000):
+            deadline = self.core.next_deadline()
+            if deadline is None or deadline > until:
+                break
+            self.now = max(self.now, deadline)
+            self.expire()
+        else:
+            raise SimulationFailure("a timer that is always due")
+        self.now = until
+
+    def expire(self) -> None:
+        """Fire the core's timers that are due."""
+        self.input(self.core.expire)
+
+
+def _apply(member: Member, rng: random.Random) -> None:
+    member.apply(rng.randint(1, 4))
+
+
+def _alone(action: Callable[[], None], _: random.Random) -> None:
+    """Make a move that leaves nothing to chance."""
+    action()
+
+
+_CARRY_OUT: dict[str, Callable[[World, Any], None]] = {
+    "Deliver": World._deliver,
+    "Send": World._send,
+    "EndSession": World._end_session,
+    "OpenUpstream": World._open_upstream,
+    "CloseUpstream": World._close_upstream,
+    "PauseUpstream": World._pause_upstream,
+    "ResumeUpstream": World._resume_upstream,
+    "ReadRevision": World._read_revision,
+    "CheckPermission": World._check_permission,
+    "RequestProgress": World._request_progress,
+}
