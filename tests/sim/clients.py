@@ -151,6 +151,8 @@ class SimSession:
     # Progress requests not answered: how many creates had been sent before each.
     progress: deque[int] = field(default_factory=deque)
     creates_sent: int = 0
+    # No answer has come since the last request; the proxy may answer several with one.
+    progress_waits: bool = False
     _next_id: int = 0
     _run_id: int | None = None
 
@@ -185,6 +187,7 @@ class SimSession:
     def expect_progress(self) -> None:
         """Note that a progress request leaves now."""
         self.progress.append(self.creates_sent)
+        self.progress_waits = True
 
     def expect_cancel(self, watch_id: int) -> None:
         """Note that a cancel leaves now."""
@@ -315,6 +318,7 @@ class SimSession:
             raise SimulationFailure(f"{_short(response)}: progress that nobody asked for")
         if self.progress.popleft() > self.creates_sent - len(self.expected):
             raise SimulationFailure(f"{_short(response)}: progress before the `created` of an earlier create")
+        self.progress_waits = False
         for watch in self.announced.values():
             if not watch.canceled:
                 watch.got_bookmark(revision)

@@ -93,8 +93,8 @@ def _check_answers(world: World) -> None:
             raise SimulationFailure("a session with room is stalled")
         live = [watch for watch in session.announced.values() if not watch.canceled]
         dead = [watch for watch in session.announced.values() if watch.canceled]
-        if session.progress and live and not dead and world.config.ordered_progress:
-            raise SimulationFailure(f"{len(session.progress)} progress requests were never answered")
+        if session.progress_waits and live and not dead and world.config.ordered_progress:
+            raise SimulationFailure("a progress request was never answered")
 
 
 def _check_upstream(world: World) -> None:

@@ -59,7 +59,7 @@ class Harness:
             upstream.now = response.header.revision
             records.append(Created(response.header.revision))
         elif response.canceled:
-            # A watch from now stands at the revision of its `created` until it hears more, which a client does not need.
+            # A watch from now needs the revision of its `created` once more; a client would not.
             if upstream.start_revision is not None or response.compact_revision > upstream.now + 1:
                 records.append(Canceled(response.compact_revision, ""))
             self.open.remove(upstream)

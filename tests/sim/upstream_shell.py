@@ -37,8 +37,8 @@ class UpstreamShell:
     opened: int = 0
     breaks: int = 0
     _links: dict[WatchStream, ServerStream] = field(default_factory=dict)
-    # Paused upstreams by id(), and how many responses are read all the same, since they were in the window.
-    _paused: dict[int, int] = field(default_factory=dict)
+    # How many responses of a paused stream are read all the same, since they had come before the pause.
+    _in_flight: dict[WatchStream, int] = field(default_factory=dict)
 
     # what the engine calls
 
@@ -49,16 +49,18 @@ class UpstreamShell:
 
     def close(self, upstream: Any) -> None:
         """Cancel an upstream watch."""
-        self._paused.pop(id(upstream), None)
         self._do(self.state.close(upstream))
 
     def pause(self, upstream: Any, in_flight: int) -> None:
         """Stop reading a backfill, after `in_flight` more responses."""
-        self._paused[id(upstream)] = in_flight
+        self.state.pause(upstream)
+        registration = self.state.registration(upstream)
+        if registration is not None and registration.stream is not None:
+            self._in_flight[registration.stream] = in_flight
 
     def resume(self, upstream: Any) -> None:
         """Read a backfill again."""
-        self._paused.pop(id(upstream), None)
+        self.state.resume(upstream)
 
     def request_progress(self) -> None:
         """Ask for manual progress on every stream."""
@@ -79,6 +81,7 @@ class UpstreamShell:
         for link in self._links.values():
             link.close()
         self._links.clear()
+        self._in_flight.clear()
         self.state.disconnect()
 
     def end_stream(self, rng: random.Random) -> None:
@@ -112,20 +115,12 @@ class UpstreamShell:
 
     def read(self, stream: WatchStream) -> None:
         """Read one response."""
-        paused = self._paused_on(stream)
-        if paused is not None:
-            self._paused[paused] -= 1
+        if stream.paused:
+            self._in_flight[stream] -= 1
         self._do(self.state.received(stream, self._links[stream].out.popleft()))
 
     def _is_read(self, stream: WatchStream) -> bool:
-        paused = self._paused_on(stream)
-        return paused is None or self._paused[paused] > 0
-
-    def _paused_on(self, stream: WatchStream) -> int | None:
-        if not stream.is_backfill or not self._paused:
-            return None
-        registrations = [*stream.by_id.values(), *(registration for registration, _ in stream.creating)]
-        return next((id(each.watch) for each in registrations if id(each.watch) in self._paused), None)
+        return not stream.paused or self._in_flight.get(stream, 0) > 0
 
     def _do(self, effects: list[watch_effects.Effect]) -> None:
         for effect in effects:

@@ -1,0 +1,77 @@
+"""The simulator's command line: many seeds, or one of them step by step.
+
+python -m tests.sim SEEDS=1000            seeds 0 to 999
+python -m tests.sim SEEDS=500..2000       seeds 500 to 1999
+python -m tests.sim --seed 42             one seed; a failure is shrunk
+python -m tests.sim --seed 42 --steps     one seed, its steps named as they are made
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+
+from tests.sim.runner import Outcome, faults, report, run, run_many, shrink, steps_of
+
+
+def _range(text: str) -> range:
+    """Read SEEDS=n or SEEDS=first..last."""
+    text = text.removeprefix("SEEDS=")
+    first, dots, last = text.partition("..")
+    return range(int(first), int(last)) if dots else range(int(first))
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _one(seed: int, show_steps: bool) -> int:
+    if show_steps:
+        for place, step in enumerate(steps_of(seed)):
+            _say(f"{place:4} {step.name:16} {step.seed}")
+    outcome = run(seed)
+    if not outcome.failure:
+        _say(f"seed {seed}: {len(outcome.steps)} steps, nothing found")
+        return 0
+    _say(f"seed {seed}: {outcome.failure}\nshrinking {len(outcome.steps)} steps ...")
+    _say(report(shrink(outcome)))
+    return 1
+
+
+def _many(seeds: range, failures_max: int) -> int:
+    began = time.monotonic()
+    found: list[Outcome] = []
+    counts: Counter[str] = Counter()
+    for seed in seeds:
+        counts.update(run_many([seed], on_failure=found.append))
+        if len(found) >= failures_max:
+            break
+    for outcome in found:
+        _say(report(shrink(outcome)))
+    seconds = time.monotonic() - began
+    injected = ", ".join(f"{name} {number}" for name, number in faults(counts).items())
+    _say(f"{counts['runs']} seeds in {seconds:.1f} s, {len(found)} failures; faults: {injected}")
+    _say("what happened: " + ", ".join(f"{name} {number}" for name, number in sorted(counts.items())))
+    return 1 if found else 0
+
+
+def main() -> int:
+    """Run what the command line asks for; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.sim", description="Simulate the core against a model of etcd."
+    )
+    parser.add_argument("seeds", nargs="?", type=_range, default=range(1000), help="SEEDS=n or SEEDS=first..last")
+    parser.add_argument("--seed", type=int, help="run one seed, and shrink it if it fails")
+    parser.add_argument("--steps", action="store_true", help="with --seed: list its steps")
+    parser.add_argument("--failures-max", type=int, default=1, help="stop after so many failures")
+    arguments = parser.parse_args()
+    if arguments.seed is not None:
+        return _one(arguments.seed, arguments.steps)
+    return _many(arguments.seeds, arguments.failures_max)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
