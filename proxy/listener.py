@@ -1,0 +1,512 @@
+"""The listener: clients' connections, and which handler gets which stream.
+
+One asyncio.Protocol per connection drives a `proto.http2.Connection` in its server role. It owns nothing of what the
+streams mean: a new request goes by its path to a handler factory, what no factory claims goes to pass-through, and a
+connection that does not open with the HTTP/2 preface is given to the HTTP/1 side with the bytes read so far.
+
+Writing is batched. Whoever queues something in a connection touches it; all that was touched is written at the end of
+the turn of the event loop, one transport write per connection, so that an event for five hundred streams on twenty
+connections costs twenty writes. Everything here runs on the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+from proto.framing import Status
+from proto.http2 import (
+    Connection,
+    ConnectionFailed,
+    DataReceived,
+    ErrorCode,
+    Event,
+    HeadersKind,
+    HeadersReceived,
+    Limits,
+    PingAcknowledged,
+    Role,
+    Stream,
+    StreamDrained,
+    StreamReset,
+)
+from proxy import logs
+from proxy.calls import Carrier, Handler, HandlerFactory, Headers, Refusal, refuse
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+"""The first bytes of every HTTP/2 client (RFC 9113 3.4)."""
+
+KEEPALIVE_PING = b"keepaliv"
+DRAIN_PING = b"draining"
+
+SWEEP_S_MAX = 2.5
+"""How often silent connections are looked for, at least."""
+
+CLOSE_GRACE_S = 5.0
+"""How long a connection that is to be closed may take to fetch what is still written for it."""
+
+log = logs.logger("listener")
+
+Http1Factory = Callable[[asyncio.Transport, bytes], asyncio.Protocol]
+"""(transport, bytes read so far) -> the protocol that takes the connection over."""
+
+
+@dataclass(slots=True, frozen=True)
+class ListenerSettings:
+    """What one listener allows, each with its unit and its reason."""
+
+    http2: Limits = field(default_factory=lambda: Limits(connection_window=16 * 1024 * 1024))
+    """Bounds of each HTTP/2 connection: streams, windows, frames, headers, floods. The connection's window is so wide
+    that streams which are not read at present (a client that asks without taking answers) do not hold up the others."""
+
+    connections_max: int = 20_000
+    """Connections at a time; one more is told so and closed. Below the usual limits of open files."""
+
+    first_bytes_timeout_s: float = 10.0
+    """A connection that has not said what it speaks by then is closed; half-open ones would pile up."""
+
+    settings_timeout_s: float = 20.0
+    """A client must acknowledge our SETTINGS by then (RFC 9113 6.5.3)."""
+
+    keepalive_interval_s: float | None = 7200.0
+    """A connection that was silent for so long is pinged; etcd's --grpc-keepalive-interval. None: never."""
+
+    keepalive_timeout_s: float = 20.0
+    """A ping unanswered for so long ends the connection; etcd's --grpc-keepalive-timeout."""
+
+    idle_timeout_s: float | None = None
+    """A connection without streams is sent away after so long. None: never; clients keep theirs for the next call."""
+
+    write_buffer_bytes: int = 256 * 1024
+    """Bytes the transport holds beyond the kernel's buffer before its streams stall."""
+
+    drain_ping_s: float = 1.0
+    """How long the second GOAWAY waits for the client to have seen the first (RFC 9113 6.8)."""
+
+
+@dataclass(slots=True)
+class ListenerStats:
+    """Counts since the start; gauges are properties of the listener."""
+
+    accepted: int = 0
+    refused: int = 0
+    """Turned away at `connections_max`."""
+
+    http1: int = 0
+    """Handed to the HTTP/1 side."""
+
+    failed: int = 0
+    """Ended by an error of the peer's making."""
+
+    timed_out: int = 0
+    """Said nothing, did not acknowledge SETTINGS or did not answer a ping."""
+
+    requests: int = 0
+    writes: int = 0
+    written_bytes: int = 0
+
+
+class Listener:
+    """A listening socket, its connections, and the routes of their streams."""
+
+    def __init__(self, settings: ListenerSettings | None = None) -> None:
+        self.settings = settings or ListenerSettings()
+        self.routes: dict[bytes, HandlerFactory] = {}
+        self.passthrough: HandlerFactory = unknown_method
+        """Who gets the streams that no route claims."""
+        self.http1: Http1Factory | None = None
+        """Who gets the connections that are not HTTP/2; None: they are closed."""
+        self.stats = ListenerStats()
+        self.connections: set[ServerConnection] = set()
+        self.draining = False
+        self._dirty: list[ServerConnection] = []
+        self._server: asyncio.Server | None = None
+        self._port = 0
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._all_gone: asyncio.Event = asyncio.Event()
+
+    async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
+        """Listen at host:port (0: any free one), with TLS when a context is given. Raises OSError."""
+        self._loop = asyncio.get_running_loop()
+        self._server = await self._loop.create_server(lambda: ServerConnection(self), host, port, ssl=tls, backlog=1024)
+        self._port = int(self._server.sockets[0].getsockname()[1])
+        self._sweep()
+
+    @property
+    def port(self) -> int:
+        """The port it listens on. Only after `start`."""
+        return self._port
+
+    @property
+    def streams(self) -> int:
+        """Streams open now, on all connections."""
+        return sum(len(connection.h2.streams) for connection in self.connections)
+
+    def now(self) -> float:
+        """The event loop's clock, in seconds."""
+        return self._loop.time()
+
+    def soon(self, connection: ServerConnection) -> None:
+        """Have a connection flushed before this turn of the loop ends; called by `ServerConnection.touch`."""
+        if not self._dirty:
+            self._loop.call_soon(self._flush)
+        self._dirty.append(connection)
+
+    def _flush(self) -> None:
+        dirty = self._dirty
+        self._dirty = []
+        for connection in dirty:
+            connection.flush()
+
+    def opened(self, connection: ServerConnection) -> None:
+        """Count a connection in."""
+        self.connections.add(connection)
+        self.stats.accepted += 1
+
+    def gone(self, connection: ServerConnection) -> None:
+        """Count a connection out."""
+        self.connections.discard(connection)
+        if not self.connections:
+            self._all_gone.set()
+
+    def route(self, connection: ServerConnection, stream: Stream, headers: Headers, end_stream: bool) -> Handler | None:
+        """Give a new request stream to its handler."""
+        self.stats.requests += 1
+        path = b""
+        for name, value in headers:
+            if name == b":path":
+                path = value
+                break
+        factory = self.routes.get(path, self.passthrough)
+        try:
+            return factory(connection, stream, headers, end_stream)
+        except Refusal as refusal:
+            refuse(connection, stream, refusal)
+            return None
+
+    def _sweep(self) -> None:
+        settings = self.settings
+        now = self._loop.time()
+        for connection in tuple(self.connections):
+            connection.sweep(now)
+        spans = [settings.first_bytes_timeout_s, settings.settings_timeout_s, settings.keepalive_timeout_s]
+        spans += [span for span in (settings.keepalive_interval_s, settings.idle_timeout_s) if span is not None]
+        self._sweeper = self._loop.call_later(min(SWEEP_S_MAX, min(spans) / 4), self._sweep)
+
+    def stop_accepting(self) -> None:
+        """Close the listening socket; connections stay."""
+        if self._server is not None:
+            self._server.close()
+
+    def go_away(self) -> None:
+        """Begin to drain: no new connections, and every client is told to open its next stream elsewhere."""
+        self.draining = True
+        self.stop_accepting()
+        for connection in tuple(self.connections):
+            connection.go_away()
+
+    async def wait_gone(self, limit_s: float) -> bool:
+        """Wait until the last connection is closed, `limit_s` seconds at most; tell whether it is."""
+        if self.connections:
+            self._all_gone.clear()
+            try:
+                async with asyncio.timeout(limit_s):
+                    await self._all_gone.wait()
+            except TimeoutError:
+                return False
+        return True
+
+    async def stop(self) -> None:
+        """Close everything now."""
+        self.stop_accepting()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for connection in tuple(self.connections):
+            connection.abort()
+        await self.wait_gone(CLOSE_GRACE_S)
+
+
+def unknown_method(connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> None:
+    """Answer a stream that nobody serves."""
+    del end_stream
+    path = dict(headers).get(b":path", b"")
+    text = f"unknown method {path[:200].decode('ascii', 'backslashreplace')}"
+    refuse(connection, stream, Refusal(200, Status.UNIMPLEMENTED, text))
+
+
+class ServerConnection(asyncio.Protocol):
+    """One client's connection. It is the `Carrier` of the handlers of its streams."""
+
+    __slots__ = (
+        "_closing_since",
+        "_heard_at",
+        "_idle_since",
+        "_listener",
+        "_opened_at",
+        "_opening",
+        "_pinged_at",
+        "_transport",
+        "dirty",
+        "h2",
+        "peer",
+        "sessions",
+    )
+
+    def __init__(self, listener: Listener) -> None:
+        self.h2 = Connection(Role.SERVER, listener.settings.http2)
+        self.dirty = False
+        """It waits to be flushed at the end of this turn."""
+        self.sessions = 0
+        """Watch sessions it carries; the Watch service counts them here."""
+        self.peer = ""
+        """The client's address, for people."""
+        self._listener = listener
+        self._transport: asyncio.Transport | None = None
+        self._opening: bytes | None = b""
+        """What came before it was clear that this is HTTP/2; None from then on."""
+        self._opened_at = self._heard_at = self._idle_since = 0.0
+        self._pinged_at: float | None = None
+        self._closing_since: float | None = None
+
+    # asyncio calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the new transport; refuse it when there are too many."""
+        listener = self._listener
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=listener.settings.write_buffer_bytes)
+        self._opened_at = self._heard_at = self._idle_since = listener.now()
+        self.peer = _address(transport.get_extra_info("peername"))
+        listener.opened(self)
+        if len(listener.connections) > listener.settings.connections_max or listener.draining:
+            listener.stats.refused += 1
+            self._opening = None
+            self.h2.start()
+            self.h2.go_away(True, ErrorCode.ENHANCE_YOUR_CALM, b"too_many_connections")
+            self.flush()
+            self._close()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes of the client."""
+        self._heard_at = self._listener.now()
+        if self._opening is not None:
+            if not self._recognise(data):
+                return
+            data, self._opening = self._opening, None
+        if self._closing_since is None:
+            self._handle(self.h2.receive(data))
+            if not self.dirty:
+                self.touch()
+
+    def pause_writing(self) -> None:
+        """Stall the streams: the client does not take what is written."""
+        self.h2.pause()
+
+    def resume_writing(self) -> None:
+        """Let the streams go on."""
+        self._handle(self.h2.resume())
+        self.touch()
+
+    def eof_received(self) -> bool:
+        """Close when the client has closed its side: an HTTP/2 connection is never half of one."""
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell every handler that its stream is gone."""
+        del exc
+        self._transport = None
+        self._closing_since = self._listener.now()
+        self._drop_streams()
+        self._listener.gone(self)
+
+    # for handlers and the engine
+
+    def touch(self) -> None:
+        """Have what is queued written before this turn of the event loop ends."""
+        if not self.dirty:
+            self.dirty = True
+            self._listener.soon(self)
+
+    def flush(self) -> None:
+        """Write what is queued, in one write."""
+        self.dirty = False
+        pieces = self.h2.output()
+        transport = self._transport
+        if transport is None:
+            return
+        if pieces:
+            data = b"".join(pieces)
+            stats = self._listener.stats
+            stats.writes += 1
+            stats.written_bytes += len(data)
+            transport.write(data)
+        if self.h2.closed:
+            self._close()
+
+    def go_away(self) -> None:
+        """Send the client elsewhere, in two steps so that no stream it has just opened is lost (RFC 9113 6.8)."""
+        if self._opening is not None:
+            self.abort()
+            return
+        self.h2.go_away()
+        self.h2.ping(DRAIN_PING)
+        self.touch()
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._listener.settings.drain_ping_s, self._last_go_away)
+
+    def _last_go_away(self) -> None:
+        if self._transport is not None and not self.h2.closed:
+            self.h2.go_away(True)
+            self.touch()
+
+    def abort(self) -> None:
+        """Close at once; what is written but not sent is lost."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def sweep(self, now: float) -> None:
+        """Look for a timeout; the listener calls it every few seconds at most."""
+        settings = self._listener.settings
+        if self._closing_since is not None:
+            if now - self._closing_since > CLOSE_GRACE_S:
+                self.abort()
+        elif self._opening is not None:
+            if now - self._opened_at > settings.first_bytes_timeout_s:
+                self._time_out()
+        elif self.h2.settings_pending and now - self._opened_at > settings.settings_timeout_s:
+            self._time_out(ErrorCode.SETTINGS_TIMEOUT)
+        else:
+            self._sweep_silence(settings, now)
+
+    # its own
+
+    def _recognise(self, data: bytes) -> bool:
+        """Add to the opening; tell whether it is HTTP/2's. Otherwise the connection is given away or waits for more."""
+        self._opening = opening = (self._opening or b"") + data
+        if opening.startswith(PREFACE):
+            self.h2.start()
+            return True
+        if not PREFACE.startswith(opening[: len(PREFACE)]):
+            self._hand_over(opening)
+        return False
+
+    def _hand_over(self, opening: bytes) -> None:
+        listener = self._listener
+        transport = self._transport
+        assert transport is not None
+        if listener.http1 is None:
+            listener.stats.failed += 1
+            self.abort()
+            return
+        listener.stats.http1 += 1
+        self._transport = None
+        listener.gone(self)
+        transport.set_protocol(listener.http1(transport, opening))
+
+    def _handle(self, events: list[Event]) -> None:
+        for event in events:
+            kind = type(event)
+            try:
+                if kind is DataReceived:
+                    self._data(cast(DataReceived, event))
+                elif kind is StreamDrained:
+                    owner = cast(StreamDrained, event).stream.owner
+                    if owner is not None:
+                        owner.drained()
+                elif kind is HeadersReceived:
+                    self._headers(cast(HeadersReceived, event))
+                elif kind is StreamReset:
+                    self._reset(cast(StreamReset, event))
+                elif kind is PingAcknowledged:
+                    self._pinged_at = None
+                    if cast(PingAcknowledged, event).payload == DRAIN_PING:
+                        self._last_go_away()
+                elif kind is ConnectionFailed:
+                    self._failed(cast(ConnectionFailed, event))
+            except Exception:
+                log.exception("a handler failed; its stream is reset", peer=self.peer)
+                self._give_up(getattr(event, "stream", None))
+
+    def _data(self, event: DataReceived) -> None:
+        owner = event.stream.owner
+        if owner is None:
+            self.h2.consumed(event.stream, event.flow_size)
+        else:
+            owner.data(event.data, event.flow_size, event.end_stream)
+
+    def _headers(self, event: HeadersReceived) -> None:
+        stream = event.stream
+        if stream.owner is not None:
+            stream.owner.trailers(event.headers)
+        elif event.kind is HeadersKind.REQUEST:
+            stream.owner = self._listener.route(self, stream, event.headers, event.end_stream)
+
+    def _reset(self, event: StreamReset) -> None:
+        owner = event.stream.owner
+        if owner is not None:
+            event.stream.owner = None
+            owner.closed(int(event.code))
+
+    def _give_up(self, stream: Stream | None) -> None:
+        if stream is None or self.h2.closed:
+            return
+        owner, stream.owner = stream.owner, None
+        if stream.id in self.h2.streams:
+            self.h2.reset(stream, ErrorCode.INTERNAL_ERROR)
+        if owner is not None:
+            owner.closed(int(ErrorCode.INTERNAL_ERROR))
+
+    def _failed(self, event: ConnectionFailed) -> None:
+        self._listener.stats.failed += 1
+        log.info("a client's connection failed", peer=self.peer, code=event.code.name, reason=event.reason)
+        self._drop_streams()
+
+    def _drop_streams(self) -> None:
+        for stream in tuple(self.h2.streams.values()):
+            owner, stream.owner = stream.owner, None
+            if owner is not None:
+                owner.closed(None)
+
+    def _close(self) -> None:
+        if self._closing_since is None:
+            self._closing_since = self._listener.now()
+            self._drop_streams()
+            if self._transport is not None:
+                self._transport.close()
+
+    def _time_out(self, code: ErrorCode | None = None) -> None:
+        self._listener.stats.timed_out += 1
+        log.info("a client's connection timed out", peer=self.peer, code="" if code is None else code.name)
+        if code is None:
+            self.abort()
+            return
+        self.h2.go_away(True, code)
+        self.flush()
+        self._close()
+
+    def _sweep_silence(self, settings: ListenerSettings, now: float) -> None:
+        if self.h2.streams:
+            self._idle_since = now
+        elif settings.idle_timeout_s is not None and now - self._idle_since > settings.idle_timeout_s:
+            self._idle_since = now
+            self.go_away()
+            return
+        if self._pinged_at is not None:
+            if self._heard_at > self._pinged_at:
+                self._pinged_at = None
+            elif now - self._pinged_at > settings.keepalive_timeout_s:
+                self._time_out()
+        elif settings.keepalive_interval_s is not None and now - self._heard_at >= settings.keepalive_interval_s:
+            self._pinged_at = now
+            self.h2.ping(KEEPALIVE_PING)
+            self.touch()
+
+
+def _address(peername: object) -> str:
+    if isinstance(peername, tuple) and len(peername) >= 2:
+        host, port = peername[0], peername[1]
+        return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+    return ""

@@ -1,0 +1,85 @@
+"""Logging: structlog, readable on a terminal, one JSON object a line otherwise.
+
+A proxy stands in the way of other people's data. So what is logged never holds a value or a credential: fields whose
+names say that they could are blanked here, once, whatever a caller hands over.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import Any, TextIO, cast
+
+import structlog
+from structlog.typing import FilteringBoundLogger, Processor
+
+LEVELS = ("debug", "info", "warn", "error", "fatal")
+"""Level names as etcd's --log-level takes them."""
+
+STYLES = ("auto", "console", "json")
+
+SECRET_FIELDS = frozenset(
+    {"authorization", "metadata", "password", "prev_kv", "prev_value", "secret", "token", "user_password", "value"}
+)
+
+
+def configure(level: str = "info", style: str = "auto", stream: TextIO | None = None) -> None:
+    """Set up logging for the process.
+
+    `level`: one of LEVELS. `style`: one of STYLES, where auto means console on a terminal and json elsewhere. `stream`:
+    where the lines go, standard error when None. Raises ValueError for an unknown level or style.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"log level {level!r} is unknown: use one of {', '.join(LEVELS)}")
+    if style not in STYLES:
+        raise ValueError(f"log style {style!r} is unknown: use one of {', '.join(STYLES)}")
+    target = sys.stderr if stream is None else stream
+    readable = style == "console" or (style == "auto" and target.isatty())
+    processors: list[Processor] = [structlog.processors.add_log_level, blank_secrets, show_bytes]
+    if readable:
+        processors += [
+            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+            structlog.dev.ConsoleRenderer(colors=target.isatty()),
+        ]
+    else:
+        processors += [
+            structlog.processors.TimeStamper(fmt="iso", key="ts"),
+            structlog.processors.format_exc_info,
+            structlog.processors.EventRenamer("msg"),
+            structlog.processors.JSONRenderer(sort_keys=False),
+        ]
+    structlog.configure(
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(_level_number(level)),
+        logger_factory=structlog.PrintLoggerFactory(target),
+        cache_logger_on_first_use=False,
+    )
+
+
+def _level_number(level: str) -> int:
+    return {"warn": logging.WARNING, "fatal": logging.CRITICAL}.get(level) or int(getattr(logging, level.upper()))
+
+
+def logger(component: str) -> FilteringBoundLogger:
+    """A logger whose lines carry the name of a part of the program.
+
+    It is lazy: made at import time, it still follows a later `configure`.
+    """
+    return cast(FilteringBoundLogger, structlog.get_logger(component=component))
+
+
+def blank_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Blank every field that could hold a key's value or a credential."""
+    for name in event:
+        if name in SECRET_FIELDS:
+            event[name] = "***"
+    return event
+
+
+def show_bytes(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Turn bytes (keys) into text that any terminal and any JSON reader takes, cut at 200 characters."""
+    for name, value in event.items():
+        if isinstance(value, bytes):
+            event[name] = value[:200].decode("utf-8", "backslashreplace")
+    return event

@@ -1,0 +1,76 @@
+"""The log: two forms, levels, and nothing in it that is not for the log."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from proxy import logs
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    yield
+    structlog.reset_defaults()
+
+
+def lines_of(level: str, style: str) -> io.StringIO:
+    """Configure for a fresh stream."""
+    stream = io.StringIO()
+    logs.configure(level, style, stream)
+    return stream
+
+
+def test_json_off_a_terminal() -> None:
+    stream = lines_of("info", "auto")
+    logs.logger("engine").info("watch opened", key=b"/a/\xff", revision=7)
+    line = json.loads(stream.getvalue())
+    assert line["msg"] == "watch opened"
+    assert line["level"] == "info"
+    assert line["component"] == "engine"
+    assert line["key"] == "/a/\\xff"
+    assert line["revision"] == 7
+    assert line["ts"].endswith("Z")
+
+
+def test_console_when_asked() -> None:
+    stream = lines_of("info", "console")
+    logs.logger("engine").warning("etcd is gone", endpoint="127.0.0.1:1")
+    assert "etcd is gone" in stream.getvalue()
+    assert "{" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(("level", "expected"), [("debug", 4), ("info", 3), ("warn", 2), ("error", 1)])
+def test_levels(level: str, expected: int) -> None:
+    stream = lines_of(level, "json")
+    log = logs.logger("x")
+    log.debug("1")
+    log.info("2")
+    log.warning("3")
+    log.error("4")
+    assert len(stream.getvalue().splitlines()) == expected
+
+
+def test_a_logger_made_before_follows_a_later_configure() -> None:
+    log = logs.logger("early")
+    stream = lines_of("info", "json")
+    log.info("hello")
+    assert json.loads(stream.getvalue())["msg"] == "hello"
+
+
+@pytest.mark.parametrize("field", sorted(logs.SECRET_FIELDS))
+@pytest.mark.parametrize("style", ["json", "console"])
+def test_secrets_are_blanked(field: str, style: str) -> None:
+    stream = lines_of("debug", style)
+    logs.logger("x").info("created", **{field: b"hunter2"})
+    assert "hunter2" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(("level", "style"), [("loud", "json"), ("info", "xml")])
+def test_unknown_settings_are_refused(level: str, style: str) -> None:
+    with pytest.raises(ValueError, match="use one of"):
+        logs.configure(level, style)
