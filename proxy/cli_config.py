@@ -16,7 +16,8 @@ from proxy.config_file import ConfigError, layer, read_file, render_example
 
 @click.command(name="config")
 @click.option("--check", "path", metavar="FILE.toml", help="Check this file instead; exit code 2 if it cannot be used.")
-def command(path: str | None) -> None:
+@click.option("--without-files", is_flag=True, help="With --check: do not look for the certificates it names.")
+def command(path: str | None, without_files: bool) -> None:
     """Print a configuration file with every knob at its default, or check one.
 
     \b
@@ -28,7 +29,7 @@ def command(path: str | None) -> None:
         click.echo(render_example(), nl=False)
         return
     try:
-        layer({}, read_file(Path(path)))
+        layer({}, read_file(Path(path)), look_at_files=not without_files)
     except ConfigError as error:
         raise Failed(str(error), WRONG_REQUEST) from None
     click.echo(f"{path}: good")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from proxy.cli_errors import FAILURE, WRONG_REQUEST, Failed
+from proxy.cli_errors import FAILURE
 
 
 @click.command(name="demo")
@@ -38,8 +38,6 @@ def command(endpoints: str | None, watches: int, ranges: int, streams: int, seco
 
     shape = shape_of(watches=watches, ranges=ranges, streams=streams, pause_s=SLOW_S)
     upstream = first_endpoint("--endpoints", endpoints) if endpoints else None
-    if watches < streams:
-        raise Failed(f"--watches={watches} is less than --streams={streams}: each stream needs a watch", WRONG_REQUEST)
 
     async def run() -> int:
         async with Stage(upstream) as stage:

@@ -80,7 +80,7 @@ def _option(knob: Knob) -> Callable[[Function], Function]:
         _parameter(knob),
         envvar=knob.env,
         type=click.Choice(knob.choices) if knob.choices else str,
-        metavar=None if knob.choices else f"[{knob.kind.value}]" if switch else knob.kind.value.upper(),
+        metavar=None if knob.choices else "[true|false]" if switch else knob.kind.value.upper(),
         help=f"{knob.text}{_default(knob)}",
         hidden=knob.advanced,
         **switch,

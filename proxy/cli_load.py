@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 from proxy.child import ChildFailed
 from proxy.cli_errors import WRONG_REQUEST, Failed
@@ -21,7 +22,12 @@ PROCESSES_MAX = 4
 
 
 def shape_of(*, watches: int, ranges: int, streams: int, pause_s: float = 0.0, plain: bool = False) -> Shape:
-    """Return the shape of a load: several streams share a connection, and every core gets a client process."""
+    """Return the shape of a load: several streams share a connection, and every core gets a client process.
+
+    Raises Failed.
+    """
+    if watches < streams:
+        raise Failed(f"--watches={watches} is less than --streams={streams}: each stream needs a watch", WRONG_REQUEST)
     channels = max(1, streams // STREAMS_PER_CHANNEL)
     processes = min(PROCESSES_MAX, os.cpu_count() or 1, channels)
     return Shape(
@@ -44,6 +50,15 @@ def first_endpoint(flag: str, text: str) -> str:
     if endpoint.secure or endpoint.path:
         raise Failed(f"{flag}: {endpoint.text!r}: the load clients speak plain TCP only, not TLS", WRONG_REQUEST)
     return endpoint.authority.decode()
+
+
+def metrics_url(flag: str, text: str) -> str:
+    """Return the address of a metrics page, HOST:PORT or URL, as a URL. Raises Failed."""
+    url = text if "://" in text else f"http://{text}"
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise Failed(f"{flag}: {text!r} is not an address; write http://HOST:PORT/metrics", WRONG_REQUEST)
+    return url
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from proxy.cli_knobs import KnobCommand, knob_options, settings_of
 @knob_options
 @click.option("--parent-fd", type=int, default=None, hidden=True)
 @click.pass_context
-def command(ctx: click.Context, parent_fd: int | None, **_given: Any) -> int:
+def command(ctx: click.Context, /, parent_fd: int | None, **_given: Any) -> int:
     """Stand in front of etcd and share its watches; the flags are those of `etcd grpc-proxy start`.
 
     \b

@@ -88,7 +88,7 @@ def expectation(knob: Knob) -> str:
     return " ".join([plain, " and ".join(bounds)]).strip()
 
 
-def check_value(knob: Knob, given: Given) -> Any:
+def check_value(knob: Knob, given: Given, *, look_at_files: bool = True) -> Any:
     """Return the value, fit for its field of Settings.
 
     Raises ConfigError.
@@ -104,7 +104,7 @@ def check_value(knob: Knob, given: Given) -> Any:
         Kind.ENDPOINTS: _check_endpoints,
     }
     try:
-        if value and knob.kind in checks:
+        if value and knob.kind in checks and (look_at_files or knob.kind is not Kind.FILE):
             checks[knob.kind](value)
     except ValueError as error:
         raise ConfigError(f"{given.origin}: {error}") from None
@@ -192,32 +192,32 @@ def _place(path: Path, text: str, table: str, key: str) -> str:
     return str(path)
 
 
-def layer(above: Mapping[str, Given], below: Mapping[str, Given]) -> Settings:
+def layer(above: Mapping[str, Given], below: Mapping[str, Given], *, look_at_files: bool = True) -> Settings:
     """Build the settings: `above` (flags and variables) over `below` (the file) over the defaults.
 
-    Both map `table.key` to what was given, already of the knob's type. Raises ConfigError.
+    Both map `table.key` to what was given, already of the knob's type. `look_at_files` False: certificates may be
+    elsewhere, as when a file is checked on another machine. Raises ConfigError.
     """
     merged = {**below, **above}
     values: dict[str, dict[str, Any]] = {table: {} for table in tables()}
     for knob in knobs():
         given = merged.get(knob.path)
         if given is not None:
-            values[knob.table][knob.key] = check_value(knob, given)
+            values[knob.table][knob.key] = check_value(knob, given, look_at_files=look_at_files)
     settings = msgspec.convert(values, Settings, strict=True)
-    check_together(settings, merged)
+    _check_together(settings, merged)
+    if look_at_files:
+        _check_certificates(settings, merged)
     return settings
 
 
-def check_together(settings: Settings, given: Mapping[str, Given]) -> None:
-    """Check what no single value shows: pairs that need each other, one address for two things.
+def _origin(path: str, given: Mapping[str, Given]) -> str:
+    return given[path].origin if path in given else next(knob.flag for knob in knobs() if knob.path == path)
 
-    Raises ConfigError.
-    """
+
+def _check_together(settings: Settings, given: Mapping[str, Given]) -> None:
+    """Check what no single value shows: pairs that need each other, one address for two things."""
     by_path = {knob.path: knob for knob in knobs()}
-
-    def origin(path: str) -> str:
-        return given[path].origin if path in given else by_path[path].flag
-
     upstream, listener = settings.upstream, settings.listener
     for first, second, values in (
         ("upstream.cert", "upstream.key", (upstream.cert, upstream.key)),
@@ -225,17 +225,16 @@ def check_together(settings: Settings, given: Mapping[str, Given]) -> None:
     ):
         if bool(values[0]) != bool(values[1]):
             there, missing = (first, second) if values[0] else (second, first)
-            raise ConfigError(f"{origin(there)}: needs {by_path[missing].flag} as well")
+            raise ConfigError(f"{_origin(there, given)}: needs {by_path[missing].flag} as well")
     if listener.trusted_ca_file and not listener.cert_file:
-        raise ConfigError(f"{origin('listener.trusted_ca_file')}: needs --cert-file and --key-file as well")
+        raise ConfigError(f"{_origin('listener.trusted_ca_file', given)}: needs --cert-file and --key-file as well")
     if settings.admin.metrics_addr:
         metrics = parse_metrics_address(settings.admin.metrics_addr)
         if metrics.port and metrics == parse_address(listener.listen_addr, listening=True):
-            raise ConfigError(f"{origin('admin.metrics_addr')}: {metrics} is --listen-addr; use another port")
-    _check_certificates(settings, origin)
+            raise ConfigError(f"{_origin('admin.metrics_addr', given)}: {metrics} is --listen-addr; use another port")
 
 
-def _check_certificates(settings: Settings, origin: Callable[[str], str]) -> None:
+def _check_certificates(settings: Settings, given: Mapping[str, Given]) -> None:
     """Load what TLS will need, so that a wrong file is refused at the start and not at the first handshake."""
     upstream, listener = settings.upstream, settings.listener
     if not (upstream.cert or upstream.cacert or listener.cert_file):
@@ -250,7 +249,7 @@ def _check_certificates(settings: Settings, origin: Callable[[str], str]) -> Non
             path = "listener.cert_file"
             server_context(listener.cert_file, listener.key_file, listener.trusted_ca_file or None)
     except BadTls as error:
-        raise ConfigError(f"{origin(path)}: {error}") from None
+        raise ConfigError(f"{_origin(path, given)}: {error}") from None
 
 
 def render_example() -> str:

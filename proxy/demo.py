@@ -65,14 +65,14 @@ def show_result(result: DemoResult, console: Console) -> None:
     table.add_column("what")
     table.add_column("number", justify="right", style="bold")
     table.add_column("note", style="dim")
-    table.add_row("client watches", f"{shape.watches:,}", f"on {shape.streams:,} gRPC streams through the proxy")
-    table.add_row("upstream watchers", f"{trial.watchers:,}", f"as {result.upstream_name} itself counts them")
+    table.add_row("client watches", f"{shape.watches:,}", f"on {shape.streams:,} gRPC streams")
+    table.add_row("upstream watchers", f"{trial.watchers:,}", f"counted by {result.upstream_name} itself")
     table.add_row("upstream watch streams", f"{trial.watch_streams:,}", "counted there too")
-    table.add_row("reduction", _factor(shape.watches, trial.watchers), "client watches for each upstream watcher")
+    table.add_row("reduction", _factor(shape.watches, trial.watchers), "client watches for each of those")
     table.add_section()
     sent = trial.after.events_sent - trial.before.events_sent
     table.add_row("events written", f"{trial.written:,}", "while the clients watched")
-    table.add_row("events in", f"{sent:,}", "sent by the upstream, the past included")
+    table.add_row("events in", f"{sent:,}", "sent by it, the past included")
     table.add_row("events out", f"{verdict.events:,}", "received by the clients")
     table.add_section()
     for name, count in (
@@ -83,8 +83,8 @@ def show_result(result: DemoResult, console: Console) -> None:
     ):
         table.add_row(name, Text(f"{count:,}", style="bold red" if count else "bold green"), "")
     table.add_section()
-    table.add_row("delay, half of the events", f"{verdict.p50_ms:.1f} ms", "from the start of the write to the client")
-    table.add_row("delay, 99 of 100", f"{verdict.p99_ms:.1f} ms", "slow client and past left out")
+    table.add_row("delay, half of the events", f"{verdict.p50_ms:.1f} ms", "from writing to receiving")
+    table.add_row("delay, 99 of 100", f"{verdict.p99_ms:.1f} ms", "without the slow client")
     console.print(table)
     for text in (*verdict.examples, *trial.complaints[:5]):
         console.print(Text(f"  {text}", style="red"))

@@ -128,21 +128,19 @@ async def serve(settings: Settings, notes: list[str], parent_fd: int | None) -> 
     admin: Admin | None = None
     try:
         endpoints = [store.ready.address] if store else settings.upstream.endpoints
-        proxy = proxy_of(settings, endpoints)
-        address = await _start(proxy, settings)
-        admin = await _start_admin(proxy, settings)
+        address, proxy = await _start(settings, endpoints)
+        advertised = settings.listener.advertise_client_url or str(address)
+        admin = await _start_admin(proxy, settings, advertised)
         parent.write_line(Ready(address=str(address), metrics=str(admin.address) if admin else ""))
         log.info(
             "serving",
-            address=settings.listener.advertise_client_url or str(address),
+            address=advertised,
             endpoints=endpoints,
             metrics=f"http://{admin.address}/metrics" if admin else None,
             store="bundled, in memory" if store else None,
         )
         code = await _until_told(leaving, store)
         await signals.or_again(proxy.drain(settings.listener.drain_s if code == 0 else 0))
-    except UpstreamError as error:
-        raise Failed(str(error), WRONG_REQUEST) from None
     finally:
         if admin is not None:
             await admin.stop()
@@ -179,22 +177,26 @@ class _Signals:
             await asyncio.gather(task, return_exceptions=True)
 
 
-async def _start(proxy: Proxy, settings: Settings) -> Address:
+async def _start(settings: Settings, endpoints: list[str]) -> tuple[Address, Proxy]:
+    """Start the proxy; return where it listens, and it. Raises Failed."""
     address = parse_address(settings.listener.listen_addr, listening=True)
     try:
+        proxy = proxy_of(settings, endpoints)
         await proxy.start()
+    except UpstreamError as error:
+        raise Failed(str(error), WRONG_REQUEST) from None
     except OSError as error:
         raise cannot_listen(address, "--listen-addr", error) from None
-    return Address(address.host, proxy.port)
+    return Address(address.host, proxy.port), proxy
 
 
-async def _start_admin(proxy: Proxy, settings: Settings) -> Admin | None:
+async def _start_admin(proxy: Proxy, settings: Settings, advertised: str) -> Admin | None:
     if not settings.admin.metrics_addr:
         return None
     from proxy.admin import Admin  # the web server is loaded only by those who ask for it
 
     address = parse_metrics_address(settings.admin.metrics_addr)
-    admin = Admin(proxy, address)
+    admin = Admin(proxy, address, advertised)
     try:
         await admin.start()
     except OSError as error:
@@ -212,7 +214,7 @@ async def _start_store() -> Child:
 async def _until_told(leaving: asyncio.Event, store: Child | None) -> int:
     """Wait until it is time to leave; a bundled store that ends takes the proxy with it. Return the exit code."""
     told = asyncio.ensure_future(leaving.wait())
-    waits: list[asyncio.Future[object]] = [told]
+    waits: list[asyncio.Future[Any]] = [told]
     if store is not None:
         waits.append(asyncio.ensure_future(store.process.wait()))
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

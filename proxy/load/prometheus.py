@@ -6,6 +6,7 @@ the proxy's word.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import aiohttp
@@ -51,6 +52,16 @@ def cost_of(samples: Mapping[str, float]) -> Cost:
         raise NoMetrics(f"the metrics have no {missing.args[0]}: they are not an etcd's") from None
 
 
+def http_reason(error: Exception) -> str:
+    """Say in a few words why an HTTP request failed."""
+    inner = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(inner, TimeoutError):
+        return "no answer in time"
+    if isinstance(inner, OSError) and inner.errno is not None and inner.errno > 0:
+        return os.strerror(inner.errno).lower()
+    return str(inner) or type(inner).__name__
+
+
 class MetricsPage:
     """One metrics page, fetched as often as needed over one connection."""
 
@@ -67,10 +78,8 @@ class MetricsPage:
                 if answer.status != 200:
                     raise NoMetrics(f"{self.url} answered {answer.status} {answer.reason}")
                 text = await answer.text()
-        except (aiohttp.ClientError, UnicodeDecodeError) as error:
-            raise NoMetrics(f"cannot read {self.url}: {error}") from None
-        except TimeoutError:
-            raise NoMetrics(f"cannot read {self.url}: no answer in {FETCH_LIMIT_S:g} s") from None
+        except (aiohttp.ClientError, OSError, UnicodeDecodeError) as error:
+            raise NoMetrics(f"cannot read {self.url}: {http_reason(error)}") from None
         return sum_samples(text, self.url)
 
     async def cost(self) -> Cost:

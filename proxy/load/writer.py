@@ -45,6 +45,7 @@ class Writer:
     """Writes into the ranges, and knows the last revisions of each."""
 
     def __init__(self, target: str, ranges: Sequence[Range], value_bytes: int) -> None:
+        self._target = target
         self._channel = grpc.aio.insecure_channel(target)
         self._value_bytes = value_bytes
         self._keys = [span.keys(KEYS_PER_RANGE) for span in ranges]
@@ -62,7 +63,9 @@ class Writer:
             answer: bytes = await method(request.SerializeToString(), timeout=CALL_LIMIT_S)
             return answer
         except grpc.aio.AioRpcError as error:
-            raise WriteFailed(f"{name} failed: {error.code().name}: {error.details()}") from None
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                raise WriteFailed(f"cannot reach the store at {self._target}: {error.details()}") from None
+            raise WriteFailed(f"the store at {self._target} refused: {error.code().name}: {error.details()}") from None
 
     async def current_revision(self) -> int:
         """Return the store's revision."""

@@ -1,0 +1,39 @@
+"""`watchmux status`: flags; what it shows is in proxy/status.py."""
+
+from __future__ import annotations
+
+import click
+
+from proxy.cli_errors import WRONG_REQUEST, Failed
+from proxy.config_values import BadValue, parse_address
+
+
+@click.command(name="status")
+@click.argument("address", metavar="HOST:PORT", envvar="WATCHMUX_METRICS_ADDR")
+@click.option("--watch", "live", is_flag=True, help="Go on until interrupted.")
+@click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
+def command(address: str, live: bool, as_json: bool) -> None:
+    """Show what a running proxy is doing; HOST:PORT is its --metrics-addr.
+
+    \b
+      watchmux serve --endpoints=127.0.0.1:2379 --metrics-addr=127.0.0.1:9379
+      watchmux status 127.0.0.1:9379
+      watchmux status 127.0.0.1:9379 --watch
+    """
+    try:
+        url = f"http://{parse_address(address.removeprefix('http://').rstrip('/'))}"
+    except BadValue as error:
+        raise Failed(str(error), WRONG_REQUEST) from None
+    if live and as_json:
+        raise Failed("--watch and --json do not go together", WRONG_REQUEST)
+    import asyncio
+
+    from rich.console import Console
+
+    from proxy.status import NoStatus, show_live, show_once
+
+    console = Console()
+    try:
+        asyncio.run(show_live(url, console) if live else show_once(url, console, as_json=as_json))
+    except NoStatus as error:
+        raise Failed(str(error)) from None

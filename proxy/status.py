@@ -1,0 +1,103 @@
+"""`watchmux status`: a running proxy in a terminal, once or live, as its /v1/status tells it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiohttp
+import msgspec
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from proxy.config_values import show_duration
+from proxy.load.prometheus import http_reason
+from proxy.snapshot import Snapshot
+
+FETCH_LIMIT_S = 5.0
+REFRESH_S = 1.0
+
+
+class NoStatus(Exception):
+    """The proxy could not be asked; the text is one line."""
+
+
+async def fetch(session: aiohttp.ClientSession, url: str) -> Snapshot:
+    """Ask a proxy for its status. Raises NoStatus."""
+    try:
+        async with session.get(f"{url}/v1/status", timeout=aiohttp.ClientTimeout(total=FETCH_LIMIT_S)) as answer:
+            body = await answer.read()
+            if answer.status != 200:
+                raise NoStatus(
+                    f"{url} answered {answer.status} {answer.reason}: it is not a watchmux's metrics address"
+                )
+            return msgspec.json.decode(body, type=Snapshot)
+    except (aiohttp.ClientError, OSError) as error:
+        hint = "is it the --metrics-addr of a running watchmux?"
+        raise NoStatus(f"cannot ask {url}: {http_reason(error)}; {hint}") from None
+    except msgspec.DecodeError:
+        raise NoStatus(f"{url} does not answer as a watchmux does; is it its --metrics-addr?") from None
+
+
+def render(now: Snapshot, before: Snapshot | None = None) -> Table:
+    """Make the table; with the snapshot `before` it, rates per second too."""
+    title = f"watchmux {now.version} at {now.address}, up {show_duration(int(now.uptime_s))}"
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column("what")
+    table.add_column("number", justify="right", style="bold")
+    table.add_column("note", style="dim")
+    state = Text("serving", style="bold green") if now.serving else Text("not serving", style="bold red")
+    table.add_row("state", state, now.reason or "in front of " + ", ".join(now.endpoints))
+    table.add_section()
+    table.add_row("client watches", f"{now.watches:,}", f"on {now.sessions:,} streams, {now.connections:,} connections")
+    table.add_row(
+        "upstream watches", f"{now.upstream_watches:,}", f"{now.trunks:,} trunks, {now.backfills:,} backfills"
+    )
+    reduction = f"{now.reduction:,.1f}x" if now.reduction is not None else "-"
+    table.add_row("reduction", reduction, "client watches for each upstream watch")
+    table.add_row("lagging", f"{now.lagging:,}", f"{now.stalls_total:,} stalls, {now.queued:,} wait for a backfill")
+    table.add_section()
+    for name, field in (("events in", "events_received_total"), ("events out", "events_delivered_total")):
+        table.add_row(name, f"{getattr(now, field):,}", _rate(now, before, field, "events"))
+    table.add_row("bytes out", f"{now.delivered_bytes_total:,}", _rate(now, before, "delivered_bytes_total", "bytes"))
+    table.add_row("history", f"{now.history_bytes:,}", f"bytes in {now.history_batches:,} responses")
+    table.add_section()
+    joins = ", ".join(f"{count:,} {kind}" for kind, count in now.joins_total.items() if count)
+    table.add_row("watches opened", f"{now.creates_total:,}", joins or "none yet")
+    table.add_row("refused", f"{now.refused_total:,}", f"{now.compacted_total:,} cancelled as compacted")
+    table.add_row(
+        "upstream breaks", f"{now.upstream_broken_total:,}", f"{now.upstream_lost_total:,} watches lost for good"
+    )
+    return table
+
+
+def _rate(now: Snapshot, before: Snapshot | None, field: str, unit: str) -> str:
+    elapsed_s = now.uptime_s - before.uptime_s if before is not None else now.uptime_s
+    if elapsed_s <= 0:
+        return ""
+    count = getattr(now, field) - (getattr(before, field) if before is not None else 0)
+    span = "now" if before is not None else "on average"
+    return f"{count / elapsed_s:,.1f} {unit} a second {span}"
+
+
+async def show_once(url: str, console: Console, *, as_json: bool = False) -> None:
+    """Print the status once. Raises NoStatus."""
+    async with aiohttp.ClientSession() as session:
+        snapshot = await fetch(session, url)
+    if as_json:
+        console.print_json(msgspec.json.encode(snapshot).decode())
+    else:
+        console.print(render(snapshot))
+
+
+async def show_live(url: str, console: Console) -> None:
+    """Show the status until interrupted. Raises NoStatus when the proxy cannot be asked (any more)."""
+    async with aiohttp.ClientSession() as session:
+        before = await fetch(session, url)
+        with Live(render(before), console=console, refresh_per_second=4) as live:
+            while True:
+                await asyncio.sleep(REFRESH_S)
+                now = await fetch(session, url)
+                live.update(render(now, before))
+                before = now
