@@ -188,8 +188,16 @@ def _without_value(record: Record) -> Record:
 
 def check_put_runs(mvcc: Mvcc, request: rpc_pb2.PutRequest, lease_exists: LeaseExists) -> None:
     """Refuse a put whose lease is unknown, or which wants to keep what is not there. Raises StoreError."""
+    _check_lease(request, lease_exists)
+    _check_kept(mvcc, request)
+
+
+def _check_lease(request: rpc_pb2.PutRequest, lease_exists: LeaseExists) -> None:
     if request.lease and not lease_exists(request.lease):
         raise StoreError(errors.LEASE_NOT_FOUND)
+
+
+def _check_kept(mvcc: Mvcc, request: rpc_pb2.PutRequest) -> None:
     if (request.ignore_value or request.ignore_lease) and mvcc.index.newest(request.key) is None:
         raise StoreError(errors.KEY_NOT_FOUND)
 
@@ -240,14 +248,31 @@ def decide(mvcc: Mvcc, request: rpc_pb2.TxnRequest) -> Branch:
 
 
 def check_branch(mvcc: Mvcc, branch: Branch, lease_exists: LeaseExists) -> None:
-    """Refuse a transaction of which an operation could not run. Raises StoreError."""
+    """
+    Refuse a transaction of which an operation could not run. Raises StoreError.
+
+    All puts first, then all ranges, as etcd 3.5 does: it decides which refusal a client sees.
+    """
+    _check_puts(mvcc, branch, lease_exists)
+    _check_ranges(mvcc, branch)
+
+
+def _check_puts(mvcc: Mvcc, branch: Branch, lease_exists: LeaseExists) -> None:
     for kind, op, nested in branch.ops:
         if nested is not None:
-            check_branch(mvcc, nested, lease_exists)
+            _check_puts(mvcc, nested, lease_exists)
+        elif kind == "request_put":
+            # The other way round than for a Put by itself, as in etcd 3.5 (3.6 checks the lease first here too).
+            _check_kept(mvcc, op.request_put)
+            _check_lease(op.request_put, lease_exists)
+
+
+def _check_ranges(mvcc: Mvcc, branch: Branch) -> None:
+    for kind, op, nested in branch.ops:
+        if nested is not None:
+            _check_ranges(mvcc, nested)
         elif kind == "request_range":
             mvcc.check_readable(op.request_range.revision)
-        elif kind == "request_put":
-            check_put_runs(mvcc, op.request_put, lease_exists)
 
 
 def run_branch(txn: WriteTxn, branch: Branch) -> rpc_pb2.TxnResponse:

@@ -1,0 +1,180 @@
+"""
+The store and a real etcd, asked the same: every answer and every error must be the same.
+
+Sequences are random and seeded, and each starts from an emptied store; a failure names the seed and prints what was
+asked until then. The store's pure parts answer here; that the services pass on what they are given is for
+test_server.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+import pytest
+from google.protobuf.message import Message
+
+from proto.pb import rpc_pb2
+from tests.etcd.binaries import current
+from tests.etcd.server import EtcdServer
+from tests.store import sequences
+from tests.store.both import Client, Refused, ask_state, comparable, new_state, watched_state
+from upstream.store.state import StoreState
+
+REQUESTS = 25
+EVERYTHING = rpc_pb2.DeleteRangeRequest(key=b"\x00", range_end=b"\x00")
+
+
+class Pair:
+    """A real etcd and the store, kept at the same revision by asking both everything."""
+
+    def __init__(self, client: Client, state: StoreState) -> None:
+        self.client = client
+        self.state = state
+        self.asked: list[Message] = []
+
+    def ask(self, request: Message) -> None:
+        """Ask both and compare."""
+        self.asked.append(request)
+        theirs, ours = comparable(self.client.ask(request)), comparable(ask_state(self.state, request))
+        if theirs != ours:
+            raise AssertionError(f"etcd answers\n{theirs}\nthe store answers\n{ours}\n{self.story()}")
+
+    def story(self) -> str:
+        """Tell what was asked."""
+        return "\n".join(f"--- {type(request).__name__}\n{request}" for request in self.asked)
+
+    def reset(self) -> None:
+        """Empty both: no keys, no leases, no history."""
+        self.asked.clear()
+        self.ask(EVERYTHING)
+        for lease in sequences.LEASES:
+            self.ask(rpc_pb2.LeaseRevokeRequest(ID=lease))
+        # Twice, because a revision that is compacted already is refused.
+        self.ask(rpc_pb2.PutRequest(key=b"reset"))
+        self.ask(EVERYTHING)
+        self.ask(rpc_pb2.CompactionRequest(revision=self.state.mvcc.revision, physical=True))
+        self.asked.clear()
+
+    def run(self, seed: int) -> None:
+        """Ask a whole sequence."""
+        self.reset()
+        rng = Random(seed)
+        for _ in range(REQUESTS):
+            self.ask(sequences.request(rng, self.state.mvcc.revision))
+
+    def watch(self, create: rpc_pb2.WatchCreateRequest) -> None:
+        """Compare what a watch gets."""
+        theirs, ours = self.client.watched(create), watched_state(self.state, create)
+        assert theirs == ours, f"seen differently by {create}\n{self.story()}"
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    with EtcdServer(current()) as server:
+        client = Client(server.endpoint)
+        yield Pair(client, new_state())
+        client.close()
+
+
+def watch_request(rng: Random, state: StoreState) -> rpc_pb2.WatchCreateRequest:
+    first = max(state.mvcc.compact_revision, state.mvcc.revision - REQUESTS)
+    made = rpc_pb2.WatchCreateRequest(
+        key=rng.choice((b"", b"a", b"aa", b"b")),
+        range_end=rng.choice((b"\x00", b"\x00", b"c", b"")),
+        # An event at the current revision makes sure that the watch's progress is answered.
+        start_revision=rng.randint(first, state.mvcc.revision),
+        prev_kv=rng.random() < 0.5,
+    )
+    if rng.random() < 0.3:
+        made.filters.append(rng.choice(rpc_pb2.WatchCreateRequest.FilterType.values()))
+    return made
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_random_sequences(pair: Pair, block: int) -> None:
+    for seed in range(block * 30, block * 30 + 30):
+        pair.run(seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block", range(100))
+def test_many_random_sequences(pair: Pair, block: int) -> None:
+    for seed in range(10_000 + block * 100, 10_100 + block * 100):
+        pair.run(seed)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_watches_of_the_past(pair: Pair, seed: int) -> None:
+    pair.run(seed)
+    rng = Random(seed)
+    for _ in range(2):
+        pair.watch(watch_request(rng, pair.state))
+
+
+def nested(depth: int, width: int = 0) -> rpc_pb2.TxnRequest:
+    made = puts(width)
+    if depth:
+        made.failure.add().request_txn.CopyFrom(nested(depth - 1, width))
+    return made
+
+
+def puts(count: int) -> rpc_pb2.TxnRequest:
+    return rpc_pb2.TxnRequest(
+        success=[rpc_pb2.RequestOp(request_put=rpc_pb2.PutRequest(key=b"%d" % at)) for at in range(count)]
+    )
+
+
+def txn(*ops: Message) -> rpc_pb2.TxnRequest:
+    made = rpc_pb2.TxnRequest()
+    for op in ops:
+        target = made.success.add()
+        if isinstance(op, rpc_pb2.PutRequest):
+            target.request_put.CopyFrom(op)
+        elif isinstance(op, rpc_pb2.DeleteRangeRequest):
+            target.request_delete_range.CopyFrom(op)
+        elif isinstance(op, rpc_pb2.TxnRequest):
+            target.request_txn.CopyFrom(op)
+    return made
+
+
+def unknown(number: int) -> Any:
+    """Pass a number that is in no enum, which the generated types do not allow."""
+    return number
+
+
+PUT_A = rpc_pb2.PutRequest(key=b"a", value=b"1")
+DELETE_A = rpc_pb2.DeleteRangeRequest(key=b"a")
+DELETE_ALL = rpc_pb2.DeleteRangeRequest(key=b"\x00", range_end=b"\x00")
+ODD = {
+    "128 operations": puts(128),
+    "129 operations": puts(129),
+    # Python's protobuf parses 100 levels of messages, which is 33 of transactions.
+    "deeply nested": nested(30),
+    "too many operations with those of its parents": nested(3, 33),
+    "just enough operations with those of its parents": nested(3, 32),
+    "the same key twice": txn(PUT_A, PUT_A),
+    "a put and its delete": txn(PUT_A, DELETE_A),
+    "a put and a delete of everything": txn(DELETE_ALL, PUT_A),
+    "a put in a nested one and its delete after": txn(txn(PUT_A), txn(DELETE_A)),
+    "a delete in a nested one and a put after": txn(txn(DELETE_A), txn(PUT_A)),
+    "a put, a delete and a put": txn(txn(PUT_A), txn(DELETE_ALL), txn(rpc_pb2.PutRequest(key=b"b"))),
+    "an empty operation": rpc_pb2.TxnRequest(success=[rpc_pb2.RequestOp()]),
+    "an unknown compare result": rpc_pb2.TxnRequest(compare=[rpc_pb2.Compare(key=b"a", result=unknown(9))]),
+    "an unknown compare target": rpc_pb2.TxnRequest(compare=[rpc_pb2.Compare(key=b"a", target=unknown(9))]),
+    "a lease without an end": rpc_pb2.LeaseGrantRequest(ID=21, TTL=9_000_000_000),
+    "a lease that is too long": rpc_pb2.LeaseGrantRequest(ID=22, TTL=9_000_000_001),
+    "a request that is just too large": rpc_pb2.PutRequest(key=b"a", value=bytes(1536 * 1024)),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_odd_requests(pair: Pair, what: str) -> None:
+    if what == "a request that is just too large":
+        assert pair.client.ask(ODD[what]) == Refused(3, "etcdserver: request is too large")
+        return
+    pair.reset()
+    pair.ask(ODD[what])
+    pair.ask(rpc_pb2.RangeRequest(key=b"\x00", range_end=b"\x00"))
+    pair.watch(rpc_pb2.WatchCreateRequest(range_end=b"\x00", start_revision=pair.state.mvcc.revision, prev_kv=True))
