@@ -19,11 +19,11 @@ events. A lost connection leaves positions alone, and `register` creates all aga
 - A start above what the store has makes etcd drop every progress request of the stream. So a create never asks for
   more than the newest revision seen in any header; what comes below the position is dropped here.
 - That can ask for a revision that has been compacted although nothing needed is. Such a cancel stays inside: the
-  watch is created again from the compact revision.
+  watch is created again, from what it needs.
 - A watch from "now" (None) gets its position from the header of its `created`, that revision *inclusive*: etcd
   reads this header after it registered the watch (since 3.5.22), so an event at that very revision may still
-  follow, and resuming above it could lose that event. If it was not due, it changes nothing: who joins at "now"
-  skips what is <= its own read.
+  follow, and resuming above it could lose that event. Yet it is not *needed*, since who joins at "now" skips what is
+  <= the revision of `created`: when just that event is compacted, the watch goes on.
 
 Progress. An answer to a manual request says nothing about a watch whose `created` came after the request was sent,
 and does not say which request it answers; unanswered ones are dropped by etcd. `WatchStream` keeps a lower bound
@@ -74,12 +74,14 @@ class OpenedWatch(Protocol):
 class Registration:
     """One watch of the listener and where it stands."""
 
-    __slots__ = ("announced", "closed", "next_revision", "paused", "stream", "unproven", "watch", "watch_id")
+    __slots__ = ("announced", "closed", "next_revision", "now", "paused", "stream", "unproven", "watch", "watch_id")
 
     def __init__(self, watch: OpenedWatch) -> None:
         self.watch = watch
         # The first revision still needed; None = now, until the first `created` says what that was.
         self.next_revision = watch.start_revision
+        # What "now" was: the revision of `created`. -1 for a watch with a start revision.
+        self.now = -1
         # The listener has been told `created`; it is told once.
         self.announced = False
         # The listener has closed it, or it was lost; it may still wait for the answer to its create.
@@ -329,7 +331,7 @@ class WatchState:
             registration.unproven = stream.requested
             stream.by_id[response.watch_id] = registration
             if registration.next_revision is None and header.revision > 0:
-                registration.next_revision = header.revision
+                registration.next_revision = registration.now = header.revision
             effects.append(HeaderSeen(header) if registration.announced else Received(registration.watch, response))
             registration.announced = True
         if stream.wanted is registration:
@@ -363,8 +365,12 @@ class WatchState:
             self._forget(registration, effects)
             return
         self.newest_revision = max(self.newest_revision, compact_revision)
-        if registration.next_revision is not None and registration.next_revision >= compact_revision:
+        next_revision = registration.next_revision or 0
+        if next_revision == registration.now:
+            next_revision += 1
+        if next_revision >= compact_revision:
             # Only the start was too old, not what is needed: see the module's docstring.
+            registration.next_revision = next_revision
             watch_id = response.watch_id
             self._unlink(stream, registration)
             self._cancel(stream, watch_id, effects)

@@ -1,0 +1,101 @@
+"""What the tests of the watch client are told in: watches, responses, and effects in few words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from proto.pb import kv_pb2, rpc_pb2
+from proto.scan import WatchResponse, scan_watch_response
+from upstream.watch_effects import CloseStream, Effect, HeaderSeen, Lost, OpenStream, Progressed, Received, Write
+
+
+@dataclass(eq=False)
+class Opened:
+    """A watch as the proxy's engine would open it."""
+
+    key: bytes = b"k"
+    range_end: bytes = b""
+    start_revision: int | None = None
+    prev_kv: bool = False
+    is_backfill: bool = False
+    token: bytes | None = None
+
+    def __repr__(self) -> str:
+        return self.key.decode()
+
+
+def answer(
+    watch_id: int,
+    header_revision: int,
+    events: Sequence[int] = (),
+    *,
+    created: bool = False,
+    canceled: bool = False,
+    compact_revision: int = 0,
+    cancel_reason: str = "",
+    fragment: bool = False,
+) -> WatchResponse:
+    """Return a response as the scanner would; `events` are their revisions."""
+    message = rpc_pb2.WatchResponse(
+        header=rpc_pb2.ResponseHeader(cluster_id=7, member_id=8, revision=header_revision, raft_term=2),
+        watch_id=watch_id,
+        created=created,
+        canceled=canceled,
+        compact_revision=compact_revision,
+        cancel_reason=cancel_reason,
+        fragment=fragment,
+        events=[kv_pb2.Event(kv=kv_pb2.KeyValue(key=b"k", mod_revision=revision)) for revision in events],
+    )
+    return scan_watch_response(message.SerializeToString())
+
+
+def revisions(response: WatchResponse) -> list[int]:
+    """Return the revisions of a response's events."""
+    return [event.revision for event in response.events]
+
+
+def request(message: bytes) -> str:
+    """Return a WatchRequest in words."""
+    decoded = rpc_pb2.WatchRequest.FromString(message)
+    kind = decoded.WhichOneof("request_union")
+    if kind == "create_request":
+        create = decoded.create_request
+        assert create.fragment
+        assert create.progress_notify
+        return f"create {create.key.decode()} from {create.start_revision}" + (" prev_kv" if create.prev_kv else "")
+    return f"cancel {decoded.cancel_request.watch_id}" if kind == "cancel_request" else "progress?"
+
+
+def told(effects: Sequence[Effect]) -> list[str]:
+    """Return effects in words, one line each."""
+    return [_told(effect) for effect in effects]
+
+
+def _told(effect: Effect) -> str:
+    match effect:
+        case OpenStream():
+            return "open stream" + (f" for {effect.stream.token.decode()}" if effect.stream.token else "")
+        case CloseStream():
+            return "close stream"
+        case Write():
+            return request(effect.message)
+        case Progressed():
+            return f"{' '.join(map(repr, effect.watches))} complete through {effect.header.revision}"
+        case Lost():
+            return f"{effect.watch!r} lost: {effect.status} {effect.text}"
+        case HeaderSeen():
+            return f"at {effect.header.revision}"
+        case Received():
+            return f"{effect.watch!r} {_told_response(effect.response)}"
+
+
+def _told_response(response: WatchResponse) -> str:
+    if response.created:
+        return f"created at {response.header.revision}"
+    if response.canceled:
+        return f"compacted {response.compact_revision}"
+    assert not response.fragment
+    if response.events:
+        return f"got {' '.join(map(str, revisions(response)))}"
+    return f"bookmark {response.header.revision}"

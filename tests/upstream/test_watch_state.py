@@ -1,0 +1,462 @@
+"""The rules of the watch client, one story each: what comes from etcd, and what has to follow."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.upstream.stories import Opened, answer, told
+from upstream.watch_state import OpenedWatch, WatchState, WatchStream
+
+GO_PERMISSION = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
+
+
+def connected(revision: int = 10) -> WatchState:
+    state = WatchState()
+    assert state.connect(True, revision) == []
+    return state
+
+
+def stream_of(state: WatchState, watch: OpenedWatch) -> WatchStream:
+    registration = state.registration(watch)
+    assert registration is not None
+    assert registration.stream is not None
+    return registration.stream
+
+
+def live(state: WatchState, *watches: Opened, at: int = 10) -> WatchStream:
+    """Open watches and let etcd answer their creates with the ids 0, 1, ..."""
+    for watch in watches:
+        state.open(watch)
+    stream = stream_of(state, watches[0])
+    for watch_id, _ in enumerate(watches):
+        state.received(stream, answer(watch_id, at, created=True))
+    return stream
+
+
+def test_a_watch_from_now_lives() -> None:
+    state = connected()
+    a = Opened(b"a")
+    assert told(state.open(a)) == ["open stream", "create a from 0"]
+    stream = stream_of(state, a)
+    assert told(state.received(stream, answer(0, 11, created=True))) == ["a created at 11"]
+    assert told(state.received(stream, answer(0, 12, [12]))) == ["a got 12"]
+    assert told(state.close(a)) == ["close stream"]
+    assert told(state.received(stream, answer(0, 13, [13]))) == ["cancel 0", "at 13"]
+    assert len(state) == 0
+
+
+def test_watches_opened_before_the_connection_register_with_it() -> None:
+    state = WatchState()
+    a, b = Opened(b"a"), Opened(b"b", start_revision=5, prev_kv=True)
+    assert state.open(a) == []
+    assert state.open(b) == []
+    assert told(state.connect(True, 10)) == ["open stream", "create a from 0", "create b from 5 prev_kv"]
+
+
+def test_opening_twice_is_refused() -> None:
+    state = connected()
+    a = Opened()
+    state.open(a)
+    with pytest.raises(ValueError, match="open already"):
+        state.open(a)
+
+
+def test_created_belongs_to_the_oldest_create_whatever_its_id() -> None:
+    state = connected()
+    a, b, c = Opened(b"a"), Opened(b"b"), Opened(b"c")
+    for watch in (a, b, c):
+        state.open(watch)
+    stream = stream_of(state, a)
+    assert told(state.received(stream, answer(7, 10, created=True))) == ["a created at 10"]
+    refused = answer(-1, 10, created=True, canceled=True, cancel_reason=GO_PERMISSION)
+    assert told(state.received(stream, refused)) == ["at 10", "b lost: 7 etcdserver: permission denied"]
+    assert told(state.received(stream, answer(3, 10, created=True))) == ["c created at 10"]
+    assert told(state.received(stream, answer(3, 11, [11]))) == ["c got 11"]
+    assert state.registration(b) is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "text"),
+    [
+        (GO_PERMISSION, 7, "etcdserver: permission denied"),
+        (
+            "rpc error: code = Unauthenticated desc = etcdserver: invalid auth token",
+            16,
+            "etcdserver: invalid auth token",
+        ),
+        (
+            "rpc error: code = InvalidArgument desc = etcdserver: user name is empty",
+            3,
+            "etcdserver: user name is empty",
+        ),
+        ("rpc error: code = Canceled desc = x", 1, "x"),
+        ("rpc error: code = Newfangled desc = x: y = z", 2, "x: y = z"),
+        ("etcdserver: mvcc: required revision has been compacted", 11, None),
+        ("mvcc: watcher range is empty", 3, None),
+    ],
+)
+def test_a_refusal_carries_status_and_text(reason: str, status: int, text: str | None) -> None:
+    state = connected()
+    a = Opened(b"a")
+    state.open(a)
+    stream = stream_of(state, a)
+    effects = state.received(stream, answer(-1, 10, created=True, canceled=True, cancel_reason=reason))
+    # It was the only one on its stream.
+    assert told(effects) == ["at 10", f"a lost: {status} {text or reason}", "close stream"]
+
+
+def test_a_watch_closed_before_its_created_is_cancelled_when_its_id_is_known() -> None:
+    state = connected()
+    a, b = Opened(b"a"), Opened(b"b")
+    state.open(a)
+    state.open(b)
+    stream = stream_of(state, a)
+    assert state.close(a) == []
+    assert told(state.received(stream, answer(0, 10, created=True))) == ["cancel 0"]
+    assert told(state.received(stream, answer(1, 10, created=True))) == ["b created at 10"]
+    assert told(state.received(stream, answer(0, 11, [11]))) == ["at 11"]
+    assert told(state.received(stream, answer(0, 11, canceled=True))) == ["at 11"]
+    assert stream.dying == set()
+
+
+def test_a_closed_one_that_is_refused_is_not_told() -> None:
+    state = connected()
+    a, b = Opened(b"a"), Opened(b"b")
+    state.open(a)
+    state.open(b)
+    stream = stream_of(state, a)
+    state.close(a)
+    assert state.received(stream, answer(-1, 10, created=True, canceled=True, cancel_reason=GO_PERMISSION)) == []
+
+
+def test_events_of_dying_ids_are_dropped_until_their_cancel_is_answered() -> None:
+    state = connected()
+    a, b = Opened(b"a"), Opened(b"b")
+    stream = live(state, a, b)
+    assert told(state.close(a)) == ["cancel 0"]
+    assert state.close(a) == []
+    assert told(state.received(stream, answer(0, 11, [11]))) == ["at 11"]
+    # A compaction cancel is not the answer to ours.
+    assert told(state.received(stream, answer(0, 0, canceled=True, compact_revision=5))) == ["at 0"]
+    assert stream.dying == {0}
+    assert told(state.received(stream, answer(0, 12, canceled=True))) == ["at 12"]
+    assert stream.dying == set()
+    assert told(state.received(stream, answer(1, 12, [12]))) == ["b got 12"]
+
+
+def test_an_id_nobody_knows_is_cancelled_once() -> None:
+    state = connected()
+    stream = live(state, Opened(b"a"))
+    assert told(state.received(stream, answer(99, 11, [11]))) == ["cancel 99", "at 11"]
+    assert told(state.received(stream, answer(99, 12, [12]))) == ["at 12"]
+    assert told(state.received(stream, answer(50, 12, canceled=True))) == ["at 12"]
+
+
+def test_a_break_resumes_each_from_its_position() -> None:
+    state = connected()
+    fresh, quiet, busy = Opened(b"fresh"), Opened(b"quiet"), Opened(b"busy", start_revision=3)
+    stream = live(state, fresh, quiet, busy)
+    state.received(stream, answer(2, 10, [4, 6]))
+    state.received(stream, answer(0, 11, [11]))
+    waiting = Opened(b"waiting")
+    state.open(waiting)
+    state.disconnect()
+    assert state.received(stream, answer(0, 12, [12])) != []
+    assert told(state.connect(True, 20)) == [
+        "open stream",
+        "create fresh from 12",
+        # Inclusive: an event at the revision of its `created` may have been on its way.
+        "create quiet from 10",
+        "create busy from 7",
+        "create waiting from 0",
+    ]
+    stream = stream_of(state, fresh)
+    assert told(state.received(stream, answer(0, 20, created=True))) == ["at 20"]
+    assert told(state.received(stream, answer(1, 20, created=True))) == ["at 20"]
+    assert told(state.received(stream, answer(2, 20, created=True))) == ["at 20"]
+    assert told(state.received(stream, answer(3, 20, created=True))) == ["waiting created at 20"]
+
+
+def test_a_resume_never_asks_above_the_newest_revision_and_drops_what_it_has() -> None:
+    state = connected(revision=0)
+    a = Opened(b"a", start_revision=9)
+    stream = live(state, a, at=9)
+    assert told(state.received(stream, answer(0, 9, [9]))) == ["a got 9"]
+    state.disconnect()
+    assert told(state.connect(True, 9)) == ["open stream", "create a from 9"]
+    stream = stream_of(state, a)
+    state.received(stream, answer(0, 9, created=True))
+    assert told(state.received(stream, answer(0, 9, [9]))) == ["at 9"]
+    state.disconnect()
+    state.connect(True, 9)
+    stream = stream_of(state, a)
+    state.received(stream, answer(0, 10, created=True))
+    assert told(state.received(stream, answer(0, 12, [9, 10, 12]))) == ["a got 10 12"]
+
+
+def test_a_start_in_the_future_is_asked_from_the_newest_revision() -> None:
+    state = connected(10)
+    a = Opened(b"a", start_revision=14)
+    assert told(state.open(a)) == ["open stream", "create a from 10"]
+    stream = stream_of(state, a)
+    assert told(state.received(stream, answer(0, 12, created=True))) == ["a created at 12"]
+    assert told(state.received(stream, answer(0, 12, [10, 12]))) == ["at 12"]
+    assert told(state.received(stream, answer(0, 14, [13, 14]))) == ["a got 14"]
+
+
+@pytest.mark.parametrize("announced", [False, True])
+def test_a_watch_from_now_stays_at_now_until_created(announced: bool) -> None:
+    state = connected(10)
+    a = Opened(b"a")
+    state.open(a)
+    if announced:
+        state.received(stream_of(state, a), answer(0, 10, created=True))
+    state.disconnect()
+    assert told(state.connect(True, 30)) == ["open stream", f"create a from {10 if announced else 0}"]
+
+
+def test_an_event_at_the_revision_of_created_is_passed_on() -> None:
+    state = connected(10)
+    stream = live(state, a := Opened(b"a"), at=11)
+    assert told(state.received(stream, answer(0, 11, [11]))) == ["a got 11"]
+    registration = state.registration(a)
+    assert registration is not None
+    assert registration.next_revision == 12
+
+
+def test_fragments_become_whole_revisions() -> None:
+    state = connected()
+    stream = live(state, Opened(b"a", start_revision=1))
+    run = [([1, 2], True), ([2, 3, 3], True), ([3], True), ([3], True), ([3, 4], True), ([5], False)]
+    got = [told(state.received(stream, answer(0, 10, events, fragment=more))) for events, more in run]
+    assert got == [["a got 1"], ["a got 2 2"], [], [], ["a got 3 3 3 3 3"], ["a got 4 5"]]
+    assert told(state.received(stream, answer(0, 11, [11]))) == ["a got 11"]
+
+
+def test_a_revision_in_fragments_is_one_response() -> None:
+    state = connected()
+    stream = live(state, Opened(b"a"), Opened(b"b"))
+    assert state.received(stream, answer(0, 11, [11, 11], fragment=True)) == []
+    assert state.received(stream, answer(0, 11, [11], fragment=True)) == []
+    # etcd puts nothing in between; if it did, the run would not mind.
+    assert told(state.received(stream, answer(1, 11, [11]))) == ["b got 11"]
+    assert told(state.received(stream, answer(0, 11, [11], fragment=False))) == ["a got 11 11 11 11"]
+
+
+def test_half_a_run_is_dropped_at_a_break() -> None:
+    state = connected()
+    a = Opened(b"a", start_revision=1)
+    stream = live(state, a)
+    assert told(state.received(stream, answer(0, 10, [1, 2, 2], fragment=True))) == ["a got 1"]
+    state.disconnect()
+    assert told(state.connect(True, 10)) == ["open stream", "create a from 2"]
+    stream = stream_of(state, a)
+    state.received(stream, answer(0, 10, created=True))
+    assert told(state.received(stream, answer(0, 10, [2, 2, 2]))) == ["a got 2 2 2"]
+
+
+def test_half_a_run_of_a_closed_watch_leaves_nothing() -> None:
+    state = connected()
+    a, b = Opened(b"a"), Opened(b"b")
+    stream = live(state, a, b)
+    state.received(stream, answer(0, 11, [11, 11], fragment=True))
+    state.close(a)
+    assert stream.held == {}
+    assert told(state.received(stream, answer(0, 11, [11]))) == ["at 11"]
+
+
+def test_compaction_ends_a_watch_and_frees_its_id_upstream() -> None:
+    state = connected()
+    a, b = Opened(b"a", start_revision=3), Opened(b"b")
+    stream = live(state, a, b)
+    cancel = answer(0, 0, canceled=True, compact_revision=8)
+    assert told(state.received(stream, cancel)) == ["a compacted 8", "cancel 0"]
+    # etcd may say it again, and then answers our cancel.
+    assert told(state.received(stream, cancel)) == ["at 0"]
+    assert told(state.received(stream, answer(0, 10, canceled=True))) == ["at 10"]
+    assert state.close(a) == []
+    assert len(state) == 1
+
+
+def test_compaction_of_what_is_not_needed_stays_inside() -> None:
+    """A start is lowered to the newest revision known, which may have been compacted by the time it arrives."""
+    state = connected(10)
+    a = Opened(b"a", start_revision=60)
+    assert told(state.open(a)) == ["open stream", "create a from 10"]
+    stream = stream_of(state, a)
+    state.received(stream, answer(0, 55, created=True))
+    cancel = answer(0, 0, canceled=True, compact_revision=50)
+    assert told(state.received(stream, cancel)) == ["cancel 0", "create a from 55"]
+    assert told(state.received(stream, cancel)) == ["at 0"]
+    assert told(state.received(stream, answer(0, 55, canceled=True))) == ["at 55"]
+    assert told(state.received(stream, answer(1, 55, created=True))) == ["at 55"]
+    assert told(state.received(stream, answer(1, 61, [59, 60, 61]))) == ["a got 60 61"]
+
+
+def test_a_cancel_without_a_reason_is_a_loss() -> None:
+    state = connected()
+    stream = live(state, Opened(b"a"), Opened(b"b"))
+    assert told(state.received(stream, answer(0, 11, canceled=True))) == [
+        "at 11",
+        "a lost: 14 the upstream server cancelled the watch",
+    ]
+
+
+def test_bookmarks_move_the_position_and_never_back() -> None:
+    state = connected()
+    a = Opened(b"a")
+    stream = live(state, a)
+    assert told(state.received(stream, answer(0, 15))) == ["a bookmark 15"]
+    assert told(state.received(stream, answer(0, 15))) == ["a bookmark 15"]
+    assert told(state.received(stream, answer(0, 14))) == ["at 14"]
+    state.disconnect()
+    assert told(state.connect(True, 20)) == ["open stream", "create a from 16"]
+
+
+def test_streams_by_token_and_a_stream_for_each_backfill() -> None:
+    state = connected()
+    plain, other, mine = Opened(b"plain"), Opened(b"other"), Opened(b"mine", token=b"me")
+    fill = Opened(b"fill", start_revision=2, is_backfill=True)
+    assert told(state.open(plain)) == ["open stream", "create plain from 0"]
+    assert told(state.open(mine)) == ["open stream for me", "create mine from 0"]
+    assert told(state.open(other)) == ["create other from 0"]
+    assert told(state.open(fill)) == ["open stream", "create fill from 2"]
+    assert len({id(stream_of(state, watch)) for watch in (plain, other, mine, fill)}) == 3
+    # The token is read anew at each registration.
+    mine.token = b"you"
+    state.disconnect()
+    assert "open stream for you" in told(state.connect(True, 10))
+
+
+def test_a_paused_backfill_stays_paused_over_a_break() -> None:
+    state = connected()
+    fill = Opened(b"fill", start_revision=2, is_backfill=True)
+    state.open(fill)
+    state.pause(fill)
+    assert stream_of(state, fill).paused
+    state.disconnect()
+    state.connect(True, 10)
+    stream = stream_of(state, fill)
+    assert stream.paused
+    assert state.resume(fill) is stream
+    assert not stream.paused
+    with pytest.raises(ValueError, match="only backfills"):
+        state.pause(Opened())
+
+
+def test_a_stream_that_ended_is_registered_again_alone() -> None:
+    state = connected()
+    a, mine = Opened(b"a"), Opened(b"mine", token=b"me")
+    live(state, a)
+    state.open(mine)
+    state.ended(stream_of(state, mine))
+    assert told(state.register()) == ["open stream for me", "create mine from 0"]
+    assert state.register() == []
+
+
+def test_a_stream_that_was_refused_loses_its_watches() -> None:
+    state = connected()
+    a, b, mine = Opened(b"a"), Opened(b"b"), Opened(b"mine", token=b"me")
+    stream = live(state, a, b)
+    state.open(mine)
+    assert told(state.refused(stream, 12, "unknown service")) == [
+        "a lost: 12 unknown service",
+        "b lost: 12 unknown service",
+    ]
+    assert len(state) == 1
+    assert state.register() == []
+
+
+# Progress.
+
+
+def test_a_progress_answer_proves_all_that_were_live_before_the_request() -> None:
+    state = connected()
+    a, b = Opened(b"a"), Opened(b"b")
+    stream = live(state, a, b)
+    assert told(state.request_progress()) == ["progress?"]
+    late = Opened(b"late")
+    state.open(late)
+    state.received(stream, answer(2, 10, created=True))
+    assert told(state.received(stream, answer(-1, 10))) == ["a b complete through 10"]
+    assert told(state.request_progress()) == ["progress?"]
+    assert told(state.received(stream, answer(-1, 12))) == ["a b late complete through 12"]
+    state.disconnect()
+    assert told(state.connect(True, 20)) == [
+        "open stream",
+        "create a from 13",
+        "create b from 13",
+        "create late from 13",
+    ]
+
+
+def test_a_request_waits_for_the_creates_before_it() -> None:
+    state = connected()
+    a, b, c = Opened(b"a"), Opened(b"b"), Opened(b"c")
+    state.open(a)
+    state.open(b)
+    stream = stream_of(state, a)
+    assert state.request_progress() == []
+    state.open(c)
+    assert state.request_progress() == []
+    assert told(state.received(stream, answer(0, 10, created=True))) == ["a created at 10"]
+    assert told(state.received(stream, answer(1, 10, created=True))) == ["b created at 10", "progress?"]
+    assert told(state.received(stream, answer(2, 10, created=True))) == ["c created at 10"]
+    assert told(state.received(stream, answer(-1, 10))) == ["a b complete through 10"]
+
+
+def test_an_answer_that_may_be_for_a_dropped_request_proves_less() -> None:
+    state = connected()
+    a = Opened(b"a")
+    stream = live(state, a)
+    state.request_progress()
+    b = Opened(b"b", start_revision=3)
+    state.open(b)
+    state.received(stream, answer(1, 10, created=True))
+    state.request_progress()
+    # The first or the second request? Nothing was written since b was created, so nothing tells.
+    assert told(state.received(stream, answer(-1, 10))) == ["a complete through 10"]
+    # The second answer is not for the first request.
+    assert told(state.received(stream, answer(-1, 10))) == ["a b complete through 10"]
+
+
+def test_a_later_revision_tells_which_request_was_answered() -> None:
+    state = connected()
+    a = Opened(b"a")
+    stream = live(state, a)
+    for _ in range(5):
+        state.request_progress()
+    b = Opened(b"b", start_revision=3)
+    state.open(b)
+    state.received(stream, answer(1, 10, created=True))
+    state.request_progress()
+    # The store had revision 10 when b was created, so 11 is an answer to the sixth.
+    assert told(state.received(stream, answer(-1, 11))) == ["a b complete through 11"]
+
+
+def test_more_answers_than_requests_prove_nothing() -> None:
+    state = connected()
+    stream = live(state, Opened(b"a"))
+    assert told(state.received(stream, answer(-1, 11))) == ["at 11"]
+    state.request_progress()
+    assert told(state.received(stream, answer(-1, 11))) == ["a complete through 11"]
+    assert told(state.received(stream, answer(-1, 11))) == ["at 11"]
+
+
+def test_progress_is_asked_on_every_stream_but_paused_ones() -> None:
+    state = connected()
+    a, mine = Opened(b"a"), Opened(b"mine", token=b"me")
+    fill = Opened(b"fill", start_revision=2, is_backfill=True)
+    live(state, a)
+    live(state, mine)
+    live(state, fill)
+    assert told(state.request_progress()) == ["progress?"] * 3
+    state.pause(fill)
+    assert told(state.request_progress()) == ["progress?"] * 2
+
+
+def test_old_servers_are_never_asked() -> None:
+    state = WatchState()
+    state.connect(False, 10)
+    live(state, Opened(b"a"))
+    assert state.request_progress() == []
