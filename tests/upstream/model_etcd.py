@@ -102,9 +102,13 @@ class ModelStream:
             self.compacted.discard(watch_id)
             if known:
                 self._answer(watch_id, canceled=True)
-        elif not self.unsynced and not self.compacted and self.synced:
-            if all(next_revision <= store.revision + 1 for next_revision in self.synced.values()):
-                self.queue(-1, [], store.revision)
+        elif self._answers_progress():
+            self.queue(-1, [], store.revision)
+
+    def _answers_progress(self) -> bool:
+        due = self.store.revision + 1
+        synced = bool(self.synced) and all(next_revision <= due for next_revision in self.synced.values())
+        return synced and not self.unsynced and not self.compacted
 
     def notify(self) -> None:
         """Send progress_notify of a synced watch."""

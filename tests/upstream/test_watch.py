@@ -1,0 +1,470 @@
+"""The watch client on real sockets, against a server that does what the test says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from proto.framing import frame
+from proto.http2 import ErrorCode, Limits
+from proto.pb import rpc_pb2
+from tests.etcd.server import free_port
+from tests.upstream.recorder import RecordedLog, Recorder, watching
+from tests.upstream.scripted import ScriptedCall, scripted
+from tests.upstream.stories import Opened, request
+from tests.waiting import until_async
+from upstream.settings import ConnectionSettings, Settings
+
+NO_LEADER = "etcdserver: no leader"
+
+
+def run(story: Coroutine[Any, Any, None]) -> None:
+    """Run a story with a bound on its time."""
+
+    async def bounded() -> None:
+        async with asyncio.timeout(20):
+            await story
+
+    asyncio.run(bounded())
+
+
+def requests(call: ScriptedCall) -> list[str]:
+    """Return the requests of a Watch call in words."""
+    return [request(message) for message in call.messages]
+
+
+def test_trunks_share_a_stream_with_hasleader_and_a_token_gets_its_own() -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            seen = Recorder()
+            a, b, mine = Opened(b"a"), Opened(b"b", start_revision=4), Opened(b"mine", token=b"secret")
+            async with watching(etcd.endpoint, seen) as client:
+                for watch in (a, b, mine):
+                    client.open(watch)
+                await until_async(lambda: all(map(seen.created, (a, b, mine))), "three watches")
+                plain, tokened = etcd.watches()
+                assert requests(plain) == ["create a from 0", "create b from 4"]
+                assert plain.metadata[b"hasleader"] == b"true"
+                assert plain.metadata[b":authority"] == etcd.endpoint.encode()
+                assert b"token" not in plain.metadata
+                assert tokened.metadata[b"token"] == b"secret"
+                assert (client.stream_count, client.watch_count) == (2, 3)
+                assert client.server == (etcd.endpoint, "3.5.30")
+                client.close(mine)
+                await until_async(lambda: tokened.ended, "the stream of the token to end")
+                assert tokened.ended == "CANCEL"
+                client.close(a)
+                await until_async(lambda: "cancel 0" in requests(plain), "the cancel")
+            await until_async(lambda: not etcd.connections, "the connection to be closed")
+
+    run(story())
+
+
+def test_everything_resumes_pipelined_after_a_broken_connection() -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            seen = Recorder()
+            watches = [Opened(b"w%d" % number) for number in range(300)]
+            async with watching(etcd.endpoint, seen) as client:
+                for watch in watches:
+                    client.open(watch)
+                await until_async(lambda: seen.created(watches[-1]), "the watches")
+                first = etcd.watches()[0]
+                first.answer(7, 12, [11, 12])
+                first.answer(8, 13, [13, 13])
+                await until_async(lambda: seen.revisions(watches[8]), "the events")
+                etcd.revision = 20
+                # Nothing is answered before all creates have come: they do not wait for each other.
+                held: list[rpc_pb2.WatchRequest] = []
+
+                def hold(call: ScriptedCall, message: rpc_pb2.WatchRequest) -> None:
+                    held.append(message)
+                    if len(held) == len(watches):
+                        for one in held:
+                            etcd.answer_watch(call, one)
+
+                etcd.on_watch = hold
+                etcd.drop()
+                await until_async(lambda: len(etcd.watches()) == 2, "the second stream")
+                second = etcd.watches()[1]
+                await until_async(lambda: len(seen.headers) > len(watches), "the answers")
+                words = requests(second)
+                assert words[6:9] == ["create w6 from 10", "create w7 from 13", "create w8 from 14"]
+                second.answer(8, 20, [13, 13, 15])
+                await until_async(lambda: seen.revisions(watches[8]) == [13, 13, 15], "the event after the break")
+                assert (seen.breaks, seen.resumes, client.breaks) == (1, 2, 1)
+                assert all(sum(response.created for response in seen.of(watch)) == 1 for watch in watches)
+
+    run(story())
+
+
+@pytest.mark.parametrize(
+    ("version", "ordered"),
+    [
+        ("3.4.23", False),
+        ("3.4.31", True),
+        ("3.5.12", False),
+        ("3.5.13", True),
+        ("3.6.0-rc.1", True),
+        ("3.7.0", True),
+        ("4.0", True),
+        ("whatever", False),
+    ],
+)
+def test_manual_progress_is_asked_only_of_versions_that_order_it(version: str, ordered: bool) -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            etcd.version = version
+            seen = Recorder()
+            a = Opened(b"a")
+            async with watching(etcd.endpoint, seen) as client:
+                client.open(a)
+                await until_async(lambda: seen.created(a), "the watch")
+                assert client.ordered_progress is ordered
+                client.request_progress()
+                if ordered:
+                    await until_async(lambda: seen.progress(a) == 10, "the proof")
+                else:
+                    # A bookmark under its own id is in order everywhere.
+                    etcd.watches()[0].answer(0, 12)
+                    await until_async(lambda: len(seen.of(a)) == 2, "the bookmark")
+                    assert requests(etcd.watches()[0]) == ["create a from 0"]
+
+    run(story())
+
+
+@pytest.mark.parametrize(
+    ("refusal", "ordered"),
+    [((3, "etcdserver: user name is empty"), True), ((16, "x"), True), ((12, "unknown service"), False)],
+)
+def test_a_server_that_does_not_tell_its_status(refusal: tuple[int, str], ordered: bool) -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            etcd.status_refusal = refusal
+            seen = Recorder()
+            a = Opened(b"a")
+            async with watching(etcd.endpoint, seen) as client:
+                client.open(a)
+                await until_async(lambda: seen.created(a), "the watch")
+                assert client.ordered_progress is ordered
+
+    run(story())
+
+
+def test_no_leader_goes_to_another_endpoint() -> None:
+    async def story() -> None:
+        async with scripted() as cut_off, scripted() as whole:
+            seen = Recorder()
+            a = Opened(b"a")
+            async with watching(f"{cut_off.endpoint},{whole.endpoint}", seen) as client:
+                client.open(a)
+                await until_async(lambda: seen.created(a), "the watch")
+                assert client.server == (cut_off.endpoint, "3.5.30")
+                cut_off.leader = 0
+                cut_off.watches()[0].end(14, NO_LEADER)
+                await until_async(lambda: client.server == (whole.endpoint, "3.5.30"), "the other endpoint")
+                await until_async(lambda: whole.watches(), "its stream")
+                assert whole.watches()[0].metadata[b"hasleader"] == b"true"
+                assert seen.leaderless == 0
+
+    run(story())
+
+
+def test_no_leader_anywhere_is_told_and_watches_go_on_without() -> None:
+    async def story() -> None:
+        async with scripted() as one, scripted() as two:
+            seen = Recorder()
+            log = RecordedLog()
+            a = Opened(b"a")
+            dead = f"127.0.0.1:{free_port()}"
+            async with watching(f"{one.endpoint},{two.endpoint},{dead}", seen, log=log) as client:
+                client.open(a)
+                await until_async(lambda: seen.created(a), "the watch")
+                one.leader = two.leader = 0
+                one.watches()[0].end(14, NO_LEADER)
+                await until_async(lambda: seen.leaderless, "no_leader")
+                assert client.leaderless
+                await until_async(lambda: len(one.watches() + two.watches()) == 2, "a stream without hasleader")
+                [plain] = [call for call in one.watches() + two.watches() if b"hasleader" not in call.metadata]
+                await until_async(lambda: plain.messages, "its create")
+                plain.answer(0, 11, [11])
+                await until_async(lambda: seen.revisions(a) == [11], "an event without a leader")
+                two.leader = 1
+                await until_async(lambda: not client.leaderless, "the leader's return")
+                assert client.server == (two.endpoint, "3.5.30")
+                await until_async(lambda: b"hasleader" in two.watches()[-1].metadata, "a stream with hasleader")
+                assert seen.leaderless == 1
+                assert any("no leader" in problem for problem in log.problems())
+
+    run(story())
+
+
+def test_a_learner_is_not_used() -> None:
+    async def story() -> None:
+        async with scripted() as learner, scripted() as voter:
+            learner.is_learner = True
+            log = RecordedLog()
+            async with watching(f"{learner.endpoint},{voter.endpoint}", Recorder(), log=log) as client:
+                await until_async(lambda: client.server == (voter.endpoint, "3.5.30"), "the voter")
+                assert "learner" in log.problems()[0]
+
+    run(story())
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [(16, "etcdserver: invalid auth token"), (7, "etcdserver: permission denied"), (12, "unknown service")],
+)
+def test_a_stream_refused_for_good_loses_its_watches_alone(status: int, text: str) -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            seen = Recorder()
+            a, mine = Opened(b"a"), Opened(b"mine", token=b"bad")
+            etcd.on_call = lambda call: call.end(status, text) if b"token" in call.metadata else None
+            async with watching(etcd.endpoint, seen) as client:
+                client.open(a)
+                client.open(mine)
+                await until_async(lambda: seen.losses, "the loss")
+                assert seen.losses == [(mine, status, text)]
+                await until_async(lambda: seen.created(a), "the other watch")
+                assert seen.breaks == 0
+                assert client.watch_count == 1
+
+    run(story())
+
+
+def test_one_endpoint_without_a_watch_service_is_left_for_another() -> None:
+    async def story() -> None:
+        async with scripted() as other, scripted() as etcd:
+            other.on_call = lambda call: call.end(12, "unknown service")
+            seen = Recorder()
+            a = Opened(b"a")
+            async with watching(f"{other.endpoint},{etcd.endpoint}", seen) as client:
+                client.open(a)
+                await until_async(lambda: seen.created(a), "the watch")
+                assert client.server == (etcd.endpoint, "3.5.30")
+                assert seen.losses == []
+
+    run(story())
+
+
+@pytest.mark.parametrize("how", ["status", "reset", "cancelled"])
+def test_a_stream_that_ends_is_opened_again_on_its_connection(how: str) -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            seen = Recorder()
+            a = Opened(b"a")
+            async with watching(etcd.endpoint, seen) as client:
+                client.open(a)
+                await until_async(lambda: seen.created(a), "the watch")
+                first = etcd.watches()[0]
+                if how == "status":
+                    first.end(14, "etcdserver: server stopped")
+                elif how == "cancelled":
+                    first.end(1, "etcdserver: watch canceled")
+                else:
+                    first.reset(ErrorCode.INTERNAL_ERROR)
+                await until_async(lambda: len(etcd.watches()) == 2, "a second stream")
+                await until_async(lambda: etcd.watches()[1].messages, "its create")
+                etcd.watches()[1].answer(0, 11, [11])
+                await until_async(lambda: seen.revisions(a) == [11], "the event")
+                assert len(etcd.connections) == 1
+
+    run(story())
+
+
+def test_a_stream_that_always_ends_is_not_opened_in_a_storm() -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            seen = Recorder()
+
+            def create_and_end(call: ScriptedCall, message: rpc_pb2.WatchRequest) -> None:
+                etcd.answer_watch(call, message)
+                call.end(14, "etcdserver: server stopped")
+
+            etcd.on_watch = create_and_end
+            async with watching(etcd.endpoint, seen) as client:
+                client.open(Opened(b"a"))
+                loop = asyncio.get_running_loop()
+                start = loop.time()
+                await until_async(lambda: len(etcd.watches()) >= 6, "some tries")
+                # 0, 20, 40, 80, 160 ms, each at least half of that.
+                assert loop.time() - start > 0.14
+
+    run(story())
+
+
+def test_goaway_moves_all_to_a_new_connection() -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            seen = Recorder()
+            a = Opened(b"a")
+            async with watching(etcd.endpoint, seen) as client:
+                client.open(a)
+                await until_async(lambda: seen.created(a), "the watch")
+                etcd.connections[0].go_away(2**31 - 1)
+                await until_async(lambda: len(etcd.watches()) == 2, "the second stream")
+                await until_async(lambda: len(etcd.connections) == 1, "the first connection to be closed")
+                assert seen.breaks == 1
+
+    run(story())
+
+
+def test_streams_above_the_servers_limit_wait_for_their_turn() -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            etcd.limits = Limits(max_streams=2)
+            seen = Recorder()
+            fills = [Opened(b"f%d" % number, start_revision=1, is_backfill=True) for number in range(4)]
+            async with watching(etcd.endpoint, seen) as client:
+                for fill in fills:
+                    client.open(fill)
+                await until_async(lambda: sum(map(seen.created, fills)) == 2, "two of them")
+                for fill in [fill for fill in fills if seen.created(fill)]:
+                    client.close(fill)
+                await until_async(lambda: all(map(seen.created, fills)), "the other two")
+                assert seen.losses == []
+                assert seen.breaks == 0
+
+    run(story())
+
+
+def test_a_paused_backfill_is_not_read_and_holds_nobody_up() -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            seen = Recorder()
+            window = 64 * 1024
+            settings = Settings(connection=ConnectionSettings(stream_window_bytes=window))
+            trunk, fill = Opened(b"t"), Opened(b"f", start_revision=1, is_backfill=True)
+            async with watching(etcd.endpoint, seen, settings) as client:
+                client.open(trunk)
+                client.open(fill)
+                await until_async(lambda: seen.created(fill) and seen.created(trunk), "the watches")
+                client.pause(fill)
+                tcall, fcall = etcd.watches()
+                revisions = list(range(1, 10_001))
+                for first in range(0, 10_000, 100):
+                    fcall.answer(0, 10_000, revisions[first : first + 100])
+                tcall.answer(0, 20, [20])
+                await until_async(lambda: seen.revisions(trunk) == [20], "the trunk's event")
+                assert seen.revisions(fill) == []
+                assert fcall.stream.blocked
+                client.resume(fill)
+                await until_async(lambda: len(seen.revisions(fill)) == 10_000, "the backfill's events")
+                assert seen.revisions(fill) == revisions
+                assert not fcall.stream.blocked
+
+    run(story())
+
+
+def test_a_response_above_the_limit_ends_its_watches_with_a_reason() -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            seen = Recorder()
+            a = Opened(b"a")
+            async with watching(etcd.endpoint, seen, Settings(watch_message_bytes_max=1000)) as client:
+                client.open(a)
+                await until_async(lambda: seen.created(a), "the watch")
+                etcd.watches()[0].send(bytes(2000))
+                await until_async(lambda: seen.losses, "the loss")
+                [(watch, status, text)] = seen.losses
+                assert (watch, status) == (a, 8)
+                assert "1000" in text
+                await until_async(lambda: etcd.watches()[0].ended == "CANCEL", "the reset")
+
+    run(story())
+
+
+@pytest.mark.parametrize("garbage", [frame(b"\xff\xff"), b"\x07\x00\x00\x00\x01x", b"\x01\x00\x00\x00\x01x"])
+def test_an_unreadable_response_is_a_break(garbage: bytes) -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            seen = Recorder()
+            a = Opened(b"a")
+            async with watching(etcd.endpoint, seen) as client:
+                client.open(a)
+                await until_async(lambda: seen.created(a), "the watch")
+                etcd.watches()[0].send_raw(garbage)
+                await until_async(lambda: len(etcd.watches()) == 2 and etcd.watches()[1].messages, "a second try")
+                etcd.watches()[1].answer(0, 11, [11])
+                await until_async(lambda: seen.revisions(a) == [11], "the event")
+
+    run(story())
+
+
+def test_a_server_that_stops_answering_is_noticed() -> None:
+    async def story() -> None:
+        async with scripted() as etcd, scripted() as other:
+            seen = Recorder()
+            log = RecordedLog()
+            a = Opened(b"a")
+            settings = Settings(connection=ConnectionSettings(keepalive_s=0.1, keepalive_timeout_s=0.1))
+            async with watching(f"{etcd.endpoint},{other.endpoint}", seen, settings, log) as client:
+                client.open(a)
+                await until_async(lambda: seen.created(a), "the watch")
+                etcd.connections[0].frozen = True
+                etcd.mute = True
+                await until_async(lambda: client.server == (other.endpoint, "3.5.30"), "the other endpoint")
+                assert "not even a ping" in log.problems()[0]
+
+    run(story())
+
+
+def test_an_endpoint_that_says_nothing_holds_nobody_up() -> None:
+    async def story() -> None:
+        async with scripted() as silent, scripted() as etcd:
+            silent.mute = True
+            async with watching(f"{silent.endpoint},{etcd.endpoint}", Recorder()) as client:
+                await until_async(lambda: client.server == (etcd.endpoint, "3.5.30"), "the other", timeout_s=2)
+
+    run(story())
+
+
+def test_what_the_listener_does_inside_of_a_call_is_fine() -> None:
+    class Eager(Recorder):
+        client: Any = None
+        more: Opened | None = None
+
+        def received(self, watch: Any, response: Any) -> None:
+            super().received(watch, response)
+            if response.events and self.more is None:
+                self.more = Opened(b"more", start_revision=2)
+                self.client.close(watch)
+                self.client.open(self.more)
+                self.client.request_progress()
+
+    async def story() -> None:
+        async with scripted() as etcd:
+            seen = Eager()
+            a = Opened(b"a")
+            async with watching(etcd.endpoint, seen) as client:
+                seen.client = client
+                client.open(a)
+                await until_async(lambda: seen.created(a), "the watch")
+                call = etcd.watches()[0]
+                etcd.on_watch = etcd.answer_watch
+                call.answer(0, 11, [11])
+                call.answer(0, 12, [12])
+                await until_async(lambda: seen.more is not None and seen.progress(seen.more), "the proof")
+                assert seen.revisions(a) == [11]
+
+    run(story())
+
+
+def test_a_lower_store_is_believed_when_told_so() -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            seen = Recorder()
+            async with watching(etcd.endpoint, seen) as client:
+                await until_async(lambda: client.connected, "the connection")
+                assert client.newest_revision == 10
+                client.store_went_back(3)
+                ahead = Opened(b"a", start_revision=8)
+                client.open(ahead)
+                await until_async(lambda: seen.created(ahead), "the watch")
+                assert requests(etcd.watches()[0]) == ["create a from 3"]
+
+    run(story())
