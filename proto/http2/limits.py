@@ -75,4 +75,8 @@ class Limits:
     """Bytes from which on a WINDOW_UPDATE is not counted."""
 
     ignored_max: int = 10_000
-    """Frames without effect: PRIORITY, unknown types, frames for streams that are closed."""
+    """Frames without effect: PRIORITY, unknown types, frames for streams that are closed, informational responses."""
+
+    paused_requests_max: int = 20_000
+    """Requests that arrive while the transport is paused: their answers' headers are written all the same, so this bounds
+    what a peer that never reads can make us hold. Room for a client that opens all its streams at once."""

@@ -25,7 +25,16 @@ SETTINGS = 2
 EMPTY_DATA = 3
 TINY_UPDATES = 4
 IGNORED = 5
-_FLOOD_NAMES = ("streams ended badly", "PING", "SETTINGS", "empty DATA", "tiny WINDOW_UPDATE", "frames without effect")
+PAUSED_REQUESTS = 6
+_FLOOD_NAMES = (
+    "streams ended badly",
+    "PING",
+    "SETTINGS",
+    "empty DATA",
+    "tiny WINDOW_UPDATE",
+    "frames without effect",
+    "requests without reading the answers",
+)
 
 _unpack_word = frames.WORD.unpack_from
 # A body's length is not to be checked: the peer promised nothing, or its promise is about another message (RFC 9110
@@ -78,6 +87,7 @@ class ReceivingHalf(SendingHalf):
             limits.empty_data_max,
             limits.tiny_updates_max,
             limits.ignored_max,
+            limits.paused_requests_max,
         )
 
     def consumed(self, stream: Stream | None, size: int) -> None:
@@ -236,6 +246,8 @@ class ReceivingHalf(SendingHalf):
 
     def _begin_request(self, stream_id: int, headers: Headers | None, end_stream: bool, events: list[Event]) -> None:
         self._last_id = stream_id
+        if self._paused:
+            self._count(PAUSED_REQUESTS)
         if stream_id > self._last_accepted:
             raise StreamFault(stream_id, ErrorCode.REFUSED_STREAM, "going away")
         if len(self.streams) >= self.limits.max_streams:
@@ -269,6 +281,7 @@ class ReceivingHalf(SendingHalf):
         if status < 200:
             if end_stream:
                 raise MalformedHeaders("informational response that ends the stream")
+            self._count(IGNORED)
             return HeadersKind.INFORMATIONAL
         if content_length is not None and status not in _NO_BODY_STATUSES and not stream.bodiless:
             if end_stream and content_length:

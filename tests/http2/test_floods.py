@@ -1,0 +1,159 @@
+"""Every limit at its edge: as much as it says is taken, one more ends the connection in ENHANCE_YOUR_CALM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from proto.http2 import Connection, ErrorCode, Limits
+from tests.http2 import wire
+from tests.http2.wire import Peer, data, ping, raw, rst, server, settings, update
+
+LIMIT = 50
+EDGE = Limits(
+    resets_max=LIMIT,
+    pings_max=LIMIT,
+    # The handshake's SETTINGS is forgiven when its output is taken.
+    settings_max=LIMIT,
+    empty_data_max=LIMIT,
+    tiny_updates_max=LIMIT,
+    ignored_max=LIMIT,
+    paused_requests_max=LIMIT,
+    continuations_max=LIMIT,
+    max_streams=1_000,
+)
+
+# What the n-th piece of a flood is. Stream 1 is open; n begins with 0.
+FLOODS: dict[str, Callable[[Peer, int], bytes]] = {
+    "PING": lambda _peer, _n: ping(),
+    "PING acknowledgements": lambda _peer, _n: ping(b"12345678", "ACK"),
+    "SETTINGS": lambda _peer, _n: settings(),
+    "empty DATA": lambda _peer, _n: data(1, b""),
+    "DATA of padding only": lambda _peer, _n: data(1, b"", padding=1),
+    "PRIORITY": lambda _peer, _n: wire.priority(1),
+    "unknown frames": lambda _peer, _n: raw(0x77, 0, 1, b"x"),
+    "GOAWAY": lambda _peer, _n: wire.go_away(0),
+    "tiny WINDOW_UPDATEs of the connection": lambda _peer, _n: update(0, 1),
+    "tiny WINDOW_UPDATEs of a stream": lambda _peer, _n: update(1, 1_023),
+    "WINDOW_UPDATEs of a closed stream": lambda _peer, _n: update(3, 1),
+    "RST_STREAM of a closed stream": lambda _peer, _n: rst(3),
+    "rapid reset": lambda peer, n: peer.request(2 * n + 5) + rst(2 * n + 5),
+    "malformed requests": lambda peer, n: peer.headers(2 * n + 5, [(b":method", b"GET")]),
+    "made you reset": lambda peer, n: peer.request(2 * n + 5) + raw(8, 0, 2 * n + 5, bytes(4)),
+    # Ids that were skipped are closed (5.1.1).
+    "DATA on closed streams": lambda peer, n: (b"" if n else peer.request(1_001)) + data(2 * n + 5, b"x"),
+}
+
+
+def start(limits: Limits = EDGE) -> tuple[Connection, Peer]:
+    """Return a server whose stream 1 is open and whose stream 3 is closed, with all counters at zero."""
+    connection, peer = server(limits)
+    peer.receive(peer.request(1), peer.request(3))
+    connection.send_headers(connection.streams[3], wire.RESPONSE)
+    peer.receive(rst(3))
+    peer.said()
+    assert connection._flood == [0] * 7
+    return connection, peer
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_flood_ends_the_connection(name: str) -> None:
+    """http2 point 16 (RFC 9113 10.5), and point 6 for PING: unread answers are bounded by it."""
+    connection, peer = start()
+    for n in range(LIMIT):
+        connection.receive(FLOODS[name](peer, n))
+    assert not connection.closed
+    assert peer.receive(FLOODS[name](peer, LIMIT))[-1] == "failed ENHANCE_YOUR_CALM"
+    assert connection.closed
+    assert peer.said()[-1].endswith("ENHANCE_YOUR_CALM")
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_peer_that_keeps_pace_with_the_loop_is_no_flood(name: str) -> None:
+    """One a turn, for ever: keep-alive pings of a week must not add up."""
+    connection, peer = start()
+    for n in range(4 * LIMIT):
+        connection.receive(FLOODS[name](peer, n))
+        connection.output()
+    assert not connection.closed
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_nothing_is_forgiven_while_the_transport_is_paused(name: str) -> None:
+    """http2 point 6 (10.5): a peer that does not read its answers cannot make them pile up."""
+    connection, peer = start()
+    connection.pause()
+    for n in range(LIMIT + 1):
+        connection.receive(FLOODS[name](peer, n))
+        connection.output()
+    assert connection.closed
+
+
+def test_requests_of_a_peer_that_reads_nothing_are_bounded() -> None:
+    """10.5: each would be answered by a header list at least."""
+    connection, peer = start()
+    connection.pause()
+    for n in range(LIMIT):
+        assert peer.receive(peer.request(2 * n + 5)) == [f"request {2 * n + 5}"]
+        connection.output()
+    assert peer.receive(peer.request(2 * LIMIT + 5)) == ["failed ENHANCE_YOUR_CALM"]
+
+
+@pytest.mark.parametrize(("parts", "expected"), [(LIMIT, "request 5"), (LIMIT + 1, "failed ENHANCE_YOUR_CALM")])
+def test_continuations_of_one_header_block_are_bounded(parts: int, expected: str) -> None:
+    """http2 point 16 (10.5): empty ones too."""
+    _, peer = start()
+    block = peer.block_of(wire.REQUEST)
+    flood = raw(1, 0, 5, block) + raw(9, 0, 5) * (parts - 1) + raw(9, 4, 5)
+    assert peer.receive(flood) == [expected]
+
+
+def test_a_reset_of_a_stream_that_was_answered_is_no_flood() -> None:
+    """A client may cancel ten thousand watches at once."""
+    connection, peer = start()
+    for n in range(2 * LIMIT):
+        peer.receive(peer.request(2 * n + 5))
+        connection.send_headers(connection.streams[2 * n + 5], wire.RESPONSE)
+    for n in range(2 * LIMIT):
+        peer.receive(rst(2 * n + 5))
+    assert not connection.closed
+
+
+def test_window_updates_of_some_size_are_no_flood() -> None:
+    connection, _ = start()
+    connection.receive(update(1, 1_024) * (4 * LIMIT) + update(0, 1_024) * (4 * LIMIT))
+    assert not connection.closed
+
+
+def test_late_frames_after_our_resets_are_counted() -> None:
+    """http2 point 8: they are no fault, and still not free."""
+    connection, peer = start()
+    connection.reset(connection.streams[1], ErrorCode.CANCEL)
+    connection.receive(data(1, b"x") * LIMIT)
+    assert not connection.closed
+    assert peer.receive(data(1, b"x")) == ["failed ENHANCE_YOUR_CALM"]
+
+
+def test_refused_streams_are_counted() -> None:
+    """http2 point 14: a peer that ignores the limit for long is gone."""
+    connection, peer = server(Limits(max_streams=1, resets_max=LIMIT))
+    peer.receive(peer.request(1))
+    for n in range(LIMIT):
+        assert peer.receive(peer.request(2 * n + 3)) == []
+    assert peer.receive(peer.request(2 * LIMIT + 3)) == ["failed ENHANCE_YOUR_CALM"]
+    assert connection.closed
+
+
+def test_the_defaults_let_ten_thousand_streams_come_and_go_at_once() -> None:
+    """Opened in one read, answered, cancelled in one read; flow-controlled one by one."""
+    connection, peer = server()
+    connection.receive(b"".join(peer.request(2 * n + 1) for n in range(10_000)))
+    for stream in connection.streams.values():
+        connection.send_headers(stream, wire.RESPONSE)
+        assert connection.send(stream, [b"x"], 1)
+    connection.output()
+    connection.receive(b"".join(update(2 * n + 1, 1) for n in range(10_000)))
+    connection.output()
+    connection.receive(b"".join(rst(2 * n + 1) for n in range(10_000)))
+    assert (connection.closed, connection.open_streams) == (False, 0)
