@@ -18,6 +18,9 @@ from upstream.store.txn import key_value
 VERSION = "3.5.30"
 """The etcd release whose behaviour is kept. Clients decide by it what they may ask for (ordered progress, say)."""
 
+EMPTY_BYTES = 20 * 1024
+"""The size an empty store reports: etcd's empty database has five pages, and 0 looks like a missing answer."""
+
 NO_SNAPSHOT = "the bundled store has no bolt database to send: copy its --data-dir, or read the keys with Range"
 NO_LEADER_TO_MOVE = "the bundled store is a single member: there is no other to lead"
 NO_DOWNGRADE = "the bundled store has no older version to go back to"
@@ -51,8 +54,8 @@ class MaintenanceService:
         state = self._state
         response = rpc_pb2.StatusResponse(
             version=VERSION,
-            dbSize=state.mvcc.size_bytes,
-            dbSizeInUse=state.mvcc.size_bytes,
+            dbSize=EMPTY_BYTES + state.mvcc.size_bytes,
+            dbSizeInUse=EMPTY_BYTES + state.mvcc.size_bytes,
             leader=state.identity.member_id,
             raftIndex=state.raft_index,
             raftAppliedIndex=state.raft_index,

@@ -1,0 +1,50 @@
+"""etcdctl prints the same against the store as against a real etcd; what the store cannot do, it says why."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.clients.etcdctl_tour import TOUR, Player
+from tests.etcd.binaries import current
+from tests.etcd.server import EtcdServer
+from tests.store.running import RunningStore
+from upstream.store.cluster_service import NO_CLUSTER
+from upstream.store.maintenance_service import NO_LEADER_TO_MOVE, NO_SNAPSHOT
+from upstream.store.server import StoreSettings
+
+NOT_THERE = {
+    "snapshot save FILE": NO_SNAPSHOT,
+    "move-leader 1": NO_LEADER_TO_MOVE,
+    "member remove 1": NO_CLUSTER,
+}
+
+
+def split(records: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Part what must be the same from what the store does not have."""
+    missing = {name: record for record in records for name in NOT_THERE if record.startswith(f"$ {name}\n")}
+    return [record for record in records if record not in missing.values()], missing
+
+
+@pytest.mark.parametrize("part", [part for part in TOUR if part != "users"])
+def test_prints_the_same(part: str, tmp_path: Path) -> None:
+    binary = current()
+    settings = StoreSettings(metrics_addr="127.0.0.1:0", name="m0")
+    with EtcdServer(binary) as etcd, RunningStore(settings) as running:
+        store = running.store
+        assert store is not None
+        players = []
+        for name, endpoint, watchers in (
+            ("etcd", etcd.endpoint, etcd.watchers),
+            ("store", running.endpoint, lambda: store.state.watchable.stats.watchers),
+        ):
+            (tmp_path / name).mkdir()
+            players.append(Player(binary.etcdctl, endpoint, watchers, tmp_path / name))
+        with ThreadPoolExecutor(2) as pool:
+            expected, got = pool.map(lambda player: player.play(TOUR[part]), players)
+    (expected, _), (got, missing) = split(expected), split(got)
+    assert got == expected
+    for name, record in missing.items():
+        assert NOT_THERE[name] in record
