@@ -8,6 +8,7 @@ here too, from the same knobs, so that it cannot grow old.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import textwrap
 import tomllib
@@ -31,6 +32,7 @@ from proxy.config_values import (
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _TOML_PLACE = re.compile(r"\s*\(at line (\d+), column (\d+)\)")
 _WIDTH = 118
+_GROUPED_FROM = 10_000
 
 
 class ConfigError(ValueError):
@@ -73,7 +75,7 @@ def expectation(knob: Knob) -> str:
     """Say in words what the knob takes, in the file's units."""
     meta = next(part for part in knob.type.__metadata__ if isinstance(part, msgspec.Meta))
     bounds = [
-        f"{sign} {bound:g}"
+        f"{sign} {bound}"
         for sign, bound in ((">=", meta.ge), (">", meta.gt), ("<=", meta.le))
         if isinstance(bound, int | float)
     ]
@@ -95,6 +97,8 @@ def check_value(knob: Knob, given: Given, *, look_at_files: bool = True) -> Any:
     """
     try:
         value = msgspec.convert(given.value, knob.type, strict=True)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise msgspec.ValidationError
     except msgspec.ValidationError:
         raise ConfigError(f"{given.origin}: expected {expectation(knob)}, got {_shown(given.value)}") from None
     checks: dict[Kind, Callable[[Any], object]] = {
@@ -273,11 +277,11 @@ def _toml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        return f"{value:g}" if value != int(value) else f"{int(value):_}"
+        return f"{value:g}" if value != int(value) else _toml(int(value))
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     if isinstance(value, int):
-        return f"{value:_}"
+        return f"{value:_}" if value >= _GROUPED_FROM else str(value)
     if isinstance(value, list):
         return "[" + ", ".join(_toml(part) for part in value) + "]"
     return str(value)

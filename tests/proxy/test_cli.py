@@ -1,0 +1,138 @@
+"""The command line: help that teaches, one line for each mistake, and the right exit code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from proxy.cli import COMMANDS, run
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Run a command that cannot work; return its exit code and its one line."""
+    code = run(list(arguments))
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("watchmux: ")
+    assert shown.err.count("\n") == 1, shown.err
+    return code, shown.err.removeprefix("watchmux: ").rstrip("\n")
+
+
+def test_help_names_every_command_and_shows_how_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in COMMANDS:
+        assert f"  {name} " in text
+    assert "watchmux demo" in text
+    assert "watchmux serve --endpoints=127.0.0.1:2379" in text
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 2
+    assert "Commands:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"    watchmux {name}" in text
+    assert "parent-fd" not in text
+
+
+def test_serve_help_tells_the_ranking_of_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "A flag goes before its environment variable, that before the configuration file" in text
+    assert "WATCHMUX_LISTEN_ADDR" in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("watchmux ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("bogus", "No such command 'bogus'. (see watchmux --help)"),
+        ("serve --listn-addr=a:1", "No such option '--listn-addr'."),
+        ("serve extra", "Got unexpected extra argument (extra) (see watchmux serve --help)"),
+        ("serve --linger", "Option '--linger' requires an argument."),
+        ("serve --linger=x", "--linger: 'x' is not a duration; write it like 500ms, 10s or 1m30s"),
+        ("serve --linger=-1s", "--linger: '-1s' is not a duration; write it like 500ms, 10s or 1m30s"),
+        ("serve --watches-max=many", "--watches-max: expected a whole number >= 1, got 'many'"),
+        ("serve --watches-max=0", "--watches-max: expected a whole number >= 1, got 0"),
+        ("serve --insecure-skip-tls-verify=perhaps", "--insecure-skip-tls-verify: expected true or false, got"),
+        ("serve --log-level=loud", "Invalid value for '--log-level': 'loud' is not one of 'debug', 'info'"),
+        ("serve --endpoints=127.0.0.1:x", "--endpoints: endpoint '127.0.0.1:x': 'x' is not a port"),
+        ("serve --endpoints=ftp://a:1", "--endpoints: endpoint 'ftp://a:1': the scheme 'ftp' is unknown"),
+        ("serve --listen-addr=here", "--listen-addr: 'here' has no port; write HOST:PORT, like 127.0.0.1:2379"),
+        ("serve --metrics-addr=https://a:1", "--metrics-addr: 'https://a:1': metrics are served in plain text"),
+        ("serve --cert-file=/nowhere", "--cert-file: cannot read '/nowhere': no such file or directory"),
+        ("serve --cert=/dev/null", "--cert: needs --key as well"),
+        ("serve --config=/nowhere.toml", "/nowhere.toml: cannot read it: no such file or directory"),
+        ("serve --namespace=/app", "--namespace: prefixing keys is not there yet"),
+        ("serve --resolver-prefix /x", "--resolver-prefix: registering the proxy in etcd is not there"),
+        ("serve --auto-tls", "--auto-tls: certificates are not made here"),
+        ("store --listen-addr=here", "--listen-addr: 'here' has no port; write HOST:PORT"),
+        ("store --listen-metrics-urls=https://a:1", "--listen-metrics-urls: 'https://a:1': metrics are served in"),
+        ("store --watch-progress-notify-interval=0", "--watch-progress-notify-interval: it has to be longer than 0s"),
+        ("store --data-dir=/tmp/x", "--data-dir: keeping data on disk is not there yet"),
+        ("demo --watches=0", "Invalid value for '--watches': 0 is not in the range 1<=x<=100000."),
+        ("demo --watches=5 --streams=6", "--watches=5 is less than --streams=6: each stream needs a watch"),
+        ("demo --endpoints=https://a:1", "--endpoints: 'https://a:1': the load clients speak plain TCP only, not TLS"),
+        ("measure --proxy=127.0.0.1:1", "--proxy: name the etcd behind it too (--upstream)"),
+        ("measure --upstream=127.0.0.1:0", "--upstream: endpoint '127.0.0.1:0': '0' is not a port"),
+        ("measure --upstream=a:1 --upstream-metrics=ftp://x", "--upstream-metrics: 'ftp://x' is not an address"),
+        ("status", "Missing argument 'HOST:PORT'. (see watchmux status --help)"),
+        ("status here", "'here' has no port; write HOST:PORT, like 127.0.0.1:2379"),
+        ("status 127.0.0.1:1 --watch --json", "--watch and --json do not go together"),
+        ("config --check=/nowhere.toml", "/nowhere.toml: cannot read it: no such file or directory"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_code_2(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WATCHMUX_METRICS_ADDR", raising=False)
+    code, line = complaint(capsys, *arguments.split())
+    assert code == 2
+    assert line.startswith(message)
+
+
+def test_a_status_of_nobody_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = complaint(capsys, "status", "127.0.0.1:1")
+    assert code == 1
+    assert line == (
+        "cannot ask http://127.0.0.1:1: connection refused; is it the --metrics-addr of a running watchmux?"
+    )
+
+
+def test_an_unreachable_upstream_cannot_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = complaint(capsys, "measure", "--upstream=127.0.0.1:1")
+    assert code == 1
+    assert line.startswith("cannot reach the store at 127.0.0.1:1: ")
+
+
+def test_config_prints_the_example_and_checks_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["config"]) == 0
+    example = capsys.readouterr().out
+    path = tmp_path / "w.toml"
+    path.write_text(example)
+    assert run(["config", "--check", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: good\n"
+    path.write_text(example.replace("linger_s = 2", "linger_s = -2"))
+    code, line = complaint(capsys, "config", "--check", str(path))
+    assert code == 2
+    assert "watch.linger_s: expected a number of seconds >= 0, got -2" in line
+
+
+def test_the_module_is_the_command() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "proxy.cli", "serve", "--linger=x"], capture_output=True, text=True, timeout=30
+    )
+    assert shown.returncode == 2
+    assert shown.stderr.startswith("watchmux: --linger: ")
