@@ -1,0 +1,51 @@
+"""The upstream's own numbers: read from a real etcd's page, refused where they are something else."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from proxy.load.prometheus import Cost, MetricsPage, NoMetrics, cost_of, sum_samples
+from tests.etcd.server import EtcdServer
+
+
+def test_samples_of_one_name_are_summed() -> None:
+    text = 'a_total{x="1"} 2\na_total{x="2"} 3\nb 1.5\n'
+    assert sum_samples(text, "here") == {"a_total": 5.0, "b": 1.5}
+
+
+def test_what_is_no_metrics_page_is_refused() -> None:
+    with pytest.raises(NoMetrics, match="here is not a metrics page"):
+        sum_samples("<html>no</html>", "here")
+    with pytest.raises(NoMetrics, match="have no etcd_debugging_mvcc_watcher_total: they are not an etcd's"):
+        cost_of({"up": 1.0})
+
+
+def test_a_real_etcd_says_what_its_watches_cost(etcd: EtcdServer) -> None:
+    async def fetch() -> Cost:
+        page = MetricsPage(etcd.url)
+        try:
+            return await page.cost()
+        finally:
+            await page.close()
+
+    cost = asyncio.run(fetch())
+    assert cost.watchers == 0
+    assert cost.cpu_s is not None
+    assert cost.cpu_s > 0
+    assert cost.memory_bytes
+
+
+def test_a_page_that_cannot_be_read_is_one_line(etcd: EtcdServer) -> None:
+    async def fetch(url: str) -> None:
+        page = MetricsPage(url)
+        try:
+            await page.cost()
+        finally:
+            await page.close()
+
+    with pytest.raises(NoMetrics, match=r"^cannot read http://127\.0\.0\.1:1/metrics: connection refused$"):
+        asyncio.run(fetch("http://127.0.0.1:1"))
+    with pytest.raises(NoMetrics, match="answered 404"):
+        asyncio.run(fetch(f"{etcd.url}/nothing/metrics"))

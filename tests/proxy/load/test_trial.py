@@ -1,0 +1,60 @@
+"""A trial on a real etcd: etcd serves its clients faultlessly, and a record that is tampered with is not taken."""
+
+from __future__ import annotations
+
+import asyncio
+
+from proxy.load.plan import Shape
+from proxy.load.prometheus import MetricsPage
+from proxy.load.trial import Spec, Trial, run_trial
+from tests.etcd.server import EtcdServer
+
+SHAPE = Shape(watches=60, ranges=5, streams=12, channels=4, processes=2, pause_s=0.3)
+
+
+class Steps:
+    """Notes the steps a trial goes through."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def step(self, text: str, total: float) -> None:
+        assert total > 0
+        self.texts.append(text)
+
+    def at(self, value: float, text: str = "") -> None:
+        assert value >= 0, text
+
+
+def trial_on(etcd: EtcdServer, steps: Steps) -> Trial:
+    async def run() -> Trial:
+        page = MetricsPage(etcd.url)
+        try:
+            spec = Spec(shape=SHAPE, seconds=1.0, per_second=60, value_bytes=64, past_writes=60)
+            return await run_trial(spec, etcd.endpoint, page, etcd.endpoint, steps, through_proxy=False)
+        finally:
+            await page.close()
+
+    return asyncio.run(run())
+
+
+def test_a_real_etcd_is_found_faultless_and_counts_every_watch(etcd: EtcdServer) -> None:
+    steps = Steps()
+    trial = trial_on(etcd, steps)
+    assert trial.complaints == []
+    assert trial.verdict.faultless, trial.verdict.examples
+    assert trial.verdict.watches == 60
+    assert trial.watchers == 60
+    assert trial.watch_streams == 12
+    assert trial.written > 60
+    assert trial.verdict.events == trial.after.events_sent - trial.before.events_sent
+    assert 0 < trial.verdict.p50_ms <= trial.verdict.p99_ms
+    assert steps.texts == [
+        "Writing a past",
+        "Opening watches",
+        "Writing",
+        "Waiting for the last events",
+        "Comparing with the store's history",
+    ]
+    # Nothing is left behind in somebody's etcd.
+    assert etcd.ctl("get", "", "--prefix", "--keys-only").stdout.strip() == ""
