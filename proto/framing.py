@@ -222,8 +222,10 @@ def decode_binary(value: bytes) -> list[bytes]:
 
 
 def _decode_base64(part: bytes) -> bytes:
+    if b"=" not in part:
+        part += b"=" * (-len(part) % 4)
     try:
-        return binascii.a2b_base64(part + b"=" * (-len(part) % 4), strict_mode=True)
+        return binascii.a2b_base64(part, strict_mode=True)
     except binascii.Error as error:
         raise FramingError(Status.INTERNAL, f"malformed base64 in binary metadata: {error}") from None
 
