@@ -66,10 +66,10 @@ def parse_endpoints(text: str | Sequence[str]) -> list[Endpoint]:
     endpoints = [parse_endpoint(part.strip()) for part in parts if part.strip()]
     if not endpoints:
         raise BadEndpoint("endpoints", "none is given", _TO_DO)
-    unique = {
-        (endpoint.host, endpoint.port, endpoint.path, endpoint.secure): endpoint for endpoint in reversed(endpoints)
-    }
-    return list(reversed(unique.values()))
+    unique: dict[tuple[object, ...], Endpoint] = {}
+    for endpoint in endpoints:
+        unique.setdefault((endpoint.host, endpoint.port, endpoint.path, endpoint.secure), endpoint)
+    return list(unique.values())
 
 
 def parse_endpoint(text: str) -> Endpoint:

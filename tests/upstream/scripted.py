@@ -173,6 +173,7 @@ class ScriptedEtcd:
         self.connections: list[ScriptedConnection] = []
         self.calls: list[ScriptedCall] = []
         self.on_call: Callable[[ScriptedCall], None] = lambda _: None
+        self.on_message: Callable[[ScriptedCall, bytes], None] = self.answer
         self.on_watch: Callable[[ScriptedCall, rpc_pb2.WatchRequest], None] = self.answer_watch
         self.port = 0
 
@@ -185,7 +186,7 @@ class ScriptedEtcd:
         """Return the Watch calls so far."""
         return [call for call in self.calls if call.path == WATCH]
 
-    def on_message(self, call: ScriptedCall, message: bytes) -> None:
+    def answer(self, call: ScriptedCall, message: bytes) -> None:
         """Answer in the plain way."""
         if call.path == STATUS:
             self._answer_status(call)

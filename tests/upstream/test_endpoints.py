@@ -1,0 +1,105 @@
+"""How endpoints are written, and how often one is tried."""
+
+from __future__ import annotations
+
+import pytest
+
+from upstream.endpoints import Backoff, Endpoint, parse_endpoint, parse_endpoints
+from upstream.errors import BadEndpoint
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "authority"),
+    [
+        ("127.0.0.1:2379", ("127.0.0.1", 2379, "", None), b"127.0.0.1:2379"),
+        ("etcd-0.etcd.svc.cluster.local", ("etcd-0.etcd.svc.cluster.local", 2379, "", None), None),
+        ("http://etcd:23790", ("etcd", 23790, "", False), b"etcd:23790"),
+        ("HTTPS://etcd", ("etcd", 2379, "", True), b"etcd:2379"),
+        ("https://etcd:1/", ("etcd", 1, "", True), b"etcd:1"),
+        ("[::1]:2379", ("::1", 2379, "", None), b"[::1]:2379"),
+        ("http://[fe80::1%eth0]", ("fe80::1%eth0", 2379, "", False), None),
+        ("my_host:99", ("my_host", 99, "", None), None),
+        ("unix:///run/etcd.sock", ("localhost", 0, "/run/etcd.sock", False), b"localhost"),
+        ("unixs:///run/etcd.sock", ("localhost", 0, "/run/etcd.sock", True), b"localhost"),
+        ("unix:etcd.sock", ("localhost", 0, "etcd.sock", False), b"localhost"),
+        ("unix://localhost:m0", ("localhost", 0, "localhost:m0", False), b"localhost"),
+    ],
+)
+def test_good_endpoints(text: str, expected: tuple[str, int, str, bool | None], authority: bytes | None) -> None:
+    endpoint = parse_endpoint(text)
+    assert (endpoint.host, endpoint.port, endpoint.path, endpoint.secure) == expected
+    assert endpoint.text == text
+    if authority is not None:
+        assert endpoint.authority == authority
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("ftp://etcd:2379", "the scheme 'ftp' is unknown"),
+        ("http://", "the host is missing"),
+        (":2379", "the host is missing"),
+        ("etcd:", "'' is not a port"),
+        ("etcd:http", "'http' is not a port"),
+        ("etcd:0", "'0' is not a port"),
+        ("etcd:65536", "'65536' is not a port"),
+        ("etcd:²", "is not a port"),
+        ("::1", "needs brackets"),
+        ("[::1", "is not a host name"),
+        ("[::1]2379", "is not a host name"),
+        ("[nonsense]:1", "is not a host name"),
+        ("a b:2379", "is not a host name"),
+        ("-etcd:2379", "is not a host name"),
+        ("http://etcd:2379/v3", "a path behind the port"),
+        ("etcd:2379?x", "a path behind the port"),
+        ("http://root:pw@etcd:2379", "holds a user name"),
+        ("unix://", "path of the socket is missing"),
+    ],
+)
+def test_bad_endpoints_are_refused_with_what_and_where(text: str, complaint: str) -> None:
+    with pytest.raises(BadEndpoint, match=complaint) as refusal:
+        parse_endpoint(text)
+    assert repr(text) in str(refusal.value)
+    assert refusal.value.to_do
+
+
+def test_lists() -> None:
+    assert [endpoint.text for endpoint in parse_endpoints(" a:1, http://b:2,,a:1 ")] == ["a:1", "http://b:2"]
+    assert [endpoint.port for endpoint in parse_endpoints(["a", "b:1"])] == [2379, 1]
+    nothings: list[str | list[str]] = ["", " , ", []]
+    for nothing in nothings:
+        with pytest.raises(BadEndpoint, match="none is given"):
+            parse_endpoints(nothing)
+
+
+@pytest.mark.parametrize(
+    ("secure", "configured", "used"), [(None, True, True), (None, False, False), (True, False, True)]
+)
+def test_tls_follows_the_scheme(secure: bool | None, configured: bool, used: bool) -> None:
+    assert Endpoint("x", "x", 1, "", secure).uses_tls(configured) is used
+    assert Endpoint("x", "x", 1, "", False).uses_tls(True) is False
+
+
+def test_backoff_is_at_once_and_then_doubles_to_a_bound() -> None:
+    backoff = Backoff(0.02, 2.0, jitter=lambda: 1.0)
+    assert [round(backoff.failed(0), 3) for _ in range(10)] == [0, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.0, 2.0]
+
+
+def test_backoff_starts_over_only_after_a_success_that_held() -> None:
+    backoff = Backoff(0.02, 2.0, jitter=lambda: 1.0)
+    for _ in range(4):
+        backoff.failed(10)
+    backoff.succeeded(10)
+    backoff.succeeded(11)
+    assert backoff.failed(11.9) == pytest.approx(0.16)
+    backoff.succeeded(20)
+    assert backoff.failed(22) == 0
+
+
+def test_backoff_has_jitter_down_to_half() -> None:
+    delays = []
+    for jitter in (0.0, 0.5):
+        backoff = Backoff(0.02, 2.0, jitter=lambda jitter=jitter: jitter)  # type: ignore[misc] # bound at once
+        backoff.failed(0)
+        delays.append(backoff.failed(0))
+    assert delays == [0.01, 0.015]
