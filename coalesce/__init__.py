@@ -1,0 +1,57 @@
+"""
+The core: merges the watches of many sessions into one upstream watch per range.
+
+Pure and synchronous: no I/O, no clock, no randomness, no tasks, no logging, and no gRPC. A `Coalescer` is a value
+that is driven: inputs in, effects returned, time passed in. `core` says how; `guarantees` holds the checkers of what
+it promises.
+"""
+
+from coalesce.batch import Payload
+from coalesce.core import Coalescer
+from coalesce.effects import (
+    CheckPermission,
+    CloseUpstream,
+    Deliver,
+    Effect,
+    EndSession,
+    OpenUpstream,
+    PauseUpstream,
+    ReadRevision,
+    RequestProgress,
+    ResumeUpstream,
+    Send,
+)
+from coalesce.inputs import CreateRequest, Granted, Identity, Lost, Refusal
+from coalesce.joining import Read
+from coalesce.limits import Limits
+from coalesce.session import PendingCreate, Session, Watch
+from coalesce.source import Upstream
+from coalesce.stats import Stats
+
+__all__ = [
+    "CheckPermission",
+    "CloseUpstream",
+    "Coalescer",
+    "CreateRequest",
+    "Deliver",
+    "Effect",
+    "EndSession",
+    "Granted",
+    "Identity",
+    "Limits",
+    "Lost",
+    "OpenUpstream",
+    "PauseUpstream",
+    "Payload",
+    "PendingCreate",
+    "Read",
+    "ReadRevision",
+    "Refusal",
+    "RequestProgress",
+    "ResumeUpstream",
+    "Send",
+    "Session",
+    "Stats",
+    "Upstream",
+    "Watch",
+]

@@ -1,0 +1,223 @@
+"""Backfills: private upstream watches that bring watches too old for the history up to their trunk.
+
+Laggards share one as long as they can: who needs a revision that the backfill has yet to reach, or still holds, joins
+it. A backfill is a source like a trunk: its watches are in step with it, ahead of it, or lag behind in its window.
+The window is what makes it as slow as its sessions: when it is full and nobody is in step, the backfill is paused;
+when it is full and somebody is, the oldest batches go, and who needed them looks for another backfill when its
+session drains.
+
+A watch leaves, by itself, as soon as the trunk can serve it. The last one closes the backfill. In a quiet range a
+backfill proves its position by progress, since its responses carry the store's revision and prove nothing but their
+last event.
+
+An *upgrade* is the backfill that gives a trunk prev_kv: a second upstream watch of the trunk, with prev_kv, that
+brings the first watches which want it. Both run until both are proven at one revision; there the trunk takes over its
+upstream watch and closes its old one. Live watches notice nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from coalesce.batch import Batch
+from coalesce.effects import PauseUpstream, ResumeUpstream
+from coalesce.session import Place, Session, Watch
+from coalesce.source import Source
+from coalesce.trunk import Trunk
+
+if TYPE_CHECKING:
+    from coalesce.hub import Hub
+
+
+class Backfill(Source):
+    """One upstream watch of some laggards of a trunk."""
+
+    __slots__ = ("is_upgrade", "paused", "trunk", "watches")
+
+    def __init__(self, hub: Hub, trunk: Trunk, start_revision: int, prev_kv: bool, *, is_upgrade: bool = False) -> None:
+        super().__init__(hub, trunk.key, trunk.range_end, start_revision, prev_kv)
+        self.trunk = trunk
+        self.is_upgrade = is_upgrade
+        # Those that come through it, in step, ahead or lagging.
+        self.watches: dict[Watch, None] = {}
+        self.paused = False
+        # An upgrade rides on the trunks' stream: it is one of them soon, and must not be paused.
+        self.open(start_revision, prev_kv, not is_upgrade)
+
+    def sessions(self) -> Iterator[Session]:
+        """Walk the sessions of its watches."""
+        for watch in self.watches:
+            yield watch.session
+        if self.is_upgrade:
+            yield from self.trunk.sessions()
+
+    def takes(self, watch: Watch) -> bool:
+        """Whether a watch that needs its position may share this backfill."""
+        position = watch.position
+        if watch.wants_prev_kv and not self.history.has_prev_kv:
+            return False
+        if self.is_upgrade:
+            return position >= self.history.floor
+        return self.history.floor <= position <= self.next_revision + self.hub.limits.backfill_share_revisions
+
+
+class Backfills:
+    """Opens, shares, paces and closes backfills."""
+
+    __slots__ = ("_hub", "open")
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        # All of them, upgrades included.
+        self.open: dict[Backfill, None] = {}
+
+    def house(self, watch: Watch) -> None:
+        """Put a lifted watch whose trunk cannot serve it on a backfill, or in line for one. Not for stalled ones."""
+        hub = self._hub
+        trunk = watch.trunk
+        if watch.wants_prev_kv and trunk.prev_kv_from is None and trunk.upgrade is None:
+            self._upgrade(trunk)
+        backfill = self._shared(watch)
+        if backfill is None:
+            if hub.stats.backfills >= hub.limits.backfills_max:
+                hub.detach(watch)
+                watch.place = Place.QUEUED
+                hub.queued[watch] = None
+                hub.stats.queued += 1
+                return
+            backfill = Backfill(hub, trunk, watch.position, watch.wants_prev_kv)
+            trunk.backfills.append(backfill)
+            self.open[backfill] = None
+            hub.stats.backfills += 1
+        hub.attach(watch, backfill)
+        if watch.position < backfill.next_revision:
+            hub.lag(watch)
+            hub.replays.want(watch.session)
+        else:
+            backfill.fanout.add(watch)
+            self.pace(backfill)
+
+    def created(self, backfill: Backfill) -> None:
+        """Etcd has registered a backfill: its progress can be asked for."""
+        backfill.upstream.created = True
+        backfill.refused_tokens.clear()
+        self._hub.progress.want()
+
+    def received(self, backfill: Backfill, batch: Batch) -> None:
+        """Pass on what a backfill brought, and let those go whom it has brought far enough."""
+        self.pace(backfill)
+        backfill.ingest(batch)
+        if backfill.is_upgrade:
+            self._feed(backfill, batch)
+        else:
+            if not backfill.paused and self._is_full(backfill) and not backfill.fanout.has_watches:
+                backfill.paused = True
+                self._hub.effects.append(PauseUpstream(backfill.upstream))
+            self.graduate(backfill)
+
+    def progressed(self, backfill: Backfill, revision: int) -> None:
+        """Everything through `revision` has come."""
+        backfill.advance(revision)
+        if backfill.is_upgrade:
+            self._feed(backfill, None)
+        else:
+            self.graduate(backfill)
+
+    def graduate(self, backfill: Backfill) -> None:
+        """Send those to the trunk whom it can serve now."""
+        trunk = backfill.trunk
+        if trunk.opening or backfill.next_revision < trunk.history.floor:
+            return
+        for watch in [watch for watch in backfill.watches if trunk.serves(watch)]:
+            self._hub.lift(watch)
+            self._hub.house((watch,))
+
+    def left(self, source: Source, watch: Watch) -> None:
+        """Take note that a watch has left; the last one closes the backfill."""
+        assert isinstance(source, Backfill), "not a trunk"
+        del source.watches[watch]
+        if not source.watches and not source.upstream.closed:
+            self.close(source)
+
+    def close(self, backfill: Backfill, *, gone: bool = False) -> None:
+        """Forget a backfill without watches; `gone`: etcd has ended it already."""
+        hub = self._hub
+        hub.close_upstream(backfill.upstream, gone=gone)
+        self._forget(backfill)
+
+    def pace(self, backfill: Backfill) -> None:
+        """Drop what nobody of a backfill needs any more, and read on if there is room or somebody to read for."""
+        history = backfill.history
+        bytes_max = self._hub.limits.backfill_bytes_max
+        lagging = [watch for watch in backfill.watches if watch.place is Place.LAGGING]
+        history.evict_below(min([watch.position for watch in lagging], default=backfill.next_revision))
+        hungry = backfill.fanout.has_watches
+        if hungry or backfill.is_upgrade:
+            history.evict_to(bytes_max)
+        if backfill.paused and (hungry or history.bytes * 2 <= bytes_max):
+            backfill.paused = False
+            self._hub.effects.append(ResumeUpstream(backfill.upstream))
+            self._hub.progress.want()
+        for watch in lagging:
+            if watch.position < history.floor:
+                # Too slow for the others: it looks for another backfill when its turn comes.
+                self._hub.detach(watch)
+
+    def fill_slots(self) -> None:
+        """Serve the line while backfills may be opened."""
+        hub = self._hub
+        while hub.queued and hub.stats.backfills < hub.limits.backfills_max:
+            watch = next(iter(hub.queued))
+            hub.lift(watch)
+            hub.house((watch,))
+
+    def _shared(self, watch: Watch) -> Backfill | None:
+        trunk = watch.trunk
+        fitting = [backfill for backfill in trunk.backfills if backfill.takes(watch)]
+        if trunk.upgrade is not None and trunk.upgrade.takes(watch):
+            fitting.append(trunk.upgrade)
+        return max(fitting, key=lambda backfill: backfill.next_revision, default=None)
+
+    def _is_full(self, backfill: Backfill) -> bool:
+        return backfill.history.bytes > self._hub.limits.backfill_bytes_max
+
+    def _forget(self, backfill: Backfill) -> None:
+        backfill.history.drop(backfill.next_revision)
+        del self.open[backfill]
+        if backfill.is_upgrade:
+            backfill.trunk.upgrade = None
+            return
+        backfill.trunk.backfills.remove(backfill)
+        self._hub.stats.backfills -= 1
+
+    def _upgrade(self, trunk: Trunk) -> None:
+        self._hub.stats.upgrades += 1
+        trunk.upgrade = Backfill(self._hub, trunk, trunk.next_revision, True, is_upgrade=True)
+        self.open[trunk.upgrade] = None
+
+    def _feed(self, upgrade: Backfill, batch: Batch | None) -> None:
+        """Bring trunk and upgrade together at one revision, if the upgrade is there, and let the trunk take over."""
+        hub = self._hub
+        trunk = upgrade.trunk
+        if trunk.opening or upgrade.next_revision < trunk.next_revision:
+            return
+        prev_kv_from = trunk.next_revision
+        trunk.history.has_prev_kv = True
+        if batch is not None:
+            trunk.ingest(batch)
+        trunk.advance(upgrade.next_revision - 1)
+        hub.close_upstream(trunk.upstream)
+        trunk.upstream = upgrade.upstream
+        trunk.upstream.owner = trunk
+        trunk.prev_kv_from = prev_kv_from
+        watches = list(upgrade.watches)
+        for watch in watches:
+            hub.lift(watch)
+            # Not by detach(): the upstream watch lives on.
+            watch.source = None
+        upgrade.watches.clear()
+        self._forget(upgrade)
+        hub.house(watches)
+        for backfill in tuple(trunk.backfills):
+            self.graduate(backfill)

@@ -1,0 +1,236 @@
+"""One upstream response as a batch, and what watches get of it as payloads.
+
+A batch is parsed once and never changes: whole revisions, each event as its encoded bytes. What a watch may see of it
+depends on its variant: the filters, prev_kv and fragment it asked for. Watches of one variant get one payload, and
+all that differs between them is a few bytes of watch id. So the work per batch is that of its few variants; per watch
+it is a lookup of finished bytes.
+
+The header of a payload is at the revision of its own last event, never at the store's: clients resume from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from proto.scan import DELETE, PUT, Event, Header, WatchResponse, encode_response, encode_watch_id
+
+# What gRPC puts before each message: a flag and four bytes of length.
+PREFIX_BYTES: Final = 5
+
+# A variant is the sum of these.
+NO_PUT: Final = 1
+NO_DELETE: Final = 2
+PREV_KV: Final = 4
+FRAGMENT: Final = 8
+
+# What an Event, its list entry and its bytes object cost in memory beside the bytes themselves.
+EVENT_OVERHEAD_BYTES: Final = 200
+# Message bytes that a payload remembers, so that watches with equal ids share them.
+_REMEMBERED_BYTES_MAX: Final = 1024 * 1024
+# WatchResponse beside header and events: watch_id (11 bytes at most) and the fragment flag.
+_ENVELOPE_BYTES: Final = 13
+
+
+def variant_of(no_put: bool, no_delete: bool, prev_kv: bool, fragment: bool) -> int:
+    """Return the variant of a watch that asked for these."""
+    return NO_PUT * no_put | NO_DELETE * no_delete | PREV_KV * prev_kv | FRAGMENT * fragment
+
+
+def framed(message: bytes) -> bytes:
+    """Return an encoded message behind its gRPC prefix: not compressed, four bytes of length."""
+    return b"\x00" + len(message).to_bytes(4, "big") + message
+
+
+class Payload:
+    """What all watches of one variant get of some revisions: one message, or a run of fragments."""
+
+    __slots__ = (
+        "_bytes_left",
+        "_pieces",
+        "_remembered",
+        "event_count",
+        "first_revision",
+        "header",
+        "last_revision",
+        "size",
+    )
+
+    def __init__(self, header: Header, events: Sequence[Event], pieces: tuple[bytes, ...]) -> None:
+        # At the revision of the last event.
+        self.header = header
+        # Of the events in it, inclusive.
+        self.first_revision = events[0].revision
+        self.last_revision = events[-1].revision
+        self.event_count = len(events)
+        # Encoded events, joined, one bytes object per message.
+        self._pieces = pieces
+        # Bytes of one delivery, prefixes included, but for the watch id.
+        self.size = sum(map(len, pieces)) + len(pieces) * (len(header.encoded) + 7) - 2
+        self._remembered: dict[int, tuple[bytes, ...]] = {}
+        self._bytes_left = _REMEMBERED_BYTES_MAX
+
+    def messages(self, watch_id: int) -> tuple[bytes, ...]:
+        """Return the framed messages of a watch, to be sent one right after the other with nothing in between.
+
+        The same id gets the very same objects as long as they are remembered: the first id always is.
+        """
+        messages = self._remembered.get(watch_id)
+        if messages is None:
+            pieces = self._pieces
+            if len(pieces) == 1:
+                head = self.header.encoded + encode_watch_id(watch_id)
+                events = pieces[0]
+                messages = (b"\x00" + (len(head) + len(events)).to_bytes(4, "big") + head + events,)
+            else:
+                messages = self._fragments(watch_id)
+            if self._bytes_left > 0:
+                self._bytes_left -= self.size
+                self._remembered[watch_id] = messages
+        return messages
+
+    def _fragments(self, watch_id: int) -> tuple[bytes, ...]:
+        last = len(self._pieces) - 1
+        return tuple(
+            framed(encode_response(self.header, watch_id, fragment=place < last, events=piece))
+            for place, piece in enumerate(self._pieces)
+        )
+
+
+class Batch:
+    """Events of whole revisions, in order. Never empty; never changed."""
+
+    __slots__ = ("events", "evicted", "first_revision", "header", "last_revision", "size")
+
+    def __init__(self, header: Header, events: Sequence[Event], size: int) -> None:
+        self.events = events
+        self.first_revision = events[0].revision
+        self.last_revision = events[-1].revision
+        # Ids and term from upstream, the revision the last event's.
+        self.header = header if header.revision == self.last_revision else header.at(self.last_revision)
+        # Bytes of the encoded events.
+        self.size = size
+        # Its history has dropped it (see history.Ledger).
+        self.evicted = False
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it costs to keep."""
+        return self.size + EVENT_OVERHEAD_BYTES * len(self.events)
+
+    def since(self, revision: int) -> Batch | None:
+        """Return the part at and after `revision`: itself, a new batch, or None when nothing is left."""
+        if revision <= self.first_revision:
+            return self
+        if revision > self.last_revision:
+            return None
+        events = [event for event in self.events if event.revision >= revision]
+        return Batch(self.header, events, sum(len(event.encoded) for event in events))
+
+
+class Variants:
+    """The payloads of some events, each made when first needed. Lives as long as one delivery takes."""
+
+    __slots__ = ("_all_bare", "_events", "_fragment_bytes", "_header", "_made")
+
+    def __init__(self, header: Header, events: Sequence[Event], fragment_bytes: int, has_prev_kv: bool) -> None:
+        """`has_prev_kv`: some event may carry a prev_kv; when none does, asking for it makes no difference."""
+        self._header = header
+        self._events = events
+        self._fragment_bytes = fragment_bytes
+        self._all_bare = not has_prev_kv
+        self._made: dict[int, Payload | None] = {}
+
+    def payload(self, variant: int) -> Payload | None:
+        """Return what a watch of this variant gets; None when the filters leave nothing."""
+        if self._all_bare:
+            variant |= PREV_KV
+        try:
+            return self._made[variant]
+        except KeyError:
+            pass
+        if variant & FRAGMENT:
+            payload = self.payload(variant & ~FRAGMENT)
+            if payload is not None and payload.event_count > 1 and payload.size - PREFIX_BYTES >= self._fragment_bytes:
+                payload = self._make(variant)
+        else:
+            payload = self._make(variant)
+        self._made[variant] = payload
+        return payload
+
+    def _make(self, variant: int) -> Payload | None:
+        events = filtered(self._events, variant)
+        if not events:
+            return None
+        header = self._header.at(events[-1].revision)
+        encoded = [event.encoded if variant & PREV_KV else event.bare for event in events]
+        if variant & FRAGMENT:
+            return Payload(header, events, tuple(split(encoded, self._fragment_bytes, len(header.encoded))))
+        return Payload(header, events, (b"".join(encoded),))
+
+
+def filtered(events: Sequence[Event], variant: int) -> Sequence[Event]:
+    """Return the events that the variant's filters let through."""
+    if not variant & (NO_PUT | NO_DELETE):
+        return events
+    return [
+        event
+        for event in events
+        if not (variant & NO_PUT and event.kind == PUT) and not (variant & NO_DELETE and event.kind == DELETE)
+    ]
+
+
+def split(encoded: Sequence[bytes], fragment_bytes: int, header_bytes: int) -> Iterator[bytes]:
+    """Join encoded events to fragments whose messages stay below `fragment_bytes`, at least one event in each.
+
+    As etcd's sendFragments (api/v3rpc/watch.go) cuts.
+    """
+    room = fragment_bytes - header_bytes - _ENVELOPE_BYTES
+    piece: list[bytes] = []
+    size = 0
+    for event in encoded:
+        if piece and size + len(event) > room:
+            yield b"".join(piece)
+            piece = []
+            size = 0
+        piece.append(event)
+        size += len(event)
+    yield b"".join(piece)
+
+
+def batches_of(response: WatchResponse, bytes_max: int) -> Iterator[Batch]:
+    """Cut a response into batches of at most `bytes_max` bytes, between revisions only.
+
+    A single revision is never cut, however large. A catch-up response may carry a thousand revisions.
+    """
+    events = response.events
+    header = response.header
+    size = sum([len(event.encoded) for event in events])
+    if size <= bytes_max or events[0].revision == events[-1].revision:
+        yield Batch(header, events, size)
+        return
+    start = 0
+    taken = 0
+    for first, end, size in revisions_of(events):
+        if taken and taken + size > bytes_max:
+            yield Batch(header, events[start:first], taken)
+            start = first
+            taken = 0
+        taken += size
+        if end == len(events):
+            yield Batch(header, events[start:], taken)
+
+
+def revisions_of(events: Sequence[Event]) -> Iterator[tuple[int, int, int]]:
+    """Yield for each revision the slice of its events, [first, end), and their encoded bytes."""
+    first = 0
+    size = 0
+    revision = events[0].revision
+    for place, event in enumerate(events):
+        if event.revision != revision:
+            yield first, place, size
+            first = place
+            size = 0
+            revision = event.revision
+        size += len(event.encoded)
+    yield first, len(events), size

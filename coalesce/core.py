@@ -1,0 +1,254 @@
+"""The core's face: inputs in, effects out, time passed in.
+
+Everything a client asks and everything etcd says is one call of a Coalescer. Each call returns what is to be done, in
+order; `now` is in seconds, monotonic. Nothing here waits, reads a clock or knows a socket, and exactly one caller
+drives it, one call after the other.
+
+The protocol with the shell, beside "carry the effects out in order, then give the next input":
+
+*Permission.* Each create asks for a check (CheckPermission). The outcome is a Refusal; or Granted(header), when the
+check itself read the store's revision by a linearizable call that began after the effect; or None, when auth is known
+to be off by whatever was learnt earlier (a bare Header is the same, and only tells the newest revision known).
+
+*Stalls.* When a message does not go out whole, the shell queues the rest of it and calls `stalled(session)` at once,
+also in the middle of a list of effects. From then on nothing more is delivered to that session, but the same list may
+still hold a Deliver for its watches: those the shell does not write but hands back, `returned(watch, payload)`.
+Neither has effects. Control answers (Send) queue behind what is unsent. When all is written the shell calls
+`drained(session, now)`.
+
+*Replays.* What lagging watches get after that is bounded per turn, and the rest comes by itself: `next_deadline()` is
+due at once while anything is to be replayed to a session that is not stalled. The shell never has to ask for more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from coalesce.backfill import Backfill, Backfills
+from coalesce.batch import Payload, batches_of
+from coalesce.effects import Effect
+from coalesce.ending import Endings
+from coalesce.hub import Hub
+from coalesce.inputs import CreateRequest, Granted, Identity, Lost, Refusal
+from coalesce.invariants import check
+from coalesce.joining import Joining, Read
+from coalesce.limits import Limits
+from coalesce.progress import Progress
+from coalesce.replay import Replays
+from coalesce.session import PendingCreate, Session, Watch
+from coalesce.source import Upstream
+from coalesce.stats import Stats
+from coalesce.trunk import Trunk, Trunks
+from proto.scan import Header, WatchResponse
+
+
+class Coalescer:
+    """Merges the watches of many sessions into one upstream watch per range."""
+
+    def __init__(self, limits: Limits | None = None, ordered_progress: bool = True) -> None:
+        """`ordered_progress`: etcd is 3.4.31, 3.5.13 or later, where manual progress can be built on."""
+        self._hub = hub = Hub(limits or Limits(), ordered_progress)
+        hub.joining = Joining(hub)
+        hub.trunks = Trunks(hub)
+        hub.backfills = Backfills(hub)
+        hub.replays = Replays(hub)
+        hub.progress = Progress(hub)
+        hub.endings = Endings(hub)
+
+    @property
+    def limits(self) -> Limits:
+        """Its settings."""
+        return self._hub.limits
+
+    @property
+    def stats(self) -> Stats:
+        """Its counters and gauges."""
+        return self._hub.stats
+
+    @property
+    def ordered_progress(self) -> bool:
+        """Whether manual progress is built on; may be set when etcd's version becomes known, or changes."""
+        return self._hub.ordered_progress
+
+    @ordered_progress.setter
+    def ordered_progress(self, ordered: bool) -> None:
+        self._hub.ordered_progress = ordered
+
+    # a client asks
+
+    def open_session(self, outlet: object, identity: Identity, now: float) -> Session:
+        """Begin a session whose answers go to `outlet`."""
+        hub = self._hub
+        hub.now = max(hub.now, now)
+        session = Session(outlet, identity)
+        hub.sessions[session] = None
+        hub.stats.sessions += 1
+        return session
+
+    def create(self, session: Session, request: CreateRequest, now: float) -> list[Effect]:
+        """A client asks for a watch."""
+        self._begin(now)
+        if not session.ended:
+            self._hub.joining.create(session, request)
+        return self._finish()
+
+    def cancel(self, session: Session, watch_id: int, now: float) -> list[Effect]:
+        """A client cancels a watch."""
+        self._begin(now)
+        if not session.ended:
+            self._hub.joining.cancel(session, watch_id)
+        return self._finish()
+
+    def progress(self, session: Session, now: float) -> list[Effect]:
+        """A client asks for progress of all its watches."""
+        self._begin(now)
+        if not session.ended:
+            self._hub.joining.progress(session)
+        return self._finish()
+
+    def close(self, session: Session, now: float) -> list[Effect]:
+        """A client's stream is gone. Not needed after EndSession, and harmless."""
+        self._begin(now)
+        if not session.ended:
+            self._hub.endings.close(session)
+        return self._finish()
+
+    # back-pressure
+
+    def stalled(self, session: Session) -> None:
+        """A session could not take everything; the rest waits in the shell. Called while effects are carried out."""
+        self._hub.replays.stalled(session)
+
+    def returned(self, watch: Watch, payload: Payload) -> None:
+        """A delivery was not begun, because its session stalled earlier in the same list of effects."""
+        self._hub.replays.returned(watch, payload)
+
+    def drained(self, session: Session, now: float) -> list[Effect]:
+        """Everything of a session is written: it goes on."""
+        self._begin(now)
+        self._hub.replays.drained(session)
+        return self._finish()
+
+    # answers to effects
+
+    def revision_read(self, read: Read, header: Header, now: float) -> list[Effect]:
+        """A read of the store's revision came back. The shell retries until it does; a read never fails here."""
+        self._begin(now)
+        self._hub.joining.revision_read(read, header)
+        return self._finish()
+
+    def permission(self, check: PendingCreate, outcome: Granted | Refusal | Header | None, now: float) -> list[Effect]:
+        """A check came back; see above for the outcomes."""
+        self._begin(now)
+        self._hub.joining.permission(check, outcome)
+        return self._finish()
+
+    def received(self, upstream: Upstream, response: WatchResponse, now: float) -> list[Effect]:
+        """An upstream watch spoke: `created`, events of whole revisions, `canceled`, or a progress notify."""
+        self._begin(now)
+        hub = self._hub
+        hub.saw(response.header)
+        if upstream.closed:
+            return self._finish()
+        owner = upstream.owner
+        if response.created and not response.canceled:
+            if isinstance(owner, Backfill):
+                hub.backfills.created(owner)
+            elif isinstance(owner, Trunk):
+                hub.trunks.created(owner, response.header)
+        if response.events:
+            self._events(upstream, response)
+        if response.canceled:
+            hub.endings.canceled(upstream, response)
+        elif not response.created and not response.events:
+            hub.progress.proven(upstream, response.header.revision)
+        return self._finish()
+
+    def progressed(self, upstreams: Iterable[Upstream], header: Header, now: float) -> list[Effect]:
+        """An answer to RequestProgress: these upstream watches are complete through the header's revision."""
+        self._begin(now)
+        self._hub.progress.progressed(upstreams, header)
+        return self._finish()
+
+    def lost(self, upstream: Upstream, reason: Lost, now: float) -> list[Effect]:
+        """An upstream watch is over for good: end its sessions (UNAVAILABLE), or cancel its watches with the text."""
+        self._begin(now)
+        self._hub.endings.lost(upstream, reason)
+        return self._finish()
+
+    def no_leader(self, now: float) -> list[Effect]:
+        """No endpoint has a leader: the sessions that asked to be told end."""
+        self._begin(now)
+        self._hub.endings.no_leader()
+        return self._finish()
+
+    def store_went_back(self, header: Header, now: float) -> list[Effect]:
+        """A linearizable read proved that the store was restored: it is below what was known before it began."""
+        self._begin(now)
+        self._hub.endings.store_went_back(header)
+        return self._finish()
+
+    def header_seen(self, header: Header) -> None:
+        """Some answer of etcd had this header; the newest one fills the headers of control answers."""
+        self._hub.saw(header)
+
+    # time
+
+    def next_deadline(self) -> float | None:
+        """Return when `expire` is due, in the time of `now`; None while nothing is."""
+        hub = self._hub
+        deadlines = [
+            hub.replays.next_deadline(),
+            hub.lingers.next_deadline(),
+            hub.progress.next_deadline(),
+            hub.ledger.next_deadline(),
+        ]
+        if hub.limits.lagging_age_s_max is not None and hub.lagging_sessions:
+            since = next(iter(hub.lagging_sessions)).lagging_since
+            deadlines.append(None if since is None else since + hub.limits.lagging_age_s_max)
+        return min((at for at in deadlines if at is not None), default=None)
+
+    def expire(self, now: float) -> list[Effect]:
+        """Do what time has made due."""
+        self._begin(now)
+        hub = self._hub
+        hub.trunks.expire()
+        hub.ledger.expire(hub.now)
+        hub.endings.too_far_behind()
+        hub.progress.expire()
+        hub.replays.expire()
+        return self._finish()
+
+    def check(self) -> None:
+        """Recount every invariant; see `invariants`. For tests: it walks everything. Raises InvariantBroken."""
+        check(self._hub)
+
+    def _events(self, upstream: Upstream, response: WatchResponse) -> None:
+        hub = self._hub
+        stats = hub.stats
+        for batch in batches_of(response, hub.limits.response_bytes_max):
+            stats.batches += 1
+            stats.batch_events += len(batch.events)
+            owner = upstream.owner
+            if isinstance(owner, Backfill):
+                hub.backfills.received(owner, batch)
+            else:
+                owner.ingest(batch)
+            if upstream.closed:
+                # Nobody needs the rest.
+                return
+
+    def _begin(self, now: float) -> None:
+        hub = self._hub
+        if now > hub.now:
+            hub.now = now
+        hub.turn += 1
+        hub.effects = []
+
+    def _finish(self) -> list[Effect]:
+        hub = self._hub
+        if hub.queued:
+            hub.backfills.fill_slots()
+        if hub.replays.has_fresh:
+            hub.replays.finish()
+        return hub.effects

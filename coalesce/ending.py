@@ -1,0 +1,257 @@
+"""How watches and sessions end: cancelled by their client, by a compaction, or because etcd is lost to them.
+
+A compaction cancels those who missed something and nobody else: a watch whose next revision is the compact revision
+or later lives on. The id of a watch that it cancelled stays taken until the client cancels it too, as in etcd.
+
+When etcd does not let an upstream watch be (its token is refused) it is opened anew with the token of another session
+that wants it; when none is left, or the shell says that it is lost, its sessions end UNAVAILABLE, so that their
+clients come back with new tokens or to another endpoint. A loss of another kind cancels the watches with its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from coalesce.backfill import Backfill
+from coalesce.inputs import Lost
+from coalesce.session import PendingCreate, Place, Session, Watch
+from coalesce.trunk import Trunk
+from proto.scan import Header, WatchResponse
+
+if TYPE_CHECKING:
+    from coalesce.hub import Hub
+    from coalesce.source import Source, Upstream
+
+UNAVAILABLE = 14
+NO_LEADER = "etcdserver: no leader"
+STORE_WENT_BACK = "watchmux: the store went back to an earlier revision (restored from a snapshot?)"
+
+
+class Endings:
+    """Ends watches and sessions."""
+
+    __slots__ = ("_hub",)
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    # by the client
+
+    def cancel(self, session: Session, watch_id: int) -> None:
+        """Cancel a watch for its client. An unknown id gets no answer."""
+        hub = self._hub
+        watch = session.watches.get(watch_id)
+        if watch is not None:
+            self._remove(watch)
+        elif session.compacted is not None and watch_id in session.compacted:
+            session.compacted.discard(watch_id)
+        else:
+            return
+        hub.stats.cancels += 1
+        hub.answer(session, watch_id, hub.header_now(), canceled=True)
+
+    def close(self, session: Session) -> None:
+        """Forget a session and all it has."""
+        hub = self._hub
+        session.ended = True
+        queue, session.queue = session.queue, None
+        for request in queue or ():
+            if isinstance(request, PendingCreate):
+                hub.trunks.release(request)
+        for watch in list(session.watches.values()):
+            self._remove(watch)
+        hub.progress.forget_session(session)
+        hub.replays.forget(session)
+        del hub.sessions[session]
+        hub.stats.sessions -= 1
+
+    def end(self, session: Session, status: int, text: str) -> None:
+        """Close a session from this side and have its stream ended."""
+        if session.ended:
+            return
+        self.close(session)
+        self._hub.stats.sessions_ended += 1
+        self._hub.end_session(session, status, text)
+
+    # by etcd
+
+    def canceled(self, upstream: Upstream, response: WatchResponse) -> None:
+        """Etcd has ended an upstream watch: by compaction, or because it does not let us watch."""
+        owner = upstream.owner
+        self._hub.close_upstream(upstream, gone=True)
+        if response.compact_revision:
+            self._compacted(owner, response.compact_revision)
+            return
+        owner.refused_tokens.add(upstream.token)
+        if next(upstream.tokens(), None) is not None:
+            self._reopen(owner)
+            return
+        self._lose(owner, Lost(UNAVAILABLE, response.cancel_reason or "etcdserver: watch canceled"))
+
+    def lost(self, upstream: Upstream, reason: Lost) -> None:
+        """The shell has given an upstream watch up."""
+        if not upstream.closed:
+            self._hub.close_upstream(upstream, gone=True)
+            self._lose(upstream.owner, reason)
+
+    def no_leader(self) -> None:
+        """No endpoint has a leader: end the sessions that asked to be told."""
+        for session in [session for session in self._hub.sessions if session.identity.has_leader]:
+            self.end(session, UNAVAILABLE, NO_LEADER)
+
+    def too_far_behind(self) -> None:
+        """End the sessions that have been behind for longer than allowed."""
+        hub = self._hub
+        limit = hub.limits.lagging_age_s_max
+        if limit is None:
+            return
+        for session in tuple(hub.lagging_sessions):
+            since = session.lagging_since
+            if since is None or since + limit > hub.now:
+                return
+            self.end(session, UNAVAILABLE, f"watchmux: the client has been behind for more than {limit:g} s")
+
+    def store_went_back(self, header: Header) -> None:
+        """The store has been restored to an earlier state: nothing that was heard above it is true any more."""
+        hub = self._hub
+        hub.header = header
+        for trunk in list(hub.trunks_open.values()):
+            for watch in list(trunk.watches):
+                # A watch of the future that was told nothing yet may wait on.
+                fresh = watch.place is Place.AHEAD and watch.progress_floor >= watch.position
+                if watch.next_revision > header.revision + 1 and not fresh:
+                    self._cancel_with(watch, STORE_WENT_BACK)
+            self._restart(trunk, header.revision + 1)
+        for session in hub.sessions:
+            session.progress_revision = min(session.progress_revision, header.revision)
+
+    # how
+
+    def _remove(self, watch: Watch) -> None:
+        """Take a watch out of everything."""
+        hub = self._hub
+        hub.lift(watch)
+        watch.place = Place.ENDED
+        hub.detach(watch)
+        del watch.session.watches[watch.watch_id]
+        del watch.trunk.watches[watch]
+        hub.stats.watches -= 1
+        hub.progress.forget(watch)
+        hub.trunks.unused(watch.trunk)
+
+    def _cancel_with(self, watch: Watch, reason: str) -> None:
+        self._remove(watch)
+        hub = self._hub
+        hub.answer(watch.session, watch.watch_id, hub.header_now(), canceled=True, cancel_reason=reason)
+
+    def _cancel_compacted(self, watch: Watch, compact_revision: int) -> None:
+        """Cancel a watch that has missed what was compacted; its id stays taken."""
+        hub = self._hub
+        session = watch.session
+        self._remove(watch)
+        if session.compacted is None:
+            session.compacted = set()
+        session.compacted.add(watch.watch_id)
+        hub.stats.compacted += 1
+        hub.answer(session, watch.watch_id, hub.header_now(), canceled=True, compact_revision=compact_revision)
+
+    def _compacted(self, owner: Source, compact_revision: int) -> None:
+        """Cancel those whose source can no longer bring them what they need; give the others a new one."""
+        hub = self._hub
+        if compact_revision <= owner.next_revision:
+            # Nothing was missed.
+            self._reopen(owner)
+            return
+        if isinstance(owner, Backfill):
+            concerned = list(owner.watches)
+        else:
+            assert isinstance(owner, Trunk), "there are two kinds of source"
+            concerned = [watch for watch in owner.watches if not _on_backfill(watch)]
+        for watch in concerned:
+            if watch.next_revision < compact_revision:
+                self._cancel_compacted(watch, compact_revision)
+        survivors = [watch for watch in concerned if watch.place is not Place.ENDED]
+        if isinstance(owner, Backfill):
+            self._lift_all(survivors)
+            hub.backfills.close(owner, gone=True)
+            hub.house(survivors)
+        elif not owner.watches and not owner.joining:
+            hub.trunks.remove(owner, gone=True)
+        else:
+            self._drop_upgrade(owner)
+            self._lift_all(survivors)
+            hub.trunks.reopen(owner, compact_revision)
+            hub.house(survivors)
+
+    def _reopen(self, owner: Source) -> None:
+        """Open a source's upstream watch anew, where it stands, with whatever token is left."""
+        if isinstance(owner, Trunk):
+            self._hub.trunks.reopen(owner, owner.next_revision)
+        elif isinstance(owner, Backfill):
+            owner.paused = False
+            owner.open(owner.next_revision, owner.history.has_prev_kv, not owner.is_upgrade)
+
+    def _lose(self, owner: Source, reason: Lost) -> None:
+        """End what depends on a source that is lost."""
+        hub = self._hub
+        if isinstance(owner, Backfill):
+            watches, creates = list(owner.watches), []
+        else:
+            assert isinstance(owner, Trunk), "there are two kinds of source"
+            watches, creates = list(owner.watches), list(owner.joining)
+        for watch in watches:
+            if watch.place is Place.ENDED:
+                continue
+            if reason.status == UNAVAILABLE:
+                self.end(watch.session, reason.status, reason.text)
+            else:
+                self._cancel_with(watch, reason.text)
+        for create in creates:
+            if create.session.ended:
+                continue
+            if reason.status == UNAVAILABLE:
+                self.end(create.session, reason.status, reason.text)
+            else:
+                create.refusal = reason.text
+                hub.trunks.release(create)
+                hub.joining.advance(create.session)
+        if isinstance(owner, Trunk):
+            hub.trunks.remove(owner, gone=True)
+        elif isinstance(owner, Backfill) and owner in hub.backfills.open:
+            hub.backfills.close(owner, gone=True)
+
+    def _restart(self, trunk: Trunk, next_revision: int) -> None:
+        """Drop all that a trunk knows and begin anew, at `next_revision` at the latest."""
+        hub = self._hub
+        if trunk.opening and trunk.upstream.start_revision is None:
+            return
+        watches = list(trunk.watches)
+        start = min(next_revision, trunk.next_revision)
+        self._drop_upgrade(trunk)
+        self._lift_all(watches)
+        hub.close_upstream(trunk.upstream)
+        trunk.start_over(start)
+        hub.trunks.reopen(trunk, start)
+        hub.house(watches)
+
+    def _lift_all(self, watches: Iterable[Watch]) -> None:
+        """Take watches off their places and sources."""
+        for watch in watches:
+            self._hub.lift(watch)
+            self._hub.detach(watch)
+            # Until house() finds it a place nothing else happens.
+            watch.place = Place.LAGGING
+
+    def _drop_upgrade(self, trunk: Trunk) -> None:
+        """Give an upgrade up, and let the trunk open with prev_kv itself."""
+        upgrade = trunk.upgrade
+        if upgrade is not None:
+            self._hub.backfills.close(upgrade)
+            trunk.prev_kv_from = trunk.next_revision
+            trunk.history.has_prev_kv = True
+
+
+def _on_backfill(watch: Watch) -> bool:
+    """Whether a watch comes through a backfill that a loss of its trunk does not concern."""
+    return isinstance(watch.source, Backfill) and not watch.source.is_upgrade

@@ -1,0 +1,174 @@
+"""The window of recent revisions that a source can replay.
+
+A place in it is a revision, looked up each time: nobody holds an index or an iterator, so anything may be evicted at
+any time. It evicts whole batches from its old end, and `floor` says from which revision on it is complete; who needs
+an older one asks etcd by a backfill.
+
+The ledger is what all histories share: it knows the order in which batches came, over all of them, and so evicts the
+oldest of all when the total or the age is exceeded.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from itertools import islice
+
+from coalesce.batch import Batch, Payload, Variants, filtered, revisions_of
+from coalesce.limits import Limits
+from coalesce.stats import Stats
+from proto.scan import Event
+
+
+class History:
+    """Batches of one source, complete from `floor` to the source's position."""
+
+    __slots__ = ("_batches", "_gone", "_lasts", "_ledger", "bytes", "floor", "has_prev_kv", "last_revision", "version")
+
+    def __init__(self, ledger: Ledger, floor: int, has_prev_kv: bool) -> None:
+        self._ledger = ledger
+        self._batches: list[Batch] = []
+        # Last revisions of the same places, to look up by.
+        self._lasts: list[int] = []
+        # Evicted places at the front of both lists, cut off now and then.
+        self._gone = 0
+        # The first revision that can be replayed. Quiet revisions count: it starts where the source started.
+        self.floor = floor
+        # Of the newest event ever appended; 0 before the first.
+        self.last_revision = 0
+        # Memory of what it holds.
+        self.bytes = 0
+        # Some event may carry a prev_kv.
+        self.has_prev_kv = has_prev_kv
+        # Changes with every append and evict: what was made of an older version may be stale.
+        self.version = 0
+
+    def __len__(self) -> int:
+        return len(self._batches) - self._gone
+
+    def batches(self) -> list[Batch]:
+        """Return what it holds, oldest first; for checks and tests."""
+        return self._batches[self._gone :]
+
+    def append(self, batch: Batch, now: float) -> None:
+        """Add the newest batch, then evict down to the bounds of one history and of all."""
+        self._batches.append(batch)
+        self._lasts.append(batch.last_revision)
+        self.last_revision = batch.last_revision
+        self.bytes += batch.memory_bytes
+        self.version += 1
+        self._ledger.added(self, batch, now)
+
+    def evict_oldest(self) -> None:
+        """Drop the oldest batch; the floor rises behind it."""
+        batch = self._batches[self._gone]
+        self._gone += 1
+        self.floor = batch.last_revision + 1
+        self.bytes -= batch.memory_bytes
+        self.version += 1
+        self._ledger.evicted(batch)
+        if self._gone > 32 and self._gone * 2 > len(self._batches):
+            del self._batches[: self._gone]
+            del self._lasts[: self._gone]
+            self._gone = 0
+
+    def evict_below(self, revision: int) -> None:
+        """Drop the batches that nobody who needs `revision` wants."""
+        while len(self) and self._lasts[self._gone] < revision:
+            self.evict_oldest()
+
+    def evict_to(self, bytes_max: int) -> None:
+        """Drop the oldest batches until at most `bytes_max` bytes are held."""
+        while self.bytes > bytes_max and len(self):
+            self.evict_oldest()
+
+    def drop(self, floor: int) -> None:
+        """Forget everything; what comes begins at `floor`."""
+        while len(self):
+            self.evict_oldest()
+        self.floor = floor
+        self.last_revision = 0
+
+    def replay(self, position: int, variant: int, limits: Limits) -> tuple[Payload | None, int | None]:
+        """Join what a watch of `variant` at `position` has missed into one response.
+
+        Whole revisions, up to replay_bytes_max but at least one. Returns the payload, None when the filters leave
+        nothing; and the next revision to be replayed, None when this was all there is. Needs position >= floor.
+        """
+        place = bisect_left(self._lasts, position, self._gone)
+        chosen: list[Event] = []
+        size = 0
+        for batch in islice(self._batches, place, None):
+            part = batch if batch.first_revision >= position else batch.since(position)
+            assert part is not None, "looked up by its last revision"
+            if size + part.size <= limits.replay_bytes_max:
+                events = filtered(part.events, variant)
+                chosen.extend(events)
+                size += part.size if len(events) == len(part.events) else sum(len(event.encoded) for event in events)
+                continue
+            for first, end, _ in revisions_of(part.events):
+                events = filtered(part.events[first:end], variant)
+                more = sum(len(event.encoded) for event in events)
+                if chosen and size + more > limits.replay_bytes_max:
+                    return self._payload(chosen, variant, limits), part.events[first].revision
+                chosen.extend(events)
+                size += more
+        return self._payload(chosen, variant, limits), None
+
+    def _payload(self, events: list[Event], variant: int, limits: Limits) -> Payload | None:
+        if not events:
+            return None
+        header = self._batches[-1].header
+        return Variants(header, events, limits.fragment_bytes, self.has_prev_kv).payload(variant)
+
+
+class Ledger:
+    """All batches of all histories in the order in which they came."""
+
+    __slots__ = ("_entries", "_held", "_limits", "_stats")
+
+    def __init__(self, limits: Limits, stats: Stats) -> None:
+        self._limits = limits
+        self._stats = stats
+        # (when, whose, what), oldest first; what its history has evicted by itself stays until it comes up.
+        self._entries: deque[tuple[float, History, Batch]] = deque()
+        # Entries not evicted.
+        self._held = 0
+
+    def added(self, history: History, batch: Batch, now: float) -> None:
+        """Count a new batch, then hold the bounds."""
+        self._entries.append((now, history, batch))
+        self._held += 1
+        self._stats.history_bytes += batch.memory_bytes
+        self._stats.history_batches = self._held
+        limits = self._limits
+        while history.bytes > limits.history_bytes_max or len(history) > limits.history_revisions_max:
+            history.evict_oldest()
+        while self._stats.history_bytes > limits.history_bytes_total_max:
+            self._evict_first()
+        if len(self._entries) > 2 * self._held + 64:
+            self._entries = deque(entry for entry in self._entries if not entry[2].evicted)
+
+    def evicted(self, batch: Batch) -> None:
+        """Count a batch out."""
+        batch.evicted = True
+        self._held -= 1
+        self._stats.history_bytes -= batch.memory_bytes
+        self._stats.history_batches = self._held
+
+    def expire(self, now: float) -> None:
+        """Evict what is older than history_age_s."""
+        while self._entries and self._entries[0][0] + self._limits.history_age_s <= now:
+            self._evict_first()
+
+    def next_deadline(self) -> float | None:
+        """Return when the oldest batch is too old. A little late, so that one ring of the timer serves many."""
+        if not self._entries:
+            return None
+        return self._entries[0][0] + self._limits.history_age_s * 1.0625
+
+    def _evict_first(self) -> None:
+        _, history, batch = self._entries.popleft()
+        if not batch.evicted:
+            # The oldest of all is the oldest of its own history.
+            history.evict_oldest()

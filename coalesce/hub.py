@@ -1,0 +1,211 @@
+"""What all parts of the core share: settings, time, the effects of the current input, and where everything is.
+
+The parts themselves (joining, replay, backfills, progress, endings) each own one concern and find each other here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from coalesce.batch import framed
+from coalesce.effects import CloseUpstream, Effect, EndSession, OpenUpstream, Send
+from coalesce.history import Ledger
+from coalesce.limits import Limits
+from coalesce.session import Place, Session, Watch
+from coalesce.stats import Stats
+from coalesce.timers import Timers
+from proto.scan import Header, encode_response
+
+if TYPE_CHECKING:
+    from coalesce.backfill import Backfill, Backfills
+    from coalesce.ending import Endings
+    from coalesce.joining import Joining
+    from coalesce.progress import Progress
+    from coalesce.replay import Replays
+    from coalesce.source import Upstream
+    from coalesce.trunk import Trunk, Trunks
+
+
+class Hub:
+    """The shared state of one Coalescer."""
+
+    __slots__ = (
+        "backfills",
+        "effects",
+        "endings",
+        "header",
+        "joining",
+        "lagging_sessions",
+        "ledger",
+        "limits",
+        "lingers",
+        "notifies",
+        "now",
+        "ordered_progress",
+        "progress",
+        "progress_serial",
+        "queued",
+        "replays",
+        "sessions",
+        "stats",
+        "trunks",
+        "trunks_open",
+        "turn",
+        "upstreams",
+        "upstreams_listed",
+    )
+
+    # The parts; set by the Coalescer.
+    backfills: Backfills
+    endings: Endings
+    joining: Joining
+    progress: Progress
+    replays: Replays
+    trunks: Trunks
+
+    def __init__(self, limits: Limits, ordered_progress: bool) -> None:
+        self.limits = limits
+        # Manual progress is ordered with events, and answered for quiet watches (etcd 3.4.31, 3.5.13 and later).
+        self.ordered_progress = ordered_progress
+        self.stats = Stats()
+        self.ledger = Ledger(limits, self.stats)
+        # Seconds, as last told.
+        self.now = 0.0
+        # Counts inputs.
+        self.turn = 0
+        # Of the current input.
+        self.effects: list[Effect] = []
+        # The newest header of any answer; None = none yet.
+        self.header: Header | None = None
+        # Progress requests made so far (see progress).
+        self.progress_serial = 0
+        self.sessions: dict[Session, None] = {}
+        self.trunks_open: dict[tuple[bytes, bytes], Trunk] = {}
+        # Sessions with lagging watches, the longest behind first.
+        self.lagging_sessions: dict[Session, None] = {}
+        # Watches that wait in line for a backfill.
+        self.queued: dict[Watch, None] = {}
+        # Everything open at etcd.
+        self.upstreams: dict[Upstream, None] = {}
+        self.upstreams_listed: tuple[Upstream, ...] | None = ()
+        # Trunks without watches.
+        self.lingers: Timers[Trunk] = Timers()
+        # Watches with progress_notify.
+        self.notifies: Timers[Watch] = Timers()
+
+    def open_upstream(self, upstream: Upstream) -> None:
+        """Have an upstream watch opened."""
+        self.upstreams[upstream] = None
+        self.upstreams_listed = None
+        self.stats.upstreams_opened += 1
+        self.effects.append(OpenUpstream(upstream))
+
+    def close_upstream(self, upstream: Upstream, *, gone: bool = False) -> None:
+        """Have an upstream watch closed; `gone`: etcd has ended it already, there is nothing to close."""
+        upstream.closed = True
+        self.upstreams.pop(upstream, None)
+        self.upstreams_listed = None
+        if not gone:
+            self.effects.append(CloseUpstream(upstream))
+
+    def all_upstreams(self) -> tuple[Upstream, ...]:
+        """Return everything open at etcd."""
+        if self.upstreams_listed is None:
+            self.upstreams_listed = tuple(self.upstreams)
+        return self.upstreams_listed
+
+    def saw(self, header: Header) -> None:
+        """Remember the newest header."""
+        if header.revision and (self.header is None or header.revision >= self.header.revision):
+            self.header = header
+
+    def header_now(self, revision: int | None = None) -> Header:
+        """Return the newest header known, or that at another revision."""
+        header = self.header or Header.make(0, 0, 0, 0)
+        return header if revision is None else header.at(revision)
+
+    def answer(
+        self,
+        session: Session,
+        watch_id: int,
+        header: Header,
+        *,
+        created: bool = False,
+        canceled: bool = False,
+        compact_revision: int = 0,
+        cancel_reason: str = "",
+    ) -> None:
+        """Send a control answer."""
+        message = encode_response(
+            header,
+            watch_id,
+            created=created,
+            canceled=canceled,
+            compact_revision=compact_revision,
+            cancel_reason=cancel_reason,
+        )
+        self.effects.append(Send(session, framed(message)))
+
+    def end_session(self, session: Session, status: int, text: str) -> None:
+        """Have a session's stream ended."""
+        self.effects.append(EndSession(session, status, text))
+
+    # places
+
+    def lag(self, watch: Watch) -> None:
+        """Put a lifted watch behind: it is replayed, or looks for a source, when its session's turn comes."""
+        session = watch.session
+        watch.place = Place.LAGGING
+        session.lagging[watch] = None
+        self.stats.lagging += 1
+        if session.lagging_since is None:
+            session.lagging_since = self.now
+            self.lagging_sessions[session] = None
+
+    def lift(self, watch: Watch) -> None:
+        """Take a watch out of its place; its position is set. The caller gives it a new place at once."""
+        place = watch.place
+        if place is Place.LAGGING:
+            session = watch.session
+            del session.lagging[watch]
+            self.stats.lagging -= 1
+            if not session.lagging:
+                session.lagging_since = None
+                del self.lagging_sessions[session]
+        elif place is Place.QUEUED:
+            del self.queued[watch]
+            self.stats.queued -= 1
+        elif watch.source is not None:
+            watch.source.fanout.remove(watch)
+
+    def attach(self, watch: Watch, backfill: Backfill | None) -> None:
+        """Make a lifted watch come through a backfill, or (None) through its trunk."""
+        self.detach(watch)
+        watch.source = backfill if backfill is not None else watch.trunk
+        if backfill is not None:
+            backfill.watches[watch] = None
+
+    def detach(self, watch: Watch) -> None:
+        """Take a lifted watch from its source."""
+        source = watch.source
+        watch.source = None
+        if source is not None and source is not watch.trunk:
+            self.backfills.left(source, watch)
+
+    def house(self, watches: Iterable[Watch]) -> None:
+        """Give lifted watches their place: live, ahead, to be replayed, or on a backfill."""
+        for watch in watches:
+            trunk = watch.trunk
+            if trunk.serves(watch):
+                self.attach(watch, None)
+                if watch.session.stalled or watch.position < trunk.next_revision:
+                    self.lag(watch)
+                    self.replays.want(watch.session)
+                else:
+                    trunk.fanout.add(watch)
+            elif watch.session.stalled:
+                self.detach(watch)
+                self.lag(watch)
+            else:
+                self.backfills.house(watch)

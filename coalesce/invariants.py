@@ -1,0 +1,214 @@
+"""What holds between any two inputs, numbered; `check` recounts it all. Tests call it after each step.
+
+ 1. A session's watches are those that say so: each under its own id, with its session's outlet, known to its trunk,
+    and the trunk is the one of its range. No id is both a watch's and waiting for its cancel after a compaction.
+ 2. A watch is in exactly one place: in a group of its source, in the heap of its source, in its session's `lagging`,
+    or in line for a backfill. Groups and heaps hold nobody else.
+ 3. A watch in step needs exactly what its source needs next; one ahead needs something later.
+ 4. A group holds watches of its variant only; prev_kv is wanted only of a source that has it.
+ 5. A watch comes through its trunk or a backfill of its trunk; the backfill knows it.
+ 6. All watches of a stalled session lag: nothing is delivered to it, and no backfill is opened for it.
+ 7. A lagging watch of a session that is not stalled is going to be replayed without anybody asking.
+ 8. A history is ordered and disjoint, lies within [floor, next_revision), and holds as many bytes as it says.
+ 9. No history, and not all together, is larger than its bounds allow.
+10. A backfill has watches or is an upgrade; no more are open than allowed; nobody is in line while one may be opened;
+    and one is paused only while all its watches lag.
+11. A trunk without watches and without creates that wait for it lingers; any other does not.
+12. What is open at etcd is one upstream watch per trunk and per backfill, and each of them knows its source.
+13. The head of a session's line waits for something that is on its way: a check, a read, or a trunk's `created`.
+14. A read for later exists only while one is in flight, and no create waits for a read that nobody will make.
+15. Progress told is true: nothing below what a watch was told is still to come for it.
+16. Who waits for progress has watches, and the timer is set.
+17. The gauges count what is there.
+18. Nothing that has ended is anywhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from coalesce.backfill import Backfill
+from coalesce.session import PendingCreate, Place, Session, Watch
+from coalesce.trunk import Trunk
+
+if TYPE_CHECKING:
+    from coalesce.hub import Hub
+    from coalesce.source import Source
+
+
+class InvariantBroken(AssertionError):
+    """An invariant does not hold: a mistake in the core."""
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(f"invariant {number}: {text}")
+        # As in the list of this module.
+        self.number = number
+
+
+def check(hub: Hub) -> None:
+    """Raise InvariantBroken if anything is wrong."""
+    for session in hub.sessions:
+        _check_session(hub, session)
+        for watch in session.watches.values():
+            _check_watch(hub, watch)
+    for trunk in hub.trunks_open.values():
+        _check_trunk(hub, trunk)
+    _check_backfills(hub)
+    _check_upstreams(hub)
+    _check_reads(hub)
+    _check_gauges(hub)
+
+
+def _sources(hub: Hub) -> list[Source]:
+    return [*hub.trunks_open.values(), *hub.backfills.open]
+
+
+def _need(number: int, holds: bool, text: object) -> None:
+    if not holds:
+        raise InvariantBroken(number, str(text))
+
+
+def _check_session(hub: Hub, session: Session) -> None:
+    _need(18, not session.ended, "an ended session is listed")
+    for watch_id, watch in session.watches.items():
+        _need(1, watch.watch_id == watch_id and watch.session is session and watch.outlet is session.outlet, watch)
+        _need(1, session.compacted is None or watch_id not in session.compacted, watch)
+    for watch in session.lagging:
+        _need(2, watch.place is Place.LAGGING and watch.session is session, watch)
+    _need(2, (session.lagging_since is not None) == bool(session.lagging), "lagging since")
+    _need(2, (session in hub.lagging_sessions) == bool(session.lagging), "lagging sessions")
+    if session.lagging and not session.stalled:
+        _need(7, hub.replays.is_due(session), f"{len(session.lagging)} watches lag")
+    if session.progress_needs:
+        _need(16, bool(session.watches) and session in hub.progress.waiting, "waits for progress")
+        _need(16, hub.progress.next_deadline() is not None, "no timer for who waits for progress")
+    if session.queue is not None:
+        _need(13, bool(session.queue), "an empty line")
+        _check_head(session)
+
+
+def _check_head(session: Session) -> None:
+    assert session.queue is not None, "looked before"
+    head = session.queue[0]
+    _need(13, isinstance(head, PendingCreate), "only creates wait")
+    assert isinstance(head, PendingCreate), "just said"
+    waits_for_check = not head.checked and head.refusal is None
+    waits_for_trunk = head.trunk is not None and head.trunk.opening
+    _need(13, waits_for_check or head.reading or waits_for_trunk, f"the head waits for nothing: {head.request}")
+    for create in session.queue:
+        if isinstance(create, PendingCreate) and create.trunk is not None:
+            _need(13, create in create.trunk.joining, "a create that its trunk does not know")
+
+
+def _check_watch(hub: Hub, watch: Watch) -> None:
+    trunk, source, session = watch.trunk, watch.source, watch.session
+    _need(1, watch in trunk.watches and hub.trunks_open.get((trunk.key, trunk.range_end)) is trunk, watch)
+    in_group = watch.group is not None and watch in watch.group.members
+    places = {
+        Place.IN_STEP: in_group,
+        Place.AHEAD: watch.ahead is not None and watch.ahead.watch is watch,
+        Place.LAGGING: watch in session.lagging,
+        Place.QUEUED: watch in hub.queued,
+    }
+    _need(2, [place for place, there in places.items() if there] == [watch.place], f"{watch}: {places}")
+    if watch.place is Place.IN_STEP:
+        assert watch.group is not None, "just said"
+        _need(2, source is not None and source.fanout.groups.get(watch.variant) is watch.group, watch)
+        _need(4, watch.group.variant == watch.variant, watch)
+    if watch.place is Place.AHEAD:
+        assert watch.ahead is not None, "just said"
+        _need(2, source is not None and watch in source.fanout.ahead(), watch)
+        _need(3, source is not None and watch.ahead.position == watch.position > source.next_revision, watch)
+    if source is not None:
+        _need(5, source is trunk or (isinstance(source, Backfill) and watch in source.watches), watch)
+        _need(5, source is trunk or (isinstance(source, Backfill) and source.trunk is trunk), watch)
+        has_prev_kv = source.history.has_prev_kv and (source is not trunk or trunk.prev_kv_from is not None)
+        _need(4, not watch.wants_prev_kv or has_prev_kv or watch.place is Place.LAGGING, watch)
+    if session.stalled:
+        _need(6, watch.place is Place.LAGGING, watch)
+    _need(15, watch.progress_floor <= watch.next_revision, f"{watch} was told {watch.progress_floor}")
+
+
+def _check_source(hub: Hub, source: Source) -> None:
+    history = source.history
+    batches = history.batches()
+    last = history.floor - 1
+    for batch in batches:
+        _need(8, last < batch.first_revision <= batch.last_revision, f"{batch.first_revision} after {last}")
+        _need(8, not batch.evicted, "an evicted batch is held")
+        last = batch.last_revision
+    _need(8, last < source.next_revision or not batches, f"{last} reaches over {source.next_revision}")
+    _need(8, history.bytes == sum(batch.memory_bytes for batch in batches), "bytes of a history")
+    _need(9, history.bytes <= hub.limits.history_bytes_max, "a history is too large")
+    _need(9, len(history) <= hub.limits.history_revisions_max, "a history is too long")
+    for variant, group in source.fanout.groups.items():
+        _need(4, group.variant == variant, "a group in the wrong place")
+        for watch in group.members:
+            _need(2, watch.group is group and watch.source is source and watch.place is Place.IN_STEP, watch)
+            _need(3, watch.next_revision == source.next_revision, watch)
+        _need(2, tuple(group.members) == group.listed(), "the list of a group is stale")
+    for watch in source.fanout.ahead():
+        _need(2, watch.place is Place.AHEAD and watch.source is source, watch)
+
+
+def _check_trunk(hub: Hub, trunk: Trunk) -> None:
+    _check_source(hub, trunk)
+    for watch in trunk.watches:
+        _need(18, watch.place is not Place.ENDED and watch.session in hub.sessions, watch)
+        _need(1, watch.session.watches.get(watch.watch_id) is watch, watch)
+    for create in trunk.joining:
+        _need(18, not create.session.ended and create.trunk is trunk, "a create that is gone holds a trunk")
+    used = bool(trunk.watches or trunk.joining)
+    _need(11, used == (trunk.timer_at is None), f"used: {used}, lingers until {trunk.timer_at}")
+
+
+def _check_backfills(hub: Hub) -> None:
+    listed = [backfill for trunk in hub.trunks_open.values() for backfill in trunk.backfills]
+    upgrades = [trunk.upgrade for trunk in hub.trunks_open.values() if trunk.upgrade is not None]
+    _need(10, set(hub.backfills.open) == {*listed, *upgrades}, "open backfills")
+    _need(10, len(listed) <= hub.limits.backfills_max, "too many backfills")
+    _need(10, not hub.queued or len(listed) == hub.limits.backfills_max, "a place for a backfill is free")
+    for backfill in hub.backfills.open:
+        _check_source(hub, backfill)
+        _need(10, bool(backfill.watches) or backfill.is_upgrade, "a backfill of nobody")
+        for watch in backfill.watches:
+            _need(5, watch.source is backfill, watch)
+        _need(10, not backfill.paused or not backfill.fanout.has_watches, "a paused backfill keeps watches waiting")
+    for watch in hub.queued:
+        _need(2, watch.place is Place.QUEUED and watch.source is None, watch)
+
+
+def _check_upstreams(hub: Hub) -> None:
+    expected = {source.upstream for source in _sources(hub)}
+    _need(12, set(hub.upstreams) == expected and set(hub.all_upstreams()) == expected, "open upstream watches")
+    for source in _sources(hub):
+        _need(12, source.upstream.owner is source and not source.upstream.closed, source.upstream)
+
+
+def _check_reads(hub: Hub) -> None:
+    current, later = hub.joining.current, hub.joining.later
+    _need(14, current is not None or later is None, "a read for later without one in flight")
+    waiting = {id(create) for read in (current, later) if read is not None for create in read.waiting}
+    for session in hub.sessions:
+        for create in session.queue or ():
+            if isinstance(create, PendingCreate):
+                _need(14, create.reading == (id(create) in waiting), "a create that waits for no read")
+
+
+def _check_gauges(hub: Hub) -> None:
+    stats = hub.stats
+    places = Counter(watch.place for session in hub.sessions for watch in session.watches.values())
+    counted = {
+        "sessions": (stats.sessions, len(hub.sessions)),
+        "watches": (stats.watches, places.total()),
+        "trunks": (stats.trunks, len(hub.trunks_open)),
+        "backfills": (stats.backfills, sum(len(trunk.backfills) for trunk in hub.trunks_open.values())),
+        "lagging": (stats.lagging, places[Place.LAGGING]),
+        "queued": (stats.queued, places[Place.QUEUED]),
+        "history_bytes": (stats.history_bytes, sum(source.history.bytes for source in _sources(hub))),
+        "history_batches": (stats.history_batches, sum(len(source.history) for source in _sources(hub))),
+    }
+    for name, (said, there) in counted.items():
+        _need(17, said == there, f"{name}: {said} said, {there} there")
+    _need(9, stats.history_bytes <= hub.limits.history_bytes_total_max, "all histories are too large")

@@ -1,0 +1,259 @@
+"""From a create to a watch: what it waits for, in which order it is refused, and where it starts.
+
+Requests arrive in an order, and that is the order of the answers. What a create needs is asked for when it arrives:
+
+- permission: always asked (CheckPermission); the shell says at once when auth is known to be off;
+- a trunk: held from the moment the permission is there, opened if the range has none;
+- a read of "now": for a create without a start revision, and for one that opens a trunk, since a trunk must not start
+  above what the store has nor far below. The read begins after the request arrived: one is in flight at a time and
+  serves those who waited when it started, later ones wait for the next. A permission check that read the revision by
+  the way (Granted) serves as well.
+
+When the create is at the head of its session's queue and has all it needs, it is decided. Refusals, in etcd's order:
+a negative start, the permission, an empty range, an id in use; our own limits come last.
+
+"Now" is the read, or more if the trunk knows no better: a trunk that has begun at "now" itself is complete from above
+its `created`. What the trunk has delivered beyond is replayed; what it has not reached is skipped for this watch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from coalesce.effects import CheckPermission, ReadRevision
+from coalesce.inputs import NO_WATCH_ID, CreateRequest, Granted, Refusal
+from coalesce.session import Pending, PendingCancel, PendingCreate, PendingProgress, Place, Session, Watch
+from proto.scan import Header
+
+if TYPE_CHECKING:
+    from coalesce.hub import Hub
+
+# etcd's own words (api/v3rpc/rpctypes/error.go, storage/mvcc/watcher.go): clients compare them.
+COMPACTED = "etcdserver: mvcc: required revision has been compacted"
+EMPTY_RANGE = "mvcc: watcher range is empty"
+DUPLICATE_ID = "mvcc: duplicate watch ID provided on the WatchStream"
+# gRPC's RESOURCE_EXHAUSTED.
+_EXHAUSTED = 8
+
+
+class Read:
+    """A read of the store's revision, for those who waited when it began."""
+
+    __slots__ = ("waiting",)
+
+    def __init__(self) -> None:
+        self.waiting: list[PendingCreate] = []
+
+
+class Joining:
+    """The line of each session, and how creates become watches."""
+
+    __slots__ = ("_hub", "current", "later")
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        # The read in flight, and the one for those who came since.
+        self.current: Read | None = None
+        self.later: Read | None = None
+
+    # inputs
+
+    def create(self, session: Session, request: CreateRequest) -> None:
+        """Take a create in line and ask for what it needs."""
+        create = PendingCreate(session, request)
+        self._hub.stats.creates += 1
+        if request.start_revision is not None and request.start_revision < 0:
+            create.refusal = COMPACTED
+            self._refused(create)
+        else:
+            self._hub.stats.checks += 1
+            self._hub.effects.append(CheckPermission(create))
+        self._enter(session, create)
+
+    def cancel(self, session: Session, watch_id: int) -> None:
+        """Take a cancel in line."""
+        self._enter(session, PendingCancel(watch_id))
+
+    def progress(self, session: Session) -> None:
+        """Take a progress request in line."""
+        self._hub.stats.progress_requests += 1
+        self._enter(session, PendingProgress())
+
+    def permission(self, create: PendingCreate, outcome: Granted | Refusal | Header | None) -> None:
+        """Take the outcome of a check."""
+        if create.session.ended or create.checked or create.refusal is not None:
+            return
+        if isinstance(outcome, Refusal):
+            create.refusal = outcome.text
+        else:
+            if isinstance(outcome, Granted):
+                create.header = outcome.header
+                self._hub.saw(outcome.header)
+            elif outcome is not None:
+                self._hub.saw(outcome)
+            create.checked = True
+            if len(create.range_end) and create.range_end != b"\x00" and create.key >= create.range_end:
+                create.refusal = EMPTY_RANGE
+        if create.refusal is None:
+            self._prepare(create)
+        if create.refusal is not None:
+            self._refused(create)
+        self.advance(create.session)
+
+    def revision_read(self, read: Read, header: Header) -> None:
+        """Take the outcome of a read, and start the one for those who came since."""
+        if read is not self.current:
+            return
+        self._hub.saw(header)
+        self.current, self.later = self.later, None
+        if self.current is not None:
+            self._start(self.current)
+        for create in read.waiting:
+            create.reading = False
+            create.header = header
+            if not create.session.ended:
+                if create.refusal is None:
+                    self._prepare(create)
+                self.advance(create.session)
+
+    # the line
+
+    def advance(self, session: Session) -> None:
+        """Decide the requests of a session, in order, up to the first that must wait."""
+        queue = session.queue
+        while queue:
+            request = queue[0]
+            if isinstance(request, PendingCreate):
+                if not self._decide(request):
+                    return
+            elif isinstance(request, PendingCancel):
+                self._hub.endings.cancel(session, request.watch_id)
+            else:
+                self._hub.progress.wait(session)
+            queue.popleft()
+        session.queue = None
+
+    def _enter(self, session: Session, request: Pending) -> None:
+        if session.ended:
+            return
+        if session.queue is None:
+            session.queue = deque()
+        elif len(session.queue) >= self._hub.limits.queue_max:
+            text = f"watchmux: more than {self._hub.limits.queue_max} requests wait on one watch stream"
+            self._hub.endings.end(session, _EXHAUSTED, text)
+            return
+        session.queue.append(request)
+        if len(session.queue) == 1:
+            self.advance(session)
+
+    # one create
+
+    def _prepare(self, create: PendingCreate) -> None:
+        """Ask for what a permitted create still needs."""
+        needs_read = create.request.start_revision is None
+        limit = self._hub.limits.trunks_max
+        trunks = self._hub.trunks_open
+        if create.trunk is None and len(trunks) >= limit and (create.key, create.range_end) not in trunks:
+            create.refusal = f"watchmux: the limit of {limit} different ranges is reached"
+            return
+        if not self._hub.trunks.hold(create):
+            needs_read = True
+        if needs_read and create.header is None:
+            self._read(create)
+
+    def _refused(self, create: PendingCreate) -> None:
+        """See to what a refusal needs: the answer has a header, so the store must have been heard of."""
+        if self._hub.header is None:
+            self._read(create)
+
+    def _read(self, create: PendingCreate) -> None:
+        """Have "now" read for a create, by a call that begins after it came."""
+        if create.reading:
+            return
+        create.reading = True
+        if self.current is None:
+            self.current = Read()
+            self.current.waiting.append(create)
+            self._start(self.current)
+            return
+        if self.later is None:
+            self.later = Read()
+        self.later.waiting.append(create)
+
+    def _start(self, read: Read) -> None:
+        self._hub.stats.reads += 1
+        self._hub.effects.append(ReadRevision(read))
+
+    def _decide(self, create: PendingCreate) -> bool:
+        """Answer the create at the head of its session's line; False: it must wait."""
+        hub = self._hub
+        if create.refusal is None and not create.checked:
+            return False
+        if create.refusal is not None:
+            if hub.header is None and create.reading:
+                return False
+            self.refuse(create, create.refusal)
+            return True
+        trunk = create.trunk
+        if trunk is None or trunk.opening or (create.reading and create.header is None):
+            return False
+        session = create.session
+        refusal = self._refusal(session, create.request.watch_id)
+        if refusal is not None:
+            self.refuse(create, refusal)
+            return True
+        self._join(create)
+        return True
+
+    def _refusal(self, session: Session, watch_id: int) -> str | None:
+        limits = self._hub.limits
+        if watch_id and session.id_taken(watch_id):
+            return DUPLICATE_ID
+        if len(session.watches) >= limits.watches_per_session_max:
+            return f"watchmux: the limit of {limits.watches_per_session_max} watches of one stream is reached"
+        if self._hub.stats.watches >= limits.watches_max:
+            return f"watchmux: the limit of {limits.watches_max} watches is reached"
+        return None
+
+    def refuse(self, create: PendingCreate, text: str) -> None:
+        """Answer a create with a refusal: `created` and `canceled` in one, of no watch."""
+        hub = self._hub
+        hub.stats.refused += 1
+        hub.trunks.release(create)
+        hub.answer(create.session, NO_WATCH_ID, hub.header_now(), created=True, canceled=True, cancel_reason=text)
+
+    def _join(self, create: PendingCreate) -> None:
+        """Make a create that has all it needs a watch, and answer it."""
+        hub = self._hub
+        session, request, trunk = create.session, create.request, create.trunk
+        assert trunk is not None, "held since it was permitted"
+        watch_id = request.watch_id or session.automatic_id()
+        if request.start_revision is None:
+            assert create.header is not None, "now has been read"
+            now = max(create.header.revision, trunk.history.floor - 1)
+            header, position = create.header.at(now), now + 1
+            hub.saw(header)
+        else:
+            header, position = hub.header_now(), request.start_revision
+        watch = Watch(session, request, watch_id, trunk, position)
+        session.watches[watch_id] = watch
+        trunk.watches[watch] = None
+        hub.stats.watches += 1
+        hub.trunks.release(create)
+        hub.answer(session, watch_id, header, created=True)
+        hub.progress.began(watch)
+        # It has no place yet, and no source; house() gives it both.
+        hub.house((watch,))
+        self._count(watch)
+
+    def _count(self, watch: Watch) -> None:
+        stats = self._hub.stats
+        if watch.place is Place.IN_STEP and watch.source is watch.trunk:
+            stats.joins_live += 1
+        elif watch.place is Place.AHEAD and watch.source is watch.trunk:
+            stats.joins_future += 1
+        elif watch.source is watch.trunk:
+            stats.joins_history += 1
+        else:
+            stats.joins_backfill += 1

@@ -1,0 +1,241 @@
+"""Progress: what sessions are told about how far they are, and how that is proven.
+
+A trunk's bookmark is proven by its events, by etcd's answers to manual requests, and by its progress notifies. Manual
+requests are shared: one is in flight at a time and serves all who waited when it was made; who comes later waits for
+the next. They are numbered, a proof carries the number of the newest request made when it came (`Source.proof`), and
+who waits knows the first number that will do, so nobody is answered with what was known before it asked. Etcd drops
+requests that it cannot answer: while somebody waits, the request is repeated, with pauses that double up to a bound.
+
+A session is told p, the least bookmark of its watches' trunks, if
+
+- all its watches are in step with their trunks: they were sent everything through p;
+- p is not below what any of its watches knows already: the start it asked for, "now", its last event, an earlier
+  progress (a client resumes from the last revision it was told, clientv3 even from this one);
+- nothing was replayed to it in this very turn, since the shell may hand that back.
+
+Ids that a compaction cancelled are no watches and hold nothing up, although etcd lets them silence a stream: the
+client has been told that they are dead, and nothing will ever come of them. A request on a session without watches is
+dropped, as etcd does. Of those that wait, all but the first and the last are merged.
+
+Servers without ordered progress (before 3.4.31 and 3.5.13) answer manual requests at once and even wrongly. Of them
+nothing is asked; proofs are events and progress notifies, and answers take as long as these do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from coalesce.backfill import Backfill
+from coalesce.effects import RequestProgress
+from coalesce.inputs import NO_WATCH_ID
+from coalesce.session import Place, Session, Watch
+from proto.scan import Header
+
+if TYPE_CHECKING:
+    from coalesce.hub import Hub
+    from coalesce.source import Upstream
+
+# Old bookmarks are looked for this many times within bookmark_s: one request may be dropped, or two.
+_LOOKS = 4
+
+
+class Progress:
+    """Requests to etcd, answers to sessions, progress notifies and bookmarks."""
+
+    __slots__ = ("_bookmark_at", "_hub", "_in_flight", "_notifying", "_pause_s", "_retry_at", "_wanted", "waiting")
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        # Sessions with progress_needs.
+        self.waiting: dict[Session, None] = {}
+        # Watches whose progress_notify is due, and the request whose proof will do.
+        self._notifying: dict[Watch, int] = {}
+        # The newest request has not been answered by anybody.
+        self._in_flight = False
+        # The number of the newest request that somebody wants made.
+        self._wanted = 0
+        # When to ask again; None = nobody waits.
+        self._retry_at: float | None = None
+        self._pause_s = 0.0
+        # When to look for old bookmarks; None = there are no trunks.
+        self._bookmark_at: float | None = None
+
+    # who wants to know
+
+    def wait(self, session: Session) -> None:
+        """Take note that a session asks for progress."""
+        if not session.watches:
+            return
+        needs = self._hub.progress_serial + 1
+        session.progress_needs = (*session.progress_needs[:1], needs)
+        self.waiting[session] = None
+        self.want()
+
+    def want(self) -> None:
+        """Have a request made, now or as soon as the one in flight is answered."""
+        self._wanted = self._hub.progress_serial + 1
+        self._pause_s = self._hub.limits.progress_retry_s
+        if not self._in_flight:
+            self._ask()
+        elif self._retry_at is not None:
+            self._retry_at = min(self._retry_at, self._hub.now + self._pause_s)
+
+    def began(self, watch: Watch) -> None:
+        """Take note of a new watch."""
+        hub = self._hub
+        if watch.progress_notify:
+            hub.notifies.start(watch, hub.now + hub.limits.progress_notify_s)
+        if self._bookmark_at is None:
+            self._bookmark_at = hub.now + hub.limits.bookmark_s / _LOOKS
+
+    def forget(self, watch: Watch) -> None:
+        """A watch is gone; with the last one of its session goes what the session has asked."""
+        self._notifying.pop(watch, None)
+        self._hub.notifies.stop(watch)
+        if not watch.session.watches:
+            self.forget_session(watch.session)
+
+    def forget_session(self, session: Session) -> None:
+        """Nothing is to be told to a session any more."""
+        session.progress_needs = ()
+        self.waiting.pop(session, None)
+
+    # what is proven
+
+    def progressed(self, upstreams: Iterable[Upstream], header: Header) -> None:
+        """Take an answer to a manual request: all of these are complete through its revision."""
+        hub = self._hub
+        hub.saw(header)
+        if not hub.ordered_progress:
+            return
+        for upstream in upstreams:
+            self.proven(upstream, header.revision)
+        self._in_flight = False
+        self._settle()
+        if self._wanted > hub.progress_serial:
+            self._ask()
+
+    def proven(self, upstream: Upstream, revision: int) -> None:
+        """Take note that everything of an upstream watch through `revision` has come."""
+        if upstream.closed or not upstream.created:
+            return
+        owner = upstream.owner
+        if isinstance(owner, Backfill):
+            self._hub.backfills.progressed(owner, revision)
+        else:
+            owner.advance(revision)
+
+    # time
+
+    def next_deadline(self) -> float | None:
+        """Return when something is to be done next."""
+        times = (self._retry_at, self._bookmark_at, self._hub.notifies.next_deadline())
+        return min((at for at in times if at is not None), default=None)
+
+    def expire(self) -> None:
+        """Do what is due."""
+        hub = self._hub
+        for watch in hub.notifies.due(hub.now):
+            self._notify_due(watch)
+        if self._bookmark_at is not None and self._bookmark_at <= hub.now:
+            self._look_at_bookmarks()
+        if self._retry_at is not None and self._retry_at <= hub.now:
+            self._retry()
+
+    def settle(self, session: Session) -> None:
+        """Answer a session, if it waits and can be answered now."""
+        hub = self._hub
+        if not session.progress_needs or session.replayed_turn == hub.turn:
+            return
+        revision, proof = self._reached(session)
+        if revision is None or proof < session.progress_needs[0]:
+            return
+        session.progress_revision = revision
+        session.progress_needs = tuple(needs for needs in session.progress_needs if needs > proof)
+        if not session.progress_needs:
+            self.waiting.pop(session, None)
+        hub.stats.progress_answers += 1
+        hub.answer(session, NO_WATCH_ID, hub.header_now(revision))
+
+    def _reached(self, session: Session) -> tuple[int | None, int]:
+        """Return the p that a session may be told, None if there is none, and the oldest proof it rests on."""
+        revision: int | None = None
+        proof = self._hub.progress_serial
+        known = session.progress_revision
+        for watch in session.watches.values():
+            trunk = watch.trunk
+            if watch.place is not Place.IN_STEP or watch.source is not trunk:
+                return None, 0
+            if revision is None or trunk.next_revision <= revision:
+                revision = trunk.next_revision - 1
+            proof = min(proof, trunk.proof)
+            known = max(known, watch.progress_floor, watch.last_sent_revision)
+        if revision is None or revision < known:
+            return None, 0
+        return revision, proof
+
+    def _settle(self) -> None:
+        for session in tuple(self.waiting):
+            self.settle(session)
+        for watch, needs in tuple(self._notifying.items()):
+            if watch.place is not Place.IN_STEP or watch.source is not watch.trunk or self._had_events(watch):
+                del self._notifying[watch]
+            elif watch.trunk.proof >= needs and watch.trunk.next_revision > watch.progress_floor:
+                del self._notifying[watch]
+                self._notify(watch, watch.trunk.next_revision - 1)
+
+    def _notify_due(self, watch: Watch) -> None:
+        """Tell a quiet watch where it is, as soon as that is proven; not one that was sent events in the meantime."""
+        hub = self._hub
+        hub.notifies.start(watch, hub.now + hub.limits.progress_notify_s)
+        if watch.place is Place.IN_STEP and watch.source is watch.trunk and not self._had_events(watch):
+            self._notifying[watch] = hub.progress_serial + 1
+            self.want()
+        watch.noted_revision = watch.last_sent_revision
+
+    def _had_events(self, watch: Watch) -> bool:
+        return watch.last_sent_revision > watch.noted_revision
+
+    def _notify(self, watch: Watch, revision: int) -> None:
+        hub = self._hub
+        watch.progress_floor = revision
+        hub.stats.progress_notifies += 1
+        hub.answer(watch.session, watch.watch_id, hub.header_now(revision))
+
+    def _look_at_bookmarks(self) -> None:
+        hub = self._hub
+        if not hub.trunks_open:
+            self._bookmark_at = None
+            return
+        self._bookmark_at = hub.now + hub.limits.bookmark_s / _LOOKS
+        old = hub.now - hub.limits.bookmark_s / 2
+        if hub.ordered_progress and any(trunk.proven_at <= old for trunk in hub.trunks_open.values()):
+            self.want()
+
+    def _retry(self) -> None:
+        """Look again whether anybody can be answered; if somebody still waits, ask again."""
+        self._settle()
+        backfills = [backfill for backfill in self._hub.backfills.open if self._may_prove(backfill)]
+        if not self.waiting and not self._notifying and not backfills:
+            self._in_flight = False
+            self._retry_at = None
+            return
+        self._pause_s = min(self._pause_s * 2, self._hub.limits.progress_retry_s_max)
+        if self.waiting or self._notifying or any(each.proof < self._hub.progress_serial for each in backfills):
+            self._ask()
+        else:
+            # Events keep coming, and prove more than an answer would.
+            self._retry_at = self._hub.now + self._pause_s
+
+    def _may_prove(self, backfill: Backfill) -> bool:
+        return backfill.upstream.created and not backfill.paused
+
+    def _ask(self) -> None:
+        hub = self._hub
+        hub.progress_serial += 1
+        self._retry_at = hub.now + self._pause_s
+        if hub.ordered_progress:
+            self._in_flight = True
+            hub.stats.progress_asked += 1
+            hub.effects.append(RequestProgress(hub.all_upstreams()))

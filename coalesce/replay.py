@@ -1,0 +1,188 @@
+"""Sessions that stall, and how their watches catch up.
+
+A stalled session costs nothing: its watches leave their groups and keep only what they need next. When the shell says
+that everything is written, they are replayed from the histories of their sources, several revisions joined to one
+response, and fall into step when they have reached the end. What a history no longer holds, a backfill brings.
+
+Replaying goes in turns. A turn of a session is bounded in bytes and serves its watches round robin; what is left
+comes with the next ring of the timer, which is due at once, so that events and other sessions come in between. The
+first sign of a stall ends it: the shell hands back what it had already been told to deliver.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coalesce.backfill import Backfill
+from coalesce.batch import Payload
+from coalesce.effects import Deliver
+from coalesce.session import Place, Session, Watch
+
+if TYPE_CHECKING:
+    from coalesce.hub import Hub
+    from coalesce.source import Source
+
+# Payloads remembered: sessions that stalled together replay the same.
+_REMEMBERED_MAX = 8
+
+
+class Replays:
+    """Stalls, returns and replays."""
+
+    __slots__ = ("_due", "_fresh", "_hub", "_joined")
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        # Sessions to be replayed as soon as the timer rings, in turn.
+        self._due: dict[Session, None] = {}
+        # Those that came in this input: their first turn is at its end.
+        self._fresh: dict[Session, None] = {}
+        # By source, position and variant, what was joined from a version of its history.
+        self._joined: dict[tuple[Source, int, int], tuple[int, Payload | None, int | None]] = {}
+
+    def stalled(self, session: Session) -> None:
+        """Take the watches of a session out of their groups. No effects: it is called while some are carried out."""
+        if session.stalled or session.ended:
+            return
+        session.stalled = True
+        self._hub.stats.stalls += 1
+        self._due.pop(session, None)
+        self._fresh.pop(session, None)
+        for watch in session.watches.values():
+            if watch.place is not Place.LAGGING:
+                self._hub.lift(watch)
+                self._hub.lag(watch)
+
+    def returned(self, watch: Watch, payload: Payload) -> None:
+        """Take back a payload that was not sent. Has no effects."""
+        if watch.place is Place.ENDED:
+            return
+        self.stalled(watch.session)
+        self._hub.stats.returned += 1
+        self._hub.stats.delivered -= 1
+        self._hub.stats.delivered_events -= payload.event_count
+        watch.position = min(watch.position, payload.first_revision)
+
+    def drained(self, session: Session) -> None:
+        """Let a session go on: everything is written."""
+        if session.ended:
+            return
+        session.stalled = False
+        self.want(session)
+
+    def want(self, session: Session) -> None:
+        """Replay a session's lagging watches when this input ends."""
+        if session.lagging and not session.stalled and not session.ended:
+            self._fresh[session] = None
+
+    def forget(self, session: Session) -> None:
+        """A session is gone."""
+        self._due.pop(session, None)
+        self._fresh.pop(session, None)
+
+    def finish(self) -> None:
+        """Give those that came in this input their first turn."""
+        self._due.update(self._fresh)
+        fresh = tuple(self._fresh)
+        self._fresh.clear()
+        self._turns(fresh)
+        # Housing a watch may have wanted more; it comes with the timer.
+        self._due.update(self._fresh)
+        self._fresh.clear()
+
+    def expire(self) -> None:
+        """Give those that are due another turn."""
+        self._turns(tuple(self._due))
+
+    def next_deadline(self) -> float | None:
+        """Return "at once" if anything is due."""
+        return self._hub.now if self._due else None
+
+    @property
+    def has_fresh(self) -> bool:
+        """Something wants its turn at the end of this input."""
+        return bool(self._fresh)
+
+    def is_due(self, session: Session) -> bool:
+        """Whether a session is going to be replayed without being told; for checks."""
+        return session in self._due
+
+    def _turns(self, sessions: tuple[Session, ...]) -> None:
+        budget = self._hub.limits.replay_turn_bytes_max
+        for session in sessions:
+            if budget <= 0:
+                return
+            if session in self._due:
+                del self._due[session]
+                budget -= self._turn(session)
+                if session.lagging:
+                    self._due[session] = None
+        if not self._due:
+            self._joined.clear()
+
+    def _turn(self, session: Session) -> int:
+        """Replay a session's watches up to its share; return the bytes that were spent."""
+        hub = self._hub
+        spent = 0
+        for watch in tuple(session.lagging):
+            if spent >= hub.limits.replay_bytes_max:
+                break
+            if watch.place is Place.LAGGING:
+                spent += self._replay(watch)
+        return spent
+
+    def _replay(self, watch: Watch) -> int:
+        """Send a watch its next response and find its place after it; return the response's bytes."""
+        hub = self._hub
+        source = watch.source
+        if source is None or not source.serves(watch) or watch.position >= source.next_revision:
+            hub.lift(watch)
+            if source is not None and source is not watch.trunk and source.serves(watch):
+                self._settle(watch, source)
+            else:
+                hub.house((watch,))
+            return 0
+        payload, position = self._join(source, watch)
+        if position is None:
+            position = source.next_revision
+        watch.position = position
+        if payload is not None:
+            hub.effects.append(Deliver(payload, (watch,)))
+            hub.stats.replays += 1
+            hub.stats.delivered += 1
+            hub.stats.delivered_events += payload.event_count
+            watch.sent_revision = payload.last_revision
+            watch.session.replayed_turn = hub.turn
+        backfill = source if isinstance(source, Backfill) else None
+        if position >= source.next_revision or (backfill is not None and watch.trunk.serves(watch)):
+            hub.lift(watch)
+            self._settle(watch, source)
+        else:
+            # Behind the others of its session.
+            del watch.session.lagging[watch]
+            watch.session.lagging[watch] = None
+            if backfill is not None:
+                hub.backfills.pace(backfill)
+        return 0 if payload is None else payload.size
+
+    def _settle(self, watch: Watch, source: Source) -> None:
+        """Place a lifted watch that has caught up with its source, or can be served by its trunk."""
+        hub = self._hub
+        if not isinstance(source, Backfill) or watch.trunk.serves(watch):
+            hub.house((watch,))
+            return
+        source.fanout.add(watch)
+        hub.backfills.pace(source)
+
+    def _join(self, source: Source, watch: Watch) -> tuple[Payload | None, int | None]:
+        """Join what a watch has missed, or find what another one in the same place was given."""
+        key = (source, watch.position, watch.variant)
+        version = source.history.version
+        known = self._joined.get(key)
+        if known is not None and known[0] == version:
+            return known[1], known[2]
+        payload, position = source.history.replay(watch.position, watch.variant, self._hub.limits)
+        if len(self._joined) >= _REMEMBERED_MAX:
+            self._joined.clear()
+        self._joined[key] = (version, payload, position)
+        return payload, position

@@ -1,0 +1,217 @@
+"""Sessions, their watches, and the line of their pending requests.
+
+A session handles its requests strictly in order, as etcd's receive loop does, because clients match `created` to
+their creates by order. So each request joins the session's queue; only its head is decided. What a create needs from
+etcd (a permission, a read of "now", a trunk) is asked for at once when it arrives, so that creates which wait in line
+wait together.
+
+Ids, a session's own: 0 in a request means automatic, a counter that never goes back and skips ids in use. An id whose
+watch was cancelled by compaction stays taken until the client cancels it (etcd: mvcc/watcher.go keeps the watcher).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import Enum
+from typing import TYPE_CHECKING, TypeAlias
+
+from coalesce.batch import PREV_KV, variant_of
+from coalesce.inputs import CreateRequest, Identity
+from proto.scan import Header
+
+if TYPE_CHECKING:
+    from coalesce.fanout import Ahead, Group
+    from coalesce.source import Source
+    from coalesce.trunk import Trunk
+
+
+class Place(Enum):
+    """Where a watch is. Exactly one of these holds."""
+
+    # In a group of its source: needs exactly what the source needs next, and gets each batch as it comes.
+    IN_STEP = "in step"
+    # In its source's heap: needs nothing before its position, which the source has not reached.
+    AHEAD = "ahead"
+    # In its session's `lagging`: has something to be replayed, or has lost its source and looks for another one.
+    LAGGING = "lagging"
+    # Waits in line for a backfill.
+    QUEUED = "queued"
+    # Cancelled, or its session is gone.
+    ENDED = "ended"
+
+
+class Watch:
+    """One client's watch on a session."""
+
+    __slots__ = (
+        "ahead",
+        "group",
+        "noted_revision",
+        "outlet",
+        "place",
+        "position",
+        "progress_floor",
+        "progress_notify",
+        "sent_revision",
+        "session",
+        "shell",
+        "source",
+        "timer_at",
+        "trunk",
+        "variant",
+        "watch_id",
+    )
+
+    def __init__(self, session: Session, request: CreateRequest, watch_id: int, trunk: Trunk, position: int) -> None:
+        self.session = session
+        # The session's, for the hot loop.
+        self.outlet = session.outlet
+        self.watch_id = watch_id
+        self.variant = variant_of(request.no_put, request.no_delete, request.prev_kv, request.fragment)
+        self.progress_notify = request.progress_notify
+        # Whose range it watches, and where it ends up.
+        self.trunk = trunk
+        self.place = Place.LAGGING
+        # The trunk, or the backfill it comes through; None = must look for one.
+        self.source: Source | None = None
+        # Its group while IN_STEP, else None.
+        self.group: Group | None = None
+        # Its entry in the heap while AHEAD, else None.
+        self.ahead: Ahead | None = None
+        # The first revision still needed, while not IN_STEP.
+        self.position = position
+        # Progress below would take the client back: the start it asked for, "now", or what it was told since.
+        self.progress_floor = request.start_revision if request.start_revision is not None else position - 1
+        # Of the last event it was sent, or a little later; while it is in a group the group's counts too.
+        self.sent_revision = position - 1
+        # `sent_revision` when its progress_notify was last due.
+        self.noted_revision = position - 1
+        # When its progress_notify is due; None = never.
+        self.timer_at: float | None = None
+        # Free for the shell.
+        self.shell: object = None
+
+    @property
+    def next_revision(self) -> int:
+        """The first revision still needed."""
+        if self.group is not None and self.source is not None:
+            return self.source.fanout.next_revision
+        return self.position
+
+    @property
+    def last_sent_revision(self) -> int:
+        """No event above this was sent; what was sent may end earlier."""
+        if self.group is not None and self.group.sent_revision > self.sent_revision:
+            return self.group.sent_revision
+        return self.sent_revision
+
+    @property
+    def wants_prev_kv(self) -> bool:
+        """It asked for prev_kv."""
+        return bool(self.variant & PREV_KV)
+
+    def __repr__(self) -> str:
+        return f"Watch({self.watch_id}, {self.place.value}, next_revision={self.next_revision})"
+
+
+class PendingCreate:
+    """A create in line. It is also the `check` of CheckPermission: the shell reads session, key and range_end."""
+
+    __slots__ = ("checked", "header", "key", "range_end", "reading", "refusal", "request", "session", "trunk")
+
+    def __init__(self, session: Session, request: CreateRequest) -> None:
+        self.session = session
+        self.request = request
+        # etcd: no key means the smallest one (api/v3rpc/watch.go).
+        self.key = request.key or b"\x00"
+        self.range_end = request.range_end
+        # The permission was granted.
+        self.checked = False
+        # Why it is refused, once that is known; the answer waits for its turn.
+        self.refusal: str | None = None
+        # A read of "now" that began after this request arrived; None = not read.
+        self.header: Header | None = None
+        # Waits for such a read.
+        self.reading = False
+        # The trunk it holds open until it joins.
+        self.trunk: Trunk | None = None
+
+
+class PendingCancel:
+    """A cancel in line."""
+
+    __slots__ = ("watch_id",)
+
+    def __init__(self, watch_id: int) -> None:
+        self.watch_id = watch_id
+
+
+class PendingProgress:
+    """A progress request in line."""
+
+    __slots__ = ()
+
+
+Pending: TypeAlias = PendingCreate | PendingCancel | PendingProgress
+
+
+class Session:
+    """One client's Watch stream."""
+
+    __slots__ = (
+        "compacted",
+        "ended",
+        "identity",
+        "lagging",
+        "lagging_since",
+        "next_id",
+        "outlet",
+        "progress_needs",
+        "progress_revision",
+        "queue",
+        "replayed_turn",
+        "shell",
+        "stalled",
+        "watches",
+    )
+
+    def __init__(self, outlet: object, identity: Identity) -> None:
+        # The shell's: where Deliver and Send go.
+        self.outlet = outlet
+        self.identity = identity
+        self.watches: dict[int, Watch] = {}
+        # Ids that a compaction cancelled and the client has not cancelled yet.
+        self.compacted: set[int] | None = None
+        # The next automatic id to try.
+        self.next_id = 0
+        # Requests not decided yet, in order; None = none.
+        self.queue: deque[Pending] | None = None
+        # The shell holds unsent bytes of it: nothing is delivered until drained().
+        self.stalled = False
+        # Watches to be replayed, whose turn comes in this order.
+        self.lagging: dict[Watch, None] = {}
+        # Since when there are any, without a break; None = there are none.
+        self.lagging_since: float | None = None
+        # The turn in which something was replayed to it: in the same turn nothing may build on that it was sent,
+        # because the shell may still hand it back.
+        self.replayed_turn = -1
+        # The progress requests that wait, at most two: for each the number of the first upstream request whose proof
+        # will do (see progress).
+        self.progress_needs: tuple[int, ...] = ()
+        # The highest progress answered.
+        self.progress_revision = 0
+        # It is gone: closed by the shell, or ended by the core.
+        self.ended = False
+        # Free for the shell.
+        self.shell: object = None
+
+    def id_taken(self, watch_id: int) -> bool:
+        """Whether a watch has this id, or had it when it was compacted and the client did not cancel it yet."""
+        return watch_id in self.watches or (self.compacted is not None and watch_id in self.compacted)
+
+    def automatic_id(self) -> int:
+        """Take the next automatic id."""
+        while self.id_taken(self.next_id):
+            self.next_id += 1
+        self.next_id += 1
+        return self.next_id - 1

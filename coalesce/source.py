@@ -1,0 +1,115 @@
+"""What events come from: an upstream watch, the history of what it brought, and the watches that follow it.
+
+There are two kinds of source. A trunk is the one that all watches of a range end up on; a backfill brings some of
+them there. Both pass batches on in the same way, keep a window to replay from, and may be lagged behind; so a session
+that stalls is the same thing on either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from coalesce.batch import Batch
+from coalesce.fanout import Fanout
+from coalesce.history import History
+
+if TYPE_CHECKING:
+    from coalesce.hub import Hub
+    from coalesce.session import Session, Watch
+
+
+class Upstream:
+    """A watch at etcd as the shell sees it. It never opens again: a source that must start anew takes another one."""
+
+    __slots__ = ("closed", "created", "is_backfill", "key", "owner", "prev_kv", "range_end", "shell", "start_revision")
+
+    def __init__(self, owner: Source, start_revision: int | None, prev_kv: bool, is_backfill: bool) -> None:
+        # The source it feeds.
+        self.owner = owner
+        self.key = owner.key
+        self.range_end = owner.range_end
+        # None = now.
+        self.start_revision = start_revision
+        self.prev_kv = prev_kv
+        # It wants a stream of its own, which can be paused.
+        self.is_backfill = is_backfill
+        # `created` has come.
+        self.created = False
+        # Nothing more is wanted of it; what still comes is ignored.
+        self.closed = False
+        # Free for the shell.
+        self.shell: object = None
+
+    @property
+    def token(self) -> bytes | None:
+        """The token to register with, now: that of some live watch, or of a create that waits for it."""
+        return next(self.tokens(), None)
+
+    def tokens(self) -> Iterator[bytes | None]:
+        """Walk the tokens to try, those first that etcd has not refused for this range."""
+        refused = self.owner.refused_tokens
+        for session in self.owner.sessions():
+            token = session.identity.token
+            if token not in refused:
+                yield token
+
+    def __repr__(self) -> str:
+        return f"Upstream({self.key!r}, {self.range_end!r}, start_revision={self.start_revision}, closed={self.closed})"
+
+
+class Source:
+    """The common part of trunk and backfill. `next_revision` is what it delivers next: its bookmark is one below."""
+
+    __slots__ = ("fanout", "history", "hub", "key", "proof", "proven_at", "range_end", "refused_tokens", "upstream")
+
+    def __init__(self, hub: Hub, key: bytes, range_end: bytes, start_revision: int, prev_kv: bool) -> None:
+        self.hub = hub
+        self.key = key
+        self.range_end = range_end
+        self.fanout = Fanout(start_revision, hub.stats)
+        self.history = History(hub.ledger, start_revision, prev_kv)
+        self.upstream: Upstream
+        # The progress request that was the newest when something last proved the bookmark (see progress).
+        self.proof = 0
+        # When that was.
+        self.proven_at = hub.now
+        # Tokens that etcd did not let watch this range.
+        self.refused_tokens: set[bytes | None] = set()
+
+    @property
+    def next_revision(self) -> int:
+        """The first revision that it has not delivered or proven empty."""
+        return self.fanout.next_revision
+
+    def open(self, start_revision: int | None, prev_kv: bool, is_backfill: bool) -> None:
+        """Open an upstream watch for this source."""
+        self.upstream = Upstream(self, start_revision, prev_kv, is_backfill)
+        self.hub.open_upstream(self.upstream)
+
+    def ingest(self, batch: Batch) -> None:
+        """Deliver a batch, or what of it is new, and keep it."""
+        hub = self.hub
+        self.proof = hub.progress_serial
+        self.proven_at = hub.now
+        part = batch.since(self.fanout.next_revision)
+        if part is None:
+            return
+        history = self.history
+        self.fanout.deliver(part, hub.limits.fragment_bytes, history.has_prev_kv, hub.effects)
+        history.append(part, hub.now)
+
+    def advance(self, revision: int) -> None:
+        """Take note that everything through `revision` has been delivered."""
+        self.proof = self.hub.progress_serial
+        self.proven_at = self.hub.now
+        if revision >= self.fanout.next_revision:
+            self.fanout.advance(revision + 1)
+
+    def serves(self, watch: Watch) -> bool:
+        """Whether it can bring this watch what it needs next, from its history or as it comes."""
+        return watch.next_revision >= self.history.floor
+
+    def sessions(self) -> Iterator[Session]:
+        """Walk the sessions that want this source, some maybe more than once."""
+        raise NotImplementedError

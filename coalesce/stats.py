@@ -1,0 +1,57 @@
+"""Counters and gauges of a core, as plain attributes: whoever serves metrics reads them, nobody is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Stats:
+    """What a core has done, and what it holds. Gauges are checked against a recount by `check()`."""
+
+    # Gauges: how many there are now.
+    sessions: int = 0
+    watches: int = 0
+    trunks: int = 0
+    backfills: int = 0
+    # Watches that are behind their source, or wait for one: their session stalled, or they are being replayed.
+    lagging: int = 0
+    # Watches that wait for a backfill because backfills_max are open.
+    queued: int = 0
+    # Memory of all histories, backfills' windows included, in bytes.
+    history_bytes: int = 0
+    history_batches: int = 0
+
+    # Counters of joins, by how they were served.
+    joins_live: int = 0
+    joins_future: int = 0
+    joins_history: int = 0
+    joins_backfill: int = 0
+
+    # Counters of what clients asked and were told.
+    creates: int = 0
+    refused: int = 0
+    cancels: int = 0
+    compacted: int = 0
+    progress_requests: int = 0
+    progress_answers: int = 0
+    progress_notifies: int = 0
+    sessions_ended: int = 0
+
+    # Counters of what went to clients: payloads times watches, and the same for events.
+    delivered: int = 0
+    delivered_events: int = 0
+    # Payloads joined from history for lagging watches, handed back by the shell, and sessions stalled.
+    replays: int = 0
+    returned: int = 0
+    stalls: int = 0
+
+    # Counters of what was asked of etcd.
+    upstreams_opened: int = 0
+    reads: int = 0
+    checks: int = 0
+    progress_asked: int = 0
+    upgrades: int = 0
+    # Batches that came from upstream, and their events.
+    batches: int = 0
+    batch_events: int = 0

@@ -1,0 +1,67 @@
+"""Deadlines of many small things: a heap that forgets lazily.
+
+Each subject carries its own deadline in `timer_at`; a heap entry counts only while the two agree. So moving or
+stopping a timer costs one assignment.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from typing import Generic, Protocol, TypeVar
+
+
+class Timed(Protocol):
+    """What a timer can be set for."""
+
+    timer_at: float | None
+
+
+Subject = TypeVar("Subject", bound=Timed)
+
+
+class Timers(Generic[Subject]):
+    """Deadlines of subjects of one kind, at most one each."""
+
+    __slots__ = ("_active", "_entries", "_order")
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[float, int, Subject]] = []
+        self._order = 0
+        self._active = 0
+
+    def __len__(self) -> int:
+        return self._active
+
+    def start(self, subject: Subject, at: float) -> None:
+        """Set or move a subject's deadline, in seconds."""
+        if subject.timer_at is None:
+            self._active += 1
+        subject.timer_at = at
+        self._order += 1
+        heapq.heappush(self._entries, (at, self._order, subject))
+        if len(self._entries) > 2 * self._active + 64:
+            # Moved to and fro, the same deadline may stand there twice: the younger entry is enough.
+            kept = {id(entry[2]): entry for entry in self._entries if entry[2].timer_at == entry[0]}
+            self._entries = list(kept.values())
+            heapq.heapify(self._entries)
+
+    def stop(self, subject: Subject) -> None:
+        """Forget a subject's deadline; having none is fine."""
+        if subject.timer_at is not None:
+            subject.timer_at = None
+            self._active -= 1
+
+    def next_deadline(self) -> float | None:
+        """Return the earliest deadline, None when there is none."""
+        entries = self._entries
+        while entries and entries[0][2].timer_at != entries[0][0]:
+            heapq.heappop(entries)
+        return entries[0][0] if entries else None
+
+    def due(self, now: float) -> Iterator[Subject]:
+        """Take those whose deadline has come. Started again meanwhile for a later time, they do not come twice."""
+        while (at := self.next_deadline()) is not None and at <= now:
+            subject = heapq.heappop(self._entries)[2]
+            self.stop(subject)
+            yield subject

@@ -1,0 +1,153 @@
+"""Trunks: the one upstream watch that all watches of a range share.
+
+A trunk opens with the first create that needs it and holds that create, and those that come meanwhile, until etcd has
+answered `created`. It begins at "now", or at the start of its first watch if that is near: never so far back that a
+live watch would wait behind the catch-up. A trunk that began at "now" is complete from above the header of its
+`created`: etcd reads that header after it registered the watch, so what still comes at or below it may be a part of
+the truth only, and nobody needs it. A trunk with a start of its own is complete from there; its `created` says
+nothing.
+
+Without watches a trunk lingers a while. When a compaction ends its upstream watch, it opens anew from there for those
+who have missed nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from coalesce.session import PendingCreate, Session, Watch
+from coalesce.source import Source
+from proto.scan import Header
+
+if TYPE_CHECKING:
+    from coalesce.backfill import Backfill
+    from coalesce.hub import Hub
+
+
+class Trunk(Source):
+    """The upstream watch of a range, its history and all watches of that range."""
+
+    __slots__ = ("backfills", "joining", "opening", "prev_kv_from", "timer_at", "upgrade", "watches")
+
+    def __init__(self, hub: Hub, key: bytes, range_end: bytes, start_revision: int | None, prev_kv: bool) -> None:
+        super().__init__(hub, key, range_end, start_revision or 0, prev_kv)
+        # All watches of the range, wherever they are; those on backfills end up here.
+        self.watches: dict[Watch, None] = {}
+        # Creates that hold it open until they join.
+        self.joining: dict[PendingCreate, None] = {}
+        self.backfills: list[Backfill] = []
+        # Waits for `created`; until then its position may be unknown.
+        self.opening = True
+        # From here on the history has prev_kv; None = it has none.
+        self.prev_kv_from: int | None = (start_revision or 0) if prev_kv else None
+        # The second upstream watch, with prev_kv, that is to take over.
+        self.upgrade: Backfill | None = None
+        # When it has lingered long enough; None = it is in use.
+        self.timer_at: float | None = None
+        self.open(start_revision, prev_kv, False)
+
+    def serves(self, watch: Watch) -> bool:
+        """Whether it can bring this watch what it needs next."""
+        position = watch.next_revision
+        if watch.wants_prev_kv and (self.prev_kv_from is None or position < self.prev_kv_from):
+            return False
+        return position >= self.history.floor
+
+    def sessions(self) -> Iterator[Session]:
+        """Walk the sessions with watches of the range, or with creates that wait for it."""
+        for watch in self.watches:
+            yield watch.session
+        for create in self.joining:
+            yield create.session
+
+    def start_over(self, next_revision: int) -> None:
+        """Forget the history; what comes begins at `next_revision`. The watches have been lifted."""
+        self.fanout.next_revision = next_revision
+        self.history.drop(next_revision)
+        if self.prev_kv_from is not None:
+            self.prev_kv_from = next_revision
+
+
+class Trunks:
+    """Opens, lingers and closes trunks."""
+
+    __slots__ = ("_hub",)
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    def hold(self, create: PendingCreate) -> bool:
+        """Give a create its trunk, opened if need be. False: that needs a read of "now" first."""
+        if create.trunk is not None:
+            return True
+        hub = self._hub
+        trunk = hub.trunks_open.get((create.key, create.range_end))
+        if trunk is None:
+            start = create.request.start_revision
+            if start is not None:
+                if create.header is None:
+                    return False
+                newest = create.header.revision
+                # The future is no place for a trunk: others may want what comes before.
+                start = min(start, newest + 1) if newest - start <= hub.limits.trunk_catch_up_revisions else None
+            trunk = Trunk(hub, create.key, create.range_end, start, create.request.prev_kv)
+            hub.trunks_open[create.key, create.range_end] = trunk
+            hub.stats.trunks += 1
+        create.trunk = trunk
+        trunk.joining[create] = None
+        hub.lingers.stop(trunk)
+        return True
+
+    def release(self, create: PendingCreate) -> None:
+        """Let go of the trunk a create has held, because it has joined or never will."""
+        trunk, create.trunk = create.trunk, None
+        if trunk is not None:
+            del trunk.joining[create]
+            self.unused(trunk)
+
+    def unused(self, trunk: Trunk) -> None:
+        """Let a trunk linger if nobody wants it any more."""
+        hub = self._hub
+        if not trunk.watches and not trunk.joining and (trunk.key, trunk.range_end) in hub.trunks_open:
+            hub.lingers.start(trunk, hub.now + hub.limits.linger_s)
+
+    def created(self, trunk: Trunk, header: Header) -> None:
+        """Etcd has registered the trunk: those who wait may join."""
+        trunk.opening = False
+        trunk.upstream.created = True
+        trunk.refused_tokens.clear()
+        if trunk.upstream.start_revision is None:
+            trunk.start_over(header.revision + 1)
+        trunk.proven_at = self._hub.now
+        for create in list(trunk.joining):
+            self._hub.joining.advance(create.session)
+
+    def reopen(self, trunk: Trunk, next_revision: int) -> None:
+        """Open a trunk anew, from what it needs next, after etcd has ended its upstream watch."""
+        prev_kv = trunk.prev_kv_from is not None
+        if trunk.opening and trunk.upstream.start_revision is None:
+            trunk.open(None, prev_kv, False)
+            return
+        trunk.opening = True
+        if next_revision > trunk.next_revision:
+            trunk.start_over(next_revision)
+        trunk.open(next_revision, prev_kv, False)
+
+    def remove(self, trunk: Trunk, *, gone: bool = False) -> None:
+        """Forget a trunk that nobody wants; `gone`: etcd has ended its upstream watch already."""
+        hub = self._hub
+        assert not trunk.watches, "no watch may be left behind"
+        assert not trunk.joining, "no create may be left behind"
+        hub.lingers.stop(trunk)
+        if trunk.upgrade is not None:
+            hub.backfills.close(trunk.upgrade)
+        del hub.trunks_open[trunk.key, trunk.range_end]
+        hub.stats.trunks -= 1
+        hub.close_upstream(trunk.upstream, gone=gone)
+        trunk.history.drop(trunk.next_revision)
+
+    def expire(self) -> None:
+        """Remove the trunks that have lingered long enough."""
+        for trunk in self._hub.lingers.due(self._hub.now):
+            self.remove(trunk)
