@@ -144,7 +144,11 @@ class KeyIndex:
         """Fill an empty index with records in order of revision, in one go."""
         assert not self._histories
         for record in records:
-            self._histories.setdefault(record.key, []).append(record)
+            history = self._histories.setdefault(record.key, [])
+            if history:
+                # One bytes object per key, whatever the number of revisions.
+                record.key = history[0].key
+            history.append(record)
         self._keys = SortedKeys(self._histories)
 
     def newest(self, key: bytes) -> Record | None:
@@ -199,6 +203,12 @@ class KeyIndex:
             del self._histories[key]
             self._keys.remove(key)
         return dropped
+
+    def newest_records(self) -> Iterator[Record]:
+        """Yield the newest record of every key that exists now."""
+        for history in self._histories.values():
+            if not history[-1].deleted:
+                yield history[-1]
 
     def records(self) -> Iterator[Record]:
         """Yield every record, in order of keys and revisions."""

@@ -60,10 +60,11 @@ async def expire_leases(state: StoreState, writer: Writer) -> None:
 class Compactor:
     """Carries out compactions that were decided, in steps."""
 
-    __slots__ = ("_mvcc", "_task")
+    __slots__ = ("_mvcc", "_task", "_writer")
 
-    def __init__(self, mvcc: Mvcc) -> None:
+    def __init__(self, mvcc: Mvcc, writer: Writer) -> None:
         self._mvcc = mvcc
+        self._writer = writer
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -85,5 +86,5 @@ class Compactor:
     async def _run(self) -> None:
         finished = False
         while not finished:
-            finished = self._mvcc.compact_step(COMPACT_KEYS_PER_STEP)
+            finished = await self._writer.write(lambda: self._mvcc.compact_step(COMPACT_KEYS_PER_STEP))
             await asyncio.sleep(0)

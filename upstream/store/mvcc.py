@@ -10,7 +10,7 @@ revision, for watches; the key index has them by key, for reads. Semantics are t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from upstream.store import errors
@@ -43,9 +43,20 @@ Changes = tuple[Record, ...]
 class Mvcc:
     """The store itself. `revision` is the newest; reads below `compact_revision` are refused."""
 
-    __slots__ = ("_compaction_queue", "_log", "_log_start", "compact_revision", "index", "revision", "size_bytes")
+    __slots__ = (
+        "_compaction_queue",
+        "_log",
+        "_log_start",
+        "compact_revision",
+        "index",
+        "on_drop",
+        "revision",
+        "size_bytes",
+    )
 
     def __init__(self) -> None:
+        # Told which records a compaction step has removed.
+        self.on_drop: Callable[[list[Record]], None] = lambda _: None
         self.index = KeyIndex()
         self.revision = FIRST_REVISION
         self.compact_revision = NEVER_COMPACTED
@@ -146,7 +157,9 @@ class Mvcc:
             del keys[-keys_max:]
             keys_max -= len(batch)
             for key in batch:
-                self.size_bytes -= sum(map(weight, self.index.compact(key, revision)))
+                if dropped := self.index.compact(key, revision):
+                    self.size_bytes -= sum(map(weight, dropped))
+                    self.on_drop(dropped)
             if not keys:
                 self._compaction_queue.popleft()
         return not self._compaction_queue

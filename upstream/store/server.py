@@ -16,6 +16,8 @@ import random
 import socket
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import grpc
@@ -29,6 +31,7 @@ from upstream.store.auth_service import AuthService
 from upstream.store.calls import Traffic
 from upstream.store.cluster_service import ClusterService
 from upstream.store.http import make_application
+from upstream.store.journal import Journal, StoreDataError
 from upstream.store.kv_service import KVService
 from upstream.store.lease_service import LeaseService
 from upstream.store.maintenance_service import MaintenanceService
@@ -63,20 +66,24 @@ class StoreSettings:
     # Seconds between progress notifications of a watch that asked for them.
     progress_notify_interval_s: float = PROGRESS_NOTIFY_INTERVAL_S
     name: str = "watchmux"
+    # Where to keep everything; None = in memory only.
+    data_dir: Path | None = None
+    # Seconds that durable writes wait for others to share their commit: 0 = only those that arrive together.
+    commit_interval_s: float = 0.0
 
 
 class Store:
     """A running store. `port` and `metrics_port` are known once `start` has returned."""
 
     def __init__(self, settings: StoreSettings | None = None) -> None:
+        """Make a store, in memory or from its data directory, which is read here. Raises StoreDataError."""
         self.settings = settings or StoreSettings()
-        identity = Identity(random.randint(1, _UINT63_MAX), random.randint(1, _UINT63_MAX), self.settings.name)
-        self.state = StoreState(identity, lambda: random.randint(1, _UINT63_MAX))
         self.port = 0
         self.metrics_port: int | None = None
+        self._recorder, self.state = _open(self.settings)
         self._traffic = Traffic()
-        self._writer = Writer(self.state)
-        self._compactor = loops.Compactor(self.state.mvcc)
+        self._writer = Writer(self.state, self._recorder, self.settings.commit_interval_s)
+        self._compactor = loops.Compactor(self.state.mvcc, self._writer)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._runner: web.AppRunner | None = None
@@ -96,6 +103,7 @@ class Store:
             await self.stop(grace_s=0)
             raise
         watchable = self.state.watchable
+        self._compactor.start()
         self._spawn("sync watchers", loops.sync_watchers(watchable))
         self._spawn("retry victims", loops.retry_victims(watchable))
         self._spawn("expire leases", loops.expire_leases(self.state, self._writer))
@@ -116,6 +124,16 @@ class Store:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
         await self._compactor.stop()
+        if self._recorder is not None:
+            self._writer.flush()
+            recorder, self._recorder = self._recorder, None
+            recorder.close()
+
+    async def failure(self) -> StoreDataError:
+        """Wait until the store cannot go on, and return why."""
+        await self._writer.failed.wait()
+        assert self._writer.failure is not None
+        return self._writer.failure
 
     def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(asyncio.create_task(work, name=f"store: {name}"))
@@ -179,13 +197,28 @@ _SERVICES = tuple(
 
 
 async def serve(settings: StoreSettings | None = None) -> None:
-    """Run a store until cancelled. Raises StoreListenError."""
+    """Run a store until cancelled. Raises StoreListenError, StoreDataError."""
     store = Store(settings)
     await store.start()
     try:
-        await asyncio.Event().wait()
+        raise await store.failure()
     finally:
         await store.stop()
+
+
+def _open(settings: StoreSettings) -> tuple[Journal | None, StoreState]:
+    """Make the state, with its journal where there is a data directory. Raises StoreDataError."""
+
+    def random_id() -> int:
+        return random.randint(1, _UINT63_MAX)
+
+    if settings.data_dir is None:
+        return None, StoreState(Identity(random_id(), random_id(), settings.name), random_id)
+    journal = Journal(settings.data_dir, random_id(), random_id())
+    stored = journal.take_stored()
+    state = StoreState(Identity(stored.cluster_id, stored.member_id, settings.name), random_id, journal)
+    state.load(stored, monotonic())
+    return journal, state
 
 
 def parse_address(text: str, flag: str) -> tuple[str, int]:

@@ -16,6 +16,7 @@ from proto.pb import rpc_pb2
 from upstream.store import txn as requests
 from upstream.store.errors import StoreError
 from upstream.store.index import Record
+from upstream.store.journal import Recorder, Stored
 from upstream.store.lease import Lessor
 from upstream.store.mvcc import Changes, Mvcc, WriteTxn
 from upstream.store.watch_batch import ResponseHead
@@ -53,10 +54,27 @@ class CallStats:
 class StoreState:
     """The store's parts wired together; one method per call. All raise StoreError where etcd refuses."""
 
-    __slots__ = ("_random_id", "_unpublished", "head", "identity", "lessor", "mvcc", "raft_index", "stats", "watchable")
+    __slots__ = (
+        "_random_id",
+        "_recorder",
+        "_unpublished",
+        "head",
+        "identity",
+        "lessor",
+        "mvcc",
+        "raft_index",
+        "stats",
+        "watchable",
+    )
 
-    def __init__(self, identity: Identity, random_id: Callable[[], int], lessor: Lessor | None = None) -> None:
-        """Start empty. `random_id` makes up positive 63-bit lease ids."""
+    def __init__(
+        self,
+        identity: Identity,
+        random_id: Callable[[], int],
+        recorder: Recorder | None = None,
+        lessor: Lessor | None = None,
+    ) -> None:
+        """Start empty. `random_id` makes up positive 63-bit lease ids; `recorder` is told of every change."""
         self.identity = identity
         self.mvcc = Mvcc()
         self.watchable = WatchableStore(self.mvcc)
@@ -66,7 +84,17 @@ class StoreState:
         # What etcd would have in its raft log: it only has to grow with every write.
         self.raft_index = 4
         self._random_id = random_id
+        self._recorder = recorder or Recorder()
+        self.mvcc.on_drop = self._recorder.dropped
         self._unpublished: list[Changes] = []
+
+    def load(self, stored: Stored, now: float) -> None:
+        """Fill the empty store with what was kept. Leases start their time anew, as after etcd's restart."""
+        self.mvcc.load(stored.records, stored.revision, stored.compact_revision)
+        for lease_id, ttl_s in stored.leases:
+            self.lessor.grant(lease_id, ttl_s, now)
+        self.lessor.follow(self.mvcc.index.newest_records())
+        self.raft_index += stored.revision
 
     def fill(self, header: rpc_pb2.ResponseHeader) -> None:
         """Fill a header: who answers, and the newest revision unless the answer has one already."""
@@ -131,6 +159,7 @@ class StoreState:
     def compact(self, request: rpc_pb2.CompactionRequest) -> rpc_pb2.CompactionResponse:
         """Apply Compact; the physical part is left to `mvcc.compact_step`."""
         self.mvcc.compact(request.revision)
+        self._recorder.compacted(request.revision)
         self.raft_index += 1
         response = rpc_pb2.CompactionResponse()
         self.fill(response.header)
@@ -144,6 +173,7 @@ class StoreState:
         while not lease_id:
             lease_id = self._random_id()
         lease = self.lessor.grant(lease_id, request.TTL, now)
+        self._recorder.granted(lease_id, lease.ttl_s)
         self.raft_index += 1
         self.stats.leases_granted += 1
         response = rpc_pb2.LeaseGrantResponse(ID=lease_id, TTL=lease.ttl_s)
@@ -158,6 +188,7 @@ class StoreState:
             txn.delete_range(key)
         self._commit(txn)
         self.lessor.drop(lease_id)
+        self._recorder.revoked(lease_id)
         self.stats.leases_revoked += 1
         response = rpc_pb2.LeaseRevokeResponse()
         self.fill(response.header)
@@ -211,6 +242,7 @@ class StoreState:
         if changes:
             self._count(changes)
             self.lessor.follow(changes)
+            self._recorder.changed(changes)
             self._unpublished.append(changes)
 
     def _count(self, changes: tuple[Record, ...]) -> None:

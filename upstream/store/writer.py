@@ -1,48 +1,53 @@
 """
 The one way to write: apply, make durable, show the watchers, answer; in this order.
 
-In memory there is nothing to make durable and a write is done at once. With a journal the writes that arrive in one
-turn of the event loop share a commit: they are applied one after the other, committed together, and only then seen by
-watchers and answered. Nothing else runs in between, so no read sees what a crash could still take back.
+In memory there is nothing to make durable and a write is done at once. With a journal, writes share a commit: those
+that arrive in one turn of the event loop, or within the commit interval, are applied one after the other, committed
+together, and only then seen by watchers and answered. Nothing else runs between applying and committing, so no read
+sees what a crash could still take back; that is why the commit holds up the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
+from upstream.store import errors
+from upstream.store.errors import StoreError
+from upstream.store.journal import Recorder, StoreDataError
 from upstream.store.state import StoreState
 
 Response = TypeVar("Response")
 
 
-class Journal(Protocol):
-    """Where changes become durable."""
-
-    def commit(self) -> None:
-        """Make everything recorded so far durable. Raises OSError when it cannot."""
-
-
 class Writer:
     """Runs writes on a state, in order of arrival."""
 
-    __slots__ = ("_journal", "_queue", "_state")
+    __slots__ = ("_commit_interval_s", "_queue", "_recorder", "_state", "failed", "failure")
 
-    def __init__(self, state: StoreState, journal: Journal | None = None) -> None:
+    def __init__(self, state: StoreState, recorder: Recorder | None = None, commit_interval_s: float = 0.0) -> None:
+        """Without a recorder the store is in memory. `commit_interval_s` is how long writes wait for company."""
         self._state = state
-        self._journal = journal
-        # Writes of this turn of the loop, each settling its own future: (apply, settle).
-        self._queue: list[tuple[Callable[[], None], Callable[[], None]]] = []
+        self._recorder = recorder
+        self._commit_interval_s = commit_interval_s
+        # Writes that wait for their commit, each settling its own future: (apply, settle).
+        self._queue: list[tuple[Callable[[], None], Callable[[StoreError | None], None]]] = []
+        # Set, with the reason, when a commit has failed: then memory and file differ, and the store must stop.
+        self.failed = asyncio.Event()
+        self.failure: StoreDataError | None = None
 
     async def write(self, apply: Callable[[], Response]) -> Response:
         """Run one write and return its answer. Raises StoreError when it is refused."""
-        if self._journal is None:
+        if self._recorder is None:
             try:
                 return apply()
             finally:
                 self._state.publish()
-        done: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+        if self.failure is not None:
+            raise StoreError(errors.STOPPED)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Response] = loop.create_future()
         outcome: list[Response | Exception] = []
 
         def run() -> None:
@@ -51,25 +56,42 @@ class Writer:
             except Exception as error:
                 outcome.append(error)
 
-        def settle() -> None:
+        def settle(failure: StoreError | None) -> None:
             if done.done():
                 return
-            if isinstance(outcome[0], Exception):
-                done.set_exception(outcome[0])
+            result = failure or outcome[0]
+            if isinstance(result, Exception):
+                done.set_exception(result)
             else:
-                done.set_result(outcome[0])
+                done.set_result(result)
 
         if not self._queue:
-            asyncio.get_running_loop().call_soon(self._drain)
+            loop.call_later(self._commit_interval_s, self._drain)
         self._queue.append((run, settle))
         return await done
 
+    def flush(self) -> None:
+        """Do what is queued now, without waiting for company."""
+        if self._queue:
+            self._drain()
+
     def _drain(self) -> None:
-        assert self._journal is not None
+        assert self._recorder is not None
         queue, self._queue = self._queue, []
+        if self.failure is not None:
+            for _, settle in queue:
+                settle(StoreError(errors.STOPPED))
+            return
         for run, _ in queue:
             run()
-        self._journal.commit()
+        try:
+            self._recorder.commit()
+        except StoreDataError as error:
+            self.failure = error
+            self.failed.set()
+            for _, settle in queue:
+                settle(StoreError(errors.STOPPED))
+            return
         self._state.publish()
         for _, settle in queue:
-            settle()
+            settle(None)

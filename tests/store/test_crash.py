@@ -1,0 +1,95 @@
+"""Kill -9 under load: no acknowledged write is lost, none that was seen is taken back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from random import Random
+
+import grpc
+import pytest
+
+from proto.pb import rpc_pb2
+from tests.store.both import Client
+from tests.store.process import StoreProcess
+
+WRITERS = 4
+
+
+class Load:
+    """Writers that note what was acknowledged, and a watch that notes what was seen."""
+
+    def __init__(self, endpoint: str, turn: int) -> None:
+        self.acknowledged: dict[bytes, tuple[int, bytes]] = {}
+        self.seen: dict[int, bytes] = {}
+        self._client = Client(endpoint)
+        self._turn = turn
+        self._threads = [threading.Thread(target=self._write, args=(number,)) for number in range(WRITERS)]
+        self._threads.append(threading.Thread(target=self._watch))
+        for thread in self._threads:
+            thread.start()
+
+    def _write(self, number: int) -> None:
+        for at in range(1_000_000):
+            key, value = b"w%d/%d" % (number, at % 7), b"%d/%d" % (self._turn, at)
+            answer = self._client.ask(rpc_pb2.PutRequest(key=key, value=value))
+            if not isinstance(answer, rpc_pb2.PutResponse):
+                return
+            self.acknowledged[key] = (answer.header.revision, value)
+
+    def _watch(self) -> None:
+        try:
+            with self._client.watch() as call:
+                call.create(rpc_pb2.WatchCreateRequest(key=b"w", range_end=b"x"))
+                for response in call:
+                    for event in response.events:
+                        self.seen[event.kv.mod_revision] = event.kv.value
+        except grpc.RpcError:
+            return
+
+    def wait_for(self, revisions: int) -> None:
+        """Wait until so many writes were seen."""
+        deadline = time.monotonic() + 20
+        while len(self.seen) < revisions:
+            assert time.monotonic() < deadline, "no writes get through"
+            threading.Event().wait(0.002)
+
+    def end(self) -> None:
+        """Wait for all threads after the store is gone."""
+        for thread in self._threads:
+            thread.join(30)
+        self._client.close()
+
+
+def crash_and_check(directory: Path, turn: int, revisions: int) -> None:
+    with StoreProcess(directory) as process:
+        load = Load(process.endpoint, turn)
+        load.wait_for(revisions)
+    load.end()
+    assert load.acknowledged
+    with StoreProcess(directory) as process:
+        client = Client(process.endpoint)
+        for key, (revision, value) in load.acknowledged.items():
+            answer = client.ask(rpc_pb2.RangeRequest(key=key))
+            assert isinstance(answer, rpc_pb2.RangeResponse)
+            (found,) = answer.kvs
+            # A write that was under way at the crash may be there on top.
+            assert found.mod_revision >= revision
+            assert found.mod_revision > revision or found.value == value
+        first = min(load.seen)
+        past = client.watched(rpc_pb2.WatchCreateRequest(key=b"w", range_end=b"x", start_revision=first))
+        kept = {event.kv.mod_revision: event.kv.value for event in past}
+        assert {revision: kept.get(revision) for revision in load.seen} == load.seen
+        client.close()
+
+
+def test_a_killed_store_has_lost_nothing(tmp_path: Path) -> None:
+    crash_and_check(tmp_path, 0, 300)
+
+
+@pytest.mark.long
+def test_a_store_killed_many_times_has_lost_nothing(tmp_path: Path) -> None:
+    rng = Random(1)
+    for turn in range(20):
+        crash_and_check(tmp_path, turn, rng.randrange(5, 2000))

@@ -1,0 +1,276 @@
+"""
+The durable side of the store: its records, leases and revisions in an SQLite file (`--data-dir`).
+
+SQLite's write-ahead log is the store's. Everything a write changes is recorded first, in memory, and `commit` puts it
+into the file in one transaction: after that it survives kill -9, and with the file's `synchronous=FULL` a power cut
+too. At the start the file is read back whole; the store itself stays in memory.
+
+A file that is not ours, comes from a newer release, or is damaged is refused and not written to: what it is, is
+decided on its first bytes and on a read-only connection. One process at a time may have it open.
+
+Tables: `records`, one row per change as in the revision log, without those that compactions dropped; `leases`;
+`meta`, one row of numbers.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upstream.store.index import Record
+from upstream.store.mvcc import FIRST_REVISION, NEVER_COMPACTED, Changes
+
+FILE_NAME = "store.db"
+
+# "wmux": how a file of ours is told from any other SQLite file (SQLite's application_id, at byte 68 of the file).
+APPLICATION_ID = 0x776D7578
+FORMAT = 1
+"""The tables' layout (SQLite's user_version, at byte 60)."""
+
+_MAGIC = b"SQLite format 3\x00"
+_HEADER_BYTES = 100
+_USER_VERSION = slice(60, 64)
+_APPLICATION_ID = slice(68, 72)
+
+_SCHEMA = """
+CREATE TABLE records (
+    mod_revision INTEGER NOT NULL, sub_revision INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL,
+    create_revision INTEGER NOT NULL, version INTEGER NOT NULL, lease INTEGER NOT NULL, deleted INTEGER NOT NULL,
+    PRIMARY KEY (mod_revision, sub_revision)
+) WITHOUT ROWID;
+CREATE TABLE leases (id INTEGER PRIMARY KEY, ttl_s INTEGER NOT NULL);
+CREATE TABLE meta (
+    cluster_id INTEGER NOT NULL, member_id INTEGER NOT NULL,
+    revision INTEGER NOT NULL, compact_revision INTEGER NOT NULL
+);
+"""
+
+
+class StoreDataError(Exception):
+    """The data directory cannot be used; the text says what is wrong, where, and what to do."""
+
+
+class Recorder:
+    """What the store tells whoever keeps its changes. This one keeps nothing: the store in memory."""
+
+    def changed(self, changes: Changes) -> None:
+        """Record the changes of one revision."""
+
+    def compacted(self, revision: int) -> None:
+        """Record that a compaction was decided."""
+
+    def dropped(self, records: Iterable[Record]) -> None:
+        """Record that compaction has removed records. Need not be durable: it can be done again."""
+
+    def granted(self, lease_id: int, ttl_s: int) -> None:
+        """Record a new lease."""
+
+    def revoked(self, lease_id: int) -> None:
+        """Record that a lease is gone."""
+
+    def commit(self) -> None:
+        """Make everything recorded so far durable. Raises StoreDataError when that fails."""
+
+    def close(self) -> None:
+        """Close files."""
+
+
+@dataclass(slots=True)
+class Stored:
+    """What a file holds."""
+
+    cluster_id: int
+    member_id: int
+    revision: int
+    compact_revision: int
+    # In order of (mod_revision, sub_revision).
+    records: list[Record]
+    # (lease id, TTL in seconds)
+    leases: list[tuple[int, int]]
+
+
+class Journal(Recorder):
+    """A recorder that keeps everything in a file."""
+
+    def __init__(self, directory: Path, cluster_id: int, member_id: int) -> None:
+        """
+        Open the directory's file, or create both; the ids are for a new one.
+
+        Raises StoreDataError. `stored` has what was in the file until `take_stored` hands it over.
+        """
+        self.path = directory / FILE_NAME
+        self._records: list[Record] = []
+        self._dropped: list[Record] = []
+        self._leases: dict[int, int | None] = {}
+        self._compact_revision: int | None = None
+        # Set while a commit is under way: it stays when that fails, and then nothing is written any more.
+        self._failed = False
+        with self._explained("be opened"):
+            directory.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():
+                _create(self.path, cluster_id, member_id)
+            self._check_ours()
+            self._stored: Stored | None = self._read()
+            self._file = sqlite3.connect(self.path, isolation_level=None, timeout=0, check_same_thread=False)
+            self._file.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._file.execute("PRAGMA journal_mode = WAL")
+            self._file.execute("PRAGMA synchronous = FULL")
+            # Takes the lock now: a second store on the same directory fails here, not at its first write.
+            self._file.execute("BEGIN IMMEDIATE")
+            self._file.execute("COMMIT")
+
+    def take_stored(self) -> Stored:
+        """Return what the file held when it was opened; once, since it is everything."""
+        stored, self._stored = self._stored, None
+        assert stored is not None
+        return stored
+
+    def changed(self, changes: Changes) -> None:
+        self._records += changes
+
+    def compacted(self, revision: int) -> None:
+        self._compact_revision = revision
+
+    def dropped(self, records: Iterable[Record]) -> None:
+        self._dropped += records
+
+    def granted(self, lease_id: int, ttl_s: int) -> None:
+        self._leases[lease_id] = ttl_s
+
+    def revoked(self, lease_id: int) -> None:
+        self._leases[lease_id] = None
+
+    def commit(self) -> None:
+        if not (self._records or self._leases or self._dropped or self._compact_revision is not None):
+            return
+        self._failed = True
+        with self._explained("be written"):
+            file = self._file
+            file.execute("BEGIN IMMEDIATE")
+            if self._records:
+                file.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?)", map(_row, self._records))
+                file.execute("UPDATE meta SET revision = ?", (self._records[-1].mod_revision,))
+            if self._leases:
+                file.executemany("DELETE FROM leases WHERE id = ?", [(lease_id,) for lease_id in self._leases])
+                granted = [(lease_id, ttl_s) for lease_id, ttl_s in self._leases.items() if ttl_s is not None]
+                file.executemany("INSERT INTO leases VALUES (?, ?)", granted)
+            if self._compact_revision is not None:
+                file.execute("UPDATE meta SET compact_revision = ?", (self._compact_revision,))
+            if self._dropped:
+                places = [(record.mod_revision, record.sub_revision) for record in self._dropped]
+                file.executemany("DELETE FROM records WHERE mod_revision = ? AND sub_revision = ?", places)
+            file.execute("COMMIT")
+        self._failed = False
+        self._records.clear()
+        self._leases.clear()
+        self._dropped.clear()
+        self._compact_revision = None
+
+    def close(self) -> None:
+        """Write what is left, unless writing has failed before, and close the file, so that it needs no recovery."""
+        try:
+            if not self._failed:
+                self.commit()
+        finally:
+            self._file.close()
+
+    def _check_ours(self) -> None:
+        """Decide on the file's first bytes, which SQLite has not touched. Raises StoreDataError."""
+        with self.path.open("rb") as file:
+            header = file.read(_HEADER_BYTES)
+        if header[: len(_MAGIC)] != _MAGIC or len(header) < _HEADER_BYTES:
+            raise self._unusable("is not a store's data file")
+        if int.from_bytes(header[_APPLICATION_ID]) != APPLICATION_ID:
+            raise self._unusable("is an SQLite file of another program")
+        if (version := int.from_bytes(header[_USER_VERSION])) != FORMAT:
+            raise self._unusable(f"has format {version}, and this release knows {FORMAT} only")
+
+    def _read(self) -> Stored:
+        """Read the file on a read-only connection and check it. Raises StoreDataError, sqlite3.Error."""
+        with closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=0)) as file:
+            problems = [row[0] for row in file.execute("PRAGMA quick_check(1)")]
+            if problems != ["ok"]:
+                raise self._unusable(f"is damaged ({' '.join(problems[0].split())})")
+            meta = file.execute("SELECT cluster_id, member_id, revision, compact_revision FROM meta").fetchall()
+            if len(meta) != 1:
+                raise self._unusable("is damaged (its revision is missing)")
+            rows = file.execute("SELECT * FROM records ORDER BY mod_revision, sub_revision")
+            cluster_id, member_id, revision, compact_revision = meta[0]
+            records = [_record(row) for row in rows]
+            leases = file.execute("SELECT id, ttl_s FROM leases").fetchall()
+        stored = Stored(cluster_id, member_id, revision, compact_revision, records, leases)
+        if problem := _inconsistency(stored):
+            raise self._unusable(f"is damaged ({problem})")
+        return stored
+
+    def _unusable(self, what: str) -> StoreDataError:
+        return StoreDataError(f"{self.path} {what}; it was left as it is: restore a copy or choose another --data-dir")
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Turn errors of the file into one line."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                text = f"{self.path} is in use by another store; stop that or choose another --data-dir"
+                raise StoreDataError(text) from None
+            raise StoreDataError(f"{self.path} cannot {what}: {error}; see to the disk and its permissions") from None
+        except sqlite3.DatabaseError as error:
+            raise self._unusable(f"is damaged ({error})") from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise StoreDataError(f"{self.path} cannot {what}: {reason}; see to the disk and its permissions") from None
+
+
+def _create(path: Path, cluster_id: int, member_id: int) -> None:
+    """Make an empty file, whole or not at all."""
+    unfinished = path.with_suffix(".new")
+    unfinished.unlink(missing_ok=True)
+    # Not in WAL mode yet: what tells the file as ours has to be in the file itself, not in its log.
+    with closing(sqlite3.connect(unfinished, isolation_level=None)) as file:
+        file.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; {_SCHEMA}")
+        numbers = (cluster_id, member_id, FIRST_REVISION, NEVER_COMPACTED)
+        file.execute("INSERT INTO meta VALUES (?, ?, ?, ?)", numbers)
+    unfinished.rename(path)
+
+
+def _row(record: Record) -> tuple[int, int, bytes, bytes, int, int, int, bool]:
+    return (
+        record.mod_revision,
+        record.sub_revision,
+        record.key,
+        record.value,
+        record.create_revision,
+        record.version,
+        record.lease,
+        record.deleted,
+    )
+
+
+def _record(row: tuple[Any, ...]) -> Record:
+    mod_revision, sub_revision, key, value, create_revision, version, lease, deleted = row
+    return Record(key, value, create_revision, mod_revision, sub_revision, version, lease, bool(deleted))
+
+
+def _inconsistency(stored: Stored) -> str | None:
+    """Tell what is wrong between rows that are readable each; None when nothing is."""
+    # Every revision above the compact one changed something, and its changes are numbered without gaps.
+    expected = max(stored.compact_revision, FIRST_REVISION) + 1
+    sub = 0
+    for record in stored.records:
+        if record.mod_revision < expected - 1 or record.mod_revision <= stored.compact_revision:
+            continue
+        if record.mod_revision == expected:
+            expected += 1
+            sub = 0
+        if record.mod_revision != expected - 1 or record.sub_revision != sub:
+            return f"revision {expected} is missing"
+        sub += 1
+    if expected != stored.revision + 1:
+        return f"its newest revision is {stored.revision}, its records end at {expected - 1}"
+    return None
