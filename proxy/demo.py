@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from proxy.load.plan import Shape
-from proxy.load.show import Bars
+from proxy.load.plan import Shape, count_kinds
 from proxy.load.stage import Stage
-from proxy.load.trial import Spec, Trial, run_trial
+from proxy.load.trial import Show, Spec, Trial, run_trial
 
 PAST_WRITES = 200
 VALUE_BYTES = 256
@@ -37,7 +36,7 @@ class DemoResult(msgspec.Struct, kw_only=True):
         return self.trial.verdict.faultless and not self.trial.complaints
 
 
-async def run_demo(stage: Stage, shape: Shape, seconds: float, bars: Bars, endpoints: str | None = None) -> DemoResult:
+async def run_demo(stage: Stage, shape: Shape, seconds: float, show: Show, endpoints: str | None = None) -> DemoResult:
     """Run the demo on a stage; `endpoints` are all members of a cluster, where the upstream is one of them.
 
     Raises ChildFailed, LoadFailed, WriteFailed, NoMetrics or NoTruth, each with one line of text.
@@ -50,25 +49,28 @@ async def run_demo(stage: Stage, shape: Shape, seconds: float, bars: Bars, endpo
         value_bytes=VALUE_BYTES,
         past_writes=PAST_WRITES,
     )
-    trial = await run_trial(spec, stage.upstream, stage.page, stage.proxy, bars, through_proxy=True)
+    trial = await run_trial(spec, stage.upstream, stage.page, stage.proxy, show, through_proxy=True)
     return DemoResult(trial=trial, shape=shape, seconds=seconds, upstream_name=stage.upstream_name)
 
 
 def show_result(result: DemoResult, console: Console) -> None:
     """Print the table and the verdict."""
     trial, verdict, shape = result.trial, result.trial.verdict, result.shape
-    table = Table(
-        title=f"{shape.watches:,} watches over {shape.ranges} ranges, {result.seconds:g} s of writes",
-        show_header=False,
-        title_justify="left",
-    )
+    title = f"{shape.watches:,} watches over {shape.ranges} ranges, {result.seconds:g} s of writes"
+    table = Table(title=f"{title}, in front of {result.upstream_name}", show_header=False, title_justify="left")
     table.add_column("what")
     table.add_column("number", justify="right", style="bold")
     table.add_column("note", style="dim")
-    table.add_row("client watches", f"{shape.watches:,}", f"on {shape.streams:,} gRPC streams")
-    table.add_row("upstream watchers", f"{trial.watchers:,}", f"counted by {result.upstream_name} itself")
-    table.add_row("upstream watch streams", f"{trial.watch_streams:,}", "counted there too")
-    table.add_row("reduction", _factor(shape.watches, trial.watchers), "client watches for each of those")
+    slow = ", one of them slow" if shape.pause_s else ""
+    kinds = count_kinds(shape)
+    table.add_row("client watches", f"{shape.watches:,}", f"on {shape.streams:,} gRPC streams{slow}")
+    table.add_row("", f"{kinds.past:,}", "of them start in the past")
+    table.add_row("", f"{kinds.filtered:,}", "have filters")
+    table.add_row("", f"{kinds.prev_kv:,}", "have prev_kv")
+    table.add_section()
+    table.add_row("upstream watchers", f"{trial.watchers:,}", "as the upstream itself counts them")
+    table.add_row("upstream streams", f"{trial.watch_streams:,}", "counted there too")
+    table.add_row("reduction", _factor(shape.watches, trial.watchers), "client watches for each upstream watcher")
     table.add_section()
     sent = trial.after.events_sent - trial.before.events_sent
     table.add_row("events written", f"{trial.written:,}", "while the clients watched")
@@ -83,8 +85,8 @@ def show_result(result: DemoResult, console: Console) -> None:
     ):
         table.add_row(name, Text(f"{count:,}", style="bold red" if count else "bold green"), "")
     table.add_section()
-    table.add_row("delay, half of the events", f"{verdict.p50_ms:.1f} ms", "from writing to receiving")
-    table.add_row("delay, 99 of 100", f"{verdict.p99_ms:.1f} ms", "without the slow client")
+    table.add_row("delay p50", f"{verdict.p50_ms:.1f} ms", "from the start of the write to its receipt")
+    table.add_row("delay p99", f"{verdict.p99_ms:.1f} ms", "the slow client left out")
     console.print(table)
     for text in (*verdict.examples, *trial.complaints[:5]):
         console.print(Text(f"  {text}", style="red"))

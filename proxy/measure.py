@@ -137,10 +137,9 @@ async def _wait_quiet(page: MetricsPage, watchers: int) -> None:
 def show_measurement(measured: Measurement, console: Console) -> None:
     """Print the table of before and after."""
     shape, direct, proxied = measured.shape, measured.direct, measured.proxied
+    title = f"{shape.watches:,} watches over {shape.ranges} ranges on {shape.streams:,} streams"
     table = Table(
-        title=f"{shape.watches:,} watches over {shape.ranges} ranges on {shape.streams:,} streams, "
-        f"{measured.seconds:g} s of writes, counted by {measured.upstream}",
-        title_justify="left",
+        title=f"{title}, {measured.seconds:g} s of writes\ncounted by {measured.upstream} itself", title_justify="left"
     )
     for name in ("what the upstream serves", "directly", "through watchmux", "reduction"):
         table.add_column(name, justify="left" if name.startswith("what") else "right")
@@ -157,10 +156,10 @@ def show_measurement(measured: Measurement, console: Console) -> None:
             table.add_row(name, *(_number(value) for value in values), f"[bold]{factor:,.1f}x" if factor else "-")
     table.add_section()
     table.add_row("events its clients got", f"{direct.events_received:,}", f"{proxied.events_received:,}", "")
-    table.add_row("delay, half of the events", f"{direct.p50_ms:.1f} ms", f"{proxied.p50_ms:.1f} ms", "")
-    table.add_row("delay, 99 of 100", f"{direct.p99_ms:.1f} ms", f"{proxied.p99_ms:.1f} ms", "")
+    table.add_row("delay p50", f"{direct.p50_ms:.1f} ms", f"{proxied.p50_ms:.1f} ms", "")
+    table.add_row("delay p99", f"{direct.p99_ms:.1f} ms", f"{proxied.p99_ms:.1f} ms", "")
     faults = [side.lost + side.duplicated + side.out_of_order + side.wrong for side in (direct, proxied)]
-    table.add_row("lost, doubled, out of order, wrong", *(_faults(count) for count in faults), "")
+    table.add_row("lost, doubled or otherwise wrong", *(_faults(count) for count in faults), "")
     console.print(table)
     for name, side in (("directly", direct), ("through the proxy", proxied)):
         for text in (*side.examples, *side.complaints[:5]):

@@ -11,10 +11,10 @@ import asyncio
 import errno
 import os
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from coalesce import Limits
-from proto.http2 import Limits as Http2Limits
 from proxy import logs
 from proxy.child import Child, ChildFailed, Parent, Ready, on_signals, python_command
 from proxy.cli_errors import FAILURE, WRONG_REQUEST, Failed
@@ -49,7 +49,7 @@ def listener_settings(settings: Settings) -> ListenerSettings:
     """Return the listener's settings."""
     listener = settings.listener
     return ListenerSettings(
-        http2=Http2Limits(max_streams=listener.max_concurrent_streams),
+        http2=replace(ListenerSettings().http2, max_streams=listener.max_concurrent_streams),
         connections_max=listener.connections_max,
         keepalive_interval_s=listener.grpc_keepalive_interval_s or None,
         keepalive_timeout_s=listener.grpc_keepalive_timeout_s,

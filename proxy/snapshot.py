@@ -133,7 +133,7 @@ class Source:
             upstream_opened_total=core.upstreams_opened,
             upstream_lost_total=engine.upstream_lost,
             upstream_broken_total=engine.upstream_broken,
-            upstream_reads_total=core.reads + core.checks,
+            upstream_reads_total=proxy.reader.reads,
         )
 
 

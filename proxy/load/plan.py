@@ -111,6 +111,24 @@ def _watch(number: int, which: int, shape: Shape, past: list[int]) -> PlannedWat
     return PlannedWatch(which, start, no_put=kind == 3, no_delete=kind == 7, prev_kv=kind in (1, 5, 9))
 
 
+class Kinds(msgspec.Struct, frozen=True):
+    """How many watches of a load are of which kind; one watch can be of several."""
+
+    past: int
+    filtered: int
+    prev_kv: int
+
+
+def count_kinds(shape: Shape) -> Kinds:
+    """Count the kinds of watches in a load of this shape."""
+    watches = [watch for stream in make_streams(shape, [1]) for watch in stream.watches]
+    return Kinds(
+        past=sum(watch.start_revision > 0 for watch in watches),
+        filtered=sum(watch.no_put or watch.no_delete for watch in watches),
+        prev_kv=sum(watch.prev_kv for watch in watches),
+    )
+
+
 def deal(streams: list[PlannedStream], processes: int) -> list[list[PlannedStream]]:
     """Deal streams to processes by channel, so that streams of one connection stay together; none stays empty."""
     dealt: list[list[PlannedStream]] = [[] for _ in range(processes)]

@@ -1,0 +1,88 @@
+"""The measurement: on a real etcd the reduction is what the ranges say; the report is complete."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from proxy.cli import run
+from proxy.load.plan import Shape
+from proxy.measure import Measurement, Side, reduction_of, show_measurement
+from tests.etcd.server import EtcdServer
+from tests.proxy_process import ProxyProcess
+
+SMALL = "--watches=60 --ranges=5 --streams=12 --seconds=1".split()  # noqa: SIM905 - as one types it
+
+
+def measured(capsys: pytest.CaptureFixture[str], *arguments: str) -> Measurement:
+    assert run(["measure", *SMALL, "--json", *arguments]) == 0
+    return msgspec.json.decode(capsys.readouterr().out, type=Measurement)
+
+
+def check(found: Measurement) -> None:
+    assert found.direct.faultless
+    assert found.proxied.faultless
+    assert found.direct.watchers == 60
+    assert found.direct.watch_streams == 12
+    assert found.proxied.watchers == 5
+    assert found.proxied.watch_streams == 1
+    assert found.reduction["watchers"] == 12.0
+    assert found.reduction["watch_streams"] == 12.0
+    assert found.reduction["events_sent"] == 12.0
+    assert found.direct.events_received == found.proxied.events_received
+    bytes_factor = found.reduction["bytes_sent"]
+    assert bytes_factor is not None
+    assert bytes_factor > 3
+
+
+def test_a_real_etcd_and_a_proxy_that_is_started(etcd: EtcdServer, capsys: pytest.CaptureFixture[str]) -> None:
+    found = measured(capsys, f"--upstream={etcd.endpoint}")
+    check(found)
+    assert found.direct.cpu_s is not None
+    assert etcd.ctl("get", "", "--prefix", "--keys-only").stdout.strip() == ""
+
+
+def test_a_real_etcd_and_a_proxy_that_runs(etcd: EtcdServer, capsys: pytest.CaptureFixture[str]) -> None:
+    with ProxyProcess(etcd.endpoint) as proxy:
+        found = measured(
+            capsys, f"--upstream={etcd.endpoint}", f"--upstream-metrics={etcd.url}/metrics", f"--proxy={proxy.endpoint}"
+        )
+        check(found)
+        assert found.proxy == proxy.endpoint
+
+
+def side(**values: Any) -> Side:
+    defaults: dict[str, Any] = dict.fromkeys(Side.__struct_fields__, 0)
+    return Side(**{**defaults, "complaints": [], "examples": [], **values})
+
+
+def test_reductions_are_left_out_where_nothing_is_left_to_divide_by() -> None:
+    factors = reduction_of(side(watchers=100, bytes_sent=10, cpu_s=None), side(watchers=10, bytes_sent=0, cpu_s=None))
+    assert factors["watchers"] == 10.0
+    assert factors["bytes_sent"] is None
+    assert factors["cpu_s"] is None
+
+
+def test_the_table_shows_both_sides_and_every_fault() -> None:
+    direct, proxied = side(watchers=1000, cpu_s=0.5), side(watchers=10, cpu_s=0.1, lost=2, examples=["reliable: x"])
+    found = Measurement(
+        upstream="etcd at 127.0.0.1:2379",
+        proxy="127.0.0.1:23790",
+        shape=Shape(),
+        seconds=5,
+        events_written=1,
+        direct=direct,
+        proxied=proxied,
+        reduction=reduction_of(direct, proxied),
+    )
+    output = io.StringIO()
+    show_measurement(found, Console(file=output, width=120))
+    text = output.getvalue()
+    assert "1,000" in text
+    assert "100.0x" in text
+    assert "through the proxy: reliable: x" in text
+    assert not found.faultless
