@@ -1,0 +1,236 @@
+"""The pool: round the endpoints that work, away from those that do not, and never twice what may have been done."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from proto.framing import Status
+from proto.http2 import ErrorCode, Limits
+from tests.etcd.server import free_port
+from tests.upstream.recorder import RecordedLog
+from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
+from tests.waiting import until_async
+from upstream.endpoints import parse_endpoints
+from upstream.errors import CallFailed
+from upstream.pool import NO_LEADER_TEXT, Pool
+from upstream.settings import ConnectionSettings, Settings
+
+ECHO = "/test/Echo"
+
+
+def run(story: Coroutine[Any, Any, None]) -> None:
+    """Run a story with a bound on its time."""
+
+    async def bounded() -> None:
+        async with asyncio.timeout(20):
+            await story
+
+    asyncio.run(bounded())
+
+
+@asynccontextmanager
+async def pooled(
+    *endpoints: str, log: RecordedLog | None = None, settings: Settings | None = None
+) -> AsyncIterator[Pool]:
+    """Run a pool."""
+    pool = Pool(parse_endpoints(endpoints), settings=settings, log=log)
+    pool.start()
+    try:
+        yield pool
+    finally:
+        await pool.stop()
+
+
+async def up(pool: Pool, count: int) -> None:
+    """Wait until so many endpoints are connected."""
+    await until_async(lambda: sum(slot.connection is not None for slot in pool._slots) == count, f"{count} connections")
+
+
+async def failure(pool: Pool, **extra: Any) -> CallFailed:
+    """Make a call that has to fail."""
+    with pytest.raises(CallFailed) as error:
+        await pool.unary(ECHO, b"x", **extra)
+    return error.value
+
+
+def test_calls_go_round_the_endpoints() -> None:
+    async def story() -> None:
+        async with scripted() as one, scripted() as two, pooled(one.endpoint, two.endpoint) as pool:
+            await up(pool, 2)
+            for number in range(6):
+                answer, _ = await pool.unary(ECHO, b"%d" % number)
+                assert answer == b"%d" % number
+            assert (len(one.calls), len(two.calls)) == (3, 3)
+
+    run(story())
+
+
+def test_a_call_right_after_the_start_waits_for_a_connection() -> None:
+    async def story() -> None:
+        async with scripted() as etcd, pooled(etcd.endpoint) as pool:
+            assert pool.pick() is None
+            assert pool.down is None
+            assert (await pool.unary(ECHO, b"early"))[0] == b"early"
+
+    run(story())
+
+
+def test_a_dead_endpoint_is_left_out_and_told_once() -> None:
+    async def story() -> None:
+        log = RecordedLog()
+        async with scripted() as etcd, pooled(f"127.0.0.1:{free_port()}", etcd.endpoint, log=log) as pool:
+            await up(pool, 1)
+            for _ in range(4):
+                await pool.unary(ECHO, b"x")
+            await until_async(log.problems, "the warning")
+            await until_async(lambda: pool._slots[0].backoff._delay_s > 0.2, "some more attempts")
+            assert len(log.problems()) == 1
+            assert "connection refused" in log.problems()[0]
+            assert pool.down is None
+
+    run(story())
+
+
+def test_a_pool_without_endpoints_that_work_fails_at_once_and_recovers() -> None:
+    async def story() -> None:
+        told: list[bool] = []
+        async with scripted() as etcd, pooled(etcd.endpoint) as pool:
+            pool.when_available(lambda: told.append(pool.pick() is not None))
+            await until_async(lambda: told == [True], "the connection")
+            etcd.drop()
+            # The first try after a loss comes at once: nobody is told that the endpoint is down.
+            await until_async(lambda: told == [True, True], "another connection")
+            assert (await pool.unary(ECHO, b"x"))[0] == b"x"
+        dead = f"127.0.0.1:{free_port()}"
+        async with pooled(dead) as pool:
+            error = await failure(pool, timeout_s=5)
+            assert error.status == Status.UNAVAILABLE
+            assert f"no etcd can be reached: {dead}: connection refused" in error.text
+            assert pool.down is not None
+
+    run(story())
+
+
+def test_no_answer_from_anywhere_is_a_deadline() -> None:
+    async def story() -> None:
+        async with scripted() as silent:
+            silent.mute = True
+            async with pooled(silent.endpoint) as pool:
+                error = await failure(pool, timeout_s=0.05)
+                assert error.status == Status.DEADLINE_EXCEEDED
+
+    run(story())
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "options", "again"),
+    [
+        (14, "x", {}, False),
+        (14, "x", {"idempotent": True}, True),
+        (14, NO_LEADER_TEXT, {}, False),
+        (14, NO_LEADER_TEXT, {"has_leader": True}, True),
+        (9, "x", {"idempotent": True, "has_leader": True}, False),
+    ],
+)
+def test_what_is_tried_on_another_endpoint(status: int, text: str, options: dict[str, Any], again: bool) -> None:
+    async def story() -> None:
+        async with scripted() as bad, scripted() as good, pooled(bad.endpoint, good.endpoint) as pool:
+            bad.on_message = lambda call, _: call.end(status, text)
+            await up(pool, 2)
+            if again:
+                assert (await pool.unary(ECHO, b"x", **options))[0] == b"x"
+                assert len(good.calls) == 1
+            else:
+                error = await failure(pool, **options)
+                assert (error.status, error.text) == (status, text)
+                assert good.calls == []
+            assert len(bad.calls) == 1
+            assert (b"hasleader" in bad.calls[0].metadata) == options.get("has_leader", False)
+
+    run(story())
+
+
+def test_what_no_server_has_looked_at_is_sent_again() -> None:
+    async def story() -> None:
+        async with scripted() as bad, scripted() as good, pooled(bad.endpoint, good.endpoint) as pool:
+            bad.on_call = lambda call: call.reset(ErrorCode.REFUSED_STREAM)
+            await up(pool, 2)
+            assert (await pool.unary(ECHO, b"x"))[0] == b"x"
+            good.on_call = bad.on_call
+            error = await failure(pool)
+            assert error.status == Status.UNAVAILABLE
+            assert len(bad.calls) + len(good.calls) == 4
+
+    run(story())
+
+
+def test_a_connection_at_its_limit_is_not_picked() -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            etcd.limits = Limits(max_streams=1)
+            held: list[ScriptedCall] = []
+            etcd.on_message = lambda call, _: held.append(call)
+            async with pooled(etcd.endpoint) as pool:
+                await up(pool, 1)
+                first = asyncio.ensure_future(pool.unary(ECHO, b"x"))
+                await until_async(lambda: held, "the first call")
+                assert pool.pick() is None
+                error = await failure(pool, timeout_s=0.05)
+                assert error.status == Status.DEADLINE_EXCEEDED
+                held[0].send(b"y")
+                held[0].end()
+                assert (await first)[0] == b"y"
+                assert pool.pick() is not None
+
+    run(story())
+
+
+def test_goaway_brings_a_new_connection() -> None:
+    async def story() -> None:
+        async with scripted() as etcd, pooled(etcd.endpoint) as pool:
+            await up(pool, 1)
+            before = pool.pick()
+            etcd.connections[0].go_away(0)
+            await until_async(lambda: pool.pick() not in (None, before), "another connection")
+            assert (await pool.unary(ECHO, b"x"))[0] == b"x"
+            await until_async(lambda: len(etcd.connections) == 1, "the first to be closed")
+
+    run(story())
+
+
+def test_an_idle_connection_is_not_pinged() -> None:
+    """etcd counts pings without calls as abuse and ends the connection."""
+
+    async def story() -> None:
+        settings = Settings(connection=ConnectionSettings(keepalive_s=0.02, keepalive_timeout_s=0.02))
+        async with scripted() as etcd, pooled(etcd.endpoint, settings=settings) as pool:
+            await up(pool, 1)
+            connection = pool.pick()
+            assert connection is not None
+            held: list[ScriptedCall] = []
+            etcd.on_message = lambda call, _: held.append(call)
+            etcd.connections[0].frozen = True
+            start = asyncio.get_running_loop().time()
+            await until_async(lambda: asyncio.get_running_loop().time() > start + 0.1, "five intervals")
+            assert connection.healthy
+            error = await failure(pool)
+            assert error.status == Status.UNAVAILABLE
+            assert "not even a ping" in error.text
+
+    run(story())
+
+
+def test_scripted_etcd_answers() -> None:
+    """The double itself: what is not a watch or a status is echoed."""
+
+    async def story() -> None:
+        async with scripted() as etcd, pooled(etcd.endpoint) as pool:
+            assert isinstance(etcd, ScriptedEtcd)
+            assert (await pool.unary("/x/Y", b"z"))[0] == b"z"
+
+    run(story())
