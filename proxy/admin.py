@@ -38,7 +38,7 @@ GAUGES = {
 """Fields of a snapshot that are gauges, with what they mean."""
 
 COUNTERS = {
-    "connections_total": "Client connections accepted.",
+    "connections_accepted_total": "Client connections accepted.",
     "connections_refused_total": "Client connections turned away at --connections-max.",
     "requests_total": "Client streams (calls and watches) opened.",
     "written_bytes_total": "Bytes written to clients.",

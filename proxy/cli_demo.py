@@ -40,8 +40,9 @@ def command(endpoints: str | None, watches: int, ranges: int, streams: int, seco
     upstream = first_endpoint("--endpoints", endpoints) if endpoints else None
 
     async def run() -> int:
-        async with Stage(upstream) as stage:
-            with Bars() as bars:
+        with Bars() as bars:
+            bars.step("Starting the proxy" if upstream else "Starting a store and a proxy", 1)
+            async with Stage(upstream) as stage:
                 result = await run_demo(stage, shape, seconds, bars, endpoints)
         if as_json:
             click.echo(msgspec.json.format(msgspec.json.encode(result)).decode())

@@ -60,8 +60,8 @@ def command(
     url = metrics_url("--upstream-metrics", upstream_metrics) if upstream_metrics else None
 
     async def run() -> int:
-        async with Stage(upstream, url, proxy) as stage:
-            with Bars() as bars:
+        with Bars() as bars:
+            async with Stage(upstream, url, proxy) as stage:
                 measured = await run_measure(stage, shape, seconds, rate, bars)
         if as_json:
             click.echo(msgspec.json.format(msgspec.json.encode(measured)).decode())

@@ -161,15 +161,6 @@ class Listener(msgspec.Struct, kw_only=True, frozen=True):
             le=2**32 - 1,
         ),
     ] = 100_000
-    grpc_keepalive_min_time_s: Annotated[
-        float,
-        _knob(
-            "A client that pings more often than this is sent away (GOAWAY, too_many_pings). 0: never.",
-            Kind.SECONDS,
-            from_etcd=True,
-            ge=0,
-        ),
-    ] = 5.0
     grpc_keepalive_interval_s: Annotated[
         float,
         _knob(

@@ -221,7 +221,6 @@ async def _until_told(leaving: asyncio.Event, store: Child | None) -> int:
     for wait in waits:
         wait.cancel()
     if told.done() and not told.cancelled():
-        log.info("draining")
         return 0
     log.error("the bundled store ended", reason=store.last_words() if store else "")
     return FAILURE

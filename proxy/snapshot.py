@@ -40,7 +40,7 @@ class Snapshot(msgspec.Struct, kw_only=True):
     history_bytes: int = 0
     history_batches: int = 0
 
-    connections_total: int = 0
+    connections_accepted_total: int = 0
     connections_refused_total: int = 0
     requests_total: int = 0
     written_bytes_total: int = 0
@@ -106,7 +106,7 @@ class Source:
             queued=core.queued,
             history_bytes=core.history_bytes,
             history_batches=core.history_batches,
-            connections_total=listener.accepted,
+            connections_accepted_total=listener.accepted,
             connections_refused_total=listener.refused,
             requests_total=listener.requests,
             written_bytes_total=listener.written_bytes,

@@ -145,6 +145,15 @@ def test_without_endpoints_it_fronts_the_bundled_store(tmp_path: Path, etcd_bina
         assert proxy.end() == 0
 
 
+def test_the_proxys_process_loads_neither_grpc_nor_a_web_server() -> None:
+    code = (
+        "import sys, proxy.serving\n"
+        "print([name for name in ('grpc', 'aiohttp', 'prometheus_client', 'click', 'h2') if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    assert shown.stdout.strip() == "[]"
+
+
 def refusal(*arguments: str) -> tuple[int, str]:
     shown = subprocess.run(
         [sys.executable, "-m", "proxy.cli", *arguments], capture_output=True, text=True, timeout=30, check=False

@@ -56,7 +56,6 @@ def test_every_table_has_a_text_and_knobs() -> None:
         "--trusted-ca-file",
         "--advertise-client-url",
         "--max-concurrent-streams",
-        "--grpc-keepalive-min-time",
         "--grpc-keepalive-interval",
         "--grpc-keepalive-timeout",
         "--dial-keepalive-time",
