@@ -71,6 +71,10 @@ class HeaderEncoder:
         # Setting the size it has already would make hpack forget that a change is still to be announced.
         if size != self._encoder.header_table_size:
             self._encoder.header_table_size = size
+            # Of several changes the smallest and the last are to be announced, and no other: a size in between may be
+            # more than the peer allows by then (RFC 7541 4.2).
+            smallest = min(self._encoder.table_size_changes)
+            self._encoder.table_size_changes = [size] if smallest == size else [smallest, size]
             # Empty, so that the next list takes the slow way, which announces the change.
             self._memo.clear()
 

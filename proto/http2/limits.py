@@ -78,5 +78,5 @@ class Limits:
     """Frames without effect: PRIORITY, unknown types, frames for streams that are closed, informational responses."""
 
     paused_requests_max: int = 20_000
-    """Requests that arrive while the transport is paused: their answers' headers are written all the same, so this bounds
-    what a peer that never reads can make us hold. Room for a client that opens all its streams at once."""
+    """Requests that arrive while the transport is paused: their answers' headers are written all the same, so this
+    bounds what a peer that never reads can make us hold. Room for a client that opens all its streams at once."""

@@ -179,7 +179,7 @@ class Peer:
         if isinstance(frame, WindowUpdateFrame):
             return f"WINDOW_UPDATE {frame.stream_id} {frame.window_increment}"
         if isinstance(frame, PingFrame):
-            return f"PING {frame.opaque_data.decode()}" + (" ack" if "ACK" in frame.flags else "")
+            return f"PING {frame.opaque_data.decode('latin-1')}" + (" ack" if "ACK" in frame.flags else "")
         assert isinstance(frame, SettingsFrame)
         return "SETTINGS ack" if "ACK" in frame.flags else f"SETTINGS {frame.settings}"
 
@@ -201,11 +201,11 @@ def _told(event: Event) -> str:
         case StreamDrained(stream):
             return f"drained {stream.id}"
         case PingAcknowledged(payload):
-            return f"pong {payload.decode()}"
+            return f"pong {payload.decode('latin-1')}"
         case PeerSettings():
             return "settings"
         case GoAwayReceived(last_id, code, debug):
-            return f"goaway {last_id} {code.name} {debug.decode()}".rstrip()
+            return f"goaway {last_id} {code.name} {debug.decode('latin-1')}".rstrip()
         case ConnectionFailed(code):
             return f"failed {code.name}"
     raise AssertionError(event)

@@ -1,0 +1,312 @@
+"""Hostile input: `receive` raises nothing, the ledgers stay right, and cutting the input anywhere changes nothing.
+
+Seeded; a failure names its seed. Inputs are runs of frames that a peer could send (most of them valid, some not), then
+mutated bytes of the same, then single frames of every kind, which `h2` judges too.
+"""
+
+from __future__ import annotations
+
+import random
+
+import h2.config
+import h2.connection
+import h2.exceptions
+import pytest
+from hyperframe.frame import Frame, RstStreamFrame
+
+from proto.http2 import (
+    Connection,
+    ConnectionFailed,
+    DataReceived,
+    ErrorCode,
+    Event,
+    HeadersKind,
+    HeadersReceived,
+    Limits,
+    Role,
+    StreamState,
+)
+from tests.http2 import wire
+from tests.http2.wire import PREFACE, REQUEST, RESPONSE, TRAILERS, Peer, data, raw, settings, told
+
+LIMITS = Limits(
+    initial_window=1_000,
+    connection_window=70_000,
+    header_list_bytes_max=600,
+    max_streams=6,
+    resets_remembered=3,
+    resets_max=30,
+    settings_max=10,
+)
+
+
+def check(connection: Connection) -> None:
+    """What holds between any two calls."""
+    waiting = [stream for stream in connection._round_robin if stream.blocked]
+    if waiting and not connection.closed:
+        assert connection.send_window <= 0 or connection.paused or all(stream.send_window <= 0 for stream in waiting)
+    for stream_id, stream in connection.streams.items():
+        assert stream_id == stream.id
+        assert stream_id & 1
+        assert stream_id <= connection._last_id
+        assert stream.state is not StreamState.CLOSED
+        queued = sum(map(len, stream.queue or ())) - stream.queue_offset
+        assert stream.unsent == queued
+        assert stream.blocked == bool(queued)
+        if stream.blocked and stream.send_window > 0:
+            assert stream.waiting
+        assert stream.receive_window <= max(connection.limits.initial_window, wire.INITIAL_WINDOW)
+    assert len(connection._reset_ids) <= connection.limits.resets_remembered
+    assert len(connection._round_robin) == len(set(connection._round_robin))
+    assert not (connection.ending and not connection.streams and not connection.closed)
+
+
+def frames(rng: random.Random, peer: Peer, count: int) -> list[bytes]:
+    """Return frames as a peer might send them, most of them valid."""
+    made: list[bytes] = []
+    next_id = 1
+    for _ in range(count):
+        some_id = max(1, next_id - 2 * rng.randrange(1, 6))
+        kind = rng.randrange(14)
+        end = ["END_STREAM"] if rng.random() < 0.2 else []
+        if kind <= 2:
+            if rng.random() < 0.3:
+                made += peer.in_parts(next_id, [*REQUEST, (b"n", b"%d" % rng.randrange(9))], 5, *end)
+            else:
+                size = rng.choice([0, 10, 1_000])
+                made.append(peer.request(next_id, *end, extra=[(b"x", rng.randbytes(size).hex().encode())]))
+            next_id += 2 * rng.randrange(1, 3)
+        elif kind <= 5:
+            made.append(data(some_id, bytes(rng.choice([0, 1, 9, 300])), *end, padding=rng.choice([0, 0, 5])))
+        elif kind == 6:
+            made.append(peer.headers(some_id, TRAILERS, "END_STREAM"))
+        elif kind == 7:
+            made.append(wire.rst(some_id, rng.randrange(16)))
+        elif kind <= 9:
+            made.append(wire.update(rng.choice([0, some_id]), rng.choice([1, 7, 5_000])))
+        elif kind == 10:
+            values = {4: rng.choice([0, 10, 70_000]), 5: rng.choice([16_384, 30_000]), 1: rng.choice([0, 4_096])}
+            made.append(settings(dict(rng.sample(sorted(values.items()), rng.randrange(4)))))
+        elif kind == 11:
+            made.append(rng.choice([wire.ping(), wire.ping(b"abcdefgh", "ACK"), wire.priority(some_id)]))
+        elif kind == 12:
+            made.append(raw(rng.randrange(10, 256), rng.randrange(256), some_id, rng.randbytes(rng.randrange(9))))
+        elif rng.random() < 0.2:
+            made.append(raw(rng.randrange(10), rng.randrange(256), some_id, rng.randbytes(rng.randrange(20))))
+    return made
+
+
+def mutate(rng: random.Random, text: bytes) -> bytes:
+    mutated = bytearray(text)
+    for _ in range(rng.randrange(1, 4)):
+        at = rng.randrange(len(mutated))
+        match rng.randrange(3):
+            case 0:
+                mutated[at] = rng.randrange(256)
+            case 1:
+                del mutated[at : at + rng.randrange(1, 12)]
+            case _:
+                mutated[at:at] = rng.randbytes(rng.randrange(1, 12))
+    return bytes(mutated)
+
+
+def script(seed: int, count: int) -> bytes:
+    """Return what a client says from the preface on; two seeds in three are mutated."""
+    rng = random.Random(seed)
+    connection = Connection(Role.SERVER, LIMITS)
+    said = b"".join([settings(), settings(None, "ACK"), *frames(rng, Peer(connection), count)])
+    return PREFACE + (mutate(rng, said) if seed % 3 else said)
+
+
+def answer(connection: Connection, rng: random.Random, events: list[Event]) -> None:
+    """Do what an application might do."""
+    for event in events:
+        match event:
+            case HeadersReceived(stream, _, _, HeadersKind.REQUEST):
+                connection.send_headers(stream, RESPONSE)
+                size = rng.choice([0, 10, 30_000])
+                connection.send(stream, [bytes(size)], size, end_stream=rng.random() < 0.3)
+            case DataReceived(stream, _, flow_size):
+                connection.consumed(stream, flow_size)
+    if rng.random() < 0.1:
+        for stream in list(connection.streams.values()):
+            match rng.randrange(4):
+                case 0:
+                    connection.reset(stream, ErrorCode.CANCEL)
+                case 1 if not stream.ending:
+                    connection.send_headers(stream, TRAILERS, end_stream=True)
+    if rng.random() < 0.1:
+        connection.pause()
+    elif rng.random() < 0.3:
+        connection.resume()
+    if rng.random() < 0.02:
+        connection.go_away(last=rng.random() < 0.5)
+
+
+@pytest.mark.parametrize("group", range(10))
+def test_a_server_that_answers_survives_anything(group: int) -> None:
+    for seed in range(group * 60, group * 60 + 60):
+        rng = random.Random(seed)
+        connection = Connection(Role.SERVER, LIMITS)
+        connection.start()
+        text = script(seed, 60)
+        while text and not connection.closed:
+            size = rng.choice([9, 40, 400])
+            events = connection.receive(text[:size])
+            failed = any(isinstance(event, ConnectionFailed) for event in events)
+            assert not failed or connection.closed
+            answer(connection, rng, events)
+            check(connection)
+            # What was consumed is given back, whatever became of its stream.
+            assert failed or connection.receive_window + connection._unreturned == LIMITS.connection_window, seed
+            text = text[size:]
+        connection.output()
+
+
+@pytest.mark.parametrize("group", range(10))
+def test_a_client_survives_anything(group: int) -> None:
+    """The same frames are mostly nonsense from a server; what counts is that nothing is raised and the ledgers hold."""
+    for seed in range(group * 60, group * 60 + 60):
+        rng = random.Random(seed)
+        connection, peer = wire.client(LIMITS)
+        streams = [connection.open(REQUEST) for _ in range(5)]
+        for stream in streams:
+            connection.send(stream, [bytes(20_000)], 20_000)
+        text = b"".join(peer.headers(stream.id, RESPONSE) for stream in streams)
+        text += b"".join(frames(rng, peer, 20)).replace(PREFACE, b"")
+        for piece in (text[:200], mutate(rng, text[200:])):
+            answer(connection, rng, connection.receive(piece))
+            check(connection)
+
+
+def outcome(pieces: list[bytes]) -> tuple[list[str], bytes]:
+    """Feed pieces to a new server; return what it tells and what it says."""
+    connection = Connection(Role.SERVER, LIMITS)
+    connection.start()
+    lines: list[str] = []
+    for piece in pieces:
+        lines += told(connection.receive(piece))
+    return lines, b"".join(connection.output())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_cutting_the_input_anywhere_changes_nothing(seed: int) -> None:
+    """Same events, same bytes out: cut at each place, and into single bytes."""
+    text = script(seed, 25)
+    expected = outcome([text])
+    assert outcome([text[at : at + 1] for at in range(len(text))]) == expected
+    for at in range(1, len(text)):
+        assert outcome([text[:at], text[at:]]) == expected, at
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_cutting_the_input_of_blocked_streams_changes_nothing(seed: int) -> None:
+    """The same with data waiting on five streams, which windows and settings set free."""
+    rng = random.Random(seed)
+    scribe = Peer(Connection(Role.SERVER))
+    opening = b"".join([PREFACE, settings(), *[scribe.request(2 * n + 1) for n in range(5)]])
+    choices = [lambda: wire.update(rng.choice([0, 1, 3, 5, 7, 9]), rng.choice([1, 500, 20_000])) for _ in range(6)]
+    choices += [lambda: settings({4: rng.choice([0, 100, 70_000])}), lambda: wire.rst(rng.choice([1, 3]))]
+    text = b"".join(rng.choice(choices)() for _ in range(30))
+
+    def run(sizes: list[int]) -> tuple[list[str], bytes]:
+        connection = Connection(Role.SERVER, LIMITS)
+        connection.start()
+        connection.receive(opening)
+        for stream in connection.streams.values():
+            connection.send(stream, [bytes(30_000), bytes(20_000)], 50_000)
+        lines: list[str] = []
+        at = 0
+        while at < len(text):
+            size = sizes.pop()
+            lines += told(connection.receive(text[at : at + size]))
+            check(connection)
+            at += size
+        return lines, b"".join(connection.output())
+
+    expected = run([len(text)])
+    for _ in range(4):
+        assert run([rng.randrange(1, 40) for _ in range(len(text))]) == expected
+    assert run([1] * len(text)) == expected
+
+
+def ours_judges(connection: Connection, peer: Peer, frame: bytes) -> str:
+    for event in connection.receive(frame):
+        if isinstance(event, ConnectionFailed):
+            return f"connection {event.code.name}"
+    resets = [line.split()[2] for line in peer.said() if line.startswith("RST_STREAM")]
+    return f"stream {resets[0]}" if resets else "fine"
+
+
+def h2_judges(connection: h2.connection.H2Connection, frame: bytes) -> str:
+    try:
+        connection.receive_data(frame)
+    except h2.exceptions.ProtocolError as error:
+        return f"connection {ErrorCode(error.error_code).name}"
+    out = connection.data_to_send()
+    while out:
+        said, length = Frame.parse_frame_header(memoryview(out[:9]))
+        said.parse_body(memoryview(out[9 : 9 + length]))
+        if isinstance(said, RstStreamFrame):
+            return f"stream {ErrorCode(said.error_code).name}"
+        out = out[9 + length :]
+    return "fine"
+
+
+HEADERS, PRIORITY, RST, SETTINGS, PUSH, PING, UPDATE, CONTINUATION, ALTSVC = 1, 2, 3, 4, 5, 6, 8, 9, 10
+P, C, F = "connection PROTOCOL_ERROR", "connection COMPRESSION_ERROR", "connection FRAME_SIZE_ERROR"
+# Where we differ from h2 on purpose, or where a frame has two faults and each names another: (type, h2, ours) and why.
+DIFFERENCES: dict[tuple[int, str, str], str] = {
+    (0, P, F): "two faults: stream 0, and PADDED without a length",
+    (HEADERS, P, F): "two faults: stream 0, and PADDED without a length",
+    (HEADERS, F, P): "6.2: padding longer than the frame is a PROTOCOL_ERROR",
+    (HEADERS, P, C): "4.3: a header block that cannot be decoded is a COMPRESSION_ERROR",
+    (HEADERS, P, "stream PROTOCOL_ERROR"): "8.1.1: a malformed header list is a stream error",
+    (HEADERS, "fine", C): "we decode before END_HEADERS, and find the fault earlier",
+    (HEADERS, "fine", P): "we look at the stream id before END_HEADERS",
+    (HEADERS, "stream STREAM_CLOSED", P): "5.1.1: a request on a used id is a connection error",
+    (PRIORITY, F, "fine"): "6.3: a stream error, and there is no stream",
+    (PRIORITY, F, "stream FRAME_SIZE_ERROR"): "6.3: a stream error",
+    (PRIORITY, F, P): "two faults: stream 0, and its length",
+    (RST, P, F): "two faults: stream 0, and its length",
+    (RST, "fine", P): "6.4: RST_STREAM on an idle stream is a PROTOCOL_ERROR",
+    (SETTINGS, P, F): "two faults: not stream 0, and its length",
+    (PUSH, F, P): "two faults: a push, and its length",
+    (PUSH, "fine", P): "8.4: a client must not push, finished or not",
+    (PUSH, "stream STREAM_CLOSED", P): "8.4: a client must not push, finished or not",
+    (PING, P, F): "two faults: not stream 0, and its length",
+    (UPDATE, P, "fine"): "6.9: the reserved bit is no part of the increment; nothing on a closed stream is a fault",
+    (UPDATE, P, "stream PROTOCOL_ERROR"): "6.9: an increment of 0 on a stream is a stream error",
+    (UPDATE, P, "connection FLOW_CONTROL_ERROR"): "6.9: the reserved bit is no part of the increment",
+    (UPDATE, P, "stream FLOW_CONTROL_ERROR"): "6.9: the reserved bit is no part of the increment",
+    (CONTINUATION, "stream STREAM_CLOSED", P): "6.10: CONTINUATION without HEADERS is a connection error",
+    (ALTSVC, F, "fine"): "5.5: we know nothing of ALTSVC, h2 does",
+}
+
+
+@pytest.mark.parametrize("group", range(10))
+def test_single_frames_are_judged_as_h2_judges_them(group: int) -> None:
+    """Accept, stream error or connection error with the same code, for random frames of every type; else see above."""
+    rng = random.Random(group)
+    for _ in range(250):
+        connection, peer = wire.server(Limits(initial_window=65_535, connection_window=65_535, max_streams=100))
+        judge = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding=None))
+        judge.initiate_connection()
+        before = [peer.request(1), peer.request(3, "END_STREAM"), wire.rst(3), peer.request(5, "END_STREAM")]
+        connection.receive(b"".join(before))
+        judge.receive_data(b"".join([PREFACE, settings(), settings(None, "ACK"), *before]))
+        peer.said()
+        judge.data_to_send()
+
+        kind = rng.choice([0, 0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 8, 9, 10, 11, 99])
+        flags = rng.choice([0, 0, 1, 4, 5, 8, 9, 0x20, rng.randrange(256)])
+        stream_id = rng.choice([0, 1, 1, 3, 5, 7, 2, 9, 2**31 + 1])
+        payload = rng.randbytes(rng.choice([0, 1, 3, 4, 4, 5, 6, 8, 8, 12, rng.randrange(40)]))
+        if rng.random() < 0.4:
+            payload = bytes(len(payload))
+        if kind == HEADERS and rng.random() < 0.8:
+            fields = [*REQUEST, (b"a", b"b")]
+            payload = peer.block_of(fields[rng.choice([0, 0, 4, 6]) :])
+        frame = raw(kind, flags, stream_id, payload)
+        theirs, ours = h2_judges(judge, frame), ours_judges(connection, peer, frame)
+        assert theirs == ours or (kind, theirs, ours) in DIFFERENCES, (kind, theirs, ours, flags, stream_id, payload)
