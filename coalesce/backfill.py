@@ -107,6 +107,9 @@ class Backfills:
     def received(self, backfill: Backfill, batch: Batch) -> None:
         """Pass on what a backfill brought, and let those go whom it has brought far enough."""
         self.pace(backfill)
+        if backfill not in self.open:
+            # The last of its watches was too slow.
+            return
         backfill.ingest(batch)
         if backfill.is_upgrade:
             self._feed(backfill, batch)
@@ -205,7 +208,8 @@ class Backfills:
         prev_kv_from = trunk.next_revision
         trunk.history.has_prev_kv = True
         if batch is not None:
-            trunk.ingest(batch)
+            # The trunk's history keeps a batch of its own.
+            trunk.ingest(Batch(batch.header, batch.events, batch.size))
         trunk.advance(upgrade.next_revision - 1)
         hub.close_upstream(trunk.upstream)
         trunk.upstream = upgrade.upstream

@@ -247,8 +247,9 @@ class Coalescer:
 
     def _finish(self) -> list[Effect]:
         hub = self._hub
+        if hub.replays.fresh:
+            hub.replays.finish()
         if hub.queued:
             hub.backfills.fill_slots()
-        if hub.replays.has_fresh:
-            hub.replays.finish()
+            hub.replays.postpone()
         return hub.effects

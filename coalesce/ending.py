@@ -80,6 +80,9 @@ class Endings:
         """Etcd has ended an upstream watch: by compaction, or because it does not let us watch."""
         owner = upstream.owner
         self._hub.close_upstream(upstream, gone=True)
+        if isinstance(owner, Trunk) and not owner.watches and not owner.joining:
+            self._hub.trunks.remove(owner, gone=True)
+            return
         if response.compact_revision:
             self._compacted(owner, response.compact_revision)
             return
@@ -177,6 +180,7 @@ class Endings:
             hub.backfills.close(owner, gone=True)
             hub.house(survivors)
         elif not owner.watches and not owner.joining:
+            # All of them were cancelled just now.
             hub.trunks.remove(owner, gone=True)
         else:
             self._drop_upgrade(owner)

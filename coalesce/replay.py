@@ -29,14 +29,14 @@ _REMEMBERED_MAX = 8
 class Replays:
     """Stalls, returns and replays."""
 
-    __slots__ = ("_due", "_fresh", "_hub", "_joined")
+    __slots__ = ("_due", "_hub", "_joined", "fresh")
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         # Sessions to be replayed as soon as the timer rings, in turn.
         self._due: dict[Session, None] = {}
         # Those that came in this input: their first turn is at its end.
-        self._fresh: dict[Session, None] = {}
+        self.fresh: dict[Session, None] = {}
         # By source, position and variant, what was joined from a version of its history.
         self._joined: dict[tuple[Source, int, int], tuple[int, Payload | None, int | None]] = {}
 
@@ -47,7 +47,7 @@ class Replays:
         session.stalled = True
         self._hub.stats.stalls += 1
         self._due.pop(session, None)
-        self._fresh.pop(session, None)
+        self.fresh.pop(session, None)
         for watch in session.watches.values():
             if watch.place is not Place.LAGGING:
                 self._hub.lift(watch)
@@ -69,26 +69,31 @@ class Replays:
             return
         session.stalled = False
         self.want(session)
+        if session.progress_needs:
+            self._hub.progress.want()
 
     def want(self, session: Session) -> None:
         """Replay a session's lagging watches when this input ends."""
         if session.lagging and not session.stalled and not session.ended:
-            self._fresh[session] = None
+            self.fresh[session] = None
 
     def forget(self, session: Session) -> None:
         """A session is gone."""
         self._due.pop(session, None)
-        self._fresh.pop(session, None)
+        self.fresh.pop(session, None)
 
     def finish(self) -> None:
         """Give those that came in this input their first turn."""
-        self._due.update(self._fresh)
-        fresh = tuple(self._fresh)
-        self._fresh.clear()
+        fresh = tuple(self.fresh)
+        self.postpone()
         self._turns(fresh)
-        # Housing a watch may have wanted more; it comes with the timer.
-        self._due.update(self._fresh)
-        self._fresh.clear()
+        # Finding a watch its place may have wanted more.
+        self.postpone()
+
+    def postpone(self) -> None:
+        """Give those that came in this input their first turn when the timer rings."""
+        self._due.update(self.fresh)
+        self.fresh.clear()
 
     def expire(self) -> None:
         """Give those that are due another turn."""
@@ -97,11 +102,6 @@ class Replays:
     def next_deadline(self) -> float | None:
         """Return "at once" if anything is due."""
         return self._hub.now if self._due else None
-
-    @property
-    def has_fresh(self) -> bool:
-        """Something wants its turn at the end of this input."""
-        return bool(self._fresh)
 
     def is_due(self, session: Session) -> bool:
         """Whether a session is going to be replayed without being told; for checks."""

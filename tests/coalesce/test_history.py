@@ -1,0 +1,163 @@
+"""The window of a source: what it replays, and what it drops when."""
+
+from __future__ import annotations
+
+import pytest
+
+from coalesce.batch import NO_DELETE, NO_PUT, Batch
+from coalesce.history import History, Ledger
+from coalesce.limits import Limits
+from coalesce.stats import Stats
+from proto.scan import Event
+from tests.coalesce.shell import delete, header, put, seen
+
+ALL = Limits()
+
+
+def batch(*events: Event) -> Batch:
+    return Batch(header(events[-1].revision), events, sum(len(event.encoded) for event in events))
+
+
+def history(*batches: Batch, limits: Limits = ALL, floor: int = 1, stats: Stats | None = None) -> History:
+    made = History(Ledger(limits, stats or Stats()), floor, False)
+    for each in batches:
+        made.append(each, 0.0)
+    return made
+
+
+def replayed(made: History, position: int, variant: int = 0, limits: Limits = ALL) -> tuple[str | None, int | None]:
+    payload, following = made.replay(position, variant, limits)
+    return None if payload is None else seen(payload.messages(0)[0]), following
+
+
+FILLED = (batch(put(3)), batch(put(5), put(6), delete(7)), batch(delete(10)))
+
+
+@pytest.mark.parametrize(
+    ("position", "variant", "line"),
+    [
+        (1, 0, "#0 @10 put 3 k=v put 5 k=v put 6 k=v delete 7 k delete 10 k"),
+        (3, 0, "#0 @10 put 3 k=v put 5 k=v put 6 k=v delete 7 k delete 10 k"),
+        (4, 0, "#0 @10 put 5 k=v put 6 k=v delete 7 k delete 10 k"),
+        (6, 0, "#0 @10 put 6 k=v delete 7 k delete 10 k"),
+        (8, 0, "#0 @10 delete 10 k"),
+        (11, 0, None),
+        (4, NO_DELETE, "#0 @6 put 5 k=v put 6 k=v"),
+        (7, NO_DELETE, None),
+        (6, NO_PUT, "#0 @10 delete 7 k delete 10 k"),
+    ],
+)
+def test_a_replay_joins_what_was_missed(position: int, variant: int, line: str | None) -> None:
+    assert replayed(history(*FILLED), position, variant) == (line, None)
+
+
+def test_an_empty_history_has_nothing() -> None:
+    assert replayed(history(), 1) == (None, None)
+
+
+def test_a_replay_is_cut_between_revisions() -> None:
+    made = history(batch(put(3, b"a"), put(3, b"b")), batch(put(4, b"c"), put(5, b"d")), batch(put(6, b"e")))
+    each = len(put(3, b"a").encoded)
+
+    def steps(replay_bytes_max: int) -> list[str | None]:
+        found, position = [], 1
+        while True:
+            line, following = replayed(made, position, limits=Limits(replay_bytes_max=replay_bytes_max))
+            found.append(line)
+            if following is None:
+                return found
+            position = following
+
+    one, two, three, four = "put 3 a=v put 3 b=v", "put 4 c=v", "put 5 d=v", "put 6 e=v"
+    assert steps(5 * each) == [f"#0 @6 {one} {two} {three} {four}"]
+    assert steps(5 * each - 1) == [f"#0 @5 {one} {two} {three}", f"#0 @6 {four}"]
+    assert steps(3 * each) == [f"#0 @4 {one} {two}", f"#0 @6 {three} {four}"]
+    assert steps(2 * each) == [f"#0 @3 {one}", f"#0 @5 {two} {three}", f"#0 @6 {four}"]
+    # A revision that is too large on its own goes out whole.
+    assert steps(1) == [f"#0 @3 {one}", f"#0 @4 {two}", f"#0 @5 {three}", f"#0 @6 {four}"]
+
+
+def test_what_is_filtered_does_not_count() -> None:
+    made = history(*[batch(delete(revision)) for revision in range(1, 50)], batch(put(50)))
+    limits = Limits(replay_bytes_max=len(put(50).encoded))
+    assert replayed(made, 1, NO_DELETE, limits) == ("#0 @50 put 50 k=v", None)
+
+
+def test_whole_batches_go_first_in_first_out() -> None:
+    made = history(*FILLED)
+    made.evict_oldest()
+    assert (made.floor, len(made)) == (4, 2)
+    made.evict_below(7)
+    assert (made.floor, len(made)) == (4, 2)
+    made.evict_below(8)
+    assert (made.floor, len(made)) == (8, 1)
+    made.evict_to(0)
+    assert (made.floor, len(made), made.bytes) == (11, 0, 0)
+
+
+def test_it_is_bounded_in_bytes_and_in_batches() -> None:
+    cost = batch(put(1)).memory_bytes
+    for limits in (Limits(history_bytes_max=3 * cost), Limits(history_revisions_max=3)):
+        made = history(*[batch(put(revision)) for revision in range(1, 9)], limits=limits)
+        assert [each.first_revision for each in made.batches()] == [6, 7, 8]
+        assert made.floor == 6
+
+
+def test_a_batch_that_is_too_large_is_not_kept() -> None:
+    made = history(batch(put(4)), batch(put(5, value=b"x" * 1000)), limits=Limits(history_bytes_max=1000))
+    assert (len(made), made.floor, made.bytes) == (0, 6, 0)
+
+
+def test_all_histories_together_drop_the_oldest_batch_of_all() -> None:
+    stats = Stats()
+    cost = batch(put(1)).memory_bytes
+    ledger = Ledger(Limits(history_bytes_total_max=3 * cost), stats)
+    one, two = History(ledger, 1, False), History(ledger, 1, False)
+    for made, revision in ((one, 1), (two, 2), (one, 3), (two, 4)):
+        made.append(batch(put(revision)), 0.0)
+    assert (one.floor, two.floor, stats.history_bytes, stats.history_batches) == (2, 1, 3 * cost, 3)
+    one.append(batch(put(5)), 0.0)
+    assert (one.floor, two.floor) == (2, 3)
+
+
+def test_old_batches_go_by_age() -> None:
+    ledger = Ledger(Limits(history_age_s=60), Stats())
+    made = History(ledger, 1, False)
+    for revision, now in ((1, 0.0), (2, 50.0), (3, 100.0)):
+        made.append(batch(put(revision)), now)
+    deadline = ledger.next_deadline()
+    assert deadline is not None
+    assert 60 <= deadline <= 70
+    ledger.expire(59.9)
+    assert made.floor == 1
+    ledger.expire(60.0)
+    assert made.floor == 2
+    ledger.expire(1000.0)
+    assert (made.floor, len(made), ledger.next_deadline()) == (4, 0, None)
+
+
+def test_the_ledger_forgets_what_histories_dropped_themselves() -> None:
+    stats = Stats()
+    ledger = Ledger(Limits(history_revisions_max=2), stats)
+    made = History(ledger, 1, False)
+    for revision in range(1, 1000):
+        made.append(batch(put(revision)), float(revision))
+    assert (len(made), stats.history_batches) == (2, 2)
+    deadline = ledger.next_deadline()
+    assert deadline is not None
+    # Of a thousand entries at most some dozens are left, and so the oldest one is young.
+    assert deadline > 900
+
+
+def test_a_long_life_keeps_the_lists_short() -> None:
+    made = history(limits=Limits(history_revisions_max=10))
+    for revision in range(1, 5000):
+        made.append(batch(put(revision)), 0.0)
+        assert len(made.batches()) == min(revision, 10)
+    assert replayed(made, 4998) == ("#0 @4999 put 4998 k=v put 4999 k=v", None)
+
+
+def test_dropping_everything_begins_anew() -> None:
+    made = history(*FILLED)
+    made.drop(20)
+    assert (len(made), made.bytes, made.floor, made.last_revision) == (0, 0, 20, 0)

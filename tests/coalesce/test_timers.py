@@ -1,0 +1,56 @@
+"""Timers: moving and stopping costs an assignment, and nothing rings twice."""
+
+from __future__ import annotations
+
+from coalesce.timers import Timers
+
+
+class Subject:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.timer_at: float | None = None
+
+
+def test_they_ring_in_order_and_once() -> None:
+    timers: Timers[Subject] = Timers()
+    late, early = Subject("late"), Subject("early")
+    timers.start(late, 5.0)
+    timers.start(early, 3.0)
+    assert timers.next_deadline() == 3.0
+    assert [subject.name for subject in timers.due(2.9)] == []
+    assert [subject.name for subject in timers.due(5.0)] == ["early", "late"]
+    assert timers.next_deadline() is None
+    assert len(timers) == 0
+
+
+def test_moved_and_stopped() -> None:
+    timers: Timers[Subject] = Timers()
+    moved, stopped = Subject("moved"), Subject("stopped")
+    timers.start(moved, 1.0)
+    timers.start(stopped, 1.0)
+    timers.start(moved, 4.0)
+    timers.stop(stopped)
+    timers.stop(stopped)
+    assert list(timers.due(3.9)) == []
+    assert timers.next_deadline() == 4.0
+    assert list(timers.due(4.0)) == [moved]
+
+
+def test_started_again_while_it_rings() -> None:
+    timers: Timers[Subject] = Timers()
+    subject = Subject("again")
+    timers.start(subject, 1.0)
+    for rung in timers.due(1.5):
+        timers.start(rung, 2.0)
+    assert timers.next_deadline() == 2.0
+
+
+def test_moving_to_and_fro_keeps_the_heap_small() -> None:
+    timers: Timers[Subject] = Timers()
+    subjects = [Subject(str(n)) for n in range(10)]
+    for turn in range(1000):
+        for subject in subjects:
+            timers.start(subject, 1.0 + turn % 3)
+    assert len(timers._entries) <= 2 * len(subjects) + 65
+    timers_due = list(timers.due(10.0))
+    assert sorted(subject.name for subject in timers_due) == sorted(subject.name for subject in subjects)
