@@ -51,7 +51,7 @@ class Client(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
         settings = struct.pack(">HIHI", 4, WINDOW, 5, 2**24 - 1)
         raise_window = frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", WINDOW - 65535))
-        transport.write(PREFACE + frame(SETTINGS, 0, 0, settings) + raise_window)
+        self.transport.write(PREFACE + frame(SETTINGS, 0, 0, settings) + raise_window)
 
     def open(self, streams: list[list[int]], authority: str) -> None:
         """Open one stream for each list of ranges, with a watch on each of them."""

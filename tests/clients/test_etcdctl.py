@@ -24,7 +24,11 @@ PAIRS = [
 @pytest.mark.parametrize("part", TOUR)
 @pytest.mark.parametrize(("server", "client"), PAIRS)
 def test_prints_the_same(server: EtcdBinary, client: EtcdBinary, part: str, tmp_path: Path) -> None:
-    with EtcdServer(server) as direct, EtcdServer(server) as behind, ProxyProcess(behind.endpoint) as proxy:
+    with (
+        EtcdServer(server) as direct,
+        EtcdServer(server) as behind,
+        ProxyProcess(behind.endpoint, ["--linger=50ms"]) as proxy,
+    ):
         players = []
         for name, endpoint, etcd in (("direct", direct.endpoint, direct), ("proxy", proxy.endpoint, behind)):
             (tmp_path / name).mkdir()
