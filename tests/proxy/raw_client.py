@@ -163,13 +163,13 @@ class RawClient(asyncio.Protocol):
 
     @classmethod
     async def connect(cls, port: int, window: int = WINDOW_BYTES_MAX, host: str = HOST) -> Self:
-        """Connect; `window` is what each stream and the connection may receive unacknowledged, in bytes."""
+        """Connect; `window` is what each stream may receive unacknowledged, in bytes. The connection's is wide open."""
         client = cls()
         loop = asyncio.get_running_loop()
-        client.h2.local_settings.update({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window})
+        initial = {h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window}
+        client.h2.local_settings = h2.settings.Settings(client=True, initial_values=initial)
         client.h2.initiate_connection()
-        if window > 65_535:
-            client.h2.increment_flow_control_window(window - 65_535)
+        client.h2.increment_flow_control_window(WINDOW_BYTES_MAX - 65_535)
         client._port = port
         await loop.create_connection(lambda: client, host, port)
         client.flush()

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]  # the package has no type stubs
 
 from proto.framing import Status
 from proxy.health import CHECK, LIST, WATCH, Health

@@ -1,0 +1,350 @@
+"""The engine: the one place that drives the core, and carries out what the core asks for.
+
+The core (`coalesce`) is a value: inputs go in, effects come back. The engine feeds it with what clients ask (from
+`watch`), what etcd says (from `upstream.watch`) and the time, and carries the effects out in the order of their list.
+Inputs never nest: one that arises while effects are carried out waits in the inbox until they are done. So the core
+sees one input after the other, and nobody needs a lock.
+
+The path of an event is `received` -> `Coalescer.received` -> one `Deliver` per variant -> `_deliver`, the only loop
+that runs once per watch and event. It touches slotted objects only, and the bytes it sends are shared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from coalesce.core import Coalescer
+from coalesce.effects import (
+    CheckPermission,
+    CloseUpstream,
+    Deliver,
+    Effect,
+    EndSession,
+    OpenUpstream,
+    PauseUpstream,
+    ReadRevision,
+    RequestProgress,
+    ResumeUpstream,
+    Send,
+)
+from coalesce.inputs import CreateRequest, Identity, Lost
+from coalesce.joining import Read
+from coalesce.session import Session
+from coalesce.source import Upstream
+from proto.http2 import Stream
+from proto.scan import Header, WatchResponse
+from proxy import logs
+from proxy.reads import Reader
+from upstream.watch_state import OpenedWatch
+
+log = logs.logger("engine")
+
+
+class Outlet(Protocol):
+    """Where a session's answers leave; `watch.WatchCall` is one. The fan-out uses its attributes directly."""
+
+    connection: Any
+    """The `listener.ServerConnection`."""
+
+    stream: Stream
+    stalled: bool
+
+    def send(self, message: bytes) -> bool:
+        """Send one framed control answer; False when it waits because the stream is blocked."""
+
+    def end(self, status: int, text: str) -> None:
+        """End the stream; the session is gone."""
+
+
+class UpstreamWatches(Protocol):
+    """What the engine needs of `upstream.watch.WatchClient`."""
+
+    @property
+    def newest_revision(self) -> int: ...
+    @property
+    def ordered_progress(self) -> bool: ...
+    def open(self, watch: OpenedWatch) -> None: ...
+    def close(self, watch: OpenedWatch) -> None: ...
+    def pause(self, watch: OpenedWatch) -> None: ...
+    def resume(self, watch: OpenedWatch) -> None: ...
+    def request_progress(self) -> None: ...
+    def store_went_back(self, revision: int) -> None: ...
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counts since the start, of what only the engine sees."""
+
+    delivered: int = 0
+    """Payloads handed to streams."""
+
+    delivered_bytes: int = 0
+    stalls: int = 0
+    upstream_opened: int = 0
+    upstream_lost: int = 0
+    upstream_broken: int = 0
+    """Times the connection that carries the watches broke."""
+
+    went_back: int = 0
+    """Times the store was found to be older than it had been."""
+
+    ended: int = 0
+    """Sessions ended by the core."""
+
+
+class Engine:
+    """Drives one Coalescer. Start it on the running event loop; give it its upstream before the first client."""
+
+    def __init__(self, core: Coalescer, reader: Reader) -> None:
+        self.core = core
+        self.stats = EngineStats()
+        self._reader = reader
+        self._loop = asyncio.get_running_loop()
+        self._upstream: UpstreamWatches | None = None
+        self._inbox: deque[tuple[Callable[..., list[Effect]], tuple[Any, ...]]] = deque()
+        self._busy = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._stopped = False
+        self._newest_read = 0
+        """The highest revision that a read of ours found."""
+        self._open: dict[Upstream, None] = {}
+        self._carry_out: dict[type, Callable[[Any], None]] = {
+            Deliver: self._deliver,
+            Send: self._send,
+            EndSession: self._end_session,
+            OpenUpstream: self._open_upstream,
+            CloseUpstream: self._close_upstream,
+            PauseUpstream: self._pause_upstream,
+            ResumeUpstream: self._resume_upstream,
+            ReadRevision: self._read_revision,
+            CheckPermission: self._check_permission,
+            RequestProgress: self._request_progress,
+        }
+
+    def attach(self, upstream: UpstreamWatches) -> None:
+        """Give it the watch client that carries its trunks; the client in turn has the engine as its listener."""
+        self._upstream = upstream
+
+    def stop(self) -> None:
+        """Take no more inputs."""
+        self._stopped = True
+        self._reader.stop()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # clients (the Watch service)
+
+    def open_session(self, outlet: Outlet, identity: Identity) -> Session:
+        """Begin a session that answers to `outlet`. It has no effects, so it does not wait in the inbox."""
+        return self.core.open_session(outlet, identity, self._loop.time())
+
+    def create(self, session: Session, request: CreateRequest) -> None:
+        """A client asks for a watch."""
+        self._input(self.core.create, session, request)
+
+    def cancel(self, session: Session, watch_id: int) -> None:
+        """A client cancels a watch."""
+        self._input(self.core.cancel, session, watch_id)
+
+    def progress(self, session: Session) -> None:
+        """A client asks for progress."""
+        self._input(self.core.progress, session)
+
+    def close(self, session: Session) -> None:
+        """A client's stream is gone."""
+        self._input(self.core.close, session)
+
+    def drained(self, session: Session) -> None:
+        """A client has taken everything that waited."""
+        self._input(self.core.drained, session)
+
+    # etcd (the listener of `upstream.watch.WatchClient`)
+
+    def received(self, watch: OpenedWatch, response: WatchResponse) -> None:
+        """An upstream watch spoke."""
+        if response.canceled:
+            self._open.pop(watch, None)  # type: ignore[call-overload]  # it is the core's Upstream that was opened
+        self._input(self.core.received, watch, response)
+
+    def progressed(self, watches: Iterable[OpenedWatch], header: Header) -> None:
+        """A manual progress answer: these are complete through the header's revision."""
+        self._input(self.core.progressed, watches, header)
+
+    def lost(self, watch: OpenedWatch, status: int, text: str) -> None:
+        """An upstream watch is over for good."""
+        self.stats.upstream_lost += 1
+        self._open.pop(watch, None)  # type: ignore[call-overload]  # as above
+        log.warning("an upstream watch is over", key=watch.key, status=status, reason=text)
+        self._input(self.core.lost, watch, Lost(status, text))
+
+    def no_leader(self) -> None:
+        """No endpoint has a leader."""
+        self._input(self.core.no_leader)
+
+    def header_seen(self, header: Header) -> None:
+        """The newest header of any answer. It has no effects."""
+        self.core.header_seen(header)
+
+    def broken(self) -> None:
+        """The connection is lost; the watch client resumes by itself."""
+        self.stats.upstream_broken += 1
+
+    def resumed(self) -> None:
+        """There is a connection (again), maybe to another member, or to a store restored from a snapshot."""
+        self.core.ordered_progress = self._client().ordered_progress
+        if self._open:
+            token = next(iter(self._open)).token
+            self._reader.read(self._judge(lambda _: None), token)
+
+    # driving
+
+    def _input(self, step: Callable[..., list[Effect]], *arguments: Any) -> None:
+        """Hand one input to the core, carry its effects out, then do the same with those that arose meanwhile."""
+        if self._busy:
+            self._inbox.append((step, arguments))
+            return
+        if self._stopped:
+            return
+        self._busy = True
+        try:
+            while True:
+                for effect in step(*arguments, self._loop.time()):
+                    self._carry_out[type(effect)](effect)
+                if not self._inbox:
+                    break
+                step, arguments = self._inbox.popleft()
+        finally:
+            self._busy = False
+        self._arm()
+
+    def _arm(self) -> None:
+        """Have the timer ring at the core's next deadline. A ring too early is harmless: it is only moved forward."""
+        deadline = self.core.next_deadline()
+        if deadline is None:
+            return
+        timer = self._timer
+        if timer is not None:
+            if self._timer_at <= deadline:
+                return
+            timer.cancel()
+        self._timer_at = deadline
+        self._timer = self._loop.call_at(deadline, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        deadline = self.core.next_deadline()
+        if deadline is not None and deadline <= self._loop.time():
+            self._input(self.core.expire)
+        else:
+            self._arm()
+
+    # carrying out
+
+    def _deliver(self, effect: Deliver) -> None:
+        """Write one payload to many watches: the hot loop."""
+        payload = effect.payload
+        messages_of = payload.messages
+        watches = effect.watches
+        sent = 0
+        size = 0
+        messages: Sequence[bytes] = ()
+        watch_id: int | None = None
+        for watch in watches:
+            outlet: Outlet = watch.outlet  # type: ignore[assignment]  # an object to the core, ours by open_session
+            if outlet.stalled:
+                # Stalled by an earlier effect of the same list; what stalled before the list was made is not in it.
+                self.core.returned(watch, payload)
+                continue
+            connection = outlet.connection
+            if not connection.dirty:
+                connection.touch()
+            if watch.watch_id != watch_id:
+                # Most clients have one watch to a stream, with the id 0: then this is done once.
+                watch_id = watch.watch_id
+                messages = messages_of(watch_id)
+                size = sum(map(len, messages))
+            sent += size
+            if not connection.h2.send(outlet.stream, messages, size):
+                outlet.stalled = True
+                self.stats.stalls += 1
+                self.core.stalled(watch.session)
+        self.stats.delivered += len(watches)
+        self.stats.delivered_bytes += sent
+
+    def _send(self, effect: Send) -> None:
+        outlet: Outlet = effect.session.outlet  # type: ignore[assignment]  # as above
+        if not outlet.send(effect.message) and not outlet.stalled:
+            outlet.stalled = True
+            self.stats.stalls += 1
+            self.core.stalled(effect.session)
+
+    def _end_session(self, effect: EndSession) -> None:
+        self.stats.ended += 1
+        outlet: Outlet = effect.session.outlet  # type: ignore[assignment]  # as above
+        outlet.end(effect.status, effect.text)
+
+    def _open_upstream(self, effect: OpenUpstream) -> None:
+        self.stats.upstream_opened += 1
+        self._open[effect.upstream] = None
+        self._client().open(effect.upstream)
+
+    def _close_upstream(self, effect: CloseUpstream) -> None:
+        self._open.pop(effect.upstream, None)
+        self._client().close(effect.upstream)
+
+    def _pause_upstream(self, effect: PauseUpstream) -> None:
+        self._client().pause(effect.upstream)
+
+    def _resume_upstream(self, effect: ResumeUpstream) -> None:
+        self._client().resume(effect.upstream)
+
+    def _request_progress(self, effect: RequestProgress) -> None:
+        # For all streams: those that nobody waits for are few, and it is the client that knows which carries whom.
+        del effect
+        self._client().request_progress()
+
+    def _read_revision(self, effect: ReadRevision) -> None:
+        read: Read = effect.read
+        tokens = (create.session.identity.token for create in read.waiting)
+        token = next((token for token in tokens if token is not None), None)
+        self._reader.read(self._judge(lambda header: self._input(self.core.revision_read, read, header)), token)
+
+    def _judge(self, done: Callable[[Header], None]) -> Callable[[Header, bool], None]:
+        """Return what takes a read that begins now: it sees whether the store has gone back, then calls `done`.
+
+        A linearizable read cannot be older than what was known when it began; a `created` or a serializable read can,
+        from a member that lags behind. So only this tells that the store was restored from a snapshot.
+        """
+        known = max(self._newest_read, self._client().newest_revision)
+
+        def take(header: Header, linearizable: bool) -> None:
+            if linearizable and header.revision < known:
+                self.stats.went_back += 1
+                log.error("the store went back", from_revision=known, to_revision=header.revision)
+                self._newest_read = header.revision
+                self._client().store_went_back(header.revision)
+                self._input(self.core.store_went_back, header)
+            self._newest_read = max(self._newest_read, header.revision)
+            done(header)
+
+        return take
+
+    def _check_permission(self, effect: CheckPermission) -> None:
+        check = effect.check
+        self._reader.check(
+            check.session.identity.token,
+            check.key,
+            check.range_end,
+            lambda outcome: self._input(self.core.permission, check, outcome),
+            lambda: not check.session.ended,
+        )
+
+    def _client(self) -> UpstreamWatches:
+        assert self._upstream is not None, "attach() comes before the first client"
+        return self._upstream

@@ -1,0 +1,236 @@
+"""What the engine asks etcd beside the watches: the revision that is "now", and whether a client may watch a range.
+
+Both are one and the same call, a transaction that executes nothing: `Txn` without compares succeeds, so of
+`failure=[Range]` nothing is run, but etcd checks the permission of all of it and waits for a linearizable read first
+(server/etcdserver/v3_server.go, Txn). It costs the same however large the range is, where a Range would read its keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from coalesce.inputs import Granted, Refusal
+from proto.framing import Status
+from proto.pb import rpc_pb2
+from proto.scan import Header
+from proxy import logs
+from upstream.endpoints import Backoff
+from upstream.errors import CallFailed
+from upstream.pool import NO_LEADER_TEXT
+
+TXN = "/etcdserverpb.KV/Txn"
+
+ANY_KEY = b"\x00"
+"""The key of the reads that are about no key in particular."""
+
+REFUSALS = {
+    Status.PERMISSION_DENIED: "PermissionDenied",
+    Status.UNAUTHENTICATED: "Unauthenticated",
+    Status.INVALID_ARGUMENT: "InvalidArgument",
+}
+"""What etcd says about who asks, in the names that its cancel reasons use; everything else is about etcd itself, and
+is asked again."""
+
+REFUSED_READ_RETRY_S = 1.0
+"""A read that was refused is tried again after this; a user may get back a right, or auth may be switched off."""
+
+log = logs.logger("reads")
+
+
+class Unary(Protocol):
+    """What is needed of `upstream.pool.Pool`."""
+
+    async def unary(
+        self,
+        path: str,
+        message: bytes,
+        metadata: Sequence[tuple[bytes, bytes]] = (),
+        timeout_s: float = 10.0,
+        *,
+        has_leader: bool = False,
+        idempotent: bool = False,
+    ) -> tuple[bytes, list[tuple[bytes, bytes]]]: ...
+
+
+@dataclass(slots=True, frozen=True)
+class ReaderSettings:
+    """Times of the reads."""
+
+    timeout_s: float = 5.0
+    """One try; etcd itself gives a leaderless linearizable read up after about 7 s."""
+
+    probe_age_s_max: float = 1.0
+    """How long "auth is off" is believed: clients that come within this share one probe."""
+
+
+Done = Callable[[Header, bool], None]
+"""(header, whether the read was linearizable)."""
+Decided = Callable[[Granted | Header | Refusal], None]
+Wanted = Callable[[], bool]
+"""Tells whether anybody still waits for the answer; nobody asks on for a client that is gone."""
+
+
+@dataclass(slots=True)
+class _Question:
+    """One client's wish to watch a range, waiting to know whether auth is on."""
+
+    token: bytes | None
+    key: bytes
+    range_end: bytes
+    decided: Decided
+    wanted: Wanted
+    fresh: bool = False
+    """It came before the probe in flight began."""
+
+
+class _Answer(NamedTuple):
+    """What etcd answered."""
+
+    header: Header
+    linearizable: bool
+
+
+class Reader:
+    """Asks, again and again until there is an answer; every question ends in one call of its `done` or `decided`."""
+
+    def __init__(self, pool: Unary, settings: ReaderSettings | None = None) -> None:
+        self.settings = settings or ReaderSettings()
+        self.reads = 0
+        """Calls sent to etcd."""
+        self.auth_on = False
+        """The newest probe was refused: etcd asks for users."""
+        self._pool = pool
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._auth_off: tuple[float, Header] | None = None
+        """When the newest probe that found auth off was sent, and what it read."""
+        self._probing: list[_Question] = []
+        """Who waits for the probe in flight."""
+        self._probe_in_flight = False
+
+    def stop(self) -> None:
+        """Give every question up."""
+        for task in tuple(self._tasks):
+            task.cancel()
+
+    def read(self, done: Done, token: bytes | None = None) -> None:
+        """Read the store's revision, linearizable, beginning now.
+
+        `token` is whose permission the read uses when auth is on. With no leader the read is serializable: a watch
+        needs no quorum, and "now" is then what the member that serves it knows.
+        """
+        self._begin(self._read(done, token))
+
+    def check(self, token: bytes | None, key: bytes, range_end: bytes, decided: Decided, wanted: Wanted) -> None:
+        """Find out whether `token` may read a range.
+
+        `decided` gets the refusal, or else the header of what was read: as Granted when the read began after this call,
+        so that it is good for "now"; bare when it came from an earlier probe. With auth off everything is allowed.
+        It is not called when `wanted` has become False.
+        """
+        question = _Question(token, key, range_end, decided, wanted)
+        if self.auth_on and token is not None:
+            self._begin(self._ask(question))
+            return
+        known = self._auth_off
+        if known is not None and self._loop.time() - known[0] <= self.settings.probe_age_s_max:
+            decided(known[1])
+            return
+        self._probing.append(question)
+        if not self._probe_in_flight:
+            self._probe_in_flight = True
+            self._begin(self._probe())
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a read failed in an unforeseen way", error=repr(error))
+
+    async def _read(self, done: Done, token: bytes | None) -> None:
+        answer = await self._transact(token if self.auth_on else None, ANY_KEY, b"", _always)
+        while not isinstance(answer, _Answer):
+            # Nobody's right to read is needed to learn the revision, but etcd has no other linearizable way to say it.
+            log.warning("reading the revision was refused", reason=answer.text if answer else "")
+            await asyncio.sleep(REFUSED_READ_RETRY_S)
+            answer = await self._transact(token, ANY_KEY, b"", _always)
+        done(answer.header, answer.linearizable)
+
+    async def _probe(self) -> None:
+        """Ask without a token, which is refused exactly when auth is on, and answer everybody who waits for that."""
+        sent_at = self._loop.time()
+        for question in self._probing:
+            question.fresh = True
+        answer = await self._transact(None, ANY_KEY, b"", self._probe_wanted)
+        questions, self._probing = self._probing, []
+        self._probe_in_flight = False
+        if answer is None:
+            return
+        self.auth_on = isinstance(answer, Refusal)
+        self._auth_off = (sent_at, answer.header) if isinstance(answer, _Answer) else None
+        for question in questions:
+            if isinstance(answer, _Answer):
+                question.decided(Granted(answer.header) if question.fresh else answer.header)
+            elif question.token is None:
+                question.decided(answer)
+            else:
+                self._begin(self._ask(question))
+
+    def _probe_wanted(self) -> bool:
+        """Forget those who do not wait any more; tell whether anybody does."""
+        self._probing = [question for question in self._probing if question.wanted()]
+        return bool(self._probing)
+
+    async def _ask(self, question: _Question) -> None:
+        answer = await self._transact(question.token, question.key, question.range_end, question.wanted)
+        if answer is not None:
+            question.decided(Granted(answer.header) if isinstance(answer, _Answer) else answer)
+
+    async def _transact(
+        self, token: bytes | None, key: bytes, range_end: bytes, wanted: Wanted
+    ) -> _Answer | Refusal | None:
+        """Run the transaction that executes nothing until etcd answers or refuses; None when nobody waits any more."""
+        metadata = [] if token is None else [(b"token", token)]
+        backoff = Backoff()
+        linearizable = True
+        while True:
+            self.reads += 1
+            message = _nothing(key, range_end, linearizable)
+            try:
+                data, _ = await self._pool.unary(
+                    TXN, message, metadata, self.settings.timeout_s, has_leader=linearizable, idempotent=True
+                )
+                return _Answer(_header(data), linearizable)
+            except CallFailed as failed:
+                if failed.status in REFUSALS:
+                    code = REFUSALS[Status(failed.status)]
+                    return Refusal(f"rpc error: code = {code} desc = {failed.text}")
+                if failed.text == NO_LEADER_TEXT and linearizable:
+                    linearizable = False
+                    continue
+                linearizable = True
+                log.debug("reading the revision failed; trying again", status=failed.status, reason=failed.text)
+            await asyncio.sleep(backoff.failed(self._loop.time()))
+            if not wanted():
+                return None
+
+
+def _always() -> bool:
+    return True
+
+
+def _nothing(key: bytes, range_end: bytes, linearizable: bool) -> bytes:
+    wanted = rpc_pb2.RangeRequest(key=key, range_end=range_end, limit=1, keys_only=True, serializable=not linearizable)
+    return rpc_pb2.TxnRequest(failure=[rpc_pb2.RequestOp(request_range=wanted)]).SerializeToString()
+
+
+def _header(data: bytes) -> Header:
+    header = rpc_pb2.TxnResponse.FromString(data).header
+    return Header.make(header.cluster_id, header.member_id, header.revision, header.raft_term)

@@ -1,0 +1,167 @@
+"""The proxy, put together: listener, Watch service, engine, core, and the connections to etcd.
+
+It starts from the far end, so that whoever can connect is served, and stops from the near one. Signals, configuration
+and output belong to the command line; this is what it starts, drains and stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import ssl
+from collections.abc import Sequence
+
+from coalesce.core import Coalescer
+from coalesce.limits import Limits as CoreLimits
+from proxy import health, logs
+from proxy import watch as watch_service
+from proxy.engine import Engine
+from proxy.http1 import Http1
+from proxy.listener import Listener, ListenerSettings
+from proxy.passthrough import Passthrough
+from proxy.reads import Reader, ReaderSettings
+from upstream.endpoints import Endpoint, parse_endpoints
+from upstream.pool import Pool
+from upstream.settings import Settings as UpstreamSettings
+from upstream.watch import WatchClient
+
+GC_THRESHOLDS = (50_000, 20, 50)
+"""Allocations before a young collection, and how many of those before an older one. The fan-out makes no cycles, so the
+interpreter's own 700 would look for garbage hundreds of times a second in a process that has none to speak of."""
+
+DRAIN_WATCHES_SHARE = 0.5
+"""The part of the drain limit over which watches are sent away; the rest is for calls that have an end of their own."""
+
+log = logs.logger("proxy")
+
+
+class Proxy:
+    """One proxy in front of one etcd cluster. `start`, then `drain` or `stop`; not to be started twice.
+
+    After `start` its parts are there for whoever shows or extends them: `listener`, `watches`, `engine`, `reader`,
+    `pool`, `upstream`, `health`.
+    """
+
+    listener: Listener
+    watches: watch_service.WatchService
+    engine: Engine
+    reader: Reader
+    pool: Pool
+    upstream: WatchClient
+
+    def __init__(
+        self,
+        *,
+        endpoints: str | Sequence[str],
+        host: str = "127.0.0.1",
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
+        upstream_tls: ssl.SSLContext | None = None,
+        upstream: UpstreamSettings | None = None,
+        listener: ListenerSettings | None = None,
+        watch: watch_service.WatchSettings | None = None,
+        reader: ReaderSettings | None = None,
+        limits: CoreLimits | None = None,
+        tune_gc: bool = True,
+    ) -> None:
+        """Take the settings; nothing happens yet.
+
+        `endpoints`: etcd's addresses. `host`, `port`: where to listen, port 0 for any free one. `tls`: for the
+        listener; `upstream_tls`: towards etcd. `limits`: the core's. `tune_gc`: set the process's garbage collector up
+        for this work. Raises BadEndpoint.
+        """
+        self.endpoints: list[Endpoint] = parse_endpoints(endpoints)
+        self.health = health.Health()
+        self._address = (host, port)
+        self._tls = tls
+        self._upstream_tls = upstream_tls
+        self._upstream_settings = upstream or UpstreamSettings()
+        self._listener_settings = listener or ListenerSettings()
+        self._watch_settings = watch or watch_service.WatchSettings()
+        self._reader_settings = reader or ReaderSettings()
+        self._limits = limits or CoreLimits()
+        self._tune_gc = tune_gc
+
+    async def start(self) -> None:
+        """Start: connections to etcd in the background, then the listener. Raises OSError when it cannot listen."""
+        settings, tls = self._upstream_settings, self._upstream_tls
+        self.pool = Pool(self.endpoints, tls, settings, logs.logger("pool"))
+        self.pool.when_available(self._upstream_changed)
+        self.reader = Reader(self.pool, self._reader_settings)
+        self.engine = Engine(Coalescer(self._limits), self.reader)
+        self.upstream = WatchClient(self.endpoints, self.engine, settings, tls, logs.logger("upstream"))
+        self.engine.attach(self.upstream)
+        self.watches = watch_service.WatchService(self.engine, self._watch_settings)
+        self.passthrough = Passthrough(self.pool)
+        self.http1 = Http1(self._http1_endpoint, self._upstream_tls)
+        self.listener = Listener(self._listener_settings)
+        self._route()
+        self.pool.start()
+        self.upstream.start()
+        try:
+            await self.listener.start(*self._address, self._tls)
+        except OSError:
+            await self.stop()
+            raise
+        if self._tune_gc:
+            tune_gc()
+
+    def _route(self) -> None:
+        routes = self.listener.routes
+        routes[watch_service.PATH] = self.watches.open
+        for path in (health.CHECK, health.LIST, health.WATCH):
+            routes[path] = self.health.open
+        self.listener.passthrough = self.passthrough
+        self.listener.http1 = self.http1
+
+    def _http1_endpoint(self) -> Endpoint:
+        """Where the next HTTP/1 connection goes: an endpoint that works, if there is one."""
+        connection = self.pool.pick()
+        return self.endpoints[0] if connection is None else connection.endpoint
+
+    def _upstream_changed(self) -> None:
+        self.health.set_upstream(self.pool.pick() is not None)
+
+    @property
+    def port(self) -> int:
+        """The port it listens on. Only after `start`."""
+        return self.listener.port
+
+    async def drain(self, limit_s: float) -> bool:
+        """Send all clients elsewhere, then stop; tell whether every call ended by itself within `limit_s` seconds.
+
+        New connections are refused, GOAWAY goes out on the others, health says NOT_SERVING, watches end UNAVAILABLE
+        spread over half of the limit, and calls that were under way may end.
+        """
+        log.info("draining", connections=len(self.listener.connections), watches=len(self.watches.calls))
+        self.health.set_draining()
+        self.listener.go_away()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + limit_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await self.watches.drain(limit_s * DRAIN_WATCHES_SHARE)
+            self.health.leave_all()
+        except TimeoutError:
+            pass
+        gone = await self.listener.wait_gone(max(0.0, deadline - loop.time()))
+        await self.stop()
+        return gone
+
+    async def stop(self) -> None:
+        """Stop now: every connection is closed, on both sides."""
+        await self.listener.stop()
+        self.http1.stop()
+        self.engine.stop()
+        await self.upstream.stop()
+        await self.pool.stop()
+
+
+def tune_gc() -> None:
+    """Set the garbage collector up for a process that lives long and makes next to no cycles.
+
+    What exists now (modules, classes, the proxy itself) is frozen: no collection walks over it again.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)

@@ -1,0 +1,63 @@
+"""A proxy inside the test's own event loop, in front of a real etcd, and etcd calls that do not go through it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc.aio
+
+from proto.pb import rpc_pb2, rpc_pb2_grpc
+from proxy.server import Proxy
+from tests.etcd.server import EtcdServer
+
+
+@asynccontextmanager
+async def proxy_for(etcd: EtcdServer | str, **settings: Any) -> AsyncIterator[Proxy]:
+    """Yield a running proxy in front of `etcd` (or of an endpoint), on a free port."""
+    endpoint = etcd if isinstance(etcd, str) else etcd.endpoint
+    proxy = Proxy(endpoints=endpoint, tune_gc=False, **settings)
+    await proxy.start()
+    try:
+        yield proxy
+    finally:
+        await proxy.stop()
+        getattr(proxy.engine.core, "check", lambda: None)()
+
+
+class Etcd:
+    """Unary calls straight to etcd."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._channel = grpc.aio.insecure_channel(endpoint)
+        self.kv = rpc_pb2_grpc.KVStub(self._channel)
+
+    async def put(self, key: bytes, value: bytes) -> int:
+        """Put and return the revision."""
+        answer = await self.kv.Put(rpc_pb2.PutRequest(key=key, value=value))
+        return int(answer.header.revision)
+
+    async def delete(self, key: bytes, range_end: bytes = b"") -> int:
+        """Delete and return the revision."""
+        answer = await self.kv.DeleteRange(rpc_pb2.DeleteRangeRequest(key=key, range_end=range_end))
+        return int(answer.header.revision)
+
+    async def compact(self, revision: int) -> None:
+        """Compact at a revision."""
+        await self.kv.Compact(rpc_pb2.CompactionRequest(revision=revision, physical=True))
+
+    async def revision(self) -> int:
+        """The store's revision."""
+        answer = await self.kv.Range(rpc_pb2.RangeRequest(key=b"\0", limit=1, keys_only=True))
+        return int(answer.header.revision)
+
+
+@asynccontextmanager
+async def direct(etcd: EtcdServer) -> AsyncIterator[Etcd]:
+    """Yield calls straight to `etcd`."""
+    client = Etcd(etcd.endpoint)
+    try:
+        yield client
+    finally:
+        await client._channel.close()

@@ -1,0 +1,316 @@
+"""How the engine drives a core: order of inputs and effects, the fan-out loop, the timer. The core is a script."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from coalesce.effects import (
+    CheckPermission,
+    CloseUpstream,
+    Deliver,
+    Effect,
+    EndSession,
+    OpenUpstream,
+    PauseUpstream,
+    ReadRevision,
+    RequestProgress,
+    ResumeUpstream,
+    Send,
+)
+from coalesce.inputs import Granted, Identity
+from proto.scan import Header
+from proxy.engine import Engine
+from tests.proxy.scenario import run
+from tests.waiting import until_async
+
+HEADER = Header.make(1, 2, 3, 4)
+
+
+class ScriptedCore:
+    """Notes each input; answers with what the test has put there for it."""
+
+    def __init__(self) -> None:
+        self.inputs: list[tuple[Any, ...]] = []
+        self.effects: dict[str, list[Effect]] = {}
+        self.deadline: float | None = None
+        self.during: Callable[[], None] | None = None
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def step(*arguments: Any) -> list[Effect]:
+            self.inputs.append((name, *arguments))
+            return self.effects.pop(name, [])
+
+        return step
+
+    def next_deadline(self) -> float | None:
+        return self.deadline
+
+    def names(self) -> list[str]:
+        """The inputs so far, by name."""
+        return [entry[0] for entry in self.inputs]
+
+
+class FakeReader:
+    """Answers at once, inside of the effect, as a known probe does."""
+
+    def __init__(self) -> None:
+        self.header = HEADER
+        self.linearizable = True
+        self.reads: list[bytes | None] = []
+
+    def read(self, done: Callable[[Header, bool], None], token: bytes | None = None) -> None:
+        self.reads.append(token)
+        done(self.header, self.linearizable)
+
+    def check(self, token: Any, key: Any, range_end: Any, decided: Callable[[Any], None], wanted: Any) -> None:
+        assert (token, key, range_end) == (None, b"k", b"")
+        assert wanted()
+        decided(Granted(HEADER))
+
+    def stop(self) -> None:
+        pass
+
+
+class FakeUpstream:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Any]] = []
+        self.newest_revision = 0
+        self.ordered_progress = False
+
+    def store_went_back(self, revision: int) -> None:
+        self.told.append(("went back", revision))
+
+    def open(self, watch: Any) -> None:
+        self.told.append(("open", watch))
+
+    def close(self, watch: Any) -> None:
+        self.told.append(("close", watch))
+
+    def pause(self, watch: Any) -> None:
+        self.told.append(("pause", watch))
+
+    def resume(self, watch: Any) -> None:
+        self.told.append(("resume", watch))
+
+    def request_progress(self) -> None:
+        self.told.append(("progress", None))
+
+
+class FakeOutlet:
+    """A stream that has room for so many messages."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.sent: list[bytes] = []
+        self.ends: list[tuple[int, str]] = []
+        self.stalled = False
+        self.touched = 0
+        self.stream: Any = self
+        self.connection = SimpleNamespace(h2=self, dirty=False, touch=self.touch)
+
+    def touch(self) -> None:
+        self.touched += 1
+        self.connection.dirty = True
+
+    def send(self, *arguments: Any) -> bool:
+        """Both the connection's send(stream, pieces, size) and the outlet's send(message)."""
+        self.sent += arguments[1] if len(arguments) == 3 else [arguments[0]]
+        self.room -= 1
+        return self.room >= 0
+
+    def end(self, status: int, text: str) -> None:
+        self.ends.append((status, text))
+
+
+class FakeTrunk:
+    """An upstream watch as far as the engine looks at it."""
+
+    token = b"t"
+    key = b"k"
+
+
+TRUNK: Any = FakeTrunk()
+SPOKEN: Any = SimpleNamespace(canceled=False)
+
+
+class Rig:
+    """An engine with a scripted core and fakes around it."""
+
+    def __init__(self) -> None:
+        self.core = ScriptedCore()
+        self.reader = FakeReader()
+        self.engine = Engine(self.core, self.reader)  # type: ignore[arg-type]  # stand-ins
+        self.upstream = FakeUpstream()
+        self.engine.attach(self.upstream)
+
+    def script(self, name: str, *effects: Effect) -> None:
+        """The next input of this name has these effects."""
+        self.core.effects[name] = list(effects)
+
+
+def watch_of(outlet: FakeOutlet, watch_id: int = 0) -> Any:
+    """A watch as far as the engine looks at it."""
+    session = SimpleNamespace(outlet=outlet, ended=False, identity=Identity())
+    return SimpleNamespace(outlet=outlet, watch_id=watch_id, session=session)
+
+
+def payload_of(*texts: bytes) -> Any:
+    """A payload whose messages carry the watch id."""
+    return SimpleNamespace(messages=lambda watch_id: tuple(b"%d:%s" % (watch_id, text) for text in texts))
+
+
+def test_inputs_never_nest() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        check: Any = watch_of(FakeOutlet(9))
+        check.key, check.range_end = b"k", b""
+        read: Any = SimpleNamespace(waiting=[check])
+        rig.script("create", CheckPermission(check), ReadRevision(read), OpenUpstream("trunk"))  # type: ignore[arg-type]
+        rig.engine.create(check.session, None)  # type: ignore[arg-type]
+        # The answers came from inside of the effects, and waited until all of them were carried out.
+        assert rig.core.names() == ["create", "permission", "revision_read"]
+        assert rig.upstream.told == [("open", "trunk")]
+        assert isinstance(rig.core.inputs[1][2], Granted)
+        assert rig.core.inputs[2][1:3] == (read, HEADER)
+
+    run(scenario())
+
+
+def test_effects_reach_the_upstream_in_order() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        rig.script(
+            "cancel",
+            OpenUpstream("a"),  # type: ignore[arg-type]
+            PauseUpstream("a"),  # type: ignore[arg-type]
+            RequestProgress(()),
+            ResumeUpstream("a"),  # type: ignore[arg-type]
+            CloseUpstream("a"),  # type: ignore[arg-type]
+        )
+        rig.engine.cancel(None, 1)  # type: ignore[arg-type]
+        assert [name for name, _ in rig.upstream.told] == ["open", "pause", "progress", "resume", "close"]
+
+    run(scenario())
+
+
+def test_a_payload_goes_to_each_watch_under_its_id() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        outlets = [FakeOutlet(9) for _ in range(4)]
+        watches = [watch_of(outlet, watch_id) for outlet, watch_id in zip(outlets, (0, 0, 5, 0), strict=True)]
+        rig.script("received", Deliver(payload_of(b"x", b"y"), watches))
+        rig.engine.received(TRUNK, SPOKEN)
+        assert [outlet.sent for outlet in outlets] == [[b"0:x", b"0:y"]] * 2 + [[b"5:x", b"5:y"]] + [[b"0:x", b"0:y"]]
+        assert [outlet.touched for outlet in outlets] == [1] * 4
+        assert rig.engine.stats.delivered == 4
+        assert rig.engine.stats.delivered_bytes == 4 * 6
+
+    run(scenario())
+
+
+def test_a_stall_is_told_at_once_and_what_follows_is_handed_back() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        outlet = FakeOutlet(1)
+        first, second = watch_of(outlet, 0), watch_of(outlet, 1)
+        second.session = first.session
+        payloads = [payload_of(b"x"), payload_of(b"y")]
+        rig.script("received", Deliver(payloads[0], [first, second]), Deliver(payloads[1], [first]))
+        rig.engine.received(TRUNK, SPOKEN)
+        assert rig.core.inputs[1:] == [("stalled", first.session), ("returned", first, payloads[1])]
+        assert outlet.sent == [b"0:x", b"1:x"]
+        assert rig.engine.stats.stalls == 1
+
+    run(scenario())
+
+
+def test_a_control_answer_that_waits_is_a_stall_too() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        outlet = FakeOutlet(0)
+        watch = watch_of(outlet)
+        rig.script("progress", Send(watch.session, b"1"), Send(watch.session, b"2"), Deliver(payload_of(b"x"), [watch]))
+        rig.engine.progress(watch.session)
+        assert outlet.sent == [b"1", b"2"]
+        assert rig.core.names() == ["progress", "stalled", "returned"]
+
+    run(scenario())
+
+
+def test_a_session_is_ended() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        outlet = FakeOutlet(0)
+        rig.script("no_leader", EndSession(watch_of(outlet).session, 14, "etcdserver: no leader"))
+        rig.engine.no_leader()
+        assert outlet.ends == [(14, "etcdserver: no leader")]
+
+    run(scenario())
+
+
+def test_the_timer_rings_at_the_deadline_and_not_for_nothing() -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        rig = Rig()
+        rig.core.deadline = loop.time() + 3600
+        rig.engine.cancel(None, 1)  # type: ignore[arg-type]
+        rig.core.deadline = due = loop.time() + 0.05
+        rig.engine.cancel(None, 2)  # type: ignore[arg-type]
+        await until_async(lambda: "expire" in rig.core.names(), "the deadline")
+        assert rig.core.inputs[2][1] >= due
+        rig.core.deadline = None
+        count = len(rig.core.inputs)
+        rig.engine.cancel(None, 3)  # type: ignore[arg-type]
+        rig.engine.stop()
+        rig.engine.cancel(None, 4)  # type: ignore[arg-type]
+        assert len(rig.core.inputs) <= count + 2
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("revision", "linearizable", "back"), [(8, True, True), (8, False, False), (9, True, False)])
+def test_only_a_linearizable_read_tells_that_the_store_went_back(revision: int, linearizable: bool, back: bool) -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        rig.script("cancel", OpenUpstream(TRUNK))
+        rig.engine.cancel(None, 1)  # type: ignore[arg-type]
+        rig.upstream.newest_revision = 9
+        rig.reader.header, rig.reader.linearizable = Header.make(1, 2, revision, 4), linearizable
+        rig.engine.resumed()
+        assert rig.reader.reads == [b"t"]
+        assert ("store_went_back" in rig.core.names()) is back
+        assert (("went back", 8) in rig.upstream.told) is back
+        assert rig.engine.stats.went_back == back
+
+    run(scenario())
+
+
+def test_a_connection_without_watches_needs_no_read() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        rig.upstream.ordered_progress = True
+        rig.engine.resumed()
+        assert rig.reader.reads == []
+        assert rig.core.__dict__["ordered_progress"] is True
+
+    run(scenario())
+
+
+def test_a_step_that_fails_does_not_leave_the_engine_busy() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        rig.script("create", OpenUpstream("a"))  # type: ignore[arg-type]
+        rig.engine.attach(None)  # type: ignore[arg-type]
+        with pytest.raises(AssertionError):
+            rig.engine.create(None, None)  # type: ignore[arg-type]
+        rig.engine.cancel(None, 1)  # type: ignore[arg-type]
+        assert rig.core.names() == ["create", "cancel"]
+
+    run(scenario())

@@ -1,0 +1,258 @@
+"""Reads and permission checks, over a pool that answers by a script."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from coalesce.inputs import Granted, Refusal
+from proto.framing import Status
+from proto.pb import rpc_pb2
+from proto.scan import Header
+from proxy.reads import TXN, Reader, ReaderSettings
+from tests.proxy.scenario import run
+from tests.waiting import until_async
+from upstream.errors import CallFailed
+from upstream.pool import NO_LEADER_TEXT
+
+USER_EMPTY = CallFailed(Status.INVALID_ARGUMENT, "etcdserver: user name is empty")
+DENIED = CallFailed(Status.PERMISSION_DENIED, "etcdserver: permission denied")
+
+
+class Asked:
+    """One call that the pool got."""
+
+    def __init__(self, message: bytes, metadata: Sequence[tuple[bytes, bytes]], has_leader: bool) -> None:
+        txn = rpc_pb2.TxnRequest.FromString(message)
+        assert not txn.compare
+        assert not txn.success
+        self.range = txn.failure[0].request_range
+        self.token = dict(metadata).get(b"token")
+        self.has_leader = has_leader
+        self.answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+
+class ScriptedPool:
+    """Keeps each call until the test answers it, or answers at once by `auto`."""
+
+    def __init__(self) -> None:
+        self.asked: list[Asked] = []
+        self.auto: Callable[[Asked], int | CallFailed] | None = None
+
+    async def unary(
+        self,
+        path: str,
+        message: bytes,
+        metadata: Sequence[tuple[bytes, bytes]] = (),
+        timeout_s: float = 10.0,
+        *,
+        has_leader: bool = False,
+        idempotent: bool = False,
+    ) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+        assert path == TXN
+        assert timeout_s > 0
+        assert idempotent
+        asked = Asked(message, metadata, has_leader)
+        self.asked.append(asked)
+        if self.auto is not None:
+            answer = self.auto(asked)
+            if isinstance(answer, CallFailed):
+                raise answer
+            revision = answer
+        else:
+            revision = await asked.answer
+        header = rpc_pb2.ResponseHeader(cluster_id=1, member_id=2, revision=revision, raft_term=3)
+        return rpc_pb2.TxnResponse(header=header).SerializeToString(), []
+
+    async def count(self, count: int) -> Asked:
+        """Wait until so many calls came, and return the last."""
+        await until_async(lambda: len(self.asked) >= count, f"{count} calls")
+        assert len(self.asked) == count
+        return self.asked[-1]
+
+
+Outcome = Granted | Header | Refusal
+
+
+def kinds(outcomes: Sequence[Outcome]) -> list[tuple[str, int | str]]:
+    """Outcomes as what a test compares."""
+    return [
+        (type(outcome).__name__, outcome.text)
+        if isinstance(outcome, Refusal)
+        else (type(outcome).__name__, outcome.header.revision if isinstance(outcome, Granted) else outcome.revision)
+        for outcome in outcomes
+    ]
+
+
+def always() -> bool:
+    """Somebody waits."""
+    return True
+
+
+def keep(got: dict[str, Outcome], name: str, outcome: Outcome) -> None:
+    """Keep an outcome by name."""
+    got[name] = outcome
+
+
+def has(got: Sequence[Outcome], count: int) -> bool:
+    """So many outcomes came."""
+    return len(got) == count
+
+
+def test_a_read_is_linearizable_and_asks_for_a_leader() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        got: list[tuple[Header, bool]] = []
+        Reader(pool).read(lambda *answer: got.append(answer))
+        asked = await pool.count(1)
+        assert asked.has_leader
+        assert not asked.range.serializable
+        assert (asked.range.limit, asked.range.keys_only) == (1, True)
+        asked.answer.set_result(42)
+        await until_async(lambda: got, "the answer")
+        header, linearizable = got[0]
+        assert linearizable
+        assert (header.revision, header.cluster_id, header.member_id, header.raft_term) == (42, 1, 2, 3)
+
+    run(scenario())
+
+
+def test_without_a_leader_it_is_serializable() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        got: list[tuple[Header, bool]] = []
+        pool.auto = lambda asked: 7 if asked.range.serializable else CallFailed(Status.UNAVAILABLE, NO_LEADER_TEXT)
+        Reader(pool).read(lambda *answer: got.append(answer))
+        await until_async(lambda: got, "the answer")
+        assert not got[0][1]
+        assert [(asked.range.serializable, asked.has_leader) for asked in pool.asked] == [(False, True), (True, False)]
+
+    run(scenario())
+
+
+def test_a_read_is_tried_until_it_works() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        got: list[tuple[Header, bool]] = []
+        failures = [CallFailed(Status.UNAVAILABLE, "gone"), CallFailed(Status.DEADLINE_EXCEEDED, "slow")]
+        pool.auto = lambda _: failures.pop(0) if failures else 9
+        Reader(pool).read(lambda *answer: got.append(answer))
+        await until_async(lambda: got, "the answer")
+        assert (got[0][0].revision, got[0][1]) == (9, True)
+        assert not any(asked.range.serializable for asked in pool.asked)
+
+    run(scenario())
+
+
+def test_with_auth_off_one_probe_serves_all() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        reader = Reader(pool)
+        got: list[Outcome] = []
+        reader.check(None, b"a", b"", got.append, always)
+        asked = await pool.count(1)
+        reader.check(b"a token is not looked at with auth off", b"b", b"", got.append, always)
+        asked.answer.set_result(5)
+        await until_async(lambda: len(got) == 2, "both answers")
+        reader.check(None, b"c", b"", got.append, always)
+        # Only the first came before the read began, so only to him it says what "now" is.
+        assert kinds(got) == [("Granted", 5), ("Header", 5), ("Header", 5)]
+        assert len(pool.asked) == 1
+        assert not reader.auth_on
+
+    run(scenario())
+
+
+def test_a_probe_is_not_believed_for_ever() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        pool.auto = lambda _: 5
+        reader = Reader(pool, ReaderSettings(probe_age_s_max=-1.0))
+        got: list[Outcome] = []
+        for count in (1, 2):
+            reader.check(None, b"a", b"", got.append, always)
+            await until_async(functools.partial(has, got, count), "the answer")
+        assert kinds(got) == [("Granted", 5)] * 2
+        assert len(pool.asked) == 2
+
+    run(scenario())
+
+
+def test_with_auth_on_each_is_checked_with_his_own_token() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        verdicts: dict[bytes | None, int | CallFailed] = {None: USER_EMPTY, b"good": 8, b"bad": DENIED}
+        pool.auto = lambda asked: verdicts[asked.token]
+        reader = Reader(pool)
+        got: dict[str, Outcome] = {}
+        for token in (b"good", b"bad", None):
+            reader.check(token, b"k", b"l", functools.partial(keep, got, str(token)), always)
+        await until_async(lambda: len(got) == 3, "all answers")
+        assert kinds([got["b'good'"]]) == [("Granted", 8)]
+        denied = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
+        assert kinds([got["b'bad'"]]) == [("Refusal", denied)]
+        empty = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty"
+        assert kinds([got["None"]]) == [("Refusal", empty)]
+        assert reader.auth_on
+        assert [(asked.range.key, asked.range.range_end) for asked in pool.asked if asked.token] == [(b"k", b"l")] * 2
+        # Known to be on: a token is checked without another probe.
+        before = len(pool.asked)
+        reader.check(b"good", b"m", b"", lambda outcome: got.update({"again": outcome}), always)
+        await until_async(lambda: "again" in got, "the answer")
+        assert len(pool.asked) == before + 1
+
+    run(scenario())
+
+
+def test_auth_that_is_switched_off_is_noticed() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        answers: list[int | CallFailed] = [USER_EMPTY, 6]
+        pool.auto = lambda _: answers.pop(0)
+        reader = Reader(pool)
+        got: list[Outcome] = []
+        for count in (1, 2):
+            reader.check(None, b"a", b"", got.append, always)
+            await until_async(functools.partial(has, got, count), "the answer")
+        assert isinstance(got[0], Refusal)
+        assert kinds(got[1:]) == [("Granted", 6)]
+        assert not reader.auth_on
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("auth_on", [False, True])
+def test_nobody_asks_on_for_clients_that_are_gone(auth_on: bool) -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        pool.auto = lambda _: CallFailed(Status.UNAVAILABLE, "gone")
+        reader = Reader(pool)
+        reader.auth_on = auth_on
+        gone = False
+        for _ in range(3):
+            reader.check(b"t", b"a", b"", lambda _: pytest.fail("no answer is due"), lambda: not gone)
+        await until_async(lambda: len(pool.asked) > 5, "some tries")
+        gone = True
+        await until_async(lambda: not reader._tasks, "the tasks to end")
+        assert not reader._probing
+        pool.auto = lambda _: 4
+        got: list[Outcome] = []
+        reader.check(b"t", b"a", b"", got.append, always)
+        await until_async(lambda: got, "an answer for the next one")
+
+    run(scenario())
+
+
+def test_stop_gives_everything_up() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        reader = Reader(pool)
+        reader.read(lambda *_: pytest.fail("no answer is due"))
+        await pool.count(1)
+        reader.stop()
+        await until_async(lambda: not reader._tasks, "the tasks to end")
+
+    run(scenario())
