@@ -7,7 +7,9 @@ each is either taken and named in the log, or refused with the reason, never an 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +17,7 @@ import click
 from click.core import ParameterSource
 
 from proxy.cli_errors import WRONG_REQUEST, Failed
-from proxy.config import Kind, Knob, Settings, knobs, tables
+from proxy.config import ENV_PREFIX, Kind, Knob, Settings, knobs, tables
 from proxy.config_file import ConfigError, Given, from_text, layer, read_file
 from proxy.config_values import BadValue, show_duration, show_size
 
@@ -162,4 +164,19 @@ def _settings_of(ctx: click.Context) -> tuple[Settings, list[str]]:
         above.setdefault("log.log_level", Given("debug", "--debug"))
     below = read_file(Path(given["config"])) if "config" in given else {}
     notes = [f"--{flag} changes nothing here: {reason}" for flag, reason in TAKEN.items() if _foreign(flag) in given]
-    return layer(above, below), notes
+    return layer(above, below), notes + unknown_variables(os.environ)
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return a note for each variable that looks like ours and is none: most likely a mistake in spelling.
+
+    Kubernetes gives every pod such variables for a Service that is called watchmux; those are passed over.
+    """
+    known = [knob.env for knob in knobs()] + [CONFIG_ENV]
+    foreign = tuple(ENV_PREFIX + name for name in ("SERVICE_", "PORT", "STORE_"))
+    notes = []
+    for name in sorted(environment):
+        if name.startswith(ENV_PREFIX) and name not in known and not name.startswith(foreign):
+            close = difflib.get_close_matches(name, known, 1)
+            notes.append(f"{name} is no variable of watchmux" + (f"; did you mean {close[0]}?" if close else ""))
+    return notes

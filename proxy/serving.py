@@ -136,8 +136,8 @@ async def serve(settings: Settings, notes: list[str], parent_fd: int | None) -> 
             "serving",
             address=advertised,
             endpoints=endpoints,
-            metrics=f"http://{admin.address}/metrics" if admin else None,
-            store="bundled, in memory" if store else None,
+            **({"metrics": f"http://{admin.address}/metrics"} if admin else {}),
+            **({"store": "bundled, in memory"} if store else {}),
         )
         code = await _until_told(leaving, store)
         await signals.or_again(proxy.drain(settings.listener.drain_s if code == 0 else 0))

@@ -9,7 +9,7 @@ import click
 import pytest
 
 from proxy.cli_errors import Failed
-from proxy.cli_knobs import REFUSED, TAKEN, KnobCommand, knob_options, settings_of
+from proxy.cli_knobs import REFUSED, TAKEN, KnobCommand, knob_options, settings_of, unknown_variables
 from proxy.config import Settings, knobs
 
 
@@ -102,6 +102,17 @@ def test_flags_that_would_promise_something_are_refused_with_the_reason(name: st
         settings(f"--{name}=1")
     assert str(error.value) == f"--{name}: {REFUSED[name]}"
     assert error.value.code == 2
+
+
+def test_a_misspelt_variable_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WATCHMUX_LISTEN_ADRR", "a:1")
+    assert settings()[1] == ["WATCHMUX_LISTEN_ADRR is no variable of watchmux; did you mean WATCHMUX_LISTEN_ADDR?"]
+
+
+def test_kubernetes_own_variables_are_passed_over() -> None:
+    injected = ["WATCHMUX_SERVICE_HOST", "WATCHMUX_SERVICE_PORT", "WATCHMUX_PORT", "WATCHMUX_PORT_23790_TCP_ADDR"]
+    assert unknown_variables(dict.fromkeys(injected, "x")) == []
+    assert not any(knob.env.startswith(("WATCHMUX_SERVICE_", "WATCHMUX_PORT")) for knob in knobs())
 
 
 GRPC_PROXY_FLAGS = """

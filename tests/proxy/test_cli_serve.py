@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 
+from proto.pb import rpc_pb2, rpc_pb2_grpc
 from proxy.cli import run
 from tests.etcd.binaries import EtcdBinary
 from tests.etcd.server import HOST, EtcdServer, free_port
@@ -78,10 +83,10 @@ def served(tmp_path: Path, *arguments: str) -> Iterator[Served]:
             proxy.process.wait(10)
 
 
-def put_and_get(etcd: EtcdBinary, endpoint: str) -> str:
+def put_and_get(etcd: EtcdBinary, endpoint: str, *extra: str) -> str:
     for arguments in (["put", "greeting", "hello"], ["get", "greeting", "--print-value-only"]):
         shown = subprocess.run(
-            [etcd.etcdctl, f"--endpoints={endpoint}", *arguments],
+            [etcd.etcdctl, f"--endpoints={endpoint}", *extra, *arguments],
             capture_output=True,
             text=True,
             timeout=20,
@@ -143,6 +148,47 @@ def test_without_endpoints_it_fronts_the_bundled_store(tmp_path: Path, etcd_bina
         assert line["store"] == "bundled, in memory"
         assert put_and_get(etcd_binary, str(line["address"])) == "hello"
         assert proxy.end() == 0
+
+
+def test_a_bundled_store_that_dies_takes_the_proxy_with_it(tmp_path: Path) -> None:
+    with served(tmp_path) as proxy:
+        proxy.serving()
+        pid = proxy.process.pid
+        (store,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(int(store), signal.SIGKILL)
+        assert proxy.process.wait(15) == 1
+        assert "the bundled store ended" in [line["msg"] for line in proxy.lines()]
+
+
+def test_a_second_signal_does_not_wait_for_open_calls(tmp_path: Path, etcd: EtcdServer) -> None:
+    with served(tmp_path, f"--endpoints={etcd.endpoint}", "--drain=60s") as proxy:
+        leaving = threading.Event()
+
+        def requests() -> Iterator[rpc_pb2.LeaseKeepAliveRequest]:
+            yield rpc_pb2.LeaseKeepAliveRequest(ID=1)
+            leaving.wait(30)
+
+        with grpc.insecure_channel(str(proxy.serving()["address"])) as channel:
+            calls = rpc_pb2_grpc.LeaseStub(channel).LeaseKeepAlive(requests(), wait_for_ready=True, timeout=30)
+            assert next(calls).ID == 1
+            proxy.process.send_signal(signal.SIGTERM)
+            until(lambda: "draining" in [line["msg"] for line in proxy.lines()], "the proxy to drain")
+            assert proxy.process.poll() is None
+            assert proxy.end() == 0
+            leaving.set()
+            with pytest.raises(grpc.RpcError):
+                next(calls)
+        assert any("second signal" in str(line["msg"]) for line in proxy.lines())
+
+
+def test_it_serves_tls_with_the_certificate_it_was_given(tmp_path: Path, etcd: EtcdServer) -> None:
+    cert, key = tmp_path / "server.pem", tmp_path / "server.key"
+    line = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /O=test"
+    line += f" -addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {cert}"
+    subprocess.run(shlex.split(line), check=True, capture_output=True, timeout=30)
+    with served(tmp_path, f"--endpoints={etcd.endpoint}", f"--cert-file={cert}", f"--key-file={key}") as proxy:
+        address = str(proxy.serving()["address"])
+        assert put_and_get(etcd.binary, f"https://{address}", f"--cacert={cert}") == "hello"
 
 
 def test_the_proxys_process_loads_neither_grpc_nor_a_web_server() -> None:
