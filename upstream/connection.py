@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final, Protocol, cast
 
 from proto.framing import Status, decode_message, http_status_to_grpc
@@ -74,7 +75,7 @@ class CallHandler(Protocol):
 class UpstreamCall:
     """One call: a stream and who is told about it."""
 
-    __slots__ = ("_connection", "ended", "handler", "http_status", "reset_code", "stream", "unprocessed")
+    __slots__ = ("_connection", "ended", "handler", "http_status", "owed", "reset_code", "stream", "unprocessed")
 
     def __init__(self, connection: ClientConnection, stream: Stream, handler: CallHandler) -> None:
         self._connection = connection
@@ -84,6 +85,8 @@ class UpstreamCall:
         self.ended = False
         # The HTTP status of the answer; 0 before it came.
         self.http_status = 0
+        # Bytes that the handler got and has not given back.
+        self.owed = 0
         # The code of the RST_STREAM that ended it, if one did.
         self.reset_code: ErrorCode | None = None
         # The server has not looked at it, so that it can safely be sent again (RFC 9113 8.7).
@@ -108,11 +111,13 @@ class UpstreamCall:
         """End the call at once; its handler is told nothing more."""
         if not self.ended:
             self.ended = True
-            self._connection.reset(self.stream, code)
+            self._connection.reset(self, code)
 
     def consumed(self, size: int) -> None:
-        """Give back `size` bytes of flow control, so that the server may send as many again."""
-        self._connection.consumed(self.stream, size)
+        """Give back `size` bytes of flow control, so that the server may send as many again. Not needed at the end."""
+        if not self.ended:
+            self.owed -= size
+            self._connection.consumed(self.stream, size)
 
 
 class ClientConnection(asyncio.Protocol):
@@ -135,6 +140,8 @@ class ClientConnection(asyncio.Protocol):
         self.healthy = False
         # Why it is over; None while it lives or after a `close` of ours.
         self.failure: Unreachable | None = None
+        # The server ended it because of our PINGs: the next one has to send fewer.
+        self.pinged_too_often = False
         self.ready: asyncio.Future[None] = loop.create_future()
         self.http2 = Connection(
             Role.CLIENT,
@@ -253,11 +260,12 @@ class ClientConnection(asyncio.Protocol):
         self._schedule_flush()
         return done
 
-    def reset(self, stream: Stream, code: ErrorCode) -> None:
-        """Reset a stream; see `UpstreamCall.reset`."""
-        stream.owner = None
+    def reset(self, call: UpstreamCall, code: ErrorCode) -> None:
+        """Reset a call's stream; see `UpstreamCall.reset`."""
+        call.stream.owner = None
         if not self._over:
-            self.http2.reset(stream, code)
+            self.http2.reset(call.stream, code)
+            self.http2.consumed(None, call.owed)
             self._schedule_flush()
             self._close_when_done()
 
@@ -311,7 +319,8 @@ class ClientConnection(asyncio.Protocol):
         if call is None:
             self.http2.consumed(event.stream, event.flow_size)
             return
-        if event.data or event.flow_size:
+        if event.flow_size:
+            call.owed += event.flow_size
             call.handler.on_data(event.data, event.flow_size)
         if event.end_stream and not call.ended:
             self._end(call, *_status_of([], call.http_status), [])
@@ -347,6 +356,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _on_go_away(self, event: GoAwayReceived) -> None:
         debug = event.debug[:200].decode("utf-8", "replace")
+        self.pinged_too_often = event.code is ErrorCode.ENHANCE_YOUR_CALM and debug == "too_many_pings"
         what = f"the server goes away ({event.code.name}{': ' + debug if debug else ''})"
         self._tell_closed(Unreachable(self.endpoint.text, what, "check whether etcd is being restarted"))
         self._close_when_done()
@@ -356,9 +366,12 @@ class ClientConnection(asyncio.Protocol):
         call.ended = True
         stream = call.stream
         stream.owner = None
-        if not self._over and stream.id in self.http2.streams:
-            # The server is done before we are (RFC 9113 8.1).
-            self.http2.reset(stream, ErrorCode.NO_ERROR)
+        if not self._over:
+            # The other calls need the connection's window, whatever this one's handler still holds.
+            self.http2.consumed(None, call.owed)
+            if stream.id in self.http2.streams:
+                # The server is done before we are (RFC 9113 8.1).
+                self.http2.reset(stream, ErrorCode.NO_ERROR)
         call.handler.on_end(status, message, trailers)
         self._close_when_done()
 
@@ -494,6 +507,14 @@ async def connect(
         _discard(made, Unreachable(endpoint.text, "given up", "nothing: another endpoint was faster"))
         raise
     return made[-1]
+
+
+def after(connection: ClientConnection, settings: ConnectionSettings) -> ConnectionSettings:
+    """Return the settings for the connection after this one: with fewer PINGs when its server complained of them."""
+    if not connection.pinged_too_often:
+        return settings
+    # As gRPC's keep-alive specification (gRFC A8) has it.
+    return replace(settings, keepalive_s=2 * settings.keepalive_s)
 
 
 def _discard(made: list[ClientConnection], reason: Unreachable) -> None:

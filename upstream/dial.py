@@ -64,11 +64,12 @@ class Server:
 class Target:
     """One endpoint, and what is known of it between attempts."""
 
-    __slots__ = ("backoff", "endpoint", "leaderless", "not_before", "told", "tried", "unimplemented")
+    __slots__ = ("backoff", "endpoint", "leaderless", "not_before", "settings", "told", "tried", "unimplemented")
 
     def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
         self.endpoint = endpoint
         self.backoff = Backoff(settings.backoff_first_s, settings.backoff_max_s)
+        self.settings = settings.connection
         # When it may be tried again, in loop time.
         self.not_before = 0.0
         # It has failed since the present search began.
@@ -165,7 +166,7 @@ class Dialer:
 
     async def _attempt(self, target: Target) -> Server:
         """Connect and ask. Raises Unreachable."""
-        connection = await connect(target.endpoint, self._tls, self._settings.connection)
+        connection = await connect(target.endpoint, self._tls, target.settings)
         server = Server(target, connection)
         try:
             await self._ask(server)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from proto.framing import Status
 from proto.http2 import Headers
-from upstream.connection import ClientConnection, NotSent, connect
+from upstream.connection import ClientConnection, NotSent, after, connect
 from upstream.endpoints import Backoff, Endpoint
 from upstream.errors import CallFailed, Log, Silence, Unreachable
 from upstream.settings import Settings
@@ -27,11 +27,12 @@ NO_LEADER_TEXT = "etcdserver: no leader"
 class _Slot:
     """One endpoint of the pool."""
 
-    __slots__ = ("backoff", "closed", "connection", "endpoint", "failure", "task")
+    __slots__ = ("backoff", "closed", "connection", "endpoint", "failure", "settings", "task")
 
     def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
         self.endpoint = endpoint
         self.backoff = Backoff(settings.backoff_first_s, settings.backoff_max_s)
+        self.settings = settings.connection
         # The connection while it is up.
         self.connection: ClientConnection | None = None
         # Why the last attempt failed or the last connection ended; None while it is up or has not been tried.
@@ -189,9 +190,7 @@ class Pool:
         """Connect an endpoint, hold the connection while it takes calls, and return why it does not."""
         slot.closed.clear()
         try:
-            connection = await connect(
-                slot.endpoint, self._tls, self._settings.connection, on_closed=lambda _: slot.closed.set()
-            )
+            connection = await connect(slot.endpoint, self._tls, slot.settings, on_closed=lambda _: slot.closed.set())
         except Unreachable as error:
             return error
         slot.connection = connection
@@ -201,6 +200,7 @@ class Pool:
         self._notify()
         await slot.closed.wait()
         slot.connection = None
+        slot.settings = after(connection, slot.settings)
         return connection.failure or Unreachable(slot.endpoint.text, "the connection was closed", "try again")
 
     def _notify(self) -> None:

@@ -24,7 +24,7 @@ from typing import Protocol
 from proto.framing import FramingError, Status, Unframer, frame
 from proto.http2 import Headers
 from proto.scan import Header, ScanError, WatchResponse, scan_watch_response
-from upstream.connection import ClientConnection, NotSent, UpstreamCall, request_headers
+from upstream.connection import ClientConnection, NotSent, UpstreamCall, after, request_headers
 from upstream.dial import Dialer, Server
 from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Log, Silence
@@ -389,7 +389,9 @@ class WatchClient:
         """The server in use is not usable: every watch waits for the next one."""
         server = self._server
         if server is not None:
-            server.target.failed(asyncio.get_running_loop().time())
+            target = server.target
+            target.failed(asyncio.get_running_loop().time())
+            target.settings = after(server.connection, target.settings)
         self._drop_server()
         self.breaks += 1
         self._listener.broken()

@@ -312,6 +312,29 @@ def test_flow_control_goes_both_ways() -> None:
     run(story())
 
 
+@pytest.mark.parametrize("how", ["reset", "end"])
+def test_what_a_call_did_not_give_back_is_given_back_at_its_end(how: str) -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            settings = ConnectionSettings(stream_window_bytes=70_000, connection_window_bytes=70_000)
+            connection = await connect(parse_endpoint(etcd.endpoint), None, settings)
+            for number in range(3):
+                seen = start(connection, consume=False)
+                await until_async(lambda number=number: len(etcd.calls) == number + 1, "the call")  # type: ignore[misc] # bound at once
+                etcd.calls[number].send_raw(bytes(60_000))
+                await until_async(lambda seen=seen: len(seen.data) == 60_000, "the data")  # type: ignore[misc] # bound at once
+                if how == "reset":
+                    seen.call.reset()
+                else:
+                    etcd.calls[number].end()
+                    await until_async(lambda seen=seen: seen.ends, "the end")  # type: ignore[misc] # bound at once
+                # Too late, and not counted twice.
+                seen.call.consumed(60_000)
+            connection.close()
+
+    run(story())
+
+
 def test_a_transport_that_does_not_keep_up_pauses_the_connection() -> None:
     async def story() -> None:
         async with scripted() as etcd:

@@ -203,6 +203,21 @@ def test_goaway_brings_a_new_connection() -> None:
     run(story())
 
 
+def test_a_server_that_complains_of_pings_gets_fewer() -> None:
+    async def story() -> None:
+        async with scripted() as etcd, pooled(etcd.endpoint) as pool:
+            for seconds in (10, 20, 40):
+                await up(pool, 1)
+                before = pool.pick()
+                assert before is not None
+                assert before._settings.keepalive_s == seconds
+                etcd.connections[-1].http2.go_away(code=ErrorCode.ENHANCE_YOUR_CALM, debug=b"too_many_pings")
+                etcd.connections[-1].flush()
+                await until_async(lambda before=before: pool.pick() not in (None, before), "the next connection")  # type: ignore[misc] # bound at once
+
+    run(story())
+
+
 def test_an_idle_connection_is_not_pinged() -> None:
     """etcd counts pings without calls as abuse and ends the connection."""
 
