@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, TypeAlias, TypeVar, cast
 
 import grpc
@@ -17,6 +18,7 @@ from google.protobuf.message import DecodeError, Message
 
 from proto.framing import Status
 from upstream.store import errors
+from upstream.store.auth import Auth
 from upstream.store.errors import Refusal, StoreError
 
 REQUEST_BYTES_MAX = 1536 * 1024
@@ -46,16 +48,6 @@ async def end(context: Context, refusal: Refusal) -> None:
     await context.abort(_CODES[refusal.code], refusal.text)
 
 
-async def read(context: Context, traffic: Traffic) -> bytes | None:
-    """Read the next message of a stream; None when the client has ended its side."""
-    # The stubs do not know that EOF comes as a value.
-    data = cast(object, await context.read())
-    if not isinstance(data, bytes):
-        return None
-    traffic.received += len(data)
-    return data
-
-
 def parse(kind: type[Request], data: bytes) -> Request:
     """Parse a request. Raises StoreError when it is too large or not one."""
     if len(data) > MESSAGE_BYTES_MAX:
@@ -75,25 +67,60 @@ def check_write_size(data: bytes) -> None:
         raise StoreError(errors.REQUEST_TOO_LARGE)
 
 
-def unary(
-    kind: type[Request], answer: Callable[[Request], Awaitable[Message]], traffic: Traffic, *, write: bool = False
-) -> Handler:
-    """Make the handler of a unary method; `write` says that the size limit of writes applies."""
+class Calls:
+    """What the handlers of all services share: the byte counters, and whose call it is."""
 
-    async def call(data: bytes, context: Context) -> bytes:
-        traffic.received += len(data)
-        try:
-            request = parse(kind, data)
-            if write:
-                check_write_size(data)
-            response = (await answer(request)).SerializeToString()
-        except StoreError as error:
-            await end(context, error.refusal)
-            raise
-        traffic.sent += len(response)
-        return response
+    __slots__ = ("_auth", "traffic")
 
-    return grpc.unary_unary_rpc_method_handler(call)
+    def __init__(self, auth: Auth) -> None:
+        self._auth = auth
+        self.traffic = Traffic()
+
+    def user(self, context: Context) -> str | None:
+        """Return the user whose token a call carries, None without one. Raises StoreError for an invalid token."""
+        if not self._auth.enabled:
+            return None
+        metadata = dict(context.invocation_metadata() or ())
+        token = metadata.get("token") or metadata.get("authorization")
+        return self._auth.user_of(str(token).removeprefix("Bearer ") if token else None, monotonic())
+
+    async def read(self, context: Context) -> bytes | None:
+        """Read the next message of a stream; None when the client has ended its side."""
+        # The stubs do not know that EOF comes as a value.
+        data = cast(object, await context.read())
+        if not isinstance(data, bytes):
+            return None
+        self.traffic.received += len(data)
+        return data
+
+    async def write(self, context: Context, message: bytes) -> None:
+        """Write the next message of a stream."""
+        self.traffic.sent += len(message)
+        await context.write(message)
+
+    def unary(
+        self, kind: type[Request], answer: Callable[[Request, str | None], Awaitable[Message]], *, write: bool = False
+    ) -> Handler:
+        """
+        Make the handler of a unary method; `write` says that the size limit of writes applies.
+
+        `answer` gets the request and the user whose call it is (None without a token).
+        """
+
+        async def call(data: bytes, context: Context) -> bytes:
+            self.traffic.received += len(data)
+            try:
+                request = parse(kind, data)
+                if write:
+                    check_write_size(data)
+                response = (await answer(request, self.user(context))).SerializeToString()
+            except StoreError as error:
+                await end(context, error.refusal)
+                raise
+            self.traffic.sent += len(response)
+            return response
+
+        return grpc.unary_unary_rpc_method_handler(call)
 
 
 def stream(call: Callable[[Context], Coroutine[Any, Any, None]]) -> Handler:
@@ -106,6 +133,18 @@ def stream(call: Callable[[Context], Coroutine[Any, Any, None]]) -> Handler:
             await end(context, error.refusal)
 
     return grpc.stream_stream_rpc_method_handler(run)
+
+
+def answers_stream(call: Callable[[bytes, Context], Coroutine[Any, Any, None]]) -> Handler:
+    """Make the handler of a method with one request and a stream of answers, which it writes on the context."""
+
+    async def run(data: bytes, context: Context) -> None:
+        try:
+            await call(data, context)
+        except StoreError as error:
+            await end(context, error.refusal)
+
+    return grpc.unary_stream_rpc_method_handler(run)
 
 
 def unimplemented(reason: str, *, streams_answers: bool = False) -> Handler:

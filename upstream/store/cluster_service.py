@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import grpc
 
 from proto.pb import rpc_pb2
-from upstream.store.calls import Handler, Traffic, service, unary, unimplemented
+from upstream.store.calls import Calls, Handler, service, unimplemented
 from upstream.store.state import StoreState
 
 NO_CLUSTER = "the bundled store is a single member: it takes no others (run an etcd cluster for that)"
@@ -16,20 +16,21 @@ NO_CLUSTER = "the bundled store is a single member: it takes no others (run an e
 class ClusterService:
     """etcdserverpb.Cluster."""
 
-    def __init__(self, state: StoreState) -> None:
+    def __init__(self, state: StoreState, calls: Calls) -> None:
         self._state = state
+        self._calls = calls
         # What clients are told to connect to; known once the server listens.
         self.client_urls: Sequence[str] = ()
 
-    def handlers(self, traffic: Traffic) -> grpc.GenericRpcHandler:
+    def handlers(self) -> grpc.GenericRpcHandler:
         """Return the service to register."""
         methods: dict[str, Handler] = {
             name: unimplemented(NO_CLUSTER) for name in ("MemberAdd", "MemberRemove", "MemberUpdate", "MemberPromote")
         }
-        methods["MemberList"] = unary(rpc_pb2.MemberListRequest, self.member_list, traffic)
+        methods["MemberList"] = self._calls.unary(rpc_pb2.MemberListRequest, self.member_list)
         return service("etcdserverpb.Cluster", methods)
 
-    async def member_list(self, _request: rpc_pb2.MemberListRequest) -> rpc_pb2.MemberListResponse:
+    async def member_list(self, _request: rpc_pb2.MemberListRequest, _user: str | None) -> rpc_pb2.MemberListResponse:
         """Answer MemberList. Without peers there are no peer URLs; the client URL stands in."""
         response = rpc_pb2.MemberListResponse()
         self._state.fill(response.header)

@@ -9,7 +9,7 @@ A file that is not ours, comes from a newer release, or is damaged is refused an
 decided on its first bytes and on a read-only connection. One process at a time may have it open.
 
 Tables: `records`, one row per change as in the revision log, without those that compactions dropped; `leases`;
-`meta`, one row of numbers.
+`auth`, users and roles; `meta`, one row of numbers.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ CREATE TABLE records (
     PRIMARY KEY (mod_revision, sub_revision)
 ) WITHOUT ROWID;
 CREATE TABLE leases (id INTEGER PRIMARY KEY, ttl_s INTEGER NOT NULL);
+CREATE TABLE auth (name TEXT PRIMARY KEY, data BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE meta (
     cluster_id INTEGER NOT NULL, member_id INTEGER NOT NULL,
     revision INTEGER NOT NULL, compact_revision INTEGER NOT NULL
@@ -72,6 +73,9 @@ class Recorder:
     def revoked(self, lease_id: int) -> None:
         """Record that a lease is gone."""
 
+    def auth_changed(self, rows: dict[str, bytes]) -> None:
+        """Record users, roles and the rest of the auth store, whole."""
+
     def commit(self) -> None:
         """Make everything recorded so far durable. Raises StoreDataError when that fails."""
 
@@ -91,6 +95,8 @@ class Stored:
     records: list[Record]
     # (lease id, TTL in seconds)
     leases: list[tuple[int, int]]
+    # As Auth.rows returned it.
+    auth: dict[str, bytes]
 
 
 class Journal(Recorder):
@@ -106,6 +112,7 @@ class Journal(Recorder):
         self._records: list[Record] = []
         self._dropped: list[Record] = []
         self._leases: dict[int, int | None] = {}
+        self._auth: dict[str, bytes] = {}
         self._compact_revision: int | None = None
         # Set while a commit is under way: it stays when that fails, and then nothing is written any more.
         self._failed = False
@@ -144,8 +151,11 @@ class Journal(Recorder):
     def revoked(self, lease_id: int) -> None:
         self._leases[lease_id] = None
 
+    def auth_changed(self, rows: dict[str, bytes]) -> None:
+        self._auth = rows
+
     def commit(self) -> None:
-        if not (self._records or self._leases or self._dropped or self._compact_revision is not None):
+        if not (self._records or self._leases or self._dropped or self._auth or self._compact_revision is not None):
             return
         self._failed = True
         with self._explained("be written"):
@@ -158,6 +168,9 @@ class Journal(Recorder):
                 file.executemany("DELETE FROM leases WHERE id = ?", [(lease_id,) for lease_id in self._leases])
                 granted = [(lease_id, ttl_s) for lease_id, ttl_s in self._leases.items() if ttl_s is not None]
                 file.executemany("INSERT INTO leases VALUES (?, ?)", granted)
+            if self._auth:
+                file.execute("DELETE FROM auth")
+                file.executemany("INSERT INTO auth VALUES (?, ?)", self._auth.items())
             if self._compact_revision is not None:
                 file.execute("UPDATE meta SET compact_revision = ?", (self._compact_revision,))
             if self._dropped:
@@ -168,6 +181,7 @@ class Journal(Recorder):
         self._records.clear()
         self._leases.clear()
         self._dropped.clear()
+        self._auth = {}
         self._compact_revision = None
 
     def close(self) -> None:
@@ -202,7 +216,8 @@ class Journal(Recorder):
             cluster_id, member_id, revision, compact_revision = meta[0]
             records = [_record(row) for row in rows]
             leases = file.execute("SELECT id, ttl_s FROM leases").fetchall()
-        stored = Stored(cluster_id, member_id, revision, compact_revision, records, leases)
+            auth = dict(file.execute("SELECT name, data FROM auth").fetchall())
+        stored = Stored(cluster_id, member_id, revision, compact_revision, records, leases, auth)
         if problem := _inconsistency(stored):
             raise self._unusable(f"is damaged ({problem})")
         return stored

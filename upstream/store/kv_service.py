@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 
 from proto.pb import rpc_pb2
-from upstream.store.calls import Traffic, service, unary
+from upstream.store.calls import Calls, service
 from upstream.store.loops import Compactor
 from upstream.store.state import StoreState
 from upstream.store.writer import Writer
@@ -14,43 +14,44 @@ from upstream.store.writer import Writer
 class KVService:
     """etcdserverpb.KV."""
 
-    def __init__(self, state: StoreState, writer: Writer, compactor: Compactor) -> None:
+    def __init__(self, state: StoreState, writer: Writer, compactor: Compactor, calls: Calls) -> None:
         self._state = state
+        self._calls = calls
         self._writer = writer
         self._compactor = compactor
 
-    def handlers(self, traffic: Traffic) -> grpc.GenericRpcHandler:
+    def handlers(self) -> grpc.GenericRpcHandler:
         """Return the service to register."""
         return service(
             "etcdserverpb.KV",
             {
-                "Range": unary(rpc_pb2.RangeRequest, self.range, traffic),
-                "Put": unary(rpc_pb2.PutRequest, self.put, traffic, write=True),
-                "DeleteRange": unary(rpc_pb2.DeleteRangeRequest, self.delete_range, traffic, write=True),
-                "Txn": unary(rpc_pb2.TxnRequest, self.txn, traffic, write=True),
-                "Compact": unary(rpc_pb2.CompactionRequest, self.compact, traffic),
+                "Range": self._calls.unary(rpc_pb2.RangeRequest, self.range),
+                "Put": self._calls.unary(rpc_pb2.PutRequest, self.put, write=True),
+                "DeleteRange": self._calls.unary(rpc_pb2.DeleteRangeRequest, self.delete_range, write=True),
+                "Txn": self._calls.unary(rpc_pb2.TxnRequest, self.txn, write=True),
+                "Compact": self._calls.unary(rpc_pb2.CompactionRequest, self.compact),
             },
         )
 
-    async def range(self, request: rpc_pb2.RangeRequest) -> rpc_pb2.RangeResponse:
+    async def range(self, request: rpc_pb2.RangeRequest, user: str | None) -> rpc_pb2.RangeResponse:
         """Answer Range: linearizable and serializable are the same here, where one task does everything."""
-        return self._state.range(request)
+        return self._state.range(request, user)
 
-    async def put(self, request: rpc_pb2.PutRequest) -> rpc_pb2.PutResponse:
+    async def put(self, request: rpc_pb2.PutRequest, user: str | None) -> rpc_pb2.PutResponse:
         """Answer Put."""
-        return await self._writer.write(lambda: self._state.put(request))
+        return await self._writer.write(lambda: self._state.put(request, user))
 
-    async def delete_range(self, request: rpc_pb2.DeleteRangeRequest) -> rpc_pb2.DeleteRangeResponse:
+    async def delete_range(self, request: rpc_pb2.DeleteRangeRequest, user: str | None) -> rpc_pb2.DeleteRangeResponse:
         """Answer DeleteRange."""
-        return await self._writer.write(lambda: self._state.delete_range(request))
+        return await self._writer.write(lambda: self._state.delete_range(request, user))
 
-    async def txn(self, request: rpc_pb2.TxnRequest) -> rpc_pb2.TxnResponse:
+    async def txn(self, request: rpc_pb2.TxnRequest, user: str | None) -> rpc_pb2.TxnResponse:
         """Answer Txn."""
-        return await self._writer.write(lambda: self._state.txn(request))
+        return await self._writer.write(lambda: self._state.txn(request, user))
 
-    async def compact(self, request: rpc_pb2.CompactionRequest) -> rpc_pb2.CompactionResponse:
+    async def compact(self, request: rpc_pb2.CompactionRequest, user: str | None) -> rpc_pb2.CompactionResponse:
         """Answer Compact; a physical one once the space is free."""
-        response = await self._writer.write(lambda: self._state.compact(request))
+        response = await self._writer.write(lambda: self._state.compact(request, user))
         self._compactor.start()
         if request.physical:
             await self._compactor.done()

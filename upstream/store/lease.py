@@ -99,6 +99,11 @@ class Lessor:
             raise StoreError(errors.LEASE_NOT_FOUND)
         return sorted(lease.keys)
 
+    def keys_of(self, lease_id: int) -> list[bytes]:
+        """Return a lease's keys in order; none for a lease that is not there."""
+        lease = self._leases.get(lease_id)
+        return [] if lease is None else sorted(lease.keys)
+
     def drop(self, lease_id: int) -> None:
         """Forget a lease whose keys are deleted."""
         lease = self._leases.pop(lease_id)

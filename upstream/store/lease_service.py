@@ -7,7 +7,7 @@ from time import monotonic
 import grpc
 
 from proto.pb import rpc_pb2
-from upstream.store.calls import Context, Traffic, parse, read, service, stream, unary
+from upstream.store.calls import Calls, Context, parse, service, stream
 from upstream.store.state import StoreState
 from upstream.store.writer import Writer
 
@@ -15,44 +15,44 @@ from upstream.store.writer import Writer
 class LeaseService:
     """etcdserverpb.Lease."""
 
-    def __init__(self, state: StoreState, writer: Writer) -> None:
+    def __init__(self, state: StoreState, writer: Writer, calls: Calls) -> None:
         self._state = state
         self._writer = writer
-        self._traffic = Traffic()
+        self._calls = calls
 
-    def handlers(self, traffic: Traffic) -> grpc.GenericRpcHandler:
+    def handlers(self) -> grpc.GenericRpcHandler:
         """Return the service to register."""
-        self._traffic = traffic
         return service(
             "etcdserverpb.Lease",
             {
-                "LeaseGrant": unary(rpc_pb2.LeaseGrantRequest, self.grant, traffic),
-                "LeaseRevoke": unary(rpc_pb2.LeaseRevokeRequest, self.revoke, traffic),
+                "LeaseGrant": self._calls.unary(rpc_pb2.LeaseGrantRequest, self.grant),
+                "LeaseRevoke": self._calls.unary(rpc_pb2.LeaseRevokeRequest, self.revoke),
                 "LeaseKeepAlive": stream(self._keep_alive),
-                "LeaseTimeToLive": unary(rpc_pb2.LeaseTimeToLiveRequest, self.time_to_live, traffic),
-                "LeaseLeases": unary(rpc_pb2.LeaseLeasesRequest, self.leases, traffic),
+                "LeaseTimeToLive": self._calls.unary(rpc_pb2.LeaseTimeToLiveRequest, self.time_to_live),
+                "LeaseLeases": self._calls.unary(rpc_pb2.LeaseLeasesRequest, self.leases),
             },
         )
 
-    async def grant(self, request: rpc_pb2.LeaseGrantRequest) -> rpc_pb2.LeaseGrantResponse:
+    async def grant(self, request: rpc_pb2.LeaseGrantRequest, _user: str | None) -> rpc_pb2.LeaseGrantResponse:
         """Answer LeaseGrant."""
         return await self._writer.write(lambda: self._state.lease_grant(request, monotonic()))
 
-    async def revoke(self, request: rpc_pb2.LeaseRevokeRequest) -> rpc_pb2.LeaseRevokeResponse:
+    async def revoke(self, request: rpc_pb2.LeaseRevokeRequest, user: str | None) -> rpc_pb2.LeaseRevokeResponse:
         """Answer LeaseRevoke."""
-        return await self._writer.write(lambda: self._state.lease_revoke(request.ID))
+        return await self._writer.write(lambda: self._state.lease_revoke(request.ID, user))
 
-    async def time_to_live(self, request: rpc_pb2.LeaseTimeToLiveRequest) -> rpc_pb2.LeaseTimeToLiveResponse:
+    async def time_to_live(
+        self, request: rpc_pb2.LeaseTimeToLiveRequest, user: str | None
+    ) -> rpc_pb2.LeaseTimeToLiveResponse:
         """Answer LeaseTimeToLive."""
-        return self._state.lease_time_to_live(request, monotonic())
+        return self._state.lease_time_to_live(request, monotonic(), user)
 
-    async def leases(self, _request: rpc_pb2.LeaseLeasesRequest) -> rpc_pb2.LeaseLeasesResponse:
+    async def leases(self, _request: rpc_pb2.LeaseLeasesRequest, user: str | None) -> rpc_pb2.LeaseLeasesResponse:
         """Answer LeaseLeases."""
-        return self._state.lease_leases()
+        return self._state.lease_leases(user)
 
     async def _keep_alive(self, context: Context) -> None:
-        while (data := await read(context, self._traffic)) is not None:
+        while (data := await self._calls.read(context)) is not None:
             request = parse(rpc_pb2.LeaseKeepAliveRequest, data)
-            answer = self._state.lease_keep_alive(request.ID, monotonic()).SerializeToString()
-            self._traffic.sent += len(answer)
-            await context.write(answer)
+            answer = self._state.lease_keep_alive(request.ID, monotonic(), self._calls.user(context))
+            await self._calls.write(context, answer.SerializeToString())

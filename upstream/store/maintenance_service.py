@@ -9,7 +9,7 @@ import grpc
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from upstream.store import errors
-from upstream.store.calls import Traffic, service, unary, unimplemented
+from upstream.store.calls import Calls, service, unimplemented
 from upstream.store.errors import Refusal, StoreError
 from upstream.store.index import Record
 from upstream.store.state import RAFT_TERM, StoreState
@@ -30,26 +30,27 @@ NO_ALARMS = "the bundled store raises no alarms and takes none"
 class MaintenanceService:
     """etcdserverpb.Maintenance."""
 
-    def __init__(self, state: StoreState) -> None:
+    def __init__(self, state: StoreState, calls: Calls) -> None:
         self._state = state
+        self._calls = calls
 
-    def handlers(self, traffic: Traffic) -> grpc.GenericRpcHandler:
+    def handlers(self) -> grpc.GenericRpcHandler:
         """Return the service to register."""
         return service(
             "etcdserverpb.Maintenance",
             {
-                "Alarm": unary(rpc_pb2.AlarmRequest, self.alarm, traffic),
-                "Status": unary(rpc_pb2.StatusRequest, self.status, traffic),
-                "Defragment": unary(rpc_pb2.DefragmentRequest, self.defragment, traffic),
-                "Hash": unary(rpc_pb2.HashRequest, self.hash, traffic),
-                "HashKV": unary(rpc_pb2.HashKVRequest, self.hash_kv, traffic),
+                "Alarm": self._calls.unary(rpc_pb2.AlarmRequest, self.alarm),
+                "Status": self._calls.unary(rpc_pb2.StatusRequest, self.status),
+                "Defragment": self._calls.unary(rpc_pb2.DefragmentRequest, self.defragment),
+                "Hash": self._calls.unary(rpc_pb2.HashRequest, self.hash),
+                "HashKV": self._calls.unary(rpc_pb2.HashKVRequest, self.hash_kv),
                 "Snapshot": unimplemented(NO_SNAPSHOT, streams_answers=True),
                 "MoveLeader": unimplemented(NO_LEADER_TO_MOVE),
                 "Downgrade": unimplemented(NO_DOWNGRADE),
             },
         )
 
-    async def status(self, _request: rpc_pb2.StatusRequest) -> rpc_pb2.StatusResponse:
+    async def status(self, _request: rpc_pb2.StatusRequest, _user: str | None) -> rpc_pb2.StatusResponse:
         """Answer Status."""
         state = self._state
         response = rpc_pb2.StatusResponse(
@@ -64,7 +65,7 @@ class MaintenanceService:
         state.fill(response.header)
         return response
 
-    async def alarm(self, request: rpc_pb2.AlarmRequest) -> rpc_pb2.AlarmResponse:
+    async def alarm(self, request: rpc_pb2.AlarmRequest, _user: str | None) -> rpc_pb2.AlarmResponse:
         """Answer Alarm: there are none to list or to end, and none can be raised."""
         if request.action == rpc_pb2.AlarmRequest.ACTIVATE:
             raise StoreError(Refusal(Status.UNIMPLEMENTED, NO_ALARMS))
@@ -72,17 +73,18 @@ class MaintenanceService:
         self._state.fill(response.header)
         return response
 
-    async def defragment(self, _request: rpc_pb2.DefragmentRequest) -> rpc_pb2.DefragmentResponse:
+    async def defragment(self, _request: rpc_pb2.DefragmentRequest, user: str | None) -> rpc_pb2.DefragmentResponse:
         """Answer Defragment: memory is not fragmented the way a bolt file is, so there is nothing to do."""
+        self._state.auth.check_admin(user)
         return rpc_pb2.DefragmentResponse()
 
-    async def hash(self, _request: rpc_pb2.HashRequest) -> rpc_pb2.HashResponse:
+    async def hash(self, _request: rpc_pb2.HashRequest, _user: str | None) -> rpc_pb2.HashResponse:
         """Answer Hash."""
         response = rpc_pb2.HashResponse(hash=self._hash(self._state.mvcc.revision))
         self._state.fill(response.header)
         return response
 
-    async def hash_kv(self, request: rpc_pb2.HashKVRequest) -> rpc_pb2.HashKVResponse:
+    async def hash_kv(self, request: rpc_pb2.HashKVRequest, _user: str | None) -> rpc_pb2.HashKVResponse:
         """Answer HashKV: a hash of all revisions up to the one asked for; 0 = the newest."""
         mvcc = self._state.mvcc
         revision = request.revision

@@ -28,7 +28,7 @@ from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]  
 from proto.pb import rpc_pb2
 from upstream.store import loops
 from upstream.store.auth_service import AuthService
-from upstream.store.calls import Traffic
+from upstream.store.calls import Calls
 from upstream.store.cluster_service import ClusterService
 from upstream.store.http import make_application
 from upstream.store.journal import Journal, StoreDataError
@@ -81,7 +81,7 @@ class Store:
         self.port = 0
         self.metrics_port: int | None = None
         self._recorder, self.state = _open(self.settings)
-        self._traffic = Traffic()
+        self._calls = Calls(self.state.auth)
         self._writer = Writer(self.state, self._recorder, self.settings.commit_interval_s)
         self._compactor = loops.Compactor(self.state.mvcc, self._writer)
         self._health = health.aio.HealthServicer()
@@ -154,15 +154,15 @@ class Store:
                 ("grpc.http2.max_ping_strikes", 0),
             ]
         )
-        cluster = ClusterService(self.state)
+        cluster = ClusterService(self.state, self._calls)
         server.add_generic_rpc_handlers(
             (
-                KVService(self.state, self._writer, self._compactor).handlers(self._traffic),
-                WatchService(self.state, self.settings.progress_notify_interval_s).handlers(self._traffic),
-                LeaseService(self.state, self._writer).handlers(self._traffic),
-                cluster.handlers(self._traffic),
-                MaintenanceService(self.state).handlers(self._traffic),
-                AuthService(self.state).handlers(self._traffic),
+                KVService(self.state, self._writer, self._compactor, self._calls).handlers(),
+                WatchService(self.state, self._calls, self.settings.progress_notify_interval_s).handlers(),
+                LeaseService(self.state, self._writer, self._calls).handlers(),
+                cluster.handlers(),
+                MaintenanceService(self.state, self._calls).handlers(),
+                AuthService(self.state, self._writer, self._calls).handlers(),
             )
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -179,7 +179,7 @@ class Store:
         if self.settings.metrics_addr is None:
             return
         host, port = parse_address(self.settings.metrics_addr, "--listen-metrics-urls")
-        self._runner = web.AppRunner(make_application(self.state, self._traffic), access_log=None)
+        self._runner = web.AppRunner(make_application(self.state, self._calls.traffic), access_log=None)
         await self._runner.setup()
         site = web.TCPSite(self._runner, host, port, reuse_port=False)
         try:

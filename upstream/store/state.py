@@ -13,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from proto.pb import rpc_pb2
+from upstream.store import errors
 from upstream.store import txn as requests
+from upstream.store.auth import Auth
 from upstream.store.errors import StoreError
 from upstream.store.index import Record
 from upstream.store.journal import Recorder, Stored
@@ -58,6 +60,7 @@ class StoreState:
         "_random_id",
         "_recorder",
         "_unpublished",
+        "auth",
         "head",
         "identity",
         "lessor",
@@ -79,6 +82,7 @@ class StoreState:
         self.mvcc = Mvcc()
         self.watchable = WatchableStore(self.mvcc)
         self.lessor = lessor or Lessor()
+        self.auth = Auth()
         self.head = ResponseHead(identity.cluster_id, identity.member_id, RAFT_TERM)
         self.stats = CallStats()
         # What etcd would have in its raft log: it only has to grow with every write.
@@ -94,6 +98,7 @@ class StoreState:
         for lease_id, ttl_s in stored.leases:
             self.lessor.grant(lease_id, ttl_s, now)
         self.lessor.follow(self.mvcc.index.newest_records())
+        self.auth.load(stored.auth)
         self.raft_index += stored.revision
 
     def fill(self, header: rpc_pb2.ResponseHeader) -> None:
@@ -117,17 +122,19 @@ class StoreState:
 
     # KV
 
-    def range(self, request: rpc_pb2.RangeRequest) -> rpc_pb2.RangeResponse:
+    def range(self, request: rpc_pb2.RangeRequest, user: str | None = None) -> rpc_pb2.RangeResponse:
         """Answer Range."""
         requests.check_range(request)
+        self.auth.check(user, request.key, request.range_end)
         self.stats.ranges += 1
         response = requests.run_range(self.mvcc, request)
         self.fill(response.header)
         return response
 
-    def put(self, request: rpc_pb2.PutRequest) -> rpc_pb2.PutResponse:
+    def put(self, request: rpc_pb2.PutRequest, user: str | None = None) -> rpc_pb2.PutResponse:
         """Apply Put."""
         requests.check_put(request)
+        self.auth.check_put(user, request, self.lessor.keys_of)
         requests.check_put_runs(self.mvcc, request, self.lessor.exists)
         txn = self.mvcc.write()
         response = requests.run_put(txn, request)
@@ -135,18 +142,20 @@ class StoreState:
         self.fill(response.header)
         return response
 
-    def delete_range(self, request: rpc_pb2.DeleteRangeRequest) -> rpc_pb2.DeleteRangeResponse:
+    def delete_range(self, request: rpc_pb2.DeleteRangeRequest, user: str | None = None) -> rpc_pb2.DeleteRangeResponse:
         """Apply DeleteRange."""
         requests.check_delete_range(request)
+        self.auth.check_delete_range(user, request)
         txn = self.mvcc.write()
         response = requests.run_delete_range(txn, request)
         self._commit(txn)
         self.fill(response.header)
         return response
 
-    def txn(self, request: rpc_pb2.TxnRequest) -> rpc_pb2.TxnResponse:
+    def txn(self, request: rpc_pb2.TxnRequest, user: str | None = None) -> rpc_pb2.TxnResponse:
         """Apply Txn."""
         requests.check_txn(request)
+        self.auth.check_txn(user, request, self.lessor.keys_of)
         branch = requests.decide(self.mvcc, request)
         requests.check_branch(self.mvcc, branch, self.lessor.exists)
         self.stats.txns += 1
@@ -156,8 +165,9 @@ class StoreState:
         self.fill(response.header)
         return response
 
-    def compact(self, request: rpc_pb2.CompactionRequest) -> rpc_pb2.CompactionResponse:
+    def compact(self, request: rpc_pb2.CompactionRequest, user: str | None = None) -> rpc_pb2.CompactionResponse:
         """Apply Compact; the physical part is left to `mvcc.compact_step`."""
+        self.auth.check_admin(user)
         self.mvcc.compact(request.revision)
         self._recorder.compacted(request.revision)
         self.raft_index += 1
@@ -180,8 +190,13 @@ class StoreState:
         self.fill(response.header)
         return response
 
-    def lease_revoke(self, lease_id: int) -> rpc_pb2.LeaseRevokeResponse:
+    def lease_revoke(self, lease_id: int, user: str | None = None) -> rpc_pb2.LeaseRevokeResponse:
         """Apply LeaseRevoke: the lease's keys are deleted in one revision."""
+        for key in self.lessor.keys_of(lease_id):
+            self.auth.check(user, key, write=True)
+        return self._revoke(lease_id)
+
+    def _revoke(self, lease_id: int) -> rpc_pb2.LeaseRevokeResponse:
         keys = self.lessor.keys(lease_id)
         txn = self.mvcc.write()
         for key in keys:
@@ -194,8 +209,9 @@ class StoreState:
         self.fill(response.header)
         return response
 
-    def lease_keep_alive(self, lease_id: int, now: float) -> rpc_pb2.LeaseKeepAliveResponse:
+    def lease_keep_alive(self, lease_id: int, now: float, user: str | None = None) -> rpc_pb2.LeaseKeepAliveResponse:
         """Answer one message of LeaseKeepAlive; TTL 0 says that the lease is gone."""
+        self._check_lease(lease_id, user, write=True)
         response = rpc_pb2.LeaseKeepAliveResponse(ID=lease_id)
         self.fill(response.header)
         try:
@@ -206,9 +222,10 @@ class StoreState:
         return response
 
     def lease_time_to_live(
-        self, request: rpc_pb2.LeaseTimeToLiveRequest, now: float
+        self, request: rpc_pb2.LeaseTimeToLiveRequest, now: float, user: str | None = None
     ) -> rpc_pb2.LeaseTimeToLiveResponse:
         """Answer LeaseTimeToLive; a lease that is gone is no error."""
+        self._check_lease(request.ID, user)
         response = rpc_pb2.LeaseTimeToLiveResponse(ID=request.ID)
         self.fill(response.header)
         try:
@@ -222,8 +239,10 @@ class StoreState:
             response.keys.extend(sorted(lease.keys))
         return response
 
-    def lease_leases(self) -> rpc_pb2.LeaseLeasesResponse:
+    def lease_leases(self, user: str | None = None) -> rpc_pb2.LeaseLeasesResponse:
         """Answer LeaseLeases."""
+        for lease in self.lessor.leases():
+            self._check_lease(lease.lease_id, user)
         response = rpc_pb2.LeaseLeasesResponse()
         self.fill(response.header)
         response.leases.extend(rpc_pb2.LeaseStatus(ID=lease.lease_id) for lease in self.lessor.leases())
@@ -233,8 +252,22 @@ class StoreState:
         """Revoke leases that have run out, a bounded number of them; return how many."""
         due = self.lessor.expired(now)
         for lease_id in due:
-            self.lease_revoke(lease_id)
+            self._revoke(lease_id)
         return len(due)
+
+    def _check_lease(self, lease_id: int, user: str | None, *, write: bool = False) -> None:
+        """Refuse a lease to those who may not read (or write) its keys. Raises StoreError."""
+        if not self.auth.enabled:
+            return
+        if user is None:
+            raise StoreError(errors.USER_EMPTY)
+        for key in self.lessor.keys_of(lease_id):
+            self.auth.check(user, key, write=write)
+
+    def auth_changed(self) -> None:
+        """Record that users, roles or whether auth is on have changed."""
+        self.raft_index += 1
+        self._recorder.auth_changed(self.auth.rows())
 
     def _commit(self, txn: WriteTxn) -> None:
         changes = txn.commit()

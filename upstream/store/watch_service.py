@@ -14,8 +14,11 @@ import random
 
 import grpc
 
+from proto.framing import Status
 from proto.pb import rpc_pb2
-from upstream.store.calls import Context, Traffic, parse, read, service, stream
+from upstream.store.calls import Calls, Context, parse, service, stream
+from upstream.store.errors import StoreError
+from upstream.store.index import FROM_KEY
 from upstream.store.state import StoreState
 from upstream.store.watch_batch import encode_message
 from upstream.store.watchable import WatchStream
@@ -27,24 +30,31 @@ PROGRESS_NOTIFY_INTERVAL_S = 600.0
 PROGRESS_NOTIFY_JITTER = 0.1
 """Each stream's interval is up to this part longer, so that streams opened together do not stay in step."""
 
+_GO_NAMES = {
+    Status.INVALID_ARGUMENT: "InvalidArgument",
+    Status.PERMISSION_DENIED: "PermissionDenied",
+    Status.UNAUTHENTICATED: "Unauthenticated",
+}
+
 _Create = rpc_pb2.WatchCreateRequest
 
 
 class WatchService:
     """etcdserverpb.Watch."""
 
-    def __init__(self, state: StoreState, progress_notify_interval_s: float = PROGRESS_NOTIFY_INTERVAL_S) -> None:
+    def __init__(
+        self, state: StoreState, calls: Calls, progress_notify_interval_s: float = PROGRESS_NOTIFY_INTERVAL_S
+    ) -> None:
         self._state = state
+        self._calls = calls
         self._interval_s = progress_notify_interval_s
-        self._traffic = Traffic()
 
-    def handlers(self, traffic: Traffic) -> grpc.GenericRpcHandler:
+    def handlers(self) -> grpc.GenericRpcHandler:
         """Return the service to register."""
-        self._traffic = traffic
         return service("etcdserverpb.Watch", {"Watch": stream(self._serve)})
 
     async def _serve(self, context: Context) -> None:
-        session = _Session(self._state, context, self._traffic)
+        session = _Session(self._state, context, self._calls)
         interval_s = self._interval_s * (1 + random.uniform(0, PROGRESS_NOTIFY_JITTER))
         reader = asyncio.create_task(session.read(), name="watch reader")
         ticker = asyncio.create_task(session.tick(interval_s), name="watch progress ticker")
@@ -61,12 +71,12 @@ class WatchService:
 class _Session:
     """One client's stream."""
 
-    __slots__ = ("_context", "_ready", "_room", "_state", "_stream", "_traffic")
+    __slots__ = ("_calls", "_context", "_ready", "_room", "_state", "_stream")
 
-    def __init__(self, state: StoreState, context: Context, traffic: Traffic) -> None:
+    def __init__(self, state: StoreState, context: Context, calls: Calls) -> None:
         self._state = state
         self._context = context
-        self._traffic = traffic
+        self._calls = calls
         # Set while there is something to write, or the reader has failed.
         self._ready = asyncio.Event()
         # Set while there is room for control answers.
@@ -76,7 +86,7 @@ class _Session:
     async def read(self) -> None:
         """Take requests until the client ends its side."""
         try:
-            while (data := await read(self._context, self._traffic)) is not None:
+            while (data := await self._calls.read(self._context)) is not None:
                 self._take(parse(rpc_pb2.WatchRequest, data))
                 while self._stream.queued_controls >= CONTROLS_MAX:
                     self._room.clear()
@@ -89,6 +99,10 @@ class _Session:
         kind = request.WhichOneof("request_union")
         if kind == "create_request":
             create = request.create_request
+            # A negative start is refused first, whoever asks (etcd v3rpc/watch.go).
+            if create.start_revision >= 0 and (reason := self._refusal(create)):
+                self._stream.refuse(reason)
+                return
             self._stream.create(
                 create.key,
                 create.range_end,
@@ -105,6 +119,16 @@ class _Session:
         elif kind == "progress_request":
             self._stream.request_progress()
 
+    def _refusal(self, create: rpc_pb2.WatchCreateRequest) -> str | None:
+        """Return why the stream's user may not watch this; None if it may."""
+        try:
+            self._state.auth.check(self._calls.user(self._context), create.key or FROM_KEY, create.range_end)
+        except StoreError as error:
+            # As grpc-go prints a status: clients compare the whole text.
+            code = _GO_NAMES[error.refusal.code]
+            return f"rpc error: code = {code} desc = {error.refusal.text}"
+        return None
+
     async def write(self, reader: asyncio.Task[None]) -> None:
         """Send answers as they come; ends only by an error of the reader or of the stream."""
         head = self._state.head
@@ -117,8 +141,7 @@ class _Session:
                 await self._ready.wait()
                 continue
             for piece in encode_message(head, message):
-                self._traffic.sent += len(piece)
-                await self._context.write(piece)
+                await self._calls.write(self._context, piece)
             self._room.set()
 
     async def tick(self, interval_s: float) -> None:
