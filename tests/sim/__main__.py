@@ -3,7 +3,7 @@
 python -m tests.sim SEEDS=1000            seeds 0 to 999
 python -m tests.sim SEEDS=500..2000       seeds 500 to 1999
 python -m tests.sim --seed 42             one seed; a failure is shrunk
-python -m tests.sim --seed 42 --steps     one seed, its steps named as they are made
+python -m tests.sim --seed 42 --steps     one seed with all its inputs and effects
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 
-from tests.sim.runner import Outcome, faults, report, run, run_many, shrink, steps_of
+from tests.sim.runner import Outcome, faults, report, run, run_many, shrink
 
 
 def _range(text: str) -> range:
@@ -29,15 +29,16 @@ def _say(text: str) -> None:
 
 
 def _one(seed: int, show_steps: bool) -> int:
-    if show_steps:
-        for place, step in enumerate(steps_of(seed)):
-            _say(f"{place:4} {step.name:16} {step.seed}")
     outcome = run(seed)
+    if outcome.failure:
+        _say(f"seed {seed}: {outcome.failure}\nshrinking {len(outcome.steps)} steps ...")
+        outcome = shrink(outcome)
+    if show_steps:
+        run(seed, outcome.steps, trace=_say)
     if not outcome.failure:
         _say(f"seed {seed}: {len(outcome.steps)} steps, nothing found")
         return 0
-    _say(f"seed {seed}: {outcome.failure}\nshrinking {len(outcome.steps)} steps ...")
-    _say(report(shrink(outcome)))
+    _say(report(outcome))
     return 1
 
 
@@ -65,7 +66,7 @@ def main() -> int:
     )
     parser.add_argument("seeds", nargs="?", type=_range, default=range(1000), help="SEEDS=n or SEEDS=first..last")
     parser.add_argument("--seed", type=int, help="run one seed, and shrink it if it fails")
-    parser.add_argument("--steps", action="store_true", help="with --seed: list its steps")
+    parser.add_argument("--steps", action="store_true", help="with --seed: tell everything that happens")
     parser.add_argument("--failures-max", type=int, default=1, help="stop after so many failures")
     arguments = parser.parse_args()
     if arguments.seed is not None:

@@ -7,6 +7,7 @@ id, or the refusal. What the guarantees cannot see in the log of one watch is ju
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,15 @@ from tests.sim.model_stream import CLUSTER_ID
 COMPACTED = "etcdserver: mvcc: required revision has been compacted"
 EMPTY_RANGE = "mvcc: watcher range is empty"
 DUPLICATE_ID = "mvcc: duplicate watch ID provided on the WatchStream"
+
+
+# Limits of all sessions together: no client can tell when it runs into them.
+SHARED_LIMIT = re.compile(r"watchmux: the limit of \d+ (watches|different ranges) is reached")
+# What the simulator's etcd says when it cancels an upstream watch for good.
+LOST = "etcdserver: the simulator took it"
+
+# Header, id and prefix of a response; limits count events.
+_ENVELOPE_BYTES = 64
 
 
 class SimulationFailure(AssertionError):
@@ -68,7 +78,6 @@ class SimWatch:
     # Cancelled by the server: it may be opened again.
     compact_revision: int = 0
     canceled: bool = False
-    cancel_asked: bool = False
     _run: list[Change] = field(default_factory=list)
 
     @classmethod
@@ -81,7 +90,7 @@ class SimWatch:
         """Its create leaves, with `next_revision` as the start."""
         opened = Reopened if self.log.records else Opened
         self.log.records.append(opened(self.next_revision))
-        self.created = self.canceled = self.cancel_asked = False
+        self.created = self.canceled = False
         self.compact_revision = 0
         self._run.clear()
 
@@ -116,14 +125,22 @@ class SimWatch:
 
 
 @dataclass(slots=True)
-class Expected:
-    """What the answer to a create must be."""
+class SentCreate:
+    """A create that has no answer yet."""
 
     watch: SimWatch
+    start_revision: int | None
+    # As asked for; 0 is automatic.
     watch_id: int
-    reason: str
-    # The store's revision when the create was sent: "now" is not before it.
+    # The store's revision when it was sent: "now" is not before it.
     sent_at: int
+
+
+@dataclass(slots=True)
+class SentCancel:
+    """A cancel whose turn has not come."""
+
+    watch_id: int
 
 
 @dataclass(slots=True, eq=False)
@@ -135,6 +152,8 @@ class SimSession:
     response_bytes_max: int
     # Why a range is refused to this client; "" is allowed.
     permission: Callable[[bytes, bytes], str]
+    # Live watches of a session.
+    watches_max: int = 100_000
     core: Any = None
     stalled: bool = False
     ended: tuple[int, str] | None = None
@@ -142,59 +161,74 @@ class SimSession:
     closed: bool = False
     outbox: deque[bytes] = field(default_factory=deque)
     outbox_bytes: int = 0
-    expected: deque[Expected] = field(default_factory=deque)
-    # Ids in use, as etcd would count them when a request arrives; and the watches whose `created` came, by id.
+    # Creates and cancels whose turn has not come, in order: the proxy decides them in this order, as etcd does.
+    requests: deque[SentCreate | SentCancel] = field(default_factory=deque)
+    # Ids in use, as etcd would count them at this place of the stream: a compaction cancel leaves them taken.
     taken: dict[int, SimWatch] = field(default_factory=dict)
+    # Watches by id from their `created` to their `canceled`.
     announced: dict[int, SimWatch] = field(default_factory=dict)
-    # Cancels sent and not answered: id -> how many.
-    cancels: dict[int, int] = field(default_factory=dict)
     # Progress requests not answered: how many creates had been sent before each.
     progress: deque[int] = field(default_factory=deque)
     creates_sent: int = 0
     # No answer has come since the last request; the proxy may answer several with one.
     progress_waits: bool = False
-    _next_id: int = 0
+    next_id: int = 0
     _run_id: int | None = None
 
     # what the client sends
 
-    def expect(self, watch: SimWatch, start_revision: int | None, watch_id: int, revision: int) -> None:
-        """Note what etcd would answer to this create, which leaves now, at this revision of the store."""
-        spec = watch.spec
-        reason = ""
-        if start_revision is not None and start_revision < 0:
-            reason = COMPACTED
-        elif refusal := self.permission(spec.key or b"\0", spec.range_end):
-            reason = refusal
-        elif spec.range_end and spec.range_end != b"\0" and (spec.key or b"\0") >= spec.range_end:
-            reason = EMPTY_RANGE
-        elif watch_id and watch_id in self.taken:
-            reason = DUPLICATE_ID
-        elif not watch_id:
-            while self._next_id in self.taken:
-                self._next_id += 1
-            watch_id = self._next_id
-            self._next_id += 1
-        if reason:
-            watch_id = -1
-        else:
-            self.taken[watch_id] = watch
-            watch.watch_id = watch_id
-        watch.sent()
-        self.expected.append(Expected(watch, watch_id, reason, revision))
+    def sent_create(self, watch: SimWatch, watch_id: int, revision: int) -> None:
+        """Note that a create leaves now, at this revision of the store."""
+        self.requests.append(SentCreate(watch, watch.next_revision, watch_id, revision))
         self.creates_sent += 1
+        watch.sent()
 
-    def expect_progress(self) -> None:
+    def sent_cancel(self, watch_id: int) -> None:
+        """Note that a cancel leaves now."""
+        self.requests.append(SentCancel(watch_id))
+
+    def sent_progress(self) -> None:
         """Note that a progress request leaves now."""
         self.progress.append(self.creates_sent)
         self.progress_waits = True
 
-    def expect_cancel(self, watch_id: int) -> None:
-        """Note that a cancel leaves now."""
-        watch = self.taken.pop(watch_id, None)
-        if watch is not None:
-            watch.cancel_asked = True
-            self.cancels[watch_id] = self.cancels.get(watch_id, 0) + 1
+    def unanswered(self) -> str:
+        """Tell what should have been answered by now; empty when nothing is left."""
+        creates = [each for each in self.requests if isinstance(each, SentCreate)]
+        cancels = [each for each in self.requests if isinstance(each, SentCancel) and each.watch_id in self.taken]
+        return f"never answered: {creates} {cancels}" if creates or cancels else ""
+
+    def _pass_cancels(self, wanted: int | None) -> None:
+        """Drop the cancels at the head of the line that need no answer, up to the one of `wanted`, included."""
+        while self.requests and isinstance(self.requests[0], SentCancel):
+            watch_id = self.requests.popleft().watch_id
+            if watch_id == wanted:
+                return
+            if watch_id in self.taken:
+                raise SimulationFailure(f"the cancel of {watch_id} was passed over")
+        if wanted is not None:
+            raise SimulationFailure(f"the cancel of {wanted} is answered, but was not asked for here")
+
+    def _decision(self, create: SentCreate) -> tuple[int, str]:
+        """Return the id that etcd would give this create at this place, or -1 and why it would refuse it."""
+        spec = create.watch.spec
+        key = spec.key or b"\0"
+        if create.start_revision is not None and create.start_revision < 0:
+            return -1, COMPACTED
+        if refusal := self.permission(key, spec.range_end):
+            return -1, refusal
+        if spec.range_end and spec.range_end != b"\0" and key >= spec.range_end:
+            return -1, EMPTY_RANGE
+        if create.watch_id and create.watch_id in self.taken:
+            return -1, DUPLICATE_ID
+        if len(self.announced) >= self.watches_max:
+            return -1, f"watchmux: the limit of {self.watches_max} watches of one stream is reached"
+        if create.watch_id:
+            return create.watch_id, ""
+        watch_id = self.next_id
+        while watch_id in self.taken:
+            watch_id += 1
+        return watch_id, ""
 
     # what the proxy writes
 
@@ -238,60 +272,47 @@ class SimSession:
             )
 
     def _created(self, response: rpc_pb2.WatchResponse, revision: int) -> None:
-        if not self.expected:
+        self._pass_cancels(None)
+        if not self.requests:
             raise SimulationFailure(f"{_short(response)} answers no create")
-        expected = self.expected.popleft()
-        watch = expected.watch
+        create = self.requests.popleft()
+        assert isinstance(create, SentCreate), "cancels have been passed"
+        watch = create.watch
+        watch_id, reason = self._decision(create)
         if response.canceled:
-            self._refused(response, expected)
+            if response.watch_id != -1 or response.compact_revision:
+                raise SimulationFailure(f"refused with {_short(response)}")
+            if response.cancel_reason not in (reason, LOST) and not SHARED_LIMIT.fullmatch(response.cancel_reason):
+                raise SimulationFailure(f"refused with {response.cancel_reason!r}, should be {reason!r}")
+            watch.over = True
             return
-        if expected.reason:
-            raise SimulationFailure(f"created, but should be refused with {expected.reason!r}")
-        if response.watch_id != expected.watch_id:
-            raise SimulationFailure(f"created with id {response.watch_id}, should be {expected.watch_id}")
-        if response.watch_id in self.announced:
-            raise SimulationFailure(f"id {response.watch_id} is in use")
-        if watch.next_revision is None and not expected.sent_at <= response.header.revision <= revision:
-            text = f"now is {response.header.revision}, but was {expected.sent_at} when asked and is {revision}"
+        if reason:
+            raise SimulationFailure(f"created, but should be refused with {reason!r}")
+        if response.watch_id != watch_id:
+            raise SimulationFailure(f"created with id {response.watch_id}, should be {watch_id}")
+        if watch.next_revision is None and not create.sent_at <= response.header.revision <= revision:
+            text = f"now is {response.header.revision}, but was {create.sent_at} when asked and is {revision}"
             raise SimulationFailure(text)
-        self.announced[response.watch_id] = watch
+        if not create.watch_id:
+            self.next_id = watch_id + 1
+        self.taken[watch_id] = self.announced[watch_id] = watch
         watch.got_created(response.header.revision)
 
-    def _refused(self, response: rpc_pb2.WatchResponse, expected: Expected) -> None:
-        watch, reason = expected.watch, response.cancel_reason
-        if response.watch_id != -1 or response.compact_revision:
-            raise SimulationFailure(f"refused with {_short(response)}")
-        if reason != expected.reason:
-            raise SimulationFailure(f"refused with {reason!r}, should be {expected.reason!r}")
-        watch.over = True
-
     def _canceled(self, response: rpc_pb2.WatchResponse) -> None:
-        watch_id = response.watch_id
-        watch = self.announced.get(watch_id)
-        if watch is None:
+        watch_id, reason = response.watch_id, response.cancel_reason
+        # None: a compaction cancelled it before; its id stays taken until the client cancels it too.
+        watch = self.announced.pop(watch_id, None)
+        if watch is None and (watch_id not in self.taken or reason or response.compact_revision):
             raise SimulationFailure(f"{_short(response)}: no such watch")
-        if response.compact_revision:
-            if response.cancel_reason:
-                raise SimulationFailure(f"a compaction cancel with reason {response.cancel_reason!r}")
-            if watch.canceled:
-                raise SimulationFailure(f"{_short(response)}: cancelled twice")
-            watch.got_canceled(response.compact_revision, response.cancel_reason)
-            return
-        if self.cancels.get(watch_id):
-            self.cancels[watch_id] -= 1
-            if not self.cancels[watch_id]:
-                del self.cancels[watch_id]
-            if response.cancel_reason:
-                raise SimulationFailure(f"the client's own cancel with reason {response.cancel_reason!r}")
-            watch.over = True
-        elif not response.cancel_reason:
-            raise SimulationFailure(f"{_short(response)}: nobody asked for it")
-        else:
-            # Lost upstream, with a reason: the id is free again.
-            if self.taken.get(watch_id) is watch:
-                del self.taken[watch_id]
-        watch.got_canceled(0, response.cancel_reason)
-        del self.announced[watch_id]
+        if reason and (reason != LOST or response.compact_revision):
+            raise SimulationFailure(f"{_short(response)}: cancelled with {reason!r}")
+        if not response.compact_revision:
+            if not reason:
+                self._pass_cancels(watch_id)
+            del self.taken[watch_id]
+        if watch is not None:
+            watch.over = not reason and not response.compact_revision
+            watch.got_canceled(response.compact_revision, reason)
 
     def _events(self, response: rpc_pb2.WatchResponse, size: int) -> None:
         watch = self.announced.get(response.watch_id)
@@ -300,7 +321,7 @@ class SimSession:
         if response.fragment and not watch.spec.fragment:
             raise SimulationFailure(f"{_short(response)}: a fragment for a watch that did not ask for them")
         changes = [decode_change(event) for event in response.events]
-        if size > self.response_bytes_max and changes[0].mod_revision != changes[-1].mod_revision:
+        if size > self.response_bytes_max + _ENVELOPE_BYTES and changes[0].mod_revision != changes[-1].mod_revision:
             raise SimulationFailure(f"a joined response of {size} bytes, the limit is {self.response_bytes_max}")
         watch.got_events(response.header.revision, changes, response.fragment)
 
@@ -316,12 +337,12 @@ class SimSession:
             return
         if not self.progress:
             raise SimulationFailure(f"{_short(response)}: progress that nobody asked for")
-        if self.progress.popleft() > self.creates_sent - len(self.expected):
+        answered = self.creates_sent - sum(isinstance(each, SentCreate) for each in self.requests)
+        if self.progress.popleft() > answered:
             raise SimulationFailure(f"{_short(response)}: progress before the `created` of an earlier create")
         self.progress_waits = False
         for watch in self.announced.values():
-            if not watch.canceled:
-                watch.got_bookmark(revision)
+            watch.got_bookmark(revision)
 
 
 def decode_change(event: Any) -> Change:

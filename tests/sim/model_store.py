@@ -148,7 +148,6 @@ class Watcher:
     start_revision: int
     # The first revision it may still get.
     min_revision: int
-    prev_kv: bool
     # Events that did not fit in the stream's channel: (changes, header revision); it is a victim meanwhile.
     held: tuple[Sequence[Change], int] | None = None
     # Where a victim's catch-up goes on once its events are sent; 0: it has no more to read.

@@ -1,7 +1,7 @@
 """A pure model of one Watch call at an etcd server: server/etcdserver/api/v3rpc/watch.go without its goroutines.
 
 A receive loop that handles one request after the other, a control channel and an event channel, and a send loop that
-takes from either: what etcd leaves to its scheduler is one call here each (`receive`, `announce`, `send`), made in
+takes from either: what etcd leaves to its scheduler is one call here each (`receive`, `send`), made in
 any order. So `created` may be overtaken by progress answers, its header may be read long after the watch was
 registered, and a full channel drops progress and makes victims.
 """
@@ -61,6 +61,7 @@ class ServerStream:
     _announced: set[int] = field(default_factory=set)
     _pending: dict[int, list[Queued]] = field(default_factory=dict)
     _fragments: set[int] = field(default_factory=set)
+    _prev_kv: set[int] = field(default_factory=set)
 
     # the receive loop
 
@@ -73,6 +74,8 @@ class ServerStream:
         """Take one step of the receive loop: register a watch, announce it, cancel one, or answer progress."""
         if self._announcement is not None:
             self._announce(self._announcement)
+            return
+        if not self.requests:
             return
         request = rpc_pb2.WatchRequest.FromString(self.requests.popleft())
         kind = request.WhichOneof("request_union")
@@ -98,10 +101,12 @@ class ServerStream:
             self._next_id += 1
         elif watch_id in self.watchers:
             return Announcement(None, "mvcc: duplicate watch ID provided on the WatchStream")
-        watcher = Watcher(self, watch_id, key, range_end, request.start_revision, 0, request.prev_kv)
+        watcher = Watcher(self, watch_id, key, range_end, request.start_revision, 0)
         self.watchers[watch_id] = watcher
         if request.fragment:
             self._fragments.add(watch_id)
+        if request.prev_kv:
+            self._prev_kv.add(watch_id)
         self.member.add(watcher)
         return Announcement(watcher)
 
@@ -179,6 +184,9 @@ class ServerStream:
             elif response.canceled and response.watch_id != -1:
                 self._announced.discard(response.watch_id)
                 self._fragments.discard(response.watch_id)
+                self._prev_kv.discard(response.watch_id)
+            return
+        if not self._channel:
             return
         queued = self._channel.popleft()
         if queued.watch_id != -1 and queued.watch_id not in self._announced:
@@ -188,13 +196,12 @@ class ServerStream:
 
     def _send(self, queued: Queued, rng: random.Random) -> None:
         header = self._header(queued.revision)
-        watcher = self.watchers.get(queued.watch_id)
         if queued.compact_revision:
             cancel = WatchResponse(header, queued.watch_id, canceled=True, compact_revision=queued.compact_revision)
             # etcd may repeat it.
             self.out.extend([cancel] * rng.choice((1, 1, 1, 2)))
             return
-        prev_kv = watcher is not None and watcher.prev_kv
+        prev_kv = queued.watch_id in self._prev_kv
         store = self.member.store
         # The value before is read when the response is sent: after a compaction above it there is none.
         compacted = self.member.compact_revision

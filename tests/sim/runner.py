@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -37,7 +38,12 @@ def steps_of(seed: int) -> list[Step]:
     return make_steps(rng, rng.randint(STEPS_MIN, STEPS_MAX))
 
 
-def run(seed: int, steps: Sequence[Step] | None = None, core: ModuleType = real_core) -> Outcome:
+def run(
+    seed: int,
+    steps: Sequence[Step] | None = None,
+    core: ModuleType = real_core,
+    trace: Callable[[str], None] | None = None,
+) -> Outcome:
     """Run a seed, or other steps in its world; return what became of it. Never raises for what the core does."""
     rng = random.Random(seed)
     config = make_config(rng)
@@ -46,8 +52,13 @@ def run(seed: int, steps: Sequence[Step] | None = None, core: ModuleType = real_
     world: World | None = None
     try:
         world = World(config, core)
+        world.trace = trace
         for step in chosen:
+            if trace is not None:
+                trace(f"{step.name} {step.seed} at revision {world.store.revision}, {world.now:.2f} s")
             execute(world, step)
+        if trace is not None:
+            trace(f"the end, at revision {world.store.revision}, {world.now:.2f} s")
         finish(world, random.Random(seed))
     except Exception as error:
         outcome.failure = f"{type(error).__name__}: {error}"
@@ -80,7 +91,7 @@ def shrink(outcome: Outcome, core: ModuleType = real_core, runs_max: int = 600) 
 def _kind(outcome: Outcome) -> str:
     """Return what sort of failure it is, without the numbers in it."""
     line = outcome.failure.split("\n")[0]
-    return "".join(letter for letter in line if not letter.isdigit())[:60]
+    return re.sub(r"0x[0-9a-f]+|\d+", "", line)[:60]
 
 
 def report(outcome: Outcome) -> str:

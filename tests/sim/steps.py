@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tests.sim.clients import SimWatch, Spec
+from tests.sim.clients import LOST, SimWatch, Spec
 from tests.sim.settle import settle
 from tests.sim.world import Config, SimClient, World
 
@@ -50,7 +50,7 @@ def execute(world: World, step: Step) -> None:
     ACTIONS[step.name](world, rng)
     world.make_moves(rng, rng.randint(0, world.config.moves))
     world.advance(rng.choice((0.0, 0.001, 0.02)))
-    world.core.check()
+    world.check()
 
 
 # writers
@@ -156,8 +156,9 @@ def cancel(world: World, rng: random.Random) -> None:
     if client is None or client.session is None:
         return
     session = client.session
-    watch_id = rng.choice([*session.taken, 99]) if rng.random() < 0.95 else rng.randint(-5, 120)
-    session.expect_cancel(watch_id)
+    known = [*session.announced, *(each.watch_id for each in session.requests), session.next_id, 99]
+    watch_id = rng.choice(known)
+    session.sent_cancel(watch_id)
     world.input(world.core.cancel, session.core, watch_id)
 
 
@@ -166,7 +167,7 @@ def progress(world: World, rng: random.Random) -> None:
     """A client asks for progress."""
     client = _connected(world, rng)
     if client is not None and client.session is not None:
-        client.session.expect_progress()
+        client.session.sent_progress()
         world.input(world.core.progress, client.session.core)
 
 
@@ -236,7 +237,7 @@ def break_stream(world: World, rng: random.Random) -> None:
 @_action(0.3, fault=True)
 def lose(world: World, rng: random.Random) -> None:
     """The server cancels one upstream watch for good."""
-    world.upstream.cancel_one(rng, "rpc error: code = PermissionDenied desc = etcdserver: permission denied")
+    world.upstream.cancel_one(rng, f"rpc error: code = {rng.choice(('PermissionDenied', 'Unavailable'))} desc = {LOST}")
 
 
 @_action(0.3, fault=True)
@@ -323,6 +324,10 @@ def make_config(rng: random.Random) -> Config:
         "trunk_catch_up_revisions": rng.choice((0, 3, 10, 1000)),
         "bookmark_s": rng.choice((5.0, 30.0)),
         "progress_notify_s": rng.choice((3.0, 40.0)),
+        "watches_per_session_max": rng.choice((2, 100, 100, 100)),
+        "watches_max": rng.choice((4, 1000, 1000, 1000)),
+        "trunks_max": rng.choice((2, 1000, 1000, 1000)),
+        "queue_max": rng.choice((2, 1000, 1000, 1000)),
         "lagging_age_s_max": rng.choice((None, None, None, 4.0)),
     }
     return Config(

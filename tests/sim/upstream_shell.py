@@ -114,10 +114,13 @@ class UpstreamShell:
         return [stream for stream, link in self._links.items() if link.out and self._is_read(stream)]
 
     def read(self, stream: WatchStream) -> None:
-        """Read one response."""
+        """Read one response, if there still is one."""
+        link = self._links.get(stream)
+        if link is None or not link.out or not self._is_read(stream):
+            return
         if stream.paused:
             self._in_flight[stream] -= 1
-        self._do(self.state.received(stream, self._links[stream].out.popleft()))
+        self._do(self.state.received(stream, link.out.popleft()))
 
     def _is_read(self, stream: WatchStream) -> bool:
         return not stream.paused or self._in_flight.get(stream, 0) > 0

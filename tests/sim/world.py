@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import coalesce as real_core
+from proto.pb import rpc_pb2
 from proto.scan import Header, WatchResponse
 from tests.sim.clients import SimSession, SimulationFailure, SimWatch, Spec
 from tests.sim.model_store import Member, Store
@@ -73,7 +74,8 @@ class World:
         # Every watch there ever was, for the checkers; and those of clients that went away for good.
         self.watches: list[SimWatch] = []
         self.counts: dict[str, int] = {}
-        # How many upstream watches the engine was told to open and not to close.
+        # Where to tell what happens; None = nobody listens.
+        self.trace: Callable[[str], None] | None = None
         self._inbox: deque[tuple[Any, ...]] = deque()
         self._busy = False
         self._start()
@@ -88,7 +90,7 @@ class World:
             self.config.channel_max,
             on_received=self._received,
             on_progressed=lambda watches, header: self.input(self.core.progressed, tuple(watches), header),
-            on_lost=lambda watch, status, text: self.input(self.core.lost, watch, self.package.Lost(status, text)),
+            on_lost=self._lost,
             on_header=self.core_header_seen,
         )
         # (read, the store's revision when it began); a linearizable answer is not below.
@@ -114,7 +116,13 @@ class World:
     # the engine
 
     def _received(self, upstream: Any, response: WatchResponse) -> None:
+        if response.canceled:
+            self.open_upstreams.pop(id(upstream), None)
         self.input(self.core.received, upstream, response)
+
+    def _lost(self, upstream: Any, status: int, text: str) -> None:
+        self.open_upstreams.pop(id(upstream), None)
+        self.input(self.core.lost, upstream, self.package.Lost(status, text))
 
     def core_header_seen(self, header: Header) -> None:
         """Tell the core of a header; it has no effects."""
@@ -129,7 +137,11 @@ class World:
         try:
             while self._inbox:
                 method, *rest = self._inbox.popleft()
+                if self.trace is not None:
+                    self.trace(f"    -> {method.__name__} {' '.join(map(describe, rest))}")
                 for effect in method(*rest, self.now):
+                    if self.trace is not None:
+                        self.trace(f"       {describe(effect)}")
                     _CARRY_OUT[type(effect).__name__](self, effect)
         finally:
             self._busy = False
@@ -296,6 +308,7 @@ class World:
             client.window,
             limits.get("response_bytes_max", 1 << 22),
             lambda key, range_end: self.permission(client.token, key, range_end),
+            limits.get("watches_per_session_max", 100_000),
         )
         identity = self.package.Identity(client.token, client.has_leader)
         session.core = self.core.open_session(session, identity, self.now)
@@ -309,11 +322,12 @@ class World:
         session = client.session
         assert session is not None
         spec: Spec = watch.spec
-        session.expect(watch, watch.next_revision, watch_id, self.store.revision)
+        start_revision = watch.next_revision
+        session.sent_create(watch, watch_id, self.store.revision)
         request = self.package.CreateRequest(
             spec.key,
             spec.range_end,
-            watch.next_revision,
+            start_revision,
             watch_id,
             spec.progress_notify,
             spec.no_put,
@@ -348,6 +362,12 @@ class World:
             raise SimulationFailure("a timer that is always due")
         self.now = until
 
+    def check(self) -> None:
+        """Have the core check its invariants."""
+        check = getattr(self.core, "check", None)
+        if check is not None:
+            check()
+
     def expire(self) -> None:
         """Fire the core's timers that are due."""
         self.input(self.core.expire)
@@ -360,6 +380,30 @@ def _apply(member: Member, rng: random.Random) -> None:
 def _alone(action: Callable[[], None], _: random.Random) -> None:
     """Make a move that leaves nothing to chance."""
     action()
+
+
+def describe(value: Any) -> str:
+    """Return a short text for anything the core is given or gives."""
+    if isinstance(value, WatchResponse):
+        flags = [name for name in ("created", "canceled", "fragment") if getattr(value, name)]
+        revisions = [event.revision for event in value.events]
+        return f"<header {value.header.revision} {' '.join(flags)} {revisions} compact {value.compact_revision}>"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(describe, value))}]"
+    slots = [
+        name
+        for name in ("session", "watches", "payload", "message", "upstream", "status", "text")
+        if hasattr(value, name)
+    ]
+    if type(value).__name__ in _CARRY_OUT:
+        return f"{type(value).__name__}({', '.join(describe(getattr(value, name)) for name in slots)})"
+    if type(value).__name__ == "Payload":
+        return f"payload {value.first_revision}..{value.last_revision}"
+    if isinstance(value, bytes):
+        return str(rpc_pb2.WatchResponse.FromString(value[5:])).replace("\n", " ")
+    if type(value).__name__ == "Session":
+        return f"session {id(value) % 10_000}"
+    return repr(value)
 
 
 _CARRY_OUT: dict[str, Callable[[World, Any], None]] = {
