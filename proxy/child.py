@@ -21,6 +21,8 @@ from typing import IO
 
 import msgspec
 
+from proxy.config import ENV_PREFIX
+
 READY_LIMIT_S = 15.0
 """A process that has not said it is ready after this long never will (seconds)."""
 
@@ -67,7 +69,8 @@ class Child:
     async def start(cls, name: str, command: Sequence[str]) -> Child:
         """Start `command` with `--parent-fd=N` appended and wait until it is ready.
 
-        `name` is for people ("the bundled store"). Raises ChildFailed.
+        `name` is for people ("the bundled store"). Variables that configure the parent are not passed on: what a child
+        should know stands in its command. Raises ChildFailed.
         """
         ours, theirs = socket.socketpair()
         pipe = await asyncio.open_unix_connection(sock=ours)
@@ -80,6 +83,7 @@ class Child:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                env={name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)},
                 start_new_session=True,  # Ctrl-C is the parent's to pass on, in its own order
             )
         except OSError as error:

@@ -55,6 +55,14 @@ def test_a_child_says_where_it_serves_and_answers() -> None:
     asyncio.run(run())
 
 
+def test_what_configures_the_parent_does_not_configure_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WATCHMUX_LISTEN_ADDR", "127.0.0.1:1")
+    monkeypatch.setenv("OTHER", "kept")
+    text = "import os; print([name for name in os.environ if name in ('WATCHMUX_LISTEN_ADDR', 'OTHER')])"
+    with pytest.raises(ChildFailed, match=r"^the child ended: \['OTHER'\]$"):
+        asyncio.run(with_child(text))
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -27,7 +27,7 @@ from proxy.load.trial import Trial
 from tests.etcd.server import EtcdServer
 from tests.waiting import until
 
-SMALL = "--watches=60 --ranges=5 --streams=12 --seconds=1".split()  # noqa: SIM905 - as one types it
+SMALL = "--watches=60 --ranges=5 --streams=12 --seconds=0.5".split()  # noqa: SIM905 - as one types it
 
 
 def test_the_bundled_store_serves_one_watcher_for_each_range(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from proxy.measure import Measurement, Side, reduction_of, show_measurement
 from tests.etcd.server import EtcdServer
 from tests.proxy_process import ProxyProcess
 
-SMALL = "--watches=60 --ranges=5 --streams=12 --seconds=1".split()  # noqa: SIM905 - as one types it
+SMALL = "--watches=60 --ranges=5 --streams=12 --seconds=0.5".split()  # noqa: SIM905 - as one types it
 
 
 def measured(capsys: pytest.CaptureFixture[str], *arguments: str) -> Measurement:
