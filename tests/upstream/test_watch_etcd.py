@@ -401,3 +401,63 @@ def test_auth_streams_go_by_their_token(etcd: EtcdServer) -> None:
             await until_async(lambda: seen.revisions(mine), "its event")
 
     with_writer(etcd, story)
+
+
+@pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
+def test_ordered_progress_is_known_with_auth_on(binary: EtcdBinary) -> None:
+    """Newer releases refuse to tell their version without a token; the older ones tell it."""
+    with EtcdServer(binary) as etcd:
+        for line in ("user add root:r", "user grant-role root root", "auth enable"):
+            etcd.ctl(*line.split())
+
+        async def story() -> None:
+            async with watching(etcd.endpoint, Recorder()) as client:
+                await until_async(lambda: client.connected, "the connection")
+                assert client.ordered_progress is binary.ordered_progress
+
+        run(story())
+
+
+class Member(EtcdServer):
+    """One of two members: without the other one it has no leader."""
+
+    members: Sequence[Member] = ()
+
+    def arguments(self) -> list[str]:
+        cluster = ",".join(f"m{member.peer_port}=http://127.0.0.1:{member.peer_port}" for member in self.members)
+        replaced = {"--name": f"m{self.peer_port}", "--initial-cluster": cluster}
+        arguments = [text for text in super().arguments() if text.partition("=")[0] not in replaced]
+        return [*arguments, *(f"{name}={value}" for name, value in replaced.items())]
+
+
+def test_a_real_etcd_without_a_leader() -> None:
+    one, two = Member(), Member()
+    one.members = two.members = (one, two)
+
+    async def story(writer: Writer) -> None:
+        await asyncio.gather(asyncio.to_thread(one.start), asyncio.to_thread(two.start))
+        seen = Recorder()
+        a = Opened(b"a")
+        async with watching(f"{one.endpoint},{two.endpoint}", seen) as client:
+            client.open(a)
+            await until_async(lambda: seen.created(a), "the watch")
+            first = await writer.put(b"a")
+            await until_async(lambda: seen.revisions(a) == [first], "the event")
+            await asyncio.to_thread(two.kill)
+            await until_async(lambda: seen.leaderless, "the news that there is no leader")
+            await until_async(lambda: client.connected, "a connection without a leader")
+            assert client.leaderless
+            assert client.server is not None
+            assert client.server[0] == one.endpoint
+            await asyncio.to_thread(two.start)
+            await until_async(lambda: not client.leaderless, "the leader's return")
+            second = await writer.put(b"a")
+            await until_async(lambda: seen.revisions(a) == [first, second], "the next event")
+            assert seen.leaderless == 1
+            assert seen.losses == []
+
+    try:
+        with_writer(one, story)
+    finally:
+        one.__exit__(None, None, None)
+        two.__exit__(None, None, None)
