@@ -242,7 +242,6 @@ class Coalescer:
         hub = self._hub
         if now > hub.now:
             hub.now = now
-        hub.turn += 1
         hub.effects = []
 
     def _finish(self) -> list[Effect]:

@@ -51,7 +51,6 @@ class Hub:
         "stats",
         "trunks",
         "trunks_open",
-        "turn",
         "upstreams",
         "upstreams_listed",
     )
@@ -72,8 +71,6 @@ class Hub:
         self.ledger = Ledger(limits, self.stats)
         # Seconds, as last told.
         self.now = 0.0
-        # Counts inputs.
-        self.turn = 0
         # Of the current input.
         self.effects: list[Effect] = []
         # The newest header of any answer; None = none yet.

@@ -10,8 +10,10 @@ A session is told p, the least bookmark of its watches' trunks, if
 
 - all its watches are in step with their trunks: they were sent everything through p;
 - p is not below what any of its watches knows already: the start it asked for, "now", its last event, an earlier
-  progress (a client resumes from the last revision it was told, clientv3 even from this one);
-- nothing was replayed to it in this very turn, since the shell may hand that back.
+  progress (a client resumes from the last revision it was told, clientv3 even from this one).
+
+It is told before anything is delivered in the same input: the shell may hand a delivery back, and then it would not
+be true.
 
 Ids that a compaction cancelled are no watches and hold nothing up, although etcd lets them silence a stream: the
 client has been told that they are dead, and nothing will ever come of them. A request on a session without watches is
@@ -143,11 +145,9 @@ class Progress:
         if self._retry_at is not None and self._retry_at <= hub.now:
             self._retry()
 
-    def settle(self, session: Session) -> None:
-        """Answer a session, if it waits and can be answered now."""
+    def _answer(self, session: Session) -> None:
+        """Answer a session that waits, if it can be answered now."""
         hub = self._hub
-        if not session.progress_needs or session.replayed_turn == hub.turn:
-            return
         revision, proof = self._reached(session)
         if revision is None or proof < session.progress_needs[0]:
             return
@@ -176,8 +176,9 @@ class Progress:
         return revision, proof
 
     def _settle(self) -> None:
+        """Tell all who wait what can be told now. Nothing has been delivered yet in this input."""
         for session in tuple(self.waiting):
-            self.settle(session)
+            self._answer(session)
         for watch, needs in tuple(self._notifying.items()):
             if watch.place is not Place.IN_STEP or watch.source is not watch.trunk or self._had_events(watch):
                 del self._notifying[watch]

@@ -152,7 +152,6 @@ class Replays:
             hub.stats.delivered += 1
             hub.stats.delivered_events += payload.event_count
             watch.sent_revision = payload.last_revision
-            watch.session.replayed_turn = hub.turn
         backfill = source if isinstance(source, Backfill) else None
         if position >= source.next_revision or (backfill is not None and watch.trunk.serves(watch)):
             hub.lift(watch)

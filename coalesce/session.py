@@ -169,7 +169,6 @@ class Session:
         "progress_needs",
         "progress_revision",
         "queue",
-        "replayed_turn",
         "shell",
         "stalled",
         "watches",
@@ -192,9 +191,6 @@ class Session:
         self.lagging: dict[Watch, None] = {}
         # Since when there are any, without a break; None = there are none.
         self.lagging_since: float | None = None
-        # The turn in which something was replayed to it: in the same turn nothing may build on that it was sent,
-        # because the shell may still hand it back.
-        self.replayed_turn = -1
         # The progress requests that wait, at most two: for each the number of the first upstream request whose proof
         # will do (see progress).
         self.progress_needs: tuple[int, ...] = ()

@@ -1,8 +1,10 @@
 """A random walk over everything that can happen to a core, against a small model of etcd.
 
-The model is what the contract says of etcd and no more: a store of revisions, upstream watches that get whole revisions in
-bounded responses whose header is the store's, progress that is answered only by watches which have caught up, compaction
-that cancels who is behind. What each client saw is judged at the end, against the store, event by event.
+The model is what the contract says of etcd and no more: a store of revisions, upstream watches that get whole
+revisions in bounded responses whose header is the store's, a `created` whose header may be later than the
+registration, reads that are answered late, progress that is answered only by watches which have caught up, compaction
+that cancels who is behind, refusals and losses. What each client saw is judged at the end, against the store, event by
+event.
 
 The whole of the core with real shells, time and faults is the simulator's (tests/sim); this one is small enough to run
 with the unit tests, and steps right into corners: tiny limits, tiny rooms, every kind of watch.
@@ -11,9 +13,9 @@ with the unit tests, and steps right into corners: tiny limits, tiny rooms, ever
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from coalesce import Identity, Limits, Refusal, Session, Upstream
+from coalesce import Granted, Identity, Limits, Lost, Refusal, Upstream
 from coalesce.guarantees import in_range
 from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import Event, WatchResponse, scan_watch_response
@@ -105,7 +107,10 @@ class WalkClient(Client):
         assert 0 < revision <= self.walk.revision
         if response.created:
             log = self.asked.pop(0)
-            assert not response.canceled, response.cancel_reason
+            if response.canceled:
+                assert response.watch_id == -1
+                assert response.cancel_reason == "no"
+                return
             assert response.watch_id not in self.watches
             if not log.start:
                 assert revision >= log.asked_at, "now is not before the request"
@@ -154,7 +159,7 @@ class WalkClient(Client):
             expected = [change.revision for change in self.walk.expected(log) if change.revision <= revision]
             assert seen == expected, f"progress {revision} was told too early"
 
-    def write(self, messages: Iterator[bytes] | tuple[bytes, ...] | list[bytes]) -> None:
+    def write(self, messages: Iterable[bytes]) -> None:
         """Take messages, or hold them from the first on that finds no room."""
         for message in messages:
             if self.room == 0 or self.held:
@@ -189,6 +194,8 @@ class Walk(Shell):
         self.models: dict[Upstream, UpstreamModel] = {}
         self.clients: list[WalkClient] = []
         self.gone: list[WalkClient] = []
+        # Reads in flight that etcd has served: at which revision.
+        self.served: dict[int, int] = {}
         self.auth = bool(self.random.getrandbits(1))
 
     # the store
@@ -219,7 +226,9 @@ class Walk(Shell):
         """Answer the create of an upstream watch."""
         model = self.models.setdefault(upstream, UpstreamModel())
         model.created = True
-        model.next_revision = upstream.start_revision or self.revision + 1
+        # What etcd tells of "now" may be later than where it registered the watch.
+        now = max(1, self.revision - self.random.choice((0, 0, 1, 2)))
+        model.next_revision = upstream.start_revision or now + 1
         assert model.next_revision <= self.revision + 1, "a trunk or a backfill of the future"
         self.created(upstream, self.revision)
 
@@ -275,21 +284,39 @@ class Walk(Shell):
             self._client_step(self.random.choice(self.clients))
 
     def _etcd_step(self) -> None:
+        for read in self.reads:
+            # It is served some time after it began, and the answer comes later still.
+            if id(read) not in self.served and self.random.random() < 0.5:
+                self.served[id(read)] = self.revision
         if self.reads and self.random.random() < 0.5:
-            self.do(self.core.revision_read, self.reads.pop(0), header(self.revision))
+            read = self.reads.pop(0)
+            self.do(self.core.revision_read, read, header(self.served.pop(id(read), self.revision)))
         if self.checks and self.random.random() < 0.5:
             check = self.checks.pop(self.random.randrange(len(self.checks)))
-            self.do(self.core.permission, check, None)
+            outcomes = (None, header(self.revision), Granted(header(self.revision)), Refusal("no"))
+            self.do(self.core.permission, check, self.random.choice(outcomes))
         live = self.live()
         if live:
             upstream = self.random.choice(live)
-            if upstream not in self.models:
+            if self.random.random() < 0.005:
+                self.do(self.core.lost, upstream, Lost(14, "gone"))
+                self._bury()
+            elif self.random.random() < 0.01:
+                self.models.pop(upstream, None)
+                self.canceled(upstream, reason="not with this token", at=self.revision)
+                self._bury()
+            elif upstream not in self.models:
                 self.register(upstream)
             elif upstream not in self.paused or self.random.random() < 0.05:
                 self.feed(upstream)
         if self.asked and self.random.random() < 0.3:
             self.asked.clear()
             self.prove()
+
+    def _bury(self) -> None:
+        """Set those aside whose session was ended."""
+        self.gone.extend(client for client in self.clients if client.ended is not None)
+        self.clients = [client for client in self.clients if client.ended is None]
 
     def _client_step(self, client: WalkClient) -> None:
         roll = self.random.random()
@@ -387,6 +414,3 @@ def walk(seed: int, steps: int, ordered_progress: bool = True) -> Walk:
     made.come_to_rest()
     made.judge()
     return made
-
-
-__all__ = ["Refusal", "Session", "Walk", "walk"]
