@@ -33,9 +33,9 @@ class LeaseService:
             },
         )
 
-    async def grant(self, request: rpc_pb2.LeaseGrantRequest, _user: str | None) -> rpc_pb2.LeaseGrantResponse:
+    async def grant(self, request: rpc_pb2.LeaseGrantRequest, user: str | None) -> rpc_pb2.LeaseGrantResponse:
         """Answer LeaseGrant."""
-        return await self._writer.write(lambda: self._state.lease_grant(request, monotonic()))
+        return await self._writer.write(lambda: self._state.lease_grant(request, monotonic(), user))
 
     async def revoke(self, request: rpc_pb2.LeaseRevokeRequest, user: str | None) -> rpc_pb2.LeaseRevokeResponse:
         """Answer LeaseRevoke."""

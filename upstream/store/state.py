@@ -177,8 +177,12 @@ class StoreState:
 
     # Leases
 
-    def lease_grant(self, request: rpc_pb2.LeaseGrantRequest, now: float) -> rpc_pb2.LeaseGrantResponse:
-        """Apply LeaseGrant; without an id one is made up."""
+    def lease_grant(
+        self, request: rpc_pb2.LeaseGrantRequest, now: float, user: str | None = None
+    ) -> rpc_pb2.LeaseGrantResponse:
+        """Apply LeaseGrant; without an id one is made up. Any user may, but not nobody."""
+        if self.auth.enabled and user is None:
+            raise StoreError(errors.USER_EMPTY)
         lease_id = request.ID
         while not lease_id:
             lease_id = self._random_id()
