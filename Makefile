@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,bench,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,dev]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## bundled store, proxy, 1,000 client watches: prints the reduction
@@ -44,11 +44,12 @@ bench: $(VENV)/.installed-dev etcds  ## CPU per event, delay and memory beside e
 sim: $(VENV)/.installed-dev  ## SEEDS=n seeds of the simulator
 	$(BIN)/python -m tests.sim SEEDS=$(SEEDS)
 
-etcds: $(VENV)/.installed-dev  ## fetch the real etcds that the tests run against
+etcds: $(VENV)/.installed-dev  ## fetch the real etcds and client libraries that the tests run against
 	@$(BIN)/python -m tests.etcd.binaries
+	@$(BIN)/python -m tests.clients.libraries
 
 proto: $(VENV)/.installed-dev  ## regenerate proto/pb from the .proto files
 	$(BIN)/python -m proto.generate
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) .etcd build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .etcd .clients build *.egg-info .pytest_cache .mypy_cache .ruff_cache
