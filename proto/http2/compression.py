@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from hpack import Encoder, HPACKDecodingError, InvalidTableIndexError, InvalidTableSizeError, NeverIndexedHeaderTuple
+from hpack.hpack import encode_integer
 from hpack.huffman_table import decode_huffman
 from hpack.table import HeaderTable
 
@@ -99,7 +100,8 @@ class HeaderEncoder:
         name, value = field
         table = self._encoder.header_table
         if isinstance(field, NeverIndexedHeaderTuple):
-            return self._encoder.add((name, value), True)
+            # Literally, also when a table happens to hold the same field, which hpack would refer to.
+            return b"".join([b"\x10", encode_integer(len(name), 7), name, encode_integer(len(value), 7), value])
         indexed = (
             name in _INDEXED_NAMES and len(value) <= _INDEXED_VALUE_BYTES_MAX and table.maxsize >= _TABLE_BYTES_WORTH_IT
         )

@@ -15,7 +15,7 @@ from proto.http2.errors import ConnectionFault, ErrorCode, StreamFault, error_co
 from proto.http2.events import DataReceived, Event, Headers, HeadersKind, HeadersReceived, StreamReset
 from proto.http2.headers import MalformedHeaders, check_request, check_response, check_trailers
 from proto.http2.limits import HEADER_TABLE_BYTES_DEFAULT, WINDOW_BYTES_DEFAULT, WINDOW_BYTES_MAX, Limits
-from proto.http2.sending import CLOSED, HALF_CLOSED_LOCAL, HALF_CLOSED_REMOTE, OPEN, Role, SendingHalf
+from proto.http2.sending import HALF_CLOSED_LOCAL, HALF_CLOSED_REMOTE, OPEN, Role, SendingHalf
 from proto.http2.streams import Stream
 
 # The flood counters, by place in the list.
@@ -362,7 +362,7 @@ class ReceivingHalf(SendingHalf):
         """END_STREAM of the peer: change the stream's state."""
         if stream.state is HALF_CLOSED_LOCAL:
             self._forget(stream)
-        elif stream.state is not CLOSED:
+        else:
             stream.state = HALF_CLOSED_REMOTE
 
 

@@ -91,13 +91,16 @@ def test_secrets_do_not_enter_the_table() -> None:
     """RFC 7541 7.1.3: tokens are sent as never indexed, and so is what came in as such (6.2.3)."""
     encoder, decoder = HeaderEncoder(), Decoder()
     fields = [(b"token", b"secret"), (b"authorization", b"secret"), NeverIndexedHeaderTuple(b"user-agent", b"shy")]
-    encoder.encode([(b"user-agent", b"shy")])
-    decoder.decode(HeaderEncoder().encode([(b"user-agent", b"shy")]))
-    for _ in range(2):
+    plain = [(b"grpc-encoding", b"x"), (b"user-agent", b"open")]
+    for _ in range(3):
         received = list(decoder.decode(encoder.encode(fields), raw=True))
-        assert [field.indexable for field in received[:2]] == [False, False]
+        assert [field.indexable for field in received] == [False, False, False]
         assert received == fields
-    assert len(encoder._encoder.header_table.dynamic_entries) == 1
+        assert list(decoder.decode(encoder.encode(plain), raw=True)) == plain
+    # Not even when the same field is known in the open.
+    fields.append(NeverIndexedHeaderTuple(*plain[0]))
+    assert not any(field.indexable for field in decoder.decode(encoder.encode(fields), raw=True))
+    assert sorted(encoder._encoder.header_table.dynamic_entries) == plain
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -191,13 +191,27 @@ def test_going_away_from_an_idle_connection_closes_it() -> None:
     assert peer.said() == ["GOAWAY 2147483647 NO_ERROR", "GOAWAY 0 NO_ERROR"]
 
 
+@pytest.mark.parametrize("bytewise", [False, True])
+def test_nothing_is_heard_after_the_last_stream(bytewise: bool) -> None:
+    """What comes behind the end of an ending connection is not looked at, however it is cut."""
+    connection, peer = server()
+    peer.receive(peer.request(1))
+    connection.go_away(last=True)
+    peer.said()
+    behind = [wire.ping(), wire.ping(b"12345678", "ACK"), wire.raw(6, 0, 0, b"")]
+    assert peer.receive(rst(1), *behind, bytewise=bytewise) == ["reset 1 CANCEL by peer"]
+    assert peer.said() == []
+    assert connection.closed
+
+
 def test_the_last_id_never_grows() -> None:
-    """6.8: a failure after the second step names the same last stream."""
+    """6.8: the second step said again, and a failure after it, name the same last stream."""
     connection, peer = server()
     peer.receive(peer.request(1))
     connection.go_away(last=True)
     peer.receive(peer.request(7))
-    peer.said()
+    connection.go_away(last=True)
+    assert peer.said() == ["GOAWAY 1 NO_ERROR", "RST_STREAM 7 REFUSED_STREAM", "GOAWAY 1 NO_ERROR"]
     assert peer.receive(wire.raw(6, 0, 0, b"")) == ["failed FRAME_SIZE_ERROR"]
     assert peer.said() == ["GOAWAY 1 FRAME_SIZE_ERROR"]
 

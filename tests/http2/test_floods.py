@@ -109,6 +109,14 @@ def test_continuations_of_one_header_block_are_bounded(parts: int, expected: str
     assert peer.receive(flood) == [expected]
 
 
+def test_continuations_are_counted_block_by_block() -> None:
+    """Long header lists, one after the other, are no flood."""
+    _, peer = start()
+    for stream_id in (5, 7, 9):
+        parts = raw(1, 0, stream_id, peer.block_of(wire.REQUEST)) + raw(9, 0, stream_id) * (LIMIT - 1)
+        assert peer.receive(parts, raw(9, 4, stream_id)) == [f"request {stream_id}"]
+
+
 def test_a_reset_of_a_stream_that_was_answered_is_no_flood() -> None:
     """A client may cancel ten thousand watches at once."""
     connection, peer = start()

@@ -64,20 +64,22 @@ def check(connection: Connection) -> None:
 def frames(rng: random.Random, peer: Peer, count: int) -> list[bytes]:
     """Return frames as a peer might send them, most of them valid."""
     made: list[bytes] = []
-    next_id = 1
+    next_id = last_id = 1
     for _ in range(count):
-        some_id = max(1, next_id - 2 * rng.randrange(1, 6))
-        kind = rng.randrange(14)
+        # Open, closed or skipped; now and then one that was never used.
+        some_id = max(1, last_id - 2 * rng.randrange(6) + 2 * (rng.random() < 0.005))
+        kind = rng.randrange(14) if made else 0
         end = ["END_STREAM"] if rng.random() < 0.2 else []
         if kind <= 2:
             if rng.random() < 0.3:
                 made += peer.in_parts(next_id, [*REQUEST, (b"n", b"%d" % rng.randrange(9))], 5, *end)
             else:
-                size = rng.choice([0, 10, 1_000])
+                size = rng.choice([0, 10, 10, 250])
                 made.append(peer.request(next_id, *end, extra=[(b"x", rng.randbytes(size).hex().encode())]))
+            last_id = next_id
             next_id += 2 * rng.randrange(1, 3)
         elif kind <= 5:
-            made.append(data(some_id, bytes(rng.choice([0, 1, 9, 300])), *end, padding=rng.choice([0, 0, 5])))
+            made.append(data(some_id, bytes(rng.choice([0, 1, 9, 9, 9, 300])), *end, padding=rng.choice([0, 0, 5])))
         elif kind == 6:
             made.append(peer.headers(some_id, TRAILERS, "END_STREAM"))
         elif kind == 7:
@@ -91,7 +93,7 @@ def frames(rng: random.Random, peer: Peer, count: int) -> list[bytes]:
             made.append(rng.choice([wire.ping(), wire.ping(b"abcdefgh", "ACK"), wire.priority(some_id)]))
         elif kind == 12:
             made.append(raw(rng.randrange(10, 256), rng.randrange(256), some_id, rng.randbytes(rng.randrange(9))))
-        elif rng.random() < 0.2:
+        elif rng.random() < 0.05:
             made.append(raw(rng.randrange(10), rng.randrange(256), some_id, rng.randbytes(rng.randrange(20))))
     return made
 
@@ -153,12 +155,13 @@ def test_a_server_that_answers_survives_anything(group: int) -> None:
         while text and not connection.closed:
             size = rng.choice([9, 40, 400])
             events = connection.receive(text[:size])
-            failed = any(isinstance(event, ConnectionFailed) for event in events)
-            assert not failed or connection.closed
+            assert connection.closed or not any(isinstance(event, ConnectionFailed) for event in events)
             answer(connection, rng, events)
             check(connection)
             # What was consumed is given back, whatever became of its stream.
-            assert failed or connection.receive_window + connection._unreturned == LIMITS.connection_window, seed
+            assert (
+                connection.closed or connection.receive_window + connection._unreturned == LIMITS.connection_window
+            ), seed
             text = text[size:]
         connection.output()
 
@@ -192,7 +195,7 @@ def outcome(pieces: list[bytes]) -> tuple[list[str], bytes]:
 @pytest.mark.parametrize("seed", range(12))
 def test_cutting_the_input_anywhere_changes_nothing(seed: int) -> None:
     """Same events, same bytes out: cut at each place, and into single bytes."""
-    text = script(seed, 25)
+    text = script(seed, 20)
     expected = outcome([text])
     assert outcome([text[at : at + 1] for at in range(len(text))]) == expected
     for at in range(1, len(text)):
