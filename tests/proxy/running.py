@@ -23,7 +23,7 @@ async def proxy_for(etcd: EtcdServer | str, **settings: Any) -> AsyncIterator[Pr
         yield proxy
     finally:
         await proxy.stop()
-        getattr(proxy.engine.core, "check", lambda: None)()
+        proxy.engine.core.check()
 
 
 class Etcd:
