@@ -43,8 +43,10 @@ _VALUE = re.compile(rb"(?:[^\0\r\n\t ](?:[^\0\r\n]*[^\0\r\n\t ])?)?").fullmatch
 _STATUS_VALUE = re.compile(rb"[1-9][0-9][0-9]").fullmatch
 _LENGTH_VALUE = re.compile(rb"[0-9]{1,18}").fullmatch
 
+# Secrets, and what is different every time: not to be remembered.
+_PASSING = frozenset({b"authorization", b"cookie", b"grpc-timeout", b"token"})
 _KINDS_MAX = 4_096
-_KIND_VALUE_BYTES_MAX = 128
+_KIND_BYTES_MAX = 160
 _kinds: dict[tuple[bytes, bytes], int] = {}
 
 
@@ -111,11 +113,12 @@ def _check(headers: Sequence[tuple[bytes, bytes]], allowed_pseudo: int) -> int:
 
 
 def _classify(field: tuple[bytes, bytes]) -> int:
-    kind = _kind(*field)
-    if len(field[1]) <= _KIND_VALUE_BYTES_MAX and len(field[0]) <= _KIND_VALUE_BYTES_MAX:
+    name, value = field
+    kind = _kind(name, value)
+    if len(name) + len(value) <= _KIND_BYTES_MAX and name not in _PASSING:
         if len(_kinds) >= _KINDS_MAX:
             _kinds.clear()
-        _kinds[(field[0], field[1])] = kind
+        _kinds[(name, value)] = kind
     return kind
 
 

@@ -15,6 +15,9 @@ WINDOW_BYTES_DEFAULT = 65_535
 WINDOW_BYTES_MAX = 2**31 - 1
 STREAM_ID_MAX = 2**31 - 1
 HEADER_TABLE_BYTES_DEFAULT = 4_096
+# Bytes of DATA we put into one frame however many the peer takes: a turn of the round robin, and what a reset, a PING
+# or another stream's event may have to wait for.
+FRAME_BYTES_SENT_MAX = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +83,11 @@ class Limits:
     paused_requests_max: int = 20_000
     """Requests that arrive while the transport is paused: their answers' headers are written all the same, so this
     bounds what a peer that never reads can make us hold. Room for a client that opens all its streams at once."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what the protocol cannot express."""
+        if not FRAME_BYTES_MIN <= self.max_frame_bytes <= FRAME_BYTES_MAX:
+            raise ValueError(f"max_frame_bytes is {self.max_frame_bytes}, not {FRAME_BYTES_MIN} to {FRAME_BYTES_MAX}")
+        for name in ("initial_window", "connection_window", "max_streams"):
+            if not 0 <= getattr(self, name) <= WINDOW_BYTES_MAX:
+                raise ValueError(f"{name} is {getattr(self, name)}, not 0 to {WINDOW_BYTES_MAX}")

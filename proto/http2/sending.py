@@ -24,7 +24,7 @@ from proto.http2 import frames
 from proto.http2.compression import HeaderEncoder
 from proto.http2.errors import ErrorCode, StreamMisuse
 from proto.http2.events import Event, StreamDrained
-from proto.http2.limits import FRAME_BYTES_MIN, WINDOW_BYTES_DEFAULT, WINDOW_BYTES_MAX, Limits
+from proto.http2.limits import FRAME_BYTES_MIN, FRAME_BYTES_SENT_MAX, WINDOW_BYTES_DEFAULT, WINDOW_BYTES_MAX, Limits
 from proto.http2.streams import Stream, StreamState
 
 OPEN = StreamState.OPEN
@@ -80,7 +80,7 @@ class SendingHalf:
         self._server = role is Role.SERVER
         self._out: list[bytes] = []
         self._paused = False
-        # The largest payload the peer takes (its SETTINGS_MAX_FRAME_SIZE) ...
+        # The largest payload of a frame of ours (the peer's SETTINGS_MAX_FRAME_SIZE, and not too large) ...
         self._peer_frame_bytes = FRAME_BYTES_MIN
         # ... and the same as long as data may flow, _SHUT while the transport is paused or the connection is over.
         self._frame_bytes_live = FRAME_BYTES_MIN
@@ -309,7 +309,8 @@ class SendingHalf:
         self._frame_bytes_live = _SHUT
 
     def _change_frame_bytes(self, size: int) -> None:
-        """Follow the peer's SETTINGS_MAX_FRAME_SIZE."""
+        """Follow the peer's SETTINGS_MAX_FRAME_SIZE, as far as it does us good."""
+        size = min(size, FRAME_BYTES_SENT_MAX)
         self._peer_frame_bytes = size
         if not self._paused and not self.closed:
             self._frame_bytes_live = size

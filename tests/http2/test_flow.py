@@ -109,6 +109,35 @@ def test_the_peers_frame_size_is_honoured(size: int) -> None:
     assert peer.frames()[0].body_len == min(size, 20_001 + 10)
 
 
+def test_our_frames_stay_small_whatever_the_peer_takes() -> None:
+    """http2 point 18: a turn of the round robin is 64 KiB at most."""
+    connection, peer, streams = serve(2, {INITIAL_WINDOW_SIZE: 2**30, MAX_FRAME_SIZE: 2**24 - 1})
+    assert connection.send(streams[0], [bytes(INITIAL_WINDOW)], INITIAL_WINDOW)
+    for stream in streams:
+        assert not connection.send(stream, [bytes(100_000)], 100_000)
+    peer.said()
+    assert peer.receive(update(0, 2**20)) == ["drained 1", "drained 3"]
+    assert peer.said() == ["DATA 1 65536", "DATA 3 65536", "DATA 1 34464", "DATA 3 34464"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_frame_bytes": 16_383},
+        {"max_frame_bytes": 2**24},
+        {"initial_window": 2**31},
+        {"connection_window": 2**31},
+        {"max_streams": 2**31},
+        {"initial_window": -1},
+    ],
+)
+def test_limits_that_the_protocol_cannot_express(wrong: dict[str, int]) -> None:
+    """6.5.2, 6.9.1."""
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Limits(**wrong)
+    Limits(max_frame_bytes=2**24 - 1, initial_window=2**31 - 1, connection_window=2**31 - 1, max_streams=0)
+
+
 @pytest.mark.parametrize(("length", "fails"), [(16_384, False), (16_385, True), (2**24 - 1, True)])
 def test_our_frame_size_is_checked_before_buffering(length: int, fails: bool) -> None:
     """http2 point 4 (4.2): the 9 bytes are enough to refuse."""
