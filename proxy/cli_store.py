@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
 from proxy.cli_errors import WRONG_REQUEST, Failed
 from proxy.config_values import BadValue, parse_address, parse_duration_s, parse_metrics_address
+
+if TYPE_CHECKING:
+    from upstream.store.server import StoreSettings
 
 
 @click.command(name="store")
@@ -24,7 +30,10 @@ from proxy.config_values import BadValue, parse_address, parse_duration_s, parse
     help="Serve /metrics, /health and /version here, as http://HOST:PORT.",
 )
 @click.option(
-    "--data-dir", envvar="WATCHMUX_STORE_DATA_DIR", metavar="DIRECTORY", help="Not there yet: keep the data here."
+    "--data-dir",
+    envvar="WATCHMUX_STORE_DATA_DIR",
+    metavar="DIRECTORY",
+    help="Keep everything here (SQLite); without it everything is gone when the store ends.",
 )
 @click.option(
     "--watch-progress-notify-interval",
@@ -44,15 +53,13 @@ def command(
 ) -> None:
     """Run the bundled etcd-compatible store on its own: for trying out, for tests, for small installations.
 
-    Everything is kept in memory and gone when it ends.
+    With --data-dir every write is on disk before it is answered; without, everything is kept in memory only.
 
     \b
       watchmux store --listen-addr=127.0.0.1:2379
+      watchmux store --data-dir=/var/lib/watchmux-store
       etcdctl --endpoints=127.0.0.1:2379 put greeting hello
     """
-    if data_dir is not None:
-        text = "--data-dir: keeping data on disk is not there yet; leave it out to keep everything in memory"
-        raise Failed(text, WRONG_REQUEST)
     flag = "--listen-addr"
     try:
         address = parse_address(listen_addr, listening=True)
@@ -72,33 +79,43 @@ def command(
         listen_addr=str(address),
         metrics_addr=str(metrics) if metrics else None,
         progress_notify_interval_s=interval_s,
+        data_dir=Path(data_dir) if data_dir else None,
     )
     uvloop.run(_run(settings, parent_fd))
 
 
-async def _run(settings: object, parent_fd: int | None) -> None:
+async def _run(settings: StoreSettings, parent_fd: int | None) -> None:
     import asyncio
 
     from proxy.child import Parent, Ready, on_signals
-    from upstream.store.server import Store, StoreListenError, StoreSettings, join_address
+    from upstream.store.journal import StoreDataError
+    from upstream.store.server import Store, StoreListenError, join_address
 
-    assert isinstance(settings, StoreSettings)
     leaving = asyncio.Event()
     on_signals(leaving.set)
     parent = await Parent.join(parent_fd, lambda _line: None, leaving.set)
-    store = Store(settings)
     try:
+        store = Store(settings)
         await store.start()
     except StoreListenError as error:
+        raise Failed(str(error)) from None
+    except StoreDataError as error:
         raise Failed(str(error)) from None
     metrics = ""
     if settings.metrics_addr and store.metrics_port:
         metrics = join_address(parse_address(settings.metrics_addr, listening=True).host, store.metrics_port)
     parent.write_line(Ready(address=store.endpoint, metrics=metrics))
     if parent_fd is None:
-        click.echo(
-            f"the store serves at {store.endpoint}" + (f", its metrics at {metrics}" if metrics else ""), err=True
-        )
-    await leaving.wait()
+        where = f", keeps its data in {settings.data_dir}" if settings.data_dir else ", in memory only"
+        where += f", its metrics are at {metrics}" if metrics else ""
+        click.echo(f"the store serves at {store.endpoint}{where}", err=True)
+    told = asyncio.ensure_future(leaving.wait())
+    broken = asyncio.ensure_future(store.failure())
+    await asyncio.wait([told, broken], return_when=asyncio.FIRST_COMPLETED)
+    told.cancel()
+    failure = broken.result() if broken.done() else None
+    broken.cancel()
     await store.stop()
     await parent.leave()
+    if failure is not None:
+        raise Failed(str(failure))

@@ -11,8 +11,17 @@ import sys
 from collections.abc import MutableMapping
 from typing import Any, TextIO, cast
 
-import structlog
-from structlog.typing import FilteringBoundLogger, Processor
+_UNLOADED = "rich" not in sys.modules
+if _UNLOADED:
+    # structlog takes rich, where it is installed, for tracebacks on a console. That costs a proxy that logs JSON 4 MiB
+    # of memory for ever; while the entry is None the import fails, and structlog prints plain tracebacks.
+    sys.modules["rich"] = None  # type: ignore[assignment]  # the import system's own way to say "not to be had"
+
+import structlog  # noqa: E402
+from structlog.typing import FilteringBoundLogger, Processor  # noqa: E402
+
+if _UNLOADED:
+    del sys.modules["rich"]  # for others it is there
 
 LEVELS = ("debug", "info", "warn", "error", "fatal")
 """Level names as etcd's --log-level takes them."""
@@ -40,7 +49,7 @@ def configure(level: str = "info", style: str = "auto", stream: TextIO | None = 
     if readable:
         processors += [
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-            structlog.dev.ConsoleRenderer(colors=target.isatty()),
+            structlog.dev.ConsoleRenderer(colors=target.isatty(), exception_formatter=structlog.dev.plain_traceback),
         ]
     else:
         processors += [

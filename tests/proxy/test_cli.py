@@ -81,7 +81,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("store --listen-addr=here", "--listen-addr: 'here' has no port; write HOST:PORT"),
         ("store --listen-metrics-urls=https://a:1", "--listen-metrics-urls: 'https://a:1': metrics are served in"),
         ("store --watch-progress-notify-interval=0", "--watch-progress-notify-interval: it has to be longer than 0s"),
-        ("store --data-dir=/tmp/x", "--data-dir: keeping data on disk is not there yet"),
         ("demo --watches=0", "Invalid value for '--watches': 0 is not in the range 1<=x<=100000."),
         ("demo --watches=5 --streams=6", "--watches=5 is less than --streams=6: each stream needs a watch"),
         ("demo --endpoints=https://a:1", "--endpoints: 'https://a:1': the load clients speak plain TCP only, not TLS"),
@@ -136,3 +135,9 @@ def test_the_module_is_the_command() -> None:
     )
     assert shown.returncode == 2
     assert shown.stderr.startswith("watchmux: --linger: ")
+
+
+def test_a_data_directory_that_cannot_be_used_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = complaint(capsys, "store", "--listen-addr=127.0.0.1:0", "--data-dir=/proc/store")
+    assert code == 1
+    assert "/proc/store" in line

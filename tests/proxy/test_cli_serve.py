@@ -194,7 +194,8 @@ def test_it_serves_tls_with_the_certificate_it_was_given(tmp_path: Path, etcd: E
 def test_the_proxys_process_loads_neither_grpc_nor_a_web_server() -> None:
     code = (
         "import sys, proxy.serving\n"
-        "print([name for name in ('grpc', 'aiohttp', 'prometheus_client', 'click', 'h2') if name in sys.modules])"
+        "print([name for name in ('grpc', 'aiohttp', 'prometheus_client', 'click', 'h2', 'rich') "
+        "if name in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
     assert shown.stdout.strip() == "[]"

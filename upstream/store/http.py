@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
@@ -77,6 +77,7 @@ def make_application(state: StoreState, traffic: Traffic) -> web.Application:
     """Make the HTTP application; the caller runs it."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(StoreCollector(state, traffic))
+    ProcessCollector(registry=registry)
 
     async def health(_request: web.Request) -> web.Response:
         return web.json_response({"health": "true", "reason": ""})
