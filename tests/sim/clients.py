@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +24,13 @@ from coalesce.guarantees import (
     Previous,
     Received,
     Reopened,
+    Truth,
     WatchLog,
+    check,
 )
 from proto.pb import rpc_pb2
 from tests.sim.model_stream import CLUSTER_ID
+from tests.sim.permissions import INVALID_TOKEN
 
 COMPACTED = "etcdserver: mvcc: required revision has been compacted"
 EMPTY_RANGE = "mvcc: watcher range is empty"
@@ -38,6 +41,8 @@ DUPLICATE_ID = "mvcc: duplicate watch ID provided on the WatchStream"
 SHARED_LIMIT = re.compile(r"watchmux: the limit of \d+ (watches|different ranges) is reached")
 # What the simulator's etcd says when it cancels an upstream watch for good.
 LOST = "etcdserver: the simulator took it"
+WENT_BACK = "watchmux: the store went back to an earlier revision (restored from a snapshot?)"
+NO_LEADER = "etcdserver: no leader"
 
 # Header, id and prefix of a response; limits count events.
 _ENVELOPE_BYTES = 64
@@ -78,6 +83,9 @@ class SimWatch:
     # Cancelled by the server: it may be opened again.
     compact_revision: int = 0
     canceled: bool = False
+    # The highest revision it was told anything of; and whether the store has gone back below that since.
+    told_revision: int = 0
+    doomed: bool = False
     _run: list[Change] = field(default_factory=list)
 
     @classmethod
@@ -100,6 +108,7 @@ class SimWatch:
         self.log.records.append(Created(revision))
         if self.next_revision is None:
             self.next_revision = revision + 1
+            self.told_revision = revision
 
     def got_events(self, revision: int, changes: list[Change], fragment: bool) -> None:
         """A response with events came."""
@@ -108,11 +117,13 @@ class SimWatch:
         if not fragment:
             last = revision if self.by_header else self._run[-1].mod_revision
             self.next_revision = max(self.next_revision or 0, last + 1)
+            self.told_revision = max(self.told_revision, last, self._run[-1].mod_revision)
             self._run.clear()
 
     def got_bookmark(self, revision: int) -> None:
         """A progress response came."""
         self.log.records.append(Bookmark(revision))
+        self.told_revision = max(self.told_revision, revision)
         self.next_revision = max(self.next_revision or 0, revision + 1)
 
     def got_canceled(self, compact_revision: int, reason: str) -> None:
@@ -122,6 +133,36 @@ class SimWatch:
         self.compact_revision = compact_revision
         if compact_revision:
             self.next_revision = max(self.next_revision or 0, compact_revision)
+
+    def went_back(self, revision: int, live: bool) -> None:
+        """The store was restored to `revision`: what was told until now has been judged, and a new log begins."""
+        self.doomed = live and self.created and self.told_revision > revision
+        if not live:
+            self.forget()
+        else:
+            # What it was told on this session is true still, or it is doomed; sessions before have been judged.
+            records = self.log.records
+            first = max(place for place, record in enumerate(records) if isinstance(record, Opened | Reopened))
+            start = records[first].start_revision  # type: ignore[union-attr]  # one of the two, as looked for
+            self.log = WatchLog(*self.log.asked, records=[Opened(start), *records[first + 1 :]])
+
+    def forget(self) -> None:
+        """What it was told is true no more. It may be opened again, from now."""
+        self.log = WatchLog(*self.log.asked)
+        self.next_revision = None
+        self.told_revision = 0
+        self.doomed = False
+        self.canceled = True
+
+
+def judge_logs(watches: Iterable[SimWatch], truth: Truth, complete_through: Callable[[SimWatch], int | None]) -> None:
+    """Read the log of every watch against the truth. Raises SimulationFailure for the first that breaks a guarantee."""
+    for watch in watches:
+        violations = check(watch.log, truth, complete_through(watch), safe_headers=True)
+        if violations:
+            records = "\n    ".join(map(str, watch.log.records))
+            found = "\n  ".join(f"{each.guarantee}: {each.text}" for each in violations)
+            raise SimulationFailure(f"guarantees broken for {watch.spec}:\n  {found}\n    {records}")
 
 
 @dataclass(slots=True)
@@ -154,6 +195,8 @@ class SimSession:
     permission: Callable[[bytes, bytes], str]
     # Live watches of a session.
     watches_max: int = 100_000
+    # Whether the client's token has been valid and invalid by turns, so that nobody knows what a check found.
+    fickle: Callable[[], bool] = bool
     core: Any = None
     stalled: bool = False
     ended: tuple[int, str] | None = None
@@ -187,6 +230,12 @@ class SimSession:
         """Note that a cancel leaves now."""
         self.requests.append(SentCancel(watch_id))
 
+    def store_went_back(self, revision: int) -> None:
+        """The store was restored to `revision`: "now" may be as low as that."""
+        for request in self.requests:
+            if isinstance(request, SentCreate):
+                request.sent_at = min(request.sent_at, revision)
+
     def sent_progress(self) -> None:
         """Note that a progress request leaves now."""
         self.progress.append(self.creates_sent)
@@ -209,13 +258,13 @@ class SimSession:
         if wanted is not None:
             raise SimulationFailure(f"the cancel of {wanted} is answered, but was not asked for here")
 
-    def _decision(self, create: SentCreate) -> tuple[int, str]:
+    def _decision(self, create: SentCreate, permission: Callable[[bytes, bytes], str]) -> tuple[int, str]:
         """Return the id that etcd would give this create at this place, or -1 and why it would refuse it."""
         spec = create.watch.spec
         key = spec.key or b"\0"
         if create.start_revision is not None and create.start_revision < 0:
             return -1, COMPACTED
-        if refusal := self.permission(key, spec.range_end):
+        if refusal := permission(key, spec.range_end):
             return -1, refusal
         if spec.range_end and spec.range_end != b"\0" and key >= spec.range_end:
             return -1, EMPTY_RANGE
@@ -239,6 +288,18 @@ class SimSession:
         self.outbox.extend(messages)
         self.outbox_bytes += sum(map(len, messages))
         return self.outbox_bytes <= self.window
+
+    def end(self, status: int, text: str, *, has_leader: bool) -> None:
+        """Take the end of the stream; the client sees it when it has read what came before."""
+        if self.ended is not None:
+            raise SimulationFailure("a session ended twice")
+        self.ended = (status, text)
+        because = [LOST, "behind for more than", "requests wait on one watch stream"]
+        because += [NO_LEADER] if has_leader else []
+        # A token that is refused for good ends its own sessions, and no other's.
+        because += ["etcdserver: "] if self.fickle() or self.permission(b"\0", b"\0") else []
+        if not any(text.find(part) >= 0 for part in because):
+            raise SimulationFailure(f"a session ended with {status} {text!r}")
 
     # what the client reads
 
@@ -278,7 +339,11 @@ class SimSession:
         create = self.requests.popleft()
         assert isinstance(create, SentCreate), "cancels have been passed"
         watch = create.watch
-        watch_id, reason = self._decision(create)
+        watch_id, reason = self._decision(create, self.permission)
+        if self.fickle() and INVALID_TOKEN in (reason, response.cancel_reason):
+            # Asked when the token was in the other state.
+            other = self._decision(create, lambda _key, _range_end: "" if reason == INVALID_TOKEN else INVALID_TOKEN)
+            watch_id, reason = other if other[1] == response.cancel_reason else (watch_id, reason)
         if response.canceled:
             if response.watch_id != -1 or response.compact_revision:
                 raise SimulationFailure(f"refused with {_short(response)}")
@@ -304,7 +369,7 @@ class SimSession:
         watch = self.announced.pop(watch_id, None)
         if watch is None and (watch_id not in self.taken or reason or response.compact_revision):
             raise SimulationFailure(f"{_short(response)}: no such watch")
-        if reason and (reason != LOST or response.compact_revision):
+        if reason and (reason not in (LOST, WENT_BACK) or response.compact_revision):
             raise SimulationFailure(f"{_short(response)}: cancelled with {reason!r}")
         if not response.compact_revision:
             if not reason:
@@ -312,7 +377,10 @@ class SimSession:
             del self.taken[watch_id]
         if watch is not None:
             watch.over = not reason and not response.compact_revision
-            watch.got_canceled(response.compact_revision, reason)
+            if reason == WENT_BACK:
+                watch.forget()
+            else:
+                watch.got_canceled(response.compact_revision, reason)
 
     def _events(self, response: rpc_pb2.WatchResponse, size: int) -> None:
         watch = self.announced.get(response.watch_id)

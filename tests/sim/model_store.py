@@ -80,6 +80,20 @@ class Store:
         self.log.append(Applied(self.revision, compact_revision=revision))
         return True
 
+    def restore(self, revision: int) -> None:
+        """Go back to `revision`, as from a snapshot taken then: what came after was never written."""
+        self.revision = revision
+        self.changes = [change for change in self.changes if change.mod_revision <= revision]
+        self.log = [entry for entry in self.log if entry.revision <= revision]
+        self.compact_revisions = [entry.compact_revision for entry in self.log if entry.compact_revision]
+        self.compact_revision = max(self.compact_revisions, default=0)
+        self._latest = {change.key: change for change in self.changes if change.kind == PUT}
+        for change in self.changes:
+            latest = self._latest.get(change.key)
+            if change.kind == DELETE and latest is not None and latest.mod_revision < change.mod_revision:
+                del self._latest[change.key]
+        self._events.clear()
+
     def truth(self) -> Truth:
         """Return all there was, for the checkers."""
         return Truth(self.changes, self.compact_revisions)
@@ -197,6 +211,14 @@ class Member:
                     del self.synced[watcher]
                     watcher.held, watcher.more_revision = (changes, entry.revision), 0
                     self.victims[watcher] = None
+
+    def restore(self) -> None:
+        """Start anew from the restored store; nobody is connected."""
+        self.revision = self.store.revision
+        self.compact_revision = self.store.compact_revision
+        self.position = len(self.store.log)
+        for group in (self.synced, self.unsynced, self.victims):
+            group.clear()
 
     def add(self, watcher: Watcher) -> None:
         """Register a watcher: in the future and now are synced, the past is unsynced."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from coalesce.guarantees import Change
@@ -51,6 +51,8 @@ class ServerStream:
     ordered_progress: bool = True
     # Responses of at least this many events may be split where the watch asked for fragments.
     fragment_events: int = 2
+    # Why a range is refused on this call; "" is allowed.
+    permission: Callable[[bytes, bytes], str] = lambda _key, _range_end: ""
     requests: deque[bytes] = field(default_factory=deque)
     out: deque[WatchResponse] = field(default_factory=deque)
     watchers: dict[int, Watcher] = field(default_factory=dict)
@@ -91,6 +93,8 @@ class ServerStream:
         range_end = request.range_end
         if request.start_revision < 0:
             return Announcement(None, "etcdserver: mvcc: required revision has been compacted")
+        if refusal := self.permission(key, range_end):
+            return Announcement(None, refusal)
         if len(range_end) and range_end != b"\0" and key >= range_end:
             return Announcement(None, "mvcc: watcher range is empty")
         watch_id = request.watch_id

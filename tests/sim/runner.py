@@ -15,8 +15,8 @@ from tests.sim.settle import finish
 from tests.sim.steps import FAULTS, Step, execute, make_config, make_steps
 from tests.sim.world import World
 
-STEPS_MIN = 30
-STEPS_MAX = 110
+STEPS_MIN = 50
+STEPS_MAX = 170
 
 
 @dataclass(slots=True)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import random
 
-from coalesce.guarantees import check
-from tests.sim.clients import SimulationFailure, SimWatch
+from tests.sim.clients import SimulationFailure, SimWatch, judge_logs
 from tests.sim.world import World
 
 # Far more than any run needs; reaching it means that something goes round in circles.
@@ -98,6 +97,8 @@ def _check_answers(world: World) -> None:
             continue
         if unanswered := session.unanswered():
             raise SimulationFailure(unanswered)
+        if any(watch.doomed for watch in session.announced.values()):
+            raise SimulationFailure("a watch that was told of a future that never came was not cancelled")
         if session.stalled:
             raise SimulationFailure("a session with room is stalled")
         if session.progress_waits and session.announced:
@@ -117,15 +118,9 @@ def _check_upstream(world: World) -> None:
 
 
 def _check_guarantees(world: World) -> None:
-    truth = world.store.truth()
     live = set(map(id, _live(world)))
-    for watch in world.watches:
-        complete = world.store.revision if id(watch) in live else None
-        violations = check(watch.log, truth, complete, safe_headers=True)
-        if violations:
-            records = "\n    ".join(map(str, watch.log.records))
-            found = "\n  ".join(f"{each.guarantee}: {each.text}" for each in violations)
-            raise SimulationFailure(f"guarantees broken for {watch.spec}:\n  {found}\n    {records}")
+    revision = world.store.revision
+    judge_logs(world.watches, world.store.truth(), lambda watch: revision if id(watch) in live else None)
 
 
 def _check_nothing_left(world: World) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tests.sim.clients import LOST, SimWatch, Spec
+from tests.sim.permissions import MIGHTY, TOKENS
 from tests.sim.settle import settle
 from tests.sim.world import Config, SimClient, World
 
@@ -103,7 +104,7 @@ def join(world: World, rng: random.Random) -> None:
     """A new client comes with a watch."""
     if len(world.clients) >= world.config.clients_max:
         return
-    token = rng.choice((b"root", b"root", b"half", b"bad", None)) if world.config.auth else None
+    token = rng.choice(TOKENS) if world.config.auth else None
     window = rng.choice((1 << 20, 1 << 20, 400, 100, 1))
     client = SimClient(token, rng.random() < 0.3, rng.random() < 0.5, window)
     world.clients.append(client)
@@ -119,21 +120,26 @@ def create(world: World, rng: random.Random) -> None:
         _new_watch(world, rng, client)
 
 
-def _new_watch(world: World, rng: random.Random, client: SimClient) -> None:
+def _new_watch(
+    world: World, rng: random.Random, client: SimClient, place: int | None = None, start: int | None = -1
+) -> None:
+    """Create a random watch; `place` chooses its range, `start` (unless negative) where it begins."""
     session = client.session
     if session is None or session.ended is not None or len(client.watches) >= world.config.watches_max:
         return
-    key, range_end = rng.choice(world.config.ranges)
+    key, range_end = rng.choice(world.config.ranges) if place is None else world.config.ranges[place]
     spec = Spec(
         key,
         range_end,
         no_put=rng.random() < 0.12,
         no_delete=rng.random() < 0.12,
-        prev_kv=rng.random() < 0.25,
+        prev_kv=rng.random() < world.config.prev_kv,
         fragment=rng.random() < 0.3,
         progress_notify=rng.random() < 0.2,
     )
-    watch = SimWatch.make(spec, _start(world, rng), client.by_header)
+    if start is not None and start < 0:
+        start = _start(world, rng)
+    watch = SimWatch.make(spec, start, client.by_header)
     client.watches.append(watch)
     world.watches.append(watch)
     watch_id = rng.choice((0, 0, 0, 0, 0, 0, 1, 2, 3, 77, -2))
@@ -143,10 +149,23 @@ def _new_watch(world: World, rng: random.Random, client: SimClient) -> None:
 def _start(world: World, rng: random.Random) -> int | None:
     revision = world.store.revision
     near = max(1, revision + rng.randint(-3, 2))
-    start = rng.choice((None, None, near, near, rng.randint(1, revision), revision + rng.randint(1, 6)))
+    future = revision + rng.randint(1, 8)
+    start = rng.choice((None, None, near, near, rng.randint(1, revision), future, future))
     if rng.random() < 0.1:
         start = rng.choice((1, max(1, world.store.compact_revision + rng.randint(-1, 1))))
     return -rng.randint(1, 3) if rng.random() < 0.02 else start
+
+
+@_action(0.7)
+def herd(world: World, rng: random.Random) -> None:
+    """Watches of one range come together, most of them from now, while writes go on."""
+    place = rng.randrange(len(world.config.ranges))
+    for _ in range(rng.randint(2, 4)):
+        client = _connected(world, rng)
+        if client is not None:
+            _new_watch(world, rng, client, place, rng.choice((None, None, None, world.store.revision)))
+        put(world, rng)
+        world.make_moves(rng, rng.choice((0, 0, 1)))
 
 
 @_action(3)
@@ -252,6 +271,23 @@ def restart(world: World, _: random.Random) -> None:
     world.restart()
 
 
+@_action(0.2, fault=True)
+def restore(world: World, rng: random.Random) -> None:
+    """The store is restored from a snapshot."""
+    revision = world.store.revision - rng.randint(1, 12)
+    if revision >= 1:
+        world.restore(revision)
+
+
+@_action(1, fault=True)
+def expire_token(world: World, rng: random.Random) -> None:
+    """A token becomes invalid, or all that were valid again."""
+    if rng.random() < 0.5:
+        world.permissions.expire(rng.choice(MIGHTY))
+    else:
+        world.permissions.expired.clear()
+
+
 @_action(1)
 def notify(world: World, rng: random.Random) -> None:
     """A member's progress ticker fires for one upstream watch."""
@@ -308,12 +344,13 @@ def make_config(rng: random.Random) -> Config:
     if rng.random() < 0.15:
         ranges.append((b"d", b"b"))
     response_bytes = rng.choice((150, 400, 2000, 1 << 22))
+    roomy = rng.random() < 0.3
     limits: dict[str, object] = {
         "linger_s": rng.choice((0.0, 0.5, 2.0)),
-        "history_bytes_max": rng.choice((1, 100, 400, 2000, 1 << 20)),
-        "history_bytes_total_max": rng.choice((50, 500, 5000, 1 << 20)),
-        "history_revisions_max": rng.choice((1, 2, 4, 10, 1000)),
-        "history_age_s": rng.choice((0.5, 5.0, 300.0)),
+        "history_bytes_max": 1 << 20 if roomy else rng.choice((1, 100, 400, 2000, 1 << 20)),
+        "history_bytes_total_max": 1 << 20 if roomy else rng.choice((50, 500, 5000, 1 << 20)),
+        "history_revisions_max": 1000 if roomy else rng.choice((1, 2, 4, 10, 1000)),
+        "history_age_s": 300.0 if roomy else rng.choice((0.5, 5.0, 300.0)),
         "replay_bytes_max": min(response_bytes, rng.choice((1, 100, 500, 1 << 20))),
         "replay_turn_bytes_max": rng.choice((1, 300, 1 << 20)),
         "response_bytes_max": response_bytes,
@@ -339,6 +376,8 @@ def make_config(rng: random.Random) -> Config:
         channel_max=rng.choice((1, 2, 128)),
         ordered_progress=rng.random() < 0.85,
         auth=rng.random() < 0.15,
+        prev_kv=rng.choice((0.1, 0.25, 0.5)),
+        granted=rng.choice((0.0, 0.0, 0.5, 1.0)),
         value_bytes_max=rng.choice((0, 20, 80)),
         clients_max=rng.randint(1, 6),
         moves=rng.choice((0, 3, 10)),

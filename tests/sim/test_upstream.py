@@ -50,7 +50,14 @@ class Harness:
         self.open: list[Upstream] = []
         self.all: list[Upstream] = []
         self.shell = UpstreamShell(
-            self.members, True, rng.choice((1, 2, 128)), self.received, self.progressed, self.lost, lambda _: None
+            self.members,
+            True,
+            rng.choice((1, 2, 128)),
+            lambda *_: "",
+            self.received,
+            self.progressed,
+            self.lost,
+            lambda _: None,
         )
 
     def received(self, upstream: Upstream, response: WatchResponse) -> None:

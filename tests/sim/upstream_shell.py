@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from proto.scan import Header, WatchResponse
@@ -25,6 +26,7 @@ class UpstreamShell:
     members: list[Member]
     ordered_progress: bool
     channel_max: int
+    permission: Callable[[bytes | None, bytes, bytes], str]
     # What to do with what the state says, as in upstream/watch.py.
     on_received: Callable[[Any, WatchResponse], None]
     on_progressed: Callable[[list[Any], Header], None]
@@ -65,6 +67,10 @@ class UpstreamShell:
     def request_progress(self) -> None:
         """Ask for manual progress on every stream."""
         self._do(self.state.request_progress())
+
+    def store_went_back(self, revision: int) -> None:
+        """Note that the store is at an earlier revision than it was."""
+        self.state.newest_revision = revision
 
     # what the network does
 
@@ -134,6 +140,7 @@ class UpstreamShell:
             elif isinstance(effect, watch_effects.OpenStream):
                 assert self.member is not None
                 link = ServerStream(self.member, self.channel_max, self.ordered_progress)
+                link.permission = partial(self.permission, effect.stream.token)
                 self._links[effect.stream] = link
             elif isinstance(effect, watch_effects.CloseStream):
                 link = self._links.pop(effect.stream, None)

@@ -18,16 +18,13 @@ from typing import Any
 import coalesce as real_core
 from proto.pb import rpc_pb2
 from proto.scan import Header, WatchResponse
-from tests.sim.clients import SimSession, SimulationFailure, SimWatch, Spec
+from tests.sim.clients import SimSession, SimulationFailure, SimWatch, Spec, judge_logs
 from tests.sim.model_store import Member, Store
 from tests.sim.model_stream import header_of
+from tests.sim.permissions import Permissions
 from tests.sim.upstream_shell import UpstreamShell
 
 Move = Callable[[random.Random], None]
-
-PERMISSION_DENIED = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
-INVALID_TOKEN = "rpc error: code = Unauthenticated desc = etcdserver: invalid auth token"
-USER_EMPTY = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty"
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +51,11 @@ class Config:
     channel_max: int = 128
     ordered_progress: bool = True
     auth: bool = False
+    # How often a permission check without auth brings a read of now along.
+    granted: float = 0.5
     value_bytes_max: int = 40
+    # How many of the watches want it.
+    prev_kv: float = 0.25
     clients_max: int = 5
     watches_max: int = 16
     # Random moves made after each step.
@@ -70,6 +71,7 @@ class World:
         self.now = 1000.0
         self.store = Store()
         self.members = [Member(self.store, 0xE0 + n, config.batch_revisions_max) for n in range(config.members)]
+        self.permissions = Permissions(config.auth, config.keys)
         self.clients: list[SimClient] = []
         # Every watch there ever was, for the checkers; and those of clients that went away for good.
         self.watches: list[SimWatch] = []
@@ -88,6 +90,7 @@ class World:
             self.members,
             self.config.ordered_progress,
             self.config.channel_max,
+            self.permissions.refusal,
             on_received=self._received,
             on_progressed=lambda watches, header: self.input(self.core.progressed, tuple(watches), header),
             on_lost=self._lost,
@@ -105,9 +108,36 @@ class World:
             if client.session is not None:
                 client.session.closed = True
                 client.session = None
+                self._session_over(client)
         self.upstream.disconnect()
         self._inbox.clear()
         self._start()
+
+    def restore(self, revision: int) -> None:
+        """Restore the store from a snapshot of an earlier revision; the proxy finds it out by its next read.
+
+        What clients have been told until now is judged by the old truth; what they had asked and was told nothing
+        above `revision` goes on under the new one.
+        """
+        for client in self.clients:
+            while client.session is not None and client.session.outbox:
+                self.client_reads(client, 1)
+        judge_logs(self.watches, self.store.truth(), lambda _: None)
+        self.upstream.disconnect()
+        self.store.restore(revision)
+        for member in self.members:
+            member.restore()
+        for client in self.clients:
+            for watch in client.watches:
+                watch.went_back(revision, live=client.session is not None and not watch.canceled)
+            if client.session is not None:
+                client.session.store_went_back(revision)
+        kept = {id(watch) for client in self.clients for watch in client.watches}
+        self.watches = [watch for watch in self.watches if id(watch) in kept and not watch.over]
+        self.reads = [(read, min(began_at, revision)) for read, began_at in self.reads]
+        self.checks = [(check, min(began_at, revision)) for check, began_at in self.checks]
+        self.upstream.store_went_back(revision)
+        self.input(self.core.store_went_back, header_of(self.members[0].member_id, revision))
 
     def count(self, what: str, number: int = 1) -> None:
         """Count something that happened."""
@@ -169,9 +199,7 @@ class World:
 
     def _end_session(self, effect: Any) -> None:
         session: SimSession = effect.session.outlet
-        if session.ended is not None:
-            raise SimulationFailure("a session ended twice")
-        session.ended = (effect.status, effect.text)
+        session.end(effect.status, effect.text, has_leader=effect.session.identity.has_leader)
         self.count("ended sessions")
 
     def _open_upstream(self, effect: Any) -> None:
@@ -253,31 +281,21 @@ class World:
     def _answer_check(self, rng: random.Random) -> None:
         check, began_at = self.checks.pop(rng.randrange(len(self.checks)))
         outcome: Any
-        refusal = self.permission(check.session.identity.token, check.key, check.range_end)
+        refusal = self.permissions.refusal(check.session.identity.token, check.key, check.range_end)
         if refusal:
             outcome = self.package.Refusal(refusal)
         else:
             header = self._read_header(rng, began_at)
             # An engine that knows auth to be off answers with an older header, which is no read of now.
             old = header_of(header.member_id, rng.randint(1, header.revision))
-            outcome = self.package.Granted(header) if self.config.auth or rng.random() < 0.5 else old
+            granted = self.config.auth or rng.random() < self.config.granted
+            outcome = self.package.Granted(header) if granted else old
         self.input(self.core.permission, check, outcome)
 
     def _read_header(self, rng: random.Random, began_at: int) -> Header:
-        return header_of(rng.choice(self.members).member_id, rng.randint(began_at, self.store.revision))
-
-    def permission(self, token: bytes | None, key: bytes, range_end: bytes) -> str:
-        """Return why etcd would refuse the range to this token; "" if it does not."""
-        if not self.config.auth:
-            return ""
-        if token is None:
-            return USER_EMPTY
-        if token == b"bad":
-            return INVALID_TOKEN
-        # The token "half" is for the first half of the keys.
-        middle = self.config.keys[len(self.config.keys) // 2]
-        inside = key < middle and (not range_end or b"\0" < range_end <= middle)
-        return PERMISSION_DENIED if token == b"half" and not inside else ""
+        """Return the header of a linearizable read: any revision from its beginning to its end."""
+        revision = rng.choice((began_at, rng.randint(began_at, self.store.revision)))
+        return header_of(rng.choice(self.members).member_id, revision)
 
     # clients
 
@@ -296,6 +314,7 @@ class World:
             if not session.outbox:
                 session.closed = True
                 client.session = None
+                self._session_over(client)
             return
         if session.stalled and session.outbox_bytes <= session.window:
             session.stalled = False
@@ -307,9 +326,10 @@ class World:
         session = SimSession(
             client.window,
             limits.get("response_bytes_max", 1 << 22),
-            lambda key, range_end: self.permission(client.token, key, range_end),
+            partial(self.permissions.refusal, client.token),
             limits.get("watches_per_session_max", 100_000),
         )
+        session.fickle = lambda: client.token in self.permissions.fickle
         identity = self.package.Identity(client.token, client.has_leader)
         session.core = self.core.open_session(session, identity, self.now)
         client.session = session
@@ -346,6 +366,13 @@ class World:
         if session.ended is None:
             self.input(self.core.close, session.core)
         session.closed = True
+        self._session_over(client)
+
+    def _session_over(self, client: SimClient) -> None:
+        """Have a client forget what it cannot know to be wrong: the store went back, and the news did not reach it."""
+        for watch in client.watches:
+            if watch.doomed:
+                watch.forget()
 
     # time
 

@@ -1,0 +1,125 @@
+"""The deliberate bugs that the simulator must notice, each of a kind that somebody could really make."""
+
+from __future__ import annotations
+
+from tests.sim.mutants import Mutant
+
+MUTANTS: tuple[Mutant, ...] = (
+    # Where a source stands.
+    Mutant(
+        "a source moves one revision too little",
+        "fanout",
+        "self.advance(batch.last_revision + 1)",
+        "self.advance(batch.last_revision)",
+    ),
+    Mutant("what is old is delivered again", "source", "part = batch.since(self.fanout.next_revision)", "part = batch"),
+    Mutant(
+        "an event's header counts as progress", "core", "elif not response.created and not response.events:", "else:"
+    ),
+    Mutant(
+        "a future watch gets the batch before its start",
+        "fanout",
+        "self._meet(batch.first_revision)",
+        "self._meet(batch.last_revision)",
+    ),
+    # Histories and replays.
+    Mutant(
+        "a replay begins one batch too late",
+        "history",
+        "place = bisect_left(self._lasts, position, self._gone)",
+        "place = bisect_left(self._lasts, position, self._gone) + 1",
+    ),
+    Mutant(
+        "the floor stays below what was evicted",
+        "history",
+        "self.floor = batch.last_revision + 1",
+        "self.floor = batch.last_revision",
+    ),
+    Mutant(
+        "a replay repeats the revision it was cut at",
+        "history",
+        "return self._payload(chosen, variant, limits), part.events[first].revision",
+        "return self._payload(chosen, variant, limits), chosen[-1].revision",
+    ),
+    Mutant(
+        "a watch below the floor is served",
+        "trunk",
+        "return position >= self.history.floor",
+        "return position >= self.history.floor - 1",
+    ),
+    Mutant(
+        "what was handed back is lost",
+        "replay",
+        "watch.position = min(watch.position, payload.first_revision)",
+        "watch.position = max(watch.position, payload.first_revision)",
+    ),
+    Mutant("a drained session stays stalled", "replay", "        session.stalled = False\n", "        pass\n"),
+    # Joining.
+    Mutant(
+        "now includes what was there",
+        "joining",
+        "header, position = create.header.at(now), now + 1",
+        "header, position = create.header.at(now), now",
+    ),
+    Mutant(
+        "a read in flight serves later creates",
+        "joining",
+        "self.later.waiting.append(create)",
+        "self.current.waiting.append(create)",
+    ),
+    Mutant(
+        "a trunk from now counts a part of a revision as whole",
+        "trunk",
+        "trunk.start_over(header.revision + 1)",
+        "trunk.start_over(header.revision)",
+    ),
+    Mutant(
+        "an id is free while its watch waits to be cancelled",
+        "session",
+        "while self.id_taken(self.next_id):",
+        "while self.next_id in self.watches:",
+    ),
+    # Variants.
+    Mutant("prev_kv for everybody", "batch", "event.encoded if variant & PREV_KV else event.bare", "event.encoded"),
+    Mutant(
+        "a filter lets deletes through",
+        "batch",
+        "variant & NO_DELETE and event.kind == DELETE",
+        "variant & NO_DELETE and event.kind == PUT",
+    ),
+    Mutant(
+        "joined responses carry a later header",
+        "batch",
+        "header = self._header.at(events[-1].revision)",
+        "header = self._header",
+    ),
+    Mutant("the last fragment is no last one", "batch", "fragment=place < last", "fragment=place <= last"),
+    Mutant(
+        "prev_kv is promised from the beginning", "backfill", "prev_kv_from = trunk.next_revision", "prev_kv_from = 0"
+    ),
+    # Compaction and cancels.
+    Mutant(
+        "a compaction cancels who has missed nothing",
+        "ending",
+        "if watch.next_revision < compact_revision:",
+        "if watch.next_revision <= compact_revision:",
+    ),
+    Mutant("a compacted id is free at once", "ending", "session.compacted.add(watch.watch_id)", "pass"),
+    # Progress.
+    Mutant("progress goes back", "progress", "if revision is None or revision < known:", "if revision is None:"),
+    Mutant(
+        "progress for who is behind",
+        "progress",
+        "            if watch.place is not Place.IN_STEP or watch.source is not trunk:\n                return None, 0\n",
+        "",
+    ),
+    Mutant(
+        "progress is asked for once only",
+        "progress",
+        "self._pause_s = min(self._pause_s * 2, self._hub.limits.progress_retry_s_max)",
+        "self._pause_s = 1e9",
+    ),
+    # Leaks.
+    Mutant("a backfill stays open", "backfill", "if not source.watches and not source.upstream.closed", "if False"),
+    Mutant("a trunk lingers for ever", "trunk", "hub.lingers.start(trunk, hub.now + hub.limits.linger_s)", "pass"),
+)
