@@ -20,6 +20,7 @@ from tests.store.running import RunningStore
 from tests.waiting import until
 from upstream.store import errors
 from upstream.store.server import StoreListenError, StoreSettings, parse_address
+from upstream.store.watchable import QUEUE_EVENTS_MAX
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,26 @@ def test_a_watch_over_the_wire(client: Client) -> None:
         assert {r.header.revision for r in now.values()} == {first + 1}
 
 
+def test_a_client_that_does_not_read_is_kept_for_and_holds_nobody_up(running: RunningStore, client: Client) -> None:
+    count, value = 600, bytes(50_000)
+    slow, quick = Client(running.endpoint), client
+    with slow.watch() as late, quick.watch() as prompt:
+        for call in (late, prompt):
+            call.create(rpc_pb2.WatchCreateRequest(key=b"slow", prev_kv=True))
+            assert call.next().created
+        sent = []
+        for _ in range(count):
+            sent.append(client.kv.Put(rpc_pb2.PutRequest(key=b"slow", value=value)).header.revision)
+            assert [event.kv.mod_revision for event in prompt.next().events] == sent[-1:]
+        assert scrape(running)["etcd_debugging_mvcc_slow_watcher_total"] == 1
+        assert scrape(running)["etcd_debugging_mvcc_pending_events_total"] <= QUEUE_EVENTS_MAX
+        got: list[int] = []
+        while len(got) < count:
+            got += [event.kv.mod_revision for event in late.next().events]
+        assert got == sent
+    slow.close()
+
+
 def test_a_thousand_creates_at_once_are_all_answered(client: Client) -> None:
     with client.watch() as call:
         for _ in range(1000):
@@ -151,7 +172,7 @@ def test_health_and_reflection(client: Client) -> None:
     for service in ("", "etcdserverpb.KV", "etcdserverpb.Watch"):
         assert health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status == 1
     services = ProtoReflectionDescriptorDatabase(client.channel).get_services()
-    assert {"etcdserverpb.KV", "etcdserverpb.Watch", "grpc.health.v1.Health"} <= set(services)
+    assert {"etcdserverpb.KV", "etcdserverpb.Watch", "v3lockpb.Lock", "grpc.health.v1.Health"} <= set(services)
 
 
 def test_http_side(running: RunningStore) -> None:

@@ -25,15 +25,17 @@ from aiohttp import web
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]  # no stubs
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]  # no stubs
 
-from proto.pb import rpc_pb2
+from proto.pb import rpc_pb2, v3election_pb2, v3lock_pb2
 from upstream.store import loops
 from upstream.store.auth_service import AuthService
 from upstream.store.calls import Calls
 from upstream.store.cluster_service import ClusterService
+from upstream.store.election_service import ElectionService
 from upstream.store.http import make_application
 from upstream.store.journal import Journal, StoreDataError
 from upstream.store.kv_service import KVService
 from upstream.store.lease_service import LeaseService
+from upstream.store.lock_service import LockService
 from upstream.store.maintenance_service import MaintenanceService
 from upstream.store.state import Identity, StoreState
 from upstream.store.watch_service import PROGRESS_NOTIFY_INTERVAL_S, WatchService
@@ -163,6 +165,8 @@ class Store:
                 cluster.handlers(),
                 MaintenanceService(self.state, self._calls).handlers(),
                 AuthService(self.state, self._writer, self._calls).handlers(),
+                LockService(self.state, self._writer, self._calls).handlers(),
+                ElectionService(self.state, self._writer, self._calls).handlers(),
             )
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -191,8 +195,9 @@ class Store:
 
 
 _SERVICES = tuple(
-    rpc_pb2.DESCRIPTOR.services_by_name[name].full_name
-    for name in ("KV", "Watch", "Lease", "Cluster", "Maintenance", "Auth")
+    service.full_name
+    for file in (rpc_pb2.DESCRIPTOR, v3lock_pb2.DESCRIPTOR, v3election_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
 )
 
 

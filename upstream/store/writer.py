@@ -20,19 +20,29 @@ from upstream.store.state import StoreState
 
 Response = TypeVar("Response")
 
+QUIET_TURNS = 12
+"""Turns of the event loop without another write before a commit: a call that has arrived takes some to get here, and a
+writer that is alone waits no longer than that (microseconds, where a commit takes milliseconds)."""
+
+TURNS_MAX = 400
+"""Turns before a commit under a steady stream of writes."""
+
 
 class Writer:
     """Runs writes on a state, in order of arrival."""
 
-    __slots__ = ("_commit_interval_s", "_queue", "_recorder", "_state", "failed", "failure")
+    __slots__ = ("_commit_interval_s", "_queue", "_quiet_turns", "_recorder", "_state", "_turns", "failed", "failure")
 
     def __init__(self, state: StoreState, recorder: Recorder | None = None, commit_interval_s: float = 0.0) -> None:
-        """Without a recorder the store is in memory. `commit_interval_s` is how long writes wait for company."""
+        """Without a recorder the store is in memory. Writes wait `commit_interval_s` at least for company."""
         self._state = state
         self._recorder = recorder
         self._commit_interval_s = commit_interval_s
         # Writes that wait for their commit, each settling its own future: (apply, settle).
         self._queue: list[tuple[Callable[[], None], Callable[[StoreError | None], None]]] = []
+        # Turns of the loop that the queue has been waiting, and those since it last grew.
+        self._turns = 0
+        self._quiet_turns = 0
         # Set, with the reason, when a commit has failed: then memory and file differ, and the store must stop.
         self.failed = asyncio.Event()
         self.failure: StoreDataError | None = None
@@ -66,7 +76,9 @@ class Writer:
                 done.set_result(result)
 
         if not self._queue:
-            loop.call_later(self._commit_interval_s, self._drain)
+            self._turns = 0
+            loop.call_later(self._commit_interval_s, self._turn)
+        self._quiet_turns = 0
         self._queue.append((run, settle))
         return await done
 
@@ -75,9 +87,21 @@ class Writer:
         if self._queue:
             self._drain()
 
+    def _turn(self) -> None:
+        """Commit once no more writes come in; otherwise look again in the next turn of the loop."""
+        self._turns += 1
+        self._quiet_turns += 1
+        if self._quiet_turns < QUIET_TURNS and self._turns < TURNS_MAX:
+            asyncio.get_running_loop().call_soon(self._turn)
+        else:
+            self._drain()
+
     def _drain(self) -> None:
         assert self._recorder is not None
         queue, self._queue = self._queue, []
+        if not queue:
+            # Flushed in the meantime.
+            return
         if self.failure is not None:
             for _, settle in queue:
                 settle(StoreError(errors.STOPPED))

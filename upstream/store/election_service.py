@@ -1,0 +1,109 @@
+"""The Election service of etcd (server/etcdserver/api/v3election): campaigning, proclaiming, observing, resigning."""
+
+from __future__ import annotations
+
+import grpc
+
+from proto.framing import Status
+from proto.pb import rpc_pb2, v3election_pb2
+from upstream.store.calls import Calls, Context, answers_stream, parse, service
+from upstream.store.errors import Refusal, StoreError
+from upstream.store.queueing import Line, created_at, leave
+from upstream.store.state import StoreState
+from upstream.store.writer import Writer
+
+MISSING_LEADER_KEY = Refusal(Status.UNKNOWN, '"leader" field must be provided')
+NOT_LEADER = Refusal(Status.UNKNOWN, "election: not leader")
+NO_LEADER = Refusal(Status.UNKNOWN, "election: no leader")
+
+
+class ElectionService:
+    """v3electionpb.Election."""
+
+    def __init__(self, state: StoreState, writer: Writer, calls: Calls) -> None:
+        self._state = state
+        self._writer = writer
+        self._calls = calls
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Return the service to register."""
+        return service(
+            "v3electionpb.Election",
+            {
+                "Campaign": self._calls.unary(v3election_pb2.CampaignRequest, self.campaign),
+                "Proclaim": self._calls.unary(v3election_pb2.ProclaimRequest, self.proclaim),
+                "Leader": self._calls.unary(v3election_pb2.LeaderRequest, self.leader),
+                "Observe": answers_stream(self._observe),
+                "Resign": self._calls.unary(v3election_pb2.ResignRequest, self.resign),
+            },
+        )
+
+    def _line(self, name: bytes, user: str | None) -> Line:
+        return Line(self._state, self._writer, name, user)
+
+    async def campaign(
+        self, request: v3election_pb2.CampaignRequest, user: str | None
+    ) -> v3election_pb2.CampaignResponse:
+        """Answer Campaign once elected; a call that is cancelled withdraws."""
+        line = self._line(request.name, user)
+        lease_id = await line.lease(request.lease)
+        key, entered = await line.enter(lease_id, request.value)
+        leader = v3election_pb2.LeaderKey(name=request.name, key=key, rev=entered.header.revision, lease=lease_id)
+        try:
+            if not entered.succeeded:
+                (there,) = entered.responses[0].response_range.kvs
+                leader.rev = there.create_revision
+                if there.value != request.value:
+                    await self._proclaim(line, leader, request.value)
+            await line.wait_for_turn(leader.rev)
+        except BaseException:
+            leave(lambda: self._resign(line, leader))
+            raise
+        return v3election_pb2.CampaignResponse(header=entered.header, leader=leader)
+
+    async def proclaim(
+        self, request: v3election_pb2.ProclaimRequest, user: str | None
+    ) -> v3election_pb2.ProclaimResponse:
+        """Answer Proclaim: the leader announces a new value."""
+        if not request.HasField("leader"):
+            raise StoreError(MISSING_LEADER_KEY)
+        line = self._line(request.leader.name, user)
+        response = await self._proclaim(line, request.leader, request.value)
+        return v3election_pb2.ProclaimResponse(header=response.header)
+
+    async def _proclaim(self, line: Line, leader: v3election_pb2.LeaderKey, value: bytes) -> rpc_pb2.TxnResponse:
+        request = rpc_pb2.TxnRequest(compare=[created_at(leader.key, leader.rev)])
+        put = rpc_pb2.PutRequest(key=leader.key, value=value, lease=leader.lease)
+        request.success.add().request_put.CopyFrom(put)
+        response = await line.commit(request)
+        if not response.succeeded:
+            raise StoreError(NOT_LEADER)
+        return response
+
+    async def leader(self, request: v3election_pb2.LeaderRequest, user: str | None) -> v3election_pb2.LeaderResponse:
+        """Answer Leader."""
+        header, leader = self._line(request.name, user).first()
+        if leader is None:
+            raise StoreError(NO_LEADER)
+        return v3election_pb2.LeaderResponse(header=header, kv=leader)
+
+    async def resign(self, request: v3election_pb2.ResignRequest, user: str | None) -> v3election_pb2.ResignResponse:
+        """Answer Resign; whoever does not lead any more has nothing to resign from."""
+        if not request.HasField("leader"):
+            raise StoreError(MISSING_LEADER_KEY)
+        response = await self._resign(self._line(request.leader.name, user), request.leader)
+        return v3election_pb2.ResignResponse(header=response.header)
+
+    async def _resign(self, line: Line, leader: v3election_pb2.LeaderKey) -> rpc_pb2.TxnResponse:
+        request = rpc_pb2.TxnRequest(compare=[created_at(leader.key, leader.rev)])
+        request.success.add().request_delete_range.CopyFrom(rpc_pb2.DeleteRangeRequest(key=leader.key))
+        return await line.commit(request)
+
+    async def _observe(self, data: bytes, context: Context) -> None:
+        self._calls.traffic.received += len(data)
+        request = parse(v3election_pb2.LeaderRequest, data)
+        async for revision, leader in self._line(request.name, self._calls.user(context)).turns():
+            response = v3election_pb2.LeaderResponse(kv=leader)
+            response.header.revision = revision
+            self._state.fill(response.header)
+            await self._calls.write(context, response.SerializeToString())

@@ -1,0 +1,62 @@
+"""The Lock service of etcd (server/etcdserver/api/v3lock): a lock as a call that returns when it is held."""
+
+from __future__ import annotations
+
+import grpc
+
+from proto.framing import Status
+from proto.pb import rpc_pb2, v3lock_pb2
+from upstream.store.calls import Calls, service
+from upstream.store.errors import Refusal, StoreError
+from upstream.store.queueing import Line, leave
+from upstream.store.state import StoreState
+from upstream.store.writer import Writer
+
+SESSION_EXPIRED = Refusal(Status.UNKNOWN, "mutex: session is expired")
+
+
+class LockService:
+    """v3lockpb.Lock."""
+
+    def __init__(self, state: StoreState, writer: Writer, calls: Calls) -> None:
+        self._state = state
+        self._writer = writer
+        self._calls = calls
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Return the service to register."""
+        return service(
+            "v3lockpb.Lock",
+            {
+                "Lock": self._calls.unary(v3lock_pb2.LockRequest, self.lock),
+                "Unlock": self._calls.unary(v3lock_pb2.UnlockRequest, self.unlock),
+            },
+        )
+
+    async def lock(self, request: v3lock_pb2.LockRequest, user: str | None) -> v3lock_pb2.LockResponse:
+        """Answer Lock once the lock is held; a call that is cancelled gives its place in the line up."""
+        line = Line(self._state, self._writer, request.name, user)
+        key, entered = await line.enter(await line.lease(request.lease), b"")
+        header = entered.header
+        revision = header.revision if entered.succeeded else entered.responses[0].response_range.kvs[0].create_revision
+        _, first = line.first()
+        if first is not None and first.create_revision != revision:
+            try:
+                await line.wait_for_turn(revision)
+                found = self._state.range(rpc_pb2.RangeRequest(key=key), user)
+            except BaseException:
+                leave(lambda: self._delete(key, user))
+                raise
+            if not found.kvs:
+                raise StoreError(SESSION_EXPIRED)
+            header = found.header
+        return v3lock_pb2.LockResponse(header=header, key=key)
+
+    async def unlock(self, request: v3lock_pb2.UnlockRequest, user: str | None) -> v3lock_pb2.UnlockResponse:
+        """Answer Unlock; a lock that is not held is no error."""
+        deleted = await self._delete(request.key, user)
+        return v3lock_pb2.UnlockResponse(header=deleted.header)
+
+    async def _delete(self, key: bytes, user: str | None) -> rpc_pb2.DeleteRangeResponse:
+        request = rpc_pb2.DeleteRangeRequest(key=key)
+        return await self._writer.write(lambda: self._state.delete_range(request, user))
