@@ -177,9 +177,8 @@ class Shell:
                 self._carry_out(effect)
             self.core.check()
 
-    def read_now(self, revision: int, linearizable: bool = True) -> None:
+    def read_now(self, revision: int) -> None:
         """Answer the read in flight."""
-        assert linearizable
         self.do(self.core.revision_read, self.reads.pop(0), header(revision))
 
     def created(self, upstream: Upstream, revision: int) -> None:
@@ -217,7 +216,9 @@ class Shell:
         """Ring the timer as long as it is due at once."""
         self.wait(0)
 
-    def trunk(self, revision: int, client: Client, key: bytes = b"k", range_end: bytes = b"", **more: bool) -> Upstream:
+    def trunk(
+        self, revision: int, client: Client, key: bytes = b"k", range_end: bytes = b"", **more: bool | int
+    ) -> Upstream:
         """Have a client's watch from now open a trunk, created at `revision`; its `created` is read away."""
         client.create(key, range_end, None, **more)
         upstream = self.opened[-1]

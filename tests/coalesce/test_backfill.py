@@ -1,0 +1,386 @@
+"""Backfills: shared, paced by their sessions, left as soon as the trunk can serve; and the upgrade to prev_kv."""
+
+from __future__ import annotations
+
+from coalesce import Limits, Upstream
+from coalesce.session import Place
+from tests.coalesce.shell import Client, Shell, delete, put
+
+
+def behind(shell: Shell, start: int, trunk_at: int = 100, **more: bool) -> tuple[Client, Upstream]:
+    """A client that starts far before the trunk's window, and its backfill, created."""
+    if not shell.opened:
+        shell.trunk(trunk_at, shell.client())
+    client = shell.client()
+    client.create(b"k", b"", start, **more)
+    client.read()
+    backfill = shell.opened[-1]
+    if not backfill.created:
+        shell.created(backfill, trunk_at)
+    return client, backfill
+
+
+def test_a_laggard_comes_to_its_trunk() -> None:
+    shell = Shell()
+    client, backfill = behind(shell, 50)
+    trunk = shell.opened[0]
+    assert (backfill.start_revision, backfill.is_backfill, backfill.key) == (50, True, b"k")
+    shell.events(backfill, put(60), put(70), at=100)
+    # The header is the store's revision, and no proof.
+    assert client.read() == ["#0 @70 put 60 k=v put 70 k=v"]
+    shell.events(trunk, put(101))
+    assert client.read() == []
+    shell.events(backfill, put(90), put(101), at=101)
+    assert client.read() == ["#0 @101 put 90 k=v put 101 k=v"]
+    assert shell.closed == [backfill]
+    shell.events(trunk, put(102))
+    assert client.read() == ["#0 @102 put 102 k=v"]
+    assert shell.core.stats.joins_backfill == 1
+
+
+def test_what_the_trunk_already_holds_is_replayed_from_it() -> None:
+    shell = Shell()
+    client, backfill = behind(shell, 50)
+    for revision in (101, 102, 103):
+        shell.events(shell.opened[0], put(revision))
+    shell.events(backfill, put(60), put(101), at=103)
+    assert client.read() == ["#0 @101 put 60 k=v put 101 k=v", "#0 @103 put 102 k=v put 103 k=v"]
+    assert shell.closed == [backfill]
+
+
+def test_in_a_quiet_range_progress_proves_it() -> None:
+    shell = Shell()
+    client, backfill = behind(shell, 50)
+    assert backfill in shell.asked[-1]
+    shell.wait(0.1)
+    assert len(shell.asked) == 2
+    shell.progressed(99, backfill)
+    assert shell.closed == []
+    shell.progressed(100, backfill)
+    assert shell.closed == [backfill]
+    assert client.session.watches[0].place is Place.IN_STEP
+    shell.wait(5)
+    # Nobody waits any more; only bookmarks are asked for.
+    assert len(shell.asked) <= 4
+
+
+def test_a_progress_notify_proves_it_too() -> None:
+    shell = Shell(ordered_progress=False)
+    _, backfill = behind(shell, 50)
+    shell.progressed(100, backfill)
+    assert shell.closed == []
+    shell.bookmark(backfill, 100)
+    assert shell.closed == [backfill]
+    assert shell.asked == []
+
+
+def test_laggards_share_one() -> None:
+    shell = Shell()
+    early, backfill = behind(shell, 50)
+    same, _ = behind(shell, 50)
+    later, _ = behind(shell, 65)
+    assert len(shell.opened) == 2
+    shell.events(backfill, put(60), put(70), at=100)
+    assert early.read() == same.read() == ["#0 @70 put 60 k=v put 70 k=v"]
+    assert later.read() == ["#0 @70 put 70 k=v"]
+    # It still holds its last batch; what it has passed before, it cannot bring any more.
+    held, _ = behind(shell, 55)
+    assert len(shell.opened) == 2
+    held.close()
+    shell.events(backfill, put(80), at=100)
+    _, other = behind(shell, 55)
+    assert other is not backfill
+
+
+def test_one_that_is_too_far_behind_is_not_shared() -> None:
+    shell = Shell(Limits(backfill_share_revisions=10))
+    _, backfill = behind(shell, 50)
+    _, near = behind(shell, 60)
+    _, far = behind(shell, 61)
+    assert near is backfill
+    assert far is not backfill
+
+
+def test_a_backfill_without_prev_kv_is_not_for_who_wants_it() -> None:
+    shell = Shell()
+    shell.trunk(100, shell.client(), prev_kv=True)
+    plain, without = behind(shell, 50)
+    wants, backfill = behind(shell, 50, prev_kv=True)
+    also, shared = behind(shell, 50)
+    assert (without.prev_kv, backfill.prev_kv) == (False, True)
+    assert shared in (without, backfill)
+    shell.events(backfill, put(60, prev=b"u"), at=100)
+    shell.events(without, put(60), at=100)
+    assert wants.read() == ["#0 @60 put 60 k=v (was u)"]
+    assert plain.read() == also.read() == ["#0 @60 put 60 k=v"]
+
+
+def test_a_slow_session_paces_its_backfill() -> None:
+    shell = Shell(Limits(backfill_bytes_max=1000))
+    client, backfill = behind(shell, 50)
+    client.stall()
+    for revision in range(50, 60):
+        shell.events(backfill, put(revision), at=100)
+        if shell.paused:
+            break
+    assert shell.paused == [backfill]
+    # What was read before the pause took hold is kept.
+    held = revision
+    shell.events(backfill, put(held + 1), at=100)
+    client.drain()
+    assert shell.paused == []
+    assert client.read() == [
+        "#0 @50 put 50 k=v",
+        f"#0 @{held + 1} " + " ".join(f"put {each} k=v" for each in range(51, held + 2)),
+    ]
+    shell.progressed(100, backfill)
+    assert shell.closed == [backfill]
+
+
+def test_a_sharer_that_stalls_is_left_and_later_gets_its_own() -> None:
+    shell = Shell(Limits(backfill_bytes_max=1000))
+    quick, backfill = behind(shell, 50)
+    slow, shared = behind(shell, 50)
+    assert shared is backfill
+    slow.stall()
+    for revision in range(50, 70):
+        shell.events(backfill, put(revision), at=100)
+    assert len(quick.read()) == 20
+    assert shell.paused == []
+    assert slow.session.watches[0].source is None
+    slow.drain()
+    own = shell.opened[-1]
+    assert own is not backfill
+    assert own.start_revision == 51
+    shell.created(own, 100)
+    shell.events(own, put(51), at=100)
+    assert slow.read() == ["#0 @50 put 50 k=v", "#0 @51 put 51 k=v"]
+
+
+def test_a_sharer_that_stalls_briefly_stays() -> None:
+    shell = Shell()
+    quick, backfill = behind(shell, 50)
+    slow, _ = behind(shell, 50)
+    slow.stall()
+    shell.events(backfill, put(50), at=100)
+    shell.events(backfill, put(51), at=100)
+    shell.events(backfill, put(52), at=100)
+    slow.drain()
+    assert slow.read() == ["#0 @50 put 50 k=v", "#0 @52 put 51 k=v put 52 k=v"]
+    assert len(shell.opened) == 2
+    assert len(quick.read()) == 3
+
+
+def test_the_last_one_to_leave_closes_it() -> None:
+    shell = Shell()
+    one, backfill = behind(shell, 50)
+    two, _ = behind(shell, 50)
+    one.cancel(0)
+    assert shell.closed == []
+    two.close()
+    assert shell.closed == [backfill]
+    assert shell.core.stats.backfills == 0
+
+
+def test_backfills_are_bounded_and_the_others_wait_in_line() -> None:
+    shell = Shell(Limits(backfills_max=1, backfill_share_revisions=0))
+    first, backfill = behind(shell, 50)
+    second, same = behind(shell, 60)
+    third, _ = behind(shell, 70)
+    assert same is backfill
+    assert second.session.watches[0].place is Place.QUEUED
+    assert shell.core.stats.queued == 2
+    third.stall()
+    third.cancel(0)
+    assert shell.core.stats.queued == 1
+    first.cancel(0)
+    assert shell.opened[-1].start_revision == 60
+    shell.created(shell.opened[-1], 100)
+    shell.events(shell.opened[-1], put(60), at=100)
+    assert second.read() == ["#0 @60 put 60 k=v"]
+
+
+def test_who_stalls_in_line_steps_out_of_it() -> None:
+    shell = Shell(Limits(backfills_max=1, backfill_share_revisions=0))
+    first, _ = behind(shell, 50)
+    second, _ = behind(shell, 60)
+    second.stall()
+    second.create(start=90)
+    first.cancel(0)
+    assert len(shell.opened) == 2
+    second.drain()
+    assert shell.opened[-1].start_revision == 60
+    assert second.session.watches[1].place is Place.QUEUED
+
+
+def test_compacted_in_the_past() -> None:
+    """Cancelled alone: a sharer who misses nothing lives on, and nobody else notices."""
+    shell = Shell()
+    lost, backfill = behind(shell, 50)
+    lives, shared = behind(shell, 80)
+    assert shared is backfill
+    shell.canceled(backfill, compact_revision=80)
+    assert lost.read() == ["#0 @100 canceled compacted 80"]
+    own = shell.opened[-1]
+    assert own.start_revision == 80
+    # etcd may say it twice.
+    shell.canceled(backfill, compact_revision=80)
+    shell.created(own, 100)
+    shell.events(own, put(80), at=100)
+    assert lives.read() == ["#0 @80 put 80 k=v"]
+    assert backfill not in shell.closed
+
+
+def test_compacted_where_it_has_already_been_read() -> None:
+    shell = Shell()
+    client, backfill = behind(shell, 50)
+    shell.events(backfill, put(60), at=100)
+    shell.canceled(backfill, compact_revision=61)
+    again = shell.opened[-1]
+    assert (again.start_revision, again.is_backfill) == (61, True)
+    shell.created(again, 100)
+    shell.events(again, put(62), at=100)
+    assert client.read() == ["#0 @60 put 60 k=v", "#0 @62 put 62 k=v"]
+
+
+def test_a_large_catch_up_response_is_cut() -> None:
+    size = len(put(50).encoded)
+    shell = Shell(Limits(response_bytes_max=2 * size))
+    client, backfill = behind(shell, 50)
+    shell.events(backfill, *[put(revision) for revision in range(50, 55)], at=100)
+    assert client.read() == [
+        "#0 @51 put 50 k=v put 51 k=v",
+        "#0 @53 put 52 k=v put 53 k=v",
+        "#0 @54 put 54 k=v",
+    ]
+
+
+# prev_kv
+
+
+def test_prev_kv_is_asked_for_only_when_somebody_wants_it() -> None:
+    shell = Shell()
+    trunk = shell.trunk(5, shell.client())
+    other = shell.trunk(5, shell.client(), b"j", prev_kv=True)
+    assert (trunk.prev_kv, other.prev_kv) == (False, True)
+
+
+def test_a_trunk_with_prev_kv_serves_those_who_do_not_want_it() -> None:
+    shell = Shell()
+    wants, plain = shell.client(), shell.client()
+    trunk = shell.trunk(5, wants, prev_kv=True)
+    plain.create(start=6)
+    shell.events(trunk, put(6, prev=b"u"), delete(7, prev=b"v"))
+    assert wants.read() == ["#0 @7 put 6 k=v (was u) delete 7 k (was v)"]
+    assert plain.read()[1:] == ["#0 @7 put 6 k=v delete 7 k"]
+
+
+def upgrade(shell: Shell) -> tuple[Client, Client, Upstream, Upstream]:
+    """A plain client on a trunk, and one that wants prev_kv from now; both upstream watches."""
+    plain, wants = shell.client(), shell.client()
+    old = shell.trunk(5, plain)
+    wants.create(prev_kv=True)
+    shell.read_now(5)
+    new = shell.opened[-1]
+    assert wants.read() == ["#0 @5 created"]
+    assert (new.prev_kv, new.is_backfill, new.start_revision) == (True, False, 6)
+    return plain, wants, old, new
+
+
+def test_the_first_who_wants_prev_kv_brings_a_second_upstream_watch() -> None:
+    shell = Shell()
+    plain, wants, old, new = upgrade(shell)
+    shell.events(old, put(6))
+    assert plain.read() == ["#0 @6 put 6 k=v"]
+    assert wants.read() == []
+    shell.created(new, 6)
+    assert shell.closed == []
+    shell.events(new, put(6, prev=b"u"))
+    assert wants.read() == ["#0 @6 put 6 k=v (was u)"]
+    assert shell.closed == [old]
+    shell.events(old, put(7))
+    shell.events(new, put(7, prev=b"v"))
+    assert plain.read() == ["#0 @7 put 7 k=v"]
+    assert wants.read() == ["#0 @7 put 7 k=v (was v)"]
+    assert shell.core.stats.upgrades == 1
+
+
+def test_the_new_one_may_be_ahead() -> None:
+    shell = Shell()
+    plain, wants, old, new = upgrade(shell)
+    shell.created(new, 6)
+    shell.events(new, put(6, prev=b"u"))
+    assert plain.read() == ["#0 @6 put 6 k=v"]
+    assert wants.read() == ["#0 @6 put 6 k=v (was u)"]
+    assert shell.closed == [old]
+
+
+def test_while_it_is_behind_live_watches_do_not_wait_for_it() -> None:
+    shell = Shell()
+    plain, wants, old, new = upgrade(shell)
+    shell.created(new, 6)
+    for revision in (6, 7, 8):
+        shell.events(old, put(revision))
+    shell.events(new, put(6, prev=b"u"), at=8)
+    assert shell.closed == []
+    shell.events(old, put(9))
+    assert [line[:4] for line in plain.read()] == ["#0 @"] * 4
+    shell.events(new, put(7, prev=b"v"), put(8, prev=b"v"), put(9, prev=b"v"), at=9)
+    assert shell.closed == [old]
+    assert wants.read()[-1].startswith("#0 @9 put 7")
+    assert plain.read() == []
+
+
+def test_in_a_quiet_range_progress_brings_them_together() -> None:
+    shell = Shell()
+    plain, wants, old, new = upgrade(shell)
+    shell.created(new, 5)
+    assert new in shell.asked[-1]
+    shell.progressed(5)
+    assert shell.closed == [old]
+    shell.events(new, put(6, prev=b"u"))
+    assert plain.read() == ["#0 @6 put 6 k=v"]
+    assert wants.read() == ["#0 @6 put 6 k=v (was u)"]
+
+
+def test_below_the_upgrade_the_history_has_no_prev_kv() -> None:
+    shell = Shell()
+    plain, _, old, new = upgrade(shell)
+    shell.events(old, put(6))
+    shell.created(new, 6)
+    shell.events(new, put(6, prev=b"u"))
+    shell.events(new, put(7, prev=b"v"))
+    late, early, without = shell.client(), shell.client(), shell.client()
+    without.create(start=6)
+    assert without.read()[1:] == ["#0 @7 put 6 k=v put 7 k=v"]
+    late.create(start=7, prev_kv=True)
+    assert late.read()[1:] == ["#0 @7 put 7 k=v (was v)"]
+    early.create(start=6, prev_kv=True)
+    backfill = shell.opened[-1]
+    assert (backfill.start_revision, backfill.prev_kv, backfill.is_backfill) == (6, True, True)
+    shell.created(backfill, 7)
+    shell.events(backfill, put(6, prev=b"u"), at=7)
+    assert early.read()[1:] == ["#0 @6 put 6 k=v (was u)", "#0 @7 put 7 k=v (was v)"]
+    assert plain.read() == ["#0 @6 put 6 k=v", "#0 @7 put 7 k=v"]
+
+
+def test_an_upgrade_that_nobody_wants_any_more_is_closed() -> None:
+    shell = Shell()
+    _, wants, _, new = upgrade(shell)
+    wants.cancel(0)
+    assert shell.closed == [new]
+
+
+def test_who_stalls_during_the_upgrade_loses_nothing() -> None:
+    shell = Shell()
+    plain, wants, old, new = upgrade(shell)
+    shell.created(new, 5)
+    wants.stall()
+    plain.stall()
+    shell.events(new, put(6, prev=b"u"))
+    shell.events(new, put(7, prev=b"v"))
+    assert shell.closed == [old]
+    plain.drain()
+    wants.drain()
+    assert plain.read() == ["#0 @6 put 6 k=v", "#0 @7 put 7 k=v"]
+    assert wants.read() == ["#0 @6 put 6 k=v (was u)", "#0 @7 put 7 k=v (was v)"]

@@ -1,0 +1,309 @@
+"""How watches, sessions and trunks end, and who is spared."""
+
+from __future__ import annotations
+
+from coalesce import Limits, Lost
+from tests.coalesce.shell import Shell, header, put
+
+UNAVAILABLE = 14
+
+
+# by the client
+
+
+def test_cancel() -> None:
+    shell = Shell()
+    client, other = shell.client(), shell.client()
+    trunk = shell.trunk(5, client)
+    other.create(start=6)
+    shell.events(trunk, put(6))
+    client.cancel(0)
+    shell.events(trunk, put(7))
+    assert client.read() == ["#0 @6 put 6 k=v", "#0 @6 canceled"]
+    assert other.read() == ["#0 @5 created", "#0 @6 put 6 k=v", "#0 @7 put 7 k=v"]
+
+
+def test_a_trunk_lingers_and_a_client_that_comes_back_finds_its_history() -> None:
+    shell = Shell(Limits(linger_s=2))
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    shell.events(trunk, put(6))
+    client.cancel(0)
+    shell.events(trunk, put(7))
+    shell.wait(1.9)
+    assert shell.closed == []
+    client.create(start=6)
+    assert client.read()[-1] == "#1 @7 put 6 k=v put 7 k=v"
+    shell.wait(60)
+    assert shell.closed == []
+    client.close()
+    shell.wait(2)
+    assert shell.closed == [trunk]
+    assert shell.core.stats.history_bytes == 0
+    assert len(shell.opened) == 1
+
+
+def test_what_a_closed_upstream_still_sends_is_ignored() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.cancel(0)
+    shell.wait(10)
+    shell.events(trunk, put(6))
+    shell.bookmark(trunk, 7)
+    shell.created(trunk, 8)
+    shell.canceled(trunk, 9)
+    shell.progressed(10, trunk)
+    shell.do(shell.core.lost, trunk, Lost(UNAVAILABLE, "gone"))
+    assert shell.core.stats.trunks == 0
+
+
+# by a compaction
+
+
+def test_a_compaction_ends_those_who_missed_something() -> None:
+    """Watches that need the compact revision or later live on, on a new upstream watch."""
+    shell = Shell()
+    live, future, edge, other = (shell.client() for _ in range(4))
+    trunk = shell.trunk(5, live)
+    future.create(start=12)
+    edge.create(start=10)
+    kept = shell.trunk(5, other, b"j")
+    for client in (live, future, edge):
+        client.read()
+    shell.canceled(trunk, compact_revision=10)
+    assert live.read() == ["#0 @5 canceled compacted 10"]
+    assert future.read() == edge.read() == other.read() == []
+    again = shell.opened[-1]
+    assert again.start_revision == 10
+    assert shell.closed == []
+    shell.created(again, 20)
+    shell.events(again, put(10), put(12), at=20)
+    assert edge.read() == ["#0 @12 put 10 k=v put 12 k=v"]
+    assert future.read() == ["#0 @12 put 12 k=v"]
+    shell.events(kept, put(21, b"j"))
+    assert other.read() == ["#0 @21 put 21 j=v"]
+
+
+def test_a_compaction_that_nobody_missed_anything_by() -> None:
+    shell = Shell()
+    client, slow = shell.client(), shell.client()
+    trunk = shell.trunk(5, client)
+    slow.create(start=6)
+    slow.stall()
+    shell.events(trunk, put(6))
+    shell.events(trunk, put(7))
+    shell.canceled(trunk, compact_revision=8)
+    again = shell.opened[-1]
+    assert again.start_revision == 8
+    shell.created(again, 9)
+    shell.events(again, put(9))
+    slow.drain()
+    assert slow.read()[1:] == ["#0 @6 put 6 k=v", "#0 @9 put 7 k=v put 9 k=v"]
+    assert client.read() == ["#0 @6 put 6 k=v", "#0 @7 put 7 k=v", "#0 @9 put 9 k=v"]
+
+
+def test_a_compacted_trunk_of_nobody_just_goes() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.close()
+    shell.canceled(trunk, compact_revision=10)
+    assert shell.core.stats.trunks == 0
+    assert len(shell.opened) == 1
+
+
+def test_a_compacted_start_is_created_and_then_canceled() -> None:
+    shell = Shell()
+    client = shell.client()
+    client.create(start=98)
+    shell.read_now(100)
+    shell.created(shell.opened[0], 100)
+    assert client.read() == ["#0 @100 created"]
+    shell.canceled(shell.opened[0], compact_revision=99)
+    assert client.read() == ["#0 @100 canceled compacted 99"]
+    assert shell.core.stats.trunks == 0
+
+
+def test_a_trunk_that_is_compacted_before_its_created_opens_anew_for_those_who_wait() -> None:
+    shell = Shell()
+    past, now = shell.client(), shell.client()
+    past.create(start=98)
+    shell.read_now(100)
+    now.create()
+    shell.canceled(shell.opened[0], compact_revision=100)
+    assert shell.opened[-1].start_revision == 100
+    shell.read_now(101)
+    shell.created(shell.opened[-1], 101)
+    assert now.read() == ["#0 @101 created"]
+    assert past.read() == ["#0 @101 created"]
+    backfill = shell.opened[-1]
+    assert backfill.start_revision == 98
+    shell.canceled(backfill, compact_revision=100)
+    assert past.read() == ["#0 @101 canceled compacted 100"]
+
+
+def test_a_stalled_watch_is_told_behind_what_is_unsent() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.stall()
+    shell.events(trunk, put(6))
+    shell.canceled(trunk, compact_revision=10)
+    shell.opened.clear()
+    client.drain()
+    assert client.read() == ["#0 @6 put 6 k=v", "#0 @6 canceled compacted 10"]
+    assert shell.opened == []
+
+
+def test_an_upgrade_does_not_outlive_its_trunk() -> None:
+    shell = Shell()
+    plain, wants = shell.client(), shell.client()
+    trunk = shell.trunk(5, plain)
+    wants.create(start=12, prev_kv=True)
+    upgrade = shell.opened[-1]
+    plain.read()
+    shell.canceled(trunk, compact_revision=10)
+    assert plain.read() == ["#0 @5 canceled compacted 10"]
+    again = shell.opened[-1]
+    assert shell.closed == [upgrade]
+    assert (again.start_revision, again.prev_kv) == (10, True)
+    shell.created(again, 20)
+    shell.events(again, put(11), put(12, prev=b"u"), at=20)
+    assert wants.read() == ["#0 @5 created", "#0 @12 put 12 k=v (was u)"]
+
+
+# lost, refused, no leader
+
+
+def test_a_lost_trunk_ends_its_sessions_and_no_others() -> None:
+    shell = Shell()
+    client, behind, waiting, other = (shell.client() for _ in range(4))
+    kept = shell.trunk(100, other, b"j")
+    trunk = shell.trunk(100, client)
+    behind.create(start=10)
+    backfill = shell.opened[-1]
+    waiting.create()
+    shell.do(shell.core.lost, trunk, Lost(UNAVAILABLE, "no endpoint"))
+    assert client.ended == behind.ended == waiting.ended == (UNAVAILABLE, "no endpoint")
+    assert other.ended is None
+    assert shell.closed == [backfill]
+    shell.events(kept, put(101, b"j"))
+    assert other.read() == ["#0 @101 put 101 j=v"]
+
+
+def test_a_loss_of_another_kind_cancels_with_its_text() -> None:
+    shell = Shell()
+    client, waiting = shell.client(), shell.client()
+    trunk = shell.trunk(5, client)
+    waiting.create()
+    client.create(b"j", start=6)
+    shell.do(shell.core.lost, trunk, Lost(3, "what is this"))
+    assert client.ended is None
+    assert client.read() == ["#0 @5 canceled (what is this)"]
+    assert waiting.read() == ["#-1 @5 created canceled (what is this)"]
+    client.create(start=6, watch_id=1)
+    assert shell.core.stats.watches == 0
+
+
+def test_a_lost_backfill_ends_only_those_on_it() -> None:
+    shell = Shell()
+    client, behind = shell.client(), shell.client()
+    shell.trunk(100, client)
+    behind.create(start=10)
+    shell.do(shell.core.lost, shell.opened[-1], Lost(UNAVAILABLE, "gone"))
+    assert behind.ended == (UNAVAILABLE, "gone")
+    assert client.ended is None
+    assert shell.core.stats.backfills == 0
+
+
+def test_a_refused_token_is_not_the_end_while_there_is_another() -> None:
+    shell = Shell()
+    one, two = shell.client(b"one"), shell.client(b"two")
+    trunk = shell.trunk(5, one)
+    two.create(start=6)
+    assert trunk.token == b"one"
+    shell.events(trunk, put(6))
+    shell.canceled(trunk, reason="rpc error: code = Unauthenticated desc = etcdserver: invalid auth token")
+    again = shell.opened[-1]
+    assert (again.start_revision, again.token) == (7, b"two")
+    shell.created(again, 7)
+    shell.events(again, put(7))
+    assert one.read() == ["#0 @6 put 6 k=v", "#0 @7 put 7 k=v"]
+    # What was refused once may be tried again after a success.
+    assert again.token == b"one"
+    shell.canceled(again, reason="no")
+    shell.canceled(shell.opened[-1], reason="no")
+    assert one.ended == two.ended == (UNAVAILABLE, "no")
+
+
+def test_a_trunk_that_is_refused_at_once_opens_with_another_token() -> None:
+    shell = Shell()
+    one, two = shell.client(b"one"), shell.client(b"two")
+    one.create()
+    two.create()
+    shell.canceled(shell.opened[0], reason="no")
+    assert (shell.opened[1].start_revision, shell.opened[1].token) == (None, b"two")
+    shell.read_now(5)
+    shell.read_now(5)
+    shell.created(shell.opened[1], 5)
+    assert one.read() == two.read() == ["#0 @5 created"]
+
+
+def test_no_leader_ends_those_who_asked_to_be_told() -> None:
+    shell = Shell()
+    asked, waits = shell.client(has_leader=True), shell.client()
+    trunk = shell.trunk(5, asked)
+    waits.create(start=6)
+    shell.do(shell.core.no_leader)
+    assert asked.ended == (UNAVAILABLE, "etcdserver: no leader")
+    assert waits.ended is None
+    shell.events(trunk, put(6))
+    assert waits.read() == ["#0 @5 created", "#0 @6 put 6 k=v"]
+
+
+def test_a_restored_store() -> None:
+    """Who is above it is cancelled with a reason; who is not gets what is true now."""
+    shell = Shell()
+    client, slow, future = shell.client(), shell.client(), shell.client()
+    trunk = shell.trunk(50, client)
+    slow.create(start=51)
+    future.create(start=90)
+    slow.stall()
+    shell.events(trunk, put(55, value=b"untrue"))
+    slow.unsent.clear()
+    shell.events(trunk, put(60, value=b"untrue"))
+    for each in (client, slow, future):
+        each.read()
+    client.progress()
+    shell.progressed(60)
+    assert client.read() == ["#-1 @60 progress"]
+    shell.do(shell.core.store_went_back, header(57))
+    reason = "watchmux: the store went back to an earlier revision (restored from a snapshot?)"
+    assert client.read() == [f"#0 @57 canceled ({reason})"]
+    assert shell.closed == [trunk]
+    again = shell.opened[-1]
+    assert again.start_revision == 58
+    shell.created(again, 57)
+    slow.drain()
+    backfill = shell.opened[-1]
+    assert backfill.start_revision == 56
+    shell.created(backfill, 57)
+    shell.events(backfill, put(57, value=b"true"))
+    assert slow.read() == ["#0 @57 put 57 k=true"]
+    client.create(start=57)
+    client.read()
+    shell.progressed(57)
+    assert future.read() == []
+
+
+def test_the_trunk_of_a_restored_store_that_was_never_above_it() -> None:
+    shell = Shell()
+    client = shell.client()
+    shell.trunk(50, client)
+    shell.do(shell.core.store_went_back, header(52))
+    again = shell.opened[-1]
+    assert again.start_revision == 51
+    shell.created(again, 52)
+    shell.events(again, put(52))
+    assert client.read() == ["#0 @52 put 52 k=v"]

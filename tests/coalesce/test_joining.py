@@ -1,0 +1,422 @@
+"""From a create to a watch: ids, refusals and their order, "now", and the order of answers."""
+
+from __future__ import annotations
+
+import pytest
+
+from coalesce import Granted, Limits, Refusal
+from tests.coalesce.shell import Shell, header, put
+
+COMPACTED = "etcdserver: mvcc: required revision has been compacted"
+DENIED = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
+EMPTY = "mvcc: watcher range is empty"
+DUPLICATE = "mvcc: duplicate watch ID provided on the WatchStream"
+
+
+# ids
+
+
+@pytest.mark.parametrize(
+    ("script", "answers"),
+    [
+        ("create create create", ["#0 created", "#1 created", "#2 created"]),
+        ("create cancel:0 create", ["#0 created", "#0 canceled", "#1 created"]),
+        ("create:1 create create", ["#1 created", "#0 created", "#2 created"]),
+        ("create:5 cancel:5 create:5", ["#5 created", "#5 canceled", "#5 created"]),
+        ("create:-7 create:-1", ["#-7 created", "#-1 created"]),
+        ("create:3 create:3", ["#3 created", f"#-1 created canceled ({DUPLICATE})"]),
+        ("create create:0 create:1", ["#0 created", "#1 created", f"#-1 created canceled ({DUPLICATE})"]),
+        ("cancel:0 cancel:9", []),
+        ("create:2 create create create", ["#2 created", "#0 created", "#1 created", "#3 created"]),
+    ],
+)
+def test_ids(script: str, answers: list[str]) -> None:
+    shell = Shell()
+    shell.trunk(5, shell.client())
+    client = shell.client()
+    for word in script.split():
+        what, _, watch_id = word.partition(":")
+        if what == "create":
+            client.create(start=6, watch_id=int(watch_id or 0))
+        else:
+            client.cancel(int(watch_id))
+    assert [line.replace(" @5", "") for line in client.read()] == answers
+
+
+def test_an_id_is_free_again_only_when_its_compacted_watch_was_cancelled_too() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.create(start=3, watch_id=7)
+    shell.created(shell.opened[-1], 5)
+    shell.canceled(shell.opened[-1], compact_revision=4, at=5)
+    assert client.read() == ["#7 @5 created", "#7 @5 canceled compacted 4"]
+    client.create(start=6, watch_id=7)
+    assert client.read() == [f"#-1 @5 created canceled ({DUPLICATE})"]
+    client.cancel(7)
+    client.cancel(7)
+    client.create(start=6, watch_id=7)
+    assert client.read() == ["#7 @5 canceled", "#7 @5 created"]
+    shell.events(trunk, put(6))
+    assert client.read() == ["#0 @6 put 6 k=v", "#7 @6 put 6 k=v"]
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("start", "denied", "empty", "duplicate", "reason"),
+    [
+        (-1, True, True, True, COMPACTED),
+        (-1, False, False, False, COMPACTED),
+        (6, True, True, True, DENIED),
+        (6, False, True, True, EMPTY),
+        (6, False, False, True, DUPLICATE),
+        (None, True, False, True, DENIED),
+        (None, False, True, False, EMPTY),
+    ],
+)
+def test_the_order_of_refusals(start: int | None, denied: bool, empty: bool, duplicate: bool, reason: str) -> None:
+    shell = Shell()
+    client = shell.client()
+    shell.trunk(5, client, watch_id=7)
+    shell.auth = True
+    client.create(b"k", b"a" if empty else b"", start, watch_id=7 if duplicate else 8)
+    for check in shell.checks:
+        shell.do(shell.core.permission, check, Refusal(DENIED) if denied else None)
+    while shell.reads:
+        shell.read_now(5)
+    assert client.read() == [f"#-1 @5 created canceled ({reason})"]
+    assert len(shell.opened) == 1
+
+
+def test_a_duplicate_is_refused_last_and_the_stream_lives() -> None:
+    shell = Shell()
+    client = shell.client()
+    shell.trunk(5, client)
+    client.create(start=6, watch_id=4)
+    client.create(b"k", b"a", 6, watch_id=4)
+    client.create(start=6, watch_id=4)
+    client.create(start=6, watch_id=8)
+    assert client.read() == [
+        "#4 @5 created",
+        f"#-1 @5 created canceled ({EMPTY})",
+        f"#-1 @5 created canceled ({DUPLICATE})",
+        "#8 @5 created",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "range_end", "refused"),
+    [
+        (b"k", b"", False),
+        (b"k", b"\x00", False),
+        (b"", b"\x00", False),
+        (b"", b"", False),
+        (b"k", b"k", True),
+        (b"k", b"j", True),
+        (b"k", b"k\x00", False),
+        (b"\x00", b"\x00", False),
+    ],
+)
+def test_empty_ranges(key: bytes, range_end: bytes, refused: bool) -> None:
+    shell = Shell()
+    shell.trunk(5, shell.client())
+    client = shell.client()
+    client.create(key, range_end)
+    if refused:
+        assert client.read() == [f"#-1 @5 created canceled ({EMPTY})"]
+        assert shell.reads == []
+        return
+    shell.read_now(5)
+    if not shell.opened[-1].created:
+        shell.created(shell.opened[-1], 5)
+    assert client.read() == ["#0 @5 created"]
+
+
+def test_no_key_is_the_smallest_key() -> None:
+    shell = Shell()
+    client = shell.client()
+    client.create(b"", b"")
+    assert (shell.opened[0].key, shell.opened[0].range_end) == (b"\x00", b"")
+
+
+def test_a_refusal_has_a_real_header_even_when_nothing_is_known_yet() -> None:
+    shell = Shell()
+    client = shell.client()
+    client.create(start=-1)
+    assert client.read() == []
+    shell.read_now(12)
+    assert client.read() == [f"#-1 @12 created canceled ({COMPACTED})"]
+    client.create(start=-5)
+    assert client.read() == [f"#-1 @12 created canceled ({COMPACTED})"]
+
+
+def test_limits_are_refused_with_a_clear_text() -> None:
+    shell = Shell(Limits(watches_per_session_max=2, watches_max=3, trunks_max=2))
+    one, two = shell.client(), shell.client()
+    shell.trunk(5, one)
+    shell.trunk(5, one, b"j")
+    one.create(start=6)
+    assert one.read() == ["#-1 @5 created canceled (watchmux: the limit of 2 watches of one stream is reached)"]
+    two.create(b"other", start=6)
+    assert two.read() == ["#-1 @5 created canceled (watchmux: the limit of 2 different ranges is reached)"]
+    two.create(start=6)
+    two.create(start=6)
+    assert two.read() == [
+        "#0 @5 created",
+        "#-1 @5 created canceled (watchmux: the limit of 3 watches is reached)",
+    ]
+    one.cancel(0)
+    two.create(start=6)
+    assert two.read() == ["#1 @5 created"]
+
+
+def test_too_long_a_line_ends_the_session() -> None:
+    shell = Shell(Limits(queue_max=3))
+    client = shell.client()
+    for _ in range(4):
+        client.create()
+    assert client.ended == (8, "watchmux: more than 3 requests wait on one watch stream")
+    shell.read_now(5)
+    shell.created(shell.opened[0], 5)
+    assert client.read() == []
+
+
+# now
+
+
+def test_now_is_read_after_the_request_came() -> None:
+    """One read serves those who waited when it began; later ones wait for the next."""
+    shell = Shell()
+    early, late, later = shell.client(), shell.client(), shell.client()
+    early.create()
+    late.create()
+    later.create()
+    assert len(shell.reads) == 1
+    shell.created(shell.opened[0], 5)
+    shell.read_now(5)
+    assert early.read() == ["#0 @5 created"]
+    assert late.read() == []
+    assert len(shell.reads) == 1
+    shell.read_now(7)
+    assert late.read() == ["#0 @7 created"]
+    assert later.read() == ["#0 @7 created"]
+    assert shell.reads == []
+    assert len(shell.opened) == 1
+
+
+def test_a_trunk_that_lags_behind_the_read_is_skipped_up_to_it() -> None:
+    shell = Shell()
+    first, second = shell.client(), shell.client()
+    trunk = shell.trunk(5, first)
+    second.create()
+    shell.read_now(8)
+    assert second.read() == ["#0 @8 created"]
+    shell.events(trunk, put(7), put(8), put(9))
+    assert second.read() == ["#0 @9 put 9 k=v"]
+    assert first.read() == ["#0 @9 put 7 k=v put 8 k=v put 9 k=v"]
+
+
+def test_a_trunk_that_is_ahead_of_the_read_replays_the_difference() -> None:
+    shell = Shell()
+    first, second = shell.client(), shell.client()
+    trunk = shell.trunk(5, first)
+    second.create()
+    shell.events(trunk, put(6))
+    shell.events(trunk, put(7))
+    shell.read_now(6)
+    assert second.read() == ["#0 @6 created", "#0 @7 put 7 k=v"]
+    shell.events(trunk, put(8))
+    assert second.read() == ["#0 @8 put 8 k=v"]
+
+
+def test_what_the_trunk_cannot_know_is_before_now() -> None:
+    """etcd tells of "now" after it registered the watch: what comes at or below may be a part only."""
+    shell = Shell()
+    client = shell.client()
+    client.create()
+    shell.read_now(4)
+    shell.created(shell.opened[0], 6)
+    assert client.read() == ["#0 @6 created"]
+    shell.events(shell.opened[0], put(6))
+    assert client.read() == []
+    shell.events(shell.opened[0], put(7))
+    assert client.read() == ["#0 @7 put 7 k=v"]
+
+
+def test_a_trunk_with_a_start_is_never_filtered_by_its_created() -> None:
+    shell = Shell()
+    client = shell.client()
+    client.create(start=4)
+    shell.read_now(6)
+    assert shell.opened[0].start_revision == 4
+    shell.created(shell.opened[0], 6)
+    shell.events(shell.opened[0], put(4), put(6), at=6)
+    assert client.read() == ["#0 @6 created", "#0 @6 put 4 k=v put 6 k=v"]
+
+
+@pytest.mark.parametrize(
+    ("start", "newest", "trunk_start"),
+    [(101, 100, 101), (100, 100, 100), (90, 100, 90), (89, 100, None), (1, 100, None), (5000, 100, 101)],
+)
+def test_where_a_trunk_begins(start: int, newest: int, trunk_start: int | None) -> None:
+    shell = Shell(Limits(trunk_catch_up_revisions=10))
+    client = shell.client()
+    client.create(start=start)
+    shell.read_now(newest)
+    assert [upstream.start_revision for upstream in shell.opened] == [trunk_start]
+    shell.created(shell.opened[0], newest)
+    assert client.read() == [f"#0 @{newest} created"]
+    # Who starts further back comes through a backfill, and no later watch waits behind it.
+    assert [upstream.start_revision for upstream in shell.opened[1:]] == ([] if trunk_start else [start])
+
+
+def test_a_start_in_the_future_gets_nothing_before() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, shell.client())
+    client.create(start=8)
+    assert client.read() == ["#0 @5 created"]
+    shell.events(trunk, put(6))
+    shell.events(trunk, put(7), put(8))
+    shell.events(trunk, put(9))
+    assert client.read() == ["#0 @8 put 8 k=v", "#0 @9 put 9 k=v"]
+    assert len(shell.opened) == 1
+    assert shell.core.stats.joins_future == 1
+
+
+def test_a_start_inside_of_the_window_costs_upstream_nothing() -> None:
+    shell = Shell()
+    trunk = shell.trunk(5, shell.client())
+    for revision in range(6, 12):
+        shell.events(trunk, put(revision))
+    client = shell.client()
+    client.create(start=9)
+    assert client.read() == ["#0 @11 created", "#0 @11 put 9 k=v put 10 k=v put 11 k=v"]
+    assert len(shell.opened) == 1
+    assert shell.reads == []
+    assert shell.core.stats.joins_history == 1
+
+
+def test_a_check_that_read_the_revision_is_the_read() -> None:
+    shell = Shell()
+    shell.auth = True
+    client = shell.client(b"token")
+    client.create()
+    (check,) = shell.checks
+    assert (check.session.identity.token, check.key, check.range_end) == (b"token", b"k", b"")
+    shell.do(shell.core.permission, check, Granted(header(5)))
+    assert shell.reads == []
+    assert shell.opened[0].token == b"token"
+    shell.created(shell.opened[0], 5)
+    assert client.read() == ["#0 @5 created"]
+
+
+@pytest.mark.parametrize("outcome", [None, header(3)])
+def test_what_was_known_before_is_no_read(outcome: object) -> None:
+    shell = Shell()
+    shell.auth = True
+    client = shell.client()
+    client.create()
+    shell.do(shell.core.permission, shell.checks[0], outcome)
+    shell.created(shell.opened[0], 4)
+    assert client.read() == []
+    shell.read_now(9)
+    assert client.read() == ["#0 @9 created"]
+
+
+# order
+
+
+def test_answers_leave_in_the_order_of_the_requests() -> None:
+    """A create that waits holds up what its client asked later, and nothing else."""
+    shell = Shell()
+    shell.auth = True
+    client, other = shell.client(), shell.client()
+    for who, start in ((other, 6), (client, 6)):
+        who.create(start=start)
+    shell.do(shell.core.permission, shell.checks.pop(0), None)
+    shell.read_now(5)
+    shell.created(shell.opened[0], 5)
+    shell.do(shell.core.permission, shell.checks.pop(0), None)
+    assert client.read() == ["#0 @5 created"]
+    client.create(start=6)
+    client.create(start=-1)
+    client.cancel(0)
+    client.progress()
+    client.create(start=6)
+    slow, quick = shell.checks
+    shell.do(shell.core.permission, quick, None)
+    shell.events(shell.opened[0], put(6))
+    assert client.read() == ["#0 @6 put 6 k=v"]
+    shell.do(shell.core.permission, slow, None)
+    assert client.read() == [
+        "#1 @6 created",
+        f"#-1 @6 created canceled ({COMPACTED})",
+        "#0 @6 canceled",
+        "#2 @6 created",
+        "#1 @6 put 6 k=v",
+        "#2 @6 put 6 k=v",
+    ]
+
+
+def test_cancelled_before_created_is_created_and_then_canceled() -> None:
+    shell = Shell()
+    client = shell.client()
+    client.create()
+    client.cancel(0)
+    shell.created(shell.opened[0], 5)
+    shell.events(shell.opened[0], put(6))
+    assert client.read() == []
+    shell.read_now(5)
+    assert client.read() == ["#0 @5 created", "#0 @6 canceled"]
+
+
+def test_waiting_creates_wait_together() -> None:
+    """Each range's trunk opens when its create arrives, not when its turn comes."""
+    shell = Shell()
+    client = shell.client()
+    for key in (b"a", b"b", b"c"):
+        client.create(key)
+    assert [upstream.key for upstream in shell.opened] == [b"a", b"b", b"c"]
+    for upstream in reversed(shell.opened):
+        shell.created(upstream, 5)
+    assert client.read() == []
+    shell.read_now(5)
+    shell.read_now(5)
+    assert client.read() == ["#0 @5 created", "#1 @5 created", "#2 @5 created"]
+
+
+def test_a_session_that_goes_while_it_waits_leaves_nothing() -> None:
+    shell = Shell()
+    client = shell.client()
+    client.create()
+    client.create()
+    client.close()
+    shell.read_now(5)
+    shell.created(shell.opened[0], 5)
+    shell.wait(10)
+    assert client.read() == []
+    assert shell.closed == shell.opened
+    assert shell.core.stats.trunks == 0
+    # What arrives for it later is nobody's.
+    client.create()
+    client.cancel(0)
+    client.progress()
+    client.close()
+
+
+def test_one_upstream_watch_for_many() -> None:
+    shell = Shell()
+    clients = [shell.client() for _ in range(50)]
+    for client in clients:
+        client.create()
+    shell.created(shell.opened[0], 5)
+    shell.read_now(5)
+    shell.read_now(5)
+    assert len(shell.opened) == 1
+    shell.deliveries = 0
+    shell.events(shell.opened[0], put(6))
+    assert shell.deliveries == 1
+    assert all(client.read() == ["#0 @5 created", "#0 @6 put 6 k=v"] for client in clients)

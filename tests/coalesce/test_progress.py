@@ -1,0 +1,414 @@
+"""Progress: never too early, never backwards, and as soon as it is true."""
+
+from __future__ import annotations
+
+import pytest
+
+from coalesce import Limits
+from tests.coalesce.shell import Shell, put
+
+
+def test_a_request_is_answered_when_etcd_has_answered() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.progress()
+    assert client.read() == []
+    assert shell.asked == [(trunk,)]
+    shell.progressed(9)
+    assert client.read() == ["#-1 @9 progress"]
+    shell.wait(3)
+    assert len(shell.asked) == 1
+
+
+def test_what_was_known_before_is_no_answer() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    shell.bookmark(trunk, 8)
+    client.progress()
+    shell.wait(0.2)
+    assert client.read() == []
+    shell.progressed(8)
+    assert client.read() == ["#-1 @8 progress"]
+
+
+def test_one_upstream_request_serves_all_who_wait_and_later_ones_the_next() -> None:
+    shell = Shell()
+    clients = [shell.client() for _ in range(4)]
+    shell.trunk(5, clients[0])
+    for client in clients[1:]:
+        client.create(start=6)
+    for client in clients:
+        client.read()
+    clients[0].progress()
+    for client in clients[1:]:
+        client.progress()
+    assert len(shell.asked) == 1
+    shell.progressed(9)
+    # The answer in flight may be older than the later requests.
+    assert [client.read() for client in clients] == [["#-1 @9 progress"], [], [], []]
+    assert len(shell.asked) == 2
+    shell.progressed(10)
+    assert [client.read() for client in clients[1:]] == [["#-1 @10 progress"]] * 3
+    assert len(shell.asked) == 2
+
+
+def test_it_is_repeated_while_somebody_waits_with_longer_pauses() -> None:
+    shell = Shell()
+    client = shell.client()
+    shell.trunk(5, client)
+    client.progress()
+    counts = []
+    for _ in range(6):
+        shell.wait(0.5)
+        counts.append(len(shell.asked))
+    assert counts[0] >= 3
+    assert counts[-1] - counts[-3] == 1
+    shell.progressed(7)
+    assert client.read() == ["#-1 @7 progress"]
+
+
+def test_every_watch_counts() -> None:
+    """p is the least of what is proven; a watch on another trunk may be behind."""
+    shell = Shell()
+    client = shell.client()
+    one, two = shell.trunk(5, client), shell.trunk(5, client, b"j")
+    client.progress()
+    shell.progressed(9, one)
+    assert client.read() == []
+    shell.progressed(8, two)
+    assert client.read() == ["#-1 @8 progress"]
+
+
+def test_it_is_never_below_what_a_watch_has_seen() -> None:
+    """clientv3 resumes all watches from p + 1: below an event it would see that event twice."""
+    shell = Shell()
+    client = shell.client()
+    one, two = shell.trunk(5, client), shell.trunk(5, client, b"j")
+    client.progress()
+    shell.events(one, put(12))
+    shell.progressed(9, one, two)
+    assert client.read() == ["#0 @12 put 12 k=v"]
+    shell.progressed(12, two)
+    shell.wait(0.1)
+    shell.progressed(12, one, two)
+    assert client.read() == ["#-1 @12 progress"]
+
+
+def test_it_never_goes_down() -> None:
+    shell = Shell()
+    client = shell.client()
+    one = shell.trunk(5, client)
+    client.progress()
+    shell.progressed(20, one)
+    assert client.read() == ["#-1 @20 progress"]
+    two = shell.trunk(15, client, b"j")
+    client.cancel(0)
+    client.read()
+    client.progress()
+    shell.progressed(18, two)
+    assert client.read() == []
+    shell.wait(0.1)
+    shell.progressed(20, two)
+    assert client.read() == ["#-1 @20 progress"]
+
+
+def test_not_before_a_watch_of_the_future() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.create(start=9)
+    client.read()
+    client.progress()
+    shell.progressed(7)
+    shell.wait(0.2)
+    shell.progressed(8)
+    assert client.read() == []
+    shell.wait(0.2)
+    shell.progressed(9)
+    assert client.read() == ["#-1 @9 progress"]
+    assert trunk in shell.asked[-1]
+
+
+def test_not_below_now() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, shell.client())
+    client.create()
+    shell.read_now(8)
+    client.progress()
+    client.read()
+    shell.progressed(7)
+    assert client.read() == []
+    shell.wait(0.1)
+    shell.events(trunk, put(7))
+    shell.progressed(8)
+    assert client.read() == ["#-1 @8 progress"]
+
+
+def test_it_queues_behind_earlier_creates() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.create(b"j")
+    client.progress()
+    assert shell.asked == []
+    shell.progressed(9, trunk)
+    assert client.read() == []
+    shell.created(shell.opened[-1], 9)
+    shell.read_now(9)
+    shell.progressed(10)
+    assert client.read() == ["#1 @9 created", "#-1 @10 progress"]
+
+
+def test_a_create_that_comes_later_holds_nothing_up() -> None:
+    shell = Shell()
+    client = shell.client()
+    shell.trunk(5, client)
+    client.progress()
+    client.create(b"j")
+    shell.progressed(9)
+    assert client.read() == ["#-1 @9 progress"]
+
+
+def test_not_while_something_is_unsent() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.stall()
+    shell.events(trunk, put(6))
+    shell.events(trunk, put(7))
+    client.progress()
+    shell.progressed(9)
+    shell.wait(1)
+    assert client.unsent == ["#0 @6 put 6 k=v"]
+    client.drain()
+    shell.wait(0.2)
+    shell.progressed(9)
+    assert client.read() == ["#0 @6 put 6 k=v", "#0 @7 put 7 k=v", "#-1 @9 progress"]
+
+
+def test_not_while_a_watch_is_on_a_backfill() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(100, client)
+    client.create(start=50)
+    client.read()
+    backfill = shell.opened[-1]
+    shell.created(backfill, 100)
+    client.progress()
+    shell.progressed(100, trunk)
+    assert client.read() == []
+    shell.events(backfill, put(60), at=100)
+    shell.wait(0.1)
+    shell.progressed(101, trunk, backfill)
+    assert client.read() == ["#1 @60 put 60 k=v", "#-1 @101 progress"]
+
+
+def test_a_compacted_id_holds_nothing_up() -> None:
+    """etcd is silenced by it; here the client was told that it is dead."""
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(100, client)
+    client.create(start=50)
+    shell.created(shell.opened[-1], 100)
+    shell.canceled(shell.opened[-1], compact_revision=90)
+    # The answer to what was asked for the backfill.
+    shell.progressed(100, trunk)
+    client.read()
+    client.progress()
+    shell.progressed(100, trunk)
+    assert client.read() == ["#-1 @100 progress"]
+
+
+def test_without_watches_a_request_is_dropped() -> None:
+    shell = Shell()
+    client, other = shell.client(), shell.client()
+    trunk = shell.trunk(5, other)
+    client.progress()
+    assert shell.asked == []
+    client.create(start=6)
+    client.read()
+    client.progress()
+    client.cancel(0)
+    shell.progressed(9, trunk)
+    assert client.read() == ["#0 @5 canceled"]
+
+
+def test_many_requests_of_one_session_are_merged_but_not_the_first_into_the_last() -> None:
+    shell = Shell()
+    client = shell.client()
+    shell.trunk(5, client)
+    for _ in range(5):
+        client.progress()
+    assert len(shell.asked) == 1
+    shell.progressed(7)
+    assert client.read() == ["#-1 @7 progress"]
+    shell.progressed(8)
+    assert client.read() == ["#-1 @8 progress"]
+    shell.wait(1)
+    assert client.read() == []
+
+
+def test_a_watch_whose_created_has_not_come_is_proven_nothing() -> None:
+    shell = Shell()
+    client = shell.client()
+    client.create()
+    trunk = shell.opened[0]
+    shell.progressed(50, trunk)
+    shell.created(trunk, 5)
+    shell.read_now(5)
+    assert client.read() == ["#0 @5 created"]
+    shell.events(trunk, put(6))
+    assert client.read() == ["#0 @6 put 6 k=v"]
+
+
+# servers without ordered progress
+
+
+def test_an_old_server_is_asked_nothing_and_believed_nothing() -> None:
+    shell = Shell(ordered_progress=False)
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.progress()
+    shell.progressed(50, trunk)
+    shell.wait(5)
+    assert shell.asked == []
+    assert client.read() == []
+    shell.events(trunk, put(7))
+    shell.wait(1)
+    assert client.read() == ["#0 @7 put 7 k=v", "#-1 @7 progress"]
+    client.progress()
+    shell.bookmark(trunk, 20)
+    shell.wait(1)
+    assert client.read() == ["#-1 @20 progress"]
+
+
+def test_the_version_may_become_known_later() -> None:
+    shell = Shell(ordered_progress=False)
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.progress()
+    shell.core.ordered_progress = True
+    shell.wait(1)
+    assert shell.asked
+    shell.progressed(6, trunk)
+    assert client.read() == ["#-1 @6 progress"]
+
+
+# progress_notify
+
+
+def test_quiet_watches_are_told_where_they_are() -> None:
+    shell = Shell(Limits(progress_notify_s=60))
+    client, without = shell.client(), shell.client()
+    trunk = shell.trunk(5, client, progress_notify=True)
+    without.create(start=6)
+    without.read()
+    shell.wait(59.9)
+    assert client.read() == []
+    shell.wait(0.1)
+    assert trunk in shell.asked[-1]
+    shell.progressed(30)
+    assert client.read() == ["#0 @30 progress"]
+    shell.wait(60)
+    shell.progressed(31)
+    assert client.read() == ["#0 @31 progress"]
+    assert without.read() == []
+
+
+def test_not_those_that_were_sent_events_since() -> None:
+    shell = Shell(Limits(progress_notify_s=60, bookmark_s=1000))
+    client = shell.client()
+    trunk = shell.trunk(5, client, progress_notify=True)
+    shell.wait(30)
+    shell.events(trunk, put(6))
+    shell.wait(30)
+    assert shell.asked == []
+    shell.wait(60)
+    shell.events(trunk, put(7))
+    shell.progressed(8)
+    assert client.read() == ["#0 @6 put 6 k=v", "#0 @7 put 7 k=v"]
+    shell.wait(120)
+    shell.progressed(9)
+    assert client.read() == ["#0 @9 progress"]
+
+
+def test_not_before_its_start_and_not_what_lags() -> None:
+    shell = Shell(Limits(progress_notify_s=60))
+    future, slow = shell.client(), shell.client()
+    trunk = shell.trunk(5, slow, progress_notify=True)
+    future.create(start=50, progress_notify=True)
+    future.read()
+    slow.stall()
+    shell.events(trunk, put(6))
+    shell.wait(60)
+    shell.progressed(30)
+    assert future.read() == []
+    assert slow.unsent == ["#0 @6 put 6 k=v"]
+    shell.wait(60)
+    shell.progressed(50)
+    shell.wait(60)
+    shell.progressed(50)
+    assert future.read() == ["#0 @50 progress"]
+
+
+def test_a_session_is_not_told_less_than_one_of_its_watches() -> None:
+    shell = Shell(Limits(progress_notify_s=60))
+    client = shell.client()
+    one, two = shell.trunk(5, client, progress_notify=True), shell.trunk(5, client, b"j")
+    shell.wait(60)
+    shell.progressed(30, one)
+    assert client.read() == ["#0 @30 progress"]
+    client.progress()
+    shell.progressed(29, two)
+    shell.progressed(29, one, two)
+    assert client.read() == []
+    shell.wait(1)
+    shell.progressed(30, one, two)
+    assert client.read() == ["#-1 @30 progress"]
+
+
+def test_a_watch_that_is_gone_is_told_nothing() -> None:
+    shell = Shell(Limits(progress_notify_s=60))
+    client = shell.client()
+    shell.trunk(5, client, progress_notify=True)
+    shell.wait(60)
+    client.cancel(0)
+    shell.progressed(30)
+    assert client.read() == ["#0 @5 canceled"]
+
+
+# bookmarks
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_quiet_trunks_renew_their_bookmarks(busy: bool) -> None:
+    shell = Shell(Limits(bookmark_s=30))
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    for revision in range(6, 46):
+        shell.wait(2)
+        if busy:
+            shell.events(trunk, put(revision))
+    if busy:
+        assert shell.asked == []
+        return
+    assert 2 <= len(shell.asked) <= 12
+    shell.progressed(60)
+    asked = len(shell.asked)
+    shell.wait(14)
+    assert len(shell.asked) == asked
+    shell.wait(10)
+    assert len(shell.asked) == asked + 1
+
+
+def test_without_trunks_the_core_sleeps() -> None:
+    shell = Shell()
+    client = shell.client()
+    shell.trunk(5, client)
+    client.close()
+    shell.wait(60)
+    assert shell.core.next_deadline() is None
+    assert shell.core.stats.trunks == 0

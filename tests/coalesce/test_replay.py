@@ -1,0 +1,328 @@
+"""Sessions that stall: they cost nothing, hold nobody up and lose nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from coalesce import Deliver, Limits
+from coalesce.session import Place
+from proto.scan import WatchResponse
+from tests.coalesce.shell import Shell, delete, header, put
+
+
+def test_a_slow_client_catches_up_and_nobody_else_notices() -> None:
+    shell = Shell()
+    slow, quick = shell.client(), shell.client()
+    trunk = shell.trunk(5, quick)
+    slow.create(start=6)
+    slow.read()
+    slow.stall()
+    for revision in range(6, 10):
+        shell.events(trunk, put(revision))
+    assert quick.read() == [f"#0 @{revision} put {revision} k=v" for revision in range(6, 10)]
+    # The first one is written in part and queued; the others wait in the history.
+    assert slow.unsent == ["#0 @6 put 6 k=v"]
+    assert slow.session.watches[0].place is Place.LAGGING
+    slow.drain()
+    assert slow.read() == ["#0 @6 put 6 k=v", "#0 @9 put 7 k=v put 8 k=v put 9 k=v"]
+    shell.events(trunk, put(10))
+    assert slow.read() == ["#0 @10 put 10 k=v"]
+    assert len(shell.opened) == 1
+
+
+def test_a_stalled_session_is_in_no_delivery() -> None:
+    shell = Shell()
+    slow, quick = shell.client(), shell.client()
+    trunk = shell.trunk(5, quick)
+    slow.create(start=6)
+    slow.stall()
+    shell.events(trunk, put(6))
+    effects = shell.core.received(trunk, WatchResponse(header(7), events=[put(7)]), shell.now)
+    (deliver,) = effects
+    assert isinstance(deliver, Deliver)
+    assert [watch.session for watch in deliver.watches] == [quick.session]
+
+
+def test_what_was_handed_back_comes_again() -> None:
+    """A session stalls in the middle of a list of effects: the rest of the list is handed back."""
+    shell = Shell(Limits(response_bytes_max=1))
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.create(start=6)
+    client.read()
+    client.room = 1
+    shell.events(trunk, put(6), put(7), put(8))
+    assert client.read() == ["#0 @6 put 6 k=v"]
+    assert client.unsent == ["#1 @6 put 6 k=v"]
+    assert shell.core.stats.returned == 4
+    client.drain()
+    assert client.read() == [
+        "#1 @6 put 6 k=v",
+        "#0 @8 put 7 k=v put 8 k=v",
+        "#1 @8 put 7 k=v put 8 k=v",
+    ]
+
+
+def test_a_control_answer_may_be_what_stalls() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    shell.events(trunk, put(6))
+    client.read()
+    client.stall()
+    client.create(start=6)
+    assert client.unsent == ["#1 @6 created"]
+    shell.events(trunk, put(7))
+    client.drain()
+    assert client.read() == ["#1 @6 created", "#0 @7 put 7 k=v", "#1 @7 put 6 k=v put 7 k=v"]
+
+
+def test_requests_of_a_stalled_session_are_answered_in_order_behind_what_is_unsent() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.stall()
+    shell.events(trunk, put(6))
+    client.create(start=5)
+    client.cancel(0)
+    shell.events(trunk, put(7))
+    assert client.unsent == ["#0 @6 put 6 k=v", "#1 @6 created", "#0 @6 canceled"]
+    assert len(shell.opened) == 1
+    client.drain()
+    assert client.read()[3:] == []
+    assert shell.opened[-1].start_revision == 5
+    shell.created(shell.opened[-1], 7)
+    shell.events(shell.opened[-1], put(5), at=7)
+    shell.progressed(7)
+    assert client.read() == ["#1 @5 put 5 k=v", "#1 @7 put 6 k=v put 7 k=v"]
+
+
+def test_replays_are_cut_and_go_on_by_themselves() -> None:
+    limits = Limits(replay_bytes_max=3 * len(put(6, b"k").encoded))
+    shell = Shell(limits)
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.stall()
+    for revision in range(6, 16):
+        shell.events(trunk, put(revision))
+    client.drain()
+    first = "#0 @9 put 7 k=v put 8 k=v put 9 k=v"
+    assert client.read() == ["#0 @6 put 6 k=v", first]
+    assert shell.core.next_deadline() == shell.now
+    # Live events go on meanwhile, behind.
+    shell.events(trunk, put(16))
+    assert client.read() == []
+    shell.settle()
+    assert client.read() == [
+        "#0 @12 put 10 k=v put 11 k=v put 12 k=v",
+        "#0 @15 put 13 k=v put 14 k=v put 15 k=v",
+        "#0 @16 put 16 k=v",
+    ]
+    assert client.session.watches[0].place is Place.IN_STEP
+
+
+def test_a_stall_ends_the_replay_and_a_drain_goes_on_there() -> None:
+    limits = Limits(replay_bytes_max=2 * len(put(6).encoded))
+    shell = Shell(limits)
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.stall()
+    for revision in range(6, 13):
+        shell.events(trunk, put(revision))
+    client.drain(room=0)
+    shell.settle()
+    assert client.unsent == ["#0 @8 put 7 k=v put 8 k=v"]
+    assert shell.core.next_deadline() != shell.now
+    client.drain(room=1)
+    shell.settle()
+    assert client.read() == [
+        "#0 @6 put 6 k=v",
+        "#0 @8 put 7 k=v put 8 k=v",
+        "#0 @10 put 9 k=v put 10 k=v",
+    ]
+    client.drain()
+    assert client.read() == ["#0 @12 put 11 k=v put 12 k=v"]
+
+
+def test_watches_of_a_session_are_replayed_in_turn() -> None:
+    size = len(put(6).encoded)
+    shell = Shell(Limits(replay_bytes_max=2 * size))
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.create(start=6)
+    client.read()
+    client.stall()
+    for revision in range(6, 11):
+        shell.events(trunk, put(revision))
+    client.drain()
+    shell.settle()
+    assert client.read() == [
+        "#0 @6 put 6 k=v",
+        "#0 @8 put 7 k=v put 8 k=v",
+        "#1 @7 put 6 k=v put 7 k=v",
+        "#0 @10 put 9 k=v put 10 k=v",
+        "#1 @9 put 8 k=v put 9 k=v",
+        "#1 @10 put 10 k=v",
+    ]
+
+
+def test_a_herd_is_served_in_turns() -> None:
+    """All sessions together are given so much before events come in between."""
+    size = len(put(6).encoded)
+    shell = Shell(Limits(replay_bytes_max=4 * size, replay_turn_bytes_max=1))
+    clients = [shell.client() for _ in range(8)]
+    trunk = shell.trunk(5, clients[0])
+    for client in clients[1:]:
+        client.create(start=6)
+    for client in clients:
+        client.read()
+        client.stall()
+    for revision in range(6, 14):
+        shell.events(trunk, put(revision))
+    for client in clients:
+        assert len(shell.core.drained(client.session, shell.now)) == 1
+    # Three revisions are left for each of the eight: a turn serves at least one of them.
+    for _ in clients:
+        assert shell.core.next_deadline() == shell.now
+        assert len(shell.core.expire(shell.now)) == 1
+    assert shell.core.next_deadline() != shell.now
+
+
+def test_sessions_that_stalled_together_share_what_they_replay() -> None:
+    shell = Shell()
+    clients = [shell.client() for _ in range(3)]
+    trunk = shell.trunk(5, clients[0])
+    for client in clients[1:]:
+        client.create(start=6)
+    for client in clients:
+        client.stall()
+    for revision in (6, 7, 8):
+        shell.events(trunk, put(revision))
+    for client in clients:
+        client.room = None
+        client.unsent.clear()
+    payloads = []
+    for client in clients:
+        (deliver,) = shell.core.drained(client.session, shell.now)
+        assert isinstance(deliver, Deliver)
+        payloads.append(deliver.payload)
+    assert payloads[0].messages(0)[0] == payloads[2].messages(0)[0]
+
+
+def test_filtered_to_nothing_is_not_sent_and_the_watch_moves_on() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client, no_put=True)
+    shell.events(trunk, put(6))
+    shell.events(trunk, put(7), delete(8), put(9))
+    assert client.read() == ["#0 @8 delete 8 k"]
+    client.stall()
+    shell.events(trunk, delete(10))
+    shell.events(trunk, put(11))
+    shell.events(trunk, put(12))
+    client.drain()
+    assert client.read() == ["#0 @10 delete 10 k"]
+    assert client.session.watches[0].next_revision == 13
+
+
+def test_a_history_that_has_moved_on_means_a_backfill() -> None:
+    shell = Shell(Limits(history_revisions_max=2))
+    client, other = shell.client(), shell.client()
+    trunk = shell.trunk(5, other)
+    client.create(start=6)
+    client.read()
+    client.stall()
+    for revision in range(6, 12):
+        shell.events(trunk, put(revision))
+    # Not before it drains: a stalled session costs nothing.
+    assert len(shell.opened) == 1
+    client.drain()
+    backfill = shell.opened[-1]
+    assert (backfill.start_revision, backfill.is_backfill) == (7, True)
+    shell.created(backfill, 11)
+    shell.events(backfill, put(7), put(8), put(9), at=11)
+    assert client.read() == [
+        "#0 @6 put 6 k=v",
+        "#0 @9 put 7 k=v put 8 k=v put 9 k=v",
+        "#0 @11 put 10 k=v put 11 k=v",
+    ]
+    assert shell.closed == [backfill]
+    shell.events(trunk, put(12))
+    assert client.read() == ["#0 @12 put 12 k=v"]
+    assert other.read()[-1] == "#0 @12 put 12 k=v"
+
+
+def test_a_future_watch_of_a_stalled_session_loses_nothing() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, shell.client())
+    client.create(start=8)
+    client.read()
+    client.stall()
+    client.create(start=6)
+    shell.events(trunk, put(6))
+    shell.events(trunk, put(7), put(8))
+    client.drain()
+    assert client.read() == ["#1 @5 created", "#0 @8 put 8 k=v", "#1 @8 put 6 k=v put 7 k=v put 8 k=v"]
+
+
+def test_fragments_are_one_delivery() -> None:
+    shell = Shell(Limits(fragment_bytes=150))
+    client = shell.client()
+    trunk = shell.trunk(5, client, fragment=True)
+    client.room = 1
+    shell.events(trunk, put(6, b"a", b"x" * 90), put(6, b"b", b"x" * 90), put(6, b"c", b"x" * 90))
+    shell.events(trunk, put(7, b"a"))
+    client.create(start=8)
+    assert client.read() == ["#0 @6 fragment put 6 a=[90]"]
+    client.drain()
+    assert client.read() == [
+        "#0 @6 fragment put 6 b=[90]",
+        "#0 @6 put 6 c=[90]",
+        "#1 @7 created",
+        "#0 @7 put 7 a=v",
+    ]
+
+
+@pytest.mark.parametrize("limit", [None, 30.0])
+def test_who_stays_behind_too_long_is_sent_away(limit: float | None) -> None:
+    shell = Shell(Limits(lagging_age_s_max=limit))
+    slow, other = shell.client(), shell.client()
+    trunk = shell.trunk(5, other)
+    slow.create(start=6)
+    slow.stall()
+    shell.events(trunk, put(6))
+    shell.wait(29.9)
+    assert slow.ended is None
+    shell.wait(1)
+    if limit is None:
+        assert slow.ended is None
+        return
+    assert slow.ended == (14, "watchmux: the client has been behind for more than 30 s")
+    assert other.ended is None
+    assert shell.core.stats.sessions == 1
+
+
+def test_who_catches_up_now_and_then_is_not() -> None:
+    shell = Shell(Limits(lagging_age_s_max=30.0))
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    for revision in range(6, 12):
+        client.stall()
+        shell.events(trunk, put(revision))
+        shell.wait(20)
+        client.drain()
+    assert client.ended is None
+    assert len(client.read()) == 6
+
+
+def test_a_drain_that_nobody_waited_for_is_harmless() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    shell.do(shell.core.drained, client.session)
+    shell.core.stalled(client.session)
+    shell.core.stalled(client.session)
+    shell.do(shell.core.drained, client.session)
+    shell.events(trunk, put(6))
+    assert client.read() == ["#0 @6 put 6 k=v"]
