@@ -230,6 +230,7 @@ class Coalescer:
             stats.batches += 1
             stats.batch_events += len(batch.events)
             owner = upstream.owner
+            owner.events += len(batch.events)
             if isinstance(owner, Backfill):
                 hub.backfills.received(owner, batch)
             else:

@@ -113,6 +113,7 @@ class Endings:
             since = session.lagging_since
             if since is None or since + limit > hub.now:
                 return
+            hub.stats.refused_at["lagging_age_s_max"] += 1
             self.end(session, UNAVAILABLE, f"watchmux: the client has been behind for more than {limit:g} s")
 
     def store_went_back(self, header: Header) -> None:

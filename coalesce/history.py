@@ -142,10 +142,15 @@ class Ledger:
         self._stats.history_bytes += batch.memory_bytes
         self._stats.history_batches = self._held
         limits = self._limits
-        while history.bytes > limits.history_bytes_max or len(history) > limits.history_revisions_max:
+        evicted_at = self._stats.evicted_at
+        while history.bytes > limits.history_bytes_max:
+            evicted_at["history_bytes_max"] += 1
+            history.evict_oldest()
+        while len(history) > limits.history_revisions_max:
+            evicted_at["history_revisions_max"] += 1
             history.evict_oldest()
         while self._stats.history_bytes > limits.history_bytes_total_max:
-            self._evict_first()
+            evicted_at["history_bytes_total_max"] += self._evict_first()
         if len(self._entries) > 2 * self._held + 64:
             self._entries = deque(entry for entry in self._entries if not entry[2].evicted)
 
@@ -159,7 +164,7 @@ class Ledger:
     def expire(self, now: float) -> None:
         """Evict what is older than history_age_s."""
         while self._entries and self._entries[0][0] + self._limits.history_age_s <= now:
-            self._evict_first()
+            self._stats.evicted_at["history_age_s"] += self._evict_first()
 
     def next_deadline(self) -> float | None:
         """Return when the oldest batch is too old. A little late, so that one ring of the timer serves many."""
@@ -167,8 +172,10 @@ class Ledger:
             return None
         return self._entries[0][0] + self._limits.history_age_s * 1.0625
 
-    def _evict_first(self) -> None:
+    def _evict_first(self) -> bool:
         _, history, batch = self._entries.popleft()
-        if not batch.evicted:
-            # The oldest of all is the oldest of its own history.
-            history.evict_oldest()
+        if batch.evicted:
+            return False
+        # The oldest of all is the oldest of its own history.
+        history.evict_oldest()
+        return True

@@ -141,6 +141,7 @@ class Joining:
             session.queue = deque()
         elif len(session.queue) >= self._hub.limits.queue_max:
             text = f"watchmux: more than {self._hub.limits.queue_max} requests wait on one watch stream"
+            self._hub.stats.refused_at["queue_max"] += 1
             self._hub.endings.end(session, _EXHAUSTED, text)
             return
         session.queue.append(request)
@@ -156,6 +157,7 @@ class Joining:
         trunks = self._hub.trunks_open
         if create.trunk is None and len(trunks) >= limit and (create.key, create.range_end) not in trunks:
             create.refusal = f"watchmux: the limit of {limit} different ranges is reached"
+            self._hub.stats.refused_at["trunks_max"] += 1
             return
         if not self._hub.trunks.hold(create):
             needs_read = True
@@ -207,12 +209,14 @@ class Joining:
         return True
 
     def _refusal(self, session: Session, watch_id: int) -> str | None:
-        limits = self._hub.limits
+        limits, stats = self._hub.limits, self._hub.stats
         if watch_id and session.id_taken(watch_id):
             return DUPLICATE_ID
         if len(session.watches) >= limits.watches_per_session_max:
+            stats.refused_at["watches_per_session_max"] += 1
             return f"watchmux: the limit of {limits.watches_per_session_max} watches of one stream is reached"
-        if self._hub.stats.watches >= limits.watches_max:
+        if stats.watches >= limits.watches_max:
+            stats.refused_at["watches_max"] += 1
             return f"watchmux: the limit of {limits.watches_max} watches is reached"
         return None
 

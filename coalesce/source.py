@@ -61,12 +61,25 @@ class Upstream:
 class Source:
     """The common part of trunk and backfill. `next_revision` is what it delivers next: its bookmark is one below."""
 
-    __slots__ = ("fanout", "history", "hub", "key", "proof", "proven_at", "range_end", "refused_tokens", "upstream")
+    __slots__ = (
+        "events",
+        "fanout",
+        "history",
+        "hub",
+        "key",
+        "proof",
+        "proven_at",
+        "range_end",
+        "refused_tokens",
+        "upstream",
+    )
 
     def __init__(self, hub: Hub, key: bytes, range_end: bytes, start_revision: int, prev_kv: bool) -> None:
         self.hub = hub
         self.key = key
         self.range_end = range_end
+        # Received since it opened.
+        self.events = 0
         self.fanout = Fanout(start_revision, hub.stats)
         self.history = History(hub.ledger, start_revision, prev_kv)
         self.upstream: Upstream

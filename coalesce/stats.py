@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+LIMITS_REFUSED = ("watches_max", "watches_per_session_max", "trunks_max", "queue_max", "lagging_age_s_max")
+"""Limits at which something is refused or ended, by their names in Limits."""
+
+LIMITS_EVICTED = ("history_bytes_max", "history_revisions_max", "history_bytes_total_max", "history_age_s")
+"""Limits at which a batch of a history is given up."""
 
 
 @dataclass(slots=True)
@@ -55,3 +61,7 @@ class Stats:
     # Batches that came from upstream, and their events.
     batches: int = 0
     batch_events: int = 0
+
+    # Refusals and ends of sessions, by the limit that was reached; batches evicted, by the limit that did it.
+    refused_at: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LIMITS_REFUSED, 0))
+    evicted_at: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LIMITS_EVICTED, 0))

@@ -122,6 +122,8 @@ class Listener:
         self.stats = ListenerStats()
         self.connections: set[ServerConnection] = set()
         self.draining = False
+        self.flushed: Callable[[], None] | None = None
+        """Called after each turn's writes; None: by nobody."""
         self._dirty: list[ServerConnection] = []
         self._server: asyncio.Server | None = None
         self._port = 0
@@ -160,6 +162,8 @@ class Listener:
         self._dirty = []
         for connection in dirty:
             connection.flush()
+        if self.flushed is not None:
+            self.flushed()
 
     def opened(self, connection: ServerConnection) -> None:
         """Count a connection in."""

@@ -1,0 +1,115 @@
+"""Delays of the proxy itself, as histograms: from receipt to write, and how late the event loop runs.
+
+Neither costs anything per event. The delay is taken once per turn of the event loop, after the writes: it is that of
+the turn's oldest event, to the moment when all of it was handed to the kernel or the transport. So it is never
+flattered. How late the loop runs is seen by a timer, a few times a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from proxy.engine import EngineStats
+    from proxy.listener import Listener
+
+BOUNDS_S = (
+    *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
+    *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
+)
+"""Upper bounds of the buckets, in seconds: from what one event takes to what nobody should ever see."""
+
+TICK_S = 0.25
+
+
+class Histogram:
+    """Counts of observations by bucket, as Prometheus wants them."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...] = BOUNDS_S) -> None:
+        self.bounds = bounds
+        # One for each bound (value <= bound), and one for what lies above.
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    @property
+    def count(self) -> int:
+        """Observations so far."""
+        return sum(self.counts)
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """Return (upper bound, how many at or below it), the last being `+Inf`."""
+        total = 0
+        buckets = []
+        for bound, count in zip((*map(repr, self.bounds), "+Inf"), self.counts, strict=True):
+            total += count
+            buckets.append((bound, float(total)))
+        return buckets
+
+
+def quantile(share: float, bounds: tuple[float, ...], counts: list[int]) -> float | None:
+    """Return the upper bound of the bucket that holds the `share` quantile; None without observations.
+
+    What lies above the last bound counts as that bound.
+    """
+    total = sum(counts)
+    if not total:
+        return None
+    need = share * total
+    seen = 0
+    for bound, count in zip(bounds, counts, strict=False):
+        seen += count
+        if seen >= need:
+            return bound
+    return bounds[-1]
+
+
+def watch_deliveries(listener: Listener, stats: EngineStats) -> Histogram:
+    """Observe, after each turn's writes, how long ago the oldest event in them was received."""
+    histogram = Histogram()
+    clock = time.perf_counter
+
+    def flushed() -> None:
+        since = stats.delivering_since
+        if since:
+            stats.delivering_since = 0.0
+            histogram.observe(clock() - since)
+
+    listener.flushed = flushed
+    return histogram
+
+
+class LoopDelay:
+    """A timer that sees how late the event loop calls it, and calls `every` each time it rings."""
+
+    def __init__(self, every: Callable[[], None]) -> None:
+        self.histogram = Histogram()
+        self._every = every
+        self._due = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Start, in the running event loop."""
+        self._due = time.perf_counter() + TICK_S
+        self._timer = asyncio.get_running_loop().call_later(TICK_S, self._ring)
+
+    def stop(self) -> None:
+        """Stop."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _ring(self) -> None:
+        self.histogram.observe(max(0.0, time.perf_counter() - self._due))
+        self._every()
+        self.start()
