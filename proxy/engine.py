@@ -39,7 +39,7 @@ from coalesce.source import Upstream
 from proto.http2 import Stream
 from proto.scan import Header, WatchResponse
 from proxy import logs
-from proxy.reads import Asked, Reader
+from proxy.reads import Reader
 from upstream.watch_state import OpenedWatch
 
 log = logs.logger("engine")
@@ -218,9 +218,8 @@ class Engine:
         self.stats.upstream_resumed += 1
         self.core.ordered_progress = self._client().ordered_progress
         if self._open:
-            upstream = next(iter(self._open))
-            asked = Asked(upstream.token, upstream.key, upstream.range_end)
-            self._reader.read(self._judge(lambda _: None), lambda: asked, insist=False)
+            token = next(iter(self._open)).token
+            self._reader.read(self._judge(lambda _: None), token)
 
     # driving
 
@@ -336,8 +335,9 @@ class Engine:
 
     def _read_revision(self, effect: ReadRevision) -> None:
         read: Read = effect.read
-        done = self._judge(lambda header: self._input(self.core.revision_read, read, header))
-        self._reader.read(done, lambda: _asker_of(read))
+        tokens = (create.session.identity.token for create in read.waiting)
+        token = next((token for token in tokens if token is not None), None)
+        self._reader.read(self._judge(lambda header: self._input(self.core.revision_read, read, header)), token)
 
     def _judge(self, done: Callable[[Header], None]) -> Callable[[Header, bool], None]:
         """Return what takes a read that begins now: it sees whether the store has gone back, then calls `done`.
@@ -372,12 +372,3 @@ class Engine:
     def _client(self) -> UpstreamWatches:
         assert self._upstream is not None, "attach() comes before the first client"
         return self._upstream
-
-
-def _asker_of(read: Read) -> Asked:
-    """By whose right to read: that of one of those who wait, with auth on of one who has a token."""
-    waiting = [create for create in read.waiting if not create.session.ended]
-    for create in waiting:
-        if create.session.identity.token is not None:
-            return Asked(create.session.identity.token, create.key, create.range_end)
-    return Asked()
