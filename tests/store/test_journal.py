@@ -16,7 +16,8 @@ from tests.store import sequences
 from tests.store.both import Client, ask_state
 from tests.store.running import RunningStore
 from upstream.store.errors import STOPPED, StoreError
-from upstream.store.journal import FILE_NAME, Journal, StoreDataError
+from upstream.store.journal import FILE_NAME, Journal
+from upstream.store.recorder import StoreDataError
 from upstream.store.server import StoreSettings
 from upstream.store.state import Identity, StoreState
 from upstream.store.writer import Writer

@@ -17,12 +17,14 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from upstream.store.index import Record
 from upstream.store.mvcc import FIRST_REVISION, NEVER_COMPACTED, Changes
+from upstream.store.recorder import Recorder, Stored, StoreDataError
+
+__all__ = ["FILE_NAME", "Journal", "StoreDataError"]
 
 FILE_NAME = "store.db"
 
@@ -49,54 +51,6 @@ CREATE TABLE meta (
     revision INTEGER NOT NULL, compact_revision INTEGER NOT NULL
 );
 """
-
-
-class StoreDataError(Exception):
-    """The data directory cannot be used; the text says what is wrong, where, and what to do."""
-
-
-class Recorder:
-    """What the store tells whoever keeps its changes. This one keeps nothing: the store in memory."""
-
-    def changed(self, changes: Changes) -> None:
-        """Record the changes of one revision."""
-
-    def compacted(self, revision: int) -> None:
-        """Record that a compaction was decided."""
-
-    def dropped(self, records: Iterable[Record]) -> None:
-        """Record that compaction has removed records. Need not be durable: it can be done again."""
-
-    def granted(self, lease_id: int, ttl_s: int) -> None:
-        """Record a new lease."""
-
-    def revoked(self, lease_id: int) -> None:
-        """Record that a lease is gone."""
-
-    def auth_changed(self, rows: dict[str, bytes]) -> None:
-        """Record users, roles and the rest of the auth store, whole."""
-
-    def commit(self) -> None:
-        """Make everything recorded so far durable. Raises StoreDataError when that fails."""
-
-    def close(self) -> None:
-        """Close files."""
-
-
-@dataclass(slots=True)
-class Stored:
-    """What a file holds."""
-
-    cluster_id: int
-    member_id: int
-    revision: int
-    compact_revision: int
-    # In order of (mod_revision, sub_revision).
-    records: list[Record]
-    # (lease id, TTL in seconds)
-    leases: list[tuple[int, int]]
-    # As Auth.rows returned it.
-    auth: dict[str, bytes]
 
 
 class Journal(Recorder):

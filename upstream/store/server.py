@@ -32,11 +32,12 @@ from upstream.store.calls import Calls
 from upstream.store.cluster_service import ClusterService
 from upstream.store.election_service import ElectionService
 from upstream.store.http import make_application
-from upstream.store.journal import Journal, StoreDataError
+from upstream.store.journal import Journal
 from upstream.store.kv_service import KVService
 from upstream.store.lease_service import LeaseService
 from upstream.store.lock_service import LockService
 from upstream.store.maintenance_service import MaintenanceService
+from upstream.store.recorder import StoreDataError
 from upstream.store.state import Identity, StoreState
 from upstream.store.watch_service import PROGRESS_NOTIFY_INTERVAL_S, WatchService
 from upstream.store.writer import Writer

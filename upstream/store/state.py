@@ -18,9 +18,9 @@ from upstream.store import txn as requests
 from upstream.store.auth import Auth
 from upstream.store.errors import StoreError
 from upstream.store.index import Record
-from upstream.store.journal import Recorder, Stored
 from upstream.store.lease import Lessor
 from upstream.store.mvcc import Changes, Mvcc, WriteTxn
+from upstream.store.recorder import Recorder, Stored
 from upstream.store.watch_batch import ResponseHead
 from upstream.store.watchable import WatchableStore
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from upstream.store import errors
 from upstream.store.errors import StoreError
-from upstream.store.journal import Recorder, StoreDataError
+from upstream.store.recorder import Recorder, StoreDataError
 from upstream.store.state import StoreState
 
 Response = TypeVar("Response")
