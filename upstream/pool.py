@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from proto.framing import Status
 from proto.http2 import Headers
@@ -22,6 +23,14 @@ from upstream.unary import HAS_LEADER, Metadata, NotProcessed, call_unary
 
 NO_LEADER_TEXT = "etcdserver: no leader"
 """What etcd says, with UNAVAILABLE, to a call that asked for a leader when there is none (api/v3rpc/rpctypes)."""
+
+
+class EndpointState(NamedTuple):
+    """An endpoint as the pool sees it: `problem` is why there is no connection, empty while none was looked for."""
+
+    endpoint: str
+    connected: bool
+    problem: str
 
 
 class _Slot:
@@ -91,6 +100,13 @@ class Pool:
                 self._next = index + 1
                 return connection
         return None
+
+    def states(self) -> list[EndpointState]:
+        """Return each endpoint's state, for people."""
+        return [
+            EndpointState(slot.endpoint.text, slot.connection is not None, str(slot.failure or ""))
+            for slot in self._slots
+        ]
 
     @property
     def down(self) -> Unreachable | None:

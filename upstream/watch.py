@@ -109,6 +109,7 @@ class _Call:
         if call.http_status != 200:
             return
         client = self._client
+        client.received_bytes += len(data)
         stream = self._stream
         try:
             for message in self._unframer.feed(data):
@@ -150,6 +151,8 @@ class WatchClient:
         self.leaderless = False
         # Connections lost while watches were open, since the start.
         self.breaks = 0
+        # DATA of watch streams read since the start, in bytes.
+        self.received_bytes = 0
 
     # For the listener.
 
