@@ -76,8 +76,8 @@ class Backfills:
         """Put a lifted watch whose trunk cannot serve it on a backfill, or in line for one. Not for stalled ones."""
         hub = self._hub
         trunk = watch.trunk
-        if watch.wants_prev_kv and trunk.prev_kv_from is None and trunk.upgrade is None:
-            self._upgrade(trunk)
+        if watch.wants_prev_kv:
+            self.upgrade(trunk)
         backfill = self._shared(watch)
         if backfill is None:
             if hub.stats.backfills >= hub.limits.backfills_max:
@@ -137,11 +137,20 @@ class Backfills:
             self._hub.house((watch,))
 
     def left(self, source: Source, watch: Watch) -> None:
-        """Take note that a watch has left; the last one closes the backfill."""
+        """Take note that a watch has left; the last one closes the backfill.
+
+        An upgrade stays while any watch of the trunk wants prev_kv: who comes through another backfill cannot end up on
+        the trunk without it.
+        """
         assert isinstance(source, Backfill), "not a trunk"
         del source.watches[watch]
-        if not source.watches and not source.upstream.closed:
+        if not source.watches and not source.upstream.closed and not source.is_upgrade:
             self.close(source)
+        upgrade = source.trunk.upgrade
+        if upgrade is None or upgrade.watches or upgrade.upstream.closed:
+            return
+        if not self._prev_kv_wanted(source.trunk):
+            self.close(upgrade)
 
     def close(self, backfill: Backfill, *, gone: bool = False) -> None:
         """Forget a backfill without watches; `gone`: etcd has ended it already."""
@@ -194,9 +203,25 @@ class Backfills:
         backfill.trunk.backfills.remove(backfill)
         self._hub.stats.backfills -= 1
 
-    def _upgrade(self, trunk: Trunk) -> None:
-        self._hub.stats.upgrades += 1
-        trunk.upgrade = Backfill(self._hub, trunk, trunk.next_revision, True, is_upgrade=True)
+    def _prev_kv_wanted(self, trunk: Trunk) -> bool:
+        return any(watch.wants_prev_kv and watch.place is not Place.ENDED for watch in trunk.watches)
+
+    def restore_upgrade(self, trunk: Trunk) -> None:
+        """Open an upgrade anew that has been lost while watches want prev_kv."""
+        if self._prev_kv_wanted(trunk):
+            self.upgrade(trunk)
+
+    def upgrade(self, trunk: Trunk) -> None:
+        """Open an upgrade for a trunk, if it has no prev_kv and none is open.
+
+        It does not begin below a compaction: etcd would cancel it, and who needs that is on a backfill or cancelled.
+        """
+        if trunk.prev_kv_from is not None or trunk.upgrade is not None:
+            return
+        hub = self._hub
+        hub.stats.upgrades += 1
+        start = max(trunk.next_revision, hub.compact_revision)
+        trunk.upgrade = Backfill(hub, trunk, start, True, is_upgrade=True)
         self.open[trunk.upgrade] = None
 
     def _feed(self, upgrade: Backfill, batch: Batch | None) -> None:
@@ -204,6 +229,9 @@ class Backfills:
         hub = self._hub
         trunk = upgrade.trunk
         if trunk.opening or upgrade.next_revision < trunk.next_revision:
+            return
+        if trunk.next_revision < (upgrade.upstream.start_revision or 0):
+            # Between the two lies what only the trunk's own upstream watch brings.
             return
         prev_kv_from = trunk.next_revision
         trunk.history.has_prev_kv = True

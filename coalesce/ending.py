@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from coalesce.source import Source, Upstream
 
 UNAVAILABLE = 14
+# What etcd says of a token: PERMISSION_DENIED, UNAUTHENTICATED, and this text (api/v3rpc/rpctypes/error.go).
+_REFUSALS = (7, 16)
+USER_EMPTY = "etcdserver: user name is empty"
 NO_LEADER = "etcdserver: no leader"
 STORE_WENT_BACK = "watchmux: the store went back to an earlier revision (restored from a snapshot?)"
 
@@ -84,19 +87,31 @@ class Endings:
             self._hub.trunks.remove(owner, gone=True)
             return
         if response.compact_revision:
+            self._hub.compact_revision = max(self._hub.compact_revision, response.compact_revision)
             self._compacted(owner, response.compact_revision)
             return
-        owner.refused_tokens.add(upstream.token)
-        if next(upstream.tokens(), None) is not None:
-            self._reopen(owner)
-            return
-        self._lose(owner, Lost(UNAVAILABLE, response.cancel_reason or "etcdserver: watch canceled"))
+        self._refused(upstream, response.cancel_reason or "etcdserver: watch canceled")
 
     def lost(self, upstream: Upstream, reason: Lost) -> None:
-        """The shell has given an upstream watch up."""
-        if not upstream.closed:
-            self._hub.close_upstream(upstream, gone=True)
+        """The shell has given an upstream watch up; a refused token leaves hope in those of other sessions."""
+        if upstream.closed:
+            return
+        self._hub.close_upstream(upstream, gone=True)
+        if reason.status in _REFUSALS or reason.text == USER_EMPTY:
+            self._refused(upstream, reason.text)
+        else:
             self._lose(upstream.owner, reason)
+
+    def _refused(self, upstream: Upstream, text: str) -> None:
+        """Etcd does not let an upstream watch be: open it anew with another token, or give it up."""
+        owner = upstream.owner
+        owner.refused_tokens.update(upstream.said_token or (upstream.token,))
+        if isinstance(owner, Trunk) and not owner.watches and not owner.joining:
+            self._hub.trunks.remove(owner, gone=True)
+        elif next(upstream.tokens(), None) is not None:
+            self._reopen(owner)
+        else:
+            self._lose(owner, Lost(UNAVAILABLE, text))
 
     def no_leader(self) -> None:
         """No endpoint has a leader: end the sessions that asked to be told."""
@@ -127,6 +142,10 @@ class Endings:
                 if watch.next_revision > header.revision + 1 and not fresh:
                     self._cancel_with(watch, STORE_WENT_BACK)
             self._restart(trunk, header.revision + 1)
+            for create in trunk.joining:
+                if create.header is not None and create.header.revision > header.revision:
+                    hub.joining.read_again(create)
+        hub.compact_revision = 0
         for session in hub.sessions:
             session.progress_revision = min(session.progress_revision, header.revision)
 
@@ -180,6 +199,8 @@ class Endings:
             self._lift_all(survivors)
             hub.backfills.close(owner, gone=True)
             hub.house(survivors)
+            if owner.is_upgrade:
+                hub.backfills.restore_upgrade(owner.trunk)
         elif not owner.watches and not owner.joining:
             # All of them were cancelled just now.
             hub.trunks.remove(owner, gone=True)
@@ -201,7 +222,9 @@ class Endings:
         """End what depends on a source that is lost."""
         hub = self._hub
         if isinstance(owner, Backfill):
-            watches, creates = list(owner.watches), []
+            # Who wants prev_kv needs the upgrade, wherever it is.
+            waiting = [watch for watch in owner.trunk.watches if owner.is_upgrade and watch.wants_prev_kv]
+            watches, creates = list({**owner.watches, **dict.fromkeys(waiting)}), []
         else:
             assert isinstance(owner, Trunk), "there are two kinds of source"
             watches, creates = list(owner.watches), list(owner.joining)
@@ -237,6 +260,8 @@ class Endings:
         self._lift_all(watches)
         hub.close_upstream(trunk.upstream)
         trunk.start_over(start)
+        # With what their groups were sent: that is to come again.
+        trunk.fanout.groups.clear()
         hub.trunks.reopen(trunk, start)
         hub.house(watches)
 

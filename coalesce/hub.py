@@ -32,6 +32,7 @@ class Hub:
 
     __slots__ = (
         "backfills",
+        "compact_revision",
         "effects",
         "endings",
         "header",
@@ -75,6 +76,8 @@ class Hub:
         self.effects: list[Effect] = []
         # The newest header of any answer; None = none yet.
         self.header: Header | None = None
+        # The highest revision at which a compaction ended an upstream watch: it holds for every range.
+        self.compact_revision = 0
         # Progress requests made so far (see progress).
         self.progress_serial = 0
         self.sessions: dict[Session, None] = {}

@@ -183,6 +183,12 @@ class Joining:
             self.later = Read()
         self.later.waiting.append(create)
 
+    def read_again(self, create: PendingCreate) -> None:
+        """Forget what a waiting create has read: it is true no more."""
+        create.header = None
+        if create.request.start_revision is None:
+            self._read(create)
+
     def _start(self, read: Read) -> None:
         self._hub.stats.reads += 1
         self._hub.effects.append(ReadRevision(read))

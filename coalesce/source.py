@@ -22,7 +22,18 @@ if TYPE_CHECKING:
 class Upstream:
     """A watch at etcd as the shell sees it. It never opens again: a source that must start anew takes another one."""
 
-    __slots__ = ("closed", "created", "is_backfill", "key", "owner", "prev_kv", "range_end", "shell", "start_revision")
+    __slots__ = (
+        "closed",
+        "created",
+        "is_backfill",
+        "key",
+        "owner",
+        "prev_kv",
+        "range_end",
+        "said_token",
+        "shell",
+        "start_revision",
+    )
 
     def __init__(self, owner: Source, start_revision: int | None, prev_kv: bool, is_backfill: bool) -> None:
         # The source it feeds.
@@ -38,13 +49,17 @@ class Upstream:
         self.created = False
         # Nothing more is wanted of it; what still comes is ignored.
         self.closed = False
+        # What `token` said last, () if nobody asked: a refusal is about that one, whoever has come and gone since.
+        self.said_token: tuple[bytes | None, ...] = ()
         # Free for the shell.
         self.shell: object = None
 
     @property
     def token(self) -> bytes | None:
         """The token to register with, now: that of some live watch, or of a create that waits for it."""
-        return next(self.tokens(), None)
+        token = next(self.tokens(), None)
+        self.said_token = (token,)
+        return token
 
     def tokens(self) -> Iterator[bytes | None]:
         """Walk the tokens to try, those first that etcd has not refused for this range."""
