@@ -158,7 +158,7 @@ class ReceivingHalf(SendingHalf):
         size = stop - body
         end_stream = bool(flags & frames.END_STREAM)
         stream.receive_window -= length
-        fault = _data_fault(stream, size, end_stream)
+        fault = _data_fault(stream, length, size, end_stream)
         if fault is not None:
             self.consumed(None, length)
             raise fault
@@ -366,11 +366,12 @@ class ReceivingHalf(SendingHalf):
             stream.state = HALF_CLOSED_REMOTE
 
 
-def _data_fault(stream: Stream, size: int, end_stream: bool) -> StreamFault | None:
-    """Return what is wrong with `size` bytes of content on a stream, if anything."""
+def _data_fault(stream: Stream, length: int, size: int, end_stream: bool) -> StreamFault | None:
+    """Return what is wrong with `size` bytes of content (`length` with their padding) on a stream, if anything."""
     if stream.state is HALF_CLOSED_REMOTE:
         return StreamFault(stream.id, ErrorCode.STREAM_CLOSED, "data after the end of the stream")
-    if stream.receive_window < 0:
+    # An empty frame needs no window, which our own settings may have left below zero (6.9, 6.9.2).
+    if length and stream.receive_window < 0:
         return StreamFault(stream.id, ErrorCode.FLOW_CONTROL_ERROR, "stream window overrun")
     if not stream.headers_seen:
         return StreamFault(stream.id, ErrorCode.PROTOCOL_ERROR, "data before the response's headers")

@@ -228,6 +228,8 @@ def test_a_small_initial_window_holds_from_its_acknowledgement_on() -> None:
     assert peer.receive(data(1, bytes(101))) == ["data 1 101"]
     peer.receive(settings(None, "ACK"))
     assert connection.streams[1].receive_window == -1
+    # An empty frame needs no window (6.9).
+    assert peer.receive(peer.request(5), data(5, bytes(100)), data(1, b"")) == ["request 5", "data 5 100"]
     assert peer.receive(data(3, bytes(101))) == ["reset 3 FLOW_CONTROL_ERROR"]
     # The default window is smaller than what is worth an update, and the debt is paid back by the first one.
     connection.consumed(connection.streams[1], 101)

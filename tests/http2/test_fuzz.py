@@ -262,6 +262,7 @@ P, C, F = "connection PROTOCOL_ERROR", "connection COMPRESSION_ERROR", "connecti
 DIFFERENCES: dict[tuple[int, str, str], str] = {
     (0, P, F): "two faults: stream 0, and PADDED without a length",
     (HEADERS, P, F): "two faults: stream 0, and PADDED without a length",
+    (HEADERS, P, "fine"): "6.2: padding may fill the frame, and the block may follow in CONTINUATION",
     (HEADERS, F, P): "6.2: padding longer than the frame is a PROTOCOL_ERROR",
     (HEADERS, P, C): "4.3: a header block that cannot be decoded is a COMPRESSION_ERROR",
     (HEADERS, P, "stream PROTOCOL_ERROR"): "8.1.1: a malformed header list is a stream error",
