@@ -32,14 +32,15 @@ from coalesce.effects import (
     ResumeUpstream,
     Send,
 )
-from coalesce.inputs import CreateRequest, Identity, Lost
+from coalesce.inputs import CreateRequest, Identity, Lost, Refusal
 from coalesce.joining import Read
 from coalesce.session import Session
 from coalesce.source import Upstream
+from proto.framing import Status
 from proto.http2 import Stream
 from proto.scan import Header, WatchResponse
 from proxy import logs
-from proxy.reads import Reader
+from proxy.reads import NO_RIGHT, Asked, Reader
 from upstream.watch_state import OpenedWatch
 
 log = logs.logger("engine")
@@ -218,8 +219,9 @@ class Engine:
         self.stats.upstream_resumed += 1
         self.core.ordered_progress = self._client().ordered_progress
         if self._open:
-            token = next(iter(self._open)).token
-            self._reader.read(self._judge(lambda _: None), token)
+            upstream = next(iter(self._open))
+            once = [Asked(upstream.token, upstream.key, upstream.range_end)]
+            self._reader.read(self._judge(lambda _: None), lambda: once.pop() if once else None, lambda _: None)
 
     # driving
 
@@ -312,6 +314,12 @@ class Engine:
         outlet: Outlet = effect.session.outlet  # type: ignore[assignment]  # as above
         outlet.end(effect.status, effect.text)
 
+    def _end(self, session: Session, status: int, text: str) -> None:
+        """End a session for a reason that the core does not know."""
+        outlet: Outlet = session.outlet  # type: ignore[assignment]  # as above
+        outlet.end(status, text)
+        self.close(session)
+
     def _open_upstream(self, effect: OpenUpstream) -> None:
         self.stats.upstream_opened += 1
         self._open[effect.upstream] = None
@@ -334,10 +342,34 @@ class Engine:
         self._client().request_progress()
 
     def _read_revision(self, effect: ReadRevision) -> None:
+        """Read "now" for those who wait, by the right of one of them."""
         read: Read = effect.read
-        tokens = (create.session.identity.token for create in read.waiting)
-        token = next((token for token in tokens if token is not None), None)
-        self._reader.read(self._judge(lambda header: self._input(self.core.revision_read, read, header)), token)
+        asking: Session | None = None
+
+        def answer(header: Header) -> None:
+            self._input(self.core.revision_read, read, header)
+
+        def asker() -> Asked | None:
+            nonlocal asking
+            waiting = [create for create in read.waiting if not create.session.ended]
+            if not waiting:
+                # The core waits for an answer all the same; this one tells nothing.
+                answer(Header.make(0, 0, 0, 0))
+                return None
+            permitted = [create for create in waiting if create.refusal is None]
+            if not permitted:
+                # They only need a header to be refused with.
+                return NO_RIGHT
+            create = next((create for create in permitted if create.session.identity.token is not None), permitted[0])
+            asking = create.session
+            return Asked(asking.identity.token, create.key, create.range_end)
+
+        def refused(refusal: Refusal) -> None:
+            # It was let in while auth was off, or its right is gone since: it shall come again and be checked anew.
+            if asking is not None:
+                self._end(asking, Status.UNAVAILABLE, f"watchmux: not authorized any more: {refusal.text}")
+
+        self._reader.read(self._judge(answer), asker, refused)
 
     def _judge(self, done: Callable[[Header], None]) -> Callable[[Header, bool], None]:
         """Return what takes a read that begins now: it sees whether the store has gone back, then calls `done`.

@@ -26,6 +26,13 @@ TXN = "/etcdserverpb.KV/Txn"
 ANY_KEY = b"\x00"
 """The key of the reads that are about no key in particular."""
 
+PROBE_TOKEN = b"watchmux-probe"
+"""Nobody's token, which etcd refuses exactly when auth is on. No token at all would not tell: where the proxy's own
+certificate has a CN, etcd takes that for the user of every call without one."""
+
+USER_EMPTY = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty"
+"""What etcd tells a client without a token when auth is on."""
+
 REFUSALS = {
     Status.PERMISSION_DENIED: "PermissionDenied",
     Status.UNAUTHENTICATED: "Unauthenticated",
@@ -33,9 +40,6 @@ REFUSALS = {
 }
 """What etcd says about who asks, in the names that its cancel reasons use; everything else is about etcd itself, and
 is asked again."""
-
-REFUSED_READ_RETRY_S = 1.0
-"""A read that was refused is tried again after this; a user may get back a right, or auth may be switched off."""
 
 log = logs.logger("reads")
 
@@ -68,6 +72,21 @@ class ReaderSettings:
 
 Done = Callable[[Header, bool], None]
 """(header, whether the read was linearizable)."""
+
+
+class Asked(NamedTuple):
+    """By whose right a read is made: a token, and a range that its user may read."""
+
+    token: bytes | None = None
+    key: bytes = ANY_KEY
+    range_end: bytes = b""
+
+
+NO_RIGHT = Asked(key=b"")
+"""A read that needs no right, and tells only what the member at hand knows: a transaction of nothing at all."""
+
+Asker = Callable[[], Asked | None]
+Refused = Callable[[Refusal], None]
 Decided = Callable[[Granted | Header | Refusal], None]
 Wanted = Callable[[], bool]
 """Tells whether anybody still waits for the answer; nobody asks on for a client that is gone."""
@@ -116,13 +135,14 @@ class Reader:
         for task in tuple(self._tasks):
             task.cancel()
 
-    def read(self, done: Done, token: bytes | None = None) -> None:
+    def read(self, done: Done, asker: Asker, refused: Refused) -> None:
         """Read the store's revision, linearizable, beginning now.
 
-        `token` is whose permission the read uses when auth is on. With no leader the read is serializable: a watch
-        needs no quorum, and "now" is then what the member that serves it knows.
+        With auth on it is read by the right of whom `asker` names: etcd has no linearizable read that needs no right.
+        When that is refused `refused` is told, and `asker` is asked for another one; None from it is the end. With no
+        leader the read is serializable: a watch needs no quorum, and "now" is then what the member at hand knows.
         """
-        self._begin(self._read(done, token))
+        self._begin(self._read(done, asker, refused))
 
     def check(self, token: bytes | None, key: bytes, range_end: bytes, decided: Decided, wanted: Wanted) -> None:
         """Find out whether `token` may read a range.
@@ -154,21 +174,23 @@ class Reader:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a read failed in an unforeseen way", error=repr(error))
 
-    async def _read(self, done: Done, token: bytes | None) -> None:
-        answer = await self._transact(token if self.auth_on else None, ANY_KEY, b"", _always)
-        while not isinstance(answer, _Answer):
-            # Nobody's right to read is needed to learn the revision, but etcd has no other linearizable way to say it.
-            log.warning("reading the revision was refused", reason=answer.text if answer else "")
-            await asyncio.sleep(REFUSED_READ_RETRY_S)
-            answer = await self._transact(token, ANY_KEY, b"", _always)
-        done(answer.header, answer.linearizable)
+    async def _read(self, done: Done, asker: Asker, refused: Refused) -> None:
+        while (asked := asker()) is not None:
+            answer = await self._transact(*asked, _always)
+            if isinstance(answer, _Answer):
+                done(answer.header, answer.linearizable)
+                return
+            # Auth is on, whatever was believed.
+            self._auth_off = None
+            if answer is not None:
+                refused(answer)
 
     async def _probe(self) -> None:
-        """Ask without a token, which is refused exactly when auth is on, and answer everybody who waits for that."""
+        """Find out whether auth is on, and answer everybody who waits for that."""
         sent_at = self._loop.time()
         for question in self._probing:
             question.fresh = True
-        answer = await self._transact(None, ANY_KEY, b"", self._probe_wanted)
+        answer = await self._transact(PROBE_TOKEN, ANY_KEY, b"", self._probe_wanted)
         questions, self._probing = self._probing, []
         self._probe_in_flight = False
         if answer is None:
@@ -179,7 +201,7 @@ class Reader:
             if isinstance(answer, _Answer):
                 question.decided(Granted(answer.header) if question.fresh else answer.header)
             elif question.token is None:
-                question.decided(answer)
+                question.decided(Refusal(USER_EMPTY))
             else:
                 self._begin(self._ask(question))
 
@@ -207,7 +229,7 @@ class Reader:
                 data, _ = await self._pool.unary(
                     TXN, message, metadata, self.settings.timeout_s, has_leader=linearizable, idempotent=True
                 )
-                return _Answer(_header(data), linearizable)
+                return _Answer(_header(data), linearizable and key != NO_RIGHT.key)
             except CallFailed as failed:
                 if failed.status in REFUSALS:
                     code = REFUSALS[Status(failed.status)]
@@ -227,6 +249,8 @@ def _always() -> bool:
 
 
 def _nothing(key: bytes, range_end: bytes, linearizable: bool) -> bytes:
+    if key == NO_RIGHT.key:
+        return b""
     wanted = rpc_pb2.RangeRequest(key=key, range_end=range_end, limit=1, keys_only=True, serializable=not linearizable)
     return rpc_pb2.TxnRequest(failure=[rpc_pb2.RequestOp(request_range=wanted)]).SerializeToString()
 

@@ -22,9 +22,10 @@ from coalesce.effects import (
     ResumeUpstream,
     Send,
 )
-from coalesce.inputs import Granted, Identity
+from coalesce.inputs import Granted, Identity, Refusal
 from proto.scan import Header
 from proxy.engine import Engine
+from proxy.reads import NO_RIGHT, Asked
 from tests.proxy.scenario import run
 from tests.waiting import until_async
 
@@ -61,11 +62,21 @@ class FakeReader:
     def __init__(self) -> None:
         self.header = HEADER
         self.linearizable = True
-        self.reads: list[bytes | None] = []
+        self.reads: list[Asked] = []
+        self.refuses: set[bytes | None] = set()
 
-    def read(self, done: Callable[[Header, bool], None], token: bytes | None = None) -> None:
-        self.reads.append(token)
-        done(self.header, self.linearizable)
+    def read(
+        self,
+        done: Callable[[Header, bool], None],
+        asker: Callable[[], Asked | None],
+        refused: Callable[[Refusal], None],
+    ) -> None:
+        while (asked := asker()) is not None:
+            self.reads.append(asked)
+            if asked == NO_RIGHT or asked.token not in self.refuses:
+                done(self.header, self.linearizable)
+                return
+            refused(Refusal("no"))
 
     def check(self, token: Any, key: Any, range_end: Any, decided: Callable[[Any], None], wanted: Any) -> None:
         assert (token, key, range_end) == (None, b"k", b"")
@@ -110,6 +121,7 @@ class FakeOutlet:
         self.room = room
         self.sent: list[bytes] = []
         self.ends: list[tuple[int, str]] = []
+        self.on_end: Callable[[], None] = lambda: None
         self.stalled = False
         self.touched = 0
         self.stream: Any = self
@@ -127,6 +139,7 @@ class FakeOutlet:
 
     def end(self, status: int, text: str) -> None:
         self.ends.append((status, text))
+        self.on_end()
 
 
 class FakeTrunk:
@@ -134,6 +147,7 @@ class FakeTrunk:
 
     token = b"t"
     key = b"k"
+    range_end = b"l"
 
 
 TRUNK: Any = FakeTrunk()
@@ -158,7 +172,7 @@ class Rig:
 def watch_of(outlet: FakeOutlet, watch_id: int = 0) -> Any:
     """A watch as far as the engine looks at it."""
     session = SimpleNamespace(outlet=outlet, ended=False, identity=Identity())
-    return SimpleNamespace(outlet=outlet, watch_id=watch_id, session=session)
+    return SimpleNamespace(outlet=outlet, watch_id=watch_id, session=session, refusal=None)
 
 
 def payload_of(*texts: bytes) -> Any:
@@ -179,6 +193,46 @@ def test_inputs_never_nest() -> None:
         assert rig.upstream.told == [("open", "trunk")]
         assert isinstance(rig.core.inputs[1][2], Granted)
         assert rig.core.inputs[2][1:3] == (read, HEADER)
+
+    run(scenario())
+
+
+def test_by_whose_right_a_read_is_refused_is_ended() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        outlets = [FakeOutlet(9) for _ in range(3)]
+        creates = [watch_of(outlet) for outlet in outlets]
+        for create, token in zip(creates, (None, b"old", b"good"), strict=True):
+            create.key, create.range_end = b"k", b""
+            create.session.identity = Identity(token)
+        read: Any = SimpleNamespace(waiting=creates)
+        rig.reader.refuses = {None, b"old"}
+        # As the core does at `close`.
+        outlets[1].on_end = lambda: setattr(creates[1].session, "ended", True)
+        rig.script("create", ReadRevision(read))
+        rig.engine.create(creates[0].session, None)  # type: ignore[arg-type]
+        assert [asked.token for asked in rig.reader.reads] == [b"old", b"good"]
+        assert [len(outlet.ends) for outlet in outlets] == [0, 1, 0]
+        assert rig.core.names() == ["create", "close", "revision_read"]
+        # Whoever is refused anyway needs no right to be told so.
+        creates[2].refusal = "no"
+        creates[0].session.ended = True
+        rig.script("create", ReadRevision(read))
+        rig.engine.create(creates[0].session, None)  # type: ignore[arg-type]
+        assert rig.reader.reads[-1] == NO_RIGHT
+
+    run(scenario())
+
+
+def test_a_read_for_nobody_is_answered_without_one() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        create = watch_of(FakeOutlet(9))
+        create.session.ended = True
+        rig.script("create", ReadRevision(SimpleNamespace(waiting=[create])))  # type: ignore[arg-type]
+        rig.engine.create(create.session, None)  # type: ignore[arg-type]
+        assert rig.reader.reads == []
+        assert rig.core.inputs[1][2].revision == 0
 
     run(scenario())
 
@@ -284,7 +338,7 @@ def test_only_a_linearizable_read_tells_that_the_store_went_back(revision: int, 
         rig.upstream.newest_revision = 9
         rig.reader.header, rig.reader.linearizable = Header.make(1, 2, revision, 4), linearizable
         rig.engine.resumed()
-        assert rig.reader.reads == [b"t"]
+        assert rig.reader.reads == [Asked(b"t", b"k", b"l")]
         assert ("store_went_back" in rig.core.names()) is back
         assert (("went back", 8) in rig.upstream.told) is back
         assert rig.engine.stats.went_back == back

@@ -12,24 +12,24 @@ from coalesce.inputs import Granted, Refusal
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proto.scan import Header
-from proxy.reads import TXN, Reader, ReaderSettings
+from proxy.reads import NO_RIGHT, PROBE_TOKEN, TXN, Asked, Reader, ReaderSettings
 from tests.proxy.scenario import run
 from tests.waiting import until_async
 from upstream.errors import CallFailed
 from upstream.pool import NO_LEADER_TEXT
 
-USER_EMPTY = CallFailed(Status.INVALID_ARGUMENT, "etcdserver: user name is empty")
+INVALID = CallFailed(Status.UNAUTHENTICATED, "etcdserver: invalid auth token")
 DENIED = CallFailed(Status.PERMISSION_DENIED, "etcdserver: permission denied")
 
 
-class Asked:
+class Call:
     """One call that the pool got."""
 
     def __init__(self, message: bytes, metadata: Sequence[tuple[bytes, bytes]], has_leader: bool) -> None:
         txn = rpc_pb2.TxnRequest.FromString(message)
         assert not txn.compare
         assert not txn.success
-        self.range = txn.failure[0].request_range
+        self.range = txn.failure[0].request_range if txn.failure else rpc_pb2.RangeRequest()
         self.token = dict(metadata).get(b"token")
         self.has_leader = has_leader
         self.answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -39,8 +39,8 @@ class ScriptedPool:
     """Keeps each call until the test answers it, or answers at once by `auto`."""
 
     def __init__(self) -> None:
-        self.asked: list[Asked] = []
-        self.auto: Callable[[Asked], int | CallFailed] | None = None
+        self.asked: list[Call] = []
+        self.auto: Callable[[Call], int | CallFailed] | None = None
 
     async def unary(
         self,
@@ -55,7 +55,7 @@ class ScriptedPool:
         assert path == TXN
         assert timeout_s > 0
         assert idempotent
-        asked = Asked(message, metadata, has_leader)
+        asked = Call(message, metadata, has_leader)
         self.asked.append(asked)
         if self.auto is not None:
             answer = self.auto(asked)
@@ -67,7 +67,7 @@ class ScriptedPool:
         header = rpc_pb2.ResponseHeader(cluster_id=1, member_id=2, revision=revision, raft_term=3)
         return rpc_pb2.TxnResponse(header=header).SerializeToString(), []
 
-    async def count(self, count: int) -> Asked:
+    async def count(self, count: int) -> Call:
         """Wait until so many calls came, and return the last."""
         await until_async(lambda: len(self.asked) >= count, f"{count} calls")
         assert len(self.asked) == count
@@ -85,6 +85,11 @@ def kinds(outcomes: Sequence[Outcome]) -> list[tuple[str, int | str]]:
         else (type(outcome).__name__, outcome.header.revision if isinstance(outcome, Granted) else outcome.revision)
         for outcome in outcomes
     ]
+
+
+def unexpected(refusal: Refusal) -> None:
+    """Nothing is refused here."""
+    pytest.fail(refusal.text)
 
 
 def always() -> bool:
@@ -106,7 +111,7 @@ def test_a_read_is_linearizable_and_asks_for_a_leader() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         got: list[tuple[Header, bool]] = []
-        Reader(pool).read(lambda *answer: got.append(answer))
+        Reader(pool).read(lambda *answer: got.append(answer), Asked, unexpected)
         asked = await pool.count(1)
         assert asked.has_leader
         assert not asked.range.serializable
@@ -125,7 +130,7 @@ def test_without_a_leader_it_is_serializable() -> None:
         pool = ScriptedPool()
         got: list[tuple[Header, bool]] = []
         pool.auto = lambda asked: 7 if asked.range.serializable else CallFailed(Status.UNAVAILABLE, NO_LEADER_TEXT)
-        Reader(pool).read(lambda *answer: got.append(answer))
+        Reader(pool).read(lambda *answer: got.append(answer), Asked, unexpected)
         await until_async(lambda: got, "the answer")
         assert not got[0][1]
         assert [(asked.range.serializable, asked.has_leader) for asked in pool.asked] == [(False, True), (True, False)]
@@ -139,10 +144,40 @@ def test_a_read_is_tried_until_it_works() -> None:
         got: list[tuple[Header, bool]] = []
         failures = [CallFailed(Status.UNAVAILABLE, "gone"), CallFailed(Status.DEADLINE_EXCEEDED, "slow")]
         pool.auto = lambda _: failures.pop(0) if failures else 9
-        Reader(pool).read(lambda *answer: got.append(answer))
+        Reader(pool).read(lambda *answer: got.append(answer), Asked, unexpected)
         await until_async(lambda: got, "the answer")
         assert (got[0][0].revision, got[0][1]) == (9, True)
         assert not any(asked.range.serializable for asked in pool.asked)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("tokens", [[b"bad", b"good"], [b"bad", b"bad"]])
+def test_a_refused_read_is_tried_by_another_right(tokens: list[bytes]) -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        pool.auto = lambda call: 5 if call.token == b"good" else DENIED
+        askers = [Asked(token, b"k", b"l") for token in tokens]
+        got: list[tuple[Header, bool]] = []
+        refusals: list[Refusal] = []
+        reader = Reader(pool)
+        reader.read(lambda *answer: got.append(answer), lambda: askers.pop(0) if askers else None, refusals.append)
+        await until_async(lambda: not reader._tasks, "the read to end")
+        assert [header.revision for header, _ in got] == [5] * tokens.count(b"good")
+        assert len(refusals) == tokens.count(b"bad")
+        assert (pool.asked[-1].range.key, pool.asked[-1].range.range_end) == (b"k", b"l")
+
+    run(scenario())
+
+
+def test_a_read_without_any_right_is_not_linearizable() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        pool.auto = lambda call: 3 if not call.range.key else DENIED
+        got: list[tuple[Header, bool]] = []
+        Reader(pool).read(lambda *answer: got.append(answer), lambda: NO_RIGHT, unexpected)
+        await until_async(lambda: got, "the answer")
+        assert (got[0][0].revision, got[0][1]) == (3, False)
 
     run(scenario())
 
@@ -160,7 +195,7 @@ def test_with_auth_off_one_probe_serves_all() -> None:
         reader.check(None, b"c", b"", got.append, always)
         # Only the first came before the read began, so only to him it says what "now" is.
         assert kinds(got) == [("Granted", 5), ("Header", 5), ("Header", 5)]
-        assert len(pool.asked) == 1
+        assert [asked.token for asked in pool.asked] == [PROBE_TOKEN]
         assert not reader.auth_on
 
     run(scenario())
@@ -184,7 +219,7 @@ def test_a_probe_is_not_believed_for_ever() -> None:
 def test_with_auth_on_each_is_checked_with_his_own_token() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
-        verdicts: dict[bytes | None, int | CallFailed] = {None: USER_EMPTY, b"good": 8, b"bad": DENIED}
+        verdicts: dict[bytes | None, int | CallFailed] = {PROBE_TOKEN: INVALID, b"good": 8, b"bad": DENIED}
         pool.auto = lambda asked: verdicts[asked.token]
         reader = Reader(pool)
         got: dict[str, Outcome] = {}
@@ -197,7 +232,9 @@ def test_with_auth_on_each_is_checked_with_his_own_token() -> None:
         empty = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty"
         assert kinds([got["None"]]) == [("Refusal", empty)]
         assert reader.auth_on
-        assert [(asked.range.key, asked.range.range_end) for asked in pool.asked if asked.token] == [(b"k", b"l")] * 2
+        assert [(asked.range.key, asked.range.range_end) for asked in pool.asked if asked.token != PROBE_TOKEN] == [
+            (b"k", b"l")
+        ] * 2
         # Known to be on: a token is checked without another probe.
         before = len(pool.asked)
         reader.check(b"good", b"m", b"", lambda outcome: got.update({"again": outcome}), always)
@@ -210,7 +247,7 @@ def test_with_auth_on_each_is_checked_with_his_own_token() -> None:
 def test_auth_that_is_switched_off_is_noticed() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
-        answers: list[int | CallFailed] = [USER_EMPTY, 6]
+        answers: list[int | CallFailed] = [INVALID, 6]
         pool.auto = lambda _: answers.pop(0)
         reader = Reader(pool)
         got: list[Outcome] = []
@@ -250,7 +287,7 @@ def test_stop_gives_everything_up() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         reader = Reader(pool)
-        reader.read(lambda *_: pytest.fail("no answer is due"))
+        reader.read(lambda *_: pytest.fail("no answer is due"), Asked, unexpected)
         await pool.count(1)
         reader.stop()
         await until_async(lambda: not reader._tasks, "the tasks to end")
