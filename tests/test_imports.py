@@ -1,0 +1,150 @@
+"""Imports point down, and the core is pure: the rules of ARCHITECTURE.md, held.
+
+proxy -> upstream -> proto, proxy -> coalesce -> proto. Upstream and core do not know each other; what joins them is the
+engine, the one module that drives a Coalescer. The core does no I/O, reads no clock, rolls no dice, starts no task and
+logs nothing: it cannot, for it imports nothing that could.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("proto", "coalesce", "upstream", "proxy")
+
+# What each package may import of the others.
+BELOW = {
+    "proto": {"proto"},
+    "coalesce": {"coalesce", "proto"},
+    "upstream": {"upstream", "proto"},
+    "proxy": {"proxy", "upstream", "coalesce", "proto"},
+}
+
+# All that the core may import of the standard library: containers, algorithms and types.
+CORE_STDLIB = {
+    "__future__",
+    "bisect",
+    "collections",
+    "collections.abc",
+    "dataclasses",
+    "enum",
+    "functools",
+    "heapq",
+    "itertools",
+    "operator",
+    "typing",
+}
+
+# Of the wire the core knows watch messages as bytes, and nothing else.
+CORE_PROTO = {"proto.scan"}
+
+# Names that reach out of a program without any import.
+IMPURE_BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec", "input", "open", "print"}
+
+# The engine drives the core. The server makes one for it, and nothing more.
+DRIVER, MAKER = "proxy/engine.py", "proxy/server.py"
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def modules(package: str) -> list[Path]:
+    return sorted(path for path in (ROOT / package).rglob("*.py") if not path.stem.endswith(("_pb2", "_pb2_grpc")))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """All module names that a file imports, anywhere in it, also for types only."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            assert node.module is not None
+            yield node.module
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_down(package: str) -> None:
+    assert modules(package)
+    for path in modules(package):
+        for name in imports(path):
+            top = name.partition(".")[0]
+            assert top not in PACKAGES or top in BELOW[package], f"{named(path)} imports {name}"
+            assert top != "tests", f"{named(path)} imports {name}"
+
+
+def test_the_core_imports_only_what_is_allowed() -> None:
+    for path in modules("coalesce"):
+        for name in imports(path):
+            ours = name == "coalesce" or name.startswith("coalesce.") or name in CORE_PROTO
+            assert ours or name in CORE_STDLIB, f"{named(path)} imports {name}"
+
+
+def test_the_core_has_no_tasks_and_reaches_nowhere() -> None:
+    for path in modules("coalesce"):
+        for node in ast.walk(tree_of(path)):
+            impure = isinstance(node, ast.AsyncFunctionDef | ast.AsyncFor | ast.AsyncWith | ast.Await)
+            impure = impure or (isinstance(node, ast.Name) and node.id in IMPURE_BUILTINS)
+            assert not impure, f"{named(path)}:{getattr(node, 'lineno', 0)}: {ast.dump(node)[:80]}"
+
+
+def test_importing_the_core_loads_no_grpc_and_no_asyncio() -> None:
+    script = (
+        "import sys; before = set(sys.modules);"
+        "import coalesce.core, coalesce.guarantees;"
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    loaded = result.stdout.split()
+    assert "coalesce.core" in loaded
+    for name in ("grpc", "asyncio", "google", "socket", "ssl", "logging", "random", "selectors", "uvloop", "hpack"):
+        assert not [each for each in loaded if each == name or each.startswith(f"{name}.")], name
+
+
+def users_of_the_core() -> dict[str, set[str]]:
+    """By file of the proxy, the names of what it takes from the core's driving side."""
+    users: dict[str, set[str]] = {}
+    for path in modules("proxy"):
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ImportFrom) and node.module in ("coalesce", "coalesce.core"):
+                taken = {name.name for name in node.names}
+                if node.module == "coalesce.core" or "Coalescer" in taken or "core" in taken:
+                    users.setdefault(named(path), set()).update(taken)
+            if isinstance(node, ast.Import) and any(name.name == "coalesce.core" for name in node.names):
+                users.setdefault(named(path), set()).add("coalesce.core")
+    return users
+
+
+def test_only_the_engine_drives_the_core() -> None:
+    users = users_of_the_core()
+    assert DRIVER in users
+    assert set(users) <= {DRIVER, MAKER}
+    if MAKER in users:
+        assert users[MAKER] == {"Coalescer"}
+        tree = tree_of(ROOT / MAKER)
+        calls = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "Coalescer"]
+        assert len(uses) == 1
+        assert id(uses[0]) in calls
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_modules_say_what_they_are(package: str) -> None:
+    for path in modules(package):
+        tree = tree_of(path)
+        assert ast.get_docstring(tree) or not tree.body, f"{named(path)} has no docstring"
