@@ -7,6 +7,7 @@ implementation than the proxy, it also checks that the proxy's frames are right.
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self, cast
 
@@ -162,7 +163,7 @@ class RawClient(asyncio.Protocol):
         self._buffer = b""
 
     @classmethod
-    async def connect(cls, port: int, window: int = WINDOW_BYTES_MAX, host: str = HOST) -> Self:
+    async def connect(cls, port: int, window: int = WINDOW_BYTES_MAX, tls: ssl.SSLContext | None = None) -> Self:
         """Connect; `window` is what each stream may receive unacknowledged, in bytes. The connection's is wide open."""
         client = cls()
         loop = asyncio.get_running_loop()
@@ -171,7 +172,7 @@ class RawClient(asyncio.Protocol):
         client.h2.initiate_connection()
         client.h2.increment_flow_control_window(WINDOW_BYTES_MAX - 65_535)
         client._port = port
-        await loop.create_connection(lambda: client, host, port)
+        await loop.create_connection(lambda: client, HOST, port, ssl=tls)
         client.flush()
         return client
 
