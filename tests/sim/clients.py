@@ -85,6 +85,7 @@ class SimWatch:
     canceled: bool = False
     # The highest revision it was told anything of; and whether the store has gone back below that since.
     told_revision: int = 0
+    bookmarks: int = 0
     doomed: bool = False
     _run: list[Change] = field(default_factory=list)
 
@@ -123,6 +124,7 @@ class SimWatch:
     def got_bookmark(self, revision: int) -> None:
         """A progress response came."""
         self.log.records.append(Bookmark(revision))
+        self.bookmarks += 1
         self.told_revision = max(self.told_revision, revision)
         self.next_revision = max(self.next_revision or 0, revision + 1)
 

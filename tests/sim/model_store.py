@@ -181,6 +181,8 @@ class Member:
     member_id: int
     # Revisions of events in one catch-up response (etcd: watchBatchMaxRevs, 1000).
     batch_revisions_max: int = 1000
+    # From 3.4.25/3.5.8 on manual progress is ordered with events; older servers answer past them.
+    ordered_progress: bool = True
     revision: int = 1
     compact_revision: int = 0
     position: int = 0

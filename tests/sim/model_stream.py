@@ -47,8 +47,6 @@ class ServerStream:
     member: Member
     # Etcd's watch channel holds 128 responses; a small one makes victims.
     channel_max: int = 128
-    # From 3.4.25/3.5.8 on manual progress is ordered with events; older servers answer past them.
-    ordered_progress: bool = True
     # Responses of at least this many events may be split where the watch asked for fragments.
     fragment_events: int = 2
     # Why a range is refused on this call; "" is allowed.
@@ -132,7 +130,7 @@ class ServerStream:
 
     def _progress(self) -> None:
         revision = self.member.revision
-        if not self.ordered_progress:
+        if not self.member.ordered_progress:
             self._control.append(WatchResponse(self._header(revision), -1))
             return
         watchers = self.watchers.values()

@@ -110,8 +110,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "progress for who is behind",
         "progress",
-        "            if watch.place is not Place.IN_STEP or watch.source is not trunk:\n                return None, 0\n",
-        "",
+        "if watch.place is not Place.IN_STEP or watch.source is not trunk:\n                return",
+        "if watch.place is Place.ENDED:\n                return",
     ),
     Mutant(
         "progress is asked for once only",

@@ -374,13 +374,14 @@ def make_config(rng: random.Random) -> Config:
         members=rng.choice((1, 1, 2, 3)),
         batch_revisions_max=rng.choice((1, 2, 5, 1000)),
         channel_max=rng.choice((1, 2, 128)),
-        ordered_progress=rng.random() < 0.85,
+        old_members=rng.choice((0, 0, 0, 0, 0, 0, 1, 3)),
         auth=rng.random() < 0.15,
         prev_kv=rng.choice((0.1, 0.25, 0.5)),
         granted=rng.choice((0.0, 0.0, 0.5, 1.0)),
         value_bytes_max=rng.choice((0, 20, 80)),
         clients_max=rng.randint(1, 6),
         moves=rng.choice((0, 3, 10)),
+        late_timers=rng.random() < 0.2,
     )
 
 

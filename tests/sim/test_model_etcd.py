@@ -18,8 +18,8 @@ class Server:
     def __init__(self, channel_max: int = 128, batch_revisions_max: int = 1000, ordered_progress: bool = True) -> None:
         self.rng = random.Random(1)
         self.store = Store()
-        self.member = Member(self.store, 0xE0, batch_revisions_max)
-        self.stream = ServerStream(self.member, channel_max, ordered_progress)
+        self.member = Member(self.store, 0xE0, batch_revisions_max, ordered_progress)
+        self.stream = ServerStream(self.member, channel_max)
 
     def put(self, *keys: bytes) -> None:
         for key in keys:

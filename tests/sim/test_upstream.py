@@ -51,12 +51,12 @@ class Harness:
         self.all: list[Upstream] = []
         self.shell = UpstreamShell(
             self.members,
-            True,
             rng.choice((1, 2, 128)),
             lambda *_: "",
             self.received,
             self.progressed,
             self.lost,
+            lambda _: None,
             lambda _: None,
         )
 

@@ -24,7 +24,6 @@ class UpstreamShell:
     """One watch client: connected to one member at a time, or to none."""
 
     members: list[Member]
-    ordered_progress: bool
     channel_max: int
     permission: Callable[[bytes | None, bytes, bytes], str]
     # What to do with what the state says, as in upstream/watch.py.
@@ -32,6 +31,7 @@ class UpstreamShell:
     on_progressed: Callable[[list[Any], Header], None]
     on_lost: Callable[[Any, int, str], None]
     on_header: Callable[[Header], None]
+    on_connected: Callable[[bool], None]
     state: WatchState = field(default_factory=WatchState)
     member: Member | None = None
     # Streams that ended alone: their watches wait to be registered again.
@@ -77,7 +77,8 @@ class UpstreamShell:
     def connect(self, rng: random.Random) -> None:
         """Connect to some member, which may lag."""
         self.member = rng.choice(self.members)
-        self._do(self.state.connect(self.ordered_progress, self.member.revision))
+        self.on_connected(self.member.ordered_progress)
+        self._do(self.state.connect(self.member.ordered_progress, self.member.revision))
 
     def disconnect(self) -> None:
         """Lose the connection with everything that was on its way."""
@@ -139,7 +140,7 @@ class UpstreamShell:
                     link.requests.append(effect.message)
             elif isinstance(effect, watch_effects.OpenStream):
                 assert self.member is not None
-                link = ServerStream(self.member, self.channel_max, self.ordered_progress)
+                link = ServerStream(self.member, self.channel_max)
                 link.permission = partial(self.permission, effect.stream.token)
                 self._links[effect.stream] = link
             elif isinstance(effect, watch_effects.CloseStream):

@@ -49,7 +49,8 @@ class Config:
     members: int = 1
     batch_revisions_max: int = 1000
     channel_max: int = 128
-    ordered_progress: bool = True
+    # So many of the members answer manual progress out of order, as servers before 3.4.25/3.5.8 do.
+    old_members: int = 0
     auth: bool = False
     # How often a permission check without auth brings a read of now along.
     granted: float = 0.5
@@ -60,6 +61,8 @@ class Config:
     watches_max: int = 16
     # Random moves made after each step.
     moves: int = 4
+    # The event loop is now and then late to ring the core's timer.
+    late_timers: bool = False
 
 
 class World:
@@ -70,7 +73,10 @@ class World:
         self.package = core
         self.now = 1000.0
         self.store = Store()
-        self.members = [Member(self.store, 0xE0 + n, config.batch_revisions_max) for n in range(config.members)]
+        self.members = [
+            Member(self.store, 0xE0 + n, config.batch_revisions_max, n >= config.old_members)
+            for n in range(config.members)
+        ]
         self.permissions = Permissions(config.auth, config.keys)
         self.clients: list[SimClient] = []
         # Every watch there ever was, for the checkers; and those of clients that went away for good.
@@ -85,16 +91,16 @@ class World:
     def _start(self) -> None:
         """Start the proxy."""
         limits = self.package.Limits(**self.config.limits)
-        self.core: Any = self.package.Coalescer(limits, ordered_progress=self.config.ordered_progress)
+        self.core: Any = self.package.Coalescer(limits)
         self.upstream = UpstreamShell(
             self.members,
-            self.config.ordered_progress,
             self.config.channel_max,
             self.permissions.refusal,
             on_received=self._received,
             on_progressed=lambda watches, header: self.input(self.core.progressed, tuple(watches), header),
             on_lost=self._lost,
             on_header=self.core_header_seen,
+            on_connected=self._connected,
         )
         # (read, the store's revision when it began); a linearizable answer is not below.
         self.reads: list[tuple[Any, int]] = []
@@ -153,6 +159,9 @@ class World:
     def _lost(self, upstream: Any, status: int, text: str) -> None:
         self.open_upstreams.pop(id(upstream), None)
         self.input(self.core.lost, upstream, self.package.Lost(status, text))
+
+    def _connected(self, ordered_progress: bool) -> None:
+        self.core.ordered_progress = ordered_progress
 
     def core_header_seen(self, header: Header) -> None:
         """Tell the core of a header; it has no effects."""
@@ -377,8 +386,10 @@ class World:
     # time
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, with the core's timers firing on the way."""
+        """Let time pass, with the core's timers firing on the way, or at its end when the event loop is late."""
         until = self.now + seconds
+        if self.config.late_timers:
+            self.now = until
         for _ in range(1000):
             deadline = self.core.next_deadline()
             if deadline is None or deadline > until:
