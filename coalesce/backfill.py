@@ -95,8 +95,7 @@ class Backfills:
             hub.lag(watch)
             hub.replays.want(watch.session)
         else:
-            backfill.fanout.add(watch)
-            self.pace(backfill)
+            self.follow(watch, backfill)
 
     def created(self, backfill: Backfill) -> None:
         """Etcd has registered a backfill: its progress can be asked for."""
@@ -106,9 +105,9 @@ class Backfills:
 
     def received(self, backfill: Backfill, batch: Batch) -> None:
         """Pass on what a backfill brought, and let those go whom it has brought far enough."""
-        self.pace(backfill)
+        self._trim(backfill)
         if backfill not in self.open:
-            # The last of its watches was too slow.
+            # The last watch of an upgrade was too slow, and nobody needs it any more.
             return
         backfill.ingest(batch)
         if backfill.is_upgrade:
@@ -149,7 +148,7 @@ class Backfills:
         upgrade = source.trunk.upgrade
         if upgrade is None or upgrade.watches or upgrade.upstream.closed:
             return
-        if not self._prev_kv_wanted(source.trunk):
+        if not source.trunk.prev_kv_watches:
             self.close(upgrade)
 
     def close(self, backfill: Backfill, *, gone: bool = False) -> None:
@@ -158,23 +157,25 @@ class Backfills:
         hub.close_upstream(backfill.upstream, gone=gone)
         self._forget(backfill)
 
-    def pace(self, backfill: Backfill) -> None:
-        """Drop what nobody of a backfill needs any more, and read on if there is room or somebody to read for."""
-        history = backfill.history
-        bytes_max = self._hub.limits.backfill_bytes_max
-        lagging = [watch for watch in backfill.watches if watch.place is Place.LAGGING]
-        history.evict_below(min([watch.position for watch in lagging], default=backfill.next_revision))
-        hungry = backfill.fanout.has_watches
-        if hungry or backfill.is_upgrade:
-            history.evict_to(bytes_max)
-        if backfill.paused and (hungry or history.bytes * 2 <= bytes_max):
+    def follow(self, watch: Watch, backfill: Backfill) -> None:
+        """Let a lifted watch of a backfill that lags no more come with it; that is somebody to read on for."""
+        backfill.fanout.add(watch)
+        if backfill.paused:
             backfill.paused = False
             self._hub.effects.append(ResumeUpstream(backfill.upstream))
             self._hub.progress.want()
-        for watch in lagging:
-            if watch.position < history.floor:
-                # Too slow for the others: it looks for another backfill when its turn comes.
-                self._hub.detach(watch)
+
+    def _trim(self, backfill: Backfill) -> None:
+        """Drop what nobody of a backfill needs any more, before more of it comes."""
+        history = backfill.history
+        lagging = [watch for watch in backfill.watches if watch.place is Place.LAGGING]
+        history.evict_below(min([watch.position for watch in lagging], default=backfill.next_revision))
+        if backfill.fanout.has_watches or backfill.is_upgrade:
+            history.evict_to(self._hub.limits.backfill_bytes_max)
+            for watch in lagging:
+                if watch.position < history.floor:
+                    # Too slow for the others: it looks for another backfill when its turn comes.
+                    self._hub.detach(watch)
 
     def fill_slots(self) -> None:
         """Serve the line while backfills may be opened."""
@@ -203,12 +204,9 @@ class Backfills:
         backfill.trunk.backfills.remove(backfill)
         self._hub.stats.backfills -= 1
 
-    def _prev_kv_wanted(self, trunk: Trunk) -> bool:
-        return any(watch.wants_prev_kv and watch.place is not Place.ENDED for watch in trunk.watches)
-
     def restore_upgrade(self, trunk: Trunk) -> None:
         """Open an upgrade anew that has been lost while watches want prev_kv."""
-        if self._prev_kv_wanted(trunk):
+        if trunk.prev_kv_watches:
             self.upgrade(trunk)
 
     def upgrade(self, trunk: Trunk) -> None:

@@ -156,9 +156,10 @@ class Endings:
         hub = self._hub
         hub.lift(watch)
         watch.place = Place.ENDED
-        hub.detach(watch)
         del watch.session.watches[watch.watch_id]
         del watch.trunk.watches[watch]
+        watch.trunk.prev_kv_watches -= watch.wants_prev_kv
+        hub.detach(watch)
         hub.stats.watches -= 1
         hub.progress.forget(watch)
         hub.trunks.unused(watch.trunk)

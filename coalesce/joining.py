@@ -249,6 +249,7 @@ class Joining:
         watch = Watch(session, request, watch_id, trunk, position)
         session.watches[watch_id] = watch
         trunk.watches[watch] = None
+        trunk.prev_kv_watches += watch.wants_prev_kv
         hub.stats.watches += 1
         hub.trunks.release(create)
         hub.answer(session, watch_id, header, created=True)

@@ -45,7 +45,18 @@ _LOOKS = 4
 class Progress:
     """Requests to etcd, answers to sessions, progress notifies and bookmarks."""
 
-    __slots__ = ("_bookmark_at", "_hub", "_in_flight", "_notifying", "_pause_s", "_retry_at", "_wanted", "waiting")
+    __slots__ = (
+        "_asked_at",
+        "_bookmark_at",
+        "_hub",
+        "_in_flight",
+        "_notifying",
+        "_pause_s",
+        "_retry_at",
+        "_soon_at",
+        "_wanted",
+        "waiting",
+    )
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
@@ -60,6 +71,10 @@ class Progress:
         # When to ask again; None = nobody waits.
         self._retry_at: float | None = None
         self._pause_s = 0.0
+        # When the newest request was made.
+        self._asked_at = 0.0
+        # When to make one that is wanted and would come too soon after the newest; None = none is.
+        self._soon_at: float | None = None
         # When to look for old bookmarks; None = there are no trunks.
         self._bookmark_at: float | None = None
 
@@ -79,7 +94,7 @@ class Progress:
         self._wanted = self._hub.progress_serial + 1
         self._pause_s = self._hub.limits.progress_retry_s
         if not self._in_flight:
-            self._ask()
+            self._ask_soon()
         elif self._retry_at is not None:
             self._retry_at = min(self._retry_at, self._hub.now + self._pause_s)
 
@@ -116,7 +131,7 @@ class Progress:
         self._in_flight = False
         self._settle()
         if self._wanted > hub.progress_serial:
-            self._ask()
+            self._ask_soon()
 
     def proven(self, upstream: Upstream, revision: int) -> None:
         """Take note that everything of an upstream watch through `revision` has come."""
@@ -132,7 +147,7 @@ class Progress:
 
     def next_deadline(self) -> float | None:
         """Return when something is to be done next."""
-        times = (self._retry_at, self._bookmark_at, self._hub.notifies.next_deadline())
+        times = (self._soon_at, self._retry_at, self._bookmark_at, self._hub.notifies.next_deadline())
         return min((at for at in times if at is not None), default=None)
 
     def expire(self) -> None:
@@ -142,6 +157,8 @@ class Progress:
             self._notify_due(watch)
         if self._bookmark_at is not None and self._bookmark_at <= hub.now:
             self._look_at_bookmarks()
+        if self._soon_at is not None and self._soon_at <= hub.now:
+            self._ask()
         if self._retry_at is not None and self._retry_at <= hub.now:
             self._retry()
 
@@ -232,9 +249,19 @@ class Progress:
     def _may_prove(self, backfill: Backfill) -> bool:
         return backfill.upstream.created and not backfill.paused
 
+    def _ask_soon(self) -> None:
+        """Make a request, but not too soon after the newest."""
+        at = self._asked_at + self._hub.limits.progress_interval_s
+        if at <= self._hub.now:
+            self._ask()
+        else:
+            self._soon_at = at
+
     def _ask(self) -> None:
         hub = self._hub
         hub.progress_serial += 1
+        self._asked_at = hub.now
+        self._soon_at = None
         self._retry_at = hub.now + self._pause_s
         if hub.ordered_progress:
             self._in_flight = True

@@ -152,16 +152,13 @@ class Replays:
             hub.stats.delivered += 1
             hub.stats.delivered_events += payload.event_count
             watch.sent_revision = payload.last_revision
-        backfill = source if isinstance(source, Backfill) else None
-        if position >= source.next_revision or (backfill is not None and watch.trunk.serves(watch)):
+        if position >= source.next_revision or (source is not watch.trunk and watch.trunk.serves(watch)):
             hub.lift(watch)
             self._settle(watch, source)
         else:
             # Behind the others of its session.
             del watch.session.lagging[watch]
             watch.session.lagging[watch] = None
-            if backfill is not None:
-                hub.backfills.pace(backfill)
         return 0 if payload is None else payload.size
 
     def _settle(self, watch: Watch, source: Source) -> None:
@@ -170,8 +167,7 @@ class Replays:
         if not isinstance(source, Backfill) or watch.trunk.serves(watch):
             hub.house((watch,))
             return
-        source.fanout.add(watch)
-        hub.backfills.pace(source)
+        hub.backfills.follow(watch, source)
 
     def _join(self, source: Source, watch: Watch) -> tuple[Payload | None, int | None]:
         """Join what a watch has missed, or find what another one in the same place was given."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Trunk(Source):
     """The upstream watch of a range, its history and all watches of that range."""
 
-    __slots__ = ("backfills", "joining", "opening", "prev_kv_from", "timer_at", "upgrade", "watches")
+    __slots__ = ("backfills", "joining", "opening", "prev_kv_from", "prev_kv_watches", "timer_at", "upgrade", "watches")
 
     def __init__(self, hub: Hub, key: bytes, range_end: bytes, start_revision: int | None, prev_kv: bool) -> None:
         super().__init__(hub, key, range_end, start_revision or 0, prev_kv)
@@ -36,6 +36,8 @@ class Trunk(Source):
         self.watches: dict[Watch, None] = {}
         # Creates that hold it open until they join.
         self.joining: dict[PendingCreate, None] = {}
+        # How many of them want prev_kv.
+        self.prev_kv_watches = 0
         self.backfills: list[Backfill] = []
         # Waits for `created`; until then its position may be unknown.
         self.opening = True

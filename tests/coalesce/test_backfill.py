@@ -384,3 +384,68 @@ def test_who_stalls_during_the_upgrade_loses_nothing() -> None:
     wants.drain()
     assert plain.read() == ["#0 @6 put 6 k=v", "#0 @7 put 7 k=v"]
     assert wants.read() == ["#0 @6 put 6 k=v (was u)", "#0 @7 put 7 k=v (was v)"]
+
+
+def test_an_upgrade_does_not_begin_below_a_compaction() -> None:
+    """It was opened, cancelled and opened again at the same revision for ever."""
+    shell = Shell()
+    plain, wants, past = shell.client(), shell.client(), shell.client()
+    old = shell.trunk(5, plain)
+    wants.create(start=12, prev_kv=True)
+    shell.created(shell.opened[-1], 11)
+    shell.canceled(shell.opened[-1], compact_revision=10)
+    again = shell.opened[-1]
+    assert (again.start_revision, again.is_backfill) == (10, False)
+    shell.created(again, 11)
+    # It cannot take over before the trunk has brought what lies between.
+    shell.progressed(11, again)
+    assert shell.closed == []
+    shell.events(old, put(8), at=11)
+    shell.progressed(11, old)
+    shell.wait(0.2)
+    shell.progressed(11, again)
+    assert shell.closed == [old]
+    past.create(start=6)
+    assert plain.read() == ["#0 @8 put 8 k=v"]
+    assert past.read()[-1] == "#0 @8 put 8 k=v"
+    shell.events(again, put(12, prev=b"u"))
+    assert wants.read()[-1] == "#0 @12 put 12 k=v (was u)"
+
+
+def test_an_upgrade_stays_for_those_on_other_backfills() -> None:
+    """It went with its last own watch, and who wanted prev_kv could never come to the trunk."""
+    shell = Shell()
+    plain, wants, future = shell.client(), shell.client(), shell.client()
+    trunk = shell.trunk(100, plain)
+    wants.create(start=50, prev_kv=True)
+    upgrade, backfill = shell.opened[-2:]
+    assert (upgrade.is_backfill, backfill.is_backfill) == (False, True)
+    future.create(start=150, prev_kv=True)
+    future.cancel(0)
+    assert shell.closed == []
+    for each in (upgrade, backfill):
+        shell.created(each, 100)
+    shell.progressed(100)
+    shell.wait(0.2)
+    shell.progressed(100)
+    assert shell.closed == [trunk, backfill]
+    wants.read()
+    shell.events(upgrade, put(101, prev=b"u"))
+    assert wants.read() == ["#0 @101 put 101 k=v (was u)"]
+    assert plain.read() == ["#0 @101 put 101 k=v"]
+
+
+def test_an_upgrade_that_is_compacted_comes_back_for_those_who_need_it() -> None:
+    shell = Shell()
+    wants, near = shell.client(), shell.client()
+    trunk = shell.trunk(100, shell.client())
+    wants.create(start=50, prev_kv=True)
+    upgrade, backfill = shell.opened[-2:]
+    near.create(start=101, prev_kv=True)
+    shell.created(backfill, 110)
+    shell.created(upgrade, 110)
+    shell.canceled(upgrade, compact_revision=105)
+    assert near.read() == ["#0 @100 created", "#0 @110 canceled compacted 105"]
+    again = shell.opened[-1]
+    assert (again.prev_kv, again.is_backfill, again.start_revision) == (True, False, 105)
+    assert trunk not in shell.closed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from coalesce import Limits, Lost
 from tests.coalesce.shell import Shell, header, put
 
@@ -237,6 +239,30 @@ def test_a_refused_token_is_not_the_end_while_there_is_another() -> None:
     assert one.ended == two.ended == (UNAVAILABLE, "no")
 
 
+@pytest.mark.parametrize(
+    "reason",
+    [
+        Lost(16, "etcdserver: invalid auth token"),
+        Lost(7, "etcdserver: permission denied"),
+        Lost(3, "etcdserver: user name is empty"),
+    ],
+)
+def test_a_token_refused_at_a_registration_is_not_the_end_either(reason: Lost) -> None:
+    shell = Shell()
+    one, two = shell.client(b"one"), shell.client(b"two")
+    trunk = shell.trunk(5, one)
+    two.create(start=6)
+    assert trunk.token == b"one"
+    # The refusal is about the token that was asked for, even if its session is gone meanwhile.
+    one.close()
+    shell.do(shell.core.lost, trunk, reason)
+    again = shell.opened[-1]
+    assert (again.start_revision, again.token) == (6, b"two")
+    shell.do(shell.core.lost, again, reason)
+    assert two.ended == (UNAVAILABLE, reason.text)
+    assert shell.core.stats.trunks == 0
+
+
 def test_a_trunk_that_is_refused_at_once_opens_with_another_token() -> None:
     shell = Shell()
     one, two = shell.client(b"one"), shell.client(b"two")
@@ -307,3 +333,37 @@ def test_the_trunk_of_a_restored_store_that_was_never_above_it() -> None:
     shell.created(again, 52)
     shell.events(again, put(52))
     assert client.read() == ["#0 @52 put 52 k=v"]
+
+
+def test_who_waits_for_now_reads_it_again_when_the_store_went_back() -> None:
+    shell = Shell()
+    client = shell.client()
+    client.create()
+    shell.read_now(50)
+    shell.do(shell.core.store_went_back, header(20))
+    shell.created(shell.opened[0], 20)
+    assert client.read() == []
+    shell.read_now(21)
+    assert client.read() == ["#0 @21 created"]
+
+
+def test_progress_of_a_restored_store_does_not_wait_for_the_old_one() -> None:
+    shell = Shell()
+    client, future = shell.client(), shell.client()
+    trunk = shell.trunk(50, client)
+    shell.events(trunk, put(60))
+    client.close()
+    future.create(start=61)
+    future.cancel(0)
+    late = shell.client()
+    late.create(start=20)
+    late.read()
+    shell.do(shell.core.store_went_back, header(30))
+    for upstream in shell.opened:
+        if not upstream.closed:
+            shell.created(upstream, 30)
+    late.progress()
+    for _ in range(3):
+        shell.wait(0.2)
+        shell.progressed(30)
+    assert late.read() == ["#-1 @30 progress"]

@@ -48,6 +48,7 @@ def test_one_upstream_request_serves_all_who_wait_and_later_ones_the_next() -> N
     shell.progressed(9)
     # The answer in flight may be older than the later requests.
     assert [client.read() for client in clients] == [["#-1 @9 progress"], [], [], []]
+    shell.wait(0.005)
     assert len(shell.asked) == 2
     shell.progressed(10)
     assert [client.read() for client in clients[1:]] == [["#-1 @10 progress"]] * 3
@@ -218,6 +219,7 @@ def test_a_compacted_id_holds_nothing_up() -> None:
     shell.progressed(100, trunk)
     client.read()
     client.progress()
+    shell.wait(0.005)
     shell.progressed(100, trunk)
     assert client.read() == ["#-1 @100 progress"]
 
@@ -245,6 +247,7 @@ def test_many_requests_of_one_session_are_merged_but_not_the_first_into_the_last
     assert len(shell.asked) == 1
     shell.progressed(7)
     assert client.read() == ["#-1 @7 progress"]
+    shell.wait(0.005)
     shell.progressed(8)
     assert client.read() == ["#-1 @8 progress"]
     shell.wait(1)
@@ -262,6 +265,22 @@ def test_a_watch_whose_created_has_not_come_is_proven_nothing() -> None:
     assert client.read() == ["#0 @5 created"]
     shell.events(trunk, put(6))
     assert client.read() == ["#0 @6 put 6 k=v"]
+
+
+def test_etcd_is_not_asked_too_often() -> None:
+    shell = Shell(Limits(progress_interval_s=0.01))
+    clients = [shell.client() for _ in range(3)]
+    shell.trunk(5, clients[0])
+    for client in clients[1:]:
+        client.create(start=6)
+    for turn in range(100):
+        clients[turn % 3].progress()
+        shell.progressed(6 + turn)
+        shell.wait(0.001)
+    assert 9 <= len(shell.asked) <= 12
+    shell.wait(0.01)
+    shell.progressed(200)
+    assert all(client.read()[-1] == "#-1 @200 progress" for client in clients)
 
 
 # servers without ordered progress
