@@ -1,110 +1,57 @@
-"""The port for operators: /metrics for Prometheus, /health for probes, /v1/status for `watchmux status`.
+"""The port for operators: a status page for people, its JSON for programs, metrics for Prometheus, health for probes.
 
-Everything shown is a snapshot taken when somebody asks (proxy/snapshot.py). It is served from the same event loop
-as the watches, so a proxy that hangs does not answer its probes. It is read-only and shows no key, value or
-credential.
+It is served from the same event loop as the watches, so a proxy that hangs does not answer its probes. It is
+read-only, and shows no value and no credential; the ranges that are watched are shown, because nothing about a busy
+proxy can be understood without them: keep the port to those who operate it.
+
+`/proxy/metrics` and `/proxy/health` are where etcd's grpc-proxy has its own; scrapers of it need no change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable
+from importlib import resources
 from typing import TYPE_CHECKING
 
 import msgspec
 from aiohttp import web
 from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
-from prometheus_client.registry import Collector
 
 from proxy.config_values import Address
-from proxy.snapshot import Snapshot, Source
+from proxy.metrics import ProxyCollector
+from proxy.monitor import Monitor
 
 if TYPE_CHECKING:
     from proxy.server import Proxy
 
-GAUGES = {
-    "connections": "Client connections open now.",
-    "streams": "Client streams (calls and watches) open now.",
-    "sessions": "Client watch streams open now.",
-    "watches": "Client watches open now.",
-    "trunks": "Shared upstream watches open now, one for each watched range.",
-    "backfills": "Private upstream watches open now that catch up with the past for a client.",
-    "lagging": "Client watches that are behind now: their client reads slowly or is catching up.",
-    "queued": "Client watches that wait for a backfill now.",
-    "history_bytes": "Bytes of recent events kept for replay.",
-    "history_batches": "Responses of recent events kept for replay.",
+PAGES = {
+    "/": ("status.html", "text/html"),
+    "/status.css": ("status.css", "text/css"),
+    "/status.js": ("status.js", "text/javascript"),
 }
-"""Fields of a snapshot that are gauges, with what they mean."""
+"""Path: file in proxy/pages and its type."""
 
-COUNTERS = {
-    "connections_accepted_total": "Client connections accepted.",
-    "connections_refused_total": "Client connections turned away at --connections-max.",
-    "requests_total": "Client streams (calls and watches) opened.",
-    "written_bytes_total": "Bytes written to clients.",
-    "creates_total": "Watches that clients asked for.",
-    "refused_total": "Watches that were refused.",
-    "cancels_total": "Watches that clients cancelled.",
-    "compacted_total": "Watches cancelled because what they needed was compacted.",
-    "progress_requests_total": "Progress requests of clients.",
-    "progress_answers_total": "Progress requests answered.",
-    "sessions_ended_total": "Client watch streams ended by the proxy.",
-    "stalls_total": "Times a client's watch stream could not take more.",
-    "replays_total": "Responses joined from history for watches that were behind.",
-    "batches_received_total": "Watch responses with events received from upstream.",
-    "events_received_total": "Events received from upstream.",
-    "messages_delivered_total": "Responses with events delivered to client watches.",
-    "events_delivered_total": "Events delivered to client watches.",
-    "delivered_bytes_total": "Bytes of responses with events delivered to client watches.",
-    "upstream_opened_total": "Upstream watches opened.",
-    "upstream_lost_total": "Upstream watches that ended for good.",
-    "upstream_broken_total": "Times an upstream watch stream broke.",
-    "upstream_reads_total": "Reads of the current revision and checks of permissions sent upstream.",
+HEADERS = {
+    # Nothing but what comes from here is loaded, run or asked; keys on the page are other people's text.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
 }
-"""Fields of a snapshot that are counters, with what they mean."""
 
-
-class SnapshotCollector(Collector):
-    """Turns a snapshot into metric families at the moment of a scrape."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield every family."""
-        snapshot = self._source.take()
-        yield from families(snapshot)
-
-
-def families(snapshot: Snapshot) -> Iterator[Metric]:
-    """Yield the metric families of a snapshot."""
-    for name, text in GAUGES.items():
-        yield GaugeMetricFamily(f"watchmux_{name}", text, value=getattr(snapshot, name))
-    for name, text in COUNTERS.items():
-        yield CounterMetricFamily(f"watchmux_{name}", text, value=getattr(snapshot, name))
-    joins = CounterMetricFamily(
-        "watchmux_joins_total", "Watches that joined, by how they were served.", labels=["kind"]
-    )
-    for kind, count in snapshot.joins_total.items():
-        joins.add_metric([kind], count)
-    yield joins
-    yield GaugeMetricFamily(
-        "watchmux_upstream_reachable", "Whether an etcd answers (1) or none (0).", value=_reachable(snapshot)
-    )
-
-
-def _reachable(snapshot: Snapshot) -> int:
-    return int(snapshot.serving or snapshot.reason == "draining")
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Admin:
     """The operators' HTTP server of one proxy."""
 
     def __init__(self, proxy: Proxy, listen: Address, proxy_address: str) -> None:
-        self._source = Source(proxy, proxy_address)
+        self.monitor = Monitor(proxy, proxy_address)
         self._listen = listen
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(SnapshotCollector(self._source))
+        self._registry.register(ProxyCollector(self.monitor))
         ProcessCollector(registry=self._registry)
         self._runner: web.AppRunner | None = None
 
@@ -117,13 +64,18 @@ class Admin:
     async def start(self) -> None:
         """Serve. Raises OSError when it cannot listen."""
         application = web.Application()
-        application.add_routes(
-            [
-                web.get("/metrics", self._metrics),
-                web.get("/health", self._health),
-                web.get("/v1/status", self._status),
-            ]
-        )
+        answers: dict[str, Answer] = {
+            "/metrics": self._metrics,
+            "/proxy/metrics": self._metrics,
+            "/health": self._health,
+            "/proxy/health": self._health,
+            "/readyz": self._health,
+            "/livez": self._live,
+            "/v1/status": self._status,
+            "/v1/overview": self._overview,
+            **{path: _page(*page) for path, page in PAGES.items()},
+        }
+        application.add_routes([web.get(path, answer) for path, answer in answers.items()])
         self._runner = web.AppRunner(application, access_log=None)
         await self._runner.setup()
         try:
@@ -131,9 +83,11 @@ class Admin:
         except OSError:
             await self.stop()
             raise
+        self.monitor.start()
 
     async def stop(self) -> None:
         """Close the server and its connections."""
+        self.monitor.stop()
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
@@ -142,10 +96,31 @@ class Admin:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
     async def _health(self, _request: web.Request) -> web.Response:
-        """Answer as etcd's /health does, so that its probes can be kept."""
-        snapshot = self._source.take()
+        """Answer as etcd's /health does, so that its probes can be kept: fit to get clients, or why not."""
+        snapshot = self.monitor.take()
         body = msgspec.json.encode({"health": str(snapshot.serving).lower(), "reason": snapshot.reason})
         return web.Response(body=body, status=200 if snapshot.serving else 503, content_type="application/json")
 
+    async def _live(self, _request: web.Request) -> web.Response:
+        """Answer that the event loop turns. An etcd that is away is no reason to restart the proxy in front of it."""
+        return web.Response(text="ok\n")
+
     async def _status(self, _request: web.Request) -> web.Response:
-        return web.Response(body=msgspec.json.encode(self._source.take()), content_type="application/json")
+        return _json(self.monitor.take())
+
+    async def _overview(self, _request: web.Request) -> web.Response:
+        return _json(self.monitor.overview())
+
+
+def _json(value: msgspec.Struct) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json", headers=HEADERS)
+
+
+def _page(name: str, kind: str) -> Answer:
+    """Return what answers with a file of proxy/pages, read once."""
+    body = resources.files("proxy").joinpath("pages", name).read_bytes()
+
+    async def answer(_request: web.Request) -> web.StreamResponse:
+        return web.Response(body=body, content_type=kind, charset="utf-8", headers=HEADERS)
+
+    return answer

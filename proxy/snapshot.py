@@ -7,11 +7,14 @@ show snapshots.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from typing import TYPE_CHECKING
 
 import msgspec
+
+from coalesce import report
 
 if TYPE_CHECKING:
     from proxy.server import Proxy
@@ -36,16 +39,32 @@ class Snapshot(msgspec.Struct, kw_only=True):
     trunks: int = 0
     backfills: int = 0
     lagging: int = 0
+    lagging_s: float = 0.0
+    """For how long the client that has been behind for longest has been so."""
+    lagging_revisions: int = 0
+    """By how many revisions the furthest of the lagging watches is behind."""
     queued: int = 0
+    connection_streams: int = 0
+    """Streams of the connection that has the most."""
+    connection_sessions: int = 0
+    """Watch streams of the connection that has the most."""
+    calls_waiting: int = 0
+    upstream_streams: int = 0
     history_bytes: int = 0
     history_batches: int = 0
 
     connections_accepted_total: int = 0
-    connections_refused_total: int = 0
+    connections_http1_total: int = 0
+    connections_failed_total: int = 0
+    connections_timed_out_total: int = 0
     requests_total: int = 0
     written_bytes_total: int = 0
     creates_total: int = 0
-    refused_total: int = 0
+    creates_refused_total: int = 0
+    refusals_total: dict[str, int] = {}
+    """What was refused or ended at a limit, by the limit's name."""
+    evictions_total: dict[str, int] = {}
+    """Responses dropped from history, by the limit that did it."""
     cancels_total: int = 0
     compacted_total: int = 0
     joins_total: dict[str, int] = {}
@@ -59,9 +78,18 @@ class Snapshot(msgspec.Struct, kw_only=True):
     messages_delivered_total: int = 0
     events_delivered_total: int = 0
     delivered_bytes_total: int = 0
+    coalesced_total: int = 0
+    calls_total: int = 0
+    calls_resent_total: int = 0
+    calls_unavailable_total: int = 0
+    calls_broken_total: int = 0
+    upstream_received_bytes_total: int = 0
     upstream_opened_total: int = 0
+    upstream_paused_total: int = 0
     upstream_lost_total: int = 0
     upstream_broken_total: int = 0
+    upstream_resumed_total: int = 0
+    store_went_back_total: int = 0
     upstream_reads_total: int = 0
 
     @property
@@ -85,9 +113,11 @@ class Source:
         self._version = _version()
 
     def take(self) -> Snapshot:
-        """Read the proxy's parts now. Costs some microseconds, whatever the number of watches."""
+        """Read the proxy's parts now. What it walks is bounded: connections, and a thousand lagging sessions."""
         proxy = self._proxy
         core, engine, listener = proxy.engine.core.stats, proxy.engine.stats, proxy.listener.stats
+        lagging_s, lagging_revisions = report.lag(proxy.engine.core, asyncio.get_running_loop().time())
+        connections, passed = proxy.listener.connections, proxy.passthrough.stats
         return Snapshot(
             version=self._version,
             pid=os.getpid(),
@@ -96,22 +126,36 @@ class Source:
             endpoints=[endpoint.text for endpoint in proxy.endpoints],
             serving=proxy.health.serving,
             reason=proxy.health.reason,
-            connections=len(proxy.listener.connections),
+            connections=len(connections),
             streams=proxy.listener.streams,
             sessions=core.sessions,
             watches=core.watches,
             trunks=core.trunks,
             backfills=core.backfills,
             lagging=core.lagging,
+            lagging_s=round(lagging_s, 3),
+            lagging_revisions=lagging_revisions,
             queued=core.queued,
+            connection_streams=max((len(each.h2.streams) for each in connections), default=0),
+            connection_sessions=max((each.sessions for each in connections), default=0),
+            calls_waiting=proxy.passthrough.waiting,
+            upstream_streams=proxy.upstream.stream_count,
             history_bytes=core.history_bytes,
             history_batches=core.history_batches,
             connections_accepted_total=listener.accepted,
-            connections_refused_total=listener.refused,
+            connections_http1_total=listener.http1,
+            connections_failed_total=listener.failed,
+            connections_timed_out_total=listener.timed_out,
             requests_total=listener.requests,
             written_bytes_total=listener.written_bytes,
             creates_total=core.creates,
-            refused_total=core.refused,
+            creates_refused_total=core.refused,
+            refusals_total={
+                "connections_max": listener.refused,
+                "sessions_per_connection_max": proxy.watches.refused,
+                **core.refused_at,
+            },
+            evictions_total=dict(core.evicted_at),
             cancels_total=core.cancels,
             compacted_total=core.compacted,
             joins_total={
@@ -130,9 +174,18 @@ class Source:
             messages_delivered_total=core.delivered,
             events_delivered_total=core.delivered_events,
             delivered_bytes_total=engine.delivered_bytes,
+            coalesced_total=engine.coalesced,
+            calls_total=passed.calls,
+            calls_resent_total=passed.resent,
+            calls_unavailable_total=passed.unavailable,
+            calls_broken_total=passed.broken,
+            upstream_received_bytes_total=proxy.upstream.received_bytes,
             upstream_opened_total=core.upstreams_opened,
+            upstream_paused_total=engine.upstream_paused,
             upstream_lost_total=engine.upstream_lost,
             upstream_broken_total=engine.upstream_broken,
+            upstream_resumed_total=engine.upstream_resumed,
+            store_went_back_total=engine.went_back,
             upstream_reads_total=proxy.reader.reads,
         )
 

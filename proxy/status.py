@@ -65,7 +65,7 @@ def render(now: Snapshot, before: Snapshot | None = None) -> Table:
     table.add_section()
     joins = ", ".join(f"{count:,} {kind}" for kind, count in now.joins_total.items() if count)
     table.add_row("watches opened", f"{now.creates_total:,}", joins or "none yet")
-    table.add_row("refused", f"{now.refused_total:,}", f"{now.compacted_total:,} cancelled as compacted")
+    table.add_row("refused", f"{now.creates_refused_total:,}", f"{now.compacted_total:,} cancelled as compacted")
     table.add_row(
         "upstream breaks", f"{now.upstream_broken_total:,}", f"{now.upstream_lost_total:,} watches lost for good"
     )

@@ -1,0 +1,264 @@
+"""What watches the proxy from inside: delays, and the last hour in steps of ten seconds.
+
+Metrics, the status page and its API ask the monitor; it asks the parts of the proxy. It exists only where there is a
+--metrics-addr, and all it does by itself is to look at the clock four times a second and to keep one line every ten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from coalesce import report
+from proxy.delays import BOUNDS_S, LoopDelay, quantile, watch_deliveries
+from proxy.snapshot import Snapshot, Source
+
+if TYPE_CHECKING:
+    from proxy.server import Proxy
+    from upstream.pool import EndpointState
+
+STEP_S = 10.0
+STEPS_KEPT = 360
+TRUNKS_SHOWN = 50
+SESSIONS_SHOWN = 20
+
+
+class Point(msgspec.Struct, frozen=True, kw_only=True):
+    """One step of the past: gauges at its end, rates over it. Delays in seconds; None: nothing was delivered."""
+
+    at: float
+    """Unix time."""
+    watches: int
+    upstream_watches: int
+    events_in_per_s: float
+    events_out_per_s: float
+    delay_p50_s: float | None
+    delay_p99_s: float | None
+    lagging: int
+
+
+class TrunkView(msgspec.Struct, frozen=True, kw_only=True):
+    """A trunk as it is shown: what range, who watches, how much came."""
+
+    range: str
+    watches: int
+    backfills: int
+    next_revision: int
+    events_total: int
+    history_bytes: int
+    history_batches: int
+    history_floor: int
+    opening: bool
+
+
+class SessionView(msgspec.Struct, frozen=True, kw_only=True):
+    """A session that is behind, as it is shown."""
+
+    peer: str
+    watches: int
+    lagging: int
+    behind_s: float
+    behind_revisions: int
+    unsent_bytes: int
+    stalled: bool
+
+
+class EndpointView(msgspec.Struct, frozen=True, kw_only=True):
+    """An endpoint, whether calls can go there, and whether it carries the watches."""
+
+    endpoint: str
+    connected: bool
+    problem: str
+    carries_watches: bool
+    version: str
+
+
+class Overview(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the status page shows."""
+
+    now: Snapshot
+    at: float
+    delay_p50_s: float | None
+    delay_p99_s: float | None
+    loop_delay_p99_s: float | None
+    endpoints: list[EndpointView]
+    trunks: list[TrunkView]
+    sessions: list[SessionView]
+    points: list[Point]
+    step_s: float
+    limits: dict[str, float]
+
+
+class Monitor:
+    """The monitor of one proxy; `start` it in the running event loop."""
+
+    def __init__(self, proxy: Proxy, address: str) -> None:
+        self._proxy = proxy
+        self._source = Source(proxy, address)
+        self.delivery_delay = watch_deliveries(proxy.listener, proxy.engine.stats)
+        self.loop_delay = LoopDelay(self._tick)
+        self.points: deque[Point] = deque(maxlen=STEPS_KEPT)
+        self._step_at = time.monotonic()
+        self._step_from: Snapshot | None = None
+        self._step_counts = list(self.delivery_delay.counts)
+
+    def start(self) -> None:
+        """Start looking."""
+        self._step_from = self.take()
+        self._step_at = time.monotonic()
+        self.loop_delay.start()
+
+    def stop(self) -> None:
+        """Stop looking."""
+        self.loop_delay.stop()
+        self._proxy.listener.flushed = None
+
+    def take(self) -> Snapshot:
+        """Take a snapshot now."""
+        return self._source.take()
+
+    def endpoints(self) -> list[EndpointState]:
+        """Return the state of each endpoint."""
+        return self._proxy.pool.states()
+
+    def limits(self) -> dict[str, float]:
+        """Return the limits in force, by knob; 0 for none."""
+        proxy = self._proxy
+        core, listener = proxy.engine.core.limits, proxy.listener.settings
+        return {
+            "max_concurrent_streams": listener.http2.max_streams,
+            "connections_max": listener.connections_max,
+            "sessions_per_connection_max": proxy.watches.settings.sessions_per_connection_max,
+            "watches_max": core.watches_max,
+            "watches_per_session_max": core.watches_per_session_max,
+            "queue_max": core.queue_max,
+            "trunks_max": core.trunks_max,
+            "backfills_max": core.backfills_max,
+            "backfill_bytes_max": core.backfill_bytes_max,
+            "history_bytes_total_max": core.history_bytes_total_max,
+            "history_bytes_max": core.history_bytes_max,
+            "history_revisions_max": core.history_revisions_max,
+            "history_age_s": core.history_age_s,
+            "lagging_age_s_max": core.lagging_age_s_max or 0,
+        }
+
+    def overview(self) -> Overview:
+        """Put together what the status page shows now."""
+        proxy = self._proxy
+        core = proxy.engine.core
+        counts = self.delivery_delay.counts
+        recent = [now - then for now, then in zip(counts, self._step_counts, strict=True)]
+        if not any(recent):
+            recent = counts
+        return Overview(
+            now=self.take(),
+            at=time.time(),
+            delay_p50_s=quantile(0.5, BOUNDS_S, recent),
+            delay_p99_s=quantile(0.99, BOUNDS_S, recent),
+            loop_delay_p99_s=quantile(0.99, BOUNDS_S, self.loop_delay.histogram.counts),
+            endpoints=[self._endpoint(state) for state in self.endpoints()],
+            trunks=[_trunk_view(trunk) for trunk in report.trunks(core, TRUNKS_SHOWN)],
+            sessions=[
+                _session_view(session)
+                for session in report.slowest(core, asyncio.get_running_loop().time(), SESSIONS_SHOWN)
+            ],
+            points=list(self.points),
+            step_s=STEP_S,
+            limits=self.limits(),
+        )
+
+    def _endpoint(self, state: EndpointState) -> EndpointView:
+        server = self._proxy.upstream.server
+        carries = server is not None and server[0] == state.endpoint
+        return EndpointView(
+            endpoint=state.endpoint,
+            connected=state.connected,
+            problem=state.problem,
+            carries_watches=carries,
+            version=server[1] if server is not None and carries else "",
+        )
+
+    def _tick(self) -> None:
+        elapsed_s = time.monotonic() - self._step_at
+        if elapsed_s >= STEP_S:
+            self.step(elapsed_s)
+
+    def step(self, elapsed_s: float) -> None:
+        """Keep one line of what happened in the `elapsed_s` seconds since the one before."""
+        now, before = self.take(), self._step_from or Snapshot()
+        counts = list(self.delivery_delay.counts)
+        fresh = [after - was for after, was in zip(counts, self._step_counts, strict=True)]
+        self.points.append(
+            Point(
+                at=round(time.time(), 1),
+                watches=now.watches,
+                upstream_watches=now.upstream_watches,
+                events_in_per_s=round((now.events_received_total - before.events_received_total) / elapsed_s, 2),
+                events_out_per_s=round((now.events_delivered_total - before.events_delivered_total) / elapsed_s, 2),
+                delay_p50_s=quantile(0.5, BOUNDS_S, fresh),
+                delay_p99_s=quantile(0.99, BOUNDS_S, fresh),
+                lagging=now.lagging,
+            )
+        )
+        self._step_from, self._step_counts = now, counts
+        self._step_at = time.monotonic()
+
+
+def _trunk_view(trunk: report.TrunkReport) -> TrunkView:
+    return TrunkView(
+        range=show_range(trunk.key, trunk.range_end),
+        watches=trunk.watches,
+        backfills=trunk.backfills,
+        next_revision=trunk.next_revision,
+        events_total=trunk.events,
+        history_bytes=trunk.history_bytes,
+        history_batches=trunk.history_batches,
+        history_floor=trunk.history_floor,
+        opening=trunk.opening,
+    )
+
+
+def _session_view(session: report.SessionReport) -> SessionView:
+    connection = getattr(session.outlet, "connection", None)
+    stream = getattr(session.outlet, "stream", None)
+    return SessionView(
+        peer=getattr(connection, "peer", ""),
+        watches=session.watches,
+        lagging=session.lagging,
+        behind_s=round(session.behind_s, 1),
+        behind_revisions=session.behind_revisions,
+        unsent_bytes=getattr(stream, "unsent", 0),
+        stalled=session.stalled,
+    )
+
+
+def show_range(key: bytes, range_end: bytes) -> str:
+    """Write a range as a person would: a key, a prefix with a star, or both ends. Cut at 100 characters an end."""
+    if not range_end:
+        return _text(key)
+    if key == b"\x00" and range_end == b"\x00":
+        return "every key"
+    if range_end == b"\x00":
+        return f"{_text(key)} and above"
+    if range_end == prefix_end(key):
+        return f"{_text(key)}*"
+    return f"{_text(key)} to {_text(range_end)}"
+
+
+def prefix_end(prefix: bytes) -> bytes:
+    """Return the end of the range of all keys that begin so, as etcd's clients make it (clientv3, WithPrefix)."""
+    end = bytearray(prefix)
+    while end and end[-1] == 0xFF:
+        end.pop()
+    if not end:
+        return b"\x00"
+    end[-1] += 1
+    return bytes(end)
+
+
+def _text(key: bytes) -> str:
+    return key[:100].decode("utf-8", "backslashreplace").replace("\x00", "\\x00")

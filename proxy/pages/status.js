@@ -1,0 +1,209 @@
+// The status page: asks /v1/overview every two seconds and shows the answer. Text from the proxy (keys, addresses) is
+// put in as text only, never as markup.
+"use strict";
+
+const EVERY_MS = 2000;
+const byId = (id) => document.getElementById(id);
+const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
+let before = null;
+
+function count(value) {
+  return value >= 100000 ? short.format(value) : whole.format(value);
+}
+
+function rate(value) {
+  return value >= 100 ? count(value) : value.toFixed(1).replace(/\.0$/, "");
+}
+
+function bytes(value) {
+  for (const [unit, size] of [["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 2 ** 10]]) {
+    if (value >= size) return `${(value / size).toFixed(1)} ${unit}`;
+  }
+  return `${value} B`;
+}
+
+function seconds(value) {
+  if (value === null || value === undefined) return "–";
+  if (value === 0) return "0";
+  if (value < 0.001) return `${Math.round(value * 1e6)} µs`;
+  if (value < 1) return `${+(value * 1000).toPrecision(3)} ms`;
+  if (value < 120) return `${value.toFixed(value < 10 ? 1 : 0)} s`;
+  if (value < 7200) return `${Math.round(value / 60)} min`;
+  if (value < 172800) return `${Math.round(value / 3600)} h`;
+  return `${Math.round(value / 86400)} days`;
+}
+
+function say(id, text, kind) {
+  const element = byId(id);
+  element.textContent = text;
+  if (kind !== undefined) element.className = `${element.className.split(" ")[0]} ${kind}`;
+}
+
+function rows(id, list, cells, empty) {
+  const body = byId(id).tBodies[0];
+  const columns = byId(id).tHead.rows[0].cells;
+  const made = list.map((item) => {
+    const row = document.createElement("tr");
+    cells(item).forEach((content, index) => {
+      const cell = row.insertCell();
+      cell.className = columns[index].className;
+      if (content instanceof Node) cell.append(content);
+      else if (content !== null && typeof content === "object") {
+        cell.textContent = content.text;
+        cell.title = content.title ?? content.text;
+        cell.classList.add(content.kind);
+      } else cell.textContent = content;
+    });
+    return row;
+  });
+  if (!made.length) {
+    const row = document.createElement("tr");
+    const cell = row.insertCell();
+    cell.colSpan = columns.length;
+    cell.className = "empty";
+    cell.textContent = empty;
+    made.push(row);
+  }
+  body.replaceChildren(...made);
+}
+
+// Draws two lines over time. `steps` puts the values on a scale of powers of ten: between lines that far apart only the
+// factor says something, and equal factors are equal heights there.
+function draw(id, points, first, second, steps) {
+  const svg = byId(id);
+  const width = svg.clientWidth || 500;
+  const height = svg.clientHeight || 180;
+  const left = 44, right = 10, top = 8, bottom = 20;
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  const parts = [];
+  const make = (name, attributes, text) => {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+    if (text !== undefined) element.textContent = text;
+    parts.push(element);
+  };
+  const most = Math.max(1, ...points.map((point) => Math.max(first(point), second(point))));
+  const highest = steps ? 10 ** Math.max(1, Math.ceil(Math.log10(most + 1))) : nice(most);
+  const share = (value) => (steps ? Math.log10(Math.max(value, 0) + 1) / Math.log10(highest + 1) : value / highest);
+  const y = (value) => height - bottom - share(value) * (height - top - bottom);
+  const ticks = steps ? [0, 10, 100, 1000, 10000, 100000, 1000000, 10000000].filter((tick) => tick <= highest) : [0, highest / 2, highest];
+  for (const tick of ticks) {
+    make("line", { class: "grid", x1: left, x2: width - right, y1: y(tick), y2: y(tick) });
+    make("text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, short.format(tick));
+  }
+  if (points.length < 2) {
+    make("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "the first points come within half a minute");
+  } else {
+    const from = points[0].at, to = points[points.length - 1].at;
+    const x = (point) => left + ((point.at - from) / (to - from)) * (width - left - right);
+    const path = (value) => points.map((point, index) => `${index ? "L" : "M"}${x(point).toFixed(1)} ${y(value(point)).toFixed(1)}`).join("");
+    make("path", { class: "area", d: `${path(first)}L${x(points[points.length - 1])} ${y(0)}L${left} ${y(0)}Z` });
+    make("path", { class: "line a", d: path(first) });
+    make("path", { class: "line b", d: path(second) });
+    make("text", { x: left, y: height - 4 }, `${seconds(to - from)} ago`);
+    make("text", { x: width - right, y: height - 4, "text-anchor": "end" }, "now");
+  }
+  svg.replaceChildren(...parts);
+}
+
+function nice(value) {
+  const step = 10 ** Math.floor(Math.log10(value));
+  return [1, 2, 4, 5, 10].map((times) => times * step).find((candidate) => candidate >= value);
+}
+
+function showState(now, view) {
+  say("state", now.serving ? "serving" : `not serving: ${now.reason}`, now.serving ? "good" : "bad");
+  say("about", `${now.address} · version ${now.version || "unknown"} · up ${seconds(now.uptime_s)}`);
+  document.title = `${now.serving ? "" : "✕ "}watchmux ${now.address}`;
+  const upstream = now.trunks + now.backfills;
+  say("reduction", upstream ? `${count(Math.round(now.watches / upstream))}×` : "–");
+  say("watches", count(now.watches));
+  say("watches-note", `${count(now.sessions)} streams, ${count(now.connections)} connections`);
+  say("upstream", count(upstream));
+  say("upstream-note", `${count(now.trunks)} trunks, ${count(now.backfills)} backfills`);
+  const span = before && before.now.pid === now.pid ? now.uptime_s - before.now.uptime_s : 0;
+  const per = (field) => (now[field] - before.now[field]) / span;
+  say("out", span > 0 ? `${rate(per("events_delivered_total"))}/s` : "–");
+  say("out-note", span > 0 ? `${rate(per("events_received_total"))}/s in, ${bytes(Math.round(per("written_bytes_total")))}/s out` : "");
+  say("delay", seconds(view.delay_p99_s));
+  say("delay-note", `p50 ${seconds(view.delay_p50_s)}, loop p99 ${seconds(view.loop_delay_p99_s)}`);
+  say("lagging", count(now.lagging), now.lagging ? "warn" : "");
+  say("lagging-note", now.lagging ? `longest ${seconds(now.lagging_s)}, ${count(now.lagging_revisions)} revisions` : "nobody is behind");
+}
+
+function showTables(view) {
+  rows("endpoints", view.endpoints, (each) => [
+    { text: each.endpoint, kind: "key-text" },
+    each.connected ? { text: "connected", kind: "good" } : { text: each.problem.replace(`${each.endpoint}: `, "") || "connecting", kind: "bad" },
+    each.version || "–",
+    each.carries_watches ? "watches and calls" : each.connected ? "calls" : "–",
+  ], "no endpoints");
+  const was = new Map((before ? before.trunks : []).map((trunk) => [trunk.range, trunk.events_total]));
+  const span = before ? view.at - before.at : 0;
+  rows("trunks", view.trunks, (each) => [
+    { text: each.range, kind: "key-text" },
+    whole.format(each.watches),
+    span > 0 && was.has(each.range) ? rate(Math.max(0, each.events_total - was.get(each.range)) / span) : "–",
+    count(each.events_total),
+    each.opening ? "opening" : String(each.next_revision),
+    bytes(each.history_bytes),
+    whole.format(each.backfills),
+  ], "nobody watches anything");
+  say("trunks-note", view.now.trunks > view.trunks.length ? `the ${view.trunks.length} with the most watches of ${count(view.now.trunks)}` : "one upstream watch for each range");
+  rows("sessions", view.sessions, (each) => [
+    { text: each.peer || "–", kind: "key-text" },
+    seconds(each.behind_s),
+    count(each.behind_revisions),
+    `${count(each.lagging)} of ${count(each.watches)}`,
+    bytes(each.unsent_bytes),
+    each.stalled ? "reads too slowly" : "catching up",
+  ], "nobody is behind");
+}
+
+function showLimits(view) {
+  const { now, limits } = view;
+  const used = {
+    connections_max: now.connections, max_concurrent_streams: now.connection_streams,
+    sessions_per_connection_max: now.connection_sessions, watches_max: now.watches, trunks_max: now.trunks,
+    backfills_max: now.backfills, history_bytes_total_max: now.history_bytes, lagging_age_s_max: now.lagging_s,
+  };
+  const reached = { ...now.refusals_total, ...now.evictions_total, backfills_max: now.queued };
+  const shown = (name, value) => (name.includes("bytes") ? bytes(value) : name.includes("_s_") ? seconds(value) : count(value));
+  const listed = Object.keys(limits).filter((name) => name in used || reached[name]);
+  rows("limits", listed, (name) => {
+    const bar = document.createElement("meter");
+    const limit = limits[name];
+    if (name in used && limit) {
+      bar.max = limit;
+      bar.high = limit * 0.8;
+      bar.optimum = 0;
+      bar.value = used[name];
+      bar.textContent = `${used[name]} of ${limit}`;
+    }
+    return [name, name in used ? shown(name, used[name]) : "–", limit ? shown(name, limit) : "none",
+      name in used && limit ? bar : "", count(reached[name] ?? 0)];
+  }, "");
+}
+
+async function refresh() {
+  try {
+    const answer = await fetch("/v1/overview", { cache: "no-store" });
+    const view = await answer.json();
+    showState(view.now, view);
+    const points = view.points;
+    draw("chart-watches", points, (point) => point.watches, (point) => point.upstream_watches, true);
+    draw("chart-events", points, (point) => point.events_out_per_s, (point) => point.events_in_per_s);
+    showTables(view);
+    showLimits(view);
+    before = view;
+    say("stamp", `as of ${new Date(view.at * 1000).toLocaleTimeString()}`);
+    document.body.dataset.ready = "yes";
+  } catch (error) {
+    say("state", "the proxy does not answer", "bad");
+    byId("stamp").textContent = String(error.message || error);
+  }
+  setTimeout(refresh, EVERY_MS);
+}
+
+refresh();
