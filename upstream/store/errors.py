@@ -37,6 +37,8 @@ DUPLICATE_KEY = Refusal(Status.INVALID_ARGUMENT, "etcdserver: duplicate key give
 INVALID_SORT_OPTION = Refusal(Status.INVALID_ARGUMENT, "etcdserver: invalid sort option")
 COMPACTED = Refusal(Status.OUT_OF_RANGE, "etcdserver: mvcc: required revision has been compacted")
 FUTURE_REVISION = Refusal(Status.OUT_OF_RANGE, "etcdserver: mvcc: required revision is a future revision")
+NO_SPACE = Refusal(Status.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded")
+CORRUPT = Refusal(Status.DATA_LOSS, "etcdserver: corrupt cluster")
 REQUEST_TOO_LARGE = Refusal(Status.INVALID_ARGUMENT, "etcdserver: request is too large")
 
 LEASE_NOT_FOUND = Refusal(Status.NOT_FOUND, "etcdserver: requested lease not found")

@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from proto.pb import rpc_pb2
 from upstream.store.calls import Traffic
 from upstream.store.maintenance_service import VERSION
 from upstream.store.state import StoreState
@@ -80,6 +81,10 @@ def make_application(state: StoreState, traffic: Traffic) -> web.Application:
     ProcessCollector(registry=registry)
 
     async def health(_request: web.Request) -> web.Response:
+        for kind in (rpc_pb2.AlarmType.NOSPACE, rpc_pb2.AlarmType.CORRUPT):
+            if state.alarms.is_raised(kind):
+                reason = f"ALARM {rpc_pb2.AlarmType.Name(kind)}"
+                return web.json_response({"health": "false", "reason": reason}, status=503)
         return web.json_response({"health": "true", "reason": ""})
 
     async def version(_request: web.Request) -> web.Response:

@@ -1,4 +1,4 @@
-"""The Maintenance service: status and hashes; what a store without raft, bolt and alarms cannot do says so."""
+"""The Maintenance service: status, hashes, alarms; what a store without raft and bolt cannot do says so."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import zlib
 
 import grpc
 
-from proto.framing import Status
 from proto.pb import rpc_pb2
 from upstream.store import errors
 from upstream.store.calls import Calls, service, unimplemented
-from upstream.store.errors import Refusal, StoreError
+from upstream.store.errors import StoreError
 from upstream.store.index import Record
 from upstream.store.state import RAFT_TERM, StoreState
 from upstream.store.txn import key_value
@@ -24,7 +23,6 @@ EMPTY_BYTES = 20 * 1024
 NO_SNAPSHOT = "the bundled store has no bolt database to send: copy its --data-dir, or read the keys with Range"
 NO_LEADER_TO_MOVE = "the bundled store is a single member: there is no other to lead"
 NO_DOWNGRADE = "the bundled store has no older version to go back to"
-NO_ALARMS = "the bundled store raises no alarms and takes none"
 
 
 class MaintenanceService:
@@ -61,15 +59,16 @@ class MaintenanceService:
             raftIndex=state.raft_index,
             raftAppliedIndex=state.raft_index,
             raftTerm=RAFT_TERM,
+            errors=state.alarms.texts(),
         )
         state.fill(response.header)
         return response
 
     async def alarm(self, request: rpc_pb2.AlarmRequest, _user: str | None) -> rpc_pb2.AlarmResponse:
-        """Answer Alarm: there are none to list or to end, and none can be raised."""
-        if request.action == rpc_pb2.AlarmRequest.ACTIVATE:
-            raise StoreError(Refusal(Status.UNIMPLEMENTED, NO_ALARMS))
+        """Answer Alarm."""
         response = rpc_pb2.AlarmResponse()
+        for member_id, kind in self._state.alarms.answer(request):
+            response.alarms.add(memberID=member_id, alarm=kind)
         self._state.fill(response.header)
         return response
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from proto.pb import rpc_pb2
 from upstream.store import errors
 from upstream.store import txn as requests
+from upstream.store.alarms import Alarms
 from upstream.store.auth import Auth
 from upstream.store.errors import StoreError
 from upstream.store.index import Record
@@ -60,6 +61,7 @@ class StoreState:
         "_random_id",
         "_recorder",
         "_unpublished",
+        "alarms",
         "auth",
         "head",
         "identity",
@@ -83,6 +85,7 @@ class StoreState:
         self.watchable = WatchableStore(self.mvcc)
         self.lessor = lessor or Lessor()
         self.auth = Auth()
+        self.alarms = Alarms()
         self.head = ResponseHead(identity.cluster_id, identity.member_id, RAFT_TERM)
         self.stats = CallStats()
         # What etcd would have in its raft log: it only has to grow with every write.
@@ -135,6 +138,7 @@ class StoreState:
         """Apply Put."""
         requests.check_put(request)
         self.auth.check_put(user, request, self.lessor.keys_of)
+        self.alarms.check(grows=True)
         requests.check_put_runs(self.mvcc, request, self.lessor.exists)
         txn = self.mvcc.write()
         response = requests.run_put(txn, request)
@@ -146,6 +150,7 @@ class StoreState:
         """Apply DeleteRange."""
         requests.check_delete_range(request)
         self.auth.check_delete_range(user, request)
+        self.alarms.check()
         txn = self.mvcc.write()
         response = requests.run_delete_range(txn, request)
         self._commit(txn)
@@ -156,6 +161,11 @@ class StoreState:
         """Apply Txn."""
         requests.check_txn(request)
         self.auth.check_txn(user, request, self.lessor.keys_of)
+        if self.alarms:
+            kinds = {op.WhichOneof("request") for op in (*request.success, *request.failure)}
+            # What only reads does not go through raft in etcd, where alarms are looked at.
+            if not kinds <= {"request_range"}:
+                self.alarms.check(grows="request_put" in kinds)
         branch = requests.decide(self.mvcc, request)
         requests.check_branch(self.mvcc, branch, self.lessor.exists)
         self.stats.txns += 1
@@ -168,6 +178,7 @@ class StoreState:
     def compact(self, request: rpc_pb2.CompactionRequest, user: str | None = None) -> rpc_pb2.CompactionResponse:
         """Apply Compact; the physical part is left to `mvcc.compact_step`."""
         self.auth.check_admin(user)
+        self.alarms.check()
         self.mvcc.compact(request.revision)
         self._recorder.compacted(request.revision)
         self.raft_index += 1
@@ -183,6 +194,7 @@ class StoreState:
         """Apply LeaseGrant; without an id one is made up. Any user may, but not nobody."""
         if self.auth.enabled and user is None:
             raise StoreError(errors.USER_EMPTY)
+        self.alarms.check(grows=True)
         lease_id = request.ID
         while not lease_id:
             lease_id = self._random_id()
@@ -198,6 +210,7 @@ class StoreState:
         """Apply LeaseRevoke: the lease's keys are deleted in one revision."""
         for key in self.lessor.keys_of(lease_id):
             self.auth.check(user, key, write=True)
+        self.alarms.check()
         return self._revoke(lease_id)
 
     def _revoke(self, lease_id: int) -> rpc_pb2.LeaseRevokeResponse:

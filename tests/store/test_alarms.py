@@ -1,0 +1,62 @@
+"""Alarms: the same calls to a real etcd and to the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import grpc
+from google.protobuf.message import Message
+
+from proto.pb import rpc_pb2, rpc_pb2_grpc
+from tests.etcd.binaries import current
+from tests.etcd.server import EtcdServer
+from tests.store.both import Answer, Client, comparable, refused
+from tests.store.running import RunningStore
+
+GET, ACTIVATE, DEACTIVATE = rpc_pb2.AlarmRequest.GET, rpc_pb2.AlarmRequest.ACTIVATE, rpc_pb2.AlarmRequest.DEACTIVATE
+NONE, NOSPACE, CORRUPT = rpc_pb2.NONE, rpc_pb2.NOSPACE, rpc_pb2.CORRUPT
+DATA = (
+    rpc_pb2.PutRequest(key=b"a"),
+    rpc_pb2.RangeRequest(key=b"a"),
+    rpc_pb2.DeleteRangeRequest(key=b"a"),
+    rpc_pb2.TxnRequest(success=[rpc_pb2.RequestOp(request_put=rpc_pb2.PutRequest(key=b"b"))]),
+    rpc_pb2.TxnRequest(success=[rpc_pb2.RequestOp(request_range=rpc_pb2.RangeRequest(key=b"b"))]),
+    rpc_pb2.LeaseGrantRequest(ID=7, TTL=1000),
+    rpc_pb2.LeaseRevokeRequest(ID=7),
+)
+
+
+def tell(endpoint: str) -> list[Answer]:
+    client = Client(endpoint)
+    maintenance = rpc_pb2_grpc.MaintenanceStub(client.channel)
+    answers: list[Answer] = []
+
+    def ask(method: Callable[..., Message], request: Message) -> None:
+        try:
+            answers.append(comparable(method(request, timeout=10)))
+        except grpc.RpcError as error:
+            answers.append(refused(error))
+
+    for action, member_id, kind in (
+        (GET, 0, NONE),
+        (ACTIVATE, 0, NONE),
+        (ACTIVATE, 5, NOSPACE),
+        (ACTIVATE, 5, NOSPACE),
+        (GET, 0, CORRUPT),
+        (GET, 0, NONE),
+        (DEACTIVATE, 6, NOSPACE),
+        (DEACTIVATE, 5, NOSPACE),
+        (ACTIVATE, 5, CORRUPT),
+        (DEACTIVATE, 5, CORRUPT),
+    ):
+        ask(maintenance.Alarm, rpc_pb2.AlarmRequest(action=action, memberID=member_id, alarm=kind))
+        answers.extend(comparable(client.ask(request)) for request in DATA)
+        status = maintenance.Status(rpc_pb2.StatusRequest(), timeout=10)
+        answers.append(rpc_pb2.StatusResponse(errors=status.errors))
+    client.close()
+    return answers
+
+
+def test_the_same_answers() -> None:
+    with EtcdServer(current()) as etcd, RunningStore() as store:
+        assert tell(store.endpoint) == tell(etcd.endpoint)

@@ -1,0 +1,64 @@
+"""
+Alarms: what an operator raises to stop writes, and ends again.
+
+etcd raises them by itself too, when its quota is used up or its data differ between members; this store has no quota
+and no other members, so an alarm here is always somebody's wish. Source: etcd server/etcdserver/api/v3alarm and
+apply/{capped,corrupt}.go. They are not kept over a restart.
+"""
+
+from __future__ import annotations
+
+from proto.pb import rpc_pb2
+from upstream.store import errors
+from upstream.store.errors import StoreError
+
+_Type = rpc_pb2.AlarmType
+Alarm = tuple[int, "rpc_pb2.AlarmType.ValueType"]
+"""(member id as asked for, what)"""
+
+
+class Alarms:
+    """The alarms that are raised."""
+
+    __slots__ = ("_raised",)
+
+    def __init__(self) -> None:
+        self._raised: dict[Alarm, None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._raised)
+
+    def answer(self, request: rpc_pb2.AlarmRequest) -> list[Alarm]:
+        """Raise, end or list alarms; return those concerned."""
+        alarm = (request.memberID, request.alarm)
+        if request.action == rpc_pb2.AlarmRequest.GET:
+            return [one for one in self._raised if request.alarm in (_Type.NONE, one[1])]
+        if request.alarm == _Type.NONE:
+            return []
+        if request.action == rpc_pb2.AlarmRequest.ACTIVATE:
+            self._raised[alarm] = None
+            return [alarm]
+        if alarm not in self._raised:
+            return []
+        del self._raised[alarm]
+        return [alarm]
+
+    def is_raised(self, kind: rpc_pb2.AlarmType.ValueType) -> bool:
+        """Tell whether any member has this alarm."""
+        return any(raised == kind for _, raised in self._raised)
+
+    def check(self, *, grows: bool = False) -> None:
+        """Refuse every write under CORRUPT, and those that let data grow under NOSPACE. Raises StoreError."""
+        if not self._raised:
+            return
+        if self.is_raised(_Type.CORRUPT):
+            raise StoreError(errors.CORRUPT)
+        if grows and self.is_raised(_Type.NOSPACE):
+            raise StoreError(errors.NO_SPACE)
+
+    def texts(self) -> list[str]:
+        """Return the alarms as Maintenance.Status lists them."""
+        return [
+            (f"memberID:{member_id} " if member_id else "") + f"alarm:{_Type.Name(kind)} "
+            for member_id, kind in self._raised
+        ]
