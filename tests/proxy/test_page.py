@@ -1,0 +1,127 @@
+"""The status page in a real browser: what a person sees of a proxy at work, wide and narrow, light and dark."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from proto.pb import rpc_pb2, rpc_pb2_grpc
+from tests import browser
+from tests.browser import Browser
+from tests.etcd.server import EtcdServer
+from tests.proxy_process import ProxyProcess
+from tests.waiting import until
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
+
+NASTY = b"/app/<img src=x onerror=document.title='broken'>/"
+LOOKS = {"wide": (1200, 900, False), "dark": (1200, 900, True), "phone": (400, 860, False)}
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    browser.install()
+    with Browser() as started:
+        yield started
+
+
+def watch(channel: grpc.Channel, keys: list[bytes]) -> Any:
+    """Open one stream with a watch for each key as a prefix."""
+    requests = [
+        rpc_pb2.WatchRequest(create_request=rpc_pb2.WatchCreateRequest(key=key, range_end=key[:-1] + b"0"))
+        for key in keys
+    ]
+    answers = rpc_pb2_grpc.WatchStub(channel).Watch(iter(requests))
+    for _ in keys:
+        assert next(answers).created
+    return answers
+
+
+@pytest.fixture
+def busy(etcd: EtcdServer) -> Iterator[ProxyProcess]:
+    """A proxy with 30 watches over 3 ranges, after a few writes."""
+    with ProxyProcess(f"{etcd.endpoint},127.0.0.1:1") as proxy, contextlib.ExitStack() as stack:
+        channel = stack.enter_context(grpc.insecure_channel(proxy.endpoint))
+        grpc.channel_ready_future(channel).result(20)
+        streams = [watch(channel, [b"/app/a/", b"/app/b/", NASTY]) for _ in range(10)]
+        for number in range(5):
+            etcd.ctl("put", "/app/a/x", str(number))
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(next, streams))
+        yield proxy
+
+
+def shown(chromium: Browser, proxy: ProxyProcess) -> None:
+    chromium.open(f"http://127.0.0.1:{proxy.metrics_port}/")
+    until(lambda: chromium.run("return document.body.dataset.ready") == "yes", "the page to have its numbers", 20)
+
+
+def test_it_shows_what_the_proxy_does(chromium: Browser, busy: ProxyProcess) -> None:
+    shown(chromium, busy)
+    assert chromium.text("#state") == "serving"
+    assert chromium.text("#reduction") == "10\u00d7"
+    assert chromium.text("#watches") == "30"
+    assert chromium.text("#upstream") == "3"
+    trunks = chromium.text("#trunks")
+    assert "/app/a/*" in trunks
+    assert NASTY.decode() in trunks, "a key is text"
+    endpoints = chromium.text("#endpoints")
+    assert "watches and calls" in endpoints
+    assert "connection refused" in endpoints
+    assert "nobody is behind" in chromium.text("#sessions")
+    until(lambda: chromium.text("#out").endswith("/s"), "rates")
+    assert chromium.complaints() == []
+    assert "broken" not in chromium.run("return document.title")
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_it_fits_and_can_be_read(look: str, chromium: Browser, busy: ProxyProcess, tmp_path: Path) -> None:
+    width, height, dark = LOOKS[look]
+    chromium.look(width, height, dark=dark)
+    shown(chromium, busy)
+    assert chromium.run("return document.documentElement.scrollWidth") <= width
+    ink, paper = (
+        sum(map(int, chromium.run(f"return getComputedStyle(document.body).{name}.match(/\\d+/g).slice(0, 3)")))
+        for name in ("color", "backgroundColor")
+    )
+    assert (ink > paper) == dark
+    assert abs(ink - paper) > 400
+    sizes = "return [...document.querySelectorAll('td,th,p,figcaption')].map(e => getComputedStyle(e).fontSize)"
+    assert all(float(size.removesuffix("px")) >= 12 for size in chromium.run(sizes))
+    chromium.picture(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_a_chart_draws_the_past(chromium: Browser, busy: ProxyProcess) -> None:
+    shown(chromium, busy)
+
+    def points() -> int:
+        with urllib.request.urlopen(f"http://127.0.0.1:{busy.metrics_port}/v1/overview", timeout=5) as answer:
+            return len(json.loads(answer.read())["points"])
+
+    until(lambda: points() >= 2, "two steps of the past", 40)
+    count = "return document.querySelectorAll('#chart-watches path.line').length"
+    until(lambda: chromium.run(count) == 2, "two lines")
+
+
+def test_it_says_so_when_the_proxy_is_gone(chromium: Browser, busy: ProxyProcess) -> None:
+    shown(chromium, busy)
+    busy.kill()
+    until(lambda: chromium.text("#state") == "the proxy does not answer", "the page to notice", 20)
+    busy.start()
+    until(lambda: chromium.text("#state") == "serving", "the page to come back", 20)
+
+
+def test_nothing_is_asked_of_anybody_else(chromium: Browser, busy: ProxyProcess) -> None:
+    shown(chromium, busy)
+    names = chromium.run("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert names
+    assert all(name.startswith(f"http://127.0.0.1:{busy.metrics_port}/") for name in names)
