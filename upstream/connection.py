@@ -478,17 +478,17 @@ async def connect(
     settings = settings or ConnectionSettings()
     loop = asyncio.get_running_loop()
     secure = endpoint.uses_tls(tls is not None)
-    if secure and tls is None:
-        from upstream.tls import client_context
-
-        tls = client_context()
     made: list[ClientConnection] = []
 
     def factory() -> ClientConnection:
         made.append(ClientConnection(endpoint, secure, settings, loop, on_closed))
         return made[-1]
 
-    context = tls if secure else None
+    context: ssl.SSLContext | None = None
+    if secure:
+        from upstream.tls import client_context, newest
+
+        context = client_context() if tls is None else newest(tls)
     server_hostname = endpoint.host if secure else None
     try:
         async with asyncio.timeout(settings.connect_timeout_s):

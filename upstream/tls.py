@@ -2,27 +2,77 @@
 TLS contexts from certificate files, with errors that name the file and what is wrong with it.
 
 HTTP/2 over TLS needs ALPN `h2` and TLS 1.2 (RFC 9113 3.2, 9.2); both ends of the proxy get their contexts here.
+Certificates are renewed every few weeks or hours, so a context made here knows its files: `newest` reads them again
+when they have changed, which takes a stat of each, and keeps what it had when the new ones cannot be used.
 """
 
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 from upstream.errors import BadTls
 
+TLS_VERSIONS: Final = {"TLS1.2": ssl.TLSVersion.TLSv1_2, "TLS1.3": ssl.TLSVersion.TLSv1_3}
+"""Minimum versions by etcd's names for them (--tls-min-version)."""
+
+_HTTP2: Final = ("h2",)
+_ANY_HTTP: Final = ("h2", "http/1.1")
+
+
+class FileContext(ssl.SSLContext):
+    """A context that was made from files and can be made again from them."""
+
+    # Makes it again, for the protocols given (ALPN). Raises BadTls.
+    make: Callable[[Sequence[str]], FileContext]
+    protocols: Sequence[str]
+    files: tuple[str, ...]
+    # What the files were when they were last looked at.
+    stamps: tuple[object, ...]
+    # The one made of renewed files, once there was one.
+    latest: FileContext | None
+
+    def newest(self, tell: Callable[[BadTls], None] | None = None) -> FileContext:
+        """Return the context of the files as they are now; `tell` hears, once, why renewed ones cannot be used."""
+        stamps = _stamps(self.files)
+        if stamps != self.stamps:
+            self.stamps = stamps
+            try:
+                self.latest = self.make(self.protocols)
+            except BadTls as problem:
+                if tell is not None:
+                    tell(problem)
+        return self.latest or self
+
+    def speaking(self, protocols: Sequence[str]) -> FileContext:
+        """Return a context of the same files for other protocols. Raises BadTls."""
+        return self.make(protocols)
+
+
+def newest(context: ssl.SSLContext, tell: Callable[[BadTls], None] | None = None) -> ssl.SSLContext:
+    """Return `context`, or what its files, which were renewed since, make now."""
+    return context.newest(tell) if isinstance(context, FileContext) else context
+
 
 def client_context(
-    cert: str | None = None, key: str | None = None, cacert: str | None = None, insecure_skip_verify: bool = False
-) -> ssl.SSLContext:
+    cert: str | None = None,
+    key: str | None = None,
+    cacert: str | None = None,
+    insecure_skip_verify: bool = False,
+    protocols: Sequence[str] = _HTTP2,
+) -> FileContext:
     """
     Return the context for connections to an etcd; the names are those of etcdctl's flags.
 
-    Without `cacert` the system's authorities are trusted. `insecure_skip_verify` trusts whoever answers. Raises
-    BadTls.
+    Without `cacert` the system's authorities are trusted. `insecure_skip_verify` trusts whoever answers. `protocols`
+    are offered by ALPN. Raises BadTls.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    _harden(context)
+    context = FileContext(ssl.PROTOCOL_TLS_CLIENT)
+    make = partial(client_context, cert, key, cacert, insecure_skip_verify)
+    _remember(context, (cert, key, cacert), make, protocols)
     if insecure_skip_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -32,20 +82,29 @@ def client_context(
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     if cert or key:
         _load_pair(context, cert, key)
+        _check_in_use(str(cert), str(key), ssl.PROTOCOL_TLS_CLIENT)
     return context
 
 
 def server_context(
-    cert: str, key: str, trusted_ca: str | None = None, client_cert_auth: bool = False
-) -> ssl.SSLContext:
+    cert: str,
+    key: str,
+    trusted_ca: str | None = None,
+    client_cert_auth: bool = False,
+    min_version: str = "TLS1.2",
+    protocols: Sequence[str] = _ANY_HTTP,
+) -> FileContext:
     """
     Return the context for a listener. With `trusted_ca` or `client_cert_auth` clients have to show a certificate.
 
-    Raises BadTls.
+    `min_version` is one of TLS_VERSIONS. Raises BadTls.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    _harden(context)
+    context = FileContext(ssl.PROTOCOL_TLS_SERVER)
+    make = partial(server_context, cert, key, trusted_ca, client_cert_auth, min_version)
+    _remember(context, (cert, key, trusted_ca), make, protocols)
+    context.minimum_version = TLS_VERSIONS[min_version]
     _load_pair(context, cert, key)
+    _check_in_use(cert, key, ssl.PROTOCOL_TLS_SERVER)
     if trusted_ca:
         _load_authorities(context, trusted_ca)
         context.verify_mode = ssl.CERT_REQUIRED
@@ -55,11 +114,65 @@ def server_context(
     return context
 
 
-def _harden(context: ssl.SSLContext) -> None:
+def _remember(
+    context: FileContext,
+    files: Sequence[str | None],
+    make: Callable[[Sequence[str]], FileContext] | partial[FileContext],
+    protocols: Sequence[str],
+) -> None:
+    """Set up what all contexts have in common."""
+    context.files = tuple(file for file in files if file)
+    # Before they are read: what changes while they are will be read again.
+    context.stamps = _stamps(context.files)
+    context.make = lambda protocols: make(protocols=protocols)  # type: ignore[call-arg]  # a partial of one above
+    context.protocols = protocols
+    context.latest = None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["h2"])
+    context.set_alpn_protocols(list(protocols))
     # Compression is off by default everywhere; RFC 9113 9.2.1 forbids it.
     context.options |= ssl.OP_NO_COMPRESSION
+    # A client could ask for key exchange after key exchange; HTTP/2 forbids it anyway (RFC 9113 9.2.1).
+    context.options |= ssl.OP_NO_RENEGOTIATION
+
+
+def _stamps(files: Sequence[str]) -> tuple[object, ...]:
+    stamps: list[object] = []
+    for file in files:
+        try:
+            found = Path(file).stat()
+        except OSError as error:
+            stamps.append(error.errno)
+        else:
+            stamps.append((found.st_mtime_ns, found.st_size, found.st_ino))
+    return tuple(stamps)
+
+
+def _check_in_use(cert: str, key: str, protocol: int) -> None:
+    """
+    Shake hands with ourselves, so that a certificate nobody would accept is known before anybody is refused.
+
+    Finds certificates that are expired, not yet valid, or for the other side only. Who signed them is the peers'
+    concern. Raises BadTls.
+    """
+    ours, theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    verifier = ours if protocol == ssl.PROTOCOL_TLS_SERVER else theirs
+    ours.check_hostname = False
+    ours.verify_mode = ssl.CERT_NONE
+    for context in (ours, theirs):
+        context.load_cert_chain(cert, key, password=_no_password)
+    verifier.verify_mode = ssl.CERT_REQUIRED
+    verifier.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    verifier.load_verify_locations(cafile=cert)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = (ours.wrap_bio(back, there), theirs.wrap_bio(there, back, server_side=True))
+    for _ in range(3):
+        for end in ends:
+            try:
+                end.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLCertVerificationError as error:
+                raise BadTls(cert, f"nobody would accept it ({error.verify_message})", "renew it") from None
 
 
 def _load_authorities(context: ssl.SSLContext, path: str) -> None:
