@@ -305,8 +305,8 @@ class SimSession:
 
     # what the client reads
 
-    def read(self, revision: int) -> None:
-        """Take one message; `revision` is the store's now."""
+    def read(self, revision: int, compact_revision: int) -> None:
+        """Take one message; the store is at `revision` now, compacted at `compact_revision`."""
         message = self.outbox.popleft()
         self.outbox_bytes -= len(message)
         if message[0] or int.from_bytes(message[1:5], "big") != len(message) - 5:
@@ -321,7 +321,7 @@ class SimSession:
         elif response.canceled:
             self._canceled(response)
         elif response.events:
-            self._events(response, len(message))
+            self._events(response, len(message), compact_revision)
         else:
             self._bookmark(response)
 
@@ -384,13 +384,18 @@ class SimSession:
             else:
                 watch.got_canceled(response.compact_revision, reason)
 
-    def _events(self, response: rpc_pb2.WatchResponse, size: int) -> None:
+    def _events(self, response: rpc_pb2.WatchResponse, size: int, compact_revision: int) -> None:
         watch = self.announced.get(response.watch_id)
         if watch is None:
             raise SimulationFailure(f"{_short(response)}: no such watch")
         if response.fragment and not watch.spec.fragment:
             raise SimulationFailure(f"{_short(response)}: a fragment for a watch that did not ask for them")
         changes = [decode_change(event) for event in response.events]
+        for change in changes if watch.spec.prev_kv else ():
+            # The checkers excuse what any compaction may have taken; this one knows which have been.
+            overwrites = change.kind == DELETE or change.version > 1
+            if change.prev is None and overwrites and change.mod_revision > compact_revision:
+                raise SimulationFailure(f"{change} without the value before it")
         if size > self.response_bytes_max + _ENVELOPE_BYTES and changes[0].mod_revision != changes[-1].mod_revision:
             raise SimulationFailure(f"a joined response of {size} bytes, the limit is {self.response_bytes_max}")
         watch.got_events(response.header.revision, changes, response.fragment)

@@ -144,8 +144,8 @@ class ServerStream:
             self._offer(Queued(watch_id, self.member.revision))
 
     def cancel_with(self, watch_id: int, reason: str) -> None:
-        """Cancel a watch from the server's side."""
-        watcher = self.watchers.pop(watch_id, None)
+        """Cancel a watch from the server's side; it silences progress until it has been told."""
+        watcher = self.watchers.get(watch_id)
         if watcher is not None:
             self.member.remove(watcher)
             header = self._header(self.member.revision)
@@ -184,6 +184,7 @@ class ServerStream:
                 for queued in self._pending.pop(response.watch_id, []):
                     self._send(queued, rng)
             elif response.canceled and response.watch_id != -1:
+                self.watchers.pop(response.watch_id, None)
                 self._announced.discard(response.watch_id)
                 self._fragments.discard(response.watch_id)
                 self._prev_kv.discard(response.watch_id)

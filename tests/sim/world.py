@@ -317,7 +317,7 @@ class World:
         if session is None:
             return
         while count > 0 and session.outbox:
-            session.read(self.store.revision)
+            session.read(self.store.revision, self.store.compact_revision)
             count -= 1
         if session.ended is not None:
             if not session.outbox:

@@ -1,0 +1,84 @@
+"""The core under simulation: many seeds without a finding, and deliberate bugs that are all found.
+
+A failure prints its seed and the few steps it takes. `python -m tests.sim --seed N --steps` shows what happened.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+import coalesce as real_core
+from tests.sim.mutant_table import MUTANTS
+from tests.sim.mutants import Mutant, load
+from tests.sim.runner import Outcome, faults, report, run, run_many, shrink, steps_of
+
+SEEDS = 1000
+BLOCK = 100
+# Every mutant is caught well before; the seeds are the same each time, so this is no matter of luck.
+MUTANT_SEEDS_MAX = 200
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, BLOCK))
+def test_nothing_is_found(first: int) -> None:
+    """Runs in which everything goes wrong that can: no guarantee is broken, nothing hangs, nothing leaks."""
+    found: list[Outcome] = []
+    counts = run_many(range(first, first + BLOCK), on_failure=found.append)
+    assert counts["runs"] == BLOCK
+    assert not found, report(shrink(found[0]))
+
+
+def test_the_runs_go_where_it_hurts() -> None:
+    """Every fault happens, and so do stalls, handed back deliveries, backfills, pauses and ended sessions."""
+    counts: Counter[str] = run_many(range(150))
+    assert all(number > 5 for number in faults(counts).values()), faults(counts)
+    for what in ("stalls", "returned", "backfills", "pauses", "ended sessions", "reads"):
+        assert counts[what] > 10, (what, counts[what])
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
+def test_a_deliberate_bug_is_found(mutant: Mutant) -> None:
+    core = load(mutant)
+    assert any(run(seed, core=core).failure for seed in range(MUTANT_SEEDS_MAX)), f"missed: {mutant}"
+
+
+def test_a_mutant_leaves_the_real_core_alone() -> None:
+    mutant = load(MUTANTS[0])
+    assert mutant.Coalescer is not real_core.Coalescer
+    assert __import__("coalesce") is real_core
+    assert __import__("coalesce.core").core.Coalescer is real_core.Coalescer
+
+
+def test_a_mutant_whose_line_is_gone_is_an_error() -> None:
+    with pytest.raises(LookupError, match=r"occurs 0 times in coalesce\.core"):
+        load(Mutant("gone", "core", "no such line", ""))
+
+
+def test_a_seed_is_the_same_run_each_time() -> None:
+    def trace(seed: int) -> list[str]:
+        lines: list[str] = []
+        outcome = run(seed, trace=lines.append)
+        # Sessions and requests are told by their addresses.
+        kept = [line for line in lines if "session" not in line and " at 0x" not in line]
+        return [*kept, str(sorted(outcome.counts.items()))]
+
+    assert trace(11) == trace(11)
+    assert trace(11) != trace(12)
+
+
+def test_any_part_of_a_run_is_a_run() -> None:
+    for seed in range(20):
+        steps = steps_of(seed)
+        for part in (steps[::2], steps[1::2], steps[len(steps) // 2 :], []):
+            outcome = run(seed, part)
+            assert not outcome.failure, report(outcome)
+
+
+def test_a_failure_is_shrunk_to_a_few_steps() -> None:
+    core = load(MUTANTS[0])
+    outcome = next(outcome for seed in range(50) if (outcome := run(seed, core=core)).failure)
+    small = shrink(outcome, core)
+    assert small.failure
+    assert len(small.steps) < len(outcome.steps) / 3
+    assert f"seed {outcome.seed}" in report(small)
