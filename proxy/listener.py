@@ -12,10 +12,9 @@ connections costs twenty writes. Everything here runs on the event loop's thread
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from proto.framing import Status
 from proto.http2 import (
@@ -36,6 +35,11 @@ from proto.http2 import (
 from proxy import logs
 from proxy.calls import Carrier, Handler, HandlerFactory, Headers, Refusal, refuse
 
+if TYPE_CHECKING:
+    import ssl
+
+    from proxy.handshake import Handshake
+
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 """The first bytes of every HTTP/2 client (RFC 9113 3.4)."""
 
@@ -44,6 +48,9 @@ DRAIN_PING = b"draining"
 
 SWEEP_S_MAX = 2.5
 """How often silent connections are looked for, at least."""
+
+BACKLOG = 1024
+"""Connections the kernel holds until they are accepted: a thousand clients that come back at once."""
 
 CLOSE_GRACE_S = 5.0
 """How long a connection that is to be closed may take to fetch what is still written for it."""
@@ -101,6 +108,9 @@ class ListenerStats:
     failed: int = 0
     """Ended by an error of the peer's making."""
 
+    handshakes_failed: int = 0
+    """TLS handshakes that came to nothing, or took too long."""
+
     timed_out: int = 0
     """Said nothing, did not acknowledge SETTINGS or did not answer a ping."""
 
@@ -121,6 +131,8 @@ class Listener:
         """Who gets the connections that are not HTTP/2; None: they are closed."""
         self.stats = ListenerStats()
         self.connections: set[ServerConnection] = set()
+        self.handshakes: set[Handshake] = set()
+        """Connections whose TLS handshake is not over."""
         self.draining = False
         self.flushed: Callable[[], None] | None = None
         """Called after each turn's writes; None: by nobody."""
@@ -130,12 +142,34 @@ class Listener:
         self._sweeper: asyncio.TimerHandle | None = None
         self._all_gone: asyncio.Event = asyncio.Event()
 
-    async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
-        """Listen at host:port (0: any free one), with TLS when a context is given. Raises OSError."""
+    async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, path: str = "") -> None:
+        """Listen at host:port (0: any free one) or on the unix socket `path`, with TLS when a context is given.
+
+        Raises OSError.
+        """
         self._loop = asyncio.get_running_loop()
-        self._server = await self._loop.create_server(lambda: ServerConnection(self), host, port, ssl=tls, backlog=1024)
-        self._port = int(self._server.sockets[0].getsockname()[1])
+
+        def connection() -> asyncio.Protocol:
+            return ServerConnection(self)
+
+        def handshake() -> asyncio.Protocol:
+            from proxy.handshake import Handshake  # loads ssl, which a proxy without TLS does not need
+
+            assert tls is not None
+            return Handshake(self, tls, connection)
+
+        factory = connection if tls is None else handshake
+        if path:
+            self._server = await self._loop.create_unix_server(factory, path, backlog=BACKLOG)
+        else:
+            self._server = await self._loop.create_server(factory, host, port, backlog=BACKLOG)
+            self._port = int(self._server.sockets[0].getsockname()[1])
         self._sweep()
+
+    @property
+    def is_full(self) -> bool:
+        """One connection more than there are would be one too many."""
+        return len(self.connections) + len(self.handshakes) >= self.settings.connections_max
 
     @property
     def port(self) -> int:
@@ -228,6 +262,8 @@ class Listener:
         self.stop_accepting()
         if self._sweeper is not None:
             self._sweeper.cancel()
+        for handshake in tuple(self.handshakes):
+            handshake.abort()
         for connection in tuple(self.connections):
             connection.abort()
         await self.wait_gone(CLOSE_GRACE_S)
@@ -284,8 +320,9 @@ class ServerConnection(asyncio.Protocol):
         self._transport.set_write_buffer_limits(high=listener.settings.write_buffer_bytes)
         self._opened_at = self._heard_at = self._idle_since = listener.now()
         self.peer = _address(transport.get_extra_info("peername"))
+        full = listener.is_full
         listener.opened(self)
-        if len(listener.connections) > listener.settings.connections_max or listener.draining:
+        if full or listener.draining:
             listener.stats.refused += 1
             self._opening = None
             self.h2.start()
