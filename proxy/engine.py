@@ -43,6 +43,9 @@ from proxy import logs
 from proxy.reads import NO_RIGHT, Asked, Reader
 from upstream.watch_state import OpenedWatch
 
+BULKY_BYTES = 8 * 1024
+"""From this size on a payload is not copied for each of the streams that it goes to."""
+
 log = logs.logger("engine")
 
 
@@ -274,6 +277,7 @@ class Engine:
         watches = effect.watches
         sent = 0
         size = 0
+        bulky = False
         messages: Sequence[bytes] = ()
         watch_id: int | None = None
         for watch in watches:
@@ -290,7 +294,10 @@ class Engine:
                 watch_id = watch.watch_id
                 messages = messages_of(watch_id)
                 size = sum(map(len, messages))
+                bulky = size > BULKY_BYTES
             sent += size
+            if bulky:
+                connection.bulky = True
             if not connection.h2.send(outlet.stream, messages, size):
                 outlet.stalled = True
                 self.stats.stalls += 1

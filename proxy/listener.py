@@ -12,6 +12,7 @@ connections costs twenty writes. Everything here runs on the event loop's thread
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
@@ -88,7 +89,11 @@ class ListenerSettings:
     """A connection without streams is sent away after so long. None: never; clients keep theirs for the next call."""
 
     write_buffer_bytes: int = 256 * 1024
-    """Bytes the transport holds beyond the kernel's buffer before its streams stall."""
+    """Bytes the transport holds beyond the kernel's buffer before its streams stall; also the size of one write where
+    there is more to write, so that bytes which many streams share are not copied for each."""
+
+    unread_bytes_max: int = 1024 * 1024
+    """Bytes of control frames and trailers kept for a client that reads nothing; beyond it is not read from either."""
 
     drain_ping_s: float = 1.0
     """How long the second GOAWAY waits for the client to have seen the first (RFC 9113 6.8)."""
@@ -195,7 +200,12 @@ class Listener:
         dirty = self._dirty
         self._dirty = []
         for connection in dirty:
-            connection.flush()
+            try:
+                connection.flush()
+            except Exception:
+                # Whatever it is: the others' bytes still have to go out.
+                log.exception("writing failed; the connection is dropped", peer=connection.peer)
+                connection.abort()
         if self.flushed is not None:
             self.flushed()
 
@@ -281,14 +291,19 @@ class ServerConnection(asyncio.Protocol):
     """One client's connection. It is the `Carrier` of the handlers of its streams."""
 
     __slots__ = (
+        "_blocked",
         "_closing_since",
+        "_deaf",
         "_heard_at",
         "_idle_since",
         "_listener",
         "_opened_at",
         "_opening",
         "_pinged_at",
+        "_rest",
         "_transport",
+        "_unread_bytes",
+        "bulky",
         "dirty",
         "h2",
         "peer",
@@ -299,6 +314,8 @@ class ServerConnection(asyncio.Protocol):
         self.h2 = Connection(Role.SERVER, listener.settings.http2)
         self.dirty = False
         """It waits to be flushed at the end of this turn."""
+        self.bulky = False
+        """What is queued may be large: it is written in parts, without joining all of it first."""
         self.sessions = 0
         """Watch sessions it carries; the Watch service counts them here."""
         self.peer = ""
@@ -310,6 +327,14 @@ class ServerConnection(asyncio.Protocol):
         self._opened_at = self._heard_at = self._idle_since = 0.0
         self._pinged_at: float | None = None
         self._closing_since: float | None = None
+        self._blocked = False
+        """The transport takes no more for now."""
+        self._rest: deque[bytes] = deque()
+        """Output that the transport has not been given yet, because it was blocked."""
+        self._unread_bytes = 0
+        """What was added to it while it was blocked, which is no DATA."""
+        self._deaf = False
+        """The client is not read, because it does not read either."""
 
     # asyncio calls
 
@@ -344,10 +369,22 @@ class ServerConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Stall the streams: the client does not take what is written."""
+        self._blocked = True
         self.h2.pause()
 
     def resume_writing(self) -> None:
-        """Let the streams go on."""
+        """Write what waits here, then let the streams go on."""
+        self._blocked = False
+        self._write_rest()
+        if self._blocked:
+            return
+        if self._closing_since is not None:
+            self._close()
+            return
+        self._unread_bytes = 0
+        if self._deaf and self._transport is not None and not self._transport.is_closing():
+            self._deaf = False
+            self._transport.resume_reading()
         self._handle(self.h2.resume())
         self.touch()
 
@@ -359,6 +396,7 @@ class ServerConnection(asyncio.Protocol):
         """Tell every handler that its stream is gone."""
         del exc
         self._transport = None
+        self._rest.clear()
         self._closing_since = self._listener.now()
         self._drop_streams()
         self._listener.gone(self)
@@ -372,18 +410,20 @@ class ServerConnection(asyncio.Protocol):
             self._listener.soon(self)
 
     def flush(self) -> None:
-        """Write what is queued, in one write."""
+        """Write what is queued: in one write, unless it is much."""
         self.dirty = False
         pieces = self.h2.output()
         transport = self._transport
-        if transport is None:
+        if transport is None or transport.is_closing():
             return
-        if pieces:
-            data = b"".join(pieces)
-            stats = self._listener.stats
-            stats.writes += 1
-            stats.written_bytes += len(data)
-            transport.write(data)
+        if self._blocked:
+            self._hold(pieces)
+        elif self.bulky:
+            self.bulky = False
+            self._rest.extend(pieces)
+            self._write_rest()
+        elif pieces:
+            self._write(b"".join(pieces))
         if self.h2.closed:
             self._close()
 
@@ -471,6 +511,34 @@ class ServerConnection(asyncio.Protocol):
                 log.exception("a handler failed; its stream is reset", peer=self.peer)
                 self._give_up(getattr(event, "stream", None))
 
+    def _write(self, data: bytes) -> None:
+        stats = self._listener.stats
+        stats.writes += 1
+        stats.written_bytes += len(data)
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def _write_rest(self) -> None:
+        """Write what waits, part by part, until the transport is blocked (which it says from inside of the write)."""
+        rest = self._rest
+        part_bytes = self._listener.settings.write_buffer_bytes
+        while rest and not self._blocked and self._transport is not None and not self._transport.is_closing():
+            part = []
+            size = 0
+            while rest and size <= part_bytes:
+                part.append(rest.popleft())
+                size += len(part[-1])
+            self._write(b"".join(part))
+
+    def _hold(self, pieces: list[bytes]) -> None:
+        """Keep the output of a blocked connection; too much of it, and the client is not heard until it reads."""
+        self._rest.extend(pieces)
+        self._unread_bytes += sum(map(len, pieces))
+        if self._unread_bytes > self._listener.settings.unread_bytes_max and not self._deaf:
+            self._deaf = True
+            if self._transport is not None:
+                self._transport.pause_reading()
+
     def _data(self, event: DataReceived) -> None:
         owner = event.stream.owner
         if owner is None:
@@ -512,11 +580,12 @@ class ServerConnection(asyncio.Protocol):
                 owner.closed(None)
 
     def _close(self) -> None:
+        """Close as soon as everything is given to the transport; `sweep` sees to it that this does not last."""
         if self._closing_since is None:
             self._closing_since = self._listener.now()
             self._drop_streams()
-            if self._transport is not None:
-                self._transport.close()
+        if self._transport is not None and not self._rest:
+            self._transport.close()
 
     def _time_out(self, code: ErrorCode | None = None) -> None:
         self._listener.stats.timed_out += 1

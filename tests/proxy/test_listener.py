@@ -296,6 +296,86 @@ def test_a_preface_in_single_bytes() -> None:
     run(scenario())
 
 
+def test_much_to_write_is_not_joined_for_each_stream() -> None:
+    async def scenario() -> None:
+        async with rig_of() as rig, await rig.connect() as client:
+            calls = [client.call(ECHO) for _ in range(40)]
+            for call in calls:
+                call.send(b"x")
+                await call.next()
+            assert client.transport is not None
+            client.transport.pause_reading()
+            connection = next(iter(rig.listener.connections))
+            connection.bulky = True
+            message = frame(b"y" * 1_000_000)
+            for handler in rig.handlers:
+                handler.call.write(message)
+            transport = connection._transport
+            assert transport is not None
+            await until_async(lambda: connection._blocked, "the transport to be full")
+            assert transport.get_write_buffer_size() < 2_000_000
+            assert not rig.handlers[0].call.write(frame(b"later"))
+            rig.handlers[1].call.end(Status.OK)
+            client.transport.resume_reading()
+            for call in calls:
+                assert len(await call.next()) == 1_000_000
+            assert await calls[0].next() == b"later"
+            assert await calls[1].end() == (Status.OK, "")
+
+    run(scenario())
+
+
+def test_a_client_that_reads_nothing_is_not_read_either() -> None:
+    settings = ListenerSettings(unread_bytes_max=20_000, write_buffer_bytes=10_000)
+
+    async def scenario() -> None:
+        async with rig_of(settings) as rig, await rig.connect() as client:
+            first = client.call(ECHO)
+            first.send(b"x")
+            await first.next()
+            assert client.transport is not None
+            client.transport.pause_reading()
+            connection = next(iter(rig.listener.connections))
+            rig.handlers[0].call.write(frame(b"y" * 10_000_000))
+            await until_async(lambda: connection._blocked, "the transport to be full")
+            calls = []
+            while not connection._deaf and len(calls) < 20_000:
+                calls.append(client.call("/no/method", end=True))
+                await asyncio.sleep(0)
+            assert connection._deaf
+            client.transport.resume_reading()
+            for call in calls:
+                assert (await call.end())[0] == Status.UNIMPLEMENTED
+            assert len(await first.next()) == 10_000_000
+            first.send(b"z")
+            assert await first.next() == b"z"
+
+    run(scenario())
+
+
+def test_a_failed_connection_whose_client_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.listener.CLOSE_GRACE_S", 0.2)
+
+    async def scenario() -> None:
+        async with rig_of(ListenerSettings(first_bytes_timeout_s=0.4)) as rig:
+            client = await rig.connect()
+            call = client.call(ECHO)
+            call.send(b"x")
+            await call.next()
+            assert client.transport is not None
+            client.transport.pause_reading()
+            connection = next(iter(rig.listener.connections))
+            connection.bulky = True
+            rig.handlers[0].call.write(frame(b"y" * 10_000_000))
+            await until_async(lambda: connection._blocked, "the transport to be full")
+            client.transport.write(b"\xff" * 100)
+            await until_async(lambda: rig.handlers[0].closed_with == [None], "the failure")
+            await until_async(lambda: not rig.listener.connections, "the connection to be dropped")
+            client.transport.abort()
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("opening", [b"", b"PRI * HTTP/2.0\r\n"])
 def test_half_open_connections_are_closed(opening: bytes) -> None:
     async def scenario() -> None:
