@@ -16,9 +16,14 @@ from typing import cast
 
 from proxy import logs
 from upstream.endpoints import Endpoint
+from upstream.errors import BadTls
+from upstream.tls import FileContext, client_context
 
 METHOD = re.compile(rb"[A-Z]{1,16}( |$)")
 """The beginning of a request line, or of what may still become one (RFC 9112 3)."""
+
+PROTOCOLS = ("http/1.1",)
+"""What is offered to etcd by ALPN."""
 
 log = logs.logger("http1")
 
@@ -43,13 +48,13 @@ class Http1Settings:
 class Http1:
     """Makes the protocol that takes over a connection which is not HTTP/2."""
 
-    def __init__(
-        self, choose: Choose, tls: ssl.SSLContext | None = None, settings: Http1Settings | None = None
-    ) -> None:
+    def __init__(self, choose: Choose, tls: FileContext | None = None, settings: Http1Settings | None = None) -> None:
         self.settings = settings or Http1Settings()
         self.connections: set[ClientSide] = set()
         self._choose = choose
         self._tls = tls
+        # The same for HTTP/1, once it was needed.
+        self._spoken: FileContext | None = None
 
     def __call__(self, transport: asyncio.Transport, opening: bytes) -> ClientSide:
         """Take over `transport`, on which `opening` was read so far."""
@@ -64,8 +69,6 @@ class Http1:
     async def dial(self, client: ClientSide) -> None:
         """Connect `client` to etcd; it gets a 502 when that fails."""
         endpoint = self._choose()
-        secure = endpoint.uses_tls(self._tls is not None)
-        context = self._tls if secure else None
         loop = asyncio.get_running_loop()
 
         def factory() -> UpstreamSide:
@@ -73,13 +76,28 @@ class Http1:
 
         try:
             async with asyncio.timeout(self.settings.connect_timeout_s):
+                context = self._context(endpoint)
+                name = endpoint.host if context is not None else None
                 if endpoint.path:
-                    await loop.create_unix_connection(factory, endpoint.path, ssl=context)
+                    await loop.create_unix_connection(factory, endpoint.path, ssl=context, server_hostname=name)
                 else:
-                    await loop.create_connection(factory, endpoint.host, endpoint.port, ssl=context)
-        except (OSError, TimeoutError) as error:
+                    await loop.create_connection(
+                        factory, endpoint.host, endpoint.port, ssl=context, server_hostname=name
+                    )
+        except (OSError, TimeoutError, BadTls) as error:
             log.warning("HTTP/1 not handed through", endpoint=endpoint.text, problem=str(error) or "timed out")
             client.refuse(502, f"etcd at {endpoint.text} cannot be reached")
+
+    def _context(self, endpoint: Endpoint) -> ssl.SSLContext | None:
+        """Return the context for an endpoint, None without TLS. Raises BadTls.
+
+        The one for calls will not do: it says by ALPN that HTTP/2 will be spoken.
+        """
+        if not endpoint.uses_tls(self._tls is not None):
+            return None
+        if self._spoken is None:
+            self._spoken = self._tls.speaking(PROTOCOLS) if self._tls else client_context(protocols=PROTOCOLS)
+        return self._spoken.newest()
 
     def stop(self) -> None:
         """Close all connections."""

@@ -39,7 +39,7 @@ from proxy.calls import Carrier, Handler, HandlerFactory, Headers, Refusal, refu
 if TYPE_CHECKING:
     import ssl
 
-    from proxy.handshake import Handshake
+    from proxy.handshake import Acceptor
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 """The first bytes of every HTTP/2 client (RFC 9113 3.4)."""
@@ -136,8 +136,7 @@ class Listener:
         """Who gets the connections that are not HTTP/2; None: they are closed."""
         self.stats = ListenerStats()
         self.connections: set[ServerConnection] = set()
-        self.handshakes: set[Handshake] = set()
-        """Connections whose TLS handshake is not over."""
+        self._acceptor: Acceptor | None = None
         self.draining = False
         self.flushed: Callable[[], None] | None = None
         """Called after each turn's writes; None: by nobody."""
@@ -157,24 +156,28 @@ class Listener:
         def connection() -> asyncio.Protocol:
             return ServerConnection(self)
 
-        def handshake() -> asyncio.Protocol:
-            from proxy.handshake import Handshake  # loads ssl, which a proxy without TLS does not need
+        if tls is not None:
+            from proxy.handshake import Acceptor, bind  # loads ssl, which a proxy without TLS does not need
 
-            assert tls is not None
-            return Handshake(self, tls, connection)
-
-        factory = connection if tls is None else handshake
-        if path:
-            self._server = await self._loop.create_unix_server(factory, path, backlog=BACKLOG)
+            sockets = await bind(host, port, path, BACKLOG)
+            self._port = 0 if path else int(sockets[0].getsockname()[1])
+            self._acceptor = Acceptor(self, tls, sockets, connection)
+        elif path:
+            self._server = await self._loop.create_unix_server(connection, path, backlog=BACKLOG)
         else:
-            self._server = await self._loop.create_server(factory, host, port, backlog=BACKLOG)
+            self._server = await self._loop.create_server(connection, host, port, backlog=BACKLOG)
             self._port = int(self._server.sockets[0].getsockname()[1])
         self._sweep()
 
     @property
     def is_full(self) -> bool:
         """One connection more than there are would be one too many."""
-        return len(self.connections) + len(self.handshakes) >= self.settings.connections_max
+        return len(self.connections) + self.handshakes >= self.settings.connections_max
+
+    @property
+    def handshakes(self) -> int:
+        """Connections whose TLS handshake is not over."""
+        return 0 if self._acceptor is None else len(self._acceptor)
 
     @property
     def port(self) -> int:
@@ -248,6 +251,8 @@ class Listener:
         """Close the listening socket; connections stay."""
         if self._server is not None:
             self._server.close()
+        if self._acceptor is not None:
+            self._acceptor.close()
 
     def go_away(self) -> None:
         """Begin to drain: no new connections, and every client is told to open its next stream elsewhere."""
@@ -272,8 +277,8 @@ class Listener:
         self.stop_accepting()
         if self._sweeper is not None:
             self._sweeper.cancel()
-        for handshake in tuple(self.handshakes):
-            handshake.abort()
+        if self._acceptor is not None:
+            await self._acceptor.stop()
         for connection in tuple(self.connections):
             connection.abort()
         await self.wait_gone(CLOSE_GRACE_S)

@@ -23,6 +23,7 @@ from proxy.reads import Reader, ReaderSettings
 from upstream.endpoints import Endpoint, parse_endpoints
 from upstream.pool import Pool
 from upstream.settings import Settings as UpstreamSettings
+from upstream.tls import FileContext
 from upstream.watch import WatchClient
 
 GC_THRESHOLDS = (50_000, 20, 50)
@@ -56,7 +57,7 @@ class Proxy:
         host: str = "127.0.0.1",
         port: int = 0,
         tls: ssl.SSLContext | None = None,
-        upstream_tls: ssl.SSLContext | None = None,
+        upstream_tls: FileContext | None = None,
         upstream: UpstreamSettings | None = None,
         listener: ListenerSettings | None = None,
         watch: watch_service.WatchSettings | None = None,
@@ -91,7 +92,9 @@ class Proxy:
         self.engine = Engine(Coalescer(self._limits), self.reader)
         self.upstream = WatchClient(self.endpoints, self.engine, settings, tls, logs.logger("upstream"))
         self.engine.attach(self.upstream)
+        self.engine.upstream_changed = self._upstream_changed
         self.watches = watch_service.WatchService(self.engine, self._watch_settings)
+        self.engine.failed = self.watches.end_all
         self.passthrough = Passthrough(self.pool)
         self.http1 = Http1(self._http1_endpoint, self._upstream_tls)
         self.listener = Listener(self._listener_settings)
@@ -120,7 +123,7 @@ class Proxy:
         return self.endpoints[0] if connection is None else connection.endpoint
 
     def _upstream_changed(self) -> None:
-        self.health.set_upstream(self.pool.pick() is not None)
+        self.health.set_upstream(self.upstream.connected and self.pool.pick() is not None)
 
     @property
     def port(self) -> int:

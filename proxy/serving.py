@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import ssl
 
     from proxy.admin import Admin
+    from upstream.tls import FileContext
 
 log = logs.logger("serve")
 
@@ -69,7 +70,7 @@ def upstream_settings(settings: Settings) -> UpstreamSettings:
     )
 
 
-def _tls(settings: Settings) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:
+def _tls(settings: Settings) -> tuple[ssl.SSLContext | None, FileContext | None]:
     """Return the contexts for the listener and towards etcd; None where TLS is not asked for."""
     listener, upstream = settings.listener, settings.upstream
     secured = any(endpoint.startswith(("https://", "unixs:")) for endpoint in upstream.endpoints)
@@ -78,7 +79,8 @@ def _tls(settings: Settings) -> tuple[ssl.SSLContext | None, ssl.SSLContext | No
         return None, None
     from upstream.tls import client_context, server_context
 
-    inward = outward = None
+    inward: FileContext | None = None
+    outward: FileContext | None = None
     if listener.cert_file:
         inward = server_context(listener.cert_file, listener.key_file, listener.trusted_ca_file or None)
     if wanted:
