@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from proto.framing import Status
@@ -26,7 +25,6 @@ from proto.http2 import (
     Event,
     HeadersKind,
     HeadersReceived,
-    Limits,
     PingAcknowledged,
     Role,
     Stream,
@@ -35,6 +33,7 @@ from proto.http2 import (
 )
 from proxy import logs
 from proxy.calls import Carrier, Handler, HandlerFactory, Headers, Refusal, refuse
+from proxy.listener_settings import ListenerSettings, ListenerStats
 
 if TYPE_CHECKING:
     import ssl
@@ -60,68 +59,6 @@ log = logs.logger("listener")
 
 Http1Factory = Callable[[asyncio.Transport, bytes], asyncio.Protocol]
 """(transport, bytes read so far) -> the protocol that takes the connection over."""
-
-
-@dataclass(slots=True, frozen=True)
-class ListenerSettings:
-    """What one listener allows, each with its unit and its reason."""
-
-    http2: Limits = field(default_factory=lambda: Limits(connection_window=16 * 1024 * 1024))
-    """Bounds of each HTTP/2 connection: streams, windows, frames, headers, floods. The connection's window is so wide
-    that streams which are not read at present (a client that asks without taking answers) do not hold up the others."""
-
-    connections_max: int = 20_000
-    """Connections at a time; one more is told so and closed. Below the usual limits of open files."""
-
-    first_bytes_timeout_s: float = 10.0
-    """A connection that has not said what it speaks by then is closed; half-open ones would pile up."""
-
-    settings_timeout_s: float = 20.0
-    """A client must acknowledge our SETTINGS by then (RFC 9113 6.5.3)."""
-
-    keepalive_interval_s: float | None = 7200.0
-    """A connection that was silent for so long is pinged; etcd's --grpc-keepalive-interval. None: never."""
-
-    keepalive_timeout_s: float = 20.0
-    """A ping unanswered for so long ends the connection; etcd's --grpc-keepalive-timeout."""
-
-    idle_timeout_s: float | None = None
-    """A connection without streams is sent away after so long. None: never; clients keep theirs for the next call."""
-
-    write_buffer_bytes: int = 256 * 1024
-    """Bytes the transport holds beyond the kernel's buffer before its streams stall; also the size of one write where
-    there is more to write, so that bytes which many streams share are not copied for each."""
-
-    unread_bytes_max: int = 1024 * 1024
-    """Bytes of control frames and trailers kept for a client that reads nothing; beyond it is not read from either."""
-
-    drain_ping_s: float = 1.0
-    """How long the second GOAWAY waits for the client to have seen the first (RFC 9113 6.8)."""
-
-
-@dataclass(slots=True)
-class ListenerStats:
-    """Counts since the start; gauges are properties of the listener."""
-
-    accepted: int = 0
-    refused: int = 0
-    """Turned away at `connections_max`."""
-
-    http1: int = 0
-    """Handed to the HTTP/1 side."""
-
-    failed: int = 0
-    """Ended by an error of the peer's making."""
-
-    handshakes_failed: int = 0
-    """TLS handshakes that came to nothing, or took too long."""
-
-    timed_out: int = 0
-    """Said nothing, did not acknowledge SETTINGS or did not answer a ping."""
-
-    requests: int = 0
-    writes: int = 0
-    written_bytes: int = 0
 
 
 class Listener:

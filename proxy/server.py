@@ -17,7 +17,8 @@ from proxy import health, logs
 from proxy import watch as watch_service
 from proxy.engine import Engine
 from proxy.http1 import Http1
-from proxy.listener import Listener, ListenerSettings
+from proxy.listener import Listener
+from proxy.listener_settings import ListenerSettings
 from proxy.passthrough import Passthrough
 from proxy.reads import Reader, ReaderSettings
 from upstream.endpoints import Endpoint, parse_endpoints

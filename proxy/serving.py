@@ -20,7 +20,7 @@ from proxy.child import Child, ChildFailed, Parent, Ready, on_signals, python_co
 from proxy.cli_errors import FAILURE, WRONG_REQUEST, Failed
 from proxy.config import Settings, Watch
 from proxy.config_values import Address, parse_address, parse_metrics_address
-from proxy.listener import ListenerSettings
+from proxy.listener_settings import ListenerSettings
 from proxy.server import Proxy
 from proxy.watch import WatchSettings
 from upstream.errors import UpstreamError

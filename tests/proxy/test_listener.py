@@ -11,7 +11,8 @@ import pytest
 from proto.framing import Status, frame
 from proto.http2 import Limits, Stream
 from proxy.calls import Carrier, Handler, Headers, RequestHead, ServerCall
-from proxy.listener import PREFACE, Listener, ListenerSettings
+from proxy.listener import PREFACE, Listener
+from proxy.listener_settings import ListenerSettings
 from tests.proxy.raw_client import HOST, RawClient, RawStream
 from tests.proxy.scenario import run
 from tests.waiting import until_async

@@ -1,0 +1,69 @@
+"""What a listener allows its clients, and what it counts. Every bound has its unit and its reason here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from proto.http2 import Limits
+
+
+@dataclass(slots=True, frozen=True)
+class ListenerSettings:
+    """What one listener allows, each with its unit and its reason."""
+
+    http2: Limits = field(default_factory=lambda: Limits(connection_window=16 * 1024 * 1024))
+    """Bounds of each HTTP/2 connection: streams, windows, frames, headers, floods. The connection's window is so wide
+    that streams which are not read at present (a client that asks without taking answers) do not hold up the others."""
+
+    connections_max: int = 20_000
+    """Connections at a time; one more is told so and closed. Below the usual limits of open files."""
+
+    first_bytes_timeout_s: float = 10.0
+    """A connection that has not said what it speaks by then is closed; half-open ones would pile up."""
+
+    settings_timeout_s: float = 20.0
+    """A client must acknowledge our SETTINGS by then (RFC 9113 6.5.3)."""
+
+    keepalive_interval_s: float | None = 7200.0
+    """A connection that was silent for so long is pinged; etcd's --grpc-keepalive-interval. None: never."""
+
+    keepalive_timeout_s: float = 20.0
+    """A ping unanswered for so long ends the connection; etcd's --grpc-keepalive-timeout."""
+
+    idle_timeout_s: float | None = None
+    """A connection without streams is sent away after so long. None: never; clients keep theirs for the next call."""
+
+    write_buffer_bytes: int = 256 * 1024
+    """Bytes the transport holds beyond the kernel's buffer before its streams stall; also the size of one write where
+    there is more to write, so that bytes which many streams share are not copied for each."""
+
+    unread_bytes_max: int = 1024 * 1024
+    """Bytes of control frames and trailers kept for a client that reads nothing; beyond it is not read from either."""
+
+    drain_ping_s: float = 1.0
+    """How long the second GOAWAY waits for the client to have seen the first (RFC 9113 6.8)."""
+
+
+@dataclass(slots=True)
+class ListenerStats:
+    """Counts since the start; gauges are properties of the listener."""
+
+    accepted: int = 0
+    refused: int = 0
+    """Turned away at `connections_max`."""
+
+    http1: int = 0
+    """Handed to the HTTP/1 side."""
+
+    failed: int = 0
+    """Ended by an error of the peer's making."""
+
+    handshakes_failed: int = 0
+    """TLS handshakes that came to nothing, or took too long."""
+
+    timed_out: int = 0
+    """Said nothing, did not acknowledge SETTINGS or did not answer a ping."""
+
+    requests: int = 0
+    writes: int = 0
+    written_bytes: int = 0
