@@ -32,7 +32,7 @@ from coalesce.effects import (
     ResumeUpstream,
     Send,
 )
-from coalesce.inputs import CreateRequest, Identity, Lost, Refusal
+from coalesce.inputs import CreateRequest, Granted, Identity, Lost, Refusal
 from coalesce.joining import Read
 from coalesce.session import Session
 from coalesce.source import Upstream
@@ -113,6 +113,9 @@ class EngineStats:
     ended: int = 0
     """Sessions ended by the core."""
 
+    failures: int = 0
+    """Times the core failed by a bug, and everything began anew."""
+
 
 class Engine:
     """Drives one Coalescer. Start it on the running event loop; give it its upstream before the first client."""
@@ -120,6 +123,12 @@ class Engine:
     def __init__(self, core: Coalescer, reader: Reader) -> None:
         self.core = core
         self.stats = EngineStats()
+        self.failed: Callable[[], None] | None = None
+        """Ends every session, by `Outlet.end`, when the core has failed."""
+
+        self.upstream_changed: Callable[[], None] | None = None
+        """Called when the connection that carries the watches is lost or there again."""
+
         self._reader = reader
         self._loop = asyncio.get_running_loop()
         self._upstream: UpstreamWatches | None = None
@@ -216,11 +225,15 @@ class Engine:
     def broken(self) -> None:
         """The connection is lost; the watch client resumes by itself."""
         self.stats.upstream_broken += 1
+        if self.upstream_changed is not None:
+            self.upstream_changed()
 
     def resumed(self) -> None:
         """There is a connection (again), maybe to another member, or to a store restored from a snapshot."""
         self.stats.upstream_resumed += 1
         self.core.ordered_progress = self._client().ordered_progress
+        if self.upstream_changed is not None:
+            self.upstream_changed()
         if self._open:
             upstream = next(iter(self._open))
             once = [Asked(upstream.token, upstream.key, upstream.range_end)]
@@ -243,9 +256,27 @@ class Engine:
                 if not self._inbox:
                     break
                 step, arguments = self._inbox.popleft()
+        except Exception:
+            self._start_over()
         finally:
             self._busy = False
         self._arm()
+
+    def _start_over(self) -> None:
+        """Drop a core that failed, by a bug of ours, with all of its sessions; called where the exception is handled.
+
+        What it holds may be wrong, and going on with it might lose events in silence. Clients that are sent away come
+        back by themselves and resume from what they have, which is exact.
+        """
+        self.stats.failures += 1
+        log.exception("the core failed: all watch sessions are ended, and it begins anew")
+        self.core = Coalescer(self.core.limits, self.core.ordered_progress)
+        self._inbox.clear()
+        upstreams, self._open = self._open, {}
+        for upstream in upstreams:
+            self._client().close(upstream)
+        if self.failed is not None:
+            self.failed()
 
     def _arm(self) -> None:
         """Have the timer ring at the core's next deadline. A ring too early is harmless: it is only moved forward."""
@@ -350,11 +381,13 @@ class Engine:
 
     def _read_revision(self, effect: ReadRevision) -> None:
         """Read "now" for those who wait, by the right of one of them."""
+        core = self.core
         read: Read = effect.read
         asking: Session | None = None
 
         def answer(header: Header) -> None:
-            self._input(self.core.revision_read, read, header)
+            if core is self.core:
+                self._input(core.revision_read, read, header)
 
         def asker() -> Asked | None:
             nonlocal asking
@@ -399,14 +432,17 @@ class Engine:
         return take
 
     def _check_permission(self, effect: CheckPermission) -> None:
+        core = self.core
         check = effect.check
-        self._reader.check(
-            check.session.identity.token,
-            check.key,
-            check.range_end,
-            lambda outcome: self._input(self.core.permission, check, outcome),
-            lambda: not check.session.ended,
-        )
+
+        def wanted() -> bool:
+            return core is self.core and not check.session.ended
+
+        def decided(outcome: Granted | Header | Refusal) -> None:
+            if wanted():
+                self._input(core.permission, check, outcome)
+
+        self._reader.check(check.session.identity.token, check.key, check.range_end, decided, wanted)
 
     def _client(self) -> UpstreamWatches:
         assert self._upstream is not None, "attach() comes before the first client"

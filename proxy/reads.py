@@ -12,6 +12,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from google.protobuf.message import DecodeError
+
 from coalesce.inputs import Granted, Refusal
 from proto.framing import Status
 from proto.pb import rpc_pb2
@@ -230,6 +232,8 @@ class Reader:
                     TXN, message, metadata, self.settings.timeout_s, has_leader=linearizable, idempotent=True
                 )
                 return _Answer(_header(data), linearizable and key != NO_RIGHT.key)
+            except DecodeError:
+                log.warning("etcd's answer to a read is not one")
             except CallFailed as failed:
                 if failed.status in REFUSALS:
                     code = REFUSALS[Status(failed.status)]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 PATH = b"/etcdserverpb.Watch/Watch"
 
 DRAIN_TEXT = "watchmux: shutting down, connect to another endpoint"
+FAILED_TEXT = "watchmux: internal error, connect again"
+
 DRAIN_SLICE_S = 0.05
 DRAIN_SLICE_SESSIONS = 100
 """Sessions ended per slice at least: a hundred clients that come back at once are no herd."""
@@ -72,6 +74,11 @@ class WatchService:
             text = f"watchmux: too many watch streams on one connection ({limit})"
             raise Refusal(200, Status.RESOURCE_EXHAUSTED, text)
         return WatchCall(self, carrier, stream, head)
+
+    def end_all(self) -> None:
+        """End every session because the core has failed; it knows none of them any more."""
+        for call in tuple(self.calls):
+            call.end(Status.UNAVAILABLE, FAILED_TEXT)
 
     async def drain(self, over_s: float) -> None:
         """End every session UNAVAILABLE, spread over `over_s` seconds: clients shall not come back as a herd."""

@@ -14,8 +14,11 @@ from tests.etcd.server import EtcdServer
 
 
 @asynccontextmanager
-async def proxy_for(etcd: EtcdServer | str, **settings: Any) -> AsyncIterator[Proxy]:
-    """Yield a running proxy in front of `etcd` (or of an endpoint), on a free port."""
+async def proxy_for(etcd: EtcdServer | str, failures: int = 0, **settings: Any) -> AsyncIterator[Proxy]:
+    """Yield a running proxy in front of `etcd` (or of an endpoint), on a free port.
+
+    Its core must keep its invariants, and fail so many times (on purpose).
+    """
     endpoint = etcd if isinstance(etcd, str) else etcd.endpoint
     proxy = Proxy(endpoints=endpoint, tune_gc=False, **settings)
     await proxy.start()
@@ -24,6 +27,7 @@ async def proxy_for(etcd: EtcdServer | str, **settings: Any) -> AsyncIterator[Pr
     finally:
         await proxy.stop()
         proxy.engine.core.check()
+        assert proxy.engine.stats.failures == failures
 
 
 class Etcd:

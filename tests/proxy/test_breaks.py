@@ -163,3 +163,30 @@ def test_a_drain_does_not_wait_for_ever(etcd: EtcdServer) -> None:
             await until_async(lambda: client.lost, "the connection to close")
 
     run(scenario())
+
+
+def test_a_core_that_fails_loses_nothing_for_clients_that_come_back(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        async with (
+            proxy_for(etcd, failures=1) as proxy,
+            direct(etcd) as store,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            base = etcd.watchers()
+            streams = [client.watch() for _ in range(10)]
+            for stream in streams:
+                stream.create(b"a")
+                await stream.created()
+            first = await store.put(b"a", b"1")
+            await until_async(lambda: streams[0].values == [b"1"], "the event")
+            proxy.engine._input(proxy.engine.core.drained)
+            for stream in streams:
+                assert (await stream.raw.end())[0] == Status.UNAVAILABLE
+            again = client.watch()
+            again.create(b"a", start_revision=first + 1)
+            await again.created()
+            await store.put(b"a", b"2")
+            await until_async(lambda: again.values == [b"2"], "the next event")
+            await until_async(lambda: etcd.watchers() == base + 1, "the old watcher to be gone")
+
+    run(scenario())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from coalesce.core import Coalescer
 from coalesce.effects import (
     CheckPermission,
     CloseUpstream,
@@ -23,6 +24,7 @@ from coalesce.effects import (
     Send,
 )
 from coalesce.inputs import Granted, Identity, Refusal
+from coalesce.limits import Limits
 from proto.scan import Header
 from proxy.engine import Engine
 from proxy.reads import NO_RIGHT, Asked
@@ -39,7 +41,8 @@ class ScriptedCore:
         self.inputs: list[tuple[Any, ...]] = []
         self.effects: dict[str, list[Effect]] = {}
         self.deadline: float | None = None
-        self.during: Callable[[], None] | None = None
+        self.limits = Limits()
+        self.ordered_progress = False
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def step(*arguments: Any) -> list[Effect]:
@@ -352,19 +355,27 @@ def test_a_connection_without_watches_needs_no_read() -> None:
         rig.upstream.ordered_progress = True
         rig.engine.resumed()
         assert rig.reader.reads == []
-        assert rig.core.__dict__["ordered_progress"] is True
+        assert rig.core.ordered_progress
 
     run(scenario())
 
 
-def test_a_step_that_fails_does_not_leave_the_engine_busy() -> None:
+def test_a_core_that_fails_is_dropped_with_its_sessions() -> None:
     async def scenario() -> None:
         rig = Rig()
-        rig.script("create", OpenUpstream("a"))  # type: ignore[arg-type]
-        rig.engine.attach(None)  # type: ignore[arg-type]
-        with pytest.raises(AssertionError):
-            rig.engine.create(None, None)  # type: ignore[arg-type]
-        rig.engine.cancel(None, 1)  # type: ignore[arg-type]
-        assert rig.core.names() == ["create", "cancel"]
+        ended = []
+        rig.engine.failed = lambda: ended.append(rig.engine.core)
+        check: Any = watch_of(FakeOutlet(9))
+        check.key, check.range_end = b"k", b""
+        # The answer of the check waits in the inbox when the next effect fails.
+        rig.script("create", OpenUpstream(TRUNK), CheckPermission(check), None)  # type: ignore[arg-type]
+        rig.engine.create(None, None)  # type: ignore[arg-type]
+        assert rig.engine.stats.failures == 1
+        assert isinstance(rig.engine.core, Coalescer)
+        assert ended == [rig.engine.core]
+        assert rig.upstream.told == [("open", TRUNK), ("close", TRUNK)]
+        assert rig.core.names() == ["create"]
+        rig.engine.open_session(FakeOutlet(9), Identity())
+        assert rig.engine.core.stats.sessions == 1
 
     run(scenario())

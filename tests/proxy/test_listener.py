@@ -339,7 +339,7 @@ def test_a_client_that_reads_nothing_is_not_read_either() -> None:
             connection = next(iter(rig.listener.connections))
             rig.handlers[0].call.write(frame(b"y" * 10_000_000))
             await until_async(lambda: connection._blocked, "the transport to be full")
-            calls = []
+            calls: list[RawStream] = []
             while not connection._deaf and len(calls) < 20_000:
                 calls.append(client.call("/no/method", end=True))
                 await asyncio.sleep(0)
