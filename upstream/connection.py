@@ -156,7 +156,7 @@ class ClientConnection(asyncio.Protocol):
         self._receiving = False
         self._flush_scheduled = False
         self._heard_at = 0.0
-        # When the PING that has not been answered was sent.
+        # When the PING that has not been answered was sent; None once anything came after it.
         self._pinged_at: float | None = None
         self._keepalive: asyncio.TimerHandle | None = None
         self._settings_timer: asyncio.TimerHandle | None = None
@@ -185,6 +185,8 @@ class ClientConnection(asyncio.Protocol):
         if self._over:
             return
         self._heard_at = self._loop.time()
+        # Not by comparing times: on a fast network the answer comes in the same tick of the loop's clock.
+        self._pinged_at = None
         if not self.ready.done():
             self._first = (self._first + data)[:_FIRST_BYTES_MAX]
             # The first frame has to be SETTINGS (RFC 9113 3.4); its type is the fourth byte.
@@ -411,13 +413,10 @@ class ClientConnection(asyncio.Protocol):
             return
         now = self._loop.time()
         settings = self._settings
-        if self._pinged_at is not None:
-            if self._heard_at > self._pinged_at:
-                self._pinged_at = None
-            elif now - self._pinged_at >= settings.keepalive_timeout_s:
-                what = f"it did not answer for {now - self._heard_at:.0f} s, not even a ping"
-                self._fail(Unreachable(self.endpoint.text, what, "check that etcd and the network are up"))
-                return
+        if self._pinged_at is not None and now - self._pinged_at >= settings.keepalive_timeout_s:
+            what = f"it did not answer for {now - self._heard_at:.0f} s, not even a ping"
+            self._fail(Unreachable(self.endpoint.text, what, "check that etcd and the network are up"))
+            return
         due = self._heard_at + settings.keepalive_s
         if self._pinged_at is None and now >= due:
             # Only with calls open: etcd counts pings on an idle connection as abuse.

@@ -50,6 +50,8 @@ class _End(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        if self.link.broken:
+            self.link.abort()
 
     def data_received(self, data: bytes) -> None:
         self.link.take(self.way, data)
@@ -65,6 +67,8 @@ class Link:
     def __init__(self, relay: Relay) -> None:
         self.relay = relay
         self.ends = {Way.THERE: _End(self, Way.THERE), Way.BACK: _End(self, Way.BACK)}
+        self.broken = False
+        """It is over, though an end may still be on its way to it."""
         self.opening = b""
         """The first bytes that came, for `Relay.fault_of`."""
         self._held: dict[Way, deque[tuple[float, bytes]]] = {Way.THERE: deque(), Way.BACK: deque()}
@@ -115,6 +119,7 @@ class Link:
 
     def abort(self) -> None:
         """Break it at both ends."""
+        self.broken = True
         self.relay.links.discard(self)
         if self._connecting is not None:
             self._connecting.cancel()

@@ -105,6 +105,8 @@ class ScriptedConnection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.frozen = False
         self.said_goodbye = False
+        # Times that something came.
+        self.heard = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
@@ -117,6 +119,7 @@ class ScriptedConnection(asyncio.Protocol):
         self.server.connections.remove(self)
 
     def data_received(self, data: bytes) -> None:
+        self.heard += 1
         if self.frozen or self.server.mute:
             return
         for event in self.http2.receive(data):

@@ -235,6 +235,27 @@ def test_uvloop_is_the_same(certificates: Certificates) -> None:
         runner.run(story())
 
 
+def test_a_ping_that_is_answered_at_once_is_answered() -> None:
+    """uvloop's clock counts milliseconds: an answer may come at the very time at which the PING was sent."""
+    import uvloop
+
+    async def story() -> None:
+        settings = ConnectionSettings(keepalive_s=0.01, keepalive_timeout_s=0.02)
+        async with scripted() as etcd:
+            connection = await connect(parse_endpoint(etcd.endpoint), None, settings)
+            etcd.on_message = lambda call, message: None
+            start(connection)
+            (server,) = etcd.connections
+            goal = server.heard + 30
+            await until_async(lambda: server.heard > goal or not connection.healthy, "many pings")
+            assert connection.healthy, connection.failure
+            connection.close()
+            await until_async(lambda: not etcd.connections, "the connection to end")
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(story())
+
+
 def test_how_a_call_can_end() -> None:
     async def story() -> None:
         async with scripted() as etcd:

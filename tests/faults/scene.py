@@ -1,0 +1,121 @@
+"""What the stories of faults share: a proxy whose calls and watches reach etcd by different ways, and a judge."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc.aio
+import pytest
+
+from coalesce import report
+from proxy import server
+from proxy.server import Proxy
+from tests.proxy.judging import assert_kept
+from tests.proxy.raw_client import RawClient, WatchStream
+from tests.proxy.running import Etcd, proxy_for
+from tests.waiting import until_async
+from upstream.endpoints import parse_endpoints
+from upstream.watch import WatchClient
+
+PREFIX, PREFIX_END = b"/p/", b"/p0"
+
+
+@asynccontextmanager
+async def split_proxy(calls: str, watches: str, **settings: Any) -> AsyncIterator[Proxy]:
+    """Yield a proxy whose calls go to the endpoints `calls` and whose watches come from the endpoints `watches`."""
+
+    def client(_endpoints: object, *rest: Any, **named: Any) -> WatchClient:
+        return WatchClient(parse_endpoints(watches), *rest, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "WatchClient", client)
+        async with proxy_for(calls, **settings) as proxy:
+            yield proxy
+
+
+@asynccontextmanager
+async def straight(endpoint: str) -> AsyncIterator[Etcd]:
+    """Yield calls straight to an endpoint."""
+    client = Etcd(endpoint)
+    try:
+        yield client
+    finally:
+        await client._channel.close()
+
+
+async def open_watch(
+    client: RawClient,
+    key: bytes,
+    range_end: bytes = b"",
+    start_revision: int = 0,
+    metadata: Sequence[tuple[str, str]] = (),
+) -> WatchStream:
+    """Open a watch on a stream of its own and wait for its `created`."""
+    stream = client.watch(metadata)
+    stream.create(key, range_end, start_revision)
+    await stream.created(20)
+    return stream
+
+
+def bookmark(proxy: Proxy, key: bytes) -> int:
+    """Return the revision that the trunk of a key is complete through."""
+    (trunk,) = [trunk for trunk in report.trunks(proxy.engine.core, 100) if trunk.key == key]
+    return trunk.next_revision - 1
+
+
+def reached(stream: WatchStream, revision: int) -> bool:
+    """Tell whether a stream has got the event of a revision."""
+    return any(event.kv.mod_revision >= revision for response in stream.responses for event in response.events)
+
+
+async def all_kept(streams: Sequence[tuple[WatchStream, int]], endpoint: str, last: int, limit_s: float = 20) -> None:
+    """Wait until every stream, given with its start revision, has the event `last`; then judge them all."""
+    for stream, _ in streams:
+        await until_async(
+            lambda s=stream: reached(s, last) or s.raw.over,  # type: ignore[misc]  # bound
+            f"the event of revision {last}",
+            limit_s,
+        )
+        assert not stream.raw.over, (stream.raw.status, stream.raw.text)
+    await assert_kept(list(streams), endpoint, PREFIX, PREFIX_END, last)
+
+
+class Writer:
+    """Puts one key after the other by whichever endpoint takes it, whatever happens, until it is told to stop."""
+
+    def __init__(self, endpoints: str) -> None:
+        self._stores = [Etcd(endpoint) for endpoint in endpoints.split(",")]
+        self.stopping = False
+        self.done = 0
+        self.last = 0
+        """The revision of the newest put that was acknowledged."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        number = turn = 0
+        while not self.stopping:
+            number += 1
+            store = self._stores[turn % len(self._stores)]
+            try:
+                async with asyncio.timeout(1):
+                    self.last = await store.put(PREFIX + b"%d" % (number % 5), b"%d" % number)
+                self.done += 1
+            except (grpc.aio.AioRpcError, TimeoutError):
+                turn += 1
+                await asyncio.sleep(0.01)
+
+    async def more(self, count: int, limit_s: float = 30) -> None:
+        """Wait until so many more puts worked."""
+        goal = self.done + count
+        await until_async(lambda: self.done >= goal, f"{count} more puts", limit_s)
+
+    async def stop(self) -> int:
+        """Stop; return the revision of the last put."""
+        self.stopping = True
+        await self._task
+        for store in self._stores:
+            await store._channel.close()
+        return self.last
