@@ -1,0 +1,122 @@
+"""The etcds of a run, and the three ways a program is played on them at the same time:
+
+- `direct`: against etcd;
+- `cold`: through a proxy that nobody else uses, with unary calls through the proxy too;
+- `crowded`: through a proxy on which others watch every range of the program already, with and without prev_kv, so
+  that each of its watches joins a trunk that runs; unary calls go straight to etcd, past the proxy.
+
+Each way has an etcd of its own, with nothing but the program on it. Etcds are kept from program to program: revisions
+are relative, keys are deleted, and each program gets new proxies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Self
+
+from coalesce.limits import Limits
+from proxy.server import Proxy
+from tests.differential.player import Player
+from tests.differential.recording import Recording
+from tests.differential.steps import Program
+from tests.differential.target import Target
+from tests.etcd.binaries import EtcdBinary
+from tests.etcd.server import HOST, EtcdServer
+from tests.proxy.raw_client import RawClient
+from tests.proxy.running import proxy_for
+
+DIRECT, COLD, CROWDED = "direct", "cold", "crowded"
+WAYS = (DIRECT, COLD, CROWDED)
+
+SETUP: tuple[tuple[str, ...], ...] = (
+    ("user", "add", "root:root"),
+    ("user", "grant-role", "root", "root"),
+    ("role", "add", "reader"),
+    ("role", "grant-permission", "reader", "read", "a/", "a0"),
+    ("role", "grant-permission", "reader", "readwrite", "k"),
+    ("role", "add", "fence"),
+    ("role", "grant-permission", "fence", "read", "\x7ffence"),
+    ("user", "add", "alice:alice"),
+    ("user", "grant-role", "alice", "reader"),
+    ("user", "grant-role", "alice", "fence"),
+    ("user", "add", "bob:bob"),
+    ("user", "grant-role", "bob", "fence"),
+    ("auth", "enable"),
+)
+"""alice may read a/... and k; bob may read nothing but what the player itself needs."""
+
+
+class Stage:
+    """The etcds of one kind, one set for each way. Use as a context manager."""
+
+    def __init__(self, binary: EtcdBinary, flags: Sequence[str] = (), members: int = 1, auth: bool = False) -> None:
+        self.auth = auth
+        self.sets = {way: _members(binary, flags, members) for way in WAYS}
+
+    def __enter__(self) -> Self:
+        servers = [server for servers in self.sets.values() for server in servers]
+        with ThreadPoolExecutor(len(servers)) as pool:
+            list(pool.map(EtcdServer.start, servers))
+            if self.auth:
+                list(pool.map(_add_users, (servers[0] for servers in self.sets.values())))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for servers in self.sets.values():
+            for server in servers:
+                server.__exit__(kind, error, trace)
+
+    async def run(self, program: Program) -> dict[str, Recording]:
+        """Play a program in all ways at the same time."""
+        plays = {way: asyncio.create_task(self._play(program, way)) for way in WAYS}
+        # Not cancelled when one fails: each ends its proxy and its connections in good order.
+        await asyncio.wait(plays.values())
+        return {way: play.result() for way, play in plays.items()}
+
+    async def _play(self, program: Program, way: str) -> Recording:
+        etcds = self.sets[way]
+        straight = etcds[0].client_port
+        try:
+            if way == DIRECT:
+                return await Player(program, Target(straight, straight, False, etcds)).play()
+            limits = Limits(progress_notify_s=program.notify_s, fragment_bytes=program.fragment_bytes)
+            async with proxy_for(etcds[0], limits=limits) as proxy, _crowd(program, proxy, way):
+                calls = straight if way == CROWDED else proxy.port
+                return await Player(program, Target(proxy.port, calls, True, etcds)).play()
+        finally:
+            Target(0, 0, False, etcds).go_on()
+
+
+@asynccontextmanager
+async def _crowd(program: Program, proxy: Proxy, way: str) -> AsyncIterator[None]:
+    """Have others watch the ranges of a program."""
+    if way != CROWDED or program.auth:
+        yield
+        return
+    async with await RawClient.connect(proxy.port) as client:
+        for (key, end), prev_kv in program.ranges().items():
+            for wants_prev_kv in {False, prev_kv}:
+                stream = client.watch()
+                stream.create(key, end, prev_kv=wants_prev_kv)
+                await stream.next()
+        yield
+
+
+def _members(binary: EtcdBinary, flags: Sequence[str], count: int) -> list[EtcdServer]:
+    servers = [EtcdServer(binary, flags) for _ in range(count)]
+    if count > 1:
+        cluster = ",".join(f"m{number}=http://{HOST}:{each.peer_port}" for number, each in enumerate(servers))
+        for number, server in enumerate(servers):
+            server.extra += [f"--name=m{number}", f"--initial-cluster={cluster}"]
+    return servers
+
+
+def _add_users(server: EtcdServer) -> None:
+    for arguments in SETUP:
+        server.ctl(*arguments)

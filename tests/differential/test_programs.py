@@ -1,0 +1,77 @@
+"""Each program of the table, on every etcd: directly and through the proxy, the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from _pytest.mark.structures import ParameterSet
+
+from tests.differential.freedoms import differences
+from tests.differential.lawful import violations
+from tests.differential.stage import COLD, CROWDED, DIRECT, Stage
+from tests.differential.steps import Program
+from tests.differential.table import PROGRAMS
+from tests.etcd.binaries import EtcdBinary, etcds
+from tests.proxy.scenario import run
+
+Kind = tuple[EtcdBinary, tuple[str, ...], int, bool]
+
+
+class Stages:
+    """The stages that programs share; those of one etcd version at a time."""
+
+    def __init__(self) -> None:
+        self._running: dict[Kind, Stage] = {}
+
+    def get(self, binary: EtcdBinary, program: Program) -> Stage:
+        """Return the stage for a program, started if need be."""
+        kind = (binary, program.flags, program.members, program.auth)
+        if any(other[0] != binary for other in self._running):
+            self.close()
+        if kind not in self._running:
+            stage = Stage(binary, program.flags, program.members, program.auth)
+            stage.__enter__()
+            self._running[kind] = stage
+        return self._running[kind]
+
+    def close(self) -> None:
+        """End them all."""
+        while self._running:
+            self._running.popitem()[1].__exit__(None, None, None)
+
+
+@pytest.fixture(scope="module")
+def stages() -> Iterator[Stages]:
+    """The shared stages."""
+    shared = Stages()
+    yield shared
+    shared.close()
+
+
+def _rows() -> Iterator[ParameterSet]:
+    current, *older = etcds()
+    for binary in (current, *older):
+        marks = () if binary is current else (pytest.mark.long,)
+        for program in PROGRAMS:
+            if binary.version >= program.since:
+                yield pytest.param(binary, program, id=f"{binary.name}-{program.name}", marks=marks)
+
+
+@pytest.mark.parametrize(("binary", "program"), list(_rows()))
+def test_the_same_through_the_proxy(binary: EtcdBinary, program: Program, stages: Stages) -> None:
+    if program.fresh:
+        with Stage(binary, program.flags, program.members, program.auth) as stage:
+            recordings = run(stage.run(program), program.limit_s)
+    else:
+        recordings = run(stages.get(binary, program).run(program), program.limit_s)
+    direct = recordings[DIRECT]
+    assert not direct.vain, "the program waits for what etcd does not send"
+    found = {f"{way}: {line}" for way in (DIRECT, COLD, CROWDED) for line in violations(program, recordings[way])}
+    found |= {f"{way}: {line}" for way in (COLD, CROWDED) for line in differences(program, direct, recordings[way])}
+    assert not found, "\n".join(sorted(found))
+
+
+def test_names_are_unique() -> None:
+    names = [program.name for program in PROGRAMS]
+    assert len(names) == len(set(names))
