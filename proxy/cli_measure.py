@@ -1,10 +1,18 @@
-"""`watchmux measure`: flags, start and exit code; what it measures is in proxy/measure.py."""
+"""`watchmux measure`: flags, start and exit code; what it measures is in proxy/measure.py and proxy/observe.py."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from proxy.cli_errors import FAILURE, WRONG_REQUEST, Failed
+
+if TYPE_CHECKING:
+    from proxy.comparison import Comparison
+    from proxy.measure import Measurement
+    from proxy.observe import Observation
 
 
 @click.command(name="measure")
@@ -16,8 +24,13 @@ from proxy.cli_errors import FAILURE, WRONG_REQUEST, Failed
 @click.option("--watches", default=1000, show_default=True, type=click.IntRange(1, 100_000), help="Client watches.")
 @click.option("--ranges", default=10, show_default=True, type=click.IntRange(1, 1000), help="Different ranges watched.")
 @click.option("--streams", default=200, show_default=True, type=click.IntRange(1, 10_000), help="gRPC watch streams.")
-@click.option("--seconds", default=5.0, show_default=True, type=click.FloatRange(0.1, 600), help="How long to write.")
+@click.option(
+    "--seconds", type=click.FloatRange(0.1, 86_400), help="How long to write, or to observe.  [default: 5, or 60]"
+)
 @click.option("--rate", default=50.0, show_default=True, type=click.FloatRange(0.1, 10_000), help="Writes per second.")
+@click.option("--observe", is_flag=True, help="Put no load on: read what a proxy in production saves its etcd.")
+@click.option("--proxy-metrics", metavar="URL", help="With --observe: the proxy's --metrics-addr.")
+@click.option("--report", metavar="FILE.html", help="Write the result as one page with charts, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     upstream: str | None,
@@ -26,48 +39,109 @@ def command(
     watches: int,
     ranges: int,
     streams: int,
-    seconds: float,
+    seconds: float | None,
     rate: float,
+    observe: bool,
+    proxy_metrics: str | None,
+    report: str | None,
     as_json: bool,
 ) -> int:
     """Measure an etcd's load without and with the proxy: the same clients, the same writes, counted by etcd itself.
 
     Writes keys below /watchmux-load/ and deletes them afterwards. Exit code 1 if anything was lost, doubled or out of
-    order through the proxy.
+    order through the proxy. With --observe it writes nothing and opens no watch: it reads two metrics pages.
 
     \b
       watchmux measure                                     a store and a proxy of its own
       watchmux measure --upstream=127.0.0.1:2379           your etcd, and a proxy of its own
-      watchmux measure --upstream=127.0.0.1:2379 --proxy=127.0.0.1:23790 --watches=5000 --json
+      watchmux measure --upstream=127.0.0.1:2379 --watches=5000 --report=before-after.html
+      watchmux measure --observe --upstream=127.0.0.1:2379 --proxy-metrics=127.0.0.1:9379
     """
     import asyncio
-
-    import msgspec
-    from rich.console import Console
 
     from proxy.cli_load import first_endpoint, load_errors, metrics_url, shape_of
     from proxy.load.show import Bars
     from proxy.load.stage import Stage
-    from proxy.measure import run_measure, show_measurement
+    from proxy.measure import compare, run_measure
 
-    if proxy and not upstream:
-        raise Failed("--proxy: name the etcd behind it too (--upstream): it is etcd that is measured", WRONG_REQUEST)
-    if upstream_metrics and not upstream:
-        raise Failed("--upstream-metrics: name the etcd too (--upstream)", WRONG_REQUEST)
-    shape = shape_of(watches=watches, ranges=ranges, streams=streams, plain=True)
-    upstream = first_endpoint("--upstream", upstream) if upstream else None
+    _check_together(upstream, upstream_metrics, proxy, observe, proxy_metrics)
+    if report:
+        _check_writable(Path(report))
+    if upstream and not (observe and upstream_metrics):
+        upstream = first_endpoint("--upstream", upstream)
     proxy = first_endpoint("--proxy", proxy) if proxy else None
     url = metrics_url("--upstream-metrics", upstream_metrics) if upstream_metrics else None
+    if observe:
+        pages = url or f"http://{upstream}", metrics_url("--proxy-metrics", proxy_metrics or "")
+        with load_errors():
+            return asyncio.run(_observe(pages, 60.0 if seconds is None else seconds, report, as_json))
+    shape = shape_of(watches=watches, ranges=ranges, streams=streams, plain=True)
 
     async def run() -> int:
         with Bars() as bars:
             async with Stage(upstream, url, proxy) as stage:
-                measured = await run_measure(stage, shape, seconds, rate, bars)
-        if as_json:
-            click.echo(msgspec.json.format(msgspec.json.encode(measured)).decode())
-        else:
-            show_measurement(measured, Console())
+                measured = await run_measure(stage, shape, 5.0 if seconds is None else seconds, rate, bars)
+        _show(measured, compare(measured), report, as_json)
         return 0 if measured.faultless else FAILURE
 
     with load_errors():
         return asyncio.run(run())
+
+
+def _check_together(
+    upstream: str | None, upstream_metrics: str | None, proxy: str | None, observe: bool, proxy_metrics: str | None
+) -> None:
+    problem = ""
+    if observe and not proxy_metrics:
+        problem = "--observe: name the proxy's metrics too (--proxy-metrics=HOST:PORT, its --metrics-addr)"
+    elif observe and not (upstream or upstream_metrics):
+        problem = "--observe: name the etcd too (--upstream or --upstream-metrics)"
+    elif proxy_metrics and not observe:
+        problem = "--proxy-metrics: it is read with --observe only"
+    elif proxy and not upstream:
+        problem = "--proxy: name the etcd behind it too (--upstream): it is etcd that is measured"
+    elif upstream_metrics and not upstream and not observe:
+        problem = "--upstream-metrics: name the etcd too (--upstream)"
+    if problem:
+        raise Failed(problem, WRONG_REQUEST)
+
+
+def _check_writable(path: Path) -> None:
+    """Find out before the measurement that its report cannot be written."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise Failed(f"--report: cannot write {path}: {(error.strerror or '').lower()}", WRONG_REQUEST) from None
+
+
+async def _observe(pages: tuple[str, str], seconds: float, report: str | None, as_json: bool) -> int:
+    from proxy.load.prometheus import MetricsPage
+    from proxy.load.show import Bars
+    from proxy.observe import compare_observed, observe
+
+    etcd, proxy = (MetricsPage(page) for page in pages)
+    try:
+        with Bars() as bars:
+            seen = await observe(etcd, proxy, seconds, bars)
+    finally:
+        await etcd.close()
+        await proxy.close()
+    _show(seen, compare_observed(seen), report, as_json)
+    return 0
+
+
+def _show(result: Measurement | Observation, comparison: Comparison, report: str | None, as_json: bool) -> None:
+    import msgspec
+    from rich.console import Console
+
+    from proxy.comparison import show_comparison
+    from proxy.report import render_report
+    from proxy.snapshot import program_version
+
+    if report:
+        Path(report).write_text(render_report(comparison, program_version()), encoding="utf-8")
+        click.echo(f"report written to {report}", err=True)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(result)).decode())
+    else:
+        show_comparison(comparison, Console())

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from itertools import pairwise
 
 import msgspec
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from proxy.comparison import Comparison, Row, Series, Unit
 from proxy.load.plan import Shape
 from proxy.load.prometheus import MetricsPage
+from proxy.load.sampling import Sample
 from proxy.load.show import Bars
 from proxy.load.stage import Stage
 from proxy.load.trial import REFRESH_S, Spec, Trial, run_trial
@@ -32,9 +32,14 @@ class Side(msgspec.Struct, kw_only=True):
 
     watchers: int
     watch_streams: int
+    slow_watchers: int
     events_sent: int
     bytes_sent: int
     cpu_s: float | None
+    memory_bytes: int | None
+    """Resident memory of the upstream when everything had been received."""
+    memory_growth_bytes: int | None
+    """By how much it had grown since before the first watch."""
     p50_ms: float
     p99_ms: float
     events_received: int
@@ -44,6 +49,7 @@ class Side(msgspec.Struct, kw_only=True):
     wrong: int
     complaints: list[str]
     examples: list[str]
+    samples: list[Sample] = []
 
     @property
     def faultless(self) -> bool:
@@ -73,12 +79,18 @@ def side_of(trial: Trial) -> Side:
     """Sum a trial up."""
     before, after, verdict = trial.before, trial.after, trial.verdict
     cpu_s = after.cpu_s - before.cpu_s if after.cpu_s is not None and before.cpu_s is not None else None
+    growth = None
+    if after.memory_bytes is not None and before.memory_bytes is not None:
+        growth = max(0, after.memory_bytes - before.memory_bytes)
     return Side(
         watchers=trial.watchers,
         watch_streams=trial.watch_streams,
+        slow_watchers=after.slow_watchers,
         events_sent=after.events_sent - before.events_sent,
         bytes_sent=after.bytes_sent - before.bytes_sent,
         cpu_s=round(cpu_s, 3) if cpu_s is not None else None,
+        memory_bytes=after.memory_bytes,
+        memory_growth_bytes=growth,
         p50_ms=round(verdict.p50_ms, 2),
         p99_ms=round(verdict.p99_ms, 2),
         events_received=verdict.events,
@@ -88,6 +100,7 @@ def side_of(trial: Trial) -> Side:
         wrong=verdict.wrong,
         complaints=trial.complaints,
         examples=verdict.examples,
+        samples=trial.samples,
     )
 
 
@@ -134,41 +147,88 @@ async def _wait_quiet(page: MetricsPage, watchers: int) -> None:
         await asyncio.sleep(REFRESH_S)
 
 
-def show_measurement(measured: Measurement, console: Console) -> None:
-    """Print the table of before and after."""
+COMPARED = (
+    ("watchers", Unit.COUNT, "watchers", ""),
+    ("watch streams", Unit.COUNT, "watch_streams", ""),
+    ("events sent", Unit.COUNT, "events_sent", ""),
+    ("bytes sent", Unit.BYTES, "bytes_sent", ""),
+    ("CPU time", Unit.SECONDS, "cpu_s", "from the first watch to the last event, the writes included"),
+)
+"""What is compared: name, unit, field of a Side, and what to know about it."""
+
+BESIDE = (
+    ("slow watchers", Unit.COUNT, "slow_watchers"),
+    ("events its clients got", Unit.COUNT, "events_received"),
+    ("delay p50", Unit.DELAY, "p50_ms"),
+    ("delay p99", Unit.DELAY, "p99_ms"),
+)
+"""What stands beside it."""
+
+
+def compare(measured: Measurement) -> Comparison:
+    """Put a measurement into rows, lines and facts."""
     shape, direct, proxied = measured.shape, measured.direct, measured.proxied
-    title = f"{shape.watches:,} watches over {shape.ranges} ranges on {shape.streams:,} streams"
-    table = Table(
-        title=f"{title}, {measured.seconds:g} s of writes\ncounted by {measured.upstream} itself", title_justify="left"
+    rows = [
+        Row(name=name, unit=unit, before=getattr(direct, field), after=getattr(proxied, field), note=note)
+        for name, unit, field, note in COMPARED
+        if None not in (getattr(direct, field), getattr(proxied, field))
+    ]
+    faults = [float(side.lost + side.duplicated + side.out_of_order + side.wrong) for side in (direct, proxied)]
+    if None not in (direct.memory_growth_bytes, proxied.memory_growth_bytes):
+        rows.append(
+            Row(
+                name="memory grew by",
+                unit=Unit.BYTES,
+                before=direct.memory_growth_bytes,
+                after=proxied.memory_growth_bytes,
+                compared=False,
+                note="etcd keeps what the first part made it take, so the second may use of that and grow less",
+            )
+        )
+    rows += [
+        Row(name=name, unit=unit, before=getattr(direct, field), after=getattr(proxied, field), compared=False)
+        for name, unit, field in BESIDE
+    ]
+    rows.append(Row(name="lost, doubled, wrong", unit=Unit.FAULTS, before=faults[0], after=faults[1], compared=False))
+    return Comparison(
+        title=f"{shape.watches:,} watches over {shape.ranges} ranges on {shape.streams:,} streams",
+        subtitle=f"{measured.seconds:g} s of writes, counted by {measured.upstream} itself",
+        before_name="directly",
+        after_name="through watchmux",
+        rows=rows,
+        series=_series(direct.samples, proxied.samples),
+        facts=[
+            ("events written", f"{measured.events_written:,}"),
+            ("delays", "from the start of a write to its receipt by each client"),
+            ("proxy", measured.proxy),
+        ],
+        complaints=[
+            f"{name}: {text}"
+            for name, side in (("directly", direct), ("through the proxy", proxied))
+            for text in (*side.examples, *side.complaints[:5])
+        ],
     )
-    for name in ("what the upstream serves", "directly", "through watchmux", "reduction"):
-        table.add_column(name, justify="left" if name.startswith("what") else "right")
-    for name, key in (
-        ("watchers", "watchers"),
-        ("watch streams", "watch_streams"),
-        ("events sent", "events_sent"),
-        ("bytes sent", "bytes_sent"),
-        ("CPU seconds", "cpu_s"),
+
+
+def _series(before: list[Sample], after: list[Sample]) -> list[Series]:
+    """Return the lines over time: watchers, bytes and CPU a second. Each starts with the trial's first sample."""
+    found = [Series(name="watchers", unit=Unit.COUNT, before=_levels(before), after=_levels(after))]
+    for name, unit, field in (
+        ("bytes sent", Unit.BYTES_RATE, "bytes_sent"),
+        ("CPU seconds a second", Unit.SECONDS, "cpu_s"),
     ):
-        values = getattr(direct, key), getattr(proxied, key)
-        if None not in values:
-            factor = measured.reduction[key]
-            table.add_row(name, *(_number(value) for value in values), f"[bold]{factor:,.1f}x" if factor else "-")
-    table.add_section()
-    table.add_row("events its clients got", f"{direct.events_received:,}", f"{proxied.events_received:,}", "")
-    table.add_row("delay p50", f"{direct.p50_ms:.1f} ms", f"{proxied.p50_ms:.1f} ms", "")
-    table.add_row("delay p99", f"{direct.p99_ms:.1f} ms", f"{proxied.p99_ms:.1f} ms", "")
-    faults = [side.lost + side.duplicated + side.out_of_order + side.wrong for side in (direct, proxied)]
-    table.add_row("lost, doubled or otherwise wrong", *(_faults(count) for count in faults), "")
-    console.print(table)
-    for name, side in (("directly", direct), ("through the proxy", proxied)):
-        for text in (*side.examples, *side.complaints[:5]):
-            console.print(Text(f"  {name}: {text}", style="red"))
+        found.append(Series(name=name, unit=unit, before=_rates(before, field), after=_rates(after, field)))
+    return [series for series in found if series.before and series.after]
 
 
-def _number(value: float) -> str:
-    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
+def _levels(samples: list[Sample]) -> list[tuple[float, float]]:
+    return [(sample.at_s, float(sample.cost.watchers)) for sample in samples]
 
 
-def _faults(count: int) -> Text:
-    return Text(f"{count:,}", style="bold red" if count else "bold green")
+def _rates(samples: list[Sample], field: str) -> list[tuple[float, float]]:
+    rates = []
+    for was, now in pairwise(samples):
+        before, after = getattr(was.cost, field), getattr(now.cost, field)
+        if before is not None and after is not None and now.at_s > was.at_s:
+            rates.append((now.at_s, max(0.0, (after - before) / (now.at_s - was.at_s))))
+    return rates

@@ -110,7 +110,7 @@ class Source:
         self._proxy = proxy
         self._address = address
         self._started = time.monotonic()
-        self._version = _version()
+        self._version = program_version()
 
     def take(self) -> Snapshot:
         """Read the proxy's parts now. What it walks is bounded: connections, and a thousand lagging sessions."""
@@ -190,7 +190,7 @@ class Source:
         )
 
 
-def _version() -> str:
+def program_version() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     try:

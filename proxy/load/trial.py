@@ -20,6 +20,7 @@ from proxy.load.judge import Verdict, judge, read_truth
 from proxy.load.plan import Shape, make_ranges, make_streams
 from proxy.load.prometheus import Cost, MetricsPage
 from proxy.load.run import Load
+from proxy.load.sampling import Sample, Sampler
 from proxy.load.writer import Writer
 
 SETTLE_LIMIT_S = 4.0
@@ -63,6 +64,8 @@ class Trial(msgspec.Struct, kw_only=True):
     opened_s: float
     complaints: list[str]
     """Streams that ended, watches that did not finish."""
+    samples: list[Sample] = []
+    """What the upstream said meanwhile, from before anybody watched until everybody had everything."""
 
     @property
     def watchers(self) -> int:
@@ -92,7 +95,8 @@ async def run_trial(
         streams = make_streams(shape, past)
         load = Load(target, ranges, streams, shape.processes)
         before = await page.cost()
-        with tempfile.TemporaryDirectory(prefix="watchmux-load-") as directory:
+        sampler = Sampler(page)
+        with sampler, tempfile.TemporaryDirectory(prefix="watchmux-load-") as directory:
             try:
                 opened_s = await _open(load, Path(directory), show)
                 watching = await _settle(page)
@@ -101,6 +105,7 @@ async def run_trial(
                 complete = await _finish(load, writer, show)
                 after = await page.cost()
             finally:
+                sampler.stop()
                 total = load.total
                 await load.leave()
             complaints = list(total.failed)
@@ -123,6 +128,7 @@ async def run_trial(
         written=written,
         opened_s=opened_s,
         complaints=complaints,
+        samples=sampler.samples,
     )
 
 

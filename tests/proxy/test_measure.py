@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from proxy.cli import run
+from proxy.comparison import show_comparison
 from proxy.load.plan import Shape
-from proxy.measure import Measurement, Side, reduction_of, show_measurement
+from proxy.measure import Measurement, Side, compare, reduction_of
 from tests.etcd.server import EtcdServer
 from tests.proxy_process import ProxyProcess
 
@@ -43,6 +44,8 @@ def test_a_real_etcd_and_a_proxy_that_is_started(etcd: EtcdServer, capsys: pytes
     found = measured(capsys, f"--upstream={etcd.endpoint}")
     check(found)
     assert found.direct.cpu_s is not None
+    assert found.direct.memory_bytes
+    assert [sample.cost.watchers for sample in found.direct.samples]
     assert etcd.ctl("get", "", "--prefix", "--keys-only").stdout.strip() == ""
 
 
@@ -57,7 +60,7 @@ def test_a_real_etcd_and_a_proxy_that_runs(etcd: EtcdServer, capsys: pytest.Capt
 
 def side(**values: Any) -> Side:
     defaults: dict[str, Any] = dict.fromkeys(Side.__struct_fields__, 0)
-    return Side(**{**defaults, "complaints": [], "examples": [], **values})
+    return Side(**{**defaults, "complaints": [], "examples": [], "samples": [], **values})
 
 
 def test_reductions_are_left_out_where_nothing_is_left_to_divide_by() -> None:
@@ -80,9 +83,9 @@ def test_the_table_shows_both_sides_and_every_fault() -> None:
         reduction=reduction_of(direct, proxied),
     )
     output = io.StringIO()
-    show_measurement(found, Console(file=output, width=120))
+    show_comparison(compare(found), Console(file=output, width=120))
     text = output.getvalue()
     assert "1,000" in text
-    assert "100.0x" in text
+    assert "100x" in text
     assert "through the proxy: reliable: x" in text
     assert not found.faultless

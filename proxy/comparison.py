@@ -1,0 +1,131 @@
+"""Before and after, row by row: what `measure` finds, as a table in a terminal and as a page.
+
+A row is a number of the upstream's own, without and with the proxy. What to divide, and how to write it, is decided
+here once.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+class Unit(Enum):
+    """What a row counts."""
+
+    COUNT = "count"
+    RATE = "per second"
+    BYTES = "bytes"
+    BYTES_RATE = "bytes per second"
+    SECONDS = "seconds"
+    DELAY = "milliseconds"
+    FAULTS = "faults"
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One number, before and after; None: not known."""
+
+    name: str
+    unit: Unit
+    before: float | None
+    after: float | None
+    compared: bool = True
+    """Whether the factor between them says anything."""
+    note: str = ""
+
+    @property
+    def factor(self) -> float | None:
+        """By how much it shrank; None where nothing is left to divide by."""
+        if not self.compared or self.before is None or not self.after or self.after < 0:
+            return None
+        return self.before / self.after
+
+
+class Series(msgspec.Struct, frozen=True, kw_only=True):
+    """One quantity over time, before and after: lists of (seconds, value)."""
+
+    name: str
+    unit: Unit
+    before: list[tuple[float, float]]
+    after: list[tuple[float, float]]
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """All that is shown of a measurement."""
+
+    title: str
+    subtitle: str
+    before_name: str
+    after_name: str
+    rows: list[Row]
+    series: list[Series] = []
+    facts: list[tuple[str, str]] = []
+    """What else the reader may want to know: circumstances, in pairs."""
+    complaints: list[str] = []
+
+
+def show_value(value: float | None, unit: Unit) -> str:
+    """Write a number with its unit, for people."""
+    if value is None:
+        return "-"
+    match unit:
+        case Unit.BYTES | Unit.BYTES_RATE:
+            size, name = next(
+                ((scale, name) for scale, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if value >= scale),
+                (1, "B"),
+            )
+            text = f"{value / size:,.1f} {name}" if size > 1 else f"{value:,.0f} B"
+            return text + ("/s" if unit is Unit.BYTES_RATE else "")
+        case Unit.SECONDS:
+            return f"{value:,.2f} s"
+        case Unit.DELAY:
+            return f"{value:,.1f} ms"
+        case Unit.RATE:
+            return f"{value:,.1f}/s"
+        case _:
+            return f"{value:,.0f}"
+
+
+def show_factor(factor: float | None) -> str:
+    """Write a reduction."""
+    if factor is None:
+        return ""
+    return f"{factor:,.0f}x" if factor >= 100 else f"{factor:,.1f}x"
+
+
+def show_comparison(comparison: Comparison, console: Console) -> None:
+    """Print the table of before and after."""
+    table = Table(title=f"{comparison.title}\n{comparison.subtitle}", title_justify="left")
+    table.add_column("what etcd serves")
+    table.add_column(comparison.before_name, justify="right")
+    table.add_column(comparison.after_name, justify="right")
+    table.add_column("reduction", justify="right")
+    compared = True
+    for row in comparison.rows:
+        if compared and not row.compared:
+            table.add_section()
+        compared = row.compared
+        table.add_row(
+            row.name,
+            *(_cell(value, row.unit) for value in (row.before, row.after)),
+            Text(show_factor(row.factor), style="bold green" if (row.factor or 0) >= 1.5 else "bold"),
+        )
+    console.print(table)
+    for row in comparison.rows:
+        if row.note:
+            console.print(Text(f"  {row.name}: {row.note}", style="dim"))
+    for name, value in comparison.facts:
+        console.print(Text(f"  {name}: {value}", style="dim"))
+    for text in comparison.complaints:
+        console.print(Text(f"  {text}", style="red"))
+
+
+def _cell(value: float | None, unit: Unit) -> Text:
+    text = show_value(value, unit)
+    if unit is Unit.FAULTS and value is not None:
+        return Text(text, style="bold red" if value else "bold green")
+    return Text(text)

@@ -1,0 +1,177 @@
+"""`watchmux measure --observe`: what a proxy in production is saving its etcd, without a load of its own.
+
+Two pages are read over some time: etcd's, which say what it serves, and the proxy's, which say what it received from
+etcd and delivered to clients. Without the proxy etcd would serve the clients' watches itself; so what the proxy
+received is taken off etcd's numbers, and what it delivered is put in its place. CPU and memory are not guessed at:
+they are shown as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+
+import msgspec
+
+from proxy.comparison import Comparison, Row, Series, Unit, show_value
+from proxy.load.prometheus import Cost, MetricsPage, NoMetrics, cost_of
+from proxy.load.show import Bars
+
+EVERY_S = 1.0
+
+
+class Look(msgspec.Struct, frozen=True, kw_only=True):
+    """Both pages at one time, so many seconds after the first look."""
+
+    at_s: float
+    etcd: Cost
+    watches: float
+    upstream_watches: float
+    upstream_streams: float
+    sessions: float
+    events_in: float
+    events_out: float
+    bytes_in: float
+    bytes_out: float
+    lagging: float
+    stalls: float
+    cpu_s: float | None
+    memory_bytes: float | None
+    delay_s: float
+    """Sum of the proxy's delays so far, and of how many."""
+    delays: float
+
+
+class Observation(msgspec.Struct, frozen=True, kw_only=True):
+    """What was seen from the first look to the last."""
+
+    etcd: str
+    proxy: str
+    looks: list[Look]
+
+    @property
+    def first(self) -> Look:
+        """The look it began with."""
+        return self.looks[0]
+
+    @property
+    def last(self) -> Look:
+        """The look it ended with."""
+        return self.looks[-1]
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.last.at_s - self.first.at_s
+
+
+def look_of(at_s: float, etcd: Mapping[str, float], proxy: Mapping[str, float]) -> Look:
+    """Put two pages together. Raises NoMetrics for a page that is not what it should be."""
+    try:
+        return Look(
+            at_s=at_s,
+            etcd=cost_of(etcd),
+            watches=proxy["watchmux_watches"],
+            upstream_watches=proxy["watchmux_trunks"] + proxy["watchmux_backfills"],
+            upstream_streams=proxy["watchmux_upstream_streams"],
+            sessions=proxy["watchmux_sessions"],
+            events_in=proxy["watchmux_events_received_total"],
+            events_out=proxy["watchmux_events_delivered_total"],
+            bytes_in=proxy["watchmux_upstream_received_bytes_total"],
+            bytes_out=proxy["watchmux_delivered_bytes_total"],
+            lagging=proxy["watchmux_lagging"],
+            stalls=proxy["watchmux_stalls_total"],
+            cpu_s=proxy.get("process_cpu_seconds_total"),
+            memory_bytes=proxy.get("process_resident_memory_bytes"),
+            delay_s=proxy["watchmux_delivery_delay_seconds_sum"],
+            delays=proxy["watchmux_delivery_delay_seconds_count"],
+        )
+    except KeyError as missing:
+        raise NoMetrics(f"the proxy's metrics have no {missing.args[0]}: they are not a watchmux's") from None
+
+
+async def observe(etcd: MetricsPage, proxy: MetricsPage, seconds: float, bars: Bars) -> Observation:
+    """Read both pages every second for `seconds` seconds. Raises NoMetrics."""
+    bars.step("Observing", seconds)
+    start = time.monotonic()
+    looks: list[Look] = []
+    while True:
+        at_s = time.monotonic() - start
+        pages = await asyncio.gather(etcd.samples(), proxy.samples())
+        looks.append(look_of(round(at_s, 2), *pages))
+        bars.at(min(at_s, seconds), f"{looks[-1].watches:,.0f} client watches")
+        if at_s >= seconds and len(looks) > 1:
+            return Observation(etcd=etcd.url, proxy=proxy.url, looks=looks)
+        await asyncio.sleep(min(EVERY_S, max(0.05, seconds - at_s)))
+
+
+def compare_observed(seen: Observation) -> Comparison:
+    """Put an observation into rows: what etcd would serve without the proxy, and what it serves with it."""
+    first, last = seen.first, seen.last
+
+    def per_second(after: float, before: float) -> float:
+        return max(0.0, (after - before) / seen.seconds)
+
+    events = per_second(last.etcd.events_sent, first.etcd.events_sent)
+    sent = per_second(last.etcd.bytes_sent, first.etcd.bytes_sent)
+    events_in, events_out = per_second(last.events_in, first.events_in), per_second(last.events_out, first.events_out)
+    bytes_in, bytes_out = per_second(last.bytes_in, first.bytes_in), per_second(last.bytes_out, first.bytes_out)
+    rows = [
+        Row(name=name, unit=unit, before=max(now - taken_off, 0) + put_in, after=float(now))
+        for name, unit, now, taken_off, put_in in (
+            ("watchers", Unit.COUNT, last.etcd.watchers, last.upstream_watches, last.watches),
+            ("watch streams", Unit.COUNT, last.etcd.watch_streams, last.upstream_streams, last.sessions),
+            ("events sent", Unit.RATE, events, events_in, events_out),
+            ("bytes sent", Unit.BYTES_RATE, sent, bytes_in, bytes_out),
+        )
+    ]
+    return Comparison(
+        title=f"{last.watches:,.0f} client watches on {last.sessions:,.0f} streams, observed for {seen.seconds:.0f} s",
+        subtitle=f"etcd by {seen.etcd}, the proxy by {seen.proxy}",
+        before_name="without watchmux",
+        after_name="now",
+        rows=rows,
+        series=_series(seen),
+        facts=_facts(seen),
+    )
+
+
+def _facts(seen: Observation) -> list[tuple[str, str]]:
+    first, last = seen.first, seen.last
+    facts = [
+        (
+            "without watchmux",
+            "etcd's own number, less what the proxy received, plus what the proxy delivered to clients",
+        ),
+        ("lagging", f"{last.lagging:,.0f} watches are behind now, {last.stalls - first.stalls:,.0f} stalls meanwhile"),
+    ]
+    if last.delays > first.delays:
+        delay_ms = (last.delay_s - first.delay_s) / (last.delays - first.delays) * 1000
+        facts.append(("the proxy's delay", f"{delay_ms:.1f} ms on average from receipt to write"))
+    for name, before, after in (
+        ("etcd", first.etcd.cpu_s, last.etcd.cpu_s),
+        ("the proxy", first.cpu_s, last.cpu_s),
+    ):
+        memory = last.etcd.memory_bytes if name == "etcd" else last.memory_bytes
+        if before is not None and after is not None:
+            share = (after - before) / seen.seconds * 100
+            facts.append((f"{name} uses", f"{share:.1f}% of a core, {show_value(memory, Unit.BYTES)} of memory"))
+    return facts
+
+
+def _series(seen: Observation) -> list[Series]:
+    watchers = Series(
+        name="watchers",
+        unit=Unit.COUNT,
+        before=[(look.at_s, max(look.etcd.watchers - look.upstream_watches, 0) + look.watches) for look in seen.looks],
+        after=[(look.at_s, float(look.etcd.watchers)) for look in seen.looks],
+    )
+    before, after = [], []
+    for was, now in zip(seen.looks, seen.looks[1:], strict=False):
+        span = max(now.at_s - was.at_s, 0.001)
+        served = (now.etcd.events_sent - was.etcd.events_sent) / span
+        after.append((now.at_s, max(served, 0.0)))
+        saved = (now.events_out - was.events_out - now.events_in + was.events_in) / span
+        before.append((now.at_s, max(served + saved, 0.0)))
+    return [watchers, Series(name="events sent", unit=Unit.RATE, before=before, after=after)]
