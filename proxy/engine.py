@@ -72,6 +72,8 @@ class UpstreamWatches(Protocol):
     def newest_revision(self) -> int: ...
     @property
     def ordered_progress(self) -> bool: ...
+    @property
+    def leaderless(self) -> bool: ...
     def open(self, watch: OpenedWatch) -> None: ...
     def close(self, watch: OpenedWatch) -> None: ...
     def pause(self, watch: OpenedWatch) -> None: ...
@@ -158,6 +160,11 @@ class Engine:
     def attach(self, upstream: UpstreamWatches) -> None:
         """Give it the watch client that carries its trunks; the client in turn has the engine as its listener."""
         self._upstream = upstream
+
+    @property
+    def leaderless(self) -> bool:
+        """No endpoint of etcd has a leader, as far as is known."""
+        return self._client().leaderless
 
     def stop(self) -> None:
         """Take no more inputs."""

@@ -21,6 +21,7 @@ from proto.framing import FramingError, Status, Unframer
 from proto.http2 import Stream
 from proto.pb import rpc_pb2
 from proxy.calls import Carrier, Headers, Refusal, RequestHead, ServerCall
+from upstream.pool import NO_LEADER_TEXT
 
 if TYPE_CHECKING:
     from proxy.engine import Engine
@@ -59,7 +60,7 @@ class WatchService:
         self.draining = False
 
     def open(self, connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> WatchCall:
-        """Take a request stream. Raises Refusal for what is not a gRPC call, or one too many.
+        """Take a request stream. Raises Refusal for what is not a gRPC call, one too many, or no leader to be had.
 
         A stream whose client has ended its side is still one: the half-close says nothing about what it wants to hear.
         """
@@ -73,6 +74,8 @@ class WatchService:
             limit = self.settings.sessions_per_connection_max
             text = f"watchmux: too many watch streams on one connection ({limit})"
             raise Refusal(200, Status.RESOURCE_EXHAUSTED, text)
+        if self.engine.leaderless and identity_of(head).has_leader:
+            raise Refusal(200, Status.UNAVAILABLE, NO_LEADER_TEXT)
         return WatchCall(self, carrier, stream, head)
 
     def end_all(self) -> None:

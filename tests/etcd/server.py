@@ -5,10 +5,13 @@ It listens on loopback only. `--unsafe-no-fsync` is safe here: kill -9 loses not
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import tempfile
 import urllib.error
@@ -22,14 +25,17 @@ from tests.etcd.binaries import EtcdBinary, current
 from tests.waiting import until
 
 HOST = "127.0.0.1"
+PORTS = (15_000, 32_000)
+"""Below what Linux hands out for port 0 (net.ipv4.ip_local_port_range)."""
 
 
 def free_port() -> int:
-    """Return a loopback port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a loopback port nobody listens on now, and that no bind to port 0 will be given before it is used."""
+    while True:
+        port = random.randrange(*PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return port
 
 
 class EtcdServer:
@@ -44,6 +50,10 @@ class EtcdServer:
         self.directory = directory or Path(tempfile.mkdtemp(prefix="watchmux-etcd-"))
         self.client_port = free_port()
         self.peer_port = free_port()
+        self.tls: ssl.SSLContext | None = None
+        """What to speak TLS with to it, where it does."""
+        self.ctl_options: list[str] = []
+        """Further options of etcdctl, such as --cacert."""
         self.process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
 
@@ -101,7 +111,7 @@ class EtcdServer:
         if self.process.poll() is not None:
             raise AssertionError(f"etcd ended with {self.process.returncode}:\n{self.log()[-2000:]}")
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=2, context=self.tls) as answer:
                 return b"true" in answer.read()
         except (urllib.error.URLError, OSError):
             return False
@@ -126,7 +136,7 @@ class EtcdServer:
 
     def metrics(self) -> dict[str, float]:
         """Read /metrics: sample names with their labels, as exposed, and their values."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10, context=self.tls) as answer:
             lines = answer.read().decode().splitlines()
         samples = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
         return {name: float(value) for name, value in samples}
@@ -140,7 +150,7 @@ class EtcdServer:
     ) -> subprocess.CompletedProcess[str]:
         """Run this release's etcdctl against `endpoint` (default: this etcd) and return what it printed."""
         done = subprocess.run(
-            [self.binary.etcdctl, f"--endpoints={endpoint or self.endpoint}", *arguments],
+            [self.binary.etcdctl, f"--endpoints={endpoint or self.endpoint}", *self.ctl_options, *arguments],
             capture_output=True,
             text=True,
             timeout=60,

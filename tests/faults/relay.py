@@ -56,7 +56,7 @@ class _End(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.link.take(self.way, data)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         self.transport = None
         self.link.abort()
 

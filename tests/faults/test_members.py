@@ -158,7 +158,9 @@ def test_a_learner_serves_no_watches_and_does_no_harm() -> None:
             learner = Member("learner")
             await learner.relay.start()
             known = f"{voter.name}={voter.peer_url},learner={learner.peer_url}"
-            await asyncio.to_thread(voter.ctl, "member", "add", "learner", "--learner", f"--peer-urls={learner.peer_url}")
+            await asyncio.to_thread(
+                voter.ctl, "member", "add", "learner", "--learner", f"--peer-urls={learner.peer_url}"
+            )
             learner.flags = voter.flags | {
                 "--name": "learner",
                 "--initial-advertise-peer-urls": learner.peer_url,

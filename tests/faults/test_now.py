@@ -1,4 +1,4 @@
-""""Now" is now: what was acknowledged before a watch was asked for is never delivered to it, however the trunk lags."""
+"""Now is now: what was acknowledged before a watch was asked for is never delivered to it, however the trunk lags."""
 
 from __future__ import annotations
 
@@ -36,53 +36,53 @@ def test_an_acknowledged_put_is_never_delivered(etcd: EtcdServer, way: str, call
     """The trunk lags far behind the reads, or runs ahead of them."""
 
     async def scenario() -> None:
-        async with relay_to(etcd.client_port) as calls, relay_to(etcd.client_port) as watches:
-            async with (
-                split_proxy(calls.endpoint, watches.endpoint) as proxy,
-                straight(etcd.endpoint) as store,
-                await RawClient.connect(proxy.port) as client,
-            ):
-                first = await open_watch(client, b"a")
-                calls.delay(Way.BACK, calls_s)
-                watches.delay(Way.BACK, watches_s)
-                streams = []
-                revisions = []
-                for number in range(4):
-                    acknowledged = await _put(etcd, client, store, way, b"%d" % number)
-                    stream = client.watch()
-                    stream.create(b"a")
-                    # Before the answer is there, etcd is ahead already: this may come or not, but not by half.
-                    between = await store.put(b"a", b"between")
-                    streams.append((stream, acknowledged))
-                    revisions += [acknowledged, between]
-                headers = [(await stream.created()).header.revision for stream, _ in streams]
-                last = await store.put(b"a", b"last")
-                for (stream, acknowledged), header in zip(streams, headers, strict=True):
-                    assert header >= acknowledged
-                    await until_async(lambda s=stream: s.values[-1:] == [b"last"], "the last event")  # type: ignore[misc]
-                    got = [event.kv.mod_revision for response in stream.responses for event in response.events]
-                    assert got == [each for each in (*revisions, last) if each > header]
-                assert len(first.values) == 9
+        async with (
+            relay_to(etcd.client_port) as calls,
+            relay_to(etcd.client_port) as watches,
+            split_proxy(calls.endpoint, watches.endpoint) as proxy,
+            straight(etcd.endpoint) as store,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            first = await open_watch(client, b"a")
+            calls.delay(Way.BACK, calls_s)
+            watches.delay(Way.BACK, watches_s)
+            streams = []
+            revisions = []
+            for number in range(4):
+                acknowledged = await _put(etcd, client, store, way, b"%d" % number)
+                stream = client.watch()
+                stream.create(b"a")
+                # Before the answer is there, etcd is ahead already: this may come or not, but not by half.
+                between = await store.put(b"a", b"between")
+                streams.append((stream, acknowledged))
+                revisions += [acknowledged, between]
+            headers = [(await stream.created()).header.revision for stream, _ in streams]
+            last = await store.put(b"a", b"last")
+            for (stream, acknowledged), header in zip(streams, headers, strict=True):
+                assert header >= acknowledged
+                await until_async(lambda s=stream: s.values[-1:] == [b"last"], "the last event")  # type: ignore[misc]
+                got = [event.kv.mod_revision for response in stream.responses for event in response.events]
+                assert got == [each for each in (*revisions, last) if each > header]
+            assert len(first.values) == 9
 
     run(scenario())
 
 
 def test_one_read_serves_all_who_waited_when_it_began(etcd: EtcdServer) -> None:
     async def scenario() -> None:
-        async with relay_to(etcd.client_port) as calls:
-            async with split_proxy(calls.endpoint, etcd.endpoint) as proxy:
-                client = await RawClient.connect(proxy.port)
-                await open_watch(client, b"a")
-                reads = proxy.reader.reads
-                calls.delay(Way.BACK, 0.1)
-                streams = [client.watch() for _ in range(50)]
-                for stream in streams:
-                    stream.create(b"a")
-                for stream in streams:
-                    await stream.created()
-                # The probe that auth is off, the read in flight when most came, and the one after it.
-                assert proxy.reader.reads - reads <= 3
-                await client.close()
+        async with relay_to(etcd.client_port) as calls, split_proxy(calls.endpoint, etcd.endpoint) as proxy:
+            client = await RawClient.connect(proxy.port)
+            await open_watch(client, b"a")
+            reads = proxy.reader.reads
+            calls.delay(Way.BACK, 0.1)
+            streams = [client.watch() for _ in range(50)]
+            for stream in streams:
+                stream.create(b"a")
+            for stream in streams:
+                await stream.created()
+            # The probe that auth is off, the read in flight when most came, and the one after it.
+            assert proxy.reader.reads - reads <= 3
+            await client.close()
 
     run(scenario())
 
@@ -91,27 +91,27 @@ def test_a_quiet_trunk_survives_a_compaction_and_a_break(etcd: EtcdServer) -> No
     """Bookmarks: the store is compacted far beyond the trunk's last event while upstream is fine, then it breaks."""
 
     async def scenario() -> None:
-        async with relay_to(etcd.client_port) as way:
-            limits = Limits(bookmark_s=0.4)
-            async with (
-                split_proxy(way.endpoint, way.endpoint, limits=limits) as proxy,
-                straight(etcd.endpoint) as store,
-                await RawClient.connect(proxy.port) as client,
-            ):
-                await store.put(b"quiet", b"0")
-                streams = [await open_watch(client, b"quiet", start_revision=start) for start in (0, 0, 2)]
-                for _ in range(300):
-                    last = await store.put(b"other", b"x")
-                await until_async(lambda: bookmark(proxy, b"quiet") >= last, "the bookmark to be renewed")
-                await store.compact(last)
-                way.cut()
-                await until_async(lambda: proxy.engine.stats.upstream_broken >= 1, "the break")
-                way.mend()
-                await store.put(b"quiet", b"1")
-                for stream in streams:
-                    await until_async(lambda s=stream: s.values[-1:] == [b"1"], "the event after the break")  # type: ignore[misc]
-                assert [stream.values for stream in streams] == [[b"1"], [b"1"], [b"0", b"1"]]
-                assert not any(response.canceled for stream in streams for response in stream.responses)
-                assert proxy.engine.core.stats.compacted == 0
+        limits = Limits(bookmark_s=0.4)
+        async with (
+            relay_to(etcd.client_port) as way,
+            split_proxy(way.endpoint, way.endpoint, limits=limits) as proxy,
+            straight(etcd.endpoint) as store,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            await store.put(b"quiet", b"0")
+            streams = [await open_watch(client, b"quiet", start_revision=start) for start in (0, 0, 2)]
+            for _ in range(300):
+                last = await store.put(b"other", b"x")
+            await until_async(lambda: bookmark(proxy, b"quiet") >= last, "the bookmark to be renewed")
+            await store.compact(last)
+            way.cut()
+            await until_async(lambda: proxy.engine.stats.upstream_broken >= 1, "the break")
+            way.mend()
+            await store.put(b"quiet", b"1")
+            for stream in streams:
+                await until_async(lambda s=stream: s.values[-1:] == [b"1"], "the event after the break")  # type: ignore[misc]
+            assert [stream.values for stream in streams] == [[b"1"], [b"1"], [b"0", b"1"]]
+            assert not any(response.canceled for stream in streams for response in stream.responses)
+            assert proxy.engine.core.stats.compacted == 0
 
     run(scenario())

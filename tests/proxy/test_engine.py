@@ -97,6 +97,7 @@ class FakeUpstream:
         self.told: list[tuple[str, Any]] = []
         self.newest_revision = 0
         self.ordered_progress = False
+        self.leaderless = False
 
     def store_went_back(self, revision: int) -> None:
         self.told.append(("went back", revision))
