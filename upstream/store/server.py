@@ -22,8 +22,8 @@ from typing import Any
 
 import grpc
 from aiohttp import web
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]  # no stubs
-from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]  # no stubs
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]  # its stubs are too old
+from grpc_reflection.v1alpha import reflection
 
 from proto.pb import rpc_pb2, v3election_pb2, v3lock_pb2
 from upstream.store import loops

@@ -1,0 +1,29 @@
+"""
+Real client libraries see the same from the store as from a real etcd, each in a process of its own.
+
+etcd3gw is not among them: it speaks the JSON gateway, which the store does not have.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.clients.libraries import LIBRARIES, Library
+from tests.clients.test_libraries import tour
+from tests.etcd.binaries import current
+from tests.etcd.server import EtcdServer
+from tests.store.running import RunningStore
+from upstream.store.server import StoreSettings
+
+GATEWAY = "python-etcd3gw"
+
+
+@pytest.mark.parametrize("library", [one for one in LIBRARIES if one.name != GATEWAY], ids=lambda library: library.name)
+def test_sees_the_same(library: Library) -> None:
+    library.install()
+    with EtcdServer(current()) as etcd:
+        expected = tour(library, etcd.client_port)
+    with RunningStore(StoreSettings(name="m0")) as running:
+        assert running.store is not None
+        assert tour(library, running.store.port) == expected
+    assert len(expected.splitlines()) > 5
