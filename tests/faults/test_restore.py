@@ -1,0 +1,105 @@
+"""A store that is restored from an older snapshot: its revision goes back, and nobody is left waiting for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import pytest
+
+from coalesce.ending import STORE_WENT_BACK
+from tests.etcd.server import HOST, EtcdServer
+from tests.faults.scene import PREFIX, PREFIX_END, open_watch, straight
+from tests.proxy.raw_client import RawClient
+from tests.proxy.running import proxy_for
+from tests.proxy.scenario import run
+from tests.waiting import until_async
+
+
+def restore(etcd: EtcdServer, snapshot: Path) -> None:
+    """Replace the data of an etcd that is down with a snapshot's."""
+    data = etcd.directory / "data"
+    shutil.rmtree(data)
+    peer = f"http://{HOST}:{etcd.peer_port}"
+    options = ["--name=m0", f"--initial-cluster=m0={peer}", f"--initial-advertise-peer-urls={peer}"]
+    etcd.ctl("snapshot", "restore", str(snapshot), f"--data-dir={data}", *options)
+
+
+@pytest.mark.parametrize("beyond", [False, True])
+def test_a_store_restored_from_a_snapshot(etcd: EtcdServer, tmp_path: Path, beyond: bool) -> None:
+    """Also when the restored store has been written to before the proxy sees it, `beyond`: but not past the old one."""
+
+    async def scenario() -> None:
+        async with (
+            proxy_for(etcd) as proxy,
+            straight(etcd.endpoint) as store,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            for number in range(10):
+                kept = await store.put(PREFIX + b"a", b"%d" % number)
+            await asyncio.to_thread(etcd.ctl, "snapshot", "save", str(tmp_path / "s"))
+            for number in range(40):
+                lost = await store.put(PREFIX + b"a", b"lost %d" % number)
+            above = [await open_watch(client, PREFIX, PREFIX_END, start) for start in (0, kept, lost)]
+            above.append(await open_watch(client, PREFIX + b"a"))
+            future = await open_watch(client, PREFIX, PREFIX_END, lost + 50)
+            await until_async(lambda: len(above[1].values) == lost - kept + 1, "the past")
+            await asyncio.to_thread(etcd.stop)
+            await asyncio.to_thread(restore, etcd, tmp_path / "s")
+            await asyncio.to_thread(etcd.start)
+            if beyond:
+                for number in range(5):
+                    kept = await store.put(PREFIX + b"a", b"new %d" % number)
+            for stream in above:
+                await until_async(lambda s=stream: s.responses[-1].canceled, "the cancel")  # type: ignore[misc]
+                last = stream.responses[-1]
+                assert (last.cancel_reason, last.compact_revision) == (STORE_WENT_BACK, 0)
+                assert last.header.revision <= kept + 1
+            assert proxy.engine.stats.went_back == 1
+            # The same sessions go on.
+            stream = above[0]
+            stream.create(PREFIX, PREFIX_END)
+            await until_async(lambda: stream.responses[-1].created, "a new watch")
+            assert stream.responses[-1].header.revision < lost
+            old = await open_watch(client, PREFIX, PREFIX_END, 2)
+            first = await store.put(PREFIX + b"a", b"again")
+            assert first < lost
+            await until_async(lambda: stream.values[-1:] == [b"again"], "an event of the restored store")
+            await until_async(lambda: old.values[-1:] == [b"again"], "an event of the restored store")
+            assert not [value for value in old.values if value.startswith(b"lost")]
+            assert len(old.values) == first - 1
+            while await store.put(PREFIX + b"a", b"later") < lost + 50:
+                pass
+            await until_async(lambda: future.values == [b"later"], "the future")
+
+    run(scenario())
+
+
+def test_a_restore_while_a_client_waits_for_progress(etcd: EtcdServer, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            proxy_for(etcd) as proxy,
+            straight(etcd.endpoint) as store,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            await store.put(b"x", b"0")
+            await asyncio.to_thread(etcd.ctl, "snapshot", "save", str(tmp_path / "s"))
+            for _ in range(20):
+                lost = await store.put(b"x", b"1")
+            stream = await open_watch(client, PREFIX, PREFIX_END)
+            stream.progress()
+            await until_async(lambda: stream.responses[-1].watch_id == -1, "progress")
+            assert stream.responses[-1].header.revision == lost
+            await asyncio.to_thread(etcd.stop)
+            stream.progress()
+            await asyncio.to_thread(restore, etcd, tmp_path / "s")
+            await asyncio.to_thread(etcd.start)
+            await until_async(lambda: stream.responses[-1].canceled, "the cancel")
+            assert stream.responses[-1].cancel_reason == STORE_WENT_BACK
+            again = await open_watch(client, PREFIX, PREFIX_END)
+            again.progress()
+            await until_async(lambda: again.responses[-1].watch_id == -1, "progress of the restored store")
+            assert again.responses[-1].header.revision < lost
+
+    run(scenario())
