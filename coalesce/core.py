@@ -57,8 +57,12 @@ class Coalescer:
 
     @property
     def limits(self) -> Limits:
-        """Its settings."""
+        """Its settings; may be set. What exceeds a lowered limit stays until it goes, or the next batch comes."""
         return self._hub.limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._hub.limits = self._hub.ledger.limits = limits
 
     @property
     def stats(self) -> Stats:

@@ -125,10 +125,10 @@ class History:
 class Ledger:
     """All batches of all histories in the order in which they came."""
 
-    __slots__ = ("_entries", "_held", "_limits", "_stats")
+    __slots__ = ("_entries", "_held", "_stats", "limits")
 
     def __init__(self, limits: Limits, stats: Stats) -> None:
-        self._limits = limits
+        self.limits = limits
         self._stats = stats
         # (when, whose, what), oldest first; what its history has evicted by itself stays until it comes up.
         self._entries: deque[tuple[float, History, Batch]] = deque()
@@ -141,7 +141,7 @@ class Ledger:
         self._held += 1
         self._stats.history_bytes += batch.memory_bytes
         self._stats.history_batches = self._held
-        limits = self._limits
+        limits = self.limits
         evicted_at = self._stats.evicted_at
         while history.bytes > limits.history_bytes_max:
             evicted_at["history_bytes_max"] += 1
@@ -163,14 +163,14 @@ class Ledger:
 
     def expire(self, now: float) -> None:
         """Evict what is older than history_age_s."""
-        while self._entries and self._entries[0][0] + self._limits.history_age_s <= now:
+        while self._entries and self._entries[0][0] + self.limits.history_age_s <= now:
             self._stats.evicted_at["history_age_s"] += self._evict_first()
 
     def next_deadline(self) -> float | None:
         """Return when the oldest batch is too old. A little late, so that one ring of the timer serves many."""
         if not self._entries:
             return None
-        return self._entries[0][0] + self._limits.history_age_s * 1.0625
+        return self._entries[0][0] + self.limits.history_age_s * 1.0625
 
     def _evict_first(self) -> bool:
         _, history, batch = self._entries.popleft()

@@ -27,11 +27,12 @@ def command(ctx: click.Context, /, parent_fd: int | None, **_given: Any) -> int:
       watchmux serve                              (no etcd at hand: starts the bundled store and fronts it)
 
     Point clients at --listen-addr. Calls other than watches pass through to etcd untouched. SIGTERM and SIGINT drain:
-    clients are sent elsewhere, open calls may end within --drain.
+    clients are sent elsewhere, open calls may end within --drain. SIGHUP reads the configuration file again: log level
+    and limits change at once, what else has changed is named in the log. Certificates are read again by themselves.
     """
     settings, notes = settings_of(ctx)
     import uvloop
 
     from proxy.serving import serve
 
-    return uvloop.run(serve(settings, notes, parent_fd))
+    return uvloop.run(serve(settings, notes, parent_fd, lambda: settings_of(ctx)))

@@ -34,6 +34,7 @@ from coalesce.effects import (
 )
 from coalesce.inputs import CreateRequest, Granted, Identity, Lost, Refusal
 from coalesce.joining import Read
+from coalesce.limits import Limits
 from coalesce.session import Session
 from coalesce.source import Upstream
 from proto.framing import Status
@@ -165,6 +166,11 @@ class Engine:
     def leaderless(self) -> bool:
         """No endpoint of etcd has a leader, as far as is known."""
         return self._client().leaderless
+
+    def set_limits(self, limits: Limits) -> None:
+        """Have the core go by other limits from now on."""
+        self.core.limits = limits
+        self._input(self.core.expire)
 
     def stop(self) -> None:
         """Take no more inputs."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Coroutine
+import signal
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from proxy.cli_errors import FAILURE, WRONG_REQUEST, Failed
 from proxy.config import Settings, Watch
 from proxy.config_values import Address, parse_address, parse_metrics_address
 from proxy.listener_settings import ListenerSettings
+from proxy.reloading import Reloading
 from proxy.server import Proxy
 from proxy.watch import WatchSettings
 from upstream.errors import UpstreamError
@@ -90,6 +92,11 @@ def _tls(settings: Settings) -> tuple[ssl.SSLContext | None, FileContext | None]
     return inward, outward
 
 
+def watch_settings(settings: Settings) -> WatchSettings:
+    """Return the Watch service's settings."""
+    return WatchSettings(sessions_per_connection_max=settings.listener.sessions_per_connection_max)
+
+
 def proxy_of(settings: Settings, endpoints: list[str]) -> Proxy:
     """Make the proxy that the settings describe, in front of `endpoints`. Raises UpstreamError."""
     address = parse_address(settings.listener.listen_addr, listening=True)
@@ -102,7 +109,7 @@ def proxy_of(settings: Settings, endpoints: list[str]) -> Proxy:
         upstream_tls=outward,
         upstream=upstream_settings(settings),
         listener=listener_settings(settings),
-        watch=WatchSettings(sessions_per_connection_max=settings.listener.sessions_per_connection_max),
+        watch=watch_settings(settings),
         limits=core_limits(settings.watch),
     )
 
@@ -116,8 +123,16 @@ def cannot_listen(address: Address, flag: str, error: OSError) -> Failed:
     return Failed(f"cannot listen on {address}: {reason}; stop what uses it or choose another {flag} (port 0: any)")
 
 
-async def serve(settings: Settings, notes: list[str], parent_fd: int | None) -> int:
-    """Run the proxy until a signal or the end of the parent; return the exit code. Raises Failed."""
+async def serve(
+    settings: Settings,
+    notes: list[str],
+    parent_fd: int | None,
+    read_again: Callable[[], tuple[Settings, list[str]]] | None = None,
+) -> int:
+    """Run the proxy until a signal or the end of the parent; return the exit code.
+
+    `read_again` reads the settings anew, for SIGHUP. Raises Failed.
+    """
     logs.configure(settings.log.log_level, settings.log.log_format)
     for note in notes:
         log.warning(note)
@@ -133,6 +148,9 @@ async def serve(settings: Settings, notes: list[str], parent_fd: int | None) -> 
         address, proxy = await _start(settings, endpoints)
         advertised = settings.listener.advertise_client_url or str(address)
         admin = await _start_admin(proxy, settings, advertised)
+        reloading = Reloading(settings, lambda changed: _apply(changed, proxy))
+        if read_again is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.reload, read_again)
         parent.write_line(Ready(address=str(address), metrics=str(admin.address) if admin else ""))
         log.info(
             "serving",
@@ -142,7 +160,7 @@ async def serve(settings: Settings, notes: list[str], parent_fd: int | None) -> 
             **({"store": "bundled, in memory"} if store else {}),
         )
         code = await _until_told(leaving, store)
-        await signals.or_again(proxy.drain(settings.listener.drain_s if code == 0 else 0))
+        await signals.or_again(proxy.drain(reloading.settings.listener.drain_s if code == 0 else 0))
     finally:
         if admin is not None:
             await admin.stop()
@@ -153,6 +171,14 @@ async def serve(settings: Settings, notes: list[str], parent_fd: int | None) -> 
         await parent.leave()
     log.info("ended")
     return code
+
+
+def _apply(settings: Settings, proxy: Proxy) -> None:
+    """Have a running proxy go by other settings, as far as `reloading.RELOADED` goes."""
+    logs.configure(settings.log.log_level, settings.log.log_format)
+    proxy.engine.set_limits(core_limits(settings.watch))
+    proxy.listener.settings = listener_settings(settings)
+    proxy.watches.settings = watch_settings(settings)
 
 
 class _Signals:

@@ -1,0 +1,90 @@
+"""SIGHUP: read the settings again and go by them, as far as that is safe while clients are connected.
+
+Safe is what bounds or tells: limits, times, the log. Addresses and the endpoints are not: a change of those is named
+in the log and waits for a restart. Certificates need no signal, because the files are looked at with each handshake.
+Settings that cannot be used change nothing at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from proxy import logs
+from proxy.cli_errors import Failed
+from proxy.config import Settings, knobs
+
+log = logs.logger("reload")
+
+RELOADED = frozenset(
+    {
+        "listener.connections_max",
+        "listener.drain_s",
+        "listener.grpc_keepalive_interval_s",
+        "listener.grpc_keepalive_timeout_s",
+        "listener.max_concurrent_streams",
+        "listener.sessions_per_connection_max",
+        "log.log_format",
+        "log.log_level",
+        "watch.history_age_s",
+        "watch.history_bytes_max",
+        "watch.history_bytes_total_max",
+        "watch.history_revisions_max",
+        "watch.lagging_age_s_max",
+        "watch.linger_s",
+        "watch.queue_max",
+        "watch.trunks_max",
+        "watch.watches_max",
+        "watch.watches_per_session_max",
+    }
+)
+"""Knobs that a running proxy takes. --max-concurrent-streams is told to new connections only."""
+
+
+class Reloading:
+    """The settings in force, and how others take their place."""
+
+    def __init__(self, settings: Settings, apply: Callable[[Settings], None]) -> None:
+        self.settings = settings
+        self._apply = apply
+
+    def reload(self, read: Callable[[], tuple[Settings, list[str]]]) -> None:
+        """Read the settings and go by them; never raises, since the proxy works as it is."""
+        try:
+            wanted, notes = read()
+        except Failed as error:
+            log.error("the settings cannot be used; nothing is changed", problem=str(error))
+            return
+        for note in notes:
+            log.warning(note)
+        changed = changes(self.settings, wanted)
+        taken = sorted(changed & RELOADED)
+        waiting = sorted(changed - RELOADED)
+        self.settings = merged(self.settings, wanted)
+        if taken:
+            self._apply(self.settings)
+        log.info("settings read again", changed=taken)
+        if waiting:
+            log.warning("some changes need a restart", settings=waiting)
+
+
+def changes(old: Settings, new: Settings) -> set[str]:
+    """Return the knobs, as `table.key`, in which two settings differ."""
+    return {knob.path for knob in knobs() if _value(old, knob.path) != _value(new, knob.path)}
+
+
+def merged(old: Settings, new: Settings) -> Settings:
+    """Return the new values of what can be reloaded, and the old ones of everything else."""
+    tables = {}
+    for table in old.__struct_fields__:
+        before = getattr(old, table)
+        fields = {field: getattr(getattr(new, table), field) for field in before.__struct_fields__}
+        kept = {field: value for field, value in fields.items() if f"{table}.{field}" in RELOADED}
+        tables[table] = msgspec.structs.replace(before, **kept)
+    return msgspec.structs.replace(old, **tables)
+
+
+def _value(settings: Settings, path: str) -> object:
+    table, _, key = path.partition(".")
+    return getattr(getattr(settings, table), key)
