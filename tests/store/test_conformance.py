@@ -1,9 +1,8 @@
 """
 The store and a real etcd, asked the same: every answer and every error must be the same.
 
-Sequences are random and seeded, and each starts from an emptied store; a failure names the seed and prints what was
-asked until then. The store's pure parts answer here; that the services pass on what they are given is for
-test_server.py.
+A failure of a random sequence prints what was asked until then. The store's pure parts answer here; that the services
+pass on what they are given is for test_server.py.
 """
 
 from __future__ import annotations
@@ -18,56 +17,9 @@ from google.protobuf.message import Message
 from proto.pb import rpc_pb2
 from tests.etcd.binaries import current
 from tests.etcd.server import EtcdServer
-from tests.store import sequences
-from tests.store.both import Client, Refused, ask_state, comparable, new_state, watched_state
+from tests.store.both import Client, Refused, new_state
+from tests.store.pair import REQUESTS, Pair
 from upstream.store.state import StoreState
-
-REQUESTS = 25
-EVERYTHING = rpc_pb2.DeleteRangeRequest(key=b"\x00", range_end=b"\x00")
-
-
-class Pair:
-    """A real etcd and the store, kept at the same revision by asking both everything."""
-
-    def __init__(self, client: Client, state: StoreState) -> None:
-        self.client = client
-        self.state = state
-        self.asked: list[Message] = []
-
-    def ask(self, request: Message) -> None:
-        """Ask both and compare."""
-        self.asked.append(request)
-        theirs, ours = comparable(self.client.ask(request)), comparable(ask_state(self.state, request))
-        if theirs != ours:
-            raise AssertionError(f"etcd answers\n{theirs}\nthe store answers\n{ours}\n{self.story()}")
-
-    def story(self) -> str:
-        """Tell what was asked."""
-        return "\n".join(f"--- {type(request).__name__}\n{request}" for request in self.asked)
-
-    def reset(self) -> None:
-        """Empty both: no keys, no leases, no history."""
-        self.asked.clear()
-        self.ask(EVERYTHING)
-        for lease in sequences.LEASES:
-            self.ask(rpc_pb2.LeaseRevokeRequest(ID=lease))
-        # Twice, because a revision that is compacted already is refused.
-        self.ask(rpc_pb2.PutRequest(key=b"reset"))
-        self.ask(EVERYTHING)
-        self.ask(rpc_pb2.CompactionRequest(revision=self.state.mvcc.revision, physical=True))
-        self.asked.clear()
-
-    def run(self, seed: int) -> None:
-        """Ask a whole sequence."""
-        self.reset()
-        rng = Random(seed)
-        for _ in range(REQUESTS):
-            self.ask(sequences.request(rng, self.state.mvcc.revision))
-
-    def watch(self, create: rpc_pb2.WatchCreateRequest) -> None:
-        """Compare what a watch gets."""
-        theirs, ours = self.client.watched(create), watched_state(self.state, create)
-        assert theirs == ours, f"seen differently by {create}\n{self.story()}"
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import TypeVar
 from proto.pb import kv_pb2, rpc_pb2
 from upstream.store import errors
 from upstream.store.errors import StoreError
-from upstream.store.index import Record
+from upstream.store.index import FROM_KEY, Record
 from upstream.store.mvcc import Mvcc, RangeResult, WriteTxn
 
 TXN_OPS_MAX = 128
@@ -255,6 +255,33 @@ def check_branch(mvcc: Mvcc, branch: Branch, lease_exists: LeaseExists) -> None:
     """
     _check_puts(mvcc, branch, lease_exists)
     _check_ranges(mvcc, branch)
+    check_nothing_kept_is_deleted(branch)
+
+
+def check_nothing_kept_is_deleted(branch: Branch, deletes: Deletes | None = None) -> None:
+    """
+    Refuse to keep the value or lease of a key that the same transaction deletes first. Raises StoreError.
+
+    etcd up to 3.6 overlooks that and crashes half way through the transaction (etcdserver/txn/put.go), every time it
+    starts again too.
+    """
+    deletes = [] if deletes is None else deletes
+    for kind, op, nested in branch.ops:
+        if nested is not None:
+            check_nothing_kept_is_deleted(nested, deletes)
+        elif kind == "request_delete_range":
+            deletes.append((op.request_delete_range.key, op.request_delete_range.range_end))
+        elif kind == "request_put" and (op.request_put.ignore_value or op.request_put.ignore_lease):
+            key = op.request_put.key
+            if any(_contains(span, key) for span in deletes):
+                raise StoreError(errors.KEY_NOT_FOUND)
+
+
+def _contains(span: tuple[bytes, bytes], key: bytes) -> bool:
+    start, range_end = span
+    if not range_end:
+        return key == start
+    return start <= key and (range_end == FROM_KEY or key < range_end)
 
 
 def _check_puts(mvcc: Mvcc, branch: Branch, lease_exists: LeaseExists) -> None:
