@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from coalesce.source import Source, Upstream
 
 UNAVAILABLE = 14
-# What etcd says of a token: PERMISSION_DENIED, UNAUTHENTICATED, and this text (api/v3rpc/rpctypes/error.go).
+# What etcd says of a token: PERMISSION_DENIED, UNAUTHENTICATED, and these texts, whose code is that of many others
+# (api/v3rpc/rpctypes/error.go).
 _REFUSALS = (7, 16)
 USER_EMPTY = "etcdserver: user name is empty"
+AUTH_OLD = "etcdserver: revision of auth store is old"
 NO_LEADER = "etcdserver: no leader"
 STORE_WENT_BACK = "watchmux: the store went back to an earlier revision (restored from a snapshot?)"
 
@@ -97,7 +99,7 @@ class Endings:
         if upstream.closed:
             return
         self._hub.close_upstream(upstream, gone=True)
-        if reason.status in _REFUSALS or reason.text == USER_EMPTY:
+        if reason.status in _REFUSALS or reason.text in (USER_EMPTY, AUTH_OLD):
             self._refused(upstream, reason.text)
         else:
             self._lose(upstream.owner, reason)

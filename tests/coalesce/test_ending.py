@@ -245,6 +245,7 @@ def test_a_refused_token_is_not_the_end_while_there_is_another() -> None:
         Lost(16, "etcdserver: invalid auth token"),
         Lost(7, "etcdserver: permission denied"),
         Lost(3, "etcdserver: user name is empty"),
+        Lost(3, "etcdserver: revision of auth store is old"),
     ],
 )
 def test_a_token_refused_at_a_registration_is_not_the_end_either(reason: Lost) -> None:

@@ -1,0 +1,212 @@
+"""Tokens that expire, are outdated or lose their rights while clients watch: who has a good one goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from proto.framing import Status
+from proxy.server import Proxy
+from tests.etcd.server import EtcdServer
+from tests.faults.relay import Relay, relay_to
+from tests.faults.scene import open_watch
+from tests.proxy.raw_client import RawClient
+from tests.proxy.running import proxy_for
+from tests.proxy.scenario import run
+from tests.proxy.test_auth import DENIED, INVALID, put, token_of, with_users
+from tests.waiting import until_async
+
+TTL_S = 1
+
+
+async def broken(proxy: Proxy, way: Relay) -> None:
+    """Break all connections to etcd once, and wait until the watches' one is back."""
+    resumed = proxy.engine.stats.upstream_resumed
+    way.cut()
+    way.mend()
+    await until_async(lambda: proxy.engine.stats.upstream_resumed > resumed, "the connection to be back")
+
+
+def scenario_with(etcd: EtcdServer, story: Callable[[Proxy, RawClient, Relay], Awaitable[None]]) -> None:
+    """Run a story with a proxy behind a relay, and a client of the proxy."""
+
+    async def scenario() -> None:
+        async with (
+            relay_to(etcd.client_port) as way,
+            proxy_for(way.endpoint) as proxy,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            await story(proxy, client, way)
+
+    run(scenario())
+
+
+async def expire_while_using(client: RawClient, used: str) -> None:
+    """Let every token expire but one, which is used all the time."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + TTL_S + 1.5
+
+    def over() -> bool:
+        stream = client.watch([("token", used)])
+        stream.create(b"a/used")
+        stream.raw.cancel()
+        return loop.time() > end
+
+    await until_async(over, "the tokens to expire")
+
+
+def test_one_expired_token_does_not_stop_the_others() -> None:
+    async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
+        expiring, used = await token_of(client, "u1"), await token_of(client, "u2")
+        first = await open_watch(client, b"a/", b"a0", 0, [("token", expiring)])
+        second = await open_watch(client, b"a/", b"a0", 0, [("token", used)])
+        await expire_while_using(client, used)
+        late = client.watch([("token", expiring)])
+        late.create(b"a/", b"a0")
+        assert (await late.next()).cancel_reason == INVALID
+        await broken(proxy, way)
+        await put(etcd, "a/k", "1")
+        for stream in (first, second):
+            await until_async(lambda s=stream: s.values == [b"1"], "the event after the break")  # type: ignore[misc]
+            assert not stream.raw.over
+
+    with EtcdServer(extra=[f"--auth-token-ttl={TTL_S}"]) as etcd:
+        with_users(etcd)
+        scenario_with(etcd, story)
+
+
+def test_when_no_token_is_left_sessions_come_back_with_new_ones() -> None:
+    async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
+        tokens = [await token_of(client, user) for user in ("u1", "u2")]
+        streams = [await open_watch(client, b"a/", b"a0", 0, [("token", token)]) for token in tokens]
+        kept = await token_of(client, "u3")
+        other = await open_watch(client, b"b", b"", 0, [("authorization", kept)])
+        loop = asyncio.get_running_loop()
+        end = loop.time() + TTL_S + 1.5
+
+        def over() -> bool:
+            stream = client.watch([("token", kept)])
+            stream.create(b"b")
+            stream.raw.cancel()
+            return loop.time() > end
+
+        await until_async(over, "the tokens to expire")
+        await broken(proxy, way)
+        for stream in streams:
+            assert await stream.raw.end() == (Status.UNAVAILABLE, "etcdserver: invalid auth token")
+        again = await open_watch(client, b"a/", b"a0", 0, [("token", await token_of(client, "u1"))])
+        await put(etcd, "a/k", "1")
+        await put(etcd, "b", "2")
+        await until_async(lambda: again.values == [b"1"], "the event")
+        await until_async(lambda: other.values == [b"2"], "the event of the user who was not concerned")
+
+    with EtcdServer(extra=[f"--auth-token-ttl={TTL_S}"]) as etcd:
+        with_users(etcd)
+        scenario_with(etcd, story)
+
+
+def test_a_revoked_role_does_not_stop_the_others(etcd: EtcdServer) -> None:
+    with_users(etcd)
+
+    async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
+        first, second = [await token_of(client, user) for user in ("u1", "u2")]
+        revoked = await open_watch(client, b"a/", b"a0", 0, [("token", first)])
+        stayer = await open_watch(client, b"a/", b"a0", 0, [("token", second)])
+        await asyncio.to_thread(etcd.ctl, "--user=root:r", "user", "revoke-role", "u1", "reader")
+        refused = client.watch([("token", first)])
+        refused.create(b"a/", b"a0")
+        assert (await refused.next()).cancel_reason == DENIED
+        await broken(proxy, way)
+        await put(etcd, "a/k", "1")
+        await until_async(lambda: stayer.values == [b"1"], "the event after the break")
+        # etcd, too, checks only when a watch is created.
+        await until_async(lambda: revoked.values == [b"1"], "the event after the break")
+        await asyncio.to_thread(etcd.ctl, "--user=root:r", "user", "revoke-role", "u2", "reader")
+        await broken(proxy, way)
+        for stream in (revoked, stayer):
+            assert await stream.raw.end() == (Status.UNAVAILABLE, "etcdserver: permission denied")
+
+    scenario_with(etcd, story)
+
+
+def jwt_flags(directory: Path, ttl: str) -> list[str]:
+    """Return the flags of an etcd whose tokens are signed, and expire in whatever use."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    private, public = directory / "jwt.key", directory / "jwt.pub"
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+        )
+    )
+    public.write_bytes(
+        key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
+    return [f"--auth-token=jwt,pub-key={public},priv-key={private},sign-method=RS256,ttl={ttl}"]
+
+
+def test_signed_tokens_that_are_older_than_the_users(tmp_path: Path) -> None:
+    """With signed tokens any change of users makes all older ones useless: refused as etcd does, trunks rotate."""
+
+    async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
+        old = await token_of(client, "u1")
+        first = await open_watch(client, b"a/", b"a0", 0, [("token", old)])
+        await asyncio.to_thread(etcd.ctl, "--user=root:r", "user", "add", "another:p")
+        direct = await RawClient.connect(etcd.client_port)
+        reasons = []
+        for asked in (direct, client):
+            stream = asked.watch([("token", old)])
+            stream.create(b"a/", b"a0")
+            reasons.append((await stream.next()).cancel_reason)
+        await direct.close()
+        assert (
+            reasons[0]
+            == reasons[1]
+            == "rpc error: code = InvalidArgument desc = etcdserver: revision of auth store is old"
+        )
+        second = await open_watch(client, b"a/", b"a0", 0, [("token", await token_of(client, "u2"))])
+        await broken(proxy, way)
+        await put(etcd, "a/k", "1")
+        for stream in (first, second):
+            await until_async(lambda s=stream: s.values == [b"1"], "the event after the break")  # type: ignore[misc]
+        await asyncio.to_thread(etcd.ctl, "--user=root:r", "user", "delete", "another")
+        await broken(proxy, way)
+        for stream in (first, second):
+            status, text = await stream.raw.end()
+            assert (status, text) == (Status.UNAVAILABLE, "etcdserver: revision of auth store is old")
+
+    with EtcdServer(extra=jwt_flags(tmp_path, "5m")) as etcd:
+        with_users(etcd)
+        scenario_with(etcd, story)
+
+
+def test_signed_tokens_that_expire(tmp_path: Path) -> None:
+    async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
+        first = await open_watch(client, b"a/", b"a0", 0, [("token", await token_of(client, "u1"))])
+        end = asyncio.get_running_loop().time() + 3
+        await until_async(lambda: asyncio.get_running_loop().time() > end, "the token to expire")
+        second = await open_watch(client, b"a/", b"a0", 0, [("token", await token_of(client, "u2"))])
+        await broken(proxy, way)
+        await put(etcd, "a/k", "1")
+        for stream in (first, second):
+            await until_async(lambda s=stream: s.values == [b"1"], "the event after the break")  # type: ignore[misc]
+
+    with EtcdServer(extra=jwt_flags(tmp_path, "2s")) as etcd:
+        with_users(etcd)
+        scenario_with(etcd, story)
+
+
+def test_without_auth_one_probe_a_second_at_most(etcd: EtcdServer) -> None:
+    async def story(proxy: Proxy, client: RawClient, _way: Relay) -> None:
+        await asyncio.to_thread(etcd.ctl, "put", "a/k", "0")
+        await open_watch(client, b"a/", b"a0", 1)
+        loop = asyncio.get_running_loop()
+        reads, began = proxy.reader.reads, loop.time()
+        for _ in range(60):
+            await open_watch(client, b"a/", b"a0", 2)
+        assert proxy.reader.reads - reads <= 1 + (loop.time() - began)
+
+    scenario_with(etcd, story)
