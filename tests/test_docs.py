@@ -1,0 +1,51 @@
+"""The documents say what the code says: limits, invariants, the tree, links."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from coalesce import invariants
+from tests import limits_page
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def test_limits_page_is_the_codes() -> None:
+    """`python -m tests.limits_page` writes it anew."""
+    assert limits_page.PAGE.read_text() == limits_page.page()
+
+
+def test_every_limit_has_a_reason() -> None:
+    for line in limits_page.page().splitlines():
+        if line.startswith("| `"):
+            assert len(line.split(" | ")[3]) > 20, line
+
+
+def numbered(text: str) -> dict[int, str]:
+    """The numbered items of a text, white space folded, up to the first sentence's end."""
+    items = re.findall(r"^ ?(\d+)\. (.+?)(?=^ ?\d+\. |\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
+    return {int(number): " ".join(item.split()) for number, item in items}
+
+
+def test_invariants_are_the_codes() -> None:
+    _, _, section = ARCHITECTURE.partition("### Invariants\n")
+    section = section.partition("\n##")[0]
+    assert numbered(section) == numbered(invariants.__doc__ or "")
+
+
+def test_every_room_is_in_the_tree() -> None:
+    """Every package of the program stands in ARCHITECTURE.md's tree."""
+    for package in ("proxy", "upstream", "coalesce", "proto"):
+        for init in (ROOT / package).rglob("__init__.py"):
+            assert f"{init.parent.name}/" in ARCHITECTURE, init.parent
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", path.read_text()):
+        assert (path.parent / target).exists(), target
