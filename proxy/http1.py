@@ -51,6 +51,7 @@ class Http1:
     def __init__(self, choose: Choose, tls: FileContext | None = None, settings: Http1Settings | None = None) -> None:
         self.settings = settings or Http1Settings()
         self.connections: set[ClientSide] = set()
+        self.upstreams: set[UpstreamSide] = set()
         self._choose = choose
         self._tls = tls
         # The same for HTTP/1, once it was needed.
@@ -72,7 +73,7 @@ class Http1:
         loop = asyncio.get_running_loop()
 
         def factory() -> UpstreamSide:
-            return UpstreamSide(client)
+            return UpstreamSide(self, client)
 
         try:
             async with asyncio.timeout(self.settings.connect_timeout_s):
@@ -100,9 +101,10 @@ class Http1:
         return self._spoken.newest()
 
     def stop(self) -> None:
-        """Close all connections."""
-        for client in tuple(self.connections):
-            client.close()
+        """Close all connections now, on both sides; TLS would wait for the other end's goodbye."""
+        for side in (*self.connections, *self.upstreams):
+            if side.transport is not None:
+                side.transport.abort()
 
 
 class _Side(asyncio.Protocol):
@@ -141,13 +143,15 @@ class _Side(asyncio.Protocol):
 class UpstreamSide(_Side):
     """The connection to etcd."""
 
-    def __init__(self, client: ClientSide) -> None:
+    def __init__(self, owner: Http1, client: ClientSide) -> None:
         super().__init__()
         self.other = client
+        self._owner = owner
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send what the client has said so far and go on."""
         self.transport = cast(asyncio.Transport, transport)
+        self._owner.upstreams.add(self)
         assert isinstance(self.other, ClientSide)
         self.other.joined(self)
 
@@ -155,6 +159,11 @@ class UpstreamSide(_Side):
         """Pass an answer on."""
         if self.other is not None and self.other.transport is not None:
             self.other.transport.write(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget it."""
+        self._owner.upstreams.discard(self)
+        super().connection_lost(exc)
 
 
 class ClientSide(_Side):

@@ -168,10 +168,12 @@ class Player:
     directory: Path
     lease: str = ""
     record: list[str] = field(default_factory=list)
+    options: tuple[str, ...] = ()
+    """Further options of etcdctl, such as --cacert."""
 
     def _command(self, arguments: str) -> list[str]:
         words = arguments.replace("LEASE", self.lease).replace("FILE", str(self.directory / "tour.db")).split(" ")
-        return [str(self.etcdctl), f"--endpoints={self.endpoint}", *words]
+        return [str(self.etcdctl), f"--endpoints={self.endpoint}", *self.options, *words]
 
     def _run(self, step: Run) -> None:
         environment = {**os.environ, "ETCDCTL_API": "3"}

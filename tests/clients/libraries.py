@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Library:
     name: str
     packages: tuple[str, ...]
     program: str
+    speaks_tls: bool = True
 
     @property
     def is_node(self) -> bool:
@@ -54,19 +56,19 @@ class Library:
             _run([*pip, *self.packages])
         (self.home / "complete").touch()
 
-    def command(self, host: str, port: int) -> list[str]:
-        """The command line of its tour."""
+    def command(self, host: str, port: int, tls: Sequence[str] = ()) -> list[str]:
+        """The command line of its tour; `tls`: paths of the authority, and of the client's certificate and key."""
         if self.is_node:
             # Node looks for packages beside the program.
             program = self.home / self.program
             shutil.copy(PROGRAMS / self.program, program)
-            return ["node", str(program), host, str(port)]
-        return [str(self.home / "bin/python"), str(PROGRAMS / self.program), host, str(port)]
+            return ["node", str(program), host, str(port), *tls]
+        return [str(self.home / "bin/python"), str(PROGRAMS / self.program), host, str(port), *tls]
 
 
 LIBRARIES = (
     Library("python-etcd3", ("etcd3==0.12.0", "protobuf<4"), "python_etcd3.py"),
-    Library("python-aetcd", ("aetcd==1.0.0",), "python_aetcd.py"),
+    Library("python-aetcd", ("aetcd==1.0.0",), "python_aetcd.py", speaks_tls=False),
     Library("python-etcd3gw", ("etcd3gw",), "python_etcd3gw.py"),
     Library("node-etcd3", ("etcd3@1.1.2",), "node_etcd3.mjs"),
 )

@@ -1,8 +1,12 @@
-// A tour with npm's etcd3 (grpc-js). Arguments: HOST PORT. Prints what it saw, one JSON line each.
+// A tour with npm's etcd3 (grpc-js). Arguments: HOST PORT [CA CERT KEY]. Prints what it saw, one JSON line each.
+import { readFileSync } from 'node:fs';
 import { Etcd3 } from 'etcd3';
 
-const [host, port] = process.argv.slice(2);
-const client = new Etcd3({ hosts: `http://${host}:${port}`, dialTimeout: 10000 });
+const [host, port, ...files] = process.argv.slice(2);
+const [rootCertificate, certChain, privateKey] = files.map((file) => readFileSync(file));
+const credentials = rootCertificate && { rootCertificate, certChain, privateKey };
+const scheme = credentials ? 'https' : 'http';
+const client = new Etcd3({ hosts: `${scheme}://${host}:${port}`, credentials, dialTimeout: 10000 });
 const say = (...what) => console.log(JSON.stringify(what));
 
 function collect(watcher, count) {

@@ -1,4 +1,6 @@
-"""A tour with PyPI's etcd3 (synchronous, grpc's C core). Arguments: HOST PORT. Prints what it saw, one JSON line each.
+"""A tour with PyPI's etcd3 (synchronous, grpc's C core). Arguments: HOST PORT [CA CERT KEY].
+
+Prints what it saw, one JSON line each.
 
 Runs in an environment of its own: the library wants an old protobuf.
 """
@@ -19,8 +21,8 @@ def shown(event):
     return [type(event).__name__, event.key, event.value, event.prev_value]
 
 
-def main(host, port):
-    client = etcd3.client(host=host, port=int(port), timeout=10)
+def main(host, port, ca=None, cert=None, key=None):
+    client = etcd3.client(host=host, port=int(port), timeout=10, ca_cert=ca, cert_cert=cert, cert_key=key)
     client.put("k/a", "1")
     client.put("k/b", "2")
     say("get", client.get("k/a")[0])

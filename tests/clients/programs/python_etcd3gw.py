@@ -1,4 +1,7 @@
-"""A tour with OpenStack's etcd3gw (the JSON gateway over HTTP/1). Arguments: HOST PORT. Prints what it saw."""
+"""A tour with OpenStack's etcd3gw (the JSON gateway over HTTP/1). Arguments: HOST PORT [CA CERT KEY].
+
+Prints what it saw.
+"""
 
 import json
 import sys
@@ -12,8 +15,17 @@ def say(*what):
     )
 
 
-def main(host, port):
-    client = Etcd3Client(host=host, port=int(port), api_path="/v3/", timeout=10)
+def main(host, port, ca=None, cert=None, key=None):
+    client = Etcd3Client(
+        host=host,
+        port=int(port),
+        protocol="https" if ca else "http",
+        ca_cert=ca,
+        cert_cert=cert,
+        cert_key=key,
+        api_path="/v3/",
+        timeout=10,
+    )
     say("put", client.put("k/a", "1"))
     client.put("k/b", "2")
     say("get", client.get("k/a"))
