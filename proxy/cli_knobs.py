@@ -47,8 +47,7 @@ REFUSED = {
     "auto-tls": "certificates are not made here; give --cert-file and --key-file",
     "client-crl-file": "revocation lists are not there yet",
     "listen-cipher-suites": "choosing cipher suites is not there yet",
-    "tls-min-version": "TLS 1.2 and later are served; choosing is not there yet",
-    "tls-max-version": "TLS 1.2 and later are served; choosing is not there yet",
+    "tls-max-version": "TLS 1.3 is served to those who speak it; limiting it is not there",
     "enable-pprof": "that is Go's profiler",
     "experimental-leasing-prefix": "leasing is not there: reads pass through to etcd untouched",
 }

@@ -150,6 +150,10 @@ class Listener(msgspec.Struct, kw_only=True, frozen=True):
     trusted_ca_file: Annotated[
         str, _knob("Ask clients for a certificate signed by this CA bundle (PEM).", Kind.FILE, from_etcd=True)
     ] = ""
+    tls_min_version: Annotated[
+        Literal["TLS1.2", "TLS1.3"],
+        _knob("Serve no older TLS than this. HTTP/2 wants 1.2 at least.", Kind.CHOICE, from_etcd=True, advanced=True),
+    ] = "TLS1.2"
     max_concurrent_streams: Annotated[
         int,
         _knob(
@@ -377,6 +381,15 @@ class Watch(msgspec.Struct, kw_only=True, frozen=True):
             advanced=True,
         ),
     ] = 30.0
+    progress_interval_s: Annotated[
+        float,
+        _knob(
+            "Ask etcd for progress at most so often; clients that ask meanwhile share the next request.",
+            Kind.SECONDS,
+            ge=0,
+            advanced=True,
+        ),
+    ] = 0.005
     progress_retry_s: Annotated[
         float,
         _knob(
@@ -415,8 +428,8 @@ class Admin(msgspec.Struct, kw_only=True, frozen=True):
     metrics_addr: Annotated[
         str,
         _knob(
-            "Serve /metrics, /health and /v1/status here, in plain text. Port 0: any free one, named in the log. "
-            "Empty: nowhere.",
+            "Serve the status page, /metrics and health (/livez, /readyz, /health) here, in plain text. Port 0: any "
+            "free one, named in the log. Empty: nowhere.",
             Kind.METRICS_ADDRESS,
             from_etcd=True,
         ),

@@ -84,7 +84,12 @@ def _tls(settings: Settings) -> tuple[ssl.SSLContext | None, FileContext | None]
     inward: FileContext | None = None
     outward: FileContext | None = None
     if listener.cert_file:
-        inward = server_context(listener.cert_file, listener.key_file, listener.trusted_ca_file or None)
+        inward = server_context(
+            listener.cert_file,
+            listener.key_file,
+            listener.trusted_ca_file or None,
+            min_version=listener.tls_min_version,
+        )
     if wanted:
         outward = client_context(
             upstream.cert or None, upstream.key or None, upstream.cacert or None, upstream.insecure_skip_tls_verify
