@@ -6,7 +6,9 @@ client's, and methods nobody has heard of work like the others. There is no task
 are the client's and etcd's, both of whom read `grpc-timeout` themselves.
 
 Flow control goes end to end: bytes are given back to the side they came from when the other side has taken them, so a
-slow reader of a 100 MB snapshot holds up nobody but its sender, and no more than a window of it waits here.
+slow reader of a 100 MB snapshot holds up nobody but its sender, and no more than a window of it waits here. What waits
+for clients that do not read counts against the window of the connection to etcd, which all clients share, and is
+memory: so it has bounds, and a connection that reaches them loses calls.
 
 What no server has looked at is sent again on another connection, once per endpoint; a call that may have been looked at
 never is, since it may be a write. With no upstream reachable a call ends UNAVAILABLE, as a direct client would see it.
@@ -24,6 +26,7 @@ from upstream.connection import ClientConnection, NotSent, UpstreamCall
 from upstream.pool import Pool
 
 GRPC_PREFIX_BYTES = 5
+MIB = 1 << 20
 
 
 @dataclass(slots=True, frozen=True)
@@ -36,6 +39,17 @@ class PassthroughSettings:
     resend_bytes_max: int = 64 * 1024
     """Bytes of a request that are kept, until its answer begins, so that it can be sent again when no server has looked
     at it. Larger requests are not sent again."""
+
+    resend_bytes_total_max: int = 64 * MIB
+    """The same for all calls together; what comes when it is reached is not sent again."""
+
+    unread_bytes_per_connection_max: int = 256 * MIB
+    """Bytes of answers that one client's connection may leave unread; the call that brings more is reset. Each call
+    can leave one window unread (1 MiB), so this is some 250 large answers asked for at once and none of them read."""
+
+    unread_bytes_max: int = 768 * MIB
+    """The same for all clients, below the window of one connection to etcd (1 GiB): at the bound the connection that
+    leaves most unread loses its calls, instead of all others waiting for it."""
 
 
 @dataclass(slots=True)
@@ -52,6 +66,15 @@ class PassthroughStats:
     broken: int = 0
     """Calls whose upstream connection broke under them."""
 
+    unread: int = 0
+    """Calls reset because their client left too much unread."""
+
+    unread_bytes: int = 0
+    """Bytes that wait now for clients to read."""
+
+    resend_bytes: int = 0
+    """Bytes of requests kept now to be sent again."""
+
 
 class Passthrough:
     """The handler factory for all streams that no route claims."""
@@ -62,6 +85,8 @@ class Passthrough:
         self._pool = pool
         # Calls for which there was no connection yet, oldest first.
         self._waiting: deque[Relay] = deque()
+        # By client connection: the calls whose client has to read on, and how many bytes those are.
+        self._unread: dict[Carrier, _Unread] = {}
         pool.when_available(self._serve_waiting)
 
     @property
@@ -98,6 +123,31 @@ class Passthrough:
         except Refusal as refusal:
             relay.refuse(refusal)
 
+    def hold_back(self, relay: Relay, size: int) -> None:
+        """Count `size` bytes more that a client has to read; reset calls when that is too much."""
+        stats = self.stats
+        unread = self._unread.setdefault(relay.connection, _Unread())
+        unread.relays.add(relay)
+        unread.size += size
+        stats.unread_bytes += size
+        if unread.size > self.settings.unread_bytes_per_connection_max:
+            stats.unread += 1
+            relay.cut_off()
+        elif stats.unread_bytes > self.settings.unread_bytes_max:
+            worst = max(self._unread.values(), key=lambda one: one.size)
+            stats.unread += len(worst.relays)
+            for one in tuple(worst.relays):
+                one.cut_off()
+
+    def taken(self, relay: Relay, size: int) -> None:
+        """Count all that a call's client had to read as read, or as no longer wanted."""
+        unread = self._unread[relay.connection]
+        unread.relays.discard(relay)
+        unread.size -= size
+        self.stats.unread_bytes -= size
+        if not unread.relays:
+            del self._unread[relay.connection]
+
     def over(self) -> None:
         """Let a call that waits for room have the place of one that is over."""
         if self._waiting:
@@ -125,6 +175,16 @@ class Passthrough:
                 return
 
 
+class _Unread:
+    """What one client connection has to read."""
+
+    __slots__ = ("relays", "size")
+
+    def __init__(self) -> None:
+        self.relays: set[Relay] = set()
+        self.size = 0
+
+
 class Relay:
     """One call: the client's stream on one side, etcd's on the other. Handler of both.
 
@@ -135,7 +195,6 @@ class Relay:
         "_answered",
         "_boundary",
         "_call",
-        "_connection",
         "_headers",
         "_owed_client",
         "_owed_upstream",
@@ -145,6 +204,7 @@ class Relay:
         "_request_over",
         "_stream",
         "_tries_left",
+        "connection",
         "done",
     )
 
@@ -153,7 +213,7 @@ class Relay:
     ) -> None:
         self.done = False
         self._owner = owner
-        self._connection = connection
+        self.connection = connection
         self._stream = stream
         self._headers = headers
         self._call: UpstreamCall | None = None
@@ -198,10 +258,14 @@ class Relay:
         self._owed_client += flow_size
         request = self._request
         if request is not None:
+            settings, stats = self._owner.settings, self._owner.stats
             request.append(data)
             self._request_bytes += len(data)
-            if self._call is not None and self._request_bytes > self._owner.settings.resend_bytes_max:
-                self._request = None
+            stats.resend_bytes += len(data)
+            if self._call is not None and (
+                self._request_bytes > settings.resend_bytes_max or stats.resend_bytes > settings.resend_bytes_total_max
+            ):
+                self._forget_request()
         call = self._call
         if call is not None:
             call.write((data,), len(data), end_stream)
@@ -214,27 +278,35 @@ class Relay:
 
     def drained(self) -> None:
         """The client has taken what came: let etcd send on."""
-        owed, self._owed_upstream = self._owed_upstream, 0
+        owed = self._settle()
         if self._call is not None and owed:
             self._call.consumed(owed)
 
     def closed(self, code: int | None) -> None:
         """The client has given up, or is gone: so is the call."""
         del code
-        self.done = True
+        self._give_up()
+        self._settle()
         if self._call is not None:
             self._call.reset(ErrorCode.CANCEL)
             self._owner.over()
+
+    def cut_off(self) -> None:
+        """Reset the call on both sides: its client has left too much unread."""
+        self.connection.h2.reset(self._stream, ErrorCode.ENHANCE_YOUR_CALM)
+        self.connection.touch()
+        self._stream.owner = None
+        self.closed(None)
 
     # etcd's side: a CallHandler.
 
     def on_headers(self, headers: Headers) -> None:
         """Pass the response's head on."""
         self._answered = True
-        self._request = None
+        self._forget_request()
         if not self.done:
-            self._connection.h2.send_headers(self._stream, headers)
-            self._connection.touch()
+            self.connection.h2.send_headers(self._stream, headers)
+            self.connection.touch()
 
     def on_data(self, data: bytes, flow_size: int) -> None:
         """Pass a part of the response on; give it back to etcd when the client has taken it."""
@@ -244,11 +316,12 @@ class Relay:
             call.consumed(flow_size)
             return
         self._boundary.feed(data)
-        if self._connection.h2.send(self._stream, (data,), len(data)):
+        if self.connection.h2.send(self._stream, (data,), len(data)):
             call.consumed(flow_size)
         else:
             self._owed_upstream += flow_size
-        self._connection.touch()
+            self._owner.hold_back(self, flow_size)
+        self.connection.touch()
 
     def on_drained(self) -> None:
         """etcd has taken what came of the request: let the client send on."""
@@ -264,45 +337,64 @@ class Relay:
             self._tries_left -= 1
             self._owner.again(self)
             return
-        self.done = True
-        h2, stream = self._connection.h2, self._stream
+        self._give_up()
+        h2, stream = self.connection.h2, self._stream
         if trailers:
             h2.send_headers(stream, trailers, True)
         elif call.reset_code is not None:
             h2.reset(stream, call.reset_code)
+            self._settle()
         elif self._answered and call.http_status != 200:
             h2.send(stream, (), 0, True)
         else:
             self._owner.stats.broken += 1
             self._end_broken(status, message)
-        self._connection.touch()
+        self.connection.touch()
         self._owner.over()
 
     # Inside.
 
     def refuse(self, refusal: Refusal) -> None:
         """Answer a call that never reached an upstream."""
-        self.done = True
-        refuse(self._connection, self._stream, refusal)
+        self._give_up()
+        refuse(self.connection, self._stream, refusal)
 
     def _end_broken(self, status: int, message: str) -> None:
         """The upstream connection is gone: say so, in the one way that is still open."""
-        h2, stream = self._connection.h2, self._stream
+        h2, stream = self.connection.h2, self._stream
         trailers = status_trailers(status, message)
         if not self._answered:
             h2.send_headers(stream, RESPONSE_HEAD + trailers, True)
         elif self._boundary.inside:
             # A message that is half sent can only end by a reset (gRPC over HTTP/2).
             h2.reset(stream, ErrorCode.INTERNAL_ERROR)
+            self._settle()
         else:
             h2.send_headers(stream, trailers, True)
+
+    def _settle(self) -> int:
+        """Count what the client had to read as read; return how much it was."""
+        owed, self._owed_upstream = self._owed_upstream, 0
+        if owed:
+            self._owner.taken(self, owed)
+        return owed
+
+    def _give_up(self) -> None:
+        self.done = True
+        self._forget_request()
+
+    def _forget_request(self) -> None:
+        """Drop what was kept of the request: it is not sent again."""
+        if self._request is not None:
+            self._request = None
+            self._owner.stats.resend_bytes -= self._request_bytes
 
     def _give_back_client(self) -> None:
         call = self._call
         if call is not None and self._owed_client and not call.blocked and not self.done:
             owed, self._owed_client = self._owed_client, 0
-            self._connection.h2.consumed(self._stream, owed)
-            self._connection.touch()
+            self.connection.h2.consumed(self._stream, owed)
+            self.connection.touch()
 
 
 class _MessageBoundary:

@@ -12,14 +12,17 @@ import grpc
 import grpc.aio
 import pytest
 
+from proto.framing import frame
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from proxy.http1 import Http1
 from proxy.listener import Listener
-from proxy.passthrough import Passthrough, _MessageBoundary
+from proxy.passthrough import MIB, Passthrough, PassthroughSettings, _MessageBoundary
 from tests.etcd.server import HOST, EtcdServer, free_port
+from tests.proxy.raw_client import RawClient
 from tests.waiting import until_async
 from upstream.endpoints import parse_endpoints
 from upstream.pool import Pool
+from upstream.settings import ConnectionSettings, Settings
 
 PUT = "/etcdserverpb.KV/Put"
 BIG = 64 * 2**20
@@ -51,12 +54,17 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def passing(endpoints: str, echo: Echo | None = None) -> AsyncIterator[Running]:
+async def passing(
+    endpoints: str,
+    echo: Echo | None = None,
+    settings: Settings | None = None,
+    bounds: PassthroughSettings | None = None,
+) -> AsyncIterator[Running]:
     """Run a listener that passes everything through."""
     parsed = parse_endpoints(endpoints)
-    pool = Pool(parsed)
+    pool = Pool(parsed, None, settings)
     listener = Listener()
-    listener.passthrough = passthrough = Passthrough(pool)
+    listener.passthrough = passthrough = Passthrough(pool, bounds)
     listener.http1 = http1 = Http1(lambda: parsed[0])
     pool.start()
     await listener.start(HOST, 0)
@@ -232,6 +240,58 @@ async def test_a_slow_reader_holds_nothing_but_itself_up(running: Running) -> No
     while await flood.read() is not grpc.aio.EOF:
         count += 1
     assert count == BIG >> 20
+
+
+@pytest.mark.parametrize(("per_connection", "in_all"), [(3, 7), (100, 5)])
+def test_clients_that_do_not_read_hold_up_nobody_else(per_connection: int, in_all: int) -> None:
+    """Unread answers fill the window of the connection to etcd, which all clients share: they are bounded."""
+    window = ConnectionSettings(connection_window_bytes=8 * MIB)
+    bounds = PassthroughSettings(unread_bytes_per_connection_max=per_connection * MIB, unread_bytes_max=in_all * MIB)
+
+    async def run() -> None:
+        async with (
+            echo_server() as (echo, address),
+            passing(address, echo, Settings(connection=window), bounds) as running,
+        ):
+            port = int(running.address.rpartition(":")[2])
+            stats = running.passthrough.stats
+            async with (
+                await RawClient.connect(port, window=0) as first,
+                await RawClient.connect(port, window=0) as second,
+            ):
+                calls = [client.call("/any.Service/Flood") for client in (first, second) for _ in range(5)]
+                for call in calls:
+                    call.send(b"2", end=True)
+                await until_async(lambda: [call.reset for call in calls].count(11) >= 2, "calls to be reset")
+                assert await running.call("/any.Service/Echo")(b"quick", timeout=5) == b"quick"
+                assert stats.unread >= 2
+                assert 0 < stats.unread_bytes <= in_all * MIB
+                assert {call.reset for call in calls} == {None, 11}
+            await until_async(lambda: stats.unread_bytes == 0, "it to be forgotten with its clients")
+            assert stats.resend_bytes == 0
+
+    asyncio.run(run())
+
+
+def test_requests_kept_to_be_sent_again_are_bounded() -> None:
+    bounds = PassthroughSettings(resend_bytes_max=1000, resend_bytes_total_max=2500)
+
+    async def run() -> None:
+        async with echo_server() as (echo, address), passing(address, echo, bounds=bounds) as running:
+            stats = running.passthrough.stats
+            async with await RawClient.connect(int(running.address.rpartition(":")[2])) as client:
+                calls = [client.call("/any.Service/Stream") for _ in range(5)]
+                for call in calls:
+                    call.send_raw(frame(bytes(5000))[:900])
+                await until_async(lambda: stats.calls == 5, "the calls")
+                await until_async(lambda: stats.resend_bytes == 1800, "two of them to be kept")
+                for call in calls:
+                    call.send_raw(frame(bytes(5000))[900:], end=True)
+                for call in calls:
+                    assert await call.end() == (0, "")
+                assert stats.resend_bytes == 0
+
+    asyncio.run(run())
 
 
 def test_a_dead_upstream_is_unavailable_at_once() -> None:
