@@ -30,8 +30,8 @@ INTRODUCTION = """# Limits
 
 Every bound and time in watchmux, with its default and the reason for it. This page is made from the code
 (`python -m tests.limits_page`); a test holds it there. Those that operators turn have a flag, an environment variable
-and a line in a configuration file: `watchmux serve --help` and `configs/watchmux.toml` name them. What is hit is counted
-at `--metrics-addr`.
+and a line in a configuration file: `watchmux serve --help` and `configs/watchmux.toml` name them. What is hit is
+counted at `--metrics-addr`.
 """
 UNITS = (("_bytes", "bytes"), ("_window", "bytes"), ("_s", "seconds"), ("_revisions", "revisions"))
 
