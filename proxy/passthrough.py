@@ -43,13 +43,13 @@ class PassthroughSettings:
     resend_bytes_total_max: int = 64 * MIB
     """The same for all calls together; what comes when it is reached is not sent again."""
 
-    unread_bytes_per_connection_max: int = 256 * MIB
+    unread_bytes_per_connection_max: int = 128 * MIB
     """Bytes of answers that one client's connection may leave unread; the call that brings more is reset. Each call
-    can leave one window unread (1 MiB), so this is some 250 large answers asked for at once and none of them read."""
+    can leave one window unread (1 MiB), so this is some 120 large answers asked for at once and none of them read."""
 
-    unread_bytes_max: int = 768 * MIB
-    """The same for all clients, below the window of one connection to etcd (1 GiB): at the bound the connection that
-    leaves most unread loses its calls, instead of all others waiting for it."""
+    unread_bytes_max: int = 384 * MIB
+    """The same for all clients, below half of the window of one connection to etcd (1 GiB, given back by halves): at
+    the bound the connection that leaves most unread loses its calls, instead of all others waiting for it."""
 
 
 @dataclass(slots=True)

@@ -245,7 +245,7 @@ async def test_a_slow_reader_holds_nothing_but_itself_up(running: Running) -> No
 @pytest.mark.parametrize(("per_connection", "in_all"), [(3, 7), (100, 5)])
 def test_clients_that_do_not_read_hold_up_nobody_else(per_connection: int, in_all: int) -> None:
     """Unread answers fill the window of the connection to etcd, which all clients share: they are bounded."""
-    window = ConnectionSettings(connection_window_bytes=8 * MIB)
+    window = ConnectionSettings(connection_window_bytes=16 * MIB)
     bounds = PassthroughSettings(unread_bytes_per_connection_max=per_connection * MIB, unread_bytes_max=in_all * MIB)
 
     async def run() -> None:
@@ -259,7 +259,7 @@ def test_clients_that_do_not_read_hold_up_nobody_else(per_connection: int, in_al
                 await RawClient.connect(port, window=0) as first,
                 await RawClient.connect(port, window=0) as second,
             ):
-                calls = [client.call("/any.Service/Flood") for client in (first, second) for _ in range(5)]
+                calls = [client.call("/any.Service/Flood") for client in (first, second) for _ in range(10)]
                 for call in calls:
                     call.send(b"2", end=True)
                 await until_async(lambda: [call.reset for call in calls].count(11) >= 2, "calls to be reset")
