@@ -13,16 +13,19 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from proto.framing import frame
 from proto.pb import rpc_pb2
 from tests.differential import steps as do
 from tests.differential.recording import FENCE_ID, Recording, StreamLog, StreamRecord
 from tests.differential.steps import Program
 from tests.differential.target import Target
-from tests.proxy.raw_client import RawClient
+from tests.proxy.raw_client import RawClient, RawStream
 
 LIMIT_S = 10.0
 AGAIN_S = 0.1
 """How soon an unanswered progress request is repeated."""
+PIPELINED = 100
+"""Puts under way at once."""
 FENCE = b"\x7ffence"
 ROOT = "root"
 UNAVAILABLE = 14
@@ -37,6 +40,7 @@ class Player:
         self.logs: dict[str, StreamLog] = {}
         self.tokens: dict[str, str] = {}
         self._connections: dict[str, RawClient] = {}
+        self._clients: list[RawClient] = []
         self._calls: RawClient | None = None
         self._heard = asyncio.Event()
         self.recording = Recording(proxied=target.proxied, base=0, newest=0, ids=(0, 0, 0))
@@ -55,7 +59,7 @@ class Player:
                 await _PLAYS[type(step)](self, step)
             await self._finish()
         finally:
-            for client in (*self._connections.values(), *([self._calls] if self._calls else [])):
+            for client in self._clients:
                 await client.close()
         return record
 
@@ -70,6 +74,7 @@ class Player:
     async def _connect(self, port: int, window: int = 2**31 - 1) -> RawClient:
         client = await _Client.connect(port, window)
         client.heard = self._heard
+        self._clients.append(client)
         return client
 
     async def _open(self, step: do.Open) -> None:
@@ -152,7 +157,12 @@ class Player:
         self.recording.vain.append(f"progress of {revision - self.recording.base}")
 
     async def _raw(self, step: do.Raw) -> None:
-        (await self.log(step.on)).watch.raw.send(step.message)
+        log = await self.log(step.on)
+        if step.creates:
+            log.creates.append(do.Create(on=step.on))
+        log.watch.raw.send(step.message)
+        if step.creates:
+            await self._answered(log, f"the answer to {step}")
 
     async def _half_close(self, step: do.HalfClose) -> None:
         log = await self.log(step.on)
@@ -202,7 +212,7 @@ class Player:
             return (
                 len(log.controls) >= step.controls
                 and self._events(step.on) >= step.events
-                and len(log.compacted) >= step.compacted
+                and (len(log.compacted) >= step.compacted or self._brought(log))
                 and len(set(log.answers)) >= step.progress
                 and (step.notified is None or log.notified >= base + step.notified)
                 and (log.over or not step.end)
@@ -210,6 +220,10 @@ class Player:
 
         if self.target.proxied or not step.better:
             await self.until(repr(step), there)
+
+    def _brought(self, log: StreamLog) -> bool:
+        """Tell whether the proxy brings from its history what etcd has compacted."""
+        return self.target.proxied and bool(self.program.from_history) and log.event_count > 0
 
     def _events(self, name: str) -> int:
         """Events of a stream and of those that took its watches up."""
@@ -228,7 +242,9 @@ class Player:
         while True:
             if self._calls is None or self._calls.lost:
                 self._calls = await self._connect(self.target.calls_port)
-            call = await self._calls.unary(f"/etcdserverpb.{method}", request.SerializeToString(), metadata)
+            call = self._calls.call(f"/etcdserverpb.{method}", metadata)
+            await self._send(call, frame(request.SerializeToString()))
+            await self._hears(lambda call=call: call.over, LIMIT_S)  # type: ignore[misc]
             if not (self.program.over_breaks and call.status in (UNAVAILABLE, None)):
                 break
         message = call.messages[0] if call.messages else b""
@@ -238,11 +254,36 @@ class Player:
             self.recording.calls.append(f"{method}: {call.status} {call.text!r} @{at}")
         return message
 
+    async def _send(self, call: RawStream, data: bytes) -> None:
+        """Send a request's only message, as the windows allow."""
+        connection = call.client.h2
+        while data and not call.over:
+            room = min(connection.local_flow_control_window(call.id), connection.max_outbound_frame_size)
+            if room <= 0:
+                await self._hears(lambda: connection.local_flow_control_window(call.id) > 0 or call.over, LIMIT_S)
+                continue
+            connection.send_data(call.id, data[:room], end_stream=room >= len(data))
+            data = data[room:]
+            call.client.flush()
+
     async def _put(self, step: do.Put) -> None:
+        if step.pipelined:
+            await self._put_all(step)
+            return
         for number in range(step.times):
             value = step.value if step.times == 1 else b"%b%d" % (step.value, number)
             request = rpc_pb2.PutRequest(key=step.key, value=value, lease=step.lease)
             await self._unary("KV/Put", request, step.user)
+
+    async def _put_all(self, step: do.Put) -> None:
+        client = await self._connect(self.target.calls_port)
+        message = rpc_pb2.PutRequest(key=step.key, value=step.value).SerializeToString()
+        for first in range(0, step.times, PIPELINED):
+            calls = [client.call("/etcdserverpb.KV/Put") for _ in range(min(PIPELINED, step.times - first))]
+            for call in calls:
+                call.send(message, end=True)
+            await self.until("all puts", lambda calls=calls: all(call.over for call in calls))  # type: ignore[misc]
+            assert all(call.status == 0 for call in calls)
 
     async def _delete(self, step: do.Delete) -> None:
         await self._unary("KV/DeleteRange", rpc_pb2.DeleteRangeRequest(key=step.key, range_end=step.end))

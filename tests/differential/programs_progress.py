@@ -87,11 +87,12 @@ PROGRAMS = (
     Program(
         "progress beside a compacted watch",
         (
-            *(Put(times=5), Compact(4), Create(), Create(start=1), Wait(compacted=1)),
+            *(Put(times=5), Compact(4), Create(b"k", b"l"), Create(start=1), Wait(compacted=1)),
             *(ELSEWHERE, Ask(answered=False), Wait(progress=1, better=True)),
             *(Cancel(1), Put(), Wait(events=1), Ask()),
         ),
         more_progress=SILENT_AT_COMPACTED,
+        lonely=True,
     ),
     Program("progress after deletes elsewhere", (Put(b"elsewhere"), Create(), Delete(b"elsewhere"), Ask(), Ask())),
     Program(
@@ -102,7 +103,7 @@ PROGRAMS = (
             Wait(events=30),
             Ask(again=60),
         ),
-        more_progress="how many of the requests meet which revision depends on their way",
+        loaded_progress="which request meets which revision depends on its way",
     ),
     # progress_notify
     Program(

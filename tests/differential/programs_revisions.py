@@ -24,7 +24,11 @@ from tests.differential.steps import (
 FIVE = Put(times=5)
 SPREAD = tuple(Put(key) for key in (b"\x00", b"\x01", b"a", b"a/", b"a/1", b"a/2", b"a0", b"b", b"\x7e", b"\xff\xff"))
 """One put to each of keys that lie around the borders of ranges."""
+DELETED = (b"a", b"b")
+SPREAD_KEYS = [*(put.key for put in SPREAD), *(put.key for put in SPREAD if DELETED[0] <= put.key < DELETED[1])]
+"""The key of each event of the puts and of the delete after them."""
 
+FROM_HISTORY = "others watch the range, or did a moment ago"
 ALL = (b"\x00", b"\x00")
 RANGES = {
     "a single key": (b"a", b""),
@@ -41,9 +45,17 @@ RANGES = {
 }
 
 
+def _events(key: bytes, end: bytes) -> int:
+    """How many of the spread events a range has."""
+    first = key or b"\x00"
+    if not end:
+        return SPREAD_KEYS.count(first)
+    return sum(key >= first and (end == b"\x00" or key < end) for key in SPREAD_KEYS)
+
+
 def _compacted(name: str, start: int, *then: Step) -> Program:
     """Compact at 3 of 5 revisions, then watch from `start`."""
-    return Program(name, (FIVE, Compact(3), Create(start=start), *then))
+    return Program(name, (FIVE, Compact(3), Create(start=start), *then), lonely=True)
 
 
 PROGRAMS = (
@@ -95,6 +107,7 @@ PROGRAMS = (
             Put(),
             Wait(events=1),
         ),
+        lonely=True,
     ),
     _compacted(
         "a second cancel of a compacted watch", 1, Wait(compacted=1), Cancel(0), Cancel(0, silent=True), Create()
@@ -116,7 +129,16 @@ PROGRAMS = (
     ),
     Program(
         "a compacted watch beside a live one",
+        (
+            *(Create(b"k", b"l"), FIVE, Wait(events=5), Compact(4)),
+            *(Create(start=2), Wait(compacted=1), Put(), Wait(events=6)),
+        ),
+        lonely=True,
+    ),
+    Program(
+        "a compacted start that a live watch keeps",
         (Create(), FIVE, Wait(events=5), Compact(4), Create(start=2), Wait(compacted=1), Put(), Wait(events=6)),
+        from_history=FROM_HISTORY,
     ),
     Program(
         "a compaction beyond a future start", (Create(start=3), Put(b"l", times=6), Compact(6), Put(), Wait(events=1))
@@ -138,6 +160,7 @@ PROGRAMS = (
             Resume(),
             Wait(on="again", compacted=1),
         ),
+        from_history=FROM_HISTORY,
     ),
     Program(
         "a client resumes at the compact revision",
@@ -145,16 +168,22 @@ PROGRAMS = (
     ),
     # ranges
     *(
-        Program(f"range: {name}", (Create(*range_), *SPREAD, Delete(b"a", b"b"), Put(b"zz")))
+        Program(f"range: {name}", (Create(*range_), *SPREAD, Delete(*DELETED), Wait(events=_events(*range_))))
         for name, range_ in RANGES.items()
     ),
     *(
-        Program(f"past range: {name}", (*SPREAD, Delete(b"a", b"b"), Create(*range_, start=1)))
+        Program(
+            f"past range: {name}", (*SPREAD, Delete(*DELETED), Create(*range_, start=1), Wait(events=_events(*range_)))
+        )
         for name, range_ in RANGES.items()
     ),
     Program(
         "overlapping ranges on one stream",
-        (*(Create(*range_) for range_ in RANGES.values()), *SPREAD, Delete(b"a", b"b")),
+        (
+            *(Create(*range_) for range_ in RANGES.values()),
+            *(*SPREAD, Delete(*DELETED)),
+            Wait(events=sum(_events(*range_) for range_ in RANGES.values())),
+        ),
     ),
     # what events say
     Program("versions", (Create(), Put(times=3), Delete(), Put(), Delete(), Delete(), Wait(events=6))),
@@ -263,6 +292,7 @@ PROGRAMS = (
             Put(),
             Wait(events=5),
         ),
+        lonely=True,
     ),
     Program(
         "prev_kv of a transaction",
@@ -278,8 +308,4 @@ PROGRAMS = (
         "prev_kv with a filter", (Put(), Create(prev_kv=True, filters=(NOPUT,)), Put(times=2), Delete(), Wait(events=1))
     ),
     Program("prev_kv from a future revision", (Put(), Create(prev_kv=True, start=4), Put(times=4), Wait(events=2))),
-    # a backlog
-    Program(
-        "a backlog of 1500 revisions", (Put(times=1500), Create(start=1), Wait(events=1500), Put(), Wait(events=1501))
-    ),
 )

@@ -3,7 +3,7 @@
 - `direct`: against etcd;
 - `cold`: through a proxy that nobody else uses, with unary calls through the proxy too;
 - `crowded`: through a proxy on which others watch every range of the program already, with and without prev_kv, so
-  that each of its watches joins a trunk that runs; unary calls go straight to etcd, past the proxy.
+  that each of its watches joins a trunk that runs (but for `lonely` programs); unary calls go straight to etcd.
 
 Each way has an etcd of its own, with nothing but the program on it. Etcds are kept from program to program: revisions
 are relative, keys are deleted, and each program gets new proxies.
@@ -96,7 +96,7 @@ class Stage:
 @asynccontextmanager
 async def _crowd(program: Program, proxy: Proxy, way: str) -> AsyncIterator[None]:
     """Have others watch the ranges of a program."""
-    if way != CROWDED or program.auth:
+    if way != CROWDED or program.auth or program.lonely:
         yield
         return
     async with await RawClient.connect(proxy.port) as client:

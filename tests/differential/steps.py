@@ -80,10 +80,12 @@ class Ask(Step):
 
 @dataclass(frozen=True)
 class Raw(Step):
-    """Send bytes as one WatchRequest; nobody answers."""
+    """Send bytes as one WatchRequest; nobody answers, unless it `creates`."""
 
     message: bytes = b""
     on: str = MAIN
+    creates: bool = False
+    """It is a create after all, and answered."""
 
 
 @dataclass(frozen=True)
@@ -153,13 +155,14 @@ class Wait(Step):
 
 @dataclass(frozen=True)
 class Put(Step):
-    """Put a key, once or `times`, the value counting up."""
+    """Put a key, once or `times`, the value counting up; `pipelined`: all at once, of one value."""
 
     key: bytes = b"k"
     value: bytes = b"v"
     times: int = 1
     lease: int = 0
     user: str = ""
+    pipelined: bool = False
 
 
 @dataclass(frozen=True)
@@ -248,6 +251,12 @@ class Program:
     """Wants the users of `stage.USERS`."""
     more_progress: str = ""
     """Why the proxy may answer progress requests that etcd drops."""
+    loaded_progress: str = ""
+    """Why it depends on the moment which progress is answered: only the last counts."""
+    from_history: str = ""
+    """Why the proxy may still bring what etcd has compacted."""
+    lonely: bool = False
+    """Nobody else watches its ranges, who would keep in the proxy's history what this program compacts."""
     over_breaks: str = ""
     """Why only what each watch got over all its streams is compared."""
     notify_s: float = 600.0
