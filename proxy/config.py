@@ -84,6 +84,23 @@ class Upstream(msgspec.Struct, kw_only=True, frozen=True):
         ),
     ] = ""
     key: Annotated[str, _knob("Private key (PEM) of --cert.", Kind.FILE, from_etcd=True)] = ""
+    user: Annotated[
+        str,
+        _knob(
+            "A user of etcd in whose name shared watches are kept up when auth is on, so that they do not depend on "
+            "the tokens of clients. It must be allowed to read what clients watch. Each client is still checked "
+            "with its own token, and no call of a client is ever made in this name.",
+            Kind.TEXT,
+        ),
+    ] = ""
+    password: Annotated[
+        str,
+        _knob(
+            "The password of --user. Better given as WATCHMUX_PASSWORD or in the file: command lines can be read by "
+            "everybody on the machine.",
+            Kind.TEXT,
+        ),
+    ] = ""
     insecure_skip_tls_verify: Annotated[
         bool,
         _knob("Do not verify etcd's certificates. For tests only.", Kind.SWITCH, from_etcd=True),

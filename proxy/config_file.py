@@ -225,6 +225,7 @@ def _check_together(settings: Settings, given: Mapping[str, Given]) -> None:
     upstream, listener = settings.upstream, settings.listener
     for first, second, values in (
         ("upstream.cert", "upstream.key", (upstream.cert, upstream.key)),
+        ("upstream.user", "upstream.password", (upstream.user, upstream.password)),
         ("listener.cert_file", "listener.key_file", (listener.cert_file, listener.key_file)),
     ):
         if bool(values[0]) != bool(values[1]):

@@ -21,6 +21,7 @@ from proxy.listener import Listener
 from proxy.listener_settings import ListenerSettings
 from proxy.passthrough import Passthrough
 from proxy.reads import Reader, ReaderSettings
+from upstream.credentials import Credentials
 from upstream.endpoints import Endpoint, parse_endpoints
 from upstream.pool import Pool
 from upstream.settings import Settings as UpstreamSettings
@@ -64,13 +65,14 @@ class Proxy:
         watch: watch_service.WatchSettings | None = None,
         reader: ReaderSettings | None = None,
         limits: CoreLimits | None = None,
+        credentials: Credentials | None = None,
         tune_gc: bool = True,
     ) -> None:
         """Take the settings; nothing happens yet.
 
         `endpoints`: etcd's addresses. `host`, `port`: where to listen, port 0 for any free one. `tls`: for the
-        listener; `upstream_tls`: towards etcd. `limits`: the core's. `tune_gc`: set the process's garbage collector up
-        for this work. Raises BadEndpoint.
+        listener; `upstream_tls`: towards etcd. `limits`: the core's. `credentials`: the user in whose name trunks are
+        watched. `tune_gc`: set the process's garbage collector up for this work. Raises BadEndpoint.
         """
         self.endpoints: list[Endpoint] = parse_endpoints(endpoints)
         self.health = health.Health()
@@ -82,6 +84,7 @@ class Proxy:
         self._watch_settings = watch or watch_service.WatchSettings()
         self._reader_settings = reader or ReaderSettings()
         self._limits = limits or CoreLimits()
+        self._credentials = credentials
         self._tune_gc = tune_gc
 
     async def start(self) -> None:
@@ -91,7 +94,8 @@ class Proxy:
         self.pool.when_available(self._upstream_changed)
         self.reader = Reader(self.pool, self._reader_settings)
         self.engine = Engine(Coalescer(self._limits), self.reader)
-        self.upstream = WatchClient(self.endpoints, self.engine, settings, tls, logs.logger("upstream"))
+        watch_log = logs.logger("upstream")
+        self.upstream = WatchClient(self.endpoints, self.engine, settings, tls, watch_log, self._credentials)
         self.engine.attach(self.upstream)
         self.engine.upstream_changed = self._upstream_changed
         self.watches = watch_service.WatchService(self.engine, self._watch_settings)

@@ -25,6 +25,7 @@ from proxy.listener_settings import ListenerSettings
 from proxy.reloading import Reloading
 from proxy.server import Proxy
 from proxy.watch import WatchSettings
+from upstream.credentials import Credentials
 from upstream.errors import UpstreamError
 from upstream.settings import ConnectionSettings
 from upstream.settings import Settings as UpstreamSettings
@@ -72,6 +73,12 @@ def upstream_settings(settings: Settings) -> UpstreamSettings:
     )
 
 
+def credentials(settings: Settings) -> Credentials | None:
+    """Return the user in whose name trunks are watched; None where each has its own."""
+    upstream = settings.upstream
+    return Credentials(upstream.user, upstream.password) if upstream.user else None
+
+
 def _tls(settings: Settings) -> tuple[ssl.SSLContext | None, FileContext | None]:
     """Return the contexts for the listener and towards etcd; None where TLS is not asked for."""
     listener, upstream = settings.listener, settings.upstream
@@ -116,6 +123,7 @@ def proxy_of(settings: Settings, endpoints: list[str]) -> Proxy:
         listener=listener_settings(settings),
         watch=watch_settings(settings),
         limits=core_limits(settings.watch),
+        credentials=credentials(settings),
     )
 
 

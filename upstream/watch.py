@@ -25,13 +25,24 @@ from proto.framing import FramingError, Status, Unframer, frame
 from proto.http2 import Headers
 from proto.scan import Header, ScanError, WatchResponse, scan_watch_response
 from upstream.connection import ClientConnection, NotSent, UpstreamCall, after, request_headers
+from upstream.credentials import Credentials, log_in
 from upstream.dial import Dialer, Server
 from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Log, Silence
 from upstream.pool import NO_LEADER_TEXT
 from upstream.settings import Settings
 from upstream.unary import HAS_LEADER
-from upstream.watch_effects import CloseStream, Effect, HeaderSeen, Lost, OpenStream, Progressed, Received, Write
+from upstream.watch_effects import (
+    CloseStream,
+    Effect,
+    HeaderSeen,
+    Lost,
+    OpenStream,
+    Progressed,
+    Received,
+    TokenRefused,
+    Write,
+)
 from upstream.watch_state import OpenedWatch, WatchState, WatchStream
 
 WATCH_PATH = b"/etcdserverpb.Watch/Watch"
@@ -134,7 +145,9 @@ class WatchClient:
         settings: Settings | None = None,
         tls: ssl.SSLContext | None = None,
         log: Log | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
+        """`credentials`: a user of our own, in whose name trunks are watched; without, each has its own token."""
         self._settings = settings or Settings()
         self._listener = listener
         self._log = log or Silence()
@@ -145,6 +158,9 @@ class WatchClient:
         # Set when the server in use is not to be used any more.
         self._lost = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._credentials = credentials
+        # Gets a new token for our own user.
+        self._login: asyncio.Task[None] | None = None
         # A pending registration of watches whose stream ended.
         self._register_timer: asyncio.TimerHandle | None = None
         # No endpoint has a leader: watches are opened without asking for one.
@@ -250,6 +266,8 @@ class WatchClient:
                     shell.call.reset()
             elif isinstance(effect, Lost):
                 listener.lost(effect.watch, effect.status, effect.text)
+            elif isinstance(effect, TokenRefused):
+                self._log_in_again(effect.token)
 
     def _open_stream(self, stream: WatchStream) -> None:
         server = self._server
@@ -320,6 +338,7 @@ class WatchClient:
     async def _run(self) -> None:
         while True:
             server = await self._dialer.dial(self._acceptable)
+            await self._log_in(server)
             self._use(server)
             while not self._lost.is_set():
                 if not self.leaderless:
@@ -327,9 +346,32 @@ class WatchClient:
                     continue
                 better = await self._wait_for_leader()
                 if better is not None:
+                    await self._log_in(better)
                     self._break()
                     self._use(better)
             self._break()
+
+    async def _log_in(self, server: Server) -> None:
+        """Have a token for our own user before anything is registered. Without a leader nobody can log in."""
+        if self._credentials is not None and self._state.own_token is None and server.has_leader:
+            self._state.own_token = await self._new_token(server, self._credentials)
+
+    async def _new_token(self, server: Server, credentials: Credentials) -> bytes | None:
+        return await log_in(server.connection, credentials, self._settings.status_timeout_s, self._log)
+
+    def _log_in_again(self, refused: bytes | None) -> None:
+        """The token of our own user is taken no more: trunks wait a moment for a new one."""
+        if self._state.own_token == refused:
+            self._state.own_token = None
+        if self._login is None and self._server is not None and self._credentials is not None:
+            login = self._renew_token(self._server, self._credentials)
+            self._login = asyncio.get_running_loop().create_task(login, name="login upstream")
+
+    async def _renew_token(self, server: Server, credentials: Credentials) -> None:
+        token = await self._new_token(server, credentials)
+        self._login = None
+        if self._server is server:
+            self._apply(self._state.logged_in(token))
 
     def _acceptable(self, server: Server) -> bool:
         return server.has_leader or self.leaderless
@@ -401,6 +443,9 @@ class WatchClient:
 
     def _drop_server(self) -> None:
         server, self._server = self._server, None
+        login, self._login = self._login, None
+        if login is not None:
+            login.cancel()
         self._state.disconnect()
         if self._register_timer is not None:
             self._register_timer.cancel()

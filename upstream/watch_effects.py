@@ -71,6 +71,15 @@ class Lost:
         self.text = text
 
 
+class TokenRefused:
+    """The server does not take the token of our own user; watches wait for `WatchState.logged_in`."""
+
+    __slots__ = ("token",)
+
+    def __init__(self, token: bytes | None) -> None:
+        self.token = token
+
+
 class HeaderSeen:
     """A header came with an answer that is not passed on."""
 
@@ -80,4 +89,4 @@ class HeaderSeen:
         self.header = header
 
 
-Effect = OpenStream | CloseStream | Write | Received | Progressed | Lost | HeaderSeen
+Effect = OpenStream | CloseStream | Write | Received | Progressed | Lost | TokenRefused | HeaderSeen

@@ -39,11 +39,25 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Final, Protocol
 
+from proto.framing import Status
 from proto.scan import Event, Header, WatchResponse, encode_cancel, encode_create, encode_progress
+from upstream.credentials import is_auth_refusal
 from upstream.errors import read_reason
-from upstream.watch_effects import CloseStream, Effect, HeaderSeen, Lost, OpenStream, Progressed, Received, Write
+from upstream.watch_effects import (
+    CloseStream,
+    Effect,
+    HeaderSeen,
+    Lost,
+    OpenStream,
+    Progressed,
+    Received,
+    TokenRefused,
+    Write,
+)
 
 _PASSED_MAX: Final = 256
+# A token may be outdated the moment it is there; twice in a row is no chance.
+_OWN_REFUSED_MAX: Final = 2
 
 
 class OpenedWatch(Protocol):
@@ -74,7 +88,18 @@ class OpenedWatch(Protocol):
 class Registration:
     """One watch of the listener and where it stands."""
 
-    __slots__ = ("announced", "closed", "next_revision", "now", "paused", "stream", "unproven", "watch", "watch_id")
+    __slots__ = (
+        "announced",
+        "closed",
+        "next_revision",
+        "now",
+        "own_refused",
+        "paused",
+        "stream",
+        "unproven",
+        "watch",
+        "watch_id",
+    )
 
     def __init__(self, watch: OpenedWatch) -> None:
         self.watch = watch
@@ -88,6 +113,8 @@ class Registration:
         self.closed = False
         # A backfill that is not to be read at present.
         self.paused = False
+        # Times that our own user was refused in a row; from `_OWN_REFUSED_MAX` on it is watched by its own token.
+        self.own_refused = 0
         # Where it is creating or live; None = waits for `register`.
         self.stream: WatchStream | None = None
         # The id upstream while live; None before.
@@ -98,7 +125,7 @@ class Registration:
 
 
 class WatchStream:
-    """One Watch call upstream, of one token."""
+    """One Watch call upstream, of one token; `own`: that of our own user."""
 
     __slots__ = (
         "answered",
@@ -109,6 +136,7 @@ class WatchStream:
         "held",
         "is_backfill",
         "live",
+        "own",
         "passed",
         "paused",
         "requested",
@@ -117,9 +145,10 @@ class WatchStream:
         "wanted",
     )
 
-    def __init__(self, token: bytes | None, is_backfill: bool) -> None:
+    def __init__(self, token: bytes | None, is_backfill: bool, own: bool = False) -> None:
         self.token = token
         self.is_backfill = is_backfill
+        self.own = own
         # Free for whoever does the I/O.
         self.shell: object = None
         # A backfill's stream that is not to be read at present.
@@ -157,6 +186,8 @@ class WatchState:
         self.connected = False
         # The server answers manual progress requests in order with events; only then are they sent.
         self.ordered_progress = False
+        # The token of our own user, which all trunks are watched with; None = there is none (now).
+        self.own_token: bytes | None = None
         # The highest revision seen in any header; 0 = none yet.
         self.newest_revision = 0
         # In the order of opening; the key is the id() of the listener's object, which need not be hashable.
@@ -245,6 +276,11 @@ class WatchState:
                     self._register(registration, effects)
         return effects
 
+    def logged_in(self, token: bytes | None) -> list[Effect]:
+        """Our own user has a new token, or none can be had: register what waits for it."""
+        self.own_token = token
+        return self.register()
+
     def disconnect(self) -> None:
         """The connection is gone, and all streams with it. Half a run of fragments is dropped; positions stay."""
         self.connected = False
@@ -264,6 +300,9 @@ class WatchState:
 
     def refused(self, stream: WatchStream, status: int, text: str) -> list[Effect]:
         """A stream ended in a way that trying again does not mend: all its watches are lost."""
+        if stream.own and is_auth_refusal(status, text):
+            self.ended(stream)
+            return [TokenRefused(stream.token)]
         self._drop(stream)
         there = [registration for registration in self._registrations.values() if registration.stream is stream]
         for registration in there:
@@ -322,12 +361,12 @@ class WatchState:
         if response.canceled:
             if not registration.closed:
                 effects.append(HeaderSeen(header))
-                effects.append(Lost(registration.watch, *read_reason(response.cancel_reason)))
-                self._forget(registration, effects)
+                self._create_refused(stream, registration, *read_reason(response.cancel_reason), effects)
         elif registration.closed:
             self._cancel(stream, response.watch_id, effects)
         else:
             registration.watch_id = response.watch_id
+            registration.own_refused = 0
             registration.unproven = stream.requested
             stream.by_id[response.watch_id] = registration
             if registration.next_revision is None and header.revision > 0:
@@ -337,6 +376,23 @@ class WatchState:
         if stream.wanted is registration:
             stream.wanted = None
             self._request_progress(stream, effects)
+
+    def _create_refused(
+        self, stream: WatchStream, registration: Registration, status: int, text: str, effects: list[Effect]
+    ) -> None:
+        """A watch is over; but what our own user may not watch, somebody else may."""
+        if not stream.own or not is_auth_refusal(status, text):
+            effects.append(Lost(registration.watch, status, text))
+            self._forget(registration, effects)
+            return
+        self._leave(registration, effects)
+        registration.own_refused += 1
+        if status == Status.PERMISSION_DENIED:
+            registration.own_refused = _OWN_REFUSED_MAX
+        if registration.own_refused < _OWN_REFUSED_MAX:
+            effects.append(TokenRefused(stream.token))
+        else:
+            self._register(registration, effects)
 
     def _received_unknown(self, stream: WatchStream, response: WatchResponse, effects: list[Effect]) -> None:
         """A response of no live id: a progress answer, or the last words of a dying id."""
@@ -452,10 +508,13 @@ class WatchState:
     def _register(self, registration: Registration, effects: list[Effect]) -> None:
         """Create a registration that has no stream, on the stream it belongs to."""
         watch = registration.watch
-        token = watch.token
+        token = self.own_token
+        own = token is not None and not watch.is_backfill and registration.own_refused < _OWN_REFUSED_MAX
+        if not own:
+            token = watch.token
         stream = None if watch.is_backfill else self._trunk_streams.get(token)
         if stream is None:
-            stream = WatchStream(token, watch.is_backfill)
+            stream = WatchStream(token, watch.is_backfill, own)
             if watch.is_backfill:
                 self._backfill_streams[id(stream)] = stream
             else:
@@ -498,6 +557,10 @@ class WatchState:
         """A watch is over: cancel its id, or the whole stream when it was the last one there."""
         registration.closed = True
         self._registrations.pop(id(registration.watch), None)
+        self._leave(registration, effects)
+
+    def _leave(self, registration: Registration, effects: list[Effect]) -> None:
+        """Take a registration off its stream."""
         stream = registration.stream
         if stream is None:
             return

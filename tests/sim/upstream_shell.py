@@ -153,5 +153,7 @@ class UpstreamShell:
                 self.on_progressed(effect.watches, effect.header)
             elif isinstance(effect, watch_effects.Lost):
                 self.on_lost(effect.watch, effect.status, effect.text)
+            elif isinstance(effect, watch_effects.TokenRefused):
+                raise AssertionError("nobody here has given it a token of its own")
             else:
                 self.on_header(effect.header)

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import WatchResponse, scan_watch_response
-from upstream.watch_effects import CloseStream, Effect, HeaderSeen, Lost, OpenStream, Progressed, Received, Write
+from upstream.watch_effects import (
+    CloseStream,
+    Effect,
+    HeaderSeen,
+    Lost,
+    OpenStream,
+    Progressed,
+    Received,
+    TokenRefused,
+    Write,
+)
 
 
 @dataclass(eq=False)
@@ -84,6 +94,8 @@ def _told(effect: Effect) -> str:
             return f"{' '.join(map(repr, effect.watches))} complete through {effect.header.revision}"
         case Lost():
             return f"{effect.watch!r} lost: {effect.status} {effect.text}"
+        case TokenRefused():
+            return f"{(effect.token or b'').decode()} is refused"
         case HeaderSeen():
             return f"at {effect.header.revision}"
         case Received():

@@ -243,7 +243,7 @@ def test_a_ping_that_is_answered_at_once_is_answered() -> None:
         settings = ConnectionSettings(keepalive_s=0.01, keepalive_timeout_s=0.02)
         async with scripted() as etcd:
             connection = await connect(parse_endpoint(etcd.endpoint), None, settings)
-            etcd.on_message = lambda call, message: None
+            etcd.on_message = lambda _call, _message: None
             start(connection)
             (server,) = etcd.connections
             goal = server.heard + 30

@@ -1,0 +1,130 @@
+"""A user of the proxy's own: trunks are watched in its name, and nothing else ever is."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from proto.framing import Status
+from proto.pb import rpc_pb2
+from tests.etcd.server import EtcdServer
+from tests.faults.relay import relay_to
+from tests.faults.scene import open_watch
+from tests.faults.test_tokens import TTL_S, broken
+from tests.proxy.raw_client import RawClient
+from tests.proxy.running import proxy_for
+from tests.proxy.scenario import run
+from tests.proxy.test_auth import DENIED, EMPTY, put, token_of, with_users
+from tests.waiting import until_async
+from upstream.credentials import Credentials
+
+PUT = "/etcdserverpb.KV/Put"
+RANGE = "/etcdserverpb.KV/Range"
+
+
+def with_proxy_user(etcd: EtcdServer) -> None:
+    """Add the user `proxy`, who may read all that the others may, and switch auth on."""
+    with_users(etcd)
+    for line in ("user add proxy:secret", "user grant-role proxy reader"):
+        etcd.ctl("--user=root:r", *line.split())
+
+
+OWN = Credentials("proxy", "secret")
+
+
+def test_the_password_is_never_shown() -> None:
+    assert "secret" not in repr(OWN)
+
+
+def test_trunks_live_on_when_every_token_has_expired() -> None:
+    async def scenario() -> None:
+        async with (
+            relay_to(etcd.client_port) as way,
+            proxy_for(way.endpoint, credentials=OWN) as proxy,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            tokens = [await token_of(client, user) for user in ("u1", "u2")]
+            streams = [await open_watch(client, b"a/", b"a0", 0, [("token", token)]) for token in tokens]
+            first = proxy.upstream._state.own_token
+            assert first is not None
+            end = asyncio.get_running_loop().time() + TTL_S + 1.5
+            await until_async(lambda: asyncio.get_running_loop().time() > end, "all tokens to expire")
+            await broken(proxy, way)
+            await put(etcd, "a/k", "1")
+            for stream in streams:
+                await until_async(lambda s=stream: s.values == [b"1"], "the event after the break")  # type: ignore[misc]
+            assert proxy.upstream._state.own_token not in (None, first)
+            assert not any(stream.raw.over for stream in streams)
+
+    with EtcdServer(extra=[f"--auth-token-ttl={TTL_S}"]) as etcd:
+        with_proxy_user(etcd)
+        run(scenario())
+
+
+def test_nothing_of_a_client_is_done_in_the_name_of_the_proxy(etcd: EtcdServer) -> None:
+    with_proxy_user(etcd)
+
+    async def scenario() -> None:
+        async with (
+            proxy_for(etcd, credentials=OWN) as proxy,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            await until_async(lambda: proxy.upstream._state.own_token, "the proxy to log in")
+            reader = await open_watch(client, b"a/", b"a0", 0, [("token", await token_of(client, "u1"))])
+            other: list[Any] = [("token", await token_of(client, "u3"))]
+            for metadata, reason in ((other, DENIED), ([], EMPTY)):
+                for start in (0, 1, 2):
+                    stream = client.watch(metadata)
+                    stream.create(b"a/", b"a0", start)
+                    response = await stream.next()
+                    assert (response.created, response.canceled, response.cancel_reason) == (True, True, reason)
+            message = rpc_pb2.RangeRequest(key=b"a/k").SerializeToString()
+            assert (await client.unary(RANGE, message)).text == "etcdserver: user name is empty"
+            assert (await client.unary(RANGE, message, other)).status == Status.PERMISSION_DENIED
+            await put(etcd, "a/k", "1")
+            await until_async(lambda: reader.values == [b"1"], "the event")
+
+    run(scenario())
+
+
+def test_what_the_proxy_may_not_read_its_clients_watch_themselves(etcd: EtcdServer) -> None:
+    """Also when the proxy cannot log in at all."""
+    with_proxy_user(etcd)
+
+    async def scenario() -> None:
+        for own in (OWN, Credentials("proxy", "wrong"), Credentials("nobody", "x")):
+            async with (
+                relay_to(etcd.client_port) as way,
+                proxy_for(way.endpoint, credentials=own) as proxy,
+                await RawClient.connect(proxy.port) as client,
+            ):
+                token = await token_of(client, "u3")
+                streams = [await open_watch(client, b"b", b"", start, [("token", token)]) for start in (0, 0)]
+                await put(etcd, "b", own.password)
+                await broken(proxy, way)
+                await put(etcd, "b", "again")
+                expected = [own.password.encode(), b"again"]
+                for stream in streams:
+                    await until_async(lambda s=stream, e=expected: s.values == e, "the events")  # type: ignore[misc]
+
+    run(scenario())
+
+
+def test_credentials_while_auth_is_off(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        async with (
+            relay_to(etcd.client_port) as way,
+            proxy_for(way.endpoint, credentials=OWN) as proxy,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            stream = await open_watch(client, b"a/", b"a0")
+            await asyncio.to_thread(etcd.ctl, "put", "a/k", "1")
+            await until_async(lambda: stream.values == [b"1"], "the event")
+            await asyncio.to_thread(with_proxy_user, etcd)
+            # From the next connection on it is the proxy's user who watches.
+            await broken(proxy, way)
+            await put(etcd, "a/k", "2")
+            await until_async(lambda: stream.values == [b"1", b"2"], "the event after the break")
+            assert proxy.upstream._state.own_token is not None
+
+    run(scenario())

@@ -1,0 +1,93 @@
+"""A user of our own watches the trunks; what it may not, the token of the watch's own may."""
+
+from __future__ import annotations
+
+import pytest
+
+from proto.framing import Status
+from proto.scan import WatchResponse
+from tests.upstream.stories import Opened, answer, told
+from tests.upstream.test_watch_state import stream_of
+from upstream.watch_state import WatchState
+
+INVALID = "rpc error: code = Unauthenticated desc = etcdserver: invalid auth token"
+OUTDATED = "rpc error: code = InvalidArgument desc = etcdserver: revision of auth store is old"
+DENIED = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
+
+
+def with_own(token: bytes | None = b"own") -> WatchState:
+    state = WatchState()
+    state.own_token = token
+    state.connect(True, 10)
+    return state
+
+
+def refusal(reason: str) -> WatchResponse:
+    return answer(-1, 10, created=True, canceled=True, cancel_reason=reason)
+
+
+def test_trunks_of_all_tokens_share_a_stream_and_backfills_do_not() -> None:
+    state = with_own()
+    a, b = Opened(b"a", token=b"u1"), Opened(b"b", token=b"u2")
+    backfill = Opened(b"c", start_revision=5, token=b"u3", is_backfill=True)
+    assert told(state.open(a)) == ["open stream for own", "create a from 0"]
+    assert told(state.open(b)) == ["create b from 0"]
+    assert told(state.open(backfill)) == ["open stream for u3", "create c from 5"]
+
+
+@pytest.mark.parametrize("reason", [INVALID, OUTDATED])
+def test_a_token_that_is_taken_no_more_is_renewed(reason: str) -> None:
+    state = with_own()
+    a, b = Opened(b"a", token=b"u1"), Opened(b"b", token=b"u2")
+    state.open(a)
+    state.open(b)
+    stream = stream_of(state, a)
+    assert told(state.received(stream, refusal(reason))) == ["at 10", "own is refused"]
+    last = state.received(stream, refusal(reason))
+    assert told(last) == ["at 10", "close stream", "own is refused"]
+    assert told(state.logged_in(b"new")) == ["open stream for new", "create a from 0", "create b from 0"]
+    assert told(state.received(stream_of(state, a), answer(0, 11, created=True))) == ["a created at 11"]
+
+
+def test_without_a_new_token_each_watches_with_its_own() -> None:
+    state = with_own()
+    a = Opened(b"a", token=b"u1")
+    state.open(a)
+    state.received(stream_of(state, a), refusal(INVALID))
+    assert told(state.logged_in(None)) == ["open stream for u1", "create a from 0"]
+    lost = told(state.received(stream_of(state, a), refusal(INVALID)))
+    assert lost == ["at 10", "a lost: 16 etcdserver: invalid auth token", "close stream"]
+
+
+def test_two_refusals_in_a_row_are_enough() -> None:
+    state = with_own()
+    a = Opened(b"a", token=b"u1")
+    state.open(a)
+    state.received(stream_of(state, a), refusal(OUTDATED))
+    state.logged_in(b"new")
+    effects = told(state.received(stream_of(state, a), refusal(OUTDATED)))
+    assert effects == ["at 10", "close stream", "open stream for u1", "create a from 0"]
+
+
+def test_what_our_user_may_not_the_watch_may_itself() -> None:
+    state = with_own()
+    a, b = Opened(b"a", token=b"u1"), Opened(b"b", token=b"u2")
+    state.open(a)
+    state.open(b)
+    own = stream_of(state, a)
+    assert told(state.received(own, refusal(DENIED))) == [
+        "at 10",
+        "open stream for u1",
+        "create a from 0",
+    ]
+    assert told(state.received(own, answer(0, 11, created=True))) == ["b created at 11"]
+    assert told(state.received(stream_of(state, a), answer(0, 12, created=True))) == ["a created at 12"]
+
+
+def test_a_stream_of_our_user_that_is_refused_whole() -> None:
+    state = with_own()
+    a = Opened(b"a", token=b"u1")
+    state.open(a)
+    effects = state.refused(stream_of(state, a), Status.UNAUTHENTICATED, "etcdserver: invalid auth token")
+    assert told(effects) == ["own is refused"]
+    assert told(state.logged_in(b"new")) == ["open stream for new", "create a from 0"]
