@@ -121,6 +121,23 @@ ODD = {
 }
 
 
+SORT = rpc_pb2.RangeRequest.SortTarget
+ORDER = rpc_pb2.RangeRequest.SortOrder
+
+
+@pytest.mark.parametrize("order", ORDER.values(), ids=ORDER.Name)
+@pytest.mark.parametrize("target", SORT.values(), ids=SORT.Name)
+def test_what_a_limit_leaves_of_a_sorted_range(pair: Pair, target: SORT.ValueType, order: ORDER.ValueType) -> None:
+    pair.reset()
+    for at, key in enumerate((b"d", b"c", b"a", b"b", b"a")):
+        pair.ask(rpc_pb2.PutRequest(key=key, value=b"%d" % (9 - at)))
+    for limit in range(6):
+        for oldest in (0, pair.state.mvcc.revision - 1, 1):
+            request = rpc_pb2.RangeRequest(key=b"\x00", range_end=b"\x00", limit=limit, min_mod_revision=oldest)
+            request.sort_target, request.sort_order = target, order
+            pair.ask(request)
+
+
 @pytest.mark.parametrize("what", ODD)
 def test_odd_requests(pair: Pair, what: str) -> None:
     if what == "a request that is just too large":

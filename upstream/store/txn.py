@@ -151,7 +151,12 @@ def run_range(view: Mvcc | WriteTxn, request: rpc_pb2.RangeRequest) -> rpc_pb2.R
     response.header.revision = result.revision
     if request.count_only:
         return response
-    records = _sorted(_filtered(result, request), request)
+    records = _filtered(result, request)
+    unfiltered = records is result.records
+    if request.limit > 0 and request.sort_order == _Range.NONE and unfiltered:
+        # Without an order etcd reads no further than it has to for `more`, and sorts what it has read.
+        del records[request.limit + 1 :]
+    records = _sorted(records, request)
     if 0 < request.limit < len(records):
         del records[request.limit :]
         response.more = True
