@@ -38,8 +38,12 @@ check: $(VENV)/.installed-dev  ## ruff, mypy --strict, imports point down
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-bench: $(VENV)/.installed-dev etcds  ## CPU per event, delay and memory beside etcd's own grpc-proxy
-	$(BIN)/python -m tests.bench
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,dev,bench]'
+	@touch $@
+
+bench: $(VENV)/.installed-bench etcds  ## CPU per event, delay and memory beside etcd's grpc-proxy; ARGS='--case paced'
+	$(BIN)/python -m tests.bench $(ARGS)
 
 sim: $(VENV)/.installed-dev  ## SEEDS=n seeds of the simulator
 	$(BIN)/python -m tests.sim SEEDS=$(SEEDS)

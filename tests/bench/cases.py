@@ -6,6 +6,52 @@ Figures only mean something beside a peer's in the same run; every case is drive
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+
+class Kind(Enum):
+    """What a case measures."""
+
+    # Clients are there, then it is written.
+    FANOUT = "fanout"
+    # Clients are there, and nothing happens.
+    IDLE = "idle"
+    # It was written before; clients come and ask for all of it.
+    CATCH_UP = "catch-up"
+    # Clients are there and have seen what was written; then all drop and come back, half of it behind.
+    STORM = "storm"
+    # Unary calls.
+    CALLS = "calls"
+
+
+class Variant(NamedTuple):
+    """What one kind of watch asks for, and what it gets of each three writes: a new key, the same again, a delete."""
+
+    options: dict[str, object]
+    events: int
+    stamps: int
+    """Values among them, each marked with the time of its write; a prev_kv has one of its own."""
+    from_start: bool = False
+    """It begins with the first write of all, before it was there."""
+
+
+NO_PUT, NO_DELETE = 0, 1
+VARIANTS = (
+    Variant({}, 3, 2),
+    Variant({"prev_kv": True}, 3, 4),
+    Variant({"filters": [NO_DELETE]}, 2, 2),
+    Variant({"filters": [NO_PUT], "prev_kv": True}, 1, 1),
+    Variant({"fragment": True}, 3, 2),
+    Variant({"start_revision": 2}, 3, 2, True),
+    Variant({"filters": [NO_DELETE], "prev_kv": True, "fragment": True}, 2, 3),
+    Variant({"start_revision": 2, "prev_kv": True, "progress_notify": True}, 3, 4, True),
+)
+PLAIN = Variant({}, 1, 1)
+"""Where all writes are puts."""
+
+PEERS = ("etcd", "grpc-proxy", "watchmux")
+ALL = ("floor", *PEERS)
 
 
 @dataclass(frozen=True)
@@ -24,28 +70,141 @@ class Case:
     rate: float = 0.0
     """Writes per second; 0 = as fast as they go."""
     value_bytes: int = 64
+    kind: Kind = Kind.FANOUT
+    behind: int = 0
+    """Writes before the clients come."""
+    mixed: bool = False
+    """Watches of all variants, and deletes among the writes."""
+    tls: bool = False
+    """Clients speak TLS (etcd itself does not)."""
     idle_s: float = 0.0
-    """Seconds to sit still before memory is read (idle cases)."""
+    """Seconds to sit still before memory is read."""
+    read_bytes_s: float = 0.0
+    """Bytes per second that each connection is read at; 0 = as fast as they come."""
+    call: str = ""
+    """Unary method: put or range."""
+    calls: int = 0
+    in_flight: int = 0
+    """Calls at a time, over all connections."""
+    targets: tuple[str, ...] = ALL
 
     @property
-    def expected(self) -> int:
-        """Events delivered in total when nothing is lost."""
-        watches = self.streams * self.watches
-        whole, rest = divmod(watches, self.ranges)
+    def watch_count(self) -> int:
+        """Watches in all."""
+        return self.streams * self.watches
+
+    def variant(self, watch: int) -> Variant:
+        """Return what the watch of this number asks for."""
+        return VARIANTS[watch % len(VARIANTS)] if self.mixed else PLAIN
+
+    def expected(self, *, stamps: bool = False, early: bool = False) -> int:
+        """Return the events (or stamps) delivered when nothing is lost; `early`: of what was written before."""
+        if self.mixed:
+            triples = (self.behind if early else self.writes) // 3
+            variants = [self.variant(watch) for watch in range(self.watch_count)]
+            kept = [variant for variant in variants if variant.from_start or not early]
+            return triples * sum(variant.stamps if stamps else variant.events for variant in kept)
+        if self.kind is Kind.CATCH_UP:
+            return self.behind * self.watch_count
+        if early:
+            return 0
+        whole, rest = divmod(self.watch_count, self.ranges)
         per_range = [whole + (index < rest) for index in range(self.ranges)]
         return sum(per_range[write % self.ranges] for write in range(self.writes))
+
+
+def _scale(watches: int) -> Case:
+    connections = max(1, watches // 50)
+    what = f"{watches:,} watches of one range, up to 50 on a connection, 20 writes/s"
+    return Case(f"scale-{watches}", what, connections, watches, writes=60, rate=20, targets=("grpc-proxy", "watchmux"))
+
+
+def _calls(method: str, in_flight: int, calls: int) -> Case:
+    what = f"{method}, {in_flight} in flight"
+    connections = min(8, in_flight)
+    name = f"{method}-{in_flight}"
+    return Case(
+        name, what, connections, 0, kind=Kind.CALLS, call=method, calls=calls, in_flight=in_flight, targets=PEERS
+    )
 
 
 CASES = {
     case.name: case
     for case in (
-        Case("burst", "1,000 streams on 20 connections, one range, writes as fast as they go", 20, 1000, writes=300),
-        Case("paced", "500 streams on 20 connections, 20 writes/s", 20, 500, writes=200, rate=20),
-        Case("single", "500 connections with one stream each, 10 writes/s", 500, 500, writes=80, rate=10),
-        Case("stacked", "10 streams with 100 watches each, burst", 1, 10, watches=100, writes=300),
-        Case("ranges", "200 ranges with 10 watches each, 400 writes/s", 20, 200, 10, 200, writes=3200, rate=400),
-        Case("lowfan", "200 ranges with one watch each, 400 writes/s", 20, 200, 1, 200, writes=3200, rate=400),
+        Case(
+            "burst", "1,000 streams on 20 connections, one range, 300 writes as fast as they go", 20, 1000, writes=300
+        ),
+        Case("paced", "500 streams on 20 connections, 20 writes/s", 20, 500, writes=120, rate=20),
+        Case("single", "500 connections with one stream each, 10 writes/s", 500, 500, writes=60, rate=10),
+        Case("stacked", "10 streams with 100 watches each, 300 writes as fast as they go", 1, 10, 100, writes=300),
+        Case("ranges", "200 ranges with 10 watches each, 400 writes/s", 20, 200, 10, 200, writes=2000, rate=400),
+        Case("lowfan", "200 ranges with one watch each, 400 writes/s", 20, 200, 1, 200, writes=2000, rate=400),
+        Case(
+            "variants",
+            "800 streams on 20 connections: filters, prev_kv, fragments, start revisions; puts and deletes, 90 writes/s",
+            *(20, 800),
+            writes=450,
+            rate=90,
+            behind=300,
+            mixed=True,
+            targets=PEERS,
+        ),
+        Case(
+            "catch-up",
+            "1,000 streams on 100 connections come 10,000 revisions behind",
+            *(100, 1000),
+            kind=Kind.CATCH_UP,
+            behind=10_000,
+            targets=PEERS,
+        ),
+        Case(
+            "storm",
+            "2,000 connections with one stream each are cut and come back 30 revisions behind, all at once",
+            *(2000, 2000),
+            kind=Kind.STORM,
+            writes=60,
+            rate=20,
+            targets=PEERS,
+        ),
         Case("large", "50 streams on 10 connections, values of 100 KB, 20 writes/s", 10, 50, 1, 1, 60, 20, 100_000),
-        Case("idle", "10,000 idle streams on 100 connections", 100, 10_000, idle_s=2.0),
+        Case(
+            "tls",
+            "500 streams on 20 connections, 20 writes/s, clients speak TLS",
+            *(20, 500),
+            writes=120,
+            rate=20,
+            tls=True,
+            targets=("grpc-proxy", "watchmux"),
+        ),
+        Case(
+            "overload",
+            "1,000 streams on 20 connections, 3,000 writes as fast as they go, read at 2 MB/s a connection",
+            *(20, 1000),
+            writes=3000,
+            read_bytes_s=2e6,
+            targets=PEERS,
+        ),
+        Case("idle", "10,000 idle streams on 100 connections", 100, 10_000, kind=Kind.IDLE, idle_s=2, targets=PEERS),
+        Case(
+            "idle-watches",
+            "100,000 idle watches on 1,000 streams, 20 connections",
+            *(20, 1000, 100),
+            kind=Kind.IDLE,
+            idle_s=2,
+            targets=PEERS,
+        ),
+        Case(
+            "idle-connections",
+            "5,000 idle connections with one stream each",
+            *(5000, 5000),
+            kind=Kind.IDLE,
+            idle_s=2,
+            targets=PEERS,
+        ),
+        _calls("put", 1, 2000),
+        _calls("put", 64, 12_000),
+        _calls("range", 1, 3000),
+        _calls("range", 64, 20_000),
+        *(_scale(watches) for watches in (10, 100, 1000, 10_000)),
     )
 }

@@ -1,143 +1,158 @@
 """The load generator: raw HTTP/2 connections that open Watch streams and count what arrives.
 
-A bench client must cost less than what it measures, so nothing is decoded: frame headers are walked, events are
-counted by a marker in every value, and the marker is followed by the time of the write, which gives the delay.
-Runs as a process of its own: the case and the target come as arguments, the result goes to standard output as JSON.
+A bench client must cost less than what it measures, so nothing is decoded: once all watches are there, what arrives is
+searched for the marker that every value has, and the marker is followed by the time of the write, which gives the
+delay. Runs as a process of its own: the case and the target come as arguments, orders on standard input, results go to
+standard output, a line of JSON each.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import struct
+import re
+import ssl
 import sys
 import time
 from typing import Any, cast
 
-import hpack
 import uvloop
 
 from proto.pb import rpc_pb2
-from tests.bench.cases import CASES, Case
+from tests.bench.caller import PUT, RANGE, connect, drive, stamped
+from tests.bench.cases import CASES, Case, Kind
+from tests.bench.wire import (
+    ACK,
+    DATA,
+    HEADERS,
+    MARKER,
+    PING,
+    PING_BYTES,
+    PING_HEAD,
+    STAMP_DIGITS,
+    RawClient,
+    RequestBlocks,
+    frame,
+    message_frame,
+    range_of,
+)
 
-MARKER = b"@wm@"
-STAMP_DIGITS = 20
+WATCH = "/etcdserverpb.Watch/Watch"
 TAIL = len(MARKER) + STAMP_DIGITS - 1
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-WINDOW = 2**31 - 1
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
+CONTROL_BYTES_MAX = 120
+"""A `created` answer is shorter; what has events has a value, and a marker in it, or is a delete (mixed cases)."""
+SILENCE_S = 15.0
+"""When everything is written and nothing has come for so long, nothing more will."""
+READ_SLICE_S = 0.02
+_stamps = re.compile(MARKER + b"([0-9]{%d})" % STAMP_DIGITS).findall
 
 
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """Make one HTTP/2 frame."""
-    return struct.pack(">I", len(payload) << 8 | kind) + struct.pack(">BI", flags, stream) + payload
-
-
-def range_of(index: int) -> tuple[bytes, bytes]:
-    """Return (key, range_end) of a range."""
-    return b"bench/%06d/" % index, b"bench/%06d0" % index
-
-
-class Client(asyncio.Protocol):
+class Client(RawClient):
     """One connection with its streams."""
 
-    def __init__(self, tally: Tally) -> None:
+    def __init__(self, tally: Tally, case: Case) -> None:
+        super().__init__()
         self.tally = tally
-        self.rest = b""
+        self.case = case
         self.tail = b""
+        self.taken = 0
+        self.counted = True
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        settings = struct.pack(">HIHI", 4, WINDOW, 5, 2**24 - 1)
-        raise_window = frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", WINDOW - 65535))
-        self.transport.write(PREFACE + frame(SETTINGS, 0, 0, settings) + raise_window)
-
-    def open(self, streams: list[list[int]], authority: str) -> None:
-        """Open one stream for each list of ranges, with a watch on each of them."""
-        encoder = hpack.Encoder()
-        encoder.header_table_size = 0
-        block = encoder.encode(
-            [
-                (":method", "POST"),
-                (":scheme", "http"),
-                (":path", "/etcdserverpb.Watch/Watch"),
-                (":authority", authority),
-                ("content-type", "application/grpc"),
-                ("te", "trailers"),
-            ]
-        )
+    def open(self, first: int, streams: int, authority: str, start_revision: int) -> None:
+        """Open streams, the first with the watch of number `first`."""
+        case = self.case
+        blocks = RequestBlocks(WATCH, authority, "https" if case.tls else "http")
         out = []
-        for number, ranges in enumerate(streams):
-            out.append(frame(HEADERS, 4, 2 * number + 1, block))
-            for index in ranges:
-                key, end = range_of(index)
-                create = rpc_pb2.WatchCreateRequest(key=key, range_end=end)
-                message = rpc_pb2.WatchRequest(create_request=create).SerializeToString()
-                out.append(frame(DATA, 0, 2 * number + 1, b"\0" + struct.pack(">I", len(message)) + message))
+        for stream in range(1, 2 * streams, 2):
+            out.append(frame(HEADERS, 4, stream, blocks.take()))
+            for _ in range(case.watches):
+                key, end = range_of(first % case.ranges)
+                options = cast(dict[str, Any], {"start_revision": start_revision} | case.variant(first).options)
+                create = rpc_pb2.WatchCreateRequest(key=key, range_end=end, **options)
+                out.append(message_frame(stream, rpc_pb2.WatchRequest(create_request=create).SerializeToString()))
+                first += 1
         self.transport.write(b"".join(out))
 
     def data_received(self, data: bytes) -> None:
+        tally = self.tally
         now = time.monotonic_ns()
-        events = self.tail + data
-        self.tail = events[-TAIL:] if len(events) > TAIL else events
-        count = events.count(MARKER, 0, len(events) - STAMP_DIGITS)
+        known = len(self.tail)
+        stamps = self.tail + data
+        self.tail = stamps[-TAIL:]
+        count = stamps.count(MARKER, 0, max(0, len(stamps) - STAMP_DIGITS))
         if count:
-            self.tally.count(count, events, now)
-        if self.rest:
-            data = self.rest + data
-        self.rest = data[self._walk(data) :]
+            tally.count(count, stamps, now, self.case.mixed)
+        if not tally.all_created:
+            super().data_received(data)
+            tally.look()
+            return
+        at = stamps.find(PING_HEAD)
+        if at >= 0 and at + PING_BYTES > known:
+            self.transport.write(frame(PING, ACK, 0, stamps[at + len(PING_HEAD) : at + PING_BYTES]))
+        if self.case.read_bytes_s:
+            self._slow_down(len(data))
 
-    def _walk(self, data: bytes) -> int:
-        """Answer what must be answered; return the offset of the first incomplete frame."""
-        offset, end, answers = 0, len(data), 0
-        while end - offset >= 9:
-            length = data[offset] << 16 | data[offset + 1] << 8 | data[offset + 2]
-            after = offset + 9 + length
-            kind = data[offset + 3]
-            if after > end:
-                break
-            if kind == DATA:
-                answers += 1
-            elif kind == PING and not data[offset + 4] & 1:
-                self.transport.write(frame(PING, 1, 0, data[offset + 9 : after]))
-            elif kind == SETTINGS and not data[offset + 4] & 1:
-                self.transport.write(frame(SETTINGS, 1, 0, b""))
-            elif kind in (RST_STREAM, GOAWAY):
-                self.tally.broken += 1
-            offset = after
-        self.tally.frames += answers
-        if self.tally.frames >= self.tally.creates:
-            self.tally.created.set()
-        return offset
+    def _slow_down(self, size: int) -> None:
+        self.taken += size
+        if self.taken >= self.case.read_bytes_s * READ_SLICE_S:
+            self.transport.pause_reading()
+            pause_s = self.taken / self.case.read_bytes_s
+            self.taken = 0
+            asyncio.get_running_loop().call_later(pause_s, self.transport.resume_reading)
 
-    def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        self.tally.broken += 1
+    def on_frame(self, kind: int, flags: int, stream: int, data: bytes, start: int, end: int) -> None:
+        del flags, stream
+        if kind == DATA and end - start < CONTROL_BYTES_MAX and data.find(b"\x18\x01", start, end) >= 0:
+            self.tally.created += data.find(MARKER, start, end) < 0
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.counted:
+            self.tally.broken += 1
 
 
 class Tally:
     """What all connections together have received."""
 
-    def __init__(self, creates: int, expected: int) -> None:
+    def __init__(self, creates: int, early: int, expected: int) -> None:
         self.creates = creates
-        self.created = asyncio.Event()
+        self.created = 0
+        self.early = early
+        """Stamps that come because they were there before."""
         self.expected = expected
-        self.events = 0
-        self.frames = 0
+        self.stamps = 0
         self.broken = 0
         self.delays: list[tuple[int, int]] = []
+        self.all_created = False
+        self.ready = asyncio.Event()
         self.complete = asyncio.Event()
+        self.first_ns = self.last_ns = 0
 
-    def count(self, count: int, events: bytes, now: int) -> None:
-        """Count events; the first one of a chunk gives the delay of all."""
-        self.events += count
-        at = events.index(MARKER) + len(MARKER)
-        self.delays.append((now - int(events[at : at + STAMP_DIGITS]), count))
-        if self.events >= self.expected:
+    def count(self, count: int, data: bytes, now: int, mixed: bool) -> None:
+        """Count stamps; the first one of a chunk, the oldest, gives the delay of all (mixed: a prev_kv has old ones)."""
+        self.stamps += count
+        if mixed:
+            at = int(max(_stamps(data)))
+        else:
+            place = data.index(MARKER) + len(MARKER)
+            at = int(data[place : place + STAMP_DIGITS])
+        self.delays.append((now - at, count))
+        self.first_ns = self.first_ns or now
+        self.last_ns = now
+        if self.stamps >= self.early:
+            self.look()
+        if self.stamps >= self.expected:
             self.complete.set()
 
+    def look(self) -> None:
+        """See whether everybody is there."""
+        if self.created >= self.creates:
+            self.all_created = True
+            if self.stamps >= self.early:
+                self.ready.set()
+
     def delay_ms(self, share: float) -> float:
-        """Return the delay in ms that `share` of the events stayed below."""
+        """Return the delay in ms that `share` of the stamps stayed below."""
         self.delays.sort()
         wanted = share * sum(count for _, count in self.delays)
         for delay, count in self.delays:
@@ -146,35 +161,151 @@ class Tally:
                 return delay / 1e6
         return 0.0
 
+    async def all_came(self, event: asyncio.Event) -> bool:
+        """Wait for an event as long as something comes; tell whether it happened."""
+        seen = (-1, -1)
+        while not event.is_set():
+            if seen == (self.stamps, self.created):
+                return False
+            seen = (self.stamps, self.created)
+            try:
+                await asyncio.wait_for(event.wait(), SILENCE_S)
+            except TimeoutError:
+                continue
+        return True
+
+
+class Crowd:
+    """All connections of a case."""
+
+    def __init__(self, case: Case, host: str, port: int) -> None:
+        self.case = case
+        self.address = (host, port)
+        self.clients: list[Client] = []
+        self.tls: ssl.SSLContext | None = None
+        if case.tls:
+            # Its certificate is none of our business here; its cost is.
+            self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            self.tls.check_hostname = False
+            self.tls.verify_mode = ssl.CERT_NONE
+            self.tls.set_alpn_protocols(["h2"])
+
+    async def come(self, tally: Tally, start_revision: int = 0) -> None:
+        """Open all connections and their streams."""
+        case = self.case
+        loop = asyncio.get_running_loop()
+        share, rest = divmod(case.streams, case.connections)
+        host, port = self.address
+
+        async def one(index: int) -> Client:
+            _, client = await loop.create_connection(lambda: Client(tally, case), host, port, ssl=self.tls)
+            first = (index * share + min(index, rest)) * case.watches
+            client.open(first, share + (index < rest), f"{host}:{port}", start_revision)
+            return client
+
+        self.clients = await asyncio.gather(*map(one, range(case.connections)))
+
+    def go(self) -> None:
+        """Cut all connections."""
+        for client in self.clients:
+            client.counted = False
+            client.transport.abort()
+
+
+async def watch(case: Case, host: str, port: int, orders: asyncio.StreamReader) -> None:
+    """Open everything, say so, wait for all events, say what came."""
+    early, written = case.expected(stamps=True, early=True), case.expected(stamps=True)
+    tally = Tally(case.watch_count, early, early + written)
+    crowd = Crowd(case, host, port)
+    started = time.monotonic()
+    await crowd.come(tally, 2 if case.kind is Kind.CATCH_UP else 0)
+    ready = await tally.all_came(tally.complete if case.kind is Kind.CATCH_UP else tally.ready)
+    create_s = time.monotonic() - started
+    say({"ready": ready, "created": tally.created, "create_s": create_s, "stamps": tally.stamps})
+    if case.kind is Kind.CATCH_UP:
+        report(tally, tally.stamps, 0)
+    elif case.writes:
+        early = tally.stamps
+        tally.delays.clear()
+        tally.first_ns = 0
+        await orders.readline()  # everything is written
+        await tally.all_came(tally.complete)
+        report(tally, tally.stamps - early, early)
+    if case.kind is Kind.STORM:
+        await orders.readline()
+        behind = case.writes // 2
+        again = Tally(case.watch_count, behind * case.watch_count, behind * case.watch_count)
+        started = time.monotonic()
+        crowd.go()
+        await crowd.come(again, 2 + case.writes - behind)
+        await again.all_came(again.ready)
+        say({"create_s": time.monotonic() - started})
+        report(again, again.stamps, 0)
+    await orders.readline()
+
+
+async def call(case: Case, host: str, port: int, orders: asyncio.StreamReader) -> None:
+    """Make the case's calls."""
+    path = PUT if case.call == "put" else RANGE
+    key = range_of(0)[0] + b"k"
+
+    def message() -> bytes:
+        if path == PUT:
+            return rpc_pb2.PutRequest(key=key, value=stamped(case.value_bytes)).SerializeToString()
+        return rpc_pb2.RangeRequest(key=key).SerializeToString()
+
+    callers = [await connect(host, port) for _ in range(case.connections)]
+    each = case.calls // case.connections
+    in_flight = case.in_flight // case.connections
+
+    async def all_calls(count: int) -> None:
+        await asyncio.gather(*(drive(one, path, (message() for _ in range(count)), in_flight) for one in callers))
+
+    await all_calls(each // 10)
+    for caller in callers:
+        caller.delays.clear()
+    say({"ready": True})
+    await orders.readline()
+    started = time.monotonic()
+    await all_calls(each)
+    spent_s = time.monotonic() - started
+    delays = sorted(delay for caller in callers for delay in caller.delays)
+    say(
+        {
+            "stamps": len(delays),
+            "lost": sum(caller.failed for caller in callers),
+            "events_s": len(delays) / spent_s,
+            "p50_ms": 1e3 * delays[len(delays) // 2],
+            "p99_ms": 1e3 * delays[len(delays) * 99 // 100],
+            "p100_ms": 1e3 * delays[-1],
+        }
+    )
+    await orders.readline()
+
+
+def report(tally: Tally, stamps: int, early: int) -> None:
+    """Say what came since it was ready."""
+    span_s = max(1e-9, (tally.last_ns - tally.first_ns) / 1e9)
+    figures = {f"p{share:g}_ms": tally.delay_ms(share / 100) for share in (50, 99, 100)}
+    load_cpu_s = time.process_time()
+    say(
+        {
+            "stamps": stamps,
+            "missing": tally.expected - early - stamps,
+            "stamps_s": stamps / span_s,
+            "broken": tally.broken,
+            "load_cpu_s": load_cpu_s,
+            **figures,
+        }
+    )
+
 
 async def run(case: Case, host: str, port: int) -> None:
-    """Open everything, say so, wait for all events, say what came."""
+    """Drive the case."""
+    orders = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
-    tally = Tally(case.streams * case.watches, case.expected)
-    started = time.monotonic()
-    clients = []
-    for _ in range(case.connections):
-        _, client = await loop.create_connection(lambda: Client(tally), host, port)
-        clients.append(client)
-    number = 0
-    share, rest = divmod(case.streams, case.connections)
-    for index, client in enumerate(clients):
-        streams = []
-        for _ in range(share + (index < rest)):
-            streams.append([(number + watch) % case.ranges for watch in range(case.watches)])
-            number += case.watches
-        client.open(streams, f"{host}:{port}")
-    await asyncio.wait_for(tally.created.wait(), 60)
-    say({"ready": True, "created": tally.frames, "create_s": time.monotonic() - started})
-    reader = asyncio.StreamReader()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    if case.writes:
-        limit_s = 30 + (case.writes / case.rate if case.rate else 30)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(tally.complete.wait(), limit_s)
-        percentiles = {f"p{share:g}_ms": tally.delay_ms(share / 100) for share in (50, 99, 100)}
-        say({"events": tally.events, "expected": case.expected, "broken": tally.broken, **percentiles})
-    await reader.readline()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
+    await (call if case.kind is Kind.CALLS else watch)(case, host, port, orders)
 
 
 def say(what: dict[str, Any]) -> None:

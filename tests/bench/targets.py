@@ -1,19 +1,23 @@
-"""What is measured: etcd itself, its own grpc-proxy, and watchmux; each a process whose CPU and memory are read."""
+"""What is measured: the floor, etcd itself, its own grpc-proxy, and watchmux; each a process of its own."""
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bench.cases import Case
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.proxy_process import ProxyProcess
+from tests.upstream.certificates import Certificates
 from tests.waiting import until
+
+PYTHON = sys.executable
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,23 @@ class Target:
     pid: int
 
     def cpu_s(self) -> float:
-        """Return the user and system CPU seconds the process has used."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """Return the user and system CPU seconds the process has used, by the nanosecond.
+
+        Its CPU clock, whose id Linux makes of the process id (clock_getcpuclockid(3)).
+        """
+        return time.clock_gettime(~self.pid << 3 | 2)
 
     def memory_mib(self) -> float:
         """Return the resident memory in MiB."""
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        return self._status("VmRSS")
+
+    def peak_mib(self) -> float:
+        """Return the most resident memory it ever had, in MiB."""
+        return self._status("VmHWM")
+
+    def _status(self, name: str) -> float:
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) / 1024
 
 
 def _listens(port: int) -> bool:
@@ -41,38 +54,64 @@ def _listens(port: int) -> bool:
 
 
 @contextmanager
-def direct(etcd: EtcdServer) -> Iterator[Target]:
-    """Yield etcd itself."""
-    assert etcd.process is not None
-    yield Target("etcd", etcd.client_port, etcd.process.pid)
-
-
-@contextmanager
-def peer(etcd: EtcdServer) -> Iterator[Target]:
-    """Yield etcd's own grpc-proxy, in front of `etcd`."""
-    port = free_port()
-    command = [
-        *(str(etcd.binary.etcd), "grpc-proxy", "start"),
-        f"--endpoints={etcd.endpoint}",
-        f"--listen-addr={HOST}:{port}",
-        f"--advertise-client-url={HOST}:{port}",  # it dials this to serve its metrics, and ends when it cannot
-    ]
+def _started(name: str, command: Sequence[str], port: int) -> Iterator[Target]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        until(lambda: _listens(port), "etcd grpc-proxy to listen", 20)
-        yield Target("grpc-proxy", port, process.pid)
+        until(lambda: _listens(port), f"{name} to listen", 20)
+        yield Target(name, port, process.pid)
     finally:
         process.kill()
         process.wait()
 
 
 @contextmanager
-def ours(etcd: EtcdServer) -> Iterator[Target]:
-    """Yield watchmux, in front of `etcd`."""
-    with ProxyProcess(etcd.endpoint) as proxy:
+def direct(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
+    """Yield etcd itself."""
+    del case, files
+    assert etcd.process is not None
+    yield Target("etcd", etcd.client_port, etcd.process.pid)
+
+
+@contextmanager
+def floor(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
+    """Yield the bare loop, in front of `etcd`."""
+    del files
+    port = free_port()
+    command = [PYTHON, "-m", "tests.bench.floor", case.name, HOST, str(etcd.client_port), str(port)]
+    with _started("floor", command, port) as target:
+        yield target
+
+
+@contextmanager
+def peer(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
+    """Yield etcd's own grpc-proxy, in front of `etcd`."""
+    port = free_port()
+    command = [
+        *(str(etcd.binary.etcd), "grpc-proxy", "start"),
+        f"--endpoints={etcd.endpoint}",
+        f"--listen-addr={HOST}:{port}",
+    ]
+    if case.tls:
+        command += [f"--cert-file={files.server_cert}", f"--key-file={files.server_key}"]
+    else:
+        # It dials this to serve its metrics, and ends when it cannot.
+        command.append(f"--advertise-client-url={HOST}:{port}")
+    with _started("grpc-proxy", command, port) as target:
+        yield target
+
+
+@contextmanager
+def ours(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
+    """Yield watchmux, in front of `etcd`, with the options that grpc-proxy gets."""
+    extra = [f"--cert-file={files.server_cert}", f"--key-file={files.server_key}"] if case.tls else []
+    with ProxyProcess(etcd.endpoint, extra) as proxy:
         assert proxy.process is not None
         yield Target("watchmux", proxy.port, proxy.process.pid)
 
 
-TARGETS = {"etcd": direct, "grpc-proxy": peer, "watchmux": ours}
-PYTHON = sys.executable
+TARGETS: dict[str, Callable[[Case, EtcdServer, Certificates], AbstractContextManager[Target]]] = {
+    "floor": floor,
+    "etcd": direct,
+    "grpc-proxy": peer,
+    "watchmux": ours,
+}

@@ -1,0 +1,165 @@
+"""The floor: the barest loop that writes the same bytes to the same sockets, to know what system calls alone cost.
+
+It stands where a proxy stands: one watch per range upstream, the clients of a case downstream. Per event it does one
+read, one join of prepared frame heads with the shared bytes, and one write per connection. It checks nothing, knows no
+flow control, loses whoever is slow, and could serve nobody; nothing that serves can cost less in this language on this
+event loop. Arguments: the case, etcd's host and port, the port to listen on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import sys
+from typing import cast
+
+import uvloop
+
+from proto.http2 import Connection, DataReceived, HeadersReceived, Limits, Role
+from proto.pb import rpc_pb2
+from proto.scan import Header, encode_response, encode_watch_id
+from tests.bench.cases import CASES, Case
+from tests.bench.load import WATCH
+from tests.bench.wire import DATA, HEADERS, RawClient, RequestBlocks, frame, frame_head, message_frame, range_of
+
+HEADER = Header.make(1, 1, 1, 1)
+# Between the shared bytes of two watches: the id behind the one, the frame's and message's head before the other.
+Joints = list[tuple[int, bytes]]
+
+
+class Downstream(asyncio.Protocol):
+    """One client's connection."""
+
+    def __init__(self, floor: Floor) -> None:
+        self.floor = floor
+        # The client's requests are read by the real thing; only what is written is bare.
+        self.h2 = Connection(Role.SERVER, Limits(max_streams=100_000))
+        self.rest: dict[int, bytes] = {}
+        self.watches: dict[int, Joints] = {}
+        """By range: (stream, encoded watch id) of each watch."""
+        self.counts: dict[int, int] = {}
+        self.prepared: dict[tuple[int, int], list[bytes]] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.h2.start()
+        self.flush()
+
+    def data_received(self, data: bytes) -> None:
+        for event in self.h2.receive(data):
+            if isinstance(event, HeadersReceived):
+                self.h2.send_headers(event.stream, [(b":status", b"200"), (b"content-type", b"application/grpc")])
+            elif isinstance(event, DataReceived):
+                stream = event.stream.id
+                self.h2.consumed(event.stream, event.flow_size)
+                left = self.rest.get(stream, b"") + event.data
+                while len(left) >= 5 and len(left) >= 5 + int.from_bytes(left[1:5], "big"):
+                    end = 5 + int.from_bytes(left[1:5], "big")
+                    self.create(stream, left[5:end])
+                    left = left[end:]
+                self.rest[stream] = left
+        self.flush()
+
+    def create(self, stream: int, message: bytes) -> None:
+        request = rpc_pb2.WatchRequest.FromString(message).create_request
+        watch_id = self.counts.get(stream, 0)
+        self.counts[stream] = watch_id + 1
+        index = int(request.key.split(b"/")[1])
+        self.watches.setdefault(index, []).append((stream, encode_watch_id(watch_id)))
+        self.floor.followers.setdefault(index, {})[self] = None
+        answer = encode_response(HEADER, watch_id, created=True)
+        self.h2.send(self.h2.streams[stream], (b"\0" + struct.pack(">I", len(answer)), answer), 5 + len(answer))
+
+    def flush(self) -> None:
+        pieces = self.h2.output()
+        if pieces:
+            self.transport.write(b"".join(pieces))
+
+    def heads(self, index: int, size: int) -> list[bytes]:
+        """Prepare what stands between the shared bytes, `size` of them, for all watches of a range."""
+        joints = []
+        last = b""
+        for stream, watch_id in self.watches[index]:
+            length = size + len(watch_id)
+            joints.append(last + frame_head(DATA, 0, stream, length + 5) + b"\0" + struct.pack(">I", length))
+            last = watch_id
+        joints.append(last)
+        return joints
+
+    def write(self, index: int, shared: bytes) -> None:
+        """Write an event for every watch of a range."""
+        key = (index, len(shared))
+        joints = self.prepared.get(key)
+        if joints is None:
+            joints = self.prepared[key] = self.heads(index, len(shared))
+        self.transport.write(shared.join(joints))
+
+
+class Upstream(RawClient):
+    """The connection to etcd: one stream, one watch per range, numbered as the ranges are."""
+
+    def __init__(self, floor: Floor) -> None:
+        super().__init__()
+        self.floor = floor
+        self.left = b""
+
+    def open(self, case: Case, authority: str) -> None:
+        """Watch all ranges."""
+        self.transport.write(frame(HEADERS, 4, 1, RequestBlocks(WATCH, authority).take()))
+        for index in range(case.ranges):
+            key, end = range_of(index)
+            create = rpc_pb2.WatchCreateRequest(key=key, range_end=end, watch_id=index)
+            message = rpc_pb2.WatchRequest(create_request=create).SerializeToString()
+            self.transport.write(message_frame(1, message))
+
+    def on_frame(self, kind: int, flags: int, stream: int, data: bytes, start: int, end: int) -> None:
+        del flags, stream
+        if kind != DATA:
+            return
+        left = self.left + data[start:end]
+        at, size = 0, len(left)
+        while size - at >= 5:
+            stop = at + 5 + int.from_bytes(left[at + 1 : at + 5], "big")
+            if stop > size:
+                break
+            self.message(left[at + 5 : stop])
+            at = stop
+        self.left = left[at:]
+
+    def message(self, message: bytes) -> None:
+        """Pass an event on, without its watch id, which stands behind the header."""
+        head = 2 + message[1]
+        index = 0
+        after = head
+        if message[head] == 0x10:
+            index = message[head + 1]
+            after = head + 2
+            if index > 127:
+                index = index & 127 | message[head + 2] << 7
+                after += 1
+        if message[after] != 0x5A:
+            return
+        shared = message[:head] + message[after:]
+        for follower in self.floor.followers.get(index, ()):
+            follower.write(index, shared)
+
+
+class Floor:
+    """Who follows which range."""
+
+    def __init__(self) -> None:
+        self.followers: dict[int, dict[Downstream, None]] = {}
+
+
+async def run(case: Case, host: str, port: int, listen: int) -> None:
+    """Serve until killed."""
+    floor = Floor()
+    loop = asyncio.get_running_loop()
+    _, upstream = await loop.create_connection(lambda: Upstream(floor), host, port)
+    upstream.open(case, f"{host}:{port}")
+    await loop.create_server(lambda: Downstream(floor), "127.0.0.1", listen, backlog=1024)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    uvloop.run(run(CASES[sys.argv[1]], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

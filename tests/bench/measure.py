@@ -1,0 +1,149 @@
+"""One measurement: one case at one target, each of them and the load in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from types import TracebackType
+from typing import Any, Self
+
+from tests.bench.cases import Case, Kind
+from tests.bench.targets import PYTHON, Target
+from tests.etcd.server import HOST, EtcdServer
+from tests.waiting import until
+
+Figures = dict[str, float]
+
+SETTLED_S = 0.3
+
+
+class Load:
+    """The load generator, at work on a target."""
+
+    def __init__(self, case: Case, target: Target) -> None:
+        self._process = subprocess.Popen(
+            [PYTHON, "-m", "tests.bench.load", case.name, HOST, str(target.port)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def says(self) -> dict[str, Any]:
+        """Wait for its next report."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise AssertionError("the load generator ended early")
+        said: dict[str, Any] = json.loads(line)
+        return said
+
+    def go(self) -> None:
+        """Tell it to go on."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
+
+def write(case: Case, etcd: EtcdServer, first: int, count: int, rate: float) -> None:
+    """Write straight into etcd."""
+    arguments = [case.name, etcd.endpoint, str(first), str(count), str(rate)]
+    subprocess.run([PYTHON, "-m", "tests.bench.writer", *arguments], check=True)
+
+
+def rest(seconds: float) -> None:
+    """Do nothing for a while."""
+    subprocess.run(["sleep", str(seconds)], check=True)
+
+
+def measure(case: Case, target: Target, etcd: EtcdServer) -> Figures:
+    """Drive `case` at `target` once and return its figures."""
+    if case.behind:
+        write(case, etcd, 0, case.behind, 0)
+    if case.call:
+        write(case, etcd, 0, 1, 0)
+    rest(SETTLED_S)
+    figures: Figures = {"base_mib": target.memory_mib()}
+    before_s = target.cpu_s()
+    with Load(case, target) as load:
+        ready = load.says()
+        if not ready["ready"]:
+            raise AssertionError(f"{case.name} at {target.name}: {ready['created']} of {case.watch_count} watches")
+        figures |= {name: ready[name] for name in ("create_s",) if name in ready}
+        if case.kind is Kind.IDLE:
+            figures["create_cpu_us"] = 1e6 * (target.cpu_s() - before_s) / case.watch_count
+            figures |= _idle(case, target)
+        elif case.kind is Kind.STORM:
+            figures |= _storm(case, target, etcd, load)
+        else:
+            if case.kind is not Kind.CATCH_UP:
+                before_s = _quiet(target)
+                if case.kind is Kind.FANOUT:
+                    write(case, etcd, case.behind, case.writes, case.rate)
+                load.go()
+            figures |= _told(case, load.says(), target.cpu_s() - before_s)
+        figures["memory_mib"] = target.memory_mib()
+        figures["peak_mib"] = target.peak_mib()
+    parts = case.watch_count or case.in_flight
+    figures["kib_each"] = 1024 * (figures["memory_mib"] - figures["base_mib"]) / parts
+    return figures
+
+
+def _quiet(target: Target) -> float:
+    """Wait until the target has done what the clients' coming gave it to do; return its CPU seconds."""
+    last_s = 0.0
+
+    def still() -> bool:
+        nonlocal last_s
+        earlier_s, last_s = last_s, target.cpu_s()
+        rest(0.1)
+        return target.cpu_s() - earlier_s < 0.02
+
+    until(still, f"{target.name} to be idle", 10)
+    return target.cpu_s()
+
+
+def _told(case: Case, told: dict[str, Any], spent_s: float) -> Figures:
+    """Make figures of what the load counted. It counts values; of each so many events have one."""
+    events_each = 1.0
+    if case.mixed:
+        events_each = case.expected() / case.expected(stamps=True)
+    figures: Figures = {name: told[name] for name in ("p50_ms", "p99_ms", "p100_ms", "broken") if name in told}
+    events = told["stamps"] * events_each
+    figures["events"] = events
+    figures["lost"] = told["lost"] if case.call else round(told["missing"] * events_each)
+    figures["cpu_us"] = 1e6 * spent_s / max(1.0, events)
+    if "events_s" in told:
+        figures["events_s"] = told["events_s"]
+    else:
+        figures["events_s"] = told["stamps_s"] * events_each
+        figures["load_cpu_s"] = told["load_cpu_s"]
+    return figures
+
+
+def _idle(case: Case, target: Target) -> Figures:
+    """Let it be, and see what it costs to be there."""
+    before_s = _quiet(target)
+    rest(case.idle_s)
+    return {"idle_cpu_percent": 100 * (target.cpu_s() - before_s) / case.idle_s}
+
+
+def _storm(case: Case, target: Target, etcd: EtcdServer, load: Load) -> Figures:
+    """Let everybody see the writes, then come back at once with half of them behind."""
+    write(case, etcd, 0, case.writes, case.rate)
+    load.go()
+    first = load.says()
+    before_s = _quiet(target)
+    load.go()
+    figures: Figures = {"create_s": load.says()["create_s"]}
+    figures |= _told(case, load.says(), target.cpu_s() - before_s)
+    figures["lost"] += first["missing"]
+    return figures

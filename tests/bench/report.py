@@ -1,0 +1,171 @@
+"""What a run says: a table for the terminal and one for the docs, the figures as JSON, and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from rich.table import Table
+
+from tests.bench.cases import CASES, Case, Kind
+from tests.bench.measure import Figures
+
+PEER = "grpc-proxy"
+OURS = "watchmux"
+RATIO_FREE = frozenset({"lost"})
+Results = dict[str, dict[str, Figures]]
+
+# What each kind of case is about: the figure, its heading, its digits.
+_EVENTS = (
+    ("cpu_us", "CPU us/event", 2),
+    ("p50_ms", "p50 ms", 1),
+    ("p99_ms", "p99 ms", 1),
+    ("p100_ms", "max ms", 1),
+    ("events_s", "events/s", 0),
+    ("memory_mib", "memory MiB", 1),
+    ("create_s", "all there s", 2),
+    ("lost", "lost", 0),
+)
+_CALLS = (
+    ("cpu_us", "CPU us/call", 1),
+    ("p50_ms", "p50 ms", 2),
+    ("p99_ms", "p99 ms", 2),
+    ("events_s", "calls/s", 0),
+    ("memory_mib", "memory MiB", 1),
+    ("lost", "failed", 0),
+)
+_IDLE = (
+    ("base_mib", "before, MiB", 1),
+    ("memory_mib", "memory MiB", 1),
+    ("kib_each", "KiB each", 2),
+    ("create_s", "all there s", 2),
+    ("create_cpu_us", "CPU us/watch", 1),
+    ("idle_cpu_percent", "idle CPU %", 1),
+)
+
+# Ratios to grpc-proxy that are wanted: (CPU, p99, memory), None: not asked for.
+GOALS: dict[str, tuple[float | None, float | None, float | None]] = {
+    "burst": (0.35, 0.5, 0.4),
+    "paced": (0.35, 0.6, 0.6),
+    "single": (0.55, 0.8, 0.5),
+    "stacked": (0.5, 0.8, 0.8),
+    "ranges": (0.4, 0.8, 0.8),
+    "lowfan": (0.45, 0.8, 0.8),
+    "idle": (None, None, 0.14),
+    "put-1": (1.5, 1.5, None),
+    "range-1": (1.5, 1.5, None),
+    "put-64": (2.0, 2.0, None),
+    "range-64": (2.0, 2.0, None),
+}
+GOAL_FIGURES = ("cpu_us", "p99_ms", "memory_mib")
+
+
+def columns_of(kind: Kind) -> tuple[tuple[str, str, int], ...]:
+    """Return the figures that a kind of case is about."""
+    return _CALLS if kind is Kind.CALLS else _IDLE if kind is Kind.IDLE else _EVENTS
+
+
+def median_of(rounds: list[Figures]) -> Figures:
+    """Return the median of each figure."""
+    return {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
+
+
+def ratio(results: Results, case: str, name: str) -> float | None:
+    """Return ours by the peer's; None when one of them is not there."""
+    by_target = results.get(case, {})
+    ours, peer = by_target.get(OURS, {}).get(name), by_target.get(PEER, {}).get(name)
+    return ours / peer if ours is not None and peer else None
+
+
+def _rows(results: Results, cases: list[Case], columns: tuple[tuple[str, str, int], ...]) -> list[list[list[str]]]:
+    """Return the cells of each case's rows."""
+    groups = []
+    for case in cases:
+        rows = []
+        for target, figures in results[case.name].items():
+            cells = [case.name, target]
+            for name, _, digits in columns:
+                text = f"{figures[name]:,.{digits}f}" if name in figures else "-"
+                share = ratio(results, case.name, name) if target == OURS and name not in RATIO_FREE else None
+                cells.append(text if share is None or name not in figures else f"{text} ({share:.2f})")
+            rows.append(cells)
+        groups.append(rows)
+    return groups
+
+
+def _sections(results: Results) -> list[tuple[tuple[tuple[str, str, int], ...], list[Case]]]:
+    sections: dict[tuple[tuple[str, str, int], ...], list[Case]] = {}
+    for name in results:
+        case = CASES[name]
+        sections.setdefault(columns_of(case.kind), []).append(case)
+    return list(sections.items())
+
+
+def tables_of(results: Results) -> list[Table]:
+    """Lay out results: a row per case and target, ratios to the peer in brackets."""
+    tables = []
+    for columns, cases in _sections(results):
+        table = Table(title="medians; in brackets the ratio to etcd grpc-proxy in the same run")
+        for heading in ("case", "target"):
+            table.add_column(heading)
+        for _, heading, _ in columns:
+            table.add_column(heading, justify="right")
+        for group in _rows(results, cases, columns):
+            for cells in group:
+                table.add_row(*cells)
+            table.add_section()
+        tables.append(table)
+    return tables
+
+
+def markdown_of(results: Results) -> str:
+    """Lay the same out for the docs, with what each case is."""
+    lines = []
+    for columns, cases in _sections(results):
+        headings = [heading for _, heading, _ in columns]
+        lines.append("| case | target | " + " | ".join(headings) + " |")
+        lines.append("|---|---|" + "---:|" * len(headings))
+        for group in _rows(results, cases, columns):
+            for place, cells in enumerate(group):
+                name = f"**{cells[0]}**" if place == 0 else ""
+                lines.append(f"| {name} | {' | '.join(cells[1:])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def goals_of(results: Results) -> str:
+    """Return a table of the wanted ratios, what they are, and whether they are met."""
+    lines = ["| case | CPU | p99 | memory |", "|---|---:|---:|---:|"]
+    for case, wanted in GOALS.items():
+        cells = []
+        for name, goal in zip(GOAL_FIGURES, wanted, strict=True):
+            found = ratio(results, case, name)
+            if found is None or goal is None:
+                cells.append("" if found is None else f"{found:.2f}")
+            else:
+                cells.append(f"{found:.2f} of {goal:.2f}{'' if found <= goal else ' **missed**'}")
+        if any(cells):
+            lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> dict[str, Any]:
+    """Describe what this runs on."""
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    memory_kib = int(Path("/proc/meminfo").read_text().split()[1])
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory_kib / 2**20, 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "uvloop": uvloop.__version__,
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+    }

@@ -1,0 +1,120 @@
+"""The least of HTTP/2 and gRPC that a load generator needs: a client that must cost less than what it measures.
+
+Nothing here is general: requests are encoded once and sent again and again, header blocks of answers are not decoded,
+windows are opened as wide as they go, once, and values are found by a marker instead of being parsed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Iterator
+from typing import cast
+
+import hpack
+
+MARKER = b"@wm@"
+"""In front of the time of the write, in each value."""
+STAMP_DIGITS = 20
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+WINDOW = 2**31 - 1
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
+END_STREAM = 1
+ACK = 1
+PING_HEAD = bytes((0, 0, 8, PING, 0, 0, 0, 0, 0))
+PING_BYTES = len(PING_HEAD) + 8
+
+_pack_head = struct.Struct(">IBI").pack
+_unpack_head = struct.Struct(">IBI").unpack_from
+
+
+def frame_head(kind: int, flags: int, stream: int, length: int) -> bytes:
+    """Make the head of one HTTP/2 frame."""
+    return _pack_head(length << 8 | kind, flags, stream)
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """Make one HTTP/2 frame."""
+    return _pack_head(len(payload) << 8 | kind, flags, stream) + payload
+
+
+def message_frame(stream: int, message: bytes, flags: int = 0) -> bytes:
+    """Make one DATA frame with one gRPC message."""
+    return frame(DATA, flags, stream, b"\0" + struct.pack(">I", len(message)) + message)
+
+
+def frames(data: bytes) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield (kind, flags, stream, start, end of the payload) of each whole frame."""
+    offset, size = 0, len(data)
+    while size - offset >= 9:
+        word, flags, stream = _unpack_head(data, offset)
+        end = offset + 9 + (word >> 8)
+        if end > size:
+            return
+        yield word & 0xFF, flags, stream, offset + 9, end
+        offset = end
+
+
+class RequestBlocks:
+    """Header blocks of one method on one connection: the first one fills the table, the others only point into it."""
+
+    def __init__(self, path: str, authority: str, scheme: str = "http") -> None:
+        encoder = hpack.Encoder()
+        headers = [
+            (":method", "POST"),
+            (":scheme", scheme),
+            (":path", path),
+            (":authority", authority),
+            ("content-type", "application/grpc"),
+            ("user-agent", "grpc-go/1.71.1"),
+            ("te", "trailers"),
+        ]
+        self._first: bytes | None = encoder.encode(headers)
+        self._again = encoder.encode(headers)
+
+    def take(self) -> bytes:
+        """Return the block of the next request."""
+        first, self._first = self._first, None
+        return first or self._again
+
+
+class RawClient(asyncio.Protocol):
+    """One connection to a server: opened wide, PINGs and SETTINGS answered, whole frames handed to `on_frames`."""
+
+    def __init__(self) -> None:
+        self.rest = b""
+        self.broken = False
+        """The server reset a stream, went away or closed the connection."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        settings = struct.pack(">HIHI", 4, WINDOW, 5, 2**24 - 1)
+        raise_window = frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", WINDOW - 65535))
+        self.transport.write(PREFACE + frame(SETTINGS, 0, 0, settings) + raise_window)
+
+    def data_received(self, data: bytes) -> None:
+        if self.rest:
+            data = self.rest + data
+        done = 0
+        for kind, flags, stream, start, end in frames(data):
+            done = end
+            if kind in (DATA, HEADERS):
+                self.on_frame(kind, flags, stream, data, start, end)
+            elif kind == PING and not flags & ACK:
+                self.transport.write(frame(PING, ACK, 0, data[start:end]))
+            elif kind == SETTINGS and not flags & ACK:
+                self.transport.write(frame(SETTINGS, ACK, 0, b""))
+            elif kind in (RST_STREAM, GOAWAY):
+                self.broken = True
+        self.rest = data[done:]
+
+    def on_frame(self, kind: int, flags: int, stream: int, data: bytes, start: int, end: int) -> None:
+        """Take a frame of a stream, data[start:end]."""
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        self.broken = True
+
+
+def range_of(index: int) -> tuple[bytes, bytes]:
+    """Return (key, range_end) of a range."""
+    return b"bench/%06d/" % index, b"bench/%06d0" % index
