@@ -1,46 +1,85 @@
-"""A durable store as a process of its own, so that it can be killed: `python -m tests.store.process DIRECTORY`."""
+"""
+A durable store as a process of its own, so that it can be killed.
+
+`python -m tests.store.process DIRECTORY [COMMIT_INTERVAL_S [FILE_BYTES_MAX]]`
+"""
 
 from __future__ import annotations
 
 import asyncio
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from upstream.store.recorder import StoreDataError
 from upstream.store.server import Store, StoreSettings
 
 
-async def run(directory: Path) -> None:
-    """Serve until killed; the first line printed is the endpoint."""
-    store = Store(StoreSettings(data_dir=directory))
+async def run(settings: StoreSettings) -> str:
+    """Serve until the store cannot go on, and return why; the first line printed is the endpoint."""
+    store = Store(settings)
     await store.start()
     print(store.endpoint, flush=True)  # noqa: T201  # the parent reads it
-    await store.failure()
+    failure = await store.failure()
+    await store.stop()
+    return str(failure)
+
+
+def limit_files(bytes_max: int) -> None:
+    """Let no file of this process grow larger, as if the disk were full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_max, bytes_max))
 
 
 class StoreProcess:
     """Use as a context manager; leaving it kills the process with SIGKILL."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, commit_interval_s: float = 0.0, file_bytes_max: int = 0) -> None:
+        """0 for `file_bytes_max` is no limit."""
+        self._options = [str(directory), str(commit_interval_s), str(file_bytes_max)]
         self.endpoint = ""
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "tests.store.process", str(self._directory)]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.begin()
+        self.wait_started()
+        return self
+
+    def begin(self) -> None:
+        """Start the process without waiting for it to serve."""
+        command = [sys.executable, "-m", "tests.store.process", *self._options]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def wait_started(self) -> None:
+        """Wait until it serves."""
         assert self._process.stdout is not None
         self.endpoint = self._process.stdout.readline().strip()
-        assert self.endpoint, "the store did not start"
-        return self
+        assert self.endpoint, f"the store did not start: {self.kill()}"
+
+    def wait_ended(self) -> tuple[int, str]:
+        """Wait until it ends by itself; return its exit code and what it said."""
+        code = self._process.wait(20)
+        return code, self.kill()
+
+    def kill(self) -> str:
+        """Kill it; return what it has printed to stderr."""
+        self._process.kill()
+        return self._process.communicate()[1]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()
-        self._process.communicate()
+        self.kill()
 
 
 if __name__ == "__main__":
-    asyncio.run(run(Path(sys.argv[1])))
+    directory, commit_interval_s, file_bytes_max = sys.argv[1:]
+    if int(file_bytes_max):
+        limit_files(int(file_bytes_max))
+    try:
+        sys.exit(asyncio.run(run(StoreSettings(data_dir=Path(directory), commit_interval_s=float(commit_interval_s)))))
+    except StoreDataError as error:
+        sys.exit(str(error))
