@@ -26,6 +26,7 @@ from proto.http2 import (
     HeadersKind,
     HeadersReceived,
     PingAcknowledged,
+    PingReceived,
     Role,
     Stream,
     StreamDrained,
@@ -34,6 +35,7 @@ from proto.http2 import (
 from proxy import logs
 from proxy.calls import Carrier, Handler, HandlerFactory, Headers, Refusal, refuse
 from proxy.listener_settings import ListenerSettings, ListenerStats
+from proxy.pings import TOO_MANY_PINGS, PingPolicy
 
 if TYPE_CHECKING:
     import ssl
@@ -242,6 +244,7 @@ class ServerConnection(asyncio.Protocol):
         "_opened_at",
         "_opening",
         "_pinged_at",
+        "_pings",
         "_rest",
         "_transport",
         "_unread_bytes",
@@ -268,6 +271,8 @@ class ServerConnection(asyncio.Protocol):
         """What came before it was clear that this is HTTP/2; None from then on."""
         self._opened_at = self._heard_at = self._idle_since = 0.0
         self._pinged_at: float | None = None
+        self._pings: PingPolicy | None = None
+        """Made when the client pings for the first time."""
         self._closing_since: float | None = None
         self._blocked = False
         """The transport takes no more for now."""
@@ -443,6 +448,8 @@ class ServerConnection(asyncio.Protocol):
                     self._headers(cast(HeadersReceived, event))
                 elif kind is StreamReset:
                     self._reset(cast(StreamReset, event))
+                elif kind is PingReceived:
+                    self._pinged()
                 elif kind is PingAcknowledged:
                     self._pinged_at = None
                     if cast(PingAcknowledged, event).payload == DRAIN_PING:
@@ -512,8 +519,24 @@ class ServerConnection(asyncio.Protocol):
 
     def _failed(self, event: ConnectionFailed) -> None:
         self._listener.stats.failed += 1
+        calm = event.code is ErrorCode.ENHANCE_YOUR_CALM
+        self._listener.stats.cut_off[event.reason if calm else event.code.name] += 1
         log.info("a client's connection failed", peer=self.peer, code=event.code.name, reason=event.reason)
         self._drop_streams()
+
+    def _pinged(self) -> None:
+        settings = self._listener.settings
+        if settings.keepalive_min_s is None or self.h2.closed:
+            return
+        if self._pings is None:
+            self._pings = PingPolicy(settings.keepalive_min_s)
+        if self._pings.too_many(self._heard_at, self.h2.progress, bool(self.h2.streams)):
+            self._listener.stats.failed += 1
+            self._listener.stats.cut_off[TOO_MANY_PINGS.decode()] += 1
+            log.info("a client pings too often", peer=self.peer, least_s=settings.keepalive_min_s)
+            self.h2.go_away(True, ErrorCode.ENHANCE_YOUR_CALM, TOO_MANY_PINGS)
+            self.flush()
+            self._close()
 
     def _drop_streams(self) -> None:
         for stream in tuple(self.h2.streams.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from proto.http2 import Limits
@@ -29,6 +30,10 @@ class ListenerSettings:
 
     keepalive_timeout_s: float = 20.0
     """A ping unanswered for so long ends the connection; etcd's --grpc-keepalive-timeout."""
+
+    keepalive_min_s: float | None = 5.0
+    """A client that pings more often is sent away with too_many_pings, as gRPC servers do (proxy/pings.py); etcd's
+    --grpc-keepalive-min-time. None: never."""
 
     idle_timeout_s: float | None = None
     """A connection without streams is sent away after so long. None: never; clients keep theirs for the next call."""
@@ -60,6 +65,9 @@ class ListenerStats:
 
     handshakes_failed: int = 0
     """TLS handshakes that came to nothing, or took too long."""
+
+    cut_off: Counter[str] = field(default_factory=Counter)
+    """Why they failed: the flood, or the name of the HTTP/2 error."""
 
     timed_out: int = 0
     """Said nothing, did not acknowledge SETTINGS or did not answer a ping."""

@@ -246,6 +246,7 @@ class Relay:
             return False
         if not ends_at_once and (request or self._request_over):
             call.write(request, self._request_bytes, self._request_over)
+        self._bound_request()
         self._give_back_client()
         return True
 
@@ -258,14 +259,11 @@ class Relay:
         self._owed_client += flow_size
         request = self._request
         if request is not None:
-            settings, stats = self._owner.settings, self._owner.stats
             request.append(data)
             self._request_bytes += len(data)
-            stats.resend_bytes += len(data)
-            if self._call is not None and (
-                self._request_bytes > settings.resend_bytes_max or stats.resend_bytes > settings.resend_bytes_total_max
-            ):
-                self._forget_request()
+            self._owner.stats.resend_bytes += len(data)
+            if self._call is not None:
+                self._bound_request()
         call = self._call
         if call is not None:
             call.write((data,), len(data), end_stream)
@@ -382,6 +380,12 @@ class Relay:
     def _give_up(self) -> None:
         self.done = True
         self._forget_request()
+
+    def _bound_request(self) -> None:
+        """Keep no more of requests that were sent than is allowed."""
+        settings, stats = self._owner.settings, self._owner.stats
+        if self._request_bytes > settings.resend_bytes_max or stats.resend_bytes > settings.resend_bytes_total_max:
+            self._forget_request()
 
     def _forget_request(self) -> None:
         """Drop what was kept of the request: it is not sent again."""

@@ -20,6 +20,7 @@ from proto.http2.events import (
     HeadersReceived,
     PeerSettings,
     PingAcknowledged,
+    PingReceived,
     StreamDrained,
     StreamReset,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "Limits",
     "PeerSettings",
     "PingAcknowledged",
+    "PingReceived",
     "Role",
     "Stream",
     "StreamDrained",

@@ -24,6 +24,7 @@ from proto.http2.events import (
     GoAwayReceived,
     PeerSettings,
     PingAcknowledged,
+    PingReceived,
     StreamReset,
 )
 from proto.http2.limits import (
@@ -308,6 +309,7 @@ class Connection(ReceivingHalf):
             events.append(PingAcknowledged(data[body:stop]))
         else:
             self._out.append(frames.ping(data[body:stop], ack=True))
+            events.append(PingReceived())
 
     def _on_go_away(self, data: bytes, body: int, stop: int, _flags: int, stream_id: int, events: list[Event]) -> None:
         """GOAWAY (6.8): nothing changes for the streams up to the last id; those above it were never looked at."""

@@ -69,6 +69,11 @@ class StreamDrained:
 
 
 @dataclass(slots=True)
+class PingReceived:
+    """The peer sent a PING, which is answered; for whoever wants to know how often it does."""
+
+
+@dataclass(slots=True)
 class PingAcknowledged:
     """The peer answered a PING of ours."""
 
@@ -104,6 +109,7 @@ Event: TypeAlias = (
     | DataReceived
     | StreamReset
     | StreamDrained
+    | PingReceived
     | PingAcknowledged
     | PeerSettings
     | GoAwayReceived

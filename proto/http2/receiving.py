@@ -318,6 +318,7 @@ class ReceivingHalf(SendingHalf):
             if not increment:
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
             self.send_window += increment
+            self._granted += increment
             if self.send_window > WINDOW_BYTES_MAX:
                 raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "connection window above 2^31-1")
             if self._round_robin:

@@ -51,6 +51,8 @@ class SendingHalf:
         "_encoder",
         "_forgiving",
         "_frame_bytes_live",
+        "_granted",
+        "_header_lists",
         "_out",
         "_paused",
         "_peer_frame_bytes",
@@ -77,6 +79,9 @@ class SendingHalf:
         self.streams: dict[int, Stream] = {}
         # Bytes the peer lets us send on all streams together.
         self.send_window = WINDOW_BYTES_DEFAULT
+        # What the peer has added to that window since the start, and header lists written: see `progress`.
+        self._granted = WINDOW_BYTES_DEFAULT
+        self._header_lists = 0
         self._server = role is Role.SERVER
         self._out: list[bytes] = []
         self._paused = False
@@ -174,6 +179,11 @@ class SendingHalf:
         return events
 
     @property
+    def progress(self) -> int:
+        """A number that grows with each header list and each byte of DATA sent; what `send` does not have to count."""
+        return self._granted - self.send_window + self._header_lists
+
+    @property
     def paused(self) -> bool:
         """Between `pause` and `resume`."""
         return self._paused
@@ -266,6 +276,7 @@ class SendingHalf:
     def _write_headers(self, stream: Stream, headers: Sequence[tuple[bytes, bytes]], end_stream: bool) -> None:
         # Encoded when it goes out and not before: the compression state follows the order of the wire (4.3).
         block = self._encoder.encode(headers)
+        self._header_lists += 1
         if len(block) <= self._peer_frame_bytes:
             flags = frames.END_HEADERS | frames.END_STREAM if end_stream else frames.END_HEADERS
             self._out.append(_pack_header(len(block) << 8 | frames.HEADERS, flags, stream.id) + block)

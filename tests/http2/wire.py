@@ -35,6 +35,7 @@ from proto.http2 import (
     Limits,
     PeerSettings,
     PingAcknowledged,
+    PingReceived,
     Role,
     StreamDrained,
     StreamReset,
@@ -185,8 +186,8 @@ class Peer:
 
 
 def told(events: Iterable[Event]) -> list[str]:
-    """Return events as text, one line each."""
-    return [_told(event) for event in events]
+    """Return events as text, one line each; that a PING came is left out, its answer is in the output."""
+    return [_told(event) for event in events if not isinstance(event, PingReceived)]
 
 
 def _told(event: Event) -> str:
