@@ -246,11 +246,13 @@ class Endings:
             else:
                 create.refusal = reason.text
                 hub.trunks.release(create)
-                hub.joining.advance(create.session)
         if isinstance(owner, Trunk):
             hub.trunks.remove(owner, gone=True)
         elif isinstance(owner, Backfill) and owner in hub.backfills.open:
             hub.backfills.close(owner, gone=True)
+        # Only now: the next create in a line may have waited for the same source.
+        for create in creates:
+            hub.joining.advance(create.session)
 
     def _restart(self, trunk: Trunk, next_revision: int) -> None:
         """Drop all that a trunk knows and begin anew, at `next_revision` at the latest."""

@@ -83,7 +83,7 @@ class SimWatch:
     # Cancelled by the server: it may be opened again.
     compact_revision: int = 0
     canceled: bool = False
-    # The highest revision it was told anything of; and whether the store has gone back below that since.
+    # The highest revision it was told anything of on this session; whether the store has gone back below that since.
     told_revision: int = 0
     bookmarks: int = 0
     doomed: bool = False
@@ -100,6 +100,7 @@ class SimWatch:
         opened = Reopened if self.log.records else Opened
         self.log.records.append(opened(self.next_revision))
         self.created = self.canceled = False
+        self.told_revision = 0
         self.compact_revision = 0
         self._run.clear()
 
@@ -195,12 +196,20 @@ class SimSession:
     response_bytes_max: int
     # Why a range is refused to this client; "" is allowed.
     permission: Callable[[bytes, bytes], str]
+    # From this size on a response is split for those who asked for fragments.
+    fragment_bytes: int
     # Live watches of a session.
     watches_max: int = 100_000
+    # Limits of all sessions together are so small that one may be reached.
+    narrow: bool = False
     # Whether the client's token has been valid and invalid by turns, so that nobody knows what a check found.
     fickle: Callable[[], bool] = bool
     core: Any = None
     stalled: bool = False
+    # The input during which it stalled, when that was, and the ids that had a watch then.
+    stalled_input: int = 0
+    stalled_at: float = 0.0
+    stalled_ids: tuple[int, ...] = ()
     ended: tuple[int, str] | None = None
     # The client is gone: nothing may be sent any more.
     closed: bool = False
@@ -217,6 +226,8 @@ class SimSession:
     creates_sent: int = 0
     # No answer has come since the last request; the proxy may answer several with one.
     progress_waits: bool = False
+    # The highest revision of any event or bookmark: what the proxy says after it knows that much.
+    told_revision: int = 0
     next_id: int = 0
     _run_id: int | None = None
 
@@ -234,6 +245,7 @@ class SimSession:
 
     def store_went_back(self, revision: int) -> None:
         """The store was restored to `revision`: "now" may be as low as that."""
+        self.told_revision = min(self.told_revision, revision)
         for request in self.requests:
             if isinstance(request, SentCreate):
                 request.sent_at = min(request.sent_at, revision)
@@ -296,7 +308,7 @@ class SimSession:
         if self.ended is not None:
             raise SimulationFailure("a session ended twice")
         self.ended = (status, text)
-        because = [LOST, "behind for more than", "requests wait on one watch stream"]
+        because = [LOST, "behind for more than"] + ["requests wait on one watch stream"] * self.narrow
         because += [NO_LEADER] if has_leader else []
         # A token that is refused for good ends its own sessions, and no other's.
         because += ["etcdserver: "] if self.fickle() or self.permission(b"\0", b"\0") else []
@@ -322,8 +334,10 @@ class SimSession:
             self._canceled(response)
         elif response.events:
             self._events(response, len(message), compact_revision)
+            self.told_revision = max(self.told_revision, response.events[-1].kv.mod_revision)
         else:
             self._bookmark(response)
+            self.told_revision = max(self.told_revision, response.header.revision)
 
     def _check_header(self, response: rpc_pb2.WatchResponse, revision: int) -> None:
         header = response.header
@@ -333,6 +347,11 @@ class SimSession:
             raise SimulationFailure(
                 f"header revision {header.revision} in {_short(response)}, the store is at {revision}"
             )
+
+    def _check_news(self, response: rpc_pb2.WatchResponse) -> None:
+        """A control answer has the newest header that is known; only "now" is as old as its read."""
+        if response.header.revision < self.told_revision:
+            raise SimulationFailure(f"{_short(response)} after news of {self.told_revision}")
 
     def _created(self, response: rpc_pb2.WatchResponse, revision: int) -> None:
         self._pass_cancels(None)
@@ -349,7 +368,8 @@ class SimSession:
         if response.canceled:
             if response.watch_id != -1 or response.compact_revision:
                 raise SimulationFailure(f"refused with {_short(response)}")
-            if response.cancel_reason not in (reason, LOST) and not SHARED_LIMIT.fullmatch(response.cancel_reason):
+            shared = self.narrow and SHARED_LIMIT.fullmatch(response.cancel_reason)
+            if not response.cancel_reason or (response.cancel_reason not in (reason, LOST) and not shared):
                 raise SimulationFailure(f"refused with {response.cancel_reason!r}, should be {reason!r}")
             watch.over = True
             return
@@ -357,7 +377,9 @@ class SimSession:
             raise SimulationFailure(f"created, but should be refused with {reason!r}")
         if response.watch_id != watch_id:
             raise SimulationFailure(f"created with id {response.watch_id}, should be {watch_id}")
-        if watch.next_revision is None and not create.sent_at <= response.header.revision <= revision:
+        if watch.next_revision is not None:
+            self._check_news(response)
+        elif not create.sent_at <= response.header.revision <= revision:
             text = f"now is {response.header.revision}, but was {create.sent_at} when asked and is {revision}"
             raise SimulationFailure(text)
         if not create.watch_id:
@@ -366,6 +388,7 @@ class SimSession:
         watch.got_created(response.header.revision)
 
     def _canceled(self, response: rpc_pb2.WatchResponse) -> None:
+        self._check_news(response)
         watch_id, reason = response.watch_id, response.cancel_reason
         # None: a compaction cancelled it before; its id stays taken until the client cancels it too.
         watch = self.announced.pop(watch_id, None)
@@ -398,6 +421,8 @@ class SimSession:
                 raise SimulationFailure(f"{change} without the value before it")
         if size > self.response_bytes_max + _ENVELOPE_BYTES and changes[0].mod_revision != changes[-1].mod_revision:
             raise SimulationFailure(f"a joined response of {size} bytes, the limit is {self.response_bytes_max}")
+        if watch.spec.fragment and len(changes) > 1 and size > self.fragment_bytes + _ENVELOPE_BYTES:
+            raise SimulationFailure(f"{size} bytes and {len(changes)} events, not cut to {self.fragment_bytes}")
         watch.got_events(response.header.revision, changes, response.fragment)
 
     def _bookmark(self, response: rpc_pb2.WatchResponse) -> None:

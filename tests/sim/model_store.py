@@ -43,6 +43,8 @@ class Store:
         self.revision = 1
         self.compact_revision = 0
         self.compact_revisions: list[int] = []
+        # With those that a restore has undone: what they took from a response is gone all the same.
+        self.compacted_ever: list[int] = []
         self.changes: list[Change] = []
         self.log: list[Applied] = []
         self._latest: dict[bytes, Change] = {}
@@ -77,6 +79,7 @@ class Store:
             return False
         self.compact_revision = revision
         self.compact_revisions.append(revision)
+        self.compacted_ever.append(revision)
         self.log.append(Applied(self.revision, compact_revision=revision))
         return True
 
@@ -96,7 +99,7 @@ class Store:
 
     def truth(self) -> Truth:
         """Return all there was, for the checkers."""
-        return Truth(self.changes, self.compact_revisions)
+        return Truth(self.changes, self.compacted_ever)
 
     def live_keys(self) -> list[bytes]:
         """Return the keys that exist now."""

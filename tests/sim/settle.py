@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 
 from tests.sim.clients import SimulationFailure, SimWatch, judge_logs
-from tests.sim.world import World
+from tests.sim.world import SimClient, World
 
 # Far more than any run needs; reaching it means that something goes round in circles.
 _MOVES_MAX = 20_000
@@ -21,16 +21,16 @@ _PATIENCE = 20
 _GAUGES = ("sessions", "watches", "trunks", "backfills", "lagging", "queued", "history_bytes", "history_batches")
 
 
-def settle(world: World, rng: random.Random, seconds: float) -> None:
+def settle(world: World, rng: random.Random, seconds: float, frozen: SimClient | None = None) -> None:
     """Make all moves, then let `seconds` pass, from timer to timer, with the moves that come of it.
 
-    One move may take away what another was about to move; moves put up with that.
+    One move may take away what another was about to move; moves put up with that. A `frozen` client reads nothing.
     """
     world.rng = rng
     until = world.now + seconds
     made = 0
     while True:
-        while moves := world.moves():
+        while moves := world.moves(frozen):
             for move in moves:
                 move(rng)
             made += len(moves)
@@ -84,6 +84,21 @@ def finish(world: World, rng: random.Random) -> None:
     _check_nothing_left(world)
 
 
+def isolate(world: World, rng: random.Random, frozen: SimClient) -> None:
+    """One client reads nothing for a while: all others get everything meanwhile."""
+    world.store.write([(key, b"isolated") for key in world.config.keys])
+    settle(world, rng, 3.0, frozen)
+    if frozen.session is not None and frozen.session.outbox_bytes > frozen.session.window:
+        world.count("isolated")
+    others = [
+        watch
+        for client in world.clients
+        if client is not frozen and client.session is not None
+        for watch in client.session.announced.values()
+    ]
+    judge_logs(others, world.store.truth(), lambda _: world.store.revision)
+
+
 def _notify_all(world: World, rng: random.Random) -> None:
     """Have the members' progress tickers fire.
 
@@ -107,7 +122,8 @@ def _check_quiet_times(world: World, rng: random.Random) -> None:
         return
     world.permissions.expired.clear()
     live = {id(watch): watch.bookmarks for watch in _live(world)}
-    world.store.write([(b"elsewhere", b"")])
+    for _ in range(3):
+        world.store.write([(b"elsewhere", b"")])
     bookmark_s = world.config.limits["bookmark_s"]
     settle(world, rng, bookmark_s + 2.0)
     notified_s = 2.2 * world.config.limits["progress_notify_s"]

@@ -11,9 +11,9 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tests.sim.clients import LOST, SimWatch, Spec
+from tests.sim.clients import LOST, SimulationFailure, SimWatch, Spec
 from tests.sim.permissions import MIGHTY, TOKENS
-from tests.sim.settle import settle
+from tests.sim.settle import isolate, settle
 from tests.sim.world import Config, SimClient, World
 
 
@@ -256,13 +256,18 @@ def break_stream(world: World, rng: random.Random) -> None:
 @_action(0.3, fault=True)
 def lose(world: World, rng: random.Random) -> None:
     """The server cancels one upstream watch for good."""
-    world.upstream.cancel_one(rng, f"rpc error: code = {rng.choice(('PermissionDenied', 'Unavailable'))} desc = {LOST}")
+    world.upstream.cancel_one(
+        rng, f"rpc error: code = {rng.choice(('PermissionDenied', 'Unavailable', 'Internal'))} desc = {LOST}"
+    )
 
 
 @_action(0.3, fault=True)
 def no_leader(world: World, _: random.Random) -> None:
     """No endpoint has a leader."""
     world.input(world.core.no_leader)
+    for client in world.clients:
+        if client.has_leader and client.session is not None and client.session.ended is None:
+            raise SimulationFailure("a session that asked for hasleader lives on without a leader")
 
 
 @_action(0.2, fault=True)
@@ -271,7 +276,7 @@ def restart(world: World, _: random.Random) -> None:
     world.restart()
 
 
-@_action(0.2, fault=True)
+@_action(0.3, fault=True)
 def restore(world: World, rng: random.Random) -> None:
     """The store is restored from a snapshot."""
     revision = world.store.revision - rng.randint(1, 12)
@@ -282,10 +287,12 @@ def restore(world: World, rng: random.Random) -> None:
 @_action(1, fault=True)
 def expire_token(world: World, rng: random.Random) -> None:
     """A token becomes invalid, or all that were valid again."""
-    if rng.random() < 0.5:
-        world.permissions.expire(rng.choice(MIGHTY))
-    else:
+    if rng.random() < 0.3:
         world.permissions.expired.clear()
+        return
+    world.permissions.expire(rng.choice(MIGHTY))
+    if rng.random() < 0.7:
+        world.upstream.disconnect()
 
 
 @_action(1)
@@ -310,6 +317,19 @@ def flow(world: World, rng: random.Random) -> None:
 def quiet(world: World, rng: random.Random) -> None:
     """Everything that waits happens."""
     settle(world, rng, 0.0)
+
+
+@_action(0.7)
+def freeze(world: World, rng: random.Random) -> None:
+    """One client reads nothing for a while, and nobody else may notice."""
+    client = _connected(world, rng)
+    if world.config.limits["backfills_max"] < 100:
+        # A few stalled sessions may hold all backfills there are, and the others wait.
+        return
+    if client is not None and client.session is not None:
+        client.session.window = rng.choice((1, 100))
+        isolate(world, rng, client)
+        client.session.window = client.window
 
 
 @_action(2)
@@ -342,7 +362,7 @@ def make_config(rng: random.Random) -> Config:
     ]
     ranges = rng.sample(some, rng.randint(1, 4))
     if rng.random() < 0.15:
-        ranges.append((b"d", b"b"))
+        ranges.append(rng.choice(((b"d", b"b"), (b"b", b"b"))))
     response_bytes = rng.choice((150, 400, 2000, 1 << 22))
     roomy = rng.random() < 0.3
     limits: dict[str, object] = {
@@ -375,7 +395,7 @@ def make_config(rng: random.Random) -> Config:
         batch_revisions_max=rng.choice((1, 2, 5, 1000)),
         channel_max=rng.choice((1, 2, 128)),
         old_members=rng.choice((0, 0, 0, 0, 0, 0, 1, 3)),
-        auth=rng.random() < 0.15,
+        auth=rng.random() < 0.25,
         prev_kv=rng.choice((0.1, 0.25, 0.5)),
         granted=rng.choice((0.0, 0.0, 0.5, 1.0)),
         value_bytes_max=rng.choice((0, 20, 80)),

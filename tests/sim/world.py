@@ -86,6 +86,7 @@ class World:
         self.trace: Callable[[str], None] | None = None
         self._inbox: deque[tuple[Any, ...]] = deque()
         self._busy = False
+        self._inputs = 0
         self._start()
 
     def _start(self) -> None:
@@ -176,6 +177,7 @@ class World:
         try:
             while self._inbox:
                 method, *rest = self._inbox.popleft()
+                self._inputs += 1
                 if self.trace is not None:
                     self.trace(f"    -> {method.__name__} {' '.join(map(describe, rest))}")
                 for effect in method(*rest, self.now):
@@ -190,6 +192,8 @@ class World:
         for watch in effect.watches:
             session: SimSession = watch.outlet
             if session.stalled:
+                if session.stalled_input < self._inputs:
+                    raise SimulationFailure("a delivery to a session that had stalled before")
                 self.count("returned")
                 self.core.returned(watch, payload)
                 continue
@@ -204,6 +208,8 @@ class World:
     def _stall(self, session: SimSession) -> None:
         self.count("stalls")
         session.stalled = True
+        session.stalled_input, session.stalled_at = self._inputs, self.now
+        session.stalled_ids = tuple(session.announced)
         self.core.stalled(session.core)
 
     def _end_session(self, effect: Any) -> None:
@@ -243,8 +249,8 @@ class World:
 
     # moves
 
-    def moves(self) -> list[Move]:
-        """Return everything that could happen by itself now."""
+    def moves(self, frozen: SimClient | None = None) -> list[Move]:
+        """Return everything that could happen by itself now; a `frozen` client reads nothing."""
         moves: list[Move] = []
         for member in self.members:
             if member.behind:
@@ -270,7 +276,7 @@ class World:
             moves.append(self._answer_check)
         for client in self.clients:
             session = client.session
-            if session is not None and (session.outbox or session.ended is not None):
+            if session is not None and client is not frozen and (session.outbox or session.ended is not None):
                 moves.append(partial(self._client_reads_some, client))
         return moves
 
@@ -336,7 +342,9 @@ class World:
             client.window,
             limits.get("response_bytes_max", 1 << 22),
             partial(self.permissions.refusal, client.token),
+            limits.get("fragment_bytes", 1 << 21),
             limits.get("watches_per_session_max", 100_000),
+            any(limits.get(name, 1000) < 1000 for name in ("watches_max", "trunks_max", "queue_max")),
         )
         session.fickle = lambda: client.token in self.permissions.fickle
         identity = self.package.Identity(client.token, client.has_leader)
@@ -402,9 +410,15 @@ class World:
 
     def check(self) -> None:
         """Have the core check its invariants."""
-        check = getattr(self.core, "check", None)
-        if check is not None:
-            check()
+        self.core.check()
+        age_s_max = self.config.limits["lagging_age_s_max"]
+        for client in self.clients if age_s_max is not None else ():
+            session = client.session
+            if session is None or session.ended is not None or not session.stalled:
+                continue
+            waits = any(watch_id in session.core.watches for watch_id in session.stalled_ids)
+            if waits and self.now > session.stalled_at + age_s_max + 0.001:
+                raise SimulationFailure(f"a session has been stalled since {session.stalled_at}, it is {self.now}")
 
     def expire(self) -> None:
         """Fire the core's timers that are due."""
