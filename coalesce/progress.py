@@ -48,6 +48,7 @@ class Progress:
     __slots__ = (
         "_asked_at",
         "_bookmark_at",
+        "_dropped",
         "_hub",
         "_in_flight",
         "_notifying",
@@ -71,6 +72,8 @@ class Progress:
         # When to ask again; None = nobody waits.
         self._retry_at: float | None = None
         self._pause_s = 0.0
+        # How many times in a row etcd has left a request without an answer.
+        self._dropped = 0
         # When the newest request was made.
         self._asked_at = 0.0
         # When to make one that is wanted and would come too soon after the newest; None = none is.
@@ -129,6 +132,7 @@ class Progress:
         for upstream in upstreams:
             self.proven(upstream, header.revision)
         self._in_flight = False
+        self._dropped = 0
         self._settle()
         if self._wanted > hub.progress_serial:
             self._ask_soon()
@@ -233,10 +237,15 @@ class Progress:
 
     def _retry(self) -> None:
         """Look again whether anybody can be answered; if somebody still waits, ask again."""
-        self._settle()
+        if self._dropped or not self._hub.ordered_progress:
+            # Then events must do as proof. Not at the first time: the answer may just be late, or this loop is, and
+            # events that were on their way when the request was made prove less than etcd would say.
+            self._settle()
+        self._dropped += 1
         backfills = [backfill for backfill in self._hub.backfills.open if self._may_prove(backfill)]
         if not self.waiting and not self._notifying and not backfills:
             self._in_flight = False
+            self._dropped = 0
             self._retry_at = None
             return
         self._pause_s = min(self._pause_s * 2, self._hub.limits.progress_retry_s_max)

@@ -70,6 +70,27 @@ def test_it_is_repeated_while_somebody_waits_with_longer_pauses() -> None:
     assert client.read() == ["#-1 @7 progress"]
 
 
+def test_events_on_their_way_are_no_answer_until_etcd_drops_requests() -> None:
+    """A put acknowledged before the request is above them; etcd's answer covers it, if one comes."""
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.progress()
+    shell.events(trunk, put(6))
+    client.read()
+    shell.wait(0.15)
+    assert len(shell.asked) == 2
+    assert client.read() == []
+    shell.progressed(8)
+    assert client.read() == ["#-1 @8 progress"]
+    client.progress()
+    shell.wait(0.005)
+    shell.events(trunk, put(9))
+    client.read()
+    shell.wait(0.5)
+    assert client.read() == ["#-1 @9 progress"]
+
+
 def test_every_watch_counts() -> None:
     """p is the least of what is proven; a watch on another trunk may be behind."""
     shell = Shell()
