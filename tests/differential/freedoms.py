@@ -30,7 +30,7 @@ Left free, each for a reason:
     `created` only for "now" (clientv3), where ours is read from etcd, or to resume behind it (Node): lower is safe.
 12. *What is compacted but still in the proxy's history* (better), only in programs that say so (`from_history`): etcd
     cancels a watch from there, we may bring every event, as the guarantee allows. The same holds for a prev_kv below
-    the compact revision. Programs about compaction itself run without others that keep such a history (`lonely`).
+    the compact revision, and for a quiet watch over a break (our bookmarks). Programs about compaction itself run without others that keep such a history (`lonely`).
 13. *Which progress is answered under load* depends on the moment, at etcd too: the last answer counts, in programs
     that say so (`loaded_progress`).
 """
@@ -59,7 +59,7 @@ def differences(program: Program, direct: Recording, proxied: Recording) -> list
         elif program.loaded_progress and aspect.endswith(" progress"):
             same = one[-1:] == other[-1:]
         elif program.from_history and one[-1:] and one[-1].startswith("compacted"):
-            same = other == one or (other[:1] == one[:1] and len(other) > 1)
+            same = other == one or (other[: len(one) - 1] == one[:-1] and len(other) >= len(one))
         else:
             same = len(one) == len(other) and all(map(_equal, one, other))
         if not same:

@@ -179,6 +179,8 @@ class Player:
         await client.close()
 
     async def _resume(self, step: do.Resume) -> None:
+        if step.of not in self.logs and self.program.over_breaks:
+            return
         log = await self.log(step.of)
         gone = await self._hears(lambda: log.over, 0.0 if self.target.proxied else LIMIT_S)
         if not gone:

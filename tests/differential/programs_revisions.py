@@ -141,7 +141,11 @@ PROGRAMS = (
         from_history=FROM_HISTORY,
     ),
     Program(
-        "a compaction beyond a future start", (Create(start=3), Put(b"l", times=6), Compact(6), Put(), Wait(events=1))
+        "a compaction beyond a future start",
+        (
+            *(Create(), Create(start=4), Put(), Wait(events=1)),
+            *(Put(b"l", times=6), Compact(7), Put(), Wait(events=3)),
+        ),
     ),
     Program(
         "a deleted key, compacted at its delete",
