@@ -141,7 +141,7 @@ CASES = {
         Case("lowfan", "200 ranges with one watch each, 400 writes/s", 20, 200, 1, 200, writes=2000, rate=400),
         Case(
             "variants",
-            "800 streams on 20 connections: filters, prev_kv, fragments, start revisions; puts and deletes, 90 writes/s",
+            "800 streams on 20 connections with filters, prev_kv, fragments, start revisions; puts and deletes, 90/s",
             *(20, 800),
             writes=450,
             rate=90,

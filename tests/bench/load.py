@@ -129,7 +129,7 @@ class Tally:
         self.first_ns = self.last_ns = 0
 
     def count(self, count: int, data: bytes, now: int, mixed: bool) -> None:
-        """Count stamps; the first one of a chunk, the oldest, gives the delay of all (mixed: a prev_kv has old ones)."""
+        """Count stamps; the first of a chunk, the oldest, gives the delay of all (mixed: a prev_kv has an old one)."""
         self.stamps += count
         if mixed:
             at = int(max(_stamps(data)))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import uvloop
 from rich.table import Table
 
 from tests.bench.cases import CASES, Case, Kind
@@ -166,6 +166,6 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(memory_kib / 2**20, 1),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "uvloop": uvloop.__version__,
+        "uvloop": version("uvloop"),
         "load_average": [round(load, 2) for load in os.getloadavg()],
     }
