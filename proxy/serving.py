@@ -55,6 +55,7 @@ def listener_settings(settings: Settings) -> ListenerSettings:
     return ListenerSettings(
         http2=replace(ListenerSettings().http2, max_streams=listener.max_concurrent_streams),
         connections_max=listener.connections_max,
+        keepalive_min_s=listener.grpc_keepalive_min_time_s or None,
         keepalive_interval_s=listener.grpc_keepalive_interval_s or None,
         keepalive_timeout_s=listener.grpc_keepalive_timeout_s,
     )
