@@ -25,7 +25,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 CONFIG_ENV = "WATCHMUX_CONFIG"
 
 TAKEN = {
-    "grpc-keepalive-min-time": "clients may ping as often as they like; only floods are cut off",
     "permit-without-stream": "connections to etcd are always kept alive",
     "max-send-bytes": "etcd decides on sizes",
     "max-recv-bytes": "etcd decides on sizes",

@@ -182,6 +182,15 @@ class Listener(msgspec.Struct, kw_only=True, frozen=True):
             le=2**32 - 1,
         ),
     ] = 100_000
+    grpc_keepalive_min_time_s: Annotated[
+        float,
+        _knob(
+            "Send a client away (too_many_pings) that pings more often, as etcd does. 0: only floods are cut off.",
+            Kind.SECONDS,
+            from_etcd=True,
+            ge=0,
+        ),
+    ] = 5.0
     grpc_keepalive_interval_s: Annotated[
         float,
         _knob(

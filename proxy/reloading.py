@@ -22,6 +22,7 @@ RELOADED = frozenset(
         "listener.connections_max",
         "listener.drain_s",
         "listener.grpc_keepalive_interval_s",
+        "listener.grpc_keepalive_min_time_s",
         "listener.grpc_keepalive_timeout_s",
         "listener.max_concurrent_streams",
         "listener.sessions_per_connection_max",
