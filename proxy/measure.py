@@ -8,6 +8,7 @@ times, because a reduction that loses events is none.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from itertools import pairwise
 
@@ -200,6 +201,10 @@ def compare(measured: Measurement) -> Comparison:
         facts=[
             ("events written", f"{measured.events_written:,}"),
             ("delays", "from the start of a write to its receipt by each client"),
+            (
+                "the clients",
+                f"run on this machine, which has {os.cpu_count() or 1} cores, and share it with what runs here",
+            ),
             ("proxy", measured.proxy),
         ],
         complaints=[
