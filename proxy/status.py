@@ -56,7 +56,10 @@ def render(now: Snapshot, before: Snapshot | None = None) -> Table:
     )
     reduction = f"{now.reduction:,.1f}x" if now.reduction is not None else "-"
     table.add_row("reduction", reduction, "client watches for each upstream watch")
-    table.add_row("lagging", f"{now.lagging:,}", f"{now.stalls_total:,} stalls, {now.queued:,} wait for a backfill")
+    behind = f", longest {now.lagging_s:,.0f} s and {now.lagging_revisions:,} revisions" if now.lagging else ""
+    table.add_row(
+        "lagging", f"{now.lagging:,}", f"{now.stalls_total:,} stalls, {now.queued:,} wait for a backfill{behind}"
+    )
     table.add_section()
     for name, field in (("events in", "events_received_total"), ("events out", "events_delivered_total")):
         table.add_row(name, f"{getattr(now, field):,}", _rate(now, before, field, "events"))
@@ -66,6 +69,9 @@ def render(now: Snapshot, before: Snapshot | None = None) -> Table:
     joins = ", ".join(f"{count:,} {kind}" for kind, count in now.joins_total.items() if count)
     table.add_row("watches opened", f"{now.creates_total:,}", joins or "none yet")
     table.add_row("refused", f"{now.creates_refused_total:,}", f"{now.compacted_total:,} cancelled as compacted")
+    for limit, count in now.refusals_total.items():
+        if count:
+            table.add_row(f"  at {limit}", Text(f"{count:,}", style="bold red"), "refused or ended at this limit")
     table.add_row(
         "upstream breaks", f"{now.upstream_broken_total:,}", f"{now.upstream_lost_total:,} watches lost for good"
     )

@@ -38,6 +38,16 @@ def test_the_status_table_shows_state_and_reduction(state: Snapshot) -> None:
     assert ("10.0x" in text) == bool(state.watches)
 
 
+def test_the_status_table_names_the_limits_that_were_reached() -> None:
+    output = io.StringIO()
+    state = Snapshot(refusals_total={"watches_max": 3, "trunks_max": 0}, lagging=2, lagging_s=61, lagging_revisions=900)
+    Console(file=output, width=140).print(render(state))
+    text = output.getvalue()
+    assert "at watches_max" in text
+    assert "trunks_max" not in text
+    assert "longest 61 s and 900 revisions" in text
+
+
 def test_rates_are_between_two_snapshots() -> None:
     before = Snapshot(uptime_s=10.0, events_delivered_total=100)
     now = Snapshot(uptime_s=12.0, events_delivered_total=150)
