@@ -87,15 +87,19 @@ class Auth:
         """Refuse access to [key, range_end) unless the user may. Raises StoreError."""
         if not self.enabled:
             return
-        if user is None:
-            raise StoreError(errors.USER_EMPTY)
-        if user not in self.users:
+        self.check_user(user)
+        if user is None or user not in self.users:
             raise StoreError(errors.PERMISSION_DENIED)
         if ROOT in self.users[user].roles:
             return
         permissions = self._permissions_of(user)
         if not covers(permissions.write if write else permissions.read, key, range_end):
             raise StoreError(errors.PERMISSION_DENIED)
+
+    def check_user(self, user: str | None) -> None:
+        """Refuse nobody's calls. Raises StoreError."""
+        if self.enabled and user is None:
+            raise StoreError(errors.USER_EMPTY)
 
     def check_admin(self, user: str | None) -> None:
         """Refuse anyone but those with the root role. Raises StoreError."""

@@ -99,8 +99,9 @@ class AuthService:
         self._state.fill(response.header)
         return response
 
-    async def status(self, _request: rpc_pb2.AuthStatusRequest, _user: str | None) -> rpc_pb2.AuthStatusResponse:
+    async def status(self, _request: rpc_pb2.AuthStatusRequest, user: str | None) -> rpc_pb2.AuthStatusResponse:
         """Answer AuthStatus."""
+        self._auth.check_admin(user)
         response = rpc_pb2.AuthStatusResponse(enabled=self._auth.enabled, authRevision=self._auth.revision)
         self._state.fill(response.header)
         return response

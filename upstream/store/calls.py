@@ -34,6 +34,15 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
 
 _CODES = {Status(code.value[0]): code for code in grpc.StatusCode}
 
+# etcd's maintenance calls pass refusals of auth on as they are, without making them errors of its API
+# (v3rpc/maintenance.go, authMaintenanceServer).
+_BARE_REFUSALS = {
+    errors.USER_EMPTY: Refusal(Status.UNKNOWN, "auth: user name is empty"),
+    errors.INVALID_AUTH_TOKEN: Refusal(Status.UNKNOWN, "auth: invalid auth token"),
+    errors.USER_NOT_FOUND: Refusal(Status.UNKNOWN, "auth: user not found"),
+    errors.PERMISSION_DENIED: Refusal(Status.UNKNOWN, "auth: permission denied"),
+}
+
 
 @dataclass(slots=True)
 class Traffic:
@@ -84,6 +93,13 @@ class Calls:
         token = metadata.get("token") or metadata.get("authorization")
         return self._auth.user_of(str(token).removeprefix("Bearer ") if token else None, monotonic())
 
+    def check_maintenance(self, context: Context) -> None:
+        """Refuse a maintenance call to anyone but an administrator. Raises StoreError."""
+        try:
+            self._auth.check_admin(self.user(context))
+        except StoreError as error:
+            raise StoreError(_BARE_REFUSALS.get(error.refusal, error.refusal)) from None
+
     async def read(self, context: Context) -> bytes | None:
         """Read the next message of a stream; None when the client has ended its side."""
         # The stubs do not know that EOF comes as a value.
@@ -99,12 +115,20 @@ class Calls:
         await context.write(message)
 
     def unary(
-        self, kind: type[Request], answer: Callable[[Request, str | None], Awaitable[Message]], *, write: bool = False
+        self,
+        kind: type[Request],
+        answer: Callable[[Request, str | None], Awaitable[Message]],
+        *,
+        write: bool = False,
+        maintenance: bool = False,
+        check: Callable[[Request], None] | None = None,
     ) -> Handler:
         """
-        Make the handler of a unary method; `write` says that the size limit of writes applies.
+        Make the handler of a unary method.
 
-        `answer` gets the request and the user whose call it is (None without a token).
+        `write` says that the size limit of writes applies, `maintenance` that only an administrator may, `check` finds
+        the requests that are refused whoever sends them. `answer` gets the request and the user whose call it is (None
+        without a token).
         """
 
         async def call(data: bytes, context: Context) -> bytes:
@@ -113,7 +137,15 @@ class Calls:
                 request = parse(kind, data)
                 if write:
                     check_write_size(data)
-                response = (await answer(request, self.user(context))).SerializeToString()
+                if maintenance:
+                    self.check_maintenance(context)
+                try:
+                    user = self.user(context)
+                except StoreError:
+                    if check is not None:
+                        check(request)
+                    raise
+                response = (await answer(request, user)).SerializeToString()
             except StoreError as error:
                 await end(context, error.refusal)
                 raise

@@ -30,8 +30,9 @@ class ClusterService:
         methods["MemberList"] = self._calls.unary(rpc_pb2.MemberListRequest, self.member_list)
         return service("etcdserverpb.Cluster", methods)
 
-    async def member_list(self, _request: rpc_pb2.MemberListRequest, _user: str | None) -> rpc_pb2.MemberListResponse:
+    async def member_list(self, _request: rpc_pb2.MemberListRequest, user: str | None) -> rpc_pb2.MemberListResponse:
         """Answer MemberList. Without peers there are no peer URLs; the client URL stands in."""
+        self._state.auth.check_user(user)
         response = rpc_pb2.MemberListResponse()
         self._state.fill(response.header)
         # etcd's cluster answers carry no revision.

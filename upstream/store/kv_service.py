@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from proto.pb import rpc_pb2
+from upstream.store import txn as requests
 from upstream.store.calls import Calls, service
 from upstream.store.loops import Compactor
 from upstream.store.state import StoreState
@@ -22,14 +23,17 @@ class KVService:
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the service to register."""
+        unary = self._calls.unary
         return service(
             "etcdserverpb.KV",
             {
-                "Range": self._calls.unary(rpc_pb2.RangeRequest, self.range),
-                "Put": self._calls.unary(rpc_pb2.PutRequest, self.put, write=True),
-                "DeleteRange": self._calls.unary(rpc_pb2.DeleteRangeRequest, self.delete_range, write=True),
-                "Txn": self._calls.unary(rpc_pb2.TxnRequest, self.txn, write=True),
-                "Compact": self._calls.unary(rpc_pb2.CompactionRequest, self.compact),
+                "Range": unary(rpc_pb2.RangeRequest, self.range, check=requests.check_range),
+                "Put": unary(rpc_pb2.PutRequest, self.put, write=True, check=requests.check_put),
+                "DeleteRange": unary(
+                    rpc_pb2.DeleteRangeRequest, self.delete_range, write=True, check=requests.check_delete_range
+                ),
+                "Txn": unary(rpc_pb2.TxnRequest, self.txn, write=True, check=requests.check_txn),
+                "Compact": unary(rpc_pb2.CompactionRequest, self.compact),
             },
         )
 

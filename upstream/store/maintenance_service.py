@@ -39,18 +39,19 @@ class MaintenanceService:
             {
                 "Alarm": self._calls.unary(rpc_pb2.AlarmRequest, self.alarm),
                 "Status": self._calls.unary(rpc_pb2.StatusRequest, self.status),
-                "Defragment": self._calls.unary(rpc_pb2.DefragmentRequest, self.defragment),
-                "Hash": self._calls.unary(rpc_pb2.HashRequest, self.hash),
-                "HashKV": self._calls.unary(rpc_pb2.HashKVRequest, self.hash_kv),
+                "Defragment": self._calls.unary(rpc_pb2.DefragmentRequest, self.defragment, maintenance=True),
+                "Hash": self._calls.unary(rpc_pb2.HashRequest, self.hash, maintenance=True),
+                "HashKV": self._calls.unary(rpc_pb2.HashKVRequest, self.hash_kv, maintenance=True),
                 "Snapshot": unimplemented(NO_SNAPSHOT, streams_answers=True),
                 "MoveLeader": unimplemented(NO_LEADER_TO_MOVE),
                 "Downgrade": unimplemented(NO_DOWNGRADE),
             },
         )
 
-    async def status(self, _request: rpc_pb2.StatusRequest, _user: str | None) -> rpc_pb2.StatusResponse:
+    async def status(self, _request: rpc_pb2.StatusRequest, user: str | None) -> rpc_pb2.StatusResponse:
         """Answer Status."""
         state = self._state
+        state.auth.check_admin(user)
         response = rpc_pb2.StatusResponse(
             version=VERSION,
             dbSize=EMPTY_BYTES + state.mvcc.size_bytes,
@@ -64,17 +65,20 @@ class MaintenanceService:
         state.fill(response.header)
         return response
 
-    async def alarm(self, request: rpc_pb2.AlarmRequest, _user: str | None) -> rpc_pb2.AlarmResponse:
-        """Answer Alarm."""
+    async def alarm(self, request: rpc_pb2.AlarmRequest, user: str | None) -> rpc_pb2.AlarmResponse:
+        """Answer Alarm: any user may list them."""
+        if request.action == rpc_pb2.AlarmRequest.GET:
+            self._state.auth.check_user(user)
+        else:
+            self._state.auth.check_admin(user)
         response = rpc_pb2.AlarmResponse()
         for member_id, kind in self._state.alarms.answer(request):
             response.alarms.add(memberID=member_id, alarm=kind)
         self._state.fill(response.header)
         return response
 
-    async def defragment(self, _request: rpc_pb2.DefragmentRequest, user: str | None) -> rpc_pb2.DefragmentResponse:
+    async def defragment(self, _request: rpc_pb2.DefragmentRequest, _user: str | None) -> rpc_pb2.DefragmentResponse:
         """Answer Defragment: memory is not fragmented the way a bolt file is, so there is nothing to do."""
-        self._state.auth.check_admin(user)
         return rpc_pb2.DefragmentResponse()
 
     async def hash(self, _request: rpc_pb2.HashRequest, _user: str | None) -> rpc_pb2.HashResponse:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from proto.pb import rpc_pb2
-from upstream.store import errors
 from upstream.store import txn as requests
 from upstream.store.alarms import Alarms
 from upstream.store.auth import Auth
@@ -192,8 +191,7 @@ class StoreState:
         self, request: rpc_pb2.LeaseGrantRequest, now: float, user: str | None = None
     ) -> rpc_pb2.LeaseGrantResponse:
         """Apply LeaseGrant; without an id one is made up. Any user may, but not nobody."""
-        if self.auth.enabled and user is None:
-            raise StoreError(errors.USER_EMPTY)
+        self.auth.check_user(user)
         self.alarms.check(grows=True)
         lease_id = request.ID
         while not lease_id:
@@ -208,6 +206,7 @@ class StoreState:
 
     def lease_revoke(self, lease_id: int, user: str | None = None) -> rpc_pb2.LeaseRevokeResponse:
         """Apply LeaseRevoke: the lease's keys are deleted in one revision."""
+        self.auth.check_user(user)
         for key in self.lessor.keys_of(lease_id):
             self.auth.check(user, key, write=True)
         self.alarms.check()
@@ -258,6 +257,7 @@ class StoreState:
 
     def lease_leases(self, user: str | None = None) -> rpc_pb2.LeaseLeasesResponse:
         """Answer LeaseLeases."""
+        self.auth.check_user(user)
         for lease in self.lessor.leases():
             self._check_lease(lease.lease_id, user)
         response = rpc_pb2.LeaseLeasesResponse()
@@ -274,10 +274,7 @@ class StoreState:
 
     def _check_lease(self, lease_id: int, user: str | None, *, write: bool = False) -> None:
         """Refuse a lease to those who may not read (or write) its keys. Raises StoreError."""
-        if not self.auth.enabled:
-            return
-        if user is None:
-            raise StoreError(errors.USER_EMPTY)
+        self.auth.check_user(user)
         for key in self.lessor.keys_of(lease_id):
             self.auth.check(user, key, write=write)
 
