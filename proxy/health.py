@@ -41,24 +41,27 @@ class Health:
     def __init__(self) -> None:
         self.upstream_reachable = False
         self.draining = False
+        self.problem = ""
+        """What keeps it from serving though etcd is there; "" when nothing does."""
         self._told: bool | None = None
         self._watchers: set[HealthCall] = set()
 
     @property
     def serving(self) -> bool:
-        """The upstream answers, and the proxy means to stay."""
-        return self.upstream_reachable and not self.draining
+        """The upstream answers, and the proxy means to stay, and nothing is wrong with it."""
+        return self.upstream_reachable and not self.draining and not self.problem
 
     @property
     def reason(self) -> str:
         """Why it is not serving, for people; empty when it is."""
         if self.draining:
             return "draining"
-        return "" if self.upstream_reachable else "etcd is not reachable"
+        return self.problem if self.upstream_reachable else "etcd is not reachable"
 
-    def set_upstream(self, reachable: bool) -> None:
-        """Note whether the upstream answers."""
+    def set_upstream(self, reachable: bool, problem: str = "") -> None:
+        """Note whether the upstream answers, and what is wrong though it does."""
         self.upstream_reachable = reachable
+        self.problem = problem
         self._tell()
 
     def set_draining(self) -> None:

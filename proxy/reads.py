@@ -28,9 +28,10 @@ TXN = "/etcdserverpb.KV/Txn"
 ANY_KEY = b"\x00"
 """The key of the reads that are about no key in particular."""
 
-PROBE_TOKEN = b"watchmux-probe"
-"""Nobody's token, which etcd refuses exactly when auth is on. No token at all would not tell: where the proxy's own
-certificate has a CN, etcd takes that for the user of every call without one."""
+AUTHENTICATE = "/etcdserverpb.Auth/Authenticate"
+
+NOBODY = b"watchmux-nobody"
+"""The name and the token of a user there is not."""
 
 USER_EMPTY = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty"
 """What etcd tells a client without a token when auth is on."""
@@ -123,6 +124,8 @@ class Reader:
         """Calls sent to etcd."""
         self.auth_on = False
         """The newest probe was refused: etcd asks for users."""
+        self.named = False
+        """The proxy's certificate has a CN: with auth on etcd may take that for the user of a probe without a token."""
         self._pool = pool
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -192,7 +195,11 @@ class Reader:
         sent_at = self._loop.time()
         for question in self._probing:
             question.fresh = True
-        answer = await self._transact(PROBE_TOKEN, ANY_KEY, b"", self._probe_wanted)
+        answer: _Answer | Refusal | None
+        if self.named and await self._refuses_nobody():
+            answer = Refusal(USER_EMPTY)
+        else:
+            answer = await self._transact(None, ANY_KEY, b"", self._probe_wanted)
         questions, self._probing = self._probing, []
         self._probe_in_flight = False
         if answer is None:
@@ -206,6 +213,24 @@ class Reader:
                 question.decided(Refusal(USER_EMPTY))
             else:
                 self._begin(self._ask(question))
+
+    async def _refuses_nobody(self) -> bool:
+        """Tell whether auth is on by trying to log in as nobody; False also when etcd does not answer that."""
+        request = rpc_pb2.AuthenticateRequest(name=NOBODY.decode(), password="-").SerializeToString()
+        try:
+            await self._pool.unary(AUTHENTICATE, request, (), self.settings.timeout_s, idempotent=True)
+        except CallFailed as failed:
+            return failed.status == Status.INVALID_ARGUMENT
+        return False
+
+    async def takes_any_token(self) -> bool:
+        """Tell whether etcd answers a call with nobody's token: with auth off, only newer ones do (3.5.1: not)."""
+        try:
+            message = _nothing(ANY_KEY, b"", True)
+            await self._pool.unary(TXN, message, [(b"token", NOBODY)], self.settings.timeout_s, idempotent=True)
+        except CallFailed:
+            return False
+        return True
 
     def _probe_wanted(self) -> bool:
         """Forget those who do not wait any more; tell whether anybody does."""

@@ -16,6 +16,7 @@ from coalesce.limits import Limits as CoreLimits
 from proxy import health, logs
 from proxy import watch as watch_service
 from proxy.engine import Engine
+from proxy.guard import Guard
 from proxy.http1 import Http1
 from proxy.listener import Listener
 from proxy.listener_settings import ListenerSettings
@@ -66,13 +67,15 @@ class Proxy:
         reader: ReaderSettings | None = None,
         limits: CoreLimits | None = None,
         credentials: Credentials | None = None,
+        upstream_cert: str = "",
         tune_gc: bool = True,
     ) -> None:
         """Take the settings; nothing happens yet.
 
         `endpoints`: etcd's addresses. `host`, `port`: where to listen, port 0 for any free one. `tls`: for the
         listener; `upstream_tls`: towards etcd. `limits`: the core's. `credentials`: the user in whose name trunks are
-        watched. `tune_gc`: set the process's garbage collector up for this work. Raises BadEndpoint.
+        watched. `upstream_cert`: the file of the certificate that etcd is shown, to be watched for a CN. `tune_gc`:
+        set the process's garbage collector up for this work. Raises BadEndpoint.
         """
         self.endpoints: list[Endpoint] = parse_endpoints(endpoints)
         self.health = health.Health()
@@ -85,6 +88,8 @@ class Proxy:
         self._reader_settings = reader or ReaderSettings()
         self._limits = limits or CoreLimits()
         self._credentials = credentials
+        self._upstream_cert = upstream_cert
+        self.guard: Guard | None = None
         self._tune_gc = tune_gc
 
     async def start(self) -> None:
@@ -103,6 +108,9 @@ class Proxy:
         self.passthrough = Passthrough(self.pool)
         self.http1 = Http1(self._http1_endpoint, self._upstream_tls)
         self.listener = Listener(self._listener_settings)
+        if self._upstream_cert:
+            self.guard = Guard(self.reader, self._upstream_cert, self._upstream_changed)
+            self.guard.start()
         self._route()
         self.pool.start()
         self.upstream.start()
@@ -120,6 +128,9 @@ class Proxy:
         for path in (health.CHECK, health.LIST, health.WATCH):
             routes[path] = self.health.open
         self.listener.passthrough = self.passthrough
+        if self.guard is not None:
+            routes[watch_service.PATH] = self.guard.refuse(self.watches.open)
+            self.listener.passthrough = self.guard.protect(self.passthrough)
         self.listener.http1 = self.http1
 
     def _http1_endpoint(self) -> Endpoint:
@@ -128,7 +139,8 @@ class Proxy:
         return self.endpoints[0] if connection is None else connection.endpoint
 
     def _upstream_changed(self) -> None:
-        self.health.set_upstream(self.upstream.connected and self.pool.pick() is not None)
+        problem = self.guard.problem if self.guard is not None else ""
+        self.health.set_upstream(self.upstream.connected and self.pool.pick() is not None, problem)
 
     @property
     def port(self) -> int:
@@ -160,6 +172,8 @@ class Proxy:
         """Stop now: every connection is closed, on both sides."""
         await self.listener.stop()
         self.http1.stop()
+        if self.guard is not None:
+            await self.guard.stop()
         self.engine.stop()
         await self.upstream.stop()
         await self.pool.stop()

@@ -125,6 +125,7 @@ def proxy_of(settings: Settings, endpoints: list[str]) -> Proxy:
         watch=watch_settings(settings),
         limits=core_limits(settings.watch),
         credentials=credentials(settings),
+        upstream_cert=settings.upstream.cert,
     )
 
 

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from proto.framing import Status
 from proxy.server import Proxy
+from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import Relay, relay_to
 from tests.faults.scene import open_watch
@@ -196,6 +198,17 @@ def test_signed_tokens_that_expire(tmp_path: Path) -> None:
 
     with EtcdServer(extra=jwt_flags(tmp_path, "2s")) as etcd:
         with_users(etcd)
+        scenario_with(etcd, story)
+
+
+@pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
+def test_without_auth_nobody_needs_a_token(binary: EtcdBinary) -> None:
+    async def story(_proxy: Proxy, client: RawClient, _way: Relay) -> None:
+        stream = await open_watch(client, b"a/", b"a0")
+        await asyncio.to_thread(etcd.ctl, "put", "a/k", "1")
+        await until_async(lambda: stream.values == [b"1"], "the event")
+
+    with EtcdServer(binary) as etcd:
         scenario_with(etcd, story)
 
 

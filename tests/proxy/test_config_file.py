@@ -135,6 +135,8 @@ def test_a_bad_value_is_refused_where_it_came_from(tmp_path: Path) -> None:
     [
         ({"upstream.cert": "c"}, "--cert: needs --key as well"),
         ({"upstream.key": "c"}, "--key: needs --cert as well"),
+        ({"upstream.user": "c"}, "--user: needs --password as well"),
+        ({"upstream.password": "c"}, "--password: needs --user as well"),
         ({"listener.cert_file": "c"}, "--cert-file: needs --key-file as well"),
         ({"listener.trusted_ca_file": "c"}, "--trusted-ca-file: needs --cert-file and --key-file as well"),
         (

@@ -12,13 +12,14 @@ from coalesce.inputs import Granted, Refusal
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proto.scan import Header
-from proxy.reads import NO_RIGHT, PROBE_TOKEN, TXN, Asked, Reader, ReaderSettings
+from proxy.reads import NO_RIGHT, TXN, Asked, Reader, ReaderSettings
 from tests.proxy.scenario import run
 from tests.waiting import until_async
 from upstream.errors import CallFailed
 from upstream.pool import NO_LEADER_TEXT
 
 INVALID = CallFailed(Status.UNAUTHENTICATED, "etcdserver: invalid auth token")
+EMPTY = CallFailed(Status.INVALID_ARGUMENT, "etcdserver: user name is empty")
 DENIED = CallFailed(Status.PERMISSION_DENIED, "etcdserver: permission denied")
 
 
@@ -195,7 +196,7 @@ def test_with_auth_off_one_probe_serves_all() -> None:
         reader.check(None, b"c", b"", got.append, always)
         # Only the first came before the read began, so only to him it says what "now" is.
         assert kinds(got) == [("Granted", 5), ("Header", 5), ("Header", 5)]
-        assert [asked.token for asked in pool.asked] == [PROBE_TOKEN]
+        assert [asked.token for asked in pool.asked] == [None]
         assert not reader.auth_on
 
     run(scenario())
@@ -219,7 +220,7 @@ def test_a_probe_is_not_believed_for_ever() -> None:
 def test_with_auth_on_each_is_checked_with_his_own_token() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
-        verdicts: dict[bytes | None, int | CallFailed] = {PROBE_TOKEN: INVALID, b"good": 8, b"bad": DENIED}
+        verdicts: dict[bytes | None, int | CallFailed] = {None: EMPTY, b"good": 8, b"bad": DENIED}
         pool.auto = lambda asked: verdicts[asked.token]
         reader = Reader(pool)
         got: dict[str, Outcome] = {}
@@ -232,7 +233,7 @@ def test_with_auth_on_each_is_checked_with_his_own_token() -> None:
         empty = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty"
         assert kinds([got["None"]]) == [("Refusal", empty)]
         assert reader.auth_on
-        assert [(asked.range.key, asked.range.range_end) for asked in pool.asked if asked.token != PROBE_TOKEN] == [
+        assert [(asked.range.key, asked.range.range_end) for asked in pool.asked if asked.token is not None] == [
             (b"k", b"l")
         ] * 2
         # Known to be on: a token is checked without another probe.
@@ -247,7 +248,7 @@ def test_with_auth_on_each_is_checked_with_his_own_token() -> None:
 def test_auth_that_is_switched_off_is_noticed() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
-        answers: list[int | CallFailed] = [INVALID, 6]
+        answers: list[int | CallFailed] = [EMPTY, 6]
         pool.auto = lambda _: answers.pop(0)
         reader = Reader(pool)
         got: list[Outcome] = []
