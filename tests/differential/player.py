@@ -10,7 +10,7 @@ to say before the first has come too. So "nothing more is sent" is tested as wel
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from proto.framing import frame
@@ -213,8 +213,11 @@ class Player:
         def there() -> bool:
             return (
                 len(log.controls) >= step.controls
-                and self._events(step.on) >= step.events
-                and (len(log.compacted) >= step.compacted or self._brought(log))
+                and sum(each.event_count for each in self._chain(step.on)) >= step.events
+                and (
+                    sum(len(each.compacted) for each in self._chain(step.on)) >= step.compacted
+                    or self._brought(step.on)
+                )
                 and len(set(log.answers)) >= step.progress
                 and (step.notified is None or log.notified >= base + step.notified)
                 and (log.over or not step.end)
@@ -223,17 +226,16 @@ class Player:
         if self.target.proxied or not step.better:
             await self.until(repr(step), there)
 
-    def _brought(self, log: StreamLog) -> bool:
+    def _brought(self, name: str) -> bool:
         """Tell whether the proxy brings from its history what etcd has compacted."""
-        return self.target.proxied and bool(self.program.from_history) and log.event_count > 0
+        may = self.target.proxied and bool(self.program.from_history)
+        return may and any(each.event_count for each in self._chain(name))
 
-    def _events(self, name: str) -> int:
-        """Events of a stream and of those that took its watches up."""
-        count = 0
+    def _chain(self, name: str) -> Iterator[StreamLog]:
+        """Walk a stream and those that took its watches up."""
         while name in self.logs:
-            count += self.logs[name].event_count
+            yield self.logs[name]
             name = self.recording.follows.get(name, "")
-        return count
 
     # unary calls
 

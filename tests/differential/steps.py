@@ -252,7 +252,7 @@ class Program:
     more_progress: str = ""
     """Why the proxy may answer progress requests that etcd drops."""
     loaded_progress: str = ""
-    """Why it depends on the moment which progress is answered: only the last counts."""
+    """Why it depends on the moment which progress is answered."""
     from_history: str = ""
     """Why the proxy may still bring what etcd has compacted."""
     lonely: bool = False
