@@ -66,6 +66,19 @@ def test_what_was_committed_is_there_after_a_crash(seed: int, tmp_path: Path) ->
     last.close()
 
 
+def test_alarms_are_kept(tmp_path: Path) -> None:
+    state, journal = open_state(tmp_path)
+    activate, deactivate = rpc_pb2.AlarmRequest.ACTIVATE, rpc_pb2.AlarmRequest.DEACTIVATE
+    for action, member_id in ((activate, 2**64 - 1), (activate, 7), (deactivate, 7)):
+        state.alarm(rpc_pb2.AlarmRequest(action=action, memberID=member_id, alarm=rpc_pb2.NOSPACE))
+    journal.close()
+    again, second = open_state(tmp_path)
+    assert again.alarms.all() == [(2**64 - 1, rpc_pb2.NOSPACE)]
+    with pytest.raises(StoreError):
+        again.put(rpc_pb2.PutRequest(key=b"a"))
+    second.close()
+
+
 def test_compaction_frees_the_file_too(tmp_path: Path) -> None:
     state, journal = open_state(tmp_path)
     for _ in range(50):

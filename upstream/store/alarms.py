@@ -3,10 +3,12 @@ Alarms: what an operator raises to stop writes, and ends again.
 
 etcd raises them by itself too, when its quota is used up or its data differ between members; this store has no quota
 and no other members, so an alarm here is always somebody's wish. Source: etcd server/etcdserver/api/v3alarm and
-apply/{capped,corrupt}.go. They are not kept over a restart.
+apply/{capped,corrupt}.go. They are kept over a restart.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from proto.pb import rpc_pb2
 from upstream.store import errors
@@ -42,6 +44,14 @@ class Alarms:
             return []
         del self._raised[alarm]
         return [alarm]
+
+    def all(self) -> list[Alarm]:
+        """Return the alarms that are raised."""
+        return list(self._raised)
+
+    def load(self, alarms: Iterable[Alarm]) -> None:
+        """Take over what `all` returned once."""
+        self._raised = dict.fromkeys(alarms)
 
     def is_raised(self, kind: rpc_pb2.AlarmType.ValueType) -> bool:
         """Tell whether any member has this alarm."""

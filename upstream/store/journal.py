@@ -9,7 +9,7 @@ A file that is not ours, comes from a newer release, or is damaged is refused an
 decided on its first bytes and on a read-only connection. One process at a time may have it open.
 
 Tables: `records`, one row per change as in the revision log, without those that compactions dropped; `leases`;
-`auth`, users and roles; `meta`, one row of numbers.
+`auth`, users and roles; `alarms`; `meta`, one row of numbers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from proto.pb import rpc_pb2
+from upstream.store.alarms import Alarm
 from upstream.store.index import Record
 from upstream.store.mvcc import FIRST_REVISION, NEVER_COMPACTED, Changes
 from upstream.store.recorder import Recorder, Stored, StoreDataError
@@ -46,6 +48,7 @@ CREATE TABLE records (
 ) WITHOUT ROWID;
 CREATE TABLE leases (id INTEGER PRIMARY KEY, ttl_s INTEGER NOT NULL);
 CREATE TABLE auth (name TEXT PRIMARY KEY, data BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE alarms (data BLOB NOT NULL);
 CREATE TABLE meta (
     cluster_id INTEGER NOT NULL, member_id INTEGER NOT NULL,
     revision INTEGER NOT NULL, compact_revision INTEGER NOT NULL
@@ -67,6 +70,7 @@ class Journal(Recorder):
         self._dropped: list[Record] = []
         self._leases: dict[int, int | None] = {}
         self._auth: dict[str, bytes] = {}
+        self._alarms: list[Alarm] | None = None
         self._compact_revision: int | None = None
         # Set while a commit is under way: it stays when that fails, and then nothing is written any more.
         self._failed = False
@@ -108,8 +112,15 @@ class Journal(Recorder):
     def auth_changed(self, rows: dict[str, bytes]) -> None:
         self._auth = rows
 
+    def alarms_changed(self, alarms: list[Alarm]) -> None:
+        self._alarms = alarms
+
+    def _has_changes(self) -> bool:
+        rows = self._records or self._leases or self._dropped or self._auth
+        return bool(rows) or self._compact_revision is not None or self._alarms is not None
+
     def commit(self) -> None:
-        if not (self._records or self._leases or self._dropped or self._auth or self._compact_revision is not None):
+        if not self._has_changes():
             return
         self._failed = True
         with self._explained("be written"):
@@ -125,6 +136,9 @@ class Journal(Recorder):
             if self._auth:
                 file.execute("DELETE FROM auth")
                 file.executemany("INSERT INTO auth VALUES (?, ?)", self._auth.items())
+            if self._alarms is not None:
+                file.execute("DELETE FROM alarms")
+                file.executemany("INSERT INTO alarms VALUES (?)", map(_alarm_row, self._alarms))
             if self._compact_revision is not None:
                 file.execute("UPDATE meta SET compact_revision = ?", (self._compact_revision,))
             if self._dropped:
@@ -136,6 +150,7 @@ class Journal(Recorder):
         self._leases.clear()
         self._dropped.clear()
         self._auth = {}
+        self._alarms = None
         self._compact_revision = None
 
     def close(self) -> None:
@@ -171,7 +186,8 @@ class Journal(Recorder):
             records = [_record(row) for row in rows]
             leases = file.execute("SELECT id, ttl_s FROM leases").fetchall()
             auth = dict(file.execute("SELECT name, data FROM auth").fetchall())
-        stored = Stored(cluster_id, member_id, revision, compact_revision, records, leases, auth)
+            alarms = [_alarm(data) for (data,) in file.execute("SELECT data FROM alarms")]
+        stored = Stored(cluster_id, member_id, revision, compact_revision, records, leases, auth, alarms)
         if problem := _inconsistency(stored):
             raise self._unusable(f"is damaged ({problem})")
         return stored
@@ -224,6 +240,16 @@ def _row(record: Record) -> tuple[int, int, bytes, bytes, int, int, int, bool]:
 def _record(row: tuple[Any, ...]) -> Record:
     mod_revision, sub_revision, key, value, create_revision, version, lease, deleted = row
     return Record(key, value, create_revision, mod_revision, sub_revision, version, lease, bool(deleted))
+
+
+def _alarm_row(alarm: Alarm) -> tuple[bytes]:
+    # As a message, because a member id may have 64 bits and SQLite's numbers have 63.
+    return (rpc_pb2.AlarmMember(memberID=alarm[0], alarm=alarm[1]).SerializeToString(),)
+
+
+def _alarm(data: bytes) -> Alarm:
+    member = rpc_pb2.AlarmMember.FromString(data)
+    return member.memberID, member.alarm
 
 
 def _inconsistency(stored: Stored) -> str | None:

@@ -13,6 +13,7 @@ from upstream.store.errors import StoreError
 from upstream.store.index import Record
 from upstream.store.state import RAFT_TERM, StoreState
 from upstream.store.txn import key_value
+from upstream.store.writer import Writer
 
 VERSION = "3.5.30"
 """The etcd release whose behaviour is kept. Clients decide by it what they may ask for (ordered progress, say)."""
@@ -28,8 +29,9 @@ NO_DOWNGRADE = "the bundled store has no older version to go back to"
 class MaintenanceService:
     """etcdserverpb.Maintenance."""
 
-    def __init__(self, state: StoreState, calls: Calls) -> None:
+    def __init__(self, state: StoreState, writer: Writer, calls: Calls) -> None:
         self._state = state
+        self._writer = writer
         self._calls = calls
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -66,16 +68,8 @@ class MaintenanceService:
         return response
 
     async def alarm(self, request: rpc_pb2.AlarmRequest, user: str | None) -> rpc_pb2.AlarmResponse:
-        """Answer Alarm: any user may list them."""
-        if request.action == rpc_pb2.AlarmRequest.GET:
-            self._state.auth.check_user(user)
-        else:
-            self._state.auth.check_admin(user)
-        response = rpc_pb2.AlarmResponse()
-        for member_id, kind in self._state.alarms.answer(request):
-            response.alarms.add(memberID=member_id, alarm=kind)
-        self._state.fill(response.header)
-        return response
+        """Answer Alarm."""
+        return await self._writer.write(lambda: self._state.alarm(request, user))
 
     async def defragment(self, _request: rpc_pb2.DefragmentRequest, _user: str | None) -> rpc_pb2.DefragmentResponse:
         """Answer Defragment: memory is not fragmented the way a bolt file is, so there is nothing to do."""

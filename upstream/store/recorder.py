@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from upstream.store.alarms import Alarm
 from upstream.store.index import Record
 from upstream.store.mvcc import Changes
 
@@ -39,6 +40,9 @@ class Recorder:
     def auth_changed(self, rows: dict[str, bytes]) -> None:
         """Record users, roles and the rest of the auth store, whole."""
 
+    def alarms_changed(self, alarms: list[Alarm]) -> None:
+        """Record the alarms that are raised, all of them."""
+
     def commit(self) -> None:
         """Make everything recorded so far durable. Raises StoreDataError when that fails."""
 
@@ -60,3 +64,4 @@ class Stored:
     leases: list[tuple[int, int]]
     # As Auth.rows returned it.
     auth: dict[str, bytes]
+    alarms: list[Alarm]

@@ -164,7 +164,7 @@ class Store:
                 WatchService(self.state, self._calls, self.settings.progress_notify_interval_s).handlers(),
                 LeaseService(self.state, self._writer, self._calls).handlers(),
                 cluster.handlers(),
-                MaintenanceService(self.state, self._calls).handlers(),
+                MaintenanceService(self.state, self._writer, self._calls).handlers(),
                 AuthService(self.state, self._writer, self._calls).handlers(),
                 LockService(self.state, self._writer, self._calls).handlers(),
                 ElectionService(self.state, self._writer, self._calls).handlers(),

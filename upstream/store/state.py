@@ -101,6 +101,7 @@ class StoreState:
             self.lessor.grant(lease_id, ttl_s, now)
         self.lessor.follow(self.mvcc.index.newest_records())
         self.auth.load(stored.auth)
+        self.alarms.load(stored.alarms)
         self.raft_index += stored.revision
 
     def fill(self, header: rpc_pb2.ResponseHeader) -> None:
@@ -277,6 +278,21 @@ class StoreState:
         self.auth.check_user(user)
         for key in self.lessor.keys_of(lease_id):
             self.auth.check(user, key, write=write)
+
+    def alarm(self, request: rpc_pb2.AlarmRequest, user: str | None = None) -> rpc_pb2.AlarmResponse:
+        """Answer or apply Alarm. Any user may list them."""
+        response = rpc_pb2.AlarmResponse()
+        if request.action == rpc_pb2.AlarmRequest.GET:
+            self.auth.check_user(user)
+        else:
+            self.auth.check_admin(user)
+        for member_id, kind in self.alarms.answer(request):
+            response.alarms.add(memberID=member_id, alarm=kind)
+        if response.alarms and request.action != rpc_pb2.AlarmRequest.GET:
+            self.raft_index += 1
+            self._recorder.alarms_changed(self.alarms.all())
+        self.fill(response.header)
+        return response
 
     def auth_changed(self) -> None:
         """Record that users, roles or whether auth is on have changed."""
