@@ -35,6 +35,6 @@ async def until_async(condition: Callable[[], T], what: str, timeout_s: float = 
             return value
         if loop.time() > deadline:
             raise AssertionError(f"waited {timeout_s} s in vain for {what}; last seen: {value!r}")
-        turn = loop.create_future()
-        loop.call_later(POLL_S, turn.set_result, None)
-        await turn
+        turn = asyncio.Event()
+        loop.call_later(POLL_S, turn.set)
+        await turn.wait()
