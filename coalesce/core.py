@@ -247,7 +247,6 @@ class Coalescer:
         hub = self._hub
         if now > hub.now:
             hub.now = now
-        hub.effects = []
 
     def _finish(self) -> list[Effect]:
         hub = self._hub
@@ -256,4 +255,6 @@ class Coalescer:
         if hub.queued:
             hub.backfills.fill_slots()
             hub.replays.postpone()
-        return hub.effects
+        # Not kept until the next input, which may be long in coming: ten thousand answers are some memory.
+        effects, hub.effects = hub.effects, []
+        return effects

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from coalesce.effects import CheckPermission, ReadRevision
 from coalesce.inputs import NO_WATCH_ID, CreateRequest, Granted, Refusal
-from coalesce.session import Pending, PendingCancel, PendingCreate, PendingProgress, Place, Session, Watch
+from coalesce.session import LISTED_MAX, Pending, PendingCancel, PendingCreate, PendingProgress, Place, Session, Watch
 from proto.scan import Header
 
 if TYPE_CHECKING:
@@ -131,19 +131,21 @@ class Joining:
                 self._hub.endings.cancel(session, request.watch_id)
             else:
                 self._hub.progress.wait(session)
-            queue.popleft()
+            del queue[0]
         session.queue = None
 
     def _enter(self, session: Session, request: Pending) -> None:
         if session.ended:
             return
         if session.queue is None:
-            session.queue = deque()
+            session.queue = []
         elif len(session.queue) >= self._hub.limits.queue_max:
             text = f"watchmux: more than {self._hub.limits.queue_max} requests wait on one watch stream"
             self._hub.stats.refused_at["queue_max"] += 1
             self._hub.endings.end(session, _EXHAUSTED, text)
             return
+        elif len(session.queue) == LISTED_MAX:
+            session.queue = deque(session.queue)
         session.queue.append(request)
         if len(session.queue) == 1:
             self.advance(session)

@@ -153,6 +153,9 @@ class PendingProgress:
 
 
 Pending: TypeAlias = PendingCreate | PendingCancel | PendingProgress
+# Nearly always of one, when an empty deque alone is ten times a list; a long list would be slow to take from.
+Line: TypeAlias = list[Pending] | deque[Pending]
+LISTED_MAX = 32
 
 
 class Session:
@@ -184,7 +187,7 @@ class Session:
         # The next automatic id to try.
         self.next_id = 0
         # Requests not decided yet, in order; None = none.
-        self.queue: deque[Pending] | None = None
+        self.queue: Line | None = None
         # The shell holds unsent bytes of it: nothing is delivered until drained().
         self.stalled = False
         # Watches to be replayed, whose turn comes in this order.

@@ -77,8 +77,8 @@ class Unframer:
     def __init__(self, max_message_bytes: int, decompress: Literal["gzip"] | None = None) -> None:
         self._max = max_message_bytes
         self._inflate = decompress == "gzip"
-        # The start of a message that is not complete; empty between messages.
-        self._buffer = bytearray()
+        # The start of a message that is not complete; None between messages, as nearly always.
+        self._buffer: bytearray | None = None
         # Bytes the buffer must hold before it is worth looking at again: a prefix, or a prefix and its message.
         self._need = PREFIX_BYTES
         # The first error: it stays, since the place of the next prefix is unknown.
@@ -87,7 +87,7 @@ class Unframer:
     @property
     def pending(self) -> bool:
         """True while half a message waits; a stream that ends now was cut."""
-        return bool(self._buffer)
+        return self._buffer is not None
 
     def feed(self, data: bytes) -> list[bytes]:
         """
@@ -100,12 +100,12 @@ class Unframer:
         if self._error is not None:
             raise self._error
         buffer = self._buffer
-        if buffer:
+        if buffer is not None:
             buffer += data
             if len(buffer) < self._need:
                 return []
             data = bytes(buffer)
-            buffer.clear()
+            self._buffer = None
         messages: list[bytes] = []
         size = len(data)
         start = 0
@@ -122,7 +122,7 @@ class Unframer:
             messages.append(self._inflated(message) if flag else message)
             start = end
         if start < size:
-            buffer += memoryview(data)[start:]
+            self._buffer = bytearray(memoryview(data)[start:])
         return messages
 
     def _check_prefix(self, flag: int, length: int) -> None:
@@ -151,7 +151,7 @@ class Unframer:
         self._fail(Status.RESOURCE_EXHAUSTED, f"gRPC message larger than the maximum ({size} vs. {self._max} bytes)")
 
     def _fail(self, code: Status, text: str) -> NoReturn:
-        self._buffer.clear()
+        self._buffer = None
         self._error = FramingError(code, text)
         raise self._error
 
