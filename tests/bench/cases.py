@@ -104,10 +104,10 @@ class Case:
             variants = [self.variant(watch) for watch in range(self.watch_count)]
             kept = [variant for variant in variants if variant.from_start or not early]
             return triples * sum(variant.stamps if stamps else variant.events for variant in kept)
-        if self.kind is Kind.CATCH_UP:
-            return self.behind * self.watch_count
         if early:
             return 0
+        if self.kind is Kind.CATCH_UP:
+            return self.behind * self.watch_count
         whole, rest = divmod(self.watch_count, self.ranges)
         per_range = [whole + (index < rest) for index in range(self.ranges)]
         return sum(per_range[write % self.ranges] for write in range(self.writes))

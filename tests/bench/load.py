@@ -24,27 +24,33 @@ from tests.bench.cases import CASES, Case, Kind
 from tests.bench.wire import (
     ACK,
     DATA,
+    GOAWAY,
     HEADERS,
     MARKER,
     PING,
-    PING_BYTES,
-    PING_HEAD,
+    RST_STREAM,
+    SETTINGS,
     STAMP_DIGITS,
     RawClient,
     RequestBlocks,
     frame,
     message_frame,
     range_of,
+    unpack_head,
 )
 
 WATCH = "/etcdserverpb.Watch/Watch"
-TAIL = len(MARKER) + STAMP_DIGITS - 1
+CREATED = b"\x18\x01"
+BIG_BYTES = 8192
+"""No server begins a new frame before this many bytes of a message."""
+_BIG = BIG_BYTES << 8
 CONTROL_BYTES_MAX = 120
 """A `created` answer is shorter; what has events has a value, and a marker in it, or is a delete (mixed cases)."""
 SILENCE_S = 15.0
 """When everything is written and nothing has come for so long, nothing more will."""
 READ_SLICE_S = 0.02
 _stamps = re.compile(MARKER + b"([0-9]{%d})" % STAMP_DIGITS).findall
+_stamp = re.compile(MARKER + b"([0-9]{%d})" % STAMP_DIGITS).search
 
 
 class Client(RawClient):
@@ -54,7 +60,9 @@ class Client(RawClient):
         super().__init__()
         self.tally = tally
         self.case = case
-        self.tail = b""
+        self.split: dict[int, bytes] = {}
+        """The end of a stream's last frame, where its message may go on in the next."""
+        self.seams = 0
         self.taken = 0
         self.counted = True
 
@@ -74,23 +82,56 @@ class Client(RawClient):
         self.transport.write(b"".join(out))
 
     def data_received(self, data: bytes) -> None:
-        tally = self.tally
         now = time.monotonic_ns()
-        known = len(self.tail)
-        stamps = self.tail + data
-        self.tail = stamps[-TAIL:]
-        count = stamps.count(MARKER, 0, max(0, len(stamps) - STAMP_DIGITS))
+        size = len(data)
+        if self.rest:
+            data = self.rest + data
+        at = self._walk(data)
+        self.rest = data[at:]
+        count = data.count(MARKER, 0, at) + self.seams
         if count:
-            tally.count(count, stamps, now, self.case.mixed)
-        if not tally.all_created:
-            super().data_received(data)
-            tally.look()
-            return
-        at = stamps.find(PING_HEAD)
-        if at >= 0 and at + PING_BYTES > known:
-            self.transport.write(frame(PING, ACK, 0, stamps[at + len(PING_HEAD) : at + PING_BYTES]))
-        if self.case.read_bytes_s:
-            self._slow_down(len(data))
+            self.seams = 0
+            self.tally.count(count, data, now, self.case.mixed)
+        if not self.tally.all_created:
+            self.tally.look()
+        elif self.case.read_bytes_s:
+            self._slow_down(size)
+
+    def _walk(self, data: bytes) -> int:
+        """Go from frame to frame; return where the first that is not whole begins."""
+        at, size = 0, len(data)
+        split = self.split
+        opening = not self.tally.all_created
+        while size - at >= 9:
+            word, _, stream = unpack_head(data, at)
+            end = at + 9 + (word >> 8)
+            if end > size:
+                break
+            kind = word & 0xFF
+            if kind != DATA:
+                self._other(kind, data, at, end)
+            elif word >= _BIG or stream in split:
+                self._seam(stream, data, at + 9, end)
+            elif opening and end - at < CONTROL_BYTES_MAX and data.find(CREATED, at, end) >= 0:
+                self.tally.created += data.find(MARKER, at, end) < 0
+            at = end
+        return at
+
+    def _other(self, kind: int, data: bytes, at: int, end: int) -> None:
+        """Take a frame that is no DATA."""
+        if kind == PING and not data[at + 4] & ACK:
+            self.transport.write(frame(PING, ACK, 0, data[at + 9 : end]))
+        elif kind == SETTINGS and not data[at + 4] & ACK:
+            self.transport.write(frame(SETTINGS, ACK, 0, b""))
+        elif kind in (RST_STREAM, GOAWAY):
+            self.tally.broken += 1
+
+    def _seam(self, stream: int, data: bytes, start: int, end: int) -> None:
+        """Find the marker that is cut by the end of a frame: a large message goes on in the next one."""
+        reach = len(MARKER) - 1
+        self.seams += MARKER in self.split.pop(stream, b"") + data[start : start + reach]
+        if end - start >= BIG_BYTES:
+            self.split[stream] = data[end - reach : end]
 
     def _slow_down(self, size: int) -> None:
         self.taken += size
@@ -99,11 +140,6 @@ class Client(RawClient):
             pause_s = self.taken / self.case.read_bytes_s
             self.taken = 0
             asyncio.get_running_loop().call_later(pause_s, self.transport.resume_reading)
-
-    def on_frame(self, kind: int, flags: int, stream: int, data: bytes, start: int, end: int) -> None:
-        del flags, stream
-        if kind == DATA and end - start < CONTROL_BYTES_MAX and data.find(b"\x18\x01", start, end) >= 0:
-            self.tally.created += data.find(MARKER, start, end) < 0
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -131,18 +167,19 @@ class Tally:
     def count(self, count: int, data: bytes, now: int, mixed: bool) -> None:
         """Count stamps; the first of a chunk, the oldest, gives the delay of all (mixed: a prev_kv has an old one)."""
         self.stamps += count
-        if mixed:
-            at = int(max(_stamps(data)))
-        else:
-            place = data.index(MARKER) + len(MARKER)
-            at = int(data[place : place + STAMP_DIGITS])
-        self.delays.append((now - at, count))
         self.first_ns = self.first_ns or now
         self.last_ns = now
-        if self.stamps >= self.early:
-            self.look()
+        self.look()
         if self.stamps >= self.expected:
             self.complete.set()
+        if mixed:
+            at = int(max(_stamps(data), default=b"0"))
+        else:
+            found = _stamp(data)
+            if found is None:
+                return
+            at = int(found[1])
+        self.delays.append((now - at, count))
 
     def look(self) -> None:
         """See whether everybody is there."""
@@ -214,8 +251,8 @@ class Crowd:
 
 async def watch(case: Case, host: str, port: int, orders: asyncio.StreamReader) -> None:
     """Open everything, say so, wait for all events, say what came."""
-    early, written = case.expected(stamps=True, early=True), case.expected(stamps=True)
-    tally = Tally(case.watch_count, early, early + written)
+    early = case.expected(stamps=True, early=True)
+    tally = Tally(case.watch_count, early, early + case.expected(stamps=True))
     crowd = Crowd(case, host, port)
     started = time.monotonic()
     await crowd.come(tally, 2 if case.kind is Kind.CATCH_UP else 0)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from tests.bench.cases import Case
 from tests.etcd.server import HOST, EtcdServer, free_port
-from tests.proxy_process import ProxyProcess
 from tests.upstream.certificates import Certificates
 from tests.waiting import until
 
@@ -102,11 +101,17 @@ def peer(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
 
 @contextmanager
 def ours(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
-    """Yield watchmux, in front of `etcd`, with the options that grpc-proxy gets."""
-    extra = [f"--cert-file={files.server_cert}", f"--key-file={files.server_key}"] if case.tls else []
-    with ProxyProcess(etcd.endpoint, extra) as proxy:
-        assert proxy.process is not None
-        yield Target("watchmux", proxy.port, proxy.process.pid)
+    """Yield watchmux, in front of `etcd`, started as the README says."""
+    port = free_port()
+    command = [
+        *(PYTHON, "-m", "proxy.cli", "serve"),
+        f"--endpoints={etcd.endpoint}",
+        f"--listen-addr={HOST}:{port}",
+    ]
+    if case.tls:
+        command += [f"--cert-file={files.server_cert}", f"--key-file={files.server_key}"]
+    with _started("watchmux", command, port) as target:
+        yield target
 
 
 TARGETS: dict[str, Callable[[Case, EtcdServer, Certificates], AbstractContextManager[Target]]] = {

@@ -21,11 +21,9 @@ WINDOW = 2**31 - 1
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 END_STREAM = 1
 ACK = 1
-PING_HEAD = bytes((0, 0, 8, PING, 0, 0, 0, 0, 0))
-PING_BYTES = len(PING_HEAD) + 8
 
 _pack_head = struct.Struct(">IBI").pack
-_unpack_head = struct.Struct(">IBI").unpack_from
+unpack_head = struct.Struct(">IBI").unpack_from
 
 
 def frame_head(kind: int, flags: int, stream: int, length: int) -> bytes:
@@ -47,7 +45,7 @@ def frames(data: bytes) -> Iterator[tuple[int, int, int, int, int]]:
     """Yield (kind, flags, stream, start, end of the payload) of each whole frame."""
     offset, size = 0, len(data)
     while size - offset >= 9:
-        word, flags, stream = _unpack_head(data, offset)
+        word, flags, stream = unpack_head(data, offset)
         end = offset + 9 + (word >> 8)
         if end > size:
             return
