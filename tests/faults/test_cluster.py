@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from tests.etcd.cluster import cluster
 from tests.proxy.scenario import run
 from tests.waiting import until_async
 
 
+@pytest.mark.long
 def test_members_are_cut_off_and_late() -> None:
     async def scenario() -> None:
         async with cluster() as members:

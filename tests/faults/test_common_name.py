@@ -60,7 +60,10 @@ def marks_wrongly(proxy: Proxy) -> bool:
     return guard._marks and (proxy.upstream.server or ("", ""))[1] < "3.5.30"
 
 
-@pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
+@pytest.mark.parametrize(
+    "binary",
+    [pytest.param(binary, id=binary.name, marks=[pytest.mark.long] if n else []) for n, binary in enumerate(etcds())],
+)
 def test_it_is_refused_while_auth_is_on(binary: EtcdBinary, files: Certificates) -> None:
     async def scenario() -> None:
         tls = client_context(files.client_cert, files.client_key, files.ca)

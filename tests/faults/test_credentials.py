@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from tests.etcd.server import EtcdServer
@@ -87,6 +89,7 @@ def test_nothing_of_a_client_is_done_in_the_name_of_the_proxy(etcd: EtcdServer) 
     run(scenario())
 
 
+@pytest.mark.long
 def test_what_the_proxy_may_not_read_its_clients_watch_themselves(etcd: EtcdServer) -> None:
     """Also when the proxy cannot log in at all."""
     with_proxy_user(etcd)
@@ -110,6 +113,7 @@ def test_what_the_proxy_may_not_read_its_clients_watch_themselves(etcd: EtcdServ
     run(scenario())
 
 
+@pytest.mark.long
 def test_credentials_while_auth_is_off(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         async with (

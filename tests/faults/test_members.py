@@ -63,6 +63,36 @@ def test_the_member_in_use_goes_bad_under_load(fault: str) -> None:
     run(scenario(), 100)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_members_restart_one_after_the_other_under_load(how: str) -> None:
+    async def scenario() -> None:
+        async with (
+            cluster() as members,
+            proxy_for(members.endpoints) as proxy,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            writer = Writer(members.endpoints)
+            streams = [
+                (await open_watch(client, PREFIX, PREFIX_END, start, metadata), start)
+                for start in (0, 1)
+                for metadata in ([], HASLEADER)
+            ]
+            for member in members.members:
+                await writer.more(30)
+                await asyncio.to_thread(member.stop if how == "stop" else member.kill)
+                await writer.more(10)
+                streams.append((await open_watch(client, PREFIX, PREFIX_END, 1), 1))
+                await asyncio.to_thread(member.start)
+            await writer.more(30)
+            last = await writer.stop()
+            await all_kept(streams, members.members[0].endpoint, last)
+            assert proxy.engine.stats.upstream_broken >= 1
+            assert proxy.engine.stats.went_back == 0
+
+    run(scenario(), 100)
+
+
 def test_a_late_member_is_no_store_that_went_back() -> None:
     """Watches come from a member that lags, calls go to the leader: "now" is the leader's, and nothing is lost."""
 

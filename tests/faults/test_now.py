@@ -31,7 +31,9 @@ async def _put(etcd: EtcdServer, client: RawClient, store: object, way: str, val
 
 
 @pytest.mark.parametrize("way", ["through the proxy", "straight to etcd", "by another process"])
-@pytest.mark.parametrize(("calls_s", "watches_s"), [(0.0, 0.0), (0.0, 0.15), (0.1, 0.0)])
+@pytest.mark.parametrize(
+    ("calls_s", "watches_s"), [pytest.param(0.0, 0.0, marks=pytest.mark.long), (0.0, 0.15), (0.1, 0.0)]
+)
 def test_an_acknowledged_put_is_never_delivered(etcd: EtcdServer, way: str, calls_s: float, watches_s: float) -> None:
     """The trunk lags far behind the reads, or runs ahead of them."""
 

@@ -31,7 +31,10 @@ async def put_large(store: Etcd, parts: int, size: int) -> int:
     return int(answer.header.revision)
 
 
-@pytest.mark.parametrize("after", [MIB // 2, 3 * MIB, 7 * MIB])
+@pytest.mark.parametrize(
+    "after",
+    [3 * MIB, pytest.param(MIB // 2, marks=pytest.mark.long), pytest.param(7 * MIB, marks=pytest.mark.long)],
+)
 def test_upstream_breaks_in_the_middle_of_a_run_of_fragments(etcd: EtcdServer, after: int) -> None:
     """After an outage 14 MiB come in pieces of 2 MiB that end inside of revisions; the connection breaks among them."""
 
@@ -122,6 +125,7 @@ def test_an_outage_without_a_word(etcd: EtcdServer) -> None:
     run(scenario())
 
 
+@pytest.mark.long
 def test_connections_that_break_all_the_time(etcd: EtcdServer) -> None:
     """Every connection ends after a few kilobytes, each time in another place of the stream."""
 
@@ -197,6 +201,7 @@ def test_a_compaction_hits_more_than_512_laggards(etcd: EtcdServer) -> None:
     run(scenario())
 
 
+@pytest.mark.long
 def test_etcd_restarts_while_laggards_catch_up(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         limits = Limits(history_revisions_max=10, backfills_max=5)

@@ -81,6 +81,7 @@ def test_one_expired_token_does_not_stop_the_others() -> None:
         scenario_with(etcd, story)
 
 
+@pytest.mark.long
 def test_when_no_token_is_left_sessions_come_back_with_new_ones() -> None:
     async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
         tokens = [await token_of(client, user) for user in ("u1", "u2")]
@@ -107,6 +108,39 @@ def test_when_no_token_is_left_sessions_come_back_with_new_ones() -> None:
         await until_async(lambda: other.values == [b"2"], "the event of the user who was not concerned")
 
     with EtcdServer(extra=[f"--auth-token-ttl={TTL_S}"]) as etcd:
+        with_users(etcd)
+        scenario_with(etcd, story)
+
+
+@pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
+def test_watches_beyond_a_right_are_refused(binary: EtcdBinary) -> None:
+    """From a key on, and from the first key on: releases before 3.5.33 and 3.6.14 let those pass."""
+
+    async def story(proxy: Proxy, client: RawClient, _way: Relay) -> None:
+        token = await token_of(client, "u1")
+        root = await token_of(client, "root", "r")
+        # Also where a trunk for such a range is there already.
+        for key in (b"a/", b"a/k", b"\0"):
+            await open_watch(client, key, b"\0", 0, [("token", root)])
+        stream = client.watch([("token", token)])
+        for key, range_end in (
+            (b"a/", b"\0"),
+            (b"a/k", b"\0"),
+            (b"\0", b"\0"),
+            (b"", b"\0"),
+            (b"a/", b"a1"),
+            (b"a", b"a0"),
+        ):
+            for start in (0, 1):
+                stream.create(key, range_end, start)
+                response = await stream.next()
+                assert (response.created, response.canceled) == (True, True), (key, range_end)
+                assert response.cancel_reason == DENIED
+        stream.create(b"a/", b"a0")
+        await stream.created()
+        assert proxy.engine.core.stats.watches == 4
+
+    with EtcdServer(binary) as etcd:
         with_users(etcd)
         scenario_with(etcd, story)
 
@@ -185,6 +219,7 @@ def test_signed_tokens_that_are_older_than_the_users(tmp_path: Path) -> None:
         scenario_with(etcd, story)
 
 
+@pytest.mark.long
 def test_signed_tokens_that_expire(tmp_path: Path) -> None:
     async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
         first = await open_watch(client, b"a/", b"a0", 0, [("token", await token_of(client, "u1"))])
