@@ -25,7 +25,7 @@ from proto.http2.events import (
     StreamReset,
 )
 from proto.http2.limits import Limits
-from proto.http2.sending import Role
+from proto.http2.sending import Piece, Role
 from proto.http2.streams import Stream, StreamState
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "HeadersReceived",
     "Limits",
     "PeerSettings",
+    "Piece",
     "PingAcknowledged",
     "PingReceived",
     "Role",

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from enum import Enum
+from typing import TypeAlias
 
 from proto.http2 import frames
 from proto.http2.compression import HeaderEncoder
@@ -26,6 +27,9 @@ from proto.http2.errors import ErrorCode, StreamMisuse
 from proto.http2.events import Event, StreamDrained
 from proto.http2.limits import FRAME_BYTES_MIN, FRAME_BYTES_SENT_MAX, WINDOW_BYTES_DEFAULT, WINDOW_BYTES_MAX, Limits
 from proto.http2.streams import Stream, StreamState
+
+Piece: TypeAlias = bytes | memoryview
+"""A run of output bytes; a view where a large piece was cut."""
 
 OPEN = StreamState.OPEN
 HALF_CLOSED_LOCAL = StreamState.HALF_CLOSED_LOCAL
@@ -83,7 +87,7 @@ class SendingHalf:
         self._granted = WINDOW_BYTES_DEFAULT
         self._header_lists = 0
         self._server = role is Role.SERVER
-        self._out: list[bytes] = []
+        self._out: list[Piece] = []
         self._paused = False
         # The largest payload of a frame of ours (the peer's SETTINGS_MAX_FRAME_SIZE, and not too large) ...
         self._peer_frame_bytes = FRAME_BYTES_MIN
@@ -98,7 +102,7 @@ class SendingHalf:
         # Some flood counter is above zero.
         self._forgiving = False
 
-    def output(self) -> list[bytes]:
+    def output(self) -> list[Piece]:
         """Take what is ready to be written, in order; [] when there is nothing."""
         out = self._out
         if out:
@@ -250,10 +254,11 @@ class SendingHalf:
             piece = queue[0]
             left = len(piece) - offset
             if left > size:
-                out.append(piece[offset : offset + size])
+                # A view, not a copy: a large payload is cut once for each of the streams that share it.
+                out.append(memoryview(piece)[offset : offset + size])
                 offset += size
                 break
-            out.append(piece[offset:] if offset else piece)
+            out.append(memoryview(piece)[offset:] if offset else piece)
             queue.popleft()
             offset = 0
             size -= left
