@@ -104,8 +104,9 @@ def refusal(directory: Path) -> str:
 def filled(directory: Path) -> Path:
     """Make a data directory with some pages of records and return its file."""
     state, journal = open_state(directory)
+    ask_state(state, rpc_pb2.LeaseGrantRequest(ID=23, TTL=100))
     for at in range(200):
-        ask_state(state, rpc_pb2.PutRequest(key=b"%d" % at, value=bytes(200)))
+        ask_state(state, rpc_pb2.PutRequest(key=b"%d" % at, value=bytes(200), lease=23 * (at == 5)))
     journal.close()
     return directory / FILE_NAME
 
@@ -150,13 +151,38 @@ def test_a_cut_off_file_is_noticed(tmp_path: Path) -> None:
     assert "is damaged" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_changed_byte_is_noticed_or_does_not_matter(seed: int, tmp_path: Path) -> None:
+    path = filled(tmp_path)
+    expected, journal = open_state(tmp_path)
+    journal.close()
+    rng = Random(seed)
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+    try:
+        again, second = open_state(tmp_path)
+    except StoreDataError:
+        return
+    second.close()
+    assert snapshot(again) == snapshot(expected)
+
+
 @pytest.mark.parametrize(
     ("statement", "what"),
     [
         ("DELETE FROM records WHERE mod_revision = 7", "revision 7 is missing"),
         ("DELETE FROM records WHERE mod_revision > 190", "its newest revision is 201, its records end at 190"),
-        ("UPDATE records SET sub_revision = 3 WHERE mod_revision = 9", "revision"),
+        ("UPDATE records SET sub_revision = 3 WHERE mod_revision = 9", "the checksum of revision 9 is wrong"),
         ("DELETE FROM meta", "its revision is missing"),
+        ("UPDATE records SET value = x'00' WHERE mod_revision = 7", "the checksum of revision 7 is wrong"),
+        ("UPDATE records SET value = 'text' WHERE mod_revision = 7", "the checksum of revision 7 is wrong"),
+        ("UPDATE meta SET revision = 'many'", "its revision is not a number"),
+        ("DELETE FROM leases", "lease 17 is missing"),
+        ("INSERT INTO auth VALUES ('user/a', x'ff')", "its users and roles cannot be read"),
+        ("INSERT INTO auth VALUES ('state', x'ff')", "its users and roles cannot be read"),
+        ("INSERT INTO alarms VALUES (x'ff')", "an alarm cannot be read"),
+        ("DROP TABLE leases", "no such table: leases"),
     ],
 )
 def test_missing_rows_are_noticed(statement: str, what: str, tmp_path: Path) -> None:

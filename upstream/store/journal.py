@@ -6,7 +6,8 @@ into the file in one transaction: after that it survives kill -9, and with the f
 too. At the start the file is read back whole; the store itself stays in memory.
 
 A file that is not ours, comes from a newer release, or is damaged is refused and not written to: what it is, is
-decided on its first bytes and on a read-only connection. One process at a time may have it open.
+decided on its first bytes and on a read-only connection. SQLite notices damage to its own structure only, so each
+record has a checksum. One process at a time may have the file open.
 
 Tables: `records`, one row per change as in the revision log, without those that compactions dropped; `leases`;
 `auth`, users and roles; `alarms`; `meta`, one row of numbers.
@@ -15,13 +16,18 @@ Tables: `records`, one row per change as in the revision log, without those that
 from __future__ import annotations
 
 import sqlite3
+import struct
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from proto.pb import rpc_pb2
 from upstream.store.alarms import Alarm
+from upstream.store.auth import Auth
 from upstream.store.index import Record
 from upstream.store.mvcc import FIRST_REVISION, NEVER_COMPACTED, Changes
 from upstream.store.recorder import Recorder, Stored, StoreDataError
@@ -35,6 +41,7 @@ APPLICATION_ID = 0x776D7578
 FORMAT = 1
 """The tables' layout (SQLite's user_version, at byte 60)."""
 
+_NUMBERS = struct.Struct("<5q?q")
 _MAGIC = b"SQLite format 3\x00"
 _HEADER_BYTES = 100
 _USER_VERSION = slice(60, 64)
@@ -44,6 +51,7 @@ _SCHEMA = """
 CREATE TABLE records (
     mod_revision INTEGER NOT NULL, sub_revision INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL,
     create_revision INTEGER NOT NULL, version INTEGER NOT NULL, lease INTEGER NOT NULL, deleted INTEGER NOT NULL,
+    checksum INTEGER NOT NULL,
     PRIMARY KEY (mod_revision, sub_revision)
 ) WITHOUT ROWID;
 CREATE TABLE leases (id INTEGER PRIMARY KEY, ttl_s INTEGER NOT NULL);
@@ -127,7 +135,7 @@ class Journal(Recorder):
             file = self._file
             file.execute("BEGIN IMMEDIATE")
             if self._records:
-                file.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?)", map(_row, self._records))
+                file.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", map(_row, self._records))
                 file.execute("UPDATE meta SET revision = ?", (self._records[-1].mod_revision,))
             if self._leases:
                 file.executemany("DELETE FROM leases WHERE id = ?", [(lease_id,) for lease_id in self._leases])
@@ -173,14 +181,14 @@ class Journal(Recorder):
             raise self._unusable(f"has format {version}, and this release knows {FORMAT} only")
 
     def _read(self) -> Stored:
-        """Read the file on a read-only connection and check it. Raises StoreDataError, sqlite3.Error."""
+        """Read the file on a read-only connection and check it. Raises _Damaged, sqlite3.Error."""
         with closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=0)) as file:
             problems = [row[0] for row in file.execute("PRAGMA quick_check(1)")]
             if problems != ["ok"]:
-                raise self._unusable(f"is damaged ({' '.join(problems[0].split())})")
+                raise _Damaged(" ".join(problems[0].split()))
             meta = file.execute("SELECT cluster_id, member_id, revision, compact_revision FROM meta").fetchall()
             if len(meta) != 1:
-                raise self._unusable("is damaged (its revision is missing)")
+                raise _Damaged("its revision is missing")
             rows = file.execute("SELECT * FROM records ORDER BY mod_revision, sub_revision")
             cluster_id, member_id, revision, compact_revision = meta[0]
             records = [_record(row) for row in rows]
@@ -189,7 +197,7 @@ class Journal(Recorder):
             alarms = [_alarm(data) for (data,) in file.execute("SELECT data FROM alarms")]
         stored = Stored(cluster_id, member_id, revision, compact_revision, records, leases, auth, alarms)
         if problem := _inconsistency(stored):
-            raise self._unusable(f"is damaged ({problem})")
+            raise _Damaged(problem)
         return stored
 
     def _unusable(self, what: str) -> StoreDataError:
@@ -206,6 +214,9 @@ class Journal(Recorder):
                 raise StoreDataError(text) from None
             raise StoreDataError(f"{self.path} cannot {what}: {error}; see to the disk and its permissions") from None
         except sqlite3.DatabaseError as error:
+            raise self._unusable(f"is damaged ({error})") from None
+        except (_Damaged, UnicodeDecodeError) as error:
+            # SQLite's own error texts quote what is damaged, which Python may fail to read.
             raise self._unusable(f"is damaged ({error})") from None
         except OSError as error:
             reason = error.strerror or error
@@ -224,7 +235,20 @@ def _create(path: Path, cluster_id: int, member_id: int) -> None:
     unfinished.rename(path)
 
 
-def _row(record: Record) -> tuple[int, int, bytes, bytes, int, int, int, bool]:
+def _checksum(record: Record) -> int:
+    numbers = _NUMBERS.pack(
+        record.mod_revision,
+        record.sub_revision,
+        record.create_revision,
+        record.version,
+        record.lease,
+        record.deleted,
+        len(record.key),
+    )
+    return zlib.crc32(record.value, zlib.crc32(record.key, zlib.crc32(numbers)))
+
+
+def _row(record: Record) -> tuple[int, int, bytes, bytes, int, int, int, bool, int]:
     return (
         record.mod_revision,
         record.sub_revision,
@@ -234,12 +258,26 @@ def _row(record: Record) -> tuple[int, int, bytes, bytes, int, int, int, bool]:
         record.version,
         record.lease,
         record.deleted,
+        _checksum(record),
     )
 
 
 def _record(row: tuple[Any, ...]) -> Record:
-    mod_revision, sub_revision, key, value, create_revision, version, lease, deleted = row
-    return Record(key, value, create_revision, mod_revision, sub_revision, version, lease, bool(deleted))
+    """Make a record of its row. Raises _Damaged."""
+    mod_revision, sub_revision, key, value, create_revision, version, lease, deleted, checksum = row
+    record = Record(key, value, create_revision, mod_revision, sub_revision, version, lease, bool(deleted))
+    try:
+        right = _checksum(record) == checksum
+    except (TypeError, struct.error):
+        # Not even of the right types.
+        right = False
+    if not right:
+        raise _Damaged(f"the checksum of revision {mod_revision} is wrong")
+    return record
+
+
+class _Damaged(Exception):
+    """The file is damaged; the text says how."""
 
 
 def _alarm_row(alarm: Alarm) -> tuple[bytes]:
@@ -248,12 +286,29 @@ def _alarm_row(alarm: Alarm) -> tuple[bytes]:
 
 
 def _alarm(data: bytes) -> Alarm:
-    member = rpc_pb2.AlarmMember.FromString(data)
+    try:
+        member = rpc_pb2.AlarmMember.FromString(data)
+    except (DecodeError, TypeError):
+        raise _Damaged("an alarm cannot be read") from None
     return member.memberID, member.alarm
 
 
 def _inconsistency(stored: Stored) -> str | None:
     """Tell what is wrong between rows that are readable each; None when nothing is."""
+    if any(not isinstance(number, int) for number in (stored.revision, stored.compact_revision)):
+        return "its revision is not a number"
+    try:
+        Auth().load(stored.auth)
+    except (DecodeError, ValueError, TypeError, AttributeError):
+        return "its users and roles cannot be read"
+    attached: dict[bytes, int] = {}
+    for record in stored.records:
+        if record.lease:
+            attached[record.key] = record.lease
+        else:
+            attached.pop(record.key, None)
+    if missing := set(attached.values()) - {lease_id for lease_id, _ in stored.leases}:
+        return f"lease {min(missing):x} is missing"
     # Every revision above the compact one changed something, and its changes are numbered without gaps.
     expected = max(stored.compact_revision, FIRST_REVISION) + 1
     sub = 0
