@@ -26,6 +26,10 @@ DATA = (
 )
 
 
+UNKNOWN_KIND = rpc_pb2.AlarmRequest.FromString(b"\x18\x06").alarm
+"""One that is in no enum."""
+
+
 def tell(endpoint: str) -> list[Answer]:
     client = Client(endpoint)
     maintenance = rpc_pb2_grpc.MaintenanceStub(client.channel)
@@ -48,6 +52,8 @@ def tell(endpoint: str) -> list[Answer]:
         (DEACTIVATE, 5, NOSPACE),
         (ACTIVATE, 5, CORRUPT),
         (DEACTIVATE, 5, CORRUPT),
+        (ACTIVATE, 5, UNKNOWN_KIND),
+        (DEACTIVATE, 5, UNKNOWN_KIND),
     ):
         ask(maintenance.Alarm, rpc_pb2.AlarmRequest(action=action, memberID=member_id, alarm=kind))
         answers.extend(comparable(client.ask(request)) for request in DATA)

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from proto.pb import rpc_pb2 as rpc
-from proto.pb import rpc_pb2_grpc
+from proto.pb import rpc_pb2_grpc, v3election_pb2, v3election_pb2_grpc, v3lock_pb2, v3lock_pb2_grpc
 from tests.etcd.binaries import current
 from tests.etcd.server import EtcdServer
 from tests.store.both import Refused, refused
@@ -59,6 +59,7 @@ def unary(stub: Callable[[grpc.Channel], Any], method: str, request: object) -> 
 
 AUTH, CLUSTER, KV = rpc_pb2_grpc.AuthStub, rpc_pb2_grpc.ClusterStub, rpc_pb2_grpc.KVStub
 LEASE, MAINTENANCE = rpc_pb2_grpc.LeaseStub, rpc_pb2_grpc.MaintenanceStub
+ELECTION, LOCK = v3election_pb2_grpc.ElectionStub, v3lock_pb2_grpc.LockStub
 CALLS: dict[str, Callable[[grpc.Channel, Metadata], Any]] = {
     "status": unary(MAINTENANCE, "Status", rpc.StatusRequest()),
     "hash": unary(MAINTENANCE, "Hash", rpc.HashRequest()),
@@ -84,6 +85,12 @@ CALLS: dict[str, Callable[[grpc.Channel, Metadata], Any]] = {
     "users": unary(AUTH, "UserList", rpc.AuthUserListRequest()),
     "another user": unary(AUTH, "UserGet", rpc.AuthUserGetRequest(name="root")),
     "the user": unary(AUTH, "UserGet", rpc.AuthUserGetRequest(name="user")),
+    "a leader": unary(ELECTION, "Leader", v3election_pb2.LeaderRequest(name=b"a")),
+    "resign": unary(ELECTION, "Resign", v3election_pb2.ResignRequest(leader=v3election_pb2.LeaderKey(key=b"a"))),
+    "lock": unary(LOCK, "Lock", v3lock_pb2.LockRequest(name=b"a")),
+    "lock with another's lease": unary(LOCK, "Lock", v3lock_pb2.LockRequest(name=b"a", lease=99)),
+    "unlock": unary(LOCK, "Unlock", v3lock_pb2.UnlockRequest(key=b"a")),
+    "a long password": unary(AUTH, "UserAdd", rpc.AuthUserAddRequest(password="x" * 73)),
     "a role": unary(AUTH, "RoleGet", rpc.AuthRoleGetRequest(role="root")),
 }
 

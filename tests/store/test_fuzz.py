@@ -29,7 +29,7 @@ METHODS: dict[str, MethodDescriptor] = {
 # Auth stays off, or everything else is refused for want of a token.
 METHODS.pop("/etcdserverpb.Auth/AuthEnable")
 CODES = {code.value[0]: code for code in grpc.StatusCode}
-UNKNOWN_TEXTS = ("auth:", "election:", "mutex:", '"leader"')
+UNKNOWN_TEXTS = ("auth:", "election:", "mutex:", "etcdserver:", "bcrypt:", '"leader"')
 """How those refusals begin to which etcd gives no code."""
 
 NUMBERS = (0, 1, -1, 2, 2**31 - 1, -(2**31), 2**63 - 1, -(2**63), 2**64 - 1, 2**32)
@@ -110,7 +110,7 @@ def codes(channel: grpc.Channel, path: str, data: bytes) -> grpc.StatusCode:
         # What grpc.aio answers when a handler raises something else than a refusal.
         assert "Unexpected <class" not in refusal.text, f"{path} {data!r}: {refusal.text}"
         assert code is not grpc.StatusCode.UNKNOWN or refusal.text.startswith(
-            ("auth:", "election:", "mutex:", '"leader"')
+            ("auth:", "election:", "mutex:", "etcdserver:", "bcrypt:", '"leader"')
         )
         return code
     return grpc.StatusCode.OK

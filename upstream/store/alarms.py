@@ -69,6 +69,11 @@ class Alarms:
     def texts(self) -> list[str]:
         """Return the alarms as Maintenance.Status lists them."""
         return [
-            (f"memberID:{member_id} " if member_id else "") + f"alarm:{_Type.Name(kind)} "
+            (f"memberID:{member_id} " if member_id else "") + f"alarm:{_name(kind)} "
             for member_id, kind in self._raised
         ]
+
+
+def _name(kind: int) -> str:
+    """Name an alarm as Go prints it: clients may raise one of a kind that nobody knows."""
+    return _Type.Name(kind) if kind in _Type.values() else str(kind)

@@ -23,6 +23,7 @@ from upstream.store.writer import Writer
 # scrypt's cost: about 10 ms and 4 MiB a password, what etcd's bcrypt takes in time at its default.
 _SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 2**12, 8, 1
 _SALT_BYTES = 16
+_PASSWORD_BYTES_MAX = 72
 _TOKEN_BYTES = 12
 
 
@@ -30,6 +31,14 @@ def hash_password(password: str, salt: bytes | None = None) -> bytes:
     """Hash a password, with its salt in front."""
     salt = secrets.token_bytes(_SALT_BYTES) if salt is None else salt
     return salt + hashlib.scrypt(password.encode(), salt=salt, n=_SCRYPT_N, r=_SCRYPT_R, p=_SCRYPT_P)
+
+
+def check_password(request: rpc_pb2.AuthUserAddRequest | rpc_pb2.AuthUserChangePasswordRequest) -> None:
+    """Refuse a password longer than etcd takes. Raises StoreError."""
+    if isinstance(request, rpc_pb2.AuthUserAddRequest) and request.options.no_password:
+        return
+    if len(request.password.encode()) > _PASSWORD_BYTES_MAX:
+        raise StoreError(errors.PASSWORD_TOO_LONG)
 
 
 def is_password(password: str, hashed: bytes) -> bool:
@@ -59,11 +68,13 @@ class AuthService:
                 "AuthDisable": unary(rpc_pb2.AuthDisableRequest, self.disable),
                 "AuthStatus": unary(rpc_pb2.AuthStatusRequest, self.status),
                 "Authenticate": unary(rpc_pb2.AuthenticateRequest, self.authenticate),
-                "UserAdd": unary(rpc_pb2.AuthUserAddRequest, self.user_add),
+                "UserAdd": unary(rpc_pb2.AuthUserAddRequest, self.user_add, check=check_password),
                 "UserGet": unary(rpc_pb2.AuthUserGetRequest, self.user_get),
                 "UserList": unary(rpc_pb2.AuthUserListRequest, self.user_list),
                 "UserDelete": unary(rpc_pb2.AuthUserDeleteRequest, self.user_delete),
-                "UserChangePassword": unary(rpc_pb2.AuthUserChangePasswordRequest, self.user_change_password),
+                "UserChangePassword": unary(
+                    rpc_pb2.AuthUserChangePasswordRequest, self.user_change_password, check=check_password
+                ),
                 "UserGrantRole": unary(rpc_pb2.AuthUserGrantRoleRequest, self.user_grant_role),
                 "UserRevokeRole": unary(rpc_pb2.AuthUserRevokeRoleRequest, self.user_revoke_role),
                 "RoleAdd": unary(rpc_pb2.AuthRoleAddRequest, self.role_add),
@@ -124,6 +135,7 @@ class AuthService:
 
     async def user_add(self, request: rpc_pb2.AuthUserAddRequest, user: str | None) -> rpc_pb2.AuthUserAddResponse:
         """Answer UserAdd."""
+        check_password(request)
         hashed = b"" if request.options.no_password else await asyncio.to_thread(hash_password, request.password)
         await self._change(user, lambda: admin.user_add(self._auth, request, hashed))
         response = rpc_pb2.AuthUserAddResponse()
@@ -158,6 +170,7 @@ class AuthService:
         self, request: rpc_pb2.AuthUserChangePasswordRequest, user: str | None
     ) -> rpc_pb2.AuthUserChangePasswordResponse:
         """Answer UserChangePassword."""
+        check_password(request)
         hashed = await asyncio.to_thread(hash_password, request.password)
         await self._change(user, lambda: admin.user_change_password(self._auth, request.name, hashed))
         response = rpc_pb2.AuthUserChangePasswordResponse()

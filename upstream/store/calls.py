@@ -52,6 +52,17 @@ class Traffic:
     sent: int = 0
 
 
+def _without_code(refusal: Refusal) -> Refusal:
+    """
+    Take the code off the refusals of Lock and Election.
+
+    etcd's are clients of its other services (v3client), and errors lose their code on the way; not those of gRPC.
+    """
+    if refusal.code in (Status.UNAVAILABLE, Status.INTERNAL, Status.RESOURCE_EXHAUSTED):
+        return refusal
+    return Refusal(Status.UNKNOWN, refusal.text)
+
+
 async def end(context: Context, refusal: Refusal) -> None:
     """End a call with a refusal; does not return."""
     await context.abort(_CODES[refusal.code], refusal.text)
@@ -121,14 +132,15 @@ class Calls:
         *,
         write: bool = False,
         maintenance: bool = False,
+        codeless: bool = False,
         check: Callable[[Request], None] | None = None,
     ) -> Handler:
         """
         Make the handler of a unary method.
 
-        `write` says that the size limit of writes applies, `maintenance` that only an administrator may, `check` finds
-        the requests that are refused whoever sends them. `answer` gets the request and the user whose call it is (None
-        without a token).
+        `write` says that the size limit of writes applies, `maintenance` that only an administrator may, `codeless`
+        that refusals lose their code, `check` finds the requests that are refused whoever sends them. `answer` gets the
+        request and the user whose call it is (None without a token).
         """
 
         async def call(data: bytes, context: Context) -> bytes:
@@ -147,7 +159,7 @@ class Calls:
                     raise
                 response = (await answer(request, user)).SerializeToString()
             except StoreError as error:
-                await end(context, error.refusal)
+                await end(context, _without_code(error.refusal) if codeless else error.refusal)
                 raise
             self.traffic.sent += len(response)
             return response

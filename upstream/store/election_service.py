@@ -27,14 +27,15 @@ class ElectionService:
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the service to register."""
+        unary = self._calls.unary
         return service(
             "v3electionpb.Election",
             {
-                "Campaign": self._calls.unary(v3election_pb2.CampaignRequest, self.campaign),
-                "Proclaim": self._calls.unary(v3election_pb2.ProclaimRequest, self.proclaim),
-                "Leader": self._calls.unary(v3election_pb2.LeaderRequest, self.leader),
+                "Campaign": unary(v3election_pb2.CampaignRequest, self.campaign, codeless=True),
+                "Proclaim": unary(v3election_pb2.ProclaimRequest, self.proclaim, codeless=True),
+                "Leader": unary(v3election_pb2.LeaderRequest, self.leader, codeless=True),
                 "Observe": answers_stream(self._observe),
-                "Resign": self._calls.unary(v3election_pb2.ResignRequest, self.resign),
+                "Resign": unary(v3election_pb2.ResignRequest, self.resign, codeless=True),
             },
         )
 

@@ -56,6 +56,7 @@ ROLE_NOT_FOUND = Refusal(Status.FAILED_PRECONDITION, "etcdserver: role name not 
 ROLE_EMPTY = Refusal(Status.INVALID_ARGUMENT, "etcdserver: role name is empty")
 AUTH_FAILED = Refusal(Status.INVALID_ARGUMENT, "etcdserver: authentication failed, invalid user ID or password")
 NO_PASSWORD_USER = Refusal(Status.UNKNOWN, "auth: authentication failed, password was given for no password user")
+PASSWORD_TOO_LONG = Refusal(Status.UNKNOWN, "bcrypt: password length exceeds 72 bytes")
 PERMISSION_NOT_GIVEN = Refusal(Status.INVALID_ARGUMENT, "etcdserver: permission not given")
 PERMISSION_DENIED = Refusal(Status.PERMISSION_DENIED, "etcdserver: permission denied")
 ROLE_NOT_GRANTED = Refusal(Status.FAILED_PRECONDITION, "etcdserver: role is not granted to the user")

@@ -25,11 +25,12 @@ class LockService:
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the service to register."""
+        unary = self._calls.unary
         return service(
             "v3lockpb.Lock",
             {
-                "Lock": self._calls.unary(v3lock_pb2.LockRequest, self.lock),
-                "Unlock": self._calls.unary(v3lock_pb2.UnlockRequest, self.unlock),
+                "Lock": unary(v3lock_pb2.LockRequest, self.lock, codeless=True),
+                "Unlock": unary(v3lock_pb2.UnlockRequest, self.unlock, codeless=True),
             },
         )
 
