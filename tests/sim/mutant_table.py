@@ -122,4 +122,35 @@ MUTANTS: tuple[Mutant, ...] = (
     # Leaks.
     Mutant("a backfill stays open", "backfill", "if not source.watches and not source.upstream.closed", "if False"),
     Mutant("a trunk lingers for ever", "trunk", "hub.lingers.start(trunk, hub.now + hub.limits.linger_s)", "pass"),
+    # Who waits, and for whom.
+    Mutant("a stall is not heard", "core", "self._hub.replays.stalled(session)", "pass"),
+    Mutant(
+        "a watch joins a trunk that is not there", "joining", "trunk is None or trunk.opening or ", "trunk is None or "
+    ),
+    Mutant("one read serves for ever", "joining", "self.current, self.later = self.later, None", "self.later = None"),
+    Mutant(
+        "nobody is too far behind",
+        "ending",
+        'self.end(session, UNAVAILABLE, f"watchmux: the client has been behind for more than {limit:g} s")',
+        "return",
+    ),
+    Mutant("nobody hears that there is no leader", "ending", "self.end(session, UNAVAILABLE, NO_LEADER)", "pass"),
+    Mutant("one refused token ends all", "ending", "elif next(upstream.tokens(), None) is not None:", "elif False:"),
+    # What has no other witness than a limit or a clock.
+    Mutant(
+        "fragments are not cut",
+        "batch",
+        "payload.event_count > 1 and payload.size",
+        "payload.event_count > 99 and payload.size",
+    ),
+    Mutant(
+        "the limit of a stream is off by one",
+        "joining",
+        "len(session.watches) >= limits.watches_per_session_max",
+        "len(session.watches) > limits.watches_per_session_max",
+    ),
+    Mutant(
+        "bookmarks grow old", "progress", "any(trunk.proven_at <= old for trunk in hub.trunks_open.values())", "False"
+    ),
+    Mutant("a restored store is not believed", "ending", "self._cancel_with(watch, STORE_WENT_BACK)", "pass"),
 )

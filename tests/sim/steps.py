@@ -164,6 +164,7 @@ def herd(world: World, rng: random.Random) -> None:
         client = _connected(world, rng)
         if client is not None:
             _new_watch(world, rng, client, place, rng.choice((None, None, None, world.store.revision)))
+        world.answer_checks(rng)
         put(world, rng)
         world.make_moves(rng, rng.choice((0, 0, 1)))
 
@@ -255,7 +256,8 @@ def break_stream(world: World, rng: random.Random) -> None:
 
 @_action(0.3, fault=True)
 def lose(world: World, rng: random.Random) -> None:
-    """The server cancels one upstream watch for good."""
+    """The server cancels one upstream watch for good; the proxy may take it for a verdict on the token."""
+    world.permissions.fickle.update(MIGHTY)
     world.upstream.cancel_one(
         rng, f"rpc error: code = {rng.choice(('PermissionDenied', 'Unavailable', 'Internal'))} desc = {LOST}"
     )

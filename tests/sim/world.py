@@ -293,6 +293,11 @@ class World:
         read, began_at = self.reads.pop(rng.randrange(len(self.reads)))
         self.input(self.core.revision_read, read, self._read_header(rng, began_at))
 
+    def answer_checks(self, rng: random.Random) -> None:
+        """Answer all permission checks that wait."""
+        while self.checks:
+            self._answer_check(rng)
+
     def _answer_check(self, rng: random.Random) -> None:
         check, began_at = self.checks.pop(rng.randrange(len(self.checks)))
         outcome: Any
