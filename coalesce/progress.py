@@ -212,7 +212,8 @@ class Progress:
         hub = self._hub
         hub.notifies.start(watch, hub.now + hub.limits.progress_notify_s)
         if watch.place is Place.IN_STEP and watch.source is watch.trunk and not self._had_events(watch):
-            self._notifying[watch] = hub.progress_serial + 1
+            # One that is overdue keeps its place: on servers that prove seldom it would never be reached.
+            self._notifying.setdefault(watch, hub.progress_serial + 1)
             self.want()
         watch.noted_revision = watch.last_sent_revision
 

@@ -358,6 +358,17 @@ def test_quiet_watches_are_told_where_they_are() -> None:
     assert without.read() == []
 
 
+def test_a_short_interval_does_not_outrun_what_an_old_server_proves() -> None:
+    shell = Shell(Limits(progress_notify_s=0.2), ordered_progress=False)
+    client = shell.client()
+    trunk = shell.trunk(5, client, progress_notify=True)
+    shell.wait(0.15)
+    for _ in range(8):
+        shell.wait(0.2)
+        shell.bookmark(trunk, 30)
+    assert "#0 @30 progress" in client.read()
+
+
 def test_not_those_that_were_sent_events_since() -> None:
     shell = Shell(Limits(progress_notify_s=60, bookmark_s=1000))
     client = shell.client()
