@@ -82,7 +82,8 @@ class Unframer:
         # Bytes the buffer must hold before it is worth looking at again: a prefix, or a prefix and its message.
         self._need = PREFIX_BYTES
         # The first error: it stays, since the place of the next prefix is unknown.
-        self._error: FramingError | None = None
+        # Why nothing more is taken. No exception: its traceback would hold on to us and to what was inflated.
+        self._error: tuple[Status, str] | None = None
 
     @property
     def pending(self) -> bool:
@@ -98,7 +99,7 @@ class Unframer:
         the stream: each later call raises the same.
         """
         if self._error is not None:
-            raise self._error
+            raise FramingError(*self._error)
         buffer = self._buffer
         if buffer is not None:
             buffer += data
@@ -152,8 +153,8 @@ class Unframer:
 
     def _fail(self, code: Status, text: str) -> NoReturn:
         self._buffer = None
-        self._error = FramingError(code, text)
-        raise self._error
+        self._error = (code, text)
+        raise FramingError(code, text)
 
 
 _UNITS_NS: Final = {b"n": 1, b"u": 10**3, b"m": 10**6, b"S": 10**9, b"M": 60 * 10**9, b"H": 3600 * 10**9}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from proto.framing import Status
@@ -25,6 +25,7 @@ from proto.http2 import (
     Event,
     HeadersKind,
     HeadersReceived,
+    Piece,
     PingAcknowledged,
     PingReceived,
     Role,
@@ -235,6 +236,7 @@ class ServerConnection(asyncio.Protocol):
     """One client's connection. It is the `Carrier` of the handlers of its streams."""
 
     __slots__ = (
+        "_at_fault",
         "_blocked",
         "_closing_since",
         "_deaf",
@@ -274,9 +276,11 @@ class ServerConnection(asyncio.Protocol):
         self._pings: PingPolicy | None = None
         """Made when the client pings for the first time."""
         self._closing_since: float | None = None
+        self._at_fault = False
+        """It ends by a fault of the client's."""
         self._blocked = False
         """The transport takes no more for now."""
-        self._rest: deque[bytes] = deque()
+        self._rest: deque[Piece] = deque()
         """Output that the transport has not been given yet, because it was blocked."""
         self._unread_bytes = 0
         """What was added to it while it was blocked, which is no DATA."""
@@ -479,7 +483,7 @@ class ServerConnection(asyncio.Protocol):
                 size += len(part[-1])
             self._write(b"".join(part))
 
-    def _hold(self, pieces: list[bytes]) -> None:
+    def _hold(self, pieces: Sequence[Piece]) -> None:
         """Keep the output of a blocked connection; too much of it, and the client is not heard until it reads."""
         self._rest.extend(pieces)
         self._unread_bytes += sum(map(len, pieces))
@@ -518,6 +522,9 @@ class ServerConnection(asyncio.Protocol):
             owner.closed(int(ErrorCode.INTERNAL_ERROR))
 
     def _failed(self, event: ConnectionFailed) -> None:
+        if self._at_fault:
+            return
+        self._at_fault = True
         self._listener.stats.failed += 1
         calm = event.code is ErrorCode.ENHANCE_YOUR_CALM
         self._listener.stats.cut_off[event.reason if calm else event.code.name] += 1
@@ -526,11 +533,12 @@ class ServerConnection(asyncio.Protocol):
 
     def _pinged(self) -> None:
         settings = self._listener.settings
-        if settings.keepalive_min_s is None or self.h2.closed:
+        if settings.keepalive_min_s is None or self._at_fault:
             return
         if self._pings is None:
             self._pings = PingPolicy(settings.keepalive_min_s)
         if self._pings.too_many(self._heard_at, self.h2.progress, bool(self.h2.streams)):
+            self._at_fault = True
             self._listener.stats.failed += 1
             self._listener.stats.cut_off[TOO_MANY_PINGS.decode()] += 1
             log.info("a client pings too often", peer=self.peer, least_s=settings.keepalive_min_s)
@@ -549,7 +557,10 @@ class ServerConnection(asyncio.Protocol):
         if self._closing_since is None:
             self._closing_since = self._listener.now()
             self._drop_streams()
-        if self._transport is not None and not self._rest:
+            if self._at_fault and self._transport is not None:
+                self._transport.pause_reading()
+                asyncio.get_running_loop().call_later(self._listener.settings.reason_s, self.abort)
+        if self._transport is not None and not self._rest and not self._at_fault:
             self._transport.close()
 
     def _time_out(self, code: ErrorCode | None = None) -> None:

@@ -45,6 +45,10 @@ class ListenerSettings:
     unread_bytes_max: int = 1024 * 1024
     """Bytes of control frames and trailers kept for a client that reads nothing; beyond it is not read from either."""
 
+    reason_s: float = 1.0
+    """How long a client that is cut off has to read why. Closing while it still sends would reset the connection, and
+    its system would throw our last words away; meanwhile nothing is read from it."""
+
     drain_ping_s: float = 1.0
     """How long the second GOAWAY waits for the client to have seen the first (RFC 9113 6.8)."""
 
