@@ -37,6 +37,8 @@ class Follow:
     stdin: str | None = None
     watches: int = 0
     first: int = 0
+    each: int = 0
+    """Lines to wait for after each step of `during`: the watches of one etcdctl print side by side."""
 
 
 KEYS = (
@@ -66,11 +68,12 @@ WATCHES = (
     Follow("watch foo --rev=999999", 0, watches=1),
     Follow(
         "watch -i",
-        7,
+        8,
         (Run("put i1 a"), Run("put i2 b")),
         "watch i1\nwatch i2 --prefix\nprogress\n",
         watches=2,
-        first=1,
+        first=2,
+        each=3,
     ),
     Run("compaction 5"),
     Follow("watch foo --rev=2", 1),
@@ -190,6 +193,10 @@ class Player:
             self.lease = granted[1]
         self.record.append(neutral(f"$ {step.arguments}\n{done.returncode}\n{done.stdout}{done.stderr}"))
 
+    @staticmethod
+    def _lines(lines: list[str], count: int, what: str) -> None:
+        until(lambda: len(lines) >= count, f"what {what} brings: {lines}")
+
     def _follow(self, step: Follow) -> None:
         before = self.watchers()
         process = subprocess.Popen(
@@ -211,9 +218,11 @@ class Player:
                 process.stdin.flush()
             if step.watches:
                 until(lambda: self.watchers() >= before + step.watches, f"{step.arguments} to be registered")
-            until(lambda: len(lines) >= step.first, f"the first output of {step.arguments}: {lines}")
-            for inner in step.during:
+            self._lines(lines, step.first, step.arguments)
+            for count, inner in enumerate(step.during, 1):
                 self._run(inner)
+                if step.each:
+                    self._lines(lines, step.first + count * step.each, inner.arguments)
             until(
                 lambda: len(lines) >= step.lines or process.poll() is not None, f"output of {step.arguments}: {lines}"
             )
