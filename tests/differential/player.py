@@ -34,9 +34,10 @@ UNAVAILABLE = 14
 class Player:
     """One run of one program."""
 
-    def __init__(self, program: Program, target: Target) -> None:
+    def __init__(self, program: Program, target: Target, limit_s: float = LIMIT_S) -> None:
         self.program = program
         self.target = target
+        self._limit_s = limit_s
         self.logs: dict[str, StreamLog] = {}
         self.tokens: dict[str, str] = {}
         self._connections: dict[str, RawClient] = {}
@@ -89,9 +90,9 @@ class Player:
         client = self._connections[name]
         self.logs[step.on] = StreamLog(step.on, client, client.watch(metadata))
 
-    async def until(self, what: str, condition: Callable[[], bool], limit_s: float = LIMIT_S) -> bool:
+    async def until(self, what: str, condition: Callable[[], bool]) -> bool:
         """Wait until a condition on what was received holds; a wait in vain is recorded."""
-        if await self._hears(condition, limit_s):
+        if await self._hears(condition, self._limit_s):
             return True
         self.recording.vain.append(what)
         return False
@@ -150,7 +151,7 @@ class Player:
             await self.until(f"the answer to {step}", lambda: log.over or len(log.answers) > count)
 
     async def _ask_again(self, log: StreamLog, revision: int) -> None:
-        for _ in range(int(LIMIT_S / AGAIN_S)):
+        for _ in range(int(self._limit_s / AGAIN_S)):
             if await self._hears(lambda: log.over or max(log.answers, default=0) >= revision, AGAIN_S):
                 return
             log.watch.progress()

@@ -20,7 +20,7 @@ from typing import Self
 
 from coalesce.limits import Limits
 from proxy.server import Proxy
-from tests.differential.player import Player
+from tests.differential.player import LIMIT_S, Player
 from tests.differential.recording import Recording
 from tests.differential.steps import Program
 from tests.differential.target import Target
@@ -72,23 +72,23 @@ class Stage:
             for server in servers:
                 server.__exit__(kind, error, trace)
 
-    async def run(self, program: Program) -> dict[str, Recording]:
-        """Play a program in all ways at the same time."""
-        plays = {way: asyncio.create_task(self._play(program, way)) for way in WAYS}
+    async def run(self, program: Program, limit_s: float = LIMIT_S) -> dict[str, Recording]:
+        """Play a program in all ways at the same time; it waits for each thing up to `limit_s` seconds."""
+        plays = {way: asyncio.create_task(self._play(program, way, limit_s)) for way in WAYS}
         # Not cancelled when one fails: each ends its proxy and its connections in good order.
         await asyncio.wait(plays.values())
         return {way: play.result() for way, play in plays.items()}
 
-    async def _play(self, program: Program, way: str) -> Recording:
+    async def _play(self, program: Program, way: str, limit_s: float) -> Recording:
         etcds = self.sets[way]
         straight = etcds[0].client_port
         try:
             if way == DIRECT:
-                return await Player(program, Target(straight, straight, False, etcds)).play()
+                return await Player(program, Target(straight, straight, False, etcds), limit_s).play()
             limits = Limits(progress_notify_s=program.notify_s, fragment_bytes=program.fragment_bytes)
             async with proxy_for(etcds[0], limits=limits) as proxy, _crowd(program, proxy, way):
                 calls = straight if way == CROWDED else proxy.port
-                return await Player(program, Target(proxy.port, calls, True, etcds)).play()
+                return await Player(program, Target(proxy.port, calls, True, etcds), limit_s).play()
         finally:
             Target(0, 0, False, etcds).go_on()
 
