@@ -112,7 +112,7 @@ class Backfills:
         before = backfill.next_revision
         backfill.ingest(batch)
         if backfill.is_upgrade:
-            self._feed(backfill, before, [batch])
+            self._feed(backfill, before, batch)
         else:
             if not backfill.paused and self._is_full(backfill) and not backfill.fanout.has_watches:
                 backfill.paused = True
@@ -124,7 +124,7 @@ class Backfills:
         before = backfill.next_revision
         backfill.advance(revision)
         if backfill.is_upgrade:
-            self._feed(backfill, before, [])
+            self._feed(backfill, before, None)
         else:
             self.graduate(backfill)
 
@@ -224,24 +224,20 @@ class Backfills:
         trunk.upgrade = Backfill(hub, trunk, start, True, is_upgrade=True)
         self.open[trunk.upgrade] = None
 
-    def _feed(self, upgrade: Backfill, before: int, batches: list[Batch]) -> None:
+    def _feed(self, upgrade: Backfill, before: int, batch: Batch | None) -> None:
         """Bring trunk and upgrade together at one revision, if the upgrade is there, and let the trunk take over.
 
-        `batches` took the upgrade from `before` to where it is. A trunk that is behind even that (it had to open anew,
-        or the upgrade began above a compaction) gets what the upgrade's window holds, or catches up by itself first.
+        `batch` took the upgrade from `before` to where it is. A trunk that is behind even that (it had to open anew, or
+        the upgrade began above a compaction) catches up by itself first.
         """
         hub = self._hub
         trunk = upgrade.trunk
-        if trunk.opening or upgrade.next_revision < trunk.next_revision:
+        if trunk.opening or not before <= trunk.next_revision <= upgrade.next_revision:
             return
-        if before > trunk.next_revision:
-            if upgrade.history.floor > trunk.next_revision:
-                return
-            batches = upgrade.history.batches()
         prev_kv_from = trunk.next_revision
         trunk.history.has_prev_kv = True
-        for batch in batches:
-            # The trunk's history keeps batches of its own.
+        if batch is not None:
+            # The trunk's history keeps a batch of its own.
             trunk.ingest(Batch(batch.header, batch.events, batch.size))
         trunk.advance(upgrade.next_revision - 1)
         hub.close_upstream(trunk.upstream)

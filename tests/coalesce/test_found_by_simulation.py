@@ -1,0 +1,65 @@
+"""What the simulator found in the core, as the shortest stories that show it; the seeds were of its early versions."""
+
+from __future__ import annotations
+
+from coalesce import Lost
+from tests.coalesce.shell import Shell, header, put
+
+INTERNAL, UNAUTHENTICATED = 13, 16
+
+
+def test_an_upgrade_takes_over_only_from_where_the_trunk_stands() -> None:
+    """Seeds 11033, 14069: while the trunk opened anew the upgrade went on, and what lay between was skipped."""
+    shell = Shell()
+    one, two = shell.client(b"one"), shell.client(b"two")
+    trunk = shell.trunk(5, one)
+    two.create(start=6, prev_kv=True)
+    upgrade = shell.opened[-1]
+    shell.created(upgrade, 5)
+    shell.do(shell.core.lost, trunk, Lost(UNAUTHENTICATED, "etcdserver: invalid auth token"))
+    again = shell.opened[-1]
+    assert (again.start_revision, again.is_backfill) == (6, False)
+    shell.events(upgrade, put(6), put(7))
+    shell.created(again, 8)
+    shell.events(upgrade, put(8))
+    assert one.read() == []
+    shell.events(again, put(6), put(7), put(8))
+    shell.events(upgrade, put(9))
+    assert one.read() == ["#0 @8 put 6 k=v put 7 k=v put 8 k=v", "#0 @9 put 9 k=v"]
+    assert two.read() == ["#0 @5 created", "#0 @7 put 6 k=v put 7 k=v", "#0 @8 put 8 k=v", "#0 @9 put 9 k=v"]
+    assert again in shell.closed
+
+
+def test_creates_of_one_session_do_not_join_a_trunk_that_is_lost() -> None:
+    """Seed 2804: the refusal of the first let the second be decided while the trunk was on its way out."""
+    shell = Shell()
+    client = shell.client()
+    client.create()
+    client.create(start=9)
+    trunk = shell.opened[-1]
+    shell.do(shell.core.lost, trunk, Lost(INTERNAL, "gone"))
+    for _ in shell.reads[:]:
+        shell.read_now(5)
+    assert client.read() == ["#-1 @5 created canceled (gone)"] * 2
+    assert shell.core.stats.trunks == 0
+
+
+def test_progress_after_a_restore_does_not_wait_for_the_old_revisions() -> None:
+    """Seed 833: the groups of a trunk remembered what they had been sent of the history that never was."""
+    shell = Shell()
+    one, two = shell.client(), shell.client()
+    trunk = shell.trunk(5, one)
+    two.create(start=20)
+    shell.events(trunk, put(9))
+    shell.do(shell.core.store_went_back, header(6))
+    assert [line.split(" (")[0] for line in one.read()] == ["#0 @9 put 9 k=v", "#0 @6 canceled"]
+    again = shell.opened[-1]
+    assert again.start_revision is not None
+    assert again.start_revision <= 7
+    shell.created(again, 6)
+    three = shell.client()
+    three.create()
+    shell.read_now(6)
+    three.progress()
+    shell.progressed(7)
+    assert three.read() == ["#0 @6 created", "#-1 @7 progress"]
