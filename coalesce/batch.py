@@ -66,7 +66,10 @@ class Payload:
         # Encoded events, joined, one bytes object per message.
         self._pieces = pieces
         # Bytes of one delivery, prefixes included, but for the watch id.
-        self.size = sum(map(len, pieces)) + len(pieces) * (len(header.encoded) + 7) - 2
+        if len(pieces) == 1:
+            self.size = len(pieces[0]) + len(header.encoded) + 5
+        else:
+            self.size = sum(map(len, pieces)) + len(pieces) * (len(header.encoded) + 7) - 2
         self._remembered: dict[int, tuple[bytes, ...]] = {}
         self._bytes_left = _REMEMBERED_BYTES_MAX
 
@@ -159,10 +162,13 @@ class Variants:
         return payload
 
     def _make(self, variant: int) -> Payload | None:
-        events = filtered(self._events, variant)
+        events = filtered(self._events, variant) if variant & (NO_PUT | NO_DELETE) else self._events
         if not events:
             return None
         header = self._header.at(events[-1].revision)
+        if len(events) == 1:
+            # Nothing to join, and nothing to cut.
+            return Payload(header, events, (events[0].encoded if variant & PREV_KV else events[0].bare,))
         encoded = [event.encoded if variant & PREV_KV else event.bare for event in events]
         if variant & FRAGMENT:
             return Payload(header, events, tuple(split(encoded, self._fragment_bytes, len(header.encoded))))
@@ -205,6 +211,10 @@ def batches_of(response: WatchResponse, bytes_max: int) -> Iterator[Batch]:
     """
     events = response.events
     header = response.header
+    if len(events) == 1:
+        # What etcd sends as long as everybody keeps up.
+        yield Batch(header, events, len(events[0].encoded))
+        return
     size = sum([len(event.encoded) for event in events])
     if size <= bytes_max or events[0].revision == events[-1].revision:
         yield Batch(header, events, size)

@@ -151,8 +151,11 @@ class Progress:
 
     def next_deadline(self) -> float | None:
         """Return when something is to be done next."""
-        times = (self._soon_at, self._retry_at, self._bookmark_at, self._hub.notifies.next_deadline())
-        return min((at for at in times if at is not None), default=None)
+        first = self._hub.notifies.next_deadline()
+        for at in (self._soon_at, self._retry_at, self._bookmark_at):
+            if at is not None and (first is None or at < first):
+                first = at
+        return first
 
     def expire(self) -> None:
         """Do what is due."""
