@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 10000
+KEYS ?= 100000
 MINUTES ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench check sim etcds proto clean
+.PHONY: help demo test test-all bench bench-store check sim etcds proto clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +45,9 @@ $(VENV)/.installed-bench: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-bench etcds  ## CPU per event, delay and memory beside etcd's grpc-proxy; ARGS='--case paced'
 	$(BIN)/python -m tests.bench $(ARGS)
+
+bench-store: $(VENV)/.installed-dev  ## the bundled store with KEYS=n keys: start-up, memory, rates
+	$(BIN)/python -m tests.store.bench $(KEYS)
 
 sim: $(VENV)/.installed-dev  ## SEEDS=n seeds of the simulator
 	$(BIN)/python -m tests.sim SEEDS=$(SEEDS)

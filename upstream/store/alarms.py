@@ -74,6 +74,6 @@ class Alarms:
         ]
 
 
-def _name(kind: int) -> str:
+def _name(kind: rpc_pb2.AlarmType.ValueType) -> str:
     """Name an alarm as Go prints it: clients may raise one of a kind that nobody knows."""
     return _Type.Name(kind) if kind in _Type.values() else str(kind)
