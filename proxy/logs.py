@@ -32,6 +32,9 @@ SECRET_FIELDS = frozenset(
     {"authorization", "metadata", "password", "prev_kv", "prev_value", "secret", "token", "user_password", "value"}
 )
 
+TALKATIVE = ("hpack", "hpack.hpack", "hpack.table")
+"""Loggers of the standard library that are kept at WARNING."""
+
 
 def configure(level: str = "info", style: str = "auto", stream: TextIO | None = None) -> None:
     """Set up logging for the process.
@@ -43,6 +46,9 @@ def configure(level: str = "info", style: str = "auto", stream: TextIO | None = 
         raise ValueError(f"log level {level!r} is unknown: use one of {', '.join(LEVELS)}")
     if style not in STYLES:
         raise ValueError(f"log style {style!r} is unknown: use one of {', '.join(STYLES)}")
+    # Libraries that would log header fields, tokens among them, for somebody who turns the root logger to DEBUG.
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
     target = sys.stderr if stream is None else stream
     readable = style == "console" or (style == "auto" and target.isatty())
     processors: list[Processor] = [structlog.processors.add_log_level, blank_secrets, show_bytes]
