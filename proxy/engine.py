@@ -42,6 +42,7 @@ from proto.http2 import Stream
 from proto.scan import Header, WatchResponse
 from proxy import logs
 from proxy.reads import NO_RIGHT, Asked, Reader
+from proxy.rollback import Rollback
 from upstream.watch_state import OpenedWatch
 
 BULKY_BYTES = 8 * 1024
@@ -75,6 +76,8 @@ class UpstreamWatches(Protocol):
     def ordered_progress(self) -> bool: ...
     @property
     def leaderless(self) -> bool: ...
+    @property
+    def own_token(self) -> bytes | None: ...
     def open(self, watch: OpenedWatch) -> None: ...
     def close(self, watch: OpenedWatch) -> None: ...
     def pause(self, watch: OpenedWatch) -> None: ...
@@ -142,8 +145,9 @@ class Engine:
         self._stopped = False
         self._received_at = 0.0
         """When the response at hand came in (time.perf_counter); 0: what is delivered is none that has just come."""
-        self._newest_read = 0
-        """The highest revision that a read of ours found."""
+        self._rollback = Rollback(
+            reader, lambda: self._client().newest_revision, lambda: self._client().own_token, self._went_back
+        )
         self._open: dict[Upstream, None] = {}
         self._carry_out: dict[type, Callable[[Any], None]] = {
             Deliver: self._deliver,
@@ -175,6 +179,7 @@ class Engine:
     def stop(self) -> None:
         """Take no more inputs."""
         self._stopped = True
+        self._rollback.stop()
         self._reader.stop()
         if self._timer is not None:
             self._timer.cancel()
@@ -247,10 +252,7 @@ class Engine:
         self.core.ordered_progress = self._client().ordered_progress
         if self.upstream_changed is not None:
             self.upstream_changed()
-        if self._open:
-            upstream = next(iter(self._open))
-            once = [Asked(upstream.token, upstream.key, upstream.range_end)]
-            self._reader.read(self._judge(lambda _: None), lambda: once.pop() if once else None, lambda _: None)
+        self._rollback.connected(self._open)
 
     # driving
 
@@ -422,27 +424,13 @@ class Engine:
             if asking is not None:
                 self._end(asking, Status.UNAVAILABLE, f"watchmux: not authorized any more: {refusal.text}")
 
-        self._reader.read(self._judge(answer), asker, refused)
+        self._reader.read(answer, asker, refused)
 
-    def _judge(self, done: Callable[[Header], None]) -> Callable[[Header, bool], None]:
-        """Return what takes a read that begins now: it sees whether the store has gone back, then calls `done`.
-
-        A linearizable read cannot be older than what was known when it began; a `created` or a serializable read can,
-        from a member that lags behind. So only this tells that the store was restored from a snapshot.
-        """
-        known = max(self._newest_read, self._client().newest_revision)
-
-        def take(header: Header, linearizable: bool) -> None:
-            if linearizable and header.revision < known:
-                self.stats.went_back += 1
-                log.error("the store went back", from_revision=known, to_revision=header.revision)
-                self._newest_read = header.revision
-                self._client().store_went_back(header.revision)
-                self._input(self.core.store_went_back, header)
-            self._newest_read = max(self._newest_read, header.revision)
-            done(header)
-
-        return take
+    def _went_back(self, header: Header) -> None:
+        """A linearizable read proved that the store is older than it was."""
+        self.stats.went_back += 1
+        self._client().store_went_back(header.revision)
+        self._input(self.core.store_went_back, header)
 
     def _check_permission(self, effect: CheckPermission) -> None:
         core = self.core

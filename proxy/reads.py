@@ -73,7 +73,8 @@ class ReaderSettings:
     """How long "auth is off" is believed: clients that come within this share one probe."""
 
 
-Done = Callable[[Header, bool], None]
+Done = Callable[[Header], None]
+Take = Callable[[Header, bool], None]
 """(header, whether the read was linearizable)."""
 
 
@@ -124,6 +125,8 @@ class Reader:
         """Calls sent to etcd."""
         self.auth_on = False
         """The newest probe was refused: etcd asks for users."""
+        self.observe: Callable[[], Take] = lambda: lambda _header, _linearizable: None
+        """Called when a read begins; what it returns hears the answer before anybody else."""
         self.named = False
         """The proxy's certificate has a CN: with auth on etcd may take that for the user of a probe without a token."""
         self._pool = pool
@@ -169,6 +172,13 @@ class Reader:
             self._probe_in_flight = True
             self._begin(self._probe())
 
+    def prove(self, asked: Asked, wanted: Wanted) -> None:
+        """Read for `observe` alone, until there is an answer, or a refusal, or it is not `wanted` any more."""
+        self._begin(self._prove(asked, wanted))
+
+    async def _prove(self, asked: Asked, wanted: Wanted) -> None:
+        await self._transact(*asked, wanted)
+
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
@@ -183,7 +193,7 @@ class Reader:
         while (asked := asker()) is not None:
             answer = await self._transact(*asked, _always)
             if isinstance(answer, _Answer):
-                done(answer.header, answer.linearizable)
+                done(answer.header)
                 return
             # Auth is on, whatever was believed.
             self._auth_off = None
@@ -251,12 +261,15 @@ class Reader:
         linearizable = True
         while True:
             self.reads += 1
+            take = self.observe()
             message = _nothing(key, range_end, linearizable)
             try:
                 data, _ = await self._pool.unary(
                     TXN, message, metadata, self.settings.timeout_s, has_leader=linearizable, idempotent=True
                 )
-                return _Answer(_header(data), linearizable and key != NO_RIGHT.key)
+                answer = _Answer(_header(data), linearizable and key != NO_RIGHT.key)
+                take(*answer)
+                return answer
             except DecodeError:
                 log.warning("etcd's answer to a read is not one")
             except CallFailed as failed:

@@ -23,6 +23,9 @@ AUTHENTICATE_PATH: Final = "/etcdserverpb.Auth/Authenticate"
 NOT_ENABLED: Final = "etcdserver: authentication is not enabled"
 """What etcd says, with FAILED_PRECONDITION, to whoever wants a token while auth is off (api/v3rpc/rpctypes)."""
 
+INVALID_TOKEN: Final = "etcdserver: invalid auth token"
+"""What etcd says, with UNAUTHENTICATED, of a token that it does not know."""
+
 _REFUSALS: Final = frozenset({Status.PERMISSION_DENIED, Status.UNAUTHENTICATED})
 _REFUSAL_TEXTS: Final = frozenset({"etcdserver: user name is empty", "etcdserver: revision of auth store is old"})
 

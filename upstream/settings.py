@@ -47,6 +47,9 @@ class Settings:
     stagger_s: float = 0.05
     # What a new connection is asked first (version, revision, leader) has to be answered in this time.
     status_timeout_s: float = 5.0
+    # How long a create with a token may stay unanswered. etcd answers at once, but lets one wait for ever whose token
+    # it cannot know yet: from before a store was restored (auth/simple_token.go waits for the token's raft index).
+    create_timeout_s: float = 10.0
     # The largest watch response taken. etcd sends fragments of 2 MiB (--max-request-bytes + 512 KiB) but does not cut
     # what it had waiting before `created`, up to 1000 revisions of a key each.
     watch_message_bytes_max: int = 512 * MIB

@@ -25,7 +25,7 @@ from proto.framing import FramingError, Status, Unframer, frame
 from proto.http2 import Headers
 from proto.scan import Header, ScanError, WatchResponse, scan_watch_response
 from upstream.connection import ClientConnection, NotSent, UpstreamCall, after, request_headers
-from upstream.credentials import Credentials, log_in
+from upstream.credentials import INVALID_TOKEN, Credentials, log_in
 from upstream.dial import Dialer, Server
 from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Log, Silence
@@ -43,7 +43,7 @@ from upstream.watch_effects import (
     TokenRefused,
     Write,
 )
-from upstream.watch_state import OpenedWatch, WatchState, WatchStream
+from upstream.watch_state import OpenedWatch, Registration, WatchState, WatchStream
 
 WATCH_PATH = b"/etcdserverpb.Watch/Watch"
 
@@ -83,7 +83,7 @@ class WatchListener(Protocol):
 class _Call:
     """The call that carries one WatchStream."""
 
-    __slots__ = ("_client", "_held", "_stream", "_unframer", "call")
+    __slots__ = ("_client", "_held", "_oldest", "_oldest_since", "_stream", "_unframer", "call")
 
     def __init__(self, client: WatchClient, stream: WatchStream, message_bytes_max: int) -> None:
         self._client = client
@@ -91,7 +91,18 @@ class _Call:
         self._unframer = Unframer(message_bytes_max)
         # What came while paused, unread and without credit: at most one stream window.
         self._held: list[tuple[bytes, int]] = []
+        # The create that has waited for longest when last looked at, and since when it has been that.
+        self._oldest: Registration | None = None
+        self._oldest_since = 0.0
         self.call: UpstreamCall | None = None
+
+    def waits_for(self, now: float) -> float:
+        """Return for how long (seconds) the oldest create has been seen unanswered."""
+        creating = self._stream.creating
+        oldest = creating[0][0] if creating and not self._stream.paused else None
+        if oldest is None or oldest is not self._oldest:
+            self._oldest, self._oldest_since = oldest, now
+        return now - self._oldest_since
 
     def on_headers(self, headers: Headers) -> None:
         pass
@@ -161,6 +172,8 @@ class WatchClient:
         self._credentials = credentials
         # Gets a new token for our own user.
         self._login: asyncio.Task[None] | None = None
+        # The next look at creates that are not answered.
+        self._look: asyncio.TimerHandle | None = None
         # A pending registration of watches whose stream ended.
         self._register_timer: asyncio.TimerHandle | None = None
         # No endpoint has a leader: watches are opened without asking for one.
@@ -186,6 +199,11 @@ class WatchClient:
     def newest_revision(self) -> int:
         """The highest revision seen in any header; 0 before the first."""
         return self._state.newest_revision
+
+    @property
+    def own_token(self) -> bytes | None:
+        """The token of our own user; None while there is none."""
+        return self._state.own_token
 
     @property
     def server(self) -> tuple[str, str] | None:
@@ -328,6 +346,19 @@ class WatchClient:
             self._server.target.backoff.succeeded(asyncio.get_running_loop().time())
             self._apply(self._state.register())
 
+    def _look_at_creates(self) -> None:
+        """Give a token up whose creates stay unanswered, though the connection lives."""
+        loop = asyncio.get_running_loop()
+        limit_s = self._settings.create_timeout_s
+        self._look = loop.call_later(limit_s / 4, self._look_at_creates)
+        for stream in list(self._state.streams()):
+            shell = stream.shell
+            if stream.token is not None and isinstance(shell, _Call) and shell.waits_for(loop.time()) >= limit_s:
+                if shell.call is not None:
+                    shell.call.reset()
+                self._log.warning("upstream_create_unanswered", waited_s=limit_s)
+                self._apply(self._state.refused(stream, Status.UNAUTHENTICATED, INVALID_TOKEN))
+
     # The connection.
 
     def _give_up(self, server: Server, problem: str) -> None:
@@ -352,8 +383,11 @@ class WatchClient:
             self._break()
 
     async def _log_in(self, server: Server) -> None:
-        """Have a token for our own user before anything is registered. Without a leader nobody can log in."""
-        if self._credentials is not None and self._state.own_token is None and server.has_leader:
+        """Have a new token for our own user before anything is registered. Without a leader nobody can log in.
+
+        A new one for each connection: who knows what became of the old one where this one leads to.
+        """
+        if self._credentials is not None and server.has_leader:
             self._state.own_token = await self._new_token(server, self._credentials)
 
     async def _new_token(self, server: Server, credentials: Credentials) -> bytes | None:
@@ -417,6 +451,7 @@ class WatchClient:
             revision = server.header.revision
             self._listener.header_seen(server.header)
         self._apply(self._state.connect(server.ordered_progress, revision))
+        self._look = asyncio.get_running_loop().call_later(self._settings.create_timeout_s / 4, self._look_at_creates)
         self._listener.resumed()
         if connection.healthy:
             connection.on_closed = self._connection_closed
@@ -447,9 +482,10 @@ class WatchClient:
         if login is not None:
             login.cancel()
         self._state.disconnect()
-        if self._register_timer is not None:
-            self._register_timer.cancel()
-            self._register_timer = None
+        for timer in (self._register_timer, self._look):
+            if timer is not None:
+                timer.cancel()
+        self._register_timer = self._look = None
         if server is not None:
             server.connection.on_closed = None
             server.connection.close()

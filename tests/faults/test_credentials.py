@@ -47,7 +47,7 @@ def test_trunks_live_on_when_every_token_has_expired() -> None:
         ):
             tokens = [await token_of(client, user) for user in ("u1", "u2")]
             streams = [await open_watch(client, b"a/", b"a0", 0, [("token", token)]) for token in tokens]
-            first = proxy.upstream._state.own_token
+            first = proxy.upstream.own_token
             assert first is not None
             end = asyncio.get_running_loop().time() + TTL_S + 1.5
             await until_async(lambda: asyncio.get_running_loop().time() > end, "all tokens to expire")
@@ -55,7 +55,7 @@ def test_trunks_live_on_when_every_token_has_expired() -> None:
             await put(etcd, "a/k", "1")
             for stream in streams:
                 await until_async(lambda s=stream: s.values == [b"1"], "the event after the break")  # type: ignore[misc]
-            assert proxy.upstream._state.own_token not in (None, first)
+            assert proxy.upstream.own_token not in (None, first)
             assert not any(stream.raw.over for stream in streams)
 
     with EtcdServer(extra=[f"--auth-token-ttl={TTL_S}"]) as etcd:
@@ -71,7 +71,7 @@ def test_nothing_of_a_client_is_done_in_the_name_of_the_proxy(etcd: EtcdServer) 
             proxy_for(etcd, credentials=OWN) as proxy,
             await RawClient.connect(proxy.port) as client,
         ):
-            await until_async(lambda: proxy.upstream._state.own_token, "the proxy to log in")
+            await until_async(lambda: proxy.upstream.own_token, "the proxy to log in")
             reader = await open_watch(client, b"a/", b"a0", 0, [("token", await token_of(client, "u1"))])
             other: list[Any] = [("token", await token_of(client, "u3"))]
             for metadata, reason in ((other, DENIED), ([], EMPTY)):
@@ -129,6 +129,6 @@ def test_credentials_while_auth_is_off(etcd: EtcdServer) -> None:
             await broken(proxy, way)
             await put(etcd, "a/k", "2")
             await until_async(lambda: stream.values == [b"1", b"2"], "the event after the break")
-            assert proxy.upstream._state.own_token is not None
+            assert proxy.upstream.own_token is not None
 
     run(scenario())

@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 
 from coalesce.ending import STORE_WENT_BACK
+from proto.framing import Status
 from tests.etcd.server import HOST, EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, open_watch, straight
+from tests.faults.test_credentials import OWN, with_proxy_user
 from tests.proxy.raw_client import RawClient
 from tests.proxy.running import proxy_for
 from tests.proxy.scenario import run
+from tests.proxy.test_auth import put, token_of
 from tests.waiting import until_async
+from upstream.credentials import Credentials
+from upstream.settings import Settings
 
 
 def restore(etcd: EtcdServer, snapshot: Path) -> None:
@@ -101,5 +106,40 @@ def test_a_restore_while_a_client_waits_for_progress(etcd: EtcdServer, tmp_path:
             again.progress()
             await until_async(lambda: again.responses[-1].watch_id == -1, "progress of the restored store")
             assert again.responses[-1].header.revision < lost
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("own", [None, OWN], ids=["tokens of clients", "a user of the proxy's own"])
+def test_a_restore_that_takes_the_tokens_along(etcd: EtcdServer, tmp_path: Path, own: Credentials | None) -> None:
+    """With auth on nobody may read until he has logged in anew; it is seen all the same that the store went back."""
+    with_proxy_user(etcd)
+    root = "--user=root:r"
+
+    async def scenario() -> None:
+        async with (
+            proxy_for(etcd, credentials=own, upstream=Settings(create_timeout_s=1)) as proxy,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            await put(etcd, "a/k", "kept")
+            await asyncio.to_thread(etcd.ctl, root, "snapshot", "save", str(tmp_path / "s"))
+            for number in range(10):
+                await put(etcd, "a/k", f"lost {number}")
+            old = await open_watch(client, b"a/", b"a0", 2, [("token", await token_of(client, "u1"))])
+            await until_async(lambda: old.values[-1:] == [b"lost 9"], "the past")
+            await asyncio.to_thread(etcd.stop)
+            await asyncio.to_thread(restore, etcd, tmp_path / "s")
+            await asyncio.to_thread(etcd.start)
+            if own is None:
+                assert (await old.raw.end())[0] == Status.UNAVAILABLE
+                # At once, as clients do: within the time that a trunk lingers.
+                again = await open_watch(client, b"a/", b"a0", 2, [("token", await token_of(client, "u1"))])
+                await put(etcd, "a/k", "new")
+                await until_async(lambda: again.values[-1:] == [b"new"], "an event of the restored store")
+                assert not [value for value in again.values if value.startswith(b"lost")]
+            else:
+                await until_async(lambda: old.responses[-1].canceled, "the cancel")
+                assert old.responses[-1].cancel_reason == STORE_WENT_BACK
+            assert proxy.engine.stats.went_back == 1
 
     run(scenario())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,19 +67,27 @@ class FakeReader:
         self.linearizable = True
         self.reads: list[Asked] = []
         self.refuses: set[bytes | None] = set()
+        self.observe: Callable[[], Callable[[Header, bool], None]] = lambda: lambda _header, _linearizable: None
 
     def read(
         self,
-        done: Callable[[Header, bool], None],
+        done: Callable[[Header], None],
         asker: Callable[[], Asked | None],
         refused: Callable[[Refusal], None],
     ) -> None:
         while (asked := asker()) is not None:
             self.reads.append(asked)
             if asked == NO_RIGHT or asked.token not in self.refuses:
-                done(self.header, self.linearizable)
+                self.observe()(self.header, self.linearizable)
+                done(self.header)
                 return
             refused(Refusal("no"))
+
+    def prove(self, asked: Asked, wanted: Callable[[], bool]) -> None:
+        assert wanted()
+        self.reads.append(asked)
+        if asked.token not in self.refuses:
+            self.observe()(self.header, self.linearizable)
 
     def check(self, token: Any, key: Any, range_end: Any, decided: Callable[[Any], None], wanted: Any) -> None:
         assert (token, key, range_end) == (None, b"k", b"")
@@ -98,6 +106,7 @@ class FakeUpstream:
         self.newest_revision = 0
         self.ordered_progress = False
         self.leaderless = False
+        self.own_token: bytes | None = None
 
     def store_went_back(self, revision: int) -> None:
         self.told.append(("went back", revision))
@@ -149,9 +158,11 @@ class FakeOutlet:
 class FakeTrunk:
     """An upstream watch as far as the engine looks at it."""
 
-    token = b"t"
     key = b"k"
     range_end = b"l"
+
+    def tokens(self) -> Iterator[bytes | None]:
+        yield b"t"
 
 
 TRUNK: Any = FakeTrunk()

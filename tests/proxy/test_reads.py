@@ -108,11 +108,18 @@ def has(got: Sequence[Outcome], count: int) -> bool:
     return len(got) == count
 
 
+def observed(pool: ScriptedPool, got: list[tuple[Header, bool]]) -> Reader:
+    """Return a reader of which every answer is kept."""
+    reader = Reader(pool)
+    reader.observe = lambda: lambda header, linearizable: got.append((header, linearizable))
+    return reader
+
+
 def test_a_read_is_linearizable_and_asks_for_a_leader() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         got: list[tuple[Header, bool]] = []
-        Reader(pool).read(lambda *answer: got.append(answer), Asked, unexpected)
+        observed(pool, got).read(lambda _: None, Asked, unexpected)
         asked = await pool.count(1)
         assert asked.has_leader
         assert not asked.range.serializable
@@ -131,7 +138,7 @@ def test_without_a_leader_it_is_serializable() -> None:
         pool = ScriptedPool()
         got: list[tuple[Header, bool]] = []
         pool.auto = lambda asked: 7 if asked.range.serializable else CallFailed(Status.UNAVAILABLE, NO_LEADER_TEXT)
-        Reader(pool).read(lambda *answer: got.append(answer), Asked, unexpected)
+        observed(pool, got).read(lambda _: None, Asked, unexpected)
         await until_async(lambda: got, "the answer")
         assert not got[0][1]
         assert [(asked.range.serializable, asked.has_leader) for asked in pool.asked] == [(False, True), (True, False)]
@@ -145,7 +152,7 @@ def test_a_read_is_tried_until_it_works() -> None:
         got: list[tuple[Header, bool]] = []
         failures = [CallFailed(Status.UNAVAILABLE, "gone"), CallFailed(Status.DEADLINE_EXCEEDED, "slow")]
         pool.auto = lambda _: failures.pop(0) if failures else 9
-        Reader(pool).read(lambda *answer: got.append(answer), Asked, unexpected)
+        observed(pool, got).read(lambda _: None, Asked, unexpected)
         await until_async(lambda: got, "the answer")
         assert (got[0][0].revision, got[0][1]) == (9, True)
         assert not any(asked.range.serializable for asked in pool.asked)
@@ -161,8 +168,8 @@ def test_a_refused_read_is_tried_by_another_right(tokens: list[bytes]) -> None:
         askers = [Asked(token, b"k", b"l") for token in tokens]
         got: list[tuple[Header, bool]] = []
         refusals: list[Refusal] = []
-        reader = Reader(pool)
-        reader.read(lambda *answer: got.append(answer), lambda: askers.pop(0) if askers else None, refusals.append)
+        reader = observed(pool, got)
+        reader.read(lambda _: None, lambda: askers.pop(0) if askers else None, refusals.append)
         await until_async(lambda: not reader._tasks, "the read to end")
         assert [header.revision for header, _ in got] == [5] * tokens.count(b"good")
         assert len(refusals) == tokens.count(b"bad")
@@ -176,7 +183,7 @@ def test_a_read_without_any_right_is_not_linearizable() -> None:
         pool = ScriptedPool()
         pool.auto = lambda call: 3 if not call.range.key else DENIED
         got: list[tuple[Header, bool]] = []
-        Reader(pool).read(lambda *answer: got.append(answer), lambda: NO_RIGHT, unexpected)
+        observed(pool, got).read(lambda _: None, lambda: NO_RIGHT, unexpected)
         await until_async(lambda: got, "the answer")
         assert (got[0][0].revision, got[0][1]) == (3, False)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from proto.framing import frame
+from proto.framing import Status, frame
 from proto.http2 import ErrorCode, Limits
 from proto.pb import rpc_pb2
 from tests.etcd.server import free_port
@@ -232,6 +232,26 @@ def test_a_stream_refused_for_good_loses_its_watches_alone(status: int, text: st
                 await until_async(lambda: seen.created(a), "the other watch")
                 assert seen.breaks == 0
                 assert client.watch_count == 1
+
+    run(story())
+
+
+def test_a_create_that_is_never_answered_gives_its_token_up() -> None:
+    """etcd waits for ever when it cannot know a token yet; those of other tokens are not concerned."""
+
+    async def story() -> None:
+        async with scripted() as etcd:
+            answer = etcd.answer_watch
+            etcd.on_watch = lambda call, asked: None if call.metadata.get(b"token") == b"dead" else answer(call, asked)
+            seen = Recorder()
+            dead, good, plain = Opened(b"a", token=b"dead"), Opened(b"b", token=b"good"), Opened(b"c")
+            async with watching(etcd.endpoint, seen, Settings(create_timeout_s=0.2)) as client:
+                for watch in (dead, good, plain):
+                    client.open(watch)
+                await until_async(lambda: seen.losses, "the loss")
+                assert seen.losses == [(dead, Status.UNAUTHENTICATED, "etcdserver: invalid auth token")]
+                assert seen.created(good)
+                assert seen.created(plain)
 
     run(story())
 
