@@ -76,7 +76,7 @@ WATCHES = (
         each=3,
     ),
     Run("compaction 5"),
-    Follow("watch foo --rev=2", 1),
+    Follow("watch foo --rev=2", 2),
     Run("get foo --rev=2"),
 )
 LEASES = (
@@ -124,8 +124,8 @@ USERS = (
     Run("--user=alice:alicepw put pub1 y"),
     Run("--user=root:rootpw put pub1 y"),
     Follow("--user=alice:alicepw watch pub --prefix", 3, (Run("--user=root:rootpw put pub2 z"),), watches=1),
-    Follow("--user=alice:alicepw watch secret", 1),
-    Follow("watch pub1", 1),
+    Follow("--user=alice:alicepw watch secret", 2),
+    Follow("watch pub1", 2),
     Run("--user=root:rootpw user delete alice"),
     Run("--user=root:rootpw auth disable"),
     Run("role delete reader"),
