@@ -38,6 +38,7 @@ def test_the_password_is_never_shown() -> None:
     assert "secret" not in repr(OWN)
 
 
+@pytest.mark.long
 def test_trunks_live_on_when_every_token_has_expired() -> None:
     async def scenario() -> None:
         async with (
@@ -113,7 +114,6 @@ def test_what_the_proxy_may_not_read_its_clients_watch_themselves(etcd: EtcdServ
     run(scenario())
 
 
-@pytest.mark.long
 def test_credentials_while_auth_is_off(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         async with (

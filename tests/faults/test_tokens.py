@@ -184,6 +184,7 @@ def jwt_flags(directory: Path, ttl: str) -> list[str]:
     return [f"--auth-token=jwt,pub-key={public},priv-key={private},sign-method=RS256,ttl={ttl}"]
 
 
+@pytest.mark.long
 def test_signed_tokens_that_are_older_than_the_users(tmp_path: Path) -> None:
     """With signed tokens any change of users makes all older ones useless: refused as etcd does, trunks rotate."""
 
