@@ -74,7 +74,7 @@ class Caller(RawClient):
         """Wait until fewer calls than that are under way. Raises ConnectionError when the server has gone."""
         while len(self._begun) >= in_flight:
             if self.broken:
-                raise ConnectionError("the server broke the connection")
+                raise ConnectionError(f"the server broke the connection: {self.broken}")
             self.turn.clear()
             await self.turn.wait()
 

@@ -215,7 +215,7 @@ class Tally:
 class Crowd:
     """All connections of a case."""
 
-    def __init__(self, case: Case, host: str, port: int) -> None:
+    def __init__(self, case: Case, host: str, port: int, certificate: tuple[str, str]) -> None:
         self.case = case
         self.address = (host, port)
         self.clients: list[Client] = []
@@ -226,6 +226,7 @@ class Crowd:
             self.tls.check_hostname = False
             self.tls.verify_mode = ssl.CERT_NONE
             self.tls.set_alpn_protocols(["h2"])
+            self.tls.load_cert_chain(*certificate)
 
     async def come(self, tally: Tally, start_revision: int = 0) -> None:
         """Open all connections and their streams."""
@@ -249,11 +250,10 @@ class Crowd:
             client.transport.abort()
 
 
-async def watch(case: Case, host: str, port: int, orders: asyncio.StreamReader) -> None:
+async def watch(case: Case, crowd: Crowd, orders: asyncio.StreamReader) -> None:
     """Open everything, say so, wait for all events, say what came."""
     early = case.expected(stamps=True, early=True)
     tally = Tally(case.watch_count, early, early + case.expected(stamps=True))
-    crowd = Crowd(case, host, port)
     started = time.monotonic()
     await crowd.come(tally, 2 if case.kind is Kind.CATCH_UP else 0)
     ready = await tally.all_came(tally.complete if case.kind is Kind.CATCH_UP else tally.ready)
@@ -337,12 +337,15 @@ def report(tally: Tally, stamps: int, early: int) -> None:
     )
 
 
-async def run(case: Case, host: str, port: int) -> None:
+async def run(case: Case, host: str, port: int, certificate: tuple[str, str]) -> None:
     """Drive the case."""
     orders = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
-    await (call if case.kind is Kind.CALLS else watch)(case, host, port, orders)
+    if case.kind is Kind.CALLS:
+        await call(case, host, port, orders)
+    else:
+        await watch(case, Crowd(case, host, port, certificate), orders)
 
 
 def say(what: dict[str, Any]) -> None:
@@ -352,4 +355,5 @@ def say(what: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(run(CASES[sys.argv[1]], sys.argv[2], int(sys.argv[3])))
+    name, host, port, certificate, key = sys.argv[1:]
+    uvloop.run(run(CASES[name], host, int(port), (certificate, key)))

@@ -10,6 +10,7 @@ from typing import Any, Self
 from tests.bench.cases import Case, Kind
 from tests.bench.targets import PYTHON, Target
 from tests.etcd.server import HOST, EtcdServer
+from tests.upstream.certificates import Certificates
 from tests.waiting import until
 
 Figures = dict[str, float]
@@ -20,9 +21,10 @@ SETTLED_S = 0.3
 class Load:
     """The load generator, at work on a target."""
 
-    def __init__(self, case: Case, target: Target) -> None:
+    def __init__(self, case: Case, target: Target, files: Certificates) -> None:
+        arguments = [case.name, HOST, str(target.port), files.client_cert, files.client_key]
         self._process = subprocess.Popen(
-            [PYTHON, "-m", "tests.bench.load", case.name, HOST, str(target.port)],
+            [PYTHON, "-m", "tests.bench.load", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -56,7 +58,9 @@ class Load:
 def write(case: Case, etcd: EtcdServer, first: int, count: int, rate: float) -> None:
     """Write straight into etcd."""
     arguments = [case.name, etcd.endpoint, str(first), str(count), str(rate)]
-    subprocess.run([PYTHON, "-m", "tests.bench.writer", *arguments], check=True)
+    ended = subprocess.run([PYTHON, "-m", "tests.bench.writer", *arguments], check=False)
+    if ended.returncode:
+        raise AssertionError("the writer failed")
 
 
 def rest(seconds: float) -> None:
@@ -64,7 +68,7 @@ def rest(seconds: float) -> None:
     subprocess.run(["sleep", str(seconds)], check=True)
 
 
-def measure(case: Case, target: Target, etcd: EtcdServer) -> Figures:
+def measure(case: Case, target: Target, etcd: EtcdServer, files: Certificates) -> Figures:
     """Drive `case` at `target` once and return its figures."""
     if case.behind:
         write(case, etcd, 0, case.behind, 0)
@@ -73,7 +77,7 @@ def measure(case: Case, target: Target, etcd: EtcdServer) -> Figures:
     rest(SETTLED_S)
     figures: Figures = {"base_mib": target.memory_mib()}
     before_s = target.cpu_s()
-    with Load(case, target) as load:
+    with Load(case, target, files) as load:
         ready = load.says()
         if "created" in ready and ready["created"] < case.watch_count:
             raise AssertionError(f"{case.name} at {target.name}: {ready['created']} of {case.watch_count} watches")

@@ -63,6 +63,13 @@ def _started(name: str, command: Sequence[str], port: int) -> Iterator[Target]:
         process.wait()
 
 
+def _tls(case: Case, files: Certificates) -> list[str]:
+    """Return the flags of both proxies. With a certificate alone grpc-proxy does not trust itself, and ends."""
+    if not case.tls:
+        return []
+    return [f"--cert-file={files.server_cert}", f"--key-file={files.server_key}", f"--trusted-ca-file={files.ca}"]
+
+
 @contextmanager
 def direct(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
     """Yield etcd itself."""
@@ -89,12 +96,10 @@ def peer(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
         *(str(etcd.binary.etcd), "grpc-proxy", "start"),
         f"--endpoints={etcd.endpoint}",
         f"--listen-addr={HOST}:{port}",
-    ]
-    if case.tls:
-        command += [f"--cert-file={files.server_cert}", f"--key-file={files.server_key}"]
-    else:
         # It dials this to serve its metrics, and ends when it cannot.
-        command.append(f"--advertise-client-url={HOST}:{port}")
+        f"--advertise-client-url={HOST}:{port}",
+        *_tls(case, files),
+    ]
     with _started("grpc-proxy", command, port) as target:
         yield target
 
@@ -107,9 +112,8 @@ def ours(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
         *(PYTHON, "-m", "proxy.cli", "serve"),
         f"--endpoints={etcd.endpoint}",
         f"--listen-addr={HOST}:{port}",
+        *_tls(case, files),
     ]
-    if case.tls:
-        command += [f"--cert-file={files.server_cert}", f"--key-file={files.server_key}"]
     with _started("watchmux", command, port) as target:
         yield target
 

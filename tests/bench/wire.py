@@ -81,8 +81,8 @@ class RawClient(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.rest = b""
-        self.broken = False
-        """The server reset a stream, went away or closed the connection."""
+        self.broken = ""
+        """How the server reset a stream, went away or closed the connection; empty as long as it did not."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -103,14 +103,14 @@ class RawClient(asyncio.Protocol):
             elif kind == SETTINGS and not flags & ACK:
                 self.transport.write(frame(SETTINGS, ACK, 0, b""))
             elif kind in (RST_STREAM, GOAWAY):
-                self.broken = True
+                self.broken = f"frame {kind} on stream {stream}: {data[start:end]!r}"
         self.rest = data[done:]
 
     def on_frame(self, kind: int, flags: int, stream: int, data: bytes, start: int, end: int) -> None:
         """Take a frame of a stream, data[start:end]."""
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        self.broken = True
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.broken = self.broken or f"connection lost: {exc}"
 
 
 def range_of(index: int) -> tuple[bytes, bytes]:
