@@ -44,7 +44,7 @@ def watch_request(rng: Random, state: StoreState) -> rpc_pb2.WatchCreateRequest:
     return made
 
 
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", range(5))
 def test_random_sequences(pair: Pair, block: int) -> None:
     for seed in range(block * 30, block * 30 + 30):
         pair.run(seed)

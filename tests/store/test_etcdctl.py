@@ -15,6 +15,9 @@ from upstream.store.cluster_service import NO_CLUSTER
 from upstream.store.maintenance_service import NO_LEADER_TO_MOVE, NO_SNAPSHOT
 from upstream.store.server import StoreSettings
 
+LONG = ("users", "leases")
+"""Parts whose calls other tests compare with etcd too."""
+
 NOT_THERE = {
     "snapshot save FILE": NO_SNAPSHOT,
     "move-leader 1": NO_LEADER_TO_MOVE,
@@ -28,7 +31,9 @@ def split(records: list[str]) -> tuple[list[str], dict[str, str]]:
     return [record for record in records if record not in missing.values()], missing
 
 
-@pytest.mark.parametrize("part", TOUR)
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=pytest.mark.long) if part in LONG else part for part in TOUR]
+)
 def test_prints_the_same(part: str, tmp_path: Path) -> None:
     binary = current()
     settings = StoreSettings(metrics_addr="127.0.0.1:0", name="m0")

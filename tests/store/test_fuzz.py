@@ -16,7 +16,7 @@ from proto.pb import rpc_pb2, v3election_pb2, v3lock_pb2
 from tests.store.both import Client, refused
 from tests.store.running import RunningStore
 
-TRIES = 12
+TRIES = 8
 CALL_TIMEOUT_S = 0.4
 """Some calls wait for their turn, or for good: watches, locks, elections."""
 

@@ -113,7 +113,7 @@ def pair() -> Iterator[Pair]:
 
 @pytest.mark.parametrize("block", range(4))
 def test_random_sequences_under_watches(pair: Pair, block: int) -> None:
-    for seed in range(block * 10, block * 10 + 10):
+    for seed in range(block * 6, block * 6 + 6):
         run(pair, seed)
 
 

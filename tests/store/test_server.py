@@ -102,7 +102,7 @@ def test_a_watch_over_the_wire(client: Client) -> None:
 
 
 def test_a_client_that_does_not_read_is_kept_for_and_holds_nobody_up(running: RunningStore, client: Client) -> None:
-    count, value = 600, bytes(50_000)
+    count, value = 300, bytes(100_000)
     slow, quick = Client(running.endpoint), client
     with slow.watch() as late, quick.watch() as prompt:
         for call in (late, prompt):
@@ -158,7 +158,7 @@ def test_an_expired_lease_takes_its_keys_along(client: Client) -> None:
 
 
 def test_a_physical_compaction_is_done_when_it_is_answered(running: RunningStore, client: Client) -> None:
-    for _ in range(3000):
+    for _ in range(600):
         revision = client.kv.Put(rpc_pb2.PutRequest(key=b"old")).header.revision
     client.kv.Compact(rpc_pb2.CompactionRequest(revision=revision, physical=True))
     assert running.store is not None
