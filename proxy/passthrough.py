@@ -10,8 +10,9 @@ slow reader of a 100 MB snapshot holds up nobody but its sender, and no more tha
 for clients that do not read counts against the window of the connection to etcd, which all clients share, and is
 memory: so it has bounds, and a connection that reaches them loses calls.
 
-What no server has looked at is sent again on another connection, once per endpoint; a call that may have been looked at
-never is, since it may be a write. With no upstream reachable a call ends UNAVAILABLE, as a direct client would see it.
+What no server has looked at is sent again on another connection, once per endpoint, and so is a call that only reads
+when its connection breaks before the body of its answer. A call that may have been looked at and may be a write never
+is. With no upstream reachable a call ends UNAVAILABLE, as a direct client would see it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,25 @@ from upstream.connection import ClientConnection, NotSent, UpstreamCall
 from upstream.pool import Pool
 
 GRPC_PREFIX_BYTES = 5
+READING = frozenset(
+    b"/etcdserverpb." + method
+    for method in (
+        b"KV/Range",
+        b"Lease/LeaseTimeToLive",
+        b"Lease/LeaseLeases",
+        b"Cluster/MemberList",
+        b"Maintenance/Status",
+        b"Maintenance/Hash",
+        b"Maintenance/HashKV",
+        b"Auth/AuthStatus",
+        b"Auth/UserGet",
+        b"Auth/UserList",
+        b"Auth/RoleGet",
+        b"Auth/RoleList",
+    )
+)
+"""Calls that change nothing, however often they are made; clientv3 repeats the same ones (client/v3/retry.go)."""
+
 MIB = 1 << 20
 
 
@@ -300,9 +320,11 @@ class Relay:
 
     def on_headers(self, headers: Headers) -> None:
         """Pass the response's head on."""
-        self._answered = True
-        self._forget_request()
-        if not self.done:
+        repeated, self._answered = self._answered, True
+        if not self._reads:
+            self._forget_request()
+        # The client has the head of the answer that broke off before its body; it is as good as this one's.
+        if not self.done and not repeated:
             self.connection.h2.send_headers(self._stream, headers)
             self.connection.touch()
 
@@ -313,6 +335,7 @@ class Relay:
         if self.done:
             call.consumed(flow_size)
             return
+        self._forget_request()
         self._boundary.feed(data)
         if self.connection.h2.send(self._stream, (data,), len(data)):
             call.consumed(flow_size)
@@ -331,7 +354,9 @@ class Relay:
         assert call is not None
         if self.done:
             return
-        if call.unprocessed and self._request is not None and self._tries_left:
+        lost = call.reset_code is None and not trailers
+        harmless = call.unprocessed or (lost and self._request_over and self._reads)
+        if harmless and self._request is not None and self._tries_left:
             self._tries_left -= 1
             self._owner.again(self)
             return
@@ -369,6 +394,10 @@ class Relay:
             self._settle()
         else:
             h2.send_headers(stream, trailers, True)
+
+    @property
+    def _reads(self) -> bool:
+        return any(name == b":path" and value in READING for name, value in self._headers)
 
     def _settle(self) -> int:
         """Count what the client had to read as read; return how much it was."""
