@@ -52,7 +52,7 @@ PROGRAMS = (
     Program(
         "etcd restarts and is compacted",
         (
-            *(Create(), Create(b"quiet", on="quiet"), Put(times=5), Wait(events=5), Restart(), Compact(5)),
+            *(Create(), Create(b"quiet", on="quiet"), Put(times=5), Wait(events=5), Restart(kill=True), Compact(5)),
             *(
                 Resume(),
                 Resume(of="quiet", on="loud"),
