@@ -42,6 +42,10 @@ from proto.http2.streams import Stream
 
 _Handler: TypeAlias = Callable[[Any, bytes, int, int, int, int, list[Event]], None]
 
+# Streams whose windows a SETTINGS may move at the price of another SETTINGS: some client libraries do it a few times,
+# as they learn how wide the way is, and even with all streams open they may.
+STREAMS_PER_SETTINGS = 2_000
+
 _unpack_header = frames.FRAME_HEADER.unpack_from
 _HEADER_BYTES = frames.FRAME_HEADER_BYTES
 
@@ -263,6 +267,9 @@ class Connection(ReceivingHalf):
             try:
                 if value > WINDOW_BYTES_MAX:
                     raise OverflowError
+                if value != self._peer_initial_window:
+                    # It costs a visit to each stream.
+                    self._count(SETTINGS, len(self.streams) // STREAMS_PER_SETTINGS)
                 self._change_initial_window(value)
             except OverflowError:
                 raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "window above 2^31-1") from None

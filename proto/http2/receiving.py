@@ -110,10 +110,10 @@ class ReceivingHalf(SendingHalf):
                 stream.receive_window += stream.unreturned
                 stream.unreturned = 0
 
-    def _count(self, kind: int) -> None:
+    def _count(self, kind: int, weight: int = 1) -> None:
         """Count a frame that brings nothing (10.5). Raises ConnectionFault at the limit."""
         flood = self._flood
-        flood[kind] += 1
+        flood[kind] += weight
         self._forgiving = True
         if flood[kind] > self._flood_max[kind]:
             raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, f"flood: {_FLOOD_NAMES[kind]}")

@@ -165,3 +165,16 @@ def test_the_defaults_let_ten_thousand_streams_come_and_go_at_once() -> None:
     connection.output()
     connection.receive(b"".join(rst(2 * n + 1) for n in range(10_000)))
     assert (connection.closed, connection.open_streams) == (False, 0)
+
+
+def test_settings_that_move_many_windows_weigh_more() -> None:
+    """A visit to each of 20,000 streams is ten times a SETTINGS; the same window again moves nothing."""
+    connection, peer = server(Limits(settings_max=100))
+    for number in range(20_000):
+        connection.receive(peer.request(2 * number + 1))
+    connection.output()
+    for _ in range(20):
+        assert peer.receive(settings({4: 1_000})) == ["settings"]
+    for number in range(6):
+        assert peer.receive(settings({4: 2_000 + number})) == ["settings"]
+    assert peer.receive(settings({4: 5_000})) == ["failed ENHANCE_YOUR_CALM"]

@@ -174,7 +174,8 @@ async def test_bytes_metadata_and_trailers_pass_both_ways(running: Running) -> N
     assert (metadata["x-mine"], metadata["x-mine-bin"], metadata["token"]) == ("1", b"\0\xff", "secret")
     assert str(metadata["user-agent"]).startswith("grpc-python")
     assert remaining is not None
-    assert 0 < remaining <= 5
+    # grpc rounds a deadline up when it sends it.
+    assert 0 < remaining <= 5.1
 
 
 @story
