@@ -1,0 +1,35 @@
+"""Soak the proxy: `python -m tests.soak --minutes 20`. Ends with 1 when anything was lost or leaked."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.proxy.scenario import run
+from tests.soak import report
+from tests.soak.run import soak
+
+OUT = Path(__file__).resolve().parents[2] / "build/soak"
+
+
+def main() -> int:
+    """Run it and tell."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(2)))
+    parser.add_argument("--out", type=Path, default=OUT, help="where report.md, samples.json and memory.svg go")
+    arguments = parser.parse_args()
+    sys.stdout.write(f"seed {arguments.seed}, {arguments.minutes:g} minutes\n")
+    sys.stdout.flush()
+    with tempfile.TemporaryDirectory(prefix="watchmux-soak-") as made:
+        course = soak(arguments.minutes, arguments.seed, Path(made))
+        outcome = run(course, arguments.minutes * 60 * 2 + 900)
+    sys.stdout.write(report.write(outcome, arguments.out) + "\n")
+    return bool(outcome.violations or outcome.leaks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

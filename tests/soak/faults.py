@@ -1,0 +1,148 @@
+"""The faults of a soak, drawn at random: each is done, held for a while, and mended."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+from collections import Counter
+from collections.abc import Awaitable, Callable
+
+import grpc.aio
+
+from proto.pb import rpc_pb2, rpc_pb2_grpc
+from tests.etcd.server import EtcdServer
+from tests.faults.relay import Relay, Way
+from tests.proxy.churn import History
+from tests.proxy_process import ProxyProcess
+
+CALL_S = 20.0
+
+
+class Faults:
+    """What can go wrong, and how often it did."""
+
+    def __init__(
+        self, etcd: EtcdServer, proxy: ProxyProcess, upstream: Relay, clients: Relay, history: History, seed: int
+    ) -> None:
+        self._etcd = etcd
+        self._proxy = proxy
+        self._history = history
+        self._chance = random.Random(seed)
+        self.done: Counter[str] = Counter()
+        self.log: list[tuple[float, str]] = []
+        """(time of the event loop, what)."""
+        self.compactions: list[int] = []
+        self.restarts = True
+        """The proxy itself may be restarted."""
+        away: list[tuple[str, float, Callable[[], Awaitable[None]]]] = [
+            ("etcd stopped and started", 2, self._stop),
+            ("etcd killed and started", 2, self._kill),
+            ("etcd held by SIGSTOP", 1.5, self._hold),
+        ]
+        for name, relay in (("proxy to etcd", upstream), ("clients to proxy", clients)):
+            away += [
+                (f"{name}: cut", 2, self._relayed(relay, "cut")),
+                (f"{name}: delayed", 1, self._relayed(relay, "delay")),
+                (f"{name}: half-open", 1.5, self._relayed(relay, "half-open")),
+                (f"{name}: broken in the middle", 1.5, self._relayed(relay, "break")),
+            ]
+        self._faults = away
+        self._restarting = [
+            ("proxy drained and restarted", 1.5, self._drain),
+            ("proxy killed and restarted", 1.5, self._crash),
+        ]
+
+    async def run(self) -> None:
+        """Do one after the other until cancelled; a fault that was begun is mended."""
+        while True:
+            await asyncio.sleep(self._chance.uniform(0.5, 3.0))
+            faults = self._faults + (self._restarting if self.restarts else [])
+            name, _, fault = self._chance.choices(faults, [weight for _, weight, _ in faults])[0]
+            self._note(name)
+            mending = asyncio.ensure_future(fault())
+            try:
+                await asyncio.shield(mending)
+            except asyncio.CancelledError:
+                await mending
+                raise
+
+    async def tend(self) -> None:
+        """Compact and defragment now and then, whatever else goes on, until cancelled."""
+        async with grpc.aio.insecure_channel(self._etcd.endpoint) as channel:
+            kv, maintenance = rpc_pb2_grpc.KVStub(channel), rpc_pb2_grpc.MaintenanceStub(channel)
+            while True:
+                await asyncio.sleep(self._chance.uniform(1.0, 8.0))
+                try:
+                    if self._chance.random() < 0.3:
+                        await maintenance.Defragment(rpc_pb2.DefragmentRequest(), timeout=CALL_S)
+                        self._note("etcd defragmented")
+                    else:
+                        await self._compact(kv)
+                except grpc.aio.AioRpcError:
+                    continue
+
+    async def _compact(self, kv: rpc_pb2_grpc.KVStub) -> None:
+        # Only what the recorder of the truth has: it must not be compacted itself.
+        revision = self._history.next_revision - 1 - self._chance.choice((0, 50, 500, 2000))
+        if revision > max(self.compactions, default=1):
+            # Noted before: etcd may do it and be killed before it says so.
+            self.compactions.append(revision)
+            await kv.Compact(rpc_pb2.CompactionRequest(revision=revision), timeout=CALL_S)
+            self._note("etcd compacted")
+
+    def _note(self, name: str) -> None:
+        self.done[name] += 1
+        self.log.append((asyncio.get_running_loop().time(), name))
+
+    async def _pause(self, least_s: float, most_s: float) -> None:
+        await asyncio.sleep(self._chance.uniform(least_s, most_s))
+
+    async def _stop(self) -> None:
+        await asyncio.to_thread(self._etcd.stop)
+        await self._pause(0, 2)
+        await asyncio.to_thread(self._etcd.start)
+
+    async def _kill(self) -> None:
+        await asyncio.to_thread(self._etcd.kill)
+        await self._pause(0, 2)
+        await asyncio.to_thread(self._etcd.start)
+
+    async def _hold(self) -> None:
+        assert self._etcd.process is not None
+        self._etcd.process.send_signal(signal.SIGSTOP)
+        await self._pause(0.5, 6)
+        self._etcd.process.send_signal(signal.SIGCONT)
+
+    async def _drain(self) -> None:
+        await asyncio.to_thread(self._proxy.stop)
+        await self._pause(0, 1)
+        await asyncio.to_thread(self._proxy.start)
+
+    async def _crash(self) -> None:
+        await asyncio.to_thread(self._proxy.kill)
+        await self._pause(0, 1)
+        await asyncio.to_thread(self._proxy.start)
+
+    def _relayed(self, relay: Relay, what: str) -> Callable[[], Awaitable[None]]:
+        async def fault() -> None:
+            way = self._chance.choice(list(Way))
+            if what == "cut":
+                relay.cut()
+                await self._pause(0, 2)
+            elif what == "delay":
+                for each in Way:
+                    relay.delay(each, self._chance.uniform(0.005, 0.15))
+                await self._pause(1, 4)
+            elif what == "half-open":
+                if self._chance.random() < 0.5:
+                    relay.half_open()
+                else:
+                    relay.pause(way)
+                await self._pause(0.5, 9)
+            else:
+                relay.break_after(way, self._chance.choice((1, 5, 100, 20_000, 500_000)))
+                await self._pause(0.5, 2)
+            relay.mend()
+
+        return fault

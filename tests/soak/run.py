@@ -1,0 +1,261 @@
+"""The course of a soak: waves of clients with faults, a rest after each, then the verdicts.
+
+Three waves. In the first the proxy itself is restarted as well. Before the second it is started afresh, and stays the
+same process to the end, so that what it holds at rest after the third wave can be compared with what it held after the
+second: memory that a Python process took once and keeps for later is no leak, what grows with use is one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from coalesce.guarantees import Truth, check
+from tests.etcd.server import EtcdServer
+from tests.faults.relay import relay_to
+from tests.proxy.churn import History
+from tests.proxy.running import Etcd
+from tests.proxy_process import ProxyProcess
+from tests.soak import spool
+from tests.soak.client import KINDS, Summary
+from tests.soak.faults import Faults
+from tests.soak.sampling import Sample, Sampler
+
+SHARES = (0.4, 0.2, 0.4)
+"""The parts of the time that the waves take."""
+QUIET_S = 3.0
+"""Without faults at the beginning of a wave."""
+REST_S = 60.0
+SETTLE_S = 150.0
+LEAK_BYTES = 12 << 20
+LEAK_SHARE = 0.15
+"""Memory at rest may grow by the larger of the two between two waves: the allocator's and the garbage collector's."""
+LEAK_DESCRIPTORS = 3
+"""Connections to etcd come and go."""
+KNOBS = (
+    *("--drain=2s", "--linger=1s", "--history-bytes-total-max=8MiB"),
+    *("--dial-keepalive-time=5s", "--dial-keepalive-timeout=2s", "--log-level=warn"),
+)
+EMPTY = ("watches", "sessions", "trunks", "backfills", "lagging", "connections", "history_bytes")
+
+
+@dataclass
+class Outcome:
+    """What a soak found."""
+
+    seed: int
+    seconds: float = 0.0
+    faults: Counter[str] = field(default_factory=Counter)
+    fault_log: list[tuple[float, str]] = field(default_factory=list)
+    watches: int = 0
+    events: int = 0
+    changes: int = 0
+    """What etcd did itself."""
+    acknowledged: int = 0
+    compacted: int = 0
+    """Watches that were told so."""
+    resumed: int = 0
+    endings: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    violations: list[str] = field(default_factory=list)
+    leaks: list[str] = field(default_factory=list)
+    rests: list[Sample] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    log: str = ""
+    """Of the proxy."""
+
+
+class Wave:
+    """One process of clients of each kind."""
+
+    def __init__(self, endpoint: str, directory: Path, seed: int) -> None:
+        self.directory = directory
+        self._endpoint = endpoint
+        self._seed = seed
+        self._processes: dict[str, asyncio.subprocess.Process] = {}
+
+    async def start(self) -> None:
+        """Start the processes."""
+        self.directory.mkdir(parents=True)
+        for kind in KINDS:
+            arguments = ["-m", "tests.soak.client", kind, self._endpoint, str(self.directory), str(self._seed)]
+            pipe = asyncio.subprocess.PIPE
+            self._processes[kind] = await asyncio.create_subprocess_exec(
+                sys.executable, *arguments, stdin=pipe, stdout=pipe
+            )
+
+    async def settle(self, store: Etcd) -> int:
+        """Have writers stop and watchers catch up; return the last revision."""
+        await self._ask("callers", "settle 0")
+        # Watches may begin a little in the future.
+        for number in range(40):
+            revision = await store.put(b"/s/a/00", b"last %d" % number)
+        await asyncio.gather(*(self._ask(kind, f"settle {revision}") for kind in KINDS if kind != "callers"))
+        return revision
+
+    async def _ask(self, kind: str, what: str) -> None:
+        process = self._processes[kind]
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(f"{what}\n".encode())
+        async with asyncio.timeout(SETTLE_S):
+            answer = await process.stdout.readline()
+        assert answer == b"settled\n", f"the {kind} clients ended: {await process.wait()}"
+
+    async def leave(self) -> None:
+        """Let all leave."""
+        for process in self._processes.values():
+            assert process.stdin is not None
+            process.stdin.write(b"leave\n")
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(process.wait() for process in self._processes.values()))
+
+    def kill(self) -> None:
+        """End what is still there."""
+        for process in self._processes.values():
+            if process.returncode is None:
+                process.kill()
+
+
+async def soak(minutes: float, seed: int, directory: Path) -> Outcome:
+    """Run for about so long (and the rests between waves); `directory` takes what clients write down."""
+    outcome = Outcome(seed)
+    started = time.monotonic()
+    with EtcdServer() as etcd:
+        async with relay_to(etcd.client_port) as upstream:
+            proxy = ProxyProcess(upstream.endpoint, KNOBS)
+            await asyncio.to_thread(proxy.__enter__)
+            history = History(etcd.client_port)
+            store = Etcd(etcd.endpoint)
+            try:
+                async with relay_to(proxy.port) as clients:
+                    faults = Faults(etcd, proxy, upstream, clients, history, seed)
+                    await _waves(minutes * 60, directory, outcome, faults, clients.endpoint, proxy, history, store)
+            finally:
+                await history.stop()
+                await store._channel.close()
+                outcome.log = await asyncio.to_thread(proxy.log)
+                await asyncio.to_thread(proxy.__exit__, None, None, None)
+    outcome.seconds = time.monotonic() - started
+    return outcome
+
+
+async def _waves(
+    seconds: float,
+    directory: Path,
+    outcome: Outcome,
+    faults: Faults,
+    endpoint: str,
+    proxy: ProxyProcess,
+    history: History,
+    store: Etcd,
+) -> None:
+    sampler = Sampler(proxy)
+    sampling = asyncio.create_task(sampler.run())
+    zero = asyncio.get_running_loop().time() - sampler.now_s
+    outcome.rests.append(await _rest(sampler))
+    try:
+        for number, share in enumerate(SHARES):
+            if number == 1:
+                faults.restarts = False
+                await asyncio.to_thread(proxy.stop)
+                await asyncio.to_thread(proxy.start)
+                outcome.rests.append(await _rest(sampler))
+            wave = Wave(endpoint, directory / f"wave{number}", outcome.seed + number)
+            try:
+                await wave.start()
+                await _trouble(seconds * share, faults)
+                last = await wave.settle(store)
+                await wave.leave()
+            finally:
+                wave.kill()
+            outcome.rests.append(await _rest(sampler))
+            await history.reach(last)
+            truth = Truth(history.changes, faults.compactions)
+            await asyncio.to_thread(judge, wave.directory, number, truth, last, outcome)
+    finally:
+        sampling.cancel()
+        outcome.samples = sampler.samples
+        outcome.faults = faults.done
+        outcome.fault_log = [(round(at - zero, 2), what) for at, what in faults.log]
+        outcome.changes = len(history.changes)
+    outcome.leaks = leaks(outcome.rests)
+
+
+async def _trouble(seconds: float, faults: Faults) -> None:
+    """Let clients run for so long, with faults after a quiet beginning; all is mended at the end."""
+    await asyncio.sleep(min(QUIET_S, seconds / 4))
+    tasks = [asyncio.create_task(faults.run()), asyncio.create_task(faults.tend())]
+    done, _ = await asyncio.wait(tasks, timeout=max(0.0, seconds - QUIET_S))
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        # Faults end by our cancel alone.
+        task.result()
+
+
+async def _rest(sampler: Sampler) -> Sample:
+    """Wait until the proxy holds nothing for clients any more, or for a minute; return a sample of it."""
+    deadline = time.monotonic() + REST_S
+    while True:
+        await asyncio.sleep(1)
+        sample = await asyncio.to_thread(sampler.take)
+        if time.monotonic() > deadline or not any(sample.gauges[name] for name in EMPTY):
+            return sample
+
+
+def leaks(rests: list[Sample]) -> list[str]:
+    """Return what the proxy holds at rest that it should not: against its own last rest, and against nothing."""
+    found = []
+    for number, rest in enumerate(rests):
+        held = {name: rest.gauges[name] for name in EMPTY if rest.gauges[name]}
+        if held:
+            found.append(f"at rest {number} it holds {held}")
+    for before, after in itertools.pairwise(rests):
+        if before.pid == after.pid and after.descriptors > before.descriptors + LEAK_DESCRIPTORS:
+            found.append(f"descriptors went from {before.descriptors} to {after.descriptors}")
+    before, after = rests[-2], rests[-1]
+    if after.threads > before.threads:
+        found.append(f"threads went from {before.threads} to {after.threads}")
+    if after.memory_bytes > before.memory_bytes + max(LEAK_BYTES, before.memory_bytes * LEAK_SHARE):
+        found.append(f"memory went from {before.memory_bytes >> 20} to {after.memory_bytes >> 20} MiB")
+    if before.pid != after.pid:
+        found.append("the proxy did not live from one rest to the next")
+    return found
+
+
+def judge(directory: Path, number: int, truth: Truth, last: int, outcome: Outcome) -> None:
+    """Have the checkers look at every watch of a wave, and at what writers were told."""
+    identities = {(change.mod_revision, change.key) for change in truth.changes}
+    for kind in KINDS:
+        summary = msgspec.json.decode((directory / f"{kind}.json").read_bytes(), type=Summary)
+        outcome.endings.update(summary.endings)
+        outcome.calls.update(summary.calls)
+        outcome.violations += [f"wave {number}, {kind}: {fault}" for fault in summary.faults]
+        outcome.acknowledged += len(summary.acknowledged)
+        for revision, key in summary.acknowledged:
+            if (revision, key.encode() if isinstance(key, str) else key) not in identities:
+                outcome.violations.append(f"wave {number}: acknowledged put of {key!r} at {revision} is not there")
+        path = directory / f"{kind}.spool"
+        for life in spool.read(path):
+            _judge_life(life, truth, last, f"wave {number}, {kind}", outcome)
+        path.unlink()
+
+
+def _judge_life(life: spool.Life, truth: Truth, last: int, where: str, outcome: Outcome) -> None:
+    outcome.watches += 1
+    outcome.events += life.events
+    records = life.log.records
+    outcome.resumed += sum(isinstance(record, spool.Opened) for record in records[1:])
+    outcome.compacted += sum(isinstance(record, spool.Canceled) and record.compact_revision > 0 for record in records)
+    found = check(life.log, truth, None if life.left else last, safe_headers=True)
+    asked = life.log.asked
+    outcome.violations += [f"{where}, {asked}, {records[0]}: {violation}" for violation in found]

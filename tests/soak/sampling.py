@@ -1,0 +1,99 @@
+"""Samples of the proxy as a process: memory, descriptors, threads, CPU, how late its event loop rings."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import urllib.request
+from pathlib import Path
+
+import msgspec
+
+from tests.proxy_process import HOST, ProxyProcess
+
+DELAY = "watchmux_event_loop_delay_seconds"
+GAUGES = ("watches", "sessions", "trunks", "backfills", "lagging", "connections", "history_bytes", "upstream_streams")
+EVERY_S = 1.0
+
+
+class Sample(msgspec.Struct):
+    """One look at the proxy."""
+
+    at_s: float
+    """Since the start of the run."""
+    pid: int
+    memory_bytes: int
+    descriptors: int
+    threads: int
+    cpu_s: float
+    """Since the start of its process."""
+    loop_delay_s: float = 0.0
+    """An upper bound (a bucket's) of the latest timer since the sample before."""
+    gauges: dict[str, float] = {}
+    counters: dict[str, float] = {}
+
+
+def read_metrics(port: int) -> dict[str, float]:
+    """Read the proxy's /metrics."""
+    with urllib.request.urlopen(f"http://{HOST}:{port}/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    samples = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+    return {name: float(value) for name, value in samples}
+
+
+class Sampler:
+    """Looks at the proxy every second, whichever process it is."""
+
+    def __init__(self, proxy: ProxyProcess) -> None:
+        self._proxy = proxy
+        self._started = time.monotonic()
+        self._buckets: dict[str, float] = {}
+        self._pid = 0
+        self.samples: list[Sample] = []
+
+    @property
+    def now_s(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
+    async def run(self) -> None:
+        """Sample until cancelled."""
+        while True:
+            # Between two processes, or one that is just ending, there is nothing to see.
+            with contextlib.suppress(OSError, AssertionError, AttributeError, ValueError, IndexError):
+                self.samples.append(await asyncio.to_thread(self.take))
+            await asyncio.sleep(EVERY_S)
+
+    def take(self) -> Sample:
+        """Look once. Raises OSError when the proxy is away."""
+        process = self._proxy.process
+        assert process is not None
+        home = Path(f"/proc/{process.pid}")
+        status = dict(line.split(":", 1) for line in (home / "status").read_text().splitlines())
+        sample = Sample(
+            round(self.now_s, 2),
+            process.pid,
+            self._proxy.memory_bytes(),
+            len(list((home / "fd").iterdir())),
+            int(status["Threads"]),
+            self._proxy.cpu_s(),
+        )
+        metrics = read_metrics(self._proxy.metrics_port)
+        sample.loop_delay_s = self._delay(process.pid, metrics)
+        sample.gauges = {name: metrics[f"watchmux_{name}"] for name in GAUGES}
+        sample.counters = {
+            name.removeprefix("watchmux_"): value
+            for name, value in metrics.items()
+            if name.startswith("watchmux_") and name.endswith("_total")
+        }
+        return sample
+
+    def _delay(self, pid: int, metrics: dict[str, float]) -> float:
+        now = {name: value for name, value in metrics.items() if name.startswith(f"{DELAY}_bucket")}
+        before = self._buckets if pid == self._pid else {}
+        self._buckets, self._pid = now, pid
+        news = {name: value - before.get(name, 0.0) for name, value in now.items()}
+        most = max(news.values(), default=0.0)
+        bounds = [float(name.split('"')[1]) for name, value in news.items() if value >= most]
+        return min(bounds, default=0.0) if most else 0.0
