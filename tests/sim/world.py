@@ -136,7 +136,8 @@ class World:
             member.restore()
         for client in self.clients:
             for watch in client.watches:
-                watch.went_back(revision, live=client.session is not None and not watch.canceled)
+                session = client.session
+                watch.went_back(revision, session is not None and session.ended is None and not watch.canceled)
             if client.session is not None:
                 client.session.store_went_back(revision)
         kept = {id(watch) for client in self.clients for watch in client.watches}
