@@ -165,6 +165,27 @@ def test_a_physical_compaction_is_done_when_it_is_answered(running: RunningStore
     assert sum(record.key == b"old" for record in running.store.state.mvcc.index.records()) == 1
 
 
+def test_the_hash_is_that_of_what_a_compaction_keeps(running: RunningStore, client: Client) -> None:
+    maintenance = rpc_pb2_grpc.MaintenanceStub(client.channel)
+    for at in range(50):
+        revision = client.kv.Put(rpc_pb2.PutRequest(key=b"hashed/%d" % (at % 5))).header.revision
+
+    def hashed(upto: int) -> tuple[int, int]:
+        response = maintenance.HashKV(rpc_pb2.HashKVRequest(revision=upto), timeout=5)
+        assert response.hash_revision == upto
+        return response.hash, response.compact_revision
+
+    before = hashed(revision)
+    assert hashed(revision) == before != hashed(revision - 1)
+    assert running.store is not None
+    running.store.state.mvcc.compact(revision - 3)
+    decided = hashed(revision)
+    assert decided != before
+    while not running.store.state.mvcc.compact_step(1):
+        assert hashed(revision) == decided
+    assert hashed(revision) == decided
+
+
 def test_health_and_reflection(client: Client) -> None:
     health = health_pb2_grpc.HealthStub(client.channel)
     for service in ("", "etcdserverpb.KV", "etcdserverpb.Watch"):

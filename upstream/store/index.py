@@ -118,6 +118,14 @@ def record_at(history: list[Record], revision: int) -> Record | None:
     return None if record.deleted else record
 
 
+def _first_kept(history: list[Record], revision: int) -> int:
+    """Return the place of the first record that a compaction at a revision keeps; see KeyIndex.compact."""
+    place = bisect_right(history, revision, key=_mod_revision) - 1
+    if place < 0:
+        return 0
+    return place + 1 if history[place].deleted and history[place].mod_revision < revision else place
+
+
 class KeyIndex:
     """Every key's history, by key and in order of keys."""
 
@@ -192,11 +200,7 @@ class KeyIndex:
         history = self._histories.get(key)
         if history is None:
             return []
-        keep = bisect_right(history, revision, key=_mod_revision) - 1
-        if keep < 0:
-            return []
-        if history[keep].deleted and history[keep].mod_revision < revision:
-            keep += 1
+        keep = _first_kept(history, revision)
         dropped = history[:keep]
         del history[:keep]
         if not history:
@@ -210,8 +214,9 @@ class KeyIndex:
             if not history[-1].deleted:
                 yield history[-1]
 
-    def records(self) -> Iterator[Record]:
-        """Yield every record, in order of keys and revisions."""
+    def records(self, compact_revision: int = 0) -> Iterator[Record]:
+        """Yield every record, in order of keys and revisions, but for those that a compaction drops."""
         for keys in self._keys.slices(b"", FROM_KEY):
             for key in keys:
-                yield from self._histories[key]
+                history = self._histories[key]
+                yield from history[_first_kept(history, compact_revision) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 
 import grpc
@@ -20,6 +21,9 @@ VERSION = "3.5.30"
 
 EMPTY_BYTES = 20 * 1024
 """The size an empty store reports: etcd's empty database has five pages, and 0 looks like a missing answer."""
+
+HASH_RECORDS_PER_STEP = 1000
+"""Records hashed between two turns of the event loop: a few milliseconds."""
 
 NO_SNAPSHOT = "the bundled store has no bolt database to send: copy its --data-dir, or read the keys with Range"
 NO_LEADER_TO_MOVE = "the bundled store is a single member: there is no other to lead"
@@ -77,7 +81,7 @@ class MaintenanceService:
 
     async def hash(self, _request: rpc_pb2.HashRequest, _user: str | None) -> rpc_pb2.HashResponse:
         """Answer Hash."""
-        response = rpc_pb2.HashResponse(hash=self._hash(self._state.mvcc.revision))
+        response = rpc_pb2.HashResponse(hash=await self._hash(self._state.mvcc.revision))
         self._state.fill(response.header)
         return response
 
@@ -90,15 +94,14 @@ class MaintenanceService:
         if revision > mvcc.revision:
             raise StoreError(errors.FUTURE_REVISION)
         revision = revision or mvcc.revision
-        response = rpc_pb2.HashKVResponse(
-            hash=self._hash(revision), compact_revision=mvcc.compact_revision, hash_revision=revision
-        )
+        response = rpc_pb2.HashKVResponse(compact_revision=mvcc.compact_revision, hash_revision=revision)
+        response.hash = await self._hash(revision)
         self._state.fill(response.header)
         return response
 
-    def _hash(self, revision: int) -> int:
+    async def _hash(self, revision: int) -> int:
         """
-        Hash the records up to a revision, in order of revision.
+        Hash the records up to a revision that compaction keeps, in order of revision; calls go first in between.
 
         CRC-32 instead of etcd's CRC-32C: the values only have to agree between members of one cluster.
         """
@@ -107,7 +110,12 @@ class MaintenanceService:
         def place(record: Record) -> tuple[int, int]:
             return record.mod_revision, record.sub_revision
 
+        records = sorted(
+            (r for r in mvcc.index.records(mvcc.compact_revision) if r.mod_revision <= revision), key=place
+        )
         value = 0
-        for record in sorted((r for r in mvcc.index.records() if r.mod_revision <= revision), key=place):
-            value = zlib.crc32(key_value(record).SerializeToString(deterministic=True), value)
+        for start in range(0, len(records), HASH_RECORDS_PER_STEP):
+            for record in records[start : start + HASH_RECORDS_PER_STEP]:
+                value = zlib.crc32(key_value(record).SerializeToString(deterministic=True), value)
+            await asyncio.sleep(0)
         return value
