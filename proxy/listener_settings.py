@@ -6,6 +6,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from proto.http2 import Limits
+from proto.http2.receiving import FLOOD_NAMES
+
+CUT_OFF_REASONS = ("too_many_pings", "flood: CONTINUATION", *(f"flood: {name}" for name in FLOOD_NAMES))
+"""Why a connection may be cut off, beside the errors of HTTP/2."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,7 +74,7 @@ class ListenerStats:
     handshakes_failed: int = 0
     """TLS handshakes that came to nothing, or took too long."""
 
-    cut_off: Counter[str] = field(default_factory=Counter)
+    cut_off: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(CUT_OFF_REASONS, 0)))
     """Why they failed: the flood, or the name of the HTTP/2 error."""
 
     timed_out: int = 0

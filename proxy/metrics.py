@@ -29,6 +29,7 @@ GAUGES = {
     "queued": "Client watches that wait for a backfill now.",
     "connection_streams": "Streams open now on the client connection that has the most.",
     "connection_sessions": "Watch streams open now on the client connection that has the most.",
+    "unread_bytes": "Bytes of passed-through answers that wait for their clients to read on.",
     "calls_waiting": "Passed-through calls that wait for a connection to etcd now.",
     "upstream_streams": "Watch streams open at etcd now.",
     "history_bytes": "Bytes of recent events kept for replay.",
@@ -41,6 +42,7 @@ COUNTERS = {
     "connections_http1_total": "Client connections that spoke HTTP/1 and were handed to etcd.",
     "connections_failed_total": "Client connections ended by an error of the client's, floods included.",
     "connections_timed_out_total": "Client connections closed because they were silent or did not answer a ping.",
+    "handshakes_failed_total": "TLS handshakes of clients that came to nothing or took too long.",
     "requests_total": "Client streams (calls and watches) opened.",
     "written_bytes_total": "Bytes written to clients.",
     "creates_total": "Watches that clients asked for.",
@@ -60,6 +62,7 @@ COUNTERS = {
     "calls_total": "Calls passed through to etcd.",
     "calls_resent_total": "Passed-through calls sent again because no server had looked at them.",
     "calls_unavailable_total": "Passed-through calls ended UNAVAILABLE because no etcd could take them.",
+    "calls_unread_total": "Passed-through calls reset because their client left too much of the answers unread.",
     "calls_broken_total": "Passed-through calls whose connection to etcd broke under them.",
     "upstream_received_bytes_total": "Bytes of watch streams received from upstream.",
     "upstream_opened_total": "Upstream watches opened.",
@@ -148,6 +151,12 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
         "watchmux_limit_refusals_total",
         "Connections, streams and watches refused or ended, by the limit that was reached.",
         snapshot.refusals_total,
+    )
+    yield _by(
+        "reason",
+        "watchmux_connections_cut_off_total",
+        "Client connections ended by an error of the client's, by what it was: a flood, or an error of HTTP/2.",
+        snapshot.cut_off_total,
     )
     yield _by(
         "limit",

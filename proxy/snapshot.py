@@ -57,11 +57,13 @@ class Snapshot(msgspec.Struct, kw_only=True):
     connections_http1_total: int = 0
     connections_failed_total: int = 0
     connections_timed_out_total: int = 0
+    handshakes_failed_total: int = 0
     requests_total: int = 0
     written_bytes_total: int = 0
     creates_total: int = 0
     creates_refused_total: int = 0
     refusals_total: dict[str, int] = {}
+    cut_off_total: dict[str, int] = {}
     """What was refused or ended at a limit, by the limit's name."""
     evictions_total: dict[str, int] = {}
     """Responses dropped from history, by the limit that did it."""
@@ -83,6 +85,8 @@ class Snapshot(msgspec.Struct, kw_only=True):
     calls_resent_total: int = 0
     calls_unavailable_total: int = 0
     calls_broken_total: int = 0
+    calls_unread_total: int = 0
+    unread_bytes: int = 0
     upstream_received_bytes_total: int = 0
     upstream_opened_total: int = 0
     upstream_paused_total: int = 0
@@ -146,6 +150,7 @@ class Source:
             connections_http1_total=listener.http1,
             connections_failed_total=listener.failed,
             connections_timed_out_total=listener.timed_out,
+            handshakes_failed_total=listener.handshakes_failed,
             requests_total=listener.requests,
             written_bytes_total=listener.written_bytes,
             creates_total=core.creates,
@@ -155,6 +160,7 @@ class Source:
                 "sessions_per_connection_max": proxy.watches.refused,
                 **core.refused_at,
             },
+            cut_off_total=dict(listener.cut_off),
             evictions_total=dict(core.evicted_at),
             cancels_total=core.cancels,
             compacted_total=core.compacted,
@@ -179,6 +185,8 @@ class Source:
             calls_resent_total=passed.resent,
             calls_unavailable_total=passed.unavailable,
             calls_broken_total=passed.broken,
+            calls_unread_total=passed.unread,
+            unread_bytes=passed.unread_bytes,
             upstream_received_bytes_total=proxy.upstream.received_bytes,
             upstream_opened_total=core.upstreams_opened,
             upstream_paused_total=engine.upstream_paused,

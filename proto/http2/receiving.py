@@ -26,7 +26,7 @@ EMPTY_DATA = 3
 TINY_UPDATES = 4
 IGNORED = 5
 PAUSED_REQUESTS = 6
-_FLOOD_NAMES = (
+FLOOD_NAMES = (
     "streams ended badly",
     "PING",
     "SETTINGS",
@@ -79,7 +79,7 @@ class ReceivingHalf(SendingHalf):
         self._last_id = 0
         # The highest id we take from the peer; lowered by the second step of going away.
         self._last_accepted = WINDOW_BYTES_MAX
-        self._flood = [0] * len(_FLOOD_NAMES)
+        self._flood = [0] * len(FLOOD_NAMES)
         self._flood_max = (
             limits.resets_max,
             limits.pings_max,
@@ -116,7 +116,7 @@ class ReceivingHalf(SendingHalf):
         flood[kind] += weight
         self._forgiving = True
         if flood[kind] > self._flood_max[kind]:
-            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, f"flood: {_FLOOD_NAMES[kind]}")
+            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, f"flood: {FLOOD_NAMES[kind]}")
 
     def _forgive(self) -> None:
         flood = self._flood

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from proxy.pings import IDLE_MIN_S, PingPolicy
@@ -59,7 +61,7 @@ def test_a_client_that_pings_without_end_is_told_why(etcd: EtcdServer, with_stre
             bad.flush()
             await until_async(lambda: bad.lost, "the end")
             assert (bad.goaways[-1].error_code, bad.goaways[-1].additional_data) == (11, b"too_many_pings")
-            assert proxy.listener.stats.cut_off == {"too_many_pings": 1}
+            assert +proxy.listener.stats.cut_off == Counter(["too_many_pings"])
             for number in range(20):
                 good.h2.ping(b"%08d" % number)
                 good.flush()
