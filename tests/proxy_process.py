@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -63,8 +64,11 @@ class ProxyProcess:
         assert self.process is not None
         if self.process.poll() is not None:
             raise AssertionError(f"the proxy ended with {self.process.returncode}:\n{self.log()[-2000:]}")
-        with socket.socket() as probe:
-            return probe.connect_ex((HOST, self.port)) == 0
+        for port in (self.port, self.metrics_port):
+            with socket.socket() as probe:
+                if probe.connect_ex((HOST, port)) != 0:
+                    return False
+        return True
 
     def log(self) -> str:
         """What it has logged so far."""
@@ -82,6 +86,12 @@ class ProxyProcess:
         """End it as a crash would."""
         if self.process is not None:
             self.stop(signal.SIGKILL)
+
+    def metric(self, name: str) -> float:
+        """Return a metric without labels."""
+        with urllib.request.urlopen(f"http://{HOST}:{self.metrics_port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
     def cpu_s(self) -> float:
         """Return the user and system CPU seconds it has used."""
