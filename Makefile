@@ -7,7 +7,7 @@ KEYS ?= 100000
 MINUTES ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench bench-store check sim etcds proto clean
+.PHONY: help demo test test-all bench bench-store check sim soak etcds proto clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ bench-store: $(VENV)/.installed-dev  ## the bundled store with KEYS=n keys: star
 
 sim: $(VENV)/.installed-dev  ## SEEDS=n seeds of the simulator
 	$(BIN)/python -m tests.sim SEEDS=$(SEEDS)
+
+soak: $(VENV)/.installed-bench etcds  ## MINUTES=n of clients and faults at random: guarantees and leaks; build/soak/report.md
+	GRPC_ENABLE_FORK_SUPPORT=0 $(BIN)/python -m tests.soak --minutes $(MINUTES) $(ARGS)
 
 etcds: $(VENV)/.installed-dev  ## fetch the real etcds and client libraries that the tests run against
 	@$(BIN)/python -m tests.etcd.binaries

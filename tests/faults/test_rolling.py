@@ -1,0 +1,165 @@
+"""Two proxies behind one address list, restarted one after the other: real clients move over and lose nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2
+
+from coalesce.guarantees import check
+from proto.framing import Status
+from proxy.load.judge import read_truth
+from proxy.watch import DRAIN_SLICE_SESSIONS
+from tests.etcd.binaries import EtcdBinary, etcds
+from tests.etcd.server import EtcdServer
+from tests.faults.scene import PREFIX, PREFIX_END, Writer
+from tests.proxy.raw_client import RawClient
+from tests.proxy.scenario import run
+from tests.proxy_process import ProxyProcess
+from tests.soak import spool
+from tests.soak.watcher import CHANNEL, Habits, Seen, Stream
+from tests.waiting import until, until_async
+
+DRAIN = ["--drain=2s", "--log-level=warn"]
+STREAMS = 6
+
+
+@asynccontextmanager
+async def grpc_watches(target: str, path: Path, policy: str) -> AsyncIterator[list[Stream]]:
+    """Yield watches of grpc's own client on one channel, which resume as clientv3's do."""
+    options = (*CHANNEL, ("grpc.lb_policy_name", policy))
+    records, seen = spool.Spool(path), Seen()
+    async with grpc.aio.insecure_channel(target, options=options) as channel:
+        streams = []
+        for number in range(STREAMS):
+            plan = spool.WatchPlan(PREFIX, PREFIX_END, start_revision=number % 2, prev_kv=number % 3 == 0)
+            streams.append(Stream(channel, records, seen, Habits(), lambda plan=plan: plan))  # type: ignore[misc]  # bound
+            streams[-1].add()
+        tasks = [asyncio.create_task(stream.run()) for stream in streams]
+        yield streams
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    records.close()
+    assert not seen.faults
+
+
+@contextlib.contextmanager
+def etcdctl_watch(binary: EtcdBinary, endpoints: str, out: Path) -> Iterator[None]:
+    """Run `etcdctl watch` of everything from revision 1 on."""
+    with out.open("wb") as file:
+        command = [binary.etcdctl, f"--endpoints={endpoints}", "watch", "--prefix", PREFIX.decode(), "--rev=1"]
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.DEVNULL, env={"ETCDCTL_API": "3"})
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def printed(out: Path) -> list[str]:
+    """Return the values of the puts that etcdctl has printed."""
+    return out.read_text().splitlines()[2::3]
+
+
+async def _judge(streams: list[Stream], path: Path, etcd: EtcdServer, last: int) -> list[str]:
+    truth = await read_truth(etcd.endpoint, PREFIX, 1, last)
+    lives = list(spool.read(path))
+    assert len(lives) == len(streams)
+    found = [check(life.log, truth, last, safe_headers=True) for life in lives]
+    assert found == [[]] * len(lives)
+    opened = [sum(isinstance(record, spool.Opened) for record in life.log.records) for life in lives]
+    assert all(number >= 2 for number in opened), "nobody had to move"
+    return [change.value.decode() for change in truth.changes]
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["round_robin", pytest.param("pick_first", marks=pytest.mark.long)],
+)
+def test_rolling_restart(etcd: EtcdServer, policy: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        binary = etcds()[0]
+        with ProxyProcess(etcd.endpoint, DRAIN) as first, ProxyProcess(etcd.endpoint, DRAIN) as second:
+            both = f"{first.endpoint},{second.endpoint}"
+            writer = Writer(etcd.endpoint)
+            await writer.more(20)
+            async with grpc_watches(f"ipv4:{both}", tmp_path / "spool", policy) as streams:
+                with etcdctl_watch(binary, both, tmp_path / "printed"):
+                    await writer.more(20)
+                    for proxy in (first, second):
+                        assert await asyncio.to_thread(proxy.stop) == 0
+                        await writer.more(20)
+                        await asyncio.to_thread(proxy.start)
+                        await writer.more(20)
+                    last = await writer.stop()
+                    await _wait_all(streams, last)
+                    await asyncio.to_thread(
+                        until, lambda: len(printed(tmp_path / "printed")) >= last - 1, "etcdctl to have all", 15
+                    )
+            expected = await _judge(streams, tmp_path / "spool", etcd, last)
+            assert printed(tmp_path / "printed") == expected
+
+    run(scenario())
+
+
+async def _wait_all(streams: list[Stream], last: int) -> None:
+    for stream in streams:
+        await until_async(lambda s=stream: s.has_all(last), "a stream to have all", 15)  # type: ignore[misc]  # bound
+
+
+class _Witness(RawClient):
+    """Notes, when the first watch has ended, what it was told before: frame by frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: tuple[int, int] | None = None
+        """Messages of the health stream, GOAWAYs."""
+        self.left = 0
+        """Watches that were still there when the first piece with an end in it was read."""
+        self._rest = b""
+
+    def data_received(self, data: bytes) -> None:
+        self._rest += data
+        while len(self._rest) >= 9 and len(self._rest) >= (size := 9 + int.from_bytes(self._rest[:3], "big")):
+            frame, self._rest = self._rest[:size], self._rest[size:]
+            super().data_received(frame)
+            self._look()
+        if self.told is not None and not self.left:
+            self.left = sum(stream.status is None for stream in self.streams.values())
+
+    def _look(self) -> None:
+        health, *watches = self.streams.values()
+        if self.told is None and any(each.status is not None for each in watches):
+            self.told = len(health.messages), len(self.goaways)
+
+
+def test_a_drain_is_announced_before_anybody_is_sent_away(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        with ProxyProcess(etcd.endpoint, DRAIN) as proxy:
+            async with await _Witness.connect(proxy.port) as client:
+                health = client.call("/grpc.health.v1.Health/Watch")
+                health.send(health_pb2.HealthCheckRequest().SerializeToString(), end=True)
+                await health.next()
+                streams = [client.watch() for _ in range(3 * DRAIN_SLICE_SESSIONS)]
+                for stream in streams:
+                    stream.create(PREFIX, PREFIX_END)
+                    await stream.created()
+                before = len(health.messages)
+                assert await asyncio.to_thread(proxy.stop) == 0
+                for stream in streams:
+                    assert (await stream.raw.end())[0] == Status.UNAVAILABLE
+                states = [health_pb2.HealthCheckResponse.FromString(message).status for message in health.messages]
+                assert states[before:] == [health_pb2.HealthCheckResponse.NOT_SERVING]
+                assert client.goaways[0].last_stream_id == 2**31 - 1
+                assert client.told == (before + 1, 1)
+                assert client.left > DRAIN_SLICE_SESSIONS, "all at once"
+
+    run(scenario())

@@ -1,0 +1,116 @@
+"""An etcd whose quota is used up: writes are refused in etcd's own words, watches go on, and it recovers.
+
+And the two things an administrator does against it, compaction and defragmentation, under load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import grpc
+import grpc.aio
+import pytest
+
+from proto.pb import rpc_pb2, rpc_pb2_grpc
+from tests.etcd.server import EtcdServer
+from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch, straight
+from tests.proxy.raw_client import RawClient
+from tests.proxy.running import Etcd, proxy_for
+from tests.proxy.scenario import run
+
+QUOTA_BYTES = 2 << 20
+
+
+@pytest.fixture
+def small(etcd_binary: object) -> Iterator[EtcdServer]:
+    """An etcd with room for little."""
+    del etcd_binary
+    with EtcdServer(extra=[f"--quota-backend-bytes={QUOTA_BYTES}"]) as server:
+        yield server
+
+
+async def _refusal(store: Etcd) -> tuple[object, str | None]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await store.put(PREFIX + b"more", b"x" * 1000)
+    return caught.value.code(), caught.value.details()
+
+
+async def _fill(store: Etcd) -> int:
+    """Put until etcd takes no more; return the last revision."""
+    revision = 0
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        for number in range(100):
+            revision = await store.put(PREFIX + b"%d" % (number % 3), b"x" * 200_000)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    return revision
+
+
+def test_writes_are_refused_as_by_etcd_and_watches_go_on(small: EtcdServer) -> None:
+    async def scenario() -> None:
+        async with (
+            proxy_for(small) as proxy,
+            straight(small.endpoint) as direct,
+            straight(f"127.0.0.1:{proxy.port}") as through,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            early = [(await open_watch(client, PREFIX, PREFIX_END, start), start) for start in (0, 1)]
+            full = await _fill(through)
+            refused = await _refusal(direct)
+            assert await _refusal(through) == refused
+            assert refused == (grpc.StatusCode.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded")
+            assert proxy.health.serving
+            late = [(await open_watch(client, PREFIX, PREFIX_END, start), start) for start in (0, 1, full)]
+            # Deletes are allowed while the alarm lasts, and are seen.
+            gone = await through.delete(PREFIX + b"0")
+            await all_kept(early + late, small.endpoint, gone)
+            await through.compact(gone)
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{proxy.port}") as channel:
+                maintenance = rpc_pb2_grpc.MaintenanceStub(channel)
+                alarms = (await maintenance.Alarm(rpc_pb2.AlarmRequest())).alarms
+                assert [alarm.alarm for alarm in alarms] == [rpc_pb2.NOSPACE]
+                await maintenance.Defragment(rpc_pb2.DefragmentRequest())
+                off = rpc_pb2.AlarmRequest.DEACTIVATE
+                for alarm in alarms:
+                    request = rpc_pb2.AlarmRequest(action=off, memberID=alarm.memberID, alarm=alarm.alarm)
+                    await maintenance.Alarm(request)
+            again = await through.put(PREFIX + b"0", b"room")
+            for stream, _ in early + late:
+                while (await stream.next()).header.revision < again:
+                    pass
+                assert stream.values[-1] == b"room"
+
+    run(scenario())
+
+
+def test_compaction_and_defragmentation_under_load(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        async with (
+            proxy_for(etcd) as proxy,
+            straight(etcd.endpoint) as store,
+            await RawClient.connect(proxy.port) as client,
+            grpc.aio.insecure_channel(f"127.0.0.1:{proxy.port}") as channel,
+        ):
+            first = await store.put(PREFIX + b"0", b"before")
+            writer = Writer(etcd.endpoint)
+            streams = [await open_watch(client, PREFIX, PREFIX_END, first) for _ in range(10)]
+            got: list[list[int]] = []
+            maintenance = rpc_pb2_grpc.MaintenanceStub(channel)
+            for _ in range(4):
+                await writer.more(50)
+                compacting = asyncio.create_task(store.compact(writer.last - 10))
+                await maintenance.Defragment(rpc_pb2.DefragmentRequest())
+                await compacting
+            await writer.more(20)
+            last = await writer.stop()
+            for stream in streams:
+                revisions: list[int] = []
+                while not revisions or revisions[-1] < last:
+                    response = await stream.next()
+                    assert not response.canceled
+                    revisions += [event.kv.mod_revision for event in response.events]
+                got.append(revisions)
+            # Each put is a revision of its own: nothing is missing, nothing came twice.
+            assert got == [list(range(first, last + 1))] * len(streams)
+
+    run(scenario())
