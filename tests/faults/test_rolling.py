@@ -11,9 +11,9 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]  # ships none
 
-from coalesce.guarantees import check
+from coalesce.guarantees import Opened, check
 from proto.framing import Status
 from proxy.load.judge import read_truth
 from proxy.watch import DRAIN_SLICE_SESSIONS
@@ -55,7 +55,7 @@ async def grpc_watches(target: str, path: Path, policy: str) -> AsyncIterator[li
 def etcdctl_watch(binary: EtcdBinary, endpoints: str, out: Path) -> Iterator[None]:
     """Run `etcdctl watch` of everything from revision 1 on."""
     with out.open("wb") as file:
-        command = [binary.etcdctl, f"--endpoints={endpoints}", "watch", "--prefix", PREFIX.decode(), "--rev=1"]
+        command = [str(binary.etcdctl), f"--endpoints={endpoints}", "watch", "--prefix", PREFIX.decode(), "--rev=1"]
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.DEVNULL, env={"ETCDCTL_API": "3"})
     try:
         yield
@@ -75,7 +75,7 @@ async def _judge(streams: list[Stream], path: Path, etcd: EtcdServer, last: int)
     assert len(lives) == len(streams)
     found = [check(life.log, truth, last, safe_headers=True) for life in lives]
     assert found == [[]] * len(lives)
-    opened = [sum(isinstance(record, spool.Opened) for record in life.log.records) for life in lives]
+    opened = [sum(isinstance(record, Opened) for record in life.log.records) for life in lives]
     assert all(number >= 2 for number in opened), "nobody had to move"
     return [change.value.decode() for change in truth.changes]
 

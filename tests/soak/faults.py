@@ -82,7 +82,7 @@ class Faults:
                 except grpc.aio.AioRpcError:
                     continue
 
-    async def _compact(self, kv: rpc_pb2_grpc.KVStub) -> None:
+    async def _compact(self, kv: rpc_pb2_grpc.KVAsyncStub) -> None:
         # Only what the recorder of the truth has: it must not be compacted itself.
         revision = self._history.next_revision - 1 - self._chance.choice((0, 50, 500, 2000))
         if revision > max(self.compactions, default=1):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from coalesce.guarantees import Truth, check
+from coalesce.guarantees import Canceled, Opened, Truth, check
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import relay_to
 from tests.proxy.churn import History
@@ -254,8 +254,8 @@ def _judge_life(life: spool.Life, truth: Truth, last: int, where: str, outcome: 
     outcome.watches += 1
     outcome.events += life.events
     records = life.log.records
-    outcome.resumed += sum(isinstance(record, spool.Opened) for record in records[1:])
-    outcome.compacted += sum(isinstance(record, spool.Canceled) and record.compact_revision > 0 for record in records)
+    outcome.resumed += sum(isinstance(record, Opened) for record in records[1:])
+    outcome.compacted += sum(isinstance(record, Canceled) and record.compact_revision > 0 for record in records)
     found = check(life.log, truth, None if life.left else last, safe_headers=True)
     asked = life.log.asked
     outcome.violations += [f"{where}, {asked}, {records[0]}: {violation}" for violation in found]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from tests.proxy_process import HOST, ProxyProcess
+from tests.etcd.server import HOST
+from tests.proxy_process import ProxyProcess
 
 DELAY = "watchmux_event_loop_delay_seconds"
 GAUGES = ("watches", "sessions", "trunks", "backfills", "lagging", "connections", "history_bytes", "upstream_streams")
