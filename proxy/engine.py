@@ -5,8 +5,8 @@ The core (`coalesce`) is a value: inputs go in, effects come back. The engine fe
 Inputs never nest: one that arises while effects are carried out waits in the inbox until they are done. So the core
 sees one input after the other, and nobody needs a lock.
 
-The path of an event is `received` -> `Coalescer.received` -> one `Deliver` per variant -> `_deliver`, the only loop
-that runs once per watch and event. It touches slotted objects only, and the bytes it sends are shared.
+The path of an event is `received` -> `Coalescer.received` -> one `Deliver` per variant -> `_deliver`. What runs
+once per watch and event is one loop in `SendingHalf.send_each`; the bytes it sends are shared.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from coalesce.batch import Payload
 from coalesce.core import Coalescer
 from coalesce.effects import (
     CheckPermission,
@@ -35,7 +36,7 @@ from coalesce.effects import (
 from coalesce.inputs import CreateRequest, Granted, Identity, Lost, Refusal
 from coalesce.joining import Read
 from coalesce.limits import Limits
-from coalesce.session import Session
+from coalesce.session import Session, Watch
 from coalesce.source import Upstream
 from proto.framing import Status
 from proto.http2 import Stream
@@ -47,6 +48,12 @@ from upstream.watch_state import OpenedWatch
 
 BULKY_BYTES = 8 * 1024
 """From this size on a payload is not copied for each of the streams that it goes to."""
+
+RUN_WATCHES_MIN = 32
+"""From so many watches on a group is worth to be put in order by connection."""
+
+RUNS_REMEMBERED_MAX = 16
+"""Groups that are remembered in that order; beyond, the one remembered longest is put in order anew."""
 
 log = logs.logger("engine")
 
@@ -84,6 +91,33 @@ class UpstreamWatches(Protocol):
     def resume(self, watch: OpenedWatch) -> None: ...
     def request_progress(self) -> None: ...
     def store_went_back(self, revision: int) -> None: ...
+
+
+class Run:
+    """Watches of a group that are on one connection under one id: they are sent the very same bytes."""
+
+    __slots__ = ("connection", "streams", "watch_id", "watches")
+
+    def __init__(self, connection: Any, watch_id: int) -> None:
+        self.connection = connection
+        self.watch_id = watch_id
+        self.watches: list[Watch] = []
+        self.streams: list[Stream] = []
+        """Of the watches, in their order; all different, since a stream has an id only once."""
+
+
+def runs_of(watches: Sequence[Watch]) -> list[Run]:
+    """Put a group of watches in order by connection and id."""
+    runs: dict[tuple[int, int], Run] = {}
+    for watch in watches:
+        outlet: Outlet = watch.outlet  # type: ignore[assignment]  # an object to the core, ours by open_session
+        key = (id(outlet.connection), watch.watch_id)
+        run = runs.get(key)
+        if run is None:
+            run = runs[key] = Run(outlet.connection, watch.watch_id)
+        run.watches.append(watch)
+        run.streams.append(outlet.stream)
+    return list(runs.values())
 
 
 @dataclass(slots=True)
@@ -149,6 +183,8 @@ class Engine:
             reader, lambda: self._client().newest_revision, lambda: self._client().own_token, self._went_back
         )
         self._open: dict[Upstream, None] = {}
+        self._runs: dict[int, tuple[Sequence[Watch], list[Run]]] = {}
+        """By the id of a group's tuple: the tuple, and its runs once they were needed twice."""
         self._carry_out: dict[type, Callable[[Any], None]] = {
             Deliver: self._deliver,
             Send: self._send,
@@ -205,6 +241,8 @@ class Engine:
 
     def close(self, session: Session) -> None:
         """A client's stream is gone."""
+        # So that nothing of it is kept here.
+        self._runs.clear()
         self._input(self.core.close, session)
 
     def drained(self, session: Session) -> None:
@@ -287,6 +325,7 @@ class Engine:
         log.exception("the core failed: all watch sessions are ended, and it begins anew")
         self.core = Coalescer(self.core.limits, self.core.ordered_progress)
         self._inbox.clear()
+        self._runs.clear()
         upstreams, self._open = self._open, {}
         for upstream in upstreams:
             self._client().close(upstream)
@@ -317,10 +356,20 @@ class Engine:
     # carrying out
 
     def _deliver(self, effect: Deliver) -> None:
-        """Write one payload to many watches: the hot loop."""
-        payload = effect.payload
+        """Write one payload to many watches."""
+        payload, watches = effect.payload, effect.watches
+        runs = self._runs_of(watches) if len(watches) >= RUN_WATCHES_MIN else None
+        sent = self._deliver_each(payload, watches) if runs is None else self._deliver_runs(payload, runs)
+        stats = self.stats
+        stats.delivered += len(watches)
+        stats.coalesced += len(watches) - 1
+        stats.delivered_bytes += sent
+        if not stats.delivering_since:
+            stats.delivering_since = self._received_at
+
+    def _deliver_each(self, payload: Payload, watches: Sequence[Watch]) -> int:
+        """Write a payload to watches one by one; return the bytes written."""
         messages_of = payload.messages
-        watches = effect.watches
         sent = 0
         size = 0
         bulky = False
@@ -348,12 +397,40 @@ class Engine:
                 outlet.stalled = True
                 self.stats.stalls += 1
                 self.core.stalled(watch.session)
-        stats = self.stats
-        stats.delivered += len(watches)
-        stats.coalesced += len(watches) - 1
-        stats.delivered_bytes += sent
-        if not stats.delivering_since:
-            stats.delivering_since = self._received_at
+        return sent
+
+    def _deliver_runs(self, payload: Payload, runs: Sequence[Run]) -> int:
+        """Do the same run by run: the hot loop is inside of `send_each`."""
+        sent = 0
+        for run in runs:
+            messages = payload.messages(run.watch_id)
+            size = sum(map(len, messages))
+            connection = run.connection
+            if not connection.dirty:
+                connection.touch()
+            if size > BULKY_BYTES:
+                connection.bulky = True
+            left = connection.h2.send_each(run.streams, messages, size)
+            sent += size * (len(run.streams) - len(left))
+            if left:
+                sent += self._deliver_each(payload, [run.watches[place] for place in left])
+        return sent
+
+    def _runs_of(self, watches: Sequence[Watch]) -> list[Run] | None:
+        """Return the runs that a group of watches makes, from the second time on that this very group is delivered to.
+
+        A group is one tuple for as long as nobody comes or goes, and what is read of its watches here never changes.
+        """
+        known = self._runs.get(id(watches))
+        if known is None:
+            if len(self._runs) >= RUNS_REMEMBERED_MAX:
+                del self._runs[next(iter(self._runs))]
+            # The tuple is kept so that its id is not another one's.
+            self._runs[id(watches)] = (watches, [])
+            return None
+        if not known[1]:
+            known[1].extend(runs_of(watches))
+        return known[1]
 
     def _send(self, effect: Send) -> None:
         outlet: Outlet = effect.session.outlet  # type: ignore[assignment]  # as above

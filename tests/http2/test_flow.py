@@ -299,3 +299,35 @@ def test_a_stalled_stream_holds_nobody_up() -> None:
     assert peer.receive(update(3, 1000), update(0, 1000)) == []
     assert connection.send(quick, [bytes(1000)], 1000)
     assert sent_bytes(peer) == {1: 10, 3: 1010}
+
+
+def test_the_same_on_each_stream_but_for_those_that_must_wait() -> None:
+    """`send_each` says who is left, and has debited the windows of the others only."""
+    connection, peer, (short, blocked, over, gone, open_one) = serve(5)
+    short.send_window = 2
+    blocked.send_window = 1
+    assert not connection.send(blocked, [b"ab"], 2)
+    connection.send(over, [], 0, end_stream=True)
+    connection.reset(gone, ErrorCode.CANCEL)
+    peer.said()
+    before = connection.send_window
+    assert list(connection.send_each([short, blocked, over, gone, open_one], [b"xy", b"z"], 3)) == [0, 1, 2, 3]
+    assert peer.said() == ["DATA 9 3"]
+    assert connection.send_window == before - 3
+    assert open_one.send_window == INITIAL_WINDOW - 3
+    assert (short.send_window, blocked.send_window) == (2, 0)
+
+
+@pytest.mark.parametrize("why", ["window", "paused", "large"])
+def test_each_stream_is_left_when_the_connection_cannot_take_all(why: str) -> None:
+    connection, peer, streams = serve(2)
+    size = 100
+    if why == "window":
+        connection.send_window = 199
+    elif why == "paused":
+        connection.pause()
+    else:
+        size = 20 * KIB
+    assert list(connection.send_each(streams, [bytes(size)], size)) == [0, 1]
+    assert peer.said() == []
+    assert [stream.send_window for stream in streams] == [INITIAL_WINDOW] * 2

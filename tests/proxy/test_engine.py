@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +28,7 @@ from coalesce.effects import (
 from coalesce.inputs import Granted, Identity, Refusal
 from coalesce.limits import Limits
 from proto.scan import Header
-from proxy.engine import Engine
+from proxy.engine import RUN_WATCHES_MIN, Engine
 from proxy.reads import NO_RIGHT, Asked
 from tests.proxy.scenario import run
 from tests.waiting import until_async
@@ -137,6 +139,7 @@ class FakeOutlet:
         self.on_end: Callable[[], None] = lambda: None
         self.stalled = False
         self.touched = 0
+        self.runs = 0
         self.stream: Any = self
         self.connection = SimpleNamespace(h2=self, dirty=False, touch=self.touch)
 
@@ -146,9 +149,25 @@ class FakeOutlet:
 
     def send(self, *arguments: Any) -> bool:
         """Both the connection's send(stream, pieces, size) and the outlet's send(message)."""
-        self.sent += arguments[1] if len(arguments) == 3 else [arguments[0]]
-        self.room -= 1
-        return self.room >= 0
+        if len(arguments) == 1:
+            self.sent.append(arguments[0])
+            self.room -= 1
+            return self.room >= 0
+        stream, pieces, _ = arguments
+        stream.sent += pieces
+        stream.room -= 1
+        return bool(stream.room >= 0)
+
+    def send_each(self, streams: Any, pieces: Any, size: int) -> list[int]:
+        """The connection's: leaves those whose room is used up."""
+        assert size == sum(map(len, pieces))
+        self.runs += 1
+        left = [place for place, stream in enumerate(streams) if stream.room <= 1]
+        for place, stream in enumerate(streams):
+            if place not in left:
+                stream.sent += pieces
+                stream.room -= 1
+        return left
 
     def end(self, status: int, text: str) -> None:
         self.ends.append((status, text))
@@ -296,6 +315,78 @@ def test_a_stall_is_told_at_once_and_what_follows_is_handed_back() -> None:
         assert rig.core.inputs[1:] == [("stalled", first.session), ("returned", first, payloads[1])]
         assert outlet.sent == [b"0:x", b"1:x"]
         assert rig.engine.stats.stalls == 1
+
+    run(scenario())
+
+
+def large_group(count: int) -> tuple[list[FakeOutlet], tuple[Any, ...]]:
+    """A group that is worth to be put in order: two watches on each stream, streams on three connections."""
+    outlets = [FakeOutlet(99) for _ in range(count)]
+    for place, outlet in enumerate(outlets):
+        outlet.connection = outlets[place % 3].connection
+    return outlets, tuple(watch_of(outlet, watch_id) for outlet in outlets for watch_id in (0, 7))
+
+
+def test_a_large_group_gets_the_same_in_order_of_connections() -> None:
+    """The first time one by one, then run by run; every stream gets each payload once under each of its ids."""
+
+    async def scenario() -> None:
+        rig = Rig()
+        outlets, watches = large_group(RUN_WATCHES_MIN)
+        for text in (b"a", b"b", b"c"):
+            rig.script("received", Deliver(payload_of(text), watches))
+            rig.engine.received(TRUNK, SPOKEN)
+        for outlet in outlets:
+            assert sorted(outlet.sent) == sorted(b"%d:%s" % (i, text) for i in (0, 7) for text in (b"a", b"b", b"c"))
+        assert sum(outlet.runs for outlet in outlets) == 2 * 3 * 2
+        assert rig.engine.stats.delivered == 3 * len(watches)
+        assert rig.engine.stats.delivered_bytes == 3 * 3 * len(watches)
+
+    run(scenario())
+
+
+def test_a_stall_inside_of_a_large_group() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        outlets, watches = large_group(RUN_WATCHES_MIN)
+        slow = outlets[4]
+        first, second = (watch for watch in watches if watch.outlet is slow)
+        second.session = first.session
+        for _ in range(2):
+            rig.script("received", Deliver(payload_of(b"x"), watches))
+            rig.engine.received(TRUNK, SPOKEN)
+        slow.room = 1
+        slow.sent.clear()
+        payload = payload_of(b"y")
+        rig.core.inputs.clear()
+        rig.script("received", Deliver(payload, watches))
+        rig.engine.received(TRUNK, SPOKEN)
+        # The second one is written too: it was under way before the session stalled.
+        slow.room = 0
+        later = payload_of(b"z")
+        rig.script("received", Deliver(later, watches))
+        rig.engine.received(TRUNK, SPOKEN)
+        told = [entry for entry in rig.core.inputs if entry[0] in ("stalled", "returned")]
+        assert told[0] == ("stalled", first.session)
+        assert told[1:] == [("returned", first, later), ("returned", second, later)]
+        assert slow.sent == [b"0:y", b"7:y"]
+
+    run(scenario())
+
+
+def test_nothing_of_a_session_that_is_gone_is_kept() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        watches = large_group(RUN_WATCHES_MIN)[1]
+        for _ in range(2):
+            rig.script("received", Deliver(payload_of(b"x"), watches))
+            rig.engine.received(TRUNK, SPOKEN)
+        outlet = weakref.ref(watches[0].outlet)
+        rig.engine.close(watches[0].session)
+        rig.core.inputs.clear()
+        del watches
+        gc.collect()
+        assert outlet() is None
 
     run(scenario())
 
