@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from pathlib import Path
 
 import msgspec
 
 from tests.soak.run import Outcome
+from tests.soak.sampling import Sample
 
 MIB = 1 << 20
 SHOWN_MAX = 30
+TOLD = (
+    *("joins_total", "stalls_total", "replays_total", "history_evictions_total", "upstream_broken_total"),
+    *("upstream_opened_total", "upstream_paused_total", "upstream_lost_total", "compacted_total"),
+    *("creates_total", "progress_answers_total", "events_received_total", "events_delivered_total"),
+    *("calls_total", "calls_broken_total", "calls_resent_total", "store_went_back_total", "limit_refusals_total"),
+)
+"""Counters of the proxy that go into the report."""
 
 
 def text(outcome: Outcome) -> str:
@@ -23,7 +32,7 @@ def text(outcome: Outcome) -> str:
         "",
         f"{outcome.changes} events at etcd, {outcome.acknowledged} acknowledged puts, {sum(outcome.calls.values())} "
         f"calls. {outcome.watches} watches got and checked {outcome.events} events; {outcome.resumed} resumes, "
-        f"{outcome.compacted} cancelled as compacted.",
+        f"{outcome.compacted} cancelled as compacted, {outcome.fragments} fragments, {outcome.bookmarks} bookmarks.",
         "",
         f"**Violations: {len(outcome.violations)}. Leaks: {len(outcome.leaks)}.**",
         "",
@@ -47,10 +56,22 @@ def text(outcome: Outcome) -> str:
             for rest in outcome.rests
         ),
         "",
+        *_table("what the proxy went through (all its processes)", went_through(samples)),
         *_table("calls ended", outcome.calls),
         *_table("streams of clients ended", outcome.endings),
     ]
     return "\n".join(lines)
+
+
+def went_through(samples: list[Sample]) -> dict[str, int]:
+    """Return the proxy's counters of events that a soak is for, summed over its processes."""
+    last = {sample.pid: sample.counters for sample in samples}
+    total: Counter[str] = Counter()
+    for counters in last.values():
+        for name, value in counters.items():
+            if name.partition("{")[0] in TOLD:
+                total[name] += int(value)
+    return dict(total)
 
 
 def _table(title: str, counts: dict[str, int]) -> list[str]:

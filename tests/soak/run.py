@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from coalesce.guarantees import Canceled, Opened, Truth, check
+from coalesce.guarantees import Bookmark, Canceled, Opened, Received, Truth, check
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import relay_to
 from tests.proxy.churn import History
@@ -62,6 +62,9 @@ class Outcome:
     compacted: int = 0
     """Watches that were told so."""
     resumed: int = 0
+    fragments: int = 0
+    """Responses of which more pieces followed."""
+    bookmarks: int = 0
     endings: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
@@ -256,6 +259,8 @@ def _judge_life(life: spool.Life, truth: Truth, last: int, where: str, outcome: 
     records = life.log.records
     outcome.resumed += sum(isinstance(record, Opened) for record in records[1:])
     outcome.compacted += sum(isinstance(record, Canceled) and record.compact_revision > 0 for record in records)
+    outcome.fragments += sum(isinstance(record, Received) and record.fragment for record in records)
+    outcome.bookmarks += sum(isinstance(record, Bookmark) for record in records)
     found = check(life.log, truth, None if life.left else last, safe_headers=True)
     asked = life.log.asked
     outcome.violations += [f"{where}, {asked}, {records[0]}: {violation}" for violation in found]
