@@ -180,12 +180,21 @@ class Backfills:
                     self._hub.detach(watch)
 
     def fill_slots(self) -> None:
-        """Serve the line while backfills may be opened."""
+        """Serve the line while backfills may be opened, or one is held by nobody who reads."""
         hub = self._hub
-        while hub.queued and hub.stats.backfills < hub.limits.backfills_max:
+        while hub.queued and (hub.stats.backfills < hub.limits.backfills_max or self._give_up_stalled()):
             watch = next(iter(hub.queued))
             hub.lift(watch)
             hub.house((watch,))
+
+    def _give_up_stalled(self) -> bool:
+        """Close a backfill all of whose sessions are stalled; its watches look for another when these drain."""
+        for backfill in self.open:
+            if not backfill.is_upgrade and all(watch.session.stalled for watch in backfill.watches):
+                for watch in tuple(backfill.watches):
+                    self._hub.detach(watch)
+                return True
+        return False
 
     def _shared(self, watch: Watch) -> Backfill | None:
         trunk = watch.trunk

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coalesce import Lost
+from coalesce import Limits, Lost
 from tests.coalesce.shell import Shell, header, put
 
 INTERNAL, UNAUTHENTICATED = 13, 16
@@ -63,3 +63,34 @@ def test_progress_after_a_restore_does_not_wait_for_the_old_revisions() -> None:
     three.progress()
     shell.progressed(7)
     assert three.read() == ["#0 @6 created", "#-1 @7 progress"]
+
+
+def test_a_stalled_session_does_not_keep_a_place_from_others() -> None:
+    """Seeds 39, 1604: whoever stalled in the middle of its backfill kept it, and all who waited in line starved."""
+    shell = Shell(Limits(backfills_max=1, backfill_share_revisions=0))
+    live, one, two = shell.client(), shell.client(), shell.client()
+    trunk = shell.trunk(9, live)
+    one.create(start=2)
+    first = shell.opened[-1]
+    shell.created(first, 9)
+    one.stall()
+    shell.events(first, put(2), put(3), at=9)
+    two.create(start=6)
+    second = shell.opened[-1]
+    assert first in shell.closed
+    assert (second.start_revision, second.is_backfill) == (6, True)
+    shell.created(second, 9)
+    shell.events(second, put(6), put(9))
+    assert two.read() == ["#0 @9 created", "#0 @9 put 6 k=v put 9 k=v"]
+    one.drain()
+    third = shell.opened[-1]
+    assert (third.start_revision, third.is_backfill) == (4, True)
+    shell.created(third, 9)
+    shell.events(third, put(6), put(9))
+    shell.events(trunk, put(10))
+    assert one.read() == [
+        "#0 @9 created",
+        "#0 @3 put 2 k=v put 3 k=v",
+        "#0 @9 put 6 k=v put 9 k=v",
+        "#0 @10 put 10 k=v",
+    ]

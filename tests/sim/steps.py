@@ -325,9 +325,6 @@ def quiet(world: World, rng: random.Random) -> None:
 def freeze(world: World, rng: random.Random) -> None:
     """One client reads nothing for a while, and nobody else may notice."""
     client = _connected(world, rng)
-    if world.config.limits["backfills_max"] < 100:
-        # A few stalled sessions may hold all backfills there are, and the others wait.
-        return
     if client is not None and client.session is not None:
         client.session.window = rng.choice((1, 100))
         isolate(world, rng, client)
