@@ -24,7 +24,7 @@ def test_the_others_go_on(etcd: EtcdServer, name: str, monkeypatch: pytest.Monke
 
     async def scenario() -> None:
         async with (
-            proxy_for(etcd, listener=ListenerSettings(first_bytes_timeout_s=0.5)) as proxy,
+            proxy_for(etcd, listener=ListenerSettings(first_bytes_timeout_s=0.5, reason_s=0.1)) as proxy,
             direct(etcd) as store,
             await RawClient.connect(proxy.port) as client,
         ):
