@@ -1,0 +1,80 @@
+"""The benchmarks count right: what is expected, what is found in the bytes, what the tables say."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from proto.pb import kv_pb2, rpc_pb2
+from tests.bench import report
+from tests.bench.caller import stamped
+from tests.bench.cases import ALL, CASES, VARIANTS, Case, Kind
+from tests.bench.load import BIG_BYTES, Client, Tally
+from tests.bench.wire import DATA, frame, message_frame
+
+
+def test_each_watch_of_a_range_gets_each_write() -> None:
+    assert CASES["burst"].expected() == 1000 * 300
+    assert CASES["ranges"].expected() == 2000 * 10
+    assert CASES["catch-up"].expected() == 1000 * 10_000
+    assert Case("odd", "", 1, 3, ranges=2, writes=3).expected() == 2 + 1 + 2
+
+
+def test_mixed_watches_get_what_their_options_let_through() -> None:
+    case = Case("mixed", "", 1, len(VARIANTS), writes=3, behind=6, mixed=True)
+    assert case.expected() == sum(variant.events for variant in VARIANTS)
+    # What was there before comes to those that begin with it, twice as much here.
+    assert case.expected(early=True) == 2 * sum(variant.events for variant in VARIANTS if variant.from_start)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
+def test_cases_are_whole(case: Case) -> None:
+    assert set(case.targets) <= set(ALL)
+    assert not case.mixed or (case.writes % 3 == 0 and case.behind % 3 == 0)
+    if case.kind is Kind.CALLS:
+        assert case.in_flight % case.connections == 0
+    else:
+        assert case.streams >= case.connections
+
+
+def answer(size: int) -> bytes:
+    """A response with one event whose value has a stamp at its beginning, and one at its end."""
+    value = stamped(size) + stamped(0)
+    event = kv_pb2.Event(kv=kv_pb2.KeyValue(key=b"k", value=value))
+    return rpc_pb2.WatchResponse(events=[event]).SerializeToString()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000, 100_000])
+def test_every_stamp_is_found_however_it_is_cut(chunk: int) -> None:
+    """By frames of a large message, and by reads."""
+    tally = Tally(1, 0, 6)
+    client = Client(tally, Case("any", "", 1, 1))
+    client.transport = cast(Any, SimpleNamespace())
+    created = rpc_pb2.WatchResponse(created=True).SerializeToString()
+    large = message_frame(1, answer(3 * BIG_BYTES))[9:]
+    wire = message_frame(1, created)
+    # The last cut goes through the marker of the last stamp.
+    last = [len(large) - 22, len(large)]
+    for cuts in ([0, *last], [0, BIG_BYTES, *last], [0, BIG_BYTES, 2 * BIG_BYTES, *last]):
+        for start, end in pairwise(cuts):
+            wire += frame(DATA, 0, 1, large[start:end])
+    for start in range(0, len(wire), chunk):
+        client.data_received(wire[start : start + chunk])
+    assert (tally.created, tally.stamps) == (1, 6)
+    assert tally.complete.is_set()
+    assert 0 <= tally.delay_ms(1.0) < 60_000
+
+
+def test_tables_show_ratios_and_what_is_missed() -> None:
+    figures = {"cpu_us": 2.0, "p50_ms": 1.0, "p99_ms": 8.0, "memory_mib": 50.0, "lost": 0.0}
+    results: report.Results = {
+        "burst": {"grpc-proxy": figures, "watchmux": {**figures, "cpu_us": 0.5, "lost": 3.0}},
+    }
+    assert "| **burst** | grpc-proxy | 2.00 |" in report.markdown_of(results)
+    assert "|  | watchmux | 0.50 (0.25) |" in report.markdown_of(results)
+    assert "| burst | 0.25 of 0.35 | 1.00 of 0.50 **missed** | 1.00 of 0.40 **missed** |" in report.goals_of(results)
+    assert len(report.tables_of(results)) == 1
+    assert report.median_of([{"cpu_us": 1.0}, {"cpu_us": 9.0}, {"cpu_us": 2.0}]) == {"cpu_us": 2.0}
