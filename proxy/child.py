@@ -15,7 +15,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import IO
 
@@ -74,6 +73,8 @@ class Child:
         """
         ours, theirs = socket.socketpair()
         pipe = await asyncio.open_unix_connection(sock=ours)
+        import tempfile  # only those who have a child need it, and it loads a lot
+
         output = tempfile.TemporaryFile(prefix="watchmux-child-")  # noqa: SIM115 - closed by stop()
         try:
             process = await asyncio.create_subprocess_exec(

@@ -7,7 +7,6 @@ each is either taken and named in the log, or refused with the reason, never an 
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -175,6 +174,8 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     notes = []
     for name in sorted(environment):
         if name.startswith(ENV_PREFIX) and name not in known and not name.startswith(foreign):
+            import difflib  # for mistakes only
+
             close = difflib.get_close_matches(name, known, 1)
             notes.append(f"{name} is no variable of watchmux" + (f"; did you mean {close[0]}?" if close else ""))
     return notes

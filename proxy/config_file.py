@@ -7,7 +7,6 @@ here too, from the same knobs, so that it cannot grow old.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import textwrap
@@ -178,6 +177,8 @@ def _hint(wrong: str, known: list[str], table: str = "") -> str:
     flagged = next((knob for knob in knobs() if wrong.replace("_", "-") == knob.flag.removeprefix("--")), None)
     if flagged is not None:
         return f"; did you mean {flagged.key!r}?"
+    import difflib  # for mistakes only
+
     close = difflib.get_close_matches(wrong, known, 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
