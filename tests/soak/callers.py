@@ -7,6 +7,7 @@ not be older than what its caller was told before.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -121,11 +122,9 @@ async def use_lease(caller: Caller) -> None:
     call: Any = caller.lease.LeaseKeepAlive(timeout=CALL_S)
     try:
         for _ in range(random.randrange(3)):
-            try:
+            # What grpc.aio says of a call that has ended; the read tells how.
+            with contextlib.suppress(asyncio.InvalidStateError):
                 await call.write(rpc_pb2.LeaseKeepAliveRequest(ID=grant.ID))
-            except asyncio.InvalidStateError:
-                # What grpc.aio says of a call that has ended; the read tells how.
-                pass
             if await call.read() is grpc.aio.EOF:
                 break
             await asyncio.sleep(0.2)
