@@ -23,7 +23,7 @@ from proxy.listener_settings import ListenerSettings
 from proxy.passthrough import Passthrough
 from proxy.reads import Reader, ReaderSettings
 from upstream.credentials import Credentials
-from upstream.endpoints import Endpoint, parse_endpoints
+from upstream.endpoints import Endpoint, parse_endpoint, parse_endpoints
 from upstream.pool import Pool
 from upstream.settings import Settings as UpstreamSettings
 from upstream.tls import FileContext
@@ -68,14 +68,16 @@ class Proxy:
         limits: CoreLimits | None = None,
         credentials: Credentials | None = None,
         upstream_cert: str = "",
+        http1: str = "",
         tune_gc: bool = True,
     ) -> None:
         """Take the settings; nothing happens yet.
 
         `endpoints`: etcd's addresses. `host`, `port`: where to listen, port 0 for any free one. `tls`: for the
         listener; `upstream_tls`: towards etcd. `limits`: the core's. `credentials`: the user in whose name trunks are
-        watched. `upstream_cert`: the file of the certificate that etcd is shown, to be watched for a CN. `tune_gc`:
-        set the process's garbage collector up for this work. Raises BadEndpoint.
+        watched. `upstream_cert`: the file of the certificate that etcd is shown, to be watched for a CN. `http1`: where
+        HTTP/1 connections go, if not to `endpoints`. `tune_gc`: set the process's garbage collector up for this work.
+        Raises BadEndpoint.
         """
         self.endpoints: list[Endpoint] = parse_endpoints(endpoints)
         self.health = health.Health()
@@ -89,6 +91,7 @@ class Proxy:
         self._limits = limits or CoreLimits()
         self._credentials = credentials
         self._upstream_cert = upstream_cert
+        self._http1_elsewhere = parse_endpoint(http1) if http1 else None
         self.guard: Guard | None = None
         self._tune_gc = tune_gc
 
@@ -135,6 +138,8 @@ class Proxy:
 
     def _http1_endpoint(self) -> Endpoint:
         """Where the next HTTP/1 connection goes: an endpoint that works, if there is one."""
+        if self._http1_elsewhere is not None:
+            return self._http1_elsewhere
         connection = self.pool.pick()
         return self.endpoints[0] if connection is None else connection.endpoint
 

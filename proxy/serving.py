@@ -110,8 +110,11 @@ def watch_settings(settings: Settings) -> WatchSettings:
     return WatchSettings(sessions_per_connection_max=settings.listener.sessions_per_connection_max)
 
 
-def proxy_of(settings: Settings, endpoints: list[str]) -> Proxy:
-    """Make the proxy that the settings describe, in front of `endpoints`. Raises UpstreamError."""
+def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy:
+    """Make the proxy that the settings describe, in front of `endpoints`. Raises UpstreamError.
+
+    `http1`: where HTTP/1 connections go, if not to `endpoints`: the bundled store has a port of its own for them.
+    """
     address = parse_address(settings.listener.listen_addr, listening=True)
     inward, outward = _tls(settings)
     return Proxy(
@@ -126,6 +129,7 @@ def proxy_of(settings: Settings, endpoints: list[str]) -> Proxy:
         limits=core_limits(settings.watch),
         credentials=credentials(settings),
         upstream_cert=settings.upstream.cert,
+        http1=http1,
     )
 
 
@@ -160,7 +164,7 @@ async def serve(
     admin: Admin | None = None
     try:
         endpoints = [store.ready.address] if store else settings.upstream.endpoints
-        address, proxy = await _start(settings, endpoints)
+        address, proxy = await _start(settings, endpoints, store.ready.metrics if store else "")
         advertised = settings.listener.advertise_client_url or str(address)
         admin = await _start_admin(proxy, settings, advertised)
         reloading = Reloading(settings, lambda changed: _apply(changed, proxy))
@@ -220,11 +224,11 @@ class _Signals:
             await asyncio.gather(task, return_exceptions=True)
 
 
-async def _start(settings: Settings, endpoints: list[str]) -> tuple[Address, Proxy]:
+async def _start(settings: Settings, endpoints: list[str], http1: str) -> tuple[Address, Proxy]:
     """Start the proxy; return where it listens, and it. Raises Failed."""
     address = parse_address(settings.listener.listen_addr, listening=True)
     try:
-        proxy = proxy_of(settings, endpoints)
+        proxy = proxy_of(settings, endpoints, http1)
         await proxy.start()
     except UpstreamError as error:
         raise Failed(str(error), WRONG_REQUEST) from None
@@ -248,8 +252,9 @@ async def _start_admin(proxy: Proxy, settings: Settings, advertised: str) -> Adm
 
 
 async def _start_store() -> Child:
+    anywhere = ("--listen-addr=127.0.0.1:0", "--listen-metrics-urls=http://127.0.0.1:0")
     try:
-        return await Child.start("the bundled store", python_command("proxy.cli", "store", "--listen-addr=127.0.0.1:0"))
+        return await Child.start("the bundled store", python_command("proxy.cli", "store", *anywhere))
     except ChildFailed as error:
         raise Failed(str(error)) from None
 

@@ -235,3 +235,11 @@ def test_an_address_of_another_machine_is_one_line() -> None:
     code, line = refusal("serve", "--endpoints=127.0.0.1:1", f"--listen-addr=192.0.2.1:{free_port()}")
     assert code == 1
     assert "cannot assign requested address" in line
+
+
+def test_http1_reaches_the_bundled_stores_own_port(tmp_path: Path) -> None:
+    with served(tmp_path) as proxy:
+        address = str(proxy.serving()["address"])
+        for path, word in (("/version", "etcdserver"), ("/health", "true"), ("/metrics", "etcd_debugging_mvcc")):
+            with urllib.request.urlopen(f"http://{address}{path}", timeout=5) as answer:
+                assert word in answer.read().decode()
