@@ -96,7 +96,7 @@ def isolate(world: World, rng: random.Random, frozen: SimClient) -> None:
         if client is not frozen and client.session is not None
         for watch in client.session.announced.values()
     ]
-    # A backfill of a quiet range ends by progress alone, and old servers give that every ten minutes; others wait in line.
+    # A backfill of a quiet range ends by progress alone, which old servers give every ten minutes: others wait in line.
     old = any(not member.ordered_progress for member in world.members)
     judge_logs(others, world.store.truth(), lambda _: None if old else world.store.revision)
 
