@@ -49,6 +49,10 @@ from upstream.watch_state import OpenedWatch
 BULKY_BYTES = 8 * 1024
 """From this size on a payload is not copied for each of the streams that it goes to."""
 
+TURN_BYTES = 1024 * 1024
+"""Each time so much was queued it may be written in the middle of a turn: one read of etcd's bytes may bring hundreds
+of events for thousands of watches, and all of that would stand in memory before the first byte goes out."""
+
 RUN_WATCHES_MIN = 32
 """From so many watches on a group is worth to be put in order by connection."""
 
@@ -166,6 +170,9 @@ class Engine:
         self.failed: Callable[[], None] | None = None
         """Ends every session, by `Outlet.end`, when the core has failed."""
 
+        self.relieve: Callable[[], None] | None = None
+        """Called each time that much has been queued for clients, see TURN_BYTES."""
+
         self.upstream_changed: Callable[[], None] | None = None
         """Called when the connection that carries the watches is lost or there again."""
 
@@ -177,6 +184,8 @@ class Engine:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._stopped = False
+        self._queued_bytes = 0
+        """Delivered since it was last written in the middle of a turn."""
         self._received_at = 0.0
         """When the response at hand came in (time.perf_counter); 0: what is delivered is none that has just come."""
         self._rollback = Rollback(
@@ -366,6 +375,10 @@ class Engine:
         stats.delivered_bytes += sent
         if not stats.delivering_since:
             stats.delivering_since = self._received_at
+        self._queued_bytes += sent
+        if self._queued_bytes >= TURN_BYTES and self.relieve is not None:
+            self._queued_bytes = 0
+            self.relieve()
 
     def _deliver_each(self, payload: Payload, watches: Sequence[Watch]) -> int:
         """Write a payload to watches one by one; return the bytes written."""

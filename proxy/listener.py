@@ -55,6 +55,9 @@ SWEEP_S_MAX = 2.5
 BACKLOG = 1024
 """Connections the kernel holds until they are accepted: a thousand clients that come back at once."""
 
+RELIEVED_MIN = 8
+"""From so many connections on, what is queued for them is written before the end of the turn when it is much."""
+
 CLOSE_GRACE_S = 5.0
 """How long a connection that is to be closed may take to fetch what is still written for it."""
 
@@ -138,6 +141,14 @@ class Listener:
         if not self._dirty:
             self._loop.call_soon(self._flush)
         self._dirty.append(connection)
+
+    def relieve(self) -> None:
+        """Write what is queued now, in the middle of a turn, if it is spread over many connections.
+
+        On few of them it would only fill their buffers, and what follows in this turn would find its clients stalled.
+        """
+        if len(self._dirty) >= RELIEVED_MIN:
+            self._flush()
 
     def _flush(self) -> None:
         dirty = self._dirty

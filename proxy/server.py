@@ -111,6 +111,7 @@ class Proxy:
         self.passthrough = Passthrough(self.pool)
         self.http1 = Http1(self._http1_endpoint, self._upstream_tls)
         self.listener = Listener(self._listener_settings)
+        self.engine.relieve = self.listener.relieve
         if self._upstream_cert:
             self.guard = Guard(self.reader, self._upstream_cert, self._upstream_changed)
             self.guard.start()

@@ -28,7 +28,7 @@ from coalesce.effects import (
 from coalesce.inputs import Granted, Identity, Refusal
 from coalesce.limits import Limits
 from proto.scan import Header
-from proxy.engine import RUN_WATCHES_MIN, Engine
+from proxy.engine import RUN_WATCHES_MIN, TURN_BYTES, Engine
 from proxy.reads import NO_RIGHT, Asked
 from tests.proxy.scenario import run
 from tests.waiting import until_async
@@ -370,6 +370,20 @@ def test_a_stall_inside_of_a_large_group() -> None:
         assert told[0] == ("stalled", first.session)
         assert told[1:] == [("returned", first, later), ("returned", second, later)]
         assert slow.sent == [b"0:y", b"7:y"]
+
+    run(scenario())
+
+
+def test_much_in_one_turn_is_said_to_be_much() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        relieved: list[int] = []
+        outlet = FakeOutlet(99)
+        rig.engine.relieve = lambda: relieved.append(len(outlet.sent))
+        third = payload_of(bytes(TURN_BYTES // 3))
+        rig.script("received", *[Deliver(third, [watch_of(outlet)])] * 7)
+        rig.engine.received(TRUNK, SPOKEN)
+        assert relieved == [3, 6]
 
     run(scenario())
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
 from proto.framing import Status, frame
 from proto.http2 import Limits, Stream
 from proxy.calls import Carrier, Handler, Headers, RequestHead, ServerCall
-from proxy.listener import PREFACE, Listener
+from proxy.listener import PREFACE, RELIEVED_MIN, Listener
 from proxy.listener_settings import ListenerSettings
 from tests.proxy.raw_client import HOST, RawClient, RawStream
 from tests.proxy.scenario import run
@@ -201,6 +201,29 @@ def test_writes_of_one_turn_are_one() -> None:
             for call in calls:
                 assert await call.next() == b"event"
             assert rig.listener.stats.writes == before + 1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("connections", "at_once"), [(RELIEVED_MIN, True), (RELIEVED_MIN - 1, False)])
+def test_much_is_written_before_the_turn_ends(connections: int, at_once: bool) -> None:
+    """When it is spread over many connections; the end of the turn finds nothing left."""
+
+    async def scenario() -> None:
+        async with rig_of() as rig, AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(await rig.connect()) for _ in range(connections)]
+            calls = [client.call(ECHO) for client in clients]
+            for call in calls:
+                call.send(b"x")
+                assert await call.next() == b"x"
+            before = rig.listener.stats.writes
+            for handler in rig.handlers:
+                handler.call.write(frame(b"event"))
+            rig.listener.relieve()
+            assert rig.listener.stats.writes == before + (connections if at_once else 0)
+            for call in calls:
+                assert await call.next() == b"event"
+            assert rig.listener.stats.writes == before + connections
 
     run(scenario())
 
