@@ -1,7 +1,8 @@
 """Backfills: private upstream watches that bring watches too old for the history up to their trunk.
 
 Laggards share one as long as they can: who needs a revision that the backfill has yet to reach, or still holds, joins
-it. A backfill is a source like a trunk: its watches are in step with it, ahead of it, or lag behind in its window.
+it. Whoever needs an older one takes along those that have brought nothing yet, so that a herd shares in whichever order
+it comes. A backfill is a source like a trunk: its watches are in step with it, ahead of it, or lag behind in its window.
 The window is what makes it as slow as its sessions: when it is full and nobody is in step, the backfill is paused;
 when it is full and somebody is, the oldest batches go, and who needed them looks for another backfill when its
 session drains.
@@ -61,6 +62,18 @@ class Backfill(Source):
             return position >= self.history.floor
         return self.history.floor <= position <= self.next_revision + self.hub.limits.backfill_share_revisions
 
+    def spared_by(self, watch: Watch) -> bool:
+        """Whether an older backfill, opened for `watch`, may bring all that this one was opened for.
+
+        Only as long as it has brought nothing, so that nothing is read twice and nobody is held back for ever.
+        """
+        if self.next_revision != self.upstream.start_revision or (self.history.has_prev_kv and not watch.wants_prev_kv):
+            return False
+        furthest = watch.position + self.hub.limits.backfill_share_revisions
+        if not watch.position < self.next_revision <= furthest:
+            return False
+        return all(each.place is not Place.LAGGING and each.position <= furthest for each in self.watches)
+
 
 class Backfills:
     """Opens, shares, paces and closes backfills."""
@@ -80,7 +93,8 @@ class Backfills:
             self.upgrade(trunk)
         backfill = self._shared(watch)
         if backfill is None:
-            if hub.stats.backfills >= hub.limits.backfills_max:
+            spared = [each for each in trunk.backfills if each.spared_by(watch)]
+            if not spared and hub.stats.backfills >= hub.limits.backfills_max:
                 hub.detach(watch)
                 watch.place = Place.QUEUED
                 hub.queued[watch] = None
@@ -90,6 +104,8 @@ class Backfills:
             trunk.backfills.append(backfill)
             self.open[backfill] = None
             hub.stats.backfills += 1
+            for other in spared:
+                self._take_over(other, backfill)
         hub.attach(watch, backfill)
         if watch.position < backfill.next_revision:
             hub.lag(watch)
@@ -166,6 +182,13 @@ class Backfills:
             backfill.paused = False
             self._hub.effects.append(ResumeUpstream(backfill.upstream))
             self._hub.progress.want()
+
+    def _take_over(self, other: Backfill, backfill: Backfill) -> None:
+        """Let the watches of one backfill come through an older one; the last of them closes it."""
+        for watch in tuple(other.watches):
+            self._hub.lift(watch)
+            self._hub.attach(watch, backfill)
+            backfill.fanout.add(watch)
 
     def _trim(self, backfill: Backfill) -> None:
         """Drop what nobody of a backfill needs any more, before more of it comes."""

@@ -92,6 +92,48 @@ def test_laggards_share_one() -> None:
     assert other is not backfill
 
 
+def test_an_older_laggard_takes_along_those_that_got_nothing_yet() -> None:
+    """A herd that comes newest first shares one backfill like any other."""
+    shell = Shell(Limits(backfills_max=1, backfill_share_revisions=30))
+    newest, first = behind(shell, 60)
+    newer, second = behind(shell, 50)
+    oldest, third = behind(shell, 40)
+    assert [each.start_revision for each in (first, second, third)] == [60, 50, 40]
+    assert shell.closed == [first, second]
+    assert shell.core.stats.backfills == 1
+    shell.events(third, put(45), put(55), put(60), at=100)
+    assert oldest.read() == ["#0 @60 put 45 k=v put 55 k=v put 60 k=v"]
+    assert newer.read() == ["#0 @60 put 55 k=v put 60 k=v"]
+    assert newest.read() == ["#0 @60 put 60 k=v"]
+    shell.progressed(100, third)
+    assert shell.closed == [first, second, third]
+
+
+def test_what_brought_something_is_not_taken_over() -> None:
+    shell = Shell()
+    _, newer = behind(shell, 50)
+    shell.events(newer, put(60), at=100)
+    behind(shell, 40)
+    assert shell.closed == []
+    assert shell.core.stats.backfills == 2
+
+
+def test_what_is_wanted_far_ahead_is_not_taken_over() -> None:
+    shell = Shell(Limits(backfill_share_revisions=30))
+    behind(shell, 50)
+    behind(shell, 75)
+    behind(shell, 40)
+    assert shell.closed == []
+    assert shell.core.stats.backfills == 2
+
+
+def test_who_wants_no_prev_kv_takes_nobody_along_who_does() -> None:
+    shell = Shell()
+    behind(shell, 50, prev_kv=True)
+    behind(shell, 40)
+    assert shell.closed == []
+
+
 def test_one_that_is_too_far_behind_is_not_shared() -> None:
     shell = Shell(Limits(backfill_share_revisions=10))
     _, backfill = behind(shell, 50)
