@@ -2,9 +2,9 @@
 
 Laggards share one as long as they can: who needs a revision that the backfill has yet to reach, or still holds, joins
 it. Whoever needs an older one takes along those that have brought nothing yet, so that a herd shares in whichever order
-it comes. A backfill is a source like a trunk: its watches are in step with it, ahead of it, or lag behind in its window.
-The window is what makes it as slow as its sessions: when it is full and nobody is in step, the backfill is paused;
-when it is full and somebody is, the oldest batches go, and who needed them looks for another backfill when its
+it comes. A backfill is a source like a trunk: its watches are in step with it, ahead of it, or lag behind in its
+window. The window is what makes it as slow as its sessions: when it is full and nobody is in step, the backfill is
+paused; when it is full and somebody is, the oldest batches go, and who needed them looks for another backfill when its
 session drains.
 
 A watch leaves, by itself, as soon as the trunk can serve it. The last one closes the backfill. In a quiet range a

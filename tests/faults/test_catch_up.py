@@ -57,6 +57,11 @@ def newest(stream: WatchStream) -> int:
     return 0
 
 
+async def reached(stream: WatchStream, revision: int, limit_s: float) -> None:
+    """Wait until a stream has got the event of a revision."""
+    await until_async(lambda: newest(stream) >= revision, f"the event of revision {revision}", limit_s)
+
+
 class Peaks:
     """The most that was there at any time it was looked at."""
 
@@ -119,14 +124,15 @@ def test_a_watch_far_behind_gets_everything_and_holds_nobody_up(etcd: EtcdServer
             last = await fill(proxy, revisions)
             live = [await open_watch(client, PREFIX, PREFIX_END) for _ in range(10)]
             loop = asyncio.get_running_loop()
-            delays, behind = [], 0
+            delays: list[float] = []
+            behind = 0
             with watching(proxy, etcd) as peaks:
                 laggard = await open_watch(slow, PREFIX, PREFIX_END, 2)
                 while newest(laggard) < last:
                     put = await store.put(PREFIX + b"live", b"%d" % len(delays))
                     began = loop.time()
                     for stream in live:
-                        await until_async(lambda s=stream: newest(s) >= put, "a live event", 5)  # type: ignore[misc]
+                        await reached(stream, put, 5)
                     delays.append(loop.time() - began)
                     behind += newest(laggard) < last
                 end = await store.put(PREFIX + b"live", b"end")
@@ -171,7 +177,6 @@ def test_laggards_share_backfills(etcd: EtcdServer, laggards: int, revisions: in
                     stream.create(PREFIX, PREFIX_END, start)
                 await until_async(lambda: all(newest(stream) >= end for stream, _ in streams), "everything", 60)
                 await one_watcher_left(proxy, etcd)
-            print(f"{laggards} laggards, {order}: {peaks.__dict__}")
             assert proxy.engine.core.stats.joins_backfill >= laggards * 3 // 4, "they were no laggards"
             assert peaks.backfills <= laggards // 4
             assert peaks.watchers <= laggards // 4 + 1
