@@ -12,8 +12,8 @@ from collections.abc import Callable
 import msgspec
 
 from proxy import logs
-from proxy.cli_errors import Failed
 from proxy.config import Settings, knobs
+from proxy.errors import Failed
 
 log = logs.logger("reload")
 

@@ -1,6 +1,6 @@
 """The life of `watchmux serve`: make the proxy that the settings describe, start it, and drain it when told to leave.
 
-Kept apart from the flags (proxy/cli_serve.py) and from the proxy itself (proxy/server.py), which knows neither
+Kept apart from the flags (proxy/cli/serve.py) and from the proxy itself (proxy/server.py), which knows neither
 files nor signals. An etcd that cannot be reached is no reason not to start: clients may come first, as after a
 power cut.
 """
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from coalesce import Limits
 from proxy import logs
 from proxy.child import Child, ChildFailed, Parent, Ready, on_signals, python_command
-from proxy.cli_errors import FAILURE, WRONG_REQUEST, Failed
 from proxy.config import Settings, Watch
-from proxy.config_values import Address, parse_address, parse_metrics_address
+from proxy.config.values import Address, parse_address, parse_metrics_address
+from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 from proxy.listener_settings import ListenerSettings
 from proxy.reloading import Reloading
 from proxy.server import Proxy
@@ -33,7 +33,7 @@ from upstream.settings import Settings as UpstreamSettings
 if TYPE_CHECKING:
     import ssl
 
-    from proxy.admin import Admin
+    from proxy.admin.port import Admin
     from upstream.tls import FileContext
 
 log = logs.logger("serve")
@@ -240,7 +240,7 @@ async def _start(settings: Settings, endpoints: list[str], http1: str) -> tuple[
 async def _start_admin(proxy: Proxy, settings: Settings, advertised: str) -> Admin | None:
     if not settings.admin.metrics_addr:
         return None
-    from proxy.admin import Admin  # the web server is loaded only by those who ask for it
+    from proxy.admin.port import Admin  # the web server is loaded only by those who ask for it
 
     address = parse_metrics_address(settings.admin.metrics_addr)
     admin = Admin(proxy, address, advertised)

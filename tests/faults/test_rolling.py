@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]  # ships n
 
 from coalesce.guarantees import Opened, check
 from proto.framing import Status
-from proxy.load.judge import read_truth
+from proxy.measuring.load.judge import read_truth
 from proxy.watch import DRAIN_SLICE_SESSIONS
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.server import EtcdServer

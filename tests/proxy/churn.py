@@ -15,7 +15,7 @@ import grpc
 
 from coalesce.guarantees import Change, Truth, check
 from proto.pb import rpc_pb2
-from proxy.load.judge import change_of
+from proxy.measuring.load.judge import change_of
 from proxy.server import Proxy
 from tests.etcd.server import EtcdServer
 from tests.proxy.judging import log_of

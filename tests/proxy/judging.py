@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coalesce.guarantees import Bookmark, Canceled, Created, Opened, Received, WatchLog, check
-from proxy.load.judge import change_of, read_truth
+from proxy.measuring.load.judge import change_of, read_truth
 from tests.proxy.raw_client import WatchStream
 
 

@@ -18,12 +18,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
-from proxy.admin import PAGES, Admin
-from proxy.config_values import Address
-from proxy.monitor import Overview
+from proxy.admin.monitor import Overview
+from proxy.admin.port import PAGES, Admin
+from proxy.admin.snapshot import Snapshot
+from proxy.config.values import Address
+from proxy.measuring.status import render
 from proxy.server import Proxy
-from proxy.snapshot import Snapshot
-from proxy.status import render
 from tests.etcd.server import EtcdServer
 from tests.proxy.running import direct, proxy_for
 from tests.waiting import until_async
@@ -116,7 +116,7 @@ def test_an_etcd_that_is_away_makes_it_unready_but_not_dead() -> None:
 
 
 def test_pages_load_nothing_from_elsewhere() -> None:
-    pages = resources.files("proxy").joinpath("pages")
+    pages = resources.files("proxy.admin").joinpath("pages")
     for name, kind in PAGES.values():
         text = pages.joinpath(name).read_text()
         assert kind.startswith("text/")

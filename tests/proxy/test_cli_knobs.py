@@ -8,9 +8,9 @@ from typing import Any
 import click
 import pytest
 
-from proxy.cli_errors import Failed
-from proxy.cli_knobs import REFUSED, TAKEN, KnobCommand, knob_options, settings_of, unknown_variables
+from proxy.cli.knobs import REFUSED, TAKEN, KnobCommand, knob_options, settings_of, unknown_variables
 from proxy.config import Settings, knobs
+from proxy.errors import Failed
 
 
 @click.command(cls=KnobCommand)

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from proxy.child import Child, python_command
-from proxy.load.prometheus import MetricsPage
+from proxy.measuring.load.prometheus import MetricsPage
 from tests.proxy.running import Etcd
 
 COMMAND = ("store", "--listen-addr=127.0.0.1:0", "--listen-metrics-urls=http://127.0.0.1:0")

@@ -90,7 +90,7 @@ def test_listener_and_upstream_have_the_same_defaults_as_the_settings() -> None:
 def test_the_settings_load_nothing_heavy() -> None:
     """`watchmux --help` reads them: it should answer at once."""
     code = (
-        "import sys, proxy.cli, proxy.cli_serve, proxy.cli_demo, proxy.cli_measure, proxy.cli_store, proxy.cli_status\n"
+        "import sys, proxy.cli, proxy.cli.serve, proxy.cli.demo, proxy.cli.measure, proxy.cli.store, proxy.cli.status\n"
         "print([name for name in ('grpc', 'aiohttp', 'rich', 'prometheus_client', 'google.protobuf', 'uvloop', 'ssl',"
         " 'asyncio', 'structlog') if name in sys.modules])"
     )

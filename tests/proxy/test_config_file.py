@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from proxy.config import Settings, knobs
-from proxy.config_file import ConfigError, Given, from_text, layer, read_file, render_example
+from proxy.config.file import ConfigError, Given, from_text, layer, read_file, render_example
 
 
 def settings_from(tmp_path: Path, text: str) -> Settings:

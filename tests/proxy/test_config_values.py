@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config_values import (
+from proxy.config.values import (
     Address,
     BadValue,
     check_readable,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from proxy.config import Settings
-from proxy.config_file import layer, read_file, render_example
+from proxy.config.file import layer, read_file, render_example
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.toml"))

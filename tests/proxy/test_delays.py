@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from proxy.delays import BOUNDS_S, Histogram, LoopDelay, quantile
-from proxy.monitor import STEPS_KEPT, Monitor, show_range
+from proxy.admin.delays import BOUNDS_S, Histogram, LoopDelay, quantile
+from proxy.admin.monitor import STEPS_KEPT, Monitor, show_range
 from tests.proxy.running import proxy_for
 from tests.waiting import until_async
 

@@ -15,15 +15,15 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from proxy import cli_demo
+from proxy.cli import demo as cli_demo
 from proxy.cli import run
-from proxy.cli_load import shape_of
-from proxy.demo import DemoResult, run_demo, show_result
-from proxy.load.judge import Verdict
-from proxy.load.plan import Shape
-from proxy.load.prometheus import Cost
-from proxy.load.stage import Stage
-from proxy.load.trial import Trial
+from proxy.cli.load import shape_of
+from proxy.measuring.demo import DemoResult, run_demo, show_result
+from proxy.measuring.load.judge import Verdict
+from proxy.measuring.load.plan import Shape
+from proxy.measuring.load.prometheus import Cost
+from proxy.measuring.load.stage import Stage
+from proxy.measuring.load.trial import Trial
 from tests.etcd.server import EtcdServer
 from tests.waiting import until
 
@@ -138,7 +138,7 @@ def test_any_fault_is_shown_and_is_exit_code_1(
     async def pretend(*_arguments: object) -> DemoResult:
         return result
 
-    monkeypatch.setattr("proxy.demo.run_demo", pretend)
+    monkeypatch.setattr("proxy.measuring.demo.run_demo", pretend)
     monkeypatch.setattr(Stage, "_start_store", lambda _stage: asyncio.sleep(0))
     assert run(["demo", *SMALL]) == 1
 
@@ -147,7 +147,7 @@ def test_the_json_says_everything(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     async def pretend(*_arguments: object) -> DemoResult:
         return result_with(Verdict(watches=60), [])
 
-    monkeypatch.setattr("proxy.demo.run_demo", pretend)
+    monkeypatch.setattr("proxy.measuring.demo.run_demo", pretend)
     monkeypatch.setattr(Stage, "_start_store", lambda _stage: asyncio.sleep(0))
     assert cli_demo.command.main([*SMALL, "--json"], standalone_mode=False) == 0
     found = json.loads(capsys.readouterr().out)

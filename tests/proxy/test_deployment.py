@@ -24,13 +24,13 @@ from dockerfile_parse import DockerfileParser
 from prometheus_client import ProcessCollector
 from prometheus_client.registry import CollectorRegistry
 
-from proxy.admin import PAGES
+from proxy.admin.delays import Histogram
+from proxy.admin.metrics import ProxyCollector
+from proxy.admin.port import PAGES
+from proxy.admin.snapshot import Snapshot
 from proxy.config import Settings, knobs
-from proxy.config_file import layer, read_file
-from proxy.config_values import parse_size_bytes
-from proxy.delays import Histogram
-from proxy.metrics import ProxyCollector
-from proxy.snapshot import Snapshot
+from proxy.config.file import layer, read_file
+from proxy.config.values import parse_size_bytes
 from upstream.pool import EndpointState
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ def test_probes_ports_and_limits_fit(path: Path, tmp_path: Path) -> None:
 def settings_of(path: Path, arguments: list[str], directory: Path) -> Settings:
     """The settings that a container's arguments and its ConfigMap give."""
     assert arguments[0] == "serve"
-    from proxy.cli_knobs import settings_of as read
+    from proxy.cli.knobs import settings_of as read
 
     read_arguments = list(arguments[1:])
     for number, argument in enumerate(read_arguments):
@@ -143,7 +143,7 @@ def settings_of(path: Path, arguments: list[str], directory: Path) -> Settings:
             # The certificates are elsewhere.
             return layer({}, read_file(file), look_at_files=False)
         assert argument.split("=")[0] in {knob.flag for knob in knobs()}, number
-    from proxy.cli_serve import command
+    from proxy.cli.serve import command
 
     with command.make_context("serve", read_arguments) as context:
         return read(context)[0]

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from proxy.cli_knobs import REFUSED, TAKEN
-from proxy.cli_measure import command as measure
+from proxy.cli.knobs import REFUSED, TAKEN
+from proxy.cli.measure import command as measure
 from proxy.config import knobs
 from proxy.reloading import RELOADED
 from tests.proxy.test_deployment import exported
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-ADMIN = (ROOT / "proxy/admin.py").read_text()
+ADMIN = (ROOT / "proxy/admin/port.py").read_text()
 ETCDS_OWN = {"--debug"}
 
 

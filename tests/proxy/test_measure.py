@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from proxy.cli import run
-from proxy.comparison import show_comparison
-from proxy.load.plan import Shape
-from proxy.measure import Measurement, Side, compare, reduction_of
+from proxy.measuring.comparison import show_comparison
+from proxy.measuring.load.plan import Shape
+from proxy.measuring.measure import Measurement, Side, compare, reduction_of
 from tests.etcd.server import EtcdServer
 from tests.proxy_process import ProxyProcess
 

@@ -18,11 +18,11 @@ from prometheus_client.registry import CollectorRegistry
 
 from coalesce import Limits
 from proto.pb import rpc_pb2, rpc_pb2_grpc
+from proxy.admin.metrics import COUNTERS, GAUGES, GRPC_PROXY_FIELD, LIMITS, ProxyCollector, metric_name
+from proxy.admin.monitor import Monitor
+from proxy.admin.snapshot import Snapshot
 from proxy.config import Kind, knobs
-from proxy.metrics import COUNTERS, GAUGES, GRPC_PROXY_FIELD, LIMITS, ProxyCollector, metric_name
-from proxy.monitor import Monitor
 from proxy.server import Proxy
-from proxy.snapshot import Snapshot
 from proxy.watch import WatchSettings
 from tests.etcd.server import EtcdServer
 from tests.proxy.running import direct, proxy_for

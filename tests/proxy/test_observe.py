@@ -11,8 +11,8 @@ import pytest
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from proxy.cli import run
-from proxy.load.prometheus import NoMetrics
-from proxy.observe import Look, Observation, compare_observed, look_of
+from proxy.measuring.load.prometheus import NoMetrics
+from proxy.measuring.observe import Look, Observation, compare_observed, look_of
 from tests.etcd.server import EtcdServer
 from tests.proxy_process import ProxyProcess
 from tests.waiting import until

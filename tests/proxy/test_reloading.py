@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from proxy.cli_errors import Failed
 from proxy.config import Settings, knobs
+from proxy.errors import Failed
 from proxy.reloading import RELOADED, Reloading, changes, merged
 from tests.etcd.server import EtcdServer
 from tests.proxy.test_cli_serve import served

@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from proxy.comparison import Comparison, Row, Series, Unit, show_comparison, show_factor, show_value
-from proxy.report import render_report
+from proxy.measuring.comparison import Comparison, Row, Series, Unit, show_comparison, show_factor, show_value
+from proxy.measuring.report import render_report
 
 ROWS = [
     Row(name="watchers", unit=Unit.COUNT, before=5000, after=10),

@@ -16,7 +16,7 @@ import msgspec
 
 from coalesce.guarantees import Bookmark, Canceled, Created, Opened, Received, WatchLog
 from proto.pb import rpc_pb2
-from proxy.load.judge import change_of
+from proxy.measuring.load.judge import change_of
 
 HEAD = struct.Struct("<IBI")
 """Watch number, kind, size of the body."""

@@ -9,10 +9,10 @@ import pytest
 
 from coalesce.guarantees import DELETE, PUT, Change, Truth
 from proto.pb import kv_pb2, rpc_pb2
-from proxy.load.client import Recorder, read_record
-from proxy.load.judge import Verdict, judge, percentile_ms
-from proxy.load.plan import ClientPlan, PlannedStream, PlannedWatch, Range
-from proxy.load.writer import read_stamp, stamp
+from proxy.measuring.load.client import Recorder, read_record
+from proxy.measuring.load.judge import Verdict, judge, percentile_ms
+from proxy.measuring.load.plan import ClientPlan, PlannedStream, PlannedWatch, Range
+from proxy.measuring.load.writer import read_stamp, stamp
 
 SPAN = Range(b"/r/", b"/r0")
 TRUTH = Truth(

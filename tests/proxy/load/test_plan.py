@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from proxy.load.plan import Shape, deal, make_ranges, make_streams
+from proxy.measuring.load.plan import Shape, deal, make_ranges, make_streams
 
 SHAPE = Shape(watches=1000, ranges=10, streams=200, channels=40, processes=2, pause_s=2.0)
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from proxy.load.prometheus import Cost, MetricsPage, NoMetrics, cost_of, sum_samples
+from proxy.measuring.load.prometheus import Cost, MetricsPage, NoMetrics, cost_of, sum_samples
 from tests.etcd.server import EtcdServer
 
 

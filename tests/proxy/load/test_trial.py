@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from proxy.load.plan import Shape
-from proxy.load.prometheus import MetricsPage
-from proxy.load.trial import Spec, Trial, run_trial
+from proxy.measuring.load.plan import Shape
+from proxy.measuring.load.prometheus import MetricsPage
+from proxy.measuring.load.trial import Spec, Trial, run_trial
 from tests.etcd.server import EtcdServer
 
 SHAPE = Shape(watches=60, ranges=5, streams=12, channels=4, processes=2, pause_s=0.3)

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from proxy.cli_knobs import KnobCommand, knob_options, settings_of
+from proxy.cli.knobs import KnobCommand, knob_options, settings_of
 
 
 @click.command(name="serve", cls=KnobCommand)

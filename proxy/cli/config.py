@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from proxy.cli_errors import WRONG_REQUEST, Failed
-from proxy.config_file import ConfigError, layer, read_file, render_example
+from proxy.config.file import ConfigError, layer, read_file, render_example
+from proxy.errors import WRONG_REQUEST, Failed
 
 
 @click.command(name="config")

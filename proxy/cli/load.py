@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 from proxy.child import ChildFailed
-from proxy.cli_errors import WRONG_REQUEST, Failed
-from proxy.load.judge import NoTruth
-from proxy.load.plan import Shape
-from proxy.load.prometheus import NoMetrics
-from proxy.load.run import LoadFailed
-from proxy.load.writer import WriteFailed
+from proxy.errors import WRONG_REQUEST, Failed
+from proxy.measuring.load.judge import NoTruth
+from proxy.measuring.load.plan import Shape
+from proxy.measuring.load.prometheus import NoMetrics
+from proxy.measuring.load.run import LoadFailed
+from proxy.measuring.load.writer import WriteFailed
 from upstream.endpoints import parse_endpoints
 from upstream.errors import BadEndpoint
 

@@ -14,13 +14,13 @@ from itertools import pairwise
 
 import msgspec
 
-from proxy.comparison import Comparison, Row, Series, Unit
-from proxy.load.plan import Shape
-from proxy.load.prometheus import MetricsPage
-from proxy.load.sampling import Sample
-from proxy.load.show import Bars
-from proxy.load.stage import Stage
-from proxy.load.trial import REFRESH_S, Spec, Trial, run_trial
+from proxy.measuring.comparison import Comparison, Row, Series, Unit
+from proxy.measuring.load.plan import Shape
+from proxy.measuring.load.prometheus import MetricsPage
+from proxy.measuring.load.sampling import Sample
+from proxy.measuring.load.show import Bars
+from proxy.measuring.load.stage import Stage
+from proxy.measuring.load.trial import REFRESH_S, Spec, Trial, run_trial
 
 QUIET_LIMIT_S = 15.0
 """How long the upstream may take to notice that the clients of the first part have left (seconds)."""

@@ -415,7 +415,7 @@ class Watch(msgspec.Struct, kw_only=True, frozen=True):
             ge=0,
             advanced=True,
         ),
-    ] = 0.005
+    ] = 0.03
     progress_retry_s: Annotated[
         float,
         _knob(

@@ -30,9 +30,9 @@ from coalesce.guarantees import (
     check,
 )
 from proto.pb import kv_pb2, rpc_pb2
-from proxy.load.client import WATCH, read_record
-from proxy.load.plan import ClientPlan
-from proxy.load.writer import read_stamp
+from proxy.measuring.load.client import WATCH, read_record
+from proxy.measuring.load.plan import ClientPlan
+from proxy.measuring.load.writer import read_stamp
 
 TRUTH_LIMIT_S = 20.0
 

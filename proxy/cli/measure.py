@@ -1,4 +1,4 @@
-"""`watchmux measure`: flags, start and exit code; what it measures is in proxy/measure.py and proxy/observe.py."""
+"""`watchmux measure`: flags, start and exit code; what it measures is in proxy/measuring."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from proxy.cli_errors import FAILURE, WRONG_REQUEST, Failed
+from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 
 if TYPE_CHECKING:
-    from proxy.comparison import Comparison
-    from proxy.measure import Measurement
-    from proxy.observe import Observation
+    from proxy.measuring.comparison import Comparison
+    from proxy.measuring.measure import Measurement
+    from proxy.measuring.observe import Observation
 
 
 @click.command(name="measure")
@@ -59,10 +59,10 @@ def command(
     """
     import asyncio
 
-    from proxy.cli_load import first_endpoint, load_errors, metrics_url, shape_of
-    from proxy.load.show import Bars
-    from proxy.load.stage import Stage
-    from proxy.measure import compare, run_measure
+    from proxy.cli.load import first_endpoint, load_errors, metrics_url, shape_of
+    from proxy.measuring.load.show import Bars
+    from proxy.measuring.load.stage import Stage
+    from proxy.measuring.measure import compare, run_measure
 
     _check_together(upstream, upstream_metrics, proxy, observe, proxy_metrics)
     if report:
@@ -115,9 +115,9 @@ def _check_writable(path: Path) -> None:
 
 
 async def _observe(pages: tuple[str, str], seconds: float, report: str | None, as_json: bool) -> int:
-    from proxy.load.prometheus import MetricsPage
-    from proxy.load.show import Bars
-    from proxy.observe import compare_observed, observe
+    from proxy.measuring.load.prometheus import MetricsPage
+    from proxy.measuring.load.show import Bars
+    from proxy.measuring.observe import compare_observed, observe
 
     etcd, proxy = (MetricsPage(page) for page in pages)
     try:
@@ -134,9 +134,9 @@ def _show(result: Measurement | Observation, comparison: Comparison, report: str
     import msgspec
     from rich.console import Console
 
-    from proxy.comparison import show_comparison
-    from proxy.report import render_report
-    from proxy.snapshot import program_version
+    from proxy.admin.snapshot import program_version
+    from proxy.measuring.comparison import show_comparison
+    from proxy.measuring.report import render_report
 
     if report:
         Path(report).write_text(render_report(comparison, program_version()), encoding="utf-8")

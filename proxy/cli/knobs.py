@@ -1,7 +1,7 @@
 """The knobs as click options, and the settings that flags, environment and file give together.
 
-Options are made from the knobs (proxy/config.py), so flags, variables and file keys cannot drift apart. Beside them
-stand the flags of `etcd grpc-proxy start` that mean nothing here: its users change one word in their command line, so
+Options are made from the knobs (proxy/config), so flags, variables and file keys cannot drift apart. Beside them stand
+the flags of `etcd grpc-proxy start` that mean nothing here: its users change one word in their command line, so
 each is either taken and named in the log, or refused with the reason, never an "unknown option".
 """
 
@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from proxy.cli_errors import WRONG_REQUEST, Failed
 from proxy.config import ENV_PREFIX, Kind, Knob, Settings, knobs, tables
-from proxy.config_file import ConfigError, Given, from_text, layer, read_file
-from proxy.config_values import BadValue, show_duration, show_size
+from proxy.config.file import ConfigError, Given, from_text, layer, read_file
+from proxy.config.values import BadValue, show_duration, show_size
+from proxy.errors import WRONG_REQUEST, Failed
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 CONFIG_ENV = "WATCHMUX_CONFIG"

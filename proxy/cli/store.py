@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from proxy.cli_errors import WRONG_REQUEST, Failed
-from proxy.config_values import BadValue, parse_address, parse_duration_s, parse_metrics_address
+from proxy.config.values import BadValue, parse_address, parse_duration_s, parse_metrics_address
+from proxy.errors import WRONG_REQUEST, Failed
 
 if TYPE_CHECKING:
     from upstream.store.server import StoreSettings

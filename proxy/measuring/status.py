@@ -11,9 +11,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from proxy.config_values import show_duration
-from proxy.load.prometheus import http_reason
-from proxy.snapshot import Snapshot
+from proxy.admin.snapshot import Snapshot
+from proxy.config.values import show_duration
+from proxy.measuring.load.prometheus import http_reason
 
 FETCH_LIMIT_S = 5.0
 REFRESH_S = 1.0

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from coalesce import report
-from proxy.delays import BOUNDS_S, LoopDelay, quantile, watch_deliveries
-from proxy.snapshot import Snapshot, Source
+from proxy.admin.delays import BOUNDS_S, LoopDelay, quantile, watch_deliveries
+from proxy.admin.snapshot import Snapshot, Source
 
 if TYPE_CHECKING:
     from proxy.server import Proxy

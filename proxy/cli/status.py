@@ -1,11 +1,11 @@
-"""`watchmux status`: flags; what it shows is in proxy/status.py."""
+"""`watchmux status`: flags; what it shows is in proxy/measuring/status.py."""
 
 from __future__ import annotations
 
 import click
 
-from proxy.cli_errors import WRONG_REQUEST, Failed
-from proxy.config_values import BadValue, parse_address
+from proxy.config.values import BadValue, parse_address
+from proxy.errors import WRONG_REQUEST, Failed
 
 
 @click.command(name="status")
@@ -30,7 +30,7 @@ def command(address: str, live: bool, as_json: bool) -> None:
 
     from rich.console import Console
 
-    from proxy.status import NoStatus, show_live, show_once
+    from proxy.measuring.status import NoStatus, show_live, show_once
 
     console = Console()
     try:

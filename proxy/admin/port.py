@@ -18,9 +18,9 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
-from proxy.config_values import Address
-from proxy.metrics import ProxyCollector
-from proxy.monitor import Monitor
+from proxy.admin.metrics import ProxyCollector
+from proxy.admin.monitor import Monitor
+from proxy.config.values import Address
 
 if TYPE_CHECKING:
     from proxy.server import Proxy
@@ -118,7 +118,7 @@ def _json(value: msgspec.Struct) -> web.Response:
 
 def _page(name: str, kind: str) -> Answer:
     """Return what answers with a file of proxy/pages, read once."""
-    body = resources.files("proxy").joinpath("pages", name).read_bytes()
+    body = resources.files("proxy.admin").joinpath("pages", name).read_bytes()
 
     async def answer(_request: web.Request) -> web.StreamResponse:
         return web.Response(body=body, content_type=kind, charset="utf-8", headers=HEADERS)

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from proxy.load.plan import Shape, count_kinds
-from proxy.load.stage import Stage
-from proxy.load.trial import Show, Spec, Trial, run_trial
+from proxy.measuring.load.plan import Shape, count_kinds
+from proxy.measuring.load.stage import Stage
+from proxy.measuring.load.trial import Show, Spec, Trial, run_trial
 
 PAST_WRITES = 200
 VALUE_BYTES = 256

@@ -15,8 +15,8 @@ from pathlib import Path
 import msgspec
 
 from proxy.child import Child, ChildFailed, python_command
-from proxy.load.client import Final, Report
-from proxy.load.plan import ClientPlan, PlannedStream, Range, deal
+from proxy.measuring.load.client import Final, Report
+from proxy.measuring.load.plan import ClientPlan, PlannedStream, Range, deal
 
 OPEN_LIMIT_S = 30.0
 """How long opening all watches may take (seconds)."""
@@ -70,7 +70,7 @@ class Load:
     async def _start_one(self, number: int, directory: Path) -> None:
         path = directory / f"plan-{number}"
         path.write_bytes(msgspec.msgpack.encode(self.plans[number]))
-        command = python_command("proxy.load.client", f"--plan={path}")
+        command = python_command("proxy.measuring.load.client", f"--plan={path}")
         child = await Child.start("a load client", command)
         self._children.append(child)
         self._reports.append(Report())

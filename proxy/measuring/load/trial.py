@@ -16,12 +16,12 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from proxy.load.judge import Verdict, judge, read_truth
-from proxy.load.plan import Shape, make_ranges, make_streams
-from proxy.load.prometheus import Cost, MetricsPage
-from proxy.load.run import Load
-from proxy.load.sampling import Sample, Sampler
-from proxy.load.writer import Writer
+from proxy.measuring.load.judge import Verdict, judge, read_truth
+from proxy.measuring.load.plan import Shape, make_ranges, make_streams
+from proxy.measuring.load.prometheus import Cost, MetricsPage
+from proxy.measuring.load.run import Load
+from proxy.measuring.load.sampling import Sample, Sampler
+from proxy.measuring.load.writer import Writer
 
 SETTLE_LIMIT_S = 4.0
 SETTLE_QUIET_S = 0.4

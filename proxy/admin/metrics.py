@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from proxy.delays import Histogram
-from proxy.monitor import Monitor
-from proxy.snapshot import Snapshot
+from proxy.admin.delays import Histogram
+from proxy.admin.monitor import Monitor
+from proxy.admin.snapshot import Snapshot
 
 GAUGES = {
     "connections": "Client connections open now.",

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 
 import msgspec
 
-from proxy.comparison import Comparison, Row, Series, Unit, show_value
-from proxy.load.prometheus import Cost, MetricsPage, NoMetrics, cost_of
-from proxy.load.show import Bars
+from proxy.measuring.comparison import Comparison, Row, Series, Unit, show_value
+from proxy.measuring.load.prometheus import Cost, MetricsPage, NoMetrics, cost_of
+from proxy.measuring.load.show import Bars
 
 EVERY_S = 1.0
 

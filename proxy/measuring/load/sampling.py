@@ -10,7 +10,7 @@ from typing import Self
 
 import msgspec
 
-from proxy.load.prometheus import Cost, MetricsPage, NoMetrics
+from proxy.measuring.load.prometheus import Cost, MetricsPage, NoMetrics
 
 EVERY_S = 0.5
 

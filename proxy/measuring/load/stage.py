@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from proxy.child import Child, python_command
-from proxy.load.prometheus import MetricsPage
+from proxy.measuring.load.prometheus import MetricsPage
 
 
 class Stage:

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from proxy.config import Kind, Knob, Settings, knobs, tables
-from proxy.config_values import (
+from proxy.config.values import (
     BadValue,
     check_readable,
     parse_address,

@@ -17,8 +17,8 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from proto.pb import rpc_pb2
-from proxy.load.client import Final
-from proxy.load.plan import Range
+from proxy.measuring.load.client import Final
+from proxy.measuring.load.plan import Range
 
 KEYS_PER_RANGE = 16
 CALL_LIMIT_S = 10.0

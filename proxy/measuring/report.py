@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from html import escape
 
-from proxy.comparison import Comparison, Row, Series, Unit, show_factor, show_value
+from proxy.measuring.comparison import Comparison, Row, Series, Unit, show_factor, show_value
 
 WIDTH, HEIGHT = 520.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 64.0, 12.0, 12.0, 26.0

@@ -1,8 +1,9 @@
 """A load client: one process with many real gRPC Watch streams, which writes down every response it gets.
 
-Run by the parent as `python -m proxy.load.client`. It speaks gRPC by grpc.aio, as a stranger would, not by our own
-HTTP/2, so that it proves the proxy and not the proxy's idea of the protocol. Responses are recorded as the bytes that
-came, with the time of their arrival; they are decoded here only as far as it takes to know when everything has come.
+Run by the parent as `python -m proxy.measuring.load.client`. It speaks gRPC by grpc.aio, as a stranger would, not by
+our own HTTP/2, so that it proves the proxy and not the proxy's idea of the protocol. Responses are recorded as the
+bytes that came, with the time of their arrival; they are decoded here only as far as it takes to know when everything
+has come.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import msgspec
 
 from proto.pb import rpc_pb2
 from proxy.child import Parent, Ready, on_signals
-from proxy.load.plan import SLOW_AFTER_MESSAGES, ClientPlan, PlannedStream, PlannedWatch, Range
+from proxy.measuring.load.plan import SLOW_AFTER_MESSAGES, ClientPlan, PlannedStream, PlannedWatch, Range
 
 WATCH = "/etcdserverpb.Watch/Watch"
 REPORT_S = 0.1

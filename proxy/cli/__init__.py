@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 
 import click
 
-from proxy.cli_errors import WRONG_REQUEST, Failed
+from proxy.errors import WRONG_REQUEST, Failed
 
 
 class _Place(NamedTuple):
@@ -22,12 +22,12 @@ class _Place(NamedTuple):
 
 
 COMMANDS = {
-    "serve": _Place("proxy.cli_serve", "Stand in front of etcd and share its watches."),
-    "store": _Place("proxy.cli_store", "Run the bundled etcd-compatible store on its own."),
-    "demo": _Place("proxy.cli_demo", "Show in half a minute what it does, on real processes."),
-    "measure": _Place("proxy.cli_measure", "Measure an etcd's load without and with the proxy."),
-    "status": _Place("proxy.cli_status", "Show what a running proxy is doing."),
-    "config": _Place("proxy.cli_config", "Print or check a configuration file."),
+    "serve": _Place("proxy.cli.serve", "Stand in front of etcd and share its watches."),
+    "store": _Place("proxy.cli.store", "Run the bundled etcd-compatible store on its own."),
+    "demo": _Place("proxy.cli.demo", "Show in half a minute what it does, on real processes."),
+    "measure": _Place("proxy.cli.measure", "Measure an etcd's load without and with the proxy."),
+    "status": _Place("proxy.cli.status", "Show what a running proxy is doing."),
+    "config": _Place("proxy.cli.config", "Print or check a configuration file."),
 }
 
 
@@ -123,7 +123,3 @@ def _complain(text: str) -> None:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,10 @@
-"""`watchmux demo`: flags, start and exit code; what it shows is in proxy/demo.py."""
+"""`watchmux demo`: flags, start and exit code; what it shows is in proxy/measuring/demo.py."""
 
 from __future__ import annotations
 
 import click
 
-from proxy.cli_errors import FAILURE
+from proxy.errors import FAILURE
 
 
 @click.command(name="demo")
@@ -31,10 +31,10 @@ def command(endpoints: str | None, watches: int, ranges: int, streams: int, seco
     import msgspec
     from rich.console import Console
 
-    from proxy.cli_load import first_endpoint, load_errors, shape_of
-    from proxy.demo import SLOW_S, run_demo, show_result
-    from proxy.load.show import Bars
-    from proxy.load.stage import Stage
+    from proxy.cli.load import first_endpoint, load_errors, shape_of
+    from proxy.measuring.demo import SLOW_S, run_demo, show_result
+    from proxy.measuring.load.show import Bars
+    from proxy.measuring.load.stage import Stage
 
     shape = shape_of(watches=watches, ranges=ranges, streams=streams, pause_s=SLOW_S)
     upstream = first_endpoint("--endpoints", endpoints) if endpoints else None

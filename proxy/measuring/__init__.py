@@ -1,0 +1,1 @@
+"""What the proxy saves, shown: demo, measure, observe and their report; `load/` holds the real clients."""
