@@ -56,8 +56,8 @@ class Limits:
     # A trunk's bookmark is renewed at least this often, so that a break never resumes from an old, compacted revision.
     bookmark_s: float = 30.0
     # Progress is asked for at most so often: who comes meanwhile shares the next request. Each walks all sessions that
-    # wait, and locks etcd's watches.
-    progress_interval_s: float = 0.005
+    # wait, and locks etcd's watches. Clients ask every 100 ms (Kubernetes): a thousand of them make three of it.
+    progress_interval_s: float = 0.03
     # While somebody waits for progress, upstream is asked again after this: etcd drops requests it cannot answer.
     progress_retry_s: float = 0.1
     # The longest pause between such requests; they double from progress_retry_s while nothing comes of them.

@@ -48,7 +48,7 @@ def test_one_upstream_request_serves_all_who_wait_and_later_ones_the_next() -> N
     shell.progressed(9)
     # The answer in flight may be older than the later requests.
     assert [client.read() for client in clients] == [["#-1 @9 progress"], [], [], []]
-    shell.wait(0.005)
+    shell.wait(0.03)
     assert len(shell.asked) == 2
     shell.progressed(10)
     assert [client.read() for client in clients[1:]] == [["#-1 @10 progress"]] * 3
@@ -84,7 +84,7 @@ def test_events_on_their_way_are_no_answer_until_etcd_drops_requests() -> None:
     shell.progressed(8)
     assert client.read() == ["#-1 @8 progress"]
     client.progress()
-    shell.wait(0.005)
+    shell.wait(0.03)
     shell.events(trunk, put(9))
     client.read()
     shell.wait(0.5)
@@ -240,7 +240,7 @@ def test_a_compacted_id_holds_nothing_up() -> None:
     shell.progressed(100, trunk)
     client.read()
     client.progress()
-    shell.wait(0.005)
+    shell.wait(0.03)
     shell.progressed(100, trunk)
     assert client.read() == ["#-1 @100 progress"]
 
@@ -268,7 +268,7 @@ def test_many_requests_of_one_session_are_merged_but_not_the_first_into_the_last
     assert len(shell.asked) == 1
     shell.progressed(7)
     assert client.read() == ["#-1 @7 progress"]
-    shell.wait(0.005)
+    shell.wait(0.03)
     shell.progressed(8)
     assert client.read() == ["#-1 @8 progress"]
     shell.wait(1)
