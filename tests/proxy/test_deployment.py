@@ -61,7 +61,9 @@ def exported() -> frozenset[str]:
     """Every name that a scrape of the proxy has."""
     process = ProcessCollector(registry=CollectorRegistry())
     families = [*ProxyCollector(FakeMonitor()).collect(), *process.collect()]  # type: ignore[arg-type]  # a fake
-    return frozenset(sample.name for family in families for sample in family.samples)
+    # A counter by reason has no samples before the first one; its family has its name all the same.
+    counters = {f"{family.name}_total" for family in families if family.type == "counter"}
+    return frozenset(counters.union(sample.name for family in families for sample in family.samples))
 
 
 def check_expression(expression: str) -> None:
