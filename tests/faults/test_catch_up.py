@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,10 +14,10 @@ import pytest
 
 from coalesce.limits import Limits
 from proto.pb import rpc_pb2
+from proxy.measuring.load import judge
 from proxy.server import Proxy
 from tests.etcd.server import EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, open_watch, straight
-from tests.proxy import judging
 from tests.proxy.judging import assert_kept
 from tests.proxy.raw_client import RawClient, WatchStream
 from tests.proxy.running import proxy_for
@@ -117,7 +116,7 @@ def test_a_watch_far_behind_gets_everything_and_holds_nobody_up(
 ) -> None:
     """Live events go on being delivered while a watch of the same range is brought everything since the beginning."""
     # Etcd gives a thousand revisions at a time, to the judge as well.
-    monkeypatch.setattr(sys.modules[judging.read_truth.__module__], "TRUTH_LIMIT_S", 90.0)
+    monkeypatch.setattr(judge, "TRUTH_LIMIT_S", 90.0)
     limits = Limits(history_bytes_max=MIB // 4, history_bytes_total_max=MIB, backfill_bytes_max=MIB // 4)
 
     async def scenario() -> None:
