@@ -235,4 +235,9 @@ def identity_of(head: RequestHead) -> Identity:
     token = metadata.get(b"token")
     if token is None:
         token = metadata.get(b"authorization")
-    return Identity(token=token, has_leader=metadata.get(b"hasleader") == b"true")
+    has_leader = metadata.get(b"hasleader") == b"true"
+    return _NOBODY[has_leader] if token is None else Identity(token, has_leader)
+
+
+# What all clients without a token are, one object for all of them.
+_NOBODY = (Identity(None, False), Identity(None, True))
