@@ -101,7 +101,7 @@ class WatchService:
 class WatchCall:
     """One client's Watch stream: the handler of its HTTP/2 stream and the outlet of its session."""
 
-    __slots__ = ("_call", "_owed", "_service", "_unframer", "connection", "session", "stalled", "stream")
+    __slots__ = ("_call", "_decompress", "_owed", "_service", "_unframer", "connection", "session", "stalled", "stream")
 
     def __init__(self, service: WatchService, connection: ServerConnection, stream: Stream, head: RequestHead) -> None:
         self.connection = connection
@@ -110,7 +110,9 @@ class WatchCall:
         """Something sent waits in the stream: the core was told, and nothing more is delivered until `drained`."""
         self._service = service
         self._call = ServerCall(connection, stream)
-        self._unframer = Unframer(service.settings.request_bytes_max, head.decompress)
+        self._decompress = head.decompress
+        self._unframer: Unframer | None = None
+        """Holds the part of a request that has come; None between requests, as nearly always."""
         self._owed = 0
         """Request bytes taken while stalled and not yet credited: who does not read answers may not ask on."""
         self.session: Session | None = service.engine.open_session(self, identity_of(head))
@@ -129,7 +131,10 @@ class WatchCall:
         if self.session is None:
             return
         try:
-            for message in self._unframer.feed(data):
+            unframer = self._unframer or Unframer(self._service.settings.request_bytes_max, self._decompress)
+            messages = unframer.feed(data)
+            self._unframer = unframer if unframer.pending else None
+            for message in messages:
                 self._request(message)
         except FramingError as error:
             self.leave(error.code, error.text)
@@ -191,7 +196,7 @@ class WatchCall:
             self.connection.sessions -= 1
 
     def _half_closed(self) -> None:
-        if self._unframer.pending:
+        if self._unframer is not None:
             self.leave(Status.INTERNAL, "the request stream ended inside a message")
 
     def _request(self, message: bytes) -> None:
