@@ -54,7 +54,6 @@ class Watch:
         "progress_notify",
         "sent_revision",
         "session",
-        "shell",
         "source",
         "timer_at",
         "trunk",
@@ -88,8 +87,6 @@ class Watch:
         self.noted_revision = position - 1
         # When its progress_notify is due; None = never.
         self.timer_at: float | None = None
-        # Free for the shell.
-        self.shell: object = None
 
     @property
     def next_revision(self) -> int:
@@ -172,7 +169,6 @@ class Session:
         "progress_needs",
         "progress_revision",
         "queue",
-        "shell",
         "stalled",
         "watches",
     )
@@ -201,8 +197,6 @@ class Session:
         self.progress_revision = 0
         # It is gone: closed by the shell, or ended by the core.
         self.ended = False
-        # Free for the shell.
-        self.shell: object = None
 
     def id_taken(self, watch_id: int) -> bool:
         """Whether a watch has this id, or had it when it was compacted and the client did not cancel it yet."""
