@@ -46,14 +46,42 @@ def run_case(case: Case, targets: tuple[str, ...], rounds: int, binary: EtcdBina
     return found
 
 
+def write_docs(results: report.Results, about: dict[str, Any]) -> None:
+    """Put the figures between the two marks in docs/performance.md, and the pictures where it looks for them."""
+    from tests.bench.plots import draw
+
+    page = Path("docs/performance.md")
+    head, _, rest = page.read_text().partition("<!-- figures")
+    mark, _, rest = rest.partition("-->\n")
+    _, end, tail = rest.partition("<!-- end of figures -->")
+    page.write_text(f"{head}<!-- figures{mark}-->\n\n{report.page_of(results, about)}\n{end}{tail}")
+    with tempfile.TemporaryDirectory() as directory:
+        draw(results, Path(directory))
+        for name in report.PICTURES:
+            picture = Path(directory, f"{name}.svg")
+            if picture.exists():
+                Path("docs/images", f"bench-{name}.svg").write_bytes(picture.read_bytes())
+
+
 @click.command()
 @click.option("--case", "names", multiple=True, type=click.Choice(list(CASES)), help="Only these cases.")
 @click.option("--target", "targets", multiple=True, type=click.Choice(list(TARGETS)), help="Only these targets.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds; the median is shown.")
 @click.option("--etcd", "version", default="", help="An etcd version there is, such as 3.4.23 (default: the newest).")
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True, help="Where the files go.")
+@click.option("--docs", is_flag=True, help="Write the figures into docs/performance.md, and the pictures beside it.")
+@click.option("--beside", default="nothing else to speak of", help="What else ran on the machine, for the docs.")
 @click.option("--plots/--no-plots", default=True, help="Draw the figures as well.")
-def main(names: tuple[str, ...], targets: tuple[str, ...], rounds: int, version: str, out: Path, plots: bool) -> None:
+def main(
+    names: tuple[str, ...],
+    targets: tuple[str, ...],
+    rounds: int,
+    version: str,
+    out: Path,
+    docs: bool,
+    beside: str,
+    plots: bool,
+) -> None:
     """Measure CPU per delivered event, delay and memory beside etcd's own grpc-proxy."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     binary = next(binary for binary in etcds() if binary.name.startswith(version))
@@ -73,9 +101,11 @@ def main(names: tuple[str, ...], targets: tuple[str, ...], rounds: int, version:
         console.print(table)
     out.mkdir(parents=True, exist_ok=True)
     what = {name: CASES[name].what for name in results}
-    about = {"etcd": binary.name, "rounds": rounds, "machine": before, "cases": what}
+    about = {"etcd": binary.name, "rounds": rounds, "machine": before, "beside": beside, "cases": what}
     (out / "bench.json").write_text(json.dumps({**about, "medians": results, "all": every}, indent=1) + "\n")
     (out / "table.md").write_text(report.markdown_of(results) + "\n" + report.goals_of(results))
+    if docs:
+        write_docs(results, about)
     if plots:
         from tests.bench.plots import draw
 

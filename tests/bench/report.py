@@ -7,6 +7,7 @@ import platform
 import statistics
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from rich.table import Table
@@ -60,6 +61,13 @@ GOALS: dict[str, tuple[float | None, float | None, float | None]] = {
     "range-1": (1.5, 1.5, None),
     "put-64": (2.0, 2.0, None),
     "range-64": (2.0, 2.0, None),
+}
+PICTURES = {
+    "cpu": "CPU per delivered event",
+    "delay": "p99 delay",
+    "memory": "memory of idle clients",
+    "calls": "CPU per unary call",
+    "scale": "CPU per event as the watches of a range grow",
 }
 GOAL_FIGURES = ("cpu_us", "p99_ms", "memory_mib")
 
@@ -145,11 +153,27 @@ def goals_of(results: Results) -> str:
         for name, goal in zip(GOAL_FIGURES, wanted, strict=True):
             found = ratio(results, case, name)
             if found is None or goal is None:
-                cells.append("" if found is None else f"{found:.2f}")
+                cells.append("" if found is None else f"{found:.3f}")
             else:
-                cells.append(f"{found:.2f} of {goal:.2f}{'' if found <= goal else ' **missed**'}")
+                cells.append(f"{found:.3f} of {goal:.2f}{'' if found <= goal else ' **missed**'}")
         if any(cells):
             lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def page_of(results: Results, about: dict[str, Any]) -> str:
+    """Return what the docs say of a run: the machine, goals, tables, pictures and what each case is."""
+    machine = about["machine"]
+    text = (
+        f"etcd {about['etcd']}, medians of {about['rounds']} rounds; {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['memory_gib']} GiB, Linux {machine['kernel']}, Python {machine['python']}, "
+        f"uvloop {machine['uvloop']}; "
+        f"load average at the start {machine['load_average'][0]}: {about['beside']}."
+    )
+    lines = [*wrap(text, 120), "", "Ratios to grpc-proxy, and what was wanted:", "", goals_of(results)]
+    lines += [f"![{alt}](images/bench-{name}.svg)\n" for name, alt in PICTURES.items()]
+    lines += [markdown_of(results), "| case | what |", "|---|---|"]
+    lines += [f"| {name} | {what} |" for name, what in about["cases"].items()]
     return "\n".join(lines) + "\n"
 
 

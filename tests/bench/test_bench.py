@@ -75,6 +75,6 @@ def test_tables_show_ratios_and_what_is_missed() -> None:
     }
     assert "| **burst** | grpc-proxy | 2.00 |" in report.markdown_of(results)
     assert "|  | watchmux | 0.50 (0.25) |" in report.markdown_of(results)
-    assert "| burst | 0.25 of 0.35 | 1.00 of 0.50 **missed** | 1.00 of 0.40 **missed** |" in report.goals_of(results)
+    assert "| burst | 0.250 of 0.35 | 1.000 of 0.50 **missed** | 1.000 of 0.40 **missed** |" in report.goals_of(results)
     assert len(report.tables_of(results)) == 1
     assert report.median_of([{"cpu_us": 1.0}, {"cpu_us": 9.0}, {"cpu_us": 2.0}]) == {"cpu_us": 2.0}
