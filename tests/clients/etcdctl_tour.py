@@ -228,7 +228,7 @@ class Player:
             )
         finally:
             if process.poll() is None:
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM)
             process.wait(20)
             process.stdin.close()
             reader.join(20)
