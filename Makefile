@@ -28,7 +28,7 @@ demo: $(VENV)/.installed  ## bundled store, proxy, 1,000 client watches: prints 
 	$(BIN)/watchmux demo
 
 test: $(VENV)/.installed-dev etcds  ## the tests (under 5 minutes on 2 cores)
-	$(BIN)/python -m pytest -q -m "not long"
+	$(BIN)/python -m pytest -q -n 2 -m "not long"
 
 test-all: $(VENV)/.installed-dev etcds  ## every etcd version, every client, long faults (under 30 minutes)
 	$(BIN)/python -m pytest -q
