@@ -232,3 +232,11 @@ def refuse(connection: Carrier, stream: Stream, refusal: Refusal) -> None:
     headers.extend(status_trailers(refusal.status, refusal.text))
     connection.h2.send_headers(stream, headers, True)
     connection.touch()
+
+
+def unknown_method(connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> None:
+    """Answer a stream that nobody serves."""
+    del end_stream
+    path = dict(headers).get(b":path", b"")
+    text = f"unknown method {path[:200].decode('ascii', 'backslashreplace')}"
+    refuse(connection, stream, Refusal(200, Status.UNIMPLEMENTED, text))

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
-from proto.framing import Status
 from proto.http2 import (
     Connection,
     ConnectionFailed,
@@ -34,7 +33,7 @@ from proto.http2 import (
     StreamReset,
 )
 from proxy import logs
-from proxy.calls import Carrier, Handler, HandlerFactory, Headers, Refusal, refuse
+from proxy.calls import Handler, HandlerFactory, Headers, Refusal, refuse, unknown_method
 from proxy.listener_settings import ListenerSettings, ListenerStats
 from proxy.pings import TOO_MANY_PINGS, PingPolicy
 
@@ -233,14 +232,6 @@ class Listener:
         for connection in tuple(self.connections):
             connection.abort()
         await self.wait_gone(CLOSE_GRACE_S)
-
-
-def unknown_method(connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> None:
-    """Answer a stream that nobody serves."""
-    del end_stream
-    path = dict(headers).get(b":path", b"")
-    text = f"unknown method {path[:200].decode('ascii', 'backslashreplace')}"
-    refuse(connection, stream, Refusal(200, Status.UNIMPLEMENTED, text))
 
 
 class ServerConnection(asyncio.Protocol):
