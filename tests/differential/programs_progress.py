@@ -15,6 +15,8 @@ from tests.differential.steps import (
 )
 
 ELSEWHERE = Put(b"elsewhere", times=3)
+# Refused, so it takes no id, and refused in order: with its answer etcd has decided on the request for progress before it.
+TAKEN = Create(b"b", b"a")
 NOTIFY = ("--experimental-watch-progress-notify-interval=200ms",)
 DROPS = "etcd forgets a request while a watch of the stream catches up; we answer when it has"
 SILENT_AT_COMPACTED = "etcd stays silent until a watch that compaction cancelled is cancelled by the client, too"
@@ -50,6 +52,7 @@ PROGRAMS = (
             Put(),
             Wait(events=1),
             Ask(answered=False),
+            TAKEN,
             Put(b"l", times=9),
             Wait(events=3),
         ),
@@ -60,7 +63,7 @@ PROGRAMS = (
     ),
     Program(
         "progress of a watch at the next revision",
-        (Put(), Create(start=2), Ask(answered=False), ELSEWHERE, Ask(again=4)),
+        (Put(), Create(start=2), Ask(answered=False), TAKEN, ELSEWHERE, Ask(again=4)),
         more_progress="etcd forgets a request below the start; we answer it once that is reached",
     ),
     Program(
