@@ -19,6 +19,7 @@ ELSEWHERE = Put(b"elsewhere", times=3)
 TAKEN = Create(b"b", b"a")
 NOTIFY = ("--experimental-watch-progress-notify-interval=200ms",)
 DROPS = "etcd forgets a request while a watch of the stream catches up; we answer when it has"
+FORGETS = "etcd forgets a request below the start; we answer it once that is reached"
 SILENT_AT_COMPACTED = "etcd stays silent until a watch that compaction cancelled is cancelled by the client, too"
 
 PROGRAMS = (
@@ -56,6 +57,7 @@ PROGRAMS = (
             Put(b"l", times=9),
             Wait(events=3),
         ),
+        more_progress=FORGETS,
     ),
     Program(
         "progress once a future start has come",
@@ -64,7 +66,7 @@ PROGRAMS = (
     Program(
         "progress of a watch at the next revision",
         (Put(), Create(start=2), Ask(answered=False), TAKEN, ELSEWHERE, Ask(again=4)),
-        more_progress="etcd forgets a request below the start; we answer it once that is reached",
+        more_progress=FORGETS,
     ),
     Program(
         "progress of a watch at the next revision comes with it", (Put(), Create(start=2), Put(), Wait(events=1), Ask())
