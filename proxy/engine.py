@@ -66,7 +66,7 @@ class Outlet(Protocol):
     """Where a session's answers leave; `watch.WatchCall` is one. The fan-out uses its attributes directly."""
 
     connection: Any
-    """The `listener.ServerConnection`."""
+    """The `server_connection.ServerConnection`."""
 
     stream: Stream
     stalled: bool

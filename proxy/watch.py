@@ -25,7 +25,7 @@ from upstream.pool import NO_LEADER_TEXT
 
 if TYPE_CHECKING:
     from proxy.engine import Engine
-    from proxy.listener import ServerConnection
+    from proxy.server_connection import ServerConnection
 
 PATH = b"/etcdserverpb.Watch/Watch"
 

@@ -11,7 +11,7 @@ import pytest
 
 from coalesce.limits import Limits
 from proto.framing import Status, frame
-from proxy.listener import PREFACE
+from proxy.server_connection import PREFACE
 from tests.etcd.server import EtcdServer
 from tests.proxy.raw_client import HOST, WATCH, RawClient
 from tests.proxy.running import direct, proxy_for

@@ -11,8 +11,9 @@ import pytest
 from proto.framing import Status, frame
 from proto.http2 import Limits, Stream
 from proxy.calls import Carrier, Handler, Headers, RequestHead, ServerCall
-from proxy.listener import PREFACE, RELIEVED_MIN, Listener
+from proxy.listener import RELIEVED_MIN, Listener
 from proxy.listener_settings import ListenerSettings
+from proxy.server_connection import PREFACE
 from tests.proxy.raw_client import HOST, RawClient, RawStream
 from tests.proxy.scenario import run
 from tests.waiting import until_async
@@ -378,7 +379,7 @@ def test_a_client_that_reads_nothing_is_not_read_either() -> None:
 
 
 def test_a_failed_connection_whose_client_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.listener.CLOSE_GRACE_S", 0.2)
+    monkeypatch.setattr("proxy.server_connection.CLOSE_GRACE_S", 0.2)
 
     async def scenario() -> None:
         async with rig_of(ListenerSettings(first_bytes_timeout_s=0.4)) as rig:

@@ -1,0 +1,417 @@
+"""One client's connection: the shell around `proto.http2.Connection` in its server role.
+
+It owns nothing of what its streams mean: events go to the handlers of the streams, new requests to the listener's
+routes, and a connection that does not open with the HTTP/2 preface is given to the HTTP/1 side with the bytes read so
+far.
+
+Writing is batched: whoever queues something touches the connection, and the listener has it flushed once in a turn of
+the event loop. What the transport does not take waits here in parts, so that a client that does not read costs what
+its windows allow and no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+from proto.http2 import (
+    Connection,
+    ConnectionFailed,
+    DataReceived,
+    ErrorCode,
+    Event,
+    HeadersKind,
+    HeadersReceived,
+    Piece,
+    PingAcknowledged,
+    PingReceived,
+    Role,
+    Stream,
+    StreamDrained,
+    StreamReset,
+)
+from proxy import logs
+from proxy.listener_settings import ListenerSettings
+from proxy.pings import TOO_MANY_PINGS, PingPolicy
+
+if TYPE_CHECKING:
+    from proxy.listener import Listener
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+"""The first bytes of every HTTP/2 client (RFC 9113 3.4)."""
+
+KEEPALIVE_PING = b"keepaliv"
+DRAIN_PING = b"draining"
+
+CLOSE_GRACE_S = 5.0
+"""How long a connection that is to be closed may take to fetch what is still written for it."""
+
+log = logs.logger("listener")
+
+
+class ServerConnection(asyncio.Protocol):
+    """One client's connection. It is the `Carrier` of the handlers of its streams."""
+
+    __slots__ = (
+        "_at_fault",
+        "_blocked",
+        "_closing_since",
+        "_deaf",
+        "_heard_at",
+        "_idle_since",
+        "_listener",
+        "_opened_at",
+        "_opening",
+        "_pinged_at",
+        "_pings",
+        "_rest",
+        "_transport",
+        "_unread_bytes",
+        "bulky",
+        "dirty",
+        "h2",
+        "peer",
+        "sessions",
+    )
+
+    def __init__(self, listener: Listener) -> None:
+        self.h2 = Connection(Role.SERVER, listener.settings.http2)
+        self.dirty = False
+        """It waits to be flushed at the end of this turn."""
+        self.bulky = False
+        """What is queued may be large: it is written in parts, without joining all of it first."""
+        self.sessions = 0
+        """Watch sessions it carries; the Watch service counts them here."""
+        self.peer = ""
+        """The client's address, for people."""
+        self._listener = listener
+        self._transport: asyncio.Transport | None = None
+        self._opening: bytes | None = b""
+        """What came before it was clear that this is HTTP/2; None from then on."""
+        self._opened_at = self._heard_at = self._idle_since = 0.0
+        self._pinged_at: float | None = None
+        self._pings: PingPolicy | None = None
+        """Made when the client pings for the first time."""
+        self._closing_since: float | None = None
+        self._at_fault = False
+        """It ends by a fault of the client's."""
+        self._blocked = False
+        """The transport takes no more for now."""
+        self._rest: deque[Piece] = deque()
+        """Output that the transport has not been given yet, because it was blocked."""
+        self._unread_bytes = 0
+        """What was added to it while it was blocked, which is no DATA."""
+        self._deaf = False
+        """The client is not read, because it does not read either."""
+
+    # asyncio calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the new transport; refuse it when there are too many."""
+        listener = self._listener
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=listener.settings.write_buffer_bytes)
+        self._opened_at = self._heard_at = self._idle_since = listener.now()
+        self.peer = _address(transport.get_extra_info("peername"))
+        full = listener.is_full
+        listener.opened(self)
+        if full or listener.draining:
+            listener.stats.refused += 1
+            self._opening = None
+            self.h2.start()
+            self.h2.go_away(True, ErrorCode.ENHANCE_YOUR_CALM, b"too_many_connections")
+            self.flush()
+            self._close()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes of the client."""
+        self._heard_at = self._listener.now()
+        if self._opening is not None:
+            if not self._recognise(data):
+                return
+            data, self._opening = self._opening, None
+        if self._closing_since is None:
+            self._handle(self.h2.receive(data))
+            if not self.dirty:
+                self.touch()
+
+    def pause_writing(self) -> None:
+        """Stall the streams: the client does not take what is written."""
+        self._blocked = True
+        self.h2.pause()
+
+    def resume_writing(self) -> None:
+        """Write what waits here, then let the streams go on."""
+        self._blocked = False
+        self._write_rest()
+        if self._blocked:
+            return
+        if self._closing_since is not None:
+            self._close()
+            return
+        self._unread_bytes = 0
+        if self._deaf and self._transport is not None and not self._transport.is_closing():
+            self._deaf = False
+            self._transport.resume_reading()
+        self._handle(self.h2.resume())
+        self.touch()
+
+    def eof_received(self) -> bool:
+        """Close when the client has closed its side: an HTTP/2 connection is never half of one."""
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell every handler that its stream is gone."""
+        del exc
+        self._transport = None
+        self._rest.clear()
+        self._closing_since = self._listener.now()
+        self._drop_streams()
+        self._listener.gone(self)
+
+    # for handlers and the engine
+
+    def touch(self) -> None:
+        """Have what is queued written before this turn of the event loop ends."""
+        if not self.dirty:
+            self.dirty = True
+            self._listener.soon(self)
+
+    def flush(self) -> None:
+        """Write what is queued: in one write, unless it is much."""
+        self.dirty = False
+        pieces = self.h2.output()
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if self._blocked:
+            self._hold(pieces)
+        elif self.bulky:
+            self.bulky = False
+            self._rest.extend(pieces)
+            self._write_rest()
+        elif pieces:
+            self._write(b"".join(pieces))
+        if self.h2.closed:
+            self._close()
+
+    def go_away(self) -> None:
+        """Send the client elsewhere, in two steps so that no stream it has just opened is lost (RFC 9113 6.8)."""
+        if self._opening is not None:
+            self.abort()
+            return
+        self.h2.go_away()
+        self.h2.ping(DRAIN_PING)
+        self.touch()
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._listener.settings.drain_ping_s, self._last_go_away)
+
+    def _last_go_away(self) -> None:
+        if self._transport is not None and not self.h2.closed:
+            self.h2.go_away(True)
+            self.touch()
+
+    def abort(self) -> None:
+        """Close at once; what is written but not sent is lost."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def sweep(self, now: float) -> None:
+        """Look for a timeout; the listener calls it every few seconds at most."""
+        settings = self._listener.settings
+        if self._closing_since is not None:
+            if now - self._closing_since > CLOSE_GRACE_S:
+                self.abort()
+        elif self._opening is not None:
+            if now - self._opened_at > settings.first_bytes_timeout_s:
+                self._time_out()
+        elif self.h2.settings_pending and now - self._opened_at > settings.settings_timeout_s:
+            self._time_out(ErrorCode.SETTINGS_TIMEOUT)
+        else:
+            self._sweep_silence(settings, now)
+
+    # its own
+
+    def _recognise(self, data: bytes) -> bool:
+        """Add to the opening; tell whether it is HTTP/2's. Otherwise the connection is given away or waits for more."""
+        self._opening = opening = (self._opening or b"") + data
+        if opening.startswith(PREFACE):
+            self.h2.start()
+            return True
+        if not PREFACE.startswith(opening[: len(PREFACE)]):
+            self._hand_over(opening)
+        return False
+
+    def _hand_over(self, opening: bytes) -> None:
+        listener = self._listener
+        transport = self._transport
+        assert transport is not None
+        if listener.http1 is None:
+            listener.stats.failed += 1
+            self.abort()
+            return
+        listener.stats.http1 += 1
+        self._transport = None
+        listener.gone(self)
+        transport.set_protocol(listener.http1(transport, opening))
+
+    def _handle(self, events: list[Event]) -> None:
+        for event in events:
+            kind = type(event)
+            try:
+                if kind is DataReceived:
+                    self._data(cast(DataReceived, event))
+                elif kind is StreamDrained:
+                    owner = cast(StreamDrained, event).stream.owner
+                    if owner is not None:
+                        owner.drained()
+                elif kind is HeadersReceived:
+                    self._headers(cast(HeadersReceived, event))
+                elif kind is StreamReset:
+                    self._reset(cast(StreamReset, event))
+                elif kind is PingReceived:
+                    self._pinged()
+                elif kind is PingAcknowledged:
+                    self._pinged_at = None
+                    if cast(PingAcknowledged, event).payload == DRAIN_PING:
+                        self._last_go_away()
+                elif kind is ConnectionFailed:
+                    self._failed(cast(ConnectionFailed, event))
+            except Exception:
+                log.exception("a handler failed; its stream is reset", peer=self.peer)
+                self._give_up(getattr(event, "stream", None))
+
+    def _write(self, data: bytes) -> None:
+        stats = self._listener.stats
+        stats.writes += 1
+        stats.written_bytes += len(data)
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def _write_rest(self) -> None:
+        """Write what waits, part by part, until the transport is blocked (which it says from inside of the write)."""
+        rest = self._rest
+        part_bytes = self._listener.settings.write_buffer_bytes
+        while rest and not self._blocked and self._transport is not None and not self._transport.is_closing():
+            part = []
+            size = 0
+            while rest and size <= part_bytes:
+                part.append(rest.popleft())
+                size += len(part[-1])
+            self._write(b"".join(part))
+
+    def _hold(self, pieces: Sequence[Piece]) -> None:
+        """Keep the output of a blocked connection; too much of it, and the client is not heard until it reads."""
+        self._rest.extend(pieces)
+        self._unread_bytes += sum(map(len, pieces))
+        if self._unread_bytes > self._listener.settings.unread_bytes_max and not self._deaf:
+            self._deaf = True
+            if self._transport is not None:
+                self._transport.pause_reading()
+
+    def _data(self, event: DataReceived) -> None:
+        owner = event.stream.owner
+        if owner is None:
+            self.h2.consumed(event.stream, event.flow_size)
+        else:
+            owner.data(event.data, event.flow_size, event.end_stream)
+
+    def _headers(self, event: HeadersReceived) -> None:
+        stream = event.stream
+        if stream.owner is not None:
+            stream.owner.trailers(event.headers)
+        elif event.kind is HeadersKind.REQUEST:
+            stream.owner = self._listener.route(self, stream, event.headers, event.end_stream)
+
+    def _reset(self, event: StreamReset) -> None:
+        owner = event.stream.owner
+        if owner is not None:
+            event.stream.owner = None
+            owner.closed(int(event.code))
+
+    def _give_up(self, stream: Stream | None) -> None:
+        if stream is None or self.h2.closed:
+            return
+        owner, stream.owner = stream.owner, None
+        if stream.id in self.h2.streams:
+            self.h2.reset(stream, ErrorCode.INTERNAL_ERROR)
+        if owner is not None:
+            owner.closed(int(ErrorCode.INTERNAL_ERROR))
+
+    def _failed(self, event: ConnectionFailed) -> None:
+        if self._at_fault:
+            return
+        self._at_fault = True
+        self._listener.stats.failed += 1
+        calm = event.code is ErrorCode.ENHANCE_YOUR_CALM
+        self._listener.stats.cut_off[event.reason if calm else event.code.name] += 1
+        log.info("a client's connection failed", peer=self.peer, code=event.code.name, reason=event.reason)
+        self._drop_streams()
+
+    def _pinged(self) -> None:
+        settings = self._listener.settings
+        if settings.keepalive_min_s is None or self._at_fault:
+            return
+        if self._pings is None:
+            self._pings = PingPolicy(settings.keepalive_min_s)
+        if self._pings.too_many(self._heard_at, self.h2.progress, bool(self.h2.streams)):
+            self._at_fault = True
+            self._listener.stats.failed += 1
+            self._listener.stats.cut_off[TOO_MANY_PINGS.decode()] += 1
+            log.info("a client pings too often", peer=self.peer, least_s=settings.keepalive_min_s)
+            self.h2.go_away(True, ErrorCode.ENHANCE_YOUR_CALM, TOO_MANY_PINGS)
+            self.flush()
+            self._close()
+
+    def _drop_streams(self) -> None:
+        for stream in tuple(self.h2.streams.values()):
+            owner, stream.owner = stream.owner, None
+            if owner is not None:
+                owner.closed(None)
+
+    def _close(self) -> None:
+        """Close as soon as everything is given to the transport; `sweep` sees to it that this does not last."""
+        if self._closing_since is None:
+            self._closing_since = self._listener.now()
+            self._drop_streams()
+            if self._at_fault and self._transport is not None:
+                self._transport.pause_reading()
+                asyncio.get_running_loop().call_later(self._listener.settings.reason_s, self.abort)
+        if self._transport is not None and not self._rest and not self._at_fault:
+            self._transport.close()
+
+    def _time_out(self, code: ErrorCode | None = None) -> None:
+        self._listener.stats.timed_out += 1
+        log.info("a client's connection timed out", peer=self.peer, code="" if code is None else code.name)
+        if code is None:
+            self.abort()
+            return
+        self.h2.go_away(True, code)
+        self.flush()
+        self._close()
+
+    def _sweep_silence(self, settings: ListenerSettings, now: float) -> None:
+        if self.h2.streams:
+            self._idle_since = now
+        elif settings.idle_timeout_s is not None and now - self._idle_since > settings.idle_timeout_s:
+            self._idle_since = now
+            self.go_away()
+            return
+        if self._pinged_at is not None:
+            if self._heard_at > self._pinged_at:
+                self._pinged_at = None
+            elif now - self._pinged_at > settings.keepalive_timeout_s:
+                self._time_out()
+        elif settings.keepalive_interval_s is not None and now - self._heard_at >= settings.keepalive_interval_s:
+            self._pinged_at = now
+            self.h2.ping(KEEPALIVE_PING)
+            self.touch()
+
+
+def _address(peername: object) -> str:
+    if isinstance(peername, tuple) and len(peername) >= 2:
+        host, port = peername[0], peername[1]
+        return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+    return ""
