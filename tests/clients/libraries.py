@@ -31,6 +31,8 @@ class Library:
     packages: tuple[str, ...]
     program: str
     speaks_tls: bool = True
+    needs_gateway: bool = False
+    """It speaks JSON over HTTP/1, to etcd's gateway."""
 
     @property
     def is_node(self) -> bool:
@@ -69,7 +71,13 @@ class Library:
 LIBRARIES = (
     Library("python-etcd3", ("etcd3==0.12.0", "protobuf<4"), "python_etcd3.py"),
     Library("python-aetcd", ("aetcd==1.0.0",), "python_aetcd.py", speaks_tls=False),
-    Library("python-etcd3gw", ("etcd3gw",), "python_etcd3gw.py"),
+    Library("python-etcd3gw", ("etcd3gw",), "python_etcd3gw.py", needs_gateway=True),
+    Library(
+        "python-patroni",
+        ("patroni[etcd3]==4.0.11", "psycopg==3.3.*", "psycopg-binary==3.3.*"),
+        "python_patroni.py",
+        needs_gateway=True,
+    ),
     Library("node-etcd3", ("etcd3@1.1.2",), "node_etcd3.mjs"),
 )
 
