@@ -1,4 +1,4 @@
-"""A tour with Patroni's own use of etcd (JSON gateway over HTTP/1): two members of one cluster, a leader and a follower.
+"""A tour with Patroni, which uses the JSON gateway over HTTP/1: two members of one cluster, a leader and a follower.
 
 Arguments: HOST PORT [CA CERT KEY]. Prints what it saw.
 """
