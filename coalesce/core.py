@@ -65,6 +65,11 @@ class Coalescer:
         self._hub.limits = self._hub.ledger.limits = limits
 
     @property
+    def header(self) -> Header | None:
+        """The newest header of any answer of etcd; None before the first. Without one a refusal needs a read."""
+        return self._hub.header
+
+    @property
     def stats(self) -> Stats:
         """Its counters and gauges."""
         return self._hub.stats

@@ -50,6 +50,11 @@ class History:
         """Return what it holds, oldest first; for checks and tests."""
         return self._batches[self._gone :]
 
+    @property
+    def newest(self) -> Batch:
+        """The newest batch it holds; there must be one."""
+        return self._batches[-1]
+
     def append(self, batch: Batch, now: float) -> None:
         """Add the newest batch, then evict down to the bounds of one history and of all."""
         self._batches.append(batch)

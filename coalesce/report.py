@@ -45,6 +45,34 @@ class SessionReport:
     stalled: bool
 
 
+@dataclass(slots=True, frozen=True)
+class NewestEvent:
+    """Where a watch would be brought one event at once: a watched range, and the revision of its newest event."""
+
+    key: bytes
+    range_end: bytes
+    revision: int
+
+
+def newest_event(core: Coalescer, bytes_max: int, looked_at: int = 100) -> NewestEvent | None:
+    """Return the newest event of the range with the fewest watches, out of the first `looked_at`.
+
+    None while no range has one in its window, in a response of `bytes_max` at most, or no watch more is allowed.
+    """
+    hub = core._hub
+    if hub.stats.watches >= hub.limits.watches_max:
+        return None
+    trunks = [
+        trunk
+        for trunk in islice(hub.trunks_open.values(), looked_at)
+        if trunk.watches and not trunk.opening and len(trunk.history) and trunk.history.newest.size <= bytes_max
+    ]
+    if not trunks:
+        return None
+    trunk = min(trunks, key=lambda trunk: len(trunk.watches))
+    return NewestEvent(trunk.key, trunk.range_end, trunk.history.last_revision)
+
+
 def trunks(core: Coalescer, at_most: int, looked_at: int = 10_000) -> list[TrunkReport]:
     """Return the trunks with the most watches, `at_most` of them, out of the first `looked_at`."""
     opened = islice(core._hub.trunks_open.values(), looked_at)

@@ -59,6 +59,10 @@ RUN_WATCHES_MIN = 32
 RUNS_REMEMBERED_MAX = 16
 """Groups that are remembered in that order; beyond, the one remembered longest is put in order anew."""
 
+INSIDE = Identity()
+"""Who the proxy itself is when it watches through itself (proxy/probe.py). It needs no permission: nothing that it gets
+leaves the process. What clients send makes other objects, whatever it is."""
+
 log = logs.logger("engine")
 
 
@@ -332,7 +336,10 @@ class Engine:
         """
         self.stats.failures += 1
         log.exception("the core failed: all watch sessions are ended, and it begins anew")
+        header = self.core.header
         self.core = Coalescer(self.core.limits, self.core.ordered_progress)
+        if header is not None:
+            self.core.header_seen(header)
         self._inbox.clear()
         self._runs.clear()
         upstreams, self._open = self._open, {}
@@ -525,6 +532,9 @@ class Engine:
     def _check_permission(self, effect: CheckPermission) -> None:
         core = self.core
         check = effect.check
+        if check.session.identity is INSIDE:
+            self._input(core.permission, check, None)
+            return
 
         def wanted() -> bool:
             return core is self.core and not check.session.ended

@@ -1,7 +1,8 @@
 """The health service: grpc.health.v1 as a load balancer or a probe asks it, and the state it tells.
 
-The answer is honest: serving means that the upstream is reachable and that the proxy is not draining. It is given
-from the same event loop that serves the watches, so a proxy that hangs does not answer at all, as a probe should see.
+The answer is honest: serving means that the upstream is reachable, that the proxy is not draining, and that a watch
+through itself is answered (proxy/probe.py). It is given from the same event loop that serves the watches, so a proxy
+whose loop does not turn does not answer at all, as a probe should see.
 The messages come from grpcio's health package, without grpc itself: the proxy process never loads that.
 """
 
@@ -43,25 +44,34 @@ class Health:
         self.draining = False
         self.problem = ""
         """What keeps it from serving though etcd is there; "" when nothing does."""
+        self.hung = ""
+        """How it was found to hang; "" when it does not."""
         self._told: bool | None = None
         self._watchers: set[HealthCall] = set()
 
     @property
     def serving(self) -> bool:
         """The upstream answers, and the proxy means to stay, and nothing is wrong with it."""
-        return self.upstream_reachable and not self.draining and not self.problem
+        return self.upstream_reachable and not (self.draining or self.hung or self.problem)
 
     @property
     def reason(self) -> str:
         """Why it is not serving, for people; empty when it is."""
         if self.draining:
             return "draining"
+        if self.hung:
+            return self.hung
         return self.problem if self.upstream_reachable else "etcd is not reachable"
 
     def set_upstream(self, reachable: bool, problem: str = "") -> None:
         """Note whether the upstream answers, and what is wrong though it does."""
         self.upstream_reachable = reachable
         self.problem = problem
+        self._tell()
+
+    def set_hung(self, text: str) -> None:
+        """Note how the proxy was found to hang, or "" that it does not (any more)."""
+        self.hung = text
         self._tell()
 
     def set_draining(self) -> None:

@@ -21,6 +21,7 @@ from proxy.http1 import Http1
 from proxy.listener import Listener
 from proxy.listener_settings import ListenerSettings
 from proxy.passthrough import Passthrough
+from proxy.probe import Probe
 from proxy.reads import Reader, ReaderSettings
 from upstream.credentials import Credentials
 from upstream.endpoints import Endpoint, parse_endpoint, parse_endpoints
@@ -69,6 +70,7 @@ class Proxy:
         credentials: Credentials | None = None,
         upstream_cert: str = "",
         http1: str = "",
+        probe_interval_s: float = 0.0,
         tune_gc: bool = True,
     ) -> None:
         """Take the settings; nothing happens yet.
@@ -76,7 +78,8 @@ class Proxy:
         `endpoints`: etcd's addresses. `host`, `port`: where to listen, port 0 for any free one. `tls`: for the
         listener; `upstream_tls`: towards etcd. `limits`: the core's. `credentials`: the user in whose name trunks are
         watched. `upstream_cert`: the file of the certificate that etcd is shown, to be watched for a CN. `http1`: where
-        HTTP/1 connections go, if not to `endpoints`. `tune_gc`: set the process's garbage collector up for this work.
+        HTTP/1 connections go, if not to `endpoints`. `probe_interval_s`: how often it watches through itself, 0 for
+        never. `tune_gc`: set the process's garbage collector up for this work.
         Raises BadEndpoint.
         """
         self.endpoints: list[Endpoint] = parse_endpoints(endpoints)
@@ -93,6 +96,7 @@ class Proxy:
         self._upstream_cert = upstream_cert
         self._http1_elsewhere = parse_endpoint(http1) if http1 else None
         self.guard: Guard | None = None
+        self._probe_interval_s = probe_interval_s
         self._tune_gc = tune_gc
 
     async def start(self) -> None:
@@ -112,6 +116,7 @@ class Proxy:
         self.http1 = Http1(self._http1_endpoint, self._upstream_tls)
         self.listener = Listener(self._listener_settings)
         self.engine.relieve = self.listener.relieve
+        self.probe = Probe(self.listener, self.engine, self.health, self._probe_interval_s)
         if self._upstream_cert:
             self.guard = Guard(self.reader, self._upstream_cert, self._upstream_changed)
             self.guard.start()
@@ -123,6 +128,8 @@ class Proxy:
         except OSError:
             await self.stop()
             raise
+        if self._probe_interval_s:
+            self.probe.start()
         if self._tune_gc:
             tune_gc()
 
@@ -176,6 +183,7 @@ class Proxy:
 
     async def stop(self) -> None:
         """Stop now: every connection is closed, on both sides."""
+        self.probe.stop()
         await self.listener.stop()
         self.http1.stop()
         if self.guard is not None:

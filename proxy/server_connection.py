@@ -76,6 +76,9 @@ class ServerConnection(asyncio.Protocol):
         "sessions",
     )
 
+    inside = False
+    """It is the proxy's own (proxy/probe.py)."""
+
     def __init__(self, listener: Listener) -> None:
         self.h2 = Connection(Role.SERVER, listener.settings.http2)
         self.dirty = False

@@ -130,6 +130,7 @@ def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy
         credentials=credentials(settings),
         upstream_cert=settings.upstream.cert,
         http1=http1,
+        probe_interval_s=settings.admin.probe_interval_s,
     )
 
 

@@ -21,6 +21,7 @@ from proto.framing import FramingError, Status, Unframer
 from proto.http2 import Stream
 from proto.pb import rpc_pb2
 from proxy.calls import Carrier, Headers, Refusal, RequestHead, ServerCall
+from proxy.engine import INSIDE
 from upstream.pool import NO_LEADER_TEXT
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ class WatchCall:
         """Holds the part of a request that has come; None between requests, as nearly always."""
         self._owed = 0
         """Request bytes taken while stalled and not yet credited: who does not read answers may not ask on."""
-        self.session: Session | None = service.engine.open_session(self, identity_of(head))
+        identity = INSIDE if connection.inside else identity_of(head)
+        self.session: Session | None = service.engine.open_session(self, identity)
         service.calls.add(self)
         connection.sessions += 1
         self._call.end_after(head.timeout_s)

@@ -34,6 +34,7 @@ GAUGES = {
     "upstream_streams": "Watch streams open at etcd now.",
     "history_bytes": "Bytes of recent events kept for replay.",
     "history_batches": "Responses of recent events kept for replay.",
+    "probe_delay_s": "How long the proxy's latest watch through itself took to be answered.",
 }
 """Fields of a snapshot that are gauges, with what they mean."""
 
@@ -71,6 +72,9 @@ COUNTERS = {
     "upstream_broken_total": "Times the connection that carries the upstream watches broke.",
     "upstream_resumed_total": "Times a connection for the upstream watches was made, the first included.",
     "upstream_reads_total": "Reads of the current revision and checks of permissions sent upstream.",
+    "core_failures_total": "Times the core failed by a bug: every watch stream was ended, and it began anew.",
+    "probes_total": "Watches of the proxy through itself.",
+    "probes_failed_total": "Watches of the proxy through itself that were not answered; three in a row: it hangs.",
     "store_went_back_total": "Times etcd was found to be older than it had been: restored from a snapshot.",
 }
 """Fields of a snapshot that are counters, with what they mean."""
@@ -78,7 +82,7 @@ COUNTERS = {
 GRPC_PROXY_FIELD = "coalesced_total"
 """The field that is exported under a name of etcd's grpc-proxy only."""
 
-UNITS = {"lagging_s": "lagging_seconds"}
+UNITS = {"lagging_s": "lagging_seconds", "probe_delay_s": "probe_delay_seconds"}
 """Fields whose unit Prometheus spells out."""
 
 LIMITS = {
@@ -165,7 +169,7 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
         snapshot.evictions_total,
     )
     yield GaugeMetricFamily(
-        "watchmux_upstream_reachable", "Whether an etcd answers (1) or none (0).", value=_reachable(snapshot)
+        "watchmux_upstream_reachable", "Whether an etcd answers (1) or none (0).", value=int(snapshot.reachable)
     )
     build = GaugeMetricFamily("watchmux_build_info", "Version of watchmux and of Python.", labels=["version", "python"])
     build.add_metric([snapshot.version, platform.python_version()], 1)
@@ -207,7 +211,3 @@ def _limits(limits: Mapping[str, float]) -> Iterator[Metric]:
 
 def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
     return HistogramMetricFamily(name, text, buckets=histogram.cumulative(), sum_value=histogram.sum)
-
-
-def _reachable(snapshot: Snapshot) -> int:
-    return int(snapshot.serving or snapshot.reason == "draining")

@@ -121,6 +121,11 @@ class Monitor:
         """Take a snapshot now."""
         return self._source.take()
 
+    @property
+    def hung(self) -> str:
+        """How the proxy was found to hang; "" when it does not."""
+        return self._proxy.health.hung
+
     def endpoints(self) -> list[EndpointState]:
         """Return the state of each endpoint."""
         return self._proxy.pool.states()

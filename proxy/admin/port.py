@@ -102,8 +102,12 @@ class Admin:
         return web.Response(body=body, status=200 if snapshot.serving else 503, content_type="application/json")
 
     async def _live(self, _request: web.Request) -> web.Response:
-        """Answer that the event loop turns. An etcd that is away is no reason to restart the proxy in front of it."""
-        return web.Response(text="ok\n")
+        """Answer whether the proxy works, as its watch through itself tells; a loop that does not turn answers nothing.
+
+        An etcd that is away is no reason to restart the proxy in front of it.
+        """
+        hung = self.monitor.hung
+        return web.Response(text=f"{hung or 'ok'}\n", status=503 if hung else 200)
 
     async def _status(self, _request: web.Request) -> web.Response:
         return _json(self.monitor.take())

@@ -28,6 +28,8 @@ class Snapshot(msgspec.Struct, kw_only=True):
     uptime_s: float = 0.0
     address: str = ""
     endpoints: list[str] = []
+    reachable: bool = False
+    """An etcd answers."""
     serving: bool = False
     reason: str = ""
     """Why it is not serving; empty when it is."""
@@ -95,6 +97,12 @@ class Snapshot(msgspec.Struct, kw_only=True):
     upstream_resumed_total: int = 0
     store_went_back_total: int = 0
     upstream_reads_total: int = 0
+    core_failures_total: int = 0
+    """Times the core failed by a bug, so that every watch session was ended."""
+    probes_total: int = 0
+    probes_failed_total: int = 0
+    """Watches of the proxy through itself, and those that were not answered."""
+    probe_delay_s: float = 0.0
 
     @property
     def upstream_watches(self) -> int:
@@ -105,6 +113,33 @@ class Snapshot(msgspec.Struct, kw_only=True):
     def reduction(self) -> float | None:
         """Client watches for each upstream watch; None while there is none."""
         return self.watches / self.upstream_watches if self.upstream_watches else None
+
+
+CORE_GAUGES = (
+    *("sessions", "watches", "trunks", "backfills", "lagging", "queued"),
+    *("history_bytes", "history_batches"),
+)
+"""Fields that the core's own counters have under the same name."""
+
+CORE_COUNTERS = {
+    "creates_total": "creates",
+    "creates_refused_total": "refused",
+    "cancels_total": "cancels",
+    "compacted_total": "compacted",
+    "progress_requests_total": "progress_requests",
+    "progress_answers_total": "progress_answers",
+    "sessions_ended_total": "sessions_ended",
+    "stalls_total": "stalls",
+    "replays_total": "replays",
+    "batches_received_total": "batches",
+    "events_received_total": "batch_events",
+    "messages_delivered_total": "delivered",
+    "events_delivered_total": "delivered_events",
+    "upstream_opened_total": "upstreams_opened",
+}
+"""Fields that they have under another one."""
+
+JOIN_KINDS = ("live", "future", "history", "backfill")
 
 
 class Source:
@@ -118,84 +153,98 @@ class Source:
 
     def take(self) -> Snapshot:
         """Read the proxy's parts now. What it walks is bounded: connections, and a thousand lagging sessions."""
-        proxy = self._proxy
-        core, engine, listener = proxy.engine.core.stats, proxy.engine.stats, proxy.listener.stats
-        lagging_s, lagging_revisions = report.lag(proxy.engine.core, asyncio.get_running_loop().time())
-        connections, passed = proxy.listener.connections, proxy.passthrough.stats
-        return Snapshot(
+        health = self._proxy.health
+        snapshot = Snapshot(
             version=self._version,
             pid=os.getpid(),
             uptime_s=round(time.monotonic() - self._started, 1),
             address=self._address,
-            endpoints=[endpoint.text for endpoint in proxy.endpoints],
-            serving=proxy.health.serving,
-            reason=proxy.health.reason,
-            connections=len(connections),
-            streams=proxy.listener.streams,
-            sessions=core.sessions,
-            watches=core.watches,
-            trunks=core.trunks,
-            backfills=core.backfills,
-            lagging=core.lagging,
-            lagging_s=round(lagging_s, 3),
-            lagging_revisions=lagging_revisions,
-            queued=core.queued,
-            connection_streams=max((len(each.h2.streams) for each in connections), default=0),
-            connection_sessions=max((each.sessions for each in connections), default=0),
-            calls_waiting=proxy.passthrough.waiting,
-            upstream_streams=proxy.upstream.stream_count,
-            history_bytes=core.history_bytes,
-            history_batches=core.history_batches,
-            connections_accepted_total=listener.accepted,
-            connections_http1_total=listener.http1,
-            connections_failed_total=listener.failed,
-            connections_timed_out_total=listener.timed_out,
-            handshakes_failed_total=listener.handshakes_failed,
-            requests_total=listener.requests,
-            written_bytes_total=listener.written_bytes,
-            creates_total=core.creates,
-            creates_refused_total=core.refused,
-            refusals_total={
-                "connections_max": listener.refused,
-                "sessions_per_connection_max": proxy.watches.refused,
-                **core.refused_at,
-            },
-            cut_off_total=dict(listener.cut_off),
-            evictions_total=dict(core.evicted_at),
-            cancels_total=core.cancels,
-            compacted_total=core.compacted,
-            joins_total={
-                "live": core.joins_live,
-                "future": core.joins_future,
-                "history": core.joins_history,
-                "backfill": core.joins_backfill,
-            },
-            progress_requests_total=core.progress_requests,
-            progress_answers_total=core.progress_answers,
-            sessions_ended_total=core.sessions_ended,
-            stalls_total=core.stalls,
-            replays_total=core.replays,
-            batches_received_total=core.batches,
-            events_received_total=core.batch_events,
-            messages_delivered_total=core.delivered,
-            events_delivered_total=core.delivered_events,
-            delivered_bytes_total=engine.delivered_bytes,
-            coalesced_total=engine.coalesced,
-            calls_total=passed.calls,
-            calls_resent_total=passed.resent,
-            calls_unavailable_total=passed.unavailable,
-            calls_broken_total=passed.broken,
-            calls_unread_total=passed.unread,
-            unread_bytes=passed.unread_bytes,
-            upstream_received_bytes_total=proxy.upstream.received_bytes,
-            upstream_opened_total=core.upstreams_opened,
-            upstream_paused_total=engine.upstream_paused,
-            upstream_lost_total=engine.upstream_lost,
-            upstream_broken_total=engine.upstream_broken,
-            upstream_resumed_total=engine.upstream_resumed,
-            store_went_back_total=engine.went_back,
-            upstream_reads_total=proxy.reader.reads,
+            endpoints=[endpoint.text for endpoint in self._proxy.endpoints],
+            reachable=health.upstream_reachable,
+            serving=health.serving,
+            reason=health.reason,
         )
+        self._read_listener(snapshot)
+        self._read_core(snapshot)
+        self._read_engine(snapshot)
+        self._read_passthrough(snapshot)
+        self._read_probe(snapshot)
+        return snapshot
+
+    def _read_listener(self, snapshot: Snapshot) -> None:
+        listener, stats = self._proxy.listener, self._proxy.listener.stats
+        connections = listener.connections
+        snapshot.connections = len(connections)
+        snapshot.streams = listener.streams
+        snapshot.connection_streams = max((len(each.h2.streams) for each in connections), default=0)
+        snapshot.connection_sessions = max((each.sessions for each in connections), default=0)
+        snapshot.connections_accepted_total = stats.accepted
+        snapshot.connections_http1_total = stats.http1
+        snapshot.connections_failed_total = stats.failed
+        snapshot.connections_timed_out_total = stats.timed_out
+        snapshot.handshakes_failed_total = stats.handshakes_failed
+        snapshot.requests_total = stats.requests
+        snapshot.written_bytes_total = stats.written_bytes
+        snapshot.cut_off_total = dict(stats.cut_off)
+
+    def _read_core(self, snapshot: Snapshot) -> None:
+        core = self._proxy.engine.core
+        stats = core.stats
+        lagging_s, snapshot.lagging_revisions = report.lag(core, asyncio.get_running_loop().time())
+        snapshot.lagging_s = round(lagging_s, 3)
+        for name in CORE_GAUGES:
+            setattr(snapshot, name, getattr(stats, name))
+        for name, counter in CORE_COUNTERS.items():
+            setattr(snapshot, name, getattr(stats, counter))
+        snapshot.refusals_total = {
+            "connections_max": self._proxy.listener.stats.refused,
+            "sessions_per_connection_max": self._proxy.watches.refused,
+            **stats.refused_at,
+        }
+        snapshot.evictions_total = dict(stats.evicted_at)
+        snapshot.joins_total = {kind: getattr(stats, f"joins_{kind}") for kind in JOIN_KINDS}
+
+    def _read_engine(self, snapshot: Snapshot) -> None:
+        stats, upstream = self._proxy.engine.stats, self._proxy.upstream
+        snapshot.delivered_bytes_total = stats.delivered_bytes
+        snapshot.coalesced_total = stats.coalesced
+        snapshot.core_failures_total = stats.failures
+        snapshot.upstream_paused_total = stats.upstream_paused
+        snapshot.upstream_lost_total = stats.upstream_lost
+        snapshot.upstream_broken_total = stats.upstream_broken
+        snapshot.upstream_resumed_total = stats.upstream_resumed
+        snapshot.store_went_back_total = stats.went_back
+        snapshot.upstream_streams = upstream.stream_count
+        snapshot.upstream_received_bytes_total = upstream.received_bytes
+        snapshot.upstream_reads_total = self._proxy.reader.reads
+
+    def _read_passthrough(self, snapshot: Snapshot) -> None:
+        stats = self._proxy.passthrough.stats
+        snapshot.calls_waiting = self._proxy.passthrough.waiting
+        snapshot.calls_total = stats.calls
+        snapshot.calls_resent_total = stats.resent
+        snapshot.calls_unavailable_total = stats.unavailable
+        snapshot.calls_broken_total = stats.broken
+        snapshot.calls_unread_total = stats.unread
+        snapshot.unread_bytes = stats.unread_bytes
+
+    def _read_probe(self, snapshot: Snapshot) -> None:
+        """Show the proxy's watches through itself as what they are, and take them off what is said of clients."""
+        probe = self._proxy.probe
+        snapshot.probes_total = probe.made
+        snapshot.probes_failed_total = probe.failed
+        snapshot.probe_delay_s = probe.delay_s
+        ours = probe.uncounted()
+        snapshot.sessions -= probe.sessions
+        snapshot.requests_total -= ours.requests
+        snapshot.creates_total -= ours.creates
+        snapshot.creates_refused_total -= ours.refused
+        snapshot.cancels_total -= ours.cancels
+        snapshot.joins_total["history"] -= ours.joins_history
+        snapshot.replays_total -= ours.replays
+        snapshot.messages_delivered_total -= ours.delivered
+        snapshot.events_delivered_total -= ours.delivered_events
+        snapshot.delivered_bytes_total -= ours.delivered_bytes
 
 
 def program_version() -> str:

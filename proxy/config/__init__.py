@@ -460,6 +460,15 @@ class Admin(msgspec.Struct, kw_only=True, frozen=True):
             from_etcd=True,
         ),
     ] = ""
+    probe_interval_s: Annotated[
+        float,
+        _knob(
+            "Watch through the proxy itself so often, without any upstream watch; after three times without an answer "
+            "/livez and grpc.health.v1 say that it hangs. 0: never.",
+            Kind.SECONDS,
+            ge=0,
+        ),
+    ] = 5.0
 
 
 class Settings(msgspec.Struct, kw_only=True, frozen=True):

@@ -45,6 +45,7 @@ class ScriptedCore:
         self.deadline: float | None = None
         self.limits = Limits()
         self.ordered_progress = False
+        self.header: Header | None = HEADER
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def step(*arguments: Any) -> list[Effect]:
@@ -494,5 +495,7 @@ def test_a_core_that_fails_is_dropped_with_its_sessions() -> None:
         assert rig.core.names() == ["create"]
         rig.engine.open_session(FakeOutlet(9), Identity())
         assert rig.engine.core.stats.sessions == 1
+        # What is refused needs no read of etcd.
+        assert rig.engine.core.header is HEADER
 
     run(scenario())

@@ -28,7 +28,7 @@ from tests.etcd.server import EtcdServer
 from tests.proxy.running import direct, proxy_for
 from tests.waiting import until_async
 
-DESCRIBED = {"version", "pid", "uptime_s", "address", "endpoints", "serving", "reason"}
+DESCRIBED = {"version", "pid", "uptime_s", "address", "endpoints", "reachable", "serving", "reason"}
 LABELLED = {GRPC_PROXY_FIELD, "joins_total", "refusals_total", "cut_off_total", "evictions_total"}
 GRPC_PROXYS = {"etcd_grpc_proxy_watchers_coalescing_total", "etcd_grpc_proxy_events_coalescing"}
 UNITS = re.compile(r"(?<!_)_(ms|us|milliseconds|minutes|kb|kib|mb|mib|kilobytes|percent)(_|$)")
