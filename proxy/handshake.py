@@ -114,34 +114,6 @@ class Acceptor:
                 accepted.close()
 
 
-async def bind(host: str, port: int, path: str, backlog: int) -> list[socket.socket]:
-    """Return listening sockets: the unix socket `path`, or one for each address of `host`. Raises OSError."""
-    if path:
-        listening = socket.socket(socket.AF_UNIX)
-        listening.bind(path)
-        listening.listen(backlog)
-        listening.setblocking(False)
-        return [listening]
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    sockets: list[socket.socket] = []
-    try:
-        for family, _, _, _, address in dict.fromkeys(found):
-            listening = socket.socket(family)
-            sockets.append(listening)
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listening.bind(address)
-            listening.listen(backlog)
-            listening.setblocking(False)
-    except OSError:
-        for listening in sockets:
-            listening.close()
-        raise
-    return sockets
-
-
 def explain(error: Exception) -> str:
     """Say why a handshake failed."""
     if isinstance(error, ssl.SSLCertVerificationError):

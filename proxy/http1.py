@@ -18,6 +18,7 @@ from proxy import logs
 from upstream.endpoints import Endpoint
 from upstream.errors import BadTls
 from upstream.tls import FileContext, client_context
+from upstream.transport import open_transport
 
 METHOD = re.compile(rb"[A-Z]{1,16}( |$)")
 """The beginning of a request line, or of what may still become one (RFC 9112 3)."""
@@ -70,21 +71,13 @@ class Http1:
     async def dial(self, client: ClientSide) -> None:
         """Connect `client` to etcd; it gets a 502 when that fails."""
         endpoint = self._choose()
-        loop = asyncio.get_running_loop()
 
         def factory() -> UpstreamSide:
             return UpstreamSide(self, client)
 
         try:
             async with asyncio.timeout(self.settings.connect_timeout_s):
-                context = self._context(endpoint)
-                name = endpoint.host if context is not None else None
-                if endpoint.path:
-                    await loop.create_unix_connection(factory, endpoint.path, ssl=context, server_hostname=name)
-                else:
-                    await loop.create_connection(
-                        factory, endpoint.host, endpoint.port, ssl=context, server_hostname=name
-                    )
+                await open_transport(factory, endpoint, self._context(endpoint))
         except (OSError, TimeoutError, BadTls) as error:
             log.warning("HTTP/1 not handed through", endpoint=endpoint.text, problem=str(error) or "timed out")
             client.refuse(502, f"etcd at {endpoint.text} cannot be reached")

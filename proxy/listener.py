@@ -19,6 +19,7 @@ from proxy import logs
 from proxy.calls import Handler, HandlerFactory, Headers, Refusal, refuse, unknown_method
 from proxy.listener_settings import ListenerSettings, ListenerStats
 from proxy.server_connection import CLOSE_GRACE_S, ServerConnection
+from proxy.sockets import Listening, listen
 
 if TYPE_CHECKING:
     import ssl
@@ -57,32 +58,28 @@ class Listener:
         self.flushed: Callable[[], None] | None = None
         """Called after each turn's writes; None: by nobody."""
         self._dirty: list[ServerConnection] = []
-        self._server: asyncio.Server | None = None
+        self._listening: Listening | None = None
+        self._servers: list[asyncio.Server] = []
         self._port = 0
         self._sweeper: asyncio.TimerHandle | None = None
         self._all_gone: asyncio.Event = asyncio.Event()
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, path: str = "") -> None:
-        """Listen at host:port (0: any free one) or on the unix socket `path`, with TLS when a context is given.
-
-        Raises OSError.
-        """
+        """Listen at host:port (0: any free one) or on the unix socket `path`, with TLS if asked. Raises OSError."""
         self._loop = asyncio.get_running_loop()
 
         def connection() -> asyncio.Protocol:
             return ServerConnection(self)
 
+        self._listening = listening = await listen(host, port, path, BACKLOG)
+        self._port = listening.port
         if tls is not None:
-            from proxy.handshake import Acceptor, bind  # loads ssl, which a proxy without TLS does not need
+            from proxy.handshake import Acceptor  # loads ssl, which a proxy without TLS does not need
 
-            sockets = await bind(host, port, path, BACKLOG)
-            self._port = 0 if path else int(sockets[0].getsockname()[1])
-            self._acceptor = Acceptor(self, tls, sockets, connection)
-        elif path:
-            self._server = await self._loop.create_unix_server(connection, path, backlog=BACKLOG)
+            self._acceptor = Acceptor(self, tls, listening.sockets, connection)
         else:
-            self._server = await self._loop.create_server(connection, host, port, backlog=BACKLOG)
-            self._port = int(self._server.sockets[0].getsockname()[1])
+            serve = self._loop.create_unix_server if path else self._loop.create_server
+            self._servers = [await serve(connection, sock=one, backlog=BACKLOG) for one in listening.sockets]
         self._sweep()
 
     @property
@@ -97,7 +94,7 @@ class Listener:
 
     @property
     def port(self) -> int:
-        """The port it listens on. Only after `start`."""
+        """The port it listens on, 0 for a unix socket. Only after `start`."""
         return self._port
 
     @property
@@ -173,10 +170,12 @@ class Listener:
 
     def stop_accepting(self) -> None:
         """Close the listening socket; connections stay."""
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         if self._acceptor is not None:
             self._acceptor.close()
+        if self._listening is not None:
+            self._listening.remove_file()
 
     def go_away(self) -> None:
         """Begin to drain: no new connections, and every client is told to open its next stream elsewhere."""

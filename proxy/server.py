@@ -60,6 +60,7 @@ class Proxy:
         endpoints: str | Sequence[str],
         host: str = "127.0.0.1",
         port: int = 0,
+        path: str = "",
         tls: ssl.SSLContext | None = None,
         upstream_tls: FileContext | None = None,
         upstream: UpstreamSettings | None = None,
@@ -75,16 +76,17 @@ class Proxy:
     ) -> None:
         """Take the settings; nothing happens yet.
 
-        `endpoints`: etcd's addresses. `host`, `port`: where to listen, port 0 for any free one. `tls`: for the
-        listener; `upstream_tls`: towards etcd. `limits`: the core's. `credentials`: the user in whose name trunks are
-        watched. `upstream_cert`: the file of the certificate that etcd is shown, to be watched for a CN. `http1`: where
-        HTTP/1 connections go, if not to `endpoints`. `probe_interval_s`: how often it watches through itself, 0 for
-        never. `tune_gc`: set the process's garbage collector up for this work.
+        `endpoints`: etcd's addresses. `host`, `port`: where to listen, port 0 for any free one; or `path`, a unix
+        socket. `tls`: for the listener; `upstream_tls`: towards etcd. `limits`: the core's. `credentials`: the user in
+        whose name trunks are watched. `upstream_cert`: the file of the certificate that etcd is shown, to be watched
+        for a CN. `http1`: where HTTP/1 connections go, if not to `endpoints`. `probe_interval_s`: how often it watches
+        through itself, 0 for never. `tune_gc`: set the process's garbage collector up for this work.
         Raises BadEndpoint.
         """
         self.endpoints: list[Endpoint] = parse_endpoints(endpoints)
         self.health = health.Health()
         self._address = (host, port)
+        self._path = path
         self._tls = tls
         self._upstream_tls = upstream_tls
         self._upstream_settings = upstream or UpstreamSettings()
@@ -124,7 +126,7 @@ class Proxy:
         self.pool.start()
         self.upstream.start()
         try:
-            await self.listener.start(*self._address, self._tls)
+            await self.listener.start(*self._address, self._tls, self._path)
         except OSError:
             await self.stop()
             raise

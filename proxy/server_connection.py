@@ -417,4 +417,4 @@ def _address(peername: object) -> str:
     if isinstance(peername, tuple) and len(peername) >= 2:
         host, port = peername[0], peername[1]
         return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
-    return ""
+    return "unix"

@@ -19,7 +19,7 @@ from coalesce import Limits
 from proxy import logs
 from proxy.child import Child, ChildFailed, Parent, Ready, on_signals, python_command
 from proxy.config import Settings, Watch
-from proxy.config.values import Address, parse_address, parse_metrics_address
+from proxy.config.values import Address, parse_listen_address, parse_metrics_address
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 from proxy.listener_settings import ListenerSettings
 from proxy.reloading import Reloading
@@ -115,12 +115,13 @@ def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy
 
     `http1`: where HTTP/1 connections go, if not to `endpoints`: the bundled store has a port of its own for them.
     """
-    address = parse_address(settings.listener.listen_addr, listening=True)
+    address = parse_listen_address(settings.listener.listen_addr)
     inward, outward = _tls(settings)
     return Proxy(
         endpoints=endpoints,
         host=address.host,
         port=address.port,
+        path=address.path,
         tls=inward,
         upstream_tls=outward,
         upstream=upstream_settings(settings),
@@ -136,11 +137,16 @@ def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy
 
 def cannot_listen(address: Address, flag: str, error: OSError) -> Failed:
     """Say why an address cannot be listened on, and what to do."""
+    to_do = f"stop what uses it or choose another {flag}" + ("" if address.path else " (port 0: any)")
     if error.errno == errno.EADDRINUSE:
         reason = "it is in use"
+    elif error.errno == errno.EEXIST:
+        reason, to_do = "a file that is no socket is there", f"remove it or choose another {flag}"
+    elif error.errno == errno.ENOENT and address.path:
+        reason, to_do = "its directory is not there", f"make it or choose another {flag}"
     else:
         reason = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
-    return Failed(f"cannot listen on {address}: {reason}; stop what uses it or choose another {flag} (port 0: any)")
+    return Failed(f"cannot listen on {address}: {reason}; {to_do}")
 
 
 async def serve(
@@ -227,7 +233,7 @@ class _Signals:
 
 async def _start(settings: Settings, endpoints: list[str], http1: str) -> tuple[Address, Proxy]:
     """Start the proxy; return where it listens, and it. Raises Failed."""
-    address = parse_address(settings.listener.listen_addr, listening=True)
+    address = parse_listen_address(settings.listener.listen_addr)
     try:
         proxy = proxy_of(settings, endpoints, http1)
         await proxy.start()
@@ -235,7 +241,7 @@ async def _start(settings: Settings, endpoints: list[str], http1: str) -> tuple[
         raise Failed(str(error), WRONG_REQUEST) from None
     except OSError as error:
         raise cannot_listen(address, "--listen-addr", error) from None
-    return Address(address.host, proxy.port), proxy
+    return address._replace(port=proxy.port), proxy
 
 
 async def _start_admin(proxy: Proxy, settings: Settings, advertised: str) -> Admin | None:

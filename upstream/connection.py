@@ -41,6 +41,7 @@ from proto.http2 import (
 from upstream.endpoints import Endpoint
 from upstream.errors import Unreachable, closed_early, explain_connect, not_http2
 from upstream.settings import ConnectionSettings
+from upstream.transport import open_transport
 
 _PING: Final = b"watchmux"
 _FIRST_BYTES_MAX: Final = 512
@@ -488,15 +489,9 @@ async def connect(
         from upstream.tls import client_context, newest
 
         context = client_context() if tls is None else newest(tls)
-    server_hostname = endpoint.host if secure else None
     try:
         async with asyncio.timeout(settings.connect_timeout_s):
-            if endpoint.path:
-                await loop.create_unix_connection(factory, endpoint.path, ssl=context, server_hostname=server_hostname)
-            else:
-                await loop.create_connection(
-                    factory, endpoint.host, endpoint.port, ssl=context, server_hostname=server_hostname
-                )
+            await open_transport(factory, endpoint, context, settings.next_address_s)
             await made[-1].ready
     except (OSError, TimeoutError, Unreachable, UnicodeError) as error:
         explained = explain_connect(error, endpoint.text, secure)

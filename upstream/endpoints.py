@@ -2,8 +2,8 @@
 Where the upstream etcds are, and when to try one again.
 
 Endpoints are written as etcd's own tools take them (`--endpoints`): a list separated by commas, each a URL or just
-`host:port`. Whether TLS is spoken follows clientv3's rules: `https://` and `unixs://` always, `http://` and `unix://`
-never, and an endpoint without a scheme exactly when certificates were configured.
+`host:port`. Whether TLS is spoken follows clientv3's rules (client/v3/internal/endpoint): `https://` and `unixs://`
+always, `http://` never, and `unix://` or an endpoint without a scheme exactly when certificates were configured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PORT_DEFAULT: Final = 2379
 BACKOFF_FIRST_S: Final = 0.02
 BACKOFF_MAX_S: Final = 2.0
 
-_SECURE_OF_SCHEME: Final = {"https": True, "unixs": True, "http": False, "unix": False}
+_SECURE_OF_SCHEME: Final = {"https": True, "unixs": True, "http": False, "unix": None}
 _HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?")
 _ADDRESS_6: Final = re.compile(r"[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?")
 _TO_DO: Final = "write host:port, http://host:port, https://host:port or unix:///path"
@@ -40,7 +40,7 @@ class Endpoint:
     port: int
     # Path of the unix socket; "" for TCP.
     path: str
-    # True and False as the scheme says; None without a scheme: TLS exactly when it is configured.
+    # True and False as the scheme says; None where it says nothing: TLS exactly when it is configured.
     secure: bool | None
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from upstream.endpoints import BACKOFF_FIRST_S, BACKOFF_MAX_S
+from upstream.transport import NEXT_ADDRESS_S
 
 MIB: Final = 1 << 20
 
@@ -18,6 +19,8 @@ class ConnectionSettings:
 
     # Resolving, TCP, TLS and the server's first SETTINGS together.
     connect_timeout_s: float = 5.0
+    # How long one address of a name may keep us waiting before the next one is tried beside it (RFC 8305 section 8).
+    next_address_s: float = NEXT_ADDRESS_S
     # How long the server may take to acknowledge our SETTINGS (RFC 9113 6.5.3).
     settings_timeout_s: float = 10.0
     # Silence after which a PING is sent while calls are open. etcd takes a ping every 5 s

@@ -65,8 +65,8 @@ class Upstream(msgspec.Struct, kw_only=True, frozen=True):
     endpoints: Annotated[
         list[str],
         _knob(
-            "The etcd members, as HOST:PORT, http://HOST:PORT or https://HOST:PORT. Name all of them: the proxy moves "
-            "on to the next when one fails. Without any, the bundled store is started and fronted.",
+            "The etcd members, as HOST:PORT, http://HOST:PORT, https://HOST:PORT or unix:///PATH. Name all of them: "
+            "the proxy moves on to the next when one fails. Without any, the bundled store is started and fronted.",
             Kind.ENDPOINTS,
             from_etcd=True,
         ),
@@ -150,7 +150,12 @@ class Listener(msgspec.Struct, kw_only=True, frozen=True):
 
     listen_addr: Annotated[
         str,
-        _knob("Where clients connect. Port 0: any free one, named in the log.", Kind.ADDRESS, from_etcd=True),
+        _knob(
+            "Where clients connect: HOST:PORT, :PORT for all interfaces, or unix:///PATH. Port 0: any free one, named "
+            "in the log.",
+            Kind.ADDRESS,
+            from_etcd=True,
+        ),
     ] = "127.0.0.1:23790"
     advertise_client_url: Annotated[
         str,

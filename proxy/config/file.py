@@ -21,8 +21,8 @@ from proxy.config import Kind, Knob, Settings, knobs, tables
 from proxy.config.values import (
     BadValue,
     check_readable,
-    parse_address,
     parse_duration_s,
+    parse_listen_address,
     parse_metrics_address,
     parse_size_bytes,
     show_size,
@@ -101,7 +101,7 @@ def check_value(knob: Knob, given: Given, *, look_at_files: bool = True) -> Any:
     except msgspec.ValidationError:
         raise ConfigError(f"{given.origin}: expected {expectation(knob)}, got {_shown(given.value)}") from None
     checks: dict[Kind, Callable[[Any], object]] = {
-        Kind.ADDRESS: lambda text: parse_address(text, listening=True),
+        Kind.ADDRESS: parse_listen_address,
         Kind.METRICS_ADDRESS: parse_metrics_address,
         Kind.FILE: check_readable,
         Kind.ENDPOINTS: _check_endpoints,
@@ -234,10 +234,18 @@ def _check_together(settings: Settings, given: Mapping[str, Given]) -> None:
             raise ConfigError(f"{_origin(there, given)}: needs {by_path[missing].flag} as well")
     if listener.trusted_ca_file and not listener.cert_file:
         raise ConfigError(f"{_origin('listener.trusted_ca_file', given)}: needs --cert-file and --key-file as well")
+    if listener.listen_addr.lower().startswith("unixs:") and not listener.cert_file:
+        raise ConfigError(f"{_origin('listener.listen_addr', given)}: unixs needs --cert-file and --key-file as well")
     if settings.admin.metrics_addr:
         metrics = parse_metrics_address(settings.admin.metrics_addr)
-        if metrics.port and metrics == parse_address(listener.listen_addr, listening=True):
+        listen = parse_listen_address(listener.listen_addr)
+        if metrics.port and metrics.port == listen.port and _overlap(metrics.host, listen.host):
             raise ConfigError(f"{_origin('admin.metrics_addr', given)}: {metrics} is --listen-addr; use another port")
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Tell whether two hosts to listen on are the same, or one of them is all interfaces."""
+    return one == other or not {one, other}.isdisjoint(("", "0.0.0.0", "::"))
 
 
 def _check_certificates(settings: Settings, given: Mapping[str, Given]) -> None:

@@ -25,12 +25,18 @@ class BadValue(ValueError):
 
 
 class Address(NamedTuple):
-    """Where to listen or to connect: a host name or IP address (without brackets) and a port."""
+    """Where to listen or to connect: a host name or IP address (without brackets) and a port, or a unix socket."""
 
     host: str
+    """Empty where one listens on all interfaces."""
+
     port: int
+    path: str = ""
+    """Of the unix socket; then host and port mean nothing."""
 
     def __str__(self) -> str:
+        if self.path:
+            return f"unix://{self.path}" if self.path.startswith("/") else f"unix:{self.path}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
@@ -105,6 +111,23 @@ def parse_address(text: str, *, listening: bool = False) -> Address:
         raise BadValue(f"{text!r} is ambiguous; write an IPv6 address in brackets, like [::1]:2379")
     _check_host(host, text)
     return Address(host, port)
+
+
+def parse_listen_address(text: str) -> Address:
+    """Read where clients connect: as `parse_address`, or a unix socket as etcd's clients write it.
+
+    That is `unix:///absolute`, `unix://relative` or `unix:path`; `unixs` says that TLS is meant. `:PORT` means all
+    interfaces in both families, as it does in Go. Raises BadValue.
+    """
+    plain = text.strip()
+    scheme, colon, rest = plain.partition(":")
+    if colon and scheme.lower() in ("unix", "unixs"):
+        path = rest.removeprefix("//")
+        if not path or path.endswith("/"):
+            raise BadValue(f"{text!r} has no path of a socket; write unix:///run/watchmux.sock")
+        return Address("", 0, path)
+    address = parse_address(text, listening=True)
+    return address._replace(host="") if plain.startswith(":") else address
 
 
 def _check_host(host: str, text: str) -> None:

@@ -19,10 +19,10 @@ from upstream.errors import BadEndpoint
         ("[::1]:2379", ("::1", 2379, "", None), b"[::1]:2379"),
         ("http://[fe80::1%eth0]", ("fe80::1%eth0", 2379, "", False), None),
         ("my_host:99", ("my_host", 99, "", None), None),
-        ("unix:///run/etcd.sock", ("localhost", 0, "/run/etcd.sock", False), b"localhost"),
+        ("unix:///run/etcd.sock", ("localhost", 0, "/run/etcd.sock", None), b"localhost"),
         ("unixs:///run/etcd.sock", ("localhost", 0, "/run/etcd.sock", True), b"localhost"),
-        ("unix:etcd.sock", ("localhost", 0, "etcd.sock", False), b"localhost"),
-        ("unix://localhost:m0", ("localhost", 0, "localhost:m0", False), b"localhost"),
+        ("unix:etcd.sock", ("localhost", 0, "etcd.sock", None), b"localhost"),
+        ("unix://localhost:m0", ("localhost", 0, "localhost:m0", None), b"localhost"),
     ],
 )
 def test_good_endpoints(text: str, expected: tuple[str, int, str, bool | None], authority: bytes | None) -> None:

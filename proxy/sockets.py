@@ -1,0 +1,132 @@
+"""Listening sockets: TCP in both families, and unix-domain sockets with the file that stands for them.
+
+They are made here and not by the event loop for two reasons. A loop that listens on a unix socket takes the place of
+any socket file it finds, also of one that somebody listens on, who is then alone without a word. And a name with
+several addresses and port 0 would get a port of its own for each of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import stat
+
+PROBE_S = 1.0
+"""How long the listener of a socket file that was found may take to accept before it counts as there."""
+
+_NO_SUCH_FAMILY = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+"""What a machine without IPv6 says to an IPv6 address."""
+
+
+class Listening:
+    """Sockets that listen, and the file that goes when they do."""
+
+    def __init__(self, sockets: list[socket.socket], path: str = "") -> None:
+        self.sockets = sockets
+        self._path = path
+        # Which file it is: another one under the same name is somebody else's by now.
+        self._file = _identity(path) if path else None
+
+    @property
+    def port(self) -> int:
+        """The TCP port; 0 for a unix socket."""
+        return 0 if self._path else int(self.sockets[0].getsockname()[1])
+
+    def remove_file(self) -> None:
+        """Remove the socket's file, if it is still this one."""
+        if self._file is not None and _identity(self._path) == self._file:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+        self._file = None
+
+
+async def listen(host: str, port: int, path: str, backlog: int) -> Listening:
+    """Listen on the unix socket `path`, or on each address of `host` ("": all interfaces). Raises OSError.
+
+    A socket file that nobody listens on any more is replaced; with a listener it is EADDRINUSE, and a file that is no
+    socket is EEXIST.
+    """
+    if path:
+        return _listen_unix(path, backlog)
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: list[socket.socket] = []
+    try:
+        for family, _, _, _, address in dict.fromkeys(found):
+            if sockets and not port:
+                # Any free one, but the same for all addresses.
+                address = (address[0], sockets[0].getsockname()[1], *address[2:])
+            try:
+                sockets.append(_listen_tcp(family, address, backlog))
+            except OSError as error:
+                if host or error.errno not in _NO_SUCH_FAMILY:
+                    raise
+        if not sockets:
+            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    except OSError:
+        for made in sockets:
+            made.close()
+        raise
+    return Listening(sockets)
+
+
+def _listen_tcp(family: int, address: tuple[object, ...], backlog: int) -> socket.socket:
+    listening = socket.socket(family)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listening.bind(address)
+        listening.listen(backlog)
+        listening.setblocking(False)
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
+def _listen_unix(path: str, backlog: int) -> Listening:
+    _make_way(path)
+    listening = socket.socket(socket.AF_UNIX)
+    try:
+        listening.bind(path)
+        listening.listen(backlog)
+        listening.setblocking(False)
+    except OSError:
+        listening.close()
+        raise
+    return Listening([listening], path)
+
+
+def _make_way(path: str) -> None:
+    """Remove the socket file that a listener left behind. Raises OSError for anything else that is there."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(PROBE_S)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except FileNotFoundError:
+            return
+        except TimeoutError:
+            # Its line is full: somebody is there.
+            pass
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

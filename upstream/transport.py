@@ -1,0 +1,47 @@
+"""
+Opening the transport to an endpoint: a unix socket, or TCP to whichever of a name's addresses answers first.
+
+A name may have several addresses: both families, or one for each member. They are tried in turn, the next one as soon
+as the one before has failed or kept us waiting (RFC 8305, "happy eyeballs"), so that one that swallows packets does not
+use up the time for all. The event loop would wait for each until the system gives it up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Final
+
+from upstream.endpoints import Endpoint
+
+NEXT_ADDRESS_S: Final = 0.25
+"""How long an address may keep us waiting before the next one is tried beside it (RFC 8305 section 8)."""
+
+
+async def open_transport(
+    factory: Callable[[], asyncio.Protocol],
+    endpoint: Endpoint,
+    context: ssl.SSLContext | None,
+    next_address_s: float = NEXT_ADDRESS_S,
+) -> None:
+    """Connect a protocol to an endpoint, with TLS when a context is given. Raises OSError; sets no limit of time."""
+    loop = asyncio.get_running_loop()
+    name = endpoint.host if context is not None else None
+    if endpoint.path:
+        await loop.create_unix_connection(factory, endpoint.path, ssl=context, server_hostname=name)
+        return
+    found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+    if len(found) == 1:
+        await loop.create_connection(factory, endpoint.host, endpoint.port, ssl=context, server_hostname=name)
+        return
+    from aiohappyeyeballs import start_connection  # for names only; an address needs no choice
+
+    connected = await start_connection(found, happy_eyeballs_delay=next_address_s, interleave=1)
+    try:
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await loop.create_connection(factory, sock=connected, ssl=context, server_hostname=name)
+    except BaseException:
+        connected.close()
+        raise
