@@ -6,7 +6,6 @@ import asyncio
 import socket
 import stat
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import grpc.aio
 import pytest
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
+from proxy.cli import run as watchmux
 from proxy.config.values import Address, BadValue, parse_listen_address
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.secure import SecureEtcdServer, secure_options
@@ -64,12 +64,10 @@ def serving(tmp_path: Path, listen: str, endpoints: str, *extra: str) -> Iterato
         proxy.process.wait()
 
 
-def refusal(*arguments: str) -> str:
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Return the one line with which `watchmux serve` refuses to start."""
-    command = [sys.executable, "-m", "proxy.cli", "serve", "--endpoints=127.0.0.1:1", "--log-level=error", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    assert done.returncode
-    (line,) = done.stderr.splitlines()
+    assert watchmux(["serve", "--endpoints=127.0.0.1:1", "--log-level=fatal", *arguments])
+    (line,) = capsys.readouterr().err.splitlines()
     return line
 
 
@@ -80,7 +78,11 @@ def unix_etcd(path: Path) -> EtcdServer:
     return etcd
 
 
-@pytest.mark.parametrize("client", etcds(), ids=lambda client: client.name)
+@pytest.mark.parametrize(
+    "client",
+    [pytest.param(client, marks=() if client.version < (3, 5, 0) else pytest.mark.long) for client in etcds()],
+    ids=lambda client: client.name,
+)
 def test_etcdctl_over_unix_sockets_on_both_sides(client: EtcdBinary, tmp_path: Path) -> None:
     behind, before = tmp_path / "etcd.sock", tmp_path / "watchmux.sock"
     with unix_etcd(behind) as etcd:
@@ -143,17 +145,27 @@ def test_http1_over_a_unix_socket(tmp_path: Path) -> None:
 
 def test_a_socket_file_that_was_left_behind_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "watchmux.sock"
-    with serving(tmp_path, f"unix://{path}", "127.0.0.1:1") as proxy:
-        proxy.process.kill()
-        proxy.process.wait()
-        assert path.exists()
-        with serving(tmp_path, f"unix://{path}", "127.0.0.1:1") as again:
-            # Somebody else's now: the file is not removed from under them.
-            assert f"cannot listen on unix://{path}: it is in use; stop what uses it" in refusal(
-                f"--listen-addr=unix://{path}"
-            )
-            assert again.end() == 0
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(str(path))
+
+    async def scenario() -> None:
+        async with proxy_for("127.0.0.1:1", path=str(path)):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(path))
         assert not path.exists()
+
+    run(scenario())
+
+
+def test_a_socket_in_use_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "watchmux.sock"
+    with socket.socket(socket.AF_UNIX) as used:
+        used.bind(str(path))
+        used.listen()
+        line = refusal(capsys, f"--listen-addr=unix://{path}")
+        assert f"cannot listen on unix://{path}: it is in use; stop what uses it" in line
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
 
 
 def test_a_file_that_has_become_another_ones_is_left_alone(etcd: EtcdServer, tmp_path: Path) -> None:
@@ -178,9 +190,11 @@ def test_a_file_that_has_become_another_ones_is_left_alone(etcd: EtcdServer, tmp
         ("unixs://{}/x.sock", "--listen-addr: unixs needs --cert-file and --key-file as well"),
     ],
 )
-def test_where_a_socket_cannot_be_is_said_in_one_line(listen: str, reason: str, tmp_path: Path) -> None:
+def test_where_a_socket_cannot_be_is_said_in_one_line(
+    listen: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("keep me")
-    assert reason in refusal(f"--listen-addr={listen.format(tmp_path)}")
+    assert reason in refusal(capsys, f"--listen-addr={listen.format(tmp_path)}")
     assert (tmp_path / "file").read_text() == "keep me"
 
 
