@@ -1,8 +1,8 @@
 """SIGHUP: read the settings again and go by them, as far as that is safe while clients are connected.
 
-Safe is what bounds or tells: limits, times, the log. Addresses and the endpoints are not: a change of those is named
-in the log and waits for a restart. Certificates need no signal, because the files are looked at with each handshake.
-Settings that cannot be used change nothing at all.
+Safe is what bounds or tells: limits, times, the log; and where etcd is, if it is the same cluster. Addresses to listen
+on are not: a change of those is named in the log and waits for a restart. Certificates need no signal, as their files
+are looked at with each handshake. Settings that cannot be used change nothing at all.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ RELOADED = frozenset(
         "watch.trunks_max",
         "watch.watches_max",
         "watch.watches_per_session_max",
+        "upstream.endpoints",
     }
 )
 """Knobs that a running proxy takes. --max-concurrent-streams is told to new connections only."""
@@ -60,14 +61,25 @@ class Reloading:
         for note in notes:
             log.warning(note)
         changed = changes(self.settings, wanted)
-        taken = sorted(changed & RELOADED)
-        waiting = sorted(changed - RELOADED)
+        if bool(self.settings.upstream.endpoints) != bool(wanted.upstream.endpoints):
+            # From or to the bundled store, which is a process that is started with the proxy.
+            wanted = _with_endpoints(wanted, self.settings.upstream.endpoints)
+            changed_store = {"upstream.endpoints"}
+        else:
+            changed_store = set()
+        taken = sorted((changed & RELOADED) - changed_store)
+        waiting = sorted((changed - RELOADED) | changed_store)
         self.settings = merged(self.settings, wanted)
         if taken:
             self._apply(self.settings)
         log.info("settings read again", changed=taken)
         if waiting:
             log.warning("some changes need a restart", settings=waiting)
+
+
+def _with_endpoints(settings: Settings, endpoints: list[str]) -> Settings:
+    upstream = msgspec.structs.replace(settings.upstream, endpoints=endpoints)
+    return msgspec.structs.replace(settings, upstream=upstream)
 
 
 def changes(old: Settings, new: Settings) -> set[str]:

@@ -146,6 +146,20 @@ class Proxy:
             self.listener.passthrough = self.guard.protect(self.passthrough)
         self.listener.http1 = self.http1
 
+    async def set_endpoints(self, endpoints: Sequence[str]) -> str:
+        """Stand in front of other endpoints of the same cluster from now on; clients notice nothing.
+
+        Returns why not, with nothing changed; "" when it is done. Raises BadEndpoint.
+        """
+        wanted = parse_endpoints(endpoints)
+        foreign = await self.upstream.foreign([endpoint for endpoint in wanted if endpoint not in self.endpoints])
+        if foreign is not None:
+            return f"{foreign} belongs to another cluster, whose revisions are not those that clients know"
+        self.endpoints = wanted
+        self.pool.set_endpoints(wanted)
+        self.upstream.set_endpoints(wanted)
+        return ""
+
     def _http1_endpoint(self) -> Endpoint:
         """Where the next HTTP/1 connection goes: an endpoint that works, if there is one."""
         if self._http1_elsewhere is not None:

@@ -174,7 +174,8 @@ async def serve(
         address, proxy = await _start(settings, endpoints, store.ready.metrics if store else "")
         advertised = settings.listener.advertise_client_url or str(address)
         admin = await _start_admin(proxy, settings, advertised)
-        reloading = Reloading(settings, lambda changed: _apply(changed, proxy))
+        applying = _Applying(proxy, settings)
+        reloading = Reloading(settings, applying.apply)
         if read_again is not None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.reload, read_again)
         parent.write_line(Ready(address=str(address), metrics=str(admin.address) if admin else ""))
@@ -186,6 +187,7 @@ async def serve(
             **({"store": "bundled, in memory"} if store else {}),
         )
         code = await _until_told(leaving, store)
+        applying.stop()
         await signals.or_again(proxy.drain(reloading.settings.listener.drain_s if code == 0 else 0))
     finally:
         if admin is not None:
@@ -199,12 +201,38 @@ async def serve(
     return code
 
 
-def _apply(settings: Settings, proxy: Proxy) -> None:
-    """Have a running proxy go by other settings, as far as `reloading.RELOADED` goes."""
-    logs.configure(settings.log.log_level, settings.log.log_format)
-    proxy.engine.set_limits(core_limits(settings.watch))
-    proxy.listener.settings = listener_settings(settings)
-    proxy.watches.settings = watch_settings(settings)
+class _Applying:
+    """Has a running proxy go by other settings, as far as `reloading.RELOADED` goes."""
+
+    def __init__(self, proxy: Proxy, settings: Settings) -> None:
+        self._proxy = proxy
+        self._endpoints = settings.upstream.endpoints
+        self._moving: asyncio.Task[None] | None = None
+
+    def apply(self, settings: Settings) -> None:
+        """Take them; endpoints are looked at first, and taken a moment later."""
+        logs.configure(settings.log.log_level, settings.log.log_format)
+        proxy = self._proxy
+        proxy.engine.set_limits(core_limits(settings.watch))
+        proxy.listener.settings = listener_settings(settings)
+        proxy.watches.settings = watch_settings(settings)
+        if settings.upstream.endpoints != self._endpoints:
+            self._endpoints = settings.upstream.endpoints
+            self.stop()
+            self._moving = asyncio.get_running_loop().create_task(self._move(self._endpoints))
+
+    def stop(self) -> None:
+        """Give up what is not taken yet."""
+        if self._moving is not None:
+            self._moving.cancel()
+            self._moving = None
+
+    async def _move(self, endpoints: list[str]) -> None:
+        problem = await self._proxy.set_endpoints(endpoints)
+        if problem:
+            log.error("the endpoints cannot be used; the old ones are kept", endpoints=endpoints, problem=problem)
+        else:
+            log.info("the endpoints are others", endpoints=endpoints)
 
 
 class _Signals:

@@ -290,6 +290,12 @@ class ClientConnection(asyncio.Protocol):
             self._transport.close()
         self._finish()
 
+    def retire(self, reason: Unreachable) -> None:
+        """Take no more calls, and close when the last of those that are open has ended."""
+        if not self._over:
+            self._tell_closed(reason)
+            self._close_when_done()
+
     def abort(self, reason: Unreachable) -> None:
         """Drop the connection without a word; what waits to be written is lost."""
         if not self._over:

@@ -106,22 +106,52 @@ class Dialer:
         self._on_failure = on_failure
         # Targets in the order in which they are tried: the one that worked last comes first.
         self._order = list(self.targets)
+        # Set, and replaced, when there are others.
+        self.changed = asyncio.Event()
+
+    def set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
+        """Try others from now on; what is known of those that stay is kept. A search under way begins anew."""
+        known = {target.endpoint: target for target in self.targets}
+        self.targets = [known.get(endpoint) or Target(endpoint, self._settings) for endpoint in endpoints]
+        self._order = list(self.targets)
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    async def clusters(self, endpoints: Sequence[Endpoint]) -> dict[str, int]:
+        """Ask endpoints, each once, which cluster they belong to; those that do not say are left out."""
+        attempts = [self._attempt(Target(endpoint, self._settings)) for endpoint in endpoints]
+        found: dict[str, int] = {}
+        for server in await asyncio.gather(*attempts, return_exceptions=True):
+            if isinstance(server, Server):
+                if server.header is not None:
+                    found[server.target.endpoint.text] = server.header.cluster_id
+                server.connection.close()
+        return found
 
     async def dial(self, accept: Callable[[Server], bool]) -> Server:
         """Try all endpoints side by side, each again and again with backoff, until one serves as `accept` wants."""
+        while True:
+            winner = await self._search(accept)
+            if winner is not None and winner.target in self.targets:
+                self.prefer(winner.target)
+                return winner
+            if winner is not None:
+                winner.connection.close()
+
+    async def _search(self, accept: Callable[[Server], bool]) -> Server | None:
+        """Do so until there are other endpoints: then None."""
+        loop = asyncio.get_running_loop()
         for target in self.targets:
             target.tried = False
-        tasks = [
-            asyncio.get_running_loop().create_task(self._attempts(target, rank, accept))
-            for rank, target in enumerate(self._order)
-        ]
+        tasks = [loop.create_task(self._attempts(target, rank, accept)) for rank, target in enumerate(self._order)]
+        changed = loop.create_task(self.changed.wait())
         winner: Server | None = None
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            winner = next(task for task in tasks if task in done).result()
+            done, _ = await asyncio.wait((*tasks, changed), return_when=asyncio.FIRST_COMPLETED)
+            winner = next((task.result() for task in tasks if task in done), None)
         finally:
+            changed.cancel()
             await self._discard(tasks, winner)
-        self.prefer(winner.target)
         return winner
 
     def prefer(self, target: Target) -> None:

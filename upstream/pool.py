@@ -36,7 +36,7 @@ class EndpointState(NamedTuple):
 class _Slot:
     """One endpoint of the pool."""
 
-    __slots__ = ("backoff", "closed", "connection", "endpoint", "failure", "settings", "task")
+    __slots__ = ("backoff", "closed", "connection", "endpoint", "failure", "leaving", "settings", "task")
 
     def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
         self.endpoint = endpoint
@@ -48,6 +48,8 @@ class _Slot:
         self.failure: Unreachable | None = None
         self.closed = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
+        # The endpoint is configured no more: it serves until one that is works.
+        self.leaving = False
 
 
 class Pool:
@@ -67,14 +69,54 @@ class Pool:
         # The slot that `pick` looks at first.
         self._next = 0
         self._listeners: list[Callable[[], None]] = []
+        # Connections to endpoints that have left, kept for the calls that were open on them.
+        self._retired: list[ClientConnection] = []
         # Set and replaced whenever a slot changes.
         self._changed = asyncio.Event()
 
     def start(self) -> None:
         """Start connecting, in the running event loop."""
         for slot in self._slots:
-            if slot.task is None:
-                slot.task = asyncio.get_running_loop().create_task(self._keep(slot), name=f"pool {slot.endpoint.text}")
+            self._start(slot)
+
+    def _start(self, slot: _Slot) -> None:
+        if slot.task is None:
+            slot.task = asyncio.get_running_loop().create_task(self._keep(slot), name=f"pool {slot.endpoint.text}")
+
+    def set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
+        """
+        Go by another list, of the same cluster, while calls are made.
+
+        Endpoints that stay keep their connections. Those that leave serve until one that stays or comes works; then
+        they get no new calls, and the open ones may end.
+        """
+        known = {slot.endpoint: slot for slot in self._slots}
+        slots = [
+            known.pop(endpoint) if endpoint in known else _Slot(endpoint, self._settings) for endpoint in endpoints
+        ]
+        for slot in slots:
+            slot.leaving = False
+            self._start(slot)
+        for slot in known.values():
+            slot.leaving = True
+        self._slots = slots + list(known.values())
+        self._notify()
+
+    def _dismiss(self) -> None:
+        """Let those go that leave, once another one works."""
+        leaving = [slot for slot in self._slots if slot.leaving]
+        if not leaving or all(slot.leaving or slot.connection is None for slot in self._slots):
+            return
+        self._slots = [slot for slot in self._slots if not slot.leaving]
+        self._retired = [connection for connection in self._retired if connection.open_calls]
+        for slot in leaving:
+            if slot.task is not None:
+                slot.task.cancel()
+            if slot.connection is not None:
+                slot.connection.on_closed = None
+                slot.connection.retire(Unreachable(slot.endpoint.text, "it is no endpoint any more", "try again"))
+                self._retired.append(slot.connection)
+            self._log.info("upstream_endpoint_left", endpoint=slot.endpoint.text)
 
     async def stop(self) -> None:
         """Close all connections; calls on them end UNAVAILABLE."""
@@ -88,6 +130,9 @@ class Pool:
                 slot.connection.on_closed = None
                 slot.connection.close()
                 slot.connection = None
+        for connection in self._retired:
+            connection.close()
+        self._retired.clear()
         self._notify()
 
     def pick(self) -> ClientConnection | None:
@@ -220,6 +265,7 @@ class Pool:
         return connection.failure or Unreachable(slot.endpoint.text, "the connection was closed", "try again")
 
     def _notify(self) -> None:
+        self._dismiss()
         self._changed.set()
         self._changed = asyncio.Event()
         for callback in list(self._listeners):

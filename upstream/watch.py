@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from proto.framing import FramingError, Status, Unframer, frame
@@ -168,6 +168,10 @@ class WatchClient:
         self._server: Server | None = None
         # Set when the server in use is not to be used any more.
         self._lost = asyncio.Event()
+        # Set when there are other endpoints.
+        self._moved = asyncio.Event()
+        # Of the cluster that is watched; None while nobody has said.
+        self._cluster_id: int | None = None
         self._task: asyncio.Task[None] | None = None
         self._credentials = credentials
         # Gets a new token for our own user.
@@ -259,6 +263,28 @@ class WatchClient:
     def store_went_back(self, revision: int) -> None:
         """The store is at `revision` after all, below what was seen before (restored from a snapshot)."""
         self._state.newest_revision = revision
+
+    async def foreign(self, endpoints: Sequence[Endpoint]) -> str | None:
+        """
+        Return the first of these endpoints that belongs to another cluster than the one watched, None if there is none.
+
+        Those that cannot be reached, or do not say, pass.
+        """
+        known = self._cluster_id
+        if known is None:
+            return None
+        clusters = await self._dialer.clusters(endpoints)
+        return next((text for text, cluster_id in clusters.items() if cluster_id != known), None)
+
+    def set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
+        """
+        Go by another list, of the same cluster, while watches are open.
+
+        If the one in use is not among them, watches move as soon as another one serves, and stay where they are until
+        then. The listener hears no more of it than `resumed`.
+        """
+        self._dialer.set_endpoints(endpoints)
+        self._moved.set()
 
     # Streams.
 
@@ -372,15 +398,27 @@ class WatchClient:
             await self._log_in(server)
             self._use(server)
             while not self._lost.is_set():
-                if not self.leaderless:
-                    await self._lost.wait()
+                self._moved.clear()
+                wanted = self._better()
+                if wanted is None:
+                    await self._wait_for_change()
                     continue
-                better = await self._wait_for_leader()
+                better = await self._wait_for(wanted)
                 if better is not None:
                     await self._log_in(better)
-                    self._break()
+                    self._leave()
                     self._use(better)
-            self._break()
+            self._leave()
+            self.breaks += 1
+            self._listener.broken()
+
+    def _better(self) -> Callable[[Server], bool] | None:
+        """What kind of server is wanted in place of the one in use; None when that will do."""
+        if self.leaderless:
+            return lambda server: server.has_leader
+        if self._server is not None and self._server.target not in self._dialer.targets:
+            return self._acceptable
+        return None
 
     async def _log_in(self, server: Server) -> None:
         """Have a new token for our own user before anything is registered. Without a leader nobody can log in.
@@ -420,20 +458,31 @@ class WatchClient:
             self._log.warning("upstream_no_leader", endpoints=[target.endpoint.text for target in targets])
             self._listener.no_leader()
 
-    async def _wait_for_leader(self) -> Server | None:
-        """Look for an endpoint with a leader; None when the present connection ends before."""
+    async def _wait_for(self, wanted: Callable[[Server], bool]) -> Server | None:
+        """Look for such a server; None when the present connection ends before, or there are other endpoints."""
         loop = asyncio.get_running_loop()
-        search = loop.create_task(self._dialer.dial(lambda server: server.has_leader))
-        lost = loop.create_task(self._lost.wait())
+        search = loop.create_task(self._dialer.dial(wanted))
+        change = loop.create_task(self._wait_for_change())
         try:
-            await asyncio.wait((search, lost), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((search, change), return_when=asyncio.FIRST_COMPLETED)
             if search.done():
                 return search.result()
             return None
         finally:
-            lost.cancel()
+            change.cancel()
             search.cancel()
-            await asyncio.gather(lost, search, return_exceptions=True)
+            await asyncio.gather(change, search, return_exceptions=True)
+
+    async def _wait_for_change(self) -> None:
+        """Wait until the present connection ends, or there are other endpoints."""
+        loop = asyncio.get_running_loop()
+        waits = (loop.create_task(self._lost.wait()), loop.create_task(self._moved.wait()))
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
 
     def _use(self, server: Server) -> None:
         """A server answered: register everything on its connection."""
@@ -449,6 +498,7 @@ class WatchClient:
         revision = 0
         if server.header is not None:
             revision = server.header.revision
+            self._cluster_id = server.header.cluster_id
             self._listener.header_seen(server.header)
         self._apply(self._state.connect(server.ordered_progress, revision))
         self._look = asyncio.get_running_loop().call_later(self._settings.create_timeout_s / 4, self._look_at_creates)
@@ -465,16 +515,14 @@ class WatchClient:
                 self._dialer.problem(server.target, str(connection.failure))
             self._lost.set()
 
-    def _break(self) -> None:
-        """The server in use is not usable: every watch waits for the next one."""
+    def _leave(self) -> None:
+        """Leave the server in use: every watch waits for the next one."""
         server = self._server
         if server is not None:
             target = server.target
             target.failed(asyncio.get_running_loop().time())
             target.settings = after(server.connection, target.settings)
         self._drop_server()
-        self.breaks += 1
-        self._listener.broken()
 
     def _drop_server(self) -> None:
         server, self._server = self._server, None

@@ -15,7 +15,7 @@ from tests.etcd.server import EtcdServer
 from tests.proxy.test_cli_serve import served
 from tests.waiting import until
 
-SECURITY = ("cert", "key", "cacert", "insecure_skip_tls_verify", "addr", "endpoints")
+SECURITY = ("cert", "key", "cacert", "insecure_skip_tls_verify", "addr")
 
 
 def changed(path: str, value: object) -> Settings:
