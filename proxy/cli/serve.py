@@ -28,7 +28,8 @@ def command(ctx: click.Context, /, parent_fd: int | None, **_given: Any) -> int:
 
     Point clients at --listen-addr. Calls other than watches pass through to etcd untouched. SIGTERM and SIGINT drain:
     clients are sent elsewhere, open calls may end within --drain. SIGHUP reads the configuration file again: log level,
-    limits and endpoints change at once, what else has changed is named in the log. Certificates are read again by themselves.
+    limits and endpoints change at once, what else has changed is named in the log. Certificates are read again by
+    themselves.
     """
     settings, notes = settings_of(ctx)
     import uvloop
