@@ -173,10 +173,13 @@ class Coalescer:
             hub.progress.proven(upstream, response.header.revision)
         return self._finish()
 
-    def progressed(self, upstreams: Iterable[Upstream], header: Header, now: float) -> list[Effect]:
-        """An answer to RequestProgress: these upstream watches are complete through the header's revision."""
+    def progressed(self, upstreams: Iterable[Upstream], header: Header, number: int, now: float) -> list[Effect]:
+        """An answer to RequestProgress: these upstream watches, if any, are complete through the header's revision.
+
+        Etcd was there after RequestProgress `number` was carried out; 0: it is not known which one was answered.
+        """
         self._begin(now)
-        self._hub.progress.progressed(upstreams, header)
+        self._hub.progress.progressed(tuple(upstreams), header, number)
         return self._finish()
 
     def lost(self, upstream: Upstream, reason: Lost, now: float) -> list[Effect]:

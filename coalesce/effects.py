@@ -114,13 +114,15 @@ class CheckPermission:
 
 
 class RequestProgress:
-    """Ask etcd for manual progress on the streams of `upstreams`; answers come by `progressed`, or never (etcd drops
-    requests it cannot answer). The core asks again by itself; nothing is to be retried."""
+    """Ask etcd for manual progress on the streams of `upstreams`, and for nothing but its revision where progress is
+    not ordered; answers come by `progressed`, or never (etcd drops requests it cannot answer). The core asks again by
+    itself; nothing is to be retried. `number` says later which request an answer is at least as new as."""
 
-    __slots__ = ("upstreams",)
+    __slots__ = ("number", "upstreams")
 
-    def __init__(self, upstreams: tuple[Upstream, ...]) -> None:
+    def __init__(self, upstreams: tuple[Upstream, ...], number: int) -> None:
         self.upstreams = upstreams
+        self.number = number
 
 
 Effect: TypeAlias = (

@@ -148,6 +148,7 @@ class Endings:
                 if create.header is not None and create.header.revision > header.revision:
                     hub.joining.read_again(create)
         hub.compact_revision = 0
+        hub.progress.targets.clear()
         for session in hub.sessions:
             session.progress_revision = min(session.progress_revision, header.revision)
 

@@ -2,12 +2,14 @@
 
 A trunk's bookmark is proven by its events, by etcd's answers to manual requests, and by its progress notifies. Manual
 requests are shared: one is in flight at a time and serves all who waited when it was made; who comes later waits for
-the next. They are numbered, a proof carries the number of the newest request made when it came (`Source.proof`), and
-who waits knows the first number that will do, so nobody is answered with what was known before it asked. Etcd drops
-requests that it cannot answer: while somebody waits, the request is repeated, with pauses that double up to a bound.
+the next. They are numbered, who waits knows the first number that will do, and with an answer comes the number of a
+request after which etcd was at the answer's revision (`Targets`): what reaches that revision is fresh enough, whatever
+proves it; nobody is answered with what was known before it asked. Etcd drops requests that it cannot answer: while
+somebody waits, the request is repeated, with pauses that double up to a bound.
 
 A session is told p, the least bookmark of its watches' trunks, if
 
+- p is no less than what etcd had after the session asked;
 - all its watches are in step with their trunks: they were sent everything through p;
 - p is not below what any of its watches knows already: the start it asked for, "now", its last event, an earlier
   progress (a client resumes from the last revision it was told, clientv3 even from this one).
@@ -19,13 +21,14 @@ Ids that a compaction cancelled are no watches and hold nothing up, although etc
 client has been told that they are dead, and nothing will ever come of them. A request on a session without watches is
 dropped, as etcd does. Of those that wait, all but the first and the last are merged.
 
-Servers without ordered progress (before 3.4.31 and 3.5.13) answer manual requests at once and even wrongly. Of them
-nothing is asked; proofs are events and progress notifies, and answers take as long as these do.
+Servers without ordered progress (before 3.4.31 and 3.5.13) answer manual requests at once and even wrongly. They are
+only asked which revision they have; proofs are events and progress notifies, and answers take as long as these do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from coalesce.backfill import Backfill
@@ -40,6 +43,43 @@ if TYPE_CHECKING:
 
 # Old bookmarks are looked for this many times within bookmark_s: one request may be dropped, or two.
 _LOOKS = 4
+_TARGETS_MAX = 64
+
+
+class Targets:
+    """What etcd is known to have had after a request was made: who asked before it must not be told less.
+
+    Numbers and revisions rise together: a later request that found a lower revision (another member, another stream)
+    says more about the earlier ones as well. Bounded: without a target of its own a request has that of a later one.
+    """
+
+    __slots__ = ("_numbers", "_revisions")
+
+    def __init__(self) -> None:
+        self._numbers: list[int] = []
+        self._revisions: list[int] = []
+
+    def learn(self, number: int, revision: int) -> None:
+        """After request `number` was made the store was at `revision`."""
+        place = bisect_left(self._numbers, number)
+        if place < len(self._numbers) and self._revisions[place] <= revision:
+            return
+        end = place + (self._numbers[place : place + 1] == [number])
+        first = bisect_left(self._revisions, revision, 0, place)
+        self._numbers[first:end] = [number]
+        self._revisions[first:end] = [revision]
+        if len(self._numbers) > _TARGETS_MAX:
+            del self._numbers[0], self._revisions[0]
+
+    def of(self, number: int) -> int | None:
+        """Return the least revision that will do for who waits for request `number`; None = not known yet."""
+        place = bisect_left(self._numbers, number)
+        return self._revisions[place] if place < len(self._numbers) else None
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._numbers.clear()
+        self._revisions.clear()
 
 
 class Progress:
@@ -48,7 +88,6 @@ class Progress:
     __slots__ = (
         "_asked_at",
         "_bookmark_at",
-        "_dropped",
         "_hub",
         "_in_flight",
         "_notifying",
@@ -56,6 +95,7 @@ class Progress:
         "_retry_at",
         "_soon_at",
         "_wanted",
+        "targets",
         "waiting",
     )
 
@@ -63,6 +103,7 @@ class Progress:
         self._hub = hub
         # Sessions with progress_needs.
         self.waiting: dict[Session, None] = {}
+        self.targets = Targets()
         # Watches whose progress_notify is due, and the request whose proof will do.
         self._notifying: dict[Watch, int] = {}
         # The newest request has not been answered by anybody.
@@ -72,8 +113,6 @@ class Progress:
         # When to ask again; None = nobody waits.
         self._retry_at: float | None = None
         self._pause_s = 0.0
-        # How many times in a row etcd has left a request without an answer.
-        self._dropped = 0
         # When the newest request was made.
         self._asked_at = 0.0
         # When to make one that is wanted and would come too soon after the newest; None = none is.
@@ -123,18 +162,18 @@ class Progress:
 
     # what is proven
 
-    def progressed(self, upstreams: Iterable[Upstream], header: Header) -> None:
-        """Take an answer to a manual request: all of these are complete through its revision."""
+    def progressed(self, upstreams: Sequence[Upstream], header: Header, number: int) -> None:
+        """Take what came of requests: all of these are complete through a revision that followed request `number`."""
         hub = self._hub
         hub.saw(header)
-        if not hub.ordered_progress:
-            return
-        for upstream in upstreams:
-            self.proven(upstream, header.revision)
-        self._in_flight = False
-        self._dropped = 0
+        if number:
+            self.targets.learn(number, header.revision)
+        if upstreams and hub.ordered_progress:
+            for upstream in upstreams:
+                self.proven(upstream, header.revision)
+            self._in_flight = False
         self._settle()
-        if self._wanted > hub.progress_serial:
+        if self._wanted > hub.progress_serial and not self._in_flight:
             self._ask_soon()
 
     def proven(self, upstream: Upstream, revision: int) -> None:
@@ -172,32 +211,35 @@ class Progress:
     def _answer(self, session: Session) -> None:
         """Answer a session that waits, if it can be answered now."""
         hub = self._hub
-        revision, proof = self._reached(session)
-        if revision is None or proof < session.progress_needs[0]:
+        revision = self._reached(session)
+        if revision is None or not self._is_fresh(revision, session.progress_needs[0]):
             return
         session.progress_revision = revision
-        session.progress_needs = tuple(needs for needs in session.progress_needs if needs > proof)
+        session.progress_needs = tuple(needs for needs in session.progress_needs if not self._is_fresh(revision, needs))
         if not session.progress_needs:
             self.waiting.pop(session, None)
         hub.stats.progress_answers += 1
         hub.answer(session, NO_WATCH_ID, hub.header_now(revision))
 
-    def _reached(self, session: Session) -> tuple[int | None, int]:
-        """Return the p that a session may be told, None if there is none, and the oldest proof it rests on."""
+    def _is_fresh(self, revision: int, needs: int) -> bool:
+        """Whether etcd is known to have had no more than `revision` at some time after that request was made."""
+        target = self.targets.of(needs)
+        return target is not None and target <= revision
+
+    def _reached(self, session: Session) -> int | None:
+        """Return the p that a session may be told; None if there is none."""
         revision: int | None = None
-        proof = self._hub.progress_serial
         known = session.progress_revision
         for watch in session.watches.values():
             trunk = watch.trunk
             if watch.place is not Place.IN_STEP or watch.source is not trunk:
-                return None, 0
+                return None
             if revision is None or trunk.next_revision <= revision:
                 revision = trunk.next_revision - 1
-            proof = min(proof, trunk.proof)
             known = max(known, watch.progress_floor, watch.last_sent_revision)
         if revision is None or revision < known:
-            return None, 0
-        return revision, proof
+            return None
+        return revision
 
     def _settle(self) -> None:
         """Tell all who wait what can be told now. Nothing has been delivered yet in this input."""
@@ -206,9 +248,13 @@ class Progress:
         for watch, needs in tuple(self._notifying.items()):
             if watch.place is not Place.IN_STEP or watch.source is not watch.trunk or self._had_events(watch):
                 del self._notifying[watch]
-            elif watch.trunk.proof >= needs and watch.trunk.next_revision > watch.progress_floor:
+                continue
+            reached = watch.trunk.next_revision - 1
+            if reached >= watch.progress_floor and self._is_fresh(reached, needs):
                 del self._notifying[watch]
-                self._notify(watch, watch.trunk.next_revision - 1)
+                self._notify(watch, reached)
+        if not self.waiting and not self._notifying:
+            self.targets.clear()
 
     def _notify_due(self, watch: Watch) -> None:
         """Tell a quiet watch where it is, as soon as that is proven; not one that was sent events in the meantime."""
@@ -241,19 +287,22 @@ class Progress:
 
     def _retry(self) -> None:
         """Look again whether anybody can be answered; if somebody still waits, ask again."""
-        if self._dropped or not self._hub.ordered_progress:
-            # Then events must do as proof. Not at the first time: the answer may just be late, or this loop is, and
-            # events that were on their way when the request was made prove less than etcd would say.
-            self._settle()
-        self._dropped += 1
+        hub = self._hub
+        # Events may have done as proof.
+        self._settle()
         backfills = [backfill for backfill in self._hub.backfills.open if self._may_prove(backfill)]
         if not self.waiting and not self._notifying and not backfills:
             self._in_flight = False
-            self._dropped = 0
             self._retry_at = None
             return
         self._pause_s = min(self._pause_s * 2, self._hub.limits.progress_retry_s_max)
-        if self.waiting or self._notifying or any(each.proof < self._hub.progress_serial for each in backfills):
+        asks = bool(self.waiting or self._notifying)
+        if not hub.ordered_progress:
+            # One answer that tells the revision will do; what is to prove it comes by itself.
+            asks = asks and self.targets.of(self._wanted) is None
+        elif not asks:
+            asks = any(each.proof < hub.progress_serial for each in backfills)
+        if asks:
             self._ask()
         else:
             # Events keep coming, and prove more than an answer would.
@@ -279,4 +328,5 @@ class Progress:
         if hub.ordered_progress:
             self._in_flight = True
             hub.stats.progress_asked += 1
-            hub.effects.append(RequestProgress(hub.all_upstreams()))
+        if hub.ordered_progress or self.waiting or self._notifying:
+            hub.effects.append(RequestProgress(hub.all_upstreams(), hub.progress_serial))

@@ -98,7 +98,7 @@ class Source:
         self.fanout = Fanout(start_revision, hub.stats)
         self.history = History(hub.ledger, start_revision, prev_kv)
         self.upstream: Upstream
-        # The progress request that was the newest when something last proved the bookmark (see progress).
+        # The progress request that was the newest when something last moved the bookmark.
         self.proof = 0
         # When that was.
         self.proven_at = hub.now

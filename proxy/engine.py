@@ -44,7 +44,7 @@ from proto.scan import Header, WatchResponse
 from proxy import logs
 from proxy.reads import NO_RIGHT, Asked, Reader
 from proxy.rollback import Rollback
-from upstream.watch_state import OpenedWatch
+from upstream.watch_stream import OpenedWatch
 
 BULKY_BYTES = 8 * 1024
 """From this size on a payload is not copied for each of the streams that it goes to."""
@@ -97,7 +97,7 @@ class UpstreamWatches(Protocol):
     def close(self, watch: OpenedWatch) -> None: ...
     def pause(self, watch: OpenedWatch) -> None: ...
     def resume(self, watch: OpenedWatch) -> None: ...
-    def request_progress(self) -> None: ...
+    def request_progress(self, number: int) -> None: ...
     def store_went_back(self, revision: int) -> None: ...
 
 
@@ -272,9 +272,9 @@ class Engine:
         self._input(self.core.received, watch, response)
         self._received_at = 0.0
 
-    def progressed(self, watches: Iterable[OpenedWatch], header: Header) -> None:
-        """A manual progress answer: these are complete through the header's revision."""
-        self._input(self.core.progressed, watches, header)
+    def progressed(self, watches: Iterable[OpenedWatch], header: Header, number: int) -> None:
+        """These are complete through the header's revision, which etcd had after the request of this number."""
+        self._input(self.core.progressed, watches, header, number)
 
     def lost(self, watch: OpenedWatch, status: int, text: str) -> None:
         """An upstream watch is over for good."""
@@ -488,8 +488,7 @@ class Engine:
 
     def _request_progress(self, effect: RequestProgress) -> None:
         # For all streams: those that nobody waits for are few, and it is the client that knows which carries whom.
-        del effect
-        self._client().request_progress()
+        self._client().request_progress(effect.number)
 
     def _read_revision(self, effect: ReadRevision) -> None:
         """Read "now" for those who wait, by the right of one of them."""

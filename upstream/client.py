@@ -25,7 +25,7 @@ from upstream.endpoints import parse_endpoints
 from upstream.errors import CallFailed, Log
 from upstream.settings import Settings
 from upstream.watch import WatchClient
-from upstream.watch_state import OpenedWatch
+from upstream.watch_stream import OpenedWatch
 
 # Responses that wait for the reader before we stop reading from etcd, and down to which it has to read.
 _WAITING_MAX: Final = 64
@@ -154,7 +154,7 @@ class _Listener:
         assert isinstance(watch, _Watch)
         self._watcher._end(watch, CallFailed(status, text))
 
-    def progressed(self, watches: Iterable[OpenedWatch], header: Header) -> None: ...
+    def progressed(self, watches: Iterable[OpenedWatch], header: Header, number: int) -> None: ...
 
     def no_leader(self) -> None: ...
 

@@ -43,7 +43,8 @@ from upstream.watch_effects import (
     TokenRefused,
     Write,
 )
-from upstream.watch_state import OpenedWatch, Registration, WatchState, WatchStream
+from upstream.watch_state import WatchState
+from upstream.watch_stream import Create, OpenedWatch, WatchStream
 
 WATCH_PATH = b"/etcdserverpb.Watch/Watch"
 
@@ -61,8 +62,11 @@ class WatchListener(Protocol):
         header.revision; or `canceled` with compact_revision: then the watch is over.
         """
 
-    def progressed(self, watches: Iterable[OpenedWatch], header: Header) -> None:
-        """A progress answer proves all of these complete through header.revision."""
+    def progressed(self, watches: Iterable[OpenedWatch], header: Header, number: int) -> None:
+        """
+        All of these, if any, are complete through header.revision, which the server had after `request_progress` was
+        called with this number (0: nobody knows).
+        """
 
     def lost(self, watch: OpenedWatch, status: int, text: str) -> None:
         """The watch is over for good: refused, cancelled by the server, or unreadable."""
@@ -92,14 +96,14 @@ class _Call:
         # What came while paused, unread and without credit: at most one stream window.
         self._held: list[tuple[bytes, int]] = []
         # The create that has waited for longest when last looked at, and since when it has been that.
-        self._oldest: Registration | None = None
+        self._oldest: Create | None = None
         self._oldest_since = 0.0
         self.call: UpstreamCall | None = None
 
     def waits_for(self, now: float) -> float:
         """Return for how long (seconds) the oldest create has been seen unanswered."""
         creating = self._stream.creating
-        oldest = creating[0][0] if creating and not self._stream.paused else None
+        oldest = creating[0] if creating and not self._stream.paused else None
         if oldest is None or oldest is not self._oldest:
             self._oldest, self._oldest_since = oldest, now
         return now - self._oldest_since
@@ -256,9 +260,9 @@ class WatchClient:
             # Not at once: the listener would get events inside of its own call.
             asyncio.get_running_loop().call_soon(stream.shell.resume)
 
-    def request_progress(self) -> None:
+    def request_progress(self, number: int) -> None:
         """Ask upstream how far all watches are complete; see `WatchState.request_progress`."""
-        self._apply(self._state.request_progress())
+        self._apply(self._state.request_progress(number))
 
     def store_went_back(self, revision: int) -> None:
         """The store is at `revision` after all, below what was seen before (restored from a snapshot)."""
@@ -299,7 +303,7 @@ class WatchClient:
                     framed = frame(effect.message)
                     shell.call.write((framed,), len(framed))
             elif isinstance(effect, Progressed):
-                listener.progressed(effect.watches, effect.header)
+                listener.progressed(effect.watches, effect.header, effect.number)
             elif isinstance(effect, HeaderSeen):
                 listener.header_seen(effect.header)
             elif isinstance(effect, OpenStream):

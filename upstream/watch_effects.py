@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from proto.scan import Header, WatchResponse
 
 if TYPE_CHECKING:
-    from upstream.watch_state import OpenedWatch, WatchStream
+    from upstream.watch_stream import OpenedWatch, WatchStream
 
 
 class OpenStream:
@@ -51,13 +51,17 @@ class Received:
 
 
 class Progressed:
-    """These watches are complete through header.revision."""
+    """
+    These watches, if any, are complete through header.revision; and the server was there after the request for
+    progress of this number was made (0: nobody knows).
+    """
 
-    __slots__ = ("header", "watches")
+    __slots__ = ("header", "number", "watches")
 
-    def __init__(self, watches: list[OpenedWatch], header: Header) -> None:
+    def __init__(self, watches: list[OpenedWatch], header: Header, number: int) -> None:
         self.watches = watches
         self.header = header
+        self.number = number
 
 
 class Lost:

@@ -30,17 +30,21 @@ and does not say which request it answers; unanswered ones are dropped by etcd. 
 for the number of the request that an answer can belong to: answers come in order, and an answer with a revision
 above that of a later create's header cannot belong to a request sent before that create.
 
+Who asks wants to be told at least what the server had when it asked, and a lower bound that lags behind after a
+dropped request would never say so. So a request that follows unanswered ones goes with a *probe*: a create of an
+empty range, which every etcd refuses, in order and with the revision it has then. Whatever proves that revision, an
+event or an answer to whichever request, is fresh enough. Servers without ordered progress get the probe alone.
+
 Sources: etcd server/etcdserver/api/v3rpc/watch.go, server/storage/mvcc/watchable_store.go.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from typing import Final, Protocol
+from typing import Final
 
 from proto.framing import Status
-from proto.scan import Event, Header, WatchResponse, encode_cancel, encode_create, encode_progress
+from proto.scan import Header, WatchResponse, encode_cancel, encode_create, encode_progress
 from upstream.credentials import is_auth_refusal
 from upstream.errors import read_reason
 from upstream.watch_effects import (
@@ -54,125 +58,11 @@ from upstream.watch_effects import (
     TokenRefused,
     Write,
 )
+from upstream.watch_stream import Create, OpenedWatch, Registration, WatchStream
 
-_PASSED_MAX: Final = 256
+_PROBE: Final = encode_create(b"\x01", b"\x01")
 # A token may be outdated the moment it is there; twice in a row is no chance.
 _OWN_REFUSED_MAX: Final = 2
-
-
-class OpenedWatch(Protocol):
-    """What the listener opens: its own object, handed back with every effect."""
-
-    @property
-    def key(self) -> bytes: ...
-
-    @property
-    def range_end(self) -> bytes: ...
-
-    @property
-    def start_revision(self) -> int | None:
-        """The first revision wanted; None = now."""
-
-    @property
-    def prev_kv(self) -> bool: ...
-
-    @property
-    def is_backfill(self) -> bool:
-        """True: it gets a stream of its own, which can be paused."""
-
-    @property
-    def token(self) -> bytes | None:
-        """The auth token to register with; read anew at each registration."""
-
-
-class Registration:
-    """One watch of the listener and where it stands."""
-
-    __slots__ = (
-        "announced",
-        "closed",
-        "next_revision",
-        "now",
-        "own_refused",
-        "paused",
-        "stream",
-        "unproven",
-        "watch",
-        "watch_id",
-    )
-
-    def __init__(self, watch: OpenedWatch) -> None:
-        self.watch = watch
-        # The first revision still needed; None = now, until the first `created` says what that was.
-        self.next_revision = watch.start_revision
-        # What "now" was: the revision of `created`. -1 for a watch with a start revision.
-        self.now = -1
-        # The listener has been told `created`; it is told once.
-        self.announced = False
-        # The listener has closed it, or it was lost; it may still wait for the answer to its create.
-        self.closed = False
-        # A backfill that is not to be read at present.
-        self.paused = False
-        # Times that our own user was refused in a row; from `_OWN_REFUSED_MAX` on it is watched by its own token.
-        self.own_refused = 0
-        # Where it is creating or live; None = waits for `register`.
-        self.stream: WatchStream | None = None
-        # The id upstream while live; None before.
-        self.watch_id: int | None = None
-        # The number of the last progress request sent before its `created` came: an answer to that one, or to an
-        # older one, proves nothing for it.
-        self.unproven = 0
-
-
-class WatchStream:
-    """One Watch call upstream, of one token; `own`: that of our own user."""
-
-    __slots__ = (
-        "answered",
-        "answers_from",
-        "by_id",
-        "creating",
-        "dying",
-        "held",
-        "is_backfill",
-        "live",
-        "own",
-        "passed",
-        "paused",
-        "requested",
-        "shell",
-        "token",
-        "wanted",
-    )
-
-    def __init__(self, token: bytes | None, is_backfill: bool, own: bool = False) -> None:
-        self.token = token
-        self.is_backfill = is_backfill
-        self.own = own
-        # Free for whoever does the I/O.
-        self.shell: object = None
-        # A backfill's stream that is not to be read at present.
-        self.paused = False
-        # Creates sent and not answered, oldest first, each with the number of progress requests sent before it.
-        self.creating: deque[tuple[Registration, int]] = deque()
-        self.by_id: dict[int, Registration] = {}
-        # Ids cancelled by us whose last answer has not come: what they send is dropped.
-        self.dying: set[int] = set()
-        # Per id inside of a run of fragments: the events of its last revision, which may be incomplete.
-        self.held: dict[int, list[Event]] = {}
-        # Registrations here that are not closed.
-        self.live = 0
-        # The server has answered a create: the call works.
-        self.answered = False
-        # Progress requests sent; they are numbered from 1.
-        self.requested = 0
-        # The next answer belongs to this request or to a later one.
-        self.answers_from = 1
-        # (n, revision), rising: requests up to number n were handled when the store had this revision or less.
-        # Bounded: a lost pair only makes an answer prove less.
-        self.passed: deque[tuple[int, int]] = deque(maxlen=_PASSED_MAX)
-        # Progress is wanted, and is asked for when this create has been answered.
-        self.wanted: Registration | None = None
 
 
 PROGRESS_ID: Final = -1
@@ -244,20 +134,27 @@ class WatchState:
             registration.stream.paused = paused
         return registration.stream
 
-    def request_progress(self) -> list[Effect]:
+    def request_progress(self, number: int) -> list[Effect]:
         """
-        Ask every stream how far it is complete.
+        Ask every stream how far it is complete; `number` is the listener's for this request, higher each time.
 
         A request waits for the creates that are outstanding, since its answer would prove nothing for them. Answers
-        may never come; ask again by timer. Nothing is asked of servers without ordered progress.
+        may never come; ask again by timer. Servers without ordered progress are only asked which revision they have.
         """
         effects: list[Effect] = []
-        if self.ordered_progress:
-            for stream in self.streams():
-                if not stream.creating:
-                    self._request_progress(stream, effects)
-                elif stream.wanted is None:
-                    stream.wanted = stream.creating[-1][0]
+        for stream in self.streams():
+            if not self.ordered_progress:
+                if stream.live and not stream.paused:
+                    self._probe(stream, number, effects)
+                    break
+                continue
+            if stream.wanted is None:
+                creating = (create.registration for create in reversed(stream.creating))
+                stream.wanted = next((registration for registration in creating if registration is not None), None)
+            if stream.wanted is None:
+                self._request_progress(stream, number, effects)
+            else:
+                stream.wanted_number = number
         return effects
 
     def connect(self, ordered_progress: bool, revision: int) -> list[Effect]:
@@ -353,11 +250,23 @@ class WatchState:
         if not stream.creating:
             self._received_unknown(stream, response, effects)
             return
-        registration, requested_before = stream.creating.popleft()
+        create = stream.creating.popleft()
+        registration, requested_before = create.registration, create.requested_before
         stream.answered = True
         header = response.header
         if requested_before >= stream.answers_from and (not stream.passed or stream.passed[-1][0] < requested_before):
             stream.passed.append((requested_before, header.revision))
+        if registration is None:
+            if not response.canceled:
+                # No etcd does that.
+                self._cancel(stream, response.watch_id, effects)
+            effects.append(Progressed([], header, create.number))
+            return
+        registration.unproven = stream.requested
+        if stream.wanted is registration:
+            stream.wanted = None
+            # Before the listener is told: what it then opens is to follow on the wire, as it does in `creating`.
+            self._request_progress(stream, stream.wanted_number, effects)
         if response.canceled:
             if not registration.closed:
                 effects.append(HeaderSeen(header))
@@ -367,15 +276,11 @@ class WatchState:
         else:
             registration.watch_id = response.watch_id
             registration.own_refused = 0
-            registration.unproven = stream.requested
             stream.by_id[response.watch_id] = registration
             if registration.next_revision is None and header.revision > 0:
                 registration.next_revision = registration.now = header.revision
             effects.append(HeaderSeen(header) if registration.announced else Received(registration.watch, response))
             registration.announced = True
-        if stream.wanted is registration:
-            stream.wanted = None
-            self._request_progress(stream, effects)
 
     def _create_refused(
         self, stream: WatchStream, registration: Registration, status: int, text: str, effects: list[Effect]
@@ -489,6 +394,9 @@ class WatchState:
         while stream.passed and stream.passed[0][1] < revision:
             number, _ = stream.passed.popleft()
             stream.answers_from = max(stream.answers_from, number + 1)
+        asked = 0
+        while stream.numbers and stream.numbers[0][0] <= stream.answers_from:
+            asked = stream.numbers.popleft()[1]
         watches: list[OpenedWatch] = []
         for registration in stream.by_id.values():
             if registration.unproven < stream.answers_from:
@@ -498,12 +406,20 @@ class WatchState:
         stream.answers_from += 1
         while stream.passed and stream.passed[0][0] < stream.answers_from:
             stream.passed.popleft()
-        effects.append(Progressed(watches, header) if watches else HeaderSeen(header))
+        effects.append(Progressed(watches, header, asked) if watches or asked else HeaderSeen(header))
 
-    def _request_progress(self, stream: WatchStream, effects: list[Effect]) -> None:
+    def _request_progress(self, stream: WatchStream, number: int, effects: list[Effect]) -> None:
         if stream.live and not stream.paused:
+            if stream.answers_from <= stream.requested:
+                self._probe(stream, number, effects)
             stream.requested += 1
+            stream.numbers.append((stream.requested, number))
             effects.append(Write(stream, encode_progress()))
+
+    def _probe(self, stream: WatchStream, number: int, effects: list[Effect]) -> None:
+        """Ask for the revision that the server has, in order with the other requests of a stream."""
+        stream.creating.append(Create(None, stream.requested, number))
+        effects.append(Write(stream, _PROBE))
 
     def _register(self, registration: Registration, effects: list[Effect]) -> None:
         """Create a registration that has no stream, on the stream it belongs to."""
@@ -530,7 +446,7 @@ class WatchState:
         start = registration.next_revision
         if start is not None and self.newest_revision:
             start = min(start, self.newest_revision)
-        stream.creating.append((registration, stream.requested))
+        stream.creating.append(Create(registration, stream.requested))
         watch = registration.watch
         message = encode_create(
             watch.key,

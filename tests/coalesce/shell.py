@@ -156,7 +156,9 @@ class Shell:
         self.reads: list[Read] = []
         self.checks: list[PendingCreate] = []
         self.auth = False
+        # Progress requests made, and the number of the newest.
         self.asked: list[tuple[Upstream, ...]] = []
+        self.asked_number = 0
         # Upstream watches opened, the newest last, and what became of them.
         self.opened: list[Upstream] = []
         self.closed: list[Upstream] = []
@@ -199,10 +201,14 @@ class Shell:
         response = WatchResponse(header(at), 0, canceled=True, compact_revision=compact_revision, cancel_reason=reason)
         self.do(self.core.received, upstream, response)
 
-    def progressed(self, revision: int, *upstreams: Upstream) -> None:
-        """Etcd answers the manual progress request, for all that are open or for these."""
+    def progressed(self, revision: int, *upstreams: Upstream, number: int | None = None) -> None:
+        """Etcd answers the newest manual progress request, or that of a number, for all that are open or for these."""
         chosen = upstreams or tuple(each for each in self.opened if each not in self.closed and each.created)
-        self.do(self.core.progressed, chosen, header(revision))
+        self.do(self.core.progressed, chosen, header(revision), self.asked_number if number is None else number)
+
+    def probed(self, revision: int) -> None:
+        """Etcd says which revision it has, after the newest progress request."""
+        self.do(self.core.progressed, (), header(revision), self.asked_number)
 
     def wait(self, seconds: float) -> None:
         """Let time pass, ringing the timer whenever it is due."""
@@ -250,8 +256,9 @@ class Shell:
                     self.checks.append(check)
                 else:
                     self._inbox.append((self.core.permission, (check, None)))
-            case RequestProgress(upstreams=upstreams):
+            case RequestProgress(upstreams=upstreams, number=number):
                 self.asked.append(upstreams)
+                self.asked_number = number
 
     def _deliver(self, payload: Payload, watches: Iterable[Watch]) -> None:
         self.deliveries += 1

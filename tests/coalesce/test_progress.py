@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from coalesce import Limits
+from coalesce.progress import Targets
 from tests.coalesce.shell import Shell, put
 
 
@@ -88,7 +89,55 @@ def test_events_on_their_way_are_no_answer_until_etcd_drops_requests() -> None:
     shell.events(trunk, put(9))
     client.read()
     shell.wait(0.5)
+    assert client.read() == []
+    # Etcd drops the request, and says that it is where the event is.
+    shell.probed(9)
     assert client.read() == ["#-1 @9 progress"]
+
+
+def test_a_late_answer_on_another_stream_is_no_answer_to_a_newer_request() -> None:
+    """Two upstream streams (two tokens) answer each for itself; a proof rests on the request it answers."""
+    shell = Shell()
+    one, two = shell.client(b"one"), shell.client(b"two")
+    first, second = shell.trunk(5, one), shell.trunk(5, two, b"j")
+    one.progress()
+    shell.progressed(6, first)
+    assert one.read() == ["#-1 @6 progress"]
+    two.progress()
+    shell.wait(0.03)
+    assert len(shell.asked) == 2
+    # The answer to the first request, late; then that to the second on the first stream.
+    shell.progressed(6, second, number=1)
+    shell.progressed(9, first)
+    assert two.read() == []
+    shell.progressed(9, second)
+    assert two.read() == ["#-1 @9 progress"]
+
+
+def test_an_event_on_its_way_does_not_stand_in_for_a_stream_that_has_not_answered() -> None:
+    shell = Shell()
+    one, two = shell.client(b"one"), shell.client(b"two")
+    first, second = shell.trunk(5, one), shell.trunk(5, two, b"j")
+    two.progress()
+    shell.events(second, put(7, b"j"))
+    two.read()
+    shell.progressed(9, first)
+    shell.wait(0.5)
+    assert two.read() == []
+    shell.events(second, put(9, b"j"))
+    shell.wait(1)
+    assert two.read() == ["#0 @9 put 9 j=v", "#-1 @9 progress"]
+
+
+def test_an_answer_to_nobody_knows_which_request_is_none_until_etcd_is_known_to_be_no_further() -> None:
+    shell = Shell()
+    client = shell.client()
+    shell.trunk(5, client)
+    client.progress()
+    shell.progressed(8, number=0)
+    assert client.read() == []
+    shell.probed(8)
+    assert client.read() == ["#-1 @8 progress"]
 
 
 def test_every_watch_counts() -> None:
@@ -307,19 +356,27 @@ def test_etcd_is_not_asked_too_often() -> None:
 # servers without ordered progress
 
 
-def test_an_old_server_is_asked_nothing_and_believed_nothing() -> None:
+def test_an_old_server_is_asked_for_its_revision_and_not_believed_to_have_sent_it() -> None:
     shell = Shell(ordered_progress=False)
     client = shell.client()
     trunk = shell.trunk(5, client)
     client.progress()
     shell.progressed(50, trunk)
     shell.wait(5)
-    assert shell.asked == []
     assert client.read() == []
+    shell.probed(7)
+    shell.events(trunk, put(6))
+    shell.wait(1)
+    assert client.read() == ["#0 @6 put 6 k=v"]
     shell.events(trunk, put(7))
     shell.wait(1)
     assert client.read() == ["#0 @7 put 7 k=v", "#-1 @7 progress"]
+    asked = len(shell.asked)
     client.progress()
+    shell.wait(0.03)
+    shell.probed(20)
+    shell.wait(10)
+    assert len(shell.asked) == asked + 1
     shell.bookmark(trunk, 20)
     shell.wait(1)
     assert client.read() == ["#-1 @20 progress"]
@@ -365,6 +422,7 @@ def test_a_short_interval_does_not_outrun_what_an_old_server_proves() -> None:
     shell.wait(0.15)
     for _ in range(8):
         shell.wait(0.2)
+        shell.probed(30)
         shell.bookmark(trunk, 30)
     assert "#0 @30 progress" in client.read()
 
@@ -453,6 +511,26 @@ def test_quiet_trunks_renew_their_bookmarks(busy: bool) -> None:
     assert len(shell.asked) == asked
     shell.wait(10)
     assert len(shell.asked) == asked + 1
+
+
+def test_targets_are_the_least_that_was_seen_after_a_request() -> None:
+    targets = Targets()
+    assert targets.of(1) is None
+    targets.learn(2, 20)
+    targets.learn(4, 40)
+    assert [targets.of(number) for number in range(1, 6)] == [20, 20, 40, 40, None]
+    # A later request found less, on another stream.
+    targets.learn(3, 15)
+    assert [targets.of(number) for number in range(1, 6)] == [15, 15, 15, 40, None]
+    targets.learn(3, 18)
+    targets.learn(4, 35)
+    assert [targets.of(number) for number in range(1, 6)] == [15, 15, 15, 35, None]
+    for number in range(5, 500):
+        targets.learn(number, 10 * number)
+    # The oldest have the target of a later one, which is more than they need and never less.
+    assert (targets.of(1), targets.of(499), targets.of(500)) == (4360, 4990, None)
+    targets.clear()
+    assert targets.of(1) is None
 
 
 def test_without_trunks_the_core_sleeps() -> None:

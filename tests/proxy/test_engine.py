@@ -126,8 +126,8 @@ class FakeUpstream:
     def resume(self, watch: Any) -> None:
         self.told.append(("resume", watch))
 
-    def request_progress(self) -> None:
-        self.told.append(("progress", None))
+    def request_progress(self, number: int) -> None:
+        self.told.append(("progress", number))
 
 
 class FakeOutlet:
@@ -279,7 +279,7 @@ def test_effects_reach_the_upstream_in_order() -> None:
             "cancel",
             OpenUpstream("a"),  # type: ignore[arg-type]
             PauseUpstream("a"),  # type: ignore[arg-type]
-            RequestProgress(()),
+            RequestProgress((), 1),
             ResumeUpstream("a"),  # type: ignore[arg-type]
             CloseUpstream("a"),  # type: ignore[arg-type]
         )

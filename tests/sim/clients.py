@@ -224,6 +224,8 @@ class SimSession:
     # Progress requests not answered: how many creates had been sent before each.
     progress: deque[int] = field(default_factory=deque)
     creates_sent: int = 0
+    # What the store was at, at least, when each request came that the proxy has not answered.
+    progress_floors: deque[int] = field(default_factory=deque)
     # No answer has come since the last request; the proxy may answer several with one.
     progress_waits: bool = False
     # The highest revision of any event or bookmark: what the proxy says after it knows that much.
@@ -249,11 +251,15 @@ class SimSession:
         for request in self.requests:
             if isinstance(request, SentCreate):
                 request.sent_at = min(request.sent_at, revision)
+        self.progress_floors = deque(min(floor, revision) for floor in self.progress_floors)
 
-    def sent_progress(self) -> None:
-        """Note that a progress request leaves now."""
+    def sent_progress(self, revision: int) -> None:
+        """Note that a progress request leaves now, while every member of etcd is at `revision` or above."""
         self.progress.append(self.creates_sent)
         self.progress_waits = True
+        if self.core.queue is None and not self.core.progress_needs:
+            self.progress_floors.clear()
+        self.progress_floors.append(revision)
 
     def unanswered(self) -> str:
         """Tell what should have been answered by now; empty when nothing is left."""
@@ -294,6 +300,18 @@ class SimSession:
         return watch_id, ""
 
     # what the proxy writes
+
+    def answered(self, message: bytes) -> None:
+        """Hold a control answer, as it is written, against the requests for progress that wait now."""
+        response = rpc_pb2.WatchResponse.FromString(message[5:])
+        if response.watch_id != -1 or response.created or not self.progress_floors:
+            return
+        floor = self.progress_floors.popleft()
+        if response.header.revision < floor:
+            raise SimulationFailure(f"{_short(response)}: every member was at {floor} when it was asked for")
+        # Of several that wait the proxy answers the first and the last.
+        while len(self.progress_floors) > 1:
+            self.progress_floors.popleft()
 
     def write(self, messages: tuple[bytes, ...]) -> bool:
         """Queue messages for the client; False when they do not fit in its window (they are queued all the same)."""

@@ -119,6 +119,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "self._pause_s = min(self._pause_s * 2, self._hub.limits.progress_retry_s_max)",
         "self._pause_s = 1e9",
     ),
+    Mutant(
+        "a late answer is one to the newest request",
+        "progress",
+        "self.targets.learn(number, header.revision)",
+        "self.targets.learn(hub.progress_serial, header.revision)",
+    ),
     # Leaks.
     Mutant("a backfill stays open", "backfill", "if not source.watches and not source.upstream.closed", "if False"),
     Mutant("a trunk lingers for ever", "trunk", "hub.lingers.start(trunk, hub.now + hub.limits.linger_s)", "pass"),

@@ -62,8 +62,7 @@ def finish(world: World, rng: random.Random) -> None:
     settle(world, rng, 6.0)
     for client in world.clients:
         if client.session is not None and client.session.ended is None:
-            client.session.sent_progress()
-            world.input(world.core.progress, client.session.core)
+            world.ask_progress(client.session)
     settle(world, rng, 12.0)
     for _ in range(_PATIENCE):
         if not any(client.session is not None and client.session.progress_waits for client in world.clients):

@@ -187,8 +187,20 @@ def progress(world: World, rng: random.Random) -> None:
     """A client asks for progress."""
     client = _connected(world, rng)
     if client is not None and client.session is not None:
-        client.session.sent_progress()
-        world.input(world.core.progress, client.session.core)
+        world.ask_progress(client.session)
+
+
+@_action(1.5)
+def press(world: World, rng: random.Random) -> None:
+    """Clients ask for progress again and again while things are written and etcd is slow to answer."""
+    for _ in range(rng.randint(2, 6)):
+        if rng.random() < 0.7:
+            put(world, rng)
+        for member in world.members:
+            member.apply(rng.choice((1, 1, 100)))
+        progress(world, rng)
+        world.make_moves(rng, rng.randint(0, 4))
+        world.advance(rng.choice((0.0, 0.02, 0.04, 0.15)))
 
 
 @_action(1.5, fault=True)

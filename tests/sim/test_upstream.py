@@ -49,6 +49,8 @@ class Harness:
         self.members = [Member(self.store, 0xE0 + n, rng.choice((1, 2, 1000))) for n in range(rng.choice((1, 2)))]
         self.open: list[Upstream] = []
         self.all: list[Upstream] = []
+        # What every member had at each request for progress.
+        self.asked: list[int] = []
         self.shell = UpstreamShell(
             self.members,
             rng.choice((1, 2, 128)),
@@ -87,7 +89,9 @@ class Harness:
             body = body[1:]
         return decode_change(kv_pb2.Event.FromString(body[1:]))
 
-    def progressed(self, watches: list[Any], header: Header) -> None:
+    def progressed(self, watches: list[Any], header: Header, number: int) -> None:
+        if number and header.revision < self.asked[number - 1]:
+            raise AssertionError(f"{header.revision} is no answer to a request made at {self.asked[number - 1]}")
         for upstream in watches:
             # What it proves is true, also below what is known already; a client would not be told that.
             if header.revision >= max(upstream.marked, upstream.start_revision or 0):
@@ -130,7 +134,8 @@ class Harness:
         elif kind < 0.48 and self.open:
             self.shell.close(self.open.pop(rng.randrange(len(self.open))))
         elif kind < 0.53:
-            self.shell.request_progress()
+            self.asked.append(min(member.revision for member in self.members))
+            self.shell.request_progress(len(self.asked))
         elif kind < 0.57:
             self.shell.disconnect()
         elif kind < 0.6:

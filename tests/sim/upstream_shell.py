@@ -16,7 +16,8 @@ from proto.scan import Header, WatchResponse
 from tests.sim.model_store import Member
 from tests.sim.model_stream import ServerStream
 from upstream import watch_effects
-from upstream.watch_state import WatchState, WatchStream
+from upstream.watch_state import WatchState
+from upstream.watch_stream import WatchStream
 
 
 @dataclass(slots=True)
@@ -28,7 +29,7 @@ class UpstreamShell:
     permission: Callable[[bytes | None, bytes, bytes], str]
     # What to do with what the state says, as in upstream/watch.py.
     on_received: Callable[[Any, WatchResponse], None]
-    on_progressed: Callable[[list[Any], Header], None]
+    on_progressed: Callable[[list[Any], Header, int], None]
     on_lost: Callable[[Any, int, str], None]
     on_header: Callable[[Header], None]
     on_connected: Callable[[bool], None]
@@ -64,9 +65,9 @@ class UpstreamShell:
         """Read a backfill again."""
         self.state.resume(upstream)
 
-    def request_progress(self) -> None:
+    def request_progress(self, number: int) -> None:
         """Ask for manual progress on every stream."""
-        self._do(self.state.request_progress())
+        self._do(self.state.request_progress(number))
 
     def store_went_back(self, revision: int) -> None:
         """Note that the store is at an earlier revision than it was."""
@@ -150,7 +151,7 @@ class UpstreamShell:
             elif isinstance(effect, watch_effects.Received):
                 self.on_received(effect.watch, effect.response)
             elif isinstance(effect, watch_effects.Progressed):
-                self.on_progressed(effect.watches, effect.header)
+                self.on_progressed(effect.watches, effect.header, effect.number)
             elif isinstance(effect, watch_effects.Lost):
                 self.on_lost(effect.watch, effect.status, effect.text)
             elif isinstance(effect, watch_effects.TokenRefused):

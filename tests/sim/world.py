@@ -98,7 +98,7 @@ class World:
             self.config.channel_max,
             self.permissions.refusal,
             on_received=self._received,
-            on_progressed=lambda watches, header: self.input(self.core.progressed, tuple(watches), header),
+            on_progressed=lambda *answer: self.input(self.core.progressed, *answer),
             on_lost=self._lost,
             on_header=self.core_header_seen,
             on_connected=self._connected,
@@ -203,6 +203,7 @@ class World:
 
     def _send(self, effect: Any) -> None:
         session: SimSession = effect.session.outlet
+        session.answered(effect.message)
         if not session.write((effect.message,)) and not session.stalled:
             self._stall(session)
 
@@ -244,9 +245,9 @@ class World:
     def _check_permission(self, effect: Any) -> None:
         self.checks.append((effect.check, self.store.revision))
 
-    def _request_progress(self, _: Any) -> None:
+    def _request_progress(self, effect: Any) -> None:
         self.count("progress requests upstream")
-        self.upstream.request_progress()
+        self.upstream.request_progress(effect.number)
 
     # moves
 
@@ -379,6 +380,11 @@ class World:
             spec.fragment,
         )
         self.input(self.core.create, session.core, request)
+
+    def ask_progress(self, session: SimSession) -> None:
+        """Send a request for progress."""
+        session.sent_progress(min(member.revision for member in self.members))
+        self.input(self.core.progress, session.core)
 
     def close_session(self, client: SimClient) -> None:
         """A client's stream breaks or is closed: what it has not read is gone."""

@@ -10,7 +10,7 @@ from tests.upstream.stories import Opened
 from upstream.endpoints import parse_endpoints
 from upstream.settings import Settings
 from upstream.watch import WatchClient
-from upstream.watch_state import OpenedWatch
+from upstream.watch_stream import OpenedWatch
 
 
 class RecordedLog:
@@ -45,7 +45,7 @@ class Recorder:
     def received(self, watch: OpenedWatch, response: WatchResponse) -> None:
         self.responses.setdefault(id(watch), []).append(response)
 
-    def progressed(self, watches: Iterable[OpenedWatch], header: Header) -> None:
+    def progressed(self, watches: Iterable[OpenedWatch], header: Header, number: int) -> None:  # noqa: ARG002
         for watch in watches:
             self.proven.setdefault(id(watch), []).append(header.revision)
 

@@ -201,7 +201,10 @@ class ScriptedEtcd:
 
     def answer_watch(self, call: ScriptedCall, request: rpc_pb2.WatchRequest) -> None:
         """Answer a WatchRequest as a quiet etcd does."""
-        if request.HasField("create_request"):
+        create = request.create_request
+        if request.HasField("create_request") and b"" < create.range_end <= create.key:
+            call.answer(-1, self.revision, created=True, canceled=True)
+        elif request.HasField("create_request"):
             watch_id, call.next_id = call.next_id, call.next_id + 1
             call.answer(watch_id, self.revision, created=True)
         elif request.HasField("cancel_request"):

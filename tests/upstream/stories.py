@@ -60,6 +60,12 @@ def answer(
     return scan_watch_response(message.SerializeToString())
 
 
+def refusal(header_revision: int) -> WatchResponse:
+    """Return what etcd answers to a create of an empty range."""
+    reason = "mvcc: watcher range is empty"
+    return answer(-1, header_revision, created=True, canceled=True, cancel_reason=reason)
+
+
 def revisions(response: WatchResponse) -> list[int]:
     """Return the revisions of a response's events."""
     return [event.revision for event in response.events]
@@ -71,6 +77,8 @@ def request(message: bytes) -> str:
     kind = decoded.WhichOneof("request_union")
     if kind == "create_request":
         create = decoded.create_request
+        if create.key == create.range_end:
+            return "probe"
         assert create.fragment
         assert create.progress_notify
         return f"create {create.key.decode()} from {create.start_revision}" + (" prev_kv" if create.prev_kv else "")
@@ -90,8 +98,11 @@ def _told(effect: Effect) -> str:
             return "close stream"
         case Write():
             return request(effect.message)
+        case Progressed(watches=[]):
+            return f"at {effect.header.revision} after {effect.number}"
         case Progressed():
-            return f"{' '.join(map(repr, effect.watches))} complete through {effect.header.revision}"
+            proven = f"{' '.join(map(repr, effect.watches))} complete through {effect.header.revision}"
+            return f"{proven}, after {effect.number}" if effect.number else proven
         case Lost():
             return f"{effect.watch!r} lost: {effect.status} {effect.text}"
         case TokenRefused():

@@ -124,14 +124,14 @@ def test_manual_progress_is_asked_only_of_versions_that_order_it(version: str, o
                 client.open(a)
                 await until_async(lambda: seen.created(a), "the watch")
                 assert client.ordered_progress is ordered
-                client.request_progress()
+                client.request_progress(1)
                 if ordered:
                     await until_async(lambda: seen.progress(a) == 10, "the proof")
                 else:
                     # A bookmark under its own id is in order everywhere.
                     etcd.watches()[0].answer(0, 12)
                     await until_async(lambda: len(seen.of(a)) == 2, "the bookmark")
-                    assert requests(etcd.watches()[0]) == ["create a from 0"]
+                    assert requests(etcd.watches()[0]) == ["create a from 0", "probe"]
 
     run(story())
 
@@ -454,7 +454,7 @@ def test_what_the_listener_does_inside_of_a_call_is_fine() -> None:
                 self.more = Opened(b"more", start_revision=2)
                 self.client.close(watch)
                 self.client.open(self.more)
-                self.client.request_progress()
+                self.client.request_progress(1)
 
     async def story() -> None:
         async with scripted() as etcd:

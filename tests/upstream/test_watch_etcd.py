@@ -207,7 +207,7 @@ def test_progress_is_proven_and_true(etcd: EtcdServer) -> None:
             await until_async(lambda: seen.created(busy) and seen.created(quiet), "the watches")
             for number in range(30):
                 last = await writer.put(b"k%d" % number)
-                client.request_progress()
+                client.request_progress(1)
                 await until_async(lambda last=last: seen.progress(quiet) >= last, "the proof")  # type: ignore[misc] # bound at once
                 # What is proven has been received.
                 assert seen.revisions(busy)[-1] == last
@@ -218,7 +218,7 @@ def test_progress_is_proven_and_true(etcd: EtcdServer) -> None:
             seen.proven.clear()
 
             def proven() -> bool:
-                client.request_progress()
+                client.request_progress(1)
                 return seen.progress(busy) == seen.progress(quiet) == last
 
             await until_async(proven, "proofs after a restart")
@@ -227,7 +227,7 @@ def test_progress_is_proven_and_true(etcd: EtcdServer) -> None:
             await until_async(lambda: seen.revisions(fill) == seen.revisions(busy), "the backfill")
 
             def proven_fill() -> bool:
-                client.request_progress()
+                client.request_progress(1)
                 return seen.progress(fill) == last
 
             await until_async(proven_fill, "the backfill's proof")
@@ -256,7 +256,7 @@ def test_compaction_ends_what_needs_it_and_nothing_else(etcd: EtcdServer) -> Non
             last = await writer.put(b"k")
             await until_async(lambda: seen.revisions(live) == [last], "the live watch")
             # The dead id does not silence progress.
-            client.request_progress()
+            client.request_progress(1)
             await until_async(lambda: seen.progress(live) == last, "the proof")
             await until_async(lambda: etcd.watchers() == 2, "the dead watch to be gone")
 
@@ -282,7 +282,7 @@ def test_watches_that_sleep_through_a_compaction(etcd: EtcdServer) -> None:
             standing = client._state.registration(asleep)
             assert standing is not None
             position = standing.next_revision
-            client.request_progress()
+            client.request_progress(1)
             await until_async(lambda: seen.progress(proven) == seen.progress(asleep) == last, "the proofs")
             standing.next_revision = position
             way.cut()

@@ -11,7 +11,8 @@ from proto.scan import Header, WatchResponse
 from tests.upstream.model_etcd import ModelStore, ModelStream
 from tests.upstream.stories import Opened
 from upstream.watch_effects import CloseStream, Effect, Lost, OpenStream, Progressed, Received, Write
-from upstream.watch_state import OpenedWatch, WatchState, WatchStream
+from upstream.watch_state import WatchState
+from upstream.watch_stream import OpenedWatch, WatchStream
 
 SEEDS = 300
 STEPS = 400
@@ -71,6 +72,9 @@ class Run:
         self.seen: dict[int, Seen] = {}
         self.servers: dict[int, tuple[WatchStream, ModelStream]] = {}
         self.proofs = 0
+        # What the store had at each request for progress, and answers that are known to be newer.
+        self.asked: list[int] = []
+        self.fresh = 0
 
     def apply(self, effects: Iterable[Effect]) -> None:
         """Do what the state wants."""
@@ -87,6 +91,9 @@ class Run:
                 self.seen[id(effect.watch)].take(effect.response, self.store)
             elif isinstance(effect, Progressed):
                 self.progressed(effect.watches, effect.header)
+                if effect.number:
+                    self.fresh += 1
+                    assert effect.header.revision >= self.asked[effect.number - 1], "older than what was asked"
             else:
                 assert not isinstance(effect, Lost), "nothing can be lost here"
 
@@ -142,6 +149,11 @@ class Run:
         for _, server in self.servers.values():
             server.notify()
 
+    def request_progress(self) -> None:
+        """Ask for progress."""
+        self.asked.append(self.store.revision)
+        self.apply(self.state.request_progress(len(self.asked)))
+
     def step(self) -> None:
         """Do one thing."""
         steps: list[tuple[Callable[[], None], float]] = [
@@ -151,7 +163,7 @@ class Run:
             (self.close, 1.5),
             (self.connect, 3),
             (self.disconnect, 0.7),
-            (lambda: self.apply(self.state.request_progress()), 4),
+            (self.request_progress, 4),
             (lambda: self.store.compact(self.random.randint(1, self.store.revision)), 0.5),
             (self.notify, 0.5),
         ]
@@ -173,7 +185,7 @@ class Run:
 
 @pytest.mark.parametrize("block", range(10))
 def test_nothing_lost_nothing_twice_proofs_true(block: int) -> None:
-    proofs = 0
+    proofs = fresh = 0
     for seed in range(block * SEEDS // 10, (block + 1) * SEEDS // 10):
         run = Run(seed)
         try:
@@ -183,4 +195,6 @@ def test_nothing_lost_nothing_twice_proofs_true(block: int) -> None:
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
         proofs += run.proofs
+        fresh += run.fresh
     assert proofs > 20, "the model hardly ever answers progress requests"
+    assert fresh > 20, "hardly any answer is known to be new"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.upstream.stories import Opened, answer, told
-from upstream.watch_state import OpenedWatch, WatchState, WatchStream
+from tests.upstream.stories import Opened, answer, refusal, told
+from upstream.watch_state import WatchState
+from upstream.watch_stream import OpenedWatch, WatchStream
 
 GO_PERMISSION = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
 
@@ -374,13 +375,13 @@ def test_a_progress_answer_proves_all_that_were_live_before_the_request() -> Non
     state = connected()
     a, b = Opened(b"a"), Opened(b"b")
     stream = live(state, a, b)
-    assert told(state.request_progress()) == ["progress?"]
+    assert told(state.request_progress(1)) == ["progress?"]
     late = Opened(b"late")
     state.open(late)
     state.received(stream, answer(2, 10, created=True))
-    assert told(state.received(stream, answer(-1, 10))) == ["a b complete through 10"]
-    assert told(state.request_progress()) == ["progress?"]
-    assert told(state.received(stream, answer(-1, 12))) == ["a b late complete through 12"]
+    assert told(state.received(stream, answer(-1, 10))) == ["a b complete through 10, after 1"]
+    assert told(state.request_progress(2)) == ["progress?"]
+    assert told(state.received(stream, answer(-1, 12))) == ["a b late complete through 12, after 2"]
     state.disconnect()
     assert told(state.connect(True, 20)) == [
         "open stream",
@@ -396,50 +397,74 @@ def test_a_request_waits_for_the_creates_before_it() -> None:
     state.open(a)
     state.open(b)
     stream = stream_of(state, a)
-    assert state.request_progress() == []
+    assert state.request_progress(1) == []
     state.open(c)
-    assert state.request_progress() == []
+    assert state.request_progress(2) == []
     assert told(state.received(stream, answer(0, 10, created=True))) == ["a created at 10"]
-    assert told(state.received(stream, answer(1, 10, created=True))) == ["b created at 10", "progress?"]
+    # What the listener opens when it is told follows the request, as it is counted.
+    assert told(state.received(stream, answer(1, 10, created=True))) == ["progress?", "b created at 10"]
     assert told(state.received(stream, answer(2, 10, created=True))) == ["c created at 10"]
-    assert told(state.received(stream, answer(-1, 10))) == ["a b complete through 10"]
+    assert told(state.received(stream, answer(-1, 10))) == ["a b complete through 10, after 2"]
 
 
 def test_an_answer_that_may_be_for_a_dropped_request_proves_less() -> None:
     state = connected()
     a = Opened(b"a")
     stream = live(state, a)
-    state.request_progress()
+    state.request_progress(1)
     b = Opened(b"b", start_revision=3)
     state.open(b)
     state.received(stream, answer(1, 10, created=True))
-    state.request_progress()
+    state.request_progress(2)
+    assert told(state.received(stream, refusal(10))) == ["at 10 after 2"]
     # The first or the second request? Nothing was written since b was created, so nothing tells.
-    assert told(state.received(stream, answer(-1, 10))) == ["a complete through 10"]
+    assert told(state.received(stream, answer(-1, 10))) == ["a complete through 10, after 1"]
     # The second answer is not for the first request.
-    assert told(state.received(stream, answer(-1, 10))) == ["a b complete through 10"]
+    assert told(state.received(stream, answer(-1, 10))) == ["a b complete through 10, after 2"]
 
 
 def test_a_later_revision_tells_which_request_was_answered() -> None:
     state = connected()
     a = Opened(b"a")
     stream = live(state, a)
-    for _ in range(5):
-        state.request_progress()
+    for number in range(1, 6):
+        state.request_progress(number)
+    for number in range(2, 6):
+        assert told(state.received(stream, refusal(9))) == [f"at 9 after {number}"]
     b = Opened(b"b", start_revision=3)
     state.open(b)
     state.received(stream, answer(1, 10, created=True))
-    state.request_progress()
+    state.request_progress(6)
     # The store had revision 10 when b was created, so 11 is an answer to the sixth.
-    assert told(state.received(stream, answer(-1, 11))) == ["a b complete through 11"]
+    assert told(state.received(stream, answer(-1, 11))) == ["a b complete through 11, after 6"]
+    assert told(state.received(stream, refusal(11))) == ["at 11 after 6"]
+    # And nothing is outstanding any more.
+    assert told(state.request_progress(7)) == ["progress?"]
+
+
+def test_a_request_after_one_that_was_not_answered_goes_with_a_probe() -> None:
+    """Etcd may have dropped the first: then no count tells what is answered, but the revision it has does."""
+    state = connected()
+    stream = live(state, Opened(b"a"))
+    assert told(state.request_progress(1)) == ["progress?"]
+    assert told(state.request_progress(4)) == ["probe", "progress?"]
+    # An opening meanwhile is answered in its place.
+    b = Opened(b"b")
+    state.open(b)
+    assert told(state.received(stream, answer(-1, 10))) == ["a complete through 10, after 1"]
+    assert told(state.received(stream, refusal(12))) == ["at 12 after 4"]
+    assert told(state.received(stream, answer(1, 12, created=True))) == ["b created at 12"]
+    # A server that takes the probe for a watch is told to end it.
+    state.request_progress(5)
+    assert told(state.received(stream, answer(2, 13, created=True))) == ["cancel 2", "at 13 after 5"]
 
 
 def test_more_answers_than_requests_prove_nothing() -> None:
     state = connected()
     stream = live(state, Opened(b"a"))
     assert told(state.received(stream, answer(-1, 11))) == ["at 11"]
-    state.request_progress()
-    assert told(state.received(stream, answer(-1, 11))) == ["a complete through 11"]
+    state.request_progress(1)
+    assert told(state.received(stream, answer(-1, 11))) == ["a complete through 11, after 1"]
     assert told(state.received(stream, answer(-1, 11))) == ["at 11"]
 
 
@@ -450,13 +475,15 @@ def test_progress_is_asked_on_every_stream_but_paused_ones() -> None:
     live(state, a)
     live(state, mine)
     live(state, fill)
-    assert told(state.request_progress()) == ["progress?"] * 3
+    assert told(state.request_progress(1)) == ["progress?"] * 3
     state.pause(fill)
-    assert told(state.request_progress()) == ["progress?"] * 2
+    assert told(state.request_progress(2)) == ["probe", "progress?"] * 2
 
 
-def test_old_servers_are_never_asked() -> None:
+def test_old_servers_are_asked_for_their_revision_only() -> None:
     state = WatchState()
     state.connect(False, 10)
-    live(state, Opened(b"a"))
-    assert state.request_progress() == []
+    stream = live(state, Opened(b"a"))
+    live(state, Opened(b"mine", token=b"me"))
+    assert told(state.request_progress(1)) == ["probe"]
+    assert told(state.received(stream, refusal(11))) == ["at 11 after 1"]
