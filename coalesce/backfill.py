@@ -231,6 +231,7 @@ class Backfills:
 
     def _forget(self, backfill: Backfill) -> None:
         backfill.history.drop(backfill.next_revision)
+        backfill.upstream.leave(backfill)
         del self.open[backfill]
         if backfill.is_upgrade:
             backfill.trunk.upgrade = None
@@ -274,7 +275,7 @@ class Backfills:
         trunk.advance(upgrade.next_revision - 1)
         hub.close_upstream(trunk.upstream)
         trunk.upstream = upgrade.upstream
-        trunk.upstream.owner = trunk
+        trunk.upstream.feed(trunk)
         trunk.prev_kv_from = prev_kv_from
         watches = list(upgrade.watches)
         for watch in watches:

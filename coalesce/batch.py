@@ -25,7 +25,10 @@ PREV_KV: Final = 4
 FRAGMENT: Final = 8
 
 # What an Event, its list entry and its bytes object cost in memory beside the bytes themselves.
-EVENT_OVERHEAD_BYTES: Final = 200
+EVENT_OVERHEAD_BYTES: Final = 150
+# What a kept response of any size costs beside its events: the batch, its header and list, and its places in history
+# and ledger. Most responses carry one small event, so it is the larger part of what most histories take.
+BATCH_OVERHEAD_BYTES: Final = 500
 # Message bytes that a payload remembers, so that watches with equal ids share them.
 _REMEMBERED_BYTES_MAX: Final = 1024 * 1024
 # WatchResponse beside header and events: watch_id (11 bytes at most) and the fragment flag.
@@ -103,7 +106,7 @@ class Payload:
 class Batch:
     """Events of whole revisions, in order. Never empty; never changed."""
 
-    __slots__ = ("events", "evicted", "first_revision", "header", "last_revision", "size")
+    __slots__ = ("events", "first_revision", "header", "kept", "last_revision", "size")
 
     def __init__(self, header: Header, events: Sequence[Event], size: int) -> None:
         self.events = events
@@ -113,13 +116,13 @@ class Batch:
         self.header = header if header.revision == self.last_revision else header.at(self.last_revision)
         # Bytes of the encoded events.
         self.size = size
-        # Its history has dropped it (see history.Ledger).
-        self.evicted = False
+        # Its entry in the ledger while a history holds it; set by history.Ledger.
+        self.kept: object = None
 
     @property
     def memory_bytes(self) -> int:
         """What it costs to keep."""
-        return self.size + EVENT_OVERHEAD_BYTES * len(self.events)
+        return self.size + EVENT_OVERHEAD_BYTES * len(self.events) + BATCH_OVERHEAD_BYTES
 
     def since(self, revision: int) -> Batch | None:
         """Return the part at and after `revision`: itself, a new batch, or None when nothing is left."""

@@ -13,11 +13,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from itertools import islice
+from typing import cast
 
 from coalesce.batch import Batch, Payload, Variants, filtered, revisions_of
 from coalesce.limits import Limits
 from coalesce.stats import Stats
 from proto.scan import Event
+
+# What stands in an evicted place; never read.
+_GONE = cast(Batch, None)
 
 
 class History:
@@ -67,6 +71,8 @@ class History:
     def evict_oldest(self) -> None:
         """Drop the oldest batch; the floor rises behind it."""
         batch = self._batches[self._gone]
+        # Let go at once, though the place stays for a while: batches can be large.
+        self._batches[self._gone] = _GONE
         self._gone += 1
         self.floor = batch.last_revision + 1
         self.bytes -= batch.memory_bytes
@@ -127,6 +133,19 @@ class History:
         return Variants(header, events, limits.fragment_bytes, self.has_prev_kv).payload(variant)
 
 
+class Kept:
+    """A batch's entry in the ledger. It lets go of the batch when that is evicted, and is dropped when it comes up."""
+
+    __slots__ = ("at", "batch", "history")
+
+    def __init__(self, at: float, history: History, batch: Batch) -> None:
+        # When it came, in seconds.
+        self.at = at
+        self.history = history
+        # None = evicted.
+        self.batch: Batch | None = batch
+
+
 class Ledger:
     """All batches of all histories in the order in which they came."""
 
@@ -135,14 +154,15 @@ class Ledger:
     def __init__(self, limits: Limits, stats: Stats) -> None:
         self.limits = limits
         self._stats = stats
-        # (when, whose, what), oldest first; what its history has evicted by itself stays until it comes up.
-        self._entries: deque[tuple[float, History, Batch]] = deque()
+        # Oldest first; those that their histories have evicted by themselves stay until they come up or are too many.
+        self._entries: deque[Kept] = deque()
         # Entries not evicted.
         self._held = 0
 
     def added(self, history: History, batch: Batch, now: float) -> None:
         """Count a new batch, then hold the bounds."""
-        self._entries.append((now, history, batch))
+        batch.kept = kept = Kept(now, history, batch)
+        self._entries.append(kept)
         self._held += 1
         self._stats.history_bytes += batch.memory_bytes
         self._stats.history_batches = self._held
@@ -156,31 +176,34 @@ class Ledger:
             history.evict_oldest()
         while self._stats.history_bytes > limits.history_bytes_total_max:
             evicted_at["history_bytes_total_max"] += self._evict_first()
-        if len(self._entries) > 2 * self._held + 64:
-            self._entries = deque(entry for entry in self._entries if not entry[2].evicted)
 
     def evicted(self, batch: Batch) -> None:
-        """Count a batch out."""
-        batch.evicted = True
+        """Count a batch out, and let go of it."""
+        kept = batch.kept
+        assert isinstance(kept, Kept), "a history holds it"
+        batch.kept = None
+        kept.batch = None
         self._held -= 1
         self._stats.history_bytes -= batch.memory_bytes
         self._stats.history_batches = self._held
+        if len(self._entries) > 2 * self._held + 64:
+            self._entries = deque(entry for entry in self._entries if entry.batch is not None)
 
     def expire(self, now: float) -> None:
         """Evict what is older than history_age_s."""
-        while self._entries and self._entries[0][0] + self.limits.history_age_s <= now:
+        while self._entries and self._entries[0].at + self.limits.history_age_s <= now:
             self._stats.evicted_at["history_age_s"] += self._evict_first()
 
     def next_deadline(self) -> float | None:
         """Return when the oldest batch is too old. A little late, so that one ring of the timer serves many."""
         if not self._entries:
             return None
-        return self._entries[0][0] + self.limits.history_age_s * 1.0625
+        return self._entries[0].at + self.limits.history_age_s * 1.0625
 
     def _evict_first(self) -> bool:
-        _, history, batch = self._entries.popleft()
-        if batch.evicted:
+        entry = self._entries.popleft()
+        if entry.batch is None:
             return False
         # The oldest of all is the oldest of its own history.
-        history.evict_oldest()
+        entry.history.evict_oldest()
         return True

@@ -136,7 +136,7 @@ def _check_source(hub: Hub, source: Source) -> None:
     last = history.floor - 1
     for batch in batches:
         _need(8, last < batch.first_revision <= batch.last_revision, f"{batch.first_revision} after {last}")
-        _need(8, not batch.evicted, "an evicted batch is held")
+        _need(8, batch.kept is not None, "an evicted batch is held")
         last = batch.last_revision
     _need(8, last < source.next_revision or not batches, f"{last} reaches over {source.next_revision}")
     _need(8, history.bytes == sum(batch.memory_bytes for batch in batches), "bytes of a history")

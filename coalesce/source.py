@@ -23,11 +23,11 @@ class Upstream:
     """A watch at etcd as the shell sees it. It never opens again: a source that must start anew takes another one."""
 
     __slots__ = (
+        "_owner",
         "closed",
         "created",
         "is_backfill",
         "key",
-        "owner",
         "prev_kv",
         "range_end",
         "said_token",
@@ -36,8 +36,7 @@ class Upstream:
     )
 
     def __init__(self, owner: Source, start_revision: int | None, prev_kv: bool, is_backfill: bool) -> None:
-        # The source it feeds.
-        self.owner = owner
+        self._owner: Source | None = owner
         self.key = owner.key
         self.range_end = owner.range_end
         # None = now.
@@ -55,6 +54,21 @@ class Upstream:
         self.shell: object = None
 
     @property
+    def owner(self) -> Source:
+        """The source it feeds; not to be asked for once that has ended."""
+        assert self._owner is not None, "its source has ended"
+        return self._owner
+
+    def feed(self, owner: Source) -> None:
+        """Feed another source from now on."""
+        self._owner = owner
+
+    def leave(self, owner: Source) -> None:
+        """Let go of a source that ends: they would hold each other until a garbage collection."""
+        if self._owner is owner:
+            self._owner = None
+
+    @property
     def token(self) -> bytes | None:
         """The token to register with, now: that of some live watch, or of a create that waits for it."""
         token = next(self.tokens(), None)
@@ -63,8 +77,11 @@ class Upstream:
 
     def tokens(self) -> Iterator[bytes | None]:
         """Walk the tokens to try, those first that etcd has not refused for this range."""
-        refused = self.owner.refused_tokens
-        for session in self.owner.sessions():
+        owner = self._owner
+        if owner is None:
+            return
+        refused = owner.refused_tokens
+        for session in owner.sessions():
             token = session.identity.token
             if token not in refused:
                 yield token

@@ -40,17 +40,14 @@ class Timers(Generic[Subject]):
         subject.timer_at = at
         self._order += 1
         heapq.heappush(self._entries, (at, self._order, subject))
-        if len(self._entries) > 2 * self._active + 64:
-            # Moved to and fro, the same deadline may stand there twice: the younger entry is enough.
-            kept = {id(entry[2]): entry for entry in self._entries if entry[2].timer_at == entry[0]}
-            self._entries = list(kept.values())
-            heapq.heapify(self._entries)
+        self._tidy()
 
     def stop(self, subject: Subject) -> None:
         """Forget a subject's deadline; having none is fine."""
         if subject.timer_at is not None:
             subject.timer_at = None
             self._active -= 1
+            self._tidy()
 
     def next_deadline(self) -> float | None:
         """Return the earliest deadline, None when there is none."""
@@ -65,3 +62,11 @@ class Timers(Generic[Subject]):
             subject = heapq.heappop(self._entries)[2]
             self.stop(subject)
             yield subject
+
+    def _tidy(self) -> None:
+        """Drop the entries that count for nothing when they are too many: they keep their subjects alive."""
+        if len(self._entries) > 2 * self._active + 64:
+            # Moved to and fro, the same deadline may stand there twice: the younger entry is enough.
+            kept = {id(entry[2]): entry for entry in self._entries if entry[2].timer_at == entry[0]}
+            self._entries = list(kept.values())
+            heapq.heapify(self._entries)

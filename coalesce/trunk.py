@@ -147,6 +147,7 @@ class Trunks:
         del hub.trunks_open[trunk.key, trunk.range_end]
         hub.stats.trunks -= 1
         hub.close_upstream(trunk.upstream, gone=gone)
+        trunk.upstream.leave(trunk)
         trunk.history.drop(trunk.next_revision)
 
     def expire(self) -> None:

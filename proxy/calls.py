@@ -197,11 +197,15 @@ class ServerCall:
         self.connection.touch()
         if self.stream.blocked:
             asyncio.get_running_loop().call_later(UNREAD_END_GRACE_S, self._reset_unread)
+        else:
+            # Nothing more comes of it, and the stream and its handler would hold each other.
+            self.stream.owner = None
 
     def _reset_unread(self) -> None:
         if self.connection.h2.streams.get(self.stream.id) is self.stream:
             self.connection.h2.reset(self.stream, ErrorCode.CANCEL)
             self.connection.touch()
+            self.stream.owner = None
 
     def closed(self) -> None:
         """Note that the stream is gone."""

@@ -297,7 +297,9 @@ class Relay:
     def drained(self) -> None:
         """The client has taken what came: let etcd send on."""
         owed = self._settle()
-        if self._call is not None and owed:
+        if self.done:
+            self._leave_stream()
+        elif self._call is not None and owed:
             self._call.consumed(owed)
 
     def closed(self, code: int | None) -> None:
@@ -305,8 +307,9 @@ class Relay:
         del code
         self._give_up()
         self._settle()
-        if self._call is not None:
-            self._call.reset(ErrorCode.CANCEL)
+        call, self._call = self._call, None
+        if call is not None:
+            call.reset(ErrorCode.CANCEL)
             self._owner.over()
 
     def cut_off(self) -> None:
@@ -373,6 +376,7 @@ class Relay:
             self._owner.stats.broken += 1
             self._end_broken(status, message)
         self.connection.touch()
+        self._leave_stream()
         self._owner.over()
 
     # Inside.
@@ -381,6 +385,7 @@ class Relay:
         """Answer a call that never reached an upstream."""
         self._give_up()
         refuse(self.connection, self._stream, refusal)
+        self._leave_stream()
 
     def _end_broken(self, status: int, message: str) -> None:
         """The upstream connection is gone: say so, in the one way that is still open."""
@@ -405,6 +410,11 @@ class Relay:
         if owed:
             self._owner.taken(self, owed)
         return owed
+
+    def _leave_stream(self) -> None:
+        """Let go of the client's stream that is over: the two would hold each other until a garbage collection."""
+        if not self._stream.blocked:
+            self._stream.owner = None
 
     def _give_up(self) -> None:
         self.done = True

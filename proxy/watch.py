@@ -160,6 +160,9 @@ class WatchCall:
             self._owed = 0
         if self.session is not None:
             self._service.engine.drained(self.session)
+        else:
+            # The end of the call was the last of what waited; see `ServerCall.end`.
+            self.stream.owner = None
 
     def closed(self, code: int | None) -> None:
         """Forget a stream that is gone: cancelled by the client, or lost with its connection."""

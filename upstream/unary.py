@@ -95,3 +95,5 @@ async def call_unary(
         raise CallFailed(Status.DEADLINE_EXCEEDED, f"no answer in {timeout_s:g} s") from None
     finally:
         call.reset()
+        # The call holds its handler: the two would wait for a garbage collection.
+        unary.call = None

@@ -122,15 +122,25 @@ class _Call:
 
     def on_end(self, status: int, message: str, trailers: Headers) -> None:  # noqa: ARG002 - CallHandler's signature
         self._client._stream_ended(self._stream, status, message)
+        self.leave()
 
     def resume(self) -> None:
         """Read what was held."""
         while self._held and not self._stream.paused:
             self._read(*self._held.pop(0))
 
+    def leave(self) -> None:
+        """End the call, if it has not, and let go of call and stream: they hold this in turn."""
+        call, self.call = self.call, None
+        self._held.clear()
+        self._stream.shell = None
+        if call is not None and not call.ended:
+            call.reset()
+
     def _read(self, data: bytes, flow_size: int) -> None:
         call = self.call
-        assert call is not None
+        if call is None:
+            return
         call.consumed(flow_size)
         if call.http_status != 200:
             return
@@ -145,9 +155,11 @@ class _Call:
         except FramingError as error:
             call.reset()
             client._stream_ended(stream, error.code, error.text, final=error.code == Status.RESOURCE_EXHAUSTED)
+            self.leave()
         except ScanError as error:
             call.reset()
             client._stream_ended(stream, Status.INTERNAL, str(error))
+            self.leave()
 
 
 class WatchClient:
@@ -310,8 +322,8 @@ class WatchClient:
                 self._open_stream(effect.stream)
             elif isinstance(effect, CloseStream):
                 shell = effect.stream.shell
-                if isinstance(shell, _Call) and shell.call is not None:
-                    shell.call.reset()
+                if isinstance(shell, _Call):
+                    shell.leave()
             elif isinstance(effect, Lost):
                 listener.lost(effect.watch, effect.status, effect.text)
             elif isinstance(effect, TokenRefused):
@@ -384,8 +396,7 @@ class WatchClient:
         for stream in list(self._state.streams()):
             shell = stream.shell
             if stream.token is not None and isinstance(shell, _Call) and shell.waits_for(loop.time()) >= limit_s:
-                if shell.call is not None:
-                    shell.call.reset()
+                shell.leave()
                 self._log.warning("upstream_create_unanswered", waited_s=limit_s)
                 self._apply(self._state.refused(stream, Status.UNAUTHENTICATED, INVALID_TOKEN))
 

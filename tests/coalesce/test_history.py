@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import pytest
 
 from coalesce.batch import NO_DELETE, NO_PUT, Batch
 from coalesce.history import History, Ledger
 from coalesce.limits import Limits
 from coalesce.stats import Stats
-from proto.scan import Event
+from proto.pb import kv_pb2, rpc_pb2
+from proto.scan import Event, scan_watch_response
 from tests.coalesce.shell import delete, header, put, seen
 
 ALL = Limits()
@@ -161,3 +166,68 @@ def test_dropping_everything_begins_anew() -> None:
     made = history(*FILLED)
     made.drop(20)
     assert (len(made), made.bytes, made.floor, made.last_revision) == (0, 0, 20, 0)
+
+
+@contextmanager
+def held_bytes() -> Iterator[Callable[[], int]]:
+    """Yield a function that returns the bytes taken since and not let go."""
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    try:
+        yield lambda: tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+
+
+LARGE = 200_000
+
+
+def large(revision: int) -> Batch:
+    return batch(put(revision, value=b"%d" % revision * (LARGE // len(b"%d" % revision))))
+
+
+def test_what_a_history_evicts_is_let_go() -> None:
+    with held_bytes() as held:
+        limits = Limits(history_bytes_max=3 * large(1).memory_bytes)
+        made = history(*[large(revision) for revision in range(1, 60)], limits=limits)
+        assert len(made) == 3
+        assert held() < 4 * LARGE
+
+
+def test_what_is_dropped_is_let_go_while_the_ledger_lives_on() -> None:
+    with held_bytes() as held:
+        ledger = Ledger(ALL, Stats())
+        histories = [History(ledger, 1, False) for _ in range(3)]
+        for revision in range(1, 30):
+            histories[revision % 3].append(large(revision), 0.0)
+        for made in histories:
+            made.drop(60)
+        assert held() < LARGE
+
+
+def test_the_ledger_forgets_those_that_were_dropped() -> None:
+    made = history(*[batch(put(revision)) for revision in range(1, 1000)])
+    made.drop(2000)
+    assert len(made._ledger._entries) <= 64
+
+
+@pytest.mark.parametrize(("events", "size"), [(1, 0), (1, 2000), (10, 20), (100, 0)])
+def test_what_a_history_says_it_holds_is_what_it_takes(events: int, size: int) -> None:
+    """Bounds on memory are bounds on what is counted; from the wire on, as in a trunk."""
+    batches = 2000 // events
+    with held_bytes() as held:
+        made = history()
+        for number in range(batches):
+            revision = 1_000_000 + number
+            encoded = rpc_pb2.WatchResponse(
+                header=rpc_pb2.ResponseHeader(cluster_id=2**63, member_id=2**62, revision=revision, raft_term=3),
+                events=[
+                    kv_pb2.Event(kv=kv_pb2.KeyValue(key=b"/a/%d" % place, value=bytes(size), mod_revision=revision))
+                    for place in range(events)
+                ],
+            ).SerializeToString()
+            response = scan_watch_response(encoded)
+            size_of_all = sum(len(event.encoded) for event in response.events)
+            made.append(Batch(response.header, response.events, size_of_all), float(number))
+        del response, encoded
+        assert 0.7 * made.bytes < held() < 1.1 * made.bytes

@@ -54,3 +54,15 @@ def test_moving_to_and_fro_keeps_the_heap_small() -> None:
     assert len(timers._entries) <= 2 * len(subjects) + 65
     timers_due = list(timers.due(10.0))
     assert sorted(subject.name for subject in timers_due) == sorted(subject.name for subject in subjects)
+
+
+def test_those_that_were_stopped_are_let_go() -> None:
+    """Not at their deadline, which may be minutes away: a subject may hold a client's whole session."""
+    timers: Timers[Subject] = Timers()
+    subjects = [Subject(str(n)) for n in range(1000)]
+    for subject in subjects:
+        timers.start(subject, 600.0)
+    for subject in subjects[1:]:
+        timers.stop(subject)
+    assert len(timers._entries) <= 66
+    assert list(timers.due(600.0)) == subjects[:1]
