@@ -49,11 +49,19 @@ class Http1Settings:
 class Http1:
     """Makes the protocol that takes over a connection which is not HTTP/2."""
 
-    def __init__(self, choose: Choose, tls: FileContext | None = None, settings: Http1Settings | None = None) -> None:
+    def __init__(
+        self,
+        choose: Choose,
+        tls: FileContext | None = None,
+        settings: Http1Settings | None = None,
+        refusal: str = "",
+    ) -> None:
+        """`refusal`: why no connection is handed through; empty where they are."""
         self.settings = settings or Http1Settings()
         self.connections: set[ClientSide] = set()
         self.upstreams: set[UpstreamSide] = set()
         self._choose = choose
+        self.refusal = refusal
         self._tls = tls
         # The same for HTTP/1, once it was needed.
         self._spoken: FileContext | None = None
@@ -184,6 +192,8 @@ class ClientSide(_Side):
         found = METHOD.match(self._opening)
         if found is None:
             self.refuse(400, "neither HTTP/2 nor HTTP/1")
+        elif found[1] and self._owner.refusal:
+            self.refuse(501, self._owner.refusal)
         elif found[1]:
             self._timer.cancel()
             self.transport.pause_reading()
@@ -223,4 +233,10 @@ class ClientSide(_Side):
         super().connection_lost(exc)
 
 
-_REASONS = {400: "Bad Request", 408: "Request Timeout", 502: "Bad Gateway", 503: "Service Unavailable"}
+_REASONS = {
+    400: "Bad Request",
+    408: "Request Timeout",
+    501: "Not Implemented",
+    502: "Bad Gateway",
+    503: "Service Unavailable",
+}

@@ -71,6 +71,10 @@ class PassthroughSettings:
     """The same for all clients, below half of the window of one connection to etcd (1 GiB, given back by halves): at
     the bound the connection that leaves most unread loses its calls, instead of all others waiting for it."""
 
+    partial_bytes_max: int = 256 * MIB
+    """Bytes of messages that are not whole yet, of all calls that are translated under --namespace, and so the largest
+    message of one; the call that brings more ends RESOURCE_EXHAUSTED. Without a namespace no message is kept here."""
+
 
 @dataclass(slots=True)
 class PassthroughStats:
@@ -95,6 +99,12 @@ class PassthroughStats:
     resend_bytes: int = 0
     """Bytes of requests kept now to be sent again."""
 
+    partial_bytes: int = 0
+    """Bytes of messages that are not whole now, under --namespace."""
+
+    partial_refused: int = 0
+    """Calls ended because there were too many of those."""
+
 
 class Passthrough:
     """The handler factory for all streams that no route claims."""
@@ -116,8 +126,10 @@ class Passthrough:
 
     def __call__(self, connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> Relay | None:
         """Take a new request stream. Raises Refusal, UNAVAILABLE, when no upstream can be reached."""
+        return self._begin(Relay(self, connection, stream, headers, end_stream))
+
+    def _begin(self, relay: Relay) -> Relay:
         self.stats.calls += 1
-        relay = Relay(self, connection, stream, headers, end_stream)
         upstream = self._pool.pick()
         if upstream is not None and relay.begin(upstream):
             return relay

@@ -21,6 +21,7 @@ from proto.scan import Header
 from proxy import logs
 from upstream.endpoints import Backoff
 from upstream.errors import CallFailed
+from upstream.namespace import Namespace
 from upstream.pool import NO_LEADER_TEXT
 
 TXN = "/etcdserverpb.KV/Txn"
@@ -119,7 +120,7 @@ class _Answer(NamedTuple):
 class Reader:
     """Asks, again and again until there is an answer; every question ends in one call of its `done` or `decided`."""
 
-    def __init__(self, pool: Unary, settings: ReaderSettings | None = None) -> None:
+    def __init__(self, pool: Unary, settings: ReaderSettings | None = None, namespace: Namespace | None = None) -> None:
         self.settings = settings or ReaderSettings()
         self.reads = 0
         """Calls sent to etcd."""
@@ -130,6 +131,8 @@ class Reader:
         self.named = False
         """The proxy's certificate has a CN: with auth on etcd may take that for the user of a probe without a token."""
         self._pool = pool
+        # What a client's range is at etcd.
+        self._interval = _as_it_is if namespace is None else namespace.interval
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._auth_off: tuple[float, Header] | None = None
@@ -236,7 +239,7 @@ class Reader:
     async def takes_any_token(self) -> bool:
         """Tell whether etcd answers a call with nobody's token: with auth off, only newer ones do (3.5.1: not)."""
         try:
-            message = _nothing(ANY_KEY, b"", True)
+            message = _nothing(*self._interval(ANY_KEY, b""), True)
             await self._pool.unary(TXN, message, [(b"token", NOBODY)], self.settings.timeout_s, idempotent=True)
         except CallFailed:
             return False
@@ -262,7 +265,7 @@ class Reader:
         while True:
             self.reads += 1
             take = self.observe()
-            message = _nothing(key, range_end, linearizable)
+            message = _nothing(*self._interval(key, range_end), linearizable)
             try:
                 data, _ = await self._pool.unary(
                     TXN, message, metadata, self.settings.timeout_s, has_leader=linearizable, idempotent=True
@@ -284,6 +287,10 @@ class Reader:
             await asyncio.sleep(backoff.failed(self._loop.time()))
             if not wanted():
                 return None
+
+
+def _as_it_is(key: bytes, range_end: bytes) -> tuple[bytes, bytes]:
+    return key, range_end
 
 
 def _always() -> bool:

@@ -25,6 +25,7 @@ from proxy.probe import Probe
 from proxy.reads import Reader, ReaderSettings
 from upstream.credentials import Credentials
 from upstream.endpoints import Endpoint, parse_endpoint, parse_endpoints
+from upstream.namespace import Namespace
 from upstream.pool import Pool
 from upstream.settings import Settings as UpstreamSettings
 from upstream.tls import FileContext
@@ -71,6 +72,7 @@ class Proxy:
         credentials: Credentials | None = None,
         upstream_cert: str = "",
         http1: str = "",
+        namespace: bytes = b"",
         probe_interval_s: float = 0.0,
         tune_gc: bool = True,
     ) -> None:
@@ -79,8 +81,9 @@ class Proxy:
         `endpoints`: etcd's addresses. `host`, `port`: where to listen, port 0 for any free one; or `path`, a unix
         socket. `tls`: for the listener; `upstream_tls`: towards etcd. `limits`: the core's. `credentials`: the user in
         whose name trunks are watched. `upstream_cert`: the file of the certificate that etcd is shown, to be watched
-        for a CN. `http1`: where HTTP/1 connections go, if not to `endpoints`. `probe_interval_s`: how often it watches
-        through itself, 0 for never. `tune_gc`: set the process's garbage collector up for this work.
+        for a CN. `http1`: where HTTP/1 connections go, if not to `endpoints`. `namespace`: what clients' keys are
+        prefixed with at etcd. `probe_interval_s`: how often it watches through itself, 0 for never. `tune_gc`: set the
+        process's garbage collector up for this work.
         Raises BadEndpoint.
         """
         self.endpoints: list[Endpoint] = parse_endpoints(endpoints)
@@ -98,6 +101,7 @@ class Proxy:
         self._upstream_cert = upstream_cert
         self._http1_elsewhere = parse_endpoint(http1) if http1 else None
         self.guard: Guard | None = None
+        self._namespace = Namespace(namespace) if namespace else None
         self._probe_interval_s = probe_interval_s
         self._tune_gc = tune_gc
 
@@ -106,16 +110,17 @@ class Proxy:
         settings, tls = self._upstream_settings, self._upstream_tls
         self.pool = Pool(self.endpoints, tls, settings, logs.logger("pool"))
         self.pool.when_available(self._upstream_changed)
-        self.reader = Reader(self.pool, self._reader_settings)
+        namespace = self._namespace
+        self.reader = Reader(self.pool, self._reader_settings, namespace)
         self.engine = Engine(Coalescer(self._limits), self.reader)
         watch_log = logs.logger("upstream")
-        self.upstream = WatchClient(self.endpoints, self.engine, settings, tls, watch_log, self._credentials)
+        self.upstream = WatchClient(self.endpoints, self.engine, settings, tls, watch_log, self._credentials, namespace)
         self.engine.attach(self.upstream)
         self.engine.upstream_changed = self._upstream_changed
         self.watches = watch_service.WatchService(self.engine, self._watch_settings)
         self.engine.failed = self.watches.end_all
-        self.passthrough = Passthrough(self.pool)
-        self.http1 = Http1(self._http1_endpoint, self._upstream_tls)
+        self.passthrough, refusal = self._make_passthrough()
+        self.http1 = Http1(self._http1_endpoint, self._upstream_tls, refusal=refusal)
         self.listener = Listener(self._listener_settings)
         self.engine.relieve = self.listener.relieve
         self.probe = Probe(self.listener, self.engine, self.health, self._probe_interval_s)
@@ -134,6 +139,14 @@ class Proxy:
             self.probe.start()
         if self._tune_gc:
             tune_gc()
+
+    def _make_passthrough(self) -> tuple[Passthrough, str]:
+        """Return who takes the calls that are not watches, and why HTTP/1 is refused, if it is."""
+        if self._namespace is None:
+            return Passthrough(self.pool), ""
+        from proxy.namespaced import HTTP1_REFUSAL, NamespacedPassthrough  # messages that nobody else needs here
+
+        return NamespacedPassthrough(self.pool, self._namespace), HTTP1_REFUSAL
 
     def _route(self) -> None:
         routes = self.listener.routes

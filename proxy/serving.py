@@ -131,6 +131,7 @@ def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy
         credentials=credentials(settings),
         upstream_cert=settings.upstream.cert,
         http1=http1,
+        namespace=settings.upstream.namespace.encode(errors="surrogateescape"),
         probe_interval_s=settings.admin.probe_interval_s,
     )
 

@@ -29,6 +29,7 @@ from upstream.credentials import INVALID_TOKEN, Credentials, log_in
 from upstream.dial import Dialer, Server
 from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Log, Silence
+from upstream.namespace import Namespace
 from upstream.pool import NO_LEADER_TEXT
 from upstream.settings import Settings
 from upstream.unary import HAS_LEADER
@@ -151,7 +152,7 @@ class _Call:
             for message in self._unframer.feed(data):
                 if call.ended:
                     break
-                client._apply(client._state.received(stream, scan_watch_response(message)))
+                client._apply(client._state.received(stream, client._scan(message)))
         except FramingError as error:
             call.reset()
             client._stream_ended(stream, error.code, error.text, final=error.code == Status.RESOURCE_EXHAUSTED)
@@ -173,12 +174,18 @@ class WatchClient:
         tls: ssl.SSLContext | None = None,
         log: Log | None = None,
         credentials: Credentials | None = None,
+        namespace: Namespace | None = None,
     ) -> None:
-        """`credentials`: a user of our own, in whose name trunks are watched; without, each has its own token."""
+        """
+        `credentials`: a user of our own, in whose name trunks are watched; without, each has its own token.
+        `namespace`: where the keys of the watches are at etcd.
+        """
         self._settings = settings or Settings()
         self._listener = listener
         self._log = log or Silence()
-        self._state = WatchState()
+        self._state = WatchState(namespace)
+        # Reads a response; all watches are in the namespace, if there is one.
+        self._scan = scan_watch_response if namespace is None else namespace.scan
         self._dialer = Dialer(endpoints, tls, self._settings, self._log, self._attempt_failed)
         # The server in use; None while there is none.
         self._server: Server | None = None

@@ -47,6 +47,7 @@ from proto.framing import Status
 from proto.scan import Header, WatchResponse, encode_cancel, encode_create, encode_progress
 from upstream.credentials import is_auth_refusal
 from upstream.errors import read_reason
+from upstream.namespace import Namespace
 from upstream.watch_effects import (
     CloseStream,
     Effect,
@@ -72,8 +73,10 @@ PROGRESS_ID: Final = -1
 class WatchState:
     """All registrations and, while connected, their streams. Inputs return what is to be done, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, namespace: Namespace | None = None) -> None:
         self.connected = False
+        # What the keys of all watches are prefixed with at etcd; None = nothing.
+        self._namespace = namespace
         # The server answers manual progress requests in order with events; only then are they sent.
         self.ordered_progress = False
         # The token of our own user, which all trunks are watched with; None = there is none (now).
@@ -448,9 +451,9 @@ class WatchState:
             start = min(start, self.newest_revision)
         stream.creating.append(Create(registration, stream.requested))
         watch = registration.watch
+        interval = watch.key, watch.range_end
         message = encode_create(
-            watch.key,
-            watch.range_end,
+            *(interval if self._namespace is None else self._namespace.interval(*interval)),
             start_revision=start,
             prev_kv=watch.prev_kv,
             fragment=True,

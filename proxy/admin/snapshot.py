@@ -89,6 +89,8 @@ class Snapshot(msgspec.Struct, kw_only=True):
     calls_broken_total: int = 0
     calls_unread_total: int = 0
     unread_bytes: int = 0
+    partial_bytes: int = 0
+    calls_partial_total: int = 0
     upstream_received_bytes_total: int = 0
     upstream_opened_total: int = 0
     upstream_paused_total: int = 0
@@ -227,6 +229,8 @@ class Source:
         snapshot.calls_broken_total = stats.broken
         snapshot.calls_unread_total = stats.unread
         snapshot.unread_bytes = stats.unread_bytes
+        snapshot.partial_bytes = stats.partial_bytes
+        snapshot.calls_partial_total = stats.partial_refused
 
     def _read_probe(self, snapshot: Snapshot) -> None:
         """Show the proxy's watches through itself as what they are, and take them off what is said of clients."""

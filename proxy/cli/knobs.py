@@ -37,7 +37,6 @@ TAKEN = {
 """Flags of etcd's grpc-proxy that change nothing here, and why."""
 
 REFUSED = {
-    "namespace": "prefixing keys is not there yet",
     "resolver-prefix": "registering the proxy in etcd is not there; give clients its address",
     "resolver-ttl": "registering the proxy in etcd is not there; give clients its address",
     "endpoints-auto-sync-interval": "endpoints are not read from etcd; name all of them in --endpoints",

@@ -105,6 +105,15 @@ class Upstream(msgspec.Struct, kw_only=True, frozen=True):
         bool,
         _knob("Do not verify etcd's certificates. For tests only.", Kind.SWITCH, from_etcd=True),
     ] = False
+    namespace: Annotated[
+        str,
+        _knob(
+            "Prefix the keys of all clients with this at etcd: their KV, Watch, Lease, Lock, Election calls see what "
+            "is below it, nothing else. Other services (Maintenance, Auth, Cluster) pass untouched; HTTP/1 is refused.",
+            Kind.TEXT,
+            from_etcd=True,
+        ),
+    ] = ""
     dial_keepalive_time_s: Annotated[
         float,
         _knob(

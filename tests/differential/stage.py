@@ -53,8 +53,17 @@ SETUP: tuple[tuple[str, ...], ...] = (
 class Stage:
     """The etcds of one kind, one set for each way. Use as a context manager."""
 
-    def __init__(self, binary: EtcdBinary, flags: Sequence[str] = (), members: int = 1, auth: bool = False) -> None:
+    def __init__(
+        self,
+        binary: EtcdBinary,
+        flags: Sequence[str] = (),
+        members: int = 1,
+        auth: bool = False,
+        namespace: bytes = b"",
+    ) -> None:
+        """`namespace`: of the proxies; all calls go through them then, since etcd knows the keys by other names."""
         self.auth = auth
+        self.namespace = namespace
         self.sets = {way: _members(binary, flags, members) for way in WAYS}
 
     def __enter__(self) -> Self:
@@ -86,8 +95,11 @@ class Stage:
             if way == DIRECT:
                 return await Player(program, Target(straight, straight, False, etcds), limit_s).play()
             limits = Limits(progress_notify_s=program.notify_s, fragment_bytes=program.fragment_bytes)
-            async with proxy_for(etcds[0], limits=limits) as proxy, _crowd(program, proxy, way):
-                calls = straight if way == CROWDED else proxy.port
+            async with (
+                proxy_for(etcds[0], limits=limits, namespace=self.namespace) as proxy,
+                _crowd(program, proxy, way),
+            ):
+                calls = straight if way == CROWDED and not self.namespace else proxy.port
                 return await Player(program, Target(proxy.port, calls, True, etcds), limit_s).play()
         finally:
             Target(0, 0, False, etcds).go_on()

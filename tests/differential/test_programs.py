@@ -11,6 +11,7 @@ from tests.differential.defects import excused, known
 from tests.differential.freedoms import differences
 from tests.differential.lawful import violations
 from tests.differential.player import LIMIT_S
+from tests.differential.recording import Recording
 from tests.differential.stage import COLD, CROWDED, DIRECT, Stage
 from tests.differential.steps import Program
 from tests.differential.table import PROGRAMS
@@ -19,7 +20,7 @@ from tests.proxy.scenario import run
 
 STALLED_S = 1.0
 """How long to wait for what a defect is known to withhold."""
-Kind = tuple[EtcdBinary, tuple[str, ...], int, bool]
+Kind = tuple[EtcdBinary, tuple[str, ...], int, bool, bytes]
 
 
 class Stages:
@@ -28,13 +29,13 @@ class Stages:
     def __init__(self) -> None:
         self._running: dict[Kind, Stage] = {}
 
-    def get(self, binary: EtcdBinary, program: Program) -> Stage:
+    def get(self, binary: EtcdBinary, program: Program, namespace: bytes = b"") -> Stage:
         """Return the stage for a program, started if need be."""
-        kind = (binary, program.flags, program.members, program.auth)
+        kind = (binary, program.flags, program.members, program.auth, namespace)
         if any(other[0] != binary for other in self._running):
             self.close()
         if kind not in self._running:
-            stage = Stage(binary, program.flags, program.members, program.auth)
+            stage = Stage(binary, program.flags, program.members, program.auth, namespace)
             stage.__enter__()
             self._running[kind] = stage
         return self._running[kind]
@@ -70,6 +71,11 @@ def test_the_same_through_the_proxy(binary: EtcdBinary, program: Program, stages
             recordings = run(stage.run(program, limit_s), program.limit_s)
     else:
         recordings = run(stages.get(binary, program).run(program, limit_s), program.limit_s)
+    judge(binary, program, recordings)
+
+
+def judge(binary: EtcdBinary, program: Program, recordings: dict[str, Recording]) -> None:
+    """Compare what a program saw in all ways."""
     direct = recordings[DIRECT]
     defects = known(binary.version, program)
     stalls = any(defect.stalls for defect in defects)
@@ -78,6 +84,23 @@ def test_the_same_through_the_proxy(binary: EtcdBinary, program: Program, stages
     found |= {f"{way}: {line}" for way in (COLD, CROWDED) for line in differences(program, direct, recordings[way])}
     unexcused = sorted(line for line in found if not excused(line, defects))
     assert not unexcused, "\n".join(unexcused)
+
+
+NAMESPACED = [program for program in PROGRAMS if not (program.auth or program.fresh or program.members > 1)]
+"""Programs that know etcd by its keys alone; users and members are no business of a namespace."""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(program, marks=() if number % 12 == 0 else pytest.mark.long, id=program.name)
+        for number, program in enumerate(NAMESPACED)
+    ],
+)
+def test_the_same_through_a_namespace(program: Program, stages: Stages) -> None:
+    binary = etcds()[0]
+    recordings = run(stages.get(binary, program, b"/ns\xff").run(program), program.limit_s)
+    judge(binary, program, recordings)
 
 
 def test_names_are_unique() -> None:

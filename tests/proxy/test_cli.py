@@ -75,7 +75,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("serve --cert-file=/nowhere", "--cert-file: cannot read '/nowhere': no such file or directory"),
         ("serve --cert=/dev/null", "--cert: needs --key as well"),
         ("serve --config=/nowhere.toml", "/nowhere.toml: cannot read it: no such file or directory"),
-        ("serve --namespace=/app", "--namespace: prefixing keys is not there yet"),
         ("serve --resolver-prefix /x", "--resolver-prefix: registering the proxy in etcd is not there"),
         ("serve --auto-tls", "--auto-tls: certificates are not made here"),
         ("store --listen-addr=here", "--listen-addr: 'here' has no port; write HOST:PORT"),

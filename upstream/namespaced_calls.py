@@ -1,0 +1,184 @@
+"""
+What a namespace makes of each call's messages: keys get the prefix in requests and lose it in answers.
+
+One row for each call that has a key somewhere. Calls of the same services that have none are named too, so that a call
+which a later etcd adds is refused rather than let through with a key that reaches outside. Fields unknown here stay.
+Messages: etcd's api/etcdserverpb/rpc.proto, v3lock.proto, v3election.proto; semantics: its client/v3/namespace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from google.protobuf.message import Message
+
+from proto.pb import rpc_pb2, v3election_pb2, v3lock_pb2
+from upstream.namespace import Namespace
+
+Change = Callable[[Namespace, Any], None]
+"""Changes a message, which is of the type that stands beside it, in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """What becomes of the messages of one call."""
+
+    request: type[Message]
+    response: type[Message]
+    outward: Change
+    inward: Change
+
+    def to_etcd(self, namespace: Namespace, message: bytes) -> bytes:
+        """Return a request as etcd shall get it. Raises DecodeError."""
+        return _changed(self.request, self.outward, namespace, message)
+
+    def to_client(self, namespace: Namespace, message: bytes) -> bytes:
+        """Return an answer as the client shall get it. Raises DecodeError."""
+        return _changed(self.response, self.inward, namespace, message)
+
+
+def _changed(kind: type[Message], change: Change, namespace: Namespace, message: bytes) -> bytes:
+    parsed = kind.FromString(message)
+    change(namespace, parsed)
+    return parsed.SerializeToString()
+
+
+def _nothing(namespace: Namespace, message: Message) -> None:
+    del namespace, message
+
+
+# KV
+
+
+def _interval(namespace: Namespace, message: Any) -> None:
+    """A RangeRequest, a DeleteRangeRequest or a Compare."""
+    message.key, message.range_end = namespace.interval(message.key, message.range_end)
+
+
+def _key(namespace: Namespace, message: Any) -> None:
+    """A PutRequest or an UnlockRequest."""
+    message.key = namespace.key(message.key)
+
+
+def _txn(namespace: Namespace, message: rpc_pb2.TxnRequest) -> None:
+    for compare in message.compare:
+        _interval(namespace, compare)
+    for branch in (message.success, message.failure):
+        for operation in branch:
+            kind = operation.WhichOneof("request")
+            if kind is not None:
+                _OPERATIONS[kind](namespace, getattr(operation, kind))
+
+
+_OPERATIONS: Final[dict[str, Change]] = {
+    "request_range": _interval,
+    "request_put": _key,
+    "request_delete_range": _interval,
+    "request_txn": _txn,
+}
+
+
+def _ranged(namespace: Namespace, message: rpc_pb2.RangeResponse) -> None:
+    namespace.strip_all(message.kvs)
+
+
+def _put(namespace: Namespace, message: Any) -> None:
+    """A PutResponse."""
+    if message.HasField("prev_kv"):
+        namespace.strip(message.prev_kv)
+
+
+def _deleted(namespace: Namespace, message: rpc_pb2.DeleteRangeResponse) -> None:
+    namespace.strip_all(message.prev_kvs)
+
+
+def _txn_done(namespace: Namespace, message: rpc_pb2.TxnResponse) -> None:
+    for answer in message.responses:
+        kind = answer.WhichOneof("response")
+        if kind is not None:
+            _ANSWERS[kind](namespace, getattr(answer, kind))
+
+
+_ANSWERS: Final[dict[str, Change]] = {
+    "response_range": _ranged,
+    "response_put": _put,
+    "response_delete_range": _deleted,
+    "response_txn": _txn_done,
+}
+
+# Lease, Lock, Election. A lock's or an election's name is the beginning of its keys, and may be empty.
+
+
+def _leased(namespace: Namespace, message: rpc_pb2.LeaseTimeToLiveResponse) -> None:
+    """Leave out the keys outside: the lease may have been given to others as well."""
+    inside = [key.removeprefix(namespace.prefix) for key in message.keys if namespace.has(key)]
+    del message.keys[:]
+    message.keys.extend(inside)
+
+
+def _name(namespace: Namespace, message: Any) -> None:
+    """A LockRequest, a CampaignRequest or a LeaderRequest."""
+    message.name = namespace.prefix + message.name
+
+
+def _locked(namespace: Namespace, message: v3lock_pb2.LockResponse) -> None:
+    message.key = message.key.removeprefix(namespace.prefix)
+
+
+def _leader(namespace: Namespace, message: Any) -> None:
+    """A ProclaimRequest or a ResignRequest."""
+    if message.HasField("leader"):
+        message.leader.name = namespace.prefix + message.leader.name
+        message.leader.key = namespace.key(message.leader.key)
+
+
+def _campaigned(namespace: Namespace, message: v3election_pb2.CampaignResponse) -> None:
+    message.leader.name = message.leader.name.removeprefix(namespace.prefix)
+    message.leader.key = message.leader.key.removeprefix(namespace.prefix)
+
+
+def _led(namespace: Namespace, message: v3election_pb2.LeaderResponse) -> None:
+    if message.HasField("kv"):
+        namespace.strip(message.kv)
+
+
+_KV: Final = b"/etcdserverpb.KV/"
+_LEASE: Final = b"/etcdserverpb.Lease/"
+_LOCK: Final = b"/v3lockpb.Lock/"
+_ELECTION: Final = b"/v3electionpb.Election/"
+
+SERVICES: Final = (_KV, _LEASE, _LOCK, _ELECTION, b"/etcdserverpb.Watch/")
+"""The services that are about keys: a call of theirs passes only if it is named here."""
+
+_pb, _election, _lock = rpc_pb2, v3election_pb2, v3lock_pb2
+
+TRANSLATIONS: Final = {
+    _KV + b"Range": Translation(_pb.RangeRequest, _pb.RangeResponse, _interval, _ranged),
+    _KV + b"Put": Translation(_pb.PutRequest, _pb.PutResponse, _key, _put),
+    _KV + b"DeleteRange": Translation(_pb.DeleteRangeRequest, _pb.DeleteRangeResponse, _interval, _deleted),
+    _KV + b"Txn": Translation(_pb.TxnRequest, _pb.TxnResponse, _txn, _txn_done),
+    _LEASE + b"LeaseTimeToLive": Translation(
+        _pb.LeaseTimeToLiveRequest, _pb.LeaseTimeToLiveResponse, _nothing, _leased
+    ),
+    _LOCK + b"Lock": Translation(_lock.LockRequest, _lock.LockResponse, _name, _locked),
+    _LOCK + b"Unlock": Translation(_lock.UnlockRequest, _lock.UnlockResponse, _key, _nothing),
+    _ELECTION + b"Campaign": Translation(_election.CampaignRequest, _election.CampaignResponse, _name, _campaigned),
+    _ELECTION + b"Proclaim": Translation(_election.ProclaimRequest, _election.ProclaimResponse, _leader, _nothing),
+    _ELECTION + b"Leader": Translation(_election.LeaderRequest, _election.LeaderResponse, _name, _led),
+    _ELECTION + b"Observe": Translation(_election.LeaderRequest, _election.LeaderResponse, _name, _led),
+    _ELECTION + b"Resign": Translation(_election.ResignRequest, _election.ResignResponse, _leader, _nothing),
+}
+"""By path: the calls with keys."""
+
+KEYLESS: Final = frozenset(
+    (
+        _KV + b"Compact",
+        _LEASE + b"LeaseGrant",
+        _LEASE + b"LeaseRevoke",
+        _LEASE + b"LeaseKeepAlive",
+        _LEASE + b"LeaseLeases",
+    )
+)
+"""The calls of those services that have none: their frames pass untouched."""
