@@ -16,10 +16,12 @@ Position. `next_revision` is the first revision still needed; it moves by events
 header of an event response: a catch-up response carries the store's revision beside at most 1000 revisions of
 events. A lost connection leaves positions alone, and `register` creates all again from there. Three points of care:
 
-- A start above what the store has makes etcd drop every progress request of the stream. So a create never asks for
-  more than the newest revision seen in any header; what comes below the position is dropped here.
-- That can ask for a revision that has been compacted although nothing needed is. Such a cancel stays inside: the
-  watch is created again, from what it needs.
+- A start above what the store has makes etcd drop every progress request of the stream, and one at or below it has
+  etcd look back first, for up to 100 ms, during which a compaction cancels the watch though nothing was missed. So
+  what needs nothing that is known to exist is created from now; what comes below its position is dropped here. When
+  the header of that `created` says that something has been written meanwhile, it is created again, from its position.
+- That can be a revision that has been compacted although nothing needed is. Such a cancel stays inside: the watch is
+  created again.
 - A watch from "now" (None) gets its position from the header of its `created`, that revision *inclusive*: etcd
   reads this header after it registered the watch (since 3.5.22), so an event at that very revision may still
   follow, and resuming above it could lose that event. Yet it is not *needed*, since who joins at "now" skips what is
@@ -276,6 +278,11 @@ class WatchState:
                 self._create_refused(stream, registration, *read_reason(response.cancel_reason), effects)
         elif registration.closed:
             self._cancel(stream, response.watch_id, effects)
+        elif create.skips and header.revision >= (registration.next_revision or 0):
+            # What is needed may have been written before the watch was there.
+            effects.append(HeaderSeen(header))
+            self._cancel(stream, response.watch_id, effects)
+            self._create(stream, registration, effects)
         else:
             registration.watch_id = response.watch_id
             registration.own_refused = 0
@@ -445,11 +452,12 @@ class WatchState:
         self._create(stream, registration, effects)
 
     def _create(self, stream: WatchStream, registration: Registration, effects: list[Effect]) -> None:
-        """Send a create from the registration's position, but not above the newest revision known."""
+        """Send a create from the registration's position; from now, if that is above the newest revision known."""
         start = registration.next_revision
-        if start is not None and self.newest_revision:
-            start = min(start, self.newest_revision)
-        stream.creating.append(Create(registration, stream.requested))
+        skips = start is not None and 0 < self.newest_revision < start
+        if skips:
+            start = None
+        stream.creating.append(Create(registration, stream.requested, skips=skips))
         watch = registration.watch
         interval = watch.key, watch.range_end
         message = encode_create(

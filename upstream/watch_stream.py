@@ -79,12 +79,16 @@ class Registration:
 class Create:
     """A create that was sent."""
 
-    __slots__ = ("number", "registration", "requested_before")
+    __slots__ = ("number", "registration", "requested_before", "skips")
 
-    def __init__(self, registration: Registration | None, requested_before: int, number: int = 0) -> None:
+    def __init__(
+        self, registration: Registration | None, requested_before: int, number: int = 0, *, skips: bool = False
+    ) -> None:
         # None: a probe, sent after the request for progress of this number was made.
         self.registration = registration
         self.number = number
+        # It asks for what comes from now on though its position is known: nothing there was known to be written.
+        self.skips = skips
         # The number of progress requests sent on the stream before it.
         self.requested_before = requested_before
 

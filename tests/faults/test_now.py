@@ -10,8 +10,9 @@ from coalesce.limits import Limits
 from proto.pb import rpc_pb2
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import Way, relay_to
-from tests.faults.scene import bookmark, open_watch, split_proxy, straight
+from tests.faults.scene import bookmark, open_watch, reached, split_proxy, straight
 from tests.proxy.raw_client import RawClient
+from tests.proxy.running import proxy_for
 from tests.proxy.scenario import run
 from tests.waiting import until_async
 
@@ -114,6 +115,29 @@ def test_a_quiet_trunk_survives_a_compaction_and_a_break(etcd: EtcdServer) -> No
                 await until_async(lambda s=stream: s.values[-1:] == [b"1"], "the event after the break")  # type: ignore[misc]
             assert [stream.values for stream in streams] == [[b"1"], [b"1"], [b"0", b"1"]]
             assert not any(response.canceled for stream in streams for response in stream.responses)
+            assert proxy.engine.core.stats.compacted == 0
+
+    run(scenario())
+
+
+def test_a_watch_of_the_future_on_a_cold_range_is_never_compacted(etcd: EtcdServer) -> None:
+    """What it asked for is written, and compacted, at once; etcd has such a watch in step from the beginning."""
+
+    async def scenario() -> None:
+        async with (
+            proxy_for(etcd) as proxy,
+            straight(etcd.endpoint) as store,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            for turn in range(8):
+                key = b"cold%d" % turn
+                before = await store.put(b"other", b"x")
+                stream = await open_watch(client, key, start_revision=before + 1 + turn % 2)
+                for number in range(4):
+                    last = await store.put(key, b"%d" % number)
+                await store.compact(last)
+                await until_async(lambda s=stream: reached(s, last) or s.responses[-1].canceled, "the last")  # type: ignore[misc]
+                assert stream.values == [b"0", b"1", b"2", b"3"][turn % 2 :]
             assert proxy.engine.core.stats.compacted == 0
 
     run(scenario())

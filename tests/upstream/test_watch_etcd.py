@@ -211,7 +211,7 @@ def test_progress_is_proven_and_true(etcd: EtcdServer) -> None:
                 await until_async(lambda last=last: seen.progress(quiet) >= last, "the proof")  # type: ignore[misc] # bound at once
                 # What is proven has been received.
                 assert seen.revisions(busy)[-1] == last
-            # A resume asks from the newest revision, not above it, so that progress is answered without a write.
+            # A resume asks from now, not above the newest revision, so that progress is answered without a write.
             await asyncio.to_thread(etcd.kill)
             await asyncio.to_thread(etcd.start)
             await until_async(lambda: client.connected, "the next connection")
