@@ -136,7 +136,7 @@ def test_a_watch_of_the_future_on_a_cold_range_is_never_compacted(etcd: EtcdServ
                 for number in range(4):
                     last = await store.put(key, b"%d" % number)
                 await store.compact(last)
-                await until_async(lambda s=stream: reached(s, last) or s.responses[-1].canceled, "the last")  # type: ignore[misc]
+                await until_async(lambda s=stream, r=last: reached(s, r) or s.responses[-1].canceled, "the last")  # type: ignore[misc]
                 assert stream.values == [b"0", b"1", b"2", b"3"][turn % 2 :]
             assert proxy.engine.core.stats.compacted == 0
 
