@@ -15,6 +15,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from coalesce import Limits
 from proxy import logs
 from proxy.child import Child, ChildFailed, Parent, Ready, on_signals, python_command
@@ -167,12 +169,13 @@ async def serve(
     signals = _Signals(leaving)
     on_signals(signals.came)
     parent = await Parent.join(parent_fd, lambda _line: None, leaving.set)
-    store = await _start_store() if not settings.upstream.endpoints else None
+    found = await discovered(settings)
+    store = await _start_store() if not found.upstream.endpoints else None
     proxy: Proxy | None = None
     admin: Admin | None = None
     try:
-        endpoints = [store.ready.address] if store else settings.upstream.endpoints
-        address, proxy = await _start(settings, endpoints, store.ready.metrics if store else "")
+        endpoints = [store.ready.address] if store else found.upstream.endpoints
+        address, proxy = await _start(found, endpoints, store.ready.metrics if store else "")
         advertised = settings.listener.advertise_client_url or str(address)
         admin = await _start_admin(proxy, settings, advertised)
         applying = _Applying(proxy, settings)
@@ -200,6 +203,22 @@ async def serve(
         await parent.leave()
     log.info("ended")
     return code
+
+
+async def discovered(settings: Settings) -> Settings:
+    """Return the settings with the endpoints that DNS names, if it shall be asked. Raises Failed."""
+    upstream = settings.upstream
+    if not upstream.discovery_srv:
+        return settings
+    from upstream.discovery import discover  # for those who use it
+
+    try:
+        endpoints = await discover(upstream.discovery_srv, upstream.discovery_srv_name, upstream.insecure_discovery)
+    except UpstreamError as error:
+        raise Failed(str(error)) from None
+    if upstream.endpoints:
+        log.warning("--endpoints is not used: --discovery-srv goes before it", endpoints=upstream.endpoints)
+    return msgspec.structs.replace(settings, upstream=msgspec.structs.replace(upstream, endpoints=endpoints))
 
 
 class _Applying:

@@ -29,8 +29,6 @@ TAKEN = {
     "max-recv-bytes": "etcd decides on sizes",
     "data-dir": "nothing is kept on disk",
     "self-signed-cert-validity": "certificates are not made here",
-    "insecure-discovery": "there is no discovery",
-    "discovery-srv-name": "there is no discovery",
     "experimental-serializable-ordering": "reads pass through to etcd untouched",
     "experimental-enable-grpc-logging": "use --log-level=debug",
 }
@@ -40,7 +38,6 @@ REFUSED = {
     "resolver-prefix": "registering the proxy in etcd is not there; give clients its address",
     "resolver-ttl": "registering the proxy in etcd is not there; give clients its address",
     "endpoints-auto-sync-interval": "endpoints are not read from etcd; name all of them in --endpoints",
-    "discovery-srv": "DNS discovery is not there; name the members in --endpoints",
     "auto-tls": "certificates are not made here; give --cert-file and --key-file",
     "client-crl-file": "revocation lists are not there yet",
     "listen-cipher-suites": "choosing cipher suites is not there yet",

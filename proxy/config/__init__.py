@@ -71,6 +71,22 @@ class Upstream(msgspec.Struct, kw_only=True, frozen=True):
             from_etcd=True,
         ),
     ] = msgspec.field(default_factory=list)
+    discovery_srv: Annotated[
+        str,
+        _knob(
+            "Find the members by the SRV records of this domain (_etcd-client-ssl._tcp, _etcd-client._tcp), once at "
+            "the start; goes before --endpoints.",
+            Kind.TEXT,
+            from_etcd=True,
+        ),
+    ] = ""
+    discovery_srv_name: Annotated[
+        str,
+        _knob("Append this to the services looked up: _etcd-client-ssl-NAME._tcp.", Kind.TEXT, from_etcd=True),
+    ] = ""
+    insecure_discovery: Annotated[
+        bool, _knob("Take members without TLS from --discovery-srv as well.", Kind.SWITCH, from_etcd=True)
+    ] = False
     cacert: Annotated[
         str, _knob("CA bundle (PEM) that etcd's certificates are verified with.", Kind.FILE, from_etcd=True)
     ] = ""
