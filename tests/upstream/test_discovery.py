@@ -51,7 +51,7 @@ class NameServer(asyncio.DatagramProtocol):
             answer.set_rcode(dns.rcode.NXDOMAIN)
         elif records:
             answer.answer.append(dns.rrset.from_text(name, 60, "IN", "SRV", *records))
-        self.transport.sendto(answer.to_wire(), addr)  # type: ignore[attr-defined]  # asked for above
+        self.transport.sendto(answer.to_wire(), addr)
 
 
 @asynccontextmanager
