@@ -195,6 +195,7 @@ class Proxy:
         New connections are refused, GOAWAY goes out on the others, health says NOT_SERVING, watches end UNAVAILABLE
         spread over half of the limit, and calls that were under way may end.
         """
+        self.probe.stop()
         log.info("draining", connections=len(self.listener.connections), watches=len(self.watches.calls))
         self.health.set_draining()
         self.listener.go_away()

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from proxy.admin.snapshot import Snapshot
 from proxy.config.values import show_duration
+from proxy.measuring.comparison import Unit, show_value
 from proxy.measuring.load.prometheus import http_reason
 
 FETCH_LIMIT_S = 5.0
@@ -63,8 +64,9 @@ def render(now: Snapshot, before: Snapshot | None = None) -> Table:
     table.add_section()
     for name, field in (("events in", "events_received_total"), ("events out", "events_delivered_total")):
         table.add_row(name, f"{getattr(now, field):,}", _rate(now, before, field, "events"))
-    table.add_row("bytes out", f"{now.delivered_bytes_total:,}", _rate(now, before, "delivered_bytes_total", "bytes"))
-    table.add_row("history", f"{now.history_bytes:,}", f"bytes in {now.history_batches:,} responses")
+    sent = show_value(now.delivered_bytes_total, Unit.BYTES)
+    table.add_row("bytes out", sent, _rate(now, before, "delivered_bytes_total", "bytes"))
+    table.add_row("history", show_value(now.history_bytes, Unit.BYTES), f"in {now.history_batches:,} responses")
     table.add_section()
     joins = ", ".join(f"{count:,} {kind}" for kind, count in now.joins_total.items() if count)
     table.add_row("watches opened", f"{now.creates_total:,}", joins or "none yet")
@@ -84,7 +86,9 @@ def _rate(now: Snapshot, before: Snapshot | None, field: str, unit: str) -> str:
         return ""
     count = getattr(now, field) - (getattr(before, field) if before is not None else 0)
     span = "now" if before is not None else "on average"
-    return f"{count / elapsed_s:,.1f} {unit} a second {span}"
+    rate = count / elapsed_s
+    shown = show_value(rate, Unit.BYTES) if unit == "bytes" else f"{rate:,.1f} {unit}"
+    return f"{shown} a second {span}"
 
 
 async def show_once(url: str, console: Console, *, as_json: bool = False) -> None:

@@ -27,6 +27,16 @@ REPORT_S = 0.1
 _BLOCK = 512
 
 
+def failure_of(error: grpc.aio.AioRpcError) -> str:
+    """Say what became of a call. gRPC's own words for a port that is closed are about gRPC."""
+    details = error.details() or ""
+    if "Connection refused" in details:
+        return "connection refused; check that it runs and listens on that address and port"
+    if "Expected SETTINGS frame" in details or "Failed parsing HTTP/2" in details:
+        return "what answers there does not speak gRPC; give the client port"
+    return f"{error.code().name}: {details}"
+
+
 class Final(msgspec.Struct, frozen=True):
     """The last revisions of each range: once a watch has seen what of them matches it, it has seen everything."""
 
@@ -202,7 +212,7 @@ class LoadClient:
         try:
             await stream.run(call)
         except (grpc.aio.AioRpcError, ConnectionError) as error:
-            text = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error)
+            text = failure_of(error) if isinstance(error, grpc.aio.AioRpcError) else str(error)
             self.report.failed.append(f"a stream ended: {text}")
         finally:
             call.cancel()

@@ -17,7 +17,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from proto.pb import rpc_pb2
-from proxy.measuring.load.client import Final
+from proxy.measuring.load.client import Final, failure_of
 from proxy.measuring.load.plan import Range
 
 KEYS_PER_RANGE = 16
@@ -68,7 +68,7 @@ class Writer:
             return answer
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
-                raise WriteFailed(f"cannot reach the store at {self._target}: {error.details()}") from None
+                raise WriteFailed(f"cannot reach the store at {self._target}: {failure_of(error)}") from None
             raise WriteFailed(f"the store at {self._target} refused: {error.code().name}: {error.details()}") from None
 
     async def current_revision(self) -> int:
