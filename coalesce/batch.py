@@ -11,12 +11,15 @@ The header of a payload is at the revision of its own last event, never at the s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from struct import Struct
 from typing import Final
 
 from proto.scan import DELETE, PUT, Event, Header, WatchResponse, encode_response, encode_watch_id
 
 # What gRPC puts before each message: a flag and four bytes of length.
 PREFIX_BYTES: Final = 5
+
+_pack_prefix = Struct(">BI").pack
 
 # A variant is the sum of these.
 NO_PUT: Final = 1
@@ -42,7 +45,7 @@ def variant_of(no_put: bool, no_delete: bool, prev_kv: bool, fragment: bool) -> 
 
 def framed(message: bytes) -> bytes:
     """Return an encoded message behind its gRPC prefix: not compressed, four bytes of length."""
-    return b"\x00" + len(message).to_bytes(4, "big") + message
+    return _pack_prefix(0, len(message)) + message
 
 
 class Payload:
@@ -85,9 +88,10 @@ class Payload:
         if messages is None:
             pieces = self._pieces
             if len(pieces) == 1:
-                head = self.header.encoded + encode_watch_id(watch_id)
-                events = pieces[0]
-                messages = (b"\x00" + (len(head) + len(events)).to_bytes(4, "big") + head + events,)
+                message = self.header.encoded + pieces[0]
+                if watch_id:
+                    message = self.header.encoded + encode_watch_id(watch_id) + pieces[0]
+                messages = (_pack_prefix(0, len(message)) + message,)
             else:
                 messages = self._fragments(watch_id)
             if self._bytes_left > 0:
@@ -106,7 +110,7 @@ class Payload:
 class Batch:
     """Events of whole revisions, in order. Never empty; never changed."""
 
-    __slots__ = ("events", "first_revision", "header", "kept", "last_revision", "size")
+    __slots__ = ("events", "first_revision", "header", "kept", "last_revision", "memory_bytes", "size")
 
     def __init__(self, header: Header, events: Sequence[Event], size: int) -> None:
         self.events = events
@@ -116,13 +120,10 @@ class Batch:
         self.header = header if header.revision == self.last_revision else header.at(self.last_revision)
         # Bytes of the encoded events.
         self.size = size
+        # What it costs to keep.
+        self.memory_bytes = size + EVENT_OVERHEAD_BYTES * len(events) + BATCH_OVERHEAD_BYTES
         # Its entry in the ledger while a history holds it; set by history.Ledger.
         self.kept: object = None
-
-    @property
-    def memory_bytes(self) -> int:
-        """What it costs to keep."""
-        return self.size + EVENT_OVERHEAD_BYTES * len(self.events) + BATCH_OVERHEAD_BYTES
 
     def since(self, revision: int) -> Batch | None:
         """Return the part at and after `revision`: itself, a new batch, or None when nothing is left."""
@@ -151,17 +152,16 @@ class Variants:
         """Return what a watch of this variant gets; None when the filters leave nothing."""
         if self._all_bare:
             variant |= PREV_KV
-        try:
-            return self._made[variant]
-        except KeyError:
-            pass
+        made = self._made
+        if variant in made:
+            return made[variant]
         if variant & FRAGMENT:
             payload = self.payload(variant & ~FRAGMENT)
             if payload is not None and payload.event_count > 1 and payload.size - PREFIX_BYTES >= self._fragment_bytes:
                 payload = self._make(variant)
         else:
             payload = self._make(variant)
-        self._made[variant] = payload
+        made[variant] = payload
         return payload
 
     def _make(self, variant: int) -> Payload | None:
@@ -169,13 +169,21 @@ class Variants:
         if not events:
             return None
         header = self._header.at(events[-1].revision)
-        if len(events) == 1:
-            # Nothing to join, and nothing to cut.
-            return Payload(header, events, (events[0].encoded if variant & PREV_KV else events[0].bare,))
         encoded = [event.encoded if variant & PREV_KV else event.bare for event in events]
         if variant & FRAGMENT:
             return Payload(header, events, tuple(split(encoded, self._fragment_bytes, len(header.encoded))))
         return Payload(header, events, (b"".join(encoded),))
+
+
+def payload_of_one(batch: Batch, variant: int) -> Payload | None:
+    """Return what a watch of this variant gets of a batch of one event: what `Variants` makes of it."""
+    events = filtered(batch.events, variant) if variant & (NO_PUT | NO_DELETE) else batch.events
+    if not events:
+        return None
+    event = events[0]
+    # Nothing to join, and nothing to cut.
+    encoded = event.encoded if variant & PREV_KV else event.bare
+    return Payload(batch.header, events, (encoded,))
 
 
 def filtered(events: Sequence[Event], variant: int) -> Sequence[Event]:
@@ -214,10 +222,6 @@ def batches_of(response: WatchResponse, bytes_max: int) -> Iterator[Batch]:
     """
     events = response.events
     header = response.header
-    if len(events) == 1:
-        # What etcd sends as long as everybody keeps up.
-        yield Batch(header, events, len(events[0].encoded))
-        return
     size = sum([len(event.encoded) for event in events])
     if size <= bytes_max or events[0].revision == events[-1].revision:
         yield Batch(header, events, size)

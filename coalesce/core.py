@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from coalesce.backfill import Backfill, Backfills
-from coalesce.batch import Payload, batches_of
+from coalesce.batch import Batch, Payload, batches_of
 from coalesce.effects import Effect
 from coalesce.ending import Endings
 from coalesce.hub import Hub
@@ -54,6 +54,8 @@ class Coalescer:
         hub.replays = Replays(hub)
         hub.progress = Progress(hub)
         hub.endings = Endings(hub)
+        self.deadline_moved = True
+        """`next_deadline` may be sooner than when it was last asked. Not so after an event like any other."""
 
     @property
     def limits(self) -> Limits:
@@ -126,10 +128,12 @@ class Coalescer:
 
     def stalled(self, session: Session) -> None:
         """A session could not take everything; the rest waits in the shell. Called while effects are carried out."""
+        self.deadline_moved = True
         self._hub.replays.stalled(session)
 
     def returned(self, watch: Watch, payload: Payload) -> None:
         """A delivery was not begun, because its session stalled earlier in the same list of effects."""
+        self.deadline_moved = True
         self._hub.replays.returned(watch, payload)
 
     def drained(self, session: Session, now: float) -> list[Effect]:
@@ -154,6 +158,29 @@ class Coalescer:
 
     def received(self, upstream: Upstream, response: WatchResponse, now: float) -> list[Effect]:
         """An upstream watch spoke: `created`, events of whole revisions, `canceled`, or a progress notify."""
+        hub = self._hub
+        if upstream.closed or not response.plain or not hub.ledger:
+            return self._received(upstream, response, now)
+        owner = upstream.owner
+        if type(owner) is not Trunk:
+            return self._received(upstream, response, now)
+        # As nearly always: events of a trunk.
+        if now > hub.now:
+            hub.now = now
+        hub.saw(response.header)
+        events = response.events
+        if len(events) > 1:
+            self._events(upstream, response)
+        else:
+            # What etcd sends as long as everybody keeps up.
+            hub.stats.batches += 1
+            hub.stats.batch_events += 1
+            owner.events += 1
+            owner.ingest(Batch(response.header, events, len(events[0].encoded)))
+        return self._finish()
+
+    def _received(self, upstream: Upstream, response: WatchResponse, now: float) -> list[Effect]:
+        """Take a response of any kind, for any source."""
         self._begin(now)
         hub = self._hub
         hub.saw(response.header)
@@ -208,7 +235,8 @@ class Coalescer:
 
     def next_deadline(self) -> float | None:
         """Return when `expire` is due, in the time of `now`; None while nothing is."""
-        # Asked after each input, so it is written for speed: no list, no generator.
+        # Asked after nearly each input, so it is written for speed: no list, no generator.
+        self.deadline_moved = False
         hub = self._hub
         first = hub.replays.next_deadline()
         if first is not None:
@@ -250,7 +278,7 @@ class Coalescer:
             stats.batch_events += len(batch.events)
             owner = upstream.owner
             owner.events += len(batch.events)
-            if isinstance(owner, Backfill):
+            if type(owner) is Backfill:
                 hub.backfills.received(owner, batch)
             else:
                 owner.ingest(batch)
@@ -259,6 +287,7 @@ class Coalescer:
                 return
 
     def _begin(self, now: float) -> None:
+        self.deadline_moved = True
         hub = self._hub
         if now > hub.now:
             hub.now = now

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
-from coalesce.batch import Batch, Variants
+from coalesce.batch import Batch, Variants, payload_of_one
 from coalesce.effects import Deliver, Effect
 from coalesce.session import Place, Watch
 from coalesce.stats import Stats
@@ -128,22 +128,29 @@ class Fanout:
 
     def deliver(self, batch: Batch, fragment_bytes: int, has_prev_kv: bool, effects: list[Effect]) -> None:
         """Send a batch to everyone whom it concerns and move behind it."""
-        if self._ahead and self._ahead[0].position <= batch.first_revision:
+        ahead = self._ahead
+        if ahead and ahead[0].position <= batch.first_revision:
             # Nothing lies between next_revision and the batch, so who waits for a revision in there is in step.
             self._meet(batch.first_revision)
-        variants = Variants(batch.header, batch.events, fragment_bytes, has_prev_kv)
+        variants: Variants | None = None
+        if len(batch.events) > 1 or len(self.groups) > 1:
+            variants = Variants(batch.header, batch.events, fragment_bytes, has_prev_kv)
         stats = self._stats
         for variant, group in self.groups.items():
-            if group.members:
-                payload = variants.payload(variant)
+            count = len(group.members)
+            if count:
+                # One event for one group is what there is most of.
+                payload = payload_of_one(batch, variant) if variants is None else variants.payload(variant)
                 if payload is not None:
                     group.sent_revision = payload.last_revision
                     effects.append(Deliver(payload, group.listed()))
-                    stats.delivered += len(group.members)
-                    stats.delivered_events += len(group.members) * payload.event_count
-        if self._ahead and self._ahead[0].position <= batch.last_revision:
-            self._deliver_parts(batch, fragment_bytes, has_prev_kv, effects)
-        self.advance(batch.last_revision + 1)
+                    stats.delivered += count
+                    stats.delivered_events += count * payload.event_count
+        self.next_revision = batch.last_revision + 1
+        if ahead:
+            if ahead[0].position <= batch.last_revision:
+                self._deliver_parts(batch, fragment_bytes, has_prev_kv, effects)
+            self._meet(self.next_revision)
 
     def _deliver_parts(self, batch: Batch, fragment_bytes: int, has_prev_kv: bool, effects: list[Effect]) -> None:
         """Send those who wait for a revision inside of the batch the rest of it from there on."""

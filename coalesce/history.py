@@ -159,13 +159,28 @@ class Ledger:
         # Entries not evicted.
         self._held = 0
 
+    def __bool__(self) -> bool:
+        """Whether anything is in it that will be too old some time."""
+        return bool(self._entries)
+
     def added(self, history: History, batch: Batch, now: float) -> None:
         """Count a new batch, then hold the bounds."""
         batch.kept = kept = Kept(now, history, batch)
         self._entries.append(kept)
         self._held += 1
-        self._stats.history_bytes += batch.memory_bytes
-        self._stats.history_batches = self._held
+        stats = self._stats
+        stats.history_bytes += batch.memory_bytes
+        stats.history_batches = self._held
+        limits = self.limits
+        if (
+            history.bytes > limits.history_bytes_max
+            or len(history._batches) - history._gone > limits.history_revisions_max
+            or stats.history_bytes > limits.history_bytes_total_max
+        ):
+            self._hold_bounds(history)
+
+    def _hold_bounds(self, history: History) -> None:
+        """Evict what is too much, in one history or in all."""
         limits = self.limits
         evicted_at = self._stats.evicted_at
         while history.bytes > limits.history_bytes_max:

@@ -137,11 +137,12 @@ class Source:
         hub = self.hub
         self.proof = hub.progress_serial
         self.proven_at = hub.now
-        part = batch.since(self.fanout.next_revision)
+        fanout = self.fanout
+        part = batch if fanout.next_revision <= batch.first_revision else batch.since(fanout.next_revision)
         if part is None:
             return
         history = self.history
-        self.fanout.deliver(part, hub.limits.fragment_bytes, history.has_prev_kv, hub.effects)
+        fanout.deliver(part, hub.limits.fragment_bytes, history.has_prev_kv, hub.effects)
         history.append(part, hub.now)
 
     def advance(self, revision: int) -> None:

@@ -101,7 +101,12 @@ class Unframer:
         if self._error is not None:
             raise FramingError(*self._error)
         buffer = self._buffer
-        if buffer is not None:
+        if buffer is None:
+            size = len(data) - PREFIX_BYTES
+            if 0 <= size <= self._max and data.startswith(_PREFIX.pack(0, size)):
+                # One whole message, as nearly always.
+                return [data[PREFIX_BYTES:]]
+        else:
             buffer += data
             if len(buffer) < self._need:
                 return []

@@ -8,7 +8,7 @@ with the bytes; unknown fields of the response itself are left behind.
 
 How it reads. There are two readers for each message. The quick one is a loop written out for the fields that etcd
 sends, whose tags are one byte; when it meets anything else it leaves the whole message to the other one, which is built
-on `_fields` and complete. The quick ones do not check bounds at each step: `pos` only grows, so a field that reaches
+on `fields` and complete. The quick ones do not check bounds at each step: `pos` only grows, so a field that reaches
 over the end of its message shows in the end as pos != end, and one that reaches over the data as an IndexError. A known
 field number with another wire type is an unknown field; of a number given twice the last one counts, and messages given
 twice are merged.
@@ -18,8 +18,19 @@ Fields: etcd's api/etcdserverpb/rpc.proto and api/mvccpb/kv.proto. Encoding: pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
+
+from proto.fields import (
+    VARINT_BYTES_MAX,
+    ScanError,
+    bytes_field,
+    fields,
+    long_number,
+    long_size,
+    number_field,
+    signed,
+    varint,
+)
 
 PUT: Final = 0
 DELETE: Final = 1
@@ -67,18 +78,6 @@ _CREATE_WATCH_ID: Final = 0x38
 _CREATE_FRAGMENT: Final = 0x40
 _CANCEL_WATCH_ID: Final = 0x08
 
-# Each byte that is a whole varint, as most tags, lengths and watch ids are.
-_BYTE: Final = tuple(bytes((value,)) for value in range(128))
-
-_VARINT_BYTES_MAX: Final = 10
-"""A number has 64 bits, seven in each byte."""
-_TAG_BYTES_MAX: Final = 5
-"""Tags and lengths have 32 bits."""
-
-
-class ScanError(ValueError):
-    """The bytes are no WatchResponse."""
-
 
 class Header:
     """A ResponseHeader: its four numbers, and its bytes as they came. Not to be changed."""
@@ -98,12 +97,12 @@ class Header:
     def make(cls, cluster_id: int, member_id: int, revision: int, raft_term: int) -> Header:
         """Return a header of these numbers, encoded as etcd does."""
         body = (
-            _number_field(_CLUSTER_ID, cluster_id)
-            + _number_field(_MEMBER_ID, member_id)
-            + _number_field(_REVISION, revision)
-            + _number_field(_RAFT_TERM, raft_term)
+            number_field(_CLUSTER_ID, cluster_id)
+            + number_field(_MEMBER_ID, member_id)
+            + number_field(_REVISION, revision)
+            + number_field(_RAFT_TERM, raft_term)
         )
-        return cls(_bytes_field(_HEADER, body), cluster_id, member_id, revision, raft_term)
+        return cls(bytes_field(_HEADER, body), cluster_id, member_id, revision, raft_term)
 
     def at(self, revision: int) -> Header:
         """Return this header at another revision: same member, same term, unknown fields kept."""
@@ -112,11 +111,11 @@ class Header:
         # In front of the term, where etcd has it; the order means nothing to a reader.
         before: list[bytes] = []
         after: list[bytes] = []
-        for tag, start, _, end, _ in _fields(self.encoded, _body_of(self.encoded), len(self.encoded)):
+        for tag, start, _, end, _ in fields(self.encoded, _body_of(self.encoded), len(self.encoded)):
             if tag != _REVISION:
                 (before if tag in (_CLUSTER_ID, _MEMBER_ID) else after).append(self.encoded[start:end])
-        body = b"".join([*before, _number_field(_REVISION, revision), *after])
-        return Header(_bytes_field(_HEADER, body), self.cluster_id, self.member_id, revision, self.raft_term)
+        body = b"".join([*before, number_field(_REVISION, revision), *after])
+        return Header(bytes_field(_HEADER, body), self.cluster_id, self.member_id, revision, self.raft_term)
 
     def __repr__(self) -> str:
         return (
@@ -161,6 +160,7 @@ class WatchResponse:
         "events",
         "fragment",
         "header",
+        "plain",
         "watch_id",
     )
 
@@ -184,6 +184,8 @@ class WatchResponse:
         # True for all but the last piece of a response that was split.
         self.fragment = fragment
         self.events: list[Event] = [] if events is None else events
+        # It brings events and says nothing else.
+        self.plain = bool(events) and not (created or canceled or fragment)
 
     def __repr__(self) -> str:
         return (
@@ -204,9 +206,96 @@ def scan_watch_response(data: bytes) -> WatchResponse:
     Raises ScanError where a protobuf library would refuse the bytes, and for groups, which etcd has none of.
     """
     try:
-        return _scan_response(data)
+        return _scan_one_put(data) or _scan_response(data)
     except IndexError:
         raise ScanError("a watch response ends in the middle of a field") from None
+
+
+class _Near(NamedTuple):
+    """How a header begins and ends that was read in full: those of the next revisions differ in one byte between."""
+
+    begin: bytes
+    """Through the revision's tag. What follows is the revision's first byte, its lowest seven bits."""
+
+    end: bytes
+    revision: int
+    """With these bits zero."""
+
+    revision_bytes: int
+    cluster_id: int
+    member_id: int
+    raft_term: int
+
+
+class _NotPlain(Exception):
+    """It is laid out in another way."""
+
+
+_near = _Near(b"\n", b"\n", 0, 0, 0, 0, 0)
+
+
+def _scan_one_put(data: bytes) -> WatchResponse | None:
+    """Read a response of one put as etcd writes it as long as nobody is behind; None when it is anything else."""
+    begin, end, revision, revision_bytes, cluster_id, member_id, raft_term = _near
+    at = len(begin)
+    if not (data.startswith(begin) and data.startswith(end, at + 1)) or data[at] < 128:
+        return None
+    header_end = pos = at + 1 + len(end)
+    try:
+        watch_id = 0
+        if data[pos] == _WATCH_ID:
+            watch_id = data[pos + 1]
+            pos += 2
+            if watch_id > 127:
+                watch_id, pos = long_number(data, pos, watch_id)
+        start = pos
+        pos = _last_field(data, _KV, _last_field(data, _EVENTS, pos))
+        size = data[pos + 1]
+        if data[pos] != _KEY or size > 127:
+            return None
+        pos = _number_end(data, _CREATE_REVISION, pos + 2 + size)
+        # Its revision is the header's, to the letter.
+        if data[pos] != _MOD_REVISION or not data.startswith(data[at : at + revision_bytes], pos + 1):
+            return None
+        pos = _number_end(data, _VERSION, pos + 1 + revision_bytes)
+        if data[pos] != _VALUE:
+            return None
+        size = data[pos + 1]
+        pos += 2
+        if size > 127:
+            size, pos = long_size(data, pos, size)
+        pos += size
+        if pos != len(data) and _number_end(data, _LEASE, pos) != len(data):
+            return None
+    except (IndexError, _NotPlain, ScanError):
+        return None
+    revision += data[at] - 128
+    event = data[start:]
+    header = Header(data[:header_end], cluster_id, member_id, revision, raft_term)
+    return WatchResponse(header, signed(watch_id), False, False, 0, "", False, [Event(PUT, revision, event, event)])
+
+
+def _last_field(data: bytes, tag: int, pos: int) -> int:
+    """Return where the content of the field at `pos` starts, which has this tag and reaches to the end of the data."""
+    size = data[pos + 1]
+    body = pos + 2
+    if size > 127:
+        size, body = long_size(data, body, size)
+    if data[pos] != tag or body + size != len(data):
+        raise _NotPlain
+    return body
+
+
+def _number_end(data: bytes, tag: int, pos: int) -> int:
+    """Return where the field at `pos` ends, which has this tag and is a number of at most 63 bits."""
+    if data[pos] != tag:
+        raise _NotPlain
+    end = pos + 1
+    while data[end] > 127:
+        end += 1
+    if end - pos >= VARINT_BYTES_MAX:
+        raise _NotPlain
+    return end + 1
 
 
 def _scan_response(data: bytes) -> WatchResponse:
@@ -221,18 +310,18 @@ def _scan_response(data: bytes) -> WatchResponse:
         body = pos + 2
         if tag == _EVENTS:
             if value > 127:
-                value, body = _long_size(data, body, value)
+                value, body = long_size(data, body, value)
             stop = body + value
             events.append(_scan_event(data, pos, body, stop))
             pos = stop
         elif tag == _WATCH_ID:
             if value > 127:
-                value, body = _long_number(data, body, value)
+                value, body = long_number(data, body, value)
             watch_id = value
             pos = body
         elif tag == _HEADER and header is _NO_HEADER:
             if value > 127:
-                value, body = _long_size(data, body, value)
+                value, body = long_size(data, body, value)
             stop = body + value
             header = _scan_header(data[pos:stop], body - pos)
             pos = stop
@@ -240,22 +329,22 @@ def _scan_response(data: bytes) -> WatchResponse:
             return _scan_any_response(data)
     if pos != end:
         raise ScanError("a field of a watch response reaches over its end")
-    return WatchResponse(header, _signed(watch_id), False, False, 0, "", False, events)
+    return WatchResponse(header, signed(watch_id), False, False, 0, "", False, events)
 
 
 def _scan_any_response(data: bytes) -> WatchResponse:
     response = WatchResponse(_NO_HEADER)
-    for tag, start, body, end, value in _fields(data, 0, len(data)):
+    for tag, start, body, end, value in fields(data, 0, len(data)):
         if tag == _HEADER:
             response.header = _scan_header(*_joined(response.header, data[start:end], body - start))
         elif tag == _WATCH_ID:
-            response.watch_id = _signed(value)
+            response.watch_id = signed(value)
         elif tag == _CREATED:
             response.created = value != 0
         elif tag == _CANCELED:
             response.canceled = value != 0
         elif tag == _COMPACT_REVISION:
-            response.compact_revision = _signed(value)
+            response.compact_revision = signed(value)
         elif tag == _CANCEL_REASON:
             response.cancel_reason = data[body:end].decode("utf-8", "replace")
         elif tag == _FRAGMENT:
@@ -268,7 +357,7 @@ def _scan_any_response(data: bytes) -> WatchResponse:
 def _joined(earlier: Header, encoded: bytes, body: int) -> tuple[bytes, int]:
     """Return `encoded` with the fields of an earlier header of its response in front, and where its body starts."""
     if earlier is not _NO_HEADER:
-        encoded = _bytes_field(_HEADER, earlier.encoded[_body_of(earlier.encoded) :] + encoded[body:])
+        encoded = bytes_field(_HEADER, earlier.encoded[_body_of(earlier.encoded) :] + encoded[body:])
         body = _body_of(encoded)
     return encoded, body
 
@@ -293,26 +382,38 @@ def _scan_header(encoded: bytes, body: int) -> Header:
         if tag not in _REVISION_AND_TERM:
             return _scan_any_header(encoded, body)
         if value > 127:
-            value, pos = _long_number(encoded, pos, value)
+            value, pos = long_number(encoded, pos, value)
         if tag == _REVISION:
             revision = value
         else:
             raft_term = value
     if pos != end:
         raise ScanError("a field of a header reaches over its end")
-    return Header(encoded, cluster_id, member_id, _signed(revision), raft_term)
+    _remember(encoded, body + len(ids), revision, cluster_id, member_id, raft_term)
+    return Header(encoded, cluster_id, member_id, signed(revision), raft_term)
+
+
+def _remember(encoded: bytes, start: int, revision: int, cluster_id: int, member_id: int, raft_term: int) -> None:
+    """Remember a header for those near to it, if it is as etcd writes it from `start` on: its revision and its term."""
+    global _near
+    if revision >> 7 == _near.revision >> 7 or not 128 <= revision < 1 << 63:
+        return
+    if encoded[start:] == number_field(_REVISION, revision) + number_field(_RAFT_TERM, raft_term):
+        at = start + 1
+        size = len(varint(revision))
+        _near = _Near(encoded[:at], encoded[at + 1 :], revision & ~127, size, cluster_id, member_id, raft_term)
 
 
 def _scan_any_header(encoded: bytes, body: int) -> Header:
     global _ids
     numbers = {_CLUSTER_ID: 0, _MEMBER_ID: 0, _REVISION: 0, _RAFT_TERM: 0}
     tags: list[int] = []
-    for tag, _, _, end, value in _fields(encoded, body, len(encoded)):
+    for tag, _, _, end, value in fields(encoded, body, len(encoded)):
         numbers[tag] = value
         tags.append(tag)
         if tags == [_CLUSTER_ID, _MEMBER_ID]:
             _ids = (encoded[body:end], numbers[_CLUSTER_ID], numbers[_MEMBER_ID])
-    return Header(encoded, numbers[_CLUSTER_ID], numbers[_MEMBER_ID], _signed(numbers[_REVISION]), numbers[_RAFT_TERM])
+    return Header(encoded, numbers[_CLUSTER_ID], numbers[_MEMBER_ID], signed(numbers[_REVISION]), numbers[_RAFT_TERM])
 
 
 def _scan_event(data: bytes, start: int, body: int, end: int) -> Event:
@@ -328,7 +429,7 @@ def _scan_event(data: bytes, start: int, body: int, end: int) -> Event:
         pos += 2
         if tag == _KV:
             if value > 127:
-                value, pos = _long_size(data, pos, value)
+                value, pos = long_size(data, pos, value)
             stop = pos + value
             revision = _scan_key_value(data, pos, stop, revision)
             pos = stop
@@ -336,7 +437,7 @@ def _scan_event(data: bytes, start: int, body: int, end: int) -> Event:
             kind = value
         elif tag == _PREV_KV:
             if value > 127:
-                value, pos = _long_size(data, pos, value)
+                value, pos = long_size(data, pos, value)
             stop = pos + value
             _scan_key_value(data, pos, stop, 0)
             bare = None
@@ -351,7 +452,7 @@ def _scan_event(data: bytes, start: int, body: int, end: int) -> Event:
 def _scan_any_event(data: bytes, start: int, body: int, end: int) -> Event:
     encoded = data[start:end]
     event = Event(PUT, 0, encoded, encoded)
-    for tag, _, inner, stop, value in _fields(data, body, end):
+    for tag, _, inner, stop, value in fields(data, body, end):
         if tag == _TYPE:
             # An enum has 32 bits, signed, whatever was sent.
             event.kind = (value & 0xFFFF_FFFF ^ 0x8000_0000) - 0x8000_0000
@@ -373,14 +474,14 @@ def _scan_key_value(data: bytes, pos: int, end: int, revision: int) -> int:
         pos += 2
         if tag == _MOD_REVISION:
             if value > 127:
-                value, pos = _long_number(data, pos, value)
+                value, pos = long_number(data, pos, value)
             found = value
         elif tag in _KEY_AND_VALUE:
             if value > 127:
-                value, pos = _long_size(data, pos, value)
+                value, pos = long_size(data, pos, value)
             pos += value
         elif tag in _OTHER_NUMBERS:
-            last = pos + _VARINT_BYTES_MAX - 1
+            last = pos + VARINT_BYTES_MAX - 1
             while value > 127:
                 value = data[pos]
                 pos += 1
@@ -390,117 +491,32 @@ def _scan_key_value(data: bytes, pos: int, end: int, revision: int) -> int:
             return _scan_any_key_value(data, start, end, revision)
     if pos != end:
         raise ScanError("a field of a key-value reaches over its end")
-    return _signed(found)
+    return signed(found)
 
 
 def _scan_any_key_value(data: bytes, pos: int, end: int, revision: int) -> int:
-    for tag, _, _, _, value in _fields(data, pos, end):
+    for tag, _, _, _, value in fields(data, pos, end):
         if tag == _MOD_REVISION:
-            revision = _signed(value)
+            revision = signed(value)
     return revision
 
 
 def _without_prev_kv(encoded: bytes) -> bytes:
     """Return an encoded event without its field prev_kv."""
-    fields = _fields(encoded, _body_of(encoded), len(encoded))
-    return _bytes_field(_EVENTS, b"".join([encoded[start:end] for tag, start, _, end, _ in fields if tag != _PREV_KV]))
+    parts = fields(encoded, _body_of(encoded), len(encoded))
+    return bytes_field(_EVENTS, b"".join([encoded[start:end] for tag, start, _, end, _ in parts if tag != _PREV_KV]))
 
 
 def _body_of(encoded: bytes) -> int:
     """Return where the body of an encoded field starts, behind its tag and length; 0 for no field at all."""
-    for _, _, body, _, _ in _fields(encoded, 0, len(encoded)):
+    for _, _, body, _, _ in fields(encoded, 0, len(encoded)):
         return body
     return 0
 
 
-def _fields(data: bytes, pos: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """
-    Walk the fields of the message data[pos:end].
-
-    Yields for each its tag, where it starts, where its content (what follows tag and length) starts and ends, and the
-    number, as 64 bits without a sign, if it is one. Raises ScanError, IndexError.
-    """
-    while pos < end:
-        start = pos
-        tag = data[pos]
-        pos += 1
-        if tag > 127:
-            tag, pos = _long_size(data, pos, tag)
-        kind = tag & 7
-        if tag < 8 or tag > 0xFFFF_FFFF or kind in (6, 7):
-            raise ScanError(f"{tag} is no tag of a field")
-        if kind in (3, 4):
-            raise ScanError(f"field {tag >> 3} is a group")
-        body = pos
-        value = 0
-        if kind == 0:
-            value = data[pos]
-            pos += 1
-            if value > 127:
-                value, pos = _long_number(data, pos, value)
-        elif kind == 2:
-            size = data[pos]
-            body = pos = pos + 1
-            if size > 127:
-                size, body = _long_size(data, pos, size)
-            pos = body + size
-        else:
-            pos += 8 if kind == 1 else 4
-        if pos > end:
-            break
-        yield tag, start, body, pos, value
-    if pos != end:
-        raise ScanError("a field reaches over the end of its message")
-
-
-def _long_number(data: bytes, pos: int, value: int) -> tuple[int, int]:
-    """
-    Read on at `pos` in a number whose first byte, `value`, says that there are more.
-
-    Returns it, as 64 bits without a sign, and where it ends. Two to four bytes, a revision, are written out.
-    """
-    byte = data[pos]
-    value += (byte << 7) - 128
-    if byte < 128:
-        return value, pos + 1
-    byte = data[pos + 1]
-    value += (byte << 14) - (128 << 7)
-    if byte < 128:
-        return value, pos + 2
-    byte = data[pos + 2]
-    value += (byte << 21) - (128 << 14)
-    if byte < 128:
-        return value, pos + 3
-    for count in range(4, _VARINT_BYTES_MAX):
-        byte = data[pos + count - 1]
-        value += (byte << 7 * count) - (128 << 7 * (count - 1))
-        if byte < 128:
-            return value & 0xFFFF_FFFF_FFFF_FFFF, pos + count
-    raise ScanError("a number of more than 64 bits")
-
-
-def _long_size(data: bytes, pos: int, value: int) -> tuple[int, int]:
-    """Read on in a length or a tag; see `_long_number`."""
-    byte = data[pos]
-    value += (byte << 7) - 128
-    if byte < 128:
-        return value, pos + 1
-    for count in range(2, _TAG_BYTES_MAX):
-        byte = data[pos + count - 1]
-        value += (byte << 7 * count) - (128 << 7 * (count - 1))
-        if byte < 128:
-            return value, pos + count
-    raise ScanError("a length or a tag of more than 32 bits")
-
-
-def _signed(value: int) -> int:
-    """Return 64 bits without a sign as an int64."""
-    return value if value < 1 << 63 else value - (1 << 64)
-
-
 def encode_watch_id(watch_id: int) -> bytes:
     """Return the field watch_id of a WatchResponse, nothing for 0; a negative id takes 10 bytes."""
-    return _number_field(_WATCH_ID, watch_id)
+    return number_field(_WATCH_ID, watch_id)
 
 
 def encode_response(
@@ -518,12 +534,12 @@ def encode_response(
     return b"".join(
         (
             header.encoded,
-            _number_field(_WATCH_ID, watch_id),
-            _number_field(_CREATED, created),
-            _number_field(_CANCELED, canceled),
-            _number_field(_COMPACT_REVISION, compact_revision),
-            _bytes_field(_CANCEL_REASON, cancel_reason.encode()) if cancel_reason else b"",
-            _number_field(_FRAGMENT, fragment),
+            number_field(_WATCH_ID, watch_id),
+            number_field(_CREATED, created),
+            number_field(_CANCELED, canceled),
+            number_field(_COMPACT_REVISION, compact_revision),
+            bytes_field(_CANCEL_REASON, cancel_reason.encode()) if cancel_reason else b"",
+            number_field(_FRAGMENT, fragment),
             events,
         )
     )
@@ -543,18 +559,18 @@ def encode_create(
 ) -> bytes:
     """Return an encoded WatchRequest that creates a watch; start_revision None means now, watch_id 0 any id."""
     filters = (b"\x00" if no_put else b"") + (b"\x01" if no_delete else b"")
-    return _bytes_field(
+    return bytes_field(
         _CREATE_REQUEST,
         b"".join(
             (
-                _bytes_field(_CREATE_KEY, key) if key else b"",
-                _bytes_field(_CREATE_RANGE_END, range_end) if range_end else b"",
-                _number_field(_CREATE_START_REVISION, start_revision or 0),
-                _number_field(_CREATE_PROGRESS_NOTIFY, progress_notify),
-                _bytes_field(_CREATE_FILTERS, filters) if filters else b"",
-                _number_field(_CREATE_PREV_KV, prev_kv),
-                _number_field(_CREATE_WATCH_ID, watch_id),
-                _number_field(_CREATE_FRAGMENT, fragment),
+                bytes_field(_CREATE_KEY, key) if key else b"",
+                bytes_field(_CREATE_RANGE_END, range_end) if range_end else b"",
+                number_field(_CREATE_START_REVISION, start_revision or 0),
+                number_field(_CREATE_PROGRESS_NOTIFY, progress_notify),
+                bytes_field(_CREATE_FILTERS, filters) if filters else b"",
+                number_field(_CREATE_PREV_KV, prev_kv),
+                number_field(_CREATE_WATCH_ID, watch_id),
+                number_field(_CREATE_FRAGMENT, fragment),
             )
         ),
     )
@@ -562,30 +578,9 @@ def encode_create(
 
 def encode_cancel(watch_id: int) -> bytes:
     """Return an encoded WatchRequest that cancels a watch."""
-    return _bytes_field(_CANCEL_REQUEST, _number_field(_CANCEL_WATCH_ID, watch_id))
+    return bytes_field(_CANCEL_REQUEST, number_field(_CANCEL_WATCH_ID, watch_id))
 
 
 def encode_progress() -> bytes:
     """Return an encoded WatchRequest that asks for a progress response."""
-    return _bytes_field(_PROGRESS_REQUEST, b"")
-
-
-def _number_field(tag: int, value: int) -> bytes:
-    """Return a number's field, nothing for 0 (proto3 sends no defaults)."""
-    return _BYTE[tag] + _varint(value) if value else b""
-
-
-def _bytes_field(tag: int, value: bytes) -> bytes:
-    return _BYTE[tag] + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    if 0 <= value < 128:
-        return _BYTE[value]
-    value &= 0xFFFF_FFFF_FFFF_FFFF
-    encoded = bytearray()
-    while value > 127:
-        encoded.append(value & 127 | 128)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
+    return bytes_field(_PROGRESS_REQUEST, b"")

@@ -326,7 +326,8 @@ class Engine:
             self._start_over()
         finally:
             self._busy = False
-        self._arm()
+        if self.core.deadline_moved:
+            self._arm()
 
     def _start_over(self) -> None:
         """Drop a core that failed, by a bug of ours, with all of its sessions; called where the exception is handled.
@@ -374,11 +375,12 @@ class Engine:
     def _deliver(self, effect: Deliver) -> None:
         """Write one payload to many watches."""
         payload, watches = effect.payload, effect.watches
-        runs = self._runs_of(watches) if len(watches) >= RUN_WATCHES_MIN else None
+        count = len(watches)
+        runs = self._runs_of(watches) if count >= RUN_WATCHES_MIN else None
         sent = self._deliver_each(payload, watches) if runs is None else self._deliver_runs(payload, runs)
         stats = self.stats
-        stats.delivered += len(watches)
-        stats.coalesced += len(watches) - 1
+        stats.delivered += count
+        stats.coalesced += count - 1
         stats.delivered_bytes += sent
         if not stats.delivering_since:
             stats.delivering_since = self._received_at
@@ -392,7 +394,6 @@ class Engine:
         messages_of = payload.messages
         sent = 0
         size = 0
-        bulky = False
         messages: Sequence[bytes] = ()
         watch_id: int | None = None
         for watch in watches:
@@ -408,10 +409,9 @@ class Engine:
                 # Most clients have one watch to a stream, with the id 0: then this is done once.
                 watch_id = watch.watch_id
                 messages = messages_of(watch_id)
-                size = sum(map(len, messages))
-                bulky = size > BULKY_BYTES
+                size = len(messages[0]) if len(messages) == 1 else sum(map(len, messages))
             sent += size
-            if bulky:
+            if size > BULKY_BYTES:
                 connection.bulky = True
             if not connection.h2.send(outlet.stream, messages, size):
                 outlet.stalled = True

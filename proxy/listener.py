@@ -58,6 +58,8 @@ class Listener:
         self.flushed: Callable[[], None] | None = None
         """Called after each turn's writes; None: by nobody."""
         self._dirty: list[ServerConnection] = []
+        self._gathering = False
+        """Something is at work that says when it is done, and what it touches is written then."""
         self._listening: Listening | None = None
         self._servers: list[asyncio.Server] = []
         self._port = 0
@@ -108,9 +110,18 @@ class Listener:
 
     def soon(self, connection: ServerConnection) -> None:
         """Have a connection flushed before this turn of the loop ends; called by `ServerConnection.touch`."""
-        if not self._dirty:
+        if not (self._dirty or self._gathering):
             self._loop.call_soon(self._flush)
         self._dirty.append(connection)
+
+    def gather(self, begins: bool) -> None:
+        """Begin and end a piece of work that touches connections: they are written at its end.
+
+        For reads of events: the end of the turn would be soon enough, but costs a callback for each event.
+        """
+        self._gathering = begins
+        if not begins and self._dirty:
+            self._flush()
 
     def relieve(self) -> None:
         """Write what is queued now, in the middle of a turn, if it is spread over many connections.

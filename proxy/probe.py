@@ -26,10 +26,11 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
 
 from coalesce import report
+from proto.fields import ScanError
 from proto.framing import FramingError, Unframer, decode_message, frame
 from proto.http2 import Connection, DataReceived, Event, HeadersReceived, Role
 from proto.pb import rpc_pb2
-from proto.scan import ScanError, scan_watch_response
+from proto.scan import scan_watch_response
 from proxy import logs
 from proxy.server_connection import ServerConnection
 from proxy.watch import FAILED_TEXT, PATH

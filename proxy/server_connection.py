@@ -196,7 +196,11 @@ class ServerConnection(asyncio.Protocol):
             self._rest.extend(pieces)
             self._write_rest()
         elif pieces:
-            self._write(b"".join(pieces))
+            data = b"".join(pieces)
+            stats = self._listener.stats
+            stats.writes += 1
+            stats.written_bytes += len(data)
+            transport.write(data)
         if self.h2.closed:
             self._close()
 

@@ -39,6 +39,7 @@ CORE_STDLIB = {
     "heapq",
     "itertools",
     "operator",
+    "struct",
     "typing",
 }
 

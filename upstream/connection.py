@@ -48,6 +48,10 @@ _FIRST_BYTES_MAX: Final = 512
 _SETTINGS_FRAME: Final = 4
 
 
+def _nobody(begins: bool) -> None:
+    """Do nothing about a read."""
+
+
 class NotSent(Exception):
     """A call could not be started on this connection; nothing of it has been sent."""
 
@@ -143,6 +147,8 @@ class ClientConnection(asyncio.Protocol):
         self.failure: Unreachable | None = None
         # The server ended it because of our PINGs: the next one has to send fewer.
         self.pinged_too_often = False
+        # Told before (True) and after (False) the calls are told what came with a read.
+        self.around_read: Callable[[bool], None] = _nobody
         self.ready: asyncio.Future[None] = loop.create_future()
         self.http2 = Connection(
             Role.CLIENT,
@@ -152,7 +158,7 @@ class ClientConnection(asyncio.Protocol):
         self._loop = loop
         self._transport: asyncio.Transport | None = None
         # The start of what the server said, until its first SETTINGS: tells what it is, if it is no HTTP/2 server.
-        self._first = b""
+        self._first: bytes | None = b""
         # Output is flushed when the bytes at hand have been received.
         self._receiving = False
         self._flush_scheduled = False
@@ -188,18 +194,29 @@ class ClientConnection(asyncio.Protocol):
         self._heard_at = self._loop.time()
         # Not by comparing times: on a fast network the answer comes in the same tick of the loop's clock.
         self._pinged_at = None
-        if not self.ready.done():
+        if self._first is not None:
             self._first = (self._first + data)[:_FIRST_BYTES_MAX]
             # The first frame has to be SETTINGS (RFC 9113 3.4); its type is the fourth byte.
             if len(self._first) > 3 and self._first[3] != _SETTINGS_FRAME:
                 self._fail(not_http2(self.endpoint.text, self.secure, self._first))
                 return
+        self.around_read(True)
         self._receiving = True
         try:
-            self._dispatch(self.http2.receive(data))
+            event = self.http2.receive_data(data)
+            if event is not None and event.stream.owner is not None:
+                call: UpstreamCall = event.stream.owner
+                call.owed += event.flow_size
+                call.handler.on_data(event.data, event.flow_size)
+            elif event is not None:
+                self._on_data(event)
+            else:
+                self._dispatch(self.http2.receive(data))
         finally:
             self._receiving = False
-        self._flush()
+            self.around_read(False)
+        if event is None or self._flush_scheduled:
+            self._flush()
 
     def pause_writing(self) -> None:
         """The kernel does not keep up."""
@@ -359,7 +376,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _on_settings(self) -> None:
         if not self.ready.done():
-            self._first = b""
+            self._first = None
             self.healthy = True
             self.ready.set_result(None)
 
@@ -390,9 +407,10 @@ class ClientConnection(asyncio.Protocol):
             self._loop.call_soon(self.close)
 
     def _schedule_flush(self) -> None:
-        if not (self._receiving or self._flush_scheduled):
+        if not self._flush_scheduled:
             self._flush_scheduled = True
-            self._loop.call_soon(self._flush)
+            if not self._receiving:
+                self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         """Write everything there is, at once."""

@@ -21,9 +21,10 @@ import ssl
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from proto.fields import ScanError
 from proto.framing import FramingError, Status, Unframer, frame
 from proto.http2 import Headers
-from proto.scan import Header, ScanError, WatchResponse, scan_watch_response
+from proto.scan import Header, WatchResponse, scan_watch_response
 from upstream.connection import ClientConnection, NotSent, UpstreamCall, after, request_headers
 from upstream.credentials import INVALID_TOKEN, Credentials, log_in
 from upstream.dial import Dialer, Server
@@ -48,6 +49,9 @@ from upstream.watch_state import WatchState
 from upstream.watch_stream import Create, OpenedWatch, WatchStream
 
 WATCH_PATH = b"/etcdserverpb.Watch/Watch"
+
+_RETURNED_SHARE = 1 / 16
+"""Flow control is given back when this part of a stream's window has been read."""
 
 # What trying again does not mend. Not UNIMPLEMENTED, which another endpoint may serve, and not CANCELLED, which an
 # etcd that is being stopped says.
@@ -88,7 +92,7 @@ class WatchListener(Protocol):
 class _Call:
     """The call that carries one WatchStream."""
 
-    __slots__ = ("_client", "_held", "_oldest", "_oldest_since", "_stream", "_unframer", "call")
+    __slots__ = ("_client", "_held", "_oldest", "_oldest_since", "_stream", "_taken", "_taken_max", "_unframer", "call")
 
     def __init__(self, client: WatchClient, stream: WatchStream, message_bytes_max: int) -> None:
         self._client = client
@@ -96,6 +100,9 @@ class _Call:
         self._unframer = Unframer(message_bytes_max)
         # What came while paused, unread and without credit: at most one stream window.
         self._held: list[tuple[bytes, int]] = []
+        # Bytes read that have not been given back yet: that is done for many messages at once, see _RETURNED_SHARE.
+        self._taken = 0
+        self._taken_max = client._settings.connection.stream_window_bytes * _RETURNED_SHARE
         # The create that has waited for longest when last looked at, and since when it has been that.
         self._oldest: Create | None = None
         self._oldest_since = 0.0
@@ -142,17 +149,26 @@ class _Call:
         call = self.call
         if call is None:
             return
-        call.consumed(flow_size)
+        self._taken += flow_size
+        if self._taken >= self._taken_max:
+            call.consumed(self._taken)
+            self._taken = 0
         if call.http_status != 200:
             return
         client = self._client
         client.received_bytes += len(data)
         stream = self._stream
+        state = client._state
         try:
             for message in self._unframer.feed(data):
                 if call.ended:
                     break
-                client._apply(client._state.received(stream, client._scan(message)))
+                response = client._scan(message)
+                watch = state.received_events(stream, response)
+                if watch is not None:
+                    client._listener.received(watch, response)
+                else:
+                    client._apply(state.received(stream, response))
         except FramingError as error:
             call.reset()
             client._stream_ended(stream, error.code, error.text, final=error.code == Status.RESOURCE_EXHAUSTED)
@@ -207,6 +223,8 @@ class WatchClient:
         self.leaderless = False
         # Connections lost while watches were open, since the start.
         self.breaks = 0
+        # Told when the listener is about to hear what came with a read (True), and when it has heard it (False).
+        self.around_read: Callable[[bool], None] | None = None
         # DATA of watch streams read since the start, in bytes.
         self.received_bytes = 0
 
@@ -516,6 +534,8 @@ class WatchClient:
         target.backoff.succeeded(asyncio.get_running_loop().time())
         target.told = ""
         connection = server.connection
+        if self.around_read is not None:
+            connection.around_read = self.around_read
         self._log.info("upstream_watch_connected", endpoint=target.endpoint.text, version=server.version)
         revision = 0
         if server.header is not None:

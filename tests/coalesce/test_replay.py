@@ -326,3 +326,22 @@ def test_a_drain_that_nobody_waited_for_is_harmless() -> None:
     shell.do(shell.core.drained, client.session)
     shell.events(trunk, put(6))
     assert client.read() == ["#0 @6 put 6 k=v"]
+
+
+def test_a_deadline_moves_by_the_first_event_and_by_stalls_not_by_events_like_any_other() -> None:
+    """The engine does not ask for a deadline that has not moved; the simulator holds that for every input."""
+    shell = Shell(Limits(lagging_age_s_max=1.0))
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    shell.core.next_deadline()
+    shell.events(trunk, put(6))
+    assert shell.core.deadline_moved
+    before = shell.core.next_deadline()
+    shell.events(trunk, put(7), put(8))
+    shell.events(trunk, put(9))
+    assert not shell.core.deadline_moved
+    assert shell.core.next_deadline() == before
+    client.stall()
+    shell.events(trunk, put(10))
+    assert shell.core.deadline_moved
+    assert shell.core.next_deadline() == shell.now + 1.0

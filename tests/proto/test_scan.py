@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from proto.fields import ScanError
 from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import (
     DELETE,
     PUT,
     Header,
-    ScanError,
     WatchResponse,
     encode_cancel,
     encode_create,

@@ -12,8 +12,9 @@ from google.protobuf.message import DecodeError, Message
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from proto.fields import ScanError
 from proto.pb import kv_pb2, rpc_pb2
-from proto.scan import ScanError, WatchResponse, encode_response, scan_watch_response
+from proto.scan import WatchResponse, encode_response, scan_watch_response
 from tests.proto.encoding import fixed32, fixed64, number, string
 
 # Without the phase that explains failures: it takes minutes on inputs of this size.
@@ -206,6 +207,38 @@ def test_reads_damaged_messages_as_the_library_does(data: bytes, damages: list[t
         if damaged:
             damaged[place % len(damaged)] = byte
     agree_on(bytes(damaged))
+
+
+@st.composite
+def one_put_after_another(draw: st.DrawFn) -> tuple[bytes, bytes]:
+    """Two responses of one put each, a few revisions apart, by one member: as they come as long as all keep up."""
+    header = rpc_pb2.ResponseHeader(cluster_id=0xCDF818194E3A8C32, member_id=5, raft_term=draw(st.integers(1, 300)))
+    header.revision = draw(st.integers(100, 1 << 21))
+    kv = kv_pb2.KeyValue(key=draw(BYTES) or b"k", create_revision=draw(st.integers(1, 1 << 21)), version=3)
+    kv.value = draw(BYTES) or b"v"
+    kv.lease = draw(st.sampled_from([0, 0, 7, 1 << 62]))
+    put = rpc_pb2.WatchResponse(header=header, watch_id=draw(st.integers(0, 300)), events=[kv_pb2.Event(kv=kv)])
+    both = []
+    for step in (0, draw(st.integers(0, 200))):
+        put.header.revision += step
+        put.events[0].kv.mod_revision = put.header.revision - draw(st.sampled_from([0, 0, 1, 90]))
+        both.append(told(put))
+    return both[0], both[1]
+
+
+@settings(SCAN, max_examples=300)
+@given(one_put_after_another(), st.lists(st.tuples(st.integers(0), st.integers(0, 255)), max_size=2))
+def test_reads_one_put_after_another(puts: tuple[bytes, bytes], damages: list[tuple[int, int]]) -> None:
+    first, second = puts
+    agree_on(first)
+    agree_on(second)
+    agree_on(second + first)
+    damaged = bytearray(second)
+    for place, byte in damages:
+        damaged[place % len(damaged)] = byte
+    agree_on(bytes(damaged))
+    for size in range(len(second) - 20, len(second)):
+        agree_on(second[:size])
 
 
 @settings(SCAN, max_examples=200)

@@ -206,6 +206,31 @@ def test_writes_of_one_turn_are_one() -> None:
     run(scenario())
 
 
+def test_what_a_read_touches_is_written_at_its_end() -> None:
+    """Before anything else of this turn, each connection once; and what is touched later in its own time."""
+
+    async def scenario() -> None:
+        async with rig_of() as rig, await rig.connect() as client:
+            calls = [client.call(ECHO) for _ in range(5)]
+            for call in calls:
+                call.send(b"x")
+                assert await call.next() == b"x"
+            before = rig.listener.stats.writes
+            rig.listener.gather(True)
+            for handler in rig.handlers:
+                handler.call.write(frame(b"event"))
+            assert rig.listener.stats.writes == before
+            rig.listener.gather(False)
+            assert rig.listener.stats.writes == before + 1
+            rig.handlers[0].call.write(frame(b"later"))
+            assert rig.listener.stats.writes == before + 1
+            for call in calls:
+                assert await call.next() == b"event"
+            assert await calls[0].next() == b"later"
+
+    run(scenario())
+
+
 @pytest.mark.parametrize(("connections", "at_once"), [(RELIEVED_MIN, True), (RELIEVED_MIN - 1, False)])
 def test_much_is_written_before_the_turn_ends(connections: int, at_once: bool) -> None:
     """When it is spread over many connections; the end of the turn finds nothing left."""

@@ -9,10 +9,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a source moves one revision too little",
         "fanout",
-        "self.advance(batch.last_revision + 1)",
-        "self.advance(batch.last_revision)",
+        "self.next_revision = batch.last_revision + 1",
+        "self.next_revision = batch.last_revision",
     ),
-    Mutant("what is old is delivered again", "source", "part = batch.since(self.fanout.next_revision)", "part = batch"),
+    Mutant("what is old is delivered again", "source", "else batch.since(fanout.next_revision)", "else batch"),
     Mutant(
         "an event's header counts as progress", "core", "elif not response.created and not response.events:", "else:"
     ),
@@ -80,7 +80,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "while self.next_id in self.watches:",
     ),
     # Variants.
-    Mutant("prev_kv for everybody", "batch", "event.encoded if variant & PREV_KV else event.bare", "event.encoded"),
+    Mutant(
+        "prev_kv for everybody",
+        "batch",
+        "encoded = event.encoded if variant & PREV_KV else event.bare",
+        "encoded = event.encoded",
+    ),
     Mutant(
         "a filter lets deletes through",
         "batch",

@@ -87,6 +87,8 @@ class World:
         self._inbox: deque[tuple[Any, ...]] = deque()
         self._busy = False
         self._inputs = 0
+        self._rings_at: float | None = None
+        """The engine's timer; what rings too early is set anew then."""
         self._start()
 
     def _start(self) -> None:
@@ -187,6 +189,16 @@ class World:
                     _CARRY_OUT[type(effect).__name__](self, effect)
         finally:
             self._busy = False
+        self._arm()
+
+    def _arm(self) -> None:
+        """Set the timer as the engine does, which does not ask for a deadline that has not moved."""
+        moved = self.core.deadline_moved
+        deadline = self.core.next_deadline()
+        if moved:
+            self._rings_at = deadline
+        elif deadline is not None and (self._rings_at is None or deadline < self._rings_at):
+            raise SimulationFailure("a deadline came nearer, and nobody was told")
 
     def _deliver(self, effect: Any) -> None:
         payload = effect.payload
@@ -411,7 +423,7 @@ class World:
         if self.config.late_timers:
             self.now = until
         for _ in range(1000):
-            deadline = self.core.next_deadline()
+            deadline = self._rings_at = self.core.next_deadline()
             if deadline is None or deadline > until:
                 break
             self.now = max(self.now, deadline)

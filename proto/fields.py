@@ -1,0 +1,130 @@
+"""
+Protobuf's encoding: numbers, lengths and fields in bytes, read and written.
+
+The part of `proto.scan` that knows nothing of etcd's messages. Encoding: protobuf.dev/programming-guides/encoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+# Each byte that is a whole varint, as most tags, lengths and watch ids are.
+_BYTE: Final = tuple(bytes((value,)) for value in range(128))
+
+VARINT_BYTES_MAX: Final = 10
+"""A number has 64 bits, seven in each byte."""
+TAG_BYTES_MAX: Final = 5
+"""Tags and lengths have 32 bits."""
+
+
+class ScanError(ValueError):
+    """The bytes are no message."""
+
+
+def fields(data: bytes, pos: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """
+    Walk the fields of the message data[pos:end].
+
+    Yields for each its tag, where it starts, where its content (what follows tag and length) starts and ends, and the
+    number, as 64 bits without a sign, if it is one. Raises ScanError, IndexError.
+    """
+    while pos < end:
+        start = pos
+        tag = data[pos]
+        pos += 1
+        if tag > 127:
+            tag, pos = long_size(data, pos, tag)
+        kind = tag & 7
+        if tag < 8 or tag > 0xFFFF_FFFF or kind in (6, 7):
+            raise ScanError(f"{tag} is no tag of a field")
+        if kind in (3, 4):
+            raise ScanError(f"field {tag >> 3} is a group")
+        body = pos
+        value = 0
+        if kind == 0:
+            value = data[pos]
+            pos += 1
+            if value > 127:
+                value, pos = long_number(data, pos, value)
+        elif kind == 2:
+            size = data[pos]
+            body = pos = pos + 1
+            if size > 127:
+                size, body = long_size(data, pos, size)
+            pos = body + size
+        else:
+            pos += 8 if kind == 1 else 4
+        if pos > end:
+            break
+        yield tag, start, body, pos, value
+    if pos != end:
+        raise ScanError("a field reaches over the end of its message")
+
+
+def long_number(data: bytes, pos: int, value: int) -> tuple[int, int]:
+    """
+    Read on at `pos` in a number whose first byte, `value`, says that there are more.
+
+    Returns it, as 64 bits without a sign, and where it ends. Two to four bytes, a revision, are written out.
+    """
+    byte = data[pos]
+    value += (byte << 7) - 128
+    if byte < 128:
+        return value, pos + 1
+    byte = data[pos + 1]
+    value += (byte << 14) - (128 << 7)
+    if byte < 128:
+        return value, pos + 2
+    byte = data[pos + 2]
+    value += (byte << 21) - (128 << 14)
+    if byte < 128:
+        return value, pos + 3
+    for count in range(4, VARINT_BYTES_MAX):
+        byte = data[pos + count - 1]
+        value += (byte << 7 * count) - (128 << 7 * (count - 1))
+        if byte < 128:
+            return value & 0xFFFF_FFFF_FFFF_FFFF, pos + count
+    raise ScanError("a number of more than 64 bits")
+
+
+def long_size(data: bytes, pos: int, value: int) -> tuple[int, int]:
+    """Read on in a length or a tag; see `long_number`."""
+    byte = data[pos]
+    value += (byte << 7) - 128
+    if byte < 128:
+        return value, pos + 1
+    for count in range(2, TAG_BYTES_MAX):
+        byte = data[pos + count - 1]
+        value += (byte << 7 * count) - (128 << 7 * (count - 1))
+        if byte < 128:
+            return value, pos + count
+    raise ScanError("a length or a tag of more than 32 bits")
+
+
+def signed(value: int) -> int:
+    """Return 64 bits without a sign as an int64."""
+    return value if value < 1 << 63 else value - (1 << 64)
+
+
+def number_field(tag: int, value: int) -> bytes:
+    """Return a number's field, nothing for 0 (proto3 sends no defaults)."""
+    return _BYTE[tag] + varint(value) if value else b""
+
+
+def bytes_field(tag: int, value: bytes) -> bytes:
+    """Return the field of bytes, a text or a message."""
+    return _BYTE[tag] + varint(len(value)) + value
+
+
+def varint(value: int) -> bytes:
+    """Return a number in seven bits a byte, a negative one as 64 bits (10 bytes)."""
+    if 0 <= value < 128:
+        return _BYTE[value]
+    value &= 0xFFFF_FFFF_FFFF_FFFF
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)

@@ -1,0 +1,97 @@
+"""`receive_data`: it takes one whole frame of DATA exactly as `receive` does, and nothing else at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from proto.http2 import Connection, DataReceived, Limits
+from tests.http2 import wire
+from tests.http2.wire import Peer, client, data, raw, told
+
+WINDOW = 70_000
+
+
+def answered(*more: tuple[bytes, bytes]) -> tuple[Connection, Peer]:
+    """Return a client with a call on stream 1 that is being answered."""
+    connection, peer = client(limits=Limits(initial_window=WINDOW))
+    connection.open(wire.REQUEST)
+    peer.receive(wire.settings(None, "ACK"), peer.headers(1, [*wire.RESPONSE, *more]))
+    peer.said()
+    return connection, peer
+
+
+def state(connection: Connection) -> tuple[object, ...]:
+    stream = connection.streams.get(1)
+    return connection.receive_window, connection.closed, stream and (stream.receive_window, stream.state)
+
+
+@pytest.mark.parametrize("size", [1, 100, 16_384])
+def test_one_frame_is_taken_as_ever(size: int) -> None:
+    quick, _ = answered()
+    ever, _ = answered()
+    assert quick.receive_data(data(1, bytes(size))) == DataReceived(quick.streams[1], bytes(size), size, False)
+    assert told(ever.receive(data(1, bytes(size)))) == [f"data 1 {size}"]
+    assert state(quick) == state(ever)
+
+
+NOT_TAKEN: dict[str, Callable[[], bytes]] = {
+    "nothing": lambda: b"",
+    "half a head": lambda: data(1, b"x")[:5],
+    "a head": lambda: data(1, b"xy")[:9],
+    "half a frame": lambda: data(1, b"xy")[:-1],
+    "a frame and a byte": lambda: data(1, b"xy") + b"\0",
+    "two frames": lambda: data(1, b"xy") + data(1, b"z"),
+    "an empty frame": lambda: data(1, b""),
+    "the last frame": lambda: data(1, b"x", "END_STREAM"),
+    "padding": lambda: data(1, b"x", padding=3),
+    "a flag of no meaning": lambda: raw(0, 0x40, 1, b"x"),
+    "another stream": lambda: data(3, b"x"),
+    "stream 0": lambda: raw(0, 0, 0, b"x"),
+    "another type": lambda: wire.ping(),
+    "too large a frame": lambda: data(1, bytes(16_385)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_anything_else_is_left_alone(name: str) -> None:
+    connection, _ = answered()
+    before = state(connection)
+    assert connection.receive_data(NOT_TAKEN[name]()) is None
+    assert state(connection) == before
+    assert connection.output() == []
+
+
+def test_a_frame_inside_another_is_not_taken() -> None:
+    connection, peer = answered()
+    whole = data(1, data(1, b"x"))
+    peer.receive(whole[:9])
+    assert connection.receive_data(whole[9:]) is None
+    assert peer.receive(whole[9:]) == [f"data 1 {len(whole) - 9}"]
+
+
+def test_nor_inside_a_header_block() -> None:
+    connection, peer = answered()
+    peer.receive(peer.in_parts(1, wire.TRAILERS, 5, "END_STREAM")[0])
+    assert connection.receive_data(data(1, b"x")) is None
+    assert peer.receive(data(1, b"x")) == ["failed PROTOCOL_ERROR"]
+
+
+def test_nor_beyond_the_window_or_where_a_length_was_promised() -> None:
+    connection, peer = answered()
+    for _ in range(WINDOW // 10_000):
+        assert connection.receive_data(data(1, bytes(10_000))) is not None
+    assert connection.receive_data(data(1, b"x")) is None
+    assert peer.receive(data(1, b"x")) == ["reset 1 FLOW_CONTROL_ERROR"]
+    promised, _ = answered((b"content-length", b"2"))
+    assert promised.receive_data(data(1, b"x")) is None
+
+
+def test_nor_before_the_headers_nor_after_the_end() -> None:
+    connection, peer = client()
+    connection.open(wire.REQUEST)
+    assert connection.receive_data(data(1, b"x")) is None
+    peer.receive(peer.headers(1, wire.RESPONSE), data(1, b"x", "END_STREAM"))
+    assert connection.receive_data(data(1, b"x")) is None
+    assert told(connection.receive(data(1, b"x"))) == ["reset 1 STREAM_CLOSED"]
