@@ -171,6 +171,11 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
         snapshot.evictions_total,
     )
     yield GaugeMetricFamily(
+        "watchmux_coalescing_ratio",
+        "Client watches for each upstream watch now; 0 while there is none.",
+        value=snapshot.reduction or 0,
+    )
+    yield GaugeMetricFamily(
         "watchmux_upstream_reachable", "Whether an etcd answers (1) or none (0).", value=int(snapshot.reachable)
     )
     build = GaugeMetricFamily("watchmux_build_info", "Version of watchmux and of Python.", labels=["version", "python"])

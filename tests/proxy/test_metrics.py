@@ -146,6 +146,7 @@ def test_deliveries_are_counted_and_timed_once_for_each_turn(etcd: EtcdServer) -
     assert value(text, "watchmux_messages_delivered_total") == 5
     assert value(text, "etcd_grpc_proxy_events_coalescing_total") == 4
     assert value(text, "etcd_grpc_proxy_watchers_coalescing_total") == 4
+    assert value(text, "watchmux_coalescing_ratio") == 5
     assert value(text, "watchmux_delivery_delay_seconds_count") == 1
     assert 0 < value(text, "watchmux_delivery_delay_seconds_sum") < 5
     assert value(text, "watchmux_upstream_received_bytes_total") > 0
