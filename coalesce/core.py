@@ -221,10 +221,10 @@ class Coalescer:
         self._hub.endings.no_leader()
         return self._finish()
 
-    def store_went_back(self, header: Header, now: float) -> list[Effect]:
-        """A linearizable read proved that the store was restored: it is below what was known before it began."""
+    def other_history(self, header: Header, now: float) -> list[Effect]:
+        """The store was restored from a snapshot, or is another one; it is at this header's revision now."""
         self._begin(now)
-        self._hub.endings.store_went_back(header)
+        self._hub.endings.other_history(header)
         return self._finish()
 
     def header_seen(self, header: Header) -> None:

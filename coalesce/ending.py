@@ -30,7 +30,7 @@ _REFUSALS = (7, 16)
 USER_EMPTY = "etcdserver: user name is empty"
 AUTH_OLD = "etcdserver: revision of auth store is old"
 NO_LEADER = "etcdserver: no leader"
-STORE_WENT_BACK = "watchmux: the store went back to an earlier revision (restored from a snapshot?)"
+OTHER_HISTORY = "watchmux: the store has another history than before (restored from a snapshot?)"
 
 
 class Endings:
@@ -133,19 +133,19 @@ class Endings:
             hub.stats.refused_at["lagging_age_s_max"] += 1
             self.end(session, UNAVAILABLE, f"watchmux: the client has been behind for more than {limit:g} s")
 
-    def store_went_back(self, header: Header) -> None:
-        """The store has been restored to an earlier state: nothing that was heard above it is true any more."""
+    def other_history(self, header: Header) -> None:
+        """Nothing that was heard is known to be true any more: nobody knows from where on the histories differ."""
         hub = self._hub
         hub.header = header
         for trunk in list(hub.trunks_open.values()):
             for watch in list(trunk.watches):
                 # A watch of the future that was told nothing yet may wait on.
                 fresh = watch.place is Place.AHEAD and watch.progress_floor >= watch.position
-                if watch.next_revision > header.revision + 1 and not fresh:
-                    self._cancel_with(watch, STORE_WENT_BACK)
+                if not fresh or watch.position <= header.revision:
+                    self._cancel_with(watch, OTHER_HISTORY)
             self._restart(trunk, header.revision + 1)
             for create in trunk.joining:
-                if create.header is not None and create.header.revision > header.revision:
+                if create.header is not None:
                     hub.joining.read_again(create)
         hub.compact_revision = 0
         hub.progress.targets.clear()
@@ -256,19 +256,18 @@ class Endings:
             hub.joining.advance(create.session)
 
     def _restart(self, trunk: Trunk, next_revision: int) -> None:
-        """Drop all that a trunk knows and begin anew, at `next_revision` at the latest."""
+        """Drop all that a trunk knows and begin anew, at `next_revision`."""
         hub = self._hub
         if trunk.opening and trunk.upstream.start_revision is None:
             return
         watches = list(trunk.watches)
-        start = min(next_revision, trunk.next_revision)
         self._drop_upgrade(trunk)
         self._lift_all(watches)
         hub.close_upstream(trunk.upstream)
-        trunk.start_over(start)
+        trunk.start_over(next_revision)
         # With what their groups were sent: that is to come again.
         trunk.fanout.groups.clear()
-        hub.trunks.reopen(trunk, start)
+        hub.trunks.reopen(trunk, next_revision)
         hub.house(watches)
 
     def _lift_all(self, watches: Iterable[Watch]) -> None:

@@ -156,7 +156,7 @@ class EngineStats:
     """Times a connection for the watches was there (again), the first one included."""
 
     went_back: int = 0
-    """Times the store was found to be older than it had been."""
+    """Times the store was found to have another history than before."""
 
     ended: int = 0
     """Sessions ended by the core."""
@@ -290,6 +290,11 @@ class Engine:
     def header_seen(self, header: Header) -> None:
         """The newest header of any answer. It has no effects."""
         self.core.header_seen(header)
+
+    def other_history(self, header: Header) -> None:
+        """The store at the other end is not the one it was."""
+        self._rollback.other_history(header)
+        self._went_back(header)
 
     def broken(self) -> None:
         """The connection is lost; the watch client resumes by itself."""
@@ -523,10 +528,10 @@ class Engine:
         self._reader.read(answer, asker, refused)
 
     def _went_back(self, header: Header) -> None:
-        """A linearizable read proved that the store is older than it was."""
+        """The store is older than it was, or not the one it was."""
         self.stats.went_back += 1
         self._client().store_went_back(header.revision)
-        self._input(self.core.store_went_back, header)
+        self._input(self.core.other_history, header)
 
     def _check_permission(self, effect: CheckPermission) -> None:
         core = self.core

@@ -4,6 +4,8 @@ A `created` or a serializable read may be older than what is known, from a membe
 that began after something was known cannot. So every linearizable answer that comes, whatever was asked for, is held
 against what was known when it was asked for. And since nobody may ask anything after a break, one read is made for the
 watches that are open; with auth on by the right of whoever may: the first who is answered decides for all.
+
+A store that has grown past what was known since it was restored is recognised by `upstream/lineage.py`.
 """
 
 from __future__ import annotations
@@ -67,6 +69,11 @@ class Rollback:
             self._newest_read = max(self._newest_read, header.revision)
 
         return take
+
+    def other_history(self, header: Header) -> None:
+        """The store is known to be another one: what was read before says nothing about this one."""
+        self._epoch += 1
+        self._newest_read = header.revision
 
     def connected(self, watches: Iterable[Upstream]) -> None:
         """There is a new connection for the watches that are open (`watches` may change)."""

@@ -160,6 +160,10 @@ class _Listener:
 
     def header_seen(self, header: Header) -> None: ...
 
+    def other_history(self, header: Header) -> None:  # noqa: ARG002 - WatchListener's signature
+        for watch in list(self._watcher._watches.values()):
+            self._watcher._end(watch, CallFailed(10, "the store has another history than before"))
+
     def broken(self) -> None: ...
 
     def resumed(self) -> None: ...

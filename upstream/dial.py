@@ -22,6 +22,7 @@ from proto.scan import Header
 from upstream.connection import ClientConnection, NotSent, connect
 from upstream.endpoints import Backoff, Endpoint
 from upstream.errors import CallFailed, Log, Unreachable
+from upstream.lineage import Standing
 from upstream.settings import Settings
 from upstream.unary import call_unary
 
@@ -44,10 +45,25 @@ def has_ordered_progress(version: str) -> bool:
     return numbers >= (3, 5, 13) or (3, 4, 31) <= numbers < (3, 5, 0)
 
 
+def _standing(status: rpc_pb2.StatusResponse) -> Standing:
+    header = status.header
+    seen = Header.make(header.cluster_id, header.member_id, header.revision, header.raft_term)
+    return Standing(seen, status.raftAppliedIndex, status.raftIndex)
+
+
+async def read_standing(connection: ClientConnection, timeout_s: float) -> Standing | None:
+    """Ask a server where it is now; None when it does not say."""
+    try:
+        answer, _ = await call_unary(connection, STATUS_PATH, b"", (), timeout_s)
+        return _standing(rpc_pb2.StatusResponse.FromString(answer))
+    except (NotSent, CallFailed, DecodeError):
+        return None
+
+
 class Server:
     """A server that answered, and what it said of itself."""
 
-    __slots__ = ("connection", "has_leader", "header", "ordered_progress", "target", "version")
+    __slots__ = ("connection", "has_leader", "header", "ordered_progress", "standing", "target", "version")
 
     def __init__(self, target: Target, connection: ClientConnection) -> None:
         self.target = target
@@ -57,6 +73,7 @@ class Server:
         self.ordered_progress = False
         # Of its answer; None when it would not say.
         self.header: Header | None = None
+        self.standing: Standing | None = None
         # It knows a leader; assumed where it would not say.
         self.has_leader = True
 
@@ -229,7 +246,7 @@ class Dialer:
             raise Unreachable(where, "it is a learner, which serves no watches", "promote it or leave it out")
         server.version = status.version
         server.ordered_progress = has_ordered_progress(status.version)
-        header = status.header
-        server.header = Header.make(header.cluster_id, header.member_id, header.revision, header.raft_term)
+        server.standing = _standing(status)
+        server.header = server.standing.header
         server.has_leader = status.leader != 0
         server.target.leaderless = not server.has_leader

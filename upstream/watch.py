@@ -18,18 +18,18 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 from proto.fields import ScanError
 from proto.framing import FramingError, Status, Unframer, frame
 from proto.http2 import Headers
-from proto.scan import Header, WatchResponse, scan_watch_response
+from proto.scan import scan_watch_response
 from upstream.connection import ClientConnection, NotSent, UpstreamCall, after, request_headers
 from upstream.credentials import INVALID_TOKEN, Credentials, log_in
-from upstream.dial import Dialer, Server
+from upstream.dial import Dialer, Server, read_standing
 from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Log, Silence
+from upstream.lineage import Standing, is_suspect
 from upstream.namespace import Namespace
 from upstream.pool import NO_LEADER_TEXT
 from upstream.settings import Settings
@@ -45,6 +45,7 @@ from upstream.watch_effects import (
     TokenRefused,
     Write,
 )
+from upstream.watch_listener import WatchListener
 from upstream.watch_state import WatchState
 from upstream.watch_stream import Create, OpenedWatch, WatchStream
 
@@ -56,37 +57,6 @@ _RETURNED_SHARE = 1 / 16
 # What trying again does not mend. Not UNIMPLEMENTED, which another endpoint may serve, and not CANCELLED, which an
 # etcd that is being stopped says.
 _FINAL = frozenset({Status.INVALID_ARGUMENT, Status.PERMISSION_DENIED, Status.UNAUTHENTICATED})
-
-
-class WatchListener(Protocol):
-    """Who is told; `watch` is always the object that was opened."""
-
-    def received(self, watch: OpenedWatch, response: WatchResponse) -> None:
-        """
-        Whole revisions of events, none seen before; or `created`, once; or a bookmark: no events, complete through
-        header.revision; or `canceled` with compact_revision: then the watch is over.
-        """
-
-    def progressed(self, watches: Iterable[OpenedWatch], header: Header, number: int) -> None:
-        """
-        All of these, if any, are complete through header.revision, which the server had after `request_progress` was
-        called with this number (0: nobody knows).
-        """
-
-    def lost(self, watch: OpenedWatch, status: int, text: str) -> None:
-        """The watch is over for good: refused, cancelled by the server, or unreadable."""
-
-    def no_leader(self) -> None:
-        """No endpoint has a leader. Watches go on as well as they can."""
-
-    def header_seen(self, header: Header) -> None:
-        """The header of an answer that is not passed on otherwise."""
-
-    def broken(self) -> None:
-        """The connection is lost. Watches resume by themselves."""
-
-    def resumed(self) -> None:
-        """There is a connection (again), and all watches are being registered on it."""
 
 
 class _Call:
@@ -179,6 +149,15 @@ class _Call:
             self.leave()
 
 
+def _told(known: Standing, now: Standing) -> dict[str, int]:
+    return {
+        "known_revision": known.header.revision,
+        "known_index": known.applied,
+        "revision": now.header.revision,
+        "index": now.committed,
+    }
+
+
 class WatchClient:
     """Watches at whichever of several endpoints serves. Use from one event loop."""
 
@@ -211,6 +190,10 @@ class WatchClient:
         self._moved = asyncio.Event()
         # Of the cluster that is watched; None while nobody has said.
         self._cluster_id: int | None = None
+        # Where the store was when it was last seen to be the one it had been; None = nothing to go by.
+        self._standing: Standing | None = None
+        # Looks at it again.
+        self._recognition: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._credentials = credentials
         # Gets a new token for our own user.
@@ -304,6 +287,7 @@ class WatchClient:
     def store_went_back(self, revision: int) -> None:
         """The store is at `revision` after all, below what was seen before (restored from a snapshot)."""
         self._state.newest_revision = revision
+        self._standing = self._server.standing if self._server is not None else None
 
     async def foreign(self, endpoints: Sequence[Endpoint]) -> str | None:
         """
@@ -418,6 +402,8 @@ class WatchClient:
         loop = asyncio.get_running_loop()
         limit_s = self._settings.create_timeout_s
         self._look = loop.call_later(limit_s / 4, self._look_at_creates)
+        if self._server is not None:
+            self._look_at_history(self._server)
         for stream in list(self._state.streams()):
             shell = stream.shell
             if stream.token is not None and isinstance(shell, _Call) and shell.waits_for(loop.time()) >= limit_s:
@@ -435,6 +421,7 @@ class WatchClient:
     async def _run(self) -> None:
         while True:
             server = await self._dialer.dial(self._acceptable)
+            await self._recognise(server)
             await self._log_in(server)
             self._use(server)
             while not self._lost.is_set():
@@ -445,6 +432,7 @@ class WatchClient:
                     continue
                 better = await self._wait_for(wanted)
                 if better is not None:
+                    await self._recognise(better)
                     await self._log_in(better)
                     self._leave()
                     self._use(better)
@@ -459,6 +447,37 @@ class WatchClient:
         if self._server is not None and self._server.target not in self._dialer.targets:
             return self._acceptable
         return None
+
+    async def _recognise(self, server: Server) -> None:
+        """Find out whether the store is the one it was, see `lineage`, before anything of it is believed."""
+        known, now = self._standing, server.standing
+        if now is None:
+            return
+        if known is not None and is_suspect(known, now):
+            later = await read_standing(server.connection, self._settings.status_timeout_s)
+            if later is None:
+                return
+            if is_suspect(known, now._replace(committed=later.committed)):
+                self._log.warning("upstream_other_history", endpoint=server.target.endpoint.text, **_told(known, now))
+                self._standing = now
+                self._listener.other_history(now.header)
+                return
+        if known is None or now.header.revision > known.header.revision:
+            self._standing = now
+
+    async def _recognise_again(self, server: Server) -> None:
+        server.standing = await read_standing(server.connection, self._settings.status_timeout_s)
+        await self._recognise(server)
+        self._recognition = None
+
+    def _look_at_history(self, server: Server) -> None:
+        """Look again at a store that was no further than it had been when it was connected to, once it is."""
+        known, now = self._standing, server.standing
+        if known is None or now is None or now is known or self._recognition is not None:
+            return
+        if self._state.newest_revision > known.header.revision:
+            again = self._recognise_again(server)
+            self._recognition = asyncio.get_running_loop().create_task(again, name="recognise upstream")
 
     async def _log_in(self, server: Server) -> None:
         """Have a new token for our own user before anything is registered. Without a leader nobody can log in.
@@ -568,9 +587,10 @@ class WatchClient:
 
     def _drop_server(self) -> None:
         server, self._server = self._server, None
-        login, self._login = self._login, None
-        if login is not None:
-            login.cancel()
+        for task in (self._login, self._recognition):
+            if task is not None:
+                task.cancel()
+        self._login = self._recognition = None
         self._state.disconnect()
         for timer in (self._register_timer, self._look):
             if timer is not None:

@@ -77,7 +77,7 @@ COUNTERS = {
     "core_failures_total": "Times the core failed by a bug: every watch stream was ended, and it began anew.",
     "probes_total": "Watches of the proxy through itself.",
     "probes_failed_total": "Watches of the proxy through itself that were not answered; three in a row: it hangs.",
-    "store_went_back_total": "Times etcd was found to be older than it had been: restored from a snapshot.",
+    "store_went_back_total": "Times etcd was found to have another history than before: restored or replaced.",
 }
 """Fields of a snapshot that are counters, with what they mean."""
 

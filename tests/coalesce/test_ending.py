@@ -290,7 +290,7 @@ def test_no_leader_ends_those_who_asked_to_be_told() -> None:
 
 
 def test_a_restored_store() -> None:
-    """Who is above it is cancelled with a reason; who is not gets what is true now."""
+    """Who was told anything is cancelled with a reason: nobody knows from where on the histories differ."""
     shell = Shell()
     client, slow, future = shell.client(), shell.client(), shell.client()
     trunk = shell.trunk(50, client)
@@ -305,35 +305,44 @@ def test_a_restored_store() -> None:
     client.progress()
     shell.progressed(60)
     assert client.read() == ["#-1 @60 progress"]
-    shell.do(shell.core.store_went_back, header(57))
-    reason = "watchmux: the store went back to an earlier revision (restored from a snapshot?)"
+    shell.do(shell.core.other_history, header(57))
+    reason = "watchmux: the store has another history than before (restored from a snapshot?)"
     assert client.read() == [f"#0 @57 canceled ({reason})"]
     assert shell.closed == [trunk]
     again = shell.opened[-1]
     assert again.start_revision == 58
     shell.created(again, 57)
     slow.drain()
+    assert slow.read() == [f"#0 @57 canceled ({reason})"]
+    slow.create(start=57)
     backfill = shell.opened[-1]
-    assert backfill.start_revision == 56
+    assert backfill.start_revision == 57
     shell.created(backfill, 57)
     shell.events(backfill, put(57, value=b"true"))
-    assert slow.read() == ["#0 @57 put 57 k=true"]
-    client.create(start=57)
-    client.read()
-    shell.progressed(57)
-    assert future.read() == []
+    assert slow.read() == ["#1 @57 created", "#1 @57 put 57 k=true"]
+    shell.events(again, put(90, value=b"true"))
+    assert future.read() == ["#0 @90 put 90 k=true"]
 
 
-def test_the_trunk_of_a_restored_store_that_was_never_above_it() -> None:
+def test_a_restored_store_that_has_grown_past_what_was_known() -> None:
     shell = Shell()
-    client = shell.client()
+    client, near, far = shell.client(), shell.client(), shell.client()
     shell.trunk(50, client)
-    shell.do(shell.core.store_went_back, header(52))
+    near.create(start=60)
+    far.create(start=90)
+    for each in (client, near, far):
+        each.read()
+    shell.do(shell.core.other_history, header(70))
+    reason = "watchmux: the store has another history than before (restored from a snapshot?)"
+    # 60 is there already, with something that nobody sent.
+    assert client.read() == near.read() == [f"#0 @70 canceled ({reason})"]
     again = shell.opened[-1]
-    assert again.start_revision == 51
-    shell.created(again, 52)
-    shell.events(again, put(52))
-    assert client.read() == ["#0 @52 put 52 k=v"]
+    assert again.start_revision == 71
+    shell.created(again, 70)
+    shell.events(again, put(90))
+    assert far.read() == ["#0 @90 put 90 k=v"]
+    client.create(start=60)
+    assert shell.opened[-1].start_revision == 60, "the old history is gone"
 
 
 def test_who_waits_for_now_reads_it_again_when_the_store_went_back() -> None:
@@ -341,7 +350,7 @@ def test_who_waits_for_now_reads_it_again_when_the_store_went_back() -> None:
     client = shell.client()
     client.create()
     shell.read_now(50)
-    shell.do(shell.core.store_went_back, header(20))
+    shell.do(shell.core.other_history, header(20))
     shell.created(shell.opened[0], 20)
     assert client.read() == []
     shell.read_now(21)
@@ -359,10 +368,12 @@ def test_progress_of_a_restored_store_does_not_wait_for_the_old_one() -> None:
     late = shell.client()
     late.create(start=20)
     late.read()
-    shell.do(shell.core.store_went_back, header(30))
+    shell.do(shell.core.other_history, header(30))
+    late.create(start=20)
     for upstream in shell.opened:
         if not upstream.closed:
             shell.created(upstream, 30)
+    late.read()
     late.progress()
     for _ in range(3):
         shell.wait(0.2)

@@ -51,7 +51,7 @@ def test_progress_after_a_restore_does_not_wait_for_the_old_revisions() -> None:
     trunk = shell.trunk(5, one)
     two.create(start=20)
     shell.events(trunk, put(9))
-    shell.do(shell.core.store_went_back, header(6))
+    shell.do(shell.core.other_history, header(6))
     assert [line.split(" (")[0] for line in one.read()] == ["#0 @9 put 9 k=v", "#0 @6 canceled"]
     again = shell.opened[-1]
     assert again.start_revision is not None

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from coalesce.ending import STORE_WENT_BACK
+from coalesce.ending import OTHER_HISTORY
 from proto.framing import Status
 from tests.etcd.server import HOST, EtcdServer
+from tests.faults.relay import relay_to
 from tests.faults.scene import PREFIX, PREFIX_END, open_watch, straight
 from tests.faults.test_credentials import OWN, with_proxy_user
 from tests.proxy.raw_client import RawClient
@@ -59,7 +60,7 @@ def test_a_store_restored_from_a_snapshot(etcd: EtcdServer, tmp_path: Path, beyo
             for stream in above:
                 await until_async(lambda s=stream: s.responses[-1].canceled, "the cancel")  # type: ignore[misc]
                 last = stream.responses[-1]
-                assert (last.cancel_reason, last.compact_revision) == (STORE_WENT_BACK, 0)
+                assert (last.cancel_reason, last.compact_revision) == (OTHER_HISTORY, 0)
                 assert last.header.revision <= kept + 1
             assert proxy.engine.stats.went_back == 1
             # The same sessions go on.
@@ -77,6 +78,48 @@ def test_a_store_restored_from_a_snapshot(etcd: EtcdServer, tmp_path: Path, beyo
             while await store.put(PREFIX + b"a", b"later") < lost + 50:
                 pass
             await until_async(lambda: future.values == [b"later"], "the future")
+
+    run(scenario())
+
+
+def test_a_restored_store_that_has_grown_past_the_old_one(etcd: EtcdServer, tmp_path: Path) -> None:
+    """Its revision is no lower, its ids and term are the same; its log is not, and that is seen before any event."""
+
+    async def scenario() -> None:
+        async with (
+            relay_to(etcd.client_port) as way,
+            proxy_for(way.endpoint) as proxy,
+            straight(etcd.endpoint) as store,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            for number in range(10):
+                kept = await store.put(PREFIX + b"a", b"%d" % number)
+            await asyncio.to_thread(etcd.ctl, "snapshot", "save", str(tmp_path / "s"))
+            for number in range(20):
+                lost = await store.put(PREFIX + b"a", b"lost %d" % number)
+            old = [await open_watch(client, PREFIX, PREFIX_END, start) for start in (0, kept, lost)]
+            future = await open_watch(client, PREFIX, PREFIX_END, lost + 60)
+            await until_async(lambda: old[1].values[-1:] == [b"lost 19"], "the past")
+            way.cut()
+            await asyncio.to_thread(etcd.stop)
+            await asyncio.to_thread(restore, etcd, tmp_path / "s")
+            await asyncio.to_thread(etcd.start)
+            while (newest := await store.put(PREFIX + b"a", b"new")) < lost + 30:
+                pass
+            way.mend()
+            for stream in old:
+                await until_async(lambda s=stream: s.responses[-1].canceled, "the cancel")  # type: ignore[misc]
+                last = stream.responses[-1]
+                assert (last.cancel_reason, last.compact_revision) == (OTHER_HISTORY, 0)
+                assert b"new" not in stream.values
+            assert proxy.engine.stats.went_back == 1
+            again = await open_watch(client, PREFIX, PREFIX_END, kept + 1)
+            await until_async(lambda: len(again.values) == newest - kept, "the history of the restored store")
+            assert set(again.values) == {b"new"}
+            while await store.put(PREFIX + b"a", b"later") < lost + 60:
+                pass
+            await until_async(lambda: future.values == [b"later"], "the future")
+            assert proxy.engine.stats.went_back == 1
 
     run(scenario())
 
@@ -101,7 +144,7 @@ def test_a_restore_while_a_client_waits_for_progress(etcd: EtcdServer, tmp_path:
             await asyncio.to_thread(restore, etcd, tmp_path / "s")
             await asyncio.to_thread(etcd.start)
             await until_async(lambda: stream.responses[-1].canceled, "the cancel")
-            assert stream.responses[-1].cancel_reason == STORE_WENT_BACK
+            assert stream.responses[-1].cancel_reason == OTHER_HISTORY
             again = await open_watch(client, PREFIX, PREFIX_END)
             again.progress()
             await until_async(lambda: again.responses[-1].watch_id == -1, "progress of the restored store")
@@ -140,7 +183,7 @@ def test_a_restore_that_takes_the_tokens_along(etcd: EtcdServer, tmp_path: Path,
                 assert not [value for value in again.values if value.startswith(b"lost")]
             else:
                 await until_async(lambda: old.responses[-1].canceled, "the cancel")
-                assert old.responses[-1].cancel_reason == STORE_WENT_BACK
+                assert old.responses[-1].cancel_reason == OTHER_HISTORY
             assert proxy.engine.stats.went_back == 1
 
     run(scenario())

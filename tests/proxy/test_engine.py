@@ -460,7 +460,7 @@ def test_only_a_linearizable_read_tells_that_the_store_went_back(revision: int, 
         rig.reader.header, rig.reader.linearizable = Header.make(1, 2, revision, 4), linearizable
         rig.engine.resumed()
         assert rig.reader.reads == [Asked(b"t", b"k", b"l")]
-        assert ("store_went_back" in rig.core.names()) is back
+        assert ("other_history" in rig.core.names()) is back
         assert (("went back", 8) in rig.upstream.told) is back
         assert rig.engine.stats.went_back == back
 

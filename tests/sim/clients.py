@@ -41,7 +41,7 @@ DUPLICATE_ID = "mvcc: duplicate watch ID provided on the WatchStream"
 SHARED_LIMIT = re.compile(r"watchmux: the limit of \d+ (watches|different ranges) is reached")
 # What the simulator's etcd says when it cancels an upstream watch for good.
 LOST = "etcdserver: the simulator took it"
-WENT_BACK = "watchmux: the store went back to an earlier revision (restored from a snapshot?)"
+OTHER_HISTORY = "watchmux: the store has another history than before (restored from a snapshot?)"
 NO_LEADER = "etcdserver: no leader"
 
 # Header, id and prefix of a response; limits count events.
@@ -412,7 +412,7 @@ class SimSession:
         watch = self.announced.pop(watch_id, None)
         if watch is None and (watch_id not in self.taken or reason or response.compact_revision):
             raise SimulationFailure(f"{_short(response)}: no such watch")
-        if reason and (reason not in (LOST, WENT_BACK) or response.compact_revision):
+        if reason and (reason not in (LOST, OTHER_HISTORY) or response.compact_revision):
             raise SimulationFailure(f"{_short(response)}: cancelled with {reason!r}")
         if not response.compact_revision:
             if not reason:
@@ -420,7 +420,7 @@ class SimSession:
             del self.taken[watch_id]
         if watch is not None:
             watch.over = not reason and not response.compact_revision
-            if reason == WENT_BACK:
+            if reason == OTHER_HISTORY:
                 watch.forget()
             else:
                 watch.got_canceled(response.compact_revision, reason)

@@ -163,5 +163,5 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "bookmarks grow old", "progress", "any(trunk.proven_at <= old for trunk in hub.trunks_open.values())", "False"
     ),
-    Mutant("a restored store is not believed", "ending", "self._cancel_with(watch, STORE_WENT_BACK)", "pass"),
+    Mutant("a restored store is not believed", "ending", "self._cancel_with(watch, OTHER_HISTORY)", "pass"),
 )

@@ -147,7 +147,7 @@ class World:
         self.reads = [(read, min(began_at, revision)) for read, began_at in self.reads]
         self.checks = [(check, min(began_at, revision)) for check, began_at in self.checks]
         self.upstream.store_went_back(revision)
-        self.input(self.core.store_went_back, header_of(self.members[0].member_id, revision))
+        self.input(self.core.other_history, header_of(self.members[0].member_id, revision))
 
     def count(self, what: str, number: int = 1) -> None:
         """Count something that happened."""

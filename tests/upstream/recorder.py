@@ -41,6 +41,7 @@ class Recorder:
         self.breaks = 0
         self.resumes = 0
         self.headers: list[Header] = []
+        self.others: list[int] = []
 
     def received(self, watch: OpenedWatch, response: WatchResponse) -> None:
         self.responses.setdefault(id(watch), []).append(response)
@@ -57,6 +58,9 @@ class Recorder:
 
     def header_seen(self, header: Header) -> None:
         self.headers.append(header)
+
+    def other_history(self, header: Header) -> None:
+        self.others.append(header.revision)
 
     def broken(self) -> None:
         self.breaks += 1

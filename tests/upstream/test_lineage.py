@@ -1,0 +1,92 @@
+"""A restored store is told from the old one by its log, a lagging member of the old one is not mistaken for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from proto.scan import Header
+from tests.etcd.binaries import EtcdBinary, etcds
+from tests.etcd.server import EtcdServer
+from tests.faults.test_restore import restore
+from tests.proxy.running import Etcd
+from tests.proxy.scenario import run
+from tests.upstream.recorder import Recorder
+from tests.upstream.stories import Opened
+from tests.waiting import until_async
+from upstream.endpoints import parse_endpoints
+from upstream.lineage import Standing, is_suspect
+from upstream.settings import Settings
+from upstream.watch import WatchClient
+
+
+def at(revision: int, applied: int, committed: int | None = None, cluster_id: int = 7) -> Standing:
+    return Standing(Header.make(cluster_id, 8, revision, 2), applied, applied if committed is None else committed)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "suspect"),
+    [
+        (at(51, 54), at(51, 54), False),
+        (at(51, 54), at(81, 84), False),
+        # Each revision is one entry, and some entries have none.
+        (at(51, 54), at(81, 200), False),
+        (at(51, 54), at(81, 83), True),
+        # A snapshot of 21, and 60 writes since.
+        (at(51, 54), at(81, 64), True),
+        # Restored twice from one snapshot: nothing tells.
+        (at(81, 64), at(91, 74), False),
+        # Members that lag: below, or beside entries without revisions.
+        (at(51, 54), at(40, 43), False),
+        (at(51, 154), at(51, 90), False),
+        (at(51, 154), at(52, 154), True),
+        (at(51, 154), at(52, 155), False),
+        # Applied lags behind what is committed.
+        (at(51, 54), at(81, 60, 84), False),
+        # Not an etcd, or one that does not tell.
+        (at(51, 0), at(81, 0), False),
+        (at(51, 54), at(81, 0), False),
+        (at(51, 54), at(51, 54, cluster_id=9), True),
+    ],
+)
+def test_a_log_that_has_grown_less_than_the_revision_is_another_one(
+    before: Standing, now: Standing, suspect: bool
+) -> None:
+    assert is_suspect(before, now) is suspect
+
+
+@pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
+def test_a_restart_is_no_restore_and_a_restore_is(binary: EtcdBinary, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Also when the restored store is no further than the old one at first, and passes it later."""
+    snapshot = tmp_path_factory.mktemp("snapshot") / "s"
+
+    async def scenario(etcd: EtcdServer) -> None:
+        store, seen, watch = Etcd(etcd.endpoint), Recorder(), Opened(b"a")
+        for number in range(20):
+            await store.put(b"a", b"%d" % number)
+        etcd.ctl("snapshot", "save", str(snapshot))
+        for number in range(30):
+            last = await store.put(b"a", b"%d" % number)
+        client = WatchClient(parse_endpoints(etcd.endpoint), seen, Settings(create_timeout_s=0.4))
+        client.open(watch)
+        client.start()
+        await until_async(lambda: seen.created(watch), "the watch")
+        etcd.stop()
+        etcd.start()
+        last = await store.put(b"a", b"x")
+        await until_async(lambda: last in seen.revisions(watch), "the event after a restart")
+        assert seen.others == []
+        etcd.stop()
+        restore(etcd, snapshot)
+        etcd.start()
+        while await store.put(b"a", b"new") < last:
+            pass
+        await until_async(lambda: seen.resumes == 3, "the connection to the restored store")
+        assert seen.others == []
+        after = await store.put(b"a", b"past it")
+        await until_async(lambda: bool(seen.others), "the look at the history")
+        assert seen.others[0] >= after
+        await client.stop()
+        await store._channel.close()
+
+    with EtcdServer(binary) as etcd:
+        run(scenario(etcd))

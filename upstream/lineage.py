@@ -1,0 +1,44 @@
+"""
+Whether a store is the one it was: the same history, or one that was restored from a snapshot, or another store.
+
+A restored cluster has the ids of the old one (they are hashes of its peer URLs), its term may be the same, and once
+it has been written to often enough, its revision is no lower. But its log has begun anew. Each revision is one entry of
+the log, so within one history the log has grown at least as much as the revision between any two looks at any two
+members, however far these lag. A restored store has a snapshot full of revisions that its log knows nothing of. What
+can hide that is as many entries without a revision (leases granted, requests refused) as the snapshot has revisions.
+
+Sources: etcd server/etcdserver/api/v3rpc/maintenance.go (Status), etcdutl snapshot restore.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from proto.scan import Header
+
+
+class Standing(NamedTuple):
+    """Where a member says it is, in an answer to Maintenance.Status."""
+
+    header: Header
+    # The index of an entry of the log that was applied before the header's revision was read.
+    applied: int
+    # The index of the newest entry known to be committed, read shortly before the revision was.
+    committed: int
+
+
+def is_suspect(before: Standing, now: Standing) -> bool:
+    """
+    Whether `now` may be of another history than `before`.
+
+    Under load it may look like that for an instant, as an answer is not read at one instant. It is certain when it
+    still holds with a `committed` from a later answer.
+    """
+    if now.header.cluster_id != before.header.cluster_id:
+        return True
+    if not before.applied or not now.committed:
+        # A server that is no etcd may have no log, or not tell.
+        return False
+    # At the same revision a member that lags may have any index; one that is below says nothing.
+    written = now.header.revision - before.header.revision
+    return written > 0 and written > now.committed - before.applied
