@@ -32,9 +32,6 @@ SWEEP_S_MAX = 2.5
 BACKLOG = 1024
 """Connections the kernel holds until they are accepted: a thousand clients that come back at once."""
 
-RELIEVED_MIN = 8
-"""From so many connections on, what is queued for them is written before the end of the turn when it is much."""
-
 log = logs.logger("listener")
 
 Http1Factory = Callable[[asyncio.Transport, bytes], asyncio.Protocol]
@@ -124,11 +121,12 @@ class Listener:
             self._flush()
 
     def relieve(self) -> None:
-        """Write what is queued now, in the middle of a turn, if it is spread over many connections.
+        """Write what is queued now, in the middle of a turn.
 
-        On few of them it would only fill their buffers, and what follows in this turn would find its clients stalled.
+        A client that does not take it as fast is stalled by what follows, and gets that joined when it has: it waits as
+        a revision number, where it would have waited as bytes.
         """
-        if len(self._dirty) >= RELIEVED_MIN:
+        if self._dirty:
             self._flush()
 
     def _flush(self) -> None:
