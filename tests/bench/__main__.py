@@ -90,26 +90,40 @@ def main(
     subprocess.run([sys.executable, "-m", "compileall", "-q", "proto", "coalesce", "upstream", "proxy"], check=True)
     results: report.Results = {}
     every: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
     before = report.machine()
     with tempfile.TemporaryDirectory() as directory:
         files = make_certificates(Path(directory))
         for case in (CASES[name] for name in names or CASES):
+            started = time.monotonic()
             every[case.name] = found = run_case(case, targets, rounds, binary, files)
+            seconds[case.name] = round(time.monotonic() - started, 1)
             results[case.name] = {name: report.median_of(figures) for name, figures in found.items()}
     console = Console()
     for table in report.tables_of(results):
         console.print(table)
     out.mkdir(parents=True, exist_ok=True)
     what = {name: CASES[name].what for name in results}
-    about = {"etcd": binary.name, "rounds": rounds, "machine": before, "beside": beside, "cases": what}
+    about = {
+        "etcd": binary.name,
+        "rounds": rounds,
+        "machine": before,
+        "beside": beside,
+        "cases": what,
+        "seconds": seconds,
+    }
     (out / "bench.json").write_text(json.dumps({**about, "medians": results, "all": every}, indent=1) + "\n")
-    (out / "table.md").write_text(report.markdown_of(results) + "\n" + report.goals_of(results))
+    (out / "table.md").write_text(
+        report.markdown_of(results) + "\n" + report.goals_of(results) + "\n" + report.bounds_of(results)
+    )
     if docs:
         write_docs(results, about)
     if plots:
         from tests.bench.plots import draw
 
         draw(results, out)
+    took = ", ".join(f"{name} {spent:.0f}" for name, spent in sorted(seconds.items(), key=lambda each: -each[1]))
+    console.print(f"{sum(seconds.values()):.0f} s in all: {took}")
     console.print(f"written to {out}/: bench.json, table.md{', and the plots' if plots else ''}")
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -69,6 +70,14 @@ PICTURES = {
     "calls": "CPU per unary call",
     "scale": "CPU per event as the watches of a range grow",
 }
+# What is wanted of ours as it stands: what, by which figure of which case, and the most it may be.
+BOUNDS = (
+    ("seconds until 10,000 watches are there", "idle", "create_s", 3.0),
+    ("MiB for 100,000 watches on 1,000 streams", "idle-watches", "memory_mib", 300.0),
+)
+SCALE = ("scale-10", "scale-100", "scale-1000", "scale-10000")
+GROWTH_MAX = 1.2
+"""How much more an event may cost with ten times the watches."""
 GOAL_FIGURES = ("cpu_us", "p99_ms", "memory_mib")
 
 
@@ -161,6 +170,25 @@ def goals_of(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
+def bounds_of(results: Results) -> str:
+    """Return a table of what is wanted of ours without regard to the peer."""
+    ours = {case: by_target[OURS] for case, by_target in results.items() if OURS in by_target}
+    found: list[tuple[str, float, float]] = [
+        (what, ours[case][figure], most) for what, case, figure, most in BOUNDS if figure in ours.get(case, {})
+    ]
+    costs = [ours[case]["cpu_us"] for case in SCALE if case in ours]
+    if len(costs) > 1:
+        growth = max(later / earlier for earlier, later in pairwise(costs))
+        found.append(("CPU of an event with ten times the watches, at most times", growth, GROWTH_MAX))
+    if ours:
+        lost = sum(figures.get("lost", 0.0) for figures in ours.values())
+        found.append(("events lost and calls failed, all cases together", lost, 0.0))
+    lines = ["| wanted of watchmux itself | is | at most |", "|---|---:|---:|"]
+    for what, value, most in found:
+        lines.append(f"| {what} | {value:.2f}{'' if value <= most else ' **missed**'} | {most:g} |")
+    return "\n".join(lines) + "\n"
+
+
 def page_of(results: Results, about: dict[str, Any]) -> str:
     """Return what the docs say of a run: the machine, goals, tables, pictures and what each case is."""
     machine = about["machine"]
@@ -171,6 +199,7 @@ def page_of(results: Results, about: dict[str, Any]) -> str:
         f"load average at the start {machine['load_average'][0]}: {about['beside']}."
     )
     lines = [*wrap(text, 120), "", "Ratios to grpc-proxy, and what was wanted:", "", goals_of(results)]
+    lines += [bounds_of(results)]
     lines += [f"![{alt}](images/bench-{name}.svg)\n" for name, alt in PICTURES.items()]
     lines += [markdown_of(results), "| case | what |", "|---|---|"]
     lines += [f"| {name} | {what} |" for name, what in about["cases"].items()]

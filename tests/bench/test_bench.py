@@ -78,3 +78,17 @@ def test_tables_show_ratios_and_what_is_missed() -> None:
     assert "| burst | 0.250 of 0.35 | 1.000 of 0.50 **missed** | 1.000 of 0.40 **missed** |" in report.goals_of(results)
     assert len(report.tables_of(results)) == 1
     assert report.median_of([{"cpu_us": 1.0}, {"cpu_us": 9.0}, {"cpu_us": 2.0}]) == {"cpu_us": 2.0}
+
+
+def test_bounds_are_ours_alone() -> None:
+    costs = {"scale-10": 30.0, "scale-100": 4.0, "scale-1000": 1.0, "scale-10000": 1.5}
+    results: report.Results = {name: {"watchmux": {"cpu_us": cost, "lost": 0.0}} for name, cost in costs.items()}
+    results["idle"] = {"watchmux": {"create_s": 0.5}, "grpc-proxy": {"create_s": 9.0}}
+    results["idle-watches"] = {"watchmux": {"memory_mib": 300.5}}
+    results["burst"] = {"watchmux": {"lost": 2.0}, "grpc-proxy": {"lost": 7.0}}
+    assert report.bounds_of(results).splitlines()[2:] == [
+        "| seconds until 10,000 watches are there | 0.50 | 3 |",
+        "| MiB for 100,000 watches on 1,000 streams | 300.50 **missed** | 300 |",
+        "| CPU of an event with ten times the watches, at most times | 1.50 **missed** | 1.2 |",
+        "| events lost and calls failed, all cases together | 2.00 **missed** | 0 |",
+    ]
