@@ -193,7 +193,8 @@ def test_progress_for_all_is_asked_for_once(etcd: EtcdServer, connections: int, 
             after = await asked(etcd)
             intervals = took_s / INTERVAL_S
             assert requests <= REQUESTS_PER_INTERVAL * (intervals + 1), (requests, took_s)
-            assert after.watch_messages - before.watch_messages == requests
+            # One that follows an unanswered one, on a slow machine, goes with a probe.
+            assert requests <= after.watch_messages - before.watch_messages <= 2 * requests
             assert (after.watchers, after.watch_streams) == (1, before.watch_streams)
             for stream in streams:
                 told = [each.header.revision for each in stream.responses if each.watch_id == -1]
