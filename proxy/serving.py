@@ -26,6 +26,7 @@ from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 from proxy.listener_settings import ListenerSettings
 from proxy.reloading import Reloading
 from proxy.server import Proxy
+from proxy.service_manager import ServiceManager
 from proxy.watch import WatchSettings
 from upstream.credentials import Credentials
 from upstream.errors import UpstreamError
@@ -173,6 +174,7 @@ async def serve(
     store = await _start_store() if not found.upstream.endpoints else None
     proxy: Proxy | None = None
     admin: Admin | None = None
+    manager: ServiceManager | None = None
     try:
         endpoints = [store.ready.address] if store else found.upstream.endpoints
         address, proxy = await _start(found, endpoints, store.ready.metrics if store else "")
@@ -190,8 +192,11 @@ async def serve(
             **({"metrics": f"http://{admin.address}/metrics"} if admin else {}),
             **({"store": "bundled, in memory"} if store else {}),
         )
+        manager = ServiceManager(proxy.health, os.environ)
+        manager.ready()
         code = await _until_told(leaving, store)
         applying.stop()
+        manager.stopping()
         await signals.or_again(proxy.drain(reloading.settings.listener.drain_s if code == 0 else 0))
     finally:
         if admin is not None:
@@ -200,6 +205,8 @@ async def serve(
             await proxy.stop()
         if store is not None:
             await store.stop()
+        if manager is not None:
+            manager.stop()
         await parent.leave()
     log.info("ended")
     return code
@@ -236,7 +243,7 @@ class _Applying:
         proxy.engine.set_limits(core_limits(settings.watch))
         proxy.listener.settings = listener_settings(settings)
         proxy.watches.settings = watch_settings(settings)
-        if settings.upstream.endpoints != self._endpoints:
+        if settings.upstream.endpoints != self._endpoints and not settings.upstream.discovery_srv:
             self._endpoints = settings.upstream.endpoints
             self.stop()
             self._moving = asyncio.get_running_loop().create_task(self._move(self._endpoints))

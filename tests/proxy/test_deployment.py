@@ -33,6 +33,7 @@ from proxy.admin.snapshot import Snapshot
 from proxy.config import Settings, knobs
 from proxy.config.file import layer, read_file
 from proxy.config.values import parse_size_bytes
+from proxy.probe import HUNG_AFTER
 from upstream.pool import EndpointState
 
 ROOT = Path(__file__).parents[2]
@@ -269,6 +270,10 @@ def test_the_unit_fits_the_production_settings() -> None:
     assert settings.listener.connections_max < int(service["LimitNOFILE"])
     assert Settings().listener.connections_max < int(service["LimitNOFILE"])
     assert service["ExecReload"] == "/bin/kill -HUP $MAINPID"
+    # proxy/service_manager.py tells systemd; a hang is known after three probes, and then it takes this long.
+    assert (service["Type"], service["NotifyAccess"]) == ("notify", "main")
+    assert int(service["WatchdogSec"]) > HUNG_AFTER * settings.admin.probe_interval_s
+    assert "AF_UNIX" in service["RestrictAddressFamilies"]
 
 
 def tool(name: str, package: str) -> str:
