@@ -6,9 +6,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from proto.http2 import Limits
-from proto.http2.receiving import FLOOD_NAMES
+from proto.http2.receiving import FLOOD_NAMES, TOO_MANY_FIELDS
 
-CUT_OFF_REASONS = ("too_many_pings", "flood: CONTINUATION", *(f"flood: {name}" for name in FLOOD_NAMES))
+CUT_OFF_REASONS = (
+    "too_many_pings",
+    "flood: CONTINUATION",
+    TOO_MANY_FIELDS,
+    *(f"flood: {name}" for name in FLOOD_NAMES),
+)
 """Why a connection may be cut off, beside the errors of HTTP/2."""
 
 
@@ -16,7 +21,7 @@ CUT_OFF_REASONS = ("too_many_pings", "flood: CONTINUATION", *(f"flood: {name}" f
 class ListenerSettings:
     """What one listener allows, each with its unit and its reason."""
 
-    http2: Limits = field(default_factory=lambda: Limits(connection_window=16 * 1024 * 1024))
+    http2: Limits = field(default_factory=lambda: Limits(connection_window=16 * 1024 * 1024, turn_work_max=1_000))
     """Bounds of each HTTP/2 connection: streams, windows, frames, headers, floods. The connection's window is so wide
     that streams which are not read at present (a client that asks without taking answers) do not hold up the others."""
 

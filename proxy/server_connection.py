@@ -61,6 +61,7 @@ class ServerConnection(asyncio.Protocol):
         "_deaf",
         "_heard_at",
         "_idle_since",
+        "_in_turns",
         "_listener",
         "_opened_at",
         "_opening",
@@ -106,6 +107,8 @@ class ServerConnection(asyncio.Protocol):
         """Output that the transport has not been given yet, because it was blocked."""
         self._unread_bytes = 0
         """What was added to it while it was blocked, which is no DATA."""
+        self._in_turns = False
+        """What was read of it is handled in several turns of the loop; nothing more is read until that is done."""
         self._deaf = False
         """The client is not read, because it does not read either."""
 
@@ -137,6 +140,8 @@ class ServerConnection(asyncio.Protocol):
             data, self._opening = self._opening, None
         if self._closing_since is None:
             self._handle(self.h2.receive(data))
+            if self.h2.behind:
+                self._take_turns()
             if not self.dirty:
                 self.touch()
 
@@ -157,7 +162,8 @@ class ServerConnection(asyncio.Protocol):
         self._unread_bytes = 0
         if self._deaf and self._transport is not None and not self._transport.is_closing():
             self._deaf = False
-            self._transport.resume_reading()
+            if not self._in_turns:
+                self._transport.resume_reading()
         self._handle(self.h2.resume())
         self.touch()
 
@@ -240,6 +246,27 @@ class ServerConnection(asyncio.Protocol):
             self._sweep_silence(settings, now)
 
     # its own
+
+    def _take_turns(self) -> None:
+        """Handle what is too much for one turn of the loop in the next ones; nothing more is read meanwhile."""
+        if not self._in_turns:
+            self._in_turns = True
+            if self._transport is not None:
+                self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        self._in_turns = False
+        transport = self._transport
+        if transport is None or transport.is_closing() or self._closing_since is not None:
+            return
+        self._handle(self.h2.receive(b""))
+        self.touch()
+        if self.h2.behind:
+            self._in_turns = True
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        elif not (self._deaf or self._at_fault):
+            transport.resume_reading()
 
     def _recognise(self, data: bytes) -> bool:
         """Add to the opening; tell whether it is HTTP/2's. Otherwise the connection is given away or waits for more."""

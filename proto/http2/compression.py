@@ -56,6 +56,10 @@ _STATIC = HeaderTable.STATIC_TABLE
 _STATIC_SIZE = len(_STATIC)
 
 
+class TooManyFields(Exception):
+    """A header block has more fields than are looked at."""
+
+
 class HeaderEncoder:
     """Encodes header lists for one connection."""
 
@@ -126,19 +130,23 @@ class HeaderDecoder:
     """
 
     __slots__ = (
+        "_count",
         "_fields",
         "_list_bytes",
         "_rest",
         "_skip",
         "_string_bytes_max",
+        "fields_max",
         "list_bytes_max",
         "oversized",
         "table",
         "table_bytes_max",
     )
 
-    def __init__(self, list_bytes_max: int, table_bytes_max: int) -> None:
+    def __init__(self, list_bytes_max: int, table_bytes_max: int, fields_max: int) -> None:
         self.list_bytes_max = list_bytes_max
+        # Fields of a block, those of a list that is too long included: each of them costs time.
+        self.fields_max = fields_max
         # What the peer's encoder may set the table to. Lower it only when the peer has acknowledged our setting.
         self.table_bytes_max = table_bytes_max
         self.table = HeaderTable()
@@ -146,6 +154,8 @@ class HeaderDecoder:
         # a string at most 30/8 times as long.
         self._string_bytes_max = max(list_bytes_max, 4 * max(table_bytes_max, HEADER_TABLE_BYTES_DEFAULT))
         self._fields: list[tuple[bytes, bytes]] = []
+        # Fields of the block so far.
+        self._count = 0
         # Decoded bytes of the block so far, overhead included (RFC 9113 6.5.2).
         self._list_bytes = 0
         # The block so far is longer than list_bytes_max; its fields are no longer kept.
@@ -158,7 +168,8 @@ class HeaderDecoder:
     def feed(self, data: bytes) -> None:
         """Decode a part of a block.
 
-        Raises hpack.HPACKDecodingError: the compression state is lost, and with it the connection (RFC 9113 4.3).
+        Raises hpack.HPACKDecodingError or TooManyFields: the compression state is lost, and with it the connection (RFC
+        9113 4.3).
         """
         start = 0
         if self._skip:
@@ -181,6 +192,7 @@ class HeaderDecoder:
             raise InvalidTableSizeError("header table was not reduced as told")
         fields, oversized = self._fields, self.oversized
         self._fields = []
+        self._count = 0
         self._list_bytes = 0
         self.oversized = False
         return None if oversized else fields
@@ -190,6 +202,7 @@ class HeaderDecoder:
         dynamic = self.table.dynamic_entries
         size = self._list_bytes
         end = len(data)
+        left = self.fields_max - self._count
         try:
             while at < end:
                 first = data[at]
@@ -214,6 +227,9 @@ class HeaderDecoder:
                     continue
                 else:
                     field, at = self._literal(data, at, 0x0F)
+                left -= 1
+                if left < 0:
+                    raise TooManyFields
                 size += FIELD_OVERHEAD_BYTES + len(field[0]) + len(field[1])
                 if size > self.list_bytes_max:
                     self.oversized = True
@@ -223,6 +239,7 @@ class HeaderDecoder:
                 self._list_bytes = size
         except IndexError:
             self._rest = data[at:]
+        self._count = self.fields_max - left
 
     def _entry(self, index: int) -> tuple[bytes, bytes]:
         if 0 < index <= _STATIC_SIZE:

@@ -47,6 +47,9 @@ _Handler: TypeAlias = Callable[[Any, bytes, int, int, int, int, list[Event]], No
 # as they learn how wide the way is, and even with all streams open they may.
 STREAMS_PER_SETTINGS = 2_000
 
+# Streams whose windows are moved in some five microseconds.
+STREAMS_PER_WORK = 100
+
 _unpack_header = frames.FRAME_HEADER.unpack_from
 _HEADER_BYTES = frames.FRAME_HEADER_BYTES
 
@@ -114,7 +117,11 @@ class Connection(ReceivingHalf):
             self.receive_window += more
 
     def receive(self, data: bytes) -> list[Event]:
-        """Take bytes from the peer and return what they mean, in order. Never raises for what a peer sends."""
+        """Take bytes from the peer and return what they mean, in order. Never raises for what a peer sends.
+
+        When that is more than `Limits.turn_work_max`, the rest is kept and `behind` is True: call it again, with b"",
+        as soon as others have had their turn.
+        """
         events: list[Event] = []
         if self.closed:
             return events
@@ -219,6 +226,7 @@ class Connection(ReceivingHalf):
         self._out.append(frames.go_away(min(last_id, self._last_accepted), fault.code, fault.reason.encode()))
         self._shut()
         self._partial.clear()
+        self.behind = False
         events.append(ConnectionFailed(fault.code, fault.reason))
 
     def _take_frames(self, data: bytes, events: list[Event]) -> int:
@@ -227,6 +235,9 @@ class Connection(ReceivingHalf):
         end = len(data)
         frame_bytes_max = self.limits.max_frame_bytes
         handlers = _HANDLERS
+        self._work = 0
+        if self.behind:
+            self.behind = False
         while end - at >= _HEADER_BYTES:
             head, flags, stream_id = _unpack_header(data, at)
             length = head >> 8
@@ -252,7 +263,12 @@ class Connection(ReceivingHalf):
                 self._abort(fault, events)
             if self.closed:
                 return end
-        self._needed = _HEADER_BYTES
+            if at < end:
+                self._work += 1
+                if self._work >= self._work_max:
+                    self.behind = True
+                    break
+        self._needed = 0 if self.behind else _HEADER_BYTES
         return at
 
     def _take_preface(self, data: bytes) -> int:
@@ -300,6 +316,7 @@ class Connection(ReceivingHalf):
                 if value != self._peer_initial_window:
                     # It costs a visit to each stream.
                     self._count(SETTINGS, len(self.streams) // STREAMS_PER_SETTINGS)
+                    self._work += len(self.streams) // STREAMS_PER_WORK
                 self._change_initial_window(value)
             except OverflowError:
                 raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "window above 2^31-1") from None

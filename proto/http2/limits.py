@@ -49,6 +49,15 @@ class Limits:
     header_table_bytes: int = HEADER_TABLE_BYTES_DEFAULT
     """Bytes of the table the peer's header compression may build on our side (RFC 7541 section 4)."""
 
+    header_fields_max: int = 2_048
+    """Fields of one header block: as many as the smallest need to fill `header_list_bytes_max`. Each may change the
+    compression table, so what is too long cannot be passed over; with more fields the connection is cut off."""
+
+    turn_work_max: int = 0
+    """Work of one `receive`, in pieces of some five microseconds: 1 for a frame, 20 more for a request, 1 for 8 bytes
+    of a header block, 1 for a hundred streams whose windows move. What is beyond waits for the next call (`behind`),
+    so that others have their turn. 0: no bound."""
+
     resets_remembered: int = 1_000
     """Ids of streams reset by us that are remembered, so that late frames for them are dropped in silence. A late frame
     of one that is forgotten is answered by one more RST_STREAM, which does no harm."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from hpack import HPACKError
 
 from proto.http2 import frames
-from proto.http2.compression import HeaderDecoder
+from proto.http2.compression import HeaderDecoder, TooManyFields
 from proto.http2.errors import ConnectionFault, ErrorCode, StreamFault, error_code
 from proto.http2.events import DataReceived, Event, Headers, HeadersKind, HeadersReceived, StreamReset
 from proto.http2.headers import MalformedHeaders, check_request, check_response, check_trailers
@@ -36,6 +36,12 @@ FLOOD_NAMES = (
     "requests without reading the answers",
 )
 
+TOO_MANY_FIELDS = "flood: header fields"
+REQUEST_WORK = 20
+"""What a request costs beyond its frame, with what its handler does at once."""
+
+WORK_UNBOUNDED = 1 << 62
+
 _unpack_word = frames.WORD.unpack_from
 # A body's length is not to be checked: the peer promised nothing, or its promise is about another message (RFC 9110
 # 8.6).
@@ -57,6 +63,8 @@ class ReceivingHalf(SendingHalf):
         "_own_initial_window",
         "_unreturned",
         "_window_step",
+        "_work",
+        "_work_max",
         "receive_window",
     )
 
@@ -66,11 +74,14 @@ class ReceivingHalf(SendingHalf):
         self.receive_window = WINDOW_BYTES_DEFAULT
         # Bytes consumed that no WINDOW_UPDATE has told the peer about yet, and how many are worth one.
         self._unreturned = 0
+        # What the present `receive` has cost so far, see Limits.turn_work_max.
+        self._work = 0
+        self._work_max = limits.turn_work_max or WORK_UNBOUNDED
         self._window_step = max(limits.connection_window, WINDOW_BYTES_DEFAULT) // 2
         # The window a new stream gives the peer. Until it has acknowledged our settings it may use the default.
         self._own_initial_window = max(limits.initial_window, WINDOW_BYTES_DEFAULT)
         table_bytes = max(limits.header_table_bytes, HEADER_TABLE_BYTES_DEFAULT)
-        self._decoder = HeaderDecoder(limits.header_list_bytes_max, table_bytes)
+        self._decoder = HeaderDecoder(limits.header_list_bytes_max, table_bytes, limits.header_fields_max)
         # The header block that is arriving: its stream (0: none), whether it ends the stream, its CONTINUATIONs.
         self._block_id = 0
         self._block_end_stream = False
@@ -211,10 +222,13 @@ class ReceivingHalf(SendingHalf):
             self._block_complete(stream_id, self._block_end_stream, events)
 
     def _feed(self, block: bytes) -> None:
+        self._work += len(block) >> 3
         try:
             self._decoder.feed(block)
         except HPACKError as error:
             raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, str(error)) from error
+        except TooManyFields:
+            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, TOO_MANY_FIELDS) from None
 
     def _block_complete(self, stream_id: int, end_stream: bool, events: list[Event]) -> None:
         """Use a header list, which has been decoded whatever becomes of it, for the compression's sake (4.3)."""
@@ -246,6 +260,7 @@ class ReceivingHalf(SendingHalf):
 
     def _begin_request(self, stream_id: int, headers: Headers | None, end_stream: bool, events: list[Event]) -> None:
         self._last_id = stream_id
+        self._work += REQUEST_WORK
         if self._paused:
             self._count(PAUSED_REQUESTS)
         if stream_id > self._last_accepted:

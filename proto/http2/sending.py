@@ -64,6 +64,7 @@ class SendingHalf:
         "_reset_ids",
         "_round_robin",
         "_server",
+        "behind",
         "closed",
         "ending",
         "limits",
@@ -101,13 +102,15 @@ class SendingHalf:
         self._reset_ids: dict[int, None] = {}
         # Some flood counter is above zero.
         self._forgiving = False
+        # Frames wait that came but were too much for one turn: `receive(b"")` takes them.
+        self.behind = False
 
     def output(self) -> list[Piece]:
         """Take what is ready to be written, in order; [] when there is nothing."""
         out = self._out
         if out:
             self._out = []
-        if self._forgiving and not self._paused:
+        if self._forgiving and not self._paused and not self.behind:
             self._forgive()
         return out
 

@@ -11,6 +11,7 @@ import asyncio
 import random
 import sys
 import time
+from dataclasses import replace
 from typing import cast
 
 import click
@@ -31,6 +32,7 @@ class Transport:
 
     def __init__(self) -> None:
         self.closed = False
+        self.reading = True
 
     def write(self, data: bytes) -> None:
         """Take bytes and forget them."""
@@ -52,15 +54,19 @@ class Transport:
         """Have no buffer."""
 
     def pause_reading(self) -> None:
-        """Have nothing to read."""
+        """Note it."""
+        self.reading = False
 
-    resume_reading = pause_reading
+    def resume_reading(self) -> None:
+        """Note it."""
+        self.reading = True
 
 
 async def listen(seed: int) -> None:
     """Send one script to the listener, as a client's connection would."""
     rng = random.Random(seed)
-    listener = Listener(ListenerSettings(http2=LIMITS, reason_s=0.0))
+    limits = replace(LIMITS, turn_work_max=rng.choice([0, 1, 30]))
+    listener = Listener(ListenerSettings(http2=limits, reason_s=0.0))
     listener._loop = asyncio.get_running_loop()
     listener.routes[dict(REQUEST)[b":path"]] = health.Health().open
     connection = ServerConnection(listener)

@@ -10,6 +10,8 @@ from hpack import Decoder, Encoder, HPACKError, NeverIndexedHeaderTuple
 from proto.http2.compression import HeaderDecoder, HeaderEncoder
 from tests.http2.wire import REQUEST, RESPONSE, TRAILERS
 
+FIELDS_MAX = 100_000
+"""More than any block here has; the bound itself is a flood's (test_floods.py)."""
 Fields = list[tuple[bytes, bytes]]
 NAMES = [
     b":path",
@@ -108,7 +110,7 @@ def test_secrets_do_not_enter_the_table() -> None:
 def test_what_others_encode_is_understood_in_any_parts(seed: int) -> None:
     """RFC 7541, and RFC 9113 4.3: a block may be cut anywhere."""
     rng = random.Random(seed)
-    encoder, decoder = Encoder(), HeaderDecoder(1 << 20, 4_096)
+    encoder, decoder = Encoder(), HeaderDecoder(1 << 20, 4_096, FIELDS_MAX)
     for _ in range(100):
         if rng.random() < 0.1:
             encoder.header_table_size = rng.choice([0, 100, 4_096])
@@ -138,7 +140,7 @@ def test_nonsense_is_judged_as_hpack_judges_it(seed: int) -> None:
             judged.append(list(Decoder(1 << 24).decode(bytes(block), raw=True)))
         except HPACKError:
             judged.append("refused")
-        decoder = HeaderDecoder(1 << 24, 4_096)
+        decoder = HeaderDecoder(1 << 24, 4_096, FIELDS_MAX)
         try:
             for at in range(0, len(block), 7):
                 decoder.feed(bytes(block[at : at + 7]))
@@ -164,14 +166,14 @@ def test_nonsense_is_judged_as_hpack_judges_it(seed: int) -> None:
 )
 def test_broken_blocks(block: bytes) -> None:
     """RFC 7541 2.3.3, 4.2, 5.1, 5.2, 6.3."""
-    decoder = HeaderDecoder(65_536, 4_096)
+    decoder = HeaderDecoder(65_536, 4_096, FIELDS_MAX)
     with pytest.raises(HPACKError):
         feed_whole(decoder, block)
 
 
 def test_a_value_too_long_to_keep_empties_the_table_as_the_peer_thinks() -> None:
     """RFC 7541 4.4, without the value ever being held."""
-    encoder, decoder = Encoder(), HeaderDecoder(1_000, 4_096)
+    encoder, decoder = Encoder(), HeaderDecoder(1_000, 4_096, FIELDS_MAX)
     decoder.feed(encoder.encode([(b"a", b"b")]))
     assert decoder.finish() == [(b"a", b"b")]
     block = encoder.encode([(b"c", b"d"), (b"huge", b"x" * 50_000), (b"e", b"f")], huffman=False)
@@ -187,6 +189,6 @@ def test_a_value_too_long_to_keep_empties_the_table_as_the_peer_thinks() -> None
 
 
 def test_a_name_longer_than_any_list_is_refused() -> None:
-    decoder = HeaderDecoder(1_000, 4_096)
+    decoder = HeaderDecoder(1_000, 4_096, FIELDS_MAX)
     with pytest.raises(HPACKError):
         decoder.feed(Encoder().encode([(b"n" * 50_000, b"")], huffman=False)[:10])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
-from proto.http2 import Connection, ErrorCode, Limits
+from proto.http2 import Connection, ErrorCode, Limits, Role
+from proto.http2.compression import FIELD_OVERHEAD_BYTES
 from tests.http2 import wire
-from tests.http2.wire import Peer, data, ping, raw, rst, server, settings, update
+from tests.http2.test_fuzz import LIMITS, script
+from tests.http2.wire import Peer, data, ping, raw, rst, server, settings, told, update
 
 LIMIT = 50
 EDGE = Limits(
@@ -178,3 +181,70 @@ def test_settings_that_move_many_windows_weigh_more() -> None:
     for number in range(6):
         assert peer.receive(settings({4: 2_000 + number})) == ["settings"]
     assert peer.receive(settings({4: 5_000})) == ["failed ENHANCE_YOUR_CALM"]
+
+
+def test_more_header_fields_than_a_list_can_have_end_the_connection() -> None:
+    """Ten fields are taken, in however many frames; the eleventh ends the connection, kept or not."""
+    limits = Limits(header_fields_max=10, header_list_bytes_max=200)
+    for fields, cut_off in ((10, False), (11, True)):
+        connection, peer = server(limits)
+        block = b"\x88" * fields
+        connection.receive(raw(1, 0, 1, block[:4]) + raw(9, 0, 1, block[4:9]) + raw(9, 4, 1, block[9:]))
+        assert connection.closed is cut_off
+        said = peer.said()[-1]
+        assert said.endswith("ENHANCE_YOUR_CALM"), said
+        assert said.startswith("GOAWAY" if cut_off else "RST_STREAM"), said
+        if not cut_off:
+            # The count is a block's own.
+            connection.receive(raw(1, 4, 3, block))
+            assert not connection.closed
+
+
+def test_the_fields_allowed_are_those_of_the_smallest_that_fit() -> None:
+    assert Limits().header_fields_max * FIELD_OVERHEAD_BYTES == Limits().header_list_bytes_max
+
+
+def test_what_is_too_much_for_one_turn_waits_for_the_next() -> None:
+    connection, peer = server(Limits(turn_work_max=5))
+    events = connection.receive(ping() * 12)
+    counts = [len(events)]
+    while connection.behind:
+        counts.append(len(connection.receive(b"")))
+    assert counts == [5, 5, 2]
+    assert connection.receive(ping()[:9]) == []
+    assert not connection.behind
+    # New bytes meanwhile stay in their place.
+    assert len(connection.receive(ping()[9:] + ping() * 9 + ping()[:5])) == 5
+    assert connection.behind
+    assert len(connection.receive(ping()[5:])) == 5
+    assert connection.behind
+    assert len(connection.receive(b"")) == 1
+    assert not connection.behind
+    assert len(peer.said()) == 12 + 1 + 9 + 1
+
+
+def test_nothing_is_forgiven_while_frames_wait() -> None:
+    connection, _peer = server(Limits(turn_work_max=5, pings_max=100))
+    connection.output()
+    connection.receive(ping() * 99)
+    while connection.behind:
+        connection.output()
+        connection.receive(b"")
+    assert connection._flood[1] == 99
+    connection.output()
+    assert connection._flood[1] == 98
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_in_turns_means_the_same(seed: int) -> None:
+    """Whatever comes, it means the same in small turns."""
+    text = script(seed, 60)
+    at_once, in_turns = Connection(Role.SERVER, LIMITS), Connection(Role.SERVER, replace(LIMITS, turn_work_max=3))
+    results = []
+    for connection in (at_once, in_turns):
+        connection.start()
+        events = connection.receive(text)
+        while connection.behind:
+            events += connection.receive(b"")
+        results.append((told(events), b"".join(connection.output())))
+    assert results[0] == results[1]

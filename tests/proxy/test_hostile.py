@@ -6,13 +6,19 @@ import asyncio
 import contextlib
 import random
 import ssl
+from itertools import pairwise
+from typing import cast
 
+import hpack
 import pytest
 
 from coalesce.limits import Limits
 from proto.framing import Status, frame
-from proxy.server_connection import PREFACE
+from proto.http2.receiving import REQUEST_WORK
+from proxy.server_connection import PREFACE, ServerConnection
 from tests.etcd.server import EtcdServer
+from tests.http2.fuzz import Transport
+from tests.http2.wire import REQUEST, raw, settings
 from tests.proxy.raw_client import HOST, WATCH, RawClient
 from tests.proxy.running import direct, proxy_for
 from tests.proxy.scenario import run
@@ -175,5 +181,30 @@ def test_a_tls_client_at_a_plain_port(etcd: EtcdServer) -> None:
             with pytest.raises((ssl.SSLError, ConnectionError)):
                 await asyncio.open_connection(HOST, proxy.port, ssl=context)
             await until_async(lambda: not proxy.listener.connections, "it to be gone")
+
+    run(scenario())
+
+
+def test_much_at_once_is_handled_in_turns(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        async with proxy_for(etcd) as proxy:
+            connection = ServerConnection(proxy.listener)
+            transport = Transport()
+            connection.connection_made(cast(asyncio.Transport, transport))
+            encoder = hpack.Encoder()
+            requests = [raw(1, 4, 2 * number + 1, encoder.encode(REQUEST)) for number in range(500)]
+            connection.data_received(PREFACE + settings() + b"".join(requests))
+            opened = [len(connection.h2.streams)]
+            assert not transport.reading
+            while not transport.reading:
+                turn = asyncio.Event()
+                asyncio.get_running_loop().call_soon(turn.set)
+                await turn.wait()
+                opened.append(len(connection.h2.streams))
+            # Others had the loop in between, again and again: two turns go by from look to look. Nothing was left out.
+            steps = {later - earlier for earlier, later in pairwise(opened)}
+            assert max(steps) <= 2 * proxy.listener.settings.http2.turn_work_max // REQUEST_WORK
+            assert opened[-1] == 500
+            connection.connection_lost(None)
 
     run(scenario())
