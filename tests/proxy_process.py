@@ -58,7 +58,7 @@ class ProxyProcess:
         ]
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        until(self._accepts, f"the proxy to listen at {self.endpoint}", 20)
+        until(self._accepts, f"the proxy to listen at {self.endpoint}", 60)
 
     def _accepts(self) -> bool:
         assert self.process is not None

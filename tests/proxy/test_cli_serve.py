@@ -54,7 +54,7 @@ class Served:
             text = self._log.read_text()
             return next((line for line in self.lines() if line["msg"] == "serving"), None) if text else None
 
-        line = until(said, "the proxy to say where it serves", 20)
+        line = until(said, "the proxy to say where it serves", 60)
         assert line is not None
         return line
 

@@ -83,7 +83,9 @@ def test_interrupting_it_leaves_nothing_behind() -> None:
         [sys.executable, "-m", "proxy.cli", "demo", *SMALL, "--seconds=60"], stderr=subprocess.PIPE, text=True
     )
     try:
-        children = until(lambda: found if len(found := _children(demo.pid)) >= 3 else None, "its processes to start")
+        children = until(
+            lambda: found if len(found := _children(demo.pid)) >= 3 else None, "its processes to start", 60
+        )
         demo.send_signal(signal.SIGINT)
         _, errors = demo.communicate(timeout=20)
     finally:
