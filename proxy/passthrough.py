@@ -286,6 +286,9 @@ class Relay:
 
     def data(self, data: bytes, flow_size: int, end_stream: bool) -> None:
         """Pass a part of the request on."""
+        if self.done:
+            self.connection.h2.consumed(self._stream, flow_size)
+            return
         if end_stream:
             self._request_over = True
         self._owed_client += flow_size
@@ -431,6 +434,9 @@ class Relay:
     def _give_up(self) -> None:
         self.done = True
         self._forget_request()
+        # The client's other calls need the connection's window, whatever etcd has not taken of this one.
+        owed, self._owed_client = self._owed_client, 0
+        self.connection.h2.consumed(None, owed)
 
     def _bound_request(self) -> None:
         """Keep no more of requests that were sent than is allowed."""

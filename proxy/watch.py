@@ -126,7 +126,7 @@ class WatchCall:
 
     def data(self, data: bytes, flow_size: int, end_stream: bool) -> None:
         """Take requests."""
-        if self.stalled:
+        if self.stalled and self.session is not None:
             self._owed += flow_size
         else:
             self.connection.h2.consumed(self.stream, flow_size)
@@ -196,6 +196,9 @@ class WatchCall:
             self._service.engine.close(session)
 
     def _leave_service(self) -> None:
+        # The connection's other streams need its window.
+        owed, self._owed = self._owed, 0
+        self.connection.h2.consumed(None, owed)
         if self in self._service.calls:
             self._service.calls.discard(self)
             self.connection.sessions -= 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from proxy.listener import Listener
 from proxy.passthrough import MIB, Passthrough, PassthroughSettings, _MessageBoundary
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.proxy.raw_client import RawClient
+from tests.proxy.running import proxy_for
+from tests.proxy.scenario import run
 from tests.waiting import until_async
 from upstream.endpoints import parse_endpoints
 from upstream.pool import Pool
@@ -367,3 +370,29 @@ def test_message_boundary(step: int) -> None:
     for start in range(0, len(stream), step):
         boundary.feed(stream[start : start + step])
         assert boundary.inside == (min(start + step, len(stream)) not in ends)
+
+
+def test_calls_that_end_give_back_what_etcd_has_not_taken(etcd: EtcdServer) -> None:
+    """Else a connection's window shrinks with each of them, until nothing can be sent on it any more."""
+
+    async def scenario() -> None:
+        async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
+            await until_async(lambda: client.h2.outbound_flow_control_window > 65_535, "the window")
+            (connection,) = proxy.listener.connections
+            whole = connection.h2.receive_window
+            await until_async(lambda: proxy.pool.pick() is not None, "etcd")
+            assert etcd.process is not None
+            etcd.process.send_signal(signal.SIGSTOP)
+            try:
+                for _ in range(3):
+                    call = client.call("/etcdserverpb.KV/Put")
+                    call.send_raw(frame(bytes(200_000))[:200_000])
+                    left = connection.h2.receive_window
+                    await until_async(lambda left=left: connection.h2.receive_window < left, "the request")  # type: ignore[misc]
+                    call.cancel()
+                await until_async(lambda: not connection.h2.streams, "the end of the calls")
+                assert connection.h2.receive_window + connection.h2._unreturned == whole
+            finally:
+                etcd.process.send_signal(signal.SIGCONT)
+
+    run(scenario())

@@ -145,3 +145,26 @@ def test_a_client_that_does_not_read_while_100_mb_pass(etcd: EtcdServer) -> None
             await asyncio.sleep(0)
 
     run(scenario(), 110)
+
+
+def test_a_stalled_stream_that_ends_gives_back_what_it_asked(etcd: EtcdServer) -> None:
+    """Else the connection's window shrinks with each of them."""
+
+    async def scenario() -> None:
+        async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port, window=0) as client:
+            stream = client.watch()
+            stream.create(b"a")
+            await until_async(lambda: any(call.stalled for call in proxy.watches.calls), "the stall")
+            (connection,) = proxy.listener.connections
+            before = connection.h2.receive_window + connection.h2._unreturned
+            for _ in range(20):
+                stream.create(b"a" * 1000)
+            await until_async(
+                lambda: connection.h2.receive_window + connection.h2._unreturned < before, "the requests to wait"
+            )
+            stream.raw.cancel()
+            await until_async(lambda: not proxy.watches.calls, "the end")
+            whole = proxy.listener.settings.http2.connection_window
+            assert connection.h2.receive_window + connection.h2._unreturned == whole
+
+    run(scenario())
