@@ -7,7 +7,7 @@ KEYS ?= 100000
 MINUTES ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench bench-store check sim soak etcds proto clean
+.PHONY: help demo test test-all bench bench-store check sim mutants soak etcds proto clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,8 +49,11 @@ bench: $(VENV)/.installed-bench etcds  ## CPU per event, delay and memory beside
 bench-store: $(VENV)/.installed-dev  ## the bundled store with KEYS=n keys: start-up, memory, rates
 	$(BIN)/python -m tests.store.bench $(KEYS)
 
-sim: $(VENV)/.installed-dev  ## SEEDS=n seeds of the simulator
+sim: $(VENV)/.installed-dev  ## SEEDS=n seeds of the simulator: faults by kind, events checked, violations
 	$(BIN)/python -m tests.sim SEEDS=$(SEEDS)
+
+mutants: $(VENV)/.installed-dev  ## the mutation score: deliberate bugs that the simulator finds
+	$(BIN)/python -m tests.sim --mutants
 
 soak: $(VENV)/.installed-bench etcds  ## MINUTES=n of clients and faults at random: guarantees and leaks; build/soak/report.md
 	GRPC_ENABLE_FORK_SUPPORT=0 $(BIN)/python -m tests.soak --minutes $(MINUTES) $(ARGS)

@@ -25,7 +25,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from coalesce.backfill import Backfill
@@ -75,11 +74,11 @@ def _check_session(hub: Hub, session: Session) -> None:
         _need(1, watch.watch_id == watch_id and watch.session is session and watch.outlet is session.outlet, watch)
         _need(1, session.compacted is None or watch_id not in session.compacted, watch)
     for watch in session.lagging:
-        _need(2, watch.place is Place.LAGGING and watch.session is session, watch)
+        _need(2, watch.place is Place.LAGGING and session.watches.get(watch.watch_id) is watch, watch)
     _need(2, (session.lagging_since is not None) == bool(session.lagging), "lagging since")
     _need(2, (session in hub.lagging_sessions) == bool(session.lagging), "lagging sessions")
     if session.lagging and not session.stalled:
-        _need(7, hub.replays.is_due(session), f"{len(session.lagging)} watches lag")
+        _need(7, hub.replays.is_due(session), "watches lag and nobody will replay them")
     if session.progress_needs:
         _need(16, bool(session.watches) and session in hub.progress.waiting, "waits for progress")
         _need(16, hub.progress.next_deadline() is not None, "no timer for who waits for progress")
@@ -95,7 +94,7 @@ def _check_head(session: Session) -> None:
     assert isinstance(head, PendingCreate), "just said"
     waits_for_check = not head.checked and head.refusal is None
     waits_for_trunk = head.trunk is not None and head.trunk.opening
-    _need(13, waits_for_check or head.reading or waits_for_trunk, f"the head waits for nothing: {head.request}")
+    _need(13, waits_for_check or head.reading or waits_for_trunk, head.request)
     for create in session.queue:
         if isinstance(create, PendingCreate) and create.trunk is not None:
             _need(13, create in create.trunk.joining, "a create that its trunk does not know")
@@ -104,19 +103,18 @@ def _check_head(session: Session) -> None:
 def _check_watch(hub: Hub, watch: Watch) -> None:
     trunk, source, session = watch.trunk, watch.source, watch.session
     _need(1, watch in trunk.watches and hub.trunks_open.get((trunk.key, trunk.range_end)) is trunk, watch)
-    in_group = watch.group is not None and watch in watch.group.members
-    places = {
-        Place.IN_STEP: in_group,
-        Place.AHEAD: watch.ahead is not None and watch.ahead.watch is watch,
-        Place.LAGGING: watch in session.lagging,
-        Place.QUEUED: watch in hub.queued,
-    }
-    _need(2, [place for place, there in places.items() if there] == [watch.place], f"{watch}: {places}")
-    if watch.place is Place.IN_STEP:
+    place = watch.place
+    # Where it is, and that it is nowhere else.
+    _need(2, (watch.group is not None and watch in watch.group.members) == (place is Place.IN_STEP), watch)
+    _need(2, (watch.ahead is not None and watch.ahead.watch is watch) == (place is Place.AHEAD), watch)
+    _need(2, (watch in session.lagging) == (place is Place.LAGGING), watch)
+    _need(2, (watch in hub.queued) == (place is Place.QUEUED), watch)
+    _need(2, place is not Place.ENDED, watch)
+    if place is Place.IN_STEP:
         assert watch.group is not None, "just said"
         _need(2, source is not None and source.fanout.groups.get(watch.variant) is watch.group, watch)
         _need(4, watch.group.variant == watch.variant, watch)
-    if watch.place is Place.AHEAD:
+    if place is Place.AHEAD:
         assert watch.ahead is not None, "just said"
         _need(2, source is not None and watch in source.fanout.ahead(), watch)
         _need(3, source is not None and watch.ahead.position == watch.position > source.next_revision, watch)
@@ -124,10 +122,10 @@ def _check_watch(hub: Hub, watch: Watch) -> None:
         _need(5, source is trunk or (isinstance(source, Backfill) and watch in source.watches), watch)
         _need(5, source is trunk or (isinstance(source, Backfill) and source.trunk is trunk), watch)
         has_prev_kv = source.history.has_prev_kv and (source is not trunk or trunk.prev_kv_from is not None)
-        _need(4, not watch.wants_prev_kv or has_prev_kv or watch.place is Place.LAGGING, watch)
+        _need(4, not watch.wants_prev_kv or has_prev_kv or place is Place.LAGGING, watch)
     if session.stalled:
         _need(6, watch.place is Place.LAGGING, watch)
-    _need(15, watch.progress_floor <= watch.next_revision, f"{watch} was told {watch.progress_floor}")
+    _need(15, watch.progress_floor <= watch.next_revision, watch)
 
 
 def _check_source(hub: Hub, source: Source) -> None:
@@ -135,10 +133,10 @@ def _check_source(hub: Hub, source: Source) -> None:
     batches = history.batches()
     last = history.floor - 1
     for batch in batches:
-        _need(8, last < batch.first_revision <= batch.last_revision, f"{batch.first_revision} after {last}")
+        _need(8, last < batch.first_revision <= batch.last_revision, batch)
         _need(8, batch.kept is not None, "an evicted batch is held")
         last = batch.last_revision
-    _need(8, last < source.next_revision or not batches, f"{last} reaches over {source.next_revision}")
+    _need(8, last < source.next_revision or not batches, "a history reaches over what comes next")
     _need(8, history.bytes == sum(batch.memory_bytes for batch in batches), "bytes of a history")
     _need(9, history.bytes <= hub.limits.history_bytes_max, "a history is too large")
     _need(9, len(history) <= hub.limits.history_revisions_max, "a history is too long")
@@ -160,7 +158,7 @@ def _check_trunk(hub: Hub, trunk: Trunk) -> None:
     for create in trunk.joining:
         _need(18, not create.session.ended and create.trunk is trunk, "a create that is gone holds a trunk")
     used = bool(trunk.watches or trunk.joining)
-    _need(11, used == (trunk.timer_at is None), f"used: {used}, lingers until {trunk.timer_at}")
+    _need(11, used == (trunk.timer_at is None), "a trunk lingers if and only if nobody uses it")
 
 
 def _check_backfills(hub: Hub) -> None:
@@ -177,6 +175,7 @@ def _check_backfills(hub: Hub) -> None:
         _need(10, not backfill.paused or not backfill.fanout.has_watches, "a paused backfill keeps watches waiting")
     for watch in hub.queued:
         _need(2, watch.place is Place.QUEUED and watch.source is None, watch)
+        _need(2, watch.session.watches.get(watch.watch_id) is watch, watch)
 
 
 def _check_upstreams(hub: Hub) -> None:
@@ -198,17 +197,19 @@ def _check_reads(hub: Hub) -> None:
 
 def _check_gauges(hub: Hub) -> None:
     stats = hub.stats
-    places = Counter(watch.place for session in hub.sessions for watch in session.watches.values())
-    counted = {
-        "sessions": (stats.sessions, len(hub.sessions)),
-        "watches": (stats.watches, places.total()),
-        "trunks": (stats.trunks, len(hub.trunks_open)),
-        "backfills": (stats.backfills, sum(len(trunk.backfills) for trunk in hub.trunks_open.values())),
-        "lagging": (stats.lagging, places[Place.LAGGING]),
-        "queued": (stats.queued, places[Place.QUEUED]),
-        "history_bytes": (stats.history_bytes, sum(source.history.bytes for source in _sources(hub))),
-        "history_batches": (stats.history_batches, sum(len(source.history) for source in _sources(hub))),
-    }
-    for name, (said, there) in counted.items():
-        _need(17, said == there, f"{name}: {said} said, {there} there")
-    _need(9, stats.history_bytes <= hub.limits.history_bytes_total_max, "all histories are too large")
+    watches = lagging = history_bytes = history_batches = 0
+    for session in hub.sessions:
+        watches += len(session.watches)
+        lagging += len(session.lagging)
+    for source in _sources(hub):
+        history_bytes += source.history.bytes
+        history_batches += len(source.history)
+    _need(17, stats.sessions == len(hub.sessions), "sessions")
+    _need(17, stats.watches == watches, "watches")
+    _need(17, stats.trunks == len(hub.trunks_open), "trunks")
+    _need(17, stats.backfills == sum(len(trunk.backfills) for trunk in hub.trunks_open.values()), "backfills")
+    _need(17, stats.lagging == lagging, "lagging")
+    _need(17, stats.queued == len(hub.queued), "queued")
+    _need(17, stats.history_bytes == history_bytes, "history_bytes")
+    _need(17, stats.history_batches == history_batches, "history_batches")
+    _need(9, history_bytes <= hub.limits.history_bytes_total_max, "all histories are too large")

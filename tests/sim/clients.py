@@ -29,6 +29,7 @@ from coalesce.guarantees import (
     check,
 )
 from proto.pb import rpc_pb2
+from tests.sim.failure import SimulationFailure
 from tests.sim.model_stream import CLUSTER_ID
 from tests.sim.permissions import INVALID_TOKEN
 
@@ -46,10 +47,6 @@ NO_LEADER = "etcdserver: no leader"
 
 # Header, id and prefix of a response; limits count events.
 _ENVELOPE_BYTES = 64
-
-
-class SimulationFailure(AssertionError):
-    """The proxy did something that no client may see."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
 
 from coalesce.guarantees import DELETE, PUT, Change, Previous, Truth, in_range
-from proto.pb import kv_pb2
+from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import Event, scan_watch_response
 
 if TYPE_CHECKING:
@@ -22,17 +23,34 @@ if TYPE_CHECKING:
 Operation = tuple[bytes, bytes | None]
 """A key and the value to put; None deletes it."""
 
+LEASE = 7
+"""The one lease there is."""
+
 EVENTS_TAG = b"\x5a"
 """Field 11 of WatchResponse, length-delimited."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Applied:
-    """One entry of the replicated log: the changes of one revision, or a compaction."""
+    """One entry of the replicated log: the changes of one revision, the end of the lease, or a compaction."""
 
+    # The store's once it is applied.
     revision: int
     changes: tuple[Change, ...] = ()
     compact_revision: int = 0
+    revokes: bool = False
+
+    @cached_property
+    def request(self) -> rpc_pb2.TxnRequest:
+        """The call that makes these changes."""
+        request = rpc_pb2.TxnRequest()
+        for change in self.changes:
+            if change.kind == PUT:
+                put = request.success.add().request_put
+                put.key, put.value, put.lease = change.key, change.value, change.lease
+            else:
+                request.success.add().request_delete_range.key = change.key
+        return request
 
 
 class Store:
@@ -52,6 +70,17 @@ class Store:
 
     def write(self, operations: Iterable[Operation], lease: int = 0) -> int:
         """Apply one transaction, a key at most once in it; return the revision, unchanged if nothing was written."""
+        if changes := self._change(operations, lease):
+            self.log.append(Applied(self.revision, changes))
+        return self.revision
+
+    def revoke(self) -> None:
+        """End the lease: its keys are deleted in one revision, in order; it is granted anew at once."""
+        keys = sorted(key for key, change in self._latest.items() if change.lease)
+        changes = self._change([(key, None) for key in keys], 0)
+        self.log.append(Applied(self.revision, changes, revokes=True))
+
+    def _change(self, operations: Iterable[Operation], lease: int) -> tuple[Change, ...]:
         revision = self.revision + 1
         changes = []
         for key, value in operations:
@@ -70,8 +99,7 @@ class Store:
         if changes:
             self.revision = revision
             self.changes.extend(changes)
-            self.log.append(Applied(revision, tuple(changes)))
-        return self.revision
+        return tuple(changes)
 
     def compact(self, revision: int) -> bool:
         """Forget what is below `revision`; False if that is not above the last compaction or in the future."""
@@ -104,6 +132,10 @@ class Store:
     def live_keys(self) -> list[bytes]:
         """Return the keys that exist now."""
         return sorted(self._latest)
+
+    def live(self) -> list[Change]:
+        """Return the put that each key that exists now has its value of, in order of keys."""
+        return [self._latest[key] for key in sorted(self._latest)]
 
     def event(self, change: Change, prev: bool) -> Event:
         """Return the change as the scanner would read it from the wire."""
@@ -180,6 +212,9 @@ class Watcher:
 class Member:
     """One etcd server: what it has applied, and its watchers."""
 
+    # It frees what is compacted at once.
+    compacting: ClassVar[bool] = False
+
     store: Store
     member_id: int
     # Revisions of events in one catch-up response (etcd: watchBatchMaxRevs, 1000).
@@ -199,6 +234,10 @@ class Member:
         """How many log entries it has not applied."""
         return len(self.store.log) - self.position
 
+    def apply_some(self, rng: random.Random) -> None:
+        """Apply a few entries of the log."""
+        self.apply(rng.randint(1, 4))
+
     def apply(self, count: int) -> None:
         """Apply the next entries of the log, and notify the synced watchers of each."""
         for entry in self.store.log[self.position : self.position + count]:
@@ -216,6 +255,15 @@ class Member:
                     del self.synced[watcher]
                     watcher.held, watcher.more_revision = (changes, entry.revision), 0
                     self.victims[watcher] = None
+
+    def compact_step(self, _: random.Random | None = None) -> None:
+        """Compaction takes no time here."""
+
+    def restart(self) -> None:
+        """Start again with what it had applied; nobody is connected."""
+
+    def check(self) -> None:
+        """The model holds nothing that could be wrong."""
 
     def restore(self) -> None:
         """Start anew from the restored store; nobody is connected."""
@@ -277,11 +325,11 @@ class Member:
             changes.append(change)
         return changes, 0
 
-    def retry_victims(self) -> None:
+    def retry_victims(self, _: random.Random | None = None) -> None:
         """Try again to hand victims their events (etcd: every 10 ms); the header is then the last revision they saw."""
         for watcher in list(self.victims):
             assert watcher.held is not None
-            changes, _ = watcher.held
+            changes = watcher.held[0]
             if not watcher.stream.offer(watcher, changes, watcher.min_revision - 1):
                 continue
             del self.victims[watcher]

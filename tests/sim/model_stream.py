@@ -63,6 +63,11 @@ class ServerStream:
     _fragments: set[int] = field(default_factory=set)
     _prev_kv: set[int] = field(default_factory=set)
 
+    @property
+    def spans(self) -> dict[int, tuple[bytes, bytes]]:
+        """The range of each watch by its id."""
+        return {watch_id: (watcher.key, watcher.range_end) for watch_id, watcher in self.watchers.items()}
+
     # the receive loop
 
     @property
@@ -70,7 +75,7 @@ class ServerStream:
         """The receive loop has something to do."""
         return self._announcement is not None or bool(self.requests)
 
-    def receive(self) -> None:
+    def receive(self, _: random.Random | None = None) -> None:
         """Take one step of the receive loop: register a watch, announce it, cancel one, or answer progress."""
         if self._announcement is not None:
             self._announce(self._announcement)

@@ -1,10 +1,11 @@
-"""The deliberate bugs that the simulator must notice, each of a kind that somebody could really make."""
+"""Deliberate bugs in the core that the simulator must notice, each of a kind that somebody could really make."""
 
 from __future__ import annotations
 
+from tests.sim.mutant_table_upstream import CLIENT_MUTANTS, STORE_MUTANTS
 from tests.sim.mutants import Mutant
 
-MUTANTS: tuple[Mutant, ...] = (
+CORE_MUTANTS: tuple[Mutant, ...] = (
     # Where a source stands.
     Mutant(
         "a source moves one revision too little",
@@ -165,3 +166,5 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant("a restored store is not believed", "ending", "self._cancel_with(watch, OTHER_HISTORY)", "pass"),
 )
+
+MUTANTS = (*CORE_MUTANTS, *CLIENT_MUTANTS, *STORE_MUTANTS)

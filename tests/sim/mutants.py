@@ -1,7 +1,7 @@
-"""Deliberate bugs: the core with one line changed, to see that the simulator notices.
+"""Deliberate bugs: the code under simulation with one line changed, to see that the simulator notices.
 
-A mutant is a text replacement in one module of `coalesce`, compiled in memory: the files stay as they are, and the real
-core stays imported beside its mutants.
+A mutant is a text replacement in one module, compiled in memory: the files stay as they are, and the real modules stay
+imported beside their mutants. With the module come all others of its family, since they know each other by import.
 """
 
 from __future__ import annotations
@@ -9,15 +9,20 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import NamedTuple
 
-import coalesce as real_core
+from tests.sim.parts import REAL, Parts, StoreModules
 
-_FOLDER = Path(real_core.__file__ or "").parent
+CORE = "coalesce"
+STORE = "upstream.store"
+WATCH_STATE = "upstream.watch_state"
+_FAMILIES = (CORE, STORE, WATCH_STATE)
 
 
 class Mutant(NamedTuple):
@@ -25,8 +30,15 @@ class Mutant(NamedTuple):
 
     name: str
     module: str
+    """In full; a name without a dot is a module of the core."""
+
     old: str
     new: str
+
+    @property
+    def full_module(self) -> str:
+        """The module's name in full."""
+        return self.module if "." in self.module else f"{CORE}.{self.module}"
 
 
 class _PatchedLoader(importlib.machinery.SourceFileLoader):
@@ -48,32 +60,63 @@ class _PatchedLoader(importlib.machinery.SourceFileLoader):
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds the one module that is patched; the others are found as always."""
 
-    def __init__(self, mutant: Mutant) -> None:
+    def __init__(self, mutant: Mutant, file: str) -> None:
         self._mutant = mutant
+        self._file = file
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """Return the patched module's spec, or None."""
         del path, target
-        if fullname != f"coalesce.{self._mutant.module}":
+        if fullname != self._mutant.full_module:
             return None
-        file = str(_FOLDER / f"{self._mutant.module}.py")
-        loader = _PatchedLoader(fullname, file, self._mutant)
-        return importlib.machinery.ModuleSpec(fullname, loader, origin=file)
+        loader = _PatchedLoader(fullname, self._file, self._mutant)
+        return importlib.machinery.ModuleSpec(fullname, loader, origin=self._file)
 
 
-def load(mutant: Mutant) -> ModuleType:
-    """Return a copy of the core with the bug in it. Raises LookupError when its line is not there exactly once."""
-    saved = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "coalesce"}
-    for name in saved:
-        del sys.modules[name]
-    finder = _Finder(mutant)
+def load(mutant: Mutant) -> Parts:
+    """Return the parts with the bug in one of them. Raises LookupError when its line is not there exactly once."""
+    name = mutant.full_module
+    family = next(family for family in _FAMILIES if _belongs(name, family))
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise LookupError(f"mutant {mutant.name}: there is no module {name}")
+    saved = {module: sys.modules[module] for module in _loaded(family)}
+    parents = {module: vars(sys.modules[module]).copy() for module in _parents(family)}
+    finder = _Finder(mutant, spec.origin)
+    for module in saved:
+        del sys.modules[module]
     sys.meta_path.insert(0, finder)
     try:
-        return importlib.import_module("coalesce")
+        return _parts(family)
     finally:
         sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if name.split(".")[0] == "coalesce"]:
-            del sys.modules[name]
+        for module in _loaded(family):
+            del sys.modules[module]
         sys.modules.update(saved)
+        # An import sets the module's name in its package: there the real one belongs.
+        for module, names in parents.items():
+            vars(sys.modules[module]).update(names)
+
+
+def _parts(family: str) -> Parts:
+    if family == CORE:
+        return replace(REAL, core=importlib.import_module(CORE))
+    if family == WATCH_STATE:
+        return replace(REAL, watch_state=importlib.import_module(WATCH_STATE))
+    modules = {each.name: importlib.import_module(f"{STORE}.{each.name}") for each in fields(StoreModules)}
+    return replace(REAL, store=StoreModules(**modules))
+
+
+def _belongs(module: str, family: str) -> bool:
+    return module == family or module.startswith(family + ".")
+
+
+def _loaded(family: str) -> list[str]:
+    return [module for module in sys.modules if _belongs(module, family)]
+
+
+def _parents(family: str) -> list[str]:
+    parts = family.split(".")[:-1]
+    return [".".join(parts[: place + 1]) for place in range(len(parts))]

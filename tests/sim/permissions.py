@@ -10,8 +10,9 @@ USER_EMPTY = "rpc error: code = InvalidArgument desc = etcdserver: user name is 
 
 # These may watch everything while they are valid.
 MIGHTY = (b"root", b"other")
-# Of all clients; b"half" may watch the first half of the keys, b"bad" was never valid.
-TOKENS = (*MIGHTY, *MIGHTY, b"half", b"bad", None)
+HALF = b"half"
+# Of all clients; HALF may watch the first half of the keys, b"bad" was never valid.
+TOKENS = (*MIGHTY, *MIGHTY, HALF, b"bad", None)
 
 
 @dataclass(slots=True)
@@ -30,11 +31,19 @@ class Permissions:
             return ""
         if token is None:
             return USER_EMPTY
-        if token == b"bad" or token in self.expired:
+        if self.is_invalid(token):
             return INVALID_TOKEN
-        middle = self.keys[len(self.keys) // 2]
-        inside = key < middle and (not range_end or b"\0" < range_end <= middle)
-        return PERMISSION_DENIED if token == b"half" and not inside else ""
+        inside = key < self.middle and (not range_end or b"\0" < range_end <= self.middle)
+        return PERMISSION_DENIED if token == HALF and not inside else ""
+
+    @property
+    def middle(self) -> bytes:
+        """The first key that HALF may not watch."""
+        return self.keys[len(self.keys) // 2]
+
+    def is_invalid(self, token: bytes | None) -> bool:
+        """Tell whether this is a token that etcd does not know (any more)."""
+        return self.enabled and (token == b"bad" or token in self.expired)
 
     def expire(self, token: bytes) -> None:
         """Make a token invalid."""

@@ -8,9 +8,8 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 
-import coalesce as real_core
+from tests.sim.parts import REAL, Parts
 from tests.sim.settle import finish
 from tests.sim.steps import FAULTS, Step, execute, make_config, make_steps
 from tests.sim.world import World
@@ -41,7 +40,7 @@ def steps_of(seed: int) -> list[Step]:
 def run(
     seed: int,
     steps: Sequence[Step] | None = None,
-    core: ModuleType = real_core,
+    parts: Parts = REAL,
     trace: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Run a seed, or other steps in its world; return what became of it. Never raises for what the core does."""
@@ -51,7 +50,7 @@ def run(
     outcome = Outcome(seed, chosen)
     world: World | None = None
     try:
-        world = World(config, core)
+        world = World(config, parts)
         world.trace = trace
         for step in chosen:
             if trace is not None:
@@ -68,7 +67,7 @@ def run(
     return outcome
 
 
-def shrink(outcome: Outcome, core: ModuleType = real_core, runs_max: int = 600) -> Outcome:
+def shrink(outcome: Outcome, parts: Parts = REAL, runs_max: int = 600) -> Outcome:
     """Return a failing run with as few steps as leaving some out can bring; it must fail in the same way."""
     kind = _kind(outcome)
     best = outcome
@@ -79,7 +78,7 @@ def shrink(outcome: Outcome, core: ModuleType = real_core, runs_max: int = 600) 
         while at < len(best.steps) and runs < runs_max:
             steps = best.steps[:at] + best.steps[at + size :]
             runs += 1
-            tried = run(outcome.seed, steps, core)
+            tried = run(outcome.seed, steps, parts)
             if tried.failure and _kind(tried) == kind:
                 best = tried
             else:
@@ -104,12 +103,12 @@ def report(outcome: Outcome) -> str:
 
 
 def run_many(
-    seeds: Sequence[int], core: ModuleType = real_core, on_failure: Callable[[Outcome], None] | None = None
+    seeds: Sequence[int], parts: Parts = REAL, on_failure: Callable[[Outcome], None] | None = None
 ) -> Counter[str]:
     """Run seeds; return what happened how often, with failures counted as such."""
     counts: Counter[str] = Counter()
     for seed in seeds:
-        outcome = run(seed, core=core)
+        outcome = run(seed, parts=parts)
         counts.update(outcome.counts)
         counts["runs"] += 1
         if outcome.failure:
@@ -119,6 +118,6 @@ def run_many(
     return counts
 
 
-def faults(counts: Counter[str]) -> dict[str, int]:
+def faults(counts: Counter[str]) -> Counter[str]:
     """Return how often each kind of fault was injected."""
-    return {name: counts[name] for name in sorted(FAULTS)}
+    return Counter({name: counts[name] for name in sorted(FAULTS)})

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import random
 
-from tests.sim.clients import SimulationFailure, SimWatch, judge_logs
+from tests.sim.clients import SimWatch, judge_logs
+from tests.sim.failure import SimulationFailure
 from tests.sim.world import SimClient, World
 
 # Far more than any run needs; reaching it means that something goes round in circles.
@@ -111,7 +112,7 @@ def _notify_all(world: World, rng: random.Random) -> None:
         if not waits and not any(upstream.is_backfill for upstream in world.open_upstreams.values()):
             return
         for link in world.upstream.links():
-            for watch_id in list(link.watchers):
+            for watch_id in list(link.spans):
                 link.notify_progress(watch_id)
                 settle(world, rng, 0.0)
         settle(world, rng, 2.0)
@@ -167,23 +168,24 @@ def _check_answers(world: World) -> None:
 def _check_upstream(world: World) -> None:
     """One upstream watch per range that is watched, and nothing else."""
     ranges = {(watch.spec.key or b"\0", watch.spec.range_end) for watch in _live(world)}
-    watchers = [watcher for link in world.upstream.links() for watcher in link.watchers.values()]
+    watched = sorted(span for link in world.upstream.links() for span in link.spans.values())
     opened = list(world.open_upstreams.values())
     if any(upstream.is_backfill for upstream in opened):
         raise SimulationFailure("a backfill is left open")
-    if len(watchers) != len(ranges) or {(each.key, each.range_end) for each in watchers} != ranges:
-        text = f"upstream watches {sorted((each.key, each.range_end) for each in watchers)}, wanted {sorted(ranges)}"
-        raise SimulationFailure(text)
+    if watched != sorted(ranges):
+        raise SimulationFailure(f"upstream watches {watched}, wanted {sorted(ranges)}")
 
 
 def _check_guarantees(world: World) -> None:
     live = set(map(id, _live(world)))
     revision = world.store.revision
-    judge_logs(world.watches, world.store.truth(), lambda watch: revision if id(watch) in live else None)
+    world.judge(lambda watch: revision if id(watch) in live else None)
+    for member in world.members:
+        member.check()
 
 
 def _check_nothing_left(world: World) -> None:
-    watchers = [watcher for link in world.upstream.links() for watcher in link.watchers.values()]
+    watchers = [span for link in world.upstream.links() for span in link.spans.values()]
     if watchers or world.open_upstreams:
         raise SimulationFailure(f"{len(watchers)} upstream watches are left after the last client")
     stats = world.core.stats

@@ -11,7 +11,9 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tests.sim.clients import LOST, SimulationFailure, SimWatch, Spec
+from tests.sim.clients import LOST, SimWatch, Spec
+from tests.sim.failure import SimulationFailure
+from tests.sim.model_store import LEASE
 from tests.sim.permissions import MIGHTY, TOKENS
 from tests.sim.settle import isolate, settle
 from tests.sim.world import Config, SimClient, World
@@ -60,7 +62,7 @@ def execute(world: World, step: Step) -> None:
 @_action(6)
 def put(world: World, rng: random.Random) -> None:
     """A key is put."""
-    world.store.write([(rng.choice(world.config.keys), _value(world, rng))], lease=rng.choice((0, 0, 0, 7)))
+    world.store.write([(rng.choice(world.config.keys), _value(world, rng))], lease=rng.choice((0, 0, 0, LEASE)))
 
 
 @_action(2)
@@ -85,6 +87,12 @@ def burst(world: World, rng: random.Random) -> None:
         world.store.write([(rng.choice(world.config.keys), _value(world, rng))])
 
 
+@_action(0.5)
+def expire_lease(world: World, _: random.Random) -> None:
+    """The lease runs out: all its keys are deleted at once."""
+    world.store.revoke()
+
+
 @_action(1.5, fault=True)
 def compact(world: World, rng: random.Random) -> None:
     """The history is compacted, mostly close to its end."""
@@ -106,7 +114,7 @@ def join(world: World, rng: random.Random) -> None:
         return
     token = rng.choice(TOKENS) if world.config.auth else None
     window = rng.choice((1 << 20, 1 << 20, 400, 100, 1))
-    client = SimClient(token, rng.random() < 0.3, rng.random() < 0.5, window)
+    client = SimClient(token, rng.random() < 0.3, rng.random() < 0.5, window, world.client_reads)
     world.clients.append(client)
     world.connect_client(client)
     _new_watch(world, rng, client)
@@ -290,6 +298,12 @@ def restart(world: World, _: random.Random) -> None:
     world.restart()
 
 
+@_action(0.5, fault=True)
+def restart_member(world: World, rng: random.Random) -> None:
+    """A member is killed and starts again from its disk."""
+    world.restart_member(rng.choice(world.members))
+
+
 @_action(0.3, fault=True)
 def restore(world: World, rng: random.Random) -> None:
     """The store is restored from a snapshot."""
@@ -312,7 +326,7 @@ def expire_token(world: World, rng: random.Random) -> None:
 @_action(1)
 def notify(world: World, rng: random.Random) -> None:
     """A member's progress ticker fires for one upstream watch."""
-    live = [(link, watch_id) for link in world.upstream.links() for watch_id in link.watchers]
+    live = [(link, watch_id) for link in world.upstream.links() for watch_id in link.spans]
     if live:
         link, watch_id = rng.choice(live)
         link.notify_progress(watch_id)
@@ -398,11 +412,14 @@ def make_config(rng: random.Random) -> Config:
         "queue_max": rng.choice((2, 1000, 1000, 1000)),
         "lagging_age_s_max": rng.choice((None, None, None, 4.0)),
     }
+    members = rng.choice((1, 1, 2, 3))
     return Config(
         limits,
         tuple(ranges),
         keys,
-        members=rng.choice((1, 1, 2, 3)),
+        members=members,
+        bundled=rng.choice((0, members, rng.randint(0, members))),
+        store_fragment_bytes=rng.choice((50, 120, 1 << 21)),
         batch_revisions_max=rng.choice((1, 2, 5, 1000)),
         channel_max=rng.choice((1, 2, 128)),
         old_members=rng.choice((0, 0, 0, 0, 0, 0, 1, 3)),

@@ -5,21 +5,25 @@ A failure prints its seed and the few steps it takes. `python -m tests.sim --see
 
 from __future__ import annotations
 
-from collections import Counter
+import importlib
+import re
+from pathlib import Path
 
 import pytest
 
 import coalesce as real_core
 from tests.sim.mutant_table import MUTANTS
+from tests.sim.mutant_table_upstream import CLIENT_MUTANTS, STORE_MUTANTS
 from tests.sim.mutants import Mutant, load
+from tests.sim.mutation import is_found_by, known_witnesses, search
 from tests.sim.runner import Outcome, faults, report, run, run_many, shrink, steps_of
+from upstream import watch_state
+from upstream.store import watchable
 
-SEEDS = 1000
-BLOCK = 100
-LONG_SEEDS = 10_000
+SEEDS = 2000
+BLOCK = 200
+LONG_SEEDS = 12_000
 LONG_BLOCK = 500
-# Every mutant is caught well before; the seeds are the same each time, so this is no matter of luck.
-MUTANT_SEEDS_MAX = 200
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, BLOCK))
@@ -29,6 +33,10 @@ def test_nothing_is_found(first: int) -> None:
     counts = run_many(range(first, first + BLOCK), on_failure=found.append)
     assert counts["runs"] == BLOCK
     assert not found, report(shrink(found[0]))
+    # The runs go where it hurts.
+    assert all(number > 5 for number in faults(counts).values()), faults(counts)
+    for what in ("stalls", "returned", "backfills", "pauses", "ended sessions", "reads"):
+        assert counts[what] > 10, (what, counts[what])
 
 
 @pytest.mark.long
@@ -40,25 +48,28 @@ def test_nothing_is_found_in_many(first: int) -> None:
     assert not found, report(shrink(found[0]))
 
 
-def test_the_runs_go_where_it_hurts() -> None:
-    """Every fault happens, and so do stalls, handed back deliveries, backfills, pauses and ended sessions."""
-    counts: Counter[str] = run_many(range(150))
-    assert all(number > 5 for number in faults(counts).values()), faults(counts)
-    for what in ("stalls", "returned", "backfills", "pauses", "ended sessions", "reads"):
-        assert counts[what] > 10, (what, counts[what])
-
-
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
 def test_a_deliberate_bug_is_found(mutant: Mutant) -> None:
-    core = load(mutant)
-    assert any(run(seed, core=core).failure for seed in range(MUTANT_SEEDS_MAX)), f"missed: {mutant}"
+    witness = known_witnesses().get(mutant.name)
+    assert (witness is not None and is_found_by(mutant, witness)) or search(mutant), f"missed: {mutant}"
+
+
+def test_the_witnesses_are_of_the_mutants() -> None:
+    """`make mutants` writes them; a mutant that is new or renamed has none yet."""
+    assert list(known_witnesses()) == [mutant.name for mutant in MUTANTS]
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
 
 
 def test_a_mutant_leaves_the_real_core_alone() -> None:
-    mutant = load(MUTANTS[0])
-    assert mutant.Coalescer is not real_core.Coalescer
-    assert __import__("coalesce") is real_core
+    mutants = [load(MUTANTS[0]), load(CLIENT_MUTANTS[0]), load(STORE_MUTANTS[0])]
+    assert mutants[0].core.Coalescer is not real_core.Coalescer
+    assert mutants[1].watch_state.WatchState is not watch_state.WatchState
+    assert mutants[2].store.watchable.WatchStream is not watchable.WatchStream
+    for module in (real_core, watch_state, watchable):
+        assert importlib.import_module(module.__name__) is module
     assert __import__("coalesce.core").core.Coalescer is real_core.Coalescer
+    assert __import__("upstream.watch_state").watch_state is watch_state
+    assert __import__("upstream.store.watchable").store.watchable is watchable
 
 
 def test_a_mutant_whose_line_is_gone_is_an_error() -> None:
@@ -87,9 +98,15 @@ def test_any_part_of_a_run_is_a_run() -> None:
 
 
 def test_a_failure_is_shrunk_to_a_few_steps() -> None:
-    core = load(MUTANTS[0])
-    outcome = next(outcome for seed in range(50) if (outcome := run(seed, core=core)).failure)
-    small = shrink(outcome, core)
+    parts = load(MUTANTS[0])
+    outcome = next(outcome for seed in range(50) if (outcome := run(seed, parts=parts)).failure)
+    small = shrink(outcome, parts)
     assert small.failure
     assert len(small.steps) < len(outcome.steps) / 3
     assert f"seed {outcome.seed}" in report(small)
+
+
+def test_the_score_is_the_one_that_is_written_down() -> None:
+    said = re.search(r"(\d+) of (\d+) are found", Path("CONTRIBUTING.md").read_text())
+    assert said is not None
+    assert said.groups() == (str(len(known_witnesses())), str(len(MUTANTS)))

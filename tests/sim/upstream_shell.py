@@ -7,7 +7,7 @@ one: between each pair of its calls anything can go missing.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,16 +15,20 @@ from typing import Any
 from proto.scan import Header, WatchResponse
 from tests.sim.model_store import Member
 from tests.sim.model_stream import ServerStream
+from tests.sim.store_member import StoreMember, StoreStream
 from upstream import watch_effects
 from upstream.watch_state import WatchState
 from upstream.watch_stream import WatchStream
+
+AnyMember = Member | StoreMember
+AnyStream = ServerStream | StoreStream
 
 
 @dataclass(slots=True)
 class UpstreamShell:
     """One watch client: connected to one member at a time, or to none."""
 
-    members: list[Member]
+    members: Sequence[AnyMember]
     channel_max: int
     permission: Callable[[bytes | None, bytes, bytes], str]
     # What to do with what the state says, as in upstream/watch.py.
@@ -34,12 +38,12 @@ class UpstreamShell:
     on_header: Callable[[Header], None]
     on_connected: Callable[[bool], None]
     state: WatchState = field(default_factory=WatchState)
-    member: Member | None = None
+    member: AnyMember | None = None
     # Streams that ended alone: their watches wait to be registered again.
     unregistered: bool = False
     opened: int = 0
     breaks: int = 0
-    _links: dict[WatchStream, ServerStream] = field(default_factory=dict)
+    _links: dict[WatchStream, AnyStream] = field(default_factory=dict)
     # How many responses of a paused stream are read all the same, since they had come before the pause.
     _in_flight: dict[WatchStream, int] = field(default_factory=dict)
 
@@ -101,7 +105,7 @@ class UpstreamShell:
             self.unregistered = True
             self.breaks += 1
 
-    def register(self) -> None:
+    def register(self, _: random.Random | None = None) -> None:
         """Register again what was on streams that ended."""
         self.unregistered = False
         self._do(self.state.register())
@@ -113,15 +117,21 @@ class UpstreamShell:
             link, watch_id = rng.choice(live)
             link.cancel_with(watch_id, reason)
 
-    def links(self) -> list[ServerStream]:
+    def links(self) -> list[AnyStream]:
         """Return the server's ends of all streams."""
         return list(self._links.values())
 
-    def readable(self) -> list[WatchStream]:
-        """Return the streams on which a response can be read now."""
-        return [stream for stream, link in self._links.items() if link.out and self._is_read(stream)]
+    def add_moves(self, moves: list[Callable[[random.Random], None]]) -> None:
+        """Append what can happen on the streams: requests and responses go on."""
+        for stream, link in self._links.items():
+            if link.can_receive:
+                moves.append(link.receive)
+            if link.can_send:
+                moves.append(link.send)
+            if link.out and self._is_read(stream):
+                moves.append(partial(self.read, stream))
 
-    def read(self, stream: WatchStream) -> None:
+    def read(self, stream: WatchStream, _: random.Random | None = None) -> None:
         """Read one response, if there still is one."""
         link = self._links.get(stream)
         if link is None or not link.out or not self._is_read(stream):
@@ -133,6 +143,14 @@ class UpstreamShell:
     def _is_read(self, stream: WatchStream) -> bool:
         return not stream.paused or self._in_flight.get(stream, 0) > 0
 
+    def _open(self, token: bytes | None) -> AnyStream:
+        assert self.member is not None
+        if isinstance(self.member, StoreMember):
+            return self.member.open_stream(token, self.channel_max)
+        link = ServerStream(self.member, self.channel_max)
+        link.permission = partial(self.permission, token)
+        return link
+
     def _do(self, effects: list[watch_effects.Effect]) -> None:
         for effect in effects:
             if isinstance(effect, watch_effects.Write):
@@ -140,10 +158,7 @@ class UpstreamShell:
                 if link is not None:
                     link.requests.append(effect.message)
             elif isinstance(effect, watch_effects.OpenStream):
-                assert self.member is not None
-                link = ServerStream(self.member, self.channel_max)
-                link.permission = partial(self.permission, effect.stream.token)
-                self._links[effect.stream] = link
+                self._links[effect.stream] = self._open(effect.stream.token)
             elif isinstance(effect, watch_effects.CloseStream):
                 link = self._links.pop(effect.stream, None)
                 if link is not None:

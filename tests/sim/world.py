@@ -12,17 +12,19 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from types import ModuleType
 from typing import Any
 
-import coalesce as real_core
+from coalesce.guarantees import Received
 from proto.pb import rpc_pb2
 from proto.scan import Header, WatchResponse
-from tests.sim.clients import SimSession, SimulationFailure, SimWatch, Spec, judge_logs
+from tests.sim.clients import SimSession, SimWatch, Spec, judge_logs
+from tests.sim.failure import SimulationFailure
 from tests.sim.model_store import Member, Store
 from tests.sim.model_stream import header_of
+from tests.sim.parts import REAL, Parts
 from tests.sim.permissions import Permissions
-from tests.sim.upstream_shell import UpstreamShell
+from tests.sim.store_member import StoreMember
+from tests.sim.upstream_shell import AnyMember, UpstreamShell
 
 Move = Callable[[random.Random], None]
 
@@ -35,8 +37,13 @@ class SimClient:
     has_leader: bool
     by_header: bool
     window: int
+    read: Callable[[SimClient, int], None]
     watches: list[SimWatch] = field(default_factory=list)
     session: SimSession | None = None
+
+    def reads_some(self, rng: random.Random) -> None:
+        """Read a few messages."""
+        self.read(self, rng.randint(1, 6))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,10 @@ class Config:
     members: int = 1
     batch_revisions_max: int = 1000
     channel_max: int = 128
+    # So many of the members, from the last on, are the bundled store; the others are the model of etcd.
+    bundled: int = 0
+    # From this size on the bundled store splits a response for those who asked for fragments.
+    store_fragment_bytes: int = 1 << 21
     # So many of the members answer manual progress out of order, as servers before 3.4.25/3.5.8 do.
     old_members: int = 0
     auth: bool = False
@@ -66,18 +77,16 @@ class Config:
 
 
 class World:
-    """The state of one simulation. `core` is the package under test: the real one, or a mutant of it."""
+    """The state of one simulation. `parts` is the code under test: the real one, or a mutant of it."""
 
-    def __init__(self, config: Config, core: ModuleType = real_core) -> None:
+    def __init__(self, config: Config, parts: Parts = REAL) -> None:
         self.config = config
-        self.package = core
+        self.package = parts.core
+        self._watch_state = parts.watch_state
         self.now = 1000.0
         self.store = Store()
-        self.members = [
-            Member(self.store, 0xE0 + n, config.batch_revisions_max, n >= config.old_members)
-            for n in range(config.members)
-        ]
         self.permissions = Permissions(config.auth, config.keys)
+        self.members = [self._make_member(place, parts) for place in range(config.members)]
         self.clients: list[SimClient] = []
         # Every watch there ever was, for the checkers; and those of clients that went away for good.
         self.watches: list[SimWatch] = []
@@ -90,6 +99,19 @@ class World:
         self._rings_at: float | None = None
         """The engine's timer; what rings too early is set anew then."""
         self._start()
+
+    def _make_member(self, place: int, parts: Parts) -> AnyMember:
+        config, member_id = self.config, 0xE0 + place
+        if place >= max(config.members - config.bundled, config.old_members):
+            return StoreMember(
+                parts.store,
+                self.store,
+                member_id,
+                self.permissions,
+                config.batch_revisions_max,
+                config.store_fragment_bytes,
+            )
+        return Member(self.store, member_id, config.batch_revisions_max, place >= config.old_members)
 
     def _start(self) -> None:
         """Start the proxy."""
@@ -104,6 +126,7 @@ class World:
             on_lost=self._lost,
             on_header=self.core_header_seen,
             on_connected=self._connected,
+            state=self._watch_state.WatchState(),
         )
         # (read, the store's revision when it began); a linearizable answer is not below.
         self.reads: list[tuple[Any, int]] = []
@@ -131,7 +154,7 @@ class World:
         for client in self.clients:
             while client.session is not None and client.session.outbox:
                 self.client_reads(client, 1)
-        judge_logs(self.watches, self.store.truth(), lambda _: None)
+        self.judge(lambda _: None)
         self.upstream.disconnect()
         self.store.restore(revision)
         for member in self.members:
@@ -148,6 +171,18 @@ class World:
         self.checks = [(check, min(began_at, revision)) for check, began_at in self.checks]
         self.upstream.store_went_back(revision)
         self.input(self.core.other_history, header_of(self.members[0].member_id, revision))
+
+    def restart_member(self, member: AnyMember) -> None:
+        """Kill a member and start it again."""
+        if self.upstream.member is member:
+            self.upstream.disconnect()
+        member.restart()
+
+    def judge(self, complete_through: Callable[[SimWatch], int | None]) -> None:
+        """Judge the logs of all watches."""
+        judge_logs(self.watches, self.store.truth(), complete_through)
+        for watch in self.watches:
+            self.count("events checked", sum(len(each.changes) for each in watch.log.records if type(each) is Received))
 
     def count(self, what: str, number: int = 1) -> None:
         """Count something that happened."""
@@ -268,22 +303,19 @@ class World:
         moves: list[Move] = []
         for member in self.members:
             if member.behind:
-                moves.append(partial(_apply, member))
+                moves.append(member.apply_some)
             if member.unsynced:
                 moves.append(member.sync)
             if member.victims:
-                moves.append(partial(_alone, member.retry_victims))
+                moves.append(member.retry_victims)
+            if member.compacting:
+                moves.append(member.compact_step)
         upstream = self.upstream
         if upstream.member is None:
             moves.append(upstream.connect)
         elif upstream.unregistered:
-            moves.append(partial(_alone, upstream.register))
-        for link in upstream.links():
-            if link.can_receive:
-                moves.append(partial(_alone, link.receive))
-            if link.can_send:
-                moves.append(link.send)
-        moves.extend(partial(_alone, partial(upstream.read, stream)) for stream in upstream.readable())
+            moves.append(upstream.register)
+        upstream.add_moves(moves)
         if self.reads:
             moves.append(self._answer_read)
         if self.checks:
@@ -291,7 +323,7 @@ class World:
         for client in self.clients:
             session = client.session
             if session is not None and client is not frozen and (session.outbox or session.ended is not None):
-                moves.append(partial(self._client_reads_some, client))
+                moves.append(client.reads_some)
         return moves
 
     def make_moves(self, rng: random.Random, count: int) -> None:
@@ -332,9 +364,6 @@ class World:
         return header_of(rng.choice(self.members).member_id, revision)
 
     # clients
-
-    def _client_reads_some(self, client: SimClient, rng: random.Random) -> None:
-        self.client_reads(client, rng.randint(1, 6))
 
     def client_reads(self, client: SimClient, count: int) -> None:
         """Have a client read some messages; when all are read its proxy may write on, or its stream is over."""
@@ -434,6 +463,7 @@ class World:
 
     def check(self) -> None:
         """Have the core check its invariants."""
+        self.count("invariant checks")
         self.core.check()
         age_s_max = self.config.limits["lagging_age_s_max"]
         for client in self.clients if age_s_max is not None else ():
@@ -447,15 +477,6 @@ class World:
     def expire(self) -> None:
         """Fire the core's timers that are due."""
         self.input(self.core.expire)
-
-
-def _apply(member: Member, rng: random.Random) -> None:
-    member.apply(rng.randint(1, 4))
-
-
-def _alone(action: Callable[[], None], _: random.Random) -> None:
-    """Make a move that leaves nothing to chance."""
-    action()
 
 
 def describe(value: Any) -> str:

@@ -18,7 +18,7 @@ from tests.store.running import RunningStore
 from tests.waiting import until
 from upstream.store import errors
 from upstream.store.server import StoreListenError, StoreSettings, parse_address
-from upstream.store.watchable import QUEUE_EVENTS_MAX
+from upstream.store.watchable import WatchLimits
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_client_that_does_not_read_is_kept_for_and_holds_nobody_up(running: Ru
             sent.append(client.kv.Put(rpc_pb2.PutRequest(key=b"slow", value=value)).header.revision)
             assert [event.kv.mod_revision for event in prompt.next().events] == sent[-1:]
         assert scrape(running)["etcd_debugging_mvcc_slow_watcher_total"] == 1
-        assert scrape(running)["etcd_debugging_mvcc_pending_events_total"] <= QUEUE_EVENTS_MAX
+        assert scrape(running)["etcd_debugging_mvcc_pending_events_total"] <= WatchLimits().queue_events_max
         got: list[int] = []
         while len(got) < count:
             got += [event.kv.mod_revision for event in late.next().events]

@@ -8,11 +8,12 @@ import pytest
 
 from proto.pb import rpc_pb2
 from tests.store.both import new_state
-from upstream.store import watchable as module
 from upstream.store.index import Record
 from upstream.store.state import StoreState
 from upstream.store.watch_batch import FRAGMENT_BYTES, WatchMessage, encode_message
-from upstream.store.watchable import QUEUE_EVENTS_MAX, WatchStream
+from upstream.store.watchable import WatchLimits, WatchStream
+
+QUEUE_EVENTS_MAX = WatchLimits().queue_events_max
 
 
 def put(state: StoreState, key: bytes, value: bytes = b"v") -> int:
@@ -168,9 +169,9 @@ def test_a_compacted_start_is_cancelled_and_its_id_stays_taken() -> None:
     ]
 
 
-def test_a_watch_overtaken_by_a_compaction_while_it_catches_up_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH_REVISIONS_MAX", 2)
+def test_a_watch_overtaken_by_a_compaction_while_it_catches_up_is_cancelled() -> None:
     state = new_state()
+    state.watchable.limits = WatchLimits(batch_revisions_max=2)
     for _ in range(6):
         put(state, b"a")
     stream = state.watchable.open_stream()
@@ -373,13 +374,12 @@ class Viewer:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_every_watch_gets_exactly_its_events(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "QUEUE_EVENTS_MAX", 3)
-    monkeypatch.setattr(module, "BATCH_REVISIONS_MAX", 4)
-    monkeypatch.setattr(module, "SYNC_WATCHERS_MAX", 3)
-    monkeypatch.setattr(module, "SYNC_REVISIONS_MAX", 6)
+def test_every_watch_gets_exactly_its_events(seed: int) -> None:
     rng = Random(seed)
     state = new_state()
+    state.watchable.limits = WatchLimits(
+        queue_events_max=3, batch_revisions_max=4, sync_watchers_max=3, sync_revisions_max=6
+    )
     viewers: list[Viewer] = []
     truth: list[Record] = []
     compaction_from = rng.choice((0, 10**9))

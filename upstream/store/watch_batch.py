@@ -127,7 +127,7 @@ class ResponseHead:
         ).SerializeToString()
 
 
-def encode_message(head: ResponseHead, message: WatchMessage) -> list[bytes]:
+def encode_message(head: ResponseHead, message: WatchMessage, fragment_bytes: int = FRAGMENT_BYTES) -> list[bytes]:
     """
     Encode a message; more than one piece only for a large one of a watch that asked for fragments.
 
@@ -139,9 +139,9 @@ def encode_message(head: ResponseHead, message: WatchMessage) -> list[bytes]:
     if not message.fragment or len(batch.records) < 2:
         return [batch.message(head, message)]
     whole = batch.message(head, message)
-    if len(whole) < FRAGMENT_BYTES:
+    if len(whole) < fragment_bytes:
         return [whole]
-    room = FRAGMENT_BYTES - len(head.encode(message, more=True))
+    room = fragment_bytes - len(head.encode(message, more=True))
     pieces: list[list[bytes]] = [[]]
     size = 0
     for event in batch.events(message.prev_kv):

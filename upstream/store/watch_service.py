@@ -14,29 +14,16 @@ import random
 
 import grpc
 
-from proto.framing import Status
 from proto.pb import rpc_pb2
 from upstream.store.calls import Calls, Context, parse, service, stream
-from upstream.store.errors import StoreError
-from upstream.store.index import FROM_KEY
 from upstream.store.state import StoreState
 from upstream.store.watch_batch import encode_message
+from upstream.store.watch_requests import CONTROLS_MAX, take_request
 from upstream.store.watchable import WatchStream
-
-CONTROLS_MAX = 16
-"""Control answers waiting on a stream before no more requests are read (etcd's ctrlStreamBufLen)."""
 
 PROGRESS_NOTIFY_INTERVAL_S = 600.0
 PROGRESS_NOTIFY_JITTER = 0.1
 """Each stream's interval is up to this part longer, so that streams opened together do not stay in step."""
-
-_GO_NAMES = {
-    Status.INVALID_ARGUMENT: "InvalidArgument",
-    Status.PERMISSION_DENIED: "PermissionDenied",
-    Status.UNAUTHENTICATED: "Unauthenticated",
-}
-
-_Create = rpc_pb2.WatchCreateRequest
 
 
 class WatchService:
@@ -87,7 +74,7 @@ class _Session:
         """Take requests until the client ends its side."""
         try:
             while (data := await self._calls.read(self._context)) is not None:
-                self._take(parse(rpc_pb2.WatchRequest, data))
+                take_request(self._stream, parse(rpc_pb2.WatchRequest, data), self._check)
                 while self._stream.queued_controls >= CONTROLS_MAX:
                     self._room.clear()
                     await self._room.wait()
@@ -95,39 +82,8 @@ class _Session:
             self._ready.set()
             raise
 
-    def _take(self, request: rpc_pb2.WatchRequest) -> None:
-        kind = request.WhichOneof("request_union")
-        if kind == "create_request":
-            create = request.create_request
-            # A negative start is refused first, whoever asks (etcd v3rpc/watch.go).
-            if create.start_revision >= 0 and (reason := self._refusal(create)):
-                self._stream.refuse(reason)
-                return
-            self._stream.create(
-                create.key,
-                create.range_end,
-                create.start_revision,
-                create.watch_id,
-                no_put=_Create.NOPUT in create.filters,
-                no_delete=_Create.NODELETE in create.filters,
-                prev_kv=create.prev_kv,
-                fragment=create.fragment,
-                progress_notify=create.progress_notify,
-            )
-        elif kind == "cancel_request":
-            self._stream.cancel(request.cancel_request.watch_id)
-        elif kind == "progress_request":
-            self._stream.request_progress()
-
-    def _refusal(self, create: rpc_pb2.WatchCreateRequest) -> str | None:
-        """Return why the stream's user may not watch this; None if it may."""
-        try:
-            self._state.auth.check(self._calls.user(self._context), create.key or FROM_KEY, create.range_end)
-        except StoreError as error:
-            # As grpc-go prints a status: clients compare the whole text.
-            code = _GO_NAMES[error.refusal.code]
-            return f"rpc error: code = {code} desc = {error.refusal.text}"
-        return None
+    def _check(self, key: bytes, range_end: bytes) -> None:
+        self._state.auth.check(self._calls.user(self._context), key, range_end)
 
     async def write(self, reader: asyncio.Task[None]) -> None:
         """Send answers as they come; ends only by an error of the reader or of the stream."""

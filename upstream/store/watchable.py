@@ -29,24 +29,29 @@ from upstream.store.mvcc import Changes, Mvcc
 from upstream.store.spans import Span, SpanIndex
 from upstream.store.watch_batch import INVALID_WATCH_ID, EventBatch, WatchMessage
 
-QUEUE_EVENTS_MAX = 128
-"""Event answers a stream queues before its watchers become victims (etcd's chanBufLen)."""
-
-SYNC_WATCHERS_MAX = 512
-"""Watchers brought forward by one `sync` (etcd's maxWatchersPerSync)."""
-
-BATCH_REVISIONS_MAX = 1000
-"""Revisions in one catch-up answer (etcd's watchBatchMaxRevs)."""
-
-BATCH_BYTES_MAX = 1024 * 1024
-"""Keys and values in one catch-up answer, unless a single revision has more. etcd has no such bound and breaks clients
-that take 4 MiB; a quarter of that leaves room for prev_kv."""
-
-SYNC_REVISIONS_MAX = 5_000
-"""Revisions of the log that one `sync` looks through, so that it never holds the store up for long."""
-
 SYNC_INTERVAL_S = 0.1
 VICTIM_INTERVAL_S = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class WatchLimits:
+    """Bounds of one step and of one queue. The simulator makes them small, so that everything runs into them."""
+
+    queue_events_max: int = 128
+    """Event answers a stream queues before its watchers become victims (etcd's chanBufLen)."""
+
+    sync_watchers_max: int = 512
+    """Watchers brought forward by one `sync` (etcd's maxWatchersPerSync)."""
+
+    batch_revisions_max: int = 1000
+    """Revisions in one catch-up answer (etcd's watchBatchMaxRevs)."""
+
+    batch_bytes_max: int = 1024 * 1024
+    """Keys and values in one catch-up answer, unless a single revision has more. etcd has no such bound and breaks
+    clients that take 4 MiB; a quarter of that leaves room for prev_kv."""
+
+    sync_revisions_max: int = 5_000
+    """Revisions of the log that one `sync` looks through, so that it never holds the store up for long."""
 
 
 class State(Enum):
@@ -126,10 +131,11 @@ class WatchStats:
 class WatchableStore:
     """The watchers of a multi-version store."""
 
-    __slots__ = ("_synced", "_unsynced", "_victims", "mvcc", "on_unsynced", "on_victim", "stats")
+    __slots__ = ("_synced", "_unsynced", "_victims", "limits", "mvcc", "on_unsynced", "on_victim", "stats")
 
     def __init__(self, mvcc: Mvcc) -> None:
         self.mvcc = mvcc
+        self.limits = WatchLimits()
         self.stats = WatchStats()
         # Called when a watcher becomes unsynced or a victim: the shell's cue to call `sync` or `retry_victims`.
         self.on_unsynced: Callable[[], None] = lambda: None
@@ -198,11 +204,11 @@ class WatchableStore:
             place = (watcher.span, watcher.next_revision)
             cohort = cohorts.get(place)
             if cohort is None:
-                cohort = cohorts[place] = _Cohort(watcher.next_revision)
+                cohort = cohorts[place] = _Cohort(watcher.next_revision, self.limits)
             cohort.watchers.append(watcher)
         current = self.mvcc.revision
         first = min(cohort.next_revision for cohort in cohorts.values())
-        last = min(current, first + SYNC_REVISIONS_MAX - 1)
+        last = min(current, first + self.limits.sync_revisions_max - 1)
         self._collect(cohorts, first, last)
         for cohort in cohorts.values():
             if cohort.next_revision > last:
@@ -216,7 +222,7 @@ class WatchableStore:
     def _choose(self) -> list[Watcher]:
         """Take the watchers in front; those whose start is compacted are cancelled instead."""
         chosen: list[Watcher] = []
-        for watcher in list(islice(self._unsynced, SYNC_WATCHERS_MAX)):
+        for watcher in list(islice(self._unsynced, self.limits.sync_watchers_max)):
             if watcher.next_revision < self.mvcc.compact_revision:
                 del self._unsynced[watcher]
                 watcher.state = State.COMPACTED
@@ -303,9 +309,10 @@ class WatchableStore:
 class _Cohort:
     """Unsynced watchers of one range at one revision, which get the same batch."""
 
-    __slots__ = ("_bytes", "_last", "_revisions", "more_revision", "next_revision", "records", "watchers")
+    __slots__ = ("_bytes", "_last", "_limits", "_revisions", "more_revision", "next_revision", "records", "watchers")
 
-    def __init__(self, next_revision: int) -> None:
+    def __init__(self, next_revision: int, limits: WatchLimits) -> None:
+        self._limits = limits
         self.next_revision = next_revision
         self.watchers: list[Watcher] = []
         self.records: list[Record] = []
@@ -321,7 +328,7 @@ class _Cohort:
         if self.more_revision or revision < self.next_revision:
             return False
         if revision != self._last:
-            if self._revisions == BATCH_REVISIONS_MAX or self._bytes >= BATCH_BYTES_MAX:
+            if self._revisions == self._limits.batch_revisions_max or self._bytes >= self._limits.batch_bytes_max:
                 self.more_revision = revision
                 return True
             self._revisions += 1
@@ -343,7 +350,7 @@ class WatchStream:
         self._watchers: dict[int, Watcher] = {}
         # Automatic ids count up and never go back.
         self._next_id = 0
-        # Answers in the queue with events or progress; at most QUEUE_EVENTS_MAX.
+        # Answers in the queue with events or progress; at most `queue_events_max`.
         self.queued_events = 0
         # The other answers in the queue. The shell stops reading requests while there are many.
         self.queued_controls = 0
@@ -440,6 +447,16 @@ class WatchStream:
 
     # Answers
 
+    @property
+    def has_answers(self) -> bool:
+        """Tell whether there is something to take."""
+        return bool(self._queue)
+
+    @property
+    def spans(self) -> dict[int, Span]:
+        """The range of each watch by its id, those that a compaction cancelled included."""
+        return {watch_id: watcher.span for watch_id, watcher in self._watchers.items()}
+
     def take(self) -> WatchMessage | None:
         """Take the next answer to write; None when there is none."""
         if not self._queue:
@@ -455,7 +472,7 @@ class WatchStream:
 
     def offer(self, watcher: Watcher, message: WatchMessage) -> bool:
         """Queue an event answer of a watcher; return False when the queue is full."""
-        if self.queued_events >= QUEUE_EVENTS_MAX:
+        if self.queued_events >= self._store.limits.queue_events_max:
             return False
         watcher.progress_due = False
         assert message.batch is not None
@@ -472,7 +489,7 @@ class WatchStream:
         self._push(message)
 
     def _offer(self, message: WatchMessage) -> None:
-        if self.queued_events < QUEUE_EVENTS_MAX:
+        if self.queued_events < self._store.limits.queue_events_max:
             self.queued_events += 1
             self._push(message)
 

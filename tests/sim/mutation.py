@@ -1,0 +1,80 @@
+"""The mutation score: which of the deliberate bugs are found, and by what.
+
+A witness is what finds a bug: a seed of the simulator, or of the watch client or the store alone.
+`mutant_witnesses.json` remembers one for each, so that the test need not search; a witness that the simulation has
+grown away from is searched anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from tests.sim.mutant_table import MUTANTS
+from tests.sim.mutants import Mutant, load
+from tests.sim.parts import REAL, Parts
+from tests.sim.runner import run
+from tests.sim.store_alone import run_store
+from tests.sim.upstream_alone import run_alone
+
+WITNESSES = Path(__file__).with_name("mutant_witnesses.json")
+# Every mutant is found well before; the seeds are the same each time, so this is no matter of luck.
+SEEDS_MAX = 300
+
+_TRIALS: dict[str, Callable[[int, Parts], str]] = {
+    "simulation": lambda seed, parts: run(seed, parts=parts).failure,
+    "client on the model": lambda seed, parts: run_alone(seed, False, parts),
+    "client on the store": lambda seed, parts: run_alone(seed, True, parts),
+    "store": run_store,
+}
+
+Witness = tuple[str, int]
+"""What was run, and its seed."""
+
+
+def known_witnesses() -> dict[str, Witness]:
+    """Return the witnesses that are remembered, by the mutants' names."""
+    return {name: (kind, seed) for name, (kind, seed) in json.loads(WITNESSES.read_text()).items()}
+
+
+def is_found_by(mutant: Mutant, witness: Witness) -> bool:
+    """Tell whether this witness notices the bug."""
+    kind, seed = witness
+    return bool(_TRIALS[kind](seed, load(mutant)))
+
+
+def search(mutant: Mutant) -> Witness | None:
+    """Return what finds the bug; None when nothing does."""
+    parts = load(mutant)
+    known = known_witnesses().get(mutant.name)
+    if known is not None and is_found_by(mutant, known):
+        return known
+    kinds = list(_TRIALS) if parts.core is REAL.core else ["simulation"]
+    for seed in range(SEEDS_MAX):
+        for kind in kinds:
+            if _TRIALS[kind](seed, parts):
+                return kind, seed
+    return None
+
+
+def _search_named(mutant: Mutant) -> tuple[str, Witness | None]:
+    return mutant.name, search(mutant)
+
+
+def score(say: Callable[[str], None], mutants: Iterable[Mutant] = MUTANTS) -> int:
+    """Search a witness for each mutant and remember them all; return how many mutants were missed."""
+    found: dict[str, Witness] = {}
+    missed = 0
+    with ProcessPoolExecutor() as pool:
+        for name, witness in pool.map(_search_named, mutants):
+            if witness is None:
+                missed += 1
+                say(f"MISSED    {name}")
+            else:
+                found[name] = witness
+                say(f"found     {name}: {witness[0]}, seed {witness[1]}")
+    WITNESSES.write_text(json.dumps(found, indent=1) + "\n")
+    say(f"mutation score: {len(found)} of {len(found) + missed}")
+    return missed

@@ -1,0 +1,34 @@
+"""The code under simulation: the modules that a world is made of, each of which may be a mutant of the real one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import coalesce
+from upstream import watch_state
+from upstream.store import errors, recorder, state, watch_batch, watch_requests, watchable
+
+
+@dataclass(frozen=True, slots=True)
+class StoreModules:
+    """The pure modules of the bundled store that a member uses by name; they bring the others with them."""
+
+    errors: ModuleType = errors
+    recorder: ModuleType = recorder
+    state: ModuleType = state
+    watch_batch: ModuleType = watch_batch
+    watch_requests: ModuleType = watch_requests
+    watchable: ModuleType = watchable
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The core, the bundled store and the state of the watch client."""
+
+    core: ModuleType = coalesce
+    store: StoreModules = StoreModules()
+    watch_state: ModuleType = watch_state
+
+
+REAL = Parts()

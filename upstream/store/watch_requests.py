@@ -1,0 +1,67 @@
+"""
+What a Watch stream does with a request: create, cancel, progress.
+
+Pure, so that the simulator takes requests the same way; the service only reads them from the wire. Decisions and their
+order are those of etcd's server/etcdserver/api/v3rpc/watch.go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from proto.framing import Status
+from proto.pb import rpc_pb2
+from upstream.store.errors import StoreError
+from upstream.store.index import FROM_KEY
+from upstream.store.watchable import WatchStream
+
+CONTROLS_MAX = 16
+"""Control answers waiting on a stream before no more requests are read (etcd's ctrlStreamBufLen)."""
+
+_GO_NAMES = {
+    Status.INVALID_ARGUMENT: "InvalidArgument",
+    Status.PERMISSION_DENIED: "PermissionDenied",
+    Status.UNAUTHENTICATED: "Unauthenticated",
+}
+
+_Create = rpc_pb2.WatchCreateRequest
+
+Check = Callable[[bytes, bytes], None]
+"""Raises StoreError when the stream's user may not read [key, range_end)."""
+
+
+def take_request(stream: WatchStream, request: rpc_pb2.WatchRequest, check: Check) -> None:
+    """Do what a request asks for; the answer, if any, is queued on the stream."""
+    kind = request.WhichOneof("request_union")
+    if kind == "create_request":
+        create = request.create_request
+        # A negative start is refused first, whoever asks.
+        if create.start_revision >= 0 and (reason := _refusal(create, check)):
+            stream.refuse(reason)
+            return
+        stream.create(
+            create.key,
+            create.range_end,
+            create.start_revision,
+            create.watch_id,
+            no_put=_Create.NOPUT in create.filters,
+            no_delete=_Create.NODELETE in create.filters,
+            prev_kv=create.prev_kv,
+            fragment=create.fragment,
+            progress_notify=create.progress_notify,
+        )
+    elif kind == "cancel_request":
+        stream.cancel(request.cancel_request.watch_id)
+    elif kind == "progress_request":
+        stream.request_progress()
+
+
+def _refusal(create: rpc_pb2.WatchCreateRequest, check: Check) -> str | None:
+    """Return why the stream's user may not watch this; None if it may."""
+    try:
+        check(create.key or FROM_KEY, create.range_end)
+    except StoreError as error:
+        # As grpc-go prints a status: clients compare the whole text.
+        code = _GO_NAMES[error.refusal.code]
+        return f"rpc error: code = {code} desc = {error.refusal.text}"
+    return None
