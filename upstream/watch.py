@@ -290,11 +290,7 @@ class WatchClient:
         self._standing = self._server.standing if self._server is not None else None
 
     async def foreign(self, endpoints: Sequence[Endpoint]) -> str | None:
-        """
-        Return the first of these endpoints that belongs to another cluster than the one watched, None if there is none.
-
-        Those that cannot be reached, or do not say, pass.
-        """
+        """Return the first endpoint of another cluster than the one watched; None: all that say so are of the same."""
         known = self._cluster_id
         if known is None:
             return None
@@ -303,10 +299,9 @@ class WatchClient:
 
     def set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
         """
-        Go by another list, of the same cluster, while watches are open.
+        Go by another list, of the same cluster; watches stay where they are until one of these serves.
 
-        If the one in use is not among them, watches move as soon as another one serves, and stay where they are until
-        then. The listener hears no more of it than `resumed`.
+        The listener hears no more of it than `resumed`.
         """
         self._dialer.set_endpoints(endpoints)
         self._moved.set()
