@@ -28,10 +28,10 @@ demo: $(VENV)/.installed  ## bundled store, proxy, 1,000 client watches: prints 
 	$(BIN)/watchmux demo
 
 test: $(VENV)/.installed-dev etcds  ## the tests (under 5 minutes on 2 cores)
-	$(BIN)/python -m pytest -q -n 2 -m "not long"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not long"
 
 test-all: $(VENV)/.installed-dev etcds  ## every etcd version, every client, long faults (under 30 minutes)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: $(VENV)/.installed-dev  ## ruff, mypy --strict, imports point down
 	$(BIN)/ruff check .

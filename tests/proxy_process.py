@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,9 +21,10 @@ from tests.waiting import until
 class ProxyProcess:
     """`watchmux serve` in front of `endpoints` (HOST:PORT[,...]). Use as a context manager."""
 
-    def __init__(self, endpoints: str, extra: Sequence[str] = ()) -> None:
+    def __init__(self, endpoints: str, extra: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
         self.endpoints = endpoints
         self.extra = list(extra)
+        self._environment = {**os.environ, **(environment or {})}
         self.port = free_port()
         self.metrics_port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
@@ -57,7 +58,7 @@ class ProxyProcess:
             *self.extra,
         ]
         with self._log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=self._environment)
         until(self._accepts, f"the proxy to listen at {self.endpoint}", 60)
 
     def _accepts(self) -> bool:

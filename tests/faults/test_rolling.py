@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shutil
+import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -14,13 +17,16 @@ import pytest
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]  # ships none
 
 from coalesce.guarantees import Opened, check
+from coalesce.limits import Limits
 from proto.framing import Status
 from proxy.measuring.load.judge import read_truth
 from proxy.watch import DRAIN_SLICE_SESSIONS
+from tests.clients.libraries import LIBRARIES, PROGRAMS
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.server import EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, Writer
 from tests.proxy.raw_client import RawClient
+from tests.proxy.running import direct, proxy_for
 from tests.proxy.scenario import run
 from tests.proxy_process import ProxyProcess
 from tests.soak import spool
@@ -52,21 +58,31 @@ async def grpc_watches(target: str, path: Path, policy: str) -> AsyncIterator[li
 
 
 @contextlib.contextmanager
-def etcdctl_watch(binary: EtcdBinary, endpoints: str, out: Path) -> Iterator[None]:
-    """Run `etcdctl watch` of everything from revision 1 on."""
+def watching(command: list[str], out: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program that watches, and have what it prints in a file."""
     with out.open("wb") as file:
-        command = [str(binary.etcdctl), f"--endpoints={endpoints}", "watch", "--prefix", PREFIX.decode(), "--rev=1"]
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.DEVNULL, env={"ETCDCTL_API": "3"})
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.DEVNULL, env={**os.environ, "ETCDCTL_API": "3"}
+        )
     try:
-        yield
+        yield process
     finally:
         process.kill()
         process.wait()
 
 
-def printed(out: Path) -> list[str]:
-    """Return the values of the puts that etcdctl has printed."""
-    return out.read_text().splitlines()[2::3]
+def etcdctl_watch(binary: EtcdBinary, endpoints: str) -> list[str]:
+    """Return the command that watches everything from revision 1 on; it prints three lines for each put."""
+    return [str(binary.etcdctl), f"--endpoints={endpoints}", "watch", "--prefix", PREFIX.decode(), "--rev=1"]
+
+
+def node_watch(endpoints: str) -> list[str]:
+    """Do the same with Node's client; it prints one line for each put."""
+    (library,) = [library for library in LIBRARIES if library.is_node]
+    library.install()
+    # Node looks for packages beside the program.
+    program = shutil.copy(PROGRAMS / "node_watch.mjs", library.home)
+    return ["node", str(program), endpoints, PREFIX.decode()]
 
 
 async def _judge(streams: list[Stream], path: Path, etcd: EtcdServer, last: int) -> list[str]:
@@ -81,10 +97,18 @@ async def _judge(streams: list[Stream], path: Path, etcd: EtcdServer, last: int)
 
 
 @pytest.mark.parametrize(
-    "policy",
-    ["round_robin", pytest.param("pick_first", marks=pytest.mark.long)],
+    ("policy", "how"),
+    [
+        ("round_robin", signal.SIGTERM),
+        pytest.param("round_robin", signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param("pick_first", signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param("pick_first", signal.SIGKILL, marks=pytest.mark.long),
+    ],
 )
-def test_rolling_restart(etcd: EtcdServer, policy: str, tmp_path: Path) -> None:
+def test_rolling_restart(etcd: EtcdServer, policy: str, how: signal.Signals, tmp_path: Path) -> None:
+    """With a drain, and with kill -9: the clients of grpc, etcdctl (clientv3) and Node get everything, and once."""
+    by_etcdctl, by_node = tmp_path / "etcdctl", tmp_path / "node"
+
     async def scenario() -> None:
         binary = etcds()[0]
         with ProxyProcess(etcd.endpoint, DRAIN) as first, ProxyProcess(etcd.endpoint, DRAIN) as second:
@@ -92,20 +116,26 @@ def test_rolling_restart(etcd: EtcdServer, policy: str, tmp_path: Path) -> None:
             writer = Writer(etcd.endpoint)
             await writer.more(20)
             async with grpc_watches(f"ipv4:{both}", tmp_path / "spool", policy) as streams:
-                with etcdctl_watch(binary, both, tmp_path / "printed"):
-                    await writer.more(20)
+                with watching(etcdctl_watch(binary, both), by_etcdctl), watching(node_watch(both), by_node):
+                    await asyncio.to_thread(until, lambda: by_node.read_text(), "Node to begin", 20)
                     for proxy in (first, second):
-                        assert await asyncio.to_thread(proxy.stop) == 0
+                        status = await asyncio.to_thread(proxy.stop, how)
+                        assert status == (0 if how is signal.SIGTERM else -how)
                         await writer.more(20)
                         await asyncio.to_thread(proxy.start)
                         await writer.more(20)
                     last = await writer.stop()
                     await _wait_all(streams, last)
-                    await asyncio.to_thread(
-                        until, lambda: len(printed(tmp_path / "printed")) >= last - 1, "etcdctl to have all", 15
-                    )
+                    for out, lines in ((by_etcdctl, 3), (by_node, 1)):
+                        whole = lines * (last - 1)
+                        await asyncio.to_thread(
+                            until,
+                            lambda o=out, w=whole: len(o.read_text().splitlines()) >= w,
+                            f"{out.name} to have all",
+                        )
             expected = await _judge(streams, tmp_path / "spool", etcd, last)
-            assert printed(tmp_path / "printed") == expected
+            assert by_etcdctl.read_text().splitlines()[2::3] == expected
+            assert by_node.read_text().splitlines() == expected
 
     run(scenario())
 
@@ -161,5 +191,26 @@ def test_a_drain_is_announced_before_anybody_is_sent_away(etcd: EtcdServer) -> N
                 assert client.goaways[0].last_stream_id == 2**31 - 1
                 assert client.told == (before + 1, 1)
                 assert client.left > DRAIN_SLICE_SESSIONS, "all at once"
+
+    run(scenario())
+
+
+def test_clients_that_are_killed_leave_nothing(etcd: EtcdServer, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        binary = etcds()[0]
+        async with proxy_for(etcd, limits=Limits(linger_s=0.1)) as proxy, direct(etcd) as store:
+            command = etcdctl_watch(binary, f"127.0.0.1:{proxy.port}")
+            stats = proxy.engine.core.stats
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(watching(command, tmp_path / str(number))) for number in range(5)]
+                await until_async(lambda: stats.watches == len(clients), "the clients to watch")
+                for client in clients[1:]:
+                    client.kill()
+                await until_async(lambda: stats.sessions == 1, "the killed ones to be gone")
+                await store.put(PREFIX + b"1", b"still here")
+                await until_async(lambda: "still here" in (tmp_path / "0").read_text(), "the event")
+            await until_async(lambda: not (stats.sessions or stats.trunks), "the last one to be gone")
+            await until_async(lambda: not proxy.listener.connections, "the connections to be gone")
+            assert await asyncio.to_thread(etcd.watchers) == 0
 
     run(scenario())

@@ -1,11 +1,13 @@
 """An etcd whose quota is used up: writes are refused in etcd's own words, watches go on, and it recovers.
 
-And the two things an administrator does against it, compaction and defragmentation, under load.
+An etcd whose disk is full ends itself, in the middle of whatever it was writing. And the two things an administrator
+does against both, compaction and defragmentation, under load.
 """
 
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import Iterator
 
 import grpc
@@ -18,6 +20,7 @@ from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch,
 from tests.proxy.raw_client import RawClient
 from tests.proxy.running import Etcd, proxy_for
 from tests.proxy.scenario import run
+from tests.waiting import until_async
 
 QUOTA_BYTES = 2 << 20
 
@@ -82,6 +85,33 @@ def test_writes_are_refused_as_by_etcd_and_watches_go_on(small: EtcdServer) -> N
                 while (await stream.next()).header.revision < again:
                     pass
                 assert stream.values[-1] == b"room"
+
+    run(scenario())
+
+
+def test_the_disk_is_full_under_load(etcd: EtcdServer) -> None:
+    """No file of etcd may grow any more, nor be written to where it is long: its log as little as its database."""
+
+    async def scenario() -> None:
+        assert etcd.process is not None
+        async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
+            through = f"127.0.0.1:{proxy.port}"
+            writer = Writer(through)
+            await writer.more(20)
+            streams = [(await open_watch(client, PREFIX, PREFIX_END, start), start) for start in (0, 1)]
+            await writer.more(20)
+            resource.prlimit(etcd.process.pid, resource.RLIMIT_FSIZE, (1, 1))
+            await until_async(lambda: etcd.process is None or etcd.process.poll() is not None, "etcd to give up")
+            await until_async(lambda: not proxy.health.serving, "the proxy to say so")
+            async with straight(through) as store:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await store.put(PREFIX, b"")
+                assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            etcd.kill()
+            await asyncio.to_thread(etcd.start)
+            await writer.more(20)
+            # Nobody's watch has ended, and what was acknowledged before it is there.
+            await all_kept(streams, etcd.endpoint, await writer.stop())
 
     run(scenario())
 

@@ -12,7 +12,8 @@ from tests.proxy.scenario import run
 from tests.soak import report
 from tests.soak.run import soak
 
-OUT = Path(__file__).resolve().parents[2] / "build/soak"
+ROOT = Path(__file__).resolve().parents[2]
+OUT, DOCS = ROOT / "build/soak", ROOT / "docs"
 
 
 def main() -> int:
@@ -20,7 +21,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(2)))
-    parser.add_argument("--out", type=Path, default=OUT, help="where report.md, samples.json and memory.svg go")
+    parser.add_argument("--docs", action="store_true", help="write docs/soak.md and its graph as well")
+    parser.add_argument("--out", type=Path, default=OUT, help="where report.md, samples.json and soak.svg go")
     arguments = parser.parse_args()
     sys.stdout.write(f"seed {arguments.seed}, {arguments.minutes:g} minutes\n")
     sys.stdout.flush()
@@ -28,6 +30,8 @@ def main() -> int:
         course = soak(arguments.minutes, arguments.seed, Path(made))
         outcome = run(course, arguments.minutes * 60 * 2 + 900)
     sys.stdout.write(report.write(outcome, arguments.out) + "\n")
+    if arguments.docs:
+        report.write_docs(outcome, DOCS)
     return bool(outcome.violations or outcome.leaks)
 
 

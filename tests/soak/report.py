@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from tests.soak.run import Outcome
-from tests.soak.sampling import Sample
+from tests.soak.sampling import Held, Sample
 
 MIB = 1 << 20
 SHOWN_MAX = 30
@@ -20,6 +20,22 @@ TOLD = (
     *("calls_total", "calls_broken_total", "calls_resent_total", "store_went_back_total", "limit_refusals_total"),
 )
 """Counters of the proxy that go into the report."""
+
+
+INTRODUCTION = """# Soak
+
+A real etcd, one proxy, and clients of many kinds for as long as wanted: watches of a few wide ranges and of many narrow
+ones, from now, the past and the future, with filters, prev_kv, fragments and progress; clients that stop reading, that
+come and go; writers, leases, readers. Meanwhile etcd is stopped, killed, held by SIGSTOP, compacted and defragmented,
+the ways to it and to the proxy are cut, delayed, silenced and broken in the middle, and the proxy is drained and
+killed. At the end the checkers of [guarantees.md](guarantees.md) judge every watch's whole history, and what the proxy
+holds at rest is compared between waves.
+
+`make soak MINUTES=20 ARGS=--docs` made this page.
+
+![Memory, descriptors, and how late the event loop was; lines are faults](images/soak.svg)
+
+"""
 
 
 def text(outcome: Outcome) -> str:
@@ -48,19 +64,24 @@ def text(outcome: Outcome) -> str:
         "|---|---|",
         *(f"| {name} | {count} |" for name, count in sorted(outcome.faults.items())),
         "",
-        "| at rest | process | memory MiB | descriptors | threads | CPU s |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {rest.at_s:.0f} s | {rest.pid} | {rest.memory_bytes / MIB:.1f} | {rest.descriptors} | {rest.threads} "
-            f"| {rest.cpu_s:.1f} |"
-            for rest in outcome.rests
-        ),
+        "| at rest | process | resident MiB | malloc in use, MiB | objects | blocks | waited for a collection "
+        "| descriptors | threads | CPU s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(_rest(rest) for rest in outcome.rests),
         "",
         *_table("what the proxy went through (all its processes)", went_through(samples)),
         *_table("calls ended", outcome.calls),
         *_table("streams of clients ended", outcome.endings),
     ]
     return "\n".join(lines)
+
+
+def _rest(rest: Sample) -> str:
+    held = rest.held or Held(0, 0, 0, 0)
+    return (
+        f"| {rest.at_s:.0f} s | {rest.pid} | {rest.memory_bytes / MIB:.1f} | {held.malloc_bytes / MIB:.1f} "
+        f"| {held.objects} | {held.blocks} | {held.garbage} | {rest.descriptors} | {rest.threads} | {rest.cpu_s:.1f} |"
+    )
 
 
 def went_through(samples: list[Sample]) -> dict[str, int]:
@@ -87,9 +108,15 @@ def write(outcome: Outcome, directory: Path) -> str:
     data = {"samples": outcome.samples, "faults": outcome.fault_log, "violations": outcome.violations}
     (directory / "samples.json").write_bytes(msgspec.json.encode(data))
     (directory / "proxy.log").write_text(outcome.log)
-    if not plot(outcome, directory / "memory.svg"):
+    if not plot(outcome, directory / "soak.svg"):
         told += "\nno graph: matplotlib is not installed (pip install '.[bench]')"
     return told
+
+
+def write_docs(outcome: Outcome, docs: Path) -> None:
+    """Write the page of the documentation, and its graph."""
+    (docs / "soak.md").write_text(INTRODUCTION + text(outcome).replace("# Soak", "## Soak", 1))
+    plot(outcome, docs / "images" / "soak.svg")
 
 
 def plot(outcome: Outcome, path: Path) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -12,10 +15,27 @@ import msgspec
 
 from tests.etcd.server import HOST
 from tests.proxy_process import ProxyProcess
+from tests.waiting import until
+
+INSIDE = Path(__file__).parent / "inside"
+HELD = Path(tempfile.gettempdir()) / f"watchmux-soak-held-{os.getpid()}.json"
+ENVIRONMENT = {"PYTHONPATH": str(INSIDE), "WATCHMUX_SOAK_HELD": str(HELD)}
+"""With which the proxy is started."""
 
 DELAY = "watchmux_event_loop_delay_seconds"
 GAUGES = ("watches", "sessions", "trunks", "backfills", "lagging", "connections", "history_bytes", "upstream_streams")
 EVERY_S = 1.0
+
+
+class Held(msgspec.Struct):
+    """What the process holds, by its own account (inside/sitecustomize.py)."""
+
+    garbage: int
+    """Objects that only the collection before it has found."""
+    objects: int
+    blocks: int
+    """Of Python's allocator."""
+    malloc_bytes: int
 
 
 class Sample(msgspec.Struct):
@@ -33,6 +53,8 @@ class Sample(msgspec.Struct):
     """An upper bound (a bucket's) of the latest timer since the sample before."""
     gauges: dict[str, float] = {}
     counters: dict[str, float] = {}
+    held: Held | None = None
+    """At rest only."""
 
 
 def read_metrics(port: int) -> dict[str, float]:
@@ -89,6 +111,13 @@ class Sampler:
             if name.startswith("watchmux_") and name.endswith("_total")
         }
         return sample
+
+    def take_held(self, sample: Sample) -> None:
+        """Have the process say what it holds."""
+        HELD.unlink(missing_ok=True)
+        os.kill(sample.pid, signal.SIGUSR2)
+        until(HELD.exists, "the proxy to say what it holds")
+        sample.held = msgspec.json.decode(HELD.read_bytes(), type=Held)
 
     def _delay(self, pid: int, metrics: dict[str, float]) -> float:
         now = {name: value for name, value in metrics.items() if name.startswith(f"{DELAY}_bucket")}

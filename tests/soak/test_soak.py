@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -12,8 +13,8 @@ from proto.pb import kv_pb2, rpc_pb2
 from tests.proxy.scenario import run
 from tests.soak import report, spool
 from tests.soak.client import KINDS, Summary
-from tests.soak.run import EMPTY, Outcome, judge, leaks, soak
-from tests.soak.sampling import Sample
+from tests.soak.run import EMPTY, SHARES, Outcome, judge, leaks, soak
+from tests.soak.sampling import Held, Sample
 
 LAST = 6
 CHANGES = [Change(PUT, b"/s/a/01", b"%d" % number, 2, number, number - 1, 0) for number in range(2, LAST + 1)]
@@ -76,27 +77,71 @@ def test_a_lost_write_and_a_clients_complaint_are_violations(tmp_path: Path) -> 
     assert sum("INTERNAL" in violation for violation in outcome.violations) == len(KINDS)
 
 
-def rest(memory_mib: int = 60, descriptors: int = 17, threads: int = 5, watches: int = 0, pid: int = 1) -> Sample:
-    """A sample of a proxy at rest."""
-    gauges = dict.fromkeys(EMPTY, 0.0) | {"watches": float(watches)}
-    return Sample(0.0, pid, memory_mib << 20, descriptors, threads, 1.0, gauges=gauges)
+@dataclass
+class Rest:
+    """What is seen of a proxy at rest."""
+
+    memory_mib: int = 60
+    descriptors: int = 17
+    threads: int = 5
+    watches: int = 0
+    pid: int = 2
+    objects: int = 52_000
+    blocks: int = 210_000
+    malloc_mib: float = 11.0
+    garbage: int = 5_000
+
+    def sample(self) -> Sample:
+        """The sample of it."""
+        gauges = dict.fromkeys(EMPTY, 0.0) | {"watches": float(self.watches)}
+        held = Held(self.garbage, self.objects, self.blocks, int(self.malloc_mib * 2**20))
+        memory = self.memory_mib << 20
+        return Sample(0.0, self.pid, memory, self.descriptors, self.threads, 1.0, gauges=gauges, held=held)
+
+
+FIRST = [Rest(50, pid=1), Rest(75, pid=1), Rest(50)]
+"""Before the wave from which on the verdict goes: another process, then a fresh one."""
 
 
 @pytest.mark.parametrize(
-    ("after", "leak"),
+    ("waves", "leak"),
     [
-        (rest(), ""),
-        (rest(memory_mib=71), ""),
-        (rest(memory_mib=73), "memory went"),
-        (rest(descriptors=21), "descriptors went"),
-        (rest(threads=6), "threads went"),
-        (rest(watches=1), "holds"),
-        (rest(pid=2), "did not live"),
+        ([Rest(), Rest(), Rest()], ""),
+        # As measured: allocators that keep what they had.
+        ([Rest(58), Rest(68), Rest(80, objects=52_400, blocks=210_900, malloc_mib=11.2)], ""),
+        # What is made once is made by the second wave, whatever it is.
+        ([Rest(90, objects=90_000, blocks=400_000, malloc_mib=40)] * 3, ""),
+        ([Rest(58), Rest(58), Rest(59, objects=56_000)], "objects in use went from 52000 to 56000"),
+        ([Rest(58), Rest(58), Rest(58, blocks=217_000)], "blocks in use"),
+        ([Rest(58), Rest(59), Rest(60, malloc_mib=12.5)], "malloc_bytes in use"),
+        ([Rest(58), Rest(70), Rest(83)], "resident memory went from 58 to 83"),
+        ([Rest(), Rest(), Rest(garbage=60_000)], "waited for a collection"),
+        ([Rest(), Rest(), Rest(descriptors=21)], "descriptors went"),
+        ([Rest(), Rest(), Rest(threads=6)], "threads went"),
+        ([Rest(), Rest(), Rest(watches=1)], "holds"),
+        ([Rest(), Rest(), Rest(pid=3)], "did not live"),
     ],
 )
-def test_leaks_are_told(after: Sample, leak: str) -> None:
-    found = leaks([rest(), after])
+def test_leaks_are_told(waves: list[Rest], leak: str) -> None:
+    assert len(waves) == len(SHARES) - 1
+    found = leaks([each.sample() for each in [*FIRST, *waves]])
     assert [leak in each for each in found] == [True] * bool(leak)
+
+
+def test_the_report_says_what_was_found(tmp_path: Path) -> None:
+    outcome = Outcome(7, 1200.0, violations=["wave 1, steady: a gap"], rests=[each.sample() for each in FIRST])
+    outcome.faults.update({"etcd compacted": 3})
+    outcome.leaks = ["objects in use went from 1 to 2"]
+    told = report.write(outcome, tmp_path / "out")
+    (tmp_path / "images").mkdir()
+    report.write_docs(outcome, tmp_path)
+    for text in (told, (tmp_path / "out/report.md").read_text(), (tmp_path / "soak.md").read_text()):
+        assert "20.0 minutes, seed 7" in text
+        assert "Violations: 1. Leaks: 1." in text
+        assert "- wave 1, steady: a gap" in text
+        assert "- objects in use went from 1 to 2" in text
+        assert "| etcd compacted | 3 |" in text
+        assert text.count("| 11.0 | 52000 | 210000 | 5000 |") == len(FIRST)
 
 
 @pytest.mark.long

@@ -31,6 +31,9 @@ CHANNEL = (
     ("grpc.keepalive_timeout_ms", 3000),
     ("grpc.http2.max_pings_without_data", 0),
 )
+WRITE_FAILED = "Internal error from Core"
+"""What grpc.aio says of a call whose connection broke under a write, before it learns why (grpc/aio/_call.py)."""
+
 SLOW_CHANNEL = (*CHANNEL, ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384))
 
 
@@ -89,6 +92,10 @@ class Stream:
         """Creates without an answer; None: nobody waits for it any more."""
         self._call: Any = None
         self._outbox: asyncio.Queue[rpc_pb2.WatchRequest] = asyncio.Queue()
+        self.asked = 0
+        """Progress requests so far."""
+        self.told: list[int] = []
+        """The revisions of the answers to them."""
         self.hurried = False
         """The run is near its end: no more pauses and mischief."""
         self.stopping = False
@@ -106,6 +113,7 @@ class Stream:
 
     def ask_progress(self) -> None:
         """Send a progress request."""
+        self.asked += 1
         self._outbox.put_nowait(rpc_pb2.WatchRequest(progress_request=rpc_pb2.WatchProgressRequest()))
 
     async def run(self) -> None:
@@ -125,7 +133,7 @@ class Stream:
 
     def _ended(self, code: grpc.StatusCode, text: str) -> None:
         told = f"{code.name}: {text[:80]}"
-        if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED) and text != WRITE_FAILED:
             self._seen.faults.append(f"a stream ended {told}")
         self._seen.endings[told.partition("ipv4:")[0]] += 1
 
@@ -153,8 +161,9 @@ class Stream:
             while True:
                 await call.write(await self._outbox.get())
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
-            # Whoever reads learns why.
-            return
+            # grpc may go on with a call by another connection though it has told us that a write failed: then whoever
+            # reads would wait for answers to what was never asked.
+            call.cancel()
 
     def _create(self, watch: Watch) -> None:
         watch.partial = False
@@ -183,6 +192,7 @@ class Stream:
         if response.created:
             self._created(response, message)
         elif response.watch_id == -1:
+            self.told.append(response.header.revision)
             for watch in self._by_id.values():
                 self._spool.note(watch.number, Kind.RESPONSE, message)
                 watch.next_revision = max(watch.next_revision, response.header.revision + 1)

@@ -1,0 +1,124 @@
+"""More than is allowed: of connections, streams, watches, ranges and bytes.
+
+Each limit refuses with a text that names it, at the client that asks for too much; whoever was there before goes on.
+And memory stays within what docs/operations.md says that the limits add up to, at the limits.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Any
+
+import pytest
+
+from coalesce.limits import Limits
+from proto.framing import Status
+from proxy.listener_settings import ListenerSettings
+from proxy.watch import WatchSettings
+from tests.etcd.server import EtcdServer
+from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch
+from tests.proxy.raw_client import RawClient
+from tests.proxy.running import direct, proxy_for
+from tests.proxy.scenario import run
+from tests.proxy_process import ProxyProcess
+from tests.waiting import until_async
+
+QUIET = b"quiet"
+CONNECTIONS, SESSIONS, WATCHES_EACH, WATCHES, TRUNKS = 4, 6, 4, 12, 5
+MIB = 1 << 20
+
+
+async def _refused(client: RawClient, key: bytes) -> str:
+    """Ask for a watch that is one too many; return what is said of it."""
+    stream = client.watch()
+    stream.create(key)
+    response = await stream.next()
+    assert response.created
+    assert response.canceled
+    stream.raw.cancel()
+    return response.cancel_reason
+
+
+def test_each_limit_refuses_clearly_and_harms_nobody_else(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        limits = Limits(watches_per_session_max=WATCHES_EACH, watches_max=WATCHES, trunks_max=TRUNKS)
+        settings: dict[str, Any] = {
+            "limits": limits,
+            "listener": ListenerSettings(connections_max=CONNECTIONS, reason_s=0.1),
+            "watch": WatchSettings(sessions_per_connection_max=SESSIONS),
+        }
+        async with proxy_for(etcd, **settings) as proxy, AsyncExitStack() as stack:
+            good, *others = [
+                await stack.enter_async_context(await RawClient.connect(proxy.port)) for _ in range(CONNECTIONS)
+            ]
+            streams = [(await open_watch(good, PREFIX, PREFIX_END, start), start) for start in (0, 1)]
+            writer = Writer(etcd.endpoint)
+            await writer.more(10)
+            # Connections.
+            for _ in range(10):
+                one_more = await RawClient.connect(proxy.port)
+                await until_async(lambda c=one_more: c.lost, "it to be closed")  # type: ignore[misc]  # bound
+                assert one_more.goaways[0].additional_data == b"too_many_connections"
+            # Streams of one connection.
+            sessions = [others[0].watch() for _ in range(SESSIONS)]
+            status, text = await others[0].watch().raw.end()
+            assert (status, "too many watch streams on one connection" in text) == (Status.RESOURCE_EXHAUSTED, True)
+            # Watches of one stream.
+            for _ in range(WATCHES_EACH):
+                sessions[0].create(QUIET)
+                await sessions[0].created()
+            sessions[0].create(QUIET)
+            assert "watches" in (await sessions[0].next()).cancel_reason
+            # Ranges: PREFIX and QUIET are two.
+            for number in range(TRUNKS - 2):
+                sessions[1].create(b"%d" % number)
+                await sessions[1].created()
+            assert "ranges" in await _refused(others[1], b"one more")
+            # Watches of all.
+            left = WATCHES - len(streams) - WATCHES_EACH - (TRUNKS - 2)
+            fill = [await open_watch(others[2], QUIET) for _ in range(left)]
+            assert "watches" in await _refused(others[1], QUIET)
+            await writer.more(10)
+            last = await writer.stop()
+            await all_kept(streams, etcd.endpoint, last)
+            # With room again there is no trace of it.
+            for stream in fill:
+                stream.raw.cancel()
+            await until_async(lambda: proxy.engine.core.stats.watches < WATCHES, "room")
+            await open_watch(others[1], QUIET)
+
+    run(scenario())
+
+
+HISTORY_BYTES = 24 * MIB
+RANGES, PUTS, CLIENTS, STREAMS_EACH = 40, 2_000, 40, 50
+CONNECTION_BYTES, STREAM_BYTES = 6 * 1024, 2 * 1024
+"""What docs/operations.md says that a client connection and a watch stream take."""
+
+
+@pytest.mark.long
+def test_memory_stays_within_its_bounds(etcd: EtcdServer) -> None:
+    """Histories of the smallest events, which take most beside what they weigh, filled twice over; many streams."""
+
+    async def scenario(proxy: ProxyProcess) -> None:
+        before = proxy.memory_bytes()
+        async with direct(etcd) as store, AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(await RawClient.connect(proxy.port)) for _ in range(CLIENTS)]
+            streams = [client.watch() for client in clients for _ in range(STREAMS_EACH)]
+            for number, stream in enumerate(streams):
+                # The first ones from below the keys on, so that each range has every event.
+                stream.create(*((b"a%02d" % number, b"c") if number < RANGES else (QUIET, b"")))
+            for stream in streams:
+                await stream.created(30)
+            for number in range(PUTS):
+                await store.put(b"b%d" % number, b"v")
+            received = partial(proxy.metric, "watchmux_events_received_total")
+            await until_async(lambda: received() == RANGES * PUTS, "all events", 60)
+            history = proxy.metric("watchmux_history_bytes")
+            assert 0.99 * HISTORY_BYTES < history <= HISTORY_BYTES
+            bound = HISTORY_BYTES * 1.5 + CLIENTS * CONNECTION_BYTES + CLIENTS * STREAMS_EACH * STREAM_BYTES
+            assert proxy.memory_bytes() - before < bound
+
+    with ProxyProcess(etcd.endpoint, [f"--history-bytes-total-max={HISTORY_BYTES}"]) as proxy:
+        run(scenario(proxy), 100)
