@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from coalesce.limits import Limits
 from proto.framing import frame
 from proto.pb import rpc_pb2
 from tests.etcd.server import EtcdServer
@@ -104,7 +105,12 @@ def test_a_reconnect_storm_costs_etcd_nothing(etcd: EtcdServer, connections: int
     """The connections drop at different revisions while puts go on, and come back, each client from where it was."""
 
     async def scenario() -> None:
-        async with proxy_for(etcd) as proxy, straight(etcd.endpoint) as store, AsyncExitStack() as open_clients:
+        # On a busy machine they may be away for longer than a trunk lingers.
+        async with (
+            proxy_for(etcd, limits=Limits(linger_s=30)) as proxy,
+            straight(etcd.endpoint) as store,
+            AsyncExitStack() as open_clients,
+        ):
             first = await put(store, 1)
             clients = [await RawClient.connect(proxy.port) for _ in range(connections)]
             streams = [open_watches(client, [0] * each) for client in clients]

@@ -128,8 +128,7 @@ class Clients:
             if asyncio.get_running_loop().time() > deadline:
                 for stream in lacking[:5]:
                     wanting = [(w.plan, w.next_revision) for w in stream.watches if w.next_revision <= revision]
-                    told = f"{stream.asked} requests for progress, {len(stream.told)} answers {stream.told[-3:]}"
-                    what = f"not complete through {revision} after {SETTLE_S} s: {wanting[:2]}, {told}"
+                    what = f"not complete through {revision} after {SETTLE_S} s: {wanting[:2]}, {stream.state()}"
                     self._seen.faults.append(what)
                 return
             await asyncio.sleep(0.1)

@@ -91,6 +91,7 @@ class Stream:
         self._pending: deque[Watch | None] = deque()
         """Creates without an answer; None: nobody waits for it any more."""
         self._call: Any = None
+        self._sending: asyncio.Task[None] | None = None
         self._outbox: asyncio.Queue[rpc_pb2.WatchRequest] = asyncio.Queue()
         self.asked = 0
         """Progress requests so far."""
@@ -110,6 +111,14 @@ class Stream:
     def has_all(self, revision: int) -> bool:
         """Everybody was told of everything through `revision`."""
         return all(watch.next_revision > revision for watch in self.watches)
+
+    def state(self) -> str:
+        """Say where it stands, for a complaint."""
+        sending = "over" if self._sending is None or self._sending.done() else "alive"
+        return (
+            f"{self.asked} requests for progress, {len(self.told)} answers {self.told[-3:]}, {self._outbox.qsize()} to "
+            f"be sent, sending is {sending}, {len(self._pending)} creates and {len(self._by_id)} watches, {self._call}"
+        )
 
     def ask_progress(self) -> None:
         """Send a progress request."""
@@ -144,7 +153,7 @@ class Stream:
         self._call = call = self._open(wait_for_ready=True)
         for watch in self.watches:
             self._create(watch)
-        sending = asyncio.create_task(self._send(call))
+        self._sending = sending = asyncio.create_task(self._send(call))
         try:
             while (message := await call.read()) is not grpc.aio.EOF:
                 self._take(message)
