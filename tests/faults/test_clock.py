@@ -26,8 +26,9 @@ WALL = {"time", "time_ns", "localtime", "gmtime", "ctime", "asctime", "strftime"
 SHOWN = {
     "proxy/admin/monitor.py": "when the status page was made, and the points of its charts",
     "proxy/measuring/report.py": "when the report was made",
+    "upstream/store/server.py": "what a durable store adds to its raft index at each start: any large number does",
 }
-"""Who may read it, and for what: to show it."""
+"""Who may read it, and for what: to show it, or to have a number."""
 
 JUMPING = """
 import pathlib, random, time
