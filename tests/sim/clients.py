@@ -28,6 +28,7 @@ from coalesce.guarantees import (
     WatchLog,
     check,
 )
+from coalesce.session import PendingProgress
 from proto.pb import rpc_pb2
 from tests.sim.failure import SimulationFailure
 from tests.sim.model_stream import CLUSTER_ID
@@ -306,8 +307,9 @@ class SimSession:
         floor = self.progress_floors.popleft()
         if response.header.revision < floor:
             raise SimulationFailure(f"{_short(response)}: every member was at {floor} when it was asked for")
-        # Of several that wait the proxy answers the first and the last.
-        while len(self.progress_floors) > 1:
+        # Of several that wait the proxy answers the first and the last; those in line behind a create do not wait yet.
+        in_line = sum(isinstance(request, PendingProgress) for request in self.core.queue or ())
+        while len(self.progress_floors) > in_line + 1:
             self.progress_floors.popleft()
 
     def write(self, messages: tuple[bytes, ...]) -> bool:
