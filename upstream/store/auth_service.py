@@ -15,10 +15,9 @@ from proto.pb import rpc_pb2
 from upstream.store import auth_admin as admin
 from upstream.store import errors
 from upstream.store.auth import Auth
-from upstream.store.calls import Calls, service
+from upstream.store.calls import service
 from upstream.store.errors import StoreError
-from upstream.store.state import StoreState
-from upstream.store.writer import Writer
+from upstream.store.service import StoreService
 
 # scrypt's cost: about 10 ms and 4 MiB a password, what etcd's bcrypt takes in time at its default.
 _SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 2**12, 8, 1
@@ -46,13 +45,8 @@ def is_password(password: str, hashed: bytes) -> bool:
     return hmac.compare_digest(hash_password(password, hashed[:_SALT_BYTES]), hashed)
 
 
-class AuthService:
+class AuthService(StoreService):
     """etcdserverpb.Auth."""
-
-    def __init__(self, state: StoreState, writer: Writer, calls: Calls) -> None:
-        self._state = state
-        self._writer = writer
-        self._calls = calls
 
     @property
     def _auth(self) -> Auth:

@@ -6,41 +6,31 @@ import grpc
 
 from proto.framing import Status
 from proto.pb import rpc_pb2, v3election_pb2
-from upstream.store.calls import Calls, Context, answers_stream, parse, service
+from upstream.store.calls import Context, answers_stream, parse, service
 from upstream.store.errors import Refusal, StoreError
 from upstream.store.queueing import Line, created_at, leave
-from upstream.store.state import StoreState
-from upstream.store.writer import Writer
+from upstream.store.service import LineService
 
 MISSING_LEADER_KEY = Refusal(Status.UNKNOWN, '"leader" field must be provided')
 NOT_LEADER = Refusal(Status.UNKNOWN, "election: not leader")
 NO_LEADER = Refusal(Status.UNKNOWN, "election: no leader")
 
 
-class ElectionService:
+class ElectionService(LineService):
     """v3electionpb.Election."""
-
-    def __init__(self, state: StoreState, writer: Writer, calls: Calls) -> None:
-        self._state = state
-        self._writer = writer
-        self._calls = calls
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the service to register."""
-        unary = self._calls.unary
         return service(
             "v3electionpb.Election",
             {
-                "Campaign": unary(v3election_pb2.CampaignRequest, self.campaign, codeless=True),
-                "Proclaim": unary(v3election_pb2.ProclaimRequest, self.proclaim, codeless=True),
-                "Leader": unary(v3election_pb2.LeaderRequest, self.leader, codeless=True),
+                "Campaign": self._unary(v3election_pb2.CampaignRequest, self.campaign),
+                "Proclaim": self._unary(v3election_pb2.ProclaimRequest, self.proclaim),
+                "Leader": self._unary(v3election_pb2.LeaderRequest, self.leader),
                 "Observe": answers_stream(self._observe),
-                "Resign": unary(v3election_pb2.ResignRequest, self.resign, codeless=True),
+                "Resign": self._unary(v3election_pb2.ResignRequest, self.resign),
             },
         )
-
-    def _line(self, name: bytes, user: str | None) -> Line:
-        return Line(self._state, self._writer, name, user)
 
     async def campaign(
         self, request: v3election_pb2.CampaignRequest, user: str | None

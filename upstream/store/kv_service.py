@@ -8,17 +8,16 @@ from proto.pb import rpc_pb2
 from upstream.store import txn as requests
 from upstream.store.calls import Calls, service
 from upstream.store.loops import Compactor
+from upstream.store.service import StoreService
 from upstream.store.state import StoreState
 from upstream.store.writer import Writer
 
 
-class KVService:
+class KVService(StoreService):
     """etcdserverpb.KV."""
 
     def __init__(self, state: StoreState, writer: Writer, compactor: Compactor, calls: Calls) -> None:
-        self._state = state
-        self._calls = calls
-        self._writer = writer
+        super().__init__(state, writer, calls)
         self._compactor = compactor
 
     def handlers(self) -> grpc.GenericRpcHandler:

@@ -7,18 +7,12 @@ from time import monotonic
 import grpc
 
 from proto.pb import rpc_pb2
-from upstream.store.calls import Calls, Context, parse, service, stream
-from upstream.store.state import StoreState
-from upstream.store.writer import Writer
+from upstream.store.calls import Context, parse, service, stream
+from upstream.store.service import StoreService
 
 
-class LeaseService:
+class LeaseService(StoreService):
     """etcdserverpb.Lease."""
-
-    def __init__(self, state: StoreState, writer: Writer, calls: Calls) -> None:
-        self._state = state
-        self._writer = writer
-        self._calls = calls
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the service to register."""

@@ -6,37 +6,30 @@ import grpc
 
 from proto.framing import Status
 from proto.pb import rpc_pb2, v3lock_pb2
-from upstream.store.calls import Calls, service
+from upstream.store.calls import service
 from upstream.store.errors import Refusal, StoreError
-from upstream.store.queueing import Line, leave
-from upstream.store.state import StoreState
-from upstream.store.writer import Writer
+from upstream.store.queueing import leave
+from upstream.store.service import LineService
 
 SESSION_EXPIRED = Refusal(Status.UNKNOWN, "mutex: session is expired")
 
 
-class LockService:
+class LockService(LineService):
     """v3lockpb.Lock."""
-
-    def __init__(self, state: StoreState, writer: Writer, calls: Calls) -> None:
-        self._state = state
-        self._writer = writer
-        self._calls = calls
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the service to register."""
-        unary = self._calls.unary
         return service(
             "v3lockpb.Lock",
             {
-                "Lock": unary(v3lock_pb2.LockRequest, self.lock, codeless=True),
-                "Unlock": unary(v3lock_pb2.UnlockRequest, self.unlock, codeless=True),
+                "Lock": self._unary(v3lock_pb2.LockRequest, self.lock),
+                "Unlock": self._unary(v3lock_pb2.UnlockRequest, self.unlock),
             },
         )
 
     async def lock(self, request: v3lock_pb2.LockRequest, user: str | None) -> v3lock_pb2.LockResponse:
         """Answer Lock once the lock is held; a call that is cancelled gives its place in the line up."""
-        line = Line(self._state, self._writer, request.name, user)
+        line = self._line(request.name, user)
         key, entered = await line.enter(await line.lease(request.lease), b"")
         header = entered.header
         revision = header.revision if entered.succeeded else entered.responses[0].response_range.kvs[0].create_revision

@@ -1,0 +1,32 @@
+"""What the services that read and write the store are made of, and the two that stand in line for it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from google.protobuf.message import Message
+
+from upstream.store.calls import Calls, Handler, Request
+from upstream.store.queueing import Line
+from upstream.store.state import StoreState
+from upstream.store.writer import Writer
+
+
+class StoreService:
+    """A service: it reads from the state, writes through the writer, and answers through the calls."""
+
+    def __init__(self, state: StoreState, writer: Writer, calls: Calls) -> None:
+        self._state = state
+        self._writer = writer
+        self._calls = calls
+
+
+class LineService(StoreService):
+    """Lock or Election."""
+
+    def _line(self, name: bytes, user: str | None) -> Line:
+        return Line(self._state, self._writer, name, user)
+
+    def _unary(self, kind: type[Request], answer: Callable[[Request, str | None], Awaitable[Message]]) -> Handler:
+        """Make the handler of a unary method; refusals of these two services have no code."""
+        return self._calls.unary(kind, answer, codeless=True)
