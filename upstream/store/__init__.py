@@ -6,5 +6,6 @@ From the inside out: `index` and `mvcc` keep keys and revisions, `txn` runs requ
 say; `state` wires them together.
 All of that is pure. `recorder` is the seam to durability and `journal` the file behind it; `writer` puts apply, commit
 and publish in order; `loops` is the background work. The services turn gRPC calls (`calls`) into calls on the state:
-`service` is what they are made of, `queueing` what Lock and Election share. `http` serves metrics, `server` is the whole.
+`service` is what they are made of, `queueing` what Lock and Election share, `http` serves metrics and
+`server` is the whole.
 """
