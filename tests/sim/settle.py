@@ -61,16 +61,11 @@ def finish(world: World, rng: random.Random) -> None:
     for _ in range(max(1, highest - world.store.revision + 1)):
         world.store.write([(key, b"last") for key in world.config.keys])
     settle(world, rng, 6.0)
-    for client in world.clients:
-        if client.session is not None and client.session.ended is None:
-            world.ask_progress(client.session)
-    settle(world, rng, 12.0)
-    for _ in range(_PATIENCE):
-        if not any(client.session is not None and client.session.progress_waits for client in world.clients):
-            break
-        settle(world, rng, 12.0)
+    _ask_all(world, rng)
     if any(not member.ordered_progress for member in world.members):
         _notify_all(world, rng)
+    _check_answers(world)
+    _check_quiet_resumption(world, rng)
     world.check()
     _check_answers(world)
     _check_upstream(world)
@@ -82,6 +77,18 @@ def finish(world: World, rng: random.Random) -> None:
     settle(world, rng, 400.0)
     world.check()
     _check_nothing_left(world)
+
+
+def _ask_all(world: World, rng: random.Random) -> None:
+    """Have every session ask for progress, and wait for the answers."""
+    for client in world.clients:
+        if client.session is not None and client.session.ended is None:
+            world.ask_progress(client.session)
+    settle(world, rng, 12.0)
+    for _ in range(_PATIENCE):
+        if not any(client.session is not None and client.session.progress_waits for client in world.clients):
+            break
+        settle(world, rng, 12.0)
 
 
 def isolate(world: World, rng: random.Random, frozen: SimClient) -> None:
@@ -116,6 +123,17 @@ def _notify_all(world: World, rng: random.Random) -> None:
                 link.notify_progress(watch_id)
                 settle(world, rng, 0.0)
         settle(world, rng, 2.0)
+
+
+def _check_quiet_resumption(world: World, rng: random.Random) -> None:
+    """Some ranges have the newest event, others are behind, all register again, and nobody writes: all can be told."""
+    if any(not member.ordered_progress for member in world.members):
+        return
+    world.store.write([(world.config.keys[0], b"newest")])
+    settle(world, rng, 1.0)
+    world.upstream.disconnect()
+    settle(world, rng, 1.0)
+    _ask_all(world, rng)
 
 
 def _check_quiet_times(world: World, rng: random.Random) -> None:
