@@ -1,6 +1,7 @@
 """One process of clients: `python -m tests.soak.client KIND ENDPOINT DIRECTORY SEED`, driven by lines on stdin.
 
-`settle REVISION`: have everything through it, then print `settled`. `leave`: close all, write the summary, end.
+`settle REVISION`: have everything through it, then print `settled`; or `waits`, when that cannot be before something
+is written. `leave`: close all, write the summary, end.
 The records are in DIRECTORY/KIND.spool, the summary in DIRECTORY/KIND.json.
 """
 
@@ -115,8 +116,11 @@ class Clients:
         self._channels.append(channel)
         return channel
 
-    async def settle(self, revision: int) -> None:
-        """Wait until every watch was told of everything through `revision`."""
+    async def settle(self, revision: int) -> bool:
+        """Wait until every watch was told of everything through `revision`, the store's.
+
+        False: all that lack something are on streams of which no etcd says anything before more is written.
+        """
         for stream in self.streams:
             stream.hurried = True
         for caller in self.callers:
@@ -125,13 +129,17 @@ class Clients:
             await asyncio.gather(*self._tasks)
         deadline = asyncio.get_running_loop().time() + SETTLE_S
         while lacking := [stream for stream in self.streams if not stream.has_all(revision)]:
+            stalled = [stream for stream in lacking if not stream.waits_for_the_future(revision)]
+            if not stalled:
+                return False
             if asyncio.get_running_loop().time() > deadline:
-                for stream in lacking[:5]:
+                for stream in stalled[:5]:
                     wanting = [(w.plan, w.next_revision) for w in stream.watches if w.next_revision <= revision]
                     what = f"not complete through {revision} after {SETTLE_S} s: {wanting[:2]}, {stream.state()}"
                     self._seen.faults.append(what)
-                return
+                break
             await asyncio.sleep(0.1)
+        return True
 
     async def leave(self) -> None:
         """Close everything and write down how it went."""
@@ -158,8 +166,7 @@ async def main(kind: str, endpoint: str, directory: str, seed: str) -> None:
     clients.start()
     while words := (await lines.readline()).split():
         if words[0] == b"settle":
-            await clients.settle(int(words[1]))
-            sys.stdout.write("settled\n")
+            sys.stdout.write("settled\n" if await clients.settle(int(words[1])) else "waits\n")
             sys.stdout.flush()
         else:
             break

@@ -49,6 +49,8 @@ KNOBS = (
     *("--drain=2s", "--linger=1s", "--history-bytes-total-max=8MiB"),
     *("--dial-keepalive-time=5s", "--dial-keepalive-timeout=2s", "--log-level=warn"),
 )
+NOT_WATCHED = b"/z"
+"""A key outside of all that clients watch."""
 EMPTY = ("watches", "sessions", "trunks", "backfills", "lagging", "connections", "history_bytes")
 
 
@@ -106,17 +108,23 @@ class Wave:
         # Watches may begin a little in the future.
         for number in range(40):
             revision = await store.put(b"/s/a/00", b"last %d" % number)
-        await asyncio.gather(*(self._ask(kind, f"settle {revision}") for kind in KINDS if kind != "callers"))
+        await asyncio.gather(*(self._settle(kind, revision, store) for kind in KINDS if kind != "callers"))
         return revision
 
-    async def _ask(self, kind: str, what: str) -> None:
+    async def _settle(self, kind: str, revision: int, store: Etcd) -> None:
+        """Have watchers catch up; write on, where nobody watches, only when etcd itself would be silent without."""
+        while await self._ask(kind, f"settle {revision}") == "waits":
+            revision = await store.put(NOT_WATCHED, b"")
+
+    async def _ask(self, kind: str, what: str) -> str:
         process = self._processes[kind]
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(f"{what}\n".encode())
         async with asyncio.timeout(SETTLE_S):
-            answer = await process.stdout.readline()
-        assert answer == b"settled\n", f"the {kind} clients ended: {await process.wait()}"
+            answer = (await process.stdout.readline()).decode().strip()
+        assert answer in ("settled", "waits"), f"the {kind} clients ended: {await process.wait()}"
+        return answer
 
     async def leave(self) -> None:
         """Let all leave."""

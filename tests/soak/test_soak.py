@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc.aio
 import msgspec
 import pytest
 
 from coalesce.guarantees import PUT, Change, Truth
 from proto.pb import kv_pb2, rpc_pb2
+from tests.etcd.server import EtcdServer
+from tests.proxy.running import direct, proxy_for
 from tests.proxy.scenario import run
-from tests.soak import report, spool
-from tests.soak.client import KINDS, Summary
-from tests.soak.run import EMPTY, SHARES, Outcome, judge, leaks, soak
+from tests.soak import client, report, spool
+from tests.soak.client import KINDS, Clients, Summary
+from tests.soak.run import EMPTY, NOT_WATCHED, SHARES, Outcome, judge, leaks, soak
 from tests.soak.sampling import Held, Sample
+from tests.soak.watcher import CHANNEL, Habits, Stream
+from tests.waiting import until_async
 
 LAST = 6
 CHANGES = [Change(PUT, b"/s/a/01", b"%d" % number, 2, number, number - 1, 0) for number in range(2, LAST + 1)]
@@ -75,6 +81,67 @@ def test_a_lost_write_and_a_clients_complaint_are_violations(tmp_path: Path) -> 
     outcome = judged(tmp_path, CHANGES, [(3, b"/s/a/01"), (4, b"/s/b/01")], "a stream ended INTERNAL")
     assert sum("acknowledged put" in violation for violation in outcome.violations) == 1
     assert sum("INTERNAL" in violation for violation in outcome.violations) == len(KINDS)
+
+
+def stream_of(clients: Clients, channel: grpc.aio.Channel, *keys: bytes) -> Stream:
+    """One more stream of some clients, with a watch from now of each key; it asks for progress every few hundredths."""
+    plans = iter([spool.WatchPlan(key) for key in keys])
+    stream = Stream(channel, clients._spool, clients._seen, Habits(turn_s=0.05), lambda: next(plans))
+    for _ in keys:
+        stream.add()
+    clients.streams.append(stream)
+    return stream
+
+
+@pytest.mark.parametrize("proxied", [False, True], ids=["etcd itself", "watchmux"])
+def test_a_stream_resumed_above_the_newest_revision_is_told_nothing_until_there_is_more(
+    etcd: EtcdServer, tmp_path: Path, proxied: bool
+) -> None:
+    async def scenario(endpoint: str) -> None:
+        clients = Clients("narrow", endpoint, tmp_path)
+        async with direct(etcd) as store, grpc.aio.insecure_channel(endpoint, options=CHANNEL) as channel:
+            stream = stream_of(clients, channel, b"/s/a/00", b"/s/c/00")
+            busy, quiet = stream.watches
+            clients._tasks.append(asyncio.create_task(stream.run()))
+            await until_async(lambda: busy.next_revision and quiet.next_revision, "two watches")
+            revision = await store.put(b"/s/a/00", b"the newest")
+            await until_async(lambda: busy.next_revision > revision, "the event")
+            stream._call.cancel()
+            await until_async(lambda: busy.start_revision > revision and len(stream._by_id) == 2, "both watches again")
+            assert not await clients.settle(revision)
+            await until_async(lambda: stream.asked >= 5, "requests for progress")
+            assert (stream.told, quiet.next_revision <= revision) == ([], True)
+            newer = await store.put(NOT_WATCHED, b"")
+            assert await clients.settle(newer)
+            assert stream.told[0] == newer
+            await clients.leave()
+        assert clients._seen.faults == []
+
+    async def through_a_proxy() -> None:
+        async with proxy_for(etcd) as proxy:
+            await scenario(f"127.0.0.1:{proxy.port}")
+
+    run(through_a_proxy() if proxied else scenario(etcd.endpoint))
+
+
+def test_a_stream_that_should_be_told_and_is_not_is_complained_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> list[str]:
+        clients = Clients("narrow", "", tmp_path)
+        async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
+            for starts in ((LAST, LAST), (LAST + 1, LAST)):
+                stream = stream_of(clients, channel, b"/s/a/00", b"/s/c/00")
+                for watch, start in zip(stream.watches, starts, strict=True):
+                    watch.start_revision = watch.next_revision = start
+            # No etcd would say anything on the second, but on the first.
+            assert await clients.settle(LAST)
+            await clients.leave()
+        return clients._seen.faults
+
+    monkeypatch.setattr(client, "SETTLE_S", 0.0)
+    faults = run(scenario())
+    assert [f"needing [({LAST}, {LAST}), ({LAST}, {LAST})]" in fault for fault in faults] == [True]
 
 
 @dataclass

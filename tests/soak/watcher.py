@@ -59,7 +59,8 @@ class Watch:
     plan: WatchPlan
     next_revision: int
     """0: now."""
-    partial: bool = False
+    start_revision: int = 0
+    """What it asked for when it was last opened."""
 
 
 class Seen:
@@ -112,12 +113,23 @@ class Stream:
         """Everybody was told of everything through `revision`."""
         return all(watch.next_revision > revision for watch in self.watches)
 
+    def waits_for_the_future(self, revision: int) -> bool:
+        """Etcd says nothing about progress before something is written after `revision`: a watch starts there.
+
+        So it is with one that was planned to start there while the last writes were made, and with one that has the
+        newest event and is resumed above it. The others of its stream have to wait as well, also for being told that
+        they miss nothing.
+        """
+        return any(watch.start_revision > revision for watch in self.watches)
+
     def state(self) -> str:
         """Say where it stands, for a complaint."""
+        starts = [(watch.start_revision, watch.next_revision) for watch in self.watches]
         sending = "over" if self._sending is None or self._sending.done() else "alive"
         return (
             f"{self.asked} requests for progress, {len(self.told)} answers {self.told[-3:]}, {self._outbox.qsize()} to "
-            f"be sent, sending is {sending}, {len(self._pending)} creates and {len(self._by_id)} watches, {self._call}"
+            f"be sent, sending is {sending}, {len(self._pending)} creates and {len(self._by_id)} watches, started at "
+            f"and needing {starts}, {self._call}"
         )
 
     def ask_progress(self) -> None:
@@ -175,7 +187,7 @@ class Stream:
             call.cancel()
 
     def _create(self, watch: Watch) -> None:
-        watch.partial = False
+        watch.start_revision = watch.next_revision
         plan = watch.plan
         kind = rpc_pb2.WatchCreateRequest
         create = kind(
