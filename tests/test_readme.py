@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 LINES_MAX = 150
 ENDLESS = ("watchmux serve", "etcdctl")
+SMALL = ("--watches=200", "--streams=40", "--seconds=0.5")
+"""What the demo is cut down to, which `test_fresh_clone` runs as it is."""
 
 
 def commands() -> list[str]:
@@ -75,7 +77,7 @@ def test_commands_work(etcd: EtcdServer) -> None:
             if command[0].startswith(".venv/bin/"):
                 command[:1] = [sys.executable, "-m", "proxy.cli"]
             if line.startswith("make "):
-                command = [sys.executable, "-m", "proxy.cli", "demo", "--seconds=1"]
+                command = [sys.executable, "-m", "proxy.cli", "demo", *SMALL]
             done.append(line)
             if not any(word in line for word in ENDLESS):
                 finished = subprocess.run(

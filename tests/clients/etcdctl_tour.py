@@ -139,7 +139,8 @@ TOUR: dict[str, tuple[Run | Follow, ...]] = {
 }
 
 _FREE = (
-    (re.compile(r"\b[0-9a-f]{15,16}\b"), "ID"),
+    # Of 64 random bits, printed without leading zeros.
+    (re.compile(r"\b[0-9a-f]{12,16}\b"), "ID"),
     (re.compile(r'"(cluster_id|member_id|ID|leader|lease|raft_term|raftTerm|hash|dbSize\w*|raft\w+)":\d+'), r'"\1":N'),
     (re.compile(r'"(ClusterID|MemberID|RaftTerm)" : \d+'), r'"\1" : N'),
     (re.compile(r"127\.0\.0\.1:\d+"), "HOST:PORT"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 
 from tests.clients.etcdctl_tour import TOUR, Player
 from tests.etcd.binaries import EtcdBinary, etcds
@@ -13,16 +15,19 @@ from tests.etcd.server import EtcdServer
 from tests.proxy_process import ProxyProcess
 
 CURRENT, *OLDER = etcds()
-PAIRS = [
-    pytest.param(CURRENT, client, id=f"etcd-{CURRENT.name}-etcdctl-{client.name}") for client in (CURRENT, *OLDER)
-] + [
-    pytest.param(server, server, id=f"etcd-{server.name}-etcdctl-{server.name}", marks=pytest.mark.long)
-    for server in OLDER
-]
+PAIRS = [(CURRENT, CURRENT), *((CURRENT, older) for older in OLDER), *((older, older) for older in OLDER)]
 
 
-@pytest.mark.parametrize("part", TOUR)
-@pytest.mark.parametrize(("server", "client"), PAIRS)
+def _rows() -> Iterator[ParameterSet]:
+    """All parts with all pairs; on an older release all is long, with an older etcdctl all but its watches."""
+    for server, client in PAIRS:
+        for part in TOUR:
+            quick = client is CURRENT or (server is CURRENT and part == "watches")
+            name = f"etcd-{server.name}-etcdctl-{client.name}-{part}"
+            yield pytest.param(server, client, part, id=name, marks=() if quick else pytest.mark.long)
+
+
+@pytest.mark.parametrize(("server", "client", "part"), list(_rows()))
 def test_prints_the_same(server: EtcdBinary, client: EtcdBinary, part: str, tmp_path: Path) -> None:
     with (
         EtcdServer(server) as direct,

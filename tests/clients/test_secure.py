@@ -18,7 +18,9 @@ from tests.proxy_process import ProxyProcess
 from tests.upstream.certificates import Certificates, make_certificates
 
 CURRENT, *OLDER = etcds()
-QUICK = ("keys", "watches", "cluster")
+QUICK = ("watches",)
+QUICK_LIBRARIES = ("node-etcd3", "python-etcd3gw")
+"""One that speaks gRPC and one that speaks JSON; all of them without TLS are in test_libraries.py."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,14 @@ def test_etcdctl_prints_the_same(client: EtcdBinary, part: str, files: Certifica
     assert got == expected
 
 
-@pytest.mark.parametrize("library", [one for one in LIBRARIES if one.speaks_tls], ids=lambda library: library.name)
+@pytest.mark.parametrize(
+    "library",
+    [
+        pytest.param(one, id=one.name, marks=() if one.name in QUICK_LIBRARIES else pytest.mark.long)
+        for one in LIBRARIES
+        if one.speaks_tls
+    ],
+)
 def test_a_library_sees_the_same(library: Library, files: Certificates) -> None:
     library.install()
 

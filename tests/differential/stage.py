@@ -125,7 +125,8 @@ def _members(binary: EtcdBinary, flags: Sequence[str], count: int) -> list[EtcdS
     if count > 1:
         cluster = ",".join(f"m{number}=http://{HOST}:{each.peer_port}" for number, each in enumerate(servers))
         for number, server in enumerate(servers):
-            server.extra += [f"--name=m{number}", f"--initial-cluster={cluster}"]
+            # A leader that has to wait for a processor is none the less the leader.
+            server.extra += [f"--name=m{number}", f"--initial-cluster={cluster}", "--election-timeout=200"]
     return servers
 
 

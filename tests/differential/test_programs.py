@@ -23,27 +23,36 @@ STALLED_S = 1.0
 Kind = tuple[EtcdBinary, tuple[str, ...], int, bool, bytes]
 
 
+STAGES_MAX = 2
+"""So many kept at a time: an etcd that nobody talks to takes its share of the processor all the same."""
+
+
 class Stages:
-    """The stages that programs share; those of one etcd version at a time."""
+    """The stages that programs share; those used last."""
 
     def __init__(self) -> None:
         self._running: dict[Kind, Stage] = {}
+        """The one used last is the last."""
 
     def get(self, binary: EtcdBinary, program: Program, namespace: bytes = b"") -> Stage:
         """Return the stage for a program, started if need be."""
         kind = (binary, program.flags, program.members, program.auth, namespace)
-        if any(other[0] != binary for other in self._running):
-            self.close()
-        if kind not in self._running:
+        stage = self._running.pop(kind, None)
+        if stage is None:
+            self._close_to(STAGES_MAX - 1)
             stage = Stage(binary, program.flags, program.members, program.auth, namespace)
             stage.__enter__()
-            self._running[kind] = stage
-        return self._running[kind]
+        self._running[kind] = stage
+        return stage
+
+    def _close_to(self, count: int) -> None:
+        """End those not used for the longest time until `count` are left."""
+        while len(self._running) > count:
+            self._running.pop(next(iter(self._running))).__exit__(None, None, None)
 
     def close(self) -> None:
         """End them all."""
-        while self._running:
-            self._running.popitem()[1].__exit__(None, None, None)
+        self._close_to(0)
 
 
 @pytest.fixture(scope="module")

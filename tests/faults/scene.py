@@ -86,8 +86,10 @@ async def all_kept(streams: Sequence[tuple[WatchStream, int]], endpoint: str, la
 class Writer:
     """Puts one key after the other by whichever endpoint takes it, whatever happens, until it is told to stop."""
 
-    def __init__(self, endpoints: str) -> None:
+    def __init__(self, endpoints: str, pause_s: float = 0.0) -> None:
+        """`pause_s`: between two puts, where it matters that there are some and not how many."""
         self._stores = [Etcd(endpoint) for endpoint in endpoints.split(",")]
+        self._pause_s = pause_s
         self.stopping = False
         self.done = 0
         self.last = 0
@@ -103,6 +105,7 @@ class Writer:
                 async with asyncio.timeout(1):
                     self.last = await store.put(PREFIX + b"%d" % (number % 5), b"%d" % number)
                 self.done += 1
+                await asyncio.sleep(self._pause_s)
             except (grpc.aio.AioRpcError, TimeoutError):
                 turn += 1
                 await asyncio.sleep(0.01)

@@ -113,7 +113,7 @@ def test_rolling_restart(etcd: EtcdServer, policy: str, how: signal.Signals, tmp
         binary = etcds()[0]
         with ProxyProcess(etcd.endpoint, DRAIN) as first, ProxyProcess(etcd.endpoint, DRAIN) as second:
             both = f"{first.endpoint},{second.endpoint}"
-            writer = Writer(etcd.endpoint)
+            writer = Writer(etcd.endpoint, pause_s=0.01)
             await writer.more(20)
             async with grpc_watches(f"ipv4:{both}", tmp_path / "spool", policy) as streams:
                 with watching(etcdctl_watch(binary, both), by_etcdctl), watching(node_watch(both), by_node):

@@ -191,7 +191,7 @@ def test_progress_for_all_is_asked_for_once(etcd: EtcdServer, connections: int, 
                     await until_async(lambda at=at: loop.time() >= at, "its turn")  # type: ignore[misc]
                     ask_all(mine)
                 goal = answers + (number + 1) * len(streams)
-                await until_async(lambda goal=goal: stats.progress_answers >= goal, "all answers")  # type: ignore[misc]
+                await until_async(lambda goal=goal: stats.progress_answers >= goal, "all answers", 40)  # type: ignore[misc]
             took_s = loop.time() - began
             requests = stats.progress_asked - asked_before
             last = await put(store, 1)

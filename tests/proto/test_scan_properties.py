@@ -8,6 +8,7 @@ Two differences are wanted: groups are refused, and a cancel_reason need not be 
 
 from __future__ import annotations
 
+import pytest
 from google.protobuf.message import DecodeError, Message
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -156,7 +157,7 @@ def agree_on(data: bytes) -> None:
         assert 0x32 in data or 0xB2 in data
 
 
-@settings(SCAN, max_examples=400)
+@settings(SCAN, max_examples=150)
 @given(RESPONSES)
 def test_reads_what_the_library_reads(data: bytes) -> None:
     agree(scan_watch_response(data), rpc_pb2.WatchResponse.FromString(data))
@@ -189,24 +190,37 @@ def test_writes_what_it_has_read(data: bytes, revision: int) -> None:
     agree(scan_watch_response(encoded), rpc_pb2.WatchResponse.FromString(encoded))
 
 
-@settings(SCAN, max_examples=60)
+@settings(SCAN, max_examples=40)
 @given(st.one_of(RESPONSES, PLAIN_RESPONSES))
 def test_reads_every_truncation_as_the_library_does(data: bytes) -> None:
     for size in range(len(data)):
         agree_on(data[:size])
 
 
-@settings(SCAN, max_examples=400)
-@given(
-    st.one_of(RESPONSES, PLAIN_RESPONSES),
-    st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=3),
-)
-def test_reads_damaged_messages_as_the_library_does(data: bytes, damages: list[tuple[int, int]]) -> None:
+DAMAGES = st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=3)
+
+
+def damage(data: bytes, damages: list[tuple[int, int]]) -> bytes:
+    """Return `data` with a few bytes changed."""
     damaged = bytearray(data)
     for place, byte in damages:
         if damaged:
             damaged[place % len(damaged)] = byte
-    agree_on(bytes(damaged))
+    return bytes(damaged)
+
+
+@settings(SCAN, max_examples=200)
+@given(st.one_of(RESPONSES, PLAIN_RESPONSES), DAMAGES)
+def test_reads_damaged_messages_as_the_library_does(data: bytes, damages: list[tuple[int, int]]) -> None:
+    agree_on(damage(data, damages))
+
+
+@pytest.mark.long
+@settings(SCAN, max_examples=2000)
+@given(st.one_of(RESPONSES, PLAIN_RESPONSES), DAMAGES)
+def test_reads_many_more_messages_as_the_library_does(data: bytes, damages: list[tuple[int, int]]) -> None:
+    agree_on(data)
+    agree_on(damage(data, damages))
 
 
 @st.composite
@@ -226,17 +240,14 @@ def one_put_after_another(draw: st.DrawFn) -> tuple[bytes, bytes]:
     return both[0], both[1]
 
 
-@settings(SCAN, max_examples=300)
+@settings(SCAN, max_examples=150)
 @given(one_put_after_another(), st.lists(st.tuples(st.integers(0), st.integers(0, 255)), max_size=2))
 def test_reads_one_put_after_another(puts: tuple[bytes, bytes], damages: list[tuple[int, int]]) -> None:
     first, second = puts
     agree_on(first)
     agree_on(second)
     agree_on(second + first)
-    damaged = bytearray(second)
-    for place, byte in damages:
-        damaged[place % len(damaged)] = byte
-    agree_on(bytes(damaged))
+    agree_on(damage(second, damages))
     for size in range(len(second) - 20, len(second)):
         agree_on(second[:size])
 

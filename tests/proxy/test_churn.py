@@ -50,6 +50,7 @@ def test_churn(etcd: EtcdServer, seed: int) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(320)
 @pytest.mark.parametrize("seed", range(100, 104))
 def test_churn_for_long(etcd: EtcdServer, seed: int) -> None:
-    run(_churn(etcd, seed, 4000, 4), 115)
+    run(_churn(etcd, seed, 4000, 4), 300)

@@ -347,7 +347,7 @@ def test_a_client_that_asks_without_reading_is_not_read(etcd: EtcdServer) -> Non
             stream.raw.taking = False
             asked = 0
             while client.h2.local_flow_control_window(stream.raw.id) > 1000 and asked < 100_000:
-                stream.create(b"a")
+                stream.create(b"a" * 200)  # few large ones fill the window as well as many small ones
                 asked += 1
                 await asyncio.sleep(0)
             assert asked < 100_000

@@ -10,17 +10,18 @@ import pytest
 from tests.sim.store_alone import run_store
 from tests.sim.upstream_alone import run_alone
 
-SEEDS = 200
 BLOCK = 100
+FIRST, *LATER = range(0, 1000, BLOCK)
 
 
 @pytest.mark.parametrize("bundled", [False, True], ids=["model", "bundled store"])
-@pytest.mark.parametrize("first", range(0, SEEDS, BLOCK))
+@pytest.mark.parametrize("first", [FIRST, *(pytest.param(later, marks=pytest.mark.long) for later in LATER)])
 def test_nothing_is_lost_or_repeated(first: int, bundled: bool) -> None:
     for seed in range(first, first + BLOCK):
         assert run_alone(seed, bundled) == "", f"run_alone({seed}, {bundled})"
 
 
-def test_the_store_holds_what_was_written() -> None:
-    for seed in range(300):
+@pytest.mark.parametrize("first", [FIRST, *(pytest.param(later, marks=pytest.mark.long) for later in LATER)])
+def test_the_store_holds_what_was_written(first: int) -> None:
+    for seed in range(first, first + BLOCK):
         assert run_store(seed) == "", f"run_store({seed})"

@@ -25,6 +25,7 @@ from upstream.tls import client_context, server_context
 from upstream.unary import NotProcessed, call_unary
 
 ECHO = "/test/Echo"
+PATIENT = ConnectionSettings()
 FAST = ConnectionSettings(connect_timeout_s=0.3)
 
 
@@ -38,7 +39,7 @@ def run(story: Coroutine[Any, Any, None]) -> None:
     asyncio.run(bounded())
 
 
-async def refused(endpoint: str, tls: ssl.SSLContext | None = None, settings: ConnectionSettings = FAST) -> str:
+async def refused(endpoint: str, tls: ssl.SSLContext | None = None, settings: ConnectionSettings = PATIENT) -> str:
     """Return the text of a failed attempt."""
     with pytest.raises(Unreachable) as refusal:
         await connect(parse_endpoint(endpoint), tls, settings)
@@ -109,7 +110,7 @@ def test_what_is_said_when_nothing_answers(tmp_path: Path) -> None:
         assert "there is no such socket" in await refused(f"unix://{tmp_path}/none.sock")
         async with scripted() as silent:
             silent.mute = True
-            assert "no answer in time" in await refused(silent.endpoint)
+            assert "no answer in time" in await refused(silent.endpoint, settings=FAST)
 
     run(story())
 

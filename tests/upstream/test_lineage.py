@@ -54,7 +54,14 @@ def test_a_log_that_has_grown_less_than_the_revision_is_another_one(
     assert is_suspect(before, now) is suspect
 
 
-@pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
+CURRENT, *OLDER = etcds()
+
+
+@pytest.mark.parametrize(
+    "binary",
+    [CURRENT, *(pytest.param(older, marks=pytest.mark.long) for older in OLDER)],
+    ids=lambda binary: binary.name,
+)
 def test_a_restart_is_no_restore_and_a_restore_is(binary: EtcdBinary, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Also when the restored store is no further than the old one at first, and passes it later."""
     snapshot = tmp_path_factory.mktemp("snapshot") / "s"
