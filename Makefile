@@ -3,11 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 10000
-KEYS ?= 100000
 MINUTES ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench bench-store check sim mutants soak etcds proto clean
+.PHONY: help demo test test-all bench check sim mutants soak etcds proto clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,11 +42,8 @@ $(VENV)/.installed-bench: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,dev,bench]'
 	@touch $@
 
-bench: $(VENV)/.installed-bench etcds  ## CPU per event, delay and memory beside etcd's grpc-proxy; ARGS='--case paced'
+bench: $(VENV)/.installed-bench etcds  ## CPU per event, delay, memory beside etcd's grpc-proxy; the store beside etcd; ARGS='--case store'
 	$(BIN)/python -m tests.bench $(ARGS)
-
-bench-store: $(VENV)/.installed-dev  ## the bundled store with KEYS=n keys: start-up, memory, rates
-	$(BIN)/python -m tests.store.bench $(KEYS)
 
 sim: $(VENV)/.installed-dev  ## SEEDS=n seeds of the simulator: faults by kind, events checked, violations
 	$(BIN)/python -m tests.sim SEEDS=$(SEEDS)

@@ -15,7 +15,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from tests.bench import report
+from tests.bench import report, store
 from tests.bench.cases import CASES, Case
 from tests.bench.measure import Figures, measure
 from tests.bench.targets import TARGETS
@@ -35,7 +35,7 @@ def run_case(case: Case, targets: tuple[str, ...], rounds: int, binary: EtcdBina
                 continue
             try:
                 with EtcdServer(binary) as etcd, TARGETS[name](case, etcd, files) as target:
-                    figures = measure(case, target, etcd, files)
+                    figures = measure(case, target, etcd.endpoint, files)
             except (AssertionError, StopIteration, ProcessLookupError) as error:
                 # One target that fails a round does not take hours of the others with it; it is missing from the table.
                 sys.stderr.write(f"FAILED: {case.name} at {name}: {error}\n")
@@ -46,15 +46,40 @@ def run_case(case: Case, targets: tuple[str, ...], rounds: int, binary: EtcdBina
     return found
 
 
-def write_docs(results: report.Results, about: dict[str, Any]) -> None:
-    """Put the figures between the two marks in docs/performance.md, and the pictures where it looks for them."""
-    from tests.bench.plots import draw
+def run_store(binary: EtcdBinary, files: Certificates, keys: int) -> store.Results:
+    """Drive the bundled store, and the etcds beside it, once."""
+    found: store.Results = {}
+    for name in store.KINDS:
+        found[name] = store.measure_kind(name, binary, files, keys)
+        shown = {key: round(value, 3) for key, value in found[name].items()}
+        sys.stderr.write(f"{time.strftime('%H:%M:%S')} {store.NAME} {name} {json.dumps(shown)}\n")
+    return found
 
-    page = Path("docs/performance.md")
+
+def write_between_marks(page: Path, text: str) -> None:
+    """Replace what is between the two marks of a page."""
     head, _, rest = page.read_text().partition("<!-- figures")
     mark, _, rest = rest.partition("-->\n")
     _, end, tail = rest.partition("<!-- end of figures -->")
-    page.write_text(f"{head}<!-- figures{mark}-->\n\n{report.page_of(results, about)}\n{end}{tail}")
+    page.write_text(f"{head}<!-- figures{mark}-->\n\n{text}\n{end}{tail}")
+
+
+def write_files(out: Path, results: report.Results, stores: store.Results, about: dict[str, Any], keys: int) -> None:
+    """Put all figures and the tables into a directory; tables of what was not measured stay as they are."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "bench.json").write_text(json.dumps({**about, "medians": results, "stores": stores}, indent=1) + "\n")
+    if results:
+        tables = (report.markdown_of(results), report.goals_of(results), report.bounds_of(results))
+        (out / "table.md").write_text("\n".join(tables))
+    if stores:
+        (out / "store.md").write_text(store.markdown_of(stores, keys))
+
+
+def write_docs(results: report.Results, about: dict[str, Any]) -> None:
+    """Put the figures into docs/performance.md, and the pictures where it looks for them."""
+    from tests.bench.plots import draw
+
+    write_between_marks(Path("docs/performance.md"), report.page_of(results, about))
     with tempfile.TemporaryDirectory() as directory:
         draw(results, Path(directory))
         for name in report.PICTURES:
@@ -64,17 +89,19 @@ def write_docs(results: report.Results, about: dict[str, Any]) -> None:
 
 
 @click.command()
-@click.option("--case", "names", multiple=True, type=click.Choice(list(CASES)), help="Only these cases.")
+@click.option("--case", "names", multiple=True, type=click.Choice([*CASES, store.NAME]), help="Only these cases.")
 @click.option("--target", "targets", multiple=True, type=click.Choice(list(TARGETS)), help="Only these targets.")
-@click.option("--rounds", default=3, show_default=True, help="Rounds; the median is shown.")
+@click.option("--keys", default=store.KEYS, show_default=True, help="Keys in the bundled store, case store.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds; the median is shown (case store: one).")
 @click.option("--etcd", "version", default="", help="An etcd version there is, such as 3.4.23 (default: the newest).")
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True, help="Where the files go.")
-@click.option("--docs", is_flag=True, help="Write the figures into docs/performance.md, and the pictures beside it.")
+@click.option("--docs", is_flag=True, help="Write the figures into the pages in docs, and the pictures.")
 @click.option("--beside", default="nothing else to speak of", help="What else ran on the machine, for the docs.")
 @click.option("--plots/--no-plots", default=True, help="Draw the figures as well.")
 def main(
     names: tuple[str, ...],
     targets: tuple[str, ...],
+    keys: int,
     rounds: int,
     version: str,
     out: Path,
@@ -82,7 +109,7 @@ def main(
     beside: str,
     plots: bool,
 ) -> None:
-    """Measure CPU per delivered event, delay and memory beside etcd's own grpc-proxy."""
+    """Measure CPU per delivered event, delay and memory beside etcd's own grpc-proxy, and the bundled store."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     binary = next(binary for binary in etcds() if binary.name.startswith(version))
     # Compiling takes memory that a process keeps; an installed program is compiled.
@@ -94,15 +121,16 @@ def main(
     before = report.machine()
     with tempfile.TemporaryDirectory() as directory:
         files = make_certificates(Path(directory))
-        for case in (CASES[name] for name in names or CASES):
+        for case in (CASES[name] for name in names or CASES if name in CASES):
             started = time.monotonic()
             every[case.name] = found = run_case(case, targets, rounds, binary, files)
             seconds[case.name] = round(time.monotonic() - started, 1)
             results[case.name] = {name: report.median_of(figures) for name, figures in found.items()}
-    console = Console()
-    for table in report.tables_of(results):
-        console.print(table)
-    out.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        stores: store.Results = {}
+        if store.NAME in names or not (names or targets):
+            stores = run_store(binary, files, keys)
+            seconds[store.NAME] = round(time.monotonic() - started, 1)
     what = {name: CASES[name].what for name in results}
     about = {
         "etcd": binary.name,
@@ -112,19 +140,23 @@ def main(
         "cases": what,
         "seconds": seconds,
     }
-    (out / "bench.json").write_text(json.dumps({**about, "medians": results, "all": every}, indent=1) + "\n")
-    (out / "table.md").write_text(
-        report.markdown_of(results) + "\n" + report.goals_of(results) + "\n" + report.bounds_of(results)
-    )
-    if docs:
+    console = Console()
+    for table in report.tables_of(results):
+        console.print(table)
+    if stores:
+        console.print(store.markdown_of(stores, keys))
+    write_files(out, results, stores, {**about, "all": every}, keys)
+    if docs and results:
         write_docs(results, about)
-    if plots:
+    if docs and stores:
+        write_between_marks(Path("docs/store.md"), store.page_of(stores, about, keys))
+    if plots and results:
         from tests.bench.plots import draw
 
         draw(results, out)
     took = ", ".join(f"{name} {spent:.0f}" for name, spent in sorted(seconds.items(), key=lambda each: -each[1]))
     console.print(f"{sum(seconds.values()):.0f} s in all: {took}")
-    console.print(f"written to {out}/: bench.json, table.md{', and the plots' if plots else ''}")
+    console.print(f"written to {out}/: bench.json, the tables{', and the plots' if plots and results else ''}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from tests.bench.cases import Case, Kind
 from tests.bench.targets import PYTHON, Target
-from tests.etcd.server import HOST, EtcdServer
+from tests.etcd.server import HOST
 from tests.upstream.certificates import Certificates
 from tests.waiting import until
 
@@ -55,9 +55,9 @@ class Load:
         self._process.stdin.flush()
 
 
-def write(case: Case, etcd: EtcdServer, first: int, count: int, rate: float) -> None:
-    """Write straight into etcd."""
-    arguments = [case.name, etcd.endpoint, str(first), str(count), str(rate)]
+def write(case: Case, endpoint: str, first: int, count: int, rate: float) -> None:
+    """Write straight into the store at `endpoint`."""
+    arguments = [case.name, endpoint, str(first), str(count), str(rate)]
     ended = subprocess.run([PYTHON, "-m", "tests.bench.writer", *arguments], check=False)
     if ended.returncode:
         raise AssertionError("the writer failed")
@@ -68,12 +68,12 @@ def rest(seconds: float) -> None:
     subprocess.run(["sleep", str(seconds)], check=True)
 
 
-def measure(case: Case, target: Target, etcd: EtcdServer, files: Certificates) -> Figures:
-    """Drive `case` at `target` once and return its figures."""
+def measure(case: Case, target: Target, endpoint: str, files: Certificates) -> Figures:
+    """Drive `case` at `target` once, writing at `endpoint`, and return its figures."""
     if case.behind:
-        write(case, etcd, 0, case.behind, 0)
+        write(case, endpoint, 0, case.behind, 0)
     if case.call:
-        write(case, etcd, 0, 1, 0)
+        write(case, endpoint, 0, 1, 0)
     rest(SETTLED_S)
     figures: Figures = {"base_mib": target.memory_mib()}
     before_s = target.cpu_s()
@@ -86,12 +86,12 @@ def measure(case: Case, target: Target, etcd: EtcdServer, files: Certificates) -
             figures["create_cpu_us"] = 1e6 * (target.cpu_s() - before_s) / case.watch_count
             figures |= _idle(case, target)
         elif case.kind is Kind.STORM:
-            figures |= _storm(case, target, etcd, load)
+            figures |= _storm(case, target, endpoint, load)
         else:
             if case.kind is not Kind.CATCH_UP:
                 before_s = _quiet(target)
                 if case.kind is Kind.FANOUT:
-                    write(case, etcd, case.behind, case.writes, case.rate)
+                    write(case, endpoint, case.behind, case.writes, case.rate)
                 load.go()
             figures |= _told(case, load.says(), target.cpu_s() - before_s)
         figures["memory_mib"] = target.memory_mib()
@@ -140,9 +140,9 @@ def _idle(case: Case, target: Target) -> Figures:
     return {"idle_cpu_percent": 100 * (target.cpu_s() - before_s) / case.idle_s}
 
 
-def _storm(case: Case, target: Target, etcd: EtcdServer, load: Load) -> Figures:
+def _storm(case: Case, target: Target, endpoint: str, load: Load) -> Figures:
     """Let everybody see the writes, then come back at once with half of them behind."""
-    write(case, etcd, 0, case.writes, case.rate)
+    write(case, endpoint, 0, case.writes, case.rate)
     load.go()
     first = load.says()
     before_s = _quiet(target)

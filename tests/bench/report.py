@@ -191,19 +191,29 @@ def bounds_of(results: Results) -> str:
 
 def page_of(results: Results, about: dict[str, Any]) -> str:
     """Return what the docs say of a run: the machine, goals, tables, pictures and what each case is."""
-    machine = about["machine"]
-    text = (
-        f"etcd {about['etcd']}, medians of {about['rounds']} rounds; {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['memory_gib']} GiB, Linux {machine['kernel']}, Python {machine['python']}, "
-        f"uvloop {machine['uvloop']}; "
-        f"load average at the start {machine['load_average'][0]}: {about['beside']}."
-    )
-    lines = [*wrap(text, 120), "", "Ratios to grpc-proxy, and what was wanted:", "", goals_of(results)]
+    lines = [
+        *wrap(f"etcd {about['etcd']}, medians of {about['rounds']} rounds; {machine_of(about)}", 120),
+        "",
+        "Ratios to grpc-proxy, and what was wanted:",
+        "",
+        goals_of(results),
+    ]
     lines += [bounds_of(results)]
     lines += [f"![{alt}](images/bench-{name}.svg)\n" for name, alt in PICTURES.items()]
     lines += [markdown_of(results), "| case | what |", "|---|---|"]
     lines += [f"| {name} | {what} |" for name, what in about["cases"].items()]
     return "\n".join(lines) + "\n"
+
+
+def machine_of(about: dict[str, Any]) -> str:
+    """Return what the docs say of the machine, and of what else ran on it."""
+    machine = about["machine"]
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['memory_gib']} GiB, Linux {machine['kernel']}, Python {machine['python']}, "
+        f"uvloop {machine['uvloop']}; "
+        f"load average at the start {machine['load_average'][0]}: {about['beside']}."
+    )
 
 
 def machine() -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """
-A durable store as a process of its own, so that it can be killed.
+A store as a process of its own, so that it can be killed.
 
-`python -m tests.store.process DIRECTORY [COMMIT_INTERVAL_S [FILE_BYTES_MAX]]`
+`python -m tests.store.process DIRECTORY COMMIT_INTERVAL_S FILE_BYTES_MAX`; without a name for the directory, in memory.
 """
 
 from __future__ import annotations
 
-import asyncio
 import resource
 import signal
 import subprocess
@@ -14,6 +13,8 @@ import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import uvloop
 
 from upstream.store.recorder import StoreDataError
 from upstream.store.server import Store, StoreSettings
@@ -38,10 +39,11 @@ def limit_files(bytes_max: int) -> None:
 class StoreProcess:
     """Use as a context manager; leaving it kills the process with SIGKILL."""
 
-    def __init__(self, directory: Path, commit_interval_s: float = 0.0, file_bytes_max: int = 0) -> None:
-        """0 for `file_bytes_max` is no limit."""
-        self._options = [str(directory), str(commit_interval_s), str(file_bytes_max)]
+    def __init__(self, directory: Path | None, commit_interval_s: float = 0.0, file_bytes_max: int = 0) -> None:
+        """Without a directory everything is in memory; 0 for `file_bytes_max` is no limit."""
+        self._options = [str(directory or ""), str(commit_interval_s), str(file_bytes_max)]
         self.endpoint = ""
+        self.process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
         self.begin()
@@ -51,23 +53,26 @@ class StoreProcess:
     def begin(self) -> None:
         """Start the process without waiting for it to serve."""
         command = [sys.executable, "-m", "tests.store.process", *self._options]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def wait_started(self) -> None:
         """Wait until it serves."""
-        assert self._process.stdout is not None
-        self.endpoint = self._process.stdout.readline().strip()
+        assert self.process is not None
+        assert self.process.stdout is not None
+        self.endpoint = self.process.stdout.readline().strip()
         assert self.endpoint, f"the store did not start: {self.kill()}"
 
     def wait_ended(self) -> tuple[int, str]:
         """Wait until it ends by itself; return its exit code and what it said."""
-        code = self._process.wait(20)
+        assert self.process is not None
+        code = self.process.wait(20)
         return code, self.kill()
 
     def kill(self) -> str:
         """Kill it; return what it has printed to stderr."""
-        self._process.kill()
-        return self._process.communicate()[1]
+        assert self.process is not None
+        self.process.kill()
+        return self.process.communicate()[1]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -80,6 +85,8 @@ if __name__ == "__main__":
     if int(file_bytes_max):
         limit_files(int(file_bytes_max))
     try:
-        sys.exit(asyncio.run(run(StoreSettings(data_dir=Path(directory), commit_interval_s=float(commit_interval_s)))))
+        data_dir = Path(directory) if directory else None
+        # Under uvloop, as the program runs it.
+        sys.exit(uvloop.run(run(StoreSettings(data_dir=data_dir, commit_interval_s=float(commit_interval_s)))))
     except StoreDataError as error:
         sys.exit(str(error))
