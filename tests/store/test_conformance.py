@@ -112,6 +112,34 @@ ODD = {
     "a put in a nested one and its delete after": txn(txn(PUT_A), txn(DELETE_A)),
     "a delete in a nested one and a put after": txn(txn(DELETE_A), txn(PUT_A)),
     "a put, a delete and a put": txn(txn(PUT_A), txn(DELETE_ALL), txn(rpc_pb2.PutRequest(key=b"b"))),
+    "the same key in both branches": rpc_pb2.TxnRequest(success=txn(PUT_A).success, failure=txn(PUT_A).success),
+    "the same key in both branches of a nested one and outside": txn(
+        rpc_pb2.TxnRequest(success=txn(PUT_A).success, failure=txn(PUT_A).success), PUT_A
+    ),
+    "a key in a nested branch that is not taken, and outside": txn(
+        rpc_pb2.TxnRequest(compare=[rpc_pb2.Compare(key=b"a")], success=[], failure=txn(PUT_A).success), PUT_A
+    ),
+    "a put without a key in a branch that is not taken": rpc_pb2.TxnRequest(
+        failure=txn(rpc_pb2.PutRequest(value=b"1")).success
+    ),
+    "a compare without a key": rpc_pb2.TxnRequest(compare=[rpc_pb2.Compare(version=1)]),
+    "a lease that is not there in a branch that is not taken": rpc_pb2.TxnRequest(
+        failure=txn(rpc_pb2.PutRequest(key=b"a", lease=99)).success
+    ),
+    "a future revision in a branch that is not taken": rpc_pb2.TxnRequest(
+        failure=[rpc_pb2.RequestOp(request_range=rpc_pb2.RangeRequest(key=b"a", revision=2**62))]
+    ),
+    "a range from a future revision after a put": rpc_pb2.TxnRequest(
+        success=[
+            *txn(PUT_A).success,
+            rpc_pb2.RequestOp(request_range=rpc_pb2.RangeRequest(key=b"a", revision=2**62)),
+        ]
+    ),
+    "the smallest limit and bounds": rpc_pb2.RangeRequest(
+        key=b"a", limit=-(2**63), min_mod_revision=-(2**63), max_mod_revision=-1, max_create_revision=-1
+    ),
+    "the smallest revision": rpc_pb2.RangeRequest(key=b"a", revision=-(2**63)),
+    "a compaction of the far future": rpc_pb2.CompactionRequest(revision=2**63 - 1),
     "an empty operation": rpc_pb2.TxnRequest(success=[rpc_pb2.RequestOp()]),
     "an unknown compare result": rpc_pb2.TxnRequest(compare=[rpc_pb2.Compare(key=b"a", result=unknown(9))]),
     "an unknown compare target": rpc_pb2.TxnRequest(compare=[rpc_pb2.Compare(key=b"a", target=unknown(9))]),
