@@ -87,7 +87,7 @@ def test_interrupting_it_leaves_nothing_behind() -> None:
             lambda: found if len(found := _children(demo.pid)) >= 3 else None, "its processes to start", 60
         )
         demo.send_signal(signal.SIGINT)
-        _, errors = demo.communicate(timeout=20)
+        _, errors = demo.communicate(timeout=60)
     finally:
         demo.kill()
         demo.wait(10)

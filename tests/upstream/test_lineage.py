@@ -7,6 +7,7 @@ import pytest
 from proto.scan import Header
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.server import EtcdServer
+from tests.faults.scene import straight
 from tests.faults.test_restore import restore
 from tests.proxy.running import Etcd
 from tests.proxy.scenario import run
@@ -55,6 +56,7 @@ def test_a_log_that_has_grown_less_than_the_revision_is_another_one(
 
 
 CURRENT, *OLDER = etcds()
+WAIT_S = 15.0
 
 
 @pytest.mark.parametrize(
@@ -66,34 +68,41 @@ def test_a_restart_is_no_restore_and_a_restore_is(binary: EtcdBinary, tmp_path_f
     """Also when the restored store is no further than the old one at first, and passes it later."""
     snapshot = tmp_path_factory.mktemp("snapshot") / "s"
 
-    async def scenario(etcd: EtcdServer) -> None:
-        store, seen, watch = Etcd(etcd.endpoint), Recorder(), Opened(b"a")
+    async def story(etcd: EtcdServer, store: Etcd, client: WatchClient, seen: Recorder) -> None:
+        watch = Opened(b"a")
         for number in range(20):
             await store.put(b"a", b"%d" % number)
         etcd.ctl("snapshot", "save", str(snapshot))
         for number in range(30):
             last = await store.put(b"a", b"%d" % number)
-        client = WatchClient(parse_endpoints(etcd.endpoint), seen, Settings(create_timeout_s=0.4))
         client.open(watch)
         client.start()
-        await until_async(lambda: seen.created(watch), "the watch")
+        await until_async(lambda: seen.created(watch), "the watch", WAIT_S)
         etcd.stop()
         etcd.start()
         last = await store.put(b"a", b"x")
-        await until_async(lambda: last in seen.revisions(watch), "the event after a restart")
+        await until_async(lambda: last in seen.revisions(watch), "the event after a restart", WAIT_S)
         assert seen.others == []
         etcd.stop()
         restore(etcd, snapshot)
         etcd.start()
         while await store.put(b"a", b"new") < last:
             pass
-        await until_async(lambda: seen.resumes == 3, "the connection to the restored store")
+        await until_async(lambda: seen.resumes == 3, "the connection to the restored store", WAIT_S)
         assert seen.others == []
         after = await store.put(b"a", b"past it")
-        await until_async(lambda: bool(seen.others), "the look at the history")
+        await until_async(lambda: bool(seen.others), "the look at the history", WAIT_S)
         assert seen.others[0] >= after
-        await client.stop()
-        await store._channel.close()
+
+    async def scenario(etcd: EtcdServer) -> None:
+        seen = Recorder()
+        client = WatchClient(parse_endpoints(etcd.endpoint), seen, Settings(create_timeout_s=0.4))
+        async with straight(etcd.endpoint) as store:
+            try:
+                await story(etcd, store, client, seen)
+            finally:
+                # Whatever happened: a loop whose connections are open does not close.
+                await client.stop()
 
     with EtcdServer(binary) as etcd:
         run(scenario(etcd))
