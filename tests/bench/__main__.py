@@ -144,7 +144,7 @@ def main(
     for table in report.tables_of(results):
         console.print(table)
     if stores:
-        console.print(store.markdown_of(stores, keys))
+        console.print(store.markdown_of(stores, keys), soft_wrap=True, markup=False)
     write_files(out, results, stores, {**about, "all": every}, keys)
     if docs and results:
         write_docs(results, about)
