@@ -24,7 +24,7 @@ UNREAD_END_GRACE_S = 5.0
 
 
 class Carrier(Protocol):
-    """What a handler may ask of the connection its stream came on; `server_connection.ServerConnection` is one."""
+    """What a handler may ask of the connection its stream came on; `listening.connection.ServerConnection` is one."""
 
     h2: Connection
     dirty: bool

@@ -44,7 +44,7 @@ from proto.scan import Header, WatchResponse
 from proxy import logs
 from proxy.reads import NO_RIGHT, Asked, Reader
 from proxy.rollback import Rollback
-from upstream.watch_stream import OpenedWatch
+from upstream.watching.stream import OpenedWatch
 
 BULKY_BYTES = 8 * 1024
 """From this size on a payload is not copied for each of the streams that it goes to."""
@@ -70,7 +70,7 @@ class Outlet(Protocol):
     """Where a session's answers leave; `watch.WatchCall` is one. The fan-out uses its attributes directly."""
 
     connection: Any
-    """The `server_connection.ServerConnection`."""
+    """The `listening.connection.ServerConnection`."""
 
     stream: Stream
     stalled: bool

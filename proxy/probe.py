@@ -32,13 +32,13 @@ from proto.http2 import Connection, DataReceived, Event, HeadersReceived, Role
 from proto.pb import rpc_pb2
 from proto.scan import scan_watch_response
 from proxy import logs
-from proxy.server_connection import ServerConnection
+from proxy.listening.connection import ServerConnection
 from proxy.watch import FAILED_TEXT, PATH
 
 if TYPE_CHECKING:
     from proxy.engine import Engine
     from proxy.health import Health
-    from proxy.listener import Listener
+    from proxy.listening.listener import Listener
 
 HUNG_AFTER = 3
 """Probes without an answer, one after the other, that mean a hang: one may fall into a moment of trouble."""

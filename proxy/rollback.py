@@ -5,7 +5,7 @@ that began after something was known cannot. So every linearizable answer that c
 against what was known when it was asked for. And since nobody may ask anything after a break, one read is made for the
 watches that are open; with auth on by the right of whoever may: the first who is answered decides for all.
 
-A store that has grown past what was known since it was restored is recognised by `upstream/lineage.py`.
+A store that has grown past what was known since it was restored is recognised by `upstream/watching/lineage.py`.
 """
 
 from __future__ import annotations

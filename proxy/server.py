@@ -17,9 +17,9 @@ from proxy import health, logs
 from proxy import watch as watch_service
 from proxy.engine import Engine
 from proxy.guard import Guard
-from proxy.http1 import Http1
-from proxy.listener import Listener
-from proxy.listener_settings import ListenerSettings
+from proxy.listening.http1 import Http1
+from proxy.listening.listener import Listener
+from proxy.listening.settings import ListenerSettings
 from proxy.passthrough import Passthrough
 from proxy.probe import Probe
 from proxy.reads import Reader, ReaderSettings
@@ -29,7 +29,7 @@ from upstream.namespace import Namespace
 from upstream.pool import Pool
 from upstream.settings import Settings as UpstreamSettings
 from upstream.tls import FileContext
-from upstream.watch import WatchClient
+from upstream.watching.client import WatchClient
 
 GC_THRESHOLDS = (50_000, 20, 50)
 """Allocations before a young collection, and how many of those before an older one. The fan-out makes no cycles, so the

@@ -23,7 +23,7 @@ from proxy.child import Child, ChildFailed, Parent, Ready, on_signals, python_co
 from proxy.config import Settings, Watch
 from proxy.config.values import Address, parse_listen_address, parse_metrics_address
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed
-from proxy.listener_settings import ListenerSettings
+from proxy.listening.settings import ListenerSettings
 from proxy.reloading import Reloading
 from proxy.server import Proxy
 from proxy.service_manager import ServiceManager

@@ -26,7 +26,7 @@ from upstream.pool import NO_LEADER_TEXT
 
 if TYPE_CHECKING:
     from proxy.engine import Engine
-    from proxy.server_connection import ServerConnection
+    from proxy.listening.connection import ServerConnection
 
 PATH = b"/etcdserverpb.Watch/Watch"
 

@@ -18,10 +18,10 @@ PAGE = ROOT / "docs" / "limits.md"
 SOURCES = (
     ("The core", "coalesce.limits", "Limits"),
     ("A client's HTTP/2 connection", "proto.http2.limits", "Limits"),
-    ("The listener", "proxy.listener_settings", "ListenerSettings"),
+    ("The listener", "proxy.listening.settings", "ListenerSettings"),
     ("The Watch service", "proxy.watch", "WatchSettings"),
     ("Pass-through", "proxy.passthrough", "PassthroughSettings"),
-    ("HTTP/1", "proxy.http1", "Http1Settings"),
+    ("HTTP/1", "proxy.listening.http1", "Http1Settings"),
     ("Reads and permission checks", "proxy.reads", "ReaderSettings"),
     ("A connection to etcd", "upstream.settings", "ConnectionSettings"),
     ("The watch client and the pool", "upstream.settings", "Settings"),

@@ -24,8 +24,8 @@ from proto.scan import Header, WatchResponse, encode_response
 from upstream.endpoints import parse_endpoints
 from upstream.errors import CallFailed, Log
 from upstream.settings import Settings
-from upstream.watch import WatchClient
-from upstream.watch_stream import OpenedWatch
+from upstream.watching.client import WatchClient
+from upstream.watching.stream import OpenedWatch
 
 # Responses that wait for the reader before we stop reading from etcd, and down to which it has to read.
 _WAITING_MAX: Final = 64

@@ -22,9 +22,9 @@ from proto.scan import Header
 from upstream.connection import ClientConnection, NotSent, connect
 from upstream.endpoints import Backoff, Endpoint
 from upstream.errors import CallFailed, Log, Unreachable
-from upstream.lineage import Standing
 from upstream.settings import Settings
 from upstream.unary import call_unary
+from upstream.watching.lineage import Standing
 
 STATUS_PATH: Final = "/etcdserverpb.Maintenance/Status"
 

@@ -18,7 +18,7 @@ from tests.proxy.raw_client import RawClient, WatchStream
 from tests.proxy.running import Etcd, proxy_for
 from tests.waiting import until_async
 from upstream.endpoints import parse_endpoints
-from upstream.watch import WatchClient
+from upstream.watching.client import WatchClient
 
 PREFIX, PREFIX_END = b"/p/", b"/p0"
 

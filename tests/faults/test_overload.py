@@ -14,7 +14,7 @@ import pytest
 
 from coalesce.limits import Limits
 from proto.framing import Status
-from proxy.listener_settings import ListenerSettings
+from proxy.listening.settings import ListenerSettings
 from proxy.watch import WatchSettings
 from tests.etcd.server import EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch

@@ -17,9 +17,9 @@ from typing import cast
 import click
 
 from proxy import health, logs
-from proxy.listener import Listener
-from proxy.listener_settings import ListenerSettings
-from proxy.server_connection import ServerConnection
+from proxy.listening.connection import ServerConnection
+from proxy.listening.listener import Listener
+from proxy.listening.settings import ListenerSettings
 from tests.http2.test_fuzz import LIMITS, ask, check, judge_alike, script, serve
 from tests.http2.wire import REQUEST
 

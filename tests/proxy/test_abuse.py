@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from proxy.listener_settings import ListenerSettings
+from proxy.listening.settings import ListenerSettings
 from tests.etcd.server import EtcdServer
 from tests.proxy import attacks
 from tests.proxy.attacks import ATTACKS, WATCHED

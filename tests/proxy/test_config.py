@@ -10,7 +10,7 @@ import pytest
 
 from coalesce import Limits
 from proxy.config import Kind, Settings, knobs, tables
-from proxy.listener_settings import ListenerSettings
+from proxy.listening.settings import ListenerSettings
 from proxy.logs import LEVELS, STYLES
 from proxy.serving import core_limits, listener_settings, upstream_settings
 from upstream.settings import Settings as UpstreamSettings

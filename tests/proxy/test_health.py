@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]  # the pac
 
 from proto.framing import Status
 from proxy.health import CHECK, LIST, WATCH, Health
-from proxy.listener import Listener
+from proxy.listening.listener import Listener
 from tests.proxy.raw_client import HOST, RawClient
 from tests.proxy.scenario import run
 from tests.waiting import until_async

@@ -15,7 +15,7 @@ import pytest
 from coalesce.limits import Limits
 from proto.framing import Status, frame
 from proto.http2.receiving import REQUEST_WORK
-from proxy.server_connection import PREFACE, ServerConnection
+from proxy.listening.connection import PREFACE, ServerConnection
 from tests.etcd.server import EtcdServer
 from tests.http2.fuzz import Transport
 from tests.http2.wire import REQUEST, raw, settings

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from proxy.http1 import Http1Settings
+from proxy.listening.http1 import Http1Settings
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.proxy.test_passthrough import passing
 from tests.waiting import until_async

@@ -12,9 +12,9 @@ import pytest
 from proto.framing import Status, frame
 from proto.http2 import Limits, Stream
 from proxy.calls import Carrier, Handler, Headers, RequestHead, ServerCall
-from proxy.listener import Listener
-from proxy.listener_settings import ListenerSettings
-from proxy.server_connection import DROPPED_PER_TURN, PREFACE
+from proxy.listening.connection import DROPPED_PER_TURN, PREFACE
+from proxy.listening.listener import Listener
+from proxy.listening.settings import ListenerSettings
 from tests.proxy.raw_client import HOST, RawClient, RawStream
 from tests.proxy.scenario import run
 from tests.waiting import until_async
@@ -426,7 +426,7 @@ def test_many_streams_of_a_connection_that_ends_are_forgotten_in_turns() -> None
 
 
 def test_a_failed_connection_whose_client_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.server_connection.CLOSE_GRACE_S", 0.2)
+    monkeypatch.setattr("proxy.listening.connection.CLOSE_GRACE_S", 0.2)
 
     async def scenario() -> None:
         async with rig_of(ListenerSettings(first_bytes_timeout_s=0.4)) as rig:

@@ -15,8 +15,8 @@ import pytest
 
 from proto.framing import frame
 from proto.pb import rpc_pb2, rpc_pb2_grpc
-from proxy.http1 import Http1
-from proxy.listener import Listener
+from proxy.listening.http1 import Http1
+from proxy.listening.listener import Listener
 from proxy.passthrough import MIB, Passthrough, PassthroughSettings, _MessageBoundary
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.proxy.raw_client import RawClient

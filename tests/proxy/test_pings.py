@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from proxy.pings import IDLE_MIN_S, PingPolicy
+from proxy.listening.pings import IDLE_MIN_S, PingPolicy
 from tests.etcd.server import EtcdServer
 from tests.proxy.raw_client import RawClient
 from tests.proxy.running import direct, proxy_for

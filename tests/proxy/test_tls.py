@@ -15,7 +15,7 @@ import pytest
 import trustme
 
 from proto.pb import rpc_pb2
-from proxy.listener_settings import ListenerSettings
+from proxy.listening.settings import ListenerSettings
 from proxy.server import Proxy
 from tests.etcd.secure import SecureEtcdServer
 from tests.etcd.server import HOST, EtcdServer

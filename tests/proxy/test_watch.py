@@ -8,7 +8,7 @@ import pytest
 
 from proto.framing import Status
 from proto.pb import rpc_pb2
-from proxy.listener_settings import ListenerSettings
+from proxy.listening.settings import ListenerSettings
 from proxy.watch import WatchSettings
 from tests.etcd.server import EtcdServer
 from tests.proxy.judging import assert_kept

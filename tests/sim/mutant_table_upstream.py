@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.sim.mutants import Mutant
 
-_CLIENT = "upstream.watch_state"
+_CLIENT = "upstream.watching.state"
 _STORE = "upstream.store"
 
 CLIENT_MUTANTS: tuple[Mutant, ...] = (

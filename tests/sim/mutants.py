@@ -21,7 +21,7 @@ from tests.sim.parts import REAL, Parts, StoreModules
 
 CORE = "coalesce"
 STORE = "upstream.store"
-WATCH_STATE = "upstream.watch_state"
+WATCH_STATE = "upstream.watching.state"
 _FAMILIES = (CORE, STORE, WATCH_STATE)
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import coalesce
-from upstream import watch_state
 from upstream.store import errors, recorder, state, watch_batch, watch_requests, watchable
+from upstream.watching import state as watch_state
 
 
 @dataclass(frozen=True, slots=True)

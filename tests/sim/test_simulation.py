@@ -17,8 +17,8 @@ from tests.sim.mutant_table_upstream import CLIENT_MUTANTS, STORE_MUTANTS
 from tests.sim.mutants import Mutant, load
 from tests.sim.mutation import is_found_by, known_witnesses, search
 from tests.sim.runner import Outcome, faults, report, run, run_many, shrink, steps_of
-from upstream import watch_state
 from upstream.store import watchable
+from upstream.watching import state as watch_state
 
 SEEDS = 1500
 BLOCK = 100
@@ -68,7 +68,7 @@ def test_a_mutant_leaves_the_real_core_alone() -> None:
     for module in (real_core, watch_state, watchable):
         assert importlib.import_module(module.__name__) is module
     assert __import__("coalesce.core").core.Coalescer is real_core.Coalescer
-    assert __import__("upstream.watch_state").watch_state is watch_state
+    assert importlib.import_module("upstream.watching.state") is watch_state
     assert __import__("upstream.store.watchable").store.watchable is watchable
 
 

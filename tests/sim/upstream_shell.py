@@ -16,9 +16,9 @@ from proto.scan import Header, WatchResponse
 from tests.sim.model_store import Member
 from tests.sim.model_stream import ServerStream
 from tests.sim.store_member import StoreMember, StoreStream
-from upstream import watch_effects
-from upstream.watch_state import WatchState
-from upstream.watch_stream import WatchStream
+from upstream.watching import effects as watch_effects
+from upstream.watching.state import WatchState
+from upstream.watching.stream import WatchStream
 
 AnyMember = Member | StoreMember
 AnyStream = ServerStream | StoreStream
@@ -31,7 +31,7 @@ class UpstreamShell:
     members: Sequence[AnyMember]
     channel_max: int
     permission: Callable[[bytes | None, bytes, bytes], str]
-    # What to do with what the state says, as in upstream/watch.py.
+    # What to do with what the state says, as in upstream/watching/client.py.
     on_received: Callable[[Any, WatchResponse], None]
     on_progressed: Callable[[list[Any], Header, int], None]
     on_lost: Callable[[Any, int, str], None]

@@ -9,8 +9,8 @@ from proto.scan import Header, WatchResponse
 from tests.upstream.stories import Opened
 from upstream.endpoints import parse_endpoints
 from upstream.settings import Settings
-from upstream.watch import WatchClient
-from upstream.watch_stream import OpenedWatch
+from upstream.watching.client import WatchClient
+from upstream.watching.stream import OpenedWatch
 
 
 class RecordedLog:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import WatchResponse, scan_watch_response
-from upstream.watch_effects import (
+from upstream.watching.effects import (
     CloseStream,
     Effect,
     HeaderSeen,

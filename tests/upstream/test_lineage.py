@@ -15,9 +15,9 @@ from tests.upstream.recorder import Recorder
 from tests.upstream.stories import Opened
 from tests.waiting import until_async
 from upstream.endpoints import parse_endpoints
-from upstream.lineage import Standing, is_suspect
 from upstream.settings import Settings
-from upstream.watch import WatchClient
+from upstream.watching.client import WatchClient
+from upstream.watching.lineage import Standing, is_suspect
 
 
 def at(revision: int, applied: int, committed: int | None = None, cluster_id: int = 7) -> Standing:

@@ -8,7 +8,7 @@ from proto.framing import Status
 from proto.scan import WatchResponse
 from tests.upstream.stories import Opened, answer, told
 from tests.upstream.test_watch_state import stream_of
-from upstream.watch_state import WatchState
+from upstream.watching.state import WatchState
 
 INVALID = "rpc error: code = Unauthenticated desc = etcdserver: invalid auth token"
 OUTDATED = "rpc error: code = InvalidArgument desc = etcdserver: revision of auth store is old"

@@ -10,9 +10,9 @@ import pytest
 from proto.scan import Header, WatchResponse
 from tests.upstream.model_etcd import ModelStore, ModelStream
 from tests.upstream.stories import Opened
-from upstream.watch_effects import CloseStream, Effect, Lost, OpenStream, Progressed, Received, Write
-from upstream.watch_state import WatchState
-from upstream.watch_stream import OpenedWatch, WatchStream
+from upstream.watching.effects import CloseStream, Effect, Lost, OpenStream, Progressed, Received, Write
+from upstream.watching.state import WatchState
+from upstream.watching.stream import OpenedWatch, WatchStream
 
 SEEDS = 300
 STEPS = 400

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.upstream.stories import Opened, answer, refusal, told
-from upstream.watch_state import WatchState
-from upstream.watch_stream import OpenedWatch, WatchStream
+from upstream.watching.state import WatchState
+from upstream.watching.stream import OpenedWatch, WatchStream
 
 GO_PERMISSION = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
 

@@ -29,12 +29,11 @@ from upstream.credentials import INVALID_TOKEN, Credentials, log_in
 from upstream.dial import Dialer, Server, read_standing
 from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Log, Silence
-from upstream.lineage import Standing, is_suspect
 from upstream.namespace import Namespace
 from upstream.pool import NO_LEADER_TEXT
 from upstream.settings import Settings
 from upstream.unary import HAS_LEADER
-from upstream.watch_effects import (
+from upstream.watching.effects import (
     CloseStream,
     Effect,
     HeaderSeen,
@@ -45,9 +44,10 @@ from upstream.watch_effects import (
     TokenRefused,
     Write,
 )
-from upstream.watch_listener import WatchListener
-from upstream.watch_state import WatchState
-from upstream.watch_stream import Create, OpenedWatch, WatchStream
+from upstream.watching.lineage import Standing, is_suspect
+from upstream.watching.listener import WatchListener
+from upstream.watching.state import WatchState
+from upstream.watching.stream import Create, OpenedWatch, WatchStream
 
 WATCH_PATH = b"/etcdserverpb.Watch/Watch"
 

@@ -33,11 +33,11 @@ from proto.http2 import (
     StreamReset,
 )
 from proxy import logs
-from proxy.listener_settings import ListenerSettings
-from proxy.pings import TOO_MANY_PINGS, PingPolicy
+from proxy.listening.pings import TOO_MANY_PINGS, PingPolicy
+from proxy.listening.settings import ListenerSettings
 
 if TYPE_CHECKING:
-    from proxy.listener import Listener
+    from proxy.listening.listener import Listener
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 """The first bytes of every HTTP/2 client (RFC 9113 3.4)."""

@@ -1,7 +1,7 @@
 """The listener: the listening socket, its connections, and which handler gets which stream.
 
 A new request goes by its path to a handler factory; what no factory claims goes to pass-through. What one connection
-does is in `server_connection`.
+does is in `connection`.
 
 Writing is batched: all connections that were touched are written at the end of the turn of the event loop, one
 transport write each, so that an event for five hundred streams on twenty connections costs twenty writes. Everything
@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 from proto.http2 import Stream
 from proxy import logs
 from proxy.calls import Handler, HandlerFactory, Headers, Refusal, refuse, unknown_method
-from proxy.listener_settings import ListenerSettings, ListenerStats
-from proxy.server_connection import CLOSE_GRACE_S, ServerConnection
-from proxy.sockets import Listening, listen
+from proxy.listening.connection import CLOSE_GRACE_S, ServerConnection
+from proxy.listening.settings import ListenerSettings, ListenerStats
+from proxy.listening.sockets import Listening, listen
 
 if TYPE_CHECKING:
     import ssl
 
-    from proxy.handshake import Acceptor
+    from proxy.listening.handshake import Acceptor
 
 SWEEP_S_MAX = 2.5
 """How often silent connections are looked for, at least."""
@@ -73,7 +73,7 @@ class Listener:
         self._listening = listening = await listen(host, port, path, BACKLOG)
         self._port = listening.port
         if tls is not None:
-            from proxy.handshake import Acceptor  # loads ssl, which a proxy without TLS does not need
+            from proxy.listening.handshake import Acceptor  # loads ssl, which a proxy without TLS does not need
 
             self._acceptor = Acceptor(self, tls, listening.sockets, connection)
         else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from proto.scan import Header, WatchResponse
 
 if TYPE_CHECKING:
-    from upstream.watch_stream import OpenedWatch, WatchStream
+    from upstream.watching.stream import OpenedWatch, WatchStream
 
 
 class OpenStream:

@@ -3,7 +3,7 @@ What is known of our watches at the etcd we talk to: ids, order of creates, posi
 proves.
 
 This is the part of a watch client that has to be right, so it does no I/O: inputs go in, effects come out, and the
-shell (upstream/watch.py), the tests and the simulator drive the same class.
+shell (upstream/watching/client.py), the tests and the simulator drive the same class.
 
 Theory of operation. The listener opens a *watch* (any object with the attributes of `OpenedWatch`); a
 `Registration` is our side of it and outlives connections. While connected each registration belongs to one
@@ -50,7 +50,7 @@ from proto.scan import Header, WatchResponse, encode_cancel, encode_create, enco
 from upstream.credentials import is_auth_refusal
 from upstream.errors import read_reason
 from upstream.namespace import Namespace
-from upstream.watch_effects import (
+from upstream.watching.effects import (
     CloseStream,
     Effect,
     HeaderSeen,
@@ -61,7 +61,7 @@ from upstream.watch_effects import (
     TokenRefused,
     Write,
 )
-from upstream.watch_stream import Create, OpenedWatch, Registration, WatchStream
+from upstream.watching.stream import Create, OpenedWatch, Registration, WatchStream
 
 _PROBE: Final = encode_create(b"\x01", b"\x01")
 # A token may be outdated the moment it is there; twice in a row is no chance.

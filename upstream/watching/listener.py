@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from proto.scan import Header, WatchResponse
-from upstream.watch_stream import OpenedWatch
+from upstream.watching.stream import OpenedWatch
 
 
 class WatchListener(Protocol):

@@ -41,7 +41,7 @@ class ListenerSettings:
     """A ping unanswered for so long ends the connection; etcd's --grpc-keepalive-timeout."""
 
     keepalive_min_s: float | None = 5.0
-    """A client that pings more often is sent away with too_many_pings, as gRPC servers do (proxy/pings.py); etcd's
+    """A client that pings more often is sent away with too_many_pings, as gRPC servers do (see `pings`); etcd's
     --grpc-keepalive-min-time. None: never."""
 
     idle_timeout_s: float | None = None

@@ -20,7 +20,7 @@ from upstream.errors import BadTls
 from upstream.tls import newest
 
 if TYPE_CHECKING:
-    from proxy.listener import Listener
+    from proxy.listening.listener import Listener
 
 SHUTDOWN_S = 2.0
 """How long a client may take to answer the end of TLS."""

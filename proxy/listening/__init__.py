@@ -1,0 +1,1 @@
+"""Where clients connect: sockets, TLS handshakes, connections, and the routes of their streams."""
