@@ -13,7 +13,7 @@ from proto.framing import Status, frame
 from proto.http2 import Limits, Stream
 from proxy.calls import Carrier, Handler, Headers, RequestHead, ServerCall
 from proxy.listening.connection import DROPPED_PER_TURN, PREFACE
-from proxy.listening.listener import Listener
+from proxy.listening.listener import PUT_OFF_MAX, RELIEVED_MIN, Listener
 from proxy.listening.settings import ListenerSettings
 from tests.proxy.raw_client import HOST, RawClient, RawStream
 from tests.proxy.scenario import run
@@ -232,9 +232,11 @@ def test_what_a_read_touches_is_written_at_its_end() -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize("connections", [1, 8])
-def test_much_is_written_before_the_turn_ends(connections: int) -> None:
-    """The end of the turn finds nothing left."""
+@pytest.mark.parametrize(
+    ("connections", "put_off"), [(1, PUT_OFF_MAX - 1), (RELIEVED_MIN - 1, PUT_OFF_MAX - 1), (RELIEVED_MIN, 0)]
+)
+def test_much_is_written_before_the_turn_ends(connections: int, put_off: int) -> None:
+    """At once on many connections, later on few; the end of the turn finds nothing left."""
 
     async def scenario() -> None:
         async with rig_of() as rig, AsyncExitStack() as stack:
@@ -246,6 +248,9 @@ def test_much_is_written_before_the_turn_ends(connections: int) -> None:
             before = rig.listener.stats.writes
             for handler in rig.handlers:
                 handler.call.write(frame(b"event"))
+            for _ in range(put_off):
+                rig.listener.relieve()
+                assert rig.listener.stats.writes == before
             rig.listener.relieve()
             assert rig.listener.stats.writes == before + connections
             for call in calls:
