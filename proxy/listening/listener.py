@@ -131,8 +131,8 @@ class Listener:
     def relieve(self) -> None:
         """Write what is queued now, in the middle of a turn; called for each MiB of it.
 
-        On few connections only the fifth time: a write of theirs fills their buffers, what follows in this turn then finds
-        its clients stalled, and is joined for each of them anew.
+        On few connections only the fifth time: a write of theirs fills their buffers, what follows in this turn then
+        finds its clients stalled, and is joined for each of them anew.
         """
         self._put_off += 1
         if len(self._dirty) >= RELIEVED_MIN or self._put_off >= PUT_OFF_MAX:
