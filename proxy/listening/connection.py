@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from proto.http2 import (
     Connection,
@@ -48,9 +48,6 @@ DRAIN_PING = b"draining"
 CLOSE_GRACE_S = 5.0
 """How long a connection that is to be closed may take to fetch what is still written for it."""
 
-DROPPED_PER_TURN = 256
-"""Streams of a connection that ended, whose handlers are told in one turn of the event loop: some milliseconds."""
-
 log = logs.logger("listener")
 
 
@@ -68,7 +65,6 @@ class ServerConnection(asyncio.Protocol):
         "_listener",
         "_opened_at",
         "_opening",
-        "_orphans",
         "_pinged_at",
         "_pings",
         "_rest",
@@ -111,8 +107,6 @@ class ServerConnection(asyncio.Protocol):
         """Output that the transport has not been given yet, because it was blocked."""
         self._unread_bytes = 0
         """What was added to it while it was blocked, which is no DATA."""
-        self._orphans: list[Any] | None = None
-        """Handlers of its streams that have yet to be told that these are gone."""
         self._in_turns = False
         """What was read of it is handled in several turns of the loop; nothing more is read until that is done."""
         self._deaf = False
@@ -178,12 +172,13 @@ class ServerConnection(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell every handler that its stream is gone, then the listener that the connection is."""
+        """Tell every handler that its stream is gone."""
         del exc
         self._transport = None
         self._rest.clear()
         self._closing_since = self._listener.now()
         self._drop_streams()
+        self._listener.gone(self)
 
     # for handlers and the engine
 
@@ -405,29 +400,10 @@ class ServerConnection(asyncio.Protocol):
             self._close()
 
     def _drop_streams(self) -> None:
-        """Tell the handlers of all streams that these are gone, a part of them in each turn of the loop."""
-        orphans = []
-        for stream in self.h2.streams.values():
+        for stream in tuple(self.h2.streams.values()):
             owner, stream.owner = stream.owner, None
             if owner is not None:
-                orphans.append(owner)
-        if self._orphans is not None:
-            self._orphans += orphans
-        else:
-            self._orphans = orphans
-            self._drop_some()
-
-    def _drop_some(self) -> None:
-        orphans = self._orphans
-        assert orphans is not None, "until there are none left"
-        for _ in range(min(DROPPED_PER_TURN, len(orphans))):
-            orphans.pop().closed(None)
-        if orphans:
-            asyncio.get_running_loop().call_soon(self._drop_some)
-            return
-        self._orphans = None
-        if self._transport is None:
-            self._listener.gone(self)
+                owner.closed(None)
 
     def _close(self) -> None:
         """Close as soon as everything is given to the transport; `sweep` sees to it that this does not last."""

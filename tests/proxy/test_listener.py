@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from itertools import pairwise
 
 import pytest
 
 from proto.framing import Status, frame
 from proto.http2 import Limits, Stream
 from proxy.calls import Carrier, Handler, Headers, RequestHead, ServerCall
-from proxy.listening.connection import DROPPED_PER_TURN, PREFACE
+from proxy.listening.connection import PREFACE
 from proxy.listening.listener import PUT_OFF_MAX, RELIEVED_MIN, Listener
 from proxy.listening.settings import ListenerSettings
 from tests.proxy.raw_client import HOST, RawClient, RawStream
@@ -405,27 +404,6 @@ def test_a_client_that_reads_nothing_is_not_read_either() -> None:
             assert len(await first.next()) == 10_000_000
             first.send(b"z")
             assert await first.next() == b"z"
-
-    run(scenario())
-
-
-def test_many_streams_of_a_connection_that_ends_are_forgotten_in_turns() -> None:
-    streams = 3 * DROPPED_PER_TURN + 1
-
-    async def scenario() -> None:
-        async with rig_of() as rig, await rig.connect() as client:
-            for _ in range(streams):
-                client.call(ECHO)
-            await until_async(lambda: len(rig.handlers) == streams, "all to be there")
-            connection = next(iter(rig.listener.connections))
-            connection.abort()
-            told = [0]
-            while rig.listener.connections:
-                await asyncio.sleep(0)
-                told.append(sum(bool(handler.closed_with) for handler in rig.handlers))
-            assert [handler.closed_with for handler in rig.handlers] == [[None]] * streams
-            # This loop's turns fall between those.
-            assert max(after - before for before, after in pairwise(told)) == DROPPED_PER_TURN
 
     run(scenario())
 
