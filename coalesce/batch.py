@@ -175,14 +175,14 @@ class Variants:
         return Payload(header, events, (b"".join(encoded),))
 
 
-def payload_of_one(batch: Batch, variant: int) -> Payload | None:
+def payload_of_one(batch: Batch, variant: int, has_prev_kv: bool) -> Payload | None:
     """Return what a watch of this variant gets of a batch of one event: what `Variants` makes of it."""
     events = filtered(batch.events, variant) if variant & (NO_PUT | NO_DELETE) else batch.events
     if not events:
         return None
     event = events[0]
     # Nothing to join, and nothing to cut.
-    encoded = event.encoded if variant & PREV_KV else event.bare
+    encoded = event.encoded if variant & PREV_KV or not has_prev_kv else event.bare
     return Payload(batch.header, events, (encoded,))
 
 

@@ -159,9 +159,9 @@ class Coalescer:
     def received(self, upstream: Upstream, response: WatchResponse, now: float) -> list[Effect]:
         """An upstream watch spoke: `created`, events of whole revisions, `canceled`, or a progress notify."""
         hub = self._hub
-        if upstream.closed or not response.plain or not hub.ledger:
+        if upstream.closed or not response.plain or not hub.ledger.entries:
             return self._received(upstream, response, now)
-        owner = upstream.owner
+        owner = upstream.fed
         if type(owner) is not Trunk:
             return self._received(upstream, response, now)
         # As nearly always: events of a trunk.

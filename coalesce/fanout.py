@@ -140,7 +140,7 @@ class Fanout:
             count = len(group.members)
             if count:
                 # One event for one group is what there is most of.
-                payload = payload_of_one(batch, variant) if variants is None else variants.payload(variant)
+                payload = payload_of_one(batch, variant, has_prev_kv) if variants is None else variants.payload(variant)
                 if payload is not None:
                     group.sent_revision = payload.last_revision
                     effects.append(Deliver(payload, group.listed()))

@@ -149,24 +149,24 @@ class Kept:
 class Ledger:
     """All batches of all histories in the order in which they came."""
 
-    __slots__ = ("_entries", "_held", "_stats", "limits")
+    __slots__ = ("_held", "_stats", "entries", "limits")
 
     def __init__(self, limits: Limits, stats: Stats) -> None:
         self.limits = limits
         self._stats = stats
         # Oldest first; those that their histories have evicted by themselves stay until they come up or are too many.
-        self._entries: deque[Kept] = deque()
+        self.entries: deque[Kept] = deque()
         # Entries not evicted.
         self._held = 0
 
     def __bool__(self) -> bool:
         """Whether anything is in it that will be too old some time."""
-        return bool(self._entries)
+        return bool(self.entries)
 
     def added(self, history: History, batch: Batch, now: float) -> None:
         """Count a new batch, then hold the bounds."""
         batch.kept = kept = Kept(now, history, batch)
-        self._entries.append(kept)
+        self.entries.append(kept)
         self._held += 1
         stats = self._stats
         stats.history_bytes += batch.memory_bytes
@@ -201,22 +201,22 @@ class Ledger:
         self._held -= 1
         self._stats.history_bytes -= batch.memory_bytes
         self._stats.history_batches = self._held
-        if len(self._entries) > 2 * self._held + 64:
-            self._entries = deque(entry for entry in self._entries if entry.batch is not None)
+        if len(self.entries) > 2 * self._held + 64:
+            self.entries = deque(entry for entry in self.entries if entry.batch is not None)
 
     def expire(self, now: float) -> None:
         """Evict what is older than history_age_s."""
-        while self._entries and self._entries[0].at + self.limits.history_age_s <= now:
+        while self.entries and self.entries[0].at + self.limits.history_age_s <= now:
             self._stats.evicted_at["history_age_s"] += self._evict_first()
 
     def next_deadline(self) -> float | None:
         """Return when the oldest batch is too old. A little late, so that one ring of the timer serves many."""
-        if not self._entries:
+        if not self.entries:
             return None
-        return self._entries[0].at + self.limits.history_age_s * 1.0625
+        return self.entries[0].at + self.limits.history_age_s * 1.0625
 
     def _evict_first(self) -> bool:
-        entry = self._entries.popleft()
+        entry = self.entries.popleft()
         if entry.batch is None:
             return False
         # The oldest of all is the oldest of its own history.

@@ -23,9 +23,9 @@ class Upstream:
     """A watch at etcd as the shell sees it. It never opens again: a source that must start anew takes another one."""
 
     __slots__ = (
-        "_owner",
         "closed",
         "created",
+        "fed",
         "is_backfill",
         "key",
         "prev_kv",
@@ -36,7 +36,8 @@ class Upstream:
     )
 
     def __init__(self, owner: Source, start_revision: int | None, prev_kv: bool, is_backfill: bool) -> None:
-        self._owner: Source | None = owner
+        # The source it feeds; None once that has ended.
+        self.fed: Source | None = owner
         self.key = owner.key
         self.range_end = owner.range_end
         # None = now.
@@ -56,17 +57,17 @@ class Upstream:
     @property
     def owner(self) -> Source:
         """The source it feeds; not to be asked for once that has ended."""
-        assert self._owner is not None, "its source has ended"
-        return self._owner
+        assert self.fed is not None, "its source has ended"
+        return self.fed
 
     def feed(self, owner: Source) -> None:
         """Feed another source from now on."""
-        self._owner = owner
+        self.fed = owner
 
     def leave(self, owner: Source) -> None:
         """Let go of a source that ends: they would hold each other until a garbage collection."""
-        if self._owner is owner:
-            self._owner = None
+        if self.fed is owner:
+            self.fed = None
 
     @property
     def token(self) -> bytes | None:
@@ -77,7 +78,7 @@ class Upstream:
 
     def tokens(self) -> Iterator[bytes | None]:
         """Walk the tokens to try, those first that etcd has not refused for this range."""
-        owner = self._owner
+        owner = self.fed
         if owner is None:
             return
         refused = owner.refused_tokens

@@ -39,9 +39,9 @@ from coalesce.limits import Limits
 from coalesce.session import Session, Watch
 from coalesce.source import Upstream
 from proto.framing import Status
-from proto.http2 import Stream
 from proto.scan import Header, WatchResponse
 from proxy import logs
+from proxy.outlets import Outlet, Run, are_apart, runs_of
 from proxy.reads import NO_RIGHT, Asked, Reader
 from proxy.rollback import Rollback
 from upstream.watching.stream import OpenedWatch
@@ -66,22 +66,6 @@ leaves the process. What clients send makes other objects, whatever it is."""
 log = logs.logger("engine")
 
 
-class Outlet(Protocol):
-    """Where a session's answers leave; `watch.WatchCall` is one. The fan-out uses its attributes directly."""
-
-    connection: Any
-    """The `listening.connection.ServerConnection`."""
-
-    stream: Stream
-    stalled: bool
-
-    def send(self, message: bytes) -> bool:
-        """Send one framed control answer; False when it waits because the stream is blocked."""
-
-    def end(self, status: int, text: str) -> None:
-        """End the stream; the session is gone."""
-
-
 class UpstreamWatches(Protocol):
     """What the engine needs of `upstream.watch.WatchClient`."""
 
@@ -99,33 +83,6 @@ class UpstreamWatches(Protocol):
     def resume(self, watch: OpenedWatch) -> None: ...
     def request_progress(self, number: int) -> None: ...
     def store_went_back(self, revision: int) -> None: ...
-
-
-class Run:
-    """Watches of a group that are on one connection under one id: they are sent the very same bytes."""
-
-    __slots__ = ("connection", "streams", "watch_id", "watches")
-
-    def __init__(self, connection: Any, watch_id: int) -> None:
-        self.connection = connection
-        self.watch_id = watch_id
-        self.watches: list[Watch] = []
-        self.streams: list[Stream] = []
-        """Of the watches, in their order; all different, since a stream has an id only once."""
-
-
-def runs_of(watches: Sequence[Watch]) -> list[Run]:
-    """Put a group of watches in order by connection and id."""
-    runs: dict[tuple[int, int], Run] = {}
-    for watch in watches:
-        outlet: Outlet = watch.outlet  # type: ignore[assignment]  # an object to the core, ours by open_session
-        key = (id(outlet.connection), watch.watch_id)
-        run = runs.get(key)
-        if run is None:
-            run = runs[key] = Run(outlet.connection, watch.watch_id)
-        run.watches.append(watch)
-        run.streams.append(outlet.stream)
-    return list(runs.values())
 
 
 @dataclass(slots=True)
@@ -177,6 +134,12 @@ class Engine:
         self.relieve: Callable[[], None] | None = None
         """Called each time that much has been queued for clients, see TURN_BYTES."""
 
+        self.gather: Callable[[bool], None] | None = None
+        """Told when what is queued from now on is to be written together (True), and when to write it (False)."""
+
+        self.wrote: Callable[[], None] | None = None
+        """Told after payloads were written that were never queued."""
+
         self.upstream_changed: Callable[[], None] | None = None
         """Called when the connection that carries the watches is lost or there again."""
 
@@ -190,6 +153,12 @@ class Engine:
         self._stopped = False
         self._queued_bytes = 0
         """Delivered since it was last written in the middle of a turn."""
+        self._reading = False
+        """Between `reading(True)` and `reading(False)`."""
+        self._gathering = False
+        """Between `gather(True)` and `gather(False)`."""
+        self._alone = False
+        """The effect that is carried out is the only one of its input."""
         self._received_at = 0.0
         """When the response at hand came in (time.perf_counter); 0: what is delivered is none that has just come."""
         self._rollback = Rollback(
@@ -271,6 +240,16 @@ class Engine:
         self._received_at = time.perf_counter()
         self._input(self.core.received, watch, response)
         self._received_at = 0.0
+        if self._gathering and not self._reading:
+            self._gather(False)
+
+    def reading(self, begins: bool) -> None:
+        """Begin and end a read of etcd's bytes that may bring several messages: all is written at its end.
+
+        A read that is one message comes without this, and may be written at once.
+        """
+        self._reading = begins
+        self._gather(begins)
 
     def progressed(self, watches: Iterable[OpenedWatch], header: Header, number: int) -> None:
         """These are complete through the header's revision, which etcd had after the request of this number."""
@@ -322,7 +301,9 @@ class Engine:
         self._busy = True
         try:
             while True:
-                for effect in step(*arguments, self._loop.time()):
+                effects = step(*arguments, self._loop.time())
+                self._alone = len(effects) == 1
+                for effect in effects:
                     self._carry_out[type(effect)](effect)
                 if not self._inbox:
                     break
@@ -377,11 +358,24 @@ class Engine:
 
     # carrying out
 
+    def _gather(self, begins: bool) -> None:
+        self._gathering = begins
+        if self.gather is not None:
+            self.gather(begins)
+
     def _deliver(self, effect: Deliver) -> None:
         """Write one payload to many watches."""
         payload, watches = effect.payload, effect.watches
         count = len(watches)
-        runs = self._runs_of(watches) if count >= RUN_WATCHES_MIN else None
+        if count < RUN_WATCHES_MIN:
+            if self._alone and not self._gathering and self._received_at and (count == 1 or are_apart(watches)):
+                self._deliver_now(payload, watches)
+                return
+            runs = None
+        else:
+            runs = self._runs_of(watches)
+        if self._received_at and not self._gathering:
+            self._gather(True)
         sent = self._deliver_each(payload, watches) if runs is None else self._deliver_runs(payload, runs)
         stats = self.stats
         stats.delivered += count
@@ -393,6 +387,36 @@ class Engine:
         if self._queued_bytes >= TURN_BYTES and self.relieve is not None:
             self._queued_bytes = 0
             self.relieve()
+
+    def _deliver_now(self, payload: Payload, watches: Sequence[Watch]) -> None:
+        """Write a payload to watches on different connections, at once where nothing waits; the others as ever.
+
+        It is the only one of its read, so that there is nothing to join it with.
+        """
+        stats = self.stats
+        stats.delivering_since = self._received_at
+        stats.coalesced += len(watches) - 1
+        messages: Sequence[bytes] = ()
+        watch_id: int | None = None
+        size = 0
+        for watch in watches:
+            outlet: Outlet = watch.outlet  # type: ignore[assignment]  # an object to the core, ours by open_session
+            if watch.watch_id != watch_id:
+                watch_id = watch.watch_id
+                messages = payload.messages(watch_id)
+                size = len(messages[0]) if len(messages) == 1 else BULKY_BYTES + 1
+            if (
+                outlet.stalled
+                or size > BULKY_BYTES
+                or not outlet.connection.write_now(outlet.stream, messages[0], size)
+            ):
+                self._alone = False
+                self._deliver(Deliver(payload, (watch,)))
+                continue
+            stats.delivered += 1
+            stats.delivered_bytes += size
+        if self.wrote is not None:
+            self.wrote()
 
     def _deliver_each(self, payload: Payload, watches: Sequence[Watch]) -> int:
         """Write a payload to watches one by one; return the bytes written."""

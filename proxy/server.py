@@ -123,7 +123,9 @@ class Proxy:
         self.http1 = Http1(self._http1_endpoint, self._upstream_tls, refusal=refusal)
         self.listener = Listener(self._listener_settings)
         self.engine.relieve = self.listener.relieve
-        self.upstream.around_read = self.listener.gather
+        self.engine.gather = self.listener.gather
+        self.engine.wrote = self.listener.wrote
+        self.upstream.around_read = self.engine.reading
         self.probe = Probe(self.listener, self.engine, self.health, self._probe_interval_s)
         if self._upstream_cert:
             self.guard = Guard(self.reader, self._upstream_cert, self._upstream_changed)

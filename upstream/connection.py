@@ -38,6 +38,7 @@ from proto.http2 import (
     StreamReset,
     TooManyStreams,
 )
+from proto.http2.frames import FRAME_HEADER_BYTES
 from upstream.endpoints import Endpoint
 from upstream.errors import Unreachable, closed_early, explain_connect, not_http2
 from upstream.settings import ConnectionSettings
@@ -147,7 +148,7 @@ class ClientConnection(asyncio.Protocol):
         self.failure: Unreachable | None = None
         # The server ended it because of our PINGs: the next one has to send fewer.
         self.pinged_too_often = False
-        # Told before (True) and after (False) the calls are told what came with a read.
+        # Told before (True) and after (False) the calls hear what came with a read; not if it is one frame of DATA.
         self.around_read: Callable[[bool], None] = _nobody
         self.ready: asyncio.Future[None] = loop.create_future()
         self.http2 = Connection(
@@ -200,22 +201,25 @@ class ClientConnection(asyncio.Protocol):
             if len(self._first) > 3 and self._first[3] != _SETTINGS_FRAME:
                 self._fail(not_http2(self.endpoint.text, self.secure, self._first))
                 return
-        self.around_read(True)
         self._receiving = True
+        stream = self.http2.receive_data(data)
+        if stream is None:
+            self.around_read(True)
         try:
-            event = self.http2.receive_data(data)
-            if event is not None and event.stream.owner is not None:
-                call: UpstreamCall = event.stream.owner
-                call.owed += event.flow_size
-                call.handler.on_data(event.data, event.flow_size)
-            elif event is not None:
-                self._on_data(event)
-            else:
+            if stream is None:
                 self._dispatch(self.http2.receive(data))
+            elif stream.owner is None:
+                self.http2.consumed(stream, len(data) - FRAME_HEADER_BYTES)
+            else:
+                call: UpstreamCall = stream.owner
+                size = len(data) - FRAME_HEADER_BYTES
+                call.owed += size
+                call.handler.on_data(data[FRAME_HEADER_BYTES:], size)
         finally:
             self._receiving = False
-            self.around_read(False)
-        if event is None or self._flush_scheduled:
+            if stream is None:
+                self.around_read(False)
+        if stream is None or self._flush_scheduled:
             self._flush()
 
     def pause_writing(self) -> None:

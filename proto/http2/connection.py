@@ -20,7 +20,6 @@ from proto.http2 import frames
 from proto.http2.errors import ConnectionFault, ErrorCode, GoingAway, StreamFault, TooManyStreams, error_code
 from proto.http2.events import (
     ConnectionFailed,
-    DataReceived,
     Event,
     GoAwayReceived,
     PeerSettings,
@@ -143,9 +142,10 @@ class Connection(ReceivingHalf):
             self._partial_bytes = len(data) - done
         return events
 
-    def receive_data(self, data: bytes) -> DataReceived | None:
+    def receive_data(self, data: bytes) -> Stream | None:
         """Take bytes that are one whole frame of DATA and nothing else: the fast lane of `receive`, to be tried first.
 
+        Returns the stream whose they are; their payload, FRAME_HEADER_BYTES behind, counts for flow control in full.
         None: they are anything else, or need a closer look. Then nothing has happened, and `receive` is to take them.
         """
         size = len(data) - _HEADER_BYTES
@@ -170,7 +170,7 @@ class Connection(ReceivingHalf):
             return None
         stream.receive_window -= size
         self.receive_window -= size
-        return DataReceived(stream, data[_HEADER_BYTES:], size, False)
+        return stream
 
     def open(self, headers: Sequence[tuple[bytes, bytes]], end_stream: bool = False) -> Stream:
         """Open a stream with a request (client role).

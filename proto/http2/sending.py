@@ -165,6 +165,26 @@ class SendingHalf:
         self.send_window -= size * (len(streams) - len(left))
         return left
 
+    def frame(self, stream: Stream, message: bytes, size: int) -> bytes | None:
+        """Send DATA, `size` bytes, past the output: the caller writes the frame that is returned, before anything else.
+
+        None, and nothing has happened: something is in the output, or this has to wait, or the peer has flood counters
+        that taking the output lowers; `send` has to take it.
+        """
+        if (
+            self._out
+            or self._forgiving
+            or size > stream.send_window
+            or size > self.send_window
+            or size > self._frame_bytes_live
+            or stream.blocked
+            or stream.ending
+        ):
+            return None
+        stream.send_window -= size
+        self.send_window -= size
+        return _pack_header(size << 8, 0, stream.id) + message
+
     def send_headers(self, stream: Stream, headers: Sequence[tuple[bytes, bytes]], end_stream: bool = False) -> None:
         """Send a header list: informational or final response, or (with end_stream) trailers.
 

@@ -210,6 +210,24 @@ class ServerConnection(asyncio.Protocol):
         if self.h2.closed:
             self._close()
 
+    def write_now(self, stream: Stream, message: bytes, size: int) -> bool:
+        """Write one message, `size` bytes, without queueing it; False, and nothing done, if anything waits."""
+        transport = self._transport
+        if self.dirty or self._blocked or transport is None or transport.is_closing():
+            return False
+        data = self.h2.frame(stream, message, size)
+        if data is None:
+            return False
+        stats = self._listener.stats
+        stats.writes += 1
+        stats.written_bytes += len(data)
+        try:
+            transport.write(data)
+        except Exception:
+            log.exception("writing failed; the connection is dropped", peer=self.peer)
+            self.abort()
+        return True
+
     def go_away(self) -> None:
         """Send the client elsewhere, in two steps so that no stream it has just opened is lost (RFC 9113 6.8)."""
         if self._opening is not None:

@@ -208,7 +208,7 @@ def test_what_is_dropped_is_let_go_while_the_ledger_lives_on() -> None:
 def test_the_ledger_forgets_those_that_were_dropped() -> None:
     made = history(*[batch(put(revision)) for revision in range(1, 1000)])
     made.drop(2000)
-    assert len(made._ledger._entries) <= 64
+    assert len(made._ledger.entries) <= 64
 
 
 @pytest.mark.parametrize(("events", "size"), [(1, 0), (1, 2000), (10, 20), (100, 0)])

@@ -1,4 +1,5 @@
-"""`receive_data`: it takes one whole frame of DATA exactly as `receive` does, and nothing else at all."""
+"""`receive_data` takes one whole frame of DATA exactly as `receive` does, `frame` makes one as `send` does; and nothing
+else at all."""
 
 from __future__ import annotations
 
@@ -6,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from proto.http2 import Connection, DataReceived, Limits
+from proto.http2 import Connection, ErrorCode, Limits, Stream
 from tests.http2 import wire
-from tests.http2.wire import Peer, client, data, raw, told
+from tests.http2.wire import Peer, client, data, raw, told, update
 
 WINDOW = 70_000
 
@@ -31,7 +32,7 @@ def state(connection: Connection) -> tuple[object, ...]:
 def test_one_frame_is_taken_as_ever(size: int) -> None:
     quick, _ = answered()
     ever, _ = answered()
-    assert quick.receive_data(data(1, bytes(size))) == DataReceived(quick.streams[1], bytes(size), size, False)
+    assert quick.receive_data(data(1, bytes(size))) is quick.streams[1]
     assert told(ever.receive(data(1, bytes(size)))) == [f"data 1 {size}"]
     assert state(quick) == state(ever)
 
@@ -95,3 +96,50 @@ def test_nor_before_the_headers_nor_after_the_end() -> None:
     peer.receive(peer.headers(1, wire.RESPONSE), data(1, b"x", "END_STREAM"))
     assert connection.receive_data(data(1, b"x")) is None
     assert told(connection.receive(data(1, b"x"))) == ["reset 1 STREAM_CLOSED"]
+
+
+def asked(window: int = WINDOW) -> tuple[Connection, Stream]:
+    """Return a server with a request on stream 1 that is being answered."""
+    connection, peer = wire.server(peer_settings={4: window})
+    peer.receive(peer.headers(1, wire.REQUEST))
+    stream = connection.streams[1]
+    connection.send_headers(stream, wire.RESPONSE)
+    connection.output()
+    return connection, stream
+
+
+@pytest.mark.parametrize("size", [1, 100, 16_384])
+def test_a_frame_past_the_output_is_what_is_sent_else(size: int) -> None:
+    quick, at_once = asked()
+    ever, queued = asked()
+    assert ever.send(queued, (bytes(size),), size)
+    assert quick.frame(at_once, bytes(size), size) == b"".join(ever.output())
+    assert (quick.send_window, at_once.send_window) == (ever.send_window, queued.send_window)
+    assert quick.output() == []
+    assert quick.progress == ever.progress
+
+
+WAITING: dict[str, Callable[[Connection, Stream], object]] = {
+    "something is in the output": lambda connection, _: connection.ping(b"12345678"),
+    "the transport is full": lambda connection, _: connection.pause(),
+    "the stream has no window": lambda connection, stream: connection.send(stream, (bytes(99),), 99),
+    "the stream has ended": lambda connection, stream: connection.send(stream, (), 0, True),
+    "what the peer did is to be forgiven": lambda connection, _: connection.receive(update(0, 1) * 500),
+    "the stream was reset": lambda connection, stream: connection.reset(stream, ErrorCode.CANCEL),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_no_frame_overtakes_or_goes_where_none_may(name: str) -> None:
+    connection, stream = asked(window=100)
+    WAITING[name](connection, stream)
+    if name != "something is in the output":
+        connection.output()
+    before = connection.send_window, stream.send_window
+    assert connection.frame(stream, b"xy", 2) is None
+    assert (connection.send_window, stream.send_window) == before
+
+
+def test_no_frame_is_larger_than_the_peer_takes() -> None:
+    connection, stream = asked()
+    assert connection.frame(stream, bytes(16_385), 16_385) is None

@@ -28,7 +28,7 @@ from coalesce.effects import (
 from coalesce.inputs import Granted, Identity, Refusal
 from coalesce.limits import Limits
 from proto.scan import Header
-from proxy.engine import RUN_WATCHES_MIN, TURN_BYTES, Engine
+from proxy.engine import BULKY_BYTES, RUN_WATCHES_MIN, TURN_BYTES, Engine
 from proxy.reads import NO_RIGHT, Asked
 from tests.proxy.scenario import run
 from tests.waiting import until_async
@@ -130,6 +130,24 @@ class FakeUpstream:
         self.told.append(("progress", number))
 
 
+class FakeConnection:
+    """A connection with nothing but what its first stream counts."""
+
+    def __init__(self, outlet: FakeOutlet) -> None:
+        self.h2 = outlet
+        self.dirty = False
+        self.touch = outlet.touch
+
+    def write_now(self, stream: FakeOutlet, message: bytes, size: int) -> bool:
+        assert size == len(message)
+        if self.dirty or stream.room <= 1:
+            return False
+        stream.sent.append(message)
+        stream.written.append(message)
+        stream.room -= 1
+        return True
+
+
 class FakeOutlet:
     """A stream that has room for so many messages."""
 
@@ -142,7 +160,8 @@ class FakeOutlet:
         self.touched = 0
         self.runs = 0
         self.stream: Any = self
-        self.connection = SimpleNamespace(h2=self, dirty=False, touch=self.touch)
+        self.written: list[bytes] = []
+        self.connection: Any = FakeConnection(self)
 
     def touch(self) -> None:
         self.touched += 1
@@ -316,6 +335,70 @@ def test_a_stall_is_told_at_once_and_what_follows_is_handed_back() -> None:
         assert rig.core.inputs[1:] == [("stalled", first.session), ("returned", first, payloads[1])]
         assert outlet.sent == [b"0:x", b"1:x"]
         assert rig.engine.stats.stalls == 1
+
+    run(scenario())
+
+
+def test_what_comes_alone_is_written_at_once() -> None:
+    """To each of different connections; where something waits it is queued, and written when that is told to be."""
+
+    async def scenario() -> None:
+        rig = Rig()
+        told: list[object] = []
+        rig.engine.gather = told.append
+        rig.engine.wrote = lambda: told.append("wrote")
+        outlets = [FakeOutlet(room) for room in (9, 9, 0, 9)]
+        outlets[1].touch()
+        watches = [watch_of(outlet, watch_id) for outlet, watch_id in zip(outlets, (0, 0, 0, 5), strict=True)]
+        rig.script("received", Deliver(payload_of(b"x"), watches))
+        rig.engine.received(TRUNK, SPOKEN)
+        assert [outlet.sent for outlet in outlets] == [[b"0:x"]] * 3 + [[b"5:x"]]
+        assert [outlet.written for outlet in outlets] == [[b"0:x"], [], [], [b"5:x"]]
+        assert [outlet.touched for outlet in outlets] == [0, 1, 1, 0]
+        assert rig.core.inputs[1:] == [("stalled", watches[2].session)]
+        assert told == [True, "wrote", False]
+        stats = rig.engine.stats
+        assert (stats.delivered, stats.coalesced, stats.delivered_bytes, stats.stalls) == (4, 3, 12, 1)
+
+    run(scenario())
+
+
+def test_what_can_be_joined_is_not_written_at_once() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        told: list[bool] = []
+        outlets = [FakeOutlet(99) for _ in range(3)]
+
+        def gather(begins: bool) -> None:
+            told.append(begins)
+            for outlet in outlets:
+                outlet.connection.dirty = False
+
+        rig.engine.gather = gather
+        outlets[2].connection = outlets[0].connection
+        watches = [watch_of(outlet) for outlet in outlets]
+        small = payload_of(b"x")
+        # Two on one connection; two effects; much; more than one message.
+        for effects in (
+            [Deliver(small, watches)],
+            [Deliver(small, watches[:1]), Deliver(small, watches[1:2])],
+            [Deliver(payload_of(bytes(BULKY_BYTES)), watches[:1])],
+            [Deliver(payload_of(b"x", b"y"), watches[:1])],
+        ):
+            rig.script("received", *effects)
+            rig.engine.received(TRUNK, SPOKEN)
+        assert told == [True, False] * 4
+        # A read of several messages; and what no read has brought.
+        rig.engine.reading(True)
+        rig.script("received", Deliver(small, watches[:1]))
+        rig.engine.received(TRUNK, SPOKEN)
+        assert told[8:] == [True]
+        rig.engine.reading(False)
+        rig.script("drained", Deliver(small, watches[:1]))
+        rig.engine.drained(watches[0].session)
+        assert told[8:] == [True, False]
+        assert [outlet.written for outlet in outlets] == [[], [], []]
+        assert [len(outlet.sent) for outlet in outlets] == [7, 2, 1]
 
     run(scenario())
 

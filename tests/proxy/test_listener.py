@@ -231,6 +231,36 @@ def test_what_a_read_touches_is_written_at_its_end() -> None:
     run(scenario())
 
 
+def test_a_message_is_written_at_once_unless_anything_waits() -> None:
+    async def scenario() -> None:
+        async with rig_of() as rig, await rig.connect() as client:
+            call = client.call(ECHO)
+            call.send(b"x")
+            assert await call.next() == b"x"
+            connection = next(iter(rig.listener.connections))
+            stream = next(iter(connection.h2.streams.values()))
+            stats = rig.listener.stats
+            writes, written = stats.writes, stats.written_bytes
+
+            def write(text: bytes) -> bool:
+                message = frame(text)
+                return connection.write_now(stream, message, len(message))
+
+            assert write(b"now")
+            assert (stats.writes, stats.written_bytes) == (writes + 1, written + 9 + 5 + 3)
+            rig.handlers[0].call.write(frame(b"queued"))
+            assert not write(b"would overtake it")
+            connection.flush()
+            assert write(b"after it")
+            connection.pause_writing()
+            assert not write(b"has no room")
+            connection.resume_writing()
+            connection.flush()
+            assert [await call.next() for _ in range(3)] == [b"now", b"queued", b"after it"]
+
+    run(scenario())
+
+
 @pytest.mark.parametrize(
     ("connections", "put_off"), [(1, PUT_OFF_MAX - 1), (RELIEVED_MIN - 1, PUT_OFF_MAX - 1), (RELIEVED_MIN, 0)]
 )

@@ -206,7 +206,8 @@ class WatchClient:
         self.leaderless = False
         # Connections lost while watches were open, since the start.
         self.breaks = 0
-        # Told when the listener is about to hear what came with a read (True), and when it has heard it (False).
+        # Told when the listener is about to hear what came with a read (True), and when it has heard it (False); not of
+        # a read that is one frame, as a message is that comes alone.
         self.around_read: Callable[[bool], None] | None = None
         # DATA of watch streams read since the start, in bytes.
         self.received_bytes = 0
