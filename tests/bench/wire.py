@@ -76,6 +76,10 @@ class RequestBlocks:
         return first or self._again
 
 
+NO_ERROR = bytes(4)
+"""Why a server resets the stream of a call that it answered before it took note of the request's end (RFC 9113 8.1)."""
+
+
 class RawClient(asyncio.Protocol):
     """One connection to a server: opened wide, PINGs and SETTINGS answered, whole frames handed to `on_frames`."""
 
@@ -102,7 +106,7 @@ class RawClient(asyncio.Protocol):
                 self.transport.write(frame(PING, ACK, 0, data[start:end]))
             elif kind == SETTINGS and not flags & ACK:
                 self.transport.write(frame(SETTINGS, ACK, 0, b""))
-            elif kind in (RST_STREAM, GOAWAY):
+            elif kind == GOAWAY or (kind == RST_STREAM and data[start:end] != NO_ERROR):
                 self.broken = f"frame {kind} on stream {stream}: {data[start:end]!r}"
         self.rest = data[done:]
 
