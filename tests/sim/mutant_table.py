@@ -84,7 +84,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "prev_kv for everybody",
         "batch",
-        "encoded = event.encoded if variant & PREV_KV else event.bare",
+        "encoded = event.encoded if variant & PREV_KV or not has_prev_kv else event.bare",
         "encoded = event.encoded",
     ),
     Mutant(
