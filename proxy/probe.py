@@ -127,11 +127,14 @@ class InsideConnection(ServerConnection):
         self.peer = "the proxy itself"
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the handler that its stream is gone."""
+        """Tell the handler that its stream is gone: at once, whoever else is leaving, so that no count shows it."""
         del exc
         self._transport = None
         self._closing_since = self._listener.now()
-        self._drop_streams()
+        for stream in tuple(self.h2.streams.values()):
+            owner, stream.owner = stream.owner, None
+            if owner is not None:
+                owner.closed(None)
 
     def _write(self, data: bytes) -> None:
         if self._transport is not None:

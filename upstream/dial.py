@@ -136,14 +136,14 @@ class Dialer:
 
     async def clusters(self, endpoints: Sequence[Endpoint]) -> dict[str, int]:
         """Ask endpoints, each once, which cluster they belong to; those that do not say are left out."""
-        attempts = [self._attempt(Target(endpoint, self._settings)) for endpoint in endpoints]
-        found: dict[str, int] = {}
-        for server in await asyncio.gather(*attempts, return_exceptions=True):
-            if isinstance(server, Server):
-                if server.header is not None:
-                    found[server.target.endpoint.text] = server.header.cluster_id
-                server.connection.close()
-        return found
+        loop = asyncio.get_running_loop()
+        attempts = [loop.create_task(self._attempt(Target(endpoint, self._settings))) for endpoint in endpoints]
+        try:
+            answers = await asyncio.gather(*attempts, return_exceptions=True)
+        finally:
+            _close_found(attempts)
+        headers = {answer.target.endpoint.text: answer.header for answer in answers if isinstance(answer, Server)}
+        return {text: header.cluster_id for text, header in headers.items() if header is not None}
 
     async def dial(self, accept: Callable[[Server], bool]) -> Server:
         """Try all endpoints side by side, each again and again with backoff, until one serves as `accept` wants."""
@@ -185,10 +185,14 @@ class Dialer:
     async def _discard(self, tasks: list[asyncio.Task[Server]], winner: Server | None) -> None:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for task in tasks:
-            if not task.cancelled() and task.exception() is None and task.result() is not winner:
-                task.result().connection.close()
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        except asyncio.CancelledError:
+            # The search itself is given up: nobody is going to have the winner.
+            winner = None
+            raise
+        finally:
+            _close_found(tasks, winner)
 
     async def _attempts(self, target: Target, rank: int, accept: Callable[[Server], bool]) -> Server:
         loop = asyncio.get_running_loop()
@@ -250,3 +254,10 @@ class Dialer:
         server.header = server.standing.header
         server.has_leader = status.leader != 0
         server.target.leaderless = not server.has_leader
+
+
+def _close_found(attempts: Sequence[asyncio.Task[Server]], kept: Server | None = None) -> None:
+    """Close what was found but for one; attempts that were cancelled on their way have closed theirs."""
+    for task in attempts:
+        if task.done() and not task.cancelled() and task.exception() is None and task.result() is not kept:
+            task.result().connection.close()

@@ -172,13 +172,13 @@ class ServerConnection(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell every handler that its stream is gone."""
+        """Tell every handler that its stream is gone, then the listener that the connection is."""
         del exc
+        listener = self._listener
         self._transport = None
         self._rest.clear()
-        self._closing_since = self._listener.now()
-        self._drop_streams()
-        self._listener.gone(self)
+        self._closing_since = listener.now()
+        listener.leaving.add(self.h2.streams.values(), lambda: listener.gone(self))
 
     # for handlers and the engine
 
@@ -418,10 +418,7 @@ class ServerConnection(asyncio.Protocol):
             self._close()
 
     def _drop_streams(self) -> None:
-        for stream in tuple(self.h2.streams.values()):
-            owner, stream.owner = stream.owner, None
-            if owner is not None:
-                owner.closed(None)
+        self._listener.leaving.add(self.h2.streams.values(), _nothing)
 
     def _close(self) -> None:
         """Close as soon as everything is given to the transport; `sweep` sees to it that this does not last."""
@@ -467,3 +464,7 @@ def _address(peername: object) -> str:
         host, port = peername[0], peername[1]
         return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
     return "unix"
+
+
+def _nothing() -> None:
+    """Wait for nothing."""

@@ -18,6 +18,7 @@ from proto.http2 import Stream
 from proxy import logs
 from proxy.calls import Handler, HandlerFactory, Headers, Refusal, refuse, unknown_method
 from proxy.listening.connection import CLOSE_GRACE_S, ServerConnection
+from proxy.listening.leaving import Leaving
 from proxy.listening.settings import ListenerSettings, ListenerStats
 from proxy.listening.sockets import Listening, listen
 
@@ -56,6 +57,8 @@ class Listener:
         """Who gets the connections that are not HTTP/2; None: they are closed."""
         self.stats = ListenerStats()
         self.connections: set[ServerConnection] = set()
+        """Those that are open, or whose last streams have yet to be forgotten."""
+        self.leaving = Leaving(self.settings.leaving_per_turn)
         self._acceptor: Acceptor | None = None
         self.draining = False
         self.flushed: Callable[[], None] | None = None

@@ -61,6 +61,10 @@ class ListenerSettings:
     drain_ping_s: float = 1.0
     """How long the second GOAWAY waits for the client to have seen the first (RFC 9113 6.8)."""
 
+    leaving_per_turn: int = 256
+    """Streams of connections that have ended, of all together, that are forgotten in one turn of the event loop: some
+    three milliseconds. Twenty thousand at once would hold everybody up for a quarter of a second."""
+
 
 @dataclass(slots=True)
 class ListenerStats:

@@ -1,0 +1,60 @@
+"""The search for an etcd that carries watches, given up at any moment: no connection is left to nobody."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.upstream.recorder import RecordedLog
+from tests.upstream.scripted import scripted
+from tests.waiting import until_async
+from upstream.dial import Dialer, Server
+from upstream.endpoints import parse_endpoints
+from upstream.settings import Settings
+
+
+def after_turns(turns: int, task: asyncio.Task[Any]) -> None:
+    """Cancel a task when the event loop has made so many turns."""
+    if turns:
+        asyncio.get_running_loop().call_soon(after_turns, turns - 1, task)
+    else:
+        task.cancel()
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_a_search_that_is_given_up_leaves_no_connection(turns: int) -> None:
+    async def story() -> None:
+        async with scripted() as one, scripted() as other, asyncio.timeout(20):
+            endpoints = parse_endpoints([one.endpoint, other.endpoint])
+            dialer = Dialer(endpoints, None, Settings(stagger_s=0.0), RecordedLog(), lambda: None)
+
+            def accept(_: Server) -> bool:
+                after_turns(turns, search)
+                return True
+
+            search = asyncio.create_task(dialer.dial(accept))
+            (found,) = await asyncio.gather(search, return_exceptions=True)
+            if isinstance(found, Server):
+                found.connection.close()
+            else:
+                assert isinstance(found, asyncio.CancelledError)
+            await until_async(lambda: not (one.connections or other.connections), "the connections to be closed")
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_a_question_that_is_given_up_leaves_no_connection(turns: int) -> None:
+    async def story() -> None:
+        async with scripted() as one, scripted() as silent, asyncio.timeout(20):
+            silent.on_message = lambda _call, _message: None
+            dialer = Dialer([], None, Settings(), RecordedLog(), lambda: None)
+            question = asyncio.create_task(dialer.clusters(parse_endpoints([one.endpoint, silent.endpoint])))
+            await until_async(lambda: bool(one.calls and silent.calls), "both to be asked")
+            asyncio.get_running_loop().call_soon(after_turns, turns, question)
+            await asyncio.gather(question, return_exceptions=True)
+            await until_async(lambda: not (one.connections or silent.connections), "the connections to be closed")
+
+    asyncio.run(story())
