@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 10000
 MINUTES ?= 20
+# Hundreds of processes are started; none of them should have to compile the project anew, whatever the shell says.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all bench check sim mutants soak etcds proto clean

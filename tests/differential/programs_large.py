@@ -71,6 +71,7 @@ PROGRAMS = (
         (Create(*RANGE, fragment=True), Create(*RANGE), Txn(SIX_MB), Wait(events=12), Put(b"k1"), Wait(events=14)),
         LARGE_REQUESTS,
         fragment_bytes=LARGE_FRAGMENTS,
+        long=True,
     ),
     Program(
         "nine megabytes above a larger limit",
@@ -123,6 +124,7 @@ PROGRAMS = (
             *(Put(b"k%d" % number, b"%d" % number * (MB // 2)) for number in range(24)),
             *(Create(*RANGE, start=1), Wait(events=24), Put(b"k"), Wait(events=25)),
         ),
+        long=True,
     ),
     # slow readers
     Program(

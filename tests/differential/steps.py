@@ -264,6 +264,8 @@ class Program:
     since: tuple[int, int, int] = (3, 4, 0)
     """Older etcds are not asked."""
     limit_s: float = 60.0
+    long: bool = False
+    """Belongs to `make test-all` even on the newest etcd."""
     crowd: tuple[tuple[bytes, bytes], ...] = field(default=())
     """Further ranges that others watch through the proxy in the crowded run."""
 

@@ -66,8 +66,8 @@ def stages() -> Iterator[Stages]:
 def _rows() -> Iterator[ParameterSet]:
     current, *older = etcds()
     for binary in (current, *older):
-        marks = () if binary is current else (pytest.mark.long,)
         for program in PROGRAMS:
+            marks = (pytest.mark.long,) if binary is not current or program.long else ()
             if binary.version >= program.since:
                 yield pytest.param(binary, program, id=f"{binary.name}-{program.name}", marks=marks)
 

@@ -1,28 +1,89 @@
-"""What must stay cheap: the shape of the costs, with wide margins. `python -m tests.http2.measure` has the figures."""
+"""What must stay cheap: the shape of the costs, in steps of the interpreter, which no other load changes.
+
+`python -m tests.http2.measure` has the figures.
+"""
 
 from __future__ import annotations
 
-from proto.http2 import frames
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from proto.http2 import HeadersReceived, frames
 from tests.http2 import measure, wire
 from tests.http2.wire import data, server
+
+SEND_STEPS_MAX = 100
+"""It is 76; a third more is left to other releases of Python."""
+
+
+def steps(run: Callable[[], object]) -> int:
+    """Count the bytecode instructions that something takes."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal count
+        del argument
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def answer(server: measure.Connection, data: bytes) -> None:
+    """Take calls in and answer them."""
+    for event in server.receive(data):
+        if isinstance(event, HeadersReceived):
+            server.send_headers(event.stream, measure.RESPONSE)
+            server.send(event.stream, measure.MESSAGE, measure.MESSAGE_SIZE)
+            server.send_headers(event.stream, measure.TRAILERS, True)
+    server.output()
 
 
 def test_opening_the_nth_stream_costs_the_same() -> None:
     """http2 point 17: no step looks at the other streams."""
-    early = min(measure.measure_opens(1_000)[1] for _ in range(3))
-    late = min(measure.measure_opens(10_000)[2] for _ in range(3))
-    assert late < 3 * early
+    client, server = measure.pair()
+
+    def opening() -> int:
+        for _ in range(50):
+            client.open(measure.REQUEST)
+        data = b"".join(client.output())
+        return steps(lambda: server.receive(data))
+
+    early = [opening() for _ in range(3)][-1]
+    for _ in range(10_000):
+        client.open(measure.REQUEST)
+    server.receive(b"".join(client.output()))
+    assert 0 < opening() <= early * 1.05
 
 
 def test_a_call_costs_the_same_beside_ten_thousand_streams() -> None:
-    alone = min(measure.measure_call(500, 0) for _ in range(3))
-    beside = min(measure.measure_call(500, 10_000) for _ in range(3))
-    assert beside < 3 * alone
+    def calling(idle: int) -> int:
+        client, server = measure.pair()
+        for _ in range(idle):
+            client.open(measure.REQUEST)
+        server.receive(b"".join(client.output()))
+        for _ in range(50):
+            client.send(client.open(measure.REQUEST), measure.MESSAGE, measure.MESSAGE_SIZE, True)
+        data = b"".join(client.output())
+        return steps(lambda: answer(server, data))
+
+    assert 0 < calling(10_000) <= calling(1) * 1.05
 
 
-def test_a_send_is_a_microsecond_at_most() -> None:
-    """Ten times what it is, for machines that are busy."""
-    assert measure.measure_send(2_000) < 3
+def test_a_send_takes_few_steps() -> None:
+    """The fast lane: a message to a stream with room in its windows, beside a thousand others."""
+    server, streams, _ = measure.open_many(1_000)
+    taken = steps(lambda: [server.send(stream, measure.MESSAGE, measure.MESSAGE_SIZE) for stream in streams])
+    assert 0 < taken / len(streams) <= SEND_STEPS_MAX
 
 
 def test_ten_thousand_streams_are_small() -> None:
