@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from proto.http2 import HeadersReceived, frames
+from proto.http2 import Connection, HeadersReceived, frames
 from tests.http2 import measure, wire
 from tests.http2.wire import data, server
 
@@ -38,7 +38,7 @@ def steps(run: Callable[[], object]) -> int:
     return count
 
 
-def answer(server: measure.Connection, data: bytes) -> None:
+def answer(server: Connection, data: bytes) -> None:
     """Take calls in and answer them."""
     for event in server.receive(data):
         if isinstance(event, HeadersReceived):
