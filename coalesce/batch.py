@@ -76,7 +76,8 @@ class Payload:
             self.size = len(pieces[0]) + len(header.encoded) + 5
         else:
             self.size = sum(map(len, pieces)) + len(pieces) * (len(header.encoded) + 7) - 2
-        self._remembered: dict[int, tuple[bytes, ...]] = {}
+        # None = nothing yet.
+        self._remembered: dict[int, tuple[bytes, ...]] | None = None
         self._bytes_left = _REMEMBERED_BYTES_MAX
 
     def messages(self, watch_id: int) -> tuple[bytes, ...]:
@@ -84,7 +85,10 @@ class Payload:
 
         The same id gets the very same objects as long as they are remembered: the first id always is.
         """
-        messages = self._remembered.get(watch_id)
+        remembered = self._remembered
+        if remembered is None:
+            remembered = self._remembered = {}
+        messages = remembered.get(watch_id)
         if messages is None:
             pieces = self._pieces
             if len(pieces) == 1:
@@ -96,8 +100,16 @@ class Payload:
                 messages = self._fragments(watch_id)
             if self._bytes_left > 0:
                 self._bytes_left -= self.size
-                self._remembered[watch_id] = messages
+                remembered[watch_id] = messages
         return messages
+
+    def message(self, watch_id: int) -> bytes | None:
+        """Return the framed message of a watch, not to be remembered; None when it is more than one."""
+        pieces = self._pieces
+        if len(pieces) > 1:
+            return None
+        message = self.header.encoded + (encode_watch_id(watch_id) + pieces[0] if watch_id else pieces[0])
+        return _pack_prefix(0, len(message)) + message
 
     def _fragments(self, watch_id: int) -> tuple[bytes, ...]:
         last = len(self._pieces) - 1

@@ -159,25 +159,30 @@ class Coalescer:
     def received(self, upstream: Upstream, response: WatchResponse, now: float) -> list[Effect]:
         """An upstream watch spoke: `created`, events of whole revisions, `canceled`, or a progress notify."""
         hub = self._hub
-        if upstream.closed or not response.plain or not hub.ledger.entries:
-            return self._received(upstream, response, now)
         owner = upstream.fed
-        if type(owner) is not Trunk:
+        if type(owner) is not Trunk or upstream.closed or not response.plain or not hub.ledger.entries:
             return self._received(upstream, response, now)
         # As nearly always: events of a trunk.
         if now > hub.now:
             hub.now = now
-        hub.saw(response.header)
+        header = response.header
+        if header.revision and (hub.header is None or header.revision >= hub.header.revision):
+            # As `Hub.saw`.
+            hub.header = header
         events = response.events
         if len(events) > 1:
             self._events(upstream, response)
         else:
             # What etcd sends as long as everybody keeps up.
-            hub.stats.batches += 1
-            hub.stats.batch_events += 1
+            stats = hub.stats
+            stats.batches += 1
+            stats.batch_events += 1
             owner.events += 1
-            owner.ingest(Batch(response.header, events, len(events[0].encoded)))
-        return self._finish()
+            owner.ingest(Batch(header, events, len(events[0].encoded)))
+        if hub.replays.fresh or hub.queued:
+            return self._finish()
+        effects, hub.effects = hub.effects, []
+        return effects
 
     def _received(self, upstream: Upstream, response: WatchResponse, now: float) -> list[Effect]:
         """Take a response of any kind, for any source."""

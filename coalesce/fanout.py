@@ -143,7 +143,7 @@ class Fanout:
                 payload = payload_of_one(batch, variant, has_prev_kv) if variants is None else variants.payload(variant)
                 if payload is not None:
                     group.sent_revision = payload.last_revision
-                    effects.append(Deliver(payload, group.listed()))
+                    effects.append(Deliver(payload, group._listed or group.listed()))
                     stats.delivered += count
                     stats.delivered_events += count * payload.event_count
         self.next_revision = batch.last_revision + 1

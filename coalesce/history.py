@@ -61,12 +61,27 @@ class History:
 
     def append(self, batch: Batch, now: float) -> None:
         """Add the newest batch, then evict down to the bounds of one history and of all."""
-        self._batches.append(batch)
-        self._lasts.append(batch.last_revision)
-        self.last_revision = batch.last_revision
-        self.bytes += batch.memory_bytes
+        batches = self._batches
+        batches.append(batch)
+        self.last_revision = last_revision = batch.last_revision
+        self._lasts.append(last_revision)
+        memory_bytes = batch.memory_bytes
+        self.bytes += memory_bytes
         self.version += 1
-        self._ledger.added(self, batch, now)
+        ledger = self._ledger
+        batch.kept = kept = Kept(now, self, batch)
+        ledger.entries.append(kept)
+        ledger.held += 1
+        stats = ledger.stats
+        stats.history_bytes += memory_bytes
+        stats.history_batches = ledger.held
+        limits = ledger.limits
+        if (
+            self.bytes > limits.history_bytes_max
+            or len(batches) - self._gone > limits.history_revisions_max
+            or stats.history_bytes > limits.history_bytes_total_max
+        ):
+            ledger.hold_bounds(self)
 
     def evict_oldest(self) -> None:
         """Drop the oldest batch; the floor rises behind it."""
@@ -149,47 +164,31 @@ class Kept:
 class Ledger:
     """All batches of all histories in the order in which they came."""
 
-    __slots__ = ("_held", "_stats", "entries", "limits")
+    __slots__ = ("entries", "held", "limits", "stats")
 
     def __init__(self, limits: Limits, stats: Stats) -> None:
         self.limits = limits
-        self._stats = stats
+        self.stats = stats
         # Oldest first; those that their histories have evicted by themselves stay until they come up or are too many.
         self.entries: deque[Kept] = deque()
         # Entries not evicted.
-        self._held = 0
+        self.held = 0
 
     def __bool__(self) -> bool:
         """Whether anything is in it that will be too old some time."""
         return bool(self.entries)
 
-    def added(self, history: History, batch: Batch, now: float) -> None:
-        """Count a new batch, then hold the bounds."""
-        batch.kept = kept = Kept(now, history, batch)
-        self.entries.append(kept)
-        self._held += 1
-        stats = self._stats
-        stats.history_bytes += batch.memory_bytes
-        stats.history_batches = self._held
-        limits = self.limits
-        if (
-            history.bytes > limits.history_bytes_max
-            or len(history._batches) - history._gone > limits.history_revisions_max
-            or stats.history_bytes > limits.history_bytes_total_max
-        ):
-            self._hold_bounds(history)
-
-    def _hold_bounds(self, history: History) -> None:
+    def hold_bounds(self, history: History) -> None:
         """Evict what is too much, in one history or in all."""
         limits = self.limits
-        evicted_at = self._stats.evicted_at
+        evicted_at = self.stats.evicted_at
         while history.bytes > limits.history_bytes_max:
             evicted_at["history_bytes_max"] += 1
             history.evict_oldest()
         while len(history) > limits.history_revisions_max:
             evicted_at["history_revisions_max"] += 1
             history.evict_oldest()
-        while self._stats.history_bytes > limits.history_bytes_total_max:
+        while self.stats.history_bytes > limits.history_bytes_total_max:
             evicted_at["history_bytes_total_max"] += self._evict_first()
 
     def evicted(self, batch: Batch) -> None:
@@ -198,16 +197,16 @@ class Ledger:
         assert isinstance(kept, Kept), "a history holds it"
         batch.kept = None
         kept.batch = None
-        self._held -= 1
-        self._stats.history_bytes -= batch.memory_bytes
-        self._stats.history_batches = self._held
-        if len(self.entries) > 2 * self._held + 64:
+        self.held -= 1
+        self.stats.history_bytes -= batch.memory_bytes
+        self.stats.history_batches = self.held
+        if len(self.entries) > 2 * self.held + 64:
             self.entries = deque(entry for entry in self.entries if entry.batch is not None)
 
     def expire(self, now: float) -> None:
         """Evict what is older than history_age_s."""
         while self.entries and self.entries[0].at + self.limits.history_age_s <= now:
-            self._stats.evicted_at["history_age_s"] += self._evict_first()
+            self.stats.evicted_at["history_age_s"] += self._evict_first()
 
     def next_deadline(self) -> float | None:
         """Return when the oldest batch is too old. A little late, so that one ring of the timer serves many."""

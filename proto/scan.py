@@ -198,19 +198,6 @@ class WatchResponse:
 _NO_HEADER: Final = Header(b"", 0, 0, 0, 0)
 
 
-def scan_watch_response(data: bytes) -> WatchResponse:
-    """
-    Read an encoded WatchResponse.
-
-    A cancel_reason that is no UTF-8 is read with replacements: etcd's Go code does not check it, and people read it.
-    Raises ScanError where a protobuf library would refuse the bytes, and for groups, which etcd has none of.
-    """
-    try:
-        return _scan_one_put(data) or _scan_response(data)
-    except IndexError:
-        raise ScanError("a watch response ends in the middle of a field") from None
-
-
 class _Near(NamedTuple):
     """How a header begins and ends that was read in full: those of the next revisions differ in one byte between."""
 
@@ -227,75 +214,96 @@ class _Near(NamedTuple):
     raft_term: int
 
 
-class _NotPlain(Exception):
-    """It is laid out in another way."""
-
-
 _near = _Near(b"\n", b"\n", 0, 0, 0, 0, 0)
 
 
-def _scan_one_put(data: bytes) -> WatchResponse | None:
-    """Read a response of one put as etcd writes it as long as nobody is behind; None when it is anything else."""
+def scan_watch_response(data: bytes) -> WatchResponse:
+    """
+    Read an encoded WatchResponse.
+
+    A cancel_reason that is no UTF-8 is read with replacements: etcd's Go code does not check it, and people read it.
+    Raises ScanError where a protobuf library would refuse the bytes, and for groups, which etcd has none of.
+    """
+    # One put, as etcd writes it as long as nobody is behind. There is most of it, so it is read with hardly a call;
+    # whatever is laid out in another way is left to the readers of all.
     begin, end, revision, revision_bytes, cluster_id, member_id, raft_term = _near
     at = len(begin)
-    if not (data.startswith(begin) and data.startswith(end, at + 1)) or data[at] < 128:
-        return None
-    header_end = pos = at + 1 + len(end)
     try:
-        watch_id = 0
-        if data[pos] == _WATCH_ID:
-            watch_id = data[pos + 1]
-            pos += 2
-            if watch_id > 127:
-                watch_id, pos = long_number(data, pos, watch_id)
-        start = pos
-        pos = _last_field(data, _KV, _last_field(data, _EVENTS, pos))
-        size = data[pos + 1]
-        if data[pos] != _KEY or size > 127:
-            return None
-        pos = _number_end(data, _CREATE_REVISION, pos + 2 + size)
-        # Its revision is the header's, to the letter.
-        if data[pos] != _MOD_REVISION or not data.startswith(data[at : at + revision_bytes], pos + 1):
-            return None
-        pos = _number_end(data, _VERSION, pos + 1 + revision_bytes)
-        if data[pos] != _VALUE:
-            return None
-        size = data[pos + 1]
-        pos += 2
-        if size > 127:
-            size, pos = long_size(data, pos, size)
-        pos += size
-        if pos != len(data) and _number_end(data, _LEASE, pos) != len(data):
-            return None
-    except (IndexError, _NotPlain, ScanError):
-        return None
-    revision += data[at] - 128
-    event = data[start:]
-    header = Header(data[:header_end], cluster_id, member_id, revision, raft_term)
-    return WatchResponse(header, signed(watch_id), False, False, 0, "", False, [Event(PUT, revision, event, event)])
+        if data[at] > 127 and data.startswith(begin) and data.startswith(end, at + 1):
+            header_end = pos = at + 1 + len(end)
+            watch_id = 0
+            if data[pos] == _WATCH_ID:
+                watch_id = data[pos + 1]
+                pos += 2
+                if watch_id > 127 and data[pos] < 128:
+                    watch_id += (data[pos] << 7) - 128
+                    pos += 1
+                elif watch_id > 127:
+                    watch_id, pos = long_number(data, pos, watch_id)
+                    watch_id = signed(watch_id)
+            start = pos
+            # The event is the last field, and its kv, without a type before it, the last one of the event.
+            size = data[pos + 1]
+            body = pos + 2
+            if size > 127:
+                size, body = long_size(data, body, size)
+            if data[pos] == _EVENTS and data[body] == _KV and body + size == len(data):
+                size = data[body + 1]
+                pos = body + 2
+                if size > 127:
+                    size, pos = long_size(data, pos, size)
+                # The event's revision is the header's, to the letter.
+                if pos + size == len(data) and _is_put(data, pos, data[at : at + revision_bytes]):
+                    event = data[start:]
+                    revision += data[at] - 128
+                    header = Header(data[:header_end], cluster_id, member_id, revision, raft_term)
+                    events = [Event(PUT, revision, event, event)]
+                    return WatchResponse(header, watch_id, False, False, 0, "", False, events)
+    except (IndexError, ScanError):
+        pass
+    try:
+        return _scan_response(data)
+    except IndexError:
+        raise ScanError("a watch response ends in the middle of a field") from None
 
 
-def _last_field(data: bytes, tag: int, pos: int) -> int:
-    """Return where the content of the field at `pos` starts, which has this tag and reaches to the end of the data."""
+def _is_put(data: bytes, pos: int, mod_revision: bytes) -> bool:
+    """Tell whether data[pos:] is a KeyValue as etcd writes that of a put at a revision, which is given encoded."""
     size = data[pos + 1]
-    body = pos + 2
+    if data[pos] != _KEY or size > 127:
+        return False
+    pos += 2 + size
+    if data[pos] != _CREATE_REVISION:
+        return False
+    last = pos + VARINT_BYTES_MAX
+    pos += 1
+    while data[pos] > 127:
+        pos += 1
+    if pos >= last or data[pos + 1] != _MOD_REVISION or not data.startswith(mod_revision, pos + 2):
+        return False
+    pos += 2 + len(mod_revision)
+    if data[pos] != _VERSION:
+        return False
+    last = pos + VARINT_BYTES_MAX
+    pos += 1
+    while data[pos] > 127:
+        pos += 1
+    if pos >= last or data[pos + 1] != _VALUE:
+        return False
+    size = data[pos + 2]
+    pos += 3
     if size > 127:
-        size, body = long_size(data, body, size)
-    if data[pos] != tag or body + size != len(data):
-        raise _NotPlain
-    return body
-
-
-def _number_end(data: bytes, tag: int, pos: int) -> int:
-    """Return where the field at `pos` ends, which has this tag and is a number of at most 63 bits."""
-    if data[pos] != tag:
-        raise _NotPlain
-    end = pos + 1
-    while data[end] > 127:
-        end += 1
-    if end - pos >= VARINT_BYTES_MAX:
-        raise _NotPlain
-    return end + 1
+        size, pos = long_size(data, pos, size)
+    pos += size
+    if pos == len(data):
+        return True
+    if data[pos] != _LEASE:
+        return False
+    last = pos + VARINT_BYTES_MAX
+    pos += 1
+    while data[pos] > 127:
+        pos += 1
+    return pos < last and pos + 1 == len(data)
 
 
 def _scan_response(data: bytes) -> WatchResponse:

@@ -138,7 +138,7 @@ class Engine:
         """Told when what is queued from now on is to be written together (True), and when to write it (False)."""
 
         self.wrote: Callable[[], None] | None = None
-        """Told after payloads were written that were never queued."""
+        """Told after payloads were written that were never queued; set by who measures their delay."""
 
         self.upstream_changed: Callable[[], None] | None = None
         """Called when the connection that carries the watches is lost or there again."""
@@ -157,10 +157,10 @@ class Engine:
         """Between `reading(True)` and `reading(False)`."""
         self._gathering = False
         """Between `gather(True)` and `gather(False)`."""
-        self._alone = False
-        """The effect that is carried out is the only one of its input."""
+        self._hearing = False
+        """What is delivered has just come in."""
         self._received_at = 0.0
-        """When the response at hand came in (time.perf_counter); 0: what is delivered is none that has just come."""
+        """When it came in (time.perf_counter), if anybody wants to know; 0: unknown, or nothing has just come in."""
         self._rollback = Rollback(
             reader, lambda: self._client().newest_revision, lambda: self._client().own_token, self._went_back
         )
@@ -237,9 +237,29 @@ class Engine:
         """An upstream watch spoke."""
         if response.canceled:
             self._open.pop(watch, None)  # type: ignore[call-overload]  # it is the core's Upstream that was opened
-        self._received_at = time.perf_counter()
-        self._input(self.core.received, watch, response)
-        self._received_at = 0.0
+        if self._busy or self._stopped:
+            self._input(self.core.received, watch, response)
+            return
+        # As `_input` does; and what comes alone is delivered at once.
+        if self.wrote is not None:
+            self._received_at = time.perf_counter()
+        self._busy = self._hearing = True
+        try:
+            effects = self.core.received(watch, response, self._loop.time())  # type: ignore[arg-type]  # as above
+            if len(effects) == 1 and type(effects[0]) is Deliver and not self._gathering:
+                self._deliver_alone(effects[0])
+            else:
+                for effect in effects:
+                    self._carry_out[type(effect)](effect)
+            if self._inbox:
+                self._empty_inbox()
+        except Exception:
+            self._start_over()
+        finally:
+            self._busy = self._hearing = False
+            self._received_at = 0.0
+        if self.core.deadline_moved:
+            self._arm()
         if self._gathering and not self._reading:
             self._gather(False)
 
@@ -300,20 +320,22 @@ class Engine:
             return
         self._busy = True
         try:
-            while True:
-                effects = step(*arguments, self._loop.time())
-                self._alone = len(effects) == 1
-                for effect in effects:
-                    self._carry_out[type(effect)](effect)
-                if not self._inbox:
-                    break
-                step, arguments = self._inbox.popleft()
+            for effect in step(*arguments, self._loop.time()):
+                self._carry_out[type(effect)](effect)
+            if self._inbox:
+                self._empty_inbox()
         except Exception:
             self._start_over()
         finally:
             self._busy = False
         if self.core.deadline_moved:
             self._arm()
+
+    def _empty_inbox(self) -> None:
+        while self._inbox:
+            step, arguments = self._inbox.popleft()
+            for effect in step(*arguments, self._loop.time()):
+                self._carry_out[type(effect)](effect)
 
     def _start_over(self) -> None:
         """Drop a core that failed, by a bug of ours, with all of its sessions; called where the exception is handled.
@@ -367,14 +389,8 @@ class Engine:
         """Write one payload to many watches."""
         payload, watches = effect.payload, effect.watches
         count = len(watches)
-        if count < RUN_WATCHES_MIN:
-            if self._alone and not self._gathering and self._received_at and (count == 1 or are_apart(watches)):
-                self._deliver_now(payload, watches)
-                return
-            runs = None
-        else:
-            runs = self._runs_of(watches)
-        if self._received_at and not self._gathering:
+        runs = self._runs_of(watches) if count >= RUN_WATCHES_MIN else None
+        if self._hearing and not self._gathering:
             self._gather(True)
         sent = self._deliver_each(payload, watches) if runs is None else self._deliver_runs(payload, runs)
         stats = self.stats
@@ -388,33 +404,33 @@ class Engine:
             self._queued_bytes = 0
             self.relieve()
 
-    def _deliver_now(self, payload: Payload, watches: Sequence[Watch]) -> None:
-        """Write a payload to watches on different connections, at once where nothing waits; the others as ever.
+    def _deliver_alone(self, effect: Deliver) -> None:
+        """Write a payload to a few watches on different connections, at once where nothing waits; to others as ever.
 
         It is the only one of its read, so that there is nothing to join it with.
         """
+        payload, watches = effect.payload, effect.watches
+        count = len(watches)
+        if count > 1 and (count >= RUN_WATCHES_MIN or not are_apart(watches)):
+            self._deliver(effect)
+            return
         stats = self.stats
         stats.delivering_since = self._received_at
-        stats.coalesced += len(watches) - 1
-        messages: Sequence[bytes] = ()
+        stats.coalesced += count - 1
+        message: bytes | None = None
         watch_id: int | None = None
         size = 0
         for watch in watches:
             outlet: Outlet = watch.outlet  # type: ignore[assignment]  # an object to the core, ours by open_session
             if watch.watch_id != watch_id:
                 watch_id = watch.watch_id
-                messages = payload.messages(watch_id)
-                size = len(messages[0]) if len(messages) == 1 else BULKY_BYTES + 1
-            if (
-                outlet.stalled
-                or size > BULKY_BYTES
-                or not outlet.connection.write_now(outlet.stream, messages[0], size)
-            ):
-                self._alone = False
+                message = payload.message(watch_id) if payload.size <= BULKY_BYTES else None
+                size = 0 if message is None else len(message)
+            if message is not None and not outlet.stalled and outlet.connection.write_now(outlet.stream, message, size):
+                stats.delivered += 1
+                stats.delivered_bytes += size
+            else:
                 self._deliver(Deliver(payload, (watch,)))
-                continue
-            stats.delivered += 1
-            stats.delivered_bytes += size
         if self.wrote is not None:
             self.wrote()
 

@@ -124,7 +124,6 @@ class Proxy:
         self.listener = Listener(self._listener_settings)
         self.engine.relieve = self.listener.relieve
         self.engine.gather = self.listener.gather
-        self.engine.wrote = self.listener.wrote
         self.upstream.around_read = self.engine.reading
         self.probe = Probe(self.listener, self.engine, self.health, self._probe_interval_s)
         if self._upstream_cert:

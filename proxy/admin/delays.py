@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from proxy.engine import EngineStats
+    from proxy.engine import Engine
     from proxy.listening.listener import Listener
 
 BOUNDS_S = (
@@ -74,10 +74,11 @@ def quantile(share: float, bounds: tuple[float, ...], counts: list[int]) -> floa
     return bounds[-1]
 
 
-def watch_deliveries(listener: Listener, stats: EngineStats) -> Histogram:
+def watch_deliveries(listener: Listener, engine: Engine) -> Histogram:
     """Observe, after each turn's writes, how long ago the oldest event in them was received."""
     histogram = Histogram()
     clock = time.perf_counter
+    stats = engine.stats
 
     def flushed() -> None:
         since = stats.delivering_since
@@ -85,7 +86,7 @@ def watch_deliveries(listener: Listener, stats: EngineStats) -> Histogram:
             stats.delivering_since = 0.0
             histogram.observe(clock() - since)
 
-    listener.flushed = flushed
+    listener.flushed = engine.wrote = flushed
     return histogram
 
 

@@ -99,7 +99,7 @@ class Monitor:
     def __init__(self, proxy: Proxy, address: str) -> None:
         self._proxy = proxy
         self._source = Source(proxy, address)
-        self.delivery_delay = watch_deliveries(proxy.listener, proxy.engine.stats)
+        self.delivery_delay = watch_deliveries(proxy.listener, proxy.engine)
         self.loop_delay = LoopDelay(self._tick)
         self.points: deque[Point] = deque(maxlen=STEPS_KEPT)
         self._step_at = time.monotonic()
@@ -115,7 +115,7 @@ class Monitor:
     def stop(self) -> None:
         """Stop looking."""
         self.loop_delay.stop()
-        self._proxy.listener.flushed = None
+        self._proxy.listener.flushed = self._proxy.engine.wrote = None
 
     def take(self) -> Snapshot:
         """Take a snapshot now."""

@@ -152,10 +152,6 @@ class Listener:
                 # Whatever it is: the others' bytes still have to go out.
                 log.exception("writing failed; the connection is dropped", peer=connection.peer)
                 connection.abort()
-        self.wrote()
-
-    def wrote(self) -> None:
-        """Say that what was due has been written."""
         if self.flushed is not None:
             self.flushed()
 

@@ -65,6 +65,21 @@ def test_equal_ids_share_the_very_same_bytes() -> None:
     assert lines(payload, -5) == ["#-5 @7 put 7 k=v"]
 
 
+@pytest.mark.parametrize("watch_id", [0, 3, 300, -5])
+def test_one_message_alone_is_the_same_as_ever(watch_id: int) -> None:
+    payload = payload_of(0, put(7), delete(8))
+    assert payload is not None
+    assert (payload.message(watch_id),) == payload.messages(watch_id)
+    assert payload.message(watch_id) is not payload.messages(watch_id)[0]
+
+
+def test_fragments_are_no_message_alone() -> None:
+    payload = payload_of(FRAGMENT, put(7), put(8), fragment_bytes=1)
+    assert payload is not None
+    assert len(payload.messages(0)) == 2
+    assert payload.message(0) is None
+
+
 def test_the_first_id_is_remembered_however_large_and_many_ids_are_not() -> None:
     payload = payload_of(0, put(7, value=b"x" * 3_000_000))
     assert payload is not None

@@ -231,7 +231,14 @@ def watch_of(outlet: FakeOutlet, watch_id: int = 0) -> Any:
 
 def payload_of(*texts: bytes) -> Any:
     """A payload whose messages carry the watch id."""
-    return SimpleNamespace(messages=lambda watch_id: tuple(b"%d:%s" % (watch_id, text) for text in texts))
+
+    def messages(watch_id: int) -> tuple[bytes, ...]:
+        return tuple(b"%d:%s" % (watch_id, text) for text in texts)
+
+    def message(watch_id: int) -> bytes | None:
+        return messages(watch_id)[0] if len(texts) == 1 else None
+
+    return SimpleNamespace(messages=messages, message=message, size=sum(map(len, texts)))
 
 
 def test_inputs_never_nest() -> None:
@@ -382,7 +389,7 @@ def test_what_can_be_joined_is_not_written_at_once() -> None:
         for effects in (
             [Deliver(small, watches)],
             [Deliver(small, watches[:1]), Deliver(small, watches[1:2])],
-            [Deliver(payload_of(bytes(BULKY_BYTES)), watches[:1])],
+            [Deliver(payload_of(bytes(BULKY_BYTES + 1)), watches[:1])],
             [Deliver(payload_of(b"x", b"y"), watches[:1])],
         ):
             rig.script("received", *effects)

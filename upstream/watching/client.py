@@ -90,32 +90,10 @@ class _Call:
         pass
 
     def on_data(self, data: bytes, flow_size: int) -> None:
-        if self._stream.paused or self._held:
+        stream = self._stream
+        if stream.paused or self._held:
             self._held.append((data, flow_size))
             return
-        self._read(data, flow_size)
-
-    def on_drained(self) -> None:
-        pass
-
-    def on_end(self, status: int, message: str, trailers: Headers) -> None:  # noqa: ARG002 - CallHandler's signature
-        self._client._stream_ended(self._stream, status, message)
-        self.leave()
-
-    def resume(self) -> None:
-        """Read what was held."""
-        while self._held and not self._stream.paused:
-            self._read(*self._held.pop(0))
-
-    def leave(self) -> None:
-        """End the call, if it has not, and let go of call and stream: they hold this in turn."""
-        call, self.call = self.call, None
-        self._held.clear()
-        self._stream.shell = None
-        if call is not None and not call.ended:
-            call.reset()
-
-    def _read(self, data: bytes, flow_size: int) -> None:
         call = self.call
         if call is None:
             return
@@ -127,7 +105,6 @@ class _Call:
             return
         client = self._client
         client.received_bytes += len(data)
-        stream = self._stream
         state = client._state
         try:
             for message in self._unframer.feed(data):
@@ -147,6 +124,31 @@ class _Call:
             call.reset()
             client._stream_ended(stream, Status.INTERNAL, str(error))
             self.leave()
+
+    def on_drained(self) -> None:
+        pass
+
+    def on_end(self, status: int, message: str, trailers: Headers) -> None:  # noqa: ARG002 - CallHandler's signature
+        self._client._stream_ended(self._stream, status, message)
+        self.leave()
+
+    def resume(self) -> None:
+        """Read what was held."""
+        held, self._held = self._held, []
+        read = 0
+        while read < len(held) and not self._stream.paused and self.call is not None:
+            self.on_data(*held[read])
+            read += 1
+        if self.call is not None:
+            self._held = held[read:]
+
+    def leave(self) -> None:
+        """End the call, if it has not, and let go of call and stream: they hold this in turn."""
+        call, self.call = self.call, None
+        self._held.clear()
+        self._stream.shell = None
+        if call is not None and not call.ended:
+            call.reset()
 
 
 def _told(known: Standing, now: Standing) -> dict[str, int]:
