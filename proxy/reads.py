@@ -223,7 +223,8 @@ class Reader:
             if isinstance(answer, _Answer):
                 question.decided(Granted(answer.header) if question.fresh else answer.header)
             elif question.token is None:
-                question.decided(Refusal(USER_EMPTY))
+                # In etcd's words, which go by the certificate that it is shown as well.
+                question.decided(answer)
             else:
                 self._begin(self._ask(question))
 

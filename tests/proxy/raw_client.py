@@ -88,6 +88,9 @@ class RawStream:
             self.held = 0
         self.client.flush()
 
+    def note(self, fields: Sequence[tuple[str, str]]) -> None:
+        """Hear what came as head or trailers, in its order."""
+
     def take_data(self, data: bytes) -> None:
         """Keep what came."""
         self.messages.extend(self._unframer.feed(data))
@@ -264,10 +267,14 @@ class RawClient(asyncio.Protocol):
             self.h2.acknowledge_received_data(size, event.stream_id)
 
     def _head(self, event: h2.events.ResponseReceived) -> None:
-        self.streams[event.stream_id].headers.update(_text(event.headers))
+        fields = _text(event.headers)
+        self.streams[event.stream_id].note(fields)
+        self.streams[event.stream_id].headers.update(fields)
 
     def _trailers(self, event: h2.events.TrailersReceived) -> None:
-        self.streams[event.stream_id].trailers.update(_text(event.headers))
+        fields = _text(event.headers)
+        self.streams[event.stream_id].note(fields)
+        self.streams[event.stream_id].trailers.update(fields)
 
     def _ended(self, event: h2.events.StreamEnded) -> None:
         self.streams[event.stream_id].ended = True
@@ -294,5 +301,5 @@ class RawClient(asyncio.Protocol):
     }
 
 
-def _text(headers: Sequence[tuple[bytes | str, bytes | str]] | None) -> dict[str, str]:
-    return {str(name): str(value) for name, value in headers or ()}
+def _text(headers: Sequence[tuple[bytes | str, bytes | str]] | None) -> list[tuple[str, str]]:
+    return [(str(name), str(value)) for name, value in headers or ()]

@@ -37,6 +37,7 @@ class ScriptedCall:
     def __init__(self, connection: ScriptedConnection, stream: Stream, headers: Headers) -> None:
         self.connection = connection
         self.stream = stream
+        self.headers = headers
         self.metadata = dict(headers)
         self.path = self.metadata[b":path"].decode()
         self.messages: list[bytes] = []

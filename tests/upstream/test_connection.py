@@ -207,10 +207,14 @@ def test_plain_tls_and_unix_sockets(certificates: Certificates, tmp_path: Path) 
             await echo(etcd, f"http://{etcd.endpoint}", client_context(cacert=files.ca))
         strict = server_context(files.server_cert, files.server_key, files.ca)
         mutual = client_context(files.client_cert, files.client_key, files.ca)
+        asked_for: list[str | None] = []
+        strict.sni_callback = lambda _connection, name, _context: asked_for.append(name)
         async with scripted(strict) as etcd:
             await echo(etcd, f"https://{etcd.endpoint}", mutual)
             await echo(etcd, etcd.endpoint, mutual)
             await echo(etcd, f"localhost:{etcd.port}", mutual)
+        # A name is told to the server (SNI), an address is none (RFC 6066 section 3).
+        assert asked_for == [None, None, "localhost"]
         async with scripted(path=str(tmp_path / "s")) as etcd:
             await echo(etcd, f"unix://{tmp_path}/s")
         async with scripted(strict, path=str(tmp_path / "t")) as etcd:
