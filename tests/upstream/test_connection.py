@@ -245,13 +245,13 @@ def test_a_ping_that_is_answered_at_once_is_answered() -> None:
     import uvloop
 
     async def story() -> None:
-        settings = ConnectionSettings(keepalive_s=0.01, keepalive_timeout_s=0.02)
+        settings = ConnectionSettings(keepalive_s=0.01, keepalive_timeout_s=0.3)
         async with scripted() as etcd:
             connection = await connect(parse_endpoint(etcd.endpoint), None, settings)
             etcd.on_message = lambda _call, _message: None
             start(connection)
             (server,) = etcd.connections
-            goal = server.heard + 30
+            goal = server.heard + 6
             await until_async(lambda: server.heard > goal or not connection.healthy, "many pings")
             assert connection.healthy, connection.failure
             connection.close()
