@@ -33,17 +33,17 @@ from coalesce.effects import (
     ResumeUpstream,
     Send,
 )
-from coalesce.inputs import CreateRequest, Granted, Identity, Lost, Refusal
-from coalesce.joining import Read
+from coalesce.inputs import CreateRequest, Identity, Lost, Refusal
 from coalesce.limits import Limits
 from coalesce.session import Session, Watch
 from coalesce.source import Upstream
 from proto.framing import Status
 from proto.scan import Header, WatchResponse
 from proxy import logs
+from proxy.deciding.questions import May, Now, Outcome
+from proxy.deciding.rollback import Asked
 from proxy.outlets import Outlet, Run, are_apart, runs_of
-from proxy.reads import NO_RIGHT, Asked, Reader
-from proxy.rollback import Rollback
+from proxy.reads import Reader
 from upstream.watching.stream import OpenedWatch
 
 BULKY_BYTES = 8 * 1024
@@ -161,9 +161,7 @@ class Engine:
         """What is delivered has just come in."""
         self._received_at = 0.0
         """When it came in (time.perf_counter), if anybody wants to know; 0: unknown, or nothing has just come in."""
-        self._rollback = Rollback(
-            reader, lambda: self._client().newest_revision, lambda: self._client().own_token, self._went_back
-        )
+        reader.listener = self
         self._open: dict[Upstream, None] = {}
         self._runs: dict[int, tuple[Sequence[Watch], list[Run]]] = {}
         """By the id of a group's tuple: the tuple, and its runs once they were needed twice."""
@@ -197,7 +195,6 @@ class Engine:
     def stop(self) -> None:
         """Take no more inputs."""
         self._stopped = True
-        self._rollback.stop()
         self._reader.stop()
         if self._timer is not None:
             self._timer.cancel()
@@ -292,8 +289,8 @@ class Engine:
 
     def other_history(self, header: Header) -> None:
         """The store at the other end is not the one it was."""
-        self._rollback.other_history(header)
-        self._went_back(header)
+        self._reader.other_history(header)
+        self.went_back(header)
 
     def broken(self) -> None:
         """The connection is lost; the watch client resumes by itself."""
@@ -307,7 +304,7 @@ class Engine:
         self.core.ordered_progress = self._client().ordered_progress
         if self.upstream_changed is not None:
             self.upstream_changed()
-        self._rollback.connected(self._open)
+        self._reader.connected(self._open)
 
     # driving
 
@@ -537,57 +534,48 @@ class Engine:
 
     def _read_revision(self, effect: ReadRevision) -> None:
         """Read "now" for those who wait, by the right of one of them."""
-        core = self.core
-        read: Read = effect.read
-        asking: Session | None = None
+        core, read = self.core, effect.read
 
-        def answer(header: Header) -> None:
+        def told(outcome: Outcome) -> None:
             if core is self.core:
-                self._input(core.revision_read, read, header)
+                self._input(core.revision_read, read, outcome)
 
-        def asker() -> Asked | None:
-            nonlocal asking
-            waiting = [create for create in read.waiting if not create.session.ended]
-            if not waiting:
-                # The core waits for an answer all the same; this one tells nothing.
-                answer(Header.make(0, 0, 0, 0))
-                return None
-            permitted = [create for create in waiting if create.refusal is None]
-            if not permitted:
-                # They only need a header to be refused with.
-                return NO_RIGHT
-            create = next((create for create in permitted if create.session.identity.token is not None), permitted[0])
-            asking = create.session
-            return Asked(asking.identity.token, create.key, create.range_end)
+        self._reader.read(Now(read, told))
 
-        def refused(refusal: Refusal) -> None:
-            # It was let in while auth was off, or its right is gone since: it shall come again and be checked anew.
-            if asking is not None:
-                self._end(asking, Status.UNAVAILABLE, f"watchmux: not authorized any more: {refusal.text}")
+    def _check_permission(self, effect: CheckPermission) -> None:
+        core, create = self.core, effect.check
+        token = create.session.identity.token
+        if create.session.identity is INSIDE:
+            self._input(core.permission, create, None)
+            return
 
-        self._reader.read(answer, asker, refused)
+        def told(outcome: Outcome) -> None:
+            if core is self.core:
+                self._input(core.permission, create, outcome)
 
-    def _went_back(self, header: Header) -> None:
+        self._reader.check(May(Asked(token, create.key, create.range_end), create, told))
+
+    # what is read (the listener of `Reader`)
+
+    @property
+    def newest_revision(self) -> int:
+        """The newest revision that the watches have seen."""
+        return self._client().newest_revision
+
+    @property
+    def own_token(self) -> bytes | None:
+        """The token of the proxy's own user, in whose name it may read as well."""
+        return self._client().own_token
+
+    def not_authorized(self, session: Session, refusal: Refusal) -> None:
+        """A session was let in while auth was off, or its right is gone since: it shall come again."""
+        self._end(session, Status.UNAVAILABLE, f"watchmux: not authorized any more: {refusal.text}")
+
+    def went_back(self, header: Header) -> None:
         """The store is older than it was, or not the one it was."""
         self.stats.went_back += 1
         self._client().store_went_back(header.revision)
         self._input(self.core.other_history, header)
-
-    def _check_permission(self, effect: CheckPermission) -> None:
-        core = self.core
-        check = effect.check
-        if check.session.identity is INSIDE:
-            self._input(core.permission, check, None)
-            return
-
-        def wanted() -> bool:
-            return core is self.core and not check.session.ended
-
-        def decided(outcome: Granted | Header | Refusal) -> None:
-            if wanted():
-                self._input(core.permission, check, outcome)
-
-        self._reader.check(check.session.identity.token, check.key, check.range_end, decided, wanted)
 
     def _client(self) -> UpstreamWatches:
         assert self._upstream is not None, "attach() comes before the first client"

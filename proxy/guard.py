@@ -16,14 +16,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from coalesce.inputs import Granted
 from coalesce.inputs import Refusal as Denied
 from proto.framing import Status
 from proto.http2 import Stream
-from proto.scan import Header
 from proxy import logs
 from proxy.calls import Carrier, Handler, HandlerFactory, Headers, Refusal
-from proxy.reads import ANY_KEY, NOBODY, Reader
+from proxy.deciding.questions import May, Outcome
+from proxy.deciding.rollback import Asked
+from proxy.reads import NOBODY, Reader
 from upstream.common_name import common_name
 
 TOKEN_NAMES = frozenset({b"token", b"authorization"})
@@ -82,20 +82,20 @@ class Guard:
     async def _run(self) -> None:
         while True:
             self.name = common_name(self._certificate)
-            self._reader.named = bool(self.name)
-            auth_on = self._reader.named and await self._auth_on()
+            self._reader.questions.named = bool(self.name)
+            auth_on = self._reader.questions.named and await self._auth_on()
             self._note(auth_on)
-            self._marks = auth_on or not self._reader.named or await self._reader.takes_any_token()
+            self._marks = auth_on or not self._reader.questions.named or await self._reader.takes_any_token()
             await asyncio.sleep(LOOK_S)
 
     async def _auth_on(self) -> bool:
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
-        def decided(outcome: Granted | Header | Denied) -> None:
+        def told(outcome: Outcome) -> None:
             if not answer.done():
                 answer.set_result(isinstance(outcome, Denied))
 
-        self._reader.check(None, ANY_KEY, b"", decided, lambda: not answer.done())
+        self._reader.check(May(Asked(), told=told))
         return await answer
 
     def _note(self, wrong: bool) -> None:

@@ -22,7 +22,7 @@ from proto.http2 import Stream
 from proto.pb import rpc_pb2
 from proxy.calls import Carrier, Headers, Refusal, RequestHead, ServerCall
 from proxy.engine import INSIDE
-from upstream.pool import NO_LEADER_TEXT
+from upstream.errors import NO_LEADER_TEXT
 
 if TYPE_CHECKING:
     from proxy.engine import Engine

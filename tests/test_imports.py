@@ -49,6 +49,17 @@ CORE_PROTO = {"proto.scan"}
 # Names that reach out of a program without any import.
 IMPURE_BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec", "input", "open", "print"}
 
+# What engine and watch client decide beside the core.
+DECIDING = (
+    "proxy/deciding",
+    "upstream/watching/state.py",
+    "upstream/watching/choice.py",
+    "upstream/watching/lineage.py",
+    "upstream/watching/stream.py",
+    "upstream/watching/effects.py",
+)
+IMPURE_MODULES = {"asyncio", "random", "time", "datetime", "socket", "ssl", "os", "logging", "structlog", "threading"}
+
 # The engine drives the core. The server makes one for it, and nothing more.
 DRIVER, MAKER = "proxy/engine.py", "proxy/server.py"
 
@@ -100,6 +111,20 @@ def test_the_core_has_no_tasks_and_reaches_nowhere() -> None:
             impure = isinstance(node, ast.AsyncFunctionDef | ast.AsyncFor | ast.AsyncWith | ast.Await)
             impure = impure or (isinstance(node, ast.Name) and node.id in IMPURE_BUILTINS)
             assert not impure, f"{named(path)}:{getattr(node, 'lineno', 0)}: {ast.dump(node)[:80]}"
+
+
+@pytest.mark.parametrize("path", DECIDING)
+def test_what_is_decided_beside_the_core_is_pure(path: str) -> None:
+    """No I/O, clock, randomness, task or log line: the simulator drives it as the program does."""
+    files = sorted((ROOT / path).glob("*.py")) if (ROOT / path).is_dir() else [ROOT / path]
+    assert files
+    for file in files:
+        for name in imports(file):
+            assert name.partition(".")[0] not in IMPURE_MODULES, f"{named(file)} imports {name}"
+            assert name not in ("proxy.logs", "proxy.reads", "upstream.pool", "upstream.connection"), named(file)
+        for node in ast.walk(tree_of(file)):
+            impure = isinstance(node, ast.AsyncFunctionDef | ast.Await)
+            assert not impure, f"{named(file)}:{getattr(node, 'lineno', 0)}"
 
 
 def test_importing_the_core_loads_no_grpc_and_no_asyncio() -> None:

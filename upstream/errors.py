@@ -15,6 +15,9 @@ from typing import Final, Protocol
 
 from proto.framing import Status
 
+NO_LEADER_TEXT = "etcdserver: no leader"
+"""What etcd says, with UNAVAILABLE, to a call that asked for a leader when there is none (api/v3rpc/rpctypes)."""
+
 
 class UpstreamError(Exception):
     """Something about an upstream that a person can mend: where, what, what to do."""

@@ -17,12 +17,9 @@ from proto.framing import Status
 from proto.http2 import Headers
 from upstream.connection import ClientConnection, NotSent, after, connect
 from upstream.endpoints import Backoff, Endpoint
-from upstream.errors import CallFailed, Log, Silence, Unreachable
+from upstream.errors import NO_LEADER_TEXT, CallFailed, Log, Silence, Unreachable
 from upstream.settings import Settings
 from upstream.unary import HAS_LEADER, Metadata, NotProcessed, call_unary
-
-NO_LEADER_TEXT = "etcdserver: no leader"
-"""What etcd says, with UNAVAILABLE, to a call that asked for a leader when there is none (api/v3rpc/rpctypes)."""
 
 
 class EndpointState(NamedTuple):

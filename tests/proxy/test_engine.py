@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,11 +25,13 @@ from coalesce.effects import (
     ResumeUpstream,
     Send,
 )
-from coalesce.inputs import Granted, Identity, Refusal
+from coalesce.inputs import Granted, Identity
 from coalesce.limits import Limits
+from proto.framing import Status
 from proto.scan import Header
+from proxy.deciding.questions import NO_RIGHT, Ask, May, Now, Questions, SendAway, Tell
+from proxy.deciding.rollback import Asked
 from proxy.engine import BULKY_BYTES, RUN_WATCHES_MIN, TURN_BYTES, Engine
-from proxy.reads import NO_RIGHT, Asked
 from tests.proxy.scenario import run
 from tests.waiting import until_async
 
@@ -63,39 +65,50 @@ class ScriptedCore:
 
 
 class FakeReader:
-    """Answers at once, inside of the effect, as a known probe does."""
+    """Answers at once, inside of the effect, as a known probe does; what it asks is decided as ever."""
 
     def __init__(self) -> None:
         self.header = HEADER
         self.linearizable = True
         self.reads: list[Asked] = []
         self.refuses: set[bytes | None] = set()
-        self.observe: Callable[[], Callable[[Header, bool], None]] = lambda: lambda _header, _linearizable: None
+        self.questions = Questions(1.0)
+        self.listener: Any = None
 
-    def read(
-        self,
-        done: Callable[[Header], None],
-        asker: Callable[[], Asked | None],
-        refused: Callable[[Refusal], None],
-    ) -> None:
-        while (asked := asker()) is not None:
-            self.reads.append(asked)
-            if asked == NO_RIGHT or asked.token not in self.refuses:
-                self.observe()(self.header, self.linearizable)
-                done(self.header)
-                return
-            refused(Refusal("no"))
+    def read(self, now: Now) -> None:
+        self.do(self.questions.read(now))
 
-    def prove(self, asked: Asked, wanted: Callable[[], bool]) -> None:
-        assert wanted()
-        self.reads.append(asked)
-        if asked.token not in self.refuses:
-            self.observe()(self.header, self.linearizable)
+    def check(self, may: May) -> None:
+        assert may.asked == Asked(None, b"k", b"")
+        assert may.wanted
+        assert may.told is not None
+        may.told(Granted(HEADER))
 
-    def check(self, token: Any, key: Any, range_end: Any, decided: Callable[[Any], None], wanted: Any) -> None:
-        assert (token, key, range_end) == (None, b"k", b"")
-        assert wanted()
-        decided(Granted(HEADER))
+    def connected(self, watches: Any) -> None:
+        self.questions.connected()
+        self.do(self.questions.prove(self.listener.own_token, watches))
+
+    def other_history(self, header: Header) -> None:
+        self.questions.other_history(header)
+
+    def do(self, effects: Sequence[Any]) -> None:
+        for effect in effects:
+            if isinstance(effect, Ask):
+                call = effect.call
+                self.reads.append(call.asked)
+                self.questions.begin(call, self.listener.newest_revision, 0.0)
+                call.linearizable = self.linearizable
+                if call.asked == NO_RIGHT or call.asked.token not in self.refuses:
+                    self.do(self.questions.answered(call, self.header))
+                else:
+                    self.do(self.questions.failed(call, Status.PERMISSION_DENIED, "no"))
+            elif isinstance(effect, Tell):
+                assert effect.question.told is not None
+                effect.question.told(effect.outcome)
+            elif isinstance(effect, SendAway):
+                self.listener.not_authorized(effect.session, effect.refusal)
+            else:
+                self.listener.went_back(effect.header)
 
     def stop(self) -> None:
         pass

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from coalesce.inputs import Granted, Refusal
+from coalesce.inputs import Granted, Identity, Refusal
+from coalesce.session import Session
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proto.scan import Header
-from proxy.reads import NO_RIGHT, TXN, Asked, Reader, ReaderSettings
+from proxy.deciding.questions import May, Now, Outcome
+from proxy.deciding.rollback import Asked
+from proxy.reads import AUTHENTICATE, TXN, Reader, ReaderSettings
 from tests.proxy.scenario import run
 from tests.waiting import until_async
-from upstream.errors import CallFailed
-from upstream.pool import NO_LEADER_TEXT
+from upstream.errors import NO_LEADER_TEXT, CallFailed
 
 INVALID = CallFailed(Status.UNAUTHENTICATED, "etcdserver: invalid auth token")
 EMPTY = CallFailed(Status.INVALID_ARGUMENT, "etcdserver: user name is empty")
@@ -42,6 +46,7 @@ class ScriptedPool:
     def __init__(self) -> None:
         self.asked: list[Call] = []
         self.auto: Callable[[Call], int | CallFailed] | None = None
+        self.login = CallFailed(Status.UNAVAILABLE, "gone")
 
     async def unary(
         self,
@@ -53,6 +58,8 @@ class ScriptedPool:
         has_leader: bool = False,
         idempotent: bool = False,
     ) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+        if path == AUTHENTICATE:
+            raise self.login
         assert path == TXN
         assert timeout_s > 0
         assert idempotent
@@ -75,9 +82,6 @@ class ScriptedPool:
         return self.asked[-1]
 
 
-Outcome = Granted | Header | Refusal
-
-
 def kinds(outcomes: Sequence[Outcome]) -> list[tuple[str, int | str]]:
     """Outcomes as what a test compares."""
     return [
@@ -88,14 +92,12 @@ def kinds(outcomes: Sequence[Outcome]) -> list[tuple[str, int | str]]:
     ]
 
 
-def unexpected(refusal: Refusal) -> None:
-    """Nothing is refused here."""
-    pytest.fail(refusal.text)
+class FakeSession:
+    """A session that has a token, and may end."""
 
-
-def always() -> bool:
-    """Somebody waits."""
-    return True
+    def __init__(self, token: bytes | None = None) -> None:
+        self.identity = Identity(token)
+        self.ended = False
 
 
 def keep(got: dict[str, Outcome], name: str, outcome: Outcome) -> None:
@@ -108,40 +110,77 @@ def has(got: Sequence[Outcome], count: int) -> bool:
     return len(got) == count
 
 
-def observed(pool: ScriptedPool, got: list[tuple[Header, bool]]) -> Reader:
-    """Return a reader of which every answer is kept."""
-    reader = Reader(pool)
-    reader.observe = lambda: lambda header, linearizable: got.append((header, linearizable))
-    return reader
+def now(told: Callable[[Outcome], None], *sessions: FakeSession, refusal: str | None = None) -> Now:
+    """Return the question of sessions that wait for "now"."""
+    waiting = [SimpleNamespace(session=each, refusal=refusal, key=b"k", range_end=b"l") for each in sessions]
+    read: Any = SimpleNamespace(waiting=waiting)
+    return Now(read, told)
+
+
+class Seen:
+    """A listener that notes what it is told."""
+
+    newest_revision = 0
+    own_token: bytes | None = None
+
+    def __init__(self) -> None:
+        self.away: list[Refusal] = []
+        self.back: list[int] = []
+
+    def not_authorized(self, session: Session, refusal: Refusal) -> None:
+        self.away.append(refusal)
+        assert isinstance(session, FakeSession)
+
+    def went_back(self, header: Header) -> None:
+        self.newest_revision = header.revision
+        self.back.append(header.revision)
 
 
 def test_a_read_is_linearizable_and_asks_for_a_leader() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
-        got: list[tuple[Header, bool]] = []
-        observed(pool, got).read(lambda _: None, Asked, unexpected)
+        got: list[Outcome] = []
+        Reader(pool).read(now(got.append, FakeSession()))
         asked = await pool.count(1)
         assert asked.has_leader
         assert not asked.range.serializable
         assert (asked.range.limit, asked.range.keys_only) == (1, True)
         asked.answer.set_result(42)
         await until_async(lambda: got, "the answer")
-        header, linearizable = got[0]
-        assert linearizable
+        header = got[0]
+        assert isinstance(header, Header)
         assert (header.revision, header.cluster_id, header.member_id, header.raft_term) == (42, 1, 2, 3)
 
     run(scenario())
 
 
-def test_without_a_leader_it_is_serializable() -> None:
+def test_without_a_leader_it_is_serializable_and_tells_of_no_rollback() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
-        got: list[tuple[Header, bool]] = []
+        got: list[Outcome] = []
         pool.auto = lambda asked: 7 if asked.range.serializable else CallFailed(Status.UNAVAILABLE, NO_LEADER_TEXT)
-        observed(pool, got).read(lambda _: None, Asked, unexpected)
+        reader = Reader(pool)
+        reader.listener = seen = Seen()
+        seen.newest_revision = 9
+        reader.read(now(got.append, FakeSession()))
         await until_async(lambda: got, "the answer")
-        assert not got[0][1]
+        assert seen.back == []
         assert [(asked.range.serializable, asked.has_leader) for asked in pool.asked] == [(False, True), (True, False)]
+
+    run(scenario())
+
+
+def test_a_linearizable_read_tells_of_a_rollback_before_it_is_answered() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        pool.auto = lambda _: 7
+        reader = Reader(pool)
+        reader.listener = seen = Seen()
+        seen.newest_revision = 9
+        told: list[list[int]] = []
+        reader.read(now(lambda _: told.append(list(seen.back)), FakeSession()))
+        await until_async(lambda: told, "the answer")
+        assert told == [[7]]
 
     run(scenario())
 
@@ -149,13 +188,15 @@ def test_without_a_leader_it_is_serializable() -> None:
 def test_a_read_is_tried_until_it_works() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
-        got: list[tuple[Header, bool]] = []
+        got: list[Outcome] = []
         failures = [CallFailed(Status.UNAVAILABLE, "gone"), CallFailed(Status.DEADLINE_EXCEEDED, "slow")]
         pool.auto = lambda _: failures.pop(0) if failures else 9
-        observed(pool, got).read(lambda _: None, Asked, unexpected)
+        reader = Reader(pool)
+        reader.read(now(got.append, FakeSession()))
         await until_async(lambda: got, "the answer")
-        assert (got[0][0].revision, got[0][1]) == (9, True)
+        assert kinds(got) == [("Header", 9)]
         assert not any(asked.range.serializable for asked in pool.asked)
+        assert not reader._backoffs
 
     run(scenario())
 
@@ -165,14 +206,14 @@ def test_a_refused_read_is_tried_by_another_right(tokens: list[bytes]) -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         pool.auto = lambda call: 5 if call.token == b"good" else DENIED
-        askers = [Asked(token, b"k", b"l") for token in tokens]
-        got: list[tuple[Header, bool]] = []
-        refusals: list[Refusal] = []
-        reader = observed(pool, got)
-        reader.read(lambda _: None, lambda: askers.pop(0) if askers else None, refusals.append)
-        await until_async(lambda: not reader._tasks, "the read to end")
-        assert [header.revision for header, _ in got] == [5] * tokens.count(b"good")
-        assert len(refusals) == tokens.count(b"bad")
+        got: list[Outcome] = []
+        reader = Reader(pool)
+        reader.listener = seen = Seen()
+        reader.read(now(got.append, *map(FakeSession, tokens)))
+        await until_async(lambda: got, "the read to end")
+        # Nobody is left to ask for: the core is told nothing, but told.
+        assert kinds(got) == [("Header", 5 * tokens.count(b"good"))]
+        assert len(seen.away) == tokens.count(b"bad")
         assert (pool.asked[-1].range.key, pool.asked[-1].range.range_end) == (b"k", b"l")
 
     run(scenario())
@@ -182,10 +223,33 @@ def test_a_read_without_any_right_is_not_linearizable() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         pool.auto = lambda call: 3 if not call.range.key else DENIED
-        got: list[tuple[Header, bool]] = []
-        observed(pool, got).read(lambda _: None, lambda: NO_RIGHT, unexpected)
+        got: list[Outcome] = []
+        reader = Reader(pool)
+        reader.listener = seen = Seen()
+        seen.newest_revision = 9
+        reader.read(now(got.append, FakeSession(), refusal="no"))
         await until_async(lambda: got, "the answer")
-        assert (got[0][0].revision, got[0][1]) == (3, False)
+        assert kinds(got) == [("Header", 3)]
+        assert seen.back == []
+
+    run(scenario())
+
+
+def test_a_certificate_with_a_name_has_nobody_log_in_first() -> None:
+    """With auth on that is refused, with auth off it is not: then a probe tells."""
+
+    async def scenario() -> None:
+        for refused, outcome in ((True, "Refusal"), (False, "Granted")):
+            pool = ScriptedPool()
+            pool.auto = lambda _: 5
+            pool.login = CallFailed(Status.INVALID_ARGUMENT if refused else Status.FAILED_PRECONDITION, "no")
+            reader = Reader(pool)
+            reader.questions.named = True
+            got: list[Outcome] = []
+            reader.check(May(Asked(), told=got.append))
+            await until_async(lambda: got, "the answer")  # noqa: B023 - awaited here
+            assert kinds(got)[0][0] == outcome
+            assert len(pool.asked) == (0 if refused else 1)
 
     run(scenario())
 
@@ -195,16 +259,16 @@ def test_with_auth_off_one_probe_serves_all() -> None:
         pool = ScriptedPool()
         reader = Reader(pool)
         got: list[Outcome] = []
-        reader.check(None, b"a", b"", got.append, always)
+        reader.check(May(Asked(None, b"a", b""), told=got.append))
         asked = await pool.count(1)
-        reader.check(b"a token is not looked at with auth off", b"b", b"", got.append, always)
+        reader.check(May(Asked(b"a token is not looked at with auth off", b"b", b""), told=got.append))
         asked.answer.set_result(5)
         await until_async(lambda: len(got) == 2, "both answers")
-        reader.check(None, b"c", b"", got.append, always)
+        reader.check(May(Asked(None, b"c", b""), told=got.append))
         # Only the first came before the read began, so only to him it says what "now" is.
         assert kinds(got) == [("Granted", 5), ("Header", 5), ("Header", 5)]
         assert [asked.token for asked in pool.asked] == [None]
-        assert not reader.auth_on
+        assert not reader.questions.auth_on
 
     run(scenario())
 
@@ -216,7 +280,7 @@ def test_a_probe_is_not_believed_for_ever() -> None:
         reader = Reader(pool, ReaderSettings(probe_age_s_max=-1.0))
         got: list[Outcome] = []
         for count in (1, 2):
-            reader.check(None, b"a", b"", got.append, always)
+            reader.check(May(Asked(None, b"a", b""), told=got.append))
             await until_async(functools.partial(has, got, count), "the answer")
         assert kinds(got) == [("Granted", 5)] * 2
         assert len(pool.asked) == 2
@@ -232,20 +296,20 @@ def test_with_auth_on_each_is_checked_with_his_own_token() -> None:
         reader = Reader(pool)
         got: dict[str, Outcome] = {}
         for token in (b"good", b"bad", None):
-            reader.check(token, b"k", b"l", functools.partial(keep, got, str(token)), always)
+            reader.check(May(Asked(token, b"k", b"l"), told=functools.partial(keep, got, str(token))))
         await until_async(lambda: len(got) == 3, "all answers")
         assert kinds([got["b'good'"]]) == [("Granted", 8)]
         denied = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
         assert kinds([got["b'bad'"]]) == [("Refusal", denied)]
         empty = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty"
         assert kinds([got["None"]]) == [("Refusal", empty)]
-        assert reader.auth_on
+        assert reader.questions.auth_on
         assert [(asked.range.key, asked.range.range_end) for asked in pool.asked if asked.token is not None] == [
             (b"k", b"l")
         ] * 2
         # Known to be on: a token is checked without another probe.
         before = len(pool.asked)
-        reader.check(b"good", b"m", b"", lambda outcome: got.update({"again": outcome}), always)
+        reader.check(May(Asked(b"good", b"m"), told=lambda outcome: got.update({"again": outcome})))
         await until_async(lambda: "again" in got, "the answer")
         assert len(pool.asked) == before + 1
 
@@ -260,11 +324,11 @@ def test_auth_that_is_switched_off_is_noticed() -> None:
         reader = Reader(pool)
         got: list[Outcome] = []
         for count in (1, 2):
-            reader.check(None, b"a", b"", got.append, always)
+            reader.check(May(Asked(None, b"a", b""), told=got.append))
             await until_async(functools.partial(has, got, count), "the answer")
         assert isinstance(got[0], Refusal)
         assert kinds(got[1:]) == [("Granted", 6)]
-        assert not reader.auth_on
+        assert not reader.questions.auth_on
 
     run(scenario())
 
@@ -275,17 +339,17 @@ def test_nobody_asks_on_for_clients_that_are_gone(auth_on: bool) -> None:
         pool = ScriptedPool()
         pool.auto = lambda _: CallFailed(Status.UNAVAILABLE, "gone")
         reader = Reader(pool)
-        reader.auth_on = auth_on
-        gone = False
+        reader.questions.auth_on = auth_on
+        create: Any = SimpleNamespace(session=FakeSession())
         for _ in range(3):
-            reader.check(b"t", b"a", b"", lambda _: pytest.fail("no answer is due"), lambda: not gone)
+            reader.check(May(Asked(b"t", b"a"), create, lambda _: pytest.fail("no answer is due")))
         await until_async(lambda: len(pool.asked) > 5, "some tries")
-        gone = True
+        create.session.ended = True
         await until_async(lambda: not reader._tasks, "the tasks to end")
-        assert not reader._probing
+        assert not reader._backoffs
         pool.auto = lambda _: 4
         got: list[Outcome] = []
-        reader.check(b"t", b"a", b"", got.append, always)
+        reader.check(May(Asked(b"t", b"a", b""), told=got.append))
         await until_async(lambda: got, "an answer for the next one")
 
     run(scenario())
@@ -295,7 +359,7 @@ def test_stop_gives_everything_up() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         reader = Reader(pool)
-        reader.read(lambda *_: pytest.fail("no answer is due"), Asked, unexpected)
+        reader.read(now(lambda _: pytest.fail("no answer is due"), FakeSession()))
         await pool.count(1)
         reader.stop()
         await until_async(lambda: not reader._tasks, "the tasks to end")

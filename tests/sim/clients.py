@@ -144,7 +144,8 @@ class SimWatch:
             records = self.log.records
             first = max(place for place, record in enumerate(records) if isinstance(record, Opened | Reopened))
             start = records[first].start_revision  # type: ignore[union-attr]  # one of the two, as looked for
-            self.log = WatchLog(*self.log.asked, records=[Opened(start), *records[first + 1 :]])
+            kept = [] if self.doomed else records[first + 1 :]
+            self.log = WatchLog(*self.log.asked, records=[Opened(start), *kept])
 
     def forget(self) -> None:
         """What it was told is true no more. It may be opened again, from now."""
@@ -201,6 +202,8 @@ class SimSession:
     narrow: bool = False
     # Whether the client's token has been valid and invalid by turns, so that nobody knows what a check found.
     fickle: Callable[[], bool] = bool
+    # Whether the proxy knows by now that the store was restored, if it was.
+    noticed: Callable[[], bool] = lambda: True
     core: Any = None
     stalled: bool = False
     # The input during which it stalled, when that was, and the ids that had a watch then.
@@ -295,6 +298,12 @@ class SimSession:
         while watch_id in self.taken:
             watch_id += 1
         return watch_id, ""
+
+    def now_may_be(self, revision: int) -> None:
+        """For creates that have no answer yet "now" may be this from here on."""
+        for request in self.requests:
+            if isinstance(request, SentCreate):
+                request.sent_at = min(request.sent_at, revision)
 
     # what the proxy writes
 
@@ -428,6 +437,8 @@ class SimSession:
         watch = self.announced.get(response.watch_id)
         if watch is None:
             raise SimulationFailure(f"{_short(response)}: no such watch")
+        if watch.doomed and self.noticed():
+            raise SimulationFailure(f"{_short(response)}: events of two histories on one watch")
         if response.fragment and not watch.spec.fragment:
             raise SimulationFailure(f"{_short(response)}: a fragment for a watch that did not ask for them")
         changes = [decode_change(event) for event in response.events]

@@ -65,6 +65,11 @@ class Store:
         self.compacted_ever: list[int] = []
         self.changes: list[Change] = []
         self.log: list[Applied] = []
+        # The index of the entry before the log's first: what came before, without revisions, and shorter after a
+        # restore, since a log that begins anew knows nothing of the snapshot's revisions.
+        self.index_base = 1000
+        # Without a quorum nothing is written.
+        self.has_quorum = True
         self._latest: dict[bytes, Change] = {}
         self._events: dict[tuple[int, bytes, bool], Event] = {}
 
@@ -76,11 +81,15 @@ class Store:
 
     def revoke(self) -> None:
         """End the lease: its keys are deleted in one revision, in order; it is granted anew at once."""
+        if not self.has_quorum:
+            return
         keys = sorted(key for key, change in self._latest.items() if change.lease)
         changes = self._change([(key, None) for key in keys], 0)
         self.log.append(Applied(self.revision, changes, revokes=True))
 
     def _change(self, operations: Iterable[Operation], lease: int) -> tuple[Change, ...]:
+        if not self.has_quorum:
+            return ()
         revision = self.revision + 1
         changes = []
         for key, value in operations:
@@ -103,7 +112,7 @@ class Store:
 
     def compact(self, revision: int) -> bool:
         """Forget what is below `revision`; False if that is not above the last compaction or in the future."""
-        if not self.compact_revision < revision <= self.revision:
+        if not self.has_quorum or not self.compact_revision < revision <= self.revision:
             return False
         self.compact_revision = revision
         self.compact_revisions.append(revision)
@@ -116,6 +125,7 @@ class Store:
         self.revision = revision
         self.changes = [change for change in self.changes if change.mod_revision <= revision]
         self.log = [entry for entry in self.log if entry.revision <= revision]
+        self.index_base = 3 - len(self.log)
         self.compact_revisions = [entry.compact_revision for entry in self.log if entry.compact_revision]
         self.compact_revision = max(self.compact_revisions, default=0)
         self._latest = {change.key: change for change in self.changes if change.kind == PUT}
@@ -233,6 +243,11 @@ class Member:
     def behind(self) -> int:
         """How many log entries it has not applied."""
         return len(self.store.log) - self.position
+
+    @property
+    def index(self) -> int:
+        """The index of the entry it applied last."""
+        return self.store.index_base + self.position
 
     def apply_some(self, rng: random.Random) -> None:
         """Apply a few entries of the log."""

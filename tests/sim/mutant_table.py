@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.sim.mutant_table_engine import ENGINE_MUTANTS
 from tests.sim.mutant_table_upstream import CLIENT_MUTANTS, STORE_MUTANTS
 from tests.sim.mutants import Mutant
 
@@ -167,4 +168,4 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     Mutant("a restored store is not believed", "ending", "self._cancel_with(watch, OTHER_HISTORY)", "pass"),
 )
 
-MUTANTS = (*CORE_MUTANTS, *CLIENT_MUTANTS, *STORE_MUTANTS)
+MUTANTS = (*CORE_MUTANTS, *CLIENT_MUTANTS, *STORE_MUTANTS, *ENGINE_MUTANTS)

@@ -22,7 +22,10 @@ from tests.sim.parts import REAL, Parts, StoreModules
 CORE = "coalesce"
 STORE = "upstream.store"
 WATCH_STATE = "upstream.watching.state"
-_FAMILIES = (CORE, STORE, WATCH_STATE)
+CHOICE = "upstream.watching.choice"
+LINEAGE = "upstream.watching.lineage"
+DECIDING = "proxy.deciding"
+_FAMILIES = (CORE, STORE, WATCH_STATE, CHOICE, LINEAGE, DECIDING)
 
 
 class Mutant(NamedTuple):
@@ -105,6 +108,12 @@ def _parts(family: str) -> Parts:
         return replace(REAL, core=importlib.import_module(CORE))
     if family == WATCH_STATE:
         return replace(REAL, watch_state=importlib.import_module(WATCH_STATE))
+    if family == CHOICE:
+        return replace(REAL, choice=importlib.import_module(CHOICE))
+    if family == LINEAGE:
+        return replace(REAL, lineage=importlib.import_module(LINEAGE))
+    if family == DECIDING:
+        return replace(REAL, questions=importlib.import_module(f"{DECIDING}.questions"))
     modules = {each.name: importlib.import_module(f"{STORE}.{each.name}") for each in fields(StoreModules)}
     return replace(REAL, store=StoreModules(**modules))
 

@@ -51,7 +51,8 @@ def search(mutant: Mutant) -> Witness | None:
     known = known_witnesses().get(mutant.name)
     if known is not None and is_found_by(mutant, known):
         return known
-    kinds = list(_TRIALS) if parts.core is REAL.core else ["simulation"]
+    below = parts.watch_state is not REAL.watch_state or parts.store is not REAL.store
+    kinds = list(_TRIALS) if below else ["simulation"]
     for seed in range(SEEDS_MAX):
         for kind in kinds:
             if _TRIALS[kind](seed, parts):

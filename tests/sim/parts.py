@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import coalesce
+from proxy.deciding import questions
 from upstream.store import errors, recorder, state, watch_batch, watch_requests, watchable
+from upstream.watching import choice, lineage
 from upstream.watching import state as watch_state
 
 
@@ -24,11 +26,14 @@ class StoreModules:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The core, the bundled store and the state of the watch client."""
+    """The core, the bundled store, what the watch client decides, and what the engine decides."""
 
     core: ModuleType = coalesce
     store: StoreModules = StoreModules()
     watch_state: ModuleType = watch_state
+    choice: ModuleType = choice
+    lineage: ModuleType = lineage
+    questions: ModuleType = questions
 
 
 REAL = Parts()

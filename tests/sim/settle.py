@@ -40,7 +40,9 @@ def settle(world: World, rng: random.Random, seconds: float, frozen: SimClient |
         deadline = world.core.next_deadline()
         if deadline is None or deadline > until:
             world.now = max(world.now, until)
-            return
+            if not world.upstream.look_again(rng):
+                return
+            continue
         world.now = max(world.now, deadline)
         world.expire()
         made += 1
@@ -48,6 +50,7 @@ def settle(world: World, rng: random.Random, seconds: float, frozen: SimClient |
 
 def finish(world: World, rng: random.Random) -> None:
     """Bring the run to its end and judge it."""
+    world.heal()
     for client in world.clients:
         client.window = 1 << 30
         if client.session is not None:
@@ -68,6 +71,7 @@ def finish(world: World, rng: random.Random) -> None:
     _check_quiet_resumption(world, rng)
     world.check()
     _check_answers(world)
+    world.upstream.check()
     _check_upstream(world)
     _check_guarantees(world)
     _check_quiet_times(world, rng)
@@ -93,6 +97,9 @@ def _ask_all(world: World, rng: random.Random) -> None:
 
 def isolate(world: World, rng: random.Random, frozen: SimClient) -> None:
     """One client reads nothing for a while: all others get everything meanwhile."""
+    if world.undiscovered is not None or not world.store.has_quorum or world.cut:
+        # Nobody gets everything then.
+        return
     world.store.write([(key, b"isolated") for key in world.config.keys])
     settle(world, rng, 3.0, frozen)
     if frozen.session is not None and frozen.session.outbox_bytes > frozen.session.window:
@@ -167,7 +174,7 @@ def _live(world: World) -> list[SimWatch]:
 
 
 def _check_answers(world: World) -> None:
-    if world.reads or world.checks:
+    if world.calls.sent or world.calls.waiting:
         raise SimulationFailure("reads or checks are left")
     for client in world.clients:
         session = client.session

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tests.sim.clients import LOST, SimWatch, Spec
-from tests.sim.failure import SimulationFailure
 from tests.sim.model_store import LEASE
 from tests.sim.permissions import MIGHTY, TOKENS
 from tests.sim.settle import isolate, settle
@@ -172,7 +171,7 @@ def herd(world: World, rng: random.Random) -> None:
         client = _connected(world, rng)
         if client is not None:
             _new_watch(world, rng, client, place, rng.choice((None, None, None, world.store.revision)))
-        world.answer_checks(rng)
+        world.calls.answer_checks(rng)
         put(world, rng)
         world.make_moves(rng, rng.choice((0, 0, 1)))
 
@@ -283,13 +282,29 @@ def lose(world: World, rng: random.Random) -> None:
     )
 
 
-@_action(0.3, fault=True)
-def no_leader(world: World, _: random.Random) -> None:
-    """No endpoint has a leader."""
-    world.input(world.core.no_leader)
-    for client in world.clients:
-        if client.has_leader and client.session is not None and client.session.ended is None:
-            raise SimulationFailure("a session that asked for hasleader lives on without a leader")
+@_action(0.6, fault=True)
+def lose_leader(world: World, rng: random.Random) -> None:
+    """Quorum is lost, or there again: without, nobody has a leader and nothing is written."""
+    if world.config.tells_status:
+        if world.store.has_quorum:
+            world.lose_quorum()
+        elif rng.random() < 0.7:
+            world.store.has_quorum = True
+
+
+@_action(0.6, fault=True)
+def cut_off(world: World, rng: random.Random) -> None:
+    """A member is cut off from the others, or all see each other again: it has no leader and applies nothing."""
+    if world.cut:
+        world.cut.clear()
+    elif len(world.members) > 1 and world.config.tells_status:
+        world.cut.add(rng.choice(world.members).member_id)
+
+
+@_action(0.6, fault=True)
+def change_endpoints(world: World, rng: random.Random) -> None:
+    """The operator gives other endpoints."""
+    world.upstream.set_endpoints(rng.sample(world.members, rng.randint(1, len(world.members))))
 
 
 @_action(0.2, fault=True)
@@ -306,10 +321,17 @@ def restart_member(world: World, rng: random.Random) -> None:
 
 @_action(0.3, fault=True)
 def restore(world: World, rng: random.Random) -> None:
-    """The store is restored from a snapshot."""
+    """The store is restored from a snapshot, and maybe written to."""
     revision = world.store.revision - rng.randint(1, 12)
-    if revision >= 1:
-        world.restore(revision)
+    if revision >= 1 and world.undiscovered is None:
+        world.restore(revision, rng)
+        # It may be where the old one was, or past that, before the proxy sees it.
+        grown = world.believed + rng.choice((-100, -100, 0, 1))
+        while world.undiscovered is not None and world.store.has_quorum and world.store.revision < grown:
+            put(world, rng)
+        if rng.random() < 0.5:
+            for member in world.members:
+                member.apply(member.behind)
 
 
 @_action(1, fault=True)
@@ -345,6 +367,7 @@ def flow(world: World, rng: random.Random) -> None:
 def quiet(world: World, rng: random.Random) -> None:
     """Everything that waits happens."""
     settle(world, rng, 0.0)
+    world.check_rest()
 
 
 @_action(0.7)
@@ -425,7 +448,9 @@ def make_config(rng: random.Random) -> Config:
         old_members=rng.choice((0, 0, 0, 0, 0, 0, 1, 3)),
         auth=rng.random() < 0.25,
         prev_kv=rng.choice((0.1, 0.25, 0.5)),
-        granted=rng.choice((0.0, 0.0, 0.5, 1.0)),
+        probe_age_s_max=rng.choice((1.0, 1.0, -1.0)),
+        failing_reads=rng.choice((0.0, 0.05, 0.3)),
+        tells_status=rng.random() < 0.9,
         value_bytes_max=rng.choice((0, 20, 80)),
         clients_max=rng.randint(1, 6),
         moves=rng.choice((0, 3, 10)),

@@ -124,6 +124,11 @@ class StoreMember:
         return len(self.store.log) - self._position
 
     @property
+    def index(self) -> int:
+        """The index of the entry it applied last."""
+        return self.store.index_base + self._position
+
+    @property
     def revision(self) -> int:
         """The newest revision it has applied."""
         return self.state.mvcc.revision  # type: ignore[no-any-return]  # the module under test is untyped here

@@ -18,7 +18,7 @@ from tests.sim.model_store import Member, Store
 from tests.sim.parts import REAL, Parts
 from tests.sim.permissions import Permissions
 from tests.sim.store_member import StoreMember
-from tests.sim.upstream_shell import AnyMember, UpstreamShell
+from tests.sim.upstream_shell import AnyMember, Callbacks, UpstreamShell
 
 KEYS = (b"a", b"b", b"c")
 STEPS = 80
@@ -66,12 +66,9 @@ class Harness:
             self.members,
             rng.choice((1, 2, 128)),
             lambda *_: "",
-            self.received,
-            self.progressed,
-            self.lost,
-            lambda _: None,
-            lambda _: None,
-            parts.watch_state.WatchState(),
+            Callbacks(self.received, self.progressed, self.lost, lambda _: None),
+            parts,
+            dice=random.Random(0),
         )
 
     def received(self, upstream: Upstream, response: WatchResponse) -> None:
@@ -120,10 +117,6 @@ class Harness:
             moves += [member.sync] if member.unsynced else []
             moves += [member.retry_victims] if member.victims else []
             moves += [member.compact_step] if member.compacting else []
-        if self.shell.member is None:
-            moves.append(self.shell.connect)
-        if self.shell.unregistered:
-            moves.append(self.shell.register)
         self.shell.add_moves(moves)
         return moves
 

@@ -1,51 +1,104 @@
-"""The simulator's side of the upstream watch client: the real `WatchState` on model connections that break.
+"""The simulator's side of the upstream watch client: what the real one decides, on model connections that break.
 
-The pure state of the watch client decides everything; the shell of the real one only moves bytes, and so does this
-one: between each pair of its calls anything can go missing.
+The pure parts of the watch client decide everything (`state`, `choice`, `lineage`); the shell of the real one only
+moves bytes, and so does this one: between each pair of its calls anything can go missing.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from proto.scan import Header, WatchResponse
+from tests.sim.failure import SimulationFailure
 from tests.sim.model_store import Member
-from tests.sim.model_stream import ServerStream
+from tests.sim.model_stream import CLUSTER_ID, RAFT_TERM, ServerStream
+from tests.sim.parts import REAL, Parts
 from tests.sim.store_member import StoreMember, StoreStream
 from upstream.watching import effects as watch_effects
-from upstream.watching.state import WatchState
 from upstream.watching.stream import WatchStream
 
 AnyMember = Member | StoreMember
 AnyStream = ServerStream | StoreStream
 
 
+NO_LEADER = "etcdserver: no leader"
+UNAVAILABLE = 14
+# What ends a stream that its watches survive: a network, a server that stops, one without a Watch service, a text.
+_ENDS = ((UNAVAILABLE, "gone"), (1, "etcdserver: server stopped"), (UNAVAILABLE, NO_LEADER), (13, "broken"))
+
+
+@dataclass(slots=True, eq=False)
+class Endpoint:
+    """One endpoint, and what is known of it: `upstream.dial.Target` without its timers."""
+
+    member: AnyMember
+    tried: bool = False
+    leaderless: bool = False
+    unimplemented: bool = False
+
+
 @dataclass(slots=True)
+class Callbacks:
+    """What to do with what is said, as in upstream/watching/listener.py."""
+
+    received: Callable[[Any, WatchResponse], None]
+    progressed: Callable[[list[Any], Header, int], None]
+    lost: Callable[[Any, int, str], None]
+    header: Callable[[Header], None]
+    resumed: Callable[[bool], None] = lambda _: None
+    no_leader: Callable[[], None] = lambda: None
+    other_history: Callable[[Header], None] = lambda _: None
+
+
 class UpstreamShell:
     """One watch client: connected to one member at a time, or to none."""
 
-    members: Sequence[AnyMember]
-    channel_max: int
-    permission: Callable[[bytes | None, bytes, bytes], str]
-    # What to do with what the state says, as in upstream/watching/client.py.
-    on_received: Callable[[Any, WatchResponse], None]
-    on_progressed: Callable[[list[Any], Header, int], None]
-    on_lost: Callable[[Any, int, str], None]
-    on_header: Callable[[Header], None]
-    on_connected: Callable[[bool], None]
-    state: WatchState = field(default_factory=WatchState)
-    member: AnyMember | None = None
-    # Streams that ended alone: their watches wait to be registered again.
-    unregistered: bool = False
-    opened: int = 0
-    breaks: int = 0
-    _links: dict[WatchStream, AnyStream] = field(default_factory=dict)
-    # How many responses of a paused stream are read all the same, since they had come before the pause.
-    _in_flight: dict[WatchStream, int] = field(default_factory=dict)
+    def __init__(
+        self,
+        members: Sequence[AnyMember],
+        channel_max: int,
+        permission: Callable[[bytes | None, bytes, bytes], str],
+        on: Callbacks,
+        parts: Parts = REAL,
+        has_leader: Callable[[AnyMember], bool] = lambda _: True,
+        tells_status: bool = True,
+        dice: random.Random | None = None,
+    ) -> None:
+        self.channel_max = channel_max
+        self.permission = permission
+        self.on = on
+        self.state: Any = parts.watch_state.WatchState()
+        self.choice: Any = parts.choice.Choice()
+        self.lineage: Any = parts.lineage.Lineage()
+        self.endpoints = [Endpoint(member) for member in members]
+        # Where it is connected, and where the member said it was then.
+        self.endpoint: Endpoint | None = None
+        self.standing: Any = None
+        # Streams that ended alone: their watches wait to be registered again.
+        self.unregistered = False
+        self.opened = 0
+        self.breaks = 0
+        # Endpoints that were tried since there was a connection.
+        self._in_vain: set[int] = set()
+        self._parts = parts
+        self._has_leader = has_leader
+        self._tells_status = tells_status
+        # Draws what is incidental, instead of the generator of the run.
+        self._dice = dice
+        self._links: dict[WatchStream, AnyStream] = {}
+        # Streams that asked for a leader.
+        self._led: set[WatchStream] = set()
+        # How many responses of a paused stream are read all the same, since they had come before the pause.
+        self._in_flight: dict[WatchStream, int] = {}
+
+    @property
+    def member(self) -> AnyMember | None:
+        """Where it is connected; None while it is not."""
+        return None if self.endpoint is None else self.endpoint.member
 
     # what the engine calls
 
@@ -76,23 +129,143 @@ class UpstreamShell:
     def store_went_back(self, revision: int) -> None:
         """Note that the store is at an earlier revision than it was."""
         self.state.newest_revision = revision
+        self.lineage.went_back(self.standing if self.endpoint is not None else None)
+
+    def set_endpoints(self, members: Sequence[AnyMember]) -> None:
+        """Go by other endpoints; one that is in use serves until another one does."""
+        known = {id(endpoint.member): endpoint for endpoint in self.endpoints}
+        self.endpoints = [known.get(id(member)) or Endpoint(member) for member in members]
 
     # what the network does
 
     def connect(self, rng: random.Random) -> None:
-        """Connect to some member, which may lag."""
-        self.member = rng.choice(self.members)
-        self.on_connected(self.member.ordered_progress)
-        self._do(self.state.connect(self.member.ordered_progress, self.member.revision))
+        """Try an endpoint that has not failed yet; its member may lag, or have no leader."""
+        untried = [endpoint for endpoint in self.endpoints if not endpoint.tried]
+        endpoint = rng.choice(untried or self.endpoints)
+        if self.choice.is_acceptable(self._seems_led(endpoint)) and self._recognise(rng, endpoint):
+            self._use(endpoint)
+            return
+        endpoint.tried = True
+        self._in_vain.add(id(endpoint))
+        if self.choice.failed(self.endpoints, False):
+            if any(id(each) not in self._in_vain for each in self.endpoints):
+                raise SimulationFailure("nobody has a leader, it says, and has not asked everybody")
+            self.on.no_leader()
+
+    def _seems_led(self, endpoint: Endpoint) -> bool:
+        """What a member says of its leader; one that says nothing is assumed to have one."""
+        led = not self._tells_status or self._has_leader(endpoint.member)
+        endpoint.leaderless = not led
+        return led
+
+    def _where(self, rng: random.Random, member: AnyMember) -> Any:
+        """What a member answers when it is asked where it is; None: nothing."""
+        if not self._tells_status:
+            return None
+        header = Header.make(CLUSTER_ID, member.member_id, member.revision, RAFT_TERM)
+        # How far the log is was read a moment before the rest.
+        dice = self._dice or rng
+        committed = dice.choice((member.index, member.index + member.behind, max(1, member.index - dice.randint(0, 3))))
+        return self._parts.lineage.Standing(header, member.index, committed)
+
+    def _recognise(self, rng: random.Random, endpoint: Endpoint) -> bool:
+        """As upstream/watching/client.py does, before anything is registered there."""
+        verdicts = self._parts.lineage.Verdict
+        now = self._where(rng, endpoint.member)
+        if self.lineage.seen(now) is verdicts.SUSPECT:
+            later = now._replace(committed=endpoint.member.index) if rng.random() < 0.9 else None
+            verdict = self.lineage.seen_again(now, later)
+            if verdict is verdicts.OTHER:
+                self.on.other_history(now.header)
+                self.lineage.went_back(now)
+            if verdict is verdicts.UNKNOWN:
+                return False
+        self.standing = now
+        return True
+
+    def _use(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.choice.used(not endpoint.leaderless)
+        self._in_vain.clear()
+        for each in self.endpoints:
+            each.tried = False
+        ordered: bool = endpoint.member.ordered_progress
+        revision = 0
+        if self.standing is not None:
+            revision = self.standing.header.revision
+            self.on.header(self.standing.header)
+        self._do(self.state.connect(ordered, revision))
+        self.on.resumed(ordered)
+
+    def check(self) -> None:
+        """Once nothing more happens by itself, it is where it is wanted. Raises SimulationFailure."""
+        led = [each for each in self.endpoints if self._has_leader(each.member)]
+        if self.endpoint is not None and led and (self.endpoint not in self.endpoints or self.choice.leaderless):
+            raise SimulationFailure("it stays at an endpoint that is none any more, or that has no leader")
+
+    def better(self) -> list[Endpoint]:
+        """Endpoints that would do in place of the one in use, when another one is wanted."""
+        wanted = self.choice.wanted(self.endpoint in self.endpoints)
+        if wanted is self._parts.choice.Wanted.NOTHING:
+            return []
+        return [each for each in self.endpoints if self.choice.is_better(wanted, self._seems_led(each))]
+
+    def move_on(self, rng: random.Random) -> None:
+        """Go to a better endpoint."""
+        better = self.better()
+        if self.endpoint is not None and better:
+            endpoint = rng.choice(better)
+            if self._recognise(rng, endpoint):
+                self.disconnect()
+                self._use(endpoint)
+
+    @property
+    def wants_a_look(self) -> bool:
+        """Where the store is shall be asked once more."""
+        return self.endpoint is not None and self.lineage.wants_a_look(self.standing, self.state.newest_revision)
+
+    def look_again(self, rng: random.Random) -> bool:
+        """Ask from time to time where the store in use is, if that is wanted; tell whether it has said enough."""
+        if self.endpoint is None or not self.wants_a_look:
+            return False
+        self._recognise(rng, self.endpoint)
+        return not self.wants_a_look
+
+    def end_leaderless(self, _: random.Random | None = None) -> None:
+        """The member in use has no leader: it ends the streams that asked for one."""
+        for stream in list(self._led):
+            if stream in self._links and self.endpoint is not None and not self._has_leader(self.endpoint.member):
+                self._end(stream, UNAVAILABLE, NO_LEADER)
+
+    def _end(self, stream: WatchStream, status: int, text: str) -> None:
+        """A stream ends with a status: what follows is decided by the real code."""
+        endpoint = self.endpoint
+        assert endpoint is not None, "streams are there while it is connected"
+        follows = self._parts.choice.after_end(
+            status, text, endpoint, self.endpoints, answered=stream.answered, opened=True, healthy=True
+        )
+        self._links.pop(stream).close()
+        self._led.discard(stream)
+        self.breaks += 1
+        if follows is self._parts.choice.Next.LOST:
+            self._do(self.state.refused(stream, status, text))
+            return
+        self.state.ended(stream)
+        self.unregistered = True
+        if follows is self._parts.choice.Next.ELSEWHERE:
+            endpoint.tried = True
+            self._in_vain.add(id(endpoint))
+            self.disconnect()
 
     def disconnect(self) -> None:
         """Lose the connection with everything that was on its way."""
         self.breaks += 1
-        self.member = None
+        self.endpoint = self.standing = None
         self.unregistered = False
         for link in self._links.values():
             link.close()
         self._links.clear()
+        self._led.clear()
         self._in_flight.clear()
         self.state.disconnect()
 
@@ -100,10 +273,7 @@ class UpstreamShell:
         """Lose one stream."""
         if self._links:
             stream = rng.choice(list(self._links))
-            self._links.pop(stream).close()
-            self.state.ended(stream)
-            self.unregistered = True
-            self.breaks += 1
+            self._end(stream, *(self._dice or rng).choice(_ENDS))
 
     def register(self, _: random.Random | None = None) -> None:
         """Register again what was on streams that ended."""
@@ -122,7 +292,16 @@ class UpstreamShell:
         return list(self._links.values())
 
     def add_moves(self, moves: list[Callable[[random.Random], None]]) -> None:
-        """Append what can happen on the streams: requests and responses go on."""
+        """Append what can happen: connections come, requests and responses go on."""
+        if self.endpoint is None:
+            moves.append(self.connect)
+            return
+        if self.unregistered:
+            moves.append(self.register)
+        if self._led and not self._has_leader(self.endpoint.member):
+            moves.append(self.end_leaderless)
+        if (self.choice.leaderless or self.endpoint not in self.endpoints) and self.better():
+            moves.append(self.move_on)
         for stream, link in self._links.items():
             if link.can_receive:
                 moves.append(link.receive)
@@ -159,17 +338,20 @@ class UpstreamShell:
                     link.requests.append(effect.message)
             elif isinstance(effect, watch_effects.OpenStream):
                 self._links[effect.stream] = self._open(effect.stream.token)
+                if not self.choice.leaderless:
+                    self._led.add(effect.stream)
             elif isinstance(effect, watch_effects.CloseStream):
                 link = self._links.pop(effect.stream, None)
+                self._led.discard(effect.stream)
                 if link is not None:
                     link.close()
             elif isinstance(effect, watch_effects.Received):
-                self.on_received(effect.watch, effect.response)
+                self.on.received(effect.watch, effect.response)
             elif isinstance(effect, watch_effects.Progressed):
-                self.on_progressed(effect.watches, effect.header, effect.number)
+                self.on.progressed(effect.watches, effect.header, effect.number)
             elif isinstance(effect, watch_effects.Lost):
-                self.on_lost(effect.watch, effect.status, effect.text)
+                self.on.lost(effect.watch, effect.status, effect.text)
             elif isinstance(effect, watch_effects.TokenRefused):
                 raise AssertionError("nobody here has given it a token of its own")
             else:
-                self.on_header(effect.header)
+                self.on.header(effect.header)

@@ -17,14 +17,14 @@ from typing import Any
 from coalesce.guarantees import Received
 from proto.pb import rpc_pb2
 from proto.scan import Header, WatchResponse
+from tests.sim.calls import Calls
 from tests.sim.clients import SimSession, SimWatch, Spec, judge_logs
 from tests.sim.failure import SimulationFailure
 from tests.sim.model_store import Member, Store
-from tests.sim.model_stream import header_of
 from tests.sim.parts import REAL, Parts
 from tests.sim.permissions import Permissions
 from tests.sim.store_member import StoreMember
-from tests.sim.upstream_shell import AnyMember, UpstreamShell
+from tests.sim.upstream_shell import AnyMember, Callbacks, UpstreamShell
 
 Move = Callable[[random.Random], None]
 
@@ -63,8 +63,12 @@ class Config:
     # So many of the members answer manual progress out of order, as servers before 3.4.25/3.5.8 do.
     old_members: int = 0
     auth: bool = False
-    # How often a permission check without auth brings a read of now along.
-    granted: float = 0.5
+    # How long, in seconds, "auth is off" is believed; below 0 each check is a read of now.
+    probe_age_s_max: float = 1.0
+    # How many of the reads fail.
+    failing_reads: float = 0.05
+    # Members say where they are and whether they have a leader, also to strangers.
+    tells_status: bool = True
     value_bytes_max: int = 40
     # How many of the watches want it.
     prev_kv: float = 0.25
@@ -82,7 +86,7 @@ class World:
     def __init__(self, config: Config, parts: Parts = REAL) -> None:
         self.config = config
         self.package = parts.core
-        self._watch_state = parts.watch_state
+        self._parts = parts
         self.now = 1000.0
         self.store = Store()
         self.permissions = Permissions(config.auth, config.keys)
@@ -91,6 +95,14 @@ class World:
         # Every watch there ever was, for the checkers; and those of clients that went away for good.
         self.watches: list[SimWatch] = []
         self.counts: dict[str, int] = {}
+        # Members that are cut off from the others.
+        self.cut: set[int] = set()
+        # What the store was restored to, until the proxy says that it was.
+        self.restored_to: int | None = None
+        # The same while it may tell what is true no more; and the highest revision that it may tell until then.
+        self.undiscovered: int | None = None
+        self.believed = 0
+        self.restores = 0
         # Where to tell what happens; None = nobody listens.
         self.trace: Callable[[str], None] | None = None
         self._inbox: deque[tuple[Any, ...]] = deque()
@@ -121,16 +133,21 @@ class World:
             self.members,
             self.config.channel_max,
             self.permissions.refusal,
-            on_received=self._received,
-            on_progressed=lambda *answer: self.input(self.core.progressed, *answer),
-            on_lost=self._lost,
-            on_header=self.core_header_seen,
-            on_connected=self._connected,
-            state=self._watch_state.WatchState(),
+            Callbacks(
+                self._received,
+                lambda *answer: self.input(self.core.progressed, *answer),
+                self._lost,
+                self.core_header_seen,
+                self._resumed,
+                self._no_leader,
+                self._other_history,
+            ),
+            self._parts,
+            self.has_leader,
+            self.config.tells_status,
         )
-        # (read, the store's revision when it began); a linearizable answer is not below.
-        self.reads: list[tuple[Any, int]] = []
-        self.checks: list[tuple[Any, int]] = []
+        self.calls = Calls(self, self._parts, self.config.probe_age_s_max)
+        self.undiscovered = self.restored_to = None
         self.open_upstreams: dict[int, Any] = {}
         self.rng = random.Random(0)
 
@@ -145,20 +162,51 @@ class World:
         self._inbox.clear()
         self._start()
 
-    def restore(self, revision: int) -> None:
-        """Restore the store from a snapshot of an earlier revision; the proxy finds it out by its next read.
+    def restore(self, revision: int, rng: random.Random) -> None:
+        """Restore the store from a snapshot of an earlier revision; the proxy finds it out by itself.
 
         What clients have been told until now is judged by the old truth; what they had asked and was told nothing
         above `revision` goes on under the new one.
         """
-        for client in self.clients:
-            while client.session is not None and client.session.outbox:
-                self.client_reads(client, 1)
+        self._read_all()
         self.judge(lambda _: None)
         self.upstream.disconnect()
+        old_revision = self.believed = self.store.revision
         self.store.restore(revision)
         for member in self.members:
             member.restore()
+        self.undiscovered = revision
+        self.restored_to = revision if self.restored_to is None else min(revision, self.restored_to)
+        self.restores += 1
+        self._forget_above(revision)
+        knows = self.calls.questions.rollback.begin(self.upstream.state.newest_revision).known > revision
+        self.calls.restored(revision, old_revision if knows else None, rng)
+        # Of a store that was restored twice its log tells nothing, nor does one that does not say where it is.
+        if not knows or self.restores > 1 or not self.config.tells_status or rng.random() < 0.3:
+            self.calls.prove_at_once()
+            self.undiscovered = None
+
+    def went_back(self, header: Header) -> None:
+        """The proxy has noticed that the store went back."""
+        self.count("rollbacks noticed")
+        revision, self.restored_to = self.restored_to, None
+        if revision is None:
+            raise SimulationFailure("a store was taken for a restored one, and was not")
+        # What was told until now may be of either history.
+        self._read_all()
+        self.undiscovered = None
+        self._forget_above(revision)
+        self.upstream.store_went_back(header.revision)
+        self.input(self.core.other_history, header)
+
+    def _read_all(self) -> None:
+        """Have all clients read what is on its way to them."""
+        for client in self.clients:
+            while client.session is not None and client.session.outbox:
+                self.client_reads(client, 1)
+
+    def _forget_above(self, revision: int) -> None:
+        """Have clients go by the truth of a store that was restored to `revision`."""
         for client in self.clients:
             for watch in client.watches:
                 session = client.session
@@ -167,10 +215,6 @@ class World:
                 client.session.store_went_back(revision)
         kept = {id(watch) for client in self.clients for watch in client.watches}
         self.watches = [watch for watch in self.watches if id(watch) in kept and not watch.over]
-        self.reads = [(read, min(began_at, revision)) for read, began_at in self.reads]
-        self.checks = [(check, min(began_at, revision)) for check, began_at in self.checks]
-        self.upstream.store_went_back(revision)
-        self.input(self.core.other_history, header_of(self.members[0].member_id, revision))
 
     def restart_member(self, member: AnyMember) -> None:
         """Kill a member and start it again."""
@@ -199,8 +243,61 @@ class World:
         self.open_upstreams.pop(id(upstream), None)
         self.input(self.core.lost, upstream, self.package.Lost(status, text))
 
-    def _connected(self, ordered_progress: bool) -> None:
+    def _resumed(self, ordered_progress: bool) -> None:
         self.core.ordered_progress = ordered_progress
+        member = self.upstream.member
+        if self.undiscovered is not None and member is not None and member.revision > self.believed:
+            raise SimulationFailure("watches were registered at a restored store that had grown past the old one")
+        self.calls.connected()
+
+    def _no_leader(self) -> None:
+        self.count("told that there is no leader")
+        self.input(self.core.no_leader)
+        if self._busy:
+            return
+        for client in self.clients:
+            if client.has_leader and client.session is not None and client.session.ended is None:
+                raise SimulationFailure("a session that asked for hasleader lives on without a leader")
+
+    def _other_history(self, header: Header) -> None:
+        self.calls.questions.other_history(header)
+        self.went_back(header)
+
+    def has_leader(self, member: AnyMember) -> bool:
+        """Whether a member has a leader."""
+        return self.store.has_quorum and member.member_id not in self.cut
+
+    def now_at_least(self) -> int:
+        """The least revision that a read of "now" may find: without a leader it is what some member knows."""
+        return self.store.revision if self.store.has_quorum else min(member.revision for member in self.members)
+
+    def check_rest(self) -> None:
+        """Nothing more happens by itself: watches are where they belong, and who is to know of a lost leader does."""
+        self.upstream.check()
+        for client in self.clients if self.upstream.choice.leaderless else ():
+            if client.has_leader and client.session is not None and client.session.ended is None:
+                raise SimulationFailure("a session that asked for hasleader was not told that there is none")
+
+    def lose_quorum(self) -> None:
+        """Nobody has a leader any more: what is read now is what some member knows, also for those who ask already."""
+        self.store.has_quorum = False
+        for client in self.clients:
+            if client.session is not None:
+                client.session.now_may_be(self.now_at_least())
+
+    def heal(self) -> None:
+        """All members are there and see each other."""
+        self.store.has_quorum = True
+        self.cut.clear()
+        self.upstream.set_endpoints(self.members)
+
+    def send_away(self, core_session: Any, text: str) -> None:
+        """End a session for a reason that the core does not know."""
+        session: SimSession = core_session.outlet
+        if not core_session.ended and session.ended is None and not session.closed:
+            session.end(14, text, has_leader=False)
+            self.count("sessions sent away")
+        self.input(self.core.close, core_session)
 
     def core_header_seen(self, header: Header) -> None:
         """Tell the core of a header; it has no effects."""
@@ -287,10 +384,10 @@ class World:
 
     def _read_revision(self, effect: Any) -> None:
         self.count("reads")
-        self.reads.append((effect.read, self.store.revision))
+        self.calls.read(effect.read)
 
     def _check_permission(self, effect: Any) -> None:
-        self.checks.append((effect.check, self.store.revision))
+        self.calls.check(effect.check)
 
     def _request_progress(self, effect: Any) -> None:
         self.count("progress requests upstream")
@@ -302,7 +399,7 @@ class World:
         """Return everything that could happen by itself now; a `frozen` client reads nothing."""
         moves: list[Move] = []
         for member in self.members:
-            if member.behind:
+            if member.behind and member.member_id not in self.cut:
                 moves.append(member.apply_some)
             if member.unsynced:
                 moves.append(member.sync)
@@ -310,16 +407,11 @@ class World:
                 moves.append(member.retry_victims)
             if member.compacting:
                 moves.append(member.compact_step)
-        upstream = self.upstream
-        if upstream.member is None:
-            moves.append(upstream.connect)
-        elif upstream.unregistered:
-            moves.append(upstream.register)
-        upstream.add_moves(moves)
-        if self.reads:
-            moves.append(self._answer_read)
-        if self.checks:
-            moves.append(self._answer_check)
+        self.upstream.add_moves(moves)
+        if self.calls.sent:
+            moves.append(self.calls.answer_one)
+        if self.calls.waiting:
+            moves.append(self.calls.again)
         for client in self.clients:
             session = client.session
             if session is not None and client is not frozen and (session.outbox or session.ended is not None):
@@ -335,34 +427,6 @@ class World:
                 return
             rng.choice(moves)(rng)
 
-    def _answer_read(self, rng: random.Random) -> None:
-        read, began_at = self.reads.pop(rng.randrange(len(self.reads)))
-        self.input(self.core.revision_read, read, self._read_header(rng, began_at))
-
-    def answer_checks(self, rng: random.Random) -> None:
-        """Answer all permission checks that wait."""
-        while self.checks:
-            self._answer_check(rng)
-
-    def _answer_check(self, rng: random.Random) -> None:
-        check, began_at = self.checks.pop(rng.randrange(len(self.checks)))
-        outcome: Any
-        refusal = self.permissions.refusal(check.session.identity.token, check.key, check.range_end)
-        if refusal:
-            outcome = self.package.Refusal(refusal)
-        else:
-            header = self._read_header(rng, began_at)
-            # An engine that knows auth to be off answers with an older header, which is no read of now.
-            old = header_of(header.member_id, rng.randint(1, header.revision))
-            granted = self.config.auth or rng.random() < self.config.granted
-            outcome = self.package.Granted(header) if granted else old
-        self.input(self.core.permission, check, outcome)
-
-    def _read_header(self, rng: random.Random, began_at: int) -> Header:
-        """Return the header of a linearizable read: any revision from its beginning to its end."""
-        revision = rng.choice((began_at, rng.randint(began_at, self.store.revision)))
-        return header_of(rng.choice(self.members).member_id, revision)
-
     # clients
 
     def client_reads(self, client: SimClient, count: int) -> None:
@@ -371,7 +435,10 @@ class World:
         if session is None:
             return
         while count > 0 and session.outbox:
-            session.read(self.store.revision, self.store.compact_revision)
+            if self.undiscovered is None:
+                session.read(self.store.revision, self.store.compact_revision)
+            else:
+                session.read(max(self.store.revision, self.believed), self.store.revision)
             count -= 1
         if session.ended is not None:
             if not session.outbox:
@@ -385,6 +452,9 @@ class World:
 
     def connect_client(self, client: SimClient) -> None:
         """Open a session for a client, with all watches it still wants."""
+        if client.has_leader and self.upstream.choice.leaderless:
+            # It is refused, as proxy/watch.py does.
+            return
         limits = self.config.limits
         session = SimSession(
             client.window,
@@ -394,6 +464,7 @@ class World:
             limits.get("watches_per_session_max", 100_000),
             any(limits.get(name, 1000) < 1000 for name in ("watches_max", "trunks_max", "queue_max")),
         )
+        session.noticed = lambda: self.undiscovered is None
         session.fickle = lambda: client.token in self.permissions.fickle
         identity = self.package.Identity(client.token, client.has_leader)
         session.core = self.core.open_session(session, identity, self.now)
@@ -408,7 +479,7 @@ class World:
         assert session is not None
         spec: Spec = watch.spec
         start_revision = watch.next_revision
-        session.sent_create(watch, watch_id, self.store.revision)
+        session.sent_create(watch, watch_id, self.now_at_least())
         request = self.package.CreateRequest(
             spec.key,
             spec.range_end,
@@ -441,7 +512,7 @@ class World:
     def _session_over(self, client: SimClient) -> None:
         """Have a client forget what it cannot know to be wrong: the store went back, and the news did not reach it."""
         for watch in client.watches:
-            if watch.doomed:
+            if watch.doomed or self.undiscovered is not None:
                 watch.forget()
 
     # time
@@ -475,7 +546,9 @@ class World:
                 raise SimulationFailure(f"a session has been stalled since {session.stalled_at}, it is {self.now}")
 
     def expire(self) -> None:
-        """Fire the core's timers that are due."""
+        """Fire the core's timers that are due, and the reader's."""
+        self.calls.prove()
+        self.upstream.look_again(self.rng)
         self.input(self.core.expire)
 
 

@@ -17,7 +17,7 @@ from tests.waiting import until_async
 from upstream.endpoints import parse_endpoints
 from upstream.settings import Settings
 from upstream.watching.client import WatchClient
-from upstream.watching.lineage import Standing, is_suspect
+from upstream.watching.lineage import Lineage, Standing, Verdict, is_suspect
 
 
 def at(revision: int, applied: int, committed: int | None = None, cluster_id: int = 7) -> Standing:
@@ -53,6 +53,42 @@ def test_a_log_that_has_grown_less_than_the_revision_is_another_one(
     before: Standing, now: Standing, suspect: bool
 ) -> None:
     assert is_suspect(before, now) is suspect
+
+
+def test_a_suspect_that_says_no_more_is_not_used() -> None:
+    lineage = Lineage()
+    assert lineage.seen(at(51, 54)) is Verdict.SAME
+    suspect = at(81, 64)
+    assert lineage.seen(suspect) is Verdict.SUSPECT
+    assert lineage.seen_again(suspect, None) is Verdict.UNKNOWN
+    # Nothing of it was believed.
+    assert lineage.seen(suspect) is Verdict.SUSPECT
+    assert lineage.seen_again(suspect, at(90, 100)) is Verdict.SAME
+
+
+def test_a_restored_store_is_what_is_known_from_then_on() -> None:
+    lineage = Lineage()
+    lineage.seen(at(51, 54))
+    restored = at(81, 64)
+    lineage.seen(restored)
+    assert lineage.seen_again(restored, at(82, 65)) is Verdict.OTHER
+    assert lineage.known == restored
+    assert lineage.seen(at(90, 73)) is Verdict.SAME
+    # Restored again, from a snapshot of 81: the log is shorter than ever.
+    assert lineage.seen(at(95, 17)) is Verdict.SUSPECT
+
+
+def test_a_store_that_was_no_further_is_looked_at_again_once_it_is() -> None:
+    lineage = Lineage()
+    lineage.seen(at(51, 54))
+    connected = at(51, 40)
+    assert lineage.seen(connected) is Verdict.SAME
+    assert not lineage.wants_a_look(connected, 51)
+    assert lineage.wants_a_look(connected, 52)
+    assert not lineage.wants_a_look(None, 52)
+    # Where it was seen first is no news.
+    assert lineage.known is not None
+    assert not lineage.wants_a_look(lineage.known, 60)
 
 
 CURRENT, *OLDER = etcds()

@@ -16,8 +16,8 @@ from tests.upstream.recorder import RecordedLog
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.waiting import until_async
 from upstream.endpoints import parse_endpoints
-from upstream.errors import CallFailed
-from upstream.pool import NO_LEADER_TEXT, Pool
+from upstream.errors import NO_LEADER_TEXT, CallFailed
+from upstream.pool import Pool
 from upstream.settings import ConnectionSettings, Settings
 
 ECHO = "/test/Echo"

@@ -8,10 +8,8 @@ one; after a break all watches register again by themselves and the listener see
 
 Calls to the listener are synchronous and come from the event loop. It may call the client from inside of them.
 
-No leader. Streams ask etcd for a leader (metadata `hasleader`), so that a member cut off from its cluster ends them
-instead of staying silent. Then the other endpoints are tried; when every one has failed and one of them for lack of
-a leader, the listener is told `no_leader` and watches go on without `hasleader`, as events may still come, until an
-endpoint with a leader is found.
+What it decides is decided elsewhere, without I/O: `state` (which watch stands where), `choice` (which server, and what
+follows when a stream ends), `lineage` (whether the store is the one it was). The simulator drives all three.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from proto.fields import ScanError
 from proto.framing import FramingError, Status, Unframer, frame
@@ -30,9 +29,9 @@ from upstream.dial import Dialer, Server, read_standing
 from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Log, Silence
 from upstream.namespace import Namespace
-from upstream.pool import NO_LEADER_TEXT
 from upstream.settings import Settings
 from upstream.unary import HAS_LEADER
+from upstream.watching.choice import Choice, Next, Wanted, after_end
 from upstream.watching.effects import (
     CloseStream,
     Effect,
@@ -44,7 +43,7 @@ from upstream.watching.effects import (
     TokenRefused,
     Write,
 )
-from upstream.watching.lineage import Standing, is_suspect
+from upstream.watching.lineage import Lineage, Standing, Verdict
 from upstream.watching.listener import WatchListener
 from upstream.watching.state import WatchState
 from upstream.watching.stream import Create, OpenedWatch, WatchStream
@@ -53,10 +52,6 @@ WATCH_PATH = b"/etcdserverpb.Watch/Watch"
 
 _RETURNED_SHARE = 1 / 16
 """Flow control is given back when this part of a stream's window has been read."""
-
-# What trying again does not mend. Not UNIMPLEMENTED, which another endpoint may serve, and not CANCELLED, which an
-# etcd that is being stopped says.
-_FINAL = frozenset({Status.INVALID_ARGUMENT, Status.PERMISSION_DENIED, Status.UNAUTHENTICATED})
 
 
 class _Call:
@@ -192,8 +187,8 @@ class WatchClient:
         self._moved = asyncio.Event()
         # Of the cluster that is watched; None while nobody has said.
         self._cluster_id: int | None = None
-        # Where the store was when it was last seen to be the one it had been; None = nothing to go by.
-        self._standing: Standing | None = None
+        self._lineage = Lineage()
+        self._choice = Choice()
         # Looks at it again.
         self._recognition: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -204,8 +199,6 @@ class WatchClient:
         self._look: asyncio.TimerHandle | None = None
         # A pending registration of watches whose stream ended.
         self._register_timer: asyncio.TimerHandle | None = None
-        # No endpoint has a leader: watches are opened without asking for one.
-        self.leaderless = False
         # Connections lost while watches were open, since the start.
         self.breaks = 0
         # Told when the listener is about to hear what came with a read (True), and when it has heard it (False); not of
@@ -220,6 +213,11 @@ class WatchClient:
     def ordered_progress(self) -> bool:
         """The server answers manual progress requests in order with events. False before the first connection."""
         return self._state.ordered_progress
+
+    @property
+    def leaderless(self) -> bool:
+        """No endpoint has a leader: watches are opened without asking for one."""
+        return self._choice.leaderless
 
     @property
     def connected(self) -> bool:
@@ -290,7 +288,7 @@ class WatchClient:
     def store_went_back(self, revision: int) -> None:
         """The store is at `revision` after all, below what was seen before (restored from a snapshot)."""
         self._state.newest_revision = revision
-        self._standing = self._server.standing if self._server is not None else None
+        self._lineage.went_back(self._server.standing if self._server is not None else None)
 
     async def foreign(self, endpoints: Sequence[Endpoint]) -> str | None:
         """Return the first endpoint of another cluster than the one watched; None: all that say so are of the same."""
@@ -359,28 +357,23 @@ class WatchClient:
         server = self._server
         if server is None or stream not in self._state.streams():
             return
-        if final or status in _FINAL or (status == Status.UNIMPLEMENTED and self._nobody_serves(server)):
+        if final:
             self._apply(self._state.refused(stream, status, text))
             return
+        healthy = server.connection.healthy
         opened = stream.shell is not None
-        answered = stream.answered
+        endpoints = self._dialer.targets
+        follows = after_end(
+            status, text, server.target, endpoints, answered=stream.answered, opened=opened, healthy=healthy
+        )
+        if follows is Next.LOST:
+            self._apply(self._state.refused(stream, status, text))
+            return
         self._state.ended(stream)
-        if answered:
-            server.target.unimplemented = False
-        if not server.connection.healthy:
-            # The connection is over, which is told separately.
-            return
-        if status == Status.UNAVAILABLE and text == NO_LEADER_TEXT:
-            server.target.leaderless = True
-        elif answered or not opened:
+        if follows is Next.HERE:
             self._register_later(server)
-            return
-        self._give_up(server, f"it ended the watch stream: {CallFailed(status, text)}")
-
-    def _nobody_serves(self, server: Server) -> bool:
-        """The server has no Watch service; whether that is so at all endpoints."""
-        server.target.unimplemented = True
-        return all(target.unimplemented for target in self._dialer.targets)
+        elif follows is Next.ELSEWHERE:
+            self._give_up(server, f"it ended the watch stream: {CallFailed(status, text)}")
 
     def _register_later(self, server: Server) -> None:
         """Register again what has no stream, on this connection: at once the first time, then with backoff."""
@@ -419,49 +412,53 @@ class WatchClient:
     async def _run(self) -> None:
         while True:
             server = await self._dialer.dial(self._acceptable)
-            await self._recognise(server)
+            if not await self._recognise(server):
+                self._turn_down(server)
+                continue
             await self._log_in(server)
             self._use(server)
             while not self._lost.is_set():
                 self._moved.clear()
-                wanted = self._better()
-                if wanted is None:
+                wanted = self._choice.wanted(server.target in self._dialer.targets)
+                if wanted is Wanted.NOTHING:
                     await self._wait_for_change()
                     continue
-                better = await self._wait_for(wanted)
-                if better is not None:
-                    await self._recognise(better)
+                better = await self._wait_for(partial(self._is_better, wanted))
+                if better is not None and not await self._recognise(better):
+                    self._turn_down(better)
+                elif better is not None:
                     await self._log_in(better)
                     self._leave()
                     self._use(better)
+                    server = better
             self._leave()
             self.breaks += 1
             self._listener.broken()
 
-    def _better(self) -> Callable[[Server], bool] | None:
-        """What kind of server is wanted in place of the one in use; None when that will do."""
-        if self.leaderless:
-            return lambda server: server.has_leader
-        if self._server is not None and self._server.target not in self._dialer.targets:
-            return self._acceptable
-        return None
+    async def _recognise(self, server: Server) -> bool:
+        """
+        Find out whether the store is the one it was, see `lineage`, before anything of it is believed. False: it may be
+        another one, and does not say.
+        """
+        known, now = self._lineage.known, server.standing
+        if now is None or self._lineage.seen(now) is not Verdict.SUSPECT or known is None:
+            return True
+        later = await read_standing(server.connection, self._settings.status_timeout_s)
+        verdict = self._lineage.seen_again(now, later)
+        if verdict is Verdict.OTHER:
+            self._log.warning("upstream_other_history", endpoint=server.target.endpoint.text, **_told(known, now))
+            self._listener.other_history(now.header)
+            # What the listener did of it says less than this.
+            self._lineage.went_back(now)
+        return verdict is not Verdict.UNKNOWN
 
-    async def _recognise(self, server: Server) -> None:
-        """Find out whether the store is the one it was, see `lineage`, before anything of it is believed."""
-        known, now = self._standing, server.standing
-        if now is None:
-            return
-        if known is not None and is_suspect(known, now):
-            later = await read_standing(server.connection, self._settings.status_timeout_s)
-            if later is None:
-                return
-            if is_suspect(known, now._replace(committed=later.committed)):
-                self._log.warning("upstream_other_history", endpoint=server.target.endpoint.text, **_told(known, now))
-                self._standing = now
-                self._listener.other_history(now.header)
-                return
-        if known is None or now.header.revision > known.header.revision:
-            self._standing = now
+    def _turn_down(self, server: Server) -> None:
+        """Do not use a server that was just found, and try it again later."""
+        self._dialer.problem(
+            server.target, f"{server.target.endpoint.text}: it may be restored, and does not tell its status again"
+        )
+        server.target.failed(asyncio.get_running_loop().time())
+        server.connection.close()
 
     async def _recognise_again(self, server: Server) -> None:
         server.standing = await read_standing(server.connection, self._settings.status_timeout_s)
@@ -470,10 +467,8 @@ class WatchClient:
 
     def _look_at_history(self, server: Server) -> None:
         """Look again at a store that was no further than it had been when it was connected to, once it is."""
-        known, now = self._standing, server.standing
-        if known is None or now is None or now is known or self._recognition is not None:
-            return
-        if self._state.newest_revision > known.header.revision:
+        wanted = self._lineage.wants_a_look(server.standing, self._state.newest_revision)
+        if wanted and self._recognition is None:
             again = self._recognise_again(server)
             self._recognition = asyncio.get_running_loop().create_task(again, name="recognise upstream")
 
@@ -502,16 +497,16 @@ class WatchClient:
         if self._server is server:
             self._apply(self._state.logged_in(token))
 
+    def _is_better(self, wanted: Wanted, server: Server) -> bool:
+        return self._choice.is_better(wanted, server.has_leader)
+
     def _acceptable(self, server: Server) -> bool:
-        return server.has_leader or self.leaderless
+        return self._choice.is_acceptable(server.has_leader)
 
     def _attempt_failed(self) -> None:
         """Decide, after an attempt that failed, whether to go on without a leader."""
         targets = self._dialer.targets
-        if self.leaderless or self._server is not None:
-            return
-        if all(target.tried for target in targets) and any(target.leaderless for target in targets):
-            self.leaderless = True
+        if self._choice.failed(targets, self._server is not None):
             self._log.warning("upstream_no_leader", endpoints=[target.endpoint.text for target in targets])
             self._listener.no_leader()
 
@@ -543,8 +538,7 @@ class WatchClient:
 
     def _use(self, server: Server) -> None:
         """A server answered: register everything on its connection."""
-        if server.has_leader:
-            self.leaderless = False
+        self._choice.used(server.has_leader)
         self._server = server
         self._lost.clear()
         target = server.target

@@ -12,6 +12,7 @@ Sources: etcd server/etcdserver/api/v3rpc/maintenance.go (Status), etcdutl snaps
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import NamedTuple
 
 from proto.scan import Header
@@ -42,3 +43,59 @@ def is_suspect(before: Standing, now: Standing) -> bool:
     # At the same revision a member that lags may have any index; one that is below says nothing.
     written = now.header.revision - before.header.revision
     return written > 0 and written > now.committed - before.applied
+
+
+class Verdict(Enum):
+    """What is thought of a store."""
+
+    SAME = "it is the one it was, as far as one can tell"
+    SUSPECT = "it may be another one: look where it is once more"
+    OTHER = "it is another one"
+    UNKNOWN = "it may be another one, and does not say more: it is not to be used"
+
+
+class Lineage:
+    """The history that is watched: where it was when it was last seen to be the one it had been."""
+
+    __slots__ = ("known",)
+
+    def __init__(self) -> None:
+        # None = nothing to go by.
+        self.known: Standing | None = None
+
+    def seen(self, now: Standing | None) -> Verdict:
+        """Take where a store is that was just asked; None = it does not say. SUSPECT wants `seen_again`."""
+        if now is None:
+            return Verdict.SAME
+        if self.known is not None and is_suspect(self.known, now):
+            return Verdict.SUSPECT
+        self._take(now)
+        return Verdict.SAME
+
+    def seen_again(self, now: Standing, later: Standing | None) -> Verdict:
+        """Take where a suspect is a moment later; None = it does not say."""
+        if later is None:
+            return Verdict.UNKNOWN
+        if self.known is not None and is_suspect(self.known, now._replace(committed=later.committed)):
+            self.known = now
+            return Verdict.OTHER
+        self._take(now)
+        return Verdict.SAME
+
+    def went_back(self, now: Standing | None) -> None:
+        """It was found out otherwise that the store is another one; `now`: where it was when it was connected to."""
+        self.known = now
+
+    def wants_a_look(self, connected: Standing | None, newest_revision: int) -> bool:
+        """
+        Whether to ask where the store is once more: when it was connected to it was no further than it had been, which
+        tells nothing, and since then (`newest_revision`) it has gone on.
+        """
+        known = self.known
+        if known is None or connected is None or connected is known:
+            return False
+        return newest_revision > known.header.revision
+
+    def _take(self, now: Standing) -> None:
+        if self.known is None or now.header.revision > self.known.header.revision:
+            self.known = now

@@ -1,0 +1,106 @@
+"""Deliberate bugs in what engine and watch client decide: what is read and believed, and which server is used."""
+
+from __future__ import annotations
+
+from tests.sim.mutants import Mutant
+
+_QUESTIONS = "proxy.deciding.questions"
+_ROLLBACK = "proxy.deciding.rollback"
+_CHOICE = "upstream.watching.choice"
+_LINEAGE = "upstream.watching.lineage"
+
+ENGINE_MUTANTS: tuple[Mutant, ...] = (
+    # What is read.
+    Mutant(
+        "an answer of the store before the restore is now",
+        _QUESTIONS,
+        "if self.rollback.is_stale(call.begun):",
+        "if False:",
+    ),
+    Mutant(
+        "a probe that began before the create is a read of now",
+        _QUESTIONS,
+        "Granted(answer) if may.fresh else answer",
+        "Granted(answer)",
+    ),
+    Mutant("with auth on nobody has a token", _QUESTIONS, "elif may.asked.token is None:", "elif True:"),
+    Mutant("a read that failed is given up", _QUESTIONS, "return [Ask(call, later=True)]", "return []"),
+    Mutant("a read waits for the leader", _QUESTIONS, "call.linearizable = False", "call.linearizable = True"),
+    Mutant(
+        "a probe that nobody wants any more is waited for",
+        _QUESTIONS,
+        "if call.question is self._probe:\n            self._probe = None",
+        "if call.question is self._probe:\n            pass",
+    ),
+    # Whether the store has gone back.
+    Mutant("a store that went back is believed", _ROLLBACK, "if header.revision < begun.known:", "if False:"),
+    Mutant("what a lagging member says is a rollback", _ROLLBACK, "        if linearizable:\n", "        if True:\n"),
+    Mutant(
+        "a read is held against what was known when it came",
+        _ROLLBACK,
+        "if header.revision < begun.known:",
+        "if header.revision < max(begun.known, self._newest_read):",
+    ),
+    Mutant("after a rollback late answers count", _ROLLBACK, "self._epoch += 1", "pass"),
+    Mutant(
+        "after a rollback the old revision is still known",
+        _ROLLBACK,
+        "self._epoch += 1\n        self._newest_read = header.revision",
+        "self._epoch += 1",
+    ),
+    Mutant("a new connection is not proven", _ROLLBACK, "self.unproven = True", "self.unproven = False"),
+    Mutant("a new connection is proven by nobody twice", _ROLLBACK, "self._tried.clear()", "pass"),
+    Mutant(
+        "a restored store that has grown past the old one is believed",
+        _LINEAGE,
+        "if self.known is not None and is_suspect(self.known, now):",
+        "if False:",
+    ),
+    Mutant(
+        "a member that lags is a restored store",
+        _LINEAGE,
+        "written > now.committed - before.applied",
+        "written > now.committed - before.committed",
+    ),
+    Mutant(
+        "a first impression is enough",
+        _LINEAGE,
+        "if self.known is not None and is_suspect(self.known, now._replace(committed=later.committed)):",
+        "if self.known is not None:",
+    ),
+    # Which server.
+    Mutant("a server without a leader will do", _CHOICE, "return has_leader or self.leaderless", "return True"),
+    Mutant(
+        "a leader that is there again is not seen",
+        _CHOICE,
+        "        if has_leader:\n            self.leaderless = False",
+        "        pass",
+    ),
+    Mutant(
+        "one without a leader speaks for all",
+        _CHOICE,
+        "all(each.tried for each in known) and any(",
+        "any(",
+    ),
+    Mutant(
+        "nobody is told that there is no leader", _CHOICE, "        return self.leaderless\n", "        return False\n"
+    ),
+    Mutant(
+        "a stream without a leader stays where it is",
+        _CHOICE,
+        "server.leaderless = True\n        return Next.ELSEWHERE",
+        "server.leaderless = True\n        return Next.HERE",
+    ),
+    Mutant(
+        "an endpoint that is none any more is kept",
+        _CHOICE,
+        "Wanted.NOTHING if is_endpoint else Wanted.ENDPOINT",
+        "Wanted.NOTHING",
+    ),
+    Mutant(
+        "who wants a leader takes what is there",
+        _CHOICE,
+        "return has_leader if wanted is Wanted.LEADER else",
+        "return True if wanted is Wanted.LEADER else",
+    ),
+)

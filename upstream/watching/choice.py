@@ -1,0 +1,109 @@
+"""
+Which server the watches are on, and for how long: what follows from what servers say, without asking them.
+
+No leader. Streams ask etcd for a leader, so that a member cut off from its cluster ends them instead of staying
+silent. Then the other endpoints are tried; when every one has failed and one of them for lack of a leader, watches go
+on without asking for one, as events may still come, until an endpoint with a leader is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+from typing import Final, Protocol
+
+from proto.framing import Status
+from upstream.errors import NO_LEADER_TEXT
+
+# What trying again does not mend. Not UNIMPLEMENTED, which another endpoint may serve, and not CANCELLED, which an
+# etcd that is being stopped says.
+_FINAL: Final = frozenset({Status.INVALID_ARGUMENT, Status.PERMISSION_DENIED, Status.UNAUTHENTICATED})
+
+
+class Wanted(Enum):
+    """What kind of server is looked for in place of the one in use."""
+
+    NOTHING = "the one in use will do"
+    LEADER = "one that has a leader"
+    ENDPOINT = "one that is an endpoint (still)"
+
+
+class Next(Enum):
+    """What follows when a stream has ended without our doing."""
+
+    LOST = "its watches are over"
+    HERE = "they register again, on this connection"
+    ELSEWHERE = "this server is not to be used any more"
+    NOTHING = "the connection is over too, which is told separately"
+
+
+class Known(Protocol):
+    """What is known of an endpoint since the present search began."""
+
+    # It has failed.
+    tried: bool
+    # Its last answer was that it has no leader.
+    leaderless: bool
+    # Its last answer was that it has no Watch service.
+    unimplemented: bool
+
+
+class Choice:
+    """What is wanted of a server."""
+
+    __slots__ = ("leaderless",)
+
+    def __init__(self) -> None:
+        # No endpoint has a leader: watches are opened without asking for one.
+        self.leaderless = False
+
+    def is_acceptable(self, has_leader: bool) -> bool:
+        """Whether a server will do."""
+        return has_leader or self.leaderless
+
+    def is_better(self, wanted: Wanted, has_leader: bool) -> bool:
+        """Whether a server will do in place of the one in use."""
+        return has_leader if wanted is Wanted.LEADER else self.is_acceptable(has_leader)
+
+    def used(self, has_leader: bool) -> None:
+        """A server is in use from now on."""
+        if has_leader:
+            self.leaderless = False
+
+    def wanted(self, is_endpoint: bool) -> Wanted:
+        """What to look for while a server is in use, given whether it is one of the endpoints (still)."""
+        if self.leaderless:
+            return Wanted.LEADER
+        return Wanted.NOTHING if is_endpoint else Wanted.ENDPOINT
+
+    def failed(self, endpoints: Iterable[Known], in_use: bool) -> bool:
+        """An attempt failed. Return whether it is now known that nobody has a leader."""
+        if self.leaderless or in_use:
+            return False
+        known = list(endpoints)
+        self.leaderless = all(each.tried for each in known) and any(each.leaderless for each in known)
+        return self.leaderless
+
+
+def after_end(
+    status: int, text: str, server: Known, endpoints: Iterable[Known], *, answered: bool, opened: bool, healthy: bool
+) -> Next:
+    """
+    Decide what follows when a stream ended at `server` with a status.
+
+    `answered`: the server has answered a create on it; `opened`: it was there at all; `healthy`: its connection lives.
+    """
+    if status in _FINAL:
+        return Next.LOST
+    if status == Status.UNIMPLEMENTED:
+        server.unimplemented = True
+        if all(each.unimplemented for each in endpoints):
+            return Next.LOST
+    if answered:
+        server.unimplemented = False
+    if not healthy:
+        return Next.NOTHING
+    if status == Status.UNAVAILABLE and text == NO_LEADER_TEXT:
+        server.leaderless = True
+        return Next.ELSEWHERE
+    return Next.HERE if answered or not opened else Next.ELSEWHERE
