@@ -74,7 +74,8 @@ async def listen(host: str, port: int, path: str, backlog: int) -> Listening:
 
 
 def _listen_tcp(family: int, address: tuple[object, ...], backlog: int) -> socket.socket:
-    listening = socket.socket(family)
+    # The protocol by its number: asyncio sets TCP_NODELAY on what is accepted only where it stands.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:

@@ -6,17 +6,19 @@ import asyncio
 import socket
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import grpc.aio
 import pytest
+import uvloop
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from proxy.cli import run as watchmux
 from proxy.config.values import Address, BadValue, parse_listen_address
+from proxy.listening.listener import Listener
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.secure import SecureEtcdServer, secure_options
 from tests.etcd.server import EtcdServer, free_port
@@ -26,6 +28,7 @@ from tests.proxy.scenario import run
 from tests.proxy.test_cli_serve import Served
 from tests.upstream.certificates import make_certificates
 from tests.waiting import until_async
+from upstream.tls import client_context, server_context
 
 
 @pytest.mark.parametrize(
@@ -276,3 +279,28 @@ def test_an_address_that_swallows_everything_holds_up_nobody(etcd: EtcdServer, m
             filler.setblocking(False)
             filler.connect_ex(("127.0.0.2", etcd.client_port))
         run(scenario())
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize("secure", [False, True])
+def test_nothing_waits_for_a_fuller_packet(
+    loop: Callable[[], asyncio.AbstractEventLoop], secure: bool, tmp_path: Path
+) -> None:
+    """Else an answer beside a busy stream waits for the client's delayed acknowledgement: 40 ms each."""
+    files = make_certificates(tmp_path)
+    tls = server_context(files.server_cert, files.server_key) if secure else None
+    trusting = client_context(cacert=files.ca) if secure else None
+
+    async def scenario() -> None:
+        listener = Listener()
+        await listener.start("127.0.0.1", 0, tls)
+        async with await RawClient.connect(listener.port, tls=trusting):
+            await until_async(lambda: listener.connections, "the connection")
+            (connection,) = listener.connections
+            assert connection._transport is not None
+            accepted = connection._transport.get_extra_info("socket")
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        await listener.stop()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(scenario())
