@@ -13,6 +13,9 @@ import re
 import sys
 from pathlib import Path
 
+from proto.http2.limits import Limits
+from proxy.listening.settings import ListenerSettings
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "limits.md"
 SOURCES = (
@@ -64,14 +67,15 @@ def reasons(module: str, name: str) -> dict[str, str]:
 def unit(name: str) -> str:
     """The unit a name says."""
     bare = re.sub(r"_(max|first|min)$", "", name)
-    return next((word for ending, word in UNITS if bare.endswith(ending) or f"{ending}_" in bare), "count")
+    said = [word for ending, word in UNITS if bare.endswith(ending)]
+    return next(iter(said), "bytes" if "_bytes_" in bare else "count")
 
 
-def shown(value: object) -> str:
+def shown(value: object, unit: str) -> str:
     """A default, for people."""
     if value is None:
         return "none"
-    if isinstance(value, int) and value >= 1024 and value % 1024 == 0:
+    if isinstance(value, int) and unit == "bytes" and value >= 1024 and value % 1024 == 0:
         for size, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
             if value % size == 0:
                 return f"{value:,} ({value // size} {name})"
@@ -82,7 +86,9 @@ def page() -> str:
     """The page as it has to be."""
     parts = [INTRODUCTION]
     for title, module, name in SOURCES:
-        settings = getattr(importlib.import_module(module), name)()
+        # A client's connection has the listener's bounds, which are not all the class's own.
+        made = getattr(importlib.import_module(module), name)()
+        settings = ListenerSettings().http2 if isinstance(made, Limits) else made
         said = reasons(module, name)
         where = module.replace(".", "/") + ".py"
         parts.append(
@@ -91,7 +97,8 @@ def page() -> str:
         for field in dataclasses.fields(settings):
             value = getattr(settings, field.name)
             if isinstance(value, int | float | None) and not isinstance(value, bool):
-                parts.append(f"| `{field.name}` | {shown(value)} | {unit(field.name)} | {said[field.name]} |\n")
+                word = unit(field.name)
+                parts.append(f"| `{field.name}` | {shown(value, word)} | {word} | {said[field.name]} |\n")
     return "".join(parts)
 
 
