@@ -174,10 +174,6 @@ class Ledger:
         # Entries not evicted.
         self.held = 0
 
-    def __bool__(self) -> bool:
-        """Whether anything is in it that will be too old some time."""
-        return bool(self.entries)
-
     def hold_bounds(self, history: History) -> None:
         """Evict what is too much, in one history or in all."""
         limits = self.limits

@@ -100,8 +100,8 @@ def measure_opens(count: int) -> tuple[float, float, float]:
     return (opened - start) / count * 1e6, (end - begin) / count * 1e6, (end - middle) / tenth * 1e6
 
 
-def measure_call(count: int, idle: int) -> float:
-    """Return us per unary call on the server: request headers and data in, headers, data and trailers out."""
+def calls(count: int, idle: int) -> tuple[Connection, bytes]:
+    """Return a server that has `idle` open streams, and the bytes of `count` unary calls to it."""
     client, server = pair()
     for _ in range(idle):
         client.open(REQUEST)
@@ -109,8 +109,11 @@ def measure_call(count: int, idle: int) -> float:
     for _ in range(count):
         stream = client.open(REQUEST)
         client.send(stream, MESSAGE, MESSAGE_SIZE, True)
-    data = b"".join(client.output())
-    start = time.process_time()
+    return server, b"".join(client.output())
+
+
+def answer(server: Connection, data: bytes) -> None:
+    """Take unary calls in and answer each: headers, data and trailers."""
     for event in server.receive(data):
         if isinstance(event, HeadersReceived):
             stream = event.stream
@@ -118,6 +121,13 @@ def measure_call(count: int, idle: int) -> float:
             server.send(stream, MESSAGE, MESSAGE_SIZE)
             server.send_headers(stream, TRAILERS, True)
     server.output()
+
+
+def measure_call(count: int, idle: int) -> float:
+    """Return us per unary call on the server: request headers and data in, headers, data and trailers out."""
+    server, data = calls(count, idle)
+    start = time.process_time()
+    answer(server, data)
     return (time.process_time() - start) / count * 1e6
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from proto.http2 import Connection, HeadersReceived, frames
+from proto.http2 import frames
 from tests.http2 import measure, wire
 from tests.http2.wire import data, server
 
@@ -38,16 +38,6 @@ def steps(run: Callable[[], object]) -> int:
     return count
 
 
-def answer(server: Connection, data: bytes) -> None:
-    """Take calls in and answer them."""
-    for event in server.receive(data):
-        if isinstance(event, HeadersReceived):
-            server.send_headers(event.stream, measure.RESPONSE)
-            server.send(event.stream, measure.MESSAGE, measure.MESSAGE_SIZE)
-            server.send_headers(event.stream, measure.TRAILERS, True)
-    server.output()
-
-
 def test_opening_the_nth_stream_costs_the_same() -> None:
     """http2 point 17: no step looks at the other streams."""
     client, server = measure.pair()
@@ -67,14 +57,8 @@ def test_opening_the_nth_stream_costs_the_same() -> None:
 
 def test_a_call_costs_the_same_beside_ten_thousand_streams() -> None:
     def calling(idle: int) -> int:
-        client, server = measure.pair()
-        for _ in range(idle):
-            client.open(measure.REQUEST)
-        server.receive(b"".join(client.output()))
-        for _ in range(50):
-            client.send(client.open(measure.REQUEST), measure.MESSAGE, measure.MESSAGE_SIZE, True)
-        data = b"".join(client.output())
-        return steps(lambda: answer(server, data))
+        server, data = measure.calls(50, idle)
+        return steps(lambda: measure.answer(server, data))
 
     assert 0 < calling(10_000) <= calling(1) * 1.05
 

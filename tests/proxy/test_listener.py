@@ -3,88 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from itertools import pairwise
+from contextlib import AsyncExitStack
 
 import pytest
 
 from proto.framing import Status, frame
-from proto.http2 import Limits, Stream
-from proxy.calls import Carrier, Handler, Headers, RequestHead, ServerCall
+from proto.http2 import Limits
 from proxy.listening.connection import PREFACE
-from proxy.listening.listener import PUT_OFF_MAX, RELIEVED_MIN, Listener
+from proxy.listening.listener import PUT_OFF_MAX, RELIEVED_MIN
 from proxy.listening.settings import ListenerSettings
-from tests.proxy.raw_client import HOST, RawClient, RawStream
+from tests.proxy.echo import ECHO, rig_of
+from tests.proxy.raw_client import HOST, RawStream
 from tests.proxy.scenario import run
 from tests.waiting import until_async
 
-ECHO = "/test.Echo/Echo"
 EMPTY_SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 SETTINGS_ACK = bytes([0, 0, 0, 4, 1, 0, 0, 0, 0])
-
-
-class Echo:
-    """Sends back what it gets, byte for byte, and ends when the client ends."""
-
-    def __init__(self, connection: Carrier, stream: Stream, headers: Headers) -> None:
-        self.call = ServerCall(connection, stream)
-        self.head = RequestHead.parse(headers)
-        self.call.end_after(self.head.timeout_s)
-        self.closed_with: list[int | None] = []
-        self.drains = 0
-
-    def data(self, data: bytes, flow_size: int, end_stream: bool) -> None:
-        self.call.connection.h2.consumed(self.call.stream, flow_size)
-        if data == b"break":
-            raise RuntimeError("a handler with a bug")
-        if data:
-            self.call.write(data)
-        if end_stream:
-            self.call.end(Status.OK)
-
-    def trailers(self, headers: Headers) -> None:
-        self.call.end(Status.OK, f"{len(headers)} trailers")
-
-    def drained(self) -> None:
-        self.drains += 1
-
-    def closed(self, code: int | None) -> None:
-        self.call.closed()
-        self.closed_with.append(code)
-
-
-class Rig:
-    """A listener with the echo service on one path."""
-
-    def __init__(self, settings: ListenerSettings | None) -> None:
-        self.listener = Listener(settings)
-        self.handlers: list[Echo] = []
-        self.listener.routes[ECHO.encode()] = self.open
-
-    def open(self, connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> Handler | None:
-        handler = Echo(connection, stream, headers)
-        self.handlers.append(handler)
-        if end_stream:
-            handler.call.end(Status.OK)
-            return None
-        return handler
-
-    async def connect(self, window: int = 2**31 - 1) -> RawClient:
-        """A client of it."""
-        return await RawClient.connect(self.listener.port, window)
-
-
-@asynccontextmanager
-async def rig_of(settings: ListenerSettings | None = None) -> AsyncIterator[Rig]:
-    """Yield a running listener with the echo service."""
-    rig = Rig(settings)
-    await rig.listener.start(HOST, 0)
-    try:
-        yield rig
-    finally:
-        await rig.listener.stop()
-        assert not rig.listener.connections
 
 
 def test_a_call_and_its_end() -> None:
@@ -435,56 +369,6 @@ def test_a_client_that_reads_nothing_is_not_read_either() -> None:
             assert len(await first.next()) == 10_000_000
             first.send(b"z")
             assert await first.next() == b"z"
-
-    run(scenario())
-
-
-async def told_by_turn(rig: Rig) -> list[int]:
-    """How many streams are known to be gone, turn by turn of the loop, until the last connection is."""
-    told = [sum(bool(handler.closed_with) for handler in rig.handlers)]
-    while rig.listener.connections:
-        turn = asyncio.Event()
-        asyncio.get_running_loop().call_soon(turn.set)
-        await turn.wait()
-        told.append(sum(bool(handler.closed_with) for handler in rig.handlers))
-    return told
-
-
-@pytest.mark.parametrize("connections", [1, 3])
-def test_many_streams_that_leave_at_once_are_forgotten_in_turns(
-    connections: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    streams = 81
-
-    async def scenario() -> None:
-        async with rig_of(ListenerSettings(leaving_per_turn=20)) as rig, AsyncExitStack() as stack:
-            clients = [await stack.enter_async_context(await rig.connect()) for _ in range(connections)]
-            for number in range(streams):
-                clients[number % connections].call(ECHO)
-            await until_async(lambda: len(rig.handlers) == streams, "all to be there")
-            # One handler fails: the others are told all the same.
-            monkeypatch.setattr(rig.handlers[7], "closed", None)
-            for connection in tuple(rig.listener.connections):
-                connection.abort()
-            told = await told_by_turn(rig)
-            assert [handler.closed_with for handler in rig.handlers].count([None]) == streams - 1
-            # From look to look, here, two turns go by.
-            assert max(after - before for before, after in pairwise(told)) <= 2 * 20
-
-    run(scenario())
-
-
-def test_a_stop_waits_until_all_streams_are_forgotten() -> None:
-    streams = 81
-
-    async def scenario() -> None:
-        async with rig_of(ListenerSettings(leaving_per_turn=20)) as rig, await rig.connect() as client:
-            for number in range(streams):
-                client.call(ECHO, [("grpc-timeout", "1m")] if number % 2 else [])
-            await until_async(lambda: len(rig.handlers) == streams, "all to be there")
-            await rig.listener.stop()
-            assert [handler.closed_with for handler in rig.handlers] == [[None]] * streams
-            assert all(handler.call.timer is None for handler in rig.handlers)
 
     run(scenario())
 
