@@ -72,8 +72,9 @@ class PassthroughSettings:
     the bound the connection that leaves most unread loses its calls, instead of all others waiting for it."""
 
     partial_bytes_max: int = 256 * MIB
-    """Bytes of messages that are not whole yet, of all calls that are translated under --namespace, and so the largest
-    message of one; the call that brings more ends RESOURCE_EXHAUSTED. Without a namespace no message is kept here."""
+    """Bytes of messages that are not whole yet, of all calls that are translated (--namespace, --advertise-client-url),
+    and so the largest message of one; the call that brings more ends RESOURCE_EXHAUSTED. Of other calls no message is
+    kept here."""
 
 
 @dataclass(slots=True)
@@ -100,7 +101,7 @@ class PassthroughStats:
     """Bytes of requests kept now to be sent again."""
 
     partial_bytes: int = 0
-    """Bytes of messages that are not whole now, under --namespace."""
+    """Bytes of messages that are not whole now, of calls that are translated."""
 
     partial_refused: int = 0
     """Calls ended because there were too many of those."""

@@ -73,6 +73,7 @@ class Proxy:
         upstream_cert: str = "",
         http1: str = "",
         namespace: bytes = b"",
+        advertised: str = "",
         probe_interval_s: float = 0.0,
         tune_gc: bool = True,
     ) -> None:
@@ -82,8 +83,9 @@ class Proxy:
         socket. `tls`: for the listener; `upstream_tls`: towards etcd. `limits`: the core's. `credentials`: the user in
         whose name trunks are watched. `upstream_cert`: the file of the certificate that etcd is shown, to be watched
         for a CN. `http1`: where HTTP/1 connections go, if not to `endpoints`. `namespace`: what clients' keys are
-        prefixed with at etcd. `probe_interval_s`: how often it watches through itself, 0 for never. `tune_gc`: set the
-        process's garbage collector up for this work.
+        prefixed with at etcd. `advertised`: the URL under which MemberList shows every member; "": etcd's own.
+        `probe_interval_s`: how often it watches through itself, 0 for never. `tune_gc`: set the process's garbage
+        collector up for this work.
         Raises BadEndpoint.
         """
         self.endpoints: list[Endpoint] = parse_endpoints(endpoints)
@@ -102,6 +104,7 @@ class Proxy:
         self._http1_elsewhere = parse_endpoint(http1) if http1 else None
         self.guard: Guard | None = None
         self._namespace = Namespace(namespace) if namespace else None
+        self._advertised = advertised
         self._probe_interval_s = probe_interval_s
         self._tune_gc = tune_gc
 
@@ -144,11 +147,18 @@ class Proxy:
 
     def _make_passthrough(self) -> tuple[Passthrough, str]:
         """Return who takes the calls that are not watches, and why HTTP/1 is refused, if it is."""
-        if self._namespace is None:
+        if self._namespace is None and not self._advertised:
             return Passthrough(self.pool), ""
-        from proxy.namespaced import HTTP1_REFUSAL, NamespacedPassthrough  # messages that nobody else needs here
+        # Messages that nobody else needs here.
+        from proxy.translating import HTTP1_REFUSAL, TranslatingPassthrough
+        from upstream import advertised, namespaced_calls
 
-        return NamespacedPassthrough(self.pool, self._namespace), HTTP1_REFUSAL
+        rules = []
+        if self._namespace is not None:
+            rules.append(namespaced_calls.rules(self._namespace))
+        if self._advertised:
+            rules.append(advertised.rules(self._advertised))
+        return TranslatingPassthrough(self.pool, rules), HTTP1_REFUSAL if self._namespace is not None else ""
 
     def _route(self) -> None:
         routes = self.listener.routes

@@ -21,7 +21,7 @@ from coalesce import Limits
 from proxy import logs
 from proxy.child import Child, ChildFailed, Parent, Ready, on_signals, python_command
 from proxy.config import Settings, Watch
-from proxy.config.values import Address, parse_listen_address, parse_metrics_address
+from proxy.config.values import Address, client_url, parse_listen_address, parse_metrics_address
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 from proxy.listening.settings import ListenerSettings
 from proxy.reloading import Reloading
@@ -135,6 +135,7 @@ def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy
         upstream_cert=settings.upstream.cert,
         http1=http1,
         namespace=settings.upstream.namespace.encode(errors="surrogateescape"),
+        advertised=client_url(settings.listener.advertise_client_url, secure=bool(settings.listener.cert_file)),
         probe_interval_s=settings.admin.probe_interval_s,
     )
 

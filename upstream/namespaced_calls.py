@@ -9,44 +9,17 @@ Messages: etcd's api/etcdserverpb/rpc.proto, v3lock.proto, v3election.proto; sem
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from google.protobuf.message import Message
 
 from proto.pb import rpc_pb2, v3election_pb2, v3lock_pb2
 from upstream.namespace import Namespace
+from upstream.translation import Rules, Translation
 
-Change = Callable[[Namespace, Any], None]
+NamespacedChange = Callable[[Namespace, Any], None]
 """Changes a message, which is of the type that stands beside it, in place."""
-
-
-@dataclass(frozen=True, slots=True)
-class Translation:
-    """What becomes of the messages of one call."""
-
-    request: type[Message]
-    response: type[Message]
-    outward: Change
-    inward: Change
-
-    def to_etcd(self, namespace: Namespace, message: bytes) -> bytes:
-        """Return a request as etcd shall get it. Raises DecodeError."""
-        return _changed(self.request, self.outward, namespace, message)
-
-    def to_client(self, namespace: Namespace, message: bytes) -> bytes:
-        """Return an answer as the client shall get it. Raises DecodeError."""
-        return _changed(self.response, self.inward, namespace, message)
-
-
-def _changed(kind: type[Message], change: Change, namespace: Namespace, message: bytes) -> bytes:
-    parsed = kind.FromString(message)
-    change(namespace, parsed)
-    return parsed.SerializeToString()
-
-
-def _nothing(namespace: Namespace, message: Message) -> None:
-    del namespace, message
 
 
 # KV
@@ -72,7 +45,7 @@ def _txn(namespace: Namespace, message: rpc_pb2.TxnRequest) -> None:
                 _OPERATIONS[kind](namespace, getattr(operation, kind))
 
 
-_OPERATIONS: Final[dict[str, Change]] = {
+_OPERATIONS: Final[dict[str, NamespacedChange]] = {
     "request_range": _interval,
     "request_put": _key,
     "request_delete_range": _interval,
@@ -101,7 +74,7 @@ def _txn_done(namespace: Namespace, message: rpc_pb2.TxnResponse) -> None:
             _ANSWERS[kind](namespace, getattr(answer, kind))
 
 
-_ANSWERS: Final[dict[str, Change]] = {
+_ANSWERS: Final[dict[str, NamespacedChange]] = {
     "response_range": _ranged,
     "response_put": _put,
     "response_delete_range": _deleted,
@@ -154,23 +127,21 @@ SERVICES: Final = (_KV, _LEASE, _LOCK, _ELECTION, b"/etcdserverpb.Watch/")
 
 _pb, _election, _lock = rpc_pb2, v3election_pb2, v3lock_pb2
 
-TRANSLATIONS: Final = {
-    _KV + b"Range": Translation(_pb.RangeRequest, _pb.RangeResponse, _interval, _ranged),
-    _KV + b"Put": Translation(_pb.PutRequest, _pb.PutResponse, _key, _put),
-    _KV + b"DeleteRange": Translation(_pb.DeleteRangeRequest, _pb.DeleteRangeResponse, _interval, _deleted),
-    _KV + b"Txn": Translation(_pb.TxnRequest, _pb.TxnResponse, _txn, _txn_done),
-    _LEASE + b"LeaseTimeToLive": Translation(
-        _pb.LeaseTimeToLiveRequest, _pb.LeaseTimeToLiveResponse, _nothing, _leased
-    ),
-    _LOCK + b"Lock": Translation(_lock.LockRequest, _lock.LockResponse, _name, _locked),
-    _LOCK + b"Unlock": Translation(_lock.UnlockRequest, _lock.UnlockResponse, _key, _nothing),
-    _ELECTION + b"Campaign": Translation(_election.CampaignRequest, _election.CampaignResponse, _name, _campaigned),
-    _ELECTION + b"Proclaim": Translation(_election.ProclaimRequest, _election.ProclaimResponse, _leader, _nothing),
-    _ELECTION + b"Leader": Translation(_election.LeaderRequest, _election.LeaderResponse, _name, _led),
-    _ELECTION + b"Observe": Translation(_election.LeaderRequest, _election.LeaderResponse, _name, _led),
-    _ELECTION + b"Resign": Translation(_election.ResignRequest, _election.ResignResponse, _leader, _nothing),
+_CALLS: Final[dict[bytes, tuple[type[Message], type[Message], NamespacedChange | None, NamespacedChange | None]]] = {
+    _KV + b"Range": (_pb.RangeRequest, _pb.RangeResponse, _interval, _ranged),
+    _KV + b"Put": (_pb.PutRequest, _pb.PutResponse, _key, _put),
+    _KV + b"DeleteRange": (_pb.DeleteRangeRequest, _pb.DeleteRangeResponse, _interval, _deleted),
+    _KV + b"Txn": (_pb.TxnRequest, _pb.TxnResponse, _txn, _txn_done),
+    _LEASE + b"LeaseTimeToLive": (_pb.LeaseTimeToLiveRequest, _pb.LeaseTimeToLiveResponse, None, _leased),
+    _LOCK + b"Lock": (_lock.LockRequest, _lock.LockResponse, _name, _locked),
+    _LOCK + b"Unlock": (_lock.UnlockRequest, _lock.UnlockResponse, _key, None),
+    _ELECTION + b"Campaign": (_election.CampaignRequest, _election.CampaignResponse, _name, _campaigned),
+    _ELECTION + b"Proclaim": (_election.ProclaimRequest, _election.ProclaimResponse, _leader, None),
+    _ELECTION + b"Leader": (_election.LeaderRequest, _election.LeaderResponse, _name, _led),
+    _ELECTION + b"Observe": (_election.LeaderRequest, _election.LeaderResponse, _name, _led),
+    _ELECTION + b"Resign": (_election.ResignRequest, _election.ResignResponse, _leader, None),
 }
-"""By path: the calls with keys."""
+"""By path: the calls with keys, their messages, and what becomes of them; None: nothing."""
 
 KEYLESS: Final = frozenset(
     (
@@ -182,3 +153,16 @@ KEYLESS: Final = frozenset(
     )
 )
 """The calls of those services that have none: their frames pass untouched."""
+
+
+def rules(namespace: Namespace) -> Rules:
+    """Return the rules of one namespace."""
+
+    def bound(change: NamespacedChange | None) -> Callable[[Any], None] | None:
+        return None if change is None else partial(change, namespace)
+
+    translations = {
+        path: Translation(request, response, bound(outward), bound(inward))
+        for path, (request, response, outward, inward) in _CALLS.items()
+    }
+    return Rules("--namespace", translations, SERVICES, KEYLESS)

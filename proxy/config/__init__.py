@@ -28,6 +28,7 @@ class Kind(Enum):
     FILE = "file"
     ADDRESS = "HOST:PORT"
     METRICS_ADDRESS = "HOST:PORT or URL"
+    CLIENT_URL = "URL or HOST:PORT"
     ENDPOINTS = "comma-separated"
     SWITCH = "switch"
     COUNT = "number"
@@ -185,8 +186,10 @@ class Listener(msgspec.Struct, kw_only=True, frozen=True):
     advertise_client_url: Annotated[
         str,
         _knob(
-            "The address clients should use, where it differs from --listen-addr; shown in the log and in the status.",
-            Kind.TEXT,
+            "Where clients shall connect: http://HOST:PORT, https://HOST:PORT or HOST:PORT. MemberList then shows it "
+            "as the client URL of every member, so that clients which take their endpoints from the cluster "
+            "(AutoSync, etcdctl --cluster) stay with the proxy; log and status show it too. Empty: etcd's own list.",
+            Kind.CLIENT_URL,
             from_etcd=True,
         ),
     ] = ""

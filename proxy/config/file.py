@@ -21,6 +21,7 @@ from proxy.config import Kind, Knob, Settings, knobs, tables
 from proxy.config.values import (
     BadValue,
     check_readable,
+    client_url,
     parse_duration_s,
     parse_listen_address,
     parse_metrics_address,
@@ -103,6 +104,7 @@ def check_value(knob: Knob, given: Given, *, look_at_files: bool = True) -> Any:
     checks: dict[Kind, Callable[[Any], object]] = {
         Kind.ADDRESS: parse_listen_address,
         Kind.METRICS_ADDRESS: parse_metrics_address,
+        Kind.CLIENT_URL: client_url,
         Kind.FILE: check_readable,
         Kind.ENDPOINTS: _check_endpoints,
     }

@@ -157,6 +157,24 @@ def parse_metrics_address(text: str) -> Address:
     return parse_address(parts.netloc, listening=True)
 
 
+def client_url(text: str, *, secure: bool = False) -> str:
+    """Read where clients shall connect: `http://HOST:PORT`, `https://HOST:PORT`, or `HOST:PORT` alone; "" stays.
+
+    Returns it with its scheme, as etcd's members have it; without one it is https if `secure`. Raises BadValue.
+    """
+    if not text:
+        return ""
+    scheme, separator, rest = text.strip().partition("://")
+    if not separator:
+        scheme, rest = "https" if secure else "http", scheme
+    elif scheme.lower() not in ("http", "https"):
+        raise BadValue(f"{text!r}: the scheme {scheme!r} is not known; use http://HOST:PORT or https://HOST:PORT")
+    place, _, path = rest.partition("/")
+    if path:
+        raise BadValue(f"{text!r}: leave out what follows the port; clients take HOST:PORT")
+    return f"{scheme.lower()}://{parse_address(place)}"
+
+
 def check_readable(path: str) -> None:
     """Make sure that a file is there and can be read. Raises BadValue."""
     try:

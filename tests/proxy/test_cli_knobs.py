@@ -80,6 +80,14 @@ def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error.value.code == 2
 
 
+def test_a_bad_url_for_clients_is_refused() -> None:
+    with pytest.raises(Failed) as error:
+        settings("--advertise-client-url=ftp://proxy:1")
+    problem = "'ftp://proxy:1': the scheme 'ftp' is not known; use http://HOST:PORT or https://HOST:PORT"
+    assert str(error.value) == f"--advertise-client-url: {problem}"
+    assert error.value.code == 2
+
+
 def test_switches_take_a_value_or_none() -> None:
     assert settings("--insecure-skip-tls-verify")[0].upstream.insecure_skip_tls_verify
     assert settings("--insecure-skip-tls-verify=true")[0].upstream.insecure_skip_tls_verify

@@ -10,6 +10,7 @@ from proxy.config.values import (
     Address,
     BadValue,
     check_readable,
+    client_url,
     parse_address,
     parse_duration_s,
     parse_metrics_address,
@@ -159,3 +160,42 @@ def test_files_have_to_be_readable(tmp_path: Path) -> None:
         check_readable(str(tmp_path / "missing"))
     with pytest.raises(BadValue, match="is a directory"):
         check_readable(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("", ""),
+        ("127.0.0.1:23790", "http://127.0.0.1:23790"),
+        ("http://proxy.example:2379", "http://proxy.example:2379"),
+        ("HTTPS://proxy:2379/", "https://proxy:2379"),
+        ("[::1]:2379", "http://[::1]:2379"),
+        ("https://[fe80::1]:65535", "https://[fe80::1]:65535"),
+    ],
+)
+def test_urls_for_clients(text: str, url: str) -> None:
+    assert client_url(text) == url
+    assert client_url(text, secure=True) == (url if "://" in text else url.replace("http:", "https:"))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("proxy", "'proxy' has no port; write HOST:PORT, like 127.0.0.1:2379"),
+        ("https://proxy", "'proxy' has no port; write HOST:PORT, like 127.0.0.1:2379"),
+        ("http://proxy:0", "'proxy:0' has port 0, where nothing can be reached"),
+        (":23790", "'' in ':23790' is not a host name"),
+        ("::1:2379", "'::1:2379' is ambiguous; write an IPv6 address in brackets, like [::1]:2379"),
+        (
+            "unix:///run/w.sock",
+            "'unix:///run/w.sock': the scheme 'unix' is not known; use http://HOST:PORT or https://",
+        ),
+        ("http://proxy:2379/v3", "'http://proxy:2379/v3': leave out what follows the port; clients take HOST:PORT"),
+        ("http://a:1,http://b:1", "'http://a:1,http://b:1': leave out what follows the port"),
+        ("a:1,b:1", "'a:1,b:1' is ambiguous"),
+    ],
+)
+def test_what_is_no_url_for_clients_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(BadValue) as error:
+        client_url(text)
+    assert str(error.value).startswith(problem)

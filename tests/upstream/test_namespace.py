@@ -9,9 +9,10 @@ from proto.pb import kv_pb2, rpc_pb2, v3election_pb2, v3lock_pb2
 from proto.pb.rpc_pb2 import DESCRIPTOR as RPC
 from proto.scan import scan_watch_response
 from upstream.namespace import Namespace
-from upstream.namespaced_calls import KEYLESS, SERVICES, TRANSLATIONS
+from upstream.namespaced_calls import KEYLESS, SERVICES, rules
 
 NS = Namespace(b"/ns/")
+TRANSLATIONS = rules(NS).translations
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ REQUESTS = [
 def test_requests(path: str, request_: Message, expected: Message | tuple[bytes, bytes] | None) -> None:
     translation = TRANSLATIONS[f"/{path}".encode()]
     assert type(request_) is translation.request
-    got = translation.request.FromString(translation.to_etcd(NS, request_.SerializeToString()))
+    got = translation.request.FromString(translation.to_etcd(request_.SerializeToString()))
     if isinstance(expected, tuple):
         wanted = type(request_)()
         wanted.CopyFrom(request_)
@@ -142,7 +143,7 @@ def test_answers(path: str, answer: object) -> None:
     translation = TRANSLATIONS[f"/{path}".encode()]
     theirs, ours = answer(b"/ns/"), answer(b"")
     assert type(theirs) is translation.response
-    assert translation.response.FromString(translation.to_client(NS, theirs.SerializeToString())) == ours
+    assert translation.response.FromString(translation.to_client(theirs.SerializeToString())) == ours
 
 
 def test_every_call_with_a_key_is_translated() -> None:
@@ -164,7 +165,7 @@ def test_every_call_with_a_key_is_translated() -> None:
 
 def test_fields_of_a_later_etcd_stay() -> None:
     later = rpc_pb2.PutRequest(key=b"a").SerializeToString() + b"\xa2\x06\x03new"
-    assert TRANSLATIONS[b"/etcdserverpb.KV/Put"].to_etcd(NS, later).endswith(b"\xa2\x06\x03new")
+    assert TRANSLATIONS[b"/etcdserverpb.KV/Put"].to_etcd(later).endswith(b"\xa2\x06\x03new")
 
 
 def test_events_lose_the_prefix_and_nothing_else() -> None:

@@ -1,15 +1,17 @@
-"""Pass-through under `--namespace`: the calls with keys are read, given the prefix, and their answers freed of it.
+"""Pass-through of calls whose messages are changed: those with keys in a namespace, MemberList with an advertised URL.
 
-All others pass as ever, frame by frame. A call with keys is cut into messages in both directions; each is translated
-when it is whole (upstream/namespaced_calls.py) and goes on uncompressed. A message that is not whole is kept here, so
-its window is given back at once and there is a bound for all such bytes together. What a namespace does not cover is
-refused: methods of these services that are not known here, and HTTP/1, whose JSON gateway would reach every key.
+All others pass as ever, frame by frame. A call that rules name (upstream/translation.py) is cut into messages in the
+directions that change; each is translated when it is whole and goes on uncompressed. A message that is not whole is
+kept here, so its window is given back at once and there is a bound for all such bytes together. What a namespace does
+not cover is refused: methods of its services that are not known here, and HTTP/1, whose JSON gateway would reach every
+key.
 
 Everything else of a call (heads, deadlines, trailers, who is tried again) is `passthrough.Relay`'s.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from google.protobuf.message import DecodeError
@@ -18,79 +20,81 @@ from proto.framing import FramingError, Status, Unframer, frame
 from proto.http2 import ErrorCode, Stream
 from proxy.calls import ACCEPTED_ENCODINGS, Carrier, Headers, Refusal, RequestHead, status_trailers
 from proxy.passthrough import Passthrough, PassthroughSettings, Relay
-from upstream.namespace import Namespace
-from upstream.namespaced_calls import KEYLESS, SERVICES, TRANSLATIONS, Translation
 from upstream.pool import Pool
+from upstream.translation import Rules, Translation
 
 HTTP1_REFUSAL = "the JSON gateway and other HTTP/1 pages of etcd are not served under --namespace"
 
 
-class NamespacedPassthrough(Passthrough):
-    """The handler factory for all streams that no route claims, under a namespace."""
+class TranslatingPassthrough(Passthrough):
+    """The handler factory for all streams that no route claims, under rules; no two of them name the same call."""
 
-    def __init__(self, pool: Pool, namespace: Namespace, settings: PassthroughSettings | None = None) -> None:
+    def __init__(self, pool: Pool, rules: Sequence[Rules], settings: PassthroughSettings | None = None) -> None:
         super().__init__(pool, settings)
-        self.namespace = namespace
+        self._rules = rules
+        self._found = {path: (each, one) for each in rules for path, one in each.translations.items()}
 
     def __call__(self, connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> Relay | None:
         """Take a new request stream. Raises Refusal for what a namespace does not cover, or as Passthrough does."""
         path = next((value for name, value in headers if name == b":path"), b"")
-        translation = TRANSLATIONS.get(path)
-        if translation is not None:
-            encoding = RequestHead.parse(headers).decompress
-            relay = NamespacedRelay(self, connection, stream, headers, end_stream, translation, encoding)
-            return self._begin(relay)
-        if path.startswith(SERVICES) and path not in KEYLESS:
-            shown = path[:200].decode("ascii", "backslashreplace")
-            raise Refusal(200, Status.UNIMPLEMENTED, f"unknown method {shown} under --namespace")
+        found = self._found.get(path)
+        if found is not None:
+            return self._begin(TranslatedRelay(self, connection, stream, headers, end_stream, *found))
+        for rules in self._rules:
+            if path.startswith(rules.services) and path not in rules.untouched:
+                shown = path[:200].decode("ascii", "backslashreplace")
+                raise Refusal(200, Status.UNIMPLEMENTED, f"unknown method {shown} under {rules.flag}")
         return super().__call__(connection, stream, headers, end_stream)
 
-    def kept(self, size: int) -> None:
+    def kept(self, size: int, flag: str) -> None:
         """Count `size` bytes more (or fewer) of messages that are not whole. Raises FramingError at the bound."""
         stats, bound = self.stats, self.settings.partial_bytes_max
         stats.partial_bytes += size
         if size > 0 and stats.partial_bytes > bound:
             stats.partial_refused += 1
-            text = f"watchmux: too many bytes of unfinished messages under --namespace ({bound})"
+            text = f"watchmux: too many bytes of unfinished messages under {flag} ({bound})"
             raise FramingError(Status.RESOURCE_EXHAUSTED, text)
 
 
-class NamespacedRelay(Relay):
-    """One call whose messages are translated."""
+class TranslatedRelay(Relay):
+    """One call whose messages are translated. Raises Refusal for a request that cannot be read."""
 
-    __slots__ = ("_kept", "_namespaced", "_requests", "_responses", "_translation")
+    __slots__ = ("_flag", "_kept", "_requests", "_responses", "_translating", "_translation")
 
     def __init__(
         self,
-        owner: NamespacedPassthrough,
+        owner: TranslatingPassthrough,
         connection: Carrier,
         stream: Stream,
         headers: Headers,
         end_stream: bool,
+        rules: Rules,
         translation: Translation,
-        encoding: Literal["gzip"] | None,
     ) -> None:
-        # The length changes.
-        headers = [(name, value) for name, value in headers if name != b"content-length"]
+        # Cuts the request into messages; None: it passes as it is.
+        self._requests: Unframer | None = None
+        if translation.outward is not None:
+            self._requests = Unframer(owner.settings.partial_bytes_max, RequestHead.parse(headers).decompress)
+            headers = _of_any_length(headers)
         super().__init__(owner, connection, stream, headers, end_stream)
-        self._namespaced = owner
+        self._translating = owner
         self._translation = translation
-        self._requests = Unframer(owner.settings.partial_bytes_max, encoding)
-        # Made when the answer's head says how it is compressed.
+        self._flag = rules.flag
+        # The same for the answer, made when its head says how it is compressed.
         self._responses: Unframer | None = None
         # Bytes of messages that are not whole.
         self._kept = 0
 
     def data(self, data: bytes, flow_size: int, end_stream: bool) -> None:
         """Take a part of the request; pass on what it makes whole."""
-        if self.done:
-            self.connection.h2.consumed(self._stream, flow_size)
+        requests = self._requests
+        if self.done or requests is None:
+            super().data(data, flow_size, end_stream)
             return
         try:
-            messages = self._cut(self._requests, data)
-            translate, namespace = self._translation.to_etcd, self._namespaced.namespace
-            whole = b"".join([frame(translate(namespace, message)) for message in messages])
-            if end_stream and self._requests.pending:
+            translate = self._translation.to_etcd
+            whole = b"".join([frame(translate(message)) for message in self._cut(requests, data)])
+            if end_stream and requests.pending:
                 raise FramingError(Status.INTERNAL, "the request ended inside a message")
         except (FramingError, DecodeError) as error:
             self.connection.h2.consumed(self._stream, flow_size)
@@ -104,15 +108,18 @@ class NamespacedRelay(Relay):
 
     def on_headers(self, headers: Headers) -> None:
         """Note how the answer is compressed, and pass its head on."""
+        if self._translation.inward is None:
+            super().on_headers(headers)
+            return
         encoding = next((value for name, value in headers if name == b"grpc-encoding"), b"identity")
         if encoding not in ACCEPTED_ENCODINGS:
             shown = encoding[:64].decode("ascii", "backslashreplace")
-            text = f"watchmux: under --namespace answers are identity or gzip, not {shown!r}"
+            text = f"watchmux: under {self._flag} answers are identity or gzip, not {shown!r}"
             self._fail(FramingError(Status.INTERNAL, text), "")
             return
         decompress: Literal["gzip"] | None = "gzip" if encoding == b"gzip" else None
-        self._responses = Unframer(self._namespaced.settings.partial_bytes_max, decompress)
-        super().on_headers([(name, value) for name, value in headers if name != b"content-length"])
+        self._responses = Unframer(self._translating.settings.partial_bytes_max, decompress)
+        super().on_headers(_of_any_length(headers))
 
     def on_data(self, data: bytes, flow_size: int) -> None:
         """Take a part of the answer; pass on what it makes whole."""
@@ -123,9 +130,8 @@ class NamespacedRelay(Relay):
         assert call is not None
         self._forget_request()
         try:
-            messages = self._cut(responses, data)
-            translate, namespace = self._translation.to_client, self._namespaced.namespace
-            whole = b"".join([frame(translate(namespace, message)) for message in messages])
+            translate = self._translation.to_client
+            whole = b"".join([frame(translate(message)) for message in self._cut(responses, data)])
         except (FramingError, DecodeError) as error:
             call.consumed(flow_size)
             self._fail(error, self._translation.response.DESCRIPTOR.name)
@@ -143,12 +149,12 @@ class NamespacedRelay(Relay):
             kept += self._kept
         change, self._kept = kept - self._kept, kept
         if change:
-            self._namespaced.kept(change)
+            self._translating.kept(change, self._flag)
         return messages
 
     def _give_up(self) -> None:
         if self._kept:
-            self._namespaced.kept(-self._kept)
+            self._translating.kept(-self._kept, self._flag)
             self._kept = 0
         super()._give_up()
 
@@ -157,7 +163,7 @@ class NamespacedRelay(Relay):
         if isinstance(error, FramingError):
             status, text = error.code, error.text
         else:
-            status, text = Status.INTERNAL, f"watchmux: a message is no {name}, which --namespace has to read"
+            status, text = Status.INTERNAL, f"watchmux: a message is no {name}, which {self._flag} has to read"
         call, self._call = self._call, None
         if call is not None:
             call.reset(ErrorCode.CANCEL)
@@ -169,3 +175,8 @@ class NamespacedRelay(Relay):
         else:
             self.refuse(Refusal(200, status, text))
         self._owner.over()
+
+
+def _of_any_length(headers: Headers) -> Headers:
+    """Return a head without the length of the body, which changes."""
+    return [(name, value) for name, value in headers if name != b"content-length"]
