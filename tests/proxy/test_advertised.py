@@ -102,6 +102,6 @@ def test_fields_of_a_later_etcd_stay() -> None:
 @pytest.mark.parametrize(("secure", "url"), [(False, "http://proxy:1"), (True, "https://proxy:1")])
 def test_without_a_scheme_the_url_has_the_listeners(tmp_path: Path, secure: bool, url: str) -> None:
     files = make_certificates(tmp_path)
-    certificate = {"cert_file": files.server_cert, "key_file": files.server_key} if secure else {}
-    settings = Settings(listener=Listener(advertise_client_url="proxy:1", **certificate))
+    certificate, key = (files.server_cert, files.server_key) if secure else ("", "")
+    settings = Settings(listener=Listener(advertise_client_url="proxy:1", cert_file=certificate, key_file=key))
     assert proxy_of(settings, ["127.0.0.1:2379"])._advertised == url
