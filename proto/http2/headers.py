@@ -1,4 +1,4 @@
-"""Validity of header lists (RFC 9113 sections 8.1.1, 8.2, 8.3).
+"""Validity of header lists (RFC 9113 sections 8.1.1, 8.2, 8.3, 8.5).
 
 A malformed list is the fault of one request, never of the connection. Fields repeat endlessly, so what was found
 about a short one is remembered; the memory is bounded and shared by all connections.
@@ -19,6 +19,7 @@ _STATUS = 16
 _CONTENT_LENGTH = 32
 _HOST = 64
 _BAD = 128
+_CONNECT = 256
 
 _REQUEST_PSEUDO = _METHOD | _SCHEME | _PATH | _AUTHORITY
 _PSEUDO = _REQUEST_PSEUDO | _STATUS
@@ -57,7 +58,10 @@ class MalformedHeaders(Exception):
 def check_request(headers: Sequence[tuple[bytes, bytes]]) -> int | None:
     """Return the content-length a request promises, if any. Raises MalformedHeaders."""
     seen = _check(headers, _REQUEST_PSEUDO)
-    if seen & _REQUEST_REQUIRED != _REQUEST_REQUIRED and not _is_connect(headers, seen):
+    if seen & _CONNECT:
+        if seen & _REQUEST_PSEUDO != _METHOD | _AUTHORITY:
+            raise MalformedHeaders("CONNECT names an authority and nothing else")
+    elif seen & _REQUEST_REQUIRED != _REQUEST_REQUIRED:
         raise MalformedHeaders("request without :method, :scheme or :path")
     if seen & _HOST and seen & _AUTHORITY:
         _check_host(headers)
@@ -134,12 +138,10 @@ def _kind(name: bytes, value: bytes) -> int:
         or (kind == _STATUS and _STATUS_VALUE(value) is None)
         or (kind == _CONTENT_LENGTH and _LENGTH_VALUE(value) is None)
     )
-    return _BAD if bad else kind
-
-
-def _is_connect(headers: Sequence[tuple[bytes, bytes]], seen: int) -> bool:
-    """Tell whether it is a CONNECT request, which names an authority only (8.5)."""
-    return seen & _REQUEST_PSEUDO == _METHOD | _AUTHORITY and (b":method", b"CONNECT") in headers
+    if bad:
+        return _BAD
+    # It names an authority only (8.5).
+    return kind | _CONNECT if kind == _METHOD and value == b"CONNECT" else kind
 
 
 def _check_host(headers: Sequence[tuple[bytes, bytes]]) -> None:

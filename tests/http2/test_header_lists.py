@@ -49,6 +49,7 @@ BAD_REQUESTS: dict[str, Fields] = {
     "content-lengths differ": [*wire.REQUEST, (b"content-length", b"1"), (b"content-length", b"2")],
     "CONNECT with a path": [(b":method", b"CONNECT"), (b":path", b"/"), (b":authority", b"a")],
     "CONNECT without authority": [(b":method", b"CONNECT")],
+    "CONNECT with scheme and path": [(b":method", b"CONNECT"), *PSEUDO[1:]],
 }
 
 
