@@ -18,7 +18,7 @@ is. With no upstream reachable a call ends UNAVAILABLE, as a direct client would
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from proto.framing import Status
 from proto.http2 import ErrorCode, Stream
@@ -47,6 +47,12 @@ READING = frozenset(
 """Calls that change nothing, however often they are made; clientv3 repeats the same ones (client/v3/retry.go)."""
 
 MIB = 1 << 20
+
+CALLS_REFUSED_AT = ("waiting_max", "unread_bytes_per_connection_max", "unread_bytes_max", "partial_bytes_max")
+"""Limits at which calls are refused or ended."""
+
+REQUESTS_NOT_KEPT_AT = ("resend_bytes_max", "resend_bytes_total_max")
+"""Limits from which on a request is not kept to be sent again."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -106,6 +112,12 @@ class PassthroughStats:
     partial_refused: int = 0
     """Calls ended because there were too many of those."""
 
+    refused_at: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CALLS_REFUSED_AT, 0))
+    """Calls refused or ended, by the limit that was reached."""
+
+    not_kept_at: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REQUESTS_NOT_KEPT_AT, 0))
+    """Requests that are not kept, by the limit that was reached."""
+
 
 class Passthrough:
     """The handler factory for all streams that no route claims."""
@@ -141,6 +153,8 @@ class Passthrough:
         down = self._pool.down
         if down is not None or len(self._waiting) >= self.settings.waiting_max:
             self.stats.unavailable += 1
+            if down is None:
+                self.stats.refused_at["waiting_max"] += 1
             reason = f"no etcd can be reached: {down}" if down is not None else "too many calls wait for an etcd"
             raise Refusal(200, Status.UNAVAILABLE, reason)
         self._waiting.append(relay)
@@ -165,10 +179,12 @@ class Passthrough:
         stats.unread_bytes += size
         if unread.size > self.settings.unread_bytes_per_connection_max:
             stats.unread += 1
+            stats.refused_at["unread_bytes_per_connection_max"] += 1
             relay.cut_off()
         elif stats.unread_bytes > self.settings.unread_bytes_max:
             worst = max(self._unread.values(), key=lambda one: one.size)
             stats.unread += len(worst.relays)
+            stats.refused_at["unread_bytes_max"] += len(worst.relays)
             for one in tuple(worst.relays):
                 one.cut_off()
 
@@ -442,7 +458,10 @@ class Relay:
     def _bound_request(self) -> None:
         """Keep no more of requests that were sent than is allowed."""
         settings, stats = self._owner.settings, self._owner.stats
-        if self._request_bytes > settings.resend_bytes_max or stats.resend_bytes > settings.resend_bytes_total_max:
+        too_large = self._request_bytes > settings.resend_bytes_max
+        if too_large or stats.resend_bytes > settings.resend_bytes_total_max:
+            if self._request is not None:
+                stats.not_kept_at["resend_bytes_max" if too_large else "resend_bytes_total_max"] += 1
             self._forget_request()
 
     def _forget_request(self) -> None:

@@ -24,7 +24,7 @@ from proxy import logs
 from proxy.deciding.questions import NO_RIGHT, Ask, Call, Effect, May, Now, Questions, SendAway, Tell, WentBack
 from proxy.deciding.rollback import ANY_KEY
 from upstream.endpoints import Backoff
-from upstream.errors import CallFailed
+from upstream.errors import CallFailed, status_name
 from upstream.namespace import Namespace
 
 TXN = "/etcdserverpb.KV/Txn"
@@ -91,6 +91,8 @@ class Reader:
         self.settings = settings or ReaderSettings()
         self.reads = 0
         """Calls sent to etcd."""
+        self.failed = {status.name: 0 for status in Status if status is not Status.OK}
+        """Those that were not answered with OK, by the status."""
         self.listener: Listener | None = None
         """Set before the first question."""
         self.questions = Questions(self.settings.probe_age_s_max)
@@ -191,6 +193,7 @@ class Reader:
             effects = self.questions.failed(call, Status.INTERNAL, "it cannot be read")
         except CallFailed as failed:
             log.debug("a read failed", status=failed.status, reason=failed.text)
+            self.failed[status_name(failed.status)] += 1
             effects = self.questions.failed(call, failed.status, failed.text)
         else:
             effects = self.questions.answered(call, header)

@@ -56,8 +56,8 @@ class WatchService:
         self.engine = engine
         self.settings = settings or WatchSettings()
         self.calls: set[WatchCall] = set()
-        self.refused = 0
-        """Streams turned away at a limit."""
+        self.refused_at = {"sessions_per_connection_max": 0, "request_bytes_max": 0}
+        """Streams turned away or ended, by the limit that was reached."""
         self.draining = False
 
     def open(self, connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> WatchCall:
@@ -71,7 +71,7 @@ class WatchService:
         if self.draining:
             raise Refusal(200, Status.UNAVAILABLE, DRAIN_TEXT)
         if carrier.sessions >= self.settings.sessions_per_connection_max:
-            self.refused += 1
+            self.refused_at["sessions_per_connection_max"] += 1
             limit = self.settings.sessions_per_connection_max
             text = f"watchmux: too many watch streams on one connection ({limit})"
             raise Refusal(200, Status.RESOURCE_EXHAUSTED, text)
@@ -139,6 +139,8 @@ class WatchCall:
             for message in messages:
                 self._request(message)
         except FramingError as error:
+            if error.code is Status.RESOURCE_EXHAUSTED:
+                self._service.refused_at["request_bytes_max"] += 1
             self.leave(error.code, error.text)
             return
         except DecodeError:

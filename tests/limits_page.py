@@ -11,31 +11,49 @@ import dataclasses
 import importlib
 import re
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from proto.http2.limits import Limits
 from proxy.listening.settings import ListenerSettings
+from tests import limits_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "limits.md"
+
+
+class Source(NamedTuple):
+    """A class of limits."""
+
+    title: str
+    module: str
+    name: str
+    rows: Mapping[str, limits_table.Row]
+
+
 SOURCES = (
-    ("The core", "coalesce.limits", "Limits"),
-    ("A client's HTTP/2 connection", "proto.http2.limits", "Limits"),
-    ("The listener", "proxy.listening.settings", "ListenerSettings"),
-    ("The Watch service", "proxy.watch", "WatchSettings"),
-    ("Pass-through", "proxy.passthrough", "PassthroughSettings"),
-    ("HTTP/1", "proxy.listening.http1", "Http1Settings"),
-    ("Reads and permission checks", "proxy.reads", "ReaderSettings"),
-    ("A connection to etcd", "upstream.settings", "ConnectionSettings"),
-    ("The watch client and the pool", "upstream.settings", "Settings"),
+    Source("The core", "coalesce.limits", "Limits", limits_table.CORE),
+    Source("A client's HTTP/2 connection", "proto.http2.limits", "Limits", limits_table.HTTP2),
+    Source("The listener", "proxy.listening.settings", "ListenerSettings", limits_table.LISTENER),
+    Source("The Watch service", "proxy.watch", "WatchSettings", limits_table.WATCH),
+    Source("Pass-through", "proxy.passthrough", "PassthroughSettings", limits_table.PASSTHROUGH),
+    Source("HTTP/1", "proxy.listening.http1", "Http1Settings", limits_table.HTTP1),
+    Source("Reads and permission checks", "proxy.reads", "ReaderSettings", limits_table.READS),
+    Source("A connection to etcd", "upstream.settings", "ConnectionSettings", limits_table.CONNECTION),
+    Source("The watch client and the pool", "upstream.settings", "Settings", limits_table.UPSTREAM),
 )
 INTRODUCTION = """# Limits
 
 Every bound and time in watchmux, with its default and the reason for it. This page is made from the code
 (`python -m tests.limits_page`); a test holds it there. Those that operators turn have a flag, an environment variable
-and a line in a configuration file: `watchmux serve --help` and `configs/watchmux.toml` name them. What is hit is
-counted at `--metrics-addr`.
+and a line in a configuration file: `watchmux serve --help` and `configs/watchmux.toml` name them.
+
+The metric at `--metrics-addr` tells that a limit was reached: somebody was refused, ended, cut off, dropped or made to
+wait by it. "-" has nothing to tell: it only says when, or in which portions, something is done. The test takes as much
+as the limit says, and sees what becomes of more.
 """
+COLUMNS = ("name", "default", "unit", "what it bounds, and why", "metric", "test at its edge")
 UNITS = (("_bytes", "bytes"), ("_window", "bytes"), ("_s", "seconds"), ("_revisions", "revisions"))
 
 
@@ -82,23 +100,29 @@ def shown(value: object, unit: str) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def limits(source: Source) -> Iterator[tuple[str, int | float | None]]:
+    """Yield the limits of a class, with their defaults."""
+    made = getattr(importlib.import_module(source.module), source.name)()
+    # A client's connection has the listener's bounds, which are not all the class's own.
+    settings = ListenerSettings().http2 if isinstance(made, Limits) else made
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, int | float | None) and not isinstance(value, bool):
+            yield field.name, value
+
+
 def page() -> str:
     """The page as it has to be."""
     parts = [INTRODUCTION]
-    for title, module, name in SOURCES:
-        # A client's connection has the listener's bounds, which are not all the class's own.
-        made = getattr(importlib.import_module(module), name)()
-        settings = ListenerSettings().http2 if isinstance(made, Limits) else made
-        said = reasons(module, name)
-        where = module.replace(".", "/") + ".py"
-        parts.append(
-            f"\n## {title} (`{where}`)\n\n| name | default | unit | what it bounds, and why |\n|---|---|---|---|\n"
-        )
-        for field in dataclasses.fields(settings):
-            value = getattr(settings, field.name)
-            if isinstance(value, int | float | None) and not isinstance(value, bool):
-                word = unit(field.name)
-                parts.append(f"| `{field.name}` | {shown(value, word)} | {word} | {said[field.name]} |\n")
+    for source in SOURCES:
+        said = reasons(source.module, source.name)
+        where = source.module.replace(".", "/") + ".py"
+        parts.append(f"\n## {source.title} (`{where}`)\n\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n")
+        for name, value in limits(source):
+            row, word = source.rows[name], unit(name)
+            metric = row.metric if row.metric == limits_table.NOTHING else f"`{row.metric}`"
+            cells = (f"`{name}`", shown(value, word), word, said[name], metric, f"`{row.edge}`")
+            parts.append(f"| {' | '.join(cells)} |\n")
     return "".join(parts)
 
 

@@ -435,7 +435,7 @@ class ClientConnection(asyncio.Protocol):
         self._settings_timer = None
         if self.http2.settings_pending and not self._over:
             what = f"it did not acknowledge our SETTINGS in {self._settings.settings_timeout_s:g} s"
-            self._fail(Unreachable(self.endpoint.text, what, "give etcd's client port"))
+            self._fail(Unreachable(self.endpoint.text, what, "give etcd's client port", "settings_timeout_s"))
 
     def _check_alive(self) -> None:
         if self._over:
@@ -444,7 +444,7 @@ class ClientConnection(asyncio.Protocol):
         settings = self._settings
         if self._pinged_at is not None and now - self._pinged_at >= settings.keepalive_timeout_s:
             what = f"it did not answer for {now - self._heard_at:.0f} s, not even a ping"
-            self._fail(Unreachable(self.endpoint.text, what, "check that etcd and the network are up"))
+            self._fail(Unreachable(self.endpoint.text, what, "look at etcd and the network", "keepalive_timeout_s"))
             return
         due = self._heard_at + settings.keepalive_s
         if self._pinged_at is None and now >= due:

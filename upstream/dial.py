@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -22,7 +23,7 @@ from proto.scan import Header
 from upstream.connection import ClientConnection, NotSent, connect
 from upstream.endpoints import Backoff, Endpoint
 from upstream.errors import CallFailed, Log, Unreachable
-from upstream.settings import Settings
+from upstream.settings import WATCH_TIMEOUTS, Settings
 from upstream.unary import call_unary
 from upstream.watching.lineage import Standing
 
@@ -123,6 +124,8 @@ class Dialer:
         self._on_failure = on_failure
         # Targets in the order in which they are tried: the one that worked last comes first.
         self._order = list(self.targets)
+        # What was given up because a time was up, by the name of the limit.
+        self.timeouts = Counter(dict.fromkeys(WATCH_TIMEOUTS, 0))
         # Set, and replaced, when there are others.
         self.changed = asyncio.Event()
 
@@ -176,6 +179,11 @@ class Dialer:
         self._order.remove(target)
         self._order.insert(0, target)
 
+    def count(self, failure: Unreachable) -> None:
+        """Count an endpoint that was given up because a time was up."""
+        if failure.limit:
+            self.timeouts[failure.limit] += 1
+
     def problem(self, target: Target, text: str) -> None:
         """Log a problem of an endpoint, once until it changes."""
         if target.told != text:
@@ -203,6 +211,7 @@ class Dialer:
             try:
                 server = await self._attempt(target)
             except Unreachable as error:
+                self.count(error)
                 target.failed(loop.time())
                 self.problem(target, str(error))
             else:
@@ -245,7 +254,9 @@ class Dialer:
                 return
             if not server.connection.healthy and server.connection.failure is not None:
                 raise server.connection.failure from None
-            raise Unreachable(where, f"it does not tell its status ({error})", "check that etcd is up") from None
+            limit = "status_timeout_s" if error.status == Status.DEADLINE_EXCEEDED else ""
+            what = f"it does not tell its status ({error})"
+            raise Unreachable(where, what, "check that etcd is up", limit) from None
         if status.isLearner:
             raise Unreachable(where, "it is a learner, which serves no watches", "promote it or leave it out")
         server.version = status.version

@@ -19,6 +19,9 @@ NO_LEADER_TEXT = "etcdserver: no leader"
 """What etcd says, with UNAVAILABLE, to a call that asked for a leader when there is none (api/v3rpc/rpctypes)."""
 
 
+_STATUSES: Final = frozenset(Status)
+
+
 class UpstreamError(Exception):
     """Something about an upstream that a person can mend: where, what, what to do."""
 
@@ -38,14 +41,23 @@ class BadTls(UpstreamError):
 
 
 class Unreachable(UpstreamError):
-    """An endpoint cannot be reached, or what answers there is not an etcd."""
+    """
+    An endpoint cannot be reached, or what answers there is not an etcd.
+
+    `limit`: the name of the time that was up (see `settings`); "" when it was another reason.
+    """
+
+    def __init__(self, where: str, what: str, to_do: str, limit: str = "") -> None:
+        super().__init__(where, what, to_do)
+        self.limit = limit
 
 
 class CallFailed(Exception):
     """A call ended with a gRPC status other than OK."""
 
     def __init__(self, status: int, text: str) -> None:
-        super().__init__(f"{_status_name(status)}: {text}")
+        shown = status_name(status) if status in _STATUSES else f"status {status}"
+        super().__init__(f"{shown}: {text}")
         self.status = status
         self.text = text
 
@@ -66,11 +78,9 @@ class Silence:
     def warning(self, event: str, **fields: object) -> None: ...
 
 
-def _status_name(status: int) -> str:
-    try:
-        return Status(status).name
-    except ValueError:
-        return f"status {status}"
+def status_name(status: int) -> str:
+    """Return the name of a gRPC status; what is none counts as UNKNOWN (gRPC's statuscodes.md)."""
+    return Status(status).name if status in _STATUSES else Status.UNKNOWN.name
 
 
 def explain_connect(error: BaseException, where: str, secure: bool) -> Unreachable:
@@ -82,7 +92,9 @@ def explain_connect(error: BaseException, where: str, secure: bool) -> Unreachab
     if isinstance(error, ssl.SSLError):
         return _explain_tls(error, where)
     if isinstance(error, TimeoutError):
-        return Unreachable(where, "no answer in time", "check that etcd runs there and that no firewall is in between")
+        to_do = "check that etcd runs there and that no firewall is in between"
+        # With a number it is the system's own limit.
+        return Unreachable(where, "no answer in time", to_do, "connect_timeout_s" if error.errno is None else "")
     if isinstance(error, socket.gaierror):
         return Unreachable(where, "the name cannot be resolved", "check the spelling and the name server")
     if isinstance(error, FileNotFoundError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from proto.http2 import Headers
 from upstream.connection import ClientConnection, NotSent, after, connect
 from upstream.endpoints import Backoff, Endpoint
 from upstream.errors import NO_LEADER_TEXT, CallFailed, Log, Silence, Unreachable
-from upstream.settings import Settings
+from upstream.settings import CONNECTION_TIMEOUTS, Settings
 from upstream.unary import HAS_LEADER, Metadata, NotProcessed, call_unary
 
 
@@ -68,6 +69,8 @@ class Pool:
         self._listeners: list[Callable[[], None]] = []
         # Connections to endpoints that have left, kept for the calls that were open on them.
         self._retired: list[ClientConnection] = []
+        # Connections given up, or not had, because a time was up: by the name of the limit.
+        self.timeouts = Counter(dict.fromkeys(CONNECTION_TIMEOUTS, 0))
         # Set and replaced whenever a slot changes.
         self._changed = asyncio.Event()
 
@@ -233,6 +236,8 @@ class Pool:
         told = ""
         while True:
             failure = await self._hold(slot)
+            if failure.limit:
+                self.timeouts[failure.limit] += 1
             delay_s = slot.backoff.failed(loop.time())
             if slot.failure is None and delay_s == 0:
                 # The first try after a connection worked: before it, nobody is told that the endpoint is down.

@@ -12,6 +12,12 @@ from upstream.transport import NEXT_ADDRESS_S
 
 MIB: Final = 1 << 20
 
+CONNECTION_TIMEOUTS: Final = ("connect_timeout_s", "settings_timeout_s", "keepalive_timeout_s")
+"""Times after which a connection to an endpoint is given up: `Unreachable.limit`."""
+
+WATCH_TIMEOUTS: Final = (*CONNECTION_TIMEOUTS, "status_timeout_s", "create_timeout_s")
+"""The same of the watch client's, and those of what it asks there."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionSettings:

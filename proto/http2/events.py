@@ -74,6 +74,14 @@ class PingReceived:
 
 
 @dataclass(slots=True)
+class LimitReached:
+    """A request was refused or a stream reset at one of our limits, which the peer is told; for whoever counts them."""
+
+    # Its name in `Limits`.
+    limit: str
+
+
+@dataclass(slots=True)
 class PingAcknowledged:
     """The peer answered a PING of ours."""
 
@@ -110,6 +118,7 @@ Event: TypeAlias = (
     | StreamReset
     | StreamDrained
     | PingReceived
+    | LimitReached
     | PingAcknowledged
     | PeerSettings
     | GoAwayReceived

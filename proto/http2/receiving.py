@@ -12,7 +12,15 @@ from hpack import HPACKError
 from proto.http2 import frames
 from proto.http2.compression import HeaderDecoder, TooManyFields
 from proto.http2.errors import ConnectionFault, ErrorCode, StreamFault, error_code
-from proto.http2.events import DataReceived, Event, Headers, HeadersKind, HeadersReceived, StreamReset
+from proto.http2.events import (
+    DataReceived,
+    Event,
+    Headers,
+    HeadersKind,
+    HeadersReceived,
+    LimitReached,
+    StreamReset,
+)
 from proto.http2.headers import MalformedHeaders, check_request, check_response, check_trailers
 from proto.http2.limits import HEADER_TABLE_BYTES_DEFAULT, WINDOW_BYTES_DEFAULT, WINDOW_BYTES_MAX, Limits
 from proto.http2.sending import HALF_CLOSED_LOCAL, HALF_CLOSED_REMOTE, OPEN, Role, SendingHalf
@@ -172,6 +180,8 @@ class ReceivingHalf(SendingHalf):
         fault = _data_fault(stream, length, size, end_stream)
         if fault is not None:
             self.consumed(None, length)
+            if fault.code is ErrorCode.FLOW_CONTROL_ERROR:
+                events.append(LimitReached("initial_window"))
             raise fault
         if size:
             if stream.content_left is not None:
@@ -247,6 +257,7 @@ class ReceivingHalf(SendingHalf):
             self._late(stream_id)
             return
         if headers is None:
+            events.append(LimitReached("header_list_bytes_max"))
             raise StreamFault(stream_id, ErrorCode.ENHANCE_YOUR_CALM, "header list too large")
         if stream.state is HALF_CLOSED_REMOTE:
             raise StreamFault(stream_id, ErrorCode.STREAM_CLOSED, "headers after the end of the stream")
@@ -266,8 +277,10 @@ class ReceivingHalf(SendingHalf):
         if stream_id > self._last_accepted:
             raise StreamFault(stream_id, ErrorCode.REFUSED_STREAM, "going away")
         if len(self.streams) >= self.limits.max_streams:
+            events.append(LimitReached("max_streams"))
             raise StreamFault(stream_id, ErrorCode.REFUSED_STREAM, "too many streams")
         if headers is None:
+            events.append(LimitReached("header_list_bytes_max"))
             raise StreamFault(stream_id, ErrorCode.ENHANCE_YOUR_CALM, "header list too large")
         try:
             content_length = check_request(headers)

@@ -30,6 +30,7 @@ GAUGES = {
     "connection_streams": "Streams open now on the client connection that has the most.",
     "connection_sessions": "Watch streams open now on the client connection that has the most.",
     "unread_bytes": "Bytes of passed-through answers that wait for their clients to read on.",
+    "resend_bytes": "Bytes of passed-through requests kept until their answers begin, to be sent again.",
     "partial_bytes": "Bytes of messages that are not whole yet, in calls that are translated.",
     "calls_waiting": "Passed-through calls that wait for a connection to etcd now.",
     "upstream_streams": "Watch streams open at etcd now.",
@@ -43,7 +44,8 @@ COUNTERS = {
     "connections_accepted_total": "Client connections accepted.",
     "connections_http1_total": "Client connections that spoke HTTP/1 and were handed to etcd.",
     "connections_failed_total": "Client connections ended by an error of the client's, floods included.",
-    "connections_timed_out_total": "Client connections closed because they were silent or did not answer a ping.",
+    "connections_not_read_total": "Times a client was not read from because it did not read either.",
+    "connections_in_turns_total": "Times what one client sent at once was handled in several turns.",
     "handshakes_failed_total": "TLS handshakes of clients that came to nothing or took too long.",
     "requests_total": "Client streams (calls and watches) opened.",
     "written_bytes_total": "Bytes written to clients.",
@@ -80,6 +82,51 @@ COUNTERS = {
     "store_went_back_total": "Times etcd was found to have another history than before: restored or replaced.",
 }
 """Fields of a snapshot that are counters, with what they mean."""
+
+LABELLED = {
+    "joins_total": ("kind", "watchmux_joins_total", "Watches that joined, by how they were served."),
+    "refusals_total": (
+        "limit",
+        "watchmux_limit_refusals_total",
+        "Connections, streams, calls and watches refused or ended, by the limit that was reached.",
+    ),
+    "cut_off_total": (
+        "reason",
+        "watchmux_connections_cut_off_total",
+        "Client connections ended by an error of the client's, by what it was: a flood, or an error of HTTP/2.",
+    ),
+    "timed_out_total": (
+        "limit",
+        "watchmux_connections_timed_out_total",
+        "Client connections closed because they were silent, without streams, or did not answer, by the limit.",
+    ),
+    "http1_refusals_total": (
+        "status",
+        "watchmux_http1_refusals_total",
+        "HTTP/1 connections that the proxy itself refused, by the status they were told.",
+    ),
+    "evictions_total": (
+        "limit",
+        "watchmux_history_evictions_total",
+        "Responses dropped from history, by the limit that did it.",
+    ),
+    "not_kept_total": (
+        "limit",
+        "watchmux_calls_not_kept_total",
+        "Passed-through calls whose request is not kept to be sent again, by the limit that was reached.",
+    ),
+    "reads_failed_total": (
+        "status",
+        "watchmux_upstream_reads_failed_total",
+        "Reads of the current revision and checks of permissions that etcd did not answer with OK, by the status.",
+    ),
+    "upstream_timeouts_total": (
+        "limit",
+        "watchmux_upstream_timeouts_total",
+        "Connections to etcd, and what was asked there, given up because a time was up, by the limit.",
+    ),
+}
+"""Fields of a snapshot that count by something: the label, the metric and what it means."""
 
 GRPC_PROXY_FIELD = "coalesced_total"
 """The field that is exported under a name of etcd's grpc-proxy only."""
@@ -151,25 +198,8 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
         yield GaugeMetricFamily(metric_name(field), text, value=getattr(snapshot, field))
     for field, text in COUNTERS.items():
         yield CounterMetricFamily(metric_name(field), text, value=getattr(snapshot, field))
-    yield _by("kind", "watchmux_joins_total", "Watches that joined, by how they were served.", snapshot.joins_total)
-    yield _by(
-        "limit",
-        "watchmux_limit_refusals_total",
-        "Connections, streams and watches refused or ended, by the limit that was reached.",
-        snapshot.refusals_total,
-    )
-    yield _by(
-        "reason",
-        "watchmux_connections_cut_off_total",
-        "Client connections ended by an error of the client's, by what it was: a flood, or an error of HTTP/2.",
-        snapshot.cut_off_total,
-    )
-    yield _by(
-        "limit",
-        "watchmux_history_evictions_total",
-        "Responses dropped from history, by the limit that did it.",
-        snapshot.evictions_total,
-    )
+    for field, (label, name, text) in LABELLED.items():
+        yield _by(label, name, text, getattr(snapshot, field))
     yield GaugeMetricFamily(
         "watchmux_coalescing_ratio",
         "Client watches for each upstream watch now; 0 while there is none.",

@@ -58,15 +58,21 @@ class Snapshot(msgspec.Struct, kw_only=True):
     connections_accepted_total: int = 0
     connections_http1_total: int = 0
     connections_failed_total: int = 0
-    connections_timed_out_total: int = 0
+    timed_out_total: dict[str, int] = {}
+    """Connections closed because a time was up, by the limit."""
+    connections_not_read_total: int = 0
+    connections_in_turns_total: int = 0
+    http1_refusals_total: dict[str, int] = {}
+    """HTTP/1 connections refused by the proxy, by the status they were told."""
     handshakes_failed_total: int = 0
     requests_total: int = 0
     written_bytes_total: int = 0
     creates_total: int = 0
     creates_refused_total: int = 0
     refusals_total: dict[str, int] = {}
-    cut_off_total: dict[str, int] = {}
     """What was refused or ended at a limit, by the limit's name."""
+    cut_off_total: dict[str, int] = {}
+    """Connections ended for an error of the client's, by what it was."""
     evictions_total: dict[str, int] = {}
     """Responses dropped from history, by the limit that did it."""
     cancels_total: int = 0
@@ -88,7 +94,10 @@ class Snapshot(msgspec.Struct, kw_only=True):
     calls_unavailable_total: int = 0
     calls_broken_total: int = 0
     calls_unread_total: int = 0
+    not_kept_total: dict[str, int] = {}
+    """Requests not kept to be sent again, by the limit."""
     unread_bytes: int = 0
+    resend_bytes: int = 0
     partial_bytes: int = 0
     calls_partial_total: int = 0
     upstream_received_bytes_total: int = 0
@@ -99,6 +108,10 @@ class Snapshot(msgspec.Struct, kw_only=True):
     upstream_resumed_total: int = 0
     store_went_back_total: int = 0
     upstream_reads_total: int = 0
+    reads_failed_total: dict[str, int] = {}
+    """Those that etcd did not answer with OK, by the status."""
+    upstream_timeouts_total: dict[str, int] = {}
+    """Connections to etcd, and what was asked there, given up because a time was up, by the limit."""
     core_failures_total: int = 0
     """Times the core failed by a bug, so that every watch session was ended."""
     probes_total: int = 0
@@ -183,7 +196,10 @@ class Source:
         snapshot.connections_accepted_total = stats.accepted
         snapshot.connections_http1_total = stats.http1
         snapshot.connections_failed_total = stats.failed
-        snapshot.connections_timed_out_total = stats.timed_out
+        snapshot.timed_out_total = dict(stats.timed_out)
+        snapshot.connections_not_read_total = stats.not_read
+        snapshot.connections_in_turns_total = stats.in_turns
+        snapshot.http1_refusals_total = {str(status): count for status, count in self._proxy.http1.refused.items()}
         snapshot.handshakes_failed_total = stats.handshakes_failed
         snapshot.requests_total = stats.requests
         snapshot.written_bytes_total = stats.written_bytes
@@ -200,7 +216,9 @@ class Source:
             setattr(snapshot, name, getattr(stats, counter))
         snapshot.refusals_total = {
             "connections_max": self._proxy.listener.stats.refused,
-            "sessions_per_connection_max": self._proxy.watches.refused,
+            **self._proxy.listener.stats.refused_at,
+            **self._proxy.watches.refused_at,
+            **self._proxy.passthrough.stats.refused_at,
             **stats.refused_at,
         }
         snapshot.evictions_total = dict(stats.evicted_at)
@@ -219,6 +237,9 @@ class Source:
         snapshot.upstream_streams = upstream.stream_count
         snapshot.upstream_received_bytes_total = upstream.received_bytes
         snapshot.upstream_reads_total = self._proxy.reader.reads
+        snapshot.reads_failed_total = dict(self._proxy.reader.failed)
+        pool = self._proxy.pool.timeouts
+        snapshot.upstream_timeouts_total = {name: count + pool[name] for name, count in upstream.timeouts.items()}
 
     def _read_passthrough(self, snapshot: Snapshot) -> None:
         stats = self._proxy.passthrough.stats
@@ -228,7 +249,9 @@ class Source:
         snapshot.calls_unavailable_total = stats.unavailable
         snapshot.calls_broken_total = stats.broken
         snapshot.calls_unread_total = stats.unread
+        snapshot.not_kept_total = dict(stats.not_kept_at)
         snapshot.unread_bytes = stats.unread_bytes
+        snapshot.resend_bytes = stats.resend_bytes
         snapshot.partial_bytes = stats.partial_bytes
         snapshot.calls_partial_total = stats.partial_refused
 

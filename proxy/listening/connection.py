@@ -24,6 +24,7 @@ from proto.http2 import (
     Event,
     HeadersKind,
     HeadersReceived,
+    LimitReached,
     Piece,
     PingAcknowledged,
     PingReceived,
@@ -34,7 +35,7 @@ from proto.http2 import (
 )
 from proxy import logs
 from proxy.listening.pings import TOO_MANY_PINGS, PingPolicy
-from proxy.listening.settings import ListenerSettings
+from proxy.listening.settings import REFUSED_AT, ListenerSettings
 
 if TYPE_CHECKING:
     from proxy.listening.listener import Listener
@@ -257,9 +258,9 @@ class ServerConnection(asyncio.Protocol):
                 self.abort()
         elif self._opening is not None:
             if now - self._opened_at > settings.first_bytes_timeout_s:
-                self._time_out()
+                self._time_out("first_bytes_timeout_s")
         elif self.h2.settings_pending and now - self._opened_at > settings.settings_timeout_s:
-            self._time_out(ErrorCode.SETTINGS_TIMEOUT)
+            self._time_out("settings_timeout_s", ErrorCode.SETTINGS_TIMEOUT)
         else:
             self._sweep_silence(settings, now)
 
@@ -269,6 +270,7 @@ class ServerConnection(asyncio.Protocol):
         """Handle what is too much for one turn of the loop in the next ones; nothing more is read meanwhile."""
         if not self._in_turns:
             self._in_turns = True
+            self._listener.stats.in_turns += 1
             if self._transport is not None:
                 self._transport.pause_reading()
             asyncio.get_running_loop().call_soon(self._next_turn)
@@ -325,6 +327,8 @@ class ServerConnection(asyncio.Protocol):
                     self._reset(cast(StreamReset, event))
                 elif kind is PingReceived:
                     self._pinged()
+                elif kind is LimitReached:
+                    self._listener.stats.refused_at[REFUSED_AT[cast(LimitReached, event).limit]] += 1
                 elif kind is PingAcknowledged:
                     self._pinged_at = None
                     if cast(PingAcknowledged, event).payload == DRAIN_PING:
@@ -360,6 +364,7 @@ class ServerConnection(asyncio.Protocol):
         self._unread_bytes += sum(map(len, pieces))
         if self._unread_bytes > self._listener.settings.unread_bytes_max and not self._deaf:
             self._deaf = True
+            self._listener.stats.not_read += 1
             if self._transport is not None:
                 self._transport.pause_reading()
 
@@ -431,9 +436,9 @@ class ServerConnection(asyncio.Protocol):
         if self._transport is not None and not self._rest and not self._at_fault:
             self._transport.close()
 
-    def _time_out(self, code: ErrorCode | None = None) -> None:
-        self._listener.stats.timed_out += 1
-        log.info("a client's connection timed out", peer=self.peer, code="" if code is None else code.name)
+    def _time_out(self, limit: str, code: ErrorCode | None = None) -> None:
+        self._listener.stats.timed_out[limit] += 1
+        log.info("a client's connection timed out", peer=self.peer, limit=limit)
         if code is None:
             self.abort()
             return
@@ -446,13 +451,14 @@ class ServerConnection(asyncio.Protocol):
             self._idle_since = now
         elif settings.idle_timeout_s is not None and now - self._idle_since > settings.idle_timeout_s:
             self._idle_since = now
+            self._listener.stats.timed_out["idle_timeout_s"] += 1
             self.go_away()
             return
         if self._pinged_at is not None:
             if self._heard_at > self._pinged_at:
                 self._pinged_at = None
             elif now - self._pinged_at > settings.keepalive_timeout_s:
-                self._time_out()
+                self._time_out("keepalive_timeout_s")
         elif settings.keepalive_interval_s is not None and now - self._heard_at >= settings.keepalive_interval_s:
             self._pinged_at = now
             self.h2.ping(KEEPALIVE_PING)

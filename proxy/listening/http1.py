@@ -60,6 +60,8 @@ class Http1:
         self.settings = settings or Http1Settings()
         self.connections: set[ClientSide] = set()
         self.upstreams: set[UpstreamSide] = set()
+        self.refused = dict.fromkeys(_REASONS, 0)
+        """Connections refused by ourselves, by the status they were told."""
         self._choose = choose
         self.refusal = refusal
         self._tls = tls
@@ -213,6 +215,7 @@ class ClientSide(_Side):
     def refuse(self, status: int, text: str) -> None:
         """Answer by ourselves, and close."""
         if self.transport is not None:
+            self._owner.refused[status] += 1
             body = f"watchmux: {text}\n".encode()
             head = f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: text/plain\r\nConnection: close\r\n"
             self.transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)

@@ -9,12 +9,23 @@ from proto.http2 import Limits
 from proto.http2.receiving import FLOOD_NAMES, TOO_MANY_FIELDS
 
 CUT_OFF_REASONS = (
+    *("PROTOCOL_ERROR", "FLOW_CONTROL_ERROR", "FRAME_SIZE_ERROR", "COMPRESSION_ERROR"),
     "too_many_pings",
     "flood: CONTINUATION",
     TOO_MANY_FIELDS,
     *(f"flood: {name}" for name in FLOOD_NAMES),
 )
-"""Why a connection may be cut off, beside the errors of HTTP/2."""
+"""Why a connection may be cut off: the errors of HTTP/2 that end one (RFC 9113 section 7), pings, floods."""
+
+REFUSED_AT = {
+    "max_streams": "max_concurrent_streams",
+    "header_list_bytes_max": "header_list_bytes_max",
+    "initial_window": "initial_window",
+}
+"""Limits of an HTTP/2 connection at which a stream is refused or reset, and the names by which operators know them."""
+
+TIMEOUTS = ("first_bytes_timeout_s", "settings_timeout_s", "keepalive_timeout_s", "idle_timeout_s")
+"""Times after which a connection is closed."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -86,8 +97,17 @@ class ListenerStats:
     cut_off: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(CUT_OFF_REASONS, 0)))
     """Why they failed: the flood, or the name of the HTTP/2 error."""
 
-    timed_out: int = 0
-    """Said nothing, did not acknowledge SETTINGS or did not answer a ping."""
+    timed_out: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(TIMEOUTS, 0)))
+    """Said nothing, did not acknowledge SETTINGS, did not answer a ping or had no streams, by the limit."""
+
+    refused_at: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(REFUSED_AT.values(), 0)))
+    """Streams refused or reset, by the limit."""
+
+    not_read: int = 0
+    """Times a client was not read from because it had left `unread_bytes_max` unread."""
+
+    in_turns: int = 0
+    """Times what one client sent at once was handled in several turns."""
 
     requests: int = 0
     writes: int = 0

@@ -353,6 +353,21 @@ def test_etcd_is_not_asked_too_often() -> None:
     assert all(client.read()[-1] == "#-1 @200 progress" for client in clients)
 
 
+def test_it_is_asked_again_and_ever_less_often() -> None:
+    """After progress_retry_s, then after twice as long each time, up to progress_retry_s_max."""
+    shell = Shell(Limits(progress_retry_s=0.125, progress_retry_s_max=0.5))
+    client = shell.client()
+    shell.trunk(5, client)
+    client.progress()
+    asked, at = [], 0.0
+    while at < 2:
+        before = len(shell.asked)
+        at += 0.0625
+        shell.wait(0.0625)
+        asked += [at] * (len(shell.asked) - before)
+    assert asked == [0.125, 0.375, 0.875, 1.375, 1.875]
+
+
 # servers without ordered progress
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from proto.http2 import Connection, ErrorCode, Limits, Role
+from proto.http2 import Connection, ErrorCode, LimitReached, Limits, Role
 from proto.http2.compression import FIELD_OVERHEAD_BYTES
 from tests.http2 import wire
 from tests.http2.test_fuzz import LIMITS, script
@@ -248,3 +248,24 @@ def test_in_turns_means_the_same(seed: int) -> None:
             events += connection.receive(b"")
         results.append((told(events), b"".join(connection.output())))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("limit", ["max_streams", "header_list_bytes_max", "initial_window"])
+def test_a_stream_that_reaches_a_limit_is_told_to_the_shell(limit: str) -> None:
+    """Once for each stream, and not for those at the edge: for whoever counts them."""
+    connection, peer = server(Limits(max_streams=2, header_list_bytes_max=1_000, initial_window=100))
+    weight = sum(FIELD_OVERHEAD_BYTES + len(name) + len(value) for name, value in wire.REQUEST)
+    room = 1_000 - weight - FIELD_OVERHEAD_BYTES - len(b"x")
+
+    def headers(stream_id: int, size: int) -> bytes:
+        return peer.headers(stream_id, [*wire.REQUEST, (b"x", b"y" * size)])
+
+    if limit == "max_streams":
+        good, bad = peer.request(1) + peer.request(3), peer.request(5)
+    elif limit == "header_list_bytes_max":
+        good, bad = headers(1, room), headers(3, room + 1)
+    else:
+        good, bad = peer.request(1) + data(1, bytes(100)), data(1, b"x")
+    assert LimitReached(limit) not in connection.receive(good)
+    assert connection.receive(bad).count(LimitReached(limit)) == 1
+    assert not connection.closed

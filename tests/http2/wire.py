@@ -32,6 +32,7 @@ from proto.http2 import (
     Event,
     GoAwayReceived,
     HeadersReceived,
+    LimitReached,
     Limits,
     PeerSettings,
     PingAcknowledged,
@@ -186,8 +187,8 @@ class Peer:
 
 
 def told(events: Iterable[Event]) -> list[str]:
-    """Return events as text, one line each; that a PING came is left out, its answer is in the output."""
-    return [_told(event) for event in events if not isinstance(event, PingReceived)]
+    """Return events as text, one line each; what is there for counting is left out, since the output answers it."""
+    return [_told(event) for event in events if not isinstance(event, PingReceived | LimitReached)]
 
 
 def _told(event: Event) -> str:

@@ -92,6 +92,7 @@ def test_bounds(etcd: EtcdServer) -> None:
             await until_async(lambda: running.http1.connections, "the connection to be taken over")
             assert (await ask(running.address, get("/version"))).startswith(b"HTTP/1.1 503 ")
             assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 408 ")
+            assert (running.http1.refused[503], running.http1.refused[408]) == (1, 1)
             writer.close()
 
     asyncio.run(run())

@@ -408,7 +408,7 @@ def test_half_open_connections_are_closed(opening: bytes) -> None:
                 pass
             finally:
                 writer.close()
-            assert rig.listener.stats.timed_out == 1
+            assert +rig.listener.stats.timed_out == {"first_bytes_timeout_s": 1}
 
     run(scenario())
 
@@ -435,7 +435,9 @@ def test_a_client_that_answers_no_ping_is_dropped() -> None:
             assert dead.transport is not None
             await until_async(lambda: len(rig.listener.connections) == 2, "both connections")
             dead.transport.pause_reading()
-            await until_async(lambda: rig.listener.stats.timed_out == 1, "the dead one to be dropped")
+            await until_async(
+                lambda: +rig.listener.stats.timed_out == {"keepalive_timeout_s": 1}, "the dead one to be dropped"
+            )
             assert not good.lost
             assert len(rig.listener.connections) == 1
             await good.close()

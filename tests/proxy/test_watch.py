@@ -314,7 +314,7 @@ def test_sessions_per_connection_are_limited(etcd: EtcdServer) -> None:
             fourth = client.watch()
             fourth.create(b"a")
             await fourth.created()
-            assert proxy.watches.refused == 1
+            assert proxy.watches.refused_at["sessions_per_connection_max"] == 1
 
     run(scenario())
 

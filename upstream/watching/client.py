@@ -206,6 +206,8 @@ class WatchClient:
         self.around_read: Callable[[bool], None] | None = None
         # DATA of watch streams read since the start, in bytes.
         self.received_bytes = 0
+        # What was given up because a time was up, since the start: by the name of the limit.
+        self.timeouts = self._dialer.timeouts
 
     # For the listener.
 
@@ -399,6 +401,7 @@ class WatchClient:
             shell = stream.shell
             if stream.token is not None and isinstance(shell, _Call) and shell.waits_for(loop.time()) >= limit_s:
                 shell.leave()
+                self._dialer.timeouts["create_timeout_s"] += 1
                 self._log.warning("upstream_create_unanswered", waited_s=limit_s)
                 self._apply(self._state.refused(stream, Status.UNAUTHENTICATED, INVALID_TOKEN))
 
@@ -565,6 +568,7 @@ class WatchClient:
         server = self._server
         if server is not None and server.connection is connection:
             if connection.failure is not None:
+                self._dialer.count(connection.failure)
                 self._dialer.problem(server.target, str(connection.failure))
             self._lost.set()
 

@@ -1,0 +1,220 @@
+"""Of each limit in docs/limits.md: the metric that tells that it was reached, and the test at its edge.
+
+`python -m tests.limits_page` puts both into the page; tests/proxy/test_limits_table.py sees to it that every limit has
+its row here, that the metrics are on the page of a running proxy, and that the tests are there.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+
+NOTHING: Final = "-"
+"""It only says when or in which portions something is done: nobody is refused, ended, dropped or made to wait by it."""
+
+
+class Row(NamedTuple):
+    """One limit."""
+
+    metric: str
+    edge: str
+
+
+_REFUSED: Final = 'watchmux_limit_refusals_total{limit="%s"}'
+_EVICTED: Final = 'watchmux_history_evictions_total{limit="%s"}'
+_CUT_OFF: Final = 'watchmux_connections_cut_off_total{reason="%s"}'
+_TIMED_OUT: Final = 'watchmux_connections_timed_out_total{limit="%s"}'
+_HTTP1: Final = 'watchmux_http1_refusals_total{status="%s"}'
+_NOT_KEPT: Final = 'watchmux_calls_not_kept_total{limit="%s"}'
+_UPSTREAM: Final = 'watchmux_upstream_timeouts_total{limit="%s"}'
+_READS: Final = 'watchmux_upstream_reads_failed_total{status="%s"}'
+
+_HISTORY: Final = "coalesce/test_history.py::"
+_JOINING: Final = "coalesce/test_joining.py::"
+_REPLAY: Final = "coalesce/test_replay.py::"
+_BACKFILL: Final = "coalesce/test_backfill.py::"
+_PROGRESS: Final = "coalesce/test_progress.py::"
+_FLOODS: Final = "http2/test_floods.py::"
+_FLOW: Final = "http2/test_flow.py::"
+_LISTENER: Final = "proxy/test_limits.py::"
+_UP: Final = "upstream/test_limits.py::"
+
+CORE: Final = {
+    "linger_s": Row(
+        NOTHING, "coalesce/test_ending.py::test_a_trunk_lingers_and_a_client_that_comes_back_finds_its_history"
+    ),
+    "history_bytes_max": Row(_EVICTED % "history_bytes_max", f"{_HISTORY}test_it_is_bounded_in_bytes_and_in_batches"),
+    "history_bytes_total_max": Row(
+        _EVICTED % "history_bytes_total_max", f"{_HISTORY}test_all_histories_together_drop_the_oldest_batch_of_all"
+    ),
+    "history_revisions_max": Row(
+        _EVICTED % "history_revisions_max", f"{_HISTORY}test_it_is_bounded_in_bytes_and_in_batches"
+    ),
+    "history_age_s": Row(_EVICTED % "history_age_s", f"{_HISTORY}test_old_batches_go_by_age"),
+    "replay_bytes_max": Row(NOTHING, f"{_HISTORY}test_a_replay_is_cut_between_revisions"),
+    "replay_turn_bytes_max": Row(NOTHING, f"{_REPLAY}test_a_herd_is_served_in_turns"),
+    "response_bytes_max": Row(NOTHING, f"{_BACKFILL}test_a_large_catch_up_response_is_cut"),
+    "fragment_bytes": Row(NOTHING, "coalesce/test_batch.py::test_a_response_is_split_from_the_limit_on_and_not_below"),
+    "watches_per_session_max": Row(
+        _REFUSED % "watches_per_session_max", f"{_JOINING}test_limits_are_refused_with_a_clear_text"
+    ),
+    "watches_max": Row(_REFUSED % "watches_max", f"{_JOINING}test_limits_are_refused_with_a_clear_text"),
+    "trunks_max": Row(_REFUSED % "trunks_max", f"{_JOINING}test_limits_are_refused_with_a_clear_text"),
+    "queue_max": Row(_REFUSED % "queue_max", f"{_JOINING}test_too_long_a_line_ends_the_session"),
+    "backfills_max": Row("watchmux_queued", f"{_BACKFILL}test_backfills_are_bounded_and_the_others_wait_in_line"),
+    "backfill_bytes_max": Row(
+        "watchmux_upstream_paused_total", f"{_BACKFILL}test_a_sharer_that_stalls_is_left_and_later_gets_its_own"
+    ),
+    "backfill_share_revisions": Row(NOTHING, f"{_BACKFILL}test_one_that_is_too_far_behind_is_not_shared"),
+    "trunk_catch_up_revisions": Row(NOTHING, f"{_JOINING}test_where_a_trunk_begins"),
+    "bookmark_s": Row(NOTHING, f"{_PROGRESS}test_quiet_trunks_renew_their_bookmarks"),
+    "progress_interval_s": Row(NOTHING, f"{_PROGRESS}test_etcd_is_not_asked_too_often"),
+    "progress_retry_s": Row(NOTHING, f"{_PROGRESS}test_it_is_asked_again_and_ever_less_often"),
+    "progress_retry_s_max": Row(NOTHING, f"{_PROGRESS}test_it_is_asked_again_and_ever_less_often"),
+    "progress_notify_s": Row(NOTHING, f"{_PROGRESS}test_quiet_watches_are_told_where_they_are"),
+    "lagging_age_s_max": Row(_REFUSED % "lagging_age_s_max", f"{_REPLAY}test_who_stays_behind_too_long_is_sent_away"),
+}
+
+HTTP2: Final = {
+    "max_streams": Row(
+        _REFUSED % "max_concurrent_streams", f"{_FLOODS}test_a_stream_that_reaches_a_limit_is_told_to_the_shell"
+    ),
+    "initial_window": Row(_REFUSED % "initial_window", f"{_FLOW}test_a_stream_window_overrun_costs_the_stream"),
+    "connection_window": Row(
+        _CUT_OFF % "FLOW_CONTROL_ERROR", f"{_FLOW}test_a_connection_window_overrun_costs_the_connection"
+    ),
+    "max_frame_bytes": Row(_CUT_OFF % "FRAME_SIZE_ERROR", f"{_FLOW}test_our_frame_size_is_checked_before_buffering"),
+    "header_list_bytes_max": Row(
+        _REFUSED % "header_list_bytes_max",
+        "http2/test_header_lists.py::test_an_oversized_header_list_is_refused_and_the_compression_stays_right",
+    ),
+    "header_table_bytes": Row(
+        _CUT_OFF % "COMPRESSION_ERROR",
+        "http2/test_settings.py::test_our_header_table_size_binds_the_peer_from_its_acknowledgement_on",
+    ),
+    "header_fields_max": Row(
+        _CUT_OFF % "flood: header fields", f"{_FLOODS}test_more_header_fields_than_a_list_can_have_end_the_connection"
+    ),
+    "turn_work_max": Row(
+        "watchmux_connections_in_turns_total", f"{_LISTENER}test_what_comes_at_once_is_handled_in_turns"
+    ),
+    "resets_remembered": Row(
+        NOTHING, "http2/test_ends.py::test_late_frames_of_a_forgotten_stream_are_answered_once_more"
+    ),
+    "continuations_max": Row(
+        _CUT_OFF % "flood: CONTINUATION", f"{_FLOODS}test_continuations_of_one_header_block_are_bounded"
+    ),
+    "resets_max": Row(_CUT_OFF % "flood: streams ended badly", f"{_FLOODS}test_a_flood_ends_the_connection"),
+    "pings_max": Row(_CUT_OFF % "flood: PING", f"{_FLOODS}test_a_flood_ends_the_connection"),
+    "settings_max": Row(_CUT_OFF % "flood: SETTINGS", f"{_FLOODS}test_a_flood_ends_the_connection"),
+    "empty_data_max": Row(_CUT_OFF % "flood: empty DATA", f"{_FLOODS}test_a_flood_ends_the_connection"),
+    "tiny_updates_max": Row(_CUT_OFF % "flood: tiny WINDOW_UPDATE", f"{_FLOODS}test_a_flood_ends_the_connection"),
+    "tiny_update_bytes": Row(
+        _CUT_OFF % "flood: tiny WINDOW_UPDATE", f"{_FLOODS}test_window_updates_of_some_size_are_no_flood"
+    ),
+    "ignored_max": Row(_CUT_OFF % "flood: frames without effect", f"{_FLOODS}test_a_flood_ends_the_connection"),
+    "paused_requests_max": Row(
+        _CUT_OFF % "flood: requests without reading the answers",
+        f"{_FLOODS}test_requests_of_a_peer_that_reads_nothing_are_bounded",
+    ),
+}
+
+LISTENER: Final = {
+    "connections_max": Row(
+        _REFUSED % "connections_max", "proxy/test_listener.py::test_one_connection_too_many_is_told_so"
+    ),
+    "first_bytes_timeout_s": Row(_TIMED_OUT % "first_bytes_timeout_s", f"{_LISTENER}test_times_of_a_connection"),
+    "settings_timeout_s": Row(_TIMED_OUT % "settings_timeout_s", f"{_LISTENER}test_times_of_a_connection"),
+    "keepalive_interval_s": Row(NOTHING, f"{_LISTENER}test_times_of_a_connection"),
+    "keepalive_timeout_s": Row(_TIMED_OUT % "keepalive_timeout_s", f"{_LISTENER}test_times_of_a_connection"),
+    "keepalive_min_s": Row(
+        _CUT_OFF % "too_many_pings", "proxy/test_pings.py::test_the_third_early_ping_is_one_too_many"
+    ),
+    "idle_timeout_s": Row(_TIMED_OUT % "idle_timeout_s", f"{_LISTENER}test_times_of_a_connection"),
+    "write_buffer_bytes": Row(
+        "watchmux_stalls_total", "proxy/test_listener.py::test_much_to_write_is_not_joined_for_each_stream"
+    ),
+    "unread_bytes_max": Row("watchmux_connections_not_read_total", f"{_LISTENER}test_bytes_kept_for_who_does_not_read"),
+    "reason_s": Row(NOTHING, f"{_LISTENER}test_who_is_cut_off_may_read_why_for_a_while"),
+    "drain_ping_s": Row(NOTHING, f"{_LISTENER}test_who_is_told_to_go_and_does_not_answer_is_told_so_again"),
+    "leaving_per_turn": Row(
+        NOTHING, "proxy/test_leaving.py::test_many_streams_that_leave_at_once_are_forgotten_in_turns"
+    ),
+}
+
+WATCH: Final = {
+    "request_bytes_max": Row(_REFUSED % "request_bytes_max", f"{_LISTENER}test_the_size_of_a_watch_request"),
+    "sessions_per_connection_max": Row(
+        _REFUSED % "sessions_per_connection_max", "proxy/test_watch.py::test_sessions_per_connection_are_limited"
+    ),
+}
+
+PASSTHROUGH: Final = {
+    "waiting_max": Row(_REFUSED % "waiting_max", f"{_LISTENER}test_calls_that_wait_for_an_etcd"),
+    "resend_bytes_max": Row(_NOT_KEPT % "resend_bytes_max", f"{_LISTENER}test_requests_kept_to_be_sent_again"),
+    "resend_bytes_total_max": Row(
+        _NOT_KEPT % "resend_bytes_total_max", f"{_LISTENER}test_requests_kept_to_be_sent_again"
+    ),
+    "unread_bytes_per_connection_max": Row(
+        _REFUSED % "unread_bytes_per_connection_max", f"{_LISTENER}test_answers_that_are_not_read"
+    ),
+    "unread_bytes_max": Row(_REFUSED % "unread_bytes_max", f"{_LISTENER}test_answers_that_are_not_read"),
+    "partial_bytes_max": Row(
+        _REFUSED % "partial_bytes_max", "proxy/test_namespace.py::test_unfinished_messages_have_a_bound"
+    ),
+}
+
+HTTP1: Final = {
+    "connect_timeout_s": Row(_HTTP1 % 502, f"{_LISTENER}test_http1_that_is_refused_is_counted"),
+    "opening_timeout_s": Row(_HTTP1 % 408, f"{_LISTENER}test_http1_that_is_refused_is_counted"),
+    "connections_max": Row(_HTTP1 % 503, "proxy/test_http1.py::test_bounds"),
+}
+
+READS: Final = {
+    "timeout_s": Row(_READS % "DEADLINE_EXCEEDED", f"{_LISTENER}test_reads_that_are_not_answered_in_time"),
+    "probe_age_s_max": Row(NOTHING, "proxy/test_reads.py::test_a_probe_is_not_believed_for_ever"),
+}
+
+CONNECTION: Final = {
+    "connect_timeout_s": Row(
+        _UPSTREAM % "connect_timeout_s", f"{_UP}test_an_endpoint_that_says_nothing_is_given_up_and_counted"
+    ),
+    "next_address_s": Row(NOTHING, "proxy/test_addresses.py::test_an_address_that_swallows_everything_holds_up_nobody"),
+    "settings_timeout_s": Row(
+        _UPSTREAM % "settings_timeout_s", f"{_UP}test_one_that_does_not_take_our_settings_is_given_up_and_counted"
+    ),
+    "keepalive_s": Row(NOTHING, "upstream/test_pool.py::test_an_idle_connection_is_not_pinged"),
+    "keepalive_timeout_s": Row(
+        _UPSTREAM % "keepalive_timeout_s", f"{_UP}test_one_that_answers_no_ping_is_given_up_and_counted"
+    ),
+    "stream_window_bytes": Row(NOTHING, "upstream/test_connection.py::test_flow_control_goes_both_ways"),
+    "connection_window_bytes": Row(
+        NOTHING, "upstream/test_connection.py::test_what_a_call_did_not_give_back_is_given_back_at_its_end"
+    ),
+    "write_high_bytes": Row(
+        NOTHING, "upstream/test_connection.py::test_a_transport_that_does_not_keep_up_pauses_the_connection"
+    ),
+    "write_low_bytes": Row(
+        NOTHING, "upstream/test_connection.py::test_a_transport_that_does_not_keep_up_pauses_the_connection"
+    ),
+}
+
+UPSTREAM: Final = {
+    "backoff_first_s": Row(NOTHING, "upstream/test_endpoints.py::test_backoff_is_at_once_and_then_doubles_to_a_bound"),
+    "backoff_max_s": Row(NOTHING, "upstream/test_endpoints.py::test_backoff_is_at_once_and_then_doubles_to_a_bound"),
+    "stagger_s": Row(NOTHING, "upstream/test_watch.py::test_an_endpoint_that_says_nothing_holds_nobody_up"),
+    "status_timeout_s": Row(
+        _UPSTREAM % "status_timeout_s", f"{_UP}test_what_the_watch_client_asks_for_in_vain_is_counted"
+    ),
+    "create_timeout_s": Row(
+        _UPSTREAM % "create_timeout_s", f"{_UP}test_what_the_watch_client_asks_for_in_vain_is_counted"
+    ),
+    "watch_message_bytes_max": Row("watchmux_upstream_lost_total", f"{_UP}test_the_size_of_a_watch_response"),
+    "unary_message_bytes_max": Row(_READS % "RESOURCE_EXHAUSTED", f"{_UP}test_the_size_of_an_answer_to_us"),
+}
+
+
+def sample(metric: str) -> tuple[str, dict[str, str]]:
+    """Return the name and the labels of a metric as it is written here."""
+    name, _, labels = metric.partition("{")
+    return name, dict(re.findall(r'(\w+)="([^"]*)"', labels))

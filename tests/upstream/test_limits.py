@@ -1,0 +1,172 @@
+"""Limits towards etcd at their edge: times that are up and messages that are too large, and that they are counted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from proto.framing import Status
+from proto.pb import rpc_pb2
+from tests.upstream.recorder import Recorder, watching
+from tests.upstream.scripted import STATUS, ScriptedCall, ScriptedEtcd, scripted
+from tests.upstream.stories import Opened
+from tests.upstream.test_connection import answering
+from tests.upstream.test_pool import ECHO, failure, pooled, up
+from tests.waiting import until_async
+from upstream.errors import CallFailed
+from upstream.settings import CONNECTION_TIMEOUTS, WATCH_TIMEOUTS, ConnectionSettings, Settings
+
+SHORT_S = 0.05
+SETTINGS_AND_NO_MORE = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+
+
+def run(story: Coroutine[Any, Any, None]) -> None:
+    """Run a story with a bound on its time."""
+
+    async def bounded() -> None:
+        async with asyncio.timeout(20):
+            await story
+
+    asyncio.run(bounded())
+
+
+def impatient(limit: str) -> Settings:
+    """Settings with one short time."""
+    if limit not in CONNECTION_TIMEOUTS:
+        return Settings(**{limit: SHORT_S})  # type: ignore[arg-type]  # a time
+    times = {limit: SHORT_S, "keepalive_s": SHORT_S}
+    return Settings(connection=ConnectionSettings(**times))  # type: ignore[arg-type]  # as above
+
+
+def deaf_to(*paths: str) -> Callable[[ScriptedEtcd], None]:
+    """A server that never answers these calls."""
+
+    def become(etcd: ScriptedEtcd) -> None:
+        etcd.on_message = lambda call, message: None if call.path in paths else etcd.answer(call, message)
+
+    return become
+
+
+def mute(etcd: ScriptedEtcd) -> None:
+    """One that accepts connections and says nothing."""
+    etcd.mute = True
+
+
+def test_an_endpoint_that_says_nothing_is_given_up_and_counted() -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            mute(etcd)
+            settings = impatient("connect_timeout_s")
+            async with (
+                pooled(etcd.endpoint, settings=settings) as pool,
+                watching(etcd.endpoint, Recorder(), settings) as client,
+            ):
+                await until_async(lambda: pool.timeouts["connect_timeout_s"], "the pool")
+                await until_async(lambda: client.timeouts["connect_timeout_s"], "the watch client")
+                assert set(pool.timeouts) == set(CONNECTION_TIMEOUTS)
+                assert set(client.timeouts) == set(WATCH_TIMEOUTS)
+
+    run(story())
+
+
+def test_one_that_does_not_take_our_settings_is_given_up_and_counted() -> None:
+    async def story() -> None:
+        async with (
+            answering(SETTINGS_AND_NO_MORE, stay=True) as endpoint,
+            pooled(endpoint, settings=impatient("settings_timeout_s")) as pool,
+        ):
+            await until_async(lambda: pool.timeouts["settings_timeout_s"], "the pool")
+            assert +pool.timeouts == {"settings_timeout_s": pool.timeouts["settings_timeout_s"]}
+
+    run(story())
+
+
+def test_one_that_answers_no_ping_is_given_up_and_counted() -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            deaf_to(ECHO)(etcd)
+            settings = impatient("keepalive_timeout_s")
+            async with pooled(etcd.endpoint, settings=settings) as pool:
+                await up(pool, 1)
+                call = asyncio.create_task(failure(pool))
+                await until_async(lambda: etcd.calls, "the call")
+                for connection in etcd.connections:
+                    connection.frozen = True
+                assert (await call).status == Status.UNAVAILABLE
+                await until_async(lambda: pool.timeouts["keepalive_timeout_s"] == 1, "it to be counted")
+            seen = Recorder()
+            async with watching(etcd.endpoint, seen, settings) as client:
+                watch = Opened(b"a")
+                client.open(watch)
+                await until_async(lambda: seen.created(watch), "the watch")
+                for connection in etcd.connections:
+                    connection.frozen = True
+                await until_async(lambda: client.timeouts["keepalive_timeout_s"] == 1, "it to be counted")
+
+    run(story())
+
+
+@pytest.mark.parametrize("limit", ["status_timeout_s", "create_timeout_s"])
+def test_what_the_watch_client_asks_for_in_vain_is_counted(limit: str) -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            if limit == "status_timeout_s":
+                deaf_to(STATUS)(etcd)
+            else:
+                etcd.on_watch = lambda _call, _request: None
+            seen = Recorder()
+            async with watching(etcd.endpoint, seen, impatient(limit)) as client:
+                client.open(Opened(b"a", token=b"t"))
+                await until_async(lambda: client.timeouts[limit], limit)
+                assert set(+client.timeouts) == {limit}
+
+    run(story())
+
+
+@pytest.mark.parametrize(("size", "taken"), [(1000, True), (1001, False)])
+def test_the_size_of_an_answer_to_us(size: int, taken: bool) -> None:
+    async def story() -> None:
+        def answer(call: ScriptedCall, _message: bytes) -> None:
+            call.send(bytes(size))
+            call.end()
+
+        async with (
+            scripted() as etcd,
+            pooled(etcd.endpoint, settings=Settings(unary_message_bytes_max=1000)) as pool,
+        ):
+            etcd.on_message = answer
+            if taken:
+                assert (await pool.unary(ECHO, b"x"))[0] == bytes(size)
+            else:
+                error: CallFailed = await failure(pool)
+                assert (error.status, "1001 vs. 1000 bytes" in error.text) == (Status.RESOURCE_EXHAUSTED, True)
+
+    run(story())
+
+
+@pytest.mark.parametrize(("size", "taken"), [(1000, True), (1001, False)])
+def test_the_size_of_a_watch_response(size: int, taken: bool) -> None:
+    reason = "r" * (size - 3)
+    response = rpc_pb2.WatchResponse(watch_id=0, cancel_reason=reason).SerializeToString()
+    assert len(response) == size
+
+    async def story() -> None:
+        async with scripted() as etcd:
+            seen = Recorder()
+            watch = Opened(b"a")
+            async with watching(etcd.endpoint, seen, Settings(watch_message_bytes_max=1000)) as client:
+                client.open(watch)
+                await until_async(lambda: seen.created(watch), "the watch")
+                (call,) = etcd.watches()
+                call.send(response)
+                if taken:
+                    call.answer(0, 12, [12])
+                    await until_async(lambda: seen.revisions(watch) == [12], "what follows")
+                else:
+                    await until_async(lambda: seen.losses, "the loss")
+                assert bool(seen.losses) is not taken
+
+    run(story())
