@@ -98,7 +98,7 @@ LABELLED = {
     "timed_out_total": (
         "limit",
         "watchmux_connections_timed_out_total",
-        "Client connections closed because they were silent, without streams, or did not answer, by the limit.",
+        "Client connections closed because they were slow, silent or without streams, by the limit; handshakes too.",
     ),
     "http1_refusals_total": (
         "status",

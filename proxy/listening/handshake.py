@@ -31,6 +31,8 @@ ACCEPTS_PER_TURN = 64
 EXHAUSTED_S = 0.5
 """How long nothing is accepted when the process has no file left for it."""
 
+TOO_SLOW = "it was not finished in time"
+
 log = logs.logger("listener")
 
 
@@ -107,8 +109,11 @@ class Acceptor:
                 ssl_shutdown_timeout=SHUTDOWN_S,
             )
         except OSError as error:
+            problem = explain(error)
             listener.stats.handshakes_failed += 1
-            log.debug("a client's TLS handshake failed", problem=explain(error))
+            if problem is TOO_SLOW:
+                listener.stats.timed_out["first_bytes_timeout_s"] += 1
+            log.debug("a client's TLS handshake failed", problem=problem)
             # Closed already unless the loop never came to own it.
             with contextlib.suppress(OSError):
                 accepted.close()
@@ -126,7 +131,7 @@ def explain(error: Exception) -> str:
             return "the client does not speak TLS"
         return reason.lower().replace("_", " ")
     if "taking longer" in str(error):
-        return "it was not finished in time"
+        return TOO_SLOW
     return str(error) or type(error).__name__
 
 

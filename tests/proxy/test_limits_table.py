@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
+import re
 from functools import cache
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -53,11 +53,7 @@ def test_who_is_cut_off_refused_or_dropped_is_counted() -> None:
 @cache
 def found_in(path: str) -> set[str]:
     """The tests of a file."""
-    return {
-        node.name
-        for node in ast.parse((ROOT / "tests" / path).read_text()).body
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    }
+    return set(re.findall(r"^def (test_\w+)\(", (ROOT / "tests" / path).read_text(), re.MULTILINE))
 
 
 def test_every_test_is_there() -> None:

@@ -243,6 +243,7 @@ def test_handshakes_that_lead_nowhere(etcd: EtcdServer, files: Certificates) -> 
                 writer.close()
             await until_async(lambda: proxy.listener.handshakes == 0, "all to be forgotten")
             assert proxy.listener.stats.handshakes_failed == 10
+            assert +proxy.listener.stats.timed_out == {"first_bytes_timeout_s": 10}
             assert len(await shown(proxy.port, client_context(cacert=files.ca))) > 100
 
     run(scenario())

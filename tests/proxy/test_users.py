@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -10,6 +11,7 @@ import grpc.aio
 import pytest
 
 from coalesce.limits import Limits
+from proto.framing import frame
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from tests.etcd.server import EtcdServer
 from tests.proxy.raw_client import RawClient
@@ -76,6 +78,30 @@ def test_keep_alives_are_not_held_back_and_a_lost_lease_is_told(etcd: EtcdServer
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND
             for stream in streams:
                 stream.cancel()
+
+    run(scenario())
+
+
+def test_one_stream_keeps_two_thousand_leases_alive(etcd: EtcdServer) -> None:
+    """In one go: every one is answered, in order, one that is lost in its place; the stream goes on."""
+    count, lost = 2_000, 700
+
+    async def scenario() -> None:
+        async with proxy_for(etcd) as proxy, channel_to(proxy.port) as channel:
+            stub = rpc_pb2_grpc.LeaseStub(channel)
+            grants = [rpc_pb2.LeaseGrantRequest(ID=number, TTL=600) for number in range(1, LEASES + 1)]
+            await asyncio.gather(*(stub.LeaseGrant(grant) for grant in grants))
+            asked = [1 + number % LEASES for number in range(count)]
+            asked[lost] = 10**9
+            async with await RawClient.connect(proxy.port) as client:
+                call = client.call("/etcdserverpb.Lease/LeaseKeepAlive")
+                requests = [rpc_pb2.LeaseKeepAliveRequest(ID=lease).SerializeToString() for lease in asked]
+                call.send_raw(b"".join(map(frame, requests)))
+                await until_async(lambda: len(call.messages) == count, "every answer")
+                answers = [rpc_pb2.LeaseKeepAliveResponse.FromString(answer) for answer in call.messages]
+                assert [answer.ID for answer in answers] == asked
+                assert [answer.TTL for answer in answers] == [600] * lost + [0] + [600] * (count - lost - 1)
+                assert not call.over
 
     run(scenario())
 
