@@ -45,8 +45,9 @@ SOURCES = (
 )
 INTRODUCTION = """# Limits
 
-Every bound and time in watchmux, with its default and the reason for it. This page is made from the code
-(`python -m tests.limits_page`); a test holds it there. Those that operators turn have a flag, an environment variable
+Every bound and time in watchmux that is a setting, with its default and the reason for it; what is fixed is a constant
+in capitals, with its reason beside it. This page is made from the code (`python -m tests.limits_page`); a test holds it
+there. Those that operators turn have a flag, an environment variable
 and a line in a configuration file: `watchmux serve --help` and `configs/watchmux.toml` name them.
 
 The metric at `--metrics-addr` tells that a limit was reached: somebody was refused, ended, cut off, dropped or made to

@@ -1,7 +1,7 @@
 """The streams of connections that have ended: their handlers are told, a bounded number in each turn of the event loop.
 
 One client may leave with twenty thousand watches, and a machine full of clients with as many on a hundred connections.
-Each costs some ten microseconds in the core: at once they would hold every other client up for a quarter of a second.
+Each costs some ten microseconds in the core: at once they would hold every other client up for a fifth of a second.
 Until its turn a stream is as one whose client does not read: what is written to it goes nowhere and does no harm.
 """
 

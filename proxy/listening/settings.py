@@ -74,7 +74,7 @@ class ListenerSettings:
 
     leaving_per_turn: int = 256
     """Streams of connections that have ended, of all together, that are forgotten in one turn of the event loop: some
-    three milliseconds. Twenty thousand at once would hold everybody up for a quarter of a second."""
+    five milliseconds. Twenty thousand at once would hold everybody up for a fifth of a second."""
 
 
 @dataclass(slots=True)

@@ -1,0 +1,135 @@
+"""`python -m tests.bench.leaving`: the longest turn of the event loop while a client with very many streams leaves.
+
+The client is a process of its own with a watch on each of its streams, and is killed. The proxy runs in this process,
+where something that asks to be called in every turn of the loop sees how much CPU time each one took: what the turn is
+long for by itself, whatever else the machine does. Once with the limit of streams that are forgotten in one turn as it
+is, once without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from typing import Any
+
+import click
+import uvloop
+
+from proto.pb import rpc_pb2
+from proxy.listening.settings import ListenerSettings
+from proxy.server import Proxy, tune_gc
+from proxy.watch import WatchSettings
+from tests.bench.wire import DATA, HEADERS, RawClient, RequestBlocks, frame, message_frame
+from tests.etcd.server import HOST, EtcdServer
+from tests.waiting import until_async
+
+PATH = "/etcdserverpb.Watch/Watch"
+NO_LIMIT = 1 << 30
+
+
+class Turns:
+    """How long each turn of the loop takes by the CPU clock of its thread, while it is looked at."""
+
+    def __init__(self) -> None:
+        self.longest_s = 0.0
+        self.count = 0
+        self._last = 0.0
+        self._looking = False
+
+    def start(self) -> None:
+        """Look from now on."""
+        self._looking = True
+        self._last = time.thread_time()
+        asyncio.get_running_loop().call_soon(self._look)
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._looking = False
+
+    def _look(self) -> None:
+        now = time.thread_time()
+        self.longest_s = max(self.longest_s, now - self._last)
+        self.count += 1
+        self._last = now
+        if self._looking:
+            asyncio.get_running_loop().call_soon(self._look)
+
+
+class Leaver(RawClient):
+    """A client with a watch on each of many streams."""
+
+    def __init__(self, port: int, streams: int) -> None:
+        super().__init__()
+        self._port = port
+        self._streams = streams
+        self._answered = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        blocks = RequestBlocks(PATH, f"{HOST}:{self._port}")
+        create = rpc_pb2.WatchRequest(create_request=rpc_pb2.WatchCreateRequest(key=b"k")).SerializeToString()
+        for number in range(self._streams):
+            stream = 2 * number + 1
+            self.transport.write(frame(HEADERS, 4, stream, blocks.take()) + message_frame(stream, create))
+
+    def on_frame(self, kind: int, flags: int, stream: int, data: bytes, start: int, end: int) -> None:
+        del flags, stream, data
+        self._answered += kind == DATA and end > start
+        if self._answered == self._streams:
+            sys.stdout.write("there\n")
+            sys.stdout.flush()
+            self._answered = 0
+
+
+async def stay(port: int, streams: int) -> None:
+    """Open the streams and wait to be killed."""
+    await asyncio.get_running_loop().create_connection(lambda: Leaver(port, streams), HOST, port)
+    await asyncio.Event().wait()
+
+
+async def leaving(etcd: EtcdServer, streams: int, per_turn: int) -> Turns:
+    """Have a client leave, and return how long the turns were until all of it was forgotten."""
+    settings: dict[str, Any] = {
+        "listener": ListenerSettings(leaving_per_turn=per_turn),
+        "watch": WatchSettings(sessions_per_connection_max=streams),
+    }
+    proxy = Proxy(endpoints=etcd.endpoint, tune_gc=False, **settings)
+    await proxy.start()
+    command = [sys.executable, "-m", "tests.bench.leaving", "--client", str(proxy.port), "--streams", str(streams)]
+    client = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    assert client.stdout is not None
+    assert await client.stdout.readline() == b"there\n"
+    tune_gc()
+    turns = Turns()
+    turns.start()
+    client.kill()
+    await until_async(lambda: not proxy.listener.connections and not proxy.watches.calls, "all to be forgotten", 60)
+    turns.stop()
+    await client.wait()
+    await proxy.stop()
+    return turns
+
+
+@click.command()
+@click.option("--streams", default=20_000, show_default=True, help="Streams of the client.")
+@click.option("--rounds", default=3, show_default=True, help="Times that a client leaves.")
+@click.option("--client", "port", type=int, help="Be the client of what listens there, and nothing else.")
+def main(streams: int, rounds: int, port: int | None) -> None:
+    """Measure how long a client that leaves holds up everybody else."""
+    if port is not None:
+        uvloop.run(stay(port, streams))
+        return
+    for per_turn in (ListenerSettings().leaving_per_turn, NO_LIMIT):
+        for _ in range(rounds):
+            with EtcdServer() as etcd:
+                turns = uvloop.run(leaving(etcd, streams, per_turn))
+            limit = "no limit" if per_turn == NO_LIMIT else f"{per_turn} in a turn"
+            click.echo(
+                f"{streams} streams, {limit}: {turns.count} turns, the longest {turns.longest_s * 1000:.1f} ms of CPU"
+            )
+
+
+if __name__ == "__main__":
+    main()
