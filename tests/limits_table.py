@@ -63,7 +63,7 @@ CORE: Final = {
     "queue_max": Row(_REFUSED % "queue_max", f"{_JOINING}test_too_long_a_line_ends_the_session"),
     "backfills_max": Row("watchmux_queued", f"{_BACKFILL}test_backfills_are_bounded_and_the_others_wait_in_line"),
     "backfill_bytes_max": Row(
-        "watchmux_upstream_paused_total", f"{_BACKFILL}test_a_sharer_that_stalls_is_left_and_later_gets_its_own"
+        "watchmux_upstream_paused_total", f"{_BACKFILL}test_what_a_backfill_holds_for_a_slow_session_is_bounded"
     ),
     "backfill_share_revisions": Row(NOTHING, f"{_BACKFILL}test_one_that_is_too_far_behind_is_not_shared"),
     "trunk_catch_up_revisions": Row(NOTHING, f"{_JOINING}test_where_a_trunk_begins"),
@@ -90,7 +90,7 @@ HTTP2: Final = {
     ),
     "header_table_bytes": Row(
         _CUT_OFF % "COMPRESSION_ERROR",
-        "http2/test_settings.py::test_our_header_table_size_binds_the_peer_from_its_acknowledgement_on",
+        "http2/test_settings.py::test_a_peer_that_shrinks_its_table_is_understood",
     ),
     "header_fields_max": Row(
         _CUT_OFF % "flood: header fields", f"{_FLOODS}test_more_header_fields_than_a_list_can_have_end_the_connection"
@@ -172,7 +172,7 @@ HTTP1: Final = {
 
 READS: Final = {
     "timeout_s": Row(_READS % "DEADLINE_EXCEEDED", f"{_LISTENER}test_reads_that_are_not_answered_in_time"),
-    "probe_age_s_max": Row(NOTHING, "proxy/test_reads.py::test_a_probe_is_not_believed_for_ever"),
+    "probe_age_s_max": Row(NOTHING, "proxy/test_questions.py::test_that_auth_is_off_is_believed_for_a_while"),
 }
 
 CONNECTION: Final = {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from coalesce import Limits, Upstream
+from coalesce.batch import Batch
 from coalesce.session import Place
-from tests.coalesce.shell import Client, Shell, delete, put
+from tests.coalesce.shell import Client, Shell, delete, header, put
 
 
 def behind(shell: Shell, start: int, trunk_at: int = 100, **more: bool) -> tuple[Client, Upstream]:
@@ -177,6 +180,21 @@ def test_a_slow_session_paces_its_backfill() -> None:
     ]
     shell.progressed(100, backfill)
     assert shell.closed == [backfill]
+
+
+@pytest.mark.parametrize(("room", "held"), [(0, 3), (-1, 2)])
+def test_what_a_backfill_holds_for_a_slow_session_is_bounded(room: int, held: int) -> None:
+    """Three responses fit to the byte: the fourth finds it full. With a byte less the third does."""
+    cost = Batch(header(100), (put(50),), len(put(50).encoded)).memory_bytes
+    shell = Shell(Limits(backfill_bytes_max=3 * cost + room))
+    client, backfill = behind(shell, 50)
+    client.stall()
+    shell.events(backfill, put(50), at=100)
+    for number in range(held):
+        shell.events(backfill, put(51 + number), at=100)
+        assert shell.paused == []
+    shell.events(backfill, put(51 + held), at=100)
+    assert shell.paused == [backfill]
 
 
 def test_a_sharer_that_stalls_is_left_and_later_gets_its_own() -> None:

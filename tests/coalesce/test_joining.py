@@ -175,8 +175,10 @@ def test_limits_are_refused_with_a_clear_text() -> None:
 def test_too_long_a_line_ends_the_session() -> None:
     shell = Shell(Limits(queue_max=3))
     client = shell.client()
-    for _ in range(4):
+    for _ in range(3):
         client.create()
+    assert client.ended is None
+    client.create()
     assert client.ended == (8, "watchmux: more than 3 requests wait on one watch stream")
     shell.read_now(5)
     shell.created(shell.opened[0], 5)

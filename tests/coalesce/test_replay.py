@@ -166,10 +166,10 @@ def test_watches_of_a_session_are_replayed_in_turn() -> None:
     ]
 
 
-def test_a_herd_is_served_in_turns() -> None:
-    """All sessions together are given so much before events come in between."""
+def herd(turn_bytes_max: int) -> list[list[int]]:
+    """Eight sessions drain at once, each with one response left to replay; return the responses' sizes turn by turn."""
     size = len(put(6).encoded)
-    shell = Shell(Limits(replay_bytes_max=4 * size, replay_turn_bytes_max=1))
+    shell = Shell(Limits(replay_bytes_max=4 * size, replay_turn_bytes_max=turn_bytes_max))
     clients = [shell.client() for _ in range(8)]
     trunk = shell.trunk(5, clients[0])
     for client in clients[1:]:
@@ -181,11 +181,21 @@ def test_a_herd_is_served_in_turns() -> None:
         shell.events(trunk, put(revision))
     for client in clients:
         assert len(shell.core.drained(client.session, shell.now)) == 1
-    # Three revisions are left for each of the eight: a turn serves at least one of them.
-    for _ in clients:
-        assert shell.core.next_deadline() == shell.now
-        assert len(shell.core.expire(shell.now)) == 1
-    assert shell.core.next_deadline() != shell.now
+    turns = []
+    while shell.core.next_deadline() == shell.now:
+        effects = shell.core.expire(shell.now)
+        turns.append([effect.payload.size for effect in effects if isinstance(effect, Deliver)])
+    return turns
+
+
+def test_a_herd_is_served_in_turns() -> None:
+    """All sessions together are given so much before events come in between; a turn serves at least one of them."""
+    turns = herd(1)
+    (size,) = turns[0]
+    assert turns == [[size]] * 8
+    assert herd(size) == [[size]] * 8
+    assert herd(size + 1) == [[size] * 2] * 4
+    assert herd(3 * size + 1) == [[size] * 4] * 2
 
 
 def test_sessions_that_stalled_together_share_what_they_replay() -> None:

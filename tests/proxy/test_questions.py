@@ -8,7 +8,8 @@ from typing import Any
 from coalesce.inputs import Identity
 from proto.framing import Status
 from proto.scan import Header
-from proxy.deciding.questions import Ask, Call, Effect, Now, Questions, SendAway, Tell, WentBack
+from proxy.deciding.questions import Ask, Call, Effect, May, Now, Questions, SendAway, Tell, WentBack
+from proxy.deciding.rollback import Asked
 from upstream.errors import NO_LEADER_TEXT
 
 
@@ -45,6 +46,20 @@ def test_an_answer_from_before_it_went_back_is_asked_for_anew() -> None:
     assert isinstance(told, Tell)
     assert isinstance(told.outcome, Header)
     assert told.outcome.revision == 6
+
+
+def test_that_auth_is_off_is_believed_for_a_while() -> None:
+    questions = Questions(1.0)
+
+    def check(when: float) -> list[Effect]:
+        return questions.check(May(Asked(None, b"a", b"")), when)
+
+    (ask,) = check(0.0)
+    assert isinstance(ask, Ask)
+    questions.begin(ask.call, 0, 10.0)
+    assert [type(effect) for effect in questions.answered(ask.call, at(5))] == [Tell]
+    assert [type(effect) for effect in check(11.0)] == [Tell]
+    assert [type(effect) for effect in check(11.001)] == [Ask]
 
 
 def test_who_has_no_right_is_sent_away_and_the_next_one_asked() -> None:
