@@ -50,8 +50,14 @@ VARIANTS = (
 PLAIN = Variant({}, 1, 1)
 """Where all writes are puts."""
 
-PEERS = ("etcd", "grpc-proxy", "watchmux")
-ALL = ("floor", *PEERS)
+PEER = "grpc-proxy"
+"""etcd's own proxy, of the same release as the etcd."""
+OLD_PEER = "grpc-proxy-3.4"
+"""The same of etcd 3.4, in front of the same etcd."""
+OURS = "watchmux"
+PEERS = ("etcd", PEER, OURS)
+WITH_OLD = ("etcd", PEER, OLD_PEER, OURS)
+ALL = ("floor", *WITH_OLD)
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ class Case:
 def _scale(watches: int) -> Case:
     connections = max(1, watches // 50)
     what = f"{watches:,} watches of one range, up to 50 on a connection, 20 writes/s"
-    return Case(f"scale-{watches}", what, connections, watches, writes=60, rate=20, targets=("grpc-proxy", "watchmux"))
+    return Case(f"scale-{watches}", what, connections, watches, writes=60, rate=20, targets=(PEER, OURS))
 
 
 def _calls(method: str, in_flight: int, calls: int) -> Case:
@@ -124,7 +130,7 @@ def _calls(method: str, in_flight: int, calls: int) -> Case:
     connections = min(8, in_flight)
     name = f"{method}-{in_flight}"
     return Case(
-        name, what, connections, 0, kind=Kind.CALLS, call=method, calls=calls, in_flight=in_flight, targets=PEERS
+        name, what, connections, 0, kind=Kind.CALLS, call=method, calls=calls, in_flight=in_flight, targets=WITH_OLD
     )
 
 
@@ -174,7 +180,7 @@ CASES = {
             writes=120,
             rate=20,
             tls=True,
-            targets=("grpc-proxy", "watchmux"),
+            targets=(PEER, OURS),
         ),
         Case(
             "overload",
@@ -184,7 +190,7 @@ CASES = {
             read_bytes_s=2e6,
             targets=PEERS,
         ),
-        Case("idle", "10,000 idle streams on 100 connections", 100, 10_000, kind=Kind.IDLE, idle_s=2, targets=PEERS),
+        Case("idle", "10,000 idle streams on 100 connections", 100, 10_000, kind=Kind.IDLE, idle_s=2, targets=WITH_OLD),
         Case(
             "idle-watches",
             "100,000 idle watches on 1,000 streams, 20 connections",

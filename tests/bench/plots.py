@@ -8,9 +8,10 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tests.bench.report import OURS, PEER, Results, ratio
+from tests.bench.cases import OLD_PEER, OURS, PEER
+from tests.bench.report import Results, ratio
 
-COLOURS = {"floor": "#b0b0b0", "etcd": "#e0a458", PEER: "#4a7fb5", OURS: "#2a9d6e"}
+COLOURS = {"floor": "#b0b0b0", "etcd": "#e0a458", PEER: "#4a7fb5", OLD_PEER: "#9dbcd8", OURS: "#2a9d6e"}
 FANOUT = ("burst", "paced", "single", "stacked", "ranges", "lowfan", "variants", "catch-up", "tls")
 
 

@@ -13,11 +13,9 @@ from typing import Any
 
 from rich.table import Table
 
-from tests.bench.cases import CASES, Case, Kind
+from tests.bench.cases import CASES, OLD_PEER, OURS, PEER, Case, Kind
 from tests.bench.measure import Figures
 
-PEER = "grpc-proxy"
-OURS = "watchmux"
 RATIO_FREE = frozenset({"lost"})
 Results = dict[str, dict[str, Figures]]
 
@@ -91,11 +89,11 @@ def median_of(rounds: list[Figures]) -> Figures:
     return {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
 
 
-def ratio(results: Results, case: str, name: str) -> float | None:
+def ratio(results: Results, case: str, name: str, peer: str = PEER) -> float | None:
     """Return ours by the peer's; None when one of them is not there."""
     by_target = results.get(case, {})
-    ours, peer = by_target.get(OURS, {}).get(name), by_target.get(PEER, {}).get(name)
-    return ours / peer if ours is not None and peer else None
+    ours, theirs = by_target.get(OURS, {}).get(name), by_target.get(peer, {}).get(name)
+    return ours / theirs if ours is not None and theirs else None
 
 
 def _rows(results: Results, cases: list[Case], columns: tuple[tuple[str, str, int], ...]) -> list[list[list[str]]]:
@@ -154,13 +152,13 @@ def markdown_of(results: Results) -> str:
     return "\n".join(lines)
 
 
-def goals_of(results: Results) -> str:
-    """Return a table of the wanted ratios, what they are, and whether they are met."""
+def goals_of(results: Results, peer: str = PEER) -> str:
+    """Return a table of the wanted ratios to a peer, what they are, and whether they are met."""
     lines = ["| case | CPU | p99 | memory |", "|---|---:|---:|---:|"]
     for case, wanted in GOALS.items():
         cells = []
         for name, goal in zip(GOAL_FIGURES, wanted, strict=True):
-            found = ratio(results, case, name)
+            found = ratio(results, case, name, peer)
             if found is None or goal is None:
                 cells.append("" if found is None else f"{found:.3f}")
             else:
@@ -197,6 +195,9 @@ def page_of(results: Results, about: dict[str, Any]) -> str:
         "Ratios to grpc-proxy, and what was wanted:",
         "",
         goals_of(results),
+        "The same to the grpc-proxy of etcd 3.4, in front of the same etcd:",
+        "",
+        goals_of(results, OLD_PEER),
     ]
     lines += [bounds_of(results)]
     lines += [f"![{alt}](images/bench-{name}.svg)\n" for name, alt in PICTURES.items()]

@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench.cases import Case
+from tests.bench.cases import OLD_PEER, OURS, PEER, Case
+from tests.etcd.binaries import etcds
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.upstream.certificates import Certificates
 from tests.waiting import until
@@ -91,16 +92,30 @@ def floor(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]
 @contextmanager
 def peer(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
     """Yield etcd's own grpc-proxy, in front of `etcd`."""
+    with _grpc_proxy(PEER, etcd.binary.etcd, case, etcd, files) as target:
+        yield target
+
+
+@contextmanager
+def old_peer(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
+    """Yield the grpc-proxy of etcd 3.4, in front of the same `etcd`."""
+    binary = next(binary for binary in etcds() if binary.version[:2] == (3, 4))
+    with _grpc_proxy(OLD_PEER, binary.etcd, case, etcd, files) as target:
+        yield target
+
+
+@contextmanager
+def _grpc_proxy(name: str, binary: Path, case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
     port = free_port()
     command = [
-        *(str(etcd.binary.etcd), "grpc-proxy", "start"),
+        *(str(binary), "grpc-proxy", "start"),
         f"--endpoints={etcd.endpoint}",
         f"--listen-addr={HOST}:{port}",
         # It dials this to serve its metrics, and ends when it cannot.
         f"--advertise-client-url={HOST}:{port}",
         *_tls(case, files),
     ]
-    with _started("grpc-proxy", command, port) as target:
+    with _started(name, command, port) as target:
         yield target
 
 
@@ -114,13 +129,14 @@ def ours(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
         f"--listen-addr={HOST}:{port}",
         *_tls(case, files),
     ]
-    with _started("watchmux", command, port) as target:
+    with _started(OURS, command, port) as target:
         yield target
 
 
 TARGETS: dict[str, Callable[[Case, EtcdServer, Certificates], AbstractContextManager[Target]]] = {
     "floor": floor,
     "etcd": direct,
-    "grpc-proxy": peer,
-    "watchmux": ours,
+    PEER: peer,
+    OLD_PEER: old_peer,
+    OURS: ours,
 }

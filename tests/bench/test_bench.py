@@ -11,7 +11,7 @@ import pytest
 from proto.pb import kv_pb2, rpc_pb2
 from tests.bench import report
 from tests.bench.caller import stamped
-from tests.bench.cases import ALL, CASES, VARIANTS, Case, Kind
+from tests.bench.cases import ALL, CASES, OLD_PEER, VARIANTS, Case, Kind
 from tests.bench.load import BIG_BYTES, Client, Tally
 from tests.bench.wire import DATA, frame, message_frame
 
@@ -76,6 +76,8 @@ def test_tables_show_ratios_and_what_is_missed() -> None:
     assert "| **burst** | grpc-proxy | 2.00 |" in report.markdown_of(results)
     assert "|  | watchmux | 0.50 (0.25) |" in report.markdown_of(results)
     assert "| burst | 0.250 of 0.35 | 1.000 of 0.50 **missed** | 1.000 of 0.40 **missed** |" in report.goals_of(results)
+    results["burst"]["grpc-proxy-3.4"] = {**figures, "cpu_us": 5.0}
+    assert "| burst | 0.100 of 0.35 |" in report.goals_of(results, OLD_PEER)
     assert len(report.tables_of(results)) == 1
     assert report.median_of([{"cpu_us": 1.0}, {"cpu_us": 9.0}, {"cpu_us": 2.0}]) == {"cpu_us": 2.0}
 
