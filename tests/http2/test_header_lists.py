@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proto.http2 import HeadersReceived, Limits
+from proto.http2 import HeadersReceived, LimitReached, Limits
 from tests.http2 import wire
 from tests.http2.wire import client, data, server
 
@@ -234,5 +234,7 @@ def test_oversized_trailers_end_their_stream() -> None:
     connection, peer = server(Limits(header_list_bytes_max=LIST_MAX))
     peer.receive(peer.request(1), peer.request(3))
     trailers = peer.headers(1, [(b"big", b"x" * LIST_MAX)], "END_STREAM")
-    assert peer.receive(trailers) == ["reset 1 ENHANCE_YOUR_CALM"]
+    events = connection.receive(trailers)
+    assert events[0] == LimitReached("header_list_bytes_max")
+    assert wire.told(events) == ["reset 1 ENHANCE_YOUR_CALM"]
     assert list(connection.streams) == [3]
