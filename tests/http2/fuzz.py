@@ -1,8 +1,9 @@
 """`python -m tests.http2.fuzz --runs N`: hostile bytes for as long as one likes, beside the few seeds of `make test`.
 
 Each run is one seed of each kind: a script of frames, two in three of them mutated, to a server that answers and to a
-client; ten single frames judged by `h2` as well; and the script once more through the listener itself, with handlers,
-timers and a transport that stops and goes. The first failure ends it with its seed.
+client; a script as a server's to a client with calls; ten single frames judged by `h2` as well, and a script frame by
+frame; the first script once more through the listener itself, with handlers, HTTP/1, timers and a transport that stops
+and goes; and the server's through a connection to etcd. The first failure ends it with its seed.
 """
 
 from __future__ import annotations
@@ -11,20 +12,38 @@ import asyncio
 import random
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import cast
 
 import click
 
+from proto.http2 import Connection, Headers, Role
 from proxy import health, logs
 from proxy.listening.connection import ServerConnection
+from proxy.listening.http1 import Http1
 from proxy.listening.listener import Listener
 from proxy.listening.settings import ListenerSettings
-from tests.http2.test_fuzz import LIMITS, ask, check, judge_alike, script, serve
-from tests.http2.wire import REQUEST
+from tests.http2.test_fuzz import (
+    LIMITS,
+    answers,
+    ask,
+    ask_well,
+    check,
+    judge_alike,
+    judge_script,
+    mutate,
+    script,
+    serve,
+)
+from tests.http2.wire import REQUEST, Peer
+from upstream.connection import ClientConnection, UpstreamCall, request_headers
+from upstream.endpoints import parse_endpoint
+from upstream.settings import ConnectionSettings
 
 REPORT_S = 10.0
 FRAMES_JUDGED = 10
+FRAMES_IN_SCRIPT = 60
 
 
 class Transport:
@@ -33,9 +52,17 @@ class Transport:
     def __init__(self) -> None:
         self.closed = False
         self.reading = True
+        self.protocol: asyncio.Protocol | None = None
 
     def write(self, data: bytes) -> None:
         """Take bytes and forget them."""
+
+    def writelines(self, pieces: Iterable[bytes]) -> None:
+        """Take bytes and forget them."""
+
+    def set_protocol(self, protocol: asyncio.Protocol) -> None:
+        """Note who takes over."""
+        self.protocol = protocol
 
     def close(self) -> None:
         """Note it."""
@@ -50,7 +77,7 @@ class Transport:
     def get_extra_info(self, name: str) -> None:
         """Know nothing."""
 
-    def set_write_buffer_limits(self, high: int) -> None:
+    def set_write_buffer_limits(self, high: int, low: int | None = None) -> None:
         """Have no buffer."""
 
     def pause_reading(self) -> None:
@@ -69,14 +96,23 @@ async def listen(seed: int) -> None:
     listener = Listener(ListenerSettings(http2=limits, reason_s=0.0))
     listener._loop = asyncio.get_running_loop()
     listener.routes[dict(REQUEST)[b":path"]] = health.Health().open
+    listener.http1 = http1 = Http1(lambda: parse_endpoint("127.0.0.1:1"), refusal="not here")
     connection = ServerConnection(listener)
-    connection.connection_made(cast(asyncio.Transport, Transport()))
+    transport = Transport()
+    connection.connection_made(cast(asyncio.Transport, transport))
     text = script(seed, 60)
-    if rng.random() < 0.05:
-        # No preface, or a broken one.
-        text = text[rng.randrange(30) :]
+    if rng.random() < 0.1:
+        # No preface, a broken one, or HTTP/1.
+        text = rng.choice([b"", b"GET / HTTP/1.1\r\n", b"M-SEARCH *", rng.randbytes(9)]) + text[rng.randrange(30) :]
     while text:
         size = rng.choice([1, 9, 40, 400])
+        if transport.protocol is not None:
+            # HTTP/1's from here on.
+            if not transport.closed:
+                transport.protocol.data_received(text)
+            transport.protocol.connection_lost(None)
+            assert not http1.connections
+            break
         connection.data_received(text[:size])
         match rng.randrange(12):
             case 0:
@@ -90,8 +126,72 @@ async def listen(seed: int) -> None:
         if not connection.h2.closed:
             check(connection.h2)
         text = text[size:]
-    connection.connection_lost(None)
+    if transport.protocol is None:
+        connection.connection_lost(None)
     assert not listener.connections
+
+
+class Taken:
+    """A CallHandler that gives back what it gets, now or never, and gives up now and then."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.call: UpstreamCall | None = None
+        self.rng = rng
+        self.ends = 0
+
+    def on_headers(self, headers: Headers) -> None:
+        """Look at nothing."""
+
+    def on_data(self, data: bytes, flow_size: int) -> None:
+        """Take it."""
+        assert self.call is not None
+        assert not self.ends
+        assert len(data) == flow_size
+        match self.rng.randrange(12):
+            case 0:
+                self.call.reset()
+            case 1 if not self.call.stream.ending:
+                self.call.write([bytes(9_000)], 9_000, end=self.rng.random() < 0.2)
+            case 2:
+                pass
+            case _:
+                self.call.consumed(flow_size)
+
+    def on_drained(self) -> None:
+        """Nothing waits."""
+
+    def on_end(self, status: int, message: str, trailers: Headers) -> None:
+        """Count it: there is one end at most."""
+        del status, message, trailers
+        self.ends += 1
+        assert self.ends == 1
+
+
+async def hear(seed: int) -> None:
+    """Send a server's script to a connection to etcd with calls on it; each ends once, whatever comes."""
+    rng = random.Random(seed)
+    loop = asyncio.get_running_loop()
+    connection = ClientConnection(parse_endpoint("127.0.0.1:1"), False, ConnectionSettings(), loop)
+    connection.connection_made(cast(asyncio.Transport, Transport()))
+    pieces = answers(rng, Peer(Connection(Role.SERVER)), [1, 3, 5, 7], 60)
+    whole = b"".join(pieces)
+    if seed % 2:
+        text = mutate(rng, whole)
+        pieces = [text[at : at + 50] for at in range(0, len(text), 50)]
+    calls: list[Taken] = []
+    for piece in pieces:
+        connection.data_received(piece)
+        while connection.healthy and len(calls) < 4:
+            handler = Taken(rng)
+            calls.append(handler)
+            handler.call = connection.request(request_headers(connection, b"/a/b"), handler, end_stream=len(calls) == 3)
+        if rng.random() < 0.3:
+            await asyncio.sleep(0)
+        if not connection.http2.closed:
+            check(connection.http2)
+    given_up = [one for one in calls if one.call is not None and one.call.ended and not one.ends]
+    connection.connection_lost(None)
+    assert all(one.ends or one in given_up for one in calls)
 
 
 async def runs(first: int, count: int) -> None:
@@ -103,8 +203,11 @@ async def runs(first: int, count: int) -> None:
         try:
             serve(seed)
             ask(seed)
+            ask_well(seed)
             judge_alike(seed, FRAMES_JUDGED)
+            judge_script(seed, FRAMES_IN_SCRIPT)
             await listen(seed)
+            await hear(seed)
             assert not failures, failures
         except Exception:
             sys.stderr.write(f"seed {seed} failed\n")

@@ -127,7 +127,7 @@ class Peer:
     def in_parts(self, stream_id: int, fields: Iterable[tuple[bytes, bytes]], part: int, *flags: str) -> list[bytes]:
         """HEADERS and CONTINUATIONs of `part` bytes each."""
         block = self.block_of(fields)
-        parts = [block[at : at + part] for at in range(0, len(block), part)]
+        parts = [block[at : at + part] for at in range(0, len(block), part)] or [b""]
         frames: list[Frame] = [HeadersFrame(stream_id, parts[0], flags=flags)]
         frames += [ContinuationFrame(stream_id, piece) for piece in parts[1:]]
         frames[-1].flags.add("END_HEADERS")
