@@ -9,6 +9,8 @@ import pytest
 
 from proxy.listening.http1 import Http1Settings
 from tests.etcd.server import HOST, EtcdServer, free_port
+from tests.proxy.running import proxy_for
+from tests.proxy.scenario import run as run_scenario
 from tests.proxy.test_passthrough import passing
 from tests.waiting import until_async
 
@@ -77,6 +79,23 @@ def test_an_etcd_that_is_not_there_is_a_bad_gateway() -> None:
             assert f"{HOST}:{port}".encode() in answer
 
     asyncio.run(run())
+
+
+def test_an_endpoint_that_is_dead_is_left_out() -> None:
+    """The dead one is named first; killing the other one as well leaves a bad gateway, and not the last good answer."""
+    with EtcdServer() as other:
+
+        async def scenario() -> None:
+            async with proxy_for(f"{HOST}:{free_port()},{other.endpoint}") as proxy:
+                await until_async(lambda: proxy.pool.pick() is not None, "a connection to the live one")
+                for _ in range(4):
+                    answer = await ask(f"{HOST}:{proxy.port}", get("/version"))
+                    assert answer.startswith(b"HTTP/1.1 200 ")
+                other.kill()
+                await until_async(lambda: proxy.pool.pick() is None, "its loss")
+                assert (await ask(f"{HOST}:{proxy.port}", get("/version"))).startswith(b"HTTP/1.1 502 ")
+
+        run_scenario(scenario())
 
 
 def test_bounds(etcd: EtcdServer) -> None:
