@@ -121,7 +121,7 @@ class ScriptedConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard += 1
-        if self.frozen or self.server.mute:
+        if self.frozen or self.server.mute or self.server.deaf:
             return
         for event in self.http2.receive(data):
             if isinstance(event, HeadersReceived):
@@ -174,6 +174,8 @@ class ScriptedEtcd:
         self.limits = Limits()
         # Accepts connections and says nothing.
         self.mute = False
+        # Says its SETTINGS, and takes no notice of anything.
+        self.deaf = False
         self.connections: list[ScriptedConnection] = []
         self.calls: list[ScriptedCall] = []
         self.on_call: Callable[[ScriptedCall], None] = lambda _: None

@@ -13,14 +13,12 @@ from proto.pb import rpc_pb2
 from tests.upstream.recorder import Recorder, watching
 from tests.upstream.scripted import STATUS, ScriptedCall, ScriptedEtcd, scripted
 from tests.upstream.stories import Opened
-from tests.upstream.test_connection import answering
 from tests.upstream.test_pool import ECHO, failure, pooled, up
 from tests.waiting import until_async
 from upstream.errors import CallFailed
 from upstream.settings import CONNECTION_TIMEOUTS, WATCH_TIMEOUTS, ConnectionSettings, Settings
 
 SHORT_S = 0.05
-SETTINGS_AND_NO_MORE = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 
 
 def run(story: Coroutine[Any, Any, None]) -> None:
@@ -74,12 +72,11 @@ def test_an_endpoint_that_says_nothing_is_given_up_and_counted() -> None:
 
 def test_one_that_does_not_take_our_settings_is_given_up_and_counted() -> None:
     async def story() -> None:
-        async with (
-            answering(SETTINGS_AND_NO_MORE, stay=True) as endpoint,
-            pooled(endpoint, settings=impatient("settings_timeout_s")) as pool,
-        ):
-            await until_async(lambda: pool.timeouts["settings_timeout_s"], "the pool")
-            assert +pool.timeouts == {"settings_timeout_s": pool.timeouts["settings_timeout_s"]}
+        async with scripted() as etcd:
+            etcd.deaf = True
+            async with pooled(etcd.endpoint, settings=impatient("settings_timeout_s")) as pool:
+                await until_async(lambda: pool.timeouts["settings_timeout_s"], "the pool")
+                assert set(+pool.timeouts) == {"settings_timeout_s"}
 
     run(story())
 
