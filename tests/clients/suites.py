@@ -22,6 +22,8 @@ from tests.etcd.server import EtcdServer
 from tests.proxy_process import ProxyProcess
 
 LIMIT_S = 600
+PORT = 2379
+"""Where it is tried, which must be free: some of the tests know no other."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,9 @@ def counted(output: str) -> str:
 
 def failures(output: str) -> list[str]:
     """The names of what failed."""
-    # pytest's line, or mocha's numbered pair of lines: the group and the test.
+    # pytest's line, or mocha's numbered lines: the groups and the test.
     found = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
-    found += [" ".join(pair) for pair in re.findall(r"^  \d+\) (.+)\n +(.+):$", output, re.M)]
+    found += [re.sub(r"\s+", " ", lines) for lines in re.findall(r"^  \d+\) ((?:.+\n)+? .+):$", output, re.M)]
     return sorted(set(found))
 
 
@@ -150,12 +152,17 @@ def main(folder: Path, only: str) -> None:
         for way in ("direct", "watchmux"):
             certificate, key = (folder / suite.name / each for each in suite.tls)
             if way == "direct":
-                with TlsEtcd(certificate, key) if suite.tls[0] else EtcdServer() as server:
+                server = TlsEtcd(certificate, key) if suite.tls[0] else EtcdServer()
+                server.client_port = PORT
+                with server:
                     output = run_suite(suite, folder, server, server.endpoint)
             else:
                 secure = [f"--cert-file={certificate}", f"--key-file={key}"] if suite.tls[0] else []
-                with EtcdServer() as server, ProxyProcess(server.endpoint, secure) as proxy:
-                    output = run_suite(suite, folder, server, proxy.endpoint)
+                with EtcdServer() as server:
+                    proxy = ProxyProcess(server.endpoint, secure)
+                    proxy.port = PORT
+                    with proxy:
+                        output = run_suite(suite, folder, server, proxy.endpoint)
             (folder / f"{suite.name}-{way}.log").write_text(output)
             click.echo(f"{suite.name} {way}: {counted(output)}")
             for name in failures(output):
