@@ -11,6 +11,7 @@ The header of a payload is at the revision of its own last event, never at the s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
 from struct import Struct
 from typing import Final
 
@@ -32,6 +33,9 @@ EVENT_OVERHEAD_BYTES: Final = 150
 # What a kept response of any size costs beside its events: the batch, its header and list, and its places in history
 # and ledger. Most responses carry one small event, so it is the larger part of what most histories take.
 BATCH_OVERHEAD_BYTES: Final = 500
+# Encoded events up to this size are copied behind each watch id, so that a message is one piece. Larger ones are a
+# piece of their own that all watches share: else a hundred ids would have a hundred copies waiting to be written.
+COPIED_BYTES_MAX: Final = 4 * 1024
 # Message bytes that a payload remembers, so that watches with equal ids share them.
 _REMEMBERED_BYTES_MAX: Final = 1024 * 1024
 # WatchResponse beside header and events: watch_id (11 bytes at most) and the fragment flag.
@@ -53,7 +57,7 @@ class Payload:
 
     __slots__ = (
         "_bytes_left",
-        "_pieces",
+        "_joined",
         "_remembered",
         "event_count",
         "first_revision",
@@ -62,7 +66,7 @@ class Payload:
         "size",
     )
 
-    def __init__(self, header: Header, events: Sequence[Event], pieces: tuple[bytes, ...]) -> None:
+    def __init__(self, header: Header, events: Sequence[Event], joined: tuple[bytes, ...]) -> None:
         # At the revision of the last event.
         self.header = header
         # Of the events in it, inclusive.
@@ -70,52 +74,72 @@ class Payload:
         self.last_revision = events[-1].revision
         self.event_count = len(events)
         # Encoded events, joined, one bytes object per message.
-        self._pieces = pieces
+        self._joined = joined
         # Bytes of one delivery, prefixes included, but for the watch id.
-        if len(pieces) == 1:
-            self.size = len(pieces[0]) + len(header.encoded) + 5
+        if len(joined) == 1:
+            self.size = len(joined[0]) + len(header.encoded) + 5
         else:
-            self.size = sum(map(len, pieces)) + len(pieces) * (len(header.encoded) + 7) - 2
-        # None = nothing yet.
-        self._remembered: dict[int, tuple[bytes, ...]] | None = None
+            self.size = sum(map(len, joined)) + len(joined) * (len(header.encoded) + 7) - 2
+        # By watch id.
+        self._remembered: dict[int, tuple[bytes, ...]] = {}
         self._bytes_left = _REMEMBERED_BYTES_MAX
 
-    def messages(self, watch_id: int) -> tuple[bytes, ...]:
-        """Return the framed messages of a watch, to be sent one right after the other with nothing in between.
+    def pieces(self, watch_id: int) -> tuple[bytes, ...]:
+        """Return the framed messages of a watch as pieces, to be sent one right after the other, nothing in between.
 
         The same id gets the very same objects as long as they are remembered: the first id always is.
         """
+        pieces = self._remembered.get(watch_id)
+        if pieces is not None:
+            return pieces
+        if len(self._joined) == 1:
+            return self._whole(((watch_id, encode_watch_id(watch_id), 1),))[0]
+        pieces = self._fragments(watch_id)
+        if self._bytes_left > 0:
+            self._bytes_left -= self.size
+            self._remembered[watch_id] = pieces
+        return pieces
+
+    def columns(self, ids: Sequence[tuple[int, bytes, int]]) -> list[list[bytes]]:
+        """Return what `pieces` does for many watches: the first pieces of all of them, then the second ones, ...
+
+        `ids`: each id, its encoded field, all of one length, and how many watches have it.
+        """
+        rows = self._whole(ids) if len(self._joined) == 1 else [self.pieces(watch_id) for watch_id, _, _ in ids]
+        counts = [count for _, _, count in ids]
+        return [list(chain.from_iterable(map(repeat, column, counts))) for column in zip(*rows, strict=True)]
+
+    def _whole(self, ids: Sequence[tuple[int, bytes, int]]) -> list[tuple[bytes, ...]]:
+        """Return the pieces of each id, whose message is not in fragments."""
+        events = self._joined[0]
+        encoded = self.header.encoded
+        start = _pack_prefix(0, len(encoded) + len(ids[0][1]) + len(events)) + encoded
+        shared = len(events) > COPIED_BYTES_MAX
         remembered = self._remembered
-        if remembered is None:
-            remembered = self._remembered = {}
-        messages = remembered.get(watch_id)
-        if messages is None:
-            pieces = self._pieces
-            if len(pieces) == 1:
-                message = self.header.encoded + pieces[0]
-                if watch_id:
-                    message = self.header.encoded + encode_watch_id(watch_id) + pieces[0]
-                messages = (_pack_prefix(0, len(message)) + message,)
-            else:
-                messages = self._fragments(watch_id)
-            if self._bytes_left > 0:
-                self._bytes_left -= self.size
-                remembered[watch_id] = messages
-        return messages
+        rows = []
+        for watch_id, field, _ in ids:
+            pieces = remembered.get(watch_id)
+            if pieces is None:
+                pieces = (start + field, events) if shared else (start + field + events,)
+                if self._bytes_left > 0:
+                    self._bytes_left -= len(pieces[0])
+                    remembered[watch_id] = pieces
+            rows.append(pieces)
+        return rows
 
     def message(self, watch_id: int) -> bytes | None:
         """Return the framed message of a watch, not to be remembered; None when it is more than one."""
-        pieces = self._pieces
-        if len(pieces) > 1:
+        joined = self._joined
+        if len(joined) > 1:
             return None
-        message = self.header.encoded + (encode_watch_id(watch_id) + pieces[0] if watch_id else pieces[0])
+        message = self.header.encoded + (encode_watch_id(watch_id) + joined[0] if watch_id else joined[0])
         return _pack_prefix(0, len(message)) + message
 
     def _fragments(self, watch_id: int) -> tuple[bytes, ...]:
-        last = len(self._pieces) - 1
+        last = len(self._joined) - 1
         return tuple(
             framed(encode_response(self.header, watch_id, fragment=place < last, events=piece))
-            for place, piece in enumerate(self._pieces)
+            for place, piece in enumerate(self._joined)
         )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Deliver:
     """Send one payload to many watches: the fan-out.
 
-    For each watch the shell writes `payload.messages(watch.watch_id)` to `watch.outlet`. When a write does not go out
+    For each watch the shell writes `payload.pieces(watch.watch_id)` to `watch.outlet`. When a write does not go out
     whole, the rest is queued there and the payload counts as delivered: the shell calls `stalled(watch.session)` at
     once. For a watch whose session has stalled earlier, while the same list of effects was carried out, it calls
     `returned(watch, payload)` instead of writing.

@@ -433,10 +433,10 @@ class Engine:
 
     def _deliver_each(self, payload: Payload, watches: Sequence[Watch]) -> int:
         """Write a payload to watches one by one; return the bytes written."""
-        messages_of = payload.messages
+        pieces_of = payload.pieces
         sent = 0
         size = 0
-        messages: Sequence[bytes] = ()
+        pieces: Sequence[bytes] = ()
         watch_id: int | None = None
         for watch in watches:
             outlet: Outlet = watch.outlet  # type: ignore[assignment]  # an object to the core, ours by open_session
@@ -450,12 +450,12 @@ class Engine:
             if watch.watch_id != watch_id:
                 # Most clients have one watch to a stream, with the id 0: then this is done once.
                 watch_id = watch.watch_id
-                messages = messages_of(watch_id)
-                size = len(messages[0]) if len(messages) == 1 else sum(map(len, messages))
+                pieces = pieces_of(watch_id)
+                size = len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces))
             sent += size
             if size > BULKY_BYTES:
                 connection.bulky = True
-            if not connection.h2.send(outlet.stream, messages, size):
+            if not connection.h2.send(outlet.stream, pieces, size):
                 outlet.stalled = True
                 self.stats.stalls += 1
                 self.core.stalled(watch.session)
@@ -465,15 +465,15 @@ class Engine:
         """Do the same run by run: the hot loop is inside of `send_each`."""
         sent = 0
         for run in runs:
-            messages = payload.messages(run.watch_id)
-            size = sum(map(len, messages))
+            columns = payload.columns(run.ids)
+            size = sum(len(column[0]) for column in columns)
             connection = run.connection
             if not connection.dirty:
                 connection.touch()
             if size > BULKY_BYTES:
                 connection.bulky = True
-            left = connection.h2.send_each(run.streams, messages, size)
-            sent += size * (len(run.streams) - len(left))
+            left = connection.h2.send_each(run.together, columns, size)
+            sent += size * (len(run.watches) - len(left))
             if left:
                 sent += self._deliver_each(payload, [run.watches[place] for place in left])
         return sent

@@ -5,11 +5,14 @@ What a group's watches have in common by their connections is done once for each
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, Protocol
 
 from coalesce.session import Watch
-from proto.http2 import Stream
+from proto.http2 import Stream, Together
+from proto.scan import encode_watch_id
 
 
 class Outlet(Protocol):
@@ -29,30 +32,29 @@ class Outlet(Protocol):
 
 
 class Run:
-    """Watches of a group that are on one connection under one id: they are sent the very same bytes."""
+    """Watches of a group that are on one connection, under ids of one length: what they are sent has the same size."""
 
-    __slots__ = ("connection", "streams", "watch_id", "watches")
+    __slots__ = ("connection", "ids", "together", "watches")
 
-    def __init__(self, connection: Any, watch_id: int) -> None:
-        self.connection = connection
-        self.watch_id = watch_id
-        self.watches: list[Watch] = []
-        self.streams: list[Stream] = []
-        """Of the watches, in their order; all different, since a stream has an id only once."""
+    def __init__(self, watches: Sequence[Watch]) -> None:
+        # By id, so that each id's messages are made once and then repeated.
+        self.watches = sorted(watches, key=attrgetter("watch_id"))
+        outlets: list[Outlet] = [watch.outlet for watch in self.watches]  # type: ignore[misc]  # as below
+        self.connection = outlets[0].connection
+        counts = Counter(watch.watch_id for watch in self.watches)
+        self.ids = [(watch_id, encode_watch_id(watch_id), count) for watch_id, count in counts.items()]
+        """As `Payload.columns` takes them, in the order of the watches."""
+        self.together = Together([outlet.stream for outlet in outlets])
+        """The streams of the watches, in their order."""
 
 
 def runs_of(watches: Sequence[Watch]) -> list[Run]:
-    """Put a group of watches in order by connection and id."""
-    runs: dict[tuple[int, int], Run] = {}
+    """Put a group of watches in order by connection."""
+    groups: dict[tuple[int, int], list[Watch]] = {}
     for watch in watches:
         outlet: Outlet = watch.outlet  # type: ignore[assignment]  # an object to the core, ours by open_session
-        key = (id(outlet.connection), watch.watch_id)
-        run = runs.get(key)
-        if run is None:
-            run = runs[key] = Run(outlet.connection, watch.watch_id)
-        run.watches.append(watch)
-        run.streams.append(outlet.stream)
-    return list(runs.values())
+        groups.setdefault((id(outlet.connection), len(encode_watch_id(watch.watch_id))), []).append(watch)
+    return [Run(group) for group in groups.values()]
 
 
 def are_apart(watches: Sequence[Watch]) -> bool:

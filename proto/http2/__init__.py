@@ -26,7 +26,7 @@ from proto.http2.events import (
     StreamReset,
 )
 from proto.http2.limits import Limits
-from proto.http2.sending import Piece, Role
+from proto.http2.sending import Piece, Role, Together
 from proto.http2.streams import Stream, StreamState
 
 __all__ = [
@@ -52,5 +52,6 @@ __all__ = [
     "StreamMisuse",
     "StreamReset",
     "StreamState",
+    "Together",
     "TooManyStreams",
 ]

@@ -12,8 +12,9 @@ its windows allow and no more.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, cast
 
 from proto.http2 import (
@@ -45,6 +46,10 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 KEEPALIVE_PING = b"keepaliv"
 DRAIN_PING = b"draining"
+
+PART_PIECES_MAX = 1024
+"""More pieces than these are not joined in one go: joining takes 80 bytes for each of them while it lasts, as much as
+the frame itself, and what the client's buffers do not take would wait twice, as pieces and joined."""
 
 CLOSE_GRACE_S = 5.0
 """How long a connection that is to be closed may take to fetch what is still written for it."""
@@ -104,7 +109,7 @@ class ServerConnection(asyncio.Protocol):
         """It ends by a fault of the client's."""
         self._blocked = False
         """The transport takes no more for now."""
-        self._rest: deque[Piece] = deque()
+        self._rest: list[Piece] = []
         """Output that the transport has not been given yet, because it was blocked."""
         self._unread_bytes = 0
         """What was added to it while it was blocked, which is no DATA."""
@@ -198,9 +203,9 @@ class ServerConnection(asyncio.Protocol):
             return
         if self._blocked:
             self._hold(pieces)
-        elif self.bulky:
+        elif self.bulky or len(pieces) > PART_PIECES_MAX:
             self.bulky = False
-            self._rest.extend(pieces)
+            self._rest = pieces
             self._write_rest()
         elif pieces:
             data = b"".join(pieces)
@@ -351,11 +356,11 @@ class ServerConnection(asyncio.Protocol):
         rest = self._rest
         part_bytes = self._listener.settings.write_buffer_bytes
         while rest and not self._blocked and self._transport is not None and not self._transport.is_closing():
-            part = []
-            size = 0
-            while rest and size <= part_bytes:
-                part.append(rest.popleft())
-                size += len(part[-1])
+            part = rest[:PART_PIECES_MAX]
+            ends = list(accumulate(map(len, part)))
+            # The piece that goes beyond the bound is in the part as well: the transport then knows that it is full.
+            del part[bisect_right(ends, part_bytes) + 1 :]
+            del rest[: len(part)]
             self._write(b"".join(part))
 
     def _hold(self, pieces: Sequence[Piece]) -> None:

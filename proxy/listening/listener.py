@@ -33,12 +33,6 @@ SWEEP_S_MAX = 2.5
 BACKLOG = 1024
 """Connections the kernel holds until they are accepted: a thousand clients that come back at once."""
 
-RELIEVED_MIN = 8
-"""From so many connections on, much that is queued for them is written at once, before the end of the turn."""
-
-PUT_OFF_MAX = 5
-"""On fewer connections it is written the fifth time: they are stalled less often, and hold some MiB more meanwhile."""
-
 log = logs.logger("listener")
 
 Http1Factory = Callable[[asyncio.Transport, bytes], asyncio.Protocol]
@@ -64,8 +58,6 @@ class Listener:
         self.flushed: Callable[[], None] | None = None
         """Called after each turn's writes; None: by nobody."""
         self._dirty: list[ServerConnection] = []
-        self._put_off = 0
-        """Times that much was queued since the last write."""
         self._gathering = False
         """Something is at work that says when it is done, and what it touches is written then."""
         self._listening: Listening | None = None
@@ -132,19 +124,12 @@ class Listener:
             self._flush()
 
     def relieve(self) -> None:
-        """Write what is queued now, in the middle of a turn; called for each MiB of it.
-
-        On few connections only the fifth time: a write of theirs fills their buffers, what follows in this turn then
-        finds its clients stalled, and is joined for each of them anew.
-        """
-        self._put_off += 1
-        if len(self._dirty) >= RELIEVED_MIN or self._put_off >= PUT_OFF_MAX:
-            self._flush()
+        """Write what is queued now, in the middle of a turn; called for each MiB of it."""
+        self._flush()
 
     def _flush(self) -> None:
         dirty = self._dirty
         self._dirty = []
-        self._put_off = 0
         for connection in dirty:
             try:
                 connection.flush()

@@ -62,6 +62,17 @@ def _event(
     return scan_watch_response(rpc_pb2.WatchResponse(events=[event]).SerializeToString()).events[0]
 
 
+def messages_of(payload: Payload, watch_id: int) -> tuple[bytes, ...]:
+    """Return the framed messages that a watch is sent, each whole again."""
+    data = b"".join(payload.pieces(watch_id))
+    messages = []
+    while data:
+        end = 5 + int.from_bytes(data[1:5], "big")
+        messages.append(data[:end])
+        data = data[end:]
+    return tuple(messages)
+
+
 def seen(message: bytes) -> str:
     """One framed WatchResponse as a line: `#0 @7 put 7 k=v`, `#0 @5 created`, `#-1 @9 progress`."""
     assert message[0] == 0
@@ -266,7 +277,7 @@ class Shell:
             if watch.session.stalled:
                 self.core.returned(watch, payload)
             else:
-                _client_of(watch.session).write(payload.messages(watch.watch_id))
+                _client_of(watch.session).write(messages_of(payload, watch.watch_id))
 
 
 def _client_of(session: Session) -> Client:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from coalesce.batch import (
+    COPIED_BYTES_MAX,
     FRAGMENT,
     NO_DELETE,
     NO_PUT,
@@ -17,8 +18,8 @@ from coalesce.batch import (
     variant_of,
 )
 from proto.pb import rpc_pb2
-from proto.scan import Event, WatchResponse
-from tests.coalesce.shell import delete, header, put, seen
+from proto.scan import Event, WatchResponse, encode_watch_id
+from tests.coalesce.shell import delete, header, messages_of, put, seen
 
 EVERYTHING = 1 << 30
 
@@ -28,7 +29,7 @@ def payload_of(variant: int, *events: Event, fragment_bytes: int = EVERYTHING, a
 
 
 def lines(payload: Payload | None, watch_id: int = 0) -> list[str]:
-    return [] if payload is None else [seen(message) for message in payload.messages(watch_id)]
+    return [] if payload is None else [seen(message) for message in messages_of(payload, watch_id)]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_the_header_is_at_its_own_last_event_and_else_as_it_came() -> None:
 def test_equal_ids_share_the_very_same_bytes() -> None:
     payload = payload_of(0, put(7))
     assert payload is not None
-    assert payload.messages(3)[0] is payload.messages(3)[0]
+    assert payload.pieces(3)[0] is payload.pieces(3)[0]
     assert lines(payload, 3) == ["#3 @7 put 7 k=v"]
     assert lines(payload, -5) == ["#-5 @7 put 7 k=v"]
 
@@ -69,23 +70,53 @@ def test_equal_ids_share_the_very_same_bytes() -> None:
 def test_one_message_alone_is_the_same_as_ever(watch_id: int) -> None:
     payload = payload_of(0, put(7), delete(8))
     assert payload is not None
-    assert (payload.message(watch_id),) == payload.messages(watch_id)
-    assert payload.message(watch_id) is not payload.messages(watch_id)[0]
+    assert (payload.message(watch_id),) == payload.pieces(watch_id)
+    assert payload.message(watch_id) is not payload.pieces(watch_id)[0]
 
 
 def test_fragments_are_no_message_alone() -> None:
     payload = payload_of(FRAGMENT, put(7), put(8), fragment_bytes=1)
     assert payload is not None
-    assert len(payload.messages(0)) == 2
+    assert len(payload.pieces(0)) == 2
     assert payload.message(0) is None
 
 
 def test_the_first_id_is_remembered_however_large_and_many_ids_are_not() -> None:
-    payload = payload_of(0, put(7, value=b"x" * 3_000_000))
+    payload = payload_of(FRAGMENT, put(7, value=b"x" * 3_000_000), put(8), fragment_bytes=1)
     assert payload is not None
-    first = payload.messages(1)[0]
-    assert payload.messages(1)[0] is first
-    assert payload.messages(2)[0] is not payload.messages(2)[0]
+    first = payload.pieces(1)[0]
+    assert payload.pieces(1)[0] is first
+    assert payload.pieces(2)[0] is not payload.pieces(2)[0]
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_large_events_are_shared_by_all_ids(more: int) -> None:
+    """From one byte above the bound on they are a piece of their own."""
+    around = len(put(7, value=bytes(4000)).encoded) - 4000
+    payload = payload_of(0, put(7, value=bytes(COPIED_BYTES_MAX - around + more)))
+    assert payload is not None
+    one, other = payload.pieces(0), payload.pieces(300)
+    assert len(one) == len(other) == 1 + more
+    assert (one[-1] is other[-1]) == bool(more)
+    assert messages_of(payload, 300)[0] == b"".join(other) == payload.message(300)
+
+
+@pytest.mark.parametrize("ids", [(0,), (3, 5, 7), (300, 301)])
+@pytest.mark.parametrize("size", [1, 2 * COPIED_BYTES_MAX])
+@pytest.mark.parametrize("variant", [0, FRAGMENT])
+def test_columns_are_the_pieces_of_many_watches(ids: tuple[int, ...], size: int, variant: int) -> None:
+    """Ids of one length, several watches of an id; the same whatever was asked for before."""
+    events = [put(7, value=b"x" * size), put(8)]
+    wanted = [(watch_id, encode_watch_id(watch_id), count) for count, watch_id in enumerate(ids, 1)]
+    for asked_before in (False, True):
+        payload = payload_of(variant, *events, fragment_bytes=size)
+        assert payload is not None
+        rows = [payload.pieces(watch_id) for count, watch_id in enumerate(ids, 1) for _ in range(count)]
+        if not asked_before:
+            payload = payload_of(variant, *events, fragment_bytes=size)
+            assert payload is not None
+        columns = payload.columns(wanted)
+        assert list(zip(*columns, strict=True)) == rows
 
 
 def test_variants_that_differ_in_nothing_share_one_payload() -> None:
@@ -99,7 +130,7 @@ def test_the_size_is_what_goes_out() -> None:
     for variant in (0, FRAGMENT):
         payload = payload_of(variant, *[put(7, b"%d" % n, b"x" * 50) for n in range(9)], fragment_bytes=200)
         assert payload is not None
-        assert payload.size == sum(len(message) for message in payload.messages(0))
+        assert payload.size == sum(len(message) for message in payload.pieces(0))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +148,7 @@ def test_fragments(sizes: list[int], fragment_bytes: int, pieces: int) -> None:
     events = [put(7, b"%d" % place, b"x" * size) for place, size in enumerate(sizes)]
     payload = payload_of(FRAGMENT, *events, fragment_bytes=fragment_bytes)
     assert payload is not None
-    messages = [rpc_pb2.WatchResponse.FromString(message[5:]) for message in payload.messages(4)]
+    messages = [rpc_pb2.WatchResponse.FromString(message[5:]) for message in messages_of(payload, 4)]
     assert len(messages) == pieces
     assert [message.fragment for message in messages] == [True] * (pieces - 1) + [False]
     assert [event.kv.key for message in messages for event in message.events] == [b"%d" % n for n in range(len(sizes))]
@@ -130,14 +161,14 @@ def test_a_response_is_split_from_the_limit_on_and_not_below() -> None:
     events = [put(7, b"a", b"x" * 100), put(7, b"b", b"x" * 100)]
     whole = payload_of(0, *events)
     assert whole is not None
-    size = len(whole.messages(0)[0]) - 5
+    size = len(whole.pieces(0)[0]) - 5
     for fragment_bytes, pieces in ((size + 1, 1), (size, 2)):
         payload = payload_of(FRAGMENT, *events, fragment_bytes=fragment_bytes)
         assert payload is not None
-        assert len(payload.messages(0)) == pieces
+        assert len(payload.pieces(0)) == pieces
     unasked = payload_of(0, *events, fragment_bytes=size)
     assert unasked is not None
-    assert len(unasked.messages(0)) == 1
+    assert len(unasked.pieces(0)) == 1
 
 
 def test_a_batch_is_cut_between_revisions_only() -> None:

@@ -32,7 +32,7 @@ def history(*batches: Batch, limits: Limits = ALL, floor: int = 1, stats: Stats 
 
 def replayed(made: History, position: int, variant: int = 0, limits: Limits = ALL) -> tuple[str | None, int | None]:
     payload, following = made.replay(position, variant, limits)
-    return None if payload is None else seen(payload.messages(0)[0]), following
+    return None if payload is None else seen(payload.pieces(0)[0]), following
 
 
 FILLED = (batch(put(3)), batch(put(5), put(6), delete(7)), batch(delete(10)))

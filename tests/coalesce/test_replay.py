@@ -216,7 +216,7 @@ def test_sessions_that_stalled_together_share_what_they_replay() -> None:
         (deliver,) = shell.core.drained(client.session, shell.now)
         assert isinstance(deliver, Deliver)
         payloads.append(deliver.payload)
-    assert payloads[0].messages(0)[0] == payloads[2].messages(0)[0]
+    assert payloads[0].pieces(0) == payloads[2].pieces(0)
 
 
 def test_filtered_to_nothing_is_not_sent_and_the_watch_moves_on() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proto.http2 import Connection, ErrorCode, Limits, Role, Stream
+from proto.http2 import Connection, ErrorCode, Limits, Role, Stream, Together
 from tests.http2 import wire
 from tests.http2.wire import INITIAL_WINDOW, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, Peer, data, server, settings, update
 
@@ -311,7 +311,8 @@ def test_the_same_on_each_stream_but_for_those_that_must_wait() -> None:
     connection.reset(gone, ErrorCode.CANCEL)
     peer.said()
     before = connection.send_window
-    assert list(connection.send_each([short, blocked, over, gone, open_one], [b"xy", b"z"], 3)) == [0, 1, 2, 3]
+    together = Together([short, blocked, over, gone, open_one])
+    assert list(connection.send_each(together, [[b"xy"] * 5, [b"z"] * 5], 3)) == [0, 1, 2, 3]
     assert peer.said() == ["DATA 9 3"]
     assert connection.send_window == before - 3
     assert open_one.send_window == INITIAL_WINDOW - 3
@@ -328,6 +329,28 @@ def test_each_stream_is_left_when_the_connection_cannot_take_all(why: str) -> No
         connection.pause()
     else:
         size = 20 * KIB
-    assert list(connection.send_each(streams, [bytes(size)], size)) == [0, 1]
+    assert list(connection.send_each(Together(streams), [[bytes(size)] * 2], size)) == [0, 1]
     assert peer.said() == []
     assert [stream.send_window for stream in streams] == [INITIAL_WINDOW] * 2
+
+
+def test_a_stream_with_several_messages_takes_all_of_them_or_none() -> None:
+    """So that what goes on it by `send` comes in order; sizes may change from one time to the next."""
+    connection, _, (one, two) = serve(2)
+    together = Together([one, two, one])
+    one.send_window = 5
+    assert list(connection.send_each(together, [[b"abc", b"def", b"ghi"]], 3)) == [0, 2]
+    assert (one.send_window, two.send_window) == (5, INITIAL_WINDOW - 3)
+    one.send_window = INITIAL_WINDOW
+    for column in [b"a1", b"b1", b"c1"], [b"a2", b"b2", b"c2"], [b"a", b"b", b"c"]:
+        assert list(connection.send_each(together, [column], len(column[0]))) == []
+    assert b"".join(connection.output()) == b"".join(
+        [data(two.id, b"def")]
+        + [
+            data(stream.id, b"%c%d" % (text, turn))
+            for turn in (1, 2)
+            for stream, text in zip((one, two, one), b"abc", strict=True)
+        ]
+        + [data(one.id, b"a"), data(two.id, b"b"), data(one.id, b"c")]
+    )
+    assert one.send_window == INITIAL_WINDOW - 2 * 5

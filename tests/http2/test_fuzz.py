@@ -30,6 +30,7 @@ from proto.http2 import (
     Role,
     StreamReset,
     StreamState,
+    Together,
     TooManyStreams,
 )
 from tests.http2 import lists, wire
@@ -174,7 +175,8 @@ def answer(connection: Connection, rng: random.Random, events: list[Event]) -> N
                 size = rng.choice([0, 10, 30_000])
                 connection.send(stream, [bytes(size)], size, end_stream=rng.random() < 0.3)
                 others = [other for other in connection.streams.values() if other.started]
-                for place in connection.send_each(others, [b"to", b"all"], 5):
+                columns = [[piece] * len(others) for piece in (b"to", b"all")]
+                for place in connection.send_each(Together(others), columns, 5):
                     connection.reset(others[place], ErrorCode.CANCEL)
             case DataReceived(stream, _, flow_size):
                 connection.consumed(stream, flow_size)

@@ -171,12 +171,12 @@ class FakeOutlet:
         stream.room -= 1
         return bool(stream.room >= 0)
 
-    def send_each(self, streams: Any, pieces: Any, size: int) -> list[int]:
+    def send_each(self, together: Any, columns: Any, size: int) -> list[int]:
         """The connection's: leaves those whose room is used up."""
-        assert size == sum(map(len, pieces))
         self.runs += 1
-        left = [place for place, stream in enumerate(streams) if stream.room <= 1]
-        for place, stream in enumerate(streams):
+        left = [place for place, stream in enumerate(together.streams) if stream.room <= 1]
+        for place, (stream, *pieces) in enumerate(zip(together.streams, *columns, strict=True)):
+            assert size == sum(map(len, pieces))
             if place not in left:
                 stream.sent += pieces
                 stream.room -= 1
@@ -225,10 +225,13 @@ def watch_of(outlet: FakeOutlet, watch_id: int = 0) -> Any:
 def payload_of(*texts: bytes) -> Any:
     """A payload whose messages carry the watch id."""
 
-    def messages(watch_id: int) -> tuple[bytes, ...]:
+    def pieces(watch_id: int) -> tuple[bytes, ...]:
         return tuple(b"%d:%s" % (watch_id, text) for text in texts)
 
     def message(watch_id: int) -> bytes | None:
-        return messages(watch_id)[0] if len(texts) == 1 else None
+        return pieces(watch_id)[0] if len(texts) == 1 else None
 
-    return SimpleNamespace(messages=messages, message=message, size=sum(map(len, texts)))
+    def columns(ids: Any) -> Any:
+        return list(zip(*[pieces(watch_id) for watch_id, _, count in ids for _ in range(count)], strict=True))
+
+    return SimpleNamespace(pieces=pieces, columns=columns, message=message, size=sum(map(len, texts)))

@@ -17,6 +17,7 @@ from typing import Any
 from coalesce.guarantees import Received
 from proto.pb import rpc_pb2
 from proto.scan import Header, WatchResponse
+from tests.coalesce.shell import messages_of
 from tests.sim.calls import Calls
 from tests.sim.clients import SimSession, SimWatch, Spec, judge_logs
 from tests.sim.failure import SimulationFailure
@@ -342,7 +343,7 @@ class World:
                 self.count("returned")
                 self.core.returned(watch, payload)
                 continue
-            if not session.write(payload.messages(watch.watch_id)):
+            if not session.write(messages_of(payload, watch.watch_id)):
                 self._stall(session)
 
     def _send(self, effect: Any) -> None:
