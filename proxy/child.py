@@ -16,11 +16,10 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import IO
 
-import msgspec
-
-from proxy.config import ENV_PREFIX
+from proxy.config.values import ENV_PREFIX
 
 READY_LIMIT_S = 15.0
 """A process that has not said it is ready after this long never will (seconds)."""
@@ -32,7 +31,8 @@ _OUTPUT_BYTES_MAX = 4000
 """As much of a child's last words as an error message can use (bytes)."""
 
 
-class Ready(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Ready:
     """What a child says once: where it serves, as HOST:PORT; "" for what it does not serve."""
 
     address: str = ""
@@ -94,6 +94,8 @@ class Child:
         finally:
             theirs.close()
         child = cls(name, process, pipe, output)
+        import msgspec  # who has neither children nor a parent does not need it
+
         try:
             async with asyncio.timeout(READY_LIMIT_S):
                 child.ready = msgspec.json.decode(await child.read_line(), type=Ready)
@@ -121,7 +123,7 @@ class Child:
 
     def write_line(self, message: object) -> None:
         """Send the child one JSON line."""
-        self._writer.write(msgspec.json.encode(message) + b"\n")
+        self._writer.write(_line(message))
 
     @property
     def pid(self) -> int:
@@ -189,7 +191,7 @@ class Parent:
     def write_line(self, message: object) -> None:
         """Send the parent one JSON line; the first one must be a `Ready`."""
         if self._pipe is not None:
-            self._pipe[1].write(msgspec.json.encode(message) + b"\n")
+            self._pipe[1].write(_line(message))
 
     async def leave(self) -> None:
         """Send what is still queued and close the socket."""
@@ -200,6 +202,12 @@ class Parent:
                 await self._pipe[1].drain()
                 self._pipe[1].close()
                 await self._pipe[1].wait_closed()
+
+
+def _line(message: object) -> bytes:
+    import msgspec  # as above
+
+    return msgspec.json.encode(message) + b"\n"
 
 
 def on_signals(leave: Callable[[], None]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 WRONG_REQUEST = 2
 FAILURE = 1
+INTERRUPTED = 130
 
 
 class Failed(Exception):

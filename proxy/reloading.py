@@ -8,11 +8,10 @@ are looked at with each handshake. Settings that cannot be used change nothing a
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import msgspec
+from dataclasses import fields, replace
 
 from proxy import logs
-from proxy.config import Settings, knobs
+from proxy.config.knobs import Settings, knobs
 from proxy.errors import Failed
 
 log = logs.logger("reload")
@@ -78,8 +77,8 @@ class Reloading:
 
 
 def _with_endpoints(settings: Settings, endpoints: list[str]) -> Settings:
-    upstream = msgspec.structs.replace(settings.upstream, endpoints=endpoints)
-    return msgspec.structs.replace(settings, upstream=upstream)
+    upstream = replace(settings.upstream, endpoints=endpoints)
+    return replace(settings, upstream=upstream)
 
 
 def changes(old: Settings, new: Settings) -> set[str]:
@@ -90,12 +89,11 @@ def changes(old: Settings, new: Settings) -> set[str]:
 def merged(old: Settings, new: Settings) -> Settings:
     """Return the new values of what can be reloaded, and the old ones of everything else."""
     tables = {}
-    for table in old.__struct_fields__:
-        before = getattr(old, table)
-        fields = {field: getattr(getattr(new, table), field) for field in before.__struct_fields__}
-        kept = {field: value for field, value in fields.items() if f"{table}.{field}" in RELOADED}
-        tables[table] = msgspec.structs.replace(before, **kept)
-    return msgspec.structs.replace(old, **tables)
+    for table in fields(old):
+        before, after = getattr(old, table.name), getattr(new, table.name)
+        reloaded = [field.name for field in fields(before) if f"{table.name}.{field.name}" in RELOADED]
+        tables[table.name] = replace(before, **{name: getattr(after, name) for name in reloaded})
+    return replace(old, **tables)
 
 
 def _value(settings: Settings, path: str) -> object:

@@ -12,15 +12,13 @@ import errno
 import os
 import signal
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from coalesce import Limits
 from proxy import logs
 from proxy.child import Child, ChildFailed, Parent, Ready, on_signals, python_command
-from proxy.config import Settings, Watch
+from proxy.config.knobs import Settings, Watch
 from proxy.config.values import Address, client_url, parse_listen_address, parse_metrics_address
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 from proxy.listening.settings import ListenerSettings
@@ -44,7 +42,7 @@ log = logs.logger("serve")
 
 def core_limits(watch: Watch) -> Limits:
     """Return the core's limits; its names are the knobs', but for two."""
-    values = {name: getattr(watch, name) for name in watch.__struct_fields__}
+    values = {field.name: getattr(watch, field.name) for field in fields(watch)}
     return Limits(
         progress_notify_s=values.pop("watch_progress_notify_interval_s"),
         lagging_age_s_max=values.pop("lagging_age_s_max") or None,
@@ -226,7 +224,7 @@ async def discovered(settings: Settings) -> Settings:
         raise Failed(str(error)) from None
     if upstream.endpoints:
         log.warning("--endpoints is not used: --discovery-srv goes before it", endpoints=upstream.endpoints)
-    return msgspec.structs.replace(settings, upstream=msgspec.structs.replace(upstream, endpoints=endpoints))
+    return replace(settings, upstream=replace(upstream, endpoints=endpoints))
 
 
 class _Applying:

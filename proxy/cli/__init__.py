@@ -1,125 +1,21 @@
-"""The `watchmux` command: one group, its commands loaded only when called.
+"""The `watchmux` command: where it begins.
 
-Importing a command's module may import half of the libraries, and `watchmux --help` should answer at once, so the
-group knows its commands by name only. Whatever a user can get wrong ends here as one line on standard error: exit
-code 2 for a wrong request (flag, file, argument), 1 for what failed while running.
+`serve` goes a way of its own (`apart`), so that what reads command lines and settings is not in memory as long as it
+serves; every other command is click's (`group`). This module imports neither, since each excludes the other.
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
-from typing import NamedTuple, cast
-
-import click
-
-from proxy.errors import WRONG_REQUEST, Failed
-
-
-class _Place(NamedTuple):
-    module: str
-    help: str
-
-
-COMMANDS = {
-    "serve": _Place("proxy.cli.serve", "Stand in front of etcd and share its watches."),
-    "store": _Place("proxy.cli.store", "Run the bundled etcd-compatible store on its own."),
-    "demo": _Place("proxy.cli.demo", "Show in half a minute what it does, on real processes."),
-    "measure": _Place("proxy.cli.measure", "Measure an etcd's load without and with the proxy."),
-    "status": _Place("proxy.cli.status", "Show what a running proxy is doing."),
-    "config": _Place("proxy.cli.config", "Print or check a configuration file."),
-}
-
-
-class LazyGroup(click.Group):
-    """A group that imports a command when it is called, not when it is listed."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Name the commands in the order of a newcomer's questions."""
-        del ctx
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command's module."""
-        del ctx
-        place = COMMANDS.get(cmd_name)
-        if place is None:
-            return None
-        return cast(click.Command, importlib.import_module(place.module).command)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands without importing them."""
-        del ctx
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, place.help) for name, place in COMMANDS.items()])
-
-
-def _show_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            number = version("watchmux")
-        except PackageNotFoundError:
-            number = "(not installed)"
-        click.echo(f"watchmux {number}, Python {sys.version.split()[0]}")
-        ctx.exit()
-
-
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version."
-)
-def cli() -> None:
-    """A proxy in front of etcd that merges the identical watches of many clients into one upstream watch.
-
-    Clients point at watchmux instead of at etcd and notice nothing; etcd serves one watch for each watched range
-    instead of one for each client.
-
-    \b
-    Try it, with nothing else running:
-      watchmux demo
-    \b
-    Put it in front of an etcd, and point a client at it:
-      watchmux serve --endpoints=127.0.0.1:2379 --listen-addr=127.0.0.1:23790
-      etcdctl --endpoints=127.0.0.1:23790 watch --prefix /app/
-    \b
-    See what your etcd would save:
-      watchmux measure --upstream=127.0.0.1:2379
-    """
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["serve"]:
+        from proxy.cli.apart import serve
 
+        sys.exit(serve(given))
+    from proxy.cli.group import run
 
-def run(arguments: list[str]) -> int:
-    """Run the command line and return its exit code; errors are one line on standard error."""
-    try:
-        result = cli.main(arguments, prog_name="watchmux", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        return WRONG_REQUEST
-    except click.UsageError as error:
-        path = error.ctx.command_path if error.ctx else "watchmux"
-        _complain(f"{_one_line(error.format_message())} (see {path} --help)")
-        return WRONG_REQUEST
-    except click.ClickException as error:
-        _complain(_one_line(error.format_message()))
-        return error.exit_code
-    except Failed as error:
-        _complain(_one_line(str(error)))
-        return error.code
-    except (click.Abort, KeyboardInterrupt):
-        _complain("interrupted")
-        return 130
-    return result if isinstance(result, int) else 0
-
-
-def _complain(text: str) -> None:
-    click.echo(f"watchmux: {text}", err=True)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    sys.exit(run(given))

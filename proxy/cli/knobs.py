@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from proxy.config import ENV_PREFIX, Kind, Knob, Settings, knobs, tables
 from proxy.config.file import ConfigError, Given, from_text, layer, read_file
-from proxy.config.values import BadValue, show_duration, show_size
+from proxy.config.knobs import Kind, Knob, Settings, knobs, tables
+from proxy.config.values import ENV_PREFIX, BadValue, show_duration, show_size
 from proxy.errors import WRONG_REQUEST, Failed
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -32,6 +32,10 @@ def command(ctx: click.Context, /, parent_fd: int | None, **_given: Any) -> int:
     themselves.
     """
     settings, notes = settings_of(ctx)
+    if ctx.obj is not None:
+        # Somebody else serves: see `proxy.cli.apart`.
+        code: int = ctx.obj(settings, notes, parent_fd)
+        return code
     import uvloop
 
     from proxy.serving import serve

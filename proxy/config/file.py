@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.config import Kind, Knob, Settings, knobs, tables
+from proxy.config.knobs import Kind, Knob, Settings, knobs, tables
 from proxy.config.values import (
     BadValue,
     check_readable,

@@ -16,7 +16,7 @@ import pytest
 import uvloop
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
-from proxy.cli import run as watchmux
+from proxy.cli.group import run as watchmux
 from proxy.config.values import Address, BadValue, parse_listen_address
 from proxy.listening.listener import Listener
 from tests.etcd.binaries import EtcdBinary, etcds

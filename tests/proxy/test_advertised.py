@@ -9,7 +9,7 @@ import pytest
 
 from proto.framing import Status, frame
 from proto.pb import rpc_pb2
-from proxy.config import Listener, Settings
+from proxy.config.knobs import Listener, Settings
 from proxy.serving import proxy_of
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.proxy.raw_client import RawClient, RawStream

@@ -9,7 +9,7 @@ import click
 import pytest
 
 from proxy.cli.knobs import REFUSED, TAKEN, KnobCommand, knob_options, settings_of, unknown_variables
-from proxy.config import Settings, knobs
+from proxy.config.knobs import Settings, knobs
 from proxy.errors import Failed
 
 

@@ -21,7 +21,7 @@ import grpc
 import pytest
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
-from proxy.cli import run
+from proxy.cli.group import run
 from tests.etcd.binaries import EtcdBinary
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.waiting import until
@@ -194,11 +194,32 @@ def test_it_serves_tls_with_the_certificate_it_was_given(tmp_path: Path, etcd: E
 def test_the_proxys_process_loads_neither_grpc_nor_a_web_server() -> None:
     code = (
         "import sys, proxy.serving\n"
-        "print([name for name in ('grpc', 'aiohttp', 'prometheus_client', 'click', 'h2', 'rich') "
+        "print([name for name in ('grpc', 'aiohttp', 'prometheus_client', 'click', 'msgspec', 'h2', 'rich') "
         "if name in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
     assert shown.stdout.strip() == "[]"
+
+
+def test_what_has_read_the_settings_is_gone_when_it_serves(tmp_path: Path) -> None:
+    """Neither a child is left nor what the child had loaded; `--metrics-addr` would load some of that."""
+    with served(tmp_path, "--endpoints=127.0.0.1:1", "--metrics-addr=") as proxy:
+        proxy.serving()
+        process = Path(f"/proc/{proxy.process.pid}")
+        assert (process / f"task/{proxy.process.pid}/children").read_text() == ""
+        files = (process / "maps").read_text()
+        assert "/uvloop/" in files
+        assert "/msgspec/" not in files
+        assert proxy.end() == 0
+
+
+def test_a_fork_that_is_killed_ends_the_command() -> None:
+    code = (
+        "import os, signal, sys; from proxy.cli import apart\n"
+        "apart._hand_over = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.exit(apart.serve(['serve']))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == 128 + signal.SIGKILL
 
 
 def refusal(*arguments: str) -> tuple[int, str]:

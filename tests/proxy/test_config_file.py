@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config import Settings, knobs
 from proxy.config.file import ConfigError, Given, from_text, layer, read_file, render_example
+from proxy.config.knobs import Settings, knobs
 
 
 def settings_from(tmp_path: Path, text: str) -> Settings:

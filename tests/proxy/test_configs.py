@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config import Settings
 from proxy.config.file import layer, read_file, render_example
+from proxy.config.knobs import Settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.toml"))

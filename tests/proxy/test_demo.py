@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from proxy.cli import demo as cli_demo
-from proxy.cli import run
+from proxy.cli.group import run
 from proxy.cli.load import shape_of
 from proxy.measuring.demo import DemoResult, run_demo, show_result
 from proxy.measuring.load.judge import Verdict

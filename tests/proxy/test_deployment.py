@@ -30,8 +30,8 @@ from proxy.admin.delays import Histogram
 from proxy.admin.metrics import ProxyCollector
 from proxy.admin.port import PAGES
 from proxy.admin.snapshot import Snapshot
-from proxy.config import Settings, knobs
 from proxy.config.file import layer, read_file
+from proxy.config.knobs import Settings, knobs
 from proxy.config.values import parse_size_bytes
 from proxy.probe import HUNG_AFTER
 from upstream.pool import EndpointState

@@ -10,7 +10,7 @@ import yaml
 
 from proxy.cli.knobs import REFUSED, TAKEN
 from proxy.cli.measure import command as measure
-from proxy.config import knobs
+from proxy.config.knobs import knobs
 from proxy.reloading import RELOADED
 from tests.proxy.test_deployment import exported
 

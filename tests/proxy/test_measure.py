@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from proxy.cli import run
+from proxy.cli.group import run
 from proxy.measuring.comparison import show_comparison
 from proxy.measuring.load.plan import Shape
 from proxy.measuring.measure import Measurement, Side, compare, reduction_of

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
-from proxy.cli import run
+from proxy.cli.group import run
 from proxy.measuring.load.prometheus import NoMetrics
 from proxy.measuring.observe import Look, Observation, compare_observed, look_of
 from tests.etcd.server import EtcdServer

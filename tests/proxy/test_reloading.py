@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from proxy.config import Settings, knobs
+from proxy.config.knobs import Settings, knobs
 from proxy.errors import Failed
 from proxy.reloading import RELOADED, Reloading, changes, merged
 from tests.etcd.server import EtcdServer
@@ -22,9 +22,7 @@ def changed(path: str, value: object) -> Settings:
     """The defaults but for one knob."""
     table, _, key = path.partition(".")
     settings = Settings()
-    return msgspec.structs.replace(
-        settings, **{table: msgspec.structs.replace(getattr(settings, table), **{key: value})}
-    )
+    return replace(settings, **{table: replace(getattr(settings, table), **{key: value})})
 
 
 def other(path: str) -> object:

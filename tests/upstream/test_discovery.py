@@ -6,17 +6,17 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import dns.asyncresolver
 import dns.flags
 import dns.message
 import dns.rcode
 import dns.rrset
-import msgspec
 import pytest
 
-from proxy.cli import run as watchmux
-from proxy.config import Settings, Upstream
+from proxy.cli.group import run as watchmux
+from proxy.config.knobs import Settings, Upstream
 from proxy.serving import discovered
 from tests.etcd.server import HOST, EtcdServer
 from tests.proxy.running import proxy_for
@@ -151,7 +151,7 @@ def test_settings_with_discovery_get_its_endpoints(etcd: EtcdServer, monkeypatch
         async with name_server({PLAIN: [f"0 0 {etcd.client_port} localhost."]}) as (_, resolver):
             monkeypatch.setattr(dns.asyncresolver, "default_resolver", resolver)
             found = (await discovered(given)).upstream
-            assert found == msgspec.structs.replace(given.upstream, endpoints=[f"http://localhost:{etcd.client_port}"])
+            assert found == replace(given.upstream, endpoints=[f"http://localhost:{etcd.client_port}"])
             async with proxy_for(found.endpoints[0]) as proxy:
                 await until_async(lambda: proxy.health.upstream_reachable, "etcd to be reached")
 

@@ -1,0 +1,100 @@
+"""`watchmux serve` with its settings read by another process: a fork that ends as soon as they are known.
+
+Reading a command line, an environment and a file takes click, msgspec and the description of every knob. Nothing of it
+is needed again while the proxy serves, but Python never unloads a module, and together they are a tenth of a small
+proxy's memory. So the fork reads them, complains and shows help as the command line does, and hands the settings over
+by a pipe; meanwhile this process loads what serves. It keeps its process id, and clients are served by nobody else.
+
+SIGHUP reads the settings in this process, and loads all of that then: a process that serves must not fork.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+from proxy.errors import INTERRUPTED, Failed
+
+if TYPE_CHECKING:
+    from proxy.config.knobs import Settings
+
+    Read = tuple[Settings, list[str], int | None]
+    """The settings, notes for the log, and the socket that a parent left (see `proxy.child`)."""
+
+
+def serve(arguments: list[str]) -> int:
+    """Run `watchmux serve ...` and return its exit code; errors are one line on standard error."""
+    try:
+        read = _read_by_a_fork(arguments)
+        if isinstance(read, int):
+            return read
+        settings, notes, parent_fd = read
+        import uvloop
+
+        from proxy import serving
+
+        return uvloop.run(serving.serve(settings, notes, parent_fd, lambda: _read_again(arguments)))
+    except Failed as error:
+        sys.stderr.write(f"watchmux: {' '.join(str(error).split())}\n")
+        return error.code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _read_by_a_fork(arguments: list[str]) -> Read | int:
+    """Return what the fork has read, or its exit code when there is nothing to serve."""
+    reading, writing = os.pipe()
+    fork = os.fork()
+    if not fork:
+        os.close(reading)
+        os._exit(_hand_over(arguments, writing))
+    os.close(writing)
+    import uvloop  # noqa: F401  # while the fork reads
+
+    from proxy import serving  # noqa: F401
+
+    with open(reading, "rb") as pipe:
+        handed = pipe.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
+    if not handed:
+        # Ended by a signal: as a shell says it.
+        return code if code >= 0 else 128 - code
+    read: Read = pickle.loads(handed)
+    return read
+
+
+def _hand_over(arguments: list[str], writing: int) -> int:
+    """Read the settings and write them into the pipe; return the fork's exit code, whatever happens."""
+    try:
+        from proxy.cli.group import run
+
+        def write(*read: object) -> int:
+            with open(writing, "wb") as pipe:
+                pipe.write(pickle.dumps(read))
+            return 0
+
+        return run(arguments, write)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _read_again(arguments: list[str]) -> tuple[Settings, list[str]]:
+    """Read the settings in this process. Raises Failed."""
+    from proxy.cli.group import cli
+
+    read: list[Read] = []
+
+    def keep(settings: Settings, notes: list[str], parent_fd: int | None) -> int:
+        read.append((settings, notes, parent_fd))
+        return 0
+
+    cli.main(arguments, prog_name="watchmux", standalone_mode=False, obj=keep)
+    settings, notes, _ = read[0]
+    return settings, notes
