@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -29,10 +29,22 @@ PORTS = (15_000, 32_000)
 """Below what Linux hands out for port 0 (net.ipv4.ip_local_port_range)."""
 
 
+def _ports() -> Iterator[int]:
+    """Yield ports in random order, none twice before all were given; of the workers of a test run each has its own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    own = range(PORTS[0] + worker, PORTS[1], workers)
+    while True:
+        yield from random.sample(own, len(own))
+
+
+_NEXT_PORT = _ports()
+
+
 def free_port() -> int:
     """Return a loopback port nobody listens on now, and that no bind to port 0 will be given before it is used."""
     while True:
-        port = random.randrange(*PORTS)
+        port = next(_NEXT_PORT)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((HOST, port))
             return port
@@ -68,7 +80,11 @@ class EtcdServer:
         return f"http://{self.endpoint}"
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
