@@ -146,7 +146,7 @@ class Payload:
 class Batch:
     """Events of whole revisions, in order. Never empty; never changed."""
 
-    __slots__ = ("events", "first_revision", "header", "kept", "last_revision", "memory_bytes", "size")
+    __slots__ = ("events", "first_revision", "header", "kept", "last_revision", "size")
 
     def __init__(self, header: Header, events: Sequence[Event], size: int) -> None:
         self.events = events
@@ -156,10 +156,13 @@ class Batch:
         self.header = header if header.revision == self.last_revision else header.at(self.last_revision)
         # Bytes of the encoded events.
         self.size = size
-        # What it costs to keep.
-        self.memory_bytes = size + EVENT_OVERHEAD_BYTES * len(events) + BATCH_OVERHEAD_BYTES
         # Its entry in the ledger while a history holds it; set by history.Ledger.
         self.kept: object = None
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it costs to keep."""
+        return self.size + EVENT_OVERHEAD_BYTES * len(self.events) + BATCH_OVERHEAD_BYTES
 
     def since(self, revision: int) -> Batch | None:
         """Return the part at and after `revision`: itself, a new batch, or None when nothing is left."""

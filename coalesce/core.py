@@ -178,7 +178,9 @@ class Coalescer:
             stats.batches += 1
             stats.batch_events += 1
             owner.events += 1
-            owner.ingest(Batch(header, events, len(events[0].encoded)))
+            # A tuple, since it may be kept: half the memory of a list.
+            event = events[0]
+            owner.ingest(Batch(header, (event,), len(event.encoded)))
         if hub.replays.fresh or hub.queued:
             return self._finish()
         effects, hub.effects = hub.effects, []

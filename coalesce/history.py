@@ -69,7 +69,7 @@ class History:
         self.bytes += memory_bytes
         self.version += 1
         ledger = self._ledger
-        batch.kept = kept = Kept(now, self, batch)
+        batch.kept = kept = Kept(now, self)
         ledger.entries.append(kept)
         ledger.held += 1
         stats = ledger.stats
@@ -149,16 +149,15 @@ class History:
 
 
 class Kept:
-    """A batch's entry in the ledger. It lets go of the batch when that is evicted, and is dropped when it comes up."""
+    """A batch's entry in the ledger. It does not hold the batch, which is let go of as soon as it is evicted."""
 
-    __slots__ = ("at", "batch", "history")
+    __slots__ = ("at", "history")
 
-    def __init__(self, at: float, history: History, batch: Batch) -> None:
+    def __init__(self, at: float, history: History) -> None:
         # When it came, in seconds.
         self.at = at
-        self.history = history
-        # None = evicted.
-        self.batch: Batch | None = batch
+        # Where it is held; None = evicted.
+        self.history: History | None = history
 
 
 class Ledger:
@@ -192,12 +191,12 @@ class Ledger:
         kept = batch.kept
         assert isinstance(kept, Kept), "a history holds it"
         batch.kept = None
-        kept.batch = None
+        kept.history = None
         self.held -= 1
         self.stats.history_bytes -= batch.memory_bytes
         self.stats.history_batches = self.held
         if len(self.entries) > 2 * self.held + 64:
-            self.entries = deque(entry for entry in self.entries if entry.batch is not None)
+            self.entries = deque(entry for entry in self.entries if entry.history is not None)
 
     def expire(self, now: float) -> None:
         """Evict what is older than history_age_s."""
@@ -212,7 +211,7 @@ class Ledger:
 
     def _evict_first(self) -> bool:
         entry = self.entries.popleft()
-        if entry.batch is None:
+        if entry.history is None:
             return False
         # The oldest of all is the oldest of its own history.
         entry.history.evict_oldest()
