@@ -182,8 +182,10 @@ class World:
         self._forget_above(revision)
         knows = self.calls.questions.rollback.begin(self.upstream.state.newest_revision).known > revision
         self.calls.restored(revision, old_revision if knows else None, rng)
-        # Of a store that was restored twice its log tells nothing, nor does one that does not say where it is.
-        if not knows or self.restores > 1 or not self.config.tells_status or rng.random() < 0.3:
+        # Of a store that was restored twice its log tells nothing, nor does one that does not say where it is, nor one
+        # that was read from but never connected to.
+        untold = self.restores > 1 or not self.config.tells_status or self.upstream.lineage.known is None
+        if not knows or untold or rng.random() < 0.3:
             self.calls.prove_at_once()
             self.undiscovered = None
 
