@@ -42,7 +42,7 @@ from proto.scan import Header, WatchResponse
 from proxy import logs
 from proxy.deciding.questions import May, Now, Outcome
 from proxy.deciding.rollback import Asked
-from proxy.outlets import Outlet, Run, are_apart, runs_of
+from proxy.outlets import Order, Outlet, are_apart, order_of
 from proxy.reads import Reader
 from upstream.watching.stream import OpenedWatch
 
@@ -56,7 +56,7 @@ of events for thousands of watches, and all of that would stand in memory before
 RUN_WATCHES_MIN = 32
 """From so many watches on a group is worth to be put in order by connection."""
 
-RUNS_REMEMBERED_MAX = 16
+ORDERS_REMEMBERED_MAX = 16
 """Groups that are remembered in that order; beyond, the one remembered longest is put in order anew."""
 
 INSIDE = Identity()
@@ -163,8 +163,8 @@ class Engine:
         """When it came in (time.perf_counter), if anybody wants to know; 0: unknown, or nothing has just come in."""
         reader.listener = self
         self._open: dict[Upstream, None] = {}
-        self._runs: dict[int, tuple[Sequence[Watch], list[Run]]] = {}
-        """By the id of a group's tuple: the tuple, and its runs once they were needed twice."""
+        self._orders: dict[int, tuple[Sequence[Watch], Order | None]] = {}
+        """By the id of a group's tuple: the tuple, and its order once that was needed twice."""
         self._carry_out: dict[type, Callable[[Any], None]] = {
             Deliver: self._deliver,
             Send: self._send,
@@ -221,7 +221,7 @@ class Engine:
     def close(self, session: Session) -> None:
         """A client's stream is gone."""
         # So that nothing of it is kept here.
-        self._runs.clear()
+        self._orders.clear()
         self._input(self.core.close, session)
 
     def drained(self, session: Session) -> None:
@@ -347,7 +347,7 @@ class Engine:
         if header is not None:
             self.core.header_seen(header)
         self._inbox.clear()
-        self._runs.clear()
+        self._orders.clear()
         upstreams, self._open = self._open, {}
         for upstream in upstreams:
             self._client().close(upstream)
@@ -384,12 +384,15 @@ class Engine:
 
     def _deliver(self, effect: Deliver) -> None:
         """Write one payload to many watches."""
+        watches = effect.watches
+        self._deliver_in(self._order_of(watches) if len(watches) >= RUN_WATCHES_MIN else None, effect)
+
+    def _deliver_in(self, order: Order | None, effect: Deliver) -> None:
         payload, watches = effect.payload, effect.watches
         count = len(watches)
-        runs = self._runs_of(watches) if count >= RUN_WATCHES_MIN else None
         if self._hearing and not self._gathering:
             self._gather(True)
-        sent = self._deliver_each(payload, watches) if runs is None else self._deliver_runs(payload, runs)
+        sent = self._deliver_each(payload, watches) if order is None else self._deliver_ordered(payload, order)
         stats = self.stats
         stats.delivered += count
         stats.coalesced += count - 1
@@ -402,13 +405,18 @@ class Engine:
             self.relieve()
 
     def _deliver_alone(self, effect: Deliver) -> None:
-        """Write a payload to a few watches on different connections, at once where nothing waits; to others as ever.
+        """Write a payload to watches on different connections, at once where nothing waits; to others as ever.
 
         It is the only one of its read, so that there is nothing to join it with.
         """
         payload, watches = effect.payload, effect.watches
         count = len(watches)
-        if count > 1 and (count >= RUN_WATCHES_MIN or not are_apart(watches)):
+        if count >= RUN_WATCHES_MIN:
+            order = self._order_of(watches)
+            if order is None or order.runs or payload.size > BULKY_BYTES:
+                self._deliver_in(order, effect)
+                return
+        elif count > 1 and not are_apart(watches):
             self._deliver(effect)
             return
         stats = self.stats
@@ -461,10 +469,10 @@ class Engine:
                 self.core.stalled(watch.session)
         return sent
 
-    def _deliver_runs(self, payload: Payload, runs: Sequence[Run]) -> int:
+    def _deliver_ordered(self, payload: Payload, order: Order) -> int:
         """Do the same run by run: the hot loop is inside of `send_each`."""
-        sent = 0
-        for run in runs:
+        sent = self._deliver_each(payload, order.apart)
+        for run in order.runs:
             columns = payload.columns(run.ids)
             size = sum(len(column[0]) for column in columns)
             connection = run.connection
@@ -478,21 +486,23 @@ class Engine:
                 sent += self._deliver_each(payload, [run.watches[place] for place in left])
         return sent
 
-    def _runs_of(self, watches: Sequence[Watch]) -> list[Run] | None:
-        """Return the runs that a group of watches makes, from the second time on that this very group is delivered to.
+    def _order_of(self, watches: Sequence[Watch]) -> Order | None:
+        """Return the order of a group of watches, from the second time on that this very group is delivered to.
 
         A group is one tuple for as long as nobody comes or goes, and what is read of its watches here never changes.
         """
-        known = self._runs.get(id(watches))
+        known = self._orders.get(id(watches))
         if known is None:
-            if len(self._runs) >= RUNS_REMEMBERED_MAX:
-                del self._runs[next(iter(self._runs))]
+            if len(self._orders) >= ORDERS_REMEMBERED_MAX:
+                del self._orders[next(iter(self._orders))]
             # The tuple is kept so that its id is not another one's.
-            self._runs[id(watches)] = (watches, [])
+            self._orders[id(watches)] = (watches, None)
             return None
-        if not known[1]:
-            known[1].extend(runs_of(watches))
-        return known[1]
+        order = known[1]
+        if order is None:
+            order = order_of(watches)
+            self._orders[id(watches)] = (watches, order)
+        return order
 
     def _send(self, effect: Send) -> None:
         outlet: Outlet = effect.session.outlet  # type: ignore[assignment]  # as above

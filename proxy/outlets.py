@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from coalesce.session import Watch
 from proto.http2 import Stream, Together
@@ -48,13 +48,22 @@ class Run:
         """The streams of the watches, in their order."""
 
 
-def runs_of(watches: Sequence[Watch]) -> list[Run]:
+class Order(NamedTuple):
+    """A group of watches in order by connection."""
+
+    runs: list[Run]
+    # Those that are the only ones on their connection: a run would be nothing but more work.
+    apart: list[Watch]
+
+
+def order_of(watches: Sequence[Watch]) -> Order:
     """Put a group of watches in order by connection."""
     groups: dict[tuple[int, int], list[Watch]] = {}
     for watch in watches:
         outlet: Outlet = watch.outlet  # type: ignore[assignment]  # an object to the core, ours by open_session
         groups.setdefault((id(outlet.connection), len(encode_watch_id(watch.watch_id))), []).append(watch)
-    return [Run(group) for group in groups.values()]
+    runs = [Run(group) for group in groups.values() if len(group) > 1]
+    return Order(runs, [group[0] for group in groups.values() if len(group) == 1])
 
 
 def are_apart(watches: Sequence[Watch]) -> bool:

@@ -228,6 +228,49 @@ def test_a_large_group_gets_the_same_in_order_of_connections() -> None:
     run(scenario())
 
 
+def test_a_large_group_on_connections_of_its_own_is_written_at_once() -> None:
+    """From the second time on, when it is known to be apart; those who have no room, and large payloads, are queued."""
+
+    async def scenario() -> None:
+        rig = Rig()
+        outlets = [FakeOutlet(99) for _ in range(RUN_WATCHES_MIN)]
+        watches = tuple(watch_of(outlet) for outlet in outlets)
+        large = payload_of(bytes(BULKY_BYTES + 1))
+        payloads = [payload_of(b"a"), payload_of(b"b"), large, payload_of(b"c")]
+        for payload in payloads:
+            for outlet in outlets:
+                outlet.connection.dirty = False
+            outlets[3].room = 1
+            rig.script("received", Deliver(payload, watches))
+            rig.engine.received(TRUNK, SPOKEN)
+        for outlet in outlets:
+            assert outlet.sent == [b"0:a", b"0:b", b"0:" + bytes(BULKY_BYTES + 1), b"0:c"]
+            assert outlet.written == ([] if outlet is outlets[3] else [b"0:b", b"0:c"])
+            assert outlet.runs == 0
+        assert rig.engine.stats.delivered == 4 * len(watches)
+        assert rig.engine.stats.delivered_bytes == sum(map(len, outlets[0].sent)) * len(watches)
+
+    run(scenario())
+
+
+def test_a_large_group_with_some_on_connections_of_their_own() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        outlets, watches = large_group(RUN_WATCHES_MIN)
+        alone = [FakeOutlet(99) for _ in range(2)]
+        watches += tuple(watch_of(outlet) for outlet in alone)
+        for text in (b"a", b"b", b"c"):
+            rig.script("received", Deliver(payload_of(text), watches))
+            rig.engine.received(TRUNK, SPOKEN)
+        assert [outlet.sent for outlet in alone] == [[b"0:a", b"0:b", b"0:c"]] * 2
+        assert [outlet.runs for outlet in alone] == [0, 0]
+        assert sum(outlet.runs for outlet in outlets) == 2 * 3 * 2
+        assert all(len(outlet.sent) == 6 for outlet in outlets)
+        assert rig.engine.stats.delivered == 3 * len(watches)
+
+    run(scenario())
+
+
 def test_a_stall_inside_of_a_large_group() -> None:
     async def scenario() -> None:
         rig = Rig()
