@@ -105,6 +105,10 @@ class Payload:
 
         `ids`: each id, its encoded field, all of one length, and how many watches have it.
         """
+        if len(ids) == 1:
+            # As nearly always: one watch to a stream, with the id 0.
+            watch_id, _, count = ids[0]
+            return [[piece] * count for piece in self.pieces(watch_id)]
         rows = self._whole(ids) if len(self._joined) == 1 else [self.pieces(watch_id) for watch_id, _, _ in ids]
         counts = [count for _, _, count in ids]
         return [list(chain.from_iterable(map(repeat, column, counts))) for column in zip(*rows, strict=True)]

@@ -474,7 +474,7 @@ class Engine:
         sent = self._deliver_each(payload, order.apart)
         for run in order.runs:
             columns = payload.columns(run.ids)
-            size = sum(len(column[0]) for column in columns)
+            size = len(columns[0][0]) if len(columns) == 1 else sum(len(column[0]) for column in columns)
             connection = run.connection
             if not connection.dirty:
                 connection.touch()
