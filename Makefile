@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 10000
 MINUTES ?= 20
+# One more than the cores of a small machine: a fifth of the time of a test is waiting for processes.
+WORKERS ?= 3
 # Hundreds of processes are started; none of them should have to compile the project anew, whatever the shell says.
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -29,10 +31,10 @@ demo: $(VENV)/.installed  ## bundled store, proxy, 1,000 client watches: prints 
 	$(BIN)/watchmux demo
 
 test: $(VENV)/.installed-dev etcds  ## the tests (under 5 minutes on 2 cores)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not long"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not long"
 
 test-all: $(VENV)/.installed-dev etcds  ## every etcd version, every client, long faults (under 30 minutes)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 check: $(VENV)/.installed-dev  ## ruff, mypy --strict, imports point down
 	$(BIN)/ruff check .
