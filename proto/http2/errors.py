@@ -59,10 +59,15 @@ class ConnectionFault(Exception):
 
 
 class StreamFault(Exception):
-    """The peer broke one stream; caught inside `Connection.receive`, the other streams live on."""
+    """
+    The peer broke one stream; caught inside `Connection.receive`, the other streams live on.
 
-    def __init__(self, stream_id: int, code: ErrorCode, reason: str) -> None:
+    `limit`: the name, in `Limits`, of the bound it went over; "" when it was another reason.
+    """
+
+    def __init__(self, stream_id: int, code: ErrorCode, reason: str, limit: str = "") -> None:
         super().__init__(reason)
         self.stream_id = stream_id
         self.code = code
         self.reason = reason
+        self.limit = limit

@@ -151,7 +151,9 @@ class ReceivingHalf(SendingHalf):
         return stream_id > self._last_id or not stream_id & 1
 
     def _abort(self, fault: StreamFault, events: list[Event]) -> None:
-        """End one stream for the peer's fault; tell the shell if it knew the stream."""
+        """End one stream for the peer's fault; tell the shell of a limit, and if it knew the stream."""
+        if fault.limit:
+            events.append(LimitReached(fault.limit))
         self._count(RESETS)
         stream = self.streams.get(fault.stream_id)
         self._reset_id(fault.stream_id, fault.code)
@@ -180,8 +182,6 @@ class ReceivingHalf(SendingHalf):
         fault = _data_fault(stream, length, size, end_stream)
         if fault is not None:
             self.consumed(None, length)
-            if fault.code is ErrorCode.FLOW_CONTROL_ERROR:
-                events.append(LimitReached("initial_window"))
             raise fault
         if size:
             if stream.content_left is not None:
@@ -257,8 +257,7 @@ class ReceivingHalf(SendingHalf):
             self._late(stream_id)
             return
         if headers is None:
-            events.append(LimitReached("header_list_bytes_max"))
-            raise StreamFault(stream_id, ErrorCode.ENHANCE_YOUR_CALM, "header list too large")
+            raise StreamFault(stream_id, ErrorCode.ENHANCE_YOUR_CALM, "header list too large", "header_list_bytes_max")
         if stream.state is HALF_CLOSED_REMOTE:
             raise StreamFault(stream_id, ErrorCode.STREAM_CLOSED, "headers after the end of the stream")
         try:
@@ -277,11 +276,9 @@ class ReceivingHalf(SendingHalf):
         if stream_id > self._last_accepted:
             raise StreamFault(stream_id, ErrorCode.REFUSED_STREAM, "going away")
         if len(self.streams) >= self.limits.max_streams:
-            events.append(LimitReached("max_streams"))
-            raise StreamFault(stream_id, ErrorCode.REFUSED_STREAM, "too many streams")
+            raise StreamFault(stream_id, ErrorCode.REFUSED_STREAM, "too many streams", "max_streams")
         if headers is None:
-            events.append(LimitReached("header_list_bytes_max"))
-            raise StreamFault(stream_id, ErrorCode.ENHANCE_YOUR_CALM, "header list too large")
+            raise StreamFault(stream_id, ErrorCode.ENHANCE_YOUR_CALM, "header list too large", "header_list_bytes_max")
         try:
             content_length = check_request(headers)
             if end_stream and content_length:
@@ -401,7 +398,7 @@ def _data_fault(stream: Stream, length: int, size: int, end_stream: bool) -> Str
         return StreamFault(stream.id, ErrorCode.STREAM_CLOSED, "data after the end of the stream")
     # An empty frame needs no window, which our own settings may have left below zero (6.9, 6.9.2).
     if length and stream.receive_window < 0:
-        return StreamFault(stream.id, ErrorCode.FLOW_CONTROL_ERROR, "stream window overrun")
+        return StreamFault(stream.id, ErrorCode.FLOW_CONTROL_ERROR, "stream window overrun", "initial_window")
     if not stream.headers_seen:
         return StreamFault(stream.id, ErrorCode.PROTOCOL_ERROR, "data before the response's headers")
     left = stream.content_left
