@@ -97,9 +97,6 @@ class PassthroughStats:
     broken: int = 0
     """Calls whose upstream connection broke under them."""
 
-    unread: int = 0
-    """Calls reset because their client left too much unread."""
-
     unread_bytes: int = 0
     """Bytes that wait now for clients to read."""
 
@@ -109,14 +106,21 @@ class PassthroughStats:
     partial_bytes: int = 0
     """Bytes of messages that are not whole now, of calls that are translated."""
 
-    partial_refused: int = 0
-    """Calls ended because there were too many of those."""
-
     refused_at: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CALLS_REFUSED_AT, 0))
     """Calls refused or ended, by the limit that was reached."""
 
     not_kept_at: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REQUESTS_NOT_KEPT_AT, 0))
     """Requests that are not kept, by the limit that was reached."""
+
+    @property
+    def unread(self) -> int:
+        """Calls reset because their client left too much unread."""
+        return self.refused_at["unread_bytes_per_connection_max"] + self.refused_at["unread_bytes_max"]
+
+    @property
+    def partial_refused(self) -> int:
+        """Calls ended because too many bytes of messages that are not whole were kept."""
+        return self.refused_at["partial_bytes_max"]
 
 
 class Passthrough:
@@ -178,12 +182,10 @@ class Passthrough:
         unread.size += size
         stats.unread_bytes += size
         if unread.size > self.settings.unread_bytes_per_connection_max:
-            stats.unread += 1
             stats.refused_at["unread_bytes_per_connection_max"] += 1
             relay.cut_off()
         elif stats.unread_bytes > self.settings.unread_bytes_max:
             worst = max(self._unread.values(), key=lambda one: one.size)
-            stats.unread += len(worst.relays)
             stats.refused_at["unread_bytes_max"] += len(worst.relays)
             for one in tuple(worst.relays):
                 one.cut_off()

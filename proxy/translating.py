@@ -51,7 +51,6 @@ class TranslatingPassthrough(Passthrough):
         stats, bound = self.stats, self.settings.partial_bytes_max
         stats.partial_bytes += size
         if size > 0 and stats.partial_bytes > bound:
-            stats.partial_refused += 1
             stats.refused_at["partial_bytes_max"] += 1
             text = f"watchmux: too many bytes of unfinished messages under {flag} ({bound})"
             raise FramingError(Status.RESOURCE_EXHAUSTED, text)
