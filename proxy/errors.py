@@ -6,6 +6,8 @@ an exception class must exist once to be caught.
 
 from __future__ import annotations
 
+import sys
+
 WRONG_REQUEST = 2
 FAILURE = 1
 INTERRUPTED = 130
@@ -17,3 +19,8 @@ class Failed(Exception):
     def __init__(self, text: str, code: int = FAILURE) -> None:
         super().__init__(text)
         self.code = code
+
+
+def complain(text: str) -> None:
+    """Tell the user, in one line on standard error."""
+    sys.stderr.write(f"watchmux: {' '.join(text.split())}\n")

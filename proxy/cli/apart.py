@@ -16,7 +16,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
-from proxy.errors import INTERRUPTED, Failed
+from proxy.errors import INTERRUPTED, Failed, complain
 
 if TYPE_CHECKING:
     from proxy.config.knobs import Settings
@@ -38,7 +38,7 @@ def serve(arguments: list[str]) -> int:
 
         return uvloop.run(serving.serve(settings, notes, parent_fd, lambda: _read_again(arguments)))
     except Failed as error:
-        sys.stderr.write(f"watchmux: {' '.join(str(error).split())}\n")
+        complain(str(error))
         return error.code
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 
 import click
 
-from proxy.errors import INTERRUPTED, WRONG_REQUEST, Failed
+from proxy.errors import INTERRUPTED, WRONG_REQUEST, Failed, complain
 
 
 class _Place(NamedTuple):
@@ -102,23 +102,15 @@ def run(arguments: list[str], serve: Callable[..., int] | None = None) -> int:
         return WRONG_REQUEST
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "watchmux"
-        _complain(f"{_one_line(error.format_message())} (see {path} --help)")
+        complain(f"{error.format_message()} (see {path} --help)")
         return WRONG_REQUEST
     except click.ClickException as error:
-        _complain(_one_line(error.format_message()))
+        complain(error.format_message())
         return error.exit_code
     except Failed as error:
-        _complain(_one_line(str(error)))
+        complain(str(error))
         return error.code
     except (click.Abort, KeyboardInterrupt):
-        _complain("interrupted")
+        complain("interrupted")
         return INTERRUPTED
     return result if isinstance(result, int) else 0
-
-
-def _complain(text: str) -> None:
-    click.echo(f"watchmux: {text}", err=True)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
