@@ -1,0 +1,38 @@
+"""Where the clients of a scenario connect: to etcd itself, or to a proxy in front of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.proxy_process import ProxyProcess
+
+Figures = dict[str, float | str]
+
+
+@dataclass
+class Front:
+    """One way to etcd. `root`: the checkout whose proxy is started; None: clients connect to etcd itself."""
+
+    name: str
+    root: Path | None = None
+    proxy: ProxyProcess | None = None
+    """The proxy that runs now; None for direct connections."""
+
+    @contextmanager
+    def before(self, endpoints: str, *flags: str) -> Iterator[str]:
+        """Yield the address (HOST:PORT[,...]) for clients of an etcd at `endpoints`; `flags` are for the proxy."""
+        if self.root is None:
+            yield endpoints
+            return
+        environment = {"PYTHONPATH": str(self.root), "PATH": os.environ["PATH"]}
+        with ProxyProcess(endpoints, flags, environment) as self.proxy:
+            yield self.proxy.endpoint
+        self.proxy = None
+
+
+Scenario = Callable[[Front], Figures]
+"""Runs a load once and returns its figures by name; names carry their unit."""
