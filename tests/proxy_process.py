@@ -21,9 +21,17 @@ from tests.waiting import until
 class ProxyProcess:
     """`watchmux serve` in front of `endpoints` (HOST:PORT[,...]). Use as a context manager."""
 
-    def __init__(self, endpoints: str, extra: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        endpoints: str,
+        extra: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        directory: Path | None = None,
+    ) -> None:
+        """`directory`: the checkout to run it from; None = this one."""
         self.endpoints = endpoints
         self.extra = list(extra)
+        self._directory = directory
         self._environment = {**os.environ, **(environment or {})}
         self.port = free_port()
         self.metrics_port = free_port()
@@ -58,7 +66,7 @@ class ProxyProcess:
             *self.extra,
         ]
         with self._log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=self._environment)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=self._environment, cwd=self._directory)
         until(self._accepts, f"the proxy to listen at {self.endpoint}", 60)
 
     def _accepts(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +27,7 @@ class Front:
         if self.root is None:
             yield endpoints
             return
-        environment = {"PYTHONPATH": str(self.root), "PATH": os.environ["PATH"]}
-        with ProxyProcess(endpoints, flags, environment) as self.proxy:
+        with ProxyProcess(endpoints, flags, directory=self.root) as self.proxy:
             yield self.proxy.endpoint
         self.proxy = None
 
