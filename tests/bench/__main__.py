@@ -76,16 +76,17 @@ def write_files(out: Path, results: report.Results, stores: store.Results, about
 
 
 def write_docs(results: report.Results, about: dict[str, Any]) -> None:
-    """Put the figures into docs/performance.md, and the pictures where it looks for them."""
+    """Write the ratios into docs/performance.md, all figures and the pictures into docs/evidence/ and docs/images/."""
     from tests.bench.plots import draw
 
-    write_between_marks(Path("docs/performance.md"), report.page_of(results, about))
+    write_between_marks(Path("docs/performance.md"), report.summary_of(results, about))
+    write_between_marks(Path("docs/evidence/performance.md"), report.details_of(results, about))
     with tempfile.TemporaryDirectory() as directory:
         draw(results, Path(directory))
         for name in report.PICTURES:
-            picture = Path(directory, f"{name}.svg")
+            picture = Path(directory, f"{name}.png")
             if picture.exists():
-                Path("docs/images", f"bench-{name}.svg").write_bytes(picture.read_bytes())
+                Path("docs/images", f"bench-{name}.png").write_bytes(picture.read_bytes())
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""The figures of a run as pictures, SVG for the docs and PNG beside it."""
+"""The figures of a run as pictures (PNG)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ FANOUT = ("burst", "paced", "single", "stacked", "ranges", "lowfan", "variants",
 def draw(results: Results, out: Path) -> None:
     """Draw what there is into `out`."""
     mpl.use("agg")
-    # The same figures give the same file.
-    mpl.rcParams["svg.hashsalt"] = "watchmux"
     mpl.rcParams["font.size"] = 9
     cases = [case for case in FANOUT if case in results]
     if cases:
@@ -37,7 +35,6 @@ def draw(results: Results, out: Path) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     figure.savefig(path.with_suffix(".png"), dpi=110)
 
 

@@ -187,8 +187,8 @@ def bounds_of(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page_of(results: Results, about: dict[str, Any]) -> str:
-    """Return what the docs say of a run: the machine, goals, tables, pictures and what each case is."""
+def summary_of(results: Results, about: dict[str, Any]) -> str:
+    """Return the machine and the wanted ratios of a run, for docs/performance.md."""
     lines = [
         *wrap(f"etcd {about['etcd']}, medians of {about['rounds']} rounds; {machine_of(about)}", 120),
         "",
@@ -200,7 +200,12 @@ def page_of(results: Results, about: dict[str, Any]) -> str:
         goals_of(results, OLD_PEER),
     ]
     lines += [bounds_of(results)]
-    lines += [f"![{alt}](images/bench-{name}.svg)\n" for name, alt in PICTURES.items()]
+    return "\n".join(lines) + "\n"
+
+
+def details_of(results: Results, about: dict[str, Any]) -> str:
+    """Return the pictures, the tables and what each case is, for docs/evidence/performance.md."""
+    lines = [f"![{alt}](../images/bench-{name}.png)\n" for name, alt in PICTURES.items()]
     lines += [markdown_of(results), "| case | what |", "|---|---|"]
     lines += [f"| {name} | {what} |" for name, what in about["cases"].items()]
     return "\n".join(lines) + "\n"

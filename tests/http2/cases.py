@@ -2,7 +2,7 @@
 
 Every MUST of sections 3.4 to 6 that names a connection error or a stream error is a row, with its neighbours that are
 no errors; sections 8 and RFC 7541 are in `cases_headers.py`. `test_conformance.py` sends each as raw bytes over a
-socket, to the listener and to the connection to etcd; `cases_page.py` makes docs/http2-cases.md of it.
+socket, to the listener and to the connection to etcd; `cases_page.py` makes docs/evidence/http2-cases.md of it.
 
 When a row's bytes come, these streams exist. They were opened by the client, which for the listener is the peer, and
 for the connection to etcd we:

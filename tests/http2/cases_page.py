@@ -1,4 +1,4 @@
-"""docs/http2-cases.md, made from the table of `cases.py`: `python -m tests.http2.cases_page` writes the page anew."""
+"""docs/evidence/http2-cases.md, made from the table of `cases.py`; `python -m tests.http2.cases_page` writes it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.http2 import cases, cases_headers
 from tests.http2.cases import Case
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "http2-cases.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence" / "http2-cases.md"
 INTRODUCTION = """# HTTP/2, error by error
 
 What the listener answers a client, and the connection to etcd a server, that breaks RFC 9113 (sections without more) or

@@ -28,12 +28,12 @@ A real etcd, one proxy, and clients of many kinds for as long as wanted: watches
 ones, from now, the past and the future, with filters, prev_kv, fragments and progress; clients that stop reading, that
 come and go; writers, leases, readers. Meanwhile etcd is stopped, killed, held by SIGSTOP, compacted and defragmented,
 the ways to it and to the proxy are cut, delayed, silenced and broken in the middle, and the proxy is drained and
-killed. At the end the checkers of [guarantees.md](guarantees.md) judge every watch's whole history, and what the proxy
-holds at rest is compared between waves.
+killed. At the end the checkers of [guarantees.md](../guarantees.md) judge the whole history of every watch, and the
+memory, objects and descriptors of the proxy at rest are compared between waves.
 
 `make soak MINUTES=20 ARGS=--docs` made this page.
 
-![Memory, descriptors, and how late the event loop was; lines are faults](images/soak.svg)
+![Memory, descriptors, and how late the event loop was; lines are faults](../images/soak.png)
 
 """
 
@@ -108,15 +108,15 @@ def write(outcome: Outcome, directory: Path) -> str:
     data = {"samples": outcome.samples, "faults": outcome.fault_log, "violations": outcome.violations}
     (directory / "samples.json").write_bytes(msgspec.json.encode(data))
     (directory / "proxy.log").write_text(outcome.log)
-    if not plot(outcome, directory / "soak.svg"):
+    if not plot(outcome, directory / "soak.png"):
         told += "\nno graph: matplotlib is not installed (pip install '.[bench]')"
     return told
 
 
 def write_docs(outcome: Outcome, docs: Path) -> None:
     """Write the page of the documentation, and its graph."""
-    (docs / "soak.md").write_text(INTRODUCTION + text(outcome).replace("# Soak", "## Soak", 1))
-    plot(outcome, docs / "images" / "soak.svg")
+    (docs / "evidence" / "soak.md").write_text(INTRODUCTION + text(outcome).replace("# Soak", "## Soak", 1))
+    plot(outcome, docs / "images" / "soak.png")
 
 
 def plot(outcome: Outcome, path: Path) -> bool:
@@ -125,7 +125,7 @@ def plot(outcome: Outcome, path: Path) -> bool:
         matplotlib = importlib.import_module("matplotlib")
     except ImportError:
         return False
-    matplotlib.use("svg")
+    matplotlib.use("agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
     figure, (memory, descriptors, delay) = pyplot.subplots(3, 1, sharex=True, figsize=(10, 8))
     times = [sample.at_s for sample in outcome.samples]
@@ -142,6 +142,6 @@ def plot(outcome: Outcome, path: Path) -> bool:
             axes.axvline(at_s, color="red" if what.startswith("proxy ") else "gray", alpha=0.25, linewidth=0.7)
     figure.suptitle(f"{len(outcome.fault_log)} faults (lines), {outcome.events} events checked")
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
     return True

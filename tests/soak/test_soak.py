@@ -202,7 +202,7 @@ def test_the_report_says_what_was_found(tmp_path: Path) -> None:
     told = report.write(outcome, tmp_path / "out")
     (tmp_path / "images").mkdir()
     report.write_docs(outcome, tmp_path)
-    for text in (told, (tmp_path / "out/report.md").read_text(), (tmp_path / "soak.md").read_text()):
+    for text in (told, (tmp_path / "out/report.md").read_text(), (tmp_path / "evidence/soak.md").read_text()):
         assert "20.0 minutes, seed 7" in text
         assert "Violations: 1. Leaks: 1." in text
         assert "- wave 1, steady: a gap" in text
