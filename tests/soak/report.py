@@ -115,7 +115,9 @@ def write(outcome: Outcome, directory: Path) -> str:
 
 def write_docs(outcome: Outcome, docs: Path) -> None:
     """Write the page of the documentation, and its graph."""
-    (docs / "evidence" / "soak.md").write_text(INTRODUCTION + text(outcome).replace("# Soak", "## Soak", 1))
+    page = docs / "evidence" / "soak.md"
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(INTRODUCTION + text(outcome).replace("# Soak", "## Soak", 1))
     plot(outcome, docs / "images" / "soak.png")
 
 
