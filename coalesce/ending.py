@@ -5,7 +5,14 @@ or later lives on. The id of a watch that it cancelled stays taken until the cli
 
 When etcd does not let an upstream watch be (its token is refused) it is opened anew with the token of another session
 that wants it; when none is left, or the shell says that it is lost, its sessions end UNAVAILABLE, so that their
-clients come back with new tokens or to another endpoint. A loss of another kind cancels the watches with its text.
+clients come back with new tokens or to another endpoint.
+
+A created watch ends only in ways in which etcd ends one: `canceled` with a compact_revision, or the end of its stream.
+Clients do not expect any other: on `canceled` with a reason alone python-etcd3 and aetcd wait for ever. So a restored
+store (another history) is reported as a compaction: on the end of a stream clientv3 and Node's etcd3 resume by
+themselves from a revision that the restored store does not have, and wait for it; on a compaction every client starts
+again. A watch that is lost for any other reason ends with its session, UNAVAILABLE: the client opens it again, and if
+etcd still refuses it, that is the answer to its create.
 """
 
 from __future__ import annotations
@@ -142,7 +149,7 @@ class Endings:
                 # A watch of the future that was told nothing yet may wait on.
                 fresh = watch.place is Place.AHEAD and watch.progress_floor >= watch.position
                 if not fresh or watch.position <= header.revision:
-                    self._cancel_with(watch, OTHER_HISTORY)
+                    self._cancel_compacted(watch, header.revision, OTHER_HISTORY)
             self._restart(trunk, header.revision + 1)
             for create in trunk.joining:
                 if create.header is not None:
@@ -167,13 +174,8 @@ class Endings:
         hub.progress.forget(watch)
         hub.trunks.unused(watch.trunk)
 
-    def _cancel_with(self, watch: Watch, reason: str) -> None:
-        self._remove(watch)
-        hub = self._hub
-        hub.answer(watch.session, watch.watch_id, hub.header_now(), canceled=True, cancel_reason=reason)
-
-    def _cancel_compacted(self, watch: Watch, compact_revision: int) -> None:
-        """Cancel a watch that has missed what was compacted; its id stays taken."""
+    def _cancel_compacted(self, watch: Watch, compact_revision: int, reason: str = "") -> None:
+        """Cancel a watch that has missed what was compacted, or (`reason`) is lost; its id stays taken."""
         hub = self._hub
         session = watch.session
         self._remove(watch)
@@ -181,7 +183,14 @@ class Endings:
             session.compacted = set()
         session.compacted.add(watch.watch_id)
         hub.stats.compacted += 1
-        hub.answer(session, watch.watch_id, hub.header_now(), canceled=True, compact_revision=compact_revision)
+        hub.answer(
+            session,
+            watch.watch_id,
+            hub.header_now(),
+            canceled=True,
+            compact_revision=compact_revision,
+            cancel_reason=reason,
+        )
 
     def _compacted(self, owner: Source, compact_revision: int) -> None:
         """Cancel those whose source can no longer bring them what they need; give the others a new one."""
@@ -233,12 +242,7 @@ class Endings:
             assert isinstance(owner, Trunk), "there are two kinds of source"
             watches, creates = list(owner.watches), list(owner.joining)
         for watch in watches:
-            if watch.place is Place.ENDED:
-                continue
-            if reason.status == UNAVAILABLE:
-                self.end(watch.session, reason.status, reason.text)
-            else:
-                self._cancel_with(watch, reason.text)
+            self.end(watch.session, UNAVAILABLE, reason.text)
         for create in creates:
             if create.session.ended:
                 continue

@@ -58,14 +58,15 @@ class Library:
             _run([*pip, *self.packages])
         (self.home / "complete").touch()
 
-    def command(self, host: str, port: int, tls: Sequence[str] = ()) -> list[str]:
-        """The command line of its tour; `tls`: paths of the authority, and of the client's certificate and key."""
+    def command(self, host: str, port: int, tls: Sequence[str] = (), program: str | None = None) -> list[str]:
+        """The command line of its tour, or of another program; `tls`: paths of authority, client certificate, key."""
+        name = program or self.program
         if self.is_node:
             # Node looks for packages beside the program.
-            program = self.home / self.program
-            shutil.copy(PROGRAMS / self.program, program)
-            return ["node", str(program), host, str(port), *tls]
-        return [str(self.home / "bin/python"), str(PROGRAMS / self.program), host, str(port), *tls]
+            copied = self.home / name
+            shutil.copy(PROGRAMS / name, copied)
+            return ["node", str(copied), host, str(port), *tls]
+        return [str(self.home / "bin/python"), str(PROGRAMS / name), host, str(port), *tls]
 
 
 LIBRARIES = (

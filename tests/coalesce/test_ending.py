@@ -194,17 +194,18 @@ def test_a_lost_trunk_ends_its_sessions_and_no_others() -> None:
     assert other.read() == ["#0 @101 put 101 j=v"]
 
 
-def test_a_loss_of_another_kind_cancels_with_its_text() -> None:
+def test_any_loss_ends_the_stream_but_refuses_a_create() -> None:
+    """Python's etcd3 and aetcd wait for ever on a `canceled` without compact_revision."""
     shell = Shell()
     client, waiting = shell.client(), shell.client()
     trunk = shell.trunk(5, client)
     waiting.create()
     client.create(b"j", start=6)
     shell.do(shell.core.lost, trunk, Lost(3, "what is this"))
-    assert client.ended is None
-    assert client.read() == ["#0 @5 canceled (what is this)"]
+    assert client.ended == (UNAVAILABLE, "what is this")
+    assert client.read() == []
+    assert waiting.ended is None
     assert waiting.read() == ["#-1 @5 created canceled (what is this)"]
-    client.create(start=6, watch_id=1)
     assert shell.core.stats.watches == 0
 
 
@@ -290,7 +291,7 @@ def test_no_leader_ends_those_who_asked_to_be_told() -> None:
 
 
 def test_a_restored_store() -> None:
-    """Who was told anything is cancelled with a reason: nobody knows from where on the histories differ."""
+    """Watches that were sent anything end as by a compaction: from where on the histories differ is not known."""
     shell = Shell()
     client, slow, future = shell.client(), shell.client(), shell.client()
     trunk = shell.trunk(50, client)
@@ -307,13 +308,13 @@ def test_a_restored_store() -> None:
     assert client.read() == ["#-1 @60 progress"]
     shell.do(shell.core.other_history, header(57))
     reason = "watchmux: the store has another history than before (restored from a snapshot?)"
-    assert client.read() == [f"#0 @57 canceled ({reason})"]
+    assert client.read() == [f"#0 @57 canceled compacted 57 ({reason})"]
     assert shell.closed == [trunk]
     again = shell.opened[-1]
     assert again.start_revision == 58
     shell.created(again, 57)
     slow.drain()
-    assert slow.read() == [f"#0 @57 canceled ({reason})"]
+    assert slow.read() == [f"#0 @57 canceled compacted 57 ({reason})"]
     slow.create(start=57)
     backfill = shell.opened[-1]
     assert backfill.start_revision == 57
@@ -335,7 +336,7 @@ def test_a_restored_store_that_has_grown_past_what_was_known() -> None:
     shell.do(shell.core.other_history, header(70))
     reason = "watchmux: the store has another history than before (restored from a snapshot?)"
     # 60 is there already, with something that nobody sent.
-    assert client.read() == near.read() == [f"#0 @70 canceled ({reason})"]
+    assert client.read() == near.read() == [f"#0 @70 canceled compacted 70 ({reason})"]
     again = shell.opened[-1]
     assert again.start_revision == 71
     shell.created(again, 70)

@@ -52,7 +52,7 @@ def test_progress_after_a_restore_does_not_wait_for_the_old_revisions() -> None:
     two.create(start=20)
     shell.events(trunk, put(9))
     shell.do(shell.core.other_history, header(6))
-    assert [line.split(" (")[0] for line in one.read()] == ["#0 @9 put 9 k=v", "#0 @6 canceled"]
+    assert [line.split(" (")[0] for line in one.read()] == ["#0 @9 put 9 k=v", "#0 @6 canceled compacted 6"]
     again = shell.opened[-1]
     assert again.start_revision is not None
     assert again.start_revision <= 7

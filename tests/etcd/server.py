@@ -152,6 +152,14 @@ class EtcdServer:
         """End it as a crash would (kill -9)."""
         self._end(signal.SIGKILL)
 
+    def restore(self, snapshot: Path) -> None:
+        """Replace its data with those of a snapshot; it must be down."""
+        data = self.directory / "data"
+        shutil.rmtree(data)
+        peer = f"http://{HOST}:{self.peer_port}"
+        options = ["--name=m0", f"--initial-cluster=m0={peer}", f"--initial-advertise-peer-urls={peer}"]
+        self.ctl("snapshot", "restore", str(snapshot), f"--data-dir={data}", *options)
+
     def metrics(self) -> dict[str, float]:
         """Read /metrics: sample names with their labels, as exposed, and their values."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10, context=self.tls) as answer:

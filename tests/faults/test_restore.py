@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from pathlib import Path
 
 import pytest
 
 from coalesce.ending import OTHER_HISTORY
 from proto.framing import Status
-from tests.etcd.server import HOST, EtcdServer
+from tests.etcd.server import EtcdServer
 from tests.faults.relay import relay_to
 from tests.faults.scene import PREFIX, PREFIX_END, open_watch, straight
 from tests.faults.test_credentials import OWN, with_proxy_user
@@ -21,15 +20,6 @@ from tests.proxy.test_auth import put, token_of
 from tests.waiting import until_async
 from upstream.credentials import Credentials
 from upstream.settings import Settings
-
-
-def restore(etcd: EtcdServer, snapshot: Path) -> None:
-    """Replace the data of an etcd that is down with a snapshot's."""
-    data = etcd.directory / "data"
-    shutil.rmtree(data)
-    peer = f"http://{HOST}:{etcd.peer_port}"
-    options = ["--name=m0", f"--initial-cluster=m0={peer}", f"--initial-advertise-peer-urls={peer}"]
-    etcd.ctl("snapshot", "restore", str(snapshot), f"--data-dir={data}", *options)
 
 
 @pytest.mark.parametrize("beyond", [False, True])
@@ -52,7 +42,7 @@ def test_a_store_restored_from_a_snapshot(etcd: EtcdServer, tmp_path: Path, beyo
             future = await open_watch(client, PREFIX, PREFIX_END, lost + 50)
             await until_async(lambda: len(above[1].values) == lost - kept + 1, "the past")
             await asyncio.to_thread(etcd.stop)
-            await asyncio.to_thread(restore, etcd, tmp_path / "s")
+            await asyncio.to_thread(etcd.restore, tmp_path / "s")
             await asyncio.to_thread(etcd.start)
             if beyond:
                 for number in range(5):
@@ -60,7 +50,7 @@ def test_a_store_restored_from_a_snapshot(etcd: EtcdServer, tmp_path: Path, beyo
             for stream in above:
                 await until_async(lambda s=stream: s.responses[-1].canceled, "the cancel")  # type: ignore[misc]
                 last = stream.responses[-1]
-                assert (last.cancel_reason, last.compact_revision) == (OTHER_HISTORY, 0)
+                assert (last.cancel_reason, last.compact_revision) == (OTHER_HISTORY, last.header.revision)
                 assert last.header.revision <= kept + 1
             assert proxy.engine.stats.went_back == 1
             # The same sessions go on.
@@ -102,7 +92,7 @@ def test_a_restored_store_that_has_grown_past_the_old_one(etcd: EtcdServer, tmp_
             await until_async(lambda: old[1].values[-1:] == [b"lost 19"], "the past")
             way.cut()
             await asyncio.to_thread(etcd.stop)
-            await asyncio.to_thread(restore, etcd, tmp_path / "s")
+            await asyncio.to_thread(etcd.restore, tmp_path / "s")
             await asyncio.to_thread(etcd.start)
             while (newest := await store.put(PREFIX + b"a", b"new")) < lost + 30:
                 pass
@@ -110,7 +100,7 @@ def test_a_restored_store_that_has_grown_past_the_old_one(etcd: EtcdServer, tmp_
             for stream in old:
                 await until_async(lambda s=stream: s.responses[-1].canceled, "the cancel")  # type: ignore[misc]
                 last = stream.responses[-1]
-                assert (last.cancel_reason, last.compact_revision) == (OTHER_HISTORY, 0)
+                assert (last.cancel_reason, last.compact_revision) == (OTHER_HISTORY, last.header.revision)
                 assert b"new" not in stream.values
             assert proxy.engine.stats.went_back == 1
             again = await open_watch(client, PREFIX, PREFIX_END, kept + 1)
@@ -141,7 +131,7 @@ def test_a_restore_while_a_client_waits_for_progress(etcd: EtcdServer, tmp_path:
             assert stream.responses[-1].header.revision == lost
             await asyncio.to_thread(etcd.stop)
             stream.progress()
-            await asyncio.to_thread(restore, etcd, tmp_path / "s")
+            await asyncio.to_thread(etcd.restore, tmp_path / "s")
             await asyncio.to_thread(etcd.start)
             await until_async(lambda: stream.responses[-1].canceled, "the cancel")
             assert stream.responses[-1].cancel_reason == OTHER_HISTORY
@@ -172,7 +162,7 @@ def test_a_restore_that_takes_the_tokens_along(etcd: EtcdServer, tmp_path: Path,
             old = await open_watch(client, b"a/", b"a0", 2, [("token", await token_of(client, "u1"))])
             await until_async(lambda: old.values[-1:] == [b"lost 3"], "the past")
             await asyncio.to_thread(etcd.stop)
-            await asyncio.to_thread(restore, etcd, tmp_path / "s")
+            await asyncio.to_thread(etcd.restore, tmp_path / "s")
             await asyncio.to_thread(etcd.start)
             if own is None:
                 assert (await old.raw.end())[0] == Status.UNAVAILABLE

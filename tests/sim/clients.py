@@ -420,7 +420,8 @@ class SimSession:
         watch = self.announced.pop(watch_id, None)
         if watch is None and (watch_id not in self.taken or reason or response.compact_revision):
             raise SimulationFailure(f"{_short(response)}: no such watch")
-        if reason and (reason not in (LOST, OTHER_HISTORY) or response.compact_revision):
+        if reason and (reason != OTHER_HISTORY or response.compact_revision != response.header.revision):
+            # A created watch ends in no way that etcd does not know: with a compact_revision, or with its stream.
             raise SimulationFailure(f"{_short(response)}: cancelled with {reason!r}")
         if not response.compact_revision:
             if not reason:
@@ -428,7 +429,7 @@ class SimSession:
             del self.taken[watch_id]
         if watch is not None:
             watch.over = not reason and not response.compact_revision
-            if reason == OTHER_HISTORY:
+            if reason:
                 watch.forget()
             else:
                 watch.got_canceled(response.compact_revision, reason)

@@ -165,7 +165,12 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "bookmarks grow old", "progress", "any(trunk.proven_at <= old for trunk in hub.trunks_open.values())", "False"
     ),
-    Mutant("a restored store is not believed", "ending", "self._cancel_with(watch, OTHER_HISTORY)", "pass"),
+    Mutant(
+        "a restored store is not believed",
+        "ending",
+        "self._cancel_compacted(watch, header.revision, OTHER_HISTORY)",
+        "pass",
+    ),
 )
 
 MUTANTS = (*CORE_MUTANTS, *CLIENT_MUTANTS, *STORE_MUTANTS, *ENGINE_MUTANTS)

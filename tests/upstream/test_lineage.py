@@ -8,7 +8,6 @@ from proto.scan import Header
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.server import EtcdServer
 from tests.faults.scene import straight
-from tests.faults.test_restore import restore
 from tests.proxy.running import Etcd
 from tests.proxy.scenario import run
 from tests.upstream.recorder import Recorder
@@ -120,7 +119,7 @@ def test_a_restart_is_no_restore_and_a_restore_is(binary: EtcdBinary, tmp_path_f
         await until_async(lambda: last in seen.revisions(watch), "the event after a restart", WAIT_S)
         assert seen.others == []
         etcd.stop()
-        restore(etcd, snapshot)
+        etcd.restore(snapshot)
         etcd.start()
         while await store.put(b"a", b"new") < last:
             pass
