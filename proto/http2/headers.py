@@ -1,4 +1,4 @@
-"""Validity of header lists (RFC 9113 sections 8.1.1, 8.2, 8.3, 8.5).
+"""Validity of header lists (RFC 9113 sections 8.1.1, 8.2, 8.3, 8.5; RFC 9110 sections 5.1, 5.5).
 
 A malformed list is the fault of one request, never of the connection. Fields repeat endlessly, so what was found
 about a short one is remembered; the memory is bounded and shared by all connections.
@@ -37,10 +37,12 @@ _SPECIAL = {
 # They belong to HTTP/1 connections (8.2.2).
 _CONNECTION_SPECIFIC = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
 
-# Visible ASCII without upper case and, after the first place, without colon (8.2.1).
-_NAME = re.compile(rb":?[!-9;-@\[-~]+").fullmatch
-# Neither NUL, CR, LF inside nor blanks around (8.2.1).
-_VALUE = re.compile(rb"(?:[^\0\r\n\t ](?:[^\0\r\n]*[^\0\r\n\t ])?)?").fullmatch
+# A token (RFC 9110 5.6.2) without upper case (8.2.1), after the colon of a pseudo-header field.
+_NAME = re.compile(rb":?[!#$%&'*+.^_`|~0-9a-z-]+").fullmatch
+# No control character but a tab (RFC 9110 5.5), and no blanks around (8.2.1). RFC 9113 itself forbids NUL, CR and LF
+# only, but Go's HTTP/2 (golang.org/x/net/http/httpguts, ValidHeaderFieldValue) resets a stream for any of them: at etcd
+# that may be a stream that many clients share.
+_VALUE = re.compile(rb"(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?").fullmatch
 _STATUS_VALUE = re.compile(rb"[1-9][0-9][0-9]").fullmatch
 _LENGTH_VALUE = re.compile(rb"[0-9]{1,18}").fullmatch
 
