@@ -191,6 +191,7 @@ CONNECTION: Final = {
     "connection_window_bytes": Row(
         NOTHING, "upstream/test_connection.py::test_what_a_call_did_not_give_back_is_given_back_at_its_end"
     ),
+    "useless_frames_max": Row(_UPSTREAM % "useless_frames_max", f"{_UP}test_a_server_that_sends_what_is_useless"),
     "write_high_bytes": Row(
         NOTHING, "upstream/test_connection.py::test_a_transport_that_does_not_keep_up_pauses_the_connection"
     ),

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final, Protocol, cast
 
-from proto.framing import Status, decode_message, http_status_to_grpc
+from proto.framing import Status
 from proto.http2 import (
     Connection,
     ConnectionFailed,
@@ -41,6 +41,7 @@ from proto.http2 import (
 from proto.http2.frames import FRAME_HEADER_BYTES
 from upstream.endpoints import Endpoint
 from upstream.errors import Unreachable, closed_early, explain_connect, not_http2
+from upstream.heads import STATUS_OF_RESET, number, status_of
 from upstream.settings import ConnectionSettings
 from upstream.transport import open_transport
 
@@ -151,10 +152,8 @@ class ClientConnection(asyncio.Protocol):
         # Told before (True) and after (False) the calls hear what came with a read; not if it is one frame of DATA.
         self.around_read: Callable[[bool], None] = _nobody
         self.ready: asyncio.Future[None] = loop.create_future()
-        self.http2 = Connection(
-            Role.CLIENT,
-            Limits(initial_window=settings.stream_window_bytes, connection_window=settings.connection_window_bytes),
-        )
+        limits = Limits(initial_window=settings.stream_window_bytes, connection_window=settings.connection_window_bytes)
+        self.http2 = Connection(Role.CLIENT, limits.with_floods_at(settings.useless_frames_max))
         self._settings = settings
         self._loop = loop
         self._transport: asyncio.Transport | None = None
@@ -263,7 +262,7 @@ class ClientConnection(asyncio.Protocol):
 
     def request(self, headers: Headers, handler: CallHandler, end_stream: bool = False) -> UpstreamCall:
         """
-        Start a call; `headers` are complete, with the pseudo-headers first (`request_headers` makes them).
+        Start a call; `headers` are complete, with the pseudo-headers first (`heads.request_headers` makes them).
 
         Raises NotSent when the connection is over or full.
         """
@@ -342,7 +341,9 @@ class ClientConnection(asyncio.Protocol):
                 self._on_go_away(event)
             elif isinstance(event, ConnectionFailed):
                 what = f"the server broke HTTP/2 ({event.code.name}: {event.reason})"
-                self.failure = self.failure or Unreachable(self.endpoint.text, what, "give etcd's client port")
+                limit = "useless_frames_max" if event.code is ErrorCode.ENHANCE_YOUR_CALM else ""
+                failure = Unreachable(self.endpoint.text, what, "give etcd's client port", limit)
+                self.failure = self.failure or failure
 
     def _on_data(self, event: DataReceived) -> None:
         call: UpstreamCall | None = event.stream.owner
@@ -353,7 +354,7 @@ class ClientConnection(asyncio.Protocol):
             call.owed += event.flow_size
             call.handler.on_data(event.data, event.flow_size)
         if event.end_stream and not call.ended:
-            self._end(call, *_status_of([], call.http_status), [])
+            self._end(call, *status_of([], call.http_status), [])
 
     def _on_headers(self, event: HeadersReceived) -> None:
         call: UpstreamCall | None = event.stream.owner
@@ -361,9 +362,9 @@ class ClientConnection(asyncio.Protocol):
             return
         headers = event.headers
         if event.kind is HeadersKind.RESPONSE:
-            call.http_status = _number(headers, b":status")
+            call.http_status = number(headers, b":status")
         if event.end_stream:
-            self._end(call, *_status_of(headers, call.http_status), headers)
+            self._end(call, *status_of(headers, call.http_status), headers)
         elif event.kind is HeadersKind.RESPONSE:
             call.handler.on_headers(headers)
 
@@ -374,7 +375,7 @@ class ClientConnection(asyncio.Protocol):
         code = event.code
         call.reset_code = code
         call.unprocessed = code is ErrorCode.REFUSED_STREAM and event.by_peer
-        status = _STATUS_OF_RESET.get(code, Status.INTERNAL)
+        status = STATUS_OF_RESET.get(code, Status.INTERNAL)
         text = f"the stream was reset ({code.name}{': ' + event.reason if event.reason else ''})"
         self._end(call, status, text, [])
 
@@ -543,58 +544,3 @@ def _discard(made: list[ClientConnection], reason: Unreachable) -> None:
     for connection in made:
         connection.on_closed = None
         connection.abort(reason)
-
-
-def request_headers(
-    connection: ClientConnection,
-    path: bytes,
-    metadata: Sequence[tuple[bytes, bytes]] = (),
-    timeout: bytes | None = None,
-) -> Headers:
-    """Return the headers of a gRPC call of our own; `timeout` is a grpc-timeout value."""
-    headers = [
-        (b":method", b"POST"),
-        (b":scheme", b"https" if connection.secure else b"http"),
-        (b":path", path),
-        (b":authority", connection.endpoint.authority),
-        (b"te", b"trailers"),
-        (b"content-type", b"application/grpc"),
-        (b"user-agent", b"watchmux"),
-    ]
-    if timeout is not None:
-        headers.append((b"grpc-timeout", timeout))
-    headers.extend(metadata)
-    return headers
-
-
-# gRPC's PROTOCOL-HTTP2.md, "Errors".
-_STATUS_OF_RESET: Final = {
-    ErrorCode.REFUSED_STREAM: Status.UNAVAILABLE,
-    ErrorCode.CANCEL: Status.CANCELLED,
-    ErrorCode.ENHANCE_YOUR_CALM: Status.RESOURCE_EXHAUSTED,
-    ErrorCode.INADEQUATE_SECURITY: Status.PERMISSION_DENIED,
-}
-
-
-def _number(headers: Headers, name: bytes) -> int:
-    """Return the number in a header, 0 without it."""
-    for key, value in headers:
-        if key == name and value.isdigit():
-            return int(value)
-    return 0
-
-
-def _status_of(trailers: Headers, http_status: int) -> tuple[int, str]:
-    """Return status code and text of an answer from its trailers, or from the HTTP status when it is no gRPC answer."""
-    status: int | None = None
-    message = ""
-    for key, value in trailers:
-        if key == b"grpc-status" and value.isdigit():
-            status = int(value)
-        elif key == b"grpc-message":
-            message = decode_message(value)
-    if status is not None:
-        return status, message
-    if http_status != 200:
-        return http_status_to_grpc(http_status), f"the server answered with HTTP status {http_status}, not with gRPC"
-    return Status.UNKNOWN, "the server ended the call without a status"

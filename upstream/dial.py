@@ -23,7 +23,7 @@ from proto.scan import Header
 from upstream.connection import ClientConnection, NotSent, connect
 from upstream.endpoints import Backoff, Endpoint
 from upstream.errors import CallFailed, Log, Unreachable
-from upstream.settings import WATCH_TIMEOUTS, Settings
+from upstream.settings import WATCH_LIMITS, Settings
 from upstream.unary import call_unary
 from upstream.watching.lineage import Standing
 
@@ -125,7 +125,7 @@ class Dialer:
         # Targets in the order in which they are tried: the one that worked last comes first.
         self._order = list(self.targets)
         # What was given up because a time was up, by the name of the limit.
-        self.timeouts = Counter(dict.fromkeys(WATCH_TIMEOUTS, 0))
+        self.timeouts = Counter(dict.fromkeys(WATCH_LIMITS, 0))
         # Set, and replaced, when there are others.
         self.changed = asyncio.Event()
 

@@ -19,7 +19,7 @@ from proto.http2 import Headers
 from upstream.connection import ClientConnection, NotSent, after, connect
 from upstream.endpoints import Backoff, Endpoint
 from upstream.errors import NO_LEADER_TEXT, CallFailed, Log, Silence, Unreachable
-from upstream.settings import CONNECTION_TIMEOUTS, Settings
+from upstream.settings import CONNECTION_LIMITS, Settings
 from upstream.unary import HAS_LEADER, Metadata, NotProcessed, call_unary
 
 
@@ -70,7 +70,7 @@ class Pool:
         # Connections to endpoints that have left, kept for the calls that were open on them.
         self._retired: list[ClientConnection] = []
         # Connections given up, or not had, because a time was up: by the name of the limit.
-        self.timeouts = Counter(dict.fromkeys(CONNECTION_TIMEOUTS, 0))
+        self.timeouts = Counter(dict.fromkeys(CONNECTION_LIMITS, 0))
         # Set and replaced whenever a slot changes.
         self._changed = asyncio.Event()
 

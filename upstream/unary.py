@@ -12,8 +12,9 @@ from typing import Final
 
 from proto.framing import FramingError, Status, Unframer, encode_timeout, frame
 from proto.http2 import Headers
-from upstream.connection import ClientConnection, UpstreamCall, request_headers
+from upstream.connection import ClientConnection, UpstreamCall
 from upstream.errors import CallFailed
+from upstream.heads import request_headers
 
 Metadata = Sequence[tuple[bytes, bytes]]
 

@@ -7,7 +7,7 @@ first group is announced in SETTINGS and is part of the protocol, the second one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FRAME_BYTES_MIN = 16_384
 FRAME_BYTES_MAX = 2**24 - 1
@@ -92,6 +92,18 @@ class Limits:
     paused_requests_max: int = 20_000
     """Requests that arrive while the transport is paused: their answers' headers are written all the same, so this
     bounds what a peer that never reads can make us hold. Room for a client that opens all its streams at once."""
+
+    def with_floods_at(self, frames_max: int) -> Limits:
+        """Return these limits with every flood limit at `frames_max`: for a peer whose frames we mostly cause."""
+        floods = (
+            "resets_max",
+            "pings_max",
+            "settings_max",
+            "empty_data_max",
+            "tiny_updates_max",
+            "ignored_max",
+        )
+        return replace(self, **dict.fromkeys(floods, frames_max))
 
     def __post_init__(self) -> None:
         """Raise ValueError for what the protocol cannot express."""

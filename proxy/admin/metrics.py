@@ -123,7 +123,7 @@ LABELLED = {
     "upstream_timeouts_total": (
         "limit",
         "watchmux_upstream_timeouts_total",
-        "Connections to etcd, and what was asked there, given up because a time was up, by the limit.",
+        "Connections to etcd, and what was asked there, given up at a limit (mostly of time), by the limit.",
     ),
 }
 """Fields of a snapshot that count by something: the label, the metric and what it means."""

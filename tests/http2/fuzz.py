@@ -37,8 +37,9 @@ from tests.http2.test_fuzz import (
     serve,
 )
 from tests.http2.wire import REQUEST, Peer
-from upstream.connection import ClientConnection, UpstreamCall, request_headers
+from upstream.connection import ClientConnection, UpstreamCall
 from upstream.endpoints import parse_endpoint
+from upstream.heads import request_headers
 from upstream.settings import ConnectionSettings
 
 REPORT_S = 10.0

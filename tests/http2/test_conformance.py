@@ -36,8 +36,9 @@ from tests.http2.cases import (
 from tests.http2.wire import PREFACE, REQUEST, RESPONSE, TRAILERS, Peer, data, ping, raw, rst, settings
 from tests.proxy.raw_client import HOST
 from tests.proxy.scenario import run
-from upstream.connection import ClientConnection, connect, request_headers
+from upstream.connection import ClientConnection, connect
 from upstream.endpoints import parse_endpoint
+from upstream.heads import request_headers
 from upstream.settings import ConnectionSettings
 
 CASES = (*cases.CASES, *cases_headers.CASES)

@@ -17,9 +17,10 @@ from tests.etcd.server import EtcdServer, free_port
 from tests.upstream.certificates import Certificates
 from tests.upstream.scripted import STATUS, ScriptedCall, ScriptedEtcd, scripted
 from tests.waiting import until_async
-from upstream.connection import ClientConnection, NotSent, connect, request_headers
+from upstream.connection import ClientConnection, NotSent, connect
 from upstream.endpoints import parse_endpoint
 from upstream.errors import CallFailed, Unreachable
+from upstream.heads import request_headers
 from upstream.settings import ConnectionSettings
 from upstream.tls import client_context, server_context
 from upstream.unary import NotProcessed, call_unary

@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 
 from proto.framing import Status
+from proto.http2 import Limits
 from proto.pb import rpc_pb2
+from tests.http2 import wire
 from tests.upstream.recorder import Recorder, watching
 from tests.upstream.scripted import STATUS, ScriptedCall, ScriptedEtcd, scripted
 from tests.upstream.stories import Opened
 from tests.upstream.test_pool import ECHO, failure, pooled, up
 from tests.waiting import until_async
 from upstream.errors import CallFailed
-from upstream.settings import CONNECTION_TIMEOUTS, WATCH_TIMEOUTS, ConnectionSettings, Settings
+from upstream.pool import Pool
+from upstream.settings import CONNECTION_LIMITS, WATCH_LIMITS, ConnectionSettings, Settings
 
 SHORT_S = 0.05
 
@@ -33,7 +36,7 @@ def run(story: Coroutine[Any, Any, None]) -> None:
 
 def impatient(limit: str) -> Settings:
     """Settings with one short time."""
-    if limit not in CONNECTION_TIMEOUTS:
+    if limit not in CONNECTION_LIMITS:
         return Settings(**{limit: SHORT_S})  # type: ignore[arg-type]  # a time
     times = {limit: SHORT_S, "keepalive_s": SHORT_S}
     return Settings(connection=ConnectionSettings(**times))  # type: ignore[arg-type]  # as above
@@ -64,8 +67,8 @@ def test_an_endpoint_that_says_nothing_is_given_up_and_counted() -> None:
             ):
                 await until_async(lambda: pool.timeouts["connect_timeout_s"], "the pool")
                 await until_async(lambda: client.timeouts["connect_timeout_s"], "the watch client")
-                assert set(pool.timeouts) == set(CONNECTION_TIMEOUTS)
-                assert set(client.timeouts) == set(WATCH_TIMEOUTS)
+                assert set(pool.timeouts) == set(CONNECTION_LIMITS)
+                assert set(client.timeouts) == set(WATCH_LIMITS)
 
     run(story())
 
@@ -102,6 +105,62 @@ def test_one_that_answers_no_ping_is_given_up_and_counted() -> None:
                 for connection in etcd.connections:
                     connection.frozen = True
                 await until_async(lambda: client.timeouts["keepalive_timeout_s"] == 1, "it to be counted")
+
+    run(story())
+
+
+async def answer_late(pool: Pool, etcd: ScriptedEtcd, count: int) -> None:
+    """Give up so many calls, and have the server, which had stalled, answer them all at once, in three frames each."""
+    connection = pool.pick()
+    assert connection is not None
+    first = connection.http2._last_id + 2 if connection.http2._last_id else 1
+    calls = [asyncio.create_task(pool.unary(ECHO, b"x")) for _ in range(count)]
+    await until_async(lambda: connection.http2._last_id >= first + 2 * count - 2, "the calls")
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    late = b"".join(wire.data(stream_id, b"late") for stream_id in range(first, first + 2 * count, 2))
+    (server,) = [each for each in etcd.connections if each.heard]
+    assert server.transport is not None
+    server.transport.write(late * 3)
+
+
+def test_late_answers_of_calls_given_up_cost_nothing() -> None:
+    """etcd stalls, thousands of calls run out of time, and etcd answers them all the same."""
+
+    async def story() -> None:
+        async with scripted() as etcd, pooled(etcd.endpoint) as pool:
+            # etcd does not mind what is given up.
+            etcd.limits = Limits().with_floods_at(1_000_000)
+            deaf_to(ECHO)(etcd)
+            await up(pool, 1)
+            lease = asyncio.create_task(pool.unary("/test/Lease", b"x"))
+            etcd.on_message, others = lambda call, _: held.append(call), etcd.on_message
+            held: list[ScriptedCall] = []
+            await until_async(lambda: held, "the call that others have open")
+            etcd.on_message = others
+            await answer_late(pool, etcd, 4_800)
+            assert (await pool.unary("/test/Other", b"y"))[0] == b"y"
+            held[0].send(b"z")
+            held[0].end()
+            assert (await lease)[0] == b"z"
+            assert not +pool.timeouts
+
+    run(story())
+
+
+@pytest.mark.parametrize(("limit", "lives"), [(150, True), (149, False)])
+def test_a_server_that_sends_what_is_useless(limit: int, lives: bool) -> None:
+    async def story() -> None:
+        settings = Settings(connection=ConnectionSettings(useless_frames_max=limit))
+        async with scripted() as etcd, pooled(etcd.endpoint, settings=settings) as pool:
+            deaf_to(ECHO)(etcd)
+            await up(pool, 1)
+            await answer_late(pool, etcd, 50)
+            if lives:
+                assert (await pool.unary("/test/Other", b"y"))[0] == b"y"
+            else:
+                await until_async(lambda: pool.timeouts["useless_frames_max"] == 1, "it to be counted")
 
     run(story())
 

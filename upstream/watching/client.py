@@ -23,11 +23,12 @@ from proto.fields import ScanError
 from proto.framing import FramingError, Status, Unframer, frame
 from proto.http2 import Headers
 from proto.scan import scan_watch_response
-from upstream.connection import ClientConnection, NotSent, UpstreamCall, after, request_headers
+from upstream.connection import ClientConnection, NotSent, UpstreamCall, after
 from upstream.credentials import INVALID_TOKEN, Credentials, log_in
 from upstream.dial import Dialer, Server, read_standing
 from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Log, Silence
+from upstream.heads import request_headers
 from upstream.namespace import Namespace
 from upstream.settings import Settings
 from upstream.unary import HAS_LEADER

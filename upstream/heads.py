@@ -1,0 +1,84 @@
+"""
+The header lists of calls to etcd: those of a call of our own, and what an answer's say.
+
+Sources: gRPC over HTTP/2 (PROTOCOL-HTTP2.md); client/v3/ctx.go for `client-api-version`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from proto.framing import Status, decode_message, http_status_to_grpc
+from proto.http2 import ErrorCode, Headers
+from upstream.endpoints import Endpoint
+
+# The version of etcd's API that we speak, as clientv3 names it (client/v3/ctx.go, withVersion): etcd counts requests by
+# it (etcd_server_client_requests_total), and those without as "unknown".
+_API_VERSION: Final = (b"client-api-version", b"3.5")
+
+
+class Origin(Protocol):
+    """Where a call goes: a connection."""
+
+    @property
+    def endpoint(self) -> Endpoint: ...
+
+    @property
+    def secure(self) -> bool: ...
+
+
+def request_headers(
+    connection: Origin,
+    path: bytes,
+    metadata: Sequence[tuple[bytes, bytes]] = (),
+    timeout: bytes | None = None,
+) -> Headers:
+    """Return the headers of a gRPC call of our own; `timeout` is a grpc-timeout value."""
+    headers = [
+        (b":method", b"POST"),
+        (b":scheme", b"https" if connection.secure else b"http"),
+        (b":path", path),
+        (b":authority", connection.endpoint.authority),
+        (b"te", b"trailers"),
+        (b"content-type", b"application/grpc"),
+        (b"user-agent", b"watchmux"),
+        _API_VERSION,
+    ]
+    if timeout is not None:
+        headers.append((b"grpc-timeout", timeout))
+    headers.extend(metadata)
+    return headers
+
+
+# gRPC's PROTOCOL-HTTP2.md, "Errors".
+STATUS_OF_RESET: Final = {
+    ErrorCode.REFUSED_STREAM: Status.UNAVAILABLE,
+    ErrorCode.CANCEL: Status.CANCELLED,
+    ErrorCode.ENHANCE_YOUR_CALM: Status.RESOURCE_EXHAUSTED,
+    ErrorCode.INADEQUATE_SECURITY: Status.PERMISSION_DENIED,
+}
+
+
+def number(headers: Headers, name: bytes) -> int:
+    """Return the number in a header, 0 without it."""
+    for key, value in headers:
+        if key == name and value.isdigit():
+            return int(value)
+    return 0
+
+
+def status_of(trailers: Headers, http_status: int) -> tuple[int, str]:
+    """Return status code and text of an answer from its trailers, or from the HTTP status when it is no gRPC answer."""
+    status: int | None = None
+    message = ""
+    for key, value in trailers:
+        if key == b"grpc-status" and value.isdigit():
+            status = int(value)
+        elif key == b"grpc-message":
+            message = decode_message(value)
+    if status is not None:
+        return status, message
+    if http_status != 200:
+        return http_status_to_grpc(http_status), f"the server answered with HTTP status {http_status}, not with gRPC"
+    return Status.UNKNOWN, "the server ended the call without a status"
