@@ -182,6 +182,7 @@ class Coalescer:
             event = events[0]
             owner.ingest(Batch(header, (event,), len(event.encoded)))
         if hub.replays.fresh or hub.queued:
+            self.deadline_moved = True
             return self._finish()
         effects, hub.effects = hub.effects, []
         return effects

@@ -13,15 +13,31 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from itertools import islice
-from typing import cast
+from operator import attrgetter
+from typing import NamedTuple, cast
 
 from coalesce.batch import Batch, Payload, Variants, filtered, revisions_of
 from coalesce.limits import Limits
 from coalesce.stats import Stats
 from proto.scan import Event
 
+_revision_of = attrgetter("revision")
+
 # What stands in an evicted place; never read.
 _GONE = cast(Batch, None)
+
+
+class Replayed(NamedTuple):
+    """What `History.replay` joined."""
+
+    payload: Payload | None
+    """None: the filters leave nothing."""
+
+    following: int | None
+    """The next revision to be replayed; None: this was all there is."""
+
+    looked: int
+    """Events that were looked at, whatever the filters made of them: the work that was done."""
 
 
 class History:
@@ -115,31 +131,39 @@ class History:
         self.floor = floor
         self.last_revision = 0
 
-    def replay(self, position: int, variant: int, limits: Limits) -> tuple[Payload | None, int | None]:
+    def replay(self, position: int, variant: int, limits: Limits) -> Replayed:
         """Join what a watch of `variant` at `position` has missed into one response.
 
-        Whole revisions, up to replay_bytes_max but at least one. Returns the payload, None when the filters leave
-        nothing; and the next revision to be replayed, None when this was all there is. Needs position >= floor.
+        Whole revisions, at least one; more up to replay_bytes_max of what the filters let through, and up to
+        replay_events_max of what is looked at. Needs position >= floor.
         """
         place = bisect_left(self._lasts, position, self._gone)
         chosen: list[Event] = []
-        size = 0
+        size = looked = 0
+        bytes_max, events_max = limits.replay_bytes_max, limits.replay_events_max
         for batch in islice(self._batches, place, None):
-            part = batch if batch.first_revision >= position else batch.since(position)
-            assert part is not None, "looked up by its last revision"
-            if size + part.size <= limits.replay_bytes_max:
-                events = filtered(part.events, variant)
-                chosen.extend(events)
-                size += part.size if len(events) == len(part.events) else sum(len(event.encoded) for event in events)
+            events = batch.events
+            count = len(events)
+            if batch.first_revision >= position and size + batch.size <= bytes_max and looked + count <= events_max:
+                passed = filtered(events, variant)
+                chosen.extend(passed)
+                looked += count
+                size += batch.size if len(passed) == count else sum(len(event.encoded) for event in passed)
                 continue
-            for first, end, _ in revisions_of(part.events):
-                events = filtered(part.events[first:end], variant)
-                more = sum(len(event.encoded) for event in events)
-                if chosen and size + more > limits.replay_bytes_max:
-                    return self._payload(chosen, variant, limits), part.events[first].revision
-                chosen.extend(events)
+            if batch.first_revision < position:
+                events = events[bisect_left(events, position, key=_revision_of) :]
+            for first, end, _ in revisions_of(events):
+                revision = events[first:end]
+                passed = filtered(revision, variant)
+                more = sum(len(event.encoded) for event in passed)
+                enough = looked + len(revision) > events_max or bool(chosen and size + more > bytes_max)
+                if looked and enough:
+                    following = revision[0].revision
+                    return Replayed(self._payload(chosen, variant, limits), following, looked)
+                chosen.extend(passed)
+                looked += len(revision)
                 size += more
-        return self._payload(chosen, variant, limits), None
+        return Replayed(self._payload(chosen, variant, limits), None, looked)
 
     def _payload(self, events: list[Event], variant: int, limits: Limits) -> Payload | None:
         if not events:

@@ -21,6 +21,7 @@
 16. Who waits for progress has watches, and the timer is set.
 17. The gauges count what is there.
 18. Nothing that has ended is anywhere.
+19. Between two rings of the timer no more of the histories is looked at than allowed, but for one session's share.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coalesce.backfill import Backfill
+from coalesce.replay import WATCH_EVENTS
 from coalesce.session import PendingCreate, Place, Session, Watch
 from coalesce.trunk import Trunk
 
@@ -57,6 +59,8 @@ def check(hub: Hub) -> None:
     _check_upstreams(hub)
     _check_reads(hub)
     _check_gauges(hub)
+    share = 2 * hub.limits.replay_events_max + WATCH_EVENTS
+    _need(19, hub.replays.left_events > -share, "a turn of replaying took too much")
 
 
 def _sources(hub: Hub) -> list[Source]:

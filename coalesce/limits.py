@@ -29,6 +29,11 @@ class Limits:
     replay_bytes_max: int = 1 * _MIB
     # What all sessions together are given in one turn of replaying, so that a herd does not hold up live events.
     replay_turn_bytes_max: int = 8 * _MIB
+    # Events looked at for one response of a lagging watch, and for one session before others have their turn: filters
+    # may leave nothing of them, so bytes alone do not bound the work. About one millisecond.
+    replay_events_max: int = 3_000
+    # What all sessions together may have looked at between two rings of the timer: about three milliseconds.
+    replay_turn_events_max: int = 6_000
     # A response of several revisions stays below: a default gRPC client takes 4 MiB, with room for the envelope.
     response_bytes_max: int = 4 * _MIB - 16 * _KIB
     # From here on a response is split for watches with fragment: etcd's --max-request-bytes (1.5 MiB) + 512 KiB.

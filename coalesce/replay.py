@@ -4,18 +4,22 @@ A stalled session costs nothing: its watches leave their groups and keep only wh
 that everything is written, they are replayed from the histories of their sources, several revisions joined to one
 response, and fall into step when they have reached the end. What a history no longer holds, a backfill brings.
 
-Replaying goes in turns. A turn of a session is bounded in bytes and serves its watches round robin; what is left
-comes with the next ring of the timer, which is due at once, so that events and other sessions come in between. The
-first sign of a stall ends it: the shell hands back what it had already been told to deliver.
+Replaying goes in turns. A turn of a session is bounded in bytes and in events looked at (filters may leave no bytes of
+them), and serves its watches round robin; what is left comes with the next ring of the timer, which is due at once, so
+that events and other sessions come in between. Events looked at are counted over all inputs between two rings: a
+hundred creates in one read of a socket are a hundred inputs. The first sign of a stall ends a turn: the shell hands
+back what it was to deliver.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Final
 
 from coalesce.backfill import Backfill
 from coalesce.batch import Payload
 from coalesce.effects import Deliver
+from coalesce.history import Replayed
 from coalesce.session import Place, Session, Watch
 
 if TYPE_CHECKING:
@@ -23,13 +27,15 @@ if TYPE_CHECKING:
     from coalesce.source import Source
 
 # Payloads remembered: sessions that stalled together replay the same.
-_REMEMBERED_MAX = 8
+_REMEMBERED_MAX: Final = 8
+# What a watch costs by itself, in events looked at: to find its place, or to send it what is remembered.
+WATCH_EVENTS: Final = 10
 
 
 class Replays:
     """Stalls, returns and replays."""
 
-    __slots__ = ("_due", "_hub", "_joined", "fresh")
+    __slots__ = ("_due", "_hub", "_joined", "fresh", "left_events")
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
@@ -38,7 +44,9 @@ class Replays:
         # Those that came in this input: their first turn is at its end.
         self.fresh: dict[Session, None] = {}
         # By source, position and variant, what was joined from a version of its history.
-        self._joined: dict[tuple[Source, int, int], tuple[int, Payload | None, int | None]] = {}
+        self._joined: dict[tuple[Source, int, int], tuple[int, Replayed]] = {}
+        # Events that may be looked at until the timer rings; a little below 0 when the last turn took more.
+        self.left_events = hub.limits.replay_turn_events_max
 
     def stalled(self, session: Session) -> None:
         """Take the watches of a session out of their groups. No effects: it is called while some are carried out."""
@@ -97,6 +105,7 @@ class Replays:
 
     def expire(self) -> None:
         """Give those that are due another turn."""
+        self.left_events = self._hub.limits.replay_turn_events_max
         self._turns(tuple(self._due))
 
     def next_deadline(self) -> float | None:
@@ -110,7 +119,7 @@ class Replays:
     def _turns(self, sessions: tuple[Session, ...]) -> None:
         budget = self._hub.limits.replay_turn_bytes_max
         for session in sessions:
-            if budget <= 0:
+            if budget <= 0 or self.left_events <= 0:
                 return
             if session in self._due:
                 del self._due[session]
@@ -122,12 +131,14 @@ class Replays:
 
     def _turn(self, session: Session) -> int:
         """Replay a session's watches up to its share; return the bytes that were spent."""
-        hub = self._hub
+        limits = self._hub.limits
         spent = 0
-        for watch in tuple(session.lagging):
-            if spent >= hub.limits.replay_bytes_max:
+        least = self.left_events - limits.replay_events_max
+        for watch in tuple(islice(session.lagging, limits.replay_events_max // WATCH_EVENTS + 1)):
+            if spent >= limits.replay_bytes_max or self.left_events <= least:
                 break
             if watch.place is Place.LAGGING:
+                self.left_events -= WATCH_EVENTS
                 spent += self._replay(watch)
         return spent
 
@@ -142,9 +153,8 @@ class Replays:
             else:
                 hub.house((watch,))
             return 0
-        payload, position = self._join(source, watch)
-        if position is None:
-            position = source.next_revision
+        payload, following = self._join(source, watch)
+        position = source.next_revision if following is None else following
         watch.position = position
         if payload is not None:
             hub.effects.append(Deliver(payload, (watch,)))
@@ -175,9 +185,12 @@ class Replays:
         version = source.history.version
         known = self._joined.get(key)
         if known is not None and known[0] == version:
-            return known[1], known[2]
-        payload, position = source.history.replay(watch.position, watch.variant, self._hub.limits)
+            return known[1].payload, known[1].following
+        limits = self._hub.limits
+        replayed = source.history.replay(watch.position, watch.variant, limits)
+        # A single revision may have more, and is never cut.
+        self.left_events -= min(replayed.looked, limits.replay_events_max)
         if len(self._joined) >= _REMEMBERED_MAX:
             self._joined.clear()
-        self._joined[key] = (version, payload, position)
-        return payload, position
+        self._joined[key] = (version, replayed)
+        return replayed.payload, replayed.following

@@ -53,6 +53,8 @@ CORE: Final = {
     "history_age_s": Row(_EVICTED % "history_age_s", f"{_HISTORY}test_old_batches_go_by_age"),
     "replay_bytes_max": Row(NOTHING, f"{_HISTORY}test_a_replay_is_cut_between_revisions"),
     "replay_turn_bytes_max": Row(NOTHING, f"{_REPLAY}test_a_herd_is_served_in_turns"),
+    "replay_events_max": Row(NOTHING, f"{_HISTORY}test_a_replay_looks_at_a_bounded_number_of_events"),
+    "replay_turn_events_max": Row(NOTHING, f"{_REPLAY}test_replays_that_filters_leave_empty_take_turns"),
     "response_bytes_max": Row(NOTHING, f"{_BACKFILL}test_a_large_catch_up_response_is_cut"),
     "fragment_bytes": Row(NOTHING, "coalesce/test_batch.py::test_a_response_is_split_from_the_limit_on_and_not_below"),
     "watches_per_session_max": Row(

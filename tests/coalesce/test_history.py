@@ -31,7 +31,7 @@ def history(*batches: Batch, limits: Limits = ALL, floor: int = 1, stats: Stats 
 
 
 def replayed(made: History, position: int, variant: int = 0, limits: Limits = ALL) -> tuple[str | None, int | None]:
-    payload, following = made.replay(position, variant, limits)
+    payload, following, _ = made.replay(position, variant, limits)
     return None if payload is None else seen(payload.pieces(0)[0]), following
 
 
@@ -86,6 +86,26 @@ def test_what_is_filtered_does_not_count() -> None:
     made = history(*[batch(delete(revision)) for revision in range(1, 50)], batch(put(50)))
     limits = Limits(replay_bytes_max=len(put(50).encoded))
     assert replayed(made, 1, NO_DELETE, limits) == ("#0 @50 put 50 k=v", None)
+
+
+def test_a_replay_looks_at_a_bounded_number_of_events() -> None:
+    """Filters may leave nothing of them; a revision is never divided, and a large batch is."""
+    made = history(*[batch(put(revision)) for revision in range(1, 10)], batch(*[delete(10)] * 3, put(11), delete(12)))
+    limits = Limits(replay_events_max=4)
+
+    def steps(variant: int) -> list[tuple[str | None, int | None, int]]:
+        found: list[tuple[str | None, int | None, int]] = []
+        position: int | None = 1
+        while position is not None:
+            payload, position, looked = made.replay(position, variant, limits)
+            found.append((None if payload is None else seen(payload.pieces(0)[0]), position, looked))
+        return found
+
+    deletes = "#0 @10 delete 10 k delete 10 k delete 10 k"
+    assert steps(NO_PUT) == [(None, 5, 4), (None, 9, 4), (deletes, 11, 4), ("#0 @12 delete 12 k", None, 2)]
+    assert [looked for _, _, looked in steps(0)] == [4, 4, 4, 2]
+    made = history(batch(*[delete(1)] * 9, put(2)))
+    assert [looked for _, _, looked in steps(NO_DELETE)] == [9, 1]
 
 
 def test_whole_batches_go_first_in_first_out() -> None:

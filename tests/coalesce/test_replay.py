@@ -198,6 +198,55 @@ def test_a_herd_is_served_in_turns() -> None:
     assert herd(3 * size + 1) == [[size] * 4] * 2
 
 
+def test_replays_that_filters_leave_empty_take_turns() -> None:
+    """What is looked at is bounded over all inputs between two rings of the timer, though nothing of it is sent."""
+    shell = Shell(Limits(replay_events_max=100, replay_turn_events_max=300))
+    quick = shell.client()
+    trunk = shell.trunk(5, quick)
+    for revision in range(6, 406):
+        shell.events(trunk, put(revision))
+    quick.read()
+    clients = [shell.client() for _ in range(20)]
+    for place, client in enumerate(clients):
+        client.create(start=6 + place, no_put=True)
+        client.read()
+    # Three had their first turn; the others wait for theirs, and so does the rest of these three.
+    assert [client.session.watches[0].place for client in clients] == [Place.LAGGING] * 20
+    assert sum(client.session.watches[0].position > 105 for client in clients) == 3
+    rings = 0
+    while shell.core.next_deadline() == shell.now:
+        before = [client.session.watches[0].position for client in clients]
+        shell.core.expire(shell.now)
+        shell.core.check()
+        after = [client.session.watches[0].position for client in clients]
+        assert 0 < sum(after) - sum(before) <= 300 + 100
+        rings += 1
+        # Fair: no session is two turns ahead of another.
+        behind = [position for position in after if position < 406]
+        assert not behind or max(behind) - min(behind) <= 220
+    assert rings >= 20
+    assert {client.session.watches[0].place for client in clients} == {Place.IN_STEP}
+    shell.events(trunk, delete(406))
+    assert [client.read() for client in clients] == [["#0 @406 delete 406 k"]] * 20
+
+
+def test_watches_of_one_session_are_placed_in_turns() -> None:
+    """A session with many watches that stalled: those that have missed nothing cost a turn something as well."""
+    shell = Shell(Limits(replay_events_max=100, replay_turn_events_max=100))
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    for _ in range(99):
+        client.create(start=6)
+    client.read()
+    client.stall()
+    shell.events(trunk, put(6))
+    client.drain()
+    assert shell.core.stats.lagging > 80
+    shell.settle()
+    assert sorted(client.read()) == sorted(f"#{number} @6 put 6 k=v" for number in range(100))
+    assert shell.core.stats.lagging == 0
+
+
 def test_sessions_that_stalled_together_share_what_they_replay() -> None:
     shell = Shell()
     clients = [shell.client() for _ in range(3)]

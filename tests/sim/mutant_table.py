@@ -40,8 +40,20 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a replay repeats the revision it was cut at",
         "history",
-        "return self._payload(chosen, variant, limits), part.events[first].revision",
-        "return self._payload(chosen, variant, limits), chosen[-1].revision",
+        "following = revision[0].revision",
+        "following = chosen[-1].revision",
+    ),
+    Mutant(
+        "a replay skips the revision it was cut at",
+        "history",
+        "following = revision[0].revision",
+        "following = revision[0].revision + 1",
+    ),
+    Mutant(
+        "inputs between two rings look at as much as they like",
+        "replay",
+        "if budget <= 0 or self.left_events <= 0:",
+        "if budget <= 0:",
     ),
     Mutant(
         "a watch below the floor is served",

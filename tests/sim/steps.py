@@ -413,6 +413,8 @@ def make_config(rng: random.Random) -> Config:
         ranges.append(rng.choice(((b"d", b"b"), (b"b", b"b"))))
     response_bytes = rng.choice((150, 400, 2000, 1 << 22))
     roomy = rng.random() < 0.3
+    # Draws that leave all others as they are, and with them what each seed is known to find.
+    aside = random.Random(response_bytes + 2 * roomy + len(ranges))
     limits: dict[str, object] = {
         "linger_s": rng.choice((0.0, 0.5, 2.0)),
         "history_bytes_max": 1 << 20 if roomy else rng.choice((1, 100, 400, 2000, 1 << 20)),
@@ -421,6 +423,8 @@ def make_config(rng: random.Random) -> Config:
         "history_age_s": 300.0 if roomy else rng.choice((0.5, 5.0, 300.0)),
         "replay_bytes_max": min(response_bytes, rng.choice((1, 100, 500, 1 << 20))),
         "replay_turn_bytes_max": rng.choice((1, 300, 1 << 20)),
+        "replay_events_max": aside.choice((1, 3, 5_000)),
+        "replay_turn_events_max": aside.choice((1, 20, 10_000)),
         "response_bytes_max": response_bytes,
         "fragment_bytes": rng.choice((60, 150, 1 << 21)),
         "backfills_max": rng.choice((1, 2, 3, 100)),

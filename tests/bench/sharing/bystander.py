@@ -1,0 +1,119 @@
+"""What one client that behaves well sees while another one loads the same proxy.
+
+The bystander has one watch, on a connection of its own; its delay is the time from a put, made straight at etcd, to the
+event. The load runs in a process of its own, so that its work delays nothing here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from tests.bench.sharing.front import Figures, Front
+from tests.etcd.server import EtcdServer
+from tests.proxy.raw_client import RawClient
+from tests.proxy.running import direct
+
+PUT_EVERY_S = 0.01
+QUIET_S = 1.0
+SAMPLE_S = 0.01
+KEY = b"bystander"
+
+
+def port_of(address: str) -> int:
+    """Return the port of HOST:PORT."""
+    return int(address.rpartition(":")[2])
+
+
+async def _delays(etcd: EtcdServer, port: int, done: Callable[[], bool]) -> list[float]:
+    found: list[float] = []
+    async with direct(etcd) as store, await RawClient.connect(port) as client:
+        stream = client.watch()
+        stream.create(KEY)
+        await stream.created(30)
+        seen = 1
+        while not done():
+            began = time.perf_counter()
+            await store.put(KEY, b"")
+            # By count, not by next(): that one polls, which would be most of the delay.
+            while len(stream.raw.messages) <= seen:
+                await asyncio.sleep(0)
+                assert not stream.raw.over, "the bystander's watch ended"
+                assert time.perf_counter() - began < 60, "an event is a minute late"
+            seen += 1
+            found.append(time.perf_counter() - began)
+            await asyncio.sleep(max(0.0, PUT_EVERY_S - found[-1]))
+    return found
+
+
+def quantiles(name: str, delays: list[float]) -> Figures:
+    """Return p50, p99 and the longest of some delays, in ms."""
+    cuts = statistics.quantiles(delays, n=100, method="inclusive") if len(delays) > 1 else delays * 99
+    return {f"{name} p50 ms": cuts[49] * 1e3, f"{name} p99 ms": cuts[98] * 1e3, f"{name} max ms": max(delays) * 1e3}
+
+
+class MemoryPeak:
+    """The largest resident size of a process, sampled, above what it was at the start. Use as a context manager."""
+
+    def __init__(self, pid: int) -> None:
+        self._statm = Path(f"/proc/{pid}/statm")
+        self._first = self._now()
+        self._most = self._first
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def _now(self) -> int:
+        return int(self._statm.read_text().split()[1]) * 4096
+
+    def _sample(self) -> None:
+        while not self._over.wait(SAMPLE_S):
+            self._most = max(self._most, self._now())
+
+    def __enter__(self) -> MemoryPeak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    @property
+    def mib(self) -> float:
+        """How much more than at the start, in MiB."""
+        return (self._most - self._first) / 2**20
+
+
+@asynccontextmanager
+async def _load(module: str, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    command = (sys.executable, "-m", module, *arguments)
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def beside(front: Front, etcd: EtcdServer, address: str, module: str, *arguments: str) -> Figures:
+    """Run `python -m MODULE ARGUMENTS PORT` beside a bystander; return the figures, and what the load printed."""
+    port = port_of(address)
+    server = etcd.process if front.proxy is None else front.proxy.process
+    assert server is not None, "it runs"
+    quiet = time.perf_counter() + QUIET_S
+    before = await _delays(etcd, port, lambda: time.perf_counter() > quiet)
+    with MemoryPeak(server.pid) as peak:
+        async with _load(module, *arguments, str(port)) as process:
+            said = asyncio.ensure_future(process.communicate())
+            during = await _delays(etcd, port, said.done)
+            output, _ = await said
+            assert process.returncode == 0, f"the load {' '.join(arguments)} failed"
+    figures = {**quantiles("before", before), **quantiles("during", during), "memory peak MiB": peak.mib}
+    outcome = output.decode().strip()
+    return {**figures, "outcome": outcome} if outcome else figures

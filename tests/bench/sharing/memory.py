@@ -1,0 +1,135 @@
+"""Loads that cost a proxy memory or work out of proportion to their bytes, each beside a bystander."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+from collections.abc import Awaitable, Callable
+
+import click
+import uvloop
+
+from proto.framing import frame
+from proto.pb import rpc_pb2
+from tests.bench.sharing.bystander import beside, port_of
+from tests.bench.sharing.front import Figures, Front, Scenario
+from tests.etcd.server import EtcdServer
+from tests.proxy.raw_client import RawClient
+from tests.proxy.running import direct
+from tests.waiting import until_async
+
+MODULE = "tests.bench.sharing.memory"
+HISTORY_EVENTS = 19_500
+REPLAYS = 300
+BOMBS = 10
+BOMB_BYTES = 64 * 2**20
+RANGE = rpc_pb2.WatchCreateRequest.FilterType
+
+
+async def fill(etcd: EtcdServer, key: bytes, count: int, value: bytes = b"v") -> int:
+    """Put a key `count` times, some at a time; return the last revision."""
+    async with direct(etcd) as store:
+        for _ in range(0, count, 50):
+            await asyncio.gather(*[store.put(key, value) for _ in range(50)])
+        return await store.revision()
+
+
+def filtered_replays(front: Front) -> Figures:
+    """300 NOPUT watches, each from a start of its own, over a history of 19,500 puts: nothing of it is sent."""
+
+    async def run(address: str) -> Figures:
+        async with await RawClient.connect(port_of(address)) as keeper:
+            stream = keeper.watch()
+            stream.create(b"history")
+            first = (await stream.created()).header.revision
+            last = await fill(etcd, b"history", HISTORY_EVENTS)
+            await until_async(lambda: stream.responses[-1].header.revision >= last, "all events", 30)
+            return await beside(front, etcd, address, MODULE, "filtered_replays", str(first + 1))
+
+    with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
+        return uvloop.run(run(address))
+
+
+async def load_filtered_replays(port: int, first: str) -> str:
+    """Open them, and wait until each is caught up: a progress request is answered."""
+    async with await RawClient.connect(port) as client:
+        stream = client.watch()
+        requests = [
+            rpc_pb2.WatchRequest(
+                create_request=rpc_pb2.WatchCreateRequest(
+                    key=b"history", start_revision=int(first) + place, filters=[RANGE.NOPUT]
+                )
+            )
+            for place in range(REPLAYS)
+        ]
+        stream.raw.send_raw(b"".join(frame(request.SerializeToString()) for request in requests))
+        await until_async(lambda: len(stream.raw.messages) >= REPLAYS, "all to be created", 60)
+        # etcd drops a request that it cannot answer yet, so it is repeated.
+        for _ in range(600):
+            stream.progress()
+            try:
+                await until_async(lambda: len(stream.raw.messages) > REPLAYS, "progress", 0.1)
+                return ""
+            except AssertionError:
+                continue
+        raise AssertionError("no progress")
+
+
+def gzip_bomb(front: Front) -> Figures:
+    """10 puts under --namespace of 64 KiB each, which inflate to 64 MiB: far beyond what etcd takes."""
+    with EtcdServer() as etcd, front.before(etcd.endpoint, "--namespace=/n/") as address:
+        return uvloop.run(beside(front, etcd, address, MODULE, "gzip_bomb"))
+
+
+async def load_gzip_bomb(port: int) -> str:
+    """Send them and say what becomes of them."""
+    put = rpc_pb2.PutRequest(key=b"k", value=bytes(BOMB_BYTES)).SerializeToString()
+    message = gzip.compress(put)
+    framed = b"\1" + len(message).to_bytes(4, "big") + message
+    async with await RawClient.connect(port) as client:
+        calls = []
+        for _ in range(BOMBS):
+            call = client.call("/etcdserverpb.KV/Put", [("grpc-encoding", "gzip")])
+            await _send(client, call.id, framed)
+            calls.append(call)
+        for call in calls:
+            await call.end(120)
+        return ", ".join(sorted({f"status {call.status}" for call in calls}))
+
+
+async def _send(client: RawClient, stream_id: int, data: bytes) -> None:
+    """Send more than the window takes at once; the server may end the call meanwhile."""
+    while data and not client.streams[stream_id].over:
+        room = min(client.h2.local_flow_control_window(stream_id), client.h2.max_outbound_frame_size)
+        if room > 0:
+            client.h2.send_data(stream_id, data[:room])
+            data = data[room:]
+            client.flush()
+        await asyncio.sleep(0)
+    if not client.streams[stream_id].over:
+        client.h2.end_stream(stream_id)
+        client.flush()
+
+
+LOADS: dict[str, Callable[..., Awaitable[str]]] = {
+    "filtered_replays": load_filtered_replays,
+    "gzip_bomb": load_gzip_bomb,
+}
+SCENARIOS: dict[str, Scenario] = {"filtered replays": filtered_replays, "gzip bomb": gzip_bomb}
+
+
+@click.command()
+@click.argument("load", type=click.Choice(list(LOADS)))
+@click.argument("arguments", nargs=-1)
+@click.argument("port", type=int)
+def main(load: str, arguments: tuple[str, ...], port: int) -> None:
+    """Put a LOAD on what listens at PORT, and print what became of it."""
+    click.echo(uvloop.run(_said(LOADS[load](port, *arguments))))
+
+
+async def _said(load: Awaitable[str]) -> str:
+    return await load
+
+
+if __name__ == "__main__":
+    main()
