@@ -147,6 +147,23 @@ class Payload:
         )
 
 
+class Bookmark(Payload):
+    """Progress of watches that are complete through the revision of a header: a message without events."""
+
+    __slots__ = ()
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        # What is still needed, if it is handed back: it takes nobody back.
+        self.first_revision = header.revision + 1
+        self.last_revision = header.revision
+        self.event_count = 0
+        self._joined = (b"",)
+        self.size = len(header.encoded) + PREFIX_BYTES
+        self._remembered = {}
+        self._bytes_left = _REMEMBERED_BYTES_MAX
+
+
 class Batch:
     """Events of whole revisions, in order. Never empty; never changed."""
 

@@ -33,6 +33,7 @@ from coalesce.inputs import CreateRequest, Granted, Identity, Lost, Refusal
 from coalesce.invariants import check
 from coalesce.joining import Joining, Read
 from coalesce.limits import Limits
+from coalesce.notifying import Notifying
 from coalesce.progress import Progress
 from coalesce.replay import Replays
 from coalesce.session import PendingCreate, Session, Watch
@@ -53,6 +54,7 @@ class Coalescer:
         hub.backfills = Backfills(hub)
         hub.replays = Replays(hub)
         hub.progress = Progress(hub)
+        hub.notifying = Notifying(hub)
         hub.endings = Endings(hub)
         self.deadline_moved = True
         """`next_deadline` may be sooner than when it was last asked. Not so after an event like any other."""
@@ -78,12 +80,13 @@ class Coalescer:
 
     @property
     def ordered_progress(self) -> bool:
-        """Whether manual progress is built on; may be set when etcd's version becomes known, or changes."""
+        """Whether manual progress is built on; to be set for each new connection to etcd, by etcd's version."""
         return self._hub.ordered_progress
 
     @ordered_progress.setter
     def ordered_progress(self, ordered: bool) -> None:
         self._hub.ordered_progress = ordered
+        self._hub.notifying.pace.start_over(self._hub.now)
 
     # a client asks
 
@@ -206,6 +209,9 @@ class Coalescer:
             hub.endings.canceled(upstream, response)
         elif not response.created and not response.events:
             hub.progress.proven(upstream, response.header.revision)
+            hub.progress.settle_waiting()
+            if isinstance(owner, Trunk):
+                hub.notifying.notified(owner)
         return self._finish()
 
     def progressed(self, upstreams: Iterable[Upstream], header: Header, number: int, now: float) -> list[Effect]:
@@ -251,6 +257,9 @@ class Coalescer:
             # At once.
             return first
         first = hub.progress.next_deadline()
+        at = hub.notifying.next_deadline()
+        if at is not None and (first is None or at < first):
+            first = at
         at = hub.ledger.next_deadline()
         if at is not None and (first is None or at < first):
             first = at
@@ -270,6 +279,7 @@ class Coalescer:
         hub.trunks.expire()
         hub.ledger.expire(hub.now)
         hub.endings.too_far_behind()
+        hub.notifying.expire()
         hub.progress.expire()
         hub.replays.expire()
         return self._finish()

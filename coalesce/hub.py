@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from coalesce.backfill import Backfill, Backfills
     from coalesce.ending import Endings
     from coalesce.joining import Joining
+    from coalesce.notifying import Notices, Notifying
     from coalesce.progress import Progress
     from coalesce.replay import Replays
     from coalesce.source import Upstream
@@ -41,7 +42,8 @@ class Hub:
         "ledger",
         "limits",
         "lingers",
-        "notifies",
+        "notices",
+        "notifying",
         "now",
         "ordered_progress",
         "progress",
@@ -60,6 +62,7 @@ class Hub:
     backfills: Backfills
     endings: Endings
     joining: Joining
+    notifying: Notifying
     progress: Progress
     replays: Replays
     trunks: Trunks
@@ -91,8 +94,8 @@ class Hub:
         self.upstreams_listed: tuple[Upstream, ...] | None = ()
         # Trunks without watches.
         self.lingers: Timers[Trunk] = Timers()
-        # Watches with progress_notify.
-        self.notifies: Timers[Watch] = Timers()
+        # Trunks with watches that asked for progress_notify.
+        self.notices: Timers[Notices] = Timers()
 
     def open_upstream(self, upstream: Upstream) -> None:
         """Have an upstream watch opened."""

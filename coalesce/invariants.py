@@ -22,6 +22,7 @@
 17. The gauges count what is there.
 18. Nothing that has ended is anywhere.
 19. Between two rings of the timer no more of the histories is looked at than allowed, but for one session's share.
+20. A trunk's notices list those of its watches that asked for progress_notify, and while there are any a timer is set.
 """
 
 from __future__ import annotations
@@ -161,6 +162,11 @@ def _check_trunk(hub: Hub, trunk: Trunk) -> None:
         _need(1, watch.session.watches.get(watch.watch_id) is watch, watch)
     for create in trunk.joining:
         _need(18, not create.session.ended and create.trunk is trunk, "a create that is gone holds a trunk")
+    asked = {watch for watch in trunk.watches if watch.progress_notify}
+    notices = trunk.notices
+    listed = {watch for alike in notices.watches.values() for watch in alike} if notices is not None else set()
+    _need(20, asked == listed and (notices is not None) == bool(asked), "the watches that asked for progress_notify")
+    _need(20, notices is None or notices.timer_at is not None, "no timer for progress_notify")
     used = bool(trunk.watches or trunk.joining)
     _need(11, used == (trunk.timer_at is None), "a trunk lingers if and only if nobody uses it")
 

@@ -67,7 +67,8 @@ class Limits:
     progress_retry_s: float = 0.1
     # The longest pause between such requests; they double from progress_retry_s while nothing comes of them.
     progress_retry_s_max: float = 1.0
-    # progress_notify watches are told where they are this often: etcd's --watch-progress-notify-interval.
+    # Quiet watches that asked for progress_notify get progress at least this often, and at etcd's own interval
+    # (--watch-progress-notify-interval) in any case.
     progress_notify_s: float = 600.0
 
     # A session that has been behind without a break for longer is ended; None = never. Age, not size: a false

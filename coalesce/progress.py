@@ -90,7 +90,6 @@ class Progress:
         "_bookmark_at",
         "_hub",
         "_in_flight",
-        "_notifying",
         "_pause_s",
         "_retry_at",
         "_soon_at",
@@ -104,8 +103,6 @@ class Progress:
         # Sessions with progress_needs.
         self.waiting: dict[Session, None] = {}
         self.targets = Targets()
-        # Watches whose progress_notify is due, and the request whose proof will do.
-        self._notifying: dict[Watch, int] = {}
         # The newest request has not been answered by anybody.
         self._in_flight = False
         # The number of the newest request that somebody wants made.
@@ -143,15 +140,13 @@ class Progress:
     def began(self, watch: Watch) -> None:
         """Take note of a new watch."""
         hub = self._hub
-        if watch.progress_notify:
-            hub.notifies.start(watch, hub.now + hub.limits.progress_notify_s)
+        hub.notifying.began(watch)
         if self._bookmark_at is None:
             self._bookmark_at = hub.now + hub.limits.bookmark_s / _LOOKS
 
     def forget(self, watch: Watch) -> None:
         """A watch is gone; with the last one of its session goes what the session has asked."""
-        self._notifying.pop(watch, None)
-        self._hub.notifies.stop(watch)
+        self._hub.notifying.forget(watch)
         if not watch.session.watches:
             self.forget_session(watch.session)
 
@@ -190,17 +185,20 @@ class Progress:
 
     def next_deadline(self) -> float | None:
         """Return when something is to be done next."""
-        first = self._hub.notifies.next_deadline()
+        first: float | None = None
         for at in (self._soon_at, self._retry_at, self._bookmark_at):
             if at is not None and (first is None or at < first):
                 first = at
         return first
 
+    def settle_waiting(self) -> None:
+        """Answer those who can be answered, since something was proven. Nothing has been delivered in this input."""
+        if self.waiting:
+            self._settle()
+
     def expire(self) -> None:
         """Do what is due."""
         hub = self._hub
-        for watch in hub.notifies.due(hub.now):
-            self._notify_due(watch)
         if self._bookmark_at is not None and self._bookmark_at <= hub.now:
             self._look_at_bookmarks()
         if self._soon_at is not None and self._soon_at <= hub.now:
@@ -212,16 +210,16 @@ class Progress:
         """Answer a session that waits, if it can be answered now."""
         hub = self._hub
         revision = self._reached(session)
-        if revision is None or not self._is_fresh(revision, session.progress_needs[0]):
+        if revision is None or not self.is_fresh(revision, session.progress_needs[0]):
             return
         session.progress_revision = revision
-        session.progress_needs = tuple(needs for needs in session.progress_needs if not self._is_fresh(revision, needs))
+        session.progress_needs = tuple(needs for needs in session.progress_needs if not self.is_fresh(revision, needs))
         if not session.progress_needs:
             self.waiting.pop(session, None)
         hub.stats.progress_answers += 1
         hub.answer(session, NO_WATCH_ID, hub.header_now(revision))
 
-    def _is_fresh(self, revision: int, needs: int) -> bool:
+    def is_fresh(self, revision: int, needs: int) -> bool:
         """Whether etcd is known to have had no more than `revision` at some time after that request was made."""
         target = self.targets.of(needs)
         return target is not None and target <= revision
@@ -245,35 +243,9 @@ class Progress:
         """Tell all who wait what can be told now. Nothing has been delivered yet in this input."""
         for session in tuple(self.waiting):
             self._answer(session)
-        for watch, needs in tuple(self._notifying.items()):
-            if watch.place is not Place.IN_STEP or watch.source is not watch.trunk or self._had_events(watch):
-                del self._notifying[watch]
-                continue
-            reached = watch.trunk.next_revision - 1
-            if reached >= watch.progress_floor and self._is_fresh(reached, needs):
-                del self._notifying[watch]
-                self._notify(watch, reached)
-        if not self.waiting and not self._notifying:
+        self._hub.notifying.settle()
+        if not self.waiting and not self._hub.notifying.asking:
             self.targets.clear()
-
-    def _notify_due(self, watch: Watch) -> None:
-        """Tell a quiet watch where it is, as soon as that is proven; not one that was sent events in the meantime."""
-        hub = self._hub
-        hub.notifies.start(watch, hub.now + hub.limits.progress_notify_s)
-        if watch.place is Place.IN_STEP and watch.source is watch.trunk and not self._had_events(watch):
-            # One that is overdue keeps its place: on servers that prove seldom it would never be reached.
-            self._notifying.setdefault(watch, hub.progress_serial + 1)
-            self.want()
-        watch.noted_revision = watch.last_sent_revision
-
-    def _had_events(self, watch: Watch) -> bool:
-        return watch.last_sent_revision > watch.noted_revision
-
-    def _notify(self, watch: Watch, revision: int) -> None:
-        hub = self._hub
-        watch.progress_floor = revision
-        hub.stats.progress_notifies += 1
-        hub.answer(watch.session, watch.watch_id, hub.header_now(revision))
 
     def _look_at_bookmarks(self) -> None:
         hub = self._hub
@@ -291,12 +263,12 @@ class Progress:
         # Events may have done as proof.
         self._settle()
         backfills = [backfill for backfill in self._hub.backfills.open if self._may_prove(backfill)]
-        if not self.waiting and not self._notifying and not backfills:
+        if not self.waiting and not hub.notifying.asking and not backfills:
             self._in_flight = False
             self._retry_at = None
             return
         self._pause_s = min(self._pause_s * 2, self._hub.limits.progress_retry_s_max)
-        asks = bool(self.waiting or self._notifying)
+        asks = bool(self.waiting or hub.notifying.asking)
         if not hub.ordered_progress:
             # One answer that tells the revision will do; what is to prove it comes by itself.
             asks = asks and self.targets.of(self._wanted) is None
@@ -328,5 +300,5 @@ class Progress:
         if hub.ordered_progress:
             self._in_flight = True
             hub.stats.progress_asked += 1
-        if hub.ordered_progress or self.waiting or self._notifying:
+        if hub.ordered_progress or self.waiting or hub.notifying.asking:
             hub.effects.append(RequestProgress(hub.all_upstreams(), hub.progress_serial))

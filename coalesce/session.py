@@ -55,7 +55,6 @@ class Watch:
         "sent_revision",
         "session",
         "source",
-        "timer_at",
         "trunk",
         "variant",
         "watch_id",
@@ -83,10 +82,8 @@ class Watch:
         self.progress_floor = request.start_revision if request.start_revision is not None else position - 1
         # Of the last event it was sent, or a little later; while it is in a group the group's counts too.
         self.sent_revision = position - 1
-        # `sent_revision` when its progress_notify was last due.
+        # What `sent_revision` was at first.
         self.noted_revision = position - 1
-        # When its progress_notify is due; None = never.
-        self.timer_at: float | None = None
 
     @property
     def next_revision(self) -> int:

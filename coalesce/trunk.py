@@ -23,12 +23,25 @@ from proto.scan import Header
 if TYPE_CHECKING:
     from coalesce.backfill import Backfill
     from coalesce.hub import Hub
+    from coalesce.notifying import Notices
 
 
 class Trunk(Source):
     """The upstream watch of a range, its history and all watches of that range."""
 
-    __slots__ = ("backfills", "joining", "opening", "prev_kv_from", "prev_kv_watches", "timer_at", "upgrade", "watches")
+    __slots__ = (
+        "backfills",
+        "joining",
+        "noticed_at",
+        "noticed_events",
+        "notices",
+        "opening",
+        "prev_kv_from",
+        "prev_kv_watches",
+        "timer_at",
+        "upgrade",
+        "watches",
+    )
 
     def __init__(self, hub: Hub, key: bytes, range_end: bytes, start_revision: int | None, prev_kv: bool) -> None:
         super().__init__(hub, key, range_end, start_revision or 0, prev_kv)
@@ -45,6 +58,11 @@ class Trunk(Source):
         self.prev_kv_from: int | None = (start_revision or 0) if prev_kv else None
         # The second upstream watch, with prev_kv, that is to take over.
         self.upgrade: Backfill | None = None
+        # Those of its watches that asked for progress_notify; None = there are none.
+        self.notices: Notices | None = None
+        # When etcd notified it last, and how many events it had received by then.
+        self.noticed_at = -1.0
+        self.noticed_events = 0
         # When it has lingered long enough; None = it is in use.
         self.timer_at: float | None = None
         self.open(start_revision, prev_kv, False)

@@ -385,7 +385,9 @@ class Engine:
     def _deliver(self, effect: Deliver) -> None:
         """Write one payload to many watches."""
         watches = effect.watches
-        self._deliver_in(self._order_of(watches) if len(watches) >= RUN_WATCHES_MIN else None, effect)
+        # Progress goes to a list of its own each time: its order would not be needed again.
+        ordered = len(watches) >= RUN_WATCHES_MIN and effect.payload.event_count
+        self._deliver_in(self._order_of(watches) if ordered else None, effect)
 
     def _deliver_in(self, order: Order | None, effect: Deliver) -> None:
         payload, watches = effect.payload, effect.watches
@@ -411,6 +413,9 @@ class Engine:
         """
         payload, watches = effect.payload, effect.watches
         count = len(watches)
+        if not payload.event_count:
+            self._deliver_in(None, effect)
+            return
         if count >= RUN_WATCHES_MIN:
             order = self._order_of(watches)
             if order is None or order.runs or payload.size > BULKY_BYTES:

@@ -291,7 +291,8 @@ class Watch:
     watch_progress_notify_interval_s: Annotated[
         float,
         _knob(
-            "Tell quiet watches that asked for progress_notify how far they are, this often.",
+            "Send progress at least this often to quiet watches that asked for progress_notify. They get it at "
+            "etcd's own interval in any case; this can only make it more frequent.",
             Kind.SECONDS,
             gt=0,
             from_etcd=True,

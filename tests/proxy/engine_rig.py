@@ -234,4 +234,6 @@ def payload_of(*texts: bytes) -> Any:
     def columns(ids: Any) -> Any:
         return list(zip(*[pieces(watch_id) for watch_id, _, count in ids for _ in range(count)], strict=True))
 
-    return SimpleNamespace(pieces=pieces, columns=columns, message=message, size=sum(map(len, texts)))
+    return SimpleNamespace(
+        pieces=pieces, columns=columns, message=message, size=sum(map(len, texts)), event_count=len(texts)
+    )

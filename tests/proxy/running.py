@@ -58,9 +58,9 @@ class Etcd:
 
 
 @asynccontextmanager
-async def direct(etcd: EtcdServer) -> AsyncIterator[Etcd]:
-    """Yield calls straight to `etcd`."""
-    client = Etcd(etcd.endpoint)
+async def direct(etcd: EtcdServer | str) -> AsyncIterator[Etcd]:
+    """Yield calls straight to `etcd` (or an endpoint)."""
+    client = Etcd(etcd if isinstance(etcd, str) else etcd.endpoint)
     try:
         yield client
     finally:

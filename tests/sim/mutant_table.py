@@ -144,6 +144,10 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
         "self.targets.learn(number, header.revision)",
         "self.targets.learn(hub.progress_serial, header.revision)",
     ),
+    Mutant(
+        "a notification of etcd is kept back", "notifying", "if trunk.notices is not None and not trunk.opening", "if 0"
+    ),
+    Mutant("a watch is notified before its start", "notifying", "and watch.progress_floor < trunk.next_revision", ""),
     # Leaks.
     Mutant("a backfill stays open", "backfill", "if not source.watches and not source.upstream.closed", "if False"),
     Mutant("a trunk lingers for ever", "trunk", "hub.lingers.start(trunk, hub.now + hub.limits.linger_s)", "pass"),

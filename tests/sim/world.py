@@ -525,7 +525,7 @@ class World:
         until = self.now + seconds
         if self.config.late_timers:
             self.now = until
-        for _ in range(1000):
+        for _ in range(10_000):
             deadline = self._rings_at = self.core.next_deadline()
             if deadline is None or deadline > until:
                 break

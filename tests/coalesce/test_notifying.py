@@ -1,0 +1,276 @@
+"""progress_notify: as often as etcd sends it, to every watch that asked and was quiet."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from coalesce import Limits
+from coalesce.notifying import PACE_S_MIN, UNKNOWN_PACE_S, WATCHES_PER_STEP, Pace
+from coalesce.source import Upstream
+from tests.coalesce.shell import Shell, put
+
+# Etcd's interval in these stories: kubeadm's.
+INTERVAL_S = 5.0
+
+
+def learn_the_pace(shell: Shell) -> Upstream:
+    """Have another trunk, which is quiet, be notified at etcd's interval; return it."""
+    quiet = shell.trunk(5, shell.client(), b"quiet")
+    shell.bookmark(quiet, 5)
+    for _ in range(2):
+        shell.wait(INTERVAL_S)
+        shell.bookmark(quiet, 5)
+    return quiet
+
+
+def test_notifications_of_etcd_are_passed_on() -> None:
+    shell = Shell()
+    client, other, without = shell.client(), shell.client(), shell.client()
+    trunk = shell.trunk(5, client, progress_notify=True)
+    other.create(start=6, watch_id=7, progress_notify=True)
+    without.create(start=6)
+    other.read(), without.read()
+    for revision in (6, 9, 9):
+        shell.bookmark(trunk, revision)
+        assert client.read() == [f"#0 @{revision} progress"]
+        assert other.read() == [f"#7 @{revision} progress"]
+        shell.wait(INTERVAL_S)
+    assert without.read() == []
+    # Etcd's own pace is enough: nothing was asked for.
+    assert shell.asked == []
+    assert shell.core.stats.progress_notifies == 6
+
+
+def test_a_watch_that_had_events_is_left_out_once() -> None:
+    """As at etcd: a filter that dropped the event makes a watch a quiet one."""
+    shell = Shell()
+    client, filtered = shell.client(), shell.client()
+    trunk = shell.trunk(5, client, progress_notify=True)
+    filtered.create(start=6, progress_notify=True, no_put=True)
+    filtered.read()
+    shell.events(trunk, put(6))
+    shell.bookmark(trunk, 8)
+    assert client.read() == ["#0 @6 put 6 k=v"]
+    assert filtered.read() == ["#0 @8 progress"]
+    shell.bookmark(trunk, 8)
+    assert client.read() == filtered.read() == ["#0 @8 progress"]
+
+
+def test_no_progress_before_a_start_or_to_who_is_behind() -> None:
+    shell = Shell()
+    slow, future = shell.client(), shell.client()
+    trunk = shell.trunk(5, slow, progress_notify=True)
+    future.create(start=9, progress_notify=True)
+    future.read()
+    slow.stall()
+    shell.events(trunk, put(6))
+    shell.bookmark(trunk, 8)
+    assert (future.read(), slow.unsent) == ([], ["#0 @6 put 6 k=v"])
+    slow.drain()
+    shell.bookmark(trunk, 9)
+    assert slow.read() == ["#0 @6 put 6 k=v", "#0 @9 progress"]
+    assert future.read() == ["#0 @9 progress"]
+
+
+def test_progress_that_is_handed_back_takes_nobody_back() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client, progress_notify=True)
+    client.create(start=6, progress_notify=True)
+    client.read()
+    client.stall()
+    # The second of its watches is in the same delivery as the first, whose message stalls it.
+    shell.bookmark(trunk, 9)
+    assert client.unsent == ["#0 @9 progress"]
+    client.drain()
+    shell.events(trunk, put(10))
+    assert client.read() == ["#0 @9 progress", "#0 @10 put 10 k=v", "#1 @10 put 10 k=v"]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_quiet_watch_on_a_busy_trunk_keeps_the_pace(ordered: bool) -> None:
+    """Etcd leaves the trunk out, since it has events; the watch has none."""
+    shell = Shell(ordered_progress=ordered)
+    client, busy = shell.client(), shell.client()
+    trunk = shell.trunk(5, client, progress_notify=True, no_put=True)
+    busy.create(start=6, progress_notify=True)
+    quiet = learn_the_pace(shell)
+    client.read(), busy.read()
+    found, revision = [], 100
+    for _ in range(100):
+        shell.wait(0.5)
+        revision += 1
+        shell.events(trunk, put(revision))
+        if shell.now % INTERVAL_S == 0:
+            shell.bookmark(quiet, revision)
+        found += [(shell.now, line) for line in client.read()]
+        assert all("put" in line for line in busy.read())
+    at = [each for each, _ in found]
+    assert len(at) >= 9
+    assert max(later - earlier for earlier, later in itertools.pairwise(at)) <= 1.1 * INTERVAL_S + 0.5
+    told = [int(line.split("@")[1].split()[0]) for _, line in found]
+    assert told == sorted(told)
+    # Not older than the interval, whatever etcd answers.
+    assert told[-1] >= revision - 2 * 2 * INTERVAL_S
+
+
+def test_it_is_as_new_as_its_time_where_etcd_answers() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client, progress_notify=True, no_put=True)
+    learn_the_pace(shell)
+    client.read()
+    shell.events(trunk, put(20))
+    while not shell.asked:
+        shell.wait(0.1)
+    assert client.read() == []
+    shell.progressed(30)
+    assert client.read() == ["#0 @30 progress"]
+
+
+def test_a_new_watch_does_not_wait_for_a_quiet_interval() -> None:
+    """Etcd leaves its trunk out, because of an event from before; directly it would not leave out the watch."""
+    shell = Shell(ordered_progress=False)
+    trunk = shell.trunk(5, shell.client())
+    learn_the_pace(shell)
+    shell.events(trunk, put(6))
+    client = shell.client()
+    client.create(progress_notify=True)
+    shell.read_now(6)
+    client.read()
+    shell.wait(1.1 * INTERVAL_S)
+    assert client.read() == ["#0 @6 progress"]
+
+
+def test_while_no_pace_is_known_busy_trunks_have_the_shortest() -> None:
+    """All trunks are busy, so that etcd never notifies any."""
+    shell = Shell(ordered_progress=False)
+    client = shell.client()
+    trunk = shell.trunk(5, client, progress_notify=True, no_put=True)
+    at, revision = [], 5
+    for _ in range(100):
+        shell.wait(0.1)
+        revision += 1
+        shell.events(trunk, put(revision))
+        at += [shell.now for _ in client.read()]
+    assert len(at) >= 8
+    assert max(later - earlier for earlier, later in itertools.pairwise(at)) <= 1.2 * UNKNOWN_PACE_S
+
+
+def test_a_quiet_trunk_that_etcd_does_not_notify_makes_it_rarer() -> None:
+    """The interval must be longer than half of the time in which nothing came."""
+    shell = Shell(ordered_progress=False)
+    quiet, client = shell.client(), shell.client()
+    shell.trunk(5, quiet, b"quiet", progress_notify=True)
+    trunk = shell.trunk(5, client, progress_notify=True, no_put=True)
+    shell.wait(60)
+    at, revision = [], 5
+    for _ in range(120):
+        shell.wait(1)
+        revision += 1
+        shell.events(trunk, put(revision))
+        at += [shell.now for _ in client.read()]
+    assert 2 <= len(at) <= 5
+    assert quiet.read() == []
+
+
+def test_a_setting_of_our_own_makes_it_more_frequent() -> None:
+    shell = Shell(Limits(progress_notify_s=2))
+    client = shell.client()
+    trunk = shell.trunk(5, client, progress_notify=True)
+    learn_the_pace(shell)
+    client.read()
+    for revision in range(10, 15):
+        shell.wait(2)
+        shell.progressed(revision)
+        assert client.read() == [f"#0 @{revision} progress"]
+    # And never less frequent.
+    shell = Shell(Limits(progress_notify_s=600))
+    client = shell.client()
+    trunk = shell.trunk(5, client, progress_notify=True)
+    shell.wait(1)
+    shell.bookmark(trunk, 7)
+    assert client.read() == ["#0 @7 progress"]
+
+
+def test_a_notification_that_is_overdue_is_asked_for() -> None:
+    """Etcd has lost it, or the trunk registered anew between two."""
+    shell = Shell()
+    client = shell.client()
+    shell.trunk(5, client, progress_notify=True)
+    learn_the_pace(shell)
+    shell.wait(1.2 * INTERVAL_S + 0.6)
+    shell.progressed(8)
+    assert client.read() == ["#0 @8 progress"]
+
+
+def test_a_large_round_is_made_in_steps() -> None:
+    shell = Shell()
+    clients = [shell.client() for _ in range(WATCHES_PER_STEP + 10)]
+    trunk = shell.trunk(5, clients[0], progress_notify=True)
+    for client in clients[1:]:
+        client.create(start=6, progress_notify=True)
+        client.read()
+    shell.bookmark(trunk, 9)
+    assert sum(len(client.lines) for client in clients) == WATCHES_PER_STEP
+    shell.events(trunk, put(10))
+    shell.settle()
+    # Those who waited had an event meanwhile.
+    assert sum(len(client.lines) for client in clients) == WATCHES_PER_STEP + len(clients)
+    shell.bookmark(trunk, 11)
+    shell.bookmark(trunk, 12)
+    shell.settle()
+    assert all(client.read()[-1] == "#0 @12 progress" for client in clients)
+
+
+def test_the_pace_is_learnt_from_spacings_and_not_from_one_alone() -> None:
+    pace = Pace()
+    assert (pace.is_known, pace.seconds) == (False, UNKNOWN_PACE_S)
+    pace.learn(5.2, 10.0)
+    # Of the same tick, on the same stream.
+    for _ in range(5):
+        pace.learn(5.2, 10.0)
+    assert not pace.is_known
+    # Held up on its way, and so close to the next one.
+    pace.learn(7.2, 17.2)
+    pace.learn(3.2, 20.4)
+    pace.learn(PACE_S_MIN / 2, 20.5)
+    assert not pace.is_known
+    pace.learn(5.4, 25.8)
+    pace.learn(5.2, 31.0)
+    assert (pace.is_known, pace.seconds) == (True, 5.2)
+    pace.learn(50.0, 81.0)
+    assert pace.seconds == 5.2
+    pace.start_over(82.0)
+    assert not pace.is_known
+
+
+def test_another_connection_has_another_pace() -> None:
+    shell = Shell(ordered_progress=False)
+    client = shell.client()
+    trunk = shell.trunk(5, client, progress_notify=True)
+    shell.bookmark(trunk, 5)
+    shell.wait(2)
+    shell.core.ordered_progress = False
+    shell.wait(30)
+    # What lies between is a break and no interval.
+    shell.bookmark(trunk, 5)
+    for _ in range(2):
+        assert not shell.core._hub.notifying.pace.is_known
+        shell.wait(2)
+        shell.bookmark(trunk, 5)
+    assert shell.core._hub.notifying.pace.seconds == 2
+
+
+def test_who_asks_on_an_old_server_is_answered_by_a_notification() -> None:
+    """It is in order with the events everywhere; the answers to requests are not."""
+    shell = Shell(ordered_progress=False)
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.progress()
+    shell.probed(8)
+    assert client.read() == []
+    shell.bookmark(trunk, 8)
+    assert client.read() == ["#-1 @8 progress"]
