@@ -174,6 +174,10 @@ class Passthrough:
         except Refusal as refusal:
             relay.refuse(refusal)
 
+    def is_unserved(self, call: UpstreamCall, status: int, message: str) -> bool:
+        """Tell whether a member refused a call because it does not serve, while another one does."""
+        return self._pool.answered(call.connection, status, message)
+
     def hold_back(self, relay: Relay, size: int) -> None:
         """Count `size` bytes more that a client has to read; reset calls when that is too much."""
         stats = self.stats
@@ -392,9 +396,15 @@ class Relay:
         if self.done:
             return
         lost = call.reset_code is None and not trailers
-        harmless = call.unprocessed or (lost and self._request_over and self._reads)
+        harmless = (
+            call.unprocessed
+            or (lost and self._request_over and self._reads)
+            # Asked for each answer that is not OK: this is how the pool learns which members do not serve.
+            or (status != Status.OK and self._owner.is_unserved(call, status, message) and not self._answered)
+        )
         if harmless and self._request is not None and self._tries_left:
-            self._tries_left -= 1
+            # A connection that ends in good order has done its part: that is not a failed try.
+            self._tries_left -= not call.rotated
             self._owner.again(self)
             return
         self._give_up()

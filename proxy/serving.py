@@ -71,6 +71,7 @@ def upstream_settings(settings: Settings) -> UpstreamSettings:
             keepalive_s=upstream.dial_keepalive_time_s,
             keepalive_timeout_s=upstream.dial_keepalive_timeout_s,
         ),
+        connections_per_endpoint_max=upstream.connections_per_endpoint_max,
         watch_message_bytes_max=upstream.watch_message_bytes_max,
     )
 

@@ -206,6 +206,15 @@ UPSTREAM: Final = {
     "backoff_first_s": Row(NOTHING, "upstream/test_endpoints.py::test_backoff_is_at_once_and_then_doubles_to_a_bound"),
     "backoff_max_s": Row(NOTHING, "upstream/test_endpoints.py::test_backoff_is_at_once_and_then_doubles_to_a_bound"),
     "stagger_s": Row(NOTHING, "upstream/test_watch.py::test_an_endpoint_that_says_nothing_holds_nobody_up"),
+    "connections_per_endpoint_max": Row(
+        "watchmux_upstream_streams_waiting",
+        "upstream/test_watch.py::test_streams_wait_for_a_place_and_that_is_reported",
+    ),
+    "surplus_idle_s": Row(NOTHING, "upstream/test_connections.py::test_connections_that_are_not_needed_are_closed"),
+    "place_wait_s": Row(
+        "watchmux_upstream_streams_waiting",
+        "upstream/test_connections.py::test_a_lack_of_places_is_reported_and_its_end_too",
+    ),
     "status_timeout_s": Row(
         _UPSTREAM % "status_timeout_s", f"{_UP}test_what_the_watch_client_asks_for_in_vain_is_counted"
     ),

@@ -48,6 +48,9 @@ from upstream.transport import open_transport
 _PING: Final = b"watchmux"
 _FIRST_BYTES_MAX: Final = 512
 _SETTINGS_FRAME: Final = 4
+# From this stream id on a connection takes no new calls. They end at 2^31 (RFC 9113 5.1.1); the rest is room for calls
+# that have begun meanwhile.
+_STREAM_ID_WORN: Final = 2**30
 
 
 def _nobody(begins: bool) -> None:
@@ -82,10 +85,20 @@ class CallHandler(Protocol):
 class UpstreamCall:
     """One call: a stream and who is told about it."""
 
-    __slots__ = ("_connection", "ended", "handler", "http_status", "owed", "reset_code", "stream", "unprocessed")
+    __slots__ = (
+        "connection",
+        "ended",
+        "handler",
+        "http_status",
+        "owed",
+        "reset_code",
+        "rotated",
+        "stream",
+        "unprocessed",
+    )
 
     def __init__(self, connection: ClientConnection, stream: Stream, handler: CallHandler) -> None:
-        self._connection = connection
+        self.connection = connection
         self.stream = stream
         self.handler = handler
         # Over: by its trailers, by a reset of either side, or with the connection.
@@ -98,6 +111,8 @@ class UpstreamCall:
         self.reset_code: ErrorCode | None = None
         # The server has not looked at it, so that it can safely be sent again (RFC 9113 8.7).
         self.unprocessed = False
+        # That is so because the server was ending the connection (GOAWAY) when the call reached it.
+        self.rotated = False
 
     @property
     def blocked(self) -> bool:
@@ -108,7 +123,7 @@ class UpstreamCall:
         """Send bytes of the body, `size` in all; `end` half-closes. False: wait for `on_drained` before more."""
         if self.ended:
             return True
-        return self._connection.write(self.stream, pieces, size, end)
+        return self.connection.write(self.stream, pieces, size, end)
 
     def end(self) -> None:
         """Half-close: nothing more will be written."""
@@ -118,13 +133,13 @@ class UpstreamCall:
         """End the call at once; its handler is told nothing more."""
         if not self.ended:
             self.ended = True
-            self._connection.reset(self, code)
+            self.connection.reset(self, code)
 
     def consumed(self, size: int) -> None:
         """Give back `size` bytes of flow control, so that the server may send as many again. Not needed at the end."""
         if not self.ended:
             self.owed -= size
-            self._connection.consumed(self.stream, size)
+            self.connection.consumed(self.stream, size)
 
 
 class ClientConnection(asyncio.Protocol):
@@ -147,6 +162,14 @@ class ClientConnection(asyncio.Protocol):
         self.healthy = False
         # Why it is over; None while it lives or after a `close` of ours.
         self.failure: Unreachable | None = None
+        # It takes no calls any more because the server ended it in good order, or because its stream ids are used up.
+        self.ended_well = False
+        # Calls that the server has answered, or begun to.
+        self.answered = 0
+        # Told when a call has ended, or the server allows more at a time: there may be a place for another one.
+        self.on_room: Callable[[], None] | None = None
+        # When it was there, in loop time; written by whoever keeps it.
+        self.opened_at = 0.0
         # The server ended it because of our PINGs: the next one has to send fewer.
         self.pinged_too_often = False
         # Told before (True) and after (False) the calls hear what came with a read; not if it is one frame of DATA.
@@ -256,9 +279,9 @@ class ClientConnection(asyncio.Protocol):
         return len(self.http2.streams)
 
     @property
-    def has_room(self) -> bool:
-        """It takes calls and the server's limit of concurrent ones is not reached."""
-        return self.healthy and len(self.http2.streams) < self.http2.peer_max_streams
+    def room(self) -> int:
+        """How many more calls it takes now: 0 or less when the server's limit of concurrent ones is reached."""
+        return self.http2.peer_max_streams - len(self.http2.streams) if self.healthy else 0
 
     def request(self, headers: Headers, handler: CallHandler, end_stream: bool = False) -> UpstreamCall:
         """
@@ -275,6 +298,9 @@ class ClientConnection(asyncio.Protocol):
         call = UpstreamCall(self, stream, handler)
         stream.owner = call
         self._schedule_flush()
+        if stream.id >= _STREAM_ID_WORN:
+            self.ended_well = True
+            self.retire(Unreachable(self.endpoint.text, "its stream ids are used up", "nothing: another one follows"))
         return call
 
     def write(self, stream: Stream, pieces: Sequence[bytes], size: int, end: bool) -> bool:
@@ -291,6 +317,8 @@ class ClientConnection(asyncio.Protocol):
             self.http2.consumed(None, call.owed)
             self._schedule_flush()
             self._close_when_done()
+            if self.on_room is not None:
+                self.on_room()
 
     def consumed(self, stream: Stream, size: int) -> None:
         """Give back flow control; see `UpstreamCall.consumed`."""
@@ -363,6 +391,7 @@ class ClientConnection(asyncio.Protocol):
         headers = event.headers
         if event.kind is HeadersKind.RESPONSE:
             call.http_status = number(headers, b":status")
+            self.answered += 1
         if event.end_stream:
             self._end(call, *status_of(headers, call.http_status), headers)
         elif event.kind is HeadersKind.RESPONSE:
@@ -375,6 +404,8 @@ class ClientConnection(asyncio.Protocol):
         code = event.code
         call.reset_code = code
         call.unprocessed = code is ErrorCode.REFUSED_STREAM and event.by_peer
+        last_id = self.http2.peer_last_id
+        call.rotated = call.unprocessed and last_id is not None and event.stream.id > last_id
         status = STATUS_OF_RESET.get(code, Status.INTERNAL)
         text = f"the stream was reset ({code.name}{': ' + event.reason if event.reason else ''})"
         self._end(call, status, text, [])
@@ -384,9 +415,12 @@ class ClientConnection(asyncio.Protocol):
             self._first = None
             self.healthy = True
             self.ready.set_result(None)
+        elif self.on_room is not None:
+            self.on_room()
 
     def _on_go_away(self, event: GoAwayReceived) -> None:
         debug = event.debug[:200].decode("utf-8", "replace")
+        self.ended_well = event.code is ErrorCode.NO_ERROR
         self.pinged_too_often = event.code is ErrorCode.ENHANCE_YOUR_CALM and debug == "too_many_pings"
         what = f"the server goes away ({event.code.name}{': ' + debug if debug else ''})"
         self._tell_closed(Unreachable(self.endpoint.text, what, "check whether etcd is being restarted"))
@@ -405,6 +439,8 @@ class ClientConnection(asyncio.Protocol):
                 self.http2.reset(stream, ErrorCode.NO_ERROR)
         call.handler.on_end(status, message, trailers)
         self._close_when_done()
+        if self.on_room is not None:
+            self.on_room()
 
     def _close_when_done(self) -> None:
         """After GOAWAY the connection is kept for the calls that are open, not longer."""

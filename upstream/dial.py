@@ -23,11 +23,10 @@ from proto.scan import Header
 from upstream.connection import ClientConnection, NotSent, connect
 from upstream.endpoints import Backoff, Endpoint
 from upstream.errors import CallFailed, Log, Unreachable
+from upstream.fitness import STATUS_PATH
 from upstream.settings import WATCH_LIMITS, Settings
 from upstream.unary import call_unary
 from upstream.watching.lineage import Standing
-
-STATUS_PATH: Final = "/etcdserverpb.Maintenance/Status"
 
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 _AUTH_REFUSALS: Final = frozenset({Status.UNAUTHENTICATED, Status.PERMISSION_DENIED, Status.INVALID_ARGUMENT})
@@ -140,7 +139,7 @@ class Dialer:
     async def clusters(self, endpoints: Sequence[Endpoint]) -> dict[str, int]:
         """Ask endpoints, each once, which cluster they belong to; those that do not say are left out."""
         loop = asyncio.get_running_loop()
-        attempts = [loop.create_task(self._attempt(Target(endpoint, self._settings))) for endpoint in endpoints]
+        attempts = [loop.create_task(self.attempt(Target(endpoint, self._settings))) for endpoint in endpoints]
         try:
             answers = await asyncio.gather(*attempts, return_exceptions=True)
         finally:
@@ -209,7 +208,7 @@ class Dialer:
             await asyncio.sleep(max(delay_s, target.not_before - loop.time()))
             delay_s = 0.0
             try:
-                server = await self._attempt(target)
+                server = await self.attempt(target)
             except Unreachable as error:
                 self.count(error)
                 target.failed(loop.time())
@@ -224,8 +223,8 @@ class Dialer:
                 )
             self._on_failure()
 
-    async def _attempt(self, target: Target) -> Server:
-        """Connect and ask. Raises Unreachable."""
+    async def attempt(self, target: Target) -> Server:
+        """Connect to an endpoint and ask who is there. Raises Unreachable."""
         connection = await connect(target.endpoint, self._tls, target.settings)
         server = Server(target, connection)
         try:

@@ -1,9 +1,10 @@
 """
-Connections for everything that is not a watch: one to each endpoint, kept up.
+Connections for everything that is not a watch: to each endpoint as many as it takes (`connections`), kept up.
 
 For calls of our own (`Pool.unary`) and for the pass-through, which takes a connection (`Pool.pick`) and starts its
 call there. Calls go round the endpoints that work; an endpoint that fails is tried again in the background, with
-backoff, for ever. Watches do not use these connections: under TLS, large reads would hold them up.
+backoff, for ever. A member that does not serve (a learner, or one without a leader) gets calls only while no other
+one is connected. Watches do not use these connections: under TLS, large reads would hold them up.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from typing import NamedTuple
 
 from proto.framing import Status
 from proto.http2 import Headers
-from upstream.connection import ClientConnection, NotSent, after, connect
-from upstream.endpoints import Backoff, Endpoint
+from upstream.connection import ClientConnection, NotSent, connect
+from upstream.connections import full_text
+from upstream.endpoints import Endpoint
 from upstream.errors import NO_LEADER_TEXT, CallFailed, Log, Silence, Unreachable
-from upstream.settings import CONNECTION_LIMITS, Settings
+from upstream.fitness import Fitness, is_refused_unserved, is_suspicious
+from upstream.settings import CONNECTION_LIMITS, ConnectionSettings, Settings
+from upstream.slot import Slot
 from upstream.unary import HAS_LEADER, Metadata, NotProcessed, call_unary
 
 
@@ -31,27 +35,8 @@ class EndpointState(NamedTuple):
     problem: str
 
 
-class _Slot:
-    """One endpoint of the pool."""
-
-    __slots__ = ("backoff", "closed", "connection", "endpoint", "failure", "leaving", "settings", "task")
-
-    def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
-        self.endpoint = endpoint
-        self.backoff = Backoff(settings.backoff_first_s, settings.backoff_max_s)
-        self.settings = settings.connection
-        # The connection while it is up.
-        self.connection: ClientConnection | None = None
-        # Why the last attempt failed or the last connection ended; None while it is up or has not been tried.
-        self.failure: Unreachable | None = None
-        self.closed = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
-        # The endpoint is configured no more: it serves until one that is works.
-        self.leaving = False
-
-
 class Pool:
-    """Keeps a connection to each endpoint and hands them out."""
+    """Keeps connections to each endpoint and hands them out."""
 
     def __init__(
         self,
@@ -63,25 +48,26 @@ class Pool:
         self._settings = settings or Settings()
         self._tls = tls
         self._log = log or Silence()
-        self._slots = [_Slot(endpoint, self._settings) for endpoint in endpoints]
+        self._slots = [self._slot(endpoint) for endpoint in endpoints]
         # The slot that `pick` looks at first.
         self._next = 0
         self._listeners: list[Callable[[], None]] = []
-        # Connections to endpoints that have left, kept for the calls that were open on them.
-        self._retired: list[ClientConnection] = []
+        # Endpoints that have left, kept for the calls that were open there.
+        self._retired: list[Slot] = []
         # Connections given up, or not had, because a time was up: by the name of the limit.
         self.timeouts = Counter(dict.fromkeys(CONNECTION_LIMITS, 0))
+        # Connections that servers ended in good order, since the start.
+        self.rotated = 0
         # Set and replaced whenever a slot changes.
         self._changed = asyncio.Event()
+
+    def _slot(self, endpoint: Endpoint) -> Slot:
+        return Slot(endpoint, self._settings, self, self._log)
 
     def start(self) -> None:
         """Start connecting, in the running event loop."""
         for slot in self._slots:
-            self._start(slot)
-
-    def _start(self, slot: _Slot) -> None:
-        if slot.task is None:
-            slot.task = asyncio.get_running_loop().create_task(self._keep(slot), name=f"pool {slot.endpoint.text}")
+            slot.start()
 
     def set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
         """
@@ -91,65 +77,70 @@ class Pool:
         they get no new calls, and the open ones may end.
         """
         known = {slot.endpoint: slot for slot in self._slots}
-        slots = [
-            known.pop(endpoint) if endpoint in known else _Slot(endpoint, self._settings) for endpoint in endpoints
-        ]
+        slots = [known.pop(endpoint) if endpoint in known else self._slot(endpoint) for endpoint in endpoints]
         for slot in slots:
             slot.leaving = False
-            self._start(slot)
+            slot.start()
         for slot in known.values():
             slot.leaving = True
         self._slots = slots + list(known.values())
-        self._notify()
+        self.changed()
 
     def _dismiss(self) -> None:
         """Let those go that leave, once another one works."""
         leaving = [slot for slot in self._slots if slot.leaving]
-        if not leaving or all(slot.leaving or slot.connection is None for slot in self._slots):
+        if not leaving or all(slot.leaving or slot.connections is None for slot in self._slots):
             return
         self._slots = [slot for slot in self._slots if not slot.leaving]
-        self._retired = [connection for connection in self._retired if connection.open_calls]
+        self._retired = [slot for slot in self._retired if any(each.open_calls for each in slot.retired)]
         for slot in leaving:
-            if slot.task is not None:
-                slot.task.cancel()
-            if slot.connection is not None:
-                slot.connection.on_closed = None
-                slot.connection.retire(Unreachable(slot.endpoint.text, "it is no endpoint any more", "try again"))
-                self._retired.append(slot.connection)
+            slot.retire(Unreachable(slot.endpoint.text, "it is no endpoint any more", "try again"))
+            self._retired.append(slot)
             self._log.info("upstream_endpoint_left", endpoint=slot.endpoint.text)
 
     async def stop(self) -> None:
         """Close all connections; calls on them end UNAVAILABLE."""
-        tasks = [slot.task for slot in self._slots if slot.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for slot in self._slots:
-            slot.task = None
-            if slot.connection is not None:
-                slot.connection.on_closed = None
-                slot.connection.close()
-                slot.connection = None
-        for connection in self._retired:
-            connection.close()
+        await asyncio.gather(*(slot.stop() for slot in (*self._slots, *self._retired)))
         self._retired.clear()
-        self._notify()
+        self.changed()
 
-    def pick(self) -> ClientConnection | None:
-        """Return a connection that takes a call, the next one in turn; None when there is none now."""
+    def pick(self, own: bool = False) -> ClientConnection | None:
+        """
+        Return a connection that takes a call, of the next endpoint in turn; None when there is none now.
+
+        `own`: the call is the proxy's own, for which some places are kept.
+        """
         slots = self._slots
+        serving = any(slot.connections is not None and slot.fitness is Fitness.SERVES for slot in slots)
         for step in range(len(slots)):
             index = (self._next + step) % len(slots)
-            connection = slots[index].connection
-            if connection is not None and connection.has_room:
+            slot = slots[index]
+            if slot.connections is None or (serving and slot.fitness is not Fitness.SERVES):
+                continue
+            connection = slot.connections.pick(own)
+            if connection is not None:
                 self._next = index + 1
                 return connection
         return None
 
+    def answered(self, connection: ClientConnection, status: int, text: str) -> bool:
+        """
+        Take the status of an answer other than OK: it may say that its member does not serve.
+
+        Return whether the call is to be sent again: its member refused it unserved, and another one serves.
+        """
+        if not is_suspicious(status, text):
+            return False
+        for slot in self._slots:
+            if slot.endpoint == connection.endpoint:
+                slot.doubt(text)
+        serving = any(slot.connections is not None and slot.fitness is Fitness.SERVES for slot in self._slots)
+        return serving and is_refused_unserved(text)
+
     def states(self) -> list[EndpointState]:
         """Return each endpoint's state, for people."""
         return [
-            EndpointState(slot.endpoint.text, slot.connection is not None, str(slot.failure or ""))
+            EndpointState(slot.endpoint.text, slot.connections is not None, str(slot.failure or slot.fitness.value))
             for slot in self._slots
         ]
 
@@ -158,16 +149,35 @@ class Pool:
         """Why no call can be made; None while an endpoint is up or one has not been tried yet since it was lost."""
         failure: Unreachable | None = None
         for slot in self._slots:
-            if slot.connection is not None or slot.failure is None:
+            if slot.connections is not None or slot.failure is None:
                 return None
             failure = slot.failure
         return failure
 
+    @property
+    def connected(self) -> bool:
+        """There is an endpoint that takes calls, though maybe not at this moment."""
+        return any(slot.connections is not None for slot in self._slots)
+
+    @property
+    def full(self) -> str:
+        """Why calls wait though endpoints are connected; "" when they do not, or not for long."""
+        up = [slot for slot in self._slots if slot.connections is not None]
+        if not up or not all(slot.connections is not None and slot.connections.full for slot in up):
+            return ""
+        return full_text("calls", self.connection_count)
+
+    @property
+    def connection_count(self) -> int:
+        """Connections that take calls."""
+        return sum(slot.connections.count for slot in self._slots if slot.connections is not None)
+
     def when_available(self, callback: Callable[[], None]) -> None:
-        """Call `callback` each time a connection comes up and each time an endpoint fails (`pick` and `down` tell)."""
+        """Call `callback` each time a connection comes up or has room again, and each time an endpoint fails
+        (`pick` and `down` tell)."""
         self._listeners.append(callback)
 
-    async def wait_available(self, timeout_s: float | None = None) -> ClientConnection:
+    async def wait_available(self, timeout_s: float | None = None, own: bool = False) -> ClientConnection:
         """
         Return a connection as soon as there is one.
 
@@ -177,7 +187,7 @@ class Pool:
             async with asyncio.timeout(timeout_s):
                 while True:
                     changed = self._changed
-                    connection = self.pick()
+                    connection = self.pick(own)
                     if connection is not None:
                         return connection
                     if self.down is not None:
@@ -209,7 +219,7 @@ class Pool:
             metadata = [*metadata, HAS_LEADER]
         tries_left = max(len(self._slots), 2)
         while True:
-            connection = await self.wait_available(deadline - loop.time())
+            connection = await self.wait_available(deadline - loop.time(), own=True)
             tries_left -= 1
             try:
                 return await call_unary(
@@ -224,49 +234,43 @@ class Pool:
                 if not tries_left:
                     raise CallFailed(Status.UNAVAILABLE, str(error)) from None
             except CallFailed as error:
-                again = isinstance(error, NotProcessed) or (
-                    error.status == Status.UNAVAILABLE and (idempotent or (has_leader and error.text == NO_LEADER_TEXT))
+                unserved = self.answered(connection, error.status, error.text)
+                again = (
+                    unserved
+                    or isinstance(error, NotProcessed)
+                    or (
+                        error.status == Status.UNAVAILABLE
+                        and (idempotent or (has_leader and error.text == NO_LEADER_TEXT))
+                    )
                 )
+                if isinstance(error, NotProcessed) and error.rotated:
+                    # The connection has done its part; that is no failure of the endpoint.
+                    tries_left += 1
                 if not tries_left or not again:
                     raise
 
-    async def _keep(self, slot: _Slot) -> None:
-        """Keep one endpoint connected."""
-        loop = asyncio.get_running_loop()
-        told = ""
-        while True:
-            failure = await self._hold(slot)
-            if failure.limit:
-                self.timeouts[failure.limit] += 1
-            delay_s = slot.backoff.failed(loop.time())
-            if slot.failure is None and delay_s == 0:
-                # The first try after a connection worked: before it, nobody is told that the endpoint is down.
-                continue
-            slot.failure = failure
-            if str(failure) != told:
-                told = str(failure)
-                self._log.warning("upstream_unreachable", endpoint=slot.endpoint.text, problem=told)
-            self._notify()
-            await asyncio.sleep(delay_s)
+    # For the slots.
 
-    async def _hold(self, slot: _Slot) -> Unreachable:
-        """Connect an endpoint, hold the connection while it takes calls, and return why it does not."""
-        slot.closed.clear()
+    async def connect(self, endpoint: Endpoint, settings: ConnectionSettings) -> ClientConnection:
+        """Connect to an endpoint. Raises Unreachable."""
         try:
-            connection = await connect(slot.endpoint, self._tls, slot.settings, on_closed=lambda _: slot.closed.set())
+            return await connect(endpoint, self._tls, settings)
         except Unreachable as error:
-            return error
-        slot.connection = connection
-        slot.failure = None
-        slot.backoff.succeeded(asyncio.get_running_loop().time())
-        self._log.info("upstream_connected", endpoint=slot.endpoint.text)
-        self._notify()
-        await slot.closed.wait()
-        slot.connection = None
-        slot.settings = after(connection, slot.settings)
-        return connection.failure or Unreachable(slot.endpoint.text, "the connection was closed", "try again")
+            self._count(error)
+            raise
 
-    def _notify(self) -> None:
+    def ended(self, connection: ClientConnection, rotated: bool) -> None:
+        """A connection takes no calls any more; `rotated`: its server ended it in good order."""
+        self.rotated += rotated
+        if connection.failure is not None:
+            self._count(connection.failure)
+
+    def _count(self, failure: Unreachable) -> None:
+        if failure.limit:
+            self.timeouts[failure.limit] += 1
+
+    def changed(self) -> None:
+        """An endpoint has changed, or has room again."""
         self._dismiss()
         self._changed.set()
         self._changed = asyncio.Event()

@@ -58,6 +58,13 @@ class Settings:
     backoff_max_s: float = BACKOFF_MAX_S
     # When several endpoints can be tried, the next one starts this long after the one before, unless that failed.
     stagger_s: float = 0.05
+    # Connections to one endpoint, of the pool and of the watch client each. Another one is opened only when the server
+    # limits the streams of a connection and these are used up: 100 serve 5,000 streams of a server that allows 50.
+    connections_per_endpoint_max: int = 100
+    # How long a connection that is not needed any more is kept: longer than the pause between two bursts.
+    surplus_idle_s: float = 60.0
+    # How long calls or watches may wait for a place for their stream before the log, the metrics and readiness say so.
+    place_wait_s: float = 5.0
     # What a new connection is asked first (version, revision, leader) has to be answered in this time.
     status_timeout_s: float = 5.0
     # How long a create with a token may stay unanswered. etcd answers at once, but lets one wait for ever whose token

@@ -26,7 +26,15 @@ _GRACE_S: Final = 0.25
 
 
 class NotProcessed(CallFailed):
-    """The server has not looked at the call: it can be sent again."""
+    """
+    The server has not looked at the call: it can be sent again.
+
+    `rotated`: because it was ending the connection, which it does for reasons of its own.
+    """
+
+    def __init__(self, status: int, text: str, rotated: bool) -> None:
+        super().__init__(status, text)
+        self.rotated = rotated
 
 
 class _UnaryCall:
@@ -58,7 +66,10 @@ class _UnaryCall:
     def on_end(self, status: int, message: str, trailers: Headers) -> None:
         assert self.call is not None
         if status != Status.OK:
-            self._fail((NotProcessed if self.call.unprocessed else CallFailed)(status, message))
+            if self.call.unprocessed:
+                self._fail(NotProcessed(status, message, self.call.rotated))
+            else:
+                self._fail(CallFailed(status, message))
         elif len(self._messages) != 1 or self._unframer.pending:
             self._fail(CallFailed(Status.INTERNAL, "the server did not answer with one message"))
         elif not self.done.done():

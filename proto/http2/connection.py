@@ -93,6 +93,11 @@ class Connection(ReceivingHalf):
         """Number of open streams."""
         return len(self.streams)
 
+    @property
+    def last_stream_id(self) -> int:
+        """The highest stream id so far: the peer's for a server, our own for a client; 0 before the first."""
+        return self._last_id
+
     def start(self) -> None:
         """Queue what a connection begins with: preface (client), SETTINGS, the connection's window (3.4)."""
         limits = self.limits

@@ -110,6 +110,9 @@ class Snapshot(msgspec.Struct, kw_only=True):
     upstream_reads_total: int = 0
     reads_failed_total: dict[str, int] = {}
     """Those that etcd did not answer with OK, by the status."""
+    upstream_connections: int = 0
+    upstream_rotated_total: int = 0
+    upstream_streams_waiting: int = 0
     upstream_timeouts_total: dict[str, int] = {}
     """Connections to etcd, and what was asked there, given up because a time was up, by the limit."""
     core_failures_total: int = 0
@@ -238,8 +241,13 @@ class Source:
         snapshot.upstream_received_bytes_total = upstream.received_bytes
         snapshot.upstream_reads_total = self._proxy.reader.reads
         snapshot.reads_failed_total = dict(self._proxy.reader.failed)
-        pool = self._proxy.pool.timeouts
-        snapshot.upstream_timeouts_total = {name: count + pool[name] for name, count in upstream.timeouts.items()}
+        pool = self._proxy.pool
+        snapshot.upstream_connections = pool.connection_count + upstream.connection_count
+        snapshot.upstream_rotated_total = pool.rotated + upstream.rotated
+        snapshot.upstream_streams_waiting = upstream.streams_waiting
+        snapshot.upstream_timeouts_total = {
+            name: count + pool.timeouts[name] for name, count in upstream.timeouts.items()
+        }
 
     def _read_passthrough(self, snapshot: Snapshot) -> None:
         stats = self._proxy.passthrough.stats

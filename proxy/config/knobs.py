@@ -163,6 +163,16 @@ class Upstream:
             advanced=True,
         ),
     ] = 5.0
+    connections_per_endpoint_max: Annotated[
+        int,
+        _knob(
+            "Connections to one member, for calls and for watches each. Another one is opened only when etcd (or what "
+            "stands in front of it) limits the streams of a connection and these are used up.",
+            Kind.COUNT,
+            ge=1,
+            advanced=True,
+        ),
+    ] = 100
     watch_message_bytes_max: Annotated[
         int,
         _knob(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from typing import Any
 
 import pytest
 
 from proto.framing import Status
+from proto.pb import rpc_pb2
 from tests.etcd.cluster import Cluster, Member, cluster
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch, split_proxy, straight
 from tests.proxy.raw_client import RawClient
@@ -210,5 +213,21 @@ def test_a_learner_serves_no_watches_and_does_no_harm() -> None:
                 await all_kept(streams, voter.endpoint, last)
                 assert proxy.upstream.server is not None
                 assert proxy.upstream.server[0] == voter.endpoint
+                await until_async(lambda: all(state.connected for state in proxy.pool.states()), "both members")
+                for _ in range(50):
+                    call = client.call("/etcdserverpb.KV/Put")
+                    call.send(rpc_pb2.PutRequest(key=b"other").SerializeToString(), end=True)
+                    assert await call.end() == (0, "")
+                # Promoted it serves.
+                (found,) = [member for member in await members_of(voter) if member["name"] == "learner"]
+                await asyncio.to_thread(voter.ctl, "member", "promote", f"{found['ID']:x}")
+                await until_async(lambda: not any(state.problem for state in proxy.pool.states()), "the new voter")
 
     run(scenario())
+
+
+async def members_of(member: Member) -> list[dict[str, Any]]:
+    """Ask a member who is in the cluster."""
+    answer = await asyncio.to_thread(member.ctl, "member", "list", "--write-out=json")
+    members: list[dict[str, Any]] = json.loads(answer.stdout)["members"]
+    return members

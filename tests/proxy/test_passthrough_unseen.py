@@ -14,6 +14,8 @@ from tests.proxy.raw_client import RawClient
 from tests.proxy.test_passthrough import PUT, Running, passing
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.waiting import until_async
+from upstream.errors import NO_LEADER_TEXT
+from upstream.fitness import LEARNER_TEXT
 
 RANGE = "/etcdserverpb.KV/Range"
 WRITES = (PUT, "/etcdserverpb.Lease/LeaseGrant", "/etcdserverpb.Lock/Lock", "/no.Such/Method")
@@ -130,6 +132,27 @@ def test_what_no_server_has_looked_at_is_sent_again(path: str, refusal: Callable
                     assert await call.next() == b"%d" % number
                     assert await call.end() == (0, "")
             assert running.passthrough.stats.resent == len(shy.calls) > 0
+            assert [call.messages for call in other.calls] == [[b"%d" % number] for number in range(4)]
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("path", [RANGE, *WRITES])
+@pytest.mark.parametrize(("status", "text"), [(14, LEARNER_TEXT), (9, LEARNER_TEXT), (14, NO_LEADER_TEXT)])
+def test_what_a_member_that_does_not_serve_refuses_is_sent_again(path: str, status: int, text: str) -> None:
+    """etcd's interceptors refuse it before anything is done (api/v3rpc/interceptor.go)."""
+
+    async def story() -> None:
+        async with scripted() as idle, scripted() as other, passing(f"{idle.endpoint},{other.endpoint}") as running:
+            idle.on_message = lambda call, _: call.end(status, text)
+            async with await client_of(running) as client:
+                idle.is_learner, idle.leader = text == LEARNER_TEXT, 0
+                for number in range(4):
+                    call = client.call(path)
+                    call.send(b"%d" % number, end=True)
+                    assert await call.next() == b"%d" % number
+                    assert await call.end() == (0, "")
+            assert len(idle.calls) == 1
             assert [call.messages for call in other.calls] == [[b"%d" % number] for number in range(4)]
 
     asyncio.run(story())

@@ -136,6 +136,9 @@ class ScriptedConnection(asyncio.Protocol):
 
     def _on_headers(self, event: HeadersReceived) -> None:
         call = event.stream.owner = ScriptedCall(self, event.stream, event.headers)
+        if call.path == STATUS:
+            self.server.asked.append(call)
+            return
         self.server.calls.append(call)
         self.server.on_call(call)
 
@@ -143,7 +146,10 @@ class ScriptedConnection(asyncio.Protocol):
         call: ScriptedCall = event.stream.owner
         self.http2.consumed(event.stream, event.flow_size)
         for message in call.take(event.data):
-            self.server.on_message(call, message)
+            if call.path == STATUS:
+                self.server.on_status(call)
+            else:
+                self.server.on_message(call, message)
         if event.end_stream:
             call.ended = "end"
 
@@ -178,6 +184,9 @@ class ScriptedEtcd:
         self.deaf = False
         self.connections: list[ScriptedConnection] = []
         self.calls: list[ScriptedCall] = []
+        # Calls of Maintenance.Status, which each new connection begins with; they are not among `calls`.
+        self.asked: list[ScriptedCall] = []
+        self.on_status: Callable[[ScriptedCall], None] = self.answer_status
         self.on_call: Callable[[ScriptedCall], None] = lambda _: None
         self.on_message: Callable[[ScriptedCall, bytes], None] = self.answer
         self.on_watch: Callable[[ScriptedCall, rpc_pb2.WatchRequest], None] = self.answer_watch
@@ -194,9 +203,7 @@ class ScriptedEtcd:
 
     def answer(self, call: ScriptedCall, message: bytes) -> None:
         """Answer in the plain way."""
-        if call.path == STATUS:
-            self._answer_status(call)
-        elif call.path == WATCH:
+        if call.path == WATCH:
             self.on_watch(call, rpc_pb2.WatchRequest.FromString(message))
         else:
             call.send(message)
@@ -215,7 +222,8 @@ class ScriptedEtcd:
         else:
             call.answer(-1, self.revision)
 
-    def _answer_status(self, call: ScriptedCall) -> None:
+    def answer_status(self, call: ScriptedCall) -> None:
+        """Say who it is."""
         if self.status_refusal is not None:
             call.end(*self.status_refusal)
             return

@@ -52,7 +52,7 @@ def test_a_question_that_is_given_up_leaves_no_connection(turns: int) -> None:
             silent.on_message = lambda _call, _message: None
             dialer = Dialer([], None, Settings(), RecordedLog(), lambda: None)
             question = asyncio.create_task(dialer.clusters(parse_endpoints([one.endpoint, silent.endpoint])))
-            await until_async(lambda: bool(one.calls and silent.calls), "both to be asked")
+            await until_async(lambda: bool(one.asked and silent.asked), "both to be asked")
             asyncio.get_running_loop().call_soon(after_turns, turns, question)
             await asyncio.gather(question, return_exceptions=True)
             await until_async(lambda: not (one.connections or silent.connections), "the connections to be closed")

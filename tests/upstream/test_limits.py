@@ -13,7 +13,7 @@ from proto.http2 import Limits
 from proto.pb import rpc_pb2
 from tests.http2 import wire
 from tests.upstream.recorder import Recorder, watching
-from tests.upstream.scripted import STATUS, ScriptedCall, ScriptedEtcd, scripted
+from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.upstream.stories import Opened
 from tests.upstream.test_pool import ECHO, failure, pooled, up
 from tests.waiting import until_async
@@ -170,7 +170,7 @@ def test_what_the_watch_client_asks_for_in_vain_is_counted(limit: str) -> None:
     async def story() -> None:
         async with scripted() as etcd:
             if limit == "status_timeout_s":
-                deaf_to(STATUS)(etcd)
+                etcd.on_status = lambda _: None
             else:
                 etcd.on_watch = lambda _call, _request: None
             seen = Recorder()

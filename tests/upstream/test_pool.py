@@ -17,6 +17,7 @@ from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.waiting import until_async
 from upstream.endpoints import parse_endpoints
 from upstream.errors import NO_LEADER_TEXT, CallFailed
+from upstream.fitness import LEARNER_TEXT
 from upstream.pool import Pool
 from upstream.settings import ConnectionSettings, Settings
 
@@ -48,7 +49,9 @@ async def pooled(
 
 async def up(pool: Pool, count: int) -> None:
     """Wait until so many endpoints are connected."""
-    await until_async(lambda: sum(slot.connection is not None for slot in pool._slots) == count, f"{count} connections")
+    await until_async(
+        lambda: sum(slot.connections is not None for slot in pool._slots) == count, f"{count} connections"
+    )
 
 
 async def failure(pool: Pool, **extra: Any) -> CallFailed:
@@ -88,7 +91,7 @@ def test_a_dead_endpoint_is_left_out_and_told_once() -> None:
             for _ in range(4):
                 await pool.unary(ECHO, b"x")
             await until_async(log.problems, "the warning")
-            await until_async(lambda: pool._slots[0].backoff._delay_s > 0.2, "some more attempts")
+            await until_async(lambda: pool._slots[0]._backoff._delay_s > 0.2, "some more attempts")
             assert len(log.problems()) == 1
             assert "connection refused" in log.problems()[0]
             assert pool.down is None
@@ -132,7 +135,10 @@ def test_no_answer_from_anywhere_is_a_deadline() -> None:
     [
         (14, "x", {}, False),
         (14, "x", {"idempotent": True}, True),
-        (14, NO_LEADER_TEXT, {}, False),
+        # Its member has not done anything.
+        (14, NO_LEADER_TEXT, {}, True),
+        (14, LEARNER_TEXT, {}, True),
+        (9, LEARNER_TEXT, {}, True),
         (14, NO_LEADER_TEXT, {"has_leader": True}, True),
         (9, "x", {"idempotent": True, "has_leader": True}, False),
     ],
@@ -169,23 +175,37 @@ def test_what_no_server_has_looked_at_is_sent_again() -> None:
     run(story())
 
 
-def test_a_connection_at_its_limit_is_not_picked() -> None:
+def hold(etcd: ScriptedEtcd) -> list[ScriptedCall]:
+    """Have a server answer nothing; return what it holds."""
+    held: list[ScriptedCall] = []
+    etcd.on_message = lambda call, _: held.append(call)
+    return held
+
+
+def test_calls_wait_when_connections_are_at_their_limit() -> None:
     async def story() -> None:
         async with scripted() as etcd:
             etcd.limits = Limits(max_streams=1)
-            held: list[ScriptedCall] = []
-            etcd.on_message = lambda call, _: held.append(call)
-            async with pooled(etcd.endpoint) as pool:
+            held = hold(etcd)
+            async with pooled(etcd.endpoint, settings=Settings(connections_per_endpoint_max=2)) as pool:
                 await up(pool, 1)
-                first = asyncio.ensure_future(pool.unary(ECHO, b"x"))
-                await until_async(lambda: held, "the first call")
+                calls = [asyncio.create_task(pool.unary(ECHO, b"x")) for _ in range(2)]
+                await until_async(lambda: len(held) == 2, "both calls")
+                assert len(etcd.connections) == 2
                 assert pool.pick() is None
+                # The proxy's own calls may have one connection more.
+                own = asyncio.create_task(pool.unary(ECHO, b"x"))
+                await until_async(lambda: len(held) == 3, "the third call")
                 error = await failure(pool, timeout_s=0.05)
                 assert error.status == Status.DEADLINE_EXCEEDED
+                waits = asyncio.create_task(pool.wait_available(5))
                 held[0].send(b"y")
                 held[0].end()
-                assert (await first)[0] == b"y"
-                assert pool.pick() is not None
+                assert await waits is not None
+                for call in held[1:]:
+                    call.send(b"y")
+                    call.end()
+                assert [answer for answer, _ in await asyncio.gather(*calls, own)] == [b"y"] * 3
 
     run(story())
 
@@ -247,5 +267,48 @@ def test_scripted_etcd_answers() -> None:
         async with scripted() as etcd, pooled(etcd.endpoint) as pool:
             assert isinstance(etcd, ScriptedEtcd)
             assert (await pool.unary("/x/Y", b"z"))[0] == b"z"
+
+    run(story())
+
+
+@pytest.mark.parametrize("known", ["at once", "by an answer"])
+@pytest.mark.parametrize("why", ["learner", "no leader"])
+def test_members_that_do_not_serve_get_no_calls(why: str, known: str) -> None:
+    """A learner that is promoted, or a member that has a leader again, is used again."""
+
+    def spoil(etcd: ScriptedEtcd, bad: bool) -> None:
+        etcd.is_learner = bad and why == "learner"
+        etcd.leader = 0 if bad and why == "no leader" else 1
+        text = LEARNER_TEXT if why == "learner" else NO_LEADER_TEXT
+        etcd.on_message = (lambda call, _: call.end(Status.UNAVAILABLE, text)) if bad else etcd.answer
+
+    async def story() -> None:
+        log = RecordedLog()
+        async with scripted() as bad, scripted() as good, pooled(bad.endpoint, good.endpoint, log=log) as pool:
+            spoil(bad, known == "at once")
+            await up(pool, 2)
+            spoil(bad, True)
+            for _ in range(10):
+                assert (await pool.unary(ECHO, b"x"))[0] == b"x"
+            assert len(bad.calls) == (0 if known == "at once" else 1)
+            assert any(why in problem for problem in log.problems())
+            assert why in pool.states()[0].problem
+            spoil(bad, False)
+            await until_async(lambda: pool.states()[0].problem == "", "it to be used again")
+            for _ in range(4):
+                await pool.unary(ECHO, b"x")
+            assert len(bad.calls) >= 2
+
+    run(story())
+
+
+def test_a_member_that_does_not_serve_is_better_than_none() -> None:
+    """etcd's own answer reaches the client; and a learner serves some calls."""
+
+    async def story() -> None:
+        async with scripted() as learner, pooled(learner.endpoint, f"127.0.0.1:{free_port()}") as pool:
+            learner.is_learner = True
+            await up(pool, 1)
+            assert (await pool.unary(ECHO, b"x"))[0] == b"x"
 
     run(story())

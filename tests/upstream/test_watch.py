@@ -319,37 +319,114 @@ def test_a_stream_that_always_ends_is_not_opened_in_a_storm() -> None:
     run(story())
 
 
-def test_goaway_moves_all_to_a_new_connection() -> None:
+@pytest.mark.parametrize("answered", [True, False], ids=["live", "creating"])
+def test_a_connection_that_goes_away_is_no_break(answered: bool) -> None:
+    """What is open there goes on; new streams begin on another one, and so do watches whose stream ends."""
+
     async def story() -> None:
+        log = RecordedLog()
         async with scripted() as etcd:
             seen = Recorder()
-            a = Opened(b"a")
-            async with watching(etcd.endpoint, seen) as client:
+            a, fill = Opened(b"a"), Opened(b"f", start_revision=1, is_backfill=True)
+            if not answered:
+                etcd.on_watch = lambda _call, _request: None
+            async with watching(etcd.endpoint, seen, log=log) as client:
                 client.open(a)
-                await until_async(lambda: seen.created(a), "the watch")
-                etcd.connections[0].go_away(2**31 - 1)
-                await until_async(lambda: len(etcd.watches()) == 2, "the second stream")
-                await until_async(lambda: len(etcd.connections) == 1, "the first connection to be closed")
-                assert seen.breaks == 1
+                await until_async(lambda: etcd.watches() and etcd.watches()[0].messages, "the create")
+                await until_async(lambda: not answered or seen.created(a), "the watch")
+                etcd.on_watch = etcd.answer_watch
+                (first,) = etcd.watches()
+                first.connection.go_away(2**31 - 1)
+                client.open(fill)
+                await until_async(lambda: seen.created(fill), "a new stream, on another connection")
+                assert etcd.watches()[1].connection is not first.connection
+                if answered:
+                    first.answer(0, 12, [12])
+                    await until_async(lambda: seen.revisions(a) == [12], "an event on the first")
+                first.end(Status.UNAVAILABLE, "gone")
+                await until_async(lambda: len(etcd.watches()) == 3 and seen.created(a), "the watch on the second")
+                await until_async(lambda: len(etcd.connections) == 1, "the first to be closed")
+                assert (seen.breaks, client.breaks, client.rotated) == (0, 0, 1)
+                assert log.problems() == []
 
     run(story())
 
 
-def test_streams_above_the_servers_limit_wait_for_their_turn() -> None:
+def test_streams_that_a_connection_does_not_take_any_more_move() -> None:
     async def story() -> None:
         async with scripted() as etcd:
-            etcd.limits = Limits(max_streams=2)
             seen = Recorder()
-            fills = [Opened(b"f%d" % number, start_revision=1, is_backfill=True) for number in range(4)]
+            a, b = Opened(b"a"), Opened(b"b", token=b"t")
+            async with watching(etcd.endpoint, seen) as client:
+                client.open(a)
+                await until_async(lambda: seen.created(a), "the watch")
+                went: list[ScriptedCall] = []
+
+                def go_away(call: ScriptedCall) -> None:
+                    if not went:
+                        went.append(call)
+                        call.connection.go_away(call.stream.id - 2)
+
+                etcd.on_call = go_away
+                client.open(b)
+                await until_async(lambda: seen.created(b), "the second watch")
+                assert (client.breaks, seen.losses) == (0, [])
+
+    run(story())
+
+
+def test_streams_beyond_the_servers_limit_get_further_connections() -> None:
+    """60 tokens and a limit of 8 streams; backfills that are not read take places as well."""
+
+    async def story() -> None:
+        async with scripted() as etcd:
+            etcd.limits = Limits(max_streams=8)
+            seen = Recorder()
+            fills = [Opened(b"f%d" % number, start_revision=1, is_backfill=True) for number in range(20)]
+            watches = [Opened(b"a", token=b"t%d" % number) for number in range(60)]
             async with watching(etcd.endpoint, seen) as client:
                 for fill in fills:
                     client.open(fill)
+                    client.pause(fill)
+                for watch in watches:
+                    client.open(watch)
+                await until_async(lambda: all(map(seen.created, watches)), "the watches")
+                await until_async(lambda: len(etcd.watches()) == 80, "the backfills")
+                assert 10 <= client.connection_count <= 13
+                assert (client.streams_waiting, client.breaks) == (0, 0)
+
+    run(story())
+
+
+def test_streams_wait_for_a_place_and_that_is_reported() -> None:
+    async def story() -> None:
+        log = RecordedLog()
+        async with scripted() as etcd:
+            etcd.limits = Limits(max_streams=3)
+            seen = Recorder()
+            settings = Settings(connections_per_endpoint_max=1, place_wait_s=0.05)
+            fills = [Opened(b"f%d" % number, start_revision=1, is_backfill=True) for number in range(4)]
+            trunk = Opened(b"t")
+            async with watching(etcd.endpoint, seen, settings, log) as client:
+                told: list[str] = []
+                client.on_full = lambda: told.append(client.full)
+                for watch in (*fills, trunk):
+                    client.open(watch)
                 await until_async(lambda: sum(map(seen.created, fills)) == 2, "two of them")
+                assert client.streams_waiting == 3
+                await until_async(lambda: any(told), "the report")
+                assert "upstream_full" in [event for event, _ in log.lines]
+                # Many share a trunk: it goes before backfills that have waited for longer.
+                client.close(next(fill for fill in fills if seen.created(fill)))
+                await until_async(lambda: seen.created(trunk), "the trunk")
+                assert sum(map(seen.created, fills)) == 2
                 for fill in [fill for fill in fills if seen.created(fill)]:
                     client.close(fill)
-                await until_async(lambda: all(map(seen.created, fills)), "the other two")
-                assert seen.losses == []
-                assert seen.breaks == 0
+                await until_async(lambda: sum(map(seen.created, fills)) == 3, "the next one")
+                client.close(trunk)
+                await until_async(lambda: all(map(seen.created, fills)), "all")
+                await until_async(lambda: client.full == "", "the end of it")
+                assert (seen.losses, seen.breaks) == ([], 0)
 
     run(story())
 

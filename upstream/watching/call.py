@@ -7,11 +7,15 @@ from __future__ import annotations
 from typing import Final, Protocol
 
 from proto.fields import ScanError
-from proto.framing import FramingError, Status, Unframer
+from proto.framing import FramingError, Status, Unframer, frame
 from proto.http2 import Headers
-from upstream.connection import UpstreamCall
+from upstream.connection import ClientConnection, UpstreamCall
+from upstream.heads import request_headers
 from upstream.settings import Settings
+from upstream.unary import Metadata
 from upstream.watching.stream import Create, WatchStream
+
+WATCH_PATH: Final = b"/etcdserverpb.Watch/Watch"
 
 _RETURNED_SHARE: Final = 1 / 16
 """Flow control is given back when this part of a stream's window has been read."""
@@ -33,12 +37,25 @@ class Owner(Protocol):
 class WatchCall:
     """See the module; a `CallHandler`."""
 
-    __slots__ = ("_held", "_oldest", "_oldest_since", "_owner", "_stream", "_taken", "_taken_max", "_unframer", "call")
+    __slots__ = (
+        "_held",
+        "_oldest",
+        "_oldest_since",
+        "_owner",
+        "_stream",
+        "_taken",
+        "_taken_max",
+        "_unframer",
+        "_unsent",
+        "call",
+    )
 
     def __init__(self, owner: Owner, stream: WatchStream, settings: Settings) -> None:
         self._owner = owner
         self._stream = stream
         self._unframer = Unframer(settings.watch_message_bytes_max)
+        # What is to be written when the call has begun, which may have to wait for a place at the server.
+        self._unsent: list[bytes] = []
         # What came while paused, unread and without credit: at most one stream window.
         self._held: list[tuple[bytes, int]] = []
         # Bytes read that have not been given back yet: that is done for many messages at once, see _RETURNED_SHARE.
@@ -47,12 +64,33 @@ class WatchCall:
         # The create that has waited for longest when last looked at, and since when it has been that.
         self._oldest: Create | None = None
         self._oldest_since = 0.0
+        # None before it has begun, and when it is over.
         self.call: UpstreamCall | None = None
+
+    def begin(self, connection: ClientConnection, metadata: Metadata) -> None:
+        """Start the call. Raises NotSent."""
+        self.call = call = connection.request(request_headers(connection, WATCH_PATH, metadata), self)
+        unsent, self._unsent = self._unsent, []
+        if unsent:
+            call.write(unsent, sum(map(len, unsent)))
+
+    def write(self, message: bytes) -> None:
+        """Send a message, or keep it until the call begins."""
+        framed = frame(message)
+        if self.call is not None:
+            self.call.write((framed,), len(framed))
+        else:
+            self._unsent.append(framed)
+
+    @property
+    def moved(self) -> bool:
+        """The call ended with its connection, or because of it, and not by what was sent on it."""
+        return self.call is not None and (self.call.unprocessed or not self.call.connection.healthy)
 
     def waits_for(self, now: float) -> float:
         """Return for how long (seconds) the oldest create has been seen unanswered."""
         creating = self._stream.creating
-        oldest = creating[0] if creating and not self._stream.paused else None
+        oldest = creating[0] if creating and self.call is not None and not self._stream.paused else None
         if oldest is None or oldest is not self._oldest:
             self._oldest, self._oldest_since = oldest, now
         return now - self._oldest_since
@@ -111,6 +149,7 @@ class WatchCall:
         """End the call, if it has not, and let go of call and stream: they hold this in turn."""
         call, self.call = self.call, None
         self._held.clear()
+        self._unsent.clear()
         self._stream.shell = None
         if call is not None and not call.ended:
             call.reset()

@@ -1,10 +1,12 @@
 """
 The watch client: what clientv3's Watcher is, for one listener that opens and closes watches.
 
-A thin shell around `WatchState`. It holds one connection of its own, apart from the pool's; each message that comes
-on it goes through scanner and state to the listener within the same call, without a task, a future or any decoding.
-One task looks after the connection: finds an etcd that serves (`Dialer`), waits until it breaks, finds the next
-one; after a break all watches register again by themselves and the listener sees neither a gap nor anything twice.
+A thin shell around `WatchState`. It holds connections of its own, apart from the pool's, to one endpoint (as many as
+its streams need, see `connections`); each message that comes there goes through scanner and state to the listener
+within the same call, without a task, a future or any decoding. One task looks after the endpoint: finds an etcd that
+serves (`Dialer`), waits until it is lost, finds the next one; after a break all watches register again by themselves
+and the listener sees neither a gap nor anything twice. A connection that ends in good order is no break: its streams
+go on until they end, and their watches register again on another one.
 
 Calls to the listener are synchronous and come from the event loop. It may call the client from inside of them.
 
@@ -19,14 +21,14 @@ import ssl
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from proto.framing import Status, frame
+from proto.framing import Status
 from proto.scan import scan_watch_response
 from upstream.connection import ClientConnection, NotSent, after
+from upstream.connections import Connections, full_text
 from upstream.credentials import INVALID_TOKEN, Credentials, log_in
 from upstream.dial import Dialer, Server, read_standing
 from upstream.endpoints import Endpoint
-from upstream.errors import CallFailed, Log, Silence
-from upstream.heads import request_headers
+from upstream.errors import CallFailed, Log, Silence, Unreachable
 from upstream.namespace import Namespace
 from upstream.settings import Settings
 from upstream.unary import HAS_LEADER
@@ -47,8 +49,6 @@ from upstream.watching.lineage import Lineage, Standing, Verdict
 from upstream.watching.listener import WatchListener
 from upstream.watching.state import WatchState
 from upstream.watching.stream import OpenedWatch, WatchStream
-
-WATCH_PATH = b"/etcdserverpb.Watch/Watch"
 
 
 def _told(known: Standing, now: Standing) -> dict[str, int]:
@@ -86,6 +86,10 @@ class WatchClient:
         self._dialer = Dialer(endpoints, tls, self._settings, self._log, self._attempt_failed)
         # The server in use; None while there is none.
         self._server: Server | None = None
+        # Those to it.
+        self._connections: Connections | None = None
+        # Streams that wait for a place there, and their calls.
+        self._waiting: dict[WatchStream, WatchCall] = {}
         # Set when the server in use is not to be used any more.
         self._lost = asyncio.Event()
         # Set when there are other endpoints.
@@ -109,6 +113,10 @@ class WatchClient:
         # Told when the listener is about to hear what came with a read (True), and when it has heard it (False); not of
         # a read that is one frame, as a message is that comes alone.
         self.around_read: Callable[[bool], None] | None = None
+        # Told when streams begin to wait for a place for longer than is good, or do not any more: `full` says so.
+        self.on_full: Callable[[], None] | None = None
+        # Connections that the server ended in good order, since the start.
+        self.rotated = 0
         # DATA of watch streams read since the start, in bytes.
         self.received_bytes = 0
         # What was given up because a time was up, since the start: by the name of the limit.
@@ -150,6 +158,23 @@ class WatchClient:
     def stream_count(self) -> int:
         """Watch calls open upstream."""
         return sum(1 for _ in self._state.streams())
+
+    @property
+    def streams_waiting(self) -> int:
+        """Watch calls that wait for a place at etcd."""
+        return len(self._waiting)
+
+    @property
+    def connection_count(self) -> int:
+        """Connections that take calls."""
+        return 0 if self._connections is None else self._connections.count
+
+    @property
+    def full(self) -> str:
+        """Why watches wait though an etcd is there; "" when they do not, or not for long."""
+        if self._connections is None or not self._connections.full:
+            return ""
+        return full_text("watches", self._connections.count)
 
     @property
     def watch_count(self) -> int:
@@ -223,9 +248,8 @@ class WatchClient:
                 listener.received(effect.watch, effect.response)
             elif isinstance(effect, Write):
                 shell = effect.stream.shell
-                if isinstance(shell, WatchCall) and shell.call is not None:
-                    framed = frame(effect.message)
-                    shell.call.write((framed,), len(framed))
+                if isinstance(shell, WatchCall):
+                    shell.write(effect.message)
             elif isinstance(effect, Progressed):
                 listener.progressed(effect.watches, effect.header, effect.number)
             elif isinstance(effect, HeaderSeen):
@@ -233,6 +257,7 @@ class WatchClient:
             elif isinstance(effect, OpenStream):
                 self._open_stream(effect.stream)
             elif isinstance(effect, CloseStream):
+                self._waiting.pop(effect.stream, None)
                 shell = effect.stream.shell
                 if isinstance(shell, WatchCall):
                     shell.leave()
@@ -251,22 +276,33 @@ class WatchClient:
             self._apply(self._state.received(stream, response))
 
     def _open_stream(self, stream: WatchStream) -> None:
-        server = self._server
-        assert server is not None, "streams are opened while connected"
+        """Begin the call of a stream, or have it wait for a place at the server."""
+        stream.shell = shell = WatchCall(self, stream, self._settings)
+        if self._waiting or not self._begin(stream, shell):
+            self._waiting[stream] = shell
+
+    def _begin(self, stream: WatchStream, shell: WatchCall) -> bool:
+        connections = self._connections
+        connection = None if connections is None else connections.pick()
+        if connection is None:
+            return False
         metadata: list[tuple[bytes, bytes]] = []
         if not self.leaderless:
             metadata.append(HAS_LEADER)
         if stream.token is not None:
             metadata.append((b"token", stream.token))
-        shell = WatchCall(self, stream, self._settings)
-        headers = request_headers(server.connection, WATCH_PATH, metadata)
         try:
-            shell.call = server.connection.request(headers, shell)
+            shell.begin(connection, metadata)
         except NotSent:
-            # The server's limit of streams, or the connection is just ending: later.
-            asyncio.get_running_loop().call_soon(self.stream_ended, stream, Status.UNAVAILABLE, "no stream to be had")
-            return
-        stream.shell = shell
+            return False
+        return True
+
+    def _begin_waiting(self) -> None:
+        """Begin what waits for a place, trunks first: many clients share each of them."""
+        for stream in sorted(self._waiting, key=lambda each: each.is_backfill):
+            if not self._begin(stream, self._waiting[stream]):
+                break
+            del self._waiting[stream]
 
     def stream_ended(self, stream: WatchStream, status: int, text: str, final: bool = False) -> None:
         """A stream is over without our doing: decide whether it is tried again here, elsewhere, or not at all."""
@@ -276,20 +312,28 @@ class WatchClient:
         if final:
             self._apply(self._state.refused(stream, status, text))
             return
-        healthy = server.connection.healthy
-        opened = stream.shell is not None
+        shell = stream.shell
+        moved = isinstance(shell, WatchCall) and shell.moved
+        healthy = self._connections is not None and self._connections.alive
         endpoints = self._dialer.targets
         follows = after_end(
-            status, text, server.target, endpoints, answered=stream.answered, opened=opened, healthy=healthy
+            status, text, server.target, endpoints, answered=stream.answered, opened=not moved, healthy=healthy
         )
         if follows is Next.LOST:
             self._apply(self._state.refused(stream, status, text))
             return
         self._state.ended(stream)
-        if follows is Next.HERE:
+        if follows is Next.HERE and moved:
+            # Its connection is ending, in good order or not; another one takes it.
+            asyncio.get_running_loop().call_soon(self._register_moved)
+        elif follows is Next.HERE:
             self._register_later(server)
         elif follows is Next.ELSEWHERE:
             self._give_up(server, f"it ended the watch stream: {CallFailed(status, text)}")
+
+    def _register_moved(self) -> None:
+        if self._server is not None and self._register_timer is None:
+            self._apply(self._state.register())
 
     def _register_later(self, server: Server) -> None:
         """Register again what has no stream, on this connection: at once the first time, then with backoff."""
@@ -360,7 +404,7 @@ class WatchClient:
         known, now = self._lineage.known, server.standing
         if now is None or self._lineage.seen(now) is not Verdict.SUSPECT or known is None:
             return True
-        later = await read_standing(server.connection, self._settings.status_timeout_s)
+        later = await read_standing(self._own(server), self._settings.status_timeout_s)
         verdict = self._lineage.seen_again(now, later)
         if verdict is Verdict.OTHER:
             self._log.warning("upstream_other_history", endpoint=server.target.endpoint.text, **_told(known, now))
@@ -378,7 +422,7 @@ class WatchClient:
         server.connection.close()
 
     async def _recognise_again(self, server: Server) -> None:
-        server.standing = await read_standing(server.connection, self._settings.status_timeout_s)
+        server.standing = await read_standing(self._own(server), self._settings.status_timeout_s)
         await self._recognise(server)
         self._recognition = None
 
@@ -398,7 +442,7 @@ class WatchClient:
             self._state.own_token = await self._new_token(server, self._credentials)
 
     async def _new_token(self, server: Server, credentials: Credentials) -> bytes | None:
-        return await log_in(server.connection, credentials, self._settings.status_timeout_s, self._log)
+        return await log_in(self._own(server), credentials, self._settings.status_timeout_s, self._log)
 
     def _log_in_again(self, refused: bytes | None) -> None:
         """The token of our own user is taken no more: trunks wait a moment for a new one."""
@@ -461,9 +505,16 @@ class WatchClient:
         target = server.target
         target.backoff.succeeded(asyncio.get_running_loop().time())
         target.told = ""
-        connection = server.connection
-        if self.around_read is not None:
-            connection.around_read = self.around_read
+        self._prepare(server.connection)
+        self._connections = Connections(
+            server.connection,
+            self._settings,
+            self._log,
+            open_another=partial(self._open_another, server),
+            on_change=self._places_changed,
+            on_ended=self._connection_ended,
+            on_lost=self._connections_lost,
+        )
         self._log.info("upstream_watch_connected", endpoint=target.endpoint.text, version=server.version)
         revision = 0
         if server.header is not None:
@@ -473,26 +524,67 @@ class WatchClient:
         self._apply(self._state.connect(server.ordered_progress, revision))
         self._look = asyncio.get_running_loop().call_later(self._settings.create_timeout_s / 4, self._look_at_creates)
         self._listener.resumed()
-        if connection.healthy:
-            connection.on_closed = self._connection_closed
-        else:
-            self._connection_closed(connection)
 
-    def _connection_closed(self, connection: ClientConnection) -> None:
+    def _own(self, server: Server) -> ClientConnection:
+        """Return where to ask a server something, on a place that is kept for that if it is in use."""
+        connection = None
+        if server is self._server and self._connections is not None:
+            connection = self._connections.pick(own=True)
+        return connection or server.connection
+
+    def _prepare(self, connection: ClientConnection) -> None:
+        if self.around_read is not None:
+            connection.around_read = self.around_read
+
+    async def _open_another(self, server: Server) -> ClientConnection:
+        """
+        Make another connection to the server in use. Raises Unreachable.
+
+        It may lead to another member, if something stands in front of them: so it is asked the same as the first one.
+        """
+        other = await self._dialer.attempt(server.target)
+        where = server.target.endpoint.text
+        try:
+            if not self._acceptable(other):
+                raise Unreachable(where, "it has no leader", "check the other members of the cluster")
+            if not await self._recognise(other):
+                raise Unreachable(where, "it may be restored, and does not say where it is again", "look at its log")
+        except BaseException:
+            other.connection.close()
+            raise
+        only = self.connection_count == 0
+        server.standing = other.standing
+        server.version = other.version
+        self._state.ordered_progress = other.ordered_progress and (only or self._state.ordered_progress)
+        if other.header is not None:
+            self._listener.header_seen(other.header)
+        self._listener.resumed()
+        self._prepare(other.connection)
+        return other.connection
+
+    def _places_changed(self) -> None:
+        self._begin_waiting()
+        if self.on_full is not None:
+            self.on_full()
+
+    def _connection_ended(self, connection: ClientConnection, rotated: bool) -> None:
+        self.rotated += rotated
         server = self._server
-        if server is not None and server.connection is connection:
-            if connection.failure is not None:
-                self._dialer.count(connection.failure)
-                self._dialer.problem(server.target, str(connection.failure))
-            self._lost.set()
+        if server is not None:
+            server.target.settings = after(connection, server.target.settings)
+        if connection.failure is not None:
+            self._dialer.count(connection.failure)
+
+    def _connections_lost(self, failure: Unreachable) -> None:
+        if self._server is not None:
+            self._dialer.problem(self._server.target, str(failure))
+        self._lost.set()
 
     def _leave(self) -> None:
         """Leave the server in use: every watch waits for the next one."""
         server = self._server
         if server is not None:
-            target = server.target
-            target.failed(asyncio.get_running_loop().time())
-            target.settings = after(server.connection, target.settings)
+            server.target.failed(asyncio.get_running_loop().time())
         self._drop_server()
 
     def _drop_server(self) -> None:
@@ -502,10 +594,13 @@ class WatchClient:
                 task.cancel()
         self._login = self._recognition = None
         self._state.disconnect()
+        self._waiting.clear()
+        connections, self._connections = self._connections, None
+        if connections is not None:
+            connections.close()
         for timer in (self._register_timer, self._look):
             if timer is not None:
                 timer.cancel()
         self._register_timer = self._look = None
         if server is not None:
-            server.connection.on_closed = None
             server.connection.close()

@@ -1,0 +1,280 @@
+"""The connections to one endpoint: as many as calls need, replaced when they end in good order, closed when idle."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from proto.http2 import ErrorCode, Limits
+from tests.upstream.recorder import RecordedLog
+from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
+from tests.upstream.test_pool import ECHO, hold, pooled, run, up
+from tests.waiting import until_async
+from upstream.pool import Pool
+from upstream.settings import Settings
+from upstream.unary import call_unary
+
+LEASE = "/etcdserverpb.Lease/LeaseKeepAlive"
+
+
+def hold_leases(etcd: ScriptedEtcd) -> list[ScriptedCall]:
+    """Have a server keep lease streams open and answer all else; return what it keeps."""
+    held: list[ScriptedCall] = []
+    etcd.on_message = lambda call, message: held.append(call) if call.path == LEASE else etcd.answer(call, message)
+    return held
+
+
+async def end_all(held: list[ScriptedCall], tasks: list[asyncio.Task[object]]) -> None:
+    """Answer what is held, and wait for it."""
+    for call in held:
+        call.send(b"")
+        call.end()
+    await asyncio.gather(*tasks)
+
+
+def leases(pool: Pool, count: int) -> list[asyncio.Task[object]]:
+    """Open so many lease streams."""
+    return [asyncio.create_task(pool.unary(LEASE, b"x")) for _ in range(count)]
+
+
+def go_away_after(etcd: ScriptedEtcd, requests: int) -> None:
+    """Have each connection of a server end after so many requests, as nginx does: later ones are not looked at."""
+
+    def count(call: ScriptedCall) -> None:
+        http2 = call.connection.http2
+        if call.stream.id >= 2 * requests and not http2.going_away:
+            call.connection.go_away(call.stream.id)
+
+    etcd.on_call = count
+
+
+@pytest.mark.parametrize("places", [1, 4, 50])
+def test_long_calls_do_not_use_up_the_places_of_others(places: int) -> None:
+    async def story() -> None:
+        async with scripted() as etcd, pooled(etcd.endpoint) as pool:
+            etcd.limits = Limits(max_streams=places)
+            held = hold_leases(etcd)
+            await up(pool, 1)
+            kept = leases(pool, 60)
+            await until_async(lambda: len(held) == 60, "the leases")
+            for _ in range(3):
+                assert (await pool.unary(ECHO, b"x", timeout_s=5))[0] == b"x"
+            assert 60 / places <= pool.connection_count <= 60 / places + 3
+            await end_all(held, kept)
+
+    run(story())
+
+
+def test_the_proxys_own_calls_always_have_a_place() -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            etcd.limits = Limits(max_streams=8)
+            held = hold_leases(etcd)
+            async with pooled(etcd.endpoint, settings=Settings(connections_per_endpoint_max=2)) as pool:
+                await up(pool, 1)
+                kept: list[asyncio.Task[object]] = []
+                # What passes through picks as others do.
+                while True:
+                    connection = pool.pick()
+                    if connection is None and pool.connection_count == 2:
+                        break
+                    if connection is None:
+                        connection = await pool.wait_available(5)
+                    kept.append(asyncio.create_task(call_unary(connection, LEASE, b"x")))
+                    sent = len(kept)
+                    await until_async(lambda sent=sent: len(held) == sent, "the call")  # type: ignore[misc] # bound at once
+                assert len(held) == 15
+                assert (await pool.unary(ECHO, b"x", timeout_s=5))[0] == b"x"
+                assert pool.connection_count == 2
+                await end_all(held, kept)
+
+    run(story())
+
+
+def test_connections_that_end_in_good_order_cost_no_call() -> None:
+    """A server that ends each connection after 20 requests, as nginx does after 1,000."""
+
+    async def story() -> None:
+        log = RecordedLog()
+        async with scripted() as etcd, pooled(etcd.endpoint, log=log) as pool:
+            go_away_after(etcd, 20)
+            await up(pool, 1)
+
+            async def client() -> None:
+                for _ in range(50):
+                    assert (await pool.unary(ECHO, b"x", timeout_s=5))[0] == b"x"
+                    assert pool.down is None
+
+            async with asyncio.timeout(10):
+                await asyncio.gather(*(client() for _ in range(10)))
+            assert pool.rotated >= 25
+            assert log.problems() == []
+            assert len(etcd.calls) == 500
+
+    run(story())
+
+
+def test_calls_on_a_connection_that_goes_away_go_on() -> None:
+    async def story() -> None:
+        async with scripted() as etcd, pooled(etcd.endpoint) as pool:
+            held = hold_leases(etcd)
+            await up(pool, 1)
+            kept = leases(pool, 1)
+            await until_async(lambda: held, "the lease")
+            etcd.connections[0].go_away(held[0].stream.id)
+            assert (await pool.unary(ECHO, b"x"))[0] == b"x"
+            assert len(etcd.connections) == 2
+            await end_all(held, kept)
+            await until_async(lambda: len(etcd.connections) == 1, "the first to be closed")
+
+    run(story())
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_one_that_only_goes_away_is_tried_with_backoff(answers: bool) -> None:
+    """That is not rotation: nothing is ever done there, but maybe to say who it is."""
+
+    async def story() -> None:
+        log = RecordedLog()
+
+        def end(call: ScriptedCall) -> None:
+            if answers:
+                etcd.answer_status(call)
+            call.connection.go_away(call.stream.id if answers else 0)
+
+        async with scripted() as etcd:
+            etcd.on_status = end
+            async with pooled(etcd.endpoint, log=log) as pool:
+                await until_async(lambda: pool.down is not None, "the failure")
+                assert pool.rotated <= 2
+                assert "goes away" in log.problems()[0]
+
+    run(story())
+
+
+def test_a_connection_whose_stream_ids_run_out_is_replaced() -> None:
+    async def story() -> None:
+        async with scripted() as etcd, pooled(etcd.endpoint) as pool:
+            held = hold_leases(etcd)
+            await up(pool, 1)
+            kept = leases(pool, 1)
+            await until_async(lambda: held, "the lease")
+            worn = pool.pick()
+            assert worn is not None
+            worn.http2._last_id = 2**30 - 3
+            for _ in range(4):
+                assert (await pool.unary(ECHO, b"x"))[0] == b"x"
+            assert pool.pick() is not worn
+            assert pool.rotated == 1
+            assert len(etcd.connections) == 2
+            await end_all(held, kept)
+            await until_async(lambda: len(etcd.connections) == 1, "the worn one to be closed")
+
+    run(story())
+
+
+def test_connections_that_are_not_needed_are_closed() -> None:
+    async def story() -> None:
+        async with scripted() as etcd:
+            etcd.limits = Limits(max_streams=4)
+            held = hold_leases(etcd)
+            async with pooled(etcd.endpoint, settings=Settings(surplus_idle_s=0.05)) as pool:
+                await up(pool, 1)
+                kept = leases(pool, 20)
+                await until_async(lambda: len(held) == 20, "the leases")
+                assert pool.connection_count >= 5
+                await end_all(held, kept)
+                await until_async(lambda: pool.connection_count == 1, "the others to be closed")
+                await until_async(lambda: len(etcd.connections) == 1, "the same at the server")
+                assert (await pool.unary(ECHO, b"x"))[0] == b"x"
+
+    run(story())
+
+
+def test_a_lack_of_places_is_reported_and_its_end_too() -> None:
+    async def story() -> None:
+        log = RecordedLog()
+        settings = Settings(connections_per_endpoint_max=1, place_wait_s=0.05)
+        async with scripted() as etcd:
+            etcd.limits = Limits(max_streams=2)
+            held = hold_leases(etcd)
+            async with pooled(etcd.endpoint, settings=settings, log=log) as pool:
+                await up(pool, 1)
+                kept = leases(pool, 2)
+                await until_async(lambda: len(held) == 2, "the leases")
+                told: list[str] = []
+                pool.when_available(lambda: told.append(pool.full))
+                assert pool.pick() is None
+                await until_async(lambda: any(told), "the report")
+                assert pool.full.startswith(
+                    "calls wait for a place at etcd, which allows no more streams on 1 connections; raise"
+                )
+                assert "upstream_full" in [event for event, _ in log.lines]
+                await end_all(held, kept)
+                await until_async(lambda: pool.pick() is not None, "a place")
+                assert pool.full == ""
+
+    run(story())
+
+
+def test_a_connection_that_cannot_be_added_is_tried_again() -> None:
+    async def story() -> None:
+        log = RecordedLog()
+        async with scripted() as etcd, pooled(etcd.endpoint, log=log) as pool:
+            etcd.limits = Limits(max_streams=2)
+            held = hold_leases(etcd)
+            await up(pool, 1)
+            etcd.on_status = lambda call: call.connection.transport.abort()  # type: ignore[union-attr]  # it is there
+            kept = leases(pool, 4)
+            await until_async(log.problems, "the failure")
+            assert len(held) == 2
+            etcd.on_status = etcd.answer_status
+            await until_async(lambda: len(held) == 4, "the others")
+            await end_all(held, kept)
+
+    run(story())
+
+
+def test_a_broken_connection_costs_only_its_own_calls() -> None:
+    async def story() -> None:
+        async with scripted() as etcd, pooled(etcd.endpoint) as pool:
+            etcd.limits = Limits(max_streams=4)
+            held = hold(etcd)
+            await up(pool, 1)
+            kept = [asyncio.create_task(pool.unary(ECHO, b"x")) for _ in range(7)]
+            await until_async(lambda: len(held) == 7, "the calls")
+            first = held[0].connection
+            assert first.transport is not None
+            first.transport.abort()
+            lost = [task for task, call in zip(kept, held, strict=True) if call.connection is first]
+            outcomes = await asyncio.gather(*lost, return_exceptions=True)
+            assert all(isinstance(outcome, Exception) for outcome in outcomes)
+            assert pool.down is None
+            await end_all(
+                [call for call in held if call.connection is not first], [task for task in kept if task not in lost]
+            )
+            etcd.on_message = etcd.answer
+            assert (await pool.unary(ECHO, b"x"))[0] == b"x"
+
+    run(story())
+
+
+def test_what_a_server_refuses_for_its_own_reasons_is_sent_again() -> None:
+    """REFUSED_STREAM at the limit: the server's SETTINGS may be newer than what we know of them."""
+
+    async def story() -> None:
+        async with scripted() as etcd, pooled(etcd.endpoint) as pool:
+            refused: list[ScriptedCall] = []
+
+            def refuse_one(call: ScriptedCall) -> None:
+                if not refused:
+                    refused.append(call)
+                    call.reset(ErrorCode.REFUSED_STREAM)
+
+            etcd.on_call = refuse_one
+            await up(pool, 1)
+            assert (await pool.unary(ECHO, b"x"))[0] == b"x"
+            assert len(etcd.calls) == 2
+
+    run(story())

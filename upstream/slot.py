@@ -1,0 +1,200 @@
+"""
+One endpoint of the pool: its connections, whether its member serves, and keeping it connected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final, Protocol
+
+from upstream.connection import ClientConnection, after
+from upstream.connections import Connections
+from upstream.endpoints import Backoff, Endpoint
+from upstream.errors import NO_LEADER_TEXT, Log, Unreachable
+from upstream.fitness import LEARNER_TEXT, Fitness, read_fitness
+from upstream.settings import ConnectionSettings, Settings
+
+# A member that does not serve is asked again after so long, and a new one has so long to say whether it does.
+_LOOK_S: Final = 1.0
+
+
+class Owner(Protocol):
+    """The pool."""
+
+    async def connect(self, endpoint: Endpoint, settings: ConnectionSettings) -> ClientConnection:
+        """Connect to an endpoint. Raises Unreachable."""
+
+    def changed(self) -> None:
+        """An endpoint has changed, or has room again."""
+
+    def ended(self, connection: ClientConnection, rotated: bool) -> None:
+        """A connection takes no calls any more; `rotated`: its server ended it in good order."""
+
+
+class Slot:
+    """See the module. `start` begins to connect."""
+
+    __slots__ = (
+        "_backoff",
+        "_log",
+        "_look",
+        "_owner",
+        "_settings",
+        "_task",
+        "_told",
+        "connection_settings",
+        "connections",
+        "endpoint",
+        "failure",
+        "fitness",
+        "leaving",
+        "retired",
+    )
+
+    def __init__(self, endpoint: Endpoint, settings: Settings, owner: Owner, log: Log) -> None:
+        self.endpoint = endpoint
+        self.connection_settings = settings.connection
+        # While it is up.
+        self.connections: Connections | None = None
+        # Those that have been replaced as a whole, kept for the calls that were open on them.
+        self.retired: list[Connections] = []
+        # Why the last attempt failed or the last connection ended; None while it is up or has not been tried.
+        self.failure: Unreachable | None = None
+        # Whether its member serves, as far as it has said.
+        self.fitness = Fitness.SERVES
+        # The endpoint is configured no more: it serves until one that is works.
+        self.leaving = False
+        self._owner = owner
+        self._settings = settings
+        self._log = log
+        self._backoff = Backoff(settings.backoff_first_s, settings.backoff_max_s)
+        self._task: asyncio.Task[None] | None = None
+        self._look: asyncio.Task[None] | None = None
+        # The last problem that was logged; "" when it works.
+        self._told = ""
+
+    def start(self) -> None:
+        """Keep it connected from now on."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._keep(), name=f"pool {self.endpoint.text}")
+
+    def retire(self, reason: Unreachable) -> None:
+        """Make no more connections; those that are open close when their calls have ended."""
+        self._cancel()
+        if self.connections is not None:
+            self.connections.retire(reason)
+            self.retired.append(self.connections)
+            self.connections = None
+
+    async def stop(self) -> None:
+        """Close all connections."""
+        tasks = self._cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for connections in (self.connections, *self.retired):
+            if connections is not None:
+                connections.close()
+        self.connections = None
+        self.retired.clear()
+
+    def look(self) -> None:
+        """Ask the member whether it serves, and again until it does."""
+        if self._look is None and self.connections is not None:
+            self._look = asyncio.get_running_loop().create_task(self._look_at(), name=f"look at {self.endpoint.text}")
+
+    def doubt(self, text: str) -> None:
+        """An answer of the member's says that it does not serve, or may not."""
+        if text == LEARNER_TEXT:
+            self._set_fitness(Fitness.LEARNER)
+        elif text == NO_LEADER_TEXT:
+            self._set_fitness(Fitness.NO_LEADER)
+        self.look()
+
+    def _cancel(self) -> list[asyncio.Task[None]]:
+        tasks = [task for task in (self._task, self._look) if task is not None]
+        for task in tasks:
+            task.cancel()
+        self._task = self._look = None
+        return tasks
+
+    async def _keep(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            failure = await self._hold()
+            delay_s = self._backoff.failed(loop.time())
+            if self.failure is None and delay_s == 0:
+                # The first try after a connection worked: until then the endpoint does not count as down.
+                continue
+            self.failure = failure
+            if str(failure) != self._told:
+                self._told = str(failure)
+                self._log.warning("upstream_unreachable", endpoint=self.endpoint.text, problem=self._told)
+            self._owner.changed()
+            await asyncio.sleep(delay_s)
+
+    async def _hold(self) -> Unreachable:
+        """Connect, hold the connections while there are some, and return why there are none any more."""
+        loop = asyncio.get_running_loop()
+        try:
+            first = await self._open()
+        except Unreachable as error:
+            return error
+        lost: asyncio.Future[Unreachable] = loop.create_future()
+        self.connections = Connections(
+            first,
+            self._settings,
+            self._log,
+            open_another=self._open,
+            on_change=self._owner.changed,
+            on_ended=self._ended,
+            on_lost=lost.set_result,
+        )
+        self.failure = None
+        self._backoff.succeeded(loop.time())
+        self._log.info("upstream_connected", endpoint=self.endpoint.text)
+        if self.fitness is not Fitness.SERVES:
+            self.look()
+        self._owner.changed()
+        failure = await lost
+        self.retired = [connections for connections in (*self.retired, self.connections) if connections.open_calls]
+        self.connections = None
+        return failure
+
+    async def _open(self) -> ClientConnection:
+        """Make one connection, and learn whether the member serves. Raises Unreachable."""
+        connection = await self._owner.connect(self.endpoint, self.connection_settings)
+        try:
+            fitness = await read_fitness(connection, min(_LOOK_S, self._settings.status_timeout_s))
+        except asyncio.CancelledError:
+            connection.close()
+            raise
+        if not connection.healthy:
+            connection.close()
+            self._owner.ended(connection, False)
+            raise connection.failure or Unreachable(self.endpoint.text, "it closed the connection", "check its log")
+        self._set_fitness(fitness)
+        return connection
+
+    def _ended(self, connection: ClientConnection, rotated: bool) -> None:
+        self.connection_settings = after(connection, self.connection_settings)
+        self._owner.ended(connection, rotated)
+
+    def _set_fitness(self, fitness: Fitness) -> None:
+        if fitness is not self.fitness:
+            self.fitness = fitness
+            if fitness is Fitness.SERVES:
+                self._log.info("upstream_serves", endpoint=self.endpoint.text)
+            else:
+                self._log.warning("upstream_does_not_serve", endpoint=self.endpoint.text, problem=fitness.value)
+        if fitness is not Fitness.SERVES and self.connections is not None:
+            self.look()
+
+    async def _look_at(self) -> None:
+        while True:
+            connection = None if self.connections is None else self.connections.pick(own=True)
+            if connection is not None:
+                self._set_fitness(await read_fitness(connection, _LOOK_S))
+                self._owner.changed()
+            if self.fitness is Fitness.SERVES or self.connections is None:
+                self._look = None
+                return
+            await asyncio.sleep(_LOOK_S)
