@@ -35,6 +35,7 @@ test: $(VENV)/.installed-dev etcds  ## the tests (under 5 minutes on 2 cores)
 
 test-all: $(VENV)/.installed-dev etcds  ## every etcd version, every client, long faults (under 30 minutes)
 	-@$(BIN)/python -m tests.clients.golang
+	-@$(BIN)/python -m tests.etcd.fronts
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 check: $(VENV)/.installed-dev  ## ruff, mypy --strict, imports point down

@@ -1,0 +1,172 @@
+"""What operators put in front of an etcd: real nginx and HAProxy, with what they do to its connections by default.
+
+Both come from the machine's own Debian, unpacked below `.clients/fronts/` without being installed. nginx ends a
+connection in good order after 1,000 requests and allows 128 streams on it; HAProxy allows 100.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Final, Self
+
+from tests import debian
+from tests.clients.libraries import ROOT as CLIENTS
+from tests.etcd.server import HOST, free_port
+from tests.waiting import until
+
+ROOT: Final = CLIENTS / "fronts"
+# What Debian 12's programs need beyond what is on every machine.
+_PACKAGES: Final = (
+    "nginx",
+    "haproxy",
+    "liblua5.3-0",
+    "libopentracing-c-wrapper0",
+    "libopentracing1",
+    "libpcre2-8-0",
+    "libssl3",
+    "libcrypt1",
+    "libsystemd0",
+    "zlib1g",
+)
+
+NGINX: Final = """\
+daemon off;
+master_process off;
+pid {directory}/nginx.pid;
+error_log {directory}/error.log;
+events {{ worker_connections 4096; }}
+http {{
+    access_log off;
+    client_body_temp_path {directory}/body;
+    proxy_temp_path {directory}/proxy;
+    fastcgi_temp_path {directory}/fastcgi;
+    uwsgi_temp_path {directory}/uwsgi;
+    scgi_temp_path {directory}/scgi;
+    upstream etcd {{ server {etcd}; keepalive 64; }}
+    server {{
+        listen {host}:{port} http2;
+        {more}
+        location / {{ grpc_pass grpc://etcd; grpc_read_timeout 1h; grpc_send_timeout 1h; client_body_timeout 1h; }}
+    }}
+}}
+"""
+"""nginx with its own limits of a connection; the three times are those that a watch needs."""
+
+HAPROXY: Final = """\
+global
+    maxconn 4096
+    {more}
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 1h
+    timeout server 1h
+frontend clients
+    bind {host}:{port} proto h2
+    default_backend etcd
+backend etcd
+    server etcd {etcd} proto h2
+"""
+
+
+class FrontMissing(RuntimeError):
+    """nginx or HAProxy cannot be had; the text says why."""
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hold a lock against other workers of a test run."""
+    ROOT.mkdir(parents=True, exist_ok=True)
+    with (ROOT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@functools.cache
+def unpacked() -> Path:
+    """Return where both are unpacked, fetching them first where they are not. Raises FrontMissing."""
+    target = ROOT / "debian"
+    with _alone():
+        if not (ROOT / "complete").exists():
+            shutil.rmtree(target, ignore_errors=True)
+            try:
+                _, release = debian.archive()
+                with debian.suite(release) as view:
+                    view.unpack(_PACKAGES, target)
+            except (debian.DebianMissing, subprocess.SubprocessError, OSError) as error:
+                raise FrontMissing(f"nginx and HAProxy cannot be had: {error}") from None
+            (ROOT / "complete").touch()
+    return target
+
+
+class Front:
+    """nginx or HAProxy in front of an etcd. Use as a context manager; `more`: further lines of its configuration."""
+
+    def __init__(self, kind: str, etcd: str, more: str = "") -> None:
+        self.kind = kind
+        self.port = free_port()
+        self.directory = Path(tempfile.mkdtemp(prefix=f"watchmux-{kind}-"))
+        template = NGINX if kind == "nginx" else HAPROXY
+        self._config = template.format(directory=self.directory, host=HOST, port=self.port, etcd=etcd, more=more)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """Where it listens, as HOST:PORT."""
+        return f"{HOST}:{self.port}"
+
+    def __enter__(self) -> Self:
+        root = unpacked()
+        config = self.directory / "config"
+        config.write_text(self._config)
+        program = root / "usr/sbin" / self.kind
+        command = [str(program), "-c", str(config), "-p", str(self.directory)]
+        if self.kind == "haproxy":
+            command = [str(program), "-db", "-f", str(config)]
+        libraries = [*root.glob("usr/lib/*-linux-gnu"), *root.glob("lib/*-linux-gnu")]
+        paths = [*map(str, libraries), *filter(None, [os.environ.get("LD_LIBRARY_PATH", "")])]
+        environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(paths)}
+        self._log = (self.directory / "log").open("wb")
+        self._process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=self._log)
+        try:
+            until(self._listens, f"{self.kind} to listen", 10)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _listens(self) -> bool:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise AssertionError(f"{self.kind} ended: {(self.directory / 'log').read_text()[-2000:]}")
+        with socket.socket() as probe:
+            return probe.connect_ex((HOST, self.port)) == 0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(20)
+        if self._log is not None:
+            self._log.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(f"nginx and HAProxy: {unpacked()}\n")
+    except FrontMissing as problem:
+        sys.exit(f"error: {problem}")

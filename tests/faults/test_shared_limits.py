@@ -1,0 +1,138 @@
+"""What etcd, nginx and HAProxy count per connection, which all clients of the proxy share: nobody notices any of it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from proto.framing import Status
+from proto.pb import rpc_pb2
+from proxy.server import Proxy
+from tests.etcd.fronts import Front
+from tests.etcd.server import EtcdServer
+from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch, straight
+from tests.proxy.raw_client import RawClient, RawStream, WatchStream
+from tests.proxy.running import proxy_for
+from tests.proxy.scenario import run
+from tests.proxy.test_auth import token_of, with_users
+from tests.waiting import until_async
+
+PUT = "/etcdserverpb.KV/Put"
+RANGE = "/etcdserverpb.KV/Range"
+GRANT = "/etcdserverpb.Lease/LeaseGrant"
+KEEP_ALIVE = "/etcdserverpb.Lease/LeaseKeepAlive"
+
+
+async def keep_leases(client: RawClient, count: int) -> list[RawStream]:
+    """Keep so many leases alive, each on a stream of its own that stays open."""
+    grant = await client.unary(GRANT, rpc_pb2.LeaseGrantRequest(TTL=600).SerializeToString())
+    lease = rpc_pb2.LeaseGrantResponse.FromString(grant.messages[0]).ID
+    streams = [client.call(KEEP_ALIVE) for _ in range(count)]
+    for stream in streams:
+        stream.send(rpc_pb2.LeaseKeepAliveRequest(ID=lease).SerializeToString())
+    for stream in streams:
+        assert rpc_pb2.LeaseKeepAliveResponse.FromString(await stream.next()).TTL == 600
+    return streams
+
+
+async def puts(client: RawClient, count: int, at_a_time: int) -> list[tuple[int | None, str]]:
+    """Put so many times; return how each call ended that did not end well."""
+    failed: list[tuple[int | None, str]] = []
+    request = rpc_pb2.PutRequest(key=PREFIX + b"k", value=b"v").SerializeToString()
+
+    async def some() -> None:
+        for _ in range(count // at_a_time):
+            call = client.call(PUT)
+            call.send(request, end=True)
+            ended = await call.end()
+            if ended != (Status.OK, ""):
+                failed.append(ended)
+
+    await asyncio.gather(*(some() for _ in range(at_a_time)))
+    return failed
+
+
+async def others_are_served(client: RawClient, etcd: EtcdServer, watches: int = 3) -> None:
+    """Puts, ranges and new watches, while others keep what they have."""
+    assert await puts(client, 30, 3) == []
+    read = await client.unary(RANGE, rpc_pb2.RangeRequest(key=PREFIX + b"k").SerializeToString())
+    assert len(rpc_pb2.RangeResponse.FromString(read.messages[0]).kvs) == 1
+    streams = [(await open_watch(client, PREFIX, PREFIX_END, start % 2), start % 2) for start in range(watches)]
+    async with straight(etcd.endpoint) as store:
+        last = await store.put(PREFIX + b"a", b"x")
+    await all_kept(streams, etcd.endpoint, last)
+
+
+@pytest.mark.parametrize(
+    "front", ["etcd", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("nginx", "haproxy"))]
+)
+def test_leases_beyond_the_limit_of_streams_leave_room_for_others(front: str) -> None:
+    """etcd with 50 streams to a connection; nginx allows 128 and HAProxy 100 by default."""
+
+    async def scenario(etcd: EtcdServer, endpoint: str) -> None:
+        async with proxy_for(endpoint) as proxy, await RawClient.connect(proxy.port) as client:
+            leases = await keep_leases(client, 150)
+            await others_are_served(client, etcd)
+            assert not any(lease.over for lease in leases)
+            assert proxy.pool.connection_count >= 2
+            assert proxy.health.serving
+
+    if front == "etcd":
+        with EtcdServer(extra=["--max-concurrent-streams=50"]) as etcd:
+            run(scenario(etcd, etcd.endpoint))
+    else:
+        with EtcdServer() as etcd, Front(front, etcd.endpoint) as before:
+            run(scenario(etcd, before.endpoint))
+
+
+def test_sixty_tokens_watch_at_an_etcd_with_fifty_streams() -> None:
+    async def scenario(etcd: EtcdServer) -> None:
+        async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
+            tokens = [await token_of(client, f"u{number % 2 + 1}") for number in range(60)]
+            streams: list[WatchStream] = []
+            for number, token in enumerate(tokens):
+                stream = client.watch([("token", token)])
+                # Ranges of their own, so that each token has a stream at etcd.
+                stream.create(b"a/%d" % number)
+                streams.append(stream)
+            for stream in streams:
+                await stream.created(20)
+            assert proxy.upstream.stream_count == 60
+            assert proxy.upstream.connection_count == 2
+            assert not proxy.upstream.full
+
+    with EtcdServer(extra=["--max-concurrent-streams=50"]) as etcd:
+        with_users(etcd)
+        run(scenario(etcd))
+
+
+async def _rotated(proxy: Proxy, etcd: EtcdServer, count: int) -> None:
+    """Under load for as many calls: no call fails, no watch misses or repeats anything, and nothing is reported."""
+    async with await RawClient.connect(proxy.port) as client:
+        streams = [(await open_watch(client, PREFIX, PREFIX_END, start), start) for start in (0, 1, 0, 1)]
+        leases = await keep_leases(client, 5)
+        writer = Writer(f"127.0.0.1:{proxy.port}")
+        assert await puts(client, count, 20) == []
+        for number in range(30):
+            # Streams are what the connections of the watches count.
+            streams.append((await open_watch(client, PREFIX, PREFIX_END, 1), 1))
+            assert not streams[-1][0].raw.over, number
+        last = await writer.stop()
+        await all_kept(streams, etcd.endpoint, last)
+        assert not any(lease.over for lease in leases)
+        assert proxy.engine.stats.upstream_broken == 0
+        assert proxy.passthrough.stats.unavailable == 0
+        assert proxy.pool.down is None
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", ["", "keepalive_requests 50;", "keepalive_time 1s;"], ids=["defaults", "50", "1 s"])
+def test_nginx_ends_connections_and_nobody_notices(more: str) -> None:
+    async def scenario(etcd: EtcdServer, endpoint: str) -> None:
+        async with proxy_for(endpoint) as proxy:
+            await _rotated(proxy, etcd, 4_000)
+            await until_async(lambda: proxy.pool.rotated >= (3 if not more else 2), "connections that ended")
+
+    with EtcdServer() as etcd, Front("nginx", etcd.endpoint, more) as before:
+        run(scenario(etcd, before.endpoint))
