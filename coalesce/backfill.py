@@ -117,7 +117,7 @@ class Backfills:
         """Etcd has registered a backfill: its progress can be asked for."""
         backfill.upstream.created = True
         backfill.refused_tokens.clear()
-        self._hub.progress.want()
+        self._ask(backfill)
 
     def received(self, backfill: Backfill, batch: Batch) -> None:
         """Pass on what a backfill brought, and let those go whom it has brought far enough."""
@@ -181,7 +181,14 @@ class Backfills:
         if backfill.paused:
             backfill.paused = False
             self._hub.effects.append(ResumeUpstream(backfill.upstream))
-            self._hub.progress.want()
+            self._ask(backfill)
+
+    def _ask(self, backfill: Backfill) -> None:
+        """Have a backfill asked how far it is; an upgrade and its trunk are to meet at one revision."""
+        if backfill.is_upgrade:
+            self._hub.progress.want(backfill.upstream, backfill.trunk.upstream)
+        else:
+            self._hub.progress.want(backfill.upstream)
 
     def _take_over(self, other: Backfill, backfill: Backfill) -> None:
         """Let the watches of one backfill come through an older one; the last of them closes it."""

@@ -208,8 +208,7 @@ class Coalescer:
         if response.canceled:
             hub.endings.canceled(upstream, response)
         elif not response.created and not response.events:
-            hub.progress.proven(upstream, response.header.revision)
-            hub.progress.settle_waiting()
+            hub.progress.notified(upstream, response.header.revision)
             if isinstance(owner, Trunk):
                 hub.notifying.notified(owner)
         return self._finish()

@@ -114,9 +114,10 @@ class CheckPermission:
 
 
 class RequestProgress:
-    """Ask etcd for manual progress on the streams of `upstreams`, and for nothing but its revision where progress is
-    not ordered; answers come by `progressed`, or never (etcd drops requests it cannot answer). The core asks again by
-    itself; nothing is to be retried. `number` says later which request an answer is at least as new as."""
+    """Ask etcd for manual progress on the streams of `upstreams`, and on no others; where progress is not ordered
+    (`upstreams` is empty) for nothing but its revision, on any stream. Answers come by `progressed`, or never (etcd
+    drops requests it cannot answer). The core asks again by itself; nothing is to be retried. `number` says later which
+    request an answer is at least as new as."""
 
     __slots__ = ("number", "upstreams")
 

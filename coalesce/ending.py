@@ -155,7 +155,7 @@ class Endings:
                 if create.header is not None:
                     hub.joining.read_again(create)
         hub.compact_revision = 0
-        hub.progress.targets.clear()
+        hub.progress.other_history()
         for session in hub.sessions:
             session.progress_revision = min(session.progress_revision, header.revision)
 

@@ -55,7 +55,6 @@ class Hub:
         "trunks",
         "trunks_open",
         "upstreams",
-        "upstreams_listed",
     )
 
     # The parts; set by the Coalescer.
@@ -91,7 +90,6 @@ class Hub:
         self.queued: dict[Watch, None] = {}
         # Everything open at etcd.
         self.upstreams: dict[Upstream, None] = {}
-        self.upstreams_listed: tuple[Upstream, ...] | None = ()
         # Trunks without watches.
         self.lingers: Timers[Trunk] = Timers()
         # Trunks with watches that asked for progress_notify.
@@ -100,7 +98,6 @@ class Hub:
     def open_upstream(self, upstream: Upstream) -> None:
         """Have an upstream watch opened."""
         self.upstreams[upstream] = None
-        self.upstreams_listed = None
         self.stats.upstreams_opened += 1
         self.effects.append(OpenUpstream(upstream))
 
@@ -108,15 +105,9 @@ class Hub:
         """Have an upstream watch closed; `gone`: etcd has ended it already, there is nothing to close."""
         upstream.closed = True
         self.upstreams.pop(upstream, None)
-        self.upstreams_listed = None
+        self.progress.closed(upstream)
         if not gone:
             self.effects.append(CloseUpstream(upstream))
-
-    def all_upstreams(self) -> tuple[Upstream, ...]:
-        """Return everything open at etcd."""
-        if self.upstreams_listed is None:
-            self.upstreams_listed = tuple(self.upstreams)
-        return self.upstreams_listed
 
     def saw(self, header: Header) -> None:
         """Remember the newest header."""

@@ -18,7 +18,7 @@
 13. The head of a session's line waits for something that is on its way: a check, a read, or a trunk's `created`.
 14. A read for later exists only while one is in flight, and no create waits for a read that nobody will make.
 15. Progress told is true: nothing below what a watch was told is still to come for it.
-16. Who waits for progress has watches, and the timer is set.
+16. Who waits for progress has watches, and the timer is set; who is held up is listed under the trunk that does it.
 17. The gauges count what is there.
 18. Nothing that has ended is anywhere.
 19. Between two rings of the timer no more of the histories is looked at than allowed, but for one session's share.
@@ -85,8 +85,10 @@ def _check_session(hub: Hub, session: Session) -> None:
     if session.lagging and not session.stalled:
         _need(7, hub.replays.is_due(session), "watches lag and nobody will replay them")
     if session.progress_needs:
-        _need(16, bool(session.watches) and session in hub.progress.waiting, "waits for progress")
+        _need(16, bool(session.watches) and session in hub.progress.waiting.sessions, "waits for progress")
         _need(16, hub.progress.next_deadline() is not None, "no timer for who waits for progress")
+    if session.progress_blocker is not None:
+        _need(16, hub.progress.waiting.is_listed(session), "held up, and nobody will look again")
     if session.queue is not None:
         _need(13, bool(session.queue), "an empty line")
         _check_head(session)
@@ -190,7 +192,7 @@ def _check_backfills(hub: Hub) -> None:
 
 def _check_upstreams(hub: Hub) -> None:
     expected = {source.upstream for source in _sources(hub)}
-    _need(12, set(hub.upstreams) == expected and set(hub.all_upstreams()) == expected, "open upstream watches")
+    _need(12, set(hub.upstreams) == expected, "open upstream watches")
     for source in _sources(hub):
         _need(12, source.upstream.owner is source and not source.upstream.closed, source.upstream)
 

@@ -19,7 +19,7 @@ that is overdue. Such a round, and one on a busy trunk, waits for progress that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -208,10 +208,15 @@ class Notifying:
         if trunk.notices is not None and not trunk.opening:
             self._round(trunk.notices)
 
-    def settle(self) -> None:
-        """Make the rounds that waited for progress which has come."""
-        for notices in tuple(self.asking):
-            if self._hub.progress.is_fresh(notices.trunk.next_revision - 1, notices.needs):
+    def settle(self, trunks: Sequence[Trunk] | None = None) -> None:
+        """Make the rounds that waited for progress which has come: of these trunks, or (None) of all."""
+        moved = tuple(self.asking) if trunks is None else [trunk.notices for trunk in trunks]
+        for notices in moved:
+            if (
+                notices is not None
+                and notices in self.asking
+                and self._hub.progress.waiting.is_fresh(notices.trunk.next_revision - 1, notices.needs)
+            ):
                 self._round(notices)
 
     def next_deadline(self) -> float | None:
@@ -251,7 +256,7 @@ class Notifying:
             notices.needs = hub.progress_serial + 1
             notices.asked_at = hub.now
             self.asking[notices] = None
-            hub.progress.want()
+            hub.progress.want(notices.trunk.upstream)
         hub.notices.start(notices, hub.now + patience_s)
 
     def _round(self, notices: Notices) -> None:

@@ -1,11 +1,15 @@
 """Progress: what sessions are told about how far they are, and how that is proven.
 
 A trunk's bookmark is proven by its events, by etcd's answers to manual requests, and by its progress notifies. Manual
-requests are shared: one is in flight at a time and serves all who waited when it was made; who comes later waits for
-the next. They are numbered, who waits knows the first number that will do, and with an answer comes the number of a
-request after which etcd was at the answer's revision (`Targets`): what reaches that revision is fresh enough, whatever
-proves it; nobody is answered with what was known before it asked. Etcd drops requests that it cannot answer: while
-somebody waits, the request is repeated, with pauses that double up to a bound.
+requests are shared and numbered: who waits knows the first number that will do, and with an answer comes the number of
+a request after which etcd was at the answer's revision (`Targets`): what reaches that revision is fresh enough,
+whatever proves it; nobody is answered with what was known before it asked.
+
+A request asks the upstream watches of those who wait, and no others: with auth on each token has an upstream stream of
+its own, and to ask thousands of streams for one session costs thousands of messages and answers. An upstream watch
+that has not answered is not asked again for progress_retry_s; so what one stream owes holds up nobody else. Etcd drops
+requests that it cannot answer: while somebody waits, the request is repeated, with pauses that double up to a bound.
+Each request is bounded, in streams and in the watches that are looked at for it; what is left goes into the next one.
 
 A session is told p, the least bookmark of its watches' trunks, if
 
@@ -27,84 +31,85 @@ only asked which revision they have; proofs are events and progress notifies, an
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from coalesce.backfill import Backfill
 from coalesce.effects import RequestProgress
-from coalesce.inputs import NO_WATCH_ID
-from coalesce.session import Place, Session, Watch
+from coalesce.session import Session, Watch
+from coalesce.trunk import Trunk
+from coalesce.waiting import Waiting
 from proto.scan import Header
 
 if TYPE_CHECKING:
     from coalesce.hub import Hub
-    from coalesce.source import Upstream
+    from coalesce.source import Source, Upstream
 
 # Old bookmarks are looked for this many times within bookmark_s: one request may be dropped, or two.
 _LOOKS = 4
-_TARGETS_MAX = 64
+# A request asks so many streams at most, since each one's message and answer is work by itself.
+STREAMS_PER_REQUEST_MAX = 256
+# Watches of waiting sessions that are looked at for one request.
+_LOOKED_AT_MAX = 20_000
 
 
-class Targets:
-    """What etcd is known to have had after a request was made: who asked before it must not be told less.
+class _Request:
+    """The upstream watches that one request asks."""
 
-    Numbers and revisions rise together: a later request that found a lower revision (another member, another stream)
-    says more about the earlier ones as well. Bounded: without a target of its own a request has that of a later one.
-    """
+    __slots__ = ("_again", "_now", "_retry_s", "_streams", "chosen", "full", "looked_at")
 
-    __slots__ = ("_numbers", "_revisions")
+    def __init__(self, now: float, retry_s: float, again: bool) -> None:
+        self._now = now
+        self._retry_s = retry_s
+        # It repeats requests that were answered as well: what they proved was not enough.
+        self._again = again
+        # An upstream watch that may be paused has a stream of its own, the others one for each token.
+        self._streams: set[object] = set()
+        self.chosen: dict[Upstream, None] = {}
+        self.looked_at = 0
+        # Something was left out, for the next request.
+        self.full = False
 
-    def __init__(self) -> None:
-        self._numbers: list[int] = []
-        self._revisions: list[int] = []
-
-    def learn(self, number: int, revision: int) -> None:
-        """After request `number` was made the store was at `revision`."""
-        place = bisect_left(self._numbers, number)
-        if place < len(self._numbers) and self._revisions[place] <= revision:
-            return
-        end = place + (self._numbers[place : place + 1] == [number])
-        first = bisect_left(self._revisions, revision, 0, place)
-        self._numbers[first:end] = [number]
-        self._revisions[first:end] = [revision]
-        if len(self._numbers) > _TARGETS_MAX:
-            del self._numbers[0], self._revisions[0]
-
-    def of(self, number: int) -> int | None:
-        """Return the least revision that will do for who waits for request `number`; None = not known yet."""
-        place = bisect_left(self._numbers, number)
-        return self._revisions[place] if place < len(self._numbers) else None
-
-    def clear(self) -> None:
-        """Forget all."""
-        self._numbers.clear()
-        self._revisions.clear()
+    def take(self, upstream: Upstream, needs: int) -> bool:
+        """Ask an upstream watch, if that is needed for who waits for request `needs`. False: not now."""
+        self.looked_at += 1
+        if upstream in self.chosen or (upstream.asked >= needs and not self._again):
+            return True
+        if upstream.asked_at is not None and upstream.asked_at + self._retry_s > self._now:
+            # It owes an answer.
+            return False
+        stream = upstream if upstream.is_backfill else upstream.said_token
+        if stream not in self._streams and len(self._streams) >= STREAMS_PER_REQUEST_MAX:
+            self.full = True
+            return False
+        self._streams.add(stream)
+        self.chosen[upstream] = None
+        return True
 
 
 class Progress:
-    """Requests to etcd, answers to sessions, progress notifies and bookmarks."""
+    """Requests to etcd, answers to sessions, and bookmarks."""
 
     __slots__ = (
+        "_also",
         "_asked_at",
         "_bookmark_at",
         "_hub",
-        "_in_flight",
         "_pause_s",
         "_retry_at",
         "_soon_at",
+        "_unasked",
         "_wanted",
-        "targets",
         "waiting",
     )
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
-        # Sessions with progress_needs.
-        self.waiting: dict[Session, None] = {}
-        self.targets = Targets()
-        # The newest request has not been answered by anybody.
-        self._in_flight = False
+        self.waiting = Waiting(hub)
+        # Those of them for whom no request was made yet, or not to all of their upstream watches.
+        self._unasked: dict[Session, None] = {}
+        # Upstream watches to be asked for another reason.
+        self._also: dict[Upstream, None] = {}
         # The number of the newest request that somebody wants made.
         self._wanted = 0
         # When to ask again; None = nobody waits.
@@ -121,21 +126,20 @@ class Progress:
 
     def wait(self, session: Session) -> None:
         """Take note that a session asks for progress."""
-        if not session.watches:
-            return
-        needs = self._hub.progress_serial + 1
-        session.progress_needs = (*session.progress_needs[:1], needs)
-        self.waiting[session] = None
-        self.want()
+        if session.watches:
+            self.waiting.add(session, self._hub.progress_serial + 1)
+            self._unasked[session] = None
+            self.want()
 
-    def want(self) -> None:
-        """Have a request made, now or as soon as the one in flight is answered."""
-        self._wanted = self._hub.progress_serial + 1
-        self._pause_s = self._hub.limits.progress_retry_s
-        if not self._in_flight:
-            self._ask_soon()
-        elif self._retry_at is not None:
-            self._retry_at = min(self._retry_at, self._hub.now + self._pause_s)
+    def want(self, *upstreams: Upstream) -> None:
+        """Have a request made soon, for the sessions that wait and for these; and have it repeated at short pauses."""
+        hub = self._hub
+        self._also.update(dict.fromkeys(upstreams))
+        self._wanted = hub.progress_serial + 1
+        self._pause_s = hub.limits.progress_retry_s
+        at = hub.now + self._pause_s
+        self._retry_at = at if self._retry_at is None else min(self._retry_at, at)
+        self._ask_soon()
 
     def began(self, watch: Watch) -> None:
         """Take note of a new watch."""
@@ -152,8 +156,17 @@ class Progress:
 
     def forget_session(self, session: Session) -> None:
         """Nothing is to be told to a session any more."""
-        session.progress_needs = ()
-        self.waiting.pop(session, None)
+        self.waiting.forget(session)
+        self._unasked.pop(session, None)
+
+    def closed(self, upstream: Upstream) -> None:
+        """An upstream watch is over."""
+        self._also.pop(upstream, None)
+
+    def other_history(self) -> None:
+        """What etcd was known to have is true no more."""
+        self.waiting.targets.clear()
+        self.waiting.unblock_all()
 
     # what is proven
 
@@ -161,15 +174,24 @@ class Progress:
         """Take what came of requests: all of these are complete through a revision that followed request `number`."""
         hub = self._hub
         hub.saw(header)
-        if number:
-            self.targets.learn(number, header.revision)
-        if upstreams and hub.ordered_progress:
+        is_news = bool(number) and self.waiting.learn(number, header.revision)
+        trunks: dict[Trunk, None] = {}
+        if hub.ordered_progress:
             for upstream in upstreams:
+                upstream.asked_at = None
+                if upstream.fed is not None:
+                    trunks[_trunk_of(upstream.fed)] = None
                 self.proven(upstream, header.revision)
-            self._in_flight = False
-        self._settle()
-        if self._wanted > hub.progress_serial and not self._in_flight:
+        self._settle(None if is_news else tuple(trunks))
+        if self._unasked or self._also:
             self._ask_soon()
+
+    def notified(self, upstream: Upstream, revision: int) -> None:
+        """Take a progress notify: it proves everything of an upstream watch through `revision`."""
+        trunk = _trunk_of(upstream.owner)
+        self.proven(upstream, revision)
+        if self.waiting.sessions:
+            self._settle((trunk,))
 
     def proven(self, upstream: Upstream, revision: int) -> None:
         """Take note that everything of an upstream watch through `revision` has come."""
@@ -191,11 +213,6 @@ class Progress:
                 first = at
         return first
 
-    def settle_waiting(self) -> None:
-        """Answer those who can be answered, since something was proven. Nothing has been delivered in this input."""
-        if self.waiting:
-            self._settle()
-
     def expire(self) -> None:
         """Do what is due."""
         hub = self._hub
@@ -206,46 +223,16 @@ class Progress:
         if self._retry_at is not None and self._retry_at <= hub.now:
             self._retry()
 
-    def _answer(self, session: Session) -> None:
-        """Answer a session that waits, if it can be answered now."""
+    def _settle(self, trunks: Sequence[Trunk] | None = None) -> None:
+        """Tell all who wait what can be told now; given trunks, those whom these held up. Nothing was delivered yet."""
+        if trunks is None:
+            self.waiting.answer_all()
+        else:
+            self.waiting.moved(trunks)
         hub = self._hub
-        revision = self._reached(session)
-        if revision is None or not self.is_fresh(revision, session.progress_needs[0]):
-            return
-        session.progress_revision = revision
-        session.progress_needs = tuple(needs for needs in session.progress_needs if not self.is_fresh(revision, needs))
-        if not session.progress_needs:
-            self.waiting.pop(session, None)
-        hub.stats.progress_answers += 1
-        hub.answer(session, NO_WATCH_ID, hub.header_now(revision))
-
-    def is_fresh(self, revision: int, needs: int) -> bool:
-        """Whether etcd is known to have had no more than `revision` at some time after that request was made."""
-        target = self.targets.of(needs)
-        return target is not None and target <= revision
-
-    def _reached(self, session: Session) -> int | None:
-        """Return the p that a session may be told; None if there is none."""
-        revision: int | None = None
-        known = session.progress_revision
-        for watch in session.watches.values():
-            trunk = watch.trunk
-            if watch.place is not Place.IN_STEP or watch.source is not trunk:
-                return None
-            if revision is None or trunk.next_revision <= revision:
-                revision = trunk.next_revision - 1
-            known = max(known, watch.progress_floor, watch.last_sent_revision)
-        if revision is None or revision < known:
-            return None
-        return revision
-
-    def _settle(self) -> None:
-        """Tell all who wait what can be told now. Nothing has been delivered yet in this input."""
-        for session in tuple(self.waiting):
-            self._answer(session)
-        self._hub.notifying.settle()
-        if not self.waiting and not self._hub.notifying.asking:
-            self.targets.clear()
+        hub.notifying.settle(trunks)
+        if not self.waiting.sessions and not hub.notifying.asking:
+            self.waiting.targets.clear()
 
     def _look_at_bookmarks(self) -> None:
         hub = self._hub
@@ -253,32 +240,38 @@ class Progress:
             self._bookmark_at = None
             return
         self._bookmark_at = hub.now + hub.limits.bookmark_s / _LOOKS
-        old = hub.now - hub.limits.bookmark_s / 2
-        if hub.ordered_progress and any(trunk.proven_at <= old for trunk in hub.trunks_open.values()):
-            self.want()
+        if hub.ordered_progress:
+            old = hub.now - hub.limits.bookmark_s / 2
+            quiet = [trunk.upstream for trunk in hub.trunks_open.values() if trunk.proven_at <= old]
+            if quiet:
+                self.want(*quiet)
+
+    # requests
 
     def _retry(self) -> None:
         """Look again whether anybody can be answered; if somebody still waits, ask again."""
         hub = self._hub
         # Events may have done as proof.
         self._settle()
-        backfills = [backfill for backfill in self._hub.backfills.open if self._may_prove(backfill)]
-        if not self.waiting and not hub.notifying.asking and not backfills:
-            self._in_flight = False
+        backfills = [backfill for backfill in hub.backfills.open if self._may_prove(backfill)]
+        if not self.waiting.sessions and not hub.notifying.asking and not backfills:
             self._retry_at = None
             return
         self._pause_s = min(self._pause_s * 2, self._hub.limits.progress_retry_s_max)
-        asks = bool(self.waiting or hub.notifying.asking)
+        self._retry_at = hub.now + self._pause_s
         if not hub.ordered_progress:
             # One answer that tells the revision will do; what is to prove it comes by itself.
-            asks = asks and self.targets.of(self._wanted) is None
-        elif not asks:
-            asks = any(each.proof < hub.progress_serial for each in backfills)
-        if asks:
-            self._ask()
-        else:
+            if self.waiting.targets.of(self._wanted) is None:
+                self._ask()
+            return
+        for backfill in backfills:
             # Events keep coming, and prove more than an answer would.
-            self._retry_at = self._hub.now + self._pause_s
+            if backfill.proof < hub.progress_serial:
+                self._also[backfill.upstream] = None
+                if backfill.is_upgrade:
+                    self._also[backfill.trunk.upstream] = None
+        self._also.update(dict.fromkeys(notices.trunk.upstream for notices in hub.notifying.asking))
+        self._ask(again=True)
 
     def _may_prove(self, backfill: Backfill) -> bool:
         return backfill.upstream.created and not backfill.paused
@@ -291,14 +284,69 @@ class Progress:
         else:
             self._soon_at = at
 
-    def _ask(self) -> None:
+    def _ask(self, again: bool = False) -> None:
+        """Make a request, if anybody is to be asked; `again`: also those whose answer was not enough."""
         hub = self._hub
+        self._soon_at = None
+        upstreams: tuple[Upstream, ...] = ()
+        if hub.ordered_progress:
+            request = _Request(hub.now, hub.limits.progress_retry_s, again)
+            self._choose(request, again)
+            upstreams = tuple(request.chosen)
+            if request.full and not again:
+                self._soon_at = hub.now + hub.limits.progress_interval_s
+            if not upstreams:
+                return
+            hub.stats.progress_asked += 1
+        else:
+            self._also.clear()
+            self._unasked.clear()
+            if not self.waiting.sessions and not hub.notifying.asking:
+                return
         hub.progress_serial += 1
         self._asked_at = hub.now
-        self._soon_at = None
-        self._retry_at = hub.now + self._pause_s
-        if hub.ordered_progress:
-            self._in_flight = True
-            hub.stats.progress_asked += 1
-        if hub.ordered_progress or self.waiting or hub.notifying.asking:
-            hub.effects.append(RequestProgress(hub.all_upstreams(), hub.progress_serial))
+        for upstream in upstreams:
+            upstream.asked, upstream.asked_at = hub.progress_serial, hub.now
+        hub.effects.append(RequestProgress(upstreams, hub.progress_serial))
+
+    def _choose(self, request: _Request, again: bool) -> None:
+        """Choose who is asked: first what waits for other reasons, then the upstream watches of sessions."""
+        serial = self._hub.progress_serial + 1
+        for upstream in tuple(self._also):
+            if request.take(upstream, serial):
+                del self._also[upstream]
+            if request.full:
+                return
+        sessions = self.waiting.sessions if again else self._unasked
+        for session in tuple(sessions):
+            if request.looked_at >= _LOOKED_AT_MAX:
+                request.full = True
+            if request.full:
+                return
+            # To the end: what is left out now comes first the next time.
+            sessions[session] = sessions.pop(session)
+            # It may have been answered by what was asked for others.
+            if not session.progress_needs or self._take_all(request, session, session.progress_needs[-1], again):
+                self._unasked.pop(session, None)
+
+    def _take_all(self, request: _Request, session: Session, needs: int, again: bool) -> bool:
+        """Ask the upstream watches of a session; False: not all of them now."""
+        enough = session.progress_blocker.revision if again and session.progress_blocker is not None else None
+        complete = True
+        for watch in session.watches.values():
+            trunk, source = watch.trunk, watch.source
+            if source is trunk or source is None:
+                if enough is None or trunk.next_revision <= enough:
+                    complete &= request.take(trunk.upstream, needs)
+            else:
+                complete &= request.take(trunk.upstream, needs)
+                complete &= request.take(source.upstream, needs)
+        return complete
+
+
+def _trunk_of(source: Source) -> Trunk:
+    """Return a trunk, or that of a backfill."""
+    if isinstance(source, Backfill):
+        return source.trunk
+    assert isinstance(source, Trunk), "there are two kinds of source"
+    return source

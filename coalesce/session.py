@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from coalesce.fanout import Ahead, Group
     from coalesce.source import Source
     from coalesce.trunk import Trunk
+    from coalesce.waiting import Blocker
 
 
 class Place(Enum):
@@ -163,6 +164,7 @@ class Session:
         "lagging_since",
         "next_id",
         "outlet",
+        "progress_blocker",
         "progress_needs",
         "progress_revision",
         "queue",
@@ -190,6 +192,8 @@ class Session:
         # The progress requests that wait, at most two: for each the number of the first upstream request whose proof
         # will do (see progress).
         self.progress_needs: tuple[int, ...] = ()
+        # What held the answer up when it was last looked for; None = nothing is known to.
+        self.progress_blocker: Blocker | None = None
         # The highest progress answered.
         self.progress_revision = 0
         # It is gone: closed by the shell, or ended by the core.

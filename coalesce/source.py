@@ -23,6 +23,8 @@ class Upstream:
     """A watch at etcd as the shell sees it. It never opens again: a source that must start anew takes another one."""
 
     __slots__ = (
+        "asked",
+        "asked_at",
         "closed",
         "created",
         "fed",
@@ -51,6 +53,10 @@ class Upstream:
         self.closed = False
         # What `token` said last, () if nobody asked: a refusal is about that one, whoever has come and gone since.
         self.said_token: tuple[bytes | None, ...] = ()
+        # The number of the newest progress request that asked it; 0 = none.
+        self.asked = 0
+        # When that was, while it owes the answer.
+        self.asked_at: float | None = None
         # Free for the shell.
         self.shell: object = None
 

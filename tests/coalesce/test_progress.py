@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from coalesce import Limits
-from coalesce.progress import Targets
+from coalesce import Limits, Session
+from coalesce.progress import STREAMS_PER_REQUEST_MAX
+from coalesce.waiting import Targets, Waiting
 from tests.coalesce.shell import Shell, put
 
 
@@ -366,6 +367,89 @@ def test_it_is_asked_again_and_ever_less_often() -> None:
         shell.wait(0.0625)
         asked += [at] * (len(shell.asked) - before)
     assert asked == [0.125, 0.375, 0.875, 1.375, 1.875]
+
+
+# many upstream streams: one for each token
+
+
+def test_a_request_asks_only_for_the_sessions_that_wait() -> None:
+    shell = Shell(Limits(bookmark_s=1000))
+    one, two, quiet = (shell.client(token) for token in (b"1", b"2", b"3"))
+    first, second = shell.trunk(5, one, b"1"), shell.trunk(5, two, b"2")
+    shell.trunk(5, quiet, b"3")
+    one.progress()
+    two.progress()
+    assert shell.asked == [(first,)]
+    shell.progressed(9, first)
+    shell.wait(0.03)
+    assert shell.asked == [(first,), (second,)]
+    shell.progressed(9, second)
+    assert one.read() == two.read() == ["#-1 @9 progress"]
+    shell.wait(5)
+    assert len(shell.asked) == 2
+
+
+def test_what_one_stream_owes_holds_up_no_other() -> None:
+    shell = Shell(Limits(bookmark_s=1000))
+    stuck, other = shell.client(b"1"), shell.client(b"2")
+    owes, answers = shell.trunk(5, stuck, b"1"), shell.trunk(5, other, b"2")
+    stuck.progress()
+    for revision in range(6, 16):
+        before = len(shell.asked)
+        other.progress()
+        shell.wait(0.06)
+        assert any(answers in asked for asked in shell.asked[before:])
+        shell.progressed(revision, answers)
+        assert other.read() == [f"#-1 @{revision} progress"]
+    # It is asked again, at its own pace.
+    assert 3 <= sum(owes in asked for asked in shell.asked) <= 7
+    shell.progressed(16, owes)
+    assert stuck.read() == ["#-1 @16 progress"]
+
+
+def test_a_request_asks_a_bounded_number_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    shell = Shell(Limits(bookmark_s=1000))
+    # At the end alone: each walks over all of them.
+    check = shell.core.check
+    monkeypatch.setattr(shell.core, "check", lambda: None)
+    count = 2 * STREAMS_PER_REQUEST_MAX + 1
+    clients = [shell.client(b"%d" % number) for number in range(count)]
+    trunks = [shell.trunk(5, client, b"%d" % number) for number, client in enumerate(clients)]
+    assert len({trunk.token for trunk in trunks}) == count
+    for client in clients:
+        client.progress()
+    shell.wait(0.09)
+    # The first was asked alone; the others came while its request was the newest.
+    assert [len(asked) for asked in shell.asked] == [1, STREAMS_PER_REQUEST_MAX, STREAMS_PER_REQUEST_MAX]
+    assert {trunk for asked in shell.asked for trunk in asked} == set(trunks)
+    check()
+    for trunk in trunks:
+        shell.progressed(9, trunk)
+    assert all(client.read() == ["#-1 @9 progress"] for client in clients)
+
+
+def test_an_answer_is_work_for_those_it_concerns_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    shell = Shell(Limits(bookmark_s=1000))
+    monkeypatch.setattr(shell.core, "check", lambda: None)
+    clients = [shell.client(b"%d" % number) for number in range(200)]
+    trunks = [shell.trunk(5, client, b"%d" % number) for number, client in enumerate(clients)]
+    for client in clients:
+        client.progress()
+    shell.wait(0.03)
+    looks = 0
+    answer = Waiting._answer
+
+    def counted(waiting: Waiting, session: Session) -> None:
+        nonlocal looks
+        looks += 1
+        answer(waiting, session)
+
+    monkeypatch.setattr(Waiting, "_answer", counted)
+    for trunk in trunks:
+        shell.progressed(9, trunk)
+    assert all(client.read() == ["#-1 @9 progress"] for client in clients)
+    # All of them once, when it became known what is fresh enough, and then each with its own stream.
+    assert looks <= 3 * len(clients)
 
 
 # servers without ordered progress

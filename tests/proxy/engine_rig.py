@@ -119,7 +119,8 @@ class FakeUpstream:
     def resume(self, watch: Any) -> None:
         self.told.append(("resume", watch))
 
-    def request_progress(self, number: int) -> None:
+    def request_progress(self, number: int, watches: object) -> None:
+        assert watches == ()
         self.told.append(("progress", number))
 
 

@@ -125,12 +125,12 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant("a compacted id is free at once", "ending", "session.compacted.add(watch.watch_id)", "pass"),
     # Progress.
-    Mutant("progress goes back", "progress", "if revision is None or revision < known:", "if revision is None:"),
+    Mutant("progress goes back", "waiting", "if revision is None or revision < known:", "if revision is None:"),
     Mutant(
         "progress for who is behind",
-        "progress",
-        "if watch.place is not Place.IN_STEP or watch.source is not trunk:\n                return",
-        "if watch.place is Place.ENDED:\n                return",
+        "waiting",
+        "if not _in_step(watch) or trunk.next_revision <= known:",
+        "if watch.place is Place.ENDED:",
     ),
     Mutant(
         "progress is asked for once only",
@@ -141,8 +141,8 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a late answer is one to the newest request",
         "progress",
-        "self.targets.learn(number, header.revision)",
-        "self.targets.learn(hub.progress_serial, header.revision)",
+        "self.waiting.learn(number, header.revision)",
+        "self.waiting.learn(hub.progress_serial, header.revision)",
     ),
     Mutant(
         "a notification of etcd is kept back", "notifying", "if trunk.notices is not None and not trunk.opening", "if 0"
@@ -178,9 +178,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
         "len(session.watches) >= limits.watches_per_session_max",
         "len(session.watches) > limits.watches_per_session_max",
     ),
-    Mutant(
-        "bookmarks grow old", "progress", "any(trunk.proven_at <= old for trunk in hub.trunks_open.values())", "False"
-    ),
+    Mutant("bookmarks grow old", "progress", "if trunk.proven_at <= old", "if False"),
     Mutant(
         "a restored store is not believed",
         "ending",

@@ -74,7 +74,7 @@ def test_a_mutant_leaves_the_real_core_alone() -> None:
 
 
 def test_a_mutant_whose_line_is_gone_is_an_error() -> None:
-    with pytest.raises(LookupError, match=r"occurs 0 times in coalesce\.core"):
+    with pytest.raises(LookupError, match=r"occur 0 times in coalesce\.core"):
         load(Mutant("gone", "core", "no such line", ""))
 
 

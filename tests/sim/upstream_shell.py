@@ -122,9 +122,9 @@ class UpstreamShell:
         """Read a backfill again."""
         self.state.resume(upstream)
 
-    def request_progress(self, number: int) -> None:
+    def request_progress(self, number: int, watches: Any = None) -> None:
         """Ask for manual progress on every stream."""
-        self._do(self.state.request_progress(number))
+        self._do(self.state.request_progress(number, watches))
 
     def store_went_back(self, revision: int) -> None:
         """Note that the store is at an earlier revision than it was."""

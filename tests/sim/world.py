@@ -394,7 +394,7 @@ class World:
 
     def _request_progress(self, effect: Any) -> None:
         self.count("progress requests upstream")
-        self.upstream.request_progress(effect.number)
+        self.upstream.request_progress(effect.number, effect.upstreams)
 
     # moves
 

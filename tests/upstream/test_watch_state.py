@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.upstream.stories import Opened, answer, refusal, told
+from upstream.watching.effects import Write
 from upstream.watching.state import WatchState
 from upstream.watching.stream import OpenedWatch, WatchStream
 
@@ -490,6 +491,21 @@ def test_progress_is_asked_on_every_stream_but_paused_ones() -> None:
     assert told(state.request_progress(1)) == ["progress?"] * 3
     state.pause(fill)
     assert told(state.request_progress(2)) == ["probe", "progress?"] * 2
+
+
+def test_progress_is_asked_on_the_streams_of_the_watches_alone() -> None:
+    state = connected()
+    shared, also, mine, other = Opened(b"a"), Opened(b"b"), Opened(b"mine", token=b"me"), Opened(b"o", token=b"other")
+    stream = live(state, shared, also)
+    live(state, mine)
+    live(state, other)
+    gone = Opened(b"gone")
+    effects = state.request_progress(1, (shared, mine, gone, also))
+    assert told(effects) == ["progress?"] * 2
+    assert {id(effect.stream) for effect in effects if isinstance(effect, Write)} == {
+        id(stream),
+        id(stream_of(state, mine)),
+    }
 
 
 def test_old_servers_are_asked_for_their_revision_only() -> None:

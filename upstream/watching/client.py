@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from proto.framing import Status
@@ -213,9 +213,9 @@ class WatchClient:
             # Not at once: the listener would get events inside of its own call.
             asyncio.get_running_loop().call_soon(stream.shell.resume)
 
-    def request_progress(self, number: int) -> None:
-        """Ask upstream how far all watches are complete; see `WatchState.request_progress`."""
-        self._apply(self._state.request_progress(number))
+    def request_progress(self, number: int, watches: Iterable[OpenedWatch] | None = None) -> None:
+        """Ask upstream how far watches are complete; see `WatchState.request_progress`."""
+        self._apply(self._state.request_progress(number, watches))
 
     def store_went_back(self, revision: int) -> None:
         """The store is at `revision` after all, below what was seen before (restored from a snapshot)."""

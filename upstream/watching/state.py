@@ -42,7 +42,7 @@ Sources: etcd server/etcdserver/api/v3rpc/watch.go, server/storage/mvcc/watchabl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from proto.framing import Status
@@ -139,20 +139,21 @@ class WatchState:
             registration.stream.paused = paused
         return registration.stream
 
-    def request_progress(self, number: int) -> list[Effect]:
+    def request_progress(self, number: int, watches: Iterable[OpenedWatch] | None = None) -> list[Effect]:
         """
-        Ask every stream how far it is complete; `number` is the listener's for this request, higher each time.
+        Ask the streams of these watches, or (None) all of them, how far they are complete; `number` is the listener's
+        for this request, higher each time.
 
         A request waits for the creates that are outstanding, since its answer would prove nothing for them. Answers
         may never come; ask again by timer. Servers without ordered progress are only asked which revision they have.
         """
         effects: list[Effect] = []
-        for stream in self.streams():
-            if not self.ordered_progress:
-                if stream.live and not stream.paused:
-                    self._probe(stream, number, effects)
-                    break
-                continue
+        if not self.ordered_progress:
+            stream = next((stream for stream in self.streams() if stream.live and not stream.paused), None)
+            if stream is not None:
+                self._probe(stream, number, effects)
+            return effects
+        for stream in tuple(self.streams()) if watches is None else self._streams_of(watches):
             if stream.wanted is None:
                 creating = (create.registration for create in reversed(stream.creating))
                 stream.wanted = next((registration for registration in creating if registration is not None), None)
@@ -161,6 +162,15 @@ class WatchState:
             else:
                 stream.wanted_number = number
         return effects
+
+    def _streams_of(self, watches: Iterable[OpenedWatch]) -> Iterable[WatchStream]:
+        """Return the streams that carry these watches, each once."""
+        streams: dict[WatchStream, None] = {}
+        for watch in watches:
+            registration = self._registrations.get(id(watch))
+            if registration is not None and registration.stream is not None:
+                streams[registration.stream] = None
+        return streams
 
     def connect(self, ordered_progress: bool, revision: int) -> list[Effect]:
         """A connection is there; its server is at `revision` (0 = unknown). Everything registers."""
