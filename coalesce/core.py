@@ -262,6 +262,9 @@ class Coalescer:
         at = hub.ledger.next_deadline()
         if at is not None and (first is None or at < first):
             first = at
+        at = hub.trunks.next_deadline()
+        if at is not None and (first is None or at < first):
+            first = at
         at = hub.lingers.next_deadline()
         if at is not None and (first is None or at < first):
             first = at

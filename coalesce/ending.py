@@ -144,6 +144,7 @@ class Endings:
         """Nothing that was heard is known to be true any more: nobody knows from where on the histories differ."""
         hub = self._hub
         hub.header = header
+        hub.trunks.drop_parked()
         for trunk in list(hub.trunks_open.values()):
             for watch in list(trunk.watches):
                 # A watch of the future that was told nothing yet may wait on.

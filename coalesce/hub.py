@@ -46,6 +46,7 @@ class Hub:
         "notifying",
         "now",
         "ordered_progress",
+        "parked",
         "progress",
         "progress_serial",
         "queued",
@@ -84,6 +85,8 @@ class Hub:
         self.progress_serial = 0
         self.sessions: dict[Session, None] = {}
         self.trunks_open: dict[tuple[bytes, bytes], Trunk] = {}
+        # Trunks without an upstream watch, whose histories are kept; the longest parked first.
+        self.parked: dict[tuple[bytes, bytes], Trunk] = {}
         # Sessions with lagging watches, the longest behind first.
         self.lagging_sessions: dict[Session, None] = {}
         # Watches that wait in line for a backfill.

@@ -23,6 +23,7 @@
 18. Nothing that has ended is anywhere.
 19. Between two rings of the timer no more of the histories is looked at than allowed, but for one session's share.
 20. A trunk's notices list those of its watches that asked for progress_notify, and while there are any a timer is set.
+21. A parked trunk has neither watches nor creates nor an upstream watch, and its range has no other trunk.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def check(hub: Hub) -> None:
             _check_watch(hub, watch)
     for trunk in hub.trunks_open.values():
         _check_trunk(hub, trunk)
+    for span, trunk in hub.parked.items():
+        _check_parked(hub, span, trunk)
     _check_backfills(hub)
     _check_upstreams(hub)
     _check_reads(hub)
@@ -173,6 +176,14 @@ def _check_trunk(hub: Hub, trunk: Trunk) -> None:
     _need(11, used == (trunk.timer_at is None), "a trunk lingers if and only if nobody uses it")
 
 
+def _check_parked(hub: Hub, span: tuple[bytes, bytes], trunk: Trunk) -> None:
+    _check_source(hub, trunk)
+    _need(21, span == (trunk.key, trunk.range_end) and span not in hub.trunks_open, "a range has two trunks")
+    _need(21, not trunk.watches and not trunk.joining and not trunk.backfills, "a parked trunk is in use")
+    _need(21, trunk.upstream.closed and trunk.upstream.fed is None, "a parked trunk has an upstream watch")
+    _need(21, trunk.upgrade is None and trunk.notices is None and trunk.timer_at is None, "a parked trunk is in use")
+
+
 def _check_backfills(hub: Hub) -> None:
     listed = [backfill for trunk in hub.trunks_open.values() for backfill in trunk.backfills]
     upgrades = [trunk.upgrade for trunk in hub.trunks_open.values() if trunk.upgrade is not None]
@@ -213,11 +224,12 @@ def _check_gauges(hub: Hub) -> None:
     for session in hub.sessions:
         watches += len(session.watches)
         lagging += len(session.lagging)
-    for source in _sources(hub):
+    for source in [*_sources(hub), *hub.parked.values()]:
         history_bytes += source.history.bytes
         history_batches += len(source.history)
     _need(17, stats.sessions == len(hub.sessions), "sessions")
     _need(17, stats.watches == watches, "watches")
+    _need(17, stats.parked == len(hub.parked), "parked")
     _need(17, stats.trunks == len(hub.trunks_open), "trunks")
     _need(17, stats.backfills == sum(len(trunk.backfills) for trunk in hub.trunks_open.values()), "backfills")
     _need(17, stats.lagging == lagging, "lagging")

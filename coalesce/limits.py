@@ -12,8 +12,13 @@ _MIB = 1024 * _KIB
 class Limits:
     """The settings of one Coalescer."""
 
-    # How long a trunk without watches is kept. Operators, and etcd's own tests, expect watches gone within 3 s.
-    linger_s: float = 2.0
+    # How long a trunk without watches is kept. Operators, and etcd's own tests, expect watches gone within a second.
+    linger_s: float = 0.5
+    # How long its history is kept after that, without an upstream watch: clients come back within this time after most
+    # restarts of theirs. The bounds of histories hold for it as well.
+    history_linger_s: float = 30.0
+    # Histories kept so; one more, and the one kept longest goes. Each costs about 2 KiB beside its events.
+    parked_max: int = 10_000
 
     # History of one trunk: memory per range. A batch that is larger on its own is not kept at all.
     history_bytes_max: int = 16 * _MIB

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 LIMITS_REFUSED = ("watches_max", "watches_per_session_max", "trunks_max", "queue_max", "lagging_age_s_max")
 """Limits at which something is refused or ended, by their names in Limits."""
 
-LIMITS_EVICTED = ("history_bytes_max", "history_revisions_max", "history_bytes_total_max", "history_age_s")
+LIMITS_EVICTED = (
+    "history_bytes_max",
+    "history_revisions_max",
+    "history_bytes_total_max",
+    "history_age_s",
+    "history_linger_s",
+    "parked_max",
+)
 """Limits at which a batch of a history is given up."""
 
 
@@ -19,6 +26,8 @@ class Stats:
     sessions: int = 0
     watches: int = 0
     trunks: int = 0
+    # Histories that are kept without an upstream watch.
+    parked: int = 0
     backfills: int = 0
     # Watches that are behind their source, or wait for one: their session stalled, or they are being replayed.
     lagging: int = 0
@@ -58,6 +67,8 @@ class Stats:
     checks: int = 0
     progress_asked: int = 0
     upgrades: int = 0
+    # Trunks opened again from a history that had been kept.
+    resumed: int = 0
     # Batches that came from upstream, and their events.
     batches: int = 0
     batch_events: int = 0

@@ -7,8 +7,10 @@ live watch would wait behind the catch-up. A trunk that began at "now" is comple
 the truth only, and nobody needs it. A trunk with a start of its own is complete from there; its `created` says
 nothing.
 
-Without watches a trunk lingers a while. When a compaction ends its upstream watch, it opens anew from there for those
-who have missed nothing.
+Without watches a trunk lingers a moment, then it is *parked*: its upstream watch is closed, and its history is kept for
+clients that come back. For the first of them the upstream watch is opened again, from what the history needs next,
+unless that is compacted or too far back to be caught up with at once: then the history is dropped, and the range is a
+cold one. When a compaction ends its upstream watch, a trunk opens again from there for those who have missed nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ class Trunk(Source):
         "noticed_events",
         "notices",
         "opening",
+        "parked_at",
         "prev_kv_from",
         "prev_kv_watches",
         "timer_at",
@@ -65,6 +68,8 @@ class Trunk(Source):
         self.noticed_events = 0
         # When it has lingered long enough; None = it is in use.
         self.timer_at: float | None = None
+        # When it was parked, the last time.
+        self.parked_at = 0.0
         self.open(start_revision, prev_kv, False)
 
     def serves(self, watch: Watch) -> bool:
@@ -90,7 +95,7 @@ class Trunk(Source):
 
 
 class Trunks:
-    """Opens, lingers and closes trunks."""
+    """Opens, lingers, parks and closes trunks."""
 
     __slots__ = ("_hub",)
 
@@ -102,7 +107,12 @@ class Trunks:
         if create.trunk is not None:
             return True
         hub = self._hub
-        trunk = hub.trunks_open.get((create.key, create.range_end))
+        span = create.key, create.range_end
+        trunk = hub.trunks_open.get(span)
+        if trunk is None and span in hub.parked:
+            if create.header is None:
+                return False
+            trunk = self._resume(create, create.header.revision)
         if trunk is None:
             start = create.request.start_revision
             if start is not None:
@@ -112,7 +122,7 @@ class Trunks:
                 # The future is no place for a trunk: others may want what comes before.
                 start = min(start, newest + 1) if newest - start <= hub.limits.trunk_catch_up_revisions else None
             trunk = Trunk(hub, create.key, create.range_end, start, create.request.prev_kv)
-            hub.trunks_open[create.key, create.range_end] = trunk
+            hub.trunks_open[span] = trunk
             hub.stats.trunks += 1
         create.trunk = trunk
         trunk.joining[create] = None
@@ -154,8 +164,71 @@ class Trunks:
             trunk.start_over(next_revision)
         trunk.open(next_revision, prev_kv, False)
 
+    def _resume(self, create: PendingCreate, newest: int) -> Trunk | None:
+        """Open the upstream watch of a parked trunk again, or drop the trunk and return None.
+
+        Its watches wait until it has caught up: with what etcd sends in one response, or, for one that the history
+        serves, with no more than a backfill in its place would have to bring.
+        """
+        hub, request = self._hub, create.request
+        trunk = hub.parked.pop((create.key, create.range_end))
+        hub.stats.parked -= 1
+        position, start = trunk.next_revision, request.start_revision
+        served = start is not None and trunk.history.floor <= start <= position
+        furthest = hub.limits.backfill_share_revisions if served else hub.limits.trunk_catch_up_revisions
+        if position < hub.compact_revision or newest - position > furthest:
+            self._drop(trunk)
+            return None
+        if request.prev_kv and trunk.prev_kv_from is None:
+            trunk.prev_kv_from = position
+            trunk.history.has_prev_kv = True
+        trunk.opening = True
+        trunk.open(position, trunk.prev_kv_from is not None, False)
+        hub.trunks_open[trunk.key, trunk.range_end] = trunk
+        hub.stats.trunks += 1
+        hub.stats.resumed += 1
+        return trunk
+
+    def _park(self, trunk: Trunk) -> None:
+        """Close a trunk but for its history, if there is one and it may be kept."""
+        hub = self._hub
+        limits = hub.limits
+        if not len(trunk.history) or not limits.history_linger_s or not limits.parked_max:
+            self.remove(trunk)
+            return
+        while len(hub.parked) >= limits.parked_max:
+            self._drop_first("parked_max")
+        self._close(trunk, gone=False)
+        trunk.parked_at = trunk.proven_at = hub.now
+        trunk.refused_tokens.clear()
+        # No spacing of notifications begins before it is open again.
+        trunk.noticed_at, trunk.noticed_events = -1.0, trunk.events
+        hub.parked[trunk.key, trunk.range_end] = trunk
+        hub.stats.parked += 1
+
+    def drop_parked(self) -> None:
+        """Drop all that is parked: it is not known to be true any more."""
+        while self._hub.parked:
+            self._drop_first(None)
+
+    def _drop_first(self, limit: str | None) -> None:
+        """Drop what has been parked for longest, at a limit of histories."""
+        hub = self._hub
+        trunk = hub.parked.pop(next(iter(hub.parked)))
+        hub.stats.parked -= 1
+        if limit is not None:
+            hub.stats.evicted_at[limit] += len(trunk.history)
+        self._drop(trunk)
+
+    def _drop(self, trunk: Trunk) -> None:
+        trunk.history.drop(trunk.next_revision)
+
     def remove(self, trunk: Trunk, *, gone: bool = False) -> None:
         """Forget a trunk that nobody wants; `gone`: etcd has ended its upstream watch already."""
+        self._close(trunk, gone=gone)
+        self._drop(trunk)
+
+    def _close(self, trunk: Trunk, *, gone: bool) -> None:
         hub = self._hub
         assert not trunk.watches, "no watch may be left behind"
         assert not trunk.joining, "no create may be left behind"
@@ -166,9 +239,16 @@ class Trunks:
         hub.stats.trunks -= 1
         hub.close_upstream(trunk.upstream, gone=gone)
         trunk.upstream.leave(trunk)
-        trunk.history.drop(trunk.next_revision)
 
     def expire(self) -> None:
-        """Remove the trunks that have lingered long enough."""
-        for trunk in self._hub.lingers.due(self._hub.now):
-            self.remove(trunk)
+        """Park the trunks that have lingered long enough, and drop those that were parked for long enough."""
+        hub = self._hub
+        for trunk in hub.lingers.due(hub.now):
+            self._park(trunk)
+        while (at := self.next_deadline()) is not None and at <= hub.now:
+            self._drop_first("history_linger_s")
+
+    def next_deadline(self) -> float | None:
+        """Return when the first of the parked trunks is to be dropped."""
+        parked = self._hub.parked
+        return next(iter(parked.values())).parked_at + self._hub.limits.history_linger_s if parked else None

@@ -31,6 +31,7 @@ _READS: Final = 'watchmux_upstream_reads_failed_total{status="%s"}'
 
 _HISTORY: Final = "coalesce/test_history.py::"
 _JOINING: Final = "coalesce/test_joining.py::"
+_PARKING: Final = "coalesce/test_parking.py::"
 _REPLAY: Final = "coalesce/test_replay.py::"
 _BACKFILL: Final = "coalesce/test_backfill.py::"
 _PROGRESS: Final = "coalesce/test_progress.py::"
@@ -43,6 +44,8 @@ CORE: Final = {
     "linger_s": Row(
         NOTHING, "coalesce/test_ending.py::test_a_trunk_lingers_and_a_client_that_comes_back_finds_its_history"
     ),
+    "history_linger_s": Row(_EVICTED % "history_linger_s", f"{_PARKING}test_it_is_dropped_in_the_end"),
+    "parked_max": Row(_EVICTED % "parked_max", f"{_PARKING}test_so_many_are_kept_and_the_oldest_goes"),
     "history_bytes_max": Row(_EVICTED % "history_bytes_max", f"{_HISTORY}test_it_is_bounded_in_bytes_and_in_batches"),
     "history_bytes_total_max": Row(
         _EVICTED % "history_bytes_total_max", f"{_HISTORY}test_all_histories_together_drop_the_oldest_batch_of_all"

@@ -148,6 +148,8 @@ class Monitor:
             "history_bytes_max": core.history_bytes_max,
             "history_revisions_max": core.history_revisions_max,
             "history_age_s": core.history_age_s,
+            "history_linger_s": core.history_linger_s,
+            "parked_max": core.parked_max,
             "lagging_age_s_max": core.lagging_age_s_max or 0,
         }
 

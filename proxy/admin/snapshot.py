@@ -39,6 +39,7 @@ class Snapshot(msgspec.Struct, kw_only=True):
     sessions: int = 0
     watches: int = 0
     trunks: int = 0
+    parked: int = 0
     backfills: int = 0
     lagging: int = 0
     lagging_s: float = 0.0
@@ -102,6 +103,7 @@ class Snapshot(msgspec.Struct, kw_only=True):
     calls_partial_total: int = 0
     upstream_received_bytes_total: int = 0
     upstream_opened_total: int = 0
+    upstream_reopened_total: int = 0
     upstream_paused_total: int = 0
     upstream_lost_total: int = 0
     upstream_broken_total: int = 0
@@ -134,7 +136,7 @@ class Snapshot(msgspec.Struct, kw_only=True):
 
 
 CORE_GAUGES = (
-    *("sessions", "watches", "trunks", "backfills", "lagging", "queued"),
+    *("sessions", "watches", "trunks", "parked", "backfills", "lagging", "queued"),
     *("history_bytes", "history_batches"),
 )
 """Fields that the core's own counters have under the same name."""
@@ -148,6 +150,7 @@ CORE_COUNTERS = {
     "progress_answers_total": "progress_answers",
     "sessions_ended_total": "sessions_ended",
     "stalls_total": "stalls",
+    "upstream_reopened_total": "resumed",
     "replays_total": "replays",
     "batches_received_total": "batches",
     "events_received_total": "batch_events",

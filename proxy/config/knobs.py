@@ -292,12 +292,30 @@ class Watch:
     linger_s: Annotated[
         float,
         _knob(
-            "Keep the upstream watch of a range open so long after its last client left. Longer: a client that "
-            "comes back finds its history; shorter: etcd is rid of the watch sooner.",
+            "Keep the upstream watch of a range open so long after its last client left. Longer: fewer watches opened "
+            "at etcd when clients come and go; shorter: etcd is rid of the watch sooner.",
             Kind.SECONDS,
             ge=0,
         ),
-    ] = 2.0
+    ] = 0.5
+    history_linger_s: Annotated[
+        float,
+        _knob(
+            "Keep the recent events of a range so long after its upstream watch was closed: a client that comes back "
+            "meanwhile goes on from there. 0: not at all.",
+            Kind.SECONDS,
+            ge=0,
+        ),
+    ] = 30.0
+    parked_max: Annotated[
+        int,
+        _knob(
+            "Ranges whose recent events are kept without an upstream watch; one more, and the oldest goes.",
+            Kind.COUNT,
+            ge=0,
+            advanced=True,
+        ),
+    ] = 10_000
     watch_progress_notify_interval_s: Annotated[
         float,
         _knob(

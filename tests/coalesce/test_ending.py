@@ -41,7 +41,7 @@ def test_a_trunk_lingers_and_a_client_that_comes_back_finds_its_history() -> Non
     client.close()
     shell.wait(2)
     assert shell.closed == [trunk]
-    assert shell.core.stats.history_bytes == 0
+    assert shell.core.stats.trunks == 0
     assert len(shell.opened) == 1
 
 

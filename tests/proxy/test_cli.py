@@ -122,7 +122,7 @@ def test_config_prints_the_example_and_checks_files(tmp_path: Path, capsys: pyte
     path.write_text(example)
     assert run(["config", "--check", str(path)]) == 0
     assert capsys.readouterr().out == f"{path}: good\n"
-    path.write_text(example.replace("linger_s = 2", "linger_s = -2"))
+    path.write_text(example.replace("\nlinger_s = 0.5", "\nlinger_s = -2"))
     code, line = complaint(capsys, "config", "--check", str(path))
     assert code == 2
     assert "watch.linger_s: expected a number of seconds >= 0, got -2" in line

@@ -86,7 +86,7 @@ def test_every_bound_of_the_configuration_has_a_metric() -> None:
     bounds = {
         knob.key for knob in knobs() if knob.kind in (Kind.COUNT, Kind.BYTES, Kind.SECONDS) and "_max" in knob.key
     }
-    assert bounds | {"max_concurrent_streams", "history_age_s"} == set(LIMITS)
+    assert bounds | {"max_concurrent_streams", "history_age_s", "history_linger_s"} == set(LIMITS)
 
 
 async def idle_page(etcd: EtcdServer) -> tuple[str, set[str]]:

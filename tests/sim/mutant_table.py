@@ -148,6 +148,13 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
         "a notification of etcd is kept back", "notifying", "if trunk.notices is not None and not trunk.opening", "if 0"
     ),
     Mutant("a watch is notified before its start", "notifying", "and watch.progress_floor < trunk.next_revision", ""),
+    # Histories that are kept without an upstream watch.
+    Mutant(
+        "a kept history goes on too late",
+        "trunk",
+        "trunk.open(position, trunk.prev_kv_from is not None, False)",
+        "trunk.open(position + 1, trunk.prev_kv_from is not None, False)",
+    ),
     # Leaks.
     Mutant("a backfill stays open", "backfill", "if not source.watches and not source.upstream.closed", "if False"),
     Mutant("a trunk lingers for ever", "trunk", "hub.lingers.start(trunk, hub.now + hub.limits.linger_s)", "pass"),

@@ -19,7 +19,17 @@ _MOVES_MAX = 20_000
 # before have to be outnumbered by new ones, which go out once a second.
 _PATIENCE = 20
 # Of the core's Stats: what there is now.
-_GAUGES = ("sessions", "watches", "trunks", "backfills", "lagging", "queued", "history_bytes", "history_batches")
+_GAUGES = (
+    "sessions",
+    "watches",
+    "trunks",
+    "parked",
+    "backfills",
+    "lagging",
+    "queued",
+    "history_bytes",
+    "history_batches",
+)
 
 
 def settle(world: World, rng: random.Random, seconds: float, frozen: SimClient | None = None) -> None:

@@ -417,6 +417,8 @@ def make_config(rng: random.Random) -> Config:
     aside = random.Random(response_bytes + 2 * roomy + len(ranges))
     limits: dict[str, object] = {
         "linger_s": rng.choice((0.0, 0.5, 2.0)),
+        "history_linger_s": rng.choice((0.0, 3.0, 30.0)),
+        "parked_max": rng.choice((1, 1000)),
         "history_bytes_max": 1 << 20 if roomy else rng.choice((1, 100, 400, 2000, 1 << 20)),
         "history_bytes_total_max": 1 << 20 if roomy else rng.choice((50, 500, 5000, 1 << 20)),
         "history_revisions_max": 1000 if roomy else rng.choice((1, 2, 4, 10, 1000)),

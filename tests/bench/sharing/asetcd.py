@@ -12,6 +12,7 @@ from tests.bench.sharing.front import Figures, Front
 from tests.etcd.server import EtcdServer
 from tests.proxy.raw_client import RawClient, WatchStream
 from tests.proxy.running import Etcd, direct
+from tests.waiting import until_async
 
 INTERVAL_S = 2.0
 NOTIFIED_S = 14.0
@@ -95,4 +96,58 @@ def notifications_all_busy(front: Front) -> Figures:
         return asyncio.run(_notified(address, etcd.endpoint, with_quiet=False))
 
 
-SCENARIOS = {"notifications": notifications, "notifications-all-busy": notifications_all_busy}
+RETURNED_S = 4.0
+CLIENTS = 20
+ELSEWHERE = 3000
+"""Revisions of other ranges meanwhile: more than a trunk of a cold range goes back."""
+
+
+async def _returned(address: str, etcd: EtcdServer, front: Front) -> Figures:
+    """Watch from each revision on, leave, and come back later from where each was."""
+    port = port_of(address)
+    async with direct(etcd) as store:
+        revisions = [await store.put(b"k", b"%d" % number) for number in range(CLIENTS)]
+        async with await RawClient.connect(port) as client:
+            streams = [client.watch() for _ in revisions]
+            for stream in streams:
+                stream.create(b"k", start_revision=revisions[0])
+                await stream.created()
+            await until_async(lambda: all(len(stream.values) == CLIENTS for stream in streams), "the events")
+        await pause(1.0)
+        left = await asyncio.to_thread(etcd.watchers)
+        for number in range(CLIENTS, CLIENTS + 50):
+            await store.put(b"k", b"%d" % number)
+        for _ in range(ELSEWHERE // 100):
+            await asyncio.gather(*(store.put(b"elsewhere", b"") for _ in range(100)))
+        await pause(RETURNED_S)
+        before = _upstream_opened(front)
+        async with await RawClient.connect(port) as client:
+            streams = [client.watch() for _ in revisions]
+            for stream, revision in zip(streams, revisions, strict=True):
+                stream.create(b"k", start_revision=revision)
+            await store.put(b"k", b"%d" % (CLIENTS + 50))
+            wanted = [[b"%d" % number for number in range(first, CLIENTS + 51)] for first in range(CLIENTS)]
+            await until_async(lambda: all(s.values[-1:] == [b"%d" % (CLIENTS + 50)] for s in streams), "the rest", 20)
+            wrong = sum(stream.values != events for stream, events in zip(streams, wanted, strict=True))
+        return {
+            "watches at etcd 1 s after the last client left": left,
+            "upstream watches opened for the return": _upstream_opened(front) - before if front.proxy else CLIENTS,
+            "clients with lost or repeated events": wrong,
+        }
+
+
+def _upstream_opened(front: Front) -> float:
+    return front.proxy.metric("watchmux_upstream_opened_total") if front.proxy else 0.0
+
+
+def returning(front: Front) -> Figures:
+    """20 clients of one range come back 5 s after they left, each from another revision."""
+    with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
+        return asyncio.run(_returned(address, etcd, front))
+
+
+SCENARIOS = {
+    "notifications": notifications,
+    "notifications-all-busy": notifications_all_busy,
+    "return-within-linger": returning,
+}
