@@ -126,6 +126,9 @@ class Connections:
         Return a connection with a place for a call; None when there is none now, then `on_change` tells when to ask
         again. `own`: the call is the proxy's own.
         """
+        if self._open and (connection := self._open[0]).room > _AHEAD_MAX and not self.full and self._report is None:
+            # As it mostly is: the server sets no limit, or one that is far away.
+            return connection
         chosen: ClientConnection | None = None
         free = 0
         for connection in self._open:
@@ -134,7 +137,7 @@ class Connections:
                 free += room
                 chosen = chosen or connection
         places = self._open[0].http2.peer_max_streams if self._open else 0
-        if free <= min(places // _AHEAD_SHARE, _AHEAD_MAX):
+        if places and free <= min(places // _AHEAD_SHARE, _AHEAD_MAX):
             self._grow(own)
         if free > (0 if own else _reserved(places)):
             if not own and (self.full or self._report is not None):

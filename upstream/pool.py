@@ -49,7 +49,9 @@ class Pool:
         self._tls = tls
         self._log = log or Silence()
         self._slots = [self._slot(endpoint) for endpoint in endpoints]
-        # The slot that `pick` looks at first.
+        # Those that get calls, as of the last change.
+        self._serving: list[Slot] = []
+        # Which of them `pick` looks at first.
         self._next = 0
         self._listeners: list[Callable[[], None]] = []
         # Endpoints that have left, kept for the calls that were open there.
@@ -110,15 +112,11 @@ class Pool:
 
         `own`: the call is the proxy's own, for which some places are kept.
         """
-        slots = self._slots
-        serving = any(slot.connections is not None and slot.fitness is Fitness.SERVES for slot in slots)
+        slots = self._serving
         for step in range(len(slots)):
             index = (self._next + step) % len(slots)
-            slot = slots[index]
-            if slot.connections is None or (serving and slot.fitness is not Fitness.SERVES):
-                continue
-            connection = slot.connections.pick(own)
-            if connection is not None:
+            connections = slots[index].connections
+            if connections is not None and (connection := connections.pick(own)) is not None:
                 self._next = index + 1
                 return connection
         return None
@@ -134,8 +132,7 @@ class Pool:
         for slot in self._slots:
             if slot.endpoint == connection.endpoint:
                 slot.doubt(text)
-        serving = any(slot.connections is not None and slot.fitness is Fitness.SERVES for slot in self._slots)
-        return serving and is_refused_unserved(text)
+        return is_refused_unserved(text) and any(slot.fitness is Fitness.SERVES for slot in self._serving)
 
     def states(self) -> list[EndpointState]:
         """Return each endpoint's state, for people."""
@@ -269,9 +266,15 @@ class Pool:
         if failure.limit:
             self.timeouts[failure.limit] += 1
 
+    def find_serving(self) -> None:
+        """Find the endpoints that get calls: those whose members serve; if there is none, those that are connected."""
+        up = [slot for slot in self._slots if slot.connections is not None]
+        self._serving = [slot for slot in up if slot.fitness is Fitness.SERVES] or up
+
     def changed(self) -> None:
         """An endpoint has changed, or has room again."""
         self._dismiss()
+        self.find_serving()
         self._changed.set()
         self._changed = asyncio.Event()
         for callback in list(self._listeners):

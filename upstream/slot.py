@@ -27,6 +27,9 @@ class Owner(Protocol):
     def changed(self) -> None:
         """An endpoint has changed, or has room again."""
 
+    def find_serving(self) -> None:
+        """An endpoint is lost, which is not said before it has been tried once more."""
+
     def ended(self, connection: ClientConnection, rotated: bool) -> None:
         """A connection takes no calls any more; `rotated`: its server ended it in good order."""
 
@@ -38,6 +41,7 @@ class Slot:
         "_backoff",
         "_log",
         "_look",
+        "_looked_at",
         "_owner",
         "_settings",
         "_task",
@@ -70,6 +74,8 @@ class Slot:
         self._backoff = Backoff(settings.backoff_first_s, settings.backoff_max_s)
         self._task: asyncio.Task[None] | None = None
         self._look: asyncio.Task[None] | None = None
+        # When it was last begun to ask, in loop time.
+        self._looked_at = 0.0
         # The last problem that was logged; "" when it works.
         self._told = ""
 
@@ -97,8 +103,10 @@ class Slot:
         self.retired.clear()
 
     def look(self) -> None:
-        """Ask the member whether it serves, and again until it does."""
-        if self._look is None and self.connections is not None:
+        """Ask the member whether it serves, and again until it does; not more often than is useful."""
+        now = asyncio.get_running_loop().time()
+        if self._look is None and self.connections is not None and now >= self._looked_at + _LOOK_S:
+            self._looked_at = now
             self._look = asyncio.get_running_loop().create_task(self._look_at(), name=f"look at {self.endpoint.text}")
 
     def doubt(self, text: str) -> None:
@@ -157,6 +165,7 @@ class Slot:
         failure = await lost
         self.retired = [connections for connections in (*self.retired, self.connections) if connections.open_calls]
         self.connections = None
+        self._owner.find_serving()
         return failure
 
     async def _open(self) -> ClientConnection:
@@ -185,6 +194,7 @@ class Slot:
                 self._log.info("upstream_serves", endpoint=self.endpoint.text)
             else:
                 self._log.warning("upstream_does_not_serve", endpoint=self.endpoint.text, problem=fitness.value)
+            self._owner.changed()
         if fitness is not Fitness.SERVES and self.connections is not None:
             self.look()
 
@@ -193,7 +203,6 @@ class Slot:
             connection = None if self.connections is None else self.connections.pick(own=True)
             if connection is not None:
                 self._set_fitness(await read_fitness(connection, _LOOK_S))
-                self._owner.changed()
             if self.fitness is Fitness.SERVES or self.connections is None:
                 self._look = None
                 return
