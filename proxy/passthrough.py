@@ -18,6 +18,7 @@ is. With no upstream reachable a call ends UNAVAILABLE, as a direct client would
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from proto.framing import Status
@@ -48,7 +49,13 @@ READING = frozenset(
 
 MIB = 1 << 20
 
-CALLS_REFUSED_AT = ("waiting_max", "unread_bytes_per_connection_max", "unread_bytes_max", "partial_bytes_max")
+CALLS_REFUSED_AT = (
+    "waiting_max",
+    "unread_bytes_per_connection_max",
+    "unread_bytes_max",
+    "translated_request_bytes_max",
+    "partial_bytes_max",
+)
 """Limits at which calls are refused or ended."""
 
 REQUESTS_NOT_KEPT_AT = ("resend_bytes_max", "resend_bytes_total_max")
@@ -71,16 +78,22 @@ class PassthroughSettings:
 
     unread_bytes_per_connection_max: int = 128 * MIB
     """Bytes of answers that one client's connection may leave unread; the call that brings more is reset. Each call
-    can leave one window unread (1 MiB), so this is some 120 large answers asked for at once and none of them read."""
+    can leave one window unread (1 MiB), so this is some 120 large answers asked for at once and none of them read. Of a
+    translated call it bounds one answer as well, since the whole of it waits for the client."""
 
     unread_bytes_max: int = 384 * MIB
     """The same for all clients, below half of the window of one connection to etcd (1 GiB, given back by halves): at
     the bound the connection that leaves most unread loses its calls, instead of all others waiting for it."""
 
-    partial_bytes_max: int = 256 * MIB
-    """Bytes of messages that are not whole yet, of all calls that are translated (--namespace, --advertise-client-url),
-    and so the largest message of one; the call that brings more ends RESOURCE_EXHAUSTED. Of other calls no message is
-    kept here."""
+    translated_request_bytes_max: int = 2 * MIB
+    """One request of a call that is translated (--namespace), inflated; a larger one ends RESOURCE_EXHAUSTED, as at
+    etcd, whose own bound is --max-request-bytes (1.5 MiB) + 512 KiB. Set by --max-request-bytes."""
+
+    partial_bytes_max: int = 384 * MIB
+    """Bytes of unfinished messages of all calls that are translated (--namespace, --advertise-client-url): what came of
+    them, what they inflated to, what is changed already (both until a message is done, so that one of 100 MB counts for
+    200), and what etcd has not taken of requests. At the bound the connection that has most unfinished loses its calls,
+    RESOURCE_EXHAUSTED. Of other calls no message is kept here."""
 
 
 @dataclass(slots=True)
@@ -259,6 +272,7 @@ class Relay:
         "_request_over",
         "_stream",
         "_tries_left",
+        "_unread",
         "connection",
         "done",
     )
@@ -282,6 +296,8 @@ class Relay:
         # Flow control not given back yet, because the other side has not taken the bytes.
         self._owed_client = 0
         self._owed_upstream = 0
+        # Bytes of the answer that the client has yet to read. Of a translated one they are others than etcd sent.
+        self._unread = 0
         self._boundary = _MessageBoundary()
         self._tries_left = 3
 
@@ -378,11 +394,17 @@ class Relay:
             return
         self._forget_request()
         self._boundary.feed(data)
-        if self.connection.h2.send(self._stream, (data,), len(data)):
+        self._pass_on(call, (data,), len(data), flow_size)
+
+    def _pass_on(self, call: UpstreamCall, pieces: Sequence[bytes], size: int, flow_size: int) -> None:
+        """Send `size` bytes to the client; give `flow_size` back to etcd when the client has taken them."""
+        if self.connection.h2.send(self._stream, pieces, size):
             call.consumed(flow_size)
         else:
             self._owed_upstream += flow_size
-            self._owner.hold_back(self, flow_size)
+            if size:
+                self._unread += size
+                self._owner.hold_back(self, size)
         self.connection.touch()
 
     def on_drained(self) -> None:
@@ -449,10 +471,11 @@ class Relay:
         return any(name == b":path" and value in READING for name, value in self._headers)
 
     def _settle(self) -> int:
-        """Count what the client had to read as read; return how much it was."""
+        """Count what the client had to read as read; return what etcd gets back of its window for that."""
+        unread, self._unread = self._unread, 0
+        if unread:
+            self._owner.taken(self, unread)
         owed, self._owed_upstream = self._owed_upstream, 0
-        if owed:
-            self._owner.taken(self, owed)
         return owed
 
     def _leave_stream(self) -> None:

@@ -20,7 +20,7 @@ from proxy.guard import Guard
 from proxy.listening.http1 import Http1
 from proxy.listening.listener import Listener
 from proxy.listening.settings import ListenerSettings
-from proxy.passthrough import Passthrough
+from proxy.passthrough import Passthrough, PassthroughSettings
 from proxy.probe import Probe
 from proxy.reads import Reader, ReaderSettings
 from upstream.credentials import Credentials
@@ -67,6 +67,7 @@ class Proxy:
         upstream: UpstreamSettings | None = None,
         listener: ListenerSettings | None = None,
         watch: watch_service.WatchSettings | None = None,
+        passthrough: PassthroughSettings | None = None,
         reader: ReaderSettings | None = None,
         limits: CoreLimits | None = None,
         credentials: Credentials | None = None,
@@ -97,6 +98,7 @@ class Proxy:
         self._upstream_settings = upstream or UpstreamSettings()
         self._listener_settings = listener or ListenerSettings()
         self._watch_settings = watch or watch_service.WatchSettings()
+        self._passthrough_settings = passthrough or PassthroughSettings()
         self._reader_settings = reader or ReaderSettings()
         self._limits = limits or CoreLimits()
         self._credentials = credentials
@@ -149,7 +151,7 @@ class Proxy:
     def _make_passthrough(self) -> tuple[Passthrough, str]:
         """Return who takes the calls that are not watches, and why HTTP/1 is refused, if it is."""
         if self._namespace is None and not self._advertised:
-            return Passthrough(self.pool), ""
+            return Passthrough(self.pool, self._passthrough_settings), ""
         # Messages that nobody else needs here.
         from proxy.translating import HTTP1_REFUSAL, TranslatingPassthrough
         from upstream import advertised, namespaced_calls
@@ -159,7 +161,8 @@ class Proxy:
             rules.append(namespaced_calls.rules(self._namespace))
         if self._advertised:
             rules.append(advertised.rules(self._advertised))
-        return TranslatingPassthrough(self.pool, rules), HTTP1_REFUSAL if self._namespace is not None else ""
+        passthrough = TranslatingPassthrough(self.pool, rules, self._passthrough_settings)
+        return passthrough, HTTP1_REFUSAL if self._namespace is not None else ""
 
     def _route(self) -> None:
         routes = self.listener.routes

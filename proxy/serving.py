@@ -13,7 +13,7 @@ import os
 import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from coalesce import Limits
 from proxy import logs
@@ -22,6 +22,7 @@ from proxy.config.knobs import Settings, Watch
 from proxy.config.values import Address, client_url, parse_listen_address, parse_metrics_address
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 from proxy.listening.settings import ListenerSettings
+from proxy.passthrough import PassthroughSettings
 from proxy.reloading import Reloading
 from proxy.server import Proxy
 from proxy.service_manager import ServiceManager
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
     from proxy.admin.port import Admin
     from upstream.tls import FileContext
+
+REQUEST_OVERHEAD_BYTES: Final = 512 * 1024
+"""What etcd takes beyond --max-request-bytes (server/embed/config.go, grpcOverheadBytes)."""
 
 log = logs.logger("serve")
 
@@ -109,7 +113,17 @@ def _tls(settings: Settings) -> tuple[ssl.SSLContext | None, FileContext | None]
 
 def watch_settings(settings: Settings) -> WatchSettings:
     """Return the Watch service's settings."""
-    return WatchSettings(sessions_per_connection_max=settings.listener.sessions_per_connection_max)
+    return WatchSettings(
+        request_bytes_max=settings.upstream.max_request_bytes + REQUEST_OVERHEAD_BYTES,
+        sessions_per_connection_max=settings.listener.sessions_per_connection_max,
+    )
+
+
+def passthrough_settings(settings: Settings) -> PassthroughSettings:
+    """Return the settings of pass-through."""
+    return PassthroughSettings(
+        translated_request_bytes_max=settings.upstream.max_request_bytes + REQUEST_OVERHEAD_BYTES
+    )
 
 
 def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy:
@@ -129,6 +143,7 @@ def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy
         upstream=upstream_settings(settings),
         listener=listener_settings(settings),
         watch=watch_settings(settings),
+        passthrough=passthrough_settings(settings),
         limits=core_limits(settings.watch),
         credentials=credentials(settings),
         upstream_cert=settings.upstream.cert,

@@ -1,29 +1,43 @@
 """Pass-through of calls whose messages are changed: those with keys in a namespace, MemberList with an advertised URL.
 
 All others pass as ever, frame by frame. A call that rules name (upstream/translation.py) is cut into messages in the
-directions that change; each is translated when it is whole and goes on uncompressed. A message that is not whole is
-kept here, so its window is given back at once and there is a bound for all such bytes together. What a namespace does
-not cover is refused: methods of its services that are not known here, and HTTP/1, whose JSON gateway would reach every
-key.
+directions that change; each is changed when it is whole and goes on uncompressed. What a namespace does not cover is
+refused: methods of its services that are not known here, and HTTP/1, whose JSON gateway would reach every key.
+
+Small messages are changed as they come; a turn of the event loop has so much time for that, and what is left goes on in
+later turns, a bounded step of each call in rotation (proxy/message_work.py), with no window given back meanwhile. What
+is kept of messages is counted by its size here, whatever it was on the wire, and has bounds; so has what a client
+leaves unread of a changed answer, and what etcd has not taken of a changed request.
 
 Everything else of a call (heads, deadlines, trailers, who is tried again) is `passthrough.Relay`'s.
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections import deque
 from collections.abc import Sequence
-from typing import Literal
+from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from proto.framing import FramingError, Status, Unframer, frame
+from proto.framing import FramingError, Status
 from proto.http2 import ErrorCode, Stream
+from proxy import logs
 from proxy.calls import ACCEPTED_ENCODINGS, Carrier, Headers, Refusal, RequestHead, status_trailers
+from proxy.message_work import MessageWork
 from proxy.passthrough import Passthrough, PassthroughSettings, Relay
+from upstream.connection import ClientConnection
 from upstream.pool import Pool
 from upstream.translation import Rules, Translation
 
 HTTP1_REFUSAL = "the JSON gateway and other HTTP/1 pages of etcd are not served under --namespace"
+
+log = logs.logger("translating")
+
+TURN_S: Final = 0.004
+"""How long messages are changed in one turn of the event loop; the last step may take it over that."""
 
 
 class TranslatingPassthrough(Passthrough):
@@ -33,6 +47,12 @@ class TranslatingPassthrough(Passthrough):
         super().__init__(pool, settings)
         self._rules = rules
         self._found = {path: (each, one) for each in rules for path, one in each.translations.items()}
+        # Calls with messages that are not changed yet, in rotation.
+        self._working: deque[TranslatedRelay] = deque()
+        # What this turn of the loop has left for changing messages at once.
+        self._left_s = TURN_S
+        # By client connection: its calls with unfinished messages, and the bytes of those.
+        self._partial: dict[Carrier, _Partial] = {}
 
     def __call__(self, connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> Relay | None:
         """Take a new request stream. Raises Refusal for what a namespace does not cover, or as Passthrough does."""
@@ -46,20 +66,103 @@ class TranslatingPassthrough(Passthrough):
                 raise Refusal(200, Status.UNIMPLEMENTED, f"unknown method {shown} under {rules.flag}")
         return super().__call__(connection, stream, headers, end_stream)
 
-    def kept(self, size: int, flag: str) -> None:
-        """Count `size` bytes more (or fewer) of messages that are not whole. Raises FramingError at the bound."""
-        stats, bound = self.stats, self.settings.partial_bytes_max
+    def work(self, relay: TranslatedRelay) -> None:
+        """Change what came of a call: now, as far as this turn of the loop has time, and the rest in later turns."""
+        if not self._working:
+            more = True
+            while more and self._left_s > 0:
+                began = time.perf_counter()
+                more = relay.go_on()
+                self._left_s -= time.perf_counter() - began
+            if not more:
+                return
+            asyncio.get_running_loop().call_soon(self._turn)
+        self._working.append(relay)
+        relay.working = True
+
+    def _turn(self) -> None:
+        """Go on with what earlier turns have left."""
+        working = self._working
+        end = time.perf_counter() + TURN_S
+        while working:
+            relay = working.popleft()
+            if self._goes_on(relay):
+                working.append(relay)
+            else:
+                relay.working = False
+            if time.perf_counter() >= end:
+                break
+        self._left_s = TURN_S
+        if working:
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _goes_on(self, relay: TranslatedRelay) -> bool:
+        try:
+            return relay.go_on()
+        except Exception:
+            # A bug of ours with one message must not keep the others' waiting.
+            log.exception("changing a message failed; its call is ended")
+            relay.fail(FramingError(Status.INTERNAL, "watchmux: changing a message failed"))
+            return False
+
+    def kept(self, relay: TranslatedRelay, size: int, flag: str) -> None:
+        """Count `size` bytes more (or fewer) of unfinished messages. Raises FramingError at the bound.
+
+        There, the connection that has most unfinished loses its calls.
+        """
+        stats, settings = self.stats, self.settings
+        partial = self._partial.get(relay.connection)
+        if partial is None:
+            partial = self._partial[relay.connection] = _Partial()
         stats.partial_bytes += size
-        if size > 0 and stats.partial_bytes > bound:
-            stats.refused_at["partial_bytes_max"] += 1
-            text = f"watchmux: too many bytes of unfinished messages under {flag} ({bound})"
-            raise FramingError(Status.RESOURCE_EXHAUSTED, text)
+        partial.size += size
+        if relay.kept:
+            partial.relays.add(relay)
+        else:
+            partial.relays.discard(relay)
+            if not partial.relays:
+                del self._partial[relay.connection]
+        if size > 0 and stats.partial_bytes > settings.partial_bytes_max:
+            worst = max(self._partial.values(), key=lambda one: one.size)
+            if worst is partial:
+                raise self._too_much(flag)
+            for one in tuple(worst.relays):
+                one.fail(self._too_much(flag))
+
+    def _too_much(self, flag: str) -> FramingError:
+        self.stats.refused_at["partial_bytes_max"] += 1
+        bound = self.settings.partial_bytes_max
+        text = f"watchmux: too many bytes of unfinished messages under {flag} ({bound})"
+        return FramingError(Status.RESOURCE_EXHAUSTED, text)
+
+
+class _Partial:
+    """What one client connection has unfinished."""
+
+    __slots__ = ("relays", "size")
+
+    def __init__(self) -> None:
+        self.relays: set[TranslatedRelay] = set()
+        self.size = 0
 
 
 class TranslatedRelay(Relay):
     """One call whose messages are translated. Raises Refusal for a request that cannot be read."""
 
-    __slots__ = ("_flag", "_kept", "_requests", "_responses", "_translating", "_translation")
+    __slots__ = (
+        "_ending",
+        "_ends",
+        "_flag",
+        "_held_client",
+        "_held_upstream",
+        "_requests",
+        "_responses",
+        "_sent_bytes",
+        "_translating",
+        "_translation",
+        "kept",
+        "working",
+    )
 
     def __init__(
         self,
@@ -71,19 +174,34 @@ class TranslatedRelay(Relay):
         rules: Rules,
         translation: Translation,
     ) -> None:
-        # Cuts the request into messages; None: it passes as it is.
-        self._requests: Unframer | None = None
+        # Changes the request's messages; None: they pass as they are.
+        self._requests: MessageWork | None = None
         if translation.outward is not None:
-            self._requests = Unframer(owner.settings.partial_bytes_max, RequestHead.parse(headers).decompress)
+            gzip = RequestHead.parse(headers).decompress is not None
+            bytes_max = owner.settings.translated_request_bytes_max
+            self._requests = MessageWork(translation.request, translation.outward, bytes_max, gzip)
             headers = _of_any_length(headers)
         super().__init__(owner, connection, stream, headers, end_stream)
         self._translating = owner
         self._translation = translation
         self._flag = rules.flag
         # The same for the answer, made when its head says how it is compressed.
-        self._responses: Unframer | None = None
-        # Bytes of messages that are not whole.
-        self._kept = 0
+        self._responses: MessageWork | None = None
+        # Flow control of what came and is not changed yet.
+        self._held_client = 0
+        self._held_upstream = 0
+        # Bytes of changed requests that etcd has not taken.
+        self._sent_bytes = 0
+        # The client has ended its side, behind what is not changed yet.
+        self._ends = False
+        # How etcd ended the call while its answer was not changed yet.
+        self._ending: tuple[int, str, Headers] | None = None
+        self.kept = 0
+        """Bytes of unfinished messages, as the owner counts them."""
+        self.working = False
+        """The owner has it in its rotation."""
+
+    # The client's side.
 
     def data(self, data: bytes, flow_size: int, end_stream: bool) -> None:
         """Take a part of the request; pass on what it makes whole."""
@@ -91,34 +209,36 @@ class TranslatedRelay(Relay):
         if self.done or requests is None:
             super().data(data, flow_size, end_stream)
             return
-        try:
-            translate = self._translation.to_etcd
-            whole = b"".join([frame(translate(message)) for message in self._cut(requests, data)])
-            if end_stream and requests.pending:
-                raise FramingError(Status.INTERNAL, "the request ended inside a message")
-        except (FramingError, DecodeError) as error:
-            self.connection.h2.consumed(self._stream, flow_size)
-            self._fail(error, self._translation.request.DESCRIPTOR.name)
-            return
-        if whole or end_stream:
-            super().data(whole, flow_size, end_stream)
-        else:
-            self.connection.h2.consumed(self._stream, flow_size)
-            self.connection.touch()
+        requests.feed(data)
+        self._held_client += flow_size
+        self._ends = self._ends or end_stream
+        if not self.working:
+            self._translating.work(self)
+
+    def begin(self, upstream: ClientConnection) -> bool:
+        """Start the call with what is changed so far."""
+        if not super().begin(upstream):
+            return False
+        call = self._call
+        self._count_sent(self._request_bytes if call is not None and call.blocked else 0)
+        return True
+
+    # etcd's side.
 
     def on_headers(self, headers: Headers) -> None:
         """Note how the answer is compressed, and pass its head on."""
-        if self._translation.inward is None:
+        inward = self._translation.inward
+        if inward is None:
             super().on_headers(headers)
             return
         encoding = next((value for name, value in headers if name == b"grpc-encoding"), b"identity")
         if encoding not in ACCEPTED_ENCODINGS:
             shown = encoding[:64].decode("ascii", "backslashreplace")
             text = f"watchmux: under {self._flag} answers are identity or gzip, not {shown!r}"
-            self._fail(FramingError(Status.INTERNAL, text), "")
+            self.fail(FramingError(Status.INTERNAL, text))
             return
-        decompress: Literal["gzip"] | None = "gzip" if encoding == b"gzip" else None
-        self._responses = Unframer(self._translating.settings.partial_bytes_max, decompress)
+        bytes_max = self._translating.settings.unread_bytes_per_connection_max
+        self._responses = MessageWork(self._translation.response, inward, bytes_max, encoding == b"gzip")
         super().on_headers(_of_any_length(headers))
 
     def on_data(self, data: bytes, flow_size: int) -> None:
@@ -127,39 +247,119 @@ class TranslatedRelay(Relay):
         if self.done or responses is None or (call is not None and call.http_status != 200):
             super().on_data(data, flow_size)
             return
-        assert call is not None
         self._forget_request()
-        try:
-            translate = self._translation.to_client
-            whole = b"".join([frame(translate(message)) for message in self._cut(responses, data)])
-        except (FramingError, DecodeError) as error:
-            call.consumed(flow_size)
-            self._fail(error, self._translation.response.DESCRIPTOR.name)
-            return
-        if whole:
-            super().on_data(whole, flow_size)
-        else:
-            call.consumed(flow_size)
+        responses.feed(data)
+        self._held_upstream += flow_size
+        if not self.working:
+            self._translating.work(self)
 
-    def _cut(self, unframer: Unframer, data: bytes) -> list[bytes]:
-        """Return the messages that are whole now. Raises FramingError."""
-        messages = unframer.feed(data)
-        kept = len(data) if unframer.pending else 0
-        if kept and not messages:
-            kept += self._kept
-        change, self._kept = kept - self._kept, kept
-        if change:
-            self._translating.kept(change, self._flag)
-        return messages
+    def on_drained(self) -> None:
+        """etcd has taken what came of the request."""
+        self._count_sent(0)
+        super().on_drained()
+
+    def on_end(self, status: int, message: str, trailers: Headers) -> None:
+        """End the client's stream as etcd's ended, behind what is still to be changed."""
+        responses = self._responses
+        if not self.done and responses is not None and responses.busy:
+            self._ending = (status, message, trailers)
+        else:
+            super().on_end(status, message, trailers)
+
+    # Changing.
+
+    def go_on(self) -> bool:
+        """Do one step in each direction; return whether there is more to do."""
+        requests, responses = self._requests, self._responses
+        more = not self.done and requests is not None and self._step_request(requests)
+        return (not self.done and responses is not None and self._step_response(responses)) or more
+
+    def _step_request(self, requests: MessageWork) -> bool:
+        try:
+            pieces = requests.step() if requests.busy else None
+            busy = requests.busy
+            ends = self._ends and not busy
+            if ends and requests.pending:
+                raise FramingError(Status.INTERNAL, "the request ended inside a message")
+        except (FramingError, DecodeError) as error:
+            if isinstance(error, FramingError) and error.code is Status.RESOURCE_EXHAUSTED:
+                self._owner.stats.refused_at["translated_request_bytes_max"] += 1
+            self.fail(error, self._translation.request.DESCRIPTOR.name)
+            return False
+        flow_size = 0
+        if not busy:
+            flow_size, self._held_client = self._held_client, 0
+        self._count()
+        if self.done:
+            self.connection.h2.consumed(None, flow_size)
+            return False
+        if pieces is not None or ends:
+            self._ends = self._ends and not ends
+            whole = b"".join(pieces or ())
+            super().data(whole, flow_size, ends)
+            if not self.done and self._call is not None and self._call.blocked:
+                self._count_sent(self._sent_bytes + len(whole))
+        elif flow_size:
+            self.connection.h2.consumed(self._stream, flow_size)
+            self.connection.touch()
+        return busy
+
+    def _step_response(self, responses: MessageWork) -> bool:
+        try:
+            pieces = responses.step() if responses.busy else None
+        except (FramingError, DecodeError) as error:
+            self.fail(error, self._translation.response.DESCRIPTOR.name)
+            return False
+        call, busy = self._call, responses.busy
+        assert call is not None
+        flow_size = 0
+        if not busy:
+            flow_size, self._held_upstream = self._held_upstream, 0
+        self._count()
+        if self.done:
+            return False
+        if pieces is not None:
+            self._pass_on(call, pieces, sum(map(len, pieces)), flow_size)
+        elif flow_size:
+            call.consumed(flow_size)
+        if not busy and self._ending is not None and not self.done:
+            super().on_end(*self._ending)
+        return busy
+
+    def _count_sent(self, size: int) -> None:
+        """Note how much of changed requests etcd has not taken."""
+        if size != self._sent_bytes:
+            self._sent_bytes = size
+            self._count()
+
+    def _count(self) -> None:
+        """Have the owner count what is kept now; at its bound the call ends."""
+        kept = self._sent_bytes
+        if self._requests is not None:
+            kept += self._requests.held
+        if self._responses is not None:
+            kept += self._responses.held
+        change, self.kept = kept - self.kept, kept
+        if change and not self.done:
+            try:
+                self._translating.kept(self, change, self._flag)
+            except FramingError as error:
+                self.fail(error)
 
     def _give_up(self) -> None:
-        if self._kept:
-            self._translating.kept(-self._kept, self._flag)
-            self._kept = 0
+        kept, self.kept = self.kept, 0
+        self._requests = self._responses = None
+        if kept:
+            self._translating.kept(self, -kept, self._flag)
+        # The client's other calls need the connection's window.
+        held, self._held_client = self._held_client, 0
+        self.connection.h2.consumed(None, held)
         super()._give_up()
 
-    def _fail(self, error: FramingError | DecodeError, name: str) -> None:
-        """End a call whose messages cannot be translated."""
+    def fail(self, error: FramingError | DecodeError, name: str = "") -> None:
+        """End a call whose messages cannot be changed; `name`: what they should be."""
+        if self.done:
+            return
         if isinstance(error, FramingError):
             status, text = error.code, error.text
         else:

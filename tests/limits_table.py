@@ -38,6 +38,7 @@ _PROGRESS: Final = "coalesce/test_progress.py::"
 _FLOODS: Final = "http2/test_floods.py::"
 _FLOW: Final = "http2/test_flow.py::"
 _LISTENER: Final = "proxy/test_limits.py::"
+_TRANSLATING: Final = "proxy/test_translating.py::"
 _UP: Final = "upstream/test_limits.py::"
 
 CORE: Final = {
@@ -164,6 +165,9 @@ PASSTHROUGH: Final = {
         _REFUSED % "unread_bytes_per_connection_max", f"{_LISTENER}test_answers_that_are_not_read"
     ),
     "unread_bytes_max": Row(_REFUSED % "unread_bytes_max", f"{_LISTENER}test_answers_that_are_not_read"),
+    "translated_request_bytes_max": Row(
+        _REFUSED % "translated_request_bytes_max", f"{_TRANSLATING}test_requests_are_bounded_as_etcd_bounds_them"
+    ),
     "partial_bytes_max": Row(
         _REFUSED % "partial_bytes_max", "proxy/test_namespace.py::test_unfinished_messages_have_a_bound"
     ),

@@ -24,5 +24,6 @@ def rules(url: str) -> Rules:
             if member.clientURLs:
                 member.clientURLs[:] = [url]
 
-    translation = Translation(rpc_pb2.MemberListRequest, rpc_pb2.MemberListResponse, None, advertise)
+    response = rpc_pb2.MemberListResponse
+    translation = Translation(rpc_pb2.MemberListRequest, response, None, {response.DESCRIPTOR.full_name: advertise})
     return Rules("--advertise-client-url", {MEMBER_LIST: translation})

@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 
 from proto.pb import rpc_pb2, v3election_pb2, v3lock_pb2
 from upstream.namespace import Namespace
+from upstream.rewriting import Changes
 from upstream.translation import Rules, Translation
 
 NamespacedChange = Callable[[Namespace, Any], None]
@@ -40,9 +41,13 @@ def _txn(namespace: Namespace, message: rpc_pb2.TxnRequest) -> None:
         _interval(namespace, compare)
     for branch in (message.success, message.failure):
         for operation in branch:
-            kind = operation.WhichOneof("request")
-            if kind is not None:
-                _OPERATIONS[kind](namespace, getattr(operation, kind))
+            _operation(namespace, operation)
+
+
+def _operation(namespace: Namespace, message: rpc_pb2.RequestOp) -> None:
+    kind = message.WhichOneof("request")
+    if kind is not None:
+        _OPERATIONS[kind](namespace, getattr(message, kind))
 
 
 _OPERATIONS: Final[dict[str, NamespacedChange]] = {
@@ -69,9 +74,13 @@ def _deleted(namespace: Namespace, message: rpc_pb2.DeleteRangeResponse) -> None
 
 def _txn_done(namespace: Namespace, message: rpc_pb2.TxnResponse) -> None:
     for answer in message.responses:
-        kind = answer.WhichOneof("response")
-        if kind is not None:
-            _ANSWERS[kind](namespace, getattr(answer, kind))
+        _answer(namespace, answer)
+
+
+def _answer(namespace: Namespace, message: rpc_pb2.ResponseOp) -> None:
+    kind = message.WhichOneof("response")
+    if kind is not None:
+        _ANSWERS[kind](namespace, getattr(message, kind))
 
 
 _ANSWERS: Final[dict[str, NamespacedChange]] = {
@@ -143,6 +152,16 @@ _CALLS: Final[dict[bytes, tuple[type[Message], type[Message], NamespacedChange |
 }
 """By path: the calls with keys, their messages, and what becomes of them; None: nothing."""
 
+_INNER: Final[dict[type[Message], NamespacedChange]] = {
+    _pb.RequestOp: _operation,
+    _pb.TxnRequest: _txn,
+    _pb.ResponseOp: _answer,
+    _pb.RangeResponse: _ranged,
+    _pb.DeleteRangeResponse: _deleted,
+    _pb.TxnResponse: _txn_done,
+}
+"""What may be large within a message: changed piece by piece there (upstream/rewriting.py)."""
+
 KEYLESS: Final = frozenset(
     (
         _KV + b"Compact",
@@ -158,11 +177,13 @@ KEYLESS: Final = frozenset(
 def rules(namespace: Namespace) -> Rules:
     """Return the rules of one namespace."""
 
-    def bound(change: NamespacedChange | None) -> Callable[[Any], None] | None:
-        return None if change is None else partial(change, namespace)
+    def bound(kind: type[Message], change: NamespacedChange | None) -> Changes | None:
+        if change is None:
+            return None
+        return {each.DESCRIPTOR.full_name: partial(one, namespace) for each, one in {**_INNER, kind: change}.items()}
 
     translations = {
-        path: Translation(request, response, bound(outward), bound(inward))
+        path: Translation(request, response, bound(request, outward), bound(response, inward))
         for path, (request, response, outward, inward) in _CALLS.items()
     }
     return Rules("--namespace", translations, SERVICES, KEYLESS)

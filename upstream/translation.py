@@ -8,14 +8,12 @@ changes. Fields that are unknown here stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from google.protobuf.message import Message
 
-Change = Callable[[Any], None]
-"""Changes a message, which is of the type that stands beside it, in place."""
+from upstream.rewriting import Changes, Rewriting
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,22 +22,22 @@ class Translation:
 
     request: type[Message]
     response: type[Message]
-    outward: Change | None
-    inward: Change | None
+    outward: Changes | None
+    inward: Changes | None
 
     def to_etcd(self, message: bytes) -> bytes:
         """Return a request as etcd shall get it. Raises DecodeError."""
-        return message if self.outward is None else _changed(self.request, self.outward, message)
+        return message if self.outward is None else _whole(Rewriting(self.request, self.outward, message))
 
     def to_client(self, message: bytes) -> bytes:
         """Return an answer as the client shall get it. Raises DecodeError."""
-        return message if self.inward is None else _changed(self.response, self.inward, message)
+        return message if self.inward is None else _whole(Rewriting(self.response, self.inward, message))
 
 
-def _changed(kind: type[Message], change: Change, message: bytes) -> bytes:
-    parsed = kind.FromString(message)
-    change(parsed)
-    return parsed.SerializeToString()
+def _whole(rewriting: Rewriting) -> bytes:
+    while not rewriting.step():
+        pass
+    return b"".join(rewriting.pieces)
 
 
 @dataclass(frozen=True, slots=True)

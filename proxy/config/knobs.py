@@ -183,6 +183,16 @@ class Upstream:
             advanced=True,
         ),
     ] = 512 * MIB
+    max_request_bytes: Annotated[
+        int,
+        _knob(
+            "What etcd's own --max-request-bytes is set to. Watch requests, and under --namespace all requests, that "
+            "are larger than this and 512 KiB are refused before they take memory here, as etcd refuses them.",
+            Kind.BYTES,
+            ge=1,
+            advanced=True,
+        ),
+    ] = 1536 * KIB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ def port_of(address: str) -> int:
     return int(address.rpartition(":")[2])
 
 
-async def _delays(etcd: EtcdServer, port: int, done: Callable[[], bool]) -> list[float]:
+async def _delays(etcd: EtcdServer, port: int, key: bytes, done: Callable[[], bool]) -> list[float]:
     found: list[float] = []
     async with direct(etcd) as store, await RawClient.connect(port) as client:
         stream = client.watch()
@@ -40,7 +40,7 @@ async def _delays(etcd: EtcdServer, port: int, done: Callable[[], bool]) -> list
         seen = 1
         while not done():
             began = time.perf_counter()
-            await store.put(KEY, b"")
+            await store.put(key, b"")
             # By count, not by next(): that one polls, which would be most of the delay.
             while len(stream.raw.messages) <= seen:
                 await asyncio.sleep(0)
@@ -101,17 +101,23 @@ async def _load(module: str, *arguments: str) -> AsyncIterator[asyncio.subproces
             await process.wait()
 
 
-async def beside(front: Front, etcd: EtcdServer, address: str, module: str, *arguments: str) -> Figures:
-    """Run `python -m MODULE ARGUMENTS PORT` beside a bystander; return the figures, and what the load printed."""
+async def beside(
+    front: Front, etcd: EtcdServer, address: str, module: str, *arguments: str, namespace: bytes = b""
+) -> Figures:
+    """Run `python -m MODULE ARGUMENTS PORT` beside a bystander; return the figures, and what the load printed.
+
+    `namespace`: what the proxy puts before the bystander's key.
+    """
+    key = KEY if front.proxy is None else namespace + KEY
     port = port_of(address)
     server = etcd.process if front.proxy is None else front.proxy.process
     assert server is not None, "it runs"
     quiet = time.perf_counter() + QUIET_S
-    before = await _delays(etcd, port, lambda: time.perf_counter() > quiet)
+    before = await _delays(etcd, port, key, lambda: time.perf_counter() > quiet)
     with MemoryPeak(server.pid) as peak:
         async with _load(module, *arguments, str(port)) as process:
             said = asyncio.ensure_future(process.communicate())
-            during = await _delays(etcd, port, said.done)
+            during = await _delays(etcd, port, key, said.done)
             output, _ = await said
             assert process.returncode == 0, f"the load {' '.join(arguments)} failed"
     figures = {**quantiles("before", before), **quantiles("during", during), "memory peak MiB": peak.mib}

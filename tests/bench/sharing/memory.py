@@ -21,6 +21,8 @@ from tests.waiting import until_async
 MODULE = "tests.bench.sharing.memory"
 HISTORY_EVENTS = 19_500
 REPLAYS = 300
+NAMESPACE = b"/n/"
+UNREAD = 300
 BOMBS = 10
 BOMB_BYTES = 64 * 2**20
 RANGE = rpc_pb2.WatchCreateRequest.FilterType
@@ -77,8 +79,39 @@ async def load_filtered_replays(port: int, first: str) -> str:
 
 def gzip_bomb(front: Front) -> Figures:
     """10 puts under --namespace of 64 KiB each, which inflate to 64 MiB: far beyond what etcd takes."""
-    with EtcdServer() as etcd, front.before(etcd.endpoint, "--namespace=/n/") as address:
-        return uvloop.run(beside(front, etcd, address, MODULE, "gzip_bomb"))
+    with EtcdServer() as etcd, front.before(etcd.endpoint, f"--namespace={NAMESPACE.decode()}") as address:
+        return uvloop.run(beside(front, etcd, address, MODULE, "gzip_bomb", namespace=NAMESPACE))
+
+
+def unread_answers(front: Front) -> Figures:
+    """300 answers of a megabyte under --namespace, which etcd sends in gzip and the client does not read."""
+
+    async def run(address: str) -> Figures:
+        async with direct(etcd) as store:
+            await store.put((NAMESPACE if front.proxy else b"") + b"k", bytes(2**20))
+        figures = await beside(front, etcd, address, MODULE, "unread_answers", namespace=NAMESPACE)
+        if front.proxy is not None:
+            figures["unread at the end MiB"] = front.proxy.metric("watchmux_unread_bytes") / 2**20
+        return figures
+
+    with EtcdServer() as etcd, front.before(etcd.endpoint, f"--namespace={NAMESPACE.decode()}") as address:
+        return uvloop.run(run(address))
+
+
+async def load_unread_answers(port: int) -> str:
+    """Ask, read nothing for some seconds, and say how many calls are left."""
+    message = gzip.compress(rpc_pb2.RangeRequest(key=b"k").SerializeToString())
+    framed = b"\1" + len(message).to_bytes(4, "big") + message
+    async with await RawClient.connect(port, window=1000) as client:
+        calls = []
+        for _ in range(UNREAD):
+            call = client.call("/etcdserverpb.KV/Range", [("grpc-encoding", "gzip"), ("grpc-accept-encoding", "gzip")])
+            call.taking = False
+            call.send_raw(framed, end=True)
+            calls.append(call)
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(2)
+        return f"{sum(not call.over for call in calls)} of {UNREAD} calls left"
 
 
 async def load_gzip_bomb(port: int) -> str:
@@ -114,8 +147,13 @@ async def _send(client: RawClient, stream_id: int, data: bytes) -> None:
 LOADS: dict[str, Callable[..., Awaitable[str]]] = {
     "filtered_replays": load_filtered_replays,
     "gzip_bomb": load_gzip_bomb,
+    "unread_answers": load_unread_answers,
 }
-SCENARIOS: dict[str, Scenario] = {"filtered replays": filtered_replays, "gzip bomb": gzip_bomb}
+SCENARIOS: dict[str, Scenario] = {
+    "filtered replays": filtered_replays,
+    "gzip bomb": gzip_bomb,
+    "unread translated answers": unread_answers,
+}
 
 
 @click.command()

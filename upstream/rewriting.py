@@ -1,0 +1,158 @@
+"""
+Changing a message piece by piece, so that a large one delays no other client.
+
+An encoded message is the concatenation of its fields, and each element of a repeated field stands by itself. So a
+message whose size is in its repeated fields (the key-values of a RangeResponse, the operations of a transaction) is cut
+between elements into pieces of a bounded size; each piece is decoded, changed and encoded as a message of its own, and
+the results are joined. A large element (an operation that holds a whole RangeResponse) is entered, and gets a new
+length. Everything else is one piece: a single key-value, a request of scalar fields.
+
+Cutting is right only where the change of a message is the change of its elements: `DIVISIBLE` names those types. A
+field that is not repeated may occur twice, and decoders merge the two. So an operation is entered only if its content
+is the one field in it; otherwise a client could have the two ends of a range changed apart from each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, cast
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from proto.fields import ScanError, fields, varint
+from proto.pb import rpc_pb2
+
+Change = Callable[[Any], None]
+"""Changes a message, which is of the type that it is written for, in place."""
+
+Changes = Mapping[str, Change]
+"""By the full name of a type: the change of the message itself, and of each type within it that may be large."""
+
+PIECE_BYTES: Final = 16 * 1024
+"""A message up to this size is changed at once, larger ones in pieces of about this size: some milliseconds if it has
+nothing but empty operations, and a tenth of one if it has key-values."""
+
+DEPTH_MAX: Final = 32
+"""How deep messages within messages are entered. A transaction may hold others; more than one or two are not seen."""
+
+DIVISIBLE: Final = frozenset(
+    kind.DESCRIPTOR.full_name
+    for kind in (
+        *(rpc_pb2.RangeResponse, rpc_pb2.DeleteRangeResponse, rpc_pb2.TxnResponse, rpc_pb2.TxnRequest),
+        *(rpc_pb2.LeaseTimeToLiveResponse, rpc_pb2.MemberListResponse),
+    )
+)
+"""Types whose change is that of the elements of their repeated fields."""
+
+OPERATIONS: Final = frozenset(kind.DESCRIPTOR.full_name for kind in (rpc_pb2.RequestOp, rpc_pb2.ResponseOp))
+"""Types that hold one message of several, which are entered if that is all they hold."""
+
+_BYTES: Final = 2
+"""The wire type of bytes, texts and messages."""
+
+
+def changed(kind: type[Message], change: Change, message: bytes) -> bytes:
+    """Return an encoded message, changed in one step. Raises DecodeError."""
+    parsed = kind.FromString(message)
+    change(parsed)
+    return parsed.SerializeToString()
+
+
+class Rewriting:
+    """One message that is being changed: call `step` until it says that it is done."""
+
+    __slots__ = ("_steps", "pieces", "size")
+
+    def __init__(self, kind: type[Message], changes: Changes, message: bytes) -> None:
+        self.pieces: list[bytes] = []
+        """The changed message, complete when `step` has said so."""
+        self.size = 0
+        """Bytes made so far."""
+        self._steps = self._message(
+            cast(Descriptor, kind.DESCRIPTOR), changes, message, 0, len(message), self.pieces, 0
+        )
+
+    def step(self) -> bool:
+        """Change one more piece; return True when the message is complete. Raises DecodeError."""
+        try:
+            return next(self._steps, self) is self
+        except (ScanError, IndexError) as error:
+            raise DecodeError(str(error)) from None
+
+    def _message(
+        self, kind: Descriptor, changes: Changes, data: bytes, start: int, end: int, out: list[bytes], depth: int
+    ) -> Iterator[None]:
+        """Change data[start:end], a message of `kind`, into `out`."""
+        if end - start <= PIECE_BYTES or kind.full_name not in DIVISIBLE:
+            yield from self._piece(kind, changes, data[start:end], out)
+            return
+        begun = start
+        for tag, at, body, after, _ in fields(data, start, end):
+            inner = _entered(kind, tag, changes) if after - body > PIECE_BYTES else None
+            if inner is not None:
+                if begun < at:
+                    yield from self._piece(kind, changes, data[begun:at], out)
+                yield from self._within(inner, changes, data, (at, body, after), out, depth + 1)
+                begun = after
+            elif after - begun >= PIECE_BYTES:
+                yield from self._piece(kind, changes, data[begun:after], out)
+                begun = after
+        if begun < end:
+            yield from self._piece(kind, changes, data[begun:end], out)
+
+    def _piece(self, kind: Descriptor, changes: Changes, message: bytes, out: list[bytes]) -> Iterator[None]:
+        done = changed(GetMessageClass(kind), changes[kind.full_name], message)
+        out.append(done)
+        self.size += len(done)
+        yield
+
+    def _within(
+        self, kind: Descriptor, changes: Changes, data: bytes, place: tuple[int, int, int], out: list[bytes], depth: int
+    ) -> Iterator[None]:
+        """Change a field that holds a large message; `place`: where its tag, its content and the next field begin."""
+        if depth > DEPTH_MAX:
+            raise DecodeError("too many messages within each other")
+        at, body, after = place
+        inner: list[bytes] = []
+        if kind.full_name in OPERATIONS:
+            yield from self._operation(kind, changes, data, body, after, inner, depth)
+        else:
+            yield from self._message(kind, changes, data, body, after, inner, depth)
+        # The tag is what stands before the length, which is as long as it is short.
+        head = data[at : _tag_end(data, at)] + varint(sum(map(len, inner)))
+        self.size += len(head)
+        out.append(head)
+        out.extend(inner)
+
+    def _operation(
+        self, kind: Descriptor, changes: Changes, data: bytes, start: int, end: int, out: list[bytes], depth: int
+    ) -> Iterator[None]:
+        """Change a large operation, a message that holds one of several."""
+        tag, at, body, after, _ = next(fields(data, start, end))
+        if after != end:
+            raise DecodeError(f"a {kind.name} of more than one field")
+        inner = _entered(kind, tag, changes)
+        if inner is None:
+            yield from self._piece(kind, changes, data[start:end], out)
+        else:
+            yield from self._within(inner, changes, data, (at, body, after), out, depth + 1)
+
+
+def _entered(kind: Descriptor, tag: int, changes: Changes) -> Descriptor | None:
+    """Return the type of the message in a field, if it may be changed apart from what is around it."""
+    field: FieldDescriptor | None = kind.fields_by_number.get(tag >> 3)
+    if field is None or tag & 7 != _BYTES or field.message_type is None:
+        return None
+    if kind.full_name not in OPERATIONS and not field.is_repeated:
+        return None
+    inner = field.message_type
+    divisible = inner.full_name in DIVISIBLE or inner.full_name in OPERATIONS
+    return inner if divisible and inner.full_name in changes else None
+
+
+def _tag_end(data: bytes, pos: int) -> int:
+    while data[pos] > 127:
+        pos += 1
+    return pos + 1
