@@ -20,6 +20,7 @@ from coalesce.effects import (
     RequestProgress,
     ResumeUpstream,
     Send,
+    TakeRequests,
 )
 from coalesce.inputs import CreateRequest, Granted, Identity, Lost, Refusal
 from coalesce.joining import Read
@@ -52,6 +53,7 @@ __all__ = [
     "Send",
     "Session",
     "Stats",
+    "TakeRequests",
     "Upstream",
     "Watch",
 ]

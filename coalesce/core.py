@@ -255,6 +255,8 @@ class Coalescer:
         if first is not None:
             # At once.
             return first
+        if hub.joining.ready or hub.joining.answered or hub.leaving:
+            return hub.now
         first = hub.progress.next_deadline()
         at = hub.notifying.next_deadline()
         if at is not None and (first is None or at < first):
@@ -278,6 +280,8 @@ class Coalescer:
         """Do what time has made due."""
         self._begin(now)
         hub = self._hub
+        hub.joining.expire()
+        hub.endings.expire()
         hub.trunks.expire()
         hub.ledger.expire(hub.now)
         hub.endings.too_far_behind()
@@ -311,6 +315,7 @@ class Coalescer:
         hub = self._hub
         if now > hub.now:
             hub.now = now
+        hub.joining.left = hub.limits.step_watches_max
 
     def _finish(self) -> list[Effect]:
         hub = self._hub

@@ -45,6 +45,18 @@ class Send:
         self.message = message
 
 
+class TakeRequests:
+    """The line of a session is short again: hand in what its client asks, after `Session.line_full` was True.
+
+    A shell that does not wait is not wrong; its client ends at `queue_max`.
+    """
+
+    __slots__ = ("session",)
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+
 class EndSession:
     """End a session's stream with a gRPC status. The core has forgotten the session already."""
 
@@ -129,6 +141,7 @@ class RequestProgress:
 Effect: TypeAlias = (
     Deliver
     | Send
+    | TakeRequests
     | EndSession
     | OpenUpstream
     | CloseUpstream

@@ -18,11 +18,12 @@ etcd still refuses it, that is the answer to its create.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from coalesce.backfill import Backfill
 from coalesce.inputs import Lost
-from coalesce.session import PendingCreate, Place, Session, Watch
+from coalesce.session import Place, Session, Watch
 from coalesce.trunk import Trunk
 from proto.scan import Header, WatchResponse
 
@@ -34,6 +35,9 @@ UNAVAILABLE = 14
 # What etcd says of a token: PERMISSION_DENIED, UNAUTHENTICATED, and these texts, whose code is that of many others
 # (api/v3rpc/rpctypes/error.go).
 _REFUSALS = (7, 16)
+# Watches of a session that are removed as it ends; more of them go with the next rings of the timer. Until then they
+# are as those of a client that does not read: what is written to them goes nowhere.
+REMOVED_AT_ONCE = 8
 USER_EMPTY = "etcdserver: user name is empty"
 AUTH_OLD = "etcdserver: revision of auth store is old"
 NO_LEADER = "etcdserver: no leader"
@@ -67,16 +71,31 @@ class Endings:
         """Forget a session and all it has."""
         hub = self._hub
         session.ended = True
-        queue, session.queue = session.queue, None
-        for request in queue or ():
-            if isinstance(request, PendingCreate):
-                hub.trunks.release(request)
-        for watch in list(session.watches.values()):
-            self._remove(watch)
+        hub.joining.forget(session)
         hub.progress.forget_session(session)
         hub.replays.forget(session)
         del hub.sessions[session]
         hub.stats.sessions -= 1
+        self._remove_some(session, REMOVED_AT_ONCE)
+        if session.watches:
+            hub.leaving[session] = None
+
+    def _remove_some(self, session: Session, count: int) -> int:
+        """Remove so many watches of a session that has ended; return how many of the count are left."""
+        for watch in list(islice(session.watches.values(), count)):
+            self._remove(watch)
+            count -= 1
+        return count
+
+    def expire(self) -> None:
+        """Remove watches of sessions that have ended, as many as a step allows."""
+        hub = self._hub
+        left = hub.limits.step_watches_max
+        while hub.leaving and left > 0:
+            session = next(iter(hub.leaving))
+            left = self._remove_some(session, left)
+            if not session.watches:
+                del hub.leaving[session]
 
     def end(self, session: Session, status: int, text: str) -> None:
         """Close a session from this side and have its stream ended."""
@@ -155,6 +174,7 @@ class Endings:
             for create in trunk.joining:
                 if create.header is not None:
                     hub.joining.read_again(create)
+        hub.joining.drop_answered()
         hub.compact_revision = 0
         hub.progress.other_history()
         for session in hub.sessions:
@@ -244,6 +264,8 @@ class Endings:
             watches, creates = list(owner.watches), list(owner.joining)
         for watch in watches:
             self.end(watch.session, UNAVAILABLE, reason.text)
+            if watch.place is not Place.ENDED:
+                self._remove(watch)
         for create in creates:
             if create.session.ended:
                 continue

@@ -39,6 +39,7 @@ class Hub:
         "header",
         "joining",
         "lagging_sessions",
+        "leaving",
         "ledger",
         "limits",
         "lingers",
@@ -84,6 +85,8 @@ class Hub:
         # Progress requests made so far (see progress).
         self.progress_serial = 0
         self.sessions: dict[Session, None] = {}
+        # Sessions that have ended and still have watches.
+        self.leaving: dict[Session, None] = {}
         self.trunks_open: dict[tuple[bytes, bytes], Trunk] = {}
         # Trunks without an upstream watch, whose histories are kept; the longest parked first.
         self.parked: dict[tuple[bytes, bytes], Trunk] = {}

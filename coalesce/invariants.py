@@ -15,12 +15,13 @@
     and one is paused only while all its watches lag.
 11. A trunk without watches and without creates that wait for it lingers; any other does not.
 12. What is open at etcd is one upstream watch per trunk and per backfill, and each of them knows its source.
-13. The head of a session's line waits for something that is on its way: a check, a read, or a trunk's `created`.
+13. The head of a session's line waits for something that is on its way: a check, a read, a trunk's `created`, or the
+    next ring of the timer. A line that is full is longer than what lets it go on.
 14. A read for later exists only while one is in flight, and no create waits for a read that nobody will make.
 15. Progress told is true: nothing below what a watch was told is still to come for it.
 16. Who waits for progress has watches, and the timer is set; who is held up is listed under the trunk that does it.
 17. The gauges count what is there.
-18. Nothing that has ended is anywhere.
+18. Nothing that has ended is anywhere, but for watches of sessions that have just ended, which the timer removes.
 19. Between two rings of the timer no more of the histories is looked at than allowed, but for one session's share.
 20. A trunk's notices list those of its watches that asked for progress_notify, and while there are any a timer is set.
 21. A parked trunk has neither watches nor creates nor an upstream watch, and its range has no other trunk.
@@ -53,6 +54,10 @@ def check(hub: Hub) -> None:
     """Raise InvariantBroken if anything is wrong."""
     for session in hub.sessions:
         _check_session(hub, session)
+        for watch in session.watches.values():
+            _check_watch(hub, watch)
+    for session in hub.leaving:
+        _need(18, session.ended and session not in hub.sessions and session.queue is None, "a session that leaves")
         for watch in session.watches.values():
             _check_watch(hub, watch)
     for trunk in hub.trunks_open.values():
@@ -94,12 +99,15 @@ def _check_session(hub: Hub, session: Session) -> None:
         _need(16, hub.progress.waiting.is_listed(session), "held up, and nobody will look again")
     if session.queue is not None:
         _need(13, bool(session.queue), "an empty line")
-        _check_head(session)
+        _check_head(hub, session)
+    _need(13, not session.line_full or session.line_bytes > hub.limits.line_bytes_max // 2, "a full line that is short")
 
 
-def _check_head(session: Session) -> None:
+def _check_head(hub: Hub, session: Session) -> None:
     assert session.queue is not None, "looked before"
     head = session.queue[0]
+    if session in hub.joining.ready:
+        return
     _need(13, isinstance(head, PendingCreate), "only creates wait")
     assert isinstance(head, PendingCreate), "just said"
     waits_for_check = not head.checked and head.refusal is None
@@ -163,7 +171,8 @@ def _check_source(hub: Hub, source: Source) -> None:
 def _check_trunk(hub: Hub, trunk: Trunk) -> None:
     _check_source(hub, trunk)
     for watch in trunk.watches:
-        _need(18, watch.place is not Place.ENDED and watch.session in hub.sessions, watch)
+        _need(18, watch.place is not Place.ENDED, watch)
+        _need(18, watch.session in hub.sessions or watch.session in hub.leaving, watch)
         _need(1, watch.session.watches.get(watch.watch_id) is watch, watch)
     for create in trunk.joining:
         _need(18, not create.session.ended and create.trunk is trunk, "a create that is gone holds a trunk")
@@ -212,6 +221,7 @@ def _check_reads(hub: Hub) -> None:
     current, later = hub.joining.current, hub.joining.later
     _need(14, current is not None or later is None, "a read for later without one in flight")
     waiting = {id(create) for read in (current, later) if read is not None for create in read.waiting}
+    waiting |= {id(create) for create, _ in hub.joining.answered}
     for session in hub.sessions:
         for create in session.queue or ():
             if isinstance(create, PendingCreate):
@@ -220,9 +230,13 @@ def _check_reads(hub: Hub) -> None:
 
 def _check_gauges(hub: Hub) -> None:
     stats = hub.stats
-    watches = lagging = history_bytes = history_batches = 0
-    for session in hub.sessions:
+    watches = lagging = line_bytes = history_bytes = history_batches = 0
+    for session in (*hub.sessions, *hub.leaving):
         watches += len(session.watches)
+        line_bytes += session.line_bytes
+        _need(
+            17, session.line_bytes == sum(request.bytes for request in session.queue or ()), "line_bytes of a session"
+        )
         lagging += len(session.lagging)
     for source in [*_sources(hub), *hub.parked.values()]:
         history_bytes += source.history.bytes
@@ -232,6 +246,7 @@ def _check_gauges(hub: Hub) -> None:
     _need(17, stats.parked == len(hub.parked), "parked")
     _need(17, stats.trunks == len(hub.trunks_open), "trunks")
     _need(17, stats.backfills == sum(len(trunk.backfills) for trunk in hub.trunks_open.values()), "backfills")
+    _need(17, stats.line_bytes == line_bytes, "line_bytes")
     _need(17, stats.lagging == lagging, "lagging")
     _need(17, stats.queued == len(hub.queued), "queued")
     _need(17, stats.history_bytes == history_bytes, "history_bytes")

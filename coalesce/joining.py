@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from coalesce.effects import CheckPermission, ReadRevision
+from coalesce.effects import CheckPermission, ReadRevision, TakeRequests
 from coalesce.inputs import NO_WATCH_ID, CreateRequest, Granted, Refusal
 from coalesce.session import LISTED_MAX, Pending, PendingCancel, PendingCreate, PendingProgress, Place, Session, Watch
 from proto.scan import Header
@@ -49,13 +49,19 @@ class Read:
 class Joining:
     """The line of each session, and how creates become watches."""
 
-    __slots__ = ("_hub", "current", "later")
+    __slots__ = ("_hub", "answered", "current", "later", "left", "ready")
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         # The read in flight, and the one for those who came since.
         self.current: Read | None = None
         self.later: Read | None = None
+        # Creates whose read has come and which have yet to be prepared, with its header.
+        self.answered: deque[tuple[PendingCreate, Header]] = deque()
+        # Sessions whose line goes on when the timer rings.
+        self.ready: dict[Session, None] = {}
+        # What may still be decided in this step.
+        self.left = hub.limits.step_watches_max
 
     # inputs
 
@@ -109,20 +115,59 @@ class Joining:
         self.current, self.later = self.later, None
         if self.current is not None:
             self._start(self.current)
-        for create in read.waiting:
+        self.answered.extend((create, header) for create in read.waiting)
+        self._take_answered()
+
+    def _take_answered(self) -> None:
+        """Go on with creates whose read has come, as many as this step allows."""
+        answered = self.answered
+        while answered and self.left > 0:
+            create, header = answered.popleft()
             create.reading = False
             create.header = header
             if not create.session.ended:
+                self.left -= 1
                 if create.refusal is None:
                     self._prepare(create)
                 self.advance(create.session)
 
+    def drop_answered(self) -> None:
+        """Read again what was read and not used yet: it is true no more."""
+        answered, self.answered = self.answered, deque()
+        for create, _ in answered:
+            create.reading = False
+            if not create.session.ended:
+                self._read(create)
+
     # the line
 
+    def expire(self) -> None:
+        """Decide what was too much for an earlier step."""
+        self._take_answered()
+        # Each session once at most, so that one with a long line stands behind the others again.
+        for session in tuple(self.ready):
+            if self.left <= 0:
+                return
+            self.ready.pop(session, None)
+            self.advance(session)
+
+    def forget(self, session: Session) -> None:
+        """Drop the line of a session that has ended."""
+        queue, session.queue = session.queue, None
+        self.ready.pop(session, None)
+        self._hub.stats.line_bytes -= session.line_bytes
+        session.line_bytes = 0
+        for request in queue or ():
+            if isinstance(request, PendingCreate):
+                self._hub.trunks.release(request)
+
     def advance(self, session: Session) -> None:
-        """Decide the requests of a session, in order, up to the first that must wait."""
+        """Decide the requests of a session, in order, up to the first that must wait, or as many as a step allows."""
         queue = session.queue
         while queue:
+            if self.left <= 0:
+                self.ready[session] = None
+                return
             request = queue[0]
             if isinstance(request, PendingCreate):
                 if not self._decide(request):
@@ -132,7 +177,16 @@ class Joining:
             else:
                 self._hub.progress.wait(session)
             del queue[0]
+            self.left -= 1
+            self._leave(session, request)
         session.queue = None
+
+    def _leave(self, session: Session, request: Pending) -> None:
+        session.line_bytes -= request.bytes
+        self._hub.stats.line_bytes -= request.bytes
+        if session.line_full and session.line_bytes <= self._hub.limits.line_bytes_max // 2:
+            session.line_full = False
+            self._hub.effects.append(TakeRequests(session))
 
     def _enter(self, session: Session, request: Pending) -> None:
         if session.ended:
@@ -147,6 +201,10 @@ class Joining:
         elif len(session.queue) == LISTED_MAX:
             session.queue = deque(session.queue)
         session.queue.append(request)
+        session.line_bytes += request.bytes
+        self._hub.stats.line_bytes += request.bytes
+        if session.line_bytes >= self._hub.limits.line_bytes_max:
+            session.line_full = True
         if len(session.queue) == 1:
             self.advance(session)
 

@@ -52,6 +52,12 @@ class Limits:
     trunks_max: int = 1_000_000
     # Requests of one session that wait in order (a create waits for etcd); one more ends the session.
     queue_max: int = 100_000
+    # Memory of the requests of one session that wait; from here on the shell hands in no more of them (TakeRequests
+    # says when to go on), so that a client is held up by its windows. Some two thousand small ones.
+    line_bytes_max: int = 1 * _MIB
+    # Watches that begin, end or are decided about in one step, and ranges that are given up; what is beyond comes with
+    # the next ring of the timer, which is due at once. Some five milliseconds.
+    step_watches_max: int = 200
 
     # Backfills open at once; watches that need one more wait in line. Each is a stream of its own at etcd.
     backfills_max: int = 100

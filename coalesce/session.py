@@ -109,10 +109,14 @@ class Watch:
         return f"Watch({self.watch_id}, {self.place.value}, next_revision={self.next_revision})"
 
 
+REQUEST_BYTES = 512
+"""What a request in line takes beside its keys: objects, and places in lists."""
+
+
 class PendingCreate:
     """A create in line. It is also the `check` of CheckPermission: the shell reads session, key and range_end."""
 
-    __slots__ = ("checked", "header", "key", "range_end", "reading", "refusal", "request", "session", "trunk")
+    __slots__ = ("bytes", "checked", "header", "key", "range_end", "reading", "refusal", "request", "session", "trunk")
 
     def __init__(self, session: Session, request: CreateRequest) -> None:
         self.session = session
@@ -120,6 +124,8 @@ class PendingCreate:
         # etcd: no key means the smallest one (api/v3rpc/watch.go).
         self.key = request.key or b"\x00"
         self.range_end = request.range_end
+        # Of memory.
+        self.bytes = REQUEST_BYTES + len(request.key) + len(request.range_end)
         # The permission was granted.
         self.checked = False
         # Why it is refused, once that is known; the answer waits for its turn.
@@ -137,6 +143,8 @@ class PendingCancel:
 
     __slots__ = ("watch_id",)
 
+    bytes = REQUEST_BYTES
+
     def __init__(self, watch_id: int) -> None:
         self.watch_id = watch_id
 
@@ -145,6 +153,8 @@ class PendingProgress:
     """A progress request in line."""
 
     __slots__ = ()
+
+    bytes = REQUEST_BYTES
 
 
 Pending: TypeAlias = PendingCreate | PendingCancel | PendingProgress
@@ -162,6 +172,8 @@ class Session:
         "identity",
         "lagging",
         "lagging_since",
+        "line_bytes",
+        "line_full",
         "next_id",
         "outlet",
         "progress_blocker",
@@ -183,6 +195,10 @@ class Session:
         self.next_id = 0
         # Requests not decided yet, in order; None = none.
         self.queue: Line | None = None
+        # Their memory.
+        self.line_bytes = 0
+        # It reached line_bytes_max: the shell hands in no more until TakeRequests.
+        self.line_full = False
         # The shell holds unsent bytes of it: nothing is delivered until drained().
         self.stalled = False
         # Watches to be replayed, whose turn comes in this order.

@@ -33,6 +33,8 @@ class Stats:
     lagging: int = 0
     # Watches that wait for a backfill because backfills_max are open.
     queued: int = 0
+    # Memory of the requests that wait in line, of all sessions, in bytes.
+    line_bytes: int = 0
     # Memory of all histories, backfills' windows included, in bytes.
     history_bytes: int = 0
     history_batches: int = 0

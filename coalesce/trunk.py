@@ -16,6 +16,7 @@ cold one. When a compaction ends its upstream watch, a trunk opens again from th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from coalesce.session import PendingCreate, Session, Watch
@@ -243,10 +244,13 @@ class Trunks:
     def expire(self) -> None:
         """Park the trunks that have lingered long enough, and drop those that were parked for long enough."""
         hub = self._hub
-        for trunk in hub.lingers.due(hub.now):
+        left = hub.limits.step_watches_max
+        for trunk in islice(hub.lingers.due(hub.now), left):
             self._park(trunk)
-        while (at := self.next_deadline()) is not None and at <= hub.now:
+            left -= 1
+        while left > 0 and (at := self.next_deadline()) is not None and at <= hub.now:
             self._drop_first("history_linger_s")
+            left -= 1
 
     def next_deadline(self) -> float | None:
         """Return when the first of the parked trunks is to be dropped."""

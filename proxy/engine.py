@@ -32,6 +32,7 @@ from coalesce.effects import (
     RequestProgress,
     ResumeUpstream,
     Send,
+    TakeRequests,
 )
 from coalesce.inputs import CreateRequest, Identity, Lost, Refusal
 from coalesce.limits import Limits
@@ -168,6 +169,7 @@ class Engine:
         self._carry_out: dict[type, Callable[[Any], None]] = {
             Deliver: self._deliver,
             Send: self._send,
+            TakeRequests: lambda effect: effect.session.outlet.take_requests(),
             EndSession: self._end_session,
             OpenUpstream: self._open_upstream,
             CloseUpstream: self._close_upstream,

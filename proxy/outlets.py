@@ -27,6 +27,9 @@ class Outlet(Protocol):
     def send(self, message: bytes) -> bool:
         """Send one framed control answer; False when it waits because the stream is blocked."""
 
+    def take_requests(self) -> None:
+        """Go on with what the client asks, after the session's line was full."""
+
     def end(self, status: int, text: str) -> None:
         """End the stream; the session is gone."""
 

@@ -33,6 +33,7 @@ from proto.pb import rpc_pb2
 from proto.scan import scan_watch_response
 from proxy import logs
 from proxy.listening.connection import ServerConnection
+from proxy.listening.turns import Turns
 from proxy.watch import FAILED_TEXT, PATH
 
 if TYPE_CHECKING:
@@ -120,6 +121,11 @@ class InsideConnection(ServerConnection):
     __slots__ = ()
 
     inside = True
+
+    def __init__(self, listener: Listener) -> None:
+        super().__init__(listener)
+        # All that is asked is taken in one step.
+        self.turns = Turns(0)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the transport."""

@@ -24,6 +24,7 @@ RELOADED = frozenset(
         "listener.grpc_keepalive_min_time_s",
         "listener.grpc_keepalive_timeout_s",
         "listener.max_concurrent_streams",
+        "listener.requests_waiting_bytes_max",
         "listener.sessions_per_connection_max",
         "log.log_format",
         "log.log_level",

@@ -116,6 +116,7 @@ def watch_settings(settings: Settings) -> WatchSettings:
     return WatchSettings(
         request_bytes_max=settings.upstream.max_request_bytes + REQUEST_OVERHEAD_BYTES,
         sessions_per_connection_max=settings.listener.sessions_per_connection_max,
+        requests_waiting_bytes_max=settings.listener.requests_waiting_bytes_max,
     )
 
 

@@ -67,6 +67,8 @@ CORE: Final = {
     "watches_max": Row(_REFUSED % "watches_max", f"{_JOINING}test_limits_are_refused_with_a_clear_text"),
     "trunks_max": Row(_REFUSED % "trunks_max", f"{_JOINING}test_limits_are_refused_with_a_clear_text"),
     "queue_max": Row(_REFUSED % "queue_max", f"{_JOINING}test_too_long_a_line_ends_the_session"),
+    "line_bytes_max": Row("watchmux_requests_waiting_bytes", f"{_JOINING}test_a_full_line_asks_for_no_more"),
+    "step_watches_max": Row(NOTHING, f"{_JOINING}test_many_creates_are_decided_in_steps"),
     "backfills_max": Row("watchmux_queued", f"{_BACKFILL}test_backfills_are_bounded_and_the_others_wait_in_line"),
     "backfill_bytes_max": Row(
         "watchmux_upstream_paused_total", f"{_BACKFILL}test_what_a_backfill_holds_for_a_slow_session_is_bounded"
@@ -152,6 +154,9 @@ WATCH: Final = {
     "request_bytes_max": Row(_REFUSED % "request_bytes_max", f"{_LISTENER}test_the_size_of_a_watch_request"),
     "sessions_per_connection_max": Row(
         _REFUSED % "sessions_per_connection_max", "proxy/test_watch.py::test_sessions_per_connection_are_limited"
+    ),
+    "requests_waiting_bytes_max": Row(
+        _REFUSED % "requests_waiting_bytes_max", "proxy/test_turns.py::test_requests_that_wait_have_a_bound"
     ),
 }
 

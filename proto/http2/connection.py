@@ -127,6 +127,7 @@ class Connection(ReceivingHalf):
         as soon as others have had their turn.
         """
         events: list[Event] = []
+        self.work = 0
         if self.closed:
             return events
         partial = self._partial
@@ -146,6 +147,14 @@ class Connection(ReceivingHalf):
             partial.append(data[done:] if done else data)
             self._partial_bytes = len(data) - done
         return events
+
+    def defer(self, data: bytes) -> None:
+        """Keep bytes of the peer for the next `receive`, because there is no time for them now; `behind` is True."""
+        if not self.closed:
+            self._partial.append(data)
+            self._partial_bytes += len(data)
+            self._needed = 0
+            self.behind = True
 
     def receive_data(self, data: bytes) -> Stream | None:
         """Take bytes that are one whole frame of DATA and nothing else: the fast lane of `receive`, to be tried first.
@@ -240,7 +249,6 @@ class Connection(ReceivingHalf):
         end = len(data)
         frame_bytes_max = self.limits.max_frame_bytes
         handlers = _HANDLERS
-        self._work = 0
         if self.behind:
             self.behind = False
         while end - at >= _HEADER_BYTES:
@@ -269,8 +277,8 @@ class Connection(ReceivingHalf):
             if self.closed:
                 return end
             if at < end:
-                self._work += 1
-                if self._work >= self._work_max:
+                self.work += 1
+                if self.work >= self.turn_work_max:
                     self.behind = True
                     break
         self._needed = 0 if self.behind else _HEADER_BYTES
@@ -321,7 +329,7 @@ class Connection(ReceivingHalf):
                 if value != self._peer_initial_window:
                     # It costs a visit to each stream.
                     self._count(SETTINGS, len(self.streams) // STREAMS_PER_SETTINGS)
-                    self._work += len(self.streams) // STREAMS_PER_WORK
+                    self.work += len(self.streams) // STREAMS_PER_WORK
                 self._change_initial_window(value)
             except OverflowError:
                 raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "window above 2^31-1") from None

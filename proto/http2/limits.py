@@ -54,9 +54,10 @@ class Limits:
     compression table, so what is too long cannot be passed over; with more fields the connection is cut off."""
 
     turn_work_max: int = 0
-    """Work of one `receive`, in pieces of some five microseconds: 1 for a frame, 20 more for a request, 1 for 8 bytes
-    of a header block, 1 for a hundred streams whose windows move. What is beyond waits for the next call (`behind`),
-    so that others have their turn. 0: no bound."""
+    """Work of one `receive`, in pieces of some five microseconds: 1 for a frame, 20 more for a request, 6 for a stream
+    that is reset, 1 for 8 bytes of a header block, 1 for a hundred streams whose windows move. What is beyond waits for
+    the next call (`behind`), so that others have their turn. A listener divides it among all of its clients, who pay
+    for their watch requests as well: 12 for a create, 4 for a cancel, 3 for progress, 1 for 512 bytes. 0: no bound."""
 
     resets_remembered: int = 1_000
     """Ids of streams reset by us that are remembered, so that late frames for them are dropped in silence. A late frame

@@ -48,6 +48,9 @@ TOO_MANY_FIELDS = "flood: header fields"
 REQUEST_WORK = 20
 """What a request costs beyond its frame, with what its handler does at once."""
 
+RESET_WORK = 6
+"""What the end of a stream costs its handler, beyond the frame."""
+
 WORK_UNBOUNDED = 1 << 62
 
 _unpack_word = frames.WORD.unpack_from
@@ -71,9 +74,9 @@ class ReceivingHalf(SendingHalf):
         "_own_initial_window",
         "_unreturned",
         "_window_step",
-        "_work",
-        "_work_max",
         "receive_window",
+        "turn_work_max",
+        "work",
     )
 
     def __init__(self, role: Role, limits: Limits) -> None:
@@ -82,9 +85,9 @@ class ReceivingHalf(SendingHalf):
         self.receive_window = WINDOW_BYTES_DEFAULT
         # Bytes consumed that no WINDOW_UPDATE has told the peer about yet, and how many are worth one.
         self._unreturned = 0
-        # What the present `receive` has cost so far, see Limits.turn_work_max.
-        self._work = 0
-        self._work_max = limits.turn_work_max or WORK_UNBOUNDED
+        # What the newest `receive` has cost, and what the next one may cost at most; the shell may set the bound.
+        self.work = 0
+        self.turn_work_max = limits.turn_work_max or WORK_UNBOUNDED
         self._window_step = max(limits.connection_window, WINDOW_BYTES_DEFAULT) // 2
         # The window a new stream gives the peer. Until it has acknowledged our settings it may use the default.
         self._own_initial_window = max(limits.initial_window, WINDOW_BYTES_DEFAULT)
@@ -232,7 +235,7 @@ class ReceivingHalf(SendingHalf):
             self._block_complete(stream_id, self._block_end_stream, events)
 
     def _feed(self, block: bytes) -> None:
-        self._work += len(block) >> 3
+        self.work += len(block) >> 3
         try:
             self._decoder.feed(block)
         except HPACKError as error:
@@ -270,7 +273,7 @@ class ReceivingHalf(SendingHalf):
 
     def _begin_request(self, stream_id: int, headers: Headers | None, end_stream: bool, events: list[Event]) -> None:
         self._last_id = stream_id
-        self._work += REQUEST_WORK
+        self.work += REQUEST_WORK
         if self._paused:
             self._count(PAUSED_REQUESTS)
         if stream_id > self._last_accepted:
@@ -327,6 +330,7 @@ class ReceivingHalf(SendingHalf):
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"RST_STREAM on stream {stream_id}, which is not open")
             self._count(IGNORED)
             return
+        self.work += RESET_WORK
         if self._server and not stream.started:
             self._count(RESETS)
         self._forget(stream)

@@ -138,6 +138,7 @@ class Monitor:
             "max_concurrent_streams": listener.http2.max_streams,
             "connections_max": listener.connections_max,
             "sessions_per_connection_max": proxy.watches.settings.sessions_per_connection_max,
+            "requests_waiting_bytes_max": proxy.watches.settings.requests_waiting_bytes_max,
             "watches_max": core.watches_max,
             "watches_per_session_max": core.watches_per_session_max,
             "queue_max": core.queue_max,

@@ -97,6 +97,7 @@ class Snapshot(msgspec.Struct, kw_only=True):
     calls_unread_total: int = 0
     not_kept_total: dict[str, int] = {}
     """Requests not kept to be sent again, by the limit."""
+    requests_waiting_bytes: int = 0
     unread_bytes: int = 0
     resend_bytes: int = 0
     partial_bytes: int = 0
@@ -227,6 +228,7 @@ class Source:
             **self._proxy.passthrough.stats.refused_at,
             **stats.refused_at,
         }
+        snapshot.requests_waiting_bytes = self._proxy.watches.waiting_bytes
         snapshot.evictions_total = dict(stats.evicted_at)
         snapshot.joins_total = {kind: getattr(stats, f"joins_{kind}") for kind in JOIN_KINDS}
 

@@ -284,6 +284,16 @@ class Listener:
             advanced=True,
         ),
     ] = 10_000
+    requests_waiting_bytes_max: Annotated[
+        int,
+        _knob(
+            "Watch requests of all clients that wait, for etcd or for their end; beyond it the stream with most of "
+            "them ends with RESOURCE_EXHAUSTED.",
+            Kind.BYTES,
+            ge=1,
+            advanced=True,
+        ),
+    ] = 256 * 1024 * 1024
     drain_s: Annotated[
         float,
         _knob(

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from proto.http2 import (
     Connection,
@@ -57,12 +58,22 @@ CLOSE_GRACE_S = 5.0
 log = logs.logger("listener")
 
 
+class Requested(Protocol):
+    """A handler that has requests of its client which wait for a turn."""
+
+    stream: Stream
+
+    def go_on(self) -> bool:
+        """Take some of them; True: there are more that could be taken in the next turn."""
+
+
 class ServerConnection(asyncio.Protocol):
     """One client's connection. It is the `Carrier` of the handlers of its streams."""
 
     __slots__ = (
         "_at_fault",
         "_blocked",
+        "_calls",
         "_closing_since",
         "_deaf",
         "_heard_at",
@@ -73,6 +84,7 @@ class ServerConnection(asyncio.Protocol):
         "_opening",
         "_pinged_at",
         "_pings",
+        "_queued",
         "_rest",
         "_transport",
         "_unread_bytes",
@@ -81,6 +93,7 @@ class ServerConnection(asyncio.Protocol):
         "h2",
         "peer",
         "sessions",
+        "turns",
     )
 
     inside = False
@@ -96,6 +109,8 @@ class ServerConnection(asyncio.Protocol):
         """Watch sessions it carries; the Watch service counts them here."""
         self.peer = ""
         """The client's address, for people."""
+        self.turns = listener.turns
+        """The work of this turn of the loop; handlers pay for what they do for it beyond a frame."""
         self._listener = listener
         self._transport: asyncio.Transport | None = None
         self._opening: bytes | None = b""
@@ -115,6 +130,10 @@ class ServerConnection(asyncio.Protocol):
         """What was added to it while it was blocked, which is no DATA."""
         self._in_turns = False
         """What was read of it is handled in several turns of the loop; nothing more is read until that is done."""
+        self._queued = False
+        """It waits for its turn."""
+        self._calls: deque[Requested] = deque()
+        """Handlers with requests that wait for a turn."""
         self._deaf = False
         """The client is not read, because it does not read either."""
 
@@ -145,8 +164,11 @@ class ServerConnection(asyncio.Protocol):
                 return
             data, self._opening = self._opening, None
         if self._closing_since is None:
-            self._handle(self.h2.receive(data))
-            if self.h2.behind:
+            left = self.turns.left
+            if left > 0 and not self._queued:
+                self._receive(data, left)
+            else:
+                self.h2.defer(data)
                 self._take_turns()
             if not self.dirty:
                 self.touch()
@@ -183,10 +205,16 @@ class ServerConnection(asyncio.Protocol):
         listener = self._listener
         self._transport = None
         self._rest.clear()
+        self._calls.clear()
         self._closing_since = listener.now()
         listener.leaving.add(self.h2.streams.values(), lambda: listener.gone(self))
 
     # for handlers and the engine
+
+    def go_on_later(self, call: Requested) -> None:
+        """Have `call.go_on` called when it is this connection's turn, and there the call's."""
+        self._calls.append(call)
+        self._wait()
 
     def touch(self) -> None:
         """Have what is queued written before this turn of the event loop ends."""
@@ -271,27 +299,59 @@ class ServerConnection(asyncio.Protocol):
 
     # its own
 
+    def _receive(self, data: bytes, work_max: int) -> None:
+        """Handle bytes of the client up to a bound of work; what is beyond waits for its turn."""
+        h2 = self.h2
+        h2.turn_work_max = work_max
+        events = h2.receive(data)
+        self.turns.spend(h2.work + 1)
+        self._handle(events)
+        if h2.behind:
+            self._take_turns()
+
     def _take_turns(self) -> None:
-        """Handle what is too much for one turn of the loop in the next ones; nothing more is read meanwhile."""
+        """Handle what is too much for this turn of the loop in the next ones; nothing more is read meanwhile."""
         if not self._in_turns:
             self._in_turns = True
             self._listener.stats.in_turns += 1
             if self._transport is not None:
                 self._transport.pause_reading()
-            asyncio.get_running_loop().call_soon(self._next_turn)
+        self._wait()
 
-    def _next_turn(self) -> None:
-        self._in_turns = False
+    def _wait(self) -> None:
+        if not self._queued:
+            self._queued = True
+            self.turns.wait(self)
+
+    def take_turn(self) -> None:
+        """Handle some of what waits; called by `Turns`."""
+        self._queued = False
         transport = self._transport
         if transport is None or transport.is_closing() or self._closing_since is not None:
             return
-        self._handle(self.h2.receive(b""))
+        turns, calls = self.turns, self._calls
+        if self.h2.behind:
+            # Not more than half, so that neither frames nor requests wait for the end of the others.
+            self._receive(b"", max(1, turns.left // 2 if calls else turns.left))
+        while calls and turns.left > 0:
+            self._go_on(calls.popleft())
         self.touch()
         if self.h2.behind:
-            self._in_turns = True
-            asyncio.get_running_loop().call_soon(self._next_turn)
-        elif not (self._deaf or self._at_fault):
-            transport.resume_reading()
+            self._wait()
+        elif self._in_turns:
+            self._in_turns = False
+            if not (self._deaf or self._at_fault):
+                transport.resume_reading()
+        if calls:
+            self._wait()
+
+    def _go_on(self, call: Requested) -> None:
+        try:
+            if call.go_on():
+                self._calls.append(call)
+        except Exception:
+            log.exception("a handler failed; its stream is reset", peer=self.peer)
+            self._give_up(call.stream)
 
     def _recognise(self, data: bytes) -> bool:
         """Add to the opening; tell whether it is HTTP/2's. Otherwise the connection is given away or waits for more."""

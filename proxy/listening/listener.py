@@ -21,6 +21,7 @@ from proxy.listening.connection import CLOSE_GRACE_S, ServerConnection
 from proxy.listening.leaving import Leaving
 from proxy.listening.settings import ListenerSettings, ListenerStats
 from proxy.listening.sockets import Listening, listen
+from proxy.listening.turns import Turns
 
 if TYPE_CHECKING:
     import ssl
@@ -53,6 +54,7 @@ class Listener:
         self.connections: set[ServerConnection] = set()
         """Those that are open, or whose last streams have yet to be forgotten."""
         self.leaving = Leaving(self.settings.leaving_per_turn)
+        self.turns = Turns(self.settings.http2.turn_work_max)
         self._acceptor: Acceptor | None = None
         self.draining = False
         self.flushed: Callable[[], None] | None = None

@@ -29,6 +29,7 @@ from coalesce import (
     ResumeUpstream,
     Send,
     Session,
+    TakeRequests,
     Upstream,
     Watch,
 )
@@ -109,6 +110,8 @@ class Client:
         self.room: int | None = None
         self.unsent: list[str] = []
         self.ended: tuple[int, str] | None = None
+        # The core said that it may ask on.
+        self.may_ask = False
 
     def read(self) -> list[str]:
         """Take what has arrived."""
@@ -250,6 +253,8 @@ class Shell:
                 self._deliver(payload, watches)
             case Send(session=session, message=message):
                 _client_of(session).write([message])
+            case TakeRequests(session=session):
+                _client_of(session).may_ask = True
             case EndSession(session=session, status=status, text=text):
                 _client_of(session).ended = (status, text)
             case OpenUpstream(upstream=upstream):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from coalesce import Limits, Lost
@@ -380,3 +382,61 @@ def test_progress_of_a_restored_store_does_not_wait_for_the_old_one() -> None:
         shell.wait(0.2)
         shell.progressed(30)
     assert late.read() == ["#-1 @30 progress"]
+
+
+# many watches
+
+
+def test_a_session_of_many_watches_ends_in_steps() -> None:
+    """Others go on meanwhile, and nothing of it is left in the end."""
+    shell = Shell(Limits(step_watches_max=10))
+    leaver, other = shell.client(), shell.client()
+    trunk = shell.trunk(5, other)
+    for _ in range(50):
+        leaver.create(start=6)
+    leaver.read()
+    leaver.close()
+    left = [shell.core.stats.watches - 1]
+    assert shell.core.stats.sessions == 1
+    while shell.core.next_deadline() == shell.now:
+        shell.events(trunk, put(5 + len(left)))
+        shell.do(shell.core.expire)
+        left.append(shell.core.stats.watches - 1)
+    assert left[0] == 42
+    assert left[-1] == 0
+    assert max(before - after for before, after in pairwise(left)) <= 10
+    assert len(other.read()) == len(left) - 1
+
+
+def test_a_trunk_is_lost_while_a_session_leaves_it() -> None:
+    shell = Shell(Limits(step_watches_max=1))
+    leaver, other = shell.client(), shell.client()
+    trunk = shell.trunk(5, other)
+    for _ in range(30):
+        leaver.create(start=6)
+    leaver.close()
+    shell.do(shell.core.lost, trunk, Lost(UNAVAILABLE, "gone"))
+    shell.settle()
+    assert other.ended == (UNAVAILABLE, "gone")
+    assert leaver.ended is None
+    assert (shell.core.stats.watches, shell.core.stats.trunks) == (0, 0)
+
+
+def test_many_ranges_are_given_up_in_steps() -> None:
+    shell = Shell(Limits(step_watches_max=10, linger_s=2))
+    client = shell.client()
+    for number in range(35):
+        client.create(b"%d" % number, start=5)
+    shell.read_now(5)
+    shell.read_now(5)
+    shell.settle()
+    for upstream in shell.opened:
+        shell.created(upstream, 5)
+    client.close()
+    shell.settle()
+    shell.now += 2
+    closed = [len(shell.closed)]
+    while (due := shell.core.next_deadline()) is not None and due <= shell.now:
+        shell.do(shell.core.expire)
+        closed.append(len(shell.closed))
+    assert closed == [0, 10, 20, 30, 35]

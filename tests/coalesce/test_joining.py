@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from coalesce import Granted, Limits, Refusal
@@ -422,3 +424,91 @@ def test_one_upstream_watch_for_many() -> None:
     shell.events(shell.opened[0], put(6))
     assert shell.deliveries == 1
     assert all(client.read() == ["#0 @5 created", "#0 @6 put 6 k=v"] for client in clients)
+
+
+# much at once
+
+
+def test_many_creates_are_decided_in_steps() -> None:
+    """One read answers them all; ten are decided in a step, and the order on each stream holds."""
+    shell = Shell(Limits(step_watches_max=10))
+    clients = [shell.client() for _ in range(3)]
+    for _ in range(20):
+        for client in clients:
+            client.create()
+    shell.created(shell.opened[0], 5)
+    shell.read_now(5)
+    shell.read_now(5)
+    answered = [sum(len(client.lines) for client in clients)]
+    while shell.core.next_deadline() == shell.now:
+        shell.do(shell.core.expire)
+        answered.append(sum(len(client.lines) for client in clients))
+    assert answered[-1] == 60
+    steps = [after - before for before, after in pairwise([0, *answered])]
+    assert max(steps) <= 10
+    for client in clients:
+        assert client.read() == [f"#{number} @5 created" for number in range(20)]
+
+
+def test_a_later_read_does_not_pass_over_an_earlier_line() -> None:
+    """What is left of a step stands in line: nobody is answered out of order, and a cancel comes after its create."""
+    shell = Shell(Limits(step_watches_max=2))
+    client = shell.client()
+    for number in range(1, 6):
+        client.create(watch_id=number)
+        client.cancel(number)
+    shell.created(shell.opened[0], 5)
+    shell.read_now(5)
+    shell.read_now(6)
+    shell.settle()
+    lines = [line.replace(" @5", "").replace(" @6", "") for line in client.read()]
+    assert lines == [f"#{number} {what}" for number in range(1, 6) for what in ("created", "canceled")]
+    assert shell.core.stats.line_bytes == 0
+
+
+def test_reads_that_wait_for_a_step_are_made_again_after_a_restore() -> None:
+    shell = Shell(Limits(step_watches_max=1))
+    clients = [shell.client() for _ in range(3)]
+    shell.trunk(5, shell.client())
+    for client in clients:
+        client.create()
+    shell.read_now(9)
+    shell.read_now(9)
+    shell.do(shell.core.other_history, header(3))
+    shell.created(shell.opened[-1], 3)
+    shell.settle()
+    assert [client.read() for client in clients] == [[], [], []]
+    while shell.reads:
+        shell.read_now(3)
+    shell.settle()
+    assert [client.read() for client in clients] == [["#0 @3 created"]] * 3
+
+
+def test_a_full_line_asks_for_no_more() -> None:
+    """Memory, not requests; full at the bound, and asked on at half of it."""
+    shell = Shell(Limits(line_bytes_max=4 * (512 + 100)))
+    client = shell.client()
+    for number in range(4):
+        assert not client.session.line_full
+        client.create(b"k" * 100, start=5)
+        assert shell.core.stats.line_bytes == (number + 1) * 612
+    assert client.session.line_full
+    while shell.reads:
+        shell.read_now(5)
+    assert not client.may_ask
+    shell.created(shell.opened[0], 5)
+    assert client.may_ask
+    assert (client.session.line_full, client.session.line_bytes, shell.core.stats.line_bytes) == (False, 0, 0)
+
+
+def test_a_line_that_is_full_goes_with_its_session() -> None:
+    shell = Shell(Limits(line_bytes_max=600))
+    client = shell.client()
+    for _ in range(3):
+        client.create()
+    assert client.session.line_full
+    client.close()
+    assert shell.core.stats.line_bytes == 0
+    assert shell.core.next_deadline() is not None
+    shell.wait(60)
+    assert not client.may_ask

@@ -156,6 +156,11 @@ class FakeOutlet:
         self.stream: Any = self
         self.written: list[bytes] = []
         self.connection: Any = FakeConnection(self)
+        self.asked_on = 0
+
+    def take_requests(self) -> None:
+        """Note that its client may ask on."""
+        self.asked_on += 1
 
     def touch(self) -> None:
         self.touched += 1

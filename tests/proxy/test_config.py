@@ -79,7 +79,10 @@ def test_the_cores_limits_are_all_knobs_with_its_own_defaults() -> None:
     names = {field.name for field in dataclasses.fields(Limits)}
     keys = {knob.key for knob in knobs() if knob.table == "watch"}
     # How much work a turn has is nothing that an operator could choose.
-    assert names - keys == {"progress_notify_s", "replay_events_max", "replay_turn_events_max"}
+    assert names - keys == {
+        *("progress_notify_s", "line_bytes_max", "step_watches_max"),
+        *("replay_events_max", "replay_turn_events_max"),
+    }
     assert keys - names == {"watch_progress_notify_interval_s"}
 
 

@@ -22,6 +22,7 @@ from coalesce.effects import (
     RequestProgress,
     ResumeUpstream,
     Send,
+    TakeRequests,
 )
 from coalesce.inputs import Granted, Identity
 from proto.scan import Header
@@ -103,6 +104,17 @@ def test_effects_reach_the_upstream_in_order() -> None:
         )
         rig.engine.cancel(None, 1)  # type: ignore[arg-type]
         assert [name for name, _ in rig.upstream.told] == ["open", "pause", "progress", "resume", "close"]
+
+    run(scenario())
+
+
+def test_a_session_whose_line_is_short_again_is_asked_on() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        outlet = FakeOutlet(9)
+        rig.script("cancel", TakeRequests(watch_of(outlet).session))
+        rig.engine.cancel(None, 1)  # type: ignore[arg-type]
+        assert outlet.asked_on == 1
 
     run(scenario())
 

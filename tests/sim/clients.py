@@ -185,6 +185,13 @@ class SentCancel:
     watch_id: int
 
 
+def leaves(session: Any, watch: Any = None) -> bool:
+    """Whether an effect goes nowhere: to a session of the core that has ended, or a watch of it that still leaves."""
+    if session.ended and watch is not None and session.watches.get(watch.watch_id) is not watch:
+        raise SimulationFailure("a delivery to a watch that is gone")
+    return bool(session.ended)
+
+
 @dataclass(slots=True, eq=False)
 class SimSession:
     """One Watch stream of a client, and its outlet: what was written to it and not read by the client yet."""

@@ -439,6 +439,8 @@ def make_config(rng: random.Random) -> Config:
         "watches_max": rng.choice((4, 1000, 1000, 1000)),
         "trunks_max": rng.choice((2, 1000, 1000, 1000)),
         "queue_max": rng.choice((2, 1000, 1000, 1000)),
+        "line_bytes_max": aside.choice((600, 2_000, 1 << 20)),
+        "step_watches_max": aside.choice((1, 3, 200)),
         "lagging_age_s_max": rng.choice((None, None, None, 4.0)),
     }
     members = rng.choice((1, 1, 2, 3))

@@ -19,7 +19,7 @@ from proto.pb import rpc_pb2
 from proto.scan import Header, WatchResponse
 from tests.coalesce.shell import messages_of
 from tests.sim.calls import Calls
-from tests.sim.clients import SimSession, SimWatch, Spec, judge_logs
+from tests.sim.clients import SimSession, SimWatch, Spec, judge_logs, leaves
 from tests.sim.failure import SimulationFailure
 from tests.sim.model_store import Member, Store
 from tests.sim.parts import REAL, Parts
@@ -339,6 +339,8 @@ class World:
         payload = effect.payload
         for watch in effect.watches:
             session: SimSession = watch.outlet
+            if leaves(watch.session, watch):
+                continue
             if session.stalled:
                 if session.stalled_input < self._inputs:
                     raise SimulationFailure("a delivery to a session that had stalled before")
@@ -350,6 +352,8 @@ class World:
 
     def _send(self, effect: Any) -> None:
         session: SimSession = effect.session.outlet
+        if leaves(effect.session):
+            return
         session.answered(effect.message)
         if not session.write((effect.message,)) and not session.stalled:
             self._stall(session)
@@ -582,6 +586,7 @@ def describe(value: Any) -> str:
 _CARRY_OUT: dict[str, Callable[[World, Any], None]] = {
     "Deliver": World._deliver,
     "Send": World._send,
+    "TakeRequests": lambda world, _effect: world.count("lines short again"),
     "EndSession": World._end_session,
     "OpenUpstream": World._open_upstream,
     "CloseUpstream": World._close_upstream,

@@ -165,7 +165,7 @@ function showLimits(view) {
   const { now, limits } = view;
   const used = {
     connections_max: now.connections, max_concurrent_streams: now.connection_streams,
-    sessions_per_connection_max: now.connection_sessions, watches_max: now.watches, trunks_max: now.trunks,
+    sessions_per_connection_max: now.connection_sessions, requests_waiting_bytes_max: now.requests_waiting_bytes, watches_max: now.watches, trunks_max: now.trunks,
     backfills_max: now.backfills, history_bytes_total_max: now.history_bytes, lagging_age_s_max: now.lagging_s,
   };
   const reached = { ...now.refusals_total, ...now.evictions_total, backfills_max: now.queued };

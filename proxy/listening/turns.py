@@ -1,0 +1,77 @@
+"""What clients ask for is work: so much of it is done in one turn of the event loop, for all clients together.
+
+The unit is a piece of some five microseconds; frames, requests, inflated bytes and filters each have their price. What
+is too much waits, in bytes that nobody has looked at, and goes on in the next turns with events and other I/O in
+between: connection after connection, each with a bounded share, and within a connection stream after stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Protocol
+
+UNBOUNDED = 1 << 62
+
+SHARE = 200
+"""Work of one connection before the others have their turn: a millisecond."""
+
+
+class Worker(Protocol):
+    """Who has work that waits: a connection."""
+
+    def take_turn(self) -> None:
+        """Do some of it, as long as `Turns.left` is above zero; call `Turns.wait` again if there is more."""
+
+
+class Turns:
+    """The work of one turn of the loop, and who waits for the next one."""
+
+    __slots__ = ("_per_turn", "_turning", "_waiting", "left")
+
+    def __init__(self, per_turn: int) -> None:
+        """`per_turn`: work of one turn, in pieces; 0: no bound."""
+        self._per_turn = per_turn or UNBOUNDED
+        self.left = self._per_turn
+        """What may still be done now. A step that costs more than is left is done and paid with what comes."""
+        self._waiting: deque[Worker] = deque()
+        self._turning = False
+        """The next turn is asked for."""
+
+    def spend(self, work: int) -> None:
+        """Take note of work that is done."""
+        self.left -= work
+        if not self._turning:
+            self._ask()
+
+    def wait(self, worker: Worker) -> None:
+        """Have a worker take its turn, behind those that wait."""
+        self._waiting.append(worker)
+        if not self._turning:
+            self._ask()
+
+    def _ask(self) -> None:
+        self._turning = True
+        asyncio.get_running_loop().call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        self._turning = False
+        waiting = self._waiting
+        if not waiting:
+            self.left = self._per_turn
+            return
+        # A part is for those that have not asked for much: what is read of them is handled at once.
+        reserve = self._per_turn // 4
+        left = self._per_turn - reserve
+        share = min(SHARE, left)
+        # Everybody once at most: who comes back has had a share of this turn.
+        for _ in range(len(waiting)):
+            worker = waiting.popleft()
+            self.left = share
+            worker.take_turn()
+            left -= share - self.left
+            if left <= 0:
+                break
+        self.left = reserve + max(0, left)
+        if waiting and not self._turning:
+            self._ask()

@@ -1,0 +1,141 @@
+"""What others see while one client asks for a lot: how late their events are, and what the proxy keeps meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import click
+import grpc
+import grpc.aio
+import uvloop
+
+from proto.pb import rpc_pb2, rpc_pb2_grpc
+from tests.bench.sharing.bystander import MemoryPeak, beside, port_of
+from tests.bench.sharing.front import Figures, Front, Scenario
+from tests.etcd.server import EtcdServer
+from tests.proxy.floods import Sender, create, flood
+
+HELD_S = 8.0
+LEAVING_S = 1.0
+"""How long the bystander goes on after the load's connection ended: its watches are forgotten meanwhile."""
+
+LOADS = {
+    "progress requests": (20, 35_000),
+    "cancels of unknown ids": (20, 25_000),
+    "creates of an id that is taken": (20, 2_500),
+    "creates of one range": (1, 20_000),
+    "creates of different ranges": (1, 20_000),
+    "requests full of filters": (1, 100),
+}
+"""Streams, and messages of each kind on each of them."""
+
+
+def flooded(name: str) -> Scenario:
+    """Make the scenario of one kind of messages."""
+
+    def scenario(front: Front) -> Figures:
+        with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
+            return uvloop.run(beside(front, etcd, address, "tests.bench.sharing.turns", "--flood", name))
+
+    return scenario
+
+
+@contextlib.contextmanager
+def held(etcd: EtcdServer) -> Iterator[None]:
+    """Stop etcd for a while."""
+    assert etcd.process is not None
+    os.kill(etcd.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(etcd.process.pid, signal.SIGCONT)
+
+
+def waiting_requests(front: Front) -> Figures:
+    """Twenty streams ask for watches while etcd does not answer: what does the proxy keep?"""
+    with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
+        server = etcd.process if front.proxy is None else front.proxy.process
+        assert server is not None, "it runs"
+        with held(etcd), MemoryPeak(server.pid) as peak:
+            outcome = uvloop.run(hold(port_of(address)))
+        return {"memory peak MiB": peak.mib, "outcome": outcome}
+
+
+async def hold(port: int) -> str:
+    """Ask for watches on twenty streams, with keys of 1 KiB, as fast as the windows let it."""
+    sender = await Sender.open(port, greeted=False)
+    body = create(b"k" * 1_024) * 50_000
+    streams = range(1, 40, 2)
+    await sender.say(b"".join(sender.request(stream_id) for stream_id in streams))
+
+    async def one(stream_id: int) -> None:
+        with contextlib.suppress(TimeoutError):
+            await sender.send(stream_id, body, HELD_S)
+
+    await asyncio.gather(*map(one, streams))
+    sender.close()
+    return sender.goaway or f"{len(sender.resets)} streams refused"
+
+
+def shared_deadline(front: Front) -> Figures:
+    """Three thousand calls of one channel have a deadline in common, and etcd is slow: is its watch still there?"""
+    with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
+        return uvloop.run(share_deadline(etcd, address))
+
+
+async def share_deadline(etcd: EtcdServer, address: str, count: int = 3_000) -> Figures:
+    """Make the calls while etcd is held, and say what became of them and of the channel's watch."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        kv = rpc_pb2_grpc.KVStub(channel)
+        watch: Any = rpc_pb2_grpc.WatchStub(channel).Watch()
+        await watch.write(rpc_pb2.WatchRequest(create_request=rpc_pb2.WatchCreateRequest(key=b"mine")))
+        await watch.read()
+        with held(etcd):
+            calls = [kv.Range(rpc_pb2.RangeRequest(key=b"mine"), timeout=1.5) for _ in range(count)]
+            codes = await asyncio.gather(*map(_code, calls))
+        await kv.Put(rpc_pb2.PutRequest(key=b"mine", value=b"1"), timeout=10)
+        kept = False
+        with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError):
+            event = await asyncio.wait_for(watch.read(), 5)
+            kept = event is not grpc.aio.EOF and len(event.events) == 1
+        in_time = codes.count(grpc.StatusCode.DEADLINE_EXCEEDED)
+        return {"ended by their deadline": in_time, "ended otherwise": count - in_time, "watch kept": str(kept)}
+
+
+async def _code(call: Awaitable[Any]) -> grpc.StatusCode:
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+SCENARIOS: dict[str, Callable[[Front], Figures]] = {
+    **{f"turns: {streams * count:,} {name}": flooded(name) for name, (streams, count) in LOADS.items()},
+    "turns: 20 streams while etcd is held": waiting_requests,
+    "turns: 3,000 calls with one deadline": shared_deadline,
+}
+
+
+async def _flood(port: int, name: str) -> str:
+    streams, count = LOADS[name]
+    outcome = await flood(port, name, count, streams)
+    await asyncio.sleep(LEAVING_S)
+    return outcome
+
+
+@click.command()
+@click.option("--flood", "name", type=click.Choice(list(LOADS)), required=True)
+@click.argument("port", type=int)
+def main(name: str, port: int) -> None:
+    """Be the load on what listens at PORT."""
+    click.echo(uvloop.run(_flood(port, name)))
+
+
+if __name__ == "__main__":
+    main()
