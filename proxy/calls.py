@@ -17,7 +17,11 @@ from proto.http2 import Connection, ErrorCode, Stream
 
 Headers = list[tuple[bytes, bytes]]
 
+TIMEOUT = b"grpc-timeout"
 RESPONSE_HEAD: Headers = [(b":status", b"200"), (b"content-type", b"application/grpc")]
+PROBLEM_TRAILER = b"watchmux-problem"
+"""Says in detail why the proxy refused a call, percent-encoded as `grpc-message` is."""
+
 ACCEPTED_ENCODINGS = (b"identity", b"gzip")
 UNREAD_END_GRACE_S = 5.0
 """How long a client that has stopped reading may take to fetch the end of its call before the stream is reset."""
@@ -59,14 +63,16 @@ HandlerFactory = Callable[[Carrier, Stream, Headers, bool], Handler | None]
 class Refusal(Exception):
     """A request head that cannot become a gRPC call.
 
-    Attributes: `http_status` (200 when the refusal is a gRPC one), `status` and `text` for gRPC clients.
+    Attributes: `http_status` (200 when the refusal is a gRPC one), `status` and `text` for gRPC clients, and `problem`
+    for people where clients go by the text: it is in the trailer `watchmux-problem`.
     """
 
-    def __init__(self, http_status: int, status: Status, text: str) -> None:
+    def __init__(self, http_status: int, status: Status, text: str, problem: str = "") -> None:
         super().__init__(text)
         self.http_status = http_status
         self.status = status
         self.text = text
+        self.problem = problem
 
 
 @dataclass(slots=True, frozen=True)
@@ -101,7 +107,7 @@ class RequestHead:
                 method = value
             elif name == b"content-type":
                 content_type = value
-            elif name == b"grpc-timeout":
+            elif name == TIMEOUT:
                 timeout_s = _timeout(value)
             elif name == b"grpc-encoding":
                 encoding = value
@@ -218,11 +224,13 @@ class ServerCall:
             self.timer = None
 
 
-def status_trailers(status: int, text: str) -> Headers:
-    """The trailers of a gRPC status; `grpc-message` is left out when there is no text."""
+def status_trailers(status: int, text: str, problem: str = "") -> Headers:
+    """The trailers of a gRPC status; `grpc-message` is left out when there is no text, and so is `watchmux-problem`."""
     trailers = [(b"grpc-status", b"%d" % status)]
     if text:
         trailers.append((b"grpc-message", encode_message(text)))
+    if problem:
+        trailers.append((PROBLEM_TRAILER, encode_message(problem)))
     return trailers
 
 
@@ -233,7 +241,7 @@ def refuse(connection: Carrier, stream: Stream, refusal: Refusal) -> None:
         headers.append((b"content-type", b"application/grpc"))
         if refusal.status == Status.UNIMPLEMENTED:
             headers.append((b"grpc-accept-encoding", b",".join(ACCEPTED_ENCODINGS)))
-    headers.extend(status_trailers(refusal.status, refusal.text))
+    headers.extend(status_trailers(refusal.status, refusal.text, refusal.problem))
     connection.h2.send_headers(stream, headers, True)
     connection.touch()
 

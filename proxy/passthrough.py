@@ -12,18 +12,20 @@ memory: so it has bounds, and a connection that reaches them loses calls.
 
 What no server has looked at is sent again on another connection, once per endpoint, and so is a call that only reads
 when its connection breaks before the body of its answer. A call that may have been looked at and may be a write never
-is. With no upstream reachable a call ends UNAVAILABLE, as a direct client would see it.
+is. While no etcd can be reached, a call waits (`proxy/holding.py`), as it would in a direct client; when it has waited
+for long enough it ends UNAVAILABLE with a text by which clientv3 knows that it was not sent.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from proto.framing import Status
+from proto.framing import FramingError, Status, decode_timeout, encode_timeout
 from proto.http2 import ErrorCode, Stream
-from proxy.calls import RESPONSE_HEAD, Carrier, Headers, Refusal, refuse, status_trailers
+from proxy.calls import RESPONSE_HEAD, TIMEOUT, Carrier, Headers, Refusal, refuse, status_trailers
+from proxy.holding import Holding
 from upstream.connection import ClientConnection, NotSent, UpstreamCall
 from upstream.pool import Pool
 
@@ -48,9 +50,16 @@ READING = frozenset(
 """Calls that change nothing, however often they are made; clientv3 repeats the same ones (client/v3/retry.go)."""
 
 MIB = 1 << 20
+CLIENTV3 = b"client-api-version"
+"""Metadata of every call of clientv3 since 3.5 (client/v3/ctx.go), whose interceptor repeats calls."""
+
+HEADER_FIELD_BYTES = 32
+"""What a field of a kept head counts for besides its bytes (RFC 9113 6.5.2)."""
 
 CALLS_REFUSED_AT = (
     "waiting_max",
+    "waiting_bytes_max",
+    "call_wait_s",
     "unread_bytes_per_connection_max",
     "unread_bytes_max",
     "translated_request_bytes_max",
@@ -66,8 +75,17 @@ REQUESTS_NOT_KEPT_AT = ("resend_bytes_max", "resend_bytes_total_max")
 class PassthroughSettings:
     """What pass-through keeps, each with its unit and its reason."""
 
+    call_wait_s: float = 5.0
+    """How long a call waits while no etcd can be reached, unless its deadline comes before, or for one of clientv3 a
+    third of the time until then; after it the call ends UNAVAILABLE. Long enough for a restart of etcd, and for clients
+    with several proxies not too long before they try the next one."""
+
     waiting_max: int = 10_000
     """Calls that may wait for a connection to come up; one more ends UNAVAILABLE at once."""
+
+    waiting_bytes_max: int = 64 * MIB
+    """Bytes of all calls that wait, heads (with 32 a field) and bodies: memory. The call that brings more ends
+    UNAVAILABLE. The body of one is bounded by the window of its stream besides."""
 
     resend_bytes_max: int = 64 * 1024
     """Bytes of a request that are kept, until its answer begins, so that it can be sent again when no server has looked
@@ -110,6 +128,9 @@ class PassthroughStats:
     broken: int = 0
     """Calls whose upstream connection broke under them."""
 
+    waiting_bytes: int = 0
+    """Bytes of the calls that wait for a connection now."""
+
     unread_bytes: int = 0
     """Bytes that wait now for clients to read."""
 
@@ -143,16 +164,18 @@ class Passthrough:
         self.settings = settings or PassthroughSettings()
         self.stats = PassthroughStats()
         self._pool = pool
-        # Calls for which there was no connection yet, oldest first.
-        self._waiting: deque[Relay] = deque()
+        self.held = Holding(pool, self.settings, self.stats)
         # By client connection: the calls whose client has to read on, and how many bytes those are.
         self._unread: dict[Carrier, _Unread] = {}
-        pool.when_available(self._serve_waiting)
+
+    def now(self) -> float:
+        """Return the loop's time."""
+        return asyncio.get_running_loop().time()
 
     @property
     def waiting(self) -> int:
         """Calls that wait for a connection."""
-        return len(self._waiting)
+        return len(self.held)
 
     def __call__(self, connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> Relay | None:
         """Take a new request stream. Raises Refusal, UNAVAILABLE, when no upstream can be reached."""
@@ -163,18 +186,8 @@ class Passthrough:
         upstream = self._pool.pick()
         if upstream is not None and relay.begin(upstream):
             return relay
-        self._hold(relay)
+        self.held.hold(relay)
         return relay
-
-    def _hold(self, relay: Relay) -> None:
-        down = self._pool.down
-        if down is not None or len(self._waiting) >= self.settings.waiting_max:
-            self.stats.unavailable += 1
-            if down is None:
-                self.stats.refused_at["waiting_max"] += 1
-            reason = f"no etcd can be reached: {down}" if down is not None else "too many calls wait for an etcd"
-            raise Refusal(200, Status.UNAVAILABLE, reason)
-        self._waiting.append(relay)
 
     def again(self, relay: Relay) -> None:
         """Send a call that no server has looked at to another connection, or let it wait for one, or end it."""
@@ -183,7 +196,7 @@ class Passthrough:
         if upstream is not None and relay.begin(upstream):
             return
         try:
-            self._hold(relay)
+            self.held.hold(relay)
         except Refusal as refusal:
             relay.refuse(refusal)
 
@@ -218,29 +231,8 @@ class Passthrough:
 
     def over(self) -> None:
         """Let a call that waits for room have the place of one that is over."""
-        if self._waiting:
-            self._serve_waiting()
-
-    def _serve_waiting(self) -> None:
-        """Begin what waited, as far as connections take it; end it when there is no hope."""
-        waiting = self._waiting
-        while waiting:
-            relay = waiting[0]
-            if relay.done:
-                waiting.popleft()
-                continue
-            upstream = self._pool.pick()
-            if upstream is None:
-                down = self._pool.down
-                if down is None:
-                    return
-                waiting.popleft()
-                self.stats.unavailable += 1
-                relay.refuse(Refusal(200, Status.UNAVAILABLE, f"no etcd can be reached: {down}"))
-            elif relay.begin(upstream):
-                waiting.popleft()
-            else:
-                return
+        if len(self.held):
+            self.held.serve()
 
 
 class _Unread:
@@ -265,6 +257,7 @@ class Relay:
         "_call",
         "_headers",
         "_owed_client",
+        "_owed_stream",
         "_owed_upstream",
         "_owner",
         "_request",
@@ -273,8 +266,12 @@ class Relay:
         "_stream",
         "_tries_left",
         "_unread",
+        "came_at",
         "connection",
+        "deadline",
         "done",
+        "repeated",
+        "waiting_bytes",
     )
 
     def __init__(
@@ -298,6 +295,14 @@ class Relay:
         self._owed_upstream = 0
         # Bytes of the answer that the client has yet to read. Of a translated one they are others than etcd sent.
         self._unread = 0
+        # The same of what came while it waits: the client's other calls have the connection's window back already.
+        self._owed_stream = 0
+        # Loop time. What follows is read when it has to wait. No deadline: None.
+        self.came_at = owner.now()
+        self.deadline: float | None = None
+        self.repeated = False
+        # What it counts for while it waits.
+        self.waiting_bytes = 0
         self._boundary = _MessageBoundary()
         self._tries_left = 3
 
@@ -309,6 +314,9 @@ class Relay:
             (name, scheme if name == b":scheme" else authority if name == b":authority" else value)
             for name, value in self._headers
         ]
+        if self.deadline is not None:
+            left = encode_timeout(self.deadline - self._owner.now())
+            headers = [(name, left if name == TIMEOUT else value) for name, value in headers]
         request = self._request or []
         ends_at_once = self._request_over and not request
         try:
@@ -321,6 +329,27 @@ class Relay:
         self._give_back_client()
         return True
 
+    def wait(self) -> int:
+        """Get ready to wait for a connection; return the bytes that are kept meanwhile."""
+        if self.deadline is None:
+            self.deadline = self._read_deadline()
+        self.repeated = any(name == CLIENTV3 for name, _ in self._headers)
+        self.connection.h2.consumed(None, self._owed_client)
+        self._owed_stream, self._owed_client = self._owed_stream + self._owed_client, 0
+        self.connection.touch()
+        head = sum(len(name) + len(value) + HEADER_FIELD_BYTES for name, value in self._headers)
+        return head + self._request_bytes
+
+    def _read_deadline(self) -> float | None:
+        """When the client's grpc-timeout is over, in loop time; None without one, and for one that cannot be read."""
+        for name, value in self._headers:
+            if name == TIMEOUT:
+                try:
+                    return self.came_at + decode_timeout(value)
+                except FramingError:
+                    return None
+        return None
+
     # The client's side: a Handler.
 
     def data(self, data: bytes, flow_size: int, end_stream: bool) -> None:
@@ -330,18 +359,27 @@ class Relay:
             return
         if end_stream:
             self._request_over = True
-        self._owed_client += flow_size
-        request = self._request
+        request, call = self._request, self._call
         if request is not None:
             request.append(data)
             self._request_bytes += len(data)
             self._owner.stats.resend_bytes += len(data)
-            if self._call is not None:
+            if call is not None:
                 self._bound_request()
-        call = self._call
-        if call is not None:
+        if call is None:
+            self.connection.h2.consumed(None, flow_size)
+            self._owed_stream += flow_size
+            self._wait_with(len(data))
+        else:
+            self._owed_client += flow_size
             call.write((data,), len(data), end_stream)
             self._give_back_client()
+
+    def _wait_with(self, size: int) -> None:
+        try:
+            self._owner.held.grow(self, size)
+        except Refusal as refusal:
+            self.refuse(refusal)
 
     def trailers(self, headers: Headers) -> None:
         """End the request; gRPC knows no request trailers."""
@@ -448,9 +486,14 @@ class Relay:
     # Inside.
 
     def refuse(self, refusal: Refusal) -> None:
-        """Answer a call that never reached an upstream."""
+        """Answer a call that never reached an upstream, or was not answered by one."""
         self._give_up()
-        refuse(self.connection, self._stream, refusal)
+        if self._answered:
+            trailers = status_trailers(refusal.status, refusal.text, refusal.problem)
+            self.connection.h2.send_headers(self._stream, trailers, True)
+            self.connection.touch()
+        else:
+            refuse(self.connection, self._stream, refusal)
         self._leave_stream()
 
     def _end_broken(self, status: int, message: str) -> None:
@@ -485,6 +528,7 @@ class Relay:
 
     def _give_up(self) -> None:
         self.done = True
+        self._owner.held.leave(self)
         self._forget_request()
         # The client's other calls need the connection's window, whatever etcd has not taken of this one.
         owed, self._owed_client = self._owed_client, 0
@@ -507,9 +551,11 @@ class Relay:
 
     def _give_back_client(self) -> None:
         call = self._call
-        if call is not None and self._owed_client and not call.blocked and not self.done:
+        if call is not None and (self._owed_client or self._owed_stream) and not call.blocked and not self.done:
             owed, self._owed_client = self._owed_client, 0
             self.connection.h2.consumed(self._stream, owed)
+            owed, self._owed_stream = self._owed_stream, 0
+            self.connection.h2.credit_stream(self._stream, owed)
             self.connection.touch()
 
 

@@ -123,7 +123,8 @@ def watch_settings(settings: Settings) -> WatchSettings:
 def passthrough_settings(settings: Settings) -> PassthroughSettings:
     """Return the settings of pass-through."""
     return PassthroughSettings(
-        translated_request_bytes_max=settings.upstream.max_request_bytes + REQUEST_OVERHEAD_BYTES
+        call_wait_s=settings.upstream.call_wait_s,
+        translated_request_bytes_max=settings.upstream.max_request_bytes + REQUEST_OVERHEAD_BYTES,
     )
 
 

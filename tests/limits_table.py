@@ -161,7 +161,11 @@ WATCH: Final = {
 }
 
 PASSTHROUGH: Final = {
+    "call_wait_s": Row(_REFUSED % "call_wait_s", "proxy/test_holding.py::test_call_is_refused_after_call_wait"),
     "waiting_max": Row(_REFUSED % "waiting_max", f"{_LISTENER}test_calls_that_wait_for_an_etcd"),
+    "waiting_bytes_max": Row(
+        _REFUSED % "waiting_bytes_max", "proxy/test_holding.py::test_bytes_of_waiting_calls_are_bounded"
+    ),
     "resend_bytes_max": Row(_NOT_KEPT % "resend_bytes_max", f"{_LISTENER}test_requests_kept_to_be_sent_again"),
     "resend_bytes_total_max": Row(
         _NOT_KEPT % "resend_bytes_total_max", f"{_LISTENER}test_requests_kept_to_be_sent_again"

@@ -132,6 +132,15 @@ class ReceivingHalf(SendingHalf):
                 stream.receive_window += stream.unreturned
                 stream.unreturned = 0
 
+    def credit_stream(self, stream: Stream, size: int) -> None:
+        """Do the same for the stream alone: the connection was credited before, by `consumed(None, size)`."""
+        if not self.closed and size > 0 and (stream.state is OPEN or stream.state is HALF_CLOSED_LOCAL):
+            stream.unreturned += size
+            if stream.unreturned * 2 >= self.limits.initial_window:
+                self._out.append(frames.window_update(stream.id, stream.unreturned))
+                stream.receive_window += stream.unreturned
+                stream.unreturned = 0
+
     def _count(self, kind: int, weight: int = 1) -> None:
         """Count a frame that brings nothing (10.5). Raises ConnectionFault at the limit."""
         flood = self._flood

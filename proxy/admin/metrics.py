@@ -38,6 +38,7 @@ GAUGES = {
     "upstream_streams": "Watch streams open at etcd now, those that wait for a place included.",
     "upstream_streams_waiting": "Watch streams that wait now because etcd allows no more on all connections.",
     "upstream_connections": "Connections to etcd that take calls or watches now.",
+    "calls_waiting_bytes": "Bytes of passed-through calls that wait for a connection to etcd now.",
     "history_bytes": "Bytes of recent events kept for replay.",
     "history_batches": "Responses of recent events kept for replay.",
     "probe_delay_s": "How long the proxy's latest watch through itself took to be answered.",

@@ -52,6 +52,7 @@ class Snapshot(msgspec.Struct, kw_only=True):
     connection_sessions: int = 0
     """Watch streams of the connection that has the most."""
     calls_waiting: int = 0
+    calls_waiting_bytes: int = 0
     upstream_streams: int = 0
     history_bytes: int = 0
     history_batches: int = 0
@@ -257,6 +258,7 @@ class Source:
     def _read_passthrough(self, snapshot: Snapshot) -> None:
         stats = self._proxy.passthrough.stats
         snapshot.calls_waiting = self._proxy.passthrough.waiting
+        snapshot.calls_waiting_bytes = stats.waiting_bytes
         snapshot.calls_total = stats.calls
         snapshot.calls_resent_total = stats.resent
         snapshot.calls_unavailable_total = stats.unavailable

@@ -173,6 +173,16 @@ class Upstream:
             advanced=True,
         ),
     ] = 100
+    call_wait_s: Annotated[
+        float,
+        _knob(
+            "Hold calls for so long while no etcd can be reached, as etcd's own client does; those of clientv3 at most "
+            "for a third of the time until their deadline. Then they are refused, and clientv3 tries its next "
+            "endpoint: with several proxies a shorter time is better. 0: refuse at once.",
+            Kind.SECONDS,
+            ge=0,
+        ),
+    ] = 5.0
     watch_message_bytes_max: Annotated[
         int,
         _knob(

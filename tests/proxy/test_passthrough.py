@@ -298,17 +298,6 @@ def test_requests_kept_to_be_sent_again_are_bounded() -> None:
     asyncio.run(run())
 
 
-def test_a_dead_upstream_is_unavailable_at_once() -> None:
-    async def run() -> None:
-        async with passing(f"{HOST}:{free_port()}") as running:
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await running.call(PUT)(b"", timeout=10)
-            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-            assert "no etcd can be reached" in str(caught.value.details())
-
-    asyncio.run(run())
-
-
 def test_a_broken_upstream_ends_its_calls_and_is_found_again() -> None:
     async def run() -> None:
         server = grpc.aio.server()
