@@ -174,6 +174,7 @@ class Proxy:
             routes[watch_service.PATH] = self.guard.refuse(self.watches.open)
             self.listener.passthrough = self.guard.protect(self.passthrough)
         self.listener.http1 = self.http1
+        self.listener.handed_on = self.http1.descriptors
 
     async def set_endpoints(self, endpoints: Sequence[str]) -> str:
         """Stand in front of other endpoints of the same cluster from now on; clients notice nothing.

@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from coalesce import Limits
-from proxy import logs
+from proxy import descriptors, logs
 from proxy.child import Child, ChildFailed, Parent, Ready, on_signals, python_command
 from proxy.config.knobs import Settings, Watch
 from proxy.config.values import Address, client_url, parse_listen_address, parse_metrics_address
@@ -64,6 +64,25 @@ def listener_settings(settings: Settings) -> ListenerSettings:
         keepalive_interval_s=listener.grpc_keepalive_interval_s or None,
         keepalive_timeout_s=listener.grpc_keepalive_timeout_s,
     )
+
+
+def within_descriptors(settings: Settings, opened: int) -> Settings:
+    """Return the settings with no more connections of clients than the process has descriptors for.
+
+    `opened`: how many were in use before there were clients. Raises the soft limit; a lower number is logged.
+    """
+    wanted = settings.listener.connections_max
+    endpoints = len(settings.upstream.endpoints)
+    shared = descriptors.share(descriptors.raise_limit(), wanted, endpoints, opened)
+    if shared.connections_max < wanted:
+        log.warning(
+            "connections_max is lowered to what the limit of open files (RLIMIT_NOFILE) allows; raise that limit",
+            connections_max=shared.connections_max,
+            wanted=wanted,
+            descriptors=shared.limit,
+            reserved=shared.reserved,
+        )
+    return replace(settings, listener=replace(settings.listener, connections_max=shared.connections_max))
 
 
 def upstream_settings(settings: Settings) -> UpstreamSettings:
@@ -187,7 +206,8 @@ async def serve(
     signals = _Signals(leaving)
     on_signals(signals.came)
     parent = await Parent.join(parent_fd, lambda _line: None, leaving.set)
-    found = await discovered(settings)
+    opened = descriptors.in_use()
+    found = within_descriptors(await discovered(settings), opened)
     store = await _start_store() if not found.upstream.endpoints else None
     proxy: Proxy | None = None
     admin: Admin | None = None
@@ -197,7 +217,7 @@ async def serve(
         address, proxy = await _start(found, endpoints, store.ready.metrics if store else "")
         advertised = settings.listener.advertise_client_url or str(address)
         admin = await _start_admin(proxy, settings, advertised)
-        applying = _Applying(proxy, settings)
+        applying = _Applying(proxy, settings, opened)
         reloading = Reloading(settings, applying.apply)
         if read_again is not None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.reload, read_again)
@@ -248,8 +268,10 @@ async def discovered(settings: Settings) -> Settings:
 class _Applying:
     """Has a running proxy go by other settings, as far as `reloading.RELOADED` goes."""
 
-    def __init__(self, proxy: Proxy, settings: Settings) -> None:
+    def __init__(self, proxy: Proxy, settings: Settings, opened: int) -> None:
         self._proxy = proxy
+        # Descriptors that were in use before there were clients.
+        self._opened = opened
         self._endpoints = settings.upstream.endpoints
         self._moving: asyncio.Task[None] | None = None
 
@@ -258,7 +280,7 @@ class _Applying:
         logs.configure(settings.log.log_level, settings.log.log_format)
         proxy = self._proxy
         proxy.engine.set_limits(core_limits(settings.watch))
-        proxy.listener.settings = listener_settings(settings)
+        proxy.listener.settings = listener_settings(within_descriptors(settings, self._opened))
         proxy.watches.settings = watch_settings(settings)
         if settings.upstream.endpoints != self._endpoints and not settings.upstream.discovery_srv:
             self._endpoints = settings.upstream.endpoints

@@ -31,6 +31,8 @@ class ProxyProcess:
         """`directory`: the checkout to run it from; None = this one."""
         self.endpoints = endpoints
         self.extra = list(extra)
+        self.prefix: list[str] = []
+        """What the command line begins with, such as another program that starts it."""
         self._directory = directory
         self._environment = {**os.environ, **(environment or {})}
         self.port = free_port()
@@ -59,6 +61,7 @@ class ProxyProcess:
         """Start it (again) on the same port and wait until it accepts connections."""
         assert self.process is None, "already running"
         command = [
+            *self.prefix,
             *(sys.executable, "-m", "proxy.cli", "serve"),
             f"--endpoints={self.endpoints}",
             f"--listen-addr={self.endpoint}",

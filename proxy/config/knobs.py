@@ -280,7 +280,8 @@ class Listener:
     connections_max: Annotated[
         int,
         _knob(
-            "Client connections at a time; one more is told so and closed. Keep it below the limit of open files.",
+            "Client connections at a time; one more is told so and closed. Lowered at the start to what the limit of "
+            "open files leaves.",
             Kind.COUNT,
             ge=1,
         ),

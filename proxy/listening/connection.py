@@ -149,7 +149,7 @@ class ServerConnection(asyncio.Protocol):
         full = listener.is_full
         listener.opened(self)
         if full or listener.draining:
-            listener.stats.refused += 1
+            listener.refused()
             self._opening = None
             self.h2.start()
             self.h2.go_away(True, ErrorCode.ENHANCE_YOUR_CALM, b"too_many_connections")

@@ -86,7 +86,7 @@ class Acceptor:
                 return
             if self._listener.is_full:
                 # Nothing can be said to a client before its handshake.
-                self._listener.stats.refused += 1
+                self._listener.refused()
                 accepted.close()
                 continue
             accepted.setblocking(False)

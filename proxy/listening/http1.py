@@ -68,6 +68,10 @@ class Http1:
         # The same for HTTP/1, once it was needed.
         self._spoken: FileContext | None = None
 
+    def descriptors(self) -> int:
+        """Return how many descriptors its connections have, those of clients and those to etcd."""
+        return len(self.connections) + len(self.upstreams)
+
     def __call__(self, transport: asyncio.Transport, opening: bytes) -> ClientSide:
         """Take over `transport`, on which `opening` was read so far."""
         client = ClientSide(self, transport)

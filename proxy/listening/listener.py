@@ -34,6 +34,9 @@ SWEEP_S_MAX = 2.5
 BACKLOG = 1024
 """Connections the kernel holds until they are accepted: a thousand clients that come back at once."""
 
+REFUSALS_LOG_S = 10.0
+"""Refusals of connections are logged at most so often, with their number."""
+
 log = logs.logger("listener")
 
 Http1Factory = Callable[[asyncio.Transport, bytes], asyncio.Protocol]
@@ -55,8 +58,12 @@ class Listener:
         """Those that are open, or whose last streams have yet to be forgotten."""
         self.leaving = Leaving(self.settings.leaving_per_turn)
         self.turns = Turns(self.settings.http2.turn_work_max)
+        self.handed_on: Callable[[], int] = int
+        """Returns how many descriptors those have whom `http1` took, on both sides."""
         self._acceptor: Acceptor | None = None
         self.draining = False
+        self._refusals_logged_at = -REFUSALS_LOG_S
+        self._refusals_logged = 0
         self.flushed: Callable[[], None] | None = None
         """Called after each turn's writes; None: by nobody."""
         self._dirty: list[ServerConnection] = []
@@ -89,7 +96,17 @@ class Listener:
     @property
     def is_full(self) -> bool:
         """One connection more than there are would be one too many."""
-        return len(self.connections) + self.handshakes >= self.settings.connections_max
+        return len(self.connections) + self.handshakes + self.handed_on() >= self.settings.connections_max
+
+    def refused(self) -> None:
+        """Count a connection that is one too many, and log it now and then."""
+        self.stats.refused += 1
+        now = self.now()
+        if now >= self._refusals_logged_at + REFUSALS_LOG_S:
+            more, self._refusals_logged = self.stats.refused - self._refusals_logged, self.stats.refused
+            self._refusals_logged_at = now
+            limit = self.settings.connections_max
+            log.warning("connections of clients are refused: there are too many", refused=more, connections_max=limit)
 
     @property
     def handshakes(self) -> int:

@@ -37,7 +37,8 @@ class ListenerSettings:
     that streams which are not read at present (a client that asks without taking answers) do not hold up the others."""
 
     connections_max: int = 20_000
-    """Connections at a time; one more is told so and closed. Below the usual limits of open files."""
+    """Connections at a time; one more is told so and closed. Lowered at the start to what the limit of open files
+    leaves (proxy/descriptors.py)."""
 
     first_bytes_timeout_s: float = 10.0
     """A connection that has not said what it speaks by then is closed; half-open ones would pile up."""

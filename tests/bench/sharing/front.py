@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,18 @@ class Front:
     """The proxy that runs now; None for direct connections."""
 
     @contextmanager
-    def before(self, endpoints: str, *flags: str) -> Iterator[str]:
-        """Yield the address (HOST:PORT[,...]) for clients of an etcd at `endpoints`; `flags` are for the proxy."""
+    def before(self, endpoints: str, *flags: str, prefix: Sequence[str] = ()) -> Iterator[str]:
+        """Yield the address (HOST:PORT[,...]) for clients of an etcd at `endpoints`.
+
+        `flags` are for the proxy; `prefix` is the program that starts it, if it is not started by itself.
+        """
         if self.root is None:
             yield endpoints
             return
-        with ProxyProcess(endpoints, flags, directory=self.root) as self.proxy:
-            yield self.proxy.endpoint
+        proxy = ProxyProcess(endpoints, flags, directory=self.root)
+        proxy.prefix = list(prefix)
+        with proxy as self.proxy:
+            yield proxy.endpoint
         self.proxy = None
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
+import socket
+import urllib.request
 from collections.abc import Awaitable, Callable
 
 import click
@@ -16,6 +19,7 @@ from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.etcd.server import EtcdServer
 from tests.proxy.raw_client import RawClient
 from tests.proxy.running import direct
+from tests.proxy_process import ProxyProcess
 from tests.waiting import until_async
 
 MODULE = "tests.bench.sharing.memory"
@@ -23,6 +27,8 @@ HISTORY_EVENTS = 19_500
 REPLAYS = 300
 NAMESPACE = b"/n/"
 UNREAD = 300
+IDLE = 300
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
 BOMBS = 10
 BOMB_BYTES = 64 * 2**20
 RANGE = rpc_pb2.WatchCreateRequest.FilterType
@@ -144,6 +150,56 @@ async def _send(client: RawClient, stream_id: int, data: bytes) -> None:
         client.flush()
 
 
+def few_descriptors(front: Front) -> Figures:
+    """256 descriptors, 300 clients that connect and do nothing, and a restart of etcd: who is still served."""
+
+    async def watch_goes_on(address: str) -> bool:
+        async with await RawClient.connect(port_of(address)) as client:
+            stream = client.watch()
+            stream.create(b"k")
+            await stream.created()
+            with contextlib.ExitStack() as stack:
+                open_idle(stack, port_of(address), IDLE)
+                await asyncio.to_thread(etcd.kill)
+                if front.proxy is not None:
+                    # As clients that come back do, when the connections to etcd are gone.
+                    await asyncio.sleep(1)
+                    open_idle(stack, port_of(address), IDLE // 10)
+                await asyncio.to_thread(etcd.start)
+                if front.proxy is not None:
+                    figures["livez answers"] = await asyncio.to_thread(answers, front.proxy, "livez")
+                    figures["metrics answer"] = await asyncio.to_thread(answers, front.proxy, "metrics")
+                async with direct(etcd) as store:
+                    await store.put(b"k", b"v")
+                try:
+                    await until_async(lambda: bool(stream.values) or stream.raw.over, "the event", 20)
+                except AssertionError:
+                    return False
+                return bool(stream.values)
+
+    figures: Figures = {}
+    with EtcdServer() as etcd, front.before(etcd.endpoint, prefix=("prlimit", "--nofile=256:256")) as address:
+        figures["watch resumed"] = "yes" if uvloop.run(watch_goes_on(address)) else "no"
+    return figures
+
+
+def open_idle(stack: contextlib.ExitStack, port: int, count: int) -> None:
+    """Open connections that say what they speak and nothing more."""
+    for _ in range(count):
+        sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+        with contextlib.suppress(OSError):
+            sock.sendall(PREFACE)
+
+
+def answers(proxy: ProxyProcess, page: str) -> str:
+    """Return whether a page of the proxy's admin port is answered in time."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{proxy.metrics_port}/{page}", timeout=5):
+            return "yes"
+    except OSError:
+        return "no"
+
+
 LOADS: dict[str, Callable[..., Awaitable[str]]] = {
     "filtered_replays": load_filtered_replays,
     "gzip_bomb": load_gzip_bomb,
@@ -153,6 +209,7 @@ SCENARIOS: dict[str, Scenario] = {
     "filtered replays": filtered_replays,
     "gzip bomb": gzip_bomb,
     "unread translated answers": unread_answers,
+    "few descriptors": few_descriptors,
 }
 
 
