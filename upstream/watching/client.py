@@ -23,15 +23,15 @@ from functools import partial
 
 from proto.framing import Status
 from proto.scan import scan_watch_response
-from upstream.connection import ClientConnection, NotSent, after
-from upstream.connections import Connections, full_text
+from upstream.connection import ClientConnection, after
+from upstream.connections import Connections
 from upstream.credentials import INVALID_TOKEN, Credentials, log_in
 from upstream.dial import Dialer, Server, read_standing
 from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Log, Silence, Unreachable
 from upstream.namespace import Namespace
 from upstream.settings import Settings
-from upstream.unary import HAS_LEADER
+from upstream.unary import HAS_LEADER, Metadata
 from upstream.watching.call import WatchCall
 from upstream.watching.choice import Choice, Next, Wanted, after_end
 from upstream.watching.effects import (
@@ -47,6 +47,7 @@ from upstream.watching.effects import (
 )
 from upstream.watching.lineage import Lineage, Standing, Verdict
 from upstream.watching.listener import WatchListener
+from upstream.watching.places import Places
 from upstream.watching.state import WatchState
 from upstream.watching.stream import OpenedWatch, WatchStream
 
@@ -86,10 +87,8 @@ class WatchClient:
         self._dialer = Dialer(endpoints, tls, self._settings, self._log, self._attempt_failed)
         # The server in use; None while there is none.
         self._server: Server | None = None
-        # Those to it.
-        self._connections: Connections | None = None
-        # Streams that wait for a place there, and their calls.
-        self._waiting: dict[WatchStream, WatchCall] = {}
+        # The connections to it, and the streams that wait for a place there.
+        self._places = Places(self._metadata)
         # Set when the server in use is not to be used any more.
         self._lost = asyncio.Event()
         # Set when there are other endpoints.
@@ -162,19 +161,17 @@ class WatchClient:
     @property
     def streams_waiting(self) -> int:
         """Watch calls that wait for a place at etcd."""
-        return len(self._waiting)
+        return self._places.waiting
 
     @property
     def connection_count(self) -> int:
         """Connections that take calls."""
-        return 0 if self._connections is None else self._connections.count
+        return self._places.connection_count
 
     @property
     def full(self) -> str:
         """Why watches wait though an etcd is there; "" when they do not, or not for long."""
-        if self._connections is None or not self._connections.full:
-            return ""
-        return full_text("watches", self._connections.count)
+        return self._places.full
 
     @property
     def watch_count(self) -> int:
@@ -257,7 +254,7 @@ class WatchClient:
             elif isinstance(effect, OpenStream):
                 self._open_stream(effect.stream)
             elif isinstance(effect, CloseStream):
-                self._waiting.pop(effect.stream, None)
+                self._places.forget(effect.stream)
                 shell = effect.stream.shell
                 if isinstance(shell, WatchCall):
                     shell.leave()
@@ -276,33 +273,16 @@ class WatchClient:
             self._apply(self._state.received(stream, response))
 
     def _open_stream(self, stream: WatchStream) -> None:
-        """Begin the call of a stream, or have it wait for a place at the server."""
-        stream.shell = shell = WatchCall(self, stream, self._settings)
-        if self._waiting or not self._begin(stream, shell):
-            self._waiting[stream] = shell
+        stream.shell = call = WatchCall(self, stream, self._settings)
+        self._places.open(stream, call)
 
-    def _begin(self, stream: WatchStream, shell: WatchCall) -> bool:
-        connections = self._connections
-        connection = None if connections is None else connections.pick()
-        if connection is None:
-            return False
+    def _metadata(self, stream: WatchStream) -> Metadata:
         metadata: list[tuple[bytes, bytes]] = []
         if not self.leaderless:
             metadata.append(HAS_LEADER)
         if stream.token is not None:
             metadata.append((b"token", stream.token))
-        try:
-            shell.begin(connection, metadata)
-        except NotSent:
-            return False
-        return True
-
-    def _begin_waiting(self) -> None:
-        """Begin what waits for a place, trunks first: many clients share each of them."""
-        for stream in sorted(self._waiting, key=lambda each: each.is_backfill):
-            if not self._begin(stream, self._waiting[stream]):
-                break
-            del self._waiting[stream]
+        return metadata
 
     def stream_ended(self, stream: WatchStream, status: int, text: str, final: bool = False) -> None:
         """A stream is over without our doing: decide whether it is tried again here, elsewhere, or not at all."""
@@ -314,7 +294,7 @@ class WatchClient:
             return
         shell = stream.shell
         moved = isinstance(shell, WatchCall) and shell.moved
-        healthy = self._connections is not None and self._connections.alive
+        healthy = self._places.alive
         endpoints = self._dialer.targets
         follows = after_end(
             status, text, server.target, endpoints, answered=stream.answered, opened=not moved, healthy=healthy
@@ -506,7 +486,7 @@ class WatchClient:
         target.backoff.succeeded(asyncio.get_running_loop().time())
         target.told = ""
         self._prepare(server.connection)
-        self._connections = Connections(
+        connections = Connections(
             server.connection,
             self._settings,
             self._log,
@@ -515,6 +495,7 @@ class WatchClient:
             on_ended=self._connection_ended,
             on_lost=self._connections_lost,
         )
+        self._places.use(connections)
         self._log.info("upstream_watch_connected", endpoint=target.endpoint.text, version=server.version)
         revision = 0
         if server.header is not None:
@@ -527,9 +508,7 @@ class WatchClient:
 
     def _own(self, server: Server) -> ClientConnection:
         """Return where to ask a server something, on a place that is kept for that if it is in use."""
-        connection = None
-        if server is self._server and self._connections is not None:
-            connection = self._connections.pick(own=True)
+        connection = self._places.own() if server is self._server else None
         return connection or server.connection
 
     def _prepare(self, connection: ClientConnection) -> None:
@@ -563,7 +542,7 @@ class WatchClient:
         return other.connection
 
     def _places_changed(self) -> None:
-        self._begin_waiting()
+        self._places.begin_waiting()
         if self.on_full is not None:
             self.on_full()
 
@@ -594,10 +573,7 @@ class WatchClient:
                 task.cancel()
         self._login = self._recognition = None
         self._state.disconnect()
-        self._waiting.clear()
-        connections, self._connections = self._connections, None
-        if connections is not None:
-            connections.close()
+        self._places.leave()
         for timer in (self._register_timer, self._look):
             if timer is not None:
                 timer.cancel()
