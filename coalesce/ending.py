@@ -162,7 +162,7 @@ class Endings:
     def other_history(self, header: Header) -> None:
         """Nothing that was heard is known to be true any more: nobody knows from where on the histories differ."""
         hub = self._hub
-        hub.header = header
+        hub.header, hub.header_at = header, hub.now
         hub.trunks.drop_parked()
         for trunk in list(hub.trunks_open.values()):
             for watch in list(trunk.watches):

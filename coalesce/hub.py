@@ -37,6 +37,7 @@ class Hub:
         "effects",
         "endings",
         "header",
+        "header_at",
         "joining",
         "lagging_sessions",
         "leaving",
@@ -80,6 +81,8 @@ class Hub:
         self.effects: list[Effect] = []
         # The newest header of any answer; None = none yet.
         self.header: Header | None = None
+        # When an answer was last received that says what the store has; events do not count.
+        self.header_at = float("-inf")
         # The highest revision at which a compaction ended an upstream watch: it holds for every range.
         self.compact_revision = 0
         # Progress requests made so far (see progress).
@@ -119,6 +122,7 @@ class Hub:
         """Remember the newest header."""
         if header.revision and (self.header is None or header.revision >= self.header.revision):
             self.header = header
+            self.header_at = self.now
 
     def header_now(self, revision: int | None = None) -> Header:
         """Return the newest header known, or that at another revision."""

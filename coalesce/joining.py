@@ -4,10 +4,11 @@ Requests arrive in an order, and that is the order of the answers. What a create
 
 - permission: always asked (CheckPermission); the shell says at once when auth is known to be off;
 - a trunk: held from the moment the permission is there, opened if the range has none;
-- a read of "now": for a create without a start revision, and for one that opens a trunk, since a trunk must not start
-  above what the store has nor far below. The read begins after the request arrived: one is in flight at a time and
-  serves those who waited when it started, later ones wait for the next. A permission check that read the revision by
-  the way (Granted) serves as well.
+- a read of "now": for a create without a start revision. The read begins after the request arrived: one is in flight at
+  a time and serves those who waited when it started, later ones wait for the next. A permission check that read the
+  revision by the way (Granted) serves as well. It is sent in the same step as the create of a trunk. A
+  create that opens a trunk at a start of its own only has to know about which revision the store has, since a trunk
+  must not start above that nor far below: what any answer said a moment ago will do, else "now" is read first.
 
 When the create is at the head of its session's queue and has all it needs, it is decided. Refusals, in etcd's order:
 a negative start, the permission, an empty range, an id in use; our own limits come last.

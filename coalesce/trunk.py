@@ -23,6 +23,9 @@ from coalesce.session import PendingCreate, Session, Watch
 from coalesce.source import Source
 from proto.scan import Header
 
+# What was heard of the store in the last so many seconds is good enough to choose where a trunk begins.
+_NEWS_S = 0.25
+
 if TYPE_CHECKING:
     from coalesce.backfill import Backfill
     from coalesce.hub import Hub
@@ -111,15 +114,17 @@ class Trunks:
         span = create.key, create.range_end
         trunk = hub.trunks_open.get(span)
         if trunk is None and span in hub.parked:
-            if create.header is None:
+            newest = self._newest(create)
+            if newest is None:
                 return False
-            trunk = self._resume(create, create.header.revision)
+            trunk = self._resume(create, newest)
         if trunk is None:
             start = create.request.start_revision
             if start is not None:
-                if create.header is None:
+                newest = self._newest(create)
+                if newest is None or (create.header is None and start > newest + 1):
+                    # With old news a start of the future would become one in the past, and could be compacted.
                     return False
-                newest = create.header.revision
                 # The future is no place for a trunk: others may want what comes before.
                 start = min(start, newest + 1) if newest - start <= hub.limits.trunk_catch_up_revisions else None
             trunk = Trunk(hub, create.key, create.range_end, start, create.request.prev_kv)
@@ -129,6 +134,18 @@ class Trunks:
         trunk.joining[create] = None
         hub.lingers.stop(trunk)
         return True
+
+    def _newest(self, create: PendingCreate) -> int | None:
+        """Return about which revision the store has, to choose where a trunk begins; None = that is to be read.
+
+        "Now" itself is never taken from here.
+        """
+        hub = self._hub
+        if create.header is not None:
+            return create.header.revision
+        if hub.header is not None and hub.header_at + _NEWS_S > hub.now:
+            return hub.header.revision
+        return None
 
     def release(self, create: PendingCreate) -> None:
         """Let go of the trunk a create has held, because it has joined or never will."""

@@ -276,6 +276,31 @@ def test_where_a_trunk_begins(start: int, newest: int, trunk_start: int | None) 
     assert [upstream.start_revision for upstream in shell.opened[1:]] == ([] if trunk_start else [start])
 
 
+def test_a_start_needs_no_read_while_news_are_fresh() -> None:
+    shell = Shell()
+    shell.trunk(100, shell.client(), b"other")
+    client = shell.client()
+    client.create(start=95)
+    assert shell.reads == []
+    trunk = shell.opened[-1]
+    assert (trunk.key, trunk.start_revision) == (b"k", 95)
+    shell.created(trunk, 103)
+    assert client.read() == ["#0 @103 created"]
+    # "Now" is read all the same.
+    client.create(b"j")
+    shell.created(shell.opened[-1], 103)
+    assert client.read() == []
+    shell.read_now(104)
+    assert client.read() == ["#1 @104 created"]
+    # From old news a start of the future would become one in the past, where a compaction cancels it.
+    client.create(b"i", start=106)
+    shell.read_now(105)
+    assert shell.opened[-1].start_revision == 106
+    shell.wait(0.25)
+    client.create(b"h", start=95)
+    assert len(shell.reads) == 1
+
+
 def test_a_start_in_the_future_gets_nothing_before() -> None:
     shell = Shell()
     client = shell.client()

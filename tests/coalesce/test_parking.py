@@ -90,6 +90,7 @@ def test_a_known_compaction_is_not_found_out_again() -> None:
     parked(shell)
     other = shell.trunk(100, shell.client(), b"other")
     shell.canceled(other, compact_revision=40)
+    shell.wait(1)
     come_back(shell, 7, 100)
     assert shell.core.stats.resumed == 0
 

@@ -19,6 +19,7 @@ from tests.etcd.server import EtcdServer
 
 WATCH = "/etcdserverpb.Watch/Watch"
 COLD_CREATES = 4_000
+PUTS = 100
 TOKENS = 2_000
 PROGRESS_S = 8.0
 
@@ -164,6 +165,34 @@ def progress(front: Front) -> Figures:
             return asyncio.run(measured(address, etcd.endpoint))
 
 
+def put_behind_create(front: Front) -> Figures:
+    """A client sends a put of a key right behind a create of its watch, without waiting for `created`."""
+
+    async def is_seen(channel: grpc.aio.Channel, key: bytes) -> bool:
+        kv = rpc_pb2_grpc.KVStub(channel)
+        async with watch_stream(channel) as call:
+            await call.wait_for_connection()
+            await call.write(create(key))
+            put = await kv.Put(rpc_pb2.PutRequest(key=key))
+            created = rpc_pb2.WatchResponse.FromString(await call.read())
+            if put.header.revision <= created.header.revision:
+                return False
+            events = rpc_pb2.WatchResponse.FromString(await asyncio.wait_for(call.read(), 5)).events
+            assert events[0].kv.mod_revision == put.header.revision
+            return True
+
+    async def measured(address: str) -> Figures:
+        async with grpc.aio.insecure_channel(address) as channel, watch_stream(channel) as keeps:
+            await keeps.write(create(b"shared"))
+            await keeps.read()
+            cold = [await is_seen(channel, b"%d" % number) for number in range(PUTS)]
+            shared = [await is_seen(channel, b"shared") for _ in range(PUTS)]
+        return {f"seen of {PUTS}, own range": sum(cold), f"seen of {PUTS}, shared range": sum(shared)}
+
+    with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
+        return asyncio.run(measured(address))
+
+
 def restore(front: Front) -> Figures:
     """The store is restored from a snapshot under the watch of a real client."""
     figures: Figures = {}
@@ -173,4 +202,9 @@ def restore(front: Front) -> Figures:
     return figures
 
 
-SCENARIOS: dict[str, Scenario] = {"cold-creates": cold_creates, "progress": progress, "restore": restore}
+SCENARIOS: dict[str, Scenario] = {
+    "cold-creates": cold_creates,
+    "progress": progress,
+    "put-behind-create": put_behind_create,
+    "restore": restore,
+}
