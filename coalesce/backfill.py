@@ -203,7 +203,7 @@ class Backfills:
         lagging = [watch for watch in backfill.watches if watch.place is Place.LAGGING]
         history.evict_below(min([watch.position for watch in lagging], default=backfill.next_revision))
         if backfill.fanout.has_watches or backfill.is_upgrade:
-            history.evict_to(self._hub.limits.backfill_bytes_max)
+            history.evict_to(self._window_bytes_max(backfill))
             for watch in lagging:
                 if watch.position < history.floor:
                     # Too slow for the others: it looks for another backfill when its turn comes.
@@ -234,9 +234,16 @@ class Backfills:
         return max(fitting, key=lambda backfill: backfill.next_revision, default=None)
 
     def _is_full(self, backfill: Backfill) -> bool:
-        return backfill.history.bytes > self._hub.limits.backfill_bytes_max
+        return backfill.history.bytes > self._window_bytes_max(backfill)
+
+    def _window_bytes_max(self, backfill: Backfill) -> int:
+        """Return what a backfill may hold; while a run comes in, all of that."""
+        hub = self._hub
+        limit = hub.limits.backfill_bytes_max
+        return max(limit, hub.runs.bytes_max) if backfill in hub.runs.open else limit
 
     def _forget(self, backfill: Backfill) -> None:
+        self._hub.runs.end(backfill)
         backfill.history.drop(backfill.next_revision)
         backfill.upstream.leave(backfill)
         del self.open[backfill]

@@ -141,10 +141,13 @@ class Payload:
 
     def _fragments(self, watch_id: int) -> tuple[bytes, ...]:
         last = len(self._joined) - 1
-        return tuple(
-            framed(encode_response(self.header, watch_id, fragment=place < last, events=piece))
-            for place, piece in enumerate(self._joined)
-        )
+        pieces: list[bytes] = []
+        for place, events in enumerate(self._joined):
+            start = encode_response(self.header, watch_id, fragment=place < last)
+            start = _pack_prefix(0, len(start) + len(events)) + start
+            # As in `_whole`: what is large is one object for all ids.
+            pieces += (start, events) if len(events) > COPIED_BYTES_MAX else (start + events,)
+        return tuple(pieces)
 
 
 class Bookmark(Payload):

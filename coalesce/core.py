@@ -36,6 +36,7 @@ from coalesce.limits import Limits
 from coalesce.notifying import Notifying
 from coalesce.progress import Progress
 from coalesce.replay import Replays
+from coalesce.runs import Runs
 from coalesce.session import PendingCreate, Session, Watch
 from coalesce.source import Upstream
 from coalesce.stats import Stats
@@ -53,6 +54,7 @@ class Coalescer:
         hub.trunks = Trunks(hub)
         hub.backfills = Backfills(hub)
         hub.replays = Replays(hub)
+        hub.runs = Runs(hub)
         hub.progress = Progress(hub)
         hub.notifying = Notifying(hub)
         hub.endings = Endings(hub)
@@ -163,7 +165,7 @@ class Coalescer:
         """An upstream watch spoke: `created`, events of whole revisions, `canceled`, or a progress notify."""
         hub = self._hub
         owner = upstream.fed
-        if type(owner) is not Trunk or upstream.closed or not response.plain or not hub.ledger.entries:
+        if type(owner) is not Trunk or upstream.closed or not response.plain or not hub.ledger.entries or hub.runs.open:
             return self._received(upstream, response, now)
         # As nearly always: events of a trunk.
         if now > hub.now:
@@ -208,6 +210,7 @@ class Coalescer:
         if response.canceled:
             hub.endings.canceled(upstream, response)
         elif not response.created and not response.events:
+            hub.runs.end(owner)
             hub.progress.notified(upstream, response.header.revision)
             if isinstance(owner, Trunk):
                 hub.notifying.notified(owner)
@@ -261,6 +264,9 @@ class Coalescer:
         at = hub.notifying.next_deadline()
         if at is not None and (first is None or at < first):
             first = at
+        at = hub.runs.next_deadline()
+        if at is not None and (first is None or at < first):
+            first = at
         at = hub.ledger.next_deadline()
         if at is not None and (first is None or at < first):
             first = at
@@ -285,6 +291,7 @@ class Coalescer:
         hub.trunks.expire()
         hub.ledger.expire(hub.now)
         hub.endings.too_far_behind()
+        hub.runs.expire()
         hub.notifying.expire()
         hub.progress.expire()
         hub.replays.expire()
@@ -297,10 +304,17 @@ class Coalescer:
     def _events(self, upstream: Upstream, response: WatchResponse) -> None:
         hub = self._hub
         stats = hub.stats
-        for batch in batches_of(response, hub.limits.response_bytes_max):
+        owner = upstream.owner
+        batches = tuple(batches_of(response, hub.limits.response_bytes_max))
+        in_run = response.fragment or len(batches) > 1 or owner in hub.runs.open
+        for batch in batches:
             stats.batches += 1
             stats.batch_events += len(batch.events)
             owner = upstream.owner
+            if in_run:
+                hub.runs.piece(owner, batch)
+                if upstream.closed:
+                    return
             owner.events += len(batch.events)
             if type(owner) is Backfill:
                 hub.backfills.received(owner, batch)
@@ -309,6 +323,8 @@ class Coalescer:
             if upstream.closed:
                 # Nobody needs the rest.
                 return
+        if in_run and not response.fragment:
+            hub.runs.end(owner)
 
     def _begin(self, now: float) -> None:
         self.deadline_moved = True

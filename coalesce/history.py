@@ -16,7 +16,7 @@ from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple, cast
 
-from coalesce.batch import Batch, Payload, Variants, filtered, revisions_of
+from coalesce.batch import FRAGMENT, Batch, Payload, Variants, filtered, revisions_of
 from coalesce.limits import Limits
 from coalesce.stats import Stats
 from proto.scan import Event
@@ -134,13 +134,14 @@ class History:
     def replay(self, position: int, variant: int, limits: Limits) -> Replayed:
         """Join what a watch of `variant` at `position` has missed into one response.
 
-        Whole revisions, at least one; more up to replay_bytes_max of what the filters let through, and up to
-        replay_events_max of what is looked at. Needs position >= floor.
+        Whole revisions, at least one; more up to replay_bytes_max (with fragment fragment_run_bytes_max) of what the
+        filters let through, and up to replay_events_max of what is looked at. Needs position >= floor.
         """
         place = bisect_left(self._lasts, position, self._gone)
         chosen: list[Event] = []
         size = looked = 0
-        bytes_max, events_max = limits.replay_bytes_max, limits.replay_events_max
+        bytes_max = limits.fragment_run_bytes_max if variant & FRAGMENT else limits.replay_bytes_max
+        events_max = limits.replay_events_max
         for batch in islice(self._batches, place, None):
             events = batch.events
             count = len(events)

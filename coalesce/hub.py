@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from coalesce.notifying import Notices, Notifying
     from coalesce.progress import Progress
     from coalesce.replay import Replays
+    from coalesce.runs import Runs
     from coalesce.source import Upstream
     from coalesce.trunk import Trunk, Trunks
 
@@ -53,6 +54,7 @@ class Hub:
         "progress_serial",
         "queued",
         "replays",
+        "runs",
         "sessions",
         "stats",
         "trunks",
@@ -67,6 +69,7 @@ class Hub:
     notifying: Notifying
     progress: Progress
     replays: Replays
+    runs: Runs
     trunks: Trunks
 
     def __init__(self, limits: Limits, ordered_progress: bool) -> None:

@@ -25,6 +25,7 @@
 19. Between two rings of the timer no more of the histories is looked at than allowed, but for one session's share.
 20. A trunk's notices list those of its watches that asked for progress_notify, and while there are any a timer is set.
 21. A parked trunk has neither watches nor creates nor an upstream watch, and its range has no other trunk.
+22. A watch that waits for the end of a run is known to it, and the run's source is there.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def _check_session(hub: Hub, session: Session) -> None:
         _need(2, watch.place is Place.LAGGING and session.watches.get(watch.watch_id) is watch, watch)
     _need(2, (session.lagging_since is not None) == bool(session.lagging), "lagging since")
     _need(2, (session in hub.lagging_sessions) == bool(session.lagging), "lagging sessions")
-    if session.lagging and not session.stalled:
+    if hub.runs.has_work(session) and not session.stalled:
         _need(7, hub.replays.is_due(session), "watches lag and nobody will replay them")
     if session.progress_needs:
         _need(16, bool(session.watches) and session in hub.progress.waiting.sessions, "waits for progress")
@@ -213,6 +214,12 @@ def _check_backfills(hub: Hub) -> None:
 def _check_upstreams(hub: Hub) -> None:
     expected = {source.upstream for source in _sources(hub)}
     _need(12, set(hub.upstreams) == expected, "open upstream watches")
+    for source, run in hub.runs.open.items():
+        _need(22, source in {*_sources(hub)}, "a run of a source that has ended")
+        for session in hub.lagging_sessions:
+            waits = any(watch.source is source and hub.runs.waits(watch) for watch in session.lagging)
+            known = session in run.sessions or session.stalled or hub.replays.is_due(session)
+            _need(22, known or not waits, "a watch waits for a run that does not know it")
     for source in _sources(hub):
         _need(12, source.upstream.owner is source and not source.upstream.closed, source.upstream)
 

@@ -44,6 +44,10 @@ class Limits:
     # From here on a response is split for watches with fragment: etcd's --max-request-bytes (1.5 MiB) + 512 KiB.
     fragment_bytes: int = 2 * _MIB
 
+    # A catch-up response for a watch with fragment: etcd sends it in one run of fragments, of up to 1000 revisions. A
+    # run this large ends between two revisions, and the rest is another one. Who reads slowly has one in memory.
+    fragment_run_bytes_max: int = 12 * _MIB
+
     # Watches of one session; more are refused. A watch costs about 0.5 KiB.
     watches_per_session_max: int = 100_000
     # Watches of all sessions; more are refused.

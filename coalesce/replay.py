@@ -124,7 +124,7 @@ class Replays:
             if session in self._due:
                 del self._due[session]
                 budget -= self._turn(session)
-                if session.lagging:
+                if self._hub.runs.has_work(session):
                     self._due[session] = None
         if not self._due:
             self._joined.clear()
@@ -132,6 +132,7 @@ class Replays:
     def _turn(self, session: Session) -> int:
         """Replay a session's watches up to its share; return the bytes that were spent."""
         limits = self._hub.limits
+        runs = self._hub.runs
         spent = 0
         least = self.left_events - limits.replay_events_max
         for watch in tuple(islice(session.lagging, limits.replay_events_max // WATCH_EVENTS + 1)):
@@ -139,7 +140,10 @@ class Replays:
                 break
             if watch.place is Place.LAGGING:
                 self.left_events -= WATCH_EVENTS
-                spent += self._replay(watch)
+                if runs.open and runs.waits(watch):
+                    runs.wake_later(watch)
+                else:
+                    spent += self._replay(watch)
         return spent
 
     def _replay(self, watch: Watch) -> int:

@@ -257,6 +257,7 @@ class Trunks:
         hub.stats.trunks -= 1
         hub.close_upstream(trunk.upstream, gone=gone)
         trunk.upstream.leave(trunk)
+        hub.runs.end(trunk)
 
     def expire(self) -> None:
         """Park the trunks that have lingered long enough, and drop those that were parked for long enough."""

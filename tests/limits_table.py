@@ -61,6 +61,7 @@ CORE: Final = {
     "replay_turn_events_max": Row(NOTHING, f"{_REPLAY}test_replays_that_filters_leave_empty_take_turns"),
     "response_bytes_max": Row(NOTHING, f"{_BACKFILL}test_a_large_catch_up_response_is_cut"),
     "fragment_bytes": Row(NOTHING, "coalesce/test_batch.py::test_a_response_is_split_from_the_limit_on_and_not_below"),
+    "fragment_run_bytes_max": Row(NOTHING, "coalesce/test_runs.py::test_at_its_bound_a_run_ends_between_two_revisions"),
     "watches_per_session_max": Row(
         _REFUSED % "watches_per_session_max", f"{_JOINING}test_limits_are_refused_with_a_clear_text"
     ),

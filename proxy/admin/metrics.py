@@ -160,6 +160,7 @@ LIMITS = {
     "backfills_max": ("watchmux_backfills", "watchmux_queued"),
     "backfill_bytes_max": ("watchmux_backfills", "watchmux_upstream_paused_total"),
     "replay_bytes_max": ("watchmux_replays_total", "watchmux_delivered_bytes_total"),
+    "fragment_run_bytes_max": ("watchmux_replays_total", "watchmux_delivered_bytes_total"),
     "replay_turn_bytes_max": ("watchmux_lagging", "watchmux_replays_total"),
     "response_bytes_max": ("watchmux_batches_received_total", "watchmux_messages_delivered_total"),
     "connections_per_endpoint_max": ("watchmux_upstream_connections", "watchmux_upstream_streams_waiting"),

@@ -469,6 +469,16 @@ class Watch:
             advanced=True,
         ),
     ] = MIB
+    fragment_run_bytes_max: Annotated[
+        int,
+        _knob(
+            "Size of what a watch with fragment that catches up is sent as one response, in fragments; more is another "
+            "response. A client that reads slowly has so much in memory.",
+            Kind.BYTES,
+            ge=1,
+            advanced=True,
+        ),
+    ] = 12 * MIB
     replay_turn_bytes_max: Annotated[
         int,
         _knob(

@@ -157,6 +157,15 @@ def test_fragments(sizes: list[int], fragment_bytes: int, pieces: int) -> None:
         assert len(message.events) == 1 or message.ByteSize() < fragment_bytes
 
 
+def test_large_fragments_are_not_copied_for_each_watch() -> None:
+    events = [put(7, b"%d" % n, b"x" * 2 * COPIED_BYTES_MAX) for n in range(3)]
+    payload = payload_of(FRAGMENT, *events, fragment_bytes=COPIED_BYTES_MAX)
+    assert payload is not None
+    one, other = payload.pieces(0), payload.pieces(300)
+    assert len(one) == len(other) == 6
+    assert all(mine is yours for mine, yours in zip(one[1::2], other[1::2], strict=True))
+
+
 def test_a_response_is_split_from_the_limit_on_and_not_below() -> None:
     events = [put(7, b"a", b"x" * 100), put(7, b"b", b"x" * 100)]
     whole = payload_of(0, *events)

@@ -40,7 +40,7 @@ def test_who_is_cut_off_refused_or_dropped_is_counted() -> None:
     """Nothing to tell has only what paces or portions: no limit that is called a maximum of what clients may have."""
     silent = {field for source in SOURCES for field, row in source.rows.items() if row.metric == NOTHING}
     assert {field for field in silent if field.endswith("_max")} == {
-        *("replay_bytes_max", "replay_turn_bytes_max", "response_bytes_max"),
+        *("replay_bytes_max", "replay_turn_bytes_max", "response_bytes_max", "fragment_run_bytes_max"),
         *("replay_events_max", "replay_turn_events_max", "step_watches_max"),
         *("progress_retry_s_max", "probe_age_s_max"),
     }

@@ -455,7 +455,8 @@ class SimSession:
             overwrites = change.kind == DELETE or change.version > 1
             if change.prev is None and overwrites and change.mod_revision > compact_revision:
                 raise SimulationFailure(f"{change} without the value before it")
-        if size > self.response_bytes_max + _ENVELOPE_BYTES and changes[0].mod_revision != changes[-1].mod_revision:
+        limit = max(self.response_bytes_max, self.fragment_bytes if watch.spec.fragment else 0)
+        if size > limit + _ENVELOPE_BYTES and changes[0].mod_revision != changes[-1].mod_revision:
             raise SimulationFailure(f"a joined response of {size} bytes, the limit is {self.response_bytes_max}")
         if watch.spec.fragment and len(changes) > 1 and size > self.fragment_bytes + _ENVELOPE_BYTES:
             raise SimulationFailure(f"{size} bytes and {len(changes)} events, not cut to {self.fragment_bytes}")

@@ -155,6 +155,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
         "trunk.open(position, trunk.prev_kv_from is not None, False)",
         "trunk.open(position + 1, trunk.prev_kv_from is not None, False)",
     ),
+    Mutant("the end of a run wakes nobody", "runs", "self._hub.replays.want(session)", "pass"),
     # Leaks.
     Mutant("a backfill stays open", "backfill", "if not source.watches and not source.upstream.closed", "if False"),
     Mutant("a trunk lingers for ever", "trunk", "hub.lingers.start(trunk, hub.now + hub.limits.linger_s)", "pass"),

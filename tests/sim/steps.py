@@ -429,6 +429,7 @@ def make_config(rng: random.Random) -> Config:
         "replay_turn_events_max": aside.choice((1, 20, 10_000)),
         "response_bytes_max": response_bytes,
         "fragment_bytes": rng.choice((60, 150, 1 << 21)),
+        "fragment_run_bytes_max": rng.choice((500, 5000, 1 << 22)),
         "backfills_max": rng.choice((1, 2, 3, 100)),
         "backfill_bytes_max": rng.choice((1, 200, 1 << 20)),
         "backfill_share_revisions": rng.choice((0, 3, 10, 10_000)),

@@ -118,7 +118,6 @@ def _told_response(response: WatchResponse) -> str:
         return f"created at {response.header.revision}"
     if response.canceled:
         return f"compacted {response.compact_revision}"
-    assert not response.fragment
     if response.events:
-        return f"got {' '.join(map(str, revisions(response)))}"
+        return f"got {' '.join(map(str, revisions(response)))}" + (" and more" if response.fragment else "")
     return f"bookmark {response.header.revision}"

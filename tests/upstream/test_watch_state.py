@@ -241,7 +241,7 @@ def test_fragments_become_whole_revisions() -> None:
     stream = live(state, Opened(b"a", start_revision=1))
     run = [([1, 2], True), ([2, 3, 3], True), ([3], True), ([3], True), ([3, 4], True), ([5], False)]
     got = [told(state.received(stream, answer(0, 10, events, fragment=more))) for events, more in run]
-    assert got == [["a got 1"], ["a got 2 2"], [], [], ["a got 3 3 3 3 3"], ["a got 4 5"]]
+    assert got == [["a got 1 and more"], ["a got 2 2 and more"], [], [], ["a got 3 3 3 3 3 and more"], ["a got 4 5"]]
     assert told(state.received(stream, answer(0, 11, [11]))) == ["a got 11"]
 
 
@@ -259,7 +259,7 @@ def test_half_a_run_is_dropped_at_a_break() -> None:
     state = connected()
     a = Opened(b"a", start_revision=1)
     stream = live(state, a)
-    assert told(state.received(stream, answer(0, 10, [1, 2, 2], fragment=True))) == ["a got 1"]
+    assert told(state.received(stream, answer(0, 10, [1, 2, 2], fragment=True))) == ["a got 1 and more"]
     state.disconnect()
     assert told(state.connect(True, 10)) == ["open stream", "create a from 2"]
     stream = stream_of(state, a)

@@ -387,7 +387,7 @@ class WatchState:
             stream.held[watch_id] = events[whole:]
             events = events[:whole]
         if events:
-            joined = WatchResponse(response.header, watch_id, False, False, 0, "", False, events)
+            joined = WatchResponse(response.header, watch_id, False, False, 0, "", response.fragment, events)
             effects.extend(self._received_again(registration, joined))
 
     def _received_again(self, registration: Registration, response: WatchResponse) -> list[Effect]:

@@ -146,8 +146,39 @@ def returning(front: Front) -> Figures:
         return asyncio.run(_returned(address, etcd, front))
 
 
+EVENTS = 10
+EVENT_BYTES = 1_000_000
+
+
+async def _caught_up(address: str, endpoint: str) -> Figures:
+    async with direct(endpoint) as store, await RawClient.connect(port_of(address)) as client:
+        revisions = [await store.put(b"k", bytes(EVENT_BYTES)) for _ in range(EVENTS)]
+        live = client.watch()
+        live.create(b"k")
+        await live.created()
+        counts: dict[str, float | str] = {}
+        for kind, fragment in (("with fragment", True), ("without", False)):
+            stream = client.watch()
+            start = asyncio.get_running_loop().time()
+            stream.create(b"k", start_revision=revisions[0], fragment=fragment)
+            await until_async(lambda stream=stream: len(stream.values) == EVENTS, "the events", 20)  # type: ignore[misc]  # bound
+            took_ms = 1000 * (asyncio.get_running_loop().time() - start)
+            responses = [response for response in stream.responses if response.events]
+            counts[f"{kind}: responses seen by the client"] = sum(not response.fragment for response in responses)
+            counts[f"{kind}: largest message, MB"] = max(response.ByteSize() for response in responses) / 1e6
+            counts[f"{kind}: ms"] = took_ms
+        return counts
+
+
+def large_catch_up(front: Front) -> Figures:
+    """10 events of 1 MB from the past, with fragment and without."""
+    with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
+        return asyncio.run(_caught_up(address, etcd.endpoint))
+
+
 SCENARIOS = {
     "notifications": notifications,
     "notifications-all-busy": notifications_all_busy,
     "return-within-linger": returning,
+    "large-catch-up": large_catch_up,
 }

@@ -1,0 +1,121 @@
+"""Runs: what etcd sends as one response reaches a watch with fragment as one response, in fragments.
+
+A catch-up response has up to a thousand revisions, of any size, and comes from upstream in several pieces. To a watch
+without fragment these are responses of their own. A watch with fragment expects the whole as one run of fragments
+(clientv3 joins them), and nothing may come between the fragments on its stream. So while the pieces of a run come in,
+such watches lag behind their source, and with the last piece they are replayed from its history.
+
+A run is bounded in bytes (fragment_run_bytes_max, and three quarters of what histories may keep), and in the events of
+one replay. At the bound, and when the next piece does not come in time, it ends early: what has come is sent, between
+two revisions, and the rest is another run. A piece that no history could keep is not held back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from coalesce.backfill import Backfill
+from coalesce.batch import FRAGMENT, Batch
+from coalesce.session import Session, Watch
+
+if TYPE_CHECKING:
+    from coalesce.hub import Hub
+    from coalesce.source import Source
+
+# The next piece of a run is waited for so long: the connection may be gone, and the rest begin anew.
+PATIENCE_S: Final = 1.0
+
+
+class Run:
+    """The pieces of one response, as long as more are to come."""
+
+    __slots__ = ("at", "batches", "bytes", "sessions")
+
+    def __init__(self) -> None:
+        # When the newest piece came, how many there are, and their memory.
+        self.at = 0.0
+        self.batches = 0
+        self.bytes = 0
+        # Those whose watches wait for its end.
+        self.sessions: dict[Session, None] = {}
+
+
+class Runs:
+    """The runs that are coming in."""
+
+    __slots__ = ("_hub", "open")
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self.open: dict[Source, Run] = {}
+
+    @property
+    def bytes_max(self) -> int:
+        """The memory of a run from which on it ends early: histories keep more, so nothing of it is evicted."""
+        limits = self._hub.limits
+        kept = min(limits.history_bytes_max, limits.history_bytes_total_max) * 3 // 4
+        return min(limits.fragment_run_bytes_max, kept)
+
+    def _fits(self, run: Run, batch: Batch) -> bool:
+        batches_max = self._hub.limits.history_revisions_max * 3 // 4
+        return run.bytes + batch.memory_bytes <= self.bytes_max and run.batches < batches_max
+
+    def waits(self, watch: Watch) -> bool:
+        """Whether a lagging watch is to be replayed only when the run of its source has ended."""
+        return watch.variant & FRAGMENT != 0 and watch.source in self.open
+
+    def wake_later(self, watch: Watch) -> None:
+        """Replay a watch that waits when the run has ended, and let the others of its session be replayed before."""
+        assert watch.source is not None, "it waits for the run of its source"
+        session = watch.session
+        self.open[watch.source].sessions[session] = None
+        del session.lagging[watch]
+        session.lagging[watch] = None
+
+    def has_work(self, session: Session) -> bool:
+        """Whether some lagging watch of a session can be replayed now."""
+        return bool(session.lagging) and (not self.open or not all(map(self.waits, session.lagging)))
+
+    def piece(self, source: Source, batch: Batch) -> None:
+        """A batch is coming that is not the last of its run, or follows others: hold back what wants it in one."""
+        hub = self._hub
+        run = self.open.get(source)
+        if run is not None and not self._fits(run, batch):
+            self.end(source)
+            # Now, as long as the history has all of it.
+            hub.replays.finish()
+            run = None
+            if isinstance(source, Backfill) and source not in hub.backfills.open:
+                # That was all that was wanted of it.
+                return
+        if run is None:
+            run = Run()
+            if not self._fits(run, batch):
+                return
+            self.open[source] = run
+        run.at = hub.now
+        run.batches += 1
+        run.bytes += batch.memory_bytes
+        for variant, group in source.fanout.groups.items():
+            if variant & FRAGMENT:
+                for watch in group.listed():
+                    hub.lift(watch)
+                    hub.lag(watch)
+                    run.sessions[watch.session] = None
+
+    def end(self, source: Source) -> None:
+        """The run of a source, if there is one, is complete: replay those who waited."""
+        run = self.open.pop(source, None)
+        if run is not None:
+            for session in run.sessions:
+                self._hub.replays.want(session)
+
+    def next_deadline(self) -> float | None:
+        """Return when the next piece of some run is late; None while no run is open."""
+        return min(run.at for run in self.open.values()) + PATIENCE_S if self.open else None
+
+    def expire(self) -> None:
+        """End the runs whose next piece is late."""
+        now = self._hub.now
+        for source in [source for source, run in self.open.items() if run.at + PATIENCE_S <= now]:
+            self.end(source)

@@ -1,0 +1,174 @@
+"""What etcd sends as one response reaches a watch with fragment as one run, however many pieces it came in."""
+
+from __future__ import annotations
+
+from coalesce import Limits, Upstream
+from coalesce.runs import PATIENCE_S
+from proto.scan import Event, WatchResponse
+from tests.coalesce.shell import Client, Shell, header, put
+
+# An event of 100 bytes or so in each fragment.
+LIMITS = Limits(fragment_bytes=150)
+
+
+def large(revision: int) -> Event:
+    """An event that is a fragment of its own."""
+    return put(revision, value=b"x" * 90)
+
+
+def piece(shell: Shell, upstream: Upstream, *revisions: int, last: bool = False) -> None:
+    """A piece of a response that has come."""
+    events = [large(revision) for revision in revisions]
+    response = WatchResponse(header(99), 0, fragment=not last, events=events)
+    response.plain = last
+    shell.do(shell.core.received, upstream, response)
+
+
+def whole(*revisions: int, watch_id: int = 0) -> list[str]:
+    """A run of fragments with these revisions, as a client reads it."""
+    *rest, last = revisions
+    lines = [f"#{watch_id} @{last} fragment put {revision} k=[90]" for revision in rest]
+    return [*lines, f"#{watch_id} @{last} put {last} k=[90]"]
+
+
+def two_kinds(shell: Shell) -> tuple[Client, Client, Upstream]:
+    """A client with fragment, one without, and their trunk."""
+    client, plain = shell.client(), shell.client()
+    trunk = shell.trunk(5, client, fragment=True)
+    plain.create(start=6)
+    plain.read()
+    return client, plain, trunk
+
+
+def test_pieces_are_one_run_and_to_others_one_response_each() -> None:
+    shell = Shell(LIMITS)
+    client, plain, trunk = two_kinds(shell)
+    for revision in (6, 7):
+        piece(shell, trunk, revision)
+        assert client.read() == []
+        assert plain.read() == [f"#0 @{revision} put {revision} k=[90]"]
+    piece(shell, trunk, 8, last=True)
+    assert client.read() == whole(6, 7, 8)
+    shell.events(trunk, large(9))
+    assert client.read() == ["#0 @9 put 9 k=[90]"]
+    assert shell.core.next_deadline() is not None
+    assert len(shell.opened) == 1
+
+
+def test_nothing_comes_between_its_fragments() -> None:
+    """Not even what is said of another watch of the stream: clientv3 would drop the fragments before."""
+    shell = Shell(LIMITS)
+    client, _, trunk = two_kinds(shell)
+    piece(shell, trunk, 6)
+    client.create(start=9, watch_id=7)
+    piece(shell, trunk, 7)
+    client.create(start=3)
+    client.cancel(7)
+    piece(shell, trunk, 8, last=True)
+    shell.settle()
+    lines = client.read()
+    first = lines.index("#0 @8 fragment put 6 k=[90]")
+    assert lines[first : first + 3] == whole(6, 7, 8)
+    assert {line.split()[2] for line in lines[:first] + lines[first + 3 :]} <= {"created", "canceled"}
+
+
+def test_a_watch_far_behind_gets_what_a_backfill_brings_in_one() -> None:
+    shell = Shell(LIMITS)
+    client, plain = shell.client(), shell.client()
+    shell.trunk(100, shell.client())
+    for each, fragment in ((client, True), (plain, False)):
+        each.create(start=50, fragment=fragment)
+        each.read()
+    backfill = shell.opened[-1]
+    shell.created(backfill, 100)
+    piece(shell, backfill, 60, 70)
+    assert (client.read(), len(plain.read())) == ([], 1)
+    piece(shell, backfill, 80, 101, last=True)
+    assert client.read() == whole(60, 70, 80, 101)
+    assert len(plain.read()) == 1
+
+
+def test_a_response_that_is_cut_for_others_is_one_run() -> None:
+    shell = Shell(Limits(fragment_bytes=150, response_bytes_max=250))
+    client, plain, trunk = two_kinds(shell)
+    shell.events(trunk, *(large(revision) for revision in range(6, 12)))
+    assert client.read() == whole(*range(6, 12))
+    assert len(plain.read()) == 3
+
+
+def test_from_the_history_it_comes_in_one_as_well() -> None:
+    shell = Shell(Limits(fragment_bytes=150, replay_bytes_max=250))
+    _, _, trunk = two_kinds(shell)
+    for revision in range(6, 12):
+        shell.events(trunk, large(revision))
+    client, plain = shell.client(), shell.client()
+    client.create(start=6, fragment=True)
+    plain.create(start=6)
+    shell.settle()
+    assert client.read()[1:] == whole(*range(6, 12))
+    assert len(plain.read()) == 1 + 3
+
+
+def test_at_its_bound_a_run_ends_between_two_revisions() -> None:
+    limit = 3 * (len(large(6).encoded) + 700)
+    shell = Shell(Limits(fragment_bytes=150, fragment_run_bytes_max=limit))
+    client, _, trunk = two_kinds(shell)
+    for revision in range(6, 10):
+        piece(shell, trunk, revision)
+    assert client.read() == whole(6, 7, 8)
+    piece(shell, trunk, 10, last=True)
+    assert client.read() == whole(9, 10)
+
+
+def test_a_run_is_never_more_than_the_history_keeps() -> None:
+    for limits in (Limits(history_bytes_max=1), Limits(history_bytes_total_max=1), Limits(history_revisions_max=1)):
+        shell = Shell(limits)
+        client, _, trunk = two_kinds(shell)
+        piece(shell, trunk, 6)
+        piece(shell, trunk, 7)
+        piece(shell, trunk, 8, last=True)
+        assert [line.split()[3] for line in client.read()] == ["6", "7", "8"]
+        assert len(shell.opened) == 1
+
+
+def test_a_run_whose_rest_does_not_come_is_sent_as_it_is() -> None:
+    """The connection has broken: the watch is registered again behind what has come, and its range may be quiet."""
+    shell = Shell(LIMITS)
+    client, _, trunk = two_kinds(shell)
+    piece(shell, trunk, 6)
+    shell.wait(PATIENCE_S / 2)
+    piece(shell, trunk, 7)
+    shell.wait(PATIENCE_S * 0.9)
+    assert client.read() == []
+    shell.wait(PATIENCE_S * 0.2)
+    assert client.read() == whole(6, 7)
+    piece(shell, trunk, 8)
+    # Progress is in order with events: nothing of the run is to come.
+    shell.bookmark(trunk, 20)
+    assert client.read() == ["#0 @8 put 8 k=[90]"]
+
+
+def test_a_client_that_stalls_gets_it_when_it_reads_on() -> None:
+    shell = Shell(LIMITS)
+    client, _, trunk = two_kinds(shell)
+    client.stall()
+    piece(shell, trunk, 6)
+    piece(shell, trunk, 7, last=True)
+    assert client.unsent == whole(6, 7)
+    piece(shell, trunk, 8)
+    client.drain()
+    assert client.read() == whole(6, 7)
+    piece(shell, trunk, 9, last=True)
+    assert client.read() == whole(8, 9)
+
+
+def test_who_leaves_during_a_run_gets_nothing_of_it() -> None:
+    shell = Shell(LIMITS)
+    client, plain, trunk = two_kinds(shell)
+    piece(shell, trunk, 6)
+    client.cancel(0)
+    client.close()
+    plain.close()
+    shell.wait(60)
+    assert client.read() == ["#0 @99 canceled"]
+    assert shell.core.stats.lagging == 0
