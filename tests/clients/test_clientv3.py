@@ -22,6 +22,23 @@ def ways(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
         yield etcd.endpoint, proxy.endpoint
 
 
+def test_catch_up_headers_are_those_of_its_events(ways: tuple[str, str]) -> None:
+    """At etcd they are the store's: one response, with the revision of a key outside of the range."""
+    with Clientv3("load", ways[0], "--calls=10", "--key=a", "--value-bytes=1000000") as load:
+        load.wait()
+    with Clientv3("load", ways[0], "--calls=1", "--key=z") as load:
+        load.wait()
+    seen = []
+    for endpoint in ways:
+        with Clientv3("watch", endpoint, "--key=a", "--prefix", "--rev=2", "--events=10") as watch:
+            watch.wait()
+        assert watch.events() == list(range(2, 12))
+        seen.append([(line["revision"], line["revisions"][-1]) for line in watch.lines("response") if line["events"]])
+    assert seen[0] == [(12, 11)]
+    assert len(seen[1]) > 1
+    assert all(header == last for header, last in seen[1])
+
+
 def test_clientv3_sees_the_same_events(ways: tuple[str, str]) -> None:
     flags = ("--key=load", "--prefix", "--rev=1", "--events=120")
     with Clientv3("load", ways[1], "--workers=4", "--calls=10", "--mode=kubernetes") as load:

@@ -192,6 +192,30 @@ def test_a_compacted_start_is_cancelled_alone(etcd: EtcdServer) -> None:
     run(scenario())
 
 
+def test_a_compacted_start_within_the_history_is_served(etcd: EtcdServer) -> None:
+    """etcd cancels the same watch."""
+
+    async def scenario() -> None:
+        async with proxy_for(etcd) as proxy, direct(etcd) as store, await RawClient.connect(proxy.port) as client:
+            first = client.watch()
+            first.create(PREFIX, PREFIX_END)
+            await first.created()
+            revisions = [await store.put(b"/p/k", b"%d" % number) for number in range(5)]
+            await until_async(lambda: len(first.values) == 5, "the events")
+            await store.compact(revisions[-1])
+            second = client.watch()
+            second.create(PREFIX, PREFIX_END, start_revision=revisions[1])
+            await second.created()
+            await until_async(lambda: second.values == [b"1", b"2", b"3", b"4"], "the events of the history")
+        async with await RawClient.connect(etcd.client_port) as client:
+            there = client.watch()
+            there.create(PREFIX, PREFIX_END, start_revision=revisions[1])
+            await there.created()
+            assert (await there.next()).compact_revision == revisions[-1]
+
+    run(scenario())
+
+
 def test_half_close_does_not_end_a_watch(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         async with proxy_for(etcd) as proxy, direct(etcd) as store, await RawClient.connect(proxy.port) as client:

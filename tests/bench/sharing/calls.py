@@ -8,6 +8,9 @@ import threading
 import time
 from collections.abc import Iterator
 
+import grpc.aio
+
+from proto.pb import rpc_pb2, rpc_pb2_grpc
 from tests.bench.sharing.front import Figures, Front
 from tests.clients.clientv3 import Clientv3, Line
 from tests.etcd.server import EtcdServer
@@ -17,6 +20,7 @@ from tests.proxy_process import ProxyProcess
 AWAY_S = 4.0
 CUT_S = 10.0
 CLIENTS = 500
+RACES = 300
 
 
 def _figures(summary: Line, kinds: tuple[str, ...]) -> Figures:
@@ -74,6 +78,35 @@ def one_of_two(front: Front) -> Figures:
         return _figures(load.summary(), ("puts", "gets"))
 
 
+def revocation(front: Front) -> Figures:
+    """A lease is kept alive on a stream and revoked by a call at the same moment: which of the two etcd takes first."""
+    with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
+        return {f"revocation first of {RACES}": asyncio.run(_races(address))}
+
+
+async def _races(address: str) -> int:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = rpc_pb2_grpc.LeaseStub(channel)
+        return sum([await _revocation_is_first(stub) for _ in range(RACES)])
+
+
+async def _revocation_is_first(stub: rpc_pb2_grpc.LeaseAsyncStub) -> bool:
+    lease = (await stub.LeaseGrant(rpc_pb2.LeaseGrantRequest(TTL=60))).ID
+    stream = stub.LeaseKeepAlive()
+    keep_alive = rpc_pb2.LeaseKeepAliveRequest(ID=lease)
+    await stream.write(keep_alive)
+    await stream.read()
+    await asyncio.gather(stream.write(keep_alive), _revoke(stub, lease))
+    answer = await stream.read()
+    stream.cancel()
+    assert isinstance(answer, rpc_pb2.LeaseKeepAliveResponse)
+    return answer.TTL == 0
+
+
+async def _revoke(stub: rpc_pb2_grpc.LeaseAsyncStub, lease: int) -> None:
+    await stub.LeaseRevoke(rpc_pb2.LeaseRevokeRequest(ID=lease))
+
+
 @contextlib.contextmanager
 def _second(front: Front, etcd: EtcdServer) -> Iterator[str]:
     if front.root is None:
@@ -100,4 +133,9 @@ def _relay(port: int) -> Iterator[tuple[asyncio.AbstractEventLoop, Relay]]:
         loop.close()
 
 
-SCENARIOS = {"calls-restart": restart, "calls-waiting": waiting, "calls-one-of-two": one_of_two}
+SCENARIOS = {
+    "calls-restart": restart,
+    "calls-waiting": waiting,
+    "calls-one-of-two": one_of_two,
+    "calls-revocation": revocation,
+}

@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"sort"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -104,6 +105,7 @@ func load(arguments []string) {
 	calls := flags.Int("calls", 0, "rounds of each worker; 0: until the time is up")
 	mode := flags.String("mode", "kv", "kv: a put and a get each round; kubernetes: a create, an update and a get, by transactions")
 	key := flags.String("key", "load", "prefix of the keys")
+	bytes := flags.Int("value-bytes", 0, "size of the values of --mode=kv; 0: a few")
 	_ = flags.Parse(arguments)
 
 	counts := &tallies{byKind: map[string]*tally{}}
@@ -126,7 +128,7 @@ func load(arguments []string) {
 		running.Add(1)
 		go func() {
 			defer running.Done()
-			one := worker{ctx, all[i%len(all)], counts, limit}
+			one := worker{ctx, all[i%len(all)], counts, limit, strings.Repeat("x", *bytes)}
 			for n := 0; ctx.Err() == nil && (*calls == 0 || n < *calls); n++ {
 				round(one, fmt.Sprintf("%s/%d", *key, i), n)
 				if *pause > 0 {
@@ -147,6 +149,7 @@ type worker struct {
 	client  *clientv3.Client
 	counts  *tallies
 	timeout time.Duration
+	padding string
 }
 
 func (w worker) call(kind string, do func(context.Context) error) bool {
@@ -155,7 +158,7 @@ func (w worker) call(kind string, do func(context.Context) error) bool {
 
 func (w worker) kv(key string, round int) {
 	w.call("puts", func(ctx context.Context) error {
-		_, err := w.client.Put(ctx, key, fmt.Sprint(round))
+		_, err := w.client.Put(ctx, key, fmt.Sprint(round)+w.padding)
 		return err
 	})
 	w.call("gets", func(ctx context.Context) error {
