@@ -76,6 +76,7 @@ class UpstreamWatches(Protocol):
     def ordered_progress(self) -> bool: ...
     @property
     def leaderless(self) -> bool: ...
+    def watch_leader(self) -> None: ...
     @property
     def own_token(self) -> bytes | None: ...
     def open(self, watch: OpenedWatch) -> None: ...
@@ -184,9 +185,9 @@ class Engine:
         """Give it the watch client that carries its trunks; the client in turn has the engine as its listener."""
         self._upstream = upstream
 
-    @property
-    def leaderless(self) -> bool:
-        """No endpoint of etcd has a leader, as far as is known."""
+    def has_no_leader(self) -> bool:
+        """Whether no endpoint of etcd has a leader, as far as is known; the loss of it is known from now on."""
+        self._client().watch_leader()
         return self._client().leaderless
 
     def set_limits(self, limits: Limits) -> None:

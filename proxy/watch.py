@@ -107,7 +107,7 @@ class WatchService:
             limit = self.settings.sessions_per_connection_max
             text = f"watchmux: too many watch streams on one connection ({limit})"
             raise Refusal(200, Status.RESOURCE_EXHAUSTED, text)
-        if self.engine.leaderless and identity_of(head).has_leader:
+        if identity_of(head).has_leader and self.engine.has_no_leader():
             raise Refusal(200, Status.UNAVAILABLE, NO_LEADER_TEXT)
         return WatchCall(self, carrier, stream, head)
 

@@ -104,6 +104,9 @@ class FakeUpstream:
         self.leaderless = False
         self.own_token: bytes | None = None
 
+    def watch_leader(self) -> None:
+        self.told.append(("watch leader", None))
+
     def store_went_back(self, revision: int) -> None:
         self.told.append(("went back", revision))
 

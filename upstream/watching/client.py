@@ -28,7 +28,7 @@ from upstream.connections import Connections
 from upstream.credentials import INVALID_TOKEN, Credentials, log_in
 from upstream.dial import Dialer, Server, read_standing
 from upstream.endpoints import Endpoint
-from upstream.errors import CallFailed, Log, Silence, Unreachable
+from upstream.errors import NO_LEADER_TEXT, CallFailed, Log, Silence, Unreachable
 from upstream.namespace import Namespace
 from upstream.settings import Settings
 from upstream.unary import HAS_LEADER, Metadata
@@ -45,6 +45,7 @@ from upstream.watching.effects import (
     TokenRefused,
     Write,
 )
+from upstream.watching.leader import LeaderCall
 from upstream.watching.lineage import Lineage, Standing, Verdict
 from upstream.watching.listener import WatchListener
 from upstream.watching.places import Places
@@ -89,6 +90,7 @@ class WatchClient:
         self._server: Server | None = None
         # The connections to it, and the streams that wait for a place there.
         self._places = Places(self._metadata)
+        self._leader_call = LeaderCall(self._places.pick, self._leader_lost)
         # Set when the server in use is not to be used any more.
         self._lost = asyncio.Event()
         # Set when there are other endpoints.
@@ -156,7 +158,7 @@ class WatchClient:
     @property
     def stream_count(self) -> int:
         """Watch calls open upstream."""
-        return sum(1 for _ in self._state.streams())
+        return sum(1 for _ in self._state.streams()) + self._leader_call.is_open
 
     @property
     def streams_waiting(self) -> int:
@@ -213,6 +215,10 @@ class WatchClient:
     def request_progress(self, number: int, watches: Iterable[OpenedWatch] | None = None) -> None:
         """Ask upstream how far watches are complete; see `WatchState.request_progress`."""
         self._apply(self._state.request_progress(number, watches))
+
+    def watch_leader(self) -> None:
+        """From now on have the listener told that there is no leader also while no watch is open."""
+        self._leader_call.want()
 
     def store_went_back(self, revision: int) -> None:
         """The store is at `revision` after all, below what was seen before (restored from a snapshot)."""
@@ -344,6 +350,12 @@ class WatchClient:
                 self._apply(self._state.refused(stream, Status.UNAUTHENTICATED, INVALID_TOKEN))
 
     # The connection.
+
+    def _leader_lost(self) -> None:
+        server = self._server
+        assert server is not None, "there is no such call without"
+        server.target.leaderless = True
+        self._give_up(server, NO_LEADER_TEXT)
 
     def _give_up(self, server: Server, problem: str) -> None:
         """Do not use this server any more, though it can be reached."""
@@ -503,6 +515,7 @@ class WatchClient:
             self._cluster_id = server.header.cluster_id
             self._listener.header_seen(server.header)
         self._apply(self._state.connect(server.ordered_progress, revision))
+        self._leader_call.use(not self.leaderless)
         self._look = asyncio.get_running_loop().call_later(self._settings.create_timeout_s / 4, self._look_at_creates)
         self._listener.resumed()
 
@@ -573,6 +586,7 @@ class WatchClient:
                 task.cancel()
         self._login = self._recognition = None
         self._state.disconnect()
+        self._leader_call.leave()
         self._places.leave()
         for timer in (self._register_timer, self._look):
             if timer is not None:

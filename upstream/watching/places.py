@@ -56,6 +56,10 @@ class Places:
         if connections is not None:
             connections.close()
 
+    def pick(self) -> ClientConnection | None:
+        """Return a connection with a place for one more stream; None when there is none now."""
+        return None if self._connections is None else self._connections.pick()
+
     def own(self) -> ClientConnection | None:
         """Return a connection with a place for a call of our own; None when there is none now."""
         return None if self._connections is None else self._connections.pick(own=True)
@@ -77,7 +81,7 @@ class Places:
             del self._waiting[stream]
 
     def _begin(self, stream: WatchStream, call: WatchCall) -> bool:
-        connection = None if self._connections is None else self._connections.pick()
+        connection = self.pick()
         if connection is None:
             return False
         try:
