@@ -114,6 +114,9 @@ HTTP2: Final = {
         _CUT_OFF % "flood: CONTINUATION", f"{_FLOODS}test_continuations_of_one_header_block_are_bounded"
     ),
     "resets_max": Row(_CUT_OFF % "flood: streams ended badly", f"{_FLOODS}test_a_flood_ends_the_connection"),
+    "patience_s": Row(
+        _CUT_OFF % "flood: streams ended badly", f"{_FLOODS}test_a_reset_of_a_stream_that_waited_is_no_flood"
+    ),
     "pings_max": Row(_CUT_OFF % "flood: PING", f"{_FLOODS}test_a_flood_ends_the_connection"),
     "settings_max": Row(_CUT_OFF % "flood: SETTINGS", f"{_FLOODS}test_a_flood_ends_the_connection"),
     "empty_data_max": Row(_CUT_OFF % "flood: empty DATA", f"{_FLOODS}test_a_flood_ends_the_connection"),

@@ -25,9 +25,9 @@ class Limits:
     """What one connection allows its peer.
 
     Flood limits have no clock: each counts frames that cost us work and bring nothing, and one percent of the limit
-    is forgiven whenever the shell takes the output of a connection that is not paused. A peer that keeps within what
-    a turn of the event loop can do is never counted out, one that runs ahead of the loop is, and one that does not
-    read its answers (so that the transport is paused) gets no forgiveness at all.
+    (of resets, a fifth of that) is forgiven whenever the shell takes the output of a connection that is not paused. A
+    peer that keeps within what a turn of the event loop can do is never counted out, one that runs ahead of the loop
+    is, and one that does not read its answers (so that the transport is paused) gets no forgiveness at all.
     """
 
     max_streams: int = 100_000
@@ -66,10 +66,14 @@ class Limits:
     continuations_max: int = 64
     """CONTINUATION frames in one header block: with 16 KiB frames 1 MiB, far beyond any header list we would take."""
 
-    resets_max: int = 2_000
-    """Streams that ended badly before any answer: reset by the peer before we answered,
-    refused, or broken by it. Bounds the "rapid reset" attack (CVE-2023-44487) and "made you reset"
-    (CVE-2025-8671)."""
+    resets_max: int = 10_000
+    """Streams that ended badly: reset by the peer within `patience_s` and before any answer, refused, or broken by it.
+    Bounds the "rapid reset" attack (CVE-2023-44487) and "made you reset" (CVE-2025-8671); what each costs is bounded by
+    turns. Room for a client that cancels all its calls in the moment in which it makes them."""
+
+    patience_s: float = 0.02
+    """A stream that was open for so long before the peer reset it waited for an answer that did not come: that is no
+    fault of the peer's, however many there are (calls with one deadline, while etcd is slow)."""
 
     pings_max: int = 1_000
     """PINGs, each of which asks for an answer: bounds the unread answers too."""
@@ -88,7 +92,8 @@ class Limits:
     """Bytes from which on a WINDOW_UPDATE is not counted."""
 
     ignored_max: int = 10_000
-    """Frames without effect: PRIORITY, unknown types, frames for streams that are closed, informational responses."""
+    """Frames without effect: PRIORITY, unknown types, informational responses, frames for streams that are closed, but
+    for two of each stream that we ended: those were on their way."""
 
     paused_requests_max: int = 20_000
     """Requests that arrive while the transport is paused: their answers' headers are written all the same, so this

@@ -69,6 +69,7 @@ class ReceivingHalf(SendingHalf):
         "_decoder",
         "_flood",
         "_flood_max",
+        "_forgiven",
         "_last_accepted",
         "_last_id",
         "_own_initial_window",
@@ -111,6 +112,9 @@ class ReceivingHalf(SendingHalf):
             limits.ignored_max,
             limits.paused_requests_max,
         )
+        # Resets are work for others as well: of those fewer are forgiven.
+        self._forgiven = [max(1, limit // 100) for limit in self._flood_max]
+        self._forgiven[RESETS] = max(1, limits.resets_max // 500)
 
     def consumed(self, stream: Stream | None, size: int) -> None:
         """Give `size` flow-controlled bytes back to the peer, who may send as many more.
@@ -152,9 +156,9 @@ class ReceivingHalf(SendingHalf):
     def _forgive(self) -> None:
         flood = self._flood
         self._forgiving = False
-        for kind, limit in enumerate(self._flood_max):
+        for kind, forgiven in enumerate(self._forgiven):
             if flood[kind]:
-                flood[kind] = left = max(0, flood[kind] - max(1, limit // 100))
+                flood[kind] = left = max(0, flood[kind] - forgiven)
                 if left:
                     self._forgiving = True
 
@@ -166,8 +170,11 @@ class ReceivingHalf(SendingHalf):
         """End one stream for the peer's fault; tell the shell of a limit, and if it knew the stream."""
         if fault.limit:
             events.append(LimitReached(fault.limit))
-        self._count(RESETS)
         stream = self.streams.get(fault.stream_id)
+        if stream is None and fault.code is ErrorCode.STREAM_CLOSED and self._explained:
+            self._explained -= 1
+        else:
+            self._count(RESETS)
         self._reset_id(fault.stream_id, fault.code)
         if stream is not None:
             self._forget(stream)
@@ -299,6 +306,7 @@ class ReceivingHalf(SendingHalf):
             raise StreamFault(stream_id, ErrorCode.PROTOCOL_ERROR, str(error)) from error
         stream = Stream(stream_id, self._peer_initial_window, self._own_initial_window)
         stream.headers_seen = True
+        stream.opened_at = self.now
         stream.content_left = content_length
         if end_stream:
             stream.state = HALF_CLOSED_REMOTE
@@ -337,10 +345,10 @@ class ReceivingHalf(SendingHalf):
         if stream is None:
             if self._is_idle(stream_id):
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"RST_STREAM on stream {stream_id}, which is not open")
-            self._count(IGNORED)
+            self._crossing()
             return
         self.work += RESET_WORK
-        if self._server and not stream.started:
+        if self._server and not stream.started and self.now - stream.opened_at < self.limits.patience_s:
             self._count(RESETS)
         self._forget(stream)
         events.append(StreamReset(stream, error_code(_unpack_word(data, body)[0]), True))
@@ -366,7 +374,7 @@ class ReceivingHalf(SendingHalf):
             if stream is None:
                 if self._is_idle(stream_id):
                     raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"WINDOW_UPDATE on stream {stream_id}, not open")
-                self._count(IGNORED)
+                self._crossing()
                 return
             if not increment:
                 raise StreamFault(stream_id, ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
@@ -393,9 +401,16 @@ class ReceivingHalf(SendingHalf):
     def _late(self, stream_id: int) -> None:
         """A frame came for a stream that is closed: no fault if we reset it, and one more reset if not (5.1)."""
         if stream_id in self._reset_ids:
-            self._count(IGNORED)
+            self._crossing()
         else:
             raise StreamFault(stream_id, ErrorCode.STREAM_CLOSED, "frame on a closed stream")
+
+    def _crossing(self) -> None:
+        """Count a frame for a stream that is over, unless it was on its way while we ended one."""
+        if self._explained:
+            self._explained -= 1
+        else:
+            self._count(IGNORED)
 
     def _received_end(self, stream: Stream) -> None:
         """END_STREAM of the peer: change the stream's state."""

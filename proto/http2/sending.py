@@ -38,6 +38,9 @@ HALF_CLOSED_REMOTE = StreamState.HALF_CLOSED_REMOTE
 CLOSED = StreamState.CLOSED
 
 _pack_header = frames.FRAME_HEADER.pack
+CROSSING_FRAMES = 2
+"""Frames that a peer may have sent for a stream before it knew that we ended it: a window, a reset."""
+
 # Nothing fits into it: the fast lane is shut with one number.
 _SHUT = -1
 
@@ -80,6 +83,7 @@ class SendingHalf:
 
     __slots__ = (
         "_encoder",
+        "_explained",
         "_forgiving",
         "_frame_bytes_live",
         "_granted",
@@ -95,6 +99,7 @@ class SendingHalf:
         "closed",
         "ending",
         "limits",
+        "now",
         "role",
         "send_window",
         "streams",
@@ -127,6 +132,10 @@ class SendingHalf:
         self._round_robin: deque[Stream] = deque()
         # Ids of streams reset by us, oldest first: late frames for them are no fault of the peer.
         self._reset_ids: dict[int, None] = {}
+        # Frames for streams that are over which our ending them explains: they were on their way.
+        self._explained = 0
+        # The shell's clock, in seconds, as the shell last set it: how long a stream was open.
+        self.now = 0.0
         # Some flood counter is above zero.
         self._forgiving = False
         # Frames wait that came but were too much for one turn: `receive(b"")` takes them.
@@ -247,6 +256,7 @@ class SendingHalf:
         if stream.state is CLOSED or self.closed:
             return
         self._reset_id(stream.id, code)
+        self._explained += CROSSING_FRAMES
         self._forget(stream)
 
     def pause(self) -> None:
@@ -371,6 +381,7 @@ class SendingHalf:
 
     def _sent_end(self, stream: Stream) -> None:
         """END_STREAM of ours is in the output: change the stream's state."""
+        self._explained += CROSSING_FRAMES
         if stream.state is HALF_CLOSED_REMOTE:
             self._forget(stream)
         elif self._server:

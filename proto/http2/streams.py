@@ -32,6 +32,7 @@ class Stream:
         "ending",
         "headers_seen",
         "id",
+        "opened_at",
         "owner",
         "queue",
         "queue_offset",
@@ -67,6 +68,8 @@ class Stream:
         self.ending = False
         # The stream is in the connection's round robin.
         self.waiting = False
+        # When it was opened, on the shell's clock, in seconds.
+        self.opened_at = 0.0
         # We have sent something on it: as a server, our answer has begun.
         self.started = False
         # The peer's first header list has arrived (informational ones do not count): the next ones are trailers.

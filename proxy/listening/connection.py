@@ -302,6 +302,7 @@ class ServerConnection(asyncio.Protocol):
     def _receive(self, data: bytes, work_max: int) -> None:
         """Handle bytes of the client up to a bound of work; what is beyond waits for its turn."""
         h2 = self.h2
+        h2.now = self._heard_at
         h2.turn_work_max = work_max
         events = h2.receive(data)
         self.turns.spend(h2.work + 1)

@@ -45,7 +45,7 @@ class Turns:
             self._ask()
 
     def wait(self, worker: Worker) -> None:
-        """Have a worker take its turn, behind those that wait."""
+        """Have a worker take its turn, behind those that wait; once for each `take_turn`."""
         self._waiting.append(worker)
         if not self._turning:
             self._ask()
@@ -63,15 +63,11 @@ class Turns:
         # A part is for those that have not asked for much: what is read of them is handled at once.
         reserve = self._per_turn // 4
         left = self._per_turn - reserve
-        share = min(SHARE, left)
-        # Everybody once at most: who comes back has had a share of this turn.
-        for _ in range(len(waiting)):
+        while waiting and left > 0:
             worker = waiting.popleft()
-            self.left = share
+            self.left = share = min(SHARE, left)
             worker.take_turn()
             left -= share - self.left
-            if left <= 0:
-                break
         self.left = reserve + max(0, left)
         if waiting and not self._turning:
             self._ask()

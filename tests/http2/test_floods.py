@@ -9,6 +9,7 @@ import pytest
 
 from proto.http2 import Connection, ErrorCode, LimitReached, Limits, Role
 from proto.http2.compression import FIELD_OVERHEAD_BYTES
+from proto.http2.sending import CROSSING_FRAMES
 from tests.http2 import wire
 from tests.http2.test_fuzz import LIMITS, script
 from tests.http2.wire import Peer, data, ping, raw, rst, server, settings, told, update
@@ -141,9 +142,39 @@ def test_late_frames_after_our_resets_are_counted() -> None:
     """http2 point 8: they are no fault, and still not free."""
     connection, peer = start()
     connection.reset(connection.streams[1], ErrorCode.CANCEL)
-    connection.receive(data(1, b"x") * LIMIT)
+    connection.receive(data(1, b"x") * (LIMIT + CROSSING_FRAMES))
     assert not connection.closed
     assert peer.receive(data(1, b"x")) == ["failed ENHANCE_YOUR_CALM"]
+
+
+def test_frames_that_cross_the_end_of_a_stream_are_no_flood() -> None:
+    """Deadlines of a client and a server run out together: as many resets and windows as streams we have ended."""
+    connection, peer = start()
+    ids = range(5, 5 + 4 * LIMIT, 2)
+    for stream_id in ids:
+        peer.receive(peer.request(stream_id, "END_STREAM"))
+        connection.send_headers(connection.streams[stream_id], wire.RESPONSE, True)
+    for stream_id in ids:
+        connection.receive(update(stream_id, 1) + rst(stream_id))
+    assert (connection.closed, connection._flood[5]) == (False, 0)
+    for _ in range(LIMIT):
+        connection.receive(rst(5))
+    assert not connection.closed
+    assert peer.receive(rst(5)) == ["failed ENHANCE_YOUR_CALM"]
+
+
+def test_a_reset_of_a_stream_that_waited_is_no_flood() -> None:
+    """Calls with one deadline while the answers are late, again and again; those of a moment are counted."""
+    connection, peer = start()
+    patience_s = EDGE.patience_s
+    first = 5
+    for waited_s, counted in ((patience_s, 0), (60.0, 0), (patience_s * 0.99, LIMIT)):
+        ids = range(first, first + 2 * LIMIT, 2)
+        first += 2 * LIMIT
+        connection.receive(b"".join(map(peer.request, ids)))
+        connection.now += waited_s
+        connection.receive(b"".join(map(rst, ids)))
+        assert (connection.closed, connection._flood[0]) == (False, counted)
 
 
 def test_refused_streams_are_counted() -> None:

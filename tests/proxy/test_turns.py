@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
-import os
-import signal
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -32,6 +30,7 @@ from proxy.watch import (
 )
 from tests.etcd.server import EtcdServer
 from tests.proxy.floods import FLOODS, GZIP, Sender, cancel, create, filters, flood, progress
+from tests.proxy.held import held
 from tests.proxy.raw_client import RawClient
 from tests.proxy.running import direct, proxy_for
 from tests.proxy.scenario import run
@@ -228,17 +227,6 @@ def test_a_client_that_reads_no_answers_is_asked_no_more(etcd: EtcdServer) -> No
     run(scenario())
 
 
-@contextlib.asynccontextmanager
-async def held(etcd: EtcdServer) -> AsyncIterator[None]:
-    """Stop etcd, and let it go on."""
-    assert etcd.process is not None
-    os.kill(etcd.process.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(etcd.process.pid, signal.SIGCONT)
-
-
 def test_requests_that_wait_hold_up_their_client() -> None:
     """While etcd does not answer: a line, a window, and not a byte more of each stream."""
     line_bytes_max = 20_000
@@ -246,7 +234,7 @@ def test_requests_that_wait_hold_up_their_client() -> None:
     async def scenario(etcd: EtcdServer) -> None:
         async with proxy_for(etcd, limits=Limits(line_bytes_max=line_bytes_max)) as proxy:
             sender = await Sender.open(proxy.port)
-            async with held(etcd):
+            with held(etcd):
                 await sender.say(b"".join(sender.request(stream_id) for stream_id in (1, 3, 5)))
                 sending = [asyncio.ensure_future(sender.send(each, create(b"k" * 1_000) * 1_000)) for each in (1, 3, 5)]
                 await until_async(lambda: all(sender.room(each) <= 0 for each in (1, 3, 5)), "windows to be used up")
@@ -273,7 +261,7 @@ def test_requests_that_wait_have_a_bound() -> None:
             await RawClient.connect(proxy.port) as small,
         ):
             sender = await Sender.open(proxy.port)
-            async with held(etcd):
+            with held(etcd):
                 first = small.watch()
                 first.create(b"small")
                 await sender.say(sender.request(1))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import click
@@ -19,6 +17,7 @@ from tests.bench.sharing.bystander import MemoryPeak, beside, port_of
 from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.etcd.server import EtcdServer
 from tests.proxy.floods import Sender, create, flood
+from tests.proxy.held import held
 
 HELD_S = 8.0
 LEAVING_S = 1.0
@@ -43,17 +42,6 @@ def flooded(name: str) -> Scenario:
             return uvloop.run(beside(front, etcd, address, "tests.bench.sharing.turns", "--flood", name))
 
     return scenario
-
-
-@contextlib.contextmanager
-def held(etcd: EtcdServer) -> Iterator[None]:
-    """Stop etcd for a while."""
-    assert etcd.process is not None
-    os.kill(etcd.process.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(etcd.process.pid, signal.SIGCONT)
 
 
 def waiting_requests(front: Front) -> Figures:
