@@ -24,12 +24,12 @@ from dataclasses import dataclass, field
 
 from proto.framing import FramingError, Status, decode_timeout, encode_timeout
 from proto.http2 import ErrorCode, Stream
+from proxy.answers import MessageBoundary, trailers_of
 from proxy.calls import RESPONSE_HEAD, TIMEOUT, Carrier, Headers, Refusal, refuse, status_trailers
 from proxy.holding import Holding
 from upstream.connection import ClientConnection, NotSent, UpstreamCall
 from upstream.pool import Pool
 
-GRPC_PREFIX_BYTES = 5
 READING = frozenset(
     b"/etcdserverpb." + method
     for method in (
@@ -255,6 +255,7 @@ class Relay:
         "_answered",
         "_boundary",
         "_call",
+        "_foreign",
         "_headers",
         "_owed_client",
         "_owed_stream",
@@ -285,6 +286,8 @@ class Relay:
         self._call: UpstreamCall | None = None
         # The response's head has gone to the client.
         self._answered = False
+        # A second server, asked after the first one broke off behind its head, answered as no etcd does.
+        self._foreign = False
         # The client has ended its side.
         self._request_over = end_stream
         # What came of the request, while it may have to be sent (again); None when it is too much or no longer needed.
@@ -303,7 +306,7 @@ class Relay:
         self.repeated = False
         # What it counts for while it waits.
         self.waiting_bytes = 0
-        self._boundary = _MessageBoundary()
+        self._boundary = MessageBoundary()
         self._tries_left = 3
 
     def begin(self, upstream: ClientConnection) -> bool:
@@ -415,19 +418,21 @@ class Relay:
 
     def on_headers(self, headers: Headers) -> None:
         """Pass the response's head on."""
-        repeated, self._answered = self._answered, True
+        call, repeated, self._answered = self._call, self._answered, True
         if not self._reads:
             self._forget_request()
         # The client has the head of the answer that broke off before its body; it is as good as this one's.
         if not self.done and not repeated:
             self.connection.h2.send_headers(self._stream, headers)
             self.connection.touch()
+        elif call is not None and call.http_status != 200:
+            self._foreign = True
 
     def on_data(self, data: bytes, flow_size: int) -> None:
         """Pass a part of the response on; give it back to etcd when the client has taken it."""
         call = self._call
         assert call is not None
-        if self.done:
+        if self.done or self._foreign:
             call.consumed(flow_size)
             return
         self._forget_request()
@@ -469,12 +474,14 @@ class Relay:
             return
         self._give_up()
         h2, stream = self.connection.h2, self._stream
-        if trailers:
+        if trailers and not self._foreign:
+            if self._answered:
+                trailers = trailers_of(trailers, status, message)
             h2.send_headers(stream, trailers, True)
         elif call.reset_code is not None:
             h2.reset(stream, call.reset_code)
             self._settle()
-        elif self._answered and call.http_status != 200:
+        elif self._answered and call.http_status != 200 and not self._foreign:
             h2.send(stream, (), 0, True)
         else:
             self._owner.stats.broken += 1
@@ -557,33 +564,3 @@ class Relay:
             owed, self._owed_stream = self._owed_stream, 0
             self.connection.h2.credit_stream(self._stream, owed)
             self.connection.touch()
-
-
-class _MessageBoundary:
-    """Knows whether the bytes that went by so far end inside a gRPC message."""
-
-    __slots__ = ("_left", "_prefix")
-
-    def __init__(self) -> None:
-        # Bytes of the current message still to come, and the part of the next prefix that came.
-        self._left = 0
-        self._prefix = b""
-
-    @property
-    def inside(self) -> bool:
-        """A message, or the prefix of one, has begun and not ended."""
-        return self._left > 0 or bool(self._prefix)
-
-    def feed(self, data: bytes) -> None:
-        """Follow some more bytes."""
-        if self._left >= len(data):
-            self._left -= len(data)
-            return
-        offset, size = self._left, len(data)
-        if self._prefix:
-            data = self._prefix + data
-            size = len(data)
-        while size - offset >= GRPC_PREFIX_BYTES:
-            offset += GRPC_PREFIX_BYTES + int.from_bytes(data[offset + 1 : offset + GRPC_PREFIX_BYTES], "big")
-        self._left = max(0, offset - size)
-        self._prefix = data[offset:]

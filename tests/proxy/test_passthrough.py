@@ -15,9 +15,10 @@ import pytest
 
 from proto.framing import frame
 from proto.pb import rpc_pb2, rpc_pb2_grpc
+from proxy.answers import MessageBoundary
 from proxy.listening.http1 import Http1
 from proxy.listening.listener import Listener
-from proxy.passthrough import MIB, Passthrough, PassthroughSettings, _MessageBoundary
+from proxy.passthrough import MIB, Passthrough, PassthroughSettings
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.proxy.raw_client import RawClient
 from tests.proxy.running import proxy_for
@@ -355,7 +356,7 @@ def test_etcd_decides_on_sizes_and_methods(etcd: EtcdServer) -> None:
 def test_message_boundary(step: int) -> None:
     stream = b"".join(b"\0" + size.to_bytes(4, "big") + bytes(size) for size in (0, 1, 7, 300))
     ends = {5, 11, 23, len(stream)}
-    boundary = _MessageBoundary()
+    boundary = MessageBoundary()
     for start in range(0, len(stream), step):
         boundary.feed(stream[start : start + step])
         assert boundary.inside == (min(start + step, len(stream)) not in ends)
