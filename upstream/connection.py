@@ -185,6 +185,8 @@ class ClientConnection(asyncio.Protocol):
         # Output is flushed when the bytes at hand have been received.
         self._receiving = False
         self._flush_scheduled = False
+        # Something was written before the end of this turn of the loop.
+        self._hurried = False
         self._heard_at = 0.0
         # When the PING that has not been answered was sent; None once anything came after it.
         self._pinged_at: float | None = None
@@ -308,6 +310,12 @@ class ClientConnection(asyncio.Protocol):
         done = self.http2.send(stream, pieces, size, end)
         self._schedule_flush()
         return done
+
+    def hurry(self) -> None:
+        """Write what is queued at once; what is queued later in this turn of the loop is written at its end."""
+        if self._flush_scheduled and not self._receiving and not self._hurried:
+            self._hurried = True
+            self._write_output()
 
     def reset(self, call: UpstreamCall, code: ErrorCode) -> None:
         """Reset a call's stream; see `UpstreamCall.reset`."""
@@ -455,7 +463,10 @@ class ClientConnection(asyncio.Protocol):
 
     def _flush(self) -> None:
         """Write everything there is, at once."""
-        self._flush_scheduled = False
+        self._flush_scheduled = self._hurried = False
+        self._write_output()
+
+    def _write_output(self) -> None:
         transport = self._transport
         if transport is None or self._over:
             return

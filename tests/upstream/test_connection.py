@@ -262,6 +262,36 @@ def test_a_ping_that_is_answered_at_once_is_answered() -> None:
         runner.run(story())
 
 
+def test_what_is_urgent_is_written_ahead_of_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of it; what follows in the same turn of the loop shares a write."""
+
+    async def story() -> None:
+        async with scripted() as server:
+            connection = await connect(parse_endpoint(server.endpoint), None, PATIENT)
+            sent: list[int] = []
+            write_output = connection._write_output
+
+            def counted() -> None:
+                # Further writes answer what the server sends: settings, PING.
+                if call.stream.send_window not in sent:
+                    sent.append(call.stream.send_window)
+                write_output()
+
+            call = start(connection).call
+            await until_async(lambda: not connection._flush_scheduled, "the request to be written")
+            monkeypatch.setattr(connection, "_write_output", counted)
+            window = call.stream.send_window
+            for _ in range(3):
+                call.write((b"\0\0\0\0\0",), 5)
+                connection.hurry()
+            assert sent == [window - 5]
+            await until_async(lambda: len(sent) > 1, "the end of the turn")
+            assert sent == [window - 5, window - 15]
+            connection.close()
+
+    run(story())
+
+
 def test_how_a_call_can_end() -> None:
     async def story() -> None:
         async with scripted() as etcd:

@@ -82,6 +82,11 @@ class WatchCall:
         else:
             self._unsent.append(framed)
 
+    def hurry(self) -> None:
+        """Send what was written ahead of what else this turn of the loop brings."""
+        if self.call is not None:
+            self.call.connection.hurry()
+
     @property
     def moved(self) -> bool:
         """The call ended with its connection, or because of it, and not by what was sent on it."""

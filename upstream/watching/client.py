@@ -195,7 +195,12 @@ class WatchClient:
 
     def open(self, watch: OpenedWatch) -> None:
         """Open a watch; it registers as soon as there is a connection. Raises ValueError if it is open already."""
-        self._apply(self._state.open(watch))
+        effects = self._state.open(watch)
+        self._apply(effects)
+        for effect in effects:
+            # A client may put right behind its create, on another connection to etcd: the watch has a start on that.
+            if isinstance(effect, Write) and isinstance(effect.stream.shell, WatchCall):
+                effect.stream.shell.hurry()
 
     def close(self, watch: OpenedWatch) -> None:
         """Cancel a watch; the listener hears nothing more of it. One that is over is ignored."""
