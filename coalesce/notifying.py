@@ -39,6 +39,7 @@ PACE_S_MIN = 0.1
 _AGREEING = 0.25
 # Etcd's interval is up to a tenth longer on one stream than on another (GetProgressReportInterval).
 _JITTER = 1.1
+_NEVER = float("inf")
 # A notification that is so much later than the pace is not waited for.
 _OVERDUE = 1.2
 # The part of a pace that a round on a busy trunk waits for fresh progress.
@@ -235,7 +236,7 @@ class Notifying:
         busy = trunk.events != notices.round_events
         if not busy and not pace.is_known and not trunk.opening and notices.round_at > pace.since:
             pace.heard_nothing(hub.now - notices.round_at)
-        wanted_s = min(hub.limits.progress_notify_s, pace.seconds if busy else self._overdue_s())
+        wanted_s = min(self._setting_s(), pace.seconds if busy else self._overdue_s())
         if trunk.opening or notices.round_at + wanted_s > hub.now:
             self._set_timer(notices)
         elif next(notices.quiet(), None) is None:
@@ -243,11 +244,16 @@ class Notifying:
         elif busy and (not hub.ordered_progress or (notices.needs and hub.now > notices.asked_at)):
             self._round(notices)
         else:
-            self._ask(notices, self.pace.seconds * _PATIENCE if busy else self._overdue_s())
+            self._ask(notices, pace.seconds * _PATIENCE if busy else wanted_s)
+
+    def _setting_s(self) -> float:
+        """Return the interval that is set here; infinite if it is not shorter than etcd's, which does as well then."""
+        setting_s = self._hub.limits.progress_notify_s
+        return _NEVER if self.pace.is_known and setting_s * _JITTER >= self.pace.seconds else setting_s
 
     def _overdue_s(self) -> float:
         """Return after which time a quiet trunk is not left to etcd's own notification any more."""
-        return self.pace.seconds * _OVERDUE if self.pace.is_known else self._hub.limits.progress_notify_s
+        return self.pace.seconds * _OVERDUE if self.pace.is_known else _NEVER
 
     def _ask(self, notices: Notices, patience_s: float) -> None:
         """Have the round wait for progress that is as new as now; one that is overdue keeps its place."""
@@ -279,13 +285,13 @@ class Notifying:
     def _set_timer(self, notices: Notices) -> None:
         """Look again when a round would be due on a busy trunk; it may be one by then."""
         hub = self._hub
-        limit_s, pace_s = hub.limits.progress_notify_s, self.pace.seconds
-        at = notices.round_at + min(limit_s, pace_s)
+        setting_s, pace_s = self._setting_s(), self.pace.seconds
+        at = notices.round_at + min(setting_s, pace_s)
         if at <= hub.now:
             # Etcd's own notification is awaited.
             at = hub.now + pace_s * (_JITTER - 1 if self.pace.is_known else _JITTER / 2)
-            if notices.round_at + limit_s > hub.now:
-                at = min(at, notices.round_at + limit_s)
+            if notices.round_at + setting_s > hub.now:
+                at = min(at, notices.round_at + setting_s)
         hub.notices.start(notices, at)
 
     def _deliver(self) -> None:

@@ -195,6 +195,24 @@ def test_a_setting_of_our_own_makes_it_more_frequent() -> None:
     assert client.read() == ["#0 @7 progress"]
 
 
+def test_a_setting_that_is_not_shorter_than_the_pace_of_etcd_adds_nothing() -> None:
+    """As the default is not, where etcd has its own."""
+    for setting_s in (INTERVAL_S * 0.95, INTERVAL_S, INTERVAL_S * 2):
+        shell = Shell(Limits(progress_notify_s=setting_s, bookmark_s=1000))
+        client = shell.client()
+        trunk = shell.trunk(5, client, progress_notify=True)
+        learn_the_pace(shell)
+        shell.progressed(5)
+        shell.bookmark(trunk, 5)
+        client.read()
+        asked = len(shell.asked)
+        for _ in range(5):
+            shell.wait(INTERVAL_S * 1.04)
+            shell.bookmark(trunk, 5)
+            assert client.read() == ["#0 @5 progress"]
+        assert len(shell.asked) == asked
+
+
 def test_a_notification_that_is_overdue_is_asked_for() -> None:
     """Etcd has lost it, or the trunk registered anew between two."""
     shell = Shell()

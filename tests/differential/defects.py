@@ -64,7 +64,7 @@ DEFECTS = (
     Defect(
         "notified before its start",
         "a watch of a future revision is sent progress notifies below its start",
-        (OLD_3_5,),
+        (OLD_3_4, OLD_3_5),
         "notify before a future start",
         r"notified 1:",
     ),

@@ -94,7 +94,7 @@ class Stage:
         try:
             if way == DIRECT:
                 return await Player(program, Target(straight, straight, False, etcds), limit_s).play()
-            limits = Limits(progress_notify_s=program.notify_s, fragment_bytes=program.fragment_bytes)
+            limits = Limits(fragment_bytes=program.fragment_bytes)
             async with (
                 proxy_for(etcds[0], limits=limits, namespace=self.namespace) as proxy,
                 _crowd(program, proxy, way),

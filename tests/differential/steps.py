@@ -259,8 +259,6 @@ class Program:
     """Nobody else watches its ranges, who would keep in the proxy's history what this program compacts."""
     over_breaks: str = ""
     """Why only what each watch got over all its streams is compared."""
-    notify_s: float = 600.0
-    """The proxy's interval of progress_notify; etcd's is among the flags."""
     since: tuple[int, int, int] = (3, 4, 0)
     """Older etcds are not asked."""
     limit_s: float = 60.0

@@ -46,7 +46,7 @@ RESIDENT_GROWTH_MAX_BYTES = 24 << 20
 LEAK_DESCRIPTORS = 3
 """Connections to etcd come and go."""
 KNOBS = (
-    *("--drain=2s", "--linger=1s", "--history-bytes-total-max=8MiB"),
+    *("--drain=2s", "--linger=1s", "--history-linger=2s", "--history-bytes-total-max=8MiB"),
     *("--dial-keepalive-time=5s", "--dial-keepalive-timeout=2s", "--log-level=warn"),
 )
 NOT_WATCHED = b"/z"
