@@ -168,6 +168,10 @@ class Passthrough:
         # By client connection: the calls whose client has to read on, and how many bytes those are.
         self._unread: dict[Carrier, _Unread] = {}
 
+    def go_by(self, settings: PassthroughSettings) -> None:
+        """Take other settings, for what comes from now on."""
+        self.settings = self.held.settings = settings
+
     def now(self) -> float:
         """Return the loop's time."""
         return asyncio.get_running_loop().time()

@@ -40,6 +40,7 @@ RELOADED = frozenset(
         "watch.trunks_max",
         "watch.watches_max",
         "watch.watches_per_session_max",
+        "upstream.call_wait_s",
         "upstream.endpoints",
     }
 )

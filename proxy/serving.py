@@ -282,6 +282,7 @@ class _Applying:
         proxy.engine.set_limits(core_limits(settings.watch))
         proxy.listener.settings = listener_settings(within_descriptors(settings, self._opened))
         proxy.watches.settings = watch_settings(settings)
+        proxy.passthrough.go_by(passthrough_settings(settings))
         if settings.upstream.endpoints != self._endpoints and not settings.upstream.discovery_srv:
             self._endpoints = settings.upstream.endpoints
             self.stop()

@@ -135,6 +135,18 @@ def test_without_call_wait_a_call_is_refused_at_once() -> None:
     run(scenario())
 
 
+def test_call_wait_can_be_changed_while_calls_come() -> None:
+    async def scenario() -> None:
+        async with waiting() as (running, client, _):
+            before = client.call(PUT)
+            await until_async(lambda: running.passthrough.waiting == 1, "the call to wait")
+            running.passthrough.go_by(PassthroughSettings(call_wait_s=0))
+            assert await client.call(PUT, end=True).end(1) == (Status.UNAVAILABLE, NO_CONNECTION)
+            assert not before.over
+
+    run(scenario())
+
+
 def test_refusals_are_logged_at_intervals(capsys: pytest.CaptureFixture[str]) -> None:
     async def scenario() -> None:
         async with waiting(PassthroughSettings(call_wait_s=0)) as (_, client, _):
