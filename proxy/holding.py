@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import asyncio
 from math import inf
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from proto.framing import Status
 from proxy import logs
 from proxy.calls import Refusal
 from proxy.deciding.waiting import NO_CONNECTION, WaitingCalls, wait_until
+from proxy.passthrough_settings import PassthroughSettings, PassthroughStats
 from upstream.connection import ClientConnection
 from upstream.pool import Pool
-
-if TYPE_CHECKING:
-    from proxy.passthrough import PassthroughSettings, PassthroughStats
 
 TURN_CALLS_MAX = 200
 """Calls that have waited and are sent, or refused, in one turn of the event loop: about ten milliseconds."""

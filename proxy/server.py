@@ -20,7 +20,8 @@ from proxy.guard import Guard
 from proxy.listening.http1 import Http1
 from proxy.listening.listener import Listener
 from proxy.listening.settings import ListenerSettings
-from proxy.passthrough import Passthrough, PassthroughSettings
+from proxy.passthrough import Passthrough
+from proxy.passthrough_settings import PassthroughSettings
 from proxy.probe import Probe
 from proxy.reads import Reader, ReaderSettings
 from upstream.credentials import Credentials

@@ -22,7 +22,7 @@ from proxy.config.knobs import Settings, Watch
 from proxy.config.values import Address, client_url, parse_listen_address, parse_metrics_address
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 from proxy.listening.settings import ListenerSettings
-from proxy.passthrough import PassthroughSettings
+from proxy.passthrough_settings import PassthroughSettings
 from proxy.reloading import Reloading
 from proxy.server import Proxy
 from proxy.service_manager import ServiceManager

@@ -27,7 +27,8 @@ from proto.http2 import ErrorCode, Stream
 from proxy import logs
 from proxy.calls import ACCEPTED_ENCODINGS, Carrier, Headers, Refusal, RequestHead, status_trailers
 from proxy.message_work import MessageWork
-from proxy.passthrough import Passthrough, PassthroughSettings, Relay
+from proxy.passthrough import Passthrough, Relay
+from proxy.passthrough_settings import PassthroughSettings
 from upstream.connection import ClientConnection
 from upstream.pool import Pool
 from upstream.translation import Rules, Translation

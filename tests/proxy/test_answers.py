@@ -10,7 +10,7 @@ import pytest
 from proto.framing import Status
 from proto.http2 import Headers
 from proxy.answers import trailers_of
-from proxy.passthrough import PassthroughSettings
+from proxy.passthrough_settings import PassthroughSettings
 from tests.proxy.raw_client import RawClient
 from tests.proxy.scenario import run
 from tests.proxy.test_passthrough import passing

@@ -12,7 +12,7 @@ from proto.framing import Status, decode_message, decode_timeout, frame
 from proto.http2 import Limits
 from proxy import holding
 from proxy.deciding.waiting import NO_CONNECTION
-from proxy.passthrough import MIB, PassthroughSettings
+from proxy.passthrough_settings import MIB, PassthroughSettings
 from tests.etcd.server import HOST, free_port
 from tests.proxy.raw_client import RawClient
 from tests.proxy.scenario import run

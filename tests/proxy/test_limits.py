@@ -22,7 +22,8 @@ from proxy.deciding.waiting import NO_CONNECTION
 from proxy.listening.connection import PREFACE, ServerConnection
 from proxy.listening.http1 import Http1Settings
 from proxy.listening.settings import REFUSED_AT, ListenerSettings
-from proxy.passthrough import Passthrough, PassthroughSettings, Relay
+from proxy.passthrough import Passthrough, Relay
+from proxy.passthrough_settings import PassthroughSettings
 from proxy.reads import Reader, ReaderSettings
 from proxy.watch import WatchSettings
 from tests.etcd.server import HOST, EtcdServer

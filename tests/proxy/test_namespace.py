@@ -22,7 +22,7 @@ from proto.pb import (
     v3lock_pb2,
     v3lock_pb2_grpc,
 )
-from proxy.passthrough import PassthroughSettings
+from proxy.passthrough_settings import PassthroughSettings
 from tests.etcd.server import HOST, EtcdServer
 from tests.proxy.raw_client import RawClient
 from tests.proxy.running import direct, proxy_for

@@ -18,7 +18,8 @@ from proto.pb import rpc_pb2, rpc_pb2_grpc
 from proxy.answers import MessageBoundary
 from proxy.listening.http1 import Http1
 from proxy.listening.listener import Listener
-from proxy.passthrough import MIB, Passthrough, PassthroughSettings
+from proxy.passthrough import Passthrough
+from proxy.passthrough_settings import MIB, PassthroughSettings
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.proxy.raw_client import RawClient
 from tests.proxy.running import proxy_for

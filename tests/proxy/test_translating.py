@@ -13,7 +13,7 @@ import pytest
 from proto.framing import Status
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from proxy import translating
-from proxy.passthrough import PassthroughSettings
+from proxy.passthrough_settings import PassthroughSettings
 from proxy.server import Proxy
 from proxy.translating import TranslatingPassthrough
 from tests.etcd.server import HOST, EtcdServer
