@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from coalesce.source import Source, Upstream
 
 UNAVAILABLE = 14
+# With these etcd ends the stream of a create where others are the answer to it: RESOURCE_EXHAUSTED, when the request is
+# larger than etcd takes.
+_ENDS_OF_STREAMS = (UNAVAILABLE, 8)
 # What etcd says of a token: PERMISSION_DENIED, UNAUTHENTICATED, and these texts, whose code is that of many others
 # (api/v3rpc/rpctypes/error.go).
 _REFUSALS = (7, 16)
@@ -269,7 +272,7 @@ class Endings:
         for create in creates:
             if create.session.ended:
                 continue
-            if reason.status == UNAVAILABLE:
+            if reason.status in _ENDS_OF_STREAMS:
                 self.end(create.session, reason.status, reason.text)
             else:
                 create.refusal = reason.text

@@ -211,6 +211,18 @@ def test_any_loss_ends_the_stream_but_refuses_a_create() -> None:
     assert shell.core.stats.watches == 0
 
 
+def test_a_create_that_is_too_large_for_etcd_ends_its_stream() -> None:
+    """As etcd ends it: there is no answer to such a create."""
+    shell = Shell()
+    large, other = shell.client(), shell.client()
+    shell.trunk(5, other)
+    large.create(b"large")
+    text = "grpc: received message larger than max (3 vs. 2)"
+    shell.do(shell.core.lost, shell.opened[-1], Lost(8, text))
+    assert (large.ended, large.read()) == ((8, text), [])
+    assert other.ended is None
+
+
 def test_a_lost_backfill_ends_only_those_on_it() -> None:
     shell = Shell()
     client, behind = shell.client(), shell.client()
