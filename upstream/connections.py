@@ -5,8 +5,8 @@ A server counts per connection: the streams that are open at a time (SETTINGS_MA
 requests (nginx ends a connection after 1,000), age (a maximum connection age of gRPC). So another connection is opened
 before the places for streams run out, up to a limit, and is closed again when it has not been needed for a while.
 
-Some places are kept for the proxy's own calls, and these may open one connection beyond the limit: whatever clients
-have open, the proxy can ask etcd something.
+Some places of each are kept for the proxy's own calls, and these may open one connection beyond the limit: whatever
+clients have open, the proxy can ask etcd something.
 
 A connection that its server ends in good order (GOAWAY with NO_ERROR), or whose stream ids are used up, is *rotated*:
 the streams on it go on until they end, and if it was the last one, the next one is opened at once, without backoff.
@@ -24,9 +24,10 @@ from upstream.endpoints import Backoff
 from upstream.errors import Log, Unreachable
 from upstream.settings import Settings
 
-# Places for streams that are kept for the proxy's own calls: this part of one connection's, and at most so many.
-_RESERVED_SHARE: Final = 8
-_RESERVED_MAX: Final = 8
+# Places that are kept on each connection: this part of them, and at most so many. The proxy's own calls use them; and a
+# server may count a stream a moment longer than we do, and refuse the one that takes its place (grpc-go does).
+_KEPT_SHARE: Final = 8
+_KEPT_MAX: Final = 8
 # Another connection is opened when this part of one connection's places is left, or so many: the next calls find it
 # ready.
 _AHEAD_SHARE: Final = 4
@@ -38,9 +39,9 @@ _REPLACE_S: Final = 1.0
 _USELESS_MAX: Final = 3
 
 
-def _reserved(places: int) -> int:
-    """Return how many places are kept for the proxy's own calls when a connection has `places`."""
-    return min(max(1, places // _RESERVED_SHARE), _RESERVED_MAX) if places > 1 else 0
+def _kept(places: int) -> int:
+    """Return how many places are kept on a connection that has `places`."""
+    return min(max(1, places // _KEPT_SHARE), _KEPT_MAX) if places > 1 else 0
 
 
 def full_text(what: str, count: int) -> str:
@@ -129,17 +130,18 @@ class Connections:
         if self._open and (connection := self._open[0]).room > _AHEAD_MAX and not self.full and self._report is None:
             # As it mostly is: the server sets no limit, or one that is far away.
             return connection
+        places = self._open[0].http2.peer_max_streams if self._open else 0
+        kept = 0 if own else _kept(places)
         chosen: ClientConnection | None = None
         free = 0
         for connection in self._open:
-            room = connection.room
+            room = connection.room - kept
             if room > 0:
                 free += room
                 chosen = chosen or connection
-        places = self._open[0].http2.peer_max_streams if self._open else 0
         if places and free <= min(places // _AHEAD_SHARE, _AHEAD_MAX):
             self._grow(own)
-        if free > (0 if own else _reserved(places)):
+        if chosen is not None:
             if not own and (self.full or self._report is not None):
                 self._found()
             return chosen

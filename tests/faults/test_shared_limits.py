@@ -17,6 +17,7 @@ from tests.proxy.running import proxy_for
 from tests.proxy.scenario import run
 from tests.proxy.test_auth import token_of, with_users
 from tests.waiting import until_async
+from upstream.settings import Settings
 
 PUT = "/etcdserverpb.KV/Put"
 RANGE = "/etcdserverpb.KV/Range"
@@ -84,6 +85,28 @@ def test_leases_beyond_the_limit_of_streams_leave_room_for_others(front: str) ->
     else:
         with EtcdServer() as etcd, Front(front, etcd.endpoint) as before:
             run(scenario(etcd, before.endpoint))
+
+
+def test_a_lack_of_places_shows_in_readiness() -> None:
+    """Only where all connections that are allowed are full; it is over as soon as a place is free."""
+
+    async def scenario(etcd: EtcdServer) -> None:
+        settings = Settings(connections_per_endpoint_max=1, place_wait_s=0.2)
+        async with proxy_for(etcd, upstream=settings) as proxy, await RawClient.connect(proxy.port) as client:
+            leases = await keep_leases(client, 44)
+            assert proxy.health.serving
+            waits = client.call(PUT)
+            waits.send(rpc_pb2.PutRequest(key=PREFIX + b"k").SerializeToString(), end=True)
+            await until_async(lambda: not proxy.health.serving, "readiness")
+            assert "calls wait for a place at etcd" in proxy.health.reason
+            # What the proxy itself asks has a place all the same, and watches have connections of their own.
+            await open_watch(client, PREFIX, PREFIX_END)
+            leases[0].cancel()
+            assert await waits.end() == (Status.OK, "")
+            await until_async(lambda: proxy.health.serving, "readiness")
+
+    with EtcdServer(extra=["--max-concurrent-streams=50"]) as etcd:
+        run(scenario(etcd))
 
 
 def test_sixty_tokens_watch_at_an_etcd_with_fifty_streams() -> None:

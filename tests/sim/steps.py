@@ -273,6 +273,21 @@ def break_stream(world: World, rng: random.Random) -> None:
     world.upstream.end_stream(rng)
 
 
+@_action(0.8, fault=True)
+def rotate_connection(world: World, rng: random.Random) -> None:
+    """The connection to etcd ends in good order, or a stream on one that has."""
+    if rng.random() < 0.5:
+        world.upstream.rotate(rng)
+    else:
+        world.upstream.end_leaving(rng)
+
+
+@_action(0.4, fault=True)
+def limit_streams(world: World, _: random.Random) -> None:
+    """The server allows no more streams on a connection, or enough again: new streams wait for a further connection."""
+    world.upstream.limited = not world.upstream.limited
+
+
 @_action(0.3, fault=True)
 def lose(world: World, rng: random.Random) -> None:
     """The server cancels one upstream watch for good; the proxy may take it for a verdict on the token."""

@@ -145,9 +145,14 @@ class Harness:
             self.shell.end_stream(rng)
         elif kind < 0.62:
             member = rng.choice(self.members)
-            if self.shell.member is member:
-                self.shell.disconnect()
+            self.shell.lose_member(member)
             member.restart()
+        elif kind < 0.65:
+            self.shell.rotate(rng)
+        elif kind < 0.68:
+            self.shell.end_leaving(rng)
+        elif kind < 0.7:
+            self.shell.limited = not self.shell.limited
         for _ in range(rng.randint(0, 8)):
             if moves := self.moves():
                 rng.choice(moves)(rng)

@@ -82,6 +82,11 @@ class UpstreamShell:
         self.unregistered = False
         self.opened = 0
         self.breaks = 0
+        # Streams wait for a place at the server, as a further connection has to be opened first; what they have to say.
+        self.limited = False
+        self._unopened: dict[WatchStream, list[bytes]] = {}
+        # Streams on connections that go away, maybe to another member than the new ones.
+        self._leaving: set[WatchStream] = set()
         # Endpoints that were tried since there was a connection.
         self._in_vain: set[int] = set()
         self._parts = parts
@@ -231,21 +236,61 @@ class UpstreamShell:
         self._recognise(rng, self.endpoint)
         return not self.wants_a_look
 
+    def rotate(self, rng: random.Random) -> None:
+        """
+        The connection ends in good order: its streams go on, and new ones begin on another connection, which may lead
+        to another member, as behind a load balancer.
+        """
+        other = rng.choice(self.endpoints)
+        if self.endpoint is None or not self.choice.is_acceptable(self._seems_led(other)):
+            return
+        if not self._recognise(rng, other):
+            return
+        self._leaving.update(self._links)
+        self.endpoint = other
+        self.state.ordered_progress = other.member.ordered_progress
+        if self.standing is not None:
+            self.on.header(self.standing.header)
+        self.on.resumed(other.member.ordered_progress)
+
+    def end_leaving(self, rng: random.Random) -> None:
+        """A stream on a connection that goes away ends."""
+        leaving = [stream for stream in self._leaving if stream in self._links]
+        if leaving:
+            self._end(rng.choice(leaving), UNAVAILABLE, "gone", moved=True)
+
+    def lose_member(self, member: AnyMember) -> None:
+        """A member is gone: with it the connections to it."""
+        if self.member is member:
+            self.disconnect()
+        for stream in [stream for stream in self._leaving if stream in self._links]:
+            if stream in self._links and self._links[stream].member is member:
+                self._end(stream, UNAVAILABLE, "gone", moved=True)
+
+    def open_waiting(self, _: random.Random | None = None) -> None:
+        """There is a place for a stream that waits: trunks first, as in upstream/watching/places.py."""
+        if self._unopened:
+            stream = min(self._unopened, key=lambda each: each.is_backfill)
+            requests = self._unopened.pop(stream)
+            self._begin(stream)
+            self._links[stream].requests.extend(requests)
+
     def end_leaderless(self, _: random.Random | None = None) -> None:
-        """The member in use has no leader: it ends the streams that asked for one."""
+        """Members without a leader end the streams that asked for one."""
         for stream in list(self._led):
-            if stream in self._links and self.endpoint is not None and not self._has_leader(self.endpoint.member):
+            if stream in self._links and not self._has_leader(self._links[stream].member):
                 self._end(stream, UNAVAILABLE, NO_LEADER)
 
-    def _end(self, stream: WatchStream, status: int, text: str) -> None:
-        """A stream ends with a status: what follows is decided by the real code."""
+    def _end(self, stream: WatchStream, status: int, text: str, moved: bool = False) -> None:
+        """A stream ends with a status: what follows is decided by the real code. `moved`: its connection has ended."""
         endpoint = self.endpoint
         assert endpoint is not None, "streams are there while it is connected"
         follows = self._parts.choice.after_end(
-            status, text, endpoint, self.endpoints, answered=stream.answered, opened=True, healthy=True
+            status, text, endpoint, self.endpoints, answered=stream.answered, opened=not moved, healthy=True
         )
         self._links.pop(stream).close()
         self._led.discard(stream)
+        self._leaving.discard(stream)
         self.breaks += 1
         if follows is self._parts.choice.Next.LOST:
             self._do(self.state.refused(stream, status, text))
@@ -265,6 +310,8 @@ class UpstreamShell:
         for link in self._links.values():
             link.close()
         self._links.clear()
+        self._unopened.clear()
+        self._leaving.clear()
         self._led.clear()
         self._in_flight.clear()
         self.state.disconnect()
@@ -298,7 +345,9 @@ class UpstreamShell:
             return
         if self.unregistered:
             moves.append(self.register)
-        if self._led and not self._has_leader(self.endpoint.member):
+        if self._unopened:
+            moves.append(self.open_waiting)
+        if any(not self._has_leader(self._links[stream].member) for stream in self._led if stream in self._links):
             moves.append(self.end_leaderless)
         if (self.choice.leaderless or self.endpoint not in self.endpoints) and self.better():
             moves.append(self.move_on)
@@ -322,6 +371,11 @@ class UpstreamShell:
     def _is_read(self, stream: WatchStream) -> bool:
         return not stream.paused or self._in_flight.get(stream, 0) > 0
 
+    def _begin(self, stream: WatchStream) -> None:
+        self._links[stream] = self._open(stream.token)
+        if not self.choice.leaderless:
+            self._led.add(stream)
+
     def _open(self, token: bytes | None) -> AnyStream:
         assert self.member is not None
         if isinstance(self.member, StoreMember):
@@ -336,13 +390,18 @@ class UpstreamShell:
                 link = self._links.get(effect.stream)
                 if link is not None:
                     link.requests.append(effect.message)
+                elif effect.stream in self._unopened:
+                    self._unopened[effect.stream].append(effect.message)
             elif isinstance(effect, watch_effects.OpenStream):
-                self._links[effect.stream] = self._open(effect.stream.token)
-                if not self.choice.leaderless:
-                    self._led.add(effect.stream)
+                if self.limited or self._unopened:
+                    self._unopened[effect.stream] = []
+                else:
+                    self._begin(effect.stream)
             elif isinstance(effect, watch_effects.CloseStream):
+                self._unopened.pop(effect.stream, None)
                 link = self._links.pop(effect.stream, None)
                 self._led.discard(effect.stream)
+                self._leaving.discard(effect.stream)
                 if link is not None:
                     link.close()
             elif isinstance(effect, watch_effects.Received):

@@ -221,8 +221,7 @@ class World:
 
     def restart_member(self, member: AnyMember) -> None:
         """Kill a member and start it again."""
-        if self.upstream.member is member:
-            self.upstream.disconnect()
+        self.upstream.lose_member(member)
         member.restart()
 
     def judge(self, complete_through: Callable[[SimWatch], int | None]) -> None:
