@@ -220,6 +220,7 @@ def _check_upstreams(hub: Hub) -> None:
             waits = any(watch.source is source and hub.runs.waits(watch) for watch in session.lagging)
             known = session in run.sessions or session.stalled or hub.replays.is_due(session)
             _need(22, known or not waits, "a watch waits for a run that does not know it")
+    _need(12, expected.issuperset(hub.progress.to_ask), "what is over is to be asked for progress")
     for source in _sources(hub):
         _need(12, source.upstream.owner is source and not source.upstream.closed, source.upstream)
 

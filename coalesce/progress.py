@@ -31,7 +31,7 @@ only asked which revision they have; proofs are events and progress notifies, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from coalesce.backfill import Backfill
@@ -167,6 +167,11 @@ class Progress:
         """What etcd was known to have is true no more."""
         self.waiting.targets.clear()
         self.waiting.unblock_all()
+
+    @property
+    def to_ask(self) -> Iterable[Upstream]:
+        """What is to be asked besides the upstream watches of sessions; for checks."""
+        return self._also
 
     # what is proven
 

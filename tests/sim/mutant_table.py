@@ -156,6 +156,12 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
         "trunk.open(position + 1, trunk.prev_kv_from is not None, False)",
     ),
     Mutant("the end of a run wakes nobody", "runs", "self._hub.replays.want(session)", "pass"),
+    Mutant(
+        "a stream that owes an answer is never asked again",
+        "progress",
+        "if upstream.asked_at is not None and upstream.asked_at + self._retry_s > self._now:",
+        "if upstream.asked_at is not None:",
+    ),
     # Leaks.
     Mutant("a backfill stays open", "backfill", "if not source.watches and not source.upstream.closed", "if False"),
     Mutant("a trunk lingers for ever", "trunk", "hub.lingers.start(trunk, hub.now + hub.limits.linger_s)", "pass"),
