@@ -11,6 +11,7 @@ import pytest
 from proto.framing import Status, decode_message, decode_timeout, frame
 from proto.http2 import Limits
 from proxy import holding
+from proxy.deciding import waiting as deciding
 from proxy.deciding.waiting import NO_CONNECTION
 from proxy.passthrough_settings import MIB, PassthroughSettings
 from tests.etcd.server import HOST, free_port
@@ -254,7 +255,11 @@ def test_many_waiting_calls_are_sent_in_turns(monkeypatch: pytest.MonkeyPatch) -
             calls = [client.call(PUT, end=True) for _ in range(50)]
             await until_async(lambda: running.passthrough.waiting == 50, "the calls to wait")
             async with answering(port) as etcd:
-                etcd.on_call = lambda call: call.end()
+                etcd.on_message = lambda *_: None
+                # None of them ends, which would bring the next one.
+                await until_async(lambda: len(etcd.calls) == 50, "the calls")
+                for one in etcd.calls:
+                    one.end()
                 for call in calls:
                     assert await call.end() == (0, "")
 
@@ -274,7 +279,9 @@ def test_many_calls_are_refused_in_turns(monkeypatch: pytest.MonkeyPatch) -> Non
     run(scenario())
 
 
-def test_call_that_waits_for_room_waits_for_its_deadline() -> None:
+def test_call_that_waits_for_room_waits_for_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deciding, "FULL_WAIT_MIN_S", 0.05)
+
     async def scenario() -> None:
         async with scripted() as etcd:
             etcd.limits = Limits(max_streams=1)
