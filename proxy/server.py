@@ -131,7 +131,7 @@ class Proxy:
         self.engine.relieve = self.listener.relieve
         self.engine.gather = self.listener.gather
         self.upstream.around_read = self.engine.reading
-        self.upstream.on_full = self._upstream_changed
+        self.upstream.on_problem = self._upstream_changed
         self.probe = Probe(self.listener, self.engine, self.health, self._probe_interval_s)
         if self._upstream_cert:
             self.guard = Guard(self.reader, self._upstream_cert, self._upstream_changed)
@@ -200,7 +200,7 @@ class Proxy:
 
     def _upstream_changed(self) -> None:
         problem = self.guard.problem if self.guard is not None else ""
-        problem = problem or self.pool.full or self.upstream.full
+        problem = problem or self.pool.full or self.upstream.problem
         self.health.set_upstream(self.upstream.connected and self.pool.connected, problem)
 
     @property

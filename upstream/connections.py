@@ -88,6 +88,8 @@ class Connections:
         self._leaving: list[ClientConnection] = []
         self._opening: asyncio.Task[None] | None = None
         self._backoff = Backoff(settings.backoff_first_s, settings.backoff_max_s)
+        # How many connections the log knows of: it is told when they double.
+        self._said = 1
         # Connections in a row that ended in good order before they were of use.
         self._useless = 0
         # After a failure: the next try.
@@ -204,7 +206,9 @@ class Connections:
         else:
             self._opening = None
             self._add(connection)
-            self._log.info("upstream_connection_added", endpoint=self.endpoint.text, connections=len(self._open))
+            if len(self._open) >= 2 * self._said:
+                self._said = len(self._open)
+                self._log.info("upstream_connections", endpoint=self.endpoint.text, connections=self._said)
             self._tell()
 
     def _try_again(self) -> None:

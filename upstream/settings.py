@@ -67,8 +67,9 @@ class Settings:
     place_wait_s: float = 5.0
     # What a new connection is asked first (version, revision, leader) has to be answered in this time.
     status_timeout_s: float = 5.0
-    # How long a create with a token may stay unanswered. etcd answers at once, but lets one wait for ever whose token
-    # it cannot know yet: from before a store was restored (auth/simple_token.go waits for the token's raft index).
+    # How long a create may stay unanswered before it is reported; with a token it is given up then. etcd answers at
+    # once, but lets one wait for ever whose token it cannot know yet: from before a store was restored
+    # (auth/simple_token.go waits for the token's raft index).
     create_timeout_s: float = 10.0
     # The largest watch response taken. etcd sends fragments of 2 MiB (--max-request-bytes + 512 KiB) but does not cut
     # what it had waiting before `created`, up to 1000 revisions of a key each.

@@ -123,7 +123,7 @@ def test_sixty_tokens_watch_at_an_etcd_with_fifty_streams() -> None:
                 await stream.created(20)
             assert proxy.upstream.stream_count == 60
             assert proxy.upstream.connection_count == 2
-            assert not proxy.upstream.full
+            assert not proxy.upstream.problem
 
     with EtcdServer(extra=["--max-concurrent-streams=50"]) as etcd:
         with_users(etcd)

@@ -398,6 +398,31 @@ def test_streams_beyond_the_servers_limit_get_further_connections() -> None:
     run(story())
 
 
+def test_a_create_that_is_not_answered_is_reported() -> None:
+    """Without a token there is nothing to give up; log, metric and readiness say it, once, and its end."""
+
+    async def story() -> None:
+        log = RecordedLog()
+        async with scripted() as etcd:
+            seen = Recorder()
+            etcd.on_watch = lambda _call, _request: None
+            a = Opened(b"a")
+            async with watching(etcd.endpoint, seen, Settings(create_timeout_s=0.05), log) as client:
+                told: list[str] = []
+                client.on_problem = lambda: told.append(client.problem)
+                client.open(a)
+                await until_async(lambda: told, "the report")
+                assert "has not answered the creates of watches" in told[0]
+                (call,) = etcd.watches()
+                call.answer(0, 10, created=True)
+                await until_async(lambda: client.problem == "", "the end of it")
+                assert seen.created(a)
+                assert [event for event, _ in log.lines].count("upstream_create_unanswered") == 1
+                assert client.timeouts["create_timeout_s"] == 1
+
+    run(story())
+
+
 def test_streams_wait_for_a_place_and_that_is_reported() -> None:
     async def story() -> None:
         log = RecordedLog()
@@ -409,7 +434,7 @@ def test_streams_wait_for_a_place_and_that_is_reported() -> None:
             trunk = Opened(b"t")
             async with watching(etcd.endpoint, seen, settings, log) as client:
                 told: list[str] = []
-                client.on_full = lambda: told.append(client.full)
+                client.on_problem = lambda: told.append(client.problem)
                 for watch in (*fills, trunk):
                     client.open(watch)
                 await until_async(lambda: sum(map(seen.created, fills)) == 2, "two of them")
@@ -425,7 +450,7 @@ def test_streams_wait_for_a_place_and_that_is_reported() -> None:
                 await until_async(lambda: sum(map(seen.created, fills)) == 3, "the next one")
                 client.close(trunk)
                 await until_async(lambda: all(map(seen.created, fills)), "all")
-                await until_async(lambda: client.full == "", "the end of it")
+                await until_async(lambda: client.problem == "", "the end of it")
                 assert (seen.losses, seen.breaks) == ([], 0)
 
     run(story())

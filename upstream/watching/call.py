@@ -42,6 +42,7 @@ class WatchCall:
         "_oldest",
         "_oldest_since",
         "_owner",
+        "_reported",
         "_stream",
         "_taken",
         "_taken_max",
@@ -64,6 +65,8 @@ class WatchCall:
         # The create that has waited for longest when last looked at, and since when it has been that.
         self._oldest: Create | None = None
         self._oldest_since = 0.0
+        # The create that was last reported as unanswered.
+        self._reported: Create | None = None
         # None before it has begun, and when it is over.
         self.call: UpstreamCall | None = None
 
@@ -99,6 +102,11 @@ class WatchCall:
         if oldest is None or oldest is not self._oldest:
             self._oldest, self._oldest_since = oldest, now
         return now - self._oldest_since
+
+    def report(self) -> bool:
+        """Return whether the oldest create is to be reported as unanswered, which is done once."""
+        repeated, self._reported = self._reported is self._oldest, self._oldest
+        return not repeated
 
     def on_headers(self, headers: Headers) -> None:
         pass

@@ -46,20 +46,12 @@ from upstream.watching.effects import (
     Write,
 )
 from upstream.watching.leader import LeaderCall
-from upstream.watching.lineage import Lineage, Standing, Verdict
+from upstream.watching.lineage import Lineage, Verdict, described
 from upstream.watching.listener import WatchListener
 from upstream.watching.places import Places
 from upstream.watching.state import WatchState
 from upstream.watching.stream import OpenedWatch, WatchStream
-
-
-def _told(known: Standing, now: Standing) -> dict[str, int]:
-    return {
-        "known_revision": known.header.revision,
-        "known_index": known.applied,
-        "revision": now.header.revision,
-        "index": now.committed,
-    }
+from upstream.watching.unanswered import Unanswered
 
 
 class WatchClient:
@@ -114,8 +106,9 @@ class WatchClient:
         # Told when the listener is about to hear what came with a read (True), and when it has heard it (False); not of
         # a read that is one frame, as a message is that comes alone.
         self.around_read: Callable[[bool], None] | None = None
-        # Told when streams begin to wait for a place for longer than is good, or do not any more: `full` says so.
-        self.on_full: Callable[[], None] | None = None
+        # Told when `problem` has changed.
+        self.on_problem: Callable[[], None] | None = None
+        self._unanswered = Unanswered(self._settings.create_timeout_s)
         # Connections that the server ended in good order, since the start.
         self.rotated = 0
         # DATA of watch streams read since the start, in bytes.
@@ -171,9 +164,9 @@ class WatchClient:
         return self._places.connection_count
 
     @property
-    def full(self) -> str:
+    def problem(self) -> str:
         """Why watches wait though an etcd is there; "" when they do not, or not for long."""
-        return self._places.full
+        return self._unanswered.problem or self._places.full
 
     @property
     def watch_count(self) -> int:
@@ -340,19 +333,26 @@ class WatchClient:
             self._apply(self._state.register())
 
     def _look_at_creates(self) -> None:
-        """Give a token up whose creates stay unanswered, though the connection lives."""
+        """Report creates that stay unanswered, and give up what they wait for, if it is a token."""
         loop = asyncio.get_running_loop()
-        limit_s = self._settings.create_timeout_s
-        self._look = loop.call_later(limit_s / 4, self._look_at_creates)
+        self._look = loop.call_later(self._settings.create_timeout_s / 4, self._look_at_creates)
         if self._server is not None:
             self._look_at_history(self._server)
-        for stream in list(self._state.streams()):
-            shell = stream.shell
-            if stream.token is not None and isinstance(shell, WatchCall) and shell.waits_for(loop.time()) >= limit_s:
-                shell.leave()
-                self._dialer.timeouts["create_timeout_s"] += 1
-                self._log.warning("upstream_create_unanswered", waited_s=limit_s)
-                self._apply(self._state.refused(stream, Status.UNAUTHENTICATED, INVALID_TOKEN))
+        before = self._unanswered.problem
+        given_up, reported = self._unanswered.look(self._state.streams(), loop.time())
+        for _ in range(reported):
+            self._dialer.timeouts["create_timeout_s"] += 1
+            self._log.warning("upstream_create_unanswered", waited_s=self._settings.create_timeout_s)
+        for stream in given_up:
+            if isinstance(stream.shell, WatchCall):
+                stream.shell.leave()
+            self._apply(self._state.refused(stream, Status.UNAUTHENTICATED, INVALID_TOKEN))
+        if before != self._unanswered.problem:
+            self._say_problem()
+
+    def _say_problem(self) -> None:
+        if self.on_problem is not None:
+            self.on_problem()
 
     # The connection.
 
@@ -404,7 +404,7 @@ class WatchClient:
         later = await read_standing(self._own(server), self._settings.status_timeout_s)
         verdict = self._lineage.seen_again(now, later)
         if verdict is Verdict.OTHER:
-            self._log.warning("upstream_other_history", endpoint=server.target.endpoint.text, **_told(known, now))
+            self._log.warning("upstream_other_history", endpoint=server.target.endpoint.text, **described(known, now))
             self._listener.other_history(now.header)
             # What the listener did of it says less than this.
             self._lineage.went_back(now)
@@ -530,8 +530,7 @@ class WatchClient:
         return connection or server.connection
 
     def _prepare(self, connection: ClientConnection) -> None:
-        if self.around_read is not None:
-            connection.around_read = self.around_read
+        connection.around_read = self.around_read or connection.around_read
 
     async def _open_another(self, server: Server) -> ClientConnection:
         """
@@ -561,8 +560,7 @@ class WatchClient:
 
     def _places_changed(self) -> None:
         self._places.begin_waiting()
-        if self.on_full is not None:
-            self.on_full()
+        self._say_problem()
 
     def _connection_ended(self, connection: ClientConnection, rotated: bool) -> None:
         self.rotated += rotated
@@ -597,5 +595,6 @@ class WatchClient:
             if timer is not None:
                 timer.cancel()
         self._register_timer = self._look = None
+        self._unanswered.streams = 0
         if server is not None:
             server.connection.close()

@@ -45,6 +45,16 @@ def is_suspect(before: Standing, now: Standing) -> bool:
     return written > 0 and written > now.committed - before.applied
 
 
+def described(known: Standing, now: Standing) -> dict[str, int]:
+    """Return what a log says of a store that is not the one it was."""
+    return {
+        "known_revision": known.header.revision,
+        "known_index": known.applied,
+        "revision": now.header.revision,
+        "index": now.committed,
+    }
+
+
 class Verdict(Enum):
     """What is thought of a store."""
 
