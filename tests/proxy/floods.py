@@ -40,6 +40,8 @@ class Sender(Attacker):
         """Bytes that came."""
         self.greeted = False
         """The server's SETTINGS came."""
+        self.gone: set[int] = set()
+        """Streams that the server has ended."""
         self.last: set[int] = set()
         """Streams on which a create from a negative revision was answered."""
         super().__init__(reader, writer)
@@ -59,14 +61,14 @@ class Sender(Attacker):
         return min(self.connection_window, self.initial_window + self.windows.get(stream_id, 0))
 
     async def send(self, stream_id: int, body: bytes, limit_s: float = 600.0) -> bool:
-        """Send a body as fast as the windows let it; False: the connection ended. Raises TimeoutError."""
+        """Send a body as fast as the windows let it; False: stream or connection ended. Raises TimeoutError."""
         start = 0
         async with asyncio.timeout(limit_s):
             while start < len(body):
                 size = min(self.room(stream_id), FRAME_BYTES, len(body) - start)
                 if size <= 0:
                     self.moved.clear()
-                    if self.over.is_set():
+                    if self.over.is_set() or stream_id in self.gone:
                         return False
                     await self.moved.wait()
                     continue
@@ -74,7 +76,11 @@ class Sender(Attacker):
                 self.windows[stream_id] = self.windows.get(stream_id, 0) - size
                 await self.say(data(stream_id, body[start : start + size]))
                 start += size
-        return not self.over.is_set()
+        return not self.over.is_set() and stream_id not in self.gone
+
+    def resume(self) -> None:
+        """Read again."""
+        self.writer.transport.resume_reading()  # type: ignore[attr-defined]  # sockets have it
 
     def _take(self, heard: bytes) -> bytes:
         at = 0
@@ -85,6 +91,10 @@ class Sender(Attacker):
             elif kind == 4:
                 self._settings(heard[at : at + size])
             elif kind != 0:
+                # RST_STREAM, or HEADERS that end the stream.
+                if kind == 3 or (kind == 1 and heard[at + 4] & 1):
+                    self.gone.add(int.from_bytes(heard[at + 5 : at + 9], "big"))
+                    self.moved.set()
                 super()._take(heard[at : at + size])
             elif COMPACTED in heard[at : at + size]:
                 self.last.add(int.from_bytes(heard[at + 5 : at + 9], "big"))
