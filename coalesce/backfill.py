@@ -208,6 +208,8 @@ class Backfills:
                 if watch.position < history.floor:
                     # Too slow for the others: it looks for another backfill when its turn comes.
                     self._hub.detach(watch)
+                    # It may have waited for the end of a run.
+                    self._hub.replays.want(watch.session)
 
     def fill_slots(self) -> None:
         """Serve the line while backfills may be opened, or one is held by nobody who reads."""

@@ -118,13 +118,14 @@ class Replays:
 
     def _turns(self, sessions: tuple[Session, ...]) -> None:
         budget = self._hub.limits.replay_turn_bytes_max
+        runs = self._hub.runs
         for session in sessions:
             if budget <= 0 or self.left_events <= 0:
                 return
             if session in self._due:
                 del self._due[session]
                 budget -= self._turn(session)
-                if self._hub.runs.has_work(session):
+                if session.lagging and not (runs.open and runs.hold(session)):
                     self._due[session] = None
         if not self._due:
             self._joined.clear()
@@ -145,6 +146,10 @@ class Replays:
                 else:
                     spent += self._replay(watch)
         return spent
+
+    def replay_now(self, watch: Watch) -> None:
+        """Send a lagging watch of a session that is not stalled its next response, as if it came live."""
+        self._replay(watch)
 
     def _replay(self, watch: Watch) -> int:
         """Send a watch its next response and find its place after it; return the response's bytes."""

@@ -72,6 +72,15 @@ class Runs:
         del session.lagging[watch]
         session.lagging[watch] = None
 
+    def hold(self, session: Session) -> bool:
+        """Whether all that lags of a session waits for runs: then it is replayed when the first of them has ended."""
+        if not all(map(self.waits, session.lagging)):
+            return False
+        for watch in session.lagging:
+            assert watch.source is not None, "it waits for the run of its source"
+            self.open[watch.source].sessions[session] = None
+        return True
+
     def has_work(self, session: Session) -> bool:
         """Whether some lagging watch of a session can be replayed now."""
         return bool(session.lagging) and (not self.open or not all(map(self.waits, session.lagging)))
@@ -81,9 +90,7 @@ class Runs:
         hub = self._hub
         run = self.open.get(source)
         if run is not None and not self._fits(run, batch):
-            self.end(source)
-            # Now, as long as the history has all of it.
-            hub.replays.finish()
+            self._break(source, run)
             run = None
             if isinstance(source, Backfill) and source not in hub.backfills.open:
                 # That was all that was wanted of it.
@@ -102,6 +109,16 @@ class Runs:
                     hub.lift(watch)
                     hub.lag(watch)
                     run.sessions[watch.session] = None
+
+    def _break(self, source: Source, run: Run) -> None:
+        """Send what there is of a run now, as long as the history has all of it: more is about to come."""
+        del self.open[source]
+        replays = self._hub.replays
+        for session in run.sessions:
+            waiting = [each for each in session.lagging if each.source is source and each.variant & FRAGMENT]
+            for watch in waiting if not session.stalled else ():
+                replays.replay_now(watch)
+            replays.want(session)
 
     def end(self, source: Source) -> None:
         """The run of a source, if there is one, is complete: replay those who waited."""

@@ -112,14 +112,14 @@ class Trunks:
             return True
         hub = self._hub
         span = create.key, create.range_end
+        start = create.request.start_revision
         trunk = hub.trunks_open.get(span)
         if trunk is None and span in hub.parked:
             newest = self._newest(create)
-            if newest is None:
+            if start is not None and (newest is None or (create.header is None and start > newest)):
                 return False
-            trunk = self._resume(create, newest)
+            trunk = self._resume(create, newest or 0)
         if trunk is None:
-            start = create.request.start_revision
             if start is not None:
                 newest = self._newest(create)
                 if newest is None or (create.header is None and start > newest + 1):
@@ -186,7 +186,8 @@ class Trunks:
         """Open the upstream watch of a parked trunk again, or drop the trunk and return None.
 
         Its watches wait until it has caught up: with what etcd sends in one response, or, for one that the history
-        serves, with no more than a backfill in its place would have to bring.
+        serves, with no more than a backfill in its place would have to bring. A watch from now, or from the future, is
+        not to wait at all: a compaction meanwhile would cancel it, though it has missed nothing.
         """
         hub, request = self._hub, create.request
         trunk = hub.parked.pop((create.key, create.range_end))
@@ -194,7 +195,7 @@ class Trunks:
         position, start = trunk.next_revision, request.start_revision
         served = start is not None and trunk.history.floor <= start <= position
         furthest = hub.limits.backfill_share_revisions if served else hub.limits.trunk_catch_up_revisions
-        if position < hub.compact_revision or newest - position > furthest:
+        if start is None or start > newest or position < hub.compact_revision or newest - position > furthest:
             self._drop(trunk)
             return None
         if request.prev_kv and trunk.prev_kv_from is None:

@@ -47,20 +47,24 @@ def test_by_default_etcd_is_rid_of_the_watch_within_a_second() -> None:
     assert Limits().linger_s <= 0.5
 
 
-def test_a_watch_from_now_on_gets_nothing_from_before() -> None:
+@pytest.mark.parametrize(("start", "opened"), [(None, None), (21, 21), (30, 21)])
+def test_a_watch_from_now_on_is_not_behind_a_catch_up(start: int | None, opened: int | None) -> None:
+    """Etcd looks back first, for up to 100 ms, and a compaction meanwhile would cancel what has missed nothing."""
     shell = Shell()
     parked(shell)
-    client, trunk = come_back(shell, None, 20)
+    client, trunk = come_back(shell, start, 20)
+    assert trunk.start_revision == opened
+    assert (shell.core.stats.resumed, shell.core.stats.history_bytes) == (0, 0)
     shell.created(trunk, 20)
-    shell.events(trunk, put(12), put(20), put(21))
-    assert client.read() == ["#0 @20 created", "#0 @21 put 21 k=v"]
+    shell.events(trunk, put(21), put(30))
+    assert client.read()[-1].endswith("put 30 k=v")
 
 
 @pytest.mark.parametrize(
     ("start", "behind", "resumed"),
-    [(7, 10_000, True), (7, 10_001, False), (None, 1000, True), (None, 1001, False), (5, 1001, False)],
+    [(7, 10_000, True), (7, 10_001, False), (5, 1000, True), (5, 1001, False), (10, 1000, True), (10, 1001, False)],
 )
-def test_nobody_waits_behind_a_long_catch_up(start: int | None, behind: int, resumed: bool) -> None:
+def test_nobody_waits_behind_a_long_catch_up(start: int, behind: int, resumed: bool) -> None:
     """Who is served by the history would wait for a backfill as long; others are not to wait."""
     shell = Shell()
     parked(shell)

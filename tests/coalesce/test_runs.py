@@ -172,3 +172,49 @@ def test_who_leaves_during_a_run_gets_nothing_of_it() -> None:
     shell.wait(60)
     assert client.read() == ["#0 @99 canceled"]
     assert shell.core.stats.lagging == 0
+
+
+def test_who_waits_is_found_though_its_turn_did_not_reach_it() -> None:
+    """A turn ends with what others of the session were sent; what is left of it waits for the run alone."""
+    shell = Shell(Limits(fragment_bytes=150, replay_bytes_max=1))
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.create(start=6, fragment=True)
+    client.read()
+    client.stall()
+    shell.events(trunk, large(6))
+    piece(shell, trunk, 7)
+    client.drain()
+    shell.settle()
+    assert client.read() == ["#0 @6 put 6 k=[90]", "#0 @7 put 7 k=[90]"]
+    piece(shell, trunk, 8, last=True)
+    shell.settle()
+    assert [line for line in client.read() if line.startswith("#1")] == whole(6, 7, 8, watch_id=1)
+
+
+def test_a_run_at_its_bound_is_sent_before_it_can_be_evicted() -> None:
+    """However much work others have: else the watch would begin again where it was, for ever."""
+    memory = put(6, value=b"x" * 90)
+    limits = Limits(
+        fragment_bytes=150,
+        fragment_run_bytes_max=2 * (len(memory.encoded) + 700),
+        backfill_bytes_max=1,
+        replay_turn_bytes_max=1,
+    )
+    shell = Shell(limits)
+    shell.trunk(100, shell.client())
+    clients = [shell.client() for _ in range(3)]
+    for client in clients:
+        client.create(start=50, fragment=True)
+        client.read()
+    plain = shell.client()
+    plain.create(start=50)
+    backfill = shell.opened[-1]
+    shell.created(backfill, 100)
+    for revision in range(60, 65):
+        piece(shell, backfill, revision)
+    piece(shell, backfill, 99, last=True)
+    shell.settle()
+    for client in clients:
+        assert [line.split()[-2] for line in client.read()] == ["60", "61", "62", "63", "64", "99"]
+    assert len(shell.opened) == 2
