@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 
 import pytest
 
 from tests.clients.clientv3 import Clientv3, Line
-from tests.etcd.server import EtcdServer
+from tests.etcd.binaries import EtcdBinary, etcds
+from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.faults.relay import Relay, relay_to
 from tests.proxy.scenario import run
 from tests.proxy_process import ProxyProcess
@@ -17,6 +20,9 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 LOST_S = 12
 """How long one of two proxies is without its etcd: longer than its calls wait, so that they are refused."""
+
+
+PUTS_MAX = 40
 
 
 def failed(summary: Line) -> dict[str, int]:
@@ -70,6 +76,24 @@ def _load(
             until(lambda: cut.metric("watchmux_calls_total") > before + 10, "calls on both")
             load.finish()
         return load.summary(), int(cut.metric("watchmux_calls_unavailable_total"))
+
+
+@pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
+def test_etcdctl_goes_on_at_the_other_proxy(binary: EtcdBinary) -> None:
+    """Its own limit is 5 s for a command, as long as calls wait."""
+    with (
+        EtcdServer() as etcd,
+        ProxyProcess(f"{HOST}:{free_port()}") as lost,
+        ProxyProcess(etcd.endpoint) as whole,
+    ):
+        # It begins at whichever answers first.
+        for number in range(PUTS_MAX):
+            command = [str(binary.etcdctl), f"--endpoints={lost.endpoint},{whole.endpoint}", "put", f"k{number}", "v"]
+            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ETCDCTL_API": "3"})
+            assert done.stdout == "OK\n", done.stderr
+            if lost.metric("watchmux_calls_total") >= 2:
+                break
+        assert lost.metric("watchmux_calls_unavailable_total") >= 2
 
 
 @pytest.mark.parametrize(("workers", "timeout_s"), [(1, 5), (10, 5), (10, 2), (10, 30)])
