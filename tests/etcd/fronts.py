@@ -11,6 +11,7 @@ import fcntl
 import functools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -119,7 +120,7 @@ class Front:
         self.directory = Path(tempfile.mkdtemp(prefix=f"watchmux-{kind}-"))
         template = NGINX if kind == "nginx" else HAPROXY
         self._config = template.format(directory=self.directory, host=HOST, port=self.port, etcd=etcd, more=more)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._processes: list[subprocess.Popen[bytes]] = []
         self._log: IO[bytes] | None = None
 
     @property
@@ -128,28 +129,46 @@ class Front:
         return f"{HOST}:{self.port}"
 
     def __enter__(self) -> Self:
-        root = unpacked()
-        config = self.directory / "config"
-        config.write_text(self._config)
-        program = root / "usr/sbin" / self.kind
-        command = [str(program), "-c", str(config), "-p", str(self.directory)]
-        if self.kind == "haproxy":
-            command = [str(program), "-db", "-f", str(config)]
-        libraries = [*root.glob("usr/lib/*-linux-gnu"), *root.glob("lib/*-linux-gnu")]
-        paths = [*map(str, libraries), *filter(None, [os.environ.get("LD_LIBRARY_PATH", "")])]
-        environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(paths)}
+        (self.directory / "config").write_text(self._config)
         self._log = (self.directory / "log").open("wb")
-        self._process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=self._log)
         try:
-            until(self._listens, f"{self.kind} to listen", 10)
+            self._start()
         except BaseException:
             self.__exit__(None, None, None)
             raise
         return self
 
+    def _start(self) -> None:
+        root = unpacked()
+        program, config = str(root / "usr/sbin" / self.kind), str(self.directory / "config")
+        nginx = [program, "-c", config, "-p", str(self.directory)]
+        command = nginx if self.kind == "nginx" else [program, "-db", "-f", config]
+        libraries = [*root.glob("usr/lib/*-linux-gnu"), *root.glob("lib/*-linux-gnu")]
+        paths = [*map(str, libraries), *filter(None, [os.environ.get("LD_LIBRARY_PATH", "")])]
+        environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(paths)}
+        process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=self._log)
+        self._processes.append(process)
+        until(self._listens, f"{self.kind} to listen", 10)
+
+    def _listeners(self) -> int:
+        """Sockets that listen on its port: each process has its own."""
+        local = f":{self.port:04X} "
+        lines = Path("/proc/net/tcp").read_text().splitlines()
+        return sum(local in line and " 0A " in line for line in lines)
+
+    def reload(self) -> None:
+        """
+        Have a new HAProxy take the port over and the old one finish what it has, as its master does at a reload: it
+        ends its connections in good order (SIGUSR1, management.txt, "Stopping and restarting").
+        """
+        assert self.kind == "haproxy"
+        before = self._listeners()
+        self._start()
+        until(lambda: self._listeners() > before, "the new process to listen", 10)
+        self._processes[-2].send_signal(signal.SIGUSR1)
+
     def _listens(self) -> bool:
-        assert self._process is not None
-        if self._process.poll() is not None:
+        if self._processes[-1].poll() is not None:
             raise AssertionError(f"{self.kind} ended: {(self.directory / 'log').read_text()[-2000:]}")
         with socket.socket() as probe:
             return probe.connect_ex((HOST, self.port)) == 0
@@ -157,9 +176,9 @@ class Front:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait(20)
+        for process in self._processes:
+            process.kill()
+            process.wait(20)
         if self._log is not None:
             self._log.close()
         shutil.rmtree(self.directory, ignore_errors=True)

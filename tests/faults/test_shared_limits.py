@@ -159,3 +159,27 @@ def test_nginx_ends_connections_and_nobody_notices(more: str) -> None:
 
     with EtcdServer() as etcd, Front("nginx", etcd.endpoint, more) as before:
         run(scenario(etcd, before.endpoint))
+
+
+@pytest.mark.long
+def test_haproxy_is_reloaded_and_nobody_notices() -> None:
+    """The old process ends its connections in good order and keeps the streams that are open."""
+
+    async def scenario(etcd: EtcdServer, before: Front) -> None:
+        async with proxy_for(before.endpoint) as proxy, await RawClient.connect(proxy.port) as client:
+            streams = [(await open_watch(client, PREFIX, PREFIX_END, start), start) for start in (0, 1)]
+            leases = await keep_leases(client, 5)
+            for _ in range(3):
+                loading = asyncio.create_task(puts(client, 1_000, 20))
+                await asyncio.to_thread(before.reload)
+                assert await loading == []
+                streams.append((await open_watch(client, PREFIX, PREFIX_END, 1), 1))
+            async with straight(etcd.endpoint) as store:
+                last = await store.put(PREFIX + b"a", b"x")
+            await all_kept(streams, etcd.endpoint, last)
+            assert not any(lease.over for lease in leases)
+            assert proxy.engine.stats.upstream_broken == 0
+            await until_async(lambda: proxy.pool.rotated >= 3, "connections that ended")
+
+    with EtcdServer() as etcd, Front("haproxy", etcd.endpoint) as before:
+        run(scenario(etcd, before))
