@@ -19,6 +19,7 @@ that is overdue. Such a round, and one on a busy trunk, waits for progress that 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -141,40 +142,45 @@ class Notices:
             del self.watches[watch.variant]
         self.new.pop(watch, None)
 
-    def quiet(self) -> Iterator[Watch]:
-        """Walk those that had no event since the last round and can be given progress now; new ones may come twice.
+    def candidates(self) -> list[Watch]:
+        """Return those that may have had no event since the last round.
 
         What a group of watches in step was sent, all of its watches were sent: only those that are new may be quiet.
         """
         groups = self.trunk.fanout.groups
+        found: list[Watch] = []
         for variant, watches in self.watches.items():
             group = groups.get(variant)
             if group is None or group.sent_revision <= self.round_revision:
-                yield from filter(self._is_quiet, watches)
-        yield from filter(self._is_quiet, self.new)
+                found += watches
+            else:
+                found += [watch for watch in self.new if watch.variant == variant]
+        return found
 
-    def _is_quiet(self, watch: Watch) -> bool:
-        trunk = self.trunk
-        return (
-            watch.place is Place.IN_STEP
-            and watch.source is trunk
-            and watch.last_sent_revision <= max(self.round_revision, watch.noted_revision)
-            and watch.progress_floor < trunk.next_revision
-        )
+
+def _is_quiet(watch: Watch, round_revision: int) -> bool:
+    """Whether a watch had no event since a round, and can be given progress now."""
+    trunk = watch.trunk
+    return (
+        watch.place is Place.IN_STEP
+        and watch.source is trunk
+        and watch.last_sent_revision <= max(round_revision, watch.noted_revision)
+        and watch.progress_floor < trunk.next_revision
+    )
 
 
 class Notifying:
     """Rounds of progress over the watches that asked for it."""
 
-    __slots__ = ("_due", "_hub", "asking", "pace")
+    __slots__ = ("_hub", "_rounds", "asking", "pace")
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self.pace = Pace()
         # Those whose round waits for progress.
         self.asking: dict[Notices, None] = {}
-        # Watches of rounds that were too many for one step, and how far their trunk was at the round before.
-        self._due: dict[Watch, int] = {}
+        # Rounds that go on: the watches to come, and how far their trunk was at the round before.
+        self._rounds: deque[tuple[Iterator[Watch], int]] = deque()
 
     def began(self, watch: Watch) -> None:
         """Take note of a new watch."""
@@ -192,7 +198,6 @@ class Notifying:
         notices = watch.trunk.notices
         if notices is not None and watch.progress_notify:
             notices.remove(watch)
-            self._due.pop(watch, None)
             if not notices.watches:
                 self.asking.pop(notices, None)
                 self._hub.notices.stop(notices)
@@ -222,7 +227,7 @@ class Notifying:
 
     def next_deadline(self) -> float | None:
         """Return when something is to be done next."""
-        return self._hub.now if self._due else self._hub.notices.next_deadline()
+        return self._hub.now if self._rounds else self._hub.notices.next_deadline()
 
     def expire(self) -> None:
         """Go on with a round that was too large for one step, and see which ones are due."""
@@ -239,7 +244,7 @@ class Notifying:
         wanted_s = min(self._setting_s(), pace.seconds if busy else self._overdue_s())
         if trunk.opening or notices.round_at + wanted_s > hub.now:
             self._set_timer(notices)
-        elif next(notices.quiet(), None) is None:
+        elif not any(_is_quiet(watch, notices.round_revision) for watch in notices.candidates()):
             self._end_round(notices)
         elif busy and (not hub.ordered_progress or (notices.needs and hub.now > notices.asked_at)):
             self._round(notices)
@@ -267,8 +272,7 @@ class Notifying:
 
     def _round(self, notices: Notices) -> None:
         """Give progress to the quiet watches of a trunk."""
-        for watch in notices.quiet():
-            self._due[watch] = notices.round_revision
+        self._rounds.append((iter(notices.candidates()), notices.round_revision))
         self._end_round(notices)
         self._deliver()
 
@@ -295,27 +299,23 @@ class Notifying:
         hub.notices.start(notices, at)
 
     def _deliver(self) -> None:
-        """Send progress to those who are due, as many as one step may serve."""
-        _hub, due = self._hub, self._due
-        batch: list[Watch] = []
-        trunk: Trunk | None = None
-        for watch in list(islice(due, WATCHES_PER_STEP)):
-            before = due.pop(watch)
-            if watch.trunk is not trunk:
-                self._send(trunk, batch)
-                trunk, batch = watch.trunk, []
-            if (
-                watch.place is Place.IN_STEP
-                and watch.source is trunk
-                and watch.last_sent_revision <= max(before, watch.noted_revision)
-            ):
-                watch.progress_floor = trunk.next_revision - 1
-                batch.append(watch)
-        self._send(trunk, batch)
+        """Go on with the rounds, over as many watches as one step may look at."""
+        rounds, left = self._rounds, WATCHES_PER_STEP
+        while rounds and left:
+            coming, before = rounds[0]
+            watches = list(islice(coming, left))
+            if len(watches) < left:
+                rounds.popleft()
+            left -= len(watches)
+            self._send([watch for watch in watches if _is_quiet(watch, before)])
 
-    def _send(self, trunk: Trunk | None, watches: list[Watch]) -> None:
-        if trunk is not None and watches:
+    def _send(self, watches: list[Watch]) -> None:
+        """Give progress to watches of one trunk."""
+        if watches:
             hub = self._hub
+            revision = watches[0].trunk.next_revision - 1
+            for watch in watches:
+                watch.progress_floor = revision
             hub.stats.progress_notifies += len(watches)
             hub.stats.delivered += len(watches)
-            hub.effects.append(Deliver(Bookmark(hub.header_now(trunk.next_revision - 1)), watches))
+            hub.effects.append(Deliver(Bookmark(hub.header_now(revision)), watches))
