@@ -81,6 +81,20 @@ def test_clientv3_is_notified_at_the_interval_of_etcd(ways: tuple[str, str]) -> 
             assert revisions == sorted(revisions)
 
 
+def test_clientv3_is_answered_when_it_requests_progress() -> None:
+    """On a quiet key, where etcd answers itself; with writes elsewhere, whose revisions the answers reach."""
+    with EtcdServer() as etcd, ProxyProcess(etcd.endpoint) as proxy, ExitStack() as stack:
+        flags = ("--key=quiet", "--ask-progress=0.1")
+        watches = [stack.enter_context(Clientv3("watch", end, *flags)) for end in (etcd.endpoint, proxy.endpoint)]
+        for watch in watches:
+            watch.until(lambda line: line.get("created"), "created")
+        with Clientv3("load", etcd.endpoint, "--calls=20") as load:
+            load.wait()
+        for watch in watches:
+            watch.until(lambda line: line.get("progress") and line["revision"] == 21, "progress of all writes")
+            assert watch.events() == []
+
+
 def test_clientv3_gets_a_catch_up_with_fragments_in_one(ways: tuple[str, str]) -> None:
     with Clientv3("load", ways[0], "--calls=10", "--key=a", "--value-bytes=1000000") as load:
         load.wait()
