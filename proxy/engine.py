@@ -41,7 +41,8 @@ from coalesce.source import Upstream
 from proto.framing import Status
 from proto.scan import Header, WatchResponse
 from proxy import logs
-from proxy.deciding.questions import May, Now, Outcome
+from proxy.deciding.asking import May, Outcome
+from proxy.deciding.questions import Now
 from proxy.deciding.rollback import Asked
 from proxy.outlets import Order, Outlet, are_apart, order_of
 from proxy.reads import Reader
@@ -185,9 +186,10 @@ class Engine:
         """Give it the watch client that carries its trunks; the client in turn has the engine as its listener."""
         self._upstream = upstream
 
-    def has_no_leader(self) -> bool:
-        """Whether no endpoint of etcd has a leader, as far as is known; the loss of it is known from now on."""
-        self._client().watch_leader()
+    def has_no_leader(self, find_out: bool = True) -> bool:
+        """Whether no endpoint of etcd has a leader, as far as is known; `find_out`: its loss is known from now on."""
+        if find_out:
+            self._client().watch_leader()
         return self._client().leaderless
 
     def set_limits(self, limits: Limits) -> None:
@@ -225,6 +227,7 @@ class Engine:
         """A client's stream is gone."""
         # So that nothing of it is kept here.
         self._orders.clear()
+        self._reader.session_over(session)
         self._input(self.core.close, session)
 
     def drained(self, session: Session) -> None:
@@ -521,10 +524,9 @@ class Engine:
 
     def _end_session(self, effect: EndSession) -> None:
         self.stats.ended += 1
-        outlet: Outlet = effect.session.outlet  # type: ignore[assignment]  # as above
-        outlet.end(effect.status, effect.text)
+        effect.session.outlet.end(effect.status, effect.text)  # type: ignore[attr-defined]  # as above
 
-    def _end(self, session: Session, status: int, text: str) -> None:
+    def end_session(self, session: Session, status: int, text: str) -> None:
         """End a session for a reason that the core does not know."""
         outlet: Outlet = session.outlet  # type: ignore[assignment]  # as above
         outlet.end(status, text)
@@ -560,9 +562,8 @@ class Engine:
         self._reader.read(Now(read, told))
 
     def _check_permission(self, effect: CheckPermission) -> None:
-        core, create = self.core, effect.check
-        token = create.session.identity.token
-        if create.session.identity is INSIDE:
+        core, create, identity = self.core, effect.check, effect.check.session.identity
+        if identity is INSIDE:
             self._input(core.permission, create, None)
             return
 
@@ -570,7 +571,7 @@ class Engine:
             if core is self.core:
                 self._input(core.permission, create, outcome)
 
-        self._reader.check(May(Asked(token, create.key, create.range_end), create, told))
+        self._reader.check(May(Asked(identity.token, create.key, create.range_end), create, told))
 
     # what is read (the listener of `Reader`)
 
@@ -585,8 +586,8 @@ class Engine:
         return self._client().own_token
 
     def not_authorized(self, session: Session, refusal: Refusal) -> None:
-        """A session was let in while auth was off, or its right is gone since: it shall come again."""
-        self._end(session, Status.UNAVAILABLE, f"watchmux: not authorized any more: {refusal.text}")
+        """A session was let in while auth was off, or its right is gone since: it has to come again."""
+        self.end_session(session, Status.UNAVAILABLE, f"watchmux: not authorized any more: {refusal.text}")
 
     def went_back(self, header: Header) -> None:
         """The store is older than it was, or not the one it was."""

@@ -21,7 +21,7 @@ from proto.framing import Status
 from proto.http2 import Stream
 from proxy import logs
 from proxy.calls import Carrier, Handler, HandlerFactory, Headers, Refusal
-from proxy.deciding.questions import May, Outcome
+from proxy.deciding.asking import May, Outcome
 from proxy.deciding.rollback import Asked
 from proxy.reads import NOBODY, Reader
 from upstream.common_name import common_name

@@ -195,6 +195,9 @@ HTTP1: Final = {
 READS: Final = {
     "timeout_s": Row(_READS % "DEADLINE_EXCEEDED", f"{_LISTENER}test_reads_that_are_not_answered_in_time"),
     "probe_age_s_max": Row(NOTHING, "proxy/test_questions.py::test_that_auth_is_off_is_believed_for_a_while"),
+    "checks_in_flight_max": Row(
+        "watchmux_checks_waiting", "proxy/test_checks.py::test_calls_in_flight_are_bounded_and_tokens_take_turns"
+    ),
 }
 
 CONNECTION: Final = {

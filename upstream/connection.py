@@ -42,6 +42,7 @@ from proto.http2.frames import FRAME_HEADER_BYTES
 from upstream.endpoints import Endpoint
 from upstream.errors import Unreachable, closed_early, explain_connect, not_http2
 from upstream.heads import STATUS_OF_RESET, number, status_of
+from upstream.owing import Owing
 from upstream.settings import ConnectionSettings
 from upstream.transport import open_transport
 
@@ -177,6 +178,7 @@ class ClientConnection(asyncio.Protocol):
         self.ready: asyncio.Future[None] = loop.create_future()
         limits = Limits(initial_window=settings.stream_window_bytes, connection_window=settings.connection_window_bytes)
         self.http2 = Connection(Role.CLIENT, limits.with_floods_at(settings.useless_frames_max))
+        self.owing = Owing(self.http2.streams)
         self._settings = settings
         self._loop = loop
         self._transport: asyncio.Transport | None = None
@@ -217,6 +219,7 @@ class ClientConnection(asyncio.Protocol):
         if self._over:
             return
         self._heard_at = self._loop.time()
+        self.owing.since = None
         # Not by comparing times: on a fast network the answer comes in the same tick of the loop's clock.
         self._pinged_at = None
         if self._first is not None:
@@ -299,6 +302,7 @@ class ClientConnection(asyncio.Protocol):
             raise NotSent(str(error) or type(error).__name__) from None
         call = UpstreamCall(self, stream, handler)
         stream.owner = call
+        self.owing.asked(self._loop.time())
         self._schedule_flush()
         if stream.id >= _STREAM_ID_WORN:
             self.ended_well = True

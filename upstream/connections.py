@@ -124,6 +124,10 @@ class Connections:
         """Calls open on all of them."""
         return sum(connection.open_calls for connection in self)
 
+    def owes_answer(self, now: float) -> bool:
+        """The server at the other end may hang; see `owing`."""
+        return any(connection.owing.owes(now) for connection in self._open)
+
     def pick(self, own: bool = False) -> ClientConnection | None:
         """
         Return a connection with a place for a call; None when there is none now, then `on_change` tells when to ask

@@ -18,6 +18,8 @@ from proto.framing import Status
 NO_LEADER_TEXT = "etcdserver: no leader"
 """What etcd says, with UNAVAILABLE, to a call that asked for a leader when there is none (api/v3rpc/rpctypes)."""
 
+LEARNER_TEXT = "etcdserver: rpc not supported for learner"
+"""What a learner refuses most calls with: UNAVAILABLE up to 3.5, FAILED_PRECONDITION from 3.6."""
 
 _STATUSES: Final = frozenset(Status)
 

@@ -19,13 +19,10 @@ from google.protobuf.message import DecodeError
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from upstream.connection import ClientConnection, NotSent
-from upstream.errors import NO_LEADER_TEXT, CallFailed
+from upstream.errors import LEARNER_TEXT, NO_LEADER_TEXT, CallFailed
 from upstream.unary import call_unary
 
 STATUS_PATH: Final = "/etcdserverpb.Maintenance/Status"
-
-LEARNER_TEXT: Final = "etcdserver: rpc not supported for learner"
-"""What a learner refuses most calls with: UNAVAILABLE up to 3.5, FAILED_PRECONDITION from 3.6."""
 
 _REFUSED_BEFORE: Final = frozenset({LEARNER_TEXT, NO_LEADER_TEXT})
 _SUSPICIOUS: Final = frozenset({*_REFUSED_BEFORE, "etcdserver: request timed out", "etcdserver: leader changed"})

@@ -13,18 +13,19 @@ import asyncio
 import ssl
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from proto.framing import Status
-from proto.http2 import Headers
-from upstream.connection import ClientConnection, NotSent, connect
+from upstream.connection import ClientConnection, connect
 from upstream.connections import full_text
 from upstream.endpoints import Endpoint
-from upstream.errors import NO_LEADER_TEXT, CallFailed, Log, Silence, Unreachable
+from upstream.errors import CallFailed, Log, Silence, Unreachable
 from upstream.fitness import Fitness, is_refused_unserved, is_suspicious
+from upstream.hedged import HedgedCall, Hedging, Request
 from upstream.settings import CONNECTION_LIMITS, ConnectionSettings, Settings
 from upstream.slot import Slot
-from upstream.unary import HAS_LEADER, Metadata, NotProcessed, call_unary
+from upstream.unary import HAS_LEADER, Answer, Metadata, settle
 
 
 class EndpointState(NamedTuple):
@@ -51,8 +52,12 @@ class Pool:
         self._slots = [self._slot(endpoint) for endpoint in endpoints]
         # Those that get calls, as of the last change.
         self._serving: list[Slot] = []
-        # Which of them `pick` looks at first.
+        # Which of them `pick` looks at first, and which `own_endpoints` names first.
         self._next = 0
+        self._next_own = 0
+        self._hedging = Hedging()
+        # Calls of our own that wait for a connection.
+        self._starting: set[asyncio.Task[None]] = set()
         self._listeners: list[Callable[[], None]] = []
         # Endpoints that have left, kept for the calls that were open there.
         self._retired: list[Slot] = []
@@ -102,6 +107,8 @@ class Pool:
 
     async def stop(self) -> None:
         """Close all connections; calls on them end UNAVAILABLE."""
+        for waiting in self._starting:
+            waiting.cancel()
         await asyncio.gather(*(slot.stop() for slot in (*self._slots, *self._retired)))
         self._retired.clear()
         self.changed()
@@ -110,15 +117,46 @@ class Pool:
         """
         Return a connection that takes a call, of the next endpoint in turn; None when there is none now.
 
-        `own`: the call is the proxy's own, for which some places are kept.
+        An endpoint that owes an answer is taken only when all do: its etcd may hang. `own`: the call is the proxy's
+        own, for which some places are kept.
         """
         slots = self._serving
-        for step in range(len(slots)):
-            index = (self._next + step) % len(slots)
-            connections = slots[index].connections
-            if connections is not None and (connection := connections.pick(own)) is not None:
-                self._next = index + 1
-                return connection
+        count = len(slots)
+        now = asyncio.get_running_loop().time() if count > 1 else 0.0
+        for hanging in (False, True):
+            for step in range(count):
+                index = (self._next + step) % count
+                connections = slots[index].connections
+                if connections is None or (count > 1 and connections.owes_answer(now) is not hanging):
+                    continue
+                if (connection := connections.pick(own)) is not None:
+                    self._next = index + 1
+                    return connection
+            if count < 2:
+                return None
+        return None
+
+    def own_endpoints(self) -> list[str]:
+        """
+        Return the endpoints that a call of our own may be sent to, in the order in which they are tried.
+
+        Those that serve come first, in turn; then those that owe an answer, and those that do not serve.
+        """
+        now = asyncio.get_running_loop().time()
+        serving = self._serving
+        first = self._next_own % len(serving) if serving else 0
+        self._next_own = first + 1
+        serving = serving[first:] + serving[:first]
+        hangs = {slot: slot.connections is not None and slot.connections.owes_answer(now) for slot in serving}
+        serving.sort(key=lambda slot: hangs[slot])
+        others = [slot for slot in self._slots if slot not in hangs]
+        return [slot.endpoint.text for slot in (*serving, *others) if slot.connections is not None]
+
+    def pick_at(self, endpoint: str) -> ClientConnection | None:
+        """Return a connection to this endpoint that takes a call of our own; None when there is none now."""
+        for slot in self._slots:
+            if slot.endpoint.text == endpoint and slot.connections is not None:
+                return slot.connections.pick(own=True)
         return None
 
     def answered(self, connection: ClientConnection, status: int, text: str) -> bool:
@@ -140,6 +178,11 @@ class Pool:
             EndpointState(slot.endpoint.text, slot.connections is not None, str(slot.failure or slot.fitness.value))
             for slot in self._slots
         ]
+
+    @property
+    def hedged(self) -> int:
+        """Calls of our own that were sent to one more endpoint because an answer was late."""
+        return self._hedging.hedged
 
     @property
     def down(self) -> Unreachable | None:
@@ -193,6 +236,45 @@ class Pool:
         except TimeoutError:
             raise CallFailed(Status.DEADLINE_EXCEEDED, f"no connection to an etcd in {timeout_s:g} s") from None
 
+    def ask(
+        self,
+        path: str,
+        message: bytes,
+        metadata: Metadata,
+        timeout_s: float,
+        told: Callable[[Answer | CallFailed], None],
+        *,
+        has_leader: bool = False,
+    ) -> HedgedCall:
+        """
+        Make an idempotent call with one message each way; `told` gets the outcome, or nothing after `cancel`.
+
+        Each endpoint that works gets it once, by name: the next one when an answer is late, or a failure that is not
+        the request's own (see `upstream.hedged`). The first one gets it before this returns, if one is connected. With
+        `has_leader` a server without a leader refuses it at once. It fails with the status of an answer, UNAVAILABLE
+        when no endpoint works ("no leader" only if each one said so), DEADLINE_EXCEEDED after `timeout_s` seconds.
+        """
+        if has_leader:
+            metadata = [*metadata, HAS_LEADER]
+        request = Request(path, message, metadata, self._settings.unary_message_bytes_max)
+        call = HedgedCall(self, self._hedging, request, asyncio.get_running_loop().time() + timeout_s, told)
+        call.start()
+        return call
+
+    def start_later(self, call: HedgedCall) -> None:
+        """Start a call as soon as an endpoint takes it."""
+        waiting = asyncio.get_running_loop().create_task(self._start_later(call))
+        self._starting.add(waiting)
+        waiting.add_done_callback(self._starting.discard)
+
+    async def _start_later(self, call: HedgedCall) -> None:
+        try:
+            await self.wait_available(call.deadline - asyncio.get_running_loop().time(), own=True)
+        except CallFailed as failed:
+            call.finish(failed)
+        else:
+            call.start()
+
     async def unary(
         self,
         path: str,
@@ -201,50 +283,14 @@ class Pool:
         timeout_s: float = 10.0,
         *,
         has_leader: bool = False,
-        idempotent: bool = False,
-    ) -> tuple[bytes, Headers]:
-        """
-        Make a call with one message each way and return the answer's message and trailers.
-
-        What no server has looked at is tried on the next endpoint; with `has_leader` also what a server without a
-        leader refused; with `idempotent` also what a server failed to answer. Raises CallFailed with the status of
-        the answer, UNAVAILABLE when no endpoint works, DEADLINE_EXCEEDED after `timeout_s` seconds.
-        """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
-        if has_leader:
-            metadata = [*metadata, HAS_LEADER]
-        tries_left = max(len(self._slots), 2)
-        while True:
-            connection = await self.wait_available(deadline - loop.time(), own=True)
-            tries_left -= 1
-            try:
-                return await call_unary(
-                    connection,
-                    path,
-                    message,
-                    metadata,
-                    max(deadline - loop.time(), 0.001),
-                    self._settings.unary_message_bytes_max,
-                )
-            except NotSent as error:
-                if not tries_left:
-                    raise CallFailed(Status.UNAVAILABLE, str(error)) from None
-            except CallFailed as error:
-                unserved = self.answered(connection, error.status, error.text)
-                again = (
-                    unserved
-                    or isinstance(error, NotProcessed)
-                    or (
-                        error.status == Status.UNAVAILABLE
-                        and (idempotent or (has_leader and error.text == NO_LEADER_TEXT))
-                    )
-                )
-                if isinstance(error, NotProcessed) and error.rotated:
-                    # The connection has done its part; that is no failure of the endpoint.
-                    tries_left += 1
-                if not tries_left or not again:
-                    raise
+    ) -> Answer:
+        """Make a call as `ask` does, and return the answer's message and trailers. Raises CallFailed."""
+        done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        call = self.ask(path, message, metadata, timeout_s, partial(settle, done), has_leader=has_leader)
+        try:
+            return await done
+        finally:
+            call.cancel()
 
     # For the slots.
 

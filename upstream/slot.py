@@ -10,8 +10,8 @@ from typing import Final, Protocol
 from upstream.connection import ClientConnection, after
 from upstream.connections import Connections
 from upstream.endpoints import Backoff, Endpoint
-from upstream.errors import NO_LEADER_TEXT, Log, Unreachable
-from upstream.fitness import LEARNER_TEXT, Fitness, read_fitness
+from upstream.errors import LEARNER_TEXT, NO_LEADER_TEXT, Log, Unreachable
+from upstream.fitness import Fitness, read_fitness
 from upstream.settings import ConnectionSettings, Settings
 
 # A member that does not serve is asked again after so long, and a new one has so long to say whether it does.

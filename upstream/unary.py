@@ -1,13 +1,14 @@
 """
 Calls with one message each way, on a given connection.
 
-For the few calls of our own (version, reads, permission checks). They are not on a hot path; each costs one future.
+For the calls of our own (version, reads, permission checks).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from proto.framing import FramingError, Status, Unframer, encode_timeout, frame
@@ -21,8 +22,8 @@ Metadata = Sequence[tuple[bytes, bytes]]
 HAS_LEADER: Final = (b"hasleader", b"true")
 """Metadata that makes etcd refuse a call at once when it has no leader."""
 
-# How much longer than the deadline that the server was told we wait for its answer.
-_GRACE_S: Final = 0.25
+GRACE_S: Final = 0.25
+"""How much longer than the deadline that the server was told we wait for its answer."""
 
 
 class NotProcessed(CallFailed):
@@ -37,12 +38,18 @@ class NotProcessed(CallFailed):
         self.rotated = rotated
 
 
-class _UnaryCall:
-    """The handler of one call."""
+Answer = tuple[bytes, Headers]
+"""The answer's message and trailers."""
 
-    def __init__(self, message_bytes_max: int) -> None:
+
+class UnaryCall:
+    """The handler of one call. Made by `start_unary`."""
+
+    __slots__ = ("_messages", "_told", "_unframer", "call")
+
+    def __init__(self, told: Callable[[Answer | CallFailed], None], message_bytes_max: int) -> None:
         self.call: UpstreamCall | None = None
-        self.done: asyncio.Future[tuple[bytes, Headers]] = asyncio.get_running_loop().create_future()
+        self._told: Callable[[Answer | CallFailed], None] | None = told
         self._unframer = Unframer(message_bytes_max)
         self._messages: list[bytes] = []
 
@@ -50,7 +57,8 @@ class _UnaryCall:
         pass
 
     def on_data(self, data: bytes, flow_size: int) -> None:
-        assert self.call is not None
+        if self.call is None:
+            return
         self.call.consumed(flow_size)
         if self.call.http_status != 200:
             return
@@ -58,26 +66,68 @@ class _UnaryCall:
             self._messages += self._unframer.feed(data)
         except FramingError as error:
             self.call.reset()
-            self._fail(CallFailed(error.code, error.text))
+            self._finish(CallFailed(error.code, error.text))
 
     def on_drained(self) -> None:
         pass
 
     def on_end(self, status: int, message: str, trailers: Headers) -> None:
-        assert self.call is not None
         if status != Status.OK:
-            if self.call.unprocessed:
-                self._fail(NotProcessed(status, message, self.call.rotated))
+            if self.call is not None and self.call.unprocessed:
+                self._finish(NotProcessed(status, message, self.call.rotated))
             else:
-                self._fail(CallFailed(status, message))
+                self._finish(CallFailed(status, message))
         elif len(self._messages) != 1 or self._unframer.pending:
-            self._fail(CallFailed(Status.INTERNAL, "the server did not answer with one message"))
-        elif not self.done.done():
-            self.done.set_result((self._messages[0], trailers))
+            self._finish(CallFailed(Status.INTERNAL, "the server did not answer with one message"))
+        else:
+            self._finish((self._messages[0], trailers))
 
-    def _fail(self, error: CallFailed) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
+    def give_up(self) -> None:
+        """End the call, if it has not; nothing follows."""
+        self._told = None
+        # The call holds its handler: the two would wait for a garbage collection.
+        call, self.call = self.call, None
+        if call is not None:
+            call.reset()
+
+    def _finish(self, outcome: Answer | CallFailed) -> None:
+        told = self._told
+        self.give_up()
+        if told is not None:
+            told(outcome)
+
+
+def start_unary(
+    connection: ClientConnection,
+    path: str,
+    message: bytes,
+    metadata: Metadata,
+    timeout_s: float | None,
+    message_bytes_max: int,
+    told: Callable[[Answer | CallFailed], None],
+) -> UnaryCall:
+    """
+    Send a call; `told` gets its outcome, once, never from inside of this. `timeout_s` is only sent to the server.
+
+    Raises NotSent when the connection takes no calls.
+    """
+    timeout = None if timeout_s is None else encode_timeout(timeout_s)
+    unary = UnaryCall(told, message_bytes_max)
+    headers = request_headers(connection, path.encode("ascii"), metadata, timeout)
+    unary.call = call = connection.request(headers, unary)
+    framed = frame(message)
+    call.write((framed,), len(framed), end=True)
+    return unary
+
+
+def settle(future: asyncio.Future[Answer], outcome: Answer | CallFailed) -> None:
+    """Give a future the outcome of a call, if it still waits for one."""
+    if future.done():
+        return
+    if isinstance(outcome, CallFailed):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
 
 
 async def call_unary(
@@ -87,25 +137,20 @@ async def call_unary(
     metadata: Metadata = (),
     timeout_s: float | None = None,
     message_bytes_max: int = 64 << 20,
-) -> tuple[bytes, Headers]:
+) -> Answer:
     """
     Call `path` (such as `/etcdserverpb.KV/Range`) and return the answer's message and trailers.
 
     Raises CallFailed with the status of the answer, DEADLINE_EXCEEDED after `timeout_s` seconds; NotProcessed when
     it can safely be sent again; NotSent when the connection takes no calls.
     """
-    timeout = None if timeout_s is None else encode_timeout(timeout_s)
-    unary = _UnaryCall(message_bytes_max)
-    headers = request_headers(connection, path.encode("ascii"), metadata, timeout)
-    unary.call = call = connection.request(headers, unary)
-    framed = frame(message)
-    call.write((framed,), len(framed), end=True)
+    done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+    told = partial(settle, done)
+    unary = start_unary(connection, path, message, metadata, timeout_s, message_bytes_max, told)
     try:
-        async with asyncio.timeout(None if timeout_s is None else timeout_s + _GRACE_S):
-            return await unary.done
+        async with asyncio.timeout(None if timeout_s is None else timeout_s + GRACE_S):
+            return await done
     except TimeoutError:
         raise CallFailed(Status.DEADLINE_EXCEEDED, f"no answer in {timeout_s:g} s") from None
     finally:
-        call.reset()
-        # The call holds its handler: the two would wait for a garbage collection.
-        unary.call = None
+        unary.give_up()

@@ -35,6 +35,7 @@ GAUGES = {
     "resend_bytes": "Bytes of passed-through requests kept until their answers begin, to be sent again.",
     "partial_bytes": "Bytes of messages that are not whole yet, in calls that are translated.",
     "calls_waiting": "Passed-through calls that wait for a connection to etcd now.",
+    "checks_waiting": "Permission checks that are not answered yet, those in flight included.",
     "upstream_streams": "Watch streams open at etcd now, those that wait for a place included.",
     "upstream_streams_waiting": "Watch streams that wait now because etcd allows no more on all connections.",
     "upstream_connections": "Connections to etcd that take calls or watches now.",
@@ -86,6 +87,7 @@ COUNTERS = {
     "core_failures_total": "Times the core failed by a bug: every watch stream was ended, and it began anew.",
     "probes_total": "Watches of the proxy through itself.",
     "probes_failed_total": "Watches of the proxy through itself that were not answered; three in a row: it hangs.",
+    "reads_hedged_total": "Reads and checks sent to one more endpoint because an answer was late.",
     "store_went_back_total": "Times etcd was found to have another history than before: restored or replaced.",
 }
 """Fields of a snapshot that are counters, with what they mean."""

@@ -112,6 +112,8 @@ class Snapshot(msgspec.Struct, kw_only=True):
     upstream_resumed_total: int = 0
     store_went_back_total: int = 0
     upstream_reads_total: int = 0
+    reads_hedged_total: int = 0
+    checks_waiting: int = 0
     reads_failed_total: dict[str, int] = {}
     """Those that etcd did not answer with OK, by the status."""
     upstream_connections: int = 0
@@ -247,7 +249,9 @@ class Source:
         snapshot.upstream_received_bytes_total = upstream.received_bytes
         snapshot.upstream_reads_total = self._proxy.reader.reads
         snapshot.reads_failed_total = dict(self._proxy.reader.failed)
+        snapshot.checks_waiting = self._proxy.reader.checks_waiting
         pool = self._proxy.pool
+        snapshot.reads_hedged_total = pool.hedged
         snapshot.upstream_connections = pool.connection_count + upstream.connection_count
         snapshot.upstream_rotated_total = pool.rotated + upstream.rotated
         snapshot.upstream_streams_waiting = upstream.streams_waiting

@@ -11,7 +11,8 @@ from coalesce.inputs import Granted, Identity
 from coalesce.limits import Limits
 from proto.framing import Status
 from proto.scan import Header
-from proxy.deciding.questions import NO_RIGHT, Ask, May, Now, Questions, SendAway, Tell
+from proxy.deciding.asking import Ask, May, SendAway, Tell, WentBack
+from proxy.deciding.questions import NO_RIGHT, Now, Questions
 from proxy.deciding.rollback import Asked
 from proxy.engine import Engine
 
@@ -50,7 +51,8 @@ class FakeReader:
     def __init__(self) -> None:
         self.header = HEADER
         self.linearizable = True
-        self.reads: list[Asked] = []
+        self.reads: list[tuple[Any, ...]] = []
+        """Of each call the token, and the ranges' keys and ends."""
         self.refuses: set[bytes | None] = set()
         self.questions = Questions(1.0)
         self.listener: Any = None
@@ -64,6 +66,9 @@ class FakeReader:
         assert may.told is not None
         may.told(Granted(HEADER))
 
+    def session_over(self, session: Any) -> None:
+        self.questions.session_over(session)
+
     def connected(self, watches: Any) -> None:
         self.questions.connected()
         self.do(self.questions.prove(self.listener.own_token, watches))
@@ -75,10 +80,10 @@ class FakeReader:
         for effect in effects:
             if isinstance(effect, Ask):
                 call = effect.call
-                self.reads.append(call.asked)
+                self.reads.append((call.token, *(part for each in call.ranges for part in each)))
                 self.questions.begin(call, self.listener.newest_revision, 0.0)
                 call.linearizable = self.linearizable
-                if call.asked == NO_RIGHT or call.asked.token not in self.refuses:
+                if call.ranges == NO_RIGHT or call.token not in self.refuses:
                     self.do(self.questions.answered(call, self.header))
                 else:
                     self.do(self.questions.failed(call, Status.PERMISSION_DENIED, "no"))
@@ -87,7 +92,7 @@ class FakeReader:
                 effect.question.told(effect.outcome)
             elif isinstance(effect, SendAway):
                 self.listener.not_authorized(effect.session, effect.refusal)
-            else:
+            elif isinstance(effect, WentBack):
                 self.listener.went_back(effect.header)
 
     def stop(self) -> None:

@@ -26,8 +26,6 @@ from coalesce.effects import (
 )
 from coalesce.inputs import Granted, Identity
 from proto.scan import Header
-from proxy.deciding.questions import NO_RIGHT
-from proxy.deciding.rollback import Asked
 from proxy.engine import BULKY_BYTES, RUN_WATCHES_MIN, TURN_BYTES
 from tests.proxy.engine_rig import HEADER, SPOKEN, TRUNK, FakeOutlet, Rig, payload_of, watch_of
 from tests.proxy.scenario import run
@@ -60,12 +58,13 @@ def test_by_whose_right_a_read_is_refused_is_ended() -> None:
             create.key, create.range_end = b"k", b""
             create.session.identity = Identity(token)
         read: Any = SimpleNamespace(waiting=creates)
+        rig.reader.questions.auth_on = True
         rig.reader.refuses = {None, b"old"}
         # As the core does at `close`.
         outlets[1].on_end = lambda: setattr(creates[1].session, "ended", True)
         rig.script("create", ReadRevision(read))
         rig.engine.create(creates[0].session, None)  # type: ignore[arg-type]
-        assert [asked.token for asked in rig.reader.reads] == [b"old", b"good"]
+        assert [asked[0] for asked in rig.reader.reads] == [b"old", b"good"]
         assert [len(outlet.ends) for outlet in outlets] == [0, 1, 0]
         assert rig.core.names() == ["create", "close", "revision_read"]
         # Whoever is refused anyway needs no right to be told so.
@@ -73,7 +72,7 @@ def test_by_whose_right_a_read_is_refused_is_ended() -> None:
         creates[0].session.ended = True
         rig.script("create", ReadRevision(read))
         rig.engine.create(creates[0].session, None)  # type: ignore[arg-type]
-        assert rig.reader.reads[-1] == NO_RIGHT
+        assert rig.reader.reads[-1] == (None,)
 
     run(scenario())
 
@@ -396,7 +395,7 @@ def test_only_a_linearizable_read_tells_that_the_store_went_back(revision: int, 
         rig.upstream.newest_revision = 9
         rig.reader.header, rig.reader.linearizable = Header.make(1, 2, revision, 4), linearizable
         rig.engine.resumed()
-        assert rig.reader.reads == [Asked(b"t", b"k", b"l")]
+        assert rig.reader.reads == [(b"t", b"k", b"l")]
         assert ("other_history" in rig.core.names()) is back
         assert (("went back", 8) in rig.upstream.told) is back
         assert rig.engine.stats.went_back == back

@@ -14,8 +14,7 @@ from tests.proxy.raw_client import RawClient
 from tests.proxy.test_passthrough import PUT, Running, passing
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.waiting import until_async
-from upstream.errors import NO_LEADER_TEXT
-from upstream.fitness import LEARNER_TEXT
+from upstream.errors import LEARNER_TEXT, NO_LEADER_TEXT
 
 RANGE = "/etcdserverpb.KV/Range"
 WRITES = (PUT, "/etcdserverpb.Lease/LeaseGrant", "/etcdserverpb.Lock/Lock", "/no.Such/Method")

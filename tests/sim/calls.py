@@ -1,7 +1,8 @@
 """The simulated reads: what the engine asks etcd beside the watches, decided by `proxy/deciding/questions.py`.
 
-A call is on its way until a move answers it: in any order, late, never in time, refused, by a member that lags, or by
-the store as it was before it was restored.
+A call goes to one member after the other, as `upstream/attempts.py` decides, until a move answers it: in any order,
+late, never in time, refused, by a member that lags, or by the store as it was before it was restored. A member that is
+cut off has no leader, and one that is held still never answers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from proto.scan import Header
+from proxy.deciding.rollback import Asked
 from tests.sim.failure import SimulationFailure
 from tests.sim.model_stream import header_of
 from tests.sim.parts import Parts
@@ -24,13 +26,19 @@ _REFUSAL = re.compile(r"rpc error: code = (\w+) desc = (.*)")
 # Nobody answered in time, or nobody was there.
 _FAILURES = ((4, "the call took too long"), (14, "connection refused"), (13, "it cannot be read"))
 _NO_LEADER = "etcdserver: no leader"
+TOO_LARGE = "grpc: received message larger than max (2 vs. 1)"
+_ANSWERS_MAX = 10_000
+POISON = b"poison"
+"""A key that etcd finds too large to be asked about."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sent:
     """A call on its way."""
 
     call: Any
+    # The members that have it, by name.
+    attempts: Any
     # The store's revision when it left; a linearizable answer is not below.
     began_at: int
     # What a store answered that is no more.
@@ -54,7 +62,7 @@ class Calls:
 
     def check(self, create: Any) -> None:
         """Find out whether a client may watch a range."""
-        asked = self._parts.questions.Asked(create.session.identity.token, create.key, create.range_end)
+        asked = Asked(create.session.identity.token, create.key, create.range_end)
         self._do(self.questions.check(self._parts.questions.May(asked, create), self._world.now))
 
     def connected(self) -> None:
@@ -70,7 +78,7 @@ class Calls:
     def restored(self, revision: int, old_revision: int | None, rng: random.Random) -> None:
         """The store was restored; some calls have been answered by the old one (None: by none), the others will be."""
         for sent in self.sent:
-            if old_revision is None or sent.answer is not None or self._refusal(sent.call.asked):
+            if old_revision is None or sent.answer is not None or self._refusal(sent.call):
                 pass
             elif rng.random() < 0.5:
                 sent.answer = header_of(self._world.members[0].member_id, rng.randint(sent.began_at, old_revision))
@@ -79,48 +87,103 @@ class Calls:
     def prove_at_once(self) -> None:
         """Read before anybody writes."""
         questions = self._parts.questions
-        call = questions.Call(questions.Proof(self.questions.rollback), questions.Asked())
+        call = questions.Call.by(questions.Proof(self.questions.rollback), Asked())
         self.questions.begin(call, self._world.upstream.state.newest_revision, self._world.now)
         self._do(self.questions.answered(call, self._header(self._world.store.revision)))
 
     def answer_one(self, rng: random.Random) -> None:
-        """Answer a call that is on its way."""
+        """Something happens to a call that is on its way, at one of the members that have it."""
         world = self._world
-        sent = self.sent.pop(rng.randrange(len(self.sent)))
+        sent = rng.choice(self.sent)
         call = sent.call
         if sent.answer is not None:
-            self._do(self.questions.answered(call, sent.answer))
+            self._answered(sent, sent.answer)
             return
-        refusal = self._refusal(call.asked)
-        if rng.random() < world.config.failing_reads:
+        name = rng.choice(sorted(sent.attempts.open))
+        member = next(each for each in world.members if str(each.member_id) == name)
+        if sent.attempts.left and (member.member_id in world.still or rng.random() < 0.1):
+            # The answer is late.
+            sent.attempts.next()
+        elif member.member_id in world.still:
+            self._failed(sent, name, 4, "the call took too long")
+        elif rng.random() < world.config.failing_reads:
             world.count("failed reads")
-            self._do(self.questions.failed(call, *rng.choice(_FAILURES)))
-        elif call.linearizable and not world.store.has_quorum:
-            self._do(self.questions.failed(call, 14, _NO_LEADER))
-        elif refusal:
+            self._failed(sent, name, *rng.choice(_FAILURES))
+        elif call.linearizable and call.ranges != self._parts.questions.NO_RIGHT and not world.has_leader(member):
+            self._failed(sent, name, 14, _NO_LEADER)
+        elif any(key == POISON for key, _ in call.ranges):
+            self._failed(sent, name, 8, TOO_LARGE)
+        elif refusal := self._refusal(call):
             code, text = _REFUSAL.fullmatch(refusal).groups()  # type: ignore[union-attr]  # all of them have this form
-            self._do(self.questions.failed(call, _STATUS[code], text))
-        elif call.asked == self._parts.questions.NO_RIGHT or not call.linearizable:
-            self._do(self.questions.answered(call, self._header(rng.choice(world.members).revision)))
+            self._failed(sent, name, _STATUS[code], text)
+        elif not call.linearizable or call.ranges == self._parts.questions.NO_RIGHT:
+            if call.token is not None and type(call.question).__name__ == "Batch":
+                raise SimulationFailure("one member alone decides about a permission")
+            self._answered(sent, self._header(member.revision))
         else:
             revision = rng.choice((sent.began_at, rng.randint(sent.began_at, world.store.revision)))
-            self._do(self.questions.answered(call, self._header(revision)))
+            self._answered(sent, self._header(revision))
 
     def again(self, rng: random.Random) -> None:
         """Make a call again that has failed."""
-        self._do(self.questions.again(self.waiting.pop(rng.randrange(len(self.waiting)))))
+        call = rng.choice(self._repeatable())
+        self.waiting.remove(call)
+        self._do(self.questions.again(call))
+
+    @property
+    def may_go_on(self) -> bool:
+        """A call that has failed may be made again with success."""
+        return bool(self._repeatable())
 
     def answer_checks(self, rng: random.Random) -> None:
         """Answer all permission checks that wait, and what they wait for."""
-        while any(type(sent.call.question).__name__ in ("May", "Probe") for sent in self.sent):
+        for _ in range(_ANSWERS_MAX):
+            if not any(type(sent.call.question).__name__ in ("Batch", "Probe") for sent in self.sent):
+                return
             self.answer_one(rng)
+        raise SimulationFailure("checks go round in circles")
 
-    def _refusal(self, asked: Any) -> str:
-        anybody = asked == self._parts.questions.NO_RIGHT
-        return "" if anybody else self._world.permissions.refusal(*asked)
+    def _repeatable(self) -> list[Any]:
+        """Without a leader only what one member can answer comes to an end; the rest waits for time to pass."""
+        world = self._world
+        if world.store.has_quorum:
+            return self.waiting
+        if world.still and not world.upstream.choice.leaderless:
+            # The member that is held still may have one, as far as is known.
+            return []
+        return [call for call in self.waiting if type(call.question).__name__ in ("Now", "Probe")]
+
+    def _answered(self, sent: Sent, header: Header) -> None:
+        self.sent.remove(sent)
+        self._do(self.questions.answered(sent.call, header))
+
+    def _failed(self, sent: Sent, name: str, status: int, text: str) -> None:
+        failure = sent.attempts.failed(name, status, text)
+        if failure is None:
+            sent.attempts.next()
+            return
+        world = self._world
+        self.sent.remove(sent)
+        # Without a watch it is a call of the watch client's own that finds out (upstream/watching/leader.py).
+        leaderless = world.upstream.choice.leaderless or (failure.text == _NO_LEADER and not world.open_upstreams)
+        self._do(self.questions.failed(sent.call, *failure, leaderless=leaderless))
+
+    def _refusal(self, call: Any) -> str:
+        permissions = self._world.permissions
+        refusals = [permissions.refusal(call.token, *each) for each in call.ranges]
+        return next(filter(None, refusals), "")
 
     def _header(self, revision: int) -> Header:
         return header_of(self._world.members[0].member_id, revision)
+
+    def _begin(self, call: Any) -> None:
+        world = self._world
+        self.questions.begin(call, world.upstream.state.newest_revision, world.now)
+        names = [str(member.member_id) for member in world.members]
+        world.rng.shuffle(names)
+        sent = Sent(call, self._parts.attempts.Attempts(names), world.store.revision)
+        sent.attempts.next()
+        self.sent.append(sent)
 
     def _do(self, effects: list[Any]) -> None:
         world = self._world
@@ -129,12 +192,13 @@ class Calls:
             if kind == "Ask" and effect.later:
                 self.waiting.append(effect.call)
             elif kind == "Ask":
-                self.questions.begin(effect.call, world.upstream.state.newest_revision, world.now)
-                self.sent.append(Sent(effect.call, world.store.revision))
+                self._begin(effect.call)
             elif kind == "Tell":
                 self._tell(effect.question, effect.outcome)
             elif kind == "SendAway":
                 world.send_away(effect.session, f"watchmux: not authorized any more: {effect.refusal.text}")
+            elif kind == "EndSession":
+                world.send_away(effect.session, effect.text, effect.status)
             elif kind == "WentBack":
                 world.went_back(effect.header)
             else:

@@ -212,6 +212,8 @@ class SimSession:
     # Whether the proxy knows by now that the store was restored, if it was.
     noticed: Callable[[], bool] = lambda: True
     core: Any = None
+    # It has asked for a key that etcd finds too large.
+    poisoned: bool = False
     stalled: bool = False
     # The input during which it stalled, when that was, and the ids that had a watch then.
     stalled_input: int = 0
@@ -343,6 +345,7 @@ class SimSession:
         self.ended = (status, text)
         because = [LOST, "behind for more than"] + ["requests wait on one watch stream"] * self.narrow
         because += [NO_LEADER] if has_leader else []
+        because += ["larger than max"] if self.poisoned else []
         # A token that is refused for good ends its own sessions, and no other's.
         because += ["etcdserver: "] if self.fickle() or self.permission(b"\0", b"\0") else []
         if not any(text.find(part) >= 0 for part in because):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from tests.sim.mutants import Mutant
 
 _QUESTIONS = "proxy.deciding.questions"
+_CHECKS = "proxy.deciding.checks"
+_ATTEMPTS = "upstream.attempts"
 _ROLLBACK = "proxy.deciding.rollback"
 _CHOICE = "upstream.watching.choice"
 _LINEAGE = "upstream.watching.lineage"
@@ -23,14 +25,51 @@ ENGINE_MUTANTS: tuple[Mutant, ...] = (
         "Granted(answer) if may.fresh else answer",
         "Granted(answer)",
     ),
-    Mutant("with auth on nobody has a token", _QUESTIONS, "elif may.asked.token is None:", "elif True:"),
-    Mutant("a read that failed is given up", _QUESTIONS, "return [Ask(call, later=True)]", "return []"),
+    Mutant("with auth on nobody has a token", _QUESTIONS, "if may.asked.token is None else self", "if True else self"),
+    Mutant(
+        "a read that failed is given up",
+        _QUESTIONS,
+        "call.linearizable = True\n        return [Ask(call, later=True)]",
+        "return []",
+    ),
     Mutant("a read waits for the leader", _QUESTIONS, "call.linearizable = False", "call.linearizable = True"),
+    Mutant(
+        "a member without a leader tells what is now though others have one",
+        _QUESTIONS,
+        "if leaderless and call.linearizable and",
+        "if call.linearizable and",
+    ),
+    Mutant(
+        "one member alone decides about a right",
+        _CHECKS,
+        "        self._release(batch)\n        return [Ask(batch.call, later=True)",
+        "        batch.call.linearizable = False\n        return [Ask(batch.call, later=True)",
+    ),
+    Mutant("a range that is refused takes the others along", _CHECKS, "if len(batch.waiting) > 1:", "if False:"),
+    Mutant("a place is never given back", _CHECKS, "self.in_flight[batch.standing] -= 1", "pass"),
+    Mutant(
+        "a refused token takes only one create along",
+        _CHECKS,
+        "for may in line.take_before(batch.sent_number):",
+        "for may in line.take_before(batch.sent_number)[:1]:",
+    ),
+    Mutant(
+        "a call that failed everywhere is forgotten",
+        _ATTEMPTS,
+        "return None if self.open or self._untried else self._of_all()",
+        "return None",
+    ),
+    Mutant(
+        "a key too large is asked about for ever",
+        _CHECKS,
+        "        if is_too_large(status, text):\n            return self._done(batch, batch.end(status, text))\n",
+        "        if is_too_large(status, text):\n            return [Ask(batch.call, later=True)]\n",
+    ),
     Mutant(
         "a probe that nobody wants any more is waited for",
         _QUESTIONS,
-        "if call.question is self._probe:\n            self._probe = None",
-        "if call.question is self._probe:\n            pass",
+        "if question is self._probe:\n            self._probe = None",
+        "if question is self._probe:\n            pass",
     ),
     # Whether the store has gone back.
     Mutant("a store that went back is believed", _ROLLBACK, "if header.revision < begun.known:", "if False:"),

@@ -28,6 +28,7 @@ WATCH_STATE = "upstream.watching.state"
 CHOICE = "upstream.watching.choice"
 LINEAGE = "upstream.watching.lineage"
 DECIDING = "proxy.deciding"
+ATTEMPTS = "upstream.attempts"
 _LAYOUT = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -36,7 +37,7 @@ _LAYOUT = {
     tokenize.DEDENT,
     tokenize.ENDMARKER,
 }
-_FAMILIES = (CORE, STORE, WATCH_STATE, CHOICE, LINEAGE, DECIDING)
+_FAMILIES = (CORE, STORE, WATCH_STATE, CHOICE, LINEAGE, DECIDING, ATTEMPTS)
 
 
 class Mutant(NamedTuple):
@@ -155,6 +156,8 @@ def _parts(family: str) -> Parts:
         return replace(REAL, lineage=importlib.import_module(LINEAGE))
     if family == DECIDING:
         return replace(REAL, questions=importlib.import_module(f"{DECIDING}.questions"))
+    if family == ATTEMPTS:
+        return replace(REAL, attempts=importlib.import_module(ATTEMPTS))
     modules = {each.name: importlib.import_module(f"{STORE}.{each.name}") for each in fields(StoreModules)}
     return replace(REAL, store=StoreModules(**modules))
 

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import coalesce
 from proxy.deciding import questions
+from upstream import attempts
 from upstream.store import errors, recorder, state, watch_batch, watch_requests, watchable
 from upstream.watching import choice, lineage
 from upstream.watching import state as watch_state
@@ -34,6 +35,7 @@ class Parts:
     choice: ModuleType = choice
     lineage: ModuleType = lineage
     questions: ModuleType = questions
+    attempts: ModuleType = attempts
 
 
 REAL = Parts()

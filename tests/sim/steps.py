@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
+from tests.sim.calls import POISON
 from tests.sim.clients import LOST, SimWatch, Spec
 from tests.sim.model_store import LEASE
 from tests.sim.permissions import MIGHTY, TOKENS
@@ -312,8 +313,30 @@ def cut_off(world: World, rng: random.Random) -> None:
     """A member is cut off from the others, or all see each other again: it has no leader and applies nothing."""
     if world.cut:
         world.cut.clear()
-    elif len(world.members) > 1 and world.config.tells_status:
-        world.cut.add(rng.choice(world.members).member_id)
+    elif len(world.members) - len(world.still) > 1 and world.config.tells_status:
+        world.cut.add(rng.choice([each for each in world.members if each.member_id not in world.still]).member_id)
+
+
+@_action(0.6, fault=True)
+def hold_still(world: World, rng: random.Random) -> None:
+    """A member answers no call any more, or all do again."""
+    if world.still:
+        world.still.clear()
+    elif len(world.members) - len(world.cut) > 1:
+        world.still.add(rng.choice([each for each in world.members if each.member_id not in world.cut]).member_id)
+
+
+@_action(0.6, fault=True)
+def poison_check(world: World, rng: random.Random) -> None:
+    """A client asks for a watch whose key etcd finds too large: that ends its own stream, and nothing else."""
+    client = _connected(world, rng)
+    if client is None or not world.config.auth or world.config.limits["queue_max"] < 1000:
+        return
+    watch = SimWatch.make(Spec(POISON, b""), None, client.by_header)
+    world.watches.append(watch)
+    assert client.session is not None
+    client.session.poisoned = True
+    world.create(client, watch, 0)
 
 
 @_action(0.6, fault=True)

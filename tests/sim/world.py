@@ -96,8 +96,9 @@ class World:
         # Every watch there ever was, for the checkers; and those of clients that went away for good.
         self.watches: list[SimWatch] = []
         self.counts: dict[str, int] = {}
-        # Members that are cut off from the others.
+        # Members that are cut off from the others, and those that answer no call.
         self.cut: set[int] = set()
+        self.still: set[int] = set()
         # What the store was restored to, until the proxy says that it was.
         self.restored_to: int | None = None
         # The same while it may tell what is true no more; and the highest revision that it may tell until then.
@@ -291,13 +292,15 @@ class World:
         """All members are there and see each other."""
         self.store.has_quorum = True
         self.cut.clear()
+        self.still.clear()
         self.upstream.set_endpoints(self.members)
 
-    def send_away(self, core_session: Any, text: str) -> None:
+    def send_away(self, core_session: Any, text: str, status: int = 14) -> None:
         """End a session for a reason that the core does not know."""
         session: SimSession = core_session.outlet
+        self.calls.questions.session_over(core_session)
         if not core_session.ended and session.ended is None and not session.closed:
-            session.end(14, text, has_leader=False)
+            session.end(status, text, has_leader=False)
             self.count("sessions sent away")
         self.input(self.core.close, core_session)
 
@@ -416,7 +419,7 @@ class World:
         self.upstream.add_moves(moves)
         if self.calls.sent:
             moves.append(self.calls.answer_one)
-        if self.calls.waiting:
+        if self.calls.may_go_on:
             moves.append(self.calls.again)
         for client in self.clients:
             session = client.session
@@ -512,6 +515,7 @@ class World:
         client.session = None
         if session.ended is None:
             self.input(self.core.close, session.core)
+        self.calls.questions.session_over(session.core)
         session.closed = True
         self._session_over(client)
 

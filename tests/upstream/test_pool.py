@@ -16,8 +16,7 @@ from tests.upstream.recorder import RecordedLog
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.waiting import until_async
 from upstream.endpoints import parse_endpoints
-from upstream.errors import NO_LEADER_TEXT, CallFailed
-from upstream.fitness import LEARNER_TEXT
+from upstream.errors import LEARNER_TEXT, NO_LEADER_TEXT, CallFailed
 from upstream.pool import Pool
 from upstream.settings import ConnectionSettings, Settings
 
@@ -133,14 +132,18 @@ def test_no_answer_from_anywhere_is_a_deadline() -> None:
 @pytest.mark.parametrize(
     ("status", "text", "options", "again"),
     [
-        (14, "x", {}, False),
-        (14, "x", {"idempotent": True}, True),
+        (14, "x", {}, True),
         # Its member has not done anything.
         (14, NO_LEADER_TEXT, {}, True),
         (14, LEARNER_TEXT, {}, True),
         (9, LEARNER_TEXT, {}, True),
         (14, NO_LEADER_TEXT, {"has_leader": True}, True),
-        (9, "x", {"idempotent": True, "has_leader": True}, False),
+        (9, "x", {}, True),
+        (7, "x", {}, False),
+        (16, "x", {}, False),
+        (3, "x", {}, False),
+        (8, "too many", {}, True),
+        (8, "grpc: received message larger than max (2 vs. 1)", {}, False),
     ],
 )
 def test_what_is_tried_on_another_endpoint(status: int, text: str, options: dict[str, Any], again: bool) -> None:

@@ -1,0 +1,198 @@
+"""
+Calls of our own that every endpoint may answer: sent to one, and to the next one when the answer is late or a failure.
+
+The first good answer wins, and the other attempts are cancelled. So a member that hangs delays such a call by little
+more than `HEDGE_AFTER_S`. Which endpoint is next is decided in `attempts.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Final, NamedTuple, Protocol
+
+from proto.framing import Status
+from upstream.attempts import Attempts
+from upstream.connection import ClientConnection, NotSent
+from upstream.errors import CallFailed
+from upstream.unary import GRACE_S, Answer, Metadata, NotProcessed, UnaryCall, start_unary
+
+HEDGE_AFTER_S: Final = 0.1
+"""The least time after which a call is sent to one more endpoint. A read takes etcd about a millisecond."""
+
+HEDGE_AFTER_S_MAX: Final = 1.0
+"""The most: where answers usually take long, a second call would only add to the load."""
+
+_USUAL_TIMES: Final = 4
+"""A call is late after so many times the usual time of an answer."""
+
+_SMOOTHING: Final = 1 / 8
+"""How much one answer counts for what is usual (RFC 6298 takes the same share)."""
+
+Told = Callable[[Answer | CallFailed], None]
+
+
+class Request(NamedTuple):
+    """What is sent."""
+
+    path: str
+    message: bytes
+    metadata: Metadata
+    # The largest answer taken, in bytes.
+    message_bytes_max: int
+
+
+class Hedging:
+    """How long answers usually take, and what follows from that."""
+
+    __slots__ = ("hedged", "usual_s")
+
+    def __init__(self) -> None:
+        # How long an answer usually takes, in seconds.
+        self.usual_s = 0.0
+        # Attempts that were made since another one was late.
+        self.hedged = 0
+
+    @property
+    def late_after_s(self) -> float:
+        """After so many seconds a call is sent to one more endpoint."""
+        return min(max(HEDGE_AFTER_S, _USUAL_TIMES * self.usual_s), HEDGE_AFTER_S_MAX)
+
+
+class Endpoints(Protocol):
+    """Where calls can be sent: the pool."""
+
+    def own_endpoints(self) -> list[str]:
+        """Return the names of the endpoints, in the order in which they are tried."""
+
+    def pick_at(self, endpoint: str) -> ClientConnection | None:
+        """Return a connection to one of them that takes a call; None when there is none now."""
+
+    def answered(self, connection: ClientConnection, status: int, text: str) -> bool:
+        """Take the status of an answer other than OK."""
+
+    def start_later(self, call: HedgedCall) -> None:
+        """Start a call as soon as an endpoint takes it."""
+
+
+class HedgedCall:
+    """One call, and the endpoints that have it. If one is connected, `start` sends the call before it returns."""
+
+    __slots__ = (
+        "_attempts",
+        "_began",
+        "_calls",
+        "_endpoints",
+        "_hedging",
+        "_loop",
+        "_processed",
+        "_request",
+        "_timer",
+        "_told",
+        "deadline",
+    )
+
+    def __init__(self, endpoints: Endpoints, hedging: Hedging, request: Request, deadline: float, told: Told) -> None:
+        """
+        `told` gets the outcome, once: CallFailed with the status that an endpoint gave, UNAVAILABLE with "no leader"
+        only if each one said so, DEADLINE_EXCEEDED at `deadline` (of the loop's clock).
+        """
+        self.deadline = deadline
+        self._loop = asyncio.get_running_loop()
+        self._endpoints = endpoints
+        self._hedging = hedging
+        self._request = request
+        self._began = self._loop.time()
+        self._told: Told | None = told
+        self._attempts = Attempts(())
+        # The server of an attempt has looked at it.
+        self._processed = False
+        self._calls: dict[str, UnaryCall] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin, or begin again when nobody has looked at it."""
+        if self._told is not None:
+            self._attempts = Attempts(self._endpoints.own_endpoints())
+            self._send_next()
+
+    def cancel(self) -> None:
+        """Give it up: nothing is told."""
+        self._told = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for call in self._calls.values():
+            call.give_up()
+        self._calls.clear()
+
+    def finish(self, outcome: Answer | CallFailed) -> None:
+        """End it, with this outcome."""
+        told = self._told
+        self.cancel()
+        if told is not None:
+            told(outcome)
+
+    def _send_next(self) -> None:
+        """Send the call to the next endpoint that takes it."""
+        now = self._loop.time()
+        while (name := self._attempts.next()) is not None:
+            if self._send(name, self._endpoints.pick_at(name), max(self.deadline - now, 0.001)):
+                break
+            self._attempts.failed(name, Status.UNAVAILABLE, "it takes no calls now")
+        if not self._calls:
+            # Not from inside of `start`; and not at once, or it would go round in circles.
+            if self._processed:
+                failure = CallFailed(Status.UNAVAILABLE, "no other endpoint takes calls now")
+                self._loop.call_soon(self.finish, failure)
+            else:
+                self._endpoints.start_later(self)
+            return
+        due = self.deadline + GRACE_S
+        if self._attempts.left:
+            due = min(due, now + self._hedging.late_after_s)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(due, self._ring)
+
+    def _send(self, name: str, connection: ClientConnection | None, left_s: float) -> bool:
+        if connection is None:
+            return False
+        path, message, metadata, message_bytes_max = self._request
+        told = partial(self._answered, name, connection)
+        try:
+            self._calls[name] = start_unary(connection, path, message, metadata, left_s, message_bytes_max, told)
+        except NotSent:
+            return False
+        return True
+
+    def _ring(self) -> None:
+        """An answer is late, or the time is up."""
+        self._timer = None
+        if self._loop.time() >= self.deadline + GRACE_S:
+            text = f"no answer in {self.deadline - self._began:.3g} s"
+            self.finish(CallFailed(Status.DEADLINE_EXCEEDED, text))
+            return
+        self._hedging.hedged += 1
+        self._send_next()
+
+    def _answered(self, name: str, connection: ClientConnection, outcome: Answer | CallFailed) -> None:
+        self._calls.pop(name, None)
+        if not isinstance(outcome, CallFailed):
+            hedging = self._hedging
+            hedging.usual_s += _SMOOTHING * (self._loop.time() - self._began - hedging.usual_s)
+            self.finish(outcome)
+            return
+        self._endpoints.answered(connection, outcome.status, outcome.text)
+        if isinstance(outcome, NotProcessed) and (outcome.rotated or self._attempts.is_only_try):
+            # The connection was just ending, and the endpoint may have another one; or the server had no place for the
+            # call, and there is no other.
+            self._attempts.give_back(name)
+        else:
+            self._processed = True
+            failure = self._attempts.failed(name, outcome.status, outcome.text)
+            if failure is not None:
+                self.finish(CallFailed(failure.status, failure.text))
+                return
+        self._send_next()
