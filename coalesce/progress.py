@@ -56,7 +56,7 @@ _LOOKED_AT_MAX = 20_000
 class _Request:
     """The upstream watches that one request asks."""
 
-    __slots__ = ("_again", "_now", "_retry_s", "_streams", "chosen", "full", "looked_at")
+    __slots__ = ("_again", "_now", "_retry_s", "_streams", "_streams_max", "chosen", "full", "looked_at")
 
     def __init__(self, now: float, retry_s: float, again: bool) -> None:
         self._now = now
@@ -65,9 +65,15 @@ class _Request:
         self._again = again
         # An upstream watch that may be paused has a stream of its own, the others one for each token.
         self._streams: set[object] = set()
+        self._streams_max = STREAMS_PER_REQUEST_MAX
         self.chosen: dict[Upstream, None] = {}
         self.looked_at = 0
         # Something was left out, for the next request.
+        self.full = False
+
+    def allow(self, streams_max: int) -> None:
+        """Take so many streams in all from now on."""
+        self._streams_max = streams_max
         self.full = False
 
     def take(self, upstream: Upstream, needs: int) -> bool:
@@ -79,7 +85,7 @@ class _Request:
             # It owes an answer.
             return False
         stream = upstream if upstream.is_backfill else upstream.said_token
-        if stream not in self._streams and len(self._streams) >= STREAMS_PER_REQUEST_MAX:
+        if stream not in self._streams and len(self._streams) >= self._streams_max:
             self.full = True
             return False
         self._streams.add(stream)
@@ -315,13 +321,23 @@ class Progress:
         hub.effects.append(RequestProgress(upstreams, hub.progress_serial))
 
     def _choose(self, request: _Request, again: bool) -> None:
-        """Choose who is asked: first what waits for other reasons, then the upstream watches of sessions."""
+        """Choose who is asked. Neither the sessions nor the other reasons take more than half if there are both."""
+        self._choose_also(request, STREAMS_PER_REQUEST_MAX // 2)
+        request.allow(STREAMS_PER_REQUEST_MAX)
+        self._choose_for_sessions(request, again)
+        if not request.full:
+            self._choose_also(request, STREAMS_PER_REQUEST_MAX)
+
+    def _choose_also(self, request: _Request, streams_max: int) -> None:
+        request.allow(streams_max)
         serial = self._hub.progress_serial + 1
         for upstream in tuple(self._also):
             if request.take(upstream, serial):
                 del self._also[upstream]
             if request.full:
                 return
+
+    def _choose_for_sessions(self, request: _Request, again: bool) -> None:
         sessions = self.waiting.sessions if again else self._unasked
         for session in tuple(sessions):
             if request.looked_at >= _LOOKED_AT_MAX:

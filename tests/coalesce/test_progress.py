@@ -428,6 +428,25 @@ def test_a_request_asks_a_bounded_number_of_streams(monkeypatch: pytest.MonkeyPa
     assert all(client.read() == ["#-1 @9 progress"] for client in clients)
 
 
+def test_sessions_do_not_wait_for_old_bookmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    shell = Shell(Limits(bookmark_s=40))
+    monkeypatch.setattr(shell.core, "check", lambda: None)
+    count = 3 * STREAMS_PER_REQUEST_MAX
+    trunks = [shell.trunk(5, shell.client(b"%d" % number), b"%d" % number) for number in range(count)]
+    assert len({trunk.token for trunk in trunks}) == count
+    shell.wait(19)
+    client = shell.client(b"late")
+    late = shell.trunk(5, client, b"late")
+    assert late.token == b"late"
+    shell.wait(1)
+    assert [len(asked) for asked in shell.asked] == [STREAMS_PER_REQUEST_MAX]
+    client.progress()
+    shell.wait(0.03)
+    assert late in shell.asked[1]
+    shell.wait(0.1)
+    assert {trunk for asked in shell.asked for trunk in asked} == {*trunks, late}
+
+
 def test_an_answer_is_work_for_those_it_concerns_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     shell = Shell(Limits(bookmark_s=1000))
     monkeypatch.setattr(shell.core, "check", lambda: None)
