@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 from coalesce import Limits
 from proxy import descriptors, logs
 from proxy.child import Child, ChildFailed, Parent, Ready, on_signals, python_command
-from proxy.config.knobs import Settings, Watch
+from proxy.config.knobs import Settings
 from proxy.config.values import Address, client_url, parse_listen_address, parse_metrics_address
+from proxy.config.watch import Watch
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 from proxy.listening.settings import ListenerSettings
 from proxy.passthrough_settings import PassthroughSettings

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from proxy.config.describing import Kind
 from proxy.config.file import ConfigError, Given, from_text, layer, read_file
-from proxy.config.knobs import Kind, Knob, Settings, knobs, tables
+from proxy.config.knobs import Knob, Settings, knobs, tables
 from proxy.config.values import ENV_PREFIX, BadValue, show_duration, show_size
 from proxy.errors import WRONG_REQUEST, Failed
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import msgspec
 
-from proxy.config.knobs import Kind, Knob, Settings, knobs, tables
+from proxy.config.describing import Kind
+from proxy.config.knobs import Knob, Settings, knobs, tables
 from proxy.config.values import (
     BadValue,
     check_readable,

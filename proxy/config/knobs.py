@@ -11,56 +11,12 @@ import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from enum import Enum
 from functools import cache
 from typing import Annotated, Any, Literal
 
+from proxy.config.describing import KIB, MIB, About, Kind, knob
 from proxy.config.values import ENV_PREFIX
-
-KIB = 1024
-MIB = 1024 * KIB
-
-
-class Kind(Enum):
-    """How a knob is written in a flag and in the file."""
-
-    TEXT = "text"
-    FILE = "file"
-    ADDRESS = "HOST:PORT"
-    METRICS_ADDRESS = "HOST:PORT or URL"
-    CLIENT_URL = "URL or HOST:PORT"
-    ENDPOINTS = "comma-separated"
-    SWITCH = "switch"
-    COUNT = "number"
-    BYTES = "size"
-    SECONDS = "duration"
-    CHOICE = "choice"
-
-
-@dataclass(frozen=True)
-class _About:
-    kind: Kind
-    from_etcd: bool
-    advanced: bool
-
-
-def _knob(
-    text: str,
-    kind: Kind,
-    *,
-    from_etcd: bool = False,
-    advanced: bool = False,
-    **bounds: float,
-) -> Any:
-    """Describe a field: `from_etcd` if etcd grpc-proxy has the same flag, `advanced` if it is left out of --help.
-
-    `bounds` are msgspec's ge, gt and le.
-    """
-    extra = {"about": _About(kind, from_etcd, advanced)}
-    constraints: dict[str, Any] = dict(bounds)
-    import msgspec  # by those who read knobs; whoever has settings from another process does not
-
-    return msgspec.Meta(description=text, extra=extra, **constraints)
+from proxy.config.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +25,7 @@ class Upstream:
 
     endpoints: Annotated[
         list[str],
-        _knob(
+        knob(
             "The etcd members, as HOST:PORT, http://HOST:PORT, https://HOST:PORT or unix:///PATH. Name all of them: "
             "the proxy moves on to the next when one fails. Without any, the bundled store is started and fronted.",
             Kind.ENDPOINTS,
@@ -78,7 +34,7 @@ class Upstream:
     ] = field(default_factory=list)
     discovery_srv: Annotated[
         str,
-        _knob(
+        knob(
             "Find the members by the SRV records of this domain (_etcd-client-ssl._tcp, _etcd-client._tcp), once at "
             "the start; goes before --endpoints.",
             Kind.TEXT,
@@ -87,27 +43,27 @@ class Upstream:
     ] = ""
     discovery_srv_name: Annotated[
         str,
-        _knob("Append this to the services looked up: _etcd-client-ssl-NAME._tcp.", Kind.TEXT, from_etcd=True),
+        knob("Append this to the services looked up: _etcd-client-ssl-NAME._tcp.", Kind.TEXT, from_etcd=True),
     ] = ""
     insecure_discovery: Annotated[
-        bool, _knob("Take members without TLS from --discovery-srv as well.", Kind.SWITCH, from_etcd=True)
+        bool, knob("Take members without TLS from --discovery-srv as well.", Kind.SWITCH, from_etcd=True)
     ] = False
     cacert: Annotated[
-        str, _knob("CA bundle (PEM) that etcd's certificates are verified with.", Kind.FILE, from_etcd=True)
+        str, knob("CA bundle (PEM) that etcd's certificates are verified with.", Kind.FILE, from_etcd=True)
     ] = ""
     cert: Annotated[
         str,
-        _knob(
+        knob(
             "Certificate (PEM) to show to etcd. With etcd's auth on it must have no CN: etcd would take the CN as the "
             "user of every call that passes through.",
             Kind.FILE,
             from_etcd=True,
         ),
     ] = ""
-    key: Annotated[str, _knob("Private key (PEM) of --cert.", Kind.FILE, from_etcd=True)] = ""
+    key: Annotated[str, knob("Private key (PEM) of --cert.", Kind.FILE, from_etcd=True)] = ""
     user: Annotated[
         str,
-        _knob(
+        knob(
             "A user of etcd in whose name shared watches are kept up when auth is on, so that they do not depend on "
             "the tokens of clients. It must be allowed to read what clients watch. Each client is still checked "
             "with its own token, and no call of a client is ever made in this name.",
@@ -116,7 +72,7 @@ class Upstream:
     ] = ""
     password: Annotated[
         str,
-        _knob(
+        knob(
             "The password of --user. Better given as WATCHMUX_PASSWORD or in the file: command lines can be read by "
             "everybody on the machine.",
             Kind.TEXT,
@@ -124,11 +80,11 @@ class Upstream:
     ] = ""
     insecure_skip_tls_verify: Annotated[
         bool,
-        _knob("Do not verify etcd's certificates. For tests only.", Kind.SWITCH, from_etcd=True),
+        knob("Do not verify etcd's certificates. For tests only.", Kind.SWITCH, from_etcd=True),
     ] = False
     namespace: Annotated[
         str,
-        _knob(
+        knob(
             "Prefix the keys of all clients with this at etcd: their KV, Watch, Lease, Lock, Election calls see what "
             "is below it, nothing else. Other services (Maintenance, Auth, Cluster) pass untouched; HTTP/1 is refused.",
             Kind.TEXT,
@@ -137,7 +93,7 @@ class Upstream:
     ] = ""
     dial_keepalive_time_s: Annotated[
         float,
-        _knob(
+        knob(
             "Ping etcd on a connection that was silent for so long; notices a dead host sooner when shorter, but etcd "
             "drops clients that ping more often than every 5 s. 0: never.",
             Kind.SECONDS,
@@ -147,7 +103,7 @@ class Upstream:
     ] = 10.0
     dial_keepalive_timeout_s: Annotated[
         float,
-        _knob(
+        knob(
             "Give a connection to etcd up when a ping stays unanswered for so long.",
             Kind.SECONDS,
             from_etcd=True,
@@ -156,7 +112,7 @@ class Upstream:
     ] = 5.0
     connect_timeout_s: Annotated[
         float,
-        _knob(
+        knob(
             "Give up connecting to a member (name, TCP and TLS together) after so long and try the next one.",
             Kind.SECONDS,
             gt=0,
@@ -165,7 +121,7 @@ class Upstream:
     ] = 5.0
     connections_per_endpoint_max: Annotated[
         int,
-        _knob(
+        knob(
             "Connections to one member, for calls and for watches each. Another one is opened only when etcd (or what "
             "stands in front of it) limits the streams of a connection and these are used up.",
             Kind.COUNT,
@@ -175,7 +131,7 @@ class Upstream:
     ] = 100
     call_wait_s: Annotated[
         float,
-        _knob(
+        knob(
             "Hold calls for so long while no etcd can be reached, as etcd's own client does; those of clientv3 at most "
             "for a third of the time until their deadline. Then they are refused, and clientv3 tries its next "
             "endpoint: with several proxies a shorter time is better. 0: refuse at once.",
@@ -185,7 +141,7 @@ class Upstream:
     ] = 5.0
     watch_message_bytes_max: Annotated[
         int,
-        _knob(
+        knob(
             "The largest watch response taken from etcd. etcd does not cut what it had waiting for a watch, so this is "
             "far above its own 1.5 MiB for a request.",
             Kind.BYTES,
@@ -195,7 +151,7 @@ class Upstream:
     ] = 512 * MIB
     max_request_bytes: Annotated[
         int,
-        _knob(
+        knob(
             "What etcd's own --max-request-bytes is set to. Watch requests, and under --namespace all requests, that "
             "are larger than this and 512 KiB are refused before they take memory here, as etcd refuses them.",
             Kind.BYTES,
@@ -211,7 +167,7 @@ class Listener:
 
     listen_addr: Annotated[
         str,
-        _knob(
+        knob(
             "Where clients connect: HOST:PORT, :PORT for all interfaces, or unix:///PATH. Port 0: any free one, named "
             "in the log.",
             Kind.ADDRESS,
@@ -220,7 +176,7 @@ class Listener:
     ] = "127.0.0.1:23790"
     advertise_client_url: Annotated[
         str,
-        _knob(
+        knob(
             "Where clients shall connect: http://HOST:PORT, https://HOST:PORT or HOST:PORT. MemberList then shows it "
             "as the client URL of every member, so that clients which take their endpoints from the cluster "
             "(AutoSync, etcdctl --cluster) stay with the proxy; log and status show it too. Empty: etcd's own list.",
@@ -229,19 +185,19 @@ class Listener:
         ),
     ] = ""
     cert_file: Annotated[
-        str, _knob("Serve TLS with this certificate (PEM, with its chain).", Kind.FILE, from_etcd=True)
+        str, knob("Serve TLS with this certificate (PEM, with its chain).", Kind.FILE, from_etcd=True)
     ] = ""
-    key_file: Annotated[str, _knob("Private key (PEM) of --cert-file.", Kind.FILE, from_etcd=True)] = ""
+    key_file: Annotated[str, knob("Private key (PEM) of --cert-file.", Kind.FILE, from_etcd=True)] = ""
     trusted_ca_file: Annotated[
-        str, _knob("Ask clients for a certificate signed by this CA bundle (PEM).", Kind.FILE, from_etcd=True)
+        str, knob("Ask clients for a certificate signed by this CA bundle (PEM).", Kind.FILE, from_etcd=True)
     ] = ""
     tls_min_version: Annotated[
         Literal["TLS1.2", "TLS1.3"],
-        _knob("Serve no older TLS than this. HTTP/2 wants 1.2 at least.", Kind.CHOICE, from_etcd=True, advanced=True),
+        knob("Serve no older TLS than this. HTTP/2 wants 1.2 at least.", Kind.CHOICE, from_etcd=True, advanced=True),
     ] = "TLS1.2"
     max_concurrent_streams: Annotated[
         int,
-        _knob(
+        knob(
             "Streams (calls and watches) one connection may have open; more wait in the client. etcd's default is "
             "no limit; ours bounds what one client can cost.",
             Kind.COUNT,
@@ -252,7 +208,7 @@ class Listener:
     ] = 100_000
     grpc_keepalive_min_time_s: Annotated[
         float,
-        _knob(
+        knob(
             "Send a client away (too_many_pings) that pings more often, as etcd does. 0: only floods are cut off.",
             Kind.SECONDS,
             from_etcd=True,
@@ -261,7 +217,7 @@ class Listener:
     ] = 5.0
     grpc_keepalive_interval_s: Annotated[
         float,
-        _knob(
+        knob(
             "Ping a client that was silent for so long. 0: never.",
             Kind.SECONDS,
             from_etcd=True,
@@ -270,7 +226,7 @@ class Listener:
     ] = 7200.0
     grpc_keepalive_timeout_s: Annotated[
         float,
-        _knob(
+        knob(
             "Close a client's connection when our ping stays unanswered for so long.",
             Kind.SECONDS,
             from_etcd=True,
@@ -279,7 +235,7 @@ class Listener:
     ] = 20.0
     connections_max: Annotated[
         int,
-        _knob(
+        knob(
             "Client connections at a time; one more is told so and closed. Lowered at the start to what the limit of "
             "open files leaves.",
             Kind.COUNT,
@@ -288,7 +244,7 @@ class Listener:
     ] = 20_000
     sessions_per_connection_max: Annotated[
         int,
-        _knob(
+        knob(
             "Watch streams on one connection; one more is refused with RESOURCE_EXHAUSTED.",
             Kind.COUNT,
             ge=1,
@@ -297,7 +253,7 @@ class Listener:
     ] = 10_000
     requests_waiting_bytes_max: Annotated[
         int,
-        _knob(
+        knob(
             "Watch requests of all clients that wait, for etcd or for their end; beyond it the stream with most of "
             "them ends with RESOURCE_EXHAUSTED.",
             Kind.BYTES,
@@ -307,7 +263,7 @@ class Listener:
     ] = 256 * 1024 * 1024
     drain_s: Annotated[
         float,
-        _knob(
+        knob(
             "After SIGTERM or SIGINT, give open calls so long to end; watches are told to go elsewhere. A second "
             "signal ends at once.",
             Kind.SECONDS,
@@ -317,244 +273,15 @@ class Listener:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Watch:
-    """Sharing watches: how long, how much, and for whom."""
-
-    linger_s: Annotated[
-        float,
-        _knob(
-            "Keep the upstream watch of a range open so long after its last client left. Longer: fewer watches opened "
-            "at etcd when clients come and go; shorter: etcd is rid of the watch sooner.",
-            Kind.SECONDS,
-            ge=0,
-        ),
-    ] = 0.5
-    history_linger_s: Annotated[
-        float,
-        _knob(
-            "Keep the recent events of a range so long after its upstream watch was closed: a client that comes back "
-            "meanwhile goes on from there. 0: not at all.",
-            Kind.SECONDS,
-            ge=0,
-        ),
-    ] = 30.0
-    parked_max: Annotated[
-        int,
-        _knob(
-            "Ranges whose recent events are kept without an upstream watch; one more, and the oldest goes.",
-            Kind.COUNT,
-            ge=0,
-            advanced=True,
-        ),
-    ] = 10_000
-    watch_progress_notify_interval_s: Annotated[
-        float,
-        _knob(
-            "Send progress at least this often to quiet watches that asked for progress_notify. They get it at "
-            "etcd's own interval in any case; this can only make it more frequent.",
-            Kind.SECONDS,
-            gt=0,
-            from_etcd=True,
-        ),
-    ] = 600.0
-    history_bytes_total_max: Annotated[
-        int,
-        _knob(
-            "Memory for recent events of all ranges together. From it watches that start in the past or fell "
-            "behind are served without asking etcd; the oldest events go first.",
-            Kind.BYTES,
-            ge=0,
-        ),
-    ] = 256 * MIB
-    history_bytes_max: Annotated[
-        int,
-        _knob(
-            "Memory for recent events of one range. More: deeper starts in the past without a watch of their own "
-            "at etcd.",
-            Kind.BYTES,
-            ge=0,
-            advanced=True,
-        ),
-    ] = 16 * MIB
-    history_revisions_max: Annotated[
-        int,
-        _knob(
-            "Revisions remembered of one range; bounds what many small events cost beside their bytes.",
-            Kind.COUNT,
-            ge=1,
-            advanced=True,
-        ),
-    ] = 20_000
-    history_age_s: Annotated[
-        float,
-        _knob(
-            "How long events are remembered; frees the memory of ranges that were busy once.",
-            Kind.SECONDS,
-            ge=0,
-            advanced=True,
-        ),
-    ] = 300.0
-    lagging_age_s_max: Annotated[
-        float,
-        _knob(
-            "End the stream of a client that has been behind without a break for longer. 0: never; a slow client "
-            "costs nobody but itself.",
-            Kind.SECONDS,
-            ge=0,
-        ),
-    ] = 0.0
-    watches_max: Annotated[
-        int, _knob("Watches of all clients; more are refused. A watch costs about 0.5 KiB.", Kind.COUNT, ge=1)
-    ] = 10_000_000
-    watches_per_session_max: Annotated[
-        int, _knob("Watches on one stream; more are refused.", Kind.COUNT, ge=1, advanced=True)
-    ] = 100_000
-    queue_max: Annotated[
-        int,
-        _knob("Requests of one stream that wait for etcd; one more ends the stream.", Kind.COUNT, ge=1, advanced=True),
-    ] = 100_000
-    trunks_max: Annotated[
-        int,
-        _knob(
-            "Different ranges watched at etcd; a watch that would need one more is refused.",
-            Kind.COUNT,
-            ge=1,
-            advanced=True,
-        ),
-    ] = 1_000_000
-    backfills_max: Annotated[
-        int,
-        _knob(
-            "Private catch-up watches open at etcd at once; watches that need one more wait. More: faster after "
-            "many deep starts; each is a stream at etcd.",
-            Kind.COUNT,
-            ge=1,
-            advanced=True,
-        ),
-    ] = 100
-    backfill_bytes_max: Annotated[
-        int,
-        _knob(
-            "What a shared catch-up watch may hold for its slower watches before these get one of their own.",
-            Kind.BYTES,
-            ge=0,
-            advanced=True,
-        ),
-    ] = 4 * MIB
-    backfill_share_revisions: Annotated[
-        int,
-        _knob(
-            "A watch shares a catch-up watch that is at most so many revisions behind what it needs.",
-            Kind.COUNT,
-            ge=0,
-            advanced=True,
-        ),
-    ] = 10_000
-    trunk_catch_up_revisions: Annotated[
-        int,
-        _knob(
-            "The first watch of a range takes the shared upstream watch back so many revisions at most; older "
-            "starts get a catch-up watch, so that later watches need not wait.",
-            Kind.COUNT,
-            ge=0,
-            advanced=True,
-        ),
-    ] = 1000
-    replay_bytes_max: Annotated[
-        int,
-        _knob(
-            "Size of the responses joined for a client that catches up. More: fewer, larger messages.",
-            Kind.BYTES,
-            ge=1,
-            advanced=True,
-        ),
-    ] = MIB
-    fragment_run_bytes_max: Annotated[
-        int,
-        _knob(
-            "Size of what a watch with fragment that catches up is sent as one response, in fragments; more is another "
-            "response. A client that reads slowly has so much in memory.",
-            Kind.BYTES,
-            ge=1,
-            advanced=True,
-        ),
-    ] = 12 * MIB
-    replay_turn_bytes_max: Annotated[
-        int,
-        _knob(
-            "What all clients that catch up are given before live events have their turn again.",
-            Kind.BYTES,
-            ge=1,
-            advanced=True,
-        ),
-    ] = 8 * MIB
-    response_bytes_max: Annotated[
-        int,
-        _knob(
-            "Responses joined of several revisions stay below; a default gRPC client takes 4 MiB.",
-            Kind.BYTES,
-            ge=1,
-            advanced=True,
-        ),
-    ] = 4 * MIB - 16 * KIB
-    fragment_bytes: Annotated[
-        int,
-        _knob(
-            "From this size on a response is split for watches that asked for fragments, as etcd does.",
-            Kind.BYTES,
-            ge=1,
-            advanced=True,
-        ),
-    ] = 2 * MIB
-    bookmark_s: Annotated[
-        float,
-        _knob(
-            "Ask etcd this often how far quiet ranges are, so that no break resumes from a revision compacted "
-            "meanwhile.",
-            Kind.SECONDS,
-            gt=0,
-            advanced=True,
-        ),
-    ] = 30.0
-    progress_interval_s: Annotated[
-        float,
-        _knob(
-            "Ask etcd for progress at most so often; clients that ask meanwhile share the next request.",
-            Kind.SECONDS,
-            ge=0,
-            advanced=True,
-        ),
-    ] = 0.03
-    progress_retry_s: Annotated[
-        float,
-        _knob(
-            "While a client waits for progress, ask etcd again after this: etcd drops requests that it cannot answer.",
-            Kind.SECONDS,
-            gt=0,
-            advanced=True,
-        ),
-    ] = 0.1
-    progress_retry_s_max: Annotated[
-        float,
-        _knob(
-            "The longest pause between such requests; they double from the first one.",
-            Kind.SECONDS,
-            gt=0,
-            advanced=True,
-        ),
-    ] = 1.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Log:
     """What is logged. Keys and values of clients never are."""
 
     log_level: Annotated[
-        Literal["debug", "info", "warn", "error", "fatal"], _knob("The least grave messages to log.", Kind.CHOICE)
+        Literal["debug", "info", "warn", "error", "fatal"], knob("The least grave messages to log.", Kind.CHOICE)
     ] = "info"
     log_format: Annotated[
         Literal["auto", "console", "json"],
-        _knob("console: for people; json: one object a line; auto: console on a terminal, else json.", Kind.CHOICE),
+        knob("console: for people; json: one object a line; auto: console on a terminal, else json.", Kind.CHOICE),
     ] = "auto"
 
 
@@ -564,7 +291,7 @@ class Admin:
 
     metrics_addr: Annotated[
         str,
-        _knob(
+        knob(
             "Serve the status page, /metrics and health (/livez, /readyz, /health) here, in plain text. Port 0: any "
             "free one, named in the log. Empty: nowhere.",
             Kind.METRICS_ADDRESS,
@@ -573,7 +300,7 @@ class Admin:
     ] = ""
     probe_interval_s: Annotated[
         float,
-        _knob(
+        knob(
             "Watch through the proxy itself so often, without any upstream watch; after three times without an answer "
             "/livez and grpc.health.v1 say that it hangs. 0: never.",
             Kind.SECONDS,
@@ -635,7 +362,7 @@ def _walk() -> Iterator[Knob]:
         annotated = typing.get_type_hints(struct, include_extras=True)
         for one in fields(struct):
             meta = typing.get_args(annotated[one.name])[1]
-            about: _About = (meta.extra or {})["about"]
+            about: About = (meta.extra or {})["about"]
             # `progress_retry_s_max` is --progress-retry-max: a duration's flag takes any unit.
             name = re.sub(r"_s(?=_|$)", "", one.name) if about.kind is Kind.SECONDS else one.name
             yield Knob(

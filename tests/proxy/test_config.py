@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from coalesce import Limits
-from proxy.config.knobs import Kind, Settings, knobs, tables
+from proxy.config.describing import Kind
+from proxy.config.knobs import Settings, knobs, tables
 from proxy.listening.settings import ListenerSettings
 from proxy.logs import LEVELS, STYLES
 from proxy.serving import core_limits, listener_settings, upstream_settings

@@ -21,7 +21,8 @@ from proto.pb import rpc_pb2, rpc_pb2_grpc
 from proxy.admin.metrics import COUNTERS, GAUGES, GRPC_PROXY_FIELD, LABELLED, LIMITS, ProxyCollector, metric_name
 from proxy.admin.monitor import Monitor
 from proxy.admin.snapshot import Snapshot
-from proxy.config.knobs import Kind, knobs
+from proxy.config.describing import Kind
+from proxy.config.knobs import knobs
 from proxy.server import Proxy
 from proxy.watch import WatchSettings
 from tests.etcd.server import EtcdServer
