@@ -25,7 +25,7 @@ from upstream.unary import call_unary
 STATUS_PATH: Final = "/etcdserverpb.Maintenance/Status"
 
 _REFUSED_BEFORE: Final = frozenset({LEARNER_TEXT, NO_LEADER_TEXT})
-_SUSPICIOUS: Final = frozenset({*_REFUSED_BEFORE, "etcdserver: request timed out", "etcdserver: leader changed"})
+_TIMED_OUT: Final = "etcdserver: request timed out"
 
 
 class Fitness(Enum):
@@ -43,7 +43,8 @@ def is_refused_unserved(text: str) -> bool:
 
 def is_suspicious(status: int, text: str) -> bool:
     """Tell whether an answer gives reason to ask its member whether it serves."""
-    return status in (Status.UNAVAILABLE, Status.FAILED_PRECONDITION) and text in _SUSPICIOUS
+    suspicious = text in _REFUSED_BEFORE or text.startswith(_TIMED_OUT)
+    return suspicious and status in (Status.UNAVAILABLE, Status.FAILED_PRECONDITION)
 
 
 async def read_fitness(connection: ClientConnection, timeout_s: float) -> Fitness:

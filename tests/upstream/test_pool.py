@@ -315,3 +315,24 @@ def test_a_member_that_does_not_serve_is_better_than_none() -> None:
             assert (await pool.unary(ECHO, b"x"))[0] == b"x"
 
     run(story())
+
+
+@pytest.mark.parametrize("text", ["etcdserver: request timed out", "etcdserver: request timed out, waiting for leader"])
+def test_a_member_whose_calls_time_out_is_asked_whether_it_serves(text: str) -> None:
+    """A member that is cut off answers calls that do not ask for a leader after seconds, with this."""
+
+    async def story() -> None:
+        async with scripted() as bad, scripted() as good, pooled(bad.endpoint, good.endpoint) as pool:
+            await up(pool, 2)
+            asked = len(bad.asked)
+            bad.leader = 0
+            bad.on_message = lambda call, _: call.end(Status.UNAVAILABLE, text)
+            error = await failure(pool)
+            assert error.text == text
+            await until_async(lambda: pool.states()[0].problem, "it to be left out")
+            for _ in range(6):
+                assert (await pool.unary(ECHO, b"x"))[0] == b"x"
+            assert len(bad.calls) == 1
+            assert len(bad.asked) - asked <= 3
+
+    run(story())
