@@ -78,6 +78,10 @@ class Sender(Attacker):
                 start += size
         return not self.over.is_set() and stream_id not in self.gone
 
+    async def _listen(self) -> None:
+        await super()._listen()
+        self.moved.set()
+
     def resume(self) -> None:
         """Read again."""
         self.writer.transport.resume_reading()  # type: ignore[attr-defined]  # sockets have it

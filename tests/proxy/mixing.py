@@ -24,7 +24,7 @@ import uvloop
 from proto.framing import frame
 from proxy.server import Proxy
 from tests.etcd.server import EtcdServer
-from tests.http2.wire import ping, raw, rst
+from tests.http2.wire import raw, rst
 from tests.proxy.floods import GZIP, Sender, cancel, create, filters, progress
 from tests.proxy.raw_client import RawClient
 from tests.proxy.running import direct, proxy_for
@@ -95,6 +95,8 @@ async def mix(port: int, seed: int) -> None:
                     for number in range(chance.randint(1, 4))
                 )
             )
+        # They kept to the rules.
+        assert not any(sender.goaway for sender in senders), [sender.goaway for sender in senders]
     finally:
         for sender in senders:
             sender.close()
@@ -116,8 +118,6 @@ async def _one(sender: Sender, stream_id: int, chance: random.Random) -> None:
             asyncio.get_running_loop().call_later(0.1, sender.resume)
         if not await sender.send(stream_id, body):
             return
-        if chance.random() < 0.2:
-            await sender.say(ping())
     end = chance.choice(("reset", "half-close", "leave", "leave"))
     if end == "reset":
         await sender.say(rst(stream_id))
