@@ -9,6 +9,7 @@ from typing import Any
 
 from proto.pb import rpc_pb2
 from tests.bench.sharing.front import Figures, Front
+from tests.etcd.cluster import cluster
 from tests.etcd.server import EtcdServer
 from tests.proxy.raw_client import RawClient, WatchStream
 from tests.proxy.running import Etcd, direct
@@ -176,9 +177,42 @@ def large_catch_up(front: Front) -> Figures:
         return asyncio.run(_caught_up(address, etcd.endpoint))
 
 
+HASLEADER = [("hasleader", "true")]
+LEADERLESS_S = 15.0
+
+
+async def _leaderless(front: Front) -> Figures:
+    async with cluster() as members:
+        left, *others = members.members
+        way = front.before(left.endpoint)
+        # The relays between the members live in this loop.
+        address = await asyncio.to_thread(way.__enter__)
+        try:
+            async with await RawClient.connect(port_of(address)) as client:
+                stream = client.watch(HASLEADER)
+                await pause(1.0)
+                watchers = await asyncio.to_thread(left.watchers)
+                for member in others:
+                    member.hold_still()
+                start = asyncio.get_running_loop().time()
+                with contextlib.suppress(AssertionError):
+                    await stream.raw.end(LEADERLESS_S)
+                text = stream.raw.text if stream.raw.over else f"not ended in {LEADERLESS_S:g} s"
+                took_s = asyncio.get_running_loop().time() - start
+        finally:
+            await asyncio.to_thread(way.__exit__, None, None, None)
+        return {"a stream without a watch": text, "s after the members stopped": took_s, "watchers at etcd": watchers}
+
+
+def leaderless(front: Front) -> Figures:
+    """Two of three members stop; a stream with hasleader has no watch."""
+    return asyncio.run(_leaderless(front))
+
+
 SCENARIOS = {
     "notifications": notifications,
     "notifications-all-busy": notifications_all_busy,
     "return-within-linger": returning,
     "large-catch-up": large_catch_up,
+    "leaderless-stream": leaderless,
 }
