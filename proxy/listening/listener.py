@@ -21,7 +21,7 @@ from proxy.listening.connection import CLOSE_GRACE_S, ServerConnection
 from proxy.listening.leaving import Leaving
 from proxy.listening.settings import ListenerSettings, ListenerStats
 from proxy.listening.sockets import Listening, listen
-from proxy.listening.turns import Turns
+from proxy.listening.turns import Turns, in_parts
 
 if TYPE_CHECKING:
     import ssl
@@ -188,8 +188,7 @@ class Listener:
     def _sweep(self) -> None:
         settings = self.settings
         now = self._loop.time()
-        for connection in tuple(self.connections):
-            connection.sweep(now)
+        in_parts(self.connections, lambda connection: connection.sweep(now))
         spans = [settings.first_bytes_timeout_s, settings.settings_timeout_s, settings.keepalive_timeout_s]
         spans += [span for span in (settings.keepalive_interval_s, settings.idle_timeout_s) if span is not None]
         self._sweeper = self._loop.call_later(min(SWEEP_S_MAX, min(spans) / 4), self._sweep)
@@ -207,8 +206,7 @@ class Listener:
         """Begin to drain: no new connections, and every client is told to open its next stream elsewhere."""
         self.draining = True
         self.stop_accepting()
-        for connection in tuple(self.connections):
-            connection.go_away()
+        in_parts(self.connections, ServerConnection.go_away)
 
     async def wait_gone(self, limit_s: float) -> bool:
         """Wait until the last connection is closed, `limit_s` seconds at most; tell whether it is."""

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
 
 UNBOUNDED = 1 << 62
 
 SHARE = 200
 """Work of one connection before the others have their turn: a millisecond."""
+
+PART = 200
+"""Connections that something is done to in one turn: some milliseconds."""
+
+T = TypeVar("T")
 
 
 class Worker(Protocol):
@@ -71,3 +77,17 @@ class Turns:
         self.left = reserve + max(0, left)
         if waiting and not self._turning:
             self._ask()
+
+
+def in_parts(items: Iterable[T], do: Callable[[T], None], then: Callable[[], None] | None = None) -> None:
+    """Do something to each of many, PART of them now and as many in each turn of the loop that follows."""
+    _next_part(deque(items), do, then)
+
+
+def _next_part(left: deque[T], do: Callable[[T], None], then: Callable[[], None] | None) -> None:
+    for _ in range(min(PART, len(left))):
+        do(left.popleft())
+    if left:
+        asyncio.get_running_loop().call_soon(_next_part, left, do, then)
+    elif then is not None:
+        then()

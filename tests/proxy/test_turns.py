@@ -10,6 +10,7 @@ import contextlib
 import gzip
 from collections import deque
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 
@@ -17,7 +18,7 @@ from coalesce.limits import Limits
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proxy.listening.settings import ListenerSettings
-from proxy.listening.turns import SHARE, Turns
+from proxy.listening.turns import PART, SHARE, Turns, in_parts
 from proxy.server import Proxy
 from proxy.watch import (
     ANSWERS_UNREAD_MAX,
@@ -96,6 +97,26 @@ def test_what_is_spent_comes_back_with_the_next_turn() -> None:
         turns.spend(5_000)
         assert turns.left == -4_000
         await until_async(lambda: turns.left == 1_000, "the next turn")
+
+    run(scenario())
+
+
+def test_many_connections_are_told_to_go_in_parts() -> None:
+    """A drain, and the look for silent connections, with twenty thousand of them."""
+
+    async def scenario() -> None:
+        told: list[int] = []
+        over = asyncio.Event()
+        in_parts(range(2 * PART + 1), told.append, over.set)
+        counts = [len(told)]
+        while not over.is_set():
+            turn = asyncio.Event()
+            asyncio.get_running_loop().call_soon(turn.set)
+            await turn.wait()
+            counts.append(len(told))
+        assert told == list(range(2 * PART + 1))
+        # From look to look two turns go by.
+        assert max(after - before for before, after in pairwise([0, *counts])) <= 2 * PART
 
     run(scenario())
 
