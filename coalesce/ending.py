@@ -65,6 +65,9 @@ class Endings:
             self._remove(watch)
         elif session.compacted is not None and watch_id in session.compacted:
             session.compacted.discard(watch_id)
+            hub.stats.ids_kept -= 1
+            if not session.compacted:
+                session.compacted = None
         else:
             return
         hub.stats.cancels += 1
@@ -77,6 +80,8 @@ class Endings:
         hub.joining.forget(session)
         hub.progress.forget_session(session)
         hub.replays.forget(session)
+        hub.stats.ids_kept -= len(session.compacted or ())
+        session.compacted = None
         del hub.sessions[session]
         hub.stats.sessions -= 1
         self._remove_some(session, REMOVED_AT_ONCE)
@@ -203,9 +208,13 @@ class Endings:
         hub = self._hub
         session = watch.session
         self._remove(watch)
+        if session.ended:
+            # Its watches are being forgotten.
+            return
         if session.compacted is None:
             session.compacted = set()
         session.compacted.add(watch.watch_id)
+        hub.stats.ids_kept += 1
         hub.stats.compacted += 1
         hub.answer(
             session,

@@ -238,9 +238,10 @@ def _check_reads(hub: Hub) -> None:
 
 def _check_gauges(hub: Hub) -> None:
     stats = hub.stats
-    watches = lagging = line_bytes = history_bytes = history_batches = 0
+    watches = ids_kept = lagging = line_bytes = history_bytes = history_batches = 0
     for session in (*hub.sessions, *hub.leaving):
         watches += len(session.watches)
+        ids_kept += len(session.compacted or ())
         line_bytes += session.line_bytes
         _need(
             17, session.line_bytes == sum(request.bytes for request in session.queue or ()), "line_bytes of a session"
@@ -251,6 +252,7 @@ def _check_gauges(hub: Hub) -> None:
         history_batches += len(source.history)
     _need(17, stats.sessions == len(hub.sessions), "sessions")
     _need(17, stats.watches == watches, "watches")
+    _need(17, stats.ids_kept == ids_kept, "ids kept")
     _need(17, stats.parked == len(hub.parked), "parked")
     _need(17, stats.trunks == len(hub.trunks_open), "trunks")
     _need(17, stats.backfills == sum(len(trunk.backfills) for trunk in hub.trunks_open.values()), "backfills")

@@ -44,7 +44,7 @@ class Read:
     __slots__ = ("waiting",)
 
     def __init__(self) -> None:
-        self.waiting: list[PendingCreate] = []
+        self.waiting: dict[PendingCreate, None] = {}
 
 
 class Joining:
@@ -161,6 +161,10 @@ class Joining:
         for request in queue or ():
             if isinstance(request, PendingCreate):
                 self._hub.trunks.release(request)
+                # An etcd that does not answer would keep the session here.
+                for read in (self.current, self.later):
+                    if read is not None:
+                        read.waiting.pop(request, None)
 
     def advance(self, session: Session) -> None:
         """Decide the requests of a session, in order, up to the first that must wait, or as many as a step allows."""
@@ -237,12 +241,12 @@ class Joining:
         create.reading = True
         if self.current is None:
             self.current = Read()
-            self.current.waiting.append(create)
+            self.current.waiting[create] = None
             self._start(self.current)
             return
         if self.later is None:
             self.later = Read()
-        self.later.waiting.append(create)
+        self.later.waiting[create] = None
 
     def read_again(self, create: PendingCreate) -> None:
         """Forget what a waiting create has read: it is true no more."""
@@ -279,10 +283,11 @@ class Joining:
         limits, stats = self._hub.limits, self._hub.stats
         if watch_id and session.id_taken(watch_id):
             return DUPLICATE_ID
-        if len(session.watches) >= limits.watches_per_session_max:
+        # Ids that a compaction cancelled are kept until the client cancels them, so they count.
+        if len(session.watches) + len(session.compacted or ()) >= limits.watches_per_session_max:
             stats.refused_at["watches_per_session_max"] += 1
             return f"watchmux: the limit of {limits.watches_per_session_max} watches of one stream is reached"
-        if stats.watches >= limits.watches_max:
+        if stats.watches + stats.ids_kept >= limits.watches_max:
             stats.refused_at["watches_max"] += 1
             return f"watchmux: the limit of {limits.watches_max} watches is reached"
         return None

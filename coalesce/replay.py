@@ -54,8 +54,7 @@ class Replays:
             return
         session.stalled = True
         self._hub.stats.stalls += 1
-        self._due.pop(session, None)
-        self.fresh.pop(session, None)
+        self.forget(session)
         for watch in session.watches.values():
             if watch.place is not Place.LAGGING:
                 self._hub.lift(watch)
@@ -86,9 +85,12 @@ class Replays:
             self.fresh[session] = None
 
     def forget(self, session: Session) -> None:
-        """A session is gone."""
+        """A session is gone, or takes nothing now."""
         self._due.pop(session, None)
         self.fresh.pop(session, None)
+        if not self._due and self._joined:
+            # Nobody is left to share it with.
+            self._joined.clear()
 
     def finish(self) -> None:
         """Give those that came in this input their first turn."""

@@ -35,6 +35,8 @@ class Stats:
     queued: int = 0
     # Memory of the requests that wait in line, of all sessions, in bytes.
     line_bytes: int = 0
+    # Ids of watches that a compaction cancelled and whose clients have not cancelled them yet.
+    ids_kept: int = 0
     # Memory of all histories, backfills' windows included, in bytes.
     history_bytes: int = 0
     history_batches: int = 0

@@ -92,7 +92,7 @@ def test_without_a_leader_it_is_asked_at_once_of_a_member_and_then_anew() -> Non
 def test_with_auth_off_now_needs_no_clients_key() -> None:
     questions = Questions(1.0)
     now = waiting(b"t")
-    now.read.waiting[0].key = b"x" * (2 << 20)
+    next(iter(now.read.waiting)).key = b"x" * (2 << 20)
     call = begun(questions, questions.read(now), 0)
     assert (call.token, call.ranges) == (None, ((ANY_KEY, b""),))
 

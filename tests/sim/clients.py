@@ -299,7 +299,7 @@ class SimSession:
             return -1, EMPTY_RANGE
         if create.watch_id and create.watch_id in self.taken:
             return -1, DUPLICATE_ID
-        if len(self.announced) >= self.watches_max:
+        if len(self.taken) >= self.watches_max:
             return -1, f"watchmux: the limit of {self.watches_max} watches of one stream is reached"
         if create.watch_id:
             return create.watch_id, ""

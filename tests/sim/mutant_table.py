@@ -78,8 +78,8 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a read in flight serves later creates",
         "joining",
-        "self.later.waiting.append(create)",
-        "self.current.waiting.append(create)",
+        "self.later.waiting[create] = None",
+        "self.current.waiting[create] = None",
     ),
     Mutant(
         "a trunk from now counts a part of a revision as whole",
@@ -189,8 +189,8 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "the limit of a stream is off by one",
         "joining",
-        "len(session.watches) >= limits.watches_per_session_max",
-        "len(session.watches) > limits.watches_per_session_max",
+        "len(session.compacted or ()) >= limits.watches_per_session_max",
+        "len(session.compacted or ()) > limits.watches_per_session_max",
     ),
     Mutant("bookmarks grow old", "progress", "if trunk.proven_at <= old", "if False"),
     Mutant(
