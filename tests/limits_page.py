@@ -55,6 +55,12 @@ wait by it. "-" has nothing to tell: it only says when, or in which portions, so
 as the limit says, and sees what becomes of more.
 """
 COLUMNS = ("name", "default", "unit", "what it bounds, and why", "metric", "test at its edge")
+KEPT_INTRODUCTION = """## What clients can make the proxy keep
+
+Everything that a client can make the proxy keep counts for a limit, and is given back when its cause is gone. The test
+sees that it is.
+"""
+KEPT_COLUMNS = ("what", "counts for", "is kept until", "test")
 UNITS = (("_bytes", "bytes"), ("_window", "bytes"), ("_s", "seconds"), ("_revisions", "revisions"))
 
 
@@ -124,6 +130,8 @@ def page() -> str:
             metric = row.metric if row.metric == limits_table.NOTHING else f"`{row.metric}`"
             cells = (f"`{name}`", shown(value, word), word, said[name], metric, f"`{row.edge}`")
             parts.append(f"| {' | '.join(cells)} |\n")
+    parts.append(f"\n{KEPT_INTRODUCTION}\n| {' | '.join(KEPT_COLUMNS)} |\n{'|---' * len(KEPT_COLUMNS)}|\n")
+    parts.extend(f"| {kept.what} | {kept.counts_for} | {kept.until} | `{kept.test}` |\n" for kept in limits_table.KEPT)
     return "".join(parts)
 
 

@@ -249,6 +249,120 @@ UPSTREAM: Final = {
 }
 
 
+class Kept(NamedTuple):
+    """Something that a client can make the proxy keep."""
+
+    what: str
+    counts_for: str
+    """The limits."""
+
+    until: str
+    """The end of its cause, with which it goes."""
+
+    test: str
+    """Sees that it does."""
+
+
+_GIVEN_BACK: Final = "coalesce/test_given_back.py::"
+_GARBAGE: Final = "proxy/test_garbage.py::test_what_has_ended_is_gone"
+
+KEPT: Final = (
+    Kept("a watch", "`watches_per_session_max`, `watches_max`", "its cancel, or its stream", _GARBAGE),
+    Kept(
+        "the id of a watch that a compaction cancelled",
+        "`watches_per_session_max`, `watches_max`",
+        "the client's cancel, or the stream",
+        f"{_GIVEN_BACK}test_ids_that_a_compaction_cancelled_count_as_watches",
+    ),
+    Kept(
+        "a create that waits for a read of now, also one that etcd does not answer",
+        "`queue_max`, `line_bytes_max`",
+        "the answer, or the stream",
+        f"{_GIVEN_BACK}test_a_read_does_not_keep_the_sessions_that_left",
+    ),
+    Kept(
+        "a range with its upstream watch and its history",
+        "`trunks_max`, `history_bytes_max`, `history_bytes_total_max`",
+        "`linger_s` after its last watch",
+        "coalesce/test_ending.py::test_a_trunk_lingers_and_a_client_that_comes_back_finds_its_history",
+    ),
+    Kept(
+        "a catch-up watch and its window",
+        "`backfills_max`, `backfill_bytes_max`",
+        "its last watch",
+        "coalesce/test_backfill.py::test_backfills_are_bounded_and_the_others_wait_in_line",
+    ),
+    Kept(
+        "responses that several laggards share",
+        "eight, of `replay_bytes_max` or one revision each",
+        "the last laggard",
+        f"{_GIVEN_BACK}test_what_laggards_share_is_let_go_with_the_last_of_them",
+    ),
+    Kept(
+        "tokens that etcd refused for a range",
+        "the sessions of the range",
+        "the next time that etcd registers the range, or its end",
+        f"{_GIVEN_BACK}test_the_tokens_that_were_refused_are_forgotten_with_the_next_created",
+    ),
+    Kept(
+        "tokens that were tried to prove a new connection",
+        "eight for each try (`TRIED_AT_ONCE`)",
+        "the proof, or the next connection",
+        "proxy/test_rollback.py::test_what_was_tried_is_forgotten_with_the_proof",
+    ),
+    Kept(
+        "an event that is written in part to a client that does not read",
+        "its HTTP/2 window, `write_buffer_bytes`",
+        "the stream or the connection",
+        "proxy/test_memory.py::test_streams_that_are_not_read_cost_little",
+    ),
+    Kept(
+        "an answer that the client does not read",
+        "`unread_bytes_per_connection_max`, `unread_bytes_max`",
+        "its being read, or the call",
+        "proxy/test_translating.py::test_unread_answers_count_by_their_translated_size",
+    ),
+    Kept(
+        "a request under `--namespace` that is not whole, or that etcd does not take",
+        "`translated_request_bytes_max`, `partial_bytes_max`",
+        "etcd's taking it, or the call",
+        "proxy/test_translating.py::test_requests_that_etcd_does_not_take_count",
+    ),
+    Kept("a call that passes through", "`max_streams`, `resend_bytes_total_max`", "its end", _GARBAGE),
+    Kept(
+        "a connection, with its descriptor",
+        "`connections_max`, RLIMIT_NOFILE",
+        "its end",
+        "proxy/test_descriptors.py::test_clients_do_not_take_what_etcd_and_probes_need",
+    ),
+    Kept(
+        "header fields that the compression of a connection remembers",
+        "`header_table_bytes`; 128 encoded fields",
+        "the connection",
+        "http2/test_compression.py::test_a_repeated_header_list_is_a_few_bytes_and_moves_no_table",
+    ),
+    Kept(
+        "ids of streams that were reset",
+        "`resets_remembered`",
+        "newer ones, or the connection",
+        "http2/test_ends.py::test_late_frames_of_a_forgotten_stream_are_answered_once_more",
+    ),
+    Kept(
+        "the streams of a connection that has ended",
+        "`max_streams`",
+        "turns of `leaving_per_turn`",
+        "proxy/test_leaving.py::test_many_streams_that_leave_at_once_are_forgotten_in_turns",
+    ),
+    Kept(
+        "orders of delivery that the engine remembers",
+        "16 groups (`ORDERS_REMEMBERED_MAX`)",
+        "the close of a stream",
+        "proxy/test_engine.py::test_nothing_of_a_session_that_is_gone_is_kept",
+    ),
+)
+"""What clients can make the proxy keep."""
+
+
 def sample(metric: str) -> tuple[str, dict[str, str]]:
     """Return the name and the labels of a metric as it is written here."""
     name, _, labels = metric.partition("{")

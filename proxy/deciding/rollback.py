@@ -80,6 +80,7 @@ class Rollback:
             return False
         if linearizable:
             self.unproven = False
+            self._tried.clear()
             if header.revision < begun.known:
                 self.other_history(header)
                 return True

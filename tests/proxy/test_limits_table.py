@@ -58,9 +58,16 @@ def found_in(path: str) -> set[str]:
 
 
 def test_every_test_is_there() -> None:
-    for row in ROWS:
-        path, _, name = row.edge.partition("::")
-        assert name in found_in(path), row.edge
+    for test in (*(row.edge for row in ROWS), *(kept.test for kept in limits_table.KEPT)):
+        path, _, name = test.partition("::")
+        assert name in found_in(path), test
+
+
+def test_what_is_kept_counts_for_limits_that_are_there() -> None:
+    fields = {field for source in SOURCES for field in source.rows}
+    for kept in limits_table.KEPT:
+        named = set(re.findall(r"`([a-z_]+)`", kept.counts_for + kept.until))
+        assert named <= fields, kept.what
 
 
 def test_a_labels_name_may_hold_blanks() -> None:

@@ -69,3 +69,16 @@ def test_not_all_are_tried_at_once() -> None:
     for _ in range(3):
         assert len(rollback.rights(None, watches)) == TRIED_AT_ONCE
     assert rollback.rights(None, watches) == []
+
+
+def test_what_was_tried_is_forgotten_with_the_proof() -> None:
+    """The tokens of clients that have left long since are not kept until the next connection."""
+    rollback = Rollback()
+    rollback.connected()
+    assert len(rollback.rights(None, [FakeWatch(b"%d" % number) for number in range(5)])) == 5
+    assert len(rollback._tried) == 5
+    rollback.answered(rollback.begin(10), at(11), False)
+    assert rollback.unproven
+    assert len(rollback._tried) == 5
+    rollback.answered(rollback.begin(10), at(11), True)
+    assert not rollback._tried
