@@ -17,8 +17,8 @@ from google.protobuf.message import Message
 from proto.framing import PREFIX_BYTES, FramingError, Status, frame
 from upstream.rewriting import PIECE_BYTES, Changes, Rewriting, changed
 
-INFLATE_BYTES: Final = 256 * 1024
-"""Bytes that one step inflates to: less than a millisecond."""
+INFLATE_BYTES: Final = 64 * 1024
+"""Bytes that one step inflates to: a fraction of a millisecond."""
 
 _PREFIX: Final = struct.Struct(">BI")
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -40,6 +40,13 @@ log = logs.logger("translating")
 TURN_S: Final = 0.004
 """How long messages are changed in one turn of the event loop; the last step may take it over that."""
 
+LARGE_BYTES: Final = 64 * 1024
+"""From here on what a call keeps of its messages is memory that counts."""
+
+ROTATION: Final = 8
+"""Large messages that are changed side by side: each is in memory twice meanwhile, and a huge one holds up the others
+no more than eightfold."""
+
 
 class TranslatingPassthrough(Passthrough):
     """The handler factory for all streams that no route claims, under rules; no two of them name the same call."""
@@ -48,8 +55,12 @@ class TranslatingPassthrough(Passthrough):
         super().__init__(pool, settings)
         self._rules = rules
         self._found = {path: (each, one) for each in rules for path, one in each.translations.items()}
-        # Calls with messages that are not changed yet, in rotation.
-        self._working: deque[TranslatedRelay] = deque()
+        # Calls with messages that are not changed yet, in rotation; and those that keep much meanwhile, of which the
+        # first few are in rotation and the others wait.
+        self._working: dict[TranslatedRelay, None] = {}
+        self._large: dict[TranslatedRelay, None] = {}
+        # Whose turn it is of the large ones.
+        self._place = 0
         # What this turn of the loop has left for changing messages at once.
         self._left_s = TURN_S
         # By client connection: its calls with unfinished messages, and the bytes of those.
@@ -69,7 +80,7 @@ class TranslatingPassthrough(Passthrough):
 
     def work(self, relay: TranslatedRelay) -> None:
         """Change what came of a call: now, as far as this turn of the loop has time, and the rest in later turns."""
-        if not self._working:
+        if not (self._working or self._large):
             more = True
             while more and self._left_s > 0:
                 began = time.perf_counter()
@@ -78,23 +89,36 @@ class TranslatingPassthrough(Passthrough):
             if not more:
                 return
             asyncio.get_running_loop().call_soon(self._turn)
-        self._working.append(relay)
         relay.working = True
+        self._working[relay] = None
+
+    def leave(self, relay: TranslatedRelay) -> None:
+        """Forget a call that is over."""
+        relay.working = False
+        self._working.pop(relay, None)
+        self._large.pop(relay, None)
 
     def _turn(self) -> None:
-        """Go on with what earlier turns have left."""
-        working = self._working
+        """Go on with what earlier turns have left: a step of a call that is new or small, then one of a large one."""
         end = time.perf_counter() + TURN_S
-        while working:
-            relay = working.popleft()
-            if self._goes_on(relay):
-                working.append(relay)
-            else:
-                relay.working = False
+        while self._working or self._large:
+            if self._working:
+                relay = next(iter(self._working))
+                del self._working[relay]
+                if self._goes_on(relay):
+                    (self._large if relay.kept > LARGE_BYTES else self._working)[relay] = None
+                else:
+                    relay.working = False
+            if self._large:
+                place = self._place % min(len(self._large), ROTATION)
+                relay = next(islice(self._large, place, None))
+                self._place = place + 1
+                if not self._goes_on(relay):
+                    self.leave(relay)
             if time.perf_counter() >= end:
                 break
         self._left_s = TURN_S
-        if working:
+        if self._working or self._large:
             asyncio.get_running_loop().call_soon(self._turn)
 
     def _goes_on(self, relay: TranslatedRelay) -> bool:
@@ -348,6 +372,8 @@ class TranslatedRelay(Relay):
                 self.fail(error)
 
     def _give_up(self) -> None:
+        if self.working:
+            self._translating.leave(self)
         kept, self.kept = self.kept, 0
         self._requests = self._responses = None
         if kept:

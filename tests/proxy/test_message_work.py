@@ -62,7 +62,7 @@ def test_messages_in_pieces_of_any_size(size: int) -> None:
 
 
 def test_what_inflates_is_bounded_in_each_step() -> None:
-    """2 KiB that inflate to 2 MiB take eight steps, and are counted as they grow."""
+    """2 KiB that inflate to 2 MiB take more than thirty steps, and are counted as they grow."""
     made = work()
     made.feed(packed(rpc_pb2.RangeResponse(kvs=[kv_pb2.KeyValue(value=bytes(2 << 20))]).SerializeToString()))
     assert made.held < 10_000
@@ -70,7 +70,7 @@ def test_what_inflates_is_bounded_in_each_step() -> None:
     while made.busy and not made.step():
         sizes.append(made.held)
     assert all(after - before <= INFLATE_BYTES for before, after in pairwise(sizes[:-1]))
-    assert len(sizes) >= 8
+    assert len(sizes) > 30
     assert max(sizes) > 2 << 20
     assert made.held == 0
 

@@ -122,6 +122,44 @@ def test_a_large_answer_is_changed_in_turns(etcd: EtcdServer, monkeypatch: pytes
     assert max(turns) > 19_000_000
 
 
+def test_few_large_messages_are_changed_side_by_side(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many answers that come at once in gzip, few are inflated at a time; who leaves is not kept in line."""
+    most = 0
+    turn = TranslatingPassthrough._turn
+
+    def measured(self: TranslatingPassthrough) -> None:
+        nonlocal most
+        turn(self)
+        most = max(most, self.stats.partial_bytes)
+
+    monkeypatch.setattr(translating, "TURN_S", 0.0)
+    monkeypatch.setattr(TranslatingPassthrough, "_turn", measured)
+
+    async def scenario() -> None:
+        async with (
+            proxy_for(etcd, namespace=NS) as proxy,
+            direct(etcd) as store,
+            await RawClient.connect(proxy.port, window=1000) as client,
+        ):
+            passthrough = proxy.passthrough
+            assert isinstance(passthrough, TranslatingPassthrough)
+            await store.put(NS + b"k", bytes(MIB))
+            calls = [unread(client) for _ in range(40)]
+            await until_async(lambda: len(passthrough._large) > 20, "many to be in line")
+            calls[-1].cancel()
+            calls[-2].cancel()
+            await until_async(lambda: passthrough.stats.unread_bytes > 38 * MIB - 200_000, "all to be translated", 30)
+            assert not passthrough._large
+            assert not passthrough._working
+            for call in calls[:-2]:
+                call.cancel()
+            await until_async(lambda: passthrough.stats.unread_bytes == 0, "all to be given back")
+
+    run(scenario())
+    # Eight of them twice, and the beginnings of the others.
+    assert most < 8 * 2.2 * MIB + 40 * 200_000
+
+
 def test_requests_that_etcd_does_not_take_count(etcd: EtcdServer) -> None:
     """What waits for an etcd that reads nothing is counted as it is here, and given back with its calls."""
 
