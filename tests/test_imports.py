@@ -56,6 +56,10 @@ DECIDING = (
     "upstream/watching/choice.py",
     "upstream/watching/lineage.py",
     "upstream/watching/stream.py",
+    "upstream/watching/streams.py",
+    "upstream/watching/proof.py",
+    "upstream/watching/suspects.py",
+    "upstream/watching/feed.py",
     "upstream/watching/effects.py",
 )
 IMPURE_MODULES = {"asyncio", "random", "time", "datetime", "socket", "ssl", "os", "logging", "structlog", "threading"}

@@ -71,8 +71,8 @@ class Settings:
     # once, but lets one wait for ever whose token it cannot know yet: from before a store was restored
     # (auth/simple_token.go waits for the token's raft index).
     create_timeout_s: float = 10.0
-    # The largest watch response taken. etcd sends fragments of 2 MiB (--max-request-bytes + 512 KiB) but does not cut
-    # what it had waiting before `created`, up to 1000 revisions of a key each.
+    # How much of one revision (the events that one transaction has in one range) is held until all of it has come. A
+    # response of any size is read in pieces, but a revision is passed on as a whole; a larger one ends its watch.
     watch_message_bytes_max: int = 512 * MIB
     # The largest answer to a call of our own.
     unary_message_bytes_max: int = 64 * MIB

@@ -142,8 +142,8 @@ class Upstream:
     watch_message_bytes_max: Annotated[
         int,
         knob(
-            "The largest watch response taken from etcd. etcd does not cut what it had waiting for a watch, so this is "
-            "far above its own 1.5 MiB for a request.",
+            "How much of one revision is held for a watch until all of it has come from etcd: the events that one "
+            "transaction or one range deletion has in a range. A larger one ends its watch.",
             Kind.BYTES,
             ge=1,
             advanced=True,

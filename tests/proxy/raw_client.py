@@ -75,6 +75,18 @@ class RawStream:
             h2.end_stream(self.id)
         self.client.flush()
 
+    async def send_all(self, message: bytes) -> None:
+        """Send one message of any size, as the windows allow; what is left when the call is over is not sent."""
+        data, h2 = frame(message), self.client.h2
+        while data:
+            await until_async(lambda: self.over or h2.local_flow_control_window(self.id) > 0, "a window")
+            if self.over:
+                return
+            size = min(h2.local_flow_control_window(self.id), h2.max_outbound_frame_size)
+            h2.send_data(self.id, data[:size])
+            data = data[size:]
+            self.client.flush()
+
     def cancel(self, code: int = 8) -> None:
         """Reset the stream, with CANCEL as a client library does."""
         self.client.h2.reset_stream(self.id, code)
@@ -118,6 +130,11 @@ class WatchStream:
         """Ask for a watch; `extra` are further fields of WatchCreateRequest."""
         create = rpc_pb2.WatchCreateRequest(key=key, range_end=range_end, start_revision=start_revision, **extra)
         self.raw.send(rpc_pb2.WatchRequest(create_request=create).SerializeToString())
+
+    async def create_large(self, key: bytes, start_revision: int = 0) -> None:
+        """Ask for a watch of a key of any size."""
+        create = rpc_pb2.WatchCreateRequest(key=key, start_revision=start_revision)
+        await self.raw.send_all(rpc_pb2.WatchRequest(create_request=create).SerializeToString())
 
     def cancel(self, watch_id: int) -> None:
         """Cancel one watch."""

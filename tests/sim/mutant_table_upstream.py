@@ -5,13 +5,16 @@ from __future__ import annotations
 from tests.sim.mutants import Mutant
 
 _CLIENT = "upstream.watching.state"
+_PROOF = "upstream.watching.proof"
+_SUSPECTS = "upstream.watching.suspects"
+_FEED = "upstream.watching.feed"
 _STORE = "upstream.store"
 
 CLIENT_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a resumed watch waits in the future and silences progress",
         _CLIENT,
-        "skips = start is not None and 0 < self.newest_revision < start",
+        "skips = start is not None and self._skips(start)",
         "skips = False",
     ),
     Mutant(
@@ -32,7 +35,7 @@ CLIENT_MUTANTS: tuple[Mutant, ...] = (
         "registration.unproven = stream.requested",
         "registration.unproven = 0",
     ),
-    Mutant("any answer proves any watch complete", _CLIENT, "registration.unproven < stream.answers_from", "True"),
+    Mutant("any answer proves any watch complete", _PROOF, "registration.unproven < stream.answers_from", "True"),
     Mutant("half a revision is passed on", _CLIENT, "                whole -= 1", "                break"),
     Mutant(
         "what came before the break comes again",
@@ -59,6 +62,26 @@ CLIENT_MUTANTS: tuple[Mutant, ...] = (
         "                if registration.stream is None:\n                    self._register",
         "                if registration.stream is None and registration.announced:\n"
         "                    self._register",
+    ),
+    Mutant("all suspects are tried together for ever", _SUSPECTS, "elif len(suspects) > 1:", "elif False:"),
+    Mutant("a create that was closed condemns another one", _SUSPECTS, "elif len(stream.creating) > 1:", "elif False:"),
+    Mutant(
+        "suspects stay suspects",
+        _CLIENT,
+        "if stream.tested and stream.live and not stream.unanswered:\n            self._acquit(stream, effects)",
+        "pass",
+    ),
+    Mutant(
+        "progress overtakes the events that it speaks of",
+        _FEED,
+        "if watch_id >= 0 else not response.created",
+        "if watch_id >= 0 else False",
+    ),
+    Mutant(
+        "events overtake a large response for the same watch",
+        _FEED,
+        "any(each.watch_id == watch_id for each in self._waiting) if watch_id >= 0",
+        "False if watch_id >= 0",
     ),
     Mutant(
         "created is told at each connection", _CLIENT, "            registration.announced = True", "            pass"

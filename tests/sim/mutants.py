@@ -26,6 +26,7 @@ CORE = "coalesce"
 STORE = "upstream.store"
 WATCH_STATE = "upstream.watching.state"
 CHOICE = "upstream.watching.choice"
+FEED = "upstream.watching.feed"
 LINEAGE = "upstream.watching.lineage"
 DECIDING = "proxy.deciding"
 ATTEMPTS = "upstream.attempts"
@@ -37,7 +38,9 @@ _LAYOUT = {
     tokenize.DEDENT,
     tokenize.ENDMARKER,
 }
-_FAMILIES = (CORE, STORE, WATCH_STATE, CHOICE, LINEAGE, DECIDING, ATTEMPTS)
+_FAMILIES = (CORE, STORE, WATCH_STATE, CHOICE, FEED, LINEAGE, DECIDING, ATTEMPTS)
+# Modules of a family that is not a package.
+_MEMBERS = {f"upstream.watching.{name}": WATCH_STATE for name in ("proof", "streams", "suspects")}
 
 
 class Mutant(NamedTuple):
@@ -152,6 +155,8 @@ def _parts(family: str) -> Parts:
         return replace(REAL, watch_state=importlib.import_module(WATCH_STATE))
     if family == CHOICE:
         return replace(REAL, choice=importlib.import_module(CHOICE))
+    if family == FEED:
+        return replace(REAL, feed=importlib.import_module(FEED))
     if family == LINEAGE:
         return replace(REAL, lineage=importlib.import_module(LINEAGE))
     if family == DECIDING:
@@ -163,7 +168,7 @@ def _parts(family: str) -> Parts:
 
 
 def _belongs(module: str, family: str) -> bool:
-    return module == family or module.startswith(family + ".")
+    return module == family or module.startswith(family + ".") or _MEMBERS.get(module) == family
 
 
 def _loaded(family: str) -> list[str]:

@@ -51,7 +51,7 @@ def search(mutant: Mutant) -> Witness | None:
     known = known_witnesses().get(mutant.name)
     if known is not None and is_found_by(mutant, known):
         return known
-    below = parts.watch_state is not REAL.watch_state or parts.store is not REAL.store
+    below = any(getattr(parts, name) is not getattr(REAL, name) for name in ("watch_state", "feed", "store"))
     kinds = list(_TRIALS) if below else ["simulation"]
     for seed in range(SEEDS_MAX):
         for kind in kinds:

@@ -9,7 +9,7 @@ import coalesce
 from proxy.deciding import questions
 from upstream import attempts
 from upstream.store import errors, recorder, state, watch_batch, watch_requests, watchable
-from upstream.watching import choice, lineage
+from upstream.watching import choice, feed, lineage
 from upstream.watching import state as watch_state
 
 
@@ -33,6 +33,7 @@ class Parts:
     store: StoreModules = StoreModules()
     watch_state: ModuleType = watch_state
     choice: ModuleType = choice
+    feed: ModuleType = feed
     lineage: ModuleType = lineage
     questions: ModuleType = questions
     attempts: ModuleType = attempts

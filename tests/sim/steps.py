@@ -270,8 +270,13 @@ def break_upstream(world: World, _: random.Random) -> None:
 
 @_action(1.5, fault=True)
 def break_stream(world: World, rng: random.Random) -> None:
-    """One watch stream to etcd breaks."""
-    world.upstream.end_stream(rng)
+    """One watch stream to etcd breaks; or from now on, or no longer, each that the create of some range is sent on."""
+    if rng.random() < 0.8:
+        world.upstream.end_stream(rng)
+        return
+    world.count("poisoned creates")
+    world.upstream.poison_text = LOST
+    world.upstream.poisoned = {rng.choice(world.config.ranges)} if rng.random() < 0.5 else set()
 
 
 @_action(0.8, fault=True)
@@ -483,6 +488,7 @@ def make_config(rng: random.Random) -> Config:
         "lagging_age_s_max": rng.choice((None, None, None, 4.0)),
     }
     members = rng.choice((1, 1, 2, 3))
+    aside = random.Random(repr(limits))
     return Config(
         limits,
         tuple(ranges),
@@ -492,6 +498,8 @@ def make_config(rng: random.Random) -> Config:
         store_fragment_bytes=rng.choice((50, 120, 1 << 21)),
         batch_revisions_max=rng.choice((1, 2, 5, 1000)),
         channel_max=rng.choice((1, 2, 128)),
+        whole=aside.random() < 0.5,
+        streams_max=(aside.choice((0, 0, 1, 16)), aside.choice((1, 8))),
         old_members=rng.choice((0, 0, 0, 0, 0, 0, 1, 3)),
         auth=rng.random() < 0.25,
         prev_kv=rng.choice((0.1, 0.25, 0.5)),

@@ -18,9 +18,10 @@ from tests.sim.model_store import Member, Store
 from tests.sim.parts import REAL, Parts
 from tests.sim.permissions import Permissions
 from tests.sim.store_member import StoreMember
-from tests.sim.upstream_shell import AnyMember, Callbacks, UpstreamShell
+from tests.sim.upstream_shell import RESOURCE_EXHAUSTED, AnyMember, Callbacks, UpstreamShell
 
 KEYS = (b"a", b"b", b"c")
+POISON = b"poison"
 STEPS = 80
 _MOVES_MAX = 20_000
 
@@ -60,6 +61,8 @@ class Harness:
                 self.members.append(Member(self.store, member_id, batch_revisions_max))
         self.open: list[Upstream] = []
         self.all: list[Upstream] = []
+        # There are watches whose create ends its stream.
+        self.poisons = rng.random() < 0.5
         # What every member had at each request for progress.
         self.asked: list[int] = []
         self.shell = UpstreamShell(
@@ -69,7 +72,10 @@ class Harness:
             Callbacks(self.received, self.progressed, self.lost, lambda _: None),
             parts,
             dice=random.Random(0),
+            streams_max=(rng.choice((0, 0, 1, 16)), rng.choice((1, 8))),
+            whole=rng.random() < 0.5,
         )
+        self.shell.poisoned.add((POISON, b""))
 
     def received(self, upstream: Upstream, response: WatchResponse) -> None:
         records = upstream.log.records
@@ -107,8 +113,10 @@ class Harness:
                 upstream.marked = header.revision
                 upstream.log.records.append(Bookmark(header.revision))
 
-    def lost(self, _: Any, status: int, text: str) -> None:
-        raise AssertionError(f"lost: {status} {text}")
+    def lost(self, upstream: Upstream, status: int, text: str) -> None:
+        if upstream.key != POISON or (status, text) != (RESOURCE_EXHAUSTED, self.shell.poison_text):
+            raise AssertionError(f"lost: {upstream} {status} {text}")
+        self.open.remove(upstream)
 
     def moves(self) -> list[Any]:
         moves: list[Any] = []
@@ -122,23 +130,10 @@ class Harness:
 
     def step(self) -> None:
         rng, kind = self.rng, self.rng.random()
-        if kind < 0.3:
-            self.store.write([(key, b"v") for key in rng.sample(KEYS, rng.randint(1, 3))])
-        elif kind < 0.35:
-            self.store.compact(self.store.revision - rng.randint(0, 3))
-        elif kind < 0.45 and len(self.open) < 5:
-            start = rng.choice((None, rng.randint(1, self.store.revision + 3)))
-            upstream = Upstream(
-                rng.choice(KEYS), rng.choice((b"", b"\0")), start, rng.random() < 0.3, rng.random() < 0.3
-            )
-            self.open.append(upstream)
-            self.all.append(upstream)
-            self.shell.open(upstream)
-        elif kind < 0.48 and self.open:
-            self.shell.close(self.open.pop(rng.randrange(len(self.open))))
+        if kind < 0.35:
+            self._write(kind)
         elif kind < 0.53:
-            self.asked.append(min(member.revision for member in self.members))
-            self.shell.request_progress(len(self.asked))
+            self._watch(kind)
         elif kind < 0.57:
             self.shell.disconnect()
         elif kind < 0.6:
@@ -153,9 +148,44 @@ class Harness:
             self.shell.end_leaving(rng)
         elif kind < 0.7:
             self.shell.limited = not self.shell.limited
+        elif kind < 0.78:
+            # Compacted before a slow watch of the future comes to it.
+            for _ in range(rng.randint(2, 4)):
+                self._write(0)
+            self.store.compact(self.store.revision)
         for _ in range(rng.randint(0, 8)):
             if moves := self.moves():
                 rng.choice(moves)(rng)
+
+    def _write(self, kind: float) -> None:
+        """Write something, or compact."""
+        rng = self.rng
+        if kind < 0.3:
+            self.store.write([(key, b"v") for key in rng.sample(KEYS, rng.randint(1, 3))])
+        else:
+            self.store.compact(self.store.revision - rng.randint(0, 3))
+
+    def _watch(self, kind: float) -> None:
+        """Open a watch, close one, or ask for progress."""
+        rng = self.rng
+        if kind < 0.45 and len(self.open) < 5:
+            future = self.store.revision + rng.randint(1, 5)
+            start = rng.choice((None, rng.randint(1, future), future))
+            upstream = Upstream(
+                rng.choice(KEYS), rng.choice((b"", b"\0")), start, rng.random() < 0.3, rng.random() < 0.3
+            )
+            self.open.append(upstream)
+            self.all.append(upstream)
+            self.shell.open(upstream)
+        elif kind < 0.46 and self.poisons:
+            upstream = Upstream(POISON, b"", rng.choice((None, 1)), False, rng.random() < 0.3)
+            self.open.append(upstream)
+            self.shell.open(upstream)
+        elif kind < 0.48 and self.open:
+            self.shell.close(self.open.pop(rng.randrange(len(self.open))))
+        else:
+            self.asked.append(min(member.revision for member in self.members))
+            self.shell.request_progress(len(self.asked))
 
     def settle(self) -> None:
         made = 0
@@ -184,5 +214,7 @@ def run_alone(seed: int, bundled: bool, parts: Parts = REAL) -> str:
         complete = harness.store.revision if upstream in harness.open else None
         if violations := check(upstream.log, truth, complete):
             return f"{upstream}: {violations}"
+    if any(upstream.key == POISON for upstream in harness.open):
+        return "a create that ends its stream was not refused"
     watched = sum(len(link.spans) for link in harness.shell.links())
     return "" if watched == len(harness.open) else f"{watched} watches at the server, {len(harness.open)} wanted"

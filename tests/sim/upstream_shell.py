@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from proto.scan import Header, WatchResponse
+from proto.pb import rpc_pb2
+from proto.scan import Header, WatchResponse, scan_watch_response
 from tests.sim.failure import SimulationFailure
 from tests.sim.model_store import Member
 from tests.sim.model_stream import CLUSTER_ID, RAFT_TERM, ServerStream
 from tests.sim.parts import REAL, Parts
 from tests.sim.store_member import StoreMember, StoreStream
 from upstream.watching import effects as watch_effects
-from upstream.watching.stream import WatchStream
+from upstream.watching.stream import Kind, Next, WatchStream
 
 AnyMember = Member | StoreMember
 AnyStream = ServerStream | StoreStream
@@ -27,6 +28,7 @@ AnyStream = ServerStream | StoreStream
 
 NO_LEADER = "etcdserver: no leader"
 UNAVAILABLE = 14
+RESOURCE_EXHAUSTED = 8
 # What ends a stream that its watches survive: a network, a server that stops, one without a Watch service, a text.
 _ENDS = ((UNAVAILABLE, "gone"), (1, "etcdserver: server stopped"), (UNAVAILABLE, NO_LEADER), (13, "broken"))
 
@@ -39,6 +41,33 @@ class Endpoint:
     tried: bool = False
     leaderless: bool = False
     unimplemented: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Pieces:
+    """A response that comes in pieces: `upstream.watching.feed.Large` without bytes."""
+
+    response: WatchResponse
+    # How many events are in each piece.
+    sizes: list[int]
+    unread: int = 0
+    readable: bool = True
+
+    @property
+    def watch_id(self) -> int:
+        """Of the watch it is for."""
+        return self.response.watch_id
+
+    @property
+    def done(self) -> bool:
+        """Its last piece was taken."""
+        return not self.sizes
+
+    def step(self) -> WatchResponse:
+        """Take the next piece."""
+        size = self.sizes.pop(0)
+        events, self.response.events = self.response.events[:size], self.response.events[size:]
+        return WatchResponse(self.response.header, self.watch_id, fragment=not self.done, events=events)
 
 
 @dataclass(slots=True)
@@ -54,6 +83,14 @@ class Callbacks:
     other_history: Callable[[Header], None] = lambda _: None
 
 
+def _in_fragments(message: bytes) -> bytes:
+    """Return a request as one that asks for fragments, if it is a create."""
+    request = rpc_pb2.WatchRequest.FromString(message)
+    if request.HasField("create_request"):
+        request.create_request.fragment = True
+    return bytes(request.SerializeToString())
+
+
 class UpstreamShell:
     """One watch client: connected to one member at a time, or to none."""
 
@@ -67,11 +104,16 @@ class UpstreamShell:
         has_leader: Callable[[AnyMember], bool] = lambda _: True,
         tells_status: bool = True,
         dice: random.Random | None = None,
+        streams_max: tuple[int, int] = (1, 1),
+        *,
+        whole: bool = True,
     ) -> None:
         self.channel_max = channel_max
         self.permission = permission
         self.on = on
-        self.state: Any = parts.watch_state.WatchState()
+        self.state: Any = parts.watch_state.WatchState(
+            streams_max={Kind.CATCH_UP: streams_max[0], Kind.LARGE: 1, Kind.SUSPECT: streams_max[1]}
+        )
         self.choice: Any = parts.choice.Choice()
         self.lineage: Any = parts.lineage.Lineage()
         self.endpoints = [Endpoint(member) for member in members]
@@ -87,6 +129,10 @@ class UpstreamShell:
         self._unopened: dict[WatchStream, list[bytes]] = {}
         # Streams on connections that go away, maybe to another member than the new ones.
         self._leaving: set[WatchStream] = set()
+        # Ranges whose create ends the whole stream, and the text with which it does; how often each was tried.
+        self.poisoned: set[tuple[bytes, bytes]] = set()
+        self.poison_text = "grpc: received message larger than max"
+        self.poisonings = 0
         # Endpoints that were tried since there was a connection.
         self._in_vain: set[int] = set()
         self._parts = parts
@@ -94,7 +140,10 @@ class UpstreamShell:
         self._tells_status = tells_status
         # Draws what is incidental, instead of the generator of the run.
         self._dice = dice
+        # Whether servers send whole responses, as they are asked to; otherwise as if fragments had been asked for.
+        self._whole = whole
         self._links: dict[WatchStream, AnyStream] = {}
+        self._feeds: dict[WatchStream, Any] = {}
         # Streams that asked for a leader.
         self._led: set[WatchStream] = set()
         # How many responses of a paused stream are read all the same, since they had come before the pause.
@@ -250,6 +299,7 @@ class UpstreamShell:
         self.endpoint = other
         self.state.ordered_progress = other.member.ordered_progress
         if self.standing is not None:
+            self.state.saw(self.standing.header.revision)
             self.on.header(self.standing.header)
         self.on.resumed(other.member.ordered_progress)
 
@@ -270,7 +320,7 @@ class UpstreamShell:
     def open_waiting(self, _: random.Random | None = None) -> None:
         """There is a place for a stream that waits: trunks first, as in upstream/watching/places.py."""
         if self._unopened:
-            stream = min(self._unopened, key=lambda each: each.is_backfill)
+            stream = min(self._unopened, key=lambda each: each.kind is Kind.BACKFILL)
             requests = self._unopened.pop(stream)
             self._begin(stream)
             self._links[stream].requests.extend(requests)
@@ -286,30 +336,32 @@ class UpstreamShell:
         endpoint = self.endpoint
         assert endpoint is not None, "streams are there while it is connected"
         follows = self._parts.choice.after_end(
-            status, text, endpoint, self.endpoints, answered=stream.answered, opened=not moved, healthy=True
+            stream, status, text, endpoint, self.endpoints, moved=moved, healthy=True, works=self.state.works
         )
-        self._links.pop(stream).close()
+        self._unlink(stream)
         self._led.discard(stream)
         self._leaving.discard(stream)
         self.breaks += 1
-        if follows is self._parts.choice.Next.LOST:
-            self._do(self.state.refused(stream, status, text))
-            return
-        self.state.ended(stream)
+        self._do(self.state.over(stream, follows, status, text))
         self.unregistered = True
-        if follows is self._parts.choice.Next.ELSEWHERE:
+        if follows is Next.ELSEWHERE:
             endpoint.tried = True
             self._in_vain.add(id(endpoint))
             self.disconnect()
+
+    def _unlink(self, stream: WatchStream) -> None:
+        self._feeds.pop(stream, None)
+        link = self._links.pop(stream, None)
+        if link is not None:
+            link.close()
 
     def disconnect(self) -> None:
         """Lose the connection with everything that was on its way."""
         self.breaks += 1
         self.endpoint = self.standing = None
         self.unregistered = False
-        for link in self._links.values():
-            link.close()
-        self._links.clear()
+        for stream in list(self._links):
+            self._unlink(stream)
         self._unopened.clear()
         self._leaving.clear()
         self._led.clear()
@@ -317,9 +369,9 @@ class UpstreamShell:
         self.state.disconnect()
 
     def end_stream(self, rng: random.Random) -> None:
-        """Lose one stream."""
-        if self._links:
-            stream = rng.choice(list(self._links))
+        """Lose one stream; not one that is to show whether a create ends it, as that would be a false verdict."""
+        if links := [stream for stream in self._links if not stream.tested]:
+            stream = rng.choice(links)
             self._end(stream, *(self._dice or rng).choice(_ENDS))
 
     def register(self, _: random.Random | None = None) -> None:
@@ -353,26 +405,59 @@ class UpstreamShell:
             moves.append(self.move_on)
         for stream, link in self._links.items():
             if link.can_receive:
-                moves.append(link.receive)
+                moves.append(partial(self.receive, stream))
             if link.can_send:
                 moves.append(link.send)
             if link.out and self._is_read(stream):
                 moves.append(partial(self.read, stream))
+            if self._feeds[stream].behind and not stream.paused:
+                moves.append(partial(self.step, stream))
 
-    def read(self, stream: WatchStream, _: random.Random | None = None) -> None:
-        """Read one response, if there still is one."""
+    def receive(self, stream: WatchStream, rng: random.Random) -> None:
+        """Have the server take a step with what it was sent, or end the stream for it."""
+        link = self._links.get(stream)
+        if link is None:
+            return
+        if self.poisoned and link.requests:
+            create = rpc_pb2.WatchRequest.FromString(link.requests[0]).create_request
+            if (create.key, create.range_end) in self.poisoned:
+                self.poisonings += 1
+                self._end(stream, RESOURCE_EXHAUSTED, self.poison_text)
+                return
+        link.receive(rng)
+
+    def read(self, stream: WatchStream, rng: random.Random) -> None:
+        """Read one response, if there still is one; a large one comes in pieces, and others may overtake it."""
         link = self._links.get(stream)
         if link is None or not link.out or not self._is_read(stream):
             return
         if stream.paused:
             self._in_flight[stream] -= 1
-        self._do(self.state.received(stream, link.out.popleft()))
+        response, feed = link.out.popleft(), self._feeds[stream]
+        dice = self._dice or rng
+        count = len(response.events)
+        if count > 1 and response.plain and dice.random() < 0.3:
+            cuts = sorted(dice.sample(range(1, count), dice.randint(1, min(3, count - 1))))
+            sizes = [high - low for low, high in zip([0, *cuts], [*cuts, count], strict=True)]
+            # The server's own is not to change.
+            copy = WatchResponse(response.header, response.watch_id, events=list(response.events))
+            feed.begin(Pieces(copy, sizes))
+        elif feed.passes(response):
+            self._do(self.state.received(stream, response))
+
+    def step(self, stream: WatchStream, _: random.Random | None = None) -> None:
+        """Take the next piece of a large response, or what has waited for it."""
+        feed = self._feeds.get(stream)
+        for response in feed.step() if feed is not None and not stream.paused else ():
+            if stream in self._links:
+                self._do(self.state.received(stream, response))
 
     def _is_read(self, stream: WatchStream) -> bool:
         return not stream.paused or self._in_flight.get(stream, 0) > 0
 
     def _begin(self, stream: WatchStream) -> None:
         self._links[stream] = self._open(stream.token)
+        self._feeds[stream] = self._parts.feed.Feed(scan_watch_response, 1 << 20)
         if not self.choice.leaderless:
             self._led.add(stream)
 
@@ -389,7 +474,7 @@ class UpstreamShell:
             if isinstance(effect, watch_effects.Write):
                 link = self._links.get(effect.stream)
                 if link is not None:
-                    link.requests.append(effect.message)
+                    link.requests.append(effect.message if self._whole else _in_fragments(effect.message))
                 elif effect.stream in self._unopened:
                     self._unopened[effect.stream].append(effect.message)
             elif isinstance(effect, watch_effects.OpenStream):
@@ -399,11 +484,9 @@ class UpstreamShell:
                     self._begin(effect.stream)
             elif isinstance(effect, watch_effects.CloseStream):
                 self._unopened.pop(effect.stream, None)
-                link = self._links.pop(effect.stream, None)
+                self._unlink(effect.stream)
                 self._led.discard(effect.stream)
                 self._leaving.discard(effect.stream)
-                if link is not None:
-                    link.close()
             elif isinstance(effect, watch_effects.Received):
                 self.on.received(effect.watch, effect.response)
             elif isinstance(effect, watch_effects.Progressed):

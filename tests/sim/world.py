@@ -57,6 +57,10 @@ class Config:
     members: int = 1
     batch_revisions_max: int = 1000
     channel_max: int = 128
+    # Etcd sends whole responses, or fragments.
+    whole: bool = True
+    # Streams upstream for what has to catch up, and for suspects.
+    streams_max: tuple[int, int] = (16, 8)
     # So many of the members, from the last on, are the bundled store; the others are the model of etcd.
     bundled: int = 0
     # From this size on the bundled store splits a response for those who asked for fragments.
@@ -147,6 +151,8 @@ class World:
             self._parts,
             self.has_leader,
             self.config.tells_status,
+            streams_max=self.config.streams_max,
+            whole=self.config.whole,
         )
         self.calls = Calls(self, self._parts, self.config.probe_age_s_max)
         self.undiscovered = self.restored_to = None
@@ -293,6 +299,7 @@ class World:
         self.store.has_quorum = True
         self.cut.clear()
         self.still.clear()
+        self.upstream.poisoned.clear()
         self.upstream.set_endpoints(self.members)
 
     def send_away(self, core_session: Any, text: str, status: int = 14) -> None:

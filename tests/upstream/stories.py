@@ -79,7 +79,7 @@ def request(message: bytes) -> str:
         create = decoded.create_request
         if create.key == create.range_end:
             return "probe"
-        assert create.fragment
+        assert not create.fragment
         assert create.progress_notify
         return f"create {create.key.decode()} from {create.start_revision}" + (" prev_kv" if create.prev_kv else "")
     return f"cancel {decoded.cancel_request.watch_id}" if kind == "cancel_request" else "progress?"

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 
 from proto.framing import Status
 from upstream.errors import NO_LEADER_TEXT
-from upstream.watching.choice import Choice, Next, Wanted, after_end
+from upstream.watching.choice import Choice, Wanted, after_end
+from upstream.watching.stream import Next
+
+
+@dataclass
+class Watch:
+    """One whose create was not answered."""
+
+    ends: int = 0
+
+
+@dataclass
+class Stream:
+    """One that ended."""
+
+    answered: bool = True
+    tested: bool = False
+    unanswered: Sequence[Watch] = ()
+    token: bytes | None = None
 
 
 @dataclass
@@ -21,32 +40,60 @@ class Endpoint:
 
 
 @pytest.mark.parametrize(
-    ("status", "text", "answered", "opened", "healthy", "follows"),
+    ("status", "text", "answered", "moved", "healthy", "follows"),
     [
-        (Status.UNAVAILABLE, "gone", True, True, True, Next.HERE),
-        (Status.UNAVAILABLE, "gone", False, True, True, Next.ELSEWHERE),
-        (Status.UNAVAILABLE, "no stream to be had", False, False, True, Next.HERE),
-        (Status.UNAVAILABLE, "gone", True, True, False, Next.NOTHING),
-        (Status.UNAVAILABLE, NO_LEADER_TEXT, True, True, True, Next.ELSEWHERE),
-        (Status.CANCELLED, "server stopped", True, True, True, Next.HERE),
-        (Status.UNIMPLEMENTED, "no such service", False, True, True, Next.ELSEWHERE),
-        (Status.PERMISSION_DENIED, "no", True, True, True, Next.LOST),
-        (Status.UNAUTHENTICATED, "no", False, True, False, Next.LOST),
-        (Status.INVALID_ARGUMENT, "no", True, True, True, Next.LOST),
+        (Status.UNAVAILABLE, "gone", True, False, True, Next.HERE),
+        (Status.UNAVAILABLE, "gone", False, False, True, Next.ELSEWHERE),
+        (Status.UNAVAILABLE, "the connection ended", False, True, True, Next.MOVED),
+        (Status.UNAVAILABLE, "gone", True, False, False, Next.NOTHING),
+        (Status.UNAVAILABLE, NO_LEADER_TEXT, True, False, True, Next.ELSEWHERE),
+        (Status.CANCELLED, "server stopped", True, False, True, Next.HERE),
+        (Status.UNIMPLEMENTED, "no such service", False, False, True, Next.ELSEWHERE),
+        (Status.PERMISSION_DENIED, "no", True, False, True, Next.LOST),
+        (Status.UNAUTHENTICATED, "no", False, False, False, Next.LOST),
+        (Status.INVALID_ARGUMENT, "etcdserver: user name is empty", True, False, True, Next.LOST),
+        (Status.INVALID_ARGUMENT, "no", True, False, True, Next.HERE),
+        (Status.RESOURCE_EXHAUSTED, "larger than max", False, False, False, Next.NOTHING),
     ],
 )
 def test_what_follows_the_end_of_a_stream(
-    status: int, text: str, answered: bool, opened: bool, healthy: bool, follows: Next
+    status: int, text: str, answered: bool, moved: bool, healthy: bool, follows: Next
 ) -> None:
     here, other = Endpoint(), Endpoint()
-    found = after_end(status, text, here, [here, other], answered=answered, opened=opened, healthy=healthy)
+    found = after_end(Stream(answered), status, text, here, [here, other], moved=moved, healthy=healthy, works=answered)
     assert found is follows
     assert here.leaderless is (text == NO_LEADER_TEXT)
 
 
+@pytest.mark.parametrize(
+    ("status", "stream", "works", "follows"),
+    [
+        # What a create can cause.
+        (Status.RESOURCE_EXHAUSTED, Stream(True, False, [Watch()]), True, Next.APART),
+        (Status.INTERNAL, Stream(False, False, [Watch()]), False, Next.APART),
+        (Status.INVALID_ARGUMENT, Stream(False, False, [Watch()]), True, Next.APART),
+        (Status.INTERNAL, Stream(True, True, [Watch()]), True, Next.APART),
+        # What a server says that goes away, the first time and again.
+        (Status.UNAVAILABLE, Stream(True, False, [Watch()]), True, Next.HERE),
+        (Status.UNAVAILABLE, Stream(False, False, [Watch()]), True, Next.HERE),
+        (Status.UNAVAILABLE, Stream(False, False, [Watch(), Watch(1)]), True, Next.APART),
+        (Status.UNAVAILABLE, Stream(False, False, [Watch(1)]), False, Next.ELSEWHERE),
+        # Not even the probe was answered.
+        (Status.INTERNAL, Stream(False, True, [Watch(1)]), False, Next.ELSEWHERE),
+        (Status.INTERNAL, Stream(False, True, [Watch(1)]), True, Next.HERE),
+        (Status.INTERNAL, Stream(False, True, [Watch(1)], b"token"), True, Next.TOKEN),
+        (Status.UNAVAILABLE, Stream(False, True, [Watch(1)], b"token"), True, Next.HERE),
+    ],
+)
+def test_whose_doing_the_end_of_a_stream_is(status: int, stream: Stream, works: bool, follows: Next) -> None:
+    here = Endpoint()
+    assert after_end(stream, status, "text", here, [here], moved=False, healthy=True, works=works) is follows
+
+
 def test_a_service_that_nobody_has_is_the_end() -> None:
     here, other = Endpoint(), Endpoint(unimplemented=True)
-    found = after_end(Status.UNIMPLEMENTED, "", here, [here, other], answered=False, opened=True, healthy=True)
+    stream = Stream(answered=False)
+    found = after_end(stream, Status.UNIMPLEMENTED, "", here, [here, other], moved=False, healthy=True, works=False)
     assert found is Next.LOST
 
 

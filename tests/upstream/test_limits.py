@@ -10,7 +10,7 @@ import pytest
 
 from proto.framing import Status
 from proto.http2 import Limits
-from proto.pb import rpc_pb2
+from proto.pb import kv_pb2, rpc_pb2
 from tests.http2 import wire
 from tests.upstream.recorder import Recorder, watching
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
@@ -204,24 +204,26 @@ def test_the_size_of_an_answer_to_us(size: int, taken: bool) -> None:
     run(story())
 
 
-@pytest.mark.parametrize(("size", "taken"), [(1000, True), (1001, False)])
-def test_the_size_of_a_watch_response(size: int, taken: bool) -> None:
-    reason = "r" * (size - 3)
-    response = rpc_pb2.WatchResponse(watch_id=0, cancel_reason=reason).SerializeToString()
-    assert len(response) == size
+@pytest.mark.parametrize("taken", [True, False])
+def test_the_size_of_a_watch_response(taken: bool) -> None:
+    """What counts are the events of a revision that are held until the last of them comes."""
+    header = rpc_pb2.ResponseHeader(cluster_id=1, member_id=1, revision=12, raft_term=1)
+    event = kv_pb2.Event(kv=kv_pb2.KeyValue(key=b"k", mod_revision=12, value=bytes(50_000)))
+    response = rpc_pb2.WatchResponse(header=header, events=[event] * 3).SerializeToString()
+    one = len(rpc_pb2.WatchResponse(events=[event]).SerializeToString())
+    limit = 2 * one - (not taken)
 
     async def story() -> None:
         async with scripted() as etcd:
             seen = Recorder()
             watch = Opened(b"a")
-            async with watching(etcd.endpoint, seen, Settings(watch_message_bytes_max=1000)) as client:
+            async with watching(etcd.endpoint, seen, Settings(watch_message_bytes_max=limit)) as client:
                 client.open(watch)
                 await until_async(lambda: seen.created(watch), "the watch")
                 (call,) = etcd.watches()
                 call.send(response)
                 if taken:
-                    call.answer(0, 12, [12])
-                    await until_async(lambda: seen.revisions(watch) == [12], "what follows")
+                    await until_async(lambda: seen.revisions(watch) == [12] * 3, "the events")
                 else:
                     await until_async(lambda: seen.losses, "the loss")
                 assert bool(seen.losses) is not taken

@@ -56,7 +56,7 @@ def test_without_a_new_token_each_watches_with_its_own() -> None:
     state.received(stream_of(state, a), refusal(INVALID))
     assert told(state.logged_in(None)) == ["open stream for u1", "create a from 0"]
     lost = told(state.received(stream_of(state, a), refusal(INVALID)))
-    assert lost == ["at 10", "a lost: 16 etcdserver: invalid auth token", "close stream"]
+    assert lost == ["at 10", "close stream", "a lost: 16 etcdserver: invalid auth token"]
 
 
 def test_two_refusals_in_a_row_are_enough() -> None:

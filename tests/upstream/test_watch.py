@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import pytest
 
 from proto.framing import Status, frame
 from proto.http2 import ErrorCode, Limits
-from proto.pb import rpc_pb2
+from proto.pb import kv_pb2, rpc_pb2
 from tests.etcd.server import free_port
 from tests.upstream.recorder import RecordedLog, Recorder, watching
 from tests.upstream.scripted import ScriptedCall, scripted
@@ -40,13 +40,13 @@ def test_trunks_share_a_stream_with_hasleader_and_a_token_gets_its_own() -> None
     async def story() -> None:
         async with scripted() as etcd:
             seen = Recorder()
-            a, b, mine = Opened(b"a"), Opened(b"b", start_revision=4), Opened(b"mine", token=b"secret")
+            a, b, mine = Opened(b"a"), Opened(b"b", start_revision=14), Opened(b"mine", token=b"secret")
             async with watching(etcd.endpoint, seen) as client:
                 for watch in (a, b, mine):
                     client.open(watch)
                 await until_async(lambda: all(map(seen.created, (a, b, mine))), "three watches")
                 plain, tokened = etcd.watches()
-                assert requests(plain) == ["create a from 0", "create b from 4"]
+                assert requests(plain) == ["create a from 0", "create b from 0"]
                 assert plain.metadata[b"hasleader"] == b"true"
                 assert plain.metadata[b":authority"] == etcd.endpoint.encode()
                 assert b"token" not in plain.metadata
@@ -78,22 +78,25 @@ def test_everything_resumes_pipelined_after_a_broken_connection() -> None:
                 await until_async(lambda: seen.revisions(watches[8]), "the events")
                 etcd.revision = 20
                 # Nothing is answered before all creates have come: they do not wait for each other.
-                held: list[rpc_pb2.WatchRequest] = []
+                held: list[tuple[ScriptedCall, rpc_pb2.WatchRequest]] = []
 
                 def hold(call: ScriptedCall, message: rpc_pb2.WatchRequest) -> None:
-                    held.append(message)
+                    held.append((call, message))
                     if len(held) == len(watches):
                         for one in held:
-                            etcd.answer_watch(call, one)
+                            etcd.answer_watch(*one)
 
                 etcd.on_watch = hold
                 etcd.drop()
-                await until_async(lambda: len(etcd.watches()) == 2, "the second stream")
-                second = etcd.watches()[1]
+                await until_async(lambda: len(held) == len(watches), "all creates")
                 await until_async(lambda: len(seen.headers) > len(watches), "the answers")
-                words = requests(second)
-                assert words[6:9] == ["create w6 from 10", "create w7 from 13", "create w8 from 14"]
-                second.answer(8, 20, [13, 13, 15])
+                second = etcd.watches()[1:]
+                # They have something to catch up with, and do not wait for each other's.
+                assert len(second) == 16
+                words = [request for call in second for request in requests(call)]
+                assert {"create w6 from 10", "create w7 from 13", "create w8 from 14"} <= set(words)
+                [call] = [call for call in second if "create w8 from 14" in requests(call)]
+                call.answer(requests(call).index("create w8 from 14"), 20, [13, 13, 15])
                 await until_async(lambda: seen.revisions(watches[8]) == [13, 13, 15], "the event after the break")
                 assert (seen.breaks, seen.resumes, client.breaks) == (1, 2, 1)
                 assert all(sum(response.created for response in seen.of(watch)) == 1 for watch in watches)
@@ -484,20 +487,36 @@ def test_a_paused_backfill_is_not_read_and_holds_nobody_up() -> None:
     run(story())
 
 
-def test_a_response_above_the_limit_ends_its_watches_with_a_reason() -> None:
+def events_of(watch_id: int, value_bytes: Sequence[int]) -> bytes:
+    """Return an encoded response of one revision with events of these sizes."""
+    events = [kv_pb2.Event(kv=kv_pb2.KeyValue(key=b"k", mod_revision=12, value=bytes(size))) for size in value_bytes]
+    header = rpc_pb2.ResponseHeader(cluster_id=1, member_id=1, revision=12, raft_term=1)
+    return rpc_pb2.WatchResponse(header=header, watch_id=watch_id, events=events).SerializeToString()
+
+
+@pytest.mark.parametrize("sizes", [[90_000], [50_000] * 20], ids=["one event", "one revision"])
+def test_a_response_above_the_limit_ends_its_watch_alone(sizes: list[int]) -> None:
+    """The rest of it is passed over: neither its stream nor what else is on it is concerned."""
+
     async def story() -> None:
         async with scripted() as etcd:
             seen = Recorder()
-            a = Opened(b"a")
-            async with watching(etcd.endpoint, seen, Settings(watch_message_bytes_max=1000)) as client:
+            a, b = Opened(b"a"), Opened(b"b")
+            async with watching(etcd.endpoint, seen, Settings(watch_message_bytes_max=80_000)) as client:
                 client.open(a)
-                await until_async(lambda: seen.created(a), "the watch")
-                etcd.watches()[0].send(bytes(2000))
+                client.open(b)
+                await until_async(lambda: seen.created(b), "the watches")
+                (call,) = etcd.watches()
+                call.send(events_of(0, sizes))
+                call.answer(1, 13, [13])
                 await until_async(lambda: seen.losses, "the loss")
                 [(watch, status, text)] = seen.losses
                 assert (watch, status) == (a, 8)
-                assert "1000" in text
-                await until_async(lambda: etcd.watches()[0].ended == "CANCEL", "the reset")
+                assert "80000 bytes" in text
+                call.answer(1, 14, [14])
+                await until_async(lambda: seen.revisions(b) == [13, 14], "the events of the other watch")
+                assert seen.revisions(a) == []
+                assert not call.ended
 
     run(story())
 

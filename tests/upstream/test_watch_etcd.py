@@ -57,6 +57,12 @@ class Writer:
         answer = await self._call(f"{KV}/Txn", rpc_pb2.TxnRequest(success=puts).SerializeToString())
         return rpc_pb2.TxnResponse.FromString(answer).header.revision
 
+    async def delete(self, key: bytes, range_end: bytes) -> int:
+        """Delete a range in one revision."""
+        request = rpc_pb2.DeleteRangeRequest(key=key, range_end=range_end)
+        answer = await self._call(f"{KV}/DeleteRange", request.SerializeToString())
+        return rpc_pb2.DeleteRangeResponse.FromString(answer).header.revision
+
     async def compact(self, revision: int) -> None:
         """Compact at a revision."""
         await self._call(f"{KV}/Compact", rpc_pb2.CompactionRequest(revision=revision).SerializeToString())

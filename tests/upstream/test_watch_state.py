@@ -7,7 +7,7 @@ import pytest
 from tests.upstream.stories import Opened, answer, refusal, told
 from upstream.watching.effects import Write
 from upstream.watching.state import WatchState
-from upstream.watching.stream import OpenedWatch, WatchStream
+from upstream.watching.stream import Next, OpenedWatch, WatchStream
 
 GO_PERMISSION = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
 
@@ -26,13 +26,12 @@ def stream_of(state: WatchState, watch: OpenedWatch) -> WatchStream:
 
 
 def live(state: WatchState, *watches: Opened, at: int = 10) -> WatchStream:
-    """Open watches and let etcd answer their creates with the ids 0, 1, ..."""
+    """Open watches, let etcd answer their creates with the ids 0, 1, ..., and return the stream of the first."""
     for watch in watches:
         state.open(watch)
-    stream = stream_of(state, watches[0])
-    for watch_id, _ in enumerate(watches):
-        state.received(stream, answer(watch_id, at, created=True))
-    return stream
+    for watch_id, watch in enumerate(watches):
+        state.received(stream_of(state, watch), answer(watch_id, at, created=True))
+    return stream_of(state, watches[0])
 
 
 def test_a_watch_from_now_lives() -> None:
@@ -52,7 +51,13 @@ def test_watches_opened_before_the_connection_register_with_it() -> None:
     a, b = Opened(b"a"), Opened(b"b", start_revision=5, prev_kv=True)
     assert state.open(a) == []
     assert state.open(b) == []
-    assert told(state.connect(True, 10)) == ["open stream", "create a from 0", "create b from 5 prev_kv"]
+    assert told(state.connect(True, 10)) == [
+        "open stream",
+        "create a from 0",
+        # It has something to catch up with.
+        "open stream",
+        "create b from 5 prev_kv",
+    ]
 
 
 def test_opening_twice_is_refused() -> None:
@@ -104,7 +109,7 @@ def test_a_refusal_carries_status_and_text(reason: str, status: int, text: str |
     stream = stream_of(state, a)
     effects = state.received(stream, answer(-1, 10, created=True, canceled=True, cancel_reason=reason))
     # It was the only one on its stream.
-    assert told(effects) == ["at 10", f"a lost: {status} {text or reason}", "close stream"]
+    assert told(effects) == ["at 10", "close stream", f"a lost: {status} {text or reason}"]
 
 
 def test_a_watch_closed_before_its_created_is_cancelled_when_its_id_is_known() -> None:
@@ -158,7 +163,7 @@ def test_a_break_resumes_each_from_its_position() -> None:
     state = connected()
     fresh, quiet, busy = Opened(b"fresh"), Opened(b"quiet"), Opened(b"busy", start_revision=3)
     stream = live(state, fresh, quiet, busy)
-    state.received(stream, answer(2, 10, [4, 6]))
+    state.received(stream_of(state, busy), answer(2, 10, [4, 6]))
     state.received(stream, answer(0, 11, [11]))
     waiting = Opened(b"waiting")
     state.open(waiting)
@@ -168,15 +173,16 @@ def test_a_break_resumes_each_from_its_position() -> None:
         "open stream",
         "create fresh from 12",
         # Inclusive: an event at the revision of its `created` may have been on its way.
+        "open stream",
         "create quiet from 10",
+        "open stream",
         "create busy from 7",
+        "open stream",
         "create waiting from 0",
     ]
-    stream = stream_of(state, fresh)
-    assert told(state.received(stream, answer(0, 20, created=True))) == ["at 20"]
-    assert told(state.received(stream, answer(1, 20, created=True))) == ["at 20"]
-    assert told(state.received(stream, answer(2, 20, created=True))) == ["at 20"]
-    assert told(state.received(stream, answer(3, 20, created=True))) == ["waiting created at 20"]
+    for watch in (fresh, quiet, busy):
+        assert told(state.received(stream_of(state, watch), answer(0, 20, created=True))) == ["at 20"]
+    assert told(state.received(stream_of(state, waiting), answer(0, 20, created=True))) == ["waiting created at 20"]
 
 
 def test_a_resume_above_the_newest_revision_asks_from_now_and_drops_what_it_has() -> None:
@@ -279,15 +285,16 @@ def test_half_a_run_of_a_closed_watch_leaves_nothing() -> None:
 
 def test_compaction_ends_a_watch_and_frees_its_id_upstream() -> None:
     state = connected()
-    a, b = Opened(b"a", start_revision=3), Opened(b"b")
+    a, b = Opened(b"a"), Opened(b"b")
     stream = live(state, a, b)
-    cancel = answer(0, 0, canceled=True, compact_revision=8)
-    assert told(state.received(stream, cancel)) == ["a compacted 8", "cancel 0"]
+    cancel = answer(0, 0, canceled=True, compact_revision=12)
+    assert told(state.received(stream, cancel)) == ["cancel 0", "a compacted 12"]
     # etcd may say it again, and then answers our cancel.
     assert told(state.received(stream, cancel)) == ["at 0"]
     assert told(state.received(stream, answer(0, 10, canceled=True))) == ["at 10"]
     assert state.close(a) == []
-    assert len(state) == 1
+    assert state.registration(a) is None
+    assert state.registration(b) is not None
 
 
 def test_compaction_of_what_is_not_needed_stays_inside() -> None:
@@ -363,7 +370,7 @@ def test_a_stream_that_ended_is_registered_again_alone() -> None:
     a, mine = Opened(b"a"), Opened(b"mine", token=b"me")
     live(state, a)
     state.open(mine)
-    state.ended(stream_of(state, mine))
+    assert state.over(stream_of(state, mine), Next.HERE, 14, "gone") == []
     assert told(state.register()) == ["open stream for me", "create mine from 0"]
     assert state.register() == []
 
@@ -399,7 +406,9 @@ def test_a_progress_answer_proves_all_that_were_live_before_the_request() -> Non
     assert told(state.connect(True, 20)) == [
         "open stream",
         "create a from 13",
+        "open stream",
         "create b from 13",
+        "open stream",
         "create late from 13",
     ]
 
@@ -425,7 +434,7 @@ def test_an_answer_that_may_be_for_a_dropped_request_proves_less() -> None:
     a = Opened(b"a")
     stream = live(state, a)
     state.request_progress(1)
-    b = Opened(b"b", start_revision=3)
+    b = Opened(b"b")
     state.open(b)
     state.received(stream, answer(1, 10, created=True))
     state.request_progress(2)
@@ -444,7 +453,7 @@ def test_a_later_revision_tells_which_request_was_answered() -> None:
         state.request_progress(number)
     for number in range(2, 6):
         assert told(state.received(stream, refusal(9))) == [f"at 9 after {number}"]
-    b = Opened(b"b", start_revision=3)
+    b = Opened(b"b")
     state.open(b)
     state.received(stream, answer(1, 10, created=True))
     state.request_progress(6)

@@ -1,24 +1,35 @@
 """
-The call that carries one `WatchStream`: from DATA to messages, flow control, and holding what comes while paused.
+The call that carries one `WatchStream`: from DATA to responses, flow control, and holding what comes while paused.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from proto.fields import ScanError
-from proto.framing import FramingError, Status, Unframer, frame
+from proto.framing import FramingError, Status, frame
 from proto.http2 import Headers
+from proto.scan import WatchResponse
 from upstream.connection import ClientConnection, UpstreamCall
 from upstream.heads import request_headers
 from upstream.settings import Settings
 from upstream.unary import Metadata
-from upstream.watching.stream import Create, WatchStream
+from upstream.watching.feed import Feed
+from upstream.watching.stream import Create, Kind, WatchStream
 
 WATCH_PATH: Final = b"/etcdserverpb.Watch/Watch"
 
 _RETURNED_SHARE: Final = 1 / 16
 """Flow control is given back when this part of a stream's window has been read."""
+
+_UNREAD_BYTES_MAX: Final = 16 * 1024 * 1024
+"""While more of large responses waits to be read, flow control is not given back: then the stream stands still. Until
+then what comes behind them can overtake."""
+
+_UNREAD_ALONE_BYTES_MAX: Final = 256 * 1024
+"""The same of a stream with one watch, where nothing can overtake."""
 
 
 class Owner(Protocol):
@@ -27,17 +38,23 @@ class Owner(Protocol):
     # DATA of watch streams read since the start, in bytes.
     received_bytes: int
 
-    def take(self, stream: WatchStream, message: bytes) -> None:
-        """Take a message. Raises ScanError."""
+    @property
+    def scan(self) -> Callable[[bytes], WatchResponse]:
+        """Reads a message. Raises ScanError."""
 
-    def stream_ended(self, stream: WatchStream, status: int, text: str, final: bool = False) -> None:
-        """A stream is over without our doing; `final`: the same would happen again."""
+    def take(self, stream: WatchStream, response: WatchResponse) -> None:
+        """Take a response."""
+
+    def stream_ended(self, stream: WatchStream, status: int, text: str) -> None:
+        """A stream is over without our doing."""
 
 
 class WatchCall:
     """See the module; a `CallHandler`."""
 
     __slots__ = (
+        "_feed",
+        "_goes_on",
         "_held",
         "_oldest",
         "_oldest_since",
@@ -46,7 +63,6 @@ class WatchCall:
         "_stream",
         "_taken",
         "_taken_max",
-        "_unframer",
         "_unsent",
         "call",
     )
@@ -54,7 +70,9 @@ class WatchCall:
     def __init__(self, owner: Owner, stream: WatchStream, settings: Settings) -> None:
         self._owner = owner
         self._stream = stream
-        self._unframer = Unframer(settings.watch_message_bytes_max)
+        self._feed = Feed(owner.scan, settings.watch_message_bytes_max)
+        # The next step of a large response is scheduled.
+        self._goes_on = False
         # What is to be written when the call has begun, which may have to wait for a place at the server.
         self._unsent: list[bytes] = []
         # What came while paused, unread and without credit: at most one stream window.
@@ -121,25 +139,48 @@ class WatchCall:
             return
         self._taken += flow_size
         if self._taken >= self._taken_max:
-            call.consumed(self._taken)
-            self._taken = 0
+            self._give_back(call)
         if call.http_status != 200:
             return
-        owner = self._owner
-        owner.received_bytes += len(data)
+        self._owner.received_bytes += len(data)
+        self._take(call, self._feed.feed, data)
+
+    def _give_back(self, call: UpstreamCall) -> None:
+        unread_max = _UNREAD_ALONE_BYTES_MAX if self._stream.kind is Kind.BACKFILL else _UNREAD_BYTES_MAX
+        if self._feed.unread <= unread_max or not self._feed.behind:
+            call.consumed(self._taken)
+            self._taken = 0
+
+    def _take(self, call: UpstreamCall, read: Callable[..., Sequence[WatchResponse]], *data: bytes) -> None:
+        """Take what can be read now, and come back for the rest."""
+        stream, owner = self._stream, self._owner
         try:
-            for message in self._unframer.feed(data):
+            for response in read(*data):
                 if call.ended:
                     break
-                owner.take(stream, message)
+                owner.take(stream, response)
         except FramingError as error:
-            call.reset()
-            owner.stream_ended(stream, error.code, error.text, final=error.code == Status.RESOURCE_EXHAUSTED)
-            self.leave()
+            self._broken(call, error.code, error.text)
         except ScanError as error:
-            call.reset()
-            owner.stream_ended(stream, Status.INTERNAL, str(error))
-            self.leave()
+            self._broken(call, Status.INTERNAL, str(error))
+        if self._feed.behind and not self._goes_on and not stream.paused and self.call is not None:
+            self._goes_on = True
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        """Read the next piece of a large response."""
+        self._goes_on = False
+        call = self.call
+        if call is not None and not self._stream.paused:
+            self._take(call, self._feed.step)
+            if self._taken >= self._taken_max:
+                self._give_back(call)
+
+    def _broken(self, call: UpstreamCall, status: int, text: str) -> None:
+        """What came is not what etcd sends."""
+        call.reset()
+        self._owner.stream_ended(self._stream, status, text)
+        self.leave()
 
     def on_drained(self) -> None:
         pass
@@ -150,6 +191,7 @@ class WatchCall:
 
     def resume(self) -> None:
         """Read what was held."""
+        self._go_on()
         held, self._held = self._held, []
         read = 0
         while read < len(held) and not self._stream.paused and self.call is not None:

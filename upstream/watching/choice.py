@@ -8,16 +8,17 @@ on without asking for one, as events may still come, until an endpoint with a le
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Final, Protocol
 
 from proto.framing import Status
+from upstream.credentials import is_auth_refusal
 from upstream.errors import NO_LEADER_TEXT
+from upstream.watching.stream import Next
 
-# What trying again does not mend. Not UNIMPLEMENTED, which another endpoint may serve, and not CANCELLED, which an
-# etcd that is being stopped says.
-_FINAL: Final = frozenset({Status.INVALID_ARGUMENT, Status.PERMISSION_DENIED, Status.UNAUTHENTICATED})
+# What servers say that go away, and what stands for a lost connection; other statuses may be one create's doing.
+_SERVERS: Final = frozenset({Status.OK, Status.CANCELLED, Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED})
 
 
 class Wanted(Enum):
@@ -26,15 +27,6 @@ class Wanted(Enum):
     NOTHING = "the one in use will do"
     LEADER = "one that has a leader"
     ENDPOINT = "one that is an endpoint (still)"
-
-
-class Next(Enum):
-    """What follows when a stream has ended without our doing."""
-
-    LOST = "its watches are over"
-    HERE = "they register again, on this connection"
-    ELSEWHERE = "this server is not to be used any more"
-    NOTHING = "the connection is over too, which is told separately"
 
 
 class Known(Protocol):
@@ -46,6 +38,31 @@ class Known(Protocol):
     leaderless: bool
     # Its last answer was that it has no Watch service.
     unimplemented: bool
+
+
+class Ended(Protocol):
+    """What is asked of a stream that ended: `WatchStream`."""
+
+    @property
+    def token(self) -> bytes | None: ...
+
+    # The server has answered a create on it.
+    @property
+    def answered(self) -> bool: ...
+
+    # It began with a probe, which is nobody's create.
+    @property
+    def tested(self) -> bool: ...
+
+    @property
+    def unanswered(self) -> Sequence[Unanswered]: ...
+
+
+class Unanswered(Protocol):
+    """A watch whose create was not answered."""
+
+    # Times in a row, before this one.
+    ends: int
 
 
 class Choice:
@@ -86,24 +103,44 @@ class Choice:
 
 
 def after_end(
-    status: int, text: str, server: Known, endpoints: Iterable[Known], *, answered: bool, opened: bool, healthy: bool
+    stream: Ended,
+    status: int,
+    text: str,
+    server: Known,
+    endpoints: Iterable[Known],
+    *,
+    moved: bool,
+    healthy: bool,
+    works: bool,
 ) -> Next:
     """
     Decide what follows when a stream ended at `server` with a status.
 
-    `answered`: the server has answered a create on it; `opened`: it was there at all; `healthy`: its connection lives.
+    `moved`: its connection ended, and it with that; `healthy`: there is another connection to the server; `works`: the
+    server has answered a create since it is in use, on whichever stream.
     """
-    if status in _FINAL:
+    if is_auth_refusal(status, text):
         return Next.LOST
     if status == Status.UNIMPLEMENTED:
         server.unimplemented = True
         if all(each.unimplemented for each in endpoints):
             return Next.LOST
-    if answered:
+    if stream.answered:
         server.unimplemented = False
     if not healthy:
         return Next.NOTHING
     if status == Status.UNAVAILABLE and text == NO_LEADER_TEXT:
         server.leaderless = True
         return Next.ELSEWHERE
-    return Next.HERE if answered or not opened else Next.ELSEWHERE
+    if moved:
+        return Next.MOVED
+    if status == Status.UNIMPLEMENTED:
+        return Next.HERE if stream.answered else Next.ELSEWHERE
+    of_server = status in _SERVERS
+    if stream.tested and not stream.answered:
+        # Not even the probe was: it is not a create's doing.
+        if works and stream.token is not None and not of_server:
+            return Next.TOKEN
+    elif any(not of_server or (works and each.ends) for each in stream.unanswered):
+        return Next.APART
+    return Next.HERE if works else Next.ELSEWHERE

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from proto.framing import Status
-from proto.scan import scan_watch_response
+from proto.scan import WatchResponse, scan_watch_response
 from upstream.connection import ClientConnection, after
 from upstream.connections import Connections
 from upstream.credentials import INVALID_TOKEN, Credentials, log_in
@@ -33,7 +33,7 @@ from upstream.namespace import Namespace
 from upstream.settings import Settings
 from upstream.unary import HAS_LEADER, Metadata
 from upstream.watching.call import WatchCall
-from upstream.watching.choice import Choice, Next, Wanted, after_end
+from upstream.watching.choice import Choice, Wanted, after_end
 from upstream.watching.effects import (
     CloseStream,
     Effect,
@@ -50,7 +50,7 @@ from upstream.watching.lineage import Lineage, Verdict, described
 from upstream.watching.listener import WatchListener
 from upstream.watching.places import Places
 from upstream.watching.state import WatchState
-from upstream.watching.stream import OpenedWatch, WatchStream
+from upstream.watching.stream import Next, OpenedWatch, WatchStream
 from upstream.watching.unanswered import Unanswered
 
 
@@ -74,9 +74,9 @@ class WatchClient:
         self._settings = settings or Settings()
         self._listener = listener
         self._log = log or Silence()
-        self._state = WatchState(namespace)
+        self._state = WatchState(namespace, self._settings.watch_message_bytes_max)
         # Reads a response; all watches are in the namespace, if there is one.
-        self._scan = scan_watch_response if namespace is None else namespace.scan
+        self.scan = scan_watch_response if namespace is None else namespace.scan
         self._dialer = Dialer(endpoints, tls, self._settings, self._log, self._attempt_failed)
         # The server in use; None while there is none.
         self._server: Server | None = None
@@ -267,9 +267,8 @@ class WatchClient:
             elif isinstance(effect, TokenRefused):
                 self._log_in_again(effect.token)
 
-    def take(self, stream: WatchStream, message: bytes) -> None:
-        """Take a message that came on a stream. Raises ScanError."""
-        response = self._scan(message)
+    def take(self, stream: WatchStream, response: WatchResponse) -> None:
+        """Take a response that came on a stream."""
         watch = self._state.received_events(stream, response)
         if watch is not None:
             self._listener.received(watch, response)
@@ -288,30 +287,30 @@ class WatchClient:
             metadata.append((b"token", stream.token))
         return metadata
 
-    def stream_ended(self, stream: WatchStream, status: int, text: str, final: bool = False) -> None:
+    def stream_ended(self, stream: WatchStream, status: int, text: str) -> None:
         """A stream is over without our doing: decide whether it is tried again here, elsewhere, or not at all."""
         server = self._server
         if server is None or stream not in self._state.streams():
             return
-        if final:
-            self._apply(self._state.refused(stream, status, text))
-            return
         shell = stream.shell
-        moved = isinstance(shell, WatchCall) and shell.moved
-        healthy = self._places.alive
-        endpoints = self._dialer.targets
         follows = after_end(
-            status, text, server.target, endpoints, answered=stream.answered, opened=not moved, healthy=healthy
+            stream,
+            status,
+            text,
+            server.target,
+            self._dialer.targets,
+            moved=isinstance(shell, WatchCall) and shell.moved,
+            healthy=self._places.alive,
+            works=self._state.works,
         )
-        if follows is Next.LOST:
-            self._apply(self._state.refused(stream, status, text))
-            return
-        self._state.ended(stream)
-        if follows is Next.HERE and moved:
-            # Its connection is ending, in good order or not; another one takes it.
+        self._apply(self._state.over(stream, follows, status, text))
+        if follows is Next.MOVED:
             asyncio.get_running_loop().call_soon(self._register_moved)
         elif follows is Next.HERE:
             self._register_later(server)
+        elif follows is Next.APART and self._register_timer is None:
+            # Without a delay: each create is tried a bounded number of times.
+            self._register_timer = asyncio.get_running_loop().call_later(0, self._register)
         elif follows is Next.ELSEWHERE:
             self._give_up(server, f"it ended the watch stream: {CallFailed(status, text)}")
 
@@ -553,6 +552,7 @@ class WatchClient:
         server.version = other.version
         self._state.ordered_progress = other.ordered_progress and (only or self._state.ordered_progress)
         if other.header is not None:
+            self._state.saw(other.header.revision)
             self._listener.header_seen(other.header)
         self._listener.resumed()
         self._prepare(other.connection)

@@ -10,7 +10,7 @@ from upstream.connection import ClientConnection, NotSent
 from upstream.connections import Connections, full_text
 from upstream.unary import Metadata
 from upstream.watching.call import WatchCall
-from upstream.watching.stream import WatchStream
+from upstream.watching.stream import Kind, WatchStream
 
 
 class Places:
@@ -75,7 +75,7 @@ class Places:
 
     def begin_waiting(self) -> None:
         """Begin what waits, trunks first: many clients share each of them."""
-        for stream in sorted(self._waiting, key=lambda each: each.is_backfill):
+        for stream in sorted(self._waiting, key=lambda each: each.kind is Kind.BACKFILL):
             if not self._begin(stream, self._waiting[stream]):
                 break
             del self._waiting[stream]

@@ -27,26 +27,19 @@ events. A lost connection leaves positions alone, and `register` creates all aga
   follow, and resuming above it could lose that event. Yet it is not *needed*, since who joins at "now" skips what is
   <= the revision of `created`: when just that event is compacted, the watch goes on.
 
-Progress. An answer to a manual request says nothing about a watch whose `created` came after the request was sent,
-and does not say which request it answers; unanswered ones are dropped by etcd. `WatchStream` keeps a lower bound
-for the number of the request that an answer can belong to: answers come in order, and an answer with a revision
-above that of a later create's header cannot belong to a request sent before that create.
-
-Who asks wants to be told at least what the server had when it asked, and a lower bound that lags behind after a
-dropped request would never say so. So a request that follows unanswered ones goes with a *probe*: a create of an
-empty range, which every etcd refuses, in order and with the revision it has then. Whatever proves that revision, an
-event or an answer to whichever request, is fresh enough. Servers without ordered progress get the probe alone.
+Elsewhere: which stream a watch belongs to (`streams`), which create ends its stream (`suspects`), what answers about
+progress prove (`proof`), how a large response comes to be a run of pieces (`feed`).
 
 Sources: etcd server/etcdserver/api/v3rpc/watch.go, server/storage/mvcc/watchable_store.go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from proto.framing import Status
-from proto.scan import Header, WatchResponse, encode_cancel, encode_create, encode_progress
+from proto.scan import WatchResponse, encode_cancel, encode_create
 from upstream.credentials import is_auth_refusal
 from upstream.errors import read_reason
 from upstream.namespace import Namespace
@@ -61,12 +54,16 @@ from upstream.watching.effects import (
     TokenRefused,
     Write,
 )
-from upstream.watching.stream import Create, OpenedWatch, Registration, WatchStream
+from upstream.watching.proof import ask_progress, note_created, progress_answered, send_probe
+from upstream.watching.stream import Create, Held, Kind, Next, OpenedWatch, Registration, WatchStream
+from upstream.watching.streams import LARGE_CREATE_BYTES, STREAMS_MAX, Streams
+from upstream.watching.suspects import Suspects
 
-_PROBE: Final = encode_create(b"\x01", b"\x01")
 # A token may be outdated the moment it is there; twice in a row is no chance.
 _OWN_REFUSED_MAX: Final = 2
 
+
+HELD_BYTES_MAX: Final = 512 << 20
 
 PROGRESS_ID: Final = -1
 """The watch id of answers to manual progress requests, and of refused creates."""
@@ -75,8 +72,17 @@ PROGRESS_ID: Final = -1
 class WatchState:
     """All registrations and, while connected, their streams. Inputs return what is to be done, in order."""
 
-    def __init__(self, namespace: Namespace | None = None) -> None:
+    def __init__(
+        self,
+        namespace: Namespace | None = None,
+        held_bytes_max: int = HELD_BYTES_MAX,
+        streams_max: Mapping[Kind, int] = STREAMS_MAX,
+    ) -> None:
+        """`held_bytes_max`: how much of one revision is held, see `Settings.watch_message_bytes_max`."""
         self.connected = False
+        # The server has answered a create on this connection.
+        self.works = False
+        self._held_bytes_max = held_bytes_max
         # What the keys of all watches are prefixed with at etcd; None = nothing.
         self._namespace = namespace
         # The server answers manual progress requests in order with events; only then are they sent.
@@ -87,16 +93,15 @@ class WatchState:
         self.newest_revision = 0
         # In the order of opening; the key is the id() of the listener's object, which need not be hashable.
         self._registrations: dict[int, Registration] = {}
-        self._trunk_streams: dict[bytes | None, WatchStream] = {}
-        self._backfill_streams: dict[int, WatchStream] = {}
+        self._streams = Streams(streams_max)
+        self._suspects = Suspects()
 
     def __len__(self) -> int:
         return len(self._registrations)
 
     def streams(self) -> Iterator[WatchStream]:
         """All streams there are."""
-        yield from self._trunk_streams.values()
-        yield from self._backfill_streams.values()
+        yield from self._streams
 
     def registration(self, watch: OpenedWatch) -> Registration | None:
         """Return where `watch` stands; None when it is not open (any more)."""
@@ -151,14 +156,14 @@ class WatchState:
         if not self.ordered_progress:
             stream = next((stream for stream in self.streams() if stream.live and not stream.paused), None)
             if stream is not None:
-                self._probe(stream, number, effects)
+                send_probe(stream, number, effects)
             return effects
         for stream in tuple(self.streams()) if watches is None else self._streams_of(watches):
             if stream.wanted is None:
                 creating = (create.registration for create in reversed(stream.creating))
                 stream.wanted = next((registration for registration in creating if registration is not None), None)
             if stream.wanted is None:
-                self._request_progress(stream, number, effects)
+                ask_progress(stream, number, effects)
             else:
                 stream.wanted_number = number
         return effects
@@ -176,8 +181,12 @@ class WatchState:
         """A connection is there; its server is at `revision` (0 = unknown). Everything registers."""
         self.connected = True
         self.ordered_progress = ordered_progress
-        self.newest_revision = max(self.newest_revision, revision)
+        self.saw(revision)
         return self.register()
+
+    def saw(self, revision: int) -> None:
+        """The store is known to be at a revision, or above."""
+        self.newest_revision = max(self.newest_revision, revision)
 
     def register(self) -> list[Effect]:
         """Register what has no stream: after `connect` everything, after `ended` what was on that stream."""
@@ -198,28 +207,72 @@ class WatchState:
         self.connected = False
         for stream in list(self.streams()):
             self._drop(stream)
+        self.works = False
         for registration in self._registrations.values():
             registration.stream = None
             registration.watch_id = None
 
-    def ended(self, stream: WatchStream) -> None:
-        """A stream is gone. What was on it waits for `register`."""
+    def over(self, stream: WatchStream, follows: Next, status: int, text: str) -> list[Effect]:
+        """A stream has ended; what was on it is lost, or waits for `register`."""
+        if follows is Next.LOST:
+            return self.refused(stream, status, text)
+        if follows is Next.TOKEN:
+            return self.refused(stream, Status.UNAUTHENTICATED, f"etcd ended the stream of this token: {text}")
+        if follows is Next.APART:
+            return self._ended_by_a_create(stream, status, text)
+        self._ended(stream, counts=follows is Next.HERE)
+        return []
+
+    def _ended(self, stream: WatchStream, *, counts: bool) -> None:
+        for registration in stream.unanswered:
+            registration.ends += counts
+        self._take_off(stream)
+
+    def _take_off(self, stream: WatchStream) -> list[Registration]:
+        """Drop a stream; return what was on it, which has none now."""
         self._drop(stream)
-        for registration in self._registrations.values():
-            if registration.stream is stream:
-                registration.stream = None
-                registration.watch_id = None
+        there = [registration for registration in self._registrations.values() if registration.stream is stream]
+        for registration in there:
+            registration.stream = None
+            registration.watch_id = None
+        return there
+
+    def _ended_by_a_create(self, stream: WatchStream, status: int, text: str) -> list[Effect]:
+        """A stream is gone, maybe by a create that it did not answer."""
+        guilty = self._suspects.judge(stream)
+        self._ended(stream, counts=True)
+        effects: list[Effect] = []
+        for registration in guilty:
+            effects.append(Lost(registration.watch, status, text))
+            self._forget(registration, effects)
+        return effects
+
+    def _acquit(self, stream: WatchStream, effects: list[Effect]) -> None:
+        """All suspects of a stream were answered: they go where they belong, and others have their turn."""
+        for registration in stream.by_id.values():
+            registration.group = None
+        if stream.kind is not Kind.SUSPECT:
+            stream.group = None
+            return
+        there = self._take_off(stream)
+        effects.append(CloseStream(stream))
+        for registration in there:
+            self._register(registration, effects)
+        self._next_suspects(effects)
+
+    def _next_suspects(self, effects: list[Effect]) -> None:
+        if self._suspects.waiting and self.connected:
+            self._suspects.waiting = False
+            effects += self.register()
 
     def refused(self, stream: WatchStream, status: int, text: str) -> list[Effect]:
         """A stream ended in a way that trying again does not mend: all its watches are lost."""
         if stream.own and is_auth_refusal(status, text):
-            self.ended(stream)
+            self._ended(stream, counts=False)
             return [TokenRefused(stream.token)]
-        self._drop(stream)
-        there = [registration for registration in self._registrations.values() if registration.stream is stream]
+        there = self._take_off(stream)
         for registration in there:
             registration.closed = True
-            registration.stream = None
             del self._registrations[id(registration.watch)]
         return [Lost(registration.watch, status, text) for registration in there]
 
@@ -266,6 +319,8 @@ class WatchState:
             self._piece(stream, registration, response, effects)
         else:
             self._bookmark(registration, response, effects)
+        # What the listener opens when it is told has to follow on the wire, as it does in `creating`.
+        effects.sort(key=_is_answered)
         return effects
 
     def _created(self, stream: WatchStream, response: WatchResponse, effects: list[Effect]) -> None:
@@ -273,22 +328,25 @@ class WatchState:
             self._received_unknown(stream, response, effects)
             return
         create = stream.creating.popleft()
-        registration, requested_before = create.registration, create.requested_before
-        stream.answered = True
+        registration = create.registration
+        stream.answered = self.works = True
         header = response.header
-        if requested_before >= stream.answers_from and (not stream.passed or stream.passed[-1][0] < requested_before):
-            stream.passed.append((requested_before, header.revision))
+        note_created(stream, create, header.revision)
         if registration is None:
             if not response.canceled:
                 # No etcd does that.
                 self._cancel(stream, response.watch_id, effects)
-            effects.append(Progressed([], header, create.number))
+            effects.append(Progressed([], header, create.number) if create.number else HeaderSeen(header))
+            waiting, stream.waiting = stream.waiting, []
+            for suspect in waiting:
+                if suspect.stream is stream:
+                    self._create(stream, suspect, effects)
             return
         registration.unproven = stream.requested
+        registration.ends = 0
         if stream.wanted is registration:
             stream.wanted = None
-            # Before the listener is told: what it then opens is to follow on the wire, as it does in `creating`.
-            self._request_progress(stream, stream.wanted_number, effects)
+            ask_progress(stream, stream.wanted_number, effects)
         if response.canceled:
             if not registration.closed:
                 effects.append(HeaderSeen(header))
@@ -308,6 +366,8 @@ class WatchState:
                 registration.next_revision = registration.now = header.revision
             effects.append(HeaderSeen(header) if registration.announced else Received(registration.watch, response))
             registration.announced = True
+        if stream.tested and stream.live and not stream.unanswered:
+            self._acquit(stream, effects)
 
     def _create_refused(
         self, stream: WatchStream, registration: Registration, status: int, text: str, effects: list[Effect]
@@ -330,7 +390,7 @@ class WatchState:
         """A response of no live id: a progress answer, or the last words of a dying id."""
         watch_id = response.watch_id
         if watch_id == PROGRESS_ID and not (response.events or response.canceled or response.created):
-            self._progressed(stream, response.header, effects)
+            progress_answered(stream, response.header, effects)
             return
         if watch_id not in stream.dying:
             # Nobody here knows it: stop it, as clientv3 does, instead of paying for its events for ever.
@@ -372,23 +432,32 @@ class WatchState:
         self, stream: WatchStream, registration: Registration, response: WatchResponse, effects: list[Effect]
     ) -> None:
         """
-        Events inside of a run of fragments: pass on the revisions that are complete.
+        Events inside of a run of pieces: pass on the revisions that are complete.
 
         The last revision of a piece may go on in the next one, so it is held back; the whole run is never held, which
-        could be a thousand revisions.
+        could be a thousand revisions. What is passed on is marked as a fragment while the run goes on.
         """
         watch_id = response.watch_id
-        events = stream.held.pop(watch_id, []) + response.events
-        if response.fragment and events:
-            whole = len(events)
-            last_revision = events[-1].revision
-            while whole and events[whole - 1].revision == last_revision:
-                whole -= 1
-            stream.held[watch_id] = events[whole:]
-            events = events[:whole]
-        if events:
-            joined = WatchResponse(response.header, watch_id, False, False, 0, "", response.fragment, events)
+        events, goes_on = response.events, response.fragment
+        held = stream.held.pop(watch_id, None) or Held()
+        whole = len(events)
+        while goes_on and whole and events[whole - 1].revision == events[-1].revision:
+            whole -= 1
+        complete = events[:whole]
+        if held.events and (whole or not goes_on or (events and events[0].revision != held.events[-1].revision)):
+            complete = held.events + complete
+            held = Held()
+        if complete:
+            joined = WatchResponse(response.header, watch_id, fragment=goes_on, events=complete)
             effects.extend(self._received_again(registration, joined))
+        if goes_on:
+            held.events += events[whole:]
+            held.size += sum([len(event.encoded) for event in events[whole:]])
+            stream.held[watch_id] = held
+            if held.size > self._held_bytes_max:
+                text = f"watchmux: a revision larger than the maximum ({held.size} vs. {self._held_bytes_max} bytes)"
+                effects.append(Lost(registration.watch, Status.RESOURCE_EXHAUSTED, text))
+                self._forget(registration, effects)
 
     def _received_again(self, registration: Registration, response: WatchResponse) -> list[Effect]:
         """Whole revisions, of which some may have been received before."""
@@ -411,43 +480,6 @@ class WatchState:
         else:
             effects.append(HeaderSeen(response.header))
 
-    def _progressed(self, stream: WatchStream, header: Header, effects: list[Effect]) -> None:
-        """The answer to one of our progress requests."""
-        revision = header.revision
-        if stream.answers_from > stream.requested:
-            # All have been answered: whatever this is, it proves nothing.
-            effects.append(HeaderSeen(header))
-            return
-        while stream.passed and stream.passed[0][1] < revision:
-            number, _ = stream.passed.popleft()
-            stream.answers_from = max(stream.answers_from, number + 1)
-        asked = 0
-        while stream.numbers and stream.numbers[0][0] <= stream.answers_from:
-            asked = stream.numbers.popleft()[1]
-        watches: list[OpenedWatch] = []
-        for registration in stream.by_id.values():
-            if registration.unproven < stream.answers_from:
-                if revision >= (registration.next_revision or 0):
-                    registration.next_revision = revision + 1
-                watches.append(registration.watch)
-        stream.answers_from += 1
-        while stream.passed and stream.passed[0][0] < stream.answers_from:
-            stream.passed.popleft()
-        effects.append(Progressed(watches, header, asked) if watches or asked else HeaderSeen(header))
-
-    def _request_progress(self, stream: WatchStream, number: int, effects: list[Effect]) -> None:
-        if stream.live and not stream.paused:
-            if stream.answers_from <= stream.requested:
-                self._probe(stream, number, effects)
-            stream.requested += 1
-            stream.numbers.append((stream.requested, number))
-            effects.append(Write(stream, encode_progress()))
-
-    def _probe(self, stream: WatchStream, number: int, effects: list[Effect]) -> None:
-        """Ask for the revision that the server has, in order with the other requests of a stream."""
-        stream.creating.append(Create(None, stream.requested, number))
-        effects.append(Write(stream, _PROBE))
-
     def _register(self, registration: Registration, effects: list[Effect]) -> None:
         """Create a registration that has no stream, on the stream it belongs to."""
         watch = registration.watch
@@ -455,23 +487,53 @@ class WatchState:
         own = token is not None and not watch.is_backfill and registration.own_refused < _OWN_REFUSED_MAX
         if not own:
             token = watch.token
-        stream = None if watch.is_backfill else self._trunk_streams.get(token)
+        kind = self._kind(registration)
+        stream = self._streams.find(kind, token, registration.group)
         if stream is None:
-            stream = WatchStream(token, watch.is_backfill, own)
-            if watch.is_backfill:
-                self._backfill_streams[id(stream)] = stream
-            else:
-                self._trunk_streams[token] = stream
+            if kind is Kind.SUSPECT and self._streams.is_full(kind):
+                self._suspects.waiting = True
+                return
+            if self._streams.is_full(kind):
+                kind = Kind.SHARED
+            stream = WatchStream(token, kind, own, registration.group)
+            self._streams.add(stream)
             effects.append(OpenStream(stream))
+            if stream.tested:
+                send_probe(stream, 0, effects)
         registration.stream = stream
         stream.paused = registration.paused
         stream.live += 1
-        self._create(stream, registration, effects)
+        if stream.tested and not stream.answered:
+            stream.waiting.append(registration)
+        else:
+            self._create(stream, registration, effects)
+
+    def _kind(self, registration: Registration) -> Kind:
+        """Return the kind of stream that a registration belongs to."""
+        watch = registration.watch
+        if watch.is_backfill:
+            return Kind.BACKFILL
+        if registration.group is not None:
+            return Kind.SUSPECT
+        if len(watch.key) + len(watch.range_end) >= LARGE_CREATE_BYTES:
+            return Kind.LARGE
+        start = registration.next_revision
+        return Kind.SHARED if start is None or self._skips(start) else Kind.CATCH_UP
+
+    def _skips(self, start: int) -> bool:
+        """Whether nothing from `start` on is known to be written."""
+        return 0 < self.newest_revision < start
 
     def _create(self, stream: WatchStream, registration: Registration, effects: list[Effect]) -> None:
-        """Send a create from the registration's position; from now, if that is above the newest revision known."""
+        """
+        Send a create from the registration's position; from now, if that is above the newest revision known.
+
+        Without fragments: etcd (sendFragments in api/v3rpc/watch.go) takes time that grows with the square of the
+        number of events in one, while everything else on the stream waits. See `feed` for how large responses are
+        taken.
+        """
         start = registration.next_revision
-        skips = start is not None and 0 < self.newest_revision < start
+        skips = start is not None and self._skips(start)
         if skips:
             start = None
         stream.creating.append(Create(registration, stream.requested, skips=skips))
@@ -481,7 +543,6 @@ class WatchState:
             *(interval if self._namespace is None else self._namespace.interval(*interval)),
             start_revision=start,
             prev_kv=watch.prev_kv,
-            fragment=True,
             progress_notify=True,
         )
         effects.append(Write(stream, message))
@@ -515,16 +576,20 @@ class WatchState:
         if stream.live == 0:
             self._drop(stream)
             effects.append(CloseStream(stream))
+            self._next_suspects(effects)
         elif watch_id is not None:
             self._cancel(stream, watch_id, effects)
 
     def _drop(self, stream: WatchStream) -> None:
         """Take a stream out of every index; what still comes on it finds nobody."""
-        if stream.is_backfill:
-            self._backfill_streams.pop(id(stream), None)
-        elif self._trunk_streams.get(stream.token) is stream:
-            del self._trunk_streams[stream.token]
+        self._streams.remove(stream)
         stream.by_id.clear()
         stream.held.clear()
         stream.creating.clear()
+        stream.waiting.clear()
         stream.live = 0
+
+
+def _is_answered(effect: Effect) -> bool:
+    """Whether the listener may call the state again when it is told this."""
+    return isinstance(effect, Received | Progressed | Lost | TokenRefused)

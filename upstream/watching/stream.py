@@ -1,15 +1,40 @@
 """
 What `WatchState` keeps: a watch of the listener (`Registration`), and a Watch call that carries some (`WatchStream`).
+
+In no family of the simulator's mutants: these objects pass between modules of which one may be a mutant.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from enum import Enum
 from typing import Final, Protocol
 
 from proto.scan import Event
 
 _PASSED_MAX: Final = 256
+
+
+class Kind(Enum):
+    """What a stream is for, see `streams`."""
+
+    SHARED = "the live watches of a token"
+    BACKFILL = "one backfill, which can be paused"
+    CATCH_UP = "watches that have something to catch up with"
+    LARGE = "watches with large creates"
+    SUSPECT = "creates of which one may have ended its stream"
+
+
+class Next(Enum):
+    """What follows when a stream has ended without our doing."""
+
+    LOST = "its watches are over"
+    MOVED = "they register again at once, on another connection to this server"
+    HERE = "they register again, on this connection"
+    APART = "they do, and those that it did not answer apart from the others: one of them may have ended it"
+    TOKEN = "its token cannot be sent to this server"
+    ELSEWHERE = "this server is not to be used any more"
+    NOTHING = "the connection is over too, which is told separately"
 
 
 class OpenedWatch(Protocol):
@@ -43,6 +68,8 @@ class Registration:
     __slots__ = (
         "announced",
         "closed",
+        "ends",
+        "group",
         "next_revision",
         "now",
         "own_refused",
@@ -67,6 +94,10 @@ class Registration:
         self.paused = False
         # Times that our own user was refused in a row; from `_OWN_REFUSED_MAX` on it is watched by its own token.
         self.own_refused = 0
+        # Times in a row that a stream has ended before it answered its create.
+        self.ends = 0
+        # The suspects that it is tried with; None = it is no suspect.
+        self.group: int | None = None
         # Where it is creating or live; None = waits for `register`.
         self.stream: WatchStream | None = None
         # The id upstream while live; None before.
@@ -93,8 +124,19 @@ class Create:
         self.requested_before = requested_before
 
 
+class Held:
+    """The events of the last revision that came of a run of pieces: it may go on."""
+
+    __slots__ = ("events", "size")
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        # Of the encoded events, in bytes.
+        self.size = 0
+
+
 class WatchStream:
-    """One Watch call upstream, of one token; `own`: that of our own user."""
+    """One Watch call upstream, of one token; `own`: that of our own user; `group`: that of its suspects."""
 
     __slots__ = (
         "answered",
@@ -102,8 +144,9 @@ class WatchStream:
         "by_id",
         "creating",
         "dying",
+        "group",
         "held",
-        "is_backfill",
+        "kind",
         "live",
         "numbers",
         "own",
@@ -112,14 +155,16 @@ class WatchStream:
         "requested",
         "shell",
         "token",
+        "waiting",
         "wanted",
         "wanted_number",
     )
 
-    def __init__(self, token: bytes | None, is_backfill: bool, own: bool = False) -> None:
+    def __init__(self, token: bytes | None, kind: Kind, own: bool = False, group: int | None = None) -> None:
         self.token = token
-        self.is_backfill = is_backfill
+        self.kind = kind
         self.own = own
+        self.group = group
         # Free for whoever does the I/O.
         self.shell: object = None
         # A backfill's stream that is not to be read at present.
@@ -129,8 +174,10 @@ class WatchStream:
         self.by_id: dict[int, Registration] = {}
         # Ids cancelled by us whose last answer has not come: what they send is dropped.
         self.dying: set[int] = set()
-        # Per id inside of a run of fragments: the events of its last revision, which may be incomplete.
-        self.held: dict[int, list[Event]] = {}
+        # Suspects whose creates are sent when the server has answered a probe, so that it is known to be well.
+        self.waiting: list[Registration] = []
+        # Per id inside of a run of pieces.
+        self.held: dict[int, Held] = {}
         # Registrations here that are not closed.
         self.live = 0
         # The server has answered a create: the call works.
@@ -147,3 +194,14 @@ class WatchStream:
         # Progress is wanted, and is asked for when this create has been answered; and the number of that request.
         self.wanted: Registration | None = None
         self.wanted_number = 0
+
+    @property
+    def tested(self) -> bool:
+        """It carries suspects."""
+        return self.group is not None
+
+    @property
+    def unanswered(self) -> list[Registration]:
+        """Those whose creates the server has not answered, in order."""
+        sent = [create.registration for create in self.creating if create.registration is not None]
+        return [registration for registration in sent + self.waiting if registration.stream is self]

@@ -1,0 +1,161 @@
+"""From bytes to responses: however the bytes come, what each watch gets is what was sent, in order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from proto.fields import ScanError
+from proto.framing import FramingError, frame
+from proto.large import STEP_BYTES, EventTooLarge, LargeResponse
+from proto.pb import kv_pb2, rpc_pb2
+from proto.scan import WatchResponse, scan_watch_response
+from upstream.watching.feed import LARGE_BYTES, Feed
+
+
+def message(watch_id: int, revisions: Sequence[int], value_bytes: int = 10, *, created: bool = False) -> bytes:
+    """Return an encoded response; each event has a value of its own."""
+    return rpc_pb2.WatchResponse(
+        header=rpc_pb2.ResponseHeader(cluster_id=7, member_id=8, revision=max(revisions, default=5), raft_term=2),
+        watch_id=watch_id,
+        created=created,
+        events=[
+            kv_pb2.Event(kv=kv_pb2.KeyValue(key=b"k%d" % place, mod_revision=revision, value=bytes(value_bytes)))
+            for place, revision in enumerate(revisions)
+        ],
+    ).SerializeToString()
+
+
+def in_parts(rng: random.Random, data: bytes, part_max: int) -> list[bytes]:
+    """Cut bytes in parts of random sizes."""
+    parts = []
+    while data:
+        size = rng.randint(1, part_max)
+        parts.append(data[:size])
+        data = data[size:]
+    return parts
+
+
+def read_all(feed: Feed, data: bytes) -> list[WatchResponse]:
+    """Read what some bytes bring."""
+    got = feed.feed(data)
+    while feed.behind:
+        got += feed.step()
+    return got
+
+
+def events(responses: Sequence[WatchResponse], watch_id: int) -> list[bytes]:
+    """Return the encoded events of a watch."""
+    return [event.encoded for each in responses if each.watch_id == watch_id for event in each.events]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_each_watch_gets_what_was_sent_in_order(seed: int) -> None:
+    rng = random.Random(seed)
+    sent = [
+        message(rng.randrange(3), range(1, rng.choice((1, 2, 3000, 5000))), rng.choice((0, 20)))
+        if rng.random() < 0.9
+        else message(rng.randrange(3), [1, 2, 3], rng.choice((LARGE_BYTES // 2, 2 * LARGE_BYTES)))
+        for _ in range(12)
+    ]
+    feed = Feed(scan_watch_response, 1 << 30)
+    got: list[WatchResponse] = []
+    for part in in_parts(rng, b"".join(map(frame, sent)), rng.choice((100, 20_000, 1 << 20))):
+        got += feed.feed(part)
+        while feed.behind and rng.random() < 0.5:
+            got += feed.step()
+    while feed.behind:
+        got += feed.step()
+    assert feed.unread == 0
+    whole = [scan_watch_response(each) for each in sent]
+    for watch_id in range(3):
+        assert events(got, watch_id) == events(whole, watch_id)
+        # A run of pieces ends with one that is no fragment, and nothing of the same watch comes inside.
+        runs = [each for each in got if each.watch_id == watch_id]
+        assert sum(not each.fragment for each in runs) == sum(each.watch_id == watch_id for each in whole)
+    assert all(each.plain is (bool(each.events) and not each.fragment) for each in got)
+
+
+def test_a_large_response_is_overtaken_by_what_says_nothing_about_its_watch() -> None:
+    feed = Feed(scan_watch_response, 1 << 30)
+    large = message(1, range(1, 20_000))
+    assert feed.feed(frame(large)) == []
+    [other] = feed.feed(frame(message(2, [7])))
+    assert (other.watch_id, other.events[0].revision) == (2, 7)
+    [created] = feed.feed(frame(message(-1, [], created=True)))
+    assert created.created
+    # An answer to a request for progress speaks of all watches.
+    assert feed.feed(frame(message(-1, []))) == []
+    assert feed.feed(frame(message(1, [20_000]))) == []
+    steps = []
+    while feed.behind:
+        steps.append(feed.step())
+    assert len(steps) > 5
+    assert [len(step) for step in steps[:-1]] == [1] * (len(steps) - 1)
+    last, progress, after = steps[-1]
+    assert (last.fragment, progress.watch_id, after.events[0].revision) == (False, -1, 20_000)
+
+
+def test_a_piece_is_read_in_a_bounded_turn() -> None:
+    feed = Feed(scan_watch_response, 1 << 30)
+    feed.feed(frame(message(1, range(1, 20_000))))
+    while feed.behind:
+        for piece in feed.step():
+            assert sum(len(event.encoded) for event in piece.events) <= STEP_BYTES
+
+
+def test_an_event_above_the_limit_ends_its_watch_and_no_other() -> None:
+    feed = Feed(scan_watch_response, LARGE_BYTES)
+    sent = frame(message(1, [5, 6, 7], LARGE_BYTES + 1)) + frame(message(2, [8]))
+    got: list[WatchResponse] = []
+    for start in range(0, len(sent), 16_384):
+        got += read_all(feed, sent[start : start + 16_384])
+    assert [(each.watch_id, each.canceled) for each in got] == [(1, True), (2, False)]
+    assert "larger than the maximum" in got[0].cancel_reason
+    assert feed.unread == 0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x5a\x05" + bytes(5) + b"\x10\x07" + bytes(LARGE_BYTES),
+        bytes(LARGE_BYTES),
+        b"\x10\x07" * LARGE_BYTES,
+        b"\x10\x07" + b"\x5a\xff\xff\x7f" + bytes(LARGE_BYTES),
+    ],
+    ids=["watch id behind events", "no tag", "no events", "an event that is cut off"],
+)
+def test_what_is_no_watch_response_is_an_error(data: bytes) -> None:
+    feed = Feed(scan_watch_response, 1 << 30)
+    with pytest.raises(ScanError):
+        read_all(feed, frame(data))
+
+
+def test_unknown_fields_behind_the_events_are_left_behind() -> None:
+    unknown = b"\x62\x03abc"
+    feed = Feed(scan_watch_response, 1 << 30)
+    got = read_all(feed, frame(message(1, range(1, 9000)) + unknown))
+    assert len(events(got, 1)) == 8999
+    assert not got[-1].fragment
+
+
+def test_compressed_messages_are_an_error() -> None:
+    with pytest.raises(FramingError, match="compressed"):
+        Feed(scan_watch_response, 1).feed(frame(b"x", compressed=True))
+
+
+def test_a_cut_waits_for_the_rest_of_its_event() -> None:
+    data = message(1, [1], 3 * STEP_BYTES)
+    large = LargeResponse(len(data), 1 << 30)
+    large.add(data[:-1])
+    assert large.cut() is None
+    assert not large.readable
+    large.add(data[-1:])
+    assert large.cut() == data
+    assert large.done
+    large = LargeResponse(len(data), STEP_BYTES)
+    large.add(data[:-1])
+    with pytest.raises(EventTooLarge):
+        large.cut()

@@ -1,0 +1,231 @@
+"""
+From the bytes of a watch stream to responses: small ones at once, large ones in pieces.
+
+A large response (100,000 keys deleted at once, a thousand transactions to catch up with) would take the event loop for
+half a second and memory for all of it. So it is cut while it comes in, see `proto.large`, and its pieces are taken one
+in a turn (`step`). Meanwhile other responses of the stream overtake it, but for those that say more about the same
+watch, and answers to requests for progress, which speak of all watches. `created` and the like do not wait: etcd sends
+these past events as well.
+
+No I/O: the shell (`call`) feeds it and has it step, and so does the simulator.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from struct import Struct
+from typing import Final, Protocol
+
+from proto.framing import PREFIX_BYTES, FramingError, Status
+from proto.large import EventTooLarge, LargeResponse
+from proto.scan import WatchResponse
+
+LARGE_BYTES: Final = 64 * 1024
+"""Responses above this are taken in pieces."""
+
+_PREFIX: Final = Struct(">BI")
+
+
+class Large(Protocol):
+    """A response that comes in pieces."""
+
+    @property
+    def watch_id(self) -> int | None:
+        """Of the watch it is for; None while that has not come."""
+
+    @property
+    def unread(self) -> int:
+        """Bytes of it that wait."""
+
+    @property
+    def readable(self) -> bool:
+        """The next piece is there."""
+
+    @property
+    def done(self) -> bool:
+        """Its last piece was taken."""
+
+    def step(self) -> WatchResponse | None:
+        """Take the next piece, marked as a fragment unless it is the last; None: more has to come first."""
+
+
+class LargePieces:
+    """The pieces of one large message."""
+
+    __slots__ = ("_cuts", "_event_bytes_max", "_scan", "watch_id")
+
+    def __init__(self, size: int, scan: Callable[[bytes], WatchResponse], event_bytes_max: int) -> None:
+        self._cuts = LargeResponse(size, event_bytes_max)
+        self._scan = scan
+        self._event_bytes_max = event_bytes_max
+        self.watch_id: int | None = None
+
+    @property
+    def missing(self) -> int:
+        """Bytes that have not come."""
+        return self._cuts.missing
+
+    @property
+    def unread(self) -> int:
+        """See `Large`."""
+        return self._cuts.unread
+
+    @property
+    def readable(self) -> bool:
+        """See `Large`."""
+        return self._cuts.readable
+
+    @property
+    def done(self) -> bool:
+        """See `Large`."""
+        return self._cuts.done
+
+    def add(self, data: bytes) -> None:
+        """Take the next bytes. Raises ScanError."""
+        self._cuts.add(data)
+        if self.watch_id is None and self._cuts.head is not None:
+            self.watch_id = self._scan(self._cuts.head).watch_id
+
+    def step(self) -> WatchResponse | None:
+        """See `Large`. Raises ScanError."""
+        try:
+            message = self._cuts.cut()
+        except EventTooLarge:
+            piece = self._scan(self._cuts.head or b"")
+            self._cuts.skip()
+            # As if etcd had ended this one watch.
+            piece.canceled = True
+            piece.cancel_reason = (
+                "rpc error: code = ResourceExhausted desc = "
+                f"watchmux: an event larger than the maximum ({self._event_bytes_max} bytes)"
+            )
+            return piece
+        if message is None:
+            return None
+        piece = self._scan(message)
+        if not self._cuts.done:
+            piece.fragment = True
+            piece.plain = False
+        return piece
+
+
+class Feed:
+    """The responses of one stream, in an order that etcd might have sent them in."""
+
+    __slots__ = ("_buffer", "_coming", "_event_bytes_max", "_need", "_scan", "_waiting")
+
+    def __init__(self, scan: Callable[[bytes], WatchResponse], event_bytes_max: int) -> None:
+        """`scan` reads a message; one with a larger event than `event_bytes_max` ends its watch."""
+        self._scan = scan
+        self._event_bytes_max = event_bytes_max
+        # The start of a small message that is not complete; None between messages, as nearly always.
+        self._buffer: bytearray | None = None
+        # Bytes the buffer must hold before it is worth looking at again.
+        self._need = PREFIX_BYTES
+        # A large message that still comes in.
+        self._coming: LargePieces | None = None
+        # Large ones that are not read, oldest first, and what has to wait for them.
+        self._waiting: deque[Large | WatchResponse] = deque()
+
+    @property
+    def behind(self) -> bool:
+        """`step` has something to do."""
+        if not self._waiting:
+            return False
+        first = self._waiting[0]
+        return isinstance(first, WatchResponse) or first.done or first.readable
+
+    @property
+    def unread(self) -> int:
+        """Bytes of large messages that have come and were not read."""
+        return sum(each.unread for each in self._waiting if not isinstance(each, WatchResponse))
+
+    def feed(self, data: bytes) -> list[WatchResponse]:
+        """
+        Take the next bytes of the stream and return the responses to be taken now.
+
+        Raises FramingError for a compressed message, ScanError; the stream is of no use any more then.
+        """
+        if self._buffer is None and self._coming is None:
+            size = len(data) - PREFIX_BYTES
+            if 0 <= size <= LARGE_BYTES and data.startswith(_PREFIX.pack(0, size)):
+                # One whole message, as nearly always.
+                response = self._scan(data[PREFIX_BYTES:])
+                return [response] if not self._waiting or self.passes(response) else []
+        return self._cut(data)
+
+    def _cut(self, data: bytes) -> list[WatchResponse]:
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            buffer += data
+            if len(buffer) < self._need:
+                self._buffer = buffer
+                return []
+            data = bytes(buffer)
+        self._need = PREFIX_BYTES
+        responses: list[WatchResponse] = []
+        pos, end = 0, len(data)
+        while pos < end:
+            if self._coming is not None:
+                taken = min(self._coming.missing, end - pos)
+                self._coming.add(data[pos : pos + taken])
+                pos += taken
+                if not self._coming.missing:
+                    self._coming = None
+                continue
+            if end - pos < PREFIX_BYTES:
+                break
+            flag, length = _PREFIX.unpack_from(data, pos)
+            if flag:
+                raise FramingError(Status.INTERNAL, "gRPC message marked as compressed in a call without grpc-encoding")
+            if length > LARGE_BYTES:
+                self._coming = LargePieces(length, self._scan, self._event_bytes_max)
+                self.begin(self._coming)
+                pos += PREFIX_BYTES
+                continue
+            if end - pos - PREFIX_BYTES < length:
+                self._need = PREFIX_BYTES + length
+                break
+            start = pos + PREFIX_BYTES
+            pos = start + length
+            response = self._scan(data[start:pos])
+            if self.passes(response):
+                responses.append(response)
+        if pos < end:
+            self._buffer = bytearray(memoryview(data)[pos:])
+        return responses
+
+    def begin(self, large: Large) -> None:
+        """A large response comes."""
+        self._waiting.append(large)
+
+    def passes(self, response: WatchResponse) -> bool:
+        """Tell whether a response is to be taken now; if not it is kept for its turn."""
+        if not self._waiting:
+            return True
+        watch_id = response.watch_id
+        waits = any(each.watch_id == watch_id for each in self._waiting) if watch_id >= 0 else not response.created
+        if waits:
+            self._waiting.append(response)
+        return not waits
+
+    def step(self) -> list[WatchResponse]:
+        """Take the next piece of what waits, or what has waited for it. Raises ScanError."""
+        waiting = self._waiting
+        taken: list[WatchResponse] = []
+        while waiting:
+            first = waiting[0]
+            if isinstance(first, WatchResponse):
+                taken.append(first)
+            elif not first.done:
+                if taken:
+                    break
+                piece = first.step()
+                if piece is None:
+                    break
+                taken.append(piece)
+                if not first.done:
+                    break
+            waiting.popleft()
+        return taken

@@ -1,0 +1,83 @@
+"""
+Which stream carries which watch, so that what one of them does to its stream does not concern the others.
+
+etcd sends the responses of a stream one after the other, and ends a stream for one bad request (a create that is larger
+than its --max-request-bytes allows). So a token has one stream for all its watches that are live, and apart from it:
+
+- each backfill has a stream of its own, since it can be paused;
+- watches that have to catch up share a few streams: what etcd sends them first may be large;
+- large creates share a few streams: etcd, or what is between, may not take one;
+- creates that were not answered when their stream ended are tried on streams of theirs (see `suspects`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from upstream.watching.stream import Kind, WatchStream
+
+STREAMS_MAX: Final = {Kind.CATCH_UP: 16, Kind.LARGE: 8, Kind.SUSPECT: 8}
+"""Streams of these kinds at a time, of all tokens together; beyond, watches share them, or suspects wait."""
+
+LARGE_CREATE_BYTES: Final = 64 * 1024
+"""From so many bytes of key and range_end on a create is large: etcd takes 512 KiB with any --max-request-bytes."""
+
+
+class Streams:
+    """The streams there are."""
+
+    __slots__ = ("_backfills", "_few", "_max", "_shared")
+
+    def __init__(self, streams_max: Mapping[Kind, int] = STREAMS_MAX) -> None:
+        self._max = streams_max
+        self._shared: dict[bytes | None, WatchStream] = {}
+        self._backfills: dict[int, WatchStream] = {}
+        # Those of the kinds that are bounded.
+        self._few: dict[Kind, list[WatchStream]] = {kind: [] for kind in STREAMS_MAX}
+
+    def __iter__(self) -> Iterator[WatchStream]:
+        yield from self._shared.values()
+        yield from self._backfills.values()
+        for streams in self._few.values():
+            yield from streams
+
+    def find(self, kind: Kind, token: bytes | None, group: int | None) -> WatchStream | None:
+        """Return the stream for a watch. None: it gets a new one, see `is_full`."""
+        if kind is Kind.SHARED:
+            return self._shared.get(token)
+        if kind is Kind.BACKFILL:
+            return None
+        own = [stream for stream in self._few[kind] if stream.token == token]
+        if kind is Kind.SUSPECT:
+            return next((stream for stream in own if stream.group == group), None)
+        if not self.is_full(kind):
+            return None
+        return min(own, key=_live, default=None) or self._shared.get(token)
+
+    def is_full(self, kind: Kind) -> bool:
+        """Whether there are as many streams of a kind as there may be."""
+        return kind in self._few and len(self._few[kind]) >= self._max[kind]
+
+    def add(self, stream: WatchStream) -> None:
+        """Take a new stream."""
+        if stream.kind is Kind.SHARED:
+            self._shared[stream.token] = stream
+        elif stream.kind is Kind.BACKFILL:
+            self._backfills[id(stream)] = stream
+        else:
+            self._few[stream.kind].append(stream)
+
+    def remove(self, stream: WatchStream) -> None:
+        """Forget a stream; one that is forgotten already is ignored."""
+        if stream.kind is Kind.SHARED:
+            if self._shared.get(stream.token) is stream:
+                del self._shared[stream.token]
+        elif stream.kind is Kind.BACKFILL:
+            self._backfills.pop(id(stream), None)
+        elif stream in self._few[stream.kind]:
+            self._few[stream.kind].remove(stream)
+
+
+def _live(stream: WatchStream) -> int:
+    return stream.live
