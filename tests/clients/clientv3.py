@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -38,6 +39,8 @@ class Clientv3:
             self._process.kill()
         self._process.wait()
         self._reader.join(10)
+        if error is not None:
+            sys.stderr.write(f"{' '.join(self._command[1:])} printed: {self._lines[-20:]}\n")
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()

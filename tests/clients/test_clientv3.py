@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
-from tests.clients.clientv3 import Clientv3
+from tests.clients.clientv3 import Clientv3, Line
 from tests.etcd.binaries import EtcdBinary, etcds
-from tests.etcd.cluster import cluster
+from tests.etcd.cluster import Member, cluster
 from tests.etcd.server import EtcdServer
 from tests.proxy.scenario import run
 from tests.proxy_process import ProxyProcess
@@ -104,42 +105,57 @@ def test_clientv3_gets_a_catch_up_with_fragments_in_one(ways: tuple[str, str]) -
         assert [line["events"] for line in watch.lines("response") if line["events"]] == [10]
 
 
+def then(watch: Clientv3, seen: int, found: Callable[[Line], Any], what: str) -> int:
+    """Wait for a line behind the first `seen` ones; return how many there are up to it."""
+    until(lambda: any(map(found, watch.lines()[seen:])), what, 30)
+    return seen + 1 + next(place for place, line in enumerate(watch.lines()[seen:]) if found(line))
+
+
 def test_clientv3_that_requires_a_leader_is_refused_without_one() -> None:
-    """Its watch ends when the leader is lost, a new one ends at once, and one is served after the election."""
+    """Its watch ends when the leader is lost, and is served again after the election; others go on all the time."""
+
+    def story(first: Member, others: list[Member], proxy: ProxyProcess, stack: ExitStack) -> None:
+        flags = ("--key=a", "--rev=1", "--require-leader", "--again")
+        ends = (first.endpoint, proxy.endpoint)
+        watches = {stack.enter_context(Clientv3("watch", end, *flags)): 0 for end in ends}
+        patient = stack.enter_context(Clientv3("watch", proxy.endpoint, "--key=a"))
+        then(patient, 0, is_served, "created")
+        for watch in watches:
+            watches[watch] = then(watch, 0, is_served, "created")
+        for member in others:
+            member.kill()
+        for watch, seen in watches.items():
+            lost = then(watch, seen, has_no_leader, "the loss of the leader")
+            watches[watch] = then(watch, lost, has_no_leader, "the refusal of another watch")
+        for member in others:
+            member.start()
+        for watch, seen in watches.items():
+            watches[watch] = then(watch, seen, is_served, "created")
+        first.ctl("put", "a", "b")
+        for watch, seen in watches.items():
+            then(watch, seen, has_events, "the event")
+        then(patient, 0, has_events, "the event")
+        assert [line for line in patient.lines() if line.get("error")] == []
 
     async def scenario() -> None:
         async with cluster(3) as members:
-            loop = asyncio.get_running_loop()
             first, *others = members.members
             with ProxyProcess(first.endpoint) as proxy, ExitStack() as stack:
-                flags = ("--key=a", "--require-leader")
-                ends = (first.endpoint, proxy.endpoint)
-                open_before = [stack.enter_context(Clientv3("watch", end, *flags)) for end in ends]
-                patient = stack.enter_context(Clientv3("watch", proxy.endpoint, "--key=a"))
+                await asyncio.to_thread(story, first, others, proxy, stack)
 
-                def without_a_leader() -> None:
-                    for watch in (*open_before, patient):
-                        watch.until(lambda line: line.get("created"), "created")
-                    for member in others:
-                        member.kill()
-                    for watch in open_before:
-                        watch.until(lambda line: line.get("error") == NO_LEADER, "the loss of the leader", 30)
-                        watch.until(lambda line: line["kind"] == "closed", "its end")
-                    for end in ends:
-                        with Clientv3("watch", end, *flags) as refused:
-                            refused.until(lambda line: line.get("error") == NO_LEADER, "the refusal", 30)
+    run(scenario(), 150)
 
-                def with_one_again() -> None:
-                    until(lambda: first.has_leader, "the election", 30)
-                    for end in ends:
-                        with Clientv3("watch", end, *flags, "--again") as watch:
-                            watch.until(lambda line: line.get("created") and not line["canceled"], "created", 30)
-                            assert first.ctl("put", "a", "b")
-                            watch.until(lambda line: line.get("events"), "the event", 30)
-                    patient.until(lambda line: line.get("events"), "the event")
 
-                await loop.run_in_executor(None, without_a_leader)
-                await asyncio.gather(*(loop.run_in_executor(None, member.start) for member in others))
-                await loop.run_in_executor(None, with_one_again)
+def is_served(line: Line) -> bool:
+    """Whether a watch was created."""
+    return bool(line.get("created")) and not line["canceled"]
 
-    run(scenario(), 120)
+
+def has_no_leader(line: Line) -> bool:
+    """Whether a watch ended for want of a leader."""
+    return bool(line.get("error") == NO_LEADER)
+
+
+def has_events(line: Line) -> bool:
+    """Whether events came."""
+    return bool(line["kind"] == "response" and line["events"])

@@ -65,6 +65,7 @@ func watch(arguments []string) {
 		if !*again {
 			return
 		}
+		time.Sleep(100 * time.Millisecond)
 	}
 }
 
