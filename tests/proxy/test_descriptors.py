@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,3 +115,25 @@ def test_tls_clients_do_not_either(tmp_path: Path) -> None:
             until(lambda: proxy.metric("watchmux_upstream_reachable") == 1, "etcd to be found again", 30)
             assert live(proxy) == "ok\n"
         until(lambda: proxy.metric("watchmux_connections") == 0, "the clients to be gone", 30)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_descriptors_that_run_out_are_survived(etcd: EtcdServer, tmp_path: Path, secure: bool) -> None:
+    """The limit is lowered under a running proxy, so that accepting fails: it does not spin, and goes on afterwards."""
+    files = make_certificates(tmp_path)
+    flags = (f"--cert-file={files.server_cert}", f"--key-file={files.server_key}") if secure else ()
+    with ProxyProcess(etcd.endpoint, flags) as proxy:
+        assert proxy.process is not None
+        until(lambda: proxy.metric("watchmux_upstream_reachable") == 1, "etcd to be found")
+        pid = proxy.process.pid
+        limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        # What is open, and a few for probes.
+        few = len(list(Path(f"/proc/{pid}/fd").iterdir())) + 8
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (few, limit[1]))
+        began, cpu = time.monotonic(), proxy.cpu_s()
+        with idle_clients(proxy.port):
+            until(lambda: time.monotonic() - began > 2, "some time to pass")
+            assert proxy.cpu_s() - cpu < 1.5
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+        until(lambda: proxy.metric("watchmux_connections") == 0, "the clients to be gone", 30)
+        assert live(proxy) == "ok\n"
