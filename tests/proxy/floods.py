@@ -14,7 +14,7 @@ from hyperframe.frame import Frame, SettingsFrame, WindowUpdateFrame
 
 from proto.framing import frame
 from proto.pb import rpc_pb2
-from tests.http2.wire import data, update
+from tests.http2.wire import data, raw, update
 from tests.proxy.attacks import WATCHED, WINDOW_MAX, Attacker
 from tests.waiting import until_async
 
@@ -120,7 +120,9 @@ class Sender(Attacker):
         parsed, _ = Frame.parse_frame_header(memoryview(text[:9]))
         parsed.parse_body(memoryview(text[9:]))
         assert isinstance(parsed, SettingsFrame)
-        self.greeted = True
+        if "ACK" not in parsed.flags:
+            self.greeted = True
+            self.writer.write(raw(4, 1, 0, b""))
         self.initial_window = parsed.settings.get(SettingsFrame.INITIAL_WINDOW_SIZE, self.initial_window)
         self.moved.set()
 
@@ -190,4 +192,4 @@ async def _flood_one(sender: Sender, stream_id: int, name: str, count: int) -> N
     await sender.send(stream_id, create(watch_id=7) + b"".join(messages(count)))
     # The last one is answered when all before it have been taken, in a way that nothing else is.
     await sender.send(stream_id, create(start_revision=-1))
-    await until_async(lambda: stream_id in sender.last or sender.over.is_set(), "the last answer", 600)
+    await until_async(lambda: {stream_id} & (sender.last | sender.gone) or sender.over.is_set(), "the last answer", 600)
