@@ -32,8 +32,8 @@ from tests.waiting import until_async
 
 KEY = b"bystander"
 RUN_S_MAX = 60.0
-TURN_CPU_MS_MAX = 25.0
-"""CPU of one turn of the loop, at most, in `main`: half of what others may be delayed by."""
+TURN_CPU_MS_MAX = 50.0
+"""CPU of one turn of the loop, at most, in `main`: what others may be delayed by."""
 
 Body = Callable[[random.Random], bytes]
 
@@ -80,6 +80,7 @@ class Verdict:
     """Events of the bystander."""
 
     delays_s: list[float] = field(default_factory=list)
+    """From the answer to the put until the event is there."""
 
 
 async def mix(port: int, seed: int) -> None:
@@ -181,9 +182,10 @@ async def judge(etcd: EtcdServer, first: int, runs: int) -> Verdict:
         with judged(proxy, verdict):
             ended = asyncio.ensure_future(process.wait())
             while not ended.done():
-                began = time.perf_counter()
                 verdict.events += 1
                 await store.put(KEY, b"%d" % verdict.events)
+                # From the answer on: how long etcd takes for a put is not the proxy's.
+                began = time.perf_counter()
                 await until_async(lambda: len(stream.raw.messages) > verdict.events, "the bystander's event", 60)
                 verdict.delays_s.append(time.perf_counter() - began)
             assert await ended == 0, "the clients failed"
