@@ -217,7 +217,8 @@ def late_answers(front: Front) -> Figures:
                 began = asyncio.get_running_loop().time()
                 await until_async(lambda: asyncio.get_running_loop().time() > began + STALL_S / 2, "the deadlines")
                 for call in calls:
-                    call.cancel()
+                    if not call.over:
+                        call.cancel()
                 await until_async(lambda: asyncio.get_running_loop().time() > began + STALL_S, "the stall")
                 etcd.go_on()
                 after = await keeper.unary("/etcdserverpb.KV/Range", request)
