@@ -287,6 +287,12 @@ KEPT: Final = (
         "coalesce/test_ending.py::test_a_trunk_lingers_and_a_client_that_comes_back_finds_its_history",
     ),
     Kept(
+        "the history of a range without clients",
+        "`parked_max`, `history_bytes_max`, `history_bytes_total_max`",
+        "`history_linger_s` after its upstream watch",
+        f"{_PARKING}test_it_is_dropped_in_the_end",
+    ),
+    Kept(
         "a catch-up watch and its window",
         "`backfills_max`, `backfill_bytes_max`",
         "its last watch",
@@ -294,7 +300,7 @@ KEPT: Final = (
     ),
     Kept(
         "responses that several laggards share",
-        "eight, of `replay_bytes_max` or one revision each",
+        "eight, of `replay_bytes_max` (with fragment `fragment_run_bytes_max`) or one revision each",
         "the last laggard",
         f"{_GIVEN_BACK}test_what_laggards_share_is_let_go_with_the_last_of_them",
     ),
