@@ -5,7 +5,8 @@ checks the permission of each range of a transaction (server/etcdserver/apply/ap
 
 - Equal questions (same token, same range) that arrive before the call is sent share it; later ones wait for the next
   call, so no answer is older than its question.
-- A token has one call in flight. Its other creates wait for that one, and their sessions take turns.
+- A token has one call in flight. Its other creates wait for that one, and their sessions take turns. Only a token that
+  was granted something, and has enough to ask for, may have some more.
 - So many calls are in flight at once, of all tokens. Tokens take turns. Those that were granted something have places
   of their own, and those that were refused last time have few: made-up tokens cannot use up the places of others.
 - "invalid auth token" is the answer to all creates of that token that came before the call was sent. Any other refusal
@@ -32,6 +33,10 @@ RANGES_MAX: Final = 128
 RANGE_BYTES_MAX: Final = 64 * 1024
 """Bytes of the keys of one call, so that one range too many does not make it larger than etcd takes. A range that is
 larger is asked for alone."""
+
+CALLS_PER_TOKEN_MAX: Final = 4
+"""Calls in flight of a token that was granted something, while each is full: a crowd that comes back is checked at the
+pace of etcd, not of the way there and back."""
 
 TRIES_MAX: Final = 10
 """A call for one range that fails at every endpoint for an unclear reason so often (for some 7 s) is given up: the
@@ -105,8 +110,8 @@ class Line:
         self.token = token
         # Halves of a call that was refused, and calls that have failed: they come before all else.
         self.batches: list[Batch] = []
-        # What is in flight, or waits until etcd can be asked again.
-        self.current: Batch | None = None
+        # Calls that are in flight, or wait until etcd can be asked again.
+        self.current: set[Batch] = set()
         # It is in the line of those that may be sent.
         self.ready = False
         self.ranges_max = RANGES_MAX
@@ -118,6 +123,13 @@ class Line:
     def __bool__(self) -> bool:
         """Whether anything waits to be sent."""
         return bool(self.batches or self._waiting)
+
+    def may_send(self, standing: Standing) -> bool:
+        """Whether another call may be sent."""
+        if not self.current:
+            return True
+        several = standing is Standing.GRANTED and len(self.current) < CALLS_PER_TOKEN_MAX
+        return several and not self.batches and len(self._waiting) >= RANGES_MAX
 
     def add(self, may: May) -> None:
         """A question comes."""
@@ -269,8 +281,9 @@ class Checks:
 
     def _go_on(self, line: Line) -> list[Effect]:
         """Have a line take part again, if it has something to send, and send what may be sent."""
-        if line.current is None and not line.ready:
-            self._queue(line, self._standing(line.token))
+        standing = self._standing(line.token)
+        if not line.ready and line.may_send(standing):
+            self._queue(line, standing)
         return self._start()
 
     def _start(self) -> list[Effect]:
@@ -283,11 +296,11 @@ class Checks:
             wanted = batch.wanted
             self.waiting -= before - _count(batch)
             if wanted:
-                line.current = batch
+                line.current.add(batch)
                 batch.standing = standing
                 self.in_flight[standing] += 1
                 effects.append(Ask(batch.call))
-            else:
+            if line.may_send(standing):
                 self._queue(line, standing)
         return effects
 
@@ -296,7 +309,7 @@ class Checks:
         if line:
             line.ready = True
             self._ready[standing].append(line)
-        elif self._lines.get(line.token) is line:
+        elif not line.current and self._lines.get(line.token) is line:
             del self._lines[line.token]
 
     def _next_standing(self) -> Standing | None:
@@ -309,8 +322,7 @@ class Checks:
     def _leave(self, batch: Batch) -> None:
         """A call is over, or its token does not wait for it any more."""
         self._release(batch)
-        if batch.line.current is batch:
-            batch.line.current = None
+        batch.line.current.discard(batch)
 
     def _release(self, batch: Batch) -> None:
         if batch.standing is not None:

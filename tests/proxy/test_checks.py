@@ -9,7 +9,16 @@ import pytest
 from coalesce.inputs import Granted, Identity, Refusal
 from proto.scan import Header
 from proxy.deciding.asking import Ask, Call, Effect, EndSession, May, Tell
-from proxy.deciding.checks import OLD_REVISION, RANGE_BYTES_MAX, RANGES_MAX, TOO_MANY_OPS, TRIES_MAX, Batch, Checks
+from proxy.deciding.checks import (
+    CALLS_PER_TOKEN_MAX,
+    OLD_REVISION,
+    RANGE_BYTES_MAX,
+    RANGES_MAX,
+    TOO_MANY_OPS,
+    TRIES_MAX,
+    Batch,
+    Checks,
+)
 from proxy.deciding.rollback import Asked
 
 HEADER = Header.make(1, 2, 7, 3)
@@ -130,6 +139,24 @@ def test_one_call_asks_for_many_ranges_of_a_token() -> None:
     assert rig.sent == 3
 
 
+def test_a_crowd_of_a_known_token_is_checked_by_several_calls() -> None:
+    rig = Rig()
+    rig.ask(b"first")
+    for number in range(10 * RANGES_MAX):
+        rig.ask(b"%d" % number)
+    assert len(rig.calls) == 1
+    rig.granted()
+    most = 0
+    while rig.calls:
+        most = max(most, len(rig.calls))
+        assert len(rig.calls) == 1 or all(len(keys) == RANGES_MAX for keys in rig.asked()[:-1])
+        rig.granted()
+    assert most == CALLS_PER_TOKEN_MAX
+    assert len(rig.told) == 1 + 10 * RANGES_MAX
+    assert rig.checks.waiting == 0
+    assert not rig.checks._lines
+
+
 def test_sessions_of_one_token_take_turns() -> None:
     rig = Rig()
     greedy, modest = Session(), Session()
@@ -193,14 +220,15 @@ def test_made_up_tokens_leave_places_to_those_that_were_granted() -> None:
 def test_an_invalid_token_is_the_answer_to_all_that_came_before() -> None:
     rig = Rig()
     rig.ask(b"first")
+    rig.failed((14, "connection refused"))
     for number in range(1000):
         rig.ask(b"%d" % number)
-    rig.granted()
+    rig.again()
     rig.ask(b"late")
     rig.failed(INVALID)
     # All but the one that came after the call was sent.
     assert len(rig.told) == 1001
-    assert [answer for _, answer in rig.told[1:]] == ["no"] * 1000
+    assert [answer for _, answer in rig.told] == ["no"] * 1001
     assert rig.asked() == [[b"late"]]
     assert rig.checks.waiting == 1
 
