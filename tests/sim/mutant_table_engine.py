@@ -88,7 +88,6 @@ ENGINE_MUTANTS: tuple[Mutant, ...] = (
         "self._epoch += 1",
     ),
     Mutant("a new connection is not proven", _ROLLBACK, "self.unproven = True", "self.unproven = False"),
-    Mutant("a new connection is proven by nobody twice", _ROLLBACK, "self._tried.clear()", "pass"),
     Mutant(
         "a restored store that has grown past the old one is believed",
         _LINEAGE,
