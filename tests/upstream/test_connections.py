@@ -44,7 +44,8 @@ def go_away_after(etcd: ScriptedEtcd, requests: int) -> None:
     def count(call: ScriptedCall) -> None:
         http2 = call.connection.http2
         if call.stream.id >= 2 * requests and not http2.going_away:
-            call.connection.go_away(call.stream.id)
+            # What came along with this one has been looked at.
+            call.connection.go_away(http2.last_stream_id)
 
     etcd.on_call = count
 
