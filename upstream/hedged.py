@@ -112,7 +112,7 @@ class HedgedCall:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begin, or begin again when nobody has looked at it."""
+        """Begin, or begin again when no server has looked at it."""
         if self._told is not None:
             self._attempts = Attempts(self._endpoints.own_endpoints())
             self._send_next()

@@ -190,7 +190,7 @@ async def _create_delays(client: RawClient, token: str, done: Callable[[], bool]
 
 
 def made_up_token(front: Front) -> Figures:
-    """A client with a token that nobody gave it asks for many watches; others create watches meanwhile."""
+    """A client with a made-up token asks for many watches; others create watches meanwhile."""
 
     async def measured(etcd: EtcdServer, address: str) -> Figures:
         del etcd
