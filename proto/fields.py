@@ -1,7 +1,6 @@
-"""
-Protobuf's encoding: numbers, lengths and fields in bytes, read and written.
+"""Protobuf's encoding: reads and writes numbers, lengths and fields.
 
-The part of `proto.scan` that knows nothing of etcd's messages. Encoding: protobuf.dev/programming-guides/encoding.
+The part of `proto.scan` that does not depend on etcd's messages. Encoding: protobuf.dev/programming-guides/encoding.
 """
 
 from __future__ import annotations
@@ -9,25 +8,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-# Each byte that is a whole varint, as most tags, lengths and watch ids are.
+# The one-byte varints; most tags, lengths and watch ids are one.
 _BYTE: Final = tuple(bytes((value,)) for value in range(128))
 
 VARINT_BYTES_MAX: Final = 10
-"""A number has 64 bits, seven in each byte."""
+"""A number has 64 bits, seven per byte."""
 TAG_BYTES_MAX: Final = 5
 """Tags and lengths have 32 bits."""
 
 
 class ScanError(ValueError):
-    """The bytes are no message."""
+    """The bytes are not a valid message."""
 
 
 def fields(data: bytes, pos: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
     """
     Walk the fields of the message data[pos:end].
 
-    Yields for each its tag, where it starts, where its content (what follows tag and length) starts and ends, and the
-    number, as 64 bits without a sign, if it is one. Raises ScanError, IndexError.
+    Yields for each field its tag, its start, the start and end of its content (after tag and length), and its value as
+    an unsigned 64-bit number if it is a varint, else 0. Raises ScanError, IndexError.
     """
     while pos < end:
         start = pos
@@ -37,7 +36,7 @@ def fields(data: bytes, pos: int, end: int) -> Iterator[tuple[int, int, int, int
             tag, pos = long_size(data, pos, tag)
         kind = tag & 7
         if tag < 8 or tag > 0xFFFF_FFFF or kind in (6, 7):
-            raise ScanError(f"{tag} is no tag of a field")
+            raise ScanError(f"{tag} is not a field tag")
         if kind in (3, 4):
             raise ScanError(f"field {tag >> 3} is a group")
         body = pos
@@ -59,14 +58,15 @@ def fields(data: bytes, pos: int, end: int) -> Iterator[tuple[int, int, int, int
             break
         yield tag, start, body, pos, value
     if pos != end:
-        raise ScanError("a field reaches over the end of its message")
+        raise ScanError("a field extends past the end of its message")
 
 
 def long_number(data: bytes, pos: int, value: int) -> tuple[int, int]:
     """
-    Read on at `pos` in a number whose first byte, `value`, says that there are more.
+    Read the rest, from `pos` on, of a varint whose first byte is `value`.
 
-    Returns it, as 64 bits without a sign, and where it ends. Two to four bytes, a revision, are written out.
+    Returns it as an unsigned 64-bit number, and the position after it. The loop is unrolled for two to four bytes, the
+    usual size of a revision.
     """
     byte = data[pos]
     value += (byte << 7) - 128
@@ -89,7 +89,7 @@ def long_number(data: bytes, pos: int, value: int) -> tuple[int, int]:
 
 
 def long_size(data: bytes, pos: int, value: int) -> tuple[int, int]:
-    """Read on in a length or a tag; see `long_number`."""
+    """Read the rest of a length or a tag, at most 32 bits; see `long_number`."""
     byte = data[pos]
     value += (byte << 7) - 128
     if byte < 128:
@@ -103,22 +103,22 @@ def long_size(data: bytes, pos: int, value: int) -> tuple[int, int]:
 
 
 def signed(value: int) -> int:
-    """Return 64 bits without a sign as an int64."""
+    """Convert an unsigned 64-bit number to an int64."""
     return value if value < 1 << 63 else value - (1 << 64)
 
 
 def number_field(tag: int, value: int) -> bytes:
-    """Return a number's field, nothing for 0 (proto3 sends no defaults)."""
+    """Encode a number's field; b"" for 0 (proto3 omits defaults)."""
     return _BYTE[tag] + varint(value) if value else b""
 
 
 def bytes_field(tag: int, value: bytes) -> bytes:
-    """Return the field of bytes, a text or a message."""
+    """Encode a field of bytes, a string or a message."""
     return _BYTE[tag] + varint(len(value)) + value
 
 
 def varint(value: int) -> bytes:
-    """Return a number in seven bits a byte, a negative one as 64 bits (10 bytes)."""
+    """Encode a number as a varint; a negative one takes 10 bytes."""
     if 0 <= value < 128:
         return _BYTE[value]
     value &= 0xFFFF_FFFF_FFFF_FFFF

@@ -1,9 +1,8 @@
-"""Long lists of filters in a WatchRequest, made short before the message is parsed.
+"""Shortens long lists of filters in a WatchRequest before the message is parsed.
 
-`filters` is a repeated field of which two values mean something (rpc.proto, FilterType). Two megabytes of them are a
-request that etcd takes, gzip makes 2 KB of it, and parsing it takes ten milliseconds and as many megabytes. What is
-looked for here are runs of bytes that hold nothing else; anything unusual is left to the parser, so that a message
-means the same before and after.
+`filters` is a repeated field in which two values have a meaning (rpc.proto, FilterType). etcd accepts a request with
+2 MB of them, gzip compresses it to 2 KB, and parsing it takes 10 ms and 10 MB. This module looks for runs of bytes that
+hold only filters, and leaves anything unusual to the parser, so that a message means the same before and after.
 """
 
 from __future__ import annotations
@@ -12,25 +11,25 @@ import re
 from typing import Final
 
 LONG_BYTES: Final = 16 * 1024
-"""Messages from here on are looked at; shorter ones are parsed at once."""
+"""Only messages of at least this size are scanned for filters."""
 
 RUN_BYTES: Final = 256
-"""Runs from here on are made short."""
+"""Only runs of at least this size are shortened."""
 
 FIELDS_MAX: Final = 2_000
-"""Fields looked at; what comes behind them stays as it is. A millisecond."""
+"""Maximum number of fields that are scanned (about 1 ms); the rest of the message is not changed."""
 
 _CREATE: Final = 0x0A
 _PACKED: Final = 0x2A
 _SINGLE: Final = 0x28
-# A filter of its own, whose number fits into a byte, again and again.
+# Unpacked filters, one after the other, each with a one-byte number.
 _RUN: Final = re.compile(rb"(?:\x28[\x00-\x7f])+")
-# All bytes of a number but its last look the same.
+# Maps every byte of a varint except its last to 0xff.
 _CONTINUED: Final = bytes(range(128)) + b"\xff" * 128
 
 
 def shortened(message: bytes) -> bytes:
-    """Return a message that means the same as this WatchRequest, with long runs of filters made short."""
+    """Return an equivalent WatchRequest in which long runs of filters are shortened."""
     if len(message) < LONG_BYTES or message[0] != _CREATE:
         return message
     found = _length(message, 1)
@@ -44,7 +43,7 @@ def shortened(message: bytes) -> bytes:
 
 
 def _shortened_create(message: bytes, at: int) -> bytes | None:
-    """Return the create request that begins at `at` and ends with the message; None: nothing in it is to be changed."""
+    """Shorten the create request in message[at:]; None if there is nothing to change."""
     end = len(message)
     kept: list[bytes] = []
     copied = at
@@ -83,10 +82,10 @@ def _shortened_create(message: bytes, at: int) -> bytes | None:
 
 
 def meaning_of(packed: bytes) -> bytes | None:
-    """Return those of 0 and 1 that are among the varints in `packed`; None: only a parser can tell.
+    """Return which of 0 and 1 are among the varints in `packed`; None: leave it to the parser.
 
-    Left to the parser are numbers of more than four bytes, which are cut to 32 bits, those written longer than they
-    have to be, and a number that is not whole.
+    The parser handles numbers of more than four bytes (it truncates them to 32 bits), overlong encodings, and an
+    incomplete number.
     """
     if packed.isascii():
         zero, one = b"\x00" in packed, b"\x01" in packed
@@ -100,7 +99,7 @@ def meaning_of(packed: bytes) -> bytes | None:
 
 
 def _length(message: bytes, at: int) -> tuple[int, int] | None:
-    """Return where the varint at `at` ends and what it is; None: it is longer than four bytes, or not whole."""
+    """Return the end and the value of the varint at `at`; None: it is longer than four bytes, or incomplete."""
     value = shift = 0
     for place in range(at, min(at + 4, len(message))):
         byte = message[place]

@@ -1,11 +1,9 @@
-"""
-gRPC's framing: messages in a byte stream, status codes, timeouts and the encodings of metadata values.
+"""gRPC's framing: messages in a byte stream, status codes, timeouts and the encodings of metadata values.
 
-What the gRPC specification ("gRPC over HTTP2", PROTOCOL-HTTP2.md) puts on top of HTTP/2. It is ours because the
-connection is ours: listener and upstream client read the same bytes with the same code, and every bound (message size,
-inflated size) is checked before memory is spent on it.
+This is the part of the gRPC specification ("gRPC over HTTP2", PROTOCOL-HTTP2.md) above HTTP/2. The listener and the
+upstream client share this code, and it checks every bound (message size, decompressed size) before it allocates memory.
 
-Header values are `bytes` here, as `proto.http2` hands them over.
+Header values are `bytes` here, as `proto.http2` delivers them.
 """
 
 from __future__ import annotations
@@ -19,14 +17,14 @@ from enum import IntEnum
 from typing import Final, Literal, NoReturn
 
 PREFIX_BYTES: Final = 5
-"""Length of the prefix of each message: one byte "compressed", four bytes of length, big endian."""
+"""Length of each message's prefix: one byte "compressed", four bytes of length, big endian."""
 
 TIMEOUT_DIGITS_MAX: Final = 8
 """A grpc-timeout value has at most this many digits."""
 
 
 class Status(IntEnum):
-    """The status codes of gRPC (statuscodes.md), by their numbers on the wire."""
+    """gRPC's status codes (statuscodes.md), with their numbers on the wire."""
 
     OK = 0
     CANCELLED = 1
@@ -48,7 +46,7 @@ class Status(IntEnum):
 
 
 class FramingError(ValueError):
-    """The peer sent something that is not gRPC, or is too large: the call ends with `code` and `text`."""
+    """The peer sent something that is not valid gRPC, or is too large: the call ends with `code` and `text`."""
 
     def __init__(self, code: Status, text: str) -> None:
         super().__init__(text)
@@ -60,16 +58,16 @@ _PREFIX: Final = struct.Struct(">BI")
 
 
 def frame(message: bytes, compressed: bool = False) -> bytes:
-    """Return `message` with its 5-byte prefix; `compressed` says that it already is."""
+    """Return `message` with its 5-byte prefix; set `compressed` if `message` is compressed already."""
     return _PREFIX.pack(compressed, len(message)) + message
 
 
 class Unframer:
     """
-    Cuts the bytes of one direction of a call back into messages.
+    Splits the bytes of one direction of a call into messages.
 
-    max_message_bytes bounds one message, both as it is on the wire and inflated. `decompress` is the call's
-    grpc-encoding: with None, or "identity" said as None, a message marked as compressed is an error.
+    max_message_bytes bounds one message, both on the wire and decompressed. `decompress` is the call's grpc-encoding,
+    None for "identity": then a message marked as compressed is an error.
     """
 
     __slots__ = ("_buffer", "_error", "_inflate", "_max", "_need")
@@ -77,17 +75,17 @@ class Unframer:
     def __init__(self, max_message_bytes: int, decompress: Literal["gzip"] | None = None) -> None:
         self._max = max_message_bytes
         self._inflate = decompress == "gzip"
-        # The start of a message that is not complete; None between messages, as nearly always.
+        # The start of an incomplete message; None between messages, which is the usual case.
         self._buffer: bytearray | None = None
-        # Bytes the buffer must hold before it is worth looking at again: a prefix, or a prefix and its message.
+        # Bytes that the buffer must hold before it is parsed again: a prefix, or a prefix and its message.
         self._need = PREFIX_BYTES
-        # The first error: it stays, since the place of the next prefix is unknown.
-        # Why nothing more is taken. No exception: its traceback would hold on to us and to what was inflated.
+        # The first error, which is final: the position of the next prefix is unknown. Stored as a tuple, because an
+        # exception's traceback would keep this object and the decompressed data alive.
         self._error: tuple[Status, str] | None = None
 
     @property
     def pending(self) -> bool:
-        """True while half a message waits; a stream that ends now was cut."""
+        """True while an incomplete message is buffered; a stream that ends now was truncated."""
         return self._buffer is not None
 
     def feed(self, data: bytes) -> list[bytes]:
@@ -95,8 +93,8 @@ class Unframer:
         Take the next bytes of the stream and return the messages that they complete.
 
         Raises FramingError: RESOURCE_EXHAUSTED for a message above the bound, as soon as its prefix is known; INTERNAL
-        for a bad prefix or bad compression. Messages in front of it in the same `data` are lost, and so is the rest of
-        the stream: each later call raises the same.
+        for a bad prefix or bad compression. Messages before it in the same `data` are lost, and so is the rest of the
+        stream: each later call raises the same error.
         """
         if self._error is not None:
             raise FramingError(*self._error)
@@ -104,7 +102,7 @@ class Unframer:
         if buffer is None:
             size = len(data) - PREFIX_BYTES
             if 0 <= size <= self._max and data.startswith(_PREFIX.pack(0, size)):
-                # One whole message, as nearly always.
+                # Exactly one message, the usual case.
                 return [data[PREFIX_BYTES:]]
         else:
             buffer += data
@@ -140,7 +138,7 @@ class Unframer:
             self._fail_oversize(f"{length}")
 
     def _inflated(self, message: bytes) -> bytes:
-        """Return the gzip member `message` inflated, never spending more than the bound on it."""
+        """Decompress the gzip member `message`, up to the bound."""
         inflater = zlib.decompressobj(wbits=31)
         try:
             inflated = inflater.decompress(message, self._max + 1)
@@ -148,7 +146,7 @@ class Unframer:
             self._fail(Status.INTERNAL, f"gRPC message with broken gzip data: {error}")
         if len(inflated) > self._max:
             self._fail_oversize("inflated, more")
-        # One member per message, as every gRPC library writes it: a run of tiny members would cost quadratic time.
+        # One member per message, as every gRPC library writes it: many tiny members would cost quadratic time.
         if not inflater.eof or inflater.unused_data:
             self._fail(Status.INTERNAL, "gRPC message with cut or trailing gzip data")
         return inflated
@@ -171,7 +169,7 @@ def encode_timeout(seconds: float) -> bytes:
     """
     Return the grpc-timeout value for `seconds`, in the finest unit whose number fits, rounded up.
 
-    Nothing or less becomes `0n`; more than the format can say becomes its maximum, 99999999 hours.
+    Zero or less becomes `0n`; more than the format can express becomes its maximum, 99999999 hours.
     Raises ValueError for NaN.
     """
     if math.isnan(seconds):
@@ -188,7 +186,7 @@ def encode_timeout(seconds: float) -> bytes:
 
 
 def decode_timeout(value: bytes) -> float:
-    """Return the seconds of a grpc-timeout value. Raises FramingError (INTERNAL) when it is not one."""
+    """Return the seconds of a grpc-timeout value. Raises FramingError (INTERNAL) if it is malformed."""
     digits, unit_ns = value[:-1], _UNITS_NS.get(value[-1:])
     if unit_ns is None or not digits.isdigit() or len(digits) > TIMEOUT_DIGITS_MAX:
         raise FramingError(Status.INTERNAL, f"malformed grpc-timeout {value[:32]!r}")
@@ -200,7 +198,7 @@ _ESCAPE: Final = re.compile(rb"%([0-9A-Fa-f]{2})")
 
 
 def encode_message(text: str) -> bytes:
-    """Return `text` as a grpc-message value: UTF-8, percent-encoded but for printable ASCII other than `%`."""
+    """Return `text` as a grpc-message value: UTF-8, percent-encoded except for printable ASCII other than `%`."""
     return _UNSAFE.sub(lambda match: b"%%%02X" % match[0][0], text.encode("utf-8", "replace"))
 
 
@@ -208,7 +206,7 @@ def decode_message(value: bytes) -> str:
     """
     Return the text of a grpc-message value.
 
-    Nothing is an error, as the specification asks: what is no valid escape stays, what is no UTF-8 becomes U+FFFD.
+    Never fails, as the specification asks: an invalid escape is kept, invalid UTF-8 becomes U+FFFD.
     """
     return _ESCAPE.sub(lambda match: bytes((int(match[1], 16),)), value).decode("utf-8", "replace")
 
@@ -220,7 +218,7 @@ def encode_binary(value: bytes) -> bytes:
 
 def decode_binary(value: bytes) -> list[bytes]:
     """
-    Return the values of a `-bin` header, padded or not; several headers of one name may come joined by commas.
+    Return the values of a `-bin` header, padded or not; several headers of one name may be joined by commas.
 
     Raises FramingError (INTERNAL) when one of them is not base64.
     """
@@ -249,5 +247,5 @@ _HTTP_STATUS: Final = {
 
 
 def http_status_to_grpc(status: int) -> Status:
-    """Return the code of an answer that has an HTTP status and no grpc-status (http-grpc-status-mapping.md)."""
+    """Return the code of a response that has an HTTP status but no grpc-status (http-grpc-status-mapping.md)."""
     return _HTTP_STATUS.get(status, Status.UNKNOWN)

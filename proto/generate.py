@@ -1,9 +1,8 @@
-"""
-Regenerates the code in proto/pb from its .proto files: `python -m proto.generate`, or `make proto`.
+"""Regenerates the code in proto/pb from its .proto files: `python -m proto.generate`, or `make proto`.
 
-The generated code is committed, so that installing needs no compiler. It is made with protoc's own plugins and, for
-type stubs, with mypy-protobuf's: those know of enums and oneofs and cover the gRPC stubs too. The versions of both
-tools show in what comes out and are bounded in pyproject.toml, as are the versions of protobuf and grpcio it needs.
+The generated code is committed, so that an installation needs no compiler. protoc's own plugins generate the code, and
+mypy-protobuf's generate the type stubs: they support enums and oneofs and cover the gRPC stubs too. The versions of
+both tools affect the output and are bounded in pyproject.toml, as are the versions of protobuf and grpcio it needs.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 
 FOLDER: Final = "proto/pb"
 
-# Concrete, because the generated servicers are: a method that is not overridden answers UNIMPLEMENTED.
+# Concrete, as the generated servicers are: a method that is not overridden returns UNIMPLEMENTED.
 _STUBS: Final = "quiet,generate_concrete_servicer_stubs"
 
 
 class GenerateError(Exception):
-    """protoc or one of its plugins is missing or has refused a file."""
+    """protoc or one of its plugins is missing or rejected a file."""
 
 
 def generate(into: Path) -> list[Path]:
     """
     Write the generated code below the folder `into`, as proto/pb/*, and return its paths, sorted.
 
-    Modules for gRPC are made only of files that declare a service. Raises GenerateError.
+    gRPC modules are generated only for files that declare a service. Raises GenerateError.
     """
     sources = sorted((ROOT / FOLDER).glob("*.proto"))
     _protoc(sources, f"--python_out={into}", f"--mypy_out=quiet:{into}")
@@ -51,7 +50,7 @@ def _protoc(sources: list[Path], *outputs: str) -> None:
 
 
 def _plugin(name: str) -> str:
-    """Return the path of a protoc plugin, looked for beside this Python first."""
+    """Return the path of a protoc plugin; the folder of this Python is searched first, then PATH."""
     places = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     path = shutil.which(name, path=places)
     if path is None:

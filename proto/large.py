@@ -1,11 +1,10 @@
-"""
-A WatchResponse that is too large to be read in one go, cut into messages of whole events.
+"""Splits a large WatchResponse into messages of whole events while it arrives.
 
-etcd sends what a watch has to catch up with, or what one transaction did to its range, as one message of any size. It
-is cut where its fields say while it still comes in, so that it is neither held as a whole nor read in one turn of the
-event loop. Each message it is cut into has the fields that came before the events, and some of these.
+etcd sends all events that a watch has to catch up with, or all events of one transaction, as one message of any size.
+Splitting it at its field boundaries while it arrives avoids holding it as a whole and reading it in one turn of the
+event loop. Each resulting message has the fields before the events, and some of the events.
 
-etcd, as every encoder of protobuf's own libraries, writes fields in the order of their numbers: the events come last.
+etcd writes fields in the order of their numbers, as all encoders of protobuf's own libraries do: the events come last.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Final
 from proto.fields import ScanError, fields, long_size
 
 STEP_BYTES: Final = 64 * 1024
-"""Bytes of events in one cut: some milliseconds of reading when they are small. A larger event is one cut."""
+"""Bytes of events in one message: some milliseconds of decoding if they are small. A larger event is one message."""
 
 _EVENTS: Final = 0x5A
 _KNOWN_MAX: Final = _EVENTS
@@ -25,41 +24,41 @@ class EventTooLarge(Exception):
     """An event is larger than the maximum."""
 
 
-# Ids and numbers, and why a watch was cancelled.
+# Bytes of the fields before the events: ids, numbers and a cancel reason.
 _HEAD_BYTES_MAX: Final = 16 * 1024
 
 
 class LargeResponse:
-    """One such message of `size` bytes: they are put in with `add`, and `cut` takes out what is complete."""
+    """A WatchResponse of `size` bytes: `add` puts them in, `cut` takes out complete events."""
 
     __slots__ = ("_data", "_event_bytes_max", "_short", "_skips", "head", "missing")
 
     def __init__(self, size: int, event_bytes_max: int) -> None:
-        # Bytes that have not come.
+        # Bytes that have not arrived.
         self.missing = size
-        # The fields before the first event; None while they are not complete.
+        # The fields before the first event; None while they are incomplete.
         self.head: bytes | None = None
-        # What has come and is not cut.
+        # Bytes that have arrived and are not yet taken by `cut`.
         self._data = bytearray()
-        # It ends inside of its first event.
+        # `_data` ends inside its first event.
         self._short = False
-        # The rest is passed over.
+        # The rest of the message is skipped.
         self._skips = False
         self._event_bytes_max = event_bytes_max
 
     @property
     def unread(self) -> int:
-        """Bytes that have come and are not cut."""
+        """Bytes that have arrived and are not yet taken by `cut`."""
         return len(self._data)
 
     @property
     def readable(self) -> bool:
-        """`cut` may return something."""
+        """True if `cut` may return a message."""
         return self.head is not None and bool(self._data) and not self._short
 
     @property
     def done(self) -> bool:
-        """Nothing is left to be cut."""
+        """True if the whole message has arrived and been taken or skipped."""
         return not self.missing and not self._data
 
     def add(self, data: bytes) -> None:
@@ -74,9 +73,9 @@ class LargeResponse:
 
     def cut(self) -> bytes | None:
         """
-        Return a message of the next whole events; None when more has to come first.
+        Return a message with the next whole events; None if more bytes are needed first.
 
-        Raises ScanError, EventTooLarge: that event is not taken, and `skip` is all that can follow.
+        Raises ScanError, EventTooLarge: that event is not taken, and only `skip` may be called after it.
         """
         head = self.head
         if head is None or not self._data:
@@ -89,7 +88,7 @@ class LargeResponse:
                 raise EventTooLarge
             if size is None or size > len(self._data):
                 if not self.missing:
-                    raise ScanError("an event reaches over the end of its message")
+                    raise ScanError("an event extends past the end of its message")
                 self._short = True
                 return None
             end = size
@@ -98,12 +97,12 @@ class LargeResponse:
         return head + data[:end]
 
     def skip(self) -> None:
-        """Pass the rest over."""
+        """Skip the rest of the message."""
         self._skips = True
         self._data.clear()
 
     def _find_head(self) -> None:
-        """Find out where the events begin."""
+        """Find where the events begin, and set `head`."""
         data = bytes(memoryview(self._data)[:_HEAD_BYTES_MAX])
         pos = 0
         try:
@@ -113,7 +112,7 @@ class LargeResponse:
                     break
                 pos = end
         except (IndexError, ScanError):
-            # It ends in the middle of a field, an event as a rule.
+            # The data ends in the middle of a field, usually an event.
             pass
         if pos < len(data) and data[pos] == _EVENTS:
             self.head = data[:pos]
@@ -122,7 +121,7 @@ class LargeResponse:
             raise ScanError("a large watch response that does not begin with a short head and events")
 
     def _first_event_bytes(self, data: bytes) -> int | None:
-        """Return the length of the event that `data` begins with; None while that is not known."""
+        """Return the length of the event at the start of `data`; None while it is unknown."""
         try:
             if data[0] != _EVENTS:
                 return self._tail_bytes()
@@ -134,7 +133,7 @@ class LargeResponse:
         return body + size
 
     def _tail_bytes(self) -> int | None:
-        """Return the length of the fields behind the events, none of which may say more about the response."""
+        """Return the length of the fields after the events, all of which must be unknown fields. Raises ScanError."""
         if self.missing:
             return None
         data = bytes(self._data)
@@ -144,7 +143,7 @@ class LargeResponse:
 
 
 def _events_end(data: bytes) -> int:
-    """Return where the last whole event ends of those that `data` begins with."""
+    """Return the end of the last whole event in the run of events at the start of `data`."""
     pos = 0
     end = len(data)
     try:

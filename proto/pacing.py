@@ -1,7 +1,7 @@
-"""Cutting a byte stream into gRPC messages step by step, for a server that must not do all of it at once.
+"""Splits a byte stream into gRPC messages step by step, so that a server can bound the work of one turn.
 
-`framing.Unframer` returns whatever is whole. A client may put two thousand messages into one frame, or two megabytes
-of zeros into two kilobytes of gzip; here each message is cut when it is asked for, and inflated in bounded steps.
+`framing.Unframer` returns all complete messages at once. A client may put two thousand messages into one frame, or two
+megabytes of zeros into two kilobytes of gzip; here each message is read on request, and decompressed in bounded steps.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Final, Literal, NoReturn
 from proto.framing import PREFIX_BYTES, FramingError, Status
 
 INFLATE_STEP_BYTES: Final = 64 * 1024
-"""Inflated in one step: a tenth of a millisecond."""
+"""Bytes decompressed in one step: a tenth of a millisecond."""
 
 COMPACT_BYTES: Final = 16 * 1024
-"""Bytes in front of the buffer, already used, from which on they are dropped."""
+"""Used bytes at the start of the buffer are dropped once there are this many."""
 
 _PREFIX: Final = struct.Struct(">BI")
 
 
 class PacedUnframer:
     """
-    Cuts the bytes of one direction of a call into messages, one for each `next`.
+    Splits the bytes of one direction of a call into messages, one for each `next`.
 
-    max_message_bytes bounds one message, both as it is on the wire and inflated. `decompress` is the call's
-    grpc-encoding: with None a message marked as compressed is an error.
+    max_message_bytes bounds one message, both on the wire and decompressed. `decompress` is the call's grpc-encoding;
+    with None a message marked as compressed is an error.
     """
 
     __slots__ = ("_buffer", "_inflate", "_inflated", "_inflater", "_max", "_parts", "_start", "_tail", "worked_bytes")
@@ -35,15 +35,16 @@ class PacedUnframer:
         self._max = max_message_bytes
         self._inflate = decompress == "gzip"
         self._buffer = bytearray()
-        # Where in the buffer the next message begins.
+        # Start of the next message in the buffer.
         self._start = 0
-        # The message that is being inflated: None = none is; what of it is still to be inflated, and what is.
+        # The message that is being decompressed: its decompressor (None = no message), its compressed bytes that are
+        # left, its decompressed parts and their size.
         self._inflater: zlib._Decompress | None = None
         self._tail = b""
         self._parts: list[bytes] = []
         self._inflated = 0
         self.worked_bytes = 0
-        """Bytes of messages cut and inflated so far: what the caller has to pay for."""
+        """Bytes of messages read and decompressed so far; the caller accounts for this work."""
 
     def add(self, data: bytes) -> None:
         """Take the next bytes of the stream."""
@@ -51,29 +52,29 @@ class PacedUnframer:
 
     @property
     def unread_bytes(self) -> int:
-        """Bytes that came and are part of no message that was begun yet."""
+        """Bytes received that do not belong to a message returned or being decompressed."""
         return len(self._buffer) - self._start
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of memory for what waits here."""
+        """Bytes of memory held for pending data."""
         return len(self._buffer) + len(self._tail) + self._inflated
 
     @property
     def busy(self) -> bool:
-        """A message is inflated in part: `next` goes on with it."""
+        """True while a message is partly decompressed: `next` continues with it."""
         return self._inflater is not None
 
     @property
     def empty(self) -> bool:
-        """Nothing waits: a stream that ends now was not cut."""
+        """True if no data is pending: a stream that ends now was not truncated."""
         return self._inflater is None and len(self._buffer) == self._start
 
     def next(self) -> bytes | None:
         """
-        Return the next message. None: no whole one is there, or (`busy`) one step more was done for it.
+        Return the next message. None: no complete one is buffered, or (`busy`) one more step of it was decompressed.
 
-        Raises FramingError as `Unframer.feed` does; nothing is to be asked after that.
+        Raises FramingError as `Unframer.feed` does; do not call it again after that.
         """
         if self._inflater is not None:
             return self._step()
@@ -104,10 +105,10 @@ class PacedUnframer:
         return self._step()
 
     def _step(self) -> bytes | None:
-        """Inflate a bounded part of the message that is being inflated; return it when it is whole."""
+        """Decompress a bounded part of the current message; return the message when it is complete."""
         inflater = self._inflater
         assert inflater is not None
-        # One byte more than is allowed shows that there is too much.
+        # One byte more than allowed is enough to detect an oversized message.
         step = min(INFLATE_STEP_BYTES, self._max + 1 - self._inflated)
         try:
             part = inflater.decompress(self._tail, step)
@@ -120,9 +121,9 @@ class PacedUnframer:
         if self._inflated > self._max:
             self._fail_oversize("inflated, more")
         if not inflater.eof and part:
-            # It may be that only the end of the gzip data is left, which comes without bytes.
+            # Perhaps only the gzip trailer is left, which yields no bytes: the next step will show.
             return None
-        # One member per message, as every gRPC library writes it: a run of tiny members would cost quadratic time.
+        # One member per message, as every gRPC library writes it: many tiny members would cost quadratic time.
         if not inflater.eof or inflater.unused_data:
             self._fail(Status.INTERNAL, "gRPC message with cut or trailing gzip data")
         parts = self._parts

@@ -1,17 +1,15 @@
-"""
-Watch messages at byte level: reading a WatchResponse into what the proxy needs of it, and writing watch messages.
+"""Decodes and encodes watch messages at byte level.
 
-A protobuf message is the concatenation of its fields. So what is the same for all watches of a response, the header and
-the events, is cut out of it once as encoded fields, and what a client gets is joined from these bytes and a few of its
-own: nothing is built or serialised per client. Unknown fields inside a header, an event or a key-value travel along
-with the bytes; unknown fields of the response itself are left behind.
+A protobuf message is the concatenation of its fields. The parts of a response that all its watches share, the header
+and the events, are cut out of it once as encoded fields, and a client's response is joined from these bytes and a few
+of its own: nothing is built or serialised per client. Unknown fields inside a header, an event or a key-value are kept
+with the bytes; unknown fields of the response itself are dropped.
 
-How it reads. There are two readers for each message. The quick one is a loop written out for the fields that etcd
-sends, whose tags are one byte; when it meets anything else it leaves the whole message to the other one, which is built
-on `fields` and complete. The quick ones do not check bounds at each step: `pos` only grows, so a field that reaches
-over the end of its message shows in the end as pos != end, and one that reaches over the data as an IndexError. A known
-field number with another wire type is an unknown field; of a number given twice the last one counts, and messages given
-twice are merged.
+Each message has two decoders. The fast one is an inlined loop for the fields that etcd sends, whose tags are one byte;
+on anything else it passes the whole message to the general one, which is built on `fields` and complete. The fast ones
+do not check bounds at each step: `pos` only grows, so a field that extends past the end of its message ends in pos !=
+end, and one that extends past the data in an IndexError. A known field number with another wire type is an unknown
+field; if a field occurs twice, the last number counts, and messages are merged.
 
 Fields: etcd's api/etcdserverpb/rpc.proto and api/mvccpb/kv.proto. Encoding: protobuf.dev/programming-guides/encoding.
 """
@@ -80,12 +78,12 @@ _CANCEL_WATCH_ID: Final = 0x08
 
 
 class Header:
-    """A ResponseHeader: its four numbers, and its bytes as they came. Not to be changed."""
+    """A ResponseHeader: its four numbers, and its bytes as received. Immutable."""
 
     __slots__ = ("cluster_id", "encoded", "member_id", "raft_term", "revision")
 
     def __init__(self, encoded: bytes, cluster_id: int, member_id: int, revision: int, raft_term: int) -> None:
-        # The whole field 1 of a response, with tag and length; b"" when the response has none.
+        # The whole field 1 of a response, with tag and length; b"" if the response has none.
         self.encoded = encoded
         self.cluster_id = cluster_id
         self.member_id = member_id
@@ -95,7 +93,7 @@ class Header:
 
     @classmethod
     def make(cls, cluster_id: int, member_id: int, revision: int, raft_term: int) -> Header:
-        """Return a header of these numbers, encoded as etcd does."""
+        """Return a header of these numbers, encoded as etcd encodes it."""
         body = (
             number_field(_CLUSTER_ID, cluster_id)
             + number_field(_MEMBER_ID, member_id)
@@ -105,10 +103,10 @@ class Header:
         return cls(bytes_field(_HEADER, body), cluster_id, member_id, revision, raft_term)
 
     def at(self, revision: int) -> Header:
-        """Return this header at another revision: same member, same term, unknown fields kept."""
+        """Return this header with another revision; all other fields are kept, unknown ones too."""
         if revision == self.revision:
             return self
-        # In front of the term, where etcd has it; the order means nothing to a reader.
+        # Before the term, as in etcd's encoding; the order does not matter to a decoder.
         before: list[bytes] = []
         after: list[bytes] = []
         for tag, start, _, end, _ in fields(self.encoded, _body_of(self.encoded), len(self.encoded)):
@@ -125,23 +123,24 @@ class Header:
 
 
 class Event:
-    """One event of a response: what the core decides by, and the bytes that clients get. Not to be changed."""
+    """One event of a response: the fields that the core uses, and the bytes that clients get. Immutable."""
 
     __slots__ = ("_bare", "encoded", "kind", "revision")
 
     def __init__(self, kind: int, revision: int, encoded: bytes, bare: bytes | None) -> None:
-        # PUT or DELETE; a type that a later etcd may add keeps its number.
+        # PUT or DELETE; an unknown type keeps its number.
         self.kind = kind
-        # The revision of the change (kv.mod_revision); 0 when the event has no kv.
+        # The revision of the change (kv.mod_revision); 0 if the event has no kv.
         self.revision = revision
         # The whole `events` field of the response, with tag and length.
         self.encoded = encoded
-        # None = has a prev_kv and is cut when asked for, so that a history does not hold every value twice.
+        # `encoded` without prev_kv. None = there is a prev_kv, which is removed on demand, so that a history does not
+        # hold every value twice.
         self._bare = bare
 
     @property
     def bare(self) -> bytes:
-        """`encoded` without prev_kv: the same object when it has none, else cut anew each time."""
+        """`encoded` without prev_kv: the same object if it has none, else computed at each access."""
         bare = self._bare
         return _without_prev_kv(self.encoded) if bare is None else bare
 
@@ -150,7 +149,7 @@ class Event:
 
 
 class WatchResponse:
-    """A WatchResponse whose header and events are left encoded; the names are those of rpc.proto."""
+    """A WatchResponse whose header and events stay encoded; the names are those of rpc.proto."""
 
     __slots__ = (
         "cancel_reason",
@@ -184,7 +183,7 @@ class WatchResponse:
         # True for all but the last piece of a response that was split.
         self.fragment = fragment
         self.events: list[Event] = [] if events is None else events
-        # It brings events and says nothing else.
+        # It has events, and none of created, canceled and fragment.
         self.plain = bool(events) and not (created or canceled or fragment)
 
     def __repr__(self) -> str:
@@ -199,14 +198,16 @@ _NO_HEADER: Final = Header(b"", 0, 0, 0, 0)
 
 
 class _Near(NamedTuple):
-    """How a header begins and ends that was read in full: those of the next revisions differ in one byte between."""
+    """Template of the last decoded header. The headers of nearby revisions differ in one byte only."""
 
     begin: bytes
-    """Through the revision's tag. What follows is the revision's first byte, its lowest seven bits."""
+    """The bytes through the revision's tag. The revision's first byte, its lowest seven bits, follows."""
 
     end: bytes
+    """The bytes after the revision's first byte."""
+
     revision: int
-    """With these bits zero."""
+    """The revision with its lowest seven bits zero."""
 
     revision_bytes: int
     cluster_id: int
@@ -219,13 +220,13 @@ _near = _Near(b"\n", b"\n", 0, 0, 0, 0, 0)
 
 def scan_watch_response(data: bytes) -> WatchResponse:
     """
-    Read an encoded WatchResponse.
+    Decode a WatchResponse.
 
-    A cancel_reason that is no UTF-8 is read with replacements: etcd's Go code does not check it, and people read it.
-    Raises ScanError where a protobuf library would refuse the bytes, and for groups, which etcd has none of.
+    Invalid UTF-8 in a cancel_reason is replaced by U+FFFD: etcd's Go code does not check it, and it is text for people.
+    Raises ScanError where a protobuf library would reject the bytes, and for groups, which etcd does not use.
     """
-    # One put, as etcd writes it as long as nobody is behind. There is most of it, so it is read with hardly a call;
-    # whatever is laid out in another way is left to the readers of all.
+    # The common case, a single put from a synced watch, is decoded inline. Any other layout falls through to the other
+    # decoders.
     begin, end, revision, revision_bytes, cluster_id, member_id, raft_term = _near
     at = len(begin)
     try:
@@ -242,7 +243,7 @@ def scan_watch_response(data: bytes) -> WatchResponse:
                     watch_id, pos = long_number(data, pos, watch_id)
                     watch_id = signed(watch_id)
             start = pos
-            # The event is the last field, and its kv, without a type before it, the last one of the event.
+            # The event is the response's last field, and its kv is the event's only field.
             size = data[pos + 1]
             body = pos + 2
             if size > 127:
@@ -252,7 +253,7 @@ def scan_watch_response(data: bytes) -> WatchResponse:
                 pos = body + 2
                 if size > 127:
                     size, pos = long_size(data, pos, size)
-                # The event's revision is the header's, to the letter.
+                # mod_revision equals the header's revision byte for byte.
                 if pos + size == len(data) and _is_put(data, pos, data[at : at + revision_bytes]):
                     event = data[start:]
                     revision += data[at] - 128
@@ -268,7 +269,7 @@ def scan_watch_response(data: bytes) -> WatchResponse:
 
 
 def _is_put(data: bytes, pos: int, mod_revision: bytes) -> bool:
-    """Tell whether data[pos:] is a KeyValue as etcd writes that of a put at a revision, which is given encoded."""
+    """Return whether data[pos:] is a KeyValue of a put as etcd encodes it, with this encoded mod_revision."""
     size = data[pos + 1]
     if data[pos] != _KEY or size > 127:
         return False
@@ -336,7 +337,7 @@ def _scan_response(data: bytes) -> WatchResponse:
         else:
             return _scan_any_response(data)
     if pos != end:
-        raise ScanError("a field of a watch response reaches over its end")
+        raise ScanError("a field of a watch response extends past its end")
     return WatchResponse(header, signed(watch_id), False, False, 0, "", False, events)
 
 
@@ -363,20 +364,20 @@ def _scan_any_response(data: bytes) -> WatchResponse:
 
 
 def _joined(earlier: Header, encoded: bytes, body: int) -> tuple[bytes, int]:
-    """Return `encoded` with the fields of an earlier header of its response in front, and where its body starts."""
+    """Merge an earlier header of the same response into `encoded`; return the result and the start of its body."""
     if earlier is not _NO_HEADER:
         encoded = bytes_field(_HEADER, earlier.encoded[_body_of(earlier.encoded) :] + encoded[body:])
         body = _body_of(encoded)
     return encoded, body
 
 
-# Cluster and member id of the last header that began with these two: their bytes and their values. Only a cache: an
-# upstream sends the same two ids in each response, as 20 bytes of varints that cost more than the rest of a small one.
+# Cluster and member id of the last header that began with these two: their bytes and their values. A cache: an upstream
+# sends the same two ids in each response, as 20 bytes of varints that cost more than the rest of a small response.
 _ids: tuple[bytes, int, int] = (b"", 0, 0)
 
 
 def _scan_header(encoded: bytes, body: int) -> Header:
-    """Read the header whose whole field is `encoded` and whose own fields start at `body`."""
+    """Decode the header whose whole field is `encoded` and whose own fields start at `body`."""
     ids, cluster_id, member_id = _ids
     if not encoded.startswith(ids, body):
         return _scan_any_header(encoded, body)
@@ -396,13 +397,13 @@ def _scan_header(encoded: bytes, body: int) -> Header:
         else:
             raft_term = value
     if pos != end:
-        raise ScanError("a field of a header reaches over its end")
+        raise ScanError("a field of a header extends past its end")
     _remember(encoded, body + len(ids), revision, cluster_id, member_id, raft_term)
     return Header(encoded, cluster_id, member_id, signed(revision), raft_term)
 
 
 def _remember(encoded: bytes, start: int, revision: int, cluster_id: int, member_id: int, raft_term: int) -> None:
-    """Remember a header for those near to it, if it is as etcd writes it from `start` on: its revision and its term."""
+    """Make a header the template `_near`, if encoded[start:] is revision and term as etcd encodes them."""
     global _near
     if revision >> 7 == _near.revision >> 7 or not 128 <= revision < 1 << 63:
         return
@@ -425,7 +426,7 @@ def _scan_any_header(encoded: bytes, body: int) -> Header:
 
 
 def _scan_event(data: bytes, start: int, body: int, end: int) -> Event:
-    """Read the event data[body:end], whose tag is at `start`."""
+    """Decode the event data[body:end], whose tag is at `start`."""
     kind = PUT
     revision = 0
     encoded = data[start:end]
@@ -453,7 +454,7 @@ def _scan_event(data: bytes, start: int, body: int, end: int) -> Event:
         else:
             return _scan_any_event(data, start, body, end)
     if pos != end:
-        raise ScanError("a field of an event reaches over its end")
+        raise ScanError("a field of an event extends past its end")
     return Event(kind, revision, encoded, bare)
 
 
@@ -462,7 +463,7 @@ def _scan_any_event(data: bytes, start: int, body: int, end: int) -> Event:
     event = Event(PUT, 0, encoded, encoded)
     for tag, _, inner, stop, value in fields(data, body, end):
         if tag == _TYPE:
-            # An enum has 32 bits, signed, whatever was sent.
+            # An enum is a signed 32-bit number; larger ones are truncated.
             event.kind = (value & 0xFFFF_FFFF ^ 0x8000_0000) - 0x8000_0000
         elif tag == _KV:
             event.revision = _scan_key_value(data, inner, stop, event.revision)
@@ -473,7 +474,7 @@ def _scan_any_event(data: bytes, start: int, body: int, end: int) -> Event:
 
 
 def _scan_key_value(data: bytes, pos: int, end: int, revision: int) -> int:
-    """Return the mod_revision of the KeyValue data[pos:end], or `revision` when it says none."""
+    """Return the mod_revision of the KeyValue data[pos:end], or `revision` if it has none."""
     start = pos
     found = revision
     while pos < end:
@@ -498,7 +499,7 @@ def _scan_key_value(data: bytes, pos: int, end: int, revision: int) -> int:
         else:
             return _scan_any_key_value(data, start, end, revision)
     if pos != end:
-        raise ScanError("a field of a key-value reaches over its end")
+        raise ScanError("a field of a key-value extends past its end")
     return signed(found)
 
 
@@ -516,14 +517,14 @@ def _without_prev_kv(encoded: bytes) -> bytes:
 
 
 def _body_of(encoded: bytes) -> int:
-    """Return where the body of an encoded field starts, behind its tag and length; 0 for no field at all."""
+    """Return the start of an encoded field's body, after its tag and length; 0 if `encoded` is empty."""
     for _, _, body, _, _ in fields(encoded, 0, len(encoded)):
         return body
     return 0
 
 
 def encode_watch_id(watch_id: int) -> bytes:
-    """Return the field watch_id of a WatchResponse, nothing for 0; a negative id takes 10 bytes."""
+    """Encode the field watch_id of a WatchResponse, b"" for 0; a negative id takes 10 bytes."""
     return number_field(_WATCH_ID, watch_id)
 
 
@@ -538,7 +539,7 @@ def encode_response(
     fragment: bool = False,
     events: bytes = b"",
 ) -> bytes:
-    """Return an encoded WatchResponse; `events` are events' encoded fields, joined."""
+    """Encode a WatchResponse; `events` are the events' encoded fields, joined."""
     return b"".join(
         (
             header.encoded,
@@ -565,7 +566,7 @@ def encode_create(
     prev_kv: bool = False,
     fragment: bool = False,
 ) -> bytes:
-    """Return an encoded WatchRequest that creates a watch; start_revision None means now, watch_id 0 any id."""
+    """Encode a WatchRequest that creates a watch; start_revision None means now, watch_id 0 any id."""
     filters = (b"\x00" if no_put else b"") + (b"\x01" if no_delete else b"")
     return bytes_field(
         _CREATE_REQUEST,
@@ -585,10 +586,10 @@ def encode_create(
 
 
 def encode_cancel(watch_id: int) -> bytes:
-    """Return an encoded WatchRequest that cancels a watch."""
+    """Encode a WatchRequest that cancels a watch."""
     return bytes_field(_CANCEL_REQUEST, number_field(_CANCEL_WATCH_ID, watch_id))
 
 
 def encode_progress() -> bytes:
-    """Return an encoded WatchRequest that asks for a progress response."""
+    """Encode a WatchRequest that asks for a progress response."""
     return bytes_field(_PROGRESS_REQUEST, b"")

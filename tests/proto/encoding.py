@@ -1,8 +1,6 @@
-"""
-Protobuf's encoding written the plain way, so that tests can make messages that no library would send.
+"""A simple protobuf encoder, with which tests build messages that no library would send.
 
-Numbers and lengths can be longer than they need to be, fields can come in any order and more than once, and there can
-be fields that nobody knows.
+Numbers and lengths can be overlong, fields can be in any order and repeated, and there can be unknown fields.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Long lists of filters made short: the message means the same to the parser, before and after."""
+"""Shortening long lists of filters does not change the meaning of the message to the parser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Meaning = tuple[object, ...]
 
 
 def varint(value: int, more: int = 0) -> bytes:
-    """A varint, with `more` bytes than it needs."""
+    """Return a varint with `more` extra bytes."""
     parts = bytearray()
     while value > 0x7F:
         parts.append(value & 0x7F | 0x80)
@@ -27,12 +27,12 @@ def varint(value: int, more: int = 0) -> bytes:
 
 
 def field(tag: int, content: bytes) -> bytes:
-    """A field with a length."""
+    """Return a field with a length."""
     return varint(tag) + varint(len(content)) + content
 
 
 def meaning(message: bytes) -> Meaning:
-    """What a WatchRequest asks for; "broken" if it cannot be parsed."""
+    """Return what a WatchRequest asks for; "broken" if it cannot be parsed."""
     try:
         request = rpc_pb2.WatchRequest.FromString(message)
     except DecodeError:
@@ -65,7 +65,7 @@ OTHERS = st.one_of(
 
 
 @given(st.lists(st.one_of(PACKED, SINGLE, OTHERS), max_size=5), st.booleans(), st.integers(0, 3))
-def test_a_message_means_the_same(fields: list[bytes], twice: bool, cut: int) -> None:
+def test_shortening_keeps_the_meaning(fields: list[bytes], twice: bool, cut: int) -> None:
     message = field(0x0A, b"".join(fields)) * (1 + twice)
     message = message[: len(message) - cut]
     assert meaning(shortened(message)) == meaning(message)
@@ -74,13 +74,13 @@ def test_a_message_means_the_same(fields: list[bytes], twice: bool, cut: int) ->
 @pytest.mark.parametrize(
     "filters", [b"\x2a\x80\x80\x04" + b"\x02" * 65_536, b"\x28\x02" * 65_536, b"\x28\x00\x28\x01" * 9_000]
 )
-def test_long_runs_are_made_short(filters: bytes) -> None:
+def test_long_runs_are_shortened(filters: bytes) -> None:
     message = field(0x0A, field(0x0A, b"key") + filters + b"\x30\x01")
     assert len(shortened(message)) < 30
     assert meaning(shortened(message)) == meaning(message)
 
 
-def test_short_messages_and_runs_stay_as_they_are() -> None:
+def test_short_messages_and_runs_are_not_changed() -> None:
     short = field(0x0A, field(0x2A, bytes(RUN_BYTES)))
     assert shortened(short) is short
     key = field(0x0A, b"k" * LONG_BYTES)
@@ -90,5 +90,5 @@ def test_short_messages_and_runs_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("packed", [b"\x80\x00", b"\x81\x00\x05", b"\x81\x80\x80\x80\x10", b"\x05\x80"])
-def test_what_only_a_parser_can_tell_is_left_to_it(packed: bytes) -> None:
+def test_unusual_numbers_are_left_to_the_parser(packed: bytes) -> None:
     assert meaning_of(packed) is None

@@ -1,4 +1,4 @@
-"""gRPC's framing: messages however the bytes are cut, bounds, status codes, timeouts, metadata."""
+"""gRPC's framing: messages split at any byte, bounds, status codes, timeouts, metadata."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MESSAGES = [
     pytest.param([b"\x00\x00\x00\x00\x01", b"\x01"], id="like prefixes"),
     pytest.param([b"x" * 300, b"", b"y" * MAX], id="up to the bound"),
 ]
-# The start of one more message, which never completes.
+# The start of one more message that is never completed.
 TRAILING = [b"", b"\x00", b"\x00\x00\x00\x00", b"\x00\x00\x00\x00\x05", b"\x00\x00\x00\x00\x05half"]
 
 
@@ -95,7 +95,7 @@ def test_cut_and_joined_at_random(messages: list[bytes], sizes: list[int]) -> No
     assert not unframer.pending
 
 
-def test_nothing_is_nothing() -> None:
+def test_empty_data_changes_nothing() -> None:
     unframer = Unframer(MAX)
     assert unframer.feed(b"") == []
     assert not unframer.pending
@@ -105,7 +105,7 @@ def test_nothing_is_nothing() -> None:
 
 
 def refusal(unframer: Unframer, data: bytes) -> FramingError:
-    """Feed `data`, which must be refused, and return how."""
+    """Feed `data`, which must be refused, and return the error."""
     with pytest.raises(FramingError) as raised:
         unframer.feed(data)
     assert str(raised.value) == raised.value.text
@@ -158,7 +158,7 @@ def test_gzip() -> None:
 
 @pytest.mark.parametrize("size", [MAX + 1, 50 * MAX, 100_000_000])
 def test_inflated_size_is_bounded(size: int) -> None:
-    # A hundred million zeros are 97 kB of gzip: the bound on the wire does not help.
+    # A hundred million zeros are 97 kB of gzip: the bound on the bytes on the wire does not help.
     packer = zlib.compressobj(9, wbits=31)
     packed = b"".join(packer.compress(bytes(1_000_000)) for _ in range(size // 1_000_000))
     packed += packer.compress(bytes(size % 1_000_000)) + packer.flush()
@@ -215,7 +215,7 @@ def test_encode_timeout(seconds: float, value: bytes) -> None:
     assert encode_timeout(seconds) == value
 
 
-def test_encode_timeout_that_is_no_number() -> None:
+def test_encode_timeout_refuses_nan() -> None:
     with pytest.raises(ValueError, match="number of seconds"):
         encode_timeout(math.nan)
 
@@ -250,7 +250,7 @@ def test_decode_timeout(value: bytes, seconds: float) -> None:
         pytest.param(b"+1S", id="signed"),
         pytest.param(b" 1S", id="space before"),
         pytest.param(b"1 S", id="space inside"),
-        pytest.param(b"1S ", id="space behind"),
+        pytest.param(b"1S ", id="space after"),
         pytest.param(b"1.5S", id="fraction"),
         pytest.param(b"1_0S", id="underscore"),
         pytest.param(b"\xef\xbc\x91S", id="digit that is not ASCII"),
@@ -308,7 +308,7 @@ def test_decode_message(value: bytes, text: str) -> None:
 
 
 @given(st.text())
-def test_messages_come_back(text: str) -> None:
+def test_grpc_message_round_trip(text: str) -> None:
     value = encode_message(text)
     assert decode_message(value) == text
     assert all(0x20 <= byte <= 0x7E for byte in value)
@@ -343,7 +343,7 @@ def test_malformed_binary(value: bytes) -> None:
 
 
 @given(st.lists(st.binary(max_size=20), min_size=1))
-def test_binary_values_come_back(values: list[bytes]) -> None:
+def test_binary_values_round_trip(values: list[bytes]) -> None:
     encoded = [encode_binary(value) for value in values]
     assert not any(b"=" in value for value in encoded)
     assert decode_binary(b",".join(encoded)) == values
@@ -370,7 +370,7 @@ def test_http_status(status: int, code: Status) -> None:
 
 
 def test_a_refused_message_is_not_kept() -> None:
-    """Neither it nor what it inflated to hangs in a cycle through the traceback, for the garbage collector to find."""
+    """No reference cycle through the traceback keeps it, or its decompressed data, until a garbage collection."""
     bomb = frame(gzip.compress(bytes(5000)), compressed=True)
     unframer = type("Unframer", (Unframer,), {})(1000, "gzip")  # with slots only, nothing could refer to it weakly
     gone = weakref.ref(unframer)

@@ -1,4 +1,4 @@
-"""Cutting messages step by step: the same messages as `Unframer` cuts, in bounded steps, with bounded memory."""
+"""`PacedUnframer` returns the same messages as `Unframer`, in bounded steps and with bounded memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX = 1_000
 
 
 def taken(unframer: PacedUnframer) -> Iterator[bytes]:
-    """Take all messages that are whole."""
+    """Take all complete messages."""
     while True:
         message = unframer.next()
         if message is not None:
@@ -37,7 +37,7 @@ def test_messages_are_those_of_the_unframer(
 ) -> None:
     framed = [frame(gzip.compress(text), True) if zipped else frame(text) for text, zipped in messages]
     data = b"".join(framed) + trailing
-    # Compression may add a little.
+    # Compression may add some bytes.
     bound = MAX + 100
     expected = Unframer(bound, "gzip").feed(data)
     unframer = PacedUnframer(bound, "gzip")
@@ -53,7 +53,7 @@ def test_messages_are_those_of_the_unframer(
     assert unframer.unread_bytes == len(trailing)
 
 
-def test_a_message_is_inflated_in_bounded_steps() -> None:
+def test_a_message_is_decompressed_in_bounded_steps() -> None:
     size = 10 * INFLATE_STEP_BYTES + 7
     unframer = PacedUnframer(size, "gzip")
     unframer.add(frame(gzip.compress(bytes(size)), True) + frame(b"next"))
@@ -86,7 +86,7 @@ def test_a_message_is_inflated_in_bounded_steps() -> None:
     ],
     ids=["large", "4 GiB", "inflated", "flag", "no gzip", "cut", "trailing", "two members", "empty"],
 )
-def test_bad_messages_are_refused_behind_good_ones(data: bytes, code: Status) -> None:
+def test_bad_messages_are_refused_after_good_ones(data: bytes, code: Status) -> None:
     unframer = PacedUnframer(MAX, "gzip")
     unframer.add(frame(b"good") + data)
     assert unframer.next() == b"good"
@@ -104,7 +104,7 @@ def test_compression_must_be_announced() -> None:
 
 
 def test_gzip_of_many_empty_blocks_is_one_step() -> None:
-    """Blocks without content make no output to bound: the input does."""
+    """Empty blocks produce no output that could be bounded; the size of the input bounds the work."""
     deflate = zlib.compressobj(wbits=31)
     data = b"".join(deflate.flush(zlib.Z_FULL_FLUSH) for _ in range(100)) + deflate.compress(b"x") + deflate.flush()
     unframer = PacedUnframer(100_000, "gzip")
@@ -113,7 +113,7 @@ def test_gzip_of_many_empty_blocks_is_one_step() -> None:
 
 
 def test_many_small_messages_take_linear_time_and_space() -> None:
-    """What is used is dropped: the buffer does not grow with what went through."""
+    """Used bytes are dropped: the buffer does not grow with the number of messages."""
     unframer = PacedUnframer(MAX)
     chance = random.Random(1)
     sent = received = 0

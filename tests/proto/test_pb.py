@@ -1,4 +1,4 @@
-"""The .proto files say what etcd says, and the generated code is theirs."""
+"""The .proto files match etcd's, and the generated code matches them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from proto.generate import FOLDER, ROOT, generate
 from proto.pb import auth_pb2, kv_pb2, rpc_pb2, v3election_pb2, v3lock_pb2
 
-# What the tools write about themselves; all the rest of their output must be as committed.
+# The versions that the tools write into their output; the rest of the output must be as committed.
 _VERSIONS = re.compile(
     r"^# Protobuf Python Version: .*$"
     r"|^    _runtime_version\.Domain\.PUBLIC,\n(    \d+,\n){3}    '.*',$"
@@ -20,7 +20,7 @@ _VERSIONS = re.compile(
     re.MULTILINE,
 )
 
-# The messages that proto/scan.py reads and writes by number: etcd's rpc.proto and kv.proto.
+# The messages that proto/scan.py decodes and encodes by field number: etcd's rpc.proto and kv.proto.
 FIELDS: dict[type[Message], dict[str, tuple[int, int]]] = {
     rpc_pb2.WatchRequest: {
         "create_request": (1, Field.TYPE_MESSAGE),

@@ -1,4 +1,4 @@
-"""Watch messages at byte level: tables of what is read and written, and of what is refused."""
+"""Watch messages at byte level: tables of decoded, encoded and refused messages."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ UNKNOWN = fixed64(90, b"12345678") + number(91, -1) + string(92, b"new") + fixed
 KV = string(1, b"a") + number(2, 250) + number(3, 300) + number(4, 2) + string(5, b"v" * 200) + number(6, 1 << 62)
 PREV_KV = string(1, b"a") + number(2, 250) + number(3, 250) + number(4, 1) + string(5, b"before")
 
-# A field that is longer than what is around it: how it shows depends on the bytes behind.
-CUT = "over the end|over its end|in the middle"
+# A field that extends past its message: the error depends on the bytes after it.
+CUT = "past the end|past its end|in the middle"
 
 
 def event(content: bytes) -> bytes:
@@ -38,7 +38,7 @@ def event(content: bytes) -> bytes:
 
 
 def scan_event(content: bytes) -> tuple[int, int, bytes, bytes]:
-    """Scan a response of this event, with one before and one after it, and return what was read."""
+    """Scan a response of this event, with one before and one after it, and return the decoded fields."""
     other = event(string(2, number(3, 9)))
     before, read, after = scan_watch_response(other + event(content) + other).events
     assert (before.encoded, before.revision) == (after.encoded, after.revision) == (other, 9)
@@ -78,7 +78,7 @@ def test_responses_share_no_events() -> None:
     assert WatchResponse(HEADER).events is not WatchResponse(HEADER).events
 
 
-def test_reason_that_is_no_utf8_is_readable() -> None:
+def test_cancel_reason_with_invalid_utf8_is_readable() -> None:
     assert scan_watch_response(string(6, b"key \xff")).cancel_reason == "key \ufffd"
 
 
@@ -157,7 +157,7 @@ def test_bare_is_the_same_object_without_prev_kv() -> None:
         pytest.param(string(2, KV, 3, 4) + string(3, PREV_KV, 5, 5), string(2, KV, 3, 4), id="overlong"),
     ],
 )
-def test_bare_drops_prev_kv_and_nothing_else(content: bytes, bare: bytes) -> None:
+def test_bare_removes_prev_kv_only(content: bytes, bare: bytes) -> None:
     kind, revision, encoded, without = scan_event(content)
     assert (encoded, without) == (event(content), event(bare))
     assert scan_event(bare) == (kind, revision, without, without)
@@ -171,17 +171,17 @@ def test_bare_of_an_event_with_an_overlong_tag() -> None:
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        pytest.param(number(0, 1), "no tag", id="field 0"),
-        pytest.param(string(0, b""), "no tag", id="field 0, bytes"),
-        pytest.param(b"\x7e\x00", "no tag", id="wire type 6"),
-        pytest.param(b"\x7f\x00", "no tag", id="wire type 7"),
+        pytest.param(number(0, 1), "not a field tag", id="field 0"),
+        pytest.param(string(0, b""), "not a field tag", id="field 0, bytes"),
+        pytest.param(b"\x7e\x00", "not a field tag", id="wire type 6"),
+        pytest.param(b"\x7f\x00", "not a field tag", id="wire type 7"),
         pytest.param(b"\x7b\x7c", "group", id="group"),
         pytest.param(b"\x7c\x00", "group", id="end of a group"),
         pytest.param(event(b"\x7b\x7c"), "group", id="group in an event"),
         pytest.param(event(string(2, b"\x1b\x1c")), "group", id="group in a kv"),
         pytest.param(event(string(3, b"\x1b\x1c")), "group", id="group in a prev_kv"),
         pytest.param(string(1, b"\x1b\x1c"), "group", id="group in a header"),
-        pytest.param(number(1 << 29, 1), "no tag", id="tag of more than 32 bits"),
+        pytest.param(number(1 << 29, 1), "not a field tag", id="tag of more than 32 bits"),
         pytest.param(number(2, 1, tag_size=6), "more than 32 bits", id="tag of 6 bytes"),
         pytest.param(string(90, b"", size=6), "more than 32 bits", id="length of 6 bytes"),
         pytest.param(string(11, b"", size=6), "more than 32 bits", id="length of 6 bytes, events"),
@@ -190,12 +190,12 @@ def test_bare_of_an_event_with_an_overlong_tag() -> None:
         pytest.param(event(string(2, number(3, 1, size=11))), "more than 64 bits", id="mod_revision of 11 bytes"),
         pytest.param(event(string(2, number(4, 1, size=11))), "more than 64 bits", id="version of 11 bytes"),
         pytest.param(event(string(2, number(3, 5) + b"\x20")), CUT, id="kv ends in a number"),
-        pytest.param(event(string(2, b"\x0a\x05ab") + number(1, 1)), CUT, id="key reaches over its kv"),
-        pytest.param(event(b"\x12\x05ab") + number(2, 1) * 9, CUT, id="kv reaches over its event"),
-        pytest.param(event(b"\x12\x02\x18") + b"\x05", CUT, id="kv reaches over its event by one"),
-        pytest.param(b"\x0a\x02\x18", CUT, id="header reaches over the response"),
+        pytest.param(event(string(2, b"\x0a\x05ab") + number(1, 1)), CUT, id="key extends past its kv"),
+        pytest.param(event(b"\x12\x05ab") + number(2, 1) * 9, CUT, id="kv extends past its event"),
+        pytest.param(event(b"\x12\x02\x18") + b"\x05", CUT, id="kv extends past its event by one"),
+        pytest.param(b"\x0a\x02\x18", CUT, id="header extends past the response"),
         pytest.param(b"\x0a\x03\x18\x05", CUT, id="header cut between fields"),
-        pytest.param(string(1, b"\x18\xff") + b"\x00", CUT, id="number reaches over the header"),
+        pytest.param(string(1, b"\x18\xff") + b"\x00", CUT, id="number extends past the header"),
         pytest.param(b"\x5a\x10", CUT, id="event missing"),
         pytest.param(fixed64(90, b"1234"), CUT, id="fixed64 cut"),
         pytest.param(fixed32(90, b"123"), CUT, id="fixed32 cut"),
@@ -234,7 +234,7 @@ def test_every_truncation_is_refused_or_shorter() -> None:
     ],
 )
 def test_header(fields: bytes, numbers: tuple[int, int, int, int]) -> None:
-    # What was seen before must not matter: the ids of the last header are remembered.
+    # Earlier headers must not matter: the ids of the last one are cached.
     for _ in range(2):
         header = scan_watch_response(string(1, fields)).header
         assert (header.cluster_id, header.member_id, header.revision, header.raft_term) == numbers
@@ -334,7 +334,7 @@ def test_encode_create() -> None:
     assert encoded == rpc_pb2.WatchRequest(create_request=create).SerializeToString(deterministic=True)
 
 
-def test_encode_create_says_no_defaults() -> None:
+def test_encode_create_omits_defaults() -> None:
     assert encode_create(b"") == rpc_pb2.WatchRequest(create_request=rpc_pb2.WatchCreateRequest()).SerializeToString()
 
 

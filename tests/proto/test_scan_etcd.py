@@ -1,4 +1,4 @@
-"""The bytes of a real etcd: its watch answers are scanned, and it understands the requests that are encoded here."""
+"""Messages of a real etcd: its watch responses are decoded, and it accepts the requests that are encoded here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WAIT_S = 20
 
 
 class RawWatch:
-    """A Watch stream whose messages are left as bytes."""
+    """A Watch stream whose messages stay encoded."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -37,7 +37,7 @@ class RawWatch:
         self._requests.put(request)
 
     def next(self) -> WatchResponse:
-        """Return the next answer, which must read as the protobuf library reads it and be written as it came."""
+        """Return the next response; check that it decodes as in the protobuf library and encodes to the same bytes."""
         data = next(self._answers)
         response = scan_watch_response(data)
         expected = rpc_pb2.WatchResponse.FromString(data)

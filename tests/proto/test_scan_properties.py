@@ -1,9 +1,8 @@
-"""
-Scanning against the protobuf library, over random messages.
+"""Compares `proto.scan` with the protobuf library on random messages.
 
-The messages are made field by field, so that they are what a library would never send but must read: any order, fields
-given twice, mistyped or unknown, numbers and lengths longer than needed, at every level. Then they are cut and damaged.
-Two differences are wanted: groups are refused, and a cancel_reason need not be UTF-8.
+The messages are built field by field, so that they include messages that a library never sends but must accept: fields
+in any order, repeated, mistyped or unknown, and overlong numbers and lengths, at every level. They are also truncated
+and damaged. Two differences are intended: groups are refused, and a cancel_reason need not be UTF-8.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import WatchResponse, encode_response, scan_watch_response
 from tests.proto.encoding import fixed32, fixed64, number, string
 
-# Without the phase that explains failures: it takes minutes on inputs of this size.
+# Without the phase that explains failures, which takes minutes on inputs of this size.
 settings.register_profile("scan", deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink])
 SCAN = settings.get_profile("scan")
 
@@ -72,8 +71,8 @@ RESPONSES = messages(
 )
 
 
-def told(message: Message) -> bytes:
-    """Return all that a message says, its unknown fields too."""
+def serialized(message: Message) -> bytes:
+    """Return a message's bytes, unknown fields included, for comparison."""
     return message.SerializeToString(deterministic=True)
 
 
@@ -105,17 +104,17 @@ PLAIN_RESPONSES = st.builds(
     watch_id=INT64,
     fragment=st.sampled_from([False, False, True]),
     events=st.lists(EVENT_MESSAGES, max_size=3),
-).map(told)
+).map(serialized)
 
 
 def agree(response: WatchResponse, expected: rpc_pb2.WatchResponse) -> None:
-    """Check that `response` says what the library read."""
+    """Check that `response` equals what the library decoded."""
     header = response.header
     assert header.cluster_id == expected.header.cluster_id
     assert header.member_id == expected.header.member_id
     assert header.revision == expected.header.revision
     assert header.raft_term == expected.header.raft_term
-    assert told(rpc_pb2.WatchResponse.FromString(header.encoded).header) == told(expected.header)
+    assert serialized(rpc_pb2.WatchResponse.FromString(header.encoded).header) == serialized(expected.header)
     assert bool(header.encoded) == expected.HasField("header")
     assert response.watch_id == expected.watch_id
     assert response.created == expected.created
@@ -126,10 +125,10 @@ def agree(response: WatchResponse, expected: rpc_pb2.WatchResponse) -> None:
     assert len(response.events) == len(expected.events)
     for event, like in zip(response.events, expected.events, strict=True):
         assert (event.kind, event.revision) == (like.type, like.kv.mod_revision)
-        assert told(only_event(event.encoded)) == told(like)
-        bare = kv_pb2.Event.FromString(told(like))
+        assert serialized(only_event(event.encoded)) == serialized(like)
+        bare = kv_pb2.Event.FromString(serialized(like))
         bare.ClearField("prev_kv")
-        assert told(only_event(event.bare)) == told(bare)
+        assert serialized(only_event(event.bare)) == serialized(bare)
         assert (event.bare is event.encoded) == (not like.HasField("prev_kv"))
 
 
@@ -139,7 +138,7 @@ def only_event(encoded: bytes) -> kv_pb2.Event:
 
 
 def agree_on(data: bytes) -> None:
-    """Check that both read the same from `data`, or both refuse it."""
+    """Check that both decode the same from `data`, or both refuse it."""
     try:
         expected: rpc_pb2.WatchResponse | None = rpc_pb2.WatchResponse.FromString(data)
     except DecodeError:
@@ -153,7 +152,7 @@ def agree_on(data: bytes) -> None:
     if expected is not None:
         agree(response, expected)
     else:
-        # A cancel_reason that is no UTF-8, by its tag, plain or overlong.
+        # A cancel_reason with invalid UTF-8; its tag is plain or overlong.
         assert 0x32 in data or 0xB2 in data
 
 
@@ -225,7 +224,7 @@ def test_reads_many_more_messages_as_the_library_does(data: bytes, damages: list
 
 @st.composite
 def one_put_after_another(draw: st.DrawFn) -> tuple[bytes, bytes]:
-    """Two responses of one put each, a few revisions apart, by one member: as they come as long as all keep up."""
+    """Return two responses of one member with one put each, a few revisions apart: what a synced watch receives."""
     header = rpc_pb2.ResponseHeader(cluster_id=0xCDF818194E3A8C32, member_id=5, raft_term=draw(st.integers(1, 300)))
     header.revision = draw(st.integers(100, 1 << 21))
     kv = kv_pb2.KeyValue(key=draw(BYTES) or b"k", create_revision=draw(st.integers(1, 1 << 21)), version=3)
@@ -236,7 +235,7 @@ def one_put_after_another(draw: st.DrawFn) -> tuple[bytes, bytes]:
     for step in (0, draw(st.integers(0, 200))):
         put.header.revision += step
         put.events[0].kv.mod_revision = put.header.revision - draw(st.sampled_from([0, 0, 1, 90]))
-        both.append(told(put))
+        both.append(serialized(put))
     return both[0], both[1]
 
 
