@@ -1,4 +1,4 @@
-"""The same request to a real etcd and to the store's pure parts, and the answers made comparable."""
+"""Sends requests to a real etcd and to the store's pure parts, and makes the answers comparable."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROGRESS_RETRY_S = 0.02
 
 @dataclass(frozen=True)
 class Refused:
-    """An error as a client sees it."""
+    """An error as a client gets it."""
 
     code: int
     text: str
@@ -39,7 +39,7 @@ def new_state() -> StoreState:
 
 
 def ask_state(state: StoreState, request: Message, now: float = 0.0) -> Answer:
-    """Ask the store's pure parts, as a service would."""
+    """Call the store's pure parts, as a service would."""
     calls: dict[type[Message], Callable[[], Message]] = {
         rpc_pb2.RangeRequest: lambda: state.range(cast(rpc_pb2.RangeRequest, request)),
         rpc_pb2.PutRequest: lambda: state.put(cast(rpc_pb2.PutRequest, request)),
@@ -62,7 +62,7 @@ def ask_state(state: StoreState, request: Message, now: float = 0.0) -> Answer:
 
 
 class Client:
-    """A blocking client of anything that speaks etcd's API."""
+    """A blocking client of any server with etcd's API."""
 
     def __init__(self, endpoint: str) -> None:
         self.channel = grpc.insecure_channel(endpoint, options=[("grpc.max_receive_message_length", -1)])
@@ -97,7 +97,7 @@ class Client:
         return WatchCall(self._watch)
 
     def watched(self, create: rpc_pb2.WatchCreateRequest) -> list[kv_pb2.Event]:
-        """Return all events a watch gets up to now: those before the answer to a progress request."""
+        """Return all events that a watch gets before the answer to a progress request."""
         with self.watch() as call:
             call.create(create)
             assert call.next().created
@@ -135,15 +135,15 @@ class WatchCall:
         self._requests.put(rpc_pb2.WatchRequest(cancel_request=rpc_pb2.WatchCancelRequest(watch_id=watch_id)))
 
     def half_close(self) -> None:
-        """End this side of the stream."""
+        """Close the client's side of the stream."""
         self._requests.put(None)
 
     def request_progress(self) -> None:
-        """Ask for progress once."""
+        """Request progress once."""
         self._requests.put(rpc_pb2.WatchRequest(progress_request=rpc_pb2.WatchProgressRequest()))
 
     def keep_requesting_progress(self) -> None:
-        """Ask for progress until the stream ends: etcd drops a request that it cannot answer yet."""
+        """Request progress repeatedly until the stream ends, since etcd drops requests that it cannot answer yet."""
 
         def repeat() -> None:
             while not self._ended.wait(PROGRESS_RETRY_S):
@@ -167,7 +167,7 @@ def refused(error: grpc.RpcError) -> Refused:
 
 
 def watched_state(state: StoreState, create: rpc_pb2.WatchCreateRequest) -> list[kv_pb2.Event]:
-    """Return all events a watch of the store's pure parts gets up to now."""
+    """Return all events that a watch of the store's pure parts gets up to the current revision."""
     stream = state.watchable.open_stream()
     stream.create(
         create.key,
@@ -188,7 +188,7 @@ def watched_state(state: StoreState, create: rpc_pb2.WatchCreateRequest) -> list
 
 
 def comparable(answer: Answer) -> Answer:
-    """Take out what differs between any two etcds: who answers, and the seconds a lease has left."""
+    """Remove what differs between any two etcds: the header's ids, and the seconds left of a lease."""
     if isinstance(answer, Refused):
         return answer
     copy = type(answer)()

@@ -1,8 +1,7 @@
-"""
-A real etcd and the store, driven through the same random sequences.
+"""Runs the same random sequences of requests on a real etcd and on the store.
 
 Sequences are seeded, and each starts from an emptied store. Both stay at the same revision all the time, so answers
-are compared as they are.
+are compared without adjusting revisions.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ EVERYTHING = rpc_pb2.DeleteRangeRequest(key=b"\x00", range_end=b"\x00")
 
 
 def crashes_etcd(state: StoreState, request: Message) -> bool:
-    """Tell whether a transaction is of the kind that etcd dies of and the store refuses."""
+    """Return whether a request is a transaction that crashes etcd and that the store refuses."""
     if not isinstance(request, rpc_pb2.TxnRequest):
         return False
     try:
@@ -34,7 +33,7 @@ def crashes_etcd(state: StoreState, request: Message) -> bool:
 
 
 class Pair:
-    """A real etcd and the store, kept at the same revision by asking both everything."""
+    """A real etcd and the store, kept at the same revision by sending both every request."""
 
     def __init__(self, client: Client, state: StoreState) -> None:
         self.client = client
@@ -42,14 +41,14 @@ class Pair:
         self.asked: list[Message] = []
 
     def ask(self, request: Message) -> None:
-        """Ask both and compare."""
+        """Send a request to both and compare the answers."""
         self.asked.append(request)
         theirs, ours = comparable(self.client.ask(request)), comparable(ask_state(self.state, request))
         if theirs != ours:
             raise AssertionError(f"etcd answers\n{theirs}\nthe store answers\n{ours}\n{self.story()}")
 
     def story(self) -> str:
-        """Tell what was asked."""
+        """Return all requests so far as text."""
         return "\n".join(f"--- {type(request).__name__}\n{request}" for request in self.asked)
 
     def reset(self) -> None:
@@ -58,14 +57,14 @@ class Pair:
         self.ask(EVERYTHING)
         for lease in sequences.LEASES:
             self.ask(rpc_pb2.LeaseRevokeRequest(ID=lease))
-        # Twice, because a revision that is compacted already is refused.
+        # One more revision, because compacting the same revision again is refused.
         self.ask(rpc_pb2.PutRequest(key=b"reset"))
         self.ask(EVERYTHING)
         self.ask(rpc_pb2.CompactionRequest(revision=self.state.mvcc.revision, physical=True))
         self.asked.clear()
 
     def run(self, seed: int) -> None:
-        """Ask a whole sequence."""
+        """Run a whole sequence."""
         self.reset()
         rng = Random(seed)
         for _ in range(REQUESTS):
@@ -74,6 +73,6 @@ class Pair:
                 self.ask(request)
 
     def watch(self, create: rpc_pb2.WatchCreateRequest) -> None:
-        """Compare what a watch gets."""
+        """Compare the events of a watch."""
         theirs, ours = self.client.watched(create), watched_state(self.state, create)
-        assert theirs == ours, f"seen differently by {create}\n{self.story()}"
+        assert theirs == ours, f"different events for {create}\n{self.story()}"

@@ -1,7 +1,6 @@
-"""
-A store as a process of its own, so that it can be killed.
+"""A store in its own process, so that it can be killed.
 
-`python -m tests.store.process DIRECTORY COMMIT_INTERVAL_S FILE_BYTES_MAX`; without a name for the directory, in memory.
+`python -m tests.store.process DIRECTORY COMMIT_INTERVAL_S FILE_BYTES_MAX`; an empty DIRECTORY means in memory.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from upstream.store.server import Store, StoreSettings
 
 
 async def run(settings: StoreSettings) -> str:
-    """Serve until the store cannot go on, and return why; the first line printed is the endpoint."""
+    """Serve until the store fails, and return the reason; prints the endpoint first."""
     store = Store(settings)
     await store.start()
     print(store.endpoint, flush=True)  # noqa: T201  # the parent reads it
@@ -31,7 +30,7 @@ async def run(settings: StoreSettings) -> str:
 
 
 def limit_files(bytes_max: int) -> None:
-    """Let no file of this process grow larger, as if the disk were full."""
+    """Limit the size of files that this process writes, as if the disk were full."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_max, bytes_max))
 
@@ -40,7 +39,7 @@ class StoreProcess:
     """Use as a context manager; leaving it kills the process with SIGKILL."""
 
     def __init__(self, directory: Path | None, commit_interval_s: float = 0.0, file_bytes_max: int = 0) -> None:
-        """Without a directory everything is in memory; 0 for `file_bytes_max` is no limit."""
+        """Without a directory the store is in memory; `file_bytes_max` 0 = unlimited."""
         self._options = [str(directory or ""), str(commit_interval_s), str(file_bytes_max)]
         self.endpoint = ""
         self.process: subprocess.Popen[str] | None = None
@@ -63,13 +62,13 @@ class StoreProcess:
         assert self.endpoint, f"the store did not start: {self.kill()}"
 
     def wait_ended(self) -> tuple[int, str]:
-        """Wait until it ends by itself; return its exit code and what it said."""
+        """Wait until it exits by itself; return its exit code and its stderr."""
         assert self.process is not None
         code = self.process.wait(20)
         return code, self.kill()
 
     def kill(self) -> str:
-        """Kill it; return what it has printed to stderr."""
+        """Kill it; return its stderr."""
         assert self.process is not None
         self.process.kill()
         return self.process.communicate()[1]

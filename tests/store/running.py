@@ -1,4 +1,4 @@
-"""A store that serves on a free port, in a thread of its own, for tests that talk to it over the wire."""
+"""A store that serves on a free port, in its own thread, for tests that use it over the wire."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random KV, Txn, Compact and Lease requests: few keys, many options, and mistakes among them."""
+"""Random KV, Txn, Compact and Lease requests: few keys, many options, some of them invalid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Pick = Callable[[Random, int], Message]
 
 
 def request(rng: Random, revision: int) -> Message:
-    """Make any request."""
+    """Make a request of any kind."""
     kinds: list[tuple[int, Pick]] = [
         (8, put),
         (8, range_request),
@@ -35,19 +35,19 @@ def request(rng: Random, revision: int) -> Message:
 
 
 def key(rng: Random) -> bytes:
-    """Pick a key; now and then none."""
+    """Pick a key; rarely an empty one."""
     return b"" if rng.random() < 0.02 else rng.choice(KEYS)
 
 
 def some_revision(rng: Random, revision: int) -> int:
-    """Pick a revision: mostly the present or the recent past, now and then an impossible one."""
+    """Pick a revision: mostly the current or a recent one, sometimes an invalid one."""
     if rng.random() < 0.5:
         return 0
     return rng.choice((revision, revision - 1, revision - 2, revision - 5, revision - 10, revision + 1, 1, -1, -7))
 
 
 def some_lease(rng: Random) -> int:
-    """Pick a lease: mostly none, now and then one that is not there."""
+    """Pick a lease: mostly none, sometimes an unknown one."""
     if rng.random() < 0.6:
         return 0
     return UNKNOWN_LEASE if rng.random() < 0.1 else rng.choice(LEASES)
@@ -137,7 +137,7 @@ def operation(rng: Random, revision: int, depth: int) -> rpc_pb2.RequestOp:
 
 
 def compact(rng: Random, revision: int) -> rpc_pb2.CompactionRequest:
-    """Make a Compact, not always a possible one."""
+    """Make a Compact, sometimes an invalid one."""
     return rpc_pb2.CompactionRequest(
         revision=rng.choice((revision, revision - 1, revision - 3, revision - 8, revision + 1, 0, -1)),
         physical=rng.random() < 0.5,
@@ -145,7 +145,7 @@ def compact(rng: Random, revision: int) -> rpc_pb2.CompactionRequest:
 
 
 def lease_grant(rng: Random, _revision: int) -> rpc_pb2.LeaseGrantRequest:
-    """Make a LeaseGrant under one of a few ids, which may be taken."""
+    """Make a LeaseGrant with one of a few ids, which may be in use."""
     return rpc_pb2.LeaseGrantRequest(ID=rng.choice(LEASES), TTL=rng.choice((1000, 5000, 9_000_000_001)))
 
 

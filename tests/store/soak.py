@@ -1,10 +1,9 @@
-"""
-Mixed load on a durable store that is killed every few seconds: `python -m tests.store.soak --seconds 60`.
+"""Mixed load on a durable store that is killed every few seconds: `python -m tests.store.soak --seconds 60`.
 
-Workers put, delete, transact, grant and revoke, each on keys and leases of its own, and note what was acknowledged.
-After every kill -9 and restart each finds exactly that, with or without the one request that had no answer yet. One
-watch goes through all restarts, always from its next revision: what it builds from events is what the store holds.
-Compactions go on all the time. Now and then the store is killed while it starts.
+Workers put, delete, transact, grant and revoke, each on its own keys and leases, and record the acknowledged writes.
+After every kill -9 and restart each worker finds exactly these, with or without the one request that was not answered
+yet. One watch is resumed over all restarts from its next revision; the keys built from its events must equal the
+store's. Compactions run all the time. Sometimes the store is killed while it starts.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ Keys = dict[bytes, tuple[bytes, int]]
 
 @dataclass(frozen=True)
 class Holding:
-    """What a worker has in the store."""
+    """A worker's keys and leases in the store."""
 
     keys: Keys = field(default_factory=dict)
     leases: frozenset[int] = frozenset()
@@ -73,14 +72,14 @@ class Worker:
         self._prefix = b"w%02d/" % number
         self._first_lease = number * 1_000_000 + 1
         self._count = 0
-        # What was acknowledged, what was asked for but not acknowledged, and the newest revision seen.
+        # The acknowledged state, the state after the request not answered yet, and the newest revision received.
         self.holding = Holding()
         self.perhaps: Holding | None = None
         self.revision = 0
         self.acknowledged = 0
 
     async def work(self, clients: Clients) -> None:
-        """Write until the store is gone."""
+        """Write until the store is killed."""
         try:
             while True:
                 call, self.perhaps = self._choose(clients)
@@ -93,7 +92,7 @@ class Worker:
                 raise
 
     def _choose(self, clients: Clients) -> tuple[Callable[[], Awaitable[Any]], Holding]:
-        """Pick what to do next: the call, and what it leaves."""
+        """Pick the next call; return it and the state after it."""
         rng, held = self._rng, self.holding
         self._count += 1
         kind = rng.random()
@@ -136,7 +135,7 @@ class Worker:
         return self._prefix + b"%d" % at
 
     def check(self, keys: Keys, leases: set[int], revision: int) -> None:
-        """Compare with what a restarted store has, and go on from there."""
+        """Compare with the contents of a restarted store, and continue from them."""
         mine = {key: what for key, what in keys.items() if key.startswith(self._prefix)}
         ids = range(self._first_lease, self._first_lease + 1_000_000)
         found = Holding(mine, frozenset(lease for lease in leases if lease in ids))
@@ -148,7 +147,7 @@ class Worker:
 
 
 class Follower:
-    """A watch of everything that is resumed over restarts, and what it makes of the events."""
+    """A watch of all keys that is resumed over restarts, and the keys built from its events."""
 
     def __init__(self) -> None:
         self.keys: Keys = {}
@@ -156,7 +155,7 @@ class Follower:
         self.events = 0
 
     async def follow(self, clients: Clients) -> None:
-        """Take events until the store is gone."""
+        """Take events until the store is killed."""
         call = clients.watch.Watch()
         create = rpc_pb2.WatchCreateRequest(
             key=b"\x00", range_end=b"\x00", start_revision=self.next_revision, fragment=True
@@ -183,7 +182,7 @@ class Follower:
 
 
 class Soak:
-    """The whole."""
+    """The whole test run: workers, follower, and lives of the store."""
 
     def __init__(self, directory: Path, seed: int) -> None:
         self._directory = directory
@@ -194,14 +193,14 @@ class Soak:
         self.compactions = 0
 
     async def run(self, seconds: float) -> None:
-        """Go on for so long. Raises AssertionError when something is lost."""
+        """Run for `seconds`. Raises AssertionError when something is lost."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             await self._live()
         await self._live(working=False)
 
     async def _live(self, working: bool = True) -> None:
-        """Start the store, check what it has, load it, kill it."""
+        """Start the store, check its contents, load it, kill it."""
         process = StoreProcess(self._directory, self._rng.choice((0.0, 0.0, 0.005)))
         process.begin()
         try:
@@ -225,7 +224,7 @@ class Soak:
         for worker in self.workers:
             worker.check(keys, {lease.ID for lease in leases.leases}, response.header.revision)
         following = asyncio.create_task(self.follower.follow(clients))
-        await until_async(lambda: self.follower.keys == keys, "the watch to see what the store has")
+        await until_async(lambda: self.follower.keys == keys, "the watch to catch up with the store")
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
 
@@ -239,7 +238,7 @@ class Soak:
                 await clients.kv.Compact(compact)
                 self.compactions += 1
             except grpc.aio.AioRpcError as error:
-                # When the watch has not got further since the last one.
+                # The watch has not advanced since the last compaction.
                 if error.code() is not grpc.StatusCode.OUT_OF_RANGE:
                     raise
         await asyncio.sleep(self._rng.uniform(*LIFE_S) / 2)
@@ -247,7 +246,7 @@ class Soak:
         await asyncio.gather(*tasks)
 
     def report(self, seconds: float) -> str:
-        """Tell what was done."""
+        """Return the figures of the run."""
         writes = sum(worker.acknowledged for worker in self.workers)
         return (
             f"{writes} acknowledged writes in {seconds:.0f} s, {self.kills} kills, {self.compactions} compactions, "
@@ -256,7 +255,7 @@ class Soak:
 
 
 def soak(directory: Path, seconds: float, seed: int) -> str:
-    """Run it in a directory and return the report. Raises AssertionError when something is lost."""
+    """Run the test in a directory and return the report. Raises AssertionError when something is lost."""
     run = Soak(directory, seed)
     started = time.monotonic()
     asyncio.run(run.run(seconds))

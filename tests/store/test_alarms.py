@@ -1,4 +1,4 @@
-"""Alarms: the same calls to a real etcd and to the store."""
+"""Alarms: the same calls to a real etcd and to the store get the same answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DATA = (
 )
 
 
-def tell(endpoint: str) -> list[Answer]:
+def answers_of(endpoint: str) -> list[Answer]:
     client = Client(endpoint)
     maintenance = rpc_pb2_grpc.MaintenanceStub(client.channel)
     answers: list[Answer] = []
@@ -57,13 +57,13 @@ def tell(endpoint: str) -> list[Answer]:
     return answers
 
 
-def test_the_same_answers() -> None:
+def test_answers_match_etcd() -> None:
     with EtcdServer(current()) as etcd, RunningStore() as store:
-        assert tell(store.endpoint) == tell(etcd.endpoint)
+        assert answers_of(store.endpoint) == answers_of(etcd.endpoint)
 
 
-def test_an_alarm_of_an_unknown_kind_is_named_by_its_number() -> None:
-    """etcd 3.5.30 dies of one."""
+def test_an_alarm_of_unknown_type_is_listed_by_its_number() -> None:
+    """etcd 3.5.30 crashes on one."""
     state = new_state()
     unknown = rpc_pb2.AlarmRequest.FromString(b"\x18\x06").alarm
     state.alarm(rpc_pb2.AlarmRequest(action=ACTIVATE, memberID=5, alarm=unknown))

@@ -1,4 +1,4 @@
-"""With auth on: who may call what, as a real etcd has it, for nobody, a wrong token, a plain user and root."""
+"""With auth on: the permissions of every call match a real etcd, for no token, a wrong token, a plain user and root."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.store.both import Refused, refused
 from tests.store.running import RunningStore
 
 Metadata = tuple[tuple[str, str], ...]
-WHO = ("nobody", "wrong token", "user", "root")
+WHO = ("no token", "wrong token", "user", "root")
 
 
 class AuthedClient:
-    """A client of a server on which it has turned auth on."""
+    """A client that turns auth on at its server."""
 
     def __init__(self, endpoint: str) -> None:
         self.channel = grpc.insecure_channel(endpoint)
@@ -34,7 +34,7 @@ class AuthedClient:
             user: auth.Authenticate(rpc.AuthenticateRequest(name=user, password="p")).token for user in ("root", "user")
         }
         self.metadata: Mapping[str, Metadata] = {
-            "nobody": (),
+            "no token": (),
             "wrong token": (("token", "nonsense.1"),),
             **{user: (("token", token),) for user, token in tokens.items()},
         }
@@ -106,7 +106,7 @@ def answers() -> tuple[dict[tuple[str, str], Refused | None], dict[tuple[str, st
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_same_may(
+def test_permissions_match_etcd(
     name: str, answers: tuple[dict[tuple[str, str], Refused | None], dict[tuple[str, str], Refused | None]]
 ) -> None:
     theirs, ours = ({who: of[name, who] for who in WHO} for of in answers)

@@ -1,8 +1,7 @@
-"""
-The store and a real etcd, asked the same: every answer and every error must be the same.
+"""The same requests to the store and to a real etcd: every answer and every error must be the same.
 
-A failure of a random sequence prints what was asked until then. The store's pure parts answer here; that the services
-pass on what they are given is for test_server.py.
+A failure in a random sequence prints the requests so far. The answers here come from the store's pure parts;
+test_server.py tests the services around them.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def watch_request(rng: Random, state: StoreState) -> rpc_pb2.WatchCreateRequest:
     made = rpc_pb2.WatchCreateRequest(
         key=rng.choice((b"", b"a", b"aa", b"b")),
         range_end=rng.choice((b"\x00", b"\x00", b"c", b"")),
-        # An event at the current revision makes sure that the watch's progress is answered.
+        # A start at or below the current revision, so that etcd answers the progress request.
         start_revision=rng.randint(first, state.mvcc.revision),
         prev_kv=rng.random() < 0.5,
     )
@@ -92,7 +91,7 @@ def txn(*ops: Message) -> rpc_pb2.TxnRequest:
 
 
 def unknown(number: int) -> Any:
-    """Pass a number that is in no enum, which the generated types do not allow."""
+    """Pass a number that is not in the enum, which the generated types do not allow."""
     return number
 
 
@@ -102,7 +101,7 @@ DELETE_ALL = rpc_pb2.DeleteRangeRequest(key=b"\x00", range_end=b"\x00")
 ODD = {
     "128 operations": puts(128),
     "129 operations": puts(129),
-    # Python's protobuf parses 100 levels of messages, which is 33 of transactions.
+    # Python's protobuf parses 100 levels of messages, which are 33 levels of transactions.
     "deeply nested": nested(30),
     "too many operations with those of its parents": nested(3, 33),
     "just enough operations with those of its parents": nested(3, 32),
@@ -123,7 +122,7 @@ ODD = {
         failure=txn(rpc_pb2.PutRequest(value=b"1")).success
     ),
     "a compare without a key": rpc_pb2.TxnRequest(compare=[rpc_pb2.Compare(version=1)]),
-    "a lease that is not there in a branch that is not taken": rpc_pb2.TxnRequest(
+    "an unknown lease in a branch that is not taken": rpc_pb2.TxnRequest(
         failure=txn(rpc_pb2.PutRequest(key=b"a", lease=99)).success
     ),
     "a future revision in a branch that is not taken": rpc_pb2.TxnRequest(
@@ -155,7 +154,7 @@ ORDER = rpc_pb2.RangeRequest.SortOrder
 
 @pytest.mark.parametrize("order", ORDER.values(), ids=ORDER.Name)
 @pytest.mark.parametrize("target", SORT.values(), ids=SORT.Name)
-def test_what_a_limit_leaves_of_a_sorted_range(pair: Pair, target: SORT.ValueType, order: ORDER.ValueType) -> None:
+def test_a_limit_on_a_sorted_range(pair: Pair, target: SORT.ValueType, order: ORDER.ValueType) -> None:
     pair.reset()
     for at, key in enumerate((b"d", b"c", b"a", b"b", b"a")):
         pair.ask(rpc_pb2.PutRequest(key=key, value=b"%d" % (9 - at)))

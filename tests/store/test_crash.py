@@ -1,4 +1,4 @@
-"""Kill -9 under load: no acknowledged write is lost, none that was seen is taken back."""
+"""Kill -9 under load: no acknowledged write and no watched event is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WRITERS = 4
 
 
 class Load:
-    """Writers that note what was acknowledged, and a watch that notes what was seen."""
+    """Writers that record acknowledged writes, and a watch that records its events."""
 
     def __init__(self, endpoint: str, turn: int) -> None:
         self.acknowledged: dict[bytes, tuple[int, bytes]] = {}
@@ -51,14 +51,14 @@ class Load:
             return
 
     def wait_for(self, revisions: int) -> None:
-        """Wait until so many writes were seen."""
+        """Wait until the watch has events of this many revisions."""
         deadline = time.monotonic() + 20
         while len(self.seen) < revisions:
             assert time.monotonic() < deadline, "no writes get through"
             threading.Event().wait(0.002)
 
     def end(self) -> None:
-        """Wait for all threads after the store is gone."""
+        """Wait for all threads after the store was killed."""
         for thread in self._threads:
             thread.join(30)
         self._client.close()
@@ -76,7 +76,7 @@ def crash_and_check(directory: Path, turn: int, revisions: int) -> None:
             answer = client.ask(rpc_pb2.RangeRequest(key=key))
             assert isinstance(answer, rpc_pb2.RangeResponse)
             (found,) = answer.kvs
-            # A write that was under way at the crash may be there on top.
+            # A write in flight at the crash may have been committed after it.
             assert found.mod_revision >= revision
             assert found.mod_revision > revision or found.value == value
         first = min(load.seen)
@@ -86,11 +86,11 @@ def crash_and_check(directory: Path, turn: int, revisions: int) -> None:
         client.close()
 
 
-def test_a_killed_store_has_lost_nothing(tmp_path: Path) -> None:
+def test_a_killed_store_loses_nothing(tmp_path: Path) -> None:
     crash_and_check(tmp_path, 0, 300)
 
 
-def test_a_full_disk_ends_the_store_in_one_clear_line_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_stops_the_store_with_one_line_and_no_loss(tmp_path: Path) -> None:
     acknowledged: list[bytes] = []
     with StoreProcess(tmp_path, file_bytes_max=2**20) as process:
         client = Client(process.endpoint)
@@ -106,7 +106,7 @@ def test_a_full_disk_ends_the_store_in_one_clear_line_and_loses_nothing(tmp_path
     assert code == 1
     assert said.count("\n") == 1
     assert f"{tmp_path / FILE_NAME} cannot be written: " in said
-    assert "see to the disk" in said
+    assert "check the disk" in said
     assert len(acknowledged) > 20
     with StoreProcess(tmp_path) as process:
         client = Client(process.endpoint)
@@ -116,7 +116,7 @@ def test_a_full_disk_ends_the_store_in_one_clear_line_and_loses_nothing(tmp_path
         client.close()
 
 
-def test_a_disk_too_full_to_start_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_disk_too_full_to_start_gives_an_error_of_one_line(tmp_path: Path) -> None:
     process = StoreProcess(tmp_path, file_bytes_max=4096)
     process.begin()
     code, said = process.wait_ended()
@@ -126,7 +126,7 @@ def test_a_disk_too_full_to_start_is_one_clear_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_store_killed_many_times_has_lost_nothing(tmp_path: Path) -> None:
+def test_a_store_killed_many_times_loses_nothing(tmp_path: Path) -> None:
     rng = Random(1)
     for turn in range(20):
         crash_and_check(tmp_path, turn, rng.randrange(5, 2000))

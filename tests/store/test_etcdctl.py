@@ -1,4 +1,4 @@
-"""etcdctl prints the same against the store as against a real etcd; what the store cannot do, it says why."""
+"""etcdctl prints the same with the store as with a real etcd, and the reason for unimplemented calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from upstream.store.maintenance_service import NO_LEADER_TO_MOVE, NO_SNAPSHOT
 from upstream.store.server import StoreSettings
 
 LONG = ("users", "leases")
-"""Parts whose calls other tests compare with etcd too."""
+"""Parts of the tour whose calls other tests compare with etcd too."""
 
 NOT_THERE = {
     "snapshot save FILE": NO_SNAPSHOT,
@@ -26,7 +26,7 @@ NOT_THERE = {
 
 
 def split(records: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Part what must be the same from what the store does not have."""
+    """Separate the records that must be the same from those of unimplemented calls."""
     missing = {name: record for record in records for name in NOT_THERE if record.startswith(f"$ {name}\n")}
     return [record for record in records if record not in missing.values()], missing
 
@@ -34,7 +34,7 @@ def split(records: list[str]) -> tuple[list[str], dict[str, str]]:
 @pytest.mark.parametrize(
     "part", [pytest.param(part, marks=pytest.mark.long) if part in LONG else part for part in TOUR]
 )
-def test_prints_the_same(part: str, tmp_path: Path) -> None:
+def test_output_matches_etcd(part: str, tmp_path: Path) -> None:
     binary = current()
     settings = StoreSettings(metrics_addr="127.0.0.1:0", name="m0")
     with EtcdServer(binary) as etcd, RunningStore(settings) as running:

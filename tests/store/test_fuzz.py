@@ -1,4 +1,4 @@
-"""Nonsense to every method of the store: it is refused as etcd refuses it, and serving goes on."""
+"""Nonsense sent to every method of the store is refused with etcd's errors, and the store continues to serve."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.store.running import RunningStore
 
 TRIES = 8
 CALL_TIMEOUT_S = 0.4
-"""Some calls wait for their turn, or for good: watches, locks, elections."""
+"""Some calls wait for their turn, or without end: watches, locks, elections."""
 
 METHODS: dict[str, MethodDescriptor] = {
     f"/{service.full_name}/{method.name}": method
@@ -26,11 +26,11 @@ METHODS: dict[str, MethodDescriptor] = {
     for service in file.services_by_name.values()
     for method in service.methods
 }
-# Auth stays off, or everything else is refused for want of a token.
+# Auth stays off, otherwise every other call is refused for lack of a token.
 METHODS.pop("/etcdserverpb.Auth/AuthEnable")
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 UNKNOWN_TEXTS = ("auth:", "election:", "mutex:", "etcdserver:", "bcrypt:", '"leader"')
-"""How those refusals begin to which etcd gives no code."""
+"""The first words of errors that etcd returns without a code."""
 
 NUMBERS = (0, 1, -1, 2, 2**31 - 1, -(2**31), 2**63 - 1, -(2**63), 2**64 - 1, 2**32)
 PIECES = (b"", b"\x00", b"a", b"\xff", b"a/b", b"\xff" * 40, bytes(2000))
@@ -59,7 +59,7 @@ def fill(rng: Random, message: Message, depth: int = 0) -> None:
 
 
 def odd_value(rng: Random, kind: int) -> object:
-    """Pick a value for a field of a type."""
+    """Pick a value for a field of the given type."""
     if kind == FieldDescriptor.TYPE_BYTES:
         return rng.choice(PIECES)
     if kind == FieldDescriptor.TYPE_STRING:
@@ -70,7 +70,7 @@ def odd_value(rng: Random, kind: int) -> object:
 
 
 def request(rng: Random, kind: Descriptor) -> bytes:
-    """Make a request: odd fields, an odd message that is cut or changed, or bytes."""
+    """Make a request: a message with odd fields, also truncated or changed, or random bytes."""
     choice = rng.random()
     if choice < 0.2:
         return rng.randbytes(rng.randrange(60))
@@ -92,7 +92,7 @@ def running() -> Iterator[RunningStore]:
 
 
 def codes(channel: grpc.Channel, path: str, data: bytes) -> grpc.StatusCode:
-    """Make a call with these bytes; return how it ended."""
+    """Make a call with these bytes; return its status code."""
     method = METHODS[path]
     try:
         if method.client_streaming:
@@ -107,7 +107,7 @@ def codes(channel: grpc.Channel, path: str, data: bytes) -> grpc.StatusCode:
     except grpc.RpcError as error:
         refusal = refused(error)
         code = CODES[refusal.code]
-        # What grpc.aio answers when a handler raises something else than a refusal.
+        # grpc.aio's answer when a handler raises anything else than a refusal.
         assert "Unexpected <class" not in refusal.text, f"{path} {data!r}: {refusal.text}"
         assert code is not grpc.StatusCode.UNKNOWN or refusal.text.startswith(
             ("auth:", "election:", "mutex:", "etcdserver:", "bcrypt:", '"leader"')
@@ -117,7 +117,7 @@ def codes(channel: grpc.Channel, path: str, data: bytes) -> grpc.StatusCode:
 
 
 def check(path: str, running: RunningStore, seed: int) -> None:
-    """Send nonsense to a method, and make sure that the store still serves."""
+    """Send nonsense to a method, and check that the store still serves."""
     rng = Random(f"{path} {seed}")
     requests = [request(rng, METHODS[path].input_type) for _ in range(TRIES)]
     client = Client(running.endpoint)
@@ -128,12 +128,12 @@ def check(path: str, running: RunningStore, seed: int) -> None:
 
 
 @pytest.mark.parametrize("path", METHODS)
-def test_nonsense_is_refused_and_serving_goes_on(path: str, running: RunningStore) -> None:
+def test_nonsense_is_refused_without_harm(path: str, running: RunningStore) -> None:
     check(path, running, 0)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("path", METHODS)
-def test_much_nonsense_is_refused_and_serving_goes_on(path: str, running: RunningStore) -> None:
+def test_much_nonsense_is_refused_without_harm(path: str, running: RunningStore) -> None:
     for seed in range(1, 40):
         check(path, running, seed)

@@ -1,4 +1,4 @@
-"""The key index: keys in order, reads at revisions, what a compaction keeps."""
+"""The key index: keys in order, reads at revisions, records kept by a compaction."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_reads_at_a_revision(revision: int, found: int) -> None:
         (10, []),
     ],
 )
-def test_compaction_keeps_what_can_still_be_seen(revision: int, kept: list[int]) -> None:
+def test_compaction_keeps_readable_records(revision: int, kept: list[int]) -> None:
     index = KeyIndex()
     for record in HISTORY:
         index.append(record)
@@ -79,7 +79,7 @@ def test_compaction_keeps_what_can_still_be_seen(revision: int, kept: list[int])
     assert len(index) == bool(kept)
 
 
-def test_the_last_of_several_changes_in_a_revision_counts() -> None:
+def test_the_last_change_of_a_key_in_a_revision_wins() -> None:
     index = KeyIndex()
     for record in (put(b"k", 2), tombstone(b"k", 2, sub=1)):
         index.append(record)

@@ -1,4 +1,4 @@
-"""The durable store: what it keeps, and what it refuses."""
+"""The durable store: the data that survives, and the files that it refuses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def open_state(directory: Path) -> tuple[StoreState, Journal]:
 
 
 def snapshot(state: StoreState) -> object:
-    """Return everything a client could ask about."""
+    """Return all data that a client could read."""
     mvcc = state.mvcc
     first = max(mvcc.compact_revision, 1)
     reads = [mvcc.range(b"\x00", b"\x00", revision).records for revision in range(first, mvcc.revision + 1)]
@@ -42,13 +42,13 @@ def snapshot(state: StoreState) -> object:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_was_committed_is_there_after_a_crash(seed: int, tmp_path: Path) -> None:
+def test_committed_changes_survive_a_crash(seed: int, tmp_path: Path) -> None:
     rng = Random(seed)
     state, journal = open_state(tmp_path / "a")
     for _ in range(60):
         ask_state(state, sequences.request(rng, state.mvcc.revision))
     journal.commit()
-    # A crash is a copy of the files as they are now: the process that holds them does not get to close anything.
+    # A copy of the files as they are now has the contents after a crash: the process cannot close them properly.
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     ask_state(state, rpc_pb2.PutRequest(key=b"not committed"))
     again, second = open_state(tmp_path / "b")
@@ -66,7 +66,7 @@ def test_what_was_committed_is_there_after_a_crash(seed: int, tmp_path: Path) ->
     last.close()
 
 
-def test_alarms_are_kept(tmp_path: Path) -> None:
+def test_alarms_survive_a_restart(tmp_path: Path) -> None:
     state, journal = open_state(tmp_path)
     activate, deactivate = rpc_pb2.AlarmRequest.ACTIVATE, rpc_pb2.AlarmRequest.DEACTIVATE
     for action, member_id in ((activate, 2**64 - 1), (activate, 7), (deactivate, 7)):
@@ -79,7 +79,7 @@ def test_alarms_are_kept(tmp_path: Path) -> None:
     second.close()
 
 
-def test_compaction_frees_the_file_too(tmp_path: Path) -> None:
+def test_compaction_deletes_rows_of_the_file(tmp_path: Path) -> None:
     state, journal = open_state(tmp_path)
     for _ in range(50):
         ask_state(state, rpc_pb2.PutRequest(key=b"a"))
@@ -111,7 +111,7 @@ def filled(directory: Path) -> Path:
     return directory / FILE_NAME
 
 
-def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_text("hello")
     assert "is not a store's data file" in refusal(tmp_path)
 
@@ -132,11 +132,11 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
         file.execute("PRAGMA journal_mode = DELETE")
         file.execute("PRAGMA user_version = 2")
         file.commit()
-    assert "has format 2, and this release knows 1 only" in refusal(tmp_path)
+    assert "has format 2; this release supports format 1 only" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("where", [0.3, 0.6, 0.9])
-def test_overwritten_pages_are_noticed(where: float, tmp_path: Path) -> None:
+def test_overwritten_pages_are_detected(where: float, tmp_path: Path) -> None:
     path = filled(tmp_path)
     data = bytearray(path.read_bytes())
     start = int(len(data) * where) // 4096 * 4096
@@ -145,14 +145,14 @@ def test_overwritten_pages_are_noticed(where: float, tmp_path: Path) -> None:
     assert "is damaged" in refusal(tmp_path)
 
 
-def test_a_cut_off_file_is_noticed(tmp_path: Path) -> None:
+def test_a_truncated_file_is_detected(tmp_path: Path) -> None:
     path = filled(tmp_path)
     path.write_bytes(path.read_bytes()[:-8192])
     assert "is damaged" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_changed_byte_is_noticed_or_does_not_matter(seed: int, tmp_path: Path) -> None:
+def test_a_changed_byte_is_detected_or_harmless(seed: int, tmp_path: Path) -> None:
     path = filled(tmp_path)
     expected, journal = open_state(tmp_path)
     journal.close()
@@ -172,7 +172,7 @@ def test_a_changed_byte_is_noticed_or_does_not_matter(seed: int, tmp_path: Path)
     ("statement", "what"),
     [
         ("DELETE FROM records WHERE mod_revision = 7", "revision 7 is missing"),
-        ("DELETE FROM records WHERE mod_revision > 190", "its newest revision is 201, its records end at 190"),
+        ("DELETE FROM records WHERE mod_revision > 190", "its newest revision is 201, but its records end at 190"),
         ("UPDATE records SET sub_revision = 3 WHERE mod_revision = 9", "the checksum of revision 9 is wrong"),
         ("DELETE FROM meta", "its revision is missing"),
         ("UPDATE records SET value = x'00' WHERE mod_revision = 7", "the checksum of revision 7 is wrong"),
@@ -185,7 +185,7 @@ def test_a_changed_byte_is_noticed_or_does_not_matter(seed: int, tmp_path: Path)
         ("DROP TABLE leases", "no such table: leases"),
     ],
 )
-def test_missing_rows_are_noticed(statement: str, what: str, tmp_path: Path) -> None:
+def test_inconsistent_rows_are_detected(statement: str, what: str, tmp_path: Path) -> None:
     with closing(sqlite3.connect(filled(tmp_path))) as file:
         file.execute(statement)
         file.commit()
@@ -198,7 +198,7 @@ def test_a_second_store_on_the_same_directory_is_refused(tmp_path: Path) -> None
     journal.close()
 
 
-def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+def test_an_unusable_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreDataError, match="cannot be opened: "):
         Journal(tmp_path / "file" / "below", 1, 2)
@@ -220,7 +220,7 @@ async def failing_write(journal: Journal, state: StoreState) -> None:
     assert stream.take() is None
 
 
-def test_a_write_that_cannot_be_kept_is_neither_answered_nor_seen(tmp_path: Path) -> None:
+def test_a_failed_write_is_neither_acknowledged_nor_watched(tmp_path: Path) -> None:
     state, journal = open_state(tmp_path)
     asyncio.run(failing_write(journal, state))
     journal.close()
@@ -230,7 +230,7 @@ def test_a_write_that_cannot_be_kept_is_neither_answered_nor_seen(tmp_path: Path
 
 
 @pytest.mark.parametrize("commit_interval_s", [0.0, 0.005])
-def test_a_restarted_server_goes_on(tmp_path: Path, commit_interval_s: float) -> None:
+def test_a_restarted_server_continues(tmp_path: Path, commit_interval_s: float) -> None:
     settings = StoreSettings(data_dir=tmp_path, commit_interval_s=commit_interval_s)
     ids = []
     for turn in range(2):

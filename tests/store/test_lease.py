@@ -1,4 +1,4 @@
-"""The lessor on a clock of its own."""
+"""The lessor, on a virtual clock."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def grant(state: StoreState, lease_id: int, ttl_s: int, now: float = 0.0) -> rpc
     return state.lease_grant(rpc_pb2.LeaseGrantRequest(ID=lease_id, TTL=ttl_s), now)
 
 
-def test_keep_alive_puts_the_end_off() -> None:
+def test_keep_alive_postpones_expiry() -> None:
     state = new_state()
     grant(state, 7, 10)
     assert state.lease_keep_alive(7, 5.0).TTL == 10
@@ -44,13 +44,13 @@ def test_keep_alive_puts_the_end_off() -> None:
     assert state.lease_time_to_live(rpc_pb2.LeaseTimeToLiveRequest(ID=7), 15.0).TTL == -1
 
 
-def test_a_lease_that_has_run_out_cannot_be_kept_alive_even_before_it_is_revoked() -> None:
+def test_an_expired_lease_not_revoked_yet_cannot_be_renewed() -> None:
     state = new_state()
     grant(state, 7, 10)
     assert state.lease_keep_alive(7, 10.0).TTL == 0
 
 
-def test_a_key_hangs_on_its_last_lease_only() -> None:
+def test_a_key_is_attached_to_its_last_lease_only() -> None:
     state = new_state()
     grant(state, 7, 10)
     grant(state, 8, 20)
@@ -66,7 +66,7 @@ def test_a_key_hangs_on_its_last_lease_only() -> None:
     assert state.lessor.keys(8) == []
 
 
-def test_a_lease_id_that_is_granted_again_ends_once() -> None:
+def test_a_lease_id_granted_again_expires_once() -> None:
     state = new_state()
     grant(state, 7, 10)
     state.lease_revoke(7)
@@ -76,7 +76,7 @@ def test_a_lease_id_that_is_granted_again_ends_once() -> None:
     assert state.expire_leases(99.0) == 0
 
 
-def test_a_short_ttl_is_raised_and_an_id_made_up() -> None:
+def test_a_short_ttl_is_raised_and_a_missing_id_generated() -> None:
     state = new_state()
     response = grant(state, 0, 0)
     assert (response.ID, response.TTL) == (1000, 2)

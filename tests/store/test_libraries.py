@@ -1,7 +1,6 @@
-"""
-Real client libraries see the same from the store as from a real etcd, each in a process of its own.
+"""Real client libraries, each in its own process, get the same results from the store as from a real etcd.
 
-Those that speak the JSON gateway are not among them: the store does not have it.
+Libraries that need the JSON gateway are left out: the store does not have it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ GRPC = [library for library in LIBRARIES if not library.needs_gateway]
 
 
 @pytest.mark.parametrize("library", GRPC, ids=lambda library: library.name)
-def test_sees_the_same(library: Library) -> None:
+def test_results_match_etcd(library: Library) -> None:
     library.install()
     with EtcdServer(current()) as etcd:
         expected = tour(library, etcd.client_port)

@@ -1,4 +1,4 @@
-"""Watches that are open while random sequences run: the store sends them what a real etcd does, answer by answer."""
+"""Watches that are open during random sequences: the store sends the same responses as a real etcd."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WATCHES = 6
 FUTURE_REVISIONS_MAX = 8
 
 Answers = dict[int, list[tuple[int, str]]]
-"""By watch id: (header revision, the events) of each answer. Between watches etcd's order is by chance."""
+"""By watch id: (header revision, the events) of each response. etcd's order between watches is random."""
 
 
 def create_request(rng: Random, revision: int) -> rpc_pb2.WatchCreateRequest:
@@ -38,7 +38,7 @@ def create_request(rng: Random, revision: int) -> rpc_pb2.WatchCreateRequest:
 
 
 class OurStream:
-    """A watch stream of the store's pure parts, whose answers are taken as soon as they are there."""
+    """A watch stream of the store's pure parts, whose responses are taken as soon as they are queued."""
 
     def __init__(self, state: StoreState) -> None:
         self._head = state.head
@@ -58,7 +58,7 @@ class OurStream:
         self.take()
 
     def take(self) -> None:
-        """Note what was sent since."""
+        """Record the responses queued since the last call."""
         while (message := self.stream.take()) is not None:
             for piece in encode_message(self._head, message):
                 note(self.answers, rpc_pb2.WatchResponse.FromString(piece))
@@ -71,7 +71,7 @@ def note(answers: Answers, response: rpc_pb2.WatchResponse) -> None:
 
 
 def run(pair: Pair, seed: int) -> None:
-    """Run a sequence under a handful of watches and compare what they get."""
+    """Run a sequence under some watches and compare their responses."""
     pair.reset()
     rng = Random(seed)
     state = pair.state
@@ -83,13 +83,13 @@ def run(pair: Pair, seed: int) -> None:
             call.create(create)
             assert call.next().created
             ours.create(create)
-        # Enough for all watches in the future to begin, without which etcd keeps its progress to itself.
+        # Far enough for all watches with a future start to begin; before that etcd does not answer progress requests.
         last = state.mvcc.revision + FUTURE_REVISIONS_MAX
         asked = 0
         while asked < REQUESTS or state.mvcc.revision < last:
             asked += 1
             request = sequences.request(rng, state.mvcc.revision)
-            # A compaction races with etcd looking prev_kv up.
+            # A compaction races with etcd's lookup of prev_kv.
             if not crashes_etcd(state, request) and not isinstance(request, rpc_pb2.CompactionRequest):
                 pair.ask(request)
                 ours.take()
@@ -99,7 +99,7 @@ def run(pair: Pair, seed: int) -> None:
                 assert response.header.revision == state.mvcc.revision
                 break
             note(theirs, response)
-    assert ours.answers == theirs, f"seed {seed}: seen differently\n{pair.story()}"
+    assert ours.answers == theirs, f"seed {seed}: different responses\n{pair.story()}"
     ours.stream.close()
 
 
@@ -124,7 +124,7 @@ def test_many_random_sequences_under_watches(pair: Pair, block: int) -> None:
         run(pair, seed)
 
 
-def test_a_value_cannot_be_kept_of_a_key_deleted_before() -> None:
+def test_the_value_of_a_deleted_key_cannot_be_kept() -> None:
     state = new_state()
     ask_state(state, rpc_pb2.PutRequest(key=b"a", value=b"1"))
     before = state.mvcc.revision

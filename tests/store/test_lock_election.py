@@ -1,4 +1,4 @@
-"""The Lock and Election services: the same against a real etcd and against the store."""
+"""The Lock and Election services: the same tests on a real etcd and on the store."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def client(endpoint: str) -> Iterator[Client]:
     client.channel.close()
 
 
-def test_a_lock_is_held_by_one_at_a_time_in_order(client: Client) -> None:
+def test_a_lock_is_held_by_one_client_at_a_time_in_order(client: Client) -> None:
     leases = [client.new_lease() for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:
         first = client.lock.Lock(v3lock_pb2.LockRequest(name=b"order", lease=leases[0]), timeout=10)
@@ -67,14 +67,14 @@ def test_a_lock_is_held_by_one_at_a_time_in_order(client: Client) -> None:
         client.lock.Unlock(v3lock_pb2.UnlockRequest(key=first.key), timeout=10)
         second = waiting[0].result(10)
         assert not waiting[1].done()
-        # A lease that ends gives the lock up too.
+        # The end of the lease releases the lock too.
         client.lease.LeaseRevoke(rpc_pb2.LeaseRevokeRequest(ID=leases[1]))
         third = waiting[1].result(10)
     assert (second.key, third.key) == (b"order/%x" % leases[1], b"order/%x" % leases[2])
     assert first.header.revision < second.header.revision < third.header.revision
 
 
-def test_locking_again_with_the_same_lease_is_no_wait(client: Client) -> None:
+def test_locking_again_with_the_same_lease_does_not_wait(client: Client) -> None:
     request = v3lock_pb2.LockRequest(name=b"again", lease=client.new_lease())
     assert client.lock.Lock(request, timeout=10).key == client.lock.Lock(request, timeout=10).key
 
@@ -85,13 +85,13 @@ def test_a_lock_without_a_lease_gets_one(client: Client) -> None:
     assert client.lease.LeaseTimeToLive(rpc_pb2.LeaseTimeToLiveRequest(ID=lease)).grantedTTL == 60
 
 
-def test_a_lock_with_a_lease_that_is_not_there_is_refused(client: Client) -> None:
+def test_a_lock_with_an_unknown_lease_is_refused(client: Client) -> None:
     with pytest.raises(grpc.RpcError) as error:
         client.lock.Lock(v3lock_pb2.LockRequest(name=b"no", lease=404), timeout=10)
     assert refused(error.value).text == "etcdserver: requested lease not found"
 
 
-def test_whoever_gives_up_waiting_leaves_the_line(client: Client) -> None:
+def test_a_cancelled_waiter_leaves_the_line(client: Client) -> None:
     client.lock.Lock(v3lock_pb2.LockRequest(name=b"leave", lease=client.new_lease()), timeout=10)
     call = client.lock.Lock.future(v3lock_pb2.LockRequest(name=b"leave", lease=client.new_lease()))
     until(lambda: len(client.keys(b"leave/")) == 2, "the second in line")
@@ -120,7 +120,7 @@ def test_an_election_from_campaign_to_resignation(client: Client) -> None:
     observer = election.Observe(v3election_pb2.LeaderRequest(name=name), timeout=20)
     requests = [v3election_pb2.CampaignRequest(name=name, lease=client.new_lease(), value=b"%d" % n) for n in (1, 2)]
     with ThreadPoolExecutor(2) as pool:
-        # The observer may come before or after the first leader: it sees it either way.
+        # The observer may start before or after the first election: it gets the first leader either way.
         won = election.Campaign(requests[0], timeout=10)
         assert (won.leader.name, won.leader.key) == (name, b"leader/%x" % requests[0].lease)
         assert next(observer).kv.value == b"1"

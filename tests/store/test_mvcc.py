@@ -1,4 +1,4 @@
-"""The multi-version store, where it is not a matter of comparing with etcd (test_conformance.py)."""
+"""The multi-version store, beyond the comparison with etcd (test_conformance.py)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_versions_count_from_each_creation() -> None:
     assert (then.create_revision, then.mod_revision, then.version) == (2, 4, 3)
 
 
-def test_what_may_be_read_after_a_compaction() -> None:
+def test_readable_revisions_after_a_compaction() -> None:
     store = Mvcc()
     for _ in range(5):
         put(store, b"a")
@@ -118,7 +118,7 @@ def test_the_changes_at_the_compact_revision_stay_in_the_log() -> None:
     assert len(store.index) == 1
 
 
-def test_the_previous_value_is_gone_once_it_is_compacted() -> None:
+def test_a_compacted_previous_value_is_not_returned() -> None:
     store = Mvcc()
     put(store, b"a", b"1")
     put(store, b"a", b"2")
@@ -132,7 +132,7 @@ def test_the_previous_value_is_gone_once_it_is_compacted() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_compaction_changes_no_read_that_is_still_allowed(seed: int) -> None:
+def test_compaction_does_not_change_allowed_reads(seed: int) -> None:
     rng = Random(seed)
     store, untouched = Mvcc(), Mvcc()
     for _ in range(200):

@@ -16,7 +16,7 @@ print(*sorted({name.partition(".")[0] for name in set(sys.modules) - allowed}))
 """
 
 
-def test_the_state_loads_nothing_impure() -> None:
+def test_the_state_imports_no_impure_module() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     loaded = done.stdout.split()
     assert "upstream" in loaded

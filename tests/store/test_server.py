@@ -40,7 +40,7 @@ def scrape(running: RunningStore) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
-def test_headers_say_who_answers(client: Client) -> None:
+def test_headers_have_the_ids_of_the_store(client: Client) -> None:
     response = client.ask(rpc_pb2.PutRequest(key=b"a"))
     assert isinstance(response, rpc_pb2.PutResponse)
     assert response.header.cluster_id
@@ -64,12 +64,12 @@ def test_refusals_become_statuses(client: Client, request_: rpc_pb2.PutRequest, 
     assert client.ask(request_) == Refused(expected.code, expected.text)
 
 
-def test_a_message_too_large_for_etcd_is_refused_in_its_words(client: Client) -> None:
+def test_a_too_large_message_is_refused_with_etcds_text(client: Client) -> None:
     answer = client.ask(rpc_pb2.PutRequest(key=b"a", value=bytes(3 * 1024 * 1024)))
     assert answer == Refused(8, "grpc: received message larger than max (3145736 vs. 2097152)")
 
 
-def test_garbage_is_refused_and_serving_goes_on(client: Client) -> None:
+def test_garbage_is_refused_without_harm(client: Client) -> None:
     call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = client.channel.unary_unary("/etcdserverpb.KV/Put")
     with pytest.raises(grpc.RpcError) as error:
         call(b"\xff\xff\xff", timeout=5)
@@ -77,7 +77,7 @@ def test_garbage_is_refused_and_serving_goes_on(client: Client) -> None:
     assert isinstance(client.ask(rpc_pb2.PutRequest(key=b"a")), rpc_pb2.PutResponse)
 
 
-def test_what_is_not_there_says_why(client: Client) -> None:
+def test_an_unimplemented_call_returns_the_reason(client: Client) -> None:
     maintenance = rpc_pb2_grpc.MaintenanceStub(client.channel)
     with pytest.raises(grpc.RpcError) as error:
         next(maintenance.Snapshot(rpc_pb2.SnapshotRequest(), timeout=5))
@@ -101,7 +101,7 @@ def test_a_watch_over_the_wire(client: Client) -> None:
         assert {r.header.revision for r in now.values()} == {first + 1}
 
 
-def test_a_client_that_does_not_read_is_kept_for_and_holds_nobody_up(running: RunningStore, client: Client) -> None:
+def test_a_slow_client_loses_nothing_and_delays_no_other_client(running: RunningStore, client: Client) -> None:
     count, value = 300, bytes(100_000)
     slow, quick = Client(running.endpoint), client
     with slow.watch() as late, quick.watch() as prompt:
@@ -128,7 +128,7 @@ def test_a_thousand_creates_at_once_are_all_answered(client: Client) -> None:
         assert [call.next().watch_id for _ in range(1000)] == list(range(1000))
 
 
-def test_watchers_are_counted_and_gone_after_their_stream(running: RunningStore, client: Client) -> None:
+def test_watchers_are_counted_until_their_stream_ends(running: RunningStore, client: Client) -> None:
     with client.watch() as call:
         call.create(rpc_pb2.WatchCreateRequest(key=b"counted"))
         call.create(rpc_pb2.WatchCreateRequest(key=b"counted"))
@@ -147,7 +147,7 @@ def test_watchers_are_counted_and_gone_after_their_stream(running: RunningStore,
     )
 
 
-def test_an_expired_lease_takes_its_keys_along(client: Client) -> None:
+def test_an_expired_lease_deletes_its_keys(client: Client) -> None:
     granted = client.lease.LeaseGrant(rpc_pb2.LeaseGrantRequest(TTL=1))
     revision = client.kv.Put(rpc_pb2.PutRequest(key=b"leased", lease=granted.ID)).header.revision
     with client.watch() as call:
@@ -157,7 +157,7 @@ def test_an_expired_lease_takes_its_keys_along(client: Client) -> None:
     assert client.lease.LeaseTimeToLive(rpc_pb2.LeaseTimeToLiveRequest(ID=granted.ID)).TTL == -1
 
 
-def test_a_physical_compaction_is_done_when_it_is_answered(running: RunningStore, client: Client) -> None:
+def test_a_physical_compaction_is_complete_when_answered(running: RunningStore, client: Client) -> None:
     for _ in range(600):
         revision = client.kv.Put(rpc_pb2.PutRequest(key=b"old")).header.revision
     client.kv.Compact(rpc_pb2.CompactionRequest(revision=revision, physical=True))
@@ -165,7 +165,7 @@ def test_a_physical_compaction_is_done_when_it_is_answered(running: RunningStore
     assert sum(record.key == b"old" for record in running.store.state.mvcc.index.records()) == 1
 
 
-def test_the_hash_is_that_of_what_a_compaction_keeps(running: RunningStore, client: Client) -> None:
+def test_the_hash_covers_only_what_a_compaction_keeps(running: RunningStore, client: Client) -> None:
     maintenance = rpc_pb2_grpc.MaintenanceStub(client.channel)
     for at in range(50):
         revision = client.kv.Put(rpc_pb2.PutRequest(key=b"hashed/%d" % (at % 5))).header.revision
@@ -194,7 +194,7 @@ def test_health_and_reflection(client: Client) -> None:
     assert {"etcdserverpb.KV", "etcdserverpb.Watch", "v3lockpb.Lock", "grpc.health.v1.Health"} <= set(services)
 
 
-def test_http_side(running: RunningStore) -> None:
+def test_http_endpoints(running: RunningStore) -> None:
     def read(path: str) -> dict[str, str]:
         with urllib.request.urlopen(running.metrics_url + path, timeout=5) as answer:
             parsed: dict[str, str] = json.load(answer)
@@ -204,7 +204,7 @@ def test_http_side(running: RunningStore) -> None:
     assert read("/version") == {"etcdserver": "3.5.30", "etcdcluster": "3.5.0"}
 
 
-def test_a_port_in_use_is_one_clear_line() -> None:
+def test_a_port_in_use_gives_an_error_of_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

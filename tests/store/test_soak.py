@@ -1,4 +1,4 @@
-"""A minute of mixed load with kill -9 in between: nothing acknowledged is lost."""
+"""A minute of mixed load with kill -9 in between: no acknowledged write is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The span index against a plain search."""
+"""The span index compared with a linear search."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def some_span(rng: Random) -> Span:
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_finds_what_a_plain_search_finds(seed: int) -> None:
+def test_results_match_a_linear_search(seed: int) -> None:
     rng = Random(seed)
     index: SpanIndex[Span] = SpanIndex()
     spans: set[Span] = set()

@@ -1,4 +1,4 @@
-"""The watchable store: what a watch gets, in every group it passes through, on streams of every speed."""
+"""The watchable store: the events of a watch in every watcher group, on slow and fast streams."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def take_all(stream: WatchStream) -> list[WatchMessage]:
 
 
 def brief(message: WatchMessage) -> str:
-    """Write a message on one line: id, what it is, header revision, events."""
+    """Format a message on one line: id, type, header revision, events."""
     words = [str(message.watch_id)]
     words += ["created"] * message.created + ["canceled"] * message.canceled
     words.append(f"@{message.revision}")
@@ -65,7 +65,7 @@ def decoded(state: StoreState, message: WatchMessage) -> list[rpc_pb2.WatchRespo
     return [rpc_pb2.WatchResponse.FromString(piece) for piece in encode_message(state.head, message)]
 
 
-def test_a_watch_of_now_gets_what_comes() -> None:
+def test_a_watch_from_now_gets_new_events() -> None:
     state = new_state()
     put(state, b"a")
     stream = state.watchable.open_stream()
@@ -78,7 +78,7 @@ def test_a_watch_of_now_gets_what_comes() -> None:
     assert story(stream) == ["0 created @2", "1 created @2", "0 @3 +a3", "1 @4 +c4", "0 @5 -a5"]
 
 
-def test_a_watch_of_the_past_catches_up_and_goes_on() -> None:
+def test_a_watch_from_the_past_catches_up_and_continues() -> None:
     state = new_state()
     for key in (b"a", b"b", b"a"):
         put(state, key)
@@ -93,7 +93,7 @@ def test_a_watch_of_the_past_catches_up_and_goes_on() -> None:
     assert state.watchable.slow_watchers == 0
 
 
-def test_a_watch_of_the_future_waits_for_its_start() -> None:
+def test_a_watch_from_the_future_waits_for_its_start() -> None:
     state = new_state()
     stream = state.watchable.open_stream()
     stream.create(b"a", start_revision=4)
@@ -102,7 +102,7 @@ def test_a_watch_of_the_future_waits_for_its_start() -> None:
     assert story(stream) == ["0 created @1", "0 @4 +a4", "0 @5 +a5"]
 
 
-def test_a_watch_of_a_revision_not_there_yet_keeps_progress_quiet() -> None:
+def test_a_watch_from_the_future_holds_back_progress() -> None:
     state = new_state()
     stream = state.watchable.open_stream()
     stream.create(b"a", start_revision=2)
@@ -113,7 +113,7 @@ def test_a_watch_of_a_revision_not_there_yet_keeps_progress_quiet() -> None:
     assert story(stream) == ["-1 @2"]
 
 
-def test_progress_waits_for_all_watches_of_the_stream_and_needs_one() -> None:
+def test_progress_needs_a_watch_and_waits_for_all_watches() -> None:
     state = new_state()
     put(state, b"a")
     stream = state.watchable.open_stream()
@@ -128,7 +128,7 @@ def test_progress_waits_for_all_watches_of_the_stream_and_needs_one() -> None:
     assert story(stream) == ["1 @2 +a2", "-1 @2", "0 @3 +x3"]
 
 
-def test_progress_ticks_for_quiet_watches_that_asked_for_it() -> None:
+def test_progress_ticks_notify_quiet_watches_on_request() -> None:
     state = new_state()
     stream = state.watchable.open_stream()
     stream.create(b"a", progress_notify=True)
@@ -143,7 +143,7 @@ def test_progress_ticks_for_quiet_watches_that_asked_for_it() -> None:
     assert story(stream) == ["0 @2", "1 @2"]
 
 
-def test_a_compacted_start_is_cancelled_and_its_id_stays_taken() -> None:
+def test_a_compacted_start_is_cancelled_and_its_id_stays_used() -> None:
     state = new_state()
     for _ in range(5):
         put(state, b"a")
@@ -169,7 +169,7 @@ def test_a_compacted_start_is_cancelled_and_its_id_stays_taken() -> None:
     ]
 
 
-def test_a_watch_overtaken_by_a_compaction_while_it_catches_up_is_cancelled() -> None:
+def test_a_watch_compacted_while_catching_up_is_cancelled() -> None:
     state = new_state()
     state.watchable.limits = WatchLimits(batch_revisions_max=2)
     for _ in range(6):
@@ -182,7 +182,7 @@ def test_a_watch_overtaken_by_a_compaction_while_it_catches_up_is_cancelled() ->
     assert story(stream) == ["0 created @7", "0 @7 +a2 +a3", "0 canceled @7 compacted=6"]
 
 
-def test_ids_count_up_skip_those_in_use_and_never_go_back() -> None:
+def test_automatic_ids_increase_and_skip_ids_in_use() -> None:
     state = new_state()
     stream = state.watchable.open_stream()
     assert stream.create(b"a", watch_id=1) == 1
@@ -211,7 +211,7 @@ def test_refused_creates(key: bytes, range_end: bytes, start_revision: int, reas
     assert state.watchable.stats.watchers == 0
 
 
-def test_an_empty_key_is_the_smallest_one_and_a_zero_end_is_everything() -> None:
+def test_an_empty_key_is_the_smallest_and_a_zero_end_is_open() -> None:
     state = new_state()
     stream = state.watchable.open_stream()
     stream.create(b"")
@@ -221,7 +221,7 @@ def test_an_empty_key_is_the_smallest_one_and_a_zero_end_is_everything() -> None
     assert [message.watch_id for message in take_all(stream)[2:]] == [0, 1, 1]
 
 
-def test_nothing_of_a_watch_follows_its_cancel_and_unknown_ids_are_not_answered() -> None:
+def test_cancel_is_the_last_message_and_ignores_unknown_ids() -> None:
     state = new_state()
     stream = state.watchable.open_stream()
     stream.create(b"a")
@@ -233,7 +233,7 @@ def test_nothing_of_a_watch_follows_its_cancel_and_unknown_ids_are_not_answered(
     assert story(stream) == ["0 created @1", "0 @2 +a2", "0 canceled @2"]
 
 
-def test_filters_leave_out_events_and_empty_answers() -> None:
+def test_filters_omit_events_and_empty_responses() -> None:
     state = new_state()
     put(state, b"a")
     stream = state.watchable.open_stream()
@@ -246,7 +246,7 @@ def test_filters_leave_out_events_and_empty_answers() -> None:
     assert story(stream)[3:] == ["1 @2 +a2", "0 @3 -a3", "-1 @3"]
 
 
-def test_previous_values_where_asked_for() -> None:
+def test_previous_values_are_sent_on_request_only() -> None:
     state = new_state()
     put(state, b"a", b"1")
     stream = state.watchable.open_stream()
@@ -263,7 +263,7 @@ def test_previous_values_where_asked_for() -> None:
     assert previous == {0: [b"", b"1", b"2", b""], 1: [b"", b"", b"", b""]}
 
 
-def test_a_full_stream_makes_victims_and_others_do_not_notice() -> None:
+def test_a_full_stream_makes_victims_and_delays_no_other() -> None:
     state = new_state()
     slow, quick = state.watchable.open_stream(), state.watchable.open_stream()
     slow.create(b"a")
@@ -303,7 +303,7 @@ def test_catch_up_answers_are_bounded_in_revisions_and_bytes() -> None:
     assert sizes == {0: [1000, 1000, 500], 1: [3, 2]}
 
 
-def test_large_answers_are_split_for_those_who_asked() -> None:
+def test_large_responses_are_split_on_request_only() -> None:
     state = new_state()
     stream = state.watchable.open_stream()
     stream.create(b"", b"\x00", fragment=True)
@@ -338,7 +338,7 @@ def test_closing_a_stream_leaves_nothing_behind() -> None:
 
 
 class Viewer:
-    """One watch on a stream of its own that is read now and then, with everything it got."""
+    """One watch on its own stream that is read at random times, with all its events."""
 
     def __init__(self, state: StoreState, rng: Random) -> None:
         self.stream = state.watchable.open_stream()

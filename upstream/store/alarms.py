@@ -1,9 +1,8 @@
-"""
-Alarms: what an operator raises to stop writes, and ends again.
+"""Alarms, which an operator raises to stop writes, and disarms.
 
-etcd raises them by itself too, when its quota is used up or its data differ between members; this store has no quota
-and no other members, so an alarm here is always somebody's wish. Source: etcd server/etcdserver/api/v3alarm and
-apply/{capped,corrupt}.go. They are kept over a restart.
+etcd also raises them by itself, when its quota is used up or its data differ between members. This store has no quota
+and no other members, so only clients raise alarms here. They survive a restart. Source: etcd
+server/etcdserver/api/v3alarm and apply/{capped,corrupt}.go.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from upstream.store.errors import StoreError
 
 _Type = rpc_pb2.AlarmType
 Alarm = tuple[int, "rpc_pb2.AlarmType.ValueType"]
-"""(member id as asked for, what)"""
+"""(member id as given in the request, alarm type)"""
 
 
 class Alarms:
-    """The alarms that are raised."""
+    """The raised alarms."""
 
     __slots__ = ("_raised",)
 
@@ -31,7 +30,7 @@ class Alarms:
         return bool(self._raised)
 
     def answer(self, request: rpc_pb2.AlarmRequest) -> list[Alarm]:
-        """Raise, end or list alarms; return those concerned."""
+        """Raise, disarm or list alarms; return the alarms concerned."""
         alarm = (request.memberID, request.alarm)
         if request.action == rpc_pb2.AlarmRequest.GET:
             return [one for one in self._raised if request.alarm in (_Type.NONE, one[1])]
@@ -46,19 +45,19 @@ class Alarms:
         return [alarm]
 
     def all(self) -> list[Alarm]:
-        """Return the alarms that are raised."""
+        """Return the raised alarms."""
         return list(self._raised)
 
     def load(self, alarms: Iterable[Alarm]) -> None:
-        """Take over what `all` returned once."""
+        """Restore alarms that `all` returned."""
         self._raised = dict.fromkeys(alarms)
 
     def is_raised(self, kind: rpc_pb2.AlarmType.ValueType) -> bool:
-        """Tell whether any member has this alarm."""
+        """Return whether any member has this alarm."""
         return any(raised == kind for _, raised in self._raised)
 
     def check(self, *, grows: bool = False) -> None:
-        """Refuse every write under CORRUPT, and those that let data grow under NOSPACE. Raises StoreError."""
+        """Refuse every write under CORRUPT, and writes that let data grow under NOSPACE. Raises StoreError."""
         if not self._raised:
             return
         if self.is_raised(_Type.CORRUPT):
@@ -75,5 +74,5 @@ class Alarms:
 
 
 def _name(kind: rpc_pb2.AlarmType.ValueType) -> str:
-    """Name an alarm as Go prints it: clients may raise one of a kind that nobody knows."""
+    """Return an alarm type's name as Go prints it, a number for an unknown type: clients may raise those too."""
     return _Type.Name(kind) if kind in _Type.values() else str(kind)

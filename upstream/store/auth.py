@@ -1,12 +1,11 @@
-"""
-Users, roles and permissions: who may do what.
+"""Users, roles, permissions and tokens, and the checks on them.
 
-Pure: time is passed in, tokens and password hashes are made by the caller (hashing takes milliseconds on purpose, and
-belongs on a thread). As long as auth is off every check passes. Source: etcd server/auth/store.go and
-range_perm_cache.go; tokens are etcd's "simple" ones, which live as long as they are used.
+Pure: time is passed in, and the caller makes tokens and password hashes (hashing takes milliseconds by design, so it
+runs on a thread). While auth is off every check passes. Source: etcd server/auth/store.go and range_perm_cache.go.
+Tokens are etcd's "simple" tokens, which stay valid as long as they are used.
 
-One difference is wanted: a permission for [a, b) does not let its user watch or read from a on without end, which
-etcd allowed before 3.5.33.
+One intended difference: a permission for [a, b) does not let its user watch or read from a on without end, which etcd
+allowed before 3.5.33.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from upstream.store.errors import StoreError
 from upstream.store.index import FROM_KEY
 
 ROOT = "root"
-"""The user that must be there to turn auth on, and the role that may do everything."""
+"""The user that must exist before auth can be turned on, and the role that may do everything."""
 
 TOKEN_IDLE_S_MAX = 300.0
 """How long an unused token lives (etcd's --auth-token-ttl default)."""
@@ -31,12 +30,12 @@ _Permission = auth_pb2.Permission
 Span = tuple[bytes, bytes]
 
 LeaseKeys = Callable[[int], list[bytes]]
-"""Returns the keys of a lease, none for one that is not there."""
+"""Returns the keys of a lease, none for an unknown lease."""
 
 
 @dataclass(slots=True)
 class Permissions:
-    """What a user may read and write: spans without overlaps, in order."""
+    """The spans that a user may read and write, without overlaps, in order."""
 
     read: list[Span] = field(default_factory=list)
     write: list[Span] = field(default_factory=list)
@@ -52,20 +51,20 @@ class Auth:
         self.revision = FIRST_AUTH_REVISION
         self.users: dict[str, auth_pb2.User] = {}
         self.roles: dict[str, auth_pb2.Role] = {}
-        # Token -> (user, when it was last used).
+        # Token -> (user, time of last use).
         self._tokens: dict[str, tuple[str, float]] = {}
-        # By user, made when first needed; any change of users or roles drops them all.
+        # By user, computed on first use; any change of users or roles drops all of them.
         self._permissions: dict[str, Permissions] = {}
 
     # Tokens
 
     def add_token(self, token: str, user: str, now: float) -> None:
-        """Remember a token given to a user."""
+        """Add a token issued to a user."""
         self._drop_old_tokens(now)
         self._tokens[token] = (user, now)
 
     def user_of(self, token: str | None, now: float) -> str | None:
-        """Return whose token it is; None without a token or with auth off. Raises StoreError for an invalid one."""
+        """Return the token's user; None without a token or with auth off. Raises StoreError for an invalid token."""
         if not self.enabled or token is None:
             return None
         user, used = self._tokens.get(token, ("", 0.0))
@@ -75,7 +74,7 @@ class Auth:
         return user
 
     def forget_tokens(self, user: str | None = None) -> None:
-        """Make a user's tokens invalid, or everyone's."""
+        """Invalidate a user's tokens, or all tokens."""
         self._tokens = {} if user is None else {t: entry for t, entry in self._tokens.items() if entry[0] != user}
 
     def _drop_old_tokens(self, now: float) -> None:
@@ -84,7 +83,7 @@ class Auth:
     # Checks
 
     def check(self, user: str | None, key: bytes, range_end: bytes = b"", *, write: bool = False) -> None:
-        """Refuse access to [key, range_end) unless the user may. Raises StoreError."""
+        """Refuse access to [key, range_end) unless the user has permission. Raises StoreError."""
         if not self.enabled:
             return
         self.check_user(user)
@@ -97,12 +96,12 @@ class Auth:
             raise StoreError(errors.PERMISSION_DENIED)
 
     def check_user(self, user: str | None) -> None:
-        """Refuse nobody's calls. Raises StoreError."""
+        """Refuse calls without a user. Raises StoreError."""
         if self.enabled and user is None:
             raise StoreError(errors.USER_EMPTY)
 
     def check_admin(self, user: str | None) -> None:
-        """Refuse anyone but those with the root role. Raises StoreError."""
+        """Refuse users without the root role. Raises StoreError."""
         if not self.enabled:
             return
         if not user:
@@ -113,7 +112,7 @@ class Auth:
             raise StoreError(errors.PERMISSION_DENIED)
 
     def is_admin(self, user: str | None) -> bool:
-        """Tell whether check_admin passes."""
+        """Return whether check_admin passes."""
         try:
             self.check_admin(user)
         except StoreError:
@@ -124,7 +123,7 @@ class Auth:
         """
         Refuse a put. Raises StoreError.
 
-        Its lease's keys must be the user's to write too, who could not revoke the lease otherwise.
+        The user must have write permission on all keys of the lease too, since revoking the lease deletes them.
         """
         if not self.enabled:
             return
@@ -141,7 +140,7 @@ class Auth:
             self.check(user, request.key, request.range_end)
 
     def check_txn(self, user: str | None, request: rpc_pb2.TxnRequest, lease_keys: LeaseKeys) -> None:
-        """Refuse a transaction of which any part, taken or not, is not the user's. Raises StoreError."""
+        """Refuse a transaction if any part of it, taken or not, is not permitted. Raises StoreError."""
         if not self.enabled:
             return
         for compare in request.compare:
@@ -161,7 +160,7 @@ class Auth:
     # Changes
 
     def changed(self) -> None:
-        """Note a change of users or roles."""
+        """Record a change of users or roles."""
         self.revision += 1
         self._permissions.clear()
 
@@ -181,17 +180,17 @@ class Auth:
             known = self._permissions[user] = Permissions(merge(read), merge(write))
         return known
 
-    # Keeping
+    # Storing
 
     def rows(self) -> dict[str, bytes]:
-        """Return everything to keep, by name."""
+        """Return the state to store, by name."""
         state = b"%d %d" % (self.enabled, self.revision)
         users = {f"user/{name}": user.SerializeToString() for name, user in self.users.items()}
         roles = {f"role/{name}": role.SerializeToString() for name, role in self.roles.items()}
         return {"state": state, **users, **roles}
 
     def load(self, rows: dict[str, bytes]) -> None:
-        """Take over what `rows` returned once. Tokens are not kept: clients ask for new ones."""
+        """Restore what `rows` returned. Tokens are not stored: clients authenticate again."""
         for name, data in rows.items():
             kind, _, rest = name.partition("/")
             if kind == "user":
@@ -204,12 +203,12 @@ class Auth:
 
 
 def _end(span: Span) -> bytes:
-    """Return where a span ends, as a range_end that is never empty."""
+    """Return the end of a span, as a range_end that is never empty."""
     return span[1] or span[0] + b"\x00"
 
 
 def merge(spans: list[Span]) -> list[Span]:
-    """Join spans that overlap or touch; none has an empty range_end afterwards."""
+    """Merge spans that overlap or touch; the result has no empty range_end."""
     merged: list[Span] = []
     for start, end in sorted((span[0], _end(span)) for span in spans):
         if merged and (merged[-1][1] == FROM_KEY or start <= merged[-1][1]):
@@ -221,6 +220,6 @@ def merge(spans: list[Span]) -> list[Span]:
 
 
 def covers(merged: list[Span], key: bytes, range_end: bytes) -> bool:
-    """Tell whether one of the merged spans has all of [key, range_end)."""
+    """Return whether one of the merged spans contains all of [key, range_end)."""
     end = _end((key, range_end))
     return any(start <= key and (upto == FROM_KEY or (end != FROM_KEY and end <= upto)) for start, upto in merged)

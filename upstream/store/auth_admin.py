@@ -1,8 +1,7 @@
-"""
-Managing users and roles: the calls of the Auth service on the auth store.
+"""Management of users and roles: the calls of the Auth service on the auth store.
 
-Each refuses what etcd refuses, in etcd's order (server/auth/store.go), and notes a change once it has made one. Who
-may call is checked by the caller.
+Each function makes etcd's checks in etcd's order (server/auth/store.go), and records a change once it has made one.
+The caller checks that the user may manage auth at all.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from upstream.store.index import FROM_KEY
 
 
 def enable(auth: Auth) -> None:
-    """Turn auth on; there must be a root user with the root role. Raises StoreError."""
+    """Turn auth on; a root user with the root role must exist. Raises StoreError."""
     if auth.enabled:
         return
     if ROOT not in auth.users:
@@ -26,7 +25,7 @@ def enable(auth: Auth) -> None:
 
 
 def disable(auth: Auth) -> None:
-    """Turn auth off; all tokens end."""
+    """Turn auth off and invalidate all tokens."""
     if not auth.enabled:
         return
     auth.enabled = False
@@ -35,7 +34,7 @@ def disable(auth: Auth) -> None:
 
 
 def password_of(auth: Auth, name: str) -> bytes:
-    """Return a user's password hash, to be compared. Raises StoreError when there can be none."""
+    """Return a user's password hash. Raises StoreError when auth is off or the user has none."""
     if not auth.enabled:
         raise StoreError(errors.AUTH_NOT_ENABLED)
     if name not in auth.users:
@@ -59,7 +58,7 @@ def user_add(auth: Auth, request: rpc_pb2.AuthUserAddRequest, password: bytes) -
 
 
 def user_delete(auth: Auth, name: str) -> None:
-    """Delete a user and end its tokens. Raises StoreError."""
+    """Delete a user and invalidate its tokens. Raises StoreError."""
     if auth.enabled and name == ROOT:
         raise StoreError(errors.INVALID_AUTH_MANAGEMENT)
     if name not in auth.users:
@@ -70,7 +69,7 @@ def user_delete(auth: Auth, name: str) -> None:
 
 
 def user_change_password(auth: Auth, name: str, password: bytes) -> None:
-    """Give a user a new password hash and end its tokens. Raises StoreError."""
+    """Set a user's password hash and invalidate its tokens. Raises StoreError."""
     user = _user(auth, name)
     if not user.options.no_password:
         user.password = password
@@ -79,7 +78,7 @@ def user_change_password(auth: Auth, name: str, password: bytes) -> None:
 
 
 def user_grant_role(auth: Auth, name: str, role: str) -> None:
-    """Give a user a role; one it has already is no change. Raises StoreError."""
+    """Grant a user a role; granting it again changes nothing. Raises StoreError."""
     user = _user(auth, name)
     if role != ROOT and role not in auth.roles:
         raise StoreError(errors.ROLE_NOT_FOUND)
@@ -92,7 +91,7 @@ def user_grant_role(auth: Auth, name: str, role: str) -> None:
 
 
 def user_revoke_role(auth: Auth, name: str, role: str) -> None:
-    """Take a role from a user. Raises StoreError."""
+    """Revoke a role from a user. Raises StoreError."""
     if auth.enabled and name == ROOT and role == ROOT:
         raise StoreError(errors.INVALID_AUTH_MANAGEMENT)
     user = _user(auth, name)
@@ -118,7 +117,7 @@ def role_add(auth: Auth, name: str) -> None:
 
 
 def role_delete(auth: Auth, name: str) -> None:
-    """Delete a role, and take it from all users. Raises StoreError."""
+    """Delete a role and revoke it from all users. Raises StoreError."""
     if auth.enabled and name == ROOT:
         raise StoreError(errors.INVALID_AUTH_MANAGEMENT)
     _role(auth, name)
@@ -138,14 +137,14 @@ def role_permissions(auth: Auth, name: str) -> list[auth_pb2.Permission]:
 
 
 def role_grant_permission(auth: Auth, request: rpc_pb2.AuthRoleGrantPermissionRequest) -> None:
-    """Give a role a permission, or change the kind of one it has. Raises StoreError."""
+    """Grant a role a permission, or change the type of an existing one. Raises StoreError."""
     if not request.HasField("perm"):
         raise StoreError(errors.PERMISSION_NOT_GIVEN)
     given = request.perm
     if not given.key or (given.range_end not in (b"", FROM_KEY) and given.key >= given.range_end):
         raise StoreError(errors.INVALID_AUTH_MANAGEMENT)
     role = _role(auth, request.name)
-    # As in etcd, only the first permission with the key is looked at.
+    # As in etcd, only the first permission with the key is compared.
     same = next((known for known in role.keyPermission if known.key >= given.key), None)
     if same is not None and (same.key, same.range_end) == (given.key, given.range_end):
         same.permType = given.permType
@@ -157,7 +156,7 @@ def role_grant_permission(auth: Auth, request: rpc_pb2.AuthRoleGrantPermissionRe
 
 
 def role_revoke_permission(auth: Auth, name: str, key: bytes, range_end: bytes) -> None:
-    """Take a permission from a role. Raises StoreError."""
+    """Revoke a permission from a role. Raises StoreError."""
     role = _role(auth, name)
     left = [known for known in role.keyPermission if (known.key, known.range_end) != (key, range_end)]
     if len(left) == len(role.keyPermission):

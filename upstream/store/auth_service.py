@@ -19,7 +19,7 @@ from upstream.store.calls import service
 from upstream.store.errors import StoreError
 from upstream.store.service import StoreService
 
-# scrypt's cost: about 10 ms and 4 MiB a password, what etcd's bcrypt takes in time at its default.
+# scrypt's cost: about 10 ms and 4 MiB a password; etcd's bcrypt takes as long at its default cost.
 _SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 2**12, 8, 1
 _SALT_BYTES = 16
 _PASSWORD_BYTES_MAX = 72
@@ -33,7 +33,7 @@ def hash_password(password: str, salt: bytes | None = None) -> bytes:
 
 
 def check_password(request: rpc_pb2.AuthUserAddRequest | rpc_pb2.AuthUserChangePasswordRequest) -> None:
-    """Refuse a password longer than etcd takes. Raises StoreError."""
+    """Refuse a password longer than etcd accepts. Raises StoreError."""
     if isinstance(request, rpc_pb2.AuthUserAddRequest) and request.options.no_password:
         return
     if len(request.password.encode()) > _PASSWORD_BYTES_MAX:
@@ -41,7 +41,7 @@ def check_password(request: rpc_pb2.AuthUserAddRequest | rpc_pb2.AuthUserChangeP
 
 
 def is_password(password: str, hashed: bytes) -> bool:
-    """Tell whether a password is the hashed one."""
+    """Return whether a password matches its hash."""
     return hmac.compare_digest(hash_password(password, hashed[:_SALT_BYTES]), hashed)
 
 
@@ -81,7 +81,7 @@ class AuthService(StoreService):
         )
 
     async def _change(self, user: str | None, change: Callable[[], None]) -> None:
-        """Let an administrator change something, durably. Raises StoreError."""
+        """Run a change on behalf of an administrator, durably. Raises StoreError."""
 
         def apply() -> None:
             self._auth.check_admin(user)
@@ -137,7 +137,7 @@ class AuthService(StoreService):
         return response
 
     async def user_get(self, request: rpc_pb2.AuthUserGetRequest, user: str | None) -> rpc_pb2.AuthUserGetResponse:
-        """Answer UserGet: anyone may ask about themselves."""
+        """Answer UserGet; every user may read its own entry."""
         if request.name != user:
             self._auth.check_admin(user)
         response = rpc_pb2.AuthUserGetResponse(roles=admin.user_roles(self._auth, request.name))
@@ -197,7 +197,7 @@ class AuthService(StoreService):
         return response
 
     async def role_get(self, request: rpc_pb2.AuthRoleGetRequest, user: str | None) -> rpc_pb2.AuthRoleGetResponse:
-        """Answer RoleGet: anyone may ask about roles of their own."""
+        """Answer RoleGet; every user may read its own roles."""
         own = user is not None and user in self._auth.users and request.role in self._auth.users[user].roles
         if not own:
             self._auth.check_admin(user)

@@ -1,9 +1,8 @@
-"""
-From a gRPC call to a method of the store, and back: what all services share.
+"""The gRPC plumbing that all services share, from a call to a method of the store and back.
 
-Messages are taken and given as bytes, so that their sizes are known: for the byte counters, and because etcd refuses
-a large request with texts of its own. A service is a table of methods; whatever it raises as StoreError becomes the
-call's status.
+Messages are passed as bytes, because their sizes are needed: for the byte counters, and because etcd refuses large
+requests with its own texts. A service is a table of methods; a StoreError that a method raises becomes the status of
+the call.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ REQUEST_BYTES_MAX = 1536 * 1024
 """The largest write: etcd's --max-request-bytes default."""
 
 MESSAGE_BYTES_MAX = REQUEST_BYTES_MAX + 512 * 1024
-"""The largest message taken at all: the same with the overhead etcd's gRPC server allows for."""
+"""The largest message accepted at all: the largest write plus the overhead that etcd's gRPC server allows."""
 
 Request = TypeVar("Request", bound=Message)
 # In quotes because only the stubs make these classes generic.
@@ -34,8 +33,8 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
 
 _CODES = {Status(code.value[0]): code for code in grpc.StatusCode}
 
-# etcd's maintenance calls pass refusals of auth on as they are, without making them errors of its API
-# (v3rpc/maintenance.go, authMaintenanceServer).
+# etcd's maintenance calls return auth's own errors, without mapping them to errors of the API (v3rpc/maintenance.go,
+# authMaintenanceServer).
 _BARE_REFUSALS = {
     errors.USER_EMPTY: Refusal(Status.UNKNOWN, "auth: user name is empty"),
     errors.INVALID_AUTH_TOKEN: Refusal(Status.UNKNOWN, "auth: invalid auth token"),
@@ -46,7 +45,7 @@ _BARE_REFUSALS = {
 
 @dataclass(slots=True)
 class Traffic:
-    """Bytes of messages, without framing, as etcd counts them (etcd_network_client_grpc_*_bytes_total)."""
+    """Message bytes, without framing, as etcd counts them (etcd_network_client_grpc_*_bytes_total)."""
 
     received: int = 0
     sent: int = 0
@@ -54,9 +53,10 @@ class Traffic:
 
 def _without_code(refusal: Refusal) -> Refusal:
     """
-    Take the code off the refusals of Lock and Election.
+    Remove the code from a refusal of Lock or Election.
 
-    etcd's are clients of its other services (v3client), and errors lose their code on the way; not those of gRPC.
+    In etcd these two services are clients of the others (v3client), and errors lose their code on the way, except
+    gRPC's own errors.
     """
     if refusal.code in (Status.UNAVAILABLE, Status.INTERNAL, Status.RESOURCE_EXHAUSTED):
         return refusal
@@ -64,12 +64,12 @@ def _without_code(refusal: Refusal) -> Refusal:
 
 
 async def end(context: Context, refusal: Refusal) -> None:
-    """End a call with a refusal; does not return."""
+    """End a call with a refusal; never returns."""
     await context.abort(_CODES[refusal.code], refusal.text)
 
 
 def parse(kind: type[Request], data: bytes) -> Request:
-    """Parse a request. Raises StoreError when it is too large or not one."""
+    """Parse a request. Raises StoreError when it is too large or malformed."""
     if len(data) > MESSAGE_BYTES_MAX:
         text = f"grpc: received message larger than max ({len(data)} vs. {MESSAGE_BYTES_MAX})"
         raise StoreError(Refusal(Status.RESOURCE_EXHAUSTED, text))
@@ -82,13 +82,13 @@ def parse(kind: type[Request], data: bytes) -> Request:
 
 
 def check_write_size(data: bytes) -> None:
-    """Refuse a write larger than etcd would put into its log. Raises StoreError."""
+    """Refuse a write larger than etcd would write to its log. Raises StoreError."""
     if len(data) > REQUEST_BYTES_MAX:
         raise StoreError(errors.REQUEST_TOO_LARGE)
 
 
 class Calls:
-    """What the handlers of all services share: the byte counters, and whose call it is."""
+    """What the handlers of all services share: the byte counters, and the lookup of a call's user."""
 
     __slots__ = ("_auth", "traffic")
 
@@ -97,7 +97,7 @@ class Calls:
         self.traffic = Traffic()
 
     def user(self, context: Context) -> str | None:
-        """Return the user whose token a call carries, None without one. Raises StoreError for an invalid token."""
+        """Return the user of the call's token, None without a token. Raises StoreError for an invalid token."""
         if not self._auth.enabled:
             return None
         metadata = dict(context.invocation_metadata() or ())
@@ -105,15 +105,15 @@ class Calls:
         return self._auth.user_of(str(token).removeprefix("Bearer ") if token else None, monotonic())
 
     def check_maintenance(self, context: Context) -> None:
-        """Refuse a maintenance call to anyone but an administrator. Raises StoreError."""
+        """Refuse a maintenance call unless its user is an administrator. Raises StoreError."""
         try:
             self._auth.check_admin(self.user(context))
         except StoreError as error:
             raise StoreError(_BARE_REFUSALS.get(error.refusal, error.refusal)) from None
 
     async def read(self, context: Context) -> bytes | None:
-        """Read the next message of a stream; None when the client has ended its side."""
-        # The stubs do not know that EOF comes as a value.
+        """Read the next message of a stream; None when the client has closed its side."""
+        # At the end gRPC returns the value EOF, which is missing from the stubs.
         data = cast(object, await context.read())
         if not isinstance(data, bytes):
             return None
@@ -138,9 +138,9 @@ class Calls:
         """
         Make the handler of a unary method.
 
-        `write` says that the size limit of writes applies, `maintenance` that only an administrator may, `codeless`
-        that refusals lose their code, `check` finds the requests that are refused whoever sends them. `answer` gets the
-        request and the user whose call it is (None without a token).
+        `write`: the size limit of writes applies. `maintenance`: only administrators may call it. `codeless`: refusals
+        lose their code. `check` raises for requests that are malformed for any user; it decides the error when the
+        token is invalid too. `answer` gets the request and the call's user (None without a token).
         """
 
         async def call(data: bytes, context: Context) -> bytes:
@@ -180,7 +180,7 @@ def stream(call: Callable[[Context], Coroutine[Any, Any, None]]) -> Handler:
 
 
 def answers_stream(call: Callable[[bytes, Context], Coroutine[Any, Any, None]]) -> Handler:
-    """Make the handler of a method with one request and a stream of answers, which it writes on the context."""
+    """Make the handler of a method with one request and a stream of answers, written on the context."""
 
     async def run(data: bytes, context: Context) -> None:
         try:
@@ -192,7 +192,7 @@ def answers_stream(call: Callable[[bytes, Context], Coroutine[Any, Any, None]]) 
 
 
 def unimplemented(reason: str, *, streams_answers: bool = False) -> Handler:
-    """Make the handler of a method that the store does not have; it says why."""
+    """Make the handler of a method that the store does not implement; the status carries the reason."""
 
     async def call(_data: bytes, context: Context) -> bytes:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, reason)
@@ -207,5 +207,5 @@ def unimplemented(reason: str, *, streams_answers: bool = False) -> Handler:
 
 
 def service(name: str, methods: Mapping[str, Handler]) -> grpc.GenericRpcHandler:
-    """Make a service of its methods' handlers; `name` is the full one, such as etcdserverpb.KV."""
+    """Make a service from its methods' handlers; `name` is the full name, such as etcdserverpb.KV."""
     return grpc.method_handlers_generic_handler(name, dict(methods))

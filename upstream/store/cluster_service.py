@@ -1,4 +1,4 @@
-"""The Cluster service: one member, which is all this store ever has."""
+"""The Cluster service: the store is always a cluster of one member."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from proto.pb import rpc_pb2
 from upstream.store.calls import Calls, Handler, service, unimplemented
 from upstream.store.state import StoreState
 
-NO_CLUSTER = "the bundled store is a single member: it takes no others (run an etcd cluster for that)"
+NO_CLUSTER = "the bundled store is a single member and cannot add others (run an etcd cluster for that)"
 
 
 class ClusterService:
@@ -19,7 +19,7 @@ class ClusterService:
     def __init__(self, state: StoreState, calls: Calls) -> None:
         self._state = state
         self._calls = calls
-        # What clients are told to connect to; known once the server listens.
+        # The URLs that clients are given; known once the server listens.
         self.client_urls: Sequence[str] = ()
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -31,11 +31,11 @@ class ClusterService:
         return service("etcdserverpb.Cluster", methods)
 
     async def member_list(self, _request: rpc_pb2.MemberListRequest, user: str | None) -> rpc_pb2.MemberListResponse:
-        """Answer MemberList. Without peers there are no peer URLs; the client URL stands in."""
+        """Answer MemberList. The store has no peer URL; the client URL is reported in its place."""
         self._state.auth.check_user(user)
         response = rpc_pb2.MemberListResponse()
         self._state.fill(response.header)
-        # etcd's cluster answers carry no revision.
+        # etcd's Cluster responses have no revision.
         response.header.revision = 0
         identity = self._state.identity
         response.members.add(

@@ -35,7 +35,7 @@ class ElectionService(LineService):
     async def campaign(
         self, request: v3election_pb2.CampaignRequest, user: str | None
     ) -> v3election_pb2.CampaignResponse:
-        """Answer Campaign once elected; a call that is cancelled withdraws."""
+        """Answer Campaign once elected; a cancelled call withdraws."""
         line = self._line(request.name, user)
         lease_id = await line.lease(request.lease)
         key, entered = await line.enter(lease_id, request.value)
@@ -79,7 +79,7 @@ class ElectionService(LineService):
         return v3election_pb2.LeaderResponse(header=header, kv=leader)
 
     async def resign(self, request: v3election_pb2.ResignRequest, user: str | None) -> v3election_pb2.ResignResponse:
-        """Answer Resign; whoever does not lead any more has nothing to resign from."""
+        """Answer Resign; does nothing for a client that is not the leader any more."""
         if not request.HasField("leader"):
             raise StoreError(MISSING_LEADER_KEY)
         response = await self._resign(self._line(request.leader.name, user), request.leader)

@@ -1,9 +1,8 @@
-"""
-The errors etcd answers with: gRPC code and text, exactly.
+"""The errors etcd answers with: exact gRPC code and text.
 
-Clients decide by both (clientv3 maps texts back to its own errors, others only look at the code), so neither may
-differ by a letter. Source: etcd api/v3rpc/rpctypes/error.go. The pure parts raise them; the services turn them into a
-gRPC status.
+Clients depend on both (clientv3 maps texts back to its own errors, other clients look at the code only), so both must
+match exactly. Source: etcd api/v3rpc/rpctypes/error.go. The pure parts raise these errors; the services turn them into
+a gRPC status.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from proto.framing import Status
 
 
 class Refusal(NamedTuple):
-    """What a refused call is answered with."""
+    """The status of a refused call."""
 
     code: Status
     text: str
 
 
 class StoreError(Exception):
-    """A call is refused, for the reason given."""
+    """A call is refused."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal.text)
@@ -67,6 +66,6 @@ INVALID_AUTH_MANAGEMENT = Refusal(Status.INVALID_ARGUMENT, "etcdserver: invalid 
 WATCH_CANCELED = Refusal(Status.CANCELLED, "etcdserver: watch canceled")
 STOPPED = Refusal(Status.UNAVAILABLE, "etcdserver: server stopped")
 
-# Refusals of a watch's creation; they travel as cancel_reason, so the code is only for completeness.
+# Refusals of a watch's create request; sent as cancel_reason, so the code is only for completeness.
 WATCH_RANGE_EMPTY = Refusal(Status.INVALID_ARGUMENT, "mvcc: watcher range is empty")
 WATCH_DUPLICATE_ID = Refusal(Status.INVALID_ARGUMENT, "mvcc: duplicate watch ID provided on the WatchStream")

@@ -1,8 +1,7 @@
-"""
-The HTTP side: /health, /version and /metrics, on addresses of their own (etcd's --listen-metrics-urls).
+"""The HTTP side: /health, /version and /metrics, on their own address (etcd's --listen-metrics-urls).
 
-gRPC owns the client port, so unlike etcd's these are never served there. Metrics have etcd's names, because whoever
-measures an etcd asks for them by name.
+gRPC owns the client port, so unlike in etcd these paths are not served there. Metrics have etcd's names, so that tools
+made for etcd work on them.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ CLUSTER_VERSION = VERSION.rpartition(".")[0] + ".0"
 
 
 class StoreCollector(Collector):
-    """Reads the store's counters when it is scraped: counting costs the store nothing."""
+    """Reads the store's counters on each scrape, so that the store itself pays nothing for metrics."""
 
     def __init__(self, state: StoreState, traffic: Traffic) -> None:
         self._state = state
@@ -34,7 +33,7 @@ class StoreCollector(Collector):
         """Yield all metrics."""
         yield from self._gauges()
         yield from self._counters()
-        version = GaugeMetricFamily("etcd_server_version", "The etcd release whose behaviour is kept.")
+        version = GaugeMetricFamily("etcd_server_version", "The etcd release whose behaviour the store follows.")
         version.add_sample("etcd_server_version", {"server_version": VERSION}, 1)
         yield version
 

@@ -1,10 +1,9 @@
-"""
-The key index: which revisions every key has had, and the keys in order.
+"""The key index: the revisions of every key, and the keys in order.
 
-etcd keeps a B-tree of key indexes, each a list of generations of revisions (server/storage/mvcc/key_index.go). Here a
-key's history is one flat list of records in order of revision: a tombstone ends a generation, and a put behind it
-starts the next, so the generations need no structure of their own. The records themselves stand in the index, so that
-a read of the newest value is one dict lookup.
+etcd has a B-tree of key indexes, each a list of generations of revisions (server/storage/mvcc/key_index.go). Here a
+key's history is one flat list of records in order of revision: a tombstone ends a generation and the next put starts
+another, so generations need no structure of their own. The index holds the records themselves, so that a read of the
+newest value is one dict lookup.
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-# Keys per chunk before it is split. Insertion moves half a chunk on average, a range touches len/chunk chunks:
-# a few thousand keeps both in the microseconds for millions of keys.
+# Keys per chunk before it is split. An insertion moves half a chunk on average, a range touches len/chunk chunks: with
+# a few thousand both take microseconds at millions of keys.
 CHUNK_KEYS_MAX = 2000
 
 FROM_KEY = b"\x00"
-"""A range_end that means every key from the first on (etcd's mkGteRange)."""
+"""A range_end that means every key from the start key on (etcd's mkGteRange)."""
 
 
 @dataclass(slots=True, eq=False)
 class Record:
     """
-    One change of one key. Never changed after it was made; shared by the index, the log and the events.
+    One change of one key. Immutable; shared by the index, the log and the events.
 
     A tombstone has only key, mod_revision and sub_revision, as etcd's delete events do.
     """
@@ -42,7 +41,7 @@ class Record:
 
     @property
     def created(self) -> bool:
-        """Tell whether this put created its key (clientv3's IsCreate)."""
+        """Return whether this put created its key (clientv3's IsCreate)."""
         return self.create_revision == self.mod_revision
 
 
@@ -52,7 +51,7 @@ class SortedKeys:
     __slots__ = ("_chunks", "_lasts")
 
     def __init__(self, keys: Iterable[bytes] = ()) -> None:
-        """Hold the given keys, in any order, without duplicates."""
+        """Start with the given keys, in any order, without duplicates."""
         ordered = sorted(keys)
         half = CHUNK_KEYS_MAX // 2
         self._chunks = [ordered[start : start + half] for start in range(0, len(ordered), half)]
@@ -62,7 +61,7 @@ class SortedKeys:
         return sum(map(len, self._chunks))
 
     def add(self, key: bytes) -> None:
-        """Add a key that is not there yet."""
+        """Add a key that is not present."""
         if not self._chunks:
             self._chunks.append([key])
             self._lasts.append(key)
@@ -71,7 +70,7 @@ class SortedKeys:
         chunk = self._chunks[at]
         insort(chunk, key)
         if len(chunk) > CHUNK_KEYS_MAX:
-            # Keys often arrive in order: splitting off a short tail then leaves the chunk behind nearly full.
+            # Keys often arrive in order: splitting off a short tail then leaves the chunk nearly full.
             middle = CHUNK_KEYS_MAX - 1 if chunk[-1] is key else CHUNK_KEYS_MAX // 2
             self._chunks.insert(at + 1, chunk[middle:])
             self._lasts.insert(at + 1, chunk[-1])
@@ -79,7 +78,7 @@ class SortedKeys:
         self._lasts[at] = self._chunks[at][-1]
 
     def remove(self, key: bytes) -> None:
-        """Remove a key that is there."""
+        """Remove a key that is present."""
         at = bisect_left(self._lasts, key)
         chunk = self._chunks[at]
         place = bisect_left(chunk, key)
@@ -107,7 +106,7 @@ def _mod_revision(record: Record) -> int:
 
 
 def record_at(history: list[Record], revision: int) -> Record | None:
-    """Return the record a key had at a revision, None when it did not exist then."""
+    """Return a key's record at a revision, None when the key did not exist then."""
     if history[-1].mod_revision <= revision:
         record = history[-1]
     else:
@@ -119,7 +118,7 @@ def record_at(history: list[Record], revision: int) -> Record | None:
 
 
 def _first_kept(history: list[Record], revision: int) -> int:
-    """Return the place of the first record that a compaction at a revision keeps; see KeyIndex.compact."""
+    """Return the index of the first record that a compaction at a revision keeps; see KeyIndex.compact."""
     place = bisect_right(history, revision, key=_mod_revision) - 1
     if place < 0:
         return 0
@@ -136,7 +135,7 @@ class KeyIndex:
         self._keys = SortedKeys()
 
     def __len__(self) -> int:
-        """Count the keys that have a history, deleted ones included."""
+        """Count the keys that have a history, including deleted keys."""
         return len(self._histories)
 
     def append(self, record: Record) -> None:
@@ -149,7 +148,7 @@ class KeyIndex:
             history.append(record)
 
     def load(self, records: Iterable[Record]) -> None:
-        """Fill an empty index with records in order of revision, in one go."""
+        """Fill an empty index with records in order of revision."""
         assert not self._histories
         for record in records:
             history = self._histories.setdefault(record.key, [])
@@ -160,14 +159,14 @@ class KeyIndex:
         self._keys = SortedKeys(self._histories)
 
     def newest(self, key: bytes) -> Record | None:
-        """Return a key's newest record, None when it does not exist now."""
+        """Return a key's newest record, None when the key does not exist now."""
         history = self._histories.get(key)
         if history is None or history[-1].deleted:
             return None
         return history[-1]
 
     def get(self, key: bytes, revision: int) -> Record | None:
-        """Return a key's record at a revision, None when it did not exist then."""
+        """Return a key's record at a revision, None when the key did not exist then."""
         history = self._histories.get(key)
         return None if history is None else record_at(history, revision)
 
@@ -182,7 +181,7 @@ class KeyIndex:
             for name in keys:
                 history = histories[name]
                 newest = history[-1]
-                # The plain case of record_at, in line: reads of the present are nearly all reads.
+                # The common case of record_at, inlined: nearly all reads are of the newest revision.
                 if newest.mod_revision <= revision:
                     if not newest.deleted:
                         found.append(newest)
@@ -194,8 +193,8 @@ class KeyIndex:
         """
         Drop a key's records that no read at `revision` or later can see; return the dropped ones.
 
-        The newest record at or below `revision` stays, except a tombstone from before it. A tombstone exactly at it
-        stays: a watch from the compact revision still gets the DELETE (etcd 3.5.18, keyIndex.compact).
+        The newest record at or below `revision` stays, except a tombstone below it. A tombstone exactly at it stays: a
+        watch from the compact revision still gets the DELETE (etcd 3.5.18, keyIndex.compact).
         """
         history = self._histories.get(key)
         if history is None:
@@ -215,7 +214,7 @@ class KeyIndex:
                 yield history[-1]
 
     def records(self, compact_revision: int = 0) -> Iterator[Record]:
-        """Yield every record, in order of keys and revisions, but for those that a compaction drops."""
+        """Yield every record that a compaction would keep, in order of keys and revisions."""
         for keys in self._keys.slices(b"", FROM_KEY):
             for key in keys:
                 history = self._histories[key]

@@ -1,13 +1,12 @@
-"""
-The durable side of the store: its records, leases and revisions in an SQLite file (`--data-dir`).
+"""Durability: the store's records, leases and revisions in an SQLite file (`--data-dir`).
 
-SQLite's write-ahead log is the store's. Everything a write changes is recorded first, in memory, and `commit` puts it
-into the file in one transaction: after that it survives kill -9, and with the file's `synchronous=FULL` a power cut
-too. At the start the file is read back whole; the store itself stays in memory.
+SQLite's write-ahead log serves as the log of the store. The changes of a write are first recorded in memory; `commit`
+writes them to the file in one transaction. After that they survive kill -9 and, with the file's `synchronous=FULL`, a
+power cut too. At the start the whole file is read back; the store itself stays in memory.
 
-A file that is not ours, comes from a newer release, or is damaged is refused and not written to: what it is, is
-decided on its first bytes and on a read-only connection. SQLite notices damage to its own structure only, so each
-record has a checksum. One process at a time may have the file open.
+A file of another program, of a newer release, or with damage is refused and not written to: the checks read its first
+bytes, then open it read-only. SQLite detects damage to its own structure only, so each record has a checksum. Only one
+process at a time may have the file open.
 
 Tables: `records`, one row per change as in the revision log, without those that compactions dropped; `leases`;
 `auth`, users and roles; `alarms`; `meta`, one row of numbers.
@@ -36,10 +35,10 @@ __all__ = ["FILE_NAME", "Journal", "StoreDataError"]
 
 FILE_NAME = "store.db"
 
-# "wmux": how a file of ours is told from any other SQLite file (SQLite's application_id, at byte 68 of the file).
+# "wmux": marks the store's files among SQLite files (SQLite's application_id, at byte 68 of the file).
 APPLICATION_ID = 0x776D7578
 FORMAT = 1
-"""The tables' layout (SQLite's user_version, at byte 60)."""
+"""The version of the tables' layout (SQLite's user_version, at byte 60)."""
 
 _NUMBERS = struct.Struct("<5q?q")
 _MAGIC = b"SQLite format 3\x00"
@@ -65,13 +64,13 @@ CREATE TABLE meta (
 
 
 class Journal(Recorder):
-    """A recorder that keeps everything in a file."""
+    """A recorder that stores everything in a file."""
 
     def __init__(self, directory: Path, cluster_id: int, member_id: int) -> None:
         """
-        Open the directory's file, or create both; the ids are for a new one.
+        Open the directory's file, or create both; the ids are used for a new file only.
 
-        Raises StoreDataError. `stored` has what was in the file until `take_stored` hands it over.
+        Raises StoreDataError. The file's contents are held until `take_stored` returns them.
         """
         self.path = directory / FILE_NAME
         self._records: list[Record] = []
@@ -80,7 +79,7 @@ class Journal(Recorder):
         self._auth: dict[str, bytes] = {}
         self._alarms: list[Alarm] | None = None
         self._compact_revision: int | None = None
-        # Set while a commit is under way: it stays when that fails, and then nothing is written any more.
+        # True during a commit, and after a commit that failed: then nothing is written any more.
         self._failed = False
         with self._explained("be opened"):
             directory.mkdir(parents=True, exist_ok=True)
@@ -92,12 +91,12 @@ class Journal(Recorder):
             self._file.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._file.execute("PRAGMA journal_mode = WAL")
             self._file.execute("PRAGMA synchronous = FULL")
-            # Takes the lock now: a second store on the same directory fails here, not at its first write.
+            # Take the lock now, so that a second store on the same directory fails here, not at its first write.
             self._file.execute("BEGIN IMMEDIATE")
             self._file.execute("COMMIT")
 
     def take_stored(self) -> Stored:
-        """Return what the file held when it was opened; once, since it is everything."""
+        """Return the contents of the file as opened. Only once: the journal then drops its reference to them."""
         stored, self._stored = self._stored, None
         assert stored is not None
         return stored
@@ -162,7 +161,7 @@ class Journal(Recorder):
         self._compact_revision = None
 
     def close(self) -> None:
-        """Write what is left, unless writing has failed before, and close the file, so that it needs no recovery."""
+        """Write pending changes, unless a write has failed, and close the file so that it needs no recovery."""
         try:
             if not self._failed:
                 self.commit()
@@ -170,7 +169,7 @@ class Journal(Recorder):
             self._file.close()
 
     def _check_ours(self) -> None:
-        """Decide on the file's first bytes, which SQLite has not touched. Raises StoreDataError."""
+        """Check the file's first bytes, before SQLite opens the file. Raises StoreDataError."""
         with self.path.open("rb") as file:
             header = file.read(_HEADER_BYTES)
         if header[: len(_MAGIC)] != _MAGIC or len(header) < _HEADER_BYTES:
@@ -178,10 +177,10 @@ class Journal(Recorder):
         if int.from_bytes(header[_APPLICATION_ID]) != APPLICATION_ID:
             raise self._unusable("is an SQLite file of another program")
         if (version := int.from_bytes(header[_USER_VERSION])) != FORMAT:
-            raise self._unusable(f"has format {version}, and this release knows {FORMAT} only")
+            raise self._unusable(f"has format {version}; this release supports format {FORMAT} only")
 
     def _read(self) -> Stored:
-        """Read the file on a read-only connection and check it. Raises _Damaged, sqlite3.Error."""
+        """Read and check the file on a read-only connection. Raises _Damaged, sqlite3.Error."""
         with closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=0)) as file:
             problems = [row[0] for row in file.execute("PRAGMA quick_check(1)")]
             if problems != ["ok"]:
@@ -201,33 +200,33 @@ class Journal(Recorder):
         return stored
 
     def _unusable(self, what: str) -> StoreDataError:
-        return StoreDataError(f"{self.path} {what}; it was left as it is: restore a copy or choose another --data-dir")
+        return StoreDataError(f"{self.path} {what}; it was not changed; restore a copy or choose another --data-dir")
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
-        """Turn errors of the file into one line."""
+        """Turn file errors into StoreDataError with a text of one line."""
         try:
             yield
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
-                text = f"{self.path} is in use by another store; stop that or choose another --data-dir"
+                text = f"{self.path} is in use by another store; stop that one or choose another --data-dir"
                 raise StoreDataError(text) from None
-            raise StoreDataError(f"{self.path} cannot {what}: {error}; see to the disk and its permissions") from None
+            raise StoreDataError(f"{self.path} cannot {what}: {error}; check the disk and its permissions") from None
         except sqlite3.DatabaseError as error:
             raise self._unusable(f"is damaged ({error})") from None
         except (_Damaged, UnicodeDecodeError) as error:
-            # SQLite's own error texts quote what is damaged, which Python may fail to read.
+            # SQLite's error texts quote the damaged data, which may not decode as UTF-8.
             raise self._unusable(f"is damaged ({error})") from None
         except OSError as error:
             reason = error.strerror or error
-            raise StoreDataError(f"{self.path} cannot {what}: {reason}; see to the disk and its permissions") from None
+            raise StoreDataError(f"{self.path} cannot {what}: {reason}; check the disk and its permissions") from None
 
 
 def _create(path: Path, cluster_id: int, member_id: int) -> None:
-    """Make an empty file, whole or not at all."""
+    """Create an empty file, completely or not at all."""
     unfinished = path.with_suffix(".new")
     unfinished.unlink(missing_ok=True)
-    # Not in WAL mode yet: what tells the file as ours has to be in the file itself, not in its log.
+    # Not in WAL mode yet: the application_id must be in the file itself, not in its log.
     with closing(sqlite3.connect(unfinished, isolation_level=None)) as file:
         file.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; {_SCHEMA}")
         numbers = (cluster_id, member_id, FIRST_REVISION, NEVER_COMPACTED)
@@ -263,13 +262,13 @@ def _row(record: Record) -> tuple[int, int, bytes, bytes, int, int, int, bool, i
 
 
 def _record(row: tuple[Any, ...]) -> Record:
-    """Make a record of its row. Raises _Damaged."""
+    """Make a record from its row. Raises _Damaged."""
     mod_revision, sub_revision, key, value, create_revision, version, lease, deleted, checksum = row
     record = Record(key, value, create_revision, mod_revision, sub_revision, version, lease, bool(deleted))
     try:
         right = _checksum(record) == checksum
     except (TypeError, struct.error):
-        # Not even of the right types.
+        # A column has the wrong type.
         right = False
     if not right:
         raise _Damaged(f"the checksum of revision {mod_revision} is wrong")
@@ -277,11 +276,11 @@ def _record(row: tuple[Any, ...]) -> Record:
 
 
 class _Damaged(Exception):
-    """The file is damaged; the text says how."""
+    """The file is damaged; the text describes the damage."""
 
 
 def _alarm_row(alarm: Alarm) -> tuple[bytes]:
-    # As a message, because a member id may have 64 bits and SQLite's numbers have 63.
+    # As a message, because a member id may have 64 bits and SQLite's integers are signed.
     return (rpc_pb2.AlarmMember(memberID=alarm[0], alarm=alarm[1]).SerializeToString(),)
 
 
@@ -294,7 +293,7 @@ def _alarm(data: bytes) -> Alarm:
 
 
 def _inconsistency(stored: Stored) -> str | None:
-    """Tell what is wrong between rows that are readable each; None when nothing is."""
+    """Return how rows contradict each other although each is readable; None when they do not."""
     if any(not isinstance(number, int) for number in (stored.revision, stored.compact_revision)):
         return "its revision is not a number"
     try:
@@ -309,7 +308,7 @@ def _inconsistency(stored: Stored) -> str | None:
             attached.pop(record.key, None)
     if missing := set(attached.values()) - {lease_id for lease_id, _ in stored.leases}:
         return f"lease {min(missing):x} is missing"
-    # Every revision above the compact one changed something, and its changes are numbered without gaps.
+    # Every revision above the compact revision changed something, and its changes are numbered without gaps.
     expected = max(stored.compact_revision, FIRST_REVISION) + 1
     sub = 0
     for record in stored.records:
@@ -322,5 +321,5 @@ def _inconsistency(stored: Stored) -> str | None:
             return f"revision {expected} is missing"
         sub += 1
     if expected != stored.revision + 1:
-        return f"its newest revision is {stored.revision}, its records end at {expected - 1}"
+        return f"its newest revision is {stored.revision}, but its records end at {expected - 1}"
     return None

@@ -1,4 +1,4 @@
-"""The KV service: reads straight from the store, writes through the writer (which makes them durable)."""
+"""The KV service: reads go straight to the store, writes go through the writer (which makes them durable)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class KVService(StoreService):
         )
 
     async def range(self, request: rpc_pb2.RangeRequest, user: str | None) -> rpc_pb2.RangeResponse:
-        """Answer Range: linearizable and serializable are the same here, where one task does everything."""
+        """Answer Range: a single member has no stale reads, so linearizable and serializable are the same."""
         return self._state.range(request, user)
 
     async def put(self, request: rpc_pb2.PutRequest, user: str | None) -> rpc_pb2.PutResponse:
@@ -53,7 +53,7 @@ class KVService(StoreService):
         return await self._writer.write(lambda: self._state.txn(request, user))
 
     async def compact(self, request: rpc_pb2.CompactionRequest, user: str | None) -> rpc_pb2.CompactionResponse:
-        """Answer Compact; a physical one once the space is free."""
+        """Answer Compact; with `physical` once the space is freed."""
         response = await self._writer.write(lambda: self._state.compact(request, user))
         self._compactor.start()
         if request.physical:

@@ -1,9 +1,8 @@
-"""
-The lessor: leases, when they end, and which keys hang on them.
+"""The lessor: leases, their expiry, and the keys attached to them.
 
-Pure: time is passed in (`now`, seconds, monotonic), and an expired lease is only named; revoking it is a write like any
-other, which the caller does. Which keys a lease has is derived from the changes the store commits, so that a lease
-can never disagree with the records. Source: etcd server/lease/lessor.go.
+Pure: time is passed in (`now`, seconds, monotonic), and expired leases are only listed; revoking one is an ordinary
+write, which the caller runs. The keys of a lease are derived from the changes that the store commits, so that a lease
+can never contradict the records. Source: etcd server/lease/lessor.go.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ TTL_MAX_S = 9_000_000_000
 """etcd's MaxLeaseTTL."""
 
 TTL_MIN_S = 2
-"""A shorter TTL is raised to this: etcd's one and a half election timeouts of 1 s, rounded up."""
+"""A shorter TTL is raised to this: etcd's minimum is 1.5 election timeouts of 1 s, rounded up."""
 
 REVOKES_PER_STEP_MAX = 500
-"""Leases revoked at a time: etcd revokes 1000 a second, checking twice a second."""
+"""Leases revoked per check: etcd revokes 1000 a second, checking twice a second."""
 
 EXPIRY_CHECK_INTERVAL_S = 0.5
-"""How often to ask for expired leases, as etcd does."""
+"""Interval of the check for expired leases, as in etcd."""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,12 +36,12 @@ class Lease:
     lease_id: int
     # Seconds, as granted.
     ttl_s: int
-    # When it ends unless renewed, in the caller's clock.
+    # When it expires unless renewed, in the caller's clock.
     expires_at: float
     keys: set[bytes] = field(default_factory=set)
 
     def remaining_s(self, now: float) -> float:
-        """Return the seconds left, negative when over."""
+        """Return the seconds left, negative once expired."""
         return self.expires_at - now
 
 
@@ -55,18 +54,18 @@ class Lessor:
         self.ttl_min_s = ttl_min_s
         self._leases: dict[int, Lease] = {}
         self._by_key: dict[bytes, Lease] = {}
-        # (expires_at, lease id), with outdated entries that are put right when they come up.
+        # (expires_at, lease id); outdated entries are corrected when they reach the front.
         self._expiries: list[tuple[float, int]] = []
 
     def __len__(self) -> int:
         return len(self._leases)
 
     def exists(self, lease_id: int) -> bool:
-        """Tell whether a lease is there (it may have run out, but not been revoked yet)."""
+        """Return whether a lease exists (it may have expired, but not been revoked yet)."""
         return lease_id in self._leases
 
     def grant(self, lease_id: int, ttl_s: int, now: float) -> Lease:
-        """Grant a lease under a chosen id. Raises StoreError."""
+        """Grant a lease with the given id. Raises StoreError."""
         if lease_id == NO_LEASE:
             raise StoreError(errors.LEASE_NOT_FOUND)
         if ttl_s > TTL_MAX_S:
@@ -80,42 +79,42 @@ class Lessor:
         return lease
 
     def renew(self, lease_id: int, now: float) -> int:
-        """Start a lease's time anew; return its TTL in seconds. Raises StoreError when it is gone or has run out."""
+        """Renew a lease; return its TTL in seconds. Raises StoreError when it does not exist or has expired."""
         lease = self.live(lease_id, now)
         lease.expires_at = now + lease.ttl_s
         return lease.ttl_s
 
     def live(self, lease_id: int, now: float) -> Lease:
-        """Return a lease that has not run out. Raises StoreError."""
+        """Return a lease that has not expired. Raises StoreError."""
         lease = self._leases.get(lease_id)
         if lease is None or lease.expires_at <= now:
             raise StoreError(errors.LEASE_NOT_FOUND)
         return lease
 
     def keys(self, lease_id: int) -> list[bytes]:
-        """Return a lease's keys in order: those a revoke deletes. Raises StoreError."""
+        """Return a lease's keys in order, which a revoke deletes. Raises StoreError for an unknown lease."""
         lease = self._leases.get(lease_id)
         if lease is None:
             raise StoreError(errors.LEASE_NOT_FOUND)
         return sorted(lease.keys)
 
     def keys_of(self, lease_id: int) -> list[bytes]:
-        """Return a lease's keys in order; none for a lease that is not there."""
+        """Return a lease's keys in order; none for an unknown lease."""
         lease = self._leases.get(lease_id)
         return [] if lease is None else sorted(lease.keys)
 
     def drop(self, lease_id: int) -> None:
-        """Forget a lease whose keys are deleted."""
+        """Remove a lease whose keys are deleted."""
         lease = self._leases.pop(lease_id)
         for key in lease.keys:
             del self._by_key[key]
 
     def leases(self) -> list[Lease]:
-        """Return all leases, the one that ends first in front."""
+        """Return all leases, in order of expiry."""
         return sorted(self._leases.values(), key=lambda lease: lease.expires_at)
 
     def follow(self, changes: Iterable[Record]) -> None:
-        """Attach and detach keys as a commit's changes say."""
+        """Attach and detach keys according to a commit's changes."""
         for record in changes:
             before = self._by_key.get(record.key)
             if before is None and not record.lease:
@@ -131,7 +130,7 @@ class Lessor:
                 self._by_key[record.key] = after
 
     def expired(self, now: float) -> list[int]:
-        """Return the ids of leases that have run out, at most REVOKES_PER_STEP_MAX; they come again until dropped."""
+        """Return ids of expired leases, at most REVOKES_PER_STEP_MAX; they are returned again until dropped."""
         due: dict[int, None] = {}
         again: set[tuple[float, int]] = set()
         while self._expiries and self._expiries[0][0] <= now and len(due) < REVOKES_PER_STEP_MAX:

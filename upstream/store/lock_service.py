@@ -1,4 +1,4 @@
-"""The Lock service of etcd (server/etcdserver/api/v3lock): a lock as a call that returns when it is held."""
+"""The Lock service of etcd (server/etcdserver/api/v3lock): Lock returns once the caller holds the lock."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LockService(LineService):
         )
 
     async def lock(self, request: v3lock_pb2.LockRequest, user: str | None) -> v3lock_pb2.LockResponse:
-        """Answer Lock once the lock is held; a call that is cancelled gives its place in the line up."""
+        """Answer Lock once the lock is held; a cancelled call leaves the line."""
         line = self._line(request.name, user)
         key, entered = await line.enter(await line.lease(request.lease), b"")
         header = entered.header
@@ -47,7 +47,7 @@ class LockService(LineService):
         return v3lock_pb2.LockResponse(header=header, key=key)
 
     async def unlock(self, request: v3lock_pb2.UnlockRequest, user: str | None) -> v3lock_pb2.UnlockResponse:
-        """Answer Unlock; a lock that is not held is no error."""
+        """Answer Unlock; unlocking a lock that is not held succeeds."""
         deleted = await self._delete(request.key, user)
         return v3lock_pb2.UnlockResponse(header=deleted.header)
 

@@ -1,7 +1,6 @@
-"""
-The store's background work: catching watchers up, retrying victims, expiring leases, freeing compacted space.
+"""The store's background work: catching up watchers, retrying victims, expiring leases, freeing compacted space.
 
-Each loop sleeps until there is work, does it in bounded steps, and lets calls go first in between.
+Each loop sleeps until there is work, does it in bounded steps, and yields to calls between steps.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ COMPACT_KEYS_PER_STEP = 1000
 
 async def sync_watchers(watchable: WatchableStore) -> None:
     """
-    Bring unsynced watchers forward, at most every SYNC_INTERVAL_S while there is nothing to hurry for.
+    Catch up unsynced watchers.
 
-    As etcd's syncWatchersLoop: as long as watchers get through, the next batch follows after as much time as the last
-    one took. A watcher that comes to a quiet store does not wait.
+    As etcd's syncWatchersLoop: while batches complete watchers, the next batch follows after as much time as the last
+    one took, otherwise after SYNC_INTERVAL_S. The first unsynced watcher does not wait.
     """
     work = asyncio.Event()
     watchable.on_unsynced = work.set
@@ -38,7 +37,7 @@ async def sync_watchers(watchable: WatchableStore) -> None:
 
 
 async def retry_victims(watchable: WatchableStore) -> None:
-    """Offer victims their events again every VICTIM_INTERVAL_S while there are any (etcd's syncVictimsLoop)."""
+    """Retry victims every VICTIM_INTERVAL_S while there are any (etcd's syncVictimsLoop)."""
     work = asyncio.Event()
     watchable.on_victim = work.set
     while True:
@@ -50,7 +49,7 @@ async def retry_victims(watchable: WatchableStore) -> None:
 
 
 async def expire_leases(state: StoreState, writer: Writer) -> None:
-    """Revoke leases that have run out, checking every EXPIRY_CHECK_INTERVAL_S."""
+    """Revoke expired leases, checking every EXPIRY_CHECK_INTERVAL_S."""
     while True:
         await asyncio.sleep(EXPIRY_CHECK_INTERVAL_S)
         if len(state.lessor):
@@ -58,7 +57,7 @@ async def expire_leases(state: StoreState, writer: Writer) -> None:
 
 
 class Compactor:
-    """Carries out compactions that were decided, in steps."""
+    """Does the physical part of compactions, in steps."""
 
     __slots__ = ("_mvcc", "_task", "_writer")
 
@@ -68,17 +67,17 @@ class Compactor:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin with what is to be done, unless that is under way."""
+        """Start the pending work unless it is running."""
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run(), name="store compaction")
 
     async def done(self) -> None:
-        """Wait until everything decided so far is carried out."""
+        """Wait until all compactions so far are complete."""
         if self._task is not None:
             await asyncio.shield(self._task)
 
     async def stop(self) -> None:
-        """Stop in the middle; the rest is done after the next start."""
+        """Stop, even in the middle; the rest is done after the next start of the store."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

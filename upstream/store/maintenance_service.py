@@ -1,4 +1,4 @@
-"""The Maintenance service: status, hashes, alarms; what a store without raft and bolt cannot do says so."""
+"""The Maintenance service: status, hashes, alarms; calls that need raft or bolt are refused with the reason."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from upstream.store.txn import key_value
 from upstream.store.writer import Writer
 
 VERSION = "3.5.30"
-"""The etcd release whose behaviour is kept. Clients decide by it what they may ask for (ordered progress, say)."""
+"""The etcd release whose behaviour the store follows. Clients infer features from it, such as ordered progress."""
 
 EMPTY_BYTES = 20 * 1024
-"""The size an empty store reports: etcd's empty database has five pages, and 0 looks like a missing answer."""
+"""The size that an empty store reports: etcd's empty database has five pages, and 0 looks like a missing answer."""
 
 HASH_RECORDS_PER_STEP = 1000
 """Records hashed between two turns of the event loop: a few milliseconds."""
 
 NO_SNAPSHOT = "the bundled store has no bolt database to send: copy its --data-dir, or read the keys with Range"
-NO_LEADER_TO_MOVE = "the bundled store is a single member: there is no other to lead"
+NO_LEADER_TO_MOVE = "the bundled store is a single member: leadership cannot move"
 NO_DOWNGRADE = "the bundled store has no older version to go back to"
 
 
@@ -76,7 +76,7 @@ class MaintenanceService:
         return await self._writer.write(lambda: self._state.alarm(request, user))
 
     async def defragment(self, _request: rpc_pb2.DefragmentRequest, _user: str | None) -> rpc_pb2.DefragmentResponse:
-        """Answer Defragment: memory is not fragmented the way a bolt file is, so there is nothing to do."""
+        """Answer Defragment: does nothing, since the store has no bolt file."""
         return rpc_pb2.DefragmentResponse()
 
     async def hash(self, _request: rpc_pb2.HashRequest, _user: str | None) -> rpc_pb2.HashResponse:
@@ -86,7 +86,7 @@ class MaintenanceService:
         return response
 
     async def hash_kv(self, request: rpc_pb2.HashKVRequest, _user: str | None) -> rpc_pb2.HashKVResponse:
-        """Answer HashKV: a hash of all revisions up to the one asked for; 0 = the newest."""
+        """Answer HashKV: a hash of all revisions up to the given one; 0 = the newest."""
         mvcc = self._state.mvcc
         revision = request.revision
         if 0 < revision < mvcc.compact_revision:
@@ -101,9 +101,9 @@ class MaintenanceService:
 
     async def _hash(self, revision: int) -> int:
         """
-        Hash the records up to a revision that compaction keeps, in order of revision; calls go first in between.
+        Hash the records up to a revision that compaction keeps, in order of revision, yielding to calls in between.
 
-        CRC-32 instead of etcd's CRC-32C: the values only have to agree between members of one cluster.
+        CRC-32 instead of etcd's CRC-32C: the values only have to match between members of one cluster.
         """
         mvcc = self._state.mvcc
 

@@ -1,10 +1,10 @@
-"""
-The multi-version store: revisions of keys, read at any revision that is not compacted.
+"""The multi-version store: revisions of keys, readable at any revision that is not compacted.
 
-Pure: no I/O, no clock, no leases, no watches. Every write happens in a `WriteTxn`, which takes exactly one revision
-however many keys it changes; the changes within share it and are numbered by sub-revision. `log` has the changes by
-revision, for watches; the key index has them by key, for reads. Semantics are those of etcd's server/storage/mvcc
-(kvstore.go, kvstore_txn.go), the odd ones included: a fresh store is at revision 1, and its compact revision is -1.
+Pure: no I/O, no clock, no leases, no watches. Every write runs in a `WriteTxn`, which takes exactly one revision
+however many keys it changes; its changes share the revision and are numbered by sub-revision. `_log` has the changes
+by revision, for watches; the key index has them by key, for reads. The semantics are those of etcd's
+server/storage/mvcc (kvstore.go, kvstore_txn.go), including oddities: an empty store is at revision 1, and its compact
+revision is -1.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ FIRST_REVISION = 1
 
 NEVER_COMPACTED = -1
 
-# What a record weighs beside key and value: the Python objects around it, roughly. For the size that status reports.
+# Approximate size of a record without its key and value: the Python objects around them. For the size in Status.
 RECORD_OVERHEAD_BYTES = 250
 
 
 @dataclass(slots=True)
 class RangeResult:
-    """What a read found."""
+    """The result of a read."""
 
     # In order of keys.
     records: list[Record]
-    # The revision the store was at, not the one that was read.
+    # The revision of the store, not the one that was read.
     revision: int
 
 
@@ -55,7 +55,7 @@ class Mvcc:
     )
 
     def __init__(self) -> None:
-        # Told which records a compaction step has removed.
+        # Called with the records that a compaction step has removed.
         self.on_drop: Callable[[list[Record]], None] = lambda _: None
         self.index = KeyIndex()
         self.revision = FIRST_REVISION
@@ -65,8 +65,8 @@ class Mvcc:
         # _log[i] has the changes of revision _log_start + i; every revision has one entry.
         self._log: list[Changes] = []
         self._log_start = FIRST_REVISION + 1
-        # (revision, keys changed up to it that may have something to drop): the physical side of compactions, which
-        # is done in slices so that a large one does not hold everybody up.
+        # (revision, keys changed up to it that may have records to drop): the physical part of compactions, which is
+        # done in slices so that a large one does not delay calls.
         self._compaction_queue: deque[tuple[int, list[bytes]]] = deque()
 
     # Reading
@@ -75,8 +75,8 @@ class Mvcc:
         """
         Read the records of [key, range_end) at a revision; 0 or below = the newest.
 
-        range_end b"" = the key alone, FROM_KEY = without end. `now` is the newest revision as the reader sees it
-        (within a write transaction one more than the store's, once it has changed something).
+        range_end b"" = the key alone, FROM_KEY = without end. `now` is the newest revision as the reader sees it: in a
+        write transaction, one more than the store's once the transaction has changed something.
 
         Raises StoreError: COMPACTED, FUTURE_REVISION.
         """
@@ -90,9 +90,9 @@ class Mvcc:
 
     def check_readable(self, revision: int) -> None:
         """
-        Refuse a revision that a transaction's range may not ask for (etcd txn/range.go, checkRange).
+        Refuse a revision that a transaction's range may not read (etcd txn/range.go, checkRange).
 
-        Stricter than `range`: here a negative revision is a compacted one, but only once the store was compacted.
+        Stricter than `range`: a negative revision counts as compacted, but only once the store was compacted.
 
         Raises StoreError: COMPACTED, FUTURE_REVISION.
         """
@@ -104,44 +104,44 @@ class Mvcc:
             raise StoreError(errors.COMPACTED)
 
     def previous(self, record: Record) -> Record | None:
-        """Return what the key held just before this change's revision; None when nothing, or compacted."""
+        """Return the key's record before this change's revision; None when there was none or it is compacted."""
         before = record.mod_revision - 1
         if before < self.compact_revision:
             return None
         return self.index.get(record.key, before)
 
     def changes(self, first: int, last: int) -> Sequence[Changes]:
-        """Return the changes of revisions first..last, one entry each; `first` is not below the log's floor."""
+        """Return the changes of revisions first..last, one entry each; `first` must not be below `log_floor`."""
         start = first - self._log_start
         assert start >= 0, "the log does not reach back that far"
         return self._log[start : last - self._log_start + 1]
 
     @property
     def log_floor(self) -> int:
-        """The lowest revision whose changes the log still has."""
+        """The lowest revision whose changes are still in the log."""
         return self._log_start
 
     # Writing
 
     def write(self) -> WriteTxn:
-        """Begin a write transaction. One at a time; it must be committed before the next read or write."""
+        """Begin a write transaction. Only one at a time; commit it before the next read or write."""
         return WriteTxn(self)
 
     # Compaction
 
     def compact(self, revision: int) -> None:
         """
-        Refuse reads below `revision` from now on; the space is freed by `compact_step`.
+        Refuse reads below `revision` from now on; `compact_step` frees the space.
 
-        Raises StoreError: COMPACTED when that was done already, FUTURE_REVISION.
+        Raises StoreError: COMPACTED when the revision is compacted already, FUTURE_REVISION.
         """
         if revision <= self.compact_revision:
             raise StoreError(errors.COMPACTED)
         if revision > self.revision:
             raise StoreError(errors.FUTURE_REVISION)
         self.compact_revision = revision
-        # Only a key that changed since the last compaction can have anything to drop. The log's entry at the compact
-        # revision itself stays (a watch may start there), so its tombstones come up again at the next compaction.
+        # Only keys that changed since the last compaction can have records to drop. The log's entry at the compact
+        # revision itself stays (a watch may start there), so the next compaction visits its tombstones again.
         passed = self._log[: max(0, revision - self._log_start + 1)]
         keys = list({record.key: None for changes in passed for record in changes})
         if revision > self._log_start:
@@ -150,7 +150,7 @@ class Mvcc:
         self._compaction_queue.append((revision, keys))
 
     def compact_step(self, keys_max: int) -> bool:
-        """Drop superseded records of at most `keys_max` keys; return whether everything is done."""
+        """Drop superseded records of at most `keys_max` keys; return whether all compactions are complete."""
         while self._compaction_queue and keys_max > 0:
             revision, keys = self._compaction_queue[0]
             batch = keys[-keys_max:]
@@ -167,7 +167,7 @@ class Mvcc:
     # Restoring
 
     def load(self, records: Iterable[Record], revision: int, compact_revision: int) -> None:
-        """Fill an empty store with records in order of (mod_revision, sub_revision), as a durable log kept them."""
+        """Fill an empty store with records in order of (mod_revision, sub_revision), as read from a durable log."""
         assert self.revision == FIRST_REVISION
         assert not len(self.index)
         held = list(records)
@@ -182,7 +182,7 @@ class Mvcc:
                 log[record.mod_revision - self._log_start].append(record)
         self._log = [tuple(changes) for changes in log]
         if compact_revision > NEVER_COMPACTED:
-            # The compaction may have been decided, but not carried out, when the log was last written.
+            # The physical part of the compaction may not have been complete when the log was last written.
             self._compaction_queue.append((compact_revision, list({record.key: None for record in held})))
 
     def _commit(self, changes: Changes) -> None:
@@ -192,7 +192,7 @@ class Mvcc:
 
 
 def weight(record: Record) -> int:
-    """Return what a record takes in memory, approximately, in bytes."""
+    """Return the approximate size of a record in memory, in bytes."""
     return RECORD_OVERHEAD_BYTES + len(record.key) + len(record.value)
 
 
@@ -200,7 +200,7 @@ class WriteTxn:
     """
     Changes that become visible together, as one revision.
 
-    Its reads see its own changes. It cannot be rolled back: whatever may be refused is checked before it begins.
+    Its reads see its own changes. It cannot be rolled back: callers make all checks before it begins.
     """
 
     __slots__ = ("_changes", "_mvcc", "_next")
@@ -216,18 +216,18 @@ class WriteTxn:
         return self._next if self._changes else self._next - 1
 
     def range(self, key: bytes, range_end: bytes = b"", revision: int = 0) -> RangeResult:
-        """Read as `Mvcc.range` does, with the transaction's own changes."""
+        """Read as `Mvcc.range` does, including the transaction's own changes."""
         return self._mvcc.range(key, range_end, revision, now=self.revision)
 
     def newest(self, key: bytes) -> Record | None:
-        """Return what a key holds now, the transaction's own changes included."""
+        """Return a key's newest record, including the transaction's own changes."""
         return self._mvcc.index.newest(key)
 
     def put(self, key: bytes, value: bytes, lease: int = 0) -> Record:
         """Set a key's value and lease (0 = none)."""
         before = self._mvcc.index.newest(key)
         record = Record(
-            # The key's own bytes object is kept once per key, whatever the number of revisions.
+            # One bytes object per key, whatever the number of revisions.
             key if before is None else before.key,
             value,
             self._next if before is None else before.create_revision,
@@ -240,14 +240,14 @@ class WriteTxn:
         return record
 
     def delete_range(self, key: bytes, range_end: bytes = b"") -> int:
-        """Delete the keys of [key, range_end); return how many there were."""
+        """Delete the keys of [key, range_end); return how many were deleted."""
         found = self._mvcc.index.range(key, range_end, self._next)
         for before in found:
             self._add(Record(before.key, b"", 0, self._next, len(self._changes), 0, 0, deleted=True))
         return len(found)
 
     def commit(self) -> Changes:
-        """Make the changes the store's newest revision; without any, nothing happens. Return them."""
+        """Make the changes the store's newest revision, and return them; does nothing without changes."""
         changes = tuple(self._changes)
         if changes:
             self._mvcc._commit(changes)

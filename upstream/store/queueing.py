@@ -1,9 +1,8 @@
-"""
-Waiting in line: what Lock and Election are made of.
+"""Lines of waiting callers, on which Lock and Election are built.
 
-Whoever wants the lock, or to lead, puts a key of its own under a common prefix, bound to its lease; the oldest key
-holds. The others wait until every older key is deleted. Keys and order are those of etcd's client/v3/concurrency, so
-that clients which do this themselves (etcdctl lock and elect) stand in the same line.
+A caller that wants the lock, or to lead, puts its own key under a common prefix, attached to its lease. The caller
+with the oldest key is the holder; each other waits until every older key is deleted. Keys and order are those of
+etcd's client/v3/concurrency, so that clients with their own implementation (etcdctl lock and elect) join the same line.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from upstream.store.watchable import WatchStream
 from upstream.store.writer import Writer
 
 SESSION_TTL_S = 60
-"""TTL of the lease that is made up for a call without one (etcd's concurrency.Session)."""
+"""TTL of the lease that is granted for a call without a lease (etcd's concurrency.Session)."""
 
 _Range = rpc_pb2.RangeRequest
 
@@ -42,14 +41,14 @@ class Line:
     __slots__ = ("_state", "_user", "_writer", "prefix")
 
     def __init__(self, state: StoreState, writer: Writer, name: bytes, user: str | None) -> None:
-        """The keys of the line `name` stand below name/."""
+        """The keys of the line `name` have the prefix name/."""
         self._state = state
         self._writer = writer
         self._user = user
         self.prefix = name + b"/"
 
     async def lease(self, lease_id: int) -> int:
-        """Return the lease to use: the one given, or a new one for 0."""
+        """Return the lease to use: the given one, or a new one for 0."""
         if lease_id:
             return lease_id
         request = rpc_pb2.LeaseGrantRequest(TTL=SESSION_TTL_S)
@@ -58,10 +57,10 @@ class Line:
 
     async def enter(self, lease_id: int, value: bytes) -> tuple[bytes, rpc_pb2.TxnResponse]:
         """
-        Join the line with a lease's key, unless it is there already.
+        Join the line with a lease's key, unless the key exists already.
 
-        Return the key and the transaction's answer: its one response has the key-value if it was there. Raises
-        StoreError when the lease is gone.
+        Return the key and the transaction's answer: its only response has the key-value if the key existed. Raises
+        StoreError when the lease does not exist.
         """
         key = self.prefix + b"%x" % lease_id
         request = rpc_pb2.TxnRequest(compare=[created_at(key, 0)])
@@ -91,7 +90,7 @@ class Line:
                         break
 
     def first(self) -> tuple[rpc_pb2.ResponseHeader, kv_pb2.KeyValue | None]:
-        """Return whose turn it is: a header, and the oldest key-value, None in an empty line."""
+        """Return a header and the holder's key-value, which is the oldest; None in an empty line."""
         oldest = _Range(
             key=self.prefix,
             range_end=prefix_end(self.prefix),
@@ -103,7 +102,7 @@ class Line:
         return response.header, response.kvs[0] if response.kvs else None
 
     async def turns(self) -> AsyncIterator[tuple[int, kv_pb2.KeyValue]]:
-        """Yield (header revision, key-value) of the first in line, whenever that is another or has a new value."""
+        """Yield (header revision, key-value) of the holder, whenever the holder or its value changes."""
         while True:
             header, leader = self.first()
             revision = header.revision
@@ -155,7 +154,7 @@ async def _messages(stream: WatchStream, ready: asyncio.Event) -> AsyncIterator[
 
 
 def created_at(key: bytes, revision: int) -> rpc_pb2.Compare:
-    """Make the compare that a key was created at a revision; 0 = is not there."""
+    """Make the compare that a key was created at a revision; 0 = does not exist."""
     return rpc_pb2.Compare(key=key, target=rpc_pb2.Compare.CREATE, create_revision=revision)
 
 
@@ -163,8 +162,8 @@ _leaving: set[asyncio.Task[Any]] = set()
 
 
 def leave(work: Callable[[], Coroutine[Any, Any, object]]) -> None:
-    """Leave a line in the background: the call that wanted this is being cancelled and cannot wait."""
+    """Leave a line in the background: the caller is being cancelled and cannot wait."""
     task = asyncio.ensure_future(work())
-    # The loop itself keeps only weak references to tasks.
+    # The event loop keeps only weak references to tasks.
     _leaving.add(task)
     task.add_done_callback(_leaving.discard)

@@ -1,8 +1,7 @@
-"""
-What the store tells whoever keeps its changes, and what it is given back at a start.
+"""The interface between the store and durability: changes to record, and the stored data to start from.
 
-The state records every change here, and the pure parts know no more of durability than this: `Recorder` itself keeps
-nothing, which is the store in memory; journal.py has the one that writes a file.
+The state passes every change to a `Recorder`; the pure parts need no other knowledge of durability. `Recorder` itself
+discards everything (a store in memory); the one in journal.py writes a file.
 """
 
 from __future__ import annotations
@@ -16,32 +15,32 @@ from upstream.store.mvcc import Changes
 
 
 class StoreDataError(Exception):
-    """The data directory cannot be used; the text says what is wrong, where, and what to do."""
+    """The data directory cannot be used; the text has the file, the problem and the remedy."""
 
 
 class Recorder:
-    """What the store tells whoever keeps its changes. This one keeps nothing: the store in memory."""
+    """Receives the store's changes. This one discards them: a store in memory."""
 
     def changed(self, changes: Changes) -> None:
         """Record the changes of one revision."""
 
     def compacted(self, revision: int) -> None:
-        """Record that a compaction was decided."""
+        """Record that the store was compacted at a revision."""
 
     def dropped(self, records: Iterable[Record]) -> None:
-        """Record that compaction has removed records. Need not be durable: it can be done again."""
+        """Record that compaction has removed records. Need not be durable: the removal can be repeated."""
 
     def granted(self, lease_id: int, ttl_s: int) -> None:
         """Record a new lease."""
 
     def revoked(self, lease_id: int) -> None:
-        """Record that a lease is gone."""
+        """Record that a lease was revoked."""
 
     def auth_changed(self, rows: dict[str, bytes]) -> None:
-        """Record users, roles and the rest of the auth store, whole."""
+        """Record the whole auth store: users, roles and state."""
 
     def alarms_changed(self, alarms: list[Alarm]) -> None:
-        """Record the alarms that are raised, all of them."""
+        """Record all raised alarms."""
 
     def commit(self) -> None:
         """Make everything recorded so far durable. Raises StoreDataError when that fails."""
@@ -52,7 +51,7 @@ class Recorder:
 
 @dataclass(slots=True)
 class Stored:
-    """What a file holds."""
+    """The contents of a store's file."""
 
     cluster_id: int
     member_id: int
@@ -62,6 +61,6 @@ class Stored:
     records: list[Record]
     # (lease id, TTL in seconds)
     leases: list[tuple[int, int]]
-    # As Auth.rows returned it.
+    # As Auth.rows returns it.
     auth: dict[str, bytes]
     alarms: list[Alarm]

@@ -1,9 +1,7 @@
-"""
-The bundled store as a server: gRPC on one address, HTTP on another.
+"""The bundled store as a server: gRPC on one address, HTTP on another.
 
-`Store` is what the program and the tests start; `serve` runs one until it is cancelled. The server is grpc.aio in one
-event loop, which is also all the locking there is: every call runs from start to end without another in between,
-except where it waits for a commit.
+The program and the tests start a `Store`; `serve` runs one until cancelled. The server is grpc.aio in one event loop,
+so it needs no locks: every call runs from start to end without interleaving, except where it waits for a commit.
 """
 
 from __future__ import annotations
@@ -43,24 +41,24 @@ from upstream.store.watch_service import PROGRESS_NOTIFY_INTERVAL_S, WatchServic
 from upstream.store.writer import Writer
 
 GRPC_RECEIVE_BYTES_MAX = 64 * 1024 * 1024
-"""Where gRPC itself stops reading a message. Above etcd's limit, so that a too large one is refused in etcd's words."""
+"""gRPC's own limit of a message. Above etcd's limit, so that too large messages are refused with etcd's text."""
 
 STREAMS_PER_CONNECTION_MAX = 2**31 - 1
-"""etcd's --max-concurrent-streams default is without limit too."""
+"""No limit, like etcd's default of --max-concurrent-streams."""
 
 STOP_GRACE_S = 1.0
-"""What calls under way get to finish at a stop; watch streams never finish by themselves."""
+"""How long running calls may take to finish at a stop; watch streams never finish by themselves."""
 
 _UINT63_MAX = 2**63 - 1
 
 
 class StoreListenError(OSError):
-    """The store cannot listen where it was told to; the text says what, where, and what to do."""
+    """The store cannot listen on an address; the text has the address, the problem and the remedy."""
 
 
 @dataclass(slots=True, frozen=True)
 class StoreSettings:
-    """What a store can be told."""
+    """The settings of a store."""
 
     # HOST:PORT for clients; port 0 = any free one.
     listen_addr: str = "127.0.0.1:0"
@@ -69,17 +67,17 @@ class StoreSettings:
     # Seconds between progress notifications of a watch that asked for them.
     progress_notify_interval_s: float = PROGRESS_NOTIFY_INTERVAL_S
     name: str = "watchmux"
-    # Where to keep everything; None = in memory only.
+    # Directory of the data file; None = in memory only.
     data_dir: Path | None = None
-    # Seconds that durable writes wait for others to share their commit: 0 = only those that arrive together.
+    # Seconds that durable writes wait for others to share a commit with; 0 = only writes that arrive together share.
     commit_interval_s: float = 0.0
 
 
 class Store:
-    """A running store. `port` and `metrics_port` are known once `start` has returned."""
+    """A running store. `port` and `metrics_port` are set once `start` has returned."""
 
     def __init__(self, settings: StoreSettings | None = None) -> None:
-        """Make a store, in memory or from its data directory, which is read here. Raises StoreDataError."""
+        """Make a store, in memory or from its data directory, which this reads. Raises StoreDataError."""
         self.settings = settings or StoreSettings()
         self.port = 0
         self.metrics_port: int | None = None
@@ -94,11 +92,11 @@ class Store:
 
     @property
     def endpoint(self) -> str:
-        """Where clients connect, as HOST:PORT."""
+        """The address for clients, as HOST:PORT."""
         return join_address(parse_address(self.settings.listen_addr, "--listen-addr")[0], self.port)
 
     async def start(self) -> None:
-        """Listen and serve. Raises StoreListenError; nothing is left behind then."""
+        """Listen and serve. Raises StoreListenError, after cleaning up."""
         try:
             await self._start_grpc()
             await self._start_http()
@@ -114,7 +112,7 @@ class Store:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
-        """Stop serving: no new calls, `grace_s` seconds for those under way, then everything is closed."""
+        """Stop serving: refuse new calls, wait up to `grace_s` seconds for running ones, then close everything."""
         if self._server is not None:
             await self._health.enter_graceful_shutdown()
             await self._server.stop(grace_s)
@@ -133,7 +131,7 @@ class Store:
             recorder.close()
 
     async def failure(self) -> StoreDataError:
-        """Wait until the store cannot go on, and return why."""
+        """Wait for a fatal error of the store and return it."""
         await self._writer.failed.wait()
         assert self._writer.failure is not None
         return self._writer.failure
@@ -146,12 +144,12 @@ class Store:
         _check_free(host, port, "--listen-addr")
         server = grpc.aio.server(
             options=[
-                # A port in use is an error, not a second server that gets half of the connections.
+                # A port in use must be an error; with SO_REUSEPORT two servers would share the connections.
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", GRPC_RECEIVE_BYTES_MAX),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
-                # Clients may ping as often as they like, with or without calls (etcd allows one in 5 s).
+                # No limit on the client's pings, with or without calls (etcd allows one in 5 s).
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 1000),
                 ("grpc.http2.max_ping_strikes", 0),
@@ -224,13 +222,14 @@ def _open(settings: StoreSettings) -> tuple[Journal | None, StoreState]:
     stored = journal.take_stored()
     state = StoreState(Identity(stored.cluster_id, stored.member_id, settings.name), random_id, journal)
     state.load(stored, monotonic())
-    # Microseconds: the log has grown since it was last told, whatever was written without a revision (see lineage).
+    # The raft index must exceed any that was reported before the restart, including for writes without a revision (see
+    # lineage). The time in microseconds does.
     state.raft_index += time_ns() // 1000
     return journal, state
 
 
 def parse_address(text: str, flag: str) -> tuple[str, int]:
-    """Split HOST:PORT; an IPv6 host stands in brackets. Raises StoreListenError."""
+    """Split HOST:PORT; an IPv6 host is in brackets. Raises StoreListenError."""
     host, colon, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not (colon and host and port.isdecimal() and int(port) < 2**16):
@@ -239,12 +238,12 @@ def parse_address(text: str, flag: str) -> tuple[str, int]:
 
 
 def join_address(host: str, port: int) -> str:
-    """Write HOST:PORT, an IPv6 host in brackets."""
+    """Return HOST:PORT, with an IPv6 host in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _check_free(host: str, port: int, flag: str) -> None:
-    """Try to listen the plain way first: gRPC does not say why it could not. Raises StoreListenError."""
+    """Try to listen on a plain socket first: gRPC does not report why it cannot. Raises StoreListenError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with contextlib.closing(socket.socket(family, kind, protocol)) as probe:
@@ -264,5 +263,5 @@ def _reason(error: OSError) -> str:
 def _listen_text(flag: str, host: str, port: int, reason: str) -> str:
     return (
         f"the store cannot listen on {join_address(host, port)}: {reason}; "
-        f"stop what uses it or choose another {flag} (port 0: any free one)"
+        f"stop the program that uses it or choose another {flag} (port 0: any free port)"
     )

@@ -1,4 +1,4 @@
-"""What the services that read and write the store are made of, and the two that stand in line for it."""
+"""Base classes of the services that read and write the store, and of Lock and Election."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from upstream.store.writer import Writer
 
 
 class StoreService:
-    """A service: it reads from the state, writes through the writer, and answers through the calls."""
+    """A service that reads from the state, writes through the writer, and answers through the calls."""
 
     def __init__(self, state: StoreState, writer: Writer, calls: Calls) -> None:
         self._state = state
@@ -22,7 +22,7 @@ class StoreService:
 
 
 class LineService(StoreService):
-    """Lock or Election."""
+    """Base class of Lock and Election."""
 
     def _line(self, name: bytes, user: str | None) -> Line:
         return Line(self._state, self._writer, name, user)

@@ -1,10 +1,9 @@
-"""
-Which ranges contain a key: the index that finds the watchers of a change.
+"""The index of ranges by the keys they contain, which finds the watchers of a change.
 
-Thousands of ranges, most of them prefixes, asked at every write and changed at every watch's creation and end. So:
-an array of ranges sorted by start with a tree of the largest end above it, built in one go, and a small overlay of
-ranges added since, which is searched one by one. Once the search of the overlay has cost as much as building anew,
-it is built anew; a burst of creations without writes costs nothing.
+It holds thousands of ranges, most of them prefixes; every write searches it, and the creation and end of every watch
+changes it. So it is an array of ranges sorted by start, under a tree of the largest ends that is built all at once,
+plus a small overlay of ranges added since, which is searched linearly. Once the searches of the overlay have cost as
+much as a rebuild, the tree is rebuilt; a burst of creations without writes costs nothing.
 """
 
 from __future__ import annotations
@@ -21,22 +20,22 @@ Span = tuple[bytes, bytes]
 
 
 class SpanIndex(Generic[T]):
-    """A map from spans to values that also finds the values of all spans around a key."""
+    """A map from spans to values that also finds the values of all spans that contain a key."""
 
     __slots__ = ("_endless", "_fresh", "_placed", "_search_work", "_starts", "_tree", "_values")
 
     def __init__(self) -> None:
         self._values: dict[Span, T] = {}
-        # Spans with an end, sorted, as they were when the tree was built; removed ones are skipped by _values.
+        # Spans with an end, sorted, as of the last build of the tree; a search skips those no longer in _values.
         self._placed: list[Span] = []
         self._starts: list[bytes] = []
         # A segment tree over _placed: _tree[i] is the larger of _tree[2i] and _tree[2i+1], the leaves are the ends.
         self._tree: list[bytes] = []
-        # Spans with an end that came since.
+        # Spans with an end that were added since.
         self._fresh: dict[Span, None] = {}
         # Spans without an end, sorted.
         self._endless: list[Span] = []
-        # Fresh spans looked at since the tree was built.
+        # Number of fresh spans compared since the tree was built.
         self._search_work = 0
 
     def __len__(self) -> int:
@@ -47,7 +46,7 @@ class SpanIndex(Generic[T]):
         return self._values.get(span)
 
     def add(self, span: Span, value: T) -> None:
-        """Add a span that is not there."""
+        """Add a span that is not present."""
         assert span not in self._values
         self._values[span] = value
         if span[1] == FROM_KEY:
@@ -56,7 +55,7 @@ class SpanIndex(Generic[T]):
             self._fresh[span] = None
 
     def remove(self, span: Span) -> None:
-        """Remove a span that is there."""
+        """Remove a span that is present."""
         del self._values[span]
         if span[1] == FROM_KEY:
             self._endless.remove(span)
@@ -103,7 +102,7 @@ class SpanIndex(Generic[T]):
         self._tree = tree
 
     def _descend(self, key: bytes, found: list[T]) -> None:
-        """Collect the placed spans that start at or before the key and end behind it."""
+        """Collect the placed spans that start at or before the key and end after it."""
         before = bisect_right(self._starts, key)
         if not before:
             return

@@ -1,10 +1,9 @@
-"""
-Everything one member knows, and the calls on it: the store without a network.
+"""The whole state of one member, and the calls on it: the store without a network.
 
-Pure like its parts: time comes in as `now` (seconds, monotonic), random ids come from a function passed in. A write is
-two steps. `apply` steps change the store and answer; `publish` lets watchers see what was changed. In between a
-journal can make the changes durable, so that no watcher ever sees what a crash could take back. The services answer
-only after `publish`.
+Pure like its parts: time is passed in as `now` (seconds, monotonic), random ids come from a function passed in. A write
+has two steps. First the call's method changes the store and returns the answer, then `publish` passes the changes to
+the watchers. In between a journal can make the changes durable, so that a crash never loses a change that a watcher has
+seen. The services answer only after `publish`.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from upstream.store.watch_batch import ResponseHead
 from upstream.store.watchable import WatchableStore
 
 RAFT_TERM = 2
-"""The term a fresh single etcd is in."""
+"""The raft term of a new single-member etcd."""
 
 LEASE_GONE_TTL = -1
-"""The TTL that time-to-live answers for a lease that is not there."""
+"""The TTL that LeaseTimeToLive reports for an unknown lease."""
 
 
 @dataclass(slots=True, frozen=True)
 class Identity:
-    """Who answers: the ids in every header. Never 0, which clients take for "not filled"."""
+    """The ids in every response header. Never 0, which clients read as "not filled"."""
 
     cluster_id: int
     member_id: int
@@ -54,7 +53,7 @@ class CallStats:
 
 
 class StoreState:
-    """The store's parts wired together; one method per call. All raise StoreError where etcd refuses."""
+    """The store's parts wired together, with one method per call. They raise StoreError where etcd refuses."""
 
     __slots__ = (
         "_random_id",
@@ -78,7 +77,7 @@ class StoreState:
         recorder: Recorder | None = None,
         lessor: Lessor | None = None,
     ) -> None:
-        """Start empty. `random_id` makes up positive 63-bit lease ids; `recorder` is told of every change."""
+        """Start empty. `random_id` returns positive 63-bit lease ids; `recorder` gets every change."""
         self.identity = identity
         self.mvcc = Mvcc()
         self.watchable = WatchableStore(self.mvcc)
@@ -87,7 +86,7 @@ class StoreState:
         self.alarms = Alarms()
         self.head = ResponseHead(identity.cluster_id, identity.member_id, RAFT_TERM)
         self.stats = CallStats()
-        # What etcd would have in its raft log: it only has to grow with every write.
+        # The raft index to report: it only has to grow with every write.
         self.raft_index = 4
         self._random_id = random_id
         self._recorder = recorder or Recorder()
@@ -95,7 +94,7 @@ class StoreState:
         self._unpublished: list[Changes] = []
 
     def load(self, stored: Stored, now: float) -> None:
-        """Fill the empty store with what was kept. Leases start their time anew, as after etcd's restart."""
+        """Fill the empty store with stored data. Leases restart with their full TTL, as after etcd's restart."""
         self.mvcc.load(stored.records, stored.revision, stored.compact_revision)
         for lease_id, ttl_s in stored.leases:
             self.lessor.grant(lease_id, ttl_s, now)
@@ -105,7 +104,7 @@ class StoreState:
         self.raft_index += stored.revision
 
     def fill(self, header: rpc_pb2.ResponseHeader) -> None:
-        """Fill a header: who answers, and the newest revision unless the answer has one already."""
+        """Fill a header: ids and raft term, and the newest revision unless the header has a revision already."""
         header.cluster_id = self.identity.cluster_id
         header.member_id = self.identity.member_id
         header.raft_term = RAFT_TERM
@@ -113,7 +112,7 @@ class StoreState:
             header.revision = self.mvcc.revision
 
     def publish(self) -> None:
-        """Show the watchers what was committed since the last call."""
+        """Pass the changes committed since the last call to the watchers."""
         while self._unpublished:
             for changes in self._take_unpublished():
                 self.watchable.notify(changes)
@@ -163,7 +162,7 @@ class StoreState:
         self.auth.check_txn(user, request, self.lessor.keys_of)
         if self.alarms:
             kinds = {op.WhichOneof("request") for op in (*request.success, *request.failure)}
-            # What only reads does not go through raft in etcd, where alarms are looked at.
+            # etcd checks alarms when it applies a raft entry, and read-only transactions do not go through raft.
             if not kinds <= {"request_range"}:
                 self.alarms.check(grows="request_put" in kinds)
         branch = requests.decide(self.mvcc, request)
@@ -176,7 +175,7 @@ class StoreState:
         return response
 
     def compact(self, request: rpc_pb2.CompactionRequest, user: str | None = None) -> rpc_pb2.CompactionResponse:
-        """Apply Compact; the physical part is left to `mvcc.compact_step`."""
+        """Apply Compact; `mvcc.compact_step` does the physical part."""
         self.auth.check_admin(user)
         self.alarms.check()
         self.mvcc.compact(request.revision)
@@ -191,7 +190,7 @@ class StoreState:
     def lease_grant(
         self, request: rpc_pb2.LeaseGrantRequest, now: float, user: str | None = None
     ) -> rpc_pb2.LeaseGrantResponse:
-        """Apply LeaseGrant; without an id one is made up. Any user may, but not nobody."""
+        """Apply LeaseGrant; a request without an id gets a random one. Any user may, but not a call without a user."""
         self.auth.check_user(user)
         self.alarms.check(grows=True)
         lease_id = request.ID
@@ -206,7 +205,7 @@ class StoreState:
         return response
 
     def lease_revoke(self, lease_id: int, user: str | None = None) -> rpc_pb2.LeaseRevokeResponse:
-        """Apply LeaseRevoke: the lease's keys are deleted in one revision."""
+        """Apply LeaseRevoke: delete the lease's keys in one revision."""
         self.auth.check_user(user)
         for key in self.lessor.keys_of(lease_id):
             self.auth.check(user, key, write=True)
@@ -227,7 +226,7 @@ class StoreState:
         return response
 
     def lease_keep_alive(self, lease_id: int, now: float, user: str | None = None) -> rpc_pb2.LeaseKeepAliveResponse:
-        """Answer one message of LeaseKeepAlive; TTL 0 says that the lease is gone."""
+        """Answer one message of LeaseKeepAlive; TTL 0 means that the lease does not exist."""
         self._check_lease(lease_id, user, write=True)
         response = rpc_pb2.LeaseKeepAliveResponse(ID=lease_id)
         self.fill(response.header)
@@ -241,7 +240,7 @@ class StoreState:
     def lease_time_to_live(
         self, request: rpc_pb2.LeaseTimeToLiveRequest, now: float, user: str | None = None
     ) -> rpc_pb2.LeaseTimeToLiveResponse:
-        """Answer LeaseTimeToLive; a lease that is gone is no error."""
+        """Answer LeaseTimeToLive; for an unknown lease the TTL is LEASE_GONE_TTL."""
         self._check_lease(request.ID, user)
         response = rpc_pb2.LeaseTimeToLiveResponse(ID=request.ID)
         self.fill(response.header)
@@ -267,20 +266,20 @@ class StoreState:
         return response
 
     def expire_leases(self, now: float) -> int:
-        """Revoke leases that have run out, a bounded number of them; return how many."""
+        """Revoke a bounded number of expired leases; return how many."""
         due = self.lessor.expired(now)
         for lease_id in due:
             self._revoke(lease_id)
         return len(due)
 
     def _check_lease(self, lease_id: int, user: str | None, *, write: bool = False) -> None:
-        """Refuse a lease to those who may not read (or write) its keys. Raises StoreError."""
+        """Refuse access to a lease unless the user may read (or write) all its keys. Raises StoreError."""
         self.auth.check_user(user)
         for key in self.lessor.keys_of(lease_id):
             self.auth.check(user, key, write=write)
 
     def alarm(self, request: rpc_pb2.AlarmRequest, user: str | None = None) -> rpc_pb2.AlarmResponse:
-        """Answer or apply Alarm. Any user may list them."""
+        """Answer or apply Alarm. Any user may list alarms."""
         response = rpc_pb2.AlarmResponse()
         if request.action == rpc_pb2.AlarmRequest.GET:
             self.auth.check_user(user)
@@ -295,7 +294,7 @@ class StoreState:
         return response
 
     def auth_changed(self) -> None:
-        """Record that users, roles or whether auth is on have changed."""
+        """Record a change of users, roles, or auth being on or off."""
         self.raft_index += 1
         self._recorder.auth_changed(self.auth.rows())
 

@@ -1,9 +1,8 @@
-"""
-KV requests: checking them, and running them on the multi-version store.
+"""KV requests: the checks, and their execution on the multi-version store.
 
-The same order of checks and the same answers as etcd's v3rpc/key.go (checks that need no store) and etcdserver/txn
-(those that do, and the execution). A transaction is decided first: which branch each level takes, then whether every
-operation of the branches taken may run. Only then does it write, and nothing in it can fail any more.
+Checks are in the same order and answers are the same as in etcd's v3rpc/key.go (checks that need no store) and
+etcdserver/txn (checks on the store, and execution). A transaction first decides which branch each level takes, then
+checks that every operation of these branches can run. Only then does it write, and from there on nothing can fail.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from upstream.store.index import FROM_KEY, Record
 from upstream.store.mvcc import Mvcc, RangeResult, WriteTxn
 
 TXN_OPS_MAX = 128
-"""Operations per list of a transaction, etcd's --max-txn-ops default; a nested one has what its parents leave."""
+"""Operations per list of a transaction, etcd's --max-txn-ops default; a nested one gets what its parents leave."""
 
 LeaseExists = Callable[[int], bool]
 
@@ -36,7 +35,7 @@ _SORT_KEYS: dict[int, Callable[[Record], int | bytes]] = {
 
 
 def key_value(record: Record) -> kv_pb2.KeyValue:
-    """Make the message for a record."""
+    """Make the KeyValue message of a record."""
     return kv_pb2.KeyValue(
         key=record.key,
         value=record.value,
@@ -75,7 +74,7 @@ def check_delete_range(request: rpc_pb2.DeleteRangeRequest) -> None:
 
 
 def check_txn(request: rpc_pb2.TxnRequest, ops_max: int = TXN_OPS_MAX) -> None:
-    """Refuse a malformed transaction, and one that might write a key twice. Raises StoreError."""
+    """Refuse a transaction that is malformed or might write a key twice. Raises StoreError."""
     _check_txn_ops(request, ops_max)
     _check_overlaps(request.success)
     _check_overlaps(request.failure)
@@ -107,7 +106,7 @@ Deletes = list[tuple[bytes, bytes]]
 
 def _check_overlaps(branch: Iterable[rpc_pb2.RequestOp]) -> tuple[set[bytes], Deletes]:
     """
-    Refuse a put of a key that the same branch puts or deletes too; return the puts and deletes for the level above.
+    Refuse a put of a key that the same branch also puts or deletes; return the puts and deletes for the level above.
 
     As etcd's checkIntervals: the two branches of a nested transaction may share keys, and a delete in a later nested
     transaction does not conflict with a put in an earlier one. A range_end of b"\\x00" is compared like any other.
@@ -145,7 +144,7 @@ def _refuse_overlap(keys: Iterable[bytes], puts: set[bytes], deletes: Deletes) -
 
 
 def run_range(view: Mvcc | WriteTxn, request: rpc_pb2.RangeRequest) -> rpc_pb2.RangeResponse:
-    """Answer a range from the store, or from within a transaction. Raises StoreError."""
+    """Answer a range, outside or inside a transaction. Raises StoreError."""
     result = view.range(request.key, request.range_end, request.revision)
     response = rpc_pb2.RangeResponse(count=len(result.records))
     response.header.revision = result.revision
@@ -154,7 +153,7 @@ def run_range(view: Mvcc | WriteTxn, request: rpc_pb2.RangeRequest) -> rpc_pb2.R
     records = _filtered(result, request)
     unfiltered = records is result.records
     if request.limit > 0 and request.sort_order == _Range.NONE and unfiltered:
-        # Without an order etcd reads no further than it has to for `more`, and sorts what it has read.
+        # Without an order etcd reads only limit + 1 records (one more, for `more`), and sorts those.
         del records[request.limit + 1 :]
     records = _sorted(records, request)
     if 0 < request.limit < len(records):
@@ -192,7 +191,7 @@ def _without_value(record: Record) -> Record:
 
 
 def check_put_runs(mvcc: Mvcc, request: rpc_pb2.PutRequest, lease_exists: LeaseExists) -> None:
-    """Refuse a put whose lease is unknown, or which wants to keep what is not there. Raises StoreError."""
+    """Refuse a put with an unknown lease, or one that keeps the value or lease of a missing key. Raises StoreError."""
     _check_lease(request, lease_exists)
     _check_kept(mvcc, request)
 
@@ -208,7 +207,7 @@ def _check_kept(mvcc: Mvcc, request: rpc_pb2.PutRequest) -> None:
 
 
 def run_put(txn: WriteTxn, request: rpc_pb2.PutRequest) -> rpc_pb2.PutResponse:
-    """Run a put that was checked."""
+    """Run a checked put."""
     response = rpc_pb2.PutResponse()
     value, lease = request.value, request.lease
     before = txn.newest(request.key) if request.ignore_value or request.ignore_lease or request.prev_kv else None
@@ -236,14 +235,14 @@ def run_delete_range(txn: WriteTxn, request: rpc_pb2.DeleteRangeRequest) -> rpc_
 
 @dataclass(slots=True)
 class Branch:
-    """The branch a transaction takes, with those its nested transactions take."""
+    """The branch that a transaction takes, including the branches of its nested transactions."""
 
     succeeded: bool
     ops: list[tuple[str | None, rpc_pb2.RequestOp, Branch | None]]
 
 
 def decide(mvcc: Mvcc, request: rpc_pb2.TxnRequest) -> Branch:
-    """Evaluate the compares of every level, all of them on the store as it is before the transaction."""
+    """Evaluate the compares of every level, all on the store as it is before the transaction."""
     succeeded = all(_holds(mvcc, compare) for compare in request.compare)
     branch = Branch(succeeded, [])
     for op in request.success if succeeded else request.failure:
@@ -254,9 +253,9 @@ def decide(mvcc: Mvcc, request: rpc_pb2.TxnRequest) -> Branch:
 
 def check_branch(mvcc: Mvcc, branch: Branch, lease_exists: LeaseExists) -> None:
     """
-    Refuse a transaction of which an operation could not run. Raises StoreError.
+    Refuse a transaction if one of its operations could not run. Raises StoreError.
 
-    All puts first, then all ranges, as etcd 3.5 does: it decides which refusal a client sees.
+    All puts are checked before all ranges, as in etcd 3.5: the order decides which error the client gets.
     """
     _check_puts(mvcc, branch, lease_exists)
     _check_ranges(mvcc, branch)
@@ -265,10 +264,10 @@ def check_branch(mvcc: Mvcc, branch: Branch, lease_exists: LeaseExists) -> None:
 
 def check_nothing_kept_is_deleted(branch: Branch, deletes: Deletes | None = None) -> None:
     """
-    Refuse to keep the value or lease of a key that the same transaction deletes first. Raises StoreError.
+    Refuse a put that keeps the value or lease of a key which the same transaction deletes first. Raises StoreError.
 
-    etcd up to 3.6 overlooks that and crashes half way through the transaction (etcdserver/txn/put.go), every time it
-    starts again too.
+    etcd up to 3.6 lacks this check and crashes in the middle of the transaction (etcdserver/txn/put.go), then again at
+    every restart.
     """
     deletes = [] if deletes is None else deletes
     for kind, op, nested in branch.ops:
@@ -294,7 +293,7 @@ def _check_puts(mvcc: Mvcc, branch: Branch, lease_exists: LeaseExists) -> None:
         if nested is not None:
             _check_puts(mvcc, nested, lease_exists)
         elif kind == "request_put":
-            # The other way round than for a Put by itself, as in etcd 3.5 (3.6 checks the lease first here too).
+            # The reverse order of a plain Put's checks, as in etcd 3.5 (3.6 checks the lease first here too).
             _check_kept(mvcc, op.request_put)
             _check_lease(op.request_put, lease_exists)
 
@@ -308,7 +307,7 @@ def _check_ranges(mvcc: Mvcc, branch: Branch) -> None:
 
 
 def run_branch(txn: WriteTxn, branch: Branch) -> rpc_pb2.TxnResponse:
-    """Run a transaction that was decided and checked; the header's revision is the caller's to fill."""
+    """Run a transaction that was decided and checked; the caller fills the header's revision."""
     response = rpc_pb2.TxnResponse(succeeded=branch.succeeded)
     response.header.SetInParent()
     for kind, op, nested in branch.ops:
@@ -325,11 +324,11 @@ def run_branch(txn: WriteTxn, branch: Branch) -> rpc_pb2.TxnResponse:
 
 
 def _holds(mvcc: Mvcc, compare: rpc_pb2.Compare) -> bool:
-    """Tell whether a compare holds for every key of its range (for a missing key: of an empty key-value)."""
+    """Return whether a compare holds for every key of its range (a missing key counts as an empty key-value)."""
     records = mvcc.range(compare.key, compare.range_end).records
     if records:
         return all(_matches(compare, record) for record in records)
-    # A missing key has no value, not even an empty one.
+    # A missing key has no value: it does not equal an empty one.
     return compare.target != _Compare.VALUE and _matches(compare, _MISSING)
 
 
@@ -353,11 +352,11 @@ def _matches(compare: rpc_pb2.Compare, record: Record) -> bool:
         return order > 0
     if compare.result == _Compare.LESS:
         return order < 0
-    # etcd takes an unknown result for a match.
+    # etcd treats an unknown result as a match.
     return True
 
 
-# What a record has, and what the compare wants, by target.
+# (the record's number, the compare's number), by target.
 _NUMBERS: dict[int, Callable[[Record, rpc_pb2.Compare], tuple[int, int]]] = {
     _Compare.CREATE: lambda record, compare: (record.create_revision, compare.create_revision),
     _Compare.MOD: lambda record, compare: (record.mod_revision, compare.mod_revision),

@@ -1,9 +1,8 @@
-"""
-What watches are sent: batches of events that many watchers share, and the messages in a stream's queue.
+"""Watch responses: batches of events that many watchers share, and the messages in a stream's queue.
 
-A commit reaches every watcher of a range with the same events. So the events are encoded once per batch (and once
-more for those that want prev_kv), and a watcher's own message is a few bytes of header and id in front of them:
-a protobuf message is the concatenation of its fields.
+All watchers of a range get the same events of a commit. So the events are encoded once per batch (and once more for
+watchers with prev_kv), and a watcher's own message adds a few bytes of header and id before them: a protobuf message
+is the concatenation of its fields.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from upstream.store.mvcc import Mvcc
 from upstream.store.txn import key_value
 
 FRAGMENT_BYTES = 2 * 1024 * 1024
-"""A response of this size is split for watches that asked for fragments: etcd's largest request (1.5 MiB) + 512 KiB."""
+"""A response of this size or more is split if its watch has `fragment`: etcd's largest request (1.5 MiB) + 512 KiB."""
 
 REMEMBERED_BYTES_MAX = 64 * 1024
 REMEMBERED_MESSAGES_MAX = 16
 
 INVALID_WATCH_ID = -1
-"""The id in answers that belong to no watch: refusals, and the answer to a progress request."""
+"""The watch id of responses without a watch: refusals, and the answer to a progress request."""
 
 
 class EventBatch:
-    """Events of whole revisions for the watchers of one range. Immutable but for what it remembers."""
+    """Events of whole revisions for the watchers of one range. Immutable except for its caches."""
 
     __slots__ = ("_encoded", "_events", "_mvcc", "_remembered", "_variants", "records")
 
@@ -36,10 +35,10 @@ class EventBatch:
         self.records = records
         self._mvcc = mvcc
         self._variants: dict[tuple[bool, bool], EventBatch | None] = {}
-        # By whether prev_kv is wanted: each event as a WatchResponse with nothing else, and all of them joined.
+        # By prev_kv: each event as a WatchResponse with nothing else, and all of them joined.
         self._events: dict[bool, list[bytes]] = {}
         self._encoded: dict[bool, bytes] = {}
-        # Whole messages by (watch id, header revision, prev_kv): streams give out the same small ids.
+        # Whole messages by (watch id, header revision, prev_kv), since many streams use the same small ids.
         self._remembered: dict[tuple[int, int, bool], bytes] = {}
 
     def filtered(self, no_put: bool, no_delete: bool) -> EventBatch | None:
@@ -79,7 +78,7 @@ class EventBatch:
         return event
 
     def message(self, head: ResponseHead, message: WatchMessage) -> bytes:
-        """Encode the message of one watch that takes this batch whole."""
+        """Encode the message of a watch that gets the whole batch in one piece."""
         wanted = (message.watch_id, message.revision, message.prev_kv)
         if (known := self._remembered.get(wanted)) is not None:
             return known
@@ -91,10 +90,10 @@ class EventBatch:
 
 @dataclass(slots=True, eq=False)
 class WatchMessage:
-    """One answer in a stream's queue, not encoded yet."""
+    """A response in a stream's queue, not encoded yet."""
 
     watch_id: int
-    # For the header: the store's revision when the answer was made.
+    # For the header: the store's revision when the message was made.
     revision: int
     batch: EventBatch | None = None
     prev_kv: bool = False
@@ -106,7 +105,7 @@ class WatchMessage:
 
 
 class ResponseHead:
-    """Encodes what stands before the events: header, id and control fields."""
+    """Encodes the part of a response before the events: header, id and control fields."""
 
     __slots__ = ("_header",)
 
@@ -114,7 +113,7 @@ class ResponseHead:
         self._header = rpc_pb2.ResponseHeader(cluster_id=cluster_id, member_id=member_id, raft_term=raft_term)
 
     def encode(self, message: WatchMessage, more: bool = False) -> bytes:
-        """Encode a message but for its events; `more` marks a fragment that another one follows."""
+        """Encode a message without its events; `more` marks a fragment that is not the last."""
         self._header.revision = message.revision
         return rpc_pb2.WatchResponse(
             header=self._header,
@@ -129,9 +128,9 @@ class ResponseHead:
 
 def encode_message(head: ResponseHead, message: WatchMessage, fragment_bytes: int = FRAGMENT_BYTES) -> list[bytes]:
     """
-    Encode a message; more than one piece only for a large one of a watch that asked for fragments.
+    Encode a message; a large message of a watch with `fragment` gives more than one piece.
 
-    The pieces belong together: nothing else may come between them on a stream (etcd v3rpc/watch.go, sendFragments).
+    No other message may be sent between the pieces on a stream (etcd v3rpc/watch.go, sendFragments).
     """
     batch = message.batch
     if batch is None:

@@ -1,8 +1,7 @@
-"""
-What a Watch stream does with a request: create, cancel, progress.
+"""The requests of a Watch stream: create, cancel, progress.
 
-Pure, so that the simulator takes requests the same way; the service only reads them from the wire. Decisions and their
-order are those of etcd's server/etcdserver/api/v3rpc/watch.go.
+Pure, so that the simulator handles requests in the same way; the service only reads them from the wire. The checks and
+their order are those of etcd's server/etcdserver/api/v3rpc/watch.go.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from upstream.store.index import FROM_KEY
 from upstream.store.watchable import WatchStream
 
 CONTROLS_MAX = 16
-"""Control answers waiting on a stream before no more requests are read (etcd's ctrlStreamBufLen)."""
+"""Queued control answers at which a stream's requests are no longer read (etcd's ctrlStreamBufLen)."""
 
 _GO_NAMES = {
     Status.INVALID_ARGUMENT: "InvalidArgument",
@@ -31,11 +30,11 @@ Check = Callable[[bytes, bytes], None]
 
 
 def take_request(stream: WatchStream, request: rpc_pb2.WatchRequest, check: Check) -> None:
-    """Do what a request asks for; the answer, if any, is queued on the stream."""
+    """Execute a request and queue its answer, if any, on the stream."""
     kind = request.WhichOneof("request_union")
     if kind == "create_request":
         create = request.create_request
-        # A negative start is refused first, whoever asks.
+        # `create` refuses a negative start, which takes precedence over permissions.
         if create.start_revision >= 0 and (reason := _refusal(create, check)):
             stream.refuse(reason)
             return
@@ -57,11 +56,11 @@ def take_request(stream: WatchStream, request: rpc_pb2.WatchRequest, check: Chec
 
 
 def _refusal(create: rpc_pb2.WatchCreateRequest, check: Check) -> str | None:
-    """Return why the stream's user may not watch this; None if it may."""
+    """Return why the stream's user may not watch the range; None if it may."""
     try:
         check(create.key or FROM_KEY, create.range_end)
     except StoreError as error:
-        # As grpc-go prints a status: clients compare the whole text.
+        # In the format of a grpc-go status: clients compare the whole text.
         code = _GO_NAMES[error.refusal.code]
         return f"rpc error: code = {code} desc = {error.refusal.text}"
     return None

@@ -1,9 +1,8 @@
-"""
-The Watch service: per stream one task that reads requests and one that writes answers.
+"""The Watch service: for each stream, one task reads requests and another writes answers.
 
-The reader decides ids and refusals as requests arrive; the writer sends the stream's queue in order. A reader whose
-client sends creates faster than it takes their answers waits (etcd's control channel is bounded too). The client
-ending its side does not end the stream.
+The reader assigns ids and refuses requests as they arrive; the writer sends the stream's queue in order. The reader
+waits when the client sends creates faster than it reads the answers (etcd's control channel is bounded too). When the
+client closes its side, the stream stays open.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from upstream.store.watchable import WatchStream
 
 PROGRESS_NOTIFY_INTERVAL_S = 600.0
 PROGRESS_NOTIFY_JITTER = 0.1
-"""Each stream's interval is up to this part longer, so that streams opened together do not stay in step."""
+"""Each stream's interval is longer by a random fraction up to this, so that streams opened together drift apart."""
 
 
 class WatchService:
@@ -86,7 +85,7 @@ class _Session:
         self._state.auth.check(self._calls.user(self._context), key, range_end)
 
     async def write(self, reader: asyncio.Task[None]) -> None:
-        """Send answers as they come; ends only by an error of the reader or of the stream."""
+        """Send answers as they are queued; ends only with an error of the reader or the stream."""
         head = self._state.head
         while True:
             message = self._stream.take()
@@ -101,7 +100,7 @@ class _Session:
             self._room.set()
 
     async def tick(self, interval_s: float) -> None:
-        """Announce progress now and then to the watches that asked for it."""
+        """Queue progress notifications every `interval_s`."""
         while True:
             await asyncio.sleep(interval_s)
             self._stream.progress_tick()

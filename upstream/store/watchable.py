@@ -1,17 +1,17 @@
-"""
-The watchable store: watch streams on top of the multi-version store, as etcd's server/storage/mvcc has them.
+"""The watchable store: watch streams on top of the multi-version store, as in etcd's server/storage/mvcc.
 
-A watcher is in one of three groups. **Synced**: it has seen everything, and a commit's events go straight to its
-stream. **Unsynced**: it starts in the past; `sync` feeds it from the log, a bounded batch at a time, until it has
-caught up. **Victim**: its stream's queue was full; the events it could not take are kept for `retry_victims`, and it
-goes back to one of the other groups with them. A watcher whose start is compacted is cancelled by `sync`, but its id
-stays taken until the client cancels it.
+A watcher is in one of three groups. **Synced**: it has all events so far, and a commit's events go straight to its
+stream. **Unsynced**: it starts in the past; `sync` sends it events from the log, a bounded batch at a time, until it
+has caught up. **Victim**: its stream's queue was full; its message is held for `retry_victims`, which moves it back to
+one of the other groups once the message is queued. `sync` cancels a watcher whose start is compacted, but its id stays
+in use until the client cancels it.
 
-Pure: no clock and no tasks. The shell calls `notify` after each commit, `sync` every SYNC_INTERVAL_S, `retry_victims`
-every VICTIM_INTERVAL_S while there are any, `progress_tick` per stream, and writes what `take` hands out.
+Pure: no clock and no tasks. The service calls `notify` after each commit, `sync` every SYNC_INTERVAL_S, `retry_victims`
+every VICTIM_INTERVAL_S while there are victims, and `progress_tick` for each stream, and writes the messages that
+`take` returns.
 
-Where etcd has two channels per stream, one for control answers and one for events, and sends from either at random,
-here is one queue: `created` stands before a watch's events, and nothing of a watch comes after its `canceled`.
+etcd has two channels per stream, one for control answers and one for events, and sends from either at random. This
+store has one queue: `created` is sent before a watch's events, and nothing of a watch is sent after its `canceled`.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ VICTIM_INTERVAL_S = 0.01
 
 @dataclass(frozen=True, slots=True)
 class WatchLimits:
-    """Bounds of one step and of one queue. The simulator makes them small, so that everything runs into them."""
+    """Limits of one step and of one queue. The simulator makes them small, so that runs often reach them."""
 
     queue_events_max: int = 128
-    """Event answers a stream queues before its watchers become victims (etcd's chanBufLen)."""
+    """Event messages queued on a stream before its watchers become victims (etcd's chanBufLen)."""
 
     sync_watchers_max: int = 512
-    """Watchers brought forward by one `sync` (etcd's maxWatchersPerSync)."""
+    """Watchers handled by one `sync` (etcd's maxWatchersPerSync)."""
 
     batch_revisions_max: int = 1000
-    """Revisions in one catch-up answer (etcd's watchBatchMaxRevs)."""
+    """Revisions in one catch-up message (etcd's watchBatchMaxRevs)."""
 
     batch_bytes_max: int = 1024 * 1024
-    """Keys and values in one catch-up answer, unless a single revision has more. etcd has no such bound and breaks
-    clients that take 4 MiB; a quarter of that leaves room for prev_kv."""
+    """Bytes of keys and values in one catch-up message, unless a single revision has more. etcd has no such limit, and
+    its larger messages break clients that accept 4 MiB; a quarter of that leaves room for prev_kv."""
 
     sync_revisions_max: int = 5_000
-    """Revisions of the log that one `sync` looks through, so that it never holds the store up for long."""
+    """Revisions of the log that one `sync` reads, so that it never blocks the store for long."""
 
 
 class State(Enum):
-    """Where a watcher is."""
+    """The group of a watcher."""
 
     SYNCED = auto()
     UNSYNCED = auto()
@@ -71,22 +71,22 @@ class Watcher:
     stream: WatchStream
     watch_id: int
     span: Span
-    # As asked for; 0 = now.
+    # As requested; 0 = now.
     start_revision: int
-    # The first revision still needed. Kept up to date in all groups but the synced one, where it is the larger of
-    # this and the store's next revision.
+    # The first revision still needed. Kept up to date in all groups but the synced one; there the first revision needed
+    # is the larger of this and the store's next revision.
     next_revision: int
     no_put: bool = False
     no_delete: bool = False
     prev_kv: bool = False
     fragment: bool = False
     progress_notify: bool = False
-    # Whether the next progress tick is for this watcher: not if it had events since the last one.
+    # Whether the next progress tick notifies this watcher: not if it had events since the last tick.
     progress_due: bool = False
     state: State = State.UNSYNCED
 
     def answer(self, batch: EventBatch, revision: int) -> WatchMessage | None:
-        """Make this watcher's answer of a batch; None when its filters leave nothing."""
+        """Make this watcher's message of a batch; None when its filters leave no events."""
         part = batch if not (self.no_put or self.no_delete) else batch.filtered(self.no_put, self.no_delete)
         if part is None:
             return None
@@ -100,7 +100,7 @@ class WatcherGroup:
     spans: SpanIndex[dict[Watcher, None]] = field(default_factory=SpanIndex)
 
     def add(self, watcher: Watcher) -> None:
-        """Add a watcher that is not there."""
+        """Add a watcher that is not present."""
         watchers = self.spans.get(watcher.span)
         if watchers is None:
             self.spans.add(watcher.span, {watcher: None})
@@ -108,7 +108,7 @@ class WatcherGroup:
             watchers[watcher] = None
 
     def remove(self, watcher: Watcher) -> None:
-        """Remove a watcher that is there."""
+        """Remove a watcher that is present."""
         watchers = self.spans.get(watcher.span)
         assert watchers is not None
         del watchers[watcher]
@@ -122,9 +122,9 @@ class WatchStats:
 
     watchers: int = 0
     streams: int = 0
-    # Event answers queued and not written yet, in events.
+    # Events in queued messages.
     pending_events: int = 0
-    # Events handed to streams since the start.
+    # Events queued on streams since the start.
     events: int = 0
 
 
@@ -137,13 +137,13 @@ class WatchableStore:
         self.mvcc = mvcc
         self.limits = WatchLimits()
         self.stats = WatchStats()
-        # Called when a watcher becomes unsynced or a victim: the shell's cue to call `sync` or `retry_victims`.
+        # Called when a watcher becomes unsynced or a victim; the service then calls `sync` or `retry_victims`.
         self.on_unsynced: Callable[[], None] = lambda: None
         self.on_victim: Callable[[], None] = lambda: None
         self._synced = WatcherGroup()
-        # In the order in which they are to be brought forward.
+        # In the order in which `sync` handles them.
         self._unsynced: dict[Watcher, None] = {}
-        # With the answer each could not take.
+        # Each with the message that did not fit in its stream's queue.
         self._victims: dict[Watcher, WatchMessage] = {}
 
     @property
@@ -167,7 +167,7 @@ class WatchableStore:
         return WatchStream(self, on_ready)
 
     def notify(self, changes: Changes) -> None:
-        """Hand the changes of the revision just committed to the synced watchers."""
+        """Send the changes of the revision just committed to the synced watchers."""
         if not changes:
             return
         revision = changes[0].mod_revision
@@ -185,7 +185,7 @@ class WatchableStore:
                 self._add_victim(watcher, message, revision + 1)
 
     def _matches(self, changes: Changes) -> Iterable[tuple[dict[Watcher, None], list[Record]]]:
-        """Return the groups of synced watchers that a revision concerns, each with the records of its range."""
+        """Return the synced watchers of each range that a revision changed, with the records in the range."""
         if len(changes) == 1:
             return [(watchers, [changes[0]]) for watchers in self._synced.spans.around(changes[0].key)]
         by_group: dict[int, tuple[dict[Watcher, None], list[Record]]] = {}
@@ -195,7 +195,7 @@ class WatchableStore:
         return list(by_group.values())
 
     def sync(self) -> int:
-        """Bring unsynced watchers forward, a bounded part of them by a bounded batch; return how many are left."""
+        """Send a bounded number of unsynced watchers a bounded batch each; return how many are left."""
         chosen = self._choose()
         if not chosen:
             return len(self._unsynced)
@@ -220,7 +220,7 @@ class WatchableStore:
         return len(self._unsynced)
 
     def _choose(self) -> list[Watcher]:
-        """Take the watchers in front; those whose start is compacted are cancelled instead."""
+        """Return the first unsynced watchers, after cancelling those whose next revision is compacted."""
         chosen: list[Watcher] = []
         for watcher in list(islice(self._unsynced, self.limits.sync_watchers_max)):
             if watcher.next_revision < self.mvcc.compact_revision:
@@ -239,7 +239,7 @@ class WatchableStore:
         return chosen
 
     def _collect(self, cohorts: dict[tuple[Span, int], _Cohort], first: int, last: int) -> None:
-        """Give every cohort its events of revisions first..last, as far as its batch goes."""
+        """Add the events of revisions first..last to the cohorts, until their batches are full."""
         index: SpanIndex[list[_Cohort]] = SpanIndex()
         for (span, _), cohort in cohorts.items():
             if (same := index.get(span)) is None:
@@ -247,7 +247,7 @@ class WatchableStore:
             else:
                 same.append(cohort)
         hungry = len(cohorts)
-        # The log begins above revision 1: there is nothing to find below.
+        # The log starts above revision 1, and there are no events below it.
         for changes in self.mvcc.changes(max(first, self.mvcc.log_floor), last):
             for record in changes:
                 for same in index.around(record.key):
@@ -257,7 +257,7 @@ class WatchableStore:
                 return
 
     def _forward(self, watcher: Watcher, batch: EventBatch | None, upto: int, current: int) -> None:
-        """Send an unsynced watcher its batch; from then on it needs `upto`."""
+        """Send an unsynced watcher its batch; its next revision is then `upto`."""
         del self._unsynced[watcher]
         message = watcher.answer(batch, current) if batch is not None else None
         if message is not None and not watcher.stream.offer(watcher, message):
@@ -267,7 +267,7 @@ class WatchableStore:
         self._place(watcher)
 
     def retry_victims(self) -> int:
-        """Offer the victims what they could not take; return how many are left."""
+        """Try to queue the victims' messages again; return how many victims are left."""
         for watcher, message in list(self._victims.items()):
             if watcher.stream.offer(watcher, message):
                 del self._victims[watcher]
@@ -275,12 +275,12 @@ class WatchableStore:
         return len(self._victims)
 
     def add(self, watcher: Watcher) -> None:
-        """Start a new watcher."""
+        """Add a new watcher."""
         self.stats.watchers += 1
         self._place(watcher)
 
     def remove(self, watcher: Watcher) -> None:
-        """End a watcher, whatever its state."""
+        """Remove a watcher in any state."""
         if watcher.state is State.SYNCED:
             self._synced.remove(watcher)
         elif watcher.state is State.UNSYNCED:
@@ -307,7 +307,7 @@ class WatchableStore:
 
 
 class _Cohort:
-    """Unsynced watchers of one range at one revision, which get the same batch."""
+    """Unsynced watchers with the same range and next revision, which get the same batch."""
 
     __slots__ = ("_bytes", "_last", "_limits", "_revisions", "more_revision", "next_revision", "records", "watchers")
 
@@ -316,14 +316,14 @@ class _Cohort:
         self.next_revision = next_revision
         self.watchers: list[Watcher] = []
         self.records: list[Record] = []
-        # The first revision that did not fit any more; 0 = all did.
+        # The first revision that did not fit; 0 = all did.
         self.more_revision = 0
         self._last = 0
         self._revisions = 0
         self._bytes = 0
 
     def add(self, record: Record) -> bool:
-        """Take a record unless it is not wanted; a revision is taken whole. Return whether it is just full now."""
+        """Add a record if it is needed and fits; revisions are never split. Return whether this filled the batch."""
         revision = record.mod_revision
         if self.more_revision or revision < self.next_revision:
             return False
@@ -339,7 +339,7 @@ class _Cohort:
 
 
 class WatchStream:
-    """One client's watches, and the queue of answers to it."""
+    """One client's watches, and its queue of answers."""
 
     __slots__ = ("_next_id", "_on_ready", "_queue", "_store", "_watchers", "closed", "queued_controls", "queued_events")
 
@@ -348,11 +348,11 @@ class WatchStream:
         self._on_ready = on_ready
         self._queue: deque[WatchMessage] = deque()
         self._watchers: dict[int, Watcher] = {}
-        # Automatic ids count up and never go back.
+        # Automatic ids only increase.
         self._next_id = 0
-        # Answers in the queue with events or progress; at most `queue_events_max`.
+        # Queued answers with events or progress; at most `queue_events_max`.
         self.queued_events = 0
-        # The other answers in the queue. The shell stops reading requests while there are many.
+        # The other queued answers. The service stops reading requests while there are many.
         self.queued_controls = 0
         self.closed = False
 
@@ -372,9 +372,9 @@ class WatchStream:
         progress_notify: bool = False,
     ) -> int:
         """
-        Create a watch and queue the answer, `created` or the refusal; return its id, INVALID_WATCH_ID if refused.
+        Create a watch and queue the answer, `created` or a refusal; return its id, INVALID_WATCH_ID if refused.
 
-        Arguments as on the wire: start_revision 0 = now, watch_id 0 = automatic.
+        Arguments are as on the wire: start_revision 0 = now, watch_id 0 = automatic.
         """
         key = key or FROM_KEY
         try:
@@ -406,13 +406,13 @@ class WatchStream:
         return watch_id
 
     def refuse(self, reason: str) -> None:
-        """Queue the answer to a create that is refused, for a reason of the shell's (permissions)."""
+        """Queue the refusal of a create, also for reasons of the caller (permissions)."""
         self.queue_control(
             WatchMessage(INVALID_WATCH_ID, self._store.mvcc.revision, created=True, canceled=True, cancel_reason=reason)
         )
 
     def cancel(self, watch_id: int) -> None:
-        """Cancel a watch and queue the answer; an unknown id is not answered."""
+        """Cancel a watch and queue the answer; an unknown id gets no answer."""
         watcher = self._watchers.pop(watch_id, None)
         if watcher is None:
             return
@@ -420,12 +420,12 @@ class WatchStream:
         self.queue_control(WatchMessage(watch_id, self._store.mvcc.revision, canceled=True))
 
     def request_progress(self) -> None:
-        """Queue a progress answer for the whole stream if every watch has seen everything; otherwise do nothing."""
+        """Queue a progress answer for the whole stream if every watch has all events; otherwise do nothing."""
         if self._watchers and all(map(self._is_complete, self._watchers.values())):
             self._offer(WatchMessage(INVALID_WATCH_ID, self._store.mvcc.revision))
 
     def progress_tick(self) -> None:
-        """Queue progress for each watch that wants it and had no events since the last tick."""
+        """Queue progress for each watch with progress_notify that had no events since the last tick."""
         for watcher in self._watchers.values():
             if not watcher.progress_notify:
                 continue
@@ -449,16 +449,16 @@ class WatchStream:
 
     @property
     def has_answers(self) -> bool:
-        """Tell whether there is something to take."""
+        """Return whether the queue has answers."""
         return bool(self._queue)
 
     @property
     def spans(self) -> dict[int, Span]:
-        """The range of each watch by its id, those that a compaction cancelled included."""
+        """The range of each watch by its id, including watches that a compaction cancelled."""
         return {watch_id: watcher.span for watch_id, watcher in self._watchers.items()}
 
     def take(self) -> WatchMessage | None:
-        """Take the next answer to write; None when there is none."""
+        """Take the next answer to write; None when the queue is empty."""
         if not self._queue:
             return None
         message = self._queue.popleft()
@@ -471,7 +471,7 @@ class WatchStream:
         return message
 
     def offer(self, watcher: Watcher, message: WatchMessage) -> bool:
-        """Queue an event answer of a watcher; return False when the queue is full."""
+        """Queue a watcher's event message; return False when the queue is full."""
         if self.queued_events >= self._store.limits.queue_events_max:
             return False
         watcher.progress_due = False
@@ -484,7 +484,7 @@ class WatchStream:
         return True
 
     def queue_control(self, message: WatchMessage) -> None:
-        """Queue an answer that is never refused for want of room."""
+        """Queue a control answer, which is accepted even when the queue is full."""
         self.queued_controls += 1
         self._push(message)
 

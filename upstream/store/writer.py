@@ -1,10 +1,9 @@
-"""
-The one way to write: apply, make durable, show the watchers, answer; in this order.
+"""The only path for writes: apply, make durable, notify the watchers, answer; in this order.
 
-In memory there is nothing to make durable and a write is done at once. With a journal, writes share a commit: those
-that arrive in one turn of the event loop, or within the commit interval, are applied one after the other, committed
-together, and only then seen by watchers and answered. Nothing else runs between applying and committing, so no read
-sees what a crash could still take back; that is why the commit holds up the event loop.
+In memory a write is complete at once. With a journal, writes share a commit: writes that arrive within a few turns of
+the event loop, or within the commit interval, are applied one after the other and committed together; only then the
+watchers get them and the clients get their answers. Nothing else runs between apply and commit, so no read returns data
+that a crash could still lose; this is why the commit blocks the event loop.
 """
 
 from __future__ import annotations
@@ -21,29 +20,29 @@ from upstream.store.state import StoreState
 Response = TypeVar("Response")
 
 QUIET_TURNS = 12
-"""Turns of the event loop without another write before a commit: a call that has arrived takes some to get here, and a
-writer that is alone waits no longer than that (microseconds, where a commit takes milliseconds)."""
+"""Turns of the event loop without another write before a commit. A call that has arrived needs some turns to get here,
+and a single writer waits no longer than that (microseconds, while a commit takes milliseconds)."""
 
 TURNS_MAX = 400
 """Turns before a commit under a steady stream of writes."""
 
 
 class Writer:
-    """Runs writes on a state, in order of arrival."""
+    """Runs writes on a state in order of arrival."""
 
     __slots__ = ("_commit_interval_s", "_queue", "_quiet_turns", "_recorder", "_state", "_turns", "failed", "failure")
 
     def __init__(self, state: StoreState, recorder: Recorder | None = None, commit_interval_s: float = 0.0) -> None:
-        """Without a recorder the store is in memory. Writes wait `commit_interval_s` at least for company."""
+        """Without a recorder the store is in memory. Writes wait at least `commit_interval_s` to share a commit."""
         self._state = state
         self._recorder = recorder
         self._commit_interval_s = commit_interval_s
-        # Writes that wait for their commit, each settling its own future: (apply, settle).
+        # Writes that wait for their commit: (apply, settle); `settle` completes the write's future.
         self._queue: list[tuple[Callable[[], None], Callable[[StoreError | None], None]]] = []
-        # Turns of the loop that the queue has been waiting, and those since it last grew.
+        # Turns of the event loop since the queue was empty, and since it last grew.
         self._turns = 0
         self._quiet_turns = 0
-        # Set, with the reason, when a commit has failed: then memory and file differ, and the store must stop.
+        # Set when a commit has failed; `failure` has the reason. Memory and file then differ, so the store must stop.
         self.failed = asyncio.Event()
         self.failure: StoreDataError | None = None
 
@@ -83,12 +82,12 @@ class Writer:
         return await done
 
     def flush(self) -> None:
-        """Do what is queued now, without waiting for company."""
+        """Run and commit the queued writes now."""
         if self._queue:
             self._drain()
 
     def _turn(self) -> None:
-        """Commit once no more writes come in; otherwise look again in the next turn of the loop."""
+        """Commit once no more writes arrive; otherwise check again in the next turn of the loop."""
         self._turns += 1
         self._quiet_turns += 1
         if self._quiet_turns < QUIET_TURNS and self._turns < TURNS_MAX:
