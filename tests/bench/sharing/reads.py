@@ -253,6 +253,7 @@ async def _with_one_cut_off(front: Front, members: Cluster, auth: bool) -> Figur
     with front.before(endpoints) as address:
         async with await RawClient.connect(port_of(address)) as client, straight(leader.endpoint) as store:
             token = await logged_in(client, "u1") if auth else ""
+            root = [("token", await logged_in(client, "root", "r"))] if auth else []
             members.cut_off(cut)
             await until_async(lambda: not cut.has_leader, "the one cut off to notice", 20)
             if auth:
@@ -274,7 +275,8 @@ async def _with_one_cut_off(front: Front, members: Cluster, auth: bool) -> Figur
             async def call() -> None:
                 message = rpc_pb2.RangeRequest(key=b"a/x", serializable=True).SerializeToString()
                 while True:
-                    await client.unary(RANGE, message)
+                    await client.unary(RANGE, message, root)
+                    await asyncio.sleep(0.001)
 
             calling = [asyncio.create_task(call()) for _ in range(CALLERS)]
             began = time.perf_counter()
