@@ -1,9 +1,9 @@
-"""HTTP/2 (RFC 9113) as a value that is driven: server and client role, no I/O.
+"""HTTP/2 (RFC 9113), sans-I/O, in the server and the client role.
 
-Why our own and not `h2`: measured with h2 4.4.1 as a server, every request scanned all streams of its connection (a
-unary call cost 160 us of CPU, 934 with 5,000 streams open), a GOAWAY in either direction ended the connection and
-dropped queued output, and one malformed header or one stream too many killed every watch on it. A fan-out proxy also
-writes DATA far more often than anything else; here that is one packed frame header in front of shared bytes.
+Why not `h2`: with h2 4.4.1 as a server, every request scanned all streams of its connection (a unary call took 160 us
+of CPU, 934 us with 5,000 streams open), a GOAWAY in either direction ended the connection and dropped queued output,
+and one malformed header or one stream too many ended every watch on the connection. Most of what a fan-out proxy writes
+is DATA; here that is one packed frame header before shared bytes.
 
 Read `connection.py` first, then `sending.py` and `receiving.py`.
 """

@@ -1,13 +1,13 @@
-"""Header compression (HPACK, RFC 7541) at the price this proxy can pay, on the tables of the `hpack` library.
+"""Fast header compression (HPACK, RFC 7541), built on the tables of the `hpack` library.
 
-Encoding: a gRPC server says the same few fields ten thousand times. Each field's encoded form is remembered for as
-long as it holds, that is until the dynamic table moves, and the table only moves for fields that are worth it; a
-repeated header list is then a handful of dictionary look-ups. Values are not Huffman-coded: they are sent whole once
-per connection, and decoding costs the peer more than the few bytes do.
+Encoding: a gRPC server sends the same few fields thousands of times. Each field's encoded form is cached until the
+dynamic table changes, and the table changes only for fields that are worth an entry; a repeated header list is then a
+few dictionary look-ups. Values are not Huffman-coded: each is sent in full once per connection, and decoding would cost
+the peer more than the saved bytes are worth.
 
-Decoding: block by block as the frames come, so that a list that is too large is refused without ever being held, and
-the table stays right for the next stream all the same. `hpack.Decoder` gives up in the middle of such a block, which
-would cost the whole connection.
+Decoding: part by part as the frames arrive, so that an oversized list is refused without being held, and the table
+stays correct for the next stream. `hpack.Decoder` fails in the middle of such a block, which would end the whole
+connection.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from hpack.table import HeaderTable
 
 from proto.http2.limits import HEADER_TABLE_BYTES_DEFAULT
 
-# Bytes RFC 7541 section 4.1 charges for each field beyond its text.
+# Bytes that each field counts in addition to its text (RFC 7541 section 4.1).
 FIELD_OVERHEAD_BYTES = 32
 
-# Fields with few different values: only these enter the dynamic table. Everything else would push them out.
+# Fields with few different values. Only these enter the dynamic table; others would evict them.
 _INDEXED_NAMES = frozenset(
     {
         b":authority",
@@ -43,13 +43,13 @@ _INDEXED_NAMES = frozenset(
         b"user-agent",
     }
 )
-# A longer value would push too much out of the table.
+# A longer value would evict too much from the table.
 _INDEXED_VALUE_BYTES_MAX = 256
-# Below this size entries do not live long enough to be worth their place.
+# In a smaller table, entries are evicted too soon to be useful.
 _TABLE_BYTES_WORTH_IT = 1_024
-# Encoded fields remembered per connection; when full it starts again, so fields that change each call do no harm.
+# Encoded fields cached per connection. A full cache is cleared, so that fields that differ in each call cannot fill it.
 _MEMO_FIELDS_MAX = 128
-# Longer Huffman strings are not worth remembering.
+# Longer Huffman strings are not cached.
 _HUFFMAN_MEMO_BYTES_MAX = 64
 
 _STATIC = HeaderTable.STATIC_TABLE
@@ -57,7 +57,7 @@ _STATIC_SIZE = len(_STATIC)
 
 
 class TooManyFields(Exception):
-    """A header block has more fields than are looked at."""
+    """A header block has more fields than the maximum."""
 
 
 class HeaderEncoder:
@@ -67,27 +67,28 @@ class HeaderEncoder:
 
     def __init__(self) -> None:
         self._encoder = Encoder()
-        # Field -> its encoded form. Holds while the dynamic table stays as it is.
+        # Field -> its encoded form; valid until the dynamic table changes.
         self._memo: dict[tuple[bytes, bytes], bytes] = {}
 
     def resize(self, table_bytes: int) -> None:
-        """Follow the peer's SETTINGS_HEADER_TABLE_SIZE; we never use more than the default 4,096."""
+        """Apply the peer's SETTINGS_HEADER_TABLE_SIZE; we never use more than the default of 4,096 bytes."""
         size = min(table_bytes, HEADER_TABLE_BYTES_DEFAULT)
-        # Setting the size it has already would make hpack forget that a change is still to be announced.
+        # Setting the same size again would make hpack forget a change that it has not announced yet.
         if size != self._encoder.header_table_size:
             self._encoder.header_table_size = size
-            # Of several changes the smallest and the last are to be announced, and no other: a size in between may be
-            # more than the peer allows by then (RFC 7541 4.2).
+            # Of several changes, announce only the smallest and the last: a size in between may be more than the peer
+            # allows by then (RFC 7541 4.2).
             smallest = min(self._encoder.table_size_changes)
             self._encoder.table_size_changes = [size] if smallest == size else [smallest, size]
-            # Empty, so that the next list takes the slow way, which announces the change.
+            # So that the next list takes the slow path, which announces the change.
             self._memo.clear()
 
     def encode(self, headers: Sequence[tuple[bytes, bytes]]) -> bytes:
         """Return the header block of a list, in its order."""
         memo = self._memo
         try:
-            # A never-indexed field equals a plain one: only the class tells (RFC 7541 6.2.3 binds intermediaries).
+            # A never-indexed field compares equal to a plain one and differs in its class only. An intermediary must
+            # keep it never-indexed (RFC 7541 6.2.3).
             return b"".join([memo[field] if field.__class__ is tuple else self._add(field) for field in headers])
         except KeyError:
             return self._encode_new(headers)
@@ -104,7 +105,7 @@ class HeaderEncoder:
         name, value = field
         table = self._encoder.header_table
         if isinstance(field, NeverIndexedHeaderTuple):
-            # Literally, also when a table happens to hold the same field, which hpack would refer to.
+            # As a literal even if a table holds the same field, which hpack would refer to.
             return b"".join([b"\x10", encode_integer(len(name), 7), name, encode_integer(len(value), 7), value])
         indexed = (
             name in _INDEXED_NAMES and len(value) <= _INDEXED_VALUE_BYTES_MAX and table.maxsize >= _TABLE_BYTES_WORTH_IT
@@ -113,7 +114,7 @@ class HeaderEncoder:
             match = table.search(name, value)
             if match is None or match[2] is None:
                 encoded = self._encoder.add((name, value), False)
-                # The table moved: every number in the memo that points into it is wrong now.
+                # The table changed, so every index into it in the memo is wrong now.
                 self._memo.clear()
                 return encoded
         encoded = self._encoder.add((name, value), True)
@@ -124,7 +125,7 @@ class HeaderEncoder:
 
 
 class HeaderDecoder:
-    """Decodes the header blocks of one connection, each in as many parts as it comes.
+    """Decodes the header blocks of one connection, each in any number of parts.
 
     Usage: `feed` each part, then `finish`.
     """
@@ -145,22 +146,22 @@ class HeaderDecoder:
 
     def __init__(self, list_bytes_max: int, table_bytes_max: int, fields_max: int) -> None:
         self.list_bytes_max = list_bytes_max
-        # Fields of a block, those of a list that is too long included: each of them costs time.
+        # Maximum number of fields of a block, those of an oversized list included: each of them costs time.
         self.fields_max = fields_max
-        # What the peer's encoder may set the table to. Lower it only when the peer has acknowledged our setting.
+        # Maximum table size that the peer's encoder may set. Lower it only after the peer has acknowledged our setting.
         self.table_bytes_max = table_bytes_max
         self.table = HeaderTable()
-        # A string too long for this is skipped, not held. It cannot belong into the table either: Huffman coding makes
-        # a string at most 30/8 times as long.
+        # A longer string is skipped, not held. It does not fit into the table either: Huffman coding makes a string at
+        # most 30/8 times as long.
         self._string_bytes_max = max(list_bytes_max, 4 * max(table_bytes_max, HEADER_TABLE_BYTES_DEFAULT))
         self._fields: list[tuple[bytes, bytes]] = []
         # Fields of the block so far.
         self._count = 0
         # Decoded bytes of the block so far, overhead included (RFC 9113 6.5.2).
         self._list_bytes = 0
-        # The block so far is longer than list_bytes_max; its fields are no longer kept.
+        # The block so far is longer than list_bytes_max; its fields are dropped.
         self.oversized = False
-        # The beginning of a field whose end has not come yet.
+        # The beginning of an incomplete field.
         self._rest = b""
         # Bytes of an overlong value still to come.
         self._skip = 0
@@ -168,7 +169,7 @@ class HeaderDecoder:
     def feed(self, data: bytes) -> None:
         """Decode a part of a block.
 
-        Raises hpack.HPACKDecodingError or TooManyFields: the compression state is lost, and with it the connection (RFC
+        Raises hpack.HPACKDecodingError or TooManyFields: the compression state is lost, so the connection must end (RFC
         9113 4.3).
         """
         start = 0
@@ -181,15 +182,15 @@ class HeaderDecoder:
         self._decode(data, start)
 
     def finish(self) -> list[tuple[bytes, bytes]] | None:
-        """Return the fields of the block that was fed, or None if it was oversized; be ready for the next block.
+        """End the block: return its fields, or None if it was oversized.
 
         Raises hpack.HPACKDecodingError.
         """
         if self._rest or self._skip:
             raise HPACKDecodingError("header block ends inside a field")
-        # A peer that was told to shrink the table has to say that it did (RFC 7541 4.2).
+        # The peer must announce that it reduced its table to our limit (RFC 7541 4.2).
         if self.table.maxsize > self.table_bytes_max:
-            raise InvalidTableSizeError("header table was not reduced as told")
+            raise InvalidTableSizeError("header table was not reduced to the announced limit")
         fields, oversized = self._fields, self.oversized
         self._fields = []
         self._count = 0
@@ -207,7 +208,7 @@ class HeaderDecoder:
             while at < end:
                 first = data[at]
                 if first > 0x80 and first < 0xFF:
-                    # The whole field is in a table at an index below 127: what a busy connection mostly has.
+                    # A field that is in a table, at an index below 127: the usual case on a busy connection.
                     index = first - 0x81
                     if index < _STATIC_SIZE:
                         field = _STATIC[index]
@@ -259,7 +260,7 @@ class HeaderDecoder:
         return after
 
     def _literal(self, data: bytes, at: int, mask: int) -> tuple[tuple[bytes, bytes], int]:
-        # IndexError and nothing changed: the field's end has not come yet.
+        # Raises IndexError if the field is incomplete; then nothing has changed.
         index, here = _integer(data, at, mask)
         if index:
             name = self._entry(index)[0]
@@ -284,7 +285,7 @@ class HeaderDecoder:
     def _skip_value(
         self, data: bytes, name: bytes, start: int, length: int, mask: int
     ) -> tuple[tuple[bytes, bytes], int]:
-        """Pass over a value that is longer than the whole list may be; what it would do to the table is done."""
+        """Skip a value that is longer than a whole list may be, but apply its effect on the table."""
         if mask == 0x3F:
             # An entry larger than the table empties it (RFC 7541 4.4).
             self.table.add(name, bytes(self.table.maxsize))
@@ -295,7 +296,7 @@ class HeaderDecoder:
 
 
 def _integer(data: bytes, at: int, mask: int) -> tuple[int, int]:
-    """Return an integer whose prefix is `mask` (RFC 7541 5.1), and the place behind it; IndexError if it is cut off."""
+    """Return an integer with the prefix `mask` (RFC 7541 5.1) and the position after it. IndexError: incomplete."""
     value = data[at] & mask
     at += 1
     if value < mask:
@@ -322,5 +323,5 @@ def _string(data: bytes, head: int, start: int, length: int) -> tuple[bytes, int
     return text, stop
 
 
-# Each new connection says the same things once (paths, user agents): shared by all of them.
+# Shared by all connections: each new one sends the same strings once (paths, user agents).
 _huffman_short = lru_cache(maxsize=4_096)(decode_huffman)

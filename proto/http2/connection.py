@@ -1,14 +1,13 @@
-"""The HTTP/2 connection: a value that is driven, server and client role alike (RFC 9113).
+"""The HTTP/2 connection (RFC 9113), sans-I/O, in the server and the client role.
 
-Theory of operation. The shell gives received bytes to `receive` and acts on the events it returns; it calls the
-methods of the sending half (`sending.py`) and, once a turn of its loop, writes what `output` hands it. There is no
-I/O, no clock and no task in here. `receive` cuts the bytes into frames in one loop, without copying more than the
-payloads that leave as events, and gives each whole frame to its handler (`receiving.py`; the frames of the connection
-itself are handled here). A frame that is not whole yet waits as the list of the pieces it came in, and is joined
-once.
+Theory of operation. The shell passes received bytes to `receive` and acts on the events it returns; it calls the
+methods of the sending half (`sending.py`) and, once per turn of its loop, writes the result of `output`. There is no
+I/O, no clock and no task in this package. `receive` splits the bytes into frames in one loop, copies only the payloads
+that it returns in events, and passes each whole frame to its handler (`receiving.py`; the frames of the connection
+itself are handled here). The pieces of an incomplete frame are kept in a list and joined once.
 
-A peer's mistake never raises: a stream's fault ends in RST_STREAM and `StreamReset`, a connection's fault in GOAWAY and
-`ConnectionFailed`, with everything queued before it still in the output.
+A peer's error never raises an exception: a stream error results in RST_STREAM and `StreamReset`, a connection error in
+GOAWAY and `ConnectionFailed`, and all output queued before it is still written.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ from proto.http2.streams import Stream
 
 _Handler: TypeAlias = Callable[[Any, bytes, int, int, int, int, list[Event]], None]
 
-# Streams whose windows a SETTINGS may move at the price of another SETTINGS: some client libraries do it a few times,
-# as they learn how wide the way is, and even with all streams open they may.
+# A SETTINGS that changes the windows of this many streams counts as one more SETTINGS. Some client libraries do it a
+# few times, as they measure the bandwidth; that is allowed even with all streams open.
 STREAMS_PER_SETTINGS = 2_000
 
-# Streams whose windows are moved in some five microseconds.
+# Number of streams whose windows are changed in about five microseconds.
 STREAMS_PER_WORK = 100
 
 _unpack_header = frames.FRAME_HEADER.unpack_from
@@ -71,19 +70,19 @@ class Connection(ReceivingHalf):
 
     def __init__(self, role: Role, limits: Limits | None = None) -> None:
         super().__init__(role, limits or Limits())
-        # SETTINGS of ours that the peer has not acknowledged; the shell times them out.
+        # Number of our SETTINGS that the peer has not acknowledged; the shell times them out.
         self.settings_pending = 0
-        # Streams the peer lets us open; unlimited until it says otherwise (6.5.2).
+        # Streams the peer lets us open; unlimited until its SETTINGS set a limit (6.5.2).
         self.peer_max_streams = STREAM_ID_MAX
-        # Bytes of a header list the peer wants to take at most, None if it does not care.
+        # Maximum size of a header list that the peer accepts, in bytes; None if it announced none.
         self.peer_header_list_bytes_max: int | None = None
         # The last stream id of the peer's GOAWAY, None before it.
         self.peer_last_id: int | None = None
-        # We have sent GOAWAY (first or second step).
+        # We have sent GOAWAY (step 1 or 2).
         self.going_away = False
         self._preface_left = frames.PREFACE if self._server else b""
         self._expect_settings = True
-        # The pieces of a frame that is not whole, their length, and the length from which on it is worth a look.
+        # The pieces of an incomplete frame, their total length, and the length at which they are parsed again.
         self._partial: list[bytes] = []
         self._partial_bytes = 0
         self._needed = 0
@@ -99,7 +98,7 @@ class Connection(ReceivingHalf):
         return self._last_id
 
     def start(self) -> None:
-        """Queue what a connection begins with: preface (client), SETTINGS, the connection's window (3.4)."""
+        """Queue the first frames of a connection: preface (client), SETTINGS, the connection's window (3.4)."""
         limits = self.limits
         entries = [
             (frames.SETTING_INITIAL_WINDOW_SIZE, limits.initial_window),
@@ -121,10 +120,10 @@ class Connection(ReceivingHalf):
             self.receive_window += more
 
     def receive(self, data: bytes) -> list[Event]:
-        """Take bytes from the peer and return what they mean, in order. Never raises for what a peer sends.
+        """Take bytes from the peer and return their events, in order. Never raises for anything that a peer sends.
 
-        When that is more than `Limits.turn_work_max`, the rest is kept and `behind` is True: call it again, with b"",
-        as soon as others have had their turn.
+        If the work exceeds `Limits.turn_work_max`, the rest is kept and `behind` is True: call it again with b"" after
+        other connections have had their turn.
         """
         events: list[Event] = []
         self.work = 0
@@ -149,7 +148,7 @@ class Connection(ReceivingHalf):
         return events
 
     def defer(self, data: bytes) -> None:
-        """Keep bytes of the peer for the next `receive`, because there is no time for them now; `behind` is True."""
+        """Keep bytes of the peer for the next `receive` without parsing them now; `behind` is True."""
         if not self.closed:
             self._partial.append(data)
             self._partial_bytes += len(data)
@@ -157,16 +156,16 @@ class Connection(ReceivingHalf):
             self.behind = True
 
     def receive_data(self, data: bytes) -> Stream | None:
-        """Take bytes that are one whole frame of DATA and nothing else: the fast lane of `receive`, to be tried first.
+        """Take bytes that are exactly one whole DATA frame: the fast path of `receive`, to be tried first.
 
-        Returns the stream whose they are; their payload, FRAME_HEADER_BYTES behind, counts for flow control in full.
-        None: they are anything else, or need a closer look. Then nothing has happened, and `receive` is to take them.
+        Returns the stream of the frame; the payload starts at FRAME_HEADER_BYTES and counts for flow control in full.
+        None: the bytes are something else, or need more checks. Then nothing has changed; pass them to `receive`.
         """
         size = len(data) - _HEADER_BYTES
         if size <= 0 or self._partial:
             return None
         head, flags, stream_id = _unpack_header(data)
-        # Neither padding nor an end; the type of DATA is 0.
+        # No padding and no END_STREAM; the type of DATA is 0.
         if head != size << 8 or flags:
             return None
         stream = self.streams.get(stream_id)
@@ -189,7 +188,7 @@ class Connection(ReceivingHalf):
     def open(self, headers: Sequence[tuple[bytes, bytes]], end_stream: bool = False) -> Stream:
         """Open a stream with a request (client role).
 
-        Raises TooManyStreams while the peer's limit is reached, GoingAway if this connection takes no more streams.
+        Raises TooManyStreams while the peer's limit is reached, GoingAway if this connection accepts no more streams.
         """
         if self.closed or self.ending or self.going_away or self._last_id + 2 > STREAM_ID_MAX:
             raise GoingAway
@@ -208,23 +207,23 @@ class Connection(ReceivingHalf):
         return stream
 
     def ping(self, payload: bytes) -> None:
-        """Queue a PING of 8 bytes; the answer comes as PingAcknowledged. Raises ValueError."""
+        """Queue a PING of 8 bytes; its acknowledgement is the event PingAcknowledged. Raises ValueError."""
         if len(payload) != 8:
             raise ValueError("a PING carries 8 bytes")
         if not self.closed:
             self._out.append(frames.ping(payload))
 
     def go_away(self, last: bool = False, code: ErrorCode = ErrorCode.NO_ERROR, debug: bytes = b"") -> None:
-        """End the connection in good order, in two steps (6.8). Open streams go on in both.
+        """Shut the connection down gracefully, in two steps (6.8). Open streams continue in both.
 
-        Step 1 (last=False) tells the peer to open no more streams, and still takes those that are on their way. Step
-        2 (last=True), at least a round trip later, names the last stream that was taken; higher ones are refused, and
-        when the last stream has ended `closed` becomes True.
+        Step 1 (last=False) asks the peer to open no more streams, and still accepts those that are on their way. Step 2
+        (last=True), at least a round trip later, names the last accepted stream; higher ones are refused, and `closed`
+        becomes True when the last stream has ended.
         """
         if self.closed:
             return
         self.going_away = True
-        # What a client took from its peer are pushes, and there are none.
+        # In the client role the id is that of the last push, and pushes are disabled.
         last_id = (self._last_id if self._server else 0) if last else STREAM_ID_MAX
         last_id = min(last_id, self._last_accepted)
         self._out.append(frames.go_away(last_id, code, debug))
@@ -235,7 +234,7 @@ class Connection(ReceivingHalf):
                 self._shut()
 
     def _fail(self, fault: ConnectionFault, events: list[Event]) -> None:
-        """End the connection for the peer's fault (5.4.1)."""
+        """End the connection because of a connection error (5.4.1)."""
         last_id = self._last_id if self._server else 0
         self._out.append(frames.go_away(min(last_id, self._last_accepted), fault.code, fault.reason.encode()))
         self._shut()
@@ -244,7 +243,7 @@ class Connection(ReceivingHalf):
         events.append(ConnectionFailed(fault.code, fault.reason))
 
     def _take_frames(self, data: bytes, events: list[Event]) -> int:
-        """Handle the whole frames in `data`; return how many bytes they were. Raises ConnectionFault."""
+        """Handle the whole frames in `data`; return their length in bytes. Raises ConnectionFault."""
         at = self._take_preface(data) if self._preface_left else 0
         end = len(data)
         frame_bytes_max = self.limits.max_frame_bytes
@@ -270,7 +269,7 @@ class Connection(ReceivingHalf):
                 if kind < len(handlers):
                     handlers[kind](self, data, body, stop, flags, stream_id, events)
                 else:
-                    # Unknown types are for extensions, and ignored (5.5).
+                    # Unknown types belong to extensions and are ignored (5.5).
                     self._count(IGNORED)
             except StreamFault as fault:
                 self._abort(fault, events)
@@ -285,7 +284,7 @@ class Connection(ReceivingHalf):
         return at
 
     def _take_preface(self, data: bytes) -> int:
-        """Check what a client begins with, as far as it has come (3.4)."""
+        """Check the part of the client's preface that has arrived (3.4)."""
         left = self._preface_left
         size = min(len(left), len(data))
         if data[:size] != left[:size]:
@@ -315,19 +314,19 @@ class Connection(ReceivingHalf):
         self._count(SETTINGS)
         for identifier, value in frames.SETTING.iter_unpack(data[body:stop]):
             self._apply_setting(identifier, value)
-        # Acknowledged when they hold, and before anything is sent that needs them (6.5.3).
+        # Acknowledged after they are applied, and before anything is sent that depends on them (6.5.3).
         self._out.append(frames.SETTINGS_ACK)
         events.append(PeerSettings())
         self._serve(events)
 
     def _apply_setting(self, identifier: int, value: int) -> None:
-        """Apply one setting of the peer; unknown ones mean nothing (6.5.2). Raises ConnectionFault."""
+        """Apply one setting of the peer; unknown ones are ignored (6.5.2). Raises ConnectionFault."""
         if identifier == frames.SETTING_INITIAL_WINDOW_SIZE:
             try:
                 if value > WINDOW_BYTES_MAX:
                     raise OverflowError
                 if value != self._peer_initial_window:
-                    # It costs a visit to each stream.
+                    # The change visits each stream.
                     self._count(SETTINGS, len(self.streams) // STREAMS_PER_SETTINGS)
                     self.work += len(self.streams) // STREAMS_PER_WORK
                 self._change_initial_window(value)
@@ -344,14 +343,14 @@ class Connection(ReceivingHalf):
         elif identifier == frames.SETTING_MAX_HEADER_LIST_SIZE:
             self.peer_header_list_bytes_max = value
         elif identifier == frames.SETTING_ENABLE_PUSH:
-            # A server may name it, but only with 0.
+            # A server may send it, but only with 0.
             if value > (1 if self._server else 0):
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"ENABLE_PUSH {value}")
         elif identifier == frames.SETTING_ENABLE_CONNECT_PROTOCOL and value > 1:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"ENABLE_CONNECT_PROTOCOL {value}")
 
     def _settings_acknowledged(self) -> None:
-        """The peer follows our settings from now on: what we allowed beyond them until now ends."""
+        """The peer has applied our settings: enforce them from now on."""
         if not self.settings_pending:
             self._count(IGNORED)
             return
@@ -379,7 +378,7 @@ class Connection(ReceivingHalf):
             events.append(PingReceived())
 
     def _on_go_away(self, data: bytes, body: int, stop: int, _flags: int, stream_id: int, events: list[Event]) -> None:
-        """GOAWAY (6.8): nothing changes for the streams up to the last id; those above it were never looked at."""
+        """GOAWAY (6.8): streams up to the last id continue; the peer did not process those above it."""
         if stream_id:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "GOAWAY on a stream")
         if stop - body < 8:
@@ -402,7 +401,7 @@ class Connection(ReceivingHalf):
     def _on_push_promise(
         self, _data: bytes, _body: int, _stop: int, _flags: int, _stream_id: int, _events: list[Event]
     ) -> None:
-        """PUSH_PROMISE (6.6): a client must not send it, and as a client we have forbidden it."""
+        """PUSH_PROMISE (6.6): a client must not send it, and as a client we have disabled it."""
         raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PUSH_PROMISE")
 
 

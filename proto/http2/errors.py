@@ -1,8 +1,8 @@
 """Error codes and exceptions of the HTTP/2 connection.
 
-What a peer does wrong never leaves the connection as an exception: the two faults below travel only inside it, and come
-out as events and as frames to the peer. What *our own* code may run into (no stream to be had, a call on a finished
-stream) is raised.
+A peer's error never leaves the connection as an exception: the two faults below are raised and caught inside it, and
+result in events and in frames to the peer. Errors in the use of the connection by *our own* code (no stream available,
+a call on a finished stream) are raised.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def error_code(value: int) -> ErrorCode:
 
 
 class TooManyStreams(Exception):
-    """The peer's MAX_CONCURRENT_STREAMS is reached: try again when a stream has ended."""
+    """The peer's MAX_CONCURRENT_STREAMS is reached: retry after a stream has ended."""
 
 
 class GoingAway(Exception):
-    """No stream can be opened on this connection any more: use another one."""
+    """No more streams can be opened on this connection: use another one."""
 
 
 class StreamMisuse(Exception):
@@ -50,7 +50,7 @@ class StreamMisuse(Exception):
 
 
 class ConnectionFault(Exception):
-    """The peer broke the connection as a whole; caught inside `Connection.receive`."""
+    """The peer caused a connection error (RFC 9113 5.4.1); caught inside `Connection.receive`."""
 
     def __init__(self, code: ErrorCode, reason: str) -> None:
         super().__init__(reason)
@@ -59,10 +59,9 @@ class ConnectionFault(Exception):
 
 
 class StreamFault(Exception):
-    """
-    The peer broke one stream; caught inside `Connection.receive`, the other streams live on.
+    """The peer caused a stream error (RFC 9113 5.4.2); caught inside `Connection.receive`, other streams continue.
 
-    `limit`: the name, in `Limits`, of the bound it went over; "" when it was another reason.
+    `limit`: the name in `Limits` of the limit that it exceeded; "" for another reason.
     """
 
     def __init__(self, stream_id: int, code: ErrorCode, reason: str, limit: str = "") -> None:

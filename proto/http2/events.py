@@ -1,6 +1,6 @@
-"""What happened on an HTTP/2 connection: the return values of `Connection.receive` and `Connection.resume`.
+"""Events of an HTTP/2 connection: the return values of `Connection.receive` and `Connection.resume`.
 
-One slotted class per event, so that the shell dispatches by class and a test compares lists of them.
+One slotted class per event, so that the shell can dispatch by class and tests can compare lists of events.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Headers: TypeAlias = list[tuple[bytes, bytes]]
 
 
 class HeadersKind(StrEnum):
-    """Which of a stream's header lists it is (RFC 9113 section 8.1)."""
+    """The kind of a header list (RFC 9113 section 8.1)."""
 
     REQUEST = "request"
     INFORMATIONAL = "informational"
@@ -26,10 +26,10 @@ class HeadersKind(StrEnum):
 
 @dataclass(slots=True)
 class HeadersReceived:
-    """A whole, valid header list arrived. In the server role `request` is how a stream begins."""
+    """A complete, valid header list arrived. In the server role, a stream begins with a `request`."""
 
     stream: Stream
-    # In the order of the wire; pseudo-header fields first.
+    # In the order received; pseudo-header fields first.
     headers: Headers
     # The peer sends nothing more on this stream.
     end_stream: bool
@@ -41,9 +41,9 @@ class DataReceived:
     """Bytes of a body arrived."""
 
     stream: Stream
-    # Without padding; empty only together with end_stream.
+    # Without padding; empty only with end_stream.
     data: bytes
-    # Bytes to give to `Connection.consumed` when they are used up (padding is given back already).
+    # Bytes to pass to `Connection.consumed` once they are processed (padding is returned to the peer already).
     flow_size: int
     # The peer sends nothing more on this stream.
     end_stream: bool
@@ -51,11 +51,11 @@ class DataReceived:
 
 @dataclass(slots=True)
 class StreamReset:
-    """A stream that the shell knew is over at once; what waited to be sent on it is dropped."""
+    """A stream that is known to the shell has ended at once; its unsent data is dropped."""
 
     stream: Stream
     code: ErrorCode
-    # True: the peer sent RST_STREAM, or GOAWAY below this stream. False: the connection reset it for the peer's fault.
+    # True: the peer sent RST_STREAM, or GOAWAY with a lower last id. False: we reset it because of a stream error.
     by_peer: bool
     # For logs; "" when the peer gave none.
     reason: str = ""
@@ -63,29 +63,29 @@ class StreamReset:
 
 @dataclass(slots=True)
 class StreamDrained:
-    """A stream that was blocked has been sent whole: `Stream.blocked` is False again."""
+    """All data of a blocked stream is in the output: `Stream.blocked` is False again."""
 
     stream: Stream
 
 
 @dataclass(slots=True)
 class PingReceived:
-    """The peer sent a PING, which is answered; for whoever wants to know how often it does."""
+    """The peer sent a PING, which is already answered; for checks of its rate."""
 
 
 @dataclass(slots=True)
 class LimitReached:
-    """A request was refused or a stream reset at one of our limits, which the peer is told; for whoever counts them."""
+    """A request was refused or a stream reset because of one of our limits; the peer is informed. For metrics."""
 
-    # Its name in `Limits`.
+    # The limit's name in `Limits`.
     limit: str
 
 
 @dataclass(slots=True)
 class PingAcknowledged:
-    """The peer answered a PING of ours."""
+    """The peer acknowledged a PING of ours."""
 
-    # The 8 bytes that were sent with it.
+    # The PING's 8 bytes.
     payload: bytes
 
 
@@ -96,7 +96,7 @@ class PeerSettings:
 
 @dataclass(slots=True)
 class GoAwayReceived:
-    """The peer ends the connection in good order: streams up to last_id go on, new ones need another connection."""
+    """The peer shuts the connection down: streams up to last_id continue, new ones need another connection."""
 
     last_id: int
     code: ErrorCode
@@ -106,7 +106,7 @@ class GoAwayReceived:
 
 @dataclass(slots=True)
 class ConnectionFailed:
-    """The connection is over for a fault of the peer; GOAWAY is in the output. Always the last event."""
+    """The connection has ended because of a connection error; GOAWAY is in the output. Always the last event."""
 
     code: ErrorCode
     reason: str

@@ -1,7 +1,6 @@
 """The frames of HTTP/2 as bytes (RFC 9113 sections 4 and 6).
 
-Packed by hand: the three that carry a fan-out (DATA, WINDOW_UPDATE, PING) are sent and received by the thousand, and
-the rare ones are two lines each.
+Packed by hand, for speed: DATA, WINDOW_UPDATE and PING are frequent, and the other frames take two lines each.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ SETTING_MAX_HEADER_LIST_SIZE = 0x6
 SETTING_ENABLE_CONNECT_PROTOCOL = 0x8
 
 # The 9 bytes before every payload: length (24 bits) and type (8 bits) as one number, flags, stream id. The type of
-# DATA is zero, so its first number is just the length, shifted.
+# DATA is zero, so its first number is the shifted length.
 FRAME_HEADER = Struct(">IBI")
 WORD = Struct(">I")
 SETTING = Struct(">HI")

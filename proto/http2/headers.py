@@ -1,7 +1,7 @@
 """Validity of header lists (RFC 9113 sections 8.1.1, 8.2, 8.3, 8.5; RFC 9110 sections 5.1, 5.5).
 
-A malformed list is the fault of one request, never of the connection. Fields repeat endlessly, so what was found
-about a short one is remembered; the memory is bounded and shared by all connections.
+A malformed list is a stream error, never a connection error. The same fields are received again and again, so the
+result of checking a short one is cached; the cache is bounded and shared by all connections.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-# What a field is. Bits, so that a list's fields add up to what has been seen.
+# The kinds of fields, as bits: the kinds seen in a list are their union.
 _REGULAR = 0
 _METHOD = 1
 _SCHEME = 2
@@ -34,19 +34,19 @@ _SPECIAL = {
     b"content-length": _CONTENT_LENGTH,
     b"host": _HOST,
 }
-# They belong to HTTP/1 connections (8.2.2).
+# Fields of HTTP/1 connections (8.2.2).
 _CONNECTION_SPECIFIC = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
 
 # A token (RFC 9110 5.6.2) without upper case (8.2.1), after the colon of a pseudo-header field.
 _NAME = re.compile(rb":?[!#$%&'*+.^_`|~0-9a-z-]+").fullmatch
-# No control character but a tab (RFC 9110 5.5), and no blanks around (8.2.1). RFC 9113 itself forbids NUL, CR and LF
-# only, but Go's HTTP/2 (golang.org/x/net/http/httpguts, ValidHeaderFieldValue) resets a stream for any of them: at etcd
-# that may be a stream that many clients share.
+# No control character except a tab (RFC 9110 5.5), and no leading or trailing blanks (8.2.1). RFC 9113 itself forbids
+# NUL, CR and LF only, but Go's HTTP/2 (golang.org/x/net/http/httpguts, ValidHeaderFieldValue) resets a stream for any
+# of them: at etcd that may be a stream that many clients share.
 _VALUE = re.compile(rb"(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?").fullmatch
 _STATUS_VALUE = re.compile(rb"[1-9][0-9][0-9]").fullmatch
 _LENGTH_VALUE = re.compile(rb"[0-9]{1,18}").fullmatch
 
-# Secrets, and what is different every time: not to be remembered.
+# Not cached: secrets, and fields that differ in each call.
 _PASSING = frozenset({b"authorization", b"cookie", b"grpc-timeout", b"token"})
 _KINDS_MAX = 4_096
 _KIND_BYTES_MAX = 160
@@ -54,15 +54,15 @@ _kinds: dict[tuple[bytes, bytes], int] = {}
 
 
 class MalformedHeaders(Exception):
-    """A header list that RFC 9113 forbids; the text says why."""
+    """A header list that RFC 9113 forbids; the text is the reason."""
 
 
 def check_request(headers: Sequence[tuple[bytes, bytes]]) -> int | None:
-    """Return the content-length a request promises, if any. Raises MalformedHeaders."""
+    """Check a request's header list and return its content-length, if any. Raises MalformedHeaders."""
     seen = _check(headers, _REQUEST_PSEUDO)
     if seen & _CONNECT:
         if seen & _REQUEST_PSEUDO != _METHOD | _AUTHORITY:
-            raise MalformedHeaders("CONNECT names an authority and nothing else")
+            raise MalformedHeaders("CONNECT needs :authority and no other pseudo-header field")
     elif seen & _REQUEST_REQUIRED != _REQUEST_REQUIRED:
         raise MalformedHeaders("request without :method, :scheme or :path")
     if seen & _HOST and seen & _AUTHORITY:
@@ -71,11 +71,11 @@ def check_request(headers: Sequence[tuple[bytes, bytes]]) -> int | None:
 
 
 def check_response(headers: Sequence[tuple[bytes, bytes]]) -> tuple[int, int | None]:
-    """Return the status and the content-length of a response. Raises MalformedHeaders."""
+    """Check a response's header list and return its status and content-length. Raises MalformedHeaders."""
     seen = _check(headers, _STATUS)
     if not seen & _STATUS:
         raise MalformedHeaders("response without :status")
-    # Pseudo-header fields come first, and there is only one in a response.
+    # Pseudo-header fields are first, and a response has only one.
     status = int(headers[0][1])
     if status == 101:
         raise MalformedHeaders("status 101 does not exist in HTTP/2")
@@ -83,7 +83,7 @@ def check_response(headers: Sequence[tuple[bytes, bytes]]) -> tuple[int, int | N
 
 
 def check_trailers(headers: Sequence[tuple[bytes, bytes]]) -> None:
-    """Check a list after the body. Raises MalformedHeaders."""
+    """Check trailers. Raises MalformedHeaders."""
     _check(headers, 0)
 
 
@@ -107,7 +107,7 @@ def _check(headers: Sequence[tuple[bytes, bytes]], allowed_pseudo: int) -> int:
             if regular_seen:
                 raise MalformedHeaders("pseudo-header field after a regular one")
             if not kind & allowed_pseudo:
-                raise MalformedHeaders(f"{field[0].decode('ascii')} does not belong here")
+                raise MalformedHeaders(f"{field[0].decode('ascii')} is not allowed here")
             if kind & seen:
                 raise MalformedHeaders(f"{field[0].decode('ascii')} twice")
         elif kind == _BAD:
@@ -142,7 +142,7 @@ def _kind(name: bytes, value: bytes) -> int:
     )
     if bad:
         return _BAD
-    # It names an authority only (8.5).
+    # CONNECT has an authority only (8.5).
     return kind | _CONNECT if kind == _METHOD and value == b"CONNECT" else kind
 
 

@@ -1,8 +1,8 @@
-"""The receiving half of an HTTP/2 connection: what each stream's frames mean, and the ledger of what the peer may send.
+"""The receiving half of an HTTP/2 connection: handles each stream's frames, and accounts for what the peer may send.
 
-Every handler gets one whole frame as a range of the received bytes. It changes the state, appends events, and raises
-a fault where the peer is wrong: `StreamFault` ends one stream, `ConnectionFault` the connection. Wherever RFC 9113
-leaves the choice, the stream pays and the connection lives, because other people's watches are on it.
+Every handler gets one whole frame as a range of the received bytes. It changes the state, appends events, and raises a
+fault for an error of the peer: `StreamFault` ends one stream, `ConnectionFault` the connection. Where RFC 9113 leaves
+the choice, an error ends the stream only, because the connection carries other clients' watches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from proto.http2.limits import HEADER_TABLE_BYTES_DEFAULT, WINDOW_BYTES_DEFAULT,
 from proto.http2.sending import HALF_CLOSED_LOCAL, HALF_CLOSED_REMOTE, OPEN, Role, SendingHalf
 from proto.http2.streams import Stream
 
-# The flood counters, by place in the list.
+# The flood counters, by index.
 RESETS = 0
 PINGS = 1
 SETTINGS = 2
@@ -46,21 +46,20 @@ FLOOD_NAMES = (
 
 TOO_MANY_FIELDS = "flood: header fields"
 REQUEST_WORK = 20
-"""What a request costs beyond its frame, with what its handler does at once."""
+"""Work of a request in addition to its frame, including what its handler does at once."""
 
 RESET_WORK = 6
-"""What the end of a stream costs its handler, beyond the frame."""
+"""Work of a handler at the end of its stream, in addition to the frame."""
 
 WORK_UNBOUNDED = 1 << 62
 
 _unpack_word = frames.WORD.unpack_from
-# A body's length is not to be checked: the peer promised nothing, or its promise is about another message (RFC 9110
-# 8.6).
+# Responses whose content-length, if any, is not the length of their own body (RFC 9110 8.6): it is not checked.
 _NO_BODY_STATUSES = frozenset({204, 304})
 
 
 class ReceivingHalf(SendingHalf):
-    """What the peer sends on streams, and what it is allowed to send."""
+    """Handles frames on streams, and accounts for what the peer may send."""
 
     __slots__ = (
         "_block_end_stream",
@@ -84,23 +83,24 @@ class ReceivingHalf(SendingHalf):
         super().__init__(role, limits)
         # Bytes the peer may still send on all streams together.
         self.receive_window = WINDOW_BYTES_DEFAULT
-        # Bytes consumed that no WINDOW_UPDATE has told the peer about yet, and how many are worth one.
+        # Bytes consumed but not yet returned to the peer by a WINDOW_UPDATE.
         self._unreturned = 0
-        # What the newest `receive` has cost, and what the next one may cost at most; the shell may set the bound.
+        # Work of the last `receive`, and the maximum of the next one, which the shell may set.
         self.work = 0
         self.turn_work_max = limits.turn_work_max or WORK_UNBOUNDED
+        # Number of unreturned bytes at which a WINDOW_UPDATE is sent.
         self._window_step = max(limits.connection_window, WINDOW_BYTES_DEFAULT) // 2
-        # The window a new stream gives the peer. Until it has acknowledged our settings it may use the default.
+        # The receive window of a new stream. Until the peer has acknowledged our settings, it may use the default.
         self._own_initial_window = max(limits.initial_window, WINDOW_BYTES_DEFAULT)
         table_bytes = max(limits.header_table_bytes, HEADER_TABLE_BYTES_DEFAULT)
         self._decoder = HeaderDecoder(limits.header_list_bytes_max, table_bytes, limits.header_fields_max)
-        # The header block that is arriving: its stream (0: none), whether it ends the stream, its CONTINUATIONs.
+        # The header block that is arriving: its stream (0: none), whether it ends the stream, its CONTINUATION count.
         self._block_id = 0
         self._block_end_stream = False
         self._block_frames = 0
         # The highest stream id so far: the peer's for a server, our own for a client.
         self._last_id = 0
-        # The highest id we take from the peer; lowered by the second step of going away.
+        # The highest id that we accept from the peer; step 2 of `go_away` lowers it.
         self._last_accepted = WINDOW_BYTES_MAX
         self._flood = [0] * len(FLOOD_NAMES)
         self._flood_max = (
@@ -112,15 +112,15 @@ class ReceivingHalf(SendingHalf):
             limits.ignored_max,
             limits.paused_requests_max,
         )
-        # Resets are work for others as well: of those fewer are forgiven.
+        # How much each counter decreases per turn; less for resets, which cause work elsewhere as well.
         self._forgiven = [max(1, limit // 100) for limit in self._flood_max]
         self._forgiven[RESETS] = max(1, limits.resets_max // 500)
 
     def consumed(self, stream: Stream | None, size: int) -> None:
-        """Give `size` flow-controlled bytes back to the peer, who may send as many more.
+        """Return `size` flow-controlled bytes to the peer, which may send as many more.
 
-        Always credits the connection, and the stream as long as the peer sends on it. WINDOW_UPDATEs are held back
-        until half a window has gathered.
+        Always credits the connection, and the stream as long as the peer sends on it. A WINDOW_UPDATE is sent only once
+        half a window has accumulated.
         """
         if self.closed or size <= 0:
             return
@@ -137,7 +137,7 @@ class ReceivingHalf(SendingHalf):
                 stream.unreturned = 0
 
     def credit_stream(self, stream: Stream, size: int) -> None:
-        """Do the same for the stream alone: the connection was credited before, by `consumed(None, size)`."""
+        """Credit the stream alone: the connection was credited before, by `consumed(None, size)`."""
         if not self.closed and size > 0 and (stream.state is OPEN or stream.state is HALF_CLOSED_LOCAL):
             stream.unreturned += size
             if stream.unreturned * 2 >= self.limits.initial_window:
@@ -146,7 +146,7 @@ class ReceivingHalf(SendingHalf):
                 stream.unreturned = 0
 
     def _count(self, kind: int, weight: int = 1) -> None:
-        """Count a frame that brings nothing (10.5). Raises ConnectionFault at the limit."""
+        """Count a frame that has no use (10.5). Raises ConnectionFault above the limit."""
         flood = self._flood
         flood[kind] += weight
         self._forgiving = True
@@ -163,11 +163,11 @@ class ReceivingHalf(SendingHalf):
                     self._forgiving = True
 
     def _is_idle(self, stream_id: int) -> bool:
-        """Tell whether no stream of this id ever was (5.1.1): even ids belong to pushes, which nobody makes."""
+        """Return whether the id was never used (5.1.1). Even ids are for pushes, which are disabled."""
         return stream_id > self._last_id or not stream_id & 1
 
     def _abort(self, fault: StreamFault, events: list[Event]) -> None:
-        """End one stream for the peer's fault; tell the shell of a limit, and if it knew the stream."""
+        """Reset one stream because of a stream error. Reports a reached limit, and the reset if the stream was open."""
         if fault.limit:
             events.append(LimitReached(fault.limit))
         stream = self.streams.get(fault.stream_id)
@@ -239,7 +239,7 @@ class ReceivingHalf(SendingHalf):
     def _on_continuation(
         self, data: bytes, body: int, stop: int, flags: int, stream_id: int, events: list[Event]
     ) -> None:
-        """CONTINUATION (6.10); that it belongs to the block is checked by the caller for every frame."""
+        """CONTINUATION (6.10); the caller has checked that the frame belongs to the current block."""
         if not self._block_id:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "CONTINUATION without HEADERS")
         self._block_frames += 1
@@ -260,7 +260,7 @@ class ReceivingHalf(SendingHalf):
             raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, TOO_MANY_FIELDS) from None
 
     def _block_complete(self, stream_id: int, end_stream: bool, events: list[Event]) -> None:
-        """Use a header list, which has been decoded whatever becomes of it, for the compression's sake (4.3)."""
+        """Handle a header list. Even a refused one has been decoded, to keep the compression state (4.3)."""
         try:
             headers = self._decoder.finish()
         except HPACKError as error:
@@ -271,7 +271,7 @@ class ReceivingHalf(SendingHalf):
                 self._begin_request(stream_id, headers, end_stream, events)
                 return
             if self._server and headers and headers[0][0].startswith(b":"):
-                # Not late trailers but a request: stream ids grow (5.1.1).
+                # A request, not late trailers: stream ids must increase (5.1.1).
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"stream {stream_id} opened again")
             self._late(stream_id)
             return
@@ -314,7 +314,7 @@ class ReceivingHalf(SendingHalf):
         events.append(HeadersReceived(stream, headers, end_stream, HeadersKind.REQUEST))
 
     def _take_headers(self, stream: Stream, headers: Headers, end_stream: bool) -> HeadersKind:
-        """Check a header list on an open stream and say which one it is. Raises MalformedHeaders."""
+        """Check a header list on an open stream and return its kind. Raises MalformedHeaders."""
         if stream.headers_seen:
             check_trailers(headers)
             if not end_stream:
@@ -399,21 +399,21 @@ class ReceivingHalf(SendingHalf):
         self._count(IGNORED)
 
     def _late(self, stream_id: int) -> None:
-        """A frame came for a stream that is closed: no fault if we reset it, and one more reset if not (5.1)."""
+        """Handle a frame for a closed stream: count it if we reset the stream, else reset the stream again (5.1)."""
         if stream_id in self._reset_ids:
             self._crossing()
         else:
             raise StreamFault(stream_id, ErrorCode.STREAM_CLOSED, "frame on a closed stream")
 
     def _crossing(self) -> None:
-        """Count a frame for a stream that is over, unless it was on its way while we ended one."""
+        """Count a frame for a closed stream, unless it may have been sent before the peer knew that we ended one."""
         if self._explained:
             self._explained -= 1
         else:
             self._count(IGNORED)
 
     def _received_end(self, stream: Stream) -> None:
-        """END_STREAM of the peer: change the stream's state."""
+        """Change the stream's state after END_STREAM from the peer."""
         if stream.state is HALF_CLOSED_LOCAL:
             self._forget(stream)
         else:
@@ -421,10 +421,10 @@ class ReceivingHalf(SendingHalf):
 
 
 def _data_fault(stream: Stream, length: int, size: int, end_stream: bool) -> StreamFault | None:
-    """Return what is wrong with `size` bytes of content (`length` with their padding) on a stream, if anything."""
+    """Check `size` bytes of content (`length` with padding) on a stream; return the fault, if any."""
     if stream.state is HALF_CLOSED_REMOTE:
         return StreamFault(stream.id, ErrorCode.STREAM_CLOSED, "data after the end of the stream")
-    # An empty frame needs no window, which our own settings may have left below zero (6.9, 6.9.2).
+    # An empty frame needs no window; our own settings may have made the window negative (6.9, 6.9.2).
     if length and stream.receive_window < 0:
         return StreamFault(stream.id, ErrorCode.FLOW_CONTROL_ERROR, "stream window overrun", "initial_window")
     if not stream.headers_seen:

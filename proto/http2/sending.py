@@ -1,17 +1,17 @@
-"""The sending half of an HTTP/2 connection: one output queue, and the ledger of what the peer lets us send.
+"""The sending half of an HTTP/2 connection: one output queue, and the flow-control windows for sending.
 
-Theory of operation. Whatever may go out at once is appended to the output, in call order; the shell takes it with
-`output()` and writes it in one go. Only DATA can be held up: by its stream's window, by the connection's window, or
-because the transport is paused. Then the stream is *blocked*: its pieces wait in its own queue, and everything said
-later on that stream (more data, trailers) waits behind them. A blocked stream whose own window is open is *waiting*:
-it stands in the round robin, which is served one frame a turn as soon as the connection's window or the transport
-opens. A blocked stream without a window of its own stands nowhere; its WINDOW_UPDATE, or a change of the initial
-window, brings it back.
+Theory of operation. Everything that may be sent at once is appended to the output, in call order; the shell takes it
+with `output()` and writes it with one call. Only DATA can be delayed: by its stream's window, by the connection's
+window, or because the transport is paused. Then the stream is *blocked*: its pieces wait in its own queue, and later
+data and trailers of the stream queue after them. A blocked stream whose own window is open is *waiting*: it is in the
+round robin, which sends one frame per stream in turn once the connection's window or the transport opens. A blocked
+stream whose own window is used up is not in the round robin; its WINDOW_UPDATE, or a change of the initial window, puts
+it back.
 
-So: the round robin is empty, or the connection's window is used up, or the transport is paused.
+Invariant: the round robin is empty, or the connection's window is used up, or the transport is paused.
 
-`send` is where a fan-out proxy lives. Its fast lane compares three numbers, packs nine bytes and appends the very
-pieces it was given: nothing is copied, so that one payload can be in the output of a thousand connections.
+`send` is the hot path of a fan-out proxy. Its fast path compares three numbers, packs nine bytes and appends the given
+pieces without copying them, so that one payload can be in the output of a thousand connections.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from proto.http2.limits import FRAME_BYTES_MIN, FRAME_BYTES_SENT_MAX, WINDOW_BYT
 from proto.http2.streams import Stream, StreamState
 
 Piece: TypeAlias = bytes | memoryview
-"""A run of output bytes; a view where a large piece was cut."""
+"""A run of output bytes; a view if it is a part of a larger piece."""
 
 OPEN = StreamState.OPEN
 HALF_CLOSED_LOCAL = StreamState.HALF_CLOSED_LOCAL
@@ -39,9 +39,9 @@ CLOSED = StreamState.CLOSED
 
 _pack_header = frames.FRAME_HEADER.pack
 CROSSING_FRAMES = 2
-"""Frames that a peer may have sent for a stream before it knew that we ended it: a window, a reset."""
+"""Frames that a peer may send for a stream before it learns that we ended it: a WINDOW_UPDATE, a RST_STREAM."""
 
-# Nothing fits into it: the fast lane is shut with one number.
+# Frame size that disables the fast path: nothing fits.
 _SHUT = -1
 
 
@@ -53,24 +53,24 @@ class Role(Enum):
 
 
 class Together:
-    """The streams of one connection that are sent messages of one size together, with the frame heads they had last.
+    """A batch of streams of one connection, with the frame headers of the last message size.
 
-    Most messages of a busy range have the same size, so their heads are the same bytes. Made anew for each they would
-    be most of what waits to be written: a head of 9 bytes is an object of 48.
+    Most messages of a busy range have the same size, so their frame headers are the same bytes. Without this cache the
+    headers would take most of the memory of the pending output: one of 9 bytes is an object of 48.
     """
 
     __slots__ = ("_heads", "_size", "counts", "streams")
 
     def __init__(self, streams: Sequence[Stream]) -> None:
         self.streams = streams
-        """One for each message, so that a stream may be there several times."""
+        """One stream for each message, so that a stream may occur several times."""
         self.counts = Counter(streams)
-        """How many messages each of them gets."""
+        """The number of messages for each stream."""
         self._size = -1
         self._heads: list[bytes] = []
 
     def heads(self, size: int) -> list[bytes]:
-        """Return the heads of DATA frames of this size, one for each message; not to be changed."""
+        """Return the headers of DATA frames of this size, one for each message; do not change the list."""
         if size != self._size:
             word = size << 8
             self._size = size
@@ -79,7 +79,7 @@ class Together:
 
 
 class SendingHalf:
-    """What we may send, what waits, and what is ready to be written."""
+    """The sending windows, the data that waits for them, and the output that is ready to be written."""
 
     __slots__ = (
         "_encoder",
@@ -108,41 +108,41 @@ class SendingHalf:
     def __init__(self, role: Role, limits: Limits) -> None:
         self.role = role
         self.limits = limits
-        # The connection is over: the shell writes the output that is left and closes the transport.
+        # The connection has ended: the shell writes the rest of the output and closes the transport.
         self.closed = False
-        # No stream will be added any more; when the last one ends the connection is closed.
+        # No stream will be added; when the last one ends, the connection is closed.
         self.ending = False
         # The open streams by id.
         self.streams: dict[int, Stream] = {}
         # Bytes the peer lets us send on all streams together.
         self.send_window = WINDOW_BYTES_DEFAULT
-        # What the peer has added to that window since the start, and header lists written: see `progress`.
+        # That window's sum of all grants since the start, and the number of header lists written: see `progress`.
         self._granted = WINDOW_BYTES_DEFAULT
         self._header_lists = 0
         self._server = role is Role.SERVER
         self._out: list[Piece] = []
         self._paused = False
-        # The largest payload of a frame of ours (the peer's SETTINGS_MAX_FRAME_SIZE, and not too large) ...
+        # Maximum payload of a frame that we send: the peer's SETTINGS_MAX_FRAME_SIZE, but at most FRAME_BYTES_SENT_MAX.
         self._peer_frame_bytes = FRAME_BYTES_MIN
-        # ... and the same as long as data may flow, _SHUT while the transport is paused or the connection is over.
+        # The same while data may be sent; _SHUT while the transport is paused or after the connection has ended.
         self._frame_bytes_live = FRAME_BYTES_MIN
-        # The window a new stream begins with (the peer's SETTINGS_INITIAL_WINDOW_SIZE).
+        # The send window of a new stream (the peer's SETTINGS_INITIAL_WINDOW_SIZE).
         self._peer_initial_window = WINDOW_BYTES_DEFAULT
         self._encoder = HeaderEncoder()
         self._round_robin: deque[Stream] = deque()
-        # Ids of streams reset by us, oldest first: late frames for them are no fault of the peer.
+        # Ids of streams reset by us, oldest first: late frames for them are not an error of the peer.
         self._reset_ids: dict[int, None] = {}
-        # Frames for streams that are over which our ending them explains: they were on their way.
+        # Number of frames for closed streams that are still expected, because we ended the streams.
         self._explained = 0
-        # The shell's clock, in seconds, as the shell last set it: how long a stream was open.
+        # The shell's clock in seconds, as last set by the shell; for the age of streams.
         self.now = 0.0
-        # Some flood counter is above zero.
+        # A flood counter is above zero.
         self._forgiving = False
-        # Frames wait that came but were too much for one turn: `receive(b"")` takes them.
+        # Received frames wait because they were too much work for one turn: `receive(b"")` handles them.
         self.behind = False
 
     def output(self) -> list[Piece]:
-        """Take what is ready to be written, in order; [] when there is nothing."""
+        """Take the bytes that are ready to be written, in order; [] if there are none."""
         out = self._out
         if out:
             self._out = []
@@ -153,9 +153,9 @@ class SendingHalf:
     def send(self, stream: Stream, pieces: Sequence[bytes], size: int, end_stream: bool = False) -> bool:
         """Send DATA: the pieces joined, `size` bytes in all.
 
-        Returns True when everything is in the output; False when some of it has to wait (then `stream.blocked` is True
-        until `StreamDrained`). On a stream that is over (reset, or its connection is closed) data is dropped and the
-        answer is True: nothing waits. Raises StreamMisuse after an earlier end_stream.
+        Returns True if everything is in the output, False if some of it has to wait (then `stream.blocked` is True
+        until `StreamDrained`). On a stream that has ended (reset, or its connection is closed) data is dropped and the
+        result is True, because nothing waits. Raises StreamMisuse after an earlier end_stream.
         """
         if (
             size <= stream.send_window
@@ -176,11 +176,11 @@ class SendingHalf:
         return self._send_waiting(stream, pieces, size, end_stream)
 
     def send_each(self, together: Together, columns: Sequence[Sequence[bytes]], size: int) -> Sequence[int]:
-        """Send a message of `size` bytes on each of many streams, as far as that goes without waiting.
+        """Send a message of `size` bytes on each of many streams, except where it would have to wait.
 
         `columns`: the first pieces of all messages, then the second ones, and so on, in the order of the streams.
-        Returns the places of the messages that did not go out; for those `send` has to decide. This is the fast lane
-        of `send`, with what is the same for all of them done once.
+        Returns the indices of the messages that were not sent; the caller passes those to `send`. This is the fast path
+        of `send`, with the common work of all streams done once.
         """
         streams = together.streams
         if size > self._frame_bytes_live or size * len(streams) > self.send_window:
@@ -207,10 +207,10 @@ class SendingHalf:
         return left
 
     def frame(self, stream: Stream, message: bytes, size: int) -> bytes | None:
-        """Send DATA, `size` bytes, past the output: the caller writes the frame that is returned, before anything else.
+        """Return a DATA frame of `size` bytes without queuing it; the caller must write it before anything else.
 
-        None, and nothing has happened: something is in the output, or this has to wait, or the peer has flood counters
-        that taking the output lowers; `send` has to take it.
+        None, with nothing changed: the output is not empty, or the data has to wait, or a flood counter is above zero
+        and `output` must lower it. Then the caller uses `send`.
         """
         if (
             self._out
@@ -229,8 +229,8 @@ class SendingHalf:
     def send_headers(self, stream: Stream, headers: Sequence[tuple[bytes, bytes]], end_stream: bool = False) -> None:
         """Send a header list: informational or final response, or (with end_stream) trailers.
 
-        Trailers queue behind the stream's unsent data. Does nothing on a stream that is over.
-        Raises StreamMisuse after an earlier end_stream, or for a list without end_stream behind unsent data.
+        Trailers queue after the stream's unsent data. Does nothing on a stream that has ended.
+        Raises StreamMisuse after an earlier end_stream, or for a list without end_stream after unsent data.
         """
         if stream.state is CLOSED or self.closed:
             return
@@ -238,7 +238,7 @@ class SendingHalf:
             raise StreamMisuse(f"headers on stream {stream.id} after its end")
         if stream.blocked:
             if not end_stream:
-                raise StreamMisuse(f"headers that are not trailers behind unsent data on stream {stream.id}")
+                raise StreamMisuse(f"headers that are not trailers after unsent data on stream {stream.id}")
             stream.trailers = list(headers)
             stream.ending = True
             return
@@ -249,7 +249,7 @@ class SendingHalf:
             self._sent_end(stream)
 
     def reset(self, stream: Stream, code: ErrorCode) -> None:
-        """End a stream at once with RST_STREAM; what waits on it is dropped. Does nothing if it is over already.
+        """End a stream at once with RST_STREAM and drop its unsent data. Does nothing if the stream has ended.
 
         The only way to end a stream in the middle of a gRPC message.
         """
@@ -260,12 +260,12 @@ class SendingHalf:
         self._forget(stream)
 
     def pause(self) -> None:
-        """Hold all DATA back: the transport's write buffer is full. Control frames still go to the output."""
+        """Stop sending DATA, because the transport's write buffer is full. Control frames still go to the output."""
         self._paused = True
         self._frame_bytes_live = _SHUT
 
     def resume(self) -> list[Event]:
-        """Let DATA flow again: the transport's write buffer has drained. Returns the streams that are drained by it."""
+        """Send DATA again, because the transport's write buffer has drained. Returns StreamDrained events."""
         events: list[Event] = []
         self._paused = False
         if not self.closed:
@@ -275,12 +275,12 @@ class SendingHalf:
 
     @property
     def progress(self) -> int:
-        """A number that grows with each header list and each byte of DATA sent; what `send` does not have to count."""
+        """A number that grows with each header list and each byte of DATA sent; `send` does not have to count it."""
         return self._granted - self.send_window + self._header_lists
 
     @property
     def paused(self) -> bool:
-        """Between `pause` and `resume`."""
+        """True between `pause` and `resume`."""
         return self._paused
 
     def _send_waiting(self, stream: Stream, pieces: Sequence[bytes], size: int, end_stream: bool) -> bool:
@@ -307,18 +307,18 @@ class SendingHalf:
         return True
 
     def _wait(self, stream: Stream) -> None:
-        """Put a blocked stream into the round robin, unless only its own window can bring it on."""
+        """Put a blocked stream into the round robin, unless its own window is used up."""
         if stream.send_window > 0 and not stream.waiting:
             stream.waiting = True
             self._round_robin.append(stream)
 
     def _serve(self, events: list[Event]) -> None:
-        """Send for the waiting streams, one frame a turn, as far as the connection's window goes (5.2.1)."""
+        """Send for the waiting streams, one frame each in turn, until the connection's window is used up (5.2.1)."""
         queue = self._round_robin
         while queue and self.send_window > 0 and self._frame_bytes_live > 0:
             stream = queue.popleft()
             stream.waiting = False
-            # It may have been reset, or its window lowered, since it was put here.
+            # It may have been reset, or its window lowered, since it was queued.
             size = min(stream.unsent, stream.send_window, self.send_window, self._frame_bytes_live)
             if size <= 0:
                 continue
@@ -345,7 +345,7 @@ class SendingHalf:
             piece = queue[0]
             left = len(piece) - offset
             if left > size:
-                # A view, not a copy: a large payload is cut once for each of the streams that share it.
+                # A view, not a copy: a large payload is split once for each of the streams that share it.
                 out.append(memoryview(piece)[offset : offset + size])
                 offset += size
                 break
@@ -356,7 +356,7 @@ class SendingHalf:
         stream.queue_offset = offset
 
     def _finish(self, stream: Stream) -> None:
-        """Say what comes after the stream's data, all of which is in the output now."""
+        """Write the trailers or the end after the stream's data, all of which is in the output now."""
         queue = stream.queue
         if queue is not None:
             stream.queue = None
@@ -364,13 +364,13 @@ class SendingHalf:
             trailers, stream.trailers = stream.trailers, None
             self._write_headers(stream, trailers, True)
         elif queue is None:
-            # Nothing but an end, or nothing at all: no window is needed for an empty frame (6.9).
+            # Only an end, or an empty message: an empty frame needs no window (6.9).
             self._out.append(_pack_header(0, 1 if stream.ending else 0, stream.id))
         if stream.ending:
             self._sent_end(stream)
 
     def _write_headers(self, stream: Stream, headers: Sequence[tuple[bytes, bytes]], end_stream: bool) -> None:
-        # Encoded when it goes out and not before: the compression state follows the order of the wire (4.3).
+        # Encoded only when it is written: the compression state depends on the order on the wire (4.3).
         block = self._encoder.encode(headers)
         self._header_lists += 1
         if len(block) <= self._peer_frame_bytes:
@@ -380,12 +380,12 @@ class SendingHalf:
             self._out += frames.header_block(stream.id, block, end_stream, self._peer_frame_bytes)
 
     def _sent_end(self, stream: Stream) -> None:
-        """END_STREAM of ours is in the output: change the stream's state."""
+        """Change the stream's state after our END_STREAM."""
         self._explained += CROSSING_FRAMES
         if stream.state is HALF_CLOSED_REMOTE:
             self._forget(stream)
         elif self._server:
-            # A complete response whose request is still open: the client shall stop sending (8.1).
+            # The response is complete but the request is still open: ask the client to stop sending (8.1).
             self._reset_id(stream.id, ErrorCode.NO_ERROR)
             self._forget(stream)
         else:
@@ -396,13 +396,13 @@ class SendingHalf:
         ids = self._reset_ids
         ids[stream_id] = None
         if len(ids) > self.limits.resets_remembered:
-            # Half at a time, so that a reset costs the same however many there were.
+            # Half at a time, so that the cost per reset does not grow with their number.
             self._reset_ids = dict.fromkeys(list(ids)[len(ids) // 2 :])
 
     def _forget(self, stream: Stream) -> None:
-        """Drop a stream that is closed, with all that waits on it."""
+        """Drop a closed stream and its unsent data."""
         stream.state = CLOSED
-        # Shuts the fast lane: whoever still holds the stream sends into the void.
+        # Disables the fast path; later sends on this stream are dropped.
         stream.ending = True
         stream.blocked = False
         stream.unsent = 0
@@ -417,16 +417,16 @@ class SendingHalf:
         self._frame_bytes_live = _SHUT
 
     def _change_frame_bytes(self, size: int) -> None:
-        """Follow the peer's SETTINGS_MAX_FRAME_SIZE, as far as it does us good."""
+        """Apply the peer's SETTINGS_MAX_FRAME_SIZE, but at most FRAME_BYTES_SENT_MAX."""
         size = min(size, FRAME_BYTES_SENT_MAX)
         self._peer_frame_bytes = size
         if not self._paused and not self.closed:
             self._frame_bytes_live = size
 
     def _change_initial_window(self, size: int) -> None:
-        """Follow the peer's SETTINGS_INITIAL_WINDOW_SIZE: it moves the windows of all streams, not the connection's.
+        """Apply the peer's SETTINGS_INITIAL_WINDOW_SIZE to the windows of all streams, but not the connection's.
 
-        May leave windows negative. Raises OverflowError if one would exceed 2^31-1 (6.9.2).
+        Windows may become negative. Raises OverflowError if one would exceed 2^31-1 (6.9.2).
         """
         delta = size - self._peer_initial_window
         self._peer_initial_window = size
@@ -438,5 +438,5 @@ class SendingHalf:
                 self._wait(stream)
 
     def _forgive(self) -> None:
-        """Lower the flood counters; the receiving half knows them."""
+        """Lower the flood counters, which the receiving half implements."""
         raise NotImplementedError

@@ -1,7 +1,7 @@
-"""One HTTP/2 stream: its state and its share of the flow-control ledger, in as little memory as can be.
+"""One HTTP/2 stream: its state and its flow-control windows, in as little memory as possible.
 
-Ten thousand of them on a connection are normal here and nearly all are idle, so a stream owns no container until data
-has to wait on it.
+A connection may well have ten thousand of them, nearly all idle, so a stream owns no container until data has to wait
+on it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class StreamState(IntEnum):
-    """The states a stream of ours can be in (RFC 9113 section 5.1); idle and reserved ones do not exist as objects."""
+    """The states of a `Stream` (RFC 9113 section 5.1); idle and reserved streams have no object."""
 
     OPEN = 0
     # We have sent END_STREAM.
@@ -23,7 +23,7 @@ class StreamState(IntEnum):
 
 
 class Stream:
-    """A stream of a connection; compared by identity. All fields but `owner` are the connection's to write."""
+    """A stream of a connection, compared by identity. Only the connection writes its fields, except `owner`."""
 
     __slots__ = (
         "blocked",
@@ -49,34 +49,34 @@ class Stream:
     def __init__(self, stream_id: int, send_window: int, receive_window: int) -> None:
         self.id = stream_id
         self.state = StreamState.OPEN
-        # Bytes the peer's window lets us send; below zero after the peer has lowered its initial window.
+        # Bytes that the peer's window lets us send; may be negative after the peer lowered its initial window.
         self.send_window = send_window
-        # Bytes the peer may still send.
+        # Bytes that the peer may still send.
         self.receive_window = receive_window
-        # Bytes consumed by the application that no WINDOW_UPDATE has told the peer about yet.
+        # Bytes consumed by the application but not yet returned to the peer by a WINDOW_UPDATE.
         self.unreturned = 0
-        # Something waits to be sent: for this stream's window, the connection's window or the transport.
+        # Data waits to be sent: for this stream's window, the connection's window or the transport.
         self.blocked = False
         # Bytes of DATA that wait.
         self.unsent = 0
-        # The pieces that wait, and how much of the first one is sent already. None when nothing ever waited.
+        # The pieces that wait (None if there are none), and how much of the first one is already sent.
         self.queue: deque[bytes] | None = None
         self.queue_offset = 0
-        # Trailers that wait for the data before them.
+        # Trailers that wait for the unsent data.
         self.trailers: list[tuple[bytes, bytes]] | None = None
-        # The application has handed over everything it will ever send.
+        # The application has passed everything that it will send.
         self.ending = False
         # The stream is in the connection's round robin.
         self.waiting = False
-        # When it was opened, on the shell's clock, in seconds.
+        # The time at which it was opened, by the shell's clock, in seconds.
         self.opened_at = 0.0
-        # We have sent something on it: as a server, our answer has begun.
+        # We have sent headers on it: as a server, the response has begun.
         self.started = False
-        # The peer's first header list has arrived (informational ones do not count): the next ones are trailers.
+        # The peer's first header list has arrived (informational ones do not count); the next one is trailers.
         self.headers_seen = False
-        # Bytes of the body that the content-length still promises; None when the peer promised nothing.
+        # Bytes of the body that are left of the content-length; None if the peer sent none.
         self.content_left: int | None = None
-        # A request of ours whose response has no body whatever its content-length says: HEAD (RFC 9110 8.6).
+        # Our request is HEAD: its response has no body, even with a content-length (RFC 9110 8.6).
         self.bodiless = False
         # The shell's own object for this stream.
         self.owner: Any = None
