@@ -1,1 +1,1 @@
-"""What the proxy saves, shown: demo, measure, observe and their report; `load/` holds the real clients."""
+"""Demonstrates and measures what the proxy saves: demo, measure, observe and their report; `load/` has the clients."""

@@ -1,7 +1,7 @@
-"""Before and after, row by row: what `measure` finds, as a table in a terminal and as a page.
+"""The results of `measure`, without and with the proxy, row by row; shown as a table in a terminal and as a page.
 
-A row is a number of the upstream's own, without and with the proxy. What to divide, and how to write it, is decided
-here once.
+A row is one of the upstream's own numbers, before and after. This module alone decides which numbers are divided and
+how they are formatted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.text import Text
 
 
 class Unit(Enum):
-    """What a row counts."""
+    """The unit of a row."""
 
     COUNT = "count"
     RATE = "per second"
@@ -27,19 +27,19 @@ class Unit(Enum):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One number, before and after; None: not known."""
+    """One number, before and after; None: unknown."""
 
     name: str
     unit: Unit
     before: float | None
     after: float | None
     compared: bool = True
-    """Whether the factor between them says anything."""
+    """Whether the factor between the two numbers is meaningful."""
     note: str = ""
 
     @property
     def factor(self) -> float | None:
-        """By how much it shrank; None where nothing is left to divide by."""
+        """The reduction, before / after; None when `after` is 0 or either number is unknown."""
         if not self.compared or self.before is None or not self.after or self.after < 0:
             return None
         return self.before / self.after
@@ -55,7 +55,7 @@ class Series(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """All that is shown of a measurement."""
+    """All data shown of a measurement."""
 
     title: str
     subtitle: str
@@ -64,12 +64,12 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     rows: list[Row]
     series: list[Series] = []
     facts: list[tuple[str, str]] = []
-    """What else the reader may want to know: circumstances, in pairs."""
+    """Circumstances of the measurement: (name, value)."""
     complaints: list[str] = []
 
 
 def show_value(value: float | None, unit: Unit) -> str:
-    """Write a number with its unit, for people."""
+    """Format a number with its unit for people."""
     if value is None:
         return "-"
     match unit:
@@ -91,7 +91,7 @@ def show_value(value: float | None, unit: Unit) -> str:
 
 
 def show_factor(factor: float | None) -> str:
-    """Write a reduction."""
+    """Format a reduction."""
     if factor is None:
         return ""
     return f"{factor:,.0f}x" if factor >= 100 else f"{factor:,.1f}x"

@@ -1,8 +1,8 @@
-"""`watchmux demo`: what the proxy does, shown in half a minute on real processes, and judged.
+"""`watchmux demo`: shows in half a minute, on real processes, what the proxy does, and checks the result.
 
-A store, a proxy and client processes are started; clients open a thousand watches through the proxy, some in the past,
-some with filters or prev_kv, one of them slow; then things are written. What each client got is compared with the
-store's own history by the guarantee checkers, and the store itself says how many watchers it had to serve.
+It starts a store, a proxy and client processes. The clients open a thousand watches through the proxy, some in the
+past, some with filters or prev_kv, one of them slow; then keys are written. The guarantee checkers compare the events
+of each client with the store's own history, and the number of upstream watchers comes from the store's metrics.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SLOW_S = 2.0
 
 
 class DemoResult(msgspec.Struct, kw_only=True):
-    """What came of the demo."""
+    """The result of the demo."""
 
     trial: Trial
     shape: Shape
@@ -32,12 +32,12 @@ class DemoResult(msgspec.Struct, kw_only=True):
 
     @property
     def faultless(self) -> bool:
-        """Every client got exactly what it should."""
+        """Whether every client got exactly the expected events."""
         return self.trial.verdict.faultless and not self.trial.complaints
 
 
 async def run_demo(stage: Stage, shape: Shape, seconds: float, show: Show, endpoints: str | None = None) -> DemoResult:
-    """Run the demo on a stage; `endpoints` are all members of a cluster, where the upstream is one of them.
+    """Run the demo on a stage; `endpoints` are all members of a cluster, if the upstream is one of them.
 
     Raises ChildFailed, LoadFailed, WriteFailed, NoMetrics or NoTruth, each with one line of text.
     """
@@ -68,13 +68,13 @@ def show_result(result: DemoResult, console: Console) -> None:
     table.add_row("", f"{kinds.filtered:,}", "have filters")
     table.add_row("", f"{kinds.prev_kv:,}", "have prev_kv")
     table.add_section()
-    table.add_row("upstream watchers", f"{trial.watchers:,}", "as the upstream itself counts them")
-    table.add_row("upstream streams", f"{trial.watch_streams:,}", "counted there too")
+    table.add_row("upstream watchers", f"{trial.watchers:,}", "by the upstream's own count")
+    table.add_row("upstream streams", f"{trial.watch_streams:,}", "by the upstream's own count")
     table.add_row("reduction", _factor(shape.watches, trial.watchers), "client watches for each upstream watcher")
     table.add_section()
     sent = trial.after.events_sent - trial.before.events_sent
     table.add_row("events written", f"{trial.written:,}", "while the clients watched")
-    table.add_row("events in", f"{sent:,}", "sent by it, the past included")
+    table.add_row("events in", f"{sent:,}", "sent by the upstream, including the past")
     table.add_row("events out", f"{verdict.events:,}", "received by the clients")
     table.add_section()
     for name, count in (
@@ -86,7 +86,7 @@ def show_result(result: DemoResult, console: Console) -> None:
         table.add_row(name, Text(f"{count:,}", style="bold red" if count else "bold green"), "")
     table.add_section()
     table.add_row("delay p50", f"{verdict.p50_ms:.1f} ms", "from the start of the write to its receipt")
-    table.add_row("delay p99", f"{verdict.p99_ms:.1f} ms", "the slow client left out")
+    table.add_row("delay p99", f"{verdict.p99_ms:.1f} ms", "without the slow client")
     console.print(table)
     for text in (*verdict.examples, *trial.complaints[:5]):
         console.print(Text(f"  {text}", style="red"))

@@ -1,8 +1,8 @@
-"""`watchmux measure`: what an upstream's watches cost it, directly and through the proxy, by its own count.
+"""`watchmux measure`: the cost of watches for an upstream, without and with the proxy, by the upstream's own metrics.
 
-The same clients and the same writes are put on the upstream twice: first the clients watch at the upstream itself, then
-at the proxy. Before and after each time the upstream is asked for its metrics. What the clients got is judged both
-times, because a reduction that loses events is none.
+The upstream gets the same clients and the same writes twice: first the clients connect to the upstream itself, then to
+the proxy. The upstream's metrics are read before and after each part. The events of the clients are checked both times,
+because a reduction that loses events is worthless.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from proxy.measuring.load.stage import Stage
 from proxy.measuring.load.trial import REFRESH_S, Spec, Trial, run_trial
 
 QUIET_LIMIT_S = 15.0
-"""How long the upstream may take to notice that the clients of the first part have left (seconds)."""
+"""How long the upstream may take to drop the watchers of the first part's clients (seconds)."""
 
 VALUE_BYTES = 256
 
 
 class Side(msgspec.Struct, kw_only=True):
-    """What one trial cost the upstream, and what its clients got."""
+    """The cost of one trial for the upstream, and the verdict on its clients' events."""
 
     watchers: int
     watch_streams: int
@@ -38,9 +38,9 @@ class Side(msgspec.Struct, kw_only=True):
     bytes_sent: int
     cpu_s: float | None
     memory_bytes: int | None
-    """Resident memory of the upstream when everything had been received."""
+    """Resident memory of the upstream once all events were received."""
     memory_growth_bytes: int | None
-    """By how much it had grown since before the first watch."""
+    """Growth of that since before the first watch."""
     p50_ms: float
     p99_ms: float
     events_received: int
@@ -54,12 +54,12 @@ class Side(msgspec.Struct, kw_only=True):
 
     @property
     def faultless(self) -> bool:
-        """Its clients got exactly what they should."""
+        """Whether its clients got exactly the expected events."""
         return not (self.lost or self.duplicated or self.out_of_order or self.wrong or self.complaints)
 
 
 class Measurement(msgspec.Struct, kw_only=True):
-    """Both sides, and by what each number shrank (direct / proxied; None where nothing was left to divide by)."""
+    """Both sides, and the reduction of each number (direct / proxied; None where it cannot be computed)."""
 
     upstream: str
     proxy: str
@@ -72,12 +72,12 @@ class Measurement(msgspec.Struct, kw_only=True):
 
     @property
     def faultless(self) -> bool:
-        """Nothing was lost, doubled, out of order or wrong through the proxy."""
+        """Whether no event was lost, duplicated, out of order or wrong through the proxy."""
         return self.proxied.faultless
 
 
 def side_of(trial: Trial) -> Side:
-    """Sum a trial up."""
+    """Summarize a trial."""
     before, after, verdict = trial.before, trial.after, trial.verdict
     cpu_s = after.cpu_s - before.cpu_s if after.cpu_s is not None and before.cpu_s is not None else None
     growth = None
@@ -106,7 +106,7 @@ def side_of(trial: Trial) -> Side:
 
 
 def reduction_of(direct: Side, proxied: Side) -> dict[str, float | None]:
-    """Divide what the upstream served directly by what it served through the proxy."""
+    """Divide the upstream's numbers of the direct part by those of the part through the proxy."""
     factors: dict[str, float | None] = {}
     for name in ("watchers", "watch_streams", "events_sent", "bytes_sent", "cpu_s"):
         before, after = getattr(direct, name), getattr(proxied, name)
@@ -115,7 +115,7 @@ def reduction_of(direct: Side, proxied: Side) -> dict[str, float | None]:
 
 
 async def run_measure(stage: Stage, shape: Shape, seconds: float, per_second: float, bars: Bars) -> Measurement:
-    """Measure directly, then through the stage's proxy, which is started if there is none.
+    """Measure directly, then through the stage's proxy, which is started unless the user gave one.
 
     Raises ChildFailed, LoadFailed, WriteFailed, NoMetrics or NoTruth, each with one line of text.
     """
@@ -140,7 +140,7 @@ async def run_measure(stage: Stage, shape: Shape, seconds: float, per_second: fl
 
 
 async def _wait_quiet(page: MetricsPage, watchers: int) -> None:
-    """Wait until the clients of the part before are gone; others may watch this upstream too, so not for ever."""
+    """Wait, within a limit, until the previous part's watchers are gone: other clients may use this upstream too."""
     deadline = time.monotonic() + QUIET_LIMIT_S
     while (await page.cost()).watchers > watchers:
         if time.monotonic() > deadline:
@@ -153,9 +153,9 @@ COMPARED = (
     ("watch streams", Unit.COUNT, "watch_streams", ""),
     ("events sent", Unit.COUNT, "events_sent", ""),
     ("bytes sent", Unit.BYTES, "bytes_sent", ""),
-    ("CPU time", Unit.SECONDS, "cpu_s", "from the first watch to the last event, the writes included"),
+    ("CPU time", Unit.SECONDS, "cpu_s", "from the first watch to the last event, including the writes"),
 )
-"""What is compared: name, unit, field of a Side, and what to know about it."""
+"""The compared numbers: name, unit, field of a Side, note."""
 
 BESIDE = (
     ("slow watchers", Unit.COUNT, "slow_watchers"),
@@ -163,11 +163,11 @@ BESIDE = (
     ("delay p50", Unit.DELAY, "p50_ms"),
     ("delay p99", Unit.DELAY, "p99_ms"),
 )
-"""What stands beside it."""
+"""Numbers that are shown, but not compared."""
 
 
 def compare(measured: Measurement) -> Comparison:
-    """Put a measurement into rows, lines and facts."""
+    """Convert a measurement to rows, series and facts."""
     shape, direct, proxied = measured.shape, measured.direct, measured.proxied
     rows = [
         Row(name=name, unit=unit, before=getattr(direct, field), after=getattr(proxied, field), note=note)
@@ -183,7 +183,7 @@ def compare(measured: Measurement) -> Comparison:
                 before=direct.memory_growth_bytes,
                 after=proxied.memory_growth_bytes,
                 compared=False,
-                note="etcd keeps what the first part made it take, so the second may use of that and grow less",
+                note="etcd keeps the memory allocated in the first part, so it may grow less in the second",
             )
         )
     rows += [
@@ -203,7 +203,7 @@ def compare(measured: Measurement) -> Comparison:
             ("delays", "from the start of a write to its receipt by each client"),
             (
                 "the clients",
-                f"run on this machine, which has {os.cpu_count() or 1} cores, and share it with what runs here",
+                f"run on this machine, which has {os.cpu_count() or 1} cores, and share it with the other processes",
             ),
             ("proxy", measured.proxy),
         ],
@@ -216,7 +216,7 @@ def compare(measured: Measurement) -> Comparison:
 
 
 def _series(before: list[Sample], after: list[Sample]) -> list[Series]:
-    """Return the lines over time: watchers, bytes and CPU a second. Each starts with the trial's first sample."""
+    """Return the series over time: watchers, bytes and CPU a second. Each starts with the trial's first sample."""
     found = [Series(name="watchers", unit=Unit.COUNT, before=_levels(before), after=_levels(after))]
     for name, unit, field in (
         ("bytes sent", Unit.BYTES_RATE, "bytes_sent"),

@@ -1,9 +1,9 @@
-"""`watchmux measure --observe`: what a proxy in production is saving its etcd, without a load of its own.
+"""`watchmux measure --observe`: what a proxy in production saves its etcd, measured without adding load.
 
-Two pages are read over some time: etcd's, which say what it serves, and the proxy's, which say what it received from
-etcd and delivered to clients. Without the proxy etcd would serve the clients' watches itself; so what the proxy
-received is taken off etcd's numbers, and what it delivered is put in its place. CPU and memory are not guessed at:
-they are shown as they are.
+It reads two metrics pages over some time: etcd's, for what etcd serves, and the proxy's, for what the proxy received
+from etcd and delivered to clients. Without the proxy etcd would serve the clients' watches itself, so the numbers
+"without" are etcd's, minus what the proxy received, plus what it delivered. CPU and memory without the proxy are not
+estimated; they are shown as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EVERY_S = 1.0
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
-    """Both pages at one time, so many seconds after the first look."""
+    """The numbers of both pages at one time, in seconds after the first look."""
 
     at_s: float
     etcd: Cost
@@ -39,12 +39,12 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
     cpu_s: float | None
     memory_bytes: float | None
     delay_s: float
-    """Sum of the proxy's delays so far, and of how many."""
+    """Sum of the proxy's delays so far; `delays` is their number."""
     delays: float
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
-    """What was seen from the first look to the last."""
+    """All looks of an observation."""
 
     etcd: str
     proxy: str
@@ -52,22 +52,22 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def first(self) -> Look:
-        """The look it began with."""
+        """The first look."""
         return self.looks[0]
 
     @property
     def last(self) -> Look:
-        """The look it ended with."""
+        """The last look."""
         return self.looks[-1]
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """The duration."""
         return self.last.at_s - self.first.at_s
 
 
 def look_of(at_s: float, etcd: Mapping[str, float], proxy: Mapping[str, float]) -> Look:
-    """Put two pages together. Raises NoMetrics for a page that is not what it should be."""
+    """Combine two pages. Raises NoMetrics for a page that lacks a metric."""
     try:
         return Look(
             at_s=at_s,
@@ -88,7 +88,7 @@ def look_of(at_s: float, etcd: Mapping[str, float], proxy: Mapping[str, float]) 
             delays=proxy["watchmux_delivery_delay_seconds_count"],
         )
     except KeyError as missing:
-        raise NoMetrics(f"the proxy's metrics have no {missing.args[0]}: they are not a watchmux's") from None
+        raise NoMetrics(f"the proxy's metrics have no {missing.args[0]}: they are not from watchmux") from None
 
 
 async def observe(etcd: MetricsPage, proxy: MetricsPage, seconds: float, bars: Bars) -> Observation:
@@ -107,7 +107,7 @@ async def observe(etcd: MetricsPage, proxy: MetricsPage, seconds: float, bars: B
 
 
 def compare_observed(seen: Observation) -> Comparison:
-    """Put an observation into rows: what etcd would serve without the proxy, and what it serves with it."""
+    """Convert an observation to rows: what etcd would serve without the proxy, and what it serves with it."""
     first, last = seen.first, seen.last
 
     def per_second(after: float, before: float) -> float:
@@ -128,7 +128,7 @@ def compare_observed(seen: Observation) -> Comparison:
     ]
     return Comparison(
         title=f"{last.watches:,.0f} client watches on {last.sessions:,.0f} streams, observed for {seen.seconds:.0f} s",
-        subtitle=f"etcd by {seen.etcd}, the proxy by {seen.proxy}",
+        subtitle=f"etcd from {seen.etcd}, the proxy from {seen.proxy}",
         before_name="without watchmux",
         after_name="now",
         rows=rows,
@@ -142,9 +142,9 @@ def _facts(seen: Observation) -> list[tuple[str, str]]:
     facts = [
         (
             "without watchmux",
-            "etcd's own number, less what the proxy received, plus what the proxy delivered to clients",
+            "etcd's own number, minus what the proxy received, plus what the proxy delivered to clients",
         ),
-        ("lagging", f"{last.lagging:,.0f} watches are behind now, {last.stalls - first.stalls:,.0f} stalls meanwhile"),
+        ("lagging", f"{last.lagging:,.0f} watches are behind now, {last.stalls - first.stalls:,.0f} new stalls"),
     ]
     if last.delays > first.delays:
         delay_ms = (last.delay_s - first.delay_s) / (last.delays - first.delays) * 1000

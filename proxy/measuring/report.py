@@ -1,7 +1,7 @@
-"""A comparison as one HTML page that needs nothing else: bars, lines and a table, drawn as SVG in the page itself.
+"""A comparison as one self-contained HTML page: a table, and bars and lines drawn as SVG in the page.
 
-It is written to be mailed, archived and printed: no script, no font, no image from anywhere; light or dark as the
-reader's system is.
+It is made to be mailed, archived and printed: it loads no scripts, fonts or images, and follows the light or dark theme
+of the reader's system.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }
 
 
 def render_report(comparison: Comparison, version: str, at: float | None = None) -> str:
-    """Return the page; `at` is when it was measured (Unix time, now when None)."""
+    """Return the page; `at` is the time of the measurement (Unix time; None = now)."""
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
     parts = [
         "<!doctype html>",
@@ -100,7 +100,7 @@ def _legend(comparison: Comparison) -> str:
 
 
 def _card(row: Row) -> str:
-    """Draw one number as two bars, with the factor between them."""
+    """Draw one number as two bars, with its reduction."""
     most = max(row.before or 0.0, row.after or 0.0, 1e-9)
     bars = []
     for kind, value, y in (("before", row.before, 4), ("after", row.after, 34)):
@@ -116,7 +116,7 @@ def _card(row: Row) -> str:
 
 
 def _lines(series: Series) -> str:
-    """Draw one quantity over time, both sides from the same zero."""
+    """Draw one quantity over time, both sides on the same axes."""
     points = [*series.before, *series.after]
     last_s = max((at for at, _ in points), default=0.0) or 1.0
     highest = _nice(max((value for _, value in points), default=0.0), series.unit)
@@ -150,7 +150,7 @@ def _places(line: list[tuple[float, float]], last_s: float, highest: float) -> I
 
 
 def _nice(value: float, unit: Unit) -> float:
-    """Return the next round number from `value` on; round in powers of two for bytes."""
+    """Return the smallest round number that is at least `value`; round in powers of 1024 for bytes."""
     if value <= 0:
         return 1.0
     base = 1024.0 ** math.floor(math.log(value, 1024)) if unit in (Unit.BYTES, Unit.BYTES_RATE) and value >= 1 else 1.0

@@ -1,4 +1,4 @@
-"""`watchmux status`: a running proxy in a terminal, once or live, as its /v1/status tells it."""
+"""`watchmux status`: shows the /v1/status of a running proxy in a terminal, once or live."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ REFRESH_S = 1.0
 
 
 class NoStatus(Exception):
-    """The proxy could not be asked; the text is one line."""
+    """The proxy's status could not be read; the text is one line."""
 
 
 async def fetch(session: aiohttp.ClientSession, url: str) -> Snapshot:
-    """Ask a proxy for its status. Raises NoStatus."""
+    """Fetch a proxy's status. Raises NoStatus."""
     try:
         async with session.get(f"{url}/v1/status", timeout=aiohttp.ClientTimeout(total=FETCH_LIMIT_S)) as answer:
             body = await answer.read()
             if answer.status != 200:
                 raise NoStatus(
-                    f"{url} answered {answer.status} {answer.reason}: it is not a watchmux's metrics address"
+                    f"{url} answered {answer.status} {answer.reason}: it is not the metrics address of a watchmux"
                 )
             return msgspec.json.decode(body, type=Snapshot)
     except (aiohttp.ClientError, OSError) as error:
         hint = "is it the --metrics-addr of a running watchmux?"
         raise NoStatus(f"cannot ask {url}: {http_reason(error)}; {hint}") from None
     except msgspec.DecodeError:
-        raise NoStatus(f"{url} does not answer as a watchmux does; is it its --metrics-addr?") from None
+        raise NoStatus(f"{url} does not answer like a watchmux; is it the --metrics-addr?") from None
 
 
 def render(now: Snapshot, before: Snapshot | None = None) -> Table:
-    """Make the table; with the snapshot `before` it, rates per second too."""
+    """Make the table; with an earlier snapshot `before`, also with rates per second."""
     title = f"watchmux {now.version} at {now.address}, up {show_duration(int(now.uptime_s))}"
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column("what")
@@ -102,7 +102,7 @@ async def show_once(url: str, console: Console, *, as_json: bool = False) -> Non
 
 
 async def show_live(url: str, console: Console) -> None:
-    """Show the status until interrupted. Raises NoStatus when the proxy cannot be asked (any more)."""
+    """Show the status until interrupted. Raises NoStatus once the proxy does not answer."""
     async with aiohttp.ClientSession() as session:
         before = await fetch(session, url)
         with Live(render(before), console=console, refresh_per_second=4) as live:

@@ -1,9 +1,8 @@
-"""A load client: one process with many real gRPC Watch streams, which writes down every response it gets.
+"""A load client: one process with many real gRPC Watch streams, which records every response.
 
-Run by the parent as `python -m proxy.measuring.load.client`. It speaks gRPC by grpc.aio, as a stranger would, not by
-our own HTTP/2, so that it proves the proxy and not the proxy's idea of the protocol. Responses are recorded as the
-bytes that came, with the time of their arrival; they are decoded here only as far as it takes to know when everything
-has come.
+The parent runs it as `python -m proxy.measuring.load.client`. It uses grpc.aio, as other programs do, instead of the
+proxy's own HTTP/2, so that it also tests the proxy's understanding of the protocol. Responses are recorded as received
+bytes with their time of arrival; the client decodes them only to know when all events have arrived.
 """
 
 from __future__ import annotations
@@ -28,39 +27,39 @@ _BLOCK = 512
 
 
 def failure_of(error: grpc.aio.AioRpcError) -> str:
-    """Say what became of a call. gRPC's own words for a port that is closed are about gRPC."""
+    """Describe why a call failed, more clearly than gRPC's own texts do for common cases."""
     details = error.details() or ""
     if "Connection refused" in details:
         return "connection refused; check that it runs and listens on that address and port"
     if "Expected SETTINGS frame" in details or "Failed parsing HTTP/2" in details:
-        return "what answers there does not speak gRPC; give the client port"
+        return "the server there does not speak gRPC; give the client port"
     return f"{error.code().name}: {details}"
 
 
 class Final(msgspec.Struct, frozen=True):
-    """The last revisions of each range: once a watch has seen what of them matches it, it has seen everything."""
+    """The last revisions of each range: a watch that has the ones matching its filters has all its events."""
 
     puts: list[int]
     deletes: list[int]
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """How far a client process is; sent to the parent ten times a second."""
+    """The progress of a client process; sent to the parent ten times a second."""
 
     opened: int = 0
-    """Watches whose `created` has come."""
+    """Watches whose `created` has arrived."""
     messages: int = 0
     events: int = 0
     finished: int = 0
-    """Watches that have everything up to the final revisions."""
+    """Watches that have all events up to the final revisions."""
     failed: list[str] = msgspec.field(default_factory=list)
-    """Why streams ended, for those that did."""
+    """Why streams ended, one text for each."""
     recorded: bool = False
-    """The record is written; nothing follows."""
+    """Whether the record is complete; then this is the last report."""
 
 
 class Recorded(msgspec.Struct, frozen=True, array_like=True):
-    """One response as it came: the stream's place in the plan, the monotonic time in ns, the message."""
+    """One response: the stream's place in the plan, the monotonic time of arrival in ns, the message."""
 
     stream: int
     at_ns: int
@@ -76,7 +75,7 @@ class Recorder:
         self._block: list[Recorded] = []
 
     def add(self, stream: int, message: bytes) -> None:
-        """Record one response that has come just now."""
+        """Record a response that has just arrived."""
         self._block.append(Recorded(stream, time.monotonic_ns(), message))
         if len(self._block) >= _BLOCK:
             self._flush()
@@ -88,13 +87,13 @@ class Recorder:
         self._block = []
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the rest and close the file."""
         self._flush()
         self._file.close()
 
 
 def read_record(path: str) -> list[Recorded]:
-    """Read what a Recorder wrote; a block that its process did not live to finish is left out."""
+    """Read a Recorder's file; an incomplete last block, left by a killed process, is skipped."""
     data = memoryview(Path(path).read_bytes())
     decoder = msgspec.msgpack.Decoder(list[Recorded])
     records: list[Recorded] = []
@@ -123,14 +122,14 @@ def create_request(watch: PlannedWatch, span: Range) -> bytes:
 
 
 class LoadStream:
-    """One Watch call and how far each of its watches is."""
+    """One Watch call and the position of each of its watches."""
 
     def __init__(self, number: int, plan: PlannedStream, client: LoadClient) -> None:
         self.number = number
         self.plan = plan
         self.client = client
         self.ids: list[int] = []
-        """The watch ids in the order of the plan, as far as created; the answers come in the order of the creates."""
+        """The ids of the watches created so far, in the order of the plan, which is the order of the answers."""
         self.positions = [0] * len(plan.watches)
         self._messages = 0
 
@@ -150,7 +149,7 @@ class LoadStream:
                 await asyncio.sleep(self.plan.pause_s)
 
     def take(self, response: rpc_pb2.WatchResponse) -> None:
-        """Note how far a watch is now."""
+        """Update the position of the response's watch."""
         report = self.client.report
         report.messages += 1
         if response.created:
@@ -189,16 +188,16 @@ class LoadClient:
         self._leaving = asyncio.Event()
 
     def leave(self) -> None:
-        """End as soon as possible."""
+        """Stop as soon as possible."""
         self._leaving.set()
 
     def told(self, line: bytes) -> None:
-        """Take the parent's one message: writing has ended, at these revisions."""
+        """Handle the parent's only message: writing has ended, at these revisions."""
         self.final = msgspec.json.decode(line, type=Final)
 
     def _channel(self, stream: PlannedStream) -> grpc.aio.Channel:
-        # A pool of its own makes each channel a connection of its own. The slow stream has one to itself with a small
-        # window, so that not reading it reaches the server soon, and reaches nobody else.
+        # A local subchannel pool gives each channel its own connection. The slow stream has a connection to itself with
+        # a small window, so that the server soon notices that it is not read, and no other stream is affected.
         number = -1 if stream.pause_s else stream.channel
         if number not in self._channels:
             options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
@@ -218,7 +217,7 @@ class LoadClient:
             call.cancel()
 
     async def run(self, parent: Parent) -> None:
-        """Open everything, record, and report until told to leave."""
+        """Open all streams, record, and report until `leave` is called."""
         tasks = [asyncio.create_task(self._run_stream(stream)) for stream in self.streams]
         try:
             while not self._leaving.is_set():
@@ -253,7 +252,7 @@ async def _main(plan: ClientPlan, parent_fd: int | None) -> None:
 @click.option("--plan", "path", required=True)
 @click.option("--parent-fd", type=int, default=None)
 def main(path: str, parent_fd: int | None) -> None:
-    """Carry out a plan (a msgpack file) and report to the parent process."""
+    """Run a plan (a msgpack file) and report to the parent process."""
     plan = msgspec.msgpack.decode(Path(path).read_bytes(), type=ClientPlan)
     asyncio.run(_main(plan, parent_fd))
 

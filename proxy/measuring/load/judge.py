@@ -1,8 +1,8 @@
-"""From recorded bytes to a verdict: what each client got, against what the store really did.
+"""Compares the recorded responses of every client with the store's real history, and gives a verdict.
 
-The truth is read from the upstream itself, by one watch of everything from the first revision of the run, with
-prev_kv. The clients' records are decoded into the logs that the guarantee checkers (coalesce/guarantees.py) read, and
-every watch is judged by all of them.
+The history is read from the upstream itself, by one watch of all keys from the first revision of the run, with prev_kv.
+The clients' records are decoded into logs for the guarantee checkers (coalesce/guarantees.py), and all checkers run on
+every watch.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class NoTruth(Exception):
 
 
 class Verdict(msgspec.Struct, kw_only=True):
-    """What the clients of a run got."""
+    """The verdict on the clients of a run."""
 
     watches: int = 0
     messages: int = 0
@@ -55,19 +55,19 @@ class Verdict(msgspec.Struct, kw_only=True):
     duplicated: int = 0
     out_of_order: int = 0
     wrong: int = 0
-    """Events that are not the store's: another value, outside the range, past a filter, a false prev_kv."""
+    """Events that differ from the store's: another value, outside the range, against a filter, a wrong prev_kv."""
     examples: list[str] = msgspec.field(default_factory=list)
     p50_ms: float = 0.0
     p99_ms: float = 0.0
 
     @property
     def faultless(self) -> bool:
-        """Nothing was lost, doubled, out of order or wrong."""
+        """Whether no event was lost, duplicated, out of order or wrong."""
         return not (self.lost or self.duplicated or self.out_of_order or self.wrong)
 
 
 def change_of(event: kv_pb2.Event) -> Change:
-    """Turn an event of the wire into what the checkers compare."""
+    """Convert an event from the wire to the checkers' form."""
     kv = event.kv
     previous = None
     if event.HasField("prev_kv"):
@@ -77,7 +77,7 @@ def change_of(event: kv_pb2.Event) -> Change:
 
 
 async def read_truth(target: str, prefix: bytes, first: int, last: int) -> Truth:
-    """Read every change below `prefix` in [first, last] from the store at `target`, with the values before.
+    """Read every change below `prefix` in [first, last] from the store at `target`, with previous values.
 
     Raises NoTruth.
     """
@@ -102,7 +102,7 @@ async def read_truth(target: str, prefix: bytes, first: int, last: int) -> Truth
                         raise NoTruth(f"the store's history cannot be read: {reason}")
                     changes.extend(change_of(event) for event in response.events)
         except TimeoutError:
-            raise NoTruth(f"the store did not give its history up to revision {last} in {TRUTH_LIMIT_S:g} s") from None
+            raise NoTruth(f"the store did not send its history up to revision {last} in {TRUTH_LIMIT_S:g} s") from None
         except grpc.aio.AioRpcError as error:
             raise NoTruth(f"the store's history cannot be read: {error.details()}") from None
         finally:
@@ -111,7 +111,7 @@ async def read_truth(target: str, prefix: bytes, first: int, last: int) -> Truth
 
 
 class _Stream:
-    """One recorded stream on its way to logs."""
+    """The logs of one recorded stream's watches."""
 
     def __init__(self, plan: ClientPlan, number: int) -> None:
         planned = plan.streams[number]
@@ -133,7 +133,7 @@ class _Stream:
     def take(self, response: rpc_pb2.WatchResponse, at_ns: int, delays_ns: list[int]) -> None:
         """Add one response to the log of its watch, and the delays of its events to `delays_ns`.
 
-        Raises LookupError for a response that belongs to no watch of the stream.
+        Raises LookupError for a response with an unknown watch id.
         """
         if response.created:
             index = len(self._ids)
@@ -155,9 +155,9 @@ class _Stream:
 
 
 def judge(plans: Iterable[ClientPlan], truth: Truth, last: int, *, safe_headers: bool) -> Verdict:
-    """Judge every watch of the plans by its record; each must have everything up to revision `last`.
+    """Judge every watch of the plans by its record; each must have all its events up to revision `last`.
 
-    `safe_headers`: also hold the responses to what only the proxy promises (see coalesce/guarantees.py).
+    `safe_headers`: also check the guarantee that only the proxy gives (see coalesce/guarantees.py).
     """
     verdict = Verdict()
     delays_ns: list[int] = []
@@ -171,7 +171,7 @@ def judge(plans: Iterable[ClientPlan], truth: Truth, last: int, *, safe_headers:
             try:
                 streams[recorded.stream].take(response, recorded.at_ns, delays_ns)
             except LookupError:
-                text = f"a response for watch id {response.watch_id}, which is not there"
+                text = f"a response for watch id {response.watch_id}, which does not exist"
                 _note(verdict, faults, [Violation("matching", text)], f"stream {recorded.stream}")
         for number, stream in enumerate(streams):
             for log in stream.logs:

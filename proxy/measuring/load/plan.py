@@ -1,7 +1,7 @@
-"""What the load clients watch: a deterministic plan, made before anything runs.
+"""The plan of the load clients' watches: deterministic, made before anything runs.
 
-The parent makes the plan, the client processes carry it out, and the judge reads it again to know what each recorded
-watch had asked for. Nothing is drawn at random: two runs, one directly and one through the proxy, ask for the same.
+The parent makes the plan, the client processes run it, and the judge reads it to know the request of each recorded
+watch. It has no randomness: two runs, one directly and one through the proxy, make the same requests.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import msgspec
 
 PAST_EVERY = 5
-"""Of the watches in the demo's plan, every fifth starts in the past."""
+"""In the demo's plan every fifth watch starts in the past."""
 
 SLOW_AFTER_MESSAGES = 20
-"""The slow stream reads this many messages before it stops for a while: it has been served, and is now a laggard."""
+"""The slow stream reads this many messages before it pauses: first it is in step, then it lags."""
 
 
 class Range(msgspec.Struct, frozen=True):
@@ -22,12 +22,12 @@ class Range(msgspec.Struct, frozen=True):
     range_end: bytes
 
     def keys(self, count: int) -> list[bytes]:
-        """Return the keys to write in it: itself, or `count` keys below the prefix."""
+        """Return the keys to write in the range: its single key, or `count` keys below the prefix."""
         return [self.key + b"%03d" % number for number in range(count)] if self.range_end else [self.key]
 
 
 class PlannedWatch(msgspec.Struct, frozen=True):
-    """One watch: which range, from where (0: now), and its options as in WatchCreateRequest."""
+    """One watch: the index of its range, its start (0: now), and its options as in WatchCreateRequest."""
 
     range: int
     start_revision: int = 0
@@ -37,9 +37,9 @@ class PlannedWatch(msgspec.Struct, frozen=True):
 
 
 class PlannedStream(msgspec.Struct, frozen=True):
-    """One Watch call: its watches in the order of their creates; `channel` says which connection it shares.
+    """One Watch call: its watches in the order of their creates; streams with the same `channel` share a connection.
 
-    `pause_s`: how long it stops reading, once, after SLOW_AFTER_MESSAGES messages; 0 for all but the slow one.
+    `pause_s`: how long it stops reading, once, after SLOW_AFTER_MESSAGES messages; 0 for all but the slow stream.
     """
 
     channel: int
@@ -48,7 +48,7 @@ class PlannedStream(msgspec.Struct, frozen=True):
 
 
 class ClientPlan(msgspec.Struct, frozen=True):
-    """What one client process does: its streams, towards `target` (HOST:PORT), recorded into the file `record`."""
+    """The plan of one client process: its streams to `target` (HOST:PORT), recorded in the file `record`."""
 
     target: str
     ranges: list[Range]
@@ -57,7 +57,7 @@ class ClientPlan(msgspec.Struct, frozen=True):
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
-    """The size of a load: how many of everything."""
+    """The size of a load."""
 
     watches: int = 1000
     ranges: int = 10
@@ -66,11 +66,11 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     processes: int = 2
     pause_s: float = 0.0
     plain: bool = False
-    """Every watch from now and without options."""
+    """Every watch starts from now and has no options."""
 
 
 def make_ranges(prefix: bytes, count: int) -> list[Range]:
-    """Return `count` ranges below `prefix`: prefixes, and every fourth one a single key."""
+    """Return `count` ranges below `prefix`: prefixes, but every fourth is a single key."""
     ranges = []
     for number in range(count):
         key = prefix + b"%03d" % number
@@ -83,13 +83,13 @@ def make_ranges(prefix: bytes, count: int) -> list[Range]:
 def make_streams(shape: Shape, past: list[int]) -> list[PlannedStream]:
     """Return the streams of a load.
 
-    Watches are dealt to the streams so that each stream watches different ranges. `past`: revisions that watches in
-    the past may start at; unless the shape is plain, a fifth of the watches does, and of each twelve one has no puts,
-    one no deletes and three have prev_kv. The first stream is the slow one.
+    Watches are distributed so that the watches of a stream have different ranges. `past`: revisions at which watches
+    may start in the past. Unless the shape is plain, a fifth of the watches start there, and of each twelve one filters
+    puts, one filters deletes and three have prev_kv. The first stream is the slow one.
     """
     watches: list[list[PlannedWatch]] = [[] for _ in range(shape.streams)]
     for number in range(shape.watches):
-        # A stream's own watches have consecutive ranges, and all ranges are used equally.
+        # The watches of a stream have consecutive ranges, and all ranges have equally many watches.
         stream = number % shape.streams
         which = (stream + number // shape.streams) % shape.ranges
         watches[stream].append(_watch(number, which, shape, past))
@@ -112,7 +112,7 @@ def _watch(number: int, which: int, shape: Shape, past: list[int]) -> PlannedWat
 
 
 class Kinds(msgspec.Struct, frozen=True):
-    """How many watches of a load are of which kind; one watch can be of several."""
+    """The number of watches of each kind; a watch can be of several kinds."""
 
     past: int
     filtered: int
@@ -130,7 +130,7 @@ def count_kinds(shape: Shape) -> Kinds:
 
 
 def deal(streams: list[PlannedStream], processes: int) -> list[list[PlannedStream]]:
-    """Deal streams to processes by channel, so that streams of one connection stay together; none stays empty."""
+    """Distribute streams to processes by channel, to keep streams of a connection together; omit empty processes."""
     dealt: list[list[PlannedStream]] = [[] for _ in range(processes)]
     for stream in streams:
         dealt[stream.channel % processes].append(stream)

@@ -1,7 +1,7 @@
-"""The upstream's own numbers: its /metrics page, read and summed up by name.
+"""The upstream's own numbers: its /metrics page, summed by name.
 
-What the demo and the measurement say about the upstream is what the upstream says about itself; nothing is taken from
-the proxy's word.
+All numbers about the upstream in the demo and the measurement come from the upstream's own metrics, none from the
+proxy.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ class NoMetrics(Exception):
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
-    """What serving watches costs an upstream, by its own count. None: it does not say."""
+    """The cost of serving watches, by the upstream's own metrics. None: not among its metrics."""
 
     watchers: int
     watch_streams: int
     slow_watchers: int
     events_sent: int
-    """Events sent to watchers since its start."""
+    """Events sent to watchers since the upstream's start."""
     bytes_sent: int
-    """Bytes sent to gRPC clients since its start."""
+    """Bytes sent to gRPC clients since the upstream's start."""
     cpu_s: float | None
     memory_bytes: int | None
 
 
 def cost_of(samples: Mapping[str, float]) -> Cost:
-    """Pick the numbers out of a metrics page. Raises NoMetrics for a page that is not etcd's."""
+    """Extract the numbers from a metrics page. Raises NoMetrics for a page that is not etcd's."""
     try:
         return Cost(
             watchers=int(samples["etcd_debugging_mvcc_watcher_total"]),
@@ -49,11 +49,11 @@ def cost_of(samples: Mapping[str, float]) -> Cost:
             else None,
         )
     except KeyError as missing:
-        raise NoMetrics(f"the metrics have no {missing.args[0]}: they are not an etcd's") from None
+        raise NoMetrics(f"the metrics have no {missing.args[0]}: they are not from etcd") from None
 
 
 def http_reason(error: Exception) -> str:
-    """Say in a few words why an HTTP request failed."""
+    """Describe in a few words why an HTTP request failed."""
     inner = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(inner, TimeoutError):
         return "no answer in time"
@@ -70,7 +70,7 @@ class MetricsPage:
         self._session: aiohttp.ClientSession | None = None
 
     async def samples(self) -> dict[str, float]:
-        """Fetch the page: the sum of the samples of each name. Raises NoMetrics."""
+        """Fetch the page and return the sum of the samples of each name. Raises NoMetrics."""
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=FETCH_LIMIT_S))
         try:
@@ -83,7 +83,7 @@ class MetricsPage:
         return sum_samples(text, self.url)
 
     async def cost(self) -> Cost:
-        """Fetch what serving watches costs. Raises NoMetrics."""
+        """Fetch the cost of serving watches. Raises NoMetrics."""
         return cost_of(await self.samples())
 
     async def close(self) -> None:

@@ -1,7 +1,7 @@
-"""One run of the load, seen from the parent: start the clients, wait until they watch, write, wait, collect.
+"""One run of the load in the parent process: start the clients, wait until they watch, write, wait, collect.
 
-Everything is bounded in time: clients that do not get their watches opened, or do not get all events after the last
-write, end the run with a line that says how far they came, and what is missing is then found by the judge.
+All waits are limited. If the watches do not open, or some events do not arrive after the last write, the run ends with
+a line about how far the clients got; the judge then finds the missing events.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from proxy.measuring.load.client import Final, Report
 from proxy.measuring.load.plan import ClientPlan, PlannedStream, Range, deal
 
 STILL_LIMIT_S = 15.0
-"""How long nothing may come of opening watches, or of the last events, until it is given up (seconds). A machine that
-is slow, but gets on, is waited for: what it has not brought yet is not lost."""
+"""How long opening watches, or waiting for the last events, may go without progress (seconds). Progress on a slow
+machine extends the wait: its late events are not lost."""
 
 FINISH_LIMIT_S = 300.0
-"""How long the clients may take after the last write to get everything, however slowly (seconds)."""
+"""How long the clients may take after the last write to get all events, even with progress (seconds)."""
 
 RECORD_LIMIT_S = 10.0
 
 
 class LoadFailed(Exception):
-    """The load could not be put on; the text is one line."""
+    """The load could not be started; the text is one line."""
 
 
 class Load:
@@ -47,7 +47,7 @@ class Load:
 
     @property
     def total(self) -> Report:
-        """The sum of what the client processes have last reported."""
+        """The sum of the client processes' last reports."""
         total = Report(recorded=bool(self._reports) and all(report.recorded for report in self._reports))
         for report in self._reports:
             total.opened += report.opened
@@ -58,7 +58,7 @@ class Load:
         return total
 
     async def start(self, directory: Path) -> None:
-        """Start the client processes; their plans and records go into `directory`. Raises LoadFailed."""
+        """Start the client processes, with their plans and records in `directory`. Raises LoadFailed."""
         self.plans = [
             ClientPlan(self._target, self._ranges, part, str(directory / f"record-{number}"))
             for number, part in enumerate(self._parts)
@@ -98,13 +98,13 @@ class Load:
             )
 
     async def wait_finished(self, final: Final) -> bool:
-        """Tell the clients the last revisions; return whether all watches came that far in time."""
+        """Send the clients the last revisions; return whether all watches reached them in time."""
         for child in self._children:
             child.write_line(final)
         return await self._wait(lambda total: total.finished)
 
     async def _wait(self, count: Callable[[Report], int]) -> bool:
-        """Wait until `count` has come to all watches; False: somebody failed, or nothing moves any more."""
+        """Wait until `count` reaches all watches; return False if a client failed or progress stopped."""
         now = time.monotonic()
         deadline, still_since, seen = now + FINISH_LIMIT_S, now, (0, 0)
         while count(total := self.total) < self.watches:
@@ -117,7 +117,7 @@ class Load:
         return True
 
     async def leave(self) -> None:
-        """End the clients; afterwards their records are complete."""
+        """Stop the clients; afterwards their records are complete."""
         await asyncio.gather(*(child.stop(RECORD_LIMIT_S) for child in self._children))
         for reader in self._readers:
             reader.cancel()

@@ -1,4 +1,4 @@
-"""The upstream's numbers over time, while something else goes on: the lines of a report's charts."""
+"""Samples of the upstream's metrics over time, for the charts of a report."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ EVERY_S = 0.5
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """What a page said, so many seconds after the first sample."""
+    """The numbers of a metrics page, at a time in seconds after the first sample."""
 
     at_s: float
     cost: Cost
 
 
 class Sampler:
-    """Reads a page every half second. Use as a context manager; it ends at `stop` or with the block."""
+    """Reads a page every half second. Use as a context manager; it stops at `stop` or at the end of the block."""
 
     def __init__(self, page: MetricsPage, every_s: float = EVERY_S) -> None:
         self.samples: list[Sample] = []
@@ -41,7 +41,7 @@ class Sampler:
         self.stop()
 
     def stop(self) -> None:
-        """Read no more."""
+        """Stop reading."""
         if self._task is not None:
             self._task.cancel()
             self._task = None
@@ -49,7 +49,7 @@ class Sampler:
     async def _run(self) -> None:
         start = time.monotonic()
         while True:
-            # A page that fails once is a gap in a line; whoever needs the numbers asks for them and is told.
+            # A failed read only leaves a gap in a chart; code that needs the numbers reads the page itself.
             with contextlib.suppress(NoMetrics):
                 cost = await self._page.cost()
                 self.samples.append(Sample(at_s=round(time.monotonic() - start, 2), cost=cost))

@@ -1,4 +1,4 @@
-"""Progress bars for a demo or measurement, on standard error, so that standard output holds the result alone."""
+"""Progress bars for a demo or measurement, on standard error, so that standard output has only the result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 
 class Bars:
-    """One line for each step. Use as a context manager; nothing is drawn where standard error is no terminal."""
+    """One line for each step. Use as a context manager; draws nothing if standard error is not a terminal."""
 
     def __init__(self, title: str = "", console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
@@ -39,18 +39,18 @@ class Bars:
         self._progress.stop()
 
     def title(self, title: str) -> None:
-        """Begin the steps of another part; its name goes before each of them."""
+        """Begin the steps of another part; `title` prefixes each of them."""
         self._title = title
 
     def step(self, text: str, total: float) -> None:
-        """Finish the step before and begin this one."""
+        """Finish the previous step and begin this one."""
         self._finish()
         description = f"{self._title}: {text}" if self._title else text
         self._total = total
         self._task = self._progress.add_task(description, total=total, note="")
 
     def at(self, value: float, text: str = "") -> None:
-        """Say how far the step is; `text` stands beside the bar."""
+        """Show how far the step is, with `text` next to the bar."""
         if self._task is not None:
             self._progress.update(self._task, completed=value, note=text)
 

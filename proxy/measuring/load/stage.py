@@ -1,7 +1,7 @@
-"""The processes of a demo or measurement: a store, a proxy in front of it, and where each can be asked.
+"""The processes of a demo or measurement: a store, a proxy in front of it, and their addresses.
 
-Real processes, started as a user would start them, so that what is shown is what a user gets. What the caller already
-has running is used and left alone; what is started here is ended here, by its process id.
+They are real processes, started as a user would start them, so that users get the same results. Processes that the
+caller gave are used and left running; those started here are stopped here, by process id.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Stage:
         self, upstream: str | None = None, upstream_metrics: str | None = None, proxy: str | None = None
     ) -> None:
         self.upstream = upstream or ""
-        """HOST:PORT of the upstream; the bundled store's once it is started."""
+        """HOST:PORT of the upstream; that of the bundled store once started."""
         self.proxy = proxy or ""
-        """HOST:PORT of the proxy, once `start_proxy` was called where none was given."""
+        """HOST:PORT of the proxy; if none was given, known after `start_proxy`."""
         self.proxy_admin = ""
         """HOST:PORT of the proxy's metrics and status; empty when the proxy was not started here."""
         self.bundled = not upstream
@@ -75,5 +75,5 @@ class Stage:
 
     @property
     def upstream_name(self) -> str:
-        """What the upstream is, for people."""
+        """The upstream's name for people."""
         return "the bundled store" if self.bundled else f"etcd at {self.upstream}"

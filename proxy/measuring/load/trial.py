@@ -1,7 +1,7 @@
-"""One trial: the same load put on a target, once directly on the upstream or once through the proxy.
+"""One trial: the load on a target, which is the upstream itself or the proxy.
 
-The order is what makes the numbers fair: the upstream is asked before anybody watches, when all watches are open and
-quiet, and when everybody has got everything, and each time it is the upstream that counts.
+To make the numbers comparable, the upstream's own metrics are read at fixed points: before the first watch, once all
+watches are open and caught up, and once all clients have all events.
 """
 
 from __future__ import annotations
@@ -30,58 +30,58 @@ T = TypeVar("T")
 
 
 class Show(Protocol):
-    """Where a trial tells how far it is."""
+    """Receives the progress of a trial."""
 
     def step(self, text: str, total: float) -> None:
         """Begin a step that is done when `total` is reached."""
 
     def at(self, value: float, text: str = "") -> None:
-        """Say how far the step is."""
+        """Report how far the step is."""
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True):
-    """What to put on: the shape of the clients, and the writes."""
+    """The load of a trial: the shape of the clients, and the writes."""
 
     shape: Shape
     seconds: float
     per_second: float
     value_bytes: int
     past_writes: int = 0
-    """Changes made before anybody watches, so that there is a past to start in."""
+    """Changes made before the first watch, so that watches can start in the past."""
 
 
 class Trial(msgspec.Struct, kw_only=True):
-    """What came of it."""
+    """The result of a trial."""
 
     before: Cost
     watching: Cost
-    """All watches open, nothing written yet."""
+    """When all watches are open, before the writes."""
     after: Cost
-    """Everything written has been received."""
+    """When all events have been received."""
     verdict: Verdict
     written: int
     """Events written while the clients watched."""
     opened_s: float
     complaints: list[str]
-    """Streams that ended, watches that did not finish."""
+    """Streams that ended, and watches that did not get all events."""
     samples: list[Sample] = []
-    """What the upstream said meanwhile, from before anybody watched until everybody had everything."""
+    """The upstream's metrics over time, from before the first watch until all events were received."""
 
     @property
     def watchers(self) -> int:
-        """Upstream watchers that the clients' watches cost, at the end of the writes."""
+        """The number of upstream watchers for the clients' watches, at the end of the writes."""
         return self.after.watchers - self.before.watchers
 
     @property
     def watch_streams(self) -> int:
-        """Upstream watch streams that they cost."""
+        """The number of upstream watch streams for them."""
         return self.after.watch_streams - self.before.watch_streams
 
 
 async def run_trial(
     spec: Spec, upstream: str, page: MetricsPage, target: str, show: Show, *, through_proxy: bool
 ) -> Trial:
-    """Put the load on `target`, write to `upstream`, and judge what the clients got.
+    """Run the load on `target`, write to `upstream`, and judge the events of the clients.
 
     Raises LoadFailed, WriteFailed, NoMetrics or NoTruth, each with one line of text.
     """
@@ -110,7 +110,7 @@ async def run_trial(
                 await load.leave()
             complaints = list(total.failed)
             if not complete:
-                complaints.append(f"{load.watches - total.finished} of {load.watches} watches did not get everything")
+                complaints.append(f"{load.watches - total.finished} of {load.watches} watches did not get all events")
             show.step("Comparing with the store's history", shape.watches)
             truth = await read_truth(upstream, prefix, first, writer.revision)
             last = writer.revision
@@ -133,7 +133,7 @@ async def run_trial(
 
 
 async def _write_past(writer: Writer, spec: Spec, show: Show) -> list[int]:
-    """Write what lies before the clients' time; return the revisions they may start at."""
+    """Write the changes before the first watch; return the revisions at which watches may start."""
     if not spec.past_writes:
         return []
     show.step("Writing a past", spec.past_writes)
@@ -142,7 +142,7 @@ async def _write_past(writer: Writer, spec: Spec, show: Show) -> list[int]:
         await writer.write()
         revisions.append(writer.revision)
         show.at(number + 1)
-    # From the second half: a start in the past that all ranges still have changes behind.
+    # From the first half, so that every range still has changes after each start.
     return revisions[: max(1, len(revisions) // 2) : 7]
 
 
@@ -155,7 +155,7 @@ async def _open(load: Load, directory: Path, show: Show) -> float:
 
 
 async def _settle(page: MetricsPage) -> Cost:
-    """Wait until the upstream's count of watchers stands still: those that catch up with the past are only passing."""
+    """Wait until the upstream's number of watchers is stable: those that catch up with the past are temporary."""
     deadline = time.monotonic() + SETTLE_LIMIT_S
     last = await page.cost()
     since = time.monotonic()
@@ -186,7 +186,7 @@ async def _finish(load: Load, writer: Writer, show: Show) -> bool:
 
 
 async def _showing(work: Awaitable[T], update: Callable[[], None]) -> T:
-    """Do the work, and say how far it is until it is done."""
+    """Run `work`, and call `update` regularly until it is done."""
     task = asyncio.ensure_future(work)
     try:
         while not task.done():

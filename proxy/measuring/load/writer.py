@@ -1,7 +1,7 @@
-"""Writes for the load: puts, deletes and transactions over the planned ranges, at a steady rate.
+"""The load's writes: puts, deletes and transactions over the planned ranges, at a steady rate.
 
-Each value carries the time at which its write began, so that a client's delay can be read off the event itself: all
-processes of a run share one machine and so one monotonic clock.
+Each value contains the time at which its write began, so that a client's delay can be computed from the event: all
+processes of a run are on one machine and so share one monotonic clock.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ _OPERATIONS_MAX = 100
 _KV = "/etcdserverpb.KV/"
 
 OVERTIME = 4.0
-"""How many times as long as planned the writes may take on a slow store."""
+"""On a slow store the writes may take this many times the planned duration."""
 
 
 class WriteFailed(Exception):
-    """The store did not take a write; the text is one line."""
+    """The store did not accept a write; the text is one line."""
 
 
 def stamp(size: int) -> bytes:
-    """Return a value of at least `size` bytes that begins with the time now."""
+    """Return a value of at least `size` bytes that begins with the current time."""
     return (b"%020d " % time.monotonic_ns()).ljust(size, b"x")
 
 
 def read_stamp(value: bytes) -> int:
-    """Return the monotonic time in ns a value was written at; 0 for one that was not written here."""
+    """Return the monotonic time in ns at which a value was written; 0 for a value without a stamp."""
     head = value[:STAMP_BYTES]
     return int(head) if len(head) == STAMP_BYTES and head.isdigit() else 0
 
 
 class Writer:
-    """Writes into the ranges, and knows the last revisions of each."""
+    """Writes to the ranges, and records the last revisions of each."""
 
     def __init__(self, target: str, ranges: Sequence[Range], value_bytes: int) -> None:
         self._target = target
@@ -56,7 +56,7 @@ class Writer:
         self._alive: set[bytes] = set()
         self._turn = 0
         self.written = 0
-        """Events made: one for each key put or deleted."""
+        """Number of events: one for each key put or deleted."""
         self.revision = 0
         """The newest revision written."""
         self.final = Final([0] * len(ranges), [0] * len(ranges))
@@ -92,7 +92,7 @@ class Writer:
             self.final.deletes[which] = self.revision
 
     async def write(self) -> None:
-        """Make the next change: mostly one put; every fifth turn a transaction of several; every seventh a delete."""
+        """Make the next change: usually one put; every fifth turn a transaction of several; every seventh a delete."""
         turn, self._turn = self._turn, self._turn + 1
         which = turn % len(self._keys)
         keys = self._keys[which]
@@ -107,10 +107,10 @@ class Writer:
             await self._commit(which, chosen[:1], [])
 
     async def write_for(self, seconds: float, per_second: float) -> None:
-        """Write at a steady rate for a time, then close each range with a put and a delete.
+        """Write at a steady rate for `seconds`, then close each range with a put and a delete.
 
-        A store that is slower than asked for gets the same writes, over a longer time: two parts of a measurement can
-        be compared only then. After OVERTIME times the time it is left at what there is.
+        A store slower than this rate gets the same writes over a longer time, so that the two parts of a measurement
+        stay comparable. After OVERTIME times `seconds` the rest of the writes is dropped.
         """
         loop = asyncio.get_running_loop()
         start = loop.time()
@@ -124,13 +124,13 @@ class Writer:
         await self.close_ranges()
 
     async def close_ranges(self) -> None:
-        """End each range with a put and then a delete, so that every filter has a last event to wait for."""
+        """Write a last put and a last delete to each range, so that watches with any filter have a last event."""
         for which, keys in enumerate(self._keys):
             await self._commit(which, keys[:1], [])
             await self._commit(which, [], keys[:1])
 
     async def clean_up(self) -> None:
-        """Delete what is left of the keys written."""
+        """Delete the keys that were written and still exist."""
         left = sorted(self._alive)
         for begin in range(0, len(left), _OPERATIONS_MAX):
             await self._commit(0, [], left[begin : begin + _OPERATIONS_MAX])

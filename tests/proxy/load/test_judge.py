@@ -1,4 +1,4 @@
-"""The verdict on recorded bytes: a right record is faultless, and each kind of fault is found and named."""
+"""The verdict on recorded responses: a correct record is faultless, and each kind of fault is detected."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def created(watch_id: int = 0, revision: int = 1) -> Response:
     return Response(header=rpc_pb2.ResponseHeader(revision=revision), watch_id=watch_id, created=True)
 
 
-def right() -> list[Response]:
-    """What a watch from revision 2 should get."""
+def correct() -> list[Response]:
+    """Return the correct responses to a watch from revision 2."""
     return [
         created(),
         events(2, put(b"/r/a", b"1", 2, 2, 1)),
@@ -67,17 +67,17 @@ def faults(verdict: Verdict) -> set[str]:
     return {name for name in ("lost", "duplicated", "out_of_order", "wrong") if getattr(verdict, name)}
 
 
-def test_a_right_record_is_faultless(tmp_path: Path) -> None:
-    verdict = verdict_on(tmp_path, right())
+def test_a_correct_record_is_faultless(tmp_path: Path) -> None:
+    verdict = verdict_on(tmp_path, correct())
     assert verdict.faultless
     assert (verdict.watches, verdict.messages, verdict.events) == (1, 4, 4)
 
 
-def test_filters_and_prev_kv_are_judged_as_asked_for(tmp_path: Path) -> None:
+def test_filters_and_prev_kv_are_judged_by_the_request(tmp_path: Path) -> None:
     only_deletes = [created(), events(4, delete(b"/r/a", 4))]
     assert verdict_on(tmp_path, only_deletes, PlannedWatch(0, 2, no_put=True)).faultless
-    assert faults(verdict_on(tmp_path, right(), PlannedWatch(0, 2, no_put=True))) == {"wrong"}
-    assert faults(verdict_on(tmp_path, right(), PlannedWatch(0, 2, prev_kv=True))) == {"wrong"}
+    assert faults(verdict_on(tmp_path, correct(), PlannedWatch(0, 2, no_put=True))) == {"wrong"}
+    assert faults(verdict_on(tmp_path, correct(), PlannedWatch(0, 2, prev_kv=True))) == {"wrong"}
 
 
 def drop_one(responses: list[Response]) -> None:
@@ -104,11 +104,11 @@ def leave_the_range(responses: list[Response]) -> None:
     responses[1].events[0].kv.key = b"/s/a"
 
 
-def answer_a_stranger(responses: list[Response]) -> None:
+def use_an_unknown_watch_id(responses: list[Response]) -> None:
     responses.append(events(9, watch_id=77))
 
 
-def announce_too_much(responses: list[Response]) -> None:
+def raise_the_header_revision(responses: list[Response]) -> None:
     responses[1].header.revision = 5
 
 
@@ -120,12 +120,12 @@ def announce_too_much(responses: list[Response]) -> None:
         (double_one, {"duplicated"}),
         (change_a_value, {"wrong"}),
         (leave_the_range, {"lost", "wrong"}),
-        (answer_a_stranger, {"wrong"}),
-        (announce_too_much, {"out_of_order"}),
+        (use_an_unknown_watch_id, {"wrong"}),
+        (raise_the_header_revision, {"out_of_order"}),
     ],
 )
 def test_each_fault_is_found(tmp_path: Path, spoil: Callable[[list[Response]], None], found: set[str]) -> None:
-    responses = right()
+    responses = correct()
     spoil(responses)
     verdict = verdict_on(tmp_path, responses)
     assert not verdict.faultless
@@ -134,16 +134,16 @@ def test_each_fault_is_found(tmp_path: Path, spoil: Callable[[list[Response]], N
 
 
 def test_wrong_order_is_found(tmp_path: Path) -> None:
-    responses = right()
+    responses = correct()
     swap_two(responses)
     assert "out_of_order" in faults(verdict_on(tmp_path, responses))
 
 
-def test_a_watch_without_any_answer_has_lost_everything(tmp_path: Path) -> None:
+def test_a_watch_without_responses_has_lost_all_events(tmp_path: Path) -> None:
     assert faults(verdict_on(tmp_path, [])) == {"lost"}
 
 
-def test_a_record_cut_short_gives_what_is_whole(tmp_path: Path) -> None:
+def test_a_truncated_record_gives_its_complete_blocks(tmp_path: Path) -> None:
     path = tmp_path / "record"
     recorder = Recorder(str(path))
     for number in range(1000):
@@ -154,7 +154,7 @@ def test_a_record_cut_short_gives_what_is_whole(tmp_path: Path) -> None:
     assert len(read_record(str(path))) == 512
 
 
-def test_values_carry_the_time_of_their_writing() -> None:
+def test_values_contain_the_time_of_their_write() -> None:
     value = stamp(100)
     assert len(value) == 100
     assert read_stamp(value) > 0

@@ -1,4 +1,4 @@
-"""The load's plan: as many of everything as asked for, spread evenly, and the same every time."""
+"""The load's plan: the requested numbers, evenly distributed, and the same every time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from proxy.measuring.load.plan import Shape, deal, make_ranges, make_streams
 SHAPE = Shape(watches=1000, ranges=10, streams=200, channels=40, processes=2, pause_s=2.0)
 
 
-def test_all_watches_are_dealt_evenly() -> None:
+def test_all_watches_are_distributed_evenly() -> None:
     streams = make_streams(SHAPE, [5, 6, 7])
     watches = [watch for stream in streams for watch in stream.watches]
     assert len(watches) == 1000
@@ -22,7 +22,7 @@ def test_all_watches_are_dealt_evenly() -> None:
         assert len({watch.range for watch in stream.watches}) == len(stream.watches)
 
 
-def test_some_start_in_the_past_some_have_filters_or_prev_kv_and_one_is_slow() -> None:
+def test_the_plan_has_past_starts_options_and_a_slow_stream() -> None:
     streams = make_streams(SHAPE, [5, 6, 7])
     watches = [watch for stream in streams for watch in stream.watches]
     assert {watch.start_revision for watch in watches} == {0, 5, 6, 7}
@@ -34,13 +34,13 @@ def test_some_start_in_the_past_some_have_filters_or_prev_kv_and_one_is_slow() -
     assert [stream.pause_s for stream in streams if stream.pause_s] == [2.0]
 
 
-def test_each_option_and_each_past_meets_every_range() -> None:
+def test_every_range_has_watches_with_each_option() -> None:
     watches = [watch for stream in make_streams(SHAPE, [5]) for watch in stream.watches]
     for having in ("no_put", "no_delete", "prev_kv", "start_revision"):
         assert {watch.range for watch in watches if getattr(watch, having)} == set(range(10))
 
 
-def test_a_plain_load_is_plain() -> None:
+def test_a_plain_load_has_no_options() -> None:
     shape = Shape(watches=30, ranges=3, streams=10, channels=2, plain=True)
     watches = [watch for stream in make_streams(shape, [1]) for watch in stream.watches]
     assert {(watch.start_revision, watch.no_put, watch.no_delete, watch.prev_kv) for watch in watches} == {

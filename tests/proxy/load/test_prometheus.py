@@ -1,4 +1,4 @@
-"""The upstream's own numbers: read from a real etcd's page, refused where they are something else."""
+"""The upstream's own numbers: read from a real etcd's metrics page; other pages are refused."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def test_samples_of_one_name_are_summed() -> None:
     assert sum_samples(text, "here") == {"a_total": 5.0, "b": 1.5}
 
 
-def test_what_is_no_metrics_page_is_refused() -> None:
+def test_other_pages_are_refused() -> None:
     with pytest.raises(NoMetrics, match="here is not a metrics page"):
         sum_samples("<html>no</html>", "here")
-    with pytest.raises(NoMetrics, match="have no etcd_debugging_mvcc_watcher_total: they are not an etcd's"):
+    with pytest.raises(NoMetrics, match="have no etcd_debugging_mvcc_watcher_total: they are not from etcd"):
         cost_of({"up": 1.0})
 
 
-def test_a_real_etcd_says_what_its_watches_cost(etcd: EtcdServer) -> None:
+def test_the_cost_is_read_from_a_real_etcd(etcd: EtcdServer) -> None:
     async def fetch() -> Cost:
         page = MetricsPage(etcd.url)
         try:
@@ -37,7 +37,7 @@ def test_a_real_etcd_says_what_its_watches_cost(etcd: EtcdServer) -> None:
     assert cost.memory_bytes
 
 
-def test_a_page_that_cannot_be_read_is_one_line(etcd: EtcdServer) -> None:
+def test_an_unreadable_page_gives_an_error_of_one_line(etcd: EtcdServer) -> None:
     async def fetch(url: str) -> None:
         page = MetricsPage(url)
         try:

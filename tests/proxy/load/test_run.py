@@ -1,4 +1,4 @@
-"""Waiting for the load's clients: as long as anything moves, and not for ever."""
+"""Waiting for the load's clients: as long as there is progress, and no longer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from proxy.measuring.load.plan import Shape, make_ranges, make_streams
 
 
 def load_of_ten(monkeypatch: pytest.MonkeyPatch, *reports: Report) -> run.Load:
-    """A load without processes, whose clients say the next of `reports` at each look, and the last one from then on."""
+    """Return a load without processes; each read of its total returns the next of `reports`, in the end the last."""
     monkeypatch.setattr(run, "STILL_LIMIT_S", 0.1)
     ranges = make_ranges(b"/x/", 1)
     load = run.Load("", ranges, make_streams(Shape(watches=10, ranges=1, streams=1, channels=1, processes=1), []), 1)
@@ -21,14 +21,14 @@ def load_of_ten(monkeypatch: pytest.MonkeyPatch, *reports: Report) -> run.Load:
     return load
 
 
-def test_clients_that_are_slow_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thirty looks take far longer than nothing may move, but something does at each."""
+def test_the_load_waits_for_slow_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirty reports take far longer than the limit without progress, but each report has some progress."""
     slow = [Report(events=number) for number in range(30)]
     load = load_of_ten(monkeypatch, *slow, Report(events=30, finished=10))
     assert asyncio.run(load.wait_finished(Final([], [])))
 
 
-def test_clients_that_get_nothing_more_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_load_gives_up_without_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     load = load_of_ten(monkeypatch, Report(events=5, opened=9, finished=9))
     assert not asyncio.run(load.wait_finished(Final([], [])))
     with pytest.raises(run.LoadFailed, match=r"only 9 of 10 watches were opened, and no more came for 0\.1 s"):
