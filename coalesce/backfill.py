@@ -34,14 +34,12 @@ if TYPE_CHECKING:
 class Backfill(Source):
     """One upstream watch of some laggards of a trunk."""
 
-    __slots__ = ("is_upgrade", "paused", "trunk", "watches")
+    __slots__ = ("is_upgrade", "paused", "trunk")
 
     def __init__(self, hub: Hub, trunk: Trunk, start_revision: int, prev_kv: bool, *, is_upgrade: bool = False) -> None:
         super().__init__(hub, trunk.key, trunk.range_end, start_revision, prev_kv)
         self.trunk = trunk
         self.is_upgrade = is_upgrade
-        # Those that come through it, in step, ahead or lagging.
-        self.watches: dict[Watch, None] = {}
         self.paused = False
         # An upgrade rides on the trunks' stream: it is one of them soon, and must not be paused.
         self.open(start_revision, prev_kv, not is_upgrade)
@@ -127,6 +125,9 @@ class Backfills:
             return
         before = backfill.next_revision
         backfill.ingest(batch)
+        if backfill not in self.open:
+            # To keep the batch, older ones were sent and evicted: that was all that was wanted of it.
+            return
         if backfill.is_upgrade:
             self._feed(backfill, before, batch)
         else:
@@ -205,7 +206,7 @@ class Backfills:
         if backfill.fanout.has_watches or backfill.is_upgrade:
             history.evict_to(self._window_bytes_max(backfill))
             for watch in lagging:
-                if watch.position < history.floor:
+                if watch.place is Place.LAGGING and watch.source is backfill and watch.position < history.floor:
                     # Too slow for the others: it looks for another backfill when its turn comes.
                     self._hub.detach(watch)
                     # It may have waited for the end of a run.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Callable
 from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple, cast
@@ -40,10 +41,31 @@ class Replayed(NamedTuple):
     """Events that were looked at, whatever the filters made of them: the work that was done."""
 
 
+class Guard(NamedTuple):
+    """What a history calls before it evicts events that watches are held back for."""
+
+    first_revision: int
+    """Batches that end below are not guarded."""
+
+    release: Callable[[int], None]
+    """Called once, with the last revision of the batch that goes. It may set another guard, or drop the history."""
+
+
 class History:
     """Batches of one source, complete from `floor` to the source's position."""
 
-    __slots__ = ("_batches", "_gone", "_lasts", "_ledger", "bytes", "floor", "has_prev_kv", "last_revision", "version")
+    __slots__ = (
+        "_batches",
+        "_gone",
+        "_lasts",
+        "_ledger",
+        "bytes",
+        "floor",
+        "guard",
+        "has_prev_kv",
+        "last_revision",
+        "version",
+    )
 
     def __init__(self, ledger: Ledger, floor: int, has_prev_kv: bool) -> None:
         self._ledger = ledger
@@ -54,6 +76,8 @@ class History:
         self._gone = 0
         # The first revision that can be replayed. Quiet revisions count: it starts where the source started.
         self.floor = floor
+        # None = no watch is held back.
+        self.guard: Guard | None = None
         # Of the newest event ever appended; 0 before the first.
         self.last_revision = 0
         # Memory of what it holds.
@@ -102,6 +126,12 @@ class History:
     def evict_oldest(self) -> None:
         """Drop the oldest batch; the floor rises behind it."""
         batch = self._batches[self._gone]
+        if self.guard is not None and batch.last_revision >= self.guard.first_revision:
+            guard, self.guard = self.guard, None
+            guard.release(batch.last_revision)
+            if batch.kept is None:
+                # The source has ended meanwhile.
+                return
         # Let go at once, though the place stays for a while: batches can be large.
         self._batches[self._gone] = _GONE
         self._gone += 1
@@ -126,6 +156,7 @@ class History:
 
     def drop(self, floor: int) -> None:
         """Forget everything; what comes begins at `floor`."""
+        self.guard = None
         while len(self):
             self.evict_oldest()
         self.floor = floor

@@ -150,8 +150,13 @@ class Replays:
         return spent
 
     def replay_now(self, watch: Watch) -> None:
-        """Send a lagging watch of a session that is not stalled its next response, as if it came live."""
+        """Send a lagging watch of a session that is not stalled its next response, as if it came live.
+
+        It takes what is left for turns until the timer rings, and is not bounded by it.
+        """
+        before = self.left_events
         self._replay(watch)
+        self.left_events = max(self.left_events, min(before, 0))
 
     def _replay(self, watch: Watch) -> int:
         """Send a watch its next response and find its place after it; return the response's bytes."""

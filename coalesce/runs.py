@@ -8,15 +8,21 @@ such watches lag behind their source, and with the last piece they are replayed 
 A run is bounded in bytes (fragment_run_bytes_max, and three quarters of what histories may keep), and in the events of
 one replay. At the bound, and when the next piece does not come in time, it ends early: what has come is sent, between
 two revisions, and the rest is another run. A piece that no history could keep is not held back.
+
+What is held back is sent before it is evicted, whatever evicts it (the memory of other ranges, age) and however much
+work others have: a run that has ended waits for a turn of replaying, and more comes in meanwhile. Otherwise a watch
+could ask for the same revisions again, for ever.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from coalesce.backfill import Backfill
 from coalesce.batch import FRAGMENT, Batch
-from coalesce.session import Session, Watch
+from coalesce.history import Guard
+from coalesce.session import Place, Session, Watch
 
 if TYPE_CHECKING:
     from coalesce.hub import Hub
@@ -90,7 +96,7 @@ class Runs:
         hub = self._hub
         run = self.open.get(source)
         if run is not None and not self._fits(run, batch):
-            self._break(source, run)
+            self._break(source)
             run = None
             if isinstance(source, Backfill) and source not in hub.backfills.open:
                 # That was all that was wanted of it.
@@ -100,6 +106,8 @@ class Runs:
             if not self._fits(run, batch):
                 return
             self.open[source] = run
+            if source.history.guard is None:
+                source.history.guard = Guard(source.next_revision, partial(self._release, source))
         run.at = hub.now
         run.batches += 1
         run.bytes += batch.memory_bytes
@@ -110,15 +118,31 @@ class Runs:
                     hub.lag(watch)
                     run.sessions[watch.session] = None
 
-    def _break(self, source: Source, run: Run) -> None:
+    def _break(self, source: Source) -> None:
         """Send what there is of a run now, as long as the history has all of it: more is about to come."""
-        del self.open[source]
-        replays = self._hub.replays
-        for session in run.sessions:
-            waiting = [each for each in session.lagging if each.source is source and each.variant & FRAGMENT]
-            for watch in waiting if not session.stalled else ():
-                replays.replay_now(watch)
-            replays.want(session)
+        for watch in self._held(source):
+            self._hub.replays.replay_now(watch)
+        self.end(source)
+
+    def _held(self, source: Source) -> list[Watch]:
+        """Return the watches that can be sent what the history of a source has of their run."""
+        return [
+            watch
+            for watch in source.watches
+            if watch.place is Place.LAGGING
+            and watch.source is source
+            and watch.variant & FRAGMENT
+            and not watch.session.stalled
+        ]
+
+    def _release(self, source: Source, last_revision: int) -> None:
+        """A history is about to evict a batch with this last revision: send what is held back before."""
+        held = self._held(source)
+        if any(watch.position <= last_revision for watch in held):
+            self._break(source)
+        elif held:
+            first = min(watch.position for watch in held)
+            source.history.guard = Guard(first, partial(self._release, source))
 
     def end(self, source: Source) -> None:
         """The run of a source, if there is one, is complete: replay those who waited."""

@@ -111,6 +111,7 @@ class Source:
         "range_end",
         "refused_tokens",
         "upstream",
+        "watches",
     )
 
     def __init__(self, hub: Hub, key: bytes, range_end: bytes, start_revision: int, prev_kv: bool) -> None:
@@ -121,6 +122,8 @@ class Source:
         self.events = 0
         self.fanout = Fanout(start_revision, hub.stats)
         self.history = History(hub.ledger, start_revision, prev_kv)
+        # Of a trunk: all of the range, wherever they are. Of a backfill: those that come through it.
+        self.watches: dict[Watch, None] = {}
         self.upstream: Upstream
         # The progress request that was the newest when something last moved the bookmark.
         self.proof = 0

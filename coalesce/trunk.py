@@ -47,13 +47,10 @@ class Trunk(Source):
         "prev_kv_watches",
         "timer_at",
         "upgrade",
-        "watches",
     )
 
     def __init__(self, hub: Hub, key: bytes, range_end: bytes, start_revision: int | None, prev_kv: bool) -> None:
         super().__init__(hub, key, range_end, start_revision or 0, prev_kv)
-        # All watches of the range, wherever they are; those on backfills end up here.
-        self.watches: dict[Watch, None] = {}
         # Creates that hold it open until they join.
         self.joining: dict[PendingCreate, None] = {}
         # How many of them want prev_kv.

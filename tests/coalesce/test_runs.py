@@ -218,3 +218,66 @@ def test_a_run_at_its_bound_is_sent_before_it_can_be_evicted() -> None:
     for client in clients:
         assert [line.split()[-2] for line in client.read()] == ["60", "61", "62", "63", "64", "99"]
     assert len(shell.opened) == 2
+
+
+def held_back(limits: Limits) -> tuple[Shell, list[Client], Upstream]:
+    """Clients with fragment that share a backfill, and the pieces of 60 and 61, the last of a run."""
+    shell = Shell(limits)
+    shell.trunk(100, shell.client())
+    clients = [shell.client() for _ in range(2)]
+    for client in clients:
+        client.create(start=50, fragment=True)
+        client.read()
+    backfill = shell.opened[-1]
+    shell.created(backfill, 100)
+    piece(shell, backfill, 60)
+    piece(shell, backfill, 61, last=True)
+    return shell, clients, backfill
+
+
+def revisions(client: Client) -> list[str]:
+    """The revisions of the events that a client has."""
+    return [line.split()[-2] for line in client.read()]
+
+
+# One turn comes to one of the clients, and the next run would evict what the other one waits for.
+SCARCE = Limits(
+    fragment_bytes=150, replay_turn_events_max=1, history_bytes_total_max=3 * (len(large(60).encoded) + 700)
+)
+
+
+def test_a_whole_run_is_sent_before_the_next_evicts_it() -> None:
+    shell, clients, backfill = held_back(SCARCE)
+    got = [revisions(client) for client in clients]
+    assert sorted(got) == [[], ["60", "61"]]
+    for revision in range(62, 66):
+        piece(shell, backfill, revision)
+    piece(shell, backfill, 99, last=True)
+    shell.settle()
+    for client, before in zip(clients, got, strict=True):
+        assert before + revisions(client) == ["60", "61", "62", "63", "64", "65", "99"]
+    assert len(shell.opened) == 2
+
+
+def test_a_whole_run_is_sent_before_it_is_too_old() -> None:
+    shell, clients, _ = held_back(Limits(fragment_bytes=150, replay_turn_events_max=1, history_age_s=5))
+    shell.now += 6
+    shell.do(shell.core.expire)
+    assert [revisions(client) for client in clients] == [["60", "61"], ["60", "61"]]
+    assert len(shell.opened) == 2
+
+
+def test_a_run_is_sent_before_other_ranges_evict_it() -> None:
+    shell, clients, backfill = held_back(SCARCE)
+    shell.settle()
+    assert [revisions(client) for client in clients] == [["60", "61"], ["60", "61"]]
+    other = shell.trunk(100, shell.client(), key=b"other")
+    for revision in (62, 63):
+        piece(shell, backfill, revision)
+    for revision in range(101, 105):
+        shell.events(other, put(revision, key=b"other", value=b"x" * 90))
+    assert [revisions(client) for client in clients] == [["62", "63"], ["62", "63"]]
+    piece(shell, backfill, 99, last=True)
+    shell.settle()
+    assert [revisions(client) for client in clients] == [["99"], ["99"]]
+    assert len(shell.opened) == 3
