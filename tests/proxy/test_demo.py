@@ -26,6 +26,8 @@ from proxy.measuring.load.stage import Stage
 from proxy.measuring.load.trial import Trial
 from tests.etcd.server import EtcdServer
 from tests.waiting import until
+from upstream.watching.stream import Kind
+from upstream.watching.streams import STREAMS_MAX
 
 SMALL = "--watches=60 --ranges=5 --streams=12 --seconds=0.5".split()  # noqa: SIM905 - as one types it
 
@@ -42,7 +44,8 @@ def test_a_real_etcd_counts_one_watcher_for_each_range(etcd: EtcdServer, capsys:
     result = msgspec.json.decode(capsys.readouterr().out, type=DemoResult)
     assert result.faultless
     assert result.trial.watchers == 5
-    assert result.trial.watch_streams == 1
+    # One for the live watches of all clients, and a few for those that had to catch up.
+    assert 1 <= result.trial.watch_streams <= 1 + STREAMS_MAX[Kind.CATCH_UP]
     assert result.trial.verdict.watches == 60
     assert result.trial.verdict.events > 300
     # The demo's clients and proxy are gone, and so are its keys.
