@@ -13,17 +13,18 @@ from collections.abc import Sequence
 
 from coalesce.core import Coalescer
 from coalesce.limits import Limits as CoreLimits
-from proxy import health, logs
-from proxy import watch as watch_service
-from proxy.engine import Engine
-from proxy.guard import Guard
+from proxy import logs
+from proxy.admin import health
+from proxy.admin.self_probe import Probe
+from proxy.auth.cn_guard import Guard
+from proxy.auth.reads import Reader, ReaderSettings
 from proxy.listening.http1 import Http1
 from proxy.listening.listener import Listener
 from proxy.listening.settings import ListenerSettings
-from proxy.passthrough import Passthrough
-from proxy.passthrough_settings import PassthroughSettings
-from proxy.probe import Probe
-from proxy.reads import Reader, ReaderSettings
+from proxy.passthrough.relay import Passthrough
+from proxy.passthrough.settings import PassthroughSettings
+from proxy.watch import service as watch_service
+from proxy.watch.engine import Engine
 from upstream.credentials import Credentials
 from upstream.endpoints import Endpoint, parse_endpoint, parse_endpoints
 from upstream.namespace import Namespace
@@ -154,8 +155,8 @@ class Proxy:
         if self._namespace is None and not self._advertised:
             return Passthrough(self.pool, self._passthrough_settings), ""
         # Messages that nobody else needs here.
-        from proxy.translating import HTTP1_REFUSAL, TranslatingPassthrough
-        from upstream import advertised, namespaced_calls
+        from proxy.passthrough import advertised, namespaced_calls
+        from proxy.passthrough.translating import HTTP1_REFUSAL, TranslatingPassthrough
 
         rules = []
         if self._namespace is not None:

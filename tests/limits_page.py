@@ -36,10 +36,10 @@ SOURCES = (
     Source("The core", "coalesce.limits", "Limits", limits_table.CORE),
     Source("A client's HTTP/2 connection", "proto.http2.limits", "Limits", limits_table.HTTP2),
     Source("The listener", "proxy.listening.settings", "ListenerSettings", limits_table.LISTENER),
-    Source("The Watch service", "proxy.watch", "WatchSettings", limits_table.WATCH),
-    Source("Pass-through", "proxy.passthrough_settings", "PassthroughSettings", limits_table.PASSTHROUGH),
+    Source("The Watch service", "proxy.watch.service", "WatchSettings", limits_table.WATCH),
+    Source("Pass-through", "proxy.passthrough.settings", "PassthroughSettings", limits_table.PASSTHROUGH),
     Source("HTTP/1", "proxy.listening.http1", "Http1Settings", limits_table.HTTP1),
-    Source("Reads and permission checks", "proxy.reads", "ReaderSettings", limits_table.READS),
+    Source("Reads and permission checks", "proxy.auth.reads", "ReaderSettings", limits_table.READS),
     Source("A connection to etcd", "upstream.settings", "ConnectionSettings", limits_table.CONNECTION),
     Source("The watch client and the pool", "upstream.settings", "Settings", limits_table.UPSTREAM),
 )

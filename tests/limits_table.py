@@ -1,7 +1,7 @@
 """Of each limit in docs/limits.md: the metric that tells that it was reached, and the test at its edge.
 
-`python -m tests.limits_page` puts both into the page; tests/proxy/test_limits_table.py sees to it that every limit has
-its row here, that the metrics are on the page of a running proxy, and that the tests are there.
+`python -m tests.limits_page` puts both into the page; tests/proxy/admin/test_limits_table.py sees to it that every
+limit has its row here, that the metrics are on the page of a running proxy, and that the tests are there.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ _BACKFILL: Final = "coalesce/test_backfill.py::"
 _PROGRESS: Final = "coalesce/test_progress.py::"
 _FLOODS: Final = "http2/test_floods.py::"
 _FLOW: Final = "http2/test_flow.py::"
-_LISTENER: Final = "proxy/test_limits.py::"
-_TRANSLATING: Final = "proxy/test_translating.py::"
+_ADDRESSES: Final = "proxy/listening/test_addresses.py::"
+_CHECKS: Final = "proxy/auth/test_permission_checks.py::"
+_HOLDING: Final = "proxy/passthrough/test_holding.py::"
+_LISTENER: Final = "e2e/test_limits.py::"
+_TRANSLATING: Final = "proxy/passthrough/test_translating.py::"
 _UP: Final = "upstream/test_limits.py::"
 
 CORE: Final = {
@@ -133,42 +136,42 @@ HTTP2: Final = {
 
 LISTENER: Final = {
     "connections_max": Row(
-        _REFUSED % "connections_max", "proxy/test_listener.py::test_one_connection_too_many_is_told_so"
+        _REFUSED % "connections_max", "proxy/listening/test_listener.py::test_one_connection_too_many_is_told_so"
     ),
     "first_bytes_timeout_s": Row(_TIMED_OUT % "first_bytes_timeout_s", f"{_LISTENER}test_times_of_a_connection"),
     "settings_timeout_s": Row(_TIMED_OUT % "settings_timeout_s", f"{_LISTENER}test_times_of_a_connection"),
     "keepalive_interval_s": Row(NOTHING, f"{_LISTENER}test_times_of_a_connection"),
     "keepalive_timeout_s": Row(_TIMED_OUT % "keepalive_timeout_s", f"{_LISTENER}test_times_of_a_connection"),
     "keepalive_min_s": Row(
-        _CUT_OFF % "too_many_pings", "proxy/test_pings.py::test_the_third_early_ping_is_one_too_many"
+        _CUT_OFF % "too_many_pings", "proxy/listening/test_pings.py::test_the_third_early_ping_is_one_too_many"
     ),
     "idle_timeout_s": Row(_TIMED_OUT % "idle_timeout_s", f"{_LISTENER}test_times_of_a_connection"),
     "write_buffer_bytes": Row(
-        "watchmux_stalls_total", "proxy/test_listener.py::test_much_to_write_is_not_joined_for_each_stream"
+        "watchmux_stalls_total", "proxy/listening/test_listener.py::test_much_to_write_is_not_joined_for_each_stream"
     ),
     "unread_bytes_max": Row("watchmux_connections_not_read_total", f"{_LISTENER}test_bytes_kept_for_who_does_not_read"),
     "reason_s": Row(NOTHING, f"{_LISTENER}test_who_is_cut_off_may_read_why_for_a_while"),
     "drain_ping_s": Row(NOTHING, f"{_LISTENER}test_who_is_told_to_go_and_does_not_answer_is_told_so_again"),
     "leaving_per_turn": Row(
-        NOTHING, "proxy/test_leaving.py::test_many_streams_that_leave_at_once_are_forgotten_in_turns"
+        NOTHING, "proxy/listening/test_leaving.py::test_many_streams_that_leave_at_once_are_forgotten_in_turns"
     ),
 }
 
 WATCH: Final = {
     "request_bytes_max": Row(_REFUSED % "request_bytes_max", f"{_LISTENER}test_the_size_of_a_watch_request"),
     "sessions_per_connection_max": Row(
-        _REFUSED % "sessions_per_connection_max", "proxy/test_watch.py::test_sessions_per_connection_are_limited"
+        _REFUSED % "sessions_per_connection_max", "e2e/test_watch.py::test_sessions_per_connection_are_limited"
     ),
     "requests_waiting_bytes_max": Row(
-        _REFUSED % "requests_waiting_bytes_max", "proxy/test_turns.py::test_requests_that_wait_have_a_bound"
+        _REFUSED % "requests_waiting_bytes_max", "proxy/listening/test_turns.py::test_requests_that_wait_have_a_bound"
     ),
 }
 
 PASSTHROUGH: Final = {
-    "call_wait_s": Row(_REFUSED % "call_wait_s", "proxy/test_holding.py::test_call_is_refused_after_call_wait"),
+    "call_wait_s": Row(_REFUSED % "call_wait_s", f"{_HOLDING}test_call_is_refused_after_call_wait"),
     "waiting_max": Row(_REFUSED % "waiting_max", f"{_LISTENER}test_calls_that_wait_for_an_etcd"),
     "waiting_bytes_max": Row(
-        _REFUSED % "waiting_bytes_max", "proxy/test_holding.py::test_bytes_of_waiting_calls_are_bounded"
+        _REFUSED % "waiting_bytes_max", "proxy/passthrough/test_holding.py::test_bytes_of_waiting_calls_are_bounded"
     ),
     "resend_bytes_max": Row(_NOT_KEPT % "resend_bytes_max", f"{_LISTENER}test_requests_kept_to_be_sent_again"),
     "resend_bytes_total_max": Row(
@@ -182,21 +185,22 @@ PASSTHROUGH: Final = {
         _REFUSED % "translated_request_bytes_max", f"{_TRANSLATING}test_requests_are_bounded_as_etcd_bounds_them"
     ),
     "partial_bytes_max": Row(
-        _REFUSED % "partial_bytes_max", "proxy/test_namespace.py::test_unfinished_messages_have_a_bound"
+        _REFUSED % "partial_bytes_max", "e2e/test_namespace.py::test_unfinished_messages_have_a_bound"
     ),
 }
 
 HTTP1: Final = {
     "connect_timeout_s": Row(_HTTP1 % 502, f"{_LISTENER}test_http1_that_is_refused_is_counted"),
     "opening_timeout_s": Row(_HTTP1 % 408, f"{_LISTENER}test_http1_that_is_refused_is_counted"),
-    "connections_max": Row(_HTTP1 % 503, "proxy/test_http1.py::test_bounds"),
+    "connections_max": Row(_HTTP1 % 503, "proxy/listening/test_http1.py::test_bounds"),
 }
 
 READS: Final = {
     "timeout_s": Row(_READS % "DEADLINE_EXCEEDED", f"{_LISTENER}test_reads_that_are_not_answered_in_time"),
-    "probe_age_s_max": Row(NOTHING, "proxy/test_questions.py::test_that_auth_is_off_is_believed_for_a_while"),
+    "probe_age_s_max": Row(NOTHING, "proxy/auth/test_queries.py::test_that_auth_is_off_is_believed_for_a_while"),
     "checks_in_flight_max": Row(
-        "watchmux_checks_waiting", "proxy/test_checks.py::test_calls_in_flight_are_bounded_and_tokens_take_turns"
+        "watchmux_checks_waiting",
+        f"{_CHECKS}test_calls_in_flight_are_bounded_and_tokens_take_turns",
     ),
 }
 
@@ -204,7 +208,7 @@ CONNECTION: Final = {
     "connect_timeout_s": Row(
         _UPSTREAM % "connect_timeout_s", f"{_UP}test_an_endpoint_that_says_nothing_is_given_up_and_counted"
     ),
-    "next_address_s": Row(NOTHING, "proxy/test_addresses.py::test_an_address_that_swallows_everything_holds_up_nobody"),
+    "next_address_s": Row(NOTHING, f"{_ADDRESSES}test_an_address_that_swallows_everything_holds_up_nobody"),
     "settings_timeout_s": Row(
         _UPSTREAM % "settings_timeout_s", f"{_UP}test_one_that_does_not_take_our_settings_is_given_up_and_counted"
     ),
@@ -264,7 +268,7 @@ class Kept(NamedTuple):
 
 
 _GIVEN_BACK: Final = "coalesce/test_given_back.py::"
-_GARBAGE: Final = "proxy/test_garbage.py::test_what_has_ended_is_gone"
+_GARBAGE: Final = "e2e/test_garbage.py::test_what_has_ended_is_gone"
 
 KEPT: Final = (
     Kept("a watch", "`watches_per_session_max`, `watches_max`", "its cancel, or its stream", _GARBAGE),
@@ -314,32 +318,32 @@ KEPT: Final = (
         "tokens that were tried to prove a new connection",
         "eight for each try (`TRIED_AT_ONCE`)",
         "the proof, or the next connection",
-        "proxy/test_rollback.py::test_what_was_tried_is_forgotten_with_the_proof",
+        "proxy/auth/test_restore.py::test_what_was_tried_is_forgotten_with_the_proof",
     ),
     Kept(
         "an event that is written in part to a client that does not read",
         "its HTTP/2 window, `write_buffer_bytes`",
         "the stream or the connection",
-        "proxy/test_memory.py::test_streams_that_are_not_read_cost_little",
+        "e2e/test_memory.py::test_streams_that_are_not_read_cost_little",
     ),
     Kept(
         "an answer that the client does not read",
         "`unread_bytes_per_connection_max`, `unread_bytes_max`",
         "its being read, or the call",
-        "proxy/test_translating.py::test_unread_answers_count_by_their_translated_size",
+        "proxy/passthrough/test_translating.py::test_unread_answers_count_by_their_translated_size",
     ),
     Kept(
         "a request under `--namespace` that is not whole, or that etcd does not take",
         "`translated_request_bytes_max`, `partial_bytes_max`",
         "etcd's taking it, or the call",
-        "proxy/test_translating.py::test_requests_that_etcd_does_not_take_count",
+        "proxy/passthrough/test_translating.py::test_requests_that_etcd_does_not_take_count",
     ),
     Kept("a call that passes through", "`max_streams`, `resend_bytes_total_max`", "its end", _GARBAGE),
     Kept(
         "a connection, with its descriptor",
         "`connections_max`, RLIMIT_NOFILE",
         "its end",
-        "proxy/test_descriptors.py::test_clients_do_not_take_what_etcd_and_probes_need",
+        "proxy/process/test_descriptors.py::test_clients_do_not_take_what_etcd_and_probes_need",
     ),
     Kept(
         "header fields that the compression of a connection remembers",
@@ -357,13 +361,13 @@ KEPT: Final = (
         "the streams of a connection that has ended",
         "`max_streams`",
         "turns of `leaving_per_turn`",
-        "proxy/test_leaving.py::test_many_streams_that_leave_at_once_are_forgotten_in_turns",
+        "proxy/listening/test_leaving.py::test_many_streams_that_leave_at_once_are_forgotten_in_turns",
     ),
     Kept(
         "orders of delivery that the engine remembers",
         "16 groups (`ORDERS_REMEMBERED_MAX`)",
         "the close of a stream",
-        "proxy/test_engine.py::test_nothing_of_a_session_that_is_gone_is_kept",
+        "proxy/watch/test_engine.py::test_nothing_of_a_session_that_is_gone_is_kept",
     ),
 )
 """What clients can make the proxy keep."""

@@ -51,7 +51,8 @@ IMPURE_BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec", "input
 
 # What engine and watch client decide beside the core.
 DECIDING = (
-    "proxy/deciding",
+    *(f"proxy/auth/{name}.py" for name in ("model", "queries", "permission_checks", "admitted", "restore")),
+    "proxy/passthrough/waiting.py",
     "upstream/watching/state.py",
     "upstream/watching/choice.py",
     "upstream/watching/lineage.py",
@@ -65,7 +66,7 @@ DECIDING = (
 IMPURE_MODULES = {"asyncio", "random", "time", "datetime", "socket", "ssl", "os", "logging", "structlog", "threading"}
 
 # The engine drives the core. The server makes one for it, and nothing more.
-DRIVER, MAKER = "proxy/engine.py", "proxy/server.py"
+DRIVER, MAKER = "proxy/watch/engine.py", "proxy/server.py"
 
 
 @cache
@@ -125,7 +126,7 @@ def test_what_is_decided_beside_the_core_is_pure(path: str) -> None:
     for file in files:
         for name in imports(file):
             assert name.partition(".")[0] not in IMPURE_MODULES, f"{named(file)} imports {name}"
-            assert name not in ("proxy.logs", "proxy.reads", "upstream.pool", "upstream.connection"), named(file)
+            assert name not in ("proxy.logs", "proxy.auth.reads", "upstream.pool", "upstream.connection"), named(file)
         for node in ast.walk(tree_of(file)):
             impure = isinstance(node, ast.AsyncFunctionDef | ast.Await)
             assert not impure, f"{named(file)}:{getattr(node, 'lineno', 0)}"
@@ -134,7 +135,7 @@ def test_what_is_decided_beside_the_core_is_pure(path: str) -> None:
 def test_importing_the_core_loads_no_grpc_and_no_asyncio() -> None:
     script = (
         "import sys; before = set(sys.modules);"
-        "import coalesce.core, coalesce.guarantees;"
+        "import coalesce.core, coalesce.guarantees.checkers;"
         "print(*sorted(set(sys.modules) - before))"
     )
     result = subprocess.run(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from proxy.config.knobs import Settings
 
     Read = tuple[Settings, list[str], int | None]
-    """The settings, notes for the log, and the socket that a parent left (see `proxy.child`)."""
+    """The settings, notes for the log, and the socket that a parent left (see `proxy.process.child`)."""
 
 
 def serve(arguments: list[str]) -> int:
@@ -34,7 +34,7 @@ def serve(arguments: list[str]) -> int:
         settings, notes, parent_fd = read
         import uvloop
 
-        from proxy import serving
+        from proxy.process import serving
 
         return uvloop.run(serving.serve(settings, notes, parent_fd, lambda: _read_again(arguments)))
     except Failed as error:
@@ -54,7 +54,7 @@ def _read_by_a_fork(arguments: list[str]) -> Read | int:
     os.close(writing)
     import uvloop  # noqa: F401  # while the fork reads
 
-    from proxy import serving  # noqa: F401
+    from proxy.process import serving  # noqa: F401
 
     with open(reading, "rb") as pipe:
         handed = pipe.read()

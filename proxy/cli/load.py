@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from proxy.child import ChildFailed
 from proxy.errors import WRONG_REQUEST, Failed
 from proxy.measuring.load.judge import NoTruth
 from proxy.measuring.load.plan import Shape
 from proxy.measuring.load.prometheus import NoMetrics
 from proxy.measuring.load.run import LoadFailed
 from proxy.measuring.load.writer import WriteFailed
+from proxy.process.child import ChildFailed
 from upstream.endpoints import parse_endpoints
 from upstream.errors import BadEndpoint
 

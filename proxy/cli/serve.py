@@ -38,6 +38,6 @@ def command(ctx: click.Context, /, parent_fd: int | None, **_given: Any) -> int:
         return code
     import uvloop
 
-    from proxy.serving import serve
+    from proxy.process.serving import serve
 
     return uvloop.run(serve(settings, notes, parent_fd, lambda: settings_of(ctx)))

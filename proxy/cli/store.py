@@ -87,7 +87,7 @@ def command(
 async def _run(settings: StoreSettings, parent_fd: int | None) -> None:
     import asyncio
 
-    from proxy.child import Parent, Ready, on_signals
+    from proxy.process.child import Parent, Ready, on_signals
     from upstream.store.journal import StoreDataError
     from upstream.store.server import Store, StoreListenError, join_address
 

@@ -97,7 +97,7 @@ class ServerConnection(asyncio.Protocol):
     )
 
     inside = False
-    """It is the proxy's own (proxy/probe.py)."""
+    """It is the proxy's own (proxy/admin/self_probe.py)."""
 
     def __init__(self, listener: Listener) -> None:
         self.h2 = Connection(Role.SERVER, listener.settings.http2)

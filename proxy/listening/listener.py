@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from proto.http2 import Stream
 from proxy import logs
-from proxy.calls import Handler, HandlerFactory, Headers, Refusal, refuse, unknown_method
+from proxy.listening.calls import Handler, HandlerFactory, Headers, Refusal, refuse, unknown_method
 from proxy.listening.connection import CLOSE_GRACE_S, ServerConnection
 from proxy.listening.leaving import Leaving
 from proxy.listening.settings import ListenerSettings, ListenerStats

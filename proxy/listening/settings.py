@@ -38,7 +38,7 @@ class ListenerSettings:
 
     connections_max: int = 20_000
     """Connections at a time; one more is told so and closed. Lowered at the start to what the limit of open files
-    leaves (proxy/descriptors.py)."""
+    leaves (proxy/process/descriptors.py)."""
 
     first_bytes_timeout_s: float = 10.0
     """A connection that has not said what it speaks by then is closed; half-open ones would pile up."""

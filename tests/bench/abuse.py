@@ -17,10 +17,10 @@ from typing import Any
 import click
 import uvloop
 
+from tests.e2e.attacks import ATTACKS
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import Etcd, direct
 from tests.etcd.server import EtcdServer
-from tests.proxy.attacks import ATTACKS
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import Etcd, direct
 from tests.proxy_process import ProxyProcess
 from tests.waiting import until_async
 

@@ -17,8 +17,8 @@ import uvloop
 from tests.bench.abuse import HEADINGS, row
 from tests.bench.sharing.__main__ import HERE, median, scenarios
 from tests.bench.sharing.front import Figures, Front
+from tests.e2e.attacks import ATTACKS
 from tests.etcd.server import EtcdServer
-from tests.proxy.attacks import ATTACKS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "security.md"
 BEGIN, END = "<!-- {0}: written by python -m tests.bench.abuse_page -->", "<!-- end of {0} -->"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.bench import abuse_page
-from tests.proxy.attacks import ATTACKS
+from tests.e2e.attacks import ATTACKS
 
 FIGURES = {
     **{f"{when} {each} ms": "1,234" for when in ("before", "during") for each in ("p50", "p99", "max")},

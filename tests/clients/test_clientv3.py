@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from tests.clients.clientv3 import Clientv3, Line
+from tests.e2e.scenario import run
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.cluster import Member, cluster
 from tests.etcd.server import EtcdServer
-from tests.proxy.scenario import run
 from tests.proxy_process import ProxyProcess
 from tests.waiting import until
 

@@ -18,9 +18,9 @@ import pytest
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from tests.clients.clientv3 import Clientv3
 from tests.clients.libraries import LIBRARIES
+from tests.e2e.held import held
+from tests.e2e.scenario import run
 from tests.etcd.server import HOST, EtcdServer
-from tests.proxy.held import held
-from tests.proxy.scenario import run
 from tests.proxy_process import ProxyProcess
 
 CALLS = 3_000

@@ -9,10 +9,10 @@ import subprocess
 import pytest
 
 from tests.clients.clientv3 import Clientv3, Line
+from tests.e2e.scenario import run
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.faults.relay import Relay, relay_to
-from tests.proxy.scenario import run
 from tests.proxy_process import ProxyProcess
 from tests.waiting import until
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from coalesce.guarantees import (
+from coalesce.guarantees.checkers import (
     DELETE,
     GUARANTEES,
     PUT,

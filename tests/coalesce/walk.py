@@ -16,7 +16,7 @@ import random
 from collections.abc import Iterable, Iterator
 
 from coalesce import Granted, Identity, Limits, Lost, Refusal, Upstream
-from coalesce.guarantees import in_range
+from coalesce.guarantees.checkers import in_range
 from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import Event, WatchResponse, scan_watch_response
 from tests.coalesce.shell import Client, Shell, header

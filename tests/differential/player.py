@@ -19,7 +19,7 @@ from tests.differential import steps as do
 from tests.differential.recording import FENCE_ID, Recording, StreamLog, StreamRecord
 from tests.differential.steps import Program
 from tests.differential.target import Target
-from tests.proxy.raw_client import RawClient, RawStream
+from tests.e2e.raw_client import RawClient, RawStream
 
 LIMIT_S = 10.0
 AGAIN_S = 0.1

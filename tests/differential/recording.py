@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from proto.pb import rpc_pb2
 from tests.differential.steps import Create
-from tests.proxy.raw_client import RawClient, WatchStream
+from tests.e2e.raw_client import RawClient, WatchStream
 
 FENCE_ID = 1_000_000_000
 """The watch that the player adds to each stream at the end, to know that all that was on its way has come."""

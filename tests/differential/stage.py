@@ -24,10 +24,10 @@ from tests.differential.player import LIMIT_S, Player
 from tests.differential.recording import Recording
 from tests.differential.steps import Program
 from tests.differential.target import Target
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import proxy_for
 from tests.etcd.binaries import EtcdBinary
 from tests.etcd.server import HOST, EtcdServer
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import proxy_for
 
 DIRECT, COLD, CROWDED = "direct", "cold", "crowded"
 WAYS = (DIRECT, COLD, CROWDED)

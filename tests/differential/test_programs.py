@@ -15,8 +15,8 @@ from tests.differential.recording import Recording
 from tests.differential.stage import COLD, CROWDED, DIRECT, Stage
 from tests.differential.steps import Program
 from tests.differential.table import PROGRAMS
+from tests.e2e.scenario import run
 from tests.etcd.binaries import EtcdBinary, etcds
-from tests.proxy.scenario import run
 
 STALLED_S = 1.0
 """How long to wait for what a defect is known to withhold."""

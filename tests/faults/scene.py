@@ -13,9 +13,9 @@ import pytest
 from coalesce import report
 from proxy import server
 from proxy.server import Proxy
-from tests.proxy.judging import assert_kept
-from tests.proxy.raw_client import RawClient, WatchStream
-from tests.proxy.running import Etcd, proxy_for
+from tests.e2e.judging import assert_kept
+from tests.e2e.raw_client import RawClient, WatchStream
+from tests.e2e.running import Etcd, proxy_for
 from tests.waiting import until_async
 from upstream.endpoints import parse_endpoints
 from upstream.watching.client import WatchClient

@@ -16,12 +16,12 @@ from coalesce.limits import Limits
 from proto.pb import rpc_pb2
 from proxy.measuring.load import judge
 from proxy.server import Proxy
+from tests.e2e.judging import assert_kept
+from tests.e2e.raw_client import RawClient, WatchStream
+from tests.e2e.running import proxy_for
+from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, open_watch, straight
-from tests.proxy.judging import assert_kept
-from tests.proxy.raw_client import RawClient, WatchStream
-from tests.proxy.running import proxy_for
-from tests.proxy.scenario import run
 from tests.waiting import until_async
 
 PUT = "/etcdserverpb.KV/Put"

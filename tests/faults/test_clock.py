@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.raw_client import RawClient
+from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch
-from tests.proxy.raw_client import RawClient
-from tests.proxy.scenario import run
 from tests.proxy_process import ProxyProcess
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
+from tests.e2e.scenario import run
 from tests.etcd.cluster import cluster
-from tests.proxy.scenario import run
 from tests.waiting import until_async
 
 

@@ -10,16 +10,16 @@ import trustme
 
 from proto.framing import Status
 from proto.pb import rpc_pb2
+from proxy.auth.common_name import common_name
 from proxy.server import Proxy
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import proxy_for
+from tests.e2e.scenario import run
+from tests.e2e.test_auth import with_users
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.secure import SecureEtcdServer
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import proxy_for
-from tests.proxy.scenario import run
-from tests.proxy.test_auth import with_users
 from tests.upstream.certificates import Certificates
 from tests.waiting import until_async
-from upstream.common_name import common_name
 from upstream.tls import client_context
 
 RANGE = "/etcdserverpb.KV/Range"

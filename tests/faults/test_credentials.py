@@ -9,14 +9,14 @@ import pytest
 
 from proto.framing import Status
 from proto.pb import rpc_pb2
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import proxy_for
+from tests.e2e.scenario import run
+from tests.e2e.test_auth import DENIED, EMPTY, put, token_of, with_users
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import relay_to
 from tests.faults.scene import open_watch
 from tests.faults.test_tokens import TTL_S, broken
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import proxy_for
-from tests.proxy.scenario import run
-from tests.proxy.test_auth import DENIED, EMPTY, put, token_of, with_users
 from tests.waiting import until_async
 from upstream.credentials import Credentials
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]  # the package has no type stubs
 
-from proxy.health import WATCH
+from proxy.admin.health import WATCH
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import proxy_for
+from tests.e2e.scenario import run
 from tests.etcd.binaries import EtcdBinary
 from tests.etcd.cluster import cluster
 from tests.etcd.server import EtcdServer, free_port
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import proxy_for
-from tests.proxy.scenario import run
-from tests.proxy.test_cli_serve import served
-from tests.proxy.test_health import SERVING, status_of
+from tests.proxy.admin.test_health import SERVING, status_of
+from tests.proxy.cli.test_cli_serve import served
 from tests.waiting import until, until_async
 
 RANGE = "/etcdserverpb.KV/Range"

@@ -7,11 +7,11 @@ import asyncio
 import pytest
 
 from proto.framing import Status
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import proxy_for
+from tests.e2e.scenario import run
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.cluster import Cluster, Member, cluster
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import proxy_for
-from tests.proxy.scenario import run
 from tests.waiting import until_async
 
 HASLEADER = [("hasleader", "true")]

@@ -10,11 +10,11 @@ import pytest
 
 from proto.framing import Status
 from proto.pb import rpc_pb2
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import proxy_for
+from tests.e2e.scenario import run
 from tests.etcd.cluster import Cluster, Member, cluster
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch, split_proxy, straight
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import proxy_for
-from tests.proxy.scenario import run
 from tests.waiting import until_async
 
 HASLEADER = [("hasleader", "true")]

@@ -8,12 +8,12 @@ import pytest
 
 from coalesce.limits import Limits
 from proto.pb import rpc_pb2
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import proxy_for
+from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import Way, relay_to
 from tests.faults.scene import bookmark, open_watch, reached, split_proxy, straight
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import proxy_for
-from tests.proxy.scenario import run
 from tests.waiting import until_async
 
 PUT = "/etcdserverpb.KV/Put"

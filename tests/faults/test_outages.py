@@ -8,13 +8,13 @@ import pytest
 
 from coalesce.limits import Limits
 from proto.pb import rpc_pb2
+from tests.e2e.judging import log_of
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import Etcd, proxy_for
+from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import Way, relay_to
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch, split_proxy, straight
-from tests.proxy.judging import log_of
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import Etcd, proxy_for
-from tests.proxy.scenario import run
 from tests.waiting import until_async
 from upstream.settings import ConnectionSettings, Settings
 

@@ -15,12 +15,12 @@ import pytest
 from coalesce.limits import Limits
 from proto.framing import Status
 from proxy.listening.settings import ListenerSettings
-from proxy.watch import WatchSettings
+from proxy.watch.service import WatchSettings
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import direct, proxy_for
+from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import direct, proxy_for
-from tests.proxy.scenario import run
 from tests.proxy_process import ProxyProcess
 from tests.waiting import until_async
 

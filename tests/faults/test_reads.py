@@ -12,14 +12,14 @@ import pytest
 
 from proto.framing import Status
 from proto.pb import rpc_pb2
-from proxy.reads import ReaderSettings
+from proxy.auth.reads import ReaderSettings
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import proxy_for
+from tests.e2e.scenario import run
+from tests.e2e.test_auth import DENIED, INVALID, token_of, with_users
 from tests.etcd.cluster import Member, cluster
 from tests.etcd.server import EtcdServer
 from tests.faults.scene import open_watch, straight
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import proxy_for
-from tests.proxy.scenario import run
-from tests.proxy.test_auth import DENIED, INVALID, token_of, with_users
 from tests.waiting import until_async
 
 RANGE = "/etcdserverpb.KV/Range"

@@ -9,14 +9,14 @@ import pytest
 
 from coalesce.ending import OTHER_HISTORY
 from proto.framing import Status
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import proxy_for
+from tests.e2e.scenario import run
+from tests.e2e.test_auth import put, token_of
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import relay_to
 from tests.faults.scene import PREFIX, PREFIX_END, open_watch, straight
 from tests.faults.test_credentials import OWN, with_proxy_user
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import proxy_for
-from tests.proxy.scenario import run
-from tests.proxy.test_auth import put, token_of
 from tests.waiting import until_async
 from upstream.credentials import Credentials
 from upstream.settings import Settings

@@ -16,18 +16,18 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]  # ships none
 
-from coalesce.guarantees import Opened, check
+from coalesce.guarantees.checkers import Opened, check
 from coalesce.limits import Limits
 from proto.framing import Status
 from proxy.measuring.load.judge import read_truth
-from proxy.watch import DRAIN_SLICE_SESSIONS
+from proxy.watch.service import DRAIN_SLICE_SESSIONS
 from tests.clients.libraries import LIBRARIES, PROGRAMS
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import direct, proxy_for
+from tests.e2e.scenario import run
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.server import EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, Writer
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import direct, proxy_for
-from tests.proxy.scenario import run
 from tests.proxy_process import ProxyProcess
 from tests.soak import spool
 from tests.soak.watcher import CHANNEL, Habits, Seen, Stream

@@ -9,13 +9,13 @@ import pytest
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proxy.server import Proxy
+from tests.e2e.raw_client import RawClient, RawStream, WatchStream
+from tests.e2e.running import proxy_for
+from tests.e2e.scenario import run
+from tests.e2e.test_auth import token_of, with_users
 from tests.etcd.fronts import Front
 from tests.etcd.server import EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch, straight
-from tests.proxy.raw_client import RawClient, RawStream, WatchStream
-from tests.proxy.running import proxy_for
-from tests.proxy.scenario import run
-from tests.proxy.test_auth import token_of, with_users
 from tests.waiting import until_async
 from upstream.settings import Settings
 

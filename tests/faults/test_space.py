@@ -15,11 +15,11 @@ import grpc.aio
 import pytest
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import Etcd, proxy_for
+from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch, straight
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import Etcd, proxy_for
-from tests.proxy.scenario import run
 from tests.waiting import until_async
 
 QUOTA_BYTES = 2 << 20

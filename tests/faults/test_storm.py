@@ -13,12 +13,12 @@ import pytest
 from coalesce.limits import Limits
 from proto.framing import frame
 from proto.pb import rpc_pb2
+from tests.e2e.judging import assert_kept
+from tests.e2e.raw_client import RawClient, WatchStream
+from tests.e2e.running import Etcd, proxy_for
+from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, straight
-from tests.proxy.judging import assert_kept
-from tests.proxy.raw_client import RawClient, WatchStream
-from tests.proxy.running import Etcd, proxy_for
-from tests.proxy.scenario import run
 from tests.waiting import until_async
 
 INTERVAL_S = 0.1

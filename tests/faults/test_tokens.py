@@ -12,14 +12,14 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from proto.framing import Status
 from proxy.server import Proxy
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import proxy_for
+from tests.e2e.scenario import run
+from tests.e2e.test_auth import DENIED, INVALID, put, token_of, with_users
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import Relay, relay_to
 from tests.faults.scene import open_watch
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import proxy_for
-from tests.proxy.scenario import run
-from tests.proxy.test_auth import DENIED, INVALID, put, token_of, with_users
 from tests.waiting import until_async
 
 TTL_S = 1

@@ -19,7 +19,8 @@ from typing import cast
 import click
 
 from proto.http2 import Connection, Headers, Role
-from proxy import health, logs
+from proxy import logs
+from proxy.admin import health
 from proxy.listening.connection import ServerConnection
 from proxy.listening.http1 import Http1
 from proxy.listening.listener import Listener

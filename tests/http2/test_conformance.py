@@ -17,9 +17,11 @@ import pytest
 from proto.framing import Status
 from proto.http2 import Connection, ErrorCode, Limits, Role, Stream
 from proto.http2.frames import DATA, GOAWAY, HEADERS, PING, RST_STREAM, SETTINGS
-from proxy.calls import Carrier, Handler, Headers, ServerCall
+from proxy.listening.calls import Carrier, Handler, Headers, ServerCall
 from proxy.listening.listener import Listener
 from proxy.listening.settings import ListenerSettings
+from tests.e2e.raw_client import HOST
+from tests.e2e.scenario import run
 from tests.http2 import cases, cases_headers, cases_page
 from tests.http2.cases import (
     ANSWERED,
@@ -34,8 +36,6 @@ from tests.http2.cases import (
     Case,
 )
 from tests.http2.wire import PREFACE, REQUEST, RESPONSE, TRAILERS, Peer, data, ping, raw, rst, settings
-from tests.proxy.raw_client import HOST
-from tests.proxy.scenario import run
 from upstream.connection import ClientConnection, connect
 from upstream.endpoints import parse_endpoint
 from upstream.heads import request_headers

@@ -1,4 +1,4 @@
-"""The simulated reads: what the engine asks etcd beside the watches, decided by `proxy/deciding/questions.py`.
+"""The simulated reads: what the engine asks etcd beside the watches, decided by `proxy/auth/queries.py`.
 
 A call goes to one member after the other, as `upstream/attempts.py` decides, until a move answers it: in any order,
 late, never in time, refused, by a member that lags, or by the store as it was before it was restored. A member that is
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from proto.scan import Header
-from proxy.deciding.rollback import Asked
+from proxy.auth.restore import Asked
 from tests.sim.failure import SimulationFailure
 from tests.sim.model_stream import header_of
 from tests.sim.parts import Parts
@@ -46,7 +46,7 @@ class Sent:
 
 
 class Calls:
-    """Carries out what `Questions` wants, as `proxy.reads.Reader` does."""
+    """Carries out what `Questions` wants, as `proxy.auth.reads.Reader` does."""
 
     def __init__(self, world: World, parts: Parts, probe_age_s_max: float) -> None:
         self._world = world

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from coalesce.guarantees import (
+from coalesce.guarantees.checkers import (
     DELETE,
     PUT,
     Bookmark,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-from coalesce.guarantees import DELETE, PUT, Change, Previous, Truth, in_range
+from coalesce.guarantees.checkers import DELETE, PUT, Change, Previous, Truth, in_range
 from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import Event, scan_watch_response
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from coalesce.guarantees import Change
+from coalesce.guarantees.checkers import Change
 from proto.pb import rpc_pb2
 from proto.scan import Header, WatchResponse
 from tests.sim.model_store import Member, Watcher

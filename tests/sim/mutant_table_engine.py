@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from tests.sim.mutants import Mutant
 
-_QUESTIONS = "proxy.deciding.questions"
-_CHECKS = "proxy.deciding.checks"
+_QUESTIONS = "proxy.auth.queries"
+_CHECKS = "proxy.auth.permission_checks"
 _ATTEMPTS = "upstream.attempts"
-_ROLLBACK = "proxy.deciding.rollback"
+_ROLLBACK = "proxy.auth.restore"
 _CHOICE = "upstream.watching.choice"
 _LINEAGE = "upstream.watching.lineage"
 

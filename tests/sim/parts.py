@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import coalesce
-from proxy.deciding import questions
+from proxy.auth import queries as questions
 from upstream import attempts
 from upstream.store import errors, recorder, state, watch_batch, watch_requests, watchable
 from upstream.watching import choice, feed, lineage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from coalesce.guarantees import Change
+from coalesce.guarantees.checkers import Change
 from proto.pb import rpc_pb2
 from proto.scan import encode_create
 from tests.sim.clients import decode_change

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from coalesce.guarantees import Truth
+from coalesce.guarantees.checkers import Truth
 from proto.scan import WatchResponse, encode_cancel, encode_create, encode_progress
 from tests.sim.model_store import Member, Store
 from tests.sim.model_stream import ServerStream

@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from coalesce.guarantees import Bookmark, Canceled, Change, Created, Opened, Received, WatchLog, check
+from coalesce.guarantees.checkers import Bookmark, Canceled, Change, Created, Opened, Received, WatchLog, check
 from proto.pb import kv_pb2
 from proto.scan import Header, WatchResponse
 from tests.sim.clients import decode_change

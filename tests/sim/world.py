@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from coalesce.guarantees import Received
+from coalesce.guarantees.checkers import Received
 from proto.pb import rpc_pb2
 from proto.scan import Header, WatchResponse
 from tests.coalesce.shell import messages_of
@@ -469,7 +469,7 @@ class World:
     def connect_client(self, client: SimClient) -> None:
         """Open a session for a client, with all watches it still wants."""
         if client.has_leader and self.upstream.choice.leaderless:
-            # It is refused, as proxy/watch.py does.
+            # It is refused, as proxy/watch/service.py does.
             return
         limits = self.config.limits
         session = SimSession(

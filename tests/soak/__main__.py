@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.proxy.scenario import run
+from tests.e2e.scenario import run
 from tests.soak import report
 from tests.soak.run import soak
 

@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable
 import grpc.aio
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
+from tests.e2e.churn import History
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import Relay, Way
-from tests.proxy.churn import History
 from tests.proxy_process import ProxyProcess
 
 CALL_S = 20.0

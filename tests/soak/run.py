@@ -19,11 +19,11 @@ from pathlib import Path
 
 import msgspec
 
-from coalesce.guarantees import Bookmark, Canceled, Opened, Received, Truth, check
+from coalesce.guarantees.checkers import Bookmark, Canceled, Opened, Received, Truth, check
+from tests.e2e.churn import History
+from tests.e2e.running import Etcd
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import relay_to
-from tests.proxy.churn import History
-from tests.proxy.running import Etcd
 from tests.proxy_process import ProxyProcess
 from tests.soak import spool
 from tests.soak.client import KINDS, Summary

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from coalesce.guarantees import Bookmark, Canceled, Created, Opened, Received, WatchLog
+from coalesce.guarantees.checkers import Bookmark, Canceled, Created, Opened, Received, WatchLog
 from proto.pb import rpc_pb2
 from proxy.measuring.load.judge import change_of
 

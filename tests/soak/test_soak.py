@@ -10,11 +10,11 @@ import grpc.aio
 import msgspec
 import pytest
 
-from coalesce.guarantees import PUT, Change, Truth
+from coalesce.guarantees.checkers import PUT, Change, Truth
 from proto.pb import kv_pb2, rpc_pb2
+from tests.e2e.running import direct, proxy_for
+from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
-from tests.proxy.running import direct, proxy_for
-from tests.proxy.scenario import run
 from tests.soak import client, report, spool
 from tests.soak.client import KINDS, Clients, Summary
 from tests.soak.run import EMPTY, NOT_WATCHED, SHARES, Outcome, judge, leaks, soak

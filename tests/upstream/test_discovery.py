@@ -17,10 +17,10 @@ import pytest
 
 from proxy.cli.group import run as watchmux
 from proxy.config.knobs import Settings, Upstream
-from proxy.serving import discovered
+from proxy.process.serving import discovered
+from tests.e2e.running import proxy_for
+from tests.e2e.scenario import run
 from tests.etcd.server import HOST, EtcdServer
-from tests.proxy.running import proxy_for
-from tests.proxy.scenario import run
 from tests.waiting import until_async
 from upstream.discovery import NotDiscovered, discover
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from proto.framing import Status
-from tests.proxy.scenario import run
+from tests.e2e.scenario import run
 from tests.waiting import until_async
 from upstream.connection import NotSent
 from upstream.errors import NO_LEADER_TEXT

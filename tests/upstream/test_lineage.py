@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from proto.scan import Header
+from tests.e2e.running import Etcd
+from tests.e2e.scenario import run
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.server import EtcdServer
 from tests.faults.scene import straight
-from tests.proxy.running import Etcd
-from tests.proxy.scenario import run
 from tests.upstream.recorder import Recorder
 from tests.upstream.stories import Opened
 from tests.waiting import until_async

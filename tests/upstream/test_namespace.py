@@ -8,8 +8,8 @@ from google.protobuf.message import Message
 from proto.pb import kv_pb2, rpc_pb2, v3election_pb2, v3lock_pb2
 from proto.pb.rpc_pb2 import DESCRIPTOR as RPC
 from proto.scan import scan_watch_response
+from proxy.passthrough.namespaced_calls import KEYLESS, SERVICES, rules
 from upstream.namespace import Namespace
-from upstream.namespaced_calls import KEYLESS, SERVICES, rules
 
 NS = Namespace(b"/ns/")
 TRANSLATIONS = rules(NS).translations

@@ -9,9 +9,9 @@ from google.protobuf.message import DecodeError, Message
 
 from proto.fields import bytes_field
 from proto.pb import kv_pb2, rpc_pb2
+from proxy.passthrough.namespaced_calls import rules
+from proxy.passthrough.rewriting import PIECE_BYTES, Changes, Rewriting, changed
 from upstream.namespace import Namespace
-from upstream.namespaced_calls import rules
-from upstream.rewriting import PIECE_BYTES, Changes, Rewriting, changed
 
 NS = Namespace(b"/ns/")
 TRANSLATIONS = rules(NS).translations

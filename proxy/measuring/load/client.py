@@ -18,8 +18,8 @@ import grpc.aio
 import msgspec
 
 from proto.pb import rpc_pb2
-from proxy.child import Parent, Ready, on_signals
 from proxy.measuring.load.plan import SLOW_AFTER_MESSAGES, ClientPlan, PlannedStream, PlannedWatch, Range
+from proxy.process.child import Parent, Ready, on_signals
 
 WATCH = "/etcdserverpb.Watch/Watch"
 REPORT_S = 0.1

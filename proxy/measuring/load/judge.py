@@ -1,8 +1,8 @@
 """Compares the recorded responses of every client with the store's real history, and gives a verdict.
 
 The history is read from the upstream itself, by one watch of all keys from the first revision of the run, with prev_kv.
-The clients' records are decoded into logs for the guarantee checkers (coalesce/guarantees.py), and all checkers run on
-every watch.
+The clients' records are decoded into logs for the guarantee checkers (coalesce/guarantees/checkers.py), and all
+checkers run on every watch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 import msgspec
 
-from coalesce.guarantees import (
+from coalesce.guarantees.checkers import (
     Bookmark,
     Canceled,
     Change,
@@ -157,7 +157,7 @@ class _Stream:
 def judge(plans: Iterable[ClientPlan], truth: Truth, last: int, *, safe_headers: bool) -> Verdict:
     """Judge every watch of the plans by its record; each must have all its events up to revision `last`.
 
-    `safe_headers`: also check the guarantee that only the proxy gives (see coalesce/guarantees.py).
+    `safe_headers`: also check the guarantee that only the proxy gives (see coalesce/guarantees/checkers.py).
     """
     verdict = Verdict()
     delays_ns: list[int] = []

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import msgspec
 
-from proxy.child import Child, ChildFailed, python_command
 from proxy.measuring.load.client import Final, Report
 from proxy.measuring.load.plan import ClientPlan, PlannedStream, Range, deal
+from proxy.process.child import Child, ChildFailed, python_command
 
 STILL_LIMIT_S = 15.0
 """How long opening watches, or waiting for the last events, may go without progress (seconds). Progress on a slow

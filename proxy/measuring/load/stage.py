@@ -9,8 +9,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
-from proxy.child import Child, python_command
 from proxy.measuring.load.prometheus import MetricsPage
+from proxy.process.child import Child, python_command
 
 
 class Stage:

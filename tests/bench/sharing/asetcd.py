@@ -9,10 +9,10 @@ from typing import Any
 
 from proto.pb import rpc_pb2
 from tests.bench.sharing.front import Figures, Front
+from tests.e2e.raw_client import RawClient, WatchStream
+from tests.e2e.running import Etcd, direct
 from tests.etcd.cluster import cluster
 from tests.etcd.server import EtcdServer
-from tests.proxy.raw_client import RawClient, WatchStream
-from tests.proxy.running import Etcd, direct
 from tests.waiting import until_async
 
 INTERVAL_S = 2.0

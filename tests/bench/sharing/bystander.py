@@ -16,9 +16,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from tests.bench.sharing.front import Figures, Front
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import direct
 from tests.etcd.server import EtcdServer
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import direct
 
 PUT_EVERY_S = 0.01
 QUIET_S = 1.0

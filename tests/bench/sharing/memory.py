@@ -16,9 +16,9 @@ from proto.framing import frame
 from proto.pb import rpc_pb2
 from tests.bench.sharing.bystander import beside, port_of
 from tests.bench.sharing.front import Figures, Front, Scenario
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import direct
 from tests.etcd.server import EtcdServer
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import direct
 from tests.proxy_process import ProxyProcess
 from tests.waiting import until_async
 

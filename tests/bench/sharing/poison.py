@@ -14,10 +14,10 @@ import uvloop
 from proto.pb import rpc_pb2
 from tests.bench.sharing.bystander import beside, port_of
 from tests.bench.sharing.front import Figures, Front, Scenario
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import Etcd, direct
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import Relay, relay_to
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import Etcd, direct
 from tests.waiting import until_async
 
 MODULE = "tests.bench.sharing.poison"

@@ -19,12 +19,12 @@ from proto.pb import rpc_pb2, rpc_pb2_grpc
 from tests.bench.sharing.bystander import port_of, quantiles
 from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.clients.clientv3 import Clientv3
+from tests.e2e.raw_client import RawClient
+from tests.e2e.test_auth import token_of, with_users
 from tests.etcd.cluster import Member, cluster
 from tests.etcd.fronts import Front as Balancer
 from tests.etcd.server import EtcdServer
 from tests.faults.test_shared_limits import keep_leases
-from tests.proxy.raw_client import RawClient
-from tests.proxy.test_auth import token_of, with_users
 from tests.waiting import until_async
 
 STREAMS_MAX = 50

@@ -17,13 +17,13 @@ from proto.http2 import Headers
 from proto.pb import rpc_pb2
 from tests.bench.sharing.bystander import MemoryPeak, port_of, quantiles
 from tests.bench.sharing.front import Figures, Front, Scenario
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import direct
+from tests.e2e.test_auth import token_of, with_users
 from tests.etcd.cluster import Cluster, cluster
 from tests.etcd.server import HOST, EtcdServer
 from tests.faults.scene import straight
 from tests.faults.test_reads import logged_in
-from tests.proxy.raw_client import RawClient
-from tests.proxy.running import direct
-from tests.proxy.test_auth import token_of, with_users
 from tests.waiting import until_async
 from upstream.connection import ClientConnection, UpstreamCall, connect
 from upstream.endpoints import parse_endpoint

@@ -15,9 +15,9 @@ import uvloop
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from tests.bench.sharing.bystander import MemoryPeak, beside, port_of
 from tests.bench.sharing.front import Figures, Front, Scenario
+from tests.e2e.floods import Sender, create, flood
+from tests.e2e.held import held
 from tests.etcd.server import EtcdServer
-from tests.proxy.floods import Sender, create, flood
-from tests.proxy.held import held
 
 HELD_S = 8.0
 LEAVING_S = 1.0

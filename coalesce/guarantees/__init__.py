@@ -1,0 +1,1 @@
+"""The six guarantees of a watch as checkers over recorded histories."""

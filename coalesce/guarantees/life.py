@@ -1,0 +1,292 @@
+"""The recorded life of one client's watch, read against the truth.
+
+`Life` reads a log once and cuts it into *spans*. A span is a stretch in which the client asked for one unbroken
+history: a reconnect that resumes at the client's own next revision continues the span, one that jumps ahead (it gave
+up a compacted part) or goes back (it wants something again) begins a new one, because what is missing or repeated
+there is the client's own wish. Fragments are joined; half a run that a reconnect cut off was never seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
+
+from coalesce.guarantees.truth import Asked, Change, Truth
+
+
+class Opened(NamedTuple):
+    """The client sent its create request; `start_revision` None is now."""
+
+    start_revision: int | None
+
+
+class Created(NamedTuple):
+    """The `created` answer came with this header revision."""
+
+    revision: int
+
+
+class Received(NamedTuple):
+    """A response with events came; `revision` is its header's; `fragment`: more pieces of it follow."""
+
+    revision: int
+    changes: Sequence[Change]
+    fragment: bool = False
+
+
+class Bookmark(NamedTuple):
+    """A progress response came, under the watch's own id or under -1 for all of its session."""
+
+    revision: int
+
+
+class Canceled(NamedTuple):
+    """The `canceled` answer came; `compact_revision` is 0 unless compaction was the cause."""
+
+    compact_revision: int
+    reason: str
+
+
+class Reopened(NamedTuple):
+    """The client lost its session and asked again, on a new one, from this revision (None: from now)."""
+
+    start_revision: int | None
+
+
+Record = Opened | Created | Received | Bookmark | Canceled | Reopened
+
+
+@dataclass(slots=True)
+class WatchLog:
+    """What one watch asked for, and everything that happened to it, in the order its client saw it."""
+
+    key: bytes
+    range_end: bytes = b""
+    no_put: bool = False
+    no_delete: bool = False
+    prev_kv: bool = False
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def asked(self) -> Asked:
+        """What it asked to see."""
+        return Asked(self.key, self.range_end, self.no_put, self.no_delete, self.prev_kv)
+
+
+class Violation(NamedTuple):
+    """A broken guarantee: which one, and where."""
+
+    guarantee: str
+    text: str
+
+
+class Response(NamedTuple):
+    """A response with events, its fragments joined."""
+
+    header: int
+    changes: Sequence[Change]
+    floor: int  # the first revision its create or reopen had asked for
+
+
+class Mark(NamedTuple):
+    """A progress response, and the lowest revision that may be promised at this place."""
+
+    revision: int
+    floor: int
+
+
+@dataclass(slots=True)
+class Span:
+    """A stretch of a watch's life in which its client asked for one unbroken history."""
+
+    # First revision owed; None until the `created` header of a watch from now tells it.
+    start: int | None
+    items: list[Response | Mark] = field(default_factory=list)
+    # (start revision, number of items before it) of each session in the span, its first included.
+    sessions: list[tuple[int, int]] = field(default_factory=list)
+    last_event: int = 0
+    last_mark: int = 0
+    last_header: int = 0
+    canceled: Canceled | None = None
+    # What the client would have resumed from when `canceled` came.
+    canceled_next: int = 0
+    # The client asked for now, and this is still the session in which it did.
+    from_now: bool = False
+    # Every response and bookmark so far follows its forerunner as it should (revisions inside responses not looked at).
+    regular: bool = True
+
+    @property
+    def next_revision(self) -> int:
+        """The first revision the client does not have yet, as far as it was told."""
+        return max(self.start or 0, self.last_event + 1, self.last_mark + 1, self.last_header + 1)
+
+
+class Life:
+    """A log read against the truth: its spans, and what the reading itself found to be out of place."""
+
+    def __init__(self, log: WatchLog, truth: Truth, complete_through: int | None = None) -> None:
+        self.log = log
+        self.truth = truth
+        self.complete_through = complete_through
+        self.spans: list[Span] = []
+        self.misplaced: list[Violation] = []
+        self._run: list[Received] = []
+        self._waits_for_created = False
+        self._lost: list[tuple[str, Change]] | None = None
+        for record in log.records:
+            if isinstance(record, Received):
+                self._received(record)
+            elif isinstance(record, Opened | Reopened):
+                self._run.clear()
+                self._opened(record.start_revision)
+            else:
+                self._control(record)
+
+    def _opened(self, start: int | None) -> None:
+        self._waits_for_created = True
+        span = self.spans[-1] if self.spans else None
+        if span is not None and start is not None and span.start is not None:
+            resumes = max(span.last_event, span.start - 1) < start <= span.next_revision
+            if resumes:
+                span.canceled, span.from_now = None, False
+                span.sessions.append((start, len(span.items)))
+                return
+        self.spans.append(Span(start, from_now=start is None))
+        if start is not None:
+            self.spans[-1].sessions.append((start, 0))
+
+    def _control(self, record: Created | Bookmark | Canceled) -> None:
+        if self._run:
+            self._run.clear()
+            self._found("atomic", f"{record} between the fragments of one response")
+        bookmark = isinstance(record, Bookmark)
+        if not self.spans or (bookmark and (self._waits_for_created or self.spans[-1].canceled is not None)):
+            self._misplace(record)
+        span = self.spans[-1]
+        if isinstance(record, Created):
+            self._waits_for_created = False
+            if span.start is None:
+                span.start = record.revision + 1
+                span.sessions.append((span.start, 0))
+        elif isinstance(record, Canceled):
+            if span.canceled is None:
+                span.canceled = record
+                # Without the headers: etcd's promise nothing while a watch catches up.
+                span.canceled_next = max(span.start or 0, span.last_event + 1, span.last_mark + 1)
+        else:
+            # A watch from now has everything through its created header; any other begins at the revision it named.
+            floor = (span.sessions[-1][0] if span.sessions else 0) - span.from_now
+            span.regular &= record.revision >= max(floor, span.last_mark, span.last_event)
+            span.items.append(Mark(record.revision, floor))
+            span.last_mark = max(span.last_mark, record.revision)
+
+    def _received(self, record: Received) -> None:
+        """Take in one response; reading a log spends its time here, so the plain case comes straight through."""
+        if self._waits_for_created or not self.spans or self.spans[-1].canceled is not None:
+            self._misplace(record)
+        span = self.spans[-1]
+        header, changes, fragment = record
+        if fragment or self._run:
+            if self._run and self._run[0].revision != header:
+                self._found("atomic", f"a fragment under header {header} after one under {self._run[0].revision}")
+            self._run.append(record)
+            if fragment:
+                return
+            changes = [change for piece in self._run for change in piece.changes]
+            self._run.clear()
+        if not changes:
+            return
+        floor = span.sessions[-1][0] if span.sessions else 0
+        first, last = changes[0].mod_revision, changes[-1].mod_revision
+        if not (first > span.last_header and first > span.last_mark and first >= floor and header >= last):
+            span.regular = False
+        span.items.append(Response(header, changes, floor))
+        if last > span.last_event:
+            span.last_event = last
+        if header > span.last_header:
+            span.last_header = header
+
+    def _misplace(self, record: Record) -> None:
+        """Note a record at a place where it may not be, and make sure that there is a span to judge it in."""
+        if not self.spans:
+            self._found("ordered", f"{record} before the watch was opened")
+            self.spans.append(Span(None))
+        elif self._waits_for_created:
+            self._found("ordered", f"{record} before `created`")
+        else:
+            self._found("ordered", f"{record} after `canceled`")
+
+    def _found(self, guarantee: str, text: str) -> None:
+        self.misplaced.append(Violation(guarantee, text if len(text) < 300 else text[:300] + "..."))
+
+    def through(self, span: Span) -> int:
+        """Return the last revision of which this span must have everything."""
+        seen = max(span.last_event, span.last_mark)
+        if span is self.spans[-1] and span.canceled is None and self.complete_through is not None:
+            return max(seen, self.complete_through)
+        return seen
+
+    def cancel_fault(self, span: Span) -> str:
+        """Tell what is wrong with a cancel by compaction that ended the span; empty when nothing is."""
+        compact = span.canceled.compact_revision if span.canceled is not None else 0
+        if compact and compact not in self.truth.compact_revisions:
+            return f"cancelled at {compact}, where the store never was compacted"
+        if compact and span.start is not None and span.canceled_next >= compact:
+            return f"cancelled as compacted at {compact} although it needed nothing before {span.canceled_next}"
+        return ""
+
+    def faultless(self) -> bool:
+        """Tell, with one comparison per event, that no guarantee is broken; False means: look closer."""
+        if self.misplaced:
+            return False
+        for span in self.spans:
+            if not span.regular or self.cancel_fault(span):
+                return False
+            if span.start is None:
+                if span.items:
+                    return False
+                continue
+            got = list(span_changes(span))
+            if got != self.truth.expected(self.log.asked, span.start, self.through(span)):
+                return False
+        return True
+
+    def lost(self) -> list[tuple[str, Change]]:
+        """Return every change that should have come and did not, with the guarantee that its absence breaks."""
+        if self._lost is None:
+            self._lost = [each for span in self.spans for each in self._lost_in(span)]
+        return self._lost
+
+    def _lost_in(self, span: Span) -> list[tuple[str, Change]]:
+        if span.start is None:
+            return []
+        got = {(change.mod_revision, change.key) for change in span_changes(span)}
+        gaps = _session_gaps(span)
+        found: list[tuple[str, Change]] = []
+        for change in self.truth.expected(self.log.asked, span.start, self.through(span)):
+            revision = change.mod_revision
+            if (revision, change.key) in got:
+                continue
+            if revision > span.last_event:
+                guarantee = "bookmarkable" if revision <= span.last_mark else "resumable"
+            else:
+                guarantee = "resumable" if any(low < revision < high for low, high in gaps) else "reliable"
+            found.append((guarantee, change))
+        return found
+
+
+def span_changes(span: Span) -> Iterable[Change]:
+    """Return all changes of a span, in the order they came."""
+    return chain.from_iterable(item.changes for item in span.items if isinstance(item, Response))
+
+
+def _session_gaps(span: Span) -> list[tuple[int, int]]:
+    """Return, for each session of the span, the revisions between which its first event had to come (exclusive)."""
+    gaps = []
+    for start, place in span.sessions:
+        before = [c.mod_revision for item in span.items[:place] if isinstance(item, Response) for c in item.changes]
+        after = (c.mod_revision for item in span.items[place:] if isinstance(item, Response) for c in item.changes)
+        gaps.append((max(before, default=start - 1), next(after, span.last_event + 1)))
+    return gaps

@@ -1,0 +1,73 @@
+"""Which sessions were let in because auth was off, since that was last proven: they are asked about when it is on.
+
+"Auth is off" is believed for a moment, so a session may come in just after auth was switched on. A linearizable probe
+that finds auth off proves it for all who came before that probe began; the others are kept here until the next one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from coalesce.session import Session
+    from proxy.auth.model import May, Range
+
+RANGES_MAX: Final = 10_000
+"""Ranges that are remembered, of all sessions. A session with more is sent away in place of being asked about."""
+
+Ranges = dict["Range", None] | None
+"""The ranges that a session was let in for; None: more than are remembered."""
+
+
+class LetIn:
+    """The sessions, and the ranges that each was let in for."""
+
+    __slots__ = ("_before", "_count", "_since")
+
+    def __init__(self) -> None:
+        # Before the newest probe began, and since.
+        self._before: dict[Session, Ranges] = {}
+        self._since: dict[Session, Ranges] = {}
+        self._count = 0
+
+    def add(self, may: May) -> None:
+        """A session is let in without having been asked about."""
+        session = may.session
+        if session is None or session.ended:
+            return
+        ranges = self._since.setdefault(session, {})
+        if ranges is None or (each := (may.asked.key, may.asked.range_end)) in ranges:
+            return
+        if self._count >= RANGES_MAX:
+            self._count -= len(ranges)
+            self._since[session] = None
+            return
+        ranges[each] = None
+        self._count += 1
+
+    def forget(self, session: Session) -> None:
+        """A session has ended."""
+        for sessions in (self._before, self._since):
+            ranges = sessions.pop(session, None)
+            self._count -= len(ranges) if ranges else 0
+
+    def probe_began(self) -> None:
+        """A probe leaves: it can prove nothing about those who come from now on."""
+        for session, ranges in self._since.items():
+            known = self._before.get(session, {})
+            self._before[session] = None if known is None or ranges is None else known | ranges
+        self._since = {}
+        self._count = sum(len(ranges) for ranges in self._before.values() if ranges)
+
+    def auth_was_off(self) -> None:
+        """The newest probe found auth off."""
+        self._before = {}
+        self._count = sum(len(ranges) for ranges in self._since.values() if ranges)
+
+    def take(self) -> list[tuple[Session, Ranges]]:
+        """Return all sessions that are still there, and forget them."""
+        self.probe_began()
+        taken = list(self._before.items())
+        self._before = {}
+        self._count = 0
+        return taken

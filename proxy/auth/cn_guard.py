@@ -1,0 +1,112 @@
+"""A certificate towards etcd that has a CN, and why that must not be while etcd's auth is on.
+
+etcd (with --client-cert-auth) takes the CN of a client's certificate as the user of every call that comes without a
+token (server/auth/store.go, AuthInfoFromTLS). Behind a proxy these are the calls of strangers. So, as long as the
+certificate has a CN:
+
+- a call without a token is passed on with nobody's token, which etcd refuses when auth is on and ignores when it is off
+  (older releases refuse it then, too; with these a call goes as it is, as long as auth is found to be off);
+- while auth is found to be on, everything is refused with a text that says what to change.
+
+The certificate's file is looked at again and again, since it may be renewed under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from coalesce.inputs import Refusal as Denied
+from proto.framing import Status
+from proto.http2 import Stream
+from proxy import logs
+from proxy.auth.common_name import common_name
+from proxy.auth.model import May, Outcome
+from proxy.auth.reads import NOBODY, Reader
+from proxy.auth.restore import Asked
+from proxy.listening.calls import Carrier, Handler, HandlerFactory, Headers, Refusal
+
+TOKEN_NAMES = frozenset({b"token", b"authorization"})
+LOOK_S = 1.0
+
+log = logs.logger("guard")
+
+
+class Guard:
+    """Keeps the CN of our certificate from becoming anybody's user."""
+
+    def __init__(self, reader: Reader, certificate: str, changed: Callable[[], None]) -> None:
+        """`certificate`: its PEM file. `changed` hears when `problem` does."""
+        self.problem = ""
+        """Why everything is refused; "" while nothing is."""
+        self.name = common_name(certificate)
+        self._reader = reader
+        # Calls without a token are given nobody's.
+        self._marks = True
+        self._certificate = certificate
+        self._changed = changed
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start looking."""
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="guard")
+
+    async def stop(self) -> None:
+        """Stop looking."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def protect(self, factory: HandlerFactory) -> HandlerFactory:
+        """Return a handler factory that is safe with this certificate."""
+
+        def protected(connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> Handler | None:
+            if self.problem:
+                raise Refusal(200, Status.UNAVAILABLE, self.problem)
+            if self.name and self._marks and not any(name in TOKEN_NAMES for name, _ in headers):
+                headers = [*headers, (b"token", NOBODY)]
+            return factory(connection, stream, headers, end_stream)
+
+        return protected
+
+    def refuse(self, factory: HandlerFactory) -> HandlerFactory:
+        """Return a handler factory that refuses while there is a problem, and changes nothing else."""
+
+        def refusing(connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> Handler | None:
+            if self.problem:
+                raise Refusal(200, Status.UNAVAILABLE, self.problem)
+            return factory(connection, stream, headers, end_stream)
+
+        return refusing
+
+    async def _run(self) -> None:
+        while True:
+            self.name = common_name(self._certificate)
+            self._reader.questions.named = bool(self.name)
+            auth_on = self._reader.questions.named and await self._auth_on()
+            self._note(auth_on)
+            self._marks = auth_on or not self._reader.questions.named or await self._reader.takes_any_token()
+            await asyncio.sleep(LOOK_S)
+
+    async def _auth_on(self) -> bool:
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def told(outcome: Outcome) -> None:
+            if not answer.done():
+                answer.set_result(isinstance(outcome, Denied))
+
+        self._reader.check(May(Asked(), told=told))
+        return await answer
+
+    def _note(self, wrong: bool) -> None:
+        problem = ""
+        if wrong:
+            problem = (
+                f"watchmux: etcd's auth is on and would take the CN {self.name!r} of the proxy's certificate as the "
+                "user of every call without a token; give the proxy a certificate without a CN (--cert)"
+            )
+        if problem != self.problem:
+            self.problem = problem
+            if problem:
+                log.error("certificate_with_common_name", problem=problem)
+            self._changed()

@@ -1,0 +1,344 @@
+"""Permission checks of tokens: which calls are made for them, and what their answers mean, without making any.
+
+With auth on each create asks whether its token may watch its range. One call asks for many ranges of one token: etcd
+checks the permission of each range of a transaction (server/etcdserver/apply/apply_auth.go, checkTxnReqsPermission).
+
+- Equal questions (same token, same range) that arrive before the call is sent share it; later ones wait for the next
+  call, so no answer is older than its question.
+- A token has one call in flight. Its other creates wait for that one, and their sessions take turns. Only a token that
+  was granted something, and has enough to ask for, may have some more.
+- So many calls are in flight at once, of all tokens. Tokens take turns. Those that were granted something have places
+  of their own, and those that were refused last time have few: made-up tokens cannot use up the places of others.
+- "invalid auth token" is the answer to all creates of that token that came before the call was sent. Any other refusal
+  is about a range: a call for several is split in halves until the range is found, which is refused alone. What fails
+  at every endpoint for an unclear reason is split as well, and given up after some tries once it is alone; the token's
+  other creates do not wait for it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import Enum
+from typing import Final
+
+from coalesce.inputs import Granted
+from proto.framing import Status
+from proto.scan import Header
+from proxy.auth.model import Ask, Call, Effect, May, Outcome, Question, Range, refusal_of
+from upstream.attempts import is_about_request, is_about_server, is_too_large
+
+RANGES_MAX: Final = 128
+"""Ranges of one call: etcd's --max-txn-ops."""
+
+RANGE_BYTES_MAX: Final = 64 * 1024
+"""Bytes of the keys of one call, so that one range too many does not make it larger than etcd takes. A range that is
+larger is asked for alone."""
+
+CALLS_PER_TOKEN_MAX: Final = 4
+"""Calls in flight of a token that was granted something, while each is full: a crowd that comes back is checked at the
+pace of etcd, not of the way there and back."""
+
+TRIES_MAX: Final = 10
+"""A call for one range that fails at every endpoint for an unclear reason so often (for some 7 s) is given up: the
+stream of the client that asks ends with that reason, as etcd would end it."""
+
+STANDINGS_MAX: Final = 10_000
+"""Tokens whose last answer is remembered, by a hash; it only decides who comes first."""
+
+TOO_MANY_OPS: Final = "etcdserver: too many operations in txn request"
+OLD_REVISION: Final = "etcdserver: revision of auth store is old"
+"""Said of a signed token from before a change of users; and of any token when the change came during the call
+(server/etcdserver/v3_server.go, doSerialize): so it is asked once more."""
+
+
+class Standing(Enum):
+    """What is known of a token; the value is the share of the places that such tokens have for themselves."""
+
+    GRANTED = 0.5
+    UNKNOWN = 0.375
+    REFUSED = 0.125
+
+
+class Batch(Question):
+    """Some ranges of one token that one call asks for."""
+
+    __slots__ = ("asked_again", "call", "line", "sent_number", "standing", "tries", "waiting")
+
+    def __init__(self, line: Line, waiting: dict[Range, list[May]]) -> None:
+        super().__init__()
+        self.line = line
+        self.waiting = waiting
+        self.call = Call(self, line.token, tuple(waiting))
+        # Who came later is not answered by this call.
+        self.sent_number = 0
+        # As which it holds a place; None while it holds none.
+        self.standing: Standing | None = None
+        self.tries = 0
+        # OLD_REVISION has been said.
+        self.asked_again = False
+
+    @property
+    def wanted(self) -> bool:
+        """Forget the clients that have gone; tell whether one is left."""
+        kept = {each: left for each, mays in self.waiting.items() if (left := [may for may in mays if may.wanted])}
+        if len(kept) < len(self.waiting):
+            self.call.ranges = tuple(kept)
+        self.waiting = kept
+        return bool(kept)
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """Return two batches of half of its ranges each."""
+        items = list(self.waiting.items())
+        middle = len(items) // 2
+        return Batch(self.line, dict(items[:middle])), Batch(self.line, dict(items[middle:]))
+
+    def answer(self, outcome: Outcome) -> list[Effect]:
+        """Answer all that wait for it."""
+        return [each for mays in self.waiting.values() for may in mays for each in may.outcome(outcome)]
+
+    def end(self, status: int, text: str) -> list[Effect]:
+        """Answer all that wait for it by the end of their streams."""
+        return [each for mays in self.waiting.values() for may in mays for each in may.end(status, text)]
+
+
+class Line:
+    """The questions of one token."""
+
+    __slots__ = ("_turns", "_waiting", "batches", "current", "ranges_max", "ready", "token")
+
+    def __init__(self, token: bytes) -> None:
+        self.token = token
+        # Halves of a call that was refused, and calls that have failed: they come before all else.
+        self.batches: list[Batch] = []
+        # Calls that are in flight, or wait until etcd can be asked again.
+        self.current: set[Batch] = set()
+        # It is in the line of those that may be sent.
+        self.ready = False
+        self.ranges_max = RANGES_MAX
+        # Who asks for each range.
+        self._waiting: dict[Range, list[May]] = {}
+        # By session, in turn, the ranges that it asks for; what another session's turn has taken along is left in.
+        self._turns: dict[int, deque[Range]] = {}
+
+    def __bool__(self) -> bool:
+        """Whether anything waits to be sent."""
+        return bool(self.batches or self._waiting)
+
+    def may_send(self, standing: Standing) -> bool:
+        """Whether another call may be sent."""
+        if not self.current:
+            return True
+        several = standing is Standing.GRANTED and len(self.current) < CALLS_PER_TOKEN_MAX
+        return several and not self.batches and len(self._waiting) >= RANGES_MAX
+
+    def add(self, may: May) -> None:
+        """A question comes."""
+        each: Range = may.asked[1:]
+        self._waiting.setdefault(each, []).append(may)
+        self._turns.setdefault(id(may.session), deque()).append(each)
+
+    def take(self, ranges_max: int) -> Batch:
+        """Take what the next call asks for, at most so many ranges."""
+        if self.batches:
+            return self.batches.pop()
+        ranges_max = min(ranges_max, self.ranges_max)
+        taken: dict[Range, list[May]] = {}
+        size = 0
+        while self._waiting and len(taken) < ranges_max:
+            session = next(iter(self._turns))
+            turn = self._turns.pop(session)
+            each = turn[0]
+            mays = self._waiting.get(each)
+            if mays is not None:
+                size += len(each[0]) + len(each[1])
+                if taken and size > RANGE_BYTES_MAX:
+                    self._turns = {session: turn} | self._turns
+                    break
+                taken[each] = self._waiting.pop(each)
+            turn.popleft()
+            if turn:
+                self._turns[session] = turn
+        if not self._waiting:
+            self._turns.clear()
+        return Batch(self, taken)
+
+    def take_before(self, number: int) -> list[May]:
+        """Take the questions that came before a number."""
+        taken = [may for batch in self.batches for mays in batch.waiting.values() for may in mays]
+        self.batches.clear()
+        left: list[May] = []
+        for mays in self._waiting.values():
+            for may in mays:
+                (taken if may.number <= number else left).append(may)
+        self._waiting.clear()
+        self._turns.clear()
+        for may in left:
+            self.add(may)
+        return taken
+
+
+class Checks:
+    """The questions of all tokens."""
+
+    def __init__(self, in_flight_max: int) -> None:
+        """`in_flight_max`: calls in flight at once; at least 8, so that each standing has a place."""
+        self.in_flight_max = in_flight_max
+        self.in_flight = dict.fromkeys(Standing, 0)
+        # Questions that are not answered.
+        self.waiting = 0
+        self._arrived = 0
+        self._lines: dict[bytes, Line] = {}
+        # Lines that have something to send and no call in flight.
+        self._ready: dict[Standing, deque[Line]] = {standing: deque() for standing in Standing}
+        self._standings: dict[int, Standing] = {}
+        self._ranges_max = RANGES_MAX
+
+    def add(self, may: May) -> list[Effect]:
+        """A client with a token wants to watch a range."""
+        assert may.asked.token is not None, "without a token there is nothing to check"
+        self._arrived += 1
+        self.waiting += 1
+        may.number = self._arrived
+        line = self._lines.get(may.asked.token)
+        if line is None:
+            line = self._lines[may.asked.token] = Line(may.asked.token)
+        line.add(may)
+        return self._go_on(line)
+
+    def sent(self, batch: Batch) -> None:
+        """A call leaves now."""
+        batch.sent_number = self._arrived
+
+    def granted(self, batch: Batch, header: Header) -> list[Effect]:
+        """etcd permits all ranges of a call."""
+        line = batch.line
+        self._note(line.token, Standing.GRANTED)
+        line.ranges_max = min(2 * line.ranges_max, RANGES_MAX)
+        return self._done(batch, batch.answer(Granted(header)))
+
+    def failed(self, batch: Batch, status: int, text: str) -> list[Effect]:
+        """etcd refused a call, or could not be asked at any endpoint."""
+        line = batch.line
+        if text == OLD_REVISION and not batch.asked_again:
+            batch.asked_again = True
+            return [Ask(batch.call)]
+        if status == Status.UNAUTHENTICATED or text == OLD_REVISION:
+            self._note(line.token, Standing.REFUSED)
+            refusal = refusal_of(status, text)
+            effects = batch.answer(refusal)
+            for may in line.take_before(batch.sent_number):
+                self.waiting -= 1
+                effects += may.outcome(refusal)
+            return self._done(batch, effects)
+        if is_about_server(status):
+            if status == Status.DEADLINE_EXCEEDED and self._standing(line.token) is Standing.UNKNOWN:
+                # etcd lets a made-up token wait that seems to come from its future.
+                self._note(line.token, Standing.REFUSED)
+            self._release(batch)
+            return [Ask(batch.call, later=True), *self._start()]
+        if len(batch.waiting) > 1:
+            return self._split(batch, text, later=not is_about_request(status, text))
+        if is_too_large(status, text):
+            return self._done(batch, batch.end(status, text))
+        if is_about_request(status, text):
+            return self._done(batch, batch.answer(refusal_of(status, text)))
+        batch.tries += 1
+        if batch.tries >= TRIES_MAX:
+            return self._done(batch, batch.end(status, text))
+        self._leave(batch)
+        return [Ask(batch.call, later=True), *self._go_on(line)]
+
+    def again(self, batch: Batch) -> list[Effect]:
+        """A while after a failure: the call may be made again, in its turn."""
+        before = _count(batch)
+        if batch.wanted:
+            self.waiting -= before - _count(batch)
+            batch.line.batches.append(batch)
+        else:
+            self.waiting -= before
+        self._leave(batch)
+        self._lines.setdefault(batch.line.token, batch.line)
+        return self._go_on(batch.line)
+
+    def _split(self, batch: Batch, text: str, later: bool) -> list[Effect]:
+        line = batch.line
+        first, second = batch.halves()
+        if text == TOO_MANY_OPS:
+            self._ranges_max = max(1, len(batch.waiting) // 2)
+        line.ranges_max = max(1, min(line.ranges_max, len(batch.waiting)) // 2)
+        self._leave(batch)
+        if later:
+            line.batches.append(second)
+            return [Ask(first.call, later=True), *self._go_on(line)]
+        line.batches += (second, first)
+        return self._go_on(line)
+
+    def _done(self, batch: Batch, effects: list[Effect]) -> list[Effect]:
+        self.waiting -= _count(batch)
+        batch.waiting = {}
+        self._leave(batch)
+        return effects + self._go_on(batch.line)
+
+    def _go_on(self, line: Line) -> list[Effect]:
+        """Have a line take part again, if it has something to send, and send what may be sent."""
+        standing = self._standing(line.token)
+        if not line.ready and line.may_send(standing):
+            self._queue(line, standing)
+        return self._start()
+
+    def _start(self) -> list[Effect]:
+        effects: list[Effect] = []
+        while (standing := self._next_standing()) is not None:
+            line = self._ready[standing].popleft()
+            line.ready = False
+            batch = line.take(self._ranges_max)
+            before = _count(batch)
+            wanted = batch.wanted
+            self.waiting -= before - _count(batch)
+            if wanted:
+                line.current.add(batch)
+                batch.standing = standing
+                self.in_flight[standing] += 1
+                effects.append(Ask(batch.call))
+            if line.may_send(standing):
+                self._queue(line, standing)
+        return effects
+
+    def _queue(self, line: Line, standing: Standing) -> None:
+        """Have a line take its turn, or forget it if it has nothing to send."""
+        if line:
+            line.ready = True
+            self._ready[standing].append(line)
+        elif not line.current and self._lines.get(line.token) is line:
+            del self._lines[line.token]
+
+    def _next_standing(self) -> Standing | None:
+        """Choose which tokens are next: some that have something to send, and a place for it."""
+        for standing, lines in self._ready.items():
+            if lines and self.in_flight[standing] < max(1, int(self.in_flight_max * standing.value)):
+                return standing
+        return None
+
+    def _leave(self, batch: Batch) -> None:
+        """A call is over, or its token does not wait for it any more."""
+        self._release(batch)
+        batch.line.current.discard(batch)
+
+    def _release(self, batch: Batch) -> None:
+        if batch.standing is not None:
+            self.in_flight[batch.standing] -= 1
+            batch.standing = None
+
+    def _standing(self, token: bytes) -> Standing:
+        return self._standings.get(hash(token), Standing.UNKNOWN)
+
+    def _note(self, token: bytes, standing: Standing) -> None:
+        known = hash(token)
+        self._standings.pop(known, None)
+        if len(self._standings) >= STANDINGS_MAX:
+            del self._standings[next(iter(self._standings))]
+        self._standings[known] = standing
+
+
+def _count(batch: Batch) -> int:
+    return sum(map(len, batch.waiting.values()))

@@ -1,0 +1,346 @@
+"""What the engine asks etcd beside the watches, and what it makes of the answers, without asking anything itself.
+
+What is "now" (`Now`), whether a client may watch a range (`May`), whether auth is on (`Probe`), and whether the store
+is the one it was (`Proof`). Who calls, and how long one waits, is the business of the code that carries the effects
+out: `proxy/auth/reads.py`, or the simulator.
+
+Whether auth is on is nowhere to be read without a right. So it is probed by a call without a token: answered, auth is
+off and everything is allowed; refused, each client is asked about by its own token (`checks`). One probe, not older
+than `probe_age_s_max`, serves all.
+
+Answers are linearizable. Only while no endpoint has a leader, as the watch client knows, one member's own answer will
+do, for two things: for "now", which is then at least what is known here, and for a probe, until the next probe that is
+linearizable. A token's permission is never granted by such an answer: a member that lags may not know that it was
+revoked. Its creates wait for a leader, without whom nothing can be written either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+from coalesce.inputs import Granted, Refusal
+from proto.framing import Status
+from proto.scan import Header
+from proxy.auth.admitted import LetIn
+from proxy.auth.model import (
+    Ask,
+    Call,
+    Effect,
+    EndSession,
+    May,
+    Outcome,
+    Question,
+    Recheck,
+    SendAway,
+    Tell,
+    Told,
+    WentBack,
+    refusal_of,
+)
+from proxy.auth.permission_checks import Batch, Checks
+from proxy.auth.restore import Asked, Readable, Rollback
+from upstream.attempts import is_about_request, is_too_large
+
+if TYPE_CHECKING:
+    from coalesce.joining import Read
+    from coalesce.session import Session
+
+__all__ = (
+    "NO_RIGHT",
+    "USER_EMPTY",
+    "Ask",
+    "Call",
+    "Effect",
+    "EndSession",
+    "May",
+    "Now",
+    "Outcome",
+    "Probe",
+    "Proof",
+    "Question",
+    "Questions",
+    "Recheck",
+    "SendAway",
+    "Tell",
+    "Told",
+    "WentBack",
+)
+
+NO_RIGHT: Final = ()
+"""The ranges of a read that needs no right, and tells only what the member at hand knows: a transaction of nothing."""
+
+USER_EMPTY = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty"
+"""What etcd tells a client without a token when auth is on."""
+
+CHECKS_IN_FLIGHT_MAX: Final = 32
+
+
+class Now(Question):
+    """Which revision is "now", for the creates that wait for a read of the core."""
+
+    __slots__ = ("_refused", "asking", "read")
+
+    def __init__(self, read: Read, told: Told | None = None) -> None:
+        super().__init__(told)
+        self.read = read
+        # By whose right it is asked; None: by nobody's in particular.
+        self.asking: Session | None = None
+        # Those whose right turned out to be none.
+        self._refused: set[int] = set()
+
+    def asker(self, auth_on: bool) -> Call | None:
+        """Choose by whose right to read; None when nobody waits. With auth off no key of a client is needed."""
+        waiting = [
+            create
+            for create in self.read.waiting
+            if not create.session.ended and id(create.session) not in self._refused
+        ]
+        self.asking = None
+        if not waiting:
+            return None
+        if not auth_on:
+            return Call.by(self, Asked())
+        permitted = [create for create in waiting if create.refusal is None]
+        if not permitted:
+            # They only need a header to be refused with.
+            return Call(self, None, NO_RIGHT)
+        create = next((create for create in permitted if create.session.identity.token is not None), permitted[0])
+        self.asking = create.session
+        return Call(self, create.session.identity.token, ((create.key, create.range_end),))
+
+    def refused(self, whole_token: bool) -> list[Session]:
+        """Return the sessions that have no right, since that by which it was asked is none: they are left out then.
+
+        `whole_token`: its token is invalid, which holds for all who have the same.
+        """
+        asking = self.asking
+        if asking is None:
+            return []
+        sessions = {id(asking): asking}
+        if whole_token:
+            for create in self.read.waiting:
+                if create.session.identity.token == asking.identity.token and not create.session.ended:
+                    sessions[id(create.session)] = create.session
+        self._refused |= sessions.keys()
+        return list(sessions.values())
+
+
+class Proof(Question):
+    """Whether the store is the one it was: the answer is for `Rollback` alone."""
+
+    __slots__ = ("_rollback",)
+
+    def __init__(self, rollback: Rollback) -> None:
+        super().__init__()
+        self._rollback = rollback
+
+    @property
+    def wanted(self) -> bool:
+        """Nothing else has proven it."""
+        return self._rollback.unproven
+
+
+class Probe(Question):
+    """Whether auth is on, for all who wait for that."""
+
+    __slots__ = ("waiting",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[May] = []
+
+    @property
+    def wanted(self) -> bool:
+        """Forget those who do not wait any more; tell whether one is left."""
+        self.waiting = [may for may in self.waiting if may.wanted]
+        return bool(self.waiting)
+
+
+class Questions:
+    """All questions that are open. Inputs return what is to be done, in order."""
+
+    def __init__(self, probe_age_s_max: float, checks_in_flight_max: int = CHECKS_IN_FLIGHT_MAX) -> None:
+        """`probe_age_s_max`: how long, in seconds, "auth is off" is believed."""
+        self.rollback = Rollback()
+        self.checks = Checks(checks_in_flight_max)
+        # The newest probe was refused: etcd asks for users.
+        self.auth_on = False
+        # The proxy's certificate has a CN: with auth on etcd may take that for the user of a probe without a token.
+        self.named = False
+        self._probe_age_s_max = probe_age_s_max
+        # When the newest probe that found auth off began, and what it read.
+        self._auth_off: tuple[float, Header] | None = None
+        # The probe in flight.
+        self._probe: Probe | None = None
+        self._let_in = LetIn()
+
+    def read(self, now: Now) -> list[Effect]:
+        """Find out what "now" is; asked once for all who wait.
+
+        With auth on it is read by the right of one of them: etcd has no linearizable read that needs no right.
+        """
+        call = now.asker(self.auth_on)
+        # When nobody waits the core waits for an answer all the same; this one tells nothing.
+        return [Ask(call) if call is not None else Tell(now, Header.make(0, 0, 0, 0))]
+
+    def check(self, may: May, at: float) -> list[Effect]:
+        """Find out whether a client may watch a range: it gets a refusal, or else the header of what was read.
+
+        As Granted when the read began after this, so that it is good for "now"; bare when an earlier probe read it.
+        """
+        if self.auth_on and may.asked.token is not None:
+            return self.checks.add(may)
+        if self._auth_off is not None and at - self._auth_off[0] <= self._probe_age_s_max:
+            self._let_in.add(may)
+            return [Tell(may, self._auth_off[1])]
+        if self._probe is not None:
+            self._probe.waiting.append(may)
+            return []
+        self._probe = Probe()
+        self._probe.waiting.append(may)
+        return [Ask(Call(self._probe, None, (Asked()[1:],), login=self.named))]
+
+    def connected(self) -> None:
+        """There is a new connection for the watches; `prove` until it is proven what it leads to."""
+        self.rollback.connected()
+
+    def prove(self, own_token: bytes | None, watches: Iterable[Readable]) -> list[Effect]:
+        """Read by whose right one may, see `Rollback.rights`, until it is known whether the store is the one it was."""
+        rights = self.rollback.rights(own_token, watches)
+        if not self.auth_on:
+            # With auth off no right is needed, and no key of a client.
+            rights = [Asked() if asked.token is None else asked for asked in rights]
+        return [Ask(Call.by(Proof(self.rollback), asked)) for asked in rights]
+
+    def other_history(self, header: Header) -> None:
+        """The store is known to be another one: what was read before says nothing about this one."""
+        self.rollback.other_history(header)
+        self._auth_off = None
+
+    def session_over(self, session: Session) -> None:
+        """A session has ended."""
+        self._let_in.forget(session)
+
+    def begin(self, call: Call, known: int, at: float) -> None:
+        """A call leaves now; `known` is the newest revision that the watches have seen."""
+        call.begun, call.began_at = self.rollback.begin(known), at
+        question = call.question
+        if isinstance(question, Probe):
+            self._let_in.probe_began()
+            for may in question.waiting:
+                may.fresh = True
+        elif isinstance(question, Batch):
+            self.checks.sent(question)
+
+    def answered(self, call: Call, header: Header) -> list[Effect]:
+        """etcd answered a call."""
+        question = call.question
+        if call.login:
+            # It took a user that does not exist: that says nothing.
+            return [Ask(Call(question, call.token, call.ranges))]
+        if self.rollback.is_stale(call.begun):
+            # Maybe the store answered that is no more: its revision is neither "now" nor anything else here.
+            return [Ask(call)]
+        linearizable = call.linearizable and call.ranges != NO_RIGHT
+        effects: list[Effect] = []
+        if self.rollback.answered(call.begun, header, linearizable):
+            effects.append(WentBack(header, call.begun.known))
+            self._auth_off = None
+        elif not linearizable and header.revision < call.begun.known:
+            # A member that lags: what is known here is newer.
+            header = header.at(call.begun.known)
+        if isinstance(question, Now):
+            effects.append(Tell(question, header))
+        elif isinstance(question, Batch):
+            effects += self.checks.granted(question, header)
+        elif isinstance(question, Probe):
+            if self.auth_on and not linearizable:
+                # Auth was on when a leader was there last, and the member may not know it.
+                call.linearizable = True
+                return [*effects, Ask(call, later=True)]
+            effects += self._probed(question, call, header)
+        return effects
+
+    def failed(self, call: Call, status: int, text: str, *, leaderless: bool = False) -> list[Effect]:
+        """etcd refused a call, or could not be asked at any endpoint; `leaderless`: no endpoint has a leader."""
+        question = call.question
+        if call.login:
+            if status == Status.INVALID_ARGUMENT and isinstance(question, Probe):
+                return self._probed(question, call, Refusal(USER_EMPTY))
+            return [Ask(Call(question, call.token, call.ranges))]
+        if isinstance(question, Batch):
+            return self.checks.failed(question, status, text)
+        if is_about_request(status, text):
+            return self._refused(question, call, status, text)
+        if leaderless and call.linearizable and isinstance(question, Now | Probe):
+            call.linearizable = False
+            return [Ask(call)]
+        call.linearizable = True
+        return [Ask(call, later=True)]
+
+    def again(self, call: Call) -> list[Effect]:
+        """A while after a failure: make the call again, if its answer is still wanted."""
+        question = call.question
+        if isinstance(question, Batch):
+            return self.checks.again(question)
+        if isinstance(question, Now):
+            # By the right of another one, if that one has left.
+            effects = self.read(question)
+            for effect in effects:
+                if isinstance(effect, Ask):
+                    effect.call.backoff = call.backoff
+            return effects
+        if question.wanted:
+            return [Ask(call)]
+        if question is self._probe:
+            self._probe = None
+        return []
+
+    def _refused(self, question: Question, call: Call, status: int, text: str) -> list[Effect]:
+        refusal = refusal_of(status, text)
+        if isinstance(question, Probe):
+            return self._probed(question, call, refusal)
+        effects: list[Effect] = []
+        if isinstance(question, Now):
+            if question.asking is None:
+                # Auth is on, whatever was believed.
+                effects += self._found_auth_on(refusal)
+            for session in question.refused(whole_token=status == Status.UNAUTHENTICATED):
+                if is_too_large(status, text):
+                    effects.append(EndSession(session, status, text))
+                else:
+                    effects.append(SendAway(session, refusal))
+            effects += self.read(question)
+        return effects
+
+    def _found_auth_on(self, refusal: Refusal) -> list[Effect]:
+        """Auth is on: those who were let in since it was last known to be off are asked about again."""
+        self.auth_on = True
+        self._auth_off = None
+        effects: list[Effect] = []
+        for session, ranges in self._let_in.take():
+            token = session.identity.token
+            if token is None or ranges is None:
+                effects.append(SendAway(session, refusal))
+                continue
+            for each in ranges:
+                effects += self.checks.add(Recheck(session, Asked(token, *each)))
+        return effects
+
+    def _probed(self, probe: Probe, call: Call, answer: Header | Refusal) -> list[Effect]:
+        """It is known whether auth is on: answer all who wait for that."""
+        self._probe = None
+        if isinstance(answer, Refusal):
+            effects = self._found_auth_on(answer)
+            for may in probe.waiting:
+                # Without a token in etcd's words, which go by the certificate that it is shown as well.
+                effects += [Tell(may, answer)] if may.asked.token is None else self.checks.add(may)
+            return effects
+        self.auth_on = False
+        self._auth_off = (call.began_at, answer)
+        if call.linearizable:
+            self._let_in.auth_was_off()
+        for may in probe.waiting:
+            self._let_in.add(may)
+        return [Tell(may, Granted(answer) if may.fresh else answer) for may in probe.waiting]

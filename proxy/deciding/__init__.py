@@ -1,1 +1,0 @@
-"""What the engine decides, apart from what it does: pure and synchronous, driven by proxy and simulator alike."""

@@ -1,0 +1,188 @@
+"""Calls that wait for a connection to etcd: held, sent when one is there, refused when they have waited too long.
+
+In which order and for how long is decided in `proxy/passthrough/waiting.py`. There is one timer for all calls, set to
+the first that will have waited for long enough; a connection that comes up is reported by the pool. So nothing is
+polled, and what many calls bring about at one time is done in turns of the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from math import inf
+from typing import Protocol
+
+from proto.framing import Status
+from proxy import logs
+from proxy.listening.calls import Refusal
+from proxy.passthrough.settings import PassthroughSettings, PassthroughStats
+from proxy.passthrough.waiting import NO_CONNECTION, WaitingCalls, wait_until
+from upstream.connection import ClientConnection
+from upstream.pool import Pool
+
+TURN_CALLS_MAX = 200
+"""Calls that have waited and are sent, or refused, in one turn of the event loop: about ten milliseconds."""
+
+PROBLEM_LOG_INTERVAL_S = 10.0
+"""Refusals for want of an etcd are logged at most so often, with their number."""
+
+log = logs.logger("calls")
+
+
+class Held(Protocol):
+    """A call that waits."""
+
+    repeated: bool
+    """Its client makes it again, elsewhere first, when it is refused as not sent. Valid after `wait`."""
+    deadline: float | None
+    """The client's, in loop time; None: it has none. Valid after `wait`."""
+    waiting_bytes: int
+    """What it counts for while it waits."""
+
+    def wait(self) -> int:
+        """Get ready to wait; return the bytes that are kept meanwhile."""
+
+    def begin(self, upstream: ClientConnection) -> bool:
+        """Start the call. False: the connection cannot take it."""
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer the call with a refusal."""
+
+
+class Holding:
+    """The calls that wait."""
+
+    def __init__(self, pool: Pool, settings: PassthroughSettings, stats: PassthroughStats) -> None:
+        self.settings = settings
+        self._stats = stats
+        self._pool = pool
+        self._calls: WaitingCalls[Held] = WaitingCalls()
+        # Rings when the first of them has waited for long enough, and that time; infinite without a timer.
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = inf
+        # More of them are served in the next turn.
+        self._serving = False
+        self._problems = _ProblemLog()
+        pool.when_available(self.serve)
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def hold(self, call: Held) -> None:
+        """Let a call wait for a connection. Raises Refusal at a limit."""
+        now, settings = _now(), self.settings
+        if len(self._calls) >= settings.waiting_max:
+            raise self._refusal("too many calls wait for an etcd", "waiting_max")
+        connected = self._connected
+        if not connected and not settings.call_wait_s:
+            raise self._refusal(self._problem, "call_wait_s")
+        size = call.wait()
+        until = wait_until(now, call.deadline, settings.call_wait_s, repeated=call.repeated, connected=connected)
+        self._calls.add(call, until)
+        try:
+            self.grow(call, size)
+        except Refusal:
+            self.leave(call)
+            raise
+        self._set_timer()
+
+    def grow(self, call: Held, size: int) -> None:
+        """Count `size` bytes more of a call that waits. Raises Refusal when that is too much."""
+        call.waiting_bytes += size
+        self._stats.waiting_bytes += size
+        if self._stats.waiting_bytes > self.settings.waiting_bytes_max:
+            raise self._refusal("too many bytes of calls wait for an etcd", "waiting_bytes_max")
+
+    def leave(self, call: Held) -> None:
+        """Forget a call, if it waits."""
+        if self._calls.remove(call):
+            self._stats.waiting_bytes -= call.waiting_bytes
+            call.waiting_bytes = 0
+
+    def serve(self) -> None:
+        """Begin what waits, oldest first, as far as connections take it."""
+        for _ in range(TURN_CALLS_MAX):
+            call = self._calls.oldest()
+            if call is None:
+                return
+            if self._is_late(call):
+                continue
+            upstream = self._pool.pick()
+            if upstream is None or not call.begin(upstream):
+                return
+            self.leave(call)
+        if not self._serving:
+            self._serving = True
+            asyncio.get_running_loop().call_soon(self._serve_more)
+
+    def _serve_more(self) -> None:
+        self._serving = False
+        self.serve()
+
+    def _is_late(self, call: Held) -> bool:
+        """Whether a call's deadline is over; then it is ended. A write that its client has given up is not sent."""
+        if call.deadline is None or call.deadline > _now():
+            return False
+        call.refuse(Refusal(200, Status.DEADLINE_EXCEEDED, "context deadline exceeded"))
+        return True
+
+    @property
+    def _connected(self) -> bool:
+        return self._pool.connected
+
+    @property
+    def _problem(self) -> str:
+        down = self._pool.down
+        return f"no etcd can be reached: {down}" if down is not None else "no connection to an etcd has come up yet"
+
+    def _refusal(self, problem: str, limit: str) -> Refusal:
+        """Count and log a call that is refused before any server has seen it, and return the refusal."""
+        self._stats.unavailable += 1
+        self._stats.refused_at[limit] += 1
+        self._problems.add(problem, _now())
+        return Refusal(200, Status.UNAVAILABLE, NO_CONNECTION, problem)
+
+    def _set_timer(self) -> None:
+        first = self._calls.next_expiry
+        if first is None or self._timer_at <= first:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = first
+        self._timer = asyncio.get_running_loop().call_at(first, self._expire)
+
+    def _expire(self) -> None:
+        """End those that have waited for long enough, unless an etcd can be reached and they wait for room."""
+        self._timer, self._timer_at = None, inf
+        now, connected = _now(), self._connected
+        for _ in range(TURN_CALLS_MAX):
+            call = self._calls.expired(now)
+            if call is None:
+                break
+            if self._is_late(call):
+                continue
+            if connected:
+                self._calls.add(call, wait_until(now, call.deadline, self.settings.call_wait_s, connected=True))
+            else:
+                call.refuse(self._refusal(self._problem, "call_wait_s"))
+        self._set_timer()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+class _ProblemLog:
+    """Logs why calls are refused: at once, then at most every so often with their number."""
+
+    __slots__ = ("_calls", "_not_before")
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._not_before = 0.0
+
+    def add(self, problem: str, now: float) -> None:
+        """Note one more."""
+        self._calls += 1
+        if now >= self._not_before:
+            log.warning("calls_refused", calls=self._calls, problem=problem)
+            self._calls, self._not_before = 0, now + PROBLEM_LOG_INTERVAL_S

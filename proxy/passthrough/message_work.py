@@ -1,0 +1,153 @@
+"""One direction of a call whose messages are changed: bytes in, whole changed messages out, by bounded steps.
+
+A step cuts the next message out of what came, inflates a part of it, or changes a piece of it
+(proxy/passthrough/rewriting.py). So neither a large message nor a small one that inflates to a large one takes the
+event loop for long; who drives the steps has others' turns in between. What is kept here is counted in the size that it
+has now, not in the size in which it came.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Final
+
+from google.protobuf.message import Message
+
+from proto.framing import PREFIX_BYTES, FramingError, Status, frame
+from proxy.passthrough.rewriting import PIECE_BYTES, Changes, Rewriting, changed
+
+INFLATE_BYTES: Final = 64 * 1024
+"""Bytes that one step inflates to: a fraction of a millisecond."""
+
+_PREFIX: Final = struct.Struct(">BI")
+
+
+class MessageWork:
+    """The messages of one direction of a call."""
+
+    __slots__ = (
+        "_changes",
+        "_data",
+        "_gzip",
+        "_inflated",
+        "_inflater",
+        "_kind",
+        "_max",
+        "_packed",
+        "_rewriting",
+        "_source",
+    )
+
+    def __init__(self, kind: type[Message], changes: Changes, message_bytes_max: int, gzip: bool) -> None:
+        """Take the messages' type and change. `message_bytes_max` bounds one of them, as it came and inflated."""
+        self._kind = kind
+        self._changes = changes
+        self._max = message_bytes_max
+        self._gzip = gzip
+        # What came and is not cut into messages yet.
+        self._data = bytearray()
+        # The message that is being inflated: what is left of it, and what it was inflated to.
+        self._inflater: zlib._Decompress | None = None
+        self._packed = b""
+        self._inflated = bytearray()
+        # The message that is being changed, and its size as it was.
+        self._rewriting: Rewriting | None = None
+        self._source = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes that are kept here, those of a message that is only half changed as often as they are there."""
+        changed_bytes = 0 if self._rewriting is None else self._rewriting.size
+        return len(self._data) + len(self._packed) + len(self._inflated) + self._source + changed_bytes
+
+    @property
+    def busy(self) -> bool:
+        """There is something to do before more bytes come."""
+        if self._rewriting is not None or self._inflater is not None:
+            return True
+        data = self._data
+        if len(data) < PREFIX_BYTES:
+            return False
+        flag: int
+        length: int
+        flag, length = _PREFIX.unpack_from(data)
+        return flag > self._gzip or length > self._max or len(data) >= PREFIX_BYTES + length
+
+    @property
+    def pending(self) -> bool:
+        """Half a message is kept: a stream that ends now was cut."""
+        return bool(self._data)
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes."""
+        self._data += data
+
+    def step(self) -> list[bytes] | None:
+        """Do a part of what is to be done. Return the pieces of a message, framed, when one is changed completely.
+
+        Raises FramingError (RESOURCE_EXHAUSTED for a message above the bound) and DecodeError.
+        """
+        rewriting = self._rewriting
+        if rewriting is not None:
+            if not rewriting.step():
+                return None
+            self._rewriting = None
+            self._source = 0
+            return [_PREFIX.pack(0, rewriting.size), *rewriting.pieces]
+        if self._inflater is not None:
+            self._inflate(self._inflater)
+            return None
+        return self._next()
+
+    def _next(self) -> list[bytes] | None:
+        """Begin with the next message, if it is whole; return it if it is small enough to be done."""
+        data = self._data
+        if len(data) < PREFIX_BYTES:
+            return None
+        flag, length = _PREFIX.unpack_from(data)
+        if flag > 1:
+            raise FramingError(Status.INTERNAL, f"gRPC message with the unknown compression flag {flag}")
+        if flag and not self._gzip:
+            raise FramingError(Status.INTERNAL, "gRPC message marked as compressed in a call without grpc-encoding")
+        if length > self._max:
+            raise self._oversize(f"{length}")
+        end = PREFIX_BYTES + length
+        if len(data) < end:
+            return None
+        message = bytes(memoryview(data)[PREFIX_BYTES:end])
+        del data[:end]
+        if flag:
+            self._inflater = zlib.decompressobj(wbits=31)
+            self._packed = message
+        elif length <= PIECE_BYTES:
+            return [frame(changed(self._kind, self._changes[self._kind.DESCRIPTOR.full_name], message))]
+        else:
+            self._begin(message)
+        return None
+
+    def _inflate(self, inflater: zlib._Decompress) -> None:
+        try:
+            got = inflater.decompress(self._packed, INFLATE_BYTES)
+        except zlib.error as error:
+            raise FramingError(Status.INTERNAL, f"gRPC message with broken gzip data: {error}") from None
+        self._packed = inflater.unconsumed_tail
+        self._inflated += got
+        if len(self._inflated) > self._max:
+            raise self._oversize("inflated, more")
+        if inflater.eof:
+            if inflater.unused_data:
+                raise FramingError(Status.INTERNAL, "gRPC message with cut or trailing gzip data")
+            message = bytes(self._inflated)
+            self._inflater, self._inflated = None, bytearray()
+            self._begin(message)
+        elif len(got) < INFLATE_BYTES and not self._packed:
+            raise FramingError(Status.INTERNAL, "gRPC message with cut or trailing gzip data")
+
+    def _begin(self, message: bytes) -> None:
+        self._rewriting = Rewriting(self._kind, self._changes, message)
+        self._source = len(message)
+
+    def _oversize(self, size: str) -> FramingError:
+        text = f"gRPC message larger than the maximum ({size} vs. {self._max} bytes)"
+        return FramingError(Status.RESOURCE_EXHAUSTED, text)

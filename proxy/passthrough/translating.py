@@ -1,0 +1,409 @@
+"""Pass-through of calls whose messages are changed: those with keys in a namespace, MemberList with an advertised URL.
+
+All others pass as ever, frame by frame. A call that rules name (proxy/passthrough/translation.py) is cut into messages
+in the directions that change; each is changed when it is whole and goes on uncompressed. What a namespace does not
+cover is refused: methods of its services that are not known here, and HTTP/1, whose JSON gateway would reach every key.
+
+Small messages are changed as they come; a turn of the event loop has so much time for that, and what is left goes on in
+later turns, a bounded step of each call in rotation (proxy/passthrough/message_work.py), with no window given back
+meanwhile. What is kept of messages is counted by its size here, whatever it was on the wire, and has bounds; so has
+what a client leaves unread of a changed answer, and what etcd has not taken of a changed request.
+
+Everything else of a call (heads, deadlines, trailers, who is tried again) is `passthrough.Relay`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from itertools import islice
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from proto.framing import FramingError, Status
+from proto.http2 import ErrorCode, Stream
+from proxy import logs
+from proxy.listening.calls import ACCEPTED_ENCODINGS, Carrier, Headers, Refusal, RequestHead, status_trailers
+from proxy.passthrough.message_work import MessageWork
+from proxy.passthrough.relay import Passthrough, Relay
+from proxy.passthrough.settings import PassthroughSettings
+from proxy.passthrough.translation import Rules, Translation
+from upstream.connection import ClientConnection
+from upstream.pool import Pool
+
+HTTP1_REFUSAL = "the JSON gateway and other HTTP/1 pages of etcd are not served under --namespace"
+
+log = logs.logger("translating")
+
+TURN_S: Final = 0.004
+"""How long messages are changed in one turn of the event loop; the last step may take it over that."""
+
+LARGE_BYTES: Final = 64 * 1024
+"""From here on what a call keeps of its messages is memory that counts."""
+
+ROTATION: Final = 8
+"""Large messages that are changed side by side: each is in memory twice meanwhile, and a huge one holds up the others
+no more than eightfold."""
+
+
+class TranslatingPassthrough(Passthrough):
+    """The handler factory for all streams that no route claims, under rules; no two of them name the same call."""
+
+    def __init__(self, pool: Pool, rules: Sequence[Rules], settings: PassthroughSettings | None = None) -> None:
+        super().__init__(pool, settings)
+        self._rules = rules
+        self._found = {path: (each, one) for each in rules for path, one in each.translations.items()}
+        # Calls with messages that are not changed yet, in rotation; and those that keep much meanwhile, of which the
+        # first few are in rotation and the others wait.
+        self._working: dict[TranslatedRelay, None] = {}
+        self._large: dict[TranslatedRelay, None] = {}
+        # Whose turn it is of the large ones.
+        self._place = 0
+        # What this turn of the loop has left for changing messages at once.
+        self._left_s = TURN_S
+        # By client connection: its calls with unfinished messages, and the bytes of those.
+        self._partial: dict[Carrier, _Partial] = {}
+
+    def __call__(self, connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> Relay | None:
+        """Take a new request stream. Raises Refusal for what a namespace does not cover, or as Passthrough does."""
+        path = next((value for name, value in headers if name == b":path"), b"")
+        found = self._found.get(path)
+        if found is not None:
+            return self._begin(TranslatedRelay(self, connection, stream, headers, end_stream, *found))
+        for rules in self._rules:
+            if path.startswith(rules.services) and path not in rules.untouched:
+                shown = path[:200].decode("ascii", "backslashreplace")
+                raise Refusal(200, Status.UNIMPLEMENTED, f"unknown method {shown} under {rules.flag}")
+        return super().__call__(connection, stream, headers, end_stream)
+
+    def work(self, relay: TranslatedRelay) -> None:
+        """Change what came of a call: now, as far as this turn of the loop has time, and the rest in later turns."""
+        if not (self._working or self._large):
+            more = True
+            while more and self._left_s > 0:
+                began = time.perf_counter()
+                more = relay.go_on()
+                self._left_s -= time.perf_counter() - began
+            if not more:
+                return
+            asyncio.get_running_loop().call_soon(self._turn)
+        relay.working = True
+        self._working[relay] = None
+
+    def leave(self, relay: TranslatedRelay) -> None:
+        """Forget a call that is over."""
+        relay.working = False
+        self._working.pop(relay, None)
+        self._large.pop(relay, None)
+
+    def _turn(self) -> None:
+        """Go on with what earlier turns have left: a step of a call that is new or small, then one of a large one."""
+        end = time.perf_counter() + TURN_S
+        while self._working or self._large:
+            if self._working:
+                relay = next(iter(self._working))
+                del self._working[relay]
+                if self._goes_on(relay):
+                    (self._large if relay.kept > LARGE_BYTES else self._working)[relay] = None
+                else:
+                    relay.working = False
+            if self._large:
+                place = self._place % min(len(self._large), ROTATION)
+                relay = next(islice(self._large, place, None))
+                self._place = place + 1
+                if not self._goes_on(relay):
+                    self.leave(relay)
+            if time.perf_counter() >= end:
+                break
+        self._left_s = TURN_S
+        if self._working or self._large:
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _goes_on(self, relay: TranslatedRelay) -> bool:
+        try:
+            return relay.go_on()
+        except Exception:
+            # A bug of ours with one message must not keep the others' waiting.
+            log.exception("changing a message failed; its call is ended")
+            relay.fail(FramingError(Status.INTERNAL, "watchmux: changing a message failed"))
+            return False
+
+    def kept(self, relay: TranslatedRelay, size: int, flag: str) -> None:
+        """Count `size` bytes more (or fewer) of unfinished messages. Raises FramingError at the bound.
+
+        There, the connection that has most unfinished loses its calls.
+        """
+        stats, settings = self.stats, self.settings
+        partial = self._partial.get(relay.connection)
+        if partial is None:
+            partial = self._partial[relay.connection] = _Partial()
+        stats.partial_bytes += size
+        partial.size += size
+        if relay.kept:
+            partial.relays.add(relay)
+        else:
+            partial.relays.discard(relay)
+            if not partial.relays:
+                del self._partial[relay.connection]
+        if size > 0 and stats.partial_bytes > settings.partial_bytes_max:
+            worst = max(self._partial.values(), key=lambda one: one.size)
+            if worst is partial:
+                raise self._too_much(flag)
+            for one in tuple(worst.relays):
+                one.fail(self._too_much(flag))
+
+    def _too_much(self, flag: str) -> FramingError:
+        self.stats.refused_at["partial_bytes_max"] += 1
+        bound = self.settings.partial_bytes_max
+        text = f"watchmux: too many bytes of unfinished messages under {flag} ({bound})"
+        return FramingError(Status.RESOURCE_EXHAUSTED, text)
+
+
+class _Partial:
+    """What one client connection has unfinished."""
+
+    __slots__ = ("relays", "size")
+
+    def __init__(self) -> None:
+        self.relays: set[TranslatedRelay] = set()
+        self.size = 0
+
+
+class TranslatedRelay(Relay):
+    """One call whose messages are translated. Raises Refusal for a request that cannot be read."""
+
+    __slots__ = (
+        "_ending",
+        "_ends",
+        "_flag",
+        "_held_client",
+        "_held_upstream",
+        "_requests",
+        "_responses",
+        "_sent_bytes",
+        "_translating",
+        "_translation",
+        "kept",
+        "working",
+    )
+
+    def __init__(
+        self,
+        owner: TranslatingPassthrough,
+        connection: Carrier,
+        stream: Stream,
+        headers: Headers,
+        end_stream: bool,
+        rules: Rules,
+        translation: Translation,
+    ) -> None:
+        # Changes the request's messages; None: they pass as they are.
+        self._requests: MessageWork | None = None
+        if translation.outward is not None:
+            gzip = RequestHead.parse(headers).decompress is not None
+            bytes_max = owner.settings.translated_request_bytes_max
+            self._requests = MessageWork(translation.request, translation.outward, bytes_max, gzip)
+            headers = _of_any_length(headers)
+        super().__init__(owner, connection, stream, headers, end_stream)
+        self._translating = owner
+        self._translation = translation
+        self._flag = rules.flag
+        # The same for the answer, made when its head says how it is compressed.
+        self._responses: MessageWork | None = None
+        # Flow control of what came and is not changed yet.
+        self._held_client = 0
+        self._held_upstream = 0
+        # Bytes of changed requests that etcd has not taken.
+        self._sent_bytes = 0
+        # The client has ended its side, behind what is not changed yet.
+        self._ends = False
+        # How etcd ended the call while its answer was not changed yet.
+        self._ending: tuple[int, str, Headers] | None = None
+        self.kept = 0
+        """Bytes of unfinished messages, as the owner counts them."""
+        self.working = False
+        """The owner has it in its rotation."""
+
+    # The client's side.
+
+    def data(self, data: bytes, flow_size: int, end_stream: bool) -> None:
+        """Take a part of the request; pass on what it makes whole."""
+        requests = self._requests
+        if self.done or requests is None:
+            super().data(data, flow_size, end_stream)
+            return
+        requests.feed(data)
+        self._held_client += flow_size
+        self._ends = self._ends or end_stream
+        if not self.working:
+            self._translating.work(self)
+
+    def begin(self, upstream: ClientConnection) -> bool:
+        """Start the call with what is changed so far."""
+        if not super().begin(upstream):
+            return False
+        call = self._call
+        self._count_sent(self._request_bytes if call is not None and call.blocked else 0)
+        return True
+
+    # etcd's side.
+
+    def on_headers(self, headers: Headers) -> None:
+        """Note how the answer is compressed, and pass its head on."""
+        inward = self._translation.inward
+        if inward is None:
+            super().on_headers(headers)
+            return
+        encoding = next((value for name, value in headers if name == b"grpc-encoding"), b"identity")
+        if encoding not in ACCEPTED_ENCODINGS:
+            shown = encoding[:64].decode("ascii", "backslashreplace")
+            text = f"watchmux: under {self._flag} answers are identity or gzip, not {shown!r}"
+            self.fail(FramingError(Status.INTERNAL, text))
+            return
+        bytes_max = self._translating.settings.unread_bytes_per_connection_max
+        self._responses = MessageWork(self._translation.response, inward, bytes_max, encoding == b"gzip")
+        super().on_headers(_of_any_length(headers))
+
+    def on_data(self, data: bytes, flow_size: int) -> None:
+        """Take a part of the answer; pass on what it makes whole."""
+        call, responses = self._call, self._responses
+        if self.done or responses is None or (call is not None and call.http_status != 200):
+            super().on_data(data, flow_size)
+            return
+        self._forget_request()
+        responses.feed(data)
+        self._held_upstream += flow_size
+        if not self.working:
+            self._translating.work(self)
+
+    def on_drained(self) -> None:
+        """etcd has taken what came of the request."""
+        self._count_sent(0)
+        super().on_drained()
+
+    def on_end(self, status: int, message: str, trailers: Headers) -> None:
+        """End the client's stream as etcd's ended, behind what is still to be changed."""
+        responses = self._responses
+        if not self.done and responses is not None and responses.busy:
+            self._ending = (status, message, trailers)
+        else:
+            super().on_end(status, message, trailers)
+
+    # Changing.
+
+    def go_on(self) -> bool:
+        """Do one step in each direction; return whether there is more to do."""
+        requests, responses = self._requests, self._responses
+        more = not self.done and requests is not None and self._step_request(requests)
+        return (not self.done and responses is not None and self._step_response(responses)) or more
+
+    def _step_request(self, requests: MessageWork) -> bool:
+        try:
+            pieces = requests.step() if requests.busy else None
+            busy = requests.busy
+            ends = self._ends and not busy
+            if ends and requests.pending:
+                raise FramingError(Status.INTERNAL, "the request ended inside a message")
+        except (FramingError, DecodeError) as error:
+            if isinstance(error, FramingError) and error.code is Status.RESOURCE_EXHAUSTED:
+                self._owner.stats.refused_at["translated_request_bytes_max"] += 1
+            self.fail(error, self._translation.request.DESCRIPTOR.name)
+            return False
+        flow_size = 0
+        if not busy:
+            flow_size, self._held_client = self._held_client, 0
+        self._count()
+        if self.done:
+            self.connection.h2.consumed(None, flow_size)
+            return False
+        if pieces is not None or ends:
+            self._ends = self._ends and not ends
+            whole = b"".join(pieces or ())
+            super().data(whole, flow_size, ends)
+            if not self.done and self._call is not None and self._call.blocked:
+                self._count_sent(self._sent_bytes + len(whole))
+        elif flow_size:
+            self.connection.h2.consumed(self._stream, flow_size)
+            self.connection.touch()
+        return busy
+
+    def _step_response(self, responses: MessageWork) -> bool:
+        try:
+            pieces = responses.step() if responses.busy else None
+        except (FramingError, DecodeError) as error:
+            self.fail(error, self._translation.response.DESCRIPTOR.name)
+            return False
+        call, busy = self._call, responses.busy
+        assert call is not None
+        flow_size = 0
+        if not busy:
+            flow_size, self._held_upstream = self._held_upstream, 0
+        self._count()
+        if self.done:
+            return False
+        if pieces is not None:
+            self._pass_on(call, pieces, sum(map(len, pieces)), flow_size)
+        elif flow_size:
+            call.consumed(flow_size)
+        if not busy and self._ending is not None and not self.done:
+            super().on_end(*self._ending)
+        return busy
+
+    def _count_sent(self, size: int) -> None:
+        """Note how much of changed requests etcd has not taken."""
+        if size != self._sent_bytes:
+            self._sent_bytes = size
+            self._count()
+
+    def _count(self) -> None:
+        """Have the owner count what is kept now; at its bound the call ends."""
+        kept = self._sent_bytes
+        if self._requests is not None:
+            kept += self._requests.held
+        if self._responses is not None:
+            kept += self._responses.held
+        change, self.kept = kept - self.kept, kept
+        if change and not self.done:
+            try:
+                self._translating.kept(self, change, self._flag)
+            except FramingError as error:
+                self.fail(error)
+
+    def _give_up(self) -> None:
+        if self.working:
+            self._translating.leave(self)
+        kept, self.kept = self.kept, 0
+        self._requests = self._responses = None
+        if kept:
+            self._translating.kept(self, -kept, self._flag)
+        # The client's other calls need the connection's window.
+        held, self._held_client = self._held_client, 0
+        self.connection.h2.consumed(None, held)
+        super()._give_up()
+
+    def fail(self, error: FramingError | DecodeError, name: str = "") -> None:
+        """End a call whose messages cannot be changed; `name`: what they should be."""
+        if self.done:
+            return
+        if isinstance(error, FramingError):
+            status, text = error.code, error.text
+        else:
+            status, text = Status.INTERNAL, f"watchmux: a message is no {name}, which {self._flag} has to read"
+        call, self._call = self._call, None
+        if call is not None:
+            call.reset(ErrorCode.CANCEL)
+        self._settle()
+        if self._answered:
+            self._give_up()
+            self.connection.h2.send_headers(self._stream, status_trailers(status, text), True)
+            self.connection.touch()
+        else:
+            self.refuse(Refusal(200, status, text))
+        self._owner.over()
+
+
+def _of_any_length(headers: Headers) -> Headers:
+    """Return a head without the length of the body, which changes."""
+    return [(name, value) for name, value in headers if name != b"content-length"]

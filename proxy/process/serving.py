@@ -1,0 +1,378 @@
+"""The life of `watchmux serve`: make the proxy that the settings describe, start it, and drain it when told to leave.
+
+Kept apart from the flags (proxy/cli/serve.py) and from the proxy itself (proxy/server.py), which knows neither
+files nor signals. An etcd that cannot be reached is no reason not to start: clients may come first, as after a
+power cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from coalesce import Limits
+from proxy import logs
+from proxy.config.knobs import Settings
+from proxy.config.values import Address, client_url, parse_listen_address, parse_metrics_address
+from proxy.config.watch import Watch
+from proxy.errors import FAILURE, WRONG_REQUEST, Failed
+from proxy.listening.settings import ListenerSettings
+from proxy.passthrough.settings import PassthroughSettings
+from proxy.process import descriptors
+from proxy.process.child import Child, ChildFailed, Parent, Ready, on_signals, python_command
+from proxy.process.reloading import Reloading
+from proxy.process.service_manager import ServiceManager
+from proxy.server import Proxy
+from proxy.watch.service import WatchSettings
+from upstream.credentials import Credentials
+from upstream.errors import UpstreamError
+from upstream.settings import ConnectionSettings
+from upstream.settings import Settings as UpstreamSettings
+
+if TYPE_CHECKING:
+    import ssl
+
+    from proxy.admin.port import Admin
+    from upstream.tls import FileContext
+
+REQUEST_OVERHEAD_BYTES: Final = 512 * 1024
+"""What etcd takes beyond --max-request-bytes (server/embed/config.go, grpcOverheadBytes)."""
+
+log = logs.logger("serve")
+
+
+def core_limits(watch: Watch) -> Limits:
+    """Return the core's limits; its names are the knobs', but for two."""
+    values = {field.name: getattr(watch, field.name) for field in fields(watch)}
+    return Limits(
+        progress_notify_s=values.pop("watch_progress_notify_interval_s"),
+        lagging_age_s_max=values.pop("lagging_age_s_max") or None,
+        **values,
+    )
+
+
+def listener_settings(settings: Settings) -> ListenerSettings:
+    """Return the listener's settings."""
+    listener = settings.listener
+    return ListenerSettings(
+        http2=replace(ListenerSettings().http2, max_streams=listener.max_concurrent_streams),
+        connections_max=listener.connections_max,
+        keepalive_min_s=listener.grpc_keepalive_min_time_s or None,
+        keepalive_interval_s=listener.grpc_keepalive_interval_s or None,
+        keepalive_timeout_s=listener.grpc_keepalive_timeout_s,
+    )
+
+
+def within_descriptors(settings: Settings, opened: int) -> Settings:
+    """Return the settings with no more connections of clients than the process has descriptors for.
+
+    `opened`: how many were in use before there were clients. Raises the soft limit; a lower number is logged.
+    """
+    wanted = settings.listener.connections_max
+    endpoints = len(settings.upstream.endpoints)
+    shared = descriptors.share(descriptors.raise_limit(), wanted, endpoints, opened)
+    if shared.connections_max < wanted:
+        log.warning(
+            "connections_max is lowered to what the limit of open files (RLIMIT_NOFILE) allows; raise that limit",
+            connections_max=shared.connections_max,
+            wanted=wanted,
+            descriptors=shared.limit,
+            reserved=shared.reserved,
+        )
+    return replace(settings, listener=replace(settings.listener, connections_max=shared.connections_max))
+
+
+def upstream_settings(settings: Settings) -> UpstreamSettings:
+    """Return the upstream side's settings."""
+    upstream = settings.upstream
+    return UpstreamSettings(
+        connection=ConnectionSettings(
+            connect_timeout_s=upstream.connect_timeout_s,
+            keepalive_s=upstream.dial_keepalive_time_s,
+            keepalive_timeout_s=upstream.dial_keepalive_timeout_s,
+        ),
+        connections_per_endpoint_max=upstream.connections_per_endpoint_max,
+        watch_message_bytes_max=upstream.watch_message_bytes_max,
+    )
+
+
+def credentials(settings: Settings) -> Credentials | None:
+    """Return the user in whose name trunks are watched; None where each has its own."""
+    upstream = settings.upstream
+    return Credentials(upstream.user, upstream.password) if upstream.user else None
+
+
+def _tls(settings: Settings) -> tuple[ssl.SSLContext | None, FileContext | None]:
+    """Return the contexts for the listener and towards etcd; None where TLS is not asked for."""
+    listener, upstream = settings.listener, settings.upstream
+    secured = any(endpoint.startswith(("https://", "unixs:")) for endpoint in upstream.endpoints)
+    wanted = upstream.cert or upstream.cacert or upstream.insecure_skip_tls_verify or secured
+    if not wanted and not listener.cert_file:
+        return None, None
+    from upstream.tls import client_context, server_context
+
+    inward: FileContext | None = None
+    outward: FileContext | None = None
+    if listener.cert_file:
+        inward = server_context(
+            listener.cert_file,
+            listener.key_file,
+            listener.trusted_ca_file or None,
+            min_version=listener.tls_min_version,
+        )
+    if wanted:
+        outward = client_context(
+            upstream.cert or None, upstream.key or None, upstream.cacert or None, upstream.insecure_skip_tls_verify
+        )
+    return inward, outward
+
+
+def watch_settings(settings: Settings) -> WatchSettings:
+    """Return the Watch service's settings."""
+    return WatchSettings(
+        request_bytes_max=settings.upstream.max_request_bytes + REQUEST_OVERHEAD_BYTES,
+        sessions_per_connection_max=settings.listener.sessions_per_connection_max,
+        requests_waiting_bytes_max=settings.listener.requests_waiting_bytes_max,
+    )
+
+
+def passthrough_settings(settings: Settings) -> PassthroughSettings:
+    """Return the settings of pass-through."""
+    return PassthroughSettings(
+        call_wait_s=settings.upstream.call_wait_s,
+        translated_request_bytes_max=settings.upstream.max_request_bytes + REQUEST_OVERHEAD_BYTES,
+    )
+
+
+def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy:
+    """Make the proxy that the settings describe, in front of `endpoints`. Raises UpstreamError.
+
+    `http1`: where HTTP/1 connections go, if not to `endpoints`: the bundled store has a port of its own for them.
+    """
+    address = parse_listen_address(settings.listener.listen_addr)
+    inward, outward = _tls(settings)
+    return Proxy(
+        endpoints=endpoints,
+        host=address.host,
+        port=address.port,
+        path=address.path,
+        tls=inward,
+        upstream_tls=outward,
+        upstream=upstream_settings(settings),
+        listener=listener_settings(settings),
+        watch=watch_settings(settings),
+        passthrough=passthrough_settings(settings),
+        limits=core_limits(settings.watch),
+        credentials=credentials(settings),
+        upstream_cert=settings.upstream.cert,
+        http1=http1,
+        namespace=settings.upstream.namespace.encode(errors="surrogateescape"),
+        advertised=client_url(settings.listener.advertise_client_url, secure=bool(settings.listener.cert_file)),
+        probe_interval_s=settings.admin.probe_interval_s,
+    )
+
+
+def cannot_listen(address: Address, flag: str, error: OSError) -> Failed:
+    """Say why an address cannot be listened on, and what to do."""
+    to_do = f"stop what uses it or choose another {flag}" + ("" if address.path else " (port 0: any)")
+    if error.errno == errno.EADDRINUSE:
+        reason = "it is in use"
+    elif error.errno == errno.EEXIST:
+        reason, to_do = "a file that is no socket is there", f"remove it or choose another {flag}"
+    elif error.errno == errno.ENOENT and address.path:
+        reason, to_do = "its directory is not there", f"make it or choose another {flag}"
+    else:
+        reason = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
+    return Failed(f"cannot listen on {address}: {reason}; {to_do}")
+
+
+async def serve(
+    settings: Settings,
+    notes: list[str],
+    parent_fd: int | None,
+    read_again: Callable[[], tuple[Settings, list[str]]] | None = None,
+) -> int:
+    """Run the proxy until a signal or the end of the parent; return the exit code.
+
+    `read_again` reads the settings anew, for SIGHUP. Raises Failed.
+    """
+    logs.configure(settings.log.log_level, settings.log.log_format)
+    for note in notes:
+        log.warning(note)
+    leaving = asyncio.Event()
+    signals = _Signals(leaving)
+    on_signals(signals.came)
+    parent = await Parent.join(parent_fd, lambda _line: None, leaving.set)
+    opened = descriptors.in_use()
+    found = within_descriptors(await discovered(settings), opened)
+    store = await _start_store() if not found.upstream.endpoints else None
+    proxy: Proxy | None = None
+    admin: Admin | None = None
+    manager: ServiceManager | None = None
+    try:
+        endpoints = [store.ready.address] if store else found.upstream.endpoints
+        address, proxy = await _start(found, endpoints, store.ready.metrics if store else "")
+        advertised = settings.listener.advertise_client_url or str(address)
+        admin = await _start_admin(proxy, settings, advertised)
+        applying = _Applying(proxy, settings, opened)
+        reloading = Reloading(settings, applying.apply)
+        if read_again is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.reload, read_again)
+        parent.write_line(Ready(address=str(address), metrics=str(admin.address) if admin else ""))
+        log.info(
+            "serving",
+            address=advertised,
+            endpoints=endpoints,
+            **({"metrics": f"http://{admin.address}/metrics"} if admin else {}),
+            **({"store": "bundled, in memory"} if store else {}),
+        )
+        manager = ServiceManager(proxy.health, os.environ)
+        manager.ready()
+        code = await _until_told(leaving, store)
+        applying.stop()
+        manager.stopping()
+        await signals.or_again(proxy.drain(reloading.settings.listener.drain_s if code == 0 else 0))
+    finally:
+        if admin is not None:
+            await admin.stop()
+        if proxy is not None:
+            await proxy.stop()
+        if store is not None:
+            await store.stop()
+        if manager is not None:
+            manager.stop()
+        await parent.leave()
+    log.info("ended")
+    return code
+
+
+async def discovered(settings: Settings) -> Settings:
+    """Return the settings with the endpoints that DNS names, if it shall be asked. Raises Failed."""
+    upstream = settings.upstream
+    if not upstream.discovery_srv:
+        return settings
+    from upstream.discovery import discover  # for those who use it
+
+    try:
+        endpoints = await discover(upstream.discovery_srv, upstream.discovery_srv_name, upstream.insecure_discovery)
+    except UpstreamError as error:
+        raise Failed(str(error)) from None
+    if upstream.endpoints:
+        log.warning("--endpoints is not used: --discovery-srv goes before it", endpoints=upstream.endpoints)
+    return replace(settings, upstream=replace(upstream, endpoints=endpoints))
+
+
+class _Applying:
+    """Has a running proxy go by other settings, as far as `reloading.RELOADED` goes."""
+
+    def __init__(self, proxy: Proxy, settings: Settings, opened: int) -> None:
+        self._proxy = proxy
+        # Descriptors that were in use before there were clients.
+        self._opened = opened
+        self._endpoints = settings.upstream.endpoints
+        self._moving: asyncio.Task[None] | None = None
+
+    def apply(self, settings: Settings) -> None:
+        """Take them; endpoints are looked at first, and taken a moment later."""
+        logs.configure(settings.log.log_level, settings.log.log_format)
+        proxy = self._proxy
+        proxy.engine.set_limits(core_limits(settings.watch))
+        proxy.listener.settings = listener_settings(within_descriptors(settings, self._opened))
+        proxy.watches.settings = watch_settings(settings)
+        proxy.passthrough.go_by(passthrough_settings(settings))
+        if settings.upstream.endpoints != self._endpoints and not settings.upstream.discovery_srv:
+            self._endpoints = settings.upstream.endpoints
+            self.stop()
+            self._moving = asyncio.get_running_loop().create_task(self._move(self._endpoints))
+
+    def stop(self) -> None:
+        """Give up what is not taken yet."""
+        if self._moving is not None:
+            self._moving.cancel()
+            self._moving = None
+
+    async def _move(self, endpoints: list[str]) -> None:
+        problem = await self._proxy.set_endpoints(endpoints)
+        if problem:
+            log.error("the endpoints cannot be used; the old ones are kept", endpoints=endpoints, problem=problem)
+        else:
+            log.info("the endpoints are others", endpoints=endpoints)
+
+
+class _Signals:
+    """The first signal asks to leave in good order, the second to leave at once."""
+
+    def __init__(self, leaving: asyncio.Event) -> None:
+        self._leaving = leaving
+        self._again = asyncio.Event()
+
+    def came(self) -> None:
+        (self._again if self._leaving.is_set() else self._leaving).set()
+
+    async def or_again(self, work: Coroutine[Any, Any, object]) -> None:
+        """Do the work, but give it up at the second signal."""
+        task = asyncio.ensure_future(work)
+        again = asyncio.ensure_future(self._again.wait())
+        await asyncio.wait([task, again], return_when=asyncio.FIRST_COMPLETED)
+        again.cancel()
+        if task.done():
+            task.result()
+        else:
+            log.warning("second signal: ending at once")
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def _start(settings: Settings, endpoints: list[str], http1: str) -> tuple[Address, Proxy]:
+    """Start the proxy; return where it listens, and it. Raises Failed."""
+    address = parse_listen_address(settings.listener.listen_addr)
+    try:
+        proxy = proxy_of(settings, endpoints, http1)
+        await proxy.start()
+    except UpstreamError as error:
+        raise Failed(str(error), WRONG_REQUEST) from None
+    except OSError as error:
+        raise cannot_listen(address, "--listen-addr", error) from None
+    return address._replace(port=proxy.port), proxy
+
+
+async def _start_admin(proxy: Proxy, settings: Settings, advertised: str) -> Admin | None:
+    if not settings.admin.metrics_addr:
+        return None
+    from proxy.admin.port import Admin  # the web server is loaded only by those who ask for it
+
+    address = parse_metrics_address(settings.admin.metrics_addr)
+    admin = Admin(proxy, address, advertised)
+    try:
+        await admin.start()
+    except OSError as error:
+        raise cannot_listen(address, "--metrics-addr", error) from None
+    return admin
+
+
+async def _start_store() -> Child:
+    anywhere = ("--listen-addr=127.0.0.1:0", "--listen-metrics-urls=http://127.0.0.1:0")
+    try:
+        return await Child.start("the bundled store", python_command("proxy.cli", "store", *anywhere))
+    except ChildFailed as error:
+        raise Failed(str(error)) from None
+
+
+async def _until_told(leaving: asyncio.Event, store: Child | None) -> int:
+    """Wait until it is time to leave; a bundled store that ends takes the proxy with it. Return the exit code."""
+    told = asyncio.ensure_future(leaving.wait())
+    waits: list[asyncio.Future[Any]] = [told]
+    if store is not None:
+        waits.append(asyncio.ensure_future(store.process.wait()))
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    if told.done() and not told.cancelled():
+        return 0
+    log.error("the bundled store ended", reason=store.last_words() if store else "")
+    return FAILURE

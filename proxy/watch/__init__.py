@@ -1,0 +1,1 @@
+"""Watches: the service that clients call, the engine that drives the core, and where events leave."""

@@ -1,0 +1,600 @@
+"""The engine: the one place that drives the core, and carries out what the core asks for.
+
+The core (`coalesce`) is a value: inputs go in, effects come back. The engine feeds it with what clients ask (from
+`watch`), what etcd says (from `upstream.watch`) and the time, and carries the effects out in the order of their list.
+Inputs never nest: one that arises while effects are carried out waits in the inbox until they are done. So the core
+sees one input after the other, and nobody needs a lock.
+
+The path of an event is `received` -> `Coalescer.received` -> one `Deliver` per variant -> `_deliver`. What runs
+once per watch and event is one loop in `SendingHalf.send_each`; the bytes it sends are shared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from coalesce.batch import Payload
+from coalesce.core import Coalescer
+from coalesce.effects import (
+    CheckPermission,
+    CloseUpstream,
+    Deliver,
+    Effect,
+    EndSession,
+    OpenUpstream,
+    PauseUpstream,
+    ReadRevision,
+    RequestProgress,
+    ResumeUpstream,
+    Send,
+    TakeRequests,
+)
+from coalesce.inputs import CreateRequest, Identity, Lost, Refusal
+from coalesce.limits import Limits
+from coalesce.session import Session, Watch
+from coalesce.source import Upstream
+from proto.framing import Status
+from proto.scan import Header, WatchResponse
+from proxy import logs
+from proxy.auth.model import May, Outcome
+from proxy.auth.queries import Now
+from proxy.auth.reads import Reader
+from proxy.auth.restore import Asked
+from proxy.watch.outlets import Order, Outlet, are_apart, order_of
+from upstream.watching.stream import OpenedWatch
+
+BULKY_BYTES = 8 * 1024
+"""From this size on a payload is not copied for each of the streams that it goes to."""
+
+TURN_BYTES = 1024 * 1024
+"""Each time so much was queued it may be written in the middle of a turn: one read of etcd's bytes may bring hundreds
+of events for thousands of watches, and all of that would stand in memory before the first byte goes out."""
+
+RUN_WATCHES_MIN = 32
+"""From so many watches on a group is worth to be put in order by connection."""
+
+ORDERS_REMEMBERED_MAX = 16
+"""Groups that are remembered in that order; beyond, the one remembered longest is put in order anew."""
+
+INSIDE = Identity()
+"""Who the proxy itself is when it watches through itself (proxy/admin/self_probe.py). It needs no permission: nothing
+that it gets leaves the process. What clients send makes other objects, whatever it is."""
+
+log = logs.logger("engine")
+
+
+class UpstreamWatches(Protocol):
+    """What the engine needs of `upstream.watch.WatchClient`."""
+
+    @property
+    def newest_revision(self) -> int: ...
+    @property
+    def ordered_progress(self) -> bool: ...
+    @property
+    def leaderless(self) -> bool: ...
+    def watch_leader(self) -> None: ...
+    @property
+    def own_token(self) -> bytes | None: ...
+    def open(self, watch: OpenedWatch) -> None: ...
+    def close(self, watch: OpenedWatch) -> None: ...
+    def pause(self, watch: OpenedWatch) -> None: ...
+    def resume(self, watch: OpenedWatch) -> None: ...
+    def request_progress(self, number: int, watches: Iterable[OpenedWatch]) -> None: ...
+    def store_went_back(self, revision: int) -> None: ...
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counts since the start, of what only the engine sees."""
+
+    delivered: int = 0
+    """Payloads handed to streams."""
+
+    delivered_bytes: int = 0
+    coalesced: int = 0
+    """Payloads that etcd did not have to send, because it had sent them for another stream already."""
+
+    delivering_since: float = 0.0
+    """When the oldest event that waits for the end of this turn was received (time.perf_counter); 0: none waits. The
+    listener takes it there, so that the delay of an event is known without a clock being read for each."""
+
+    stalls: int = 0
+    upstream_opened: int = 0
+    upstream_paused: int = 0
+    """Times a backfill was not read on, because those it is for had too much to read."""
+
+    upstream_lost: int = 0
+    upstream_broken: int = 0
+    """Times the connection that carries the watches broke."""
+
+    upstream_resumed: int = 0
+    """Times a connection for the watches was there (again), the first one included."""
+
+    went_back: int = 0
+    """Times the store was found to have another history than before."""
+
+    ended: int = 0
+    """Sessions ended by the core."""
+
+    failures: int = 0
+    """Times the core failed by a bug, and everything began anew."""
+
+
+class Engine:
+    """Drives one Coalescer. Start it on the running event loop; give it its upstream before the first client."""
+
+    def __init__(self, core: Coalescer, reader: Reader) -> None:
+        self.core = core
+        self.stats = EngineStats()
+        self.failed: Callable[[], None] | None = None
+        """Ends every session, by `Outlet.end`, when the core has failed."""
+
+        self.relieve: Callable[[], None] | None = None
+        """Called each time that much has been queued for clients, see TURN_BYTES."""
+
+        self.gather: Callable[[bool], None] | None = None
+        """Told when what is queued from now on is to be written together (True), and when to write it (False)."""
+
+        self.wrote: Callable[[], None] | None = None
+        """Told after payloads were written that were never queued; set by who measures their delay."""
+
+        self.upstream_changed: Callable[[], None] | None = None
+        """Called when the connection that carries the watches is lost or there again."""
+
+        self._reader = reader
+        self._loop = asyncio.get_running_loop()
+        self._upstream: UpstreamWatches | None = None
+        self._inbox: deque[tuple[Callable[..., list[Effect]], tuple[Any, ...]]] = deque()
+        self._busy = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._stopped = False
+        self._queued_bytes = 0
+        """Delivered since it was last written in the middle of a turn."""
+        self._reading = False
+        """Between `reading(True)` and `reading(False)`."""
+        self._gathering = False
+        """Between `gather(True)` and `gather(False)`."""
+        self._hearing = False
+        """What is delivered has just come in."""
+        self._received_at = 0.0
+        """When it came in (time.perf_counter), if anybody wants to know; 0: unknown, or nothing has just come in."""
+        reader.listener = self
+        self._open: dict[Upstream, None] = {}
+        self._orders: dict[int, tuple[Sequence[Watch], Order | None]] = {}
+        """By the id of a group's tuple: the tuple, and its order once that was needed twice."""
+        self._carry_out: dict[type, Callable[[Any], None]] = {
+            Deliver: self._deliver,
+            Send: self._send,
+            TakeRequests: lambda effect: effect.session.outlet.take_requests(),
+            EndSession: self._end_session,
+            OpenUpstream: self._open_upstream,
+            CloseUpstream: self._close_upstream,
+            PauseUpstream: self._pause_upstream,
+            ResumeUpstream: self._resume_upstream,
+            ReadRevision: self._read_revision,
+            CheckPermission: self._check_permission,
+            RequestProgress: self._request_progress,
+        }
+
+    def attach(self, upstream: UpstreamWatches) -> None:
+        """Give it the watch client that carries its trunks; the client in turn has the engine as its listener."""
+        self._upstream = upstream
+
+    def has_no_leader(self, find_out: bool = True) -> bool:
+        """Whether no endpoint of etcd has a leader, as far as is known; `find_out`: its loss is known from now on."""
+        if find_out:
+            self._client().watch_leader()
+        return self._client().leaderless
+
+    def set_limits(self, limits: Limits) -> None:
+        """Have the core go by other limits from now on."""
+        self.core.limits = limits
+        self._input(self.core.expire)
+
+    def stop(self) -> None:
+        """Take no more inputs."""
+        self._stopped = True
+        self._reader.stop()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # clients (the Watch service)
+
+    def open_session(self, outlet: Outlet, identity: Identity) -> Session:
+        """Begin a session that answers to `outlet`. It has no effects, so it does not wait in the inbox."""
+        return self.core.open_session(outlet, identity, self._loop.time())
+
+    def create(self, session: Session, request: CreateRequest) -> None:
+        """A client asks for a watch."""
+        self._input(self.core.create, session, request)
+
+    def cancel(self, session: Session, watch_id: int) -> None:
+        """A client cancels a watch."""
+        self._input(self.core.cancel, session, watch_id)
+
+    def progress(self, session: Session) -> None:
+        """A client asks for progress."""
+        self._input(self.core.progress, session)
+
+    def close(self, session: Session) -> None:
+        """A client's stream is gone."""
+        # So that nothing of it is kept here.
+        self._orders.clear()
+        self._reader.session_over(session)
+        self._input(self.core.close, session)
+
+    def drained(self, session: Session) -> None:
+        """A client has taken everything that waited."""
+        self._input(self.core.drained, session)
+
+    # etcd (the listener of `upstream.watch.WatchClient`)
+
+    def received(self, watch: OpenedWatch, response: WatchResponse) -> None:
+        """An upstream watch spoke."""
+        if response.canceled:
+            self._open.pop(watch, None)  # type: ignore[call-overload]  # it is the core's Upstream that was opened
+        if self._busy or self._stopped:
+            self._input(self.core.received, watch, response)
+            return
+        # As `_input` does; and what comes alone is delivered at once.
+        if self.wrote is not None:
+            self._received_at = time.perf_counter()
+        self._busy = self._hearing = True
+        try:
+            effects = self.core.received(watch, response, self._loop.time())  # type: ignore[arg-type]  # as above
+            if len(effects) == 1 and type(effects[0]) is Deliver and not self._gathering:
+                self._deliver_alone(effects[0])
+            else:
+                for effect in effects:
+                    self._carry_out[type(effect)](effect)
+            if self._inbox:
+                self._empty_inbox()
+        except Exception:
+            self._start_over()
+        finally:
+            self._busy = self._hearing = False
+            self._received_at = 0.0
+        if self.core.deadline_moved:
+            self._arm()
+        if self._gathering and not self._reading:
+            self._gather(False)
+
+    def reading(self, begins: bool) -> None:
+        """Begin and end a read of etcd's bytes that may bring several messages: all is written at its end.
+
+        A read that is one message comes without this, and may be written at once.
+        """
+        self._reading = begins
+        self._gather(begins)
+
+    def progressed(self, watches: Iterable[OpenedWatch], header: Header, number: int) -> None:
+        """These are complete through the header's revision, which etcd had after the request of this number."""
+        self._input(self.core.progressed, watches, header, number)
+
+    def lost(self, watch: OpenedWatch, status: int, text: str) -> None:
+        """An upstream watch is over for good."""
+        self.stats.upstream_lost += 1
+        self._open.pop(watch, None)  # type: ignore[call-overload]  # as above
+        log.warning("an upstream watch is over", key=watch.key, status=status, reason=text)
+        self._input(self.core.lost, watch, Lost(status, text))
+
+    def no_leader(self) -> None:
+        """No endpoint has a leader."""
+        self._input(self.core.no_leader)
+
+    def header_seen(self, header: Header) -> None:
+        """The newest header of any answer. It has no effects."""
+        self.core.header_seen(header)
+
+    def other_history(self, header: Header) -> None:
+        """The store at the other end is not the one it was."""
+        self._reader.other_history(header)
+        self.went_back(header)
+
+    def broken(self) -> None:
+        """The connection is lost; the watch client resumes by itself."""
+        self.stats.upstream_broken += 1
+        if self.upstream_changed is not None:
+            self.upstream_changed()
+
+    def resumed(self) -> None:
+        """There is a connection (again), maybe to another member, or to a store restored from a snapshot."""
+        self.stats.upstream_resumed += 1
+        self.core.ordered_progress = self._client().ordered_progress
+        if self.upstream_changed is not None:
+            self.upstream_changed()
+        self._reader.connected(self._open)
+
+    # driving
+
+    def _input(self, step: Callable[..., list[Effect]], *arguments: Any) -> None:
+        """Hand one input to the core, carry its effects out, then do the same with those that arose meanwhile."""
+        if self._busy:
+            self._inbox.append((step, arguments))
+            return
+        if self._stopped:
+            return
+        self._busy = True
+        try:
+            for effect in step(*arguments, self._loop.time()):
+                self._carry_out[type(effect)](effect)
+            if self._inbox:
+                self._empty_inbox()
+        except Exception:
+            self._start_over()
+        finally:
+            self._busy = False
+        if self.core.deadline_moved:
+            self._arm()
+
+    def _empty_inbox(self) -> None:
+        while self._inbox:
+            step, arguments = self._inbox.popleft()
+            for effect in step(*arguments, self._loop.time()):
+                self._carry_out[type(effect)](effect)
+
+    def _start_over(self) -> None:
+        """Drop a core that failed, by a bug of ours, with all of its sessions; called where the exception is handled.
+
+        What it holds may be wrong, and going on with it might lose events in silence. Clients that are sent away come
+        back by themselves and resume from what they have, which is exact.
+        """
+        self.stats.failures += 1
+        log.exception("the core failed: all watch sessions are ended, and it begins anew")
+        header = self.core.header
+        self.core = Coalescer(self.core.limits, self.core.ordered_progress)
+        if header is not None:
+            self.core.header_seen(header)
+        self._inbox.clear()
+        self._orders.clear()
+        upstreams, self._open = self._open, {}
+        for upstream in upstreams:
+            self._client().close(upstream)
+        if self.failed is not None:
+            self.failed()
+
+    def _arm(self) -> None:
+        """Have the timer ring at the core's next deadline. A ring too early is harmless: it is only moved forward."""
+        deadline = self.core.next_deadline()
+        if deadline is None:
+            return
+        timer = self._timer
+        if timer is not None:
+            if self._timer_at <= deadline:
+                return
+            timer.cancel()
+        self._timer_at = deadline
+        self._timer = self._loop.call_at(deadline, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        deadline = self.core.next_deadline()
+        if deadline is not None and deadline <= self._loop.time():
+            self._input(self.core.expire)
+        else:
+            self._arm()
+
+    # carrying out
+
+    def _gather(self, begins: bool) -> None:
+        self._gathering = begins
+        if self.gather is not None:
+            self.gather(begins)
+
+    def _deliver(self, effect: Deliver) -> None:
+        """Write one payload to many watches."""
+        watches = effect.watches
+        # Progress goes to a list of its own each time: its order would not be needed again.
+        ordered = len(watches) >= RUN_WATCHES_MIN and effect.payload.event_count
+        self._deliver_in(self._order_of(watches) if ordered else None, effect)
+
+    def _deliver_in(self, order: Order | None, effect: Deliver) -> None:
+        payload, watches = effect.payload, effect.watches
+        count = len(watches)
+        if self._hearing and not self._gathering:
+            self._gather(True)
+        sent = self._deliver_each(payload, watches) if order is None else self._deliver_ordered(payload, order)
+        stats = self.stats
+        stats.delivered += count
+        stats.coalesced += count - 1
+        stats.delivered_bytes += sent
+        if not stats.delivering_since:
+            stats.delivering_since = self._received_at
+        self._queued_bytes += sent
+        if self._queued_bytes >= TURN_BYTES and self.relieve is not None:
+            self._queued_bytes = 0
+            self.relieve()
+
+    def _deliver_alone(self, effect: Deliver) -> None:
+        """Write a payload to watches on different connections, at once where nothing waits; to others as ever.
+
+        It is the only one of its read, so that there is nothing to join it with.
+        """
+        payload, watches = effect.payload, effect.watches
+        count = len(watches)
+        if not payload.event_count:
+            self._deliver_in(None, effect)
+            return
+        if count >= RUN_WATCHES_MIN:
+            order = self._order_of(watches)
+            if order is None or order.runs or payload.size > BULKY_BYTES:
+                self._deliver_in(order, effect)
+                return
+        elif count > 1 and not are_apart(watches):
+            self._deliver(effect)
+            return
+        stats = self.stats
+        stats.delivering_since = self._received_at
+        stats.coalesced += count - 1
+        message: bytes | None = None
+        watch_id: int | None = None
+        size = 0
+        for watch in watches:
+            outlet: Outlet = watch.outlet  # type: ignore[assignment]  # an object to the core, ours by open_session
+            if watch.watch_id != watch_id:
+                watch_id = watch.watch_id
+                message = payload.message(watch_id) if payload.size <= BULKY_BYTES else None
+                size = 0 if message is None else len(message)
+            if message is not None and not outlet.stalled and outlet.connection.write_now(outlet.stream, message, size):
+                stats.delivered += 1
+                stats.delivered_bytes += size
+            else:
+                self._deliver(Deliver(payload, (watch,)))
+        if self.wrote is not None:
+            self.wrote()
+
+    def _deliver_each(self, payload: Payload, watches: Sequence[Watch]) -> int:
+        """Write a payload to watches one by one; return the bytes written."""
+        pieces_of = payload.pieces
+        sent = 0
+        size = 0
+        pieces: Sequence[bytes] = ()
+        watch_id: int | None = None
+        for watch in watches:
+            outlet: Outlet = watch.outlet  # type: ignore[assignment]  # an object to the core, ours by open_session
+            if outlet.stalled:
+                # Stalled by an earlier effect of the same list; what stalled before the list was made is not in it.
+                self.core.returned(watch, payload)
+                continue
+            connection = outlet.connection
+            if not connection.dirty:
+                connection.touch()
+            if watch.watch_id != watch_id:
+                # Most clients have one watch to a stream, with the id 0: then this is done once.
+                watch_id = watch.watch_id
+                pieces = pieces_of(watch_id)
+                size = len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces))
+            sent += size
+            if size > BULKY_BYTES:
+                connection.bulky = True
+            if not connection.h2.send(outlet.stream, pieces, size):
+                outlet.stalled = True
+                self.stats.stalls += 1
+                self.core.stalled(watch.session)
+        return sent
+
+    def _deliver_ordered(self, payload: Payload, order: Order) -> int:
+        """Do the same run by run: the hot loop is inside of `send_each`."""
+        sent = self._deliver_each(payload, order.apart)
+        for run in order.runs:
+            columns = payload.columns(run.ids)
+            size = len(columns[0][0]) if len(columns) == 1 else sum(len(column[0]) for column in columns)
+            connection = run.connection
+            if not connection.dirty:
+                connection.touch()
+            if size > BULKY_BYTES:
+                connection.bulky = True
+            left = connection.h2.send_each(run.together, columns, size)
+            sent += size * (len(run.watches) - len(left))
+            if left:
+                sent += self._deliver_each(payload, [run.watches[place] for place in left])
+        return sent
+
+    def _order_of(self, watches: Sequence[Watch]) -> Order | None:
+        """Return the order of a group of watches, from the second time on that this very group is delivered to.
+
+        A group is one tuple for as long as nobody comes or goes, and what is read of its watches here never changes.
+        """
+        known = self._orders.get(id(watches))
+        if known is None:
+            if len(self._orders) >= ORDERS_REMEMBERED_MAX:
+                del self._orders[next(iter(self._orders))]
+            # The tuple is kept so that its id is not another one's.
+            self._orders[id(watches)] = (watches, None)
+            return None
+        order = known[1]
+        if order is None:
+            order = order_of(watches)
+            self._orders[id(watches)] = (watches, order)
+        return order
+
+    def _send(self, effect: Send) -> None:
+        outlet: Outlet = effect.session.outlet  # type: ignore[assignment]  # as above
+        if not outlet.send(effect.message) and not outlet.stalled:
+            outlet.stalled = True
+            self.stats.stalls += 1
+            self.core.stalled(effect.session)
+
+    def _end_session(self, effect: EndSession) -> None:
+        self.stats.ended += 1
+        effect.session.outlet.end(effect.status, effect.text)  # type: ignore[attr-defined]  # as above
+
+    def end_session(self, session: Session, status: int, text: str) -> None:
+        """End a session for a reason that the core does not know."""
+        outlet: Outlet = session.outlet  # type: ignore[assignment]  # as above
+        outlet.end(status, text)
+        self.close(session)
+
+    def _open_upstream(self, effect: OpenUpstream) -> None:
+        self.stats.upstream_opened += 1
+        self._open[effect.upstream] = None
+        self._client().open(effect.upstream)
+
+    def _close_upstream(self, effect: CloseUpstream) -> None:
+        self._open.pop(effect.upstream, None)
+        self._client().close(effect.upstream)
+
+    def _pause_upstream(self, effect: PauseUpstream) -> None:
+        self.stats.upstream_paused += 1
+        self._client().pause(effect.upstream)
+
+    def _resume_upstream(self, effect: ResumeUpstream) -> None:
+        self._client().resume(effect.upstream)
+
+    def _request_progress(self, effect: RequestProgress) -> None:
+        self._client().request_progress(effect.number, effect.upstreams)
+
+    def _read_revision(self, effect: ReadRevision) -> None:
+        """Read "now" for those who wait, by the right of one of them."""
+        core, read = self.core, effect.read
+
+        def told(outcome: Outcome) -> None:
+            if core is self.core:
+                self._input(core.revision_read, read, outcome)
+
+        self._reader.read(Now(read, told))
+
+    def _check_permission(self, effect: CheckPermission) -> None:
+        core, create, identity = self.core, effect.check, effect.check.session.identity
+        if identity is INSIDE:
+            self._input(core.permission, create, None)
+            return
+
+        def told(outcome: Outcome) -> None:
+            if core is self.core:
+                self._input(core.permission, create, outcome)
+
+        self._reader.check(May(Asked(identity.token, create.key, create.range_end), create, told))
+
+    # what is read (the listener of `Reader`)
+
+    @property
+    def newest_revision(self) -> int:
+        """The newest revision that the watches have seen."""
+        return self._client().newest_revision
+
+    @property
+    def own_token(self) -> bytes | None:
+        """The token of the proxy's own user, in whose name it may read as well."""
+        return self._client().own_token
+
+    def not_authorized(self, session: Session, refusal: Refusal) -> None:
+        """A session was let in while auth was off, or its right is gone since: it has to come again."""
+        self.end_session(session, Status.UNAVAILABLE, f"watchmux: not authorized any more: {refusal.text}")
+
+    def went_back(self, header: Header) -> None:
+        """The store is older than it was, or not the one it was."""
+        self.stats.went_back += 1
+        self._client().store_went_back(header.revision)
+        self._input(self.core.other_history, header)
+
+    def _client(self) -> UpstreamWatches:
+        assert self._upstream is not None, "attach() comes before the first client"
+        return self._upstream

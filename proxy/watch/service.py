@@ -1,0 +1,456 @@
+"""The Watch service: from a client's stream to the core and back.
+
+A `WatchCall` is one client's Watch stream: it reads WatchRequests, turns them into inputs of the engine, and is the
+session's outlet, the place where answers and events leave. Events themselves do not pass through its methods: the
+engine's fan-out writes them straight to `connection` and `stream`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from google.protobuf.message import DecodeError
+
+from coalesce.inputs import CreateRequest, Identity
+from coalesce.session import Session
+from proto.filters import LONG_BYTES, meaning_of, shortened
+from proto.framing import PREFIX_BYTES, FramingError, Status
+from proto.http2 import Stream
+from proto.pacing import PacedUnframer
+from proto.pb import rpc_pb2
+from proxy.listening.calls import Carrier, Headers, Refusal, RequestHead, ServerCall
+from proxy.watch.engine import INSIDE
+from upstream.errors import NO_LEADER_TEXT
+
+if TYPE_CHECKING:
+    from proxy.listening.connection import ServerConnection
+    from proxy.watch.engine import Engine
+
+PATH = b"/etcdserverpb.Watch/Watch"
+
+DRAIN_TEXT = "watchmux: shutting down, connect to another endpoint"
+FAILED_TEXT = "watchmux: internal error, connect again"
+WAITING_TEXT = "watchmux: too many bytes of watch requests wait, of all streams together (%d)"
+
+CREATE_WORK = 12
+CANCEL_WORK = 4
+PROGRESS_WORK = 3
+BYTES_PER_WORK = 512
+"""What requests cost, in the unit of `listening.turns`: each of its kind, and so many bytes of it, inflated, one piece
+more: 512 filters, the most costly content, take four microseconds."""
+
+CALLS_PER_WORK = 50
+"""Streams that are looked at in a piece of work."""
+
+STREAM_SHARE = 60
+"""Work of one stream before the others of its connection have their turn."""
+
+ANSWERS_UNREAD_MAX = 16
+"""Answers for a client that does not read; then its requests wait, unread. etcd's own number (ctrlStreamBufLen in
+api/v3rpc/watch.go)."""
+
+FILTERS_FEW = 16
+"""Filters that are looked through one by one."""
+
+
+DRAIN_SLICE_S = 0.05
+DRAIN_SLICE_SESSIONS = 100
+"""Sessions ended per slice at least: a hundred clients that come back at once are no herd."""
+
+
+@dataclass(slots=True, frozen=True)
+class WatchSettings:
+    """What the Watch service allows."""
+
+    request_bytes_max: int = 2 * 1024 * 1024
+    """One WatchRequest; etcd's own bound is --max-request-bytes (1.5 MiB) + 512 KiB."""
+
+    sessions_per_connection_max: int = 10_000
+    """Watch streams on one connection; one more is refused RESOURCE_EXHAUSTED."""
+
+    requests_waiting_bytes_max: int = 256 * 1024 * 1024
+    """Requests of all watch streams that wait: for their turn, for their end, or for etcd. A stream stops being read
+    long before (the core's `line_bytes_max`); at this bound the stream that keeps more waiting than others ends
+    RESOURCE_EXHAUSTED."""
+
+
+class WatchService:
+    """The handler factory of the Watch method, and the set of its open sessions."""
+
+    def __init__(self, engine: Engine, settings: WatchSettings | None = None) -> None:
+        self.engine = engine
+        self.settings = settings or WatchSettings()
+        self.calls: set[WatchCall] = set()
+        self.refused_at = {"sessions_per_connection_max": 0, "request_bytes_max": 0, "requests_waiting_bytes_max": 0}
+        """Streams turned away or ended, by the limit that was reached."""
+        self.unread_bytes = 0
+        """Of requests that no stream has looked at yet, or that are not whole; now, and of all streams."""
+        self.draining = False
+
+    def open(self, connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> WatchCall:
+        """Take a request stream. Raises Refusal for what is not a gRPC call, one too many, or no leader to be had.
+
+        A stream whose client has ended its side is still one: the half-close says nothing about what it wants to hear.
+        """
+        del end_stream
+        head = RequestHead.parse(headers)
+        carrier = cast("ServerConnection", connection)
+        if self.draining:
+            raise Refusal(200, Status.UNAVAILABLE, DRAIN_TEXT)
+        if carrier.sessions >= self.settings.sessions_per_connection_max:
+            self.refused_at["sessions_per_connection_max"] += 1
+            limit = self.settings.sessions_per_connection_max
+            text = f"watchmux: too many watch streams on one connection ({limit})"
+            raise Refusal(200, Status.RESOURCE_EXHAUSTED, text)
+        if identity_of(head).has_leader and self.engine.has_no_leader():
+            raise Refusal(200, Status.UNAVAILABLE, NO_LEADER_TEXT)
+        return WatchCall(self, carrier, stream, head)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of requests that wait, here or in the core."""
+        return self.unread_bytes + self.engine.core.stats.line_bytes
+
+    def bound_waiting(self, call: WatchCall) -> None:
+        """End a stream if requests that wait are too much: `call`, which brought some, or who has most of them."""
+        limit = self.settings.requests_waiting_bytes_max
+        if self.waiting_bytes <= limit:
+            return
+        # One that has no less than its share of the bound pays itself, so that the others are looked through seldom.
+        if call.waiting_bytes * len(self.calls) < limit:
+            call.connection.turns.spend(1 + len(self.calls) // CALLS_PER_WORK)
+            call = max(self.calls, key=lambda one: one.waiting_bytes)
+        self.refused_at["requests_waiting_bytes_max"] += 1
+        call.leave(Status.RESOURCE_EXHAUSTED, WAITING_TEXT % limit)
+
+    def end_all(self) -> None:
+        """End every session because the core has failed; it knows none of them any more."""
+        for call in tuple(self.calls):
+            call.end(Status.UNAVAILABLE, FAILED_TEXT)
+
+    async def drain(self, over_s: float) -> None:
+        """End every session UNAVAILABLE, spread over `over_s` seconds: clients shall not come back as a herd."""
+        self.draining = True
+        calls = list(self.calls)
+        random.shuffle(calls)
+        slices = max(1, int(over_s / DRAIN_SLICE_S))
+        size = max(DRAIN_SLICE_SESSIONS, math.ceil(len(calls) / slices))
+        while calls:
+            for call in calls[-size:]:
+                call.leave(Status.UNAVAILABLE, DRAIN_TEXT)
+            del calls[-size:]
+            if calls:
+                await asyncio.sleep(DRAIN_SLICE_S)
+
+
+class WatchCall:
+    """One client's Watch stream: the handler of its HTTP/2 stream and the outlet of its session."""
+
+    __slots__ = (
+        "_answers_unread",
+        "_call",
+        "_decompress",
+        "_ended",
+        "_held_bytes",
+        "_owed",
+        "_queued",
+        "_requests",
+        "_service",
+        "connection",
+        "session",
+        "stalled",
+        "stream",
+    )
+
+    def __init__(self, service: WatchService, connection: ServerConnection, stream: Stream, head: RequestHead) -> None:
+        self.connection = connection
+        self.stream = stream
+        self.stalled = False
+        """Something sent waits in the stream: the core was told, and nothing more is delivered until `drained`."""
+        self._service = service
+        self._call = ServerCall(connection, stream)
+        self._decompress = head.decompress
+        self._requests: PacedUnframer | None = None
+        """Requests that wait, or the part of one that has come; None between requests, as nearly always."""
+        self._queued = False
+        """The connection calls `go_on` when it is its turn."""
+        self._ended = False
+        """The client sends nothing more."""
+        self._owed = 0
+        """Bytes taken and not yet credited: who makes requests wait may not send more of them."""
+        self._held_bytes = 0
+        """What it has in the service's `unread_bytes`."""
+        self._answers_unread = 0
+        """Answers sent while stalled."""
+        identity = INSIDE if connection.inside else identity_of(head)
+        self.session: Session | None = service.engine.open_session(self, identity)
+        service.calls.add(self)
+        connection.sessions += 1
+        self._call.end_after(head.timeout_s)
+
+    # the stream's handler
+
+    def data(self, data: bytes, flow_size: int, end_stream: bool) -> None:
+        """Take requests: at once as far as this turn and the session allow, the rest later."""
+        h2 = self.connection.h2
+        if self.session is None:
+            h2.consumed(self.stream, flow_size)
+            return
+        requests = self._requests
+        size = len(data) - PREFIX_BYTES
+        if (
+            requests is None
+            and 0 <= size <= self._service.settings.request_bytes_max
+            and data.startswith(b"\0" + size.to_bytes(4, "big"))
+            and self.connection.turns.left > 0
+            and not self._must_wait
+        ):
+            # One whole request, as nearly always.
+            h2.consumed(self.stream, flow_size)
+            self._request(data[PREFIX_BYTES:])
+            if end_stream:
+                self._end_requests()
+            return
+        if requests is None:
+            requests = self._requests = PacedUnframer(self._service.settings.request_bytes_max, self._decompress)
+        self._owed += flow_size
+        self._ended = end_stream
+        requests.add(data)
+        if not self._queued:
+            if self.connection.turns.left > 0:
+                self._go_on_later(self.go_on())
+            else:
+                self._hold()
+                self._go_on_later(True)
+        else:
+            self._hold()
+
+    def trailers(self, headers: Headers) -> None:
+        """Take request trailers: a half-close."""
+        del headers
+        self._end_requests()
+
+    def go_on(self) -> bool:
+        """Take requests that wait, as far as this turn and the session allow; True: there are more for the next."""
+        self._queued = False
+        again = self._take_requests()
+        self._hold()
+        return again
+
+    def take_requests(self) -> None:
+        """Go on with requests: the session's line is short again."""
+        self._go_on_later(self._requests is not None)
+
+    def drained(self) -> None:
+        """Go on: the client has taken everything."""
+        self.stalled = False
+        self._answers_unread = 0
+        if self.session is not None:
+            self._service.engine.drained(self.session)
+            self.take_requests()
+        else:
+            # The end of the call was the last of what waited; see `ServerCall.end`.
+            self.stream.owner = None
+
+    def closed(self, code: int | None) -> None:
+        """Forget a stream that is gone: cancelled by the client, or lost with its connection."""
+        del code
+        self._call.closed()
+        self._forget()
+
+    # the session's outlet
+
+    def send(self, message: bytes) -> bool:
+        """Send one control answer, framed. True: it is out; False: the stream is blocked, and it waits there."""
+        if self.stalled:
+            self._answers_unread += 1
+        return self._call.write(message)
+
+    def end(self, status: int, text: str) -> None:
+        """End the stream: the core has forgotten the session."""
+        self.session = None
+        self._call.end(status, text)
+        self._leave_service()
+
+    # its own
+
+    def leave(self, status: int, text: str) -> None:
+        """End the stream from this side and close the session."""
+        self._call.end(status, text)
+        self._forget()
+
+    def _forget(self) -> None:
+        session, self.session = self.session, None
+        self._leave_service()
+        if session is not None:
+            self._service.engine.close(session)
+
+    def _leave_service(self) -> None:
+        # The connection's other streams need its window.
+        owed, self._owed = self._owed, 0
+        self.connection.h2.consumed(None, owed)
+        self._requests = None
+        self._hold()
+        if self in self._service.calls:
+            self._service.calls.discard(self)
+            self.connection.sessions -= 1
+
+    def _end_requests(self) -> None:
+        """Take note that the client sends nothing more; that says nothing about what it wants to receive."""
+        self._ended = True
+        if self._requests is not None and not self._queued:
+            self._go_on_later(True)
+
+    # requests that wait
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of its requests that wait, here or in the core."""
+        return self._held_bytes + (0 if self.session is None else self.session.line_bytes)
+
+    @property
+    def _must_wait(self) -> bool:
+        """Not before its client reads, or etcd answers: then `drained` or `take_requests` is called."""
+        session = self.session
+        assert session is not None, "asked while it is open"
+        if session.line_full:
+            return True
+        # What waits in line will be answered as well.
+        return self.stalled and self._answers_unread + len(session.queue or ()) >= ANSWERS_UNREAD_MAX
+
+    def _go_on_later(self, more: bool) -> None:
+        if more and not self._queued and self.session is not None:
+            self._queued = True
+            self.connection.go_on_later(self)
+
+    def _take_requests(self) -> bool:
+        requests, turns = self._requests, self.connection.turns
+        enough = max(0, turns.left - STREAM_SHARE)
+        try:
+            while requests is not None and self.session is not None:
+                if self._must_wait:
+                    self._credit(requests.unread_bytes)
+                    return False
+                if turns.left <= enough:
+                    self._credit(requests.unread_bytes)
+                    return True
+                worked_bytes = requests.worked_bytes
+                message = requests.next()
+                turns.spend((requests.worked_bytes - worked_bytes) // BYTES_PER_WORK)
+                if message is not None:
+                    self._request(message)
+                elif not requests.busy:
+                    self._all_taken(requests)
+                    return False
+        except FramingError as error:
+            if error.code is Status.RESOURCE_EXHAUSTED:
+                self._service.refused_at["request_bytes_max"] += 1
+            self.leave(error.code, error.text)
+        return False
+
+    def _all_taken(self, requests: PacedUnframer) -> None:
+        """No whole request waits: the client may send on what it has begun, up to the bound of one request."""
+        self._credit(0)
+        if requests.empty:
+            self._requests = None
+        elif self._ended:
+            self.leave(Status.INTERNAL, "the request stream ended inside a message")
+
+    def _credit(self, unread_bytes: int) -> None:
+        """Let the client send as much as was taken."""
+        taken = self._owed - unread_bytes
+        if taken > 0:
+            self._owed = unread_bytes
+            self.connection.h2.consumed(self.stream, taken)
+            self.connection.touch()
+
+    def _hold(self) -> None:
+        """Count what it holds."""
+        held_bytes = 0 if self._requests is None else self._requests.held_bytes
+        self._service.unread_bytes += held_bytes - self._held_bytes
+        self._held_bytes = held_bytes
+        if held_bytes:
+            self._service.bound_waiting(self)
+
+    def _request(self, message: bytes) -> None:
+        session = self.session
+        if session is None:
+            return
+        try:
+            request = rpc_pb2.WatchRequest.FromString(shortened(message) if len(message) >= LONG_BYTES else message)
+        except DecodeError:
+            self.leave(Status.INTERNAL, "the message is not a WatchRequest")
+            return
+        turns, engine = self.connection.turns, self._service.engine
+        kind = request.WhichOneof("request_union")
+        if kind == "create_request":
+            turns.spend(CREATE_WORK)
+            engine.create(session, create_request(request.create_request))
+            if session.line_bytes:
+                self._service.bound_waiting(self)
+        elif kind == "cancel_request":
+            turns.spend(CANCEL_WORK)
+            engine.cancel(session, request.cancel_request.watch_id)
+        else:
+            turns.spend(PROGRESS_WORK)
+            if kind == "progress_request":
+                engine.progress(session)
+            # Anything else is ignored, as etcd does (api/v3rpc/watch.go, recvLoop): a later etcd may know more kinds.
+
+
+def create_request(request: rpc_pb2.WatchCreateRequest) -> CreateRequest:
+    """The core's form of a WatchCreateRequest; "now" is None from here on."""
+    no_put, no_delete = filters_of(request)
+    return CreateRequest(
+        key=request.key,
+        range_end=request.range_end,
+        start_revision=request.start_revision or None,
+        watch_id=request.watch_id,
+        progress_notify=request.progress_notify,
+        no_put=no_put,
+        no_delete=no_delete,
+        prev_kv=request.prev_kv,
+        fragment=request.fragment,
+    )
+
+
+def filters_of(request: rpc_pb2.WatchCreateRequest) -> tuple[bool, bool]:
+    """Return whether puts, and deletes, are filtered out. There may be two million filters, of which two can matter."""
+    filters = request.filters
+    if not filters:
+        return False, False
+    if len(filters) <= FILTERS_FEW:
+        return rpc_pb2.WatchCreateRequest.NOPUT in filters, rpc_pb2.WatchCreateRequest.NODELETE in filters
+    # Looked through as bytes, which takes a hundredth of the time.
+    only = rpc_pb2.WatchCreateRequest()
+    only.filters.MergeFrom(filters)
+    packed = only.SerializeToString()
+    start = 1
+    while packed[start] > 127:
+        start += 1
+    meaning = meaning_of(packed[start + 1 :])
+    if meaning is None:
+        # Negative numbers, in ten bytes each.
+        return rpc_pb2.WatchCreateRequest.NOPUT in filters, rpc_pb2.WatchCreateRequest.NODELETE in filters
+    return b"\x00" in meaning, b"\x01" in meaning
+
+
+def identity_of(head: RequestHead) -> Identity:
+    """Who a client says it is: its token, and whether it wants to be told when there is no leader.
+
+    Names as in etcd's api/v3rpc/rpctypes/metadatafields.go and md.go.
+    """
+    metadata = head.metadata
+    token = metadata.get(b"token")
+    if token is None:
+        token = metadata.get(b"authorization")
+    has_leader = metadata.get(b"hasleader") == b"true"
+    return _NOBODY[has_leader] if token is None else Identity(token, has_leader)
+
+
+# What all clients without a token are, one object for all of them.
+_NOBODY = (Identity(None, False), Identity(None, True))

@@ -1,0 +1,136 @@
+"""What has ended is gone at once, by reference counting: nothing of it waits for a collection.
+
+The collector looks at what has lived for a while only once in millions of allocations (see GC_THRESHOLDS in
+proxy/server.py), so a session, a call or a trunk that hangs in a cycle with its own parts would stay for hours: a leak.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from coalesce import Limits
+from proto.framing import Status
+from proto.pb import rpc_pb2
+from proxy.server import Proxy
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import direct, proxy_for
+from tests.e2e.scenario import run
+from tests.etcd.server import EtcdServer
+from tests.waiting import until_async
+
+OURS = ("proxy.", "proto.", "coalesce.", "upstream.")
+TIMES = 20
+
+What = Callable[[Proxy, RawClient, int], Awaitable[list[RawClient]]]
+"""Does something, given the proxy, a client and a revision in the past; returns its clients, which are not judged."""
+
+
+@contextmanager
+def collected() -> Iterator[Callable[[], Counter[str]]]:
+    """Yield a function that says which objects of ours only a collection has found, by their types."""
+
+    def found() -> Counter[str]:
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        gc.set_debug(0)
+        names = (f"{type(each).__module__}.{type(each).__qualname__}" for each in gc.garbage)
+        counts = Counter(name for name in names if name.startswith(OURS))
+        gc.garbage.clear()
+        return counts
+
+    gc.collect()
+    gc.disable()
+    try:
+        yield found
+    finally:
+        gc.enable()
+
+
+async def watch_streams(proxy: Proxy, client: RawClient, past: int) -> list[RawClient]:
+    """Streams with watches, from now and from the past, that their clients reset."""
+    del proxy
+    streams = [client.watch() for _ in range(TIMES)]
+    for number, stream in enumerate(streams):
+        stream.create(b"k%d" % (number % 3), start_revision=past * (number % 2), prev_kv=number % 5 == 0)
+        stream.progress()
+    for stream in streams:
+        await stream.created()
+    for stream in streams:
+        stream.raw.cancel()
+    return [client]
+
+
+async def single_watches(proxy: Proxy, client: RawClient, past: int) -> list[RawClient]:
+    """Watches that come and go on a stream which stays."""
+    del proxy
+    stream = client.watch()
+    for number in range(TIMES):
+        stream.create(b"k%d" % number, start_revision=past * (number % 2), progress_notify=True)
+        stream.cancel((await stream.created()).watch_id)
+        while not (await stream.next()).canceled:
+            pass
+    stream.raw.cancel()
+    return [client]
+
+
+async def connections(proxy: Proxy, client: RawClient, past: int) -> list[RawClient]:
+    """Connections that are lost with all that is on them."""
+    del client, past
+    clients = [await RawClient.connect(proxy.port) for _ in range(TIMES)]
+    for each in clients:
+        stream = each.watch()
+        stream.create(b"k")
+        await stream.created()
+        await each.unary("/etcdserverpb.KV/Range", rpc_pb2.RangeRequest(key=b"k").SerializeToString())
+        await each.close()
+    return clients
+
+
+async def calls(proxy: Proxy, client: RawClient, past: int) -> list[RawClient]:
+    """Calls that pass through: answered, refused, given up."""
+    del proxy, past
+    for number in range(TIMES):
+        put = rpc_pb2.PutRequest(key=b"k%d" % number, value=b"v").SerializeToString()
+        assert (await client.unary("/etcdserverpb.KV/Put", put)).status == 0
+        assert (await client.unary("/etcdserverpb.KV/None", b"")).status == Status.UNIMPLEMENTED
+        given_up = client.call("/etcdserverpb.Lease/LeaseKeepAlive")
+        given_up.cancel()
+    return [client]
+
+
+@pytest.mark.parametrize("what", [watch_streams, single_watches, connections, calls])
+def test_what_has_ended_is_gone(etcd: EtcdServer, what: What) -> None:
+    async def scenario() -> None:
+        async with (
+            proxy_for(etcd, limits=Limits(linger_s=0.05)) as proxy,
+            direct(etcd) as store,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            past = await store.put(b"k0", b"v")
+            for number in range(1, 5):
+                await store.put(b"k%d" % number, b"v")
+            # What is made once is made by now.
+            await what(proxy, client, past)
+            await _at_rest(proxy)
+            with collected() as found:
+                clients = await what(proxy, client, past)
+                await _at_rest(proxy)
+                assert found() == Counter()
+                del clients
+
+    run(scenario())
+
+
+async def _at_rest(proxy: Proxy) -> None:
+    def empty() -> bool:
+        stats = proxy.engine.core.stats
+        return not (stats.sessions or stats.trunks or stats.backfills)
+
+    await until_async(empty, "the core to be empty")
+    await until_async(lambda: len(proxy.listener.connections) == 1, "the connections to be gone")
+    await until_async(lambda: proxy.listener.streams == 0, "the streams to be gone")

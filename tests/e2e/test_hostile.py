@@ -1,0 +1,210 @@
+"""Clients that break the rules: each pays for itself, nobody else notices, and nothing of theirs is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import ssl
+from itertools import pairwise
+from typing import cast
+
+import hpack
+import pytest
+
+from coalesce.limits import Limits
+from proto.framing import Status, frame
+from proto.http2.receiving import REQUEST_WORK
+from proxy.listening.connection import PREFACE, ServerConnection
+from tests.e2e.raw_client import HOST, WATCH, RawClient
+from tests.e2e.running import direct, proxy_for
+from tests.e2e.scenario import run
+from tests.etcd.server import EtcdServer
+from tests.http2.fuzz import Transport
+from tests.http2.wire import REQUEST, raw, settings
+from tests.upstream.certificates import make_certificates
+from tests.waiting import until_async
+from upstream.tls import client_context, server_context
+
+SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+
+
+async def talk(port: int, data: bytes) -> bytes:
+    """Say something, end, and hear everything that comes back."""
+    reader, writer = await asyncio.open_connection(HOST, port)
+    heard = b""
+    with contextlib.suppress(ConnectionError):
+        writer.write(data)
+        async with asyncio.timeout(15):
+            while part := await reader.read(65536):
+                heard += part
+    writer.close()
+    return heard
+
+
+def garbage(seed: int) -> bytes:
+    """A connection's worth of frames that are half right."""
+    chance = random.Random(seed)
+    frames = [SETTINGS]
+    for _ in range(chance.randrange(1, 30)):
+        body = chance.randbytes(chance.choice((0, 4, 5, 8, 13, 100)))
+        kind = chance.choice((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 200))
+        stream = chance.choice((0, 0, 1, 1, 2, 3, 2**31 - 1))
+        head = len(body).to_bytes(3, "big") + bytes((kind, chance.randrange(256))) + stream.to_bytes(4, "big")
+        frames.append(head + body)
+    frames.append(chance.randbytes(chance.randrange(40)) + b"\xff" * 9)
+    return b"".join(frames)
+
+
+def test_garbage_of_all_kinds(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        async with proxy_for(etcd) as proxy, direct(etcd) as store, await RawClient.connect(proxy.port) as client:
+            stream = client.watch()
+            stream.create(b"a")
+            await stream.created()
+            openings = [PREFACE + garbage(seed) for seed in range(150)]
+            openings += [random.Random(seed).randbytes(200) for seed in range(30)]
+            for start in range(0, len(openings), 30):
+                await asyncio.gather(*(talk(proxy.port, opening) for opening in openings[start : start + 30]))
+            await until_async(lambda: len(proxy.listener.connections) == 1, "them to be gone")
+            await store.put(b"a", b"1")
+            await until_async(lambda: stream.values == [b"1"], "the event")
+            assert proxy.engine.core.stats.sessions == 1
+
+    run(scenario())
+
+
+def test_half_messages_on_many_streams_are_forgotten_with_their_connection(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        async with proxy_for(etcd) as proxy:
+            client = await RawClient.connect(proxy.port)
+            for _ in range(200):
+                client.call(WATCH).send_raw(frame(b"x" * 100)[:50])
+            await until_async(lambda: proxy.engine.core.stats.sessions == 200, "the sessions")
+            await client.close()
+            await until_async(lambda: proxy.engine.core.stats.sessions == 0, "them to be forgotten")
+            assert not proxy.watches.calls
+
+    run(scenario())
+
+
+def test_a_stream_opened_and_reset_without_end_is_cut_off(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        async with proxy_for(etcd) as proxy:
+            client = await RawClient.connect(proxy.port)
+            for number in range(20_000):
+                if client.lost:
+                    break
+                client.call(WATCH).cancel()
+                if number % 100 == 0:
+                    await asyncio.sleep(0)
+            await until_async(lambda: client.lost, "the flood to be cut off")
+            assert client.goaways[-1].error_code == 11
+            assert proxy.engine.core.stats.sessions == 0
+
+    run(scenario())
+
+
+def test_too_many_watches_on_a_session(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        limits = Limits(watches_per_session_max=3)
+        async with proxy_for(etcd, limits=limits) as proxy, await RawClient.connect(proxy.port) as client:
+            stream = client.watch()
+            for _ in range(4):
+                stream.create(b"a")
+            for _ in range(3):
+                await stream.created()
+            refused = await stream.next()
+            assert (refused.created, refused.canceled) == (True, True)
+            assert "3" in refused.cancel_reason
+            stream.cancel(0)
+            assert (await stream.next()).canceled
+            stream.create(b"a")
+            await stream.created()
+
+    run(scenario())
+
+
+def test_a_client_that_is_behind_for_too_long_is_told_why(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.listening.calls.UNREAD_END_GRACE_S", 0.2)
+
+    async def scenario() -> None:
+        limits = Limits(lagging_age_s_max=0.3)
+        async with (
+            proxy_for(etcd, limits=limits) as proxy,
+            direct(etcd) as store,
+            await RawClient.connect(proxy.port, window=65_535) as client,
+        ):
+            dead, slow, quick = client.watch(), client.watch(), client.watch()
+            for stream in (dead, slow, quick):
+                stream.create(b"a")
+                await stream.created()
+            dead.raw.taking = slow.raw.taking = False
+            for _ in range(10):
+                await store.put(b"a", b"x" * 30_000)
+            await until_async(lambda: proxy.engine.core.stats.sessions == 1, "both to be given up")
+            slow.raw.take()
+            status, text = await slow.raw.end()
+            assert status == Status.UNAVAILABLE, text
+            assert "behind" in text
+            # Who does not even take the end of his call has his stream reset.
+            await until_async(lambda: dead.raw.reset == 8, "the reset")
+            await until_async(lambda: len(quick.values) == 10, "all events")
+
+    run(scenario())
+
+
+def test_tls_and_plain_text_on_the_wrong_port(etcd: EtcdServer, tmp_path_factory: pytest.TempPathFactory) -> None:
+    files = make_certificates(tmp_path_factory.mktemp("certificates"))
+
+    async def scenario() -> None:
+        inward, outward = server_context(files.server_cert, files.server_key), client_context(cacert=files.ca)
+        async with (
+            proxy_for(etcd, tls=inward) as proxy,
+            direct(etcd) as store,
+            await RawClient.connect(proxy.port, tls=outward) as client,
+        ):
+            stream = client.watch()
+            stream.create(b"a")
+            await stream.created()
+            assert SETTINGS not in await talk(proxy.port, PREFACE + SETTINGS)
+            await store.put(b"a", b"x" * 300_000)
+            await until_async(lambda: stream.values == [b"x" * 300_000], "the event")
+
+    run(scenario())
+
+
+def test_a_tls_client_at_a_plain_port(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        context = ssl.create_default_context()
+        async with proxy_for(etcd) as proxy:
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                await asyncio.open_connection(HOST, proxy.port, ssl=context)
+            await until_async(lambda: not proxy.listener.connections, "it to be gone")
+
+    run(scenario())
+
+
+def test_much_at_once_is_handled_in_turns(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        async with proxy_for(etcd) as proxy:
+            connection = ServerConnection(proxy.listener)
+            transport = Transport()
+            connection.connection_made(cast(asyncio.Transport, transport))
+            encoder = hpack.Encoder()
+            requests = [raw(1, 4, 2 * number + 1, encoder.encode(REQUEST)) for number in range(500)]
+            connection.data_received(PREFACE + settings() + b"".join(requests))
+            opened = [len(connection.h2.streams)]
+            assert not transport.reading
+            while not transport.reading:
+                turn = asyncio.Event()
+                asyncio.get_running_loop().call_soon(turn.set)
+                await turn.wait()
+                opened.append(len(connection.h2.streams))
+            # Others had the loop in between, again and again: two turns go by from look to look. Nothing was left out.
+            steps = {later - earlier for earlier, later in pairwise(opened)}
+            assert max(steps) <= 2 * proxy.listener.settings.http2.turn_work_max // REQUEST_WORK
+            assert opened[-1] == 500
+            connection.connection_lost(None)
+
+    run(scenario())

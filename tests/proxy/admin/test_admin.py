@@ -1,0 +1,147 @@
+"""The operators' port: what it serves, what it never shows, and the status table of the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Any
+
+import aiohttp
+import grpc.aio
+import msgspec
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+
+from proto.pb import rpc_pb2, rpc_pb2_grpc
+from proxy.admin.monitor import Overview
+from proxy.admin.port import PAGES, Admin
+from proxy.admin.snapshot import Snapshot
+from proxy.config.values import Address
+from proxy.measuring.status import render
+from proxy.server import Proxy
+from tests.e2e.running import direct, proxy_for
+from tests.etcd.server import EtcdServer
+from tests.waiting import until_async
+
+
+@pytest.mark.parametrize("state", [Snapshot(), Snapshot(serving=True, watches=30, trunks=2, backfills=1)])
+def test_the_status_table_shows_state_and_reduction(state: Snapshot) -> None:
+    output = io.StringIO()
+    Console(file=output, width=120).print(render(state))
+    text = output.getvalue()
+    assert ("not serving" in text) == (not state.serving)
+    assert ("10.0x" in text) == bool(state.watches)
+
+
+def test_the_status_table_names_the_limits_that_were_reached() -> None:
+    output = io.StringIO()
+    state = Snapshot(refusals_total={"watches_max": 3, "trunks_max": 0}, lagging=2, lagging_s=61, lagging_revisions=900)
+    Console(file=output, width=140).print(render(state))
+    text = output.getvalue()
+    assert "at watches_max" in text
+    assert "trunks_max" not in text
+    assert "longest 61 s and 900 revisions" in text
+
+
+def test_rates_are_between_two_snapshots() -> None:
+    before = Snapshot(uptime_s=10.0, events_delivered_total=100)
+    now = Snapshot(uptime_s=12.0, events_delivered_total=150)
+    output = io.StringIO()
+    Console(file=output, width=120).print(render(now, before))
+    assert "25.0 events a second now" in output.getvalue()
+
+
+@asynccontextmanager
+async def admin_of(proxy: Proxy) -> AsyncIterator[Admin]:
+    """Yield the running operators' port of a proxy."""
+    admin = Admin(proxy, Address("127.0.0.1", 0), "127.0.0.1:1")
+    await admin.start()
+    try:
+        yield admin
+    finally:
+        await admin.stop()
+
+
+async def fetch(admin: Admin, path: str) -> tuple[int, str]:
+    async with aiohttp.ClientSession() as session, session.get(f"http://{admin.address}{path}") as answer:
+        return answer.status, await answer.text()
+
+
+PATHS = {
+    "/metrics": 200,
+    "/proxy/metrics": 200,
+    "/health": 200,
+    "/proxy/health": 200,
+    "/readyz": 200,
+    "/livez": 200,
+    "/v1/status": 200,
+    "/v1/overview": 200,
+    "/": 200,
+    "/status.css": 200,
+    "/status.js": 200,
+    "/nothing": 404,
+}
+
+
+async def told(etcd: EtcdServer) -> dict[str, tuple[int, str]]:
+    async with proxy_for(etcd) as proxy, admin_of(proxy) as admin:
+        await until_async(lambda: proxy.health.serving, "the proxy to find etcd")
+        return {path: await fetch(admin, path) for path in PATHS}
+
+
+def test_what_is_served_by_a_running_proxy(etcd: EtcdServer) -> None:
+    answers = asyncio.run(told(etcd))
+    assert {path: status for path, (status, _) in answers.items()} == PATHS
+    assert {"watchmux_watches", "process_resident_memory_bytes"} <= {
+        family.name for family in text_string_to_metric_families(answers["/metrics"][1])
+    }
+    snapshot = msgspec.json.decode(answers["/v1/status"][1], type=Snapshot)
+    assert snapshot.endpoints == [etcd.endpoint]
+    assert snapshot.address == "127.0.0.1:1"
+    overview = msgspec.json.decode(answers["/v1/overview"][1], type=Overview)
+    assert [(each.endpoint, each.connected) for each in overview.endpoints] == [(etcd.endpoint, True)]
+
+
+def test_an_etcd_that_is_away_makes_it_unready_but_not_dead() -> None:
+    async def run() -> dict[str, int]:
+        async with proxy_for("127.0.0.1:1") as proxy, admin_of(proxy) as admin:
+            return {path: (await fetch(admin, path))[0] for path in ("/readyz", "/health", "/livez")}
+
+    assert asyncio.run(run()) == {"/readyz": 503, "/health": 503, "/livez": 200}
+
+
+def test_pages_load_nothing_from_elsewhere() -> None:
+    pages = resources.files("proxy.admin").joinpath("pages")
+    for name, kind in PAGES.values():
+        text = pages.joinpath(name).read_text()
+        assert kind.startswith("text/")
+        assert not re.search(r"(https?:)?//[a-z0-9]", text.replace("http://www.w3.org/2000/svg", "")), name
+        assert "innerHTML" not in text
+
+
+def test_nothing_is_kept_of_clients_that_a_page_should_not_show(etcd: EtcdServer) -> None:
+    """Ranges are shown; tokens, keys beyond the ranges and values are not in any answer."""
+
+    async def run() -> str:
+        async with proxy_for(etcd) as proxy, admin_of(proxy) as admin, direct(etcd) as store:
+            await until_async(lambda: proxy.health.serving, "the proxy to find etcd")
+            channel = grpc.aio.insecure_channel(f"127.0.0.1:{proxy.port}")
+            call: Any = rpc_pb2_grpc.WatchStub(channel).Watch(metadata=(("token", "hunter2"),))
+            created = rpc_pb2.WatchCreateRequest(key=b"/shown/", range_end=b"/shown0")
+            await call.write(rpc_pb2.WatchRequest(create_request=created))
+            await call.read()
+            await store.put(b"/shown/discreet", b"hunter3")
+            assert (await call.read()).events
+            text = "".join([(await fetch(admin, path))[1] for path in PATHS])
+            await channel.close()
+            return text
+
+    text = asyncio.run(run())
+    assert '"/shown/*"' in text
+    for secret in ("hunter2", "hunter3", "discreet"):
+        assert secret not in text

@@ -1,0 +1,77 @@
+"""Every limit has a metric that tells that it was reached, or nothing to tell, and a test at its edge."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from functools import cache
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from proxy.admin.metrics import LIMITS
+from tests import limits_table
+from tests.etcd.server import EtcdServer
+from tests.limits_page import ROOT, SOURCES, limits
+from tests.limits_table import NOTHING, sample
+from tests.proxy.admin.test_metrics import idle_page
+
+ROWS = [row for source in SOURCES for row in source.rows.values()]
+
+
+def test_every_limit_has_a_row() -> None:
+    for source in SOURCES:
+        assert list(source.rows) == [field for field, _ in limits(source)], source.title
+
+
+def test_every_metric_is_on_the_page_of_a_proxy_that_just_started(etcd: EtcdServer) -> None:
+    text, _ = asyncio.run(idle_page(etcd))
+    there = {
+        (found.name, frozenset(found.labels.items()))
+        for family in text_string_to_metric_families(text)
+        for found in family.samples
+    }
+    for metric in {row.metric for row in ROWS} - {NOTHING}:
+        name, labels = sample(metric)
+        assert (name, frozenset(labels.items())) in there, metric
+        assert not labels or len(labels) == 1
+
+
+def test_who_is_cut_off_refused_or_dropped_is_counted() -> None:
+    """Nothing to tell has only what paces or portions: no limit that is called a maximum of what clients may have."""
+    silent = {field for source in SOURCES for field, row in source.rows.items() if row.metric == NOTHING}
+    assert {field for field in silent if field.endswith("_max")} == {
+        *("replay_bytes_max", "replay_turn_bytes_max", "response_bytes_max", "fragment_run_bytes_max"),
+        *("replay_events_max", "replay_turn_events_max", "step_watches_max"),
+        *("progress_retry_s_max", "probe_age_s_max"),
+    }
+    assert not silent & {"first_bytes_timeout_s", "settings_timeout_s", "keepalive_timeout_s", "idle_timeout_s"}
+    # The alarm and the status page speak of the same.
+    for field, row in limits_table.CORE.items():
+        if row.metric != NOTHING and field in LIMITS:
+            assert sample(row.metric)[0] in LIMITS[field]
+
+
+@cache
+def found_in(path: str) -> set[str]:
+    """The tests of a file."""
+    return set(re.findall(r"^def (test_\w+)\(", (ROOT / "tests" / path).read_text(), re.MULTILINE))
+
+
+def test_every_test_is_there() -> None:
+    for test in (*(row.edge for row in ROWS), *(kept.test for kept in limits_table.KEPT)):
+        path, _, name = test.partition("::")
+        assert name in found_in(path), test
+
+
+def test_what_is_kept_counts_for_limits_that_are_there() -> None:
+    fields = {field for source in SOURCES for field in source.rows}
+    for kept in limits_table.KEPT:
+        named = set(re.findall(r"`([a-z_]+)`", kept.counts_for + kept.until))
+        assert named <= fields, kept.what
+
+
+def test_a_labels_name_may_hold_blanks() -> None:
+    assert sample('watchmux_x_total{reason="flood: header fields"}') == (
+        "watchmux_x_total",
+        {"reason": "flood: header fields"},
+    )

@@ -1,0 +1,273 @@
+"""The proxy's watch through itself: it finds a hang, costs etcd nothing, is counted nowhere, and blames nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from proxy.admin.port import Admin
+from proxy.admin.self_probe import HUNG_AFTER
+from proxy.admin.snapshot import Snapshot, Source
+from proxy.config.values import Address
+from proxy.server import Proxy
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import direct, proxy_for
+from tests.e2e.scenario import run
+from tests.e2e.test_auth import put, token_of, with_users
+from tests.etcd.binaries import EtcdBinary
+from tests.etcd.server import EtcdServer
+from tests.proxy.admin.test_admin import fetch
+from tests.proxy.admin.test_health import NOT_SERVING, SERVING, check
+from tests.proxy.cli.test_cli_serve import served
+from tests.waiting import until, until_async
+
+PROBES = ("probes_total", "probes_failed_total", "probe_delay_s", "uptime_s", "written_bytes_total")
+
+
+@asynccontextmanager
+async def proxy_and_client(etcd: EtcdServer) -> AsyncIterator[tuple[Proxy, RawClient]]:
+    async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
+        await until_async(lambda: proxy.health.serving, "the proxy to find etcd")
+        yield proxy, client
+
+
+def counts(proxy: Proxy) -> dict[str, object]:
+    """What an operator sees, without what is about probes."""
+    seen = msgspec.to_builtins(Source(proxy, "").take())
+    return {name: value for name, value in seen.items() if name not in PROBES}
+
+
+async def probe(proxy: Proxy, failing: int = 0) -> None:
+    """Make an attempt, let it have its time, and judge it: answered, unless it is one of those that must fail."""
+    made, failed = proxy.probe.made, proxy.probe.failed
+    proxy.probe.attempt()
+    attempt = proxy.probe._attempt
+    if failing:
+        # Three turns of the loop after the answer could have come, it has not.
+        for _ in range(3):
+            turn = asyncio.Event()
+            asyncio.get_running_loop().call_soon(turn.set)
+            await turn.wait()
+    else:
+        assert attempt is not None
+        await until_async(lambda: attempt.answered, f"the answers to a probe ({attempt.problem})")
+    proxy.probe.judge()
+    assert (proxy.probe.made - made, proxy.probe.failed - failed) == (int(attempt is not None), failing)
+
+
+def test_an_idle_proxy_is_probed_without_any_upstream_watch(etcd: EtcdServer) -> None:
+    async def story() -> None:
+        async with proxy_and_client(etcd) as (proxy, _):
+            before = counts(proxy)
+            for _ in range(5):
+                await probe(proxy)
+            assert counts(proxy) == before
+            assert proxy.upstream.watch_count == proxy.engine.stats.upstream_opened == 0
+            assert proxy.engine.core.stats.refused == 5, "they were real"
+
+    run(story())
+
+
+def test_a_probe_gets_the_newest_event_of_a_watched_range_and_is_counted_nowhere(etcd: EtcdServer) -> None:
+    async def story() -> None:
+        async with proxy_and_client(etcd) as (proxy, client), direct(etcd) as store:
+            stream = client.watch()
+            stream.create(b"p/", b"p0", prev_kv=True)
+            assert (await stream.next()).created
+            await store.put(b"p/a", b"1")
+            assert (await stream.next()).events
+            before = counts(proxy)
+            events = proxy.engine.core.stats.delivered_events
+            for _ in range(5):
+                await probe(proxy)
+            assert counts(proxy) == before
+            assert proxy.engine.core.stats.delivered_events == events + 5, "they were real"
+            assert proxy.upstream.watch_count == proxy.engine.stats.upstream_opened == 1
+            await store.put(b"p/a", b"2")
+            assert [event.kv.value for event in (await stream.next()).events] == [b"2"]
+
+    run(story())
+
+
+def test_a_probe_needs_no_right_where_clients_do(etcd_binary: EtcdBinary) -> None:
+    async def story(etcd: EtcdServer) -> None:
+        async with proxy_and_client(etcd) as (proxy, client):
+            stream = client.watch([("token", await token_of(client, "u1"))])
+            stream.create(b"a/", b"a0")
+            assert (await stream.next()).created
+            await put(etcd, "a/k", "1")
+            assert (await stream.next()).events
+            reads, events = proxy.reader.reads, proxy.engine.core.stats.delivered_events
+            await probe(proxy)
+            assert proxy.reader.reads == reads
+            assert proxy.engine.core.stats.delivered_events == events + 1
+            nobody = client.watch()
+            nobody.create(b"a/", b"a0")
+            assert (await nobody.next()).canceled
+
+    with EtcdServer(etcd_binary) as etcd:
+        with_users(etcd)
+        run(story(etcd))
+
+
+def inbox_is_stuck(proxy: Proxy) -> None:
+    proxy.engine._busy = True
+
+
+def nothing_is_written(proxy: Proxy) -> None:
+    proxy.listener.soon = lambda _connection: None  # type: ignore[method-assign,assignment]  # the fault
+
+
+def nothing_is_fanned_out(proxy: Proxy) -> None:
+    proxy.engine._carry_out = {**proxy.engine._carry_out, **dict.fromkeys(_kinds(proxy, "Deliver"), _ignore)}
+
+
+def nothing_is_answered(proxy: Proxy) -> None:
+    proxy.engine._carry_out = {**proxy.engine._carry_out, **dict.fromkeys(_kinds(proxy, "Send"), _ignore)}
+
+
+def _kinds(proxy: Proxy, name: str) -> list[type]:
+    return [kind for kind in proxy.engine._carry_out if kind.__name__ == name]
+
+
+def _ignore(_effect: object) -> None:
+    """Do nothing."""
+
+
+HANGS: dict[str, Callable[[Proxy], None]] = {
+    fault.__name__: fault for fault in (inbox_is_stuck, nothing_is_written, nothing_is_fanned_out, nothing_is_answered)
+}
+
+
+@pytest.mark.parametrize("name", HANGS)
+def test_a_hang_is_found_and_told_everywhere(name: str, etcd: EtcdServer) -> None:
+    async def story() -> None:
+        async with proxy_and_client(etcd) as (proxy, client), direct(etcd) as store:
+            admin = Admin(proxy, Address("127.0.0.1", 0), "")
+            await admin.start()
+            stream = client.watch()
+            stream.create(b"h")
+            assert (await stream.next()).created
+            await store.put(b"h", b"1")
+            assert (await stream.next()).events
+            await probe(proxy)
+            engine, whole = proxy.engine, dict(proxy.engine._carry_out)
+            HANGS[name](proxy)
+            for _ in range(HUNG_AFTER - 1):
+                await probe(proxy, failing=1)
+                assert (await fetch(admin, "/livez"))[0] == 200, "once or twice is no hang"
+            await probe(proxy, failing=1)
+            status, text = await fetch(admin, "/livez")
+            assert (status, text) == (503, "the proxy hangs: 3 watches through itself were not answered\n")
+            assert (await fetch(admin, "/readyz"))[0] == 503
+            # It is over.
+            engine._busy = False
+            engine._carry_out = whole
+            vars(proxy.listener).pop("soon", None)
+            proxy.listener._dirty.clear()
+            await probe(proxy)
+            assert await check(client) == SERVING
+            assert (await fetch(admin, "/livez")) == (200, "ok\n")
+            assert Source(proxy, "").take().probes_failed_total == HUNG_AFTER
+            await admin.stop()
+
+    run(story())
+
+
+def test_a_core_that_fails_again_and_again_is_found(etcd: EtcdServer) -> None:
+    async def story() -> None:
+        async with proxy_for(etcd, failures=2 * HUNG_AFTER) as proxy, await RawClient.connect(proxy.port) as client:
+            await until_async(lambda: proxy.health.serving and proxy.engine.core.header, "the proxy to find etcd")
+            engine: Any = proxy.engine
+
+            def broken(*_: object) -> list[object]:
+                raise ArithmeticError("on purpose")
+
+            for attempts in (1, 0):
+                # First it is the probe that the core fails at, then something else in between.
+                for _ in range(HUNG_AFTER):
+                    engine.core.create = engine.core.expire = broken
+                    if not attempts:
+                        engine._input(engine.core.expire)
+                        # A new core began.
+                        assert "create" not in vars(engine.core)
+                    await probe(proxy, failing=1)
+                assert proxy.health.hung
+                assert await check(client) == NOT_SERVING
+                vars(engine.core).pop("create", None), vars(engine.core).pop("expire", None)
+                await probe(proxy)
+                assert await check(client) == SERVING
+
+    run(story())
+
+
+def test_what_is_no_hang(etcd: EtcdServer) -> None:
+    async def story() -> None:
+        async with proxy_for("127.0.0.1:1") as alone:
+            # Without an etcd there is nothing to answer with.
+            for _ in range(HUNG_AFTER):
+                alone.probe.attempt()
+                alone.probe.judge()
+            assert (alone.probe.made, alone.health.hung) == (0, "")
+        async with proxy_and_client(etcd) as (proxy, _):
+            # A limit that leaves no room is none of the proxy's faults, nor one to be noted at the limit's metric.
+            proxy.engine.set_limits(replace(proxy.engine.core.limits, watches_max=1))
+            await probe(proxy)
+            assert not any(proxy.engine.core.stats.refused_at.values())
+            proxy.health.set_draining()
+            for _ in range(HUNG_AFTER):
+                proxy.probe.attempt()
+                proxy.probe.judge()
+            assert (proxy.probe.made, proxy.health.hung, proxy.health.reason) == (1, "", "draining")
+
+    run(story())
+
+
+def test_a_process_that_was_stopped_is_not_blamed_and_one_that_does_not_turn_answers_nobody(
+    tmp_path: Path, etcd: EtcdServer
+) -> None:
+    def probed(at_least: int) -> Callable[[], bool]:
+        return lambda: msgspec.json.decode(proxy.get("/v1/status")[1], type=Snapshot).probes_total >= at_least
+
+    with served(tmp_path, f"--endpoints={etcd.endpoint}", "--probe-interval=50ms") as proxy:
+        until(probed(5), "probes")
+        proxy.process.send_signal(signal.SIGSTOP)
+        address = str(proxy.serving()["metrics"]).removeprefix("http://").removesuffix("/metrics")
+        host, _, port = address.rpartition(":")
+        with socket.create_connection((host, int(port))) as asking:
+            asking.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+            asking.settimeout(1.0)
+            with pytest.raises(TimeoutError):
+                asking.recv(1)
+            proxy.process.send_signal(signal.SIGCONT)
+            asking.settimeout(10.0)
+            assert asking.recv(64).startswith(b"HTTP/1.1 200")
+        seen = msgspec.json.decode(proxy.get("/v1/status")[1], type=Snapshot)
+        until(probed(seen.probes_total + HUNG_AFTER), "probes afterwards")
+        seen = msgspec.json.decode(proxy.get("/v1/status")[1], type=Snapshot)
+        assert (seen.probes_failed_total, seen.serving, seen.sessions, seen.watches) == (0, True, 0, 0)
+        assert seen.creates_total == seen.requests_total == 0
+        assert proxy.end() == 0
+
+
+def test_the_request_of_a_probe_is_one_that_etcd_refuses_too(etcd: EtcdServer) -> None:
+    """What the proxy refuses its probe with is what etcd itself says to a revision that cannot be."""
+
+    async def story() -> None:
+        _, _, port = etcd.endpoint.rpartition(":")
+        async with await RawClient.connect(int(port)) as client:
+            stream = client.watch()
+            stream.create(b"", start_revision=-1)
+            answer = await stream.next()
+            assert (answer.created, answer.canceled, answer.watch_id) == (True, True, -1)
+
+    run(story())

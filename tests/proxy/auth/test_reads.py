@@ -1,0 +1,397 @@
+"""Reads and permission checks, over a pool that answers by a script."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from coalesce.inputs import Granted, Identity, Refusal
+from coalesce.session import Session
+from proto.framing import Status
+from proto.pb import rpc_pb2
+from proto.scan import Header
+from proxy.auth.model import May, Outcome
+from proxy.auth.queries import Now
+from proxy.auth.reads import AUTHENTICATE, TXN, Reader, ReaderSettings
+from proxy.auth.restore import Asked
+from tests.e2e.scenario import run
+from tests.waiting import until_async
+from upstream.errors import NO_LEADER_TEXT, CallFailed
+from upstream.unary import Answer
+
+INVALID = CallFailed(Status.UNAUTHENTICATED, "etcdserver: invalid auth token")
+EMPTY = CallFailed(Status.INVALID_ARGUMENT, "etcdserver: user name is empty")
+DENIED = CallFailed(Status.PERMISSION_DENIED, "etcdserver: permission denied")
+
+
+class Call:
+    """One call that the pool got."""
+
+    def __init__(self, message: bytes, metadata: Sequence[tuple[bytes, bytes]], has_leader: bool) -> None:
+        txn = rpc_pb2.TxnRequest.FromString(message)
+        assert not txn.compare
+        assert not txn.success
+        self.ranges = [each.request_range for each in txn.failure]
+        self.range = self.ranges[0] if self.ranges else rpc_pb2.RangeRequest()
+        self.token = dict(metadata).get(b"token")
+        self.has_leader = has_leader
+        self.answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+
+class ScriptedPool:
+    """Keeps each call until the test answers it, or answers at once by `auto`."""
+
+    def __init__(self) -> None:
+        self.asked: list[Call] = []
+        self.auto: Callable[[Call], int | CallFailed] | None = None
+        self.login = CallFailed(Status.UNAVAILABLE, "gone")
+
+    def ask(
+        self,
+        path: str,
+        message: bytes,
+        metadata: Sequence[tuple[bytes, bytes]],
+        timeout_s: float,
+        told: Callable[[Answer | CallFailed], None],
+        *,
+        has_leader: bool = False,
+    ) -> asyncio.Task[None]:
+        return asyncio.get_running_loop().create_task(
+            self._answer(path, message, metadata, timeout_s, told, has_leader)
+        )
+
+    async def _answer(
+        self,
+        path: str,
+        message: bytes,
+        metadata: Sequence[tuple[bytes, bytes]],
+        timeout_s: float,
+        told: Callable[[Answer | CallFailed], None],
+        has_leader: bool,
+    ) -> None:
+        if path == AUTHENTICATE:
+            told(self.login)
+            return
+        assert path == TXN
+        assert timeout_s > 0
+        asked = Call(message, metadata, has_leader)
+        self.asked.append(asked)
+        if self.auto is not None:
+            answer = self.auto(asked)
+            if isinstance(answer, CallFailed):
+                told(answer)
+                return
+            revision = answer
+        else:
+            revision = await asked.answer
+        header = rpc_pb2.ResponseHeader(cluster_id=1, member_id=2, revision=revision, raft_term=3)
+        told((rpc_pb2.TxnResponse(header=header).SerializeToString(), []))
+
+    async def count(self, count: int) -> Call:
+        """Wait until so many calls came, and return the last."""
+        await until_async(lambda: len(self.asked) >= count, f"{count} calls")
+        assert len(self.asked) == count
+        return self.asked[-1]
+
+
+def kinds(outcomes: Sequence[Outcome]) -> list[tuple[str, int | str]]:
+    """Outcomes as what a test compares."""
+    return [
+        (type(outcome).__name__, outcome.text)
+        if isinstance(outcome, Refusal)
+        else (type(outcome).__name__, outcome.header.revision if isinstance(outcome, Granted) else outcome.revision)
+        for outcome in outcomes
+    ]
+
+
+class FakeSession:
+    """A session that has a token, and may end."""
+
+    def __init__(self, token: bytes | None = None) -> None:
+        self.identity = Identity(token)
+        self.ended = False
+
+
+def keep(got: dict[str, Outcome], name: str, outcome: Outcome) -> None:
+    """Keep an outcome by name."""
+    got[name] = outcome
+
+
+def has(got: Sequence[Outcome], count: int) -> bool:
+    """So many outcomes came."""
+    return len(got) == count
+
+
+def now(told: Callable[[Outcome], None], *sessions: FakeSession, refusal: str | None = None) -> Now:
+    """Return the question of sessions that wait for "now"."""
+    waiting = [SimpleNamespace(session=each, refusal=refusal, key=b"k", range_end=b"l") for each in sessions]
+    read: Any = SimpleNamespace(waiting=waiting)
+    return Now(read, told)
+
+
+class Seen:
+    """A listener that notes what it is told."""
+
+    newest_revision = 0
+    own_token: bytes | None = None
+    leaderless = False
+
+    def __init__(self) -> None:
+        self.away: list[Refusal] = []
+        self.ended: list[tuple[int, str]] = []
+        self.back: list[int] = []
+
+    def not_authorized(self, session: Session, refusal: Refusal) -> None:
+        self.away.append(refusal)
+        assert isinstance(session, FakeSession)
+
+    def has_no_leader(self, find_out: bool) -> bool:
+        assert find_out is not None
+        return self.leaderless
+
+    def end_session(self, session: Session, status: int, text: str) -> None:
+        assert isinstance(session, FakeSession)
+        self.ended.append((status, text))
+
+    def went_back(self, header: Header) -> None:
+        self.newest_revision = header.revision
+        self.back.append(header.revision)
+
+
+def test_a_read_is_linearizable_and_asks_for_a_leader() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        got: list[Outcome] = []
+        Reader(pool).read(now(got.append, FakeSession()))
+        asked = await pool.count(1)
+        assert asked.has_leader
+        assert not asked.range.serializable
+        assert (asked.range.limit, asked.range.keys_only) == (1, True)
+        asked.answer.set_result(42)
+        await until_async(lambda: got, "the answer")
+        header = got[0]
+        assert isinstance(header, Header)
+        assert (header.revision, header.cluster_id, header.member_id, header.raft_term) == (42, 1, 2, 3)
+
+    run(scenario())
+
+
+def test_without_a_leader_it_is_serializable_and_tells_of_no_rollback() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        got: list[Outcome] = []
+        pool.auto = lambda asked: 7 if asked.range.serializable else CallFailed(Status.UNAVAILABLE, NO_LEADER_TEXT)
+        reader = Reader(pool)
+        reader.listener = seen = Seen()
+        seen.newest_revision = 9
+        seen.leaderless = True
+        reader.read(now(got.append, FakeSession()))
+        await until_async(lambda: got, "the answer")
+        assert seen.back == []
+        # The member lags: "now" is not below what is known here.
+        assert kinds(got) == [("Header", 9)]
+        assert [(asked.range.serializable, asked.has_leader) for asked in pool.asked] == [(False, True), (True, False)]
+
+    run(scenario())
+
+
+def test_a_linearizable_read_tells_of_a_rollback_before_it_is_answered() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        pool.auto = lambda _: 7
+        reader = Reader(pool)
+        reader.listener = seen = Seen()
+        seen.newest_revision = 9
+        told: list[list[int]] = []
+        reader.read(now(lambda _: told.append(list(seen.back)), FakeSession()))
+        await until_async(lambda: told, "the answer")
+        assert told == [[7]]
+
+    run(scenario())
+
+
+def test_a_read_is_tried_until_it_works() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        got: list[Outcome] = []
+        failures = [CallFailed(Status.UNAVAILABLE, "gone"), CallFailed(Status.DEADLINE_EXCEEDED, "slow")]
+        pool.auto = lambda _: failures.pop(0) if failures else 9
+        reader = Reader(pool)
+        reader.read(now(got.append, FakeSession()))
+        await until_async(lambda: got, "the answer")
+        assert kinds(got) == [("Header", 9)]
+        assert not any(asked.range.serializable for asked in pool.asked)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("tokens", [[b"bad", b"good"], [b"bad", b"bad"]])
+def test_a_refused_read_is_tried_by_another_right(tokens: list[bytes]) -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        pool.auto = lambda call: 5 if call.token == b"good" else DENIED
+        got: list[Outcome] = []
+        reader = Reader(pool)
+        reader.questions.auth_on = True
+        reader.listener = seen = Seen()
+        reader.read(now(got.append, *map(FakeSession, tokens)))
+        await until_async(lambda: got, "the read to end")
+        # Nobody is left to ask for: the core is told nothing, but told.
+        assert kinds(got) == [("Header", 5 * tokens.count(b"good"))]
+        assert len(seen.away) == tokens.count(b"bad")
+        assert (pool.asked[-1].range.key, pool.asked[-1].range.range_end) == (b"k", b"l")
+
+    run(scenario())
+
+
+def test_a_read_without_any_right_is_not_linearizable() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        pool.auto = lambda call: 3 if not call.range.key else DENIED
+        got: list[Outcome] = []
+        reader = Reader(pool)
+        reader.questions.auth_on = True
+        reader.listener = seen = Seen()
+        reader.read(now(got.append, FakeSession(), refusal="no"))
+        await until_async(lambda: got, "the answer")
+        assert kinds(got) == [("Header", 3)]
+        assert seen.back == []
+
+    run(scenario())
+
+
+def test_a_certificate_with_a_name_has_nobody_log_in_first() -> None:
+    """With auth on that is refused, with auth off it is not: then a probe tells."""
+
+    async def scenario() -> None:
+        for refused, outcome in ((True, "Refusal"), (False, "Granted")):
+            pool = ScriptedPool()
+            pool.auto = lambda _: 5
+            pool.login = CallFailed(Status.INVALID_ARGUMENT if refused else Status.FAILED_PRECONDITION, "no")
+            reader = Reader(pool)
+            reader.questions.named = True
+            got: list[Outcome] = []
+            reader.check(May(Asked(), told=got.append))
+            await until_async(lambda: got, "the answer")  # noqa: B023 - awaited here
+            assert kinds(got)[0][0] == outcome
+            assert len(pool.asked) == (0 if refused else 1)
+
+    run(scenario())
+
+
+def test_with_auth_off_one_probe_serves_all() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        reader = Reader(pool)
+        got: list[Outcome] = []
+        reader.check(May(Asked(None, b"a", b""), told=got.append))
+        asked = await pool.count(1)
+        reader.check(May(Asked(b"a token is not looked at with auth off", b"b", b""), told=got.append))
+        asked.answer.set_result(5)
+        await until_async(lambda: len(got) == 2, "both answers")
+        reader.check(May(Asked(None, b"c", b""), told=got.append))
+        # Only the first came before the read began, so only to him it says what "now" is.
+        assert kinds(got) == [("Granted", 5), ("Header", 5), ("Header", 5)]
+        assert [asked.token for asked in pool.asked] == [None]
+        assert not reader.questions.auth_on
+
+    run(scenario())
+
+
+def test_a_probe_is_not_believed_for_ever() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        pool.auto = lambda _: 5
+        reader = Reader(pool, ReaderSettings(probe_age_s_max=-1.0))
+        got: list[Outcome] = []
+        for count in (1, 2):
+            reader.check(May(Asked(None, b"a", b""), told=got.append))
+            await until_async(functools.partial(has, got, count), "the answer")
+        assert kinds(got) == [("Granted", 5)] * 2
+        assert len(pool.asked) == 2
+
+    run(scenario())
+
+
+def test_with_auth_on_each_is_checked_with_his_own_token() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        verdicts: dict[bytes | None, int | CallFailed] = {None: EMPTY, b"good": 8, b"bad": DENIED}
+        pool.auto = lambda asked: verdicts[asked.token]
+        reader = Reader(pool)
+        got: dict[str, Outcome] = {}
+        for token in (b"good", b"bad", None):
+            reader.check(May(Asked(token, b"k", b"l"), told=functools.partial(keep, got, str(token))))
+        await until_async(lambda: len(got) == 3, "all answers")
+        assert kinds([got["b'good'"]]) == [("Granted", 8)]
+        denied = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
+        assert kinds([got["b'bad'"]]) == [("Refusal", denied)]
+        empty = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty"
+        assert kinds([got["None"]]) == [("Refusal", empty)]
+        assert reader.questions.auth_on
+        assert [(asked.range.key, asked.range.range_end) for asked in pool.asked if asked.token is not None] == [
+            (b"k", b"l")
+        ] * 2
+        # Known to be on: a token is checked without another probe.
+        before = len(pool.asked)
+        reader.check(May(Asked(b"good", b"m"), told=lambda outcome: got.update({"again": outcome})))
+        await until_async(lambda: "again" in got, "the answer")
+        assert len(pool.asked) == before + 1
+
+    run(scenario())
+
+
+def test_auth_that_is_switched_off_is_noticed() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        answers: list[int | CallFailed] = [EMPTY, 6]
+        pool.auto = lambda _: answers.pop(0)
+        reader = Reader(pool)
+        got: list[Outcome] = []
+        for count in (1, 2):
+            reader.check(May(Asked(None, b"a", b""), told=got.append))
+            await until_async(functools.partial(has, got, count), "the answer")
+        assert isinstance(got[0], Refusal)
+        assert kinds(got[1:]) == [("Granted", 6)]
+        assert not reader.questions.auth_on
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("auth_on", [False, True])
+def test_nobody_asks_on_for_clients_that_are_gone(auth_on: bool) -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        pool.auto = lambda _: CallFailed(Status.UNAVAILABLE, "gone")
+        reader = Reader(pool)
+        reader.questions.auth_on = auth_on
+        create: Any = SimpleNamespace(session=FakeSession())
+        for _ in range(3):
+            reader.check(May(Asked(b"t", b"a"), create, lambda _: pytest.fail("no answer is due")))
+        await until_async(lambda: len(pool.asked) > 5, "some tries")
+        create.session.ended = True
+        await until_async(lambda: not reader._asking and not reader._pausing, "the calls to end")
+        assert not reader.checks_waiting
+        pool.auto = lambda _: 4
+        got: list[Outcome] = []
+        reader.check(May(Asked(b"t", b"a", b""), told=got.append))
+        await until_async(lambda: got, "an answer for the next one")
+
+    run(scenario())
+
+
+def test_stop_gives_everything_up() -> None:
+    async def scenario() -> None:
+        pool = ScriptedPool()
+        reader = Reader(pool)
+        reader.read(now(lambda _: pytest.fail("no answer is due"), FakeSession()))
+        await pool.count(1)
+        reader.stop()
+        assert not reader._asking
+
+    run(scenario())

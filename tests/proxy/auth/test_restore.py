@@ -1,0 +1,84 @@
+"""What is read is held against what was known when it was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from proto.scan import Header
+from proxy.auth.restore import TRIED_AT_ONCE, Rollback
+
+
+class FakeWatch:
+    """An open watch with a token."""
+
+    key, range_end = b"k", b""
+
+    def __init__(self, token: bytes | None) -> None:
+        self.token = token
+
+    def tokens(self) -> Iterator[bytes | None]:
+        yield self.token
+
+
+def at(revision: int) -> Header:
+    return Header.make(1, 2, revision, 3)
+
+
+def test_only_what_is_linearizable_and_older_than_its_question_tells() -> None:
+    rollback = Rollback()
+    early = rollback.begin(10)
+    assert not rollback.answered(early, at(15), True)
+    assert not rollback.answered(rollback.begin(20), at(19), False)
+    assert rollback.answered(rollback.begin(20), at(19), True)
+
+
+def test_reads_from_before_it_went_back_say_nothing_any_more() -> None:
+    rollback = Rollback()
+    first, second, third = (rollback.begin(10) for _ in range(3))
+    assert rollback.answered(first, at(5), True)
+    # The store goes on; a slow answer from before is neither older nor newer than it.
+    assert not rollback.answered(rollback.begin(5), at(7), True)
+    assert not rollback.answered(second, at(5), True)
+    assert not rollback.answered(third, at(10), True)
+    assert not rollback.answered(rollback.begin(5), at(7), True)
+    assert rollback.is_stale(third)
+
+
+def test_every_token_is_tried_once_until_one_is_answered() -> None:
+    rollback = Rollback()
+    watches = [FakeWatch(token) for token in (b"a", b"a", b"b")]
+    assert rollback.rights(None, watches) == []
+    rollback.connected()
+    assert [asked.token for asked in rollback.rights(None, watches)] == [b"a", b"b"]
+    assert rollback.rights(None, watches) == []
+    # Our own user logs in, a client comes back with a new token.
+    watches.append(FakeWatch(b"c"))
+    assert {asked.token for asked in rollback.rights(b"own", watches)} == {b"c", b"own"}
+    rollback.answered(rollback.begin(10), at(11), True)
+    assert not rollback.unproven
+    assert rollback.rights(b"own", [FakeWatch(b"d")]) == []
+    # With the next connection all begins anew.
+    rollback.connected()
+    assert {asked.token for asked in rollback.rights(None, watches)} == {b"a", b"b", b"c"}
+
+
+def test_not_all_are_tried_at_once() -> None:
+    rollback = Rollback()
+    rollback.connected()
+    watches = [FakeWatch(b"%d" % number) for number in range(3 * TRIED_AT_ONCE)]
+    for _ in range(3):
+        assert len(rollback.rights(None, watches)) == TRIED_AT_ONCE
+    assert rollback.rights(None, watches) == []
+
+
+def test_what_was_tried_is_forgotten_with_the_proof() -> None:
+    """The tokens of clients that have left long since are not kept until the next connection."""
+    rollback = Rollback()
+    rollback.connected()
+    assert len(rollback.rights(None, [FakeWatch(b"%d" % number) for number in range(5)])) == 5
+    assert len(rollback._tried) == 5
+    rollback.answered(rollback.begin(10), at(11), False)
+    assert rollback.unproven
+    assert len(rollback._tried) == 5
+    rollback.answered(rollback.begin(10), at(11), True)
+    assert not rollback._tried

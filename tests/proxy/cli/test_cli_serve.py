@@ -1,0 +1,266 @@
+"""`watchmux serve` as a process: it starts without etcd, says where it serves, drains, and fails in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from proto.pb import rpc_pb2, rpc_pb2_grpc
+from proxy.cli.group import run
+from tests.etcd.binaries import EtcdBinary
+from tests.etcd.server import HOST, EtcdServer, free_port
+from tests.waiting import until
+
+
+class Served:
+    """A `watchmux serve` on free ports, its log as JSON lines in a file."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        self._log = log
+        command = [
+            sys.executable,
+            "-m",
+            "proxy.cli",
+            "serve",
+            "--listen-addr=127.0.0.1:0",
+            "--metrics-addr=127.0.0.1:0",
+        ]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen([*command, "--drain=1s", *arguments], stdout=output, stderr=output)
+
+    def lines(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in self._log.read_text().splitlines()]
+
+    def serving(self) -> dict[str, object]:
+        """Wait for the line that says where it serves."""
+
+        def said() -> dict[str, object] | None:
+            assert self.process.poll() is None, self._log.read_text()
+            text = self._log.read_text()
+            return next((line for line in self.lines() if line["msg"] == "serving"), None) if text else None
+
+        line = until(said, "the proxy to say where it serves", 60)
+        assert line is not None
+        return line
+
+    def get(self, path: str) -> tuple[int, str]:
+        url = str(self.serving()["metrics"]).removesuffix("/metrics") + path
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def end(self, how: signal.Signals = signal.SIGTERM) -> int:
+        self.process.send_signal(how)
+        return self.process.wait(15)
+
+
+@contextmanager
+def served(tmp_path: Path, *arguments: str) -> Iterator[Served]:
+    proxy = Served(tmp_path / "serve.log", *arguments)
+    try:
+        yield proxy
+    finally:
+        if proxy.process.poll() is None:
+            proxy.process.kill()
+            proxy.process.wait(10)
+
+
+def put_and_get(etcd: EtcdBinary, endpoint: str, *extra: str) -> str:
+    for arguments in (["put", "greeting", "hello"], ["get", "greeting", "--print-value-only"]):
+        shown = subprocess.run(
+            [etcd.etcdctl, f"--endpoints={endpoint}", *extra, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            env={"ETCDCTL_API": "3"},
+            check=True,
+        )
+    return shown.stdout.strip()
+
+
+def test_it_serves_says_where_and_drains_on_sigterm(tmp_path: Path, etcd: EtcdServer) -> None:
+    with served(tmp_path, f"--endpoints={etcd.endpoint}") as proxy:
+        line = proxy.serving()
+        assert line["endpoints"] == [etcd.endpoint]
+        assert put_and_get(etcd.binary, str(line["address"])) == "hello"
+        assert proxy.end() == 0
+        assert [line["msg"] for line in proxy.lines()][-1] == "ended"
+
+
+def test_it_is_watched_through_its_own_port(
+    tmp_path: Path, etcd: EtcdServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with served(tmp_path, f"--endpoints={etcd.endpoint}") as proxy:
+        until(lambda: proxy.get("/health")[0] == 200, "the proxy to find etcd")
+        assert json.loads(proxy.get("/health")[1]) == {"health": "true", "reason": ""}
+        status, text = proxy.get("/metrics")
+        assert status == 200
+        assert re.search(r"^watchmux_watches 0\.0$", text, re.MULTILINE)
+        assert "process_resident_memory_bytes" in text
+        snapshot = json.loads(proxy.get("/v1/status")[1])
+        assert snapshot["serving"] is True
+        assert snapshot["endpoints"] == [etcd.endpoint]
+        address = str(proxy.serving()["metrics"]).removeprefix("http://").removesuffix("/metrics")
+        assert run(["status", address]) == 0
+        shown = capsys.readouterr().out
+        assert "serving" in shown
+        assert "client watches" in shown
+        assert run(["status", address, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["pid"] == proxy.process.pid
+        proxy.end()
+
+
+def test_it_starts_without_its_etcd_and_serves_when_that_comes(tmp_path: Path, etcd_binary: EtcdBinary) -> None:
+    etcd = EtcdServer(etcd_binary)
+    with served(tmp_path, f"--endpoints={etcd.endpoint}") as proxy:
+        address = str(proxy.serving()["address"])
+        status, text = proxy.get("/health")
+        assert status == 503
+        assert json.loads(text) == {"health": "false", "reason": "etcd is not reachable"}
+        until(lambda: any(line["level"] == "warning" for line in proxy.lines()), "a warning in the log")
+        with etcd:
+            until(lambda: proxy.get("/health")[0] == 200, "the proxy to find etcd")
+            assert put_and_get(etcd_binary, address) == "hello"
+            assert proxy.end(signal.SIGINT) == 0
+
+
+def test_without_endpoints_it_fronts_the_bundled_store(tmp_path: Path, etcd_binary: EtcdBinary) -> None:
+    with served(tmp_path) as proxy:
+        line = proxy.serving()
+        assert line["store"] == "bundled, in memory"
+        assert put_and_get(etcd_binary, str(line["address"])) == "hello"
+        assert proxy.end() == 0
+
+
+def test_a_bundled_store_that_dies_takes_the_proxy_with_it(tmp_path: Path) -> None:
+    with served(tmp_path) as proxy:
+        proxy.serving()
+        pid = proxy.process.pid
+        (store,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(int(store), signal.SIGKILL)
+        assert proxy.process.wait(15) == 1
+        assert "the bundled store ended" in [line["msg"] for line in proxy.lines()]
+
+
+def test_a_second_signal_does_not_wait_for_open_calls(tmp_path: Path, etcd: EtcdServer) -> None:
+    with served(tmp_path, f"--endpoints={etcd.endpoint}", "--drain=60s") as proxy:
+        leaving = threading.Event()
+
+        def requests() -> Iterator[rpc_pb2.LeaseKeepAliveRequest]:
+            yield rpc_pb2.LeaseKeepAliveRequest(ID=1)
+            leaving.wait(30)
+
+        with grpc.insecure_channel(str(proxy.serving()["address"])) as channel:
+            calls = rpc_pb2_grpc.LeaseStub(channel).LeaseKeepAlive(requests(), wait_for_ready=True, timeout=30)
+            assert next(calls).ID == 1
+            proxy.process.send_signal(signal.SIGTERM)
+            until(lambda: "draining" in [line["msg"] for line in proxy.lines()], "the proxy to drain")
+            assert proxy.process.poll() is None
+            assert proxy.end() == 0
+            leaving.set()
+            with pytest.raises(grpc.RpcError):
+                next(calls)
+        assert any("second signal" in str(line["msg"]) for line in proxy.lines())
+
+
+def test_it_serves_tls_with_the_certificate_it_was_given(tmp_path: Path, etcd: EtcdServer) -> None:
+    cert, key = tmp_path / "server.pem", tmp_path / "server.key"
+    line = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /O=test"
+    line += f" -addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {cert}"
+    subprocess.run(shlex.split(line), check=True, capture_output=True, timeout=30)
+    with served(tmp_path, f"--endpoints={etcd.endpoint}", f"--cert-file={cert}", f"--key-file={key}") as proxy:
+        address = str(proxy.serving()["address"])
+        assert put_and_get(etcd.binary, f"https://{address}", f"--cacert={cert}") == "hello"
+
+
+def test_the_proxys_process_loads_neither_grpc_nor_a_web_server() -> None:
+    code = (
+        "import sys, proxy.process.serving\n"
+        "print([name for name in ('grpc', 'aiohttp', 'prometheus_client', 'click', 'msgspec', 'h2', 'rich') "
+        "if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_what_has_read_the_settings_is_gone_when_it_serves(tmp_path: Path) -> None:
+    """Neither a child is left nor what the child had loaded; `--metrics-addr` would load some of that."""
+    with served(tmp_path, "--endpoints=127.0.0.1:1", "--metrics-addr=") as proxy:
+        proxy.serving()
+        process = Path(f"/proc/{proxy.process.pid}")
+        assert (process / f"task/{proxy.process.pid}/children").read_text() == ""
+        files = (process / "maps").read_text()
+        assert "/uvloop/" in files
+        assert "/msgspec/" not in files
+        assert proxy.end() == 0
+
+
+def test_a_fork_that_is_killed_ends_the_command() -> None:
+    code = (
+        "import os, signal, sys; from proxy.cli import apart\n"
+        "apart._hand_over = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.exit(apart.serve(['serve']))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == 128 + signal.SIGKILL
+
+
+def refusal(*arguments: str) -> tuple[int, str]:
+    shown = subprocess.run(
+        [sys.executable, "-m", "proxy.cli", *arguments], capture_output=True, text=True, timeout=30, check=False
+    )
+    lines = [line for line in shown.stderr.splitlines() if line.startswith("watchmux: ")]
+    assert len(lines) == 1, shown.stderr
+    assert "Traceback" not in shown.stderr
+    return shown.returncode, lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flag", "command"),
+    [
+        ("--listen-addr", "serve --endpoints=127.0.0.1:1 --listen-addr={}"),
+        ("--metrics-addr", "serve --endpoints=127.0.0.1:1 --listen-addr=127.0.0.1:0 --metrics-addr={}"),
+        ("--listen-addr", "store --listen-addr={}"),
+        ("--listen-metrics-urls", "store --listen-addr=127.0.0.1:0 --listen-metrics-urls=http://{}"),
+    ],
+)
+def test_a_port_in_use_is_one_line_and_exit_code_1(flag: str, command: str) -> None:
+    with socket.socket() as holder:
+        holder.bind((HOST, 0))
+        holder.listen()
+        address = f"{HOST}:{holder.getsockname()[1]}"
+        code, line = refusal(*command.format(address).split())
+    assert code == 1
+    assert f"cannot listen on {address}: it is in use" in line
+    assert flag in line
+
+
+def test_an_address_of_another_machine_is_one_line() -> None:
+    code, line = refusal("serve", "--endpoints=127.0.0.1:1", f"--listen-addr=192.0.2.1:{free_port()}")
+    assert code == 1
+    assert "cannot assign requested address" in line
+
+
+def test_http1_reaches_the_bundled_stores_own_port(tmp_path: Path) -> None:
+    with served(tmp_path) as proxy:
+        address = str(proxy.serving()["address"])
+        for path, word in (("/version", "etcdserver"), ("/health", "true"), ("/metrics", "etcd_debugging_mvcc")):
+            with urllib.request.urlopen(f"http://{address}{path}", timeout=5) as answer:
+                assert word in answer.read().decode()

@@ -1,0 +1,46 @@
+"""`watchmux store` as a process: durable where it is told to be, and measured by etcd's metric names."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from proxy.measuring.load.prometheus import MetricsPage
+from proxy.process.child import Child, python_command
+from tests.e2e.running import Etcd
+
+COMMAND = ("store", "--listen-addr=127.0.0.1:0", "--listen-metrics-urls=http://127.0.0.1:0")
+
+
+async def started(directory: Path) -> Child:
+    return await Child.start("the store", python_command("proxy.cli", *COMMAND, f"--data-dir={directory}"))
+
+
+def test_what_was_written_is_there_after_a_restart(tmp_path: Path) -> None:
+    async def run() -> None:
+        store = await started(tmp_path)
+        revision = await Etcd(store.ready.address).put(b"greeting", b"hello")
+        assert await store.stop() == 0
+        store = await started(tmp_path)
+        try:
+            assert await Etcd(store.ready.address).revision() == revision
+        finally:
+            await store.stop()
+
+    asyncio.run(run())
+
+
+def test_its_metrics_tell_what_a_measurement_wants_to_know(tmp_path: Path) -> None:
+    async def run() -> None:
+        store = await started(tmp_path)
+        page = MetricsPage(f"http://{store.ready.metrics}")
+        try:
+            cost = await page.cost()
+            assert cost.cpu_s
+            assert cost.memory_bytes
+            assert cost.watchers == 0
+        finally:
+            await page.close()
+            await store.stop()
+
+    asyncio.run(run())

@@ -1,0 +1,103 @@
+"""The knobs: complete, consistent, and the same as what the code they steer has by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from coalesce import Limits
+from proxy.config.describing import Kind
+from proxy.config.knobs import Settings, knobs, tables
+from proxy.listening.settings import ListenerSettings
+from proxy.logs import LEVELS, STYLES
+from proxy.process.serving import core_limits, listener_settings, upstream_settings
+from upstream.settings import Settings as UpstreamSettings
+
+
+def test_every_knob_has_a_text_a_flag_and_a_variable() -> None:
+    for knob in knobs():
+        assert knob.text.endswith("."), knob.path
+        assert knob.flag.startswith("--")
+        assert knob.env == "WATCHMUX_" + knob.flag[2:].replace("-", "_").upper()
+
+
+def test_names_are_unique() -> None:
+    for names in ([knob.flag for knob in knobs()], [knob.env for knob in knobs()], [knob.key for knob in knobs()]):
+        assert len(set(names)) == len(names)
+
+
+def test_units_stand_in_the_names() -> None:
+    for knob in knobs():
+        parts = knob.key.split("_")
+        assert ("s" in parts) == (knob.kind is Kind.SECONDS), knob.path
+        assert ("bytes" in parts) == (knob.kind is Kind.BYTES), knob.path
+
+
+def test_every_table_has_a_text_and_knobs() -> None:
+    for name, struct in tables().items():
+        assert struct.__doc__
+        assert any(knob.table == name for knob in knobs())
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--endpoints",
+        "--listen-addr",
+        "--metrics-addr",
+        "--cacert",
+        "--cert",
+        "--key",
+        "--insecure-skip-tls-verify",
+        "--cert-file",
+        "--key-file",
+        "--trusted-ca-file",
+        "--advertise-client-url",
+        "--max-concurrent-streams",
+        "--grpc-keepalive-interval",
+        "--grpc-keepalive-timeout",
+        "--dial-keepalive-time",
+        "--dial-keepalive-timeout",
+        "--watch-progress-notify-interval",
+    ],
+)
+def test_flags_that_etcd_has_too_are_marked(flag: str) -> None:
+    assert next(knob for knob in knobs() if knob.flag == flag).from_etcd
+
+
+def test_log_choices_are_what_logging_takes() -> None:
+    choices = {knob.key: knob.choices for knob in knobs() if knob.choices}
+    assert choices["log_level"] == LEVELS
+    assert choices["log_format"] == STYLES
+
+
+def test_the_cores_limits_are_all_knobs_with_its_own_defaults() -> None:
+    """A limit that is added to the core and not to the settings, or with another default, is found here."""
+    assert core_limits(Settings().watch) == Limits()
+    names = {field.name for field in dataclasses.fields(Limits)}
+    keys = {knob.key for knob in knobs() if knob.table == "watch"}
+    # How much work a turn has is nothing that an operator could choose.
+    assert names - keys == {
+        *("progress_notify_s", "line_bytes_max", "step_watches_max"),
+        *("replay_events_max", "replay_turn_events_max"),
+    }
+    assert keys - names == {"watch_progress_notify_interval_s"}
+
+
+def test_listener_and_upstream_have_the_same_defaults_as_the_settings() -> None:
+    assert listener_settings(Settings()) == ListenerSettings()
+    assert upstream_settings(Settings()) == UpstreamSettings()
+
+
+def test_the_settings_load_nothing_heavy() -> None:
+    """`watchmux --help` reads them: it should answer at once."""
+    code = (
+        "import sys, proxy.cli, proxy.cli.serve, proxy.cli.demo, proxy.cli.measure, proxy.cli.store, proxy.cli.status\n"
+        "print([name for name in ('grpc', 'aiohttp', 'rich', 'prometheus_client', 'google.protobuf', 'uvloop', 'ssl',"
+        " 'asyncio', 'structlog') if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    assert shown.stdout.strip() == "[]"

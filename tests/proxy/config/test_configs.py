@@ -1,0 +1,37 @@
+"""The files in configs/: every one loads, and the commented default is what the code has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from proxy.config.file import layer, read_file, render_example
+from proxy.config.knobs import Settings
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+FILES = sorted(CONFIGS.glob("*.toml"))
+
+
+def test_there_are_the_three() -> None:
+    assert {path.name for path in FILES} >= {"watchmux.toml", "development.toml", "production.toml"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_file_loads(path: Path) -> None:
+    layer({}, read_file(path), look_at_files=False)
+
+
+def test_the_commented_default_is_the_codes() -> None:
+    """Refresh it with `watchmux config > configs/watchmux.toml`."""
+    assert (CONFIGS / "watchmux.toml").read_text() == render_example()
+    assert layer({}, read_file(CONFIGS / "watchmux.toml")) == Settings()
+
+
+def test_development_needs_no_etcd_and_production_is_secured() -> None:
+    development = layer({}, read_file(CONFIGS / "development.toml"))
+    assert not development.upstream.endpoints
+    production = layer({}, read_file(CONFIGS / "production.toml"), look_at_files=False)
+    assert all(endpoint.startswith("https://") for endpoint in production.upstream.endpoints)
+    assert production.listener.cert_file
+    assert not production.upstream.insecure_skip_tls_verify

@@ -1,0 +1,312 @@
+"""The files of configs/ for those who run it: read by the parsers that will read them, and true to the code.
+
+What Debian's tools say more thoroughly (promtool, systemd-analyze) is asked for in `make test-all`.
+"""
+
+from __future__ import annotations
+
+import configparser
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import promql_parser
+import pytest
+import yaml
+from dockerfile_parse import DockerfileParser
+from prometheus_client import ProcessCollector
+from prometheus_client.registry import CollectorRegistry
+
+from proxy.admin.delays import Histogram
+from proxy.admin.metrics import ProxyCollector
+from proxy.admin.port import PAGES
+from proxy.admin.self_probe import HUNG_AFTER
+from proxy.admin.snapshot import Snapshot
+from proxy.config.file import layer, read_file
+from proxy.config.knobs import Settings, knobs
+from proxy.config.values import parse_size_bytes
+from upstream.pool import EndpointState
+
+ROOT = Path(__file__).parents[3]
+CONFIGS = ROOT / "configs"
+KUBERNETES = sorted((CONFIGS / "kubernetes").glob("*.yaml"))
+KUBERNETES_VERSIONS = ("1.29", "1.33")
+PROBED = {"/livez", "/readyz", "/health"}
+
+
+class FakeMonitor:
+    """As much of a monitor as the collector asks for: a proxy that has done nothing yet."""
+
+    delivery_delay = Histogram()
+    loop_delay = type("Loop", (), {"histogram": Histogram()})()
+
+    def take(self) -> Snapshot:
+        return Snapshot(joins_total={"live": 0}, refusals_total={"x": 0}, evictions_total={"x": 0})
+
+    def limits(self) -> dict[str, float]:
+        return {"x": 0}
+
+    def endpoints(self) -> list[EndpointState]:
+        return [EndpointState("x", True, "")]
+
+
+@cache
+def exported() -> frozenset[str]:
+    """Every name that a scrape of the proxy has."""
+    process = ProcessCollector(registry=CollectorRegistry())
+    families = [*ProxyCollector(FakeMonitor()).collect(), *process.collect()]  # type: ignore[arg-type]  # a fake
+    # A counter by reason has no samples before the first one; its family has its name all the same.
+    counters = {f"{family.name}_total" for family in families if family.type == "counter"}
+    return frozenset(counters.union(sample.name for family in families for sample in family.samples))
+
+
+def check_expression(expression: str) -> None:
+    """The expression is PromQL, and of metrics that are there."""
+    plain = expression.replace("$__rate_interval", "1m").replace("$job", "x").replace("$instance", "x")
+    promql_parser.parse(plain)
+    names = set(re.findall(r"\b((?:watchmux|process|etcd_grpc_proxy)_[a-z_]+)\b", plain))
+    assert names - exported() == set()
+
+
+@cache
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+
+
+def pods(path: Path) -> list[dict[str, Any]]:
+    """The pod specs in a file."""
+    found = []
+    for document in documents(path):
+        if document["kind"] == "Pod":
+            found.append(document["spec"])
+        elif document["kind"] == "Deployment":
+            found.append(document["spec"]["template"]["spec"])
+    return found
+
+
+def ours(path: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(pod, container) of every watchmux in a file."""
+    return [
+        (pod, container)
+        for pod in pods(path)
+        for container in [*pod.get("initContainers", []), *pod["containers"]]
+        if container["name"] == "watchmux"
+    ]
+
+
+@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
+@pytest.mark.parametrize("path", KUBERNETES, ids=lambda path: path.name)
+def test_manifests_are_what_kubernetes_takes(path: Path, version: str) -> None:
+    for document in documents(path):
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_the_deployment_has_all_it_takes() -> None:
+    kinds = {document["kind"] for document in documents(CONFIGS / "kubernetes/deployment.yaml")}
+    assert kinds == {"ConfigMap", "Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy"}
+
+
+@pytest.mark.parametrize("path", KUBERNETES, ids=lambda path: path.name)
+def test_probes_ports_and_limits_fit(path: Path, tmp_path: Path) -> None:
+    ((pod, container),) = ours(path)
+    settings = settings_of(path, container["args"], tmp_path)
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports["metrics"] == int(settings.admin.metrics_addr.rpartition(":")[2])
+    probes = [container[name]["httpGet"] for name in container if name.endswith("Probe")]
+    assert len(probes) == 2
+    assert {probe["path"] for probe in probes} <= PROBED
+    assert {probe["port"] for probe in probes} == {"metrics"}
+    assert settings.listener.drain_s < pod["terminationGracePeriodSeconds"]
+    memory = parse_size_bytes(container["resources"]["limits"]["memory"])
+    assert settings.watch.history_bytes_total_max <= memory / 2
+    security = {**pod["securityContext"], **container["securityContext"]}
+    assert security["runAsNonRoot"]
+    assert security["readOnlyRootFilesystem"]
+    assert not security["allowPrivilegeEscalation"]
+
+
+def settings_of(path: Path, arguments: list[str], directory: Path) -> Settings:
+    """The settings that a container's arguments and its ConfigMap give."""
+    assert arguments[0] == "serve"
+    from proxy.cli.knobs import settings_of as read
+
+    read_arguments = list(arguments[1:])
+    for number, argument in enumerate(read_arguments):
+        if argument.startswith("--config="):
+            (config,) = (document for document in documents(path) if document["kind"] == "ConfigMap")
+            file = directory / "watchmux.toml"
+            file.write_text(config["data"][Path(argument.removeprefix("--config=")).name])
+            # The certificates are elsewhere.
+            return layer({}, read_file(file), look_at_files=False)
+        assert argument.split("=")[0] in {knob.flag for knob in knobs()}, number
+    from proxy.cli.serve import command
+
+    with command.make_context("serve", read_arguments) as context:
+        return read(context)[0]
+
+
+def test_services_lead_to_the_pods() -> None:
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for document in documents(CONFIGS / "kubernetes/deployment.yaml"):
+        by_kind.setdefault(document["kind"], []).append(document)
+    (deployment,) = by_kind["Deployment"]
+    labels = deployment["spec"]["template"]["metadata"]["labels"].items()
+    names = {port["name"] for port in deployment["spec"]["template"]["spec"]["containers"][0]["ports"]}
+    for service in by_kind["Service"]:
+        assert service["spec"]["selector"].items() <= labels
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= names
+    for kind, key in (("PodDisruptionBudget", "selector"), ("NetworkPolicy", "podSelector")):
+        assert by_kind[kind][0]["spec"][key]["matchLabels"].items() <= labels
+
+
+def test_alerts_ask_for_what_is_exported_and_are_told_of_in_the_docs() -> None:
+    (group,) = yaml.safe_load((CONFIGS / "prometheus/alerts.yml").read_text())["groups"]
+    advice = (ROOT / "docs/troubleshooting.md").read_text()
+    for rule in group["rules"]:
+        check_expression(rule["expr"])
+        assert rule["labels"]["severity"] in ("page", "ticket")
+        assert rule["annotations"]["summary"]
+        assert rule["alert"] in advice
+
+
+def test_the_dashboard_asks_for_what_is_exported_and_its_panels_do_not_overlap() -> None:
+    dashboard = json.loads((CONFIGS / "grafana/watchmux.json").read_text())
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken, panel["title"]
+        assert max(x for x, _ in cells) < 24
+        taken |= cells
+        for target in panel.get("targets", []):
+            check_expression(target["expr"])
+    identities = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(identities)) == len(identities)
+    assert {variable["name"] for variable in dashboard["templating"]["list"]} == {"datasource", "job", "instance"}
+
+
+def test_the_image_is_small_unprivileged_and_starts_the_program() -> None:
+    parser = DockerfileParser(fileobj=io.BytesIO((CONFIGS / "container/Containerfile").read_bytes()))
+    steps = [(step["instruction"], step["value"]) for step in parser.structure]
+    told = dict(steps)
+    user = told["USER"].split(":")[0]
+    assert int(user) > 0
+    assert json.loads(told["ENTRYPOINT"]) == ["watchmux"]
+    arguments = json.loads(told["CMD"])
+    assert arguments[0] == "serve"
+    assert {argument.split("=")[0] for argument in arguments[1:]} <= {knob.flag for knob in knobs()}
+    images = [value.split()[0] for instruction, value in steps if instruction == "FROM"]
+    assert len(images) == 2
+    assert all(":" in image and not image.endswith(":latest") for image in images)
+    copied = [value.split()[:-1] for instruction, value in steps if instruction == "COPY" and "--from" not in value]
+    for source in (name for names in copied for name in names):
+        assert (ROOT / source).exists(), source
+    assert PAGES, "pages are package data, which `pip install .` brings along"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_steps_of_the_image_make_a_program_that_serves(tmp_path: Path) -> None:
+    """No container is built, but each COPY and RUN of its first stage is carried out, below another directory."""
+    parser = DockerfileParser(fileobj=io.BytesIO((CONFIGS / "container/Containerfile").read_bytes()))
+    source, installed = tmp_path / "src", tmp_path / "watchmux"
+    source.mkdir()
+    stages = 0
+    for step in parser.structure:
+        stages += step["instruction"] == "FROM"
+        if stages > 1:
+            break
+        if step["instruction"] == "COPY":
+            *names, target = step["value"].split()
+            for name in names:
+                kept = shutil.ignore_patterns("__pycache__")
+                if (ROOT / name).is_dir():
+                    shutil.copytree(ROOT / name, source / target, ignore=kept)
+                else:
+                    shutil.copy(ROOT / name, source / target)
+        elif step["instruction"] == "RUN":
+            command = step["value"].replace("/opt/watchmux", str(installed)).replace("python ", f"{sys.executable} ", 1)
+            subprocess.run(command, shell=True, cwd=source, check=True, timeout=600)
+    assert "/opt/watchmux/bin:" in dict(parser.envs)["PATH"]
+    program = installed / "bin/watchmux"
+    # Not from the checkout, whose packages would be found first.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": dict(parser.envs)["PYTHONDONTWRITEBYTECODE"]}
+    shown = subprocess.run(
+        [program, "config"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert shown.stdout == (CONFIGS / "watchmux.toml").read_text()
+    pages = list(installed.rglob("admin/pages/status.html"))
+    assert pages, "package data is installed"
+    assert not list(installed.rglob("__pycache__"))
+
+
+def unit() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # directives have capitals
+    parser.read(CONFIGS / "systemd/watchmux.service")
+    return parser
+
+
+def test_the_unit_fits_the_production_settings() -> None:
+    service = unit()["Service"]
+    command = shlex.split(service["ExecStart"])
+    assert command[1] == "serve"
+    assert {part.split("=")[0] for part in command[2:]} <= {knob.flag for knob in knobs()} | {"--config"}
+    settings = layer({}, read_file(CONFIGS / "production.toml"), look_at_files=False)
+    assert settings.listener.drain_s < int(service["TimeoutStopSec"])
+    assert settings.listener.connections_max < int(service["LimitNOFILE"])
+    assert Settings().listener.connections_max < int(service["LimitNOFILE"])
+    assert service["ExecReload"] == "/bin/kill -HUP $MAINPID"
+    # proxy/process/service_manager.py tells systemd; a hang is known after three probes, and then it takes this long.
+    assert (service["Type"], service["NotifyAccess"]) == ("notify", "main")
+    assert int(service["WatchdogSec"]) > HUNG_AFTER * settings.admin.probe_interval_s
+    assert "AF_UNIX" in service["RestrictAddressFamilies"]
+
+
+def tool(name: str, package: str) -> str:
+    """Return a tool of Debian's, installed if it is not there."""
+    if shutil.which(name) is None:
+        subprocess.run(["apt-get", "update", "-qq"], check=True, timeout=300)
+        install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", package]
+        subprocess.run(install, check=True, timeout=600)
+    return name
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_promtool_takes_the_alerts_and_their_stories() -> None:
+    promtool = tool("promtool", "prometheus")
+    directory = CONFIGS / "prometheus"
+    for command in ("check rules alerts.yml", "test rules alerts_test.yml", "check config scrape.yml"):
+        told = subprocess.run(
+            [promtool, *command.split()], cwd=directory, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert told.returncode == 0, told.stdout + told.stderr
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    analyze = tool("systemd-analyze", "systemd")
+    installed = tmp_path / "watchmux.service"
+    # It looks for the program, which is elsewhere here.
+    text = (CONFIGS / "systemd/watchmux.service").read_text()
+    installed.write_text(text.replace("/opt/watchmux/bin/watchmux", "/bin/true"))
+    told = subprocess.run(
+        [analyze, "verify", "--man=no", installed], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert told.returncode == 0, told.stderr
+    assert told.stderr == ""

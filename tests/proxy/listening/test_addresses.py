@@ -1,0 +1,306 @@
+"""Where the proxy listens and what it fronts, beside IPv4: unix sockets, IPv6, names with several addresses."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import grpc.aio
+import pytest
+import uvloop
+
+from proto.pb import rpc_pb2, rpc_pb2_grpc
+from proxy.cli.group import run as watchmux
+from proxy.config.values import Address, BadValue, parse_listen_address
+from proxy.listening.listener import Listener
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import direct, proxy_for
+from tests.e2e.scenario import run
+from tests.etcd.binaries import EtcdBinary, etcds
+from tests.etcd.secure import SecureEtcdServer, secure_options
+from tests.etcd.server import EtcdServer, free_port
+from tests.proxy.cli.test_cli_serve import Served
+from tests.upstream.certificates import make_certificates
+from tests.waiting import until_async
+from upstream.tls import client_context, server_context
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "shown"),
+    [
+        ("unix:///run/watchmux.sock", Address("", 0, "/run/watchmux.sock"), "unix:///run/watchmux.sock"),
+        ("unix:/run/watchmux.sock", Address("", 0, "/run/watchmux.sock"), "unix:///run/watchmux.sock"),
+        ("unix://localhost:m0", Address("", 0, "localhost:m0"), "unix:localhost:m0"),
+        ("unix:watchmux.sock", Address("", 0, "watchmux.sock"), "unix:watchmux.sock"),
+        ("unixs:///run/watchmux.sock", Address("", 0, "/run/watchmux.sock"), "unix:///run/watchmux.sock"),
+        (":23790", Address("", 23790), ":23790"),
+        ("[::1]:23790", Address("::1", 23790), "[::1]:23790"),
+        ("127.0.0.1:0", Address("127.0.0.1", 0), "127.0.0.1:0"),
+    ],
+)
+def test_where_clients_connect_is_read_as_etcd_writes_it(text: str, address: Address, shown: str) -> None:
+    assert parse_listen_address(text) == address
+    assert str(address) == shown
+
+
+@pytest.mark.parametrize("text", ["unix:", "unix://", "unix:///", "unix:///run/", "http://x:1"])
+def test_what_is_no_place_to_listen_is_refused(text: str) -> None:
+    with pytest.raises(BadValue):
+        parse_listen_address(text)
+
+
+@contextmanager
+def serving(tmp_path: Path, listen: str, endpoints: str, *extra: str) -> Iterator[Served]:
+    """Yield a `watchmux serve` that listens where it is told."""
+    proxy = Served(tmp_path / "serve.log", f"--endpoints={endpoints}", f"--listen-addr={listen}", *extra)
+    try:
+        proxy.serving()
+        yield proxy
+    finally:
+        proxy.process.kill()
+        proxy.process.wait()
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return the one line with which `watchmux serve` refuses to start."""
+    assert watchmux(["serve", "--endpoints=127.0.0.1:1", "--log-level=fatal", *arguments])
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def unix_etcd(path: Path) -> EtcdServer:
+    """Make an etcd that listens on a unix socket as well."""
+    etcd = EtcdServer()
+    etcd.extra = [f"--listen-client-urls={etcd.url},unix://{path}"]
+    return etcd
+
+
+@pytest.mark.parametrize(
+    "client",
+    [pytest.param(client, marks=() if client.version < (3, 5, 0) else pytest.mark.long) for client in etcds()],
+    ids=lambda client: client.name,
+)
+def test_etcdctl_over_unix_sockets_on_both_sides(client: EtcdBinary, tmp_path: Path) -> None:
+    behind, before = tmp_path / "etcd.sock", tmp_path / "watchmux.sock"
+    with unix_etcd(behind) as etcd:
+        etcd.binary = client
+        with serving(tmp_path, f"unix://{before}", f"unix://{behind}") as proxy:
+            endpoint = f"unix://{before}"
+            assert proxy.serving()["address"] == endpoint
+            assert stat.S_ISSOCK(before.stat().st_mode)
+            command = [str(client.etcdctl), f"--endpoints={endpoint}", "watch", "a", "--rev=2"]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={"ETCDCTL_API": "3"}) as watching:
+                assert watching.stdout is not None
+                assert etcd.ctl("put", "a", "1", endpoint=endpoint).stdout == "OK\n"
+                assert [watching.stdout.readline() for _ in range(3)] == ["PUT\n", "a\n", "1\n"]
+                watching.terminate()
+            assert etcd.ctl("get", "a", endpoint=endpoint).stdout == "a\n1\n"
+            assert proxy.end() == 0
+        assert not before.exists()
+
+
+@pytest.mark.parametrize("write", ["unix://{}", "unix:{}"])
+def test_grpc_python_over_a_unix_socket(write: str, etcd: EtcdServer, tmp_path: Path) -> None:
+    path = tmp_path / "watchmux.sock"
+
+    async def scenario() -> None:
+        async with proxy_for(etcd, path=str(path)), grpc.aio.insecure_channel(write.format(path)) as channel:
+            revision = (
+                await rpc_pb2_grpc.KVStub(channel).Put(rpc_pb2.PutRequest(key=b"a", value=b"1"))
+            ).header.revision
+            watch = rpc_pb2_grpc.WatchStub(channel).Watch()
+            create = rpc_pb2.WatchCreateRequest(key=b"a", start_revision=revision)
+            await watch.write(rpc_pb2.WatchRequest(create_request=create))
+            answers = [cast(rpc_pb2.WatchResponse, await watch.read()) for _ in range(2)]
+            assert answers[0].created
+            assert [event.kv.value for event in answers[1].events] == [b"1"]
+            watch.cancel()
+        assert not path.exists()
+
+    run(scenario())
+
+
+def test_tls_over_unix_sockets_on_both_sides(tmp_path: Path) -> None:
+    files = make_certificates(tmp_path)
+    # etcd's clients verify the last part of the path as the name.
+    behind, before = tmp_path / "etcd.sock", tmp_path / "localhost"
+    etcd = SecureEtcdServer(files)
+    etcd.extra.append(f"--listen-client-urls={etcd.url},unixs://{behind}")
+    listening = [f"--cert-file={files.server_cert}", f"--key-file={files.server_key}", f"--trusted-ca-file={files.ca}"]
+    with etcd, serving(tmp_path, f"unixs://{before}", f"unixs://{behind}", *listening, *secure_options(files)):
+        assert etcd.ctl("put", "a", "1", endpoint=f"unixs://{before}").stdout == "OK\n"
+        assert etcd.ctl("get", "a", endpoint=f"unix://{before}").stdout == "a\n1\n"
+
+
+def test_http1_over_a_unix_socket(tmp_path: Path) -> None:
+    behind, before = tmp_path / "etcd.sock", tmp_path / "watchmux.sock"
+    with unix_etcd(behind), serving(tmp_path, f"unix://{before}", f"unix://{behind}"), socket.socket(1) as client:
+        client.connect(str(before))
+        client.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert b"etcdserver" in client.makefile("rb").read()
+
+
+def test_a_socket_file_that_was_left_behind_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "watchmux.sock"
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(str(path))
+
+    async def scenario() -> None:
+        async with proxy_for("127.0.0.1:1", path=str(path)):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(path))
+        assert not path.exists()
+
+    run(scenario())
+
+
+def test_a_socket_in_use_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "watchmux.sock"
+    with socket.socket(socket.AF_UNIX) as used:
+        used.bind(str(path))
+        used.listen()
+        line = refusal(capsys, f"--listen-addr=unix://{path}")
+        assert f"cannot listen on unix://{path}: it is in use; stop what uses it" in line
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+
+
+def test_a_file_that_has_become_another_ones_is_left_alone(etcd: EtcdServer, tmp_path: Path) -> None:
+    path = tmp_path / "watchmux.sock"
+
+    async def scenario() -> None:
+        async with proxy_for(etcd, path=str(path)):
+            path.unlink()
+            path.write_text("mine")
+        assert path.read_text() == "mine"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("listen", "reason"),
+    [
+        ("unix://{}/file", "a file that is no socket is there; remove it or choose another --listen-addr"),
+        ("unix://{}/none/x.sock", "its directory is not there; make it or choose another --listen-addr"),
+        ("unix://{}/" + "x" * 120, "AF_UNIX path too long"),
+        ("unix://", "has no path of a socket; write unix:///run/watchmux.sock"),
+        ("unixs://{}/x.sock", "--listen-addr: unixs needs --cert-file and --key-file as well"),
+    ],
+)
+def test_where_a_socket_cannot_be_is_said_in_one_line(
+    listen: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("keep me")
+    assert reason in refusal(capsys, f"--listen-addr={listen.format(tmp_path)}")
+    assert (tmp_path / "file").read_text() == "keep me"
+
+
+def test_ipv6_on_both_sides(tmp_path: Path) -> None:
+    etcd = EtcdServer()
+    behind = f"http://[::1]:{free_port()}"
+    etcd.extra = [f"--listen-client-urls={etcd.url},{behind}"]
+    with etcd, serving(tmp_path, "[::1]:0", behind) as proxy:
+        endpoint = str(proxy.serving()["address"])
+        assert endpoint.startswith("[::1]:")
+        assert etcd.ctl("put", "a", "1", endpoint=endpoint).stdout == "OK\n"
+        assert etcd.ctl("get", "a", endpoint=f"http://{endpoint}").stdout == "a\n1\n"
+
+
+def test_all_interfaces_are_those_of_both_families(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        async with proxy_for(etcd, host="", port=0) as proxy:
+            for host in ("127.0.0.1", "::1"):
+                _, writer = await asyncio.open_connection(host, proxy.port)
+                writer.close()
+
+    run(scenario())
+
+
+class Resolver:
+    """Gives a name the addresses it is told, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, *addresses: str) -> None:
+        real = socket.getaddrinfo
+        self.asked = 0
+
+        def getaddrinfo(host: str, port: int, *arguments: object, **options: object) -> list[object]:
+            if host != name:
+                return real(host, port, *arguments, **options)  # type: ignore[arg-type,return-value]  # handed on as it came
+            self.asked += 1
+            return [info for address in addresses for info in real(address, port, *arguments, **options)]  # type: ignore[arg-type]  # the same
+
+        async def resolve(_loop: object, *arguments: object, **options: object) -> list[object]:
+            return getaddrinfo(*arguments, **options)  # type: ignore[arg-type]  # the same
+
+        import uvloop
+
+        monkeypatch.setattr(uvloop.Loop, "getaddrinfo", resolve)
+
+
+@pytest.mark.parametrize("addresses", [("::1", "127.0.0.1"), ("127.0.0.1", "::1"), ("127.0.0.2", "::1", "127.0.0.1")])
+def test_the_addresses_of_a_name_are_tried_in_turn(
+    addresses: tuple[str, ...], etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolver = Resolver(monkeypatch, "etcd.example", *addresses)
+
+    async def scenario() -> None:
+        async with (
+            proxy_for(f"etcd.example:{etcd.client_port}") as proxy,
+            direct(etcd) as store,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            stream = client.watch()
+            stream.create(b"a")
+            await stream.created()
+            await store.put(b"a", b"1")
+            await until_async(lambda: stream.values == [b"1"], "the event")
+            assert resolver.asked
+
+    run(scenario())
+
+
+def test_an_address_that_swallows_everything_holds_up_nobody(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    Resolver(monkeypatch, "etcd.example", "127.0.0.2", "127.0.0.1")
+
+    async def scenario() -> None:
+        async with proxy_for(f"etcd.example:{etcd.client_port}") as proxy:
+            await until_async(lambda: proxy.health.upstream_reachable, "etcd to be reached")
+
+    with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
+        deaf.bind(("127.0.0.2", etcd.client_port))
+        deaf.listen(0)
+        for filler in (first, second):
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.2", etcd.client_port))
+        run(scenario())
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize("secure", [False, True])
+def test_nothing_waits_for_a_fuller_packet(
+    loop: Callable[[], asyncio.AbstractEventLoop], secure: bool, tmp_path: Path
+) -> None:
+    """Else an answer beside a busy stream waits for the client's delayed acknowledgement: 40 ms each."""
+    files = make_certificates(tmp_path)
+    tls = server_context(files.server_cert, files.server_key) if secure else None
+    trusting = client_context(cacert=files.ca) if secure else None
+
+    async def scenario() -> None:
+        listener = Listener()
+        await listener.start("127.0.0.1", 0, tls)
+        async with await RawClient.connect(listener.port, tls=trusting):
+            await until_async(lambda: listener.connections, "the connection")
+            (connection,) = listener.connections
+            assert connection._transport is not None
+            accepted = connection._transport.get_extra_info("socket")
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        await listener.stop()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(scenario())

@@ -1,0 +1,117 @@
+"""HTTP/1 on the same port: handed through to etcd, or refused in words."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from proxy.listening.http1 import Http1Settings
+from tests.e2e.running import proxy_for
+from tests.e2e.scenario import run as run_scenario
+from tests.etcd.server import HOST, EtcdServer, free_port
+from tests.proxy.passthrough.test_passthrough import passing
+from tests.waiting import until_async
+
+
+async def ask(address: str, request: bytes, limit_s: float = 10) -> bytes:
+    """Send raw bytes and return all that comes back until the end."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(request)
+        return await asyncio.wait_for(reader.read(), limit_s)
+    finally:
+        writer.close()
+
+
+def get(path: str) -> bytes:
+    """Make a GET request that closes its connection."""
+    return f"GET {path} HTTP/1.1\r\nHost: etcd\r\nConnection: close\r\n\r\n".encode()
+
+
+def test_pages_and_json_gateway_are_etcds(etcd: EtcdServer) -> None:
+    async def run() -> None:
+        async with passing(etcd.endpoint) as running:
+            version = await ask(running.address, get("/version"))
+            assert b" 200 " in version.splitlines()[0]
+            assert json.loads(version.partition(b"\r\n\r\n")[2])["etcdserver"] == etcd.binary.name
+            body = b'{"key": "YQ==", "value": "MQ=="}'
+            head = b"POST /v3/kv/put HTTP/1.1\r\nHost: etcd\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+            assert b" 200 " in (await ask(running.address, head % len(body) + body)).splitlines()[0]
+
+    asyncio.run(run())
+    assert etcd.ctl("get", "a").stdout == "a\n1\n"
+
+
+def test_first_bytes_may_come_one_by_one(etcd: EtcdServer) -> None:
+    async def run() -> None:
+        async with passing(etcd.endpoint) as running:
+            host, _, port = running.address.rpartition(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            for byte in get("/health"):
+                writer.write(bytes([byte]))
+                await writer.drain()
+            assert b'"health":"true"' in await asyncio.wait_for(reader.read(), 10)
+            writer.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("garbage", [b"\x16\x03\x01\x02\x00", b"\0\0\0\0", b"get / HTTP/1.1\r\n\r\n", b"A" * 40])
+def test_garbage_is_refused_in_words(etcd: EtcdServer, garbage: bytes) -> None:
+    async def run() -> None:
+        async with passing(etcd.endpoint) as running:
+            answer = await ask(running.address, garbage)
+            assert answer.startswith(b"HTTP/1.1 400 ")
+            assert b"neither HTTP/2 nor HTTP/1" in answer
+
+    asyncio.run(run())
+
+
+def test_an_etcd_that_is_not_there_is_a_bad_gateway() -> None:
+    async def run() -> None:
+        port = free_port()
+        async with passing(f"{HOST}:{port}") as running:
+            answer = await ask(running.address, get("/version"))
+            assert answer.startswith(b"HTTP/1.1 502 ")
+            assert f"{HOST}:{port}".encode() in answer
+
+    asyncio.run(run())
+
+
+def test_an_endpoint_that_is_dead_is_left_out() -> None:
+    """The dead one is named first; killing the other one as well leaves a bad gateway, and not the last good answer."""
+    with EtcdServer() as other:
+
+        async def scenario() -> None:
+            async with proxy_for(f"{HOST}:{free_port()},{other.endpoint}") as proxy:
+                await until_async(lambda: proxy.pool.pick() is not None, "a connection to the live one")
+                for _ in range(4):
+                    answer = await ask(f"{HOST}:{proxy.port}", get("/version"))
+                    assert answer.startswith(b"HTTP/1.1 200 ")
+                other.kill()
+                await until_async(lambda: proxy.pool.pick() is None, "its loss")
+                assert (await ask(f"{HOST}:{proxy.port}", get("/version"))).startswith(b"HTTP/1.1 502 ")
+
+        run_scenario(scenario())
+
+
+def test_bounds(etcd: EtcdServer) -> None:
+    """One connection too many is refused, and so is one that does not say what it wants."""
+
+    async def run() -> None:
+        async with passing(etcd.endpoint) as running:
+            running.http1.settings = Http1Settings(opening_timeout_s=0.1, connections_max=1)
+            host, _, port = running.address.rpartition(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(b"GE")
+            await writer.drain()
+            await until_async(lambda: running.http1.connections, "the connection to be taken over")
+            assert (await ask(running.address, get("/version"))).startswith(b"HTTP/1.1 503 ")
+            assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 408 ")
+            assert (running.http1.refused[503], running.http1.refused[408]) == (1, 1)
+            writer.close()
+
+    asyncio.run(run())

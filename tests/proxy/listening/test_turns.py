@@ -1,0 +1,364 @@
+"""What clients ask for is handled in turns of the loop: so much in each, for all together, and others go on meanwhile.
+
+Judged by counts of what is done between two turns, not by time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+from collections import deque
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+
+from coalesce.limits import Limits
+from proto.framing import Status
+from proto.pb import rpc_pb2
+from proxy.listening.settings import ListenerSettings
+from proxy.listening.turns import PART, SHARE, Turns, in_parts
+from proxy.server import Proxy
+from proxy.watch.service import (
+    ANSWERS_UNREAD_MAX,
+    CANCEL_WORK,
+    CREATE_WORK,
+    PROGRESS_WORK,
+    WAITING_TEXT,
+    WatchSettings,
+    filters_of,
+)
+from tests.e2e.floods import FLOODS, GZIP, Sender, cancel, create, filters, flood, progress
+from tests.e2e.held import held
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import direct, proxy_for
+from tests.e2e.scenario import run
+from tests.etcd.server import EtcdServer
+from tests.waiting import until_async
+
+TURN_WORK = ListenerSettings().http2.turn_work_max
+
+
+class Worker:
+    """Has so much work, in pieces of some size, and notes when it did how much."""
+
+    def __init__(self, turns: Turns, log: list[str], name: str, work: int, piece: int = 1) -> None:
+        self.turns, self.log, self.name, self.work, self.piece = turns, log, name, work, piece
+
+    def take_turn(self) -> None:
+        """Do some."""
+        self.log.append(self.name)
+        while self.work > 0 and self.turns.left > 0:
+            self.work -= self.piece
+            self.turns.spend(self.piece)
+        if self.work > 0:
+            self.turns.wait(self)
+
+
+def test_a_turn_is_shared_by_all_and_leaves_a_part() -> None:
+    async def scenario() -> None:
+        turns, log = Turns(1_000), list[str]()
+        large = [Worker(turns, log, name, 2 * SHARE) for name in "abcdef"]
+        for worker in large:
+            turns.wait(worker)
+        done = []
+        while any(worker.work > 0 for worker in large):
+            before = sum(worker.work for worker in large)
+            turns._next_turn()
+            done.append(before - sum(worker.work for worker in large))
+            assert turns.left >= 1_000 // 4
+        assert max(done) <= 750 + SHARE
+        # Each has its first share before anybody has a second one.
+        assert log[:6] == list("abcdef")
+        assert sorted(log[6:12]) == list("abcdef")
+
+    run(scenario())
+
+
+def test_a_step_that_costs_too_much_is_paid() -> None:
+    """The one that took it has had its turn, and the turn is over."""
+
+    async def scenario() -> None:
+        turns, log = Turns(1_000), list[str]()
+        for name in "ab":
+            turns.wait(Worker(turns, log, name, 20_000, piece=10_000))
+        turns._next_turn()
+        assert log == ["a"]
+        turns._next_turn()
+        assert log == ["a", "b"]
+
+    run(scenario())
+
+
+def test_what_is_spent_comes_back_with_the_next_turn() -> None:
+    async def scenario() -> None:
+        turns = Turns(1_000)
+        turns.spend(5_000)
+        assert turns.left == -4_000
+        await until_async(lambda: turns.left == 1_000, "the next turn")
+
+    run(scenario())
+
+
+def test_many_connections_are_told_to_go_in_parts() -> None:
+    """A drain, and the look for silent connections, with twenty thousand of them."""
+
+    async def scenario() -> None:
+        told: list[int] = []
+        over = asyncio.Event()
+        in_parts(range(2 * PART + 1), told.append, over.set)
+        counts = [len(told)]
+        while not over.is_set():
+            turn = asyncio.Event()
+            asyncio.get_running_loop().call_soon(turn.set)
+            await turn.wait()
+            counts.append(len(told))
+        assert told == list(range(2 * PART + 1))
+        # From look to look two turns go by.
+        assert max(after - before for before, after in pairwise([0, *counts])) <= 2 * PART
+
+    run(scenario())
+
+
+@contextlib.contextmanager
+def inputs_by_turn(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Count what the core is asked by clients, turn by turn of the loop."""
+    loop = asyncio.get_running_loop()
+    counts = [0]
+    engine = proxy.engine
+
+    def counted(name: str) -> None:
+        step = getattr(engine, name)
+
+        def one(*arguments: object) -> None:
+            counts[-1] += 1
+            step(*arguments)
+
+        monkeypatch.setattr(engine, name, one)
+
+    for name in ("create", "cancel", "progress"):
+        counted(name)
+    over = False
+
+    def turn() -> None:
+        counts.append(0)
+        if not over:
+            loop.call_soon(turn)
+
+    loop.call_soon(turn)
+    yield counts
+    over = True
+
+
+WORK = {
+    "progress requests": (3_000, PROGRESS_WORK),
+    "cancels of unknown ids": (3_000, CANCEL_WORK),
+    "creates of an id that is taken": (1_000, CREATE_WORK),
+    "creates of one range": (1_000, CREATE_WORK),
+    "creates of different ranges": (500, CREATE_WORK),
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_many_messages_of_one_frame_are_taken_in_turns(
+    etcd: EtcdServer, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, work = WORK[name]
+
+    async def scenario() -> None:
+        async with proxy_for(etcd) as proxy, direct(etcd) as store, await RawClient.connect(proxy.port) as client:
+            stream = client.watch()
+            stream.create(b"bystander")
+            await stream.created()
+            with inputs_by_turn(proxy, monkeypatch) as counts:
+                load = asyncio.ensure_future(flood(proxy.port, name, count, streams=3))
+                puts = 0
+                while not load.done():
+                    puts += 1
+                    await store.put(b"bystander", b"%d" % puts)
+                    await until_async(lambda: len(stream.values) == puts, "the event")  # noqa: B023  # awaited at once
+                assert await load == "taken"
+            assert sum(counts) >= 3 * count
+            # One share is begun when the turn is nearly over.
+            assert max(counts) <= (TURN_WORK + SHARE) // work + 1
+            assert proxy.watches.waiting_bytes == 0
+
+    run(scenario())
+
+
+def test_requests_full_of_filters_are_taken_one_by_one(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 MB each when they are inflated: one is as much as a turn."""
+
+    async def scenario() -> None:
+        async with proxy_for(etcd) as proxy, direct(etcd) as store:
+            with inputs_by_turn(proxy, monkeypatch) as counts:
+                assert await flood(proxy.port, "requests full of filters", 6, streams=2) == "taken"
+                # One by a turn and one as it comes, beside the small ones at both ends.
+                assert max(counts) <= 4
+            async with await RawClient.connect(proxy.port) as client:
+                stream = client.watch([(name.decode(), value.decode()) for name, value in [GZIP]])
+                stream.raw.send_raw(filters(1_000_000, value=0))
+                await stream.created()
+                await store.put(b"abuse", b"1")
+                await store.delete(b"abuse")
+                await until_async(lambda: stream.responses[-1].events, "the delete")
+                assert [event.type for response in stream.responses for event in response.events] == [1]
+
+    run(scenario())
+
+
+def test_another_stream_of_the_connection_has_its_turn(etcd: EtcdServer) -> None:
+    """Not behind all that waits on the first."""
+
+    async def scenario() -> None:
+        async with proxy_for(etcd) as proxy, direct(etcd):
+            sender = await Sender.open(proxy.port)
+            await sender.say(sender.request(1) + sender.request(3))
+            waiting = asyncio.ensure_future(sender.send(1, cancel(9) * 100_000))
+            await until_async(lambda: proxy.watches.unread_bytes > 50_000, "requests that wait")
+            before = proxy.watches.unread_bytes
+            await sender.send(3, create(start_revision=-1))
+            await until_async(lambda: 3 in sender.last, "the answer")
+            assert not waiting.done() or before
+            assert await waiting
+            sender.close()
+
+    run(scenario())
+
+
+def test_a_client_that_reads_no_answers_is_asked_no_more(etcd: EtcdServer) -> None:
+    """Duplicates are answered with ten times their size: what waits to be read is bounded, and asks on when it is."""
+
+    async def scenario() -> None:
+        async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port, window=0) as client:
+            stream = client.watch()
+            stream.raw.send_raw(create(watch_id=7))
+            await until_async(lambda: proxy.engine.core.stats.stalls == 1, "an answer that is not read")
+            (call,) = proxy.watches.calls
+            stream.raw.send_raw(create(watch_id=7) * 999)
+            await until_async(lambda: not call._queued and proxy.watches.unread_bytes, "it to wait")
+            await until_async(lambda: call._answers_unread == ANSWERS_UNREAD_MAX, "so many answers")
+            assert proxy.engine.core.stats.creates <= ANSWERS_UNREAD_MAX + 2
+            client.h2.update_settings({4: 2**31 - 1})
+            client.flush()
+            await until_async(lambda: len(stream.raw.messages) == 1_000, "all answers")
+            assert proxy.watches.waiting_bytes == 0
+
+    run(scenario())
+
+
+def test_requests_that_wait_hold_up_their_client() -> None:
+    """While etcd does not answer: a line, a window, and not a byte more of each stream."""
+    line_bytes_max = 20_000
+
+    async def scenario(etcd: EtcdServer) -> None:
+        async with proxy_for(etcd, limits=Limits(line_bytes_max=line_bytes_max)) as proxy:
+            sender = await Sender.open(proxy.port)
+            with held(etcd):
+                await sender.say(b"".join(sender.request(stream_id) for stream_id in (1, 3, 5)))
+                sending = [asyncio.ensure_future(sender.send(each, create(b"k" * 1_000) * 1_000)) for each in (1, 3, 5)]
+                await until_async(lambda: all(sender.room(each) <= 0 for each in (1, 3, 5)), "windows to be used up")
+                assert all(not task.done() for task in sending)
+                window = proxy.listener.settings.http2.initial_window
+                assert proxy.engine.core.stats.line_bytes <= 3 * (line_bytes_max + 2_000)
+                assert proxy.watches.waiting_bytes <= 3 * (window + line_bytes_max + 20_000)
+            assert all(await asyncio.gather(*sending))
+            await until_async(lambda: proxy.engine.core.stats.watches == 3_000, "all watches")
+            assert proxy.watches.waiting_bytes == 0
+            sender.close()
+
+    with EtcdServer() as etcd:
+        run(scenario(etcd))
+
+
+def test_requests_that_wait_have_a_bound() -> None:
+    """Beyond it the stream that keeps most waiting ends; the others are served when etcd answers."""
+    limit = 100_000
+
+    async def scenario(etcd: EtcdServer) -> None:
+        async with (
+            proxy_for(etcd, watch=WatchSettings(requests_waiting_bytes_max=limit)) as proxy,
+            await RawClient.connect(proxy.port) as small,
+        ):
+            sender = await Sender.open(proxy.port)
+            with held(etcd):
+                first = small.watch()
+                first.create(b"small")
+                await sender.say(sender.request(1))
+                await sender.send(1, create(b"k" * 1_000) * 100)
+                await until_async(lambda: proxy.watches.refused_at["requests_waiting_bytes_max"] == 1, "the refusal")
+                await until_async(lambda: sender.resets, "the end of the stream")
+                assert (WAITING_TEXT % limit).encode() in sender.heads
+                assert proxy.watches.waiting_bytes < 2_000
+                # Who brings what is too much is not who pays, if somebody else has more.
+                await sender.say(sender.request(3))
+                await sender.send(3, create(b"k" * 1_000) * 60)
+                others = [small.watch() for _ in range(30)]
+                for other in others:
+                    other.create(b"k" * 300)
+                await until_async(lambda: len(sender.resets) == 2, "the end of the large one")
+                assert proxy.watches.refused_at["requests_waiting_bytes_max"] == 2
+            for stream in (first, *others):
+                await stream.created()
+            assert proxy.watches.waiting_bytes == 0
+            sender.close()
+
+    with EtcdServer() as etcd:
+        run(scenario(etcd))
+
+
+def test_half_requests_count_and_are_given_back(etcd: EtcdServer) -> None:
+    limit = 50_000
+
+    async def scenario() -> None:
+        settings = WatchSettings(requests_waiting_bytes_max=limit)
+        async with proxy_for(etcd, watch=settings) as proxy, await RawClient.connect(proxy.port) as client:
+            streams = [client.watch() for _ in range(3)]
+            for number, stream in enumerate(streams, 1):
+                stream.raw.send_raw(create(b"k" * 20_000)[:15_000])
+                await until_async(lambda number=number: proxy.watches.waiting_bytes == number * 15_000, "it")  # type: ignore[misc]
+            streams[1].raw.send_raw(b"k" * 5_001)
+            assert (await streams[1].raw.end())[0] == Status.RESOURCE_EXHAUSTED
+            assert proxy.watches.waiting_bytes == 30_000
+            streams[0].raw.cancel()
+            await until_async(lambda: proxy.watches.waiting_bytes == 15_000, "it to be given back")
+            streams[2].raw.send_raw(create(b"k" * 20_000)[15_000:])
+            await streams[2].created()
+            assert proxy.watches.waiting_bytes == 0
+
+    run(scenario())
+
+
+def test_a_half_close_comes_after_the_requests_before_it(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
+            whole, half = client.watch(), client.watch()
+            whole.raw.send_raw(create(start_revision=-1) * 800, end=True)
+            half.raw.send_raw(progress() * 1_000 + create()[:7], end=True)
+            assert await half.raw.end() == (Status.INTERNAL, "the request stream ended inside a message")
+            await until_async(lambda: len(whole.raw.messages) == 800, "all answers")
+            assert not whole.raw.over
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_filters_mean_what_they_are(few: bool) -> None:
+    """However many there are, and whatever numbers: two of them mean something."""
+    for numbers in ([], [0], [1], [0, 1], [2], [128], [129, 1], [255], [-1], [2**31 - 1], [256], [16_513], [128, 0]):
+        wanted = (0 in numbers, 1 in numbers)
+        repeated = numbers if few else numbers * 20
+        request = rpc_pb2.WatchCreateRequest(filters=repeated)  # type: ignore[arg-type]  # also unknown ones
+        assert filters_of(request) == wanted, numbers
+
+
+def test_floods_are_what_they_say() -> None:
+    """Their messages are watch requests, and those with filters have as many as a request may hold."""
+    for messages, metadata in FLOODS.values():
+        (message,) = deque(messages(1), maxlen=1)
+        if metadata:
+            message = b"\0" * 5 + gzip.decompress(message[5:])
+        request = rpc_pb2.WatchRequest.FromString(message[5:])
+        assert request.WhichOneof("request_union")
+        assert len(message) <= 2 * 1024 * 1024

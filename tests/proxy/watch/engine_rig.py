@@ -1,0 +1,253 @@
+"""What stands around an engine in its tests: a scripted core, and fakes that note what the engine does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from coalesce.effects import Effect
+from coalesce.inputs import Granted, Identity
+from coalesce.limits import Limits
+from proto.framing import Status
+from proto.scan import Header
+from proxy.auth.model import Ask, May, SendAway, Tell, WentBack
+from proxy.auth.queries import NO_RIGHT, Now, Questions
+from proxy.auth.restore import Asked
+from proxy.watch.engine import Engine
+
+HEADER = Header.make(1, 2, 3, 4)
+
+
+class ScriptedCore:
+    """Notes each input; answers with what the test has put there for it."""
+
+    def __init__(self) -> None:
+        self.inputs: list[tuple[Any, ...]] = []
+        self.effects: dict[str, list[Effect]] = {}
+        self.deadline: float | None = None
+        self.limits = Limits()
+        self.ordered_progress = False
+        self.header: Header | None = HEADER
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def step(*arguments: Any) -> list[Effect]:
+            self.inputs.append((name, *arguments))
+            return self.effects.pop(name, [])
+
+        return step
+
+    def next_deadline(self) -> float | None:
+        return self.deadline
+
+    def names(self) -> list[str]:
+        """The inputs so far, by name."""
+        return [entry[0] for entry in self.inputs]
+
+
+class FakeReader:
+    """Answers at once, inside of the effect, as a known probe does; what it asks is decided as ever."""
+
+    def __init__(self) -> None:
+        self.header = HEADER
+        self.linearizable = True
+        self.reads: list[tuple[Any, ...]] = []
+        """Of each call the token, and the ranges' keys and ends."""
+        self.refuses: set[bytes | None] = set()
+        self.questions = Questions(1.0)
+        self.listener: Any = None
+
+    def read(self, now: Now) -> None:
+        self.do(self.questions.read(now))
+
+    def check(self, may: May) -> None:
+        assert may.asked == Asked(None, b"k", b"")
+        assert may.wanted
+        assert may.told is not None
+        may.told(Granted(HEADER))
+
+    def session_over(self, session: Any) -> None:
+        self.questions.session_over(session)
+
+    def connected(self, watches: Any) -> None:
+        self.questions.connected()
+        self.do(self.questions.prove(self.listener.own_token, watches))
+
+    def other_history(self, header: Header) -> None:
+        self.questions.other_history(header)
+
+    def do(self, effects: Sequence[Any]) -> None:
+        for effect in effects:
+            if isinstance(effect, Ask):
+                call = effect.call
+                self.reads.append((call.token, *(part for each in call.ranges for part in each)))
+                self.questions.begin(call, self.listener.newest_revision, 0.0)
+                call.linearizable = self.linearizable
+                if call.ranges == NO_RIGHT or call.token not in self.refuses:
+                    self.do(self.questions.answered(call, self.header))
+                else:
+                    self.do(self.questions.failed(call, Status.PERMISSION_DENIED, "no"))
+            elif isinstance(effect, Tell):
+                assert effect.question.told is not None
+                effect.question.told(effect.outcome)
+            elif isinstance(effect, SendAway):
+                self.listener.not_authorized(effect.session, effect.refusal)
+            elif isinstance(effect, WentBack):
+                self.listener.went_back(effect.header)
+
+    def stop(self) -> None:
+        pass
+
+
+class FakeUpstream:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Any]] = []
+        self.newest_revision = 0
+        self.ordered_progress = False
+        self.leaderless = False
+        self.own_token: bytes | None = None
+
+    def watch_leader(self) -> None:
+        self.told.append(("watch leader", None))
+
+    def store_went_back(self, revision: int) -> None:
+        self.told.append(("went back", revision))
+
+    def open(self, watch: Any) -> None:
+        self.told.append(("open", watch))
+
+    def close(self, watch: Any) -> None:
+        self.told.append(("close", watch))
+
+    def pause(self, watch: Any) -> None:
+        self.told.append(("pause", watch))
+
+    def resume(self, watch: Any) -> None:
+        self.told.append(("resume", watch))
+
+    def request_progress(self, number: int, watches: object) -> None:
+        assert watches == ()
+        self.told.append(("progress", number))
+
+
+class FakeConnection:
+    """A connection with nothing but what its first stream counts."""
+
+    def __init__(self, outlet: FakeOutlet) -> None:
+        self.h2 = outlet
+        self.dirty = False
+        self.touch = outlet.touch
+
+    def write_now(self, stream: FakeOutlet, message: bytes, size: int) -> bool:
+        assert size == len(message)
+        if self.dirty or stream.room <= 1:
+            return False
+        stream.sent.append(message)
+        stream.written.append(message)
+        stream.room -= 1
+        return True
+
+
+class FakeOutlet:
+    """A stream that has room for so many messages."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.sent: list[bytes] = []
+        self.ends: list[tuple[int, str]] = []
+        self.on_end: Callable[[], None] = lambda: None
+        self.stalled = False
+        self.touched = 0
+        self.runs = 0
+        self.stream: Any = self
+        self.written: list[bytes] = []
+        self.connection: Any = FakeConnection(self)
+        self.asked_on = 0
+
+    def take_requests(self) -> None:
+        """Note that its client may ask on."""
+        self.asked_on += 1
+
+    def touch(self) -> None:
+        self.touched += 1
+        self.connection.dirty = True
+
+    def send(self, *arguments: Any) -> bool:
+        """Both the connection's send(stream, pieces, size) and the outlet's send(message)."""
+        if len(arguments) == 1:
+            self.sent.append(arguments[0])
+            self.room -= 1
+            return self.room >= 0
+        stream, pieces, _ = arguments
+        stream.sent += pieces
+        stream.room -= 1
+        return bool(stream.room >= 0)
+
+    def send_each(self, together: Any, columns: Any, size: int) -> list[int]:
+        """The connection's: leaves those whose room is used up."""
+        self.runs += 1
+        left = [place for place, stream in enumerate(together.streams) if stream.room <= 1]
+        for place, (stream, *pieces) in enumerate(zip(together.streams, *columns, strict=True)):
+            assert size == sum(map(len, pieces))
+            if place not in left:
+                stream.sent += pieces
+                stream.room -= 1
+        return left
+
+    def end(self, status: int, text: str) -> None:
+        self.ends.append((status, text))
+        self.on_end()
+
+
+class FakeTrunk:
+    """An upstream watch as far as the engine looks at it."""
+
+    key = b"k"
+    range_end = b"l"
+
+    def tokens(self) -> Iterator[bytes | None]:
+        yield b"t"
+
+
+TRUNK: Any = FakeTrunk()
+SPOKEN: Any = SimpleNamespace(canceled=False)
+
+
+class Rig:
+    """An engine with a scripted core and fakes around it."""
+
+    def __init__(self) -> None:
+        self.core = ScriptedCore()
+        self.reader = FakeReader()
+        self.engine = Engine(self.core, self.reader)  # type: ignore[arg-type]  # stand-ins
+        self.upstream = FakeUpstream()
+        self.engine.attach(self.upstream)
+
+    def script(self, name: str, *effects: Effect) -> None:
+        """The next input of this name has these effects."""
+        self.core.effects[name] = list(effects)
+
+
+def watch_of(outlet: FakeOutlet, watch_id: int = 0) -> Any:
+    """A watch as far as the engine looks at it."""
+    session = SimpleNamespace(outlet=outlet, ended=False, identity=Identity())
+    return SimpleNamespace(outlet=outlet, watch_id=watch_id, session=session, refusal=None)
+
+
+def payload_of(*texts: bytes) -> Any:
+    """A payload whose messages carry the watch id."""
+
+    def pieces(watch_id: int) -> tuple[bytes, ...]:
+        return tuple(b"%d:%s" % (watch_id, text) for text in texts)
+
+    def message(watch_id: int) -> bytes | None:
+        return pieces(watch_id)[0] if len(texts) == 1 else None
+
+    def columns(ids: Any) -> Any:
+        return list(zip(*[pieces(watch_id) for watch_id, _, count in ids for _ in range(count)], strict=True))
+
+    return SimpleNamespace(
+        pieces=pieces, columns=columns, message=message, size=sum(map(len, texts)), event_count=len(texts)
+    )

@@ -1,0 +1,437 @@
+"""How the engine drives a core: order of inputs and effects, the fan-out loop, the timer. The core is a script."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from coalesce.core import Coalescer
+from coalesce.effects import (
+    CheckPermission,
+    CloseUpstream,
+    Deliver,
+    EndSession,
+    OpenUpstream,
+    PauseUpstream,
+    ReadRevision,
+    RequestProgress,
+    ResumeUpstream,
+    Send,
+    TakeRequests,
+)
+from coalesce.inputs import Granted, Identity
+from proto.scan import Header
+from proxy.watch.engine import BULKY_BYTES, RUN_WATCHES_MIN, TURN_BYTES
+from tests.e2e.scenario import run
+from tests.proxy.watch.engine_rig import HEADER, SPOKEN, TRUNK, FakeOutlet, Rig, payload_of, watch_of
+from tests.waiting import until_async
+
+
+def test_inputs_never_nest() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        check: Any = watch_of(FakeOutlet(9))
+        check.key, check.range_end = b"k", b""
+        read: Any = SimpleNamespace(waiting=[check])
+        rig.script("create", CheckPermission(check), ReadRevision(read), OpenUpstream("trunk"))  # type: ignore[arg-type]
+        rig.engine.create(check.session, None)  # type: ignore[arg-type]
+        # The answers came from inside of the effects, and waited until all of them were carried out.
+        assert rig.core.names() == ["create", "permission", "revision_read"]
+        assert rig.upstream.told == [("open", "trunk")]
+        assert isinstance(rig.core.inputs[1][2], Granted)
+        assert rig.core.inputs[2][1:3] == (read, HEADER)
+
+    run(scenario())
+
+
+def test_by_whose_right_a_read_is_refused_is_ended() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        outlets = [FakeOutlet(9) for _ in range(3)]
+        creates = [watch_of(outlet) for outlet in outlets]
+        for create, token in zip(creates, (None, b"old", b"good"), strict=True):
+            create.key, create.range_end = b"k", b""
+            create.session.identity = Identity(token)
+        read: Any = SimpleNamespace(waiting=creates)
+        rig.reader.questions.auth_on = True
+        rig.reader.refuses = {None, b"old"}
+        # As the core does at `close`.
+        outlets[1].on_end = lambda: setattr(creates[1].session, "ended", True)
+        rig.script("create", ReadRevision(read))
+        rig.engine.create(creates[0].session, None)  # type: ignore[arg-type]
+        assert [asked[0] for asked in rig.reader.reads] == [b"old", b"good"]
+        assert [len(outlet.ends) for outlet in outlets] == [0, 1, 0]
+        assert rig.core.names() == ["create", "close", "revision_read"]
+        # Whoever is refused anyway needs no right to be told so.
+        creates[2].refusal = "no"
+        creates[0].session.ended = True
+        rig.script("create", ReadRevision(read))
+        rig.engine.create(creates[0].session, None)  # type: ignore[arg-type]
+        assert rig.reader.reads[-1] == (None,)
+
+    run(scenario())
+
+
+def test_a_read_for_nobody_is_answered_without_one() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        create = watch_of(FakeOutlet(9))
+        create.session.ended = True
+        rig.script("create", ReadRevision(SimpleNamespace(waiting=[create])))  # type: ignore[arg-type]
+        rig.engine.create(create.session, None)  # type: ignore[arg-type]
+        assert rig.reader.reads == []
+        assert rig.core.inputs[1][2].revision == 0
+
+    run(scenario())
+
+
+def test_effects_reach_the_upstream_in_order() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        rig.script(
+            "cancel",
+            OpenUpstream("a"),  # type: ignore[arg-type]
+            PauseUpstream("a"),  # type: ignore[arg-type]
+            RequestProgress((), 1),
+            ResumeUpstream("a"),  # type: ignore[arg-type]
+            CloseUpstream("a"),  # type: ignore[arg-type]
+        )
+        rig.engine.cancel(None, 1)  # type: ignore[arg-type]
+        assert [name for name, _ in rig.upstream.told] == ["open", "pause", "progress", "resume", "close"]
+
+    run(scenario())
+
+
+def test_a_session_whose_line_is_short_again_is_asked_on() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        outlet = FakeOutlet(9)
+        rig.script("cancel", TakeRequests(watch_of(outlet).session))
+        rig.engine.cancel(None, 1)  # type: ignore[arg-type]
+        assert outlet.asked_on == 1
+
+    run(scenario())
+
+
+def test_a_payload_goes_to_each_watch_under_its_id() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        outlets = [FakeOutlet(9) for _ in range(4)]
+        watches = [watch_of(outlet, watch_id) for outlet, watch_id in zip(outlets, (0, 0, 5, 0), strict=True)]
+        rig.script("received", Deliver(payload_of(b"x", b"y"), watches))
+        rig.engine.received(TRUNK, SPOKEN)
+        assert [outlet.sent for outlet in outlets] == [[b"0:x", b"0:y"]] * 2 + [[b"5:x", b"5:y"]] + [[b"0:x", b"0:y"]]
+        assert [outlet.touched for outlet in outlets] == [1] * 4
+        assert rig.engine.stats.delivered == 4
+        assert rig.engine.stats.delivered_bytes == 4 * 6
+
+    run(scenario())
+
+
+def test_a_stall_is_told_at_once_and_what_follows_is_handed_back() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        outlet = FakeOutlet(1)
+        first, second = watch_of(outlet, 0), watch_of(outlet, 1)
+        second.session = first.session
+        payloads = [payload_of(b"x"), payload_of(b"y")]
+        rig.script("received", Deliver(payloads[0], [first, second]), Deliver(payloads[1], [first]))
+        rig.engine.received(TRUNK, SPOKEN)
+        assert rig.core.inputs[1:] == [("stalled", first.session), ("returned", first, payloads[1])]
+        assert outlet.sent == [b"0:x", b"1:x"]
+        assert rig.engine.stats.stalls == 1
+
+    run(scenario())
+
+
+def test_what_comes_alone_is_written_at_once() -> None:
+    """To each of different connections; where something waits it is queued, and written when that is told to be."""
+
+    async def scenario() -> None:
+        rig = Rig()
+        told: list[object] = []
+        rig.engine.gather = told.append
+        rig.engine.wrote = lambda: told.append("wrote")
+        outlets = [FakeOutlet(room) for room in (9, 9, 0, 9)]
+        outlets[1].touch()
+        watches = [watch_of(outlet, watch_id) for outlet, watch_id in zip(outlets, (0, 0, 0, 5), strict=True)]
+        rig.script("received", Deliver(payload_of(b"x"), watches))
+        rig.engine.received(TRUNK, SPOKEN)
+        assert [outlet.sent for outlet in outlets] == [[b"0:x"]] * 3 + [[b"5:x"]]
+        assert [outlet.written for outlet in outlets] == [[b"0:x"], [], [], [b"5:x"]]
+        assert [outlet.touched for outlet in outlets] == [0, 1, 1, 0]
+        assert rig.core.inputs[1:] == [("stalled", watches[2].session)]
+        assert told == [True, "wrote", False]
+        stats = rig.engine.stats
+        assert (stats.delivered, stats.coalesced, stats.delivered_bytes, stats.stalls) == (4, 3, 12, 1)
+
+    run(scenario())
+
+
+def test_what_can_be_joined_is_not_written_at_once() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        told: list[bool] = []
+        outlets = [FakeOutlet(99) for _ in range(3)]
+
+        def gather(begins: bool) -> None:
+            told.append(begins)
+            for outlet in outlets:
+                outlet.connection.dirty = False
+
+        rig.engine.gather = gather
+        outlets[2].connection = outlets[0].connection
+        watches = [watch_of(outlet) for outlet in outlets]
+        small = payload_of(b"x")
+        # Two on one connection; two effects; much; more than one message.
+        for effects in (
+            [Deliver(small, watches)],
+            [Deliver(small, watches[:1]), Deliver(small, watches[1:2])],
+            [Deliver(payload_of(bytes(BULKY_BYTES + 1)), watches[:1])],
+            [Deliver(payload_of(b"x", b"y"), watches[:1])],
+        ):
+            rig.script("received", *effects)
+            rig.engine.received(TRUNK, SPOKEN)
+        assert told == [True, False] * 4
+        # A read of several messages; and what no read has brought.
+        rig.engine.reading(True)
+        rig.script("received", Deliver(small, watches[:1]))
+        rig.engine.received(TRUNK, SPOKEN)
+        assert told[8:] == [True]
+        rig.engine.reading(False)
+        rig.script("drained", Deliver(small, watches[:1]))
+        rig.engine.drained(watches[0].session)
+        assert told[8:] == [True, False]
+        assert [outlet.written for outlet in outlets] == [[], [], []]
+        assert [len(outlet.sent) for outlet in outlets] == [7, 2, 1]
+
+    run(scenario())
+
+
+def large_group(count: int) -> tuple[list[FakeOutlet], tuple[Any, ...]]:
+    """A group that is worth to be put in order: two watches on each stream, streams on three connections."""
+    outlets = [FakeOutlet(99) for _ in range(count)]
+    for place, outlet in enumerate(outlets):
+        outlet.connection = outlets[place % 3].connection
+    return outlets, tuple(watch_of(outlet, watch_id) for outlet in outlets for watch_id in (0, 7))
+
+
+def test_a_large_group_gets_the_same_in_order_of_connections() -> None:
+    """The first time one by one, then run by run; every stream gets each payload once under each of its ids."""
+
+    async def scenario() -> None:
+        rig = Rig()
+        outlets, watches = large_group(RUN_WATCHES_MIN)
+        for text in (b"a", b"b", b"c"):
+            rig.script("received", Deliver(payload_of(text), watches))
+            rig.engine.received(TRUNK, SPOKEN)
+        for outlet in outlets:
+            assert sorted(outlet.sent) == sorted(b"%d:%s" % (i, text) for i in (0, 7) for text in (b"a", b"b", b"c"))
+        assert sum(outlet.runs for outlet in outlets) == 2 * 3 * 2
+        assert rig.engine.stats.delivered == 3 * len(watches)
+        assert rig.engine.stats.delivered_bytes == 3 * 3 * len(watches)
+
+    run(scenario())
+
+
+def test_a_large_group_on_connections_of_its_own_is_written_at_once() -> None:
+    """From the second time on, when it is known to be apart; those who have no room, and large payloads, are queued."""
+
+    async def scenario() -> None:
+        rig = Rig()
+        outlets = [FakeOutlet(99) for _ in range(RUN_WATCHES_MIN)]
+        watches = tuple(watch_of(outlet) for outlet in outlets)
+        large = payload_of(bytes(BULKY_BYTES + 1))
+        payloads = [payload_of(b"a"), payload_of(b"b"), large, payload_of(b"c")]
+        for payload in payloads:
+            for outlet in outlets:
+                outlet.connection.dirty = False
+            outlets[3].room = 1
+            rig.script("received", Deliver(payload, watches))
+            rig.engine.received(TRUNK, SPOKEN)
+        for outlet in outlets:
+            assert outlet.sent == [b"0:a", b"0:b", b"0:" + bytes(BULKY_BYTES + 1), b"0:c"]
+            assert outlet.written == ([] if outlet is outlets[3] else [b"0:b", b"0:c"])
+            assert outlet.runs == 0
+        assert rig.engine.stats.delivered == 4 * len(watches)
+        assert rig.engine.stats.delivered_bytes == sum(map(len, outlets[0].sent)) * len(watches)
+
+    run(scenario())
+
+
+def test_a_large_group_with_some_on_connections_of_their_own() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        outlets, watches = large_group(RUN_WATCHES_MIN)
+        alone = [FakeOutlet(99) for _ in range(2)]
+        watches += tuple(watch_of(outlet) for outlet in alone)
+        for text in (b"a", b"b", b"c"):
+            rig.script("received", Deliver(payload_of(text), watches))
+            rig.engine.received(TRUNK, SPOKEN)
+        assert [outlet.sent for outlet in alone] == [[b"0:a", b"0:b", b"0:c"]] * 2
+        assert [outlet.runs for outlet in alone] == [0, 0]
+        assert sum(outlet.runs for outlet in outlets) == 2 * 3 * 2
+        assert all(len(outlet.sent) == 6 for outlet in outlets)
+        assert rig.engine.stats.delivered == 3 * len(watches)
+
+    run(scenario())
+
+
+def test_a_stall_inside_of_a_large_group() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        outlets, watches = large_group(RUN_WATCHES_MIN)
+        slow = outlets[4]
+        first, second = (watch for watch in watches if watch.outlet is slow)
+        second.session = first.session
+        for _ in range(2):
+            rig.script("received", Deliver(payload_of(b"x"), watches))
+            rig.engine.received(TRUNK, SPOKEN)
+        slow.room = 1
+        slow.sent.clear()
+        payload = payload_of(b"y")
+        rig.core.inputs.clear()
+        rig.script("received", Deliver(payload, watches))
+        rig.engine.received(TRUNK, SPOKEN)
+        # The second one is written too: it was under way before the session stalled.
+        slow.room = 0
+        later = payload_of(b"z")
+        rig.script("received", Deliver(later, watches))
+        rig.engine.received(TRUNK, SPOKEN)
+        told = [entry for entry in rig.core.inputs if entry[0] in ("stalled", "returned")]
+        assert told[0] == ("stalled", first.session)
+        assert told[1:] == [("returned", first, later), ("returned", second, later)]
+        assert slow.sent == [b"0:y", b"7:y"]
+
+    run(scenario())
+
+
+def test_much_in_one_turn_is_said_to_be_much() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        relieved: list[int] = []
+        outlet = FakeOutlet(99)
+        rig.engine.relieve = lambda: relieved.append(len(outlet.sent))
+        third = payload_of(bytes(TURN_BYTES // 3))
+        rig.script("received", *[Deliver(third, [watch_of(outlet)])] * 7)
+        rig.engine.received(TRUNK, SPOKEN)
+        assert relieved == [3, 6]
+
+    run(scenario())
+
+
+def test_nothing_of_a_session_that_is_gone_is_kept() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        watches = large_group(RUN_WATCHES_MIN)[1]
+        for _ in range(2):
+            rig.script("received", Deliver(payload_of(b"x"), watches))
+            rig.engine.received(TRUNK, SPOKEN)
+        outlet = weakref.ref(watches[0].outlet)
+        rig.engine.close(watches[0].session)
+        rig.core.inputs.clear()
+        del watches
+        gc.collect()
+        assert outlet() is None
+
+    run(scenario())
+
+
+def test_a_control_answer_that_waits_is_a_stall_too() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        outlet = FakeOutlet(0)
+        watch = watch_of(outlet)
+        rig.script("progress", Send(watch.session, b"1"), Send(watch.session, b"2"), Deliver(payload_of(b"x"), [watch]))
+        rig.engine.progress(watch.session)
+        assert outlet.sent == [b"1", b"2"]
+        assert rig.core.names() == ["progress", "stalled", "returned"]
+
+    run(scenario())
+
+
+def test_a_session_is_ended() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        outlet = FakeOutlet(0)
+        rig.script("no_leader", EndSession(watch_of(outlet).session, 14, "etcdserver: no leader"))
+        rig.engine.no_leader()
+        assert outlet.ends == [(14, "etcdserver: no leader")]
+
+    run(scenario())
+
+
+def test_the_timer_rings_at_the_deadline_and_not_for_nothing() -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        rig = Rig()
+        rig.core.deadline = loop.time() + 3600
+        rig.engine.cancel(None, 1)  # type: ignore[arg-type]
+        rig.core.deadline = due = loop.time() + 0.05
+        rig.engine.cancel(None, 2)  # type: ignore[arg-type]
+        await until_async(lambda: "expire" in rig.core.names(), "the deadline")
+        assert rig.core.inputs[2][1] >= due
+        rig.core.deadline = None
+        count = len(rig.core.inputs)
+        rig.engine.cancel(None, 3)  # type: ignore[arg-type]
+        rig.engine.stop()
+        rig.engine.cancel(None, 4)  # type: ignore[arg-type]
+        assert len(rig.core.inputs) <= count + 2
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("revision", "linearizable", "back"), [(8, True, True), (8, False, False), (9, True, False)])
+def test_only_a_linearizable_read_tells_that_the_store_went_back(revision: int, linearizable: bool, back: bool) -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        rig.script("cancel", OpenUpstream(TRUNK))
+        rig.engine.cancel(None, 1)  # type: ignore[arg-type]
+        rig.upstream.newest_revision = 9
+        rig.reader.header, rig.reader.linearizable = Header.make(1, 2, revision, 4), linearizable
+        rig.engine.resumed()
+        assert rig.reader.reads == [(b"t", b"k", b"l")]
+        assert ("other_history" in rig.core.names()) is back
+        assert (("went back", 8) in rig.upstream.told) is back
+        assert rig.engine.stats.went_back == back
+
+    run(scenario())
+
+
+def test_a_connection_without_watches_needs_no_read() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        rig.upstream.ordered_progress = True
+        rig.engine.resumed()
+        assert rig.reader.reads == []
+        assert rig.core.ordered_progress
+
+    run(scenario())
+
+
+def test_a_core_that_fails_is_dropped_with_its_sessions() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        ended = []
+        rig.engine.failed = lambda: ended.append(rig.engine.core)
+        check: Any = watch_of(FakeOutlet(9))
+        check.key, check.range_end = b"k", b""
+        # The answer of the check waits in the inbox when the next effect fails.
+        rig.script("create", OpenUpstream(TRUNK), CheckPermission(check), None)  # type: ignore[arg-type]
+        rig.engine.create(None, None)  # type: ignore[arg-type]
+        assert rig.engine.stats.failures == 1
+        assert isinstance(rig.engine.core, Coalescer)
+        assert ended == [rig.engine.core]
+        assert rig.upstream.told == [("open", TRUNK), ("close", TRUNK)]
+        assert rig.core.names() == ["create"]
+        rig.engine.open_session(FakeOutlet(9), Identity())
+        assert rig.engine.core.stats.sessions == 1
+        # What is refused needs no read of etcd.
+        assert rig.engine.core.header is HEADER
+
+    run(scenario())

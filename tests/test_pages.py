@@ -1,0 +1,92 @@
+"""The pages of docs/ are true: flags, knobs, metrics, paths, alerts and links that they name are there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from proxy.cli.knobs import REFUSED, TAKEN
+from proxy.cli.measure import command as measure
+from proxy.config.knobs import knobs
+from proxy.process.reloading import RELOADED
+from tests.proxy.config.test_deployment import exported
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+ADMIN = (ROOT / "proxy/admin/port.py").read_text()
+ETCDS_OWN = {"--debug"}
+
+
+def text_of(name: str) -> str:
+    return (ROOT / "docs" / name).read_text()
+
+
+def table_of_flags() -> dict[str, str]:
+    """Flag: what the migration page says of it."""
+    return dict(re.findall(r"^\| `(--[a-z-]+)` \| ([a-z ]+) \|", text_of("migration.md"), re.MULTILINE))
+
+
+def test_every_flag_of_grpc_proxy_has_its_row() -> None:
+    flags = table_of_flags()
+    same = {knob.flag for knob in knobs() if knob.from_etcd} - {"--watch-progress-notify-interval"}
+    assert {flag for flag, fate in flags.items() if fate == "same"} == same | ETCDS_OWN
+    assert {flag for flag, fate in flags.items() if fate == "changes nothing"} == {f"--{flag}" for flag in TAKEN}
+    assert {flag for flag, fate in flags.items() if fate == "refused"} == {f"--{flag}" for flag in REFUSED}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_metrics_are_exported(page: Path) -> None:
+    names = set(re.findall(r"\b(watchmux_[a-z_]+[a-z])\b", page.read_text()))
+    assert {name for name in names if name not in exported() and f"{name}_count" not in exported()} == set()
+
+
+@pytest.mark.parametrize("name", ["operations.md", "troubleshooting.md"])
+def test_knobs_exist(name: str) -> None:
+    keys = {knob.key for knob in knobs()}
+    named = set(re.findall(r"`((?!watchmux)[a-z_]+_(?:s|max|bytes)(?:_max)?)`", text_of(name)))
+    assert named
+    assert named <= keys
+
+
+def test_what_is_said_to_be_reloaded_is() -> None:
+    text = text_of("operations.md")
+    part = text[text.index("`kill -HUP`") : text.index("What else has changed")]
+    said = set(re.findall(r"`([a-z_]+\*?)`", part))
+    for knob in (path.partition(".")[2] for path in RELOADED):
+        starred = any(knob.startswith(name[:-1]) for name in said if name.endswith("*"))
+        assert knob in said or starred or knob.startswith(("log_", "grpc_keepalive_")), knob
+
+
+def test_paths_are_served() -> None:
+    for path in set(re.findall(r"`(/[a-z0-9/]+)`", text_of("operations.md"))):
+        assert f'"{path}"' in ADMIN, path
+
+
+def test_every_alert_has_advice() -> None:
+    (group,) = yaml.safe_load((ROOT / "configs/prometheus/alerts.yml").read_text())["groups"]
+    headings = set(re.findall(r"^### (\w+)$", text_of("troubleshooting.md"), re.MULTILINE))
+    assert {rule["alert"] for rule in group["rules"]} == headings
+
+
+def test_flags_of_measure_exist() -> None:
+    options = {name for parameter in measure.params for name in parameter.opts}
+    for name in ("operations.md", "migration.md", "measure.md"):
+        for line in re.findall(r"`watchmux measure ([^`]*)`", text_of(name)):
+            assert {flag.split("=")[0] for flag in line.split() if flag.startswith("--")} <= options
+
+
+def test_defaults_in_the_migration_page_are_the_codes() -> None:
+    defaults = {knob.flag: knob.default for knob in knobs()}
+    assert defaults["--listen-addr"] == "127.0.0.1:23790"
+    assert defaults["--max-concurrent-streams"] == 100_000
+    assert (defaults["--dial-keepalive-time"], defaults["--dial-keepalive-timeout"]) == (10.0, 5.0)
+    assert (defaults["--grpc-keepalive-interval"], defaults["--grpc-keepalive-timeout"]) == (7200.0, 20.0)
