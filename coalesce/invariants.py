@@ -25,7 +25,8 @@
 19. Between two rings of the timer no more of the histories is looked at than allowed, but for one session's share.
 20. A trunk's notices list those of its watches that asked for progress_notify, and while there are any a timer is set.
 21. A parked trunk has neither watches nor creates nor an upstream watch, and its range has no other trunk.
-22. A watch that waits for the end of a run is known to it, and the run's source is there.
+22. A watch that waits for the end of a run is known to it, and the run's source is there; what it needs next is not
+    evicted before it was sent.
 """
 
 from __future__ import annotations
@@ -220,6 +221,11 @@ def _check_upstreams(hub: Hub) -> None:
             waits = any(watch.source is source and hub.runs.waits(watch) for watch in session.lagging)
             known = session in run.sessions or session.stalled or hub.replays.is_due(session)
             _need(22, known or not waits, "a watch waits for a run that does not know it")
+            for watch in session.lagging if waits and not session.stalled and not hub.replays.is_due(session) else ():
+                if watch.source is source and hub.runs.waits(watch):
+                    guard = source.history.guard
+                    guarded = guard is not None and watch.position >= guard.first_revision
+                    _need(22, guarded, "what a watch waits for may be evicted")
     _need(12, expected.issuperset(hub.progress.to_ask), "what is over is to be asked for progress")
     for source in _sources(hub):
         _need(12, source.upstream.owner is source and not source.upstream.closed, source.upstream)

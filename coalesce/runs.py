@@ -68,13 +68,15 @@ class Runs:
 
     def waits(self, watch: Watch) -> bool:
         """Whether a lagging watch is to be replayed only when the run of its source has ended."""
-        return watch.variant & FRAGMENT != 0 and watch.source in self.open
+        source = watch.source
+        return watch.variant & FRAGMENT != 0 and source in self.open and source.serves(watch)
 
     def wake_later(self, watch: Watch) -> None:
         """Replay a watch that waits when the run has ended, and let the others of its session be replayed before."""
         assert watch.source is not None, "it waits for the run of its source"
         session = watch.session
         self.open[watch.source].sessions[session] = None
+        self._guard(watch.source, watch.position)
         del session.lagging[watch]
         session.lagging[watch] = None
 
@@ -85,6 +87,7 @@ class Runs:
         for watch in session.lagging:
             assert watch.source is not None, "it waits for the run of its source"
             self.open[watch.source].sessions[session] = None
+            self._guard(watch.source, watch.position)
         return True
 
     def has_work(self, session: Session) -> bool:
@@ -106,8 +109,7 @@ class Runs:
             if not self._fits(run, batch):
                 return
             self.open[source] = run
-            if source.history.guard is None:
-                source.history.guard = Guard(source.next_revision, partial(self._release, source))
+            self._guard(source, source.next_revision)
         run.at = hub.now
         run.batches += 1
         run.bytes += batch.memory_bytes
@@ -135,14 +137,19 @@ class Runs:
             and not watch.session.stalled
         ]
 
+    def _guard(self, source: Source, position: int) -> None:
+        """Have watches at this position, or behind it, sent what they wait for before it is evicted."""
+        guard = source.history.guard
+        if guard is None or position < guard.first_revision:
+            source.history.guard = Guard(position, partial(self._release, source))
+
     def _release(self, source: Source, last_revision: int) -> None:
         """A history is about to evict a batch with this last revision: send what is held back before."""
         held = self._held(source)
         if any(watch.position <= last_revision for watch in held):
             self._break(source)
         elif held:
-            first = min(watch.position for watch in held)
-            source.history.guard = Guard(first, partial(self._release, source))
+            self._guard(source, min(watch.position for watch in held))
 
     def end(self, source: Source) -> None:
         """The run of a source, if there is one, is complete: replay those who waited."""
