@@ -88,9 +88,7 @@ CORE: Final = {
 }
 
 HTTP2: Final = {
-    "max_streams": Row(
-        _REFUSED % "max_concurrent_streams", f"{_FLOODS}test_a_stream_that_reaches_a_limit_is_told_to_the_shell"
-    ),
+    "max_streams": Row(_REFUSED % "max_concurrent_streams", f"{_FLOODS}test_a_stream_that_reaches_a_limit_is_reported"),
     "initial_window": Row(_REFUSED % "initial_window", f"{_FLOW}test_a_stream_window_overrun_costs_the_stream"),
     "connection_window": Row(
         _CUT_OFF % "FLOW_CONTROL_ERROR", f"{_FLOW}test_a_connection_window_overrun_costs_the_connection"
@@ -98,34 +96,32 @@ HTTP2: Final = {
     "max_frame_bytes": Row(_CUT_OFF % "FRAME_SIZE_ERROR", f"{_FLOW}test_our_frame_size_is_checked_before_buffering"),
     "header_list_bytes_max": Row(
         _REFUSED % "header_list_bytes_max",
-        "http2/test_header_lists.py::test_an_oversized_header_list_is_refused_and_the_compression_stays_right",
+        "http2/test_header_lists.py::test_an_oversized_header_list_keeps_the_compression_state",
     ),
     "header_table_bytes": Row(
         _CUT_OFF % "COMPRESSION_ERROR",
         "http2/test_settings.py::test_a_peer_that_shrinks_its_table_is_understood",
     ),
     "header_fields_max": Row(
-        _CUT_OFF % "flood: header fields", f"{_FLOODS}test_more_header_fields_than_a_list_can_have_end_the_connection"
+        _CUT_OFF % "flood: header fields", f"{_FLOODS}test_too_many_header_fields_end_the_connection"
     ),
     "turn_work_max": Row(
         "watchmux_connections_in_turns_total", f"{_LISTENER}test_what_comes_at_once_is_handled_in_turns"
     ),
-    "resets_remembered": Row(
-        NOTHING, "http2/test_ends.py::test_late_frames_of_a_forgotten_stream_are_answered_once_more"
-    ),
+    "resets_remembered": Row(NOTHING, "http2/test_ends.py::test_late_frames_of_a_forgotten_stream_are_reset_again"),
     "continuations_max": Row(
         _CUT_OFF % "flood: CONTINUATION", f"{_FLOODS}test_continuations_of_one_header_block_are_bounded"
     ),
     "resets_max": Row(_CUT_OFF % "flood: streams ended badly", f"{_FLOODS}test_a_flood_ends_the_connection"),
     "patience_s": Row(
-        _CUT_OFF % "flood: streams ended badly", f"{_FLOODS}test_a_reset_of_a_stream_that_waited_is_no_flood"
+        _CUT_OFF % "flood: streams ended badly", f"{_FLOODS}test_resets_of_streams_that_waited_are_not_a_flood"
     ),
     "pings_max": Row(_CUT_OFF % "flood: PING", f"{_FLOODS}test_a_flood_ends_the_connection"),
     "settings_max": Row(_CUT_OFF % "flood: SETTINGS", f"{_FLOODS}test_a_flood_ends_the_connection"),
     "empty_data_max": Row(_CUT_OFF % "flood: empty DATA", f"{_FLOODS}test_a_flood_ends_the_connection"),
     "tiny_updates_max": Row(_CUT_OFF % "flood: tiny WINDOW_UPDATE", f"{_FLOODS}test_a_flood_ends_the_connection"),
     "tiny_update_bytes": Row(
-        _CUT_OFF % "flood: tiny WINDOW_UPDATE", f"{_FLOODS}test_window_updates_of_some_size_are_no_flood"
+        _CUT_OFF % "flood: tiny WINDOW_UPDATE", f"{_FLOODS}test_window_updates_that_are_not_tiny_are_not_a_flood"
     ),
     "ignored_max": Row(_CUT_OFF % "flood: frames without effect", f"{_FLOODS}test_a_flood_ends_the_connection"),
     "paused_requests_max": Row(
@@ -349,13 +345,13 @@ KEPT: Final = (
         "header fields that the compression of a connection remembers",
         "`header_table_bytes`; 128 encoded fields",
         "the connection",
-        "http2/test_compression.py::test_a_repeated_header_list_is_a_few_bytes_and_moves_no_table",
+        "http2/test_compression.py::test_repeated_header_lists_are_short_and_keep_the_table",
     ),
     Kept(
         "ids of streams that were reset",
         "`resets_remembered`",
         "newer ones, or the connection",
-        "http2/test_ends.py::test_late_frames_of_a_forgotten_stream_are_answered_once_more",
+        "http2/test_ends.py::test_late_frames_of_a_forgotten_stream_are_reset_again",
     ),
     Kept(
         "the streams of a connection that has ended",

@@ -1,19 +1,19 @@
-"""RFC 9113's errors as a table: what a peer sends, and what each of our two roles makes of it.
+"""RFC 9113's errors as a table: the bytes that a peer sends, and the answer in each of our two roles.
 
-Every MUST of sections 3.4 to 6 that names a connection error or a stream error is a row, with its neighbours that are
-no errors; sections 8 and RFC 7541 are in `cases_headers.py`. `test_conformance.py` sends each as raw bytes over a
-socket, to the listener and to the connection to etcd; `cases_page.py` makes docs/evidence/http2-cases.md of it.
+Every MUST of sections 3.4 to 6 that names a connection error or a stream error is a row, along with similar input that
+is not an error; section 8 and RFC 7541 are in `cases_headers.py`. `test_conformance.py` sends each row as raw bytes
+over a socket, to the listener and to the connection to etcd; `cases_page.py` writes docs/evidence/http2-cases.md.
 
-When a row's bytes come, these streams exist. They were opened by the client, which for the listener is the peer, and
-for the connection to etcd we:
+When a row's bytes are sent, these streams exist. The client opened them: the peer of the listener, or the connection to
+etcd itself:
 
-    1   open both ways; what comes on it is not consumed
+    1   open both ways; data on it is not consumed
     3   the peer has ended it and we have not (the connection to etcd resets such a stream)
     5   closed by the peer's RST_STREAM
     7   closed by END_STREAM of both
     9   closed by our RST_STREAM
-    11  open: the bystander, which has to live on whatever a row does to another stream
-    13  open, with content-length: 5 in the peer's header list; in the client role, without any answer yet
+    11  open: the bystander, which must continue even if a row ends another stream
+    13  open, with content-length: 5 in the peer's header list; in the client role, not answered yet
     15  and above: idle
 """
 
@@ -39,7 +39,7 @@ from tests.http2.wire import REQUEST, TRAILERS, Peer, data, go_away, ping, raw, 
 
 OPEN, ENDED, RESET_BY_PEER, CLOSED, RESET_BY_US, BYSTANDER, PROMISED, IDLE = 1, 3, 5, 7, 9, 11, 13, 15
 WINDOW_BYTES = 70_000
-"""What each stream may receive."""
+"""The receive window of each stream."""
 CONNECTION_WINDOW_BYTES = 150_000
 STREAMS_MAX = 6
 """The listener's bound; four are open when a row begins."""
@@ -47,7 +47,7 @@ CONTINUATIONS_MAX = 64
 
 NO_FAULT = "no error"
 ANSWERED = "answered"
-CLOSED_SILENTLY = "closed without a word"
+CLOSED_SILENTLY = "closed silently"
 PROTOCOL = "connection PROTOCOL_ERROR"
 SIZE = "connection FRAME_SIZE_ERROR"
 FLOW = "connection FLOW_CONTROL_ERROR"
@@ -67,25 +67,25 @@ class Case:
     """One row."""
 
     section: str
-    """Of RFC 9113, or of another with its number before."""
+    """The section of RFC 9113; one of another RFC has its number first."""
 
     what: str
-    """What is sent, for people; unique within its section."""
+    """A description of the bytes; unique within its section."""
 
     sent: Callable[[Peer], list[bytes]]
 
     server: str
-    """What the listener answers: "connection CODE" (GOAWAY, and nothing more is heard), "stream CODE" (RST_STREAM of
-    `on`, all else lives), NO_FAULT, ANSWERED (it was taken for good), CLOSED_SILENTLY, or NOT_HERE."""
+    """The listener's answer: "connection CODE" (GOAWAY, further input is ignored), "stream CODE" (RST_STREAM of `on`,
+    all other streams continue), NO_FAULT, ANSWERED (it was accepted), CLOSED_SILENTLY, or NOT_HERE."""
 
     client: str
-    """What the connection to etcd answers."""
+    """The answer of the connection to etcd."""
 
     on: int = OPEN
-    """The stream whose fault it is, for "stream CODE"."""
+    """The stream that is reset, for "stream CODE"."""
 
     first: bool = False
-    """The bytes are the first that the peer sends, in place of preface and SETTINGS."""
+    """The bytes are the first that the peer sends, instead of preface and SETTINGS."""
 
     @property
     def name(self) -> str:
@@ -94,17 +94,17 @@ class Case:
 
 
 def both(section: str, what: str, outcome: str, *frames: bytes, on: int = OPEN) -> Case:
-    """Make a row of fixed bytes that both roles answer alike."""
+    """Make a row of fixed bytes with the same answer in both roles."""
     return Case(section, what, lambda _: list(frames), outcome, outcome, on)
 
 
 def first(what: str, server: str, client: str, *frames: bytes) -> Case:
-    """Make a row of what comes first of all."""
+    """Make a row of the first bytes of a connection."""
     return Case("3.4", what, lambda _: list(frames), server, client, first=True)
 
 
 def within(what: str, *frames: bytes) -> Case:
-    """Make a row of frames in the midst of a header block; PROTOCOL_ERROR in both roles."""
+    """Make a row of frames inside a header block; PROTOCOL_ERROR in both roles."""
     begin = raw(HEADERS, 0, OPEN, b"")
     return Case("6.10", f"{what} inside a header block", lambda _: [begin, *frames], PROTOCOL, PROTOCOL)
 
@@ -126,29 +126,29 @@ STARTS = (
 
 LAYOUT = (
     both("4.1", "PING with the reserved bit of the stream id", ANSWERED, raw(PING, 0, 1 << 31, b"reserved")),
-    both("4.1", "PING with all flags that mean nothing", ANSWERED, raw(PING, 0xFE, 0, b"allflags")),
+    both("4.1", "PING with all undefined flags", ANSWERED, raw(PING, 0xFE, 0, b"allflags")),
     both("4.1", "an unknown type on stream 0", NO_FAULT, raw(0xEE, 0xFF, 0, b"whatever")),
     both("4.1", "an unknown type on an idle stream", NO_FAULT, raw(0xEE, 0xFF, 99, b"whatever")),
     both("4.1", "an unknown type on a closed stream", NO_FAULT, raw(0xEE, 0xFF, CLOSED, b"whatever")),
     both("4.2", "DATA of 16,384 bytes", NO_FAULT, data(OPEN, bytes(16_384))),
     both("4.2", "DATA of 16,385 bytes", SIZE, data(OPEN, bytes(16_385))),
-    both("4.2", "the head alone of DATA of 2^24-1 bytes", SIZE, raw(DATA, 0, OPEN, length=2**24 - 1)),
+    both("4.2", "only the frame header of DATA of 2^24-1 bytes", SIZE, raw(DATA, 0, OPEN, length=2**24 - 1)),
     both("4.2", "HEADERS of 16,385 bytes", SIZE, raw(HEADERS, 4, OPEN, bytes(16_385))),
     both("4.2", "SETTINGS of 16,386 bytes", SIZE, raw(SETTINGS, 0, 0, bytes(16_386))),
     both("4.2", "an unknown type of 16,385 bytes", SIZE, raw(0xEE, 0, 0, bytes(16_385))),
-    both("4.3", "a block that is no HPACK", COMPRESSION, raw(HEADERS, 5, OPEN, b"\xff\xff\xff\xff\xff\xff\xff")),
+    both("4.3", "a block that is not HPACK", COMPRESSION, raw(HEADERS, 5, OPEN, b"\xff\xff\xff\xff\xff\xff\xff")),
     both("4.3", "a block that ends inside a field", COMPRESSION, raw(HEADERS, 5, OPEN, b"\x40\x05ab")),
-    both("4.3", "a block that is no HPACK, on a closed stream", COMPRESSION, raw(HEADERS, 5, RESET_BY_US, b"\x80")),
+    both("4.3", "a block that is not HPACK, on a closed stream", COMPRESSION, raw(HEADERS, 5, RESET_BY_US, b"\x80")),
     both(
         "4.3",
-        "a CONTINUATION that is no HPACK",
+        "a CONTINUATION that is not HPACK",
         COMPRESSION,
         raw(HEADERS, 1, OPEN),
         raw(CONTINUATION, 4, OPEN, b"\x80"),
     ),
     Case(
         "4.3",
-        "a list on a stream we have reset, and one that refers to it",
+        "a list on a stream that we have reset, and one that refers to it",
         lambda peer: [
             peer.headers(RESET_BY_US, [(b"only-here", b"once")], "END_STREAM"),
             peer.headers(OPEN, [(b"only-here", b"once")], "END_STREAM"),
@@ -165,7 +165,7 @@ STATES = (
     both("5.1", "CONTINUATION on an idle stream", PROTOCOL, raw(CONTINUATION, 4, IDLE)),
     both("5.1", "PRIORITY on an idle stream", NO_FAULT, wire.priority(IDLE)),
     Case("5.1", "a response on an idle stream", lambda p: [p.headers(IDLE, wire.RESPONSE)], NOT_HERE, PROTOCOL),
-    both("5.1", "DATA on an even stream, which only a push could open", PROTOCOL, data(2, b"a")),
+    both("5.1", "DATA on an even stream (only a push could open it)", PROTOCOL, data(2, b"a")),
     both("5.1", "RST_STREAM on an even stream", PROTOCOL, rst(2)),
     both("5.1", "WINDOW_UPDATE on an even stream", PROTOCOL, update(2, 1)),
     Case("5.1", "DATA after END_STREAM", lambda _: [data(ENDED, b"a")], STREAM_ENDED, NO_FAULT, ENDED),
@@ -200,7 +200,7 @@ STATES = (
     Case("5.1.1", "ids that skip some", lambda p: [p.request(99, "END_STREAM")], ANSWERED, NOT_HERE),
     Case("5.1.1", "a request below one that was skipped", lambda p: [p.request(19), p.request(17)], PROTOCOL, NOT_HERE),
     Case("5.1.1", "a request on a stream that is closed", lambda p: [p.request(CLOSED)], PROTOCOL, NOT_HERE),
-    Case("5.1.1", "a request on a stream the peer has reset", lambda p: [p.request(5)], PROTOCOL, NOT_HERE),
+    Case("5.1.1", "a request on a stream that the peer has reset", lambda p: [p.request(5)], PROTOCOL, NOT_HERE),
     Case(
         "5.1.2",
         "as many requests as MAX_CONCURRENT_STREAMS allows",
@@ -210,18 +210,18 @@ STATES = (
     ),
     Case(
         "5.1.2",
-        "one request more",
+        "one more request",
         lambda p: [p.request(IDLE), p.request(17), p.request(19)],
         REFUSED,
         NOT_HERE,
         on=19,
     ),
-    both("5.4.2", "RST_STREAM for a stream that was reset, which is never answered", NO_FAULT, rst(RESET_BY_PEER)),
+    both("5.4.2", "RST_STREAM for a stream that was reset", NO_FAULT, rst(RESET_BY_PEER)),
 )
 
 
 def _late(peer: Peer, stream_id: int) -> bytes:
-    """Trailers that come when nothing should."""
+    """Return trailers for a stream on which nothing more is allowed."""
     return peer.headers(stream_id, [(b"late", b"1")], "END_STREAM")
 
 
@@ -239,7 +239,7 @@ FRAMES = (
     both("6.2", "PRIORITY without room for it before the padding", SIZE, raw(HEADERS, 0x2D, OPEN, b"\1" + bytes(5))),
     Case(
         "6.2",
-        "padding and PRIORITY, a dependency of itself included",
+        "padding and PRIORITY with a dependency on itself",
         lambda p: [raw(HEADERS, 0x2D, OPEN, b"\2\0\0\0\1\7" + p.block_of(TRAILERS) + b"\0\0")],
         ANSWERED,
         ANSWERED,
@@ -248,19 +248,19 @@ FRAMES = (
     both("6.3", "PRIORITY of 4 bytes", STREAM_SIZE, raw(PRIORITY, 0, OPEN, bytes(4))),
     both("6.3", "PRIORITY of 6 bytes", STREAM_SIZE, raw(PRIORITY, 0, OPEN, bytes(6))),
     both("6.3", "PRIORITY of 4 bytes on a stream that cannot be reset", NO_FAULT, raw(PRIORITY, 0, IDLE, bytes(4))),
-    both("6.3", "a dependency of itself, no error any more", NO_FAULT, raw(PRIORITY, 0, OPEN, b"\0\0\0\1\7")),
+    both("6.3", "a dependency on itself (an error in RFC 7540 only)", NO_FAULT, raw(PRIORITY, 0, OPEN, b"\0\0\0\1\7")),
     both("6.4", "RST_STREAM on stream 0", PROTOCOL, raw(RST_STREAM, 0, 0, bytes(4))),
     both("6.4", "RST_STREAM of 3 bytes", SIZE, raw(RST_STREAM, 0, OPEN, bytes(3))),
     both("6.4", "RST_STREAM of 5 bytes", SIZE, raw(RST_STREAM, 0, OPEN, bytes(5))),
     both("6.4", "RST_STREAM of 3 bytes on a closed stream", SIZE, raw(RST_STREAM, 0, CLOSED, bytes(3))),
-    both("6.4", "RST_STREAM with a code that nobody knows (7)", NO_FAULT, rst(OPEN, 0x4711)),
-    both("6.5", "SETTINGS without any", ANSWERED, settings()),
+    both("6.4", "RST_STREAM with an unknown code (7)", NO_FAULT, rst(OPEN, 0x4711)),
+    both("6.5", "empty SETTINGS", ANSWERED, settings()),
     both("6.5", "SETTINGS on a stream", PROTOCOL, raw(SETTINGS, 0, OPEN)),
     both("6.5", "SETTINGS of 5 bytes", SIZE, raw(SETTINGS, 0, 0, bytes(5))),
     both("6.5", "SETTINGS of 7 bytes", SIZE, raw(SETTINGS, 0, 0, bytes(7))),
     both("6.5", "an acknowledgement with a payload", SIZE, raw(SETTINGS, 1, 0, bytes(6))),
     both("6.5", "an acknowledgement on a stream", PROTOCOL, raw(SETTINGS, 1, OPEN)),
-    both("6.5", "an acknowledgement of nothing", NO_FAULT, settings(None, "ACK")),
+    both("6.5", "an acknowledgement that is not due", NO_FAULT, settings(None, "ACK")),
     both("6.5.2", "ENABLE_PUSH 0", ANSWERED, settings({2: 0})),
     Case("6.5.2", "ENABLE_PUSH 1", lambda _: [settings({2: 1})], ANSWERED, PROTOCOL),
     both("6.5.2", "ENABLE_PUSH 2", PROTOCOL, raw(SETTINGS, 0, 0, b"\0\2\0\0\0\2")),
@@ -273,13 +273,13 @@ FRAMES = (
     both("6.5.2", "HEADER_TABLE_SIZE 0, then 2^32-1", ANSWERED, settings({1: 0}), settings({1: 2**32 - 1})),
     both("6.5.2", "MAX_HEADER_LIST_SIZE 0", ANSWERED, settings({6: 0})),
     both("6.5.2", "an unknown setting", ANSWERED, raw(SETTINGS, 0, 0, b"\x47\x11\xff\xff\xff\xff")),
-    both("6.5.3", "one setting twice: the last value holds", ANSWERED, raw(SETTINGS, 0, 0, b"\0\5\0\0\x40\0" * 2)),
+    both("6.5.3", "one setting twice: the last value counts", ANSWERED, raw(SETTINGS, 0, 0, b"\0\5\0\0\x40\0" * 2)),
     both("8441 3", "ENABLE_CONNECT_PROTOCOL 2", PROTOCOL, raw(SETTINGS, 0, 0, b"\0\x08\0\0\0\2")),
     both("6.6", "PUSH_PROMISE", PROTOCOL, wire.push_promise(OPEN)),
     both("6.6", "PUSH_PROMISE on stream 0", PROTOCOL, raw(PUSH_PROMISE, 4, 0, b"\0\0\0\2")),
     both("6.6", "PUSH_PROMISE without room for an id", PROTOCOL, raw(PUSH_PROMISE, 4, OPEN, b"\0")),
     both("6.7", "PING", ANSWERED, ping(b"answered")),
-    both("6.7", "the acknowledgement of a PING that nobody sent", NO_FAULT, ping(b"nobodys.", "ACK")),
+    both("6.7", "the acknowledgement of a PING that was not sent", NO_FAULT, ping(b"nobodys.", "ACK")),
     both("6.7", "PING on a stream", PROTOCOL, raw(PING, 0, OPEN, bytes(8))),
     both("6.7", "PING of 0 bytes", SIZE, raw(PING, 0, 0)),
     both("6.7", "PING of 7 bytes", SIZE, raw(PING, 0, 0, bytes(7))),
@@ -287,7 +287,7 @@ FRAMES = (
     both("6.7", "an acknowledgement of 6 bytes", SIZE, raw(PING, 1, 0, bytes(6))),
     both("6.8", "GOAWAY on a stream", PROTOCOL, raw(GOAWAY, 0, OPEN, bytes(8))),
     both("6.8", "GOAWAY of 7 bytes", SIZE, raw(GOAWAY, 0, 0, bytes(7))),
-    both("6.8", "GOAWAY above all streams, with a code that nobody knows", NO_FAULT, go_away(2**31 - 1, 0x4711, b"x")),
+    both("6.8", "GOAWAY above all streams, with an unknown code", NO_FAULT, go_away(2**31 - 1, 0x4711, b"x")),
     Case("6.8", "GOAWAY below all streams", lambda _: [go_away(0)], NO_FAULT, CLOSED_SILENTLY),
 )
 
@@ -365,7 +365,7 @@ BLOCKS = (
     ),
     Case(
         "6.10",
-        "HEADERS and CONTINUATIONs without any bytes between",
+        "empty HEADERS and CONTINUATIONs before the last one",
         lambda p: [raw(HEADERS, 1, OPEN), raw(CONTINUATION, 0, OPEN), raw(CONTINUATION, 4, OPEN, p.block_of(TRAILERS))],
         ANSWERED,
         ANSWERED,

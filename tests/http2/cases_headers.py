@@ -1,7 +1,7 @@
 """The second half of the table of `cases.py`: messages and header lists (RFC 9113 section 8), and HPACK (RFC 7541).
 
-Malformed lists themselves are the tables of `test_header_lists.py`, each sent as a request to the listener, as an
-answer to the connection to etcd, or as trailers to both.
+The malformed lists are those of `test_header_lists.py`, each sent as a request to the listener, as an answer to the
+connection to etcd, or as trailers to both.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ SECTIONS = {
         "status after regular",
     ),
     "8.3.1": ("no method", "no scheme", "no path", "empty path", "status", "host unlike authority"),
-    "8.1.1": ("content-length no number", "content-length empty", "content-lengths differ"),
+    "8.1.1": ("content-length is not a number", "content-length empty", "content-lengths differ"),
     "8.6": ("status 101",),
     "8.3.2": (
         "no status",
         "status twice",
-        "status is no number",
+        "status is not a number",
         "status too short",
         "status zero",
         "a request's pseudo-header",
         "nothing",
     ),
 }
-"""Where RFC 9113 speaks of a list of `test_header_lists.py`; of the others in 8.2.1."""
+"""The section of RFC 9113 about each list of `test_header_lists.py`; for the others it is 8.2.1."""
 
 
 def section(name: str) -> str:
-    """The section that a list breaks, or might seem to."""
+    """Return the section that a list violates, or seems to violate."""
     return next((number for number, names in SECTIONS.items() if name in names), "8.2.1")
 
 
@@ -65,17 +65,17 @@ def request(number: str, what: str, fields: Fields, outcome: str, *flags: str) -
 
 
 def answer(number: str, what: str, outcome: str, *parts: Callable[[Peer], bytes]) -> Case:
-    """Make a row of frames that answer a call of ours."""
+    """Make a row of frames that answer one of our calls."""
     return Case(number, what, lambda peer: [part(peer) for part in parts], NOT_HERE, outcome, PROMISED)
 
 
 def head(fields: Fields, *flags: str) -> Callable[[Peer], bytes]:
-    """HEADERS on the call that has had no answer yet."""
+    """Return HEADERS on the call that is not answered yet."""
     return lambda peer: peer.headers(PROMISED, fields, *flags)
 
 
 def body(size: int, *flags: str) -> Callable[[Peer], bytes]:
-    """DATA on it."""
+    """Return DATA on it."""
     return lambda _: data(PROMISED, bytes(size), *flags)
 
 
@@ -92,7 +92,7 @@ def trailers(name: str) -> Case:
 
 
 def block(number: str, what: str, outcome: str, *text: bytes) -> Case:
-    """Make a row of trailers whose compressed form is `text`; of several the last one is for the open stream."""
+    """Make a row of trailers whose compressed form is `text`; the last of several is for the open stream."""
     streams = [9] * (len(text) - 1) + [OPEN]
     return both(number, what, outcome, *[raw(HEADERS, 5, one, each) for one, each in zip(streams, text, strict=True)])
 
@@ -121,7 +121,7 @@ MESSAGES = (
 )
 
 _PROMISED: dict[str, tuple[tuple[int, ...], bool, str]] = {
-    "as much as content-length says": ((2, 3), True, ANSWERED),
+    "as much as content-length": ((2, 3), True, ANSWERED),
     "more": ((3, 3), False, STREAM_PROTOCOL),
     "less": ((4,), True, STREAM_PROTOCOL),
     "nothing": ((0,), True, STREAM_PROTOCOL),
@@ -185,7 +185,7 @@ HPACK = (
     block("7541 2.3.3", "an index above both tables", COMPRESSION, b"\xff\x47\x11"),
     block("7541 2.3.3", "a name's index above both tables", COMPRESSION, b"\x7f\x47\x11\x01a"),
     block("7541 4.2", "two table sizes at the start", ANSWERED, b"\x20\x3f\xe1\x1f" + b"\x00\x01a\x01b"),
-    block("7541 4.2", "a table size behind a field", COMPRESSION, b"\x00\x01a\x01b\x20"),
+    block("7541 4.2", "a table size after a field", COMPRESSION, b"\x00\x01a\x01b\x20"),
     block("7541 4.2", "a table size between fields", COMPRESSION, b"\x00\x01a\x01b\x20\x00\x01a\x01b"),
     block("7541 4.4", "an index that a table size has evicted", COMPRESSION, b"\x40\x01z\x01z", b"\x20\xbe"),
     block(

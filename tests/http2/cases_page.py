@@ -1,4 +1,4 @@
-"""docs/evidence/http2-cases.md, made from the table of `cases.py`; `python -m tests.http2.cases_page` writes it."""
+"""Writes docs/evidence/http2-cases.md from the table of `cases.py`: `python -m tests.http2.cases_page`."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from tests.http2.cases import Case
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence" / "http2-cases.md"
 INTRODUCTION = """# HTTP/2, error by error
 
-What the listener answers a client, and the connection to etcd a server, that breaks RFC 9113 (sections without more) or
-another RFC (its number first); and what comes close and is no error. Each row is sent as raw bytes over a socket, to
-both where it applies, by `tests/http2/test_conformance.py`; this page is made from its table
-(`python -m tests.http2.cases_page`), and a test holds it there.
+The answers of the listener (to a client) and of the connection to etcd (to a server) if the peer violates RFC 9113
+(plain section numbers) or another RFC (its number first); and to similar input that is not an error.
+`tests/http2/test_conformance.py` sends each row as raw bytes over a socket, to both where it applies. This page is
+generated from its table (`python -m tests.http2.cases_page`), and a test checks that it is up to date.
 
-- **connection X**: GOAWAY with X, nothing more is heard, the connection is closed.
-- **stream X**: RST_STREAM with X. This and what follows here leaves other streams alone: one is used to its end.
-- **after END_STREAM**: the listener's client has ended its side of a call that goes on. The connection to etcd resets a
-  stream that its server has ended, and hears nothing of it any more.
-- **no error**: nothing is said. **answered**: by a response, or an acknowledgement.
-- **closed without a word**: what does not begin with HTTP/2's preface goes to the HTTP/1 side, which this listener
-  lacks; and who answers us with something else than HTTP/2 gets no GOAWAY (3.4).
+- **connection X**: GOAWAY with X; further input is ignored and the connection is closed.
+- **stream X**: RST_STREAM with X. With this and the following answers other streams continue: the test uses one of them
+  until its end.
+- **after END_STREAM**: the listener's client has ended its side of an open call. The connection to etcd resets a stream
+  that its server has ended, and ignores later frames for it.
+- **no error**: no frame in return. **answered**: a response, or an acknowledgement.
+- **closed silently**: the listener passes input without HTTP/2's preface to its HTTP/1 side, which is off in this test;
+  the connection to etcd sends no GOAWAY to a server that does not speak HTTP/2 (3.4).
 """
 
 
 def page(rows: Iterable[Case]) -> str:
-    """The page as it has to be."""
+    """Return the page's text."""
     head = [INTRODUCTION, "| section | sent | to the listener | to the connection to etcd |", "|---|---|---|---|"]
     lines = [
         f"| {case.section} | {case.what} | {case.server or '-'} | {case.client or '-'} |"

@@ -1,9 +1,9 @@
-"""`python -m tests.http2.fuzz --runs N`: hostile bytes for as long as one likes, beside the few seeds of `make test`.
+"""`python -m tests.http2.fuzz --runs N`: fuzzes the HTTP/2 code with more seeds than the few of `make test`.
 
-Each run is one seed of each kind: a script of frames, two in three of them mutated, to a server that answers and to a
-client; a script as a server's to a client with calls; ten single frames judged by `h2` as well, and a script frame by
-frame; the first script once more through the listener itself, with handlers, HTTP/1, timers and a transport that stops
-and goes; and the server's through a connection to etcd. The first failure ends it with its seed.
+Each run is one seed of each kind: a script of frames (two in three are mutated) to a server that answers, and one to a
+client; a server's script to a client with calls; ten single frames and a script, frame by frame, compared with `h2`;
+the first script again through the listener itself, with handlers, HTTP/1, timers and a transport that is paused and
+resumed; and the server's script through a connection to etcd. The first failure stops it and prints its seed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FRAMES_IN_SCRIPT = 60
 
 
 class Transport:
-    """A transport that goes nowhere."""
+    """A transport that discards its output."""
 
     def __init__(self) -> None:
         self.closed = False
@@ -57,37 +57,37 @@ class Transport:
         self.protocol: asyncio.Protocol | None = None
 
     def write(self, data: bytes) -> None:
-        """Take bytes and forget them."""
+        """Discard the bytes."""
 
     def writelines(self, pieces: Iterable[bytes]) -> None:
-        """Take bytes and forget them."""
+        """Discard the bytes."""
 
     def set_protocol(self, protocol: asyncio.Protocol) -> None:
-        """Note who takes over."""
+        """Record the new protocol."""
         self.protocol = protocol
 
     def close(self) -> None:
-        """Note it."""
+        """Record the call."""
         self.closed = True
 
     abort = close
 
     def is_closing(self) -> bool:
-        """Tell whether it was closed."""
+        """Return whether it was closed."""
         return self.closed
 
     def get_extra_info(self, name: str) -> None:
-        """Know nothing."""
+        """Return None."""
 
     def set_write_buffer_limits(self, high: int, low: int | None = None) -> None:
-        """Have no buffer."""
+        """Ignore the limits: there is no buffer."""
 
     def pause_reading(self) -> None:
-        """Note it."""
+        """Record the call."""
         self.reading = False
 
     def resume_reading(self) -> None:
-        """Note it."""
+        """Record the call."""
         self.reading = True
 
 
@@ -109,7 +109,7 @@ async def listen(seed: int) -> None:
     while text:
         size = rng.choice([1, 9, 40, 400])
         if transport.protocol is not None:
-            # HTTP/1's from here on.
+            # HTTP/1 from here on.
             if not transport.closed:
                 transport.protocol.data_received(text)
             transport.protocol.connection_lost(None)
@@ -134,7 +134,7 @@ async def listen(seed: int) -> None:
 
 
 class Taken:
-    """A CallHandler that gives back what it gets, now or never, and gives up now and then."""
+    """A CallHandler that returns the flow control of its data at once or never, and sometimes resets the call."""
 
     def __init__(self, rng: random.Random) -> None:
         self.call: UpstreamCall | None = None
@@ -142,10 +142,10 @@ class Taken:
         self.ends = 0
 
     def on_headers(self, headers: Headers) -> None:
-        """Look at nothing."""
+        """Ignore the headers."""
 
     def on_data(self, data: bytes, flow_size: int) -> None:
-        """Take it."""
+        """Consume the data, reset the call, or write."""
         assert self.call is not None
         assert not self.ends
         assert len(data) == flow_size
@@ -160,17 +160,17 @@ class Taken:
                 self.call.consumed(flow_size)
 
     def on_drained(self) -> None:
-        """Nothing waits."""
+        """Ignore it."""
 
     def on_end(self, status: int, message: str, trailers: Headers) -> None:
-        """Count it: there is one end at most."""
+        """Count the end: there is at most one."""
         del status, message, trailers
         self.ends += 1
         assert self.ends == 1
 
 
-async def hear(seed: int) -> None:
-    """Send a server's script to a connection to etcd with calls on it; each ends once, whatever comes."""
+async def drive_client(seed: int) -> None:
+    """Send a server's script to a connection to etcd with calls on it; each call must end exactly once."""
     rng = random.Random(seed)
     loop = asyncio.get_running_loop()
     connection = ClientConnection(parse_endpoint("127.0.0.1:1"), False, ConnectionSettings(), loop)
@@ -197,8 +197,8 @@ async def hear(seed: int) -> None:
 
 
 async def runs(first: int, count: int) -> None:
-    """Do the runs, and say now and then how many are done."""
-    began = told = time.monotonic()
+    """Do the runs, and report the progress regularly."""
+    began = reported = time.monotonic()
     failures: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
     for seed in range(first, first + count):
@@ -209,19 +209,19 @@ async def runs(first: int, count: int) -> None:
             judge_alike(seed, FRAMES_JUDGED)
             judge_script(seed, FRAMES_IN_SCRIPT)
             await listen(seed)
-            await hear(seed)
+            await drive_client(seed)
             assert not failures, failures
         except Exception:
             sys.stderr.write(f"seed {seed} failed\n")
             raise
-        if time.monotonic() - told > REPORT_S:
-            told = time.monotonic()
+        if time.monotonic() - reported > REPORT_S:
+            reported = time.monotonic()
             click.echo(f"{seed - first + 1} runs")
     click.echo(f"{count} runs (seeds {first} to {first + count - 1}) in {time.monotonic() - began:.0f} s: no failure")
 
 
 @click.command()
-@click.option("--runs", "count", default=1000, show_default=True, help="How many.")
+@click.option("--runs", "count", default=1000, show_default=True, help="Number of runs.")
 @click.option("--seed", default=0, show_default=True, help="The first seed.")
 def main(count: int, seed: int) -> None:
     """Fuzz the HTTP/2 connection and the listener."""

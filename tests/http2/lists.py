@@ -1,4 +1,4 @@
-"""Header lists and blocks at random, for the fuzzer: mostly such that what is behind the first checks is reached."""
+"""Random header lists and blocks for the fuzzer. Most of them pass the first checks, so that later ones are reached."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STATUSES = [b"200", b"200", b"200", b"204", b"304", b"404", b"100", b"103", b"1
 
 
 def odd_request(rng: random.Random) -> Fields:
-    """A list that is wrong, or nearly: from the tables, with content-length, with fields that must not be indexed."""
+    """Return a malformed or unusual list: from the tables, with content-length, or with never-indexed fields."""
     match rng.randrange(5):
         case 0:
             return list(rng.choice(_ODD))
@@ -29,7 +29,7 @@ def odd_request(rng: random.Random) -> Fields:
         case 2:
             return [*REQUEST, NeverIndexedHeaderTuple(b"token", rng.randbytes(4).hex().encode())]
         case 3:
-            # Around LIMITS.header_list_bytes_max of the fuzzer, and far beyond what its decoder holds.
+            # Around LIMITS.header_list_bytes_max of the fuzzer, and far more than its decoder holds.
             size = rng.choice([100, 100, 300, 300, 300, 300, 300, 3_000, 3_000, 20_000])
             return [*REQUEST, (b"big", b"b" * size), (b"after", b"1")]
         case _:
@@ -37,7 +37,7 @@ def odd_request(rng: random.Random) -> Fields:
 
 
 def response(rng: random.Random) -> Fields:
-    """The head of an answer, one in eight of them malformed."""
+    """Return a response's header list; one in eight is malformed."""
     if rng.random() < 0.12:
         return list(rng.choice(list(BAD_RESPONSES.values())))
     fields = [(b":status", rng.choice(_STATUSES)), (b"content-type", b"application/grpc")]
@@ -47,7 +47,7 @@ def response(rng: random.Random) -> Fields:
 
 
 def block(rng: random.Random) -> bytes:
-    """A header block put together from HPACK's parts, few of them wrong (RFC 7541 6)."""
+    """Return a header block of random HPACK representations, few of them invalid (RFC 7541 6)."""
     parts = [_number(rng.choice([0, 50, 4_096, 5_000]), 5, 0x20)] if rng.random() < 0.2 else []
     parts += [_part(rng) for _ in range(rng.randrange(1, 8))]
     return b"".join(parts)

@@ -1,4 +1,4 @@
-"""What the HTTP/2 connection costs: `python -m tests.http2.measure`. CPU only, no sockets."""
+"""Measures the cost of the HTTP/2 connection: `python -m tests.http2.measure`. CPU only, no sockets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pair() -> tuple[Connection, Connection]:
 
 
 def exchange(client: Connection, server: Connection) -> None:
-    """Carry bytes both ways until nobody has anything to say."""
+    """Exchange bytes until neither side has output."""
     while True:
         to_server, to_client = client.output(), server.output()
         if not to_server and not to_client:
@@ -113,7 +113,7 @@ def calls(count: int, idle: int) -> tuple[Connection, bytes]:
 
 
 def answer(server: Connection, data: bytes) -> None:
-    """Take unary calls in and answer each: headers, data and trailers."""
+    """Receive unary calls and answer each with headers, data and trailers."""
     for event in server.receive(data):
         if isinstance(event, HeadersReceived):
             stream = event.stream
@@ -172,7 +172,7 @@ def main() -> None:
     count = 10_000
     gc.freeze()
     out = sys.stdout.write
-    out(f"send, fast lane                     {measure_send(count):8.3f} us\n")
+    out(f"send, fast path                     {measure_send(count):8.3f} us\n")
     opened, received, late = measure_opens(count)
     out(f"open, client                        {opened:8.3f} us a stream\n")
     out(f"open, server                        {received:8.3f} us a stream ({late:.3f} us the last 1,000 of {count})\n")

@@ -1,4 +1,4 @@
-"""The client role: opening streams, what a server may answer, and the limits it sets."""
+"""The client role: opening streams, the answers that a server may send, and the limits that it sets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_call_from_beginning_to_end() -> None:
 
 
 def test_a_trailers_only_answer() -> None:
-    """A response whose first header list ends the stream; the request is still open, and the server resets it."""
+    """The first header list of the response ends the stream; the request is still open, and the server resets it."""
     connection, peer = client()
     stream = connection.open(wire.REQUEST)
     answer = peer.headers(1, [*wire.RESPONSE, *wire.TRAILERS], "END_STREAM")
@@ -63,7 +63,7 @@ def test_a_trailers_only_answer() -> None:
         ([raw(1, 5, 1, b"\x88"), data(1, b"x")], ["response 1 END", "reset 1 STREAM_CLOSED"]),
     ],
 )
-def test_what_a_server_must_not_send(frames: list[bytes], expected: list[str]) -> None:
+def test_forbidden_frames_of_a_server_are_faults(frames: list[bytes], expected: list[str]) -> None:
     """5.1, 6.1, 8.1, 8.4; 0x88 is `:status: 200`."""
     connection, peer = client()
     connection.open(wire.REQUEST)
@@ -88,8 +88,8 @@ def test_late_answers_to_a_cancelled_call_are_dropped() -> None:
     assert peer.said() == []
 
 
-def test_the_servers_stream_limit_is_kept() -> None:
-    """5.1.2: at the limit `open` refuses; an end or a new limit makes room."""
+def test_the_servers_stream_limit_is_respected() -> None:
+    """5.1.2: at the limit `open` raises; the end of a stream or a higher limit makes room."""
     connection, peer = client(peer_settings={MAX_CONCURRENT_STREAMS: 2})
     streams = [connection.open(wire.REQUEST, end_stream=True) for _ in range(2)]
     with pytest.raises(TooManyStreams):
@@ -108,7 +108,7 @@ def test_the_servers_stream_limit_is_kept() -> None:
 
 
 def test_streams_may_be_opened_before_the_servers_settings() -> None:
-    """3.4: a client need not wait."""
+    """3.4: a client does not have to wait."""
     connection = Connection(Role.CLIENT)
     connection.start()
     stream = connection.open(wire.REQUEST)
@@ -119,8 +119,8 @@ def test_streams_may_be_opened_before_the_servers_settings() -> None:
     assert stream.send_window == 4
 
 
-def test_nothing_is_opened_on_a_connection_that_ends() -> None:
-    """6.8: ours or the server's, and when the ids are used up (5.1.1)."""
+def test_no_stream_is_opened_on_an_ending_connection() -> None:
+    """6.8: after our GOAWAY or the server's, and when the ids are used up (5.1.1)."""
     connection, peer = client()
     connection.open(wire.REQUEST)
     connection.go_away()

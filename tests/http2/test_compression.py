@@ -1,4 +1,4 @@
-"""HPACK both ways, with `hpack` as the judge; what a repeated header list costs; blocks in any number of parts."""
+"""HPACK both ways, compared with `hpack`; the cost of a repeated header list; blocks in any number of parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from proto.http2.compression import HeaderDecoder, HeaderEncoder
 from tests.http2.wire import REQUEST, RESPONSE, TRAILERS
 
 FIELDS_MAX = 100_000
-"""More than any block here has; the bound itself is a flood's (test_floods.py)."""
+"""More than any block here has; test_floods.py tests the limit itself."""
 Fields = list[tuple[bytes, bytes]]
 NAMES = [
     b":path",
@@ -42,8 +42,8 @@ def random_fields(rng: random.Random) -> Fields:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_we_encode_is_understood(seed: int) -> None:
-    """RFC 7541: through table resizes, evictions and never-indexed fields."""
+def test_hpack_decodes_our_header_blocks(seed: int) -> None:
+    """RFC 7541: with table resizes, evictions and never-indexed fields."""
     rng = random.Random(seed)
     encoder, decoder = HeaderEncoder(), Decoder()
     for _ in range(300):
@@ -61,8 +61,8 @@ def test_what_we_encode_is_understood(seed: int) -> None:
             assert all(not field.indexable for field in fresh if field[0] == b"token")
 
 
-def test_of_several_table_sizes_the_smallest_and_the_last_are_announced() -> None:
-    """RFC 7541 4.2: one in between may be more than the peer allows by now, which ends the connection."""
+def test_smallest_and_last_of_several_table_sizes_are_announced() -> None:
+    """RFC 7541 4.2: a size in between may be more than the peer allows by now, which would end the connection."""
     encoder, decoder = HeaderEncoder(), Decoder()
     encoder.encode([])
     for sizes, announced in (([3_000, 1_500], b"\x3f\xbd\x0b"), ([4_096, 100, 2_000], b"\x3f\x45\x3f\xb1\x0f")):
@@ -74,8 +74,8 @@ def test_of_several_table_sizes_the_smallest_and_the_last_are_announced() -> Non
         assert list(decoder.decode(block, raw=True)) == RESPONSE
 
 
-def test_a_repeated_header_list_is_a_few_bytes_and_moves_no_table() -> None:
-    """The common answers of a gRPC server, after the first time: one byte a field."""
+def test_repeated_header_lists_are_short_and_keep_the_table() -> None:
+    """The usual header lists of a gRPC server take one byte a field after the first time."""
     encoder = HeaderEncoder()
     encoder.encode(RESPONSE)
     encoder.encode(TRAILERS)
@@ -90,7 +90,7 @@ def test_a_repeated_header_list_is_a_few_bytes_and_moves_no_table() -> None:
 
 
 def test_secrets_do_not_enter_the_table() -> None:
-    """RFC 7541 7.1.3: tokens are sent as never indexed, and so is what came in as such (6.2.3)."""
+    """RFC 7541 7.1.3: tokens are sent as never-indexed, and so are fields that were received as such (6.2.3)."""
     encoder, decoder = HeaderEncoder(), Decoder()
     fields = [(b"token", b"secret"), (b"authorization", b"secret"), NeverIndexedHeaderTuple(b"user-agent", b"shy")]
     plain = [(b"grpc-encoding", b"x"), (b"user-agent", b"open")]
@@ -99,7 +99,7 @@ def test_secrets_do_not_enter_the_table() -> None:
         assert [field.indexable for field in received] == [False, False, False]
         assert received == fields
         assert list(decoder.decode(encoder.encode(plain), raw=True)) == plain
-    # Not even when the same field is known in the open.
+    # Not even if the same field is in the table.
     fields.append(NeverIndexedHeaderTuple(*plain[0]))
     for known in (fields, fields[-1:]):
         assert not any(field.indexable for field in decoder.decode(encoder.encode(known), raw=True))
@@ -107,8 +107,8 @@ def test_secrets_do_not_enter_the_table() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_others_encode_is_understood_in_any_parts(seed: int) -> None:
-    """RFC 7541, and RFC 9113 4.3: a block may be cut anywhere."""
+def test_header_blocks_of_hpack_are_decoded_in_any_parts(seed: int) -> None:
+    """RFC 7541, and RFC 9113 4.3: a block may be split anywhere."""
     rng = random.Random(seed)
     encoder, decoder = Encoder(), HeaderDecoder(1 << 20, 4_096, FIELDS_MAX)
     for _ in range(100):
@@ -128,8 +128,8 @@ def test_what_others_encode_is_understood_in_any_parts(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_nonsense_is_judged_as_hpack_judges_it(seed: int) -> None:
-    """Random and mutated blocks: same fields, or both refuse."""
+def test_invalid_blocks_give_the_same_result_as_in_hpack(seed: int) -> None:
+    """Random and mutated blocks: both decode the same fields, or both refuse the block."""
     rng = random.Random(seed)
     for _ in range(300):
         block = bytearray(Encoder().encode([*REQUEST, *random_fields(rng)]))
@@ -154,13 +154,13 @@ def test_nonsense_is_judged_as_hpack_judges_it(seed: int) -> None:
     "block",
     [
         b"\x80",  # index 0
-        b"\xff\x80\x80\x80\x80\x80\x80\x01",  # an integer without end
+        b"\xff\x80\x80\x80\x80\x80\x80\x01",  # an integer that does not end
         b"\xbe",  # index 62 of an empty table
         b"\xff\x00",  # the same in the long form, index 127
-        b"\x7f\x80\x01\x01x",  # a literal whose name is not there
+        b"\x7f\x80\x01\x01x",  # a literal with the index of a missing name
         b"\x3f\xe2\x1f",  # a table larger than allowed
-        b"\x82\x20",  # a table size behind a field
-        b"\x40\x81\xff\x01x",  # no Huffman code
+        b"\x82\x20",  # a table size after a field
+        b"\x40\x81\xff\x01x",  # not a Huffman code
         b"\x40\x0aabc",  # cut off
     ],
 )
@@ -171,8 +171,8 @@ def test_broken_blocks(block: bytes) -> None:
         feed_whole(decoder, block)
 
 
-def test_a_value_too_long_to_keep_empties_the_table_as_the_peer_thinks() -> None:
-    """RFC 7541 4.4, without the value ever being held."""
+def test_an_oversized_value_empties_the_table_as_at_the_peer() -> None:
+    """RFC 7541 4.4; the value is never held."""
     encoder, decoder = Encoder(), HeaderDecoder(1_000, 4_096, FIELDS_MAX)
     decoder.feed(encoder.encode([(b"a", b"b")]))
     assert decoder.finish() == [(b"a", b"b")]
@@ -182,7 +182,7 @@ def test_a_value_too_long_to_keep_empties_the_table_as_the_peer_thinks() -> None
         assert len(decoder._rest) == 0
     assert decoder.finish() is None
     assert list(decoder.table.dynamic_entries) == list(encoder.header_table.dynamic_entries) == [(b"e", b"f")]
-    # Without indexing it does nothing to the table.
+    # Without indexing it does not change the table.
     decoder.feed(encoder.encode([NeverIndexedHeaderTuple(b"huge", b"x" * 50_000)], huffman=False))
     assert decoder.finish() is None
     assert list(decoder.table.dynamic_entries) == [(b"e", b"f")]

@@ -1,7 +1,7 @@
 """The table of RFC 9113's errors (`cases.py`), as raw bytes over sockets: to the listener, and to a connection to etcd.
 
-Each row also looks at what must not suffer: after anything but a connection error the bystander's stream goes on, and
-nothing is said about any stream but the row's.
+Each row also checks other streams: unless it is a connection error, the bystander's stream continues, and only the
+row's stream is reset.
 """
 
 from __future__ import annotations
@@ -49,21 +49,21 @@ ACK = 1
 
 @dataclass
 class Socket:
-    """A raw peer: what it sends is up to the test, what it hears is cut into frames."""
+    """A raw peer: the test decides what it sends, and what it receives is split into frames."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
-    # Makes header blocks; one for the life of the connection.
+    # Encodes header blocks; one for the whole connection.
     scribe: Peer = field(default_factory=lambda: Peer(Connection(Role.SERVER)))
     # (type, flags, stream id, payload) of every frame.
-    heard: list[tuple[int, int, int, bytes]] = field(default_factory=list)
+    received: list[tuple[int, int, int, bytes]] = field(default_factory=list)
     over: bool = False
     probes: int = 0
 
     def say(self, *frames: bytes) -> None:
         self.writer.write(b"".join(frames))
 
-    async def hear(self) -> tuple[int, int, int, bytes] | None:
+    async def receive(self) -> tuple[int, int, int, bytes] | None:
         """Wait for the next frame; None at the end."""
         try:
             head = await self.reader.readexactly(9)
@@ -72,31 +72,31 @@ class Socket:
             self.over = True
             return None
         frame = (head[3], head[4], int.from_bytes(head[5:], "big"), payload)
-        self.heard.append(frame)
+        self.received.append(frame)
         return frame
 
     async def until(self, kind: int, stream_id: int) -> None:
         """Wait for a frame of this type on this stream."""
-        while frame := await self.hear():
+        while frame := await self.receive():
             if frame[0] == kind and frame[2] == stream_id:
                 return
-        raise AssertionError(f"no frame of type {kind} on stream {stream_id}: {self.heard}")
+        raise AssertionError(f"no frame of type {kind} on stream {stream_id}: {self.received}")
 
     async def settle(self) -> None:
-        """Wait until all is said about what was sent: for a PING's answer, and once more for what handlers did; or for
-        the end, which GOAWAY says."""
+        """Wait for all answers to the sent frames: for a PING's answer, twice because handlers may act later; or for
+        GOAWAY."""
         for _ in range(2):
             self.probes += 1
             self.say(ping(PROBE % self.probes))
-            while frame := await self.hear():
+            while frame := await self.receive():
                 if frame[0] == GOAWAY or frame == (PING, ACK, 0, PROBE % self.probes):
                     break
 
 
-def outcome(case: Case, heard: list[tuple[int, int, int, bytes]], over: bool) -> str:
-    """Say what was heard in the words of the table."""
-    ends = [(stream_id, ErrorCode(int.from_bytes(body))) for kind, _, stream_id, body in heard if kind == RST_STREAM]
-    for kind, _, _, body in heard:
+def outcome(case: Case, received: list[tuple[int, int, int, bytes]], over: bool) -> str:
+    """Return the outcome in the words of the table."""
+    ends = [(stream_id, ErrorCode(int.from_bytes(body))) for kind, _, stream_id, body in received if kind == RST_STREAM]
+    for kind, _, _, body in received:
         if kind == GOAWAY:
             code = ErrorCode(int.from_bytes(body[4:8]))
             return f"connection {code.name}" if code else CLOSED_SILENTLY
@@ -107,13 +107,13 @@ def outcome(case: Case, heard: list[tuple[int, int, int, bytes]], over: bool) ->
         assert len(faults) == 1
         assert faults[0][0] == case.on
         return f"stream {faults[0][1].name}"
-    # A whole answer to a request, or the end of a call that was answered whole; answers to PING and SETTINGS.
-    answers = [kind for kind, flags, _, body in heard if not (kind == PING and flags and body.startswith(b"probe"))]
+    # A response, or the end of a call after its response; answers to PING and SETTINGS.
+    answers = [kind for kind, flags, _, body in received if not (kind == PING and flags and body.startswith(b"probe"))]
     return ANSWERED if {HEADERS, PING, SETTINGS, RST_STREAM, DATA} & set(answers) else NO_FAULT
 
 
 class Held:
-    """A handler that consumes nothing and ends when the client does, unless it is to be silent."""
+    """A handler that consumes nothing and ends the call when the client does, unless it must be silent."""
 
     def __init__(self, connection: Carrier, stream: Stream, headers: Headers) -> None:
         self.call = ServerCall(connection, stream)
@@ -137,7 +137,7 @@ class Held:
 
 
 def opened(connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> Handler | None:
-    """Take any request."""
+    """Accept any request."""
     held = Held(connection, stream, headers)
     if end_stream and not held.silent:
         held.call.end(Status.OK)
@@ -147,7 +147,7 @@ def opened(connection: Carrier, stream: Stream, headers: Headers, end_stream: bo
 
 @asynccontextmanager
 async def listener_of() -> AsyncIterator[Listener]:
-    """Yield a listener with the table's bounds."""
+    """Yield a listener with the table's limits."""
     limits = Limits(
         initial_window=WINDOW_BYTES,
         connection_window=CONNECTION_WINDOW_BYTES,
@@ -165,7 +165,7 @@ async def listener_of() -> AsyncIterator[Listener]:
 
 
 async def in_place(peer: Socket) -> None:
-    """As a client: open the streams that `cases.py` names."""
+    """As a client: open the streams described in `cases.py`."""
     say = peer.scribe
     peer.say(PREFACE, settings(), settings(None, "ACK"))
     peer.say(say.request(cases.OPEN))
@@ -179,12 +179,12 @@ async def in_place(peer: Socket) -> None:
 
 
 def rows(role: str) -> list[str]:
-    """The sections that have rows for a role."""
+    """Return the sections that have rows for a role."""
     return list(dict.fromkeys(case.section for case in CASES if getattr(case, role)))
 
 
 async def judge_section(section: str, role: str, judged: Callable[[Case], Awaitable[str]]) -> None:
-    """Judge all rows of a section for a role, and hold the answers against the table."""
+    """Run all rows of a section for a role, and compare the answers with the table."""
     chosen = [case for case in CASES if case.section == section and getattr(case, role)]
     found = {case.what: await judged(case) for case in chosen}
     assert found == {case.what: getattr(case, role) for case in chosen}
@@ -196,15 +196,15 @@ async def judged_by_the_listener(port: int, case: Case) -> str:
         peer.say(b"" if case.server == CLOSED_SILENTLY else PREFACE)
     else:
         await in_place(peer)
-        peer.heard.clear()
+        peer.received.clear()
     peer.say(*case.sent(peer.scribe))
     await peer.settle()
-    found = outcome(case, peer.heard, peer.over)
+    found = outcome(case, peer.received, peer.over)
     if found.startswith("connection"):
-        # Nothing is heard any more, and the connection is closed.
-        while await peer.hear():
+        # Nothing is sent after GOAWAY, and the connection is closed.
+        while await peer.receive():
             pass
-        assert peer.heard[-1][0] == GOAWAY
+        assert peer.received[-1][0] == GOAWAY
     elif found != CLOSED_SILENTLY:
         peer.say(data(BYSTANDER, b"", "END_STREAM"))
         await peer.until(HEADERS, BYSTANDER)
@@ -213,7 +213,7 @@ async def judged_by_the_listener(port: int, case: Case) -> str:
 
 
 @pytest.mark.parametrize("section", rows("server"))
-def test_what_the_listener_answers(section: str) -> None:
+def test_answers_of_the_listener(section: str) -> None:
     async def scenario() -> None:
         async with listener_of() as listener:
             await judge_section(section, "server", partial(judged_by_the_listener, listener.port))
@@ -222,16 +222,16 @@ def test_what_the_listener_answers(section: str) -> None:
 
 
 class Answers:
-    """A CallHandler that notes the end."""
+    """A CallHandler that records the end."""
 
     def __init__(self) -> None:
         self.ends: list[int] = []
 
     def on_headers(self, headers: Headers) -> None:
-        """Not asked for."""
+        """Ignore the headers."""
 
     def on_data(self, data: bytes, flow_size: int) -> None:
-        """Not consumed."""
+        """Do not consume the data."""
 
     def on_drained(self) -> None:
         """Nothing waits."""
@@ -242,7 +242,7 @@ class Answers:
 
 
 class Server:
-    """A raw server that takes connections and leaves them to the test."""
+    """A raw server that accepts connections and leaves them to the test."""
 
     def __init__(self) -> None:
         self.accepted: asyncio.Queue[Socket] = asyncio.Queue()
@@ -265,7 +265,7 @@ async def server_of() -> AsyncIterator[Server]:
 
 
 async def calls_in_place(peer: Socket, connection: ClientConnection) -> Answers:
-    """As a server: bring seven calls of ours to where `cases.py` says; return the bystander's."""
+    """As a server: bring our seven calls into the states described in `cases.py`; return the bystander's handler."""
     say = peer.scribe
     answers = Answers()
     calls = {}
@@ -294,19 +294,19 @@ async def judged_by_the_client(server: Server, case: Case) -> str:
         peer.say(settings(), settings(None, "ACK"))
         await peer.reader.readexactly(len(PREFACE))
         bystander = await calls_in_place(peer, await connecting)
-        peer.heard.clear()
+        peer.received.clear()
     else:
         await peer.reader.readexactly(len(PREFACE))
     peer.say(*case.sent(peer.scribe))
     await peer.settle()
-    found = outcome(case, peer.heard, peer.over)
+    found = outcome(case, peer.received, peer.over)
     if found.startswith("connection"):
-        while await peer.hear():
+        while await peer.receive():
             pass
-        last = [frame for frame in peer.heard if frame[0] == GOAWAY][-1]
-        assert last[3][:4] == bytes(4), "as a client we have taken no stream of the server's"
+        last = [frame for frame in peer.received if frame[0] == GOAWAY][-1]
+        assert last[3][:4] == bytes(4), "a client accepts no stream of the server"
     elif found != CLOSED_SILENTLY:
-        # Without the dynamic table, which the row may have changed behind the scribe's back.
+        # Without the dynamic table, which the row may have changed unknown to the scribe.
         peer.say(raw(HEADERS, 5, BYSTANDER, b"\x88\x00\x0bgrpc-status\x010"))
         await peer.until(RST_STREAM, BYSTANDER)
         assert bystander.ends == [Status.OK]
@@ -319,7 +319,7 @@ async def judged_by_the_client(server: Server, case: Case) -> str:
 
 
 @pytest.mark.parametrize("section", rows("client"))
-def test_what_the_connection_to_etcd_answers(section: str) -> None:
+def test_answers_of_the_connection_to_etcd(section: str) -> None:
     async def scenario() -> None:
         async with server_of() as server:
             await judge_section(section, "client", partial(judged_by_the_client, server))
@@ -327,11 +327,11 @@ def test_what_the_connection_to_etcd_answers(section: str) -> None:
     run(scenario())
 
 
-def test_rows_are_told_apart() -> None:
+def test_row_names_are_unique() -> None:
     names = [case.name for case in CASES]
     assert sorted(set(names)) == sorted(names)
 
 
-def test_the_page_is_the_tables() -> None:
-    """`python -m tests.http2.cases_page` writes it anew."""
+def test_http2_cases_page_is_up_to_date() -> None:
+    """`python -m tests.http2.cases_page` updates it."""
     assert cases_page.PAGE.read_text() == cases_page.page(CASES)

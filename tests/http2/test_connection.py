@@ -1,4 +1,4 @@
-"""What a server makes of each kind of frame: bytes in, events and bytes out. Each row is fed whole and bytewise."""
+"""A server's reaction to each kind of frame: bytes in, events and bytes out. Each row is sent whole and bytewise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HANDSHAKE: dict[str, tuple[bytes, list[str]]] = {
 
 @pytest.mark.parametrize("bytewise", [False, True])
 @pytest.mark.parametrize("name", HANDSHAKE)
-def test_nothing_but_preface_and_settings_comes_first(name: str, bytewise: bool) -> None:
+def test_a_client_must_begin_with_preface_and_settings(name: str, bytewise: bool) -> None:
     """http2 point 7 (RFC 9113 3.4)."""
     sent, expected = HANDSHAKE[name]
     connection = Connection(Role.SERVER)
@@ -43,7 +43,7 @@ CLIENT_HANDSHAKE = {
 
 @pytest.mark.parametrize("bytewise", [False, True])
 @pytest.mark.parametrize("name", CLIENT_HANDSHAKE)
-def test_a_client_wants_settings_first_too(name: str, bytewise: bool) -> None:
+def test_a_server_must_begin_with_settings(name: str, bytewise: bool) -> None:
     """http2 point 7 (RFC 9113 3.4)."""
     sent, expected = CLIENT_HANDSHAKE[name]
     connection = Connection(Role.CLIENT)
@@ -52,12 +52,12 @@ def test_a_client_wants_settings_first_too(name: str, bytewise: bool) -> None:
 
 
 def fails(code: str) -> tuple[list[str], list[str]]:
-    """The connection ends."""
+    """Return the outcome of a connection error."""
     return [f"failed {code}"], [f"GOAWAY 1 {code}"]
 
 
 def breaks(code: str) -> tuple[list[str], list[str]]:
-    """Stream 1 ends, and nothing else."""
+    """Return the outcome of a stream error on stream 1."""
     return [f"reset 1 {code}"], [f"RST_STREAM 1 {code}"]
 
 
@@ -76,9 +76,9 @@ OPENED: dict[str, Row] = {
     "update of nothing, connection": (lambda _: [raw(8, 0, 0, bytes(4))], *fails("PROTOCOL_ERROR")),
     "update of nothing, stream": (lambda _: [raw(8, 0, 1, bytes(4))], *breaks("PROTOCOL_ERROR")),
     "update of nothing but the reserved bit": (lambda _: [raw(8, 0, 1, b"\x80\0\0\0")], *breaks("PROTOCOL_ERROR")),
-    "connection window just full": (lambda _: [update(0, 2**31 - 1 - 65_535)], [], []),
+    "connection window at its maximum": (lambda _: [update(0, 2**31 - 1 - 65_535)], [], []),
     "connection window overflows": (lambda _: [update(0, 2**31 - 65_535)], *fails("FLOW_CONTROL_ERROR")),
-    "stream window just full": (lambda _: [update(1, 2**31 - 1 - 65_535)], [], []),
+    "stream window at its maximum": (lambda _: [update(1, 2**31 - 1 - 65_535)], [], []),
     "stream window overflows": (lambda _: [update(1, 2**31 - 65_535)], *breaks("FLOW_CONTROL_ERROR")),
     "update on an idle stream": (lambda _: [update(3, 1)], *fails("PROTOCOL_ERROR")),
     "update on an even stream": (lambda _: [update(2, 1)], *fails("PROTOCOL_ERROR")),
@@ -92,10 +92,10 @@ OPENED: dict[str, Row] = {
     "data": (lambda _: [data(1, b"abc")], ["data 1 3"], []),
     "data and end": (lambda _: [data(1, b"abc"), data(1, b"", "END_STREAM")], ["data 1 3", "data 1 0 END"], []),
     "padded data": (lambda _: [data(1, b"abc", "END_STREAM", padding=7)], ["data 1 3 END"], []),
-    "nothing but padding": (lambda _: [data(1, b"", padding=7)], [], []),
+    "padding only": (lambda _: [data(1, b"", padding=7)], [], []),
     "padding that fills the frame": (lambda _: [raw(0, 0x8, 1, b"\x04abcd")], [], []),
     "padding longer than the frame": (lambda _: [raw(0, 0x8, 1, b"\x05abcd")], *fails("PROTOCOL_ERROR")),
-    "padded frame without a padding's length": (lambda _: [raw(0, 0x8, 1)], *fails("FRAME_SIZE_ERROR")),
+    "padded frame without the padding's length": (lambda _: [raw(0, 0x8, 1)], *fails("FRAME_SIZE_ERROR")),
     "data on stream 0": (
         lambda _: [data(1, b"a"), raw(0, 0, 0, b"a")],
         ["data 1 1", "failed PROTOCOL_ERROR"],
@@ -112,7 +112,7 @@ OPENED: dict[str, Row] = {
         ["reset 1 CANCEL by peer"],
         ["RST_STREAM 1 STREAM_CLOSED"],
     ),
-    "empty data is counted, not told": (lambda _: [data(1, b"")], [], []),
+    "empty data is counted, not reported": (lambda _: [data(1, b"")], [], []),
     # HEADERS (6.2, 5.1.1)
     "another request": (lambda peer: [peer.request(3, "END_STREAM")], ["request 3 END"], []),
     "ids may be skipped": (lambda peer: [peer.request(9)], ["request 9"], []),
@@ -125,7 +125,7 @@ OPENED: dict[str, Row] = {
     "no room for the priority": (lambda _: [raw(1, 0x24, 3, bytes(4))], *fails("FRAME_SIZE_ERROR")),
     "even id": (lambda peer: [peer.request(2)], *fails("PROTOCOL_ERROR")),
     "request on stream 0": (lambda peer: [raw(1, 4, 0, peer.block_of(wire.REQUEST))], *fails("PROTOCOL_ERROR")),
-    "id goes back": (
+    "id decreases": (
         lambda peer: [peer.request(9), peer.request(7)],
         ["request 9", "failed PROTOCOL_ERROR"],
         ["GOAWAY 9 PROTOCOL_ERROR"],
@@ -147,7 +147,7 @@ OPENED: dict[str, Row] = {
         ["reset 1 CANCEL by peer", "request 3"],
         ["RST_STREAM 1 STREAM_CLOSED"],
     ),
-    "nonsense of a header block": (
+    "invalid header block": (
         lambda _: [raw(1, 4, 3, b"\xff\xff\xff\xff\xff\xff\xff")],
         *fails("COMPRESSION_ERROR"),
     ),
@@ -159,7 +159,7 @@ OPENED: dict[str, Row] = {
         lambda peer: [peer.in_parts(3, wire.REQUEST, 2)[0], raw(9, 4, 5, b"")],
         *fails("PROTOCOL_ERROR"),
     ),
-    "continuation of nothing": (lambda _: [raw(9, 4, 1, b"")], *fails("PROTOCOL_ERROR")),
+    "continuation without headers": (lambda _: [raw(9, 4, 1, b"")], *fails("PROTOCOL_ERROR")),
     # RST_STREAM (6.4)
     "reset": (lambda _: [rst(1)], ["reset 1 CANCEL by peer"], []),
     "reset with an unknown code": (lambda _: [rst(1, 0x4711)], ["reset 1 INTERNAL_ERROR by peer"], []),
@@ -195,8 +195,8 @@ def test_frames_to_a_server_with_stream_1_open(name: str, bytewise: bool) -> Non
 
 
 @pytest.mark.parametrize("name", [name for name, row in OPENED.items() if any("failed" in line for line in row[1])])
-def test_nothing_is_heard_after_a_failure(name: str) -> None:
-    """A closed connection takes bytes, calls and a drained transport in silence."""
+def test_input_after_a_connection_error_is_ignored(name: str) -> None:
+    """A closed connection ignores bytes, calls and a drained transport."""
     sent, _, _ = OPENED[name]
     connection, peer = server()
     peer.receive(peer.request(1))

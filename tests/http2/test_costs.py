@@ -1,6 +1,6 @@
-"""What must stay cheap: the shape of the costs, in steps of the interpreter, which no other load changes.
+"""How costs grow, counted in steps of the interpreter, which other load on the machine does not change.
 
-`python -m tests.http2.measure` has the figures.
+`python -m tests.http2.measure` prints the figures.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from tests.http2 import measure, wire
 from tests.http2.wire import data, server
 
 SEND_STEPS_MAX = 100
-"""It is 76; a third more is left to other releases of Python."""
+"""It is 76; other releases of Python may need a third more."""
 
 
 def steps(run: Callable[[], object]) -> int:
-    """Count the bytecode instructions that something takes."""
+    """Count the bytecode instructions of a call."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -39,7 +39,7 @@ def steps(run: Callable[[], object]) -> int:
 
 
 def test_opening_the_nth_stream_costs_the_same() -> None:
-    """http2 point 17: no step looks at the other streams."""
+    """http2 point 17: no step visits the other streams."""
     client, server = measure.pair()
 
     def opening() -> int:
@@ -55,7 +55,7 @@ def test_opening_the_nth_stream_costs_the_same() -> None:
     assert 0 < opening() <= early * 1.05
 
 
-def test_a_call_costs_the_same_beside_ten_thousand_streams() -> None:
+def test_a_call_costs_the_same_with_ten_thousand_streams() -> None:
     def calling(idle: int) -> int:
         server, data = measure.calls(50, idle)
         return steps(lambda: measure.answer(server, data))
@@ -64,21 +64,21 @@ def test_a_call_costs_the_same_beside_ten_thousand_streams() -> None:
 
 
 def test_a_send_takes_few_steps() -> None:
-    """The fast lane: a message to a stream with room in its windows, beside a thousand others."""
+    """The fast path: a message to a stream with room in its windows, on a connection with a thousand streams."""
     server, streams, _ = measure.open_many(1_000)
     taken = steps(lambda: [server.send(stream, measure.MESSAGE, measure.MESSAGE_SIZE) for stream in streams])
     assert 0 < taken / len(streams) <= SEND_STEPS_MAX
 
 
 def test_ten_thousand_streams_are_small() -> None:
-    """Two more integers come with the first data."""
+    """The first data adds two more integers."""
     per_stream, per_connection = measure.measure_memory(10_000)
     assert per_stream < 350
     assert per_connection < 8_000
 
 
 def test_an_idle_stream_owns_no_container() -> None:
-    """And one that was blocked gives its own back."""
+    """A stream that was blocked drops its queue."""
     connection, peer = server()
     peer.receive(peer.request(1, "END_STREAM"))
     stream = connection.streams[1]
@@ -91,13 +91,13 @@ def test_an_idle_stream_owns_no_container() -> None:
 
 
 def test_a_frame_in_tiny_pieces_is_joined_once() -> None:
-    """Pieces gather until the frame is whole: no quadratic copying."""
+    """Pieces are kept until the frame is whole: no quadratic copying."""
     connection, peer = server()
     peer.receive(peer.request(1))
     frame = data(1, bytes(16_384))
     for at in range(len(frame) - 1):
         assert connection.receive(frame[at : at + 1]) == []
-    # The header had to be looked at, nothing else.
+    # Only the frame header was joined, to read it.
     assert len(connection._partial) == len(frame) - frames.FRAME_HEADER_BYTES
     assert peer.receive(frame[-1:]) == ["data 1 16384"]
     assert connection._partial == []

@@ -1,4 +1,4 @@
-"""How streams end: by themselves, by reset, with the connection; and what is remembered of them."""
+"""How streams end: normally, by a reset, with the connection; and what is remembered about closed streams."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_a_stream_is_over_when_both_sides_have_ended(peer_first: bool) -> None:
     assert not connection.streams
 
 
-def test_a_reset_of_the_peer_drops_the_unsent_tail() -> None:
-    """http2 point 11 (5.4.2, 6.4): nothing more is sent, not even by someone who still holds the stream."""
+def test_a_reset_by_the_peer_drops_unsent_data() -> None:
+    """http2 point 11 (5.4.2, 6.4): nothing more is sent, not even by code that still holds the stream."""
     connection, peer = server()
     peer.receive(peer.request(1, "END_STREAM"))
     stream = connection.streams[1]
@@ -48,8 +48,8 @@ def test_a_reset_of_the_peer_drops_the_unsent_tail() -> None:
     assert peer.said() == []
 
 
-def test_a_message_half_sent_ends_by_our_reset() -> None:
-    """http2 point 11 (6.4): trailers would stand behind the tail, a reset drops it."""
+def test_our_reset_ends_a_half_sent_message() -> None:
+    """http2 point 11 (6.4): trailers would wait for the unsent data, a reset drops it."""
     connection, peer = server()
     peer.receive(peer.request(1))
     stream = connection.streams[1]
@@ -62,8 +62,8 @@ def test_a_message_half_sent_ends_by_our_reset() -> None:
     assert stream.state is StreamState.CLOSED
 
 
-def test_a_complete_response_to_an_open_request_is_followed_by_a_reset_without_error() -> None:
-    """http2 point 12 (8.1): trailers first, then RST_STREAM(NO_ERROR), and what the client still sends is dropped."""
+def test_a_response_to_an_open_request_ends_with_reset_no_error() -> None:
+    """http2 point 12 (8.1): trailers first, then RST_STREAM(NO_ERROR); later frames of the client are dropped."""
     connection, peer = server()
     peer.receive(peer.request(1))
     stream = connection.streams[1]
@@ -74,8 +74,8 @@ def test_a_complete_response_to_an_open_request_is_followed_by_a_reset_without_e
     assert peer.said() == []
 
 
-@pytest.mark.parametrize("ender", ["data", "data behind a window", "headers only"])
-def test_every_kind_of_end_is_followed_by_that_reset(ender: str) -> None:
+@pytest.mark.parametrize("ender", ["data", "data that waits for its window", "headers only"])
+def test_every_kind_of_end_is_followed_by_reset_no_error(ender: str) -> None:
     """http2 point 12."""
     connection, peer = server()
     peer.receive(peer.request(1))
@@ -84,14 +84,14 @@ def test_every_kind_of_end_is_followed_by_that_reset(ender: str) -> None:
         connection.send_headers(stream, wire.RESPONSE, end_stream=True)
     else:
         connection.send_headers(stream, wire.RESPONSE)
-        stream.send_window = 1 if ender == "data behind a window" else 100
+        stream.send_window = 1 if ender == "data that waits for its window" else 100
         connection.send(stream, [b"abc"], 3, end_stream=True)
         peer.receive(update(1, 2))
     assert peer.said()[-1] == "RST_STREAM 1 NO_ERROR"
     assert stream.state is StreamState.CLOSED
 
 
-def test_no_such_reset_when_the_request_is_complete() -> None:
+def test_no_reset_follows_if_the_request_is_complete() -> None:
     """http2 point 12."""
     connection, peer = server()
     peer.receive(peer.request(1, "END_STREAM"))
@@ -99,8 +99,8 @@ def test_no_such_reset_when_the_request_is_complete() -> None:
     assert peer.said() == ["HEADERS 1 :status=200 content-type=application/grpc END"]
 
 
-def test_late_data_after_our_reset_is_given_back_to_the_connection() -> None:
-    """http2 point 8 (5.1, 6.9): else the connection's window would leak with every reset."""
+def test_late_data_after_our_reset_credits_the_connection() -> None:
+    """http2 point 8 (5.1, 6.9): otherwise the connection's window would shrink with every reset."""
     connection, peer = server(Limits(connection_window=INITIAL_WINDOW))
     peer.receive(peer.request(1), peer.request(3))
     connection.reset(connection.streams[1], ErrorCode.CANCEL)
@@ -112,8 +112,8 @@ def test_late_data_after_our_reset_is_given_back_to_the_connection() -> None:
     assert peer.receive(data(1, b"", "END_STREAM"), data(3, b"lives")) == ["data 3 5"]
 
 
-def test_late_frames_of_a_forgotten_stream_are_answered_once_more() -> None:
-    """http2 point 17: memory of resets is bounded; beyond it a late frame costs one more RST_STREAM."""
+def test_late_frames_of_a_forgotten_stream_are_reset_again() -> None:
+    """http2 point 17: a bounded number of resets is remembered; a late frame for another is answered by RST_STREAM."""
     connection, peer = server(Limits(resets_remembered=4))
     peer.receive(*[peer.request(2 * n + 1) for n in range(6)])
     for stream in list(connection.streams.values()):
@@ -127,7 +127,7 @@ def test_late_frames_of_a_forgotten_stream_are_answered_once_more() -> None:
 
 
 def test_memory_of_closed_streams_is_bounded() -> None:
-    """http2 point 17: whatever their number and however they ended."""
+    """http2 point 17: for any number of streams, and for any way they ended."""
     connection, peer = server()
 
     def live(first: int) -> None:
@@ -163,7 +163,7 @@ def test_goaway_from_the_client_leaves_its_streams_alone() -> None:
 
 
 def test_going_away_in_two_steps() -> None:
-    """http2 point 13 (6.8): requests on their way are still taken after the first step, refused after the second."""
+    """http2 point 13 (6.8): requests on their way are accepted after the first step, refused after the second."""
     connection, peer = server()
     peer.receive(peer.request(1))
     connection.go_away()
@@ -192,8 +192,8 @@ def test_going_away_from_an_idle_connection_closes_it() -> None:
 
 
 @pytest.mark.parametrize("bytewise", [False, True])
-def test_nothing_is_heard_after_the_last_stream(bytewise: bool) -> None:
-    """What comes behind the end of an ending connection is not looked at, however it is cut."""
+def test_input_after_the_last_stream_is_ignored(bytewise: bool) -> None:
+    """Input after the end of an ending connection is not parsed, in one piece or in bytes."""
     connection, peer = server()
     peer.receive(peer.request(1))
     connection.go_away(last=True)
@@ -205,7 +205,7 @@ def test_nothing_is_heard_after_the_last_stream(bytewise: bool) -> None:
 
 
 def test_the_last_id_never_grows() -> None:
-    """6.8: the second step said again, and a failure after it, name the same last stream."""
+    """6.8: a repeated second step, and a connection error after it, name the same last stream."""
     connection, peer = server()
     peer.receive(peer.request(1))
     connection.go_away(last=True)
@@ -216,8 +216,8 @@ def test_the_last_id_never_grows() -> None:
     assert peer.said() == ["GOAWAY 1 FRAME_SIZE_ERROR"]
 
 
-def test_goaway_from_the_server_gives_back_what_it_never_saw() -> None:
-    """http2 point 13 and the client role (6.8): streams above the last id may be tried elsewhere, the others go on."""
+def test_goaway_from_the_server_resets_streams_above_its_last_id() -> None:
+    """http2 point 13, client role (6.8): streams above the last id may be retried elsewhere, the others continue."""
     connection, peer = client()
     streams = [connection.open(wire.REQUEST) for _ in range(3)]
     assert peer.receive(wire.go_away(2**31 - 1, debug=b"graceful_stop")) == ["goaway 2147483647 NO_ERROR graceful_stop"]
@@ -237,7 +237,7 @@ def test_goaway_from_the_server_gives_back_what_it_never_saw() -> None:
 
 
 def test_queued_output_survives_a_goaway_and_a_failure() -> None:
-    """http2 point 13: what was said before is still written, in order."""
+    """http2 point 13: earlier output is still written, in order."""
     connection, peer = server()
     peer.receive(peer.request(1))
     connection.send_headers(connection.streams[1], wire.RESPONSE)
@@ -247,16 +247,16 @@ def test_queued_output_survives_a_goaway_and_a_failure() -> None:
 
 
 def test_too_many_streams_are_refused_one_by_one() -> None:
-    """http2 point 14 (5.1.2, 8.7, 4.3): the header list is decoded, so the table is right for the next one."""
+    """http2 point 14 (5.1.2, 8.7, 4.3): the header list is decoded, so the table is correct for the next one."""
     connection, peer = server(Limits(max_streams=2))
     assert peer.receive(peer.request(1), peer.request(3)) == ["request 1", "request 3"]
-    # The refused list brings a new entry into the table; the next request refers to it.
+    # The refused list adds an entry to the table; the next request refers to it.
     assert peer.receive(peer.request(5, extra=[(b"new", b"field")])) == []
     assert peer.said() == ["RST_STREAM 5 REFUSED_STREAM"]
     assert peer.receive(data(5, b"late")) == []
     peer.receive(rst(1))
     events = connection.receive(peer.request(7, extra=[(b"new", b"field")]))
-    assert wire.told(events) == ["request 7"]
+    assert wire.event_lines(events) == ["request 7"]
     assert isinstance(events[0], HeadersReceived)
     assert (b"new", b"field") in events[0].headers
     assert connection.open_streams == 2

@@ -1,5 +1,5 @@
-"""`receive_data` takes one whole frame of DATA exactly as `receive` does, `frame` makes one as `send` does; and nothing
-else at all."""
+"""The fast paths: `receive_data` has the same effect as `receive` for one whole DATA frame, `frame` the same as `send`;
+anything else they leave alone."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 
 from proto.http2 import Connection, ErrorCode, Limits, Stream
 from tests.http2 import wire
-from tests.http2.wire import Peer, client, data, raw, told, update
+from tests.http2.wire import Peer, client, data, event_lines, raw, update
 
 WINDOW = 70_000
 
 
 def answered(*more: tuple[bytes, bytes]) -> tuple[Connection, Peer]:
-    """Return a client with a call on stream 1 that is being answered."""
+    """Return a client with a call on stream 1 that has its response's headers."""
     connection, peer = client(limits=Limits(initial_window=WINDOW))
     connection.open(wire.REQUEST)
     peer.receive(wire.settings(None, "ACK"), peer.headers(1, [*wire.RESPONSE, *more]))
@@ -29,25 +29,25 @@ def state(connection: Connection) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("size", [1, 100, 16_384])
-def test_one_frame_is_taken_as_ever(size: int) -> None:
+def test_receive_data_equals_receive_for_one_frame(size: int) -> None:
     quick, _ = answered()
     ever, _ = answered()
     assert quick.receive_data(data(1, bytes(size))) is quick.streams[1]
-    assert told(ever.receive(data(1, bytes(size)))) == [f"data 1 {size}"]
+    assert event_lines(ever.receive(data(1, bytes(size)))) == [f"data 1 {size}"]
     assert state(quick) == state(ever)
 
 
 NOT_TAKEN: dict[str, Callable[[], bytes]] = {
     "nothing": lambda: b"",
-    "half a head": lambda: data(1, b"x")[:5],
-    "a head": lambda: data(1, b"xy")[:9],
+    "half a frame header": lambda: data(1, b"x")[:5],
+    "a frame header": lambda: data(1, b"xy")[:9],
     "half a frame": lambda: data(1, b"xy")[:-1],
     "a frame and a byte": lambda: data(1, b"xy") + b"\0",
     "two frames": lambda: data(1, b"xy") + data(1, b"z"),
     "an empty frame": lambda: data(1, b""),
     "the last frame": lambda: data(1, b"x", "END_STREAM"),
     "padding": lambda: data(1, b"x", padding=3),
-    "a flag of no meaning": lambda: raw(0, 0x40, 1, b"x"),
+    "an undefined flag": lambda: raw(0, 0x40, 1, b"x"),
     "another stream": lambda: data(3, b"x"),
     "stream 0": lambda: raw(0, 0, 0, b"x"),
     "another type": lambda: wire.ping(),
@@ -56,7 +56,7 @@ NOT_TAKEN: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", NOT_TAKEN)
-def test_anything_else_is_left_alone(name: str) -> None:
+def test_receive_data_ignores_anything_else(name: str) -> None:
     connection, _ = answered()
     before = state(connection)
     assert connection.receive_data(NOT_TAKEN[name]()) is None
@@ -64,7 +64,7 @@ def test_anything_else_is_left_alone(name: str) -> None:
     assert connection.output() == []
 
 
-def test_a_frame_inside_another_is_not_taken() -> None:
+def test_receive_data_ignores_a_frame_inside_another() -> None:
     connection, peer = answered()
     whole = data(1, data(1, b"x"))
     peer.receive(whole[:9])
@@ -72,14 +72,14 @@ def test_a_frame_inside_another_is_not_taken() -> None:
     assert peer.receive(whole[9:]) == [f"data 1 {len(whole) - 9}"]
 
 
-def test_nor_inside_a_header_block() -> None:
+def test_receive_data_ignores_frames_inside_a_header_block() -> None:
     connection, peer = answered()
     peer.receive(peer.in_parts(1, wire.TRAILERS, 5, "END_STREAM")[0])
     assert connection.receive_data(data(1, b"x")) is None
     assert peer.receive(data(1, b"x")) == ["failed PROTOCOL_ERROR"]
 
 
-def test_nor_beyond_the_window_or_where_a_length_was_promised() -> None:
+def test_receive_data_ignores_overruns_and_content_length() -> None:
     connection, peer = answered()
     for _ in range(WINDOW // 10_000):
         assert connection.receive_data(data(1, bytes(10_000))) is not None
@@ -89,17 +89,17 @@ def test_nor_beyond_the_window_or_where_a_length_was_promised() -> None:
     assert promised.receive_data(data(1, b"x")) is None
 
 
-def test_nor_before_the_headers_nor_after_the_end() -> None:
+def test_receive_data_ignores_frames_before_headers_or_after_end() -> None:
     connection, peer = client()
     connection.open(wire.REQUEST)
     assert connection.receive_data(data(1, b"x")) is None
     peer.receive(peer.headers(1, wire.RESPONSE), data(1, b"x", "END_STREAM"))
     assert connection.receive_data(data(1, b"x")) is None
-    assert told(connection.receive(data(1, b"x"))) == ["reset 1 STREAM_CLOSED"]
+    assert event_lines(connection.receive(data(1, b"x"))) == ["reset 1 STREAM_CLOSED"]
 
 
 def asked(window: int = WINDOW) -> tuple[Connection, Stream]:
-    """Return a server with a request on stream 1 that is being answered."""
+    """Return a server with a request on stream 1 to which it has sent response headers."""
     connection, peer = wire.server(peer_settings={4: window})
     peer.receive(peer.headers(1, wire.REQUEST))
     stream = connection.streams[1]
@@ -109,7 +109,7 @@ def asked(window: int = WINDOW) -> tuple[Connection, Stream]:
 
 
 @pytest.mark.parametrize("size", [1, 100, 16_384])
-def test_a_frame_past_the_output_is_what_is_sent_else(size: int) -> None:
+def test_frame_returns_the_bytes_that_send_queues(size: int) -> None:
     quick, at_once = asked()
     ever, queued = asked()
     assert ever.send(queued, (bytes(size),), size)
@@ -120,26 +120,26 @@ def test_a_frame_past_the_output_is_what_is_sent_else(size: int) -> None:
 
 
 WAITING: dict[str, Callable[[Connection, Stream], object]] = {
-    "something is in the output": lambda connection, _: connection.ping(b"12345678"),
+    "the output is not empty": lambda connection, _: connection.ping(b"12345678"),
     "the transport is full": lambda connection, _: connection.pause(),
     "the stream has no window": lambda connection, stream: connection.send(stream, (bytes(99),), 99),
     "the stream has ended": lambda connection, stream: connection.send(stream, (), 0, True),
-    "what the peer did is to be forgiven": lambda connection, _: connection.receive(update(0, 1) * 500),
+    "a flood counter is above zero": lambda connection, _: connection.receive(update(0, 1) * 500),
     "the stream was reset": lambda connection, stream: connection.reset(stream, ErrorCode.CANCEL),
 }
 
 
 @pytest.mark.parametrize("name", WAITING)
-def test_no_frame_overtakes_or_goes_where_none_may(name: str) -> None:
+def test_frame_returns_none_if_send_would_wait_or_drop(name: str) -> None:
     connection, stream = asked(window=100)
     WAITING[name](connection, stream)
-    if name != "something is in the output":
+    if name != "the output is not empty":
         connection.output()
     before = connection.send_window, stream.send_window
     assert connection.frame(stream, b"xy", 2) is None
     assert (connection.send_window, stream.send_window) == before
 
 
-def test_no_frame_is_larger_than_the_peer_takes() -> None:
+def test_frame_returns_none_above_the_peers_frame_size() -> None:
     connection, stream = asked()
     assert connection.frame(stream, bytes(16_385), 16_385) is None

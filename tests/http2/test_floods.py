@@ -1,4 +1,4 @@
-"""Every limit at its edge: as much as it says is taken, one more ends the connection in ENHANCE_YOUR_CALM."""
+"""Every limit at its edge: exactly the limit is accepted, one more ends the connection with ENHANCE_YOUR_CALM."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from proto.http2.compression import FIELD_OVERHEAD_BYTES
 from proto.http2.sending import CROSSING_FRAMES
 from tests.http2 import wire
 from tests.http2.test_fuzz import LIMITS, script
-from tests.http2.wire import Peer, data, ping, raw, rst, server, settings, told, update
+from tests.http2.wire import Peer, data, event_lines, ping, raw, rst, server, settings, update
 
 LIMIT = 50
 EDGE = Limits(
     resets_max=LIMIT,
     pings_max=LIMIT,
-    # The handshake's SETTINGS is forgiven when its output is taken.
+    # The handshake's SETTINGS does not count: its counter decreases when the output is taken.
     settings_max=LIMIT,
     empty_data_max=LIMIT,
     tiny_updates_max=LIMIT,
@@ -28,7 +28,7 @@ EDGE = Limits(
     max_streams=1_000,
 )
 
-# What the n-th piece of a flood is. Stream 1 is open; n begins with 0.
+# The n-th piece of each flood. Stream 1 is open; n starts at 0.
 FLOODS: dict[str, Callable[[Peer, int], bytes]] = {
     "PING": lambda _peer, _n: ping(),
     "PING acknowledgements": lambda _peer, _n: ping(b"12345678", "ACK"),
@@ -45,13 +45,13 @@ FLOODS: dict[str, Callable[[Peer, int], bytes]] = {
     "rapid reset": lambda peer, n: peer.request(2 * n + 5) + rst(2 * n + 5),
     "malformed requests": lambda peer, n: peer.headers(2 * n + 5, [(b":method", b"GET")]),
     "made you reset": lambda peer, n: peer.request(2 * n + 5) + raw(8, 0, 2 * n + 5, bytes(4)),
-    # Ids that were skipped are closed (5.1.1).
+    # Skipped ids are closed (5.1.1).
     "DATA on closed streams": lambda peer, n: (b"" if n else peer.request(1_001)) + data(2 * n + 5, b"x"),
 }
 
 
 def start(limits: Limits = EDGE) -> tuple[Connection, Peer]:
-    """Return a server whose stream 1 is open and whose stream 3 is closed, with all counters at zero."""
+    """Return a server with stream 1 open, stream 3 closed, and all counters at zero."""
     connection, peer = server(limits)
     peer.receive(peer.request(1), peer.request(3))
     connection.send_headers(connection.streams[3], wire.RESPONSE)
@@ -63,7 +63,7 @@ def start(limits: Limits = EDGE) -> tuple[Connection, Peer]:
 
 @pytest.mark.parametrize("name", FLOODS)
 def test_a_flood_ends_the_connection(name: str) -> None:
-    """http2 point 16 (RFC 9113 10.5), and point 6 for PING: unread answers are bounded by it."""
+    """http2 point 16 (RFC 9113 10.5), and point 6 for PING: the limit bounds unread answers too."""
     connection, peer = start()
     for n in range(LIMIT):
         connection.receive(FLOODS[name](peer, n))
@@ -74,8 +74,8 @@ def test_a_flood_ends_the_connection(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FLOODS)
-def test_a_peer_that_keeps_pace_with_the_loop_is_no_flood(name: str) -> None:
-    """One a turn, for ever: keep-alive pings of a week must not add up."""
+def test_a_peer_that_keeps_pace_with_the_loop_is_not_a_flood(name: str) -> None:
+    """One per turn, without end: keep-alive pings of a week must not add up."""
     connection, peer = start()
     for n in range(4 * LIMIT):
         connection.receive(FLOODS[name](peer, n))
@@ -84,7 +84,7 @@ def test_a_peer_that_keeps_pace_with_the_loop_is_no_flood(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FLOODS)
-def test_nothing_is_forgiven_while_the_transport_is_paused(name: str) -> None:
+def test_counters_do_not_decrease_while_the_transport_is_paused(name: str) -> None:
     """http2 point 6 (10.5): a peer that does not read its answers cannot make them pile up."""
     connection, peer = start()
     connection.pause()
@@ -95,7 +95,7 @@ def test_nothing_is_forgiven_while_the_transport_is_paused(name: str) -> None:
 
 
 def test_requests_of_a_peer_that_reads_nothing_are_bounded() -> None:
-    """10.5: each would be answered by a header list at least."""
+    """10.5: each would be answered by at least a header list."""
     connection, peer = start()
     connection.pause()
     for n in range(LIMIT):
@@ -114,14 +114,14 @@ def test_continuations_of_one_header_block_are_bounded(parts: int, expected: str
 
 
 def test_continuations_are_counted_block_by_block() -> None:
-    """Long header lists, one after the other, are no flood."""
+    """Long header lists, one after the other, are not a flood."""
     _, peer = start()
     for stream_id in (5, 7, 9):
         parts = raw(1, 0, stream_id, peer.block_of(wire.REQUEST)) + raw(9, 0, stream_id) * (LIMIT - 1)
         assert peer.receive(parts, raw(9, 4, stream_id)) == [f"request {stream_id}"]
 
 
-def test_a_reset_of_a_stream_that_was_answered_is_no_flood() -> None:
+def test_resets_of_answered_streams_are_not_a_flood() -> None:
     """A client may cancel ten thousand watches at once."""
     connection, peer = start()
     for n in range(2 * LIMIT):
@@ -132,14 +132,14 @@ def test_a_reset_of_a_stream_that_was_answered_is_no_flood() -> None:
     assert not connection.closed
 
 
-def test_window_updates_of_some_size_are_no_flood() -> None:
+def test_window_updates_that_are_not_tiny_are_not_a_flood() -> None:
     connection, _ = start()
     connection.receive(update(1, 1_024) * (4 * LIMIT) + update(0, 1_024) * (4 * LIMIT))
     assert not connection.closed
 
 
 def test_late_frames_after_our_resets_are_counted() -> None:
-    """http2 point 8: they are no fault, and still not free."""
+    """http2 point 8: they are not an error, but they cost work."""
     connection, peer = start()
     connection.reset(connection.streams[1], ErrorCode.CANCEL)
     connection.receive(data(1, b"x") * (LIMIT + CROSSING_FRAMES))
@@ -147,8 +147,8 @@ def test_late_frames_after_our_resets_are_counted() -> None:
     assert peer.receive(data(1, b"x")) == ["failed ENHANCE_YOUR_CALM"]
 
 
-def test_frames_that_cross_the_end_of_a_stream_are_no_flood() -> None:
-    """Deadlines of a client and a server run out together: as many resets and windows as streams we have ended."""
+def test_frames_that_cross_the_end_of_a_stream_are_not_a_flood() -> None:
+    """Deadlines of a client and a server expire together: one reset and one window update per stream that we ended."""
     connection, peer = start()
     ids = range(5, 5 + 4 * LIMIT, 2)
     for stream_id in ids:
@@ -163,8 +163,8 @@ def test_frames_that_cross_the_end_of_a_stream_are_no_flood() -> None:
     assert peer.receive(rst(5)) == ["failed ENHANCE_YOUR_CALM"]
 
 
-def test_a_reset_of_a_stream_that_waited_is_no_flood() -> None:
-    """Calls with one deadline while the answers are late, again and again; those of a moment are counted."""
+def test_resets_of_streams_that_waited_are_not_a_flood() -> None:
+    """Calls with the same deadline while the answers are late, repeatedly; resets within `patience_s` are counted."""
     connection, peer = start()
     patience_s = EDGE.patience_s
     first = 5
@@ -178,7 +178,7 @@ def test_a_reset_of_a_stream_that_waited_is_no_flood() -> None:
 
 
 def test_refused_streams_are_counted() -> None:
-    """http2 point 14: a peer that ignores the limit for long is gone."""
+    """http2 point 14: a peer that keeps ignoring the limit loses its connection."""
     connection, peer = server(Limits(max_streams=1, resets_max=LIMIT))
     peer.receive(peer.request(1))
     for n in range(LIMIT):
@@ -187,8 +187,8 @@ def test_refused_streams_are_counted() -> None:
     assert connection.closed
 
 
-def test_the_defaults_let_ten_thousand_streams_come_and_go_at_once() -> None:
-    """Opened in one read, answered, cancelled in one read; flow-controlled one by one."""
+def test_defaults_allow_ten_thousand_streams_at_once() -> None:
+    """Opened in one read, answered, cancelled in one read; with a window update each."""
     connection, peer = server()
     connection.receive(b"".join(peer.request(2 * n + 1) for n in range(10_000)))
     for stream in connection.streams.values():
@@ -202,7 +202,7 @@ def test_the_defaults_let_ten_thousand_streams_come_and_go_at_once() -> None:
 
 
 def test_settings_that_move_many_windows_weigh_more() -> None:
-    """A visit to each of 20,000 streams is ten times a SETTINGS; the same window again moves nothing."""
+    """A change of 20,000 streams counts as ten SETTINGS; the same window again changes nothing."""
     connection, peer = server(Limits(settings_max=100))
     for number in range(20_000):
         connection.receive(peer.request(2 * number + 1))
@@ -214,8 +214,8 @@ def test_settings_that_move_many_windows_weigh_more() -> None:
     assert peer.receive(settings({4: 5_000})) == ["failed ENHANCE_YOUR_CALM"]
 
 
-def test_more_header_fields_than_a_list_can_have_end_the_connection() -> None:
-    """Ten fields are taken, in however many frames; the eleventh ends the connection, kept or not."""
+def test_too_many_header_fields_end_the_connection() -> None:
+    """Ten fields are accepted, in any number of frames; the eleventh ends the connection, even in an oversized list."""
     limits = Limits(header_fields_max=10, header_list_bytes_max=200)
     for fields, cut_off in ((10, False), (11, True)):
         connection, peer = server(limits)
@@ -226,7 +226,7 @@ def test_more_header_fields_than_a_list_can_have_end_the_connection() -> None:
         assert said.endswith("ENHANCE_YOUR_CALM"), said
         assert said.startswith("GOAWAY" if cut_off else "RST_STREAM"), said
         if not cut_off:
-            # The count is a block's own.
+            # The count starts at zero in each block.
             connection.receive(raw(1, 4, 3, block))
             assert not connection.closed
 
@@ -235,7 +235,7 @@ def test_the_fields_allowed_are_those_of_the_smallest_that_fit() -> None:
     assert Limits().header_fields_max * FIELD_OVERHEAD_BYTES == Limits().header_list_bytes_max
 
 
-def test_what_is_too_much_for_one_turn_waits_for_the_next() -> None:
+def test_frames_beyond_one_turns_work_wait_for_the_next() -> None:
     connection, peer = server(Limits(turn_work_max=5))
     events = connection.receive(ping() * 12)
     counts = [len(events)]
@@ -244,7 +244,7 @@ def test_what_is_too_much_for_one_turn_waits_for_the_next() -> None:
     assert counts == [5, 5, 2]
     assert connection.receive(ping()[:9]) == []
     assert not connection.behind
-    # New bytes meanwhile stay in their place.
+    # Bytes that arrive meanwhile are handled after those that wait.
     assert len(connection.receive(ping()[9:] + ping() * 9 + ping()[:5])) == 5
     assert connection.behind
     assert len(connection.receive(ping()[5:])) == 5
@@ -254,7 +254,7 @@ def test_what_is_too_much_for_one_turn_waits_for_the_next() -> None:
     assert len(peer.said()) == 12 + 1 + 9 + 1
 
 
-def test_nothing_is_forgiven_while_frames_wait() -> None:
+def test_counters_do_not_decrease_while_frames_wait() -> None:
     connection, _peer = server(Limits(turn_work_max=5, pings_max=100))
     connection.output()
     connection.receive(ping() * 99)
@@ -267,8 +267,8 @@ def test_nothing_is_forgiven_while_frames_wait() -> None:
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_in_turns_means_the_same(seed: int) -> None:
-    """Whatever comes, it means the same in small turns."""
+def test_small_turns_change_nothing(seed: int) -> None:
+    """The same events and the same output in small turns, for any input."""
     text = script(seed, 60)
     at_once, in_turns = Connection(Role.SERVER, LIMITS), Connection(Role.SERVER, replace(LIMITS, turn_work_max=3))
     results = []
@@ -277,13 +277,13 @@ def test_in_turns_means_the_same(seed: int) -> None:
         events = connection.receive(text)
         while connection.behind:
             events += connection.receive(b"")
-        results.append((told(events), b"".join(connection.output())))
+        results.append((event_lines(events), b"".join(connection.output())))
     assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("limit", ["max_streams", "header_list_bytes_max", "initial_window"])
-def test_a_stream_that_reaches_a_limit_is_told_to_the_shell(limit: str) -> None:
-    """Once for each stream, and not for those at the edge: for whoever counts them."""
+def test_a_stream_that_reaches_a_limit_is_reported(limit: str) -> None:
+    """Once for each stream beyond the limit, and not at the limit."""
     connection, peer = server(Limits(max_streams=2, header_list_bytes_max=1_000, initial_window=100))
     weight = sum(FIELD_OVERHEAD_BYTES + len(name) + len(value) for name, value in wire.REQUEST)
     room = 1_000 - weight - FIELD_OVERHEAD_BYTES - len(b"x")

@@ -1,4 +1,4 @@
-"""The two ledgers of flow control, and who is served when one of them opens again."""
+"""Flow control in both directions, and the order in which streams are served when a window opens again."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_data_debits_both_windows_and_stalls_at_zero() -> None:
 
 
 def test_a_raised_initial_window_wakes_all_stalled_streams() -> None:
-    """http2 point 3 (6.9.2): without any WINDOW_UPDATE, and the connection's window stays as it is."""
+    """http2 point 3 (6.9.2): without any WINDOW_UPDATE; the connection's window does not change."""
     connection, peer, streams = serve(3, {INITIAL_WINDOW_SIZE: 10})
     for stream in streams:
         assert not connection.send(stream, [bytes(25)], 25)
@@ -94,7 +94,7 @@ def test_an_initial_window_that_overflows_a_stream_fails(grown: int, expected: s
 
 @pytest.mark.parametrize("size", [16_384, 20_000, 2**24 - 1])
 def test_the_peers_frame_size_is_honoured(size: int) -> None:
-    """http2 point 4 (4.2): per write, from the moment the setting is received."""
+    """http2 point 4 (4.2): for each write, as soon as the setting is received."""
     connection, peer, (stream,) = serve(1, {INITIAL_WINDOW_SIZE: 2**31 - 1})
     peer.receive(update(0, 2**30))
     for _ in range(2):
@@ -109,7 +109,7 @@ def test_the_peers_frame_size_is_honoured(size: int) -> None:
     assert peer.frames()[0].body_len == min(size, 20_001 + 10)
 
 
-def test_our_frames_stay_small_whatever_the_peer_takes() -> None:
+def test_our_frames_stay_small_even_if_the_peer_allows_more() -> None:
     """http2 point 18: a turn of the round robin is 64 KiB at most."""
     connection, peer, streams = serve(2, {INITIAL_WINDOW_SIZE: 2**30, MAX_FRAME_SIZE: 2**24 - 1})
     assert connection.send(streams[0], [bytes(INITIAL_WINDOW)], INITIAL_WINDOW)
@@ -160,7 +160,7 @@ def test_a_larger_frame_size_of_ours_is_announced_and_kept() -> None:
 
 
 def test_the_connection_window_is_raised_at_the_start() -> None:
-    """http2 point 9 (6.9.2): SETTINGS do not touch it, so a WINDOW_UPDATE does."""
+    """http2 point 9 (6.9.2): by a WINDOW_UPDATE, because SETTINGS do not change it."""
     connection = Connection(Role.SERVER, Limits(connection_window=100_000, initial_window=1))
     connection.start()
     assert Peer(connection).said()[1] == f"WINDOW_UPDATE 0 {100_000 - INITIAL_WINDOW}"
@@ -169,7 +169,7 @@ def test_the_connection_window_is_raised_at_the_start() -> None:
 
 @pytest.mark.parametrize(("more", "expected"), [(0, ["data 1 100"]), (1, ["reset 1 FLOW_CONTROL_ERROR"])])
 def test_a_stream_window_overrun_costs_the_stream(more: int, expected: list[str]) -> None:
-    """http2 point 9 (6.9.1), and its bytes are given back to the connection."""
+    """http2 point 9 (6.9.1); its bytes are credited to the connection."""
     connection, peer = server(Limits(initial_window=10 * KIB + 100, connection_window=64 * KIB))
     peer.receive(peer.request(1), peer.request(3), data(1, bytes(10 * KIB)))
     assert peer.receive(data(1, bytes(100 + more))) == expected
@@ -188,7 +188,7 @@ def test_a_connection_window_overrun_costs_the_connection(more: int, expected: s
 
 
 def test_padding_counts_and_is_given_back_by_the_connection() -> None:
-    """http2 point 8 (6.1): the application answers for the data alone."""
+    """http2 point 8 (6.1): the application returns the bytes of the data only."""
     connection, peer = server(Limits(initial_window=1000, connection_window=INITIAL_WINDOW))
     peer.receive(peer.request(1))
     stream = connection.streams[1]
@@ -219,8 +219,8 @@ def test_a_stream_whose_peer_has_ended_needs_no_window() -> None:
     assert connection._unreturned == 10
 
 
-def test_a_small_initial_window_holds_from_its_acknowledgement_on() -> None:
-    """http2 point 15 (6.5.3): until then the peer may use the default one."""
+def test_a_small_initial_window_applies_once_acknowledged() -> None:
+    """http2 point 15 (6.5.3): until then the peer may use the default window."""
     connection = Connection(Role.SERVER, Limits(initial_window=100))
     connection.start()
     peer = Peer(connection)
@@ -231,13 +231,13 @@ def test_a_small_initial_window_holds_from_its_acknowledgement_on() -> None:
     # An empty frame needs no window (6.9).
     assert peer.receive(peer.request(5), data(5, bytes(100)), data(1, b"")) == ["request 5", "data 5 100"]
     assert peer.receive(data(3, bytes(101))) == ["reset 3 FLOW_CONTROL_ERROR"]
-    # The default window is smaller than what is worth an update, and the debt is paid back by the first one.
+    # More than half of the small window is consumed, so an update is sent; it also makes up for the negative window.
     connection.consumed(connection.streams[1], 101)
     assert connection.streams[1].receive_window == 100
 
 
 def test_an_open_connection_window_serves_streams_round_robin() -> None:
-    """http2 point 18 (5.2.1): a stream with megabytes does not keep the others waiting."""
+    """http2 point 18 (5.2.1): a stream with megabytes of data does not delay the others."""
     connection, peer, streams = serve(4, {INITIAL_WINDOW_SIZE: 2**20})
     assert connection.send(streams[0], [bytes(INITIAL_WINDOW)], INITIAL_WINDOW)
     for size, stream in zip([50_000, 300, 40_000, 20], streams, strict=True):
@@ -249,7 +249,7 @@ def test_an_open_connection_window_serves_streams_round_robin() -> None:
     assert sent_bytes(peer) == {1: 50_000 - 2 * 16_384, 5: 40_000 - 16_384 - 5}
 
 
-def test_a_paused_transport_stalls_everything_and_its_return_is_round_robin() -> None:
+def test_a_resumed_transport_serves_streams_round_robin() -> None:
     """http2 point 18."""
     connection, peer, streams = serve(3, {INITIAL_WINDOW_SIZE: 2**20})
     peer.receive(update(0, 2**20))
@@ -258,13 +258,13 @@ def test_a_paused_transport_stalls_everything_and_its_return_is_round_robin() ->
     for stream in streams:
         assert not connection.send(stream, [bytes(20_000)], 20_000)
         assert stream.blocked
-    # Windows open and settings change meanwhile: that does not start the data again.
+    # Windows that open and settings that change meanwhile do not resume the data.
     assert peer.receive(update(0, 10), update(1, 10), settings({MAX_FRAME_SIZE: 16_384})) == ["settings"]
     assert peer.said() == ["SETTINGS ack"]
-    # What is no DATA is not held.
+    # Trailers wait for the data before them.
     connection.send_headers(streams[0], wire.TRAILERS, end_stream=True)
     assert peer.said() == []
-    assert wire.told(connection.resume()) == ["drained 1", "drained 3", "drained 5"]
+    assert wire.event_lines(connection.resume()) == ["drained 1", "drained 3", "drained 5"]
     assert peer.said() == [
         "DATA 1 16384",
         "DATA 3 16384",
@@ -278,7 +278,7 @@ def test_a_paused_transport_stalls_everything_and_its_return_is_round_robin() ->
 
 
 def test_a_stream_reset_in_the_round_robin_leaves_no_trace() -> None:
-    """http2 points 11 and 18: by us or by the peer, while others wait behind it."""
+    """http2 points 11 and 18: by us or by the peer, while others wait after it."""
     connection, peer, streams = serve(4, {INITIAL_WINDOW_SIZE: 2**20})
     connection.pause()
     for stream in streams:
@@ -286,13 +286,13 @@ def test_a_stream_reset_in_the_round_robin_leaves_no_trace() -> None:
     assert peer.receive(wire.rst(1)) == ["reset 1 CANCEL by peer"]
     connection.reset(streams[2], ErrorCode.CANCEL)
     assert peer.receive(settings({INITIAL_WINDOW_SIZE: 5})) == ["settings"]
-    assert wire.told(connection.resume()) == []
+    assert wire.event_lines(connection.resume()) == []
     assert peer.said() == ["RST_STREAM 5 CANCEL", "SETTINGS ack", "DATA 3 5", "DATA 7 5"]
     assert connection.send_window == INITIAL_WINDOW - 10
 
 
-def test_a_stalled_stream_holds_nobody_up() -> None:
-    """A stream without a window of its own stands in nobody's way, however often the connection's window opens."""
+def test_a_stalled_stream_does_not_delay_others() -> None:
+    """A stream whose own window is used up does not delay others, even if the connection's window opens repeatedly."""
     connection, peer, (slow, quick) = serve(2, {INITIAL_WINDOW_SIZE: 10})
     assert not connection.send(slow, [bytes(100)], 100)
     assert connection.send(quick, [bytes(10)], 10)
@@ -301,8 +301,8 @@ def test_a_stalled_stream_holds_nobody_up() -> None:
     assert sent_bytes(peer) == {1: 10, 3: 1010}
 
 
-def test_the_same_on_each_stream_but_for_those_that_must_wait() -> None:
-    """`send_each` says who is left, and has debited the windows of the others only."""
+def test_send_each_skips_streams_that_must_wait() -> None:
+    """`send_each` returns the skipped ones, and debits the windows of the others only."""
     connection, peer, (short, blocked, over, gone, open_one) = serve(5)
     short.send_window = 2
     blocked.send_window = 1
@@ -320,7 +320,7 @@ def test_the_same_on_each_stream_but_for_those_that_must_wait() -> None:
 
 
 @pytest.mark.parametrize("why", ["window", "paused", "large"])
-def test_each_stream_is_left_when_the_connection_cannot_take_all(why: str) -> None:
+def test_send_each_sends_nothing_if_the_connection_is_too_full(why: str) -> None:
     connection, peer, streams = serve(2)
     size = 100
     if why == "window":
@@ -334,8 +334,8 @@ def test_each_stream_is_left_when_the_connection_cannot_take_all(why: str) -> No
     assert [stream.send_window for stream in streams] == [INITIAL_WINDOW] * 2
 
 
-def test_a_stream_with_several_messages_takes_all_of_them_or_none() -> None:
-    """So that what goes on it by `send` comes in order; sizes may change from one time to the next."""
+def test_send_each_sends_all_or_none_of_a_streams_messages() -> None:
+    """So that later messages of the stream, by `send`, stay in order; sizes may differ between calls."""
     connection, _, (one, two) = serve(2)
     together = Together([one, two, one])
     one.send_window = 5

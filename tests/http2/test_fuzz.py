@@ -1,7 +1,7 @@
-"""Hostile input: `receive` raises nothing, the ledgers stay right, and cutting the input anywhere changes nothing.
+"""Hostile input: `receive` never raises, flow control stays consistent, and splitting the input changes nothing.
 
-Seeded; a failure names its seed. Inputs are runs of frames that a peer could send (most of them valid, some not), then
-mutated bytes of the same, then single frames of every kind, which `h2` judges too.
+Seeded; a failure names its seed. Inputs are runs of frames that a peer could send (most of them valid), then the same
+with mutated bytes, then single frames of every kind, for which the result is compared with `h2`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from proto.http2 import (
     TooManyStreams,
 )
 from tests.http2 import lists, wire
-from tests.http2.wire import PREFACE, REQUEST, RESPONSE, TRAILERS, Peer, data, raw, settings, told
+from tests.http2.wire import PREFACE, REQUEST, RESPONSE, TRAILERS, Peer, data, event_lines, raw, settings
 
 LIMITS = Limits(
     initial_window=1_000,
@@ -48,7 +48,7 @@ LIMITS = Limits(
 
 
 def check(connection: Connection) -> None:
-    """What holds between any two calls."""
+    """Check the invariants that hold between any two calls."""
     waiting = [stream for stream in connection._round_robin if stream.blocked]
     if waiting and not connection.closed:
         assert connection.send_window <= 0 or connection.paused or all(stream.send_window <= 0 for stream in waiting)
@@ -69,11 +69,11 @@ def check(connection: Connection) -> None:
 
 
 def frames(rng: random.Random, peer: Peer, count: int) -> list[bytes]:
-    """Return frames as a peer might send them, most of them valid."""
+    """Return frames that a peer might send, most of them valid."""
     made: list[bytes] = []
     next_id = last_id = 1
     for _ in range(count):
-        # Open, closed or skipped; now and then one that was never used.
+        # Open, closed or skipped; rarely one that was never used.
         some_id = max(1, last_id - 2 * rng.randrange(6) + 2 * (rng.random() < 0.005))
         kind = rng.randrange(14) if made else 0
         end = ["END_STREAM"] if rng.random() < 0.2 else []
@@ -128,7 +128,7 @@ def mutate(rng: random.Random, text: bytes) -> bytes:
 
 
 def script(seed: int, count: int) -> bytes:
-    """Return what a client says from the preface on; two seeds in three are mutated."""
+    """Return a client's output, starting with the preface; two seeds in three are mutated."""
     rng = random.Random(seed)
     connection = Connection(Role.SERVER, LIMITS)
     said = b"".join([settings(), settings(None, "ACK"), *frames(rng, Peer(connection), count)])
@@ -136,7 +136,7 @@ def script(seed: int, count: int) -> bytes:
 
 
 def answers(rng: random.Random, peer: Peer, ids: list[int], count: int) -> list[bytes]:
-    """Return frames as a server might send them to the calls of these ids, most of them valid."""
+    """Return frames that a server might send to the calls with these ids, most of them valid."""
     made = [settings(), settings(None, "ACK")]
     begun: set[int] = set()
     for _ in range(count):
@@ -167,7 +167,7 @@ def answers(rng: random.Random, peer: Peer, ids: list[int], count: int) -> list[
 
 
 def answer(connection: Connection, rng: random.Random, events: list[Event]) -> None:
-    """Do what an application might do."""
+    """Act as an application might."""
     for event in events:
         match event:
             case HeadersReceived(stream, _, _, HeadersKind.REQUEST):
@@ -197,7 +197,7 @@ def answer(connection: Connection, rng: random.Random, events: list[Event]) -> N
 
 
 def serve(seed: int) -> None:
-    """Answer one script as a server."""
+    """Run one script against a server."""
     rng = random.Random(seed)
     connection = Connection(Role.SERVER, LIMITS)
     connection.start()
@@ -208,16 +208,16 @@ def serve(seed: int) -> None:
         assert connection.closed or not any(isinstance(event, ConnectionFailed) for event in events)
         answer(connection, rng, events)
         check(connection)
-        # What was consumed is given back, whatever became of its stream.
+        # Consumed bytes are returned, even if the stream has ended.
         assert connection.closed or connection.receive_window + connection._unreturned == LIMITS.connection_window
         text = text[size:]
     connection.output()
 
 
 def ask(seed: int) -> None:
-    """Hear one script as a client.
+    """Run one script against a client.
 
-    The frames are mostly nonsense from a server; what counts is that nothing is raised and the ledgers hold.
+    Most of the frames are invalid for a server to send; only exceptions and flow control are checked.
     """
     rng = random.Random(seed)
     connection, peer = wire.client(LIMITS)
@@ -232,7 +232,7 @@ def ask(seed: int) -> None:
 
 
 def ask_well(seed: int) -> None:
-    """Hear a server that mostly does as it should, frame by frame as etcd's come, and open calls meanwhile."""
+    """Run a mostly correct server's frames, one by one as from etcd, against a client that opens calls meanwhile."""
     rng = random.Random(seed)
     connection = Connection(Role.CLIENT, LIMITS)
     connection.start()
@@ -266,18 +266,18 @@ def test_survives_anything(role: Callable[[int], None], group: int) -> None:
 
 
 def outcome(pieces: list[bytes]) -> tuple[list[str], bytes]:
-    """Feed pieces to a new server; return what it tells and what it says."""
+    """Feed pieces to a new server; return its events as text and its output."""
     connection = Connection(Role.SERVER, LIMITS)
     connection.start()
     lines: list[str] = []
     for piece in pieces:
-        lines += told(connection.receive(piece))
+        lines += event_lines(connection.receive(piece))
     return lines, b"".join(connection.output())
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_cutting_the_input_anywhere_changes_nothing(seed: int) -> None:
-    """Same events, same bytes out: cut at each place, and into single bytes."""
+def test_splitting_the_input_anywhere_changes_nothing(seed: int) -> None:
+    """The same events and the same output: split at each position, and into single bytes."""
     text = script(seed, 20)[:700]
     expected = outcome([text])
     assert outcome([text[at : at + 1] for at in range(len(text))]) == expected
@@ -286,8 +286,8 @@ def test_cutting_the_input_anywhere_changes_nothing(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_cutting_the_input_of_blocked_streams_changes_nothing(seed: int) -> None:
-    """The same with data waiting on five streams, which windows and settings set free."""
+def test_splitting_input_of_blocked_streams_changes_nothing(seed: int) -> None:
+    """The same with data that waits on five streams until windows and settings release it."""
     rng = random.Random(seed)
     scribe = Peer(Connection(Role.SERVER))
     opening = b"".join([PREFACE, settings(), *[scribe.request(2 * n + 1) for n in range(5)]])
@@ -305,7 +305,7 @@ def test_cutting_the_input_of_blocked_streams_changes_nothing(seed: int) -> None
         at = 0
         while at < len(text):
             size = sizes.pop()
-            lines += told(connection.receive(text[at : at + size]))
+            lines += event_lines(connection.receive(text[at : at + size]))
             check(connection)
             at += size
         return lines, b"".join(connection.output())
@@ -316,8 +316,8 @@ def test_cutting_the_input_of_blocked_streams_changes_nothing(seed: int) -> None
     assert run([1] * len(text)) == expected
 
 
-def h2_tells(events: list[h2.events.Event]) -> list[str]:
-    """Return what h2 tells in the words of `told`, as far as both tell it."""
+def h2_event_lines(events: list[h2.events.Event]) -> list[str]:
+    """Return h2's events as text, in the form of `event_lines`, as far as both have the event."""
     lines = []
     for event in events:
         match event:
@@ -332,8 +332,8 @@ def h2_tells(events: list[h2.events.Event]) -> list[str]:
     return lines
 
 
-def ours_tells(events: list[Event]) -> list[str]:
-    """Return what we tell, in the same words."""
+def our_event_lines(events: list[Event]) -> list[str]:
+    """Return our events in the same form."""
     lines = []
     for event in events:
         match event:
@@ -349,9 +349,9 @@ def ours_tells(events: list[Event]) -> list[str]:
 
 
 def judge_script(seed: int, count: int) -> int:
-    """Give whole scripts to both: the same events frame by frame, until one of them finds a fault.
+    """Run a whole script against both: the same events frame by frame, until one of them finds an error.
 
-    Then it has to be one of DIFFERENCES or the same fault. Returns how many frames both took.
+    The other one must then find the same error, or it must be one of DIFFERENCES. Returns how many frames both took.
     """
     rng = random.Random(seed)
     connection, peer = wire.server(Limits(initial_window=65_535, connection_window=65_535, max_streams=100))
@@ -361,7 +361,7 @@ def judge_script(seed: int, count: int) -> int:
     judge.data_to_send()
     pieces = frames(rng, peer, count)
     for place, piece in enumerate(pieces):
-        theirs, their_events = h2_hears(judge, piece)
+        theirs, their_events = h2_receives(judge, piece)
         events = connection.receive(piece)
         ours = ours_says(peer, events)
         kind = piece[3]
@@ -370,7 +370,7 @@ def judge_script(seed: int, count: int) -> int:
             return place
         if ours != "fine":
             return place
-        assert ours_tells(events) == h2_tells(their_events), piece
+        assert our_event_lines(events) == h2_event_lines(their_events), piece
     return len(pieces)
 
 
@@ -387,10 +387,10 @@ def ours_says(peer: Peer, events: list[Event]) -> str:
 
 
 def h2_judges(connection: h2.connection.H2Connection, frame: bytes) -> str:
-    return h2_hears(connection, frame)[0]
+    return h2_receives(connection, frame)[0]
 
 
-def h2_hears(connection: h2.connection.H2Connection, frame: bytes) -> tuple[str, list[h2.events.Event]]:
+def h2_receives(connection: h2.connection.H2Connection, frame: bytes) -> tuple[str, list[h2.events.Event]]:
     try:
         events = connection.receive_data(frame)
     except h2.exceptions.ProtocolError as error:
@@ -407,7 +407,7 @@ def h2_hears(connection: h2.connection.H2Connection, frame: bytes) -> tuple[str,
 
 HEADERS, PRIORITY, RST, SETTINGS, PUSH, PING, UPDATE, CONTINUATION, ALTSVC = 1, 2, 3, 4, 5, 6, 8, 9, 10
 P, C, F = "connection PROTOCOL_ERROR", "connection COMPRESSION_ERROR", "connection FRAME_SIZE_ERROR"
-# Where we differ from h2 on purpose, or where a frame has two faults and each names another: (type, h2, ours) and why.
+# Intended differences from h2, and frames with two errors of which each reports another: (type, h2, ours) -> reason.
 DIFFERENCES: dict[tuple[int, str, str], str] = {
     (0, P, F): "two faults: stream 0, and PADDED without a length",
     (HEADERS, P, F): "two faults: stream 0, and PADDED without a length",
@@ -415,8 +415,8 @@ DIFFERENCES: dict[tuple[int, str, str], str] = {
     (HEADERS, F, P): "6.2: padding longer than the frame is a PROTOCOL_ERROR",
     (HEADERS, P, C): "4.3: a header block that cannot be decoded is a COMPRESSION_ERROR",
     (HEADERS, P, "stream PROTOCOL_ERROR"): "8.1.1: a malformed header list is a stream error",
-    (HEADERS, "fine", C): "we decode before END_HEADERS, and find the fault earlier",
-    (HEADERS, "fine", P): "we look at the stream id before END_HEADERS",
+    (HEADERS, "fine", C): "we decode before END_HEADERS, and find the error earlier",
+    (HEADERS, "fine", P): "we check the stream id before END_HEADERS",
     (HEADERS, "stream STREAM_CLOSED", P): "5.1.1: a request on a used id is a connection error",
     (PRIORITY, F, "fine"): "6.3: a stream error, and there is no stream",
     (PRIORITY, F, "stream FRAME_SIZE_ERROR"): "6.3: a stream error",
@@ -428,18 +428,18 @@ DIFFERENCES: dict[tuple[int, str, str], str] = {
     (PUSH, "fine", P): "8.4: a client must not push, finished or not",
     (PUSH, "stream STREAM_CLOSED", P): "8.4: a client must not push, finished or not",
     (PING, P, F): "two faults: not stream 0, and its length",
-    (UPDATE, P, "fine"): "6.9: the reserved bit is no part of the increment; nothing on a closed stream is a fault",
+    (UPDATE, P, "fine"): "6.9: the reserved bit is not part of the increment; on a closed stream nothing is an error",
     (UPDATE, P, "stream PROTOCOL_ERROR"): "6.9: an increment of 0 on a stream is a stream error",
-    (UPDATE, P, "connection FLOW_CONTROL_ERROR"): "6.9: the reserved bit is no part of the increment",
-    (UPDATE, P, "stream FLOW_CONTROL_ERROR"): "6.9: the reserved bit is no part of the increment",
+    (UPDATE, P, "connection FLOW_CONTROL_ERROR"): "6.9: the reserved bit is not part of the increment",
+    (UPDATE, P, "stream FLOW_CONTROL_ERROR"): "6.9: the reserved bit is not part of the increment",
     (CONTINUATION, "stream STREAM_CLOSED", P): "6.10: CONTINUATION without HEADERS is a connection error",
-    (ALTSVC, F, "fine"): "5.5: we know nothing of ALTSVC, h2 does",
+    (ALTSVC, F, "fine"): "5.5: h2 supports ALTSVC, we do not",
 }
 
 
-# The same for frames in the course of a script.
-_SKIPPED = "5.1.1: that an id was skipped is not remembered; without pseudo-header fields they are late trailers"
-_LENGTH = "8.1.1: h2 looks at content-length when DATA comes, not when HEADERS end the stream"
+# The same for frames of a script.
+_SKIPPED = "5.1.1: skipped ids are not remembered; without pseudo-header fields they are late trailers"
+_LENGTH = "8.1.1: h2 checks content-length when DATA arrives, not when HEADERS end the stream"
 SCRIPT_DIFFERENCES: dict[tuple[int, str, str], str] = {
     (0, P, "stream PROTOCOL_ERROR"): "8.1.1: content that differs from content-length is a stream error",
     (HEADERS, P, "stream STREAM_CLOSED"): _SKIPPED,
@@ -453,19 +453,19 @@ SCRIPT_DIFFERENCES: dict[tuple[int, str, str], str] = {
 
 
 @pytest.mark.parametrize("group", range(10))
-def test_single_frames_are_judged_as_h2_judges_them(group: int) -> None:
+def test_single_frames_give_the_same_result_as_in_h2(group: int) -> None:
     judge_alike(group, 250)
 
 
 @pytest.mark.parametrize("group", range(4))
-def test_scripts_are_heard_as_h2_hears_them(group: int) -> None:
+def test_scripts_give_the_same_events_as_in_h2(group: int) -> None:
     taken = sum(judge_script(seed, 40) for seed in range(group * 8, group * 8 + 8))
-    # They were heard, and not refused at once.
+    # The scripts were not refused at once.
     assert taken > 30
 
 
 def judge_alike(seed: int, count: int) -> None:
-    """Accept, stream error or connection error with the same code, for random frames of every type; else see above."""
+    """Compare results for random frames of every type: accepted, or the same stream or connection error; else above."""
     rng = random.Random(seed)
     for _ in range(count):
         connection, peer = wire.server(Limits(initial_window=65_535, connection_window=65_535, max_streams=100))

@@ -1,7 +1,7 @@
-"""Whole conversations with `h2` as the other side, in memory: our server with its client, our client with its server.
+"""Whole conversations with `h2` as the peer, in memory: our server with its client, our client with its server.
 
-Each seed is a random conversation: streams opened, data of all sizes both ways with and without padding, ends, resets,
-settings changed on the fly, pings, windows given back late. In the end every byte must have arrived, in order.
+Each seed is a random conversation: opened streams, data of all sizes both ways with and without padding, ends, resets,
+changes of settings, pings, late window updates. At the end every byte must have arrived, in order.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SETTINGS = h2.settings.SettingCodes
 
 @dataclass
 class Conversation:
-    """Our connection, h2's, and what each side has said and heard on every stream."""
+    """Our connection, h2's, and the bytes that each side has sent and received on every stream."""
 
     seed: int
     role: Role
@@ -46,14 +46,14 @@ class Conversation:
     theirs: h2.connection.H2Connection = field(init=False)
     # Stream id -> bytes.
     we_sent: dict[int, bytearray] = field(default_factory=lambda: defaultdict(bytearray))
-    we_heard: dict[int, bytearray] = field(default_factory=lambda: defaultdict(bytearray))
+    we_received: dict[int, bytearray] = field(default_factory=lambda: defaultdict(bytearray))
     they_sent: dict[int, bytearray] = field(default_factory=lambda: defaultdict(bytearray))
-    they_heard: dict[int, bytearray] = field(default_factory=lambda: defaultdict(bytearray))
-    # Who can still send on a stream, and which streams were reset by anyone.
+    they_received: dict[int, bytearray] = field(default_factory=lambda: defaultdict(bytearray))
+    # Streams on which we, or h2, can still send, and streams that either side has reset.
     our_open: dict[int, Stream] = field(default_factory=dict)
     their_open: set[int] = field(default_factory=set)
     reset: set[int] = field(default_factory=set)
-    # What was heard and not given back yet: (stream id, bytes).
+    # Bytes received but not yet returned by a window update: (stream id, bytes).
     our_debts: list[tuple[Stream, int]] = field(default_factory=list)
     their_debts: list[tuple[int, int]] = field(default_factory=list)
 
@@ -67,27 +67,27 @@ class Conversation:
         self.exchange()
 
     def exchange(self) -> None:
-        """Carry bytes both ways, in random pieces, until both are silent."""
+        """Exchange bytes, in random pieces, until neither side has output."""
         while True:
             out = b"".join(self.ours.output())
             back = self.theirs.data_to_send()
             if not out and not back:
                 return
             if out:
-                self.hear_h2(self.theirs.receive_data(out))
+                self.receive_h2(self.theirs.receive_data(out))
             while back:
                 size = self.rng.choice([len(back), self.rng.randrange(len(back)) + 1])
-                self.hear(back[:size])
+                self.receive(back[:size])
                 back = back[size:]
 
-    def hear(self, data: bytes) -> None:
+    def receive(self, data: bytes) -> None:
         for event in self.ours.receive(data):
             match event:
                 case HeadersReceived(stream, _, _, HeadersKind.REQUEST):
                     self.our_open[stream.id] = stream
                     self.ours.send_headers(stream, RESPONSE)
                 case DataReceived(stream, chunk, flow_size):
-                    self.we_heard[stream.id] += chunk
+                    self.we_received[stream.id] += chunk
                     self.our_debts.append((stream, flow_size))
                 case StreamReset(stream, code):
                     assert code in (ErrorCode.CANCEL, ErrorCode.NO_ERROR)
@@ -97,8 +97,8 @@ class Conversation:
                 case ConnectionFailed():
                     raise AssertionError(event)
 
-    def hear_h2(self, events: list[h2.events.Event]) -> None:
-        # h2 knows already of a reset that comes later in the list.
+    def receive_h2(self, events: list[h2.events.Event]) -> None:
+        # h2 has already applied a reset that is later in the list.
         over = {event.stream_id for event in events if isinstance(event, h2.events.StreamReset)}
         for event in events:
             if isinstance(event, h2.events.RequestReceived):
@@ -109,7 +109,7 @@ class Conversation:
                 self.theirs.send_headers(event.stream_id, RESPONSE)
             elif isinstance(event, h2.events.DataReceived):
                 assert event.stream_id is not None
-                self.they_heard[event.stream_id] += event.data or b""
+                self.they_received[event.stream_id] += event.data or b""
                 self.their_debts.append((event.stream_id, event.flow_controlled_length or 0))
             elif isinstance(event, h2.events.StreamReset):
                 assert event.stream_id is not None
@@ -168,7 +168,7 @@ class Conversation:
     def end(self) -> None:
         if self.our_open:
             stream = self.our_open.pop(self.rng.choice(sorted(self.our_open)))
-            # h2 cannot bear an empty frame where its window is below zero, though no window is needed for it (6.9).
+            # h2 refuses an empty frame while its window is negative, although it needs no window (6.9).
             if self.rng.random() < 0.4 and stream.send_window >= 0:
                 self.ours.send(stream, [], 0, end_stream=True)
             else:
@@ -202,7 +202,7 @@ class Conversation:
             ]
         )
         self.theirs.update_settings({name: self.rng.choice(values)})
-        # One at a time: h2 takes an acknowledgement for one change of every setting that is under way.
+        # One at a time: h2 applies an acknowledgement to one pending change of every setting.
         self.exchange()
 
     def ping(self) -> None:
@@ -216,7 +216,7 @@ class Conversation:
             self.ours.pause()
 
     def finish(self) -> None:
-        """Let everything flow out, then compare what was said with what was heard."""
+        """Let all data be sent, then compare the sent bytes with the received ones."""
         self.ours.resume()
         self.theirs.update_settings({SETTINGS.INITIAL_WINDOW_SIZE: 2**20})
         for _ in range(200):
@@ -224,17 +224,17 @@ class Conversation:
             if not self.our_debts and not self.their_debts:
                 break
             self.pay()
-        for sent, heard in ((self.we_sent, self.they_heard), (self.they_sent, self.we_heard)):
+        for sent, received in ((self.we_sent, self.they_received), (self.they_sent, self.we_received)):
             for stream_id, data in sent.items():
-                if stream_id in self.reset or (stream_id not in heard and not data):
+                if stream_id in self.reset or (stream_id not in received and not data):
                     continue
-                if sent is self.they_sent and bytes(data) != bytes(heard[stream_id]):
-                    # A server that has answered whole does not wait for the rest of the request.
+                if sent is self.they_sent and bytes(data) != bytes(received[stream_id]):
+                    # A server whose response is complete does not wait for the rest of the request.
                     assert self.role is Role.SERVER
                     assert stream_id not in self.ours.streams
-                    assert data.startswith(heard[stream_id])
+                    assert data.startswith(received[stream_id])
                     continue
-                assert bytes(heard[stream_id]) == bytes(data), stream_id
+                assert bytes(received[stream_id]) == bytes(data), stream_id
         assert not any(stream.blocked for stream in self.ours.streams.values())
 
 
@@ -245,6 +245,6 @@ def test_a_random_conversation_loses_no_byte(seed: int, role: Role) -> None:
     for _ in range(150):
         talk.step()
     talk.finish()
-    # It was a conversation.
-    heard = [*talk.they_heard.values(), *talk.we_heard.values()]
-    assert sum(map(len, heard)) > 20_000
+    # Enough data was exchanged.
+    received = [*talk.they_received.values(), *talk.we_received.values()]
+    assert sum(map(len, received)) > 20_000

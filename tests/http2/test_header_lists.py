@@ -1,4 +1,4 @@
-"""Which header lists are malformed, and that a malformed one costs its stream and nothing else."""
+"""Malformed header lists: each ends its stream, and nothing else."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ BAD_REQUESTS: dict[str, Fields] = {
     "upgrade": [*wire.REQUEST, (b"upgrade", b"h2c")],
     "te": [*PSEUDO, (b"te", b"gzip")],
     "host unlike authority": [*wire.REQUEST, (b"host", b"elsewhere")],
-    "content-length no number": [*wire.REQUEST, (b"content-length", b"-1")],
+    "content-length is not a number": [*wire.REQUEST, (b"content-length", b"-1")],
     "content-length empty": [*wire.REQUEST, (b"content-length", b"")],
     "content-lengths differ": [*wire.REQUEST, (b"content-length", b"1"), (b"content-length", b"2")],
     "CONNECT with a path": [(b":method", b"CONNECT"), (b":path", b"/"), (b":authority", b"a")],
@@ -58,7 +58,7 @@ BAD_REQUESTS: dict[str, Fields] = {
 
 @pytest.mark.parametrize("name", BAD_REQUESTS)
 def test_a_malformed_request_is_a_stream_error(name: str) -> None:
-    """http2 point 10 (RFC 9113 8.1.1, 8.2, 8.3): other streams live on, the shell hears nothing of it."""
+    """http2 point 10 (RFC 9113 8.1.1, 8.2, 8.3): other streams continue, and the shell gets no event."""
     _, peer = server()
     peer.receive(peer.request(1))
     assert peer.receive(peer.headers(3, BAD_REQUESTS[name])) == []
@@ -90,7 +90,7 @@ def test_a_valid_request_arrives_as_it_was_sent(name: str) -> None:
         assert event.headers == GOOD_REQUESTS[name]
 
 
-# The rows with one field too many; host and content-length are judged with the request only.
+# The rows with one additional field; host and content-length are checked in requests only.
 BAD_TRAILERS = [
     name
     for name, fields in BAD_REQUESTS.items()
@@ -120,7 +120,7 @@ CONTENT: dict[str, tuple[list[int], bool, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", CONTENT)
-def test_content_must_be_as_long_as_content_length_says(name: str) -> None:
+def test_content_must_match_content_length(name: str) -> None:
     """http2 point 10 (8.1.1), for requests."""
     sizes, ends, expected = CONTENT[name]
     connection, peer = server()
@@ -129,8 +129,8 @@ def test_content_must_be_as_long_as_content_length_says(name: str) -> None:
     frames = [data(1, bytes(size)) for size in sizes[:-1]]
     frames.append(data(1, bytes(sizes[-1]), *(["END_STREAM"] if ends else [])))
     assert peer.receive(*frames) == expected
-    told_bytes = sum(int(line.split()[2]) for line in expected if line.startswith("data"))
-    assert connection.receive_window + connection._unreturned == before - told_bytes
+    reported_bytes = sum(int(line.split()[2]) for line in expected if line.startswith("data"))
+    assert connection.receive_window + connection._unreturned == before - reported_bytes
 
 
 def test_content_length_binds_the_trailers_too() -> None:
@@ -147,7 +147,7 @@ def test_content_length_binds_the_trailers_too() -> None:
 BAD_RESPONSES: dict[str, Fields] = {
     "no status": [(b"content-type", b"x")],
     "status twice": [(b":status", b"200"), (b":status", b"200")],
-    "status is no number": [(b":status", b"2xx")],
+    "status is not a number": [(b":status", b"2xx")],
     "status too short": [(b":status", b"20")],
     "status zero": [(b":status", b"000")],
     "status 101": [(b":status", b"101")],
@@ -181,7 +181,7 @@ def test_a_malformed_response_is_a_stream_error(name: str) -> None:
     ],
 )
 def test_content_length_of_responses(method: bytes, status: bytes, sizes: list[int], expected: list[str]) -> None:
-    """http2 point 10 (8.1.1): responses that have no content may still say how long it would be."""
+    """http2 point 10 (8.1.1): responses without content may still have a content-length."""
     connection, peer = client()
     connection.open([(b":method", method), *wire.REQUEST[1:]], end_stream=True)
     response = peer.headers(1, [(b":status", status), (b"content-length", b"5")])
@@ -199,14 +199,14 @@ def test_a_response_that_ends_at_once_has_no_content() -> None:
 
 
 LIST_MAX = 1_000
-# What a list of wire.REQUEST and one more field of an n-byte value weighs (6.5.2).
+# The size of a list of wire.REQUEST and one more field, without that field's value (6.5.2).
 OVERHEAD = sum(32 + len(name) + len(value) for name, value in wire.REQUEST) + 32 + len(b"big")
 
 
 @pytest.mark.parametrize("bytewise", [False, True])
 @pytest.mark.parametrize("part", [10**6, 7])
-def test_an_oversized_header_list_is_refused_and_the_compression_stays_right(part: int, bytewise: bool) -> None:
-    """http2 point 10 (10.5.1): exactly the limit is taken, one byte more costs the stream only."""
+def test_an_oversized_header_list_keeps_the_compression_state(part: int, bytewise: bool) -> None:
+    """http2 point 10 (10.5.1): exactly the limit is accepted, one byte more ends the stream only."""
     connection, peer = server(Limits(header_list_bytes_max=LIST_MAX, continuations_max=10**6))
     fits = [*wire.REQUEST, (b"big", b"x" * (LIST_MAX - OVERHEAD))]
     assert peer.receive(*peer.in_parts(1, fits, part), bytewise=bytewise) == ["request 1"]
@@ -215,14 +215,14 @@ def test_an_oversized_header_list_is_refused_and_the_compression_stays_right(par
         frames = peer.in_parts(stream_id, fields, min(part, 16_000))
         assert peer.receive(*frames, bytewise=bytewise and size < 10_000) == []
         assert peer.said() == [f"RST_STREAM {stream_id} ENHANCE_YOUR_CALM"]
-    # `after` entered the table with the refused list, and everything before it was pushed out as the peer thinks.
+    # `after` entered the table with the refused list, and the earlier entries were evicted, as in the peer's table.
     (event,) = connection.receive(peer.headers(9, [*wire.REQUEST, (b"after", b"z")]))
     assert isinstance(event, HeadersReceived)
     assert event.headers == [*wire.REQUEST, (b"after", b"z")]
 
 
 def test_an_oversized_header_list_is_not_buffered() -> None:
-    """http2 point 10 (10.5.1): whatever is sent of it, at most a field's worth is held."""
+    """http2 point 10 (10.5.1): of any list, at most one field more than the limit is held."""
     connection, peer = server(Limits(header_list_bytes_max=LIST_MAX, continuations_max=10**6))
     many = peer.in_parts(1, [*wire.REQUEST, *[(b"n%d" % n, b"v" * 100) for n in range(2_000)]], 16_000)
     huge = peer.in_parts(3, [*wire.REQUEST, (b"huge", b"v" * 100_000)], 16_000)
@@ -239,5 +239,5 @@ def test_oversized_trailers_end_their_stream() -> None:
     trailers = peer.headers(1, [(b"big", b"x" * LIST_MAX)], "END_STREAM")
     events = connection.receive(trailers)
     assert events[0] == LimitReached("header_list_bytes_max")
-    assert wire.told(events) == ["reset 1 ENHANCE_YOUR_CALM"]
+    assert wire.event_lines(events) == ["reset 1 ENHANCE_YOUR_CALM"]
     assert list(connection.streams) == [3]

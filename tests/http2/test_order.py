@@ -1,4 +1,4 @@
-"""One queue for the output: everything in call order, header blocks in one piece, data before what comes after it."""
+"""The order of the output: everything in call order, header blocks in one run, data before later trailers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ANSWER = "HEADERS 1 :status=200 content-type=application/grpc"
 END = "HEADERS 1 grpc-status=0 END"
 
 
-def test_headers_data_trailers_and_control_frames_leave_in_call_order() -> None:
+def test_frames_are_sent_in_call_order() -> None:
     """http2 point 1 (RFC 9113 4.3, 5.1)."""
     connection, peer = server()
     peer.receive(peer.request(1, "END_STREAM"), peer.request(3))
@@ -35,7 +35,7 @@ def test_headers_data_trailers_and_control_frames_leave_in_call_order() -> None:
 
 
 def test_pieces_are_joined_on_the_wire_and_not_copied() -> None:
-    """The fast lane hands over the very pieces it was given."""
+    """The fast path puts the given pieces into the output."""
     connection, peer = server()
     peer.receive(peer.request(1))
     shared = b"shared by a thousand streams"
@@ -45,8 +45,8 @@ def test_pieces_are_joined_on_the_wire_and_not_copied() -> None:
     assert b"".join(output)[9:] == b"12345" + shared
 
 
-def test_nothing_comes_between_the_parts_of_a_header_block() -> None:
-    """http2 point 1 (6.2, 6.10): a block larger than the peer's frames leaves in one run."""
+def test_nothing_is_sent_between_the_parts_of_a_header_block() -> None:
+    """http2 point 1 (6.2, 6.10): a block larger than the peer's frames is sent in one run."""
     connection, peer = server()
     peer.receive(peer.request(1, "END_STREAM"))
     connection.ping(b"12345678")
@@ -67,7 +67,7 @@ def test_nothing_comes_between_the_parts_of_a_header_block() -> None:
 
 
 def test_trailers_wait_for_the_data_before_them() -> None:
-    """http2 point 1: and their compression state is that of the moment they leave (4.3)."""
+    """http2 point 1; they are encoded with the compression state at the time they are sent (4.3)."""
     connection, peer = server()
     peer.receive(peer.request(1, "END_STREAM"), peer.request(3, "END_STREAM"))
     one, three = connection.streams[1], connection.streams[3]
@@ -75,7 +75,7 @@ def test_trailers_wait_for_the_data_before_them() -> None:
     assert not connection.send(one, [bytes(70_000)], 70_000)
     connection.send_headers(one, wire.TRAILERS, end_stream=True)
     assert one.unsent == 70_000 - INITIAL_WINDOW
-    # This header list moves the table, and leaves before the trailers that were given earlier.
+    # This header list changes the table, and is sent before the trailers that were passed earlier.
     connection.send_headers(three, [*wire.RESPONSE, (b"user-agent", b"new")])
     assert peer.said()[-1] == "HEADERS 3 :status=200 content-type=application/grpc user-agent=new"
     assert peer.receive(update(0, 10_000), update(1, 10_000)) == ["drained 1"]
@@ -84,7 +84,7 @@ def test_trailers_wait_for_the_data_before_them() -> None:
 
 
 def test_data_given_while_blocked_waits_in_order() -> None:
-    """Later pieces queue behind the unsent ones, and frames are cut where the window says."""
+    """Later pieces queue after the unsent ones, and frames are as large as the window allows."""
     connection, peer = server()
     peer.receive(peer.request(1, "END_STREAM"))
     stream = connection.streams[1]
@@ -112,7 +112,7 @@ def test_the_end_alone_needs_no_window() -> None:
     assert not connection.streams
 
 
-def test_the_end_behind_unsent_data_goes_with_the_last_frame() -> None:
+def test_the_end_after_unsent_data_is_on_the_last_frame() -> None:
     connection, peer = server()
     peer.receive(peer.request(1, "END_STREAM"))
     stream = connection.streams[1]
@@ -124,7 +124,7 @@ def test_the_end_behind_unsent_data_goes_with_the_last_frame() -> None:
 
 
 def test_misuse_is_raised() -> None:
-    """Sending after the end, and headers that cannot be trailers behind unsent data, are our own mistakes."""
+    """Sending after the end, and headers that are not trailers after unsent data, are errors of our own code."""
     connection, peer = client()
     stream = connection.open(wire.REQUEST, end_stream=True)
     with pytest.raises(StreamMisuse):

@@ -1,4 +1,4 @@
-"""SETTINGS both ways: applied, then acknowledged; checked; unknown ones ignored."""
+"""SETTINGS both ways: they are checked, applied and then acknowledged; unknown ones are ignored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.http2.wire import (
     settings,
 )
 
-# (identifier, value) -> what comes of it
+# (identifier, value) -> the event
 VALUES: list[tuple[int, int, str]] = [
     (INITIAL_WINDOW_SIZE, 0, "settings"),
     (INITIAL_WINDOW_SIZE, 2**31 - 1, "settings"),
@@ -78,8 +78,8 @@ def test_layout(frame: bytes, expected: str) -> None:
     assert peer.receive(frame) == [f"failed {expected}"]
 
 
-def test_values_are_applied_in_order_and_before_the_acknowledgement() -> None:
-    """http2 point 15 (6.5.3): the data that a setting frees comes after its acknowledgement."""
+def test_settings_are_applied_in_order_before_the_ack() -> None:
+    """http2 point 15 (6.5.3): data that a setting releases is sent after its acknowledgement."""
     connection, peer = server(peer_settings={INITIAL_WINDOW_SIZE: 0})
     peer.receive(peer.request(1, "END_STREAM"))
     connection.send(connection.streams[1], [b"abc"], 3)
@@ -89,7 +89,7 @@ def test_values_are_applied_in_order_and_before_the_acknowledgement() -> None:
 
 
 def test_unanswered_settings_are_visible() -> None:
-    """http2 point 15 (6.5.3): the shell's timer looks at `settings_pending`."""
+    """http2 point 15 (6.5.3): the shell's timer checks `settings_pending`."""
     connection = Connection(Role.SERVER)
     assert connection.settings_pending == 0
     connection.start()
@@ -99,13 +99,13 @@ def test_unanswered_settings_are_visible() -> None:
     assert connection.settings_pending == 1
     peer.receive(settings(None, "ACK"))
     assert connection.settings_pending == 0
-    # One too many means nothing.
+    # One too many is ignored.
     assert peer.receive(settings(None, "ACK")) == []
     assert (connection.settings_pending, connection.closed) == (0, False)
 
 
-def test_what_a_server_announces() -> None:
-    """6.5.2: everything it will hold the peer to."""
+def test_settings_of_a_server() -> None:
+    """6.5.2: all the limits that it enforces."""
     limits = Limits(
         max_streams=7,
         initial_window=70_000,
@@ -121,8 +121,8 @@ def test_what_a_server_announces() -> None:
     assert more.window_increment == 80_000 - 65_535
 
 
-def test_what_a_client_announces() -> None:
-    """3.4, 8.4: the preface, and that it takes no pushes."""
+def test_settings_of_a_client() -> None:
+    """3.4, 8.4: the preface, and ENABLE_PUSH 0."""
     connection = Connection(Role.CLIENT, Limits(connection_window=1))
     connection.start()
     output = b"".join(connection.output())
@@ -154,7 +154,7 @@ def test_the_peers_header_table_size_binds_our_encoder() -> None:
     assert len(peer.decoder.header_table.dynamic_entries) == 1
 
 
-def test_our_header_table_size_binds_the_peer_from_its_acknowledgement_on() -> None:
+def test_our_header_table_size_applies_once_acknowledged() -> None:
     """http2 point 15 (RFC 7541 4.2)."""
     connection = Connection(Role.SERVER, Limits(header_table_bytes=100))
     connection.start()
@@ -162,7 +162,7 @@ def test_our_header_table_size_binds_the_peer_from_its_acknowledgement_on() -> N
     assert peer.receive(wire.PREFACE, settings(), peer.request(1)) == ["settings", "request 1"]
     peer.receive(settings(None, "ACK"))
     other = peer.request(3)
-    # The peer acknowledged and did not shrink its table.
+    # The peer acknowledged but did not shrink its table.
     assert peer.receive(other) == ["failed COMPRESSION_ERROR"]
 
 

@@ -1,7 +1,7 @@
-"""The other end of the connection under test, made of `hyperframe` and `hpack` so that nothing of ours judges itself.
+"""The peer of the connection under test. It uses `hyperframe` and `hpack`, so that our code does not check itself.
 
-Frames go in as bytes; what the connection says (frames out) and tells (events) is turned into short lines, so that a
-test is a table of text.
+Frames go in as bytes; the connection's output (frames) and events are turned into short lines of text, so that a test
+is a table of text.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ MAX_HEADER_LIST_SIZE = 0x6
 
 
 def raw(kind: int, flags: int, stream_id: int, payload: bytes = b"", length: int | None = None) -> bytes:
-    """Build a frame of any type, true to its length or not."""
+    """Build a frame of any type, with a correct or an incorrect length."""
     size = len(payload) if length is None else length
     return size.to_bytes(3, "big") + bytes([kind, flags]) + stream_id.to_bytes(4, "big") + payload
 
@@ -104,7 +104,7 @@ def push_promise(stream_id: int) -> bytes:
 
 
 class Peer:
-    """The peer of one connection: the compression state of both directions, and the two translations to text."""
+    """The peer of one connection: the compression state of both directions, and the conversions to text."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -125,7 +125,7 @@ class Peer:
         return self.headers(stream_id, [*REQUEST, *extra], *flags)
 
     def in_parts(self, stream_id: int, fields: Iterable[tuple[bytes, bytes]], part: int, *flags: str) -> list[bytes]:
-        """HEADERS and CONTINUATIONs of `part` bytes each."""
+        """Return HEADERS and CONTINUATIONs of `part` bytes each."""
         block = self.block_of(fields)
         parts = [block[at : at + part] for at in range(0, len(block), part)] or [b""]
         frames: list[Frame] = [HeadersFrame(stream_id, parts[0], flags=flags)]
@@ -134,17 +134,17 @@ class Peer:
         return [frame.serialize() for frame in frames]
 
     def receive(self, *pieces: bytes, bytewise: bool = False) -> list[str]:
-        """Give bytes to the connection and return what it tells."""
+        """Pass bytes to the connection and return its events as text."""
         whole = b"".join(pieces)
         if not bytewise:
-            return told(self.connection.receive(whole))
+            return event_lines(self.connection.receive(whole))
         events: list[Event] = []
         for at in range(len(whole)):
             events += self.connection.receive(whole[at : at + 1])
-        return told(events)
+        return event_lines(events)
 
     def frames(self) -> list[Any]:
-        """Take the connection's output as frames, of hyperframe's class for each."""
+        """Take the connection's output as hyperframe's frames."""
         self.unread += b"".join(self.connection.output())
         if self.unread.startswith(PREFACE):
             self.unread = self.unread[len(PREFACE) :]
@@ -157,7 +157,7 @@ class Peer:
         return frames
 
     def said(self) -> list[str]:
-        """Take the connection's output as text, one line a frame (a header block's parts make one line)."""
+        """Take the connection's output as text, one line per frame (one line for all parts of a header block)."""
         return [line for frame in self.frames() if (line := self._line(frame))]
 
     def _line(self, frame: Frame) -> str:
@@ -186,12 +186,12 @@ class Peer:
         return "SETTINGS ack" if "ACK" in frame.flags else f"SETTINGS {frame.settings}"
 
 
-def told(events: Iterable[Event]) -> list[str]:
-    """Return events as text, one line each; what is there for counting is left out, since the output answers it."""
-    return [_told(event) for event in events if not isinstance(event, PingReceived | LimitReached)]
+def event_lines(events: Iterable[Event]) -> list[str]:
+    """Return events as text, one line each. Events for metrics are omitted: the output shows the answer to them."""
+    return [_event_line(event) for event in events if not isinstance(event, PingReceived | LimitReached)]
 
 
-def _told(event: Event) -> str:
+def _event_line(event: Event) -> str:
     match event:
         case HeadersReceived(stream, _, end_stream, kind):
             return f"{kind} {stream.id}" + (" END" if end_stream else "")
@@ -214,7 +214,7 @@ def _told(event: Event) -> str:
 
 
 def server(limits: Limits | None = None, peer_settings: dict[int, int] | None = None) -> tuple[Connection, Peer]:
-    """Return a server whose handshake is done and whose output is empty, and its peer."""
+    """Return a server after its handshake, with empty output, and its peer."""
     connection = Connection(Role.SERVER, limits)
     connection.start()
     peer = Peer(connection)
@@ -224,7 +224,7 @@ def server(limits: Limits | None = None, peer_settings: dict[int, int] | None = 
 
 
 def client(limits: Limits | None = None, peer_settings: dict[int, int] | None = None) -> tuple[Connection, Peer]:
-    """Return a client whose handshake is done and whose output is empty, and its peer."""
+    """Return a client after its handshake, with empty output, and its peer."""
     connection = Connection(Role.CLIENT, limits)
     connection.start()
     peer = Peer(connection)
