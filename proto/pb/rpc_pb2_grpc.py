@@ -81,21 +81,21 @@ class KVServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteRange(self, request, context):
-        """Deletes keys; nothing to delete is no error and no revision.
+        """Deletes keys. If there are none, it is not an error and makes no revision.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Txn(self, request, context):
-        """Writes and reads at one revision, on conditions. No key may be written twice.
+        """Writes and reads at one revision, under conditions. No key may be written twice.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Compact(self, request, context):
-        """Forgets old revisions.
+        """Discards old revisions.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -278,7 +278,7 @@ class KV:
 
 
 class WatchStub:
-    """Changes of keys, as they happen and from the past.
+    """Changes of keys, past ones and new ones.
     """
 
     def __init__(self, channel):
@@ -295,11 +295,11 @@ class WatchStub:
 
 
 class WatchServicer:
-    """Changes of keys, as they happen and from the past.
+    """Changes of keys, past ones and new ones.
     """
 
     def Watch(self, request_iterator, context):
-        """One stream, any number of watches: creates and cancels go up, events come down.
+        """One stream, any number of watches: the client sends creates and cancels, the server events.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -322,7 +322,7 @@ def add_WatchServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Watch:
-    """Changes of keys, as they happen and from the past.
+    """Changes of keys, past ones and new ones.
     """
 
     @staticmethod
@@ -354,7 +354,7 @@ class Watch:
 
 
 class LeaseStub:
-    """Leases: keys that go away when nobody keeps them.
+    """Leases: keys that are deleted unless a client keeps their lease alive.
     """
 
     def __init__(self, channel):
@@ -391,11 +391,11 @@ class LeaseStub:
 
 
 class LeaseServicer:
-    """Leases: keys that go away when nobody keeps them.
+    """Leases: keys that are deleted unless a client keeps their lease alive.
     """
 
     def LeaseGrant(self, request, context):
-        """Makes a lease.
+        """Creates a lease.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -409,14 +409,14 @@ class LeaseServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LeaseKeepAlive(self, request_iterator, context):
-        """Each request sets its lease back to its full time.
+        """Each request renews its lease for its full time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LeaseTimeToLive(self, request, context):
-        """Tells what is left of a lease.
+        """Returns the remaining time of a lease.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -466,7 +466,7 @@ def add_LeaseServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Lease:
-    """Leases: keys that go away when nobody keeps them.
+    """Leases: keys that are deleted unless a client keeps their lease alive.
     """
 
     @staticmethod
@@ -854,7 +854,7 @@ class Cluster:
 
 
 class MaintenanceStub:
-    """What operators need; each call is about the one member that it reaches.
+    """For operators; each call concerns the one member that it reaches.
     """
 
     def __init__(self, channel):
@@ -906,7 +906,7 @@ class MaintenanceStub:
 
 
 class MaintenanceServicer:
-    """What operators need; each call is about the one member that it reaches.
+    """For operators; each call concerns the one member that it reaches.
     """
 
     def Alarm(self, request, context):
@@ -917,14 +917,14 @@ class MaintenanceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Status(self, request, context):
-        """Tells version, leader and sizes; also with no leader.
+        """Returns version, leader and sizes; works without a leader too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Defragment(self, request, context):
-        """Gives free space of the database file back; the member stands still meanwhile.
+        """Releases free space of the database file; the member is blocked meanwhile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1017,7 +1017,7 @@ def add_MaintenanceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Maintenance:
-    """What operators need; each call is about the one member that it reaches.
+    """For operators; each call concerns the one member that it reaches.
     """
 
     @staticmethod

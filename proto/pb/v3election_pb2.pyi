@@ -3,7 +3,7 @@
 isort:skip_file
 etcd's election service: the package v3electionpb of etcd 3.6
 (server/etcdserver/api/v3election/v3electionpb/v3election.proto).
-Names, numbers and types are the wire's and stay as they are; the words are ours.
+Names, numbers and types define the wire format and must not change; the comments are ours.
 """
 
 from google.protobuf import descriptor as _descriptor
@@ -75,7 +75,7 @@ Global___CampaignResponse: _TypeAlias = CampaignResponse  # noqa: Y015
 
 @_typing.final
 class LeaderKey(_message.Message):
-    """What proves leadership: the key exists, and still has this create_revision."""
+    """Proof of leadership: the key exists, and still has this create_revision."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -79,21 +79,21 @@ class ElectionServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Leader(self, request, context):
-        """Tells who leads now, with what value.
+        """Returns the current leader and its value.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Observe(self, request, context):
-        """Tells it now and at each change, in order.
+        """Sends the leader now and at each change, in order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Resign(self, request, context):
-        """Gives leadership back.
+        """Gives up leadership.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -3,7 +3,7 @@
 isort:skip_file
 etcd's election service: the package v3electionpb of etcd 3.6
 (server/etcdserver/api/v3election/v3electionpb/v3election.proto).
-Names, numbers and types are the wire's and stay as they are; the words are ours.
+Names, numbers and types define the wire format and must not change; the comments are ours.
 """
 
 from collections import abc as _abc
@@ -39,11 +39,11 @@ class ElectionStub:
     Proclaim: _grpc.UnaryUnaryMultiCallable[_v3election_pb2.ProclaimRequest, _v3election_pb2.ProclaimResponse]
     """Changes the value that the leader has proclaimed."""
     Leader: _grpc.UnaryUnaryMultiCallable[_v3election_pb2.LeaderRequest, _v3election_pb2.LeaderResponse]
-    """Tells who leads now, with what value."""
+    """Returns the current leader and its value."""
     Observe: _grpc.UnaryStreamMultiCallable[_v3election_pb2.LeaderRequest, _v3election_pb2.LeaderResponse]
-    """Tells it now and at each change, in order."""
+    """Sends the leader now and at each change, in order."""
     Resign: _grpc.UnaryUnaryMultiCallable[_v3election_pb2.ResignRequest, _v3election_pb2.ResignResponse]
-    """Gives leadership back."""
+    """Gives up leadership."""
 
 @_typing.type_check_only
 class ElectionAsyncStub(ElectionStub):
@@ -53,11 +53,11 @@ class ElectionAsyncStub(ElectionStub):
     Proclaim: _aio.UnaryUnaryMultiCallable[_v3election_pb2.ProclaimRequest, _v3election_pb2.ProclaimResponse]  # type: ignore[assignment]
     """Changes the value that the leader has proclaimed."""
     Leader: _aio.UnaryUnaryMultiCallable[_v3election_pb2.LeaderRequest, _v3election_pb2.LeaderResponse]  # type: ignore[assignment]
-    """Tells who leads now, with what value."""
+    """Returns the current leader and its value."""
     Observe: _aio.UnaryStreamMultiCallable[_v3election_pb2.LeaderRequest, _v3election_pb2.LeaderResponse]  # type: ignore[assignment]
-    """Tells it now and at each change, in order."""
+    """Sends the leader now and at each change, in order."""
     Resign: _aio.UnaryUnaryMultiCallable[_v3election_pb2.ResignRequest, _v3election_pb2.ResignResponse]  # type: ignore[assignment]
-    """Gives leadership back."""
+    """Gives up leadership."""
 
 class ElectionServicer:
     def Campaign(
@@ -79,20 +79,20 @@ class ElectionServicer:
         request: _v3election_pb2.LeaderRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_v3election_pb2.LeaderResponse, _abc.Awaitable[_v3election_pb2.LeaderResponse]]:
-        """Tells who leads now, with what value."""
+        """Returns the current leader and its value."""
 
     def Observe(
         self,
         request: _v3election_pb2.LeaderRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_v3election_pb2.LeaderResponse], _abc.AsyncIterator[_v3election_pb2.LeaderResponse]]:
-        """Tells it now and at each change, in order."""
+        """Sends the leader now and at each change, in order."""
 
     def Resign(
         self,
         request: _v3election_pb2.ResignRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_v3election_pb2.ResignResponse, _abc.Awaitable[_v3election_pb2.ResignResponse]]:
-        """Gives leadership back."""
+        """Gives up leadership."""
 
 def add_ElectionServicer_to_server(servicer: ElectionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -50,14 +50,14 @@ class LockServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Lock(self, request, context):
-        """Waits until the lock is free and takes it. The key in the answer stands for it: while that key exists, it is held.
+        """Waits until the lock is free and takes it. The lock is held while the key in the response exists.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Unlock(self, request, context):
-        """Lets go of it; who has waited longest gets it.
+        """Releases the lock; the client that has waited longest gets it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
