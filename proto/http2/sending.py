@@ -116,7 +116,7 @@ class SendingHalf:
         self.streams: dict[int, Stream] = {}
         # Bytes the peer lets us send on all streams together.
         self.send_window = WINDOW_BYTES_DEFAULT
-        # That window's sum of all grants since the start, and the number of header lists written: see `progress`.
+        # Total bytes that the peer has added to that window, and the number of header lists written: see `progress`.
         self._granted = WINDOW_BYTES_DEFAULT
         self._header_lists = 0
         self._server = role is Role.SERVER
