@@ -22,9 +22,9 @@ from coalesce.effects import (
     Send,
     TakeRequests,
 )
-from coalesce.inputs import CreateRequest, Granted, Identity, Lost, Refusal
-from coalesce.joining import Read
-from coalesce.limits import Limits
+from coalesce.inputs import CreateRefusal, CreateRequest, Granted, Identity, UpstreamLost
+from coalesce.joining import PendingRead
+from coalesce.limits import CoreLimits
 from coalesce.session import PendingCreate, Session, Watch
 from coalesce.source import Upstream
 from coalesce.stats import Stats
@@ -33,21 +33,20 @@ __all__ = [
     "CheckPermission",
     "CloseUpstream",
     "Coalescer",
+    "CoreLimits",
+    "CreateRefusal",
     "CreateRequest",
     "Deliver",
     "Effect",
     "EndSession",
     "Granted",
     "Identity",
-    "Limits",
-    "Lost",
     "OpenUpstream",
     "PauseUpstream",
     "Payload",
     "PendingCreate",
-    "Read",
+    "PendingRead",
     "ReadRevision",
-    "Refusal",
     "RequestProgress",
     "ResumeUpstream",
     "Send",
@@ -55,5 +54,6 @@ __all__ = [
     "Stats",
     "TakeRequests",
     "Upstream",
+    "UpstreamLost",
     "Watch",
 ]

@@ -28,7 +28,7 @@ from coalesce.source import Source
 from coalesce.trunk import Trunk
 
 if TYPE_CHECKING:
-    from coalesce.hub import Hub
+    from coalesce.hub import CoreState
 
 
 class Backfill(Source):
@@ -36,7 +36,9 @@ class Backfill(Source):
 
     __slots__ = ("is_upgrade", "paused", "trunk")
 
-    def __init__(self, hub: Hub, trunk: Trunk, start_revision: int, prev_kv: bool, *, is_upgrade: bool = False) -> None:
+    def __init__(
+        self, hub: CoreState, trunk: Trunk, start_revision: int, prev_kv: bool, *, is_upgrade: bool = False
+    ) -> None:
         super().__init__(hub, trunk.key, trunk.range_end, start_revision, prev_kv)
         self.trunk = trunk
         self.is_upgrade = is_upgrade
@@ -51,7 +53,7 @@ class Backfill(Source):
         if self.is_upgrade:
             yield from self.trunk.sessions()
 
-    def takes(self, watch: Watch) -> bool:
+    def can_serve(self, watch: Watch) -> bool:
         """Whether a watch that needs its position may share this backfill."""
         position = watch.position
         if watch.wants_prev_kv and not self.history.has_prev_kv:
@@ -60,7 +62,7 @@ class Backfill(Source):
             return position >= self.history.floor
         return self.history.floor <= position <= self.next_revision + self.hub.limits.backfill_share_revisions
 
-    def spared_by(self, watch: Watch) -> bool:
+    def superseded_by(self, watch: Watch) -> bool:
         """Whether an older backfill, opened for `watch`, may bring all that this one was opened for.
 
         Only as long as it has brought nothing, so that nothing is read twice and nobody is held back for ever.
@@ -78,7 +80,7 @@ class Backfills:
 
     __slots__ = ("_hub", "open")
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: CoreState) -> None:
         self._hub = hub
         # All of them, upgrades included.
         self.open: dict[Backfill, None] = {}
@@ -91,7 +93,7 @@ class Backfills:
             self.upgrade(trunk)
         backfill = self._shared(watch)
         if backfill is None:
-            spared = [each for each in trunk.backfills if each.spared_by(watch)]
+            spared = [each for each in trunk.backfills if each.superseded_by(watch)]
             if not spared and hub.stats.backfills >= hub.limits.backfills_max:
                 hub.detach(watch)
                 watch.place = Place.QUEUED
@@ -106,10 +108,10 @@ class Backfills:
                 self._take_over(other, backfill)
         hub.attach(watch, backfill)
         if watch.position < backfill.next_revision:
-            hub.lag(watch)
+            hub.mark_lagging(watch)
             hub.replays.want(watch.session)
         else:
-            self.follow(watch, backfill)
+            self.resume_live(watch, backfill)
 
     def created(self, backfill: Backfill) -> None:
         """Etcd has registered a backfill: its progress can be asked for."""
@@ -134,7 +136,7 @@ class Backfills:
             if not backfill.paused and self._is_full(backfill) and not backfill.fanout.has_watches:
                 backfill.paused = True
                 self._hub.effects.append(PauseUpstream(backfill.upstream))
-            self.graduate(backfill)
+            self.promote(backfill)
 
     def progressed(self, backfill: Backfill, revision: int) -> None:
         """Everything through `revision` has come."""
@@ -143,18 +145,18 @@ class Backfills:
         if backfill.is_upgrade:
             self._feed(backfill, before, None)
         else:
-            self.graduate(backfill)
+            self.promote(backfill)
 
-    def graduate(self, backfill: Backfill) -> None:
+    def promote(self, backfill: Backfill) -> None:
         """Send those to the trunk whom it can serve now."""
         trunk = backfill.trunk
         if trunk.opening or backfill.next_revision < trunk.history.floor:
             return
         for watch in [watch for watch in backfill.watches if trunk.serves(watch)]:
-            self._hub.lift(watch)
-            self._hub.house((watch,))
+            self._hub.unplace(watch)
+            self._hub.place((watch,))
 
-    def left(self, source: Source, watch: Watch) -> None:
+    def on_watch_left(self, source: Source, watch: Watch) -> None:
         """Take note that a watch has left; the last one closes the backfill.
 
         An upgrade stays while any watch of the trunk wants prev_kv: who comes through another backfill cannot end up on
@@ -176,7 +178,7 @@ class Backfills:
         hub.close_upstream(backfill.upstream, gone=gone)
         self._forget(backfill)
 
-    def follow(self, watch: Watch, backfill: Backfill) -> None:
+    def resume_live(self, watch: Watch, backfill: Backfill) -> None:
         """Let a lifted watch of a backfill that lags no more come with it; that is somebody to read on for."""
         backfill.fanout.add(watch)
         if backfill.paused:
@@ -194,7 +196,7 @@ class Backfills:
     def _take_over(self, other: Backfill, backfill: Backfill) -> None:
         """Let the watches of one backfill come through an older one; the last of them closes it."""
         for watch in tuple(other.watches):
-            self._hub.lift(watch)
+            self._hub.unplace(watch)
             self._hub.attach(watch, backfill)
             backfill.fanout.add(watch)
 
@@ -217,8 +219,8 @@ class Backfills:
         hub = self._hub
         while hub.queued and (hub.stats.backfills < hub.limits.backfills_max or self._give_up_stalled()):
             watch = next(iter(hub.queued))
-            hub.lift(watch)
-            hub.house((watch,))
+            hub.unplace(watch)
+            hub.place((watch,))
 
     def _give_up_stalled(self) -> bool:
         """Close a backfill all of whose sessions are stalled; its watches look for another when these drain."""
@@ -231,8 +233,8 @@ class Backfills:
 
     def _shared(self, watch: Watch) -> Backfill | None:
         trunk = watch.trunk
-        fitting = [backfill for backfill in trunk.backfills if backfill.takes(watch)]
-        if trunk.upgrade is not None and trunk.upgrade.takes(watch):
+        fitting = [backfill for backfill in trunk.backfills if backfill.can_serve(watch)]
+        if trunk.upgrade is not None and trunk.upgrade.can_serve(watch):
             fitting.append(trunk.upgrade)
         return max(fitting, key=lambda backfill: backfill.next_revision, default=None)
 
@@ -296,11 +298,11 @@ class Backfills:
         trunk.prev_kv_from = prev_kv_from
         watches = list(upgrade.watches)
         for watch in watches:
-            hub.lift(watch)
+            hub.unplace(watch)
             # Not by detach(): the upstream watch lives on.
             watch.source = None
         upgrade.watches.clear()
         self._forget(upgrade)
-        hub.house(watches)
+        hub.place(watches)
         for backfill in tuple(trunk.backfills):
-            self.graduate(backfill)
+            self.promote(backfill)

@@ -12,7 +12,7 @@ to be off by whatever was learnt earlier (a bare Header is the same, and only te
 
 *Stalls.* When a message does not go out whole, the shell queues the rest of it and calls `stalled(session)` at once,
 also in the middle of a list of effects. From then on nothing more is delivered to that session, but the same list may
-still hold a Deliver for its watches: those the shell does not write but hands back, `returned(watch, payload)`.
+still hold a Deliver for its watches: those the shell does not write but hands back, `undelivered(watch, payload)`.
 Neither has effects. Control answers (Send) queue behind what is unsent. When all is written the shell calls
 `drained(session, now)`.
 
@@ -27,15 +27,15 @@ from collections.abc import Iterable
 from coalesce.backfill import Backfill, Backfills
 from coalesce.batch import Batch, Payload, batches_of
 from coalesce.effects import Effect
-from coalesce.ending import Endings
-from coalesce.hub import Hub
-from coalesce.inputs import CreateRequest, Granted, Identity, Lost, Refusal
+from coalesce.ending import Cancellation
+from coalesce.hub import CoreState
+from coalesce.inputs import CreateRefusal, CreateRequest, Granted, Identity, UpstreamLost
 from coalesce.invariants import check
-from coalesce.joining import Joining, Read
-from coalesce.limits import Limits
+from coalesce.joining import Admission, PendingRead
+from coalesce.limits import CoreLimits
 from coalesce.notifying import Notifying
 from coalesce.progress import Progress
-from coalesce.replay import Replays
+from coalesce.replay import Replayer
 from coalesce.runs import Runs
 from coalesce.session import PendingCreate, Session, Watch
 from coalesce.source import Upstream
@@ -47,27 +47,27 @@ from proto.scan import Header, WatchResponse
 class Coalescer:
     """Merges the watches of many sessions into one upstream watch per range."""
 
-    def __init__(self, limits: Limits | None = None, ordered_progress: bool = True) -> None:
+    def __init__(self, limits: CoreLimits | None = None, ordered_progress: bool = True) -> None:
         """`ordered_progress`: etcd is 3.4.31, 3.5.13 or later, where manual progress can be built on."""
-        self._hub = hub = Hub(limits or Limits(), ordered_progress)
-        hub.joining = Joining(hub)
+        self._hub = hub = CoreState(limits or CoreLimits(), ordered_progress)
+        hub.joining = Admission(hub)
         hub.trunks = Trunks(hub)
         hub.backfills = Backfills(hub)
-        hub.replays = Replays(hub)
+        hub.replays = Replayer(hub)
         hub.runs = Runs(hub)
         hub.progress = Progress(hub)
         hub.notifying = Notifying(hub)
-        hub.endings = Endings(hub)
+        hub.endings = Cancellation(hub)
         self.deadline_moved = True
         """`next_deadline` may be sooner than when it was last asked. Not so after an event like any other."""
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> CoreLimits:
         """Its settings; may be set. What exceeds a lowered limit stays until it goes, or the next batch comes."""
         return self._hub.limits
 
     @limits.setter
-    def limits(self, limits: Limits) -> None:
+    def limits(self, limits: CoreLimits) -> None:
         self._hub.limits = self._hub.ledger.limits = limits
 
     @property
@@ -136,7 +136,7 @@ class Coalescer:
         self.deadline_moved = True
         self._hub.replays.stalled(session)
 
-    def returned(self, watch: Watch, payload: Payload) -> None:
+    def undelivered(self, watch: Watch, payload: Payload) -> None:
         """A delivery was not begun, because its session stalled earlier in the same list of effects."""
         self.deadline_moved = True
         self._hub.replays.returned(watch, payload)
@@ -149,19 +149,21 @@ class Coalescer:
 
     # answers to effects
 
-    def revision_read(self, read: Read, header: Header, now: float) -> list[Effect]:
+    def revision_read(self, read: PendingRead, header: Header, now: float) -> list[Effect]:
         """A read of the store's revision came back. The shell retries until it does; a read never fails here."""
         self._begin(now)
         self._hub.joining.revision_read(read, header)
         return self._finish()
 
-    def permission(self, check: PendingCreate, outcome: Granted | Refusal | Header | None, now: float) -> list[Effect]:
+    def permission(
+        self, check: PendingCreate, outcome: Granted | CreateRefusal | Header | None, now: float
+    ) -> list[Effect]:
         """A check came back; see above for the outcomes."""
         self._begin(now)
         self._hub.joining.permission(check, outcome)
         return self._finish()
 
-    def received(self, upstream: Upstream, response: WatchResponse, now: float) -> list[Effect]:
+    def upstream_response(self, upstream: Upstream, response: WatchResponse, now: float) -> list[Effect]:
         """An upstream watch spoke: `created`, events of whole revisions, `canceled`, or a progress notify."""
         hub = self._hub
         owner = upstream.fed
@@ -172,7 +174,7 @@ class Coalescer:
             hub.now = now
         header = response.header
         if header.revision and (hub.header is None or header.revision >= hub.header.revision):
-            # As `Hub.saw`.
+            # As `CoreState.saw`.
             hub.header = header
         events = response.events
         if len(events) > 1:
@@ -196,7 +198,7 @@ class Coalescer:
         """Take a response of any kind, for any source."""
         self._begin(now)
         hub = self._hub
-        hub.saw(response.header)
+        hub.observe_header(response.header)
         if upstream.closed:
             return self._finish()
         owner = upstream.owner
@@ -216,7 +218,7 @@ class Coalescer:
                 hub.notifying.notified(owner)
         return self._finish()
 
-    def progressed(self, upstreams: Iterable[Upstream], header: Header, number: int, now: float) -> list[Effect]:
+    def upstream_progress(self, upstreams: Iterable[Upstream], header: Header, number: int, now: float) -> list[Effect]:
         """An answer to RequestProgress: these upstream watches, if any, are complete through the header's revision.
 
         Etcd was there after RequestProgress `number` was carried out; 0: it is not known which one was answered.
@@ -225,7 +227,7 @@ class Coalescer:
         self._hub.progress.progressed(tuple(upstreams), header, number)
         return self._finish()
 
-    def lost(self, upstream: Upstream, reason: Lost, now: float) -> list[Effect]:
+    def upstream_lost(self, upstream: Upstream, reason: UpstreamLost, now: float) -> list[Effect]:
         """An upstream watch is over for good: end its sessions (UNAVAILABLE), or cancel its watches with the text."""
         self._begin(now)
         self._hub.endings.lost(upstream, reason)
@@ -245,7 +247,7 @@ class Coalescer:
 
     def header_seen(self, header: Header) -> None:
         """Some answer of etcd had this header; the newest one fills the headers of control answers."""
-        self._hub.saw(header)
+        self._hub.observe_header(header)
 
     # time
 

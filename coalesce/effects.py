@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from coalesce.batch import Payload
-    from coalesce.joining import Read
+    from coalesce.joining import PendingRead
     from coalesce.session import PendingCreate, Session, Watch
     from coalesce.source import Upstream
 
@@ -109,7 +109,7 @@ class ReadRevision:
 
     __slots__ = ("read",)
 
-    def __init__(self, read: Read) -> None:
+    def __init__(self, read: PendingRead) -> None:
         self.read = read
 
 

@@ -22,13 +22,13 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from coalesce.backfill import Backfill
-from coalesce.inputs import Lost
+from coalesce.inputs import UpstreamLost
 from coalesce.session import Place, Session, Watch
 from coalesce.trunk import Trunk
 from proto.scan import Header, WatchResponse
 
 if TYPE_CHECKING:
-    from coalesce.hub import Hub
+    from coalesce.hub import CoreState
     from coalesce.source import Source, Upstream
 
 UNAVAILABLE = 14
@@ -47,12 +47,12 @@ NO_LEADER = "etcdserver: no leader"
 OTHER_HISTORY = "watchmux: the store has another history than before (restored from a snapshot?)"
 
 
-class Endings:
+class Cancellation:
     """Ends watches and sessions."""
 
     __slots__ = ("_hub",)
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: CoreState) -> None:
         self._hub = hub
 
     # by the client
@@ -128,7 +128,7 @@ class Endings:
             return
         self._refused(upstream, response.cancel_reason or "etcdserver: watch canceled")
 
-    def lost(self, upstream: Upstream, reason: Lost) -> None:
+    def lost(self, upstream: Upstream, reason: UpstreamLost) -> None:
         """The shell has given an upstream watch up; a refused token leaves hope in those of other sessions."""
         if upstream.closed:
             return
@@ -147,7 +147,7 @@ class Endings:
         elif next(upstream.tokens(), None) is not None:
             self._reopen(owner)
         else:
-            self._lose(owner, Lost(UNAVAILABLE, text))
+            self._lose(owner, UpstreamLost(UNAVAILABLE, text))
 
     def no_leader(self) -> None:
         """No endpoint has a leader: end the sessions that asked to be told."""
@@ -193,7 +193,7 @@ class Endings:
     def _remove(self, watch: Watch) -> None:
         """Take a watch out of everything."""
         hub = self._hub
-        hub.lift(watch)
+        hub.unplace(watch)
         watch.place = Place.ENDED
         del watch.session.watches[watch.watch_id]
         del watch.trunk.watches[watch]
@@ -244,7 +244,7 @@ class Endings:
         if isinstance(owner, Backfill):
             self._lift_all(survivors)
             hub.backfills.close(owner, gone=True)
-            hub.house(survivors)
+            hub.place(survivors)
             if owner.is_upgrade:
                 hub.backfills.restore_upgrade(owner.trunk)
         elif not owner.watches and not owner.joining:
@@ -254,7 +254,7 @@ class Endings:
             self._drop_upgrade(owner)
             self._lift_all(survivors)
             hub.trunks.reopen(owner, compact_revision)
-            hub.house(survivors)
+            hub.place(survivors)
 
     def _reopen(self, owner: Source) -> None:
         """Open a source's upstream watch anew, where it stands, with whatever token is left."""
@@ -264,7 +264,7 @@ class Endings:
             owner.paused = False
             owner.open(owner.next_revision, owner.history.has_prev_kv, not owner.is_upgrade)
 
-    def _lose(self, owner: Source, reason: Lost) -> None:
+    def _lose(self, owner: Source, reason: UpstreamLost) -> None:
         """End what depends on a source that is lost."""
         hub = self._hub
         if isinstance(owner, Backfill):
@@ -307,12 +307,12 @@ class Endings:
         # With what their groups were sent: that is to come again.
         trunk.fanout.groups.clear()
         hub.trunks.reopen(trunk, next_revision)
-        hub.house(watches)
+        hub.place(watches)
 
     def _lift_all(self, watches: Iterable[Watch]) -> None:
         """Take watches off their places and sources."""
         for watch in watches:
-            self._hub.lift(watch)
+            self._hub.unplace(watch)
             self._hub.detach(watch)
             # Until house() finds it a place nothing else happens.
             watch.place = Place.LAGGING

@@ -18,7 +18,7 @@ from operator import attrgetter
 from typing import NamedTuple, cast
 
 from coalesce.batch import FRAGMENT, Batch, Payload, Variants, filtered, revisions_of
-from coalesce.limits import Limits
+from coalesce.limits import CoreLimits
 from coalesce.stats import Stats
 from proto.scan import Event
 
@@ -67,7 +67,7 @@ class History:
         "version",
     )
 
-    def __init__(self, ledger: Ledger, floor: int, has_prev_kv: bool) -> None:
+    def __init__(self, ledger: HistoryBudget, floor: int, has_prev_kv: bool) -> None:
         self._ledger = ledger
         self._batches: list[Batch] = []
         # Last revisions of the same places, to look up by.
@@ -109,7 +109,7 @@ class History:
         self.bytes += memory_bytes
         self.version += 1
         ledger = self._ledger
-        batch.kept = kept = Kept(now, self)
+        batch.kept = kept = LedgerEntry(now, self)
         ledger.entries.append(kept)
         ledger.held += 1
         stats = ledger.stats
@@ -162,7 +162,7 @@ class History:
         self.floor = floor
         self.last_revision = 0
 
-    def replay(self, position: int, variant: int, limits: Limits) -> Replayed:
+    def replay(self, position: int, variant: int, limits: CoreLimits) -> Replayed:
         """Join what a watch of `variant` at `position` has missed into one response.
 
         Whole revisions, at least one; more up to replay_bytes_max (with fragment fragment_run_bytes_max) of what the
@@ -197,14 +197,14 @@ class History:
                 size += more
         return Replayed(self._payload(chosen, variant, limits), None, looked)
 
-    def _payload(self, events: list[Event], variant: int, limits: Limits) -> Payload | None:
+    def _payload(self, events: list[Event], variant: int, limits: CoreLimits) -> Payload | None:
         if not events:
             return None
         header = self._batches[-1].header
         return Variants(header, events, limits.fragment_bytes, self.has_prev_kv).payload(variant)
 
 
-class Kept:
+class LedgerEntry:
     """A batch's entry in the ledger. It does not hold the batch, which is let go of as soon as it is evicted."""
 
     __slots__ = ("at", "history")
@@ -216,16 +216,16 @@ class Kept:
         self.history: History | None = history
 
 
-class Ledger:
+class HistoryBudget:
     """All batches of all histories in the order in which they came."""
 
     __slots__ = ("entries", "held", "limits", "stats")
 
-    def __init__(self, limits: Limits, stats: Stats) -> None:
+    def __init__(self, limits: CoreLimits, stats: Stats) -> None:
         self.limits = limits
         self.stats = stats
         # Oldest first; those that their histories have evicted by themselves stay until they come up or are too many.
-        self.entries: deque[Kept] = deque()
+        self.entries: deque[LedgerEntry] = deque()
         # Entries not evicted.
         self.held = 0
 
@@ -245,7 +245,7 @@ class Ledger:
     def evicted(self, batch: Batch) -> None:
         """Count a batch out, and let go of it."""
         kept = batch.kept
-        assert isinstance(kept, Kept), "a history holds it"
+        assert isinstance(kept, LedgerEntry), "a history holds it"
         batch.kept = None
         kept.history = None
         self.held -= 1

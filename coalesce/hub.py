@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from coalesce.batch import framed
 from coalesce.effects import CloseUpstream, Effect, EndSession, OpenUpstream, Send
-from coalesce.history import Ledger
-from coalesce.limits import Limits
+from coalesce.history import HistoryBudget
+from coalesce.limits import CoreLimits
 from coalesce.session import Place, Session, Watch
 from coalesce.stats import Stats
 from coalesce.timers import Timers
@@ -19,17 +19,17 @@ from proto.scan import Header, encode_response
 
 if TYPE_CHECKING:
     from coalesce.backfill import Backfill, Backfills
-    from coalesce.ending import Endings
-    from coalesce.joining import Joining
+    from coalesce.ending import Cancellation
+    from coalesce.joining import Admission
     from coalesce.notifying import Notices, Notifying
     from coalesce.progress import Progress
-    from coalesce.replay import Replays
+    from coalesce.replay import Replayer
     from coalesce.runs import Runs
     from coalesce.source import Upstream
     from coalesce.trunk import Trunk, Trunks
 
 
-class Hub:
+class CoreState:
     """The shared state of one Coalescer."""
 
     __slots__ = (
@@ -64,20 +64,20 @@ class Hub:
 
     # The parts; set by the Coalescer.
     backfills: Backfills
-    endings: Endings
-    joining: Joining
+    endings: Cancellation
+    joining: Admission
     notifying: Notifying
     progress: Progress
-    replays: Replays
+    replays: Replayer
     runs: Runs
     trunks: Trunks
 
-    def __init__(self, limits: Limits, ordered_progress: bool) -> None:
+    def __init__(self, limits: CoreLimits, ordered_progress: bool) -> None:
         self.limits = limits
         # Manual progress is ordered with events, and answered for quiet watches (etcd 3.4.31, 3.5.13 and later).
         self.ordered_progress = ordered_progress
         self.stats = Stats()
-        self.ledger = Ledger(limits, self.stats)
+        self.ledger = HistoryBudget(limits, self.stats)
         # Seconds, as last told.
         self.now = 0.0
         # Of the current input.
@@ -121,7 +121,7 @@ class Hub:
         if not gone:
             self.effects.append(CloseUpstream(upstream))
 
-    def saw(self, header: Header) -> None:
+    def observe_header(self, header: Header) -> None:
         """Remember the newest header."""
         if header.revision and (self.header is None or header.revision >= self.header.revision):
             self.header = header
@@ -160,7 +160,7 @@ class Hub:
 
     # places
 
-    def lag(self, watch: Watch) -> None:
+    def mark_lagging(self, watch: Watch) -> None:
         """Put a lifted watch behind: it is replayed, or looks for a source, when its session's turn comes."""
         session = watch.session
         watch.place = Place.LAGGING
@@ -170,7 +170,7 @@ class Hub:
             session.lagging_since = self.now
             self.lagging_sessions[session] = None
 
-    def lift(self, watch: Watch) -> None:
+    def unplace(self, watch: Watch) -> None:
         """Take a watch out of its place; its position is set. The caller gives it a new place at once."""
         place = watch.place
         if place is Place.LAGGING:
@@ -198,21 +198,21 @@ class Hub:
         source = watch.source
         watch.source = None
         if source is not None and source is not watch.trunk:
-            self.backfills.left(source, watch)
+            self.backfills.on_watch_left(source, watch)
 
-    def house(self, watches: Iterable[Watch]) -> None:
+    def place(self, watches: Iterable[Watch]) -> None:
         """Give lifted watches their place: live, ahead, to be replayed, or on a backfill."""
         for watch in watches:
             trunk = watch.trunk
             if trunk.serves(watch):
                 self.attach(watch, None)
                 if watch.session.stalled or watch.position < trunk.next_revision:
-                    self.lag(watch)
+                    self.mark_lagging(watch)
                     self.replays.want(watch.session)
                 else:
                     trunk.fanout.add(watch)
             elif watch.session.stalled:
                 self.detach(watch)
-                self.lag(watch)
+                self.mark_lagging(watch)
             else:
                 self.backfills.house(watch)

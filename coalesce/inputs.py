@@ -56,14 +56,14 @@ class Granted:
 
 
 @dataclass(slots=True, frozen=True)
-class Refusal:
+class CreateRefusal:
     """A permission check that did not pass; `text` is the cancel_reason the client gets, word for word."""
 
     text: str
 
 
 @dataclass(slots=True, frozen=True)
-class Lost:
+class UpstreamLost:
     """Why an upstream watch is over for good: a gRPC status code and its text."""
 
     status: int

@@ -39,7 +39,7 @@ from coalesce.session import PendingCreate, Place, Session, Watch
 from coalesce.trunk import Trunk
 
 if TYPE_CHECKING:
-    from coalesce.hub import Hub
+    from coalesce.hub import CoreState
     from coalesce.source import Source
 
 
@@ -52,7 +52,7 @@ class InvariantBroken(AssertionError):
         self.number = number
 
 
-def check(hub: Hub) -> None:
+def check(hub: CoreState) -> None:
     """Raise InvariantBroken if anything is wrong."""
     for session in hub.sessions:
         _check_session(hub, session)
@@ -74,7 +74,7 @@ def check(hub: Hub) -> None:
     _need(19, hub.replays.left_events > -share, "a turn of replaying took too much")
 
 
-def _sources(hub: Hub) -> list[Source]:
+def _sources(hub: CoreState) -> list[Source]:
     return [*hub.trunks_open.values(), *hub.backfills.open]
 
 
@@ -83,7 +83,7 @@ def _need(number: int, holds: bool, text: object) -> None:
         raise InvariantBroken(number, str(text))
 
 
-def _check_session(hub: Hub, session: Session) -> None:
+def _check_session(hub: CoreState, session: Session) -> None:
     _need(18, not session.ended, "an ended session is listed")
     for watch_id, watch in session.watches.items():
         _need(1, watch.watch_id == watch_id and watch.session is session and watch.outlet is session.outlet, watch)
@@ -105,7 +105,7 @@ def _check_session(hub: Hub, session: Session) -> None:
     _need(13, not session.line_full or session.line_bytes > hub.limits.line_bytes_max // 2, "a full line that is short")
 
 
-def _check_head(hub: Hub, session: Session) -> None:
+def _check_head(hub: CoreState, session: Session) -> None:
     assert session.queue is not None, "looked before"
     head = session.queue[0]
     if session in hub.joining.ready:
@@ -120,7 +120,7 @@ def _check_head(hub: Hub, session: Session) -> None:
             _need(13, create in create.trunk.joining, "a create that its trunk does not know")
 
 
-def _check_watch(hub: Hub, watch: Watch) -> None:
+def _check_watch(hub: CoreState, watch: Watch) -> None:
     trunk, source, session = watch.trunk, watch.source, watch.session
     _need(1, watch in trunk.watches and hub.trunks_open.get((trunk.key, trunk.range_end)) is trunk, watch)
     place = watch.place
@@ -148,7 +148,7 @@ def _check_watch(hub: Hub, watch: Watch) -> None:
     _need(15, watch.progress_floor <= watch.next_revision, watch)
 
 
-def _check_source(hub: Hub, source: Source) -> None:
+def _check_source(hub: CoreState, source: Source) -> None:
     history = source.history
     batches = history.batches()
     last = history.floor - 1
@@ -170,7 +170,7 @@ def _check_source(hub: Hub, source: Source) -> None:
         _need(2, watch.place is Place.AHEAD and watch.source is source, watch)
 
 
-def _check_trunk(hub: Hub, trunk: Trunk) -> None:
+def _check_trunk(hub: CoreState, trunk: Trunk) -> None:
     _check_source(hub, trunk)
     for watch in trunk.watches:
         _need(18, watch.place is not Place.ENDED, watch)
@@ -187,7 +187,7 @@ def _check_trunk(hub: Hub, trunk: Trunk) -> None:
     _need(11, used == (trunk.timer_at is None), "a trunk lingers if and only if nobody uses it")
 
 
-def _check_parked(hub: Hub, span: tuple[bytes, bytes], trunk: Trunk) -> None:
+def _check_parked(hub: CoreState, span: tuple[bytes, bytes], trunk: Trunk) -> None:
     _check_source(hub, trunk)
     _need(21, span == (trunk.key, trunk.range_end) and span not in hub.trunks_open, "a range has two trunks")
     _need(21, not trunk.watches and not trunk.joining and not trunk.backfills, "a parked trunk is in use")
@@ -195,7 +195,7 @@ def _check_parked(hub: Hub, span: tuple[bytes, bytes], trunk: Trunk) -> None:
     _need(21, trunk.upgrade is None and trunk.notices is None and trunk.timer_at is None, "a parked trunk is in use")
 
 
-def _check_backfills(hub: Hub) -> None:
+def _check_backfills(hub: CoreState) -> None:
     listed = [backfill for trunk in hub.trunks_open.values() for backfill in trunk.backfills]
     upgrades = [trunk.upgrade for trunk in hub.trunks_open.values() if trunk.upgrade is not None]
     _need(10, set(hub.backfills.open) == {*listed, *upgrades}, "open backfills")
@@ -212,7 +212,7 @@ def _check_backfills(hub: Hub) -> None:
         _need(2, watch.session.watches.get(watch.watch_id) is watch, watch)
 
 
-def _check_upstreams(hub: Hub) -> None:
+def _check_upstreams(hub: CoreState) -> None:
     expected = {source.upstream for source in _sources(hub)}
     _need(12, set(hub.upstreams) == expected, "open upstream watches")
     for source, run in hub.runs.open.items():
@@ -231,7 +231,7 @@ def _check_upstreams(hub: Hub) -> None:
         _need(12, source.upstream.owner is source and not source.upstream.closed, source.upstream)
 
 
-def _check_reads(hub: Hub) -> None:
+def _check_reads(hub: CoreState) -> None:
     current, later = hub.joining.current, hub.joining.later
     _need(14, current is not None or later is None, "a read for later without one in flight")
     waiting = {id(create) for read in (current, later) if read is not None for create in read.waiting}
@@ -242,7 +242,7 @@ def _check_reads(hub: Hub) -> None:
                 _need(14, create.reading == (id(create) in waiting), "a create that waits for no read")
 
 
-def _check_gauges(hub: Hub) -> None:
+def _check_gauges(hub: CoreState) -> None:
     stats = hub.stats
     watches = ids_kept = lagging = line_bytes = history_bytes = history_batches = 0
     for session in (*hub.sessions, *hub.leaving):

@@ -23,12 +23,12 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from coalesce.effects import CheckPermission, ReadRevision, TakeRequests
-from coalesce.inputs import NO_WATCH_ID, CreateRequest, Granted, Refusal
+from coalesce.inputs import NO_WATCH_ID, CreateRefusal, CreateRequest, Granted
 from coalesce.session import LISTED_MAX, Pending, PendingCancel, PendingCreate, PendingProgress, Place, Session, Watch
 from proto.scan import Header
 
 if TYPE_CHECKING:
-    from coalesce.hub import Hub
+    from coalesce.hub import CoreState
 
 # etcd's own words (api/v3rpc/rpctypes/error.go, storage/mvcc/watcher.go): clients compare them.
 COMPACTED = "etcdserver: mvcc: required revision has been compacted"
@@ -38,7 +38,7 @@ DUPLICATE_ID = "mvcc: duplicate watch ID provided on the WatchStream"
 _EXHAUSTED = 8
 
 
-class Read:
+class PendingRead:
     """A read of the store's revision, for those who waited when it began."""
 
     __slots__ = ("waiting",)
@@ -47,16 +47,16 @@ class Read:
         self.waiting: dict[PendingCreate, None] = {}
 
 
-class Joining:
+class Admission:
     """The line of each session, and how creates become watches."""
 
     __slots__ = ("_hub", "answered", "current", "later", "left", "ready")
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: CoreState) -> None:
         self._hub = hub
         # The read in flight, and the one for those who came since.
-        self.current: Read | None = None
-        self.later: Read | None = None
+        self.current: PendingRead | None = None
+        self.later: PendingRead | None = None
         # Creates whose read has come and which have yet to be prepared, with its header.
         self.answered: deque[tuple[PendingCreate, Header]] = deque()
         # Sessions whose line goes on when the timer rings.
@@ -87,18 +87,18 @@ class Joining:
         self._hub.stats.progress_requests += 1
         self._enter(session, PendingProgress())
 
-    def permission(self, create: PendingCreate, outcome: Granted | Refusal | Header | None) -> None:
+    def permission(self, create: PendingCreate, outcome: Granted | CreateRefusal | Header | None) -> None:
         """Take the outcome of a check."""
         if create.session.ended or create.checked or create.refusal is not None:
             return
-        if isinstance(outcome, Refusal):
+        if isinstance(outcome, CreateRefusal):
             create.refusal = outcome.text
         else:
             if isinstance(outcome, Granted):
                 create.header = outcome.header
-                self._hub.saw(outcome.header)
+                self._hub.observe_header(outcome.header)
             elif outcome is not None:
-                self._hub.saw(outcome)
+                self._hub.observe_header(outcome)
             create.checked = True
             if len(create.range_end) and create.range_end != b"\x00" and create.key >= create.range_end:
                 create.refusal = EMPTY_RANGE
@@ -108,11 +108,11 @@ class Joining:
             self._refused(create)
         self.advance(create.session)
 
-    def revision_read(self, read: Read, header: Header) -> None:
+    def revision_read(self, read: PendingRead, header: Header) -> None:
         """Take the outcome of a read, and start the one for those who came since."""
         if read is not self.current:
             return
-        self._hub.saw(header)
+        self._hub.observe_header(header)
         self.current, self.later = self.later, None
         if self.current is not None:
             self._start(self.current)
@@ -240,12 +240,12 @@ class Joining:
             return
         create.reading = True
         if self.current is None:
-            self.current = Read()
+            self.current = PendingRead()
             self.current.waiting[create] = None
             self._start(self.current)
             return
         if self.later is None:
-            self.later = Read()
+            self.later = PendingRead()
         self.later.waiting[create] = None
 
     def read_again(self, create: PendingCreate) -> None:
@@ -254,7 +254,7 @@ class Joining:
         if create.request.start_revision is None:
             self._read(create)
 
-    def _start(self, read: Read) -> None:
+    def _start(self, read: PendingRead) -> None:
         self._hub.stats.reads += 1
         self._hub.effects.append(ReadRevision(read))
 
@@ -309,7 +309,7 @@ class Joining:
             assert create.header is not None, "now has been read"
             now = max(create.header.revision, trunk.history.floor - 1)
             header, position = create.header.at(now), now + 1
-            hub.saw(header)
+            hub.observe_header(header)
         else:
             header, position = hub.header_now(), request.start_revision
         watch = Watch(session, request, watch_id, trunk, position)
@@ -321,7 +321,7 @@ class Joining:
         hub.answer(session, watch_id, header, created=True)
         hub.progress.began(watch)
         # It has no place yet, and no source; house() gives it both.
-        hub.house((watch,))
+        hub.place((watch,))
         self._count(watch)
 
     def _count(self, watch: Watch) -> None:

@@ -9,7 +9,7 @@ _MIB = 1024 * _KIB
 
 
 @dataclass(slots=True, frozen=True)
-class Limits:
+class CoreLimits:
     """The settings of one Coalescer."""
 
     # How long a trunk without watches is kept. Operators, and etcd's own tests, expect watches gone within a second.

@@ -29,7 +29,7 @@ from coalesce.effects import Deliver
 from coalesce.session import Place, Watch
 
 if TYPE_CHECKING:
-    from coalesce.hub import Hub
+    from coalesce.hub import CoreState
     from coalesce.trunk import Trunk
 
 # The pace while etcd's is not known; nobody sets a shorter interval but for a test.
@@ -174,7 +174,7 @@ class Notifying:
 
     __slots__ = ("_hub", "_rounds", "asking", "pace")
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: CoreState) -> None:
         self._hub = hub
         self.pace = Pace()
         # Those whose round waits for progress.

@@ -1,9 +1,9 @@
 """Progress: what sessions are told about how far they are, and how that is proven.
 
 A trunk's bookmark is proven by its events, by etcd's answers to manual requests, and by its progress notifies. Manual
-requests are shared and numbered: who waits knows the first number that will do, and with an answer comes the number of
-a request after which etcd was at the answer's revision (`Targets`): what reaches that revision is fresh enough,
-whatever proves it; nobody is answered with what was known before it asked.
+requests are shared and numbered: a session that waits knows the first number that is late enough. An answer comes with
+the number of a request after which etcd was at its revision (`FreshnessTargets`): any proof of that revision is fresh
+enough. No session is answered with what was known before it asked.
 
 A request asks the upstream watches of those who wait, and no others: with auth on each token has an upstream stream of
 its own, and to ask thousands of streams for one session costs thousands of messages and answers. An upstream watch
@@ -38,11 +38,11 @@ from coalesce.backfill import Backfill
 from coalesce.effects import RequestProgress
 from coalesce.session import Session, Watch
 from coalesce.trunk import Trunk
-from coalesce.waiting import Waiting
+from coalesce.waiting import ProgressWaiters
 from proto.scan import Header
 
 if TYPE_CHECKING:
-    from coalesce.hub import Hub
+    from coalesce.hub import CoreState
     from coalesce.source import Source, Upstream
 
 # Old bookmarks are looked for this many times within bookmark_s: one request may be dropped, or two.
@@ -109,9 +109,9 @@ class Progress:
         "waiting",
     )
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: CoreState) -> None:
         self._hub = hub
-        self.waiting = Waiting(hub)
+        self.waiting = ProgressWaiters(hub)
         # Those of them for whom no request was made yet, or not to all of their upstream watches.
         self._unasked: dict[Session, None] = {}
         # Upstream watches to be asked for another reason.
@@ -184,7 +184,7 @@ class Progress:
     def progressed(self, upstreams: Sequence[Upstream], header: Header, number: int) -> None:
         """Take what came of requests: all of these are complete through a revision that followed request `number`."""
         hub = self._hub
-        hub.saw(header)
+        hub.observe_header(header)
         is_news = bool(number) and self.waiting.learn(number, header.revision)
         trunks: dict[Trunk, None] = {}
         if hub.ordered_progress:

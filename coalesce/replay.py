@@ -23,7 +23,7 @@ from coalesce.history import Replayed
 from coalesce.session import Place, Session, Watch
 
 if TYPE_CHECKING:
-    from coalesce.hub import Hub
+    from coalesce.hub import CoreState
     from coalesce.source import Source
 
 # Payloads remembered: sessions that stalled together replay the same.
@@ -32,12 +32,12 @@ _REMEMBERED_MAX: Final = 8
 WATCH_EVENTS: Final = 10
 
 
-class Replays:
+class Replayer:
     """Stalls, returns and replays."""
 
     __slots__ = ("_due", "_hub", "_joined", "fresh", "left_events")
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: CoreState) -> None:
         self._hub = hub
         # Sessions to be replayed as soon as the timer rings, in turn.
         self._due: dict[Session, None] = {}
@@ -57,8 +57,8 @@ class Replays:
         self.forget(session)
         for watch in session.watches.values():
             if watch.place is not Place.LAGGING:
-                self._hub.lift(watch)
-                self._hub.lag(watch)
+                self._hub.unplace(watch)
+                self._hub.mark_lagging(watch)
 
     def returned(self, watch: Watch, payload: Payload) -> None:
         """Take back a payload that was not sent. Has no effects."""
@@ -163,11 +163,11 @@ class Replays:
         hub = self._hub
         source = watch.source
         if source is None or not source.serves(watch) or watch.position >= source.next_revision:
-            hub.lift(watch)
+            hub.unplace(watch)
             if source is not None and source is not watch.trunk and source.serves(watch):
                 self._settle(watch, source)
             else:
-                hub.house((watch,))
+                hub.place((watch,))
             return 0
         payload, following = self._join(source, watch)
         position = source.next_revision if following is None else following
@@ -179,7 +179,7 @@ class Replays:
             hub.stats.delivered_events += payload.event_count
             watch.sent_revision = payload.last_revision
         if position >= source.next_revision or (source is not watch.trunk and watch.trunk.serves(watch)):
-            hub.lift(watch)
+            hub.unplace(watch)
             self._settle(watch, source)
         else:
             # Behind the others of its session.
@@ -191,9 +191,9 @@ class Replays:
         """Place a lifted watch that has caught up with its source, or can be served by its trunk."""
         hub = self._hub
         if not isinstance(source, Backfill) or watch.trunk.serves(watch):
-            hub.house((watch,))
+            hub.place((watch,))
             return
-        hub.backfills.follow(watch, source)
+        hub.backfills.resume_live(watch, source)
 
     def _join(self, source: Source, watch: Watch) -> tuple[Payload | None, int | None]:
         """Join what a watch has missed, or find what another one in the same place was given."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from coalesce.core import Coalescer
-    from coalesce.hub import Hub
+    from coalesce.hub import CoreState
     from coalesce.session import Session
     from coalesce.trunk import Trunk
 
@@ -124,7 +124,7 @@ def lag(core: Coalescer, now: float, looked_at: int = 1000) -> tuple[float, int]
 
     The revisions are those of the `looked_at` sessions that have been behind for longest. (0, 0): nobody is behind.
     """
-    hub: Hub = core._hub
+    hub: CoreState = core._hub
     sessions = list(islice(hub.lagging_sessions, looked_at))
     if not sessions:
         return 0.0, 0

@@ -25,14 +25,14 @@ from coalesce.history import Guard
 from coalesce.session import Place, Session, Watch
 
 if TYPE_CHECKING:
-    from coalesce.hub import Hub
+    from coalesce.hub import CoreState
     from coalesce.source import Source
 
 # The next piece of a run is waited for so long: the connection may be gone, and the rest begin anew.
 PATIENCE_S: Final = 1.0
 
 
-class Run:
+class FragmentRun:
     """The pieces of one response, as long as more are to come."""
 
     __slots__ = ("at", "batches", "bytes", "sessions")
@@ -51,9 +51,9 @@ class Runs:
 
     __slots__ = ("_hub", "open")
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: CoreState) -> None:
         self._hub = hub
-        self.open: dict[Source, Run] = {}
+        self.open: dict[Source, FragmentRun] = {}
 
     @property
     def bytes_max(self) -> int:
@@ -62,7 +62,7 @@ class Runs:
         kept = min(limits.history_bytes_max, limits.history_bytes_total_max) * 3 // 4
         return min(limits.fragment_run_bytes_max, kept)
 
-    def _fits(self, run: Run, batch: Batch) -> bool:
+    def _fits(self, run: FragmentRun, batch: Batch) -> bool:
         batches_max = self._hub.limits.history_revisions_max * 3 // 4
         return run.bytes + batch.memory_bytes <= self.bytes_max and run.batches < batches_max
 
@@ -105,7 +105,7 @@ class Runs:
                 # That was all that was wanted of it.
                 return
         if run is None:
-            run = Run()
+            run = FragmentRun()
             if not self._fits(run, batch):
                 return
             self.open[source] = run
@@ -116,8 +116,8 @@ class Runs:
         for variant, group in source.fanout.groups.items():
             if variant & FRAGMENT:
                 for watch in group.listed():
-                    hub.lift(watch)
-                    hub.lag(watch)
+                    hub.unplace(watch)
+                    hub.mark_lagging(watch)
                     run.sessions[watch.session] = None
 
     def _break(self, source: Source) -> None:

@@ -159,7 +159,7 @@ class PendingProgress:
 
 Pending: TypeAlias = PendingCreate | PendingCancel | PendingProgress
 # Nearly always of one, when an empty deque alone is ten times a list; a long list would be slow to take from.
-Line: TypeAlias = list[Pending] | deque[Pending]
+RequestQueue: TypeAlias = list[Pending] | deque[Pending]
 LISTED_MAX = 32
 
 
@@ -194,7 +194,7 @@ class Session:
         # The next automatic id to try.
         self.next_id = 0
         # Requests not decided yet, in order; None = none.
-        self.queue: Line | None = None
+        self.queue: RequestQueue | None = None
         # Their memory.
         self.line_bytes = 0
         # It reached line_bytes_max: the shell hands in no more until TakeRequests.

@@ -15,7 +15,7 @@ from coalesce.fanout import Fanout
 from coalesce.history import History
 
 if TYPE_CHECKING:
-    from coalesce.hub import Hub
+    from coalesce.hub import CoreState
     from coalesce.session import Session, Watch
 
 
@@ -114,7 +114,7 @@ class Source:
         "watches",
     )
 
-    def __init__(self, hub: Hub, key: bytes, range_end: bytes, start_revision: int, prev_kv: bool) -> None:
+    def __init__(self, hub: CoreState, key: bytes, range_end: bytes, start_revision: int, prev_kv: bool) -> None:
         self.hub = hub
         self.key = key
         self.range_end = range_end

@@ -28,7 +28,7 @@ _NEWS_S = 0.25
 
 if TYPE_CHECKING:
     from coalesce.backfill import Backfill
-    from coalesce.hub import Hub
+    from coalesce.hub import CoreState
     from coalesce.notifying import Notices
 
 
@@ -49,7 +49,7 @@ class Trunk(Source):
         "upgrade",
     )
 
-    def __init__(self, hub: Hub, key: bytes, range_end: bytes, start_revision: int | None, prev_kv: bool) -> None:
+    def __init__(self, hub: CoreState, key: bytes, range_end: bytes, start_revision: int | None, prev_kv: bool) -> None:
         super().__init__(hub, key, range_end, start_revision or 0, prev_kv)
         # Creates that hold it open until they join.
         self.joining: dict[PendingCreate, None] = {}
@@ -100,7 +100,7 @@ class Trunks:
 
     __slots__ = ("_hub",)
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: CoreState) -> None:
         self._hub = hub
 
     def hold(self, create: PendingCreate) -> bool:

@@ -15,14 +15,14 @@ from coalesce.inputs import NO_WATCH_ID
 from coalesce.session import Place, Session, Watch
 
 if TYPE_CHECKING:
-    from coalesce.hub import Hub
+    from coalesce.hub import CoreState
     from coalesce.source import Source
     from coalesce.trunk import Trunk
 
 _TARGETS_MAX = 64
 
 
-class Targets:
+class FreshnessTargets:
     """What etcd is known to have had after a request was made: who asked before it must not be told less.
 
     Numbers and revisions rise together: a later request that found a lower revision (another member, another stream)
@@ -78,15 +78,15 @@ class Blocker:
         return not _in_step(watch) or self.trunk.next_revision <= self.revision
 
 
-class Waiting:
+class ProgressWaiters:
     """The sessions with progress_needs."""
 
     __slots__ = ("_hub", "_under", "sessions", "targets")
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: CoreState) -> None:
         self._hub = hub
         self.sessions: dict[Session, None] = {}
-        self.targets = Targets()
+        self.targets = FreshnessTargets()
         # Those that a trunk holds up. A trunk may be gone, until they are looked at again.
         self._under: dict[Source, dict[Session, None]] = {}
 
@@ -117,7 +117,7 @@ class Waiting:
             self._answer(session)
 
     def learn(self, number: int, revision: int) -> bool:
-        """Take what etcd had after a request, see `Targets`. True: less may do now than was known before."""
+        """Take what etcd had after a request, see `FreshnessTargets`. True: less may do now than was known before."""
         if not self.targets.learn(number, revision):
             return False
         self.unblock_all()

@@ -62,7 +62,7 @@ def frame(message: bytes, compressed: bool = False) -> bytes:
     return _PREFIX.pack(compressed, len(message)) + message
 
 
-class Unframer:
+class MessageReader:
     """
     Splits the bytes of one direction of a call into messages.
 

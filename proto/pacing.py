@@ -1,7 +1,8 @@
 """Splits a byte stream into gRPC messages step by step, so that a server can bound the work of one turn.
 
-`framing.Unframer` returns all complete messages at once. A client may put two thousand messages into one frame, or two
-megabytes of zeros into two kilobytes of gzip; here each message is read on request, and decompressed in bounded steps.
+`framing.MessageReader` returns all complete messages at once. A client may put two thousand messages into one frame, or
+two megabytes of zeros into two kilobytes of gzip; here each message is read on request, and decompressed in bounded
+steps.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class PacedUnframer:
         """
         Return the next message. None: no complete one is buffered, or (`busy`) one more step of it was decompressed.
 
-        Raises FramingError as `Unframer.feed` does; do not call it again after that.
+        Raises FramingError as `MessageReader.feed` does; do not call it again after that.
         """
         if self._inflater is not None:
             return self._step()

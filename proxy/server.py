@@ -12,11 +12,11 @@ import ssl
 from collections.abc import Sequence
 
 from coalesce.core import Coalescer
-from coalesce.limits import Limits as CoreLimits
+from coalesce.limits import CoreLimits as CoreLimits
 from proxy import logs
 from proxy.admin import health
-from proxy.admin.self_probe import Probe
-from proxy.auth.cn_guard import Guard
+from proxy.admin.self_probe import SelfProbe
+from proxy.auth.cn_guard import CommonNameGuard
 from proxy.auth.reads import Reader, ReaderSettings
 from proxy.listening.http1 import Http1
 from proxy.listening.listener import Listener
@@ -29,7 +29,7 @@ from upstream.credentials import Credentials
 from upstream.endpoints import Endpoint, parse_endpoint, parse_endpoints
 from upstream.namespace import Namespace
 from upstream.pool import Pool
-from upstream.settings import Settings as UpstreamSettings
+from upstream.settings import UpstreamSettings as UpstreamSettings
 from upstream.tls import FileContext
 from upstream.watching.client import WatchClient
 
@@ -106,7 +106,7 @@ class Proxy:
         self._credentials = credentials
         self._upstream_cert = upstream_cert
         self._http1_elsewhere = parse_endpoint(http1) if http1 else None
-        self.guard: Guard | None = None
+        self.guard: CommonNameGuard | None = None
         self._namespace = Namespace(namespace) if namespace else None
         self._advertised = advertised
         self._probe_interval_s = probe_interval_s
@@ -133,9 +133,9 @@ class Proxy:
         self.engine.gather = self.listener.gather
         self.upstream.around_read = self.engine.reading
         self.upstream.on_problem = self._upstream_changed
-        self.probe = Probe(self.listener, self.engine, self.health, self._probe_interval_s)
+        self.probe = SelfProbe(self.listener, self.engine, self.health, self._probe_interval_s)
         if self._upstream_cert:
-            self.guard = Guard(self.reader, self._upstream_cert, self._upstream_changed)
+            self.guard = CommonNameGuard(self.reader, self._upstream_cert, self._upstream_changed)
             self.guard.start()
         self._route()
         self.pool.start()
@@ -184,7 +184,9 @@ class Proxy:
         Returns why not, with nothing changed; "" when it is done. Raises BadEndpoint.
         """
         wanted = parse_endpoints(endpoints)
-        foreign = await self.upstream.foreign([endpoint for endpoint in wanted if endpoint not in self.endpoints])
+        foreign = await self.upstream.find_foreign_cluster(
+            [endpoint for endpoint in wanted if endpoint not in self.endpoints]
+        )
         if foreign is not None:
             return f"{foreign} belongs to another cluster, whose revisions are not those that clients know"
         self.endpoints = wanted

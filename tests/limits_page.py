@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from proto.http2.limits import Limits
+from proto.http2.limits import Http2Limits
 from proxy.listening.settings import ListenerSettings
 from tests import limits_table
 
@@ -33,15 +33,15 @@ class Source(NamedTuple):
 
 
 SOURCES = (
-    Source("The core", "coalesce.limits", "Limits", limits_table.CORE),
-    Source("A client's HTTP/2 connection", "proto.http2.limits", "Limits", limits_table.HTTP2),
+    Source("The core", "coalesce.limits", "CoreLimits", limits_table.CORE),
+    Source("A client's HTTP/2 connection", "proto.http2.limits", "Http2Limits", limits_table.HTTP2),
     Source("The listener", "proxy.listening.settings", "ListenerSettings", limits_table.LISTENER),
     Source("The Watch service", "proxy.watch.service", "WatchSettings", limits_table.WATCH),
     Source("Pass-through", "proxy.passthrough.settings", "PassthroughSettings", limits_table.PASSTHROUGH),
     Source("HTTP/1", "proxy.listening.http1", "Http1Settings", limits_table.HTTP1),
     Source("Reads and permission checks", "proxy.auth.reads", "ReaderSettings", limits_table.READS),
     Source("A connection to etcd", "upstream.settings", "ConnectionSettings", limits_table.CONNECTION),
-    Source("The watch client and the pool", "upstream.settings", "Settings", limits_table.UPSTREAM),
+    Source("The watch client and the pool", "upstream.settings", "UpstreamSettings", limits_table.UPSTREAM),
 )
 INTRODUCTION = """# Limits
 
@@ -111,7 +111,7 @@ def limits(source: Source) -> Iterator[tuple[str, int | float | None]]:
     """Yield the limits of a class, with their defaults."""
     made = getattr(importlib.import_module(source.module), source.name)()
     # A client's connection has the listener's bounds, which are not all the class's own.
-    settings = ListenerSettings().http2 if isinstance(made, Limits) else made
+    settings = ListenerSettings().http2 if isinstance(made, Http2Limits) else made
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if isinstance(value, int | float | None) and not isinstance(value, bool):

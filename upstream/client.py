@@ -22,8 +22,8 @@ from typing import Final, Self
 from proto.pb import rpc_pb2
 from proto.scan import Header, WatchResponse, encode_response
 from upstream.endpoints import parse_endpoints
-from upstream.errors import CallFailed, Log
-from upstream.settings import Settings
+from upstream.errors import CallFailed, Logger
+from upstream.settings import UpstreamSettings
 from upstream.watching.client import WatchClient
 from upstream.watching.stream import OpenedWatch
 
@@ -68,8 +68,8 @@ class EtcdWatcher:
         *,
         tls: ssl.SSLContext | None = None,
         token: str | None = None,
-        settings: Settings | None = None,
-        log: Log | None = None,
+        settings: UpstreamSettings | None = None,
+        log: Logger | None = None,
     ) -> None:
         """
         `endpoints` as etcdctl takes them; `tls` from `upstream.tls.client_context`; `token` of Auth.Authenticate.

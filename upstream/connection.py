@@ -30,7 +30,7 @@ from proto.http2 import (
     Headers,
     HeadersKind,
     HeadersReceived,
-    Limits,
+    Http2Limits,
     PeerSettings,
     Role,
     Stream,
@@ -176,7 +176,9 @@ class ClientConnection(asyncio.Protocol):
         # Told before (True) and after (False) the calls hear what came with a read; not if it is one frame of DATA.
         self.around_read: Callable[[bool], None] = _nobody
         self.ready: asyncio.Future[None] = loop.create_future()
-        limits = Limits(initial_window=settings.stream_window_bytes, connection_window=settings.connection_window_bytes)
+        limits = Http2Limits(
+            initial_window=settings.stream_window_bytes, connection_window=settings.connection_window_bytes
+        )
         self.http2 = Connection(Role.CLIENT, limits.with_floods_at(settings.useless_frames_max))
         self.owing = Owing(self.http2.streams)
         self._settings = settings
@@ -583,7 +585,7 @@ async def connect(
     return made[-1]
 
 
-def after(connection: ClientConnection, settings: ConnectionSettings) -> ConnectionSettings:
+def settings_after(connection: ClientConnection, settings: ConnectionSettings) -> ConnectionSettings:
     """Return the settings for the connection after this one: with fewer PINGs when its server complained of them."""
     if not connection.pinged_too_often:
         return settings

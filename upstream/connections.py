@@ -21,8 +21,8 @@ from typing import Final
 
 from upstream.connection import ClientConnection
 from upstream.endpoints import Backoff
-from upstream.errors import Log, Unreachable
-from upstream.settings import Settings
+from upstream.errors import Logger, Unreachable
+from upstream.settings import UpstreamSettings
 
 # Places that are kept on each connection: this part of them, and at most so many. The proxy's own calls use them; and a
 # server may count a stream a moment longer than we do, and refuse the one that takes its place (grpc-go does).
@@ -58,8 +58,8 @@ class Connections:
     def __init__(
         self,
         first: ClientConnection,
-        settings: Settings,
-        log: Log,
+        settings: UpstreamSettings,
+        log: Logger,
         *,
         open_another: Callable[[], Awaitable[ClientConnection]],
         on_change: Callable[[], None],

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from upstream.connection import ClientConnection, NotSent
-from upstream.errors import CallFailed, Log
+from upstream.errors import CallFailed, Logger
 from upstream.unary import call_unary
 
 AUTHENTICATE_PATH: Final = "/etcdserverpb.Auth/Authenticate"
@@ -43,7 +43,7 @@ def is_auth_refusal(status: int, text: str) -> bool:
     return status in _REFUSALS or text in _REFUSAL_TEXTS
 
 
-async def log_in(connection: ClientConnection, credentials: Credentials, timeout_s: float, log: Log) -> bytes | None:
+async def log_in(connection: ClientConnection, credentials: Credentials, timeout_s: float, log: Logger) -> bytes | None:
     """
     Get a token for the proxy's own user; None, with the reason in the log, when there is none to be had.
 
@@ -64,7 +64,7 @@ async def log_in(connection: ClientConnection, credentials: Credentials, timeout
     return None
 
 
-def _complain(log: Log, credentials: Credentials, error: Exception) -> None:
+def _complain(log: Logger, credentials: Credentials, error: Exception) -> None:
     log.warning(
         "upstream_login_failed",
         user=credentials.user,

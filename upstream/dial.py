@@ -22,11 +22,11 @@ from proto.pb import rpc_pb2
 from proto.scan import Header
 from upstream.connection import ClientConnection, NotSent, connect
 from upstream.endpoints import Backoff, Endpoint
-from upstream.errors import CallFailed, Log, Unreachable
+from upstream.errors import CallFailed, Logger, Unreachable
 from upstream.fitness import STATUS_PATH
-from upstream.settings import WATCH_LIMITS, Settings
+from upstream.settings import WATCH_LIMITS, UpstreamSettings
 from upstream.unary import call_unary
-from upstream.watching.lineage import Standing
+from upstream.watching.lineage import RaftPosition
 
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 _AUTH_REFUSALS: Final = frozenset({Status.UNAUTHENTICATED, Status.PERMISSION_DENIED, Status.INVALID_ARGUMENT})
@@ -45,13 +45,13 @@ def has_ordered_progress(version: str) -> bool:
     return numbers >= (3, 5, 13) or (3, 4, 31) <= numbers < (3, 5, 0)
 
 
-def _standing(status: rpc_pb2.StatusResponse) -> Standing:
+def _standing(status: rpc_pb2.StatusResponse) -> RaftPosition:
     header = status.header
     seen = Header.make(header.cluster_id, header.member_id, header.revision, header.raft_term)
-    return Standing(seen, status.raftAppliedIndex, status.raftIndex)
+    return RaftPosition(seen, status.raftAppliedIndex, status.raftIndex)
 
 
-async def read_standing(connection: ClientConnection, timeout_s: float) -> Standing | None:
+async def read_standing(connection: ClientConnection, timeout_s: float) -> RaftPosition | None:
     """Ask a server where it is now; None when it does not say."""
     try:
         answer, _ = await call_unary(connection, STATUS_PATH, b"", (), timeout_s)
@@ -73,7 +73,7 @@ class Server:
         self.ordered_progress = False
         # Of its answer; None when it would not say.
         self.header: Header | None = None
-        self.standing: Standing | None = None
+        self.standing: RaftPosition | None = None
         # It knows a leader; assumed where it would not say.
         self.has_leader = True
 
@@ -81,9 +81,18 @@ class Server:
 class Target:
     """One endpoint, and what is known of it between attempts."""
 
-    __slots__ = ("backoff", "endpoint", "leaderless", "not_before", "settings", "told", "tried", "unimplemented")
+    __slots__ = (
+        "backoff",
+        "endpoint",
+        "last_logged_problem",
+        "leaderless",
+        "not_before",
+        "settings",
+        "tried",
+        "unimplemented",
+    )
 
-    def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
+    def __init__(self, endpoint: Endpoint, settings: UpstreamSettings) -> None:
         self.endpoint = endpoint
         self.backoff = Backoff(settings.backoff_first_s, settings.backoff_max_s)
         self.settings = settings.connection
@@ -96,7 +105,7 @@ class Target:
         # Its last answer was that it has no Watch service.
         self.unimplemented = False
         # The last problem that was logged; "" when it works.
-        self.told = ""
+        self.last_logged_problem = ""
 
     def failed(self, now: float) -> None:
         """It does not work: set when it may be tried again."""
@@ -111,8 +120,8 @@ class Dialer:
         self,
         endpoints: Sequence[Endpoint],
         tls: ssl.SSLContext | None,
-        settings: Settings,
-        log: Log,
+        settings: UpstreamSettings,
+        log: Logger,
         on_failure: Callable[[], None],
     ) -> None:
         self.targets = [Target(endpoint, settings) for endpoint in endpoints]
@@ -136,7 +145,7 @@ class Dialer:
         self.changed.set()
         self.changed = asyncio.Event()
 
-    async def clusters(self, endpoints: Sequence[Endpoint]) -> dict[str, int]:
+    async def cluster_ids(self, endpoints: Sequence[Endpoint]) -> dict[str, int]:
         """Ask endpoints, each once, which cluster they belong to; those that do not say are left out."""
         loop = asyncio.get_running_loop()
         attempts = [loop.create_task(self.attempt(Target(endpoint, self._settings))) for endpoint in endpoints]
@@ -185,8 +194,8 @@ class Dialer:
 
     def problem(self, target: Target, text: str) -> None:
         """Log a problem of an endpoint, once until it changes."""
-        if target.told != text:
-            target.told = text
+        if target.last_logged_problem != text:
+            target.last_logged_problem = text
             self._log.warning("upstream_watch_unreachable", endpoint=target.endpoint.text, problem=text)
 
     async def _discard(self, tasks: list[asyncio.Task[Server]], winner: Server | None) -> None:

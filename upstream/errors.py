@@ -64,7 +64,7 @@ class CallFailed(Exception):
         self.text = text
 
 
-class Log(Protocol):
+class Logger(Protocol):
     """The part of a structlog logger that this package uses."""
 
     def info(self, event: str, **fields: object) -> object: ...
@@ -72,7 +72,7 @@ class Log(Protocol):
     def warning(self, event: str, **fields: object) -> object: ...
 
 
-class Silence:
+class NullLogger:
     """A log that nobody reads."""
 
     def info(self, event: str, **fields: object) -> None: ...

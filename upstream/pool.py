@@ -20,10 +20,10 @@ from proto.framing import Status
 from upstream.connection import ClientConnection, connect
 from upstream.connections import full_text
 from upstream.endpoints import Endpoint
-from upstream.errors import CallFailed, Log, Silence, Unreachable
+from upstream.errors import CallFailed, Logger, NullLogger, Unreachable
 from upstream.fitness import Fitness, is_refused_unserved, is_suspicious
 from upstream.hedged import HedgedCall, Hedging, Request
-from upstream.settings import CONNECTION_LIMITS, ConnectionSettings, Settings
+from upstream.settings import CONNECTION_LIMITS, ConnectionSettings, UpstreamSettings
 from upstream.slot import Slot
 from upstream.unary import HAS_LEADER, Answer, Metadata, settle
 
@@ -43,12 +43,12 @@ class Pool:
         self,
         endpoints: Sequence[Endpoint],
         tls: ssl.SSLContext | None = None,
-        settings: Settings | None = None,
-        log: Log | None = None,
+        settings: UpstreamSettings | None = None,
+        log: Logger | None = None,
     ) -> None:
-        self._settings = settings or Settings()
+        self._settings = settings or UpstreamSettings()
         self._tls = tls
-        self._log = log or Silence()
+        self._log = log or NullLogger()
         self._slots = [self._slot(endpoint) for endpoint in endpoints]
         # Those that get calls, as of the last change.
         self._serving: list[Slot] = []

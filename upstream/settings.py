@@ -49,7 +49,7 @@ class ConnectionSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class UpstreamSettings:
     """The watch client and the pool."""
 
     connection: ConnectionSettings = ConnectionSettings()

@@ -7,18 +7,18 @@ from __future__ import annotations
 import asyncio
 from typing import Final, Protocol
 
-from upstream.connection import ClientConnection, after
+from upstream.connection import ClientConnection, settings_after
 from upstream.connections import Connections
 from upstream.endpoints import Backoff, Endpoint
-from upstream.errors import LEARNER_TEXT, NO_LEADER_TEXT, Log, Unreachable
+from upstream.errors import LEARNER_TEXT, NO_LEADER_TEXT, Logger, Unreachable
 from upstream.fitness import Fitness, read_fitness
-from upstream.settings import ConnectionSettings, Settings
+from upstream.settings import ConnectionSettings, UpstreamSettings
 
 # A member that does not serve is asked again after so long, and a new one has so long to say whether it does.
 _LOOK_S: Final = 1.0
 
 
-class Owner(Protocol):
+class SlotOwner(Protocol):
     """The pool."""
 
     async def connect(self, endpoint: Endpoint, settings: ConnectionSettings) -> ClientConnection:
@@ -55,7 +55,7 @@ class Slot:
         "retired",
     )
 
-    def __init__(self, endpoint: Endpoint, settings: Settings, owner: Owner, log: Log) -> None:
+    def __init__(self, endpoint: Endpoint, settings: UpstreamSettings, owner: SlotOwner, log: Logger) -> None:
         self.endpoint = endpoint
         self.connection_settings = settings.connection
         # While it is up.
@@ -184,7 +184,7 @@ class Slot:
         return connection
 
     def _ended(self, connection: ClientConnection, rotated: bool) -> None:
-        self.connection_settings = after(connection, self.connection_settings)
+        self.connection_settings = settings_after(connection, self.connection_settings)
         self._owner.ended(connection, rotated)
 
     def _set_fitness(self, fitness: Fitness) -> None:

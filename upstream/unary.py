@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
-from proto.framing import FramingError, Status, Unframer, encode_timeout, frame
+from proto.framing import FramingError, MessageReader, Status, encode_timeout, frame
 from proto.http2 import Headers
 from upstream.connection import ClientConnection, UpstreamCall
 from upstream.errors import CallFailed
@@ -50,7 +50,7 @@ class UnaryCall:
     def __init__(self, told: Callable[[Answer | CallFailed], None], message_bytes_max: int) -> None:
         self.call: UpstreamCall | None = None
         self._told: Callable[[Answer | CallFailed], None] | None = told
-        self._unframer = Unframer(message_bytes_max)
+        self._unframer = MessageReader(message_bytes_max)
         self._messages: list[bytes] = []
 
     def on_headers(self, headers: Headers) -> None:

@@ -22,20 +22,45 @@ from coalesce.guarantees.life import (
     Mark,
     Opened,
     Received,
-    Record,
+    ReceivedResponse,
     Reopened,
-    Response,
     Violation,
     WatchLog,
+    WatchRecord,
     span_changes,
 )
-from coalesce.guarantees.truth import DELETE, PUT, Asked, Change, Previous, Truth, in_range
+from coalesce.guarantees.truth import DELETE, PUT, Change, Previous, Truth, WatchedRange, in_range
 
 __all__ = [
-    "DELETE", "GUARANTEES", "PUT", "Asked", "Bookmark", "Canceled", "Change", "Created", "Life", "Opened",
-    "Previous", "Received", "Record", "Reopened", "Truth", "Violation", "WatchLog", "atomic", "bookmarkable",
-    "check", "create_flag", "header_safe", "in_range", "matching", "ordered", "prev_kv_true", "reliable",
-    "resumable", "unique",
+    "DELETE",
+    "GUARANTEES",
+    "PUT",
+    "Bookmark",
+    "Canceled",
+    "Change",
+    "Created",
+    "Life",
+    "Opened",
+    "Previous",
+    "Received",
+    "Reopened",
+    "Truth",
+    "Violation",
+    "WatchLog",
+    "WatchRecord",
+    "WatchedRange",
+    "atomic",
+    "bookmarkable",
+    "check",
+    "create_flag",
+    "header_safe",
+    "in_range",
+    "matching",
+    "ordered",
+    "prev_kv_true",
+    "reliable",
+    "resumable",
+    "unique",
 ]  # fmt: skip
 
 # A log that breaks a guarantee mostly breaks it a thousand times; the first few places say where to look.
@@ -79,7 +104,7 @@ def atomic(life: Life) -> list[Violation]:
         place_of: dict[int, int] = {}
         seen: set[tuple[int, bytes]] = set()
         for place, item in enumerate(span.items):
-            for change in item.changes if isinstance(item, Response) else ():
+            for change in item.changes if isinstance(item, ReceivedResponse) else ():
                 revision = change.mod_revision
                 repeated = (revision, change.key) in seen
                 if place_of.setdefault(revision, place) != place and not repeated:
@@ -127,7 +152,7 @@ def matching(life: Life) -> list[Violation]:
     for span in life.spans:
         seen: set[tuple[int, bytes]] = set()
         for item in span.items:
-            for change in item.changes if isinstance(item, Response) else ():
+            for change in item.changes if isinstance(item, ReceivedResponse) else ():
                 # What comes again after a reconnect lies before the start by nature, and is for `unique` to judge.
                 identity = (change.mod_revision, change.key)
                 fault = _mismatch(life, change, 0 if identity in seen else item.floor)
@@ -195,7 +220,7 @@ def header_safe(life: Life) -> list[Violation]:
     for span in life.spans:
         header = own_last = 0
         for item in span.items:
-            if not isinstance(item, Response):
+            if not isinstance(item, ReceivedResponse):
                 continue
             first, last = item.changes[0].mod_revision, item.changes[-1].mod_revision
             # The rest of the very revision that came last is for `atomic` and `unique` to judge, not for the header.

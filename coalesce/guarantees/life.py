@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
-from coalesce.guarantees.truth import Asked, Change, Truth
+from coalesce.guarantees.truth import Change, Truth, WatchedRange
 
 
 class Opened(NamedTuple):
@@ -55,7 +55,7 @@ class Reopened(NamedTuple):
     start_revision: int | None
 
 
-Record = Opened | Created | Received | Bookmark | Canceled | Reopened
+WatchRecord = Opened | Created | Received | Bookmark | Canceled | Reopened
 
 
 @dataclass(slots=True)
@@ -67,12 +67,12 @@ class WatchLog:
     no_put: bool = False
     no_delete: bool = False
     prev_kv: bool = False
-    records: list[Record] = field(default_factory=list)
+    records: list[WatchRecord] = field(default_factory=list)
 
     @property
-    def asked(self) -> Asked:
+    def asked(self) -> WatchedRange:
         """What it asked to see."""
-        return Asked(self.key, self.range_end, self.no_put, self.no_delete, self.prev_kv)
+        return WatchedRange(self.key, self.range_end, self.no_put, self.no_delete, self.prev_kv)
 
 
 class Violation(NamedTuple):
@@ -82,7 +82,7 @@ class Violation(NamedTuple):
     text: str
 
 
-class Response(NamedTuple):
+class ReceivedResponse(NamedTuple):
     """A response with events, its fragments joined."""
 
     header: int
@@ -98,12 +98,12 @@ class Mark(NamedTuple):
 
 
 @dataclass(slots=True)
-class Span:
+class WatchSpan:
     """A stretch of a watch's life in which its client asked for one unbroken history."""
 
     # First revision owed; None until the `created` header of a watch from now tells it.
     start: int | None
-    items: list[Response | Mark] = field(default_factory=list)
+    items: list[ReceivedResponse | Mark] = field(default_factory=list)
     # (start revision, number of items before it) of each session in the span, its first included.
     sessions: list[tuple[int, int]] = field(default_factory=list)
     last_event: int = 0
@@ -130,7 +130,7 @@ class Life:
         self.log = log
         self.truth = truth
         self.complete_through = complete_through
-        self.spans: list[Span] = []
+        self.spans: list[WatchSpan] = []
         self.misplaced: list[Violation] = []
         self._run: list[Received] = []
         self._waits_for_created = False
@@ -153,7 +153,7 @@ class Life:
                 span.canceled, span.from_now = None, False
                 span.sessions.append((start, len(span.items)))
                 return
-        self.spans.append(Span(start, from_now=start is None))
+        self.spans.append(WatchSpan(start, from_now=start is None))
         if start is not None:
             self.spans[-1].sessions.append((start, 0))
 
@@ -202,17 +202,17 @@ class Life:
         first, last = changes[0].mod_revision, changes[-1].mod_revision
         if not (first > span.last_header and first > span.last_mark and first >= floor and header >= last):
             span.regular = False
-        span.items.append(Response(header, changes, floor))
+        span.items.append(ReceivedResponse(header, changes, floor))
         if last > span.last_event:
             span.last_event = last
         if header > span.last_header:
             span.last_header = header
 
-    def _misplace(self, record: Record) -> None:
+    def _misplace(self, record: WatchRecord) -> None:
         """Note a record at a place where it may not be, and make sure that there is a span to judge it in."""
         if not self.spans:
             self._found("ordered", f"{record} before the watch was opened")
-            self.spans.append(Span(None))
+            self.spans.append(WatchSpan(None))
         elif self._waits_for_created:
             self._found("ordered", f"{record} before `created`")
         else:
@@ -221,14 +221,14 @@ class Life:
     def _found(self, guarantee: str, text: str) -> None:
         self.misplaced.append(Violation(guarantee, text if len(text) < 300 else text[:300] + "..."))
 
-    def through(self, span: Span) -> int:
+    def through(self, span: WatchSpan) -> int:
         """Return the last revision of which this span must have everything."""
         seen = max(span.last_event, span.last_mark)
         if span is self.spans[-1] and span.canceled is None and self.complete_through is not None:
             return max(seen, self.complete_through)
         return seen
 
-    def cancel_fault(self, span: Span) -> str:
+    def cancel_fault(self, span: WatchSpan) -> str:
         """Tell what is wrong with a cancel by compaction that ended the span; empty when nothing is."""
         compact = span.canceled.compact_revision if span.canceled is not None else 0
         if compact and compact not in self.truth.compact_revisions:
@@ -259,7 +259,7 @@ class Life:
             self._lost = [each for span in self.spans for each in self._lost_in(span)]
         return self._lost
 
-    def _lost_in(self, span: Span) -> list[tuple[str, Change]]:
+    def _lost_in(self, span: WatchSpan) -> list[tuple[str, Change]]:
         if span.start is None:
             return []
         got = {(change.mod_revision, change.key) for change in span_changes(span)}
@@ -277,16 +277,20 @@ class Life:
         return found
 
 
-def span_changes(span: Span) -> Iterable[Change]:
+def span_changes(span: WatchSpan) -> Iterable[Change]:
     """Return all changes of a span, in the order they came."""
-    return chain.from_iterable(item.changes for item in span.items if isinstance(item, Response))
+    return chain.from_iterable(item.changes for item in span.items if isinstance(item, ReceivedResponse))
 
 
-def _session_gaps(span: Span) -> list[tuple[int, int]]:
+def _session_gaps(span: WatchSpan) -> list[tuple[int, int]]:
     """Return, for each session of the span, the revisions between which its first event had to come (exclusive)."""
     gaps = []
     for start, place in span.sessions:
-        before = [c.mod_revision for item in span.items[:place] if isinstance(item, Response) for c in item.changes]
-        after = (c.mod_revision for item in span.items[place:] if isinstance(item, Response) for c in item.changes)
+        before = [
+            c.mod_revision for item in span.items[:place] if isinstance(item, ReceivedResponse) for c in item.changes
+        ]
+        after = (
+            c.mod_revision for item in span.items[place:] if isinstance(item, ReceivedResponse) for c in item.changes
+        )
         gaps.append((max(before, default=start - 1), next(after, span.last_event + 1)))
     return gaps

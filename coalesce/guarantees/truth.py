@@ -50,7 +50,7 @@ class _View:
     revisions: list[int]
 
 
-class Asked(NamedTuple):
+class WatchedRange(NamedTuple):
     """What a watch asked to see: its range [key, range_end), its filters, and whether with the values before."""
 
     key: bytes
@@ -73,7 +73,7 @@ class Truth:
         self._by_identity: dict[tuple[int, bytes], Change] = {}
         self._positions: dict[bytes, list[int]] = {}
         self._prev_unknown: set[tuple[int, bytes]] = set()
-        self._views: dict[Asked, _View] = {}
+        self._views: dict[WatchedRange, _View] = {}
         latest: dict[bytes, Change] = {}
         revision = 0
         for change in changes:
@@ -109,13 +109,13 @@ class Truth:
 
     def between(self, key: bytes, range_end: bytes, first: int, last: int) -> list[Change]:
         """Return the changes in the range [key, range_end) with revisions from `first` to `last`, both inclusive."""
-        return _cut(self._view(Asked(key, range_end, prev_kv=True)), first, last)
+        return _cut(self._view(WatchedRange(key, range_end, prev_kv=True)), first, last)
 
-    def expected(self, asked: Asked, first: int, last: int) -> list[Change]:
+    def expected(self, asked: WatchedRange, first: int, last: int) -> list[Change]:
         """Return what a watch must receive of the revisions from `first` to `last`, both inclusive."""
         return _cut(self._view(asked), first, last)
 
-    def _view(self, asked: Asked) -> _View:
+    def _view(self, asked: WatchedRange) -> _View:
         view = self._views.get(asked)
         if view is None:
             keys = self._keys_of(asked.key, asked.range_end)

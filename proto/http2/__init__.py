@@ -25,8 +25,8 @@ from proto.http2.events import (
     StreamDrained,
     StreamReset,
 )
-from proto.http2.limits import Limits
-from proto.http2.sending import Piece, Role, Together
+from proto.http2.limits import Http2Limits
+from proto.http2.sending import Piece, Role, StreamBatch
 from proto.http2.streams import Stream, StreamState
 
 __all__ = [
@@ -40,18 +40,18 @@ __all__ = [
     "Headers",
     "HeadersKind",
     "HeadersReceived",
+    "Http2Limits",
     "LimitReached",
-    "Limits",
     "PeerSettings",
     "Piece",
     "PingAcknowledged",
     "PingReceived",
     "Role",
     "Stream",
+    "StreamBatch",
     "StreamDrained",
     "StreamMisuse",
     "StreamReset",
     "StreamState",
-    "Together",
     "TooManyStreams",
 ]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from proto.http2 import frames
-from proto.http2.errors import ConnectionFault, ErrorCode, GoingAway, StreamFault, TooManyStreams, error_code
+from proto.http2.errors import ConnectionFault, ErrorCode, GoingAway, StreamError, TooManyStreams, error_code
 from proto.http2.events import (
     ConnectionFailed,
     Event,
@@ -33,9 +33,9 @@ from proto.http2.limits import (
     STREAM_ID_MAX,
     WINDOW_BYTES_DEFAULT,
     WINDOW_BYTES_MAX,
-    Limits,
+    Http2Limits,
 )
-from proto.http2.receiving import IGNORED, PINGS, SETTINGS, ReceivingHalf
+from proto.http2.receiving import IGNORED, PINGS, SETTINGS, ReceiveSide
 from proto.http2.sending import HALF_CLOSED_LOCAL, HALF_CLOSED_REMOTE, Role
 from proto.http2.streams import Stream
 
@@ -52,7 +52,7 @@ _unpack_header = frames.FRAME_HEADER.unpack_from
 _HEADER_BYTES = frames.FRAME_HEADER_BYTES
 
 
-class Connection(ReceivingHalf):
+class Connection(ReceiveSide):
     """One HTTP/2 connection, in one of the two roles."""
 
     __slots__ = (
@@ -68,8 +68,8 @@ class Connection(ReceivingHalf):
         "settings_pending",
     )
 
-    def __init__(self, role: Role, limits: Limits | None = None) -> None:
-        super().__init__(role, limits or Limits())
+    def __init__(self, role: Role, limits: Http2Limits | None = None) -> None:
+        super().__init__(role, limits or Http2Limits())
         # Number of our SETTINGS that the peer has not acknowledged; the shell times them out.
         self.settings_pending = 0
         # Streams the peer lets us open; unlimited until its SETTINGS set a limit (6.5.2).
@@ -122,8 +122,8 @@ class Connection(ReceivingHalf):
     def receive(self, data: bytes) -> list[Event]:
         """Take bytes from the peer and return their events, in order. Never raises for anything that a peer sends.
 
-        If the work exceeds `Limits.turn_work_max`, the rest is kept and `behind` is True: call it again with b"" after
-        other connections have had their turn.
+        If the work exceeds `Http2Limits.turn_work_max`, the rest is kept and `behind` is True: call it again with b""
+        after other connections have had their turn.
         """
         events: list[Event] = []
         self.work = 0
@@ -271,7 +271,7 @@ class Connection(ReceivingHalf):
                 else:
                     # Unknown types belong to extensions and are ignored (5.5).
                     self._count(IGNORED)
-            except StreamFault as fault:
+            except StreamError as fault:
                 self._abort(fault, events)
             if self.closed:
                 return end

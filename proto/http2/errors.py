@@ -58,7 +58,7 @@ class ConnectionFault(Exception):
         self.reason = reason
 
 
-class StreamFault(Exception):
+class StreamError(Exception):
     """The peer caused a stream error (RFC 9113 5.4.2); caught inside `Connection.receive`, other streams continue.
 
     `limit`: the name in `Limits` of the limit that it exceeded; "" for another reason.

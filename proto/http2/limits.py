@@ -20,7 +20,7 @@ FRAME_BYTES_SENT_MAX = 65_536
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class Http2Limits:
     """The limits of one connection's peer.
 
     Flood limits use no clock: each counts frames that cost work and have no use, and the count decreases by one percent
@@ -100,7 +100,7 @@ class Limits:
     """Requests that arrive while the transport is paused. The headers of their answers are written all the same, so
     this bounds the memory for a peer that never reads. Leaves room for a client that opens all its streams at once."""
 
-    def with_floods_at(self, frames_max: int) -> Limits:
+    def with_floods_at(self, frames_max: int) -> Http2Limits:
         """Return these limits with every flood limit at `frames_max`, for a peer that mostly reacts to our frames."""
         floods = (
             "resets_max",

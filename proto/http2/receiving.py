@@ -1,7 +1,7 @@
 """The receiving half of an HTTP/2 connection: handles each stream's frames, and accounts for what the peer may send.
 
 Every handler gets one whole frame as a range of the received bytes. It changes the state, appends events, and raises a
-fault for an error of the peer: `StreamFault` ends one stream, `ConnectionFault` the connection. Where RFC 9113 leaves
+fault for an error of the peer: `StreamError` ends one stream, `ConnectionFault` the connection. Where RFC 9113 leaves
 the choice, an error ends the stream only, because the connection carries other clients' watches.
 """
 
@@ -11,7 +11,7 @@ from hpack import HPACKError
 
 from proto.http2 import frames
 from proto.http2.compression import HeaderDecoder, TooManyFields
-from proto.http2.errors import ConnectionFault, ErrorCode, StreamFault, error_code
+from proto.http2.errors import ConnectionFault, ErrorCode, StreamError, error_code
 from proto.http2.events import (
     DataReceived,
     Event,
@@ -22,8 +22,8 @@ from proto.http2.events import (
     StreamReset,
 )
 from proto.http2.headers import MalformedHeaders, check_request, check_response, check_trailers
-from proto.http2.limits import HEADER_TABLE_BYTES_DEFAULT, WINDOW_BYTES_DEFAULT, WINDOW_BYTES_MAX, Limits
-from proto.http2.sending import HALF_CLOSED_LOCAL, HALF_CLOSED_REMOTE, OPEN, Role, SendingHalf
+from proto.http2.limits import HEADER_TABLE_BYTES_DEFAULT, WINDOW_BYTES_DEFAULT, WINDOW_BYTES_MAX, Http2Limits
+from proto.http2.sending import HALF_CLOSED_LOCAL, HALF_CLOSED_REMOTE, OPEN, Role, SendSide
 from proto.http2.streams import Stream
 
 # The flood counters, by index.
@@ -58,7 +58,7 @@ _unpack_word = frames.WORD.unpack_from
 _NO_BODY_STATUSES = frozenset({204, 304})
 
 
-class ReceivingHalf(SendingHalf):
+class ReceiveSide(SendSide):
     """Handles frames on streams, and accounts for what the peer may send."""
 
     __slots__ = (
@@ -79,7 +79,7 @@ class ReceivingHalf(SendingHalf):
         "work",
     )
 
-    def __init__(self, role: Role, limits: Limits) -> None:
+    def __init__(self, role: Role, limits: Http2Limits) -> None:
         super().__init__(role, limits)
         # Bytes the peer may still send on all streams together.
         self.receive_window = WINDOW_BYTES_DEFAULT
@@ -166,7 +166,7 @@ class ReceivingHalf(SendingHalf):
         """Return whether the id was never used (5.1.1). Even ids are for pushes, which are disabled."""
         return stream_id > self._last_id or not stream_id & 1
 
-    def _abort(self, fault: StreamFault, events: list[Event]) -> None:
+    def _abort(self, fault: StreamError, events: list[Event]) -> None:
         """Reset one stream because of a stream error. Reports a reached limit, and the reset if the stream was open."""
         if fault.limit:
             events.append(LimitReached(fault.limit))
@@ -276,13 +276,13 @@ class ReceivingHalf(SendingHalf):
             self._late(stream_id)
             return
         if headers is None:
-            raise StreamFault(stream_id, ErrorCode.ENHANCE_YOUR_CALM, "header list too large", "header_list_bytes_max")
+            raise StreamError(stream_id, ErrorCode.ENHANCE_YOUR_CALM, "header list too large", "header_list_bytes_max")
         if stream.state is HALF_CLOSED_REMOTE:
-            raise StreamFault(stream_id, ErrorCode.STREAM_CLOSED, "headers after the end of the stream")
+            raise StreamError(stream_id, ErrorCode.STREAM_CLOSED, "headers after the end of the stream")
         try:
             kind = self._take_headers(stream, headers, end_stream)
         except MalformedHeaders as error:
-            raise StreamFault(stream_id, ErrorCode.PROTOCOL_ERROR, str(error)) from error
+            raise StreamError(stream_id, ErrorCode.PROTOCOL_ERROR, str(error)) from error
         events.append(HeadersReceived(stream, headers, end_stream, kind))
         if end_stream:
             self._received_end(stream)
@@ -293,17 +293,17 @@ class ReceivingHalf(SendingHalf):
         if self._paused:
             self._count(PAUSED_REQUESTS)
         if stream_id > self._last_accepted:
-            raise StreamFault(stream_id, ErrorCode.REFUSED_STREAM, "going away")
+            raise StreamError(stream_id, ErrorCode.REFUSED_STREAM, "going away")
         if len(self.streams) >= self.limits.max_streams:
-            raise StreamFault(stream_id, ErrorCode.REFUSED_STREAM, "too many streams", "max_streams")
+            raise StreamError(stream_id, ErrorCode.REFUSED_STREAM, "too many streams", "max_streams")
         if headers is None:
-            raise StreamFault(stream_id, ErrorCode.ENHANCE_YOUR_CALM, "header list too large", "header_list_bytes_max")
+            raise StreamError(stream_id, ErrorCode.ENHANCE_YOUR_CALM, "header list too large", "header_list_bytes_max")
         try:
             content_length = check_request(headers)
             if end_stream and content_length:
                 raise MalformedHeaders("content-length without content")
         except MalformedHeaders as error:
-            raise StreamFault(stream_id, ErrorCode.PROTOCOL_ERROR, str(error)) from error
+            raise StreamError(stream_id, ErrorCode.PROTOCOL_ERROR, str(error)) from error
         stream = Stream(stream_id, self._peer_initial_window, self._own_initial_window)
         stream.headers_seen = True
         stream.opened_at = self.now
@@ -377,10 +377,10 @@ class ReceivingHalf(SendingHalf):
                 self._crossing()
                 return
             if not increment:
-                raise StreamFault(stream_id, ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
+                raise StreamError(stream_id, ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
             window = stream.send_window + increment
             if window > WINDOW_BYTES_MAX:
-                raise StreamFault(stream_id, ErrorCode.FLOW_CONTROL_ERROR, "stream window above 2^31-1")
+                raise StreamError(stream_id, ErrorCode.FLOW_CONTROL_ERROR, "stream window above 2^31-1")
             stream.send_window = window
             if stream.blocked:
                 self._wait(stream)
@@ -395,7 +395,7 @@ class ReceivingHalf(SendingHalf):
         if not stream_id:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PRIORITY on stream 0")
         if stop - body != 5 and stream_id in self.streams:
-            raise StreamFault(stream_id, ErrorCode.FRAME_SIZE_ERROR, "PRIORITY of a wrong size")
+            raise StreamError(stream_id, ErrorCode.FRAME_SIZE_ERROR, "PRIORITY of a wrong size")
         self._count(IGNORED)
 
     def _late(self, stream_id: int) -> None:
@@ -403,7 +403,7 @@ class ReceivingHalf(SendingHalf):
         if stream_id in self._reset_ids:
             self._crossing()
         else:
-            raise StreamFault(stream_id, ErrorCode.STREAM_CLOSED, "frame on a closed stream")
+            raise StreamError(stream_id, ErrorCode.STREAM_CLOSED, "frame on a closed stream")
 
     def _crossing(self) -> None:
         """Count a frame for a closed stream, unless it may have been sent before the peer knew that we ended one."""
@@ -420,18 +420,18 @@ class ReceivingHalf(SendingHalf):
             stream.state = HALF_CLOSED_REMOTE
 
 
-def _data_fault(stream: Stream, length: int, size: int, end_stream: bool) -> StreamFault | None:
+def _data_fault(stream: Stream, length: int, size: int, end_stream: bool) -> StreamError | None:
     """Check `size` bytes of content (`length` with padding) on a stream; return the fault, if any."""
     if stream.state is HALF_CLOSED_REMOTE:
-        return StreamFault(stream.id, ErrorCode.STREAM_CLOSED, "data after the end of the stream")
+        return StreamError(stream.id, ErrorCode.STREAM_CLOSED, "data after the end of the stream")
     # An empty frame needs no window; our own settings may have made the window negative (6.9, 6.9.2).
     if length and stream.receive_window < 0:
-        return StreamFault(stream.id, ErrorCode.FLOW_CONTROL_ERROR, "stream window overrun", "initial_window")
+        return StreamError(stream.id, ErrorCode.FLOW_CONTROL_ERROR, "stream window overrun", "initial_window")
     if not stream.headers_seen:
-        return StreamFault(stream.id, ErrorCode.PROTOCOL_ERROR, "data before the response's headers")
+        return StreamError(stream.id, ErrorCode.PROTOCOL_ERROR, "data before the response's headers")
     left = stream.content_left
     if left is not None and (size > left or (end_stream and size != left)):
-        return StreamFault(stream.id, ErrorCode.PROTOCOL_ERROR, "content differs from content-length")
+        return StreamError(stream.id, ErrorCode.PROTOCOL_ERROR, "content differs from content-length")
     return None
 
 

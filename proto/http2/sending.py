@@ -26,7 +26,13 @@ from proto.http2 import frames
 from proto.http2.compression import HeaderEncoder
 from proto.http2.errors import ErrorCode, StreamMisuse
 from proto.http2.events import Event, StreamDrained
-from proto.http2.limits import FRAME_BYTES_MIN, FRAME_BYTES_SENT_MAX, WINDOW_BYTES_DEFAULT, WINDOW_BYTES_MAX, Limits
+from proto.http2.limits import (
+    FRAME_BYTES_MIN,
+    FRAME_BYTES_SENT_MAX,
+    WINDOW_BYTES_DEFAULT,
+    WINDOW_BYTES_MAX,
+    Http2Limits,
+)
 from proto.http2.streams import Stream, StreamState
 
 Piece: TypeAlias = bytes | memoryview
@@ -52,7 +58,7 @@ class Role(Enum):
     SERVER = "server"
 
 
-class Together:
+class StreamBatch:
     """A batch of streams of one connection, with the frame headers of the last message size.
 
     Most messages of a busy range have the same size, so their frame headers are the same bytes. Without this cache the
@@ -69,7 +75,7 @@ class Together:
         self._size = -1
         self._heads: list[bytes] = []
 
-    def heads(self, size: int) -> list[bytes]:
+    def frame_headers(self, size: int) -> list[bytes]:
         """Return the headers of DATA frames of this size, one for each message; do not change the list."""
         if size != self._size:
             word = size << 8
@@ -78,7 +84,7 @@ class Together:
         return self._heads
 
 
-class SendingHalf:
+class SendSide:
     """The sending windows, the data that waits for them, and the output that is ready to be written."""
 
     __slots__ = (
@@ -105,7 +111,7 @@ class SendingHalf:
         "streams",
     )
 
-    def __init__(self, role: Role, limits: Limits) -> None:
+    def __init__(self, role: Role, limits: Http2Limits) -> None:
         self.role = role
         self.limits = limits
         # The connection has ended: the shell writes the rest of the output and closes the transport.
@@ -175,7 +181,7 @@ class SendingHalf:
             return True
         return self._send_waiting(stream, pieces, size, end_stream)
 
-    def send_each(self, together: Together, columns: Sequence[Sequence[bytes]], size: int) -> Sequence[int]:
+    def send_each(self, together: StreamBatch, columns: Sequence[Sequence[bytes]], size: int) -> Sequence[int]:
         """Send a message of `size` bytes on each of many streams, except where it would have to wait.
 
         `columns`: the first pieces of all messages, then the second ones, and so on, in the order of the streams.
@@ -192,7 +198,7 @@ class SendingHalf:
                 full.add(stream)
             else:
                 stream.send_window = window
-        columns = (together.heads(size), *columns)
+        columns = (together.frame_headers(size), *columns)
         left: list[int] = []
         if full:
             left = [place for place, stream in enumerate(streams) if stream in full]

@@ -15,9 +15,9 @@ from grpc_health.v1.health_pb2 import (  # type: ignore[import-untyped]  # the p
     HealthListResponse,
 )
 
-from proto.framing import FramingError, Status, Unframer, frame
+from proto.framing import FramingError, MessageReader, Status, frame
 from proto.http2 import Stream
-from proxy.listening.calls import Carrier, Headers, RequestHead, ServerCall
+from proxy.listening.calls import ConnectionHandle, Headers, RequestHead, ServerCall
 
 CHECK = b"/grpc.health.v1.Health/Check"
 LIST = b"/grpc.health.v1.Health/List"
@@ -91,7 +91,9 @@ class Health:
             return None
         return SERVING if self.serving else NOT_SERVING
 
-    def open(self, connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> HealthCall | None:
+    def open(
+        self, connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool
+    ) -> HealthCall | None:
         """Take a request stream: the handler factory of this service's paths. Raises Refusal as RequestHead.parse."""
         head = RequestHead.parse(headers)
         call = ServerCall(connection, stream)
@@ -124,7 +126,7 @@ class HealthCall:
         self.health = health
         self.call = call
         self.path = head.path
-        self.unframer = Unframer(REQUEST_BYTES_MAX, head.decompress)
+        self.unframer = MessageReader(REQUEST_BYTES_MAX, head.decompress)
         self.asked = False
         """The request has come; a second one is none of ours to answer."""
         self.service = ""

@@ -15,7 +15,7 @@ import msgspec
 
 from coalesce import report
 from proxy.admin.delays import BOUNDS_S, LoopDelay, quantile, watch_deliveries
-from proxy.admin.snapshot import Snapshot, Source
+from proxy.admin.snapshot import Snapshot, SnapshotSource
 
 if TYPE_CHECKING:
     from proxy.server import Proxy
@@ -98,7 +98,7 @@ class Monitor:
 
     def __init__(self, proxy: Proxy, address: str) -> None:
         self._proxy = proxy
-        self._source = Source(proxy, address)
+        self._source = SnapshotSource(proxy, address)
         self.delivery_delay = watch_deliveries(proxy.listener, proxy.engine)
         self.loop_delay = LoopDelay(self._tick)
         self.points: deque[Point] = deque(maxlen=STEPS_KEPT)

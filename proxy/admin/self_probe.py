@@ -10,7 +10,7 @@ other does, and one Watch call is made on it. It asks for
 
 Neither costs etcd anything: a refusal needs nobody, and a start inside the window no upstream watch. All requests of a
 probe are taken in one step of the event loop, in which the watch begins and ends: nobody who counts watches ever sees
-one of these, and what it adds to counters is taken off again (`Uncounted`).
+one of these, and what it adds to counters is taken off again (`ProbeCounters`).
 
 Three probes in a row without their answers: the proxy hangs. A probe is judged when the next one is due, by a timer of
 the same loop, so a process that was stopped or starved of CPU is not blamed for the time it did not have; and one whose
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from coalesce import report
 from proto.fields import ScanError
-from proto.framing import FramingError, Unframer, decode_message, frame
+from proto.framing import FramingError, MessageReader, decode_message, frame
 from proto.http2 import Connection, DataReceived, Event, HeadersReceived, Role
 from proto.pb import rpc_pb2
 from proto.scan import scan_watch_response
@@ -61,7 +61,7 @@ log = logs.logger("probe")
 
 
 @dataclass(slots=True)
-class Uncounted:
+class ProbeCounters:
     """What probes have added to counters of the core, the engine and the listener, which are about clients."""
 
     creates: int = 0
@@ -81,10 +81,10 @@ class Uncounted:
             setattr(self, field.name, getattr(self, field.name) + sign * value)
 
 
-class InsideTransport(asyncio.Transport):
+class LoopbackTransport(asyncio.Transport):
     """The proxy's end of a connection in memory: what it writes reaches the client in the next turn of the loop."""
 
-    def __init__(self, client: Attempt) -> None:
+    def __init__(self, client: ProbeRun) -> None:
         super().__init__()
         self._client = client
         self._closing = False
@@ -115,7 +115,7 @@ class InsideTransport(asyncio.Transport):
         self._closing = True
 
 
-class InsideConnection(ServerConnection):
+class LoopbackConnection(ServerConnection):
     """The proxy's side of it: a connection like any other, but that no limit, count or drain is about it."""
 
     __slots__ = ()
@@ -147,7 +147,7 @@ class InsideConnection(ServerConnection):
             self._transport.write(data)
 
 
-class Attempt:
+class ProbeRun:
     """One probe: the client of one connection in memory."""
 
     def __init__(self, listener: Listener) -> None:
@@ -162,10 +162,10 @@ class Attempt:
         """Answers still to come."""
         self._refusals = 0
         self._event_awaited = False
-        self._unframer = Unframer(EVENT_BYTES_MAX * 4)
+        self._unframer = MessageReader(EVENT_BYTES_MAX * 4)
         self._h2 = Connection(Role.CLIENT)
-        self._server = InsideConnection(listener)
-        self._server.connection_made(InsideTransport(self))
+        self._server = LoopbackConnection(listener)
+        self._server.connection_made(LoopbackTransport(self))
 
     def ask(self, newest: report.NewestEvent | None) -> None:
         """Make the call with all of its requests, in one step."""
@@ -243,7 +243,7 @@ class Attempt:
             self._event_awaited = False
 
 
-class Probe:
+class SelfProbe:
     """Makes an attempt every `interval_s` seconds and tells the health service what comes of them."""
 
     def __init__(self, listener: Listener, engine: Engine, health: Health, interval_s: float) -> None:
@@ -257,8 +257,8 @@ class Probe:
         self._engine = engine
         self._health = health
         self._interval_s = interval_s
-        self._attempt: Attempt | None = None
-        self._uncounted = Uncounted()
+        self._attempt: ProbeRun | None = None
+        self._uncounted = ProbeCounters()
         self._core = engine.core
         """The core that has been counted so far; one that begins anew counts from 0."""
         self._failures = 0
@@ -272,12 +272,12 @@ class Probe:
         """Watch streams of its own that are open now."""
         return int(self._attempt is not None)
 
-    def uncounted(self) -> Uncounted:
+    def uncounted(self) -> ProbeCounters:
         """What to take off the counters for what they say to be about clients."""
         if self._core is not self._engine.core:
             self._core = self._engine.core
             requests, sent = self._uncounted.requests, self._uncounted.delivered_bytes
-            self._uncounted = Uncounted(requests=requests, delivered_bytes=sent)
+            self._uncounted = ProbeCounters(requests=requests, delivered_bytes=sent)
         return self._uncounted
 
     def start(self) -> None:
@@ -305,7 +305,7 @@ class Probe:
         if self._health.draining or self._engine.core.header is None:
             return
         self.made += 1
-        self._attempt = attempt = Attempt(self._listener)
+        self._attempt = attempt = ProbeRun(self._listener)
         core = self._engine.core
         newest = report.newest_event(core, EVENT_BYTES_MAX)
         sources = (core.stats, self._engine.stats, self._listener.stats)

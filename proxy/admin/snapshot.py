@@ -167,7 +167,7 @@ CORE_COUNTERS = {
 JOIN_KINDS = ("live", "future", "history", "backfill")
 
 
-class Source:
+class SnapshotSource:
     """Takes snapshots of one proxy."""
 
     def __init__(self, proxy: Proxy, address: str) -> None:

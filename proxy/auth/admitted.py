@@ -10,27 +10,27 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from coalesce.session import Session
-    from proxy.auth.model import May, Range
+    from proxy.auth.model import PermissionCheck, Range
 
 RANGES_MAX: Final = 10_000
 """Ranges that are remembered, of all sessions. A session with more is sent away in place of being asked about."""
 
-Ranges = dict["Range", None] | None
+AdmittedRanges = dict["Range", None] | None
 """The ranges that a session was let in for; None: more than are remembered."""
 
 
-class LetIn:
+class AdmittedSessions:
     """The sessions, and the ranges that each was let in for."""
 
     __slots__ = ("_before", "_count", "_since")
 
     def __init__(self) -> None:
         # Before the newest probe began, and since.
-        self._before: dict[Session, Ranges] = {}
-        self._since: dict[Session, Ranges] = {}
+        self._before: dict[Session, AdmittedRanges] = {}
+        self._since: dict[Session, AdmittedRanges] = {}
         self._count = 0
 
-    def add(self, may: May) -> None:
+    def add(self, may: PermissionCheck) -> None:
         """A session is let in without having been asked about."""
         session = may.session
         if session is None or session.ended:
@@ -64,7 +64,7 @@ class LetIn:
         self._before = {}
         self._count = sum(len(ranges) for ranges in self._since.values() if ranges)
 
-    def take(self) -> list[tuple[Session, Ranges]]:
+    def take(self) -> list[tuple[Session, AdmittedRanges]]:
         """Return all sessions that are still there, and forget them."""
         self.probe_began()
         taken = list(self._before.items())

@@ -16,15 +16,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from coalesce.inputs import Refusal as Denied
+from coalesce.inputs import CreateRefusal as Denied
 from proto.framing import Status
 from proto.http2 import Stream
 from proxy import logs
 from proxy.auth.common_name import common_name
-from proxy.auth.model import May, Outcome
-from proxy.auth.reads import NOBODY, Reader
-from proxy.auth.restore import Asked
-from proxy.listening.calls import Carrier, Handler, HandlerFactory, Headers, Refusal
+from proxy.auth.model import Outcome, PermissionCheck
+from proxy.auth.reads import INVALID_USER, Reader
+from proxy.auth.restore import AuthScope
+from proxy.listening.calls import CallRefusal, ConnectionHandle, Handler, HandlerFactory, Headers
 
 TOKEN_NAMES = frozenset({b"token", b"authorization"})
 LOOK_S = 1.0
@@ -32,7 +32,7 @@ LOOK_S = 1.0
 log = logs.logger("guard")
 
 
-class Guard:
+class CommonNameGuard:
     """Keeps the CN of our certificate from becoming anybody's user."""
 
     def __init__(self, reader: Reader, certificate: str, changed: Callable[[], None]) -> None:
@@ -60,11 +60,13 @@ class Guard:
     def protect(self, factory: HandlerFactory) -> HandlerFactory:
         """Return a handler factory that is safe with this certificate."""
 
-        def protected(connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> Handler | None:
+        def protected(
+            connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool
+        ) -> Handler | None:
             if self.problem:
-                raise Refusal(200, Status.UNAVAILABLE, self.problem)
+                raise CallRefusal(200, Status.UNAVAILABLE, self.problem)
             if self.name and self._marks and not any(name in TOKEN_NAMES for name, _ in headers):
-                headers = [*headers, (b"token", NOBODY)]
+                headers = [*headers, (b"token", INVALID_USER)]
             return factory(connection, stream, headers, end_stream)
 
         return protected
@@ -72,9 +74,11 @@ class Guard:
     def refuse(self, factory: HandlerFactory) -> HandlerFactory:
         """Return a handler factory that refuses while there is a problem, and changes nothing else."""
 
-        def refusing(connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> Handler | None:
+        def refusing(
+            connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool
+        ) -> Handler | None:
             if self.problem:
-                raise Refusal(200, Status.UNAVAILABLE, self.problem)
+                raise CallRefusal(200, Status.UNAVAILABLE, self.problem)
             return factory(connection, stream, headers, end_stream)
 
         return refusing
@@ -95,7 +99,7 @@ class Guard:
             if not answer.done():
                 answer.set_result(isinstance(outcome, Denied))
 
-        self._reader.check(May(Asked(), told=told))
+        self._reader.check(PermissionCheck(AuthScope(), told=told))
         return await answer
 
     def _note(self, wrong: bool) -> None:

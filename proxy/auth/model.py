@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from coalesce.inputs import Granted, Refusal
+from coalesce.inputs import CreateRefusal, Granted
 from proto.framing import Status
 from proto.scan import Header
-from proxy.auth.restore import Asked, Begun
+from proxy.auth.restore import AuthScope, ReadBaseline
 from upstream.errors import status_name
 
 if TYPE_CHECKING:
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 Range = tuple[bytes, bytes]
 """Key and range_end."""
 
-Outcome = Granted | Header | Refusal
-Told = Callable[[Outcome], None]
+Outcome = Granted | Header | CreateRefusal
+AnswerCallback = Callable[[Outcome], None]
 
 
-class Question:
+class Query:
     """Something that is asked for as long as somebody wants to know it."""
 
     __slots__ = ("told",)
 
-    def __init__(self, told: Told | None = None) -> None:
+    def __init__(self, told: AnswerCallback | None = None) -> None:
         # Free for the code that does the I/O: where the answer goes.
         self.told = told
 
@@ -40,12 +40,14 @@ class Question:
         return True
 
 
-class May(Question):
+class PermissionCheck(Query):
     """Whether a client may watch a range; `create` is None when it is not a client that asks."""
 
     __slots__ = ("asked", "create", "fresh", "number")
 
-    def __init__(self, asked: Asked, create: PendingCreate | None = None, told: Told | None = None) -> None:
+    def __init__(
+        self, asked: AuthScope, create: PendingCreate | None = None, told: AnswerCallback | None = None
+    ) -> None:
         super().__init__(told)
         self.asked = asked
         self.create = create
@@ -65,22 +67,26 @@ class May(Question):
         session = self.session
         return session is None or not session.ended
 
-    def outcome(self, outcome: Outcome) -> list[Effect]:
+    def outcome(self, outcome: Outcome) -> list[QueryEffect]:
         """Return what the answer leads to."""
-        return [Tell(self, outcome)]
+        return [DeliverAnswer(self, outcome)]
 
-    def end(self, status: int, text: str) -> list[Effect]:
+    def end(self, status: int, text: str) -> list[QueryEffect]:
         """Return what a failure leads to by which etcd would end the stream of the client."""
         session = self.session
-        return [Tell(self, refusal_of(status, text))] if session is None else [EndSession(session, status, text)]
+        return (
+            [DeliverAnswer(self, refusal_of(status, text))]
+            if session is None
+            else [RefuseSession(session, status, text)]
+        )
 
 
-class Recheck(May):
+class Recheck(PermissionCheck):
     """Whether a session that was let in while auth seemed to be off may watch a range."""
 
     __slots__ = ("_session",)
 
-    def __init__(self, session: Session, asked: Asked) -> None:
+    def __init__(self, session: Session, asked: AuthScope) -> None:
         super().__init__(asked)
         self._session = session
 
@@ -89,9 +95,9 @@ class Recheck(May):
         """The session that was let in."""
         return self._session
 
-    def outcome(self, outcome: Outcome) -> list[Effect]:
+    def outcome(self, outcome: Outcome) -> list[QueryEffect]:
         """It goes on, or has to come again."""
-        return [SendAway(self._session, outcome)] if isinstance(outcome, Refusal) else []
+        return [DisconnectSession(self._session, outcome)] if isinstance(outcome, CreateRefusal) else []
 
 
 class Call:
@@ -99,9 +105,7 @@ class Call:
 
     __slots__ = ("backoff", "began_at", "begun", "linearizable", "login", "question", "ranges", "token")
 
-    def __init__(
-        self, question: Question, token: bytes | None, ranges: tuple[Range, ...], *, login: bool = False
-    ) -> None:
+    def __init__(self, question: Query, token: bytes | None, ranges: tuple[Range, ...], *, login: bool = False) -> None:
         """`ranges`: what is to be permitted; none: a read that needs no right, and tells what one member knows."""
         self.question = question
         self.token = token
@@ -110,38 +114,38 @@ class Call:
         self.linearizable = True
         # Free for the code that does the I/O: how long it waits before it makes the call again.
         self.backoff: Any = None
-        # Set by `Questions.begin`.
-        self.begun = Begun(0, 0)
+        # Set by `Queries.begin`.
+        self.begun = ReadBaseline(0, 0)
         self.began_at = 0.0
 
     @classmethod
-    def by(cls, question: Question, asked: Asked) -> Call:
+    def by(cls, question: Query, asked: AuthScope) -> Call:
         """Return a call by somebody's right."""
         return cls(question, asked.token, (asked[1:],))
 
 
-class Ask(NamedTuple):
+class SendCall(NamedTuple):
     """Make a call: now, or `later`, after a while that grows with each failure of this call."""
 
     call: Call
     later: bool = False
 
 
-class Tell(NamedTuple):
+class DeliverAnswer(NamedTuple):
     """A question is answered."""
 
-    question: Question
+    question: Query
     outcome: Outcome
 
 
-class SendAway(NamedTuple):
+class DisconnectSession(NamedTuple):
     """A session was let in while auth was off, or its right is gone since: it has to come again and be checked."""
 
     session: Session
-    refusal: Refusal
+    refusal: CreateRefusal
 
 
-class EndSession(NamedTuple):
+class RefuseSession(NamedTuple):
     """A session sent what ends its stream at etcd as well."""
 
     session: Session
@@ -149,14 +153,14 @@ class EndSession(NamedTuple):
     text: str
 
 
-class WentBack(NamedTuple):
+class RevisionRegressed(NamedTuple):
     """The store is older than it was."""
 
     header: Header
     known: int
 
 
-Effect = Ask | Tell | SendAway | EndSession | WentBack
+QueryEffect = SendCall | DeliverAnswer | DisconnectSession | RefuseSession | RevisionRegressed
 
 _NAMES: Final = {
     Status.PERMISSION_DENIED: "PermissionDenied",
@@ -165,7 +169,7 @@ _NAMES: Final = {
 }
 
 
-def refusal_of(status: int, text: str) -> Refusal:
+def refusal_of(status: int, text: str) -> CreateRefusal:
     """Return a failure as etcd's watch server words it in a cancel_reason (Go's status.Error)."""
     name = _NAMES.get(status) or status_name(status).title().replace("_", "")  # type: ignore[call-overload]
-    return Refusal(f"rpc error: code = {name} desc = {text}")
+    return CreateRefusal(f"rpc error: code = {name} desc = {text}")

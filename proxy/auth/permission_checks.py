@@ -24,7 +24,7 @@ from typing import Final
 from coalesce.inputs import Granted
 from proto.framing import Status
 from proto.scan import Header
-from proxy.auth.model import Ask, Call, Effect, May, Outcome, Question, Range, refusal_of
+from proxy.auth.model import Call, Outcome, PermissionCheck, Query, QueryEffect, Range, SendCall, refusal_of
 from upstream.attempts import is_about_request, is_about_server, is_too_large
 
 RANGES_MAX: Final = 128
@@ -51,7 +51,7 @@ OLD_REVISION: Final = "etcdserver: revision of auth store is old"
 (server/etcdserver/v3_server.go, doSerialize): so it is asked once more."""
 
 
-class Standing(Enum):
+class TokenStanding(Enum):
     """What is known of a token; the value is the share of the places that such tokens have for themselves."""
 
     GRANTED = 0.5
@@ -59,12 +59,12 @@ class Standing(Enum):
     REFUSED = 0.125
 
 
-class Batch(Question):
+class CheckBatch(Query):
     """Some ranges of one token that one call asks for."""
 
     __slots__ = ("asked_again", "call", "line", "sent_number", "standing", "tries", "waiting")
 
-    def __init__(self, line: Line, waiting: dict[Range, list[May]]) -> None:
+    def __init__(self, line: CheckQueue, waiting: dict[Range, list[PermissionCheck]]) -> None:
         super().__init__()
         self.line = line
         self.waiting = waiting
@@ -72,7 +72,7 @@ class Batch(Question):
         # Who came later is not answered by this call.
         self.sent_number = 0
         # As which it holds a place; None while it holds none.
-        self.standing: Standing | None = None
+        self.standing: TokenStanding | None = None
         self.tries = 0
         # OLD_REVISION has been said.
         self.asked_again = False
@@ -86,22 +86,22 @@ class Batch(Question):
         self.waiting = kept
         return bool(kept)
 
-    def halves(self) -> tuple[Batch, Batch]:
+    def halves(self) -> tuple[CheckBatch, CheckBatch]:
         """Return two batches of half of its ranges each."""
         items = list(self.waiting.items())
         middle = len(items) // 2
-        return Batch(self.line, dict(items[:middle])), Batch(self.line, dict(items[middle:]))
+        return CheckBatch(self.line, dict(items[:middle])), CheckBatch(self.line, dict(items[middle:]))
 
-    def answer(self, outcome: Outcome) -> list[Effect]:
+    def answer(self, outcome: Outcome) -> list[QueryEffect]:
         """Answer all that wait for it."""
         return [each for mays in self.waiting.values() for may in mays for each in may.outcome(outcome)]
 
-    def end(self, status: int, text: str) -> list[Effect]:
+    def end(self, status: int, text: str) -> list[QueryEffect]:
         """Answer all that wait for it by the end of their streams."""
         return [each for mays in self.waiting.values() for may in mays for each in may.end(status, text)]
 
 
-class Line:
+class CheckQueue:
     """The questions of one token."""
 
     __slots__ = ("_turns", "_waiting", "batches", "current", "ranges_max", "ready", "token")
@@ -109,14 +109,14 @@ class Line:
     def __init__(self, token: bytes) -> None:
         self.token = token
         # Halves of a call that was refused, and calls that have failed: they come before all else.
-        self.batches: list[Batch] = []
+        self.batches: list[CheckBatch] = []
         # Calls that are in flight, or wait until etcd can be asked again.
-        self.current: set[Batch] = set()
+        self.current: set[CheckBatch] = set()
         # It is in the line of those that may be sent.
         self.ready = False
         self.ranges_max = RANGES_MAX
         # Who asks for each range.
-        self._waiting: dict[Range, list[May]] = {}
+        self._waiting: dict[Range, list[PermissionCheck]] = {}
         # By session, in turn, the ranges that it asks for; what another session's turn has taken along is left in.
         self._turns: dict[int, deque[Range]] = {}
 
@@ -124,25 +124,25 @@ class Line:
         """Whether anything waits to be sent."""
         return bool(self.batches or self._waiting)
 
-    def may_send(self, standing: Standing) -> bool:
+    def may_send(self, standing: TokenStanding) -> bool:
         """Whether another call may be sent."""
         if not self.current:
             return True
-        several = standing is Standing.GRANTED and len(self.current) < CALLS_PER_TOKEN_MAX
+        several = standing is TokenStanding.GRANTED and len(self.current) < CALLS_PER_TOKEN_MAX
         return several and not self.batches and len(self._waiting) >= RANGES_MAX
 
-    def add(self, may: May) -> None:
+    def add(self, may: PermissionCheck) -> None:
         """A question comes."""
         each: Range = may.asked[1:]
         self._waiting.setdefault(each, []).append(may)
         self._turns.setdefault(id(may.session), deque()).append(each)
 
-    def take(self, ranges_max: int) -> Batch:
+    def take(self, ranges_max: int) -> CheckBatch:
         """Take what the next call asks for, at most so many ranges."""
         if self.batches:
             return self.batches.pop()
         ranges_max = min(ranges_max, self.ranges_max)
-        taken: dict[Range, list[May]] = {}
+        taken: dict[Range, list[PermissionCheck]] = {}
         size = 0
         while self._waiting and len(taken) < ranges_max:
             session = next(iter(self._turns))
@@ -160,13 +160,13 @@ class Line:
                 self._turns[session] = turn
         if not self._waiting:
             self._turns.clear()
-        return Batch(self, taken)
+        return CheckBatch(self, taken)
 
-    def take_before(self, number: int) -> list[May]:
+    def take_before(self, number: int) -> list[PermissionCheck]:
         """Take the questions that came before a number."""
         taken = [may for batch in self.batches for mays in batch.waiting.values() for may in mays]
         self.batches.clear()
-        left: list[May] = []
+        left: list[PermissionCheck] = []
         for mays in self._waiting.values():
             for may in mays:
                 (taken if may.number <= number else left).append(may)
@@ -183,17 +183,17 @@ class Checks:
     def __init__(self, in_flight_max: int) -> None:
         """`in_flight_max`: calls in flight at once; at least 8, so that each standing has a place."""
         self.in_flight_max = in_flight_max
-        self.in_flight = dict.fromkeys(Standing, 0)
+        self.in_flight = dict.fromkeys(TokenStanding, 0)
         # Questions that are not answered.
         self.waiting = 0
         self._arrived = 0
-        self._lines: dict[bytes, Line] = {}
+        self._lines: dict[bytes, CheckQueue] = {}
         # Lines that have something to send and no call in flight.
-        self._ready: dict[Standing, deque[Line]] = {standing: deque() for standing in Standing}
-        self._standings: dict[int, Standing] = {}
+        self._ready: dict[TokenStanding, deque[CheckQueue]] = {standing: deque() for standing in TokenStanding}
+        self._standings: dict[int, TokenStanding] = {}
         self._ranges_max = RANGES_MAX
 
-    def add(self, may: May) -> list[Effect]:
+    def add(self, may: PermissionCheck) -> list[QueryEffect]:
         """A client with a token wants to watch a range."""
         assert may.asked.token is not None, "without a token there is nothing to check"
         self._arrived += 1
@@ -201,29 +201,29 @@ class Checks:
         may.number = self._arrived
         line = self._lines.get(may.asked.token)
         if line is None:
-            line = self._lines[may.asked.token] = Line(may.asked.token)
+            line = self._lines[may.asked.token] = CheckQueue(may.asked.token)
         line.add(may)
         return self._go_on(line)
 
-    def sent(self, batch: Batch) -> None:
+    def sent(self, batch: CheckBatch) -> None:
         """A call leaves now."""
         batch.sent_number = self._arrived
 
-    def granted(self, batch: Batch, header: Header) -> list[Effect]:
+    def granted(self, batch: CheckBatch, header: Header) -> list[QueryEffect]:
         """etcd permits all ranges of a call."""
         line = batch.line
-        self._note(line.token, Standing.GRANTED)
+        self._note(line.token, TokenStanding.GRANTED)
         line.ranges_max = min(2 * line.ranges_max, RANGES_MAX)
         return self._done(batch, batch.answer(Granted(header)))
 
-    def failed(self, batch: Batch, status: int, text: str) -> list[Effect]:
+    def failed(self, batch: CheckBatch, status: int, text: str) -> list[QueryEffect]:
         """etcd refused a call, or could not be asked at any endpoint."""
         line = batch.line
         if text == OLD_REVISION and not batch.asked_again:
             batch.asked_again = True
-            return [Ask(batch.call)]
+            return [SendCall(batch.call)]
         if status == Status.UNAUTHENTICATED or text == OLD_REVISION:
-            self._note(line.token, Standing.REFUSED)
+            self._note(line.token, TokenStanding.REFUSED)
             refusal = refusal_of(status, text)
             effects = batch.answer(refusal)
             for may in line.take_before(batch.sent_number):
@@ -231,11 +231,11 @@ class Checks:
                 effects += may.outcome(refusal)
             return self._done(batch, effects)
         if is_about_server(status):
-            if status == Status.DEADLINE_EXCEEDED and self._standing(line.token) is Standing.UNKNOWN:
+            if status == Status.DEADLINE_EXCEEDED and self._standing(line.token) is TokenStanding.UNKNOWN:
                 # etcd lets a made-up token wait that seems to come from its future.
-                self._note(line.token, Standing.REFUSED)
+                self._note(line.token, TokenStanding.REFUSED)
             self._release(batch)
-            return [Ask(batch.call, later=True), *self._start()]
+            return [SendCall(batch.call, later=True), *self._start()]
         if len(batch.waiting) > 1:
             return self._split(batch, text, later=not is_about_request(status, text))
         if is_too_large(status, text):
@@ -246,9 +246,9 @@ class Checks:
         if batch.tries >= TRIES_MAX:
             return self._done(batch, batch.end(status, text))
         self._leave(batch)
-        return [Ask(batch.call, later=True), *self._go_on(line)]
+        return [SendCall(batch.call, later=True), *self._go_on(line)]
 
-    def again(self, batch: Batch) -> list[Effect]:
+    def again(self, batch: CheckBatch) -> list[QueryEffect]:
         """A while after a failure: the call may be made again, in its turn."""
         before = _count(batch)
         if batch.wanted:
@@ -260,7 +260,7 @@ class Checks:
         self._lines.setdefault(batch.line.token, batch.line)
         return self._go_on(batch.line)
 
-    def _split(self, batch: Batch, text: str, later: bool) -> list[Effect]:
+    def _split(self, batch: CheckBatch, text: str, later: bool) -> list[QueryEffect]:
         line = batch.line
         first, second = batch.halves()
         if text == TOO_MANY_OPS:
@@ -269,25 +269,25 @@ class Checks:
         self._leave(batch)
         if later:
             line.batches.append(second)
-            return [Ask(first.call, later=True), *self._go_on(line)]
+            return [SendCall(first.call, later=True), *self._go_on(line)]
         line.batches += (second, first)
         return self._go_on(line)
 
-    def _done(self, batch: Batch, effects: list[Effect]) -> list[Effect]:
+    def _done(self, batch: CheckBatch, effects: list[QueryEffect]) -> list[QueryEffect]:
         self.waiting -= _count(batch)
         batch.waiting = {}
         self._leave(batch)
         return effects + self._go_on(batch.line)
 
-    def _go_on(self, line: Line) -> list[Effect]:
+    def _go_on(self, line: CheckQueue) -> list[QueryEffect]:
         """Have a line take part again, if it has something to send, and send what may be sent."""
         standing = self._standing(line.token)
         if not line.ready and line.may_send(standing):
             self._queue(line, standing)
         return self._start()
 
-    def _start(self) -> list[Effect]:
-        effects: list[Effect] = []
+    def _start(self) -> list[QueryEffect]:
+        effects: list[QueryEffect] = []
         while (standing := self._next_standing()) is not None:
             line = self._ready[standing].popleft()
             line.ready = False
@@ -299,12 +299,12 @@ class Checks:
                 line.current.add(batch)
                 batch.standing = standing
                 self.in_flight[standing] += 1
-                effects.append(Ask(batch.call))
+                effects.append(SendCall(batch.call))
             if line.may_send(standing):
                 self._queue(line, standing)
         return effects
 
-    def _queue(self, line: Line, standing: Standing) -> None:
+    def _queue(self, line: CheckQueue, standing: TokenStanding) -> None:
         """Have a line take its turn, or forget it if it has nothing to send."""
         if line:
             line.ready = True
@@ -312,27 +312,27 @@ class Checks:
         elif not line.current and self._lines.get(line.token) is line:
             del self._lines[line.token]
 
-    def _next_standing(self) -> Standing | None:
+    def _next_standing(self) -> TokenStanding | None:
         """Choose which tokens are next: some that have something to send, and a place for it."""
         for standing, lines in self._ready.items():
             if lines and self.in_flight[standing] < max(1, int(self.in_flight_max * standing.value)):
                 return standing
         return None
 
-    def _leave(self, batch: Batch) -> None:
+    def _leave(self, batch: CheckBatch) -> None:
         """A call is over, or its token does not wait for it any more."""
         self._release(batch)
         batch.line.current.discard(batch)
 
-    def _release(self, batch: Batch) -> None:
+    def _release(self, batch: CheckBatch) -> None:
         if batch.standing is not None:
             self.in_flight[batch.standing] -= 1
             batch.standing = None
 
-    def _standing(self, token: bytes) -> Standing:
-        return self._standings.get(hash(token), Standing.UNKNOWN)
+    def _standing(self, token: bytes) -> TokenStanding:
+        return self._standings.get(hash(token), TokenStanding.UNKNOWN)
 
-    def _note(self, token: bytes, standing: Standing) -> None:
+    def _note(self, token: bytes, standing: TokenStanding) -> None:
         known = hash(token)
         self._standings.pop(known, None)
         if len(self._standings) >= STANDINGS_MAX:
@@ -340,5 +340,5 @@ class Checks:
         self._standings[known] = standing
 
 
-def _count(batch: Batch) -> int:
+def _count(batch: CheckBatch) -> int:
     return sum(map(len, batch.waiting.values()))

@@ -1,8 +1,8 @@
-"""What the engine asks etcd beside the watches, and what it makes of the answers, without asking anything itself.
+"""What the engine asks etcd apart from the watches, and what follows from the answers. Pure: it makes no call itself.
 
-What is "now" (`Now`), whether a client may watch a range (`May`), whether auth is on (`Probe`), and whether the store
-is the one it was (`Proof`). Who calls, and how long one waits, is the business of the code that carries the effects
-out: `proxy/auth/reads.py`, or the simulator.
+The queries: which revision is "now" (`RevisionRead`), whether a client may watch a range (`PermissionCheck`), whether
+auth is on (`AuthProbe`), and whether the store is still the same (`RestoreCheck`). The code that carries the effects
+out makes the calls and waits: `proxy/auth/reads.py`, or the simulator.
 
 Whether auth is on is nowhere to be read without a right. So it is probed by a call without a token: answered, auth is
 off and everything is allowed; refused, each client is asked about by its own token (`checks`). One probe, not older
@@ -19,52 +19,52 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
-from coalesce.inputs import Granted, Refusal
+from coalesce.inputs import CreateRefusal, Granted
 from proto.framing import Status
 from proto.scan import Header
-from proxy.auth.admitted import LetIn
+from proxy.auth.admitted import AdmittedSessions
 from proxy.auth.model import (
-    Ask,
+    AnswerCallback,
     Call,
-    Effect,
-    EndSession,
-    May,
+    DeliverAnswer,
+    DisconnectSession,
     Outcome,
-    Question,
+    PermissionCheck,
+    Query,
+    QueryEffect,
     Recheck,
-    SendAway,
-    Tell,
-    Told,
-    WentBack,
+    RefuseSession,
+    RevisionRegressed,
+    SendCall,
     refusal_of,
 )
-from proxy.auth.permission_checks import Batch, Checks
-from proxy.auth.restore import Asked, Readable, Rollback
+from proxy.auth.permission_checks import CheckBatch, Checks
+from proxy.auth.restore import AuthorizedRange, AuthScope, RestoreDetector
 from upstream.attempts import is_about_request, is_too_large
 
 if TYPE_CHECKING:
-    from coalesce.joining import Read
+    from coalesce.joining import PendingRead
     from coalesce.session import Session
 
 __all__ = (
     "NO_RIGHT",
     "USER_EMPTY",
-    "Ask",
+    "AnswerCallback",
+    "AuthProbe",
     "Call",
-    "Effect",
-    "EndSession",
-    "May",
-    "Now",
+    "DeliverAnswer",
+    "DisconnectSession",
     "Outcome",
-    "Probe",
-    "Proof",
-    "Question",
-    "Questions",
+    "PermissionCheck",
+    "Queries",
+    "Query",
+    "QueryEffect",
     "Recheck",
-    "SendAway",
-    "Tell",
-    "Told",
-    "WentBack",
+    "RefuseSession",
+    "RestoreCheck",
+    "RevisionRead",
+    "RevisionRegressed",
+    "SendCall",
 )
 
 NO_RIGHT: Final = ()
@@ -76,12 +76,12 @@ USER_EMPTY = "rpc error: code = InvalidArgument desc = etcdserver: user name is 
 CHECKS_IN_FLIGHT_MAX: Final = 32
 
 
-class Now(Question):
+class RevisionRead(Query):
     """Which revision is "now", for the creates that wait for a read of the core."""
 
     __slots__ = ("_refused", "asking", "read")
 
-    def __init__(self, read: Read, told: Told | None = None) -> None:
+    def __init__(self, read: PendingRead, told: AnswerCallback | None = None) -> None:
         super().__init__(told)
         self.read = read
         # By whose right it is asked; None: by nobody's in particular.
@@ -100,7 +100,7 @@ class Now(Question):
         if not waiting:
             return None
         if not auth_on:
-            return Call.by(self, Asked())
+            return Call.by(self, AuthScope())
         permitted = [create for create in waiting if create.refusal is None]
         if not permitted:
             # They only need a header to be refused with.
@@ -126,12 +126,12 @@ class Now(Question):
         return list(sessions.values())
 
 
-class Proof(Question):
-    """Whether the store is the one it was: the answer is for `Rollback` alone."""
+class RestoreCheck(Query):
+    """Whether the store is the one it was: the answer is for `RestoreDetector` alone."""
 
     __slots__ = ("_rollback",)
 
-    def __init__(self, rollback: Rollback) -> None:
+    def __init__(self, rollback: RestoreDetector) -> None:
         super().__init__()
         self._rollback = rollback
 
@@ -141,14 +141,14 @@ class Proof(Question):
         return self._rollback.unproven
 
 
-class Probe(Question):
+class AuthProbe(Query):
     """Whether auth is on, for all who wait for that."""
 
     __slots__ = ("waiting",)
 
     def __init__(self) -> None:
         super().__init__()
-        self.waiting: list[May] = []
+        self.waiting: list[PermissionCheck] = []
 
     @property
     def wanted(self) -> bool:
@@ -157,12 +157,12 @@ class Probe(Question):
         return bool(self.waiting)
 
 
-class Questions:
+class Queries:
     """All questions that are open. Inputs return what is to be done, in order."""
 
     def __init__(self, probe_age_s_max: float, checks_in_flight_max: int = CHECKS_IN_FLIGHT_MAX) -> None:
         """`probe_age_s_max`: how long, in seconds, "auth is off" is believed."""
-        self.rollback = Rollback()
+        self.rollback = RestoreDetector()
         self.checks = Checks(checks_in_flight_max)
         # The newest probe was refused: etcd asks for users.
         self.auth_on = False
@@ -172,19 +172,19 @@ class Questions:
         # When the newest probe that found auth off began, and what it read.
         self._auth_off: tuple[float, Header] | None = None
         # The probe in flight.
-        self._probe: Probe | None = None
-        self._let_in = LetIn()
+        self._probe: AuthProbe | None = None
+        self._let_in = AdmittedSessions()
 
-    def read(self, now: Now) -> list[Effect]:
+    def read(self, now: RevisionRead) -> list[QueryEffect]:
         """Find out what "now" is; asked once for all who wait.
 
         With auth on it is read by the right of one of them: etcd has no linearizable read that needs no right.
         """
         call = now.asker(self.auth_on)
         # When nobody waits the core waits for an answer all the same; this one tells nothing.
-        return [Ask(call) if call is not None else Tell(now, Header.make(0, 0, 0, 0))]
+        return [SendCall(call) if call is not None else DeliverAnswer(now, Header.make(0, 0, 0, 0))]
 
-    def check(self, may: May, at: float) -> list[Effect]:
+    def check(self, may: PermissionCheck, at: float) -> list[QueryEffect]:
         """Find out whether a client may watch a range: it gets a refusal, or else the header of what was read.
 
         As Granted when the read began after this, so that it is good for "now"; bare when an earlier probe read it.
@@ -193,25 +193,25 @@ class Questions:
             return self.checks.add(may)
         if self._auth_off is not None and at - self._auth_off[0] <= self._probe_age_s_max:
             self._let_in.add(may)
-            return [Tell(may, self._auth_off[1])]
+            return [DeliverAnswer(may, self._auth_off[1])]
         if self._probe is not None:
             self._probe.waiting.append(may)
             return []
-        self._probe = Probe()
+        self._probe = AuthProbe()
         self._probe.waiting.append(may)
-        return [Ask(Call(self._probe, None, (Asked()[1:],), login=self.named))]
+        return [SendCall(Call(self._probe, None, (AuthScope()[1:],), login=self.named))]
 
     def connected(self) -> None:
         """There is a new connection for the watches; `prove` until it is proven what it leads to."""
         self.rollback.connected()
 
-    def prove(self, own_token: bytes | None, watches: Iterable[Readable]) -> list[Effect]:
-        """Read by whose right one may, see `Rollback.rights`, until it is known whether the store is the one it was."""
-        rights = self.rollback.rights(own_token, watches)
+    def prove(self, own_token: bytes | None, watches: Iterable[AuthorizedRange]) -> list[QueryEffect]:
+        """Read with the candidate scopes of `RestoreDetector` until it is known whether the store is still the same."""
+        rights = self.rollback.candidate_scopes(own_token, watches)
         if not self.auth_on:
             # With auth off no right is needed, and no key of a client.
-            rights = [Asked() if asked.token is None else asked for asked in rights]
-        return [Ask(Call.by(Proof(self.rollback), asked)) for asked in rights]
+            rights = [AuthScope() if asked.token is None else asked for asked in rights]
+        return [SendCall(Call.by(RestoreCheck(self.rollback), asked)) for asked in rights]
 
     def other_history(self, header: Header) -> None:
         """The store is known to be another one: what was read before says nothing about this one."""
@@ -226,116 +226,116 @@ class Questions:
         """A call leaves now; `known` is the newest revision that the watches have seen."""
         call.begun, call.began_at = self.rollback.begin(known), at
         question = call.question
-        if isinstance(question, Probe):
+        if isinstance(question, AuthProbe):
             self._let_in.probe_began()
             for may in question.waiting:
                 may.fresh = True
-        elif isinstance(question, Batch):
+        elif isinstance(question, CheckBatch):
             self.checks.sent(question)
 
-    def answered(self, call: Call, header: Header) -> list[Effect]:
+    def answered(self, call: Call, header: Header) -> list[QueryEffect]:
         """etcd answered a call."""
         question = call.question
         if call.login:
             # It took a user that does not exist: that says nothing.
-            return [Ask(Call(question, call.token, call.ranges))]
+            return [SendCall(Call(question, call.token, call.ranges))]
         if self.rollback.is_stale(call.begun):
             # Maybe the store answered that is no more: its revision is neither "now" nor anything else here.
-            return [Ask(call)]
+            return [SendCall(call)]
         linearizable = call.linearizable and call.ranges != NO_RIGHT
-        effects: list[Effect] = []
+        effects: list[QueryEffect] = []
         if self.rollback.answered(call.begun, header, linearizable):
-            effects.append(WentBack(header, call.begun.known))
+            effects.append(RevisionRegressed(header, call.begun.known))
             self._auth_off = None
         elif not linearizable and header.revision < call.begun.known:
             # A member that lags: what is known here is newer.
             header = header.at(call.begun.known)
-        if isinstance(question, Now):
-            effects.append(Tell(question, header))
-        elif isinstance(question, Batch):
+        if isinstance(question, RevisionRead):
+            effects.append(DeliverAnswer(question, header))
+        elif isinstance(question, CheckBatch):
             effects += self.checks.granted(question, header)
-        elif isinstance(question, Probe):
+        elif isinstance(question, AuthProbe):
             if self.auth_on and not linearizable:
                 # Auth was on when a leader was there last, and the member may not know it.
                 call.linearizable = True
-                return [*effects, Ask(call, later=True)]
+                return [*effects, SendCall(call, later=True)]
             effects += self._probed(question, call, header)
         return effects
 
-    def failed(self, call: Call, status: int, text: str, *, leaderless: bool = False) -> list[Effect]:
+    def failed(self, call: Call, status: int, text: str, *, leaderless: bool = False) -> list[QueryEffect]:
         """etcd refused a call, or could not be asked at any endpoint; `leaderless`: no endpoint has a leader."""
         question = call.question
         if call.login:
-            if status == Status.INVALID_ARGUMENT and isinstance(question, Probe):
-                return self._probed(question, call, Refusal(USER_EMPTY))
-            return [Ask(Call(question, call.token, call.ranges))]
-        if isinstance(question, Batch):
+            if status == Status.INVALID_ARGUMENT and isinstance(question, AuthProbe):
+                return self._probed(question, call, CreateRefusal(USER_EMPTY))
+            return [SendCall(Call(question, call.token, call.ranges))]
+        if isinstance(question, CheckBatch):
             return self.checks.failed(question, status, text)
         if is_about_request(status, text):
             return self._refused(question, call, status, text)
-        if leaderless and call.linearizable and isinstance(question, Now | Probe):
+        if leaderless and call.linearizable and isinstance(question, RevisionRead | AuthProbe):
             call.linearizable = False
-            return [Ask(call)]
+            return [SendCall(call)]
         call.linearizable = True
-        return [Ask(call, later=True)]
+        return [SendCall(call, later=True)]
 
-    def again(self, call: Call) -> list[Effect]:
+    def again(self, call: Call) -> list[QueryEffect]:
         """A while after a failure: make the call again, if its answer is still wanted."""
         question = call.question
-        if isinstance(question, Batch):
+        if isinstance(question, CheckBatch):
             return self.checks.again(question)
-        if isinstance(question, Now):
+        if isinstance(question, RevisionRead):
             # By the right of another one, if that one has left.
             effects = self.read(question)
             for effect in effects:
-                if isinstance(effect, Ask):
+                if isinstance(effect, SendCall):
                     effect.call.backoff = call.backoff
             return effects
         if question.wanted:
-            return [Ask(call)]
+            return [SendCall(call)]
         if question is self._probe:
             self._probe = None
         return []
 
-    def _refused(self, question: Question, call: Call, status: int, text: str) -> list[Effect]:
+    def _refused(self, question: Query, call: Call, status: int, text: str) -> list[QueryEffect]:
         refusal = refusal_of(status, text)
-        if isinstance(question, Probe):
+        if isinstance(question, AuthProbe):
             return self._probed(question, call, refusal)
-        effects: list[Effect] = []
-        if isinstance(question, Now):
+        effects: list[QueryEffect] = []
+        if isinstance(question, RevisionRead):
             if question.asking is None:
                 # Auth is on, whatever was believed.
                 effects += self._found_auth_on(refusal)
             for session in question.refused(whole_token=status == Status.UNAUTHENTICATED):
                 if is_too_large(status, text):
-                    effects.append(EndSession(session, status, text))
+                    effects.append(RefuseSession(session, status, text))
                 else:
-                    effects.append(SendAway(session, refusal))
+                    effects.append(DisconnectSession(session, refusal))
             effects += self.read(question)
         return effects
 
-    def _found_auth_on(self, refusal: Refusal) -> list[Effect]:
+    def _found_auth_on(self, refusal: CreateRefusal) -> list[QueryEffect]:
         """Auth is on: those who were let in since it was last known to be off are asked about again."""
         self.auth_on = True
         self._auth_off = None
-        effects: list[Effect] = []
+        effects: list[QueryEffect] = []
         for session, ranges in self._let_in.take():
             token = session.identity.token
             if token is None or ranges is None:
-                effects.append(SendAway(session, refusal))
+                effects.append(DisconnectSession(session, refusal))
                 continue
             for each in ranges:
-                effects += self.checks.add(Recheck(session, Asked(token, *each)))
+                effects += self.checks.add(Recheck(session, AuthScope(token, *each)))
         return effects
 
-    def _probed(self, probe: Probe, call: Call, answer: Header | Refusal) -> list[Effect]:
+    def _probed(self, probe: AuthProbe, call: Call, answer: Header | CreateRefusal) -> list[QueryEffect]:
         """It is known whether auth is on: answer all who wait for that."""
         self._probe = None
-        if isinstance(answer, Refusal):
+        if isinstance(answer, CreateRefusal):
             effects = self._found_auth_on(answer)
             for may in probe.waiting:
                 # Without a token in etcd's words, which go by the certificate that it is shown as well.
-                effects += [Tell(may, answer)] if may.asked.token is None else self.checks.add(may)
+                effects += [DeliverAnswer(may, answer)] if may.asked.token is None else self.checks.add(may)
             return effects
         self.auth_on = False
         self._auth_off = (call.began_at, answer)
@@ -343,4 +343,4 @@ class Questions:
             self._let_in.auth_was_off()
         for may in probe.waiting:
             self._let_in.add(may)
-        return [Tell(may, Granted(answer) if may.fresh else answer) for may in probe.waiting]
+        return [DeliverAnswer(may, Granted(answer) if may.fresh else answer) for may in probe.waiting]

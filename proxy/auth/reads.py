@@ -20,15 +20,25 @@ from typing import Protocol
 
 from google.protobuf.message import DecodeError
 
-from coalesce.inputs import Refusal
+from coalesce.inputs import CreateRefusal
 from coalesce.session import Session
 from coalesce.source import Upstream
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proto.scan import Header
 from proxy import logs
-from proxy.auth.model import Ask, Call, Effect, EndSession, May, Range, SendAway, Tell, WentBack
-from proxy.auth.queries import CHECKS_IN_FLIGHT_MAX, Now, Questions
+from proxy.auth.model import (
+    Call,
+    DeliverAnswer,
+    DisconnectSession,
+    PermissionCheck,
+    QueryEffect,
+    Range,
+    RefuseSession,
+    RevisionRegressed,
+    SendCall,
+)
+from proxy.auth.queries import CHECKS_IN_FLIGHT_MAX, Queries, RevisionRead
 from proxy.auth.restore import ANY_KEY
 from upstream.endpoints import Backoff
 from upstream.errors import NO_LEADER_TEXT, CallFailed, status_name
@@ -38,7 +48,7 @@ from upstream.unary import Answer
 TXN = "/etcdserverpb.KV/Txn"
 AUTHENTICATE = "/etcdserverpb.Auth/Authenticate"
 
-NOBODY = b"watchmux-nobody"
+INVALID_USER = b"watchmux-nobody"
 """The name and the token of a user there is not."""
 
 AGAIN_S = 1.0
@@ -89,7 +99,7 @@ class ReaderSettings:
     takes etcd a millisecond, so more at once would only wait there."""
 
 
-class Listener(Protocol):
+class ReadListener(Protocol):
     """What concerns everybody goes to the engine."""
 
     @property
@@ -103,7 +113,7 @@ class Listener(Protocol):
     def has_no_leader(self, find_out: bool) -> bool:
         """No endpoint has a leader, as the watch client knows; `find_out`: it has to find out from now on."""
 
-    def not_authorized(self, session: Session, refusal: Refusal) -> None:
+    def not_authorized(self, session: Session, refusal: CreateRefusal) -> None:
         """The right by which a session was let in is none any more."""
 
     def end_session(self, session: Session, status: int, text: str) -> None:
@@ -122,9 +132,9 @@ class Reader:
         """Calls sent to etcd."""
         self.failed = {status.name: 0 for status in Status if status is not Status.OK}
         """Those that were not answered with OK, by the status."""
-        self.listener: Listener | None = None
+        self.listener: ReadListener | None = None
         """Set before the first question."""
-        self.questions = Questions(self.settings.probe_age_s_max, self.settings.checks_in_flight_max)
+        self.questions = Queries(self.settings.probe_age_s_max, self.settings.checks_in_flight_max)
         self._pool = pool
         # What a client's range is at etcd.
         self._interval = _as_it_is if namespace is None else namespace.interval
@@ -133,7 +143,7 @@ class Reader:
         """Calls on their way."""
         self._pausing: dict[Call, asyncio.TimerHandle] = {}
         """Calls that have failed and are made again after a while."""
-        self._answers: deque[deque[Effect]] = deque()
+        self._answers: deque[deque[QueryEffect]] = deque()
         """What waits to be told, by the call that it follows from."""
         self._telling: asyncio.Handle | None = None
         """The next portion of that."""
@@ -157,14 +167,14 @@ class Reader:
         self._pausing.clear()
         self._answers.clear()
 
-    def read(self, now: Now) -> None:
+    def read(self, now: RevisionRead) -> None:
         """Read the store's revision, linearizable, beginning now."""
         self._do(self.questions.read(now))
 
-    def check(self, may: May) -> None:
+    def check(self, may: PermissionCheck) -> None:
         """Find out whether a client may watch a range."""
         for effect in self.questions.check(may, self._loop.time()):
-            if isinstance(effect, Ask):
+            if isinstance(effect, SendCall):
                 self._ask(effect.call, effect.later)
             else:
                 # Known already: at once, since what a client sends is taken in turns anyway.
@@ -193,7 +203,7 @@ class Reader:
                 answer.set_result(not isinstance(outcome, CallFailed))
 
         message = self._transaction(((ANY_KEY, b""),), True)
-        self._pool.ask(TXN, message, [(b"token", NOBODY)], self.settings.timeout_s, told)
+        self._pool.ask(TXN, message, [(b"token", INVALID_USER)], self.settings.timeout_s, told)
         return await answer
 
     def _prove(self, watches: Iterable[Upstream]) -> None:
@@ -205,13 +215,13 @@ class Reader:
         if self.questions.rollback.unproven:
             self._again = self._loop.call_later(AGAIN_S, self._prove, watches)
 
-    def _do(self, effects: list[Effect]) -> None:
+    def _do(self, effects: list[QueryEffect]) -> None:
         """Carry out what follows from a call: calls at once, answers in portions."""
-        answers: deque[Effect] = deque()
+        answers: deque[QueryEffect] = deque()
         for effect in effects:
-            if isinstance(effect, Ask):
+            if isinstance(effect, SendCall):
                 self._ask(effect.call, effect.later)
-            elif isinstance(effect, WentBack):
+            elif isinstance(effect, RevisionRegressed):
                 # What was read before is told before.
                 self._tell_all()
                 self._carry_out(effect)
@@ -241,18 +251,18 @@ class Reader:
             for effect in self._answers.popleft():
                 self._carry_out(effect)
 
-    def _carry_out(self, effect: Effect) -> None:
+    def _carry_out(self, effect: QueryEffect) -> None:
         listener = self.listener
-        if isinstance(effect, Tell):
+        if isinstance(effect, DeliverAnswer):
             assert effect.question.told is not None, "a question that is told has somebody who waits"
             effect.question.told(effect.outcome)
         elif listener is None:
             return
-        elif isinstance(effect, SendAway):
+        elif isinstance(effect, DisconnectSession):
             listener.not_authorized(effect.session, effect.refusal)
-        elif isinstance(effect, EndSession):
+        elif isinstance(effect, RefuseSession):
             listener.end_session(effect.session, effect.status, effect.text)
-        elif isinstance(effect, WentBack):
+        elif isinstance(effect, RevisionRegressed):
             log.error("the store went back", from_revision=effect.known, to_revision=effect.header.revision)
             listener.went_back(effect.header)
 
@@ -319,7 +329,7 @@ class Reader:
         return request.SerializeToString()
 
 
-_LOGIN = rpc_pb2.AuthenticateRequest(name=NOBODY.decode(), password="-").SerializeToString()
+_LOGIN = rpc_pb2.AuthenticateRequest(name=INVALID_USER.decode(), password="-").SerializeToString()
 """An attempt to log in as nobody, which is expected to fail."""
 
 

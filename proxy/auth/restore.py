@@ -24,7 +24,7 @@ LOOKED_AT = 1000
 TRIED_AT_ONCE = 8
 
 
-class Asked(NamedTuple):
+class AuthScope(NamedTuple):
     """By whose right a read is made: a token, and a range that its user may read."""
 
     token: bytes | None = None
@@ -32,14 +32,14 @@ class Asked(NamedTuple):
     range_end: bytes = b""
 
 
-class Begun(NamedTuple):
+class ReadBaseline(NamedTuple):
     """What was known when a read began: the newest revision, and how often the store had gone back."""
 
     known: int
     epoch: int
 
 
-class Readable(Protocol):
+class AuthorizedRange(Protocol):
     """An open upstream watch, as far as it matters here: its range, and who may read that."""
 
     @property
@@ -51,7 +51,7 @@ class Readable(Protocol):
     def tokens(self) -> Iterator[bytes | None]: ...
 
 
-class Rollback:
+class RestoreDetector:
     """Holds what is read against what was known."""
 
     __slots__ = ("_epoch", "_newest_read", "_tried", "unproven")
@@ -66,15 +66,15 @@ class Rollback:
         # Whose right has been tried since the last connection.
         self._tried: set[bytes | None] = set()
 
-    def begin(self, known: int) -> Begun:
+    def begin(self, known: int) -> ReadBaseline:
         """A read begins; `known` is the newest revision that the watches have seen."""
-        return Begun(max(self._newest_read, known), self._epoch)
+        return ReadBaseline(max(self._newest_read, known), self._epoch)
 
-    def is_stale(self, begun: Begun) -> bool:
+    def is_stale(self, begun: ReadBaseline) -> bool:
         """Whether the store has gone back since this read began: then its answer may be of either history."""
         return begun.epoch != self._epoch
 
-    def answered(self, begun: Begun, header: Header, linearizable: bool) -> bool:
+    def answered(self, begun: ReadBaseline, header: Header, linearizable: bool) -> bool:
         """Take the answer to a read; True: the store went back."""
         if self.is_stale(begun):
             return False
@@ -97,17 +97,17 @@ class Rollback:
         self.unproven = True
         self._tried.clear()
 
-    def rights(self, own_token: bytes | None, watches: Iterable[Readable]) -> list[Asked]:
+    def candidate_scopes(self, own_token: bytes | None, watches: Iterable[AuthorizedRange]) -> list[AuthScope]:
         """Return by whose rights to read now, so that it is proven; none when it is.
 
         Each token is tried once, with a range that it was good for; `own_token` is that of the proxy's own user.
         """
         return list(islice(self._untried(own_token, watches), TRIED_AT_ONCE)) if self.unproven else []
 
-    def _untried(self, own: bytes | None, watches: Iterable[Readable]) -> Iterator[Asked]:
+    def _untried(self, own: bytes | None, watches: Iterable[AuthorizedRange]) -> Iterator[AuthScope]:
         for watch in tuple(islice(watches, LOOKED_AT)):
             # Not `watch.token`: that is remembered as the one that the watch was registered with.
             for token in (own, *islice(watch.tokens(), 1)) if own is not None else islice(watch.tokens(), 1):
                 if token not in self._tried:
                     self._tried.add(token)
-                    yield Asked(token, watch.key, watch.range_end)
+                    yield AuthScope(token, watch.key, watch.range_end)

@@ -20,7 +20,7 @@ from proxy.config.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Upstream:
+class UpstreamTable:
     """The etcd in front of which the proxy stands."""
 
     endpoints: Annotated[
@@ -162,7 +162,7 @@ class Upstream:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Listener:
+class ListenerTable:
     """Where clients connect."""
 
     listen_addr: Annotated[
@@ -273,7 +273,7 @@ class Listener:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Log:
+class LogTable:
     """What is logged. Keys and values of clients never are."""
 
     log_level: Annotated[
@@ -286,7 +286,7 @@ class Log:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Admin:
+class AdminTable:
     """Watching the proxy itself."""
 
     metrics_addr: Annotated[
@@ -313,11 +313,11 @@ class Admin:
 class Settings:
     """All knobs, by table of the configuration file."""
 
-    upstream: Upstream = field(default_factory=Upstream)
-    listener: Listener = field(default_factory=Listener)
+    upstream: UpstreamTable = field(default_factory=UpstreamTable)
+    listener: ListenerTable = field(default_factory=ListenerTable)
     watch: Watch = field(default_factory=Watch)
-    log: Log = field(default_factory=Log)
-    admin: Admin = field(default_factory=Admin)
+    log: LogTable = field(default_factory=LogTable)
+    admin: AdminTable = field(default_factory=AdminTable)
 
 
 @dataclass(frozen=True)

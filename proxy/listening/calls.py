@@ -27,7 +27,7 @@ UNREAD_END_GRACE_S = 5.0
 """How long a client that has stopped reading may take to fetch the end of its call before the stream is reset."""
 
 
-class Carrier(Protocol):
+class ConnectionHandle(Protocol):
     """What a handler may ask of the connection its stream came on; `listening.connection.ServerConnection` is one."""
 
     h2: Connection
@@ -56,11 +56,11 @@ class Handler(Protocol):
         """The stream is gone: reset with `code`, or its connection was lost (None). Nothing can be sent on it."""
 
 
-HandlerFactory = Callable[[Carrier, Stream, Headers, bool], Handler | None]
+HandlerFactory = Callable[[ConnectionHandle, Stream, Headers, bool], Handler | None]
 """(connection, stream, request headers, end_stream) -> who gets the rest of the stream; None when it is answered."""
 
 
-class Refusal(Exception):
+class CallRefusal(Exception):
     """A request head that cannot become a gRPC call.
 
     Attributes: `http_status` (200 when the refusal is a gRPC one), `status` and `text` for gRPC clients, and `problem`
@@ -87,7 +87,7 @@ class RequestHead:
 
     @property
     def decompress(self) -> Literal["gzip"] | None:
-        """What the request's messages may be compressed with, as Unframer takes it."""
+        """What the request's messages may be compressed with, as MessageReader takes it."""
         return "gzip" if self.encoding == b"gzip" else None
 
     @classmethod
@@ -114,12 +114,12 @@ class RequestHead:
             elif name[:1] != b":":
                 metadata.setdefault(name, value)
         if method != b"POST":
-            raise Refusal(405, Status.INTERNAL, f"a gRPC call is a POST, not {_shown(method)}")
+            raise CallRefusal(405, Status.INTERNAL, f"a gRPC call is a POST, not {_shown(method)}")
         if not is_grpc(content_type):
-            raise Refusal(415, Status.INVALID_ARGUMENT, f"invalid gRPC request content-type {_shown(content_type)}")
+            raise CallRefusal(415, Status.INVALID_ARGUMENT, f"invalid gRPC request content-type {_shown(content_type)}")
         if encoding not in ACCEPTED_ENCODINGS:
             text = f"grpc-encoding {_shown(encoding)} is not supported: use identity or gzip"
-            raise Refusal(200, Status.UNIMPLEMENTED, text)
+            raise CallRefusal(200, Status.UNIMPLEMENTED, text)
         return cls(path, timeout_s, encoding, metadata)
 
 
@@ -134,7 +134,7 @@ def _timeout(value: bytes) -> float:
     try:
         return decode_timeout(value)
     except ValueError:
-        raise Refusal(400, Status.INTERNAL, f"malformed grpc-timeout {_shown(value)}") from None
+        raise CallRefusal(400, Status.INTERNAL, f"malformed grpc-timeout {_shown(value)}") from None
 
 
 def _shown(value: bytes) -> str:
@@ -150,7 +150,7 @@ class ServerCall:
 
     __slots__ = ("connection", "ended", "started", "stream", "timer")
 
-    def __init__(self, connection: Carrier, stream: Stream) -> None:
+    def __init__(self, connection: ConnectionHandle, stream: Stream) -> None:
         self.connection = connection
         self.stream = stream
         self.started = False
@@ -234,7 +234,7 @@ def status_trailers(status: int, text: str, problem: str = "") -> Headers:
     return trailers
 
 
-def refuse(connection: Carrier, stream: Stream, refusal: Refusal) -> None:
+def refuse(connection: ConnectionHandle, stream: Stream, refusal: CallRefusal) -> None:
     """Answer a request that never became a call, in HTTP's terms as well as in gRPC's."""
     headers: Headers = [(b":status", b"%d" % refusal.http_status)]
     if refusal.http_status == 200:
@@ -246,9 +246,9 @@ def refuse(connection: Carrier, stream: Stream, refusal: Refusal) -> None:
     connection.touch()
 
 
-def unknown_method(connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> None:
+def unknown_method(connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool) -> None:
     """Answer a stream that nobody serves."""
     del end_stream
     path = dict(headers).get(b":path", b"")
     text = f"unknown method {path[:200].decode('ascii', 'backslashreplace')}"
-    refuse(connection, stream, Refusal(200, Status.UNIMPLEMENTED, text))
+    refuse(connection, stream, CallRefusal(200, Status.UNIMPLEMENTED, text))

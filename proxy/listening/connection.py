@@ -68,7 +68,7 @@ class Requested(Protocol):
 
 
 class ServerConnection(asyncio.Protocol):
-    """One client's connection. It is the `Carrier` of the handlers of its streams."""
+    """One client's connection. It is the `ConnectionHandle` of the handlers of its streams."""
 
     __slots__ = (
         "_at_fault",

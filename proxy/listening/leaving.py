@@ -17,7 +17,7 @@ from proxy import logs
 log = logs.logger("listener")
 
 
-class Leaving:
+class ClosedStreamReaper:
     """The streams that have yet to be told. What still fits into this turn of the loop is told at once."""
 
     __slots__ = ("_left", "_per_turn", "_turning", "_waiting")

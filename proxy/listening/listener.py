@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from proto.http2 import Stream
 from proxy import logs
-from proxy.listening.calls import Handler, HandlerFactory, Headers, Refusal, refuse, unknown_method
+from proxy.listening.calls import CallRefusal, Handler, HandlerFactory, Headers, refuse, unknown_method
 from proxy.listening.connection import CLOSE_GRACE_S, ServerConnection
-from proxy.listening.leaving import Leaving
+from proxy.listening.leaving import ClosedStreamReaper
 from proxy.listening.settings import ListenerSettings, ListenerStats
 from proxy.listening.sockets import Listening, listen
 from proxy.listening.turns import Turns, in_parts
@@ -56,7 +56,7 @@ class Listener:
         self.stats = ListenerStats()
         self.connections: set[ServerConnection] = set()
         """Those that are open, or whose last streams have yet to be forgotten."""
-        self.leaving = Leaving(self.settings.leaving_per_turn)
+        self.leaving = ClosedStreamReaper(self.settings.leaving_per_turn)
         self.turns = Turns(self.settings.http2.turn_work_max)
         self.handed_on: Callable[[], int] = int
         """Returns how many descriptors those have whom `http1` took, on both sides."""
@@ -181,7 +181,7 @@ class Listener:
         factory = self.routes.get(path, self.passthrough)
         try:
             return factory(connection, stream, headers, end_stream)
-        except Refusal as refusal:
+        except CallRefusal as refusal:
             refuse(connection, stream, refusal)
             return None
 

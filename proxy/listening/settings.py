@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from proto.http2 import Limits
+from proto.http2 import Http2Limits
 from proto.http2.receiving import FLOOD_NAMES, TOO_MANY_FIELDS
 
 CUT_OFF_REASONS = (
@@ -32,7 +32,9 @@ TIMEOUTS = ("first_bytes_timeout_s", "settings_timeout_s", "keepalive_timeout_s"
 class ListenerSettings:
     """What one listener allows, each with its unit and its reason."""
 
-    http2: Limits = field(default_factory=lambda: Limits(connection_window=16 * 1024 * 1024, turn_work_max=1_000))
+    http2: Http2Limits = field(
+        default_factory=lambda: Http2Limits(connection_window=16 * 1024 * 1024, turn_work_max=1_000)
+    )
     """Bounds of each HTTP/2 connection: streams, windows, frames, headers, floods. The connection's window is so wide
     that streams which are not read at present (a client that asks without taking answers) do not hold up the others."""
 

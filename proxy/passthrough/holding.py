@@ -13,7 +13,7 @@ from typing import Protocol
 
 from proto.framing import Status
 from proxy import logs
-from proxy.listening.calls import Refusal
+from proxy.listening.calls import CallRefusal
 from proxy.passthrough.settings import PassthroughSettings, PassthroughStats
 from proxy.passthrough.waiting import NO_CONNECTION, WaitingCalls, wait_until
 from upstream.connection import ClientConnection
@@ -44,7 +44,7 @@ class Held(Protocol):
     def begin(self, upstream: ClientConnection) -> bool:
         """Start the call. False: the connection cannot take it."""
 
-    def refuse(self, refusal: Refusal) -> None:
+    def refuse(self, refusal: CallRefusal) -> None:
         """Answer the call with a refusal."""
 
 
@@ -80,7 +80,7 @@ class Holding:
         self._calls.add(call, until)
         try:
             self.grow(call, size)
-        except Refusal:
+        except CallRefusal:
             self.leave(call)
             raise
         self._set_timer()
@@ -122,7 +122,7 @@ class Holding:
         """Whether a call's deadline is over; then it is ended. A write that its client has given up is not sent."""
         if call.deadline is None or call.deadline > _now():
             return False
-        call.refuse(Refusal(200, Status.DEADLINE_EXCEEDED, "context deadline exceeded"))
+        call.refuse(CallRefusal(200, Status.DEADLINE_EXCEEDED, "context deadline exceeded"))
         return True
 
     @property
@@ -134,12 +134,12 @@ class Holding:
         down = self._pool.down
         return f"no etcd can be reached: {down}" if down is not None else "no connection to an etcd has come up yet"
 
-    def _refusal(self, problem: str, limit: str) -> Refusal:
+    def _refusal(self, problem: str, limit: str) -> CallRefusal:
         """Count and log a call that is refused before any server has seen it, and return the refusal."""
         self._stats.unavailable += 1
         self._stats.refused_at[limit] += 1
         self._problems.add(problem, _now())
-        return Refusal(200, Status.UNAVAILABLE, NO_CONNECTION, problem)
+        return CallRefusal(200, Status.UNAVAILABLE, NO_CONNECTION, problem)
 
     def _set_timer(self) -> None:
         first = self._calls.next_expiry

@@ -23,14 +23,22 @@ from collections.abc import Sequence
 
 from proto.framing import FramingError, Status, decode_timeout, encode_timeout
 from proto.http2 import ErrorCode, Stream
-from proxy.listening.calls import RESPONSE_HEAD, TIMEOUT, Carrier, Headers, Refusal, refuse, status_trailers
+from proxy.listening.calls import (
+    RESPONSE_HEAD,
+    TIMEOUT,
+    CallRefusal,
+    ConnectionHandle,
+    Headers,
+    refuse,
+    status_trailers,
+)
 from proxy.passthrough.answers import MessageBoundary, trailers_of
 from proxy.passthrough.holding import Holding
 from proxy.passthrough.settings import PassthroughSettings, PassthroughStats
 from upstream.connection import ClientConnection, NotSent, UpstreamCall
 from upstream.pool import Pool
 
-READING = frozenset(
+IDEMPOTENT_METHODS = frozenset(
     b"/etcdserverpb." + method
     for method in (
         b"KV/Range",
@@ -65,7 +73,7 @@ class Passthrough:
         self._pool = pool
         self.held = Holding(pool, self.settings, self.stats)
         # By client connection: the calls whose client has to read on, and how many bytes those are.
-        self._unread: dict[Carrier, _Unread] = {}
+        self._unread: dict[ConnectionHandle, _Unread] = {}
 
     def go_by(self, settings: PassthroughSettings) -> None:
         """Take other settings, for what comes from now on."""
@@ -80,7 +88,9 @@ class Passthrough:
         """Calls that wait for a connection."""
         return len(self.held)
 
-    def __call__(self, connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> Relay | None:
+    def __call__(
+        self, connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool
+    ) -> Relay | None:
         """Take a new request stream. Raises Refusal, UNAVAILABLE, when no upstream can be reached."""
         return self._begin(Relay(self, connection, stream, headers, end_stream))
 
@@ -92,7 +102,7 @@ class Passthrough:
         self.held.hold(relay)
         return relay
 
-    def again(self, relay: Relay) -> None:
+    def retry(self, relay: Relay) -> None:
         """Send a call that no server has looked at to another connection, or let it wait for one, or end it."""
         self.stats.resent += 1
         upstream = self._pool.pick()
@@ -100,14 +110,14 @@ class Passthrough:
             return
         try:
             self.held.hold(relay)
-        except Refusal as refusal:
+        except CallRefusal as refusal:
             relay.refuse(refusal)
 
     def is_unserved(self, call: UpstreamCall, status: int, message: str) -> bool:
         """Tell whether a member refused a call because it does not serve, while another one does."""
         return self._pool.answered(call.connection, status, message)
 
-    def hold_back(self, relay: Relay, size: int) -> None:
+    def charge_unread(self, relay: Relay, size: int) -> None:
         """Count `size` bytes more that a client has to read; reset calls when that is too much."""
         stats = self.stats
         unread = self._unread.setdefault(relay.connection, _Unread())
@@ -116,14 +126,14 @@ class Passthrough:
         stats.unread_bytes += size
         if unread.size > self.settings.unread_bytes_per_connection_max:
             stats.refused_at["unread_bytes_per_connection_max"] += 1
-            relay.cut_off()
+            relay.abort_unread()
         elif stats.unread_bytes > self.settings.unread_bytes_max:
             worst = max(self._unread.values(), key=lambda one: one.size)
             stats.refused_at["unread_bytes_max"] += len(worst.relays)
             for one in tuple(worst.relays):
-                one.cut_off()
+                one.abort_unread()
 
-    def taken(self, relay: Relay, size: int) -> None:
+    def release_unread(self, relay: Relay, size: int) -> None:
         """Count all that a call's client had to read as read, or as no longer wanted."""
         unread = self._unread[relay.connection]
         unread.relays.discard(relay)
@@ -132,7 +142,7 @@ class Passthrough:
         if not unread.relays:
             del self._unread[relay.connection]
 
-    def over(self) -> None:
+    def slot_freed(self) -> None:
         """Let a call that waits for room have the place of one that is over."""
         if len(self.held):
             self.held.serve()
@@ -179,7 +189,7 @@ class Relay:
     )
 
     def __init__(
-        self, owner: Passthrough, connection: Carrier, stream: Stream, headers: Headers, end_stream: bool
+        self, owner: Passthrough, connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool
     ) -> None:
         self.done = False
         self._owner = owner
@@ -284,7 +294,7 @@ class Relay:
     def _wait_with(self, size: int) -> None:
         try:
             self._owner.held.grow(self, size)
-        except Refusal as refusal:
+        except CallRefusal as refusal:
             self.refuse(refusal)
 
     def trailers(self, headers: Headers) -> None:
@@ -308,9 +318,9 @@ class Relay:
         call, self._call = self._call, None
         if call is not None:
             call.reset(ErrorCode.CANCEL)
-            self._owner.over()
+            self._owner.slot_freed()
 
-    def cut_off(self) -> None:
+    def abort_unread(self) -> None:
         """Reset the call on both sides: its client has left too much unread."""
         self.connection.h2.reset(self._stream, ErrorCode.ENHANCE_YOUR_CALM)
         self.connection.touch()
@@ -350,7 +360,7 @@ class Relay:
             self._owed_upstream += flow_size
             if size:
                 self._unread += size
-                self._owner.hold_back(self, size)
+                self._owner.charge_unread(self, size)
         self.connection.touch()
 
     def on_drained(self) -> None:
@@ -373,7 +383,7 @@ class Relay:
         if harmless and self._request is not None and self._tries_left:
             # A connection that ends in good order has done its part: that is not a failed try.
             self._tries_left -= not call.rotated
-            self._owner.again(self)
+            self._owner.retry(self)
             return
         self._give_up()
         h2, stream = self.connection.h2, self._stream
@@ -391,11 +401,11 @@ class Relay:
             self._end_broken(status, message)
         self.connection.touch()
         self._leave_stream()
-        self._owner.over()
+        self._owner.slot_freed()
 
     # Inside.
 
-    def refuse(self, refusal: Refusal) -> None:
+    def refuse(self, refusal: CallRefusal) -> None:
         """Answer a call that never reached an upstream, or was not answered by one."""
         self._give_up()
         if self._answered:
@@ -421,13 +431,13 @@ class Relay:
 
     @property
     def _reads(self) -> bool:
-        return any(name == b":path" and value in READING for name, value in self._headers)
+        return any(name == b":path" and value in IDEMPOTENT_METHODS for name, value in self._headers)
 
     def _settle(self) -> int:
         """Count what the client had to read as read; return what etcd gets back of its window for that."""
         unread, self._unread = self._unread, 0
         if unread:
-            self._owner.taken(self, unread)
+            self._owner.release_unread(self, unread)
         owed, self._owed_upstream = self._owed_upstream, 0
         return owed
 

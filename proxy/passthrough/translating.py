@@ -25,7 +25,14 @@ from google.protobuf.message import DecodeError
 from proto.framing import FramingError, Status
 from proto.http2 import ErrorCode, Stream
 from proxy import logs
-from proxy.listening.calls import ACCEPTED_ENCODINGS, Carrier, Headers, Refusal, RequestHead, status_trailers
+from proxy.listening.calls import (
+    ACCEPTED_ENCODINGS,
+    CallRefusal,
+    ConnectionHandle,
+    Headers,
+    RequestHead,
+    status_trailers,
+)
 from proxy.passthrough.message_work import MessageWork
 from proxy.passthrough.relay import Passthrough, Relay
 from proxy.passthrough.settings import PassthroughSettings
@@ -64,9 +71,11 @@ class TranslatingPassthrough(Passthrough):
         # What this turn of the loop has left for changing messages at once.
         self._left_s = TURN_S
         # By client connection: its calls with unfinished messages, and the bytes of those.
-        self._partial: dict[Carrier, _Partial] = {}
+        self._partial: dict[ConnectionHandle, _Partial] = {}
 
-    def __call__(self, connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> Relay | None:
+    def __call__(
+        self, connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool
+    ) -> Relay | None:
         """Take a new request stream. Raises Refusal for what a namespace does not cover, or as Passthrough does."""
         path = next((value for name, value in headers if name == b":path"), b"")
         found = self._found.get(path)
@@ -75,7 +84,7 @@ class TranslatingPassthrough(Passthrough):
         for rules in self._rules:
             if path.startswith(rules.services) and path not in rules.untouched:
                 shown = path[:200].decode("ascii", "backslashreplace")
-                raise Refusal(200, Status.UNIMPLEMENTED, f"unknown method {shown} under {rules.flag}")
+                raise CallRefusal(200, Status.UNIMPLEMENTED, f"unknown method {shown} under {rules.flag}")
         return super().__call__(connection, stream, headers, end_stream)
 
     def work(self, relay: TranslatedRelay) -> None:
@@ -192,7 +201,7 @@ class TranslatedRelay(Relay):
     def __init__(
         self,
         owner: TranslatingPassthrough,
-        connection: Carrier,
+        connection: ConnectionHandle,
         stream: Stream,
         headers: Headers,
         end_stream: bool,
@@ -400,8 +409,8 @@ class TranslatedRelay(Relay):
             self.connection.h2.send_headers(self._stream, status_trailers(status, text), True)
             self.connection.touch()
         else:
-            self.refuse(Refusal(200, status, text))
-        self._owner.over()
+            self.refuse(CallRefusal(200, status, text))
+        self._owner.slot_freed()
 
 
 def _of_any_length(headers: Headers) -> Headers:

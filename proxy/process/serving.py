@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from coalesce import Limits
+from coalesce import CoreLimits
 from proxy import logs
 from proxy.config.knobs import Settings
 from proxy.config.values import Address, client_url, parse_listen_address, parse_metrics_address
@@ -32,7 +32,7 @@ from proxy.watch.service import WatchSettings
 from upstream.credentials import Credentials
 from upstream.errors import UpstreamError
 from upstream.settings import ConnectionSettings
-from upstream.settings import Settings as UpstreamSettings
+from upstream.settings import UpstreamSettings as UpstreamSettings
 
 if TYPE_CHECKING:
     import ssl
@@ -46,10 +46,10 @@ REQUEST_OVERHEAD_BYTES: Final = 512 * 1024
 log = logs.logger("serve")
 
 
-def core_limits(watch: Watch) -> Limits:
+def core_limits(watch: Watch) -> CoreLimits:
     """Return the core's limits; its names are the knobs', but for two."""
     values = {field.name: getattr(watch, field.name) for field in fields(watch)}
-    return Limits(
+    return CoreLimits(
         progress_notify_s=values.pop("watch_progress_notify_interval_s"),
         lagging_age_s_max=values.pop("lagging_age_s_max") or None,
         **values,

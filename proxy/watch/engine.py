@@ -1,12 +1,12 @@
 """The engine: the one place that drives the core, and carries out what the core asks for.
 
 The core (`coalesce`) is a value: inputs go in, effects come back. The engine feeds it with what clients ask (from
-`watch`), what etcd says (from `upstream.watch`) and the time, and carries the effects out in the order of their list.
+`service`), what etcd sends (from `upstream.watching.client`) and the time, and carries the effects out in order.
 Inputs never nest: one that arises while effects are carried out waits in the inbox until they are done. So the core
 sees one input after the other, and nobody needs a lock.
 
-The path of an event is `received` -> `Coalescer.received` -> one `Deliver` per variant -> `_deliver`. What runs
-once per watch and event is one loop in `SendingHalf.send_each`; the bytes it sends are shared.
+An event goes through `received`, `Coalescer.upstream_response`, one `Deliver` per variant and `_deliver`. What runs
+once per watch and event in a large group is one loop in `SendSide.send_each`; the bytes it sends are shared.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from coalesce.effects import (
     Send,
     TakeRequests,
 )
-from coalesce.inputs import CreateRequest, Identity, Lost, Refusal
-from coalesce.limits import Limits
+from coalesce.inputs import CreateRefusal, CreateRequest, Identity, UpstreamLost
+from coalesce.limits import CoreLimits
 from coalesce.session import Session, Watch
 from coalesce.source import Upstream
 from proto.framing import Status
 from proto.scan import Header, WatchResponse
 from proxy import logs
-from proxy.auth.model import May, Outcome
-from proxy.auth.queries import Now
+from proxy.auth.model import Outcome, PermissionCheck
+from proxy.auth.queries import RevisionRead
 from proxy.auth.reads import Reader
-from proxy.auth.restore import Asked
-from proxy.watch.outlets import Order, Outlet, are_apart, order_of
+from proxy.auth.restore import AuthScope
+from proxy.watch.outlets import DeliveryPlan, Outlet, on_distinct_connections, plan_delivery
 from upstream.watching.stream import OpenedWatch
 
 BULKY_BYTES = 8 * 1024
@@ -61,7 +61,7 @@ RUN_WATCHES_MIN = 32
 ORDERS_REMEMBERED_MAX = 16
 """Groups that are remembered in that order; beyond, the one remembered longest is put in order anew."""
 
-INSIDE = Identity()
+LOOPBACK_IDENTITY = Identity()
 """Who the proxy itself is when it watches through itself (proxy/admin/self_probe.py). It needs no permission: nothing
 that it gets leaves the process. What clients send makes other objects, whatever it is."""
 
@@ -85,7 +85,7 @@ class UpstreamWatches(Protocol):
     def pause(self, watch: OpenedWatch) -> None: ...
     def resume(self, watch: OpenedWatch) -> None: ...
     def request_progress(self, number: int, watches: Iterable[OpenedWatch]) -> None: ...
-    def store_went_back(self, revision: int) -> None: ...
+    def revision_regressed(self, revision: int) -> None: ...
 
 
 @dataclass(slots=True)
@@ -166,7 +166,7 @@ class Engine:
         """When it came in (time.perf_counter), if anybody wants to know; 0: unknown, or nothing has just come in."""
         reader.listener = self
         self._open: dict[Upstream, None] = {}
-        self._orders: dict[int, tuple[Sequence[Watch], Order | None]] = {}
+        self._orders: dict[int, tuple[Sequence[Watch], DeliveryPlan | None]] = {}
         """By the id of a group's tuple: the tuple, and its order once that was needed twice."""
         self._carry_out: dict[type, Callable[[Any], None]] = {
             Deliver: self._deliver,
@@ -192,7 +192,7 @@ class Engine:
             self._client().watch_leader()
         return self._client().leaderless
 
-    def set_limits(self, limits: Limits) -> None:
+    def set_limits(self, limits: CoreLimits) -> None:
         """Have the core go by other limits from now on."""
         self.core.limits = limits
         self._input(self.core.expire)
@@ -241,14 +241,14 @@ class Engine:
         if response.canceled:
             self._open.pop(watch, None)  # type: ignore[call-overload]  # it is the core's Upstream that was opened
         if self._busy or self._stopped:
-            self._input(self.core.received, watch, response)
+            self._input(self.core.upstream_response, watch, response)
             return
         # As `_input` does; and what comes alone is delivered at once.
         if self.wrote is not None:
             self._received_at = time.perf_counter()
         self._busy = self._hearing = True
         try:
-            effects = self.core.received(watch, response, self._loop.time())  # type: ignore[arg-type]  # as above
+            effects = self.core.upstream_response(watch, response, self._loop.time())  # type: ignore[arg-type]  # as above
             if len(effects) == 1 and type(effects[0]) is Deliver and not self._gathering:
                 self._deliver_alone(effects[0])
             else:
@@ -276,14 +276,14 @@ class Engine:
 
     def progressed(self, watches: Iterable[OpenedWatch], header: Header, number: int) -> None:
         """These are complete through the header's revision, which etcd had after the request of this number."""
-        self._input(self.core.progressed, watches, header, number)
+        self._input(self.core.upstream_progress, watches, header, number)
 
     def lost(self, watch: OpenedWatch, status: int, text: str) -> None:
         """An upstream watch is over for good."""
         self.stats.upstream_lost += 1
         self._open.pop(watch, None)  # type: ignore[call-overload]  # as above
         log.warning("an upstream watch is over", key=watch.key, status=status, reason=text)
-        self._input(self.core.lost, watch, Lost(status, text))
+        self._input(self.core.upstream_lost, watch, UpstreamLost(status, text))
 
     def no_leader(self) -> None:
         """No endpoint has a leader."""
@@ -393,9 +393,9 @@ class Engine:
         watches = effect.watches
         # Progress goes to a list of its own each time: its order would not be needed again.
         ordered = len(watches) >= RUN_WATCHES_MIN and effect.payload.event_count
-        self._deliver_in(self._order_of(watches) if ordered else None, effect)
+        self._deliver_in(self._plan_for(watches) if ordered else None, effect)
 
-    def _deliver_in(self, order: Order | None, effect: Deliver) -> None:
+    def _deliver_in(self, order: DeliveryPlan | None, effect: Deliver) -> None:
         payload, watches = effect.payload, effect.watches
         count = len(watches)
         if self._hearing and not self._gathering:
@@ -423,11 +423,11 @@ class Engine:
             self._deliver_in(None, effect)
             return
         if count >= RUN_WATCHES_MIN:
-            order = self._order_of(watches)
+            order = self._plan_for(watches)
             if order is None or order.runs or payload.size > BULKY_BYTES:
                 self._deliver_in(order, effect)
                 return
-        elif count > 1 and not are_apart(watches):
+        elif count > 1 and not on_distinct_connections(watches):
             self._deliver(effect)
             return
         stats = self.stats
@@ -461,7 +461,7 @@ class Engine:
             outlet: Outlet = watch.outlet  # type: ignore[assignment]  # an object to the core, ours by open_session
             if outlet.stalled:
                 # Stalled by an earlier effect of the same list; what stalled before the list was made is not in it.
-                self.core.returned(watch, payload)
+                self.core.undelivered(watch, payload)
                 continue
             connection = outlet.connection
             if not connection.dirty:
@@ -480,7 +480,7 @@ class Engine:
                 self.core.stalled(watch.session)
         return sent
 
-    def _deliver_ordered(self, payload: Payload, order: Order) -> int:
+    def _deliver_ordered(self, payload: Payload, order: DeliveryPlan) -> int:
         """Do the same run by run: the hot loop is inside of `send_each`."""
         sent = self._deliver_each(payload, order.apart)
         for run in order.runs:
@@ -497,7 +497,7 @@ class Engine:
                 sent += self._deliver_each(payload, [run.watches[place] for place in left])
         return sent
 
-    def _order_of(self, watches: Sequence[Watch]) -> Order | None:
+    def _plan_for(self, watches: Sequence[Watch]) -> DeliveryPlan | None:
         """Return the order of a group of watches, from the second time on that this very group is delivered to.
 
         A group is one tuple for as long as nobody comes or goes, and what is read of its watches here never changes.
@@ -511,7 +511,7 @@ class Engine:
             return None
         order = known[1]
         if order is None:
-            order = order_of(watches)
+            order = plan_delivery(watches)
             self._orders[id(watches)] = (watches, order)
         return order
 
@@ -559,11 +559,11 @@ class Engine:
             if core is self.core:
                 self._input(core.revision_read, read, outcome)
 
-        self._reader.read(Now(read, told))
+        self._reader.read(RevisionRead(read, told))
 
     def _check_permission(self, effect: CheckPermission) -> None:
         core, create, identity = self.core, effect.check, effect.check.session.identity
-        if identity is INSIDE:
+        if identity is LOOPBACK_IDENTITY:
             self._input(core.permission, create, None)
             return
 
@@ -571,7 +571,7 @@ class Engine:
             if core is self.core:
                 self._input(core.permission, create, outcome)
 
-        self._reader.check(May(Asked(identity.token, create.key, create.range_end), create, told))
+        self._reader.check(PermissionCheck(AuthScope(identity.token, create.key, create.range_end), create, told))
 
     # what is read (the listener of `Reader`)
 
@@ -585,14 +585,14 @@ class Engine:
         """The token of the proxy's own user, in whose name it may read as well."""
         return self._client().own_token
 
-    def not_authorized(self, session: Session, refusal: Refusal) -> None:
+    def not_authorized(self, session: Session, refusal: CreateRefusal) -> None:
         """A session was let in while auth was off, or its right is gone since: it has to come again."""
         self.end_session(session, Status.UNAVAILABLE, f"watchmux: not authorized any more: {refusal.text}")
 
     def went_back(self, header: Header) -> None:
         """The store is older than it was, or not the one it was."""
         self.stats.went_back += 1
-        self._client().store_went_back(header.revision)
+        self._client().revision_regressed(header.revision)
         self._input(self.core.other_history, header)
 
     def _client(self) -> UpstreamWatches:

@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 from coalesce.session import Watch
-from proto.http2 import Stream, Together
+from proto.http2 import Stream, StreamBatch
 from proto.scan import encode_watch_id
 
 
@@ -34,7 +34,7 @@ class Outlet(Protocol):
         """End the stream; the session is gone."""
 
 
-class Run:
+class ConnectionBatch:
     """Watches of a group that are on one connection, under ids of one length: what they are sent has the same size."""
 
     __slots__ = ("connection", "ids", "together", "watches")
@@ -47,28 +47,28 @@ class Run:
         counts = Counter(watch.watch_id for watch in self.watches)
         self.ids = [(watch_id, encode_watch_id(watch_id), count) for watch_id, count in counts.items()]
         """As `Payload.columns` takes them, in the order of the watches."""
-        self.together = Together([outlet.stream for outlet in outlets])
+        self.together = StreamBatch([outlet.stream for outlet in outlets])
         """The streams of the watches, in their order."""
 
 
-class Order(NamedTuple):
+class DeliveryPlan(NamedTuple):
     """A group of watches in order by connection."""
 
-    runs: list[Run]
+    runs: list[ConnectionBatch]
     # Those that are the only ones on their connection: a run would be nothing but more work.
     apart: list[Watch]
 
 
-def order_of(watches: Sequence[Watch]) -> Order:
+def plan_delivery(watches: Sequence[Watch]) -> DeliveryPlan:
     """Put a group of watches in order by connection."""
     groups: dict[tuple[int, int], list[Watch]] = {}
     for watch in watches:
         outlet: Outlet = watch.outlet  # type: ignore[assignment]  # an object to the core, ours by open_session
         groups.setdefault((id(outlet.connection), len(encode_watch_id(watch.watch_id))), []).append(watch)
-    runs = [Run(group) for group in groups.values() if len(group) > 1]
-    return Order(runs, [group[0] for group in groups.values() if len(group) == 1])
+    runs = [ConnectionBatch(group) for group in groups.values() if len(group) > 1]
+    return DeliveryPlan(runs, [group[0] for group in groups.values() if len(group) == 1])
 
 
-def are_apart(watches: Sequence[Watch]) -> bool:
+def on_distinct_connections(watches: Sequence[Watch]) -> bool:
     """Whether these are all on different connections."""
     return len({watch.outlet.connection for watch in watches}) == len(watches)  # type: ignore[attr-defined]  # as above

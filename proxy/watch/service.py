@@ -22,8 +22,8 @@ from proto.framing import PREFIX_BYTES, FramingError, Status
 from proto.http2 import Stream
 from proto.pacing import PacedUnframer
 from proto.pb import rpc_pb2
-from proxy.listening.calls import Carrier, Headers, Refusal, RequestHead, ServerCall
-from proxy.watch.engine import INSIDE
+from proxy.listening.calls import CallRefusal, ConnectionHandle, Headers, RequestHead, ServerCall
+from proxy.watch.engine import LOOPBACK_IDENTITY
 from upstream.errors import NO_LEADER_TEXT
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class WatchService:
         """Of requests that no stream has looked at yet, or that are not whole; now, and of all streams."""
         self.draining = False
 
-    def open(self, connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> WatchCall:
+    def open(self, connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool) -> WatchCall:
         """Take a request stream. Raises Refusal for what is not a gRPC call, one too many, or no leader to be had.
 
         A stream whose client has ended its side is still one: the half-close says nothing about what it wants to hear.
@@ -100,14 +100,14 @@ class WatchService:
         head = RequestHead.parse(headers)
         carrier = cast("ServerConnection", connection)
         if self.draining:
-            raise Refusal(200, Status.UNAVAILABLE, DRAIN_TEXT)
+            raise CallRefusal(200, Status.UNAVAILABLE, DRAIN_TEXT)
         if carrier.sessions >= self.settings.sessions_per_connection_max:
             self.refused_at["sessions_per_connection_max"] += 1
             limit = self.settings.sessions_per_connection_max
             text = f"watchmux: too many watch streams on one connection ({limit})"
-            raise Refusal(200, Status.RESOURCE_EXHAUSTED, text)
+            raise CallRefusal(200, Status.RESOURCE_EXHAUSTED, text)
         if identity_of(head).has_leader and self.engine.has_no_leader():
-            raise Refusal(200, Status.UNAVAILABLE, NO_LEADER_TEXT)
+            raise CallRefusal(200, Status.UNAVAILABLE, NO_LEADER_TEXT)
         return WatchCall(self, carrier, stream, head)
 
     @property
@@ -186,7 +186,7 @@ class WatchCall:
         """What it has in the service's `unread_bytes`."""
         self._answers_unread = 0
         """Answers sent while stalled."""
-        identity = INSIDE if connection.inside else identity_of(head)
+        identity = LOOPBACK_IDENTITY if connection.inside else identity_of(head)
         self.session: Session | None = service.engine.open_session(self, identity)
         service.calls.add(self)
         connection.sessions += 1

@@ -15,7 +15,7 @@ from typing import cast
 
 import uvloop
 
-from proto.http2 import Connection, DataReceived, HeadersReceived, Limits, Role
+from proto.http2 import Connection, DataReceived, HeadersReceived, Http2Limits, Role
 from proto.pb import rpc_pb2
 from proto.scan import Header, encode_response, encode_watch_id
 from tests.bench.cases import CASES, Case
@@ -33,7 +33,7 @@ class Downstream(asyncio.Protocol):
     def __init__(self, floor: Floor) -> None:
         self.floor = floor
         # The client's requests are read by the real thing; only what is written is bare.
-        self.h2 = Connection(Role.SERVER, Limits(max_streams=100_000))
+        self.h2 = Connection(Role.SERVER, Http2Limits(max_streams=100_000))
         self.rest: dict[int, bytes] = {}
         self.watches: dict[int, Joints] = {}
         """By range: (stream, encoded watch id) of each watch."""

@@ -20,7 +20,7 @@ import click
 import grpc
 import uvloop
 
-from proto.framing import Unframer
+from proto.framing import MessageReader
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from tests.bench.targets import Target
 from tests.bench.wire import DATA, HEADERS, RawClient, RequestBlocks, frame, message_frame
@@ -62,7 +62,7 @@ class Keeper(RawClient):
         self.wanted = 0
         self.turn = asyncio.Event()
         self._blocks = RequestBlocks(PATH, f"{HOST}:{port}")
-        self._unframers: defaultdict[int, Unframer] = defaultdict(lambda: Unframer(1 << 20))
+        self._unframers: defaultdict[int, MessageReader] = defaultdict(lambda: MessageReader(1 << 20))
 
     def open(self, number: int) -> int:
         """Open one more stream, the `number`-th, and return its id."""

@@ -13,17 +13,17 @@ from coalesce import (
     CheckPermission,
     CloseUpstream,
     Coalescer,
+    CoreLimits,
     CreateRequest,
     Deliver,
     Effect,
     EndSession,
     Identity,
-    Limits,
     OpenUpstream,
     PauseUpstream,
     Payload,
     PendingCreate,
-    Read,
+    PendingRead,
     ReadRevision,
     RequestProgress,
     ResumeUpstream,
@@ -163,11 +163,11 @@ class Client:
 class Shell:
     """Drives one core."""
 
-    def __init__(self, limits: Limits | None = None, ordered_progress: bool = True) -> None:
+    def __init__(self, limits: CoreLimits | None = None, ordered_progress: bool = True) -> None:
         self.core = Coalescer(limits, ordered_progress)
         self.now = 1000.0
         # What the core asked for and nobody has taken yet.
-        self.reads: list[Read] = []
+        self.reads: list[PendingRead] = []
         self.checks: list[PendingCreate] = []
         self.auth = False
         # Progress requests made, and the number of the newest.
@@ -199,30 +199,30 @@ class Shell:
 
     def created(self, upstream: Upstream, revision: int) -> None:
         """Etcd registers an upstream watch."""
-        self.do(self.core.received, upstream, WatchResponse(header(revision), 0, created=True))
+        self.do(self.core.upstream_response, upstream, WatchResponse(header(revision), 0, created=True))
 
     def events(self, upstream: Upstream, *events: Event, at: int | None = None) -> None:
         """Etcd sends events; `at` is the store's revision when that is not the last event's."""
         revision = events[-1].revision if at is None else at
-        self.do(self.core.received, upstream, WatchResponse(header(revision), 0, events=list(events)))
+        self.do(self.core.upstream_response, upstream, WatchResponse(header(revision), 0, events=list(events)))
 
     def bookmark(self, upstream: Upstream, revision: int) -> None:
         """Etcd sends a progress notify of one upstream watch."""
-        self.do(self.core.received, upstream, WatchResponse(header(revision), 0))
+        self.do(self.core.upstream_response, upstream, WatchResponse(header(revision), 0))
 
     def canceled(self, upstream: Upstream, compact_revision: int = 0, reason: str = "", at: int = 0) -> None:
         """Etcd ends an upstream watch."""
         response = WatchResponse(header(at), 0, canceled=True, compact_revision=compact_revision, cancel_reason=reason)
-        self.do(self.core.received, upstream, response)
+        self.do(self.core.upstream_response, upstream, response)
 
     def progressed(self, revision: int, *upstreams: Upstream, number: int | None = None) -> None:
         """Etcd answers the newest manual progress request, or that of a number, for all that are open or for these."""
         chosen = upstreams or tuple(each for each in self.opened if each not in self.closed and each.created)
-        self.do(self.core.progressed, chosen, header(revision), self.asked_number if number is None else number)
+        self.do(self.core.upstream_progress, chosen, header(revision), self.asked_number if number is None else number)
 
     def probed(self, revision: int) -> None:
         """Etcd says which revision it has, after the newest progress request."""
-        self.do(self.core.progressed, (), header(revision), self.asked_number)
+        self.do(self.core.upstream_progress, (), header(revision), self.asked_number)
 
     def wait(self, seconds: float) -> None:
         """Let time pass, ringing the timer whenever it is due."""
@@ -280,7 +280,7 @@ class Shell:
         self.deliveries += 1
         for watch in watches:
             if watch.session.stalled:
-                self.core.returned(watch, payload)
+                self.core.undelivered(watch, payload)
             else:
                 _client_of(watch.session).write(messages_of(payload, watch.watch_id))
 

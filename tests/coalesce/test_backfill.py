@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coalesce import Limits, Upstream
+from coalesce import CoreLimits, Upstream
 from coalesce.batch import Batch
 from coalesce.session import Place
 from tests.coalesce.shell import Client, Shell, delete, header, put
@@ -97,7 +97,7 @@ def test_laggards_share_one() -> None:
 
 def test_an_older_laggard_takes_along_those_that_got_nothing_yet() -> None:
     """A herd that comes newest first shares one backfill like any other."""
-    shell = Shell(Limits(backfills_max=1, backfill_share_revisions=30))
+    shell = Shell(CoreLimits(backfills_max=1, backfill_share_revisions=30))
     newest, first = behind(shell, 60)
     newer, second = behind(shell, 50)
     oldest, third = behind(shell, 40)
@@ -122,7 +122,7 @@ def test_what_brought_something_is_not_taken_over() -> None:
 
 
 def test_what_is_wanted_far_ahead_is_not_taken_over() -> None:
-    shell = Shell(Limits(backfill_share_revisions=30))
+    shell = Shell(CoreLimits(backfill_share_revisions=30))
     behind(shell, 50)
     behind(shell, 75)
     behind(shell, 40)
@@ -138,7 +138,7 @@ def test_who_wants_no_prev_kv_takes_nobody_along_who_does() -> None:
 
 
 def test_one_that_is_too_far_behind_is_not_shared() -> None:
-    shell = Shell(Limits(backfill_share_revisions=10))
+    shell = Shell(CoreLimits(backfill_share_revisions=10))
     _, backfill = behind(shell, 50)
     _, near = behind(shell, 60)
     _, far = behind(shell, 61)
@@ -161,7 +161,7 @@ def test_a_backfill_without_prev_kv_is_not_for_who_wants_it() -> None:
 
 
 def test_a_slow_session_paces_its_backfill() -> None:
-    shell = Shell(Limits(backfill_bytes_max=1000))
+    shell = Shell(CoreLimits(backfill_bytes_max=1000))
     client, backfill = behind(shell, 50)
     client.stall()
     for revision in range(50, 60):
@@ -186,7 +186,7 @@ def test_a_slow_session_paces_its_backfill() -> None:
 def test_what_a_backfill_holds_for_a_slow_session_is_bounded(room: int, held: int) -> None:
     """Three responses fit to the byte: the fourth finds it full. With a byte less the third does."""
     cost = Batch(header(100), (put(50),), len(put(50).encoded)).memory_bytes
-    shell = Shell(Limits(backfill_bytes_max=3 * cost + room))
+    shell = Shell(CoreLimits(backfill_bytes_max=3 * cost + room))
     client, backfill = behind(shell, 50)
     client.stall()
     shell.events(backfill, put(50), at=100)
@@ -198,7 +198,7 @@ def test_what_a_backfill_holds_for_a_slow_session_is_bounded(room: int, held: in
 
 
 def test_a_sharer_that_stalls_is_left_and_later_gets_its_own() -> None:
-    shell = Shell(Limits(backfill_bytes_max=1000))
+    shell = Shell(CoreLimits(backfill_bytes_max=1000))
     quick, backfill = behind(shell, 50)
     slow, shared = behind(shell, 50)
     assert shared is backfill
@@ -243,7 +243,7 @@ def test_the_last_one_to_leave_closes_it() -> None:
 
 
 def test_backfills_are_bounded_and_the_others_wait_in_line() -> None:
-    shell = Shell(Limits(backfills_max=1, backfill_share_revisions=0))
+    shell = Shell(CoreLimits(backfills_max=1, backfill_share_revisions=0))
     first, backfill = behind(shell, 50)
     second, same = behind(shell, 60)
     third, _ = behind(shell, 70)
@@ -261,7 +261,7 @@ def test_backfills_are_bounded_and_the_others_wait_in_line() -> None:
 
 
 def test_who_stalls_in_line_steps_out_of_it() -> None:
-    shell = Shell(Limits(backfills_max=1, backfill_share_revisions=0))
+    shell = Shell(CoreLimits(backfills_max=1, backfill_share_revisions=0))
     first, _ = behind(shell, 50)
     second, _ = behind(shell, 60)
     second.stall()
@@ -305,7 +305,7 @@ def test_compacted_where_it_has_already_been_read() -> None:
 
 def test_a_large_catch_up_response_is_cut() -> None:
     size = len(put(50).encoded)
-    shell = Shell(Limits(response_bytes_max=2 * size))
+    shell = Shell(CoreLimits(response_bytes_max=2 * size))
     client, backfill = behind(shell, 50)
     shell.events(backfill, *[put(revision) for revision in range(50, 55)], at=100)
     assert client.read() == [

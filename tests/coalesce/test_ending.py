@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from coalesce import Limits, Lost
+from coalesce import CoreLimits, UpstreamLost
 from tests.coalesce.shell import Shell, header, put
 
 UNAVAILABLE = 14
@@ -28,7 +28,7 @@ def test_cancel() -> None:
 
 
 def test_a_trunk_lingers_and_a_client_that_comes_back_finds_its_history() -> None:
-    shell = Shell(Limits(linger_s=2))
+    shell = Shell(CoreLimits(linger_s=2))
     client = shell.client()
     trunk = shell.trunk(5, client)
     shell.events(trunk, put(6))
@@ -58,7 +58,7 @@ def test_what_a_closed_upstream_still_sends_is_ignored() -> None:
     shell.created(trunk, 8)
     shell.canceled(trunk, 9)
     shell.progressed(10, trunk)
-    shell.do(shell.core.lost, trunk, Lost(UNAVAILABLE, "gone"))
+    shell.do(shell.core.upstream_lost, trunk, UpstreamLost(UNAVAILABLE, "gone"))
     assert shell.core.stats.trunks == 0
 
 
@@ -188,7 +188,7 @@ def test_a_lost_trunk_ends_its_sessions_and_no_others() -> None:
     behind.create(start=10)
     backfill = shell.opened[-1]
     waiting.create()
-    shell.do(shell.core.lost, trunk, Lost(UNAVAILABLE, "no endpoint"))
+    shell.do(shell.core.upstream_lost, trunk, UpstreamLost(UNAVAILABLE, "no endpoint"))
     assert client.ended == behind.ended == waiting.ended == (UNAVAILABLE, "no endpoint")
     assert other.ended is None
     assert shell.closed == [backfill]
@@ -203,7 +203,7 @@ def test_any_loss_ends_the_stream_but_refuses_a_create() -> None:
     trunk = shell.trunk(5, client)
     waiting.create()
     client.create(b"j", start=6)
-    shell.do(shell.core.lost, trunk, Lost(3, "what is this"))
+    shell.do(shell.core.upstream_lost, trunk, UpstreamLost(3, "what is this"))
     assert client.ended == (UNAVAILABLE, "what is this")
     assert client.read() == []
     assert waiting.ended is None
@@ -218,7 +218,7 @@ def test_a_create_that_is_too_large_for_etcd_ends_its_stream() -> None:
     shell.trunk(5, other)
     large.create(b"large")
     text = "grpc: received message larger than max (3 vs. 2)"
-    shell.do(shell.core.lost, shell.opened[-1], Lost(8, text))
+    shell.do(shell.core.upstream_lost, shell.opened[-1], UpstreamLost(8, text))
     assert (large.ended, large.read()) == ((8, text), [])
     assert other.ended is None
 
@@ -228,7 +228,7 @@ def test_a_lost_backfill_ends_only_those_on_it() -> None:
     client, behind = shell.client(), shell.client()
     shell.trunk(100, client)
     behind.create(start=10)
-    shell.do(shell.core.lost, shell.opened[-1], Lost(UNAVAILABLE, "gone"))
+    shell.do(shell.core.upstream_lost, shell.opened[-1], UpstreamLost(UNAVAILABLE, "gone"))
     assert behind.ended == (UNAVAILABLE, "gone")
     assert client.ended is None
     assert shell.core.stats.backfills == 0
@@ -257,13 +257,13 @@ def test_a_refused_token_is_not_the_end_while_there_is_another() -> None:
 @pytest.mark.parametrize(
     "reason",
     [
-        Lost(16, "etcdserver: invalid auth token"),
-        Lost(7, "etcdserver: permission denied"),
-        Lost(3, "etcdserver: user name is empty"),
-        Lost(3, "etcdserver: revision of auth store is old"),
+        UpstreamLost(16, "etcdserver: invalid auth token"),
+        UpstreamLost(7, "etcdserver: permission denied"),
+        UpstreamLost(3, "etcdserver: user name is empty"),
+        UpstreamLost(3, "etcdserver: revision of auth store is old"),
     ],
 )
-def test_a_token_refused_at_a_registration_is_not_the_end_either(reason: Lost) -> None:
+def test_a_token_refused_at_a_registration_is_not_the_end_either(reason: UpstreamLost) -> None:
     shell = Shell()
     one, two = shell.client(b"one"), shell.client(b"two")
     trunk = shell.trunk(5, one)
@@ -271,10 +271,10 @@ def test_a_token_refused_at_a_registration_is_not_the_end_either(reason: Lost) -
     assert trunk.token == b"one"
     # The refusal is about the token that was asked for, even if its session is gone meanwhile.
     one.close()
-    shell.do(shell.core.lost, trunk, reason)
+    shell.do(shell.core.upstream_lost, trunk, reason)
     again = shell.opened[-1]
     assert (again.start_revision, again.token) == (6, b"two")
-    shell.do(shell.core.lost, again, reason)
+    shell.do(shell.core.upstream_lost, again, reason)
     assert two.ended == (UNAVAILABLE, reason.text)
     assert shell.core.stats.trunks == 0
 
@@ -401,7 +401,7 @@ def test_progress_of_a_restored_store_does_not_wait_for_the_old_one() -> None:
 
 def test_a_session_of_many_watches_ends_in_steps() -> None:
     """Others go on meanwhile, and nothing of it is left in the end."""
-    shell = Shell(Limits(step_watches_max=10))
+    shell = Shell(CoreLimits(step_watches_max=10))
     leaver, other = shell.client(), shell.client()
     trunk = shell.trunk(5, other)
     for _ in range(50):
@@ -421,13 +421,13 @@ def test_a_session_of_many_watches_ends_in_steps() -> None:
 
 
 def test_a_trunk_is_lost_while_a_session_leaves_it() -> None:
-    shell = Shell(Limits(step_watches_max=1))
+    shell = Shell(CoreLimits(step_watches_max=1))
     leaver, other = shell.client(), shell.client()
     trunk = shell.trunk(5, other)
     for _ in range(30):
         leaver.create(start=6)
     leaver.close()
-    shell.do(shell.core.lost, trunk, Lost(UNAVAILABLE, "gone"))
+    shell.do(shell.core.upstream_lost, trunk, UpstreamLost(UNAVAILABLE, "gone"))
     shell.settle()
     assert other.ended == (UNAVAILABLE, "gone")
     assert leaver.ended is None
@@ -435,7 +435,7 @@ def test_a_trunk_is_lost_while_a_session_leaves_it() -> None:
 
 
 def test_many_ranges_are_given_up_in_steps() -> None:
-    shell = Shell(Limits(step_watches_max=10, linger_s=2))
+    shell = Shell(CoreLimits(step_watches_max=10, linger_s=2))
     client = shell.client()
     for number in range(35):
         client.create(b"%d" % number, start=5)

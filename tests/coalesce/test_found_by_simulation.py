@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coalesce import Limits, Lost
+from coalesce import CoreLimits, UpstreamLost
 from tests.coalesce.shell import Shell, header, put
 
 INTERNAL, UNAUTHENTICATED = 13, 16
@@ -16,7 +16,7 @@ def test_an_upgrade_takes_over_only_from_where_the_trunk_stands() -> None:
     two.create(start=6, prev_kv=True)
     upgrade = shell.opened[-1]
     shell.created(upgrade, 5)
-    shell.do(shell.core.lost, trunk, Lost(UNAUTHENTICATED, "etcdserver: invalid auth token"))
+    shell.do(shell.core.upstream_lost, trunk, UpstreamLost(UNAUTHENTICATED, "etcdserver: invalid auth token"))
     again = shell.opened[-1]
     assert (again.start_revision, again.is_backfill) == (6, False)
     shell.events(upgrade, put(6), put(7))
@@ -37,7 +37,7 @@ def test_creates_of_one_session_do_not_join_a_trunk_that_is_lost() -> None:
     client.create()
     client.create(start=9)
     trunk = shell.opened[-1]
-    shell.do(shell.core.lost, trunk, Lost(INTERNAL, "gone"))
+    shell.do(shell.core.upstream_lost, trunk, UpstreamLost(INTERNAL, "gone"))
     for _ in shell.reads[:]:
         shell.read_now(5)
     assert client.read() == ["#-1 @5 created canceled (gone)"] * 2
@@ -67,7 +67,7 @@ def test_progress_after_a_restore_does_not_wait_for_the_old_revisions() -> None:
 
 def test_a_stalled_session_does_not_keep_a_place_from_others() -> None:
     """Seeds 39, 1604: whoever stalled in the middle of its backfill kept it, and all who waited in line starved."""
-    shell = Shell(Limits(backfills_max=1, backfill_share_revisions=0))
+    shell = Shell(CoreLimits(backfills_max=1, backfill_share_revisions=0))
     live, one, two = shell.client(), shell.client(), shell.client()
     trunk = shell.trunk(9, live)
     one.create(start=2)

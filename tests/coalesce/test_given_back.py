@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from coalesce import Limits, Session
+from coalesce import CoreLimits, Session
 from coalesce.batch import Payload
 from tests.coalesce.shell import Client, Shell, put
 
@@ -27,7 +27,7 @@ def compacted_watch(shell: Shell, client: Client, key: bytes) -> None:
 
 def test_ids_that_a_compaction_cancelled_count_as_watches() -> None:
     """etcd keeps them until the client cancels them, and so it is here: they are memory like watches."""
-    shell = Shell(Limits(watches_per_session_max=2, watches_max=3))
+    shell = Shell(CoreLimits(watches_per_session_max=2, watches_max=3))
     one, two = shell.client(), shell.client()
     for key in (b"a", b"b"):
         compacted_watch(shell, one, key)
@@ -75,7 +75,7 @@ def test_a_read_does_not_keep_the_sessions_that_left() -> None:
 
 
 def test_what_laggards_share_is_let_go_with_the_last_of_them() -> None:
-    shell = Shell(Limits(replay_bytes_max=1))
+    shell = Shell(CoreLimits(replay_bytes_max=1))
     slow = shell.client()
     trunk = shell.trunk(5, slow)
     slow.stall()

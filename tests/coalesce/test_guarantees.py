@@ -23,10 +23,10 @@ from coalesce.guarantees.checkers import (
     Opened,
     Previous,
     Received,
-    Record,
     Reopened,
     Truth,
     WatchLog,
+    WatchRecord,
     check,
     header_safe,
     in_range,
@@ -67,7 +67,7 @@ def response(*revisions: int, fragment: bool = False) -> Received:
     return Received(revisions[-1], events(*revisions), fragment)
 
 
-def life(*records: Record, start: int | None = 2, **asked: bool) -> WatchLog:
+def life(*records: WatchRecord, start: int | None = 2, **asked: bool) -> WatchLog:
     """A log of a watch of [a, c), created at once."""
     return WatchLog(b"a", b"c", **asked, records=[Opened(start), Created(9), *records])
 

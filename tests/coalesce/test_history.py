@@ -9,28 +9,28 @@ from contextlib import contextmanager
 import pytest
 
 from coalesce.batch import NO_DELETE, NO_PUT, Batch
-from coalesce.history import History, Ledger
-from coalesce.limits import Limits
+from coalesce.history import History, HistoryBudget
+from coalesce.limits import CoreLimits
 from coalesce.stats import Stats
 from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import Event, scan_watch_response
 from tests.coalesce.shell import delete, header, put, seen
 
-ALL = Limits()
+ALL = CoreLimits()
 
 
 def batch(*events: Event) -> Batch:
     return Batch(header(events[-1].revision), events, sum(len(event.encoded) for event in events))
 
 
-def history(*batches: Batch, limits: Limits = ALL, floor: int = 1, stats: Stats | None = None) -> History:
-    made = History(Ledger(limits, stats or Stats()), floor, False)
+def history(*batches: Batch, limits: CoreLimits = ALL, floor: int = 1, stats: Stats | None = None) -> History:
+    made = History(HistoryBudget(limits, stats or Stats()), floor, False)
     for each in batches:
         made.append(each, 0.0)
     return made
 
 
-def replayed(made: History, position: int, variant: int = 0, limits: Limits = ALL) -> tuple[str | None, int | None]:
+def replayed(made: History, position: int, variant: int = 0, limits: CoreLimits = ALL) -> tuple[str | None, int | None]:
     payload, following, _ = made.replay(position, variant, limits)
     return None if payload is None else seen(payload.pieces(0)[0]), following
 
@@ -67,7 +67,7 @@ def test_a_replay_is_cut_between_revisions() -> None:
     def steps(replay_bytes_max: int) -> list[str | None]:
         found, position = [], 1
         while True:
-            line, following = replayed(made, position, limits=Limits(replay_bytes_max=replay_bytes_max))
+            line, following = replayed(made, position, limits=CoreLimits(replay_bytes_max=replay_bytes_max))
             found.append(line)
             if following is None:
                 return found
@@ -84,14 +84,14 @@ def test_a_replay_is_cut_between_revisions() -> None:
 
 def test_what_is_filtered_does_not_count() -> None:
     made = history(*[batch(delete(revision)) for revision in range(1, 50)], batch(put(50)))
-    limits = Limits(replay_bytes_max=len(put(50).encoded))
+    limits = CoreLimits(replay_bytes_max=len(put(50).encoded))
     assert replayed(made, 1, NO_DELETE, limits) == ("#0 @50 put 50 k=v", None)
 
 
 def test_a_replay_looks_at_a_bounded_number_of_events() -> None:
     """Filters may leave nothing of them; a revision is never divided, and a large batch is."""
     made = history(*[batch(put(revision)) for revision in range(1, 10)], batch(*[delete(10)] * 3, put(11), delete(12)))
-    limits = Limits(replay_events_max=4)
+    limits = CoreLimits(replay_events_max=4)
 
     def steps(variant: int) -> list[tuple[str | None, int | None, int]]:
         found: list[tuple[str | None, int | None, int]] = []
@@ -122,21 +122,21 @@ def test_whole_batches_go_first_in_first_out() -> None:
 
 def test_it_is_bounded_in_bytes_and_in_batches() -> None:
     cost = batch(put(1)).memory_bytes
-    for limits in (Limits(history_bytes_max=3 * cost), Limits(history_revisions_max=3)):
+    for limits in (CoreLimits(history_bytes_max=3 * cost), CoreLimits(history_revisions_max=3)):
         made = history(*[batch(put(revision)) for revision in range(1, 9)], limits=limits)
         assert [each.first_revision for each in made.batches()] == [6, 7, 8]
         assert made.floor == 6
 
 
 def test_a_batch_that_is_too_large_is_not_kept() -> None:
-    made = history(batch(put(4)), batch(put(5, value=b"x" * 1000)), limits=Limits(history_bytes_max=1000))
+    made = history(batch(put(4)), batch(put(5, value=b"x" * 1000)), limits=CoreLimits(history_bytes_max=1000))
     assert (len(made), made.floor, made.bytes) == (0, 6, 0)
 
 
 def test_all_histories_together_drop_the_oldest_batch_of_all() -> None:
     stats = Stats()
     cost = batch(put(1)).memory_bytes
-    ledger = Ledger(Limits(history_bytes_total_max=3 * cost), stats)
+    ledger = HistoryBudget(CoreLimits(history_bytes_total_max=3 * cost), stats)
     one, two = History(ledger, 1, False), History(ledger, 1, False)
     for made, revision in ((one, 1), (two, 2), (one, 3), (two, 4)):
         made.append(batch(put(revision)), 0.0)
@@ -146,7 +146,7 @@ def test_all_histories_together_drop_the_oldest_batch_of_all() -> None:
 
 
 def test_old_batches_go_by_age() -> None:
-    ledger = Ledger(Limits(history_age_s=60), Stats())
+    ledger = HistoryBudget(CoreLimits(history_age_s=60), Stats())
     made = History(ledger, 1, False)
     for revision, now in ((1, 0.0), (2, 50.0), (3, 100.0)):
         made.append(batch(put(revision)), now)
@@ -163,7 +163,7 @@ def test_old_batches_go_by_age() -> None:
 
 def test_the_ledger_forgets_what_histories_dropped_themselves() -> None:
     stats = Stats()
-    ledger = Ledger(Limits(history_revisions_max=2), stats)
+    ledger = HistoryBudget(CoreLimits(history_revisions_max=2), stats)
     made = History(ledger, 1, False)
     for revision in range(1, 1000):
         made.append(batch(put(revision)), float(revision))
@@ -175,7 +175,7 @@ def test_the_ledger_forgets_what_histories_dropped_themselves() -> None:
 
 
 def test_a_long_life_keeps_the_lists_short() -> None:
-    made = history(limits=Limits(history_revisions_max=10))
+    made = history(limits=CoreLimits(history_revisions_max=10))
     for revision in range(1, 5000):
         made.append(batch(put(revision)), 0.0)
         assert len(made.batches()) == min(revision, 10)
@@ -208,7 +208,7 @@ def large(revision: int) -> Batch:
 
 def test_what_a_history_evicts_is_let_go() -> None:
     with held_bytes() as held:
-        limits = Limits(history_bytes_max=3 * large(1).memory_bytes)
+        limits = CoreLimits(history_bytes_max=3 * large(1).memory_bytes)
         made = history(*[large(revision) for revision in range(1, 60)], limits=limits)
         assert len(made) == 3
         assert held() < 4 * LARGE
@@ -216,7 +216,7 @@ def test_what_a_history_evicts_is_let_go() -> None:
 
 def test_what_is_dropped_is_let_go_while_the_ledger_lives_on() -> None:
     with held_bytes() as held:
-        ledger = Ledger(ALL, Stats())
+        ledger = HistoryBudget(ALL, Stats())
         histories = [History(ledger, 1, False) for _ in range(3)]
         for revision in range(1, 30):
             histories[revision % 3].append(large(revision), 0.0)

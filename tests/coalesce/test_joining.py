@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from coalesce import Granted, Limits, Refusal
+from coalesce import CoreLimits, CreateRefusal, Granted
 from tests.coalesce.shell import Shell, header, put
 
 COMPACTED = "etcdserver: mvcc: required revision has been compacted"
@@ -85,7 +85,7 @@ def test_the_order_of_refusals(start: int | None, denied: bool, empty: bool, dup
     shell.auth = True
     client.create(b"k", b"a" if empty else b"", start, watch_id=7 if duplicate else 8)
     for check in shell.checks:
-        shell.do(shell.core.permission, check, Refusal(DENIED) if denied else None)
+        shell.do(shell.core.permission, check, CreateRefusal(DENIED) if denied else None)
     while shell.reads:
         shell.read_now(5)
     assert client.read() == [f"#-1 @5 created canceled ({reason})"]
@@ -155,7 +155,7 @@ def test_a_refusal_has_a_real_header_even_when_nothing_is_known_yet() -> None:
 
 
 def test_limits_are_refused_with_a_clear_text() -> None:
-    shell = Shell(Limits(watches_per_session_max=2, watches_max=3, trunks_max=2))
+    shell = Shell(CoreLimits(watches_per_session_max=2, watches_max=3, trunks_max=2))
     one, two = shell.client(), shell.client()
     shell.trunk(5, one)
     shell.trunk(5, one, b"j")
@@ -175,7 +175,7 @@ def test_limits_are_refused_with_a_clear_text() -> None:
 
 
 def test_too_long_a_line_ends_the_session() -> None:
-    shell = Shell(Limits(queue_max=3))
+    shell = Shell(CoreLimits(queue_max=3))
     client = shell.client()
     for _ in range(3):
         client.create()
@@ -265,7 +265,7 @@ def test_a_trunk_with_a_start_is_never_filtered_by_its_created() -> None:
     [(101, 100, 101), (100, 100, 100), (90, 100, 90), (89, 100, None), (1, 100, None), (5000, 100, 101)],
 )
 def test_where_a_trunk_begins(start: int, newest: int, trunk_start: int | None) -> None:
-    shell = Shell(Limits(trunk_catch_up_revisions=10))
+    shell = Shell(CoreLimits(trunk_catch_up_revisions=10))
     client = shell.client()
     client.create(start=start)
     shell.read_now(newest)
@@ -456,7 +456,7 @@ def test_one_upstream_watch_for_many() -> None:
 
 def test_many_creates_are_decided_in_steps() -> None:
     """One read answers them all; ten are decided in a step, and the order on each stream holds."""
-    shell = Shell(Limits(step_watches_max=10))
+    shell = Shell(CoreLimits(step_watches_max=10))
     clients = [shell.client() for _ in range(3)]
     for _ in range(20):
         for client in clients:
@@ -477,7 +477,7 @@ def test_many_creates_are_decided_in_steps() -> None:
 
 def test_a_later_read_does_not_pass_over_an_earlier_line() -> None:
     """What is left of a step stands in line: nobody is answered out of order, and a cancel comes after its create."""
-    shell = Shell(Limits(step_watches_max=2))
+    shell = Shell(CoreLimits(step_watches_max=2))
     client = shell.client()
     for number in range(1, 6):
         client.create(watch_id=number)
@@ -492,7 +492,7 @@ def test_a_later_read_does_not_pass_over_an_earlier_line() -> None:
 
 
 def test_reads_that_wait_for_a_step_are_made_again_after_a_restore() -> None:
-    shell = Shell(Limits(step_watches_max=1))
+    shell = Shell(CoreLimits(step_watches_max=1))
     clients = [shell.client() for _ in range(3)]
     shell.trunk(5, shell.client())
     for client in clients:
@@ -511,7 +511,7 @@ def test_reads_that_wait_for_a_step_are_made_again_after_a_restore() -> None:
 
 def test_a_full_line_asks_for_no_more() -> None:
     """Memory, not requests; full at the bound, and asked on at half of it."""
-    shell = Shell(Limits(line_bytes_max=4 * (512 + 100)))
+    shell = Shell(CoreLimits(line_bytes_max=4 * (512 + 100)))
     client = shell.client()
     for number in range(4):
         assert not client.session.line_full
@@ -527,7 +527,7 @@ def test_a_full_line_asks_for_no_more() -> None:
 
 
 def test_a_line_that_is_full_goes_with_its_session() -> None:
-    shell = Shell(Limits(line_bytes_max=600))
+    shell = Shell(CoreLimits(line_bytes_max=600))
     client = shell.client()
     for _ in range(3):
         client.create()

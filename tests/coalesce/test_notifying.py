@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from coalesce import Limits
+from coalesce import CoreLimits
 from coalesce.notifying import PACE_S_MIN, UNKNOWN_PACE_S, WATCHES_PER_STEP, Pace
 from coalesce.source import Upstream
 from tests.coalesce.shell import Shell, put
@@ -177,7 +177,7 @@ def test_a_quiet_trunk_that_etcd_does_not_notify_makes_it_rarer() -> None:
 
 
 def test_a_setting_of_our_own_makes_it_more_frequent() -> None:
-    shell = Shell(Limits(progress_notify_s=2))
+    shell = Shell(CoreLimits(progress_notify_s=2))
     client = shell.client()
     trunk = shell.trunk(5, client, progress_notify=True)
     learn_the_pace(shell)
@@ -187,7 +187,7 @@ def test_a_setting_of_our_own_makes_it_more_frequent() -> None:
         shell.progressed(revision)
         assert client.read() == [f"#0 @{revision} progress"]
     # And never less frequent.
-    shell = Shell(Limits(progress_notify_s=600))
+    shell = Shell(CoreLimits(progress_notify_s=600))
     client = shell.client()
     trunk = shell.trunk(5, client, progress_notify=True)
     shell.wait(1)
@@ -198,7 +198,7 @@ def test_a_setting_of_our_own_makes_it_more_frequent() -> None:
 def test_a_setting_that_is_not_shorter_than_the_pace_of_etcd_adds_nothing() -> None:
     """As the default is not, where etcd has its own."""
     for setting_s in (INTERVAL_S * 0.95, INTERVAL_S, INTERVAL_S * 2):
-        shell = Shell(Limits(progress_notify_s=setting_s, bookmark_s=1000))
+        shell = Shell(CoreLimits(progress_notify_s=setting_s, bookmark_s=1000))
         client = shell.client()
         trunk = shell.trunk(5, client, progress_notify=True)
         learn_the_pace(shell)

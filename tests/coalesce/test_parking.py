@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coalesce import Limits, Upstream
+from coalesce import CoreLimits, Upstream
 from tests.coalesce.shell import Client, Shell, header, put
 
 
@@ -44,7 +44,7 @@ def test_a_client_that_comes_back_goes_on_from_the_history() -> None:
 
 
 def test_by_default_etcd_is_rid_of_the_watch_within_a_second() -> None:
-    assert Limits().linger_s <= 0.5
+    assert CoreLimits().linger_s <= 0.5
 
 
 @pytest.mark.parametrize(("start", "opened"), [(None, None), (21, 21), (30, 21)])
@@ -100,7 +100,7 @@ def test_a_known_compaction_is_not_found_out_again() -> None:
 
 
 def test_it_is_dropped_in_the_end() -> None:
-    shell = Shell(Limits(history_linger_s=30))
+    shell = Shell(CoreLimits(history_linger_s=30))
     parked(shell)
     shell.wait(29.9)
     assert shell.core.stats.history_batches == 3
@@ -112,11 +112,11 @@ def test_it_is_dropped_in_the_end() -> None:
 
 
 def test_so_many_are_kept_and_the_oldest_goes() -> None:
-    shell = Shell(Limits(parked_max=2))
+    shell = Shell(CoreLimits(parked_max=2))
     for key in (b"a", b"b", b"c"):
         parked(shell, key=key)
     assert (shell.core.stats.parked, shell.core.stats.evicted_at["parked_max"]) == (2, 3)
-    shell = Shell(Limits(history_linger_s=0))
+    shell = Shell(CoreLimits(history_linger_s=0))
     parked(shell)
     assert (shell.core.stats.parked, shell.core.stats.history_bytes) == (0, 0)
 

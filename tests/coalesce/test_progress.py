@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from coalesce import Limits, Session
+from coalesce import CoreLimits, Session
 from coalesce.progress import STREAMS_PER_REQUEST_MAX
-from coalesce.waiting import Targets, Waiting
+from coalesce.waiting import FreshnessTargets, ProgressWaiters
 from tests.coalesce.shell import Shell, put
 
 
@@ -339,7 +339,7 @@ def test_a_watch_whose_created_has_not_come_is_proven_nothing() -> None:
 
 
 def test_etcd_is_not_asked_too_often() -> None:
-    shell = Shell(Limits(progress_interval_s=0.01))
+    shell = Shell(CoreLimits(progress_interval_s=0.01))
     clients = [shell.client() for _ in range(3)]
     shell.trunk(5, clients[0])
     for client in clients[1:]:
@@ -356,7 +356,7 @@ def test_etcd_is_not_asked_too_often() -> None:
 
 def test_it_is_asked_again_and_ever_less_often() -> None:
     """After progress_retry_s, then after twice as long each time, up to progress_retry_s_max."""
-    shell = Shell(Limits(progress_retry_s=0.125, progress_retry_s_max=0.5))
+    shell = Shell(CoreLimits(progress_retry_s=0.125, progress_retry_s_max=0.5))
     client = shell.client()
     shell.trunk(5, client)
     client.progress()
@@ -373,7 +373,7 @@ def test_it_is_asked_again_and_ever_less_often() -> None:
 
 
 def test_a_request_asks_only_for_the_sessions_that_wait() -> None:
-    shell = Shell(Limits(bookmark_s=1000))
+    shell = Shell(CoreLimits(bookmark_s=1000))
     one, two, quiet = (shell.client(token) for token in (b"1", b"2", b"3"))
     first, second = shell.trunk(5, one, b"1"), shell.trunk(5, two, b"2")
     shell.trunk(5, quiet, b"3")
@@ -390,7 +390,7 @@ def test_a_request_asks_only_for_the_sessions_that_wait() -> None:
 
 
 def test_what_one_stream_owes_holds_up_no_other() -> None:
-    shell = Shell(Limits(bookmark_s=1000))
+    shell = Shell(CoreLimits(bookmark_s=1000))
     stuck, other = shell.client(b"1"), shell.client(b"2")
     owes, answers = shell.trunk(5, stuck, b"1"), shell.trunk(5, other, b"2")
     stuck.progress()
@@ -408,7 +408,7 @@ def test_what_one_stream_owes_holds_up_no_other() -> None:
 
 
 def test_a_request_asks_a_bounded_number_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    shell = Shell(Limits(bookmark_s=1000))
+    shell = Shell(CoreLimits(bookmark_s=1000))
     # At the end alone: each walks over all of them.
     check = shell.core.check
     monkeypatch.setattr(shell.core, "check", lambda: None)
@@ -429,7 +429,7 @@ def test_a_request_asks_a_bounded_number_of_streams(monkeypatch: pytest.MonkeyPa
 
 
 def test_sessions_do_not_wait_for_old_bookmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    shell = Shell(Limits(bookmark_s=40))
+    shell = Shell(CoreLimits(bookmark_s=40))
     monkeypatch.setattr(shell.core, "check", lambda: None)
     count = 3 * STREAMS_PER_REQUEST_MAX
     trunks = [shell.trunk(5, shell.client(b"%d" % number), b"%d" % number) for number in range(count)]
@@ -448,7 +448,7 @@ def test_sessions_do_not_wait_for_old_bookmarks(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_answer_is_work_for_those_it_concerns_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    shell = Shell(Limits(bookmark_s=1000))
+    shell = Shell(CoreLimits(bookmark_s=1000))
     monkeypatch.setattr(shell.core, "check", lambda: None)
     clients = [shell.client(b"%d" % number) for number in range(200)]
     trunks = [shell.trunk(5, client, b"%d" % number) for number, client in enumerate(clients)]
@@ -456,14 +456,14 @@ def test_an_answer_is_work_for_those_it_concerns_alone(monkeypatch: pytest.Monke
         client.progress()
     shell.wait(0.03)
     looks = 0
-    answer = Waiting._answer
+    answer = ProgressWaiters._answer
 
-    def counted(waiting: Waiting, session: Session) -> None:
+    def counted(waiting: ProgressWaiters, session: Session) -> None:
         nonlocal looks
         looks += 1
         answer(waiting, session)
 
-    monkeypatch.setattr(Waiting, "_answer", counted)
+    monkeypatch.setattr(ProgressWaiters, "_answer", counted)
     for trunk in trunks:
         shell.progressed(9, trunk)
     assert all(client.read() == ["#-1 @9 progress"] for client in clients)
@@ -516,7 +516,7 @@ def test_the_version_may_become_known_later() -> None:
 
 
 def test_quiet_watches_are_told_where_they_are() -> None:
-    shell = Shell(Limits(progress_notify_s=60))
+    shell = Shell(CoreLimits(progress_notify_s=60))
     client, without = shell.client(), shell.client()
     trunk = shell.trunk(5, client, progress_notify=True)
     without.create(start=6)
@@ -534,7 +534,7 @@ def test_quiet_watches_are_told_where_they_are() -> None:
 
 
 def test_a_short_interval_does_not_outrun_what_an_old_server_proves() -> None:
-    shell = Shell(Limits(progress_notify_s=0.2), ordered_progress=False)
+    shell = Shell(CoreLimits(progress_notify_s=0.2), ordered_progress=False)
     client = shell.client()
     trunk = shell.trunk(5, client, progress_notify=True)
     shell.wait(0.15)
@@ -546,7 +546,7 @@ def test_a_short_interval_does_not_outrun_what_an_old_server_proves() -> None:
 
 
 def test_not_those_that_were_sent_events_since() -> None:
-    shell = Shell(Limits(progress_notify_s=60, bookmark_s=1000))
+    shell = Shell(CoreLimits(progress_notify_s=60, bookmark_s=1000))
     client = shell.client()
     trunk = shell.trunk(5, client, progress_notify=True)
     shell.wait(30)
@@ -563,7 +563,7 @@ def test_not_those_that_were_sent_events_since() -> None:
 
 
 def test_not_before_its_start_and_not_what_lags() -> None:
-    shell = Shell(Limits(progress_notify_s=60))
+    shell = Shell(CoreLimits(progress_notify_s=60))
     future, slow = shell.client(), shell.client()
     trunk = shell.trunk(5, slow, progress_notify=True)
     future.create(start=50, progress_notify=True)
@@ -582,7 +582,7 @@ def test_not_before_its_start_and_not_what_lags() -> None:
 
 
 def test_a_session_is_not_told_less_than_one_of_its_watches() -> None:
-    shell = Shell(Limits(progress_notify_s=60))
+    shell = Shell(CoreLimits(progress_notify_s=60))
     client = shell.client()
     one, two = shell.trunk(5, client, progress_notify=True), shell.trunk(5, client, b"j")
     shell.wait(60)
@@ -598,7 +598,7 @@ def test_a_session_is_not_told_less_than_one_of_its_watches() -> None:
 
 
 def test_a_watch_that_is_gone_is_told_nothing() -> None:
-    shell = Shell(Limits(progress_notify_s=60))
+    shell = Shell(CoreLimits(progress_notify_s=60))
     client = shell.client()
     shell.trunk(5, client, progress_notify=True)
     shell.wait(60)
@@ -612,7 +612,7 @@ def test_a_watch_that_is_gone_is_told_nothing() -> None:
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_quiet_trunks_renew_their_bookmarks(busy: bool) -> None:
-    shell = Shell(Limits(bookmark_s=30))
+    shell = Shell(CoreLimits(bookmark_s=30))
     client = shell.client()
     trunk = shell.trunk(5, client)
     for revision in range(6, 46):
@@ -632,7 +632,7 @@ def test_quiet_trunks_renew_their_bookmarks(busy: bool) -> None:
 
 
 def test_targets_are_the_least_that_was_seen_after_a_request() -> None:
-    targets = Targets()
+    targets = FreshnessTargets()
     assert targets.of(1) is None
     targets.learn(2, 20)
     targets.learn(4, 40)

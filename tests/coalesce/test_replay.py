@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coalesce import Deliver, Limits
+from coalesce import CoreLimits, Deliver
 from coalesce.session import Place
 from proto.scan import WatchResponse
 from tests.coalesce.shell import Shell, delete, header, put
@@ -37,7 +37,7 @@ def test_a_stalled_session_is_in_no_delivery() -> None:
     slow.create(start=6)
     slow.stall()
     shell.events(trunk, put(6))
-    effects = shell.core.received(trunk, WatchResponse(header(7), events=[put(7)]), shell.now)
+    effects = shell.core.upstream_response(trunk, WatchResponse(header(7), events=[put(7)]), shell.now)
     (deliver,) = effects
     assert isinstance(deliver, Deliver)
     assert [watch.session for watch in deliver.watches] == [quick.session]
@@ -45,7 +45,7 @@ def test_a_stalled_session_is_in_no_delivery() -> None:
 
 def test_what_was_handed_back_comes_again() -> None:
     """A session stalls in the middle of a list of effects: the rest of the list is handed back."""
-    shell = Shell(Limits(response_bytes_max=1))
+    shell = Shell(CoreLimits(response_bytes_max=1))
     client = shell.client()
     trunk = shell.trunk(5, client)
     client.create(start=6)
@@ -98,7 +98,7 @@ def test_requests_of_a_stalled_session_are_answered_in_order_behind_what_is_unse
 
 
 def test_replays_are_cut_and_go_on_by_themselves() -> None:
-    limits = Limits(replay_bytes_max=3 * len(put(6, b"k").encoded))
+    limits = CoreLimits(replay_bytes_max=3 * len(put(6, b"k").encoded))
     shell = Shell(limits)
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -122,7 +122,7 @@ def test_replays_are_cut_and_go_on_by_themselves() -> None:
 
 
 def test_a_stall_ends_the_replay_and_a_drain_goes_on_there() -> None:
-    limits = Limits(replay_bytes_max=2 * len(put(6).encoded))
+    limits = CoreLimits(replay_bytes_max=2 * len(put(6).encoded))
     shell = Shell(limits)
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -146,7 +146,7 @@ def test_a_stall_ends_the_replay_and_a_drain_goes_on_there() -> None:
 
 def test_watches_of_a_session_are_replayed_in_turn() -> None:
     size = len(put(6).encoded)
-    shell = Shell(Limits(replay_bytes_max=2 * size))
+    shell = Shell(CoreLimits(replay_bytes_max=2 * size))
     client = shell.client()
     trunk = shell.trunk(5, client)
     client.create(start=6)
@@ -169,7 +169,7 @@ def test_watches_of_a_session_are_replayed_in_turn() -> None:
 def herd(turn_bytes_max: int) -> list[list[int]]:
     """Eight sessions drain at once, each with one response left to replay; return the responses' sizes turn by turn."""
     size = len(put(6).encoded)
-    shell = Shell(Limits(replay_bytes_max=4 * size, replay_turn_bytes_max=turn_bytes_max))
+    shell = Shell(CoreLimits(replay_bytes_max=4 * size, replay_turn_bytes_max=turn_bytes_max))
     clients = [shell.client() for _ in range(8)]
     trunk = shell.trunk(5, clients[0])
     for client in clients[1:]:
@@ -200,7 +200,7 @@ def test_a_herd_is_served_in_turns() -> None:
 
 def test_replays_that_filters_leave_empty_take_turns() -> None:
     """What is looked at is bounded over all inputs between two rings of the timer, though nothing of it is sent."""
-    shell = Shell(Limits(replay_events_max=100, replay_turn_events_max=300))
+    shell = Shell(CoreLimits(replay_events_max=100, replay_turn_events_max=300))
     quick = shell.client()
     trunk = shell.trunk(5, quick)
     for revision in range(6, 406):
@@ -232,7 +232,7 @@ def test_replays_that_filters_leave_empty_take_turns() -> None:
 
 def test_watches_of_one_session_are_placed_in_turns() -> None:
     """A session with many watches that stalled: those that have missed nothing cost a turn something as well."""
-    shell = Shell(Limits(replay_events_max=100, replay_turn_events_max=100))
+    shell = Shell(CoreLimits(replay_events_max=100, replay_turn_events_max=100))
     client = shell.client()
     trunk = shell.trunk(5, client)
     for _ in range(99):
@@ -285,7 +285,7 @@ def test_filtered_to_nothing_is_not_sent_and_the_watch_moves_on() -> None:
 
 
 def test_a_history_that_has_moved_on_means_a_backfill() -> None:
-    shell = Shell(Limits(history_revisions_max=2))
+    shell = Shell(CoreLimits(history_revisions_max=2))
     client, other = shell.client(), shell.client()
     trunk = shell.trunk(5, other)
     client.create(start=6)
@@ -326,7 +326,7 @@ def test_a_future_watch_of_a_stalled_session_loses_nothing() -> None:
 
 
 def test_fragments_are_one_delivery() -> None:
-    shell = Shell(Limits(fragment_bytes=150))
+    shell = Shell(CoreLimits(fragment_bytes=150))
     client = shell.client()
     trunk = shell.trunk(5, client, fragment=True)
     client.room = 1
@@ -345,7 +345,7 @@ def test_fragments_are_one_delivery() -> None:
 
 @pytest.mark.parametrize("limit", [None, 30.0])
 def test_who_stays_behind_too_long_is_sent_away(limit: float | None) -> None:
-    shell = Shell(Limits(lagging_age_s_max=limit))
+    shell = Shell(CoreLimits(lagging_age_s_max=limit))
     slow, other = shell.client(), shell.client()
     trunk = shell.trunk(5, other)
     slow.create(start=6)
@@ -363,7 +363,7 @@ def test_who_stays_behind_too_long_is_sent_away(limit: float | None) -> None:
 
 
 def test_who_catches_up_now_and_then_is_not() -> None:
-    shell = Shell(Limits(lagging_age_s_max=30.0))
+    shell = Shell(CoreLimits(lagging_age_s_max=30.0))
     client = shell.client()
     trunk = shell.trunk(5, client)
     for revision in range(6, 12):
@@ -389,7 +389,7 @@ def test_a_drain_that_nobody_waited_for_is_harmless() -> None:
 
 def test_a_deadline_moves_by_the_first_event_and_by_stalls_not_by_events_like_any_other() -> None:
     """The engine does not ask for a deadline that has not moved; the simulator holds that for every input."""
-    shell = Shell(Limits(lagging_age_s_max=1.0))
+    shell = Shell(CoreLimits(lagging_age_s_max=1.0))
     client = shell.client()
     trunk = shell.trunk(5, client)
     shell.core.next_deadline()

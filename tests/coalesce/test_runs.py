@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from coalesce import Limits, Upstream
+from coalesce import CoreLimits, Upstream
 from coalesce.runs import PATIENCE_S
 from proto.scan import Event, WatchResponse
 from tests.coalesce.shell import Client, Shell, header, put
 
 # An event of 100 bytes or so in each fragment.
-LIMITS = Limits(fragment_bytes=150)
+LIMITS = CoreLimits(fragment_bytes=150)
 
 
 def large(revision: int) -> Event:
@@ -21,7 +21,7 @@ def piece(shell: Shell, upstream: Upstream, *revisions: int, last: bool = False)
     events = [large(revision) for revision in revisions]
     response = WatchResponse(header(99), 0, fragment=not last, events=events)
     response.plain = last
-    shell.do(shell.core.received, upstream, response)
+    shell.do(shell.core.upstream_response, upstream, response)
 
 
 def whole(*revisions: int, watch_id: int = 0) -> list[str]:
@@ -89,7 +89,7 @@ def test_a_watch_far_behind_gets_what_a_backfill_brings_in_one() -> None:
 
 
 def test_a_response_that_is_cut_for_others_is_one_run() -> None:
-    shell = Shell(Limits(fragment_bytes=150, response_bytes_max=250))
+    shell = Shell(CoreLimits(fragment_bytes=150, response_bytes_max=250))
     client, plain, trunk = two_kinds(shell)
     shell.events(trunk, *(large(revision) for revision in range(6, 12)))
     assert client.read() == whole(*range(6, 12))
@@ -97,7 +97,7 @@ def test_a_response_that_is_cut_for_others_is_one_run() -> None:
 
 
 def test_from_the_history_it_comes_in_one_as_well() -> None:
-    shell = Shell(Limits(fragment_bytes=150, replay_bytes_max=250))
+    shell = Shell(CoreLimits(fragment_bytes=150, replay_bytes_max=250))
     _, _, trunk = two_kinds(shell)
     for revision in range(6, 12):
         shell.events(trunk, large(revision))
@@ -111,7 +111,7 @@ def test_from_the_history_it_comes_in_one_as_well() -> None:
 
 def test_at_its_bound_a_run_ends_between_two_revisions() -> None:
     limit = 3 * (len(large(6).encoded) + 700)
-    shell = Shell(Limits(fragment_bytes=150, fragment_run_bytes_max=limit))
+    shell = Shell(CoreLimits(fragment_bytes=150, fragment_run_bytes_max=limit))
     client, _, trunk = two_kinds(shell)
     for revision in range(6, 10):
         piece(shell, trunk, revision)
@@ -121,7 +121,11 @@ def test_at_its_bound_a_run_ends_between_two_revisions() -> None:
 
 
 def test_a_run_is_never_more_than_the_history_keeps() -> None:
-    for limits in (Limits(history_bytes_max=1), Limits(history_bytes_total_max=1), Limits(history_revisions_max=1)):
+    for limits in (
+        CoreLimits(history_bytes_max=1),
+        CoreLimits(history_bytes_total_max=1),
+        CoreLimits(history_revisions_max=1),
+    ):
         shell = Shell(limits)
         client, _, trunk = two_kinds(shell)
         piece(shell, trunk, 6)
@@ -176,7 +180,7 @@ def test_who_leaves_during_a_run_gets_nothing_of_it() -> None:
 
 def test_who_waits_is_found_though_its_turn_did_not_reach_it() -> None:
     """A turn ends with what others of the session were sent; what is left of it waits for the run alone."""
-    shell = Shell(Limits(fragment_bytes=150, replay_bytes_max=1))
+    shell = Shell(CoreLimits(fragment_bytes=150, replay_bytes_max=1))
     client = shell.client()
     trunk = shell.trunk(5, client)
     client.create(start=6, fragment=True)
@@ -195,7 +199,7 @@ def test_who_waits_is_found_though_its_turn_did_not_reach_it() -> None:
 def test_a_run_at_its_bound_is_sent_before_it_can_be_evicted() -> None:
     """However much work others have: else the watch would begin again where it was, for ever."""
     memory = put(6, value=b"x" * 90)
-    limits = Limits(
+    limits = CoreLimits(
         fragment_bytes=150,
         fragment_run_bytes_max=2 * (len(memory.encoded) + 700),
         backfill_bytes_max=1,
@@ -220,7 +224,7 @@ def test_a_run_at_its_bound_is_sent_before_it_can_be_evicted() -> None:
     assert len(shell.opened) == 2
 
 
-def held_back(limits: Limits) -> tuple[Shell, list[Client], Upstream]:
+def held_back(limits: CoreLimits) -> tuple[Shell, list[Client], Upstream]:
     """Clients with fragment that share a backfill, and the pieces of 60 and 61, the last of a run."""
     shell = Shell(limits)
     shell.trunk(100, shell.client())
@@ -241,7 +245,7 @@ def revisions(client: Client) -> list[str]:
 
 
 # One turn comes to one of the clients, and the next run would evict what the other one waits for.
-SCARCE = Limits(
+SCARCE = CoreLimits(
     fragment_bytes=150, replay_turn_events_max=1, history_bytes_total_max=3 * (len(large(60).encoded) + 700)
 )
 
@@ -260,7 +264,7 @@ def test_a_whole_run_is_sent_before_the_next_evicts_it() -> None:
 
 
 def test_a_whole_run_is_sent_before_it_is_too_old() -> None:
-    shell, clients, _ = held_back(Limits(fragment_bytes=150, replay_turn_events_max=1, history_age_s=5))
+    shell, clients, _ = held_back(CoreLimits(fragment_bytes=150, replay_turn_events_max=1, history_age_s=5))
     shell.now += 6
     shell.do(shell.core.expire)
     assert [revisions(client) for client in clients] == [["60", "61"], ["60", "61"]]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 
-from coalesce import Granted, Identity, Limits, Lost, Refusal, Upstream
+from coalesce import CoreLimits, CreateRefusal, Granted, Identity, Upstream, UpstreamLost
 from coalesce.guarantees.checkers import in_range
 from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import Event, WatchResponse, scan_watch_response
@@ -23,7 +23,7 @@ from tests.coalesce.shell import Client, Shell, header
 
 KEYS = (b"a", b"b", b"c", b"d")
 RANGES = ((b"a", b""), (b"b", b""), (b"a", b"c"), (b"\x00", b"\x00"), (b"b", b"z"))
-LIMITS = Limits(
+LIMITS = CoreLimits(
     linger_s=0.5,
     history_bytes_max=3000,
     history_bytes_total_max=6000,
@@ -184,7 +184,7 @@ class WalkClient(Client):
 class Walk(Shell):
     """One walk."""
 
-    def __init__(self, seed: int, limits: Limits = LIMITS, ordered_progress: bool = True) -> None:
+    def __init__(self, seed: int, limits: CoreLimits = LIMITS, ordered_progress: bool = True) -> None:
         super().__init__(limits, ordered_progress)
         self.random = random.Random(seed)
         self.revision = 1
@@ -247,7 +247,7 @@ class Walk(Shell):
         ]
         model.next_revision = max(model.next_revision, last + 1)
         if events:
-            self.do(self.core.received, upstream, WatchResponse(header(self.revision), 0, events=events))
+            self.do(self.core.upstream_response, upstream, WatchResponse(header(self.revision), 0, events=events))
 
     def live(self) -> list[Upstream]:
         """The upstream watches that are open."""
@@ -293,13 +293,13 @@ class Walk(Shell):
             self.do(self.core.revision_read, read, header(self.served.pop(id(read), self.revision)))
         if self.checks and self.random.random() < 0.5:
             check = self.checks.pop(self.random.randrange(len(self.checks)))
-            outcomes = (None, header(self.revision), Granted(header(self.revision)), Refusal("no"))
+            outcomes = (None, header(self.revision), Granted(header(self.revision)), CreateRefusal("no"))
             self.do(self.core.permission, check, self.random.choice(outcomes))
         live = self.live()
         if live:
             upstream = self.random.choice(live)
             if self.random.random() < 0.005:
-                self.do(self.core.lost, upstream, Lost(14, "gone"))
+                self.do(self.core.upstream_lost, upstream, UpstreamLost(14, "gone"))
                 self._bury()
             elif self.random.random() < 0.01:
                 self.models.pop(upstream, None)

@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self
 
-from coalesce.limits import Limits
+from coalesce.limits import CoreLimits
 from proxy.server import Proxy
 from tests.differential.player import LIMIT_S, Player
 from tests.differential.recording import Recording
@@ -94,7 +94,7 @@ class Stage:
         try:
             if way == DIRECT:
                 return await Player(program, Target(straight, straight, False, etcds), limit_s).play()
-            limits = Limits(fragment_bytes=program.fragment_bytes)
+            limits = CoreLimits(fragment_bytes=program.fragment_bytes)
             async with (
                 proxy_for(etcds[0], limits=limits, namespace=self.namespace) as proxy,
                 _crowd(program, proxy, way),

@@ -16,7 +16,7 @@ import h2.connection
 import h2.events
 import h2.settings
 
-from proto.framing import Unframer, decode_message, frame
+from proto.framing import MessageReader, decode_message, frame
 from proto.pb import rpc_pb2
 from tests.waiting import until_async
 
@@ -42,7 +42,7 @@ class RawStream:
         """Give the windows back as data comes; False leaves this stream's window to run dry."""
         self.held = 0
         """Bytes received while not taking."""
-        self._unframer = Unframer(MESSAGE_BYTES_MAX)
+        self._unframer = MessageReader(MESSAGE_BYTES_MAX)
         self._seen = 0
 
     @property

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from coalesce.limits import Limits
+from coalesce.limits import CoreLimits
 from tests.e2e.churn import Churn, History
 from tests.e2e.running import direct, proxy_for
 from tests.e2e.scenario import run
@@ -16,7 +16,7 @@ from tests.etcd.server import EtcdServer
 
 async def _churn(etcd: EtcdServer, seed: int, steps: int, kills: int) -> None:
     chance = random.Random(seed)
-    limits = Limits(
+    limits = CoreLimits(
         history_bytes_max=chance.choice((20_000, 300_000, 16_000_000)),
         history_revisions_max=chance.choice((20, 200, 20_000)),
         linger_s=chance.choice((0.05, 2.0)),

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from coalesce import Limits
+from coalesce import CoreLimits
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proxy.server import Proxy
@@ -107,7 +107,7 @@ async def calls(proxy: Proxy, client: RawClient, past: int) -> list[RawClient]:
 def test_what_has_ended_is_gone(etcd: EtcdServer, what: What) -> None:
     async def scenario() -> None:
         async with (
-            proxy_for(etcd, limits=Limits(linger_s=0.05)) as proxy,
+            proxy_for(etcd, limits=CoreLimits(linger_s=0.05)) as proxy,
             direct(etcd) as store,
             await RawClient.connect(proxy.port) as client,
         ):

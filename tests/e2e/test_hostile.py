@@ -12,7 +12,7 @@ from typing import cast
 import hpack
 import pytest
 
-from coalesce.limits import Limits
+from coalesce.limits import CoreLimits
 from proto.framing import Status, frame
 from proto.http2.receiving import REQUEST_WORK
 from proxy.listening.connection import PREFACE, ServerConnection
@@ -107,7 +107,7 @@ def test_a_stream_opened_and_reset_without_end_is_cut_off(etcd: EtcdServer) -> N
 
 def test_too_many_watches_on_a_session(etcd: EtcdServer) -> None:
     async def scenario() -> None:
-        limits = Limits(watches_per_session_max=3)
+        limits = CoreLimits(watches_per_session_max=3)
         async with proxy_for(etcd, limits=limits) as proxy, await RawClient.connect(proxy.port) as client:
             stream = client.watch()
             for _ in range(4):
@@ -129,7 +129,7 @@ def test_a_client_that_is_behind_for_too_long_is_told_why(etcd: EtcdServer, monk
     monkeypatch.setattr("proxy.listening.calls.UNREAD_END_GRACE_S", 0.2)
 
     async def scenario() -> None:
-        limits = Limits(lagging_age_s_max=0.3)
+        limits = CoreLimits(lagging_age_s_max=0.3)
         async with (
             proxy_for(etcd, limits=limits) as proxy,
             direct(etcd) as store,

@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from proto.framing import Status, frame
-from proto.http2 import Limits
+from proto.http2 import Http2Limits
 from proto.http2.events import LimitReached
 from proto.pb import rpc_pb2
 from proxy.admin.monitor import Monitor
@@ -165,7 +165,7 @@ def test_bytes_kept_for_who_does_not_read() -> None:
 def test_what_comes_at_once_is_handled_in_turns(pings: int, turns: int) -> None:
     async def scenario() -> None:
         async with (
-            rig_of(ListenerSettings(http2=Limits(turn_work_max=5), keepalive_min_s=None)) as rig,
+            rig_of(ListenerSettings(http2=Http2Limits(turn_work_max=5), keepalive_min_s=None)) as rig,
             silent(rig, PREFACE + SETTINGS + ACK) as (connection, _reader, _writer),
         ):
             connection.data_received(PING * pings)
@@ -178,7 +178,7 @@ def test_what_comes_at_once_is_handled_in_turns(pings: int, turns: int) -> None:
 
 def test_streams_refused_at_a_limit_are_counted() -> None:
     async def scenario() -> None:
-        limits = Limits(max_streams=2, header_list_bytes_max=1000)
+        limits = Http2Limits(max_streams=2, header_list_bytes_max=1000)
         async with rig_of(ListenerSettings(http2=limits)) as rig, await rig.connect() as client:
             calls = [client.call(ECHO) for _ in range(3)]
             assert (await calls[2].end(), calls[2].reset) == ((None, ""), 7)
@@ -280,11 +280,11 @@ class Unread:
 
     def leave(self, size: int) -> None:
         self.size += size
-        self.owner.hold_back(cast(Relay, self), size)
+        self.owner.charge_unread(cast(Relay, self), size)
 
     def cut_off(self) -> None:
         self.lost = True
-        self.owner.taken(cast(Relay, self), self.size)
+        self.owner.release_unread(cast(Relay, self), self.size)
 
 
 def test_answers_that_are_not_read() -> None:

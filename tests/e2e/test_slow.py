@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from coalesce.limits import Limits
+from coalesce.limits import CoreLimits
 from tests.e2e.judging import assert_kept
 from tests.e2e.raw_client import RawClient, WatchStream
 from tests.e2e.running import direct, proxy_for
@@ -48,7 +48,7 @@ def memory_mib() -> float:
 
 async def _stop_and_go(etcd: EtcdServer, *, socket: bool, history_bytes: int, puts: int, value: bytes) -> None:
     """One client stops, its window or its socket full, while `puts` pass; another one follows them all the while."""
-    limits = Limits(history_bytes_max=history_bytes)
+    limits = CoreLimits(history_bytes_max=history_bytes)
     async with (
         proxy_for(etcd, limits=limits) as proxy,
         direct(etcd) as store,
@@ -91,7 +91,7 @@ def test_a_client_stops_and_catches_up_by_a_backfill(etcd: EtcdServer, socket: b
 
 def test_a_slow_client_that_is_compacted_is_cancelled_alone(etcd: EtcdServer) -> None:
     async def scenario() -> None:
-        limits = Limits(history_bytes_max=100_000)
+        limits = CoreLimits(history_bytes_max=100_000)
         async with (
             proxy_for(etcd, limits=limits) as proxy,
             direct(etcd) as store,

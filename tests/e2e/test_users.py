@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from coalesce.limits import Limits
+from coalesce.limits import CoreLimits
 from proto.framing import frame
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from tests.e2e.raw_client import RawClient
@@ -157,7 +157,7 @@ def test_kubernetes_lists_watches_and_reads_consistently(etcd: EtcdServer) -> No
 def test_the_size_of_joined_revisions_is_a_setting(etcd: EtcdServer) -> None:
     async def scenario(bytes_max: int) -> list[int]:
         async with (
-            proxy_for(etcd, limits=Limits(response_bytes_max=bytes_max)) as proxy,
+            proxy_for(etcd, limits=CoreLimits(response_bytes_max=bytes_max)) as proxy,
             direct(etcd) as store,
             await RawClient.connect(proxy.port) as client,
         ):

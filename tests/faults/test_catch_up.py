@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from coalesce.limits import Limits
+from coalesce.limits import CoreLimits
 from proto.pb import rpc_pb2
 from proxy.measuring.load import judge
 from proxy.server import Proxy
@@ -117,7 +117,7 @@ def test_a_watch_far_behind_gets_everything_and_holds_nobody_up(
     """Live events go on being delivered while a watch of the same range is brought everything since the beginning."""
     # Etcd gives a thousand revisions at a time, to the judge as well.
     monkeypatch.setattr(judge, "TRUTH_LIMIT_S", 90.0)
-    limits = Limits(history_bytes_max=MIB // 4, history_bytes_total_max=MIB, backfill_bytes_max=MIB // 4)
+    limits = CoreLimits(history_bytes_max=MIB // 4, history_bytes_total_max=MIB, backfill_bytes_max=MIB // 4)
 
     async def scenario() -> None:
         async with (
@@ -163,7 +163,7 @@ def test_a_watch_far_behind_gets_everything_and_holds_nobody_up(
 @pytest.mark.timeout(240)
 def test_laggards_share_backfills(etcd: EtcdServer, laggards: int, revisions: int, order: str) -> None:
     """Nothing happens in the range any more: only progress can tell a backfill that it has arrived."""
-    limits = Limits(history_bytes_total_max=64 * MIB)
+    limits = CoreLimits(history_bytes_total_max=64 * MIB)
 
     async def scenario() -> None:
         async with proxy_for(etcd, limits=limits) as proxy, await RawClient.connect(proxy.port) as client:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from coalesce.limits import Limits
+from coalesce.limits import CoreLimits
 from proto.pb import rpc_pb2
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import proxy_for
@@ -94,7 +94,7 @@ def test_a_quiet_trunk_survives_a_compaction_and_a_break(etcd: EtcdServer) -> No
     """Bookmarks: the store is compacted far beyond the trunk's last event while upstream is fine, then it breaks."""
 
     async def scenario() -> None:
-        limits = Limits(bookmark_s=0.4)
+        limits = CoreLimits(bookmark_s=0.4)
         async with (
             relay_to(etcd.client_port) as way,
             split_proxy(way.endpoint, way.endpoint, limits=limits) as proxy,

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from coalesce.limits import Limits
+from coalesce.limits import CoreLimits
 from proto.pb import rpc_pb2
 from tests.e2e.judging import log_of
 from tests.e2e.raw_client import RawClient
@@ -16,7 +16,7 @@ from tests.etcd.server import EtcdServer
 from tests.faults.relay import Way, relay_to
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch, split_proxy, straight
 from tests.waiting import until_async
-from upstream.settings import ConnectionSettings, Settings
+from upstream.settings import ConnectionSettings, UpstreamSettings
 
 MIB = 1 << 20
 
@@ -106,7 +106,7 @@ def test_an_outage_without_a_word(etcd: EtcdServer) -> None:
     """The connection stays open and nothing comes through any more: noticed by ping, nothing is lost."""
 
     async def scenario() -> None:
-        settings = Settings(connection=ConnectionSettings(keepalive_s=0.3, keepalive_timeout_s=0.3))
+        settings = UpstreamSettings(connection=ConnectionSettings(keepalive_s=0.3, keepalive_timeout_s=0.3))
         async with (
             relay_to(etcd.client_port) as way,
             split_proxy(etcd.endpoint, way.endpoint, upstream=settings) as proxy,
@@ -154,7 +154,7 @@ def test_a_compaction_hits_more_than_512_laggards(etcd: EtcdServer) -> None:
     """Each is cancelled alone or gets everything; live watches and the next compaction are not held up."""
 
     async def scenario() -> None:
-        limits = Limits(history_revisions_max=10, backfills_max=20, backfill_share_revisions=0)
+        limits = CoreLimits(history_revisions_max=10, backfills_max=20, backfill_share_revisions=0)
         async with (
             proxy_for(etcd, limits=limits) as proxy,
             straight(etcd.endpoint) as store,
@@ -204,7 +204,7 @@ def test_a_compaction_hits_more_than_512_laggards(etcd: EtcdServer) -> None:
 @pytest.mark.long
 def test_etcd_restarts_while_laggards_catch_up(etcd: EtcdServer) -> None:
     async def scenario() -> None:
-        limits = Limits(history_revisions_max=10, backfills_max=5)
+        limits = CoreLimits(history_revisions_max=10, backfills_max=5)
         async with (
             relay_to(etcd.client_port) as way,
             split_proxy(way.endpoint, way.endpoint, limits=limits) as proxy,

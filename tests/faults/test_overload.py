@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from coalesce.limits import Limits
+from coalesce.limits import CoreLimits
 from proto.framing import Status
 from proxy.listening.settings import ListenerSettings
 from proxy.watch.service import WatchSettings
@@ -42,7 +42,7 @@ async def _refused(client: RawClient, key: bytes) -> str:
 
 def test_each_limit_refuses_clearly_and_harms_nobody_else(etcd: EtcdServer) -> None:
     async def scenario() -> None:
-        limits = Limits(watches_per_session_max=WATCHES_EACH, watches_max=WATCHES, trunks_max=TRUNKS)
+        limits = CoreLimits(watches_per_session_max=WATCHES_EACH, watches_max=WATCHES, trunks_max=TRUNKS)
         settings: dict[str, Any] = {
             "limits": limits,
             "listener": ListenerSettings(connections_max=CONNECTIONS, reason_s=0.1),

@@ -19,7 +19,7 @@ from tests.faults.scene import PREFIX, PREFIX_END, open_watch, straight
 from tests.faults.test_credentials import OWN, with_proxy_user
 from tests.waiting import until_async
 from upstream.credentials import Credentials
-from upstream.settings import Settings
+from upstream.settings import UpstreamSettings
 
 
 @pytest.mark.parametrize("beyond", [False, True])
@@ -152,7 +152,7 @@ def test_a_restore_that_takes_the_tokens_along(etcd: EtcdServer, tmp_path: Path,
 
     async def scenario() -> None:
         async with (
-            proxy_for(etcd, credentials=own, upstream=Settings(create_timeout_s=1)) as proxy,
+            proxy_for(etcd, credentials=own, upstream=UpstreamSettings(create_timeout_s=1)) as proxy,
             await RawClient.connect(proxy.port) as client,
         ):
             await put(etcd, "a/k", "kept")

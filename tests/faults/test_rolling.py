@@ -17,7 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]  # ships none
 
 from coalesce.guarantees.checkers import Opened, check
-from coalesce.limits import Limits
+from coalesce.limits import CoreLimits
 from proto.framing import Status
 from proxy.measuring.load.judge import read_truth
 from proxy.watch.service import DRAIN_SLICE_SESSIONS
@@ -198,7 +198,7 @@ def test_a_drain_is_announced_before_anybody_is_sent_away(etcd: EtcdServer) -> N
 def test_clients_that_are_killed_leave_nothing(etcd: EtcdServer, tmp_path: Path) -> None:
     async def scenario() -> None:
         binary = etcds()[0]
-        async with proxy_for(etcd, limits=Limits(linger_s=0.1)) as proxy, direct(etcd) as store:
+        async with proxy_for(etcd, limits=CoreLimits(linger_s=0.1)) as proxy, direct(etcd) as store:
             command = etcdctl_watch(binary, f"127.0.0.1:{proxy.port}")
             stats = proxy.engine.core.stats
             with contextlib.ExitStack() as stack:

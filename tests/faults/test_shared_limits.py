@@ -17,7 +17,7 @@ from tests.etcd.fronts import Front
 from tests.etcd.server import EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch, straight
 from tests.waiting import until_async
-from upstream.settings import Settings
+from upstream.settings import UpstreamSettings
 
 PUT = "/etcdserverpb.KV/Put"
 RANGE = "/etcdserverpb.KV/Range"
@@ -91,7 +91,7 @@ def test_a_lack_of_places_shows_in_readiness() -> None:
     """Only where all connections that are allowed are full; it is over as soon as a place is free."""
 
     async def scenario(etcd: EtcdServer) -> None:
-        settings = Settings(connections_per_endpoint_max=1, place_wait_s=0.2)
+        settings = UpstreamSettings(connections_per_endpoint_max=1, place_wait_s=0.2)
         async with proxy_for(etcd, upstream=settings) as proxy, await RawClient.connect(proxy.port) as client:
             leases = await keep_leases(client, 44)
             assert proxy.health.serving

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from coalesce.limits import Limits
+from coalesce.limits import CoreLimits
 from proto.framing import frame
 from proto.pb import rpc_pb2
 from tests.e2e.judging import assert_kept
@@ -107,7 +107,7 @@ def test_a_reconnect_storm_costs_etcd_nothing(etcd: EtcdServer, connections: int
     async def scenario() -> None:
         # On a busy machine they may be away for longer than a trunk lingers.
         async with (
-            proxy_for(etcd, limits=Limits(linger_s=30)) as proxy,
+            proxy_for(etcd, limits=CoreLimits(linger_s=30)) as proxy,
             straight(etcd.endpoint) as store,
             AsyncExitStack() as open_clients,
         ):

@@ -8,7 +8,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 
-from proto.http2 import Connection, HeadersReceived, Limits, Role, Stream, frames
+from proto.http2 import Connection, HeadersReceived, Http2Limits, Role, Stream, frames
 from proto.http2.limits import WINDOW_BYTES_MAX
 
 REQUEST = [
@@ -178,7 +178,7 @@ def main() -> None:
     out(f"open, server                        {received:8.3f} us a stream ({late:.3f} us the last 1,000 of {count})\n")
     out(f"unary call, server                  {measure_call(count, 0):8.3f} us\n")
     out(f"unary call, server, 10,000 open     {measure_call(count, count):8.3f} us\n")
-    limits = Limits(pings_max=1 << 60, tiny_updates_max=1 << 60)
+    limits = Http2Limits(pings_max=1 << 60, tiny_updates_max=1 << 60)
     for name, frame in (
         ("PING", frames.ping(b"12345678")),
         ("WINDOW_UPDATE, connection", frames.window_update(0, 100)),

@@ -15,9 +15,9 @@ from functools import partial
 import pytest
 
 from proto.framing import Status
-from proto.http2 import Connection, ErrorCode, Limits, Role, Stream
+from proto.http2 import Connection, ErrorCode, Http2Limits, Role, Stream
 from proto.http2.frames import DATA, GOAWAY, HEADERS, PING, RST_STREAM, SETTINGS
-from proxy.listening.calls import Carrier, Handler, Headers, ServerCall
+from proxy.listening.calls import ConnectionHandle, Handler, Headers, ServerCall
 from proxy.listening.listener import Listener
 from proxy.listening.settings import ListenerSettings
 from tests.e2e.raw_client import HOST
@@ -115,7 +115,7 @@ def outcome(case: Case, received: list[tuple[int, int, int, bytes]], over: bool)
 class Held:
     """A handler that consumes nothing and ends the call when the client does, unless it must be silent."""
 
-    def __init__(self, connection: Carrier, stream: Stream, headers: Headers) -> None:
+    def __init__(self, connection: ConnectionHandle, stream: Stream, headers: Headers) -> None:
         self.call = ServerCall(connection, stream)
         self.silent = (b":path", SILENT) in headers
 
@@ -136,7 +136,7 @@ class Held:
         self.call.closed()
 
 
-def opened(connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> Handler | None:
+def opened(connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool) -> Handler | None:
     """Accept any request."""
     held = Held(connection, stream, headers)
     if end_stream and not held.silent:
@@ -148,7 +148,7 @@ def opened(connection: Carrier, stream: Stream, headers: Headers, end_stream: bo
 @asynccontextmanager
 async def listener_of() -> AsyncIterator[Listener]:
     """Yield a listener with the table's limits."""
-    limits = Limits(
+    limits = Http2Limits(
         initial_window=WINDOW_BYTES,
         connection_window=CONNECTION_WINDOW_BYTES,
         max_streams=STREAMS_MAX,

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from proto.http2 import Connection, ErrorCode, GoingAway, HeadersReceived, Limits, Role, StreamState
+from proto.http2 import Connection, ErrorCode, GoingAway, HeadersReceived, Http2Limits, Role, StreamState
 from tests.http2 import wire
 from tests.http2.wire import INITIAL_WINDOW, Peer, client, data, rst, server, update
 
@@ -101,7 +101,7 @@ def test_no_reset_follows_if_the_request_is_complete() -> None:
 
 def test_late_data_after_our_reset_credits_the_connection() -> None:
     """http2 point 8 (5.1, 6.9): otherwise the connection's window would shrink with every reset."""
-    connection, peer = server(Limits(connection_window=INITIAL_WINDOW))
+    connection, peer = server(Http2Limits(connection_window=INITIAL_WINDOW))
     peer.receive(peer.request(1), peer.request(3))
     connection.reset(connection.streams[1], ErrorCode.CANCEL)
     peer.said()
@@ -114,7 +114,7 @@ def test_late_data_after_our_reset_credits_the_connection() -> None:
 
 def test_late_frames_of_a_forgotten_stream_are_reset_again() -> None:
     """http2 point 17: a bounded number of resets is remembered; a late frame for another is answered by RST_STREAM."""
-    connection, peer = server(Limits(resets_remembered=4))
+    connection, peer = server(Http2Limits(resets_remembered=4))
     peer.receive(*[peer.request(2 * n + 1) for n in range(6)])
     for stream in list(connection.streams.values()):
         connection.reset(stream, ErrorCode.CANCEL)
@@ -248,7 +248,7 @@ def test_queued_output_survives_a_goaway_and_a_failure() -> None:
 
 def test_too_many_streams_are_refused_one_by_one() -> None:
     """http2 point 14 (5.1.2, 8.7, 4.3): the header list is decoded, so the table is correct for the next one."""
-    connection, peer = server(Limits(max_streams=2))
+    connection, peer = server(Http2Limits(max_streams=2))
     assert peer.receive(peer.request(1), peer.request(3)) == ["request 1", "request 3"]
     # The refused list adds an entry to the table; the next request refers to it.
     assert peer.receive(peer.request(5, extra=[(b"new", b"field")])) == []
@@ -264,6 +264,6 @@ def test_too_many_streams_are_refused_one_by_one() -> None:
 
 def test_the_stream_limit_is_announced() -> None:
     """http2 point 14 (6.5.2)."""
-    connection = Connection(Role.SERVER, Limits(max_streams=123))
+    connection = Connection(Role.SERVER, Http2Limits(max_streams=123))
     connection.start()
     assert "3: 123" in Peer(connection).said()[0]

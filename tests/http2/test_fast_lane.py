@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from proto.http2 import Connection, ErrorCode, Limits, Stream
+from proto.http2 import Connection, ErrorCode, Http2Limits, Stream
 from tests.http2 import wire
 from tests.http2.wire import Peer, client, data, event_lines, raw, update
 
@@ -16,7 +16,7 @@ WINDOW = 70_000
 
 def answered(*more: tuple[bytes, bytes]) -> tuple[Connection, Peer]:
     """Return a client with a call on stream 1 that has its response's headers."""
-    connection, peer = client(limits=Limits(initial_window=WINDOW))
+    connection, peer = client(limits=Http2Limits(initial_window=WINDOW))
     connection.open(wire.REQUEST)
     peer.receive(wire.settings(None, "ACK"), peer.headers(1, [*wire.RESPONSE, *more]))
     peer.said()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from proto.http2 import Connection, ErrorCode, LimitReached, Limits, Role
+from proto.http2 import Connection, ErrorCode, Http2Limits, LimitReached, Role
 from proto.http2.compression import FIELD_OVERHEAD_BYTES
 from proto.http2.sending import CROSSING_FRAMES
 from tests.http2 import wire
@@ -15,7 +15,7 @@ from tests.http2.test_fuzz import LIMITS, script
 from tests.http2.wire import Peer, data, event_lines, ping, raw, rst, server, settings, update
 
 LIMIT = 50
-EDGE = Limits(
+EDGE = Http2Limits(
     resets_max=LIMIT,
     pings_max=LIMIT,
     # The handshake's SETTINGS does not count: its counter decreases when the output is taken.
@@ -50,7 +50,7 @@ FLOODS: dict[str, Callable[[Peer, int], bytes]] = {
 }
 
 
-def start(limits: Limits = EDGE) -> tuple[Connection, Peer]:
+def start(limits: Http2Limits = EDGE) -> tuple[Connection, Peer]:
     """Return a server with stream 1 open, stream 3 closed, and all counters at zero."""
     connection, peer = server(limits)
     peer.receive(peer.request(1), peer.request(3))
@@ -179,7 +179,7 @@ def test_resets_of_streams_that_waited_are_not_a_flood() -> None:
 
 def test_refused_streams_are_counted() -> None:
     """http2 point 14: a peer that keeps ignoring the limit loses its connection."""
-    connection, peer = server(Limits(max_streams=1, resets_max=LIMIT))
+    connection, peer = server(Http2Limits(max_streams=1, resets_max=LIMIT))
     peer.receive(peer.request(1))
     for n in range(LIMIT):
         assert peer.receive(peer.request(2 * n + 3)) == []
@@ -203,7 +203,7 @@ def test_defaults_allow_ten_thousand_streams_at_once() -> None:
 
 def test_settings_that_move_many_windows_weigh_more() -> None:
     """A change of 20,000 streams counts as ten SETTINGS; the same window again changes nothing."""
-    connection, peer = server(Limits(settings_max=100))
+    connection, peer = server(Http2Limits(settings_max=100))
     for number in range(20_000):
         connection.receive(peer.request(2 * number + 1))
     connection.output()
@@ -216,7 +216,7 @@ def test_settings_that_move_many_windows_weigh_more() -> None:
 
 def test_too_many_header_fields_end_the_connection() -> None:
     """Ten fields are accepted, in any number of frames; the eleventh ends the connection, even in an oversized list."""
-    limits = Limits(header_fields_max=10, header_list_bytes_max=200)
+    limits = Http2Limits(header_fields_max=10, header_list_bytes_max=200)
     for fields, cut_off in ((10, False), (11, True)):
         connection, peer = server(limits)
         block = b"\x88" * fields
@@ -232,11 +232,11 @@ def test_too_many_header_fields_end_the_connection() -> None:
 
 
 def test_the_fields_allowed_are_those_of_the_smallest_that_fit() -> None:
-    assert Limits().header_fields_max * FIELD_OVERHEAD_BYTES == Limits().header_list_bytes_max
+    assert Http2Limits().header_fields_max * FIELD_OVERHEAD_BYTES == Http2Limits().header_list_bytes_max
 
 
 def test_frames_beyond_one_turns_work_wait_for_the_next() -> None:
-    connection, peer = server(Limits(turn_work_max=5))
+    connection, peer = server(Http2Limits(turn_work_max=5))
     events = connection.receive(ping() * 12)
     counts = [len(events)]
     while connection.behind:
@@ -255,7 +255,7 @@ def test_frames_beyond_one_turns_work_wait_for_the_next() -> None:
 
 
 def test_counters_do_not_decrease_while_frames_wait() -> None:
-    connection, _peer = server(Limits(turn_work_max=5, pings_max=100))
+    connection, _peer = server(Http2Limits(turn_work_max=5, pings_max=100))
     connection.output()
     connection.receive(ping() * 99)
     while connection.behind:
@@ -284,7 +284,7 @@ def test_small_turns_change_nothing(seed: int) -> None:
 @pytest.mark.parametrize("limit", ["max_streams", "header_list_bytes_max", "initial_window"])
 def test_a_stream_that_reaches_a_limit_is_reported(limit: str) -> None:
     """Once for each stream beyond the limit, and not at the limit."""
-    connection, peer = server(Limits(max_streams=2, header_list_bytes_max=1_000, initial_window=100))
+    connection, peer = server(Http2Limits(max_streams=2, header_list_bytes_max=1_000, initial_window=100))
     weight = sum(FIELD_OVERHEAD_BYTES + len(name) + len(value) for name, value in wire.REQUEST)
     room = 1_000 - weight - FIELD_OVERHEAD_BYTES - len(b"x")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proto.http2 import Connection, ErrorCode, Limits, Role, Stream, Together
+from proto.http2 import Connection, ErrorCode, Http2Limits, Role, Stream, StreamBatch
 from tests.http2 import wire
 from tests.http2.wire import INITIAL_WINDOW, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, Peer, data, server, settings, update
 
@@ -134,8 +134,8 @@ def test_our_frames_stay_small_even_if_the_peer_allows_more() -> None:
 def test_limits_that_the_protocol_cannot_express(wrong: dict[str, int]) -> None:
     """6.5.2, 6.9.1."""
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Limits(**wrong)
-    Limits(max_frame_bytes=2**24 - 1, initial_window=2**31 - 1, connection_window=2**31 - 1, max_streams=0)
+        Http2Limits(**wrong)
+    Http2Limits(max_frame_bytes=2**24 - 1, initial_window=2**31 - 1, connection_window=2**31 - 1, max_streams=0)
 
 
 @pytest.mark.parametrize(("length", "fails"), [(16_384, False), (16_385, True), (2**24 - 1, True)])
@@ -150,7 +150,7 @@ def test_our_frame_size_is_checked_before_buffering(length: int, fails: bool) ->
 
 def test_a_larger_frame_size_of_ours_is_announced_and_kept() -> None:
     """http2 point 4 (6.5.2)."""
-    connection = Connection(Role.SERVER, Limits(max_frame_bytes=20_000))
+    connection = Connection(Role.SERVER, Http2Limits(max_frame_bytes=20_000))
     connection.start()
     peer = Peer(connection)
     assert "5: 20000" in peer.said()[0]
@@ -161,7 +161,7 @@ def test_a_larger_frame_size_of_ours_is_announced_and_kept() -> None:
 
 def test_the_connection_window_is_raised_at_the_start() -> None:
     """http2 point 9 (6.9.2): by a WINDOW_UPDATE, because SETTINGS do not change it."""
-    connection = Connection(Role.SERVER, Limits(connection_window=100_000, initial_window=1))
+    connection = Connection(Role.SERVER, Http2Limits(connection_window=100_000, initial_window=1))
     connection.start()
     assert Peer(connection).said()[1] == f"WINDOW_UPDATE 0 {100_000 - INITIAL_WINDOW}"
     assert connection.receive_window == 100_000
@@ -170,7 +170,7 @@ def test_the_connection_window_is_raised_at_the_start() -> None:
 @pytest.mark.parametrize(("more", "expected"), [(0, ["data 1 100"]), (1, ["reset 1 FLOW_CONTROL_ERROR"])])
 def test_a_stream_window_overrun_costs_the_stream(more: int, expected: list[str]) -> None:
     """http2 point 9 (6.9.1); its bytes are credited to the connection."""
-    connection, peer = server(Limits(initial_window=10 * KIB + 100, connection_window=64 * KIB))
+    connection, peer = server(Http2Limits(initial_window=10 * KIB + 100, connection_window=64 * KIB))
     peer.receive(peer.request(1), peer.request(3), data(1, bytes(10 * KIB)))
     assert peer.receive(data(1, bytes(100 + more))) == expected
     assert connection.receive_window + connection._unreturned == 64 * KIB - 10 * KIB - (100 if not more else 0)
@@ -180,7 +180,7 @@ def test_a_stream_window_overrun_costs_the_stream(more: int, expected: list[str]
 @pytest.mark.parametrize(("more", "expected"), [(0, "data 65 16"), (1, "failed FLOW_CONTROL_ERROR")])
 def test_a_connection_window_overrun_costs_the_connection(more: int, expected: str) -> None:
     """http2 point 9 (6.9.1)."""
-    connection, peer = server(Limits(initial_window=64 * KIB, connection_window=64 * KIB + 16))
+    connection, peer = server(Http2Limits(initial_window=64 * KIB, connection_window=64 * KIB + 16))
     requests = [peer.request(2 * n + 1) for n in range(33)]
     peer.receive(*requests, *[data(2 * n + 1, bytes(2 * KIB)) for n in range(32)])
     assert connection.receive_window == 16
@@ -189,7 +189,7 @@ def test_a_connection_window_overrun_costs_the_connection(more: int, expected: s
 
 def test_padding_counts_and_is_given_back_by_the_connection() -> None:
     """http2 point 8 (6.1): the application returns the bytes of the data only."""
-    connection, peer = server(Limits(initial_window=1000, connection_window=INITIAL_WINDOW))
+    connection, peer = server(Http2Limits(initial_window=1000, connection_window=INITIAL_WINDOW))
     peer.receive(peer.request(1))
     stream = connection.streams[1]
     assert peer.receive(data(1, bytes(100), padding=200)) == ["data 1 100"]
@@ -198,7 +198,7 @@ def test_padding_counts_and_is_given_back_by_the_connection() -> None:
 
 
 def test_consumed_bytes_are_returned_half_a_window_at_a_time() -> None:
-    connection, peer = server(Limits(initial_window=40_000, connection_window=100_000))
+    connection, peer = server(Http2Limits(initial_window=40_000, connection_window=100_000))
     peer.receive(peer.request(1), data(1, bytes(16_000)), data(1, bytes(16_000)))
     stream = connection.streams[1]
     connection.consumed(stream, 19_999)
@@ -212,7 +212,7 @@ def test_consumed_bytes_are_returned_half_a_window_at_a_time() -> None:
 
 def test_a_stream_whose_peer_has_ended_needs_no_window() -> None:
     """The connection is credited all the same."""
-    connection, peer = server(Limits(initial_window=10, connection_window=INITIAL_WINDOW))
+    connection, peer = server(Http2Limits(initial_window=10, connection_window=INITIAL_WINDOW))
     peer.receive(peer.request(1), data(1, bytes(10), "END_STREAM"))
     connection.consumed(connection.streams[1], 10)
     assert peer.said() == []
@@ -221,7 +221,7 @@ def test_a_stream_whose_peer_has_ended_needs_no_window() -> None:
 
 def test_a_small_initial_window_applies_once_acknowledged() -> None:
     """http2 point 15 (6.5.3): until then the peer may use the default window."""
-    connection = Connection(Role.SERVER, Limits(initial_window=100))
+    connection = Connection(Role.SERVER, Http2Limits(initial_window=100))
     connection.start()
     peer = Peer(connection)
     peer.receive(wire.PREFACE, settings(), peer.request(1), peer.request(3))
@@ -311,7 +311,7 @@ def test_send_each_skips_streams_that_must_wait() -> None:
     connection.reset(gone, ErrorCode.CANCEL)
     peer.said()
     before = connection.send_window
-    together = Together([short, blocked, over, gone, open_one])
+    together = StreamBatch([short, blocked, over, gone, open_one])
     assert list(connection.send_each(together, [[b"xy"] * 5, [b"z"] * 5], 3)) == [0, 1, 2, 3]
     assert peer.said() == ["DATA 9 3"]
     assert connection.send_window == before - 3
@@ -329,7 +329,7 @@ def test_send_each_sends_nothing_if_the_connection_is_too_full(why: str) -> None
         connection.pause()
     else:
         size = 20 * KIB
-    assert list(connection.send_each(Together(streams), [[bytes(size)] * 2], size)) == [0, 1]
+    assert list(connection.send_each(StreamBatch(streams), [[bytes(size)] * 2], size)) == [0, 1]
     assert peer.said() == []
     assert [stream.send_window for stream in streams] == [INITIAL_WINDOW] * 2
 
@@ -337,7 +337,7 @@ def test_send_each_sends_nothing_if_the_connection_is_too_full(why: str) -> None
 def test_send_each_sends_all_or_none_of_a_streams_messages() -> None:
     """So that later messages of the stream, by `send`, stay in order; sizes may differ between calls."""
     connection, _, (one, two) = serve(2)
-    together = Together([one, two, one])
+    together = StreamBatch([one, two, one])
     one.send_window = 5
     assert list(connection.send_each(together, [[b"abc", b"def", b"ghi"]], 3)) == [0, 2]
     assert (one.send_window, two.send_window) == (5, INITIAL_WINDOW - 3)

@@ -26,17 +26,17 @@ from proto.http2 import (
     GoingAway,
     HeadersKind,
     HeadersReceived,
-    Limits,
+    Http2Limits,
     Role,
+    StreamBatch,
     StreamReset,
     StreamState,
-    Together,
     TooManyStreams,
 )
 from tests.http2 import lists, wire
 from tests.http2.wire import PREFACE, REQUEST, RESPONSE, TRAILERS, Peer, data, event_lines, raw, settings
 
-LIMITS = Limits(
+LIMITS = Http2Limits(
     initial_window=1_000,
     connection_window=70_000,
     header_list_bytes_max=600,
@@ -176,7 +176,7 @@ def answer(connection: Connection, rng: random.Random, events: list[Event]) -> N
                 connection.send(stream, [bytes(size)], size, end_stream=rng.random() < 0.3)
                 others = [other for other in connection.streams.values() if other.started]
                 columns = [[piece] * len(others) for piece in (b"to", b"all")]
-                for place in connection.send_each(Together(others), columns, 5):
+                for place in connection.send_each(StreamBatch(others), columns, 5):
                     connection.reset(others[place], ErrorCode.CANCEL)
             case DataReceived(stream, _, flow_size):
                 connection.consumed(stream, flow_size)
@@ -354,7 +354,7 @@ def judge_script(seed: int, count: int) -> int:
     The other one must then find the same error, or it must be one of DIFFERENCES. Returns how many frames both took.
     """
     rng = random.Random(seed)
-    connection, peer = wire.server(Limits(initial_window=65_535, connection_window=65_535, max_streams=100))
+    connection, peer = wire.server(Http2Limits(initial_window=65_535, connection_window=65_535, max_streams=100))
     judge = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding=None))
     judge.initiate_connection()
     judge.receive_data(b"".join([PREFACE, settings(), settings(None, "ACK")]))
@@ -468,7 +468,7 @@ def judge_alike(seed: int, count: int) -> None:
     """Compare results for random frames of every type: accepted, or the same stream or connection error; else above."""
     rng = random.Random(seed)
     for _ in range(count):
-        connection, peer = wire.server(Limits(initial_window=65_535, connection_window=65_535, max_streams=100))
+        connection, peer = wire.server(Http2Limits(initial_window=65_535, connection_window=65_535, max_streams=100))
         judge = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding=None))
         judge.initiate_connection()
         before = [peer.request(1), peer.request(3, "END_STREAM"), wire.rst(3), peer.request(5, "END_STREAM")]

@@ -24,14 +24,14 @@ from proto.http2 import (
     ErrorCode,
     HeadersKind,
     HeadersReceived,
-    Limits,
+    Http2Limits,
     Role,
     Stream,
     StreamReset,
 )
 from tests.http2.wire import REQUEST, RESPONSE, TRAILERS
 
-LIMITS = Limits(initial_window=70_000, connection_window=150_000, max_frame_bytes=20_000, header_table_bytes=300)
+LIMITS = Http2Limits(initial_window=70_000, connection_window=150_000, max_frame_bytes=20_000, header_table_bytes=300)
 SETTINGS = h2.settings.SettingCodes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proto.http2 import HeadersReceived, LimitReached, Limits
+from proto.http2 import HeadersReceived, Http2Limits, LimitReached
 from tests.http2 import wire
 from tests.http2.wire import client, data, server
 
@@ -207,7 +207,7 @@ OVERHEAD = sum(32 + len(name) + len(value) for name, value in wire.REQUEST) + 32
 @pytest.mark.parametrize("part", [10**6, 7])
 def test_an_oversized_header_list_keeps_the_compression_state(part: int, bytewise: bool) -> None:
     """http2 point 10 (10.5.1): exactly the limit is accepted, one byte more ends the stream only."""
-    connection, peer = server(Limits(header_list_bytes_max=LIST_MAX, continuations_max=10**6))
+    connection, peer = server(Http2Limits(header_list_bytes_max=LIST_MAX, continuations_max=10**6))
     fits = [*wire.REQUEST, (b"big", b"x" * (LIST_MAX - OVERHEAD))]
     assert peer.receive(*peer.in_parts(1, fits, part), bytewise=bytewise) == ["request 1"]
     for stream_id, size in ((3, LIST_MAX - OVERHEAD + 1), (5, 5_000), (7, 30_000)):
@@ -223,7 +223,7 @@ def test_an_oversized_header_list_keeps_the_compression_state(part: int, bytewis
 
 def test_an_oversized_header_list_is_not_buffered() -> None:
     """http2 point 10 (10.5.1): of any list, at most one field more than the limit is held."""
-    connection, peer = server(Limits(header_list_bytes_max=LIST_MAX, continuations_max=10**6))
+    connection, peer = server(Http2Limits(header_list_bytes_max=LIST_MAX, continuations_max=10**6))
     many = peer.in_parts(1, [*wire.REQUEST, *[(b"n%d" % n, b"v" * 100) for n in range(2_000)]], 16_000)
     huge = peer.in_parts(3, [*wire.REQUEST, (b"huge", b"v" * 100_000)], 16_000)
     for frame in [*many, *huge]:
@@ -234,7 +234,7 @@ def test_an_oversized_header_list_is_not_buffered() -> None:
 
 
 def test_oversized_trailers_end_their_stream() -> None:
-    connection, peer = server(Limits(header_list_bytes_max=LIST_MAX))
+    connection, peer = server(Http2Limits(header_list_bytes_max=LIST_MAX))
     peer.receive(peer.request(1), peer.request(3))
     trailers = peer.headers(1, [(b"big", b"x" * LIST_MAX)], "END_STREAM")
     events = connection.receive(trailers)

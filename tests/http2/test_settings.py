@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proto.http2 import Connection, Limits, Role
+from proto.http2 import Connection, Http2Limits, Role
 from tests.http2 import wire
 from tests.http2.wire import (
     ENABLE_PUSH,
@@ -106,7 +106,7 @@ def test_unanswered_settings_are_visible() -> None:
 
 def test_settings_of_a_server() -> None:
     """6.5.2: all the limits that it enforces."""
-    limits = Limits(
+    limits = Http2Limits(
         max_streams=7,
         initial_window=70_000,
         connection_window=80_000,
@@ -123,7 +123,7 @@ def test_settings_of_a_server() -> None:
 
 def test_settings_of_a_client() -> None:
     """3.4, 8.4: the preface, and ENABLE_PUSH 0."""
-    connection = Connection(Role.CLIENT, Limits(connection_window=1))
+    connection = Connection(Role.CLIENT, Http2Limits(connection_window=1))
     connection.start()
     output = b"".join(connection.output())
     assert output.startswith(wire.PREFACE)
@@ -156,7 +156,7 @@ def test_the_peers_header_table_size_binds_our_encoder() -> None:
 
 def test_our_header_table_size_applies_once_acknowledged() -> None:
     """http2 point 15 (RFC 7541 4.2)."""
-    connection = Connection(Role.SERVER, Limits(header_table_bytes=100))
+    connection = Connection(Role.SERVER, Http2Limits(header_table_bytes=100))
     connection.start()
     peer = Peer(connection)
     assert peer.receive(wire.PREFACE, settings(), peer.request(1)) == ["settings", "request 1"]
@@ -167,7 +167,7 @@ def test_our_header_table_size_applies_once_acknowledged() -> None:
 
 
 def test_a_peer_that_shrinks_its_table_is_understood() -> None:
-    connection = Connection(Role.SERVER, Limits(header_table_bytes=100))
+    connection = Connection(Role.SERVER, Http2Limits(header_table_bytes=100))
     connection.start()
     peer = Peer(connection)
     peer.receive(wire.PREFACE, settings(), peer.request(1), settings(None, "ACK"))

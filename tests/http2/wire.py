@@ -32,8 +32,8 @@ from proto.http2 import (
     Event,
     GoAwayReceived,
     HeadersReceived,
+    Http2Limits,
     LimitReached,
-    Limits,
     PeerSettings,
     PingAcknowledged,
     PingReceived,
@@ -213,7 +213,7 @@ def _event_line(event: Event) -> str:
     raise AssertionError(event)
 
 
-def server(limits: Limits | None = None, peer_settings: dict[int, int] | None = None) -> tuple[Connection, Peer]:
+def server(limits: Http2Limits | None = None, peer_settings: dict[int, int] | None = None) -> tuple[Connection, Peer]:
     """Return a server after its handshake, with empty output, and its peer."""
     connection = Connection(Role.SERVER, limits)
     connection.start()
@@ -223,7 +223,7 @@ def server(limits: Limits | None = None, peer_settings: dict[int, int] | None = 
     return connection, peer
 
 
-def client(limits: Limits | None = None, peer_settings: dict[int, int] | None = None) -> tuple[Connection, Peer]:
+def client(limits: Http2Limits | None = None, peer_settings: dict[int, int] | None = None) -> tuple[Connection, Peer]:
     """Return a client after its handshake, with empty output, and its peer."""
     connection = Connection(Role.CLIENT, limits)
     connection.start()

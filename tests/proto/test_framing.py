@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from proto.framing import (
     FramingError,
+    MessageReader,
     Status,
-    Unframer,
     decode_binary,
     decode_message,
     decode_timeout,
@@ -51,7 +51,7 @@ def test_frame() -> None:
 @pytest.mark.parametrize("trailing", TRAILING)
 @pytest.mark.parametrize("messages", MESSAGES)
 def test_whole(messages: list[bytes], trailing: bytes) -> None:
-    unframer = Unframer(MAX)
+    unframer = MessageReader(MAX)
     assert unframer.feed(b"".join(map(frame, messages)) + trailing) == messages
     assert unframer.pending == bool(trailing)
 
@@ -59,7 +59,7 @@ def test_whole(messages: list[bytes], trailing: bytes) -> None:
 @pytest.mark.parametrize("trailing", TRAILING)
 @pytest.mark.parametrize("messages", MESSAGES)
 def test_byte_by_byte(messages: list[bytes], trailing: bytes) -> None:
-    unframer = Unframer(MAX)
+    unframer = MessageReader(MAX)
     for message in messages:
         framed = frame(message)
         for place in range(len(framed) - 1):
@@ -77,7 +77,7 @@ def test_cut_in_three_anywhere(messages: list[bytes]) -> None:
     data = b"".join(map(frame, messages))
     for first in range(len(data) + 1):
         for second in range(first, len(data) + 1):
-            unframer = Unframer(MAX)
+            unframer = MessageReader(MAX)
             pieces = [data[:first], data[first:second], data[second:]]
             assert [message for piece in pieces for message in unframer.feed(piece)] == messages
             assert not unframer.pending
@@ -86,7 +86,7 @@ def test_cut_in_three_anywhere(messages: list[bytes]) -> None:
 @given(st.lists(st.binary(max_size=40)), st.lists(st.integers(0, 60)))
 def test_cut_and_joined_at_random(messages: list[bytes], sizes: list[int]) -> None:
     data = b"".join(map(frame, messages))
-    unframer = Unframer(MAX)
+    unframer = MessageReader(MAX)
     got: list[bytes] = []
     for size in sizes:
         got += unframer.feed(data[:size])
@@ -96,7 +96,7 @@ def test_cut_and_joined_at_random(messages: list[bytes], sizes: list[int]) -> No
 
 
 def test_empty_data_changes_nothing() -> None:
-    unframer = Unframer(MAX)
+    unframer = MessageReader(MAX)
     assert unframer.feed(b"") == []
     assert not unframer.pending
     unframer.feed(b"\x00")
@@ -104,7 +104,7 @@ def test_empty_data_changes_nothing() -> None:
     assert unframer.pending
 
 
-def refusal(unframer: Unframer, data: bytes) -> FramingError:
+def refusal(unframer: MessageReader, data: bytes) -> FramingError:
     """Feed `data`, which must be refused, and return the error."""
     with pytest.raises(FramingError) as raised:
         unframer.feed(data)
@@ -114,7 +114,7 @@ def refusal(unframer: Unframer, data: bytes) -> FramingError:
 
 def test_oversize_is_refused_from_its_prefix() -> None:
     prefix = frame(b"x" * (MAX + 1))[:5]
-    unframer = Unframer(MAX)
+    unframer = MessageReader(MAX)
     assert unframer.feed(prefix[:4]) == []
     error = refusal(unframer, prefix[4:])
     assert error.code is Status.RESOURCE_EXHAUSTED
@@ -123,11 +123,11 @@ def test_oversize_is_refused_from_its_prefix() -> None:
 
 
 def test_largest_length_is_refused() -> None:
-    assert refusal(Unframer(MAX), b"\x00\xff\xff\xff\xff").code is Status.RESOURCE_EXHAUSTED
+    assert refusal(MessageReader(MAX), b"\x00\xff\xff\xff\xff").code is Status.RESOURCE_EXHAUSTED
 
 
 def test_a_failed_stream_stays_failed() -> None:
-    unframer = Unframer(MAX)
+    unframer = MessageReader(MAX)
     error = refusal(unframer, frame(b"fine") + frame(b"x" * (MAX + 1)))
     for data in (frame(b"fine"), b""):
         again = refusal(unframer, data)
@@ -138,12 +138,12 @@ def test_a_failed_stream_stays_failed() -> None:
 @pytest.mark.parametrize("decompress", [None, "gzip"])
 @pytest.mark.parametrize("flag", [2, 0x80, 0xFF])
 def test_unknown_flag(flag: int, decompress: str | None) -> None:
-    unframer = Unframer(MAX, "gzip" if decompress else None)
+    unframer = MessageReader(MAX, "gzip" if decompress else None)
     assert refusal(unframer, bytes((flag, 0, 0, 0, 0))).code is Status.INTERNAL
 
 
 def test_compressed_without_an_encoding() -> None:
-    error = refusal(Unframer(MAX), b"\x01\x00\x00\x00\x05")
+    error = refusal(MessageReader(MAX), b"\x01\x00\x00\x00\x05")
     assert error.code is Status.INTERNAL
     assert "without grpc-encoding" in error.text
 
@@ -151,8 +151,8 @@ def test_compressed_without_an_encoding() -> None:
 def test_gzip() -> None:
     messages = [b"plain", b"compressed" * 50, b"", b"z" * MAX]
     data = frame(messages[0]) + b"".join(frame(gzip.compress(message), compressed=True) for message in messages[1:])
-    assert Unframer(MAX, "gzip").feed(data) == messages
-    unframer = Unframer(MAX, "gzip")
+    assert MessageReader(MAX, "gzip").feed(data) == messages
+    unframer = MessageReader(MAX, "gzip")
     assert [message for byte in data for message in unframer.feed(bytes((byte,)))] == messages
 
 
@@ -163,7 +163,7 @@ def test_inflated_size_is_bounded(size: int) -> None:
     packed = b"".join(packer.compress(bytes(1_000_000)) for _ in range(size // 1_000_000))
     packed += packer.compress(bytes(size % 1_000_000)) + packer.flush()
     limit = max(MAX, len(packed))
-    error = refusal(Unframer(limit, "gzip"), frame(packed, compressed=True))
+    error = refusal(MessageReader(limit, "gzip"), frame(packed, compressed=True))
     assert error.code is Status.RESOURCE_EXHAUSTED
 
 
@@ -180,7 +180,7 @@ def test_inflated_size_is_bounded(size: int) -> None:
     ],
 )
 def test_broken_gzip(packed: bytes) -> None:
-    assert refusal(Unframer(MAX, "gzip"), frame(packed, compressed=True)).code is Status.INTERNAL
+    assert refusal(MessageReader(MAX, "gzip"), frame(packed, compressed=True)).code is Status.INTERNAL
 
 
 def test_status_numbers_are_grpcs() -> None:
@@ -372,7 +372,7 @@ def test_http_status(status: int, code: Status) -> None:
 def test_a_refused_message_is_not_kept() -> None:
     """No reference cycle through the traceback keeps it, or its decompressed data, until a garbage collection."""
     bomb = frame(gzip.compress(bytes(5000)), compressed=True)
-    unframer = type("Unframer", (Unframer,), {})(1000, "gzip")  # with slots only, nothing could refer to it weakly
+    unframer = type("Unframer", (MessageReader,), {})(1000, "gzip")  # with slots only, nothing could refer to it weakly
     gone = weakref.ref(unframer)
     gc.disable()
     try:

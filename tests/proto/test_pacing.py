@@ -1,4 +1,4 @@
-"""`PacedUnframer` returns the same messages as `Unframer`, in bounded steps and with bounded memory."""
+"""`PacedUnframer` returns the same messages as `MessageReader`, in bounded steps and with bounded memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proto.framing import FramingError, Status, Unframer, frame
+from proto.framing import FramingError, MessageReader, Status, frame
 from proto.pacing import INFLATE_STEP_BYTES, PacedUnframer
 
 MAX = 1_000
@@ -39,7 +39,7 @@ def test_messages_are_those_of_the_unframer(
     data = b"".join(framed) + trailing
     # Compression may add some bytes.
     bound = MAX + 100
-    expected = Unframer(bound, "gzip").feed(data)
+    expected = MessageReader(bound, "gzip").feed(data)
     unframer = PacedUnframer(bound, "gzip")
     found: list[bytes] = []
     at = number = 0

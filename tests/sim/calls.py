@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from proto.scan import Header
-from proxy.auth.restore import Asked
+from proxy.auth.restore import AuthScope
 from tests.sim.failure import SimulationFailure
 from tests.sim.model_stream import header_of
 from tests.sim.parts import Parts
@@ -46,24 +46,24 @@ class Sent:
 
 
 class Calls:
-    """Carries out what `Questions` wants, as `proxy.auth.reads.Reader` does."""
+    """Carries out what `Queries` wants, as `proxy.auth.reads.Reader` does."""
 
     def __init__(self, world: World, parts: Parts, probe_age_s_max: float) -> None:
         self._world = world
         self._parts = parts
-        self.questions: Any = parts.questions.Questions(probe_age_s_max)
+        self.questions: Any = parts.questions.Queries(probe_age_s_max)
         self.sent: list[Sent] = []
         # Calls that have failed and wait to be made again.
         self.waiting: list[Any] = []
 
     def read(self, read: Any) -> None:
         """Read "now" for those who wait."""
-        self._do(self.questions.read(self._parts.questions.Now(read)))
+        self._do(self.questions.read(self._parts.questions.RevisionRead(read)))
 
     def check(self, create: Any) -> None:
         """Find out whether a client may watch a range."""
-        asked = Asked(create.session.identity.token, create.key, create.range_end)
-        self._do(self.questions.check(self._parts.questions.May(asked, create), self._world.now))
+        asked = AuthScope(create.session.identity.token, create.key, create.range_end)
+        self._do(self.questions.check(self._parts.questions.PermissionCheck(asked, create), self._world.now))
 
     def connected(self) -> None:
         """There is a new connection for the watches."""
@@ -87,7 +87,7 @@ class Calls:
     def prove_at_once(self) -> None:
         """Read before anybody writes."""
         questions = self._parts.questions
-        call = questions.Call.by(questions.Proof(self.questions.rollback), Asked())
+        call = questions.Call.by(questions.RestoreCheck(self.questions.rollback), AuthScope())
         self.questions.begin(call, self._world.upstream.state.newest_revision, self._world.now)
         self._do(self.questions.answered(call, self._header(self._world.store.revision)))
 
@@ -117,7 +117,7 @@ class Calls:
             code, text = _REFUSAL.fullmatch(refusal).groups()  # type: ignore[union-attr]  # all of them have this form
             self._failed(sent, name, _STATUS[code], text)
         elif not call.linearizable or call.ranges == self._parts.questions.NO_RIGHT:
-            if call.token is not None and type(call.question).__name__ == "Batch":
+            if call.token is not None and type(call.question).__name__ == "CheckBatch":
                 raise SimulationFailure("one member alone decides about a permission")
             self._answered(sent, self._header(member.revision))
         else:
@@ -138,7 +138,7 @@ class Calls:
     def answer_checks(self, rng: random.Random) -> None:
         """Answer all permission checks that wait, and what they wait for."""
         for _ in range(_ANSWERS_MAX):
-            if not any(type(sent.call.question).__name__ in ("Batch", "Probe") for sent in self.sent):
+            if not any(type(sent.call.question).__name__ in ("CheckBatch", "AuthProbe") for sent in self.sent):
                 return
             self.answer_one(rng)
         raise SimulationFailure("checks go round in circles")
@@ -151,7 +151,7 @@ class Calls:
         if world.still and not world.upstream.choice.leaderless:
             # The member that is held still may have one, as far as is known.
             return []
-        return [call for call in self.waiting if type(call.question).__name__ in ("Now", "Probe")]
+        return [call for call in self.waiting if type(call.question).__name__ in ("RevisionRead", "AuthProbe")]
 
     def _answered(self, sent: Sent, header: Header) -> None:
         self.sent.remove(sent)
@@ -189,29 +189,29 @@ class Calls:
         world = self._world
         for effect in effects:
             kind = type(effect).__name__
-            if kind == "Ask" and effect.later:
+            if kind == "SendCall" and effect.later:
                 self.waiting.append(effect.call)
-            elif kind == "Ask":
+            elif kind == "SendCall":
                 self._begin(effect.call)
-            elif kind == "Tell":
+            elif kind == "DeliverAnswer":
                 self._tell(effect.question, effect.outcome)
-            elif kind == "SendAway":
+            elif kind == "DisconnectSession":
                 world.send_away(effect.session, f"watchmux: not authorized any more: {effect.refusal.text}")
-            elif kind == "EndSession":
+            elif kind == "RefuseSession":
                 world.send_away(effect.session, effect.text, effect.status)
-            elif kind == "WentBack":
+            elif kind == "RevisionRegressed":
                 world.went_back(effect.header)
             else:
                 raise SimulationFailure(f"an unknown effect: {effect}")
 
     def _tell(self, question: Any, outcome: Any) -> None:
         world, kind = self._world, type(outcome).__name__
-        if type(question).__name__ == "Now":
+        if type(question).__name__ == "RevisionRead":
             world.input(world.core.revision_read, question.read, outcome)
             return
         # The core may be a mutant, with classes of its own.
         if kind == "Granted":
             outcome = world.package.Granted(outcome.header)
-        elif kind == "Refusal":
-            outcome = world.package.Refusal(outcome.text)
+        elif kind == "CreateRefusal":
+            outcome = world.package.CreateRefusal(outcome.text)
         world.input(world.core.permission, question.create, outcome)

@@ -29,7 +29,7 @@ ENGINE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a read that failed is given up",
         _QUESTIONS,
-        "call.linearizable = True\n        return [Ask(call, later=True)]",
+        "call.linearizable = True\n        return [SendCall(call, later=True)]",
         "return []",
     ),
     Mutant("a read waits for the leader", _QUESTIONS, "call.linearizable = False", "call.linearizable = True"),
@@ -42,8 +42,8 @@ ENGINE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "one member alone decides about a right",
         _CHECKS,
-        "        self._release(batch)\n        return [Ask(batch.call, later=True)",
-        "        batch.call.linearizable = False\n        return [Ask(batch.call, later=True)",
+        "        self._release(batch)\n        return [SendCall(batch.call, later=True)",
+        "        batch.call.linearizable = False\n        return [SendCall(batch.call, later=True)",
     ),
     Mutant("a range that is refused takes the others along", _CHECKS, "if len(batch.waiting) > 1:", "if False:"),
     Mutant("a place is never given back", _CHECKS, "self.in_flight[batch.standing] -= 1", "pass"),
@@ -63,7 +63,7 @@ ENGINE_MUTANTS: tuple[Mutant, ...] = (
         "a key too large is asked about for ever",
         _CHECKS,
         "        if is_too_large(status, text):\n            return self._done(batch, batch.end(status, text))\n",
-        "        if is_too_large(status, text):\n            return [Ask(batch.call, later=True)]\n",
+        "        if is_too_large(status, text):\n            return [SendCall(batch.call, later=True)]\n",
     ),
     Mutant(
         "a probe that nobody wants any more is waited for",
@@ -132,13 +132,13 @@ ENGINE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "an endpoint that is none any more is kept",
         _CHOICE,
-        "Wanted.NOTHING if is_endpoint else Wanted.ENDPOINT",
-        "Wanted.NOTHING",
+        "SearchGoal.NOTHING if is_endpoint else SearchGoal.ENDPOINT",
+        "SearchGoal.NOTHING",
     ),
     Mutant(
         "who wants a leader takes what is there",
         _CHOICE,
-        "return has_leader if wanted is Wanted.LEADER else",
-        "return True if wanted is Wanted.LEADER else",
+        "return has_leader if wanted is SearchGoal.LEADER else",
+        "return True if wanted is SearchGoal.LEADER else",
     ),
 )

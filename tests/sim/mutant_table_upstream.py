@@ -215,8 +215,8 @@ STORE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "all changes of a revision have one place",
         f"{_STORE}.mvcc",
-        'self._add(Record(before.key, b"", 0, self._next, len(self._changes), 0, 0, deleted=True))',
-        'self._add(Record(before.key, b"", 0, self._next, 0, 0, 0, deleted=True))',
+        'self._add(RevisionRecord(before.key, b"", 0, self._next, len(self._changes), 0, 0, deleted=True))',
+        'self._add(RevisionRecord(before.key, b"", 0, self._next, 0, 0, 0, deleted=True))',
     ),
     Mutant(
         "a compaction drops what is still current",

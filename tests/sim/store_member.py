@@ -106,7 +106,7 @@ class StoreMember:
 
     def _new_state(self) -> Any:
         state = self.modules.state
-        made = state.StoreState(state.Identity(CLUSTER_ID, self.member_id), lambda: LEASE, self._disk)
+        made = state.StoreState(state.StoreIdentity(CLUSTER_ID, self.member_id), lambda: LEASE, self._disk)
         made.watchable.limits = self.modules.watchable.WatchLimits(
             batch_revisions_max=self._batch_revisions_max,
             sync_watchers_max=3,

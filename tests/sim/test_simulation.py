@@ -65,7 +65,7 @@ def test_a_mutant_leaves_the_real_core_alone() -> None:
     mutants = [load(MUTANTS[0]), load(CLIENT_MUTANTS[0]), load(STORE_MUTANTS[0])]
     assert mutants[0].core.Coalescer is not real_core.Coalescer
     assert mutants[1].watch_state.WatchState is not watch_state.WatchState
-    assert mutants[2].store.watchable.WatchStream is not watchable.WatchStream
+    assert mutants[2].store.watchable.ServedStream is not watchable.ServedStream
     for module in (real_core, watch_state, watchable):
         assert importlib.import_module(module.__name__) is module
     assert __import__("coalesce.core").core.Coalescer is real_core.Coalescer

@@ -114,8 +114,8 @@ class UpstreamShell:
         self.state: Any = parts.watch_state.WatchState(
             streams_max={Kind.CATCH_UP: streams_max[0], Kind.LARGE: 1, Kind.SUSPECT: streams_max[1]}
         )
-        self.choice: Any = parts.choice.Choice()
-        self.lineage: Any = parts.lineage.Lineage()
+        self.choice: Any = parts.choice.EndpointPolicy()
+        self.lineage: Any = parts.lineage.HistoryTracker()
         self.endpoints = [Endpoint(member) for member in members]
         # Where it is connected, and where the member said it was then.
         self.endpoint: Endpoint | None = None
@@ -220,11 +220,11 @@ class UpstreamShell:
         # How far the log is was read a moment before the rest.
         dice = self._dice or rng
         committed = dice.choice((member.index, member.index + member.behind, max(1, member.index - dice.randint(0, 3))))
-        return self._parts.lineage.Standing(header, member.index, committed)
+        return self._parts.lineage.RaftPosition(header, member.index, committed)
 
     def _recognise(self, rng: random.Random, endpoint: Endpoint) -> bool:
         """As upstream/watching/client.py does, before anything is registered there."""
-        verdicts = self._parts.lineage.Verdict
+        verdicts = self._parts.lineage.HistoryVerdict
         now = self._where(rng, endpoint.member)
         if self.lineage.seen(now) is verdicts.SUSPECT:
             later = now._replace(committed=endpoint.member.index) if rng.random() < 0.9 else None
@@ -260,7 +260,7 @@ class UpstreamShell:
     def better(self) -> list[Endpoint]:
         """Endpoints that would do in place of the one in use, when another one is wanted."""
         wanted = self.choice.wanted(self.endpoint in self.endpoints)
-        if wanted is self._parts.choice.Wanted.NOTHING:
+        if wanted is self._parts.choice.SearchGoal.NOTHING:
             return []
         return [each for each in self.endpoints if self.choice.is_better(wanted, self._seems_led(each))]
 
@@ -335,7 +335,7 @@ class UpstreamShell:
         """A stream ends with a status: what follows is decided by the real code. `moved`: its connection has ended."""
         endpoint = self.endpoint
         assert endpoint is not None, "streams are there while it is connected"
-        follows = self._parts.choice.after_end(
+        follows = self._parts.choice.on_stream_end(
             stream, status, text, endpoint, self.endpoints, moved=moved, healthy=True, works=self.state.works
         )
         self._unlink(stream)
@@ -469,7 +469,7 @@ class UpstreamShell:
         link.permission = partial(self.permission, token)
         return link
 
-    def _do(self, effects: list[watch_effects.Effect]) -> None:
+    def _do(self, effects: list[watch_effects.WatchEffect]) -> None:
         for effect in effects:
             if isinstance(effect, watch_effects.Write):
                 link = self._links.get(effect.stream)
@@ -487,11 +487,11 @@ class UpstreamShell:
                 self._unlink(effect.stream)
                 self._led.discard(effect.stream)
                 self._leaving.discard(effect.stream)
-            elif isinstance(effect, watch_effects.Received):
+            elif isinstance(effect, watch_effects.WatchReceived):
                 self.on.received(effect.watch, effect.response)
             elif isinstance(effect, watch_effects.Progressed):
                 self.on.progressed(effect.watches, effect.header, effect.number)
-            elif isinstance(effect, watch_effects.Lost):
+            elif isinstance(effect, watch_effects.WatchLost):
                 self.on.lost(effect.watch, effect.status, effect.text)
             elif isinstance(effect, watch_effects.TokenRefused):
                 raise AssertionError("nobody here has given it a token of its own")

@@ -133,7 +133,7 @@ class World:
 
     def _start(self) -> None:
         """Start the proxy."""
-        limits = self.package.Limits(**self.config.limits)
+        limits = self.package.CoreLimits(**self.config.limits)
         self.core: Any = self.package.Coalescer(limits)
         self.upstream = UpstreamShell(
             self.members,
@@ -141,7 +141,7 @@ class World:
             self.permissions.refusal,
             Callbacks(
                 self._received,
-                lambda *answer: self.input(self.core.progressed, *answer),
+                lambda *answer: self.input(self.core.upstream_progress, *answer),
                 self._lost,
                 self.core_header_seen,
                 self._resumed,
@@ -246,11 +246,11 @@ class World:
     def _received(self, upstream: Any, response: WatchResponse) -> None:
         if response.canceled:
             self.open_upstreams.pop(id(upstream), None)
-        self.input(self.core.received, upstream, response)
+        self.input(self.core.upstream_response, upstream, response)
 
     def _lost(self, upstream: Any, status: int, text: str) -> None:
         self.open_upstreams.pop(id(upstream), None)
-        self.input(self.core.lost, upstream, self.package.Lost(status, text))
+        self.input(self.core.upstream_lost, upstream, self.package.UpstreamLost(status, text))
 
     def _resumed(self, ordered_progress: bool) -> None:
         self.core.ordered_progress = ordered_progress
@@ -354,7 +354,7 @@ class World:
                 if session.stalled_input < self._inputs:
                     raise SimulationFailure("a delivery to a session that had stalled before")
                 self.count("returned")
-                self.core.returned(watch, payload)
+                self.core.undelivered(watch, payload)
                 continue
             if not session.write(messages_of(payload, watch.watch_id)):
                 self._stall(session)

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from proto.pb import kv_pb2, rpc_pb2, rpc_pb2_grpc
 from upstream.store.errors import StoreError
-from upstream.store.state import Identity, StoreState
+from upstream.store.state import StoreIdentity, StoreState
 from upstream.store.watch_batch import encode_message
 
 CALL_TIMEOUT_S = 10.0
@@ -35,7 +35,7 @@ Answer = Message | Refused
 def new_state() -> StoreState:
     """Make an empty store."""
     lease_ids = itertools.count(1000)
-    return StoreState(Identity(1, 2), lambda: next(lease_ids))
+    return StoreState(StoreIdentity(1, 2), lambda: next(lease_ids))
 
 
 def ask_state(state: StoreState, request: Message, now: float = 0.0) -> Answer:

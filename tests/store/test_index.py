@@ -7,15 +7,15 @@ from random import Random
 import pytest
 
 from upstream.store import index as index_module
-from upstream.store.index import FROM_KEY, KeyIndex, Record, SortedKeys
+from upstream.store.index import FROM_KEY, KeyIndex, RevisionRecord, SortedKeys
 
 
-def put(key: bytes, revision: int, created: int = 0, sub: int = 0) -> Record:
-    return Record(key, b"v%d" % revision, created or revision, revision, sub, 1, 0)
+def put(key: bytes, revision: int, created: int = 0, sub: int = 0) -> RevisionRecord:
+    return RevisionRecord(key, b"v%d" % revision, created or revision, revision, sub, 1, 0)
 
 
-def tombstone(key: bytes, revision: int, sub: int = 0) -> Record:
-    return Record(key, b"", 0, revision, sub, 0, 0, deleted=True)
+def tombstone(key: bytes, revision: int, sub: int = 0) -> RevisionRecord:
+    return RevisionRecord(key, b"", 0, revision, sub, 0, 0, deleted=True)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -19,14 +19,14 @@ from upstream.store.errors import STOPPED, StoreError
 from upstream.store.journal import FILE_NAME, Journal
 from upstream.store.recorder import StoreDataError
 from upstream.store.server import StoreSettings
-from upstream.store.state import Identity, StoreState
-from upstream.store.writer import Writer
+from upstream.store.state import StoreIdentity, StoreState
+from upstream.store.writer import StoreWriter
 
 
 def open_state(directory: Path) -> tuple[StoreState, Journal]:
     journal = Journal(directory, 11, 12)
     stored = journal.take_stored()
-    state = StoreState(Identity(stored.cluster_id, stored.member_id), lambda: 4711, journal)
+    state = StoreState(StoreIdentity(stored.cluster_id, stored.member_id), lambda: 4711, journal)
     state.load(stored, 0.0)
     return state, journal
 
@@ -205,7 +205,7 @@ def test_an_unusable_directory_is_refused(tmp_path: Path) -> None:
 
 
 async def failing_write(journal: Journal, state: StoreState) -> None:
-    writer = Writer(state, journal)
+    writer = StoreWriter(state, journal)
     stream = state.watchable.open_stream()
     stream.create(b"a")
     stream.take()

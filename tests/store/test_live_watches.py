@@ -16,7 +16,7 @@ from tests.store.both import Client, ask_state, new_state
 from tests.store.pair import REQUESTS, Pair, crashes_etcd
 from upstream.store.state import StoreState
 from upstream.store.watch_batch import encode_message
-from upstream.store.watchable import WatchStream
+from upstream.store.watchable import ServedStream
 
 WATCHES = 6
 FUTURE_REVISIONS_MAX = 8
@@ -42,7 +42,7 @@ class OurStream:
 
     def __init__(self, state: StoreState) -> None:
         self._head = state.head
-        self.stream: WatchStream = state.watchable.open_stream()
+        self.stream: ServedStream = state.watchable.open_stream()
         self.answers: Answers = defaultdict(list)
 
     def create(self, create: rpc_pb2.WatchCreateRequest) -> None:

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from upstream.store import errors
-from upstream.store.errors import Refusal, StoreError
+from upstream.store.errors import StoreError, StoreRefusal
 from upstream.store.mvcc import Mvcc
 
 
@@ -31,7 +31,7 @@ def compact(store: Mvcc, revision: int) -> None:
         pass
 
 
-def refusal_of(store: Mvcc, revision: int) -> Refusal | None:
+def refusal_of(store: Mvcc, revision: int) -> StoreRefusal | None:
     try:
         store.range(b"a", b"", revision)
     except StoreError as error:

@@ -60,7 +60,7 @@ def test_headers_have_the_ids_of_the_store(client: Client) -> None:
         (rpc_pb2.RangeRequest.FromString(b"\x0a\x01a\x28\x07"), errors.INVALID_SORT_OPTION),
     ],
 )
-def test_refusals_become_statuses(client: Client, request_: rpc_pb2.PutRequest, expected: errors.Refusal) -> None:
+def test_refusals_become_statuses(client: Client, request_: rpc_pb2.PutRequest, expected: errors.StoreRefusal) -> None:
     assert client.ask(request_) == Refused(expected.code, expected.text)
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from proto.pb import rpc_pb2
 from tests.store.both import new_state
-from upstream.store.index import Record
+from upstream.store.index import RevisionRecord
 from upstream.store.state import StoreState
 from upstream.store.watch_batch import FRAGMENT_BYTES, WatchMessage, encode_message
-from upstream.store.watchable import WatchLimits, WatchStream
+from upstream.store.watchable import ServedStream, WatchLimits
 
 QUEUE_EVENTS_MAX = WatchLimits().queue_events_max
 
@@ -39,7 +39,7 @@ def sync_all(state: StoreState) -> None:
         pass
 
 
-def take_all(stream: WatchStream) -> list[WatchMessage]:
+def take_all(stream: ServedStream) -> list[WatchMessage]:
     return list(iter(stream.take, None))
 
 
@@ -57,7 +57,7 @@ def brief(message: WatchMessage) -> str:
     return " ".join(words)
 
 
-def story(stream: WatchStream) -> list[str]:
+def story(stream: ServedStream) -> list[str]:
     return [brief(message) for message in take_all(stream)]
 
 
@@ -268,7 +268,7 @@ def test_a_full_stream_makes_victims_and_delays_no_other() -> None:
     slow, quick = state.watchable.open_stream(), state.watchable.open_stream()
     slow.create(b"a")
     quick.create(b"a")
-    seen: list[Record] = []
+    seen: list[RevisionRecord] = []
     for _ in range(QUEUE_EVENTS_MAX + 10):
         put(state, b"a")
         seen += [r for message in take_all(quick) if message.batch for r in message.batch.records]
@@ -348,7 +348,7 @@ class Viewer:
         start = rng.choice((0, rng.randint(floor, state.mvcc.revision), state.mvcc.revision + rng.randint(1, 9)))
         self.first = start or state.mvcc.revision + 1
         self.stream.create(self.key, self.end, start, no_put=self.no_put, no_delete=self.no_delete)
-        self.got: list[Record] = []
+        self.got: list[RevisionRecord] = []
         self.complete_through = 0
         self.compacted = 0
 
@@ -364,8 +364,8 @@ class Viewer:
                 self.complete_through = message.revision
             self.compacted = message.compact_revision or self.compacted
 
-    def expected(self, truth: list[Record]) -> list[Record]:
-        def wanted(r: Record) -> bool:
+    def expected(self, truth: list[RevisionRecord]) -> list[RevisionRecord]:
+        def wanted(r: RevisionRecord) -> bool:
             inside = r.key == (self.key or b"\x00") if not self.end else r.key >= self.key
             inside = inside and (self.end in (b"", b"\x00") or r.key < self.end)
             return inside and r.mod_revision >= self.first and not (self.no_delete if r.deleted else self.no_put)
@@ -381,7 +381,7 @@ def test_every_watch_gets_exactly_its_events(seed: int) -> None:
         queue_events_max=3, batch_revisions_max=4, sync_watchers_max=3, sync_revisions_max=6
     )
     viewers: list[Viewer] = []
-    truth: list[Record] = []
+    truth: list[RevisionRecord] = []
     compaction_from = rng.choice((0, 10**9))
     for step in range(300):
         kind = rng.random()

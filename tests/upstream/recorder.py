@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from proto.scan import Header, WatchResponse
 from tests.upstream.stories import Opened
 from upstream.endpoints import parse_endpoints
-from upstream.settings import Settings
+from upstream.settings import UpstreamSettings
 from upstream.watching.client import WatchClient
 from upstream.watching.stream import OpenedWatch
 
@@ -87,7 +87,7 @@ class Recorder:
 
 @asynccontextmanager
 async def watching(
-    endpoints: str, listener: Recorder, settings: Settings | None = None, log: RecordedLog | None = None
+    endpoints: str, listener: Recorder, settings: UpstreamSettings | None = None, log: RecordedLog | None = None
 ) -> AsyncIterator[WatchClient]:
     """Run a watch client."""
     client = WatchClient(parse_endpoints(endpoints), listener, settings, log=log)

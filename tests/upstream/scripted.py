@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import cast
 
-from proto.framing import Unframer, encode_message, frame
+from proto.framing import MessageReader, encode_message, frame
 from proto.http2 import (
     Connection,
     DataReceived,
@@ -20,7 +20,7 @@ from proto.http2 import (
     GoAwayReceived,
     Headers,
     HeadersReceived,
-    Limits,
+    Http2Limits,
     Role,
     Stream,
     StreamReset,
@@ -43,7 +43,7 @@ class ScriptedCall:
         self.messages: list[bytes] = []
         # How it ended from the client's side: "end" (half-closed) or the name of the reset code.
         self.ended = ""
-        self._unframer = Unframer(1 << 20)
+        self._unframer = MessageReader(1 << 20)
         self._started = False
         self.next_id = 0
 
@@ -177,7 +177,7 @@ class ScriptedEtcd:
         self.is_learner = False
         # A status code and text that Status is refused with.
         self.status_refusal: tuple[int, str] | None = None
-        self.limits = Limits()
+        self.limits = Http2Limits()
         # Accepts connections and says nothing.
         self.mute = False
         # Says its SETTINGS, and takes no notice of anything.

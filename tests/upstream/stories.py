@@ -9,13 +9,13 @@ from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import WatchResponse, scan_watch_response
 from upstream.watching.effects import (
     CloseStream,
-    Effect,
     HeaderSeen,
-    Lost,
     OpenStream,
     Progressed,
-    Received,
     TokenRefused,
+    WatchEffect,
+    WatchLost,
+    WatchReceived,
     Write,
 )
 
@@ -85,12 +85,12 @@ def request(message: bytes) -> str:
     return f"cancel {decoded.cancel_request.watch_id}" if kind == "cancel_request" else "progress?"
 
 
-def told(effects: Sequence[Effect]) -> list[str]:
+def told(effects: Sequence[WatchEffect]) -> list[str]:
     """Return effects in words, one line each."""
     return [_told(effect) for effect in effects]
 
 
-def _told(effect: Effect) -> str:
+def _told(effect: WatchEffect) -> str:
     match effect:
         case OpenStream():
             return "open stream" + (f" for {effect.stream.token.decode()}" if effect.stream.token else "")
@@ -103,13 +103,13 @@ def _told(effect: Effect) -> str:
         case Progressed():
             proven = f"{' '.join(map(repr, effect.watches))} complete through {effect.header.revision}"
             return f"{proven}, after {effect.number}" if effect.number else proven
-        case Lost():
+        case WatchLost():
             return f"{effect.watch!r} lost: {effect.status} {effect.text}"
         case TokenRefused():
             return f"{(effect.token or b'').decode()} is refused"
         case HeaderSeen():
             return f"at {effect.header.revision}"
-        case Received():
+        case WatchReceived():
             return f"{effect.watch!r} {_told_response(effect.response)}"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from proto.framing import Status
 from upstream.errors import NO_LEADER_TEXT
-from upstream.watching.choice import Choice, Wanted, after_end
+from upstream.watching.choice import EndpointPolicy, SearchGoal, on_stream_end
 from upstream.watching.stream import Next
 
 
@@ -60,7 +60,9 @@ def test_what_follows_the_end_of_a_stream(
     status: int, text: str, answered: bool, moved: bool, healthy: bool, follows: Next
 ) -> None:
     here, other = Endpoint(), Endpoint()
-    found = after_end(Stream(answered), status, text, here, [here, other], moved=moved, healthy=healthy, works=answered)
+    found = on_stream_end(
+        Stream(answered), status, text, here, [here, other], moved=moved, healthy=healthy, works=answered
+    )
     assert found is follows
     assert here.leaderless is (text == NO_LEADER_TEXT)
 
@@ -87,18 +89,18 @@ def test_what_follows_the_end_of_a_stream(
 )
 def test_whose_doing_the_end_of_a_stream_is(status: int, stream: Stream, works: bool, follows: Next) -> None:
     here = Endpoint()
-    assert after_end(stream, status, "text", here, [here], moved=False, healthy=True, works=works) is follows
+    assert on_stream_end(stream, status, "text", here, [here], moved=False, healthy=True, works=works) is follows
 
 
 def test_a_service_that_nobody_has_is_the_end() -> None:
     here, other = Endpoint(), Endpoint(unimplemented=True)
     stream = Stream(answered=False)
-    found = after_end(stream, Status.UNIMPLEMENTED, "", here, [here, other], moved=False, healthy=True, works=False)
+    found = on_stream_end(stream, Status.UNIMPLEMENTED, "", here, [here, other], moved=False, healthy=True, works=False)
     assert found is Next.LOST
 
 
 def test_nobody_has_a_leader_when_all_were_asked_and_one_said_so() -> None:
-    choice = Choice()
+    choice = EndpointPolicy()
     some = [Endpoint(tried=True, leaderless=True), Endpoint()]
     assert not choice.failed(some, in_use=False)
     assert not choice.is_acceptable(False)
@@ -108,11 +110,11 @@ def test_nobody_has_a_leader_when_all_were_asked_and_one_said_so() -> None:
     # It is told once.
     assert not choice.failed(some, in_use=False)
     assert choice.is_acceptable(False)
-    assert choice.wanted(True) is Wanted.LEADER
-    assert not choice.is_better(Wanted.LEADER, False)
+    assert choice.wanted(True) is SearchGoal.LEADER
+    assert not choice.is_better(SearchGoal.LEADER, False)
     choice.used(False)
     assert choice.leaderless
     choice.used(True)
     assert not choice.leaderless
-    assert choice.wanted(True) is Wanted.NOTHING
-    assert choice.wanted(False) is Wanted.ENDPOINT
+    assert choice.wanted(True) is SearchGoal.NOTHING
+    assert choice.wanted(False) is SearchGoal.ENDPOINT

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from proto.framing import Status
-from proto.http2 import ErrorCode, Headers, Limits
+from proto.http2 import ErrorCode, Headers, Http2Limits
 from tests.etcd.server import EtcdServer, free_port
 from tests.upstream.certificates import Certificates
 from tests.upstream.scripted import STATUS, ScriptedCall, ScriptedEtcd, scripted
@@ -345,7 +345,7 @@ def test_how_a_call_can_end() -> None:
 def test_flow_control_goes_both_ways() -> None:
     async def story() -> None:
         async with scripted() as etcd:
-            etcd.limits = Limits(initial_window=70_000)
+            etcd.limits = Http2Limits(initial_window=70_000)
             etcd.on_message = lambda _, __: None
             settings = ConnectionSettings(stream_window_bytes=70_000)
             connection = await connect(parse_endpoint(etcd.endpoint), None, settings)
@@ -395,7 +395,7 @@ def test_what_a_call_did_not_give_back_is_given_back_at_its_end(how: str) -> Non
 def test_a_transport_that_does_not_keep_up_pauses_the_connection() -> None:
     async def story() -> None:
         async with scripted() as etcd:
-            etcd.limits = Limits(initial_window=64 << 20, connection_window=64 << 20)
+            etcd.limits = Http2Limits(initial_window=64 << 20, connection_window=64 << 20)
             etcd.on_message = lambda _, __: None
             connection = await connect(parse_endpoint(etcd.endpoint), None)
             seen = start(connection)

@@ -6,13 +6,13 @@ import asyncio
 
 import pytest
 
-from proto.http2 import ErrorCode, Limits
+from proto.http2 import ErrorCode, Http2Limits
 from tests.upstream.recorder import RecordedLog
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.upstream.test_pool import ECHO, hold, pooled, run, up
 from tests.waiting import until_async
 from upstream.pool import Pool
-from upstream.settings import Settings
+from upstream.settings import UpstreamSettings
 from upstream.unary import call_unary
 
 LEASE = "/etcdserverpb.Lease/LeaseKeepAlive"
@@ -54,7 +54,7 @@ def go_away_after(etcd: ScriptedEtcd, requests: int) -> None:
 def test_long_calls_do_not_use_up_the_places_of_others(places: int) -> None:
     async def story() -> None:
         async with scripted() as etcd, pooled(etcd.endpoint) as pool:
-            etcd.limits = Limits(max_streams=places)
+            etcd.limits = Http2Limits(max_streams=places)
             held = hold_leases(etcd)
             await up(pool, 1)
             kept = leases(pool, 60)
@@ -70,9 +70,9 @@ def test_long_calls_do_not_use_up_the_places_of_others(places: int) -> None:
 def test_the_proxys_own_calls_always_have_a_place() -> None:
     async def story() -> None:
         async with scripted() as etcd:
-            etcd.limits = Limits(max_streams=8)
+            etcd.limits = Http2Limits(max_streams=8)
             held = hold_leases(etcd)
-            async with pooled(etcd.endpoint, settings=Settings(connections_per_endpoint_max=2)) as pool:
+            async with pooled(etcd.endpoint, settings=UpstreamSettings(connections_per_endpoint_max=2)) as pool:
                 await up(pool, 1)
                 kept: list[asyncio.Task[object]] = []
                 # What passes through picks as others do.
@@ -180,9 +180,9 @@ def test_a_connection_whose_stream_ids_run_out_is_replaced() -> None:
 def test_connections_that_are_not_needed_are_closed() -> None:
     async def story() -> None:
         async with scripted() as etcd:
-            etcd.limits = Limits(max_streams=4)
+            etcd.limits = Http2Limits(max_streams=4)
             held = hold_leases(etcd)
-            async with pooled(etcd.endpoint, settings=Settings(surplus_idle_s=0.05)) as pool:
+            async with pooled(etcd.endpoint, settings=UpstreamSettings(surplus_idle_s=0.05)) as pool:
                 await up(pool, 1)
                 kept = leases(pool, 20)
                 await until_async(lambda: len(held) == 20, "the leases")
@@ -198,9 +198,9 @@ def test_connections_that_are_not_needed_are_closed() -> None:
 def test_a_lack_of_places_is_reported_and_its_end_too() -> None:
     async def story() -> None:
         log = RecordedLog()
-        settings = Settings(connections_per_endpoint_max=1, place_wait_s=0.05)
+        settings = UpstreamSettings(connections_per_endpoint_max=1, place_wait_s=0.05)
         async with scripted() as etcd:
-            etcd.limits = Limits(max_streams=2)
+            etcd.limits = Http2Limits(max_streams=2)
             held = hold_leases(etcd)
             async with pooled(etcd.endpoint, settings=settings, log=log) as pool:
                 await up(pool, 1)
@@ -225,7 +225,7 @@ def test_a_connection_that_cannot_be_added_is_tried_again() -> None:
     async def story() -> None:
         log = RecordedLog()
         async with scripted() as etcd, pooled(etcd.endpoint, log=log) as pool:
-            etcd.limits = Limits(max_streams=2)
+            etcd.limits = Http2Limits(max_streams=2)
             held = hold_leases(etcd)
             await up(pool, 1)
             etcd.on_status = lambda call: call.connection.transport.abort()  # type: ignore[union-attr]  # it is there
@@ -242,7 +242,7 @@ def test_a_connection_that_cannot_be_added_is_tried_again() -> None:
 def test_a_broken_connection_costs_only_its_own_calls() -> None:
     async def story() -> None:
         async with scripted() as etcd, pooled(etcd.endpoint) as pool:
-            etcd.limits = Limits(max_streams=4)
+            etcd.limits = Http2Limits(max_streams=4)
             held = hold(etcd)
             await up(pool, 1)
             kept = [asyncio.create_task(pool.unary(ECHO, b"x")) for _ in range(7)]

@@ -12,7 +12,7 @@ from tests.upstream.scripted import scripted
 from tests.waiting import until_async
 from upstream.dial import Dialer, Server
 from upstream.endpoints import parse_endpoints
-from upstream.settings import Settings
+from upstream.settings import UpstreamSettings
 
 
 def after_turns(turns: int, task: asyncio.Task[Any]) -> None:
@@ -28,7 +28,7 @@ def test_a_search_that_is_given_up_leaves_no_connection(turns: int) -> None:
     async def story() -> None:
         async with scripted() as one, scripted() as other, asyncio.timeout(20):
             endpoints = parse_endpoints([one.endpoint, other.endpoint])
-            dialer = Dialer(endpoints, None, Settings(stagger_s=0.0), RecordedLog(), lambda: None)
+            dialer = Dialer(endpoints, None, UpstreamSettings(stagger_s=0.0), RecordedLog(), lambda: None)
 
             def accept(_: Server) -> bool:
                 after_turns(turns, search)
@@ -50,8 +50,8 @@ def test_a_question_that_is_given_up_leaves_no_connection(turns: int) -> None:
     async def story() -> None:
         async with scripted() as one, scripted() as silent, asyncio.timeout(20):
             silent.on_message = lambda _call, _message: None
-            dialer = Dialer([], None, Settings(), RecordedLog(), lambda: None)
-            question = asyncio.create_task(dialer.clusters(parse_endpoints([one.endpoint, silent.endpoint])))
+            dialer = Dialer([], None, UpstreamSettings(), RecordedLog(), lambda: None)
+            question = asyncio.create_task(dialer.cluster_ids(parse_endpoints([one.endpoint, silent.endpoint])))
             await until_async(lambda: bool(one.asked and silent.asked), "both to be asked")
             asyncio.get_running_loop().call_soon(after_turns, turns, question)
             await asyncio.gather(question, return_exceptions=True)

@@ -16,7 +16,7 @@ import dns.rrset
 import pytest
 
 from proxy.cli.group import run as watchmux
-from proxy.config.knobs import Settings, Upstream
+from proxy.config.knobs import Settings, UpstreamTable
 from proxy.process.serving import discovered
 from tests.e2e.running import proxy_for
 from tests.e2e.scenario import run
@@ -145,7 +145,9 @@ def test_a_name_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_settings_with_discovery_get_its_endpoints(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Settings(upstream=Upstream(endpoints=["10.0.0.1:1"], discovery_srv="example.com", insecure_discovery=True))
+    given = Settings(
+        upstream=UpstreamTable(endpoints=["10.0.0.1:1"], discovery_srv="example.com", insecure_discovery=True)
+    )
 
     async def scenario() -> None:
         async with name_server({PLAIN: [f"0 0 {etcd.client_port} localhost."]}) as (_, resolver):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from proto.framing import Status
-from proto.http2 import Limits
+from proto.http2 import Http2Limits
 from proto.pb import kv_pb2, rpc_pb2
 from tests.http2 import wire
 from tests.upstream.recorder import Recorder, watching
@@ -19,7 +19,7 @@ from tests.upstream.test_pool import ECHO, failure, pooled, up
 from tests.waiting import until_async
 from upstream.errors import CallFailed
 from upstream.pool import Pool
-from upstream.settings import CONNECTION_LIMITS, WATCH_LIMITS, ConnectionSettings, Settings
+from upstream.settings import CONNECTION_LIMITS, WATCH_LIMITS, ConnectionSettings, UpstreamSettings
 
 SHORT_S = 0.05
 
@@ -34,12 +34,12 @@ def run(story: Coroutine[Any, Any, None]) -> None:
     asyncio.run(bounded())
 
 
-def impatient(limit: str) -> Settings:
+def impatient(limit: str) -> UpstreamSettings:
     """Settings with one short time."""
     if limit not in CONNECTION_LIMITS:
-        return Settings(**{limit: SHORT_S})  # type: ignore[arg-type]  # a time
+        return UpstreamSettings(**{limit: SHORT_S})  # type: ignore[arg-type]  # a time
     times = {limit: SHORT_S, "keepalive_s": SHORT_S}
-    return Settings(connection=ConnectionSettings(**times))  # type: ignore[arg-type]  # as above
+    return UpstreamSettings(connection=ConnectionSettings(**times))  # type: ignore[arg-type]  # as above
 
 
 def deaf_to(*paths: str) -> Callable[[ScriptedEtcd], None]:
@@ -131,7 +131,7 @@ def test_late_answers_of_calls_given_up_cost_nothing() -> None:
     async def story() -> None:
         async with scripted() as etcd, pooled(etcd.endpoint) as pool:
             # etcd does not mind what is given up.
-            etcd.limits = Limits().with_floods_at(1_000_000)
+            etcd.limits = Http2Limits().with_floods_at(1_000_000)
             deaf_to(ECHO)(etcd)
             await up(pool, 1)
             lease = asyncio.create_task(pool.unary("/test/Lease", b"x"))
@@ -152,7 +152,7 @@ def test_late_answers_of_calls_given_up_cost_nothing() -> None:
 @pytest.mark.parametrize(("count", "lives"), [(50, True), (51, False)])
 def test_a_server_that_sends_what_is_useless(count: int, lives: bool) -> None:
     async def story() -> None:
-        settings = Settings(connection=ConnectionSettings(useless_frames_max=50))
+        settings = UpstreamSettings(connection=ConnectionSettings(useless_frames_max=50))
         async with scripted() as etcd, pooled(etcd.endpoint, settings=settings) as pool:
             await up(pool, 1)
             (server,) = etcd.connections
@@ -192,7 +192,7 @@ def test_the_size_of_an_answer_to_us(size: int, taken: bool) -> None:
 
         async with (
             scripted() as etcd,
-            pooled(etcd.endpoint, settings=Settings(unary_message_bytes_max=1000)) as pool,
+            pooled(etcd.endpoint, settings=UpstreamSettings(unary_message_bytes_max=1000)) as pool,
         ):
             etcd.on_message = answer
             if taken:
@@ -217,7 +217,7 @@ def test_the_size_of_a_watch_response(taken: bool) -> None:
         async with scripted() as etcd:
             seen = Recorder()
             watch = Opened(b"a")
-            async with watching(etcd.endpoint, seen, Settings(watch_message_bytes_max=limit)) as client:
+            async with watching(etcd.endpoint, seen, UpstreamSettings(watch_message_bytes_max=limit)) as client:
                 client.open(watch)
                 await until_async(lambda: seen.created(watch), "the watch")
                 (call,) = etcd.watches()

@@ -14,13 +14,13 @@ from tests.upstream.recorder import Recorder
 from tests.upstream.stories import Opened
 from tests.waiting import until_async
 from upstream.endpoints import parse_endpoints
-from upstream.settings import Settings
+from upstream.settings import UpstreamSettings
 from upstream.watching.client import WatchClient
-from upstream.watching.lineage import Lineage, Standing, Verdict, is_suspect
+from upstream.watching.lineage import HistoryTracker, HistoryVerdict, RaftPosition, is_suspect
 
 
-def at(revision: int, applied: int, committed: int | None = None, cluster_id: int = 7) -> Standing:
-    return Standing(Header.make(cluster_id, 8, revision, 2), applied, applied if committed is None else committed)
+def at(revision: int, applied: int, committed: int | None = None, cluster_id: int = 7) -> RaftPosition:
+    return RaftPosition(Header.make(cluster_id, 8, revision, 2), applied, applied if committed is None else committed)
 
 
 @pytest.mark.parametrize(
@@ -49,39 +49,39 @@ def at(revision: int, applied: int, committed: int | None = None, cluster_id: in
     ],
 )
 def test_a_log_that_has_grown_less_than_the_revision_is_another_one(
-    before: Standing, now: Standing, suspect: bool
+    before: RaftPosition, now: RaftPosition, suspect: bool
 ) -> None:
     assert is_suspect(before, now) is suspect
 
 
 def test_a_suspect_that_says_no_more_is_not_used() -> None:
-    lineage = Lineage()
-    assert lineage.seen(at(51, 54)) is Verdict.SAME
+    lineage = HistoryTracker()
+    assert lineage.seen(at(51, 54)) is HistoryVerdict.SAME
     suspect = at(81, 64)
-    assert lineage.seen(suspect) is Verdict.SUSPECT
-    assert lineage.seen_again(suspect, None) is Verdict.UNKNOWN
+    assert lineage.seen(suspect) is HistoryVerdict.SUSPECT
+    assert lineage.seen_again(suspect, None) is HistoryVerdict.UNKNOWN
     # Nothing of it was believed.
-    assert lineage.seen(suspect) is Verdict.SUSPECT
-    assert lineage.seen_again(suspect, at(90, 100)) is Verdict.SAME
+    assert lineage.seen(suspect) is HistoryVerdict.SUSPECT
+    assert lineage.seen_again(suspect, at(90, 100)) is HistoryVerdict.SAME
 
 
 def test_a_restored_store_is_what_is_known_from_then_on() -> None:
-    lineage = Lineage()
+    lineage = HistoryTracker()
     lineage.seen(at(51, 54))
     restored = at(81, 64)
     lineage.seen(restored)
-    assert lineage.seen_again(restored, at(82, 65)) is Verdict.OTHER
+    assert lineage.seen_again(restored, at(82, 65)) is HistoryVerdict.OTHER
     assert lineage.known == restored
-    assert lineage.seen(at(90, 73)) is Verdict.SAME
+    assert lineage.seen(at(90, 73)) is HistoryVerdict.SAME
     # Restored again, from a snapshot of 81: the log is shorter than ever.
-    assert lineage.seen(at(95, 17)) is Verdict.SUSPECT
+    assert lineage.seen(at(95, 17)) is HistoryVerdict.SUSPECT
 
 
 def test_a_store_that_was_no_further_is_looked_at_again_once_it_is() -> None:
-    lineage = Lineage()
+    lineage = HistoryTracker()
     lineage.seen(at(51, 54))
     connected = at(51, 40)
-    assert lineage.seen(connected) is Verdict.SAME
+    assert lineage.seen(connected) is HistoryVerdict.SAME
     assert not lineage.wants_a_look(connected, 51)
     assert lineage.wants_a_look(connected, 52)
     assert not lineage.wants_a_look(None, 52)
@@ -131,7 +131,7 @@ def test_a_restart_is_no_restore_and_a_restore_is(binary: EtcdBinary, tmp_path_f
 
     async def scenario(etcd: EtcdServer) -> None:
         seen = Recorder()
-        client = WatchClient(parse_endpoints(etcd.endpoint), seen, Settings(create_timeout_s=0.4))
+        client = WatchClient(parse_endpoints(etcd.endpoint), seen, UpstreamSettings(create_timeout_s=0.4))
         async with straight(etcd.endpoint) as store:
             try:
                 await story(etcd, store, client, seen)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from proto.framing import Status
-from proto.http2 import ErrorCode, Limits
+from proto.http2 import ErrorCode, Http2Limits
 from tests.etcd.server import free_port
 from tests.upstream.recorder import RecordedLog
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
@@ -18,7 +18,7 @@ from tests.waiting import until_async
 from upstream.endpoints import parse_endpoints
 from upstream.errors import LEARNER_TEXT, NO_LEADER_TEXT, CallFailed
 from upstream.pool import Pool
-from upstream.settings import ConnectionSettings, Settings
+from upstream.settings import ConnectionSettings, UpstreamSettings
 
 ECHO = "/test/Echo"
 
@@ -35,7 +35,7 @@ def run(story: Coroutine[Any, Any, None]) -> None:
 
 @asynccontextmanager
 async def pooled(
-    *endpoints: str, log: RecordedLog | None = None, settings: Settings | None = None
+    *endpoints: str, log: RecordedLog | None = None, settings: UpstreamSettings | None = None
 ) -> AsyncIterator[Pool]:
     """Run a pool."""
     pool = Pool(parse_endpoints(endpoints), settings=settings, log=log)
@@ -188,9 +188,9 @@ def hold(etcd: ScriptedEtcd) -> list[ScriptedCall]:
 def test_calls_wait_when_connections_are_at_their_limit() -> None:
     async def story() -> None:
         async with scripted() as etcd:
-            etcd.limits = Limits(max_streams=1)
+            etcd.limits = Http2Limits(max_streams=1)
             held = hold(etcd)
-            async with pooled(etcd.endpoint, settings=Settings(connections_per_endpoint_max=2)) as pool:
+            async with pooled(etcd.endpoint, settings=UpstreamSettings(connections_per_endpoint_max=2)) as pool:
                 await up(pool, 1)
                 calls = [asyncio.create_task(pool.unary(ECHO, b"x")) for _ in range(2)]
                 await until_async(lambda: len(held) == 2, "both calls")
@@ -245,7 +245,7 @@ def test_an_idle_connection_is_not_pinged() -> None:
     """etcd counts pings without calls as abuse and ends the connection."""
 
     async def story() -> None:
-        settings = Settings(connection=ConnectionSettings(keepalive_s=0.02, keepalive_timeout_s=0.02))
+        settings = UpstreamSettings(connection=ConnectionSettings(keepalive_s=0.02, keepalive_timeout_s=0.02))
         async with scripted() as etcd, pooled(etcd.endpoint, settings=settings) as pool:
             await up(pool, 1)
             connection = pool.pick()

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from proto.framing import Status, frame
-from proto.http2 import ErrorCode, Limits
+from proto.http2 import ErrorCode, Http2Limits
 from proto.pb import kv_pb2, rpc_pb2
 from tests.etcd.server import free_port
 from tests.upstream.recorder import RecordedLog, Recorder, watching
 from tests.upstream.scripted import ScriptedCall, scripted
 from tests.upstream.stories import Opened, request
 from tests.waiting import until_async
-from upstream.settings import ConnectionSettings, Settings
+from upstream.settings import ConnectionSettings, UpstreamSettings
 
 NO_LEADER = "etcdserver: no leader"
 
@@ -250,7 +250,7 @@ def test_a_create_that_is_never_answered_gives_its_token_up() -> None:
             etcd.on_watch = lambda call, asked: None if call.metadata.get(b"token") == b"dead" else answer(call, asked)
             seen = Recorder()
             dead, good, plain = Opened(b"a", token=b"dead"), Opened(b"b", token=b"good"), Opened(b"c")
-            async with watching(etcd.endpoint, seen, Settings(create_timeout_s=0.2)) as client:
+            async with watching(etcd.endpoint, seen, UpstreamSettings(create_timeout_s=0.2)) as client:
                 for watch in (dead, good, plain):
                     client.open(watch)
                 await until_async(lambda: seen.losses, "the loss")
@@ -383,7 +383,7 @@ def test_streams_beyond_the_servers_limit_get_further_connections() -> None:
 
     async def story() -> None:
         async with scripted() as etcd:
-            etcd.limits = Limits(max_streams=8)
+            etcd.limits = Http2Limits(max_streams=8)
             seen = Recorder()
             fills = [Opened(b"f%d" % number, start_revision=1, is_backfill=True) for number in range(20)]
             watches = [Opened(b"a", token=b"t%d" % number) for number in range(60)]
@@ -410,7 +410,7 @@ def test_a_create_that_is_not_answered_is_reported() -> None:
             seen = Recorder()
             etcd.on_watch = lambda _call, _request: None
             a = Opened(b"a")
-            async with watching(etcd.endpoint, seen, Settings(create_timeout_s=0.05), log) as client:
+            async with watching(etcd.endpoint, seen, UpstreamSettings(create_timeout_s=0.05), log) as client:
                 told: list[str] = []
                 client.on_problem = lambda: told.append(client.problem)
                 client.open(a)
@@ -430,9 +430,9 @@ def test_streams_wait_for_a_place_and_that_is_reported() -> None:
     async def story() -> None:
         log = RecordedLog()
         async with scripted() as etcd:
-            etcd.limits = Limits(max_streams=3)
+            etcd.limits = Http2Limits(max_streams=3)
             seen = Recorder()
-            settings = Settings(connections_per_endpoint_max=1, place_wait_s=0.05)
+            settings = UpstreamSettings(connections_per_endpoint_max=1, place_wait_s=0.05)
             fills = [Opened(b"f%d" % number, start_revision=1, is_backfill=True) for number in range(4)]
             trunk = Opened(b"t")
             async with watching(etcd.endpoint, seen, settings, log) as client:
@@ -464,7 +464,7 @@ def test_a_paused_backfill_is_not_read_and_holds_nobody_up() -> None:
         async with scripted() as etcd:
             seen = Recorder()
             window = 64 * 1024
-            settings = Settings(connection=ConnectionSettings(stream_window_bytes=window))
+            settings = UpstreamSettings(connection=ConnectionSettings(stream_window_bytes=window))
             trunk, fill = Opened(b"t"), Opened(b"f", start_revision=1, is_backfill=True)
             async with watching(etcd.endpoint, seen, settings) as client:
                 client.open(trunk)
@@ -502,7 +502,7 @@ def test_a_response_above_the_limit_ends_its_watch_alone(sizes: list[int]) -> No
         async with scripted() as etcd:
             seen = Recorder()
             a, b = Opened(b"a"), Opened(b"b")
-            async with watching(etcd.endpoint, seen, Settings(watch_message_bytes_max=80_000)) as client:
+            async with watching(etcd.endpoint, seen, UpstreamSettings(watch_message_bytes_max=80_000)) as client:
                 client.open(a)
                 client.open(b)
                 await until_async(lambda: seen.created(b), "the watches")
@@ -544,7 +544,7 @@ def test_a_server_that_stops_answering_is_noticed() -> None:
             seen = Recorder()
             log = RecordedLog()
             a = Opened(b"a")
-            settings = Settings(connection=ConnectionSettings(keepalive_s=0.1, keepalive_timeout_s=0.1))
+            settings = UpstreamSettings(connection=ConnectionSettings(keepalive_s=0.1, keepalive_timeout_s=0.1))
             async with watching(f"{etcd.endpoint},{other.endpoint}", seen, settings, log) as client:
                 client.open(a)
                 await until_async(lambda: seen.created(a), "the watch")
@@ -604,7 +604,7 @@ def test_a_lower_store_is_believed_when_told_so() -> None:
             async with watching(etcd.endpoint, seen) as client:
                 await until_async(lambda: client.connected, "the connection")
                 assert client.newest_revision == 10
-                client.store_went_back(3)
+                client.revision_regressed(3)
                 etcd.revision = 3
                 ahead = Opened(b"a", start_revision=8)
                 client.open(ahead)

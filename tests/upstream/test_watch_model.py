@@ -10,7 +10,7 @@ import pytest
 from proto.scan import Header, WatchResponse
 from tests.upstream.model_etcd import ModelStore, ModelStream
 from tests.upstream.stories import Opened
-from upstream.watching.effects import CloseStream, Effect, Lost, OpenStream, Progressed, Received, Write
+from upstream.watching.effects import CloseStream, OpenStream, Progressed, WatchEffect, WatchLost, WatchReceived, Write
 from upstream.watching.state import WatchState
 from upstream.watching.stream import OpenedWatch, WatchStream
 
@@ -76,7 +76,7 @@ class Run:
         self.asked: list[int] = []
         self.fresh = 0
 
-    def apply(self, effects: Iterable[Effect]) -> None:
+    def apply(self, effects: Iterable[WatchEffect]) -> None:
         """Do what the state wants."""
         for effect in effects:
             if isinstance(effect, OpenStream):
@@ -87,7 +87,7 @@ class Run:
             elif isinstance(effect, Write):
                 if id(effect.stream) in self.servers:
                     self.servers[id(effect.stream)][1].inbox.append(effect.message)
-            elif isinstance(effect, Received):
+            elif isinstance(effect, WatchReceived):
                 self.seen[id(effect.watch)].take(effect.response, self.store)
             elif isinstance(effect, Progressed):
                 self.progressed(effect.watches, effect.header)
@@ -95,7 +95,7 @@ class Run:
                     self.fresh += 1
                     assert effect.header.revision >= self.asked[effect.number - 1], "older than what was asked"
             else:
-                assert not isinstance(effect, Lost), "nothing can be lost here"
+                assert not isinstance(effect, WatchLost), "nothing can be lost here"
 
     def progressed(self, watches: Iterable[OpenedWatch], header: Header) -> None:
         """Check a proof."""

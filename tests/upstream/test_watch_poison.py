@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.upstream.stories import Opened, answer, refusal, told
-from upstream.watching.effects import CloseStream, Effect, Lost, OpenStream
+from upstream.watching.effects import CloseStream, OpenStream, WatchEffect, WatchLost
 from upstream.watching.state import WatchState
 from upstream.watching.stream import Kind, Next, WatchStream
 from upstream.watching.streams import LARGE_CREATE_BYTES, STREAMS_MAX
@@ -24,15 +24,15 @@ class Etcd:
         self.ends = 0
         self.open = self.open_max = 0
 
-    def run(self, effects: list[Effect]) -> None:
+    def run(self, effects: list[WatchEffect]) -> None:
         """Carry effects out until nothing is left to be done."""
         self._take(effects)
         while self._step():
             pass
 
-    def _take(self, effects: list[Effect]) -> None:
+    def _take(self, effects: list[WatchEffect]) -> None:
         for effect in effects:
-            if isinstance(effect, Lost):
+            if isinstance(effect, WatchLost):
                 assert (effect.status, effect.text) == TOO_LARGE
                 self.lost.append(effect.watch.key)
             self.open += isinstance(effect, OpenStream) - isinstance(effect, CloseStream)

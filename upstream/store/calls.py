@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from proto.framing import Status
 from upstream.store import errors
 from upstream.store.auth import Auth
-from upstream.store.errors import Refusal, StoreError
+from upstream.store.errors import StoreError, StoreRefusal
 
 REQUEST_BYTES_MAX = 1536 * 1024
 """The largest write: etcd's --max-request-bytes default."""
@@ -36,10 +36,10 @@ _CODES = {Status(code.value[0]): code for code in grpc.StatusCode}
 # etcd's maintenance calls return auth's own errors, without mapping them to errors of the API (v3rpc/maintenance.go,
 # authMaintenanceServer).
 _BARE_REFUSALS = {
-    errors.USER_EMPTY: Refusal(Status.UNKNOWN, "auth: user name is empty"),
-    errors.INVALID_AUTH_TOKEN: Refusal(Status.UNKNOWN, "auth: invalid auth token"),
-    errors.USER_NOT_FOUND: Refusal(Status.UNKNOWN, "auth: user not found"),
-    errors.PERMISSION_DENIED: Refusal(Status.UNKNOWN, "auth: permission denied"),
+    errors.USER_EMPTY: StoreRefusal(Status.UNKNOWN, "auth: user name is empty"),
+    errors.INVALID_AUTH_TOKEN: StoreRefusal(Status.UNKNOWN, "auth: invalid auth token"),
+    errors.USER_NOT_FOUND: StoreRefusal(Status.UNKNOWN, "auth: user not found"),
+    errors.PERMISSION_DENIED: StoreRefusal(Status.UNKNOWN, "auth: permission denied"),
 }
 
 
@@ -51,7 +51,7 @@ class Traffic:
     sent: int = 0
 
 
-def _without_code(refusal: Refusal) -> Refusal:
+def _without_code(refusal: StoreRefusal) -> StoreRefusal:
     """
     Remove the code from a refusal of Lock or Election.
 
@@ -60,10 +60,10 @@ def _without_code(refusal: Refusal) -> Refusal:
     """
     if refusal.code in (Status.UNAVAILABLE, Status.INTERNAL, Status.RESOURCE_EXHAUSTED):
         return refusal
-    return Refusal(Status.UNKNOWN, refusal.text)
+    return StoreRefusal(Status.UNKNOWN, refusal.text)
 
 
-async def end(context: Context, refusal: Refusal) -> None:
+async def end(context: Context, refusal: StoreRefusal) -> None:
     """End a call with a refusal; never returns."""
     await context.abort(_CODES[refusal.code], refusal.text)
 
@@ -72,12 +72,12 @@ def parse(kind: type[Request], data: bytes) -> Request:
     """Parse a request. Raises StoreError when it is too large or malformed."""
     if len(data) > MESSAGE_BYTES_MAX:
         text = f"grpc: received message larger than max ({len(data)} vs. {MESSAGE_BYTES_MAX})"
-        raise StoreError(Refusal(Status.RESOURCE_EXHAUSTED, text))
+        raise StoreError(StoreRefusal(Status.RESOURCE_EXHAUSTED, text))
     try:
         return kind.FromString(data)
     except DecodeError:
         raise StoreError(
-            Refusal(Status.INTERNAL, f"grpc: error unmarshalling request: not a {kind.DESCRIPTOR.full_name}")
+            StoreRefusal(Status.INTERNAL, f"grpc: error unmarshalling request: not a {kind.DESCRIPTOR.full_name}")
         ) from None
 
 

@@ -7,13 +7,13 @@ import grpc
 from proto.framing import Status
 from proto.pb import rpc_pb2, v3election_pb2
 from upstream.store.calls import Context, answers_stream, parse, service
-from upstream.store.errors import Refusal, StoreError
+from upstream.store.errors import StoreError, StoreRefusal
 from upstream.store.queueing import Line, created_at, leave
 from upstream.store.service import LineService
 
-MISSING_LEADER_KEY = Refusal(Status.UNKNOWN, '"leader" field must be provided')
-NOT_LEADER = Refusal(Status.UNKNOWN, "election: not leader")
-NO_LEADER = Refusal(Status.UNKNOWN, "election: no leader")
+MISSING_LEADER_KEY = StoreRefusal(Status.UNKNOWN, '"leader" field must be provided')
+NOT_LEADER = StoreRefusal(Status.UNKNOWN, "election: not leader")
+NO_LEADER = StoreRefusal(Status.UNKNOWN, "election: no leader")
 
 
 class ElectionService(LineService):

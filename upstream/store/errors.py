@@ -12,7 +12,7 @@ from typing import NamedTuple
 from proto.framing import Status
 
 
-class Refusal(NamedTuple):
+class StoreRefusal(NamedTuple):
     """The status of a refused call."""
 
     code: Status
@@ -22,50 +22,50 @@ class Refusal(NamedTuple):
 class StoreError(Exception):
     """A call is refused."""
 
-    def __init__(self, refusal: Refusal) -> None:
+    def __init__(self, refusal: StoreRefusal) -> None:
         super().__init__(refusal.text)
         self.refusal = refusal
 
 
-EMPTY_KEY = Refusal(Status.INVALID_ARGUMENT, "etcdserver: key is not provided")
-KEY_NOT_FOUND = Refusal(Status.INVALID_ARGUMENT, "etcdserver: key not found")
-VALUE_PROVIDED = Refusal(Status.INVALID_ARGUMENT, "etcdserver: value is provided")
-LEASE_PROVIDED = Refusal(Status.INVALID_ARGUMENT, "etcdserver: lease is provided")
-TOO_MANY_OPS = Refusal(Status.INVALID_ARGUMENT, "etcdserver: too many operations in txn request")
-DUPLICATE_KEY = Refusal(Status.INVALID_ARGUMENT, "etcdserver: duplicate key given in txn request")
-INVALID_SORT_OPTION = Refusal(Status.INVALID_ARGUMENT, "etcdserver: invalid sort option")
-COMPACTED = Refusal(Status.OUT_OF_RANGE, "etcdserver: mvcc: required revision has been compacted")
-FUTURE_REVISION = Refusal(Status.OUT_OF_RANGE, "etcdserver: mvcc: required revision is a future revision")
-NO_SPACE = Refusal(Status.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded")
-CORRUPT = Refusal(Status.DATA_LOSS, "etcdserver: corrupt cluster")
-REQUEST_TOO_LARGE = Refusal(Status.INVALID_ARGUMENT, "etcdserver: request is too large")
+EMPTY_KEY = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: key is not provided")
+KEY_NOT_FOUND = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: key not found")
+VALUE_PROVIDED = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: value is provided")
+LEASE_PROVIDED = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: lease is provided")
+TOO_MANY_OPS = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: too many operations in txn request")
+DUPLICATE_KEY = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: duplicate key given in txn request")
+INVALID_SORT_OPTION = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: invalid sort option")
+COMPACTED = StoreRefusal(Status.OUT_OF_RANGE, "etcdserver: mvcc: required revision has been compacted")
+FUTURE_REVISION = StoreRefusal(Status.OUT_OF_RANGE, "etcdserver: mvcc: required revision is a future revision")
+NO_SPACE = StoreRefusal(Status.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded")
+CORRUPT = StoreRefusal(Status.DATA_LOSS, "etcdserver: corrupt cluster")
+REQUEST_TOO_LARGE = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: request is too large")
 
-LEASE_NOT_FOUND = Refusal(Status.NOT_FOUND, "etcdserver: requested lease not found")
-LEASE_EXISTS = Refusal(Status.FAILED_PRECONDITION, "etcdserver: lease already exists")
-LEASE_TTL_TOO_LARGE = Refusal(Status.OUT_OF_RANGE, "etcdserver: too large lease TTL")
+LEASE_NOT_FOUND = StoreRefusal(Status.NOT_FOUND, "etcdserver: requested lease not found")
+LEASE_EXISTS = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: lease already exists")
+LEASE_TTL_TOO_LARGE = StoreRefusal(Status.OUT_OF_RANGE, "etcdserver: too large lease TTL")
 
-MEMBER_NOT_FOUND = Refusal(Status.NOT_FOUND, "etcdserver: member not found")
-ROOT_USER_NOT_EXIST = Refusal(Status.FAILED_PRECONDITION, "etcdserver: root user does not exist")
-ROOT_ROLE_NOT_EXIST = Refusal(Status.FAILED_PRECONDITION, "etcdserver: root user does not have root role")
-USER_ALREADY_EXISTS = Refusal(Status.FAILED_PRECONDITION, "etcdserver: user name already exists")
-USER_EMPTY = Refusal(Status.INVALID_ARGUMENT, "etcdserver: user name is empty")
-USER_NOT_FOUND = Refusal(Status.FAILED_PRECONDITION, "etcdserver: user name not found")
-ROLE_ALREADY_EXISTS = Refusal(Status.FAILED_PRECONDITION, "etcdserver: role name already exists")
-ROLE_NOT_FOUND = Refusal(Status.FAILED_PRECONDITION, "etcdserver: role name not found")
-ROLE_EMPTY = Refusal(Status.INVALID_ARGUMENT, "etcdserver: role name is empty")
-AUTH_FAILED = Refusal(Status.INVALID_ARGUMENT, "etcdserver: authentication failed, invalid user ID or password")
-NO_PASSWORD_USER = Refusal(Status.UNKNOWN, "auth: authentication failed, password was given for no password user")
-PASSWORD_TOO_LONG = Refusal(Status.UNKNOWN, "bcrypt: password length exceeds 72 bytes")
-PERMISSION_NOT_GIVEN = Refusal(Status.INVALID_ARGUMENT, "etcdserver: permission not given")
-PERMISSION_DENIED = Refusal(Status.PERMISSION_DENIED, "etcdserver: permission denied")
-ROLE_NOT_GRANTED = Refusal(Status.FAILED_PRECONDITION, "etcdserver: role is not granted to the user")
-PERMISSION_NOT_GRANTED = Refusal(Status.FAILED_PRECONDITION, "etcdserver: permission is not granted to the role")
-AUTH_NOT_ENABLED = Refusal(Status.FAILED_PRECONDITION, "etcdserver: authentication is not enabled")
-INVALID_AUTH_TOKEN = Refusal(Status.UNAUTHENTICATED, "etcdserver: invalid auth token")
-INVALID_AUTH_MANAGEMENT = Refusal(Status.INVALID_ARGUMENT, "etcdserver: invalid auth management")
-WATCH_CANCELED = Refusal(Status.CANCELLED, "etcdserver: watch canceled")
-STOPPED = Refusal(Status.UNAVAILABLE, "etcdserver: server stopped")
+MEMBER_NOT_FOUND = StoreRefusal(Status.NOT_FOUND, "etcdserver: member not found")
+ROOT_USER_NOT_EXIST = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: root user does not exist")
+ROOT_ROLE_NOT_EXIST = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: root user does not have root role")
+USER_ALREADY_EXISTS = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: user name already exists")
+USER_EMPTY = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: user name is empty")
+USER_NOT_FOUND = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: user name not found")
+ROLE_ALREADY_EXISTS = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: role name already exists")
+ROLE_NOT_FOUND = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: role name not found")
+ROLE_EMPTY = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: role name is empty")
+AUTH_FAILED = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: authentication failed, invalid user ID or password")
+NO_PASSWORD_USER = StoreRefusal(Status.UNKNOWN, "auth: authentication failed, password was given for no password user")
+PASSWORD_TOO_LONG = StoreRefusal(Status.UNKNOWN, "bcrypt: password length exceeds 72 bytes")
+PERMISSION_NOT_GIVEN = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: permission not given")
+PERMISSION_DENIED = StoreRefusal(Status.PERMISSION_DENIED, "etcdserver: permission denied")
+ROLE_NOT_GRANTED = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: role is not granted to the user")
+PERMISSION_NOT_GRANTED = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: permission is not granted to the role")
+AUTH_NOT_ENABLED = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: authentication is not enabled")
+INVALID_AUTH_TOKEN = StoreRefusal(Status.UNAUTHENTICATED, "etcdserver: invalid auth token")
+INVALID_AUTH_MANAGEMENT = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: invalid auth management")
+WATCH_CANCELED = StoreRefusal(Status.CANCELLED, "etcdserver: watch canceled")
+STOPPED = StoreRefusal(Status.UNAVAILABLE, "etcdserver: server stopped")
 
 # Refusals of a watch's create request; sent as cancel_reason, so the code is only for completeness.
-WATCH_RANGE_EMPTY = Refusal(Status.INVALID_ARGUMENT, "mvcc: watcher range is empty")
-WATCH_DUPLICATE_ID = Refusal(Status.INVALID_ARGUMENT, "mvcc: duplicate watch ID provided on the WatchStream")
+WATCH_RANGE_EMPTY = StoreRefusal(Status.INVALID_ARGUMENT, "mvcc: watcher range is empty")
+WATCH_DUPLICATE_ID = StoreRefusal(Status.INVALID_ARGUMENT, "mvcc: duplicate watch ID provided on the WatchStream")

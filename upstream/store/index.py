@@ -21,7 +21,7 @@ FROM_KEY = b"\x00"
 
 
 @dataclass(slots=True, eq=False)
-class Record:
+class RevisionRecord:
     """
     One change of one key. Immutable; shared by the index, the log and the events.
 
@@ -101,11 +101,11 @@ class SortedKeys:
             yield chunk[start:] if start else chunk
 
 
-def _mod_revision(record: Record) -> int:
+def _mod_revision(record: RevisionRecord) -> int:
     return record.mod_revision
 
 
-def record_at(history: list[Record], revision: int) -> Record | None:
+def record_at(history: list[RevisionRecord], revision: int) -> RevisionRecord | None:
     """Return a key's record at a revision, None when the key did not exist then."""
     if history[-1].mod_revision <= revision:
         record = history[-1]
@@ -117,7 +117,7 @@ def record_at(history: list[Record], revision: int) -> Record | None:
     return None if record.deleted else record
 
 
-def _first_kept(history: list[Record], revision: int) -> int:
+def _first_kept(history: list[RevisionRecord], revision: int) -> int:
     """Return the index of the first record that a compaction at a revision keeps; see KeyIndex.compact."""
     place = bisect_right(history, revision, key=_mod_revision) - 1
     if place < 0:
@@ -131,14 +131,14 @@ class KeyIndex:
     __slots__ = ("_histories", "_keys")
 
     def __init__(self) -> None:
-        self._histories: dict[bytes, list[Record]] = {}
+        self._histories: dict[bytes, list[RevisionRecord]] = {}
         self._keys = SortedKeys()
 
     def __len__(self) -> int:
         """Count the keys that have a history, including deleted keys."""
         return len(self._histories)
 
-    def append(self, record: Record) -> None:
+    def append(self, record: RevisionRecord) -> None:
         """Add a key's newest record."""
         history = self._histories.get(record.key)
         if history is None:
@@ -147,7 +147,7 @@ class KeyIndex:
         else:
             history.append(record)
 
-    def load(self, records: Iterable[Record]) -> None:
+    def load(self, records: Iterable[RevisionRecord]) -> None:
         """Fill an empty index with records in order of revision."""
         assert not self._histories
         for record in records:
@@ -158,24 +158,24 @@ class KeyIndex:
             history.append(record)
         self._keys = SortedKeys(self._histories)
 
-    def newest(self, key: bytes) -> Record | None:
+    def newest(self, key: bytes) -> RevisionRecord | None:
         """Return a key's newest record, None when the key does not exist now."""
         history = self._histories.get(key)
         if history is None or history[-1].deleted:
             return None
         return history[-1]
 
-    def get(self, key: bytes, revision: int) -> Record | None:
+    def get(self, key: bytes, revision: int) -> RevisionRecord | None:
         """Return a key's record at a revision, None when the key did not exist then."""
         history = self._histories.get(key)
         return None if history is None else record_at(history, revision)
 
-    def range(self, key: bytes, range_end: bytes, revision: int) -> list[Record]:
+    def range(self, key: bytes, range_end: bytes, revision: int) -> list[RevisionRecord]:
         """Return the records of [key, range_end) at a revision, in order of keys; range_end b"" = the key alone."""
         if not range_end:
             record = self.get(key, revision)
             return [] if record is None else [record]
-        found: list[Record] = []
+        found: list[RevisionRecord] = []
         histories = self._histories
         for keys in self._keys.slices(key, range_end):
             for name in keys:
@@ -189,7 +189,7 @@ class KeyIndex:
                     found.append(record)
         return found
 
-    def compact(self, key: bytes, revision: int) -> list[Record]:
+    def compact(self, key: bytes, revision: int) -> list[RevisionRecord]:
         """
         Drop a key's records that no read at `revision` or later can see; return the dropped ones.
 
@@ -207,13 +207,13 @@ class KeyIndex:
             self._keys.remove(key)
         return dropped
 
-    def newest_records(self) -> Iterator[Record]:
+    def newest_records(self) -> Iterator[RevisionRecord]:
         """Yield the newest record of every key that exists now."""
         for history in self._histories.values():
             if not history[-1].deleted:
                 yield history[-1]
 
-    def records(self, compact_revision: int = 0) -> Iterator[Record]:
+    def records(self, compact_revision: int = 0) -> Iterator[RevisionRecord]:
         """Yield every record that a compaction would keep, in order of keys and revisions."""
         for keys in self._keys.slices(b"", FROM_KEY):
             for key in keys:

@@ -27,9 +27,9 @@ from google.protobuf.message import DecodeError
 from proto.pb import rpc_pb2
 from upstream.store.alarms import Alarm
 from upstream.store.auth import Auth
-from upstream.store.index import Record
+from upstream.store.index import RevisionRecord
 from upstream.store.mvcc import FIRST_REVISION, NEVER_COMPACTED, Changes
-from upstream.store.recorder import Recorder, Stored, StoreDataError
+from upstream.store.recorder import JournalRecorder, Stored, StoreDataError
 
 __all__ = ["FILE_NAME", "Journal", "StoreDataError"]
 
@@ -63,7 +63,7 @@ CREATE TABLE meta (
 """
 
 
-class Journal(Recorder):
+class Journal(JournalRecorder):
     """A recorder that stores everything in a file."""
 
     def __init__(self, directory: Path, cluster_id: int, member_id: int) -> None:
@@ -73,8 +73,8 @@ class Journal(Recorder):
         Raises StoreDataError. The file's contents are held until `take_stored` returns them.
         """
         self.path = directory / FILE_NAME
-        self._records: list[Record] = []
-        self._dropped: list[Record] = []
+        self._records: list[RevisionRecord] = []
+        self._dropped: list[RevisionRecord] = []
         self._leases: dict[int, int | None] = {}
         self._auth: dict[str, bytes] = {}
         self._alarms: list[Alarm] | None = None
@@ -107,7 +107,7 @@ class Journal(Recorder):
     def compacted(self, revision: int) -> None:
         self._compact_revision = revision
 
-    def dropped(self, records: Iterable[Record]) -> None:
+    def dropped(self, records: Iterable[RevisionRecord]) -> None:
         self._dropped += records
 
     def granted(self, lease_id: int, ttl_s: int) -> None:
@@ -234,7 +234,7 @@ def _create(path: Path, cluster_id: int, member_id: int) -> None:
     unfinished.rename(path)
 
 
-def _checksum(record: Record) -> int:
+def _checksum(record: RevisionRecord) -> int:
     numbers = _NUMBERS.pack(
         record.mod_revision,
         record.sub_revision,
@@ -247,7 +247,7 @@ def _checksum(record: Record) -> int:
     return zlib.crc32(record.value, zlib.crc32(record.key, zlib.crc32(numbers)))
 
 
-def _row(record: Record) -> tuple[int, int, bytes, bytes, int, int, int, bool, int]:
+def _row(record: RevisionRecord) -> tuple[int, int, bytes, bytes, int, int, int, bool, int]:
     return (
         record.mod_revision,
         record.sub_revision,
@@ -261,10 +261,10 @@ def _row(record: Record) -> tuple[int, int, bytes, bytes, int, int, int, bool, i
     )
 
 
-def _record(row: tuple[Any, ...]) -> Record:
+def _record(row: tuple[Any, ...]) -> RevisionRecord:
     """Make a record from its row. Raises _Damaged."""
     mod_revision, sub_revision, key, value, create_revision, version, lease, deleted, checksum = row
-    record = Record(key, value, create_revision, mod_revision, sub_revision, version, lease, bool(deleted))
+    record = RevisionRecord(key, value, create_revision, mod_revision, sub_revision, version, lease, bool(deleted))
     try:
         right = _checksum(record) == checksum
     except (TypeError, struct.error):

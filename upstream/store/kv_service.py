@@ -10,13 +10,13 @@ from upstream.store.calls import Calls, service
 from upstream.store.loops import Compactor
 from upstream.store.service import StoreService
 from upstream.store.state import StoreState
-from upstream.store.writer import Writer
+from upstream.store.writer import StoreWriter
 
 
 class KVService(StoreService):
     """etcdserverpb.KV."""
 
-    def __init__(self, state: StoreState, writer: Writer, compactor: Compactor, calls: Calls) -> None:
+    def __init__(self, state: StoreState, writer: StoreWriter, compactor: Compactor, calls: Calls) -> None:
         super().__init__(state, writer, calls)
         self._compactor = compactor
 

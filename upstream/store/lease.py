@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from upstream.store import errors
 from upstream.store.errors import StoreError
-from upstream.store.index import Record
+from upstream.store.index import RevisionRecord
 
 NO_LEASE = 0
 TTL_MAX_S = 9_000_000_000
@@ -113,7 +113,7 @@ class Lessor:
         """Return all leases, in order of expiry."""
         return sorted(self._leases.values(), key=lambda lease: lease.expires_at)
 
-    def follow(self, changes: Iterable[Record]) -> None:
+    def follow(self, changes: Iterable[RevisionRecord]) -> None:
         """Attach and detach keys according to a commit's changes."""
         for record in changes:
             before = self._by_key.get(record.key)

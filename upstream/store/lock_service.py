@@ -7,11 +7,11 @@ import grpc
 from proto.framing import Status
 from proto.pb import rpc_pb2, v3lock_pb2
 from upstream.store.calls import service
-from upstream.store.errors import Refusal, StoreError
+from upstream.store.errors import StoreError, StoreRefusal
 from upstream.store.queueing import leave
 from upstream.store.service import LineService
 
-SESSION_EXPIRED = Refusal(Status.UNKNOWN, "mutex: session is expired")
+SESSION_EXPIRED = StoreRefusal(Status.UNKNOWN, "mutex: session is expired")
 
 
 class LockService(LineService):

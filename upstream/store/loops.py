@@ -12,7 +12,7 @@ from upstream.store.lease import EXPIRY_CHECK_INTERVAL_S
 from upstream.store.mvcc import Mvcc
 from upstream.store.state import StoreState
 from upstream.store.watchable import SYNC_INTERVAL_S, VICTIM_INTERVAL_S, WatchableStore
-from upstream.store.writer import Writer
+from upstream.store.writer import StoreWriter
 
 COMPACT_KEYS_PER_STEP = 1000
 """Keys compacted between two turns of the event loop: about a millisecond."""
@@ -48,7 +48,7 @@ async def retry_victims(watchable: WatchableStore) -> None:
             watchable.retry_victims()
 
 
-async def expire_leases(state: StoreState, writer: Writer) -> None:
+async def expire_leases(state: StoreState, writer: StoreWriter) -> None:
     """Revoke expired leases, checking every EXPIRY_CHECK_INTERVAL_S."""
     while True:
         await asyncio.sleep(EXPIRY_CHECK_INTERVAL_S)
@@ -61,7 +61,7 @@ class Compactor:
 
     __slots__ = ("_mvcc", "_task", "_writer")
 
-    def __init__(self, mvcc: Mvcc, writer: Writer) -> None:
+    def __init__(self, mvcc: Mvcc, writer: StoreWriter) -> None:
         self._mvcc = mvcc
         self._writer = writer
         self._task: asyncio.Task[None] | None = None

@@ -11,10 +11,10 @@ from proto.pb import rpc_pb2
 from upstream.store import errors
 from upstream.store.calls import Calls, service, unimplemented
 from upstream.store.errors import StoreError
-from upstream.store.index import Record
+from upstream.store.index import RevisionRecord
 from upstream.store.state import RAFT_TERM, StoreState
 from upstream.store.txn import key_value
-from upstream.store.writer import Writer
+from upstream.store.writer import StoreWriter
 
 VERSION = "3.5.30"
 """The etcd release whose behaviour the store follows. Clients infer features from it, such as ordered progress."""
@@ -33,7 +33,7 @@ NO_DOWNGRADE = "the bundled store has no older version to go back to"
 class MaintenanceService:
     """etcdserverpb.Maintenance."""
 
-    def __init__(self, state: StoreState, writer: Writer, calls: Calls) -> None:
+    def __init__(self, state: StoreState, writer: StoreWriter, calls: Calls) -> None:
         self._state = state
         self._writer = writer
         self._calls = calls
@@ -107,7 +107,7 @@ class MaintenanceService:
         """
         mvcc = self._state.mvcc
 
-        def place(record: Record) -> tuple[int, int]:
+        def place(record: RevisionRecord) -> tuple[int, int]:
             return record.mod_revision, record.sub_revision
 
         records = sorted(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from upstream.store import errors
 from upstream.store.errors import StoreError
-from upstream.store.index import KeyIndex, Record
+from upstream.store.index import KeyIndex, RevisionRecord
 
 FIRST_REVISION = 1
 """The revision of an empty store (etcd counts the state before the first write)."""
@@ -31,12 +31,12 @@ class RangeResult:
     """The result of a read."""
 
     # In order of keys.
-    records: list[Record]
+    records: list[RevisionRecord]
     # The revision of the store, not the one that was read.
     revision: int
 
 
-Changes = tuple[Record, ...]
+Changes = tuple[RevisionRecord, ...]
 """The changes of one revision, in order of sub-revision."""
 
 
@@ -56,7 +56,7 @@ class Mvcc:
 
     def __init__(self) -> None:
         # Called with the records that a compaction step has removed.
-        self.on_drop: Callable[[list[Record]], None] = lambda _: None
+        self.on_drop: Callable[[list[RevisionRecord]], None] = lambda _: None
         self.index = KeyIndex()
         self.revision = FIRST_REVISION
         self.compact_revision = NEVER_COMPACTED
@@ -103,7 +103,7 @@ class Mvcc:
         if revision < self.compact_revision:
             raise StoreError(errors.COMPACTED)
 
-    def previous(self, record: Record) -> Record | None:
+    def previous(self, record: RevisionRecord) -> RevisionRecord | None:
         """Return the key's record before this change's revision; None when there was none or it is compacted."""
         before = record.mod_revision - 1
         if before < self.compact_revision:
@@ -166,7 +166,7 @@ class Mvcc:
 
     # Restoring
 
-    def load(self, records: Iterable[Record], revision: int, compact_revision: int) -> None:
+    def load(self, records: Iterable[RevisionRecord], revision: int, compact_revision: int) -> None:
         """Fill an empty store with records in order of (mod_revision, sub_revision), as read from a durable log."""
         assert self.revision == FIRST_REVISION
         assert not len(self.index)
@@ -176,7 +176,7 @@ class Mvcc:
         self.revision = revision
         self.compact_revision = compact_revision
         self._log_start = max(compact_revision, FIRST_REVISION + 1)
-        log: list[list[Record]] = [[] for _ in range(revision - self._log_start + 1)]
+        log: list[list[RevisionRecord]] = [[] for _ in range(revision - self._log_start + 1)]
         for record in held:
             if record.mod_revision >= self._log_start:
                 log[record.mod_revision - self._log_start].append(record)
@@ -191,7 +191,7 @@ class Mvcc:
         self.size_bytes += sum(map(weight, changes))
 
 
-def weight(record: Record) -> int:
+def weight(record: RevisionRecord) -> int:
     """Return the approximate size of a record in memory, in bytes."""
     return RECORD_OVERHEAD_BYTES + len(record.key) + len(record.value)
 
@@ -208,7 +208,7 @@ class WriteTxn:
     def __init__(self, mvcc: Mvcc) -> None:
         self._mvcc = mvcc
         self._next = mvcc.revision + 1
-        self._changes: list[Record] = []
+        self._changes: list[RevisionRecord] = []
 
     @property
     def revision(self) -> int:
@@ -219,14 +219,14 @@ class WriteTxn:
         """Read as `Mvcc.range` does, including the transaction's own changes."""
         return self._mvcc.range(key, range_end, revision, now=self.revision)
 
-    def newest(self, key: bytes) -> Record | None:
+    def newest(self, key: bytes) -> RevisionRecord | None:
         """Return a key's newest record, including the transaction's own changes."""
         return self._mvcc.index.newest(key)
 
-    def put(self, key: bytes, value: bytes, lease: int = 0) -> Record:
+    def put(self, key: bytes, value: bytes, lease: int = 0) -> RevisionRecord:
         """Set a key's value and lease (0 = none)."""
         before = self._mvcc.index.newest(key)
-        record = Record(
+        record = RevisionRecord(
             # One bytes object per key, whatever the number of revisions.
             key if before is None else before.key,
             value,
@@ -243,7 +243,7 @@ class WriteTxn:
         """Delete the keys of [key, range_end); return how many were deleted."""
         found = self._mvcc.index.range(key, range_end, self._next)
         for before in found:
-            self._add(Record(before.key, b"", 0, self._next, len(self._changes), 0, 0, deleted=True))
+            self._add(RevisionRecord(before.key, b"", 0, self._next, len(self._changes), 0, 0, deleted=True))
         return len(found)
 
     def commit(self) -> Changes:
@@ -253,6 +253,6 @@ class WriteTxn:
             self._mvcc._commit(changes)
         return changes
 
-    def _add(self, record: Record) -> None:
+    def _add(self, record: RevisionRecord) -> None:
         self._mvcc.index.append(record)
         self._changes.append(record)

@@ -20,8 +20,8 @@ from upstream.store.index import FROM_KEY
 from upstream.store.state import StoreState
 from upstream.store.txn import key_value
 from upstream.store.watch_batch import WatchMessage
-from upstream.store.watchable import WatchStream
-from upstream.store.writer import Writer
+from upstream.store.watchable import ServedStream
+from upstream.store.writer import StoreWriter
 
 SESSION_TTL_S = 60
 """TTL of the lease that is granted for a call without a lease (etcd's concurrency.Session)."""
@@ -40,7 +40,7 @@ class Line:
 
     __slots__ = ("_state", "_user", "_writer", "prefix")
 
-    def __init__(self, state: StoreState, writer: Writer, name: bytes, user: str | None) -> None:
+    def __init__(self, state: StoreState, writer: StoreWriter, name: bytes, user: str | None) -> None:
         """The keys of the line `name` have the prefix name/."""
         self._state = state
         self._writer = writer
@@ -143,7 +143,7 @@ class Line:
             stream.close()
 
 
-async def _messages(stream: WatchStream, ready: asyncio.Event) -> AsyncIterator[WatchMessage]:
+async def _messages(stream: ServedStream, ready: asyncio.Event) -> AsyncIterator[WatchMessage]:
     while True:
         while (message := stream.take()) is not None:
             if message.compact_revision:

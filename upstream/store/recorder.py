@@ -1,7 +1,7 @@
 """The interface between the store and durability: changes to record, and the stored data to start from.
 
-The state passes every change to a `Recorder`; the pure parts need no other knowledge of durability. `Recorder` itself
-discards everything (a store in memory); the one in journal.py writes a file.
+The state passes every change to a `JournalRecorder`; the pure parts need no other knowledge of durability. The class
+itself discards everything (a store in memory); its subclass in journal.py writes a file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from upstream.store.alarms import Alarm
-from upstream.store.index import Record
+from upstream.store.index import RevisionRecord
 from upstream.store.mvcc import Changes
 
 
@@ -18,7 +18,7 @@ class StoreDataError(Exception):
     """The data directory cannot be used; the text has the file, the problem and the remedy."""
 
 
-class Recorder:
+class JournalRecorder:
     """Receives the store's changes. This one discards them: a store in memory."""
 
     def changed(self, changes: Changes) -> None:
@@ -27,7 +27,7 @@ class Recorder:
     def compacted(self, revision: int) -> None:
         """Record that the store was compacted at a revision."""
 
-    def dropped(self, records: Iterable[Record]) -> None:
+    def dropped(self, records: Iterable[RevisionRecord]) -> None:
         """Record that compaction has removed records. Need not be durable: the removal can be repeated."""
 
     def granted(self, lease_id: int, ttl_s: int) -> None:
@@ -58,7 +58,7 @@ class Stored:
     revision: int
     compact_revision: int
     # In order of (mod_revision, sub_revision).
-    records: list[Record]
+    records: list[RevisionRecord]
     # (lease id, TTL in seconds)
     leases: list[tuple[int, int]]
     # As Auth.rows returns it.

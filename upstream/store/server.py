@@ -36,9 +36,9 @@ from upstream.store.lease_service import LeaseService
 from upstream.store.lock_service import LockService
 from upstream.store.maintenance_service import MaintenanceService
 from upstream.store.recorder import StoreDataError
-from upstream.store.state import Identity, StoreState
-from upstream.store.watch_service import PROGRESS_NOTIFY_INTERVAL_S, WatchService
-from upstream.store.writer import Writer
+from upstream.store.state import StoreIdentity, StoreState
+from upstream.store.watch_service import PROGRESS_NOTIFY_INTERVAL_S, StoreWatchService
+from upstream.store.writer import StoreWriter
 
 GRPC_RECEIVE_BYTES_MAX = 64 * 1024 * 1024
 """gRPC's own limit of a message. Above etcd's limit, so that too large messages are refused with etcd's text."""
@@ -83,7 +83,7 @@ class Store:
         self.metrics_port: int | None = None
         self._recorder, self.state = _open(self.settings)
         self._calls = Calls(self.state.auth)
-        self._writer = Writer(self.state, self._recorder, self.settings.commit_interval_s)
+        self._writer = StoreWriter(self.state, self._recorder, self.settings.commit_interval_s)
         self._compactor = loops.Compactor(self.state.mvcc, self._writer)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
@@ -159,7 +159,7 @@ class Store:
         server.add_generic_rpc_handlers(
             (
                 KVService(self.state, self._writer, self._compactor, self._calls).handlers(),
-                WatchService(self.state, self._calls, self.settings.progress_notify_interval_s).handlers(),
+                StoreWatchService(self.state, self._calls, self.settings.progress_notify_interval_s).handlers(),
                 LeaseService(self.state, self._writer, self._calls).handlers(),
                 cluster.handlers(),
                 MaintenanceService(self.state, self._writer, self._calls).handlers(),
@@ -217,10 +217,10 @@ def _open(settings: StoreSettings) -> tuple[Journal | None, StoreState]:
         return random.randint(1, _UINT63_MAX)
 
     if settings.data_dir is None:
-        return None, StoreState(Identity(random_id(), random_id(), settings.name), random_id)
+        return None, StoreState(StoreIdentity(random_id(), random_id(), settings.name), random_id)
     journal = Journal(settings.data_dir, random_id(), random_id())
     stored = journal.take_stored()
-    state = StoreState(Identity(stored.cluster_id, stored.member_id, settings.name), random_id, journal)
+    state = StoreState(StoreIdentity(stored.cluster_id, stored.member_id, settings.name), random_id, journal)
     state.load(stored, monotonic())
     # The raft index must exceed any that was reported before the restart, including for writes without a revision (see
     # lineage). The time in microseconds does.

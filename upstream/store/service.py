@@ -9,13 +9,13 @@ from google.protobuf.message import Message
 from upstream.store.calls import Calls, Handler, Request
 from upstream.store.queueing import Line
 from upstream.store.state import StoreState
-from upstream.store.writer import Writer
+from upstream.store.writer import StoreWriter
 
 
 class StoreService:
     """A service that reads from the state, writes through the writer, and answers through the calls."""
 
-    def __init__(self, state: StoreState, writer: Writer, calls: Calls) -> None:
+    def __init__(self, state: StoreState, writer: StoreWriter, calls: Calls) -> None:
         self._state = state
         self._writer = writer
         self._calls = calls

@@ -16,10 +16,10 @@ from upstream.store import txn as requests
 from upstream.store.alarms import Alarms
 from upstream.store.auth import Auth
 from upstream.store.errors import StoreError
-from upstream.store.index import Record
+from upstream.store.index import RevisionRecord
 from upstream.store.lease import Lessor
 from upstream.store.mvcc import Changes, Mvcc, WriteTxn
-from upstream.store.recorder import Recorder, Stored
+from upstream.store.recorder import JournalRecorder, Stored
 from upstream.store.watch_batch import ResponseHead
 from upstream.store.watchable import WatchableStore
 
@@ -31,7 +31,7 @@ LEASE_GONE_TTL = -1
 
 
 @dataclass(slots=True, frozen=True)
-class Identity:
+class StoreIdentity:
     """The ids in every response header. Never 0, which clients read as "not filled"."""
 
     cluster_id: int
@@ -72,9 +72,9 @@ class StoreState:
 
     def __init__(
         self,
-        identity: Identity,
+        identity: StoreIdentity,
         random_id: Callable[[], int],
-        recorder: Recorder | None = None,
+        recorder: JournalRecorder | None = None,
         lessor: Lessor | None = None,
     ) -> None:
         """Start empty. `random_id` returns positive 63-bit lease ids; `recorder` gets every change."""
@@ -89,7 +89,7 @@ class StoreState:
         # The raft index to report: it only has to grow with every write.
         self.raft_index = 4
         self._random_id = random_id
-        self._recorder = recorder or Recorder()
+        self._recorder = recorder or JournalRecorder()
         self.mvcc.on_drop = self._recorder.dropped
         self._unpublished: list[Changes] = []
 
@@ -307,7 +307,7 @@ class StoreState:
             self._recorder.changed(changes)
             self._unpublished.append(changes)
 
-    def _count(self, changes: tuple[Record, ...]) -> None:
+    def _count(self, changes: tuple[RevisionRecord, ...]) -> None:
         deletes = sum(record.deleted for record in changes)
         self.stats.deletes += deletes
         self.stats.puts += len(changes) - deletes

@@ -14,7 +14,7 @@ from typing import TypeVar
 from proto.pb import kv_pb2, rpc_pb2
 from upstream.store import errors
 from upstream.store.errors import StoreError
-from upstream.store.index import FROM_KEY, Record
+from upstream.store.index import FROM_KEY, RevisionRecord
 from upstream.store.mvcc import Mvcc, RangeResult, WriteTxn
 
 TXN_OPS_MAX = 128
@@ -25,7 +25,7 @@ LeaseExists = Callable[[int], bool]
 _Range = rpc_pb2.RangeRequest
 _Compare = rpc_pb2.Compare
 
-_SORT_KEYS: dict[int, Callable[[Record], int | bytes]] = {
+_SORT_KEYS: dict[int, Callable[[RevisionRecord], int | bytes]] = {
     _Range.KEY: lambda record: record.key,
     _Range.VERSION: lambda record: record.version,
     _Range.CREATE: lambda record: record.create_revision,
@@ -34,7 +34,7 @@ _SORT_KEYS: dict[int, Callable[[Record], int | bytes]] = {
 }
 
 
-def key_value(record: Record) -> kv_pb2.KeyValue:
+def key_value(record: RevisionRecord) -> kv_pb2.KeyValue:
     """Make the KeyValue message of a record."""
     return kv_pb2.KeyValue(
         key=record.key,
@@ -165,7 +165,7 @@ def run_range(view: Mvcc | WriteTxn, request: rpc_pb2.RangeRequest) -> rpc_pb2.R
     return response
 
 
-def _filtered(result: RangeResult, request: rpc_pb2.RangeRequest) -> list[Record]:
+def _filtered(result: RangeResult, request: rpc_pb2.RangeRequest) -> list[RevisionRecord]:
     records = result.records
     if bound := request.max_mod_revision:
         records = [record for record in records if record.mod_revision <= bound]
@@ -178,7 +178,7 @@ def _filtered(result: RangeResult, request: rpc_pb2.RangeRequest) -> list[Record
     return records
 
 
-def _sorted(records: list[Record], request: rpc_pb2.RangeRequest) -> list[Record]:
+def _sorted(records: list[RevisionRecord], request: rpc_pb2.RangeRequest) -> list[RevisionRecord]:
     by_key = request.sort_target == _Range.KEY
     if by_key and request.sort_order != _Range.DESCEND:
         return records
@@ -186,8 +186,8 @@ def _sorted(records: list[Record], request: rpc_pb2.RangeRequest) -> list[Record
     return sorted(records, key=_SORT_KEYS[request.sort_target], reverse=request.sort_order == _Range.DESCEND)
 
 
-def _without_value(record: Record) -> Record:
-    return Record(record.key, b"", record.create_revision, record.mod_revision, 0, record.version, record.lease)
+def _without_value(record: RevisionRecord) -> RevisionRecord:
+    return RevisionRecord(record.key, b"", record.create_revision, record.mod_revision, 0, record.version, record.lease)
 
 
 def check_put_runs(mvcc: Mvcc, request: rpc_pb2.PutRequest, lease_exists: LeaseExists) -> None:
@@ -332,10 +332,10 @@ def _holds(mvcc: Mvcc, compare: rpc_pb2.Compare) -> bool:
     return compare.target != _Compare.VALUE and _matches(compare, _MISSING)
 
 
-_MISSING = Record(b"", b"", 0, 0, 0, 0, 0)
+_MISSING = RevisionRecord(b"", b"", 0, 0, 0, 0, 0)
 
 
-def _matches(compare: rpc_pb2.Compare, record: Record) -> bool:
+def _matches(compare: rpc_pb2.Compare, record: RevisionRecord) -> bool:
     if compare.target == _Compare.VALUE:
         order = _order(record.value, compare.value)
     elif compare.target in _NUMBERS:
@@ -357,7 +357,7 @@ def _matches(compare: rpc_pb2.Compare, record: Record) -> bool:
 
 
 # (the record's number, the compare's number), by target.
-_NUMBERS: dict[int, Callable[[Record, rpc_pb2.Compare], tuple[int, int]]] = {
+_NUMBERS: dict[int, Callable[[RevisionRecord, rpc_pb2.Compare], tuple[int, int]]] = {
     _Compare.CREATE: lambda record, compare: (record.create_revision, compare.create_revision),
     _Compare.MOD: lambda record, compare: (record.mod_revision, compare.mod_revision),
     _Compare.VERSION: lambda record, compare: (record.version, compare.version),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from proto.pb import kv_pb2, rpc_pb2
-from upstream.store.index import Record
+from upstream.store.index import RevisionRecord
 from upstream.store.mvcc import Mvcc
 from upstream.store.txn import key_value
 
@@ -30,7 +30,7 @@ class EventBatch:
 
     __slots__ = ("_encoded", "_events", "_mvcc", "_remembered", "_variants", "records")
 
-    def __init__(self, mvcc: Mvcc, records: Sequence[Record]) -> None:
+    def __init__(self, mvcc: Mvcc, records: Sequence[RevisionRecord]) -> None:
         # In order of revision; never empty.
         self.records = records
         self._mvcc = mvcc
@@ -66,7 +66,7 @@ class EventBatch:
             self._encoded[prev_kv] = b"".join(self.events(prev_kv))
         return self._encoded[prev_kv]
 
-    def _event(self, record: Record, prev_kv: bool) -> kv_pb2.Event:
+    def _event(self, record: RevisionRecord, prev_kv: bool) -> kv_pb2.Event:
         if record.deleted:
             event = kv_pb2.Event(type=kv_pb2.Event.DELETE)
             event.kv.key = record.key

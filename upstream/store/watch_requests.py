@@ -12,7 +12,7 @@ from proto.framing import Status
 from proto.pb import rpc_pb2
 from upstream.store.errors import StoreError
 from upstream.store.index import FROM_KEY
-from upstream.store.watchable import WatchStream
+from upstream.store.watchable import ServedStream
 
 CONTROLS_MAX = 16
 """Queued control answers at which a stream's requests are no longer read (etcd's ctrlStreamBufLen)."""
@@ -29,7 +29,7 @@ Check = Callable[[bytes, bytes], None]
 """Raises StoreError when the stream's user may not read [key, range_end)."""
 
 
-def take_request(stream: WatchStream, request: rpc_pb2.WatchRequest, check: Check) -> None:
+def take_request(stream: ServedStream, request: rpc_pb2.WatchRequest, check: Check) -> None:
     """Execute a request and queue its answer, if any, on the stream."""
     kind = request.WhichOneof("request_union")
     if kind == "create_request":

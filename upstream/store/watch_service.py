@@ -18,14 +18,14 @@ from upstream.store.calls import Calls, Context, parse, service, stream
 from upstream.store.state import StoreState
 from upstream.store.watch_batch import encode_message
 from upstream.store.watch_requests import CONTROLS_MAX, take_request
-from upstream.store.watchable import WatchStream
+from upstream.store.watchable import ServedStream
 
 PROGRESS_NOTIFY_INTERVAL_S = 600.0
 PROGRESS_NOTIFY_JITTER = 0.1
 """Each stream's interval is longer by a random fraction up to this, so that streams opened together drift apart."""
 
 
-class WatchService:
+class StoreWatchService:
     """etcdserverpb.Watch."""
 
     def __init__(
@@ -67,7 +67,7 @@ class _Session:
         self._ready = asyncio.Event()
         # Set while there is room for control answers.
         self._room = asyncio.Event()
-        self._stream: WatchStream = state.watchable.open_stream(self._ready.set)
+        self._stream: ServedStream = state.watchable.open_stream(self._ready.set)
 
     async def read(self) -> None:
         """Take requests until the client ends its side."""

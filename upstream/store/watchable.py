@@ -24,7 +24,7 @@ from itertools import islice
 
 from upstream.store import errors
 from upstream.store.errors import StoreError
-from upstream.store.index import FROM_KEY, Record
+from upstream.store.index import FROM_KEY, RevisionRecord
 from upstream.store.mvcc import Changes, Mvcc
 from upstream.store.spans import Span, SpanIndex
 from upstream.store.watch_batch import INVALID_WATCH_ID, EventBatch, WatchMessage
@@ -68,7 +68,7 @@ class State(Enum):
 class Watcher:
     """One watch of one stream."""
 
-    stream: WatchStream
+    stream: ServedStream
     watch_id: int
     span: Span
     # As requested; 0 = now.
@@ -161,10 +161,10 @@ class WatchableStore:
         """Count the watchers that wait for `retry_victims`."""
         return len(self._victims)
 
-    def open_stream(self, on_ready: Callable[[], None] = lambda: None) -> WatchStream:
+    def open_stream(self, on_ready: Callable[[], None] = lambda: None) -> ServedStream:
         """Open a stream; `on_ready` is called whenever its queue is no longer empty."""
         self.stats.streams += 1
-        return WatchStream(self, on_ready)
+        return ServedStream(self, on_ready)
 
     def notify(self, changes: Changes) -> None:
         """Send the changes of the revision just committed to the synced watchers."""
@@ -184,11 +184,11 @@ class WatchableStore:
                 self._synced.remove(watcher)
                 self._add_victim(watcher, message, revision + 1)
 
-    def _matches(self, changes: Changes) -> Iterable[tuple[dict[Watcher, None], list[Record]]]:
+    def _matches(self, changes: Changes) -> Iterable[tuple[dict[Watcher, None], list[RevisionRecord]]]:
         """Return the synced watchers of each range that a revision changed, with the records in the range."""
         if len(changes) == 1:
             return [(watchers, [changes[0]]) for watchers in self._synced.spans.around(changes[0].key)]
-        by_group: dict[int, tuple[dict[Watcher, None], list[Record]]] = {}
+        by_group: dict[int, tuple[dict[Watcher, None], list[RevisionRecord]]] = {}
         for record in changes:
             for watchers in self._synced.spans.around(record.key):
                 by_group.setdefault(id(watchers), (watchers, []))[1].append(record)
@@ -315,14 +315,14 @@ class _Cohort:
         self._limits = limits
         self.next_revision = next_revision
         self.watchers: list[Watcher] = []
-        self.records: list[Record] = []
+        self.records: list[RevisionRecord] = []
         # The first revision that did not fit; 0 = all did.
         self.more_revision = 0
         self._last = 0
         self._revisions = 0
         self._bytes = 0
 
-    def add(self, record: Record) -> bool:
+    def add(self, record: RevisionRecord) -> bool:
         """Add a record if it is needed and fits; revisions are never split. Return whether this filled the batch."""
         revision = record.mod_revision
         if self.more_revision or revision < self.next_revision:
@@ -338,7 +338,7 @@ class _Cohort:
         return False
 
 
-class WatchStream:
+class ServedStream:
     """One client's watches, and its queue of answers."""
 
     __slots__ = ("_next_id", "_on_ready", "_queue", "_store", "_watchers", "closed", "queued_controls", "queued_events")

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from upstream.store import errors
 from upstream.store.errors import StoreError
-from upstream.store.recorder import Recorder, StoreDataError
+from upstream.store.recorder import JournalRecorder, StoreDataError
 from upstream.store.state import StoreState
 
 Response = TypeVar("Response")
@@ -27,12 +27,14 @@ TURNS_MAX = 400
 """Turns before a commit under a steady stream of writes."""
 
 
-class Writer:
+class StoreWriter:
     """Runs writes on a state in order of arrival."""
 
     __slots__ = ("_commit_interval_s", "_queue", "_quiet_turns", "_recorder", "_state", "_turns", "failed", "failure")
 
-    def __init__(self, state: StoreState, recorder: Recorder | None = None, commit_interval_s: float = 0.0) -> None:
+    def __init__(
+        self, state: StoreState, recorder: JournalRecorder | None = None, commit_interval_s: float = 0.0
+    ) -> None:
         """Without a recorder the store is in memory. Writes wait at least `commit_interval_s` to share a commit."""
         self._state = state
         self._recorder = recorder

@@ -14,7 +14,7 @@ from proto.http2 import Headers
 from proto.scan import WatchResponse
 from upstream.connection import ClientConnection, UpstreamCall
 from upstream.heads import request_headers
-from upstream.settings import Settings
+from upstream.settings import UpstreamSettings
 from upstream.unary import Metadata
 from upstream.watching.feed import Feed
 from upstream.watching.stream import Create, Kind, WatchStream
@@ -32,7 +32,7 @@ _UNREAD_ALONE_BYTES_MAX: Final = 256 * 1024
 """The same of a stream with one watch, where nothing can overtake."""
 
 
-class Owner(Protocol):
+class CallOwner(Protocol):
     """Who gets what comes on the calls: the watch client."""
 
     # DATA of watch streams read since the start, in bytes.
@@ -49,7 +49,7 @@ class Owner(Protocol):
         """A stream is over without our doing."""
 
 
-class WatchCall:
+class UpstreamWatchCall:
     """See the module; a `CallHandler`."""
 
     __slots__ = (
@@ -67,7 +67,7 @@ class WatchCall:
         "call",
     )
 
-    def __init__(self, owner: Owner, stream: WatchStream, settings: Settings) -> None:
+    def __init__(self, owner: CallOwner, stream: WatchStream, settings: UpstreamSettings) -> None:
         self._owner = owner
         self._stream = stream
         self._feed = Feed(owner.scan, settings.watch_message_bytes_max)

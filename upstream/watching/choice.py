@@ -21,7 +21,7 @@ from upstream.watching.stream import Next
 _SERVERS: Final = frozenset({Status.OK, Status.CANCELLED, Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED})
 
 
-class Wanted(Enum):
+class SearchGoal(Enum):
     """What kind of server is looked for in place of the one in use."""
 
     NOTHING = "the one in use will do"
@@ -29,7 +29,7 @@ class Wanted(Enum):
     ENDPOINT = "one that is an endpoint (still)"
 
 
-class Known(Protocol):
+class EndpointHealth(Protocol):
     """What is known of an endpoint since the present search began."""
 
     # It has failed.
@@ -65,7 +65,7 @@ class Unanswered(Protocol):
     ends: int
 
 
-class Choice:
+class EndpointPolicy:
     """What is wanted of a server."""
 
     __slots__ = ("leaderless",)
@@ -78,22 +78,22 @@ class Choice:
         """Whether a server will do."""
         return has_leader or self.leaderless
 
-    def is_better(self, wanted: Wanted, has_leader: bool) -> bool:
+    def is_better(self, wanted: SearchGoal, has_leader: bool) -> bool:
         """Whether a server will do in place of the one in use."""
-        return has_leader if wanted is Wanted.LEADER else self.is_acceptable(has_leader)
+        return has_leader if wanted is SearchGoal.LEADER else self.is_acceptable(has_leader)
 
     def used(self, has_leader: bool) -> None:
         """A server is in use from now on."""
         if has_leader:
             self.leaderless = False
 
-    def wanted(self, is_endpoint: bool) -> Wanted:
+    def wanted(self, is_endpoint: bool) -> SearchGoal:
         """What to look for while a server is in use, given whether it is one of the endpoints (still)."""
         if self.leaderless:
-            return Wanted.LEADER
-        return Wanted.NOTHING if is_endpoint else Wanted.ENDPOINT
+            return SearchGoal.LEADER
+        return SearchGoal.NOTHING if is_endpoint else SearchGoal.ENDPOINT
 
-    def failed(self, endpoints: Iterable[Known], in_use: bool) -> bool:
+    def failed(self, endpoints: Iterable[EndpointHealth], in_use: bool) -> bool:
         """An attempt failed. Return whether it is now known that nobody has a leader."""
         if self.leaderless or in_use:
             return False
@@ -102,12 +102,12 @@ class Choice:
         return self.leaderless
 
 
-def after_end(
+def on_stream_end(
     stream: Ended,
     status: int,
     text: str,
-    server: Known,
-    endpoints: Iterable[Known],
+    server: EndpointHealth,
+    endpoints: Iterable[EndpointHealth],
     *,
     moved: bool,
     healthy: bool,

@@ -23,30 +23,30 @@ from functools import partial
 
 from proto.framing import Status
 from proto.scan import WatchResponse, scan_watch_response
-from upstream.connection import ClientConnection, after
+from upstream.connection import ClientConnection, settings_after
 from upstream.connections import Connections
 from upstream.credentials import INVALID_TOKEN, Credentials, log_in
 from upstream.dial import Dialer, Server, read_standing
 from upstream.endpoints import Endpoint
-from upstream.errors import NO_LEADER_TEXT, CallFailed, Log, Silence, Unreachable
+from upstream.errors import NO_LEADER_TEXT, CallFailed, Logger, NullLogger, Unreachable
 from upstream.namespace import Namespace
-from upstream.settings import Settings
+from upstream.settings import UpstreamSettings
 from upstream.unary import HAS_LEADER, Metadata
-from upstream.watching.call import WatchCall
-from upstream.watching.choice import Choice, Wanted, after_end
+from upstream.watching.call import UpstreamWatchCall
+from upstream.watching.choice import EndpointPolicy, SearchGoal, on_stream_end
 from upstream.watching.effects import (
     CloseStream,
-    Effect,
     HeaderSeen,
-    Lost,
     OpenStream,
     Progressed,
-    Received,
     TokenRefused,
+    WatchEffect,
+    WatchLost,
+    WatchReceived,
     Write,
 )
 from upstream.watching.leader import LeaderCall
-from upstream.watching.lineage import Lineage, Verdict, described
+from upstream.watching.lineage import HistoryTracker, HistoryVerdict, described
 from upstream.watching.listener import WatchListener
 from upstream.watching.places import Places
 from upstream.watching.state import WatchState
@@ -61,9 +61,9 @@ class WatchClient:
         self,
         endpoints: Sequence[Endpoint],
         listener: WatchListener,
-        settings: Settings | None = None,
+        settings: UpstreamSettings | None = None,
         tls: ssl.SSLContext | None = None,
-        log: Log | None = None,
+        log: Logger | None = None,
         credentials: Credentials | None = None,
         namespace: Namespace | None = None,
     ) -> None:
@@ -71,9 +71,9 @@ class WatchClient:
         `credentials`: a user of our own, in whose name trunks are watched; without, each has its own token.
         `namespace`: where the keys of the watches are at etcd.
         """
-        self._settings = settings or Settings()
+        self._settings = settings or UpstreamSettings()
         self._listener = listener
-        self._log = log or Silence()
+        self._log = log or NullLogger()
         self._state = WatchState(namespace, self._settings.watch_message_bytes_max)
         # Reads a response; all watches are in the namespace, if there is one.
         self.scan = scan_watch_response if namespace is None else namespace.scan
@@ -89,8 +89,8 @@ class WatchClient:
         self._moved = asyncio.Event()
         # Of the cluster that is watched; None while nobody has said.
         self._cluster_id: int | None = None
-        self._lineage = Lineage()
-        self._choice = Choice()
+        self._lineage = HistoryTracker()
+        self._choice = EndpointPolicy()
         # Looks at it again.
         self._recognition: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -192,7 +192,7 @@ class WatchClient:
         self._apply(effects)
         for effect in effects:
             # A client may put right behind its create, on another connection to etcd: the watch has a start on that.
-            if isinstance(effect, Write) and isinstance(effect.stream.shell, WatchCall):
+            if isinstance(effect, Write) and isinstance(effect.stream.shell, UpstreamWatchCall):
                 effect.stream.shell.hurry()
 
     def close(self, watch: OpenedWatch) -> None:
@@ -206,7 +206,7 @@ class WatchClient:
     def resume(self, watch: OpenedWatch) -> None:
         """Read a paused backfill again."""
         stream = self._state.resume(watch)
-        if stream is not None and isinstance(stream.shell, WatchCall):
+        if stream is not None and isinstance(stream.shell, UpstreamWatchCall):
             # Not at once: the listener would get events inside of its own call.
             asyncio.get_running_loop().call_soon(stream.shell.resume)
 
@@ -218,17 +218,17 @@ class WatchClient:
         """From now on have the listener told that there is no leader also while no watch is open."""
         self._leader_call.want()
 
-    def store_went_back(self, revision: int) -> None:
+    def revision_regressed(self, revision: int) -> None:
         """The store is at `revision` after all, below what was seen before (restored from a snapshot)."""
         self._state.newest_revision = revision
         self._lineage.went_back(self._server.standing if self._server is not None else None)
 
-    async def foreign(self, endpoints: Sequence[Endpoint]) -> str | None:
+    async def find_foreign_cluster(self, endpoints: Sequence[Endpoint]) -> str | None:
         """Return the first endpoint of another cluster than the one watched; None: all that say so are of the same."""
         known = self._cluster_id
         if known is None:
             return None
-        clusters = await self._dialer.clusters(endpoints)
+        clusters = await self._dialer.cluster_ids(endpoints)
         return next((text for text, cluster_id in clusters.items() if cluster_id != known), None)
 
     def set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
@@ -242,14 +242,14 @@ class WatchClient:
 
     # Streams.
 
-    def _apply(self, effects: list[Effect]) -> None:
+    def _apply(self, effects: list[WatchEffect]) -> None:
         listener = self._listener
         for effect in effects:
-            if isinstance(effect, Received):
+            if isinstance(effect, WatchReceived):
                 listener.received(effect.watch, effect.response)
             elif isinstance(effect, Write):
                 shell = effect.stream.shell
-                if isinstance(shell, WatchCall):
+                if isinstance(shell, UpstreamWatchCall):
                     shell.write(effect.message)
             elif isinstance(effect, Progressed):
                 listener.progressed(effect.watches, effect.header, effect.number)
@@ -260,9 +260,9 @@ class WatchClient:
             elif isinstance(effect, CloseStream):
                 self._places.forget(effect.stream)
                 shell = effect.stream.shell
-                if isinstance(shell, WatchCall):
+                if isinstance(shell, UpstreamWatchCall):
                     shell.leave()
-            elif isinstance(effect, Lost):
+            elif isinstance(effect, WatchLost):
                 listener.lost(effect.watch, effect.status, effect.text)
             elif isinstance(effect, TokenRefused):
                 self._log_in_again(effect.token)
@@ -276,7 +276,7 @@ class WatchClient:
             self._apply(self._state.received(stream, response))
 
     def _open_stream(self, stream: WatchStream) -> None:
-        stream.shell = call = WatchCall(self, stream, self._settings)
+        stream.shell = call = UpstreamWatchCall(self, stream, self._settings)
         self._places.open(stream, call)
 
     def _metadata(self, stream: WatchStream) -> Metadata:
@@ -293,13 +293,13 @@ class WatchClient:
         if server is None or stream not in self._state.streams():
             return
         shell = stream.shell
-        follows = after_end(
+        follows = on_stream_end(
             stream,
             status,
             text,
             server.target,
             self._dialer.targets,
-            moved=isinstance(shell, WatchCall) and shell.moved,
+            moved=isinstance(shell, UpstreamWatchCall) and shell.moved,
             healthy=self._places.alive,
             works=self._state.works,
         )
@@ -343,7 +343,7 @@ class WatchClient:
             self._dialer.timeouts["create_timeout_s"] += 1
             self._log.warning("upstream_create_unanswered", waited_s=self._settings.create_timeout_s)
         for stream in given_up:
-            if isinstance(stream.shell, WatchCall):
+            if isinstance(stream.shell, UpstreamWatchCall):
                 stream.shell.leave()
             self._apply(self._state.refused(stream, Status.UNAUTHENTICATED, INVALID_TOKEN))
         if before != self._unanswered.problem:
@@ -377,7 +377,7 @@ class WatchClient:
             while not self._lost.is_set():
                 self._moved.clear()
                 wanted = self._choice.wanted(server.target in self._dialer.targets)
-                if wanted is Wanted.NOTHING:
+                if wanted is SearchGoal.NOTHING:
                     await self._wait_for_change()
                     continue
                 better = await self._wait_for(partial(self._is_better, wanted))
@@ -398,16 +398,16 @@ class WatchClient:
         another one, and does not say.
         """
         known, now = self._lineage.known, server.standing
-        if now is None or self._lineage.seen(now) is not Verdict.SUSPECT or known is None:
+        if now is None or self._lineage.seen(now) is not HistoryVerdict.SUSPECT or known is None:
             return True
         later = await read_standing(self._own(server), self._settings.status_timeout_s)
         verdict = self._lineage.seen_again(now, later)
-        if verdict is Verdict.OTHER:
+        if verdict is HistoryVerdict.OTHER:
             self._log.warning("upstream_other_history", endpoint=server.target.endpoint.text, **described(known, now))
             self._listener.other_history(now.header)
             # What the listener did of it says less than this.
             self._lineage.went_back(now)
-        return verdict is not Verdict.UNKNOWN
+        return verdict is not HistoryVerdict.UNKNOWN
 
     def _turn_down(self, server: Server) -> None:
         """Do not use a server that was just found, and try it again later."""
@@ -454,7 +454,7 @@ class WatchClient:
         if self._server is server:
             self._apply(self._state.logged_in(token))
 
-    def _is_better(self, wanted: Wanted, server: Server) -> bool:
+    def _is_better(self, wanted: SearchGoal, server: Server) -> bool:
         return self._choice.is_better(wanted, server.has_leader)
 
     def _acceptable(self, server: Server) -> bool:
@@ -500,7 +500,7 @@ class WatchClient:
         self._lost.clear()
         target = server.target
         target.backoff.succeeded(asyncio.get_running_loop().time())
-        target.told = ""
+        target.last_logged_problem = ""
         self._prepare(server.connection)
         connections = Connections(
             server.connection,
@@ -566,7 +566,7 @@ class WatchClient:
         self.rotated += rotated
         server = self._server
         if server is not None:
-            server.target.settings = after(connection, server.target.settings)
+            server.target.settings = settings_after(connection, server.target.settings)
         if connection.failure is not None:
             self._dialer.count(connection.failure)
 

@@ -40,7 +40,7 @@ class Write:
         self.message = message
 
 
-class Received:
+class WatchReceived:
     """Whole revisions, `created` (once), a bookmark (no events) or a compaction cancel (which ends it) for a watch."""
 
     __slots__ = ("response", "watch")
@@ -64,7 +64,7 @@ class Progressed:
         self.number = number
 
 
-class Lost:
+class WatchLost:
     """A watch is over for good."""
 
     __slots__ = ("status", "text", "watch")
@@ -93,4 +93,4 @@ class HeaderSeen:
         self.header = header
 
 
-Effect = OpenStream | CloseStream | Write | Received | Progressed | Lost | TokenRefused | HeaderSeen
+WatchEffect = OpenStream | CloseStream | Write | WatchReceived | Progressed | WatchLost | TokenRefused | HeaderSeen

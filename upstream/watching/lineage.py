@@ -18,7 +18,7 @@ from typing import NamedTuple
 from proto.scan import Header
 
 
-class Standing(NamedTuple):
+class RaftPosition(NamedTuple):
     """Where a member says it is, in an answer to Maintenance.Status."""
 
     header: Header
@@ -28,7 +28,7 @@ class Standing(NamedTuple):
     committed: int
 
 
-def is_suspect(before: Standing, now: Standing) -> bool:
+def is_suspect(before: RaftPosition, now: RaftPosition) -> bool:
     """
     Whether `now` may be of another history than `before`.
 
@@ -45,7 +45,7 @@ def is_suspect(before: Standing, now: Standing) -> bool:
     return written > 0 and written > now.committed - before.applied
 
 
-def described(known: Standing, now: Standing) -> dict[str, int]:
+def described(known: RaftPosition, now: RaftPosition) -> dict[str, int]:
     """Return what a log says of a store that is not the one it was."""
     return {
         "known_revision": known.header.revision,
@@ -55,7 +55,7 @@ def described(known: Standing, now: Standing) -> dict[str, int]:
     }
 
 
-class Verdict(Enum):
+class HistoryVerdict(Enum):
     """What is thought of a store."""
 
     SAME = "it is the one it was, as far as one can tell"
@@ -64,39 +64,39 @@ class Verdict(Enum):
     UNKNOWN = "it may be another one, and does not say more: it is not to be used"
 
 
-class Lineage:
+class HistoryTracker:
     """The history that is watched: where it was when it was last seen to be the one it had been."""
 
     __slots__ = ("known",)
 
     def __init__(self) -> None:
         # None = nothing to go by.
-        self.known: Standing | None = None
+        self.known: RaftPosition | None = None
 
-    def seen(self, now: Standing | None) -> Verdict:
+    def seen(self, now: RaftPosition | None) -> HistoryVerdict:
         """Take where a store is that was just asked; None = it does not say. SUSPECT wants `seen_again`."""
         if now is None:
-            return Verdict.SAME
+            return HistoryVerdict.SAME
         if self.known is not None and is_suspect(self.known, now):
-            return Verdict.SUSPECT
+            return HistoryVerdict.SUSPECT
         self._take(now)
-        return Verdict.SAME
+        return HistoryVerdict.SAME
 
-    def seen_again(self, now: Standing, later: Standing | None) -> Verdict:
+    def seen_again(self, now: RaftPosition, later: RaftPosition | None) -> HistoryVerdict:
         """Take where a suspect is a moment later; None = it does not say."""
         if later is None:
-            return Verdict.UNKNOWN
+            return HistoryVerdict.UNKNOWN
         if self.known is not None and is_suspect(self.known, now._replace(committed=later.committed)):
             self.known = now
-            return Verdict.OTHER
+            return HistoryVerdict.OTHER
         self._take(now)
-        return Verdict.SAME
+        return HistoryVerdict.SAME
 
-    def went_back(self, now: Standing | None) -> None:
+    def went_back(self, now: RaftPosition | None) -> None:
         """It was found out otherwise that the store is another one; `now`: where it was when it was connected to."""
         self.known = now
 
-    def wants_a_look(self, connected: Standing | None, newest_revision: int) -> bool:
+    def wants_a_look(self, connected: RaftPosition | None, newest_revision: int) -> bool:
         """
         Whether to ask where the store is once more: when it was connected to it was no further than it had been, which
         tells nothing, and since then (`newest_revision`) it has gone on.
@@ -106,6 +106,6 @@ class Lineage:
             return False
         return newest_revision > known.header.revision
 
-    def _take(self, now: Standing) -> None:
+    def _take(self, now: RaftPosition) -> None:
         if self.known is None or now.header.revision > self.known.header.revision:
             self.known = now

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from upstream.connection import ClientConnection, NotSent
 from upstream.connections import Connections, full_text
 from upstream.unary import Metadata
-from upstream.watching.call import WatchCall
+from upstream.watching.call import UpstreamWatchCall
 from upstream.watching.stream import Kind, WatchStream
 
 
@@ -21,7 +21,7 @@ class Places:
         # Those to the server in use; None while there is none.
         self._connections: Connections | None = None
         # Streams that wait for a place, and their calls, oldest first.
-        self._waiting: dict[WatchStream, WatchCall] = {}
+        self._waiting: dict[WatchStream, UpstreamWatchCall] = {}
 
     @property
     def waiting(self) -> int:
@@ -64,7 +64,7 @@ class Places:
         """Return a connection with a place for a call of our own; None when there is none now."""
         return None if self._connections is None else self._connections.pick(own=True)
 
-    def open(self, stream: WatchStream, call: WatchCall) -> None:
+    def open(self, stream: WatchStream, call: UpstreamWatchCall) -> None:
         """Begin the call of a stream, or have it wait for a place."""
         if self._waiting or not self._begin(stream, call):
             self._waiting[stream] = call
@@ -80,7 +80,7 @@ class Places:
                 break
             del self._waiting[stream]
 
-    def _begin(self, stream: WatchStream, call: WatchCall) -> bool:
+    def _begin(self, stream: WatchStream, call: UpstreamWatchCall) -> bool:
         connection = self.pick()
         if connection is None:
             return False

@@ -19,13 +19,13 @@ from __future__ import annotations
 from typing import Final
 
 from proto.scan import Header, encode_create, encode_progress
-from upstream.watching.effects import Effect, HeaderSeen, Progressed, Write
+from upstream.watching.effects import HeaderSeen, Progressed, WatchEffect, Write
 from upstream.watching.stream import Create, OpenedWatch, WatchStream
 
 _PROBE: Final = encode_create(b"\x01", b"\x01")
 
 
-def ask_progress(stream: WatchStream, number: int, effects: list[Effect]) -> None:
+def ask_progress(stream: WatchStream, number: int, effects: list[WatchEffect]) -> None:
     """Ask how far a stream is complete; `number` is the listener's for this request."""
     if stream.live and not stream.paused:
         if stream.answers_from <= stream.requested:
@@ -35,7 +35,7 @@ def ask_progress(stream: WatchStream, number: int, effects: list[Effect]) -> Non
         effects.append(Write(stream, encode_progress()))
 
 
-def send_probe(stream: WatchStream, number: int, effects: list[Effect]) -> None:
+def send_probe(stream: WatchStream, number: int, effects: list[WatchEffect]) -> None:
     """Ask for the revision that the server has, in order with the other requests of a stream."""
     stream.creating.append(Create(None, stream.requested, number))
     effects.append(Write(stream, _PROBE))
@@ -48,7 +48,7 @@ def note_created(stream: WatchStream, create: Create, revision: int) -> None:
         stream.passed.append((before, revision))
 
 
-def progress_answered(stream: WatchStream, header: Header, effects: list[Effect]) -> None:
+def progress_answered(stream: WatchStream, header: Header, effects: list[WatchEffect]) -> None:
     """An answer to one of our progress requests came."""
     revision = header.revision
     if stream.answers_from > stream.requested:

@@ -45,13 +45,13 @@ from upstream.errors import read_reason
 from upstream.namespace import Namespace
 from upstream.watching.effects import (
     CloseStream,
-    Effect,
     HeaderSeen,
-    Lost,
     OpenStream,
     Progressed,
-    Received,
     TokenRefused,
+    WatchEffect,
+    WatchLost,
+    WatchReceived,
     Write,
 )
 from upstream.watching.proof import ask_progress, note_created, progress_answered, send_probe
@@ -107,19 +107,19 @@ class WatchState:
         """Return where `watch` stands; None when it is not open (any more)."""
         return self._registrations.get(id(watch))
 
-    def open(self, watch: OpenedWatch) -> list[Effect]:
+    def open(self, watch: OpenedWatch) -> list[WatchEffect]:
         """Register a watch, now or when connected. Raises ValueError if it is open already."""
         if id(watch) in self._registrations:
             raise ValueError("this watch is open already")
         registration = self._registrations[id(watch)] = Registration(watch)
-        effects: list[Effect] = []
+        effects: list[WatchEffect] = []
         if self.connected:
             self._register(registration, effects)
         return effects
 
-    def close(self, watch: OpenedWatch) -> list[Effect]:
+    def close(self, watch: OpenedWatch) -> list[WatchEffect]:
         """Cancel a watch. Nothing more is said about it. One that is over already is ignored."""
-        effects: list[Effect] = []
+        effects: list[WatchEffect] = []
         registration = self._registrations.get(id(watch))
         if registration is not None:
             self._forget(registration, effects)
@@ -144,7 +144,7 @@ class WatchState:
             registration.stream.paused = paused
         return registration.stream
 
-    def request_progress(self, number: int, watches: Iterable[OpenedWatch] | None = None) -> list[Effect]:
+    def request_progress(self, number: int, watches: Iterable[OpenedWatch] | None = None) -> list[WatchEffect]:
         """
         Ask the streams of these watches, or (None) all of them, how far they are complete; `number` is the listener's
         for this request, higher each time.
@@ -152,7 +152,7 @@ class WatchState:
         A request waits for the creates that are outstanding, since its answer would prove nothing for them. Answers
         may never come; ask again by timer. Servers without ordered progress are only asked which revision they have.
         """
-        effects: list[Effect] = []
+        effects: list[WatchEffect] = []
         if not self.ordered_progress:
             stream = next((stream for stream in self.streams() if stream.live and not stream.paused), None)
             if stream is not None:
@@ -177,7 +177,7 @@ class WatchState:
                 streams[registration.stream] = None
         return streams
 
-    def connect(self, ordered_progress: bool, revision: int) -> list[Effect]:
+    def connect(self, ordered_progress: bool, revision: int) -> list[WatchEffect]:
         """A connection is there; its server is at `revision` (0 = unknown). Everything registers."""
         self.connected = True
         self.ordered_progress = ordered_progress
@@ -188,16 +188,16 @@ class WatchState:
         """The store is known to be at a revision, or above."""
         self.newest_revision = max(self.newest_revision, revision)
 
-    def register(self) -> list[Effect]:
+    def register(self) -> list[WatchEffect]:
         """Register what has no stream: after `connect` everything, after `ended` what was on that stream."""
-        effects: list[Effect] = []
+        effects: list[WatchEffect] = []
         if self.connected:
             for registration in self._registrations.values():
                 if registration.stream is None:
                     self._register(registration, effects)
         return effects
 
-    def logged_in(self, token: bytes | None) -> list[Effect]:
+    def logged_in(self, token: bytes | None) -> list[WatchEffect]:
         """Our own user has a new token, or none can be had: register what waits for it."""
         self.own_token = token
         return self.register()
@@ -212,7 +212,7 @@ class WatchState:
             registration.stream = None
             registration.watch_id = None
 
-    def over(self, stream: WatchStream, follows: Next, status: int, text: str) -> list[Effect]:
+    def over(self, stream: WatchStream, follows: Next, status: int, text: str) -> list[WatchEffect]:
         """A stream has ended; what was on it is lost, or waits for `register`."""
         if follows is Next.LOST:
             return self.refused(stream, status, text)
@@ -237,17 +237,17 @@ class WatchState:
             registration.watch_id = None
         return there
 
-    def _ended_by_a_create(self, stream: WatchStream, status: int, text: str) -> list[Effect]:
+    def _ended_by_a_create(self, stream: WatchStream, status: int, text: str) -> list[WatchEffect]:
         """A stream is gone, maybe by a create that it did not answer."""
         guilty = self._suspects.judge(stream)
         self._ended(stream, counts=True)
-        effects: list[Effect] = []
+        effects: list[WatchEffect] = []
         for registration in guilty:
-            effects.append(Lost(registration.watch, status, text))
+            effects.append(WatchLost(registration.watch, status, text))
             self._forget(registration, effects)
         return effects
 
-    def _acquit(self, stream: WatchStream, effects: list[Effect]) -> None:
+    def _acquit(self, stream: WatchStream, effects: list[WatchEffect]) -> None:
         """All suspects of a stream were answered: they go where they belong, and others have their turn."""
         for registration in stream.by_id.values():
             registration.group = None
@@ -260,12 +260,12 @@ class WatchState:
             self._register(registration, effects)
         self._next_suspects(effects)
 
-    def _next_suspects(self, effects: list[Effect]) -> None:
+    def _next_suspects(self, effects: list[WatchEffect]) -> None:
         if self._suspects.waiting and self.connected:
             self._suspects.waiting = False
             effects += self.register()
 
-    def refused(self, stream: WatchStream, status: int, text: str) -> list[Effect]:
+    def refused(self, stream: WatchStream, status: int, text: str) -> list[WatchEffect]:
         """A stream ended in a way that trying again does not mend: all its watches are lost."""
         if stream.own and is_auth_refusal(status, text):
             self._ended(stream, counts=False)
@@ -274,13 +274,13 @@ class WatchState:
         for registration in there:
             registration.closed = True
             del self._registrations[id(registration.watch)]
-        return [Lost(registration.watch, status, text) for registration in there]
+        return [WatchLost(registration.watch, status, text) for registration in there]
 
-    def received(self, stream: WatchStream, response: WatchResponse) -> list[Effect]:
+    def received(self, stream: WatchStream, response: WatchResponse) -> list[WatchEffect]:
         """A message came on a stream."""
         watch = self.received_events(stream, response)
         if watch is not None:
-            return [Received(watch, response)]
+            return [WatchReceived(watch, response)]
         registration = stream.by_id.get(response.watch_id)
         if registration is None or not response.plain or stream.held:
             return self._received_otherwise(stream, registration, response)
@@ -306,9 +306,9 @@ class WatchState:
 
     def _received_otherwise(
         self, stream: WatchStream, registration: Registration | None, response: WatchResponse
-    ) -> list[Effect]:
+    ) -> list[WatchEffect]:
         """Everything but plain events of a live watch."""
-        effects: list[Effect] = []
+        effects: list[WatchEffect] = []
         if response.created:
             self._created(stream, response, effects)
         elif registration is None:
@@ -323,7 +323,7 @@ class WatchState:
         effects.sort(key=_is_answered)
         return effects
 
-    def _created(self, stream: WatchStream, response: WatchResponse, effects: list[Effect]) -> None:
+    def _created(self, stream: WatchStream, response: WatchResponse, effects: list[WatchEffect]) -> None:
         if not stream.creating:
             self._received_unknown(stream, response, effects)
             return
@@ -364,17 +364,19 @@ class WatchState:
             stream.by_id[response.watch_id] = registration
             if registration.next_revision is None and header.revision > 0:
                 registration.next_revision = registration.now = header.revision
-            effects.append(HeaderSeen(header) if registration.announced else Received(registration.watch, response))
+            effects.append(
+                HeaderSeen(header) if registration.announced else WatchReceived(registration.watch, response)
+            )
             registration.announced = True
         if stream.tested and stream.live and not stream.unanswered:
             self._acquit(stream, effects)
 
     def _create_refused(
-        self, stream: WatchStream, registration: Registration, status: int, text: str, effects: list[Effect]
+        self, stream: WatchStream, registration: Registration, status: int, text: str, effects: list[WatchEffect]
     ) -> None:
         """A watch is over; but what our own user may not watch, somebody else may."""
         if not stream.own or not is_auth_refusal(status, text):
-            effects.append(Lost(registration.watch, status, text))
+            effects.append(WatchLost(registration.watch, status, text))
             self._forget(registration, effects)
             return
         self._leave(registration, effects)
@@ -386,7 +388,7 @@ class WatchState:
         else:
             self._register(registration, effects)
 
-    def _received_unknown(self, stream: WatchStream, response: WatchResponse, effects: list[Effect]) -> None:
+    def _received_unknown(self, stream: WatchStream, response: WatchResponse, effects: list[WatchEffect]) -> None:
         """A response of no live id: a progress answer, or the last words of a dying id."""
         watch_id = response.watch_id
         if watch_id == PROGRESS_ID and not (response.events or response.canceled or response.created):
@@ -401,7 +403,7 @@ class WatchState:
         effects.append(HeaderSeen(response.header))
 
     def _canceled(
-        self, stream: WatchStream, registration: Registration, response: WatchResponse, effects: list[Effect]
+        self, stream: WatchStream, registration: Registration, response: WatchResponse, effects: list[WatchEffect]
     ) -> None:
         """The server has ended a watch."""
         compact_revision = response.compact_revision
@@ -409,7 +411,7 @@ class WatchState:
             status, text = read_reason(response.cancel_reason)
             self._unlink(stream, registration)
             effects.append(HeaderSeen(response.header))
-            effects.append(Lost(registration.watch, status, text or "the upstream server cancelled the watch"))
+            effects.append(WatchLost(registration.watch, status, text or "the upstream server cancelled the watch"))
             self._forget(registration, effects)
             return
         self.newest_revision = max(self.newest_revision, compact_revision)
@@ -424,12 +426,12 @@ class WatchState:
             self._cancel(stream, watch_id, effects)
             self._create(stream, registration, effects)
             return
-        effects.append(Received(registration.watch, response))
+        effects.append(WatchReceived(registration.watch, response))
         # etcd keeps the id until it is cancelled, and drops all progress requests until then.
         self._forget(registration, effects)
 
     def _piece(
-        self, stream: WatchStream, registration: Registration, response: WatchResponse, effects: list[Effect]
+        self, stream: WatchStream, registration: Registration, response: WatchResponse, effects: list[WatchEffect]
     ) -> None:
         """
         Events inside of a run of pieces: pass on the revisions that are complete.
@@ -456,10 +458,10 @@ class WatchState:
             stream.held[watch_id] = held
             if held.size > self._held_bytes_max:
                 text = f"watchmux: a revision larger than the maximum ({held.size} vs. {self._held_bytes_max} bytes)"
-                effects.append(Lost(registration.watch, Status.RESOURCE_EXHAUSTED, text))
+                effects.append(WatchLost(registration.watch, Status.RESOURCE_EXHAUSTED, text))
                 self._forget(registration, effects)
 
-    def _received_again(self, registration: Registration, response: WatchResponse) -> list[Effect]:
+    def _received_again(self, registration: Registration, response: WatchResponse) -> list[WatchEffect]:
         """Whole revisions, of which some may have been received before."""
         next_revision = registration.next_revision or 0
         events = response.events
@@ -469,18 +471,18 @@ class WatchState:
             if not events:
                 return [HeaderSeen(response.header)]
         registration.next_revision = events[-1].revision + 1
-        return [Received(registration.watch, response)]
+        return [WatchReceived(registration.watch, response)]
 
-    def _bookmark(self, registration: Registration, response: WatchResponse, effects: list[Effect]) -> None:
+    def _bookmark(self, registration: Registration, response: WatchResponse, effects: list[WatchEffect]) -> None:
         """Progress under the watch's own id (progress_notify), which is in order with its events everywhere."""
         revision = response.header.revision
         if revision + 1 >= (registration.next_revision or 0):
             registration.next_revision = revision + 1
-            effects.append(Received(registration.watch, response))
+            effects.append(WatchReceived(registration.watch, response))
         else:
             effects.append(HeaderSeen(response.header))
 
-    def _register(self, registration: Registration, effects: list[Effect]) -> None:
+    def _register(self, registration: Registration, effects: list[WatchEffect]) -> None:
         """Create a registration that has no stream, on the stream it belongs to."""
         watch = registration.watch
         token = self.own_token
@@ -524,7 +526,7 @@ class WatchState:
         """Whether nothing from `start` on is known to be written."""
         return 0 < self.newest_revision < start
 
-    def _create(self, stream: WatchStream, registration: Registration, effects: list[Effect]) -> None:
+    def _create(self, stream: WatchStream, registration: Registration, effects: list[WatchEffect]) -> None:
         """
         Send a create from the registration's position; from now, if that is above the newest revision known.
 
@@ -554,17 +556,17 @@ class WatchState:
             stream.held.pop(registration.watch_id, None)
             registration.watch_id = None
 
-    def _cancel(self, stream: WatchStream, watch_id: int, effects: list[Effect]) -> None:
+    def _cancel(self, stream: WatchStream, watch_id: int, effects: list[WatchEffect]) -> None:
         stream.dying.add(watch_id)
         effects.append(Write(stream, encode_cancel(watch_id)))
 
-    def _forget(self, registration: Registration, effects: list[Effect]) -> None:
+    def _forget(self, registration: Registration, effects: list[WatchEffect]) -> None:
         """A watch is over: cancel its id, or the whole stream when it was the last one there."""
         registration.closed = True
         self._registrations.pop(id(registration.watch), None)
         self._leave(registration, effects)
 
-    def _leave(self, registration: Registration, effects: list[Effect]) -> None:
+    def _leave(self, registration: Registration, effects: list[WatchEffect]) -> None:
         """Take a registration off its stream."""
         stream = registration.stream
         if stream is None:
@@ -590,6 +592,6 @@ class WatchState:
         stream.live = 0
 
 
-def _is_answered(effect: Effect) -> bool:
+def _is_answered(effect: WatchEffect) -> bool:
     """Whether the listener may call the state again when it is told this."""
-    return isinstance(effect, Received | Progressed | Lost | TokenRefused)
+    return isinstance(effect, WatchReceived | Progressed | WatchLost | TokenRefused)

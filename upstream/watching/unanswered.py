@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from upstream.watching.call import WatchCall
+from upstream.watching.call import UpstreamWatchCall
 from upstream.watching.stream import WatchStream
 
 
@@ -32,7 +32,7 @@ class Unanswered:
         self.streams = reported = 0
         for stream in streams:
             call = stream.shell
-            if isinstance(call, WatchCall) and call.waits_for(now) >= self._limit_s:
+            if isinstance(call, UpstreamWatchCall) and call.waits_for(now) >= self._limit_s:
                 reported += call.report()
                 if stream.token is None:
                     self.streams += 1

@@ -66,7 +66,7 @@ class Recorded(msgspec.Struct, frozen=True, array_like=True):
     message: bytes
 
 
-class Recorder:
+class EventRecorder:
     """Writes responses to a file, in blocks."""
 
     def __init__(self, path: str) -> None:
@@ -181,7 +181,7 @@ class LoadClient:
     def __init__(self, plan: ClientPlan) -> None:
         self.plan = plan
         self.report = Report()
-        self.recorder = Recorder(plan.record)
+        self.recorder = EventRecorder(plan.record)
         self.final: Final | None = None
         self.streams = [LoadStream(number, stream, self) for number, stream in enumerate(plan.streams)]
         self._channels: dict[int, grpc.aio.Channel] = {}

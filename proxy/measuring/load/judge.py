@@ -45,7 +45,7 @@ class NoTruth(Exception):
     """The upstream's own history could not be read; the text is one line."""
 
 
-class Verdict(msgspec.Struct, kw_only=True):
+class RunVerdict(msgspec.Struct, kw_only=True):
     """The verdict on the clients of a run."""
 
     watches: int = 0
@@ -154,12 +154,12 @@ class _Stream:
                 log.records.append(Bookmark(response.header.revision))
 
 
-def judge(plans: Iterable[ClientPlan], truth: Truth, last: int, *, safe_headers: bool) -> Verdict:
+def judge(plans: Iterable[ClientPlan], truth: Truth, last: int, *, safe_headers: bool) -> RunVerdict:
     """Judge every watch of the plans by its record; each must have all its events up to revision `last`.
 
     `safe_headers`: also check the guarantee that only the proxy gives (see coalesce/guarantees/checkers.py).
     """
-    verdict = Verdict()
+    verdict = RunVerdict()
     delays_ns: list[int] = []
     faults: Counter[str] = Counter()
     for plan in plans:
@@ -186,7 +186,7 @@ def judge(plans: Iterable[ClientPlan], truth: Truth, last: int, *, safe_headers:
     return verdict
 
 
-def _note(verdict: Verdict, faults: Counter[str], violations: Sequence[Violation], where: str) -> None:
+def _note(verdict: RunVerdict, faults: Counter[str], violations: Sequence[Violation], where: str) -> None:
     for violation in violations:
         faults[violation.guarantee] += 1
         if len(verdict.examples) < 5:

@@ -16,12 +16,12 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from proxy.measuring.load.judge import Verdict, judge, read_truth
+from proxy.measuring.load.judge import RunVerdict, judge, read_truth
 from proxy.measuring.load.plan import Shape, make_ranges, make_streams
 from proxy.measuring.load.prometheus import Cost, MetricsPage
 from proxy.measuring.load.run import Load
 from proxy.measuring.load.sampling import Sample, Sampler
-from proxy.measuring.load.writer import Writer
+from proxy.measuring.load.writer import PutWriter
 
 SETTLE_LIMIT_S = 4.0
 SETTLE_QUIET_S = 0.4
@@ -58,7 +58,7 @@ class Trial(msgspec.Struct, kw_only=True):
     """When all watches are open, before the writes."""
     after: Cost
     """When all events have been received."""
-    verdict: Verdict
+    verdict: RunVerdict
     written: int
     """Events written while the clients watched."""
     opened_s: float
@@ -88,7 +88,7 @@ async def run_trial(
     shape = spec.shape
     prefix = b"/watchmux-load/%d-%d/" % (os.getpid(), time.monotonic_ns())
     ranges = make_ranges(prefix, shape.ranges)
-    writer = Writer(upstream, ranges, spec.value_bytes)
+    writer = PutWriter(upstream, ranges, spec.value_bytes)
     try:
         first = await writer.current_revision() + 1
         past = await _write_past(writer, spec, show)
@@ -132,7 +132,7 @@ async def run_trial(
     )
 
 
-async def _write_past(writer: Writer, spec: Spec, show: Show) -> list[int]:
+async def _write_past(writer: PutWriter, spec: Spec, show: Show) -> list[int]:
     """Write the changes before the first watch; return the revisions at which watches may start."""
     if not spec.past_writes:
         return []
@@ -168,7 +168,7 @@ async def _settle(page: MetricsPage) -> Cost:
     return last
 
 
-async def _write(load: Load, writer: Writer, spec: Spec, show: Show) -> None:
+async def _write(load: Load, writer: PutWriter, spec: Spec, show: Show) -> None:
     show.step("Writing", spec.seconds)
     start = time.monotonic()
     await _showing(
@@ -177,7 +177,7 @@ async def _write(load: Load, writer: Writer, spec: Spec, show: Show) -> None:
     )
 
 
-async def _finish(load: Load, writer: Writer, show: Show) -> bool:
+async def _finish(load: Load, writer: PutWriter, show: Show) -> bool:
     show.step("Waiting for the last events", load.watches)
     return await _showing(
         load.wait_finished(writer.final),

@@ -45,7 +45,7 @@ def read_stamp(value: bytes) -> int:
     return int(head) if len(head) == STAMP_BYTES and head.isdigit() else 0
 
 
-class Writer:
+class PutWriter:
     """Writes to the ranges, and records the last revisions of each."""
 
     def __init__(self, target: str, ranges: Sequence[Range], value_bytes: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import click
 import uvloop
 
-from proto.framing import Unframer, frame
+from proto.framing import MessageReader, frame
 from proto.http2 import Headers
 from proto.pb import rpc_pb2
 from tests.bench.sharing.bystander import MemoryPeak, port_of, quantiles
@@ -53,7 +53,7 @@ class Creating:
         self.ended = ""
         self.over = asyncio.Event()
         self.call: UpstreamCall | None = None
-        self._unframer = Unframer(1 << 24)
+        self._unframer = MessageReader(1 << 24)
         self._room = asyncio.Event()
         self._began = time.perf_counter()
 

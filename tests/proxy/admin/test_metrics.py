@@ -16,7 +16,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import CollectorRegistry
 
-from coalesce import Limits
+from coalesce import CoreLimits
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from proxy.admin.metrics import COUNTERS, GAUGES, GRPC_PROXY_FIELD, LABELLED, LIMITS, ProxyCollector, metric_name
 from proxy.admin.monitor import Monitor
@@ -154,9 +154,9 @@ def test_deliveries_are_counted_and_timed_once_for_each_turn(etcd: EtcdServer) -
 
 
 LOW: dict[str, dict[str, Any]] = {
-    "watches_max": {"limits": Limits(watches_max=2)},
-    "watches_per_session_max": {"limits": Limits(watches_per_session_max=2)},
-    "trunks_max": {"limits": Limits(trunks_max=2)},
+    "watches_max": {"limits": CoreLimits(watches_max=2)},
+    "watches_per_session_max": {"limits": CoreLimits(watches_per_session_max=2)},
+    "trunks_max": {"limits": CoreLimits(trunks_max=2)},
     "sessions_per_connection_max": {"watch": WatchSettings(sessions_per_connection_max=1)},
 }
 

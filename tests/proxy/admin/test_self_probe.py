@@ -16,7 +16,7 @@ import pytest
 
 from proxy.admin.port import Admin
 from proxy.admin.self_probe import HUNG_AFTER
-from proxy.admin.snapshot import Snapshot, Source
+from proxy.admin.snapshot import Snapshot, SnapshotSource
 from proxy.config.values import Address
 from proxy.server import Proxy
 from tests.e2e.raw_client import RawClient
@@ -42,7 +42,7 @@ async def proxy_and_client(etcd: EtcdServer) -> AsyncIterator[tuple[Proxy, RawCl
 
 def counts(proxy: Proxy) -> dict[str, object]:
     """What an operator sees, without what is about probes."""
-    seen = msgspec.to_builtins(Source(proxy, "").take())
+    seen = msgspec.to_builtins(SnapshotSource(proxy, "").take())
     return {name: value for name, value in seen.items() if name not in PROBES}
 
 
@@ -177,7 +177,7 @@ def test_a_hang_is_found_and_told_everywhere(name: str, etcd: EtcdServer) -> Non
             await probe(proxy)
             assert await check(client) == SERVING
             assert (await fetch(admin, "/livez")) == (200, "ok\n")
-            assert Source(proxy, "").take().probes_failed_total == HUNG_AFTER
+            assert SnapshotSource(proxy, "").take().probes_failed_total == HUNG_AFTER
             await admin.stop()
 
     run(story())

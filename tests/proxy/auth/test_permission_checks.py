@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from coalesce.inputs import Granted, Identity, Refusal
+from coalesce.inputs import CreateRefusal, Granted, Identity
 from proto.scan import Header
-from proxy.auth.model import Ask, Call, Effect, EndSession, May, Tell
+from proxy.auth.model import Call, DeliverAnswer, PermissionCheck, QueryEffect, RefuseSession, SendCall
 from proxy.auth.permission_checks import (
     CALLS_PER_TOKEN_MAX,
     OLD_REVISION,
@@ -16,10 +16,10 @@ from proxy.auth.permission_checks import (
     RANGES_MAX,
     TOO_MANY_OPS,
     TRIES_MAX,
-    Batch,
+    CheckBatch,
     Checks,
 )
-from proxy.auth.restore import Asked
+from proxy.auth.restore import AuthScope
 
 HEADER = Header.make(1, 2, 7, 3)
 DENIED = (7, "etcdserver: permission denied")
@@ -59,7 +59,7 @@ class Rig:
     def ask(self, key: bytes, session: Session | None = None, token: bytes = b"t") -> None:
         """A session asks for a key."""
         create: Any = Create(session or Session(token))
-        self.do(self.checks.add(May(Asked(create.session.identity.token, key), create)))
+        self.do(self.checks.add(PermissionCheck(AuthScope(create.session.identity.token, key), create)))
 
     def granted(self) -> Call:
         """Grant the call that was sent first."""
@@ -78,23 +78,23 @@ class Rig:
         self.do(self.checks.again(self.batch(self.later.pop(0))))
 
     @staticmethod
-    def batch(call: Call) -> Batch:
-        assert isinstance(call.question, Batch)
+    def batch(call: Call) -> CheckBatch:
+        assert isinstance(call.question, CheckBatch)
         return call.question
 
-    def do(self, effects: list[Effect]) -> None:
+    def do(self, effects: list[QueryEffect]) -> None:
         for effect in effects:
-            if isinstance(effect, Ask):
+            if isinstance(effect, SendCall):
                 (self.later if effect.later else self.calls).append(effect.call)
                 if not effect.later:
                     self.sent += 1
                     self.checks.sent(self.batch(effect.call))
-            elif isinstance(effect, Tell):
-                assert isinstance(effect.question, May)
+            elif isinstance(effect, DeliverAnswer):
+                assert isinstance(effect.question, PermissionCheck)
                 kind = "yes" if isinstance(effect.outcome, Granted) else "no"
                 self.told.append((effect.question.asked.key, kind))
             else:
-                assert isinstance(effect, EndSession)
+                assert isinstance(effect, RefuseSession)
                 self.ended.append((effect.session, effect.status))
 
     def asked(self) -> list[list[bytes]]:
@@ -370,7 +370,7 @@ def test_refusals_are_worded_as_etcd_words_them() -> None:
     rig = Rig()
     told: list[Any] = []
     create: Any = Create(Session())
-    rig.do(rig.checks.add(May(Asked(b"t", b"k"), create, told.append)))
+    rig.do(rig.checks.add(PermissionCheck(AuthScope(b"t", b"k"), create, told.append)))
     (effect,) = rig.checks.failed(rig.batch(rig.calls.pop()), *DENIED)
-    assert isinstance(effect, Tell)
-    assert effect.outcome == Refusal("rpc error: code = PermissionDenied desc = etcdserver: permission denied")
+    assert isinstance(effect, DeliverAnswer)
+    assert effect.outcome == CreateRefusal("rpc error: code = PermissionDenied desc = etcdserver: permission denied")

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from coalesce.inputs import Granted, Identity, Refusal
+from coalesce.inputs import CreateRefusal, Granted, Identity
 from coalesce.session import Session
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proto.scan import Header
-from proxy.auth.model import May, Outcome
-from proxy.auth.queries import Now
+from proxy.auth.model import Outcome, PermissionCheck
+from proxy.auth.queries import RevisionRead
 from proxy.auth.reads import AUTHENTICATE, TXN, Reader, ReaderSettings
-from proxy.auth.restore import Asked
+from proxy.auth.restore import AuthScope
 from tests.e2e.scenario import run
 from tests.waiting import until_async
 from upstream.errors import NO_LEADER_TEXT, CallFailed
@@ -103,7 +103,7 @@ def kinds(outcomes: Sequence[Outcome]) -> list[tuple[str, int | str]]:
     """Outcomes as what a test compares."""
     return [
         (type(outcome).__name__, outcome.text)
-        if isinstance(outcome, Refusal)
+        if isinstance(outcome, CreateRefusal)
         else (type(outcome).__name__, outcome.header.revision if isinstance(outcome, Granted) else outcome.revision)
         for outcome in outcomes
     ]
@@ -127,11 +127,11 @@ def has(got: Sequence[Outcome], count: int) -> bool:
     return len(got) == count
 
 
-def now(told: Callable[[Outcome], None], *sessions: FakeSession, refusal: str | None = None) -> Now:
+def now(told: Callable[[Outcome], None], *sessions: FakeSession, refusal: str | None = None) -> RevisionRead:
     """Return the question of sessions that wait for "now"."""
     waiting = [SimpleNamespace(session=each, refusal=refusal, key=b"k", range_end=b"l") for each in sessions]
     read: Any = SimpleNamespace(waiting=waiting)
-    return Now(read, told)
+    return RevisionRead(read, told)
 
 
 class Seen:
@@ -142,11 +142,11 @@ class Seen:
     leaderless = False
 
     def __init__(self) -> None:
-        self.away: list[Refusal] = []
+        self.away: list[CreateRefusal] = []
         self.ended: list[tuple[int, str]] = []
         self.back: list[int] = []
 
-    def not_authorized(self, session: Session, refusal: Refusal) -> None:
+    def not_authorized(self, session: Session, refusal: CreateRefusal) -> None:
         self.away.append(refusal)
         assert isinstance(session, FakeSession)
 
@@ -269,14 +269,14 @@ def test_a_certificate_with_a_name_has_nobody_log_in_first() -> None:
     """With auth on that is refused, with auth off it is not: then a probe tells."""
 
     async def scenario() -> None:
-        for refused, outcome in ((True, "Refusal"), (False, "Granted")):
+        for refused, outcome in ((True, "CreateRefusal"), (False, "Granted")):
             pool = ScriptedPool()
             pool.auto = lambda _: 5
             pool.login = CallFailed(Status.INVALID_ARGUMENT if refused else Status.FAILED_PRECONDITION, "no")
             reader = Reader(pool)
             reader.questions.named = True
             got: list[Outcome] = []
-            reader.check(May(Asked(), told=got.append))
+            reader.check(PermissionCheck(AuthScope(), told=got.append))
             await until_async(lambda: got, "the answer")  # noqa: B023 - awaited here
             assert kinds(got)[0][0] == outcome
             assert len(pool.asked) == (0 if refused else 1)
@@ -289,12 +289,12 @@ def test_with_auth_off_one_probe_serves_all() -> None:
         pool = ScriptedPool()
         reader = Reader(pool)
         got: list[Outcome] = []
-        reader.check(May(Asked(None, b"a", b""), told=got.append))
+        reader.check(PermissionCheck(AuthScope(None, b"a", b""), told=got.append))
         asked = await pool.count(1)
-        reader.check(May(Asked(b"a token is not looked at with auth off", b"b", b""), told=got.append))
+        reader.check(PermissionCheck(AuthScope(b"a token is not looked at with auth off", b"b", b""), told=got.append))
         asked.answer.set_result(5)
         await until_async(lambda: len(got) == 2, "both answers")
-        reader.check(May(Asked(None, b"c", b""), told=got.append))
+        reader.check(PermissionCheck(AuthScope(None, b"c", b""), told=got.append))
         # Only the first came before the read began, so only to him it says what "now" is.
         assert kinds(got) == [("Granted", 5), ("Header", 5), ("Header", 5)]
         assert [asked.token for asked in pool.asked] == [None]
@@ -310,7 +310,7 @@ def test_a_probe_is_not_believed_for_ever() -> None:
         reader = Reader(pool, ReaderSettings(probe_age_s_max=-1.0))
         got: list[Outcome] = []
         for count in (1, 2):
-            reader.check(May(Asked(None, b"a", b""), told=got.append))
+            reader.check(PermissionCheck(AuthScope(None, b"a", b""), told=got.append))
             await until_async(functools.partial(has, got, count), "the answer")
         assert kinds(got) == [("Granted", 5)] * 2
         assert len(pool.asked) == 2
@@ -326,20 +326,20 @@ def test_with_auth_on_each_is_checked_with_his_own_token() -> None:
         reader = Reader(pool)
         got: dict[str, Outcome] = {}
         for token in (b"good", b"bad", None):
-            reader.check(May(Asked(token, b"k", b"l"), told=functools.partial(keep, got, str(token))))
+            reader.check(PermissionCheck(AuthScope(token, b"k", b"l"), told=functools.partial(keep, got, str(token))))
         await until_async(lambda: len(got) == 3, "all answers")
         assert kinds([got["b'good'"]]) == [("Granted", 8)]
         denied = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
-        assert kinds([got["b'bad'"]]) == [("Refusal", denied)]
+        assert kinds([got["b'bad'"]]) == [("CreateRefusal", denied)]
         empty = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty"
-        assert kinds([got["None"]]) == [("Refusal", empty)]
+        assert kinds([got["None"]]) == [("CreateRefusal", empty)]
         assert reader.questions.auth_on
         assert [(asked.range.key, asked.range.range_end) for asked in pool.asked if asked.token is not None] == [
             (b"k", b"l")
         ] * 2
         # Known to be on: a token is checked without another probe.
         before = len(pool.asked)
-        reader.check(May(Asked(b"good", b"m"), told=lambda outcome: got.update({"again": outcome})))
+        reader.check(PermissionCheck(AuthScope(b"good", b"m"), told=lambda outcome: got.update({"again": outcome})))
         await until_async(lambda: "again" in got, "the answer")
         assert len(pool.asked) == before + 1
 
@@ -354,9 +354,9 @@ def test_auth_that_is_switched_off_is_noticed() -> None:
         reader = Reader(pool)
         got: list[Outcome] = []
         for count in (1, 2):
-            reader.check(May(Asked(None, b"a", b""), told=got.append))
+            reader.check(PermissionCheck(AuthScope(None, b"a", b""), told=got.append))
             await until_async(functools.partial(has, got, count), "the answer")
-        assert isinstance(got[0], Refusal)
+        assert isinstance(got[0], CreateRefusal)
         assert kinds(got[1:]) == [("Granted", 6)]
         assert not reader.questions.auth_on
 
@@ -372,14 +372,14 @@ def test_nobody_asks_on_for_clients_that_are_gone(auth_on: bool) -> None:
         reader.questions.auth_on = auth_on
         create: Any = SimpleNamespace(session=FakeSession())
         for _ in range(3):
-            reader.check(May(Asked(b"t", b"a"), create, lambda _: pytest.fail("no answer is due")))
+            reader.check(PermissionCheck(AuthScope(b"t", b"a"), create, lambda _: pytest.fail("no answer is due")))
         await until_async(lambda: len(pool.asked) > 5, "some tries")
         create.session.ended = True
         await until_async(lambda: not reader._asking and not reader._pausing, "the calls to end")
         assert not reader.checks_waiting
         pool.auto = lambda _: 4
         got: list[Outcome] = []
-        reader.check(May(Asked(b"t", b"a", b""), told=got.append))
+        reader.check(PermissionCheck(AuthScope(b"t", b"a", b""), told=got.append))
         await until_async(lambda: got, "an answer for the next one")
 
     run(scenario())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from proto.scan import Header
-from proxy.auth.restore import TRIED_AT_ONCE, Rollback
+from proxy.auth.restore import TRIED_AT_ONCE, RestoreDetector
 
 
 class FakeWatch:
@@ -25,7 +25,7 @@ def at(revision: int) -> Header:
 
 
 def test_only_what_is_linearizable_and_older_than_its_question_tells() -> None:
-    rollback = Rollback()
+    rollback = RestoreDetector()
     early = rollback.begin(10)
     assert not rollback.answered(early, at(15), True)
     assert not rollback.answered(rollback.begin(20), at(19), False)
@@ -33,7 +33,7 @@ def test_only_what_is_linearizable_and_older_than_its_question_tells() -> None:
 
 
 def test_reads_from_before_it_went_back_say_nothing_any_more() -> None:
-    rollback = Rollback()
+    rollback = RestoreDetector()
     first, second, third = (rollback.begin(10) for _ in range(3))
     assert rollback.answered(first, at(5), True)
     # The store goes on; a slow answer from before is neither older nor newer than it.
@@ -45,37 +45,37 @@ def test_reads_from_before_it_went_back_say_nothing_any_more() -> None:
 
 
 def test_every_token_is_tried_once_until_one_is_answered() -> None:
-    rollback = Rollback()
+    rollback = RestoreDetector()
     watches = [FakeWatch(token) for token in (b"a", b"a", b"b")]
-    assert rollback.rights(None, watches) == []
+    assert rollback.candidate_scopes(None, watches) == []
     rollback.connected()
-    assert [asked.token for asked in rollback.rights(None, watches)] == [b"a", b"b"]
-    assert rollback.rights(None, watches) == []
+    assert [asked.token for asked in rollback.candidate_scopes(None, watches)] == [b"a", b"b"]
+    assert rollback.candidate_scopes(None, watches) == []
     # Our own user logs in, a client comes back with a new token.
     watches.append(FakeWatch(b"c"))
-    assert {asked.token for asked in rollback.rights(b"own", watches)} == {b"c", b"own"}
+    assert {asked.token for asked in rollback.candidate_scopes(b"own", watches)} == {b"c", b"own"}
     rollback.answered(rollback.begin(10), at(11), True)
     assert not rollback.unproven
-    assert rollback.rights(b"own", [FakeWatch(b"d")]) == []
+    assert rollback.candidate_scopes(b"own", [FakeWatch(b"d")]) == []
     # With the next connection all begins anew.
     rollback.connected()
-    assert {asked.token for asked in rollback.rights(None, watches)} == {b"a", b"b", b"c"}
+    assert {asked.token for asked in rollback.candidate_scopes(None, watches)} == {b"a", b"b", b"c"}
 
 
 def test_not_all_are_tried_at_once() -> None:
-    rollback = Rollback()
+    rollback = RestoreDetector()
     rollback.connected()
     watches = [FakeWatch(b"%d" % number) for number in range(3 * TRIED_AT_ONCE)]
     for _ in range(3):
-        assert len(rollback.rights(None, watches)) == TRIED_AT_ONCE
-    assert rollback.rights(None, watches) == []
+        assert len(rollback.candidate_scopes(None, watches)) == TRIED_AT_ONCE
+    assert rollback.candidate_scopes(None, watches) == []
 
 
 def test_what_was_tried_is_forgotten_with_the_proof() -> None:
     """The tokens of clients that have left long since are not kept until the next connection."""
-    rollback = Rollback()
+    rollback = RestoreDetector()
     rollback.connected()
-    assert len(rollback.rights(None, [FakeWatch(b"%d" % number) for number in range(5)])) == 5
+    assert len(rollback.candidate_scopes(None, [FakeWatch(b"%d" % number) for number in range(5)])) == 5
     assert len(rollback._tried) == 5
     rollback.answered(rollback.begin(10), at(11), False)
     assert rollback.unproven

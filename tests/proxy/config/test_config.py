@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from coalesce import Limits
+from coalesce import CoreLimits
 from proxy.config.describing import Kind
 from proxy.config.knobs import Settings, knobs, tables
 from proxy.listening.settings import ListenerSettings
 from proxy.logs import LEVELS, STYLES
 from proxy.process.serving import core_limits, listener_settings, upstream_settings
-from upstream.settings import Settings as UpstreamSettings
+from upstream.settings import UpstreamSettings as UpstreamSettings
 
 
 def test_every_knob_has_a_text_a_flag_and_a_variable() -> None:
@@ -76,8 +76,8 @@ def test_log_choices_are_what_logging_takes() -> None:
 
 def test_the_cores_limits_are_all_knobs_with_its_own_defaults() -> None:
     """A limit that is added to the core and not to the settings, or with another default, is found here."""
-    assert core_limits(Settings().watch) == Limits()
-    names = {field.name for field in dataclasses.fields(Limits)}
+    assert core_limits(Settings().watch) == CoreLimits()
+    names = {field.name for field in dataclasses.fields(CoreLimits)}
     keys = {knob.key for knob in knobs() if knob.table == "watch"}
     # How much work a turn has is nothing that an operator could choose.
     assert names - keys == {

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from proto.framing import Status
 from proto.http2 import Stream
-from proxy.listening.calls import Carrier, Handler, Headers, RequestHead, ServerCall
+from proxy.listening.calls import ConnectionHandle, Handler, Headers, RequestHead, ServerCall
 from proxy.listening.listener import Listener
 from proxy.listening.settings import ListenerSettings
 from tests.e2e.raw_client import HOST, RawClient
@@ -18,7 +18,7 @@ ECHO = "/test.Echo/Echo"
 class Echo:
     """Sends back what it gets, byte for byte, and ends when the client ends."""
 
-    def __init__(self, connection: Carrier, stream: Stream, headers: Headers) -> None:
+    def __init__(self, connection: ConnectionHandle, stream: Stream, headers: Headers) -> None:
         self.call = ServerCall(connection, stream)
         self.head = RequestHead.parse(headers)
         self.call.end_after(self.head.timeout_s)
@@ -53,7 +53,7 @@ class Rig:
         self.handlers: list[Echo] = []
         self.listener.routes[ECHO.encode()] = self.open
 
-    def open(self, connection: Carrier, stream: Stream, headers: Headers, end_stream: bool) -> Handler | None:
+    def open(self, connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool) -> Handler | None:
         handler = Echo(connection, stream, headers)
         self.handlers.append(handler)
         if end_stream:

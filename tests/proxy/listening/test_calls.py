@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from proto.framing import Status
-from proxy.listening.calls import Headers, Refusal, RequestHead, is_grpc, status_trailers
+from proxy.listening.calls import CallRefusal, Headers, RequestHead, is_grpc, status_trailers
 
 GOOD: Headers = [
     (b":method", b"POST"),
@@ -56,13 +56,13 @@ def test_without_deadline_and_encoding() -> None:
     ],
 )
 def test_a_bad_head_is_refused(name: bytes, value: bytes, http_status: int, status: Status) -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(CallRefusal) as caught:
         RequestHead.parse(changed(name, value))
     assert (caught.value.http_status, caught.value.status) == (http_status, status)
 
 
 def test_a_refusal_shows_little_of_what_was_sent() -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(CallRefusal) as caught:
         RequestHead.parse(changed(b"content-type", b"\xff" * 10_000))
     assert len(caught.value.text) < 400
 

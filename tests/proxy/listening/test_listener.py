@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from proto.framing import Status, frame
-from proto.http2 import Limits
+from proto.http2 import Http2Limits
 from proxy.listening.connection import PART_PIECES_MAX, PREFACE
 from proxy.listening.settings import ListenerSettings
 from tests.e2e.raw_client import HOST, RawStream
@@ -477,7 +477,7 @@ def test_one_connection_too_many_is_told_so() -> None:
 
 def test_streams_above_the_limit_are_refused_one_by_one() -> None:
     async def scenario() -> None:
-        async with rig_of(ListenerSettings(http2=Limits(max_streams=2))) as rig, await rig.connect() as client:
+        async with rig_of(ListenerSettings(http2=Http2Limits(max_streams=2))) as rig, await rig.connect() as client:
             calls: list[RawStream] = [client.call(ECHO) for _ in range(3)]
             await calls[2].end()
             assert calls[2].reset == 7

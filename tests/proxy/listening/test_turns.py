@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import pytest
 
-from coalesce.limits import Limits
+from coalesce.limits import CoreLimits
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proxy.listening.settings import ListenerSettings
@@ -253,7 +253,7 @@ def test_requests_that_wait_hold_up_their_client() -> None:
     line_bytes_max = 20_000
 
     async def scenario(etcd: EtcdServer) -> None:
-        async with proxy_for(etcd, limits=Limits(line_bytes_max=line_bytes_max)) as proxy:
+        async with proxy_for(etcd, limits=CoreLimits(line_bytes_max=line_bytes_max)) as proxy:
             sender = await Sender.open(proxy.port)
             with held(etcd):
                 await sender.say(b"".join(sender.request(stream_id) for stream_id in (1, 3, 5)))

@@ -19,7 +19,7 @@ from proxy.cli import demo as cli_demo
 from proxy.cli.group import run
 from proxy.cli.load import shape_of
 from proxy.measuring.demo import DemoResult, run_demo, show_result
-from proxy.measuring.load.judge import Verdict
+from proxy.measuring.load.judge import RunVerdict
 from proxy.measuring.load.plan import Shape
 from proxy.measuring.load.prometheus import Cost
 from proxy.measuring.load.stage import Stage
@@ -104,7 +104,7 @@ def _children(pid: int) -> list[int]:
     return [int(number) for number in text.split()]
 
 
-def result_with(verdict: Verdict, complaints: list[str]) -> DemoResult:
+def result_with(verdict: RunVerdict, complaints: list[str]) -> DemoResult:
     cost = Cost(
         watchers=0, watch_streams=0, slow_watchers=0, events_sent=0, bytes_sent=0, cpu_s=None, memory_bytes=None
     )
@@ -124,15 +124,15 @@ def result_with(verdict: Verdict, complaints: list[str]) -> DemoResult:
 @pytest.mark.parametrize(
     ("verdict", "complaints", "shown"),
     [
-        (Verdict(lost=3, examples=["reliable: b'a' is missing"]), [], "reliable: b'a' is missing"),
-        (Verdict(duplicated=1), [], "duplicated"),
-        (Verdict(out_of_order=1), [], "out of order"),
-        (Verdict(wrong=1), [], "otherwise wrong"),
-        (Verdict(), ["a stream ended: UNAVAILABLE: gone"], "a stream ended: UNAVAILABLE: gone"),
+        (RunVerdict(lost=3, examples=["reliable: b'a' is missing"]), [], "reliable: b'a' is missing"),
+        (RunVerdict(duplicated=1), [], "duplicated"),
+        (RunVerdict(out_of_order=1), [], "out of order"),
+        (RunVerdict(wrong=1), [], "otherwise wrong"),
+        (RunVerdict(), ["a stream ended: UNAVAILABLE: gone"], "a stream ended: UNAVAILABLE: gone"),
     ],
 )
 def test_any_fault_is_shown_and_is_exit_code_1(
-    verdict: Verdict, complaints: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
+    verdict: RunVerdict, complaints: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = result_with(verdict, complaints)
     output = io.StringIO()
@@ -150,7 +150,7 @@ def test_any_fault_is_shown_and_is_exit_code_1(
 
 def test_the_json_says_everything(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     async def pretend(*_arguments: object) -> DemoResult:
-        return result_with(Verdict(watches=60), [])
+        return result_with(RunVerdict(watches=60), [])
 
     monkeypatch.setattr("proxy.measuring.demo.run_demo", pretend)
     monkeypatch.setattr(Stage, "_start_store", lambda _stage: asyncio.sleep(0))

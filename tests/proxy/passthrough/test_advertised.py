@@ -9,7 +9,7 @@ import pytest
 
 from proto.framing import Status, frame
 from proto.pb import rpc_pb2
-from proxy.config.knobs import Listener, Settings
+from proxy.config.knobs import ListenerTable, Settings
 from proxy.passthrough.advertised import MEMBER_LIST, rules
 from proxy.process.serving import proxy_of
 from tests.e2e.raw_client import RawClient, RawStream
@@ -103,5 +103,5 @@ def test_fields_of_a_later_etcd_stay() -> None:
 def test_without_a_scheme_the_url_has_the_listeners(tmp_path: Path, secure: bool, url: str) -> None:
     files = make_certificates(tmp_path)
     certificate, key = (files.server_cert, files.server_key) if secure else ("", "")
-    settings = Settings(listener=Listener(advertise_client_url="proxy:1", cert_file=certificate, key_file=key))
+    settings = Settings(listener=ListenerTable(advertise_client_url="proxy:1", cert_file=certificate, key_file=key))
     assert proxy_of(settings, ["127.0.0.1:2379"])._advertised == url

@@ -16,7 +16,7 @@ from tests.e2e.scenario import run
 from tests.proxy.passthrough.test_passthrough import passing
 from tests.upstream.scripted import ScriptedCall, scripted
 from tests.waiting import until_async
-from upstream.settings import Settings
+from upstream.settings import UpstreamSettings
 
 RANGE = "/etcdserverpb.KV/Range"
 
@@ -84,7 +84,9 @@ def test_an_answer_that_breaks_off_has_one_head(
         async with (
             scripted() as etcd,
             passing(
-                etcd.endpoint, settings=Settings(backoff_max_s=0.02), bounds=PassthroughSettings(call_wait_s=0.3)
+                etcd.endpoint,
+                settings=UpstreamSettings(backoff_max_s=0.02),
+                bounds=PassthroughSettings(call_wait_s=0.3),
             ) as running,
         ):
             tries: list[ScriptedCall] = []

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from proto.framing import Status, decode_message, decode_timeout, frame
-from proto.http2 import Limits
+from proto.http2 import Http2Limits
 from proxy.passthrough import holding
 from proxy.passthrough import waiting as deciding
 from proxy.passthrough.settings import MIB, PassthroughSettings
@@ -20,7 +20,7 @@ from tests.etcd.server import HOST, free_port
 from tests.proxy.passthrough.test_passthrough import PUT, Running, passing
 from tests.upstream.scripted import ScriptedConnection, ScriptedEtcd, scripted
 from tests.waiting import until_async
-from upstream.settings import Settings
+from upstream.settings import UpstreamSettings
 
 RANGE = "/etcdserverpb.KV/Range"
 
@@ -284,9 +284,9 @@ def test_call_that_waits_for_room_waits_for_its_deadline(monkeypatch: pytest.Mon
 
     async def scenario() -> None:
         async with scripted() as etcd:
-            etcd.limits = Limits(max_streams=1)
+            etcd.limits = Http2Limits(max_streams=1)
             etcd.on_message = lambda *_: None
-            one = Settings(connections_per_endpoint_max=1)
+            one = UpstreamSettings(connections_per_endpoint_max=1)
             async with passing(etcd.endpoint, settings=one, bounds=PassthroughSettings(call_wait_s=0.1)) as running:
                 await until_async(lambda: running.pool.pick(), "the etcd")
                 async with connected(running) as client:

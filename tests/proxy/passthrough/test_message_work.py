@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from google.protobuf.message import DecodeError
 
-from proto.framing import FramingError, Status, Unframer, frame
+from proto.framing import FramingError, MessageReader, Status, frame
 from proto.pb import kv_pb2, rpc_pb2
 from proxy.passthrough.message_work import INFLATE_BYTES, MessageWork
 from proxy.passthrough.namespaced_calls import rules
@@ -52,7 +52,7 @@ SMALL, LARGE, EMPTY = answer(3, 5), answer(300, 100), b""
 @pytest.mark.parametrize("size", [1, 3, 7, 1000, 1 << 20])
 def test_messages_in_pieces_of_any_size(size: int) -> None:
     data = frame(SMALL) + packed(LARGE) + frame(EMPTY) + frame(LARGE) + packed(EMPTY)
-    made, unframer = work(), Unframer(MAX)
+    made, unframer = work(), MessageReader(MAX)
     messages = []
     for start in range(0, len(data), size):
         messages += unframer.feed(drive(made, data[start : start + size]))

@@ -27,7 +27,7 @@ from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.waiting import until_async
 from upstream.endpoints import parse_endpoints
 from upstream.pool import Pool
-from upstream.settings import ConnectionSettings, Settings
+from upstream.settings import ConnectionSettings, UpstreamSettings
 
 PUT = "/etcdserverpb.KV/Put"
 BIG = 64 * 2**20
@@ -62,7 +62,7 @@ class Running:
 async def passing(
     endpoints: str,
     echo: Echo | None = None,
-    settings: Settings | None = None,
+    settings: UpstreamSettings | None = None,
     bounds: PassthroughSettings | None = None,
 ) -> AsyncIterator[Running]:
     """Run a listener that passes everything through."""
@@ -257,7 +257,7 @@ def test_clients_that_do_not_read_hold_up_nobody_else(per_connection: int, in_al
     async def run() -> None:
         async with (
             echo_server() as (echo, address),
-            passing(address, echo, Settings(connection=window), bounds) as running,
+            passing(address, echo, UpstreamSettings(connection=window), bounds) as running,
         ):
             port = int(running.address.rpartition(":")[2])
             stats = running.passthrough.stats

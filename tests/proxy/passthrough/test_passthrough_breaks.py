@@ -14,9 +14,9 @@ from tests.etcd.server import EtcdServer
 from tests.faults.relay import Way, relay_to
 from tests.proxy.passthrough.test_passthrough import passing
 from tests.waiting import until_async
-from upstream.settings import Settings
+from upstream.settings import UpstreamSettings
 
-QUICK = Settings(backoff_max_s=0.02)
+QUICK = UpstreamSettings(backoff_max_s=0.02)
 STAGES = [*range(0, 220, 9), 400]
 """Bytes after which the connection breaks: from none of the call's to more than all of them."""
 

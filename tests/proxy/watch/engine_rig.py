@@ -8,12 +8,12 @@ from typing import Any
 
 from coalesce.effects import Effect
 from coalesce.inputs import Granted, Identity
-from coalesce.limits import Limits
+from coalesce.limits import CoreLimits
 from proto.framing import Status
 from proto.scan import Header
-from proxy.auth.model import Ask, May, SendAway, Tell, WentBack
-from proxy.auth.queries import NO_RIGHT, Now, Questions
-from proxy.auth.restore import Asked
+from proxy.auth.model import DeliverAnswer, DisconnectSession, PermissionCheck, RevisionRegressed, SendCall
+from proxy.auth.queries import NO_RIGHT, Queries, RevisionRead
+from proxy.auth.restore import AuthScope
 from proxy.watch.engine import Engine
 
 HEADER = Header.make(1, 2, 3, 4)
@@ -26,7 +26,7 @@ class ScriptedCore:
         self.inputs: list[tuple[Any, ...]] = []
         self.effects: dict[str, list[Effect]] = {}
         self.deadline: float | None = None
-        self.limits = Limits()
+        self.limits = CoreLimits()
         self.ordered_progress = False
         self.header: Header | None = HEADER
 
@@ -54,14 +54,14 @@ class FakeReader:
         self.reads: list[tuple[Any, ...]] = []
         """Of each call the token, and the ranges' keys and ends."""
         self.refuses: set[bytes | None] = set()
-        self.questions = Questions(1.0)
+        self.questions = Queries(1.0)
         self.listener: Any = None
 
-    def read(self, now: Now) -> None:
+    def read(self, now: RevisionRead) -> None:
         self.do(self.questions.read(now))
 
-    def check(self, may: May) -> None:
-        assert may.asked == Asked(None, b"k", b"")
+    def check(self, may: PermissionCheck) -> None:
+        assert may.asked == AuthScope(None, b"k", b"")
         assert may.wanted
         assert may.told is not None
         may.told(Granted(HEADER))
@@ -78,7 +78,7 @@ class FakeReader:
 
     def do(self, effects: Sequence[Any]) -> None:
         for effect in effects:
-            if isinstance(effect, Ask):
+            if isinstance(effect, SendCall):
                 call = effect.call
                 self.reads.append((call.token, *(part for each in call.ranges for part in each)))
                 self.questions.begin(call, self.listener.newest_revision, 0.0)
@@ -87,12 +87,12 @@ class FakeReader:
                     self.do(self.questions.answered(call, self.header))
                 else:
                     self.do(self.questions.failed(call, Status.PERMISSION_DENIED, "no"))
-            elif isinstance(effect, Tell):
+            elif isinstance(effect, DeliverAnswer):
                 assert effect.question.told is not None
                 effect.question.told(effect.outcome)
-            elif isinstance(effect, SendAway):
+            elif isinstance(effect, DisconnectSession):
                 self.listener.not_authorized(effect.session, effect.refusal)
-            elif isinstance(effect, WentBack):
+            elif isinstance(effect, RevisionRegressed):
                 self.listener.went_back(effect.header)
 
     def stop(self) -> None:
@@ -112,7 +112,7 @@ class FakeUpstream:
     def watch_leader(self) -> None:
         self.told.append(("watch leader", None))
 
-    def store_went_back(self, revision: int) -> None:
+    def revision_regressed(self, revision: int) -> None:
         self.told.append(("went back", revision))
 
     def open(self, watch: Any) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from coalesce.guarantees.checkers import DELETE, PUT, Change, Truth
 from proto.pb import kv_pb2, rpc_pb2
-from proxy.measuring.load.client import Recorder, read_record
-from proxy.measuring.load.judge import Verdict, judge, percentile_ms
+from proxy.measuring.load.client import EventRecorder, read_record
+from proxy.measuring.load.judge import RunVerdict, judge, percentile_ms
 from proxy.measuring.load.plan import ClientPlan, PlannedStream, PlannedWatch, Range
 from proxy.measuring.load.writer import read_stamp, stamp
 
@@ -53,9 +53,9 @@ def correct() -> list[Response]:
     ]
 
 
-def verdict_on(directory: Path, responses: list[Response], watch: PlannedWatch | None = None) -> Verdict:
+def verdict_on(directory: Path, responses: list[Response], watch: PlannedWatch | None = None) -> RunVerdict:
     path = str(directory / "record")
-    recorder = Recorder(path)
+    recorder = EventRecorder(path)
     for response in responses:
         recorder.add(0, response.SerializeToString())
     recorder.close()
@@ -63,7 +63,7 @@ def verdict_on(directory: Path, responses: list[Response], watch: PlannedWatch |
     return judge([plan], TRUTH, 5, safe_headers=True)
 
 
-def faults(verdict: Verdict) -> set[str]:
+def faults(verdict: RunVerdict) -> set[str]:
     return {name for name in ("lost", "duplicated", "out_of_order", "wrong") if getattr(verdict, name)}
 
 
@@ -145,7 +145,7 @@ def test_a_watch_without_responses_has_lost_all_events(tmp_path: Path) -> None:
 
 def test_a_truncated_record_gives_its_complete_blocks(tmp_path: Path) -> None:
     path = tmp_path / "record"
-    recorder = Recorder(str(path))
+    recorder = EventRecorder(str(path))
     for number in range(1000):
         recorder.add(0, b"%d" % number)
     recorder.close()
