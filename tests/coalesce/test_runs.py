@@ -285,3 +285,23 @@ def test_a_run_is_sent_before_other_ranges_evict_it() -> None:
     shell.settle()
     assert [revisions(client) for client in clients] == [["99"], ["99"]]
     assert len(shell.opened) == 3
+
+
+def test_who_lost_its_place_does_not_wait_for_the_run() -> None:
+    """What was evicted while the client did not read does not come with the end of the run."""
+    shell = Shell(SCARCE)
+    shell.trunk(100, shell.client())
+    client = shell.client()
+    client.create(start=50, fragment=True)
+    client.read()
+    backfill = shell.opened[-1]
+    shell.created(backfill, 100)
+    client.stall()
+    piece(shell, backfill, 60, last=True)
+    for revision in range(61, 66):
+        piece(shell, backfill, revision)
+    assert len(shell.opened) == 2
+    client.drain()
+    shell.settle()
+    assert len(shell.opened) == 3
+    assert shell.opened[-1].start_revision in (60, 61)
