@@ -457,6 +457,7 @@ class UpstreamShell:
 
     def _begin(self, stream: WatchStream) -> None:
         self._links[stream] = self._open(stream.token)
+        stream.ordered = self._links[stream].member.ordered_progress
         self._feeds[stream] = self._parts.feed.Feed(scan_watch_response, 1 << 20)
         if not self.choice.leaderless:
             self._led.add(stream)

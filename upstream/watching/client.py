@@ -424,8 +424,7 @@ class WatchClient:
 
     def _look_at_history(self, server: Server) -> None:
         """Look again at a store that was no further than it had been when it was connected to, once it is."""
-        wanted = self._lineage.wants_a_look(server.standing, self._state.newest_revision)
-        if wanted and self._recognition is None:
+        if self._lineage.wants_a_look(server.standing, self._state.newest_revision) and self._recognition is None:
             again = self._recognise_again(server)
             self._recognition = asyncio.get_running_loop().create_task(again, name="recognise upstream")
 
@@ -501,7 +500,7 @@ class WatchClient:
         target = server.target
         target.backoff.succeeded(asyncio.get_running_loop().time())
         target.last_logged_problem = ""
-        self._prepare(server.connection)
+        self._prepare(server)
         connections = Connections(
             server.connection,
             self._settings,
@@ -528,8 +527,10 @@ class WatchClient:
         connection = self._places.own() if server is self._server else None
         return connection or server.connection
 
-    def _prepare(self, connection: ClientConnection) -> None:
-        connection.around_read = self.around_read or connection.around_read
+    def _prepare(self, server: Server) -> None:
+        server.connection.around_read = self.around_read or server.connection.around_read
+        if not server.ordered_progress:
+            self._places.unordered.add(server.connection)
 
     async def _open_another(self, server: Server) -> ClientConnection:
         """
@@ -555,7 +556,7 @@ class WatchClient:
             self._state.saw(other.header.revision)
             self._listener.header_seen(other.header)
         self._listener.resumed()
-        self._prepare(other.connection)
+        self._prepare(other)
         return other.connection
 
     def _places_changed(self) -> None:
@@ -564,8 +565,8 @@ class WatchClient:
 
     def _connection_ended(self, connection: ClientConnection, rotated: bool) -> None:
         self.rotated += rotated
-        server = self._server
-        if server is not None:
+        self._places.unordered.discard(connection)
+        if (server := self._server) is not None:
             server.target.settings = settings_after(connection, server.target.settings)
         if connection.failure is not None:
             self._dialer.count(connection.failure)
@@ -577,8 +578,7 @@ class WatchClient:
 
     def _leave(self) -> None:
         """Leave the server in use: every watch waits for the next one."""
-        server = self._server
-        if server is not None:
+        if (server := self._server) is not None:
             server.target.failed(asyncio.get_running_loop().time())
         self._drop_server()
 

@@ -22,6 +22,8 @@ class Places:
         self._connections: Connections | None = None
         # Streams that wait for a place, and their calls, oldest first.
         self._waiting: dict[WatchStream, UpstreamWatchCall] = {}
+        # Connections to members that do not answer requests for progress in order with events.
+        self.unordered: set[ClientConnection] = set()
 
     @property
     def waiting(self) -> int:
@@ -52,6 +54,7 @@ class Places:
     def leave(self) -> None:
         """Close the connections, and forget who waits."""
         self._waiting.clear()
+        self.unordered.clear()
         connections, self._connections = self._connections, None
         if connections is not None:
             connections.close()
@@ -88,4 +91,5 @@ class Places:
             call.begin(connection, self._metadata(stream))
         except NotSent:
             return False
+        stream.ordered = connection not in self.unordered
         return True

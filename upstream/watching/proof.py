@@ -9,7 +9,8 @@ create's header cannot belong to a request sent before that create.
 Who asks wants to be told at least what the server had when it asked, and a lower bound that lags behind after a
 dropped request would never say so. So a request that follows unanswered ones goes with a *probe*: a create of an
 empty range, which every etcd refuses, in order and with the revision it has then. Whatever proves that revision, an
-event or an answer to whichever request, is fresh enough. Servers without ordered progress get the probe alone.
+event or an answer to whichever request, is fresh enough. Servers without ordered progress get the probe alone: each
+stream goes by the member that it is at, since streams stay where they are when their connection rotates.
 
 Sources: etcd server/etcdserver/api/v3rpc/watch.go.
 """
@@ -28,8 +29,10 @@ _PROBE: Final = encode_create(b"\x01", b"\x01")
 def ask_progress(stream: WatchStream, number: int, effects: list[WatchEffect]) -> None:
     """Ask how far a stream is complete; `number` is the listener's for this request."""
     if stream.live and not stream.paused:
-        if stream.answers_from <= stream.requested:
+        if stream.answers_from <= stream.requested or not stream.ordered:
             send_probe(stream, number, effects)
+        if not stream.ordered:
+            return
         stream.requested += 1
         stream.numbers.append((stream.requested, number))
         effects.append(Write(stream, encode_progress()))

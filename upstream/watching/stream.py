@@ -149,6 +149,7 @@ class WatchStream:
         "kind",
         "live",
         "numbers",
+        "ordered",
         "own",
         "passed",
         "paused",
@@ -169,6 +170,9 @@ class WatchStream:
         self.shell: object = None
         # A backfill's stream that is not to be read at present.
         self.paused = False
+        # Its member answers requests for progress in order with events; what does the I/O sets it as the call begins.
+        # Members differ while a cluster is upgraded, and a stream stays at its own when the connection rotates.
+        self.ordered = True
         # Creates sent and not answered, oldest first.
         self.creating: deque[Create] = deque()
         self.by_id: dict[int, Registration] = {}
