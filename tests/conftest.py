@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import structlog
 
 from tests.etcd.binaries import EtcdBinary, current
 from tests.etcd.server import EtcdServer
+
+
+@pytest.fixture(autouse=True)
+def _default_logging() -> Iterator[None]:
+    """What a test configures for the log does not reach the next one."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -282,7 +282,7 @@ class Unread:
         self.size += size
         self.owner.charge_unread(cast(Relay, self), size)
 
-    def cut_off(self) -> None:
+    def abort_unread(self) -> None:
         self.lost = True
         self.owner.release_unread(cast(Relay, self), self.size)
 

@@ -123,7 +123,7 @@ def test_a_payload_goes_to_each_watch_under_its_id() -> None:
         rig = Rig()
         outlets = [FakeOutlet(9) for _ in range(4)]
         watches = [watch_of(outlet, watch_id) for outlet, watch_id in zip(outlets, (0, 0, 5, 0), strict=True)]
-        rig.script("received", Deliver(payload_of(b"x", b"y"), watches))
+        rig.script("upstream_response", Deliver(payload_of(b"x", b"y"), watches))
         rig.engine.received(TRUNK, SPOKEN)
         assert [outlet.sent for outlet in outlets] == [[b"0:x", b"0:y"]] * 2 + [[b"5:x", b"5:y"]] + [[b"0:x", b"0:y"]]
         assert [outlet.touched for outlet in outlets] == [1] * 4
@@ -140,9 +140,9 @@ def test_a_stall_is_told_at_once_and_what_follows_is_handed_back() -> None:
         first, second = watch_of(outlet, 0), watch_of(outlet, 1)
         second.session = first.session
         payloads = [payload_of(b"x"), payload_of(b"y")]
-        rig.script("received", Deliver(payloads[0], [first, second]), Deliver(payloads[1], [first]))
+        rig.script("upstream_response", Deliver(payloads[0], [first, second]), Deliver(payloads[1], [first]))
         rig.engine.received(TRUNK, SPOKEN)
-        assert rig.core.inputs[1:] == [("stalled", first.session), ("returned", first, payloads[1])]
+        assert rig.core.inputs[1:] == [("stalled", first.session), ("undelivered", first, payloads[1])]
         assert outlet.sent == [b"0:x", b"1:x"]
         assert rig.engine.stats.stalls == 1
 
@@ -160,7 +160,7 @@ def test_what_comes_alone_is_written_at_once() -> None:
         outlets = [FakeOutlet(room) for room in (9, 9, 0, 9)]
         outlets[1].touch()
         watches = [watch_of(outlet, watch_id) for outlet, watch_id in zip(outlets, (0, 0, 0, 5), strict=True)]
-        rig.script("received", Deliver(payload_of(b"x"), watches))
+        rig.script("upstream_response", Deliver(payload_of(b"x"), watches))
         rig.engine.received(TRUNK, SPOKEN)
         assert [outlet.sent for outlet in outlets] == [[b"0:x"]] * 3 + [[b"5:x"]]
         assert [outlet.written for outlet in outlets] == [[b"0:x"], [], [], [b"5:x"]]
@@ -195,12 +195,12 @@ def test_what_can_be_joined_is_not_written_at_once() -> None:
             [Deliver(payload_of(bytes(BULKY_BYTES + 1)), watches[:1])],
             [Deliver(payload_of(b"x", b"y"), watches[:1])],
         ):
-            rig.script("received", *effects)
+            rig.script("upstream_response", *effects)
             rig.engine.received(TRUNK, SPOKEN)
         assert told == [True, False] * 4
         # A read of several messages; and what no read has brought.
         rig.engine.reading(True)
-        rig.script("received", Deliver(small, watches[:1]))
+        rig.script("upstream_response", Deliver(small, watches[:1]))
         rig.engine.received(TRUNK, SPOKEN)
         assert told[8:] == [True]
         rig.engine.reading(False)
@@ -228,7 +228,7 @@ def test_a_large_group_gets_the_same_in_order_of_connections() -> None:
         rig = Rig()
         outlets, watches = large_group(RUN_WATCHES_MIN)
         for text in (b"a", b"b", b"c"):
-            rig.script("received", Deliver(payload_of(text), watches))
+            rig.script("upstream_response", Deliver(payload_of(text), watches))
             rig.engine.received(TRUNK, SPOKEN)
         for outlet in outlets:
             assert sorted(outlet.sent) == sorted(b"%d:%s" % (i, text) for i in (0, 7) for text in (b"a", b"b", b"c"))
@@ -252,7 +252,7 @@ def test_a_large_group_on_connections_of_its_own_is_written_at_once() -> None:
             for outlet in outlets:
                 outlet.connection.dirty = False
             outlets[3].room = 1
-            rig.script("received", Deliver(payload, watches))
+            rig.script("upstream_response", Deliver(payload, watches))
             rig.engine.received(TRUNK, SPOKEN)
         for outlet in outlets:
             assert outlet.sent == [b"0:a", b"0:b", b"0:" + bytes(BULKY_BYTES + 1), b"0:c"]
@@ -271,7 +271,7 @@ def test_a_large_group_with_some_on_connections_of_their_own() -> None:
         alone = [FakeOutlet(99) for _ in range(2)]
         watches += tuple(watch_of(outlet) for outlet in alone)
         for text in (b"a", b"b", b"c"):
-            rig.script("received", Deliver(payload_of(text), watches))
+            rig.script("upstream_response", Deliver(payload_of(text), watches))
             rig.engine.received(TRUNK, SPOKEN)
         assert [outlet.sent for outlet in alone] == [[b"0:a", b"0:b", b"0:c"]] * 2
         assert [outlet.runs for outlet in alone] == [0, 0]
@@ -290,22 +290,22 @@ def test_a_stall_inside_of_a_large_group() -> None:
         first, second = (watch for watch in watches if watch.outlet is slow)
         second.session = first.session
         for _ in range(2):
-            rig.script("received", Deliver(payload_of(b"x"), watches))
+            rig.script("upstream_response", Deliver(payload_of(b"x"), watches))
             rig.engine.received(TRUNK, SPOKEN)
         slow.room = 1
         slow.sent.clear()
         payload = payload_of(b"y")
         rig.core.inputs.clear()
-        rig.script("received", Deliver(payload, watches))
+        rig.script("upstream_response", Deliver(payload, watches))
         rig.engine.received(TRUNK, SPOKEN)
         # The second one is written too: it was under way before the session stalled.
         slow.room = 0
         later = payload_of(b"z")
-        rig.script("received", Deliver(later, watches))
+        rig.script("upstream_response", Deliver(later, watches))
         rig.engine.received(TRUNK, SPOKEN)
-        told = [entry for entry in rig.core.inputs if entry[0] in ("stalled", "returned")]
+        told = [entry for entry in rig.core.inputs if entry[0] in ("stalled", "undelivered")]
         assert told[0] == ("stalled", first.session)
-        assert told[1:] == [("returned", first, later), ("returned", second, later)]
+        assert told[1:] == [("undelivered", first, later), ("undelivered", second, later)]
         assert slow.sent == [b"0:y", b"7:y"]
 
     run(scenario())
@@ -318,7 +318,7 @@ def test_much_in_one_turn_is_said_to_be_much() -> None:
         outlet = FakeOutlet(99)
         rig.engine.relieve = lambda: relieved.append(len(outlet.sent))
         third = payload_of(bytes(TURN_BYTES // 3))
-        rig.script("received", *[Deliver(third, [watch_of(outlet)])] * 7)
+        rig.script("upstream_response", *[Deliver(third, [watch_of(outlet)])] * 7)
         rig.engine.received(TRUNK, SPOKEN)
         assert relieved == [3, 6]
 
@@ -330,7 +330,7 @@ def test_nothing_of_a_session_that_is_gone_is_kept() -> None:
         rig = Rig()
         watches = large_group(RUN_WATCHES_MIN)[1]
         for _ in range(2):
-            rig.script("received", Deliver(payload_of(b"x"), watches))
+            rig.script("upstream_response", Deliver(payload_of(b"x"), watches))
             rig.engine.received(TRUNK, SPOKEN)
         outlet = weakref.ref(watches[0].outlet)
         rig.engine.close(watches[0].session)
@@ -350,7 +350,7 @@ def test_a_control_answer_that_waits_is_a_stall_too() -> None:
         rig.script("progress", Send(watch.session, b"1"), Send(watch.session, b"2"), Deliver(payload_of(b"x"), [watch]))
         rig.engine.progress(watch.session)
         assert outlet.sent == [b"1", b"2"]
-        assert rig.core.names() == ["progress", "stalled", "returned"]
+        assert rig.core.names() == ["progress", "stalled", "undelivered"]
 
     run(scenario())
 
