@@ -106,7 +106,7 @@ HTTP2: Final = {
         _CUT_OFF % "flood: header fields", f"{_FLOODS}test_too_many_header_fields_end_the_connection"
     ),
     "turn_work_max": Row(
-        "watchmux_connections_in_turns_total", f"{_LISTENER}test_what_comes_at_once_is_handled_in_turns"
+        "watchmux_connections_in_turns_total", f"{_LISTENER}test_turn_work_max_spreads_input_over_turns"
     ),
     "resets_remembered": Row(NOTHING, "http2/test_ends.py::test_late_frames_of_a_forgotten_stream_are_reset_again"),
     "continuations_max": Row(
@@ -145,9 +145,11 @@ LISTENER: Final = {
     "write_buffer_bytes": Row(
         "watchmux_stalls_total", "proxy/listening/test_listener.py::test_much_to_write_is_not_joined_for_each_stream"
     ),
-    "unread_bytes_max": Row("watchmux_connections_not_read_total", f"{_LISTENER}test_bytes_kept_for_who_does_not_read"),
-    "reason_s": Row(NOTHING, f"{_LISTENER}test_who_is_cut_off_may_read_why_for_a_while"),
-    "drain_ping_s": Row(NOTHING, f"{_LISTENER}test_who_is_told_to_go_and_does_not_answer_is_told_so_again"),
+    "unread_bytes_max": Row(
+        "watchmux_connections_not_read_total", f"{_LISTENER}test_unread_bytes_beyond_the_limit_pause_reading"
+    ),
+    "reason_s": Row(NOTHING, f"{_LISTENER}test_a_connection_stays_open_for_the_reason_to_be_read"),
+    "drain_ping_s": Row(NOTHING, f"{_LISTENER}test_the_final_goaway_follows_an_unanswered_ping"),
     "leaving_per_turn": Row(
         NOTHING, "proxy/listening/test_leaving.py::test_many_streams_that_leave_at_once_are_forgotten_in_turns"
     ),
@@ -264,7 +266,7 @@ class Kept(NamedTuple):
 
 
 _GIVEN_BACK: Final = "coalesce/test_given_back.py::"
-_GARBAGE: Final = "e2e/test_garbage.py::test_what_has_ended_is_gone"
+_GARBAGE: Final = "e2e/test_garbage.py::test_ended_objects_are_freed_without_the_collector"
 
 KEPT: Final = (
     Kept("a watch", "`watches_per_session_max`, `watches_max`", "its cancel, or its stream", _GARBAGE),

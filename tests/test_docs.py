@@ -15,7 +15,7 @@ ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
-def test_limits_page_is_the_codes() -> None:
+def test_limits_page_matches_the_code() -> None:
     """`python -m tests.limits_page` writes it anew."""
     assert limits_page.PAGE.read_text() == limits_page.page()
 
@@ -32,13 +32,13 @@ def numbered(text: str) -> dict[int, str]:
     return {int(number): " ".join(item.split()) for number, item in items}
 
 
-def test_invariants_are_the_codes() -> None:
+def test_documented_invariants_match_the_code() -> None:
     _, _, section = ARCHITECTURE.partition("### Invariants\n")
     section = section.partition("\n##")[0]
     assert numbered(section) == numbered(invariants.__doc__ or "")
 
 
-def test_every_room_is_in_the_tree() -> None:
+def test_every_package_is_in_the_documented_tree() -> None:
     """Every package of the program stands in ARCHITECTURE.md's tree."""
     for package in ("proxy", "upstream", "coalesce", "proto"):
         for init in (ROOT / package).rglob("__init__.py"):

@@ -103,14 +103,14 @@ def test_imports_point_down(package: str) -> None:
             assert top != "tests", f"{named(path)} imports {name}"
 
 
-def test_the_core_imports_only_what_is_allowed() -> None:
+def test_the_core_imports_only_allowed_modules() -> None:
     for path in modules("coalesce"):
         for name in imports(path):
             ours = name == "coalesce" or name.startswith("coalesce.") or name in CORE_PROTO
             assert ours or name in CORE_STDLIB, f"{named(path)} imports {name}"
 
 
-def test_the_core_has_no_tasks_and_reaches_nowhere() -> None:
+def test_the_core_has_no_tasks_and_no_impure_builtins() -> None:
     for path in modules("coalesce"):
         for node in ast.walk(tree_of(path)):
             impure = isinstance(node, ast.AsyncFunctionDef | ast.AsyncFor | ast.AsyncWith | ast.Await)
@@ -119,7 +119,7 @@ def test_the_core_has_no_tasks_and_reaches_nowhere() -> None:
 
 
 @pytest.mark.parametrize("path", DECIDING)
-def test_what_is_decided_beside_the_core_is_pure(path: str) -> None:
+def test_decision_modules_outside_the_core_are_pure(path: str) -> None:
     """No I/O, clock, randomness, task or log line: the simulator drives it as the program does."""
     files = sorted((ROOT / path).glob("*.py")) if (ROOT / path).is_dir() else [ROOT / path]
     assert files
@@ -175,7 +175,7 @@ def test_only_the_engine_drives_the_core() -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_modules_say_what_they_are(package: str) -> None:
+def test_modules_have_docstrings(package: str) -> None:
     for path in modules(package):
         tree = tree_of(path)
         assert ast.get_docstring(tree) or not tree.body, f"{named(path)} has no docstring"

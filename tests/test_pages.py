@@ -57,7 +57,7 @@ def test_knobs_exist(name: str) -> None:
     assert named <= keys
 
 
-def test_what_is_said_to_be_reloaded_is() -> None:
+def test_settings_documented_as_reloadable_are() -> None:
     text = text_of("operations.md")
     part = text[text.index("`kill -HUP`") : text.index("What else has changed")]
     said = set(re.findall(r"`([a-z_]+\*?)`", part))
@@ -84,7 +84,7 @@ def test_flags_of_measure_exist() -> None:
             assert {flag.split("=")[0] for flag in line.split() if flag.startswith("--")} <= options
 
 
-def test_defaults_in_the_migration_page_are_the_codes() -> None:
+def test_defaults_in_the_migration_page_match_the_code() -> None:
     defaults = {knob.flag: knob.default for knob in knobs()}
     assert defaults["--listen-addr"] == "127.0.0.1:23790"
     assert defaults["--max-concurrent-streams"] == 100_000

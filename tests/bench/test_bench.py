@@ -23,7 +23,7 @@ def test_each_watch_of_a_range_gets_each_write() -> None:
     assert Case("odd", "", 1, 3, ranges=2, writes=3).expected() == 2 + 1 + 2
 
 
-def test_mixed_watches_get_what_their_options_let_through() -> None:
+def test_mixed_watches_get_the_events_their_options_allow() -> None:
     case = Case("mixed", "", 1, len(VARIANTS), writes=3, behind=6, mixed=True)
     assert case.expected() == sum(variant.events for variant in VARIANTS)
     # What was there before comes to those that begin with it, twice as much here.
@@ -31,7 +31,7 @@ def test_mixed_watches_get_what_their_options_let_through() -> None:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
-def test_cases_are_whole(case: Case) -> None:
+def test_cases_are_complete(case: Case) -> None:
     assert set(case.targets) <= set(ALL)
     assert not case.mixed or (case.writes % 3 == 0 and case.behind % 3 == 0)
     if case.kind is Kind.CALLS:
@@ -48,7 +48,7 @@ def answer(size: int) -> bytes:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000, 100_000])
-def test_every_stamp_is_found_however_it_is_cut(chunk: int) -> None:
+def test_stamps_cut_anywhere_are_found(chunk: int) -> None:
     """By frames of a large message, and by reads."""
     tally = Tally(1, 0, 6)
     client = Client(tally, Case("any", "", 1, 1))
@@ -68,7 +68,7 @@ def test_every_stamp_is_found_however_it_is_cut(chunk: int) -> None:
     assert 0 <= tally.delay_ms(1.0) < 60_000
 
 
-def test_tables_show_ratios_and_what_is_missed() -> None:
+def test_tables_show_ratios_and_missed_goals() -> None:
     figures = {"cpu_us": 2.0, "p50_ms": 1.0, "p99_ms": 8.0, "memory_mib": 50.0, "lost": 0.0}
     results: report.Results = {
         "burst": {"grpc-proxy": figures, "watchmux": {**figures, "cpu_us": 0.5, "lost": 3.0}},
@@ -82,7 +82,7 @@ def test_tables_show_ratios_and_what_is_missed() -> None:
     assert report.median_of([{"cpu_us": 1.0}, {"cpu_us": 9.0}, {"cpu_us": 2.0}]) == {"cpu_us": 2.0}
 
 
-def test_bounds_are_ours_alone() -> None:
+def test_bounds_apply_to_watchmux_alone() -> None:
     costs = {"scale-10": 30.0, "scale-100": 4.0, "scale-1000": 1.0, "scale-10000": 1.5}
     results: report.Results = {name: {"watchmux": {"cpu_us": cost, "lost": 0.0}} for name, cost in costs.items()}
     results["idle"] = {"watchmux": {"create_s": 0.5}, "grpc-proxy": {"create_s": 9.0}}

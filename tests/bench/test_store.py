@@ -11,7 +11,7 @@ KEYS = 300
 
 
 @pytest.mark.parametrize("name", ["etcd", "store", "store, in memory"])
-def test_every_server_is_full_when_it_is_measured(name: str) -> None:
+def test_each_server_is_measured_with_its_keys_loaded(name: str) -> None:
     figures: store.Results = {name: {}}
     kind = store.KINDS[name]
     with store.filled(kind, current(), KEYS, figures[name]) as server:
@@ -24,7 +24,7 @@ def test_every_server_is_full_when_it_is_measured(name: str) -> None:
     assert ("start_s" in figures[name]) is kind.durable
 
 
-def test_tables_have_a_dash_where_nothing_was_measured() -> None:
+def test_tables_have_a_dash_for_missing_figures() -> None:
     results: store.Results = {
         "etcd": {"start_s": 0.25, "memory_mib": 99.6, "put-1 events_s": 1234.5, "put-1 lost": 0.0},
         "store": {"count_ms": 1.25, "paced cpu_us": 10.5, "paced lost": 2.0},

@@ -36,7 +36,7 @@ TWO = (event(5), event(6))
 GOOD = (CREATED, response(5, TWO[0]), response(6, TWO[1]), response(9, watch_id=-1), response(9, canceled=True))
 
 
-def test_the_same_is_the_same() -> None:
+def test_equal_recordings_have_no_differences() -> None:
     assert differences(PLAIN, recording(*GOOD, proxied=False), recording(*GOOD)) == []
     assert violations(PLAIN, recording(*GOOD)) == []
 
@@ -50,7 +50,7 @@ def test_the_same_is_the_same() -> None:
     ],
     ids=["grouped", "progress twice", "an older header of a cancel"],
 )
-def test_what_is_free(proxied: tuple[Response, ...]) -> None:
+def test_permitted_differences_are_accepted(proxied: tuple[Response, ...]) -> None:
     assert differences(PLAIN, recording(*GOOD, proxied=False), recording(*proxied)) == []
 
 
@@ -74,7 +74,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_not_free(name: str) -> None:
+def test_other_differences_are_found(name: str) -> None:
     assert differences(PLAIN, recording(*GOOD, proxied=False), recording(*WRONG[name]))
 
 
@@ -98,5 +98,5 @@ UNLAWFUL = {
 
 
 @pytest.mark.parametrize("name", UNLAWFUL)
-def test_what_no_stream_may_do(name: str) -> None:
+def test_unlawful_streams_are_found(name: str) -> None:
     assert violations(PLAIN, recording(*UNLAWFUL[name]))

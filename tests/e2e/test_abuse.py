@@ -18,7 +18,9 @@ from tests.waiting import until_async
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_the_others_go_on(etcd: EtcdServer, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_clients_are_served_during_each_attack(
+    etcd: EtcdServer, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attacks, "HOLD_S", 0.5)
     attack = ATTACKS[name]
 

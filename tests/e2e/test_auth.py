@@ -114,7 +114,7 @@ def test_users_with_the_same_right_share_a_watch(etcd: EtcdServer) -> None:
     scenario_of(etcd, story)
 
 
-def test_a_user_who_leaves_does_not_take_the_watch_along(etcd: EtcdServer) -> None:
+def test_a_trunk_outlives_the_user_who_opened_it(etcd: EtcdServer) -> None:
     with_users(etcd)
 
     async def story(_proxy: Proxy, client: RawClient) -> None:
@@ -130,7 +130,7 @@ def test_a_user_who_leaves_does_not_take_the_watch_along(etcd: EtcdServer) -> No
     scenario_of(etcd, story)
 
 
-def test_a_token_that_etcd_forgets_ends_its_sessions(etcd: EtcdServer) -> None:
+def test_sessions_whose_token_etcd_forgets_are_ended(etcd: EtcdServer) -> None:
     with_users(etcd)
 
     async def story(proxy: Proxy, client: RawClient) -> None:
@@ -159,7 +159,7 @@ def test_a_token_that_etcd_forgets_ends_its_sessions(etcd: EtcdServer) -> None:
     scenario_of(etcd, story)
 
 
-def test_auth_that_is_switched_on_while_clients_watch(etcd: EtcdServer) -> None:
+def test_auth_is_enabled_while_clients_watch(etcd: EtcdServer) -> None:
     async def story(_proxy: Proxy, client: RawClient) -> None:
         before = client.watch()
         before.create(b"a/k")

@@ -150,7 +150,7 @@ def test_drain(etcd: EtcdServer) -> None:
     run(scenario())
 
 
-def test_a_drain_does_not_wait_for_ever(etcd: EtcdServer) -> None:
+def test_a_drain_ends_within_its_timeout(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
             stream = client.watch()
@@ -165,7 +165,7 @@ def test_a_drain_does_not_wait_for_ever(etcd: EtcdServer) -> None:
     run(scenario())
 
 
-def test_a_core_that_fails_loses_nothing_for_clients_that_come_back(etcd: EtcdServer) -> None:
+def test_reconnecting_clients_miss_nothing_after_a_core_failure(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         async with (
             proxy_for(etcd, failures=1) as proxy,

@@ -52,5 +52,5 @@ def test_churn(etcd: EtcdServer, seed: int) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(320)
 @pytest.mark.parametrize("seed", range(100, 104))
-def test_churn_for_long(etcd: EtcdServer, seed: int) -> None:
+def test_long_churn(etcd: EtcdServer, seed: int) -> None:
     run(_churn(etcd, seed, 4000, 4), 300)

@@ -104,7 +104,7 @@ async def calls(proxy: Proxy, client: RawClient, past: int) -> list[RawClient]:
 
 
 @pytest.mark.parametrize("what", [watch_streams, single_watches, connections, calls])
-def test_what_has_ended_is_gone(etcd: EtcdServer, what: What) -> None:
+def test_ended_objects_are_freed_without_the_collector(etcd: EtcdServer, what: What) -> None:
     async def scenario() -> None:
         async with (
             proxy_for(etcd, limits=CoreLimits(linger_s=0.05)) as proxy,

@@ -74,7 +74,7 @@ def test_garbage_of_all_kinds(etcd: EtcdServer) -> None:
     run(scenario())
 
 
-def test_half_messages_on_many_streams_are_forgotten_with_their_connection(etcd: EtcdServer) -> None:
+def test_partial_messages_are_freed_with_their_connection(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         async with proxy_for(etcd) as proxy:
             client = await RawClient.connect(proxy.port)
@@ -125,7 +125,7 @@ def test_too_many_watches_on_a_session(etcd: EtcdServer) -> None:
     run(scenario())
 
 
-def test_a_client_that_is_behind_for_too_long_is_told_why(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_behind_for_too_long_gets_the_reason(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.listening.calls.UNREAD_END_GRACE_S", 0.2)
 
     async def scenario() -> None:
@@ -185,7 +185,7 @@ def test_a_tls_client_at_a_plain_port(etcd: EtcdServer) -> None:
     run(scenario())
 
 
-def test_much_at_once_is_handled_in_turns(etcd: EtcdServer) -> None:
+def test_a_burst_of_requests_is_handled_over_several_turns(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         async with proxy_for(etcd) as proxy:
             connection = ServerConnection(proxy.listener)

@@ -106,7 +106,7 @@ def test_times_of_a_connection(limit: str, opening: bytes, since: str) -> None:
     run(scenario())
 
 
-def test_who_is_told_to_go_and_does_not_answer_is_told_so_again() -> None:
+def test_the_final_goaway_follows_an_unanswered_ping() -> None:
     """`drain_ping_s`: the second GOAWAY does not wait for ever."""
 
     async def scenario() -> None:
@@ -123,7 +123,7 @@ def test_who_is_told_to_go_and_does_not_answer_is_told_so_again() -> None:
     run(scenario())
 
 
-def test_who_is_cut_off_may_read_why_for_a_while() -> None:
+def test_a_connection_stays_open_for_the_reason_to_be_read() -> None:
     """`reason_s`: then the connection is closed, whatever the client still sends."""
 
     async def scenario() -> None:
@@ -141,7 +141,7 @@ def test_who_is_cut_off_may_read_why_for_a_while() -> None:
     run(scenario())
 
 
-def test_bytes_kept_for_who_does_not_read() -> None:
+def test_unread_bytes_beyond_the_limit_pause_reading() -> None:
     async def scenario() -> None:
         async with (
             rig_of(ListenerSettings(unread_bytes_max=20_000)) as rig,
@@ -162,7 +162,7 @@ def test_bytes_kept_for_who_does_not_read() -> None:
 
 
 @pytest.mark.parametrize(("pings", "turns"), [(5, 0), (6, 1)])
-def test_what_comes_at_once_is_handled_in_turns(pings: int, turns: int) -> None:
+def test_turn_work_max_spreads_input_over_turns(pings: int, turns: int) -> None:
     async def scenario() -> None:
         async with (
             rig_of(ListenerSettings(http2=Http2Limits(turn_work_max=5), keepalive_min_s=None)) as rig,

@@ -78,7 +78,7 @@ def test_random_requests_are_answered_as_without_a_namespace(pair: Pair, first: 
         pair.run(seed)
 
 
-def test_nothing_outside_is_within_reach(etcd: EtcdServer) -> None:
+def test_keys_outside_the_namespace_are_unreachable(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         async with proxy_for(etcd, namespace=NS) as proxy, direct(etcd) as store:
             # Before, at, just behind and far behind the namespace.

@@ -90,7 +90,7 @@ async def ask(port: int, endpoint: str) -> None:
             assert response.header.revision >= revision
 
 
-def test_requests_on_an_old_etcd_are_answered_within_its_interval() -> None:
+def test_old_etcd_progress_is_answered_within_its_interval() -> None:
     """Its answers to requests are not in order with the events; its notifications are."""
 
     async def scenario(endpoints: list[str]) -> None:
@@ -108,7 +108,7 @@ def etcd_with_interval(binary: EtcdBinary) -> EtcdServer:
     return EtcdServer(binary, [f"--experimental-watch-progress-notify-interval={INTERVAL_S:g}s"])
 
 
-def test_the_interval_is_that_of_etcd_everywhere() -> None:
+def test_notifications_come_at_the_interval_of_etcd() -> None:
     """On each etcd, on the bundled store, and through two proxies in a row; all at the same time."""
 
     async def scenario(endpoints: list[str]) -> None:

@@ -107,7 +107,7 @@ def test_a_large_create_that_etcd_takes_is_served(etcd: EtcdServer) -> None:
     run(story())
 
 
-def test_a_token_with_a_control_character_is_refused_by_the_listener(etcd: EtcdServer) -> None:
+def test_the_listener_refuses_tokens_with_control_characters(etcd: EtcdServer) -> None:
     async def story() -> None:
         async with (
             proxy_for(etcd) as proxy,

@@ -147,7 +147,7 @@ def test_a_client_that_does_not_read_while_100_mb_pass(etcd: EtcdServer) -> None
     run(scenario(), 110)
 
 
-def test_a_stalled_stream_that_ends_gives_back_what_it_asked(etcd: EtcdServer) -> None:
+def test_a_stalled_stream_that_ends_returns_its_window(etcd: EtcdServer) -> None:
     """Else the connection's window shrinks with each of them."""
 
     async def scenario() -> None:

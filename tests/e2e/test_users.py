@@ -31,7 +31,7 @@ async def channel_to(port: int) -> AsyncIterator[grpc.aio.Channel]:
         yield channel
 
 
-def test_nothing_is_watched_for_nobody(etcd: EtcdServer) -> None:
+def test_a_proxy_without_watches_opens_none_at_etcd(etcd: EtcdServer) -> None:
     """Etcd's grpc-proxy keeps two watches of its own."""
 
     async def scenario() -> None:
@@ -46,7 +46,7 @@ def test_nothing_is_watched_for_nobody(etcd: EtcdServer) -> None:
     run(scenario())
 
 
-def test_requests_above_4_mib_are_etcds_to_take() -> None:
+def test_requests_above_4_mib_are_left_to_etcd() -> None:
     async def scenario(etcd: EtcdServer) -> None:
         async with proxy_for(etcd) as proxy, channel_to(proxy.port) as channel:
             await rpc_pb2_grpc.KVStub(channel).Put(rpc_pb2.PutRequest(key=b"large", value=bytes(LARGE_BYTES)))
@@ -55,7 +55,7 @@ def test_requests_above_4_mib_are_etcds_to_take() -> None:
         run(scenario(etcd))
 
 
-def test_keep_alives_are_not_held_back_and_a_lost_lease_is_told(etcd: EtcdServer) -> None:
+def test_keep_alives_are_prompt_and_report_a_lost_lease(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         async with proxy_for(etcd) as proxy, channel_to(proxy.port) as channel:
             stub = rpc_pb2_grpc.LeaseStub(channel)
@@ -175,7 +175,7 @@ def test_the_size_of_joined_revisions_is_a_setting(etcd: EtcdServer) -> None:
     assert max(run(scenario(1024 * 1024))) > 4 * 1024 + 100
 
 
-def test_prev_kv_is_for_who_wants_it_and_may_come_later(etcd: EtcdServer) -> None:
+def test_a_later_watch_may_add_prev_kv_to_a_running_trunk(etcd: EtcdServer) -> None:
     """A running trunk gets it at a boundary between revisions: nobody misses or repeats anything."""
 
     async def scenario() -> None:

@@ -64,7 +64,7 @@ def test_a_start_in_the_past_and_one_in_the_future(etcd: EtcdServer) -> None:
     run(scenario())
 
 
-def test_five_hundred_watches_are_one(etcd: EtcdServer) -> None:
+def test_five_hundred_watches_are_one_upstream_watch(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         async with proxy_for(etcd) as proxy, direct(etcd) as store:
             base = etcd.watchers()
@@ -91,7 +91,7 @@ def test_five_hundred_watches_are_one(etcd: EtcdServer) -> None:
     run(scenario())
 
 
-def test_ten_ranges_are_ten(etcd: EtcdServer) -> None:
+def test_ten_ranges_are_ten_upstream_watches(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
             base = etcd.watchers()
@@ -267,7 +267,7 @@ def test_a_stream_that_ends_inside_a_message(etcd: EtcdServer) -> None:
     run(scenario())
 
 
-def test_a_message_of_no_known_kind_is_ignored(etcd: EtcdServer) -> None:
+def test_a_message_of_unknown_kind_is_ignored(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
             stream = client.watch()

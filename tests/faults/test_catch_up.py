@@ -111,7 +111,7 @@ async def one_watcher_left(proxy: Proxy, etcd: EtcdServer, limit_s: float = 10) 
 
 @pytest.mark.parametrize("revisions", [5_000, pytest.param(100_000, marks=pytest.mark.long)])
 @pytest.mark.timeout(240)
-def test_a_watch_far_behind_gets_everything_and_holds_nobody_up(
+def test_a_watch_far_behind_catches_up_without_delaying_others(
     etcd: EtcdServer, revisions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Live events go on being delivered while a watch of the same range is brought everything since the beginning."""

@@ -69,7 +69,7 @@ def test_a_reader_of_the_wall_clock_is_found(source: str, lines: list[int]) -> N
     assert list(wall_clock(source)) == lines
 
 
-def test_nothing_is_decided_by_the_wall_clock() -> None:
+def test_no_decision_depends_on_the_wall_clock() -> None:
     readers = set()
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):

@@ -64,7 +64,7 @@ def test_trunks_live_on_when_every_token_has_expired() -> None:
         run(scenario())
 
 
-def test_nothing_of_a_client_is_done_in_the_name_of_the_proxy(etcd: EtcdServer) -> None:
+def test_client_requests_never_use_the_user_of_the_proxy(etcd: EtcdServer) -> None:
     with_proxy_user(etcd)
 
     async def scenario() -> None:
@@ -91,7 +91,7 @@ def test_nothing_of_a_client_is_done_in_the_name_of_the_proxy(etcd: EtcdServer) 
 
 
 @pytest.mark.long
-def test_what_the_proxy_may_not_read_its_clients_watch_themselves(etcd: EtcdServer) -> None:
+def test_ranges_the_proxy_may_not_read_use_client_tokens(etcd: EtcdServer) -> None:
     """Also when the proxy cannot log in at all."""
     with_proxy_user(etcd)
 

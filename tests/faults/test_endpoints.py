@@ -23,7 +23,7 @@ from tests.waiting import until, until_async
 RANGE = "/etcdserverpb.KV/Range"
 
 
-def test_watches_move_to_other_members_and_nobody_is_told() -> None:
+def test_watches_move_to_other_members_unnoticed() -> None:
     async def scenario() -> None:
         async with (
             cluster() as members,
@@ -69,7 +69,7 @@ def test_endpoints_of_another_cluster_are_refused(etcd: EtcdServer, etcd_binary:
         run(scenario(other))
 
 
-def test_endpoints_that_do_not_answer_are_left_alone_until_they_do(etcd: EtcdServer) -> None:
+def test_unreachable_new_endpoints_do_not_replace_the_old(etcd: EtcdServer) -> None:
     """The old ones serve on, and the list may be corrected at any time, also while there is none at all."""
 
     async def scenario() -> None:
@@ -95,7 +95,7 @@ def test_endpoints_that_do_not_answer_are_left_alone_until_they_do(etcd: EtcdSer
     run(scenario(), 60)
 
 
-def test_sighup_takes_other_endpoints(tmp_path: Path, etcd: EtcdServer) -> None:
+def test_sighup_replaces_the_endpoints(tmp_path: Path, etcd: EtcdServer) -> None:
     file = tmp_path / "watchmux.toml"
     file.write_text(f'[upstream]\nendpoints = ["{etcd.endpoint}"]\n')
     address = f"localhost:{etcd.endpoint.rpartition(':')[2]}"

@@ -96,7 +96,7 @@ def test_members_restart_one_after_the_other_under_load(how: str) -> None:
     run(scenario(), 100)
 
 
-def test_a_late_member_is_no_store_that_went_back() -> None:
+def test_a_lagging_member_is_not_a_restored_store() -> None:
     """Watches come from a member that lags, calls go to the leader: "now" is the leader's, and nothing is lost."""
 
     async def scenario() -> None:

@@ -71,7 +71,7 @@ def test_an_acknowledged_put_is_never_delivered(etcd: EtcdServer, way: str, call
     run(scenario())
 
 
-def test_one_read_serves_all_who_waited_when_it_began(etcd: EtcdServer) -> None:
+def test_one_read_serves_all_creates_that_wait_for_it(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         async with relay_to(etcd.client_port) as calls, split_proxy(calls.endpoint, etcd.endpoint) as proxy:
             client = await RawClient.connect(proxy.port)
@@ -120,7 +120,7 @@ def test_a_quiet_trunk_survives_a_compaction_and_a_break(etcd: EtcdServer) -> No
     run(scenario())
 
 
-def test_a_watch_of_the_future_on_a_cold_range_is_never_compacted(etcd: EtcdServer) -> None:
+def test_a_future_watch_on_a_cold_range_is_not_compacted(etcd: EtcdServer) -> None:
     """What it asked for is written, and compacted, at once; etcd has such a watch in step from the beginning."""
 
     async def scenario() -> None:

@@ -102,7 +102,7 @@ def test_compacted_during_an_outage(etcd: EtcdServer) -> None:
     run(scenario())
 
 
-def test_an_outage_without_a_word(etcd: EtcdServer) -> None:
+def test_a_silent_outage(etcd: EtcdServer) -> None:
     """The connection stays open and nothing comes through any more: noticed by ping, nothing is lost."""
 
     async def scenario() -> None:

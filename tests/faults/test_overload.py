@@ -40,7 +40,7 @@ async def _refused(client: RawClient, key: bytes) -> str:
     return response.cancel_reason
 
 
-def test_each_limit_refuses_clearly_and_harms_nobody_else(etcd: EtcdServer) -> None:
+def test_each_limit_refuses_clearly_and_harms_no_one_else(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         limits = CoreLimits(watches_per_session_max=WATCHES_EACH, watches_max=WATCHES, trunks_max=TRUNKS)
         settings: dict[str, Any] = {

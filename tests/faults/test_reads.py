@@ -74,7 +74,7 @@ async def calls_go_on(client: RawClient, token: str) -> AsyncIterator[None]:
 
 
 @pytest.mark.parametrize("count", [1500, pytest.param(20_000, marks=pytest.mark.long)])
-def test_a_member_cut_off_never_tells_what_is_now(count: int) -> None:
+def test_a_member_cut_off_never_answers_what_now_is(count: int) -> None:
     async def scenario() -> None:
         async with one_cut_off(auth=False) as (leader, client, _, _), straight(leader.endpoint) as store:
             put: Any = store._channel.unary_unary("/etcdserverpb.KV/Put")
@@ -96,7 +96,7 @@ def test_a_member_cut_off_never_tells_what_is_now(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1500, pytest.param(20_000, marks=pytest.mark.long)])
-def test_a_member_cut_off_never_grants_what_was_revoked(count: int) -> None:
+def test_a_member_cut_off_never_grants_a_revoked_right(count: int) -> None:
     async def scenario() -> None:
         async with one_cut_off(auth=True) as (leader, client, token, root):
             await open_watch(client, b"a/", b"a0", 0, [("token", token)])
@@ -165,7 +165,7 @@ def test_many_creates_of_a_token_cost_etcd_few_calls() -> None:
     run(scenario(), 90)
 
 
-def test_a_made_up_token_holds_up_no_one() -> None:
+def test_a_made_up_token_does_not_delay_others() -> None:
     async def scenario() -> None:
         with EtcdServer() as etcd:
             with_users(etcd)
@@ -191,7 +191,7 @@ def test_a_made_up_token_holds_up_no_one() -> None:
     run(scenario(), 90)
 
 
-def test_who_was_let_in_just_after_auth_came_is_asked_again() -> None:
+def test_clients_admitted_as_auth_begins_are_checked_again() -> None:
     async def scenario() -> None:
         with EtcdServer() as etcd:
             async with (

@@ -171,7 +171,7 @@ class _Witness(RawClient):
             self.told = len(health.messages), len(self.goaways)
 
 
-def test_a_drain_is_announced_before_anybody_is_sent_away(etcd: EtcdServer) -> None:
+def test_a_drain_is_announced_before_clients_get_goaway(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         with ProxyProcess(etcd.endpoint, DRAIN) as proxy:
             async with await _Witness.connect(proxy.port) as client:

@@ -68,7 +68,7 @@ async def others_are_served(client: RawClient, etcd: EtcdServer, watches: int = 
 @pytest.mark.parametrize(
     "front", ["etcd", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("nginx", "haproxy"))]
 )
-def test_leases_beyond_the_limit_of_streams_leave_room_for_others(front: str) -> None:
+def test_leases_beyond_the_stream_limit_leave_room_for_others(front: str) -> None:
     """etcd with 50 streams to a connection; nginx allows 128 and HAProxy 100 by default."""
 
     async def scenario(etcd: EtcdServer, endpoint: str) -> None:
@@ -151,7 +151,7 @@ async def _rotated(proxy: Proxy, etcd: EtcdServer, count: int) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("more", ["", "keepalive_requests 50;", "keepalive_time 1s;"], ids=["defaults", "50", "1 s"])
-def test_nginx_ends_connections_and_nobody_notices(more: str) -> None:
+def test_clients_do_not_notice_nginx_closing_connections(more: str) -> None:
     async def scenario(etcd: EtcdServer, endpoint: str) -> None:
         async with proxy_for(endpoint) as proxy:
             await _rotated(proxy, etcd, 4_000)
@@ -162,7 +162,7 @@ def test_nginx_ends_connections_and_nobody_notices(more: str) -> None:
 
 
 @pytest.mark.long
-def test_haproxy_is_reloaded_and_nobody_notices() -> None:
+def test_clients_do_not_notice_a_haproxy_reload() -> None:
     """The old process ends its connections in good order and keeps the streams that are open."""
 
     async def scenario(etcd: EtcdServer, before: Front) -> None:

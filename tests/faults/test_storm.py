@@ -165,7 +165,7 @@ def ask_all(streams: Sequence[WatchStream]) -> None:
 @pytest.mark.parametrize(
     ("connections", "each", "rounds"), [(10, 10, 20), pytest.param(10, 100, 25, marks=pytest.mark.long)]
 )
-def test_progress_for_all_is_asked_for_once(etcd: EtcdServer, connections: int, each: int, rounds: int) -> None:
+def test_progress_for_all_watches_is_requested_once(etcd: EtcdServer, connections: int, each: int, rounds: int) -> None:
     """Every session asks every 100 ms, while puts go on: what it is told is true, and not older than its question."""
 
     async def scenario() -> None:

@@ -82,7 +82,7 @@ def test_one_expired_token_does_not_stop_the_others() -> None:
 
 
 @pytest.mark.long
-def test_when_no_token_is_left_sessions_come_back_with_new_ones() -> None:
+def test_sessions_return_with_new_tokens_when_all_expired() -> None:
     async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
         tokens = [await token_of(client, user) for user in ("u1", "u2")]
         streams = [await open_watch(client, b"a/", b"a0", 0, [("token", token)]) for token in tokens]
@@ -238,7 +238,7 @@ def test_signed_tokens_that_expire(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
-def test_without_auth_nobody_needs_a_token(binary: EtcdBinary) -> None:
+def test_without_auth_no_token_is_needed(binary: EtcdBinary) -> None:
     async def story(_proxy: Proxy, client: RawClient, _way: Relay) -> None:
         stream = await open_watch(client, b"a/", b"a0")
         await asyncio.to_thread(etcd.ctl, "put", "a/k", "1")

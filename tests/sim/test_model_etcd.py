@@ -43,7 +43,7 @@ def revisions(response: WatchResponse) -> list[int]:
     return [event.revision for event in response.events]
 
 
-def test_a_watch_from_now_gets_what_comes_after_it() -> None:
+def test_a_watch_from_now_gets_later_events_only() -> None:
     server = Server()
     server.put(b"a")
     server.create(b"a")
@@ -64,7 +64,7 @@ def test_created_may_be_announced_after_later_writes() -> None:
     assert [revisions(each) for each in events] == [[2], [3]]
 
 
-def test_catching_up_carries_the_stores_revision_over_few_revisions() -> None:
+def test_catch_up_headers_carry_the_revision_of_the_store() -> None:
     server = Server(batch_revisions_max=2)
     server.put(b"a", b"a", b"a", b"b")
     server.create(b"a", start=2)
@@ -74,7 +74,7 @@ def test_catching_up_carries_the_stores_revision_over_few_revisions() -> None:
     assert [(revisions(each), each.header.revision) for each in server.take()] == [([2, 3], 5), ([4], 5)]
 
 
-def test_compaction_cancels_what_is_strictly_below() -> None:
+def test_compaction_cancels_only_starts_below_it() -> None:
     server = Server()
     server.put(b"a", b"a", b"a")
     server.store.compact(3)
@@ -95,7 +95,7 @@ def test_compaction_cancels_what_is_strictly_below() -> None:
     assert sorted((each.watch_id, each.canceled) for each in answers) == [(-1, False), (0, True)]
 
 
-def test_progress_is_dropped_while_a_watch_is_behind_or_in_the_future() -> None:
+def test_progress_needs_every_watch_of_the_stream_in_sync() -> None:
     server = Server()
     server.stream.requests.append(encode_progress())
     assert server.take() == []

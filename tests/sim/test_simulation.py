@@ -27,7 +27,7 @@ LONG_BLOCK = 500
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, BLOCK))
-def test_nothing_is_found(first: int) -> None:
+def test_no_failure_is_found(first: int) -> None:
     """Runs in which everything goes wrong that can: no guarantee is broken, nothing hangs, nothing leaks."""
     found: list[Outcome] = []
     counts = run_many(range(first, first + BLOCK), on_failure=found.append)
@@ -42,7 +42,7 @@ def test_nothing_is_found(first: int) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("first", range(SEEDS, LONG_SEEDS, LONG_BLOCK))
-def test_nothing_is_found_in_many(first: int) -> None:
+def test_no_failure_is_found_in_many_seeds(first: int) -> None:
     """The rarest find so far took one seed in eight thousand."""
     found: list[Outcome] = []
     run_many(range(first, first + LONG_BLOCK), on_failure=found.append)
@@ -108,7 +108,7 @@ def test_a_failure_is_shrunk_to_a_few_steps() -> None:
     assert f"seed {outcome.seed}" in report(small)
 
 
-def test_the_score_is_the_one_that_is_written_down() -> None:
+def test_the_score_is_the_recorded_one() -> None:
     said = re.search(r"(\d+) of (\d+) are found", Path("CONTRIBUTING.md").read_text())
     assert said is not None
     assert said.groups() == (str(len(known_witnesses())), str(len(MUTANTS)))

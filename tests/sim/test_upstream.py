@@ -16,12 +16,12 @@ FIRST, *LATER = range(0, 1000, BLOCK)
 
 @pytest.mark.parametrize("bundled", [False, True], ids=["model", "bundled store"])
 @pytest.mark.parametrize("first", [FIRST, *(pytest.param(later, marks=pytest.mark.long) for later in LATER)])
-def test_nothing_is_lost_or_repeated(first: int, bundled: bool) -> None:
+def test_no_event_is_lost_or_repeated(first: int, bundled: bool) -> None:
     for seed in range(first, first + BLOCK):
         assert run_alone(seed, bundled) == "", f"run_alone({seed}, {bundled})"
 
 
 @pytest.mark.parametrize("first", [FIRST, *(pytest.param(later, marks=pytest.mark.long) for later in LATER)])
-def test_the_store_holds_what_was_written(first: int) -> None:
+def test_the_store_keeps_every_write(first: int) -> None:
     for seed in range(first, first + BLOCK):
         assert run_store(seed) == "", f"run_store({seed})"

@@ -73,11 +73,11 @@ def test_a_good_wave_has_no_violations(tmp_path: Path) -> None:
     ],
     ids=["a gap", "the last one missing", "one twice", "another value"],
 )
-def test_what_is_wrong_is_found(tmp_path: Path, got: list[Change], guarantee: str) -> None:
+def test_each_violation_is_found(tmp_path: Path, got: list[Change], guarantee: str) -> None:
     assert any(guarantee in violation for violation in judged(tmp_path, got, []).violations)
 
 
-def test_a_lost_write_and_a_clients_complaint_are_violations(tmp_path: Path) -> None:
+def test_lost_writes_and_client_faults_are_violations(tmp_path: Path) -> None:
     outcome = judged(tmp_path, CHANGES, [(3, b"/s/a/01"), (4, b"/s/b/01")], "a stream ended INTERNAL")
     assert sum("acknowledged put" in violation for violation in outcome.violations) == 1
     assert sum("INTERNAL" in violation for violation in outcome.violations) == len(KINDS)
@@ -94,9 +94,7 @@ def stream_of(clients: Clients, channel: grpc.aio.Channel, *keys: bytes) -> Stre
 
 
 @pytest.mark.parametrize("proxied", [False, True], ids=["etcd itself", "watchmux"])
-def test_a_stream_resumed_above_the_newest_revision_is_told_nothing_until_there_is_more(
-    etcd: EtcdServer, tmp_path: Path, proxied: bool
-) -> None:
+def test_a_stream_resumed_above_the_newest_revision_waits(etcd: EtcdServer, tmp_path: Path, proxied: bool) -> None:
     async def scenario(endpoint: str) -> None:
         clients = Clients("narrow", endpoint, tmp_path)
         async with direct(etcd) as store, grpc.aio.insecure_channel(endpoint, options=CHANNEL) as channel:
@@ -124,9 +122,7 @@ def test_a_stream_resumed_above_the_newest_revision_is_told_nothing_until_there_
     run(through_a_proxy() if proxied else scenario(etcd.endpoint))
 
 
-def test_a_stream_that_should_be_told_and_is_not_is_complained_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_progress_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> list[str]:
         clients = Clients("narrow", "", tmp_path)
         async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
@@ -189,13 +185,13 @@ FIRST = [Rest(50, pid=1), Rest(75, pid=1), Rest(50)]
         ([Rest(), Rest(), Rest(pid=3)], "did not live"),
     ],
 )
-def test_leaks_are_told(waves: list[Rest], leak: str) -> None:
+def test_leaks_are_reported(waves: list[Rest], leak: str) -> None:
     assert len(waves) == len(SHARES) - 1
     found = leaks([each.sample() for each in [*FIRST, *waves]])
     assert [leak in each for each in found] == [True] * bool(leak)
 
 
-def test_the_report_says_what_was_found(tmp_path: Path) -> None:
+def test_the_report_lists_the_findings(tmp_path: Path) -> None:
     outcome = Outcome(7, 1200.0, violations=["wave 1, steady: a gap"], rests=[each.sample() for each in FIRST])
     outcome.faults.update({"etcd compacted": 3})
     outcome.leaks = ["objects in use went from 1 to 2"]
