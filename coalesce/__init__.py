@@ -1,9 +1,8 @@
-"""
-The core: merges the watches of many sessions into one upstream watch per range.
+"""The core: merges the watches of many sessions into one upstream watch per range.
 
-Pure and synchronous: no I/O, no clock, no randomness, no tasks, no logging, and no gRPC. A `Coalescer` is a value
-that is driven: inputs in, effects returned, time passed in. `core` says how; `guarantees` holds the checkers of what
-it promises.
+Pure and synchronous: no I/O, no clock, no randomness, no tasks, no logging, and no gRPC. A `Coalescer` is driven by its
+caller: inputs in, effects returned, time as an argument. `core` documents the protocol; `guarantees` holds the checkers
+of what the core promises.
 """
 
 from coalesce.batch import Payload

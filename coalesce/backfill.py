@@ -1,19 +1,18 @@
 """Backfills: private upstream watches that bring watches too old for the history up to their trunk.
 
-Laggards share one as long as they can: who needs a revision that the backfill has yet to reach, or still holds, joins
-it. Whoever needs an older one takes along those that have brought nothing yet, so that a herd shares in whichever order
-it comes. A backfill is a source like a trunk: its watches are in step with it, ahead of it, or lag behind in its
-window. The window is what makes it as slow as its sessions: when it is full and nobody is in step, the backfill is
-paused; when it is full and somebody is, the oldest batches go, and who needed them looks for another backfill when its
-session drains.
+Lagging watches share a backfill whenever it still holds, or has not yet reached, the revision they need. A backfill for
+an older revision takes over the watches of those that have brought nothing yet, so that many watches share one in
+whatever order they arrive. A backfill is a source like a trunk: its watches are in step with it, ahead of it, or lag
+within its window. The window slows it down to the speed of its sessions: when it is full and no watch is in step or
+ahead, the backfill is paused; otherwise the oldest batches are evicted, and the watches that needed them get another
+backfill in the next turn of their session.
 
-A watch leaves, by itself, as soon as the trunk can serve it. The last one closes the backfill. In a quiet range a
-backfill proves its position by progress, since its responses carry the store's revision and prove nothing but their
-last event.
+A watch leaves as soon as the trunk can serve it. The last one closes the backfill. In a quiet range a backfill proves
+its position by progress, since its responses carry the store's revision and prove only their last event.
 
-An *upgrade* is the backfill that gives a trunk prev_kv: a second upstream watch of the trunk, with prev_kv, that
-brings the first watches which want it. Both run until both are proven at one revision; there the trunk takes over its
-upstream watch and closes its old one. Live watches notice nothing.
+An *upgrade* is the backfill that gives a trunk prev_kv: a second upstream watch of the trunk, with prev_kv, that serves
+the first watches which want it. Both run until both are proven at one revision; there the trunk takes over the
+upgrade's upstream watch and closes its own. Live watches are not affected.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Backfill(Source):
-    """One upstream watch of some laggards of a trunk."""
+    """One upstream watch for some lagging watches of a trunk."""
 
     __slots__ = ("is_upgrade", "paused", "trunk")
 
@@ -43,7 +42,7 @@ class Backfill(Source):
         self.trunk = trunk
         self.is_upgrade = is_upgrade
         self.paused = False
-        # An upgrade rides on the trunks' stream: it is one of them soon, and must not be paused.
+        # An upgrade uses the trunks' stream: it replaces a trunk's upstream watch soon, and must not be paused.
         self.open(start_revision, prev_kv, not is_upgrade)
 
     def sessions(self) -> Iterator[Session]:
@@ -54,7 +53,7 @@ class Backfill(Source):
             yield from self.trunk.sessions()
 
     def can_serve(self, watch: Watch) -> bool:
-        """Whether a watch that needs its position may share this backfill."""
+        """Whether a watch may share this backfill, given its position."""
         position = watch.position
         if watch.wants_prev_kv and not self.history.has_prev_kv:
             return False
@@ -63,9 +62,9 @@ class Backfill(Source):
         return self.history.floor <= position <= self.next_revision + self.hub.limits.backfill_share_revisions
 
     def superseded_by(self, watch: Watch) -> bool:
-        """Whether an older backfill, opened for `watch`, may bring all that this one was opened for.
+        """Whether an older backfill, opened for `watch`, makes this one redundant.
 
-        Only as long as it has brought nothing, so that nothing is read twice and nobody is held back for ever.
+        Only as long as this one has brought nothing, so that nothing is read twice and no watch is delayed without end.
         """
         if self.next_revision != self.upstream.start_revision or (self.history.has_prev_kv and not watch.wants_prev_kv):
             return False
@@ -86,7 +85,7 @@ class Backfills:
         self.open: dict[Backfill, None] = {}
 
     def house(self, watch: Watch) -> None:
-        """Put a lifted watch whose trunk cannot serve it on a backfill, or in line for one. Not for stalled ones."""
+        """Assign an unplaced watch to a backfill, or queue it for one. Its session must not be stalled."""
         hub = self._hub
         trunk = watch.trunk
         if watch.wants_prev_kv:
@@ -114,21 +113,21 @@ class Backfills:
             self.resume_live(watch, backfill)
 
     def created(self, backfill: Backfill) -> None:
-        """Etcd has registered a backfill: its progress can be asked for."""
+        """Etcd has registered a backfill: its progress can be requested."""
         backfill.upstream.created = True
         backfill.refused_tokens.clear()
         self._ask(backfill)
 
     def received(self, backfill: Backfill, batch: Batch) -> None:
-        """Pass on what a backfill brought, and let those go whom it has brought far enough."""
+        """Pass on a batch of a backfill, and move the watches that have caught up to the trunk."""
         self._trim(backfill)
         if backfill not in self.open:
-            # The last watch of an upgrade was too slow, and nobody needs it any more.
+            # The last watch of an upgrade was too slow, so the upgrade is not needed any more.
             return
         before = backfill.next_revision
         backfill.ingest(batch)
         if backfill not in self.open:
-            # To keep the batch, older ones were sent and evicted: that was all that was wanted of it.
+            # To keep the batch, older ones were sent and evicted, which was all that its watches needed.
             return
         if backfill.is_upgrade:
             self._feed(backfill, before, batch)
@@ -139,7 +138,7 @@ class Backfills:
             self.promote(backfill)
 
     def progressed(self, backfill: Backfill, revision: int) -> None:
-        """Everything through `revision` has come."""
+        """Everything through `revision` has arrived."""
         before = backfill.next_revision
         backfill.advance(revision)
         if backfill.is_upgrade:
@@ -148,7 +147,7 @@ class Backfills:
             self.promote(backfill)
 
     def promote(self, backfill: Backfill) -> None:
-        """Send those to the trunk whom it can serve now."""
+        """Move the watches to the trunk that it can serve now."""
         trunk = backfill.trunk
         if trunk.opening or backfill.next_revision < trunk.history.floor:
             return
@@ -157,10 +156,10 @@ class Backfills:
             self._hub.place((watch,))
 
     def on_watch_left(self, source: Source, watch: Watch) -> None:
-        """Take note that a watch has left; the last one closes the backfill.
+        """Record that a watch has left; the last one closes the backfill.
 
-        An upgrade stays while any watch of the trunk wants prev_kv: who comes through another backfill cannot end up on
-        the trunk without it.
+        An upgrade stays while any watch of the trunk wants prev_kv: without it, such a watch on another backfill could
+        not move to the trunk.
         """
         assert isinstance(source, Backfill), "not a trunk"
         del source.watches[watch]
@@ -173,13 +172,13 @@ class Backfills:
             self.close(upgrade)
 
     def close(self, backfill: Backfill, *, gone: bool = False) -> None:
-        """Forget a backfill without watches; `gone`: etcd has ended it already."""
+        """Close a backfill without watches; `gone`: etcd has ended it already."""
         hub = self._hub
         hub.close_upstream(backfill.upstream, gone=gone)
         self._forget(backfill)
 
     def resume_live(self, watch: Watch, backfill: Backfill) -> None:
-        """Let a lifted watch of a backfill that lags no more come with it; that is somebody to read on for."""
+        """Let an unplaced watch that has caught up with its backfill follow it; resumes a paused backfill."""
         backfill.fanout.add(watch)
         if backfill.paused:
             backfill.paused = False
@@ -187,21 +186,21 @@ class Backfills:
             self._ask(backfill)
 
     def _ask(self, backfill: Backfill) -> None:
-        """Have a backfill asked how far it is; an upgrade and its trunk are to meet at one revision."""
+        """Request the progress of a backfill; for an upgrade also that of its trunk: both must meet at one revision."""
         if backfill.is_upgrade:
             self._hub.progress.want(backfill.upstream, backfill.trunk.upstream)
         else:
             self._hub.progress.want(backfill.upstream)
 
     def _take_over(self, other: Backfill, backfill: Backfill) -> None:
-        """Let the watches of one backfill come through an older one; the last of them closes it."""
+        """Move the watches of one backfill to an older one; the last of them closes it."""
         for watch in tuple(other.watches):
             self._hub.unplace(watch)
             self._hub.attach(watch, backfill)
             backfill.fanout.add(watch)
 
     def _trim(self, backfill: Backfill) -> None:
-        """Drop what nobody of a backfill needs any more, before more of it comes."""
+        """Evict the batches that no watch of a backfill needs any more, before the next one is added."""
         history = backfill.history
         lagging = [watch for watch in backfill.watches if watch.place is Place.LAGGING]
         history.evict_below(min([watch.position for watch in lagging], default=backfill.next_revision))
@@ -209,13 +208,13 @@ class Backfills:
             history.evict_to(self._window_bytes_max(backfill))
             for watch in lagging:
                 if watch.place is Place.LAGGING and watch.source is backfill and watch.position < history.floor:
-                    # Too slow for the others: it looks for another backfill when its turn comes.
+                    # Too slow for the others: it gets another backfill in its turn.
                     self._hub.detach(watch)
                     # It may have waited for the end of a run.
                     self._hub.replays.want(watch.session)
 
     def fill_slots(self) -> None:
-        """Serve the line while backfills may be opened, or one is held by nobody who reads."""
+        """Serve queued watches while a backfill may be opened, or one can be closed whose sessions are all stalled."""
         hub = self._hub
         while hub.queued and (hub.stats.backfills < hub.limits.backfills_max or self._give_up_stalled()):
             watch = next(iter(hub.queued))
@@ -223,7 +222,7 @@ class Backfills:
             hub.place((watch,))
 
     def _give_up_stalled(self) -> bool:
-        """Close a backfill all of whose sessions are stalled; its watches look for another when these drain."""
+        """Close a backfill all of whose sessions are stalled; its watches get another when these drain."""
         for backfill in self.open:
             if not backfill.is_upgrade and all(watch.session.stalled for watch in backfill.watches):
                 for watch in tuple(backfill.watches):
@@ -242,7 +241,7 @@ class Backfills:
         return backfill.history.bytes > self._window_bytes_max(backfill)
 
     def _window_bytes_max(self, backfill: Backfill) -> int:
-        """Return what a backfill may hold; while a run comes in, all of that."""
+        """Return the memory that a backfill may hold; while a run arrives, at least the whole run."""
         hub = self._hub
         limit = hub.limits.backfill_bytes_max
         return max(limit, hub.runs.bytes_max) if backfill in hub.runs.open else limit
@@ -259,14 +258,15 @@ class Backfills:
         self._hub.stats.backfills -= 1
 
     def restore_upgrade(self, trunk: Trunk) -> None:
-        """Open an upgrade anew that has been lost while watches want prev_kv."""
+        """Reopen a lost upgrade if watches want prev_kv."""
         if trunk.prev_kv_watches:
             self.upgrade(trunk)
 
     def upgrade(self, trunk: Trunk) -> None:
         """Open an upgrade for a trunk, if it has no prev_kv and none is open.
 
-        It does not begin below a compaction: etcd would cancel it, and who needs that is on a backfill or cancelled.
+        It does not start below the compact revision: etcd would cancel it, and watches that need an older revision are
+        on a backfill or cancelled.
         """
         if trunk.prev_kv_from is not None or trunk.upgrade is not None:
             return
@@ -277,10 +277,10 @@ class Backfills:
         self.open[trunk.upgrade] = None
 
     def _feed(self, upgrade: Backfill, before: int, batch: Batch | None) -> None:
-        """Bring trunk and upgrade together at one revision, if the upgrade is there, and let the trunk take over.
+        """Let the trunk take over the upgrade's upstream watch, once both can be brought to one revision.
 
-        `batch` took the upgrade from `before` to where it is. A trunk that is behind even that (it had to open anew, or
-        the upgrade began above a compaction) catches up by itself first.
+        `batch` took the upgrade from `before` to its position. A trunk that is behind `before` (it was reopened, or the
+        upgrade started above a compaction) first catches up by its own upstream watch.
         """
         hub = self._hub
         trunk = upgrade.trunk
@@ -299,7 +299,7 @@ class Backfills:
         watches = list(upgrade.watches)
         for watch in watches:
             hub.unplace(watch)
-            # Not by detach(): the upstream watch lives on.
+            # Not by detach(), which would close the upstream watch.
             watch.source = None
         upgrade.watches.clear()
         self._forget(upgrade)

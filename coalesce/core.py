@@ -1,23 +1,23 @@
-"""The core's face: inputs in, effects out, time passed in.
+"""Public interface of the core: inputs in, effects out, time as an argument.
 
-Everything a client asks and everything etcd says is one call of a Coalescer. Each call returns what is to be done, in
-order; `now` is in seconds, monotonic. Nothing here waits, reads a clock or knows a socket, and exactly one caller
-drives it, one call after the other.
+Each request of a client and each message of etcd is one call of a Coalescer. Each call returns effects, to be carried
+out in order; `now` is in seconds, monotonic. The core does not wait, read a clock or use a socket. Exactly one caller,
+the shell, drives it, one call after the other.
 
-The protocol with the shell, beside "carry the effects out in order, then give the next input":
+The protocol with the shell, besides "carry out the effects in order, then give the next input":
 
-*Permission.* Each create asks for a check (CheckPermission). The outcome is a Refusal; or Granted(header), when the
-check itself read the store's revision by a linearizable call that began after the effect; or None, when auth is known
-to be off by whatever was learnt earlier (a bare Header is the same, and only tells the newest revision known).
+*Permission.* Each create asks for a check (CheckPermission). The outcome is a CreateRefusal; or Granted(header), when
+the check itself read the store's revision by a linearizable call that began after the effect; or None, when auth is
+already known to be off (a bare Header means the same, and also updates the newest revision known).
 
-*Stalls.* When a message does not go out whole, the shell queues the rest of it and calls `stalled(session)` at once,
-also in the middle of a list of effects. From then on nothing more is delivered to that session, but the same list may
-still hold a Deliver for its watches: those the shell does not write but hands back, `undelivered(watch, payload)`.
-Neither has effects. Control answers (Send) queue behind what is unsent. When all is written the shell calls
-`drained(session, now)`.
+*Stalls.* When a message is not written completely, the shell queues the rest of it and calls `stalled(session)` at
+once, even in the middle of a list of effects. From then on the core delivers nothing more to that session, but the same
+list may still hold a Deliver for its watches: the shell does not write those but returns them by
+`undelivered(watch, payload)`. Neither call has effects. Control answers (Send) queue behind the unsent bytes. When all
+of them are written the shell calls `drained(session, now)`.
 
-*Replays.* What lagging watches get after that is bounded per turn, and the rest comes by itself: `next_deadline()` is
-due at once while anything is to be replayed to a session that is not stalled. The shell never has to ask for more.
+*Replays.* What lagging watches then get is bounded per turn, and the rest follows without further input:
+`next_deadline()` is due at once while anything is to be replayed to a session that is not stalled.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Coalescer:
     """Merges the watches of many sessions into one upstream watch per range."""
 
     def __init__(self, limits: CoreLimits | None = None, ordered_progress: bool = True) -> None:
-        """`ordered_progress`: etcd is 3.4.31, 3.5.13 or later, where manual progress can be built on."""
+        """`ordered_progress`: etcd is 3.4.31, 3.5.13 or later, where answers to manual progress are reliable."""
         self._hub = hub = CoreState(limits or CoreLimits(), ordered_progress)
         hub.joining = Admission(hub)
         hub.trunks = Trunks(hub)
@@ -58,12 +58,13 @@ class Coalescer:
         hub.progress = Progress(hub)
         hub.notifying = Notifying(hub)
         hub.endings = Cancellation(hub)
+        # The next deadline may have moved earlier since the last call of `next_deadline`. An ordinary event does not
+        # set it.
         self.deadline_moved = True
-        """`next_deadline` may be sooner than when it was last asked. Not so after an event like any other."""
 
     @property
     def limits(self) -> CoreLimits:
-        """Its settings; may be set. What exceeds a lowered limit stays until it goes, or the next batch comes."""
+        """The settings; may be set. What exceeds a lowered limit stays until it ends, or until the next batch."""
         return self._hub.limits
 
     @limits.setter
@@ -72,17 +73,17 @@ class Coalescer:
 
     @property
     def header(self) -> Header | None:
-        """The newest header of any answer of etcd; None before the first. Without one a refusal needs a read."""
+        """The newest header of any answer of etcd; None before the first. Without it a refusal needs a read."""
         return self._hub.header
 
     @property
     def stats(self) -> Stats:
-        """Its counters and gauges."""
+        """The counters and gauges."""
         return self._hub.stats
 
     @property
     def ordered_progress(self) -> bool:
-        """Whether manual progress is built on; to be set for each new connection to etcd, by etcd's version."""
+        """Whether answers to manual progress are reliable; set for each new connection to etcd, by etcd's version."""
         return self._hub.ordered_progress
 
     @ordered_progress.setter
@@ -93,7 +94,7 @@ class Coalescer:
     # a client asks
 
     def open_session(self, outlet: object, identity: Identity, now: float) -> Session:
-        """Begin a session whose answers go to `outlet`."""
+        """Start a session whose answers go to `outlet`."""
         hub = self._hub
         hub.now = max(hub.now, now)
         session = Session(outlet, identity)
@@ -102,7 +103,7 @@ class Coalescer:
         return session
 
     def create(self, session: Session, request: CreateRequest, now: float) -> list[Effect]:
-        """A client asks for a watch."""
+        """A client requests a watch."""
         self._begin(now)
         if not session.ended:
             self._hub.joining.create(session, request)
@@ -116,14 +117,14 @@ class Coalescer:
         return self._finish()
 
     def progress(self, session: Session, now: float) -> list[Effect]:
-        """A client asks for progress of all its watches."""
+        """A client requests progress of all its watches."""
         self._begin(now)
         if not session.ended:
             self._hub.joining.progress(session)
         return self._finish()
 
     def close(self, session: Session, now: float) -> list[Effect]:
-        """A client's stream is gone. Not needed after EndSession, and harmless."""
+        """A client's stream has ended. Not needed after EndSession, but harmless."""
         self._begin(now)
         if not session.ended:
             self._hub.endings.close(session)
@@ -132,17 +133,17 @@ class Coalescer:
     # back-pressure
 
     def stalled(self, session: Session) -> None:
-        """A session could not take everything; the rest waits in the shell. Called while effects are carried out."""
+        """A message was not written completely; the shell holds the rest. Called while effects are carried out."""
         self.deadline_moved = True
         self._hub.replays.stalled(session)
 
     def undelivered(self, watch: Watch, payload: Payload) -> None:
-        """A delivery was not begun, because its session stalled earlier in the same list of effects."""
+        """A delivery was not started, because its session stalled earlier in the same list of effects."""
         self.deadline_moved = True
         self._hub.replays.returned(watch, payload)
 
     def drained(self, session: Session, now: float) -> list[Effect]:
-        """Everything of a session is written: it goes on."""
+        """All bytes of a session are written: deliver to it again."""
         self._begin(now)
         self._hub.replays.drained(session)
         return self._finish()
@@ -150,7 +151,7 @@ class Coalescer:
     # answers to effects
 
     def revision_read(self, read: PendingRead, header: Header, now: float) -> list[Effect]:
-        """A read of the store's revision came back. The shell retries until it does; a read never fails here."""
+        """A read of the store's revision has succeeded. The shell retries until it does; the core sees no failure."""
         self._begin(now)
         self._hub.joining.revision_read(read, header)
         return self._finish()
@@ -158,34 +159,34 @@ class Coalescer:
     def permission(
         self, check: PendingCreate, outcome: Granted | CreateRefusal | Header | None, now: float
     ) -> list[Effect]:
-        """A check came back; see above for the outcomes."""
+        """A permission check has finished; see the module's docstring for the outcomes."""
         self._begin(now)
         self._hub.joining.permission(check, outcome)
         return self._finish()
 
     def upstream_response(self, upstream: Upstream, response: WatchResponse, now: float) -> list[Effect]:
-        """An upstream watch spoke: `created`, events of whole revisions, `canceled`, or a progress notify."""
+        """A response for an upstream watch: `created`, events of whole revisions, `canceled`, or a progress notify."""
         hub = self._hub
         owner = upstream.fed
         if type(owner) is not Trunk or upstream.closed or not response.plain or not hub.ledger.entries or hub.runs.open:
             return self._received(upstream, response, now)
-        # As nearly always: events of a trunk.
+        # Fast path, the common case: events of a trunk.
         if now > hub.now:
             hub.now = now
         header = response.header
         if header.revision and (hub.header is None or header.revision >= hub.header.revision):
-            # As `CoreState.saw`.
+            # As `CoreState.observe_header`.
             hub.header = header
         events = response.events
         if len(events) > 1:
             self._events(upstream, response)
         else:
-            # What etcd sends as long as everybody keeps up.
+            # etcd sends one event per response as long as watches keep up.
             stats = hub.stats
             stats.batches += 1
             stats.batch_events += 1
             owner.events += 1
-            # A tuple, since it may be kept: half the memory of a list.
+            # A tuple, since the history may keep it: half the memory of a list.
             event = events[0]
             owner.ingest(Batch(header, (event,), len(event.encoded)))
         if hub.replays.fresh or hub.queued:
@@ -195,7 +196,7 @@ class Coalescer:
         return effects
 
     def _received(self, upstream: Upstream, response: WatchResponse, now: float) -> list[Effect]:
-        """Take a response of any kind, for any source."""
+        """Handle a response of any kind, for any source."""
         self._begin(now)
         hub = self._hub
         hub.observe_header(response.header)
@@ -221,44 +222,45 @@ class Coalescer:
     def upstream_progress(self, upstreams: Iterable[Upstream], header: Header, number: int, now: float) -> list[Effect]:
         """An answer to RequestProgress: these upstream watches, if any, are complete through the header's revision.
 
-        Etcd was there after RequestProgress `number` was carried out; 0: it is not known which one was answered.
+        etcd was at that revision after RequestProgress `number` was carried out; 0: it is not known which request was
+        answered.
         """
         self._begin(now)
         self._hub.progress.progressed(tuple(upstreams), header, number)
         return self._finish()
 
     def upstream_lost(self, upstream: Upstream, reason: UpstreamLost, now: float) -> list[Effect]:
-        """An upstream watch is over for good: end its sessions (UNAVAILABLE), or cancel its watches with the text."""
+        """An upstream watch has ended and is not resumed: end its sessions, or refuse its creates with the text."""
         self._begin(now)
         self._hub.endings.lost(upstream, reason)
         return self._finish()
 
     def no_leader(self, now: float) -> list[Effect]:
-        """No endpoint has a leader: the sessions that asked to be told end."""
+        """No endpoint has a leader: end the sessions that require one (`hasleader`)."""
         self._begin(now)
         self._hub.endings.no_leader()
         return self._finish()
 
     def other_history(self, header: Header, now: float) -> list[Effect]:
-        """The store was restored from a snapshot, or is another one; it is at this header's revision now."""
+        """The store was restored from a snapshot, or replaced; it is at this header's revision now."""
         self._begin(now)
         self._hub.endings.other_history(header)
         return self._finish()
 
     def header_seen(self, header: Header) -> None:
-        """Some answer of etcd had this header; the newest one fills the headers of control answers."""
+        """An answer of etcd had this header; the newest header fills those of control answers."""
         self._hub.observe_header(header)
 
     # time
 
     def next_deadline(self) -> float | None:
         """Return when `expire` is due, in the time of `now`; None while nothing is."""
-        # Asked after nearly each input, so it is written for speed: no list, no generator.
+        # Called after nearly every input, so it is written for speed: no list, no generator.
         self.deadline_moved = False
         hub = self._hub
         first = hub.replays.next_deadline()
         if first is not None:
-            # At once.
+            # Due at once.
             return first
         if hub.joining.ready or hub.joining.answered or hub.leaving:
             return hub.now
@@ -285,7 +287,7 @@ class Coalescer:
         return first
 
     def expire(self, now: float) -> list[Effect]:
-        """Do what time has made due."""
+        """Do what is due."""
         self._begin(now)
         hub = self._hub
         hub.joining.expire()
@@ -323,7 +325,7 @@ class Coalescer:
             else:
                 owner.ingest(batch)
             if upstream.closed:
-                # Nobody needs the rest.
+                # The rest is not needed.
                 return
         if in_run and not response.fragment:
             hub.runs.end(owner)
@@ -342,6 +344,6 @@ class Coalescer:
         if hub.queued:
             hub.backfills.fill_slots()
             hub.replays.postpone()
-        # Not kept until the next input, which may be long in coming: ten thousand answers are some memory.
+        # A new list, since the next input may come much later: ten thousand answers take some memory.
         effects, hub.effects = hub.effects, []
         return effects

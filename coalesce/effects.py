@@ -1,7 +1,7 @@
-"""What the core asks its shell to do: the return value of every input.
+"""Effects, the return value of every input: what the shell has to do.
 
-Effects are carried out in the order of their list, before the next input. Nothing in them is a callback: an answer
-comes back as an input of its own (`revision_read`, `permission`, `received`, ...).
+The shell carries them out in the order of their list, before the next input. There are no callbacks: each answer is an
+input of its own (`revision_read`, `permission`, `upstream_response`, ...).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 class Deliver:
     """Send one payload to many watches: the fan-out.
 
-    For each watch the shell writes `payload.pieces(watch.watch_id)` to `watch.outlet`. When a write does not go out
-    whole, the rest is queued there and the payload counts as delivered: the shell calls `stalled(watch.session)` at
-    once. For a watch whose session has stalled earlier, while the same list of effects was carried out, it calls
-    `returned(watch, payload)` instead of writing.
+    For each watch the shell writes `payload.pieces(watch.watch_id)` to `watch.outlet`. When a write is incomplete, the
+    outlet queues the rest and the payload counts as delivered; the shell calls `stalled(watch.session)` at once. For a
+    watch whose session stalled earlier in the same list of effects, it calls `undelivered(watch, payload)` instead of
+    writing.
     """
 
     __slots__ = ("payload", "watches")
@@ -33,9 +33,9 @@ class Deliver:
 
 
 class Send:
-    """Send a control answer on a session, after everything sent to it before, also when it is stalled.
+    """Send a control answer on a session, after everything sent to it before, even when it is stalled.
 
-    `message` is one encoded WatchResponse behind its 5 byte gRPC prefix, as the messages of a payload are.
+    `message` is one encoded WatchResponse after its 5 byte gRPC prefix, as in a payload.
     """
 
     __slots__ = ("message", "session")
@@ -46,9 +46,9 @@ class Send:
 
 
 class TakeRequests:
-    """The line of a session is short again: hand in what its client asks, after `Session.line_full` was True.
+    """Read requests of a session again: its queue is short, after `Session.line_full` was True.
 
-    A shell that does not wait is not wrong; its client ends at `queue_max`.
+    Waiting for it is optional; a session whose shell does not wait ends at `queue_max`.
     """
 
     __slots__ = ("session",)
@@ -69,7 +69,7 @@ class EndSession:
 
 
 class OpenUpstream:
-    """Open an upstream watch with the attributes of `upstream`; its answers come back by `received`."""
+    """Open an upstream watch with the attributes of `upstream`; its answers come by `upstream_response`."""
 
     __slots__ = ("upstream",)
 
@@ -78,7 +78,7 @@ class OpenUpstream:
 
 
 class CloseUpstream:
-    """Cancel an upstream watch; what it still sends may be dropped, and is ignored if it is not."""
+    """Cancel an upstream watch. The shell may drop later responses; the core ignores them."""
 
     __slots__ = ("upstream",)
 
@@ -87,7 +87,7 @@ class CloseUpstream:
 
 
 class PauseUpstream:
-    """Stop reading a backfill's stream: its sessions take no more. What is already read may still be handed in."""
+    """Stop reading a backfill's stream, since its sessions are too slow. Bytes already read may still be passed in."""
 
     __slots__ = ("upstream",)
 
@@ -96,7 +96,7 @@ class PauseUpstream:
 
 
 class ResumeUpstream:
-    """Read a paused backfill on."""
+    """Resume reading a paused backfill."""
 
     __slots__ = ("upstream",)
 
@@ -114,7 +114,7 @@ class ReadRevision:
 
 
 class CheckPermission:
-    """Find out whether check.session.identity may read [check.key, check.range_end); answer with `permission`.
+    """Check whether check.session.identity may read [check.key, check.range_end); answer with `permission`.
 
     The shell may answer within the same turn, as the next input, when it knows that auth is off.
     """
@@ -126,10 +126,12 @@ class CheckPermission:
 
 
 class RequestProgress:
-    """Ask etcd for manual progress on the streams of `upstreams`, and on no others; where progress is not ordered
-    (`upstreams` is empty) for nothing but its revision, on any stream. Answers come by `progressed`, or never (etcd
-    drops requests it cannot answer). The core asks again by itself; nothing is to be retried. `number` says later which
-    request an answer is at least as new as."""
+    """Request manual progress from etcd on the streams of `upstreams` only.
+
+    Where progress is not ordered, `upstreams` is empty: the request is for the store's revision only, on any stream.
+    Answers come by `upstream_progress`, or never (etcd drops requests it cannot answer). The shell does not retry: the
+    core asks again by itself. `number` identifies the request: an answer is at least as new as the request it names.
+    """
 
     __slots__ = ("number", "upstreams")
 

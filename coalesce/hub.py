@@ -1,6 +1,7 @@
-"""What all parts of the core share: settings, time, the effects of the current input, and where everything is.
+"""CoreState, shared by all parts of the core: settings, time, the effects of the current input, and what exists.
 
-The parts themselves (joining, replay, backfills, progress, endings) each own one concern and find each other here.
+Each part (joining, trunks, backfills, replays, runs, progress, notifying, endings) owns one concern and reaches the
+others through this object.
 """
 
 from __future__ import annotations
@@ -74,33 +75,33 @@ class CoreState:
 
     def __init__(self, limits: CoreLimits, ordered_progress: bool) -> None:
         self.limits = limits
-        # Manual progress is ordered with events, and answered for quiet watches (etcd 3.4.31, 3.5.13 and later).
+        # etcd orders manual progress with events, and answers it for quiet watches (3.4.31, 3.5.13 and later).
         self.ordered_progress = ordered_progress
         self.stats = Stats()
         self.ledger = HistoryBudget(limits, self.stats)
-        # Seconds, as last told.
+        # Seconds, monotonic: the latest time passed in.
         self.now = 0.0
-        # Of the current input.
+        # Effects of the current input.
         self.effects: list[Effect] = []
         # The newest header of any answer; None = none yet.
         self.header: Header | None = None
-        # When an answer was last received that says what the store has; events do not count.
+        # When an answer with the store's revision was last received; events do not count.
         self.header_at = float("-inf")
-        # The highest revision at which a compaction ended an upstream watch: it holds for every range.
+        # The highest revision at which a compaction ended an upstream watch; it applies to every range.
         self.compact_revision = 0
         # Progress requests made so far (see progress).
         self.progress_serial = 0
         self.sessions: dict[Session, None] = {}
-        # Sessions that have ended and still have watches.
+        # Ended sessions whose watches are not all removed yet.
         self.leaving: dict[Session, None] = {}
         self.trunks_open: dict[tuple[bytes, bytes], Trunk] = {}
-        # Trunks without an upstream watch, whose histories are kept; the longest parked first.
+        # Trunks without an upstream watch, whose histories are kept; ordered by when they were parked, oldest first.
         self.parked: dict[tuple[bytes, bytes], Trunk] = {}
-        # Sessions with lagging watches, the longest behind first.
+        # Sessions with lagging watches, those that have lagged longest first.
         self.lagging_sessions: dict[Session, None] = {}
-        # Watches that wait in line for a backfill.
+        # Watches queued for a backfill.
         self.queued: dict[Watch, None] = {}
-        # Everything open at etcd.
+        # All upstream watches that are open at etcd.
         self.upstreams: dict[Upstream, None] = {}
         # Trunks without watches.
         self.lingers: Timers[Trunk] = Timers()
@@ -108,13 +109,13 @@ class CoreState:
         self.notices: Timers[Notices] = Timers()
 
     def open_upstream(self, upstream: Upstream) -> None:
-        """Have an upstream watch opened."""
+        """Open an upstream watch."""
         self.upstreams[upstream] = None
         self.stats.upstreams_opened += 1
         self.effects.append(OpenUpstream(upstream))
 
     def close_upstream(self, upstream: Upstream, *, gone: bool = False) -> None:
-        """Have an upstream watch closed; `gone`: etcd has ended it already, there is nothing to close."""
+        """Close an upstream watch; `gone`: etcd has ended it already, so no effect is needed."""
         upstream.closed = True
         self.upstreams.pop(upstream, None)
         self.progress.closed(upstream)
@@ -155,13 +156,13 @@ class CoreState:
         self.effects.append(Send(session, framed(message)))
 
     def end_session(self, session: Session, status: int, text: str) -> None:
-        """Have a session's stream ended."""
+        """End a session's stream."""
         self.effects.append(EndSession(session, status, text))
 
     # places
 
     def mark_lagging(self, watch: Watch) -> None:
-        """Put a lifted watch behind: it is replayed, or looks for a source, when its session's turn comes."""
+        """Place an unplaced watch as lagging: in its session's turn it is replayed, or gets a new source."""
         session = watch.session
         watch.place = Place.LAGGING
         session.lagging[watch] = None
@@ -171,7 +172,7 @@ class CoreState:
             self.lagging_sessions[session] = None
 
     def unplace(self, watch: Watch) -> None:
-        """Take a watch out of its place; its position is set. The caller gives it a new place at once."""
+        """Remove a watch from its current place and record its position. The caller must place it again at once."""
         place = watch.place
         if place is Place.LAGGING:
             session = watch.session
@@ -187,21 +188,21 @@ class CoreState:
             watch.source.fanout.remove(watch)
 
     def attach(self, watch: Watch, backfill: Backfill | None) -> None:
-        """Make a lifted watch come through a backfill, or (None) through its trunk."""
+        """Set the source of an unplaced watch: a backfill, or (None) its trunk."""
         self.detach(watch)
         watch.source = backfill if backfill is not None else watch.trunk
         if backfill is not None:
             backfill.watches[watch] = None
 
     def detach(self, watch: Watch) -> None:
-        """Take a lifted watch from its source."""
+        """Remove an unplaced watch from its source."""
         source = watch.source
         watch.source = None
         if source is not None and source is not watch.trunk:
             self.backfills.on_watch_left(source, watch)
 
     def place(self, watches: Iterable[Watch]) -> None:
-        """Give lifted watches their place: live, ahead, to be replayed, or on a backfill."""
+        """Place unplaced watches: in step, ahead, lagging, or on a backfill."""
         for watch in watches:
             trunk = watch.trunk
             if trunk.serves(watch):

@@ -1,7 +1,7 @@
-"""What the shell hands to the core, beside bytes it has scanned: requests, identities, answers to effects.
+"""Values that the shell passes to the core, besides decoded responses: requests, identities, answers to effects.
 
-Plain values without behaviour. They are apart from the machine so that whoever speaks to the core (the engine, the
-simulator, a test) can make them without knowing how it works.
+Plain values without behaviour. They are separate from the core's logic so that each caller (the engine, the simulator,
+a test) can create them without knowing how it works.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ NO_WATCH_ID = -1
 
 @dataclass(slots=True, frozen=True)
 class Identity:
-    """Who a session is, from the metadata of its stream."""
+    """The identity of a session, from the metadata of its stream."""
 
-    # The auth token the client sent, None when it sent none.
+    # The auth token that the client sent; None if it sent none.
     token: bytes | None = None
     # The client sent `hasleader: true`: without a leader its session ends instead of waiting.
     has_leader: bool = False
@@ -26,15 +26,15 @@ class Identity:
 
 @dataclass(slots=True, frozen=True)
 class CreateRequest:
-    """A WatchCreateRequest as it came; only "now" is None here, where the wire has 0."""
+    """A WatchCreateRequest as received, except that "now" is None here, where the wire has 0."""
 
-    # b"" means b"\x00", the smallest key; the core makes it so.
+    # b"" means b"\x00", the smallest key; the core replaces it.
     key: bytes
     # b"" = the single key; b"\x00" = every key >= key; else the first key that is not watched.
     range_end: bytes = b""
-    # The first revision wanted; None = now; negative is refused as etcd does.
+    # The first revision wanted; None = now; a negative one is refused, as etcd does.
     start_revision: int | None = None
-    # 0 = the core chooses.
+    # 0 = the core assigns one.
     watch_id: int = 0
     progress_notify: bool = False
     no_put: bool = False
@@ -45,11 +45,11 @@ class CreateRequest:
 
 @dataclass(slots=True, frozen=True)
 class Granted:
-    """A permission check that passed and, by the way, read the store's revision.
+    """A permission check that passed and also read the store's revision.
 
-    `header` is a read of "now" for the create that asked: the call that brought it was linearizable and began after
-    CheckPermission was carried out. An answer from a shared or an earlier probe is no such thing: hand in None, or the
-    bare Header (which then only tells the newest revision known).
+    `header` is a read of "now" for the create: the call that returned it was linearizable and began after
+    CheckPermission was carried out. An answer of an earlier probe does not qualify: pass None, or the bare Header
+    (which then only updates the newest revision known).
     """
 
     header: Header
@@ -57,14 +57,14 @@ class Granted:
 
 @dataclass(slots=True, frozen=True)
 class CreateRefusal:
-    """A permission check that did not pass; `text` is the cancel_reason the client gets, word for word."""
+    """A permission check that failed; `text` is the cancel_reason that the client gets, verbatim."""
 
     text: str
 
 
 @dataclass(slots=True, frozen=True)
 class UpstreamLost:
-    """Why an upstream watch is over for good: a gRPC status code and its text."""
+    """Why an upstream watch has ended and is not resumed: a gRPC status code and its text."""
 
     status: int
     text: str

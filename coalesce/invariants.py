@@ -1,32 +1,33 @@
-"""What holds between any two inputs, numbered; `check` recounts it all. Tests call it after each step.
+"""The invariants that hold between any two inputs, by number; `check` recounts all of them after each test step.
 
- 1. A session's watches are those that say so: each under its own id, with its session's outlet, known to its trunk,
-    and the trunk is the one of its range. No id is both a watch's and waiting for its cancel after a compaction.
+ 1. A session's watches are those registered with it: each under its own id, with its session's outlet, known to its
+    trunk, and the trunk is that of its range. An id that waits for its cancel after a compaction is not a watch's id.
  2. A watch is in exactly one place: in a group of its source, in the heap of its source, in its session's `lagging`,
-    or in line for a backfill. Groups and heaps hold nobody else.
+    or queued for a backfill. Groups and heaps hold no other watches.
  3. A watch in step needs exactly what its source needs next; one ahead needs something later.
- 4. A group holds watches of its variant only; prev_kv is wanted only of a source that has it.
+ 4. A group holds watches of its variant only; a watch that wants prev_kv follows only a source that has it.
  5. A watch comes through its trunk or a backfill of its trunk; the backfill knows it.
  6. All watches of a stalled session lag: nothing is delivered to it, and no backfill is opened for it.
- 7. A lagging watch of a session that is not stalled is going to be replayed without anybody asking.
- 8. A history is ordered and disjoint, lies within [floor, next_revision), and holds as many bytes as it says.
- 9. No history, and not all together, is larger than its bounds allow.
-10. A backfill has watches or is an upgrade; no more are open than allowed; nobody is in line while one may be opened;
-    and one is paused only while all its watches lag.
+ 7. A lagging watch of a session that is not stalled is replayed without a further input from the shell.
+ 8. A history is ordered and disjoint, lies within [floor, next_revision), and its byte count is correct.
+ 9. Each history, and all of them together, stay within their bounds.
+10. A backfill has watches or is an upgrade; no more are open than allowed; no watch is queued while one may be opened;
+    and a backfill is paused only while all its watches lag.
 11. A trunk without watches and without creates that wait for it lingers; any other does not.
-12. What is open at etcd is one upstream watch per trunk and per backfill, and each of them knows its source.
-13. The head of a session's line waits for something that is on its way: a check, a read, a trunk's `created`, or the
-    next ring of the timer. A line that is full is longer than what lets it go on.
-14. A read for later exists only while one is in flight, and no create waits for a read that nobody will make.
-15. Progress told is true: nothing below what a watch was told is still to come for it.
-16. Who waits for progress has watches, and the timer is set; who is held up is listed under the trunk that does it.
-17. The gauges count what is there.
-18. Nothing that has ended is anywhere, but for watches of sessions that have just ended, which the timer removes.
-19. Between two rings of the timer no more of the histories is looked at than allowed, but for one session's share.
+12. One upstream watch is open at etcd per trunk and per backfill, and each of them knows its source.
+13. The head of a session's queue waits for something that is under way: a check, a read, a trunk's `created`, or the
+    next timer. A queue marked full is longer than the size at which it is released.
+14. A queued read exists only while another one is in flight, and no create waits for a read that is not scheduled.
+15. Reported progress is true: no event below the progress that a watch was sent is still to come for it.
+16. A session that waits for progress has watches, and the timer is set; a blocked session is listed under the trunk
+    that blocks it.
+17. The gauges equal a recount.
+18. Nothing that has ended is listed anywhere, except watches of sessions that have just ended, which the timer removes.
+19. Between two timers no more events of the histories are examined than allowed, except for one session's share.
 20. A trunk's notices list those of its watches that asked for progress_notify, and while there are any a timer is set.
 21. A parked trunk has neither watches nor creates nor an upstream watch, and its range has no other trunk.
-22. A watch that waits for the end of a run is known to it, and the run's source is there; what it needs next is not
-    evicted before it was sent.
+22. A watch that waits for the end of a run is known to it, and the run's source exists; the events it needs next are
+    not evicted before they are sent.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ if TYPE_CHECKING:
 
 
 class InvariantBroken(AssertionError):
-    """An invariant does not hold: a mistake in the core."""
+    """An invariant does not hold: a bug in the core."""
 
     def __init__(self, number: int, text: str) -> None:
         super().__init__(f"invariant {number}: {text}")
-        # As in the list of this module.
+        # Its number in the module's docstring.
         self.number = number
 
 
@@ -59,7 +60,11 @@ def check(hub: CoreState) -> None:
         for watch in session.watches.values():
             _check_watch(hub, watch)
     for session in hub.leaving:
-        _need(18, session.ended and session not in hub.sessions and session.queue is None, "a session that leaves")
+        _need(
+            18,
+            session.ended and session not in hub.sessions and session.queue is None,
+            "a leaving session is not ended",
+        )
         for watch in session.watches.values():
             _check_watch(hub, watch)
     for trunk in hub.trunks_open.values():
@@ -71,7 +76,7 @@ def check(hub: CoreState) -> None:
     _check_reads(hub)
     _check_gauges(hub)
     share = 2 * hub.limits.replay_events_max + WATCH_EVENTS
-    _need(19, hub.replays.left_events > -share, "a turn of replaying took too much")
+    _need(19, hub.replays.left_events > -share, "a turn of replaying exceeded its share")
 
 
 def _sources(hub: CoreState) -> list[Source]:
@@ -93,49 +98,51 @@ def _check_session(hub: CoreState, session: Session) -> None:
     _need(2, (session.lagging_since is not None) == bool(session.lagging), "lagging since")
     _need(2, (session in hub.lagging_sessions) == bool(session.lagging), "lagging sessions")
     if hub.runs.has_work(session) and not session.stalled:
-        _need(7, hub.replays.is_due(session), "watches lag and nobody will replay them")
+        _need(7, hub.replays.is_due(session), "lagging watches of a session that is not due")
     if session.progress_needs:
         _need(16, bool(session.watches) and session in hub.progress.waiting.sessions, "waits for progress")
-        _need(16, hub.progress.next_deadline() is not None, "no timer for who waits for progress")
+        _need(16, hub.progress.next_deadline() is not None, "no timer for a session that waits for progress")
     if session.progress_blocker is not None:
-        _need(16, hub.progress.waiting.is_listed(session), "held up, and nobody will look again")
+        _need(16, hub.progress.waiting.is_listed(session), "a blocked session is not listed under its trunk")
     if session.queue is not None:
-        _need(13, bool(session.queue), "an empty line")
+        _need(13, bool(session.queue), "an empty queue")
         _check_head(hub, session)
-    _need(13, not session.line_full or session.line_bytes > hub.limits.line_bytes_max // 2, "a full line that is short")
+    _need(
+        13, not session.line_full or session.line_bytes > hub.limits.line_bytes_max // 2, "a short queue is marked full"
+    )
 
 
 def _check_head(hub: CoreState, session: Session) -> None:
-    assert session.queue is not None, "looked before"
+    assert session.queue is not None, "the caller has checked"
     head = session.queue[0]
     if session in hub.joining.ready:
         return
     _need(13, isinstance(head, PendingCreate), "only creates wait")
-    assert isinstance(head, PendingCreate), "just said"
+    assert isinstance(head, PendingCreate), "checked above"
     waits_for_check = not head.checked and head.refusal is None
     waits_for_trunk = head.trunk is not None and head.trunk.opening
     _need(13, waits_for_check or head.reading or waits_for_trunk, head.request)
     for create in session.queue:
         if isinstance(create, PendingCreate) and create.trunk is not None:
-            _need(13, create in create.trunk.joining, "a create that its trunk does not know")
+            _need(13, create in create.trunk.joining, "a create is not registered with its trunk")
 
 
 def _check_watch(hub: CoreState, watch: Watch) -> None:
     trunk, source, session = watch.trunk, watch.source, watch.session
     _need(1, watch in trunk.watches and hub.trunks_open.get((trunk.key, trunk.range_end)) is trunk, watch)
     place = watch.place
-    # Where it is, and that it is nowhere else.
+    # It is in its place, and nowhere else.
     _need(2, (watch.group is not None and watch in watch.group.members) == (place is Place.IN_STEP), watch)
     _need(2, (watch.ahead is not None and watch.ahead.watch is watch) == (place is Place.AHEAD), watch)
     _need(2, (watch in session.lagging) == (place is Place.LAGGING), watch)
     _need(2, (watch in hub.queued) == (place is Place.QUEUED), watch)
     _need(2, place is not Place.ENDED, watch)
     if place is Place.IN_STEP:
-        assert watch.group is not None, "just said"
+        assert watch.group is not None, "checked above"
         _need(2, source is not None and source.fanout.groups.get(watch.variant) is watch.group, watch)
         _need(4, watch.group.variant == watch.variant, watch)
     if place is Place.AHEAD:
-        assert watch.ahead is not None, "just said"
+        assert watch.ahead is not None, "checked above"
         _need(2, source is not None and watch in source.fanout.ahead(), watch)
         _need(3, source is not None and watch.ahead.position == watch.position > source.next_revision, watch)
     if source is not None:
@@ -154,10 +161,10 @@ def _check_source(hub: CoreState, source: Source) -> None:
     last = history.floor - 1
     for batch in batches:
         _need(8, last < batch.first_revision <= batch.last_revision, batch)
-        _need(8, batch.kept is not None, "an evicted batch is held")
+        _need(8, batch.kept is not None, "a history holds an evicted batch")
         last = batch.last_revision
-    _need(8, last < source.next_revision or not batches, "a history reaches over what comes next")
-    _need(8, history.bytes == sum(batch.memory_bytes for batch in batches), "bytes of a history")
+    _need(8, last < source.next_revision or not batches, "a history reaches beyond next_revision")
+    _need(8, history.bytes == sum(batch.memory_bytes for batch in batches), "byte count of a history")
     _need(9, history.bytes <= hub.limits.history_bytes_max, "a history is too large")
     _need(9, len(history) <= hub.limits.history_revisions_max, "a history is too long")
     for variant, group in source.fanout.groups.items():
@@ -177,14 +184,14 @@ def _check_trunk(hub: CoreState, trunk: Trunk) -> None:
         _need(18, watch.session in hub.sessions or watch.session in hub.leaving, watch)
         _need(1, watch.session.watches.get(watch.watch_id) is watch, watch)
     for create in trunk.joining:
-        _need(18, not create.session.ended and create.trunk is trunk, "a create that is gone holds a trunk")
+        _need(18, not create.session.ended and create.trunk is trunk, "an ended create holds a trunk")
     asked = {watch for watch in trunk.watches if watch.progress_notify}
     notices = trunk.notices
     listed = {watch for alike in notices.watches.values() for watch in alike} if notices is not None else set()
     _need(20, asked == listed and (notices is not None) == bool(asked), "the watches that asked for progress_notify")
     _need(20, notices is None or notices.timer_at is not None, "no timer for progress_notify")
     used = bool(trunk.watches or trunk.joining)
-    _need(11, used == (trunk.timer_at is None), "a trunk lingers if and only if nobody uses it")
+    _need(11, used == (trunk.timer_at is None), "a trunk lingers if and only if it is unused")
 
 
 def _check_parked(hub: CoreState, span: tuple[bytes, bytes], trunk: Trunk) -> None:
@@ -200,13 +207,19 @@ def _check_backfills(hub: CoreState) -> None:
     upgrades = [trunk.upgrade for trunk in hub.trunks_open.values() if trunk.upgrade is not None]
     _need(10, set(hub.backfills.open) == {*listed, *upgrades}, "open backfills")
     _need(10, len(listed) <= hub.limits.backfills_max, "too many backfills")
-    _need(10, not hub.queued or len(listed) == hub.limits.backfills_max, "a place for a backfill is free")
+    _need(
+        10,
+        not hub.queued or len(listed) == hub.limits.backfills_max,
+        "a watch is queued though a backfill may be opened",
+    )
     for backfill in hub.backfills.open:
         _check_source(hub, backfill)
-        _need(10, bool(backfill.watches) or backfill.is_upgrade, "a backfill of nobody")
+        _need(10, bool(backfill.watches) or backfill.is_upgrade, "a backfill without watches")
         for watch in backfill.watches:
             _need(5, watch.source is backfill, watch)
-        _need(10, not backfill.paused or not backfill.fanout.has_watches, "a paused backfill keeps watches waiting")
+        _need(
+            10, not backfill.paused or not backfill.fanout.has_watches, "a backfill is paused though a watch follows it"
+        )
     for watch in hub.queued:
         _need(2, watch.place is Place.QUEUED and watch.source is None, watch)
         _need(2, watch.session.watches.get(watch.watch_id) is watch, watch)
@@ -220,26 +233,30 @@ def _check_upstreams(hub: CoreState) -> None:
         for session in hub.lagging_sessions:
             waits = any(watch.source is source and hub.runs.waits(watch) for watch in session.lagging)
             known = session in run.sessions or session.stalled or hub.replays.is_due(session)
-            _need(22, known or not waits, "a watch waits for a run that does not know it")
+            _need(22, known or not waits, "a watch is not registered with the run it waits for")
             for watch in session.lagging if waits and not session.stalled and not hub.replays.is_due(session) else ():
                 if watch.source is source and hub.runs.waits(watch):
                     guard = source.history.guard
                     guarded = guard is not None and watch.position >= guard.first_revision
-                    _need(22, guarded, "what a watch waits for may be evicted")
-    _need(12, expected.issuperset(hub.progress.to_ask), "what is over is to be asked for progress")
+                    _need(22, guarded, "events that a watch waits for may be evicted")
+    _need(12, expected.issuperset(hub.progress.to_ask), "a closed upstream watch is to be asked for progress")
     for source in _sources(hub):
         _need(12, source.upstream.owner is source and not source.upstream.closed, source.upstream)
 
 
 def _check_reads(hub: CoreState) -> None:
     current, later = hub.joining.current, hub.joining.later
-    _need(14, current is not None or later is None, "a read for later without one in flight")
+    _need(14, current is not None or later is None, "a queued read without one in flight")
     waiting = {id(create) for read in (current, later) if read is not None for create in read.waiting}
     waiting |= {id(create) for create, _ in hub.joining.answered}
     for session in hub.sessions:
         for create in session.queue or ():
             if isinstance(create, PendingCreate):
-                _need(14, create.reading == (id(create) in waiting), "a create that waits for no read")
+                _need(
+                    14,
+                    create.reading == (id(create) in waiting),
+                    "a create's `reading` differs from the reads that exist",
+                )
 
 
 def _check_gauges(hub: CoreState) -> None:
@@ -267,4 +284,4 @@ def _check_gauges(hub: CoreState) -> None:
     _need(17, stats.queued == len(hub.queued), "queued")
     _need(17, stats.history_bytes == history_bytes, "history_bytes")
     _need(17, stats.history_batches == history_batches, "history_batches")
-    _need(9, history_bytes <= hub.limits.history_bytes_total_max, "all histories are too large")
+    _need(9, history_bytes <= hub.limits.history_bytes_total_max, "all histories together are too large")

@@ -1,20 +1,21 @@
-"""From a create to a watch: what it waits for, in which order it is refused, and where it starts.
+"""From a create to a watch: what a create waits for, in which order it is refused, and where it starts.
 
-Requests arrive in an order, and that is the order of the answers. What a create needs is asked for when it arrives:
+Answers are sent in the order of the requests. Whatever a create needs is requested as soon as it arrives:
 
-- permission: always asked (CheckPermission); the shell says at once when auth is known to be off;
-- a trunk: held from the moment the permission is there, opened if the range has none;
+- a permission: always checked (CheckPermission); the shell answers at once when auth is known to be off;
+- a trunk: held from the moment the permission is granted, opened if the range has none;
 - a read of "now": for a create without a start revision. The read begins after the request arrived: one is in flight at
-  a time and serves those who waited when it started, later ones wait for the next. A permission check that read the
-  revision by the way (Granted) serves as well. It is sent in the same step as the create of a trunk. A
-  create that opens a trunk at a start of its own only has to know about which revision the store has, since a trunk
-  must not start above that nor far below: what any answer said a moment ago will do, else "now" is read first.
+  a time and serves the creates that waited when it started; later creates wait for the next one. A permission check
+  that also read the revision (Granted) serves as well. The read is sent in the same step as the create of a trunk. A
+  create that opens a trunk at its own start revision needs only the approximate revision of the store, since a trunk
+  must start neither above that nor far below: any recent answer is enough, otherwise "now" is read first.
 
-When the create is at the head of its session's queue and has all it needs, it is decided. Refusals, in etcd's order:
-a negative start, the permission, an empty range, an id in use; our own limits come last.
+When the create is at the head of its session's queue and has all it needs, it is decided. Refusals, in etcd's order: a
+negative start, the permission, an empty range, an id in use; the proxy's own limits come last.
 
-"Now" is the read, or more if the trunk knows no better: a trunk that has begun at "now" itself is complete from above
-its `created`. What the trunk has delivered beyond is replayed; what it has not reached is skipped for this watch.
+"Now" is the revision read, or the trunk's start if that is higher: a trunk that started at "now" is complete only above
+its `created`. Revisions that the trunk has already delivered above "now" are replayed for this watch; those at or below
+"now" that the trunk delivers later are skipped.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from proto.scan import Header
 if TYPE_CHECKING:
     from coalesce.hub import CoreState
 
-# etcd's own words (api/v3rpc/rpctypes/error.go, storage/mvcc/watcher.go): clients compare them.
+# etcd's own texts (api/v3rpc/rpctypes/error.go, storage/mvcc/watcher.go): clients compare them.
 COMPACTED = "etcdserver: mvcc: required revision has been compacted"
 EMPTY_RANGE = "mvcc: watcher range is empty"
 DUPLICATE_ID = "mvcc: duplicate watch ID provided on the WatchStream"
@@ -39,7 +40,7 @@ _EXHAUSTED = 8
 
 
 class PendingRead:
-    """A read of the store's revision, for those who waited when it began."""
+    """A read of the store's revision, for the creates that waited when it began."""
 
     __slots__ = ("waiting",)
 
@@ -48,26 +49,26 @@ class PendingRead:
 
 
 class Admission:
-    """The line of each session, and how creates become watches."""
+    """Processes the request queue of each session, and turns creates into watches."""
 
     __slots__ = ("_hub", "answered", "current", "later", "left", "ready")
 
     def __init__(self, hub: CoreState) -> None:
         self._hub = hub
-        # The read in flight, and the one for those who came since.
+        # The read in flight, and the next one, for creates that arrived since.
         self.current: PendingRead | None = None
         self.later: PendingRead | None = None
-        # Creates whose read has come and which have yet to be prepared, with its header.
+        # Creates whose read is answered and which are not prepared yet, with its header.
         self.answered: deque[tuple[PendingCreate, Header]] = deque()
-        # Sessions whose line goes on when the timer rings.
+        # Sessions whose queue continues at the next timer.
         self.ready: dict[Session, None] = {}
-        # What may still be decided in this step.
+        # How many requests may still be decided in this step.
         self.left = hub.limits.step_watches_max
 
     # inputs
 
     def create(self, session: Session, request: CreateRequest) -> None:
-        """Take a create in line and ask for what it needs."""
+        """Queue a create and request what it needs."""
         create = PendingCreate(session, request)
         self._hub.stats.creates += 1
         if request.start_revision is not None and request.start_revision < 0:
@@ -79,16 +80,16 @@ class Admission:
         self._enter(session, create)
 
     def cancel(self, session: Session, watch_id: int) -> None:
-        """Take a cancel in line."""
+        """Queue a cancel."""
         self._enter(session, PendingCancel(watch_id))
 
     def progress(self, session: Session) -> None:
-        """Take a progress request in line."""
+        """Queue a progress request."""
         self._hub.stats.progress_requests += 1
         self._enter(session, PendingProgress())
 
     def permission(self, create: PendingCreate, outcome: Granted | CreateRefusal | Header | None) -> None:
-        """Take the outcome of a check."""
+        """Handle the outcome of a permission check."""
         if create.session.ended or create.checked or create.refusal is not None:
             return
         if isinstance(outcome, CreateRefusal):
@@ -109,7 +110,7 @@ class Admission:
         self.advance(create.session)
 
     def revision_read(self, read: PendingRead, header: Header) -> None:
-        """Take the outcome of a read, and start the one for those who came since."""
+        """Handle the outcome of a read, and start the next one if creates wait for it."""
         if read is not self.current:
             return
         self._hub.observe_header(header)
@@ -120,7 +121,7 @@ class Admission:
         self._take_answered()
 
     def _take_answered(self) -> None:
-        """Go on with creates whose read has come, as many as this step allows."""
+        """Continue the creates whose read is answered, as many as this step allows."""
         answered = self.answered
         while answered and self.left > 0:
             create, header = answered.popleft()
@@ -133,19 +134,19 @@ class Admission:
                 self.advance(create.session)
 
     def drop_answered(self) -> None:
-        """Read again what was read and not used yet: it is true no more."""
+        """Repeat the reads that are answered but not used yet: their revisions are stale."""
         answered, self.answered = self.answered, deque()
         for create, _ in answered:
             create.reading = False
             if not create.session.ended:
                 self._read(create)
 
-    # the line
+    # the queue
 
     def expire(self) -> None:
-        """Decide what was too much for an earlier step."""
+        """Continue with the requests that exceeded an earlier step."""
         self._take_answered()
-        # Each session once at most, so that one with a long line stands behind the others again.
+        # Each session at most once, so that one with a long queue goes behind the others.
         for session in tuple(self.ready):
             if self.left <= 0:
                 return
@@ -153,7 +154,7 @@ class Admission:
             self.advance(session)
 
     def forget(self, session: Session) -> None:
-        """Drop the line of a session that has ended."""
+        """Drop the queue of a session that has ended."""
         queue, session.queue = session.queue, None
         self.ready.pop(session, None)
         self._hub.stats.line_bytes -= session.line_bytes
@@ -161,13 +162,13 @@ class Admission:
         for request in queue or ():
             if isinstance(request, PendingCreate):
                 self._hub.trunks.release(request)
-                # An etcd that does not answer would keep the session here.
+                # If etcd does not answer, the read would keep the session alive.
                 for read in (self.current, self.later):
                     if read is not None:
                         read.waiting.pop(request, None)
 
     def advance(self, session: Session) -> None:
-        """Decide the requests of a session, in order, up to the first that must wait, or as many as a step allows."""
+        """Decide the requests of a session in order, until one must wait or the step's bound is reached."""
         queue = session.queue
         while queue:
             if self.left <= 0:
@@ -216,7 +217,7 @@ class Admission:
     # one create
 
     def _prepare(self, create: PendingCreate) -> None:
-        """Ask for what a permitted create still needs."""
+        """Request what a permitted create still needs."""
         needs_read = create.request.start_revision is None
         limit = self._hub.limits.trunks_max
         trunks = self._hub.trunks_open
@@ -230,12 +231,12 @@ class Admission:
             self._read(create)
 
     def _refused(self, create: PendingCreate) -> None:
-        """See to what a refusal needs: the answer has a header, so the store must have been heard of."""
+        """Request what a refusal needs: its answer has a header, so one must be known."""
         if self._hub.header is None:
             self._read(create)
 
     def _read(self, create: PendingCreate) -> None:
-        """Have "now" read for a create, by a call that begins after it came."""
+        """Read "now" for a create, by a call that begins after the create arrived."""
         if create.reading:
             return
         create.reading = True
@@ -249,7 +250,7 @@ class Admission:
         self.later.waiting[create] = None
 
     def read_again(self, create: PendingCreate) -> None:
-        """Forget what a waiting create has read: it is true no more."""
+        """Discard the revision that a waiting create has read; it is stale."""
         create.header = None
         if create.request.start_revision is None:
             self._read(create)
@@ -259,7 +260,7 @@ class Admission:
         self._hub.effects.append(ReadRevision(read))
 
     def _decide(self, create: PendingCreate) -> bool:
-        """Answer the create at the head of its session's line; False: it must wait."""
+        """Answer the create at the head of its session's queue; False: it must wait."""
         hub = self._hub
         if create.refusal is None and not create.checked:
             return False
@@ -293,14 +294,14 @@ class Admission:
         return None
 
     def refuse(self, create: PendingCreate, text: str) -> None:
-        """Answer a create with a refusal: `created` and `canceled` in one, of no watch."""
+        """Answer a create with a refusal: `created` and `canceled` in one response, with watch id -1."""
         hub = self._hub
         hub.stats.refused += 1
         hub.trunks.release(create)
         hub.answer(create.session, NO_WATCH_ID, hub.header_now(), created=True, canceled=True, cancel_reason=text)
 
     def _join(self, create: PendingCreate) -> None:
-        """Make a create that has all it needs a watch, and answer it."""
+        """Turn a create that has all it needs into a watch, and answer it."""
         hub = self._hub
         session, request, trunk = create.session, create.request, create.trunk
         assert trunk is not None, "held since it was permitted"
@@ -320,7 +321,7 @@ class Admission:
         hub.trunks.release(create)
         hub.answer(session, watch_id, header, created=True)
         hub.progress.began(watch)
-        # It has no place yet, and no source; house() gives it both.
+        # It has neither place nor source yet; place() assigns both.
         hub.place((watch,))
         self._count(watch)
 

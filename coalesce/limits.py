@@ -1,4 +1,4 @@
-"""Every bound and time of the core, each with its unit and its reason. ARCHITECTURE.md repeats the table."""
+"""Every bound and time of the core, each with its unit and its reason; docs/limits.md is generated from them."""
 
 from __future__ import annotations
 
@@ -14,78 +14,82 @@ class CoreLimits:
 
     # How long a trunk without watches is kept. Operators, and etcd's own tests, expect watches gone within a second.
     linger_s: float = 0.5
-    # How long its history is kept after that, without an upstream watch: clients come back within this time after most
-    # restarts of theirs. The bounds of histories hold for it as well.
+    # How long the history of such a trunk is kept after that, without an upstream watch: most clients reconnect within
+    # this time after a restart. The bounds of histories apply to it as well.
     history_linger_s: float = 30.0
-    # Histories kept so; one more, and the one kept longest goes. Each costs about 2 KiB beside its events.
+    # Maximum histories kept without an upstream watch; a further one replaces the oldest. Each costs about 2 KiB in
+    # addition to its events.
     parked_max: int = 10_000
 
-    # History of one trunk: memory per range. A batch that is larger on its own is not kept at all.
+    # Maximum memory of the history of one trunk (of one range). A single batch larger than this is not kept.
     history_bytes_max: int = 16 * _MIB
-    # History of all trunks together: memory of the process. The oldest batch of all goes first.
+    # Maximum memory of all histories together. The oldest batch of all is evicted first.
     history_bytes_total_max: int = 256 * _MIB
-    # Batches of one trunk's history: bounds what small events cost beside their bytes.
+    # Maximum batches in the history of one trunk: bounds the overhead of small events.
     history_revisions_max: int = 20_000
-    # How long a batch is kept: memory of ranges that were busy once. Five minutes is Kubernetes' compaction interval:
-    # older starts are mostly compacted anyway.
+    # How long a batch is kept: frees the memory of ranges that are no longer busy. Five minutes is Kubernetes'
+    # compaction interval: older starts are mostly compacted anyway.
     history_age_s: float = 300.0
 
-    # Size of a response joined for a lagging watch, and of what one session is given before others have their turn.
+    # Maximum size of one response to a lagging watch, and of what one session gets before the next one's turn.
     replay_bytes_max: int = 1 * _MIB
-    # What all sessions together are given in one turn of replaying, so that a herd does not hold up live events.
+    # Maximum bytes that all sessions together get in one turn of replaying, so that many of them do not delay live
+    # events.
     replay_turn_bytes_max: int = 8 * _MIB
-    # Events looked at for one response of a lagging watch, and for one session before others have their turn: filters
-    # may leave nothing of them, so bytes alone do not bound the work. About one millisecond.
+    # Maximum events examined for one response to a lagging watch, and for one session before the next one's turn:
+    # filters may drop all of them, so bytes alone do not bound the work. About one millisecond.
     replay_events_max: int = 3_000
-    # What all sessions together may have looked at between two rings of the timer: about three milliseconds.
+    # Maximum events examined for all sessions together between two timers: about three milliseconds.
     replay_turn_events_max: int = 6_000
-    # A response of several revisions stays below: a default gRPC client takes 4 MiB, with room for the envelope.
+    # Maximum size of a response with several revisions: gRPC clients accept 4 MiB by default, less the envelope.
     response_bytes_max: int = 4 * _MIB - 16 * _KIB
-    # From here on a response is split for watches with fragment: etcd's --max-request-bytes (1.5 MiB) + 512 KiB.
+    # Size from which a response is split for watches with fragment: etcd's --max-request-bytes (1.5 MiB) + 512 KiB.
     fragment_bytes: int = 2 * _MIB
 
-    # A catch-up response for a watch with fragment: etcd sends it in one run of fragments, of up to 1000 revisions. A
-    # run this large ends between two revisions, and the rest is another one. Who reads slowly has one in memory.
+    # Maximum size of a catch-up response to a watch with fragment: etcd sends up to 1000 revisions in one run of
+    # fragments. A run that reaches this size ends between two revisions; the rest is another run. One run per slow
+    # session is held in memory.
     fragment_run_bytes_max: int = 12 * _MIB
 
-    # Watches of one session; more are refused. A watch costs about 0.5 KiB.
+    # Maximum watches of one session; further ones are refused. A watch costs about 0.5 KiB.
     watches_per_session_max: int = 100_000
-    # Watches of all sessions; more are refused.
+    # Maximum watches of all sessions; further ones are refused.
     watches_max: int = 10_000_000
-    # Trunks; a create that would need one more is refused. Each is a watch at etcd and an object here.
+    # Maximum trunks; a create that needs a further one is refused. Each is a watch at etcd and an object here.
     trunks_max: int = 1_000_000
-    # Requests of one session that wait in order (a create waits for etcd); one more ends the session.
+    # Maximum queued requests of one session (a create waits for etcd); a further one ends the session.
     queue_max: int = 100_000
-    # Memory of the requests of one session that wait; from here on the shell hands in no more of them (TakeRequests
-    # says when to go on), so that a client is held up by its windows. Some two thousand small ones.
+    # Maximum memory of the queued requests of one session; once reached, the shell reads no more requests until
+    # TakeRequests, so that flow control slows the client down. About two thousand small requests.
     line_bytes_max: int = 1 * _MIB
-    # Watches that begin, end or are decided about in one step, and ranges that are given up; what is beyond comes with
-    # the next ring of the timer, which is due at once. Some five milliseconds.
+    # Maximum watches that are created, decided or ended in one step, and ranges that are closed; the rest follows at
+    # the next timer, which is due at once. About five milliseconds.
     step_watches_max: int = 200
 
-    # Backfills open at once; watches that need one more wait in line. Each is a stream of its own at etcd.
+    # Maximum open backfills; watches that need a further one are queued. Each is a separate stream at etcd.
     backfills_max: int = 100
-    # What a backfill may hold for its slower sharers before it is paused, or they leave it.
+    # Maximum memory that a backfill holds for its slower watches before it is paused, or they leave it.
     backfill_bytes_max: int = 4 * _MIB
-    # A watch shares a backfill that is at most so many revisions behind its need: ten of etcd's catch-up responses.
+    # A watch shares a backfill that is at most this many revisions behind its start: ten of etcd's catch-up responses.
     backfill_share_revisions: int = 10_000
-    # A trunk whose first watch starts in the past begins there itself if that is at most so many revisions ago, what
-    # etcd sends in one catch-up response; older, and later watches would wait behind the catch-up.
+    # A trunk whose first watch starts in the past begins there if that is at most this many revisions ago, which is
+    # what etcd sends in one catch-up response; with an older start, later watches would wait for the catch-up.
     trunk_catch_up_revisions: int = 1000
 
     # A trunk's bookmark is renewed at least this often, so that a break never resumes from an old, compacted revision.
     bookmark_s: float = 30.0
-    # Progress is asked for at most so often: who comes meanwhile shares the next request. Each walks all sessions that
-    # wait, and locks etcd's watches. Clients ask every 100 ms (Kubernetes): a thousand of them make three of it.
+    # Minimum time between progress requests to etcd; requests of clients that arrive meanwhile share the next one. Each
+    # request walks all waiting sessions, and locks etcd's watches. Clients ask every 100 ms (Kubernetes): a thousand of
+    # them cost three requests in that time.
     progress_interval_s: float = 0.03
-    # While somebody waits for progress, upstream is asked again after this: etcd drops requests it cannot answer.
+    # While a session waits for progress, etcd is asked again after this time: it drops requests it cannot answer.
     progress_retry_s: float = 0.1
-    # The longest pause between such requests; they double from progress_retry_s while nothing comes of them.
+    # Maximum pause between such requests; pauses double from progress_retry_s while no answer suffices.
     progress_retry_s_max: float = 1.0
     # Quiet watches that asked for progress_notify get progress at least this often, and at etcd's own interval
     # (--watch-progress-notify-interval) in any case.
     progress_notify_s: float = 600.0
 
-    # A session that has been behind without a break for longer is ended; None = never. Age, not size: a false
-    # disconnect under load is worse than a slow recovery.
+    # A session that has been behind continuously for longer is ended; None = never. Age, not size: a false disconnect
+    # under load is worse than a slow recovery.
     lagging_age_s_max: float | None = None

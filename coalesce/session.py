@@ -1,12 +1,13 @@
-"""Sessions, their watches, and the line of their pending requests.
+"""Sessions, their watches, and the queue of their pending requests.
 
 A session handles its requests strictly in order, as etcd's receive loop does, because clients match `created` to
-their creates by order. So each request joins the session's queue; only its head is decided. What a create needs from
-etcd (a permission, a read of "now", a trunk) is asked for at once when it arrives, so that creates which wait in line
-wait together.
+their creates by order. So each request joins the session's queue; only its head is decided. Whatever a create needs
+from etcd (a permission, a read of "now", a trunk) is requested as soon as it arrives, so that queued creates wait for
+etcd concurrently.
 
-Ids, a session's own: 0 in a request means automatic, a counter that never goes back and skips ids in use. An id whose
-watch was cancelled by compaction stays taken until the client cancels it (etcd: mvcc/watcher.go keeps the watcher).
+Watch ids belong to one session: 0 in a request means automatic, a counter that never decreases and skips ids in use. An
+id whose watch was cancelled by compaction stays taken until the client cancels it (etcd: mvcc/watcher.go keeps the
+watcher).
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ if TYPE_CHECKING:
 
 
 class Place(Enum):
-    """Where a watch is. Exactly one of these holds."""
+    """Where a watch is; exactly one of these applies."""
 
-    # In a group of its source: needs exactly what the source needs next, and gets each batch as it comes.
+    # In a group of its source: needs exactly what the source needs next, and gets each batch as it arrives.
     IN_STEP = "in step"
     # In its source's heap: needs nothing before its position, which the source has not reached.
     AHEAD = "ahead"
-    # In its session's `lagging`: has something to be replayed, or has lost its source and looks for another one.
+    # In its session's `lagging`: has events to be replayed, or has lost its source and needs another one.
     LAGGING = "lagging"
-    # Waits in line for a backfill.
+    # Queued for a backfill.
     QUEUED = "queued"
-    # Cancelled, or its session is gone.
+    # Cancelled, or its session has ended.
     ENDED = "ended"
 
 
@@ -63,15 +64,15 @@ class Watch:
 
     def __init__(self, session: Session, request: CreateRequest, watch_id: int, trunk: Trunk, position: int) -> None:
         self.session = session
-        # The session's, for the hot loop.
+        # The session's outlet, copied for the hot loop.
         self.outlet = session.outlet
         self.watch_id = watch_id
         self.variant = variant_of(request.no_put, request.no_delete, request.prev_kv, request.fragment)
         self.progress_notify = request.progress_notify
-        # Whose range it watches, and where it ends up.
+        # The trunk of its range.
         self.trunk = trunk
         self.place = Place.LAGGING
-        # The trunk, or the backfill it comes through; None = must look for one.
+        # The trunk, or the backfill it comes through; None = it needs one.
         self.source: Source | None = None
         # Its group while IN_STEP, else None.
         self.group: Group | None = None
@@ -79,11 +80,11 @@ class Watch:
         self.ahead: Ahead | None = None
         # The first revision still needed, while not IN_STEP.
         self.position = position
-        # Progress below would take the client back: the start it asked for, "now", or what it was told since.
+        # Lower progress would move the client back: the start it asked for, "now", or the progress it was sent since.
         self.progress_floor = request.start_revision if request.start_revision is not None else position - 1
-        # Of the last event it was sent, or a little later; while it is in a group the group's counts too.
+        # Revision of the last event sent to it, or a little later; in a group, the group's `sent_revision` counts too.
         self.sent_revision = position - 1
-        # What `sent_revision` was at first.
+        # The first value of `sent_revision`.
         self.noted_revision = position - 1
 
     @property
@@ -95,7 +96,7 @@ class Watch:
 
     @property
     def last_sent_revision(self) -> int:
-        """No event above this was sent; what was sent may end earlier."""
+        """No event above this revision was sent; the last one sent may be lower."""
         if self.group is not None and self.group.sent_revision > self.sent_revision:
             return self.group.sent_revision
         return self.sent_revision
@@ -110,25 +111,25 @@ class Watch:
 
 
 REQUEST_BYTES = 512
-"""What a request in line takes beside its keys: objects, and places in lists."""
+"""Memory of a queued request in addition to its keys: objects, and list entries."""
 
 
 class PendingCreate:
-    """A create in line. It is also the `check` of CheckPermission: the shell reads session, key and range_end."""
+    """A queued create. It is also the `check` of CheckPermission: the shell reads session, key and range_end."""
 
     __slots__ = ("bytes", "checked", "header", "key", "range_end", "reading", "refusal", "request", "session", "trunk")
 
     def __init__(self, session: Session, request: CreateRequest) -> None:
         self.session = session
         self.request = request
-        # etcd: no key means the smallest one (api/v3rpc/watch.go).
+        # In etcd an empty key means the smallest one (api/v3rpc/watch.go).
         self.key = request.key or b"\x00"
         self.range_end = request.range_end
-        # Of memory.
+        # Memory.
         self.bytes = REQUEST_BYTES + len(request.key) + len(request.range_end)
         # The permission was granted.
         self.checked = False
-        # Why it is refused, once that is known; the answer waits for its turn.
+        # Why it is refused; None = not refused so far. The answer waits for its turn.
         self.refusal: str | None = None
         # A read of "now" that began after this request arrived; None = not read.
         self.header: Header | None = None
@@ -139,7 +140,7 @@ class PendingCreate:
 
 
 class PendingCancel:
-    """A cancel in line."""
+    """A queued cancel."""
 
     __slots__ = ("watch_id",)
 
@@ -150,7 +151,7 @@ class PendingCancel:
 
 
 class PendingProgress:
-    """A progress request in line."""
+    """A queued progress request."""
 
     __slots__ = ()
 
@@ -158,7 +159,8 @@ class PendingProgress:
 
 
 Pending: TypeAlias = PendingCreate | PendingCancel | PendingProgress
-# Nearly always of one, when an empty deque alone is ten times a list; a long list would be slow to take from.
+# Usually holds one request. An empty deque takes ten times the memory of a list, so a deque is used only for more than
+# LISTED_MAX requests, where taking the first one from a list would be slow.
 RequestQueue: TypeAlias = list[Pending] | deque[Pending]
 LISTED_MAX = 32
 
@@ -185,38 +187,38 @@ class Session:
     )
 
     def __init__(self, outlet: object, identity: Identity) -> None:
-        # The shell's: where Deliver and Send go.
+        # The shell's object that Deliver and Send write to.
         self.outlet = outlet
         self.identity = identity
         self.watches: dict[int, Watch] = {}
-        # Ids that a compaction cancelled and the client has not cancelled yet.
+        # Ids that a compaction cancelled and that the client has not cancelled yet.
         self.compacted: set[int] | None = None
         # The next automatic id to try.
         self.next_id = 0
         # Requests not decided yet, in order; None = none.
         self.queue: RequestQueue | None = None
-        # Their memory.
+        # Memory of the queue.
         self.line_bytes = 0
-        # It reached line_bytes_max: the shell hands in no more until TakeRequests.
+        # The queue reached line_bytes_max: the shell passes in no more requests until TakeRequests.
         self.line_full = False
         # The shell holds unsent bytes of it: nothing is delivered until drained().
         self.stalled = False
-        # Watches to be replayed, whose turn comes in this order.
+        # Watches to be replayed, in the order of their turns.
         self.lagging: dict[Watch, None] = {}
-        # Since when there are any, without a break; None = there are none.
+        # Since when `lagging` has been non-empty; None = it is empty.
         self.lagging_since: float | None = None
-        # The progress requests that wait, at most two: for each the number of the first upstream request whose proof
-        # will do (see progress).
+        # Progress requests not answered yet, at most two: for each, the number of the first upstream request whose
+        # answer is fresh enough (see progress).
         self.progress_needs: tuple[int, ...] = ()
-        # What held the answer up when it was last looked for; None = nothing is known to.
+        # What blocked the answer at the last attempt; None = no known blocker.
         self.progress_blocker: Blocker | None = None
         # The highest progress answered.
         self.progress_revision = 0
-        # It is gone: closed by the shell, or ended by the core.
+        # Closed by the shell, or ended by the core.
         self.ended = False
 
     def id_taken(self, watch_id: int) -> bool:
-        """Whether a watch has this id, or had it when it was compacted and the client did not cancel it yet."""
+        """Whether a watch has this id, or a compaction cancelled that watch and the client has not done so yet."""
         return watch_id in self.watches or (self.compacted is not None and watch_id in self.compacted)
 
     def automatic_id(self) -> int:

@@ -1,8 +1,8 @@
-"""What events come from: an upstream watch, the history of what it brought, and the watches that follow it.
+"""Sources of events: an upstream watch, the history of its batches, and the watches that follow it.
 
-There are two kinds of source. A trunk is the one that all watches of a range end up on; a backfill brings some of
-them there. Both pass batches on in the same way, keep a window to replay from, and may be lagged behind; so a session
-that stalls is the same thing on either.
+There are two kinds of source. A trunk is the one that all watches of a range end up on; a backfill brings some of them
+there. Both pass batches on in the same way, keep a window to replay from, and may have lagging watches; so a session
+that stalls is handled the same way on either.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Upstream:
-    """A watch at etcd as the shell sees it. It never opens again: a source that must start anew takes another one."""
+    """A watch at etcd as the shell sees it. It is never reopened: a source that restarts uses a new one."""
 
     __slots__ = (
         "asked",
@@ -38,20 +38,21 @@ class Upstream:
     )
 
     def __init__(self, owner: Source, start_revision: int | None, prev_kv: bool, is_backfill: bool) -> None:
-        # The source it feeds; None once that has ended.
+        # The source it feeds; None after that source has ended.
         self.fed: Source | None = owner
         self.key = owner.key
         self.range_end = owner.range_end
         # None = now.
         self.start_revision = start_revision
         self.prev_kv = prev_kv
-        # It wants a stream of its own, which can be paused.
+        # It needs a stream of its own, which can be paused.
         self.is_backfill = is_backfill
         # `created` has come.
         self.created = False
-        # Nothing more is wanted of it; what still comes is ignored.
+        # It is not needed any more; later responses are ignored.
         self.closed = False
-        # What `token` said last, () if nobody asked: a refusal is about that one, whoever has come and gone since.
+        # The last value of `token`, () if it was never read: a refusal by etcd applies to this token, even if the
+        # sessions have changed since.
         self.said_token: tuple[bytes | None, ...] = ()
         # The number of the newest progress request that asked it; 0 = none.
         self.asked = 0
@@ -62,28 +63,28 @@ class Upstream:
 
     @property
     def owner(self) -> Source:
-        """The source it feeds; not to be asked for once that has ended."""
+        """The source it feeds; must not be read after that source has ended."""
         assert self.fed is not None, "its source has ended"
         return self.fed
 
     def feed(self, owner: Source) -> None:
-        """Feed another source from now on."""
+        """Switch to feeding another source."""
         self.fed = owner
 
     def leave(self, owner: Source) -> None:
-        """Let go of a source that ends: they would hold each other until a garbage collection."""
+        """Drop the reference to an ended source, to break the reference cycle."""
         if self.fed is owner:
             self.fed = None
 
     @property
     def token(self) -> bytes | None:
-        """The token to register with, now: that of some live watch, or of a create that waits for it."""
+        """The token to register with: that of a live watch, or of a create that waits for the source."""
         token = next(self.tokens(), None)
         self.said_token = (token,)
         return token
 
     def tokens(self) -> Iterator[bytes | None]:
-        """Walk the tokens to try, those first that etcd has not refused for this range."""
+        """Walk the tokens that etcd has not refused for this range."""
         owner = self.fed
         if owner is None:
             return
@@ -98,7 +99,7 @@ class Upstream:
 
 
 class Source:
-    """The common part of trunk and backfill. `next_revision` is what it delivers next: its bookmark is one below."""
+    """Base of trunk and backfill. `next_revision` is the revision it delivers next; its bookmark is one below."""
 
     __slots__ = (
         "events",
@@ -118,23 +119,23 @@ class Source:
         self.hub = hub
         self.key = key
         self.range_end = range_end
-        # Received since it opened.
+        # Events received since it opened.
         self.events = 0
         self.fanout = Fanout(start_revision, hub.stats)
         self.history = History(hub.ledger, start_revision, prev_kv)
-        # Of a trunk: all of the range, wherever they are. Of a backfill: those that come through it.
+        # Of a trunk: all watches of the range, in whatever place. Of a backfill: those that come through it.
         self.watches: dict[Watch, None] = {}
         self.upstream: Upstream
-        # The progress request that was the newest when something last moved the bookmark.
+        # The number of the newest progress request at the time when the bookmark was last proven.
         self.proof = 0
-        # When that was.
+        # When the bookmark was last proven.
         self.proven_at = hub.now
         # Tokens that etcd did not let watch this range.
         self.refused_tokens: set[bytes | None] = set()
 
     @property
     def next_revision(self) -> int:
-        """The first revision that it has not delivered or proven empty."""
+        """The first revision that it has neither delivered nor proven empty."""
         return self.fanout.next_revision
 
     def open(self, start_revision: int | None, prev_kv: bool, is_backfill: bool) -> None:
@@ -143,7 +144,7 @@ class Source:
         self.hub.open_upstream(self.upstream)
 
     def ingest(self, batch: Batch) -> None:
-        """Deliver a batch, or what of it is new, and keep it."""
+        """Deliver the new part of a batch, and keep it in the history."""
         hub = self.hub
         self.proof = hub.progress_serial
         self.proven_at = hub.now
@@ -156,16 +157,16 @@ class Source:
         history.append(part, hub.now)
 
     def advance(self, revision: int) -> None:
-        """Take note that everything through `revision` has been delivered."""
+        """Record that everything through `revision` has been delivered."""
         self.proof = self.hub.progress_serial
         self.proven_at = self.hub.now
         if revision >= self.fanout.next_revision:
             self.fanout.advance(revision + 1)
 
     def serves(self, watch: Watch) -> bool:
-        """Whether it can bring this watch what it needs next, from its history or as it comes."""
+        """Whether it can bring this watch the revisions it needs next, from its history or live."""
         return watch.next_revision >= self.history.floor
 
     def sessions(self) -> Iterator[Session]:
-        """Walk the sessions that want this source, some maybe more than once."""
+        """Walk the sessions that need this source; a session may appear more than once."""
         raise NotImplementedError

@@ -1,16 +1,16 @@
 """Trunks: the one upstream watch that all watches of a range share.
 
-A trunk opens with the first create that needs it and holds that create, and those that come meanwhile, until etcd has
-answered `created`. It begins at "now", or at the start of its first watch if that is near: never so far back that a
-live watch would wait behind the catch-up. A trunk that began at "now" is complete from above the header of its
-`created`: etcd reads that header after it registered the watch, so what still comes at or below it may be a part of
-the truth only, and nobody needs it. A trunk with a start of its own is complete from there; its `created` says
+A trunk opens with the first create that needs it and holds that create, and those that arrive meanwhile, until etcd has
+answered `created`. It starts at "now", or at the start of its first watch if that is recent: never so far back that a
+live watch would wait for the catch-up. A trunk that started at "now" is complete above the revision in the header of
+its `created`: etcd reads that header after it has registered the watch, so events at or below it may be incomplete, and
+no watch needs them. A trunk with a start revision is complete from that revision; the header of its `created` proves
 nothing.
 
-Without watches a trunk lingers a moment, then it is *parked*: its upstream watch is closed, and its history is kept for
-clients that come back. For the first of them the upstream watch is opened again, from what the history needs next,
-unless that is compacted or too far back to be caught up with at once: then the history is dropped, and the range is a
-cold one. When a compaction ends its upstream watch, a trunk opens again from there for those who have missed nothing.
+Without watches a trunk lingers for `linger_s`, then it is *parked*: its upstream watch is closed, and its history is
+kept for clients that reconnect. The first of them reopens the upstream watch, from the revision that the history needs
+next, unless that is compacted or too far back for a quick catch-up: then the history is dropped, and the range is cold.
+When a compaction ends its upstream watch, a trunk reopens at the compact revision for the watches that missed nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from coalesce.session import PendingCreate, Session, Watch
 from coalesce.source import Source
 from proto.scan import Header
 
-# What was heard of the store in the last so many seconds is good enough to choose where a trunk begins.
+# A header received within the last so many seconds is recent enough to choose where a trunk starts.
 _NEWS_S = 0.25
 
 if TYPE_CHECKING:
@@ -53,28 +53,28 @@ class Trunk(Source):
         super().__init__(hub, key, range_end, start_revision or 0, prev_kv)
         # Creates that hold it open until they join.
         self.joining: dict[PendingCreate, None] = {}
-        # How many of them want prev_kv.
+        # How many of its watches want prev_kv.
         self.prev_kv_watches = 0
         self.backfills: list[Backfill] = []
-        # Waits for `created`; until then its position may be unknown.
+        # It waits for `created`; until then its position may be unknown.
         self.opening = True
-        # From here on the history has prev_kv; None = it has none.
+        # The revision from which on the history has prev_kv; None = it has none.
         self.prev_kv_from: int | None = (start_revision or 0) if prev_kv else None
-        # The second upstream watch, with prev_kv, that is to take over.
+        # The second upstream watch, with prev_kv, that will replace the first one.
         self.upgrade: Backfill | None = None
-        # Those of its watches that asked for progress_notify; None = there are none.
+        # Its watches that asked for progress_notify; None = there are none.
         self.notices: Notices | None = None
-        # When etcd notified it last, and how many events it had received by then.
+        # When etcd last notified it, and how many events it had received by then.
         self.noticed_at = -1.0
         self.noticed_events = 0
-        # When it has lingered long enough; None = it is in use.
+        # When its linger ends; None = it is in use.
         self.timer_at: float | None = None
-        # When it was parked, the last time.
+        # When it was last parked.
         self.parked_at = 0.0
         self.open(start_revision, prev_kv, False)
 
     def serves(self, watch: Watch) -> bool:
-        """Whether it can bring this watch what it needs next."""
+        """Whether it can bring this watch the revisions it needs next, with prev_kv if the watch wants that."""
         position = watch.next_revision
         if watch.wants_prev_kv and (self.prev_kv_from is None or position < self.prev_kv_from):
             return False
@@ -88,7 +88,7 @@ class Trunk(Source):
             yield create.session
 
     def start_over(self, next_revision: int) -> None:
-        """Forget the history; what comes begins at `next_revision`. The watches have been lifted."""
+        """Drop the history and continue at `next_revision`. The watches must be unplaced."""
         self.fanout.next_revision = next_revision
         self.history.drop(next_revision)
         if self.prev_kv_from is not None:
@@ -104,7 +104,7 @@ class Trunks:
         self._hub = hub
 
     def hold(self, create: PendingCreate) -> bool:
-        """Give a create its trunk, opened if need be. False: that needs a read of "now" first."""
+        """Assign a create its trunk, opened if necessary. False: this needs a read of "now" first."""
         if create.trunk is not None:
             return True
         hub = self._hub
@@ -120,9 +120,9 @@ class Trunks:
             if start is not None:
                 newest = self._newest(create)
                 if newest is None or (create.header is None and start > newest + 1):
-                    # With old news a start of the future would become one in the past, and could be compacted.
+                    # By an outdated header a past start would look like a future one, and could be compacted.
                     return False
-                # The future is no place for a trunk: others may want what comes before.
+                # A trunk does not start in the future: other watches may want the revisions before.
                 start = min(start, newest + 1) if newest - start <= hub.limits.trunk_catch_up_revisions else None
             trunk = Trunk(hub, create.key, create.range_end, start, create.request.prev_kv)
             hub.trunks_open[span] = trunk
@@ -133,9 +133,9 @@ class Trunks:
         return True
 
     def _newest(self, create: PendingCreate) -> int | None:
-        """Return about which revision the store has, to choose where a trunk begins; None = that is to be read.
+        """Return the approximate revision of the store, to choose where a trunk starts; None = it must be read.
 
-        "Now" itself is never taken from here.
+        It is never used as "now".
         """
         hub = self._hub
         if create.header is not None:
@@ -145,20 +145,20 @@ class Trunks:
         return None
 
     def release(self, create: PendingCreate) -> None:
-        """Let go of the trunk a create has held, because it has joined or never will."""
+        """Release the trunk that a create held, because the create has joined or never will."""
         trunk, create.trunk = create.trunk, None
         if trunk is not None:
             del trunk.joining[create]
             self.unused(trunk)
 
     def unused(self, trunk: Trunk) -> None:
-        """Let a trunk linger if nobody wants it any more."""
+        """Start the linger of a trunk that is not needed any more."""
         hub = self._hub
         if not trunk.watches and not trunk.joining and (trunk.key, trunk.range_end) in hub.trunks_open:
             hub.lingers.start(trunk, hub.now + hub.limits.linger_s)
 
     def created(self, trunk: Trunk, header: Header) -> None:
-        """Etcd has registered the trunk: those who wait may join."""
+        """Etcd has registered the trunk: waiting creates may join."""
         trunk.opening = False
         trunk.upstream.created = True
         trunk.refused_tokens.clear()
@@ -169,7 +169,7 @@ class Trunks:
             self._hub.joining.advance(create.session)
 
     def reopen(self, trunk: Trunk, next_revision: int) -> None:
-        """Open a trunk anew, from what it needs next, after etcd has ended its upstream watch."""
+        """Reopen a trunk, from the revision it needs next, after etcd has ended its upstream watch."""
         prev_kv = trunk.prev_kv_from is not None
         if trunk.opening and trunk.upstream.start_revision is None:
             trunk.open(None, prev_kv, False)
@@ -180,11 +180,11 @@ class Trunks:
         trunk.open(next_revision, prev_kv, False)
 
     def _resume(self, create: PendingCreate, newest: int) -> Trunk | None:
-        """Open the upstream watch of a parked trunk again, or drop the trunk and return None.
+        """Reopen the upstream watch of a parked trunk, or drop the trunk and return None.
 
-        Its watches wait until it has caught up: with what etcd sends in one response, or, for one that the history
-        serves, with no more than a backfill in its place would have to bring. A watch from now, or from the future, is
-        not to wait at all: a compaction meanwhile would cancel it, though it has missed nothing.
+        Its watches wait for the catch-up, so this is bounded: by what etcd sends in one response, or, for a watch that
+        the history serves, by what a backfill would have to bring instead. A watch from now, or from the future, must
+        not wait at all: a compaction meanwhile would cancel it, though it has missed nothing.
         """
         hub, request = self._hub, create.request
         trunk = hub.parked.pop((create.key, create.range_end))
@@ -206,7 +206,7 @@ class Trunks:
         return trunk
 
     def _park(self, trunk: Trunk) -> None:
-        """Close a trunk but for its history, if there is one and it may be kept."""
+        """Close a trunk, and keep its history if there is one and the limits allow it."""
         hub = self._hub
         limits = hub.limits
         if not len(trunk.history) or not limits.history_linger_s or not limits.parked_max:
@@ -217,18 +217,18 @@ class Trunks:
         self._close(trunk, gone=False)
         trunk.parked_at = trunk.proven_at = hub.now
         trunk.refused_tokens.clear()
-        # No spacing of notifications begins before it is open again.
+        # The interval between notifications is not measured across the time while it is parked.
         trunk.noticed_at, trunk.noticed_events = -1.0, trunk.events
         hub.parked[trunk.key, trunk.range_end] = trunk
         hub.stats.parked += 1
 
     def drop_parked(self) -> None:
-        """Drop all that is parked: it is not known to be true any more."""
+        """Drop all parked trunks: their histories may be wrong."""
         while self._hub.parked:
             self._drop_first(None)
 
     def _drop_first(self, limit: str | None) -> None:
-        """Drop what has been parked for longest, at a limit of histories."""
+        """Drop the trunk that has been parked longest; `limit` is the one that was reached, if any."""
         hub = self._hub
         trunk = hub.parked.pop(next(iter(hub.parked)))
         hub.stats.parked -= 1
@@ -240,7 +240,7 @@ class Trunks:
         trunk.history.drop(trunk.next_revision)
 
     def remove(self, trunk: Trunk, *, gone: bool = False) -> None:
-        """Forget a trunk that nobody wants; `gone`: etcd has ended its upstream watch already."""
+        """Remove an unused trunk; `gone`: etcd has ended its upstream watch already."""
         self._close(trunk, gone=gone)
         self._drop(trunk)
 
@@ -258,7 +258,7 @@ class Trunks:
         hub.runs.end(trunk)
 
     def expire(self) -> None:
-        """Park the trunks that have lingered long enough, and drop those that were parked for long enough."""
+        """Park the trunks whose linger has ended, and drop those that were parked for history_linger_s."""
         hub = self._hub
         left = hub.limits.step_watches_max
         for trunk in islice(hub.lingers.due(hub.now), left):
@@ -269,6 +269,6 @@ class Trunks:
             left -= 1
 
     def next_deadline(self) -> float | None:
-        """Return when the first of the parked trunks is to be dropped."""
+        """Return when the first parked trunk is to be dropped."""
         parked = self._hub.parked
         return next(iter(parked.values())).parked_at + self._hub.limits.history_linger_s if parked else None
