@@ -1,7 +1,7 @@
-"""How a command tells its user that it cannot go on: one line, and an exit code.
+"""Errors of a command: one line for its user, and an exit code.
 
-A module of its own, because `python -m proxy.cli` loads the command line under another name than an import would, and
-an exception class must exist once to be caught.
+This is a separate module because `python -m proxy.cli` loads the command line under another name than an import does,
+and an exception class must exist only once to be caught.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ INTERRUPTED = 130
 
 
 class Failed(Exception):
-    """A command that cannot go on; the text is one line for the user. `code` is the exit code."""
+    """A command cannot continue; the text is one line for the user. `code` is the exit code."""
 
     def __init__(self, text: str, code: int = FAILURE) -> None:
         super().__init__(text)
@@ -22,5 +22,5 @@ class Failed(Exception):
 
 
 def complain(text: str) -> None:
-    """Tell the user, in one line on standard error."""
+    """Print one line for the user on standard error."""
     sys.stderr.write(f"watchmux: {' '.join(text.split())}\n")

@@ -1,7 +1,7 @@
-"""Logging: structlog, readable on a terminal, one JSON object a line otherwise.
+"""Logging with structlog: readable on a terminal, otherwise one JSON object per line.
 
-A proxy stands in the way of other people's data. So what is logged never holds a value or a credential: fields whose
-names say that they could are blanked here, once, whatever a caller hands over.
+Other people's data passes through a proxy, so its log must never contain a value or a credential. Fields whose names
+suggest one are blanked here, in one place, for all callers.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any, TextIO, cast
 
 _UNLOADED = "rich" not in sys.modules
 if _UNLOADED:
-    # structlog takes rich, where it is installed, for tracebacks on a console. That costs a proxy that logs JSON 4 MiB
-    # of memory for ever; while the entry is None the import fails, and structlog prints plain tracebacks.
-    sys.modules["rich"] = None  # type: ignore[assignment]  # the import system's own way to say "not to be had"
+    # If rich is installed, structlog imports it for tracebacks on a console. That costs 4 MiB of memory, even if the
+    # log is JSON. While the entry is None the import fails, and structlog prints plain tracebacks.
+    sys.modules["rich"] = None  # type: ignore[assignment]  # the documented way to make an import fail
 
 import structlog  # noqa: E402
 from structlog.typing import FilteringBoundLogger, Processor  # noqa: E402
 
 if _UNLOADED:
-    del sys.modules["rich"]  # for others it is there
+    del sys.modules["rich"]  # other modules may import it
 
 LEVELS = ("debug", "info", "warn", "error", "fatal")
-"""Level names as etcd's --log-level takes them."""
+"""Level names, the same as those of etcd's --log-level."""
 
 STYLES = ("auto", "console", "json")
 
@@ -33,20 +33,20 @@ SECRET_FIELDS = frozenset(
 )
 
 TALKATIVE = ("hpack", "hpack.hpack", "hpack.table")
-"""Loggers of the standard library that are kept at WARNING."""
+"""Loggers of libraries that are kept at WARNING."""
 
 
 def configure(level: str = "info", style: str = "auto", stream: TextIO | None = None) -> None:
     """Set up logging for the process.
 
-    `level`: one of LEVELS. `style`: one of STYLES, where auto means console on a terminal and json elsewhere. `stream`:
-    where the lines go, standard error when None. Raises ValueError for an unknown level or style.
+    `level`: one of LEVELS. `style`: one of STYLES; auto means console on a terminal and json elsewhere. `stream`:
+    the output, standard error when None. Raises ValueError for an unknown level or style.
     """
     if level not in LEVELS:
         raise ValueError(f"log level {level!r} is unknown: use one of {', '.join(LEVELS)}")
     if style not in STYLES:
         raise ValueError(f"log style {style!r} is unknown: use one of {', '.join(STYLES)}")
-    # Libraries that would log header fields, tokens among them, for somebody who turns the root logger to DEBUG.
+    # These libraries would log header fields, tokens included, if the root logger were set to DEBUG.
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
     target = sys.stderr if stream is None else stream
@@ -77,9 +77,9 @@ def _level_number(level: str) -> int:
 
 
 def logger(component: str) -> FilteringBoundLogger:
-    """A logger whose lines carry the name of a part of the program.
+    """Return a logger whose lines carry the name of a component of the program.
 
-    It is lazy: made at import time, it still follows a later `configure`.
+    It is lazy: a logger made at import time follows a later `configure`.
     """
     return cast(FilteringBoundLogger, structlog.get_logger(component=component))
 
@@ -93,7 +93,7 @@ def blank_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -
 
 
 def show_bytes(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Turn bytes (keys) into text that any terminal and any JSON reader takes, cut at 200 characters."""
+    """Turn bytes (keys) into text that is safe for a terminal and for JSON, cut at 200 bytes."""
     for name, value in event.items():
         if isinstance(value, bytes):
             event[name] = value[:200].decode("utf-8", "backslashreplace")

@@ -1,7 +1,7 @@
-"""The proxy, put together: listener, Watch service, engine, core, and the connections to etcd.
+"""The assembled proxy: listener, Watch service, engine, core, and the connections to etcd.
 
-It starts from the far end, so that whoever can connect is served, and stops from the near one. Signals, configuration
-and output belong to the command line; this is what it starts, drains and stops.
+It starts with the connections to etcd and listens last, so that a client that can connect is served; it stops in the
+opposite order. Signals, configuration and output belong to the command line, which starts, drains and stops a `Proxy`.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from upstream.tls import FileContext
 from upstream.watching.client import WatchClient
 
 GC_THRESHOLDS = (50_000, 20, 50)
-"""Allocations before a young collection, and how many of those before an older one. The fan-out makes no cycles, so the
-interpreter's own 700 would look for garbage hundreds of times a second in a process that has none to speak of."""
+"""Allocations before a young collection, and how many of those before an older one. The fan-out creates no cycles: with
+the interpreter's default of 700 the collector would run hundreds of times a second and find almost nothing."""
 
 DRAIN_WATCHES_SHARE = 0.5
-"""The part of the drain limit over which watches are sent away; the rest is for calls that have an end of their own."""
+"""Share of the drain limit over which watches are ended; the rest is left for other calls to complete."""
 
 log = logs.logger("proxy")
 
 
 class Proxy:
-    """One proxy in front of one etcd cluster. `start`, then `drain` or `stop`; not to be started twice.
+    """One proxy in front of one etcd cluster. Call `start` once, then `drain` or `stop`.
 
-    After `start` its parts are there for whoever shows or extends them: `listener`, `watches`, `engine`, `reader`,
+    After `start` its parts are public, to be shown or extended: `listener`, `watches`, `engine`, `reader`,
     `pool`, `upstream`, `health`.
     """
 
@@ -80,15 +80,15 @@ class Proxy:
         probe_interval_s: float = 0.0,
         tune_gc: bool = True,
     ) -> None:
-        """Take the settings; nothing happens yet.
+        """Store the settings; nothing is started yet.
 
         `endpoints`: etcd's addresses. `host`, `port`: where to listen, port 0 for any free one; or `path`, a unix
-        socket. `tls`: for the listener; `upstream_tls`: towards etcd. `limits`: the core's. `credentials`: the user in
-        whose name trunks are watched. `upstream_cert`: the file of the certificate that etcd is shown, to be watched
-        for a CN. `http1`: where HTTP/1 connections go, if not to `endpoints`. `namespace`: what clients' keys are
-        prefixed with at etcd. `advertised`: the URL under which MemberList shows every member; "": etcd's own.
-        `probe_interval_s`: how often it watches through itself, 0 for never. `tune_gc`: set the process's garbage
-        collector up for this work.
+        socket. `tls`: for the listener; `upstream_tls`: towards etcd. `limits`: the core's. `credentials`: the user for
+        watches at etcd. `upstream_cert`: the file of the client certificate for etcd, to be checked for a CN. `http1`:
+        the endpoint for HTTP/1 connections, if not one of `endpoints`. `namespace`: the prefix that clients'
+        keys have at etcd. `advertised`: the URL that MemberList shows for every member; "": etcd's own.
+        `probe_interval_s`: the interval of the self-probe, 0 for never. `tune_gc`: tune the process's garbage collector
+        for this work.
         Raises BadEndpoint.
         """
         self.endpoints: list[Endpoint] = parse_endpoints(endpoints)
@@ -151,10 +151,10 @@ class Proxy:
             tune_gc()
 
     def _make_passthrough(self) -> tuple[Passthrough, str]:
-        """Return who takes the calls that are not watches, and why HTTP/1 is refused, if it is."""
+        """Return the handler of all calls but Watch, and the reason why HTTP/1 is refused ("" if it is not)."""
         if self._namespace is None and not self._advertised:
             return Passthrough(self.pool, self._passthrough_settings), ""
-        # Messages that nobody else needs here.
+        # Imported only here: without a namespace or an advertised URL these modules are not needed.
         from proxy.passthrough import advertised, namespaced_calls
         from proxy.passthrough.translating import HTTP1_REFUSAL, TranslatingPassthrough
 
@@ -179,23 +179,23 @@ class Proxy:
         self.listener.handed_on = self.http1.descriptors
 
     async def set_endpoints(self, endpoints: Sequence[str]) -> str:
-        """Stand in front of other endpoints of the same cluster from now on; clients notice nothing.
+        """Switch to other endpoints of the same cluster; clients notice nothing.
 
-        Returns why not, with nothing changed; "" when it is done. Raises BadEndpoint.
+        Returns "" on success, otherwise the reason, with nothing changed. Raises BadEndpoint.
         """
         wanted = parse_endpoints(endpoints)
         foreign = await self.upstream.find_foreign_cluster(
             [endpoint for endpoint in wanted if endpoint not in self.endpoints]
         )
         if foreign is not None:
-            return f"{foreign} belongs to another cluster, whose revisions are not those that clients know"
+            return f"{foreign} belongs to another cluster, whose revisions do not match those that clients have"
         self.endpoints = wanted
         self.pool.set_endpoints(wanted)
         self.upstream.set_endpoints(wanted)
         return ""
 
     def _http1_endpoint(self) -> Endpoint:
-        """Where the next HTTP/1 connection goes: an endpoint that works, if there is one."""
+        """Choose the endpoint for the next HTTP/1 connection: one that is connected, if there is one."""
         if self._http1_elsewhere is not None:
             return self._http1_elsewhere
         connection = self.pool.pick()
@@ -208,14 +208,14 @@ class Proxy:
 
     @property
     def port(self) -> int:
-        """The port it listens on. Only after `start`."""
+        """The port that it listens on. Only after `start`."""
         return self.listener.port
 
     async def drain(self, limit_s: float) -> bool:
-        """Send all clients elsewhere, then stop; tell whether every call ended by itself within `limit_s` seconds.
+        """Close all client connections gracefully, then stop; True if every call ended within `limit_s` seconds.
 
-        New connections are refused, GOAWAY goes out on the others, health says NOT_SERVING, watches end UNAVAILABLE
-        spread over half of the limit, and calls that were under way may end.
+        New connections are refused, the others get GOAWAY, health reports NOT_SERVING, watches end UNAVAILABLE, spread
+        over half of the limit, and calls in progress may complete.
         """
         self.probe.stop()
         log.info("draining", connections=len(self.listener.connections), watches=len(self.watches.calls))
@@ -234,7 +234,7 @@ class Proxy:
         return gone
 
     async def stop(self) -> None:
-        """Stop now: every connection is closed, on both sides."""
+        """Stop at once: close every connection, to clients and to etcd."""
         self.probe.stop()
         await self.listener.stop()
         self.http1.stop()
@@ -246,9 +246,9 @@ class Proxy:
 
 
 def tune_gc() -> None:
-    """Set the garbage collector up for a process that lives long and makes next to no cycles.
+    """Tune the garbage collector for a long-lived process that creates almost no cycles.
 
-    What exists now (modules, classes, the proxy itself) is frozen: no collection walks over it again.
+    All objects that exist now (modules, classes, the proxy itself) are frozen: no later collection traverses them.
     """
     gc.collect()
     gc.freeze()

@@ -1,1 +1,1 @@
-"""Who may watch what, which revision is now, and whether the store is still the one it was."""
+"""Permission checks, reads of the current revision, and the detection of a restored store."""

@@ -1,7 +1,8 @@
-"""Which sessions were let in because auth was off, since that was last proven: they are asked about when it is on.
+"""Sessions that were admitted because auth was off, since that was last proven: they are checked once auth is on.
 
-"Auth is off" is believed for a moment, so a session may come in just after auth was switched on. A linearizable probe
-that finds auth off proves it for all who came before that probe began; the others are kept here until the next one.
+The answer "auth is off" is cached for a moment, so a session may be admitted just after auth was switched on. A
+linearizable probe that finds auth off proves it for all sessions admitted before that probe began; the others are kept
+here until the next probe.
 """
 
 from __future__ import annotations
@@ -13,25 +14,25 @@ if TYPE_CHECKING:
     from proxy.auth.model import PermissionCheck, Range
 
 RANGES_MAX: Final = 10_000
-"""Ranges that are remembered, of all sessions. A session with more is sent away in place of being asked about."""
+"""Ranges remembered for all sessions together. A session beyond that is disconnected instead of checked."""
 
 AdmittedRanges = dict["Range", None] | None
-"""The ranges that a session was let in for; None: more than are remembered."""
+"""The ranges that a session was admitted for; None: more than are remembered."""
 
 
 class AdmittedSessions:
-    """The sessions, and the ranges that each was let in for."""
+    """The sessions, and the ranges that each was admitted for."""
 
     __slots__ = ("_before", "_count", "_since")
 
     def __init__(self) -> None:
-        # Before the newest probe began, and since.
+        # Admitted before the newest probe began, and since.
         self._before: dict[Session, AdmittedRanges] = {}
         self._since: dict[Session, AdmittedRanges] = {}
         self._count = 0
 
     def add(self, may: PermissionCheck) -> None:
-        """A session is let in without having been asked about."""
+        """Record that a session was admitted without a permission check."""
         session = may.session
         if session is None or session.ended:
             return
@@ -46,13 +47,13 @@ class AdmittedSessions:
         self._count += 1
 
     def forget(self, session: Session) -> None:
-        """A session has ended."""
+        """Remove a session that has ended."""
         for sessions in (self._before, self._since):
             ranges = sessions.pop(session, None)
             self._count -= len(ranges) if ranges else 0
 
     def probe_began(self) -> None:
-        """A probe leaves: it can prove nothing about those who come from now on."""
+        """A probe is being sent: it proves nothing about sessions admitted from now on."""
         for session, ranges in self._since.items():
             known = self._before.get(session, {})
             self._before[session] = None if known is None or ranges is None else known | ranges
@@ -65,7 +66,7 @@ class AdmittedSessions:
         self._count = sum(len(ranges) for ranges in self._since.values() if ranges)
 
     def take(self) -> list[tuple[Session, AdmittedRanges]]:
-        """Return all sessions that are still there, and forget them."""
+        """Return all recorded sessions, and forget them."""
         self.probe_began()
         taken = list(self._before.items())
         self._before = {}

@@ -1,14 +1,14 @@
-"""A certificate towards etcd that has a CN, and why that must not be while etcd's auth is on.
+"""Guard against a client certificate towards etcd that has a CN while etcd's auth is on.
 
-etcd (with --client-cert-auth) takes the CN of a client's certificate as the user of every call that comes without a
-token (server/auth/store.go, AuthInfoFromTLS). Behind a proxy these are the calls of strangers. So, as long as the
+etcd (with --client-cert-auth) takes the CN of a client's certificate as the user of every call without a token
+(server/auth/store.go, AuthInfoFromTLS). Behind a proxy these are the calls of arbitrary clients. So, as long as the
 certificate has a CN:
 
-- a call without a token is passed on with nobody's token, which etcd refuses when auth is on and ignores when it is off
-  (older releases refuse it then, too; with these a call goes as it is, as long as auth is found to be off);
-- while auth is found to be on, everything is refused with a text that says what to change.
+- a call without a token is passed on with an invalid token, which etcd refuses when auth is on and ignores when it is
+  off (older releases refuse it in both cases; with these, a call is passed on unchanged while auth is found to be off);
+- while auth is found to be on, every call is refused with a text that says what to change.
 
-The certificate's file is looked at again and again, since it may be renewed under way.
+The certificate's file is read again every LOOK_S seconds, since it may be renewed at any time.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ log = logs.logger("guard")
 
 
 class CommonNameGuard:
-    """Keeps the CN of our certificate from becoming anybody's user."""
+    """Prevents etcd from taking the CN of the proxy's certificate as the user of clients' calls."""
 
     def __init__(self, reader: Reader, certificate: str, changed: Callable[[], None]) -> None:
-        """`certificate`: its PEM file. `changed` hears when `problem` does."""
+        """`certificate`: its PEM file. `changed` is called when `problem` changes."""
         self.problem = ""
-        """Why everything is refused; "" while nothing is."""
+        """Why all calls are refused; "" if they are not."""
         self.name = common_name(certificate)
         self._reader = reader
-        # Calls without a token are given nobody's.
+        # Calls without a token get an invalid one.
         self._marks = True
         self._certificate = certificate
         self._changed = changed
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start looking."""
+        """Start the periodic check."""
         self._task = asyncio.get_running_loop().create_task(self._run(), name="guard")
 
     async def stop(self) -> None:
-        """Stop looking."""
+        """Stop the periodic check."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     def protect(self, factory: HandlerFactory) -> HandlerFactory:
-        """Return a handler factory that is safe with this certificate."""
+        """Return a handler factory that refuses while there is a problem, and adds the invalid token where needed."""
 
         def protected(
             connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool

@@ -1,8 +1,8 @@
-"""
-The common name (CN) of a certificate in a file.
+"""The common name (CN) of a certificate in a file.
 
-The standard library shows the subject of a peer's certificate, but of none in a file. A certificate is a tree of
-values, each behind its tag and length (ITU-T X.690); this walks down to the subject and takes the CN (RFC 5280 4.1).
+The standard library shows the subject of a peer's certificate, but not of one in a file. A certificate is a tree of
+values, each preceded by its tag and length (ITU-T X.690); this walks down to the subject and takes the CN (RFC 5280
+4.1).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _UTF16_TAG: Final = 0x1E
 
 
 def common_name(path: str) -> str:
-    """Return the CN of the first certificate in a PEM file; "" when it has none, or it cannot be read."""
+    """Return the CN of the first certificate in a PEM file; "" if it has none or the file cannot be read."""
     try:
         match = _PEM.search(Path(path).read_text("latin-1"))
         if match is None:
@@ -34,19 +34,19 @@ def _subject_name(certificate: bytes) -> str:
     (_, whole) = next(_values(certificate))
     (_, signed) = next(_values(whole))
     fields = [value for tag, value in _values(signed) if tag != _VERSION_TAG]
-    # serialNumber, signature, issuer, validity, subject.
+    # The fields are serialNumber, signature, issuer, validity, subject.
     name = ""
     for _, attributes in _values(fields[4]):
         for _, attribute in _values(attributes):
             (_, kind), (tag, value) = _values(attribute)
             if kind == _COMMON_NAME:
-                # Go, and so etcd, takes the last one.
+                # If there are several, Go, and therefore etcd, takes the last one.
                 name = value.decode("utf-16-be" if tag == _UTF16_TAG else "utf-8", "replace")
     return name
 
 
 def _values(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Walk the values in `data`: their tags and contents."""
+    """Iterate over the values in `data`: their tags and contents."""
     place = 0
     while place < len(data):
         tag, size = data[place], data[place + 1]

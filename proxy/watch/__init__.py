@@ -1,1 +1,1 @@
-"""Watches: the service that clients call, the engine that drives the core, and where events leave."""
+"""Watches: the service that clients call, the engine that drives the core, and the delivery of events."""

@@ -1,6 +1,6 @@
-"""Where payloads leave the engine: the outlets of sessions, and groups of watches in order by connection.
+"""Where payloads leave the engine: the outlets of sessions, and groups of watches ordered by connection.
 
-What a group's watches have in common by their connections is done once for each connection, not for each watch.
+Work that depends only on the connection is done once per connection of a group, not once per watch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from proto.scan import encode_watch_id
 
 
 class Outlet(Protocol):
-    """Where a session's answers leave; `watch.WatchCall` is one. The fan-out uses its attributes directly."""
+    """The destination of a session's answers; `service.WatchCall` is one. The fan-out uses its attributes directly."""
 
     connection: Any
     """The `listening.connection.ServerConnection`."""
@@ -25,42 +25,42 @@ class Outlet(Protocol):
     stalled: bool
 
     def send(self, message: bytes) -> bool:
-        """Send one framed control answer; False when it waits because the stream is blocked."""
+        """Send one framed control answer; False if the stream is blocked, so that the answer waits."""
 
     def take_requests(self) -> None:
-        """Go on with what the client asks, after the session's line was full."""
+        """Read the client's requests again, after the session's queue was full."""
 
     def end(self, status: int, text: str) -> None:
         """End the stream; the session is gone."""
 
 
 class ConnectionBatch:
-    """Watches of a group that are on one connection, under ids of one length: what they are sent has the same size."""
+    """Watches of a group on one connection, whose ids have the same encoded length, so that their messages do too."""
 
     __slots__ = ("connection", "ids", "together", "watches")
 
     def __init__(self, watches: Sequence[Watch]) -> None:
-        # By id, so that each id's messages are made once and then repeated.
+        # Sorted by id, so that each id's messages are encoded once and then repeated.
         self.watches = sorted(watches, key=attrgetter("watch_id"))
         outlets: list[Outlet] = [watch.outlet for watch in self.watches]  # type: ignore[misc]  # as below
         self.connection = outlets[0].connection
         counts = Counter(watch.watch_id for watch in self.watches)
         self.ids = [(watch_id, encode_watch_id(watch_id), count) for watch_id, count in counts.items()]
-        """As `Payload.columns` takes them, in the order of the watches."""
+        """In the form that `Payload.columns` takes, in the order of the watches."""
         self.together = StreamBatch([outlet.stream for outlet in outlets])
         """The streams of the watches, in their order."""
 
 
 class DeliveryPlan(NamedTuple):
-    """A group of watches in order by connection."""
+    """A group of watches ordered by connection."""
 
     runs: list[ConnectionBatch]
-    # Those that are the only ones on their connection: a run would be nothing but more work.
+    # Watches alone on their connection; batching them gains nothing.
     apart: list[Watch]
 
 
 def plan_delivery(watches: Sequence[Watch]) -> DeliveryPlan:
-    """Put a group of watches in order by connection."""
+    """Order a group of watches by connection."""
     groups: dict[tuple[int, int], list[Watch]] = {}
     for watch in watches:
         outlet: Outlet = watch.outlet  # type: ignore[assignment]  # an object to the core, ours by open_session
@@ -70,5 +70,5 @@ def plan_delivery(watches: Sequence[Watch]) -> DeliveryPlan:
 
 
 def on_distinct_connections(watches: Sequence[Watch]) -> bool:
-    """Whether these are all on different connections."""
+    """Whether all of the watches are on different connections."""
     return len({watch.outlet.connection for watch in watches}) == len(watches)  # type: ignore[attr-defined]  # as above

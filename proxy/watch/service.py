@@ -1,8 +1,8 @@
 """The Watch service: from a client's stream to the core and back.
 
 A `WatchCall` is one client's Watch stream: it reads WatchRequests, turns them into inputs of the engine, and is the
-session's outlet, the place where answers and events leave. Events themselves do not pass through its methods: the
-engine's fan-out writes them straight to `connection` and `stream`.
+session's outlet for answers and events. Events do not pass through its methods: the engine's fan-out writes them
+directly to `connection` and `stream`.
 """
 
 from __future__ import annotations
@@ -34,48 +34,47 @@ PATH = b"/etcdserverpb.Watch/Watch"
 
 DRAIN_TEXT = "watchmux: shutting down, connect to another endpoint"
 FAILED_TEXT = "watchmux: internal error, connect again"
-WAITING_TEXT = "watchmux: too many bytes of watch requests wait, of all streams together (%d)"
+WAITING_TEXT = "watchmux: too many bytes of watch requests are waiting on all streams together (%d)"
 
 CREATE_WORK = 12
 CANCEL_WORK = 4
 PROGRESS_WORK = 3
 BYTES_PER_WORK = 512
-"""What requests cost, in the unit of `listening.turns`: each of its kind, and so many bytes of it, inflated, one piece
-more: 512 filters, the most costly content, take four microseconds."""
+"""Cost of a request in the unit of `listening.turns`: a fixed cost per kind, plus one per BYTES_PER_WORK bytes after
+decompression. 512 filters, the most expensive content, take four microseconds."""
 
 CALLS_PER_WORK = 50
-"""Streams that are looked at in a piece of work."""
+"""Streams examined per unit of work."""
 
 STREAM_SHARE = 60
-"""Work of one stream before the others of its connection have their turn."""
+"""Work for one stream before the other streams of its connection get a turn."""
 
 ANSWERS_UNREAD_MAX = 16
-"""Answers for a client that does not read; then its requests wait, unread. etcd's own number (ctrlStreamBufLen in
-api/v3rpc/watch.go)."""
+"""Answers queued for a client that does not read; at this number its requests stay unread. etcd uses the same number
+(ctrlStreamBufLen in api/v3rpc/watch.go)."""
 
 FILTERS_FEW = 16
-"""Filters that are looked through one by one."""
-
+"""Up to this number, filters are searched one by one."""
 
 DRAIN_SLICE_S = 0.05
 DRAIN_SLICE_SESSIONS = 100
-"""Sessions ended per slice at least: a hundred clients that come back at once are no herd."""
+"""Minimum number of sessions ended per slice: a hundred clients that reconnect at once are not a problem."""
 
 
 @dataclass(slots=True, frozen=True)
 class WatchSettings:
-    """What the Watch service allows."""
+    """Limits of the Watch service."""
 
     request_bytes_max: int = 2 * 1024 * 1024
-    """One WatchRequest; etcd's own bound is --max-request-bytes (1.5 MiB) + 512 KiB."""
+    """Size of one WatchRequest; etcd's own bound is --max-request-bytes (1.5 MiB) + 512 KiB."""
 
     sessions_per_connection_max: int = 10_000
-    """Watch streams on one connection; one more is refused RESOURCE_EXHAUSTED."""
+    """Watch streams on one connection; further ones are refused RESOURCE_EXHAUSTED."""
 
     requests_waiting_bytes_max: int = 256 * 1024 * 1024
-    """Requests of all watch streams that wait: for their turn, for their end, or for etcd. A stream stops being read
-    long before (the core's `line_bytes_max`); at this bound the stream that keeps more waiting than others ends
-    RESOURCE_EXHAUSTED."""
+    """Bytes of requests waiting on all watch streams: for their turn, for their last bytes, or for etcd. Reading from a
+    stream stops long before that (the core's `line_bytes_max`); at this bound the stream with the most waiting bytes
+    ends RESOURCE_EXHAUSTED."""
 
 
 class WatchService:
@@ -86,15 +85,15 @@ class WatchService:
         self.settings = settings or WatchSettings()
         self.calls: set[WatchCall] = set()
         self.refused_at = {"sessions_per_connection_max": 0, "request_bytes_max": 0, "requests_waiting_bytes_max": 0}
-        """Streams turned away or ended, by the limit that was reached."""
+        """Streams refused or ended, by the limit that was reached."""
         self.unread_bytes = 0
-        """Of requests that no stream has looked at yet, or that are not whole; now, and of all streams."""
+        """Current bytes of requests on all streams that are unread or incomplete."""
         self.draining = False
 
     def open(self, connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool) -> WatchCall:
-        """Take a request stream. Raises Refusal for what is not a gRPC call, one too many, or no leader to be had.
+        """Accept a Watch stream. Raises CallRefusal if it is not a gRPC call, for a limit, or when there is no leader.
 
-        A stream whose client has ended its side is still one: the half-close says nothing about what it wants to hear.
+        `end_stream` is ignored: a client that has half-closed its stream still receives events.
         """
         del end_stream
         head = RequestHead.parse(headers)
@@ -116,11 +115,11 @@ class WatchService:
         return self.unread_bytes + self.engine.core.stats.line_bytes
 
     def bound_waiting(self, call: WatchCall) -> None:
-        """End a stream if requests that wait are too much: `call`, which brought some, or who has most of them."""
+        """End one stream if waiting requests exceed the bound: `call`, which added some, or the one with the most."""
         limit = self.settings.requests_waiting_bytes_max
         if self.waiting_bytes <= limit:
             return
-        # One that has no less than its share of the bound pays itself, so that the others are looked through seldom.
+        # If `call` has its share of the bound or more, it is ended itself, so that all streams are rarely searched.
         if call.waiting_bytes * len(self.calls) < limit:
             call.connection.turns.spend(1 + len(self.calls) // CALLS_PER_WORK)
             call = max(self.calls, key=lambda one: one.waiting_bytes)
@@ -128,12 +127,12 @@ class WatchService:
         call.leave(Status.RESOURCE_EXHAUSTED, WAITING_TEXT % limit)
 
     def end_all(self) -> None:
-        """End every session because the core has failed; it knows none of them any more."""
+        """End every session because the core has failed; the new core does not know them."""
         for call in tuple(self.calls):
             call.end(Status.UNAVAILABLE, FAILED_TEXT)
 
     async def drain(self, over_s: float) -> None:
-        """End every session UNAVAILABLE, spread over `over_s` seconds: clients shall not come back as a herd."""
+        """End every session UNAVAILABLE, spread over `over_s` seconds so that clients do not reconnect all at once."""
         self.draining = True
         calls = list(self.calls)
         random.shuffle(calls)
@@ -170,20 +169,20 @@ class WatchCall:
         self.connection = connection
         self.stream = stream
         self.stalled = False
-        """Something sent waits in the stream: the core was told, and nothing more is delivered until `drained`."""
+        """Sent data waits in the stream. The core knows, and delivers nothing more until `drained`."""
         self._service = service
         self._call = ServerCall(connection, stream)
         self._decompress = head.decompress
         self._requests: PacedUnframer | None = None
-        """Requests that wait, or the part of one that has come; None between requests, as nearly always."""
+        """Requests that wait, or the received part of one; None between requests, as nearly always."""
         self._queued = False
-        """The connection calls `go_on` when it is its turn."""
+        """The connection will call `go_on` on this stream's turn."""
         self._ended = False
-        """The client sends nothing more."""
+        """The client has half-closed the stream."""
         self._owed = 0
-        """Bytes taken and not yet credited: who makes requests wait may not send more of them."""
+        """Bytes received and not yet credited: while its requests wait, a client may not send more of them."""
         self._held_bytes = 0
-        """What it has in the service's `unread_bytes`."""
+        """Its part of the service's `unread_bytes`."""
         self._answers_unread = 0
         """Answers sent while stalled."""
         identity = LOOPBACK_IDENTITY if connection.inside else identity_of(head)
@@ -195,7 +194,7 @@ class WatchCall:
     # the stream's handler
 
     def data(self, data: bytes, flow_size: int, end_stream: bool) -> None:
-        """Take requests: at once as far as this turn and the session allow, the rest later."""
+        """Handle requests at once, as far as this turn and the session allow; the rest later."""
         h2 = self.connection.h2
         if self.session is None:
             h2.consumed(self.stream, flow_size)
@@ -230,34 +229,34 @@ class WatchCall:
             self._hold()
 
     def trailers(self, headers: Headers) -> None:
-        """Take request trailers: a half-close."""
+        """Handle request trailers: a half-close."""
         del headers
         self._end_requests()
 
     def go_on(self) -> bool:
-        """Take requests that wait, as far as this turn and the session allow; True: there are more for the next."""
+        """Handle waiting requests, as far as this turn and the session allow; True if more are left for the next."""
         self._queued = False
         again = self._take_requests()
         self._hold()
         return again
 
     def take_requests(self) -> None:
-        """Go on with requests: the session's line is short again."""
+        """Continue with requests: the session's queue has room again."""
         self._go_on_later(self._requests is not None)
 
     def drained(self) -> None:
-        """Go on: the client has taken everything."""
+        """Continue: the client has read everything that was sent."""
         self.stalled = False
         self._answers_unread = 0
         if self.session is not None:
             self._service.engine.drained(self.session)
             self.take_requests()
         else:
-            # The end of the call was the last of what waited; see `ServerCall.end`.
+            # The end of the call was the last to be sent; see `ServerCall.end`.
             self.stream.owner = None
 
     def closed(self, code: int | None) -> None:
-        """Forget a stream that is gone: cancelled by the client, or lost with its connection."""
+        """Clean up after a stream that the client cancelled or that was lost with its connection."""
         del code
         self._call.closed()
         self._forget()
@@ -265,18 +264,18 @@ class WatchCall:
     # the session's outlet
 
     def send(self, message: bytes) -> bool:
-        """Send one control answer, framed. True: it is out; False: the stream is blocked, and it waits there."""
+        """Send one framed control answer. False if the stream is blocked, so that the answer waits in it."""
         if self.stalled:
             self._answers_unread += 1
         return self._call.write(message)
 
     def end(self, status: int, text: str) -> None:
-        """End the stream: the core has forgotten the session."""
+        """End the stream; the core has already dropped the session."""
         self.session = None
         self._call.end(status, text)
         self._leave_service()
 
-    # its own
+    # internals
 
     def leave(self, status: int, text: str) -> None:
         """End the stream from this side and close the session."""
@@ -290,7 +289,7 @@ class WatchCall:
             self._service.engine.close(session)
 
     def _leave_service(self) -> None:
-        # The connection's other streams need its window.
+        # Credit the connection's window, which its other streams need.
         owed, self._owed = self._owed, 0
         self.connection.h2.consumed(None, owed)
         self._requests = None
@@ -300,7 +299,7 @@ class WatchCall:
             self.connection.sessions -= 1
 
     def _end_requests(self) -> None:
-        """Take note that the client sends nothing more; that says nothing about what it wants to receive."""
+        """Record the half-close: the client sends no more requests but still receives events."""
         self._ended = True
         if self._requests is not None and not self._queued:
             self._go_on_later(True)
@@ -309,17 +308,17 @@ class WatchCall:
 
     @property
     def waiting_bytes(self) -> int:
-        """Bytes of its requests that wait, here or in the core."""
+        """Bytes of this stream's requests that wait, here or in the core."""
         return self._held_bytes + (0 if self.session is None else self.session.line_bytes)
 
     @property
     def _must_wait(self) -> bool:
-        """Not before its client reads, or etcd answers: then `drained` or `take_requests` is called."""
+        """Requests have to wait until the client reads or etcd answers: then `drained` or `take_requests` is called."""
         session = self.session
         assert session is not None, "asked while it is open"
         if session.line_full:
             return True
-        # What waits in line will be answered as well.
+        # Queued requests will be answered as well.
         return self.stalled and self._answers_unread + len(session.queue or ()) >= ANSWERS_UNREAD_MAX
 
     def _go_on_later(self, more: bool) -> None:
@@ -353,7 +352,7 @@ class WatchCall:
         return False
 
     def _all_taken(self, requests: PacedUnframer) -> None:
-        """No whole request waits: the client may send on what it has begun, up to the bound of one request."""
+        """No complete request waits: credit the client, so that it can send the rest of one it has begun."""
         self._credit(0)
         if requests.empty:
             self._requests = None
@@ -361,7 +360,7 @@ class WatchCall:
             self.leave(Status.INTERNAL, "the request stream ended inside a message")
 
     def _credit(self, unread_bytes: int) -> None:
-        """Let the client send as much as was taken."""
+        """Credit the client for the bytes that were handled."""
         taken = self._owed - unread_bytes
         if taken > 0:
             self._owed = unread_bytes
@@ -369,7 +368,7 @@ class WatchCall:
             self.connection.touch()
 
     def _hold(self) -> None:
-        """Count what it holds."""
+        """Update the count of bytes that it holds."""
         held_bytes = 0 if self._requests is None else self._requests.held_bytes
         self._service.unread_bytes += held_bytes - self._held_bytes
         self._held_bytes = held_bytes
@@ -399,11 +398,11 @@ class WatchCall:
             turns.spend(PROGRESS_WORK)
             if kind == "progress_request":
                 engine.progress(session)
-            # Anything else is ignored, as etcd does (api/v3rpc/watch.go, recvLoop): a later etcd may know more kinds.
+            # Other kinds are ignored, as in etcd (api/v3rpc/watch.go, recvLoop): a later etcd may have more.
 
 
 def create_request(request: rpc_pb2.WatchCreateRequest) -> CreateRequest:
-    """The core's form of a WatchCreateRequest; "now" is None from here on."""
+    """Convert a WatchCreateRequest to the core's form; "now" is None from here on."""
     no_put, no_delete = filters_of(request)
     return CreateRequest(
         key=request.key,
@@ -419,13 +418,13 @@ def create_request(request: rpc_pb2.WatchCreateRequest) -> CreateRequest:
 
 
 def filters_of(request: rpc_pb2.WatchCreateRequest) -> tuple[bool, bool]:
-    """Return whether puts, and deletes, are filtered out. There may be two million filters, of which two can matter."""
+    """Return whether puts and deletes are filtered out. A request may hold two million filters of only two kinds."""
     filters = request.filters
     if not filters:
         return False, False
     if len(filters) <= FILTERS_FEW:
         return rpc_pb2.WatchCreateRequest.NOPUT in filters, rpc_pb2.WatchCreateRequest.NODELETE in filters
-    # Looked through as bytes, which takes a hundredth of the time.
+    # Searched as bytes, which takes a hundredth of the time.
     only = rpc_pb2.WatchCreateRequest()
     only.filters.MergeFrom(filters)
     packed = only.SerializeToString()
@@ -434,15 +433,15 @@ def filters_of(request: rpc_pb2.WatchCreateRequest) -> tuple[bool, bool]:
         start += 1
     meaning = meaning_of(packed[start + 1 :])
     if meaning is None:
-        # Negative numbers, in ten bytes each.
+        # There are negative numbers, which take ten bytes each.
         return rpc_pb2.WatchCreateRequest.NOPUT in filters, rpc_pb2.WatchCreateRequest.NODELETE in filters
     return b"\x00" in meaning, b"\x01" in meaning
 
 
 def identity_of(head: RequestHead) -> Identity:
-    """Who a client says it is: its token, and whether it wants to be told when there is no leader.
+    """Return a client's identity: its token, and whether its watches require a leader ("hasleader").
 
-    Names as in etcd's api/v3rpc/rpctypes/metadatafields.go and md.go.
+    The metadata names are those of etcd's api/v3rpc/rpctypes/metadatafields.go and md.go.
     """
     metadata = head.metadata
     token = metadata.get(b"token")
@@ -452,5 +451,5 @@ def identity_of(head: RequestHead) -> Identity:
     return _NOBODY[has_leader] if token is None else Identity(token, has_leader)
 
 
-# What all clients without a token are, one object for all of them.
+# The identities of clients without a token, shared by all of them.
 _NOBODY = (Identity(None, False), Identity(None, True))
