@@ -1,7 +1,7 @@
-"""What is asked of etcd, and what is to be done: the questions, the calls that are made for them, and the effects.
+"""The data model of permission checks and reads: queries, the calls made for them, and effects.
 
-A *question* is what somebody wants to know. A *call* is one transaction at etcd that executes nothing, made for a
-question, again and again until it is answered or refused.
+A *query* is a question to be answered by etcd. A *call* is one transaction at etcd that executes nothing; it is made
+for a query and retried until etcd answers or refuses it.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ AnswerCallback = Callable[[Outcome], None]
 
 
 class Query:
-    """Something that is asked for as long as somebody wants to know it."""
+    """A question to etcd that is retried for as long as its answer is wanted."""
 
     __slots__ = ("told",)
 
     def __init__(self, told: AnswerCallback | None = None) -> None:
-        # Free for the code that does the I/O: where the answer goes.
+        # The callback for the answer; used only by the code that does the I/O.
         self.told = told
 
     @property
     def wanted(self) -> bool:
-        """The answer is still waited for."""
+        """Whether the answer is still needed."""
         return True
 
 
 class PermissionCheck(Query):
-    """Whether a client may watch a range; `create` is None when it is not a client that asks."""
+    """A check whether a client may watch a range; `create` is None for a check that the proxy makes itself."""
 
     __slots__ = ("asked", "create", "fresh", "number")
 
@@ -51,28 +51,28 @@ class PermissionCheck(Query):
         super().__init__(told)
         self.asked = asked
         self.create = create
-        # It came before the probe in flight began.
+        # Requested before the probe in flight began.
         self.fresh = False
-        # Of its arrival among the checks; see `checks`.
+        # Sequence number of its arrival; see `Checks`.
         self.number = 0
 
     @property
     def session(self) -> Session | None:
-        """The session that asks, if one does."""
+        """The session of the client, if there is one."""
         return None if self.create is None else self.create.session
 
     @property
     def wanted(self) -> bool:
-        """The client is still there."""
+        """Whether the client's session is still open."""
         session = self.session
         return session is None or not session.ended
 
     def outcome(self, outcome: Outcome) -> list[QueryEffect]:
-        """Return what the answer leads to."""
+        """Return the effects of the answer."""
         return [DeliverAnswer(self, outcome)]
 
     def end(self, status: int, text: str) -> list[QueryEffect]:
-        """Return what a failure leads to by which etcd would end the stream of the client."""
+        """Return the effects of a failure for which etcd would end the client's stream."""
         session = self.session
         return (
             [DeliverAnswer(self, refusal_of(status, text))]
@@ -82,7 +82,7 @@ class PermissionCheck(Query):
 
 
 class Recheck(PermissionCheck):
-    """Whether a session that was let in while auth seemed to be off may watch a range."""
+    """A check whether a session that was admitted while auth seemed to be off may watch a range."""
 
     __slots__ = ("_session",)
 
@@ -92,11 +92,11 @@ class Recheck(PermissionCheck):
 
     @property
     def session(self) -> Session:
-        """The session that was let in."""
+        """The session that was admitted."""
         return self._session
 
     def outcome(self, outcome: Outcome) -> list[QueryEffect]:
-        """It goes on, or has to come again."""
+        """Return no effect if permission is granted; otherwise the session has to reconnect."""
         return [DisconnectSession(self._session, outcome)] if isinstance(outcome, CreateRefusal) else []
 
 
@@ -106,13 +106,13 @@ class Call:
     __slots__ = ("backoff", "began_at", "begun", "linearizable", "login", "question", "ranges", "token")
 
     def __init__(self, question: Query, token: bytes | None, ranges: tuple[Range, ...], *, login: bool = False) -> None:
-        """`ranges`: what is to be permitted; none: a read that needs no right, and tells what one member knows."""
+        """`ranges`: the ranges to check; none: a read that needs no permission and returns one member's state."""
         self.question = question
         self.token = token
         self.ranges = ranges
         self.login = login
         self.linearizable = True
-        # Free for the code that does the I/O: how long it waits before it makes the call again.
+        # The delay before the next retry; used only by the code that does the I/O.
         self.backoff: Any = None
         # Set by `Queries.begin`.
         self.begun = ReadBaseline(0, 0)
@@ -120,33 +120,36 @@ class Call:
 
     @classmethod
     def by(cls, question: Query, asked: AuthScope) -> Call:
-        """Return a call by somebody's right."""
+        """Return a call with the token and the range of an `AuthScope`."""
         return cls(question, asked.token, (asked[1:],))
 
 
 class SendCall(NamedTuple):
-    """Make a call: now, or `later`, after a while that grows with each failure of this call."""
+    """Make a call: now, or `later`, after a delay that grows with each failure of this call."""
 
     call: Call
     later: bool = False
 
 
 class DeliverAnswer(NamedTuple):
-    """A question is answered."""
+    """Pass the answer of a query to its callback."""
 
     question: Query
     outcome: Outcome
 
 
 class DisconnectSession(NamedTuple):
-    """A session was let in while auth was off, or its right is gone since: it has to come again and be checked."""
+    """Disconnect a session that was admitted while auth was off or whose permission was revoked.
+
+    It has to reconnect, to be checked again.
+    """
 
     session: Session
     refusal: CreateRefusal
 
 
 class RefuseSession(NamedTuple):
-    """A session sent what ends its stream at etcd as well."""
+    """End a session for a request for which etcd would end its stream as well."""
 
     session: Session
     status: int
@@ -154,7 +157,7 @@ class RefuseSession(NamedTuple):
 
 
 class RevisionRegressed(NamedTuple):
-    """The store is older than it was."""
+    """Report that the store's revision went backwards."""
 
     header: Header
     known: int
@@ -170,6 +173,6 @@ _NAMES: Final = {
 
 
 def refusal_of(status: int, text: str) -> CreateRefusal:
-    """Return a failure as etcd's watch server words it in a cancel_reason (Go's status.Error)."""
+    """Return a failure in the words of etcd's watch server in a cancel_reason (Go's status.Error)."""
     name = _NAMES.get(status) or status_name(status).title().replace("_", "")  # type: ignore[call-overload]
     return CreateRefusal(f"rpc error: code = {name} desc = {text}")

@@ -1,18 +1,19 @@
-"""Permission checks of tokens: which calls are made for them, and what their answers mean, without making any.
+"""Permission checks of tokens: which calls are to be made, and what their answers mean. Pure: no I/O here.
 
-With auth on each create asks whether its token may watch its range. One call asks for many ranges of one token: etcd
+With auth on, each create checks whether its token may watch its range. One call checks many ranges of one token: etcd
 checks the permission of each range of a transaction (server/etcdserver/apply/apply_auth.go, checkTxnReqsPermission).
 
-- Equal questions (same token, same range) that arrive before the call is sent share it; later ones wait for the next
-  call, so no answer is older than its question.
+- Equal checks (same token, same range) that arrive before the call is sent share it; later ones wait for the next
+  call, so no answer is older than its check.
 - A token has one call in flight. Its other creates wait for that one, and their sessions take turns. Only a token that
-  was granted something, and has enough to ask for, may have some more.
-- So many calls are in flight at once, of all tokens. Tokens take turns. Those that were granted something have places
-  of their own, and those that were refused last time have few: made-up tokens cannot use up the places of others.
-- "invalid auth token" is the answer to all creates of that token that came before the call was sent. Any other refusal
-  is about a range: a call for several is split in halves until the range is found, which is refused alone. What fails
-  at every endpoint for an unclear reason is split as well, and given up after some tries once it is alone; the token's
-  other creates do not wait for it.
+  was granted a range, and has enough ranges waiting, may have more calls in flight.
+- The number of calls in flight is bounded for all tokens together, and tokens take turns. Tokens that were granted a
+  range have slots of their own, and tokens that were refused last time have few: made-up tokens cannot use up the
+  slots of others.
+- "invalid auth token" is the answer to all creates of that token that arrived before the call was sent. Any other
+  refusal is about a range: a call for several ranges is split in halves until the range is found, which alone is
+  refused. A call that fails at every endpoint for an unclear reason is split as well. A single range that keeps
+  failing is given up after some tries; the token's other creates do not wait for it.
 """
 
 from __future__ import annotations
@@ -31,28 +32,27 @@ RANGES_MAX: Final = 128
 """Ranges of one call: etcd's --max-txn-ops."""
 
 RANGE_BYTES_MAX: Final = 64 * 1024
-"""Bytes of the keys of one call, so that one range too many does not make it larger than etcd takes. A range that is
-larger is asked for alone."""
+"""Bytes of the keys of one call, so that the call stays below etcd's request limit. A larger range is checked alone."""
 
 CALLS_PER_TOKEN_MAX: Final = 4
-"""Calls in flight of a token that was granted something, while each is full: a crowd that comes back is checked at the
-pace of etcd, not of the way there and back."""
+"""Calls in flight of a token that was granted a range, while each call is full: when many clients reconnect, the checks
+are limited by the speed of etcd, not by the round-trip time."""
 
 TRIES_MAX: Final = 10
-"""A call for one range that fails at every endpoint for an unclear reason so often (for some 7 s) is given up: the
-stream of the client that asks ends with that reason, as etcd would end it."""
+"""A call for one range that fails this many times at every endpoint for an unclear reason (over some 7 s) is given up:
+the client's stream ends with that reason, as etcd would end it."""
 
 STANDINGS_MAX: Final = 10_000
-"""Tokens whose last answer is remembered, by a hash; it only decides who comes first."""
+"""Tokens whose last answer is remembered, by a hash; it only decides the order."""
 
 TOO_MANY_OPS: Final = "etcdserver: too many operations in txn request"
 OLD_REVISION: Final = "etcdserver: revision of auth store is old"
-"""Said of a signed token from before a change of users; and of any token when the change came during the call
-(server/etcdserver/v3_server.go, doSerialize): so it is asked once more."""
+"""etcd's answer for a signed token from before a change of users, and for any token if the change came during the call
+(server/etcdserver/v3_server.go, doSerialize): so the call is retried once."""
 
 
 class TokenStanding(Enum):
-    """What is known of a token; the value is the share of the places that such tokens have for themselves."""
+    """The last answer for a token; the value is the share of the slots that is reserved for such tokens."""
 
     GRANTED = 0.5
     UNKNOWN = 0.375
@@ -60,7 +60,7 @@ class TokenStanding(Enum):
 
 
 class CheckBatch(Query):
-    """Some ranges of one token that one call asks for."""
+    """The ranges of one token that one call checks."""
 
     __slots__ = ("asked_again", "call", "line", "sent_number", "standing", "tries", "waiting")
 
@@ -69,17 +69,17 @@ class CheckBatch(Query):
         self.line = line
         self.waiting = waiting
         self.call = Call(self, line.token, tuple(waiting))
-        # Who came later is not answered by this call.
+        # Checks with a higher number arrived after the call was sent and are not answered by it.
         self.sent_number = 0
-        # As which it holds a place; None while it holds none.
+        # The standing whose slot it holds; None if it holds no slot.
         self.standing: TokenStanding | None = None
         self.tries = 0
-        # OLD_REVISION has been said.
+        # It has been retried after OLD_REVISION.
         self.asked_again = False
 
     @property
     def wanted(self) -> bool:
-        """Forget the clients that have gone; tell whether one is left."""
+        """Drop the checks of closed sessions; return whether any is left."""
         kept = {each: left for each, mays in self.waiting.items() if (left := [may for may in mays if may.wanted])}
         if len(kept) < len(self.waiting):
             self.call.ranges = tuple(kept)
@@ -93,35 +93,35 @@ class CheckBatch(Query):
         return CheckBatch(self.line, dict(items[:middle])), CheckBatch(self.line, dict(items[middle:]))
 
     def answer(self, outcome: Outcome) -> list[QueryEffect]:
-        """Answer all that wait for it."""
+        """Answer all of its checks."""
         return [each for mays in self.waiting.values() for may in mays for each in may.outcome(outcome)]
 
     def end(self, status: int, text: str) -> list[QueryEffect]:
-        """Answer all that wait for it by the end of their streams."""
+        """End the streams of the clients that wait for its checks."""
         return [each for mays in self.waiting.values() for may in mays for each in may.end(status, text)]
 
 
 class CheckQueue:
-    """The questions of one token."""
+    """The waiting checks of one token."""
 
     __slots__ = ("_turns", "_waiting", "batches", "current", "ranges_max", "ready", "token")
 
     def __init__(self, token: bytes) -> None:
         self.token = token
-        # Halves of a call that was refused, and calls that have failed: they come before all else.
+        # Halves of a refused call, and failed calls to retry: these are sent before new checks.
         self.batches: list[CheckBatch] = []
-        # Calls that are in flight, or wait until etcd can be asked again.
+        # Calls that are in flight, or that wait for their retry.
         self.current: set[CheckBatch] = set()
-        # It is in the line of those that may be sent.
+        # It is in `Checks._ready`.
         self.ready = False
         self.ranges_max = RANGES_MAX
-        # Who asks for each range.
+        # The checks of each range.
         self._waiting: dict[Range, list[PermissionCheck]] = {}
-        # By session, in turn, the ranges that it asks for; what another session's turn has taken along is left in.
+        # The ranges of each session, sessions in turn; may list ranges already taken in another session's turn.
         self._turns: dict[int, deque[Range]] = {}
 
     def __bool__(self) -> bool:
-        """Whether anything waits to be sent."""
+        """Whether any check waits to be sent."""
         return bool(self.batches or self._waiting)
 
     def may_send(self, standing: TokenStanding) -> bool:
@@ -132,13 +132,13 @@ class CheckQueue:
         return several and not self.batches and len(self._waiting) >= RANGES_MAX
 
     def add(self, may: PermissionCheck) -> None:
-        """A question comes."""
+        """Add a check."""
         each: Range = may.asked[1:]
         self._waiting.setdefault(each, []).append(may)
         self._turns.setdefault(id(may.session), deque()).append(each)
 
     def take(self, ranges_max: int) -> CheckBatch:
-        """Take what the next call asks for, at most so many ranges."""
+        """Remove and return the checks for the next call, of at most `ranges_max` ranges."""
         if self.batches:
             return self.batches.pop()
         ranges_max = min(ranges_max, self.ranges_max)
@@ -163,7 +163,7 @@ class CheckQueue:
         return CheckBatch(self, taken)
 
     def take_before(self, number: int) -> list[PermissionCheck]:
-        """Take the questions that came before a number."""
+        """Remove and return the checks up to a number."""
         taken = [may for batch in self.batches for mays in batch.waiting.values() for may in mays]
         self.batches.clear()
         left: list[PermissionCheck] = []
@@ -178,23 +178,23 @@ class CheckQueue:
 
 
 class Checks:
-    """The questions of all tokens."""
+    """The permission checks of all tokens."""
 
     def __init__(self, in_flight_max: int) -> None:
-        """`in_flight_max`: calls in flight at once; at least 8, so that each standing has a place."""
+        """`in_flight_max`: calls in flight at once; at least 8, so that each standing has a slot."""
         self.in_flight_max = in_flight_max
         self.in_flight = dict.fromkeys(TokenStanding, 0)
-        # Questions that are not answered.
+        # Checks that are not answered yet.
         self.waiting = 0
         self._arrived = 0
         self._lines: dict[bytes, CheckQueue] = {}
-        # Lines that have something to send and no call in flight.
+        # Queues of tokens that may send another call, in turn.
         self._ready: dict[TokenStanding, deque[CheckQueue]] = {standing: deque() for standing in TokenStanding}
         self._standings: dict[int, TokenStanding] = {}
         self._ranges_max = RANGES_MAX
 
     def add(self, may: PermissionCheck) -> list[QueryEffect]:
-        """A client with a token wants to watch a range."""
+        """Add the check of a client with a token."""
         assert may.asked.token is not None, "without a token there is nothing to check"
         self._arrived += 1
         self.waiting += 1
@@ -206,18 +206,18 @@ class Checks:
         return self._go_on(line)
 
     def sent(self, batch: CheckBatch) -> None:
-        """A call leaves now."""
+        """A call is sent now."""
         batch.sent_number = self._arrived
 
     def granted(self, batch: CheckBatch, header: Header) -> list[QueryEffect]:
-        """etcd permits all ranges of a call."""
+        """etcd permitted all ranges of a call."""
         line = batch.line
         self._note(line.token, TokenStanding.GRANTED)
         line.ranges_max = min(2 * line.ranges_max, RANGES_MAX)
         return self._done(batch, batch.answer(Granted(header)))
 
     def failed(self, batch: CheckBatch, status: int, text: str) -> list[QueryEffect]:
-        """etcd refused a call, or could not be asked at any endpoint."""
+        """etcd refused a call, or the call failed at every endpoint."""
         line = batch.line
         if text == OLD_REVISION and not batch.asked_again:
             batch.asked_again = True
@@ -232,7 +232,7 @@ class Checks:
             return self._done(batch, effects)
         if is_about_server(status):
             if status == Status.DEADLINE_EXCEEDED and self._standing(line.token) is TokenStanding.UNKNOWN:
-                # etcd lets a made-up token wait that seems to come from its future.
+                # etcd delays the answer to a made-up token that seems to come from its future.
                 self._note(line.token, TokenStanding.REFUSED)
             self._release(batch)
             return [SendCall(batch.call, later=True), *self._start()]
@@ -249,7 +249,7 @@ class Checks:
         return [SendCall(batch.call, later=True), *self._go_on(line)]
 
     def again(self, batch: CheckBatch) -> list[QueryEffect]:
-        """A while after a failure: the call may be made again, in its turn."""
+        """The delay after a failure is over: the call may be retried, in its turn."""
         before = _count(batch)
         if batch.wanted:
             self.waiting -= before - _count(batch)
@@ -280,7 +280,7 @@ class Checks:
         return effects + self._go_on(batch.line)
 
     def _go_on(self, line: CheckQueue) -> list[QueryEffect]:
-        """Have a line take part again, if it has something to send, and send what may be sent."""
+        """Let a queue take its turn again if it has checks to send, and send the calls that are possible."""
         standing = self._standing(line.token)
         if not line.ready and line.may_send(standing):
             self._queue(line, standing)
@@ -305,7 +305,7 @@ class Checks:
         return effects
 
     def _queue(self, line: CheckQueue, standing: TokenStanding) -> None:
-        """Have a line take its turn, or forget it if it has nothing to send."""
+        """Let a queue take its turn, or drop it if it has nothing to send."""
         if line:
             line.ready = True
             self._ready[standing].append(line)
@@ -313,14 +313,14 @@ class Checks:
             del self._lines[line.token]
 
     def _next_standing(self) -> TokenStanding | None:
-        """Choose which tokens are next: some that have something to send, and a place for it."""
+        """Choose a standing whose tokens have checks to send and a free slot."""
         for standing, lines in self._ready.items():
             if lines and self.in_flight[standing] < max(1, int(self.in_flight_max * standing.value)):
                 return standing
         return None
 
     def _leave(self, batch: CheckBatch) -> None:
-        """A call is over, or its token does not wait for it any more."""
+        """A call has ended, or its token no longer waits for it."""
         self._release(batch)
         batch.line.current.discard(batch)
 

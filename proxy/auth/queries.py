@@ -1,17 +1,17 @@
-"""What the engine asks etcd apart from the watches, and what follows from the answers. Pure: it makes no call itself.
+"""The engine's queries to etcd apart from watches, and the effects of their answers. Pure: it makes no calls itself.
 
 The queries: which revision is "now" (`RevisionRead`), whether a client may watch a range (`PermissionCheck`), whether
-auth is on (`AuthProbe`), and whether the store is still the same (`RestoreCheck`). The code that carries the effects
-out makes the calls and waits: `proxy/auth/reads.py`, or the simulator.
+auth is on (`AuthProbe`), and whether the store is still the same (`RestoreCheck`). The calls are made by the code that
+carries out the effects: `proxy/auth/reads.py`, or the simulator.
 
-Whether auth is on is nowhere to be read without a right. So it is probed by a call without a token: answered, auth is
-off and everything is allowed; refused, each client is asked about by its own token (`checks`). One probe, not older
-than `probe_age_s_max`, serves all.
+etcd does not report without permission whether auth is on. So it is probed by a call without a token: if the call is
+answered, auth is off and everything is allowed; if it is refused, each client is checked with its own token
+(`permission_checks`). One probe, not older than `probe_age_s_max`, serves all clients.
 
-Answers are linearizable. Only while no endpoint has a leader, as the watch client knows, one member's own answer will
-do, for two things: for "now", which is then at least what is known here, and for a probe, until the next probe that is
-linearizable. A token's permission is never granted by such an answer: a member that lags may not know that it was
-revoked. Its creates wait for a leader, without whom nothing can be written either.
+Answers are linearizable. Only while no endpoint has a leader, as known from the watch client, is one member's own
+answer accepted, for two queries: for "now", which is then at least the revision known here, and for a probe, until the
+next linearizable probe. Such an answer never grants a permission: a member that lags may not know that it was revoked.
+These creates wait for a leader, without which nothing can be written either.
 """
 
 from __future__ import annotations
@@ -68,29 +68,29 @@ __all__ = (
 )
 
 NO_RIGHT: Final = ()
-"""The ranges of a read that needs no right, and tells only what the member at hand knows: a transaction of nothing."""
+"""The ranges of a read that needs no permission and returns one member's state: an empty transaction."""
 
 USER_EMPTY = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty"
-"""What etcd tells a client without a token when auth is on."""
+"""etcd's refusal of a client without a token when auth is on."""
 
 CHECKS_IN_FLIGHT_MAX: Final = 32
 
 
 class RevisionRead(Query):
-    """Which revision is "now", for the creates that wait for a read of the core."""
+    """A read of the current revision, for the creates that wait for a read of the core."""
 
     __slots__ = ("_refused", "asking", "read")
 
     def __init__(self, read: PendingRead, told: AnswerCallback | None = None) -> None:
         super().__init__(told)
         self.read = read
-        # By whose right it is asked; None: by nobody's in particular.
+        # The session whose token is used; None: the read needs no client's token.
         self.asking: Session | None = None
-        # Those whose right turned out to be none.
+        # Ids of the sessions whose tokens were refused.
         self._refused: set[int] = set()
 
     def asker(self, auth_on: bool) -> Call | None:
-        """Choose by whose right to read; None when nobody waits. With auth off no key of a client is needed."""
+        """Choose which client's token to read with; None if no client is waiting. With auth off none is needed."""
         waiting = [
             create
             for create in self.read.waiting
@@ -103,16 +103,16 @@ class RevisionRead(Query):
             return Call.by(self, AuthScope())
         permitted = [create for create in waiting if create.refusal is None]
         if not permitted:
-            # They only need a header to be refused with.
+            # All are refused already and only need a header for the refusal.
             return Call(self, None, NO_RIGHT)
         create = next((create for create in permitted if create.session.identity.token is not None), permitted[0])
         self.asking = create.session
         return Call(self, create.session.identity.token, ((create.key, create.range_end),))
 
     def refused(self, whole_token: bool) -> list[Session]:
-        """Return the sessions that have no right, since that by which it was asked is none: they are left out then.
+        """Return the sessions to refuse, since the token used was refused; they are left out of further reads.
 
-        `whole_token`: its token is invalid, which holds for all who have the same.
+        `whole_token`: the token is invalid, so all sessions with the same token are refused.
         """
         asking = self.asking
         if asking is None:
@@ -127,7 +127,7 @@ class RevisionRead(Query):
 
 
 class RestoreCheck(Query):
-    """Whether the store is the one it was: the answer is for `RestoreDetector` alone."""
+    """A check whether the store is still the same; only `RestoreDetector` uses the answer."""
 
     __slots__ = ("_rollback",)
 
@@ -137,12 +137,12 @@ class RestoreCheck(Query):
 
     @property
     def wanted(self) -> bool:
-        """Nothing else has proven it."""
+        """Whether it has not been proven by another read."""
         return self._rollback.unproven
 
 
 class AuthProbe(Query):
-    """Whether auth is on, for all who wait for that."""
+    """A probe whether auth is on, for all checks that wait for it."""
 
     __slots__ = ("waiting",)
 
@@ -152,42 +152,43 @@ class AuthProbe(Query):
 
     @property
     def wanted(self) -> bool:
-        """Forget those who do not wait any more; tell whether one is left."""
+        """Drop the checks that are no longer wanted; return whether any is left."""
         self.waiting = [may for may in self.waiting if may.wanted]
         return bool(self.waiting)
 
 
 class Queries:
-    """All questions that are open. Inputs return what is to be done, in order."""
+    """All open queries. Inputs return effects, in order."""
 
     def __init__(self, probe_age_s_max: float, checks_in_flight_max: int = CHECKS_IN_FLIGHT_MAX) -> None:
-        """`probe_age_s_max`: how long, in seconds, "auth is off" is believed."""
+        """`probe_age_s_max`: how long, in seconds, the answer "auth is off" is used."""
         self.rollback = RestoreDetector()
         self.checks = Checks(checks_in_flight_max)
-        # The newest probe was refused: etcd asks for users.
+        # The newest probe was refused: etcd requires users.
         self.auth_on = False
-        # The proxy's certificate has a CN: with auth on etcd may take that for the user of a probe without a token.
+        # The proxy's certificate has a CN, which etcd with auth on may take as the user of a probe without a token.
         self.named = False
         self._probe_age_s_max = probe_age_s_max
-        # When the newest probe that found auth off began, and what it read.
+        # When the newest probe that found auth off began, and its header.
         self._auth_off: tuple[float, Header] | None = None
         # The probe in flight.
         self._probe: AuthProbe | None = None
         self._let_in = AdmittedSessions()
 
     def read(self, now: RevisionRead) -> list[QueryEffect]:
-        """Find out what "now" is; asked once for all who wait.
+        """Read the current revision, once for all creates that wait.
 
-        With auth on it is read by the right of one of them: etcd has no linearizable read that needs no right.
+        With auth on it is read with the token of one of them: etcd has no linearizable read that needs no permission.
         """
         call = now.asker(self.auth_on)
-        # When nobody waits the core waits for an answer all the same; this one tells nothing.
+        # The core waits for an answer even if no client does; the empty header carries no information.
         return [SendCall(call) if call is not None else DeliverAnswer(now, Header.make(0, 0, 0, 0))]
 
     def check(self, may: PermissionCheck, at: float) -> list[QueryEffect]:
-        """Find out whether a client may watch a range: it gets a refusal, or else the header of what was read.
+        """Start a permission check. The answer is a refusal, or the header that was read.
 
-        As Granted when the read began after this, so that it is good for "now"; bare when an earlier probe read it.
+        The header is in a `Granted` if the read began after this call, so that it is valid as "now"; bare if an earlier
+        probe read it.
         """
         if self.auth_on and may.asked.token is not None:
             return self.checks.add(may)
@@ -202,28 +203,28 @@ class Queries:
         return [SendCall(Call(self._probe, None, (AuthScope()[1:],), login=self.named))]
 
     def connected(self) -> None:
-        """There is a new connection for the watches; `prove` until it is proven what it leads to."""
+        """There is a new connection for the watches; call `prove` until the store behind it is known."""
         self.rollback.connected()
 
     def prove(self, own_token: bytes | None, watches: Iterable[AuthorizedRange]) -> list[QueryEffect]:
-        """Read with the candidate scopes of `RestoreDetector` until it is known whether the store is still the same."""
+        """Read with the candidate scopes of `RestoreDetector` to find out whether the store is still the same."""
         rights = self.rollback.candidate_scopes(own_token, watches)
         if not self.auth_on:
-            # With auth off no right is needed, and no key of a client.
+            # With auth off no permission is needed, so a client's range is not read.
             rights = [AuthScope() if asked.token is None else asked for asked in rights]
         return [SendCall(Call.by(RestoreCheck(self.rollback), asked)) for asked in rights]
 
     def other_history(self, header: Header) -> None:
-        """The store is known to be another one: what was read before says nothing about this one."""
+        """The store has been replaced: earlier answers prove nothing about the new one."""
         self.rollback.other_history(header)
         self._auth_off = None
 
     def session_over(self, session: Session) -> None:
-        """A session has ended."""
+        """Forget a session that has ended."""
         self._let_in.forget(session)
 
     def begin(self, call: Call, known: int, at: float) -> None:
-        """A call leaves now; `known` is the newest revision that the watches have seen."""
+        """A call is sent now; `known` is the newest revision that the watches have seen."""
         call.begun, call.began_at = self.rollback.begin(known), at
         question = call.question
         if isinstance(question, AuthProbe):
@@ -237,10 +238,10 @@ class Queries:
         """etcd answered a call."""
         question = call.question
         if call.login:
-            # It took a user that does not exist: that says nothing.
+            # etcd accepted a user that does not exist, which proves nothing: probe without logging in.
             return [SendCall(Call(question, call.token, call.ranges))]
         if self.rollback.is_stale(call.begun):
-            # Maybe the store answered that is no more: its revision is neither "now" nor anything else here.
+            # The answer may come from the store before the restore, so its revision is not valid here.
             return [SendCall(call)]
         linearizable = call.linearizable and call.ranges != NO_RIGHT
         effects: list[QueryEffect] = []
@@ -248,7 +249,7 @@ class Queries:
             effects.append(RevisionRegressed(header, call.begun.known))
             self._auth_off = None
         elif not linearizable and header.revision < call.begun.known:
-            # A member that lags: what is known here is newer.
+            # The member lags: the revision known here is newer.
             header = header.at(call.begun.known)
         if isinstance(question, RevisionRead):
             effects.append(DeliverAnswer(question, header))
@@ -256,14 +257,14 @@ class Queries:
             effects += self.checks.granted(question, header)
         elif isinstance(question, AuthProbe):
             if self.auth_on and not linearizable:
-                # Auth was on when a leader was there last, and the member may not know it.
+                # Auth was on in the last linearizable answer; this member may lag and not know it.
                 call.linearizable = True
                 return [*effects, SendCall(call, later=True)]
             effects += self._probed(question, call, header)
         return effects
 
     def failed(self, call: Call, status: int, text: str, *, leaderless: bool = False) -> list[QueryEffect]:
-        """etcd refused a call, or could not be asked at any endpoint; `leaderless`: no endpoint has a leader."""
+        """etcd refused a call, or the call failed at every endpoint; `leaderless`: no endpoint has a leader."""
         question = call.question
         if call.login:
             if status == Status.INVALID_ARGUMENT and isinstance(question, AuthProbe):
@@ -280,12 +281,12 @@ class Queries:
         return [SendCall(call, later=True)]
 
     def again(self, call: Call) -> list[QueryEffect]:
-        """A while after a failure: make the call again, if its answer is still wanted."""
+        """The delay after a failure is over: retry the call if its answer is still wanted."""
         question = call.question
         if isinstance(question, CheckBatch):
             return self.checks.again(question)
         if isinstance(question, RevisionRead):
-            # By the right of another one, if that one has left.
+            # With another client's token, if the first client has left.
             effects = self.read(question)
             for effect in effects:
                 if isinstance(effect, SendCall):
@@ -304,7 +305,7 @@ class Queries:
         effects: list[QueryEffect] = []
         if isinstance(question, RevisionRead):
             if question.asking is None:
-                # Auth is on, whatever was believed.
+                # No client's token was used, so this refusal proves that auth is on.
                 effects += self._found_auth_on(refusal)
             for session in question.refused(whole_token=status == Status.UNAUTHENTICATED):
                 if is_too_large(status, text):
@@ -315,7 +316,7 @@ class Queries:
         return effects
 
     def _found_auth_on(self, refusal: CreateRefusal) -> list[QueryEffect]:
-        """Auth is on: those who were let in since it was last known to be off are asked about again."""
+        """Auth is on: check the sessions that were admitted since it was last proven to be off."""
         self.auth_on = True
         self._auth_off = None
         effects: list[QueryEffect] = []
@@ -329,12 +330,12 @@ class Queries:
         return effects
 
     def _probed(self, probe: AuthProbe, call: Call, answer: Header | CreateRefusal) -> list[QueryEffect]:
-        """It is known whether auth is on: answer all who wait for that."""
+        """The probe has been answered: answer all checks that wait for it."""
         self._probe = None
         if isinstance(answer, CreateRefusal):
             effects = self._found_auth_on(answer)
             for may in probe.waiting:
-                # Without a token in etcd's words, which go by the certificate that it is shown as well.
+                # Without a token the refusal is etcd's own text, which also depends on the proxy's certificate.
                 effects += [DeliverAnswer(may, answer)] if may.asked.token is None else self.checks.add(may)
             return effects
         self.auth_on = False

@@ -1,12 +1,12 @@
-"""Asks etcd what `proxy/auth/queries.py` wants to know: the shell around it, which decides nothing.
+"""Makes the calls to etcd for `proxy/auth/queries.py`: the I/O around it, without decisions of its own.
 
-Everything is one and the same call, a transaction that executes nothing: `Txn` without compares succeeds, so of
-`failure=[Range, ...]` nothing is run, but etcd checks the permission of all of it and waits for a linearizable read
-first (server/etcdserver/v3_server.go, Txn). It costs the same however large a range is, where a Range would read its
-keys. The call goes to one endpoint after the other, see `upstream/hedged.py`; its time begins when it is sent.
+All calls are of one kind, a transaction that executes nothing: a `Txn` without compares succeeds, so nothing of
+`failure=[Range, ...]` is executed, but etcd checks the permission of each range and waits for a linearizable read first
+(server/etcdserver/v3_server.go, Txn). Its cost does not depend on the size of a range, while a Range would read the
+keys. The call goes to one endpoint after the other, see `upstream/hedged.py`; its timeout starts when it is sent.
 
-What an answer leads to may be thousands of answers to clients. These are given in portions, and those of different
-calls take turns, so that a crowd that is refused does not hold up the loop, or other clients.
+One answer of etcd may result in thousands of answers to clients. They are delivered in portions, and those of different
+calls take turns, so that many refused clients do not block the event loop or other clients.
 """
 
 from __future__ import annotations
@@ -49,28 +49,27 @@ TXN = "/etcdserverpb.KV/Txn"
 AUTHENTICATE = "/etcdserverpb.Auth/Authenticate"
 
 INVALID_USER = b"watchmux-nobody"
-"""The name and the token of a user there is not."""
+"""Name and token of a user that does not exist."""
 
 AGAIN_S = 1.0
-"""While nobody was answered since a new connection, others are tried after this: tokens are renewed, clients come
-back."""
+"""While no token was accepted since a new connection, others are tried after this time: tokens are renewed, and clients
+reconnect."""
 
 log = logs.logger("reads")
 
-
 ANSWERS_AT_ONCE = 64
-"""So many answers are given in one turn of the loop; each takes the core some 30 us."""
+"""Answers delivered in one turn of the loop; each takes the core some 30 us."""
 
 
 class Asking(Protocol):
     """A call that was sent."""
 
     def cancel(self) -> object:
-        """Give it up."""
+        """Abort the call; it is not answered."""
 
 
 class Asker(Protocol):
-    """What is needed of `upstream.pool.Pool`."""
+    """The part of `upstream.pool.Pool` that is used here."""
 
     def ask(
         self,
@@ -89,18 +88,18 @@ class ReaderSettings:
     """Times and bounds of the reads."""
 
     timeout_s: float = 5.0
-    """One try; etcd itself gives a leaderless linearizable read up after about 7 s."""
+    """Timeout of one try; etcd itself gives up a linearizable read without a leader after about 7 s."""
 
     probe_age_s_max: float = 1.0
-    """How long "auth is off" is believed: clients that come within this share one probe."""
+    """How long the answer "auth is off" is used: clients that arrive within this time share one probe."""
 
     checks_in_flight_max: int = CHECKS_IN_FLIGHT_MAX
-    """Permission checks in flight at once, each of up to 128 ranges of one token; more wait in turn, by token. A check
-    takes etcd a millisecond, so more at once would only wait there."""
+    """Permission checks in flight at once, each of up to 128 ranges of one token; further ones wait, and tokens take
+    turns. A check takes etcd a millisecond, so more at once would only wait there."""
 
 
 class ReadListener(Protocol):
-    """What concerns everybody goes to the engine."""
+    """Receives what concerns more than one query; the engine."""
 
     @property
     def newest_revision(self) -> int:
@@ -111,52 +110,52 @@ class ReadListener(Protocol):
         """The token of the proxy's own user."""
 
     def has_no_leader(self, find_out: bool) -> bool:
-        """No endpoint has a leader, as the watch client knows; `find_out`: it has to find out from now on."""
+        """Whether no endpoint has a leader, as known from the watch client; `find_out`: it checks from now on."""
 
     def not_authorized(self, session: Session, refusal: CreateRefusal) -> None:
-        """The right by which a session was let in is none any more."""
+        """A session was admitted while auth was off, or its permission was revoked."""
 
     def end_session(self, session: Session, status: int, text: str) -> None:
-        """A session sent what ends its stream at etcd."""
+        """A session sent a request for which etcd ends the stream."""
 
     def went_back(self, header: Header) -> None:
-        """The store is older than it was."""
+        """The store's revision went backwards."""
 
 
 class Reader:
-    """Asks, again and again until there is an answer; every question that is wanted ends in one call of its `told`."""
+    """Makes calls and retries them until there is an answer; each query that stays wanted gets one call of `told`."""
 
     def __init__(self, pool: Asker, settings: ReaderSettings | None = None, namespace: Namespace | None = None) -> None:
         self.settings = settings or ReaderSettings()
         self.reads = 0
         """Calls sent to etcd."""
         self.failed = {status.name: 0 for status in Status if status is not Status.OK}
-        """Those that were not answered with OK, by the status."""
+        """Calls that were not answered with OK, by status."""
         self.listener: ReadListener | None = None
-        """Set before the first question."""
+        """To be set before the first query."""
         self.questions = Queries(self.settings.probe_age_s_max, self.settings.checks_in_flight_max)
         self._pool = pool
-        # What a client's range is at etcd.
+        # Maps a client's range to the range at etcd.
         self._interval = _as_it_is if namespace is None else namespace.interval
         self._loop = asyncio.get_running_loop()
         self._asking: dict[Call, Asking] = {}
-        """Calls on their way."""
+        """Calls in flight."""
         self._pausing: dict[Call, asyncio.TimerHandle] = {}
-        """Calls that have failed and are made again after a while."""
+        """Failed calls that wait for their retry."""
         self._answers: deque[deque[QueryEffect]] = deque()
-        """What waits to be told, by the call that it follows from."""
+        """Answers to be delivered, grouped by the call that caused them."""
         self._telling: asyncio.Handle | None = None
-        """The next portion of that."""
+        """Delivers the next portion of them."""
         self._again: asyncio.TimerHandle | None = None
-        """The next try to find out what a connection leads to."""
+        """The next attempt to prove which store a connection leads to."""
 
     @property
     def checks_waiting(self) -> int:
-        """Permission checks that are not answered, those in flight included."""
+        """Number of permission checks not answered yet, including those in flight."""
         return self.questions.checks.waiting
 
     def stop(self) -> None:
-        """Give every question up."""
+        """Abort all calls and drop all queries."""
         for asking in self._asking.values():
             asking.cancel()
         self._asking.clear()
@@ -168,34 +167,34 @@ class Reader:
         self._answers.clear()
 
     def read(self, now: RevisionRead) -> None:
-        """Read the store's revision, linearizable, beginning now."""
+        """Start a linearizable read of the store's revision."""
         self._do(self.questions.read(now))
 
     def check(self, may: PermissionCheck) -> None:
-        """Find out whether a client may watch a range."""
+        """Start a permission check."""
         for effect in self.questions.check(may, self._loop.time()):
             if isinstance(effect, SendCall):
                 self._ask(effect.call, effect.later)
             else:
-                # Known already: at once, since what a client sends is taken in turns anyway.
+                # The answer is known: deliver it at once, since requests of clients are handled in turns anyway.
                 self._carry_out(effect)
 
     def session_over(self, session: Session) -> None:
-        """A session has ended."""
+        """Forget a session that has ended."""
         self.questions.session_over(session)
 
     def other_history(self, header: Header) -> None:
-        """The store is known to be another one."""
+        """The store has been replaced."""
         self._tell_all()
         self.questions.other_history(header)
 
     def connected(self, watches: Iterable[Upstream]) -> None:
-        """There is a new connection for the watches that are open (`watches` may change)."""
+        """There is a new connection for the open watches (`watches` may change later)."""
         self.questions.connected()
         self._prove(watches)
 
     async def takes_any_token(self) -> bool:
-        """Tell whether etcd answers a call with a made-up token: with auth off, only newer ones do (3.5.1: not)."""
+        """Return whether etcd answers a call with an invalid token. With auth off only newer ones do (not 3.5.1)."""
         answer: asyncio.Future[bool] = self._loop.create_future()
 
         def told(outcome: Answer | CallFailed) -> None:
@@ -216,13 +215,13 @@ class Reader:
             self._again = self._loop.call_later(AGAIN_S, self._prove, watches)
 
     def _do(self, effects: list[QueryEffect]) -> None:
-        """Carry out what follows from a call: calls at once, answers in portions."""
+        """Carry out effects: calls at once, answers in portions."""
         answers: deque[QueryEffect] = deque()
         for effect in effects:
             if isinstance(effect, SendCall):
                 self._ask(effect.call, effect.later)
             elif isinstance(effect, RevisionRegressed):
-                # What was read before is told before.
+                # Deliver the answers of earlier reads first.
                 self._tell_all()
                 self._carry_out(effect)
             else:
@@ -233,7 +232,7 @@ class Reader:
                 self._tell_some()
 
     def _tell_some(self) -> None:
-        """Give a portion of the answers, one of each call in turn."""
+        """Deliver a portion of the answers, one per call in turn."""
         self._telling = None
         for _ in range(ANSWERS_AT_ONCE):
             if not self._answers:
@@ -254,7 +253,7 @@ class Reader:
     def _carry_out(self, effect: QueryEffect) -> None:
         listener = self.listener
         if isinstance(effect, DeliverAnswer):
-            assert effect.question.told is not None, "a question that is told has somebody who waits"
+            assert effect.question.told is not None, "an answered query has a callback"
             effect.question.told(effect.outcome)
         elif listener is None:
             return
@@ -263,11 +262,13 @@ class Reader:
         elif isinstance(effect, RefuseSession):
             listener.end_session(effect.session, effect.status, effect.text)
         elif isinstance(effect, RevisionRegressed):
-            log.error("the store went back", from_revision=effect.known, to_revision=effect.header.revision)
+            log.error(
+                "the store's revision went backwards", from_revision=effect.known, to_revision=effect.header.revision
+            )
             listener.went_back(effect.header)
 
     def _ask(self, call: Call, later: bool) -> None:
-        """Make one call, now or after a while."""
+        """Make one call, now or after a delay."""
         if later:
             if call.backoff is None:
                 call.backoff = Backoff()
@@ -291,16 +292,16 @@ class Reader:
         self._do(self.questions.again(call))
 
     def _outcome(self, call: Call, outcome: Answer | CallFailed) -> None:
-        """Do what follows from the outcome of a call; a bug in that does not break etcd's connection."""
+        """Handle the outcome of a call; an exception in it must not break the connection to etcd."""
         self._asking.pop(call, None)
         try:
             self._follow(call, outcome)
         except Exception:
-            log.exception("a read failed in an unforeseen way")
+            log.exception("unexpected error in a read")
 
     def _follow(self, call: Call, outcome: Answer | CallFailed) -> None:
         if isinstance(outcome, CallFailed):
-            log.debug("a read failed", status=outcome.status, reason=outcome.text)
+            log.debug("read failed", status=outcome.status, reason=outcome.text)
             self.failed[status_name(outcome.status)] += 1
             leaderless = self._is_leaderless(outcome)
             self._do(self.questions.failed(call, outcome.status, outcome.text, leaderless=leaderless))
@@ -308,13 +309,13 @@ class Reader:
         try:
             header = Header.make(0, 0, 0, 0) if call.login else _header(outcome[0])
         except DecodeError:
-            log.warning("etcd's answer to a read is not one")
-            self._do(self.questions.failed(call, Status.INTERNAL, "it cannot be read"))
+            log.warning("malformed response to a read from etcd")
+            self._do(self.questions.failed(call, Status.INTERNAL, "malformed response from etcd"))
         else:
             self._do(self.questions.answered(call, header))
 
     def _is_leaderless(self, failed: CallFailed) -> bool:
-        """Tell whether no endpoint has a leader, as the watch client knows; when all say so, it has to find out."""
+        """Whether no endpoint has a leader, as known from the watch client; it checks once all endpoints say so."""
         return self.listener is not None and self.listener.has_no_leader(failed.text == NO_LEADER_TEXT)
 
     def _transaction(self, ranges: Iterable[Range], linearizable: bool) -> bytes:
@@ -330,7 +331,7 @@ class Reader:
 
 
 _LOGIN = rpc_pb2.AuthenticateRequest(name=INVALID_USER.decode(), password="-").SerializeToString()
-"""An attempt to log in as nobody, which is expected to fail."""
+"""An attempt to log in as a user that does not exist, which is expected to fail."""
 
 
 def _as_it_is(key: bytes, range_end: bytes) -> tuple[bytes, bytes]:

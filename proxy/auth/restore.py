@@ -1,11 +1,12 @@
-"""Whether the store has gone back: it was restored from a snapshot, and what was heard above that is true no more.
+"""Detects that the store's revision went backwards: it was restored from a snapshot, and later revisions are invalid.
 
-A `created` or a serializable read may be older than what is known, from a member that lags behind. A linearizable read
-that began after something was known cannot. So every linearizable answer that comes, whatever was asked for, is held
-against what was known when it was asked for. And since nobody may ask anything after a break, one read is made for the
-watches that are open; with auth on by the right of whoever may: the first who is answered decides for all.
+A `created` response or a serializable read may be older than the known revision, since it may come from a member that
+lags. A linearizable read cannot be older than a revision known before it began. So each linearizable answer, whatever
+the query, is compared with the revision known when its read began. Since there may be no queries after a connection
+breaks, one read is made for the open watches. With auth on it needs a token with permission: tokens are tried, and the
+first one that is answered decides for all.
 
-A store that has grown past what was known since it was restored is recognised by `upstream/watching/lineage.py`.
+A restored store that has since grown past the known revision is recognised by `upstream/watching/lineage.py`.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from typing import NamedTuple, Protocol
 from proto.scan import Header
 
 ANY_KEY = b"\x00"
-"""The key of the reads that are about no key in particular."""
+"""The key for reads that are not about a particular key."""
 
 LOOKED_AT = 1000
-"""Of so many open watches the tokens are looked at, and of these so many tried at a time."""
+"""Maximum number of open watches whose tokens are considered."""
+
 TRIED_AT_ONCE = 8
+"""Maximum number of those tokens tried at a time."""
 
 
 class AuthScope(NamedTuple):
-    """By whose right a read is made: a token, and a range that its user may read."""
+    """The credentials of a read: a token, and a range that its user may read."""
 
     token: bytes | None = None
     key: bytes = ANY_KEY
@@ -33,14 +36,14 @@ class AuthScope(NamedTuple):
 
 
 class ReadBaseline(NamedTuple):
-    """What was known when a read began: the newest revision, and how often the store had gone back."""
+    """State when a read began: the newest known revision, and how often the store's revision had gone backwards."""
 
     known: int
     epoch: int
 
 
 class AuthorizedRange(Protocol):
-    """An open upstream watch, as far as it matters here: its range, and who may read that."""
+    """The part of an open upstream watch needed here: its range, and the tokens that may read it."""
 
     @property
     def key(self) -> bytes: ...
@@ -52,18 +55,18 @@ class AuthorizedRange(Protocol):
 
 
 class RestoreDetector:
-    """Holds what is read against what was known."""
+    """Compares the revision of each read with the revision known before."""
 
     __slots__ = ("_epoch", "_newest_read", "_tried", "unproven")
 
     def __init__(self) -> None:
-        # Nothing linearizable has been read since the last connection.
+        # There was no linearizable read since the last connection.
         self.unproven = False
         # The highest revision that a read found.
         self._newest_read = 0
-        # Times that the store went back: what began in another time says nothing about this one.
+        # Times that the revision went backwards: a read from an earlier epoch proves nothing about this one.
         self._epoch = 0
-        # Whose right has been tried since the last connection.
+        # Tokens tried since the last connection.
         self._tried: set[bytes | None] = set()
 
     def begin(self, known: int) -> ReadBaseline:
@@ -71,11 +74,11 @@ class RestoreDetector:
         return ReadBaseline(max(self._newest_read, known), self._epoch)
 
     def is_stale(self, begun: ReadBaseline) -> bool:
-        """Whether the store has gone back since this read began: then its answer may be of either history."""
+        """Whether the store was restored after this read began: its answer may come from either history."""
         return begun.epoch != self._epoch
 
     def answered(self, begun: ReadBaseline, header: Header, linearizable: bool) -> bool:
-        """Take the answer to a read; True: the store went back."""
+        """Process the answer to a read; True if the store's revision went backwards."""
         if self.is_stale(begun):
             return False
         if linearizable:
@@ -88,25 +91,25 @@ class RestoreDetector:
         return False
 
     def other_history(self, header: Header) -> None:
-        """The store is known to be another one: what was read before says nothing about this one."""
+        """The store has been replaced: earlier reads prove nothing about the new one."""
         self._epoch += 1
         self._newest_read = header.revision
 
     def connected(self) -> None:
-        """There is a new connection for the watches that are open: to whom, is not proven yet."""
+        """There is a new connection for the open watches; which store it leads to is not proven yet."""
         self.unproven = True
         self._tried.clear()
 
     def candidate_scopes(self, own_token: bytes | None, watches: Iterable[AuthorizedRange]) -> list[AuthScope]:
-        """Return by whose rights to read now, so that it is proven; none when it is.
+        """Return the scopes to read with now to prove which store this is; none once it is proven.
 
-        Each token is tried once, with a range that it was good for; `own_token` is that of the proxy's own user.
+        Each token is tried once, with a range that it was permitted; `own_token` is that of the proxy's own user.
         """
         return list(islice(self._untried(own_token, watches), TRIED_AT_ONCE)) if self.unproven else []
 
     def _untried(self, own: bytes | None, watches: Iterable[AuthorizedRange]) -> Iterator[AuthScope]:
         for watch in tuple(islice(watches, LOOKED_AT)):
-            # Not `watch.token`: that is remembered as the one that the watch was registered with.
+            # Not `watch.token`, which is the token that the watch was registered with.
             for token in (own, *islice(watch.tokens(), 1)) if own is not None else islice(watch.tokens(), 1):
                 if token not in self._tried:
                     self._tried.add(token)

@@ -1,12 +1,12 @@
-"""The engine: the one place that drives the core, and carries out what the core asks for.
+"""The engine: the only driver of the core.
 
-The core (`coalesce`) is a value: inputs go in, effects come back. The engine feeds it with what clients ask (from
-`service`), what etcd sends (from `upstream.watching.client`) and the time, and carries the effects out in order.
-Inputs never nest: one that arises while effects are carried out waits in the inbox until they are done. So the core
-sees one input after the other, and nobody needs a lock.
+The core (`coalesce`) is a value: inputs go in, effects come back. The engine passes it the requests of clients (from
+`service`), the responses of etcd (from `upstream.watching.client`) and the time, and carries out the effects in order.
+Inputs never nest: an input that arises while effects are carried out waits in the inbox until they are done. So the
+core gets one input at a time, and no lock is needed.
 
-An event goes through `received`, `Coalescer.upstream_response`, one `Deliver` per variant and `_deliver`. What runs
-once per watch and event in a large group is one loop in `SendSide.send_each`; the bytes it sends are shared.
+An event passes through `received`, `Coalescer.upstream_response`, one `Deliver` per variant and `_deliver`. In a large
+group the only code that runs once per watch and event is the loop in `SendSide.send_each`; the bytes are shared.
 """
 
 from __future__ import annotations
@@ -49,27 +49,27 @@ from proxy.watch.outlets import DeliveryPlan, Outlet, on_distinct_connections, p
 from upstream.watching.stream import OpenedWatch
 
 BULKY_BYTES = 8 * 1024
-"""From this size on a payload is not copied for each of the streams that it goes to."""
+"""Payloads of at least this size are not copied for each stream."""
 
 TURN_BYTES = 1024 * 1024
-"""Each time so much was queued it may be written in the middle of a turn: one read of etcd's bytes may bring hundreds
-of events for thousands of watches, and all of that would stand in memory before the first byte goes out."""
+"""Each time this much has been queued, it may be written in the middle of a turn: one read from etcd may contain
+hundreds of events for thousands of watches, which would all be in memory before the first byte is written."""
 
 RUN_WATCHES_MIN = 32
-"""From so many watches on a group is worth to be put in order by connection."""
+"""Groups of at least this many watches are worth ordering by connection."""
 
 ORDERS_REMEMBERED_MAX = 16
-"""Groups that are remembered in that order; beyond, the one remembered longest is put in order anew."""
+"""Groups whose delivery plan is remembered; beyond that, the oldest plan is dropped."""
 
 LOOPBACK_IDENTITY = Identity()
-"""Who the proxy itself is when it watches through itself (proxy/admin/self_probe.py). It needs no permission: nothing
-that it gets leaves the process. What clients send makes other objects, whatever it is."""
+"""The proxy's own identity when it watches through itself (proxy/admin/self_probe.py). It needs no permission, since
+nothing that it receives leaves the process. Compared by identity: the object of a client is always another one."""
 
 log = logs.logger("engine")
 
 
 class UpstreamWatches(Protocol):
-    """What the engine needs of `upstream.watch.WatchClient`."""
+    """The part of `upstream.watching.client.WatchClient` that the engine uses."""
 
     @property
     def newest_revision(self) -> int: ...
@@ -90,30 +90,30 @@ class UpstreamWatches(Protocol):
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counts since the start, of what only the engine sees."""
+    """Counts since the start, of events that only the engine sees."""
 
     delivered: int = 0
-    """Payloads handed to streams."""
+    """Payloads passed to streams."""
 
     delivered_bytes: int = 0
     coalesced: int = 0
-    """Payloads that etcd did not have to send, because it had sent them for another stream already."""
+    """Payloads that etcd did not have to send, because it had already sent them for another stream."""
 
     delivering_since: float = 0.0
     """When the oldest event that waits for the end of this turn was received (time.perf_counter); 0: none waits. The
-    listener takes it there, so that the delay of an event is known without a clock being read for each."""
+    listener reads it there, so that delays are measured without reading the clock for each event."""
 
     stalls: int = 0
     upstream_opened: int = 0
     upstream_paused: int = 0
-    """Times a backfill was not read on, because those it is for had too much to read."""
+    """Times a backfill was paused because its clients could not keep up."""
 
     upstream_lost: int = 0
     upstream_broken: int = 0
     """Times the connection that carries the watches broke."""
 
     upstream_resumed: int = 0
-    """Times a connection for the watches was there (again), the first one included."""
+    """Times a connection for the watches was established, the first one included."""
 
     went_back: int = 0
     """Times the store was found to have another history than before."""
@@ -122,11 +122,11 @@ class EngineStats:
     """Sessions ended by the core."""
 
     failures: int = 0
-    """Times the core failed by a bug, and everything began anew."""
+    """Times the core failed by a bug and was restarted."""
 
 
 class Engine:
-    """Drives one Coalescer. Start it on the running event loop; give it its upstream before the first client."""
+    """Drives one Coalescer. Create it in the running event loop; call `attach` before the first client."""
 
     def __init__(self, core: Coalescer, reader: Reader) -> None:
         self.core = core
@@ -135,16 +135,16 @@ class Engine:
         """Ends every session, by `Outlet.end`, when the core has failed."""
 
         self.relieve: Callable[[], None] | None = None
-        """Called each time that much has been queued for clients, see TURN_BYTES."""
+        """Called each time TURN_BYTES have been queued for clients."""
 
         self.gather: Callable[[bool], None] | None = None
-        """Told when what is queued from now on is to be written together (True), and when to write it (False)."""
+        """Called with True when output queued from now on is to be written together, with False to write it."""
 
         self.wrote: Callable[[], None] | None = None
-        """Told after payloads were written that were never queued; set by who measures their delay."""
+        """Called after payloads were written without being queued; set if their delay is measured."""
 
         self.upstream_changed: Callable[[], None] | None = None
-        """Called when the connection that carries the watches is lost or there again."""
+        """Called when the connection that carries the watches is lost or established."""
 
         self._reader = reader
         self._loop = asyncio.get_running_loop()
@@ -155,19 +155,19 @@ class Engine:
         self._timer_at = 0.0
         self._stopped = False
         self._queued_bytes = 0
-        """Delivered since it was last written in the middle of a turn."""
+        """Bytes delivered since the last write in the middle of a turn."""
         self._reading = False
         """Between `reading(True)` and `reading(False)`."""
         self._gathering = False
         """Between `gather(True)` and `gather(False)`."""
         self._hearing = False
-        """What is delivered has just come in."""
+        """Payloads delivered now have just been received."""
         self._received_at = 0.0
-        """When it came in (time.perf_counter), if anybody wants to know; 0: unknown, or nothing has just come in."""
+        """When they were received (time.perf_counter), if delays are measured; otherwise 0."""
         reader.listener = self
         self._open: dict[Upstream, None] = {}
         self._orders: dict[int, tuple[Sequence[Watch], DeliveryPlan | None]] = {}
-        """By the id of a group's tuple: the tuple, and its order once that was needed twice."""
+        """By the id of a group's tuple: the tuple, and its plan from its second use on."""
         self._carry_out: dict[type, Callable[[Any], None]] = {
             Deliver: self._deliver,
             Send: self._send,
@@ -183,22 +183,22 @@ class Engine:
         }
 
     def attach(self, upstream: UpstreamWatches) -> None:
-        """Give it the watch client that carries its trunks; the client in turn has the engine as its listener."""
+        """Set the watch client for upstream watches; that client has the engine as its listener."""
         self._upstream = upstream
 
     def has_no_leader(self, find_out: bool = True) -> bool:
-        """Whether no endpoint of etcd has a leader, as far as is known; `find_out`: its loss is known from now on."""
+        """Whether no endpoint of etcd is known to have a leader; `find_out`: the watch client checks from now on."""
         if find_out:
             self._client().watch_leader()
         return self._client().leaderless
 
     def set_limits(self, limits: CoreLimits) -> None:
-        """Have the core go by other limits from now on."""
+        """Replace the limits of the core."""
         self.core.limits = limits
         self._input(self.core.expire)
 
     def stop(self) -> None:
-        """Take no more inputs."""
+        """Accept no more inputs."""
         self._stopped = True
         self._reader.stop()
         if self._timer is not None:
@@ -208,11 +208,11 @@ class Engine:
     # clients (the Watch service)
 
     def open_session(self, outlet: Outlet, identity: Identity) -> Session:
-        """Begin a session that answers to `outlet`. It has no effects, so it does not wait in the inbox."""
+        """Open a session whose answers go to `outlet`. This has no effects, so it does not wait in the inbox."""
         return self.core.open_session(outlet, identity, self._loop.time())
 
     def create(self, session: Session, request: CreateRequest) -> None:
-        """A client asks for a watch."""
+        """A client creates a watch."""
         self._input(self.core.create, session, request)
 
     def cancel(self, session: Session, watch_id: int) -> None:
@@ -220,30 +220,30 @@ class Engine:
         self._input(self.core.cancel, session, watch_id)
 
     def progress(self, session: Session) -> None:
-        """A client asks for progress."""
+        """A client requests progress."""
         self._input(self.core.progress, session)
 
     def close(self, session: Session) -> None:
-        """A client's stream is gone."""
-        # So that nothing of it is kept here.
+        """A client's stream has ended."""
+        # The plans refer to the session's watches.
         self._orders.clear()
         self._reader.session_over(session)
         self._input(self.core.close, session)
 
     def drained(self, session: Session) -> None:
-        """A client has taken everything that waited."""
+        """A client has read everything that waited for it."""
         self._input(self.core.drained, session)
 
-    # etcd (the listener of `upstream.watch.WatchClient`)
+    # etcd (the listener of `upstream.watching.client.WatchClient`)
 
     def received(self, watch: OpenedWatch, response: WatchResponse) -> None:
-        """An upstream watch spoke."""
+        """An upstream watch received a response."""
         if response.canceled:
             self._open.pop(watch, None)  # type: ignore[call-overload]  # it is the core's Upstream that was opened
         if self._busy or self._stopped:
             self._input(self.core.upstream_response, watch, response)
             return
-        # As `_input` does; and what comes alone is delivered at once.
+        # The same as in `_input`, except that a single payload is delivered at once.
         if self.wrote is not None:
             self._received_at = time.perf_counter()
         self._busy = self._hearing = True
@@ -267,22 +267,22 @@ class Engine:
             self._gather(False)
 
     def reading(self, begins: bool) -> None:
-        """Begin and end a read of etcd's bytes that may bring several messages: all is written at its end.
+        """Begin or end a read from etcd that may contain several messages: all output is written at its end.
 
-        A read that is one message comes without this, and may be written at once.
+        Not called for a read that is a single message, whose output may be written at once.
         """
         self._reading = begins
         self._gather(begins)
 
     def progressed(self, watches: Iterable[OpenedWatch], header: Header, number: int) -> None:
-        """These are complete through the header's revision, which etcd had after the request of this number."""
+        """Watches are complete through the header's revision, as of the progress request with this number."""
         self._input(self.core.upstream_progress, watches, header, number)
 
     def lost(self, watch: OpenedWatch, status: int, text: str) -> None:
-        """An upstream watch is over for good."""
+        """An upstream watch has ended for good."""
         self.stats.upstream_lost += 1
         self._open.pop(watch, None)  # type: ignore[call-overload]  # as above
-        log.warning("an upstream watch is over", key=watch.key, status=status, reason=text)
+        log.warning("upstream watch ended", key=watch.key, status=status, reason=text)
         self._input(self.core.upstream_lost, watch, UpstreamLost(status, text))
 
     def no_leader(self) -> None:
@@ -290,11 +290,11 @@ class Engine:
         self._input(self.core.no_leader)
 
     def header_seen(self, header: Header) -> None:
-        """The newest header of any answer. It has no effects."""
+        """A newer header arrived with any answer. This has no effects."""
         self.core.header_seen(header)
 
     def other_history(self, header: Header) -> None:
-        """The store at the other end is not the one it was."""
+        """The store upstream has been replaced by one with another history."""
         self._reader.other_history(header)
         self.went_back(header)
 
@@ -305,7 +305,7 @@ class Engine:
             self.upstream_changed()
 
     def resumed(self) -> None:
-        """There is a connection (again), maybe to another member, or to a store restored from a snapshot."""
+        """A connection is established, maybe to another member, or to a store restored from a snapshot."""
         self.stats.upstream_resumed += 1
         self.core.ordered_progress = self._client().ordered_progress
         if self.upstream_changed is not None:
@@ -315,7 +315,7 @@ class Engine:
     # driving
 
     def _input(self, step: Callable[..., list[Effect]], *arguments: Any) -> None:
-        """Hand one input to the core, carry its effects out, then do the same with those that arose meanwhile."""
+        """Pass one input to the core and carry out its effects, then do the same with inputs that arose meanwhile."""
         if self._busy:
             self._inbox.append((step, arguments))
             return
@@ -341,13 +341,13 @@ class Engine:
                 self._carry_out[type(effect)](effect)
 
     def _start_over(self) -> None:
-        """Drop a core that failed, by a bug of ours, with all of its sessions; called where the exception is handled.
+        """Replace a core that failed by a bug, and end all of its sessions; called in the exception handler.
 
-        What it holds may be wrong, and going on with it might lose events in silence. Clients that are sent away come
-        back by themselves and resume from what they have, which is exact.
+        The state of the failed core may be wrong, so continuing with it might lose events silently. Clients reconnect
+        by themselves and resume from the exact revision that they have.
         """
         self.stats.failures += 1
-        log.exception("the core failed: all watch sessions are ended, and it begins anew")
+        log.exception("core failed; ending all watch sessions and restarting the core")
         header = self.core.header
         self.core = Coalescer(self.core.limits, self.core.ordered_progress)
         if header is not None:
@@ -361,7 +361,7 @@ class Engine:
             self.failed()
 
     def _arm(self) -> None:
-        """Have the timer ring at the core's next deadline. A ring too early is harmless: it is only moved forward."""
+        """Set the timer to the core's next deadline. If the deadline moved later, the timer fires early, harmlessly."""
         deadline = self.core.next_deadline()
         if deadline is None:
             return
@@ -389,9 +389,9 @@ class Engine:
             self.gather(begins)
 
     def _deliver(self, effect: Deliver) -> None:
-        """Write one payload to many watches."""
+        """Deliver one payload to its watches."""
         watches = effect.watches
-        # Progress goes to a list of its own each time: its order would not be needed again.
+        # Progress goes to a new list each time, so its plan would not be used again.
         ordered = len(watches) >= RUN_WATCHES_MIN and effect.payload.event_count
         self._deliver_in(self._plan_for(watches) if ordered else None, effect)
 
@@ -413,9 +413,10 @@ class Engine:
             self.relieve()
 
     def _deliver_alone(self, effect: Deliver) -> None:
-        """Write a payload to watches on different connections, at once where nothing waits; to others as ever.
+        """Deliver the only payload of a read: write it at once to watches on different connections.
 
-        It is the only one of its read, so that there is nothing to join it with.
+        There is no other output of the read to join it with. Where output already waits, or several watches share a
+        connection, it is queued as usual.
         """
         payload, watches = effect.payload, effect.watches
         count = len(watches)
@@ -451,7 +452,7 @@ class Engine:
             self.wrote()
 
     def _deliver_each(self, payload: Payload, watches: Sequence[Watch]) -> int:
-        """Write a payload to watches one by one; return the bytes written."""
+        """Queue a payload for watches one by one; return the number of bytes."""
         pieces_of = payload.pieces
         sent = 0
         size = 0
@@ -460,14 +461,14 @@ class Engine:
         for watch in watches:
             outlet: Outlet = watch.outlet  # type: ignore[assignment]  # an object to the core, ours by open_session
             if outlet.stalled:
-                # Stalled by an earlier effect of the same list; what stalled before the list was made is not in it.
+                # Stalled by an earlier effect of the same list; sessions that stalled before that are not in it.
                 self.core.undelivered(watch, payload)
                 continue
             connection = outlet.connection
             if not connection.dirty:
                 connection.touch()
             if watch.watch_id != watch_id:
-                # Most clients have one watch to a stream, with the id 0: then this is done once.
+                # Most clients have one watch per stream, with the id 0: then this is done once.
                 watch_id = watch.watch_id
                 pieces = pieces_of(watch_id)
                 size = len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces))
@@ -481,7 +482,7 @@ class Engine:
         return sent
 
     def _deliver_ordered(self, payload: Payload, order: DeliveryPlan) -> int:
-        """Do the same run by run: the hot loop is inside of `send_each`."""
+        """Queue a payload connection by connection; the hot loop is inside `send_each`."""
         sent = self._deliver_each(payload, order.apart)
         for run in order.runs:
             columns = payload.columns(run.ids)
@@ -498,15 +499,15 @@ class Engine:
         return sent
 
     def _plan_for(self, watches: Sequence[Watch]) -> DeliveryPlan | None:
-        """Return the order of a group of watches, from the second time on that this very group is delivered to.
+        """Return the delivery plan of a group of watches, from the second delivery to the same tuple on.
 
-        A group is one tuple for as long as nobody comes or goes, and what is read of its watches here never changes.
+        A group is the same tuple until a watch joins or leaves it, and the attributes read here never change.
         """
         known = self._orders.get(id(watches))
         if known is None:
             if len(self._orders) >= ORDERS_REMEMBERED_MAX:
                 del self._orders[next(iter(self._orders))]
-            # The tuple is kept so that its id is not another one's.
+            # Keeping the tuple ensures that its id is not reused.
             self._orders[id(watches)] = (watches, None)
             return None
         order = known[1]
@@ -552,7 +553,7 @@ class Engine:
         self._client().request_progress(effect.number, effect.upstreams)
 
     def _read_revision(self, effect: ReadRevision) -> None:
-        """Read "now" for those who wait, by the right of one of them."""
+        """Read the current revision for the creates that wait, with the token of one of them."""
         core, read = self.core, effect.read
 
         def told(outcome: Outcome) -> None:
@@ -573,7 +574,7 @@ class Engine:
 
         self._reader.check(PermissionCheck(AuthScope(identity.token, create.key, create.range_end), create, told))
 
-    # what is read (the listener of `Reader`)
+    # reads (the listener of `Reader`)
 
     @property
     def newest_revision(self) -> int:
@@ -582,15 +583,15 @@ class Engine:
 
     @property
     def own_token(self) -> bytes | None:
-        """The token of the proxy's own user, in whose name it may read as well."""
+        """The token of the proxy's own user, which it may also read with."""
         return self._client().own_token
 
     def not_authorized(self, session: Session, refusal: CreateRefusal) -> None:
-        """A session was let in while auth was off, or its right is gone since: it has to come again."""
+        """End a session that was admitted while auth was off or whose permission was revoked: it has to reconnect."""
         self.end_session(session, Status.UNAVAILABLE, f"watchmux: not authorized any more: {refusal.text}")
 
     def went_back(self, header: Header) -> None:
-        """The store is older than it was, or not the one it was."""
+        """The store's revision went backwards, or the store was replaced."""
         self.stats.went_back += 1
         self._client().revision_regressed(header.revision)
         self._input(self.core.other_history, header)
