@@ -1,7 +1,7 @@
-"""A real headless Chromium, driven by the WebDriver protocol: what people see is looked at where they see it.
+"""A real headless Chromium, driven by the WebDriver protocol, for tests of pages as people see them.
 
-Nothing but the standard library: chromedriver takes JSON over HTTP (W3C WebDriver), and Chromium's own DevTools
-commands through it. Where the browser is not installed it comes from Debian, by apt-get.
+It needs only the standard library: chromedriver takes JSON over HTTP (W3C WebDriver), and passes Chromium's own
+DevTools commands on. Where the browser is not installed, it is installed from Debian by apt-get.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FLAGS = (
 
 
 def install() -> None:
-    """Install Chromium and its driver where they are not there."""
+    """Install Chromium and its driver where they are missing."""
     if shutil.which("chromedriver") and shutil.which("chromium"):
         return
     subprocess.run(["apt-get", "update", "-qq"], check=True, timeout=300)
@@ -108,7 +108,7 @@ class Browser:
         path.write_bytes(base64.b64decode(answer["data"]))
 
     def complaints(self) -> list[str]:
-        """What the browser has logged: errors of scripts, refused or failed loads."""
+        """Return what the browser has logged: script errors, refused or failed loads."""
         return [entry["message"] for entry in self._of_session("POST", "/se/log", {"type": "browser"})]
 
     def _devtools(self, command: str, **parameters: object) -> Any:

@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: real etcds on loopback."""
+"""Fixtures for all tests: real etcds on loopback."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def _default_logging() -> Iterator[None]:
 
 @pytest.fixture
 def etcd_binary() -> EtcdBinary:
-    """The newest etcd there is."""
+    """The newest etcd available."""
     return current()
 
 
 @pytest.fixture
 def etcd(etcd_binary: EtcdBinary) -> Iterator[EtcdServer]:
-    """A current etcd, running, with nothing in it."""
+    """A running current etcd without any keys."""
     with EtcdServer(etcd_binary) as server:
         yield server

@@ -1,7 +1,7 @@
 """Packages of any Debian suite, unpacked without being installed.
 
-The suite is read through a private apt view, made from the machine's own source list, so that neither the machine's
-packages nor its lists change.
+The suite is read through a private apt configuration, made from the machine's own source list, so that neither the
+machine's packages nor its lists change.
 """
 
 from __future__ import annotations

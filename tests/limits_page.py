@@ -1,7 +1,7 @@
-"""docs/limits.md, made from the code: every bound and time, where it is set, its default, its unit and its reason.
+"""Generator of docs/limits.md: every bound and time, where it is set, its default, its unit and its reason.
 
-`python -m tests.limits_page` writes the page anew; a test holds it to the code. The reasons are the comments above, or
-the docstrings below, the fields of the settings classes.
+`python -m tests.limits_page` writes the page again; a test compares it with the code. The reasons are the comments
+above, or the docstrings below, the fields of the settings classes.
 """
 
 from __future__ import annotations
@@ -45,27 +45,27 @@ SOURCES = (
 )
 INTRODUCTION = """# Limits
 
-Every bound and time in watchmux that is a setting, with its default and the reason for it; what is fixed is a constant
-in capitals, with its reason beside it. This page is made from the code (`python -m tests.limits_page`); a test holds it
-there. Those that operators turn have a flag, an environment variable
-and a line in a configuration file: `watchmux serve --help` and `configs/watchmux.toml` name them.
+Every bound and time in watchmux that is a setting, with its default and the reason for it; fixed values are constants
+in capitals, with the reason next to each. This page is generated from the code (`python -m tests.limits_page`), and a
+test checks that it is current. Limits meant for operators have a flag, an environment variable and an entry in the
+configuration file: `watchmux serve --help` and `configs/watchmux.toml` list them.
 
-The metric at `--metrics-addr` tells that a limit was reached: somebody was refused, ended, cut off, dropped or made to
-wait by it. "-" has nothing to tell: it only says when, or in which portions, something is done. The test takes as much
-as the limit says, and sees what becomes of more.
+The metric at `--metrics-addr` shows that a limit was reached: a client or call was refused, ended, cut off, dropped or
+delayed by it. "-" means there is no metric: the setting only defines when, or in which portions, something is done. The
+test goes up to the limit, and checks what happens beyond it.
 """
 COLUMNS = ("name", "default", "unit", "what it bounds, and why", "metric", "test at its edge")
 KEPT_INTRODUCTION = """## What clients can make the proxy keep
 
-Everything that a client can make the proxy keep counts for a limit, and is given back when its cause is gone. The test
-sees that it is.
+Everything that a client can make the proxy keep counts towards a limit, and is released when its cause is gone. The
+test checks the release.
 """
 KEPT_COLUMNS = ("what", "counts for", "is kept until", "test")
 UNITS = (("_bytes", "bytes"), ("_window", "bytes"), ("_s", "seconds"), ("_revisions", "revisions"))
 
 
 def reasons(module: str, name: str) -> dict[str, str]:
-    """What is said of each field of a class: the docstring below it, or the comment above it or its group."""
+    """Return the text on each field of a class: the docstring below it, or the comment above it or its group."""
     source = Path(str(importlib.import_module(module).__file__)).read_text()
     lines = source.splitlines()
     tree = ast.parse(source)
@@ -90,14 +90,14 @@ def reasons(module: str, name: str) -> dict[str, str]:
 
 
 def unit(name: str) -> str:
-    """The unit a name says."""
+    """Return the unit that a name implies."""
     bare = re.sub(r"_(max|first|min)$", "", name)
     said = [word for ending, word in UNITS if bare.endswith(ending)]
     return next(iter(said), "bytes" if "_bytes_" in bare else "count")
 
 
 def shown(value: object, unit: str) -> str:
-    """A default, for people."""
+    """Format a default for the page."""
     if value is None:
         return "none"
     if isinstance(value, int) and unit == "bytes" and value >= 1024 and value % 1024 == 0:
@@ -110,7 +110,7 @@ def shown(value: object, unit: str) -> str:
 def limits(source: Source) -> Iterator[tuple[str, int | float | None]]:
     """Yield the limits of a class, with their defaults."""
     made = getattr(importlib.import_module(source.module), source.name)()
-    # A client's connection has the listener's bounds, which are not all the class's own.
+    # A client's connection has the listener's bounds, some of which differ from the class's defaults.
     settings = ListenerSettings().http2 if isinstance(made, Http2Limits) else made
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -119,7 +119,7 @@ def limits(source: Source) -> Iterator[tuple[str, int | float | None]]:
 
 
 def page() -> str:
-    """The page as it has to be."""
+    """Return the page as it should be."""
     parts = [INTRODUCTION]
     for source in SOURCES:
         said = reasons(source.module, source.name)

@@ -1,7 +1,7 @@
-"""Of each limit in docs/limits.md: the metric that tells that it was reached, and the test at its edge.
+"""For each limit in docs/limits.md: the metric that shows that it was reached, and the test at its edge.
 
-`python -m tests.limits_page` puts both into the page; tests/proxy/admin/test_limits_table.py sees to it that every
-limit has its row here, that the metrics are on the page of a running proxy, and that the tests are there.
+`python -m tests.limits_page` puts both into the page; tests/proxy/admin/test_limits_table.py checks that every limit
+has its row here, that the metrics are on the page of a running proxy, and that the tests exist.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from typing import Final, NamedTuple
 
 NOTHING: Final = "-"
-"""It only says when or in which portions something is done: nobody is refused, ended, dropped or made to wait by it."""
+"""No metric: the setting only defines when or in which portions something is done; it refuses and delays no one."""
 
 
 class Row(NamedTuple):
@@ -259,10 +259,10 @@ class Kept(NamedTuple):
     """The limits."""
 
     until: str
-    """The end of its cause, with which it goes."""
+    """The end of its cause, at which it is released."""
 
     test: str
-    """Sees that it does."""
+    """Checks the release."""
 
 
 _GIVEN_BACK: Final = "coalesce/test_given_back.py::"

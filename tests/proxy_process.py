@@ -1,4 +1,4 @@
-"""A watchmux proxy as a process of its own, started by its command line as a user would."""
+"""A watchmux proxy as a separate process, started by its command line as a user would."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ProxyProcess:
         self.endpoints = endpoints
         self.extra = list(extra)
         self.prefix: list[str] = []
-        """What the command line begins with, such as another program that starts it."""
+        """Prefix of the command line, such as another program that starts the proxy."""
         self._directory = directory
         self._environment = {**os.environ, **(environment or {})}
         self.port = free_port()
@@ -83,11 +83,11 @@ class ProxyProcess:
         return True
 
     def log(self) -> str:
-        """What it has logged so far."""
+        """Return what it has logged so far."""
         return self._log.read_text(errors="replace")
 
     def stop(self, how: signal.Signals = signal.SIGTERM, limit_s: float = 20) -> int:
-        """End it in good order; return its exit status."""
+        """Stop it gracefully; return its exit status."""
         assert self.process is not None
         self.process.send_signal(how)
         status = self.process.wait(limit_s)
@@ -95,7 +95,7 @@ class ProxyProcess:
         return status
 
     def kill(self) -> None:
-        """End it as a crash would."""
+        """Kill it, as a crash would."""
         if self.process is not None:
             self.stop(signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""The documents say what the code says: limits, invariants, the tree, links."""
+"""The documents match the code: limits, invariants, the tree, links."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def test_limits_page_matches_the_code() -> None:
-    """`python -m tests.limits_page` writes it anew."""
+    """`python -m tests.limits_page` writes it again."""
     assert limits_page.PAGE.read_text() == limits_page.page()
 
 
@@ -27,7 +27,7 @@ def test_every_limit_has_a_reason() -> None:
 
 
 def numbered(text: str) -> dict[int, str]:
-    """The numbered items of a text, white space folded, up to the first sentence's end."""
+    """Return the numbered items of a text, white space folded, up to the first sentence's end."""
     items = re.findall(r"^ ?(\d+)\. (.+?)(?=^ ?\d+\. |\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
     return {int(number): " ".join(item.split()) for number, item in items}
 
@@ -39,7 +39,7 @@ def test_documented_invariants_match_the_code() -> None:
 
 
 def test_every_package_is_in_the_documented_tree() -> None:
-    """Every package of the program stands in ARCHITECTURE.md's tree."""
+    """ARCHITECTURE.md's tree lists every package of the program."""
     for package in ("proxy", "upstream", "coalesce", "proto"):
         for init in (ROOT / package).rglob("__init__.py"):
             assert f"{init.parent.name}/" in ARCHITECTURE, init.parent
@@ -52,7 +52,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_named_tests_exist() -> None:
-    """What docs/guarantees.md calls a proof is there."""
+    """Every test that docs/guarantees.md names as a proof exists."""
     named = set(re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs" / "guarantees.md").read_text()))
     assert len(named) > 20
     missing = [

@@ -1,8 +1,8 @@
-"""Imports point down, and the core is pure: the rules of ARCHITECTURE.md, held.
+"""The import rules of ARCHITECTURE.md: imports point down, and the core is pure.
 
-proxy -> upstream -> proto, proxy -> coalesce -> proto. Upstream and core do not know each other; what joins them is the
-engine, the one module that drives a Coalescer. The core does no I/O, reads no clock, rolls no dice, starts no task and
-logs nothing: it cannot, for it imports nothing that could.
+proxy -> upstream -> proto, proxy -> coalesce -> proto. Upstream and core do not import each other; the engine joins
+them, the only module that drives a Coalescer. The core does no I/O, reads no clock, draws no random number, starts no
+task and logs nothing, because it imports no module that could.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("proto", "coalesce", "upstream", "proxy")
 
-# What each package may import of the others.
+# The packages that each package may import.
 BELOW = {
     "proto": {"proto"},
     "coalesce": {"coalesce", "proto"},
@@ -27,7 +27,7 @@ BELOW = {
     "proxy": {"proxy", "upstream", "coalesce", "proto"},
 }
 
-# All that the core may import of the standard library: containers, algorithms and types.
+# The modules of the standard library that the core may import: containers, algorithms and types.
 CORE_STDLIB = {
     "__future__",
     "bisect",
@@ -43,13 +43,13 @@ CORE_STDLIB = {
     "typing",
 }
 
-# Of the wire the core knows watch messages as bytes, and nothing else.
+# The only wire format in the core is that of watch messages, as bytes.
 CORE_PROTO = {"proto.scan"}
 
-# Names that reach out of a program without any import.
+# Builtins that do I/O or run code without any import.
 IMPURE_BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec", "input", "open", "print"}
 
-# What engine and watch client decide beside the core.
+# Decisions of the engine and the watch client, outside the core.
 DECIDING = (
     *(f"proxy/auth/{name}.py" for name in ("model", "queries", "permission_checks", "admitted", "restore")),
     "proxy/passthrough/waiting.py",
@@ -65,7 +65,7 @@ DECIDING = (
 )
 IMPURE_MODULES = {"asyncio", "random", "time", "datetime", "socket", "ssl", "os", "logging", "structlog", "threading"}
 
-# The engine drives the core. The server makes one for it, and nothing more.
+# The engine drives the core. The server only constructs it.
 DRIVER, MAKER = "proxy/watch/engine.py", "proxy/server.py"
 
 
@@ -148,7 +148,7 @@ def test_importing_the_core_loads_no_grpc_and_no_asyncio() -> None:
 
 
 def users_of_the_core() -> dict[str, set[str]]:
-    """By file of the proxy, the names of what it takes from the core's driving side."""
+    """Return, for each file of the proxy, the names that it imports from the core's driving side."""
     users: dict[str, set[str]] = {}
     for path in modules("proxy"):
         for node in ast.walk(tree_of(path)):

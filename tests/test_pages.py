@@ -1,4 +1,4 @@
-"""The pages of docs/ are true: flags, knobs, metrics, paths, alerts and links that they name are there."""
+"""The pages of docs/ are correct: the flags, settings, metrics, paths, alerts and links that they name exist."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def text_of(name: str) -> str:
 
 
 def table_of_flags() -> dict[str, str]:
-    """Flag: what the migration page says of it."""
+    """Return the migration page's text on each flag."""
     return dict(re.findall(r"^\| `(--[a-z-]+)` \| ([a-z ]+) \|", text_of("migration.md"), re.MULTILINE))
 
 

@@ -1,7 +1,7 @@
-"""The README's commands work as they stand, in their order; only ports are replaced by free ones.
+"""The README's commands work as written and in their order; only ports are replaced by free ones.
 
-The commands run in the directory they are written for, the checkout. `make demo` finds the environment made, which is
-what differs from a fresh clone; `test_fresh_clone` makes one.
+The commands run in the directory they are written for, the checkout. Unlike in a fresh clone, `make demo` finds the
+environment already made; `test_fresh_clone` uses a real clone.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ README = ROOT / "README.md"
 LINES_MAX = 150
 ENDLESS = ("watchmux serve", "etcdctl")
 SMALL = ("--watches=200", "--streams=40", "--seconds=0.5")
-"""What the demo is cut down to, which `test_fresh_clone` runs as it is."""
+"""Shortens the demo; `test_fresh_clone` runs it unchanged."""
 
 
 def commands() -> list[str]:
-    """The commands of the README's shell blocks, in order."""
+    """Return the commands of the README's shell blocks, in order."""
     blocks = re.findall(r"^```sh\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
@@ -49,7 +49,7 @@ def running(command: list[str], environment: dict[str, str]) -> Iterator[subproc
 
 
 def accepts(address: str) -> bool:
-    """Tell whether somebody listens there."""
+    """Return whether the address accepts connections."""
     host, _, port = address.rpartition(":")
     with socket.socket() as probe:
         return probe.connect_ex((host, int(port))) == 0
@@ -65,10 +65,10 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_commands_work(etcd: EtcdServer) -> None:
-    """`serve` stays up for what follows it; etcdctl sees through it what is put into etcd."""
+    """`serve` keeps running for the commands after it; etcdctl sees through it what is put into etcd."""
     listen, metrics = (f"{HOST}:{free_port()}" for _ in range(2))
     ports = {"127.0.0.1:23790": listen, "127.0.0.1:2379": etcd.endpoint, "127.0.0.1:9379": metrics}
-    # What the README calls .venv/bin is the environment these tests run in.
+    # The README's .venv/bin is the environment of these tests.
     environment = {**os.environ, "PATH": f"{etcd.binary.etcdctl.parent}:{os.environ['PATH']}", "ETCDCTL_API": "3"}
     done = []
     with contextlib.ExitStack() as background:

@@ -1,8 +1,8 @@
-"""Attacks on a listener, each a coroutine that is given a port and says what became of it.
+"""Attacks on a listener, each a coroutine that takes a port and returns how the attack ended.
 
-They speak HTTP/2 in bytes, since a client library would keep them from doing what they do. Each goes on until it is cut
-off or has done what it came for; `Attack.wants` is what has to become of it. Some leave connections behind that they
-hold until they are told to let go: those attack by being there.
+They write HTTP/2 frames as bytes, since a client library would prevent most of them. Each goes on until the server cuts
+it off or it is finished; `Attack.wants` is the outcome that the proxy must reach. Some attack by holding connections
+open until they are asked to close them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WATCHED = b"abuse"
 
 
 class Attacker:
-    """One connection that says what it likes and remembers what it is told at the end."""
+    """One connection that sends arbitrary bytes and records how the server ends it."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -51,13 +51,13 @@ class Attacker:
 
     @classmethod
     async def connect(cls, port: int, window: int | None = None) -> Attacker:
-        """Connect and say what an HTTP/2 client says first; `window`: what each stream may be sent."""
+        """Connect and send the HTTP/2 client preface; `window`: the receive window of each stream."""
         attacker = cls(*await asyncio.open_connection(HOST, port))
         await attacker.say(PREFACE + settings({4: window} if window is not None else {}))
         return attacker
 
     async def say(self, text: bytes) -> None:
-        """Send, at the pace that is taken. Silent once the connection is gone."""
+        """Send, as fast as the server reads. Does nothing once the connection is closed."""
         if self.over.is_set():
             return
         self.writer.write(text)
@@ -65,13 +65,13 @@ class Attacker:
             await self.writer.drain()
 
     async def flood(self, pieces: Iterator[bytes]) -> None:
-        """Send piece after piece until they end or the connection does."""
+        """Send pieces until there are no more or the connection ends."""
         while not self.over.is_set():
             chunk = b"".join(itertools.islice(pieces, PIECES))
             if not chunk:
                 return
             await self.say(chunk)
-            # Writing without ever waiting would leave nobody else the loop.
+            # Writing without ever waiting would block the event loop.
             await asyncio.sleep(0)
 
     def request(self, stream_id: int, *extra: tuple[bytes, bytes]) -> bytes:
@@ -79,24 +79,24 @@ class Attacker:
         return HeadersFrame(stream_id, self.encoder.encode([*REQUEST, *extra]), flags=["END_HEADERS"]).serialize()
 
     def watch(self, stream_id: int) -> bytes:
-        """Build a Watch call that watches WATCHED."""
+        """Build a Watch call for WATCHED."""
         create = rpc_pb2.WatchCreateRequest(key=WATCHED)
         message = rpc_pb2.WatchRequest(create_request=create).SerializeToString()
         return self.request(stream_id) + data(stream_id, frame(message))
 
     def pause(self) -> None:
-        """Read no more."""
+        """Stop reading."""
         self.writer.transport.pause_reading()  # type: ignore[attr-defined]  # sockets have it
 
     async def fate(self, limit_s: float = 30.0) -> str:
-        """Wait for the end and say what it was."""
+        """Wait for the end and return what it was."""
         async with asyncio.timeout(limit_s):
             await self.over.wait()
         self.close()
         return self.goaway or "closed"
 
     def close(self) -> None:
-        """Let go."""
+        """Close the connection."""
         self.writer.transport.abort()
         self._listening.cancel()
 
@@ -124,7 +124,7 @@ class Attacker:
 
 @contextlib.asynccontextmanager
 async def attacking(port: int, window: int | None = None) -> AsyncIterator[Attacker]:
-    """Yield a connected attacker that lets go in the end."""
+    """Yield a connected attacker, closed at the end."""
     attacker = await Attacker.connect(port, window)
     try:
         yield attacker
@@ -133,7 +133,7 @@ async def attacking(port: int, window: int | None = None) -> AsyncIterator[Attac
 
 
 def flooding(piece: Callable[[Attacker, int], bytes], begin: bool = True) -> Callable[[int], Awaitable[str]]:
-    """Make an attack of the same thing again and again; `begin`: on a connection that has stream 1 open."""
+    """Make an attack that repeats the same bytes; `begin`: on a connection that has stream 1 open."""
 
     async def attack(port: int) -> str:
         async with attacking(port) as attacker:
@@ -153,7 +153,7 @@ def continuation(attacker: Attacker, number: int) -> bytes:
 
 
 async def metadata_bomb(port: int) -> str:
-    """Name one large field of the compression table two thousand times a call: 2 KB of frames, 7 MB decoded."""
+    """Refer to one large field of the compression table two thousand times a call: 2 KB of frames, 7 MB decoded."""
     async with attacking(port) as attacker:
         first = attacker.encoder.encode([*REQUEST, (b"x-bomb", b"x" * 3500)])
         indexed = attacker.encoder.encode([(b"x-bomb", b"x" * 3500)])
@@ -168,7 +168,7 @@ async def metadata_bomb(port: int) -> str:
 
 
 async def header_fields(port: int) -> str:
-    """Put thousands of the smallest fields into each call, all of which move the compression table."""
+    """Put thousands of the smallest fields into each call, each of which changes the compression table."""
     async with attacking(port) as attacker:
         blocks = (attacker.encoder.encode(REQUEST) + b"\x41\x00" * 8_000 for _ in itertools.count())
         await attacker.flood(raw(1, 4, 2 * number + 1, next(blocks)) for number in range(10_000))
@@ -187,19 +187,19 @@ async def huge_message(port: int) -> str:
 
 
 async def refused_calls(port: int, count: int, body: bytes, *extra: tuple[bytes, bytes]) -> str:
-    """Make calls with a body that has to be refused; count the RESOURCE_EXHAUSTED ones."""
+    """Make calls with a body that must be refused; count the RESOURCE_EXHAUSTED answers."""
     async with attacking(port) as attacker:
         for stream_id in range(1, 2 * count, 2):
             await attacker.say(attacker.request(stream_id, *extra))
             for start in range(0, len(body), 16_384):
                 await attacker.say(data(stream_id, body[start : start + 16_384]))
-            # Room on the connection comes back only when it was taken.
+            # The connection's window is given back only when the server has consumed the body.
             await until_async(lambda: len(attacker.resets) >= (stream_id + 1) // 2 or attacker.over.is_set(), "a reset")  # noqa: B023  # called at once
         return f"{len(attacker.resets)} calls refused"
 
 
 async def slow_loris(port: int) -> str:
-    """Open 500 connections that say the preface a byte at a time, or nothing."""
+    """Open 500 connections that send the preface a byte at a time, or nothing."""
     pairs = [await asyncio.open_connection(HOST, port) for _ in range(500)]
     for reader, writer in pairs:
         writer.write(PREFACE[:5] if id(reader) % 2 else b"")
@@ -213,7 +213,7 @@ async def slow_loris(port: int) -> str:
 
 
 async def never_opening_windows(port: int) -> str:
-    """Hold 2,000 watches whose windows stay shut."""
+    """Hold 2,000 watches whose windows stay closed."""
     return await hold_watches(port, 2000, window=0)
 
 
@@ -223,7 +223,7 @@ async def never_reading(port: int) -> str:
 
 
 async def hold_watches(port: int, count: int, window: int, deaf: bool = False) -> str:
-    """Open watches, take nothing of them, and hold on for some seconds."""
+    """Open watches, consume none of their data, and hold them for some seconds."""
     async with attacking(port, window) as attacker:
         await attacker.say(update(0, WINDOW_MAX - 65_535))
         await attacker.flood(attacker.watch(2 * number + 1) for number in range(count))
@@ -235,7 +235,7 @@ async def hold_watches(port: int, count: int, window: int, deaf: bool = False) -
 
 
 async def settings_over_streams(port: int) -> str:
-    """Move the windows of 20,000 streams again and again."""
+    """Change the windows of 20,000 streams repeatedly."""
     async with attacking(port) as attacker:
         await attacker.flood(attacker.request(2 * number + 1) for number in range(20_000))
         await attacker.flood(settings({4: 1000 + number % 2}) for number in range(2_000))
@@ -250,7 +250,7 @@ CALM = "GOAWAY ENHANCE_YOUR_CALM: "
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack and what has to become of it."""
+    """One attack and its required outcome."""
 
     run: Callable[[int], Awaitable[str]]
     wants: str

@@ -1,8 +1,8 @@
-"""Many clients that come, go, stall and ask for progress while etcd is written to, compacted and killed.
+"""Many clients that connect, disconnect, stall and request progress while etcd is written to, compacted and killed.
 
-The workload is drawn from a seed; the order of what happens on the wire is not, so a seed that fails once need not
-fail again, but what it found is in the violations. Every watch is judged by the guarantee checkers against a history
-that a client of etcd itself has recorded, which makes sure that it misses nothing.
+The workload is drawn from a seed; the order of messages on the wire is not, so a seed that fails once need not fail
+again, but the violations say what it found. The guarantee checkers compare every watch with a history that a direct
+client of etcd has recorded without gaps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STREAMS_MAX = 120
 
 
 class History:
-    """Everything etcd does from revision 1 on, recorded by a watch of etcd itself that resumes by itself."""
+    """All events of etcd from revision 1 on, recorded by a direct watch that resumes by itself."""
 
     def __init__(self, port: int) -> None:
         self.changes: list[Change] = []
@@ -61,7 +61,7 @@ class History:
         await until_async(lambda: self.next_revision > revision, f"the history through {revision}", 20)
 
     async def stop(self) -> None:
-        """Record no more."""
+        """Stop recording."""
         self._stopping = True
         if self._client is not None:
             await self._client.close()
@@ -70,7 +70,7 @@ class History:
 
 @dataclass
 class Subject:
-    """One watch on a stream of its own."""
+    """One watch, on a separate stream."""
 
     stream: WatchStream
     key: bytes
@@ -83,7 +83,7 @@ class Subject:
 
     @property
     def ended(self) -> bool:
-        """It gets no more, by whoever's doing."""
+        """Whether it gets no more events, whichever side ended it."""
         return self.cancelled or self.stream.raw.over or any(r.canceled for r in self.stream.responses[-1:])
 
 
@@ -102,7 +102,7 @@ class Churn:
     revision: int = 1
 
     async def write(self) -> None:
-        """Change something: a put, a delete, a range of deletes, or several keys in one revision."""
+        """Make a change: a put, a delete, a range of deletes, or several keys in one revision."""
         chance = self.chance
         key = chance.choice((b"/p/", b"/q/")) + b"%d" % chance.randrange(8)
         value = b"%d" % chance.randrange(10**6) + b"x" * chance.choice((0, 10, 1000, 30_000))
@@ -119,7 +119,7 @@ class Churn:
             self.revision = (await self.store.kv.Txn(rpc_pb2.TxnRequest(success=operations))).header.revision
 
     async def connect(self) -> None:
-        """Add a client, or replace one, whose watches end with it."""
+        """Add a client, or replace one; the watches of the old one end."""
         client = await RawClient.connect(self.proxy.port, self.chance.choice(WINDOWS))
         if len(self.clients) < CLIENTS:
             self.clients.append(client)
@@ -129,7 +129,7 @@ class Churn:
         await old.close()
 
     def open(self) -> None:
-        """Add a watch, from now, from some revision in the past, or from one in the future."""
+        """Add a watch, from now, from a past revision, or from a future one."""
         chance = self.chance
         live = [subject for subject in self.subjects if not subject.ended]
         if len(live) >= STREAMS_MAX:
@@ -202,7 +202,7 @@ class Churn:
             await asyncio.sleep(0.01)
 
     async def settle(self) -> int:
-        """Let everybody read everything, and be told so; return the last revision."""
+        """Wait until every watch has read everything and has progress that confirms it; return the last revision."""
         self.revision = await self.store.revision()
         while self.revision < max(subject.start_revision for subject in self.subjects):
             self.revision = await self.store.put(b"/p/1", b"late")
@@ -216,14 +216,14 @@ class Churn:
         return self.revision
 
     def has_all(self, subject: Subject) -> bool:
-        """It was told that it has everything, or is over."""
+        """Whether progress confirms that it has everything, or it is over."""
         if subject.ended:
             return True
         newest = subject.stream.responses[-1:]
         return bool(newest) and newest[0].watch_id == -1 and newest[0].header.revision >= self.revision
 
     def judge(self, last: int) -> list[str]:
-        """Return what is wrong with any of the watches."""
+        """Return the violations of all watches."""
         truth = Truth(self.history.changes, self.compactions)
         found = []
         for number, subject in enumerate(self.subjects):

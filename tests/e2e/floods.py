@@ -1,6 +1,6 @@
-"""Much work in few bytes: what a client may send within its windows, and others should not notice.
+"""Floods: requests that cost much work for few bytes, sent within the windows, which other clients should not notice.
 
-Attacks that break the rules of HTTP/2 are in `attacks`; these keep to them, and only ask for a lot.
+Attacks that break the rules of HTTP/2 are in `attacks`; these keep to the rules, and only request a lot.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FILTERS = 2_000_000
 
 
 class Sender(Attacker):
-    """An attacker that keeps to its windows and reads all that comes."""
+    """An attacker that keeps to its windows and reads all responses."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connection_window = 65_535
@@ -48,7 +48,7 @@ class Sender(Attacker):
 
     @classmethod
     async def open(cls, port: int, greeted: bool = True) -> Sender:
-        """Connect, with windows that are wide open, and wait for the server's own if it is to answer (`greeted`)."""
+        """Connect, with windows that are wide open; `greeted`: wait for the server's SETTINGS too."""
         sender = await cls.connect(port, WINDOW_MAX)
         assert isinstance(sender, Sender)
         await sender.say(update(0, WINDOW_MAX - 65_535))
@@ -173,7 +173,7 @@ FLOODS: dict[str, Flood] = {
 
 
 async def flood(port: int, name: str, count: int, streams: int = 1, limit_s: float = 60.0) -> str:
-    """Send `count` messages of a kind on each of some Watch streams and wait until they are taken; say how it ended."""
+    """Send `count` messages of a kind on each of some Watch streams, wait until handled, and return how it ended."""
     sender = await Sender.open(port)
     try:
         async with asyncio.timeout(limit_s):
@@ -188,8 +188,8 @@ async def flood(port: int, name: str, count: int, streams: int = 1, limit_s: flo
 async def _flood_one(sender: Sender, stream_id: int, name: str, count: int) -> None:
     messages, metadata = FLOODS[name]
     await sender.say(sender.request(stream_id, *metadata))
-    # What the duplicates are of, and progress is asked of.
+    # The watch that duplicates repeat, and that progress is requested for.
     await sender.send(stream_id, create(watch_id=7) + b"".join(messages(count)))
-    # The last one is answered when all before it have been taken, in a way that nothing else is.
+    # The last one is answered after all before it were handled, with a response that no other one gets.
     await sender.send(stream_id, create(start_revision=-1))
     await until_async(lambda: {stream_id} & (sender.last | sender.gone) or sender.over.is_set(), "the last answer", 600)

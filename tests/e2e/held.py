@@ -1,4 +1,4 @@
-"""An etcd that does not answer for a while, though its connections stay."""
+"""An etcd that does not answer for a while, though its connections stay open."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.etcd.server import EtcdServer
 
 @contextmanager
 def held(etcd: EtcdServer) -> Iterator[None]:
-    """Stop an etcd by SIGSTOP, and let it go on."""
+    """Stop an etcd by SIGSTOP; continue it at the end."""
     assert etcd.process is not None, "it runs"
     os.kill(etcd.process.pid, signal.SIGSTOP)
     try:

@@ -1,4 +1,4 @@
-"""What a raw client got on a stream with one watch, as the log that the guarantee checkers judge."""
+"""The responses of a raw client's stream with one watch, as the log that the guarantee checkers read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def log_of(stream: WatchStream, key: bytes, range_end: bytes = b"", start_revisi
 async def assert_kept(
     streams: list[tuple[WatchStream, int]], endpoint: str, prefix: bytes, range_end: bytes, last: int, first: int = 1
 ) -> None:
-    """Judge streams, given with their start revisions, that watch [prefix, range_end) against etcd's own history.
+    """Check streams, given with their start revisions, that watch [prefix, range_end), against etcd's own history.
 
     Each must have everything up to the revision `last`; the history is read from `first` on.
     """

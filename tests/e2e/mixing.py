@@ -1,9 +1,9 @@
-"""A fuzzer of what clients ask for: small requests, compression, filters, cancels, duplicates and resets, in any mix.
+"""A fuzzer of watch requests: small requests, compression, filters, cancels, duplicates and resets, in any mix.
 
-`python -m tests.e2e.mixing --runs 1000` runs seeds against a proxy of its own, before a real etcd, from a process
-of their own, while a bystander watches. It judges what the proxy did, not how fast the machine is: the work of the
-longest turn of the loop (requests, and milliseconds of CPU), every event of the bystander, and that in the end nothing
-is kept. tests/e2e/test_mixing.py runs some seeds.
+`python -m tests.e2e.mixing --runs 1000` runs seeds in a separate process against a proxy in front of a real etcd, while
+a bystander watches. It checks the proxy's work, not the machine's speed: the longest turn of the loop (requests, and
+milliseconds of CPU), every event of the bystander, and that nothing is kept at the end. tests/e2e/test_mixing.py runs
+some seeds.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _zipped(framed: bytes) -> bytes:
 
 @dataclass
 class Verdict:
-    """What some seeds did to a proxy."""
+    """The result of running some seeds against a proxy."""
 
     inputs_most: int = 0
     """Requests that the core was given between two turns of the loop."""
@@ -84,7 +84,7 @@ class Verdict:
 
 
 async def mix(port: int, seed: int) -> None:
-    """Be a few clients that ask for a lot."""
+    """Run a few clients that request a lot."""
     chance = random.Random(seed)
     senders = [await Sender.open(port) for _ in range(chance.randint(1, 3))]
     try:
@@ -96,7 +96,7 @@ async def mix(port: int, seed: int) -> None:
                     for number in range(chance.randint(1, 4))
                 )
             )
-        # They kept to the rules.
+        # The clients kept to the rules.
         assert not any(sender.goaway for sender in senders), [sender.goaway for sender in senders]
     finally:
         for sender in senders:
@@ -128,7 +128,7 @@ async def _one(sender: Sender, stream_id: int, chance: random.Random) -> None:
 
 @contextlib.contextmanager
 def judged(proxy: Proxy, verdict: Verdict) -> Iterator[None]:
-    """Note what is done in each turn of the loop."""
+    """Record the work of each turn of the loop."""
     loop, engine = asyncio.get_running_loop(), proxy.engine
     steps = {name: getattr(engine, name) for name in ("create", "cancel", "progress")}
     inputs, over = 0, False
@@ -184,7 +184,7 @@ async def judge(etcd: EtcdServer, first: int, runs: int) -> Verdict:
             while not ended.done():
                 verdict.events += 1
                 await store.put(KEY, b"%d" % verdict.events)
-                # From the answer on: how long etcd takes for a put is not the proxy's.
+                # From the answer on: the duration of the put itself is etcd's.
                 began = time.perf_counter()
                 await until_async(lambda: len(stream.raw.messages) > verdict.events, "the bystander's event", 60)
                 verdict.delays_s.append(time.perf_counter() - began)
@@ -211,13 +211,13 @@ async def _clients(port: int, first: int, runs: int) -> None:
 @click.option("--first", default=0, show_default=True, help="The first of them.")
 @click.option("--port", type=int, help="Be the clients of what listens there, and judge nothing.")
 def main(runs: int, first: int, port: int | None) -> None:
-    """Mix requests at random and say what others saw of it."""
+    """Mix requests at random and report what other clients saw."""
     if port is not None:
         uvloop.run(_clients(port, first, runs))
         return
     gc.collect()
     gc.freeze()
-    # As where it serves: see proxy/process/serving.py.
+    # As in `serve`: see proxy/process/serving.py.
     gc.set_threshold(50_000_000)
     with EtcdServer() as etcd:
         verdict = uvloop.run(judge(etcd, first, runs))

@@ -1,7 +1,7 @@
-"""A gRPC client on the h2 library, raw enough to do what a good client never does.
+"""A gRPC client on the h2 library, raw enough to do what a well-behaved client never does.
 
-It can leave windows unopened, stop reading its socket, send half messages and wrong ones. Being on another HTTP/2
-implementation than the proxy, it also checks that the proxy's frames are right.
+It can leave windows closed, stop reading its socket, and send partial or invalid messages. It uses another HTTP/2
+implementation than the proxy, so it also checks that the proxy's frames are valid.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WINDOW_BYTES_MAX = 2**31 - 1
 
 
 class RawStream:
-    """One call: what was received so far, and ways to send."""
+    """One call: the data received so far, and ways to send."""
 
     def __init__(self, client: RawClient, stream_id: int) -> None:
         self.client = client
@@ -47,12 +47,12 @@ class RawStream:
 
     @property
     def over(self) -> bool:
-        """Ended, in whichever way."""
+        """Whether the call has ended, in any way."""
         return self.ended or self.reset is not None or self.client.lost
 
     @property
     def status(self) -> int | None:
-        """The gRPC status, once it came."""
+        """The gRPC status, once received."""
         value = self.trailers.get("grpc-status", self.headers.get("grpc-status"))
         return None if value is None else int(value)
 
@@ -62,7 +62,7 @@ class RawStream:
         return decode_message(self.trailers.get("grpc-message", self.headers.get("grpc-message", "")).encode())
 
     def send(self, message: bytes, end: bool = False) -> None:
-        """Send one message, framed here."""
+        """Send one message, with its gRPC prefix."""
         self.send_raw(frame(message), end)
 
     def send_raw(self, data: bytes, end: bool = False) -> None:
@@ -76,7 +76,7 @@ class RawStream:
         self.client.flush()
 
     async def send_all(self, message: bytes) -> None:
-        """Send one message of any size, as the windows allow; what is left when the call is over is not sent."""
+        """Send one message of any size, as the windows allow; the rest is dropped when the call ends."""
         data, h2 = frame(message), self.client.h2
         while data:
             await until_async(lambda: self.over or h2.local_flow_control_window(self.id) > 0, "a window")
@@ -93,7 +93,7 @@ class RawStream:
         self.client.flush()
 
     def take(self) -> None:
-        """Open the window again after `taking` was False."""
+        """Acknowledge received data after `taking` was False."""
         self.taking = True
         if self.held:
             self.client.h2.acknowledge_received_data(self.held, self.id)
@@ -101,38 +101,38 @@ class RawStream:
         self.client.flush()
 
     def note(self, fields: Sequence[tuple[str, str]]) -> None:
-        """Hear what came as head or trailers, in its order."""
+        """Record a header list, head or trailers, in order."""
 
     def take_data(self, data: bytes) -> None:
-        """Keep what came."""
+        """Record received data."""
         self.messages.extend(self._unframer.feed(data))
 
     async def next(self, timeout_s: float = 10.0) -> bytes:
-        """The next message that was not asked for yet."""
+        """Return the next message, after those already returned."""
         await until_async(lambda: len(self.messages) > self._seen or self.over, "a message", timeout_s)
         assert len(self.messages) > self._seen, f"the call ended: {self.status} {self.text!r}, reset {self.reset}"
         self._seen += 1
         return self.messages[self._seen - 1]
 
     async def end(self, timeout_s: float = 10.0) -> tuple[int | None, str]:
-        """The status that the call ends with."""
+        """Wait for the end of the call and return its status."""
         await until_async(lambda: self.over, "the end of the call", timeout_s)
         return self.status, self.text
 
 
 class WatchStream:
-    """A Watch call in its own terms."""
+    """A Watch call, with methods for watch requests."""
 
     def __init__(self, raw: RawStream) -> None:
         self.raw = raw
 
     def create(self, key: bytes, range_end: bytes = b"", start_revision: int = 0, **extra: Any) -> None:
-        """Ask for a watch; `extra` are further fields of WatchCreateRequest."""
+        """Create a watch; `extra` are further fields of WatchCreateRequest."""
         create = rpc_pb2.WatchCreateRequest(key=key, range_end=range_end, start_revision=start_revision, **extra)
         self.raw.send(rpc_pb2.WatchRequest(create_request=create).SerializeToString())
 
     async def create_large(self, key: bytes, start_revision: int = 0) -> None:
-        """Ask for a watch of a key of any size."""
+        """Create a watch of a key of any size."""
         create = rpc_pb2.WatchCreateRequest(key=key, start_revision=start_revision)
         await self.raw.send_all(rpc_pb2.WatchRequest(create_request=create).SerializeToString())
 
@@ -142,16 +142,16 @@ class WatchStream:
         self.raw.send(rpc_pb2.WatchRequest(cancel_request=cancel).SerializeToString())
 
     def progress(self) -> None:
-        """Ask for progress."""
+        """Request progress."""
         request = rpc_pb2.WatchRequest(progress_request=rpc_pb2.WatchProgressRequest())
         self.raw.send(request.SerializeToString())
 
     async def next(self, timeout_s: float = 10.0) -> rpc_pb2.WatchResponse:
-        """The next response."""
+        """Return the next response."""
         return rpc_pb2.WatchResponse.FromString(await self.raw.next(timeout_s))
 
     async def created(self, timeout_s: float = 10.0) -> rpc_pb2.WatchResponse:
-        """The next response, which must be a good `created`."""
+        """Return the next response, which must be a successful `created`."""
         response = await self.next(timeout_s)
         assert response.created, response
         assert not response.canceled, response
@@ -159,7 +159,7 @@ class WatchStream:
 
     @property
     def responses(self) -> list[rpc_pb2.WatchResponse]:
-        """Everything that came so far."""
+        """All responses so far."""
         return [rpc_pb2.WatchResponse.FromString(message) for message in self.raw.messages]
 
     @property
@@ -184,7 +184,7 @@ class RawClient(asyncio.Protocol):
 
     @classmethod
     async def connect(cls, port: int, window: int = WINDOW_BYTES_MAX, tls: ssl.SSLContext | None = None) -> Self:
-        """Connect; `window` is what each stream may receive unacknowledged, in bytes. The connection's is wide open."""
+        """Connect; `window` is the receive window of each stream, in bytes. The connection's is wide open."""
         client = cls()
         loop = asyncio.get_running_loop()
         initial = {h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window}
@@ -213,7 +213,7 @@ class RawClient(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Note it."""
+        """Record the end."""
         del exc
         self.lost = True
         self.transport = None
@@ -259,7 +259,7 @@ class RawClient(asyncio.Protocol):
         return stream
 
     def data_received(self, data: bytes) -> None:
-        """Hand the bytes to h2, frame by frame, and its events to the streams."""
+        """Pass the bytes to h2, frame by frame, and its events to the streams."""
         self._buffer += data
         while len(self._buffer) >= 9:
             size = 9 + int.from_bytes(self._buffer[:3], "big")
@@ -301,7 +301,7 @@ class RawClient(asyncio.Protocol):
 
     def _terminated(self, event: h2.events.ConnectionTerminated) -> None:
         self.goaways.append(event)
-        # To h2 a GOAWAY is the end; in RFC 9113 6.8 streams go on.
+        # h2 treats a GOAWAY as the end; by RFC 9113 6.8 streams go on.
         self.h2.state_machine.state = h2.connection.ConnectionState.CLIENT_OPEN
 
     def _ping_acked(self, event: h2.events.PingAckReceived) -> None:

@@ -17,7 +17,7 @@ from tests.etcd.server import EtcdServer
 async def proxy_for(etcd: EtcdServer | str, failures: int = 0, **settings: Any) -> AsyncIterator[Proxy]:
     """Yield a running proxy in front of `etcd` (or of an endpoint), on a free port.
 
-    Its core must keep its invariants, and fail so many times (on purpose).
+    Its core must keep its invariants, and fail (on purpose) exactly as often as given.
     """
     endpoint = etcd if isinstance(etcd, str) else etcd.endpoint
     proxy = Proxy(endpoints=endpoint, tune_gc=False, **settings)

@@ -15,7 +15,7 @@ T = TypeVar("T")
 def run(scenario: Coroutine[Any, Any, T], limit_s: float = 60.0) -> T:
     """Run a scenario on uvloop, as the program does; an exception in any callback of the loop fails it.
 
-    So does what it leaves open. uvloop warns of each of these while it closes, and would wait for ever for one whose
+    Any resource left open fails it too. uvloop warns of each of these while it closes, and would hang on one whose
     warning had become an exception.
     """
     failures: list[dict[str, Any]] = []

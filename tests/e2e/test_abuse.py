@@ -1,4 +1,4 @@
-"""Every attack while a client that behaves watches: the attacker gets its due, and the client every event."""
+"""Every attack while a well-behaved client watches: the attacker is cut off, and the client gets every event."""
 
 from __future__ import annotations
 

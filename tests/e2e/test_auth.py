@@ -1,4 +1,4 @@
-"""etcd's auth through the proxy: each client is let watch what its own token may read, and nothing else."""
+"""etcd's auth through the proxy: each client may watch exactly the ranges that its own token may read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AUTHENTICATE = "/etcdserverpb.Auth/Authenticate"
 
 
 def with_users(etcd: EtcdServer) -> None:
-    """Switch auth on: root may everything, u1 and u2 read [a/, a0), u3 reads the key b."""
+    """Enable auth: root may do everything, u1 and u2 may read [a/, a0), u3 the key b."""
     lines = ["user add root:r", "user grant-role root root", "role add reader", "role add other"]
     lines += ["role grant-permission reader read a/ a0", "role grant-permission other read b"]
     for user, role in (("u1", "reader"), ("u2", "reader"), ("u3", "other")):
@@ -73,7 +73,7 @@ def test_refusals_are_etcds(binary: EtcdBinary, header: str) -> None:
         token = await token_of(client, "u1")
         stream = client.watch([(header, token)])
         stream.create(b"b")
-        # A right to [a/, a0) is none to everything from a/ on, though older releases of etcd let that pass.
+        # A right to [a/, a0) does not cover everything from a/ on, though older releases of etcd allow that.
         stream.create(b"a/k", b"a/z")
         refused = await stream.next()
         assert (refused.created, refused.canceled, refused.watch_id) == (True, True, -1)
@@ -139,7 +139,7 @@ def test_sessions_whose_token_etcd_forgets_are_ended(etcd: EtcdServer) -> None:
         for each, key in ((stream, b"a/k"), (stayer, b"a/l")):
             each.create(key)
             await each.created()
-        # A new password makes the tokens of a user invalid; a watch that etcd has let in goes on until it breaks.
+        # A new password invalidates the tokens of a user; a watch that etcd has admitted goes on until it breaks.
         await asyncio.to_thread(etcd.ctl, "--user=root:r", "user", "passwd", "u1", "--interactive=false", stdin="new")
         await asyncio.to_thread(etcd.kill)
         await asyncio.to_thread(etcd.start)
@@ -151,7 +151,7 @@ def test_sessions_whose_token_etcd_forgets_are_ended(etcd: EtcdServer) -> None:
         await put(etcd, "a/k", "1")
         await put(etcd, "a/l", "2")
         await until_async(lambda: again.values == [b"1"], "the event")
-        # The other token may have come back from etcd's log or not; either way its client is not left in silence.
+        # The other token may or may not have come back from etcd's log; either way its client is served or refused.
         await until_async(lambda: stayer.values == [b"2"] or stayer.raw.over, "an event or the end of the other one")
         assert stayer.raw.status in (None, Status.UNAVAILABLE)
         assert proxy.engine.core.stats.sessions == 2 - stayer.raw.over
@@ -165,7 +165,7 @@ def test_auth_is_enabled_while_clients_watch(etcd: EtcdServer) -> None:
         before.create(b"a/k")
         await before.created()
         await asyncio.to_thread(with_users, etcd)
-        # That auth was off is believed for a second at most; in that second a client is let in, or sent back.
+        # "Auth is off" is cached for a second at most; in that second a client is admitted, or refused.
         reasons: list[str] = []
         while not reasons or reasons[-1] != EMPTY:
             asked = client.watch()

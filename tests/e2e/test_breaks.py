@@ -1,4 +1,4 @@
-"""etcd goes away under load and comes back: nobody at the proxy loses an event, gets one twice, or is disconnected."""
+"""etcd stops under load and returns: no client loses an event, gets one twice, or is disconnected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PREFIX, PREFIX_END = b"/p/", b"/p0"
 
 
 class Writer:
-    """Puts one key after the other, whatever happens to etcd, until it is told to stop."""
+    """Puts one key after the other, through any failure of etcd, until stopped."""
 
     def __init__(self, store: Etcd) -> None:
         self.store = store
@@ -41,7 +41,7 @@ class Writer:
                 await asyncio.sleep(0.01)
 
     async def more(self, count: int) -> None:
-        """Wait until so many more puts worked."""
+        """Wait until so many more puts have succeeded."""
         goal = self.done + count
         await until_async(lambda: self.done >= goal, f"{count} more puts", 20)
 
@@ -53,7 +53,7 @@ class Writer:
 
 
 def has_reached(stream: WatchStream, revision: int) -> bool:
-    """The stream got something of this revision or a later one."""
+    """Whether the stream has received an event of this revision or a later one."""
     return bool(stream.raw.messages) and stream.responses[-1].header.revision >= revision
 
 

@@ -1,4 +1,4 @@
-"""A catch-up over many large revisions, on every etcd: one run of fragments to who asked, small responses to others."""
+"""A catch-up over many large revisions, on every etcd: one run of fragments with `fragment`, else small responses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_CLIENT_BYTES = 4 * 1024 * 1024
 
 
 async def responses(stream: WatchStream, events: int) -> list[list[rpc_pb2.WatchResponse]]:
-    """Read responses until so many events have come; each with its fragments, in a row."""
+    """Read responses until so many events were received; each with its fragments, in a row."""
     found: list[list[rpc_pb2.WatchResponse]] = [[]]
     while sum(len(piece.events) for run_ in found for piece in run_) < events or found[-1]:
         piece = await stream.next(20)
@@ -28,7 +28,7 @@ async def responses(stream: WatchStream, events: int) -> list[list[rpc_pb2.Watch
 
 
 async def catch_ups(port: int, endpoint: str) -> None:
-    """One by a backfill, beside watches that are live; one more out of the history."""
+    """One from a backfill, while other watches are live; one more from the history."""
     async with direct(endpoint) as store, await RawClient.connect(port) as client:
         revisions = [await store.put(b"k", value) for value in VALUES]
         live = client.watch()

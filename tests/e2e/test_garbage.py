@@ -1,7 +1,7 @@
-"""What has ended is gone at once, by reference counting: nothing of it waits for a collection.
+"""Ended objects are freed at once, by reference counting, without waiting for the garbage collector.
 
-The collector looks at what has lived for a while only once in millions of allocations (see GC_THRESHOLDS in
-proxy/server.py), so a session, a call or a trunk that hangs in a cycle with its own parts would stay for hours: a leak.
+The collector examines old objects only once in millions of allocations (see GC_THRESHOLDS in proxy/server.py), so a
+session, a call or a trunk in a reference cycle with its own parts would stay for hours: a leak.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ What = Callable[[Proxy, RawClient, int], Awaitable[list[RawClient]]]
 
 @contextmanager
 def collected() -> Iterator[Callable[[], Counter[str]]]:
-    """Yield a function that says which objects of ours only a collection has found, by their types."""
+    """Yield a function that returns the types of our objects that only a collection has freed."""
 
     def found() -> Counter[str]:
         gc.set_debug(gc.DEBUG_SAVEALL)
@@ -52,7 +52,7 @@ def collected() -> Iterator[Callable[[], Counter[str]]]:
 
 
 async def watch_streams(proxy: Proxy, client: RawClient, past: int) -> list[RawClient]:
-    """Streams with watches, from now and from the past, that their clients reset."""
+    """Streams with watches, from now and from the past, that the client resets."""
     del proxy
     streams = [client.watch() for _ in range(TIMES)]
     for number, stream in enumerate(streams):
@@ -66,7 +66,7 @@ async def watch_streams(proxy: Proxy, client: RawClient, past: int) -> list[RawC
 
 
 async def single_watches(proxy: Proxy, client: RawClient, past: int) -> list[RawClient]:
-    """Watches that come and go on a stream which stays."""
+    """Watches created and cancelled on a stream that stays open."""
     del proxy
     stream = client.watch()
     for number in range(TIMES):
@@ -79,7 +79,7 @@ async def single_watches(proxy: Proxy, client: RawClient, past: int) -> list[Raw
 
 
 async def connections(proxy: Proxy, client: RawClient, past: int) -> list[RawClient]:
-    """Connections that are lost with all that is on them."""
+    """Connections that are lost with all their streams."""
     del client, past
     clients = [await RawClient.connect(proxy.port) for _ in range(TIMES)]
     for each in clients:
@@ -92,7 +92,7 @@ async def connections(proxy: Proxy, client: RawClient, past: int) -> list[RawCli
 
 
 async def calls(proxy: Proxy, client: RawClient, past: int) -> list[RawClient]:
-    """Calls that pass through: answered, refused, given up."""
+    """Pass-through calls: answered, refused, cancelled."""
     del proxy, past
     for number in range(TIMES):
         put = rpc_pb2.PutRequest(key=b"k%d" % number, value=b"v").SerializeToString()
@@ -114,7 +114,7 @@ def test_ended_objects_are_freed_without_the_collector(etcd: EtcdServer, what: W
             past = await store.put(b"k0", b"v")
             for number in range(1, 5):
                 await store.put(b"k%d" % number, b"v")
-            # What is made once is made by now.
+            # Everything that is created once exists by now.
             await what(proxy, client, past)
             await _at_rest(proxy)
             with collected() as found:

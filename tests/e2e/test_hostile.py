@@ -1,4 +1,4 @@
-"""Clients that break the rules: each pays for itself, nobody else notices, and nothing of theirs is kept."""
+"""Clients that break the rules: no other client is affected, and none of their state is kept."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
 
 async def talk(port: int, data: bytes) -> bytes:
-    """Say something, end, and hear everything that comes back."""
+    """Send bytes, end the connection, and return everything received."""
     reader, writer = await asyncio.open_connection(HOST, port)
     heard = b""
     with contextlib.suppress(ConnectionError):
@@ -43,7 +43,7 @@ async def talk(port: int, data: bytes) -> bytes:
 
 
 def garbage(seed: int) -> bytes:
-    """A connection's worth of frames that are half right."""
+    """Frames of one connection, some valid and some not."""
     chance = random.Random(seed)
     frames = [SETTINGS]
     for _ in range(chance.randrange(1, 30)):
@@ -147,7 +147,7 @@ def test_a_client_behind_for_too_long_gets_the_reason(etcd: EtcdServer, monkeypa
             status, text = await slow.raw.end()
             assert status == Status.UNAVAILABLE, text
             assert "behind" in text
-            # Who does not even take the end of his call has his stream reset.
+            # A client that does not even read the end of its call gets its stream reset.
             await until_async(lambda: dead.raw.reset == 8, "the reset")
             await until_async(lambda: len(quick.values) == 10, "all events")
 
@@ -201,7 +201,7 @@ def test_a_burst_of_requests_is_handled_over_several_turns(etcd: EtcdServer) -> 
                 asyncio.get_running_loop().call_soon(turn.set)
                 await turn.wait()
                 opened.append(len(connection.h2.streams))
-            # Others had the loop in between, again and again: two turns go by from look to look. Nothing was left out.
+            # Other callbacks ran in between, repeatedly: two turns pass between samples. Nothing was skipped.
             steps = {later - earlier for earlier, later in pairwise(opened)}
             assert max(steps) <= 2 * proxy.listener.settings.http2.turn_work_max // REQUEST_WORK
             assert opened[-1] == 500

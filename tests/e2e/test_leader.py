@@ -1,4 +1,4 @@
-"""A cluster that loses its leader: sessions that asked to be told are, the others wait for its return."""
+"""A cluster that loses its leader: sessions with `hasleader` are ended, the others wait for its return."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def calls_without_a_leader(client: RawClient) -> None:
     for path in ("/etcdserverpb.KV/Range", "/etcdserverpb.KV/Put", "/etcdserverpb.Lease/LeaseGrant"):
         refused = await client.unary(path, b"", HAS_LEADER)
         assert (refused.status, refused.text) == NO_LEADER
-    # What does not ask for a leader and needs none is answered.
+    # A call without `hasleader` that needs no leader is answered.
     request = rpc_pb2.RangeRequest(key=b"a", serializable=True).SerializeToString()
     answer = await client.unary("/etcdserverpb.KV/Range", request)
     assert rpc_pb2.RangeResponse.FromString(await answer.next()).kvs[0].value == b"1"
@@ -46,7 +46,7 @@ def test_the_leader_is_lost_and_comes_back() -> None:
                 await until_async(lambda s=stream: s.values == [b"1"], "the event")  # type: ignore[misc]  # bound
             grant = rpc_pb2.LeaseGrantRequest(TTL=600, ID=7).SerializeToString()
             assert (await client.unary("/etcdserverpb.Lease/LeaseGrant", grant)).status == Status.OK
-            # One at each member, by turns.
+            # One at each member, in turn.
             kept = [client.call("/etcdserverpb.Lease/LeaseKeepAlive", HAS_LEADER) for _ in range(2)]
             for call in kept:
                 call.send(rpc_pb2.LeaseKeepAliveRequest(ID=7).SerializeToString())
@@ -55,7 +55,7 @@ def test_the_leader_is_lost_and_comes_back() -> None:
             assert await told.raw.end(20) == NO_LEADER
             assert [await call.end(20) for call in kept].count(NO_LEADER) == 1
             await calls_without_a_leader(client)
-            # A watch needs no leader: what is there can be watched.
+            # A watch without `hasleader` is served without a leader.
             another = client.watch()
             another.create(b"a", start_revision=first)
             another.create(b"a")

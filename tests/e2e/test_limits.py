@@ -1,4 +1,4 @@
-"""Limits of listener, calls and HTTP/1 at their edge: as much as they say is taken, and what comes beyond is counted.
+"""Limits of listener, calls and HTTP/1 at their edge: everything up to the limit is accepted, the excess is counted.
 
 Those of HTTP/2 are in tests/http2/test_floods.py, the core's in tests/coalesce; docs/limits.md names the test of each.
 """
@@ -57,7 +57,7 @@ Silent = tuple[ServerConnection, asyncio.StreamReader, asyncio.StreamWriter]
 
 @asynccontextmanager
 async def silent(rig: Rig, opening: bytes) -> AsyncIterator[Silent]:
-    """Connect, say something, and fall silent."""
+    """Connect, send something, and then nothing more."""
     reader, writer = await asyncio.open_connection(HOST, rig.listener.port)
     try:
         writer.write(opening)
@@ -98,7 +98,7 @@ def test_times_of_a_connection(limit: str, opening: bytes, since: str) -> None:
             connection.sweep(at + A_LITTLE_S)
             assert +rig.listener.stats.timed_out == {limit: 1}
             if limit == "idle_timeout_s":
-                # It is asked to go, and may still speak.
+                # It has received GOAWAY, and may still send.
                 assert connection.h2.going_away
             else:
                 await until_async(lambda: not rig.listener.connections, "it to be closed")
@@ -107,7 +107,7 @@ def test_times_of_a_connection(limit: str, opening: bytes, since: str) -> None:
 
 
 def test_the_final_goaway_follows_an_unanswered_ping() -> None:
-    """`drain_ping_s`: the second GOAWAY does not wait for ever."""
+    """`drain_ping_s` bounds the wait for the second GOAWAY."""
 
     async def scenario() -> None:
         async with (
@@ -124,7 +124,7 @@ def test_the_final_goaway_follows_an_unanswered_ping() -> None:
 
 
 def test_a_connection_stays_open_for_the_reason_to_be_read() -> None:
-    """`reason_s`: then the connection is closed, whatever the client still sends."""
+    """After `reason_s` the connection is closed, even if the client still sends."""
 
     async def scenario() -> None:
         async with (
@@ -188,7 +188,7 @@ def test_streams_refused_at_a_limit_are_counted() -> None:
             assert (await large.end(), large.reset) == ((None, ""), 11)
             refused = rig.listener.stats.refused_at
             assert +refused == {"max_concurrent_streams": 1, "header_list_bytes_max": 1}
-            # What cannot be had of a client that knows its windows.
+            # A client that keeps to its windows cannot cause this.
             (connection,) = rig.listener.connections
             connection._handle([LimitReached("initial_window")])
             assert refused["initial_window"] == 1
@@ -297,11 +297,11 @@ def test_answers_that_are_not_read() -> None:
     calls[1].leave(40)
     calls[2].leave(50)
     assert not any(call.lost for call in calls)
-    # One byte more of all: who leaves most unread pays.
+    # One byte more in total: the call with most unread bytes is ended.
     calls[2].leave(1)
     assert [call.lost for call in calls] == [True, True, False]
     assert owner.stats.refused_at["unread_bytes_max"] == 2
-    # One byte more of a connection: the call that brings it pays.
+    # One byte more on one connection: the call that adds it is ended.
     calls[2].leave(49)
     late = Unread(owner, other)
     assert not calls[2].lost

@@ -1,4 +1,4 @@
-"""What clients that take nothing cost in memory: ten thousand streams, and events that none of them reads."""
+"""Memory used by clients that read nothing: ten thousand streams, and events that none of them reads."""
 
 from __future__ import annotations
 

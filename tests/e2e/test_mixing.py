@@ -1,4 +1,4 @@
-"""Some seeds of the fuzzer of requests: others get all events, no turn does too much, and nothing is kept."""
+"""Some seeds of the request fuzzer: other clients get all events, every turn is bounded, and nothing is kept."""
 
 from __future__ import annotations
 

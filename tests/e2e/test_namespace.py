@@ -1,4 +1,4 @@
-"""`--namespace`: the same calls see the same as at an etcd of their own, and nothing outside is within reach."""
+"""`--namespace`: calls see the same as at a separate etcd, and no key outside the namespace is reachable."""
 
 from __future__ import annotations
 
@@ -39,8 +39,11 @@ PUT = "/etcdserverpb.KV/Put"
 
 
 class NamespacedPair(Pair):
-    """A pair that is not asked what a range to the end of all keys changes by having an end of its own: etcd takes a
-    transaction that puts a key and deletes all keys from one before it, though no other that deletes what it puts."""
+    """A pair that skips transactions which delete a range without an end.
+
+    In a namespace the range gets an end: etcd accepts a transaction that puts a key and deletes all keys from an
+    earlier one on, but refuses any other transaction that deletes what it puts.
+    """
 
     def ask(self, request: Message) -> None:
         if not (isinstance(request, rpc_pb2.TxnRequest) and deletes_to_the_end(request)):
@@ -48,7 +51,7 @@ class NamespacedPair(Pair):
 
 
 def deletes_to_the_end(txn: rpc_pb2.TxnRequest) -> bool:
-    """Tell whether a transaction has a deletion without an end."""
+    """Return whether a transaction has a deletion without an end."""
     return any(
         operation.request_delete_range.range_end == b"\0" or deletes_to_the_end(operation.request_txn)
         for operation in (*txn.success, *txn.failure)
@@ -57,7 +60,7 @@ def deletes_to_the_end(txn: rpc_pb2.TxnRequest) -> bool:
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
-    """An etcd behind a namespaced proxy, and the store, which stands for an etcd that has nothing but the namespace."""
+    """An etcd behind a namespaced proxy, and the store, in place of an etcd that contains only the namespace."""
     with EtcdServer() as etcd, ProxyProcess(etcd.endpoint, ["--namespace=/ns/"]) as proxy:
         outside, inside, state = Client(etcd.endpoint), Client(proxy.endpoint), new_state()
         for key in (b"/ns", b"/ns0"):
@@ -81,7 +84,7 @@ def test_random_requests_are_answered_as_without_a_namespace(pair: Pair, first: 
 def test_keys_outside_the_namespace_are_unreachable(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         async with proxy_for(etcd, namespace=NS) as proxy, direct(etcd) as store:
-            # Before, at, just behind and far behind the namespace.
+            # Before, at, just after and far after the namespace.
             outside = [b"/", b"/ns\xfe", b"/ns", NS, b"/nt", b"zzz", b"\xff"]
             for key in outside:
                 await store.put(key, b"outside")
@@ -127,7 +130,7 @@ def test_watches_see_the_namespace_alone(etcd: EtcdServer) -> None:
                 assert [event.kv.key for event in events] == [b"a"] * 3
                 assert [event.prev_kv.value for event in events] == [b"", b"1", b"2"]
                 assert [event.prev_kv.key for event in events] == [b"", b"a", b"a"]
-            # The proxy's watch through itself speaks of the same ranges: it opens none of its own.
+            # The self-probe watches the same ranges: it opens no upstream watch of its own.
             proxy.probe.attempt()
             await until_async(lambda: proxy.probe._attempt is not None and proxy.probe._attempt.answered, "the probe")
             proxy.probe.judge()
@@ -239,7 +242,7 @@ def test_unfinished_messages_have_a_bound(etcd: EtcdServer) -> None:
                 assert text == f"watchmux: too many bytes of unfinished messages under --namespace ({bound})"
                 third.cancel()
                 waiting[0].cancel()
-                # While a message is changed it is kept twice.
+                # While a message is translated it is held twice.
                 waiting[1].send_raw(half[-1:], end=True)
                 assert await waiting[1].end() == (Status.OK, "")
                 await until_async(lambda: stats.partial_bytes == 0, "nothing to be kept")

@@ -1,4 +1,4 @@
-"""progress_notify through the proxy comes at the interval that etcd was started with, on every etcd."""
+"""The proxy sends progress_notify at the interval that etcd was started with, on every etcd."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOPUT = rpc_pb2.WatchCreateRequest.NOPUT
 
 
 class Listener:
-    """Notes when and with which revision a watch was notified."""
+    """Records when and with which revision a watch was notified."""
 
     def __init__(self, stream: WatchStream) -> None:
         self.stream = stream
@@ -38,7 +38,7 @@ class Listener:
             self.revisions.append(response.header.revision)
 
     async def notified(self, times: int) -> None:
-        """Wait for so many notifications, at etcd's interval on the whole, and never backwards."""
+        """Wait for so many notifications, at etcd's interval on average, with revisions that never decrease."""
         await until_async(lambda: len(self.at) >= times or self.task.done(), f"{times} notifications", 6 * times)
         assert not self.task.done(), self.task.exception()
         gaps = [later - earlier for earlier, later in zip(self.at, self.at[1:], strict=False)]
@@ -47,7 +47,7 @@ class Listener:
 
 
 async def watchers(port: int, endpoint: str) -> None:
-    """Quiet watches of a quiet range, and of one with an event every 50 ms that their filter drops."""
+    """Open watches without events: of a quiet range, and of one with an event every 50 ms that their filter drops."""
     async with direct(endpoint) as store, await RawClient.connect(port) as client:
         quiet, filtered = client.watch(), client.watch()
         quiet.create(b"quiet", progress_notify=True)
@@ -76,7 +76,7 @@ async def write(store: Etcd) -> None:
 
 
 async def ask(port: int, endpoint: str) -> None:
-    """Ask for progress on a stream of two quiet watches, after writes elsewhere."""
+    """Request progress on a stream of two quiet watches, after writes elsewhere."""
     async with direct(endpoint) as store, await RawClient.connect(port) as client:
         stream = client.watch()
         for key in (b"quiet", b"k"):
@@ -91,7 +91,7 @@ async def ask(port: int, endpoint: str) -> None:
 
 
 def test_old_etcd_progress_is_answered_within_its_interval() -> None:
-    """Its answers to requests are not in order with the events; its notifications are."""
+    """An old etcd does not order its progress answers with the events, only its notifications."""
 
     async def scenario(endpoints: list[str]) -> None:
         async with AsyncExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What etcd sees of the proxy's own calls and streams."""
+"""The metadata of the proxy's own calls and streams, as etcd sees it."""
 
 from __future__ import annotations
 

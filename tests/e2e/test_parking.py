@@ -1,4 +1,4 @@
-"""The last client of a range leaves, and comes back: etcd is rid of the watch meanwhile, and nothing is missing."""
+"""The last client of a range disconnects and returns: meanwhile etcd serves no watch, and no event is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One client's watch request that ends its stream at etcd: refused as etcd refuses it, and others notice nothing."""
+"""A watch request that ends its stream at etcd is refused as etcd refuses it, without effect on other clients."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ KEY = b"k" * 600_000
 
 @pytest.fixture
 def narrow() -> Iterator[EtcdServer]:
-    """Run an etcd that takes small requests only."""
+    """Run an etcd that accepts small requests only."""
     with EtcdServer(extra=["--max-request-bytes=65536"]) as etcd:
         yield etcd
 
 
 def run(story: Coroutine[Any, Any, None]) -> None:
-    """Run a story with a bound on its time."""
+    """Run a scenario with a time limit."""
 
     async def bounded() -> None:
         async with asyncio.timeout(40):
@@ -84,7 +84,7 @@ def test_many_creates_that_are_too_large_cost_others_nothing(narrow: EtcdServer)
                 await store.put(b"live", b"%d" % number)
                 assert (await watch.raw.end())[0] == Status.RESOURCE_EXHAUSTED
             await until_async(lambda: live.values == [b"%d" % number for number in range(20)], "all events")
-            # Its stream has never ended.
+            # The live watch's stream at etcd has never ended.
             assert list(proxy.upstream._state.streams()) == [trunk_stream]
 
     run(story())

@@ -1,4 +1,4 @@
-"""Nothing secret is logged: a run with tokens, passwords and values, at debug level, and its log searched for them."""
+"""The log holds no secrets: a run at debug level with tokens, passwords and values, whose log is searched for them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_debug_log_holds_no_secrets(etcd: EtcdServer, capfd: pytest.CaptureFix
             login = rpc_pb2.AuthenticateRequest(name="root", password=password.decode()).SerializeToString()
             await client.unary("/etcdserverpb.Auth/Authenticate", login, metadata)
             await client.unary("/no.Such/Method", value, [*metadata, ("grpc-timeout", "nonsense")])
-            # Broken heads and messages, where an error text could quote what it was given.
+            # Malformed heads and messages, whose error texts could quote the input.
             client.request([(":method", "GET"), (":scheme", "http"), (":path", "/x"), (":authority", "x"), *metadata])
             client.call("/etcdserverpb.Watch/Watch", [*metadata, ("grpc-timeout", private.decode())])
             client.watch(metadata).raw.send(b"\xff" + value)

@@ -1,4 +1,4 @@
-"""Clients that do not read: they lose nothing, hold nothing up, and cost no memory to speak of."""
+"""Clients that do not read: they lose no event, delay no other client, and cost little memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def watch_of(client: RawClient) -> WatchStream:
 
 
 async def complete(stream: WatchStream, count: int, limit_s: float = 30.0) -> None:
-    """Wait until so many events came."""
+    """Wait until so many events were received."""
     counted = [0, 0]
 
     def all_there() -> bool:
@@ -42,12 +42,12 @@ async def complete(stream: WatchStream, count: int, limit_s: float = 30.0) -> No
 
 
 def memory_mib() -> float:
-    """The most memory that this process has had."""
+    """Return the peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else MIB)
 
 
 async def _stop_and_go(etcd: EtcdServer, *, socket: bool, history_bytes: int, puts: int, value: bytes) -> None:
-    """One client stops, its window or its socket full, while `puts` pass; another one follows them all the while."""
+    """One client stops reading, its window or socket full, during `puts`; another one reads them all the time."""
     limits = CoreLimits(history_bytes_max=history_bytes)
     async with (
         proxy_for(etcd, limits=limits) as proxy,
@@ -134,9 +134,9 @@ def test_a_client_that_does_not_read_while_100_mb_pass(etcd: EtcdServer) -> None
                 await store.put(b"/p/k", b"%d" % number + value)
                 if number % 50 == 49:
                     await complete(quick, 50)
-                    # Followed, and not to be counted to the proxy's memory.
+                    # Discarded as they come, so that they do not count as the proxy's memory.
                     quick.raw.messages.clear()
-            # What passed is 100 MB to each of 51 streams; the history keeps 16 MiB.
+            # Each of 51 streams was sent 100 MB; the history keeps 16 MiB.
             assert memory_mib() - before < 200
             assert proxy.engine.core.stats.history_bytes < 17 * MIB
             stopped.transport.resume_reading()
@@ -148,7 +148,7 @@ def test_a_client_that_does_not_read_while_100_mb_pass(etcd: EtcdServer) -> None
 
 
 def test_a_stalled_stream_that_ends_returns_its_window(etcd: EtcdServer) -> None:
-    """Else the connection's window shrinks with each of them."""
+    """Otherwise each such stream would shrink the connection's window."""
 
     async def scenario() -> None:
         async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port, window=0) as client:

@@ -1,4 +1,4 @@
-"""What users of etcd's own grpc-proxy miss there, each in the way that they use etcd."""
+"""Features that etcd's own grpc-proxy lacks, each used as clients use etcd."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def channel_to(port: int) -> AsyncIterator[grpc.aio.Channel]:
 
 
 def test_a_proxy_without_watches_opens_none_at_etcd(etcd: EtcdServer) -> None:
-    """Etcd's grpc-proxy keeps two watches of its own."""
+    """Unlike etcd's grpc-proxy, which keeps two watches of its own."""
 
     async def scenario() -> None:
         base = etcd.watchers()
@@ -83,7 +83,7 @@ def test_keep_alives_are_prompt_and_report_a_lost_lease(etcd: EtcdServer) -> Non
 
 
 def test_one_stream_keeps_two_thousand_leases_alive(etcd: EtcdServer) -> None:
-    """In one go: every one is answered, in order, one that is lost in its place; the stream goes on."""
+    """All keep-alives at once: each is answered in order, also the one of a lost lease; the stream goes on."""
     count, lost = 2_000, 700
 
     async def scenario() -> None:
@@ -107,8 +107,11 @@ def test_one_stream_keeps_two_thousand_leases_alive(etcd: EtcdServer) -> None:
 
 
 def test_kubernetes_lists_watches_and_reads_consistently(etcd: EtcdServer) -> None:
-    """As its API server does: list, watch behind the list with prev_kv and progress, compare and put, and before a
-    consistent read from its cache ask for progress until the watch has come as far as the store was."""
+    """The requests of its API server.
+
+    It lists, watches from the list's revision on with prev_kv and progress, compares and puts; before a consistent read
+    from its cache it requests progress until the watch has reached the store's revision.
+    """
 
     async def scenario() -> None:
         async with (
@@ -130,7 +133,7 @@ def test_kubernetes_lists_watches_and_reads_consistently(etcd: EtcdServer) -> No
                 wanted = rpc_pb2.Compare(key=pod, target=rpc_pb2.Compare.MOD, mod_revision=before.mod_revision)
                 change = rpc_pb2.RequestOp(request_put=rpc_pb2.PutRequest(key=pod, value=b"%d" % number))
                 assert (await kv.Txn(rpc_pb2.TxnRequest(compare=[wanted], success=[change]))).succeeded
-                # Something elsewhere, so that only progress tells that the pods are complete.
+                # A write elsewhere, so that only progress shows that the pods are complete.
                 await kv.Put(rpc_pb2.PutRequest(key=b"/registry/leases/x", value=b"x"))
                 newest = await kv.Range(rpc_pb2.RangeRequest(key=PODS, range_end=PODS_END, limit=1))
                 stream.progress()
@@ -147,7 +150,7 @@ def test_kubernetes_lists_watches_and_reads_consistently(etcd: EtcdServer) -> No
             late = client.watch()
             late.create(PODS, PODS_END, 2)
             await until_async(lambda: len(late.responses) >= 2, "an answer about what is compacted")
-            # Then it lists anew; the watch that has missed nothing lives on.
+            # Then it lists again; the watch has missed nothing and continues.
             await kv.Put(rpc_pb2.PutRequest(key=PODS + b"9", value=b"last"))
             await until_async(lambda: stream.values[-1] == b"last", "the event after the compaction")
 
@@ -176,7 +179,7 @@ def test_the_size_of_joined_revisions_is_a_setting(etcd: EtcdServer) -> None:
 
 
 def test_a_later_watch_may_add_prev_kv_to_a_running_trunk(etcd: EtcdServer) -> None:
-    """A running trunk gets it at a boundary between revisions: nobody misses or repeats anything."""
+    """A running trunk is upgraded at a boundary between revisions: no watch misses or repeats an event."""
 
     async def scenario() -> None:
         async with (

@@ -1,4 +1,4 @@
-"""The Watch service end to end: raw clients, the whole proxy, a real etcd."""
+"""The Watch service, end to end: raw clients, the whole proxy, a real etcd."""
 
 from __future__ import annotations
 
@@ -359,7 +359,7 @@ def test_etcdctl_watches_through_the_proxy(etcd: EtcdServer) -> None:
             finally:
                 process.terminate()
                 await process.wait()
-                process._transport.close()  # type: ignore[attr-defined]  # or uvloop warns of its pipe
+                process._transport.close()  # type: ignore[attr-defined]  # otherwise uvloop warns of its pipe
 
     run(scenario())
 
@@ -371,7 +371,7 @@ def test_a_client_that_asks_without_reading_is_not_read(etcd: EtcdServer) -> Non
             stream.raw.taking = False
             asked = 0
             while client.h2.local_flow_control_window(stream.raw.id) > 1000 and asked < 100_000:
-                stream.create(b"a" * 200)  # few large ones fill the window as well as many small ones
+                stream.create(b"a" * 200)  # A few large requests fill the window as well as many small ones.
                 asked += 1
                 await asyncio.sleep(0)
             assert asked < 100_000
