@@ -1,8 +1,8 @@
-"""
-Which endpoints one call of our own is sent to, and when it has failed: pure, driven by `hedged.py` and the simulator.
+"""Which endpoints one call of the proxy's own is sent to, and when it has failed: pure.
 
-Each endpoint gets the call once, by name. Calls of others that go round the same endpoints at the same time do not
-change which ones this call has tried: so a member that is cut off from its cluster cannot answer for all of them.
+Driven by `hedged.py` and the simulator. Each endpoint gets the call once, by name. Other calls that go round the same
+endpoints at the same time do not change which ones this call has tried, so a member that is cut off from its cluster
+cannot answer in place of all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from upstream.errors import LEARNER_TEXT, NO_LEADER_TEXT
 _ABOUT_REQUEST: Final = frozenset({Status.INVALID_ARGUMENT, Status.PERMISSION_DENIED, Status.UNAUTHENTICATED})
 _ABOUT_SERVER: Final = frozenset({Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.CANCELLED})
 _TOO_LARGE: Final = "larger than max"
-"""Of grpc-go's text for a request above the server's limit, "grpc: received message larger than max (2 vs. 1)"
+"""Part of grpc-go's text for a request above the server's limit, "grpc: received message larger than max (2 vs. 1)"
 (rpc_util.go)."""
 
 
@@ -27,12 +27,12 @@ def is_too_large(status: int, text: str) -> bool:
 
 
 def is_about_request(status: int, text: str) -> bool:
-    """Whether a failure is caused by the request itself, its token or its key: every endpoint would say the same."""
+    """Whether the request itself, its token or its key caused a failure: every endpoint would refuse it."""
     return status in _ABOUT_REQUEST or is_too_large(status, text)
 
 
 def is_about_server(status: int) -> bool:
-    """Whether a failure says that the server could not answer at this time. What is neither is unclear."""
+    """Whether a failure means that the server could not answer now. A failure of neither kind is unclear."""
     return status in _ABOUT_SERVER
 
 
@@ -54,12 +54,12 @@ class Attempts:
         # Endpoints that have the call and have not answered.
         self.open: set[str] = set()
         self._failures: list[Failure] = []
-        # An endpoint has given the call back.
+        # `give_back` was called.
         self._given_back = False
 
     @property
     def left(self) -> bool:
-        """There are endpoints that have not got the call."""
+        """There are endpoints that the call has not been sent to."""
         return bool(self._untried)
 
     @property
@@ -68,7 +68,7 @@ class Attempts:
         return len(self.open) == 1 and not self._untried and not self._failures and not self._given_back
 
     def next(self) -> str | None:
-        """Name the endpoint that gets the call now: at first, when an answer is late, after a failure."""
+        """Return the next endpoint to send the call to: at the start, when an answer is late, or after a failure."""
         if not self._untried:
             return None
         endpoint = self._untried.popleft()
@@ -76,13 +76,13 @@ class Attempts:
         return endpoint
 
     def give_back(self, endpoint: str) -> None:
-        """An endpoint did not look at the call: it may get it again, after the others."""
+        """Requeue an endpoint that did not process the call, behind the others."""
         self.open.discard(endpoint)
         self._untried.append(endpoint)
         self._given_back = True
 
     def failed(self, endpoint: str, status: int, text: str) -> Failure | None:
-        """Take the failure of one attempt; return that of the whole call once nothing is left to wait for."""
+        """Record the failure of one attempt; return the failure of the call once no attempt is left to wait for."""
         self.open.discard(endpoint)
         failure = Failure(status, text)
         if is_about_request(status, text):
@@ -91,10 +91,10 @@ class Attempts:
         return None if self.open or self._untried else self._of_all()
 
     def _of_all(self) -> Failure:
-        """Return what the failures of all endpoints mean together.
+        """Combine the failures of all endpoints into one.
 
-        "No leader", or an unclear reason, is the failure of the call only if each endpoint has said so; learners, of
-        which none can be the leader, do not count for the former.
+        "No leader", or an unclear reason, is the failure of the call only if every endpoint returned it. Learners do
+        not count for "no leader", since none of them can be the leader.
         """
         failures = [each for each in self._failures if each.text != LEARNER_TEXT] or self._failures
         if all(each.text == NO_LEADER_TEXT for each in failures):

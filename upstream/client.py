@@ -1,13 +1,12 @@
-"""
-A small public API: watch keys of an etcd from asyncio, with the resuming of the proxy's own watch client.
+"""A small public API: watch keys of an etcd from asyncio, with the proxy's own watch client, which resumes watches.
 
     async with EtcdWatcher("127.0.0.1:2379") as watcher:
         async for response in watcher.watch(b"config/", range_end=b"config0"):
             for event in response.events:
                 print(event.kv.key, event.kv.value)
 
-A watch goes on through restarts of etcd and from one endpoint to another: no event is lost, none comes twice. It is
-read only as fast as the loop over it goes.
+A watch continues through restarts of etcd and from one endpoint to another: no event is lost or repeated. It is read
+only as fast as the loop over it consumes it.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from upstream.settings import UpstreamSettings
 from upstream.watching.client import WatchClient
 from upstream.watching.stream import OpenedWatch
 
-# Responses that wait for the reader before we stop reading from etcd, and down to which it has to read.
+# Queued responses at which reading from etcd is paused, and at which it is resumed.
 _WAITING_MAX: Final = 64
 _WAITING_LOW: Final = 16
 
 
 class Compacted(Exception):
-    """A watch needs a revision that etcd has compacted: events are lost for it. Read the keys again and watch on."""
+    """A watch needs a revision that etcd has compacted: it has lost events. Read the keys again, then watch again."""
 
     def __init__(self, compact_revision: int) -> None:
         super().__init__(f"the revisions below {compact_revision} have been compacted")
-        # The first revision that can still be watched.
+        # The oldest revision that can still be watched.
         self.compact_revision = compact_revision
 
 
@@ -54,7 +53,7 @@ class _Watch:
         self.token = token
         self.waiting: deque[WatchResponse] = deque()
         self.paused = False
-        # Why there will be no more responses.
+        # Why no more responses follow; None while the watch is open.
         self.error: Exception | None = None
         self.changed = asyncio.Event()
 
@@ -72,7 +71,7 @@ class EtcdWatcher:
         log: Logger | None = None,
     ) -> None:
         """
-        `endpoints` as etcdctl takes them; `tls` from `upstream.tls.client_context`; `token` of Auth.Authenticate.
+        `endpoints` as etcdctl takes them; `tls` from `upstream.tls.client_context`; `token` from Auth.Authenticate.
 
         Raises BadEndpoint.
         """
@@ -103,8 +102,8 @@ class EtcdWatcher:
         Yield responses with events of `key`, or of the keys from it up to `range_end`, from `start_revision` or
         from now.
 
-        The first response has no events: it is `created`, and its header tells what "now" was. Waits while no etcd
-        answers. Raises Compacted when events have been lost to a compaction, CallFailed when etcd refuses the watch.
+        The first response has no events: it is `created`, and its header's revision is "now". Waits while no etcd
+        answers. Raises Compacted when a compaction removed events of the watch, CallFailed when etcd refuses the watch.
         """
         watch = _Watch(key, range_end, start_revision, prev_kv, self._token)
         self._watches[id(watch)] = watch
@@ -141,7 +140,7 @@ class EtcdWatcher:
 
 
 class _Listener:
-    """Passes on what the watch client says."""
+    """Passes the watch client's notifications to the watches."""
 
     def __init__(self, watcher: EtcdWatcher) -> None:
         self._watcher = watcher
@@ -162,7 +161,7 @@ class _Listener:
 
     def other_history(self, header: Header) -> None:  # noqa: ARG002 - WatchListener's signature
         for watch in list(self._watcher._watches.values()):
-            self._watcher._end(watch, CallFailed(10, "the store has another history than before"))
+            self._watcher._end(watch, CallFailed(10, "the store was restored or replaced"))
 
     def broken(self) -> None: ...
 

@@ -1,13 +1,12 @@
-"""
-One HTTP/2 connection to one upstream etcd, and the calls on it.
+"""One HTTP/2 connection to one upstream etcd, and the calls on it.
 
-An asyncio.Protocol around `proto.http2` in its client role: plain TCP, TLS or a unix socket. It has callbacks
-instead of futures and no task of its own, because the calls on it are watches that get thousands of messages and
-passed-through calls whose frames just change sides. Everything runs in the event loop's thread, and what the
-callbacks write while bytes are being received goes out in one write afterwards.
+An asyncio.Protocol around `proto.http2` in its client role: plain TCP, TLS or a unix socket. It uses callbacks instead
+of futures and has no task of its own, because its calls are watches that receive thousands of messages and
+passed-through calls whose frames are only forwarded. Everything runs in the event loop's thread. The output that
+callbacks write while bytes are being received is sent in one write afterwards.
 
-Timers: the server must acknowledge our SETTINGS; while calls are open, silence is followed by a PING, and a PING
-without any answer ends the connection. That is how a server that vanished without a word is noticed.
+Timers: the server must acknowledge our SETTINGS; while calls are open, a PING follows silence, and a PING without any
+answer ends the connection. This detects a server that vanished without closing the connection.
 """
 
 from __future__ import annotations
@@ -49,42 +48,42 @@ from upstream.transport import open_transport
 _PING: Final = b"watchmux"
 _FIRST_BYTES_MAX: Final = 512
 _SETTINGS_FRAME: Final = 4
-# From this stream id on a connection takes no new calls. They end at 2^31 (RFC 9113 5.1.1); the rest is room for calls
-# that have begun meanwhile.
+# From this stream id on a connection takes no new calls. Ids end at 2^31 (RFC 9113 5.1.1); the rest is a reserve for
+# calls that begin meanwhile.
 _STREAM_ID_WORN: Final = 2**30
 
 
 def _nobody(begins: bool) -> None:
-    """Do nothing about a read."""
+    """Ignore a read: the default of `around_read`."""
 
 
 class NotSent(Exception):
-    """A call could not be started on this connection; nothing of it has been sent."""
+    """A call could not be started on this connection; no part of it was sent."""
 
 
 class CallHandler(Protocol):
-    """What a call on an upstream connection is told; always from the event loop, never from inside `request`."""
+    """Callbacks of a call on an upstream connection; made from the event loop, never from inside `request`."""
 
     def on_headers(self, headers: Headers) -> None:
-        """The response's headers came. Not called for an answer that is only trailers."""
+        """The response's headers arrived. Not called for a trailers-only response."""
 
     def on_data(self, data: bytes, flow_size: int) -> None:
-        """Bytes of the body came. `flow_size` has to be given to `UpstreamCall.consumed`, now or later."""
+        """Bytes of the body arrived. The handler must pass `flow_size` to `UpstreamCall.consumed`, now or later."""
 
     def on_drained(self) -> None:
-        """After `write` returned False: everything has been handed to the transport."""
+        """After `write` returned False: all output was handed to the transport."""
 
     def on_end(self, status: int, message: str, trailers: Headers) -> None:
         """
-        The call is over; nothing follows. Not called after `UpstreamCall.reset`.
+        The call has ended; no callback follows. Not called after `UpstreamCall.reset`.
 
-        `trailers` are as they came, and with them the status; [] when there were none, because the stream was reset
-        (`UpstreamCall.reset_code`) or the connection broke: then status and message are made from that.
+        `trailers` are those of the server, which the status was read from. They are [] when the stream was reset
+        (`UpstreamCall.reset_code`) or the connection broke: then status and message are derived from that.
         """
 
 
 class UpstreamCall:
-    """One call: a stream and who is told about it."""
+    """One call: a stream and its handler."""
 
     __slots__ = (
         "connection",
@@ -102,22 +101,22 @@ class UpstreamCall:
         self.connection = connection
         self.stream = stream
         self.handler = handler
-        # Over: by its trailers, by a reset of either side, or with the connection.
+        # It has ended: by its trailers, by a reset of either side, or with the connection.
         self.ended = False
-        # The HTTP status of the answer; 0 before it came.
+        # The HTTP status of the response; 0 before its headers arrive.
         self.http_status = 0
-        # Bytes that the handler got and has not given back.
+        # Bytes passed to the handler that it has not acknowledged by `consumed`.
         self.owed = 0
         # The code of the RST_STREAM that ended it, if one did.
         self.reset_code: ErrorCode | None = None
-        # The server has not looked at it, so that it can safely be sent again (RFC 9113 8.7).
+        # The server has not processed it, so it can safely be sent again (RFC 9113 8.7).
         self.unprocessed = False
-        # That is so because the server was ending the connection (GOAWAY) when the call reached it.
+        # It was not processed because the server was closing the connection (GOAWAY) when the call arrived.
         self.rotated = False
 
     @property
     def blocked(self) -> bool:
-        """Something written still waits for a window or for the transport."""
+        """Some output still waits for flow control or for the transport."""
         return self.stream.blocked
 
     def write(self, pieces: Sequence[bytes], size: int, end: bool = False) -> bool:
@@ -127,17 +126,17 @@ class UpstreamCall:
         return self.connection.write(self.stream, pieces, size, end)
 
     def end(self) -> None:
-        """Half-close: nothing more will be written."""
+        """Half-close: no more data follows."""
         self.write((), 0, end=True)
 
     def reset(self, code: ErrorCode = ErrorCode.CANCEL) -> None:
-        """End the call at once; its handler is told nothing more."""
+        """End the call at once; its handler gets no more callbacks."""
         if not self.ended:
             self.ended = True
             self.connection.reset(self, code)
 
     def consumed(self, size: int) -> None:
-        """Give back `size` bytes of flow control, so that the server may send as many again. Not needed at the end."""
+        """Return `size` bytes of flow control, so that the server may send as many more. Not needed at the end."""
         if not self.ended:
             self.owed -= size
             self.connection.consumed(self.stream, size)
@@ -156,24 +155,23 @@ class ClientConnection(asyncio.Protocol):
     ) -> None:
         self.endpoint = endpoint
         self.secure = secure
-        # Told once when it can take no new calls any more: closed, or the server says that it goes away. May be
-        # replaced.
+        # Called once when the connection takes no more calls: it closed, or the server sent GOAWAY. May be replaced.
         self.on_closed = on_closed
         # It takes calls.
         self.healthy = False
-        # Why it is over; None while it lives or after a `close` of ours.
+        # Why it ended; None while it is open or after our own `close`.
         self.failure: Unreachable | None = None
-        # It takes no calls any more because the server ended it in good order, or because its stream ids are used up.
+        # It takes no more calls because the server closed it in good order, or because its stream ids are used up.
         self.ended_well = False
-        # Calls that the server has answered, or begun to.
+        # Calls whose response headers have arrived.
         self.answered = 0
-        # Told when a call has ended, or the server allows more at a time: there may be a place for another one.
+        # Called when a call has ended, or the server raised its limit of streams: another call may fit.
         self.on_room: Callable[[], None] | None = None
-        # When it was there, in loop time; written by whoever keeps it.
+        # When it was opened, in loop time; set by `Connections`.
         self.opened_at = 0.0
-        # The server ended it because of our PINGs: the next one has to send fewer.
+        # The server closed it because of our PINGs: the next connection must send fewer.
         self.pinged_too_often = False
-        # Told before (True) and after (False) the calls hear what came with a read; not if it is one frame of DATA.
+        # Called with True before and False after a read is dispatched. Skipped for a read that is a single DATA frame.
         self.around_read: Callable[[bool], None] = _nobody
         self.ready: asyncio.Future[None] = loop.create_future()
         limits = Http2Limits(
@@ -184,31 +182,31 @@ class ClientConnection(asyncio.Protocol):
         self._settings = settings
         self._loop = loop
         self._transport: asyncio.Transport | None = None
-        # The start of what the server said, until its first SETTINGS: tells what it is, if it is no HTTP/2 server.
+        # The first bytes from the server, until its SETTINGS: they identify a server that does not speak HTTP/2.
         self._first: bytes | None = b""
-        # Output is flushed when the bytes at hand have been received.
+        # Bytes are being received: output is flushed afterwards.
         self._receiving = False
         self._flush_scheduled = False
-        # Something was written before the end of this turn of the loop.
+        # `hurry` has written output in this turn of the loop.
         self._hurried = False
         self._heard_at = 0.0
-        # When the PING that has not been answered was sent; None once anything came after it.
+        # When the unanswered PING was sent; None once any bytes arrived after it.
         self._pinged_at: float | None = None
         self._keepalive: asyncio.TimerHandle | None = None
         self._settings_timer: asyncio.TimerHandle | None = None
         self._over = False
 
-    # What asyncio calls.
+    # Callbacks from asyncio.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start HTTP/2."""
-        # By its methods: uvloop's transports have no base class in common with asyncio's.
+        # A cast: uvloop's transports have no common base class with asyncio's.
         transport = self._transport = cast("asyncio.Transport", transport)
         transport.set_write_buffer_limits(self._settings.write_high_bytes, self._settings.write_low_bytes)
         tls = transport.get_extra_info("ssl_object")
         if tls is not None and tls.selected_alpn_protocol() != "h2":
             what = "it does not offer HTTP/2 over TLS (ALPN h2)"
-            self._fail(Unreachable(self.endpoint.text, what, "give etcd's client port"))
+            self._fail(Unreachable(self.endpoint.text, what, "use etcd's client port"))
             return
         self._heard_at = self._loop.time()
         self.http2.start()
@@ -217,16 +215,16 @@ class ClientConnection(asyncio.Protocol):
         self._keepalive = self._loop.call_later(self._settings.keepalive_s, self._check_alive)
 
     def data_received(self, data: bytes) -> None:
-        """Take what the server sent, tell the calls, and write what that brought about."""
+        """Receive bytes from the server, notify the calls, and write the resulting output."""
         if self._over:
             return
         self._heard_at = self._loop.time()
         self.owing.since = None
-        # Not by comparing times: on a fast network the answer comes in the same tick of the loop's clock.
+        # Not by comparing times: on a fast network the answer arrives in the same tick of the loop's clock.
         self._pinged_at = None
         if self._first is not None:
             self._first = (self._first + data)[:_FIRST_BYTES_MAX]
-            # The first frame has to be SETTINGS (RFC 9113 3.4); its type is the fourth byte.
+            # The first frame must be SETTINGS (RFC 9113 3.4); the type follows the three bytes of length.
             if len(self._first) > 3 and self._first[3] != _SETTINGS_FRAME:
                 self._fail(not_http2(self.endpoint.text, self.secure, self._first))
                 return
@@ -252,16 +250,16 @@ class ClientConnection(asyncio.Protocol):
             self._flush()
 
     def pause_writing(self) -> None:
-        """The kernel does not keep up."""
+        """Stop sending: the kernel's buffer is full."""
         self.http2.pause()
 
     def resume_writing(self) -> None:
-        """The kernel has caught up."""
+        """Send again: the kernel's buffer has room."""
         self._dispatch(self.http2.resume())
         self._flush()
 
     def eof_received(self) -> bool:
-        """The server will send nothing more: close."""
+        """Close: the server has closed its side."""
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -278,23 +276,23 @@ class ClientConnection(asyncio.Protocol):
                 self.failure = Unreachable(self.endpoint.text, text, "check that etcd runs there")
         self._finish()
 
-    # What calls use.
+    # For the calls.
 
     @property
     def open_calls(self) -> int:
-        """Calls that are not over."""
+        """The number of calls that have not ended."""
         return len(self.http2.streams)
 
     @property
     def room(self) -> int:
-        """How many more calls it takes now: 0 or less when the server's limit of concurrent ones is reached."""
+        """How many more calls can be started now: 0 or less when the server's limit of streams is reached."""
         return self.http2.peer_max_streams - len(self.http2.streams) if self.healthy else 0
 
     def request(self, headers: Headers, handler: CallHandler, end_stream: bool = False) -> UpstreamCall:
         """
         Start a call; `headers` are complete, with the pseudo-headers first (`heads.request_headers` makes them).
 
-        Raises NotSent when the connection is over or full.
+        Raises NotSent when the connection is closed or full.
         """
         if not self.healthy:
             raise NotSent("the connection is closed")
@@ -308,7 +306,11 @@ class ClientConnection(asyncio.Protocol):
         self._schedule_flush()
         if stream.id >= _STREAM_ID_WORN:
             self.ended_well = True
-            self.retire(Unreachable(self.endpoint.text, "its stream ids are used up", "nothing: another one follows"))
+            self.retire(
+                Unreachable(
+                    self.endpoint.text, "its stream ids are used up", "no action needed: a new connection follows"
+                )
+            )
         return call
 
     def write(self, stream: Stream, pieces: Sequence[bytes], size: int, end: bool) -> bool:
@@ -318,7 +320,7 @@ class ClientConnection(asyncio.Protocol):
         return done
 
     def hurry(self) -> None:
-        """Write what is queued at once; what is queued later in this turn of the loop is written at its end."""
+        """Write the queued output now; output queued later in this turn of the loop is written at its end."""
         if self._flush_scheduled and not self._receiving and not self._hurried:
             self._hurried = True
             self._write_output()
@@ -335,13 +337,13 @@ class ClientConnection(asyncio.Protocol):
                 self.on_room()
 
     def consumed(self, stream: Stream, size: int) -> None:
-        """Give back flow control; see `UpstreamCall.consumed`."""
+        """Return flow control; see `UpstreamCall.consumed`."""
         if not self._over:
             self.http2.consumed(stream, size)
             self._schedule_flush()
 
     def close(self, reason: Unreachable | None = None) -> None:
-        """Close now: GOAWAY to the server, and every call ends UNAVAILABLE with `reason`."""
+        """Close now: send GOAWAY, and end every call with UNAVAILABLE and `reason`."""
         if self._over:
             return
         self.failure = self.failure or reason
@@ -353,13 +355,13 @@ class ClientConnection(asyncio.Protocol):
         self._finish()
 
     def retire(self, reason: Unreachable) -> None:
-        """Take no more calls, and close when the last of those that are open has ended."""
+        """Take no more calls, and close when the last open call has ended."""
         if not self._over:
             self._tell_closed(reason)
             self._close_when_done()
 
     def abort(self, reason: Unreachable) -> None:
-        """Drop the connection without a word; what waits to be written is lost."""
+        """Drop the connection without GOAWAY; unwritten output is lost."""
         if not self._over:
             self._fail(reason)
 
@@ -382,9 +384,9 @@ class ClientConnection(asyncio.Protocol):
             elif isinstance(event, GoAwayReceived):
                 self._on_go_away(event)
             elif isinstance(event, ConnectionFailed):
-                what = f"the server broke HTTP/2 ({event.code.name}: {event.reason})"
+                what = f"the server violated HTTP/2 ({event.code.name}: {event.reason})"
                 limit = "useless_frames_max" if event.code is ErrorCode.ENHANCE_YOUR_CALM else ""
-                failure = Unreachable(self.endpoint.text, what, "give etcd's client port", limit)
+                failure = Unreachable(self.endpoint.text, what, "use etcd's client port", limit)
                 self.failure = self.failure or failure
 
     def _on_data(self, event: DataReceived) -> None:
@@ -436,20 +438,20 @@ class ClientConnection(asyncio.Protocol):
         debug = event.debug[:200].decode("utf-8", "replace")
         self.ended_well = event.code is ErrorCode.NO_ERROR
         self.pinged_too_often = event.code is ErrorCode.ENHANCE_YOUR_CALM and debug == "too_many_pings"
-        what = f"the server goes away ({event.code.name}{': ' + debug if debug else ''})"
+        what = f"the server is closing the connection ({event.code.name}{': ' + debug if debug else ''})"
         self._tell_closed(Unreachable(self.endpoint.text, what, "check whether etcd is being restarted"))
         self._close_when_done()
 
     def _end(self, call: UpstreamCall, status: int, message: str, trailers: Headers) -> None:
-        """Tell a call that it is over, and end our side of it."""
+        """Notify a call's handler that it has ended, and end our side of the stream."""
         call.ended = True
         stream = call.stream
         stream.owner = None
         if not self._over:
-            # The other calls need the connection's window, whatever this one's handler still holds.
+            # The other calls need the connection's window, even if this call's handler still holds data.
             self.http2.consumed(None, call.owed)
             if stream.id in self.http2.streams:
-                # The server is done before we are (RFC 9113 8.1).
+                # The server has ended its side before we ended ours (RFC 9113 8.1).
                 self.http2.reset(stream, ErrorCode.NO_ERROR)
         call.handler.on_end(status, message, trailers)
         self._close_when_done()
@@ -457,7 +459,7 @@ class ClientConnection(asyncio.Protocol):
             self.on_room()
 
     def _close_when_done(self) -> None:
-        """After GOAWAY the connection is kept for the calls that are open, not longer."""
+        """Close the connection after GOAWAY or `retire` once its open calls have ended."""
         if not self.healthy and self.ready.done() and not self._over and not self.http2.streams:
             self._loop.call_soon(self.close)
 
@@ -468,7 +470,7 @@ class ClientConnection(asyncio.Protocol):
                 self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        """Write everything there is, at once."""
+        """Write all queued output now."""
         self._flush_scheduled = self._hurried = False
         self._write_output()
 
@@ -489,7 +491,7 @@ class ClientConnection(asyncio.Protocol):
         self._settings_timer = None
         if self.http2.settings_pending and not self._over:
             what = f"it did not acknowledge our SETTINGS in {self._settings.settings_timeout_s:g} s"
-            self._fail(Unreachable(self.endpoint.text, what, "give etcd's client port", "settings_timeout_s"))
+            self._fail(Unreachable(self.endpoint.text, what, "use etcd's client port", "settings_timeout_s"))
 
     def _check_alive(self) -> None:
         if self._over:
@@ -502,7 +504,7 @@ class ClientConnection(asyncio.Protocol):
             return
         due = self._heard_at + settings.keepalive_s
         if self._pinged_at is None and now >= due:
-            # Only with calls open: etcd counts pings on an idle connection as abuse.
+            # Only while calls are open: etcd counts PINGs on an idle connection as abuse.
             if self.http2.streams and self.ready.done():
                 self._pinged_at = now
                 self.http2.ping(_PING)
@@ -512,14 +514,14 @@ class ClientConnection(asyncio.Protocol):
         self._keepalive = self._loop.call_later(wait_s, self._check_alive)
 
     def _fail(self, failure: Unreachable) -> None:
-        """End at once: the server is not one that would read a goodbye."""
+        """End at once, without GOAWAY: this server would not read it."""
         self.failure = self.failure or failure
         if self._transport is not None:
             self._transport.abort()
         self._finish()
 
     def _finish(self) -> None:
-        """Mark it as over, once: timers, calls, listeners."""
+        """Stop the timers, end the calls and notify `on_closed`, once."""
         if self._over:
             return
         self._over = True
@@ -530,7 +532,7 @@ class ClientConnection(asyncio.Protocol):
         failure = self.failure or Unreachable(self.endpoint.text, "the connection was closed", "try again")
         if not self.ready.done():
             self.ready.set_exception(failure)
-            # `connect` may be gone by now, given up or cancelled: then nobody retrieves it.
+            # Retrieve it: `connect` may have been cancelled, and asyncio would log the exception as never retrieved.
             self.ready.exception()
         for stream in list(self.http2.streams.values()):
             call = stream.owner
@@ -555,7 +557,7 @@ async def connect(
     """
     Connect to an endpoint and return the connection when the server has sent its SETTINGS.
 
-    `tls` is used as the endpoint's scheme says; see `Endpoint.uses_tls`. Raises Unreachable, with a text for people.
+    The endpoint's scheme decides whether `tls` is used; see `Endpoint.uses_tls`. Raises Unreachable.
     """
     settings = settings or ConnectionSettings()
     loop = asyncio.get_running_loop()
@@ -580,16 +582,16 @@ async def connect(
         _discard(made, explained)
         raise explained from None
     except asyncio.CancelledError:
-        _discard(made, Unreachable(endpoint.text, "given up", "nothing: another endpoint was faster"))
+        _discard(made, Unreachable(endpoint.text, "attempt cancelled", "no action needed: another endpoint was faster"))
         raise
     return made[-1]
 
 
 def settings_after(connection: ClientConnection, settings: ConnectionSettings) -> ConnectionSettings:
-    """Return the settings for the connection after this one: with fewer PINGs when its server complained of them."""
+    """Return the settings for the next connection: with fewer PINGs if the server refused ours (too_many_pings)."""
     if not connection.pinged_too_often:
         return settings
-    # As gRPC's keep-alive specification (gRFC A8) has it.
+    # As gRPC's keep-alive specification (gRFC A8) requires.
     return replace(settings, keepalive_s=2 * settings.keepalive_s)
 
 

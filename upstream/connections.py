@@ -1,16 +1,15 @@
-"""
-The connections to one endpoint: as many as the calls on them need, each replaced when its server ends it in good order.
+"""The connections to one endpoint: as many as the calls need, each replaced when its server closes it in good order.
 
-A server counts per connection: the streams that are open at a time (SETTINGS_MAX_CONCURRENT_STREAMS), stream ids,
-requests (nginx ends a connection after 1,000), age (a maximum connection age of gRPC). So another connection is opened
-before the places for streams run out, up to a limit, and is closed again when it has not been needed for a while.
+A server limits each connection: concurrent streams (SETTINGS_MAX_CONCURRENT_STREAMS), stream ids, requests (nginx
+closes a connection after 1,000), age (gRPC's maximum connection age). So another connection is opened before the places
+for streams run out, up to a limit, and is closed again when it has not been needed for a while.
 
-Some places of each are kept for the proxy's own calls, and these may open one connection beyond the limit: whatever
-clients have open, the proxy can ask etcd something.
+Some places of each connection are reserved for the proxy's own calls, and these calls may open one connection beyond
+the limit: the proxy can always send its own calls to etcd, however many streams clients have open.
 
-A connection that its server ends in good order (GOAWAY with NO_ERROR), or whose stream ids are used up, is *rotated*:
-the streams on it go on until they end, and if it was the last one, the next one is opened at once, without backoff.
-The endpoint is lost when the last connection breaks, or cannot be replaced.
+A connection that its server closes in good order (GOAWAY with NO_ERROR), or whose stream ids are used up, is *rotated*:
+its streams continue until they end, and if it was the last connection, the next one is opened at once, without backoff.
+The endpoint is lost when the last connection breaks or cannot be replaced.
 """
 
 from __future__ import annotations
@@ -24,36 +23,37 @@ from upstream.endpoints import Backoff
 from upstream.errors import Logger, Unreachable
 from upstream.settings import UpstreamSettings
 
-# Places that are kept on each connection: this part of them, and at most so many. The proxy's own calls use them; and a
-# server may count a stream a moment longer than we do, and refuse the one that takes its place (grpc-go does).
+# Places reserved on each connection: this share (1/8) of them, and at most this many. The proxy's own calls use them.
+# Also, a server may count a stream a moment longer than we do, and refuse the next one (grpc-go does).
 _KEPT_SHARE: Final = 8
 _KEPT_MAX: Final = 8
-# Another connection is opened when this part of one connection's places is left, or so many: the next calls find it
-# ready.
+# Another connection is opened when this share (1/4) of one connection's places is left, or this many, so that the next
+# calls do not wait for it.
 _AHEAD_SHARE: Final = 4
 _AHEAD_MAX: Final = 64
-# How long the replacement of the last connection may take before the endpoint counts as lost. Its server has just said
-# goodbye in good order, so it is either there at once, or it is being stopped and another endpoint is wanted.
+# How long the replacement of the last connection may take before the endpoint counts as lost. Its server has just
+# closed the connection in good order: either it accepts another one at once, or it is shutting down and another
+# endpoint is needed.
 _REPLACE_S: Final = 1.0
-# Connections in a row that end before they were of use, from which on the endpoint counts as lost.
+# The endpoint counts as lost after this many consecutive connections that closed before they were useful.
 _USELESS_MAX: Final = 3
 
 
 def _kept(places: int) -> int:
-    """Return how many places are kept on a connection that has `places`."""
+    """Return how many places are reserved on a connection that has `places`."""
     return min(max(1, places // _KEPT_SHARE), _KEPT_MAX) if places > 1 else 0
 
 
 def full_text(what: str, count: int) -> str:
-    """Return what to say, for people, while `what` waits for a place on `count` connections."""
+    """Return the problem text for the time that `what` ("calls", "watches") wait for a place on `count` connections."""
     return (
         f"{what} wait for a place at etcd, which allows no more streams on {count} connections; raise "
-        "--connections-per-endpoint-max, or the limit of concurrent streams at etcd or what stands in front of it"
+        "--connections-per-endpoint-max, or the limit of concurrent streams at etcd or the load balancer in front of it"
     )
 
 
 class Connections:
-    """See the module. Begins with one connection, and is over when `on_lost` was called, or after `close`."""
+    """See the module. Starts with one connection; ends with the call of `on_lost`, or by `retire` or `close`."""
 
     def __init__(
         self,
@@ -68,13 +68,13 @@ class Connections:
     ) -> None:
         """
         `open_another` connects to the endpoint; it raises Unreachable. `on_change`: calls that wait for a place may try
-        again, or `full` has changed. `on_ended`: this one takes no calls any more; True: its server ended it in good
-        order. `on_lost`: there is none left.
+        again, or `full` has changed. `on_ended`: this connection takes no more calls; True: its server closed it in
+        good order. `on_lost`: no connection is left.
 
-        `on_lost` may be called before this returns, when `first` has ended already.
+        `on_lost` may be called before this returns, if `first` has ended already.
         """
         self.endpoint = first.endpoint
-        # No place has been found for a while, although all connections that are allowed are open.
+        # Calls have waited for a place for a while, although all allowed connections are open.
         self.full = False
         self._settings = settings
         self._log = log
@@ -83,58 +83,58 @@ class Connections:
         self._on_ended = on_ended
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
-        # Those that take calls, oldest first; and those that do not any more and still have some.
+        # Connections that take calls, oldest first; and those that take no more but still have open calls.
         self._open: list[ClientConnection] = []
         self._leaving: list[ClientConnection] = []
         self._opening: asyncio.Task[None] | None = None
         self._backoff = Backoff(settings.backoff_first_s, settings.backoff_max_s)
-        # How many connections the log knows of: it is told when they double.
+        # The number of connections last logged; logged again when it doubles.
         self._said = 1
-        # Connections in a row that ended in good order before they were of use.
+        # Consecutive connections that closed before they were useful.
         self._useless = 0
-        # After a failure: the next try.
+        # The next attempt after a failure.
         self._retry: asyncio.TimerHandle | None = None
-        # Somebody was not given a place and wants to be told of one; since when, and when that is reported.
+        # A call got no place and waits for `on_change`; and the timer that reports the wait.
         self._wanted = False
         self._report: asyncio.TimerHandle | None = None
         self._change: asyncio.Handle | None = None
-        # The last stream id of each connection when idle ones were last looked for.
+        # The last stream id of each connection at the last check for idle ones.
         self._seen: dict[ClientConnection, int] = {}
         self._trim: asyncio.TimerHandle | None = None
         self._over = False
         self._add(first)
 
     def __iter__(self) -> Iterator[ClientConnection]:
-        """All connections, those that are leaving included."""
+        """All connections, including those that take no more calls."""
         yield from self._open
         yield from self._leaving
 
     @property
     def count(self) -> int:
-        """Connections that take calls."""
+        """The number of connections that take calls."""
         return len(self._open)
 
     @property
     def alive(self) -> bool:
-        """Calls can be made, now or when the next connection is there."""
+        """Calls can be made, now or once the next connection is open."""
         return self._opening is not None or any(connection.healthy for connection in self._open)
 
     @property
     def open_calls(self) -> int:
-        """Calls open on all of them."""
+        """The number of calls open on all connections."""
         return sum(connection.open_calls for connection in self)
 
     def owes_answer(self, now: float) -> bool:
-        """The server at the other end may hang; see `owing`."""
+        """Whether the server may hang; see `owing`."""
         return any(connection.owing.owes(now) for connection in self._open)
 
     def pick(self, own: bool = False) -> ClientConnection | None:
         """
-        Return a connection with a place for a call; None when there is none now, then `on_change` tells when to ask
-        again. `own`: the call is the proxy's own.
+        Return a connection with a place for a call; None when there is none now: `on_change` is called when it is worth
+        trying again. `own`: the call is the proxy's own.
         """
         if self._open and (connection := self._open[0]).room > _AHEAD_MAX and not self.full and self._report is None:
-            # As it mostly is: the server sets no limit, or one that is far away.
+            # The usual case: the server sets no limit, or it is far from reached.
             return connection
         places = self._open[0].http2.peer_max_streams if self._open else 0
         kept = 0 if own else _kept(places)
@@ -164,7 +164,7 @@ class Connections:
         self._open.clear()
 
     def close(self) -> None:
-        """Close all connections now. Nothing is told any more."""
+        """Close all connections now. No callback follows."""
         self._stop()
         for connection in [*self._open, *self._leaving]:
             connection.on_closed = connection.on_room = None
@@ -188,7 +188,7 @@ class Connections:
             self._trim = self._loop.call_later(self._settings.surplus_idle_s, self._close_idle)
 
     def _grow(self, own: bool) -> None:
-        """Open another connection, if that is allowed and is not being done."""
+        """Open another connection, unless one is being opened or the limit is reached."""
         limit = self._settings.connections_per_endpoint_max + own
         if self._opening is None and self._retry is None and len(self._open) < limit and not self._over:
             self._opening = self._loop.create_task(self._open_one(), name=f"connect {self.endpoint.text}")
@@ -220,15 +220,15 @@ class Connections:
         self._tell()
 
     def _closed(self, connection: ClientConnection) -> None:
-        """A connection takes no calls any more."""
+        """Handle a connection that takes no more calls."""
         self._open.remove(connection)
         self._seen.pop(connection, None)
         connection.on_room = None
         self._leaving = [each for each in self._leaving if each.open_calls]
         if connection.open_calls:
             self._leaving.append(connection)
-        # A server that answers nothing but the first question of each connection, however politely it ends them, is not
-        # one to be asked again and again without a pause.
+        # A server that answers only the first call of each connection, even if it closes them in good order, must not
+        # be connected to again and again without a pause.
         age_s = self._loop.time() - connection.opened_at
         useful = connection.answered > 1 or age_s >= self._settings.backoff_max_s
         self._useless = 0 if useful else self._useless + 1
@@ -257,10 +257,10 @@ class Connections:
                 timer.cancel()
         self._opening = self._retry = self._report = self._trim = self._change = None
 
-    # Who waits for a place.
+    # Waiting for a place.
 
     def _want(self) -> None:
-        """Have it told when there is room again."""
+        """Have `on_change` called when a place is free again."""
         if self._wanted or self._over:
             return
         self._wanted = True
@@ -270,7 +270,7 @@ class Connections:
             self._report = self._loop.call_later(self._settings.place_wait_s, self._set_full, True)
 
     def _found(self) -> None:
-        """A place was given away: it is not full."""
+        """A call got a place: stop the report, and reset `full`."""
         if self._report is not None:
             self._report.cancel()
         self._report = None
@@ -278,7 +278,7 @@ class Connections:
             self._set_full(False)
 
     def _tell(self) -> None:
-        """Say that something has changed, a moment later: the cause of the change is still being handled."""
+        """Schedule `on_change`: not at once, since the cause of the change is still being handled."""
         if self._change is None and not self._over:
             self._change = self._loop.call_soon(self._tell_now)
 
@@ -299,10 +299,10 @@ class Connections:
         log(event, endpoint=self.endpoint.text, connections=len(self._open), calls=self.open_calls)
         self._tell()
 
-    # What is not needed.
+    # Closing surplus connections.
 
     def _close_idle(self) -> None:
-        """Close connections that have had no call for a while, as long as enough places are left."""
+        """Close connections that had no call for a while, as long as enough places are left."""
         self._trim = None
         seen = {connection: connection.http2.last_stream_id for connection in self._open}
         for connection in self._open[:0:-1]:

@@ -1,8 +1,7 @@
-"""
-A user of the proxy's own, in whose name trunks are watched.
+"""The proxy's own etcd user, whose token trunks are watched with.
 
-With it a trunk does not depend on the tokens of those who watch it: theirs expire, and are renewed only by them. What
-a client may see is still decided by its own token, when it asks; nothing of a client's is ever done in this name.
+With it a trunk does not depend on the tokens of its clients, which expire and which only the clients can renew. A
+client's own token still decides what the client may see; no request of a client is ever made as this user.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from upstream.unary import call_unary
 AUTHENTICATE_PATH: Final = "/etcdserverpb.Auth/Authenticate"
 
 NOT_ENABLED: Final = "etcdserver: authentication is not enabled"
-"""What etcd says, with FAILED_PRECONDITION, to whoever wants a token while auth is off (api/v3rpc/rpctypes)."""
+"""etcd's text, with FAILED_PRECONDITION, for a request for a token while auth is off (api/v3rpc/rpctypes)."""
 
 INVALID_TOKEN: Final = "etcdserver: invalid auth token"
-"""What etcd says, with UNAUTHENTICATED, of a token that it does not know."""
+"""etcd's text, with UNAUTHENTICATED, for a token that it does not know."""
 
 _REFUSALS: Final = frozenset({Status.PERMISSION_DENIED, Status.UNAUTHENTICATED})
 _REFUSAL_TEXTS: Final = frozenset({"etcdserver: user name is empty", "etcdserver: revision of auth store is old"})
@@ -32,22 +31,22 @@ _REFUSAL_TEXTS: Final = frozenset({"etcdserver: user name is empty", "etcdserver
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """A user of etcd's."""
+    """Name and password of an etcd user."""
 
     user: str
     password: str = field(default="", repr=False)
 
 
 def is_auth_refusal(status: int, text: str) -> bool:
-    """Tell whether etcd refused somebody because of who that is, or is not."""
+    """Whether etcd refused a call because of its user, or because it had none."""
     return status in _REFUSALS or text in _REFUSAL_TEXTS
 
 
 async def log_in(connection: ClientConnection, credentials: Credentials, timeout_s: float, log: Logger) -> bytes | None:
     """
-    Get a token for the proxy's own user; None, with the reason in the log, when there is none to be had.
+    Get a token for the proxy's own user; None, with the reason logged, when etcd does not give one.
 
-    None without a word when auth is off.
+    None without a log message when auth is off.
     """
     request = rpc_pb2.AuthenticateRequest(name=credentials.user, password=credentials.password)
     try:

@@ -1,9 +1,8 @@
-"""
-Finding an etcd that can carry watches: connect, ask who is there, first good answer wins.
+"""Finding an etcd for watches: connect, read its status; the first good answer wins.
 
-A connection for watches is used only after its server has said (Maintenance.Status) which version it is, since that
-decides whether manual progress requests can be trusted, how far its store is, and whether it has a leader. All
-endpoints are tried side by side, slightly staggered, so that one that does not answer holds nobody up.
+A connection is used for watches only after its server has answered Maintenance.Status: its version decides whether
+manual progress requests can be trusted, and the answer gives the revision of its store and whether it has a leader. All
+endpoints are tried concurrently, slightly staggered, so that an endpoint that does not answer delays no other.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def _standing(status: rpc_pb2.StatusResponse) -> RaftPosition:
 
 
 async def read_standing(connection: ClientConnection, timeout_s: float) -> RaftPosition | None:
-    """Ask a server where it is now; None when it does not say."""
+    """Read a server's position from its status; None when it does not answer."""
     try:
         answer, _ = await call_unary(connection, STATUS_PATH, b"", (), timeout_s)
         return _standing(rpc_pb2.StatusResponse.FromString(answer))
@@ -61,25 +60,25 @@ async def read_standing(connection: ClientConnection, timeout_s: float) -> RaftP
 
 
 class Server:
-    """A server that answered, and what it said of itself."""
+    """A server that answered, and its status."""
 
     __slots__ = ("connection", "has_leader", "header", "ordered_progress", "standing", "target", "version")
 
     def __init__(self, target: Target, connection: ClientConnection) -> None:
         self.target = target
         self.connection = connection
-        # As it says, such as "3.5.30"; "" when it would not say.
+        # From its status, such as "3.5.30"; "" when it refused to give it.
         self.version = ""
         self.ordered_progress = False
-        # Of its answer; None when it would not say.
+        # From its status; None when it refused to give it.
         self.header: Header | None = None
         self.standing: RaftPosition | None = None
-        # It knows a leader; assumed where it would not say.
+        # It knows a leader; assumed when it refused to give its status.
         self.has_leader = True
 
 
 class Target:
-    """One endpoint, and what is known of it between attempts."""
+    """One endpoint, and its state between attempts."""
 
     __slots__ = (
         "backoff",
@@ -104,11 +103,11 @@ class Target:
         self.leaderless = False
         # Its last answer was that it has no Watch service.
         self.unimplemented = False
-        # The last problem that was logged; "" when it works.
+        # The problem last logged; "" when it works.
         self.last_logged_problem = ""
 
     def failed(self, now: float) -> None:
-        """It does not work: set when it may be tried again."""
+        """Record a failure, and set when the endpoint may be tried again."""
         self.tried = True
         self.not_before = now + self.backoff.failed(now)
 
@@ -128,17 +127,17 @@ class Dialer:
         self._tls = tls
         self._settings = settings
         self._log = log
-        # Told after each attempt that failed.
+        # Called after each failed attempt.
         self._on_failure = on_failure
-        # Targets in the order in which they are tried: the one that worked last comes first.
+        # Targets in the order of attempts: the one that worked last is first.
         self._order = list(self.targets)
-        # What was given up because a time was up, by the name of the limit.
+        # Attempts and connections that ended at a limit, by its name.
         self.timeouts = Counter(dict.fromkeys(WATCH_LIMITS, 0))
-        # Set, and replaced, when there are others.
+        # Set, and replaced, when the endpoints change.
         self.changed = asyncio.Event()
 
     def set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
-        """Try others from now on; what is known of those that stay is kept. A search under way begins anew."""
+        """Replace the endpoints; those that stay keep their state. A search in progress restarts."""
         known = {target.endpoint: target for target in self.targets}
         self.targets = [known.get(endpoint) or Target(endpoint, self._settings) for endpoint in endpoints]
         self._order = list(self.targets)
@@ -146,7 +145,7 @@ class Dialer:
         self.changed = asyncio.Event()
 
     async def cluster_ids(self, endpoints: Sequence[Endpoint]) -> dict[str, int]:
-        """Ask endpoints, each once, which cluster they belong to; those that do not say are left out."""
+        """Return the cluster id of each endpoint, tried once; endpoints that do not answer are left out."""
         loop = asyncio.get_running_loop()
         attempts = [loop.create_task(self.attempt(Target(endpoint, self._settings))) for endpoint in endpoints]
         try:
@@ -157,7 +156,7 @@ class Dialer:
         return {text: header.cluster_id for text, header in headers.items() if header is not None}
 
     async def dial(self, accept: Callable[[Server], bool]) -> Server:
-        """Try all endpoints side by side, each again and again with backoff, until one serves as `accept` wants."""
+        """Try all endpoints concurrently, each repeatedly with backoff, until `accept` is true for a server."""
         while True:
             winner = await self._search(accept)
             if winner is not None and winner.target in self.targets:
@@ -167,7 +166,7 @@ class Dialer:
                 winner.connection.close()
 
     async def _search(self, accept: Callable[[Server], bool]) -> Server | None:
-        """Do so until there are other endpoints: then None."""
+        """Search as `dial` does; None when the endpoints change before."""
         loop = asyncio.get_running_loop()
         for target in self.targets:
             target.tried = False
@@ -183,17 +182,17 @@ class Dialer:
         return winner
 
     def prefer(self, target: Target) -> None:
-        """Try this one first next time."""
+        """Try this endpoint first in the next search."""
         self._order.remove(target)
         self._order.insert(0, target)
 
     def count(self, failure: Unreachable) -> None:
-        """Count an endpoint that was given up because a time was up."""
+        """Count an endpoint that was given up at a limit."""
         if failure.limit:
             self.timeouts[failure.limit] += 1
 
     def problem(self, target: Target, text: str) -> None:
-        """Log a problem of an endpoint, once until it changes."""
+        """Log an endpoint's problem, unless it was the last one logged."""
         if target.last_logged_problem != text:
             target.last_logged_problem = text
             self._log.warning("upstream_watch_unreachable", endpoint=target.endpoint.text, problem=text)
@@ -204,7 +203,7 @@ class Dialer:
         try:
             await asyncio.gather(*tasks, return_exceptions=True)
         except asyncio.CancelledError:
-            # The search itself is given up: nobody is going to have the winner.
+            # The search itself was cancelled: the winner is not used.
             winner = None
             raise
         finally:
@@ -233,7 +232,7 @@ class Dialer:
             self._on_failure()
 
     async def attempt(self, target: Target) -> Server:
-        """Connect to an endpoint and ask who is there. Raises Unreachable."""
+        """Connect to an endpoint and read the server's status. Raises Unreachable."""
         connection = await connect(target.endpoint, self._tls, target.settings)
         server = Server(target, connection)
         try:
@@ -244,7 +243,7 @@ class Dialer:
         return server
 
     async def _ask(self, server: Server) -> None:
-        """Ask a server for its status. Raises Unreachable when it is not fit for watches."""
+        """Read a server's status. Raises Unreachable when it cannot be used for watches."""
         where = server.target.endpoint.text
         try:
             answer, _ = await call_unary(server.connection, STATUS_PATH, b"", (), self._settings.status_timeout_s)
@@ -255,7 +254,7 @@ class Dialer:
             raise Unreachable(where, "its status cannot be read", "check that it is an etcd") from None
         except CallFailed as error:
             if error.status in _AUTH_REFUSALS:
-                # Only releases that are newer than ordered progress ask for a token here.
+                # Only releases that have ordered progress require a token here.
                 server.ordered_progress = True
                 return
             if error.status == Status.UNIMPLEMENTED and server.connection.healthy:
@@ -263,7 +262,7 @@ class Dialer:
             if not server.connection.healthy and server.connection.failure is not None:
                 raise server.connection.failure from None
             limit = "status_timeout_s" if error.status == Status.DEADLINE_EXCEEDED else ""
-            what = f"it does not tell its status ({error})"
+            what = f"it did not return its status ({error})"
             raise Unreachable(where, what, "check that etcd is up", limit) from None
         if status.isLearner:
             raise Unreachable(where, "it is a learner, which serves no watches", "promote it or leave it out")
@@ -276,7 +275,7 @@ class Dialer:
 
 
 def _close_found(attempts: Sequence[asyncio.Task[Server]], kept: Server | None = None) -> None:
-    """Close what was found but for one; attempts that were cancelled on their way have closed theirs."""
+    """Close the servers found, except `kept`; cancelled attempts have closed their own connections."""
     for task in attempts:
         if task.done() and not task.cancelled() and task.exception() is None and task.result() is not kept:
             task.result().connection.close()

@@ -1,10 +1,9 @@
-"""
-Finding the members of a cluster by DNS: SRV records, as etcd's tools read them.
+"""Finding the members of a cluster by DNS: SRV records, as etcd's tools read them.
 
 `--discovery-srv=example.com` asks for `_etcd-client-ssl._tcp.example.com`, members with TLS, and for
 `_etcd-client._tcp.example.com`, members without; a service name is appended to both (`_etcd-client-ssl-NAME`). As in
-etcd's grpc-proxy, members without TLS are taken only when that is asked for, since whoever can answer for the domain
-could name any host otherwise. Unlike there, a member that is down at the moment is kept: it may come.
+etcd's grpc-proxy, members without TLS are used only on request (`--insecure-discovery`): otherwise anyone who can
+answer DNS queries for the domain could name any host. Unlike there, a member that is down is kept: it may come back.
 
 Sources: etcd's client/pkg/srv/srv.go, server/etcdmain/grpc_proxy.go (discoverEndpoints).
 """
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from dns.asyncresolver import Resolver
 
 TIMEOUT_S: Final = 5.0
-"""How long one name may take to look up, all name servers and tries together."""
+"""How long the lookup of one name may take, all name servers and attempts together."""
 
 _SERVICE: Final = "etcd-client"
 
@@ -30,7 +29,7 @@ class NotDiscovered(UpstreamError):
 
 
 def record_names(domain: str, service_name: str = "") -> dict[str, str]:
-    """Return the names that are asked for, by the scheme of the members they name."""
+    """Return the names to look up, by the scheme of their members."""
     suffix = f"-{service_name}" if service_name else ""
     domain = domain.strip().rstrip(".")
     return {
@@ -43,11 +42,11 @@ async def discover(
     domain: str, service_name: str = "", insecure: bool = False, resolver: Resolver | None = None
 ) -> list[str]:
     """
-    Return the endpoints that a domain's records name, those with TLS first, each kind by priority and weight.
+    Return the endpoints in a domain's SRV records, those with TLS first, each kind by priority and weight.
 
-    `insecure`: take those without TLS too. `resolver`: by default the system's. Raises NotDiscovered.
+    `insecure`: include members without TLS. `resolver`: by default the system's. Raises NotDiscovered.
     """
-    # Here, not above: who does not use discovery does not pay for it.
+    # Imported here: only discovery needs it.
     from dns.asyncresolver import get_default_resolver
     from dns.exception import DNSException
     from dns.resolver import NXDOMAIN, NoAnswer
@@ -91,7 +90,7 @@ async def _lookup(resolver: Resolver, name: str) -> list[str]:
     for record in records:
         assert isinstance(record, SRV)
         host = record.target.to_text(omit_final_dot=True)
-        # The root as a target says that the service is not to be had (RFC 2782).
+        # The root as a target means that the service is not available (RFC 2782).
         if host not in ("", "."):
             targets.append(f"{host}:{record.port}")
     return targets

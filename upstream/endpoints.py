@@ -1,9 +1,8 @@
-"""
-Where the upstream etcds are, and when to try one again.
+"""The addresses of the upstream etcds, and when to retry one.
 
 Endpoints are written as etcd's own tools take them (`--endpoints`): a list separated by commas, each a URL or just
-`host:port`. Whether TLS is spoken follows clientv3's rules (client/v3/internal/endpoint): `https://` and `unixs://`
-always, `http://` never, and `unix://` or an endpoint without a scheme exactly when certificates were configured.
+`host:port`. Whether TLS is used follows clientv3's rules (client/v3/internal/endpoint): `https://` and `unixs://`
+always, `http://` never, and `unix://` or an endpoint without a scheme exactly when certificates are configured.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _TO_DO: Final = "write host:port, http://host:port, https://host:port or unix://
 class Endpoint:
     """One address of an upstream etcd."""
 
-    # As it was written; what logs and errors show.
+    # As configured; shown in logs and errors.
     text: str
     # Name or address without brackets; "localhost" for a unix socket.
     host: str
@@ -40,7 +39,7 @@ class Endpoint:
     port: int
     # Path of the unix socket; "" for TCP.
     path: str
-    # True and False as the scheme says; None where it says nothing: TLS exactly when it is configured.
+    # True or False by the scheme; None where the scheme does not decide: TLS exactly when it is configured.
     secure: bool | None
 
     @property
@@ -58,9 +57,9 @@ class Endpoint:
 
 def parse_endpoints(text: str | Sequence[str]) -> list[Endpoint]:
     """
-    Read a list of endpoints, written with commas or given as a sequence; repeated ones count once.
+    Parse a list of endpoints, separated by commas or given as a sequence; duplicates are dropped.
 
-    Raises BadEndpoint, which says what is wrong with which of them.
+    Raises BadEndpoint, which names the endpoint and the problem.
     """
     parts = text.split(",") if isinstance(text, str) else list(text)
     endpoints = [parse_endpoint(part.strip()) for part in parts if part.strip()]
@@ -73,7 +72,7 @@ def parse_endpoints(text: str | Sequence[str]) -> list[Endpoint]:
 
 
 def parse_endpoint(text: str) -> Endpoint:
-    """Read one endpoint. Raises BadEndpoint."""
+    """Parse one endpoint. Raises BadEndpoint."""
     where = f"endpoint {text!r}"
     scheme, mark, rest = text.partition("://")
     if not mark:
@@ -122,10 +121,10 @@ def _host_and_port(text: str, where: str) -> tuple[str, int]:
 
 class Backoff:
     """
-    How long to wait before an endpoint is tried again: at once the first time, then doubling, with jitter.
+    How long to wait before an endpoint is retried: not at all the first time, then doubling, with jitter.
 
-    A success alone does not start it over: an endpoint that accepts and drops at once would be hammered. It has to
-    have held for the longest delay.
+    A success alone does not reset the delay: an endpoint that accepts connections and drops them at once would be
+    hammered. The endpoint must have worked for as long as the longest delay.
     """
 
     __slots__ = ("_delay_s", "_first_s", "_jitter", "_max_s", "_success_at")
@@ -142,20 +141,20 @@ class Backoff:
         self._jitter = jitter
         # The delay after the next failure, before jitter; 0 = at once.
         self._delay_s = 0.0
-        # Since when the endpoint has worked; None while it does not.
+        # When the endpoint began to work; None while it does not.
         self._success_at: float | None = None
 
     def succeeded(self, now: float) -> None:
-        """The endpoint works."""
+        """Record that the endpoint works."""
         if self._success_at is None:
             self._success_at = now
 
     def failed(self, now: float) -> float:
-        """The endpoint does not work (any more). Return the seconds to wait before the next try."""
+        """Record a failure. Return the seconds to wait before the next attempt."""
         if self._success_at is not None and now - self._success_at >= self._max_s:
             self._delay_s = 0.0
         self._success_at = None
         delay_s = self._delay_s
         self._delay_s = min(max(2 * delay_s, self._first_s), self._max_s)
-        # Between half of the delay and all of it: many proxies that lose one etcd do not come back in step.
+        # Between half of the delay and all of it, so that many proxies that lose one etcd do not return in step.
         return delay_s * (0.5 + 0.5 * self._jitter())

@@ -1,8 +1,7 @@
-"""
-What can go wrong with an upstream, said for the person who has to mend it.
+"""Errors of the upstream side, with texts for the operator who has to fix them.
 
-Every text here has three parts: where it happened, what happened, and what to do about it. They are shown as one
-line, in a log or on a terminal, never as a traceback: a closed port is not a bug of this program.
+Every text has three parts: where it happened, what happened, and the remedy. It is shown as one line, in a log or on a
+terminal, never as a traceback: a closed port is not a bug of this program.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from typing import Final, Protocol
 from proto.framing import Status
 
 NO_LEADER_TEXT = "etcdserver: no leader"
-"""What etcd says, with UNAVAILABLE, to a call that asked for a leader when there is none (api/v3rpc/rpctypes)."""
+"""etcd's text, with UNAVAILABLE, for a call that requires a leader when there is none (api/v3rpc/rpctypes)."""
 
 LEARNER_TEXT = "etcdserver: rpc not supported for learner"
-"""What a learner refuses most calls with: UNAVAILABLE up to 3.5, FAILED_PRECONDITION from 3.6."""
+"""A learner's text when it refuses a call, as it does most: UNAVAILABLE up to 3.5, FAILED_PRECONDITION from 3.6."""
 
 _STATUSES: Final = frozenset(Status)
 
 
 class UpstreamError(Exception):
-    """Something about an upstream that a person can mend: where, what, what to do."""
+    """An upstream error that the operator can fix: where, what, and the remedy."""
 
     def __init__(self, where: str, what: str, to_do: str) -> None:
         super().__init__(f"{where}: {what}; {to_do}")
@@ -35,18 +34,18 @@ class UpstreamError(Exception):
 
 
 class BadEndpoint(UpstreamError):
-    """An endpoint that was configured is not one."""
+    """A configured endpoint is not valid."""
 
 
 class BadTls(UpstreamError):
-    """Certificates or keys that were configured cannot be used."""
+    """A configured certificate or key cannot be used."""
 
 
 class Unreachable(UpstreamError):
     """
-    An endpoint cannot be reached, or what answers there is not an etcd.
+    An endpoint cannot be reached, or the server there is not an etcd.
 
-    `limit`: the name of the time that was up (see `settings`); "" when it was another reason.
+    `limit`: the name of the limit that was reached (see `settings`); "" for any other reason.
     """
 
     def __init__(self, where: str, what: str, to_do: str, limit: str = "") -> None:
@@ -73,7 +72,7 @@ class Logger(Protocol):
 
 
 class NullLogger:
-    """A log that nobody reads."""
+    """A logger that discards everything."""
 
     def info(self, event: str, **fields: object) -> None: ...
 
@@ -81,12 +80,12 @@ class NullLogger:
 
 
 def status_name(status: int) -> str:
-    """Return the name of a gRPC status; what is none counts as UNKNOWN (gRPC's statuscodes.md)."""
+    """Return the name of a gRPC status; an undefined code counts as UNKNOWN (gRPC's statuscodes.md)."""
     return Status(status).name if status in _STATUSES else Status.UNKNOWN.name
 
 
 def explain_connect(error: BaseException, where: str, secure: bool) -> Unreachable:
-    """Return what a failed connection attempt to the endpoint `where` means; `secure` says that TLS was spoken."""
+    """Turn a failed connection attempt to the endpoint `where` into an error text; `secure`: TLS was used."""
     if isinstance(error, Unreachable):
         return error
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -95,7 +94,7 @@ def explain_connect(error: BaseException, where: str, secure: bool) -> Unreachab
         return _explain_tls(error, where)
     if isinstance(error, TimeoutError):
         to_do = "check that etcd runs there and that no firewall is in between"
-        # With a number it is the system's own limit.
+        # With an errno it is the system's own timeout.
         return Unreachable(where, "no answer in time", to_do, "connect_timeout_s" if error.errno is None else "")
     if isinstance(error, socket.gaierror):
         return Unreachable(where, "the name cannot be resolved", "check the spelling and the name server")
@@ -121,7 +120,7 @@ def _explain_certificate(error: ssl.SSLCertVerificationError, where: str) -> Unr
     elif "expired" in reason or "not yet valid" in reason:
         to_do = "renew the certificate or set the clock"
     else:
-        to_do = "give the certificate authority that signed it (--cacert)"
+        to_do = "pass the certificate authority that signed it (--cacert)"
     return Unreachable(where, f"its certificate is not trusted ({reason})", to_do)
 
 
@@ -141,7 +140,7 @@ def _explain_tls(error: ssl.SSLError, where: str) -> Unreachable:
 
 
 def closed_early(where: str, secure: bool) -> Unreachable:
-    """Return the text for a server that closed the connection before it said anything in HTTP/2."""
+    """Return the error for a server that closed the connection before it sent its HTTP/2 SETTINGS."""
     if secure:
         return Unreachable(
             where, "it closed the connection after the TLS handshake", "check --cert and --key, and that it is an etcd"
@@ -154,15 +153,15 @@ def closed_early(where: str, secure: bool) -> Unreachable:
 
 
 def not_http2(where: str, secure: bool, first: bytes) -> Unreachable:
-    """Return the text for a server whose first bytes are not HTTP/2."""
+    """Return the error for a server whose first bytes are not HTTP/2."""
     if first[:1] == b"\x15" and first[1:2] == b"\x03":
         return Unreachable(where, "it expects TLS", "use https:// for this endpoint")
     if first[:5] == b"HTTP/":
         if b"HTTPS" in first or b"TLS" in first:
             return Unreachable(where, "it expects TLS", "use https:// for this endpoint")
         hint = "" if secure else ", or https:// if it expects TLS"
-        return Unreachable(where, "it answers in HTTP/1, not as an etcd does", f"give etcd's client port{hint}")
-    return Unreachable(where, "what answers there does not speak HTTP/2", "give etcd's client port")
+        return Unreachable(where, "it answers in HTTP/1, not as an etcd does", f"use etcd's client port{hint}")
+    return Unreachable(where, "the server does not speak HTTP/2", "use etcd's client port")
 
 
 _REASON: Final = re.compile(r"rpc error: code = (\w+) desc = (.*)", re.DOTALL)

@@ -1,9 +1,8 @@
-"""
-Whether a member serves calls: a learner does not, nor does one that knows no leader.
+"""Whether a member serves calls: a learner does not, and neither does a member without a leader.
 
-Learned from Maintenance.Status, which every member answers: when a connection is made, when an answer to a call says
-so, and from time to time while a member does not serve. A member that says nothing of the kind counts as one that
-does: it may be older, newer, or no etcd.
+This is read from Maintenance.Status, which every member answers: when a connection is opened, when the answer to a call
+is a reason to check, and repeatedly while a member does not serve. A member whose status does not show it counts as
+serving: it may be older, newer, or not an etcd.
 
 Sources: etcd server/etcdserver/api/v3rpc/interceptor.go (what a learner refuses, no leader), maintenance.go (Status);
 the texts are those of api/v3rpc/rpctypes/error.go.
@@ -29,7 +28,7 @@ _TIMED_OUT: Final = "etcdserver: request timed out"
 
 
 class Fitness(Enum):
-    """What a member is good for."""
+    """Whether a member serves, and if not, why."""
 
     SERVES = ""
     LEARNER = "it is a learner, which serves no writes and no linearizable reads"
@@ -37,25 +36,25 @@ class Fitness(Enum):
 
 
 def is_refused_unserved(text: str) -> bool:
-    """Tell whether a member refused a call with this text before it did anything: another one may be asked."""
+    """Whether this is the text of a member that refused a call unprocessed: another member may get the call."""
     return text in _REFUSED_BEFORE
 
 
 def is_suspicious(status: int, text: str) -> bool:
-    """Tell whether an answer gives reason to ask its member whether it serves."""
+    """Whether an answer is a reason to check if its member serves."""
     suspicious = text in _REFUSED_BEFORE or text.startswith(_TIMED_OUT)
     return suspicious and status in (Status.UNAVAILABLE, Status.FAILED_PRECONDITION)
 
 
 async def read_fitness(connection: ClientConnection, timeout_s: float) -> Fitness:
-    """Ask the member at the other end of a connection; SERVES when it does not say."""
+    """Read whether the member at the other end of a connection serves; SERVES when it does not answer."""
     try:
         answer, _ = await call_unary(connection, STATUS_PATH, b"", (), timeout_s)
         status = rpc_pb2.StatusResponse.FromString(answer)
     except (NotSent, CallFailed, DecodeError):
         return Fitness.SERVES
     if not status.version:
-        # Not an etcd: a service that answers anything.
+        # Not an etcd: a service that answers any call.
         return Fitness.SERVES
     if status.isLearner:
         return Fitness.LEARNER

@@ -1,5 +1,4 @@
-"""
-The header lists of calls to etcd: those of a call of our own, and what an answer's say.
+"""The header lists of calls to etcd: request headers of the proxy's own calls, and the status in a response's headers.
 
 Sources: gRPC over HTTP/2 (PROTOCOL-HTTP2.md); client/v3/ctx.go for `client-api-version`.
 """
@@ -13,13 +12,13 @@ from proto.framing import Status, decode_message, http_status_to_grpc
 from proto.http2 import ErrorCode, Headers
 from upstream.endpoints import Endpoint
 
-# The version of etcd's API that we speak, as clientv3 names it (client/v3/ctx.go, withVersion): etcd counts requests by
-# it (etcd_server_client_requests_total), and those without as "unknown".
+# The version of etcd's API in use, sent as clientv3 sends it (client/v3/ctx.go, withVersion): etcd counts requests by
+# it (etcd_server_client_requests_total), and requests without it as "unknown".
 _API_VERSION: Final = (b"client-api-version", b"3.5")
 
 
 class Origin(Protocol):
-    """Where a call goes: a connection."""
+    """The connection that a call is sent on."""
 
     @property
     def endpoint(self) -> Endpoint: ...
@@ -34,7 +33,7 @@ def request_headers(
     metadata: Sequence[tuple[bytes, bytes]] = (),
     timeout: bytes | None = None,
 ) -> Headers:
-    """Return the headers of a gRPC call of our own; `timeout` is a grpc-timeout value."""
+    """Return the request headers of one of the proxy's own gRPC calls; `timeout` is a grpc-timeout value."""
     headers = [
         (b":method", b"POST"),
         (b":scheme", b"https" if connection.secure else b"http"),
@@ -61,7 +60,7 @@ STATUS_OF_RESET: Final = {
 
 
 def number(headers: Headers, name: bytes) -> int:
-    """Return the number in a header, 0 without it."""
+    """Return the number in a header; 0 if the header is missing."""
     for key, value in headers:
         if key == name and value.isdigit():
             return int(value)
@@ -69,7 +68,7 @@ def number(headers: Headers, name: bytes) -> int:
 
 
 def status_of(trailers: Headers, http_status: int) -> tuple[int, str]:
-    """Return status code and text of an answer from its trailers, or from the HTTP status when it is no gRPC answer."""
+    """Return a response's status code and text from its trailers, or from the HTTP status if it is not gRPC."""
     status: int | None = None
     message = ""
     for key, value in trailers:

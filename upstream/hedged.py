@@ -1,8 +1,7 @@
-"""
-Calls of our own that every endpoint may answer: sent to one, and to the next one when the answer is late or a failure.
+"""The proxy's own calls that any endpoint may answer: sent to one, and to the next if the answer is late or a failure.
 
 The first good answer wins, and the other attempts are cancelled. So a member that hangs delays such a call by little
-more than `HEDGE_AFTER_S`. Which endpoint is next is decided in `attempts.py`.
+more than `HEDGE_AFTER_S`. `attempts.py` decides which endpoint is next.
 """
 
 from __future__ import annotations
@@ -19,65 +18,65 @@ from upstream.errors import CallFailed
 from upstream.unary import GRACE_S, Answer, Metadata, NotProcessed, UnaryCall, start_unary
 
 HEDGE_AFTER_S: Final = 0.1
-"""The least time after which a call is sent to one more endpoint. A read takes etcd about a millisecond."""
+"""The minimum time after which a call is sent to one more endpoint. A read takes etcd about a millisecond."""
 
 HEDGE_AFTER_S_MAX: Final = 1.0
-"""The most: where answers usually take long, a second call would only add to the load."""
+"""The maximum: where answers usually take long, a second call would only add to the load."""
 
 _USUAL_TIMES: Final = 4
-"""A call is late after so many times the usual time of an answer."""
+"""A call is late after this many times the usual response time."""
 
 _SMOOTHING: Final = 1 / 8
-"""How much one answer counts for what is usual (RFC 6298 takes the same share)."""
+"""The weight of one answer in the usual response time (RFC 6298 uses the same)."""
 
 Told = Callable[[Answer | CallFailed], None]
 
 
 class Request(NamedTuple):
-    """What is sent."""
+    """The call to send."""
 
     path: str
     message: bytes
     metadata: Metadata
-    # The largest answer taken, in bytes.
+    # The largest answer accepted, in bytes.
     message_bytes_max: int
 
 
 class Hedging:
-    """How long answers usually take, and what follows from that."""
+    """How long answers usually take, and when a call is late because of it."""
 
     __slots__ = ("hedged", "usual_s")
 
     def __init__(self) -> None:
         # How long an answer usually takes, in seconds.
         self.usual_s = 0.0
-        # Attempts that were made since another one was late.
+        # Attempts made because another one was late.
         self.hedged = 0
 
     @property
     def late_after_s(self) -> float:
-        """After so many seconds a call is sent to one more endpoint."""
+        """The seconds after which a call is sent to one more endpoint."""
         return min(max(HEDGE_AFTER_S, _USUAL_TIMES * self.usual_s), HEDGE_AFTER_S_MAX)
 
 
 class Endpoints(Protocol):
-    """Where calls can be sent: the pool."""
+    """The endpoints that calls can be sent to: the pool."""
 
     def own_endpoints(self) -> list[str]:
-        """Return the names of the endpoints, in the order in which they are tried."""
+        """Return the names of the endpoints, in the order of attempts."""
 
     def pick_at(self, endpoint: str) -> ClientConnection | None:
-        """Return a connection to one of them that takes a call; None when there is none now."""
+        """Return a connection to this endpoint that takes a call; None when there is none now."""
 
     def answered(self, connection: ClientConnection, status: int, text: str) -> bool:
-        """Take the status of an answer other than OK."""
+        """Report the status of an answer other than OK."""
 
     def start_later(self, call: HedgedCall) -> None:
         """Start a call as soon as an endpoint takes it."""
 
 
 class HedgedCall:
-    """One call, and the endpoints that have it. If one is connected, `start` sends the call before it returns."""
+    """One call and its attempts. If an endpoint is connected, `start` sends the call before it returns."""
 
     __slots__ = (
         "_attempts",
@@ -95,8 +94,8 @@ class HedgedCall:
 
     def __init__(self, endpoints: Endpoints, hedging: Hedging, request: Request, deadline: float, told: Told) -> None:
         """
-        `told` gets the outcome, once: CallFailed with the status that an endpoint gave, UNAVAILABLE with "no leader"
-        only if each one said so, DEADLINE_EXCEEDED at `deadline` (of the loop's clock).
+        `told` is called once with the outcome: the answer, or CallFailed with the status that an endpoint returned,
+        UNAVAILABLE "no leader" only if every endpoint returned it, DEADLINE_EXCEEDED at `deadline` (loop time).
         """
         self.deadline = deadline
         self._loop = asyncio.get_running_loop()
@@ -106,19 +105,19 @@ class HedgedCall:
         self._began = self._loop.time()
         self._told: Told | None = told
         self._attempts = Attempts(())
-        # The server of an attempt has looked at it.
+        # A server has processed an attempt.
         self._processed = False
         self._calls: dict[str, UnaryCall] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begin, or begin again when no server has looked at it."""
+        """Start, or start again while no server has processed the call."""
         if self._told is not None:
             self._attempts = Attempts(self._endpoints.own_endpoints())
             self._send_next()
 
     def cancel(self) -> None:
-        """Give it up: nothing is told."""
+        """Cancel the call; `told` is not called."""
         self._told = None
         if self._timer is not None:
             self._timer.cancel()
@@ -128,7 +127,7 @@ class HedgedCall:
         self._calls.clear()
 
     def finish(self, outcome: Answer | CallFailed) -> None:
-        """End it, with this outcome."""
+        """End the call with this outcome."""
         told = self._told
         self.cancel()
         if told is not None:
@@ -140,9 +139,9 @@ class HedgedCall:
         while (name := self._attempts.next()) is not None:
             if self._send(name, self._endpoints.pick_at(name), max(self.deadline - now, 0.001)):
                 break
-            self._attempts.failed(name, Status.UNAVAILABLE, "it takes no calls now")
+            self._attempts.failed(name, Status.UNAVAILABLE, "the endpoint takes no calls now")
         if not self._calls:
-            # Not from inside of `start`; and not at once, or it would go round in circles.
+            # Not from inside `start`, and not at once: the call would be retried in a tight loop.
             if self._processed:
                 failure = CallFailed(Status.UNAVAILABLE, "no other endpoint takes calls now")
                 self._loop.call_soon(self.finish, failure)
@@ -168,7 +167,7 @@ class HedgedCall:
         return True
 
     def _ring(self) -> None:
-        """An answer is late, or the time is up."""
+        """An answer is late, or the deadline has passed."""
         self._timer = None
         if self._loop.time() >= self.deadline + GRACE_S:
             text = f"no answer in {self.deadline - self._began:.3g} s"
@@ -186,8 +185,8 @@ class HedgedCall:
             return
         self._endpoints.answered(connection, outcome.status, outcome.text)
         if isinstance(outcome, NotProcessed) and (outcome.rotated or self._attempts.is_only_try):
-            # The connection was just ending, and the endpoint may have another one; or the server had no place for the
-            # call, and there is no other.
+            # The connection was closing, and the endpoint may have another one; or the only endpoint had no place for
+            # the call.
             self._attempts.give_back(name)
         else:
             self._processed = True

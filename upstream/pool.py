@@ -1,10 +1,9 @@
-"""
-Connections for everything that is not a watch: to each endpoint as many as it takes (`connections`), kept up.
+"""Connections for everything except watches: to each endpoint as many as needed (`connections`), kept open.
 
-For calls of our own (`Pool.unary`) and for the pass-through, which takes a connection (`Pool.pick`) and starts its
-call there. Calls go round the endpoints that work; an endpoint that fails is tried again in the background, with
-backoff, for ever. A member that does not serve (a learner, or one without a leader) gets calls only while no other
-one is connected. Watches do not use these connections: under TLS, large reads would hold them up.
+They carry the proxy's own calls (`Pool.unary`) and the pass-through, which takes a connection (`Pool.pick`) and starts
+its call there. Calls are distributed round-robin over the endpoints that work; an endpoint that fails is retried in the
+background, with backoff, without end. A member that does not serve (a learner, or one without a leader) gets calls only
+while no other member is connected. Watches do not use these connections: under TLS, large reads would delay them.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from upstream.unary import HAS_LEADER, Answer, Metadata, settle
 
 
 class EndpointState(NamedTuple):
-    """An endpoint as the pool sees it: `problem` is why there is no connection, empty while none was looked for."""
+    """State of an endpoint in the pool. `problem`: why it is not connected or does not serve; "" if unknown."""
 
     endpoint: str
     connected: bool
@@ -50,20 +49,20 @@ class Pool:
         self._tls = tls
         self._log = log or NullLogger()
         self._slots = [self._slot(endpoint) for endpoint in endpoints]
-        # Those that get calls, as of the last change.
+        # The slots that get calls, as of the last change.
         self._serving: list[Slot] = []
-        # Which of them `pick` looks at first, and which `own_endpoints` names first.
+        # The index at which `pick` starts, and that at which `own_endpoints` starts.
         self._next = 0
         self._next_own = 0
         self._hedging = Hedging()
-        # Calls of our own that wait for a connection.
+        # The proxy's own calls that wait for a connection.
         self._starting: set[asyncio.Task[None]] = set()
         self._listeners: list[Callable[[], None]] = []
-        # Endpoints that have left, kept for the calls that were open there.
+        # Removed endpoints, kept until their open calls end.
         self._retired: list[Slot] = []
-        # Connections given up, or not had, because a time was up: by the name of the limit.
+        # Connections, and attempts to connect, that ended at a limit: by its name.
         self.timeouts = Counter(dict.fromkeys(CONNECTION_LIMITS, 0))
-        # Connections that servers ended in good order, since the start.
+        # Connections that servers closed in good order, since the start.
         self.rotated = 0
         # Set and replaced whenever a slot changes.
         self._changed = asyncio.Event()
@@ -78,10 +77,10 @@ class Pool:
 
     def set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
         """
-        Go by another list, of the same cluster, while calls are made.
+        Replace the list of endpoints by another one of the same cluster, during operation.
 
-        Endpoints that stay keep their connections. Those that leave serve until one that stays or comes works; then
-        they get no new calls, and the open ones may end.
+        Endpoints that stay keep their connections. Removed endpoints serve until one that stays or is new works; then
+        they get no new calls, and their open calls continue until they end.
         """
         known = {slot.endpoint: slot for slot in self._slots}
         slots = [known.pop(endpoint) if endpoint in known else self._slot(endpoint) for endpoint in endpoints]
@@ -94,14 +93,14 @@ class Pool:
         self.changed()
 
     def _dismiss(self) -> None:
-        """Let those go that leave, once another one works."""
+        """Retire the removed endpoints once another one works."""
         leaving = [slot for slot in self._slots if slot.leaving]
         if not leaving or all(slot.leaving or slot.connections is None for slot in self._slots):
             return
         self._slots = [slot for slot in self._slots if not slot.leaving]
         self._retired = [slot for slot in self._retired if any(each.open_calls for each in slot.retired)]
         for slot in leaving:
-            slot.retire(Unreachable(slot.endpoint.text, "it is no endpoint any more", "try again"))
+            slot.retire(Unreachable(slot.endpoint.text, "it was removed from the configuration", "try again"))
             self._retired.append(slot)
             self._log.info("upstream_endpoint_left", endpoint=slot.endpoint.text)
 
@@ -117,8 +116,8 @@ class Pool:
         """
         Return a connection that takes a call, of the next endpoint in turn; None when there is none now.
 
-        An endpoint that owes an answer is taken only when all do: its etcd may hang. `own`: the call is the proxy's
-        own, for which some places are kept.
+        An endpoint that owes an answer is used only when all of them do: its etcd may hang. `own`: the call is one of
+        the proxy's own, for which some places are reserved.
         """
         slots = self._serving
         count = len(slots)
@@ -138,9 +137,9 @@ class Pool:
 
     def own_endpoints(self) -> list[str]:
         """
-        Return the endpoints that a call of our own may be sent to, in the order in which they are tried.
+        Return the endpoints for one of the proxy's own calls, in the order of attempts.
 
-        Those that serve come first, in turn; then those that owe an answer, and those that do not serve.
+        Serving endpoints come first, round-robin; then those that owe an answer, then those that do not serve.
         """
         now = asyncio.get_running_loop().time()
         serving = self._serving
@@ -153,7 +152,7 @@ class Pool:
         return [slot.endpoint.text for slot in (*serving, *others) if slot.connections is not None]
 
     def pick_at(self, endpoint: str) -> ClientConnection | None:
-        """Return a connection to this endpoint that takes a call of our own; None when there is none now."""
+        """Return a connection to this endpoint that takes one of the proxy's own calls; None when there is none now."""
         for slot in self._slots:
             if slot.endpoint.text == endpoint and slot.connections is not None:
                 return slot.connections.pick(own=True)
@@ -161,9 +160,9 @@ class Pool:
 
     def answered(self, connection: ClientConnection, status: int, text: str) -> bool:
         """
-        Take the status of an answer other than OK: it may say that its member does not serve.
+        Take the status of an answer other than OK: it may show that its member does not serve.
 
-        Return whether the call is to be sent again: its member refused it unserved, and another one serves.
+        Return whether to send the call again: its member refused it unprocessed, and another member serves.
         """
         if not is_suspicious(status, text):
             return False
@@ -173,7 +172,7 @@ class Pool:
         return is_refused_unserved(text) and any(slot.fitness is Fitness.SERVES for slot in self._serving)
 
     def states(self) -> list[EndpointState]:
-        """Return each endpoint's state, for people."""
+        """Return each endpoint's state, for display."""
         return [
             EndpointState(slot.endpoint.text, slot.connections is not None, str(slot.failure or slot.fitness.value))
             for slot in self._slots
@@ -181,12 +180,12 @@ class Pool:
 
     @property
     def hedged(self) -> int:
-        """Calls of our own that were sent to one more endpoint because an answer was late."""
+        """The number of attempts of the proxy's own calls made because an answer was late."""
         return self._hedging.hedged
 
     @property
     def down(self) -> Unreachable | None:
-        """Why no call can be made; None while an endpoint is up or one has not been tried yet since it was lost."""
+        """Why no call can be made; None while an endpoint is up, or has not been retried since it was lost."""
         failure: Unreachable | None = None
         for slot in self._slots:
             if slot.connections is not None or slot.failure is None:
@@ -196,12 +195,12 @@ class Pool:
 
     @property
     def connected(self) -> bool:
-        """There is an endpoint that takes calls, though maybe not at this moment."""
+        """An endpoint is connected, even if it has no room for a call now."""
         return any(slot.connections is not None for slot in self._slots)
 
     @property
     def full(self) -> str:
-        """Why calls wait though endpoints are connected; "" when they do not, or not for long."""
+        """Why calls wait although endpoints are connected; "" when they do not wait, or not for long."""
         up = [slot for slot in self._slots if slot.connections is not None]
         if not up or not all(slot.connections is not None and slot.connections.full for slot in up):
             return ""
@@ -209,12 +208,12 @@ class Pool:
 
     @property
     def connection_count(self) -> int:
-        """Connections that take calls."""
+        """The number of connections that take calls."""
         return sum(slot.connections.count for slot in self._slots if slot.connections is not None)
 
     def when_available(self, callback: Callable[[], None]) -> None:
-        """Call `callback` each time a connection comes up or has room again, and each time an endpoint fails
-        (`pick` and `down` tell)."""
+        """Call `callback` each time a connection opens or has room again, and each time an endpoint fails; see `pick`
+        and `down`."""
         self._listeners.append(callback)
 
     async def wait_available(self, timeout_s: float | None = None, own: bool = False) -> ClientConnection:
@@ -247,12 +246,13 @@ class Pool:
         has_leader: bool = False,
     ) -> HedgedCall:
         """
-        Make an idempotent call with one message each way; `told` gets the outcome, or nothing after `cancel`.
+        Make an idempotent call with one message each way; `told` is called with the outcome, except after `cancel`.
 
-        Each endpoint that works gets it once, by name: the next one when an answer is late, or a failure that is not
-        the request's own (see `upstream.hedged`). The first one gets it before this returns, if one is connected. With
-        `has_leader` a server without a leader refuses it at once. It fails with the status of an answer, UNAVAILABLE
-        when no endpoint works ("no leader" only if each one said so), DEADLINE_EXCEEDED after `timeout_s` seconds.
+        Each working endpoint gets the call at most once, by name: the next one when an answer is late or is a failure
+        that the request itself did not cause (see `upstream.hedged`). If an endpoint is connected, the first one gets
+        the call before this returns. With `has_leader` a server without a leader refuses it at once. The call fails
+        with the status of an answer, with UNAVAILABLE when no endpoint works ("no leader" only if every endpoint
+        returned it), and with DEADLINE_EXCEEDED after `timeout_s` seconds.
         """
         if has_leader:
             metadata = [*metadata, HAS_LEADER]
@@ -303,7 +303,7 @@ class Pool:
             raise
 
     def ended(self, connection: ClientConnection, rotated: bool) -> None:
-        """A connection takes no calls any more; `rotated`: its server ended it in good order."""
+        """Count a connection that takes no more calls; `rotated`: its server closed it in good order."""
         self.rotated += rotated
         if connection.failure is not None:
             self._count(connection.failure)
@@ -313,12 +313,12 @@ class Pool:
             self.timeouts[failure.limit] += 1
 
     def find_serving(self) -> None:
-        """Find the endpoints that get calls: those whose members serve; if there is none, those that are connected."""
+        """Select the endpoints that get calls: those whose members serve; if there are none, all connected ones."""
         up = [slot for slot in self._slots if slot.connections is not None]
         self._serving = [slot for slot in up if slot.fitness is Fitness.SERVES] or up
 
     def changed(self) -> None:
-        """An endpoint has changed, or has room again."""
+        """Notify callers that an endpoint has changed or has room again."""
         self._dismiss()
         self.find_serving()
         self._changed.set()

@@ -1,6 +1,4 @@
-"""
-One endpoint of the pool: its connections, whether its member serves, and keeping it connected.
-"""
+"""One endpoint of the pool: its connections, whether its member serves, and reconnecting."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from upstream.errors import LEARNER_TEXT, NO_LEADER_TEXT, Logger, Unreachable
 from upstream.fitness import Fitness, read_fitness
 from upstream.settings import ConnectionSettings, UpstreamSettings
 
-# A member that does not serve is asked again after so long, and a new one has so long to say whether it does.
+# Interval at which a member that does not serve is checked again, and the timeout of the check on a new connection.
 _LOOK_S: Final = 1.0
 
 
@@ -25,17 +23,17 @@ class SlotOwner(Protocol):
         """Connect to an endpoint. Raises Unreachable."""
 
     def changed(self) -> None:
-        """An endpoint has changed, or has room again."""
+        """Handle that an endpoint has changed or has room again."""
 
     def find_serving(self) -> None:
-        """An endpoint is lost, which is not said before it has been tried once more."""
+        """Update the serving endpoints after a loss, without `changed`: the endpoint is retried once first."""
 
     def ended(self, connection: ClientConnection, rotated: bool) -> None:
-        """A connection takes no calls any more; `rotated`: its server ended it in good order."""
+        """Handle that a connection takes no more calls; `rotated`: its server closed it in good order."""
 
 
 class Slot:
-    """See the module. `start` begins to connect."""
+    """See the module. `start` starts connecting."""
 
     __slots__ = (
         "_backoff",
@@ -60,13 +58,13 @@ class Slot:
         self.connection_settings = settings.connection
         # While it is up.
         self.connections: Connections | None = None
-        # Those that have been replaced as a whole, kept for the calls that were open on them.
+        # Replaced connections, kept until their open calls end.
         self.retired: list[Connections] = []
         # Why the last attempt failed or the last connection ended; None while it is up or has not been tried.
         self.failure: Unreachable | None = None
-        # Whether its member serves, as far as it has said.
+        # Whether its member serves, as far as known.
         self.fitness = Fitness.SERVES
-        # The endpoint is configured no more: it serves until one that is works.
+        # The endpoint was removed from the configuration: it serves until a configured one works.
         self.leaving = False
         self._owner = owner
         self._settings = settings
@@ -74,9 +72,9 @@ class Slot:
         self._backoff = Backoff(settings.backoff_first_s, settings.backoff_max_s)
         self._task: asyncio.Task[None] | None = None
         self._look: asyncio.Task[None] | None = None
-        # When it was last begun to ask, in loop time.
+        # When the last check of the member started, in loop time.
         self._looked_at = 0.0
-        # The last problem that was logged; "" when it works.
+        # The problem last logged; "" if none was.
         self._told = ""
 
     def start(self) -> None:
@@ -85,7 +83,7 @@ class Slot:
             self._task = asyncio.get_running_loop().create_task(self._keep(), name=f"pool {self.endpoint.text}")
 
     def retire(self, reason: Unreachable) -> None:
-        """Make no more connections; those that are open close when their calls have ended."""
+        """Open no more connections; the open ones close when their calls have ended."""
         self._cancel()
         if self.connections is not None:
             self.connections.retire(reason)
@@ -103,14 +101,14 @@ class Slot:
         self.retired.clear()
 
     def look(self) -> None:
-        """Ask the member whether it serves, and again until it does; not more often than is useful."""
+        """Check whether the member serves, repeatedly until it does; at most once per `_LOOK_S`."""
         now = asyncio.get_running_loop().time()
         if self._look is None and self.connections is not None and now >= self._looked_at + _LOOK_S:
             self._looked_at = now
             self._look = asyncio.get_running_loop().create_task(self._look_at(), name=f"look at {self.endpoint.text}")
 
     def doubt(self, text: str) -> None:
-        """An answer of the member's says that it does not serve, or may not."""
+        """Handle an answer of the member which shows that it does not serve, or may not."""
         if text == LEARNER_TEXT:
             self._set_fitness(Fitness.LEARNER)
         elif text == NO_LEADER_TEXT:
@@ -130,7 +128,7 @@ class Slot:
             failure = await self._hold()
             delay_s = self._backoff.failed(loop.time())
             if self.failure is None and delay_s == 0:
-                # The first try after a connection worked: until then the endpoint does not count as down.
+                # Retry once at once after a working connection: until that fails the endpoint does not count as down.
                 continue
             self.failure = failure
             if str(failure) != self._told:
@@ -140,7 +138,7 @@ class Slot:
             await asyncio.sleep(delay_s)
 
     async def _hold(self) -> Unreachable:
-        """Connect, hold the connections while there are some, and return why there are none any more."""
+        """Connect, keep the connections, and return why the last one ended or could not be opened."""
         loop = asyncio.get_running_loop()
         try:
             first = await self._open()
@@ -169,7 +167,7 @@ class Slot:
         return failure
 
     async def _open(self) -> ClientConnection:
-        """Make one connection, and learn whether the member serves. Raises Unreachable."""
+        """Open one connection, and check whether the member serves. Raises Unreachable."""
         connection = await self._owner.connect(self.endpoint, self.connection_settings)
         try:
             fitness = await read_fitness(connection, min(_LOOK_S, self._settings.status_timeout_s))

@@ -1,9 +1,8 @@
-"""
-TLS contexts from certificate files, with errors that name the file and what is wrong with it.
+"""TLS contexts from certificate files, with errors that name the file and the problem.
 
-HTTP/2 over TLS needs ALPN `h2` and TLS 1.2 (RFC 9113 3.2, 9.2); both ends of the proxy get their contexts here.
-Certificates are renewed every few weeks or hours, so a context made here knows its files: `newest` reads them again
-when they have changed, which takes a stat of each, and keeps what it had when the new ones cannot be used.
+HTTP/2 over TLS needs ALPN `h2` and TLS 1.2 (RFC 9113 3.2, 9.2); both sides of the proxy use these contexts.
+Certificates are renewed every few weeks or hours, so a context keeps the names of its files: `newest` checks each with
+a stat, reads them again when they have changed, and keeps the previous context when the new files cannot be used.
 """
 
 from __future__ import annotations
@@ -17,26 +16,26 @@ from typing import Final
 from upstream.errors import BadTls
 
 TLS_VERSIONS: Final = {"TLS1.2": ssl.TLSVersion.TLSv1_2, "TLS1.3": ssl.TLSVersion.TLSv1_3}
-"""Minimum versions by etcd's names for them (--tls-min-version)."""
+"""Minimum TLS versions, by etcd's names (--tls-min-version)."""
 
 _HTTP2: Final = ("h2",)
 _ANY_HTTP: Final = ("h2", "http/1.1")
 
 
 class FileContext(ssl.SSLContext):
-    """A context that was made from files and can be made again from them."""
+    """A context that was loaded from files and can be reloaded from them."""
 
-    # Makes it again, for the protocols given (ALPN). Raises BadTls.
+    # Loads the files again, for the given protocols (ALPN). Raises BadTls.
     make: Callable[[Sequence[str]], FileContext]
     protocols: Sequence[str]
     files: tuple[str, ...]
-    # What the files were when they were last looked at.
+    # The state of the files (mtime, size, inode) at the last check.
     stamps: tuple[object, ...]
-    # The one made of renewed files, once there was one.
+    # The context of the renewed files; None if they were never renewed.
     latest: FileContext | None
 
     def newest(self, tell: Callable[[BadTls], None] | None = None) -> FileContext:
-        """Return the context of the files as they are now; `tell` hears, once, why renewed ones cannot be used."""
+        """Return the context of the current files; `tell` is called once if renewed files cannot be used."""
         stamps = _stamps(self.files)
         if stamps != self.stamps:
             self.stamps = stamps
@@ -48,12 +47,12 @@ class FileContext(ssl.SSLContext):
         return self.latest or self
 
     def speaking(self, protocols: Sequence[str]) -> FileContext:
-        """Return a context of the same files for other protocols. Raises BadTls."""
+        """Return a context from the same files for other protocols. Raises BadTls."""
         return self.make(protocols)
 
 
 def newest(context: ssl.SSLContext, tell: Callable[[BadTls], None] | None = None) -> ssl.SSLContext:
-    """Return `context`, or what its files, which were renewed since, make now."""
+    """Return `context`, or a new one if its files were renewed."""
     return context.newest(tell) if isinstance(context, FileContext) else context
 
 
@@ -65,10 +64,10 @@ def client_context(
     protocols: Sequence[str] = _HTTP2,
 ) -> FileContext:
     """
-    Return the context for connections to an etcd; the names are those of etcdctl's flags.
+    Return the context for connections to an etcd; the parameters are named like etcdctl's flags.
 
-    Without `cacert` the system's authorities are trusted. `insecure_skip_verify` trusts whoever answers. `protocols`
-    are offered by ALPN. Raises BadTls.
+    Without `cacert` the system's authorities are trusted. `insecure_skip_verify` accepts any server. `protocols` are
+    offered by ALPN. Raises BadTls.
     """
     context = FileContext(ssl.PROTOCOL_TLS_CLIENT)
     make = partial(client_context, cert, key, cacert, insecure_skip_verify)
@@ -95,7 +94,7 @@ def server_context(
     protocols: Sequence[str] = _ANY_HTTP,
 ) -> FileContext:
     """
-    Return the context for a listener. With `trusted_ca` or `client_cert_auth` clients have to show a certificate.
+    Return the context for a listener. With `trusted_ca` or `client_cert_auth` clients must present a certificate.
 
     `min_version` is one of TLS_VERSIONS. Raises BadTls.
     """
@@ -120,9 +119,9 @@ def _remember(
     make: Callable[[Sequence[str]], FileContext] | partial[FileContext],
     protocols: Sequence[str],
 ) -> None:
-    """Set up what all contexts have in common."""
+    """Set up a context: its files, and the options that all contexts share."""
     context.files = tuple(file for file in files if file)
-    # Before they are read: what changes while they are will be read again.
+    # Before the files are read: a change during the read is then noticed by the next check.
     context.stamps = _stamps(context.files)
     context.make = lambda protocols: make(protocols=protocols)  # type: ignore[call-arg]  # a partial of one above
     context.protocols = protocols
@@ -131,7 +130,7 @@ def _remember(
     context.set_alpn_protocols(list(protocols))
     # Compression is off by default everywhere; RFC 9113 9.2.1 forbids it.
     context.options |= ssl.OP_NO_COMPRESSION
-    # A client could ask for key exchange after key exchange; HTTP/2 forbids it anyway (RFC 9113 9.2.1).
+    # A client could request one key exchange after another; HTTP/2 forbids it (RFC 9113 9.2.1).
     context.options |= ssl.OP_NO_RENEGOTIATION
 
 
@@ -149,10 +148,10 @@ def _stamps(files: Sequence[str]) -> tuple[object, ...]:
 
 def _check_in_use(cert: str, key: str, protocol: int) -> None:
     """
-    Shake hands with ourselves, so that a certificate nobody would accept is known before anybody is refused.
+    Do a handshake with ourselves, so that an unusable certificate is reported before any connection fails.
 
-    Finds certificates that are expired, not yet valid, or for the other side only. Who signed them is the peers'
-    concern. Raises BadTls.
+    Finds certificates that are expired, not yet valid, or for the other role only. It does not check who signed them.
+    Raises BadTls.
     """
     ours, theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     verifier = ours if protocol == ssl.PROTOCOL_TLS_SERVER else theirs
@@ -172,7 +171,7 @@ def _check_in_use(cert: str, key: str, protocol: int) -> None:
             except ssl.SSLWantReadError:
                 pass
             except ssl.SSLCertVerificationError as error:
-                raise BadTls(cert, f"nobody would accept it ({error.verify_message})", "renew it") from None
+                raise BadTls(cert, f"no peer would accept it ({error.verify_message})", "renew it") from None
 
 
 def _load_authorities(context: ssl.SSLContext, path: str) -> None:

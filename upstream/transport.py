@@ -1,9 +1,8 @@
-"""
-Opening the transport to an endpoint: a unix socket, or TCP to whichever of a name's addresses answers first.
+"""Opening the transport to an endpoint: a unix socket, or TCP to the first of a name's addresses that answers.
 
 A name may have several addresses: both families, or one for each member. They are tried in turn, the next one as soon
-as the one before has failed or kept us waiting (RFC 8305, "happy eyeballs"), so that one that swallows packets does not
-use up the time for all. The event loop would wait for each until the system gives it up.
+as the previous one has failed or takes too long (RFC 8305, "happy eyeballs"), so that an address that drops packets
+does not use up the time for all. The event loop itself would wait for each until the system's timeout.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Final
 from upstream.endpoints import Endpoint
 
 NEXT_ADDRESS_S: Final = 0.25
-"""How long an address may keep us waiting before the next one is tried beside it (RFC 8305 section 8)."""
+"""How long to wait for one address before the next one is tried in parallel (RFC 8305 section 8)."""
 
 
 async def open_transport(
@@ -26,7 +25,7 @@ async def open_transport(
     context: ssl.SSLContext | None,
     next_address_s: float = NEXT_ADDRESS_S,
 ) -> None:
-    """Connect a protocol to an endpoint, with TLS when a context is given. Raises OSError; sets no limit of time."""
+    """Connect a protocol to an endpoint, with TLS when a context is given. Raises OSError; has no timeout."""
     loop = asyncio.get_running_loop()
     name = endpoint.host if context is not None else None
     if endpoint.path:
@@ -36,7 +35,7 @@ async def open_transport(
     if len(found) == 1:
         await loop.create_connection(factory, endpoint.host, endpoint.port, ssl=context, server_hostname=name)
         return
-    from aiohappyeyeballs import start_connection  # for names only; an address needs no choice
+    from aiohappyeyeballs import start_connection  # only for names with several addresses
 
     connected = await start_connection(found, happy_eyeballs_delay=next_address_s, interleave=1)
     try:

@@ -1,8 +1,4 @@
-"""
-Calls with one message each way, on a given connection.
-
-For the calls of our own (version, reads, permission checks).
-"""
+"""Calls with one message each way on a given connection: the proxy's own (version, reads, permission checks)."""
 
 from __future__ import annotations
 
@@ -20,17 +16,17 @@ from upstream.heads import request_headers
 Metadata = Sequence[tuple[bytes, bytes]]
 
 HAS_LEADER: Final = (b"hasleader", b"true")
-"""Metadata that makes etcd refuse a call at once when it has no leader."""
+"""Metadata that makes etcd refuse a call at once while it has no leader."""
 
 GRACE_S: Final = 0.25
-"""How much longer than the deadline that the server was told we wait for its answer."""
+"""How much longer than the deadline sent to the server the proxy waits for the answer."""
 
 
 class NotProcessed(CallFailed):
     """
-    The server has not looked at the call: it can be sent again.
+    The server has not processed the call: it can be sent again.
 
-    `rotated`: because it was ending the connection, which it does for reasons of its own.
+    `rotated`: because the server was closing the connection, for a reason unrelated to the call.
     """
 
     def __init__(self, status: int, text: str, rotated: bool) -> None:
@@ -83,9 +79,9 @@ class UnaryCall:
             self._finish((self._messages[0], trailers))
 
     def give_up(self) -> None:
-        """End the call, if it has not; nothing follows."""
+        """End the call if it is open; `told` is not called."""
         self._told = None
-        # The call holds its handler: the two would wait for a garbage collection.
+        # The call refers to its handler: break the cycle, so that no garbage collection is needed.
         call, self.call = self.call, None
         if call is not None:
             call.reset()
@@ -107,7 +103,8 @@ def start_unary(
     told: Callable[[Answer | CallFailed], None],
 ) -> UnaryCall:
     """
-    Send a call; `told` gets its outcome, once, never from inside of this. `timeout_s` is only sent to the server.
+    Send a call; `told` is called once with the outcome, never before this returns. `timeout_s` is only sent to the
+    server.
 
     Raises NotSent when the connection takes no calls.
     """
@@ -117,13 +114,13 @@ def start_unary(
     unary.call = call = connection.request(headers, unary)
     framed = frame(message)
     call.write((framed,), len(framed), end=True)
-    # A read of "now" leaves ahead of what the client sends behind its create.
+    # A read of "now" must be sent before what the client sends after its create.
     connection.hurry()
     return unary
 
 
 def settle(future: asyncio.Future[Answer], outcome: Answer | CallFailed) -> None:
-    """Give a future the outcome of a call, if it still waits for one."""
+    """Set the outcome of a call as a future's result, unless the future is done."""
     if future.done():
         return
     if isinstance(outcome, CallFailed):

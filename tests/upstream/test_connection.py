@@ -125,7 +125,7 @@ def test_what_is_said_when_nothing_answers(tmp_path: Path) -> None:
         (b"SSH-2.0-OpenSSH_9.2\r\n", "does not speak HTTP/2"),
         (b"", "it closed the connection at once; if it expects TLS, use https://"),
         # A SETTINGS frame of a wrong size.
-        (b"\x00\x00\x01\x04\x00\x00\x00\x00\x00x", "the server broke HTTP/2 (FRAME_SIZE_ERROR"),
+        (b"\x00\x00\x01\x04\x00\x00\x00\x00\x00x", "the server violated HTTP/2 (FRAME_SIZE_ERROR"),
     ],
 )
 def test_what_is_said_when_it_is_no_etcd(answer: bytes, complaint: str) -> None:
@@ -436,7 +436,7 @@ def test_goaway_lets_calls_finish_and_takes_no_new_ones() -> None:
             etcd.calls[0].end()
             await until_async(lambda: first.ends, "the first call's end")
             assert first.data == b"still here"
-            assert "goes away" in str(connection.failure)
+            assert "is closing the connection" in str(connection.failure)
             await until_async(lambda: not etcd.connections, "the connection to be closed")
 
     run(story())
@@ -514,7 +514,7 @@ def test_a_real_etcd_with_tls(certificates: Certificates, tmp_path: Path) -> Non
         connection.close()
         assert "use https://" in await refused(f"http://{endpoint}", mutual)
         assert "--cert and --key" in await refused(f"https://{endpoint}", client_context(cacert=files.ca))
-        assert "give etcd's client port" in await refused(f"127.0.0.1:{SecureEtcd.metrics_port}")
+        assert "use etcd's client port" in await refused(f"127.0.0.1:{SecureEtcd.metrics_port}")
 
     with SecureEtcd(extra=[*flags, "--client-cert-auth"], directory=tmp_path) as etcd:
         run(story(etcd.endpoint))

@@ -151,7 +151,7 @@ def test_one_that_only_goes_away_is_tried_with_backoff(answers: bool) -> None:
             async with pooled(etcd.endpoint, log=log) as pool:
                 await until_async(lambda: pool.down is not None, "the failure")
                 assert pool.rotated <= 2
-                assert "goes away" in log.problems()[0]
+                assert "is closing the connection" in log.problems()[0]
 
     run(story())
 
