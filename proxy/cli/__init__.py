@@ -1,7 +1,8 @@
-"""The `watchmux` command: where it begins.
+"""Entry point of the `watchmux` command.
 
-`serve` goes a way of its own (`apart`), so that what reads command lines and settings is not in memory as long as it
-serves; every other command is click's (`group`). This module imports neither, since each excludes the other.
+`serve` has its own start (`apart`), so that the code that reads command lines and settings does not stay in memory
+while the proxy runs; click handles all other commands (`group`). This module imports neither, since each excludes the
+other.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; ends the process with its exit code."""
+    """Run the command line and exit with its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["serve"]:
         from proxy.cli.apart import serve

@@ -1,11 +1,11 @@
-"""`watchmux serve` with its settings read by another process: a fork that ends as soon as they are known.
+"""`watchmux serve`, with the settings read by a short-lived fork.
 
-Reading a command line, an environment and a file takes click, msgspec and the description of every knob. Nothing of it
-is needed again while the proxy serves, but Python never unloads a module, and together they are a tenth of a small
-proxy's memory. So the fork reads them, complains and shows help as the command line does, and hands the settings over
-by a pipe; meanwhile this process loads what serves. It keeps its process id, and clients are served by nobody else.
+Reading the command line, environment and file needs click, msgspec and the description of every setting. The running
+proxy needs none of them, but Python never unloads a module, and together they are a tenth of a small proxy's memory.
+So the fork reads the settings, prints errors and help, and passes the settings back through a pipe; meanwhile this
+process loads the modules of the proxy. It keeps its process id and is the only one that serves clients.
 
-SIGHUP reads the settings in this process, and loads all of that then: a process that serves must not fork.
+On SIGHUP the settings are read in this process, which then loads those modules: a serving process must not fork.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from proxy.config.knobs import Settings
 
     Read = tuple[Settings, list[str], int | None]
-    """The settings, notes for the log, and the socket that a parent left (see `proxy.process.child`)."""
+    """The settings, notes for the log, and the socket inherited from a parent (see `proxy.process.child`)."""
 
 
 def serve(arguments: list[str]) -> int:
@@ -45,14 +45,14 @@ def serve(arguments: list[str]) -> int:
 
 
 def _read_by_a_fork(arguments: list[str]) -> Read | int:
-    """Return what the fork has read, or its exit code when there is nothing to serve."""
+    """Return what the fork has read, or its exit code if there is nothing to serve (help, an error)."""
     reading, writing = os.pipe()
     fork = os.fork()
     if not fork:
         os.close(reading)
         os._exit(_hand_over(arguments, writing))
     os.close(writing)
-    import uvloop  # noqa: F401  # while the fork reads
+    import uvloop  # noqa: F401  # loaded while the fork reads
 
     from proxy.process import serving  # noqa: F401
 
@@ -60,14 +60,14 @@ def _read_by_a_fork(arguments: list[str]) -> Read | int:
         handed = pipe.read()
     code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
     if not handed:
-        # Ended by a signal: as a shell says it.
+        # Ended by a signal: the exit code is the one of a shell.
         return code if code >= 0 else 128 - code
     read: Read = pickle.loads(handed)
     return read
 
 
 def _hand_over(arguments: list[str], writing: int) -> int:
-    """Read the settings and write them into the pipe; return the fork's exit code, whatever happens."""
+    """Read the settings and write them into the pipe; return the fork's exit code. Never raises."""
     try:
         from proxy.cli.group import run
 

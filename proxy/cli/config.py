@@ -1,7 +1,7 @@
-"""`watchmux config`: the commented example file, and a check of one's own.
+"""`watchmux config`: print the commented example file, or check a configuration file.
 
-A file is checked by the very code that `watchmux serve` reads it with, so that a deployment can refuse a bad one
-before it replaces a good one.
+The check uses the same code as `watchmux serve`, so that a deployment can refuse a bad file before it replaces a good
+one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from proxy.errors import WRONG_REQUEST, Failed
 
 
 @click.command(name="config")
-@click.option("--check", "path", metavar="FILE.toml", help="Check this file instead; exit code 2 if it cannot be used.")
-@click.option("--without-files", is_flag=True, help="With --check: do not look for the certificates it names.")
+@click.option("--check", "path", metavar="FILE.toml", help="Check this file instead; exit code 2 if it is invalid.")
+@click.option("--without-files", is_flag=True, help="With --check: do not read the certificates that the file names.")
 def command(path: str | None, without_files: bool) -> None:
-    """Print a configuration file with every knob at its default, or check one.
+    """Print a configuration file with every setting at its default, or check a file.
 
     \b
       watchmux config > watchmux.toml
@@ -32,4 +32,4 @@ def command(path: str | None, without_files: bool) -> None:
         layer({}, read_file(Path(path)), look_at_files=not without_files)
     except ConfigError as error:
         raise Failed(str(error), WRONG_REQUEST) from None
-    click.echo(f"{path}: good")
+    click.echo(f"{path}: valid")

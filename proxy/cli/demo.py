@@ -1,4 +1,4 @@
-"""`watchmux demo`: flags, start and exit code; what it shows is in proxy/measuring/demo.py."""
+"""`watchmux demo`: flags, start and exit code; the demo itself is in proxy/measuring/demo.py."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from proxy.errors import FAILURE
 @click.command(name="demo")
 @click.option("--endpoints", metavar="HOST:PORT[,...]", help="Use this etcd instead of the bundled store.")
 @click.option("--watches", default=1000, show_default=True, type=click.IntRange(1, 100_000), help="Client watches.")
-@click.option("--ranges", default=10, show_default=True, type=click.IntRange(1, 1000), help="Different ranges watched.")
+@click.option("--ranges", default=10, show_default=True, type=click.IntRange(1, 1000), help="Distinct ranges watched.")
 @click.option("--streams", default=200, show_default=True, type=click.IntRange(1, 10_000), help="gRPC watch streams.")
-@click.option("--seconds", default=5.0, show_default=True, type=click.FloatRange(0.1, 600), help="How long to write.")
+@click.option(
+    "--seconds", default=5.0, show_default=True, type=click.FloatRange(0.1, 600), help="Duration of the writes."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(endpoints: str | None, watches: int, ranges: int, streams: int, seconds: float, as_json: bool) -> int:
-    """Show what watchmux does, in half a minute, on real processes.
+    """Demonstrate watchmux with real processes, in half a minute.
 
-    Starts a store, a proxy and client processes on this machine, opens watches through the proxy - some in the past,
-    some with filters or prev_kv, one slow - writes for a while, and compares what every client got with the store's own
-    history. Exit code 1 if anything was lost, doubled or out of order.
+    Starts a store, a proxy and client processes on this machine, opens watches through the proxy (some in the past,
+    some with filters or prev_kv, one slow), writes for a while, and compares the events of every client with the
+    store's own history. Exit code 1 if any event was lost, duplicated or out of order.
 
     \b
       watchmux demo
-      watchmux demo --endpoints=127.0.0.1:2379      with your own etcd (keys below /watchmux-load/, deleted afterwards)
+      watchmux demo --endpoints=127.0.0.1:2379      with your own etcd (keys under /watchmux-load/, deleted afterwards)
       watchmux demo --watches=5000 --seconds=10
     """
     import asyncio

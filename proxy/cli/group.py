@@ -1,8 +1,8 @@
-"""The commands of `watchmux` as click has them: one group, each loaded only when called.
+"""The `watchmux` commands as a click group; each command is imported only when called.
 
-Importing a command's module may import half of the libraries, and `watchmux --help` should answer at once, so the
-group knows its commands by name only. Whatever a user can get wrong ends here as one line on standard error: exit
-code 2 for a wrong request (flag, file, argument), 1 for what failed while running.
+A command's module may import large libraries, and `watchmux --help` must be fast, so the group knows its commands by
+name only. Every user error becomes one line on standard error: exit code 2 for a wrong request (flag, file, argument),
+1 for a failure at run time.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ class _Place(NamedTuple):
 
 
 COMMANDS = {
-    "serve": _Place("proxy.cli.serve", "Stand in front of etcd and share its watches."),
-    "store": _Place("proxy.cli.store", "Run the bundled etcd-compatible store on its own."),
-    "demo": _Place("proxy.cli.demo", "Show in half a minute what it does, on real processes."),
-    "measure": _Place("proxy.cli.measure", "Measure an etcd's load without and with the proxy."),
-    "status": _Place("proxy.cli.status", "Show what a running proxy is doing."),
+    "serve": _Place("proxy.cli.serve", "Run the proxy in front of etcd."),
+    "store": _Place("proxy.cli.store", "Run the bundled etcd-compatible store standalone."),
+    "demo": _Place("proxy.cli.demo", "Demonstrate the proxy with real processes, in half a minute."),
+    "measure": _Place("proxy.cli.measure", "Measure the load on etcd without and with the proxy."),
+    "status": _Place("proxy.cli.status", "Show the status of a running proxy."),
     "config": _Place("proxy.cli.config", "Print or check a configuration file."),
 }
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command when it is called, not when it is listed."""
+    """A group that imports a command when it is called, not when --help lists it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Name the commands in the order of a newcomer's questions."""
+        """Return the commands in the order in which a new user needs them."""
         del ctx
         return list(COMMANDS)
 
@@ -74,18 +74,18 @@ def _show_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool)
 def cli() -> None:
     """A proxy in front of etcd that merges the identical watches of many clients into one upstream watch.
 
-    Clients point at watchmux instead of at etcd and notice nothing; etcd serves one watch for each watched range
-    instead of one for each client.
+    Clients connect to watchmux instead of etcd, without any other change; etcd serves one watch per watched range
+    instead of one per client watch.
 
     \b
-    Try it, with nothing else running:
+    Try it without an etcd:
       watchmux demo
     \b
-    Put it in front of an etcd, and point a client at it:
+    Run it in front of an etcd, and connect a client:
       watchmux serve --endpoints=127.0.0.1:2379 --listen-addr=127.0.0.1:23790
       etcdctl --endpoints=127.0.0.1:23790 watch --prefix /app/
     \b
-    See what your etcd would save:
+    Measure what it saves your etcd:
       watchmux measure --upstream=127.0.0.1:2379
     """
 
@@ -93,7 +93,7 @@ def cli() -> None:
 def run(arguments: list[str], serve: Callable[..., int] | None = None) -> int:
     """Run the command line and return its exit code; errors are one line on standard error.
 
-    `serve` is what is done with the settings of `watchmux serve`; None: it serves in this process.
+    `serve` receives the settings of `watchmux serve`; None: run the proxy in this process.
     """
     try:
         result = cli.main(arguments, prog_name="watchmux", standalone_mode=False, obj=serve)

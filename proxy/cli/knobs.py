@@ -1,8 +1,8 @@
-"""The knobs as click options, and the settings that flags, environment and file give together.
+"""The settings as click options, and the result of flags, environment and file together.
 
-Options are made from the knobs (proxy/config), so flags, variables and file keys cannot drift apart. Beside them stand
-the flags of `etcd grpc-proxy start` that mean nothing here: its users change one word in their command line, so
-each is either taken and named in the log, or refused with the reason, never an "unknown option".
+Options are generated from the settings (proxy/config), so flags, variables and file keys cannot diverge. The other
+flags of `etcd grpc-proxy start` are known as well: its users change one word in their command line, so each flag is
+either accepted with a log message, or refused with the reason, never an "unknown option".
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 CONFIG_ENV = "WATCHMUX_CONFIG"
 
 TAKEN = {
-    "permit-without-stream": "connections to etcd are always kept alive",
-    "max-send-bytes": "etcd decides on sizes",
-    "max-recv-bytes": "etcd decides on sizes",
-    "data-dir": "nothing is kept on disk",
-    "self-signed-cert-validity": "certificates are not made here",
-    "experimental-serializable-ordering": "reads pass through to etcd untouched",
+    "permit-without-stream": "connections to etcd always use keepalive",
+    "max-send-bytes": "etcd enforces message sizes",
+    "max-recv-bytes": "etcd enforces message sizes",
+    "data-dir": "the proxy stores nothing on disk",
+    "self-signed-cert-validity": "self-signed certificates are not supported",
+    "experimental-serializable-ordering": "reads pass through to etcd unchanged",
     "experimental-enable-grpc-logging": "use --log-level=debug",
 }
-"""Flags of etcd's grpc-proxy that change nothing here, and why."""
+"""Flags of etcd's grpc-proxy that are accepted without effect, and why."""
 
 REFUSED = {
-    "resolver-prefix": "registering the proxy in etcd is not there; give clients its address",
-    "resolver-ttl": "registering the proxy in etcd is not there; give clients its address",
-    "endpoints-auto-sync-interval": "endpoints are not read from etcd; name all of them in --endpoints",
-    "auto-tls": "certificates are not made here; give --cert-file and --key-file",
-    "client-crl-file": "revocation lists are not there yet",
-    "listen-cipher-suites": "choosing cipher suites is not there yet",
-    "tls-max-version": "TLS 1.3 is served to those who speak it; limiting it is not there",
-    "enable-pprof": "that is Go's profiler",
-    "experimental-leasing-prefix": "leasing is not there: reads pass through to etcd untouched",
+    "resolver-prefix": "registering the proxy in etcd is not supported; configure its address in the clients",
+    "resolver-ttl": "registering the proxy in etcd is not supported; configure its address in the clients",
+    "endpoints-auto-sync-interval": "endpoints are not read from etcd; list all of them in --endpoints",
+    "auto-tls": "self-signed certificates are not supported; set --cert-file and --key-file",
+    "client-crl-file": "revocation lists are not supported yet",
+    "listen-cipher-suites": "choosing cipher suites is not supported yet",
+    "tls-max-version": "a maximum TLS version is not supported; clients may use TLS 1.3",
+    "enable-pprof": "pprof is Go's profiler and is not supported",
+    "experimental-leasing-prefix": "leasing is not supported: reads pass through to etcd unchanged",
 }
-"""Flags of etcd's grpc-proxy that would promise something not done here, and why."""
+"""Flags of etcd's grpc-proxy that are refused because the proxy does not implement them, and why."""
 
 
 def knob_options(function: Function) -> Function:
-    """Give a command every knob as an option, `--config`, `--debug` and grpc-proxy's other flags."""
+    """Add every setting as an option, `--config`, `--debug` and grpc-proxy's other flags."""
     for name in (*TAKEN, *REFUSED):
-        # The value is optional, so that switches and flags with a value are both taken.
+        # The value is optional, so that both switches and flags with a value are accepted.
         function = click.option(f"--{name}", _foreign(name), is_flag=False, flag_value="true", hidden=True)(function)
     for knob in reversed(knobs()):
         function = _option(knob)(function)
-    function = click.option("--debug", is_flag=True, help="The same as --log-level=debug.")(function)
+    function = click.option("--debug", is_flag=True, help="Same as --log-level=debug.")(function)
     return click.option("--config", envvar=CONFIG_ENV, metavar="FILE.toml", help="Read settings from this file.")(
         function
     )
@@ -98,7 +98,7 @@ def _default(knob: Knob) -> str:
 
 
 class KnobCommand(click.Command):
-    """A command whose help groups the knobs as the configuration file does, and tells how the sources are ranked."""
+    """A command whose help groups the settings as the configuration file does, and states the precedence."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section per table, the command's own options last, and the order of precedence."""
@@ -113,20 +113,20 @@ class KnobCommand(click.Command):
             if records:
                 with formatter.section((tables()[table].__doc__ or table).strip().rstrip(".")):
                     formatter.write_dl(records, col_max=34)
-        with formatter.section("Options of the command"):
+        with formatter.section("Other options"):
             formatter.write_dl(own, col_max=34)
         formatter.write_paragraph()
         formatter.write_text(
-            "A flag goes before its environment variable, that before the configuration file, that before the default. "
-            "The variable of --listen-addr is WATCHMUX_LISTEN_ADDR, and so for every flag; `watchmux config` prints a "
-            "file with every knob, its unit and what it trades for what. Durations: 500ms, 10s, 1m30s. Sizes: 64MiB."
+            "Flags override environment variables, which override the configuration file. The environment variable of "
+            "--listen-addr is WATCHMUX_LISTEN_ADDR, and likewise for every flag. `watchmux config` prints a file with "
+            "all settings, including the advanced ones not listed here. Durations: 500ms, 10s, 1m30s. Sizes: 64MiB."
         )
 
 
 def settings_of(ctx: click.Context) -> tuple[Settings, list[str]]:
-    """Return the settings that a command's flags, environment and file give, and notes for the log.
+    """Return the settings from a command's flags, environment and file, and notes for the log.
 
-    Raises Failed, with the exit code of a wrong request, for anything that cannot be used.
+    Raises Failed, with the exit code of a wrong request, for an invalid setting.
     """
     try:
         return _settings_of(ctx)
@@ -157,14 +157,14 @@ def _settings_of(ctx: click.Context) -> tuple[Settings, list[str]]:
     if "debug" in given:
         above.setdefault("log.log_level", Given("debug", "--debug"))
     below = read_file(Path(given["config"])) if "config" in given else {}
-    notes = [f"--{flag} changes nothing here: {reason}" for flag, reason in TAKEN.items() if _foreign(flag) in given]
+    notes = [f"--{flag} has no effect: {reason}" for flag, reason in TAKEN.items() if _foreign(flag) in given]
     return layer(above, below), notes + unknown_variables(os.environ)
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return a note for each variable that looks like ours and is none: most likely a mistake in spelling.
+    """Return a note for each unknown WATCHMUX_* variable: most likely a misspelling.
 
-    Kubernetes gives every pod such variables for a Service that is called watchmux; those are passed over.
+    Kubernetes sets such variables in every pod for a Service named watchmux; these are ignored.
     """
     known = [knob.env for knob in knobs()] + [CONFIG_ENV]
     foreign = tuple(ENV_PREFIX + name for name in ("SERVICE_", "PORT", "STORE_"))
@@ -174,5 +174,5 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
             import difflib  # for mistakes only
 
             close = difflib.get_close_matches(name, known, 1)
-            notes.append(f"{name} is no variable of watchmux" + (f"; did you mean {close[0]}?" if close else ""))
+            notes.append(f"unknown environment variable {name}" + (f"; did you mean {close[0]}?" if close else ""))
     return notes

@@ -1,4 +1,4 @@
-"""What `demo` and `measure` share on the command line: the shape of the load, and one line for each way to fail."""
+"""Command-line code shared by `demo` and `measure`: the shape of the load, and one-line errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROCESSES_MAX = 4
 
 
 def shape_of(*, watches: int, ranges: int, streams: int, pause_s: float = 0.0, plain: bool = False) -> Shape:
-    """Return the shape of a load: several streams share a connection, and every core gets a client process.
+    """Return the shape of a load: several streams share a connection, and each core runs a client process.
 
     Raises Failed.
     """
@@ -42,18 +42,18 @@ def shape_of(*, watches: int, ranges: int, streams: int, pause_s: float = 0.0, p
 
 
 def first_endpoint(flag: str, text: str) -> str:
-    """Return the first of the endpoints as HOST:PORT; load clients speak plain text only. Raises Failed."""
+    """Return the first endpoint as HOST:PORT; load clients do not support TLS. Raises Failed."""
     try:
         endpoint = parse_endpoints(text)[0]
     except BadEndpoint as error:
         raise Failed(f"{flag}: {error}", WRONG_REQUEST) from None
     if endpoint.secure or endpoint.path:
-        raise Failed(f"{flag}: {endpoint.text!r}: the load clients speak plain TCP only, not TLS", WRONG_REQUEST)
+        raise Failed(f"{flag}: {endpoint.text!r}: the load clients support plain TCP only, not TLS", WRONG_REQUEST)
     return endpoint.authority.decode()
 
 
 def metrics_url(flag: str, text: str) -> str:
-    """Return the address of a metrics page, HOST:PORT or URL, as a URL. Raises Failed."""
+    """Return the URL of a metrics page from HOST:PORT or a URL. Raises Failed."""
     url = text if "://" in text else f"http://{text}"
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -63,7 +63,7 @@ def metrics_url(flag: str, text: str) -> str:
 
 @contextmanager
 def load_errors() -> Iterator[None]:
-    """Turn what can go wrong with a load into one line for the user."""
+    """Turn the errors of a load into one line for the user."""
     try:
         yield
     except (ChildFailed, LoadFailed, WriteFailed, NoMetrics, NoTruth) as error:

@@ -1,4 +1,4 @@
-"""`watchmux measure`: flags, start and exit code; what it measures is in proxy/measuring."""
+"""`watchmux measure`: flags, start and exit code; the measurement itself is in proxy/measuring."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 @click.command(name="measure")
-@click.option("--upstream", metavar="HOST:PORT", help="The etcd to measure. Without it the bundled store is started.")
-@click.option(
-    "--upstream-metrics", metavar="URL", help="Where its metrics are, if not below its client address (/metrics)."
-)
-@click.option("--proxy", metavar="HOST:PORT", help="The watchmux in front of it. Without it one is started.")
+@click.option("--upstream", metavar="HOST:PORT", help="The etcd to measure. Default: start the bundled store.")
+@click.option("--upstream-metrics", metavar="URL", help="Metrics URL of etcd, if not /metrics at its client address.")
+@click.option("--proxy", metavar="HOST:PORT", help="The watchmux in front of it. Default: start one.")
 @click.option("--watches", default=1000, show_default=True, type=click.IntRange(1, 100_000), help="Client watches.")
-@click.option("--ranges", default=10, show_default=True, type=click.IntRange(1, 1000), help="Different ranges watched.")
+@click.option("--ranges", default=10, show_default=True, type=click.IntRange(1, 1000), help="Distinct ranges watched.")
 @click.option("--streams", default=200, show_default=True, type=click.IntRange(1, 10_000), help="gRPC watch streams.")
 @click.option(
-    "--seconds", type=click.FloatRange(0.1, 86_400), help="How long to write, or to observe.  [default: 5, or 60]"
+    "--seconds",
+    type=click.FloatRange(0.1, 86_400),
+    help="Duration of the writes, or of --observe.  [default: 5, or 60]",
 )
 @click.option("--rate", default=50.0, show_default=True, type=click.FloatRange(0.1, 10_000), help="Writes per second.")
-@click.option("--observe", is_flag=True, help="Put no load on: read what a proxy in production saves its etcd.")
+@click.option("--observe", is_flag=True, help="Generate no load: observe what a proxy in production saves its etcd.")
 @click.option("--proxy-metrics", metavar="URL", help="With --observe: the proxy's --metrics-addr.")
-@click.option("--report", metavar="FILE.html", help="Write the result as one page with charts, too.")
+@click.option("--report", metavar="FILE.html", help="Also write the result as one HTML page with charts.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     upstream: str | None,
@@ -46,14 +46,14 @@ def command(
     report: str | None,
     as_json: bool,
 ) -> int:
-    """Measure an etcd's load without and with the proxy: the same clients, the same writes, counted by etcd itself.
+    """Measure the load on etcd without and with the proxy: same clients, same writes, counted by etcd itself.
 
-    Writes keys below /watchmux-load/ and deletes them afterwards. Exit code 1 if anything was lost, doubled or out of
-    order through the proxy. With --observe it writes nothing and opens no watch: it reads two metrics pages.
+    Writes keys under /watchmux-load/ and deletes them afterwards. Exit code 1 if any event was lost, duplicated or out
+    of order through the proxy. With --observe it neither writes nor watches: it only reads the two metrics pages.
 
     \b
-      watchmux measure                                     a store and a proxy of its own
-      watchmux measure --upstream=127.0.0.1:2379           your etcd, and a proxy of its own
+      watchmux measure                                     starts a store and a proxy
+      watchmux measure --upstream=127.0.0.1:2379           your etcd; starts a proxy
       watchmux measure --upstream=127.0.0.1:2379 --watches=5000 --report=before-after.html
       watchmux measure --observe --upstream=127.0.0.1:2379 --proxy-metrics=127.0.0.1:9379
     """
@@ -93,21 +93,21 @@ def _check_together(
 ) -> None:
     problem = ""
     if observe and not proxy_metrics:
-        problem = "--observe: name the proxy's metrics too (--proxy-metrics=HOST:PORT, its --metrics-addr)"
+        problem = "--observe: requires --proxy-metrics=HOST:PORT, the proxy's --metrics-addr"
     elif observe and not (upstream or upstream_metrics):
-        problem = "--observe: name the etcd too (--upstream or --upstream-metrics)"
+        problem = "--observe: requires --upstream or --upstream-metrics"
     elif proxy_metrics and not observe:
-        problem = "--proxy-metrics: it is read with --observe only"
+        problem = "--proxy-metrics: used only with --observe"
     elif proxy and not upstream:
-        problem = "--proxy: name the etcd behind it too (--upstream): it is etcd that is measured"
+        problem = "--proxy: requires --upstream, the etcd behind it: etcd is what is measured"
     elif upstream_metrics and not upstream and not observe:
-        problem = "--upstream-metrics: name the etcd too (--upstream)"
+        problem = "--upstream-metrics: requires --upstream"
     if problem:
         raise Failed(problem, WRONG_REQUEST)
 
 
 def _check_writable(path: Path) -> None:
-    """Find out before the measurement that its report cannot be written."""
+    """Check before the measurement that its report can be written."""
     try:
         path.open("a").close()
     except OSError as error:

@@ -1,7 +1,7 @@
-"""`watchmux serve`: from settings to a running proxy, and in good order back.
+"""`watchmux serve`: flags and help; starting and stopping the proxy is in proxy/process/serving.py.
 
-The process stays small: gRPC's library is never loaded here, the web server only with --metrics-addr, TLS only with
-certificates. The bundled store, where no endpoints are given, is a process of its own for the same reason.
+The process stays small: it never loads grpcio, loads the web server only with --metrics-addr, and TLS only with
+certificates. For the same reason the bundled store, used without endpoints, is a separate process.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from proxy.cli.knobs import KnobCommand, knob_options, settings_of
 @click.option("--parent-fd", type=int, default=None, hidden=True)
 @click.pass_context
 def command(ctx: click.Context, /, parent_fd: int | None, **_given: Any) -> int:
-    """Stand in front of etcd and share its watches; the flags are those of `etcd grpc-proxy start`.
+    """Run the proxy in front of etcd; the flags are those of `etcd grpc-proxy start`.
 
     \b
       watchmux serve --endpoints=127.0.0.1:2379
       watchmux serve --endpoints=https://etcd-0:2379,https://etcd-1:2379 --cacert=ca.pem --listen-addr=:23790
       watchmux serve --config=watchmux.toml --metrics-addr=127.0.0.1:9379
-      watchmux serve                              (no etcd at hand: starts the bundled store and fronts it)
+      watchmux serve                              (without an etcd: starts the bundled store)
 
-    Point clients at --listen-addr. Calls other than watches pass through to etcd untouched. SIGTERM and SIGINT drain:
-    clients are sent elsewhere, open calls may end within --drain. SIGHUP reads the configuration file again: log level,
-    limits and endpoints change at once, what else has changed is named in the log. Certificates are read again by
-    themselves.
+    Clients connect to --listen-addr. Calls other than watches pass through to etcd unchanged. SIGTERM and SIGINT drain
+    the proxy: clients reconnect elsewhere, open calls may finish within --drain. SIGHUP reloads the configuration file:
+    log level, limits and endpoints change at once; the log names changes that need a restart. Certificate files are
+    reloaded when they change.
     """
     settings, notes = settings_of(ctx)
     if ctx.obj is not None:
-        # Somebody else serves: see `proxy.cli.apart`.
+        # Another process runs the proxy: see `proxy.cli.apart`.
         code: int = ctx.obj(settings, notes, parent_fd)
         return code
     import uvloop

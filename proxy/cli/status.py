@@ -1,4 +1,4 @@
-"""`watchmux status`: flags; what it shows is in proxy/measuring/status.py."""
+"""`watchmux status`: flags; the output is in proxy/measuring/status.py."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from proxy.errors import WRONG_REQUEST, Failed
 
 @click.command(name="status")
 @click.argument("address", metavar="HOST:PORT", envvar="WATCHMUX_METRICS_ADDR")
-@click.option("--watch", "live", is_flag=True, help="Go on until interrupted.")
+@click.option("--watch", "live", is_flag=True, help="Refresh until interrupted.")
 @click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
 def command(address: str, live: bool, as_json: bool) -> None:
-    """Show what a running proxy is doing; HOST:PORT is its --metrics-addr.
+    """Show the status of a running proxy; HOST:PORT is its --metrics-addr.
 
     \b
       watchmux serve --endpoints=127.0.0.1:2379 --metrics-addr=127.0.0.1:9379
@@ -25,7 +25,7 @@ def command(address: str, live: bool, as_json: bool) -> None:
     except BadValue as error:
         raise Failed(str(error), WRONG_REQUEST) from None
     if live and as_json:
-        raise Failed("--watch and --json do not go together", WRONG_REQUEST)
+        raise Failed("--watch and --json cannot be combined", WRONG_REQUEST)
     import asyncio
 
     from rich.console import Console

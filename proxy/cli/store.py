@@ -1,4 +1,4 @@
-"""`watchmux store`: flags and life of the bundled store; the store itself is in upstream/store/."""
+"""`watchmux store`: flags, start and stop of the bundled store; the store itself is in upstream/store/."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     envvar="WATCHMUX_STORE_LISTEN_ADDR",
     show_default=True,
     metavar="HOST:PORT",
-    help="Where clients connect. Port 0: any free one, printed.",
+    help="Address to listen on for clients. Port 0: any free port, printed at start.",
 )
 @click.option(
     "--listen-metrics-urls",
     envvar="WATCHMUX_STORE_LISTEN_METRICS_URLS",
     metavar="URL",
-    help="Serve /metrics, /health and /version here, as http://HOST:PORT.",
+    help="URL for /metrics, /health and /version: http://HOST:PORT.",
 )
 @click.option(
     "--data-dir",
     envvar="WATCHMUX_STORE_DATA_DIR",
     metavar="DIRECTORY",
-    help="Keep everything here (SQLite); without it everything is gone when the store ends.",
+    help="Data directory (SQLite). Default: in memory only; all data is lost when the store stops.",
 )
 @click.option(
     "--watch-progress-notify-interval",
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     default="10m",
     show_default=True,
     metavar="DURATION",
-    help="Tell quiet watches that asked for it how far they are, this often.",
+    help="Interval of progress notifications for idle watches that requested progress_notify.",
 )
 @click.option("--parent-fd", type=int, default=None, hidden=True)
 def command(
@@ -51,9 +51,9 @@ def command(
     progress_notify: str,
     parent_fd: int | None,
 ) -> None:
-    """Run the bundled etcd-compatible store on its own: for trying out, for tests, for small installations.
+    """Run the bundled etcd-compatible store standalone: for evaluation, tests and small installations.
 
-    With --data-dir every write is on disk before it is answered; without, everything is kept in memory only.
+    With --data-dir every write is on disk before it is acknowledged; without it, all data is in memory only.
 
     \b
       watchmux store --listen-addr=127.0.0.1:2379
@@ -68,7 +68,7 @@ def command(
         flag = "--watch-progress-notify-interval"
         interval_s = parse_duration_s(progress_notify)
         if interval_s == 0:
-            raise BadValue("it has to be longer than 0s")
+            raise BadValue("must be longer than 0s")
     except BadValue as error:
         raise Failed(f"{flag}: {error}", WRONG_REQUEST) from None
     import uvloop
@@ -106,8 +106,8 @@ async def _run(settings: StoreSettings, parent_fd: int | None) -> None:
         metrics = join_address(parse_address(settings.metrics_addr, listening=True).host, store.metrics_port)
     parent.write_line(Ready(address=store.endpoint, metrics=metrics))
     if parent_fd is None:
-        where = f", keeps its data in {settings.data_dir}" if settings.data_dir else ", in memory only"
-        where += f", its metrics are at {metrics}" if metrics else ""
+        where = f", data in {settings.data_dir}" if settings.data_dir else ", in memory only"
+        where += f", metrics at {metrics}" if metrics else ""
         click.echo(f"the store serves at {store.endpoint}{where}", err=True)
     told = asyncio.ensure_future(leaving.wait())
     broken = asyncio.ensure_future(store.failure())

@@ -1,4 +1,4 @@
-"""How a knob is described beside its field: its text, how it is written, whether etcd has the same flag, its bounds."""
+"""Metadata of a setting, attached to its field: help text, kind of value, whether etcd has the same flag, bounds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MIB = 1024 * KIB
 
 
 class Kind(Enum):
-    """How a knob is written in a flag and in the file."""
+    """The syntax of a setting's value in a flag and in the file."""
 
     TEXT = "text"
     FILE = "file"
@@ -41,12 +41,12 @@ def knob(
     advanced: bool = False,
     **bounds: float,
 ) -> Any:
-    """Describe a field: `from_etcd` if etcd grpc-proxy has the same flag, `advanced` if it is left out of --help.
+    """Describe a field: `from_etcd` if etcd grpc-proxy has the same flag, `advanced` if --help omits it.
 
     `bounds` are msgspec's ge, gt and le.
     """
     extra = {"about": About(kind, from_etcd, advanced)}
     constraints: dict[str, Any] = dict(bounds)
-    import msgspec  # by those who read knobs; whoever has settings from another process does not
+    import msgspec  # only to read settings; a process that receives them from another one does not need it
 
     return msgspec.Meta(description=text, extra=extra, **constraints)

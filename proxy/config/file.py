@@ -1,8 +1,8 @@
 """Settings from their sources: flags and environment over the configuration file over the defaults.
 
-Every source ends in the same check, and every refusal is one line that names where the value came from (a flag, a
-variable, a line of the file), what is wrong with it and what would be right. The commented example file is written
-here too, from the same knobs, so that it cannot grow old.
+All sources share the same checks. Every error is one line that names the origin of the value (a flag, a variable, a
+line of the file), the problem and the remedy. The commented example file is generated here too, from the same
+settings, so that it is never outdated.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _GROUPED_FROM = 10_000
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used; the text is the whole one-line message, its origin included."""
+    """An invalid setting; the text is the complete one-line message, including the origin of the value."""
 
 
 class Given(msgspec.Struct, frozen=True):
-    """A value somebody gave to a knob, and where: `--linger`, `WATCHMUX_LINGER`, `watchmux.toml:7: watch.linger_s`."""
+    """A value and its origin: `--linger`, `WATCHMUX_LINGER`, `watchmux.toml:7: watch.linger_s`."""
 
     value: Any
     origin: str
 
 
 def from_text(knob: Knob, text: str) -> Any:
-    """Turn a flag's or a variable's text into the knob's own type.
+    """Convert the text of a flag or variable to the setting's type.
 
     Raises BadValue.
     """
@@ -73,7 +73,7 @@ def from_text(knob: Knob, text: str) -> Any:
 
 
 def expectation(knob: Knob) -> str:
-    """Say in words what the knob takes, in the file's units."""
+    """Describe the allowed values of a setting, in the file's units."""
     meta = next(part for part in knob.type.__metadata__ if isinstance(part, msgspec.Meta))
     bounds = [
         f"{sign} {bound}"
@@ -92,7 +92,7 @@ def expectation(knob: Knob) -> str:
 
 
 def check_value(knob: Knob, given: Given, *, look_at_files: bool = True) -> Any:
-    """Return the value, fit for its field of Settings.
+    """Return the value, checked and converted for its field of Settings.
 
     Raises ConfigError.
     """
@@ -122,7 +122,7 @@ def _shown(value: object) -> str:
 
 
 def _check_endpoints(endpoints: list[str]) -> None:
-    from upstream.endpoints import parse_endpoints  # here: the example file and --help need nothing of upstream
+    from upstream.endpoints import parse_endpoints  # here: the example file and --help do not need `upstream`
     from upstream.errors import BadEndpoint
 
     try:
@@ -132,15 +132,15 @@ def _check_endpoints(endpoints: list[str]) -> None:
 
 
 def read_file(path: Path) -> dict[str, Given]:
-    """Read a configuration file into what it gives to each knob, by `table.key`; nothing is converted yet.
+    """Read a configuration file into values by `table.key`, without converting them.
 
-    Raises ConfigError for a file that cannot be read, is not TOML, or has a table or key nobody knows.
+    Raises ConfigError for a file that cannot be read, is not TOML, or has an unknown table or key.
     """
     try:
         text = path.read_text(encoding="utf-8")
         document = tomllib.loads(text)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read it: {(error.strerror or str(error)).lower()}") from None
+        raise ConfigError(f"{path}: cannot read file: {(error.strerror or str(error)).lower()}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file: byte {error.start} is not UTF-8") from None
     except tomllib.TOMLDecodeError as error:
@@ -168,12 +168,12 @@ def read_file(path: Path) -> dict[str, Given]:
 def _unknown(path: Path, text: str, name: str, is_table: bool) -> str:
     where = _place(path, text, "", name)
     if is_table:
-        return f"{where}: unknown table [{name}]{_hint(name, list(tables()))}; there are {', '.join(tables())}"
+        return f"{where}: unknown table [{name}]{_hint(name, list(tables()))}; known tables: {', '.join(tables())}"
     return f"{where}: unknown key {name!r} outside a table{_hint(name, [knob.key for knob in knobs()])}"
 
 
 def _hint(wrong: str, known: list[str], table: str = "") -> str:
-    """Guess what was meant: the same key in another table, or the nearest spelling."""
+    """Suggest a correction: the same key in another table, or the closest spelling."""
     elsewhere = next((knob for knob in knobs() if knob.key == wrong and knob.table != table), None)
     if elsewhere is not None:
         return f"; it belongs in [{elsewhere.table}]"
@@ -187,7 +187,7 @@ def _hint(wrong: str, known: list[str], table: str = "") -> str:
 
 
 def _place(path: Path, text: str, table: str, key: str) -> str:
-    """Return FILE:LINE of a key, as far as a look at the lines can tell; FILE alone where it cannot."""
+    """Return FILE:LINE of a key, found by a simple line scan; FILE alone if the scan does not find it."""
     current = ""
     for number, line in enumerate(text.splitlines(), 1):
         header = re.match(r"\s*\[\s*([\w.\"'-]+)\s*\]", line)
@@ -201,10 +201,10 @@ def _place(path: Path, text: str, table: str, key: str) -> str:
 
 
 def layer(above: Mapping[str, Given], below: Mapping[str, Given], *, look_at_files: bool = True) -> Settings:
-    """Build the settings: `above` (flags and variables) over `below` (the file) over the defaults.
+    """Build the settings: `above` (flags and variables) overrides `below` (the file), which overrides the defaults.
 
-    Both map `table.key` to what was given, already of the knob's type. `look_at_files` False: certificates may be
-    elsewhere, as when a file is checked on another machine. Raises ConfigError.
+    Both map `table.key` to a value of the setting's type. With `look_at_files` False, certificates need not exist, for
+    checking a file on another machine. Raises ConfigError.
     """
     merged = {**below, **above}
     values: dict[str, dict[str, Any]] = {table: {} for table in tables()}
@@ -224,7 +224,7 @@ def _origin(path: str, given: Mapping[str, Given]) -> str:
 
 
 def _check_together(settings: Settings, given: Mapping[str, Given]) -> None:
-    """Check what no single value shows: pairs that need each other, one address for two things."""
+    """Check combinations: settings that require each other, and one address used twice."""
     by_path = {knob.path: knob for knob in knobs()}
     upstream, listener = settings.upstream, settings.listener
     for first, second, values in (
@@ -234,11 +234,11 @@ def _check_together(settings: Settings, given: Mapping[str, Given]) -> None:
     ):
         if bool(values[0]) != bool(values[1]):
             there, missing = (first, second) if values[0] else (second, first)
-            raise ConfigError(f"{_origin(there, given)}: needs {by_path[missing].flag} as well")
+            raise ConfigError(f"{_origin(there, given)}: requires {by_path[missing].flag}")
     if listener.trusted_ca_file and not listener.cert_file:
-        raise ConfigError(f"{_origin('listener.trusted_ca_file', given)}: needs --cert-file and --key-file as well")
+        raise ConfigError(f"{_origin('listener.trusted_ca_file', given)}: requires --cert-file and --key-file")
     if listener.listen_addr.lower().startswith("unixs:") and not listener.cert_file:
-        raise ConfigError(f"{_origin('listener.listen_addr', given)}: unixs needs --cert-file and --key-file as well")
+        raise ConfigError(f"{_origin('listener.listen_addr', given)}: unixs requires --cert-file and --key-file")
     if settings.admin.metrics_addr:
         metrics = parse_metrics_address(settings.admin.metrics_addr)
         listen = parse_listen_address(listener.listen_addr)
@@ -247,16 +247,16 @@ def _check_together(settings: Settings, given: Mapping[str, Given]) -> None:
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Tell whether two hosts to listen on are the same, or one of them is all interfaces."""
+    """Return whether two listen hosts are the same, or one of them means all interfaces."""
     return one == other or not {one, other}.isdisjoint(("", "0.0.0.0", "::"))
 
 
 def _check_certificates(settings: Settings, given: Mapping[str, Given]) -> None:
-    """Load what TLS will need, so that a wrong file is refused at the start and not at the first handshake."""
+    """Load all TLS files, so that a bad one is refused at start and not at the first handshake."""
     upstream, listener = settings.upstream, settings.listener
     if not (upstream.cert or upstream.cacert or listener.cert_file):
         return
-    from upstream.errors import BadTls  # here, not above: ssl costs 15 ms and memory, for those only who use it
+    from upstream.errors import BadTls  # imported here because ssl costs 15 ms and memory
     from upstream.tls import client_context, server_context
 
     path = "upstream.cert" if upstream.cert else "upstream.cacert"
@@ -270,10 +270,10 @@ def _check_certificates(settings: Settings, given: Mapping[str, Given]) -> None:
 
 
 def render_example() -> str:
-    """Write the commented configuration file with every knob at its default."""
+    """Render the commented configuration file with every setting at its default."""
     lines = [
-        "# watchmux: every knob, at its default. Flags and WATCHMUX_* variables go before this file.",
-        "# Written by `watchmux config`; durations are in seconds (_s), sizes in bytes (_bytes).",
+        "# watchmux: every setting with its default. Flags and WATCHMUX_* variables override this file.",
+        "# Generated by `watchmux config`; durations are in seconds (_s), sizes in bytes (_bytes).",
     ]
     for table, struct in tables().items():
         lines += ["", "", f"# {(struct.__doc__ or '').strip()}", f"[{table}]"]

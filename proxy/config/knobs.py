@@ -1,8 +1,8 @@
-"""Every knob of the proxy: name, default, unit, flag, and what it trades for what. One place, read by all others.
+"""Every setting of the proxy: name, default, unit, flag, trade-off.
 
 The command line's options, the `WATCHMUX_*` variables, the configuration file and the commented example in
-`configs/watchmux.toml` are all made from the structs below, so a knob is added by adding one field. Units stand last
-in the names (`linger_s`, `history_bytes_max`). A number that limits nothing when 0 says so in its text.
+`configs/watchmux.toml` are all generated from the structs below, so adding a setting means adding one field. Units
+come last in the names (`linger_s`, `history_bytes_max`). If 0 disables a limit, its text says so.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from proxy.config.watch import Watch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpstreamTable:
-    """The etcd in front of which the proxy stands."""
+    """Connections to etcd."""
 
     endpoints: Annotated[
         list[str],
         knob(
-            "The etcd members, as HOST:PORT, http://HOST:PORT, https://HOST:PORT or unix:///PATH. Name all of them: "
-            "the proxy moves on to the next when one fails. Without any, the bundled store is started and fronted.",
+            "Client endpoints of all etcd members: HOST:PORT, http://HOST:PORT, https://HOST:PORT or unix:///PATH. "
+            "When one member fails, the proxy switches to the next. Empty: start the bundled store and proxy it.",
             Kind.ENDPOINTS,
             from_etcd=True,
         ),
@@ -35,27 +35,25 @@ class UpstreamTable:
     discovery_srv: Annotated[
         str,
         knob(
-            "Find the members by the SRV records of this domain (_etcd-client-ssl._tcp, _etcd-client._tcp), once at "
-            "the start; goes before --endpoints.",
+            "DNS domain whose SRV records (_etcd-client-ssl._tcp, _etcd-client._tcp) name the endpoints; looked up "
+            "once at start. Takes precedence over --endpoints.",
             Kind.TEXT,
             from_etcd=True,
         ),
     ] = ""
     discovery_srv_name: Annotated[
         str,
-        knob("Append this to the services looked up: _etcd-client-ssl-NAME._tcp.", Kind.TEXT, from_etcd=True),
+        knob("Suffix of the SRV service names to look up: _etcd-client-ssl-NAME._tcp.", Kind.TEXT, from_etcd=True),
     ] = ""
     insecure_discovery: Annotated[
-        bool, knob("Take members without TLS from --discovery-srv as well.", Kind.SWITCH, from_etcd=True)
+        bool, knob("Accept endpoints without TLS from --discovery-srv.", Kind.SWITCH, from_etcd=True)
     ] = False
-    cacert: Annotated[
-        str, knob("CA bundle (PEM) that etcd's certificates are verified with.", Kind.FILE, from_etcd=True)
-    ] = ""
+    cacert: Annotated[str, knob("CA bundle (PEM) to verify etcd's certificates with.", Kind.FILE, from_etcd=True)] = ""
     cert: Annotated[
         str,
         knob(
-            "Certificate (PEM) to show to etcd. With etcd's auth on it must have no CN: etcd would take the CN as the "
-            "user of every call that passes through.",
+            "Client certificate (PEM) to present to etcd. If auth is enabled in etcd, the certificate must have no "
+            "CN: etcd would take the CN as the user of every call that passes through.",
             Kind.FILE,
             from_etcd=True,
         ),
@@ -64,17 +62,17 @@ class UpstreamTable:
     user: Annotated[
         str,
         knob(
-            "A user of etcd in whose name shared watches are kept up when auth is on, so that they do not depend on "
-            "the tokens of clients. It must be allowed to read what clients watch. Each client is still checked "
-            "with its own token, and no call of a client is ever made in this name.",
+            "etcd user that owns the shared upstream watches when auth is enabled, so that they do not depend on the "
+            "clients' tokens. It must be allowed to read everything that clients watch. Each client is still checked "
+            "with its own token, and no client call is ever made as this user.",
             Kind.TEXT,
         ),
     ] = ""
     password: Annotated[
         str,
         knob(
-            "The password of --user. Better given as WATCHMUX_PASSWORD or in the file: command lines can be read by "
-            "everybody on the machine.",
+            "Password of --user. Prefer WATCHMUX_PASSWORD or the configuration file: every user of the machine can "
+            "read command lines.",
             Kind.TEXT,
         ),
     ] = ""
@@ -85,8 +83,8 @@ class UpstreamTable:
     namespace: Annotated[
         str,
         knob(
-            "Prefix the keys of all clients with this at etcd: their KV, Watch, Lease, Lock, Election calls see what "
-            "is below it, nothing else. Other services (Maintenance, Auth, Cluster) pass untouched; HTTP/1 is refused.",
+            "Prefix the keys of all clients with this at etcd: KV, Watch, Lease, Lock and Election calls see only the "
+            "keys below it. Other services (Maintenance, Auth, Cluster) pass through unchanged; HTTP/1 is refused.",
             Kind.TEXT,
             from_etcd=True,
         ),
@@ -94,8 +92,8 @@ class UpstreamTable:
     dial_keepalive_time_s: Annotated[
         float,
         knob(
-            "Ping etcd on a connection that was silent for so long; notices a dead host sooner when shorter, but etcd "
-            "drops clients that ping more often than every 5 s. 0: never.",
+            "Send an HTTP/2 PING to etcd after this time without data on a connection. A shorter time detects a dead "
+            "host sooner, but etcd closes connections that ping more often than every 5 s. 0 disables it.",
             Kind.SECONDS,
             from_etcd=True,
             ge=0,
@@ -104,7 +102,7 @@ class UpstreamTable:
     dial_keepalive_timeout_s: Annotated[
         float,
         knob(
-            "Give a connection to etcd up when a ping stays unanswered for so long.",
+            "Close a connection to etcd if a PING is not answered within this time.",
             Kind.SECONDS,
             from_etcd=True,
             gt=0,
@@ -113,7 +111,7 @@ class UpstreamTable:
     connect_timeout_s: Annotated[
         float,
         knob(
-            "Give up connecting to a member (name, TCP and TLS together) after so long and try the next one.",
+            "Timeout for connecting to a member (DNS, TCP and TLS together); then the next member is tried.",
             Kind.SECONDS,
             gt=0,
             advanced=True,
@@ -122,8 +120,8 @@ class UpstreamTable:
     connections_per_endpoint_max: Annotated[
         int,
         knob(
-            "Connections to one member, for calls and for watches each. Another one is opened only when etcd (or what "
-            "stands in front of it) limits the streams of a connection and these are used up.",
+            "Maximum connections to one member, for calls and for watches each. The proxy opens another one only when "
+            "etcd (or a load balancer in front of it) limits the streams of a connection and all of them are in use.",
             Kind.COUNT,
             ge=1,
             advanced=True,
@@ -132,9 +130,9 @@ class UpstreamTable:
     call_wait_s: Annotated[
         float,
         knob(
-            "Hold calls for so long while no etcd can be reached, as etcd's own client does; those of clientv3 at most "
-            "for a third of the time until their deadline. Then they are refused, and clientv3 tries its next "
-            "endpoint: with several proxies a shorter time is better. 0: refuse at once.",
+            "How long to hold calls while no etcd is reachable, as etcd's own client does; calls of clientv3 at most "
+            "for a third of the time left until their deadline. After that they fail, and clientv3 tries its next "
+            "endpoint: with several proxies, use a shorter time. 0: fail at once.",
             Kind.SECONDS,
             ge=0,
         ),
@@ -142,8 +140,8 @@ class UpstreamTable:
     watch_message_bytes_max: Annotated[
         int,
         knob(
-            "How much of one revision is held for a watch until all of it has come from etcd: the events that one "
-            "transaction or one range deletion has in a range. A larger one ends its watch.",
+            "Maximum size of one revision of an upstream watch, buffered until all its fragments have arrived: the "
+            "events of one transaction or one range deletion within a range. A larger revision ends its watch.",
             Kind.BYTES,
             ge=1,
             advanced=True,
@@ -152,8 +150,8 @@ class UpstreamTable:
     max_request_bytes: Annotated[
         int,
         knob(
-            "What etcd's own --max-request-bytes is set to. Watch requests, and under --namespace all requests, that "
-            "are larger than this and 512 KiB are refused before they take memory here, as etcd refuses them.",
+            "The value of etcd's own --max-request-bytes. Watch requests (with --namespace: all requests) larger than "
+            "this plus 512 KiB are refused before they use memory in the proxy, as etcd refuses them.",
             Kind.BYTES,
             ge=1,
             advanced=True,
@@ -163,13 +161,13 @@ class UpstreamTable:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListenerTable:
-    """Where clients connect."""
+    """Client connections."""
 
     listen_addr: Annotated[
         str,
         knob(
-            "Where clients connect: HOST:PORT, :PORT for all interfaces, or unix:///PATH. Port 0: any free one, named "
-            "in the log.",
+            "Address to listen on for clients: HOST:PORT, :PORT (all interfaces) or unix:///PATH. Port 0: any free "
+            "port; the log shows it.",
             Kind.ADDRESS,
             from_etcd=True,
         ),
@@ -177,29 +175,33 @@ class ListenerTable:
     advertise_client_url: Annotated[
         str,
         knob(
-            "Where clients shall connect: http://HOST:PORT, https://HOST:PORT or HOST:PORT. MemberList then shows it "
-            "as the client URL of every member, so that clients which take their endpoints from the cluster "
-            "(AutoSync, etcdctl --cluster) stay with the proxy; log and status show it too. Empty: etcd's own list.",
+            "URL to advertise to clients: http://HOST:PORT, https://HOST:PORT or HOST:PORT. MemberList returns it as "
+            "the client URL of every member, so that clients that take their endpoints from the cluster (AutoSync, "
+            "etcdctl --cluster) stay on the proxy; the log and the status show it too. Empty: MemberList returns "
+            "etcd's own list.",
             Kind.CLIENT_URL,
             from_etcd=True,
         ),
     ] = ""
     cert_file: Annotated[
-        str, knob("Serve TLS with this certificate (PEM, with its chain).", Kind.FILE, from_etcd=True)
+        str, knob("Server certificate (PEM, with its chain); enables TLS for clients.", Kind.FILE, from_etcd=True)
     ] = ""
     key_file: Annotated[str, knob("Private key (PEM) of --cert-file.", Kind.FILE, from_etcd=True)] = ""
     trusted_ca_file: Annotated[
-        str, knob("Ask clients for a certificate signed by this CA bundle (PEM).", Kind.FILE, from_etcd=True)
+        str,
+        knob(
+            "CA bundle (PEM); clients must present a certificate signed by one of these CAs.", Kind.FILE, from_etcd=True
+        ),
     ] = ""
     tls_min_version: Annotated[
         Literal["TLS1.2", "TLS1.3"],
-        knob("Serve no older TLS than this. HTTP/2 wants 1.2 at least.", Kind.CHOICE, from_etcd=True, advanced=True),
+        knob("Minimum TLS version for clients. HTTP/2 requires TLS 1.2.", Kind.CHOICE, from_etcd=True, advanced=True),
     ] = "TLS1.2"
     max_concurrent_streams: Annotated[
         int,
         knob(
-            "Streams (calls and watches) one connection may have open; more wait in the client. etcd's default is "
-            "no limit; ours bounds what one client can cost.",
+            "Maximum concurrent streams (calls and watches) on one client connection; the client queues further ones. "
+            "etcd has no limit by default; this one bounds the cost of one client.",
             Kind.COUNT,
             from_etcd=True,
             ge=1,
@@ -209,7 +211,8 @@ class ListenerTable:
     grpc_keepalive_min_time_s: Annotated[
         float,
         knob(
-            "Send a client away (too_many_pings) that pings more often, as etcd does. 0: only floods are cut off.",
+            "Close connections whose client pings more often than this (GOAWAY too_many_pings), as etcd does. 0 "
+            "disables the check, except for floods.",
             Kind.SECONDS,
             from_etcd=True,
             ge=0,
@@ -218,7 +221,7 @@ class ListenerTable:
     grpc_keepalive_interval_s: Annotated[
         float,
         knob(
-            "Ping a client that was silent for so long. 0: never.",
+            "Send an HTTP/2 PING to a client after this time without data from it. 0 disables it.",
             Kind.SECONDS,
             from_etcd=True,
             ge=0,
@@ -227,7 +230,7 @@ class ListenerTable:
     grpc_keepalive_timeout_s: Annotated[
         float,
         knob(
-            "Close a client's connection when our ping stays unanswered for so long.",
+            "Close a client connection if the proxy's PING is not answered within this time.",
             Kind.SECONDS,
             from_etcd=True,
             gt=0,
@@ -236,8 +239,8 @@ class ListenerTable:
     connections_max: Annotated[
         int,
         knob(
-            "Client connections at a time; one more is told so and closed. Lowered at the start to what the limit of "
-            "open files leaves.",
+            "Maximum concurrent client connections; further ones get GOAWAY and are closed. Lowered at start to what "
+            "the limit of open files allows.",
             Kind.COUNT,
             ge=1,
         ),
@@ -245,7 +248,7 @@ class ListenerTable:
     sessions_per_connection_max: Annotated[
         int,
         knob(
-            "Watch streams on one connection; one more is refused with RESOURCE_EXHAUSTED.",
+            "Maximum watch streams on one client connection; further ones are refused with RESOURCE_EXHAUSTED.",
             Kind.COUNT,
             ge=1,
             advanced=True,
@@ -254,8 +257,8 @@ class ListenerTable:
     requests_waiting_bytes_max: Annotated[
         int,
         knob(
-            "Watch requests of all clients that wait, for etcd or for their end; beyond it the stream with most of "
-            "them ends with RESOURCE_EXHAUSTED.",
+            "Maximum total size of pending watch requests (incomplete, or waiting for etcd) of all clients. Above it, "
+            "the stream with the most pending bytes ends with RESOURCE_EXHAUSTED.",
             Kind.BYTES,
             ge=1,
             advanced=True,
@@ -264,8 +267,8 @@ class ListenerTable:
     drain_s: Annotated[
         float,
         knob(
-            "After SIGTERM or SIGINT, give open calls so long to end; watches are told to go elsewhere. A second "
-            "signal ends at once.",
+            "Grace period for open calls after SIGTERM or SIGINT; watches end with UNAVAILABLE during its first "
+            "half, so that clients reconnect elsewhere. A second signal stops the proxy at once.",
             Kind.SECONDS,
             ge=0,
         ),
@@ -274,26 +277,30 @@ class ListenerTable:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogTable:
-    """What is logged. Keys and values of clients never are."""
+    """Logging (keys and values of clients are never logged)."""
 
     log_level: Annotated[
-        Literal["debug", "info", "warn", "error", "fatal"], knob("The least grave messages to log.", Kind.CHOICE)
+        Literal["debug", "info", "warn", "error", "fatal"], knob("Minimum log level.", Kind.CHOICE)
     ] = "info"
     log_format: Annotated[
         Literal["auto", "console", "json"],
-        knob("console: for people; json: one object a line; auto: console on a terminal, else json.", Kind.CHOICE),
+        knob(
+            "Log format. console: human-readable; json: one object per line; auto: console on a terminal, otherwise "
+            "json.",
+            Kind.CHOICE,
+        ),
     ] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdminTable:
-    """Watching the proxy itself."""
+    """Monitoring of the proxy itself."""
 
     metrics_addr: Annotated[
         str,
         knob(
-            "Serve the status page, /metrics and health (/livez, /readyz, /health) here, in plain text. Port 0: any "
-            "free one, named in the log. Empty: nowhere.",
+            "Address of the plain-text HTTP server for the status page, /metrics and health checks (/livez, /readyz, "
+            "/health). Port 0: any free port; the log shows it. Empty: disabled.",
             Kind.METRICS_ADDRESS,
             from_etcd=True,
         ),
@@ -301,8 +308,8 @@ class AdminTable:
     probe_interval_s: Annotated[
         float,
         knob(
-            "Watch through the proxy itself so often, without any upstream watch; after three times without an answer "
-            "/livez and grpc.health.v1 say that it hangs. 0: never.",
+            "Interval of the self-probe: a watch through the proxy itself, without an upstream watch. After three "
+            "unanswered probes, /livez and grpc.health.v1 report that the proxy hangs. 0 disables it.",
             Kind.SECONDS,
             ge=0,
         ),
@@ -311,7 +318,7 @@ class AdminTable:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """All knobs, by table of the configuration file."""
+    """All settings, by table of the configuration file."""
 
     upstream: UpstreamTable = field(default_factory=UpstreamTable)
     listener: ListenerTable = field(default_factory=ListenerTable)
@@ -322,7 +329,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Knob:
-    """One knob, as every reader of the settings needs it."""
+    """The description of one setting, for the command line, the file and the documentation."""
 
     table: str
     key: str
@@ -342,7 +349,7 @@ class Knob:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """What a knob of kind CHOICE may be; empty for the others."""
+        """The allowed values of a setting of kind CHOICE; empty for other kinds."""
         return typing.get_args(typing.get_args(self.type)[0]) if self.kind is Kind.CHOICE else ()
 
 
@@ -353,7 +360,7 @@ def tables() -> dict[str, type]:
 
 @cache
 def knobs() -> tuple[Knob, ...]:
-    """Return every knob, in the order of the file."""
+    """Return every setting, in the order of the file."""
     return tuple(_walk())
 
 
@@ -363,7 +370,7 @@ def _walk() -> Iterator[Knob]:
         for one in fields(struct):
             meta = typing.get_args(annotated[one.name])[1]
             about: About = (meta.extra or {})["about"]
-            # `progress_retry_s_max` is --progress-retry-max: a duration's flag takes any unit.
+            # `progress_retry_s_max` becomes --progress-retry-max: a duration flag accepts any unit.
             name = re.sub(r"_s(?=_|$)", "", one.name) if about.kind is Kind.SECONDS else one.name
             yield Knob(
                 table=table,

@@ -1,8 +1,8 @@
-"""The kinds of value a knob can have: durations, sizes, addresses, URLs, files.
+"""Parsing of setting values: durations, sizes, addresses, URLs, files.
 
-Flags and environment variables say `--linger=500ms` and `--history-bytes-max=64MiB`, as etcd's users are used to; the
-configuration file says `linger_s = 0.5`, with the unit in the name. Both end as the same numbers, and both are
-refused by the same one-line errors, which say what is wrong and what would be right.
+Flags and environment variables use `--linger=500ms` and `--history-bytes-max=64MiB`, as etcd does; the configuration
+file uses `linger_s = 0.5`, with the unit in the name. Both yield the same numbers and the same one-line errors, which
+state the problem and the expected form.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 ENV_PREFIX = "WATCHMUX_"
-"""What the environment variables of the knobs begin with."""
+"""Prefix of the environment variables."""
 
 _DURATION_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h|d)")
@@ -24,18 +24,18 @@ _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,
 
 
 class BadValue(ValueError):
-    """A value that cannot be used; the text says why and what would be right, without naming the knob."""
+    """An invalid value; the text states the problem and the expected form, without naming the setting."""
 
 
 class Address(NamedTuple):
-    """Where to listen or to connect: a host name or IP address (without brackets) and a port, or a unix socket."""
+    """An address to listen on or connect to: host name or IP address (without brackets) and port, or a unix socket."""
 
     host: str
-    """Empty where one listens on all interfaces."""
+    """Empty: listen on all interfaces."""
 
     port: int
     path: str = ""
-    """Of the unix socket; then host and port mean nothing."""
+    """Path of the unix socket; if set, host and port are unused."""
 
     def __str__(self) -> str:
         if self.path:
@@ -44,7 +44,7 @@ class Address(NamedTuple):
 
 
 def parse_duration_s(text: str) -> float:
-    """Read a duration as Go writes it (`1m30s`, `500ms`), or a plain number of seconds, into seconds.
+    """Parse a Go duration (`1m30s`, `500ms`) or a plain number of seconds; return seconds.
 
     Raises BadValue.
     """
@@ -62,7 +62,7 @@ def parse_duration_s(text: str) -> float:
 
 
 def parse_size_bytes(text: str) -> int:
-    """Read a size (`64MiB`, `64M`, `1500000`; always powers of 1024) into bytes.
+    """Parse a size (`64MiB`, `64M`, `1500000`; always powers of 1024); return bytes.
 
     Raises BadValue.
     """
@@ -74,7 +74,7 @@ def parse_size_bytes(text: str) -> int:
 
 
 def show_duration(seconds: float) -> str:
-    """Write seconds the way flags read them: 0.1 -> `100ms`, 7200 -> `2h`."""
+    """Format seconds as flags accept them: 0.1 -> `100ms`, 7200 -> `2h`."""
     for unit, scale in (("h", 3600), ("m", 60), ("s", 1)):
         if seconds >= scale and seconds % scale == 0:
             return f"{int(seconds // scale)}{unit}"
@@ -82,7 +82,7 @@ def show_duration(seconds: float) -> str:
 
 
 def show_size(size: int) -> str:
-    """Write a number of bytes the way flags read it: 1048576 -> `1MiB`; what is no round number stays plain."""
+    """Format bytes as flags accept them: 1048576 -> `1MiB`; a number that is not a multiple of 1 KiB stays plain."""
     for unit, power in (("GiB", 3), ("MiB", 2), ("KiB", 1)):
         if size >= 1024**power and size % 1024**power == 0:
             return f"{size // 1024**power}{unit}"
@@ -90,9 +90,9 @@ def show_size(size: int) -> str:
 
 
 def parse_address(text: str, *, listening: bool = False) -> Address:
-    """Read `HOST:PORT`, `[IPv6]:PORT` or, where one listens, `:PORT` (all interfaces).
+    """Parse `HOST:PORT`, `[IPv6]:PORT` or, if `listening`, `:PORT` (all interfaces).
 
-    Port 0 (any free port) is accepted only where one listens. Raises BadValue.
+    Port 0 (any free port) is accepted only if `listening`. Raises BadValue.
     """
     host, colon, port_text = text.strip().rpartition(":")
     if not colon:
@@ -101,7 +101,7 @@ def parse_address(text: str, *, listening: bool = False) -> Address:
         raise BadValue(f"{port_text!r} in {text!r} is not a port; it is a number from 0 to 65535")
     port = int(port_text)
     if port == 0 and not listening:
-        raise BadValue(f"{text!r} has port 0, where nothing can be reached")
+        raise BadValue(f"{text!r} has port 0, which cannot be connected to")
     if host.startswith("[") and host.endswith("]"):
         try:
             ipaddress.IPv6Address(host[1:-1].split("%")[0])
@@ -117,17 +117,17 @@ def parse_address(text: str, *, listening: bool = False) -> Address:
 
 
 def parse_listen_address(text: str) -> Address:
-    """Read where clients connect: as `parse_address`, or a unix socket as etcd's clients write it.
+    """Parse a listen address for clients: as `parse_address`, or a unix socket in the syntax of etcd's clients.
 
-    That is `unix:///absolute`, `unix://relative` or `unix:path`; `unixs` says that TLS is meant. `:PORT` means all
-    interfaces in both families, as it does in Go. Raises BadValue.
+    That is `unix:///absolute`, `unix://relative` or `unix:path`; `unixs` means TLS. `:PORT` means all interfaces in
+    both address families, as in Go. Raises BadValue.
     """
     plain = text.strip()
     scheme, colon, rest = plain.partition(":")
     if colon and scheme.lower() in ("unix", "unixs"):
         path = rest.removeprefix("//")
         if not path or path.endswith("/"):
-            raise BadValue(f"{text!r} has no path of a socket; write unix:///run/watchmux.sock")
+            raise BadValue(f"{text!r} has no socket path; write unix:///run/watchmux.sock")
         return Address("", 0, path)
     address = parse_address(text, listening=True)
     return address._replace(host="") if plain.startswith(":") else address
@@ -144,7 +144,7 @@ def _check_host(host: str, text: str) -> None:
 
 
 def parse_metrics_address(text: str) -> Address:
-    """Read where to serve metrics: `HOST:PORT` or, as etcd's flag has it, `http://HOST:PORT`.
+    """Parse the metrics address: `HOST:PORT` or, as in etcd's flag, `http://HOST:PORT`.
 
     Raises BadValue; https is refused, because metrics are served in plain text.
     """
@@ -154,16 +154,16 @@ def parse_metrics_address(text: str) -> Address:
     if parts.scheme == "https":
         raise BadValue(f"{text!r}: metrics are served in plain text; use http:// and a private address")
     if parts.scheme != "http":
-        raise BadValue(f"{text!r}: the scheme {parts.scheme!r} is not known; use http://HOST:PORT")
+        raise BadValue(f"{text!r}: unknown scheme {parts.scheme!r}; use http://HOST:PORT")
     if parts.path.rstrip("/") or parts.query or parts.fragment:
-        raise BadValue(f"{text!r}: leave out the path; /metrics, /health and /v1/status are added")
+        raise BadValue(f"{text!r}: remove the path; /metrics, /health and /v1/status are added")
     return parse_address(parts.netloc, listening=True)
 
 
 def client_url(text: str, *, secure: bool = False) -> str:
-    """Read where clients shall connect: `http://HOST:PORT`, `https://HOST:PORT`, or `HOST:PORT` alone; "" stays.
+    """Parse an advertised URL: `http://HOST:PORT`, `https://HOST:PORT` or `HOST:PORT`; "" is returned as it is.
 
-    Returns it with its scheme, as etcd's members have it; without one it is https if `secure`. Raises BadValue.
+    Returns it with a scheme, as in etcd's member list; the default is https if `secure`. Raises BadValue.
     """
     if not text:
         return ""
@@ -171,15 +171,15 @@ def client_url(text: str, *, secure: bool = False) -> str:
     if not separator:
         scheme, rest = "https" if secure else "http", scheme
     elif scheme.lower() not in ("http", "https"):
-        raise BadValue(f"{text!r}: the scheme {scheme!r} is not known; use http://HOST:PORT or https://HOST:PORT")
+        raise BadValue(f"{text!r}: unknown scheme {scheme!r}; use http://HOST:PORT or https://HOST:PORT")
     place, _, path = rest.partition("/")
     if path:
-        raise BadValue(f"{text!r}: leave out what follows the port; clients take HOST:PORT")
+        raise BadValue(f"{text!r}: remove everything after the port; clients accept only HOST:PORT")
     return f"{scheme.lower()}://{parse_address(place)}"
 
 
 def check_readable(path: str) -> None:
-    """Make sure that a file is there and can be read. Raises BadValue."""
+    """Check that a file exists and is readable. Raises BadValue."""
     try:
         with Path(path).open("rb") as file:
             file.read(1)

@@ -1,4 +1,4 @@
-"""The knobs of sharing watches; see `knobs` for what is made from them."""
+"""The settings of watch sharing; see `knobs` for how they are used."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from proxy.config.describing import KIB, MIB, Kind, knob
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Watch:
-    """Sharing watches: how long, how much, and for whom."""
+    """Watch sharing: history, limits and progress."""
 
     linger_s: Annotated[
         float,
         knob(
-            "Keep the upstream watch of a range open so long after its last client left. Longer: fewer watches opened "
-            "at etcd when clients come and go; shorter: etcd is rid of the watch sooner.",
+            "How long to keep the upstream watch of a range after its last client watch has ended. Longer: fewer "
+            "watch creations at etcd when clients come and go. Shorter: fewer idle watches at etcd.",
             Kind.SECONDS,
             ge=0,
         ),
@@ -24,8 +24,8 @@ class Watch:
     history_linger_s: Annotated[
         float,
         knob(
-            "Keep the recent events of a range so long after its upstream watch was closed: a client that comes back "
-            "meanwhile goes on from there. 0: not at all.",
+            "How long to keep the recent events of a range after its upstream watch was closed; a client that returns "
+            "within this time continues from them. 0 disables it.",
             Kind.SECONDS,
             ge=0,
         ),
@@ -33,7 +33,7 @@ class Watch:
     parked_max: Annotated[
         int,
         knob(
-            "Ranges whose recent events are kept without an upstream watch; one more, and the oldest goes.",
+            "Maximum ranges whose recent events are kept without an upstream watch; beyond it, the oldest is dropped.",
             Kind.COUNT,
             ge=0,
             advanced=True,
@@ -42,8 +42,8 @@ class Watch:
     watch_progress_notify_interval_s: Annotated[
         float,
         knob(
-            "Send progress at least this often to quiet watches that asked for progress_notify. They get it at "
-            "etcd's own interval in any case; this can only make it more frequent.",
+            "Maximum interval of progress notifications for idle watches that requested progress_notify. They always "
+            "get them at etcd's own interval; this setting can only make them more frequent.",
             Kind.SECONDS,
             gt=0,
             from_etcd=True,
@@ -52,8 +52,8 @@ class Watch:
     history_bytes_total_max: Annotated[
         int,
         knob(
-            "Memory for recent events of all ranges together. From it watches that start in the past or fell "
-            "behind are served without asking etcd; the oldest events go first.",
+            "Memory for the recent events of all ranges. Watches that start in the past or lag behind are served from "
+            "it, without etcd; the oldest events are evicted first.",
             Kind.BYTES,
             ge=0,
         ),
@@ -61,8 +61,8 @@ class Watch:
     history_bytes_max: Annotated[
         int,
         knob(
-            "Memory for recent events of one range. More: deeper starts in the past without a watch of their own "
-            "at etcd.",
+            "Memory for the recent events of one range. More memory serves older start revisions without a separate "
+            "watch at etcd.",
             Kind.BYTES,
             ge=0,
             advanced=True,
@@ -71,7 +71,7 @@ class Watch:
     history_revisions_max: Annotated[
         int,
         knob(
-            "Revisions remembered of one range; bounds what many small events cost beside their bytes.",
+            "Maximum revisions kept for one range; bounds the overhead of many small events.",
             Kind.COUNT,
             ge=1,
             advanced=True,
@@ -80,7 +80,7 @@ class Watch:
     history_age_s: Annotated[
         float,
         knob(
-            "How long events are remembered; frees the memory of ranges that were busy once.",
+            "Maximum age of kept events; frees the memory of ranges that are no longer busy.",
             Kind.SECONDS,
             ge=0,
             advanced=True,
@@ -89,26 +89,34 @@ class Watch:
     lagging_age_s_max: Annotated[
         float,
         knob(
-            "End the stream of a client that has been behind without a break for longer. 0: never; a slow client "
-            "costs nobody but itself.",
+            "End the stream of a client that has lagged without interruption for longer than this. 0: never (a slow "
+            "client does not affect others).",
             Kind.SECONDS,
             ge=0,
         ),
     ] = 0.0
     watches_max: Annotated[
-        int, knob("Watches of all clients; more are refused. A watch costs about 0.5 KiB.", Kind.COUNT, ge=1)
+        int,
+        knob(
+            "Maximum watches of all clients; further ones are refused. A watch costs about 0.5 KiB.", Kind.COUNT, ge=1
+        ),
     ] = 10_000_000
     watches_per_session_max: Annotated[
-        int, knob("Watches on one stream; more are refused.", Kind.COUNT, ge=1, advanced=True)
+        int, knob("Maximum watches on one stream; further ones are refused.", Kind.COUNT, ge=1, advanced=True)
     ] = 100_000
     queue_max: Annotated[
         int,
-        knob("Requests of one stream that wait for etcd; one more ends the stream.", Kind.COUNT, ge=1, advanced=True),
+        knob(
+            "Maximum requests of one stream that wait for etcd; one more ends the stream.",
+            Kind.COUNT,
+            ge=1,
+            advanced=True,
+        ),
     ] = 100_000
     trunks_max: Annotated[
         int,
         knob(
-            "Different ranges watched at etcd; a watch that would need one more is refused.",
+            "Maximum distinct ranges watched at etcd; a watch that needs another one is refused.",
             Kind.COUNT,
             ge=1,
             advanced=True,
@@ -117,8 +125,8 @@ class Watch:
     backfills_max: Annotated[
         int,
         knob(
-            "Private catch-up watches open at etcd at once; watches that need one more wait. More: faster after "
-            "many deep starts; each is a stream at etcd.",
+            "Maximum concurrent catch-up watches (backfills) at etcd; watches that need another one wait. More: "
+            "clients with old start revisions catch up faster, at the cost of one stream at etcd each.",
             Kind.COUNT,
             ge=1,
             advanced=True,
@@ -127,7 +135,8 @@ class Watch:
     backfill_bytes_max: Annotated[
         int,
         knob(
-            "What a shared catch-up watch may hold for its slower watches before these get one of their own.",
+            "Maximum size of responses that a shared backfill buffers for its slower watches; beyond it, these get a "
+            "backfill of their own.",
             Kind.BYTES,
             ge=0,
             advanced=True,
@@ -136,7 +145,8 @@ class Watch:
     backfill_share_revisions: Annotated[
         int,
         knob(
-            "A watch shares a catch-up watch that is at most so many revisions behind what it needs.",
+            "A watch shares an existing backfill if that is at most this many revisions behind the revision the watch "
+            "needs.",
             Kind.COUNT,
             ge=0,
             advanced=True,
@@ -145,8 +155,8 @@ class Watch:
     trunk_catch_up_revisions: Annotated[
         int,
         knob(
-            "The first watch of a range takes the shared upstream watch back so many revisions at most; older "
-            "starts get a catch-up watch, so that later watches need not wait.",
+            "The first watch of a range may start the shared upstream watch at most this many revisions in the past. "
+            "Older starts use a backfill, so that later watches need not wait.",
             Kind.COUNT,
             ge=0,
             advanced=True,
@@ -155,7 +165,8 @@ class Watch:
     replay_bytes_max: Annotated[
         int,
         knob(
-            "Size of the responses joined for a client that catches up. More: fewer, larger messages.",
+            "Maximum size of a response that joins several revisions for a client that catches up. More: fewer, "
+            "larger messages.",
             Kind.BYTES,
             ge=1,
             advanced=True,
@@ -164,8 +175,8 @@ class Watch:
     fragment_run_bytes_max: Annotated[
         int,
         knob(
-            "Size of what a watch with fragment that catches up is sent as one response, in fragments; more is another "
-            "response. A client that reads slowly has so much in memory.",
+            "Maximum size of one response to a catching-up watch with fragment, sent in fragments; more data goes "
+            "into further responses. A slow client may hold this much in memory.",
             Kind.BYTES,
             ge=1,
             advanced=True,
@@ -174,7 +185,7 @@ class Watch:
     replay_turn_bytes_max: Annotated[
         int,
         knob(
-            "What all clients that catch up are given before live events have their turn again.",
+            "Maximum bytes replayed to all catching-up clients before live events are delivered again.",
             Kind.BYTES,
             ge=1,
             advanced=True,
@@ -183,7 +194,7 @@ class Watch:
     response_bytes_max: Annotated[
         int,
         knob(
-            "Responses joined of several revisions stay below; a default gRPC client takes 4 MiB.",
+            "Maximum size of a response that joins several revisions; a gRPC client accepts 4 MiB by default.",
             Kind.BYTES,
             ge=1,
             advanced=True,
@@ -192,7 +203,7 @@ class Watch:
     fragment_bytes: Annotated[
         int,
         knob(
-            "From this size on a response is split for watches that asked for fragments, as etcd does.",
+            "Split responses of at least this size for watches that requested fragment, as etcd does.",
             Kind.BYTES,
             ge=1,
             advanced=True,
@@ -201,8 +212,8 @@ class Watch:
     bookmark_s: Annotated[
         float,
         knob(
-            "Ask etcd this often how far quiet ranges are, so that no break resumes from a revision compacted "
-            "meanwhile.",
+            "Interval at which the proxy requests progress for idle ranges from etcd, so that it never resumes from a "
+            "revision that has been compacted meanwhile.",
             Kind.SECONDS,
             gt=0,
             advanced=True,
@@ -211,7 +222,8 @@ class Watch:
     progress_interval_s: Annotated[
         float,
         knob(
-            "Ask etcd for progress at most so often; clients that ask meanwhile share the next request.",
+            "Minimum interval between progress requests to etcd; clients that request progress in between share the "
+            "next request.",
             Kind.SECONDS,
             ge=0,
             advanced=True,
@@ -220,7 +232,8 @@ class Watch:
     progress_retry_s: Annotated[
         float,
         knob(
-            "While a client waits for progress, ask etcd again after this: etcd drops requests that it cannot answer.",
+            "Repeat a progress request after this time while a client waits for the answer: etcd drops requests that "
+            "it cannot answer yet.",
             Kind.SECONDS,
             gt=0,
             advanced=True,
@@ -229,7 +242,7 @@ class Watch:
     progress_retry_s_max: Annotated[
         float,
         knob(
-            "The longest pause between such requests; they double from the first one.",
+            "Maximum interval between repeated progress requests; the interval doubles from --progress-retry.",
             Kind.SECONDS,
             gt=0,
             advanced=True,

@@ -1,10 +1,9 @@
-"""Child processes of the program: how they say that they are ready, and how none of them outlives its parent.
+"""Child processes: how they report that they are ready, and how they exit with their parent.
 
-`serve` starts the bundled store, `demo` and `measure` start a store, a proxy and load clients, each as a process of
-its own. Parent and child share one socket pair. The child writes one JSON line into it when it is ready (its ports,
-which are free ones the parent cannot know), and reads from it until it ends: when the parent is gone, however it
-went, the child sees the end of the stream and leaves. The parent ends a child by its process id: SIGTERM, and SIGKILL
-after a limit.
+`serve` starts the bundled store; `demo` and `measure` start a store, a proxy and load clients, each in its own process.
+Parent and child share one socket pair. The child writes one JSON line when it is ready (with its ports, which the
+system has chosen), and reads from the socket until EOF: when the parent exits for any reason, the child exits too. The
+parent stops a child by its process id: SIGTERM, then SIGKILL after a timeout.
 """
 
 from __future__ import annotations
@@ -22,25 +21,25 @@ from typing import IO
 from proxy.config.values import ENV_PREFIX
 
 READY_LIMIT_S = 15.0
-"""A process that has not said it is ready after this long never will (seconds)."""
+"""How long to wait until a child is ready (seconds)."""
 
 STOP_LIMIT_S = 5.0
-"""How long a child may take to end in good order before it is killed (seconds)."""
+"""How long a child may take to exit after SIGTERM before it is killed (seconds)."""
 
 _OUTPUT_BYTES_MAX = 4000
-"""As much of a child's last words as an error message can use (bytes)."""
+"""How much of the end of a child's output is read for an error message (bytes)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """What a child says once: where it serves, as HOST:PORT; "" for what it does not serve."""
+    """The first message of a child: its addresses, as HOST:PORT; "" if it does not have one."""
 
     address: str = ""
     metrics: str = ""
 
 
 class ChildFailed(Exception):
-    """A child process that did not start or ended by itself; the text is one line with its last words."""
+    """A child process did not start, or exited by itself; the text is one line with the last line of its output."""
 
 
 def python_command(module: str, *arguments: str) -> list[str]:
@@ -68,12 +67,12 @@ class Child:
     async def start(cls, name: str, command: Sequence[str]) -> Child:
         """Start `command` with `--parent-fd=N` appended and wait until it is ready.
 
-        `name` is for people ("the bundled store"). Variables that configure the parent are not passed on: what a child
-        should know stands in its command. Raises ChildFailed.
+        `name` is for messages ("the bundled store"). Environment variables that configure the parent are not passed on:
+        the command contains all settings of the child. Raises ChildFailed.
         """
         ours, theirs = socket.socketpair()
         pipe = await asyncio.open_unix_connection(sock=ours)
-        import tempfile  # only those who have a child need it, and it loads a lot
+        import tempfile  # loads many modules and is needed only here
 
         output = tempfile.TemporaryFile(prefix="watchmux-child-")  # noqa: SIM115 - closed by stop()
         try:
@@ -85,7 +84,7 @@ class Child:
                 stdout=output,
                 stderr=output,
                 env={name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)},
-                start_new_session=True,  # Ctrl-C is the parent's to pass on, in its own order
+                start_new_session=True,  # the parent handles Ctrl-C and stops its children in its own order
             )
         except OSError as error:
             pipe[1].close()
@@ -94,13 +93,13 @@ class Child:
         finally:
             theirs.close()
         child = cls(name, process, pipe, output)
-        import msgspec  # who has neither children nor a parent does not need it
+        import msgspec  # not needed without children or a parent
 
         try:
             async with asyncio.timeout(READY_LIMIT_S):
                 child.ready = msgspec.json.decode(await child.read_line(), type=Ready)
         except TimeoutError:
-            words = child.last_words() or "it said nothing"
+            words = child.last_words() or "no output"
             await child.stop(0)
             raise ChildFailed(f"{name} was not ready after {READY_LIMIT_S:g} s: {words}") from None
         except BaseException:
@@ -109,9 +108,9 @@ class Child:
         return child
 
     async def read_line(self) -> bytes:
-        """Return the next line the child wrote to its parent.
+        """Return the next line from the child.
 
-        Raises ChildFailed, with its last words, when it ended instead.
+        Raises ChildFailed, with the last line of its output, if the child exited instead.
         """
         line = b""
         with contextlib.suppress(ConnectionError):
@@ -131,12 +130,12 @@ class Child:
         return self.process.pid
 
     def running(self) -> bool:
-        """Whether it has not ended yet."""
+        """Whether the process is still running."""
         return self.process.returncode is None
 
     def last_words(self) -> str:
-        """Return the last line it wrote to standard output or error, or how it ended."""
-        # pread: the child writes through the same open file, whose position must stay where the child left it.
+        """Return the last line of its standard output or error, or its exit code."""
+        # pread: the child writes through the same open file, so the file position must not change.
         size = os.fstat(self._output.fileno()).st_size
         tail = os.pread(self._output.fileno(), _OUTPUT_BYTES_MAX, max(size - _OUTPUT_BYTES_MAX, 0))
         lines = [line.strip() for line in tail.decode(errors="replace").splitlines() if line.strip()]
@@ -145,7 +144,7 @@ class Child:
         return f"exit code {self.process.returncode}" if not self.running() else ""
 
     async def stop(self, limit_s: float = STOP_LIMIT_S) -> int:
-        """End it, by its id, and return its exit code; killed when it takes longer than `limit_s`."""
+        """Stop the process by its id and return its exit code; kill it after `limit_s` seconds."""
         if self.running() and limit_s > 0:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(signal.SIGTERM)
@@ -163,7 +162,7 @@ class Child:
 
 
 class Parent:
-    """The parent, seen from a child; a process that was started by hand has none."""
+    """The parent, seen from a child; a process started by hand has none."""
 
     def __init__(self, pipe: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None) -> None:
         self._pipe = pipe
@@ -171,9 +170,9 @@ class Parent:
 
     @classmethod
     async def join(cls, fd: int | None, line: Callable[[bytes], None], gone: Callable[[], None]) -> Parent:
-        """Take up the socket the parent left at `fd` (None: started by hand, and nothing below does anything).
+        """Open the socket inherited at `fd` (None: started by hand; all methods then do nothing).
 
-        `line` is called with each line the parent sends, `gone` once when it has ended.
+        `line` is called with each line from the parent, `gone` once when the parent has exited.
         """
         if fd is None:
             return cls(None)
@@ -211,7 +210,7 @@ def _line(message: object) -> bytes:
 
 
 def on_signals(leave: Callable[[], None]) -> None:
-    """Call `leave` from the running event loop on SIGTERM and SIGINT, each time one comes."""
+    """Call `leave` from the running event loop on each SIGTERM and SIGINT."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, leave)

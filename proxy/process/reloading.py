@@ -1,8 +1,8 @@
-"""SIGHUP: read the settings again and go by them, as far as that is safe while clients are connected.
+"""SIGHUP: read the settings again and apply those that are safe to change while clients are connected.
 
-Safe is what bounds or tells: limits, times, the log; and where etcd is, if it is the same cluster. Addresses to listen
-on are not: a change of those is named in the log and waits for a restart. Certificates need no signal, as their files
-are looked at with each handshake. Settings that cannot be used change nothing at all.
+Limits, times and log settings are safe, and so are etcd's endpoints, if they belong to the same cluster. Listen
+addresses are not: the log names such a change, which needs a restart. Certificates need no signal, because each
+handshake checks their files for changes. Invalid settings change nothing at all.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ RELOADED = frozenset(
         "upstream.endpoints",
     }
 )
-"""Knobs that a running proxy takes. --max-concurrent-streams is told to new connections only."""
+"""Settings that a running proxy applies. --max-concurrent-streams is announced to new connections only."""
 
 
 class Reloading:
-    """The settings in force, and how others take their place."""
+    """The settings in force, and their replacement."""
 
     def __init__(self, settings: Settings, apply: Callable[[Settings], None]) -> None:
         self.settings = settings
         self._apply = apply
 
     def reload(self, read: Callable[[], tuple[Settings, list[str]]]) -> None:
-        """Read the settings and go by them; never raises, since the proxy works as it is."""
+        """Read the settings and apply them. Never raises: after an error the proxy keeps its settings."""
         try:
             wanted, notes = read()
         except Failed as error:
-            log.error("the settings cannot be used; nothing is changed", problem=str(error))
+            log.error("invalid settings; nothing changed", problem=str(error))
             return
         for note in notes:
             log.warning(note)
         changed = changes(self.settings, wanted)
         if bool(self.settings.upstream.endpoints) != bool(wanted.upstream.endpoints):
-            # From or to the bundled store, which is a process that is started with the proxy.
+            # From or to the bundled store, a process that is started only together with the proxy.
             wanted = _with_endpoints(wanted, self.settings.upstream.endpoints)
             changed_store = {"upstream.endpoints"}
         else:
@@ -75,7 +75,7 @@ class Reloading:
         self.settings = merged(self.settings, wanted)
         if taken:
             self._apply(self.settings)
-        log.info("settings read again", changed=taken)
+        log.info("settings reloaded", changed=taken)
         if waiting:
             log.warning("some changes need a restart", settings=waiting)
 
@@ -86,12 +86,12 @@ def _with_endpoints(settings: Settings, endpoints: list[str]) -> Settings:
 
 
 def changes(old: Settings, new: Settings) -> set[str]:
-    """Return the knobs, as `table.key`, in which two settings differ."""
+    """Return the settings, as `table.key`, that differ."""
     return {knob.path for knob in knobs() if _value(old, knob.path) != _value(new, knob.path)}
 
 
 def merged(old: Settings, new: Settings) -> Settings:
-    """Return the new values of what can be reloaded, and the old ones of everything else."""
+    """Return the new values of all reloadable settings, and the old ones of all others."""
     tables = {}
     for table in fields(old):
         before, after = getattr(old, table.name), getattr(new, table.name)

@@ -1,9 +1,8 @@
-"""What the service manager is told: that the proxy serves, that it is alive, that it leaves (systemd's sd_notify(3)).
+"""Notifications to the service manager: ready, alive, stopping (systemd's sd_notify(3)).
 
-systemd asks nobody over HTTP. With WatchdogSec= it waits to hear from the process instead, and restarts one that is
-silent: a proxy whose event loop does not turn, or whose watch through itself is not answered
-(proxy/admin/self_probe.py), sends nothing. Without NOTIFY_SOCKET in the environment, as everywhere but below systemd,
-nothing here does anything.
+systemd has no HTTP probes. With WatchdogSec= it expects notifications from the process instead, and restarts a process
+that sends none: a proxy whose event loop is blocked, or whose self-probe fails (proxy/admin/self_probe.py), sends
+nothing. Without NOTIFY_SOCKET in the environment, which only systemd sets, this module does nothing.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ if TYPE_CHECKING:
     from proxy.admin.health import Health
 
 TOLD_IN_TIME = 3
-"""Signs of life within the time after which systemd gives up."""
+"""Keepalive notifications per watchdog interval."""
 
 log = logs.logger("service")
 
 
 class ServiceManager:
-    """Tells the service manager of one process, if there is one that wants to hear."""
+    """Notifies the service manager of one process, if NOTIFY_SOCKET is set."""
 
     def __init__(self, health: Health, environment: Mapping[str, str]) -> None:
         self._health = health
@@ -35,17 +34,17 @@ class ServiceManager:
         self._timer: asyncio.TimerHandle | None = None
 
     def ready(self) -> None:
-        """Tell that clients are served, and from now on that the proxy is alive."""
+        """Notify that the proxy is ready, and start the watchdog notifications."""
         self._tell("READY=1")
         if self._path and self._interval_s:
             self._alive()
 
     def stopping(self) -> None:
-        """Tell that the proxy is leaving; it is alive for as long as that takes."""
+        """Notify that the proxy is stopping; the watchdog notifications continue meanwhile."""
         self._tell("STOPPING=1")
 
     def stop(self) -> None:
-        """Tell nothing more."""
+        """Stop all notifications."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -64,11 +63,11 @@ class ServiceManager:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as told:
                 told.sendto(state.encode(), address)
         except OSError as error:
-            log.warning("the service manager cannot be told", state=state, problem=error.strerror or str(error))
+            log.warning("sd_notify failed", state=state, problem=error.strerror or str(error))
 
 
 def _watchdog_s(environment: Mapping[str, str]) -> float:
-    """Return the time after which the service manager gives this process up, in seconds; 0 if it never does."""
+    """Return the watchdog timeout of this process in seconds; 0 if it has none."""
     text, process = environment.get("WATCHDOG_USEC", ""), environment.get("WATCHDOG_PID", "")
     if not text.isdigit() or (process and process != str(os.getpid())):
         return 0.0

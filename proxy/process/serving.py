@@ -1,8 +1,7 @@
-"""The life of `watchmux serve`: make the proxy that the settings describe, start it, and drain it when told to leave.
+"""The life cycle of `watchmux serve`: build the proxy from the settings, start it, drain it on a signal.
 
-Kept apart from the flags (proxy/cli/serve.py) and from the proxy itself (proxy/server.py), which knows neither
-files nor signals. An etcd that cannot be reached is no reason not to start: clients may come first, as after a
-power cut.
+Separate from the flags (proxy/cli/serve.py) and from the proxy itself (proxy/server.py), which handles neither files
+nor signals. The proxy starts even if etcd is unreachable: after a power cut, clients may be up first.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ if TYPE_CHECKING:
     from upstream.tls import FileContext
 
 REQUEST_OVERHEAD_BYTES: Final = 512 * 1024
-"""What etcd takes beyond --max-request-bytes (server/embed/config.go, grpcOverheadBytes)."""
+"""What etcd accepts beyond --max-request-bytes (server/embed/config.go, grpcOverheadBytes)."""
 
 log = logs.logger("serve")
 
 
 def core_limits(watch: Watch) -> CoreLimits:
-    """Return the core's limits; its names are the knobs', but for two."""
+    """Return the core's limits; they have the settings' names, except for two."""
     values = {field.name: getattr(watch, field.name) for field in fields(watch)}
     return CoreLimits(
         progress_notify_s=values.pop("watch_progress_notify_interval_s"),
@@ -69,9 +68,9 @@ def listener_settings(settings: Settings) -> ListenerSettings:
 
 
 def within_descriptors(settings: Settings, opened: int) -> Settings:
-    """Return the settings with no more connections of clients than the process has descriptors for.
+    """Return the settings with `connections_max` reduced to the file descriptors that the process has.
 
-    `opened`: how many were in use before there were clients. Raises the soft limit; a lower number is logged.
+    `opened`: descriptors in use before any client connects. Raises the soft limit; logs a reduction.
     """
     wanted = settings.listener.connections_max
     endpoints = len(settings.upstream.endpoints)
@@ -102,13 +101,13 @@ def upstream_settings(settings: Settings) -> UpstreamSettings:
 
 
 def credentials(settings: Settings) -> Credentials | None:
-    """Return the user in whose name trunks are watched; None where each has its own."""
+    """Return the etcd user that owns the trunks; None if each trunk uses a client's token."""
     upstream = settings.upstream
     return Credentials(upstream.user, upstream.password) if upstream.user else None
 
 
 def _tls(settings: Settings) -> tuple[ssl.SSLContext | None, FileContext | None]:
-    """Return the contexts for the listener and towards etcd; None where TLS is not asked for."""
+    """Return the TLS contexts of the listener and of connections to etcd; None where TLS is not configured."""
     listener, upstream = settings.listener, settings.upstream
     secured = any(endpoint.startswith(("https://", "unixs:")) for endpoint in upstream.endpoints)
     wanted = upstream.cert or upstream.cacert or upstream.insecure_skip_tls_verify or secured
@@ -150,9 +149,9 @@ def passthrough_settings(settings: Settings) -> PassthroughSettings:
 
 
 def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy:
-    """Make the proxy that the settings describe, in front of `endpoints`. Raises UpstreamError.
+    """Build the proxy from the settings, in front of `endpoints`. Raises UpstreamError.
 
-    `http1`: where HTTP/1 connections go, if not to `endpoints`: the bundled store has a port of its own for them.
+    `http1`: the target of HTTP/1 connections, if not `endpoints`: the bundled store has a separate port for them.
     """
     address = parse_listen_address(settings.listener.listen_addr)
     inward, outward = _tls(settings)
@@ -178,14 +177,14 @@ def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy
 
 
 def cannot_listen(address: Address, flag: str, error: OSError) -> Failed:
-    """Say why an address cannot be listened on, and what to do."""
+    """Return the error for an address that cannot be listened on: the reason and the remedy."""
     to_do = f"stop what uses it or choose another {flag}" + ("" if address.path else " (port 0: any)")
     if error.errno == errno.EADDRINUSE:
         reason = "it is in use"
     elif error.errno == errno.EEXIST:
-        reason, to_do = "a file that is no socket is there", f"remove it or choose another {flag}"
+        reason, to_do = "a file that is not a socket exists there", f"remove it or choose another {flag}"
     elif error.errno == errno.ENOENT and address.path:
-        reason, to_do = "its directory is not there", f"make it or choose another {flag}"
+        reason, to_do = "its directory does not exist", f"create it or choose another {flag}"
     else:
         reason = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
     return Failed(f"cannot listen on {address}: {reason}; {to_do}")
@@ -197,9 +196,9 @@ async def serve(
     parent_fd: int | None,
     read_again: Callable[[], tuple[Settings, list[str]]] | None = None,
 ) -> int:
-    """Run the proxy until a signal or the end of the parent; return the exit code.
+    """Run the proxy until a signal or the exit of the parent process; return the exit code.
 
-    `read_again` reads the settings anew, for SIGHUP. Raises Failed.
+    `read_again` reads the settings again, for SIGHUP. Raises Failed.
     """
     logs.configure(settings.log.log_level, settings.log.log_format)
     for note in notes:
@@ -247,38 +246,38 @@ async def serve(
         if manager is not None:
             manager.stop()
         await parent.leave()
-    log.info("ended")
+    log.info("stopped")
     return code
 
 
 async def discovered(settings: Settings) -> Settings:
-    """Return the settings with the endpoints that DNS names, if it shall be asked. Raises Failed."""
+    """Return the settings with the endpoints from DNS, if --discovery-srv is set. Raises Failed."""
     upstream = settings.upstream
     if not upstream.discovery_srv:
         return settings
-    from upstream.discovery import discover  # for those who use it
+    from upstream.discovery import discover  # only if it is used
 
     try:
         endpoints = await discover(upstream.discovery_srv, upstream.discovery_srv_name, upstream.insecure_discovery)
     except UpstreamError as error:
         raise Failed(str(error)) from None
     if upstream.endpoints:
-        log.warning("--endpoints is not used: --discovery-srv goes before it", endpoints=upstream.endpoints)
+        log.warning("--endpoints ignored: --discovery-srv takes precedence", endpoints=upstream.endpoints)
     return replace(settings, upstream=replace(upstream, endpoints=endpoints))
 
 
 class _Applying:
-    """Has a running proxy go by other settings, as far as `reloading.RELOADED` goes."""
+    """Applies changed settings to a running proxy, for the settings in `reloading.RELOADED`."""
 
     def __init__(self, proxy: Proxy, settings: Settings, opened: int) -> None:
         self._proxy = proxy
-        # Descriptors that were in use before there were clients.
+        # Descriptors in use before any client connected.
         self._opened = opened
         self._endpoints = settings.upstream.endpoints
         self._moving: asyncio.Task[None] | None = None
 
     def apply(self, settings: Settings) -> None:
-        """Take them; endpoints are looked at first, and taken a moment later."""
+        """Apply the settings; new endpoints are checked first, and applied asynchronously."""
         logs.configure(settings.log.log_level, settings.log.log_format)
         proxy = self._proxy
         proxy.engine.set_limits(core_limits(settings.watch))
@@ -291,7 +290,7 @@ class _Applying:
             self._moving = asyncio.get_running_loop().create_task(self._move(self._endpoints))
 
     def stop(self) -> None:
-        """Give up what is not taken yet."""
+        """Cancel a pending change of endpoints."""
         if self._moving is not None:
             self._moving.cancel()
             self._moving = None
@@ -299,13 +298,13 @@ class _Applying:
     async def _move(self, endpoints: list[str]) -> None:
         problem = await self._proxy.set_endpoints(endpoints)
         if problem:
-            log.error("the endpoints cannot be used; the old ones are kept", endpoints=endpoints, problem=problem)
+            log.error("new endpoints rejected; keeping the old ones", endpoints=endpoints, problem=problem)
         else:
-            log.info("the endpoints are others", endpoints=endpoints)
+            log.info("endpoints updated", endpoints=endpoints)
 
 
 class _Signals:
-    """The first signal asks to leave in good order, the second to leave at once."""
+    """The first signal starts a drain, the second one stops the process at once."""
 
     def __init__(self, leaving: asyncio.Event) -> None:
         self._leaving = leaving
@@ -315,7 +314,7 @@ class _Signals:
         (self._again if self._leaving.is_set() else self._leaving).set()
 
     async def or_again(self, work: Coroutine[Any, Any, object]) -> None:
-        """Do the work, but give it up at the second signal."""
+        """Run `work`, but cancel it at the second signal."""
         task = asyncio.ensure_future(work)
         again = asyncio.ensure_future(self._again.wait())
         await asyncio.wait([task, again], return_when=asyncio.FIRST_COMPLETED)
@@ -323,13 +322,13 @@ class _Signals:
         if task.done():
             task.result()
         else:
-            log.warning("second signal: ending at once")
+            log.warning("second signal: stopping at once")
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
 
 async def _start(settings: Settings, endpoints: list[str], http1: str) -> tuple[Address, Proxy]:
-    """Start the proxy; return where it listens, and it. Raises Failed."""
+    """Start the proxy; return its listen address and the proxy. Raises Failed."""
     address = parse_listen_address(settings.listener.listen_addr)
     try:
         proxy = proxy_of(settings, endpoints, http1)
@@ -344,7 +343,7 @@ async def _start(settings: Settings, endpoints: list[str], http1: str) -> tuple[
 async def _start_admin(proxy: Proxy, settings: Settings, advertised: str) -> Admin | None:
     if not settings.admin.metrics_addr:
         return None
-    from proxy.admin.port import Admin  # the web server is loaded only by those who ask for it
+    from proxy.admin.port import Admin  # loads the web server, so only if it is used
 
     address = parse_metrics_address(settings.admin.metrics_addr)
     admin = Admin(proxy, address, advertised)
@@ -364,7 +363,7 @@ async def _start_store() -> Child:
 
 
 async def _until_told(leaving: asyncio.Event, store: Child | None) -> int:
-    """Wait until it is time to leave; a bundled store that ends takes the proxy with it. Return the exit code."""
+    """Wait for a signal, the exit of the parent or of the bundled store; return the exit code."""
     told = asyncio.ensure_future(leaving.wait())
     waits: list[asyncio.Future[Any]] = [told]
     if store is not None:

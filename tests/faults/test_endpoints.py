@@ -103,7 +103,7 @@ def test_sighup_replaces_the_endpoints(tmp_path: Path, etcd: EtcdServer) -> None
         until(lambda: proxy.get("/readyz")[0] == 200, "the proxy to find etcd")
         file.write_text(f'[upstream]\nendpoints = ["{address}"]\n')
         proxy.process.send_signal(signal.SIGHUP)
-        until(lambda: [line for line in proxy.lines() if line["msg"] == "the endpoints are others"], "the new ones")
+        until(lambda: [line for line in proxy.lines() if line["msg"] == "endpoints updated"], "the new ones")
         until(lambda: f'endpoint="{address}"}} 1.0' in proxy.get("/metrics")[1], "the connection")
         until(lambda: f'endpoint="{etcd.endpoint}"' not in proxy.get("/metrics")[1], "the old one to leave")
         file.write_text("[upstream]\nendpoints = []\n")

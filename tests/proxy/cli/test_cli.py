@@ -43,10 +43,10 @@ def test_every_command_has_help_with_an_example(name: str, capsys: pytest.Captur
     assert "parent-fd" not in text
 
 
-def test_serve_help_tells_the_ranking_of_sources(capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_help_states_the_precedence(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["serve", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "A flag goes before its environment variable, that before the configuration file" in text
+    assert "Flags override environment variables, which override the configuration file" in text
     assert "WATCHMUX_LISTEN_ADDR" in text
 
 
@@ -73,23 +73,26 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("serve --listen-addr=here", "--listen-addr: 'here' has no port; write HOST:PORT, like 127.0.0.1:2379"),
         ("serve --metrics-addr=https://a:1", "--metrics-addr: 'https://a:1': metrics are served in plain text"),
         ("serve --cert-file=/nowhere", "--cert-file: cannot read '/nowhere': no such file or directory"),
-        ("serve --cert=/dev/null", "--cert: needs --key as well"),
-        ("serve --config=/nowhere.toml", "/nowhere.toml: cannot read it: no such file or directory"),
-        ("serve --resolver-prefix /x", "--resolver-prefix: registering the proxy in etcd is not there"),
-        ("serve --auto-tls", "--auto-tls: certificates are not made here"),
+        ("serve --cert=/dev/null", "--cert: requires --key"),
+        ("serve --config=/nowhere.toml", "/nowhere.toml: cannot read file: no such file or directory"),
+        ("serve --resolver-prefix /x", "--resolver-prefix: registering the proxy in etcd is not supported"),
+        ("serve --auto-tls", "--auto-tls: self-signed certificates are not supported"),
         ("store --listen-addr=here", "--listen-addr: 'here' has no port; write HOST:PORT"),
         ("store --listen-metrics-urls=https://a:1", "--listen-metrics-urls: 'https://a:1': metrics are served in"),
-        ("store --watch-progress-notify-interval=0", "--watch-progress-notify-interval: it has to be longer than 0s"),
+        ("store --watch-progress-notify-interval=0", "--watch-progress-notify-interval: must be longer than 0s"),
         ("demo --watches=0", "Invalid value for '--watches': 0 is not in the range 1<=x<=100000."),
         ("demo --watches=5 --streams=6", "--watches=5 is less than --streams=6: each stream needs a watch"),
-        ("demo --endpoints=https://a:1", "--endpoints: 'https://a:1': the load clients speak plain TCP only, not TLS"),
-        ("measure --proxy=127.0.0.1:1", "--proxy: name the etcd behind it too (--upstream)"),
+        (
+            "demo --endpoints=https://a:1",
+            "--endpoints: 'https://a:1': the load clients support plain TCP only, not TLS",
+        ),
+        ("measure --proxy=127.0.0.1:1", "--proxy: requires --upstream"),
         ("measure --upstream=127.0.0.1:0", "--upstream: endpoint '127.0.0.1:0': '0' is not a port"),
         ("measure --upstream=a:1 --upstream-metrics=ftp://x", "--upstream-metrics: 'ftp://x' is not an address"),
         ("status", "Missing argument 'HOST:PORT'. (see watchmux status --help)"),
         ("status here", "'here' has no port; write HOST:PORT, like 127.0.0.1:2379"),
-        ("status 127.0.0.1:1 --watch --json", "--watch and --json do not go together"),
-        ("config --check=/nowhere.toml", "/nowhere.toml: cannot read it: no such file or directory"),
+        ("status 127.0.0.1:1 --watch --json", "--watch and --json cannot be combined"),
+        ("config --check=/nowhere.toml", "/nowhere.toml: cannot read file: no such file or directory"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_exit_code_2(
@@ -101,7 +104,7 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(
     assert line.startswith(message)
 
 
-def test_a_status_of_nobody_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_without_a_proxy_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
     code, line = complaint(capsys, "status", "127.0.0.1:1")
     assert code == 1
     assert line == (
@@ -121,7 +124,7 @@ def test_config_prints_the_example_and_checks_files(tmp_path: Path, capsys: pyte
     path = tmp_path / "w.toml"
     path.write_text(example)
     assert run(["config", "--check", str(path)]) == 0
-    assert capsys.readouterr().out == f"{path}: good\n"
+    assert capsys.readouterr().out == f"{path}: valid\n"
     path.write_text(example.replace("\nlinger_s = 0.5", "\nlinger_s = -2"))
     code, line = complaint(capsys, "config", "--check", str(path))
     assert code == 2

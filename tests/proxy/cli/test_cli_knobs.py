@@ -53,7 +53,7 @@ def test_every_knob_can_be_given_as_a_flag_and_as_a_variable(monkeypatch: pytest
         assert getattr(getattr(by_flag, knob.table), knob.key) != knob.default or text in str(knob.default), knob.flag
 
 
-def test_flag_before_variable_before_file_before_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_override_variables_files_and_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "w.toml"
     path.write_text("[watch]\nlinger_s = 1\nbookmark_s = 1\nhistory_age_s = 1\n")
     monkeypatch.setenv("WATCHMUX_LINGER", "2s")
@@ -83,7 +83,7 @@ def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bad_url_for_clients_is_refused() -> None:
     with pytest.raises(Failed) as error:
         settings("--advertise-client-url=ftp://proxy:1")
-    problem = "'ftp://proxy:1': the scheme 'ftp' is not known; use http://HOST:PORT or https://HOST:PORT"
+    problem = "'ftp://proxy:1': unknown scheme 'ftp'; use http://HOST:PORT or https://HOST:PORT"
     assert str(error.value) == f"--advertise-client-url: {problem}"
     assert error.value.code == 2
 
@@ -100,14 +100,14 @@ def test_debug_is_a_log_level_that_an_explicit_one_beats() -> None:
 
 
 @pytest.mark.parametrize("name", list(TAKEN))
-def test_flags_that_change_nothing_here_are_taken_with_a_note(name: str) -> None:
+def test_flags_without_effect_are_accepted_with_a_note(name: str) -> None:
     found, notes = settings(f"--{name}=1")
     assert found == Settings()
-    assert notes == [f"--{name} changes nothing here: {TAKEN[name]}"]
+    assert notes == [f"--{name} has no effect: {TAKEN[name]}"]
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_flags_that_would_promise_something_are_refused_with_the_reason(name: str) -> None:
+def test_flags_of_missing_features_are_refused_with_the_reason(name: str) -> None:
     with pytest.raises(Failed) as error:
         settings(f"--{name}=1")
     assert str(error.value) == f"--{name}: {REFUSED[name]}"
@@ -116,10 +116,10 @@ def test_flags_that_would_promise_something_are_refused_with_the_reason(name: st
 
 def test_a_misspelt_variable_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WATCHMUX_LISTEN_ADRR", "a:1")
-    assert settings()[1] == ["WATCHMUX_LISTEN_ADRR is no variable of watchmux; did you mean WATCHMUX_LISTEN_ADDR?"]
+    assert settings()[1] == ["unknown environment variable WATCHMUX_LISTEN_ADRR; did you mean WATCHMUX_LISTEN_ADDR?"]
 
 
-def test_kubernetes_own_variables_are_passed_over() -> None:
+def test_variables_set_by_kubernetes_are_ignored() -> None:
     injected = ["WATCHMUX_SERVICE_HOST", "WATCHMUX_SERVICE_PORT", "WATCHMUX_PORT", "WATCHMUX_PORT_23790_TCP_ADDR"]
     assert unknown_variables(dict.fromkeys(injected, "x")) == []
     assert not any(knob.env.startswith(("WATCHMUX_SERVICE_", "WATCHMUX_PORT")) for knob in knobs())

@@ -96,16 +96,16 @@ def put_and_get(etcd: EtcdBinary, endpoint: str, *extra: str) -> str:
     return shown.stdout.strip()
 
 
-def test_it_serves_says_where_and_drains_on_sigterm(tmp_path: Path, etcd: EtcdServer) -> None:
+def test_it_logs_its_address_and_drains_on_sigterm(tmp_path: Path, etcd: EtcdServer) -> None:
     with served(tmp_path, f"--endpoints={etcd.endpoint}") as proxy:
         line = proxy.serving()
         assert line["endpoints"] == [etcd.endpoint]
         assert put_and_get(etcd.binary, str(line["address"])) == "hello"
         assert proxy.end() == 0
-        assert [line["msg"] for line in proxy.lines()][-1] == "ended"
+        assert [line["msg"] for line in proxy.lines()][-1] == "stopped"
 
 
-def test_it_is_watched_through_its_own_port(
+def test_metrics_and_health_have_their_own_port(
     tmp_path: Path, etcd: EtcdServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with served(tmp_path, f"--endpoints={etcd.endpoint}") as proxy:
@@ -128,7 +128,7 @@ def test_it_is_watched_through_its_own_port(
         proxy.end()
 
 
-def test_it_starts_without_its_etcd_and_serves_when_that_comes(tmp_path: Path, etcd_binary: EtcdBinary) -> None:
+def test_it_starts_without_etcd_and_serves_once_etcd_is_up(tmp_path: Path, etcd_binary: EtcdBinary) -> None:
     etcd = EtcdServer(etcd_binary)
     with served(tmp_path, f"--endpoints={etcd.endpoint}") as proxy:
         address = str(proxy.serving()["address"])
@@ -142,7 +142,7 @@ def test_it_starts_without_its_etcd_and_serves_when_that_comes(tmp_path: Path, e
             assert proxy.end(signal.SIGINT) == 0
 
 
-def test_without_endpoints_it_fronts_the_bundled_store(tmp_path: Path, etcd_binary: EtcdBinary) -> None:
+def test_without_endpoints_it_starts_the_bundled_store(tmp_path: Path, etcd_binary: EtcdBinary) -> None:
     with served(tmp_path) as proxy:
         line = proxy.serving()
         assert line["store"] == "bundled, in memory"
@@ -150,7 +150,7 @@ def test_without_endpoints_it_fronts_the_bundled_store(tmp_path: Path, etcd_bina
         assert proxy.end() == 0
 
 
-def test_a_bundled_store_that_dies_takes_the_proxy_with_it(tmp_path: Path) -> None:
+def test_the_proxy_ends_when_its_bundled_store_dies(tmp_path: Path) -> None:
     with served(tmp_path) as proxy:
         proxy.serving()
         pid = proxy.process.pid
@@ -201,7 +201,7 @@ def test_the_proxys_process_loads_neither_grpc_nor_a_web_server() -> None:
     assert shown.stdout.strip() == "[]"
 
 
-def test_what_has_read_the_settings_is_gone_when_it_serves(tmp_path: Path) -> None:
+def test_a_serving_proxy_does_not_keep_the_settings_modules(tmp_path: Path) -> None:
     """Neither a child is left nor what the child had loaded; `--metrics-addr` would load some of that."""
     with served(tmp_path, "--endpoints=127.0.0.1:1", "--metrics-addr=") as proxy:
         proxy.serving()

@@ -29,7 +29,7 @@ def test_names_are_unique() -> None:
         assert len(set(names)) == len(names)
 
 
-def test_units_stand_in_the_names() -> None:
+def test_names_contain_their_units() -> None:
     for knob in knobs():
         parts = knob.key.split("_")
         assert ("s" in parts) == (knob.kind is Kind.SECONDS), knob.path
@@ -87,7 +87,7 @@ def test_the_cores_limits_are_all_knobs_with_its_own_defaults() -> None:
     assert keys - names == {"watch_progress_notify_interval_s"}
 
 
-def test_listener_and_upstream_have_the_same_defaults_as_the_settings() -> None:
+def test_listener_and_upstream_have_the_defaults_of_the_settings() -> None:
     assert listener_settings(Settings()) == ListenerSettings()
     assert upstream_settings(Settings()) == UpstreamSettings()
 

@@ -63,7 +63,7 @@ def test_a_file_sets_what_it_names(tmp_path: Path) -> None:
         (
             "[upstreem]\n",
             "w.toml:1: unknown table [upstreem]; did you mean 'upstream'?; "
-            "there are upstream, listener, watch, log, admin",
+            "known tables: upstream, listener, watch, log, admin",
         ),
         ("watch = 3", "w.toml:1: watch is a table; write [watch] on its own line"),
         (
@@ -102,17 +102,17 @@ def test_each_mistake_is_one_line_that_says_where_and_what(tmp_path: Path, text:
     assert refusal(tmp_path, text) == message
 
 
-def test_a_file_that_cannot_be_read_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"missing\.toml: cannot read it: no such file or directory"):
+def test_an_unreadable_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing\.toml: cannot read file: no such file or directory"):
         read_file(tmp_path / "missing.toml")
-    with pytest.raises(ConfigError, match="cannot read it: is a directory"):
+    with pytest.raises(ConfigError, match="cannot read file: is a directory"):
         read_file(tmp_path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not a text file: byte 0 is not UTF-8"):
         read_file(tmp_path / "binary")
 
 
-def test_flags_go_before_the_file_and_the_file_before_the_default(tmp_path: Path) -> None:
+def test_flags_override_the_file_which_overrides_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "w.toml"
     path.write_text("[watch]\nlinger_s = 3\nbookmark_s = 4\n")
     settings = layer({"watch.linger_s": Given(5.0, "--linger")}, read_file(path))
@@ -121,10 +121,10 @@ def test_flags_go_before_the_file_and_the_file_before_the_default(tmp_path: Path
     assert settings.watch.progress_retry_s == Settings().watch.progress_retry_s
 
 
-def test_a_bad_value_is_refused_where_it_came_from(tmp_path: Path) -> None:
+def test_an_error_names_the_origin_of_the_value(tmp_path: Path) -> None:
     path = tmp_path / "w.toml"
     path.write_text("[watch]\nlinger_s = -3\n")
-    # What a flag covers is not used, and so not looked at.
+    # A value that a flag overrides is not used, and so not checked.
     layer({"watch.linger_s": Given(5.0, "--linger")}, read_file(path))
     with pytest.raises(ConfigError, match=r"^--linger: expected a number of seconds >= 0, got -1\.0$"):
         layer({"watch.linger_s": Given(-1.0, "--linger")}, {})
@@ -133,19 +133,19 @@ def test_a_bad_value_is_refused_where_it_came_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"upstream.cert": "c"}, "--cert: needs --key as well"),
-        ({"upstream.key": "c"}, "--key: needs --cert as well"),
-        ({"upstream.user": "c"}, "--user: needs --password as well"),
-        ({"upstream.password": "c"}, "--password: needs --user as well"),
-        ({"listener.cert_file": "c"}, "--cert-file: needs --key-file as well"),
-        ({"listener.trusted_ca_file": "c"}, "--trusted-ca-file: needs --cert-file and --key-file as well"),
+        ({"upstream.cert": "c"}, "--cert: requires --key"),
+        ({"upstream.key": "c"}, "--key: requires --cert"),
+        ({"upstream.user": "c"}, "--user: requires --password"),
+        ({"upstream.password": "c"}, "--password: requires --user"),
+        ({"listener.cert_file": "c"}, "--cert-file: requires --key-file"),
+        ({"listener.trusted_ca_file": "c"}, "--trusted-ca-file: requires --cert-file and --key-file"),
         (
             {"listener.listen_addr": "127.0.0.1:1234", "admin.metrics_addr": "http://127.0.0.1:1234"},
             "--metrics-addr: 127.0.0.1:1234 is --listen-addr; use another port",
         ),
     ],
 )
-def test_values_that_do_not_go_together_are_refused(given: dict[str, str], message: str) -> None:
+def test_values_that_contradict_each_other_are_refused(given: dict[str, str], message: str) -> None:
     flags = {knob.path: knob.flag for knob in knobs()}
     above = {path: Given(value, flags[path]) for path, value in given.items()}
     with pytest.raises(ConfigError) as error:

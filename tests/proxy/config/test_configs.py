@@ -13,7 +13,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 FILES = sorted(CONFIGS.glob("*.toml"))
 
 
-def test_there_are_the_three() -> None:
+def test_the_three_configs_exist() -> None:
     assert {path.name for path in FILES} >= {"watchmux.toml", "development.toml", "production.toml"}
 
 
@@ -22,7 +22,7 @@ def test_every_file_loads(path: Path) -> None:
     layer({}, read_file(path), look_at_files=False)
 
 
-def test_the_commented_default_is_the_codes() -> None:
+def test_the_commented_example_has_the_defaults() -> None:
     """Refresh it with `watchmux config > configs/watchmux.toml`."""
     assert (CONFIGS / "watchmux.toml").read_text() == render_example()
     assert layer({}, read_file(CONFIGS / "watchmux.toml")) == Settings()

@@ -168,7 +168,7 @@ def test_services_lead_to_the_pods() -> None:
         assert by_kind[kind][0]["spec"][key]["matchLabels"].items() <= labels
 
 
-def test_alerts_ask_for_what_is_exported_and_are_told_of_in_the_docs() -> None:
+def test_alerts_use_exported_metrics_and_are_documented() -> None:
     (group,) = yaml.safe_load((CONFIGS / "prometheus/alerts.yml").read_text())["groups"]
     advice = (ROOT / "docs/troubleshooting.md").read_text()
     for rule in group["rules"]:
@@ -178,7 +178,7 @@ def test_alerts_ask_for_what_is_exported_and_are_told_of_in_the_docs() -> None:
         assert rule["alert"] in advice
 
 
-def test_the_dashboard_asks_for_what_is_exported_and_its_panels_do_not_overlap() -> None:
+def test_the_dashboard_uses_exported_metrics_without_overlaps() -> None:
     dashboard = json.loads((CONFIGS / "grafana/watchmux.json").read_text())
     taken: set[tuple[int, int]] = set()
     for panel in dashboard["panels"]:

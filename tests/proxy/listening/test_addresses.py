@@ -186,11 +186,11 @@ def test_a_file_that_has_become_another_ones_is_left_alone(etcd: EtcdServer, tmp
 @pytest.mark.parametrize(
     ("listen", "reason"),
     [
-        ("unix://{}/file", "a file that is no socket is there; remove it or choose another --listen-addr"),
-        ("unix://{}/none/x.sock", "its directory is not there; make it or choose another --listen-addr"),
+        ("unix://{}/file", "a file that is not a socket exists there; remove it or choose another --listen-addr"),
+        ("unix://{}/none/x.sock", "its directory does not exist; create it or choose another --listen-addr"),
         ("unix://{}/" + "x" * 120, "AF_UNIX path too long"),
-        ("unix://", "has no path of a socket; write unix:///run/watchmux.sock"),
-        ("unixs://{}/x.sock", "--listen-addr: unixs needs --cert-file and --key-file as well"),
+        ("unix://", "has no socket path; write unix:///run/watchmux.sock"),
+        ("unixs://{}/x.sock", "--listen-addr: unixs requires --cert-file and --key-file"),
     ],
 )
 def test_where_a_socket_cannot_be_is_said_in_one_line(

@@ -63,7 +63,7 @@ def side(**values: Any) -> Side:
     return Side(**{**defaults, "complaints": [], "examples": [], "samples": [], **values})
 
 
-def test_reductions_are_left_out_where_nothing_is_left_to_divide_by() -> None:
+def test_reductions_without_a_divisor_are_left_out() -> None:
     factors = reduction_of(side(watchers=100, bytes_sent=10, cpu_s=None), side(watchers=10, bytes_sent=0, cpu_s=None))
     assert factors["watchers"] == 10.0
     assert factors["bytes_sent"] is None

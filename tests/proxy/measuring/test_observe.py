@@ -46,7 +46,7 @@ def later(page: dict[str, float], **changes: float) -> dict[str, float]:
     return {**page, **changes}
 
 
-def test_what_the_proxy_delivers_takes_the_place_of_what_it_received() -> None:
+def test_deliveries_of_the_proxy_replace_its_receipts() -> None:
     etcd = later(ETCD, etcd_debugging_mvcc_events_total=120, etcd_network_client_grpc_sent_bytes_total=3000)
     proxy = later(
         PROXY,
@@ -79,13 +79,13 @@ def test_a_page_of_something_else_is_refused(page: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--observe", "--observe: name the proxy's metrics too"),
-        ("--observe --proxy-metrics=a:1", "--observe: name the etcd too"),
-        ("--proxy-metrics=a:1", "--proxy-metrics: it is read with --observe only"),
+        ("--observe", "--observe: requires --proxy-metrics"),
+        ("--observe --proxy-metrics=a:1", "--observe: requires --upstream"),
+        ("--proxy-metrics=a:1", "--proxy-metrics: used only with --observe"),
         ("--report=/nowhere/x.html", "--report: cannot write /nowhere/x.html: no such file or directory"),
     ],
 )
-def test_wrong_requests_are_told_before_anything_runs(
+def test_wrong_requests_are_refused_before_anything_runs(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["measure", *arguments.split()]) == 2

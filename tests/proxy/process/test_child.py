@@ -41,7 +41,7 @@ async def with_child(text: str) -> Child:
     return await Child.start("the child", script(text))
 
 
-def test_a_child_says_where_it_serves_and_answers() -> None:
+def test_a_child_reports_its_address_and_answers() -> None:
     async def run() -> None:
         started = await with_child(GOOD)
         assert started.ready.address == "here:1"
@@ -55,7 +55,7 @@ def test_a_child_says_where_it_serves_and_answers() -> None:
     asyncio.run(run())
 
 
-def test_what_configures_the_parent_does_not_configure_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_the_parent_do_not_configure_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WATCHMUX_LISTEN_ADDR", "127.0.0.1:1")
     monkeypatch.setenv("OTHER", "kept")
     text = "import os; print([name for name in os.environ if name in ('WATCHMUX_LISTEN_ADDR', 'OTHER')])"
@@ -71,18 +71,18 @@ def test_what_configures_the_parent_does_not_configure_the_child(monkeypatch: py
         ("print('a'); print('b'); raise SystemExit(1)", "the child ended: b"),
     ],
 )
-def test_a_child_that_does_not_start_is_one_line_with_its_last_words(text: str, words: str) -> None:
+def test_a_child_that_fails_to_start_is_one_line_with_its_error(text: str, words: str) -> None:
     with pytest.raises(ChildFailed) as error:
         asyncio.run(with_child(text))
     assert str(error.value) == words
 
 
-def test_a_command_that_is_not_there_is_one_line() -> None:
+def test_a_missing_command_is_one_line() -> None:
     with pytest.raises(ChildFailed, match=r"^cannot start the child: No such file or directory$"):
         asyncio.run(Child.start("the child", ["/nowhere/at/all"]))
 
 
-def test_a_child_that_never_gets_ready_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_never_gets_ready_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "READY_LIMIT_S", 0.5)
     with pytest.raises(ChildFailed, match=r"^the child was not ready after 0\.5 s: hm$"):
         asyncio.run(with_child("print('hm', flush=True)\nimport time\ntime.sleep(60)"))
@@ -96,7 +96,7 @@ def test_a_stubborn_child_is_killed() -> None:
     assert asyncio.run(run()) == -signal.SIGKILL
 
 
-def test_a_child_leaves_when_its_parent_is_killed(tmp_path: Path) -> None:
+def test_a_child_exits_when_its_parent_is_killed(tmp_path: Path) -> None:
     code = (
         "import asyncio, sys\n"
         "from proxy.process.child import Child\n"

@@ -33,20 +33,20 @@ def other(path: str) -> object:
     return not knob.default if isinstance(knob.default, bool) else knob.default + knob.default if knob.default else 7
 
 
-def test_what_is_reloaded_are_knobs_and_none_of_them_is_about_who_is_trusted() -> None:
+def test_reloaded_settings_exist_and_exclude_tls_and_credentials() -> None:
     paths = {knob.path for knob in knobs()}
     assert paths > RELOADED
     assert not [path for path in RELOADED if path.endswith(SECURITY)]
 
 
 @pytest.mark.parametrize("path", [knob.path for knob in knobs() if knob.default != []])
-def test_each_knob_is_taken_or_waits(path: str) -> None:
+def test_each_setting_is_applied_or_needs_a_restart(path: str) -> None:
     new = changed(path, other(path))
     assert changes(Settings(), new) == {path}
     assert changes(Settings(), merged(Settings(), new)) == ({path} & RELOADED)
 
 
-def test_settings_that_cannot_be_used_change_nothing() -> None:
+def test_invalid_settings_change_nothing() -> None:
     def fails() -> tuple[Settings, list[str]]:
         raise Failed("no")
 
@@ -57,7 +57,7 @@ def test_settings_that_cannot_be_used_change_nothing() -> None:
     assert not applied
 
 
-def test_a_running_proxy_takes_limits_and_log_level(tmp_path: Path, etcd: EtcdServer) -> None:
+def test_a_running_proxy_applies_limits_and_log_level(tmp_path: Path, etcd: EtcdServer) -> None:
     file = tmp_path / "watchmux.toml"
     text = f'[upstream]\nendpoints = ["{etcd.endpoint}"]\n'
     file.write_text(text)
@@ -69,12 +69,12 @@ def test_a_running_proxy_takes_limits_and_log_level(tmp_path: Path, etcd: EtcdSe
         assert 'watchmux_limit{limit="watches_max"} 1e+07' in proxy.get("/metrics")[1]
         file.write_text(text + '[watch]\nwatches_max = 5\nbookmark_s = 7\n[log]\nlog_level = "debug"\n')
         proxy.process.send_signal(signal.SIGHUP)
-        until(lambda: messages("settings read again"), "the settings to be read")
+        until(lambda: messages("settings reloaded"), "the settings to be read")
         assert 'watchmux_limit{limit="watches_max"} 5.0' in proxy.get("/metrics")[1]
         (told,) = (line for line in proxy.lines() if line["msg"] == "some changes need a restart")
         assert told["settings"] == ["watch.bookmark_s"]
         file.write_text("[watch]\nwatches_max = 0\n")
         proxy.process.send_signal(signal.SIGHUP)
-        until(lambda: messages("the settings cannot be used; nothing is changed"), "the refusal")
+        until(lambda: messages("invalid settings; nothing changed"), "the refusal")
         assert 'watchmux_limit{limit="watches_max"} 5.0' in proxy.get("/metrics")[1]
         assert proxy.end() == 0

@@ -37,7 +37,7 @@ class Manager:
 
 
 @pytest.mark.parametrize("abstract", [False, True])
-def test_a_proxy_that_hangs_is_silent(abstract: bool, tmp_path: Path) -> None:
+def test_a_hung_proxy_sends_no_watchdog_notification(abstract: bool, tmp_path: Path) -> None:
     path = f"@watchmux-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
     manager = Manager("\0" + path[1:] if abstract else path)
 
