@@ -195,7 +195,7 @@ HTTP1: Final = {
 
 READS: Final = {
     "timeout_s": Row(_READS % "DEADLINE_EXCEEDED", f"{_LISTENER}test_reads_that_are_not_answered_in_time"),
-    "probe_age_s_max": Row(NOTHING, "proxy/auth/test_queries.py::test_that_auth_is_off_is_believed_for_a_while"),
+    "probe_age_s_max": Row(NOTHING, "proxy/auth/test_queries.py::test_auth_off_is_remembered_for_probe_age_s_max"),
     "checks_in_flight_max": Row(
         "watchmux_checks_waiting",
         f"{_CHECKS}test_calls_in_flight_are_bounded_and_tokens_take_turns",
@@ -316,7 +316,7 @@ KEPT: Final = (
         "tokens that were tried to prove a new connection",
         "eight for each try (`TRIED_AT_ONCE`)",
         "the proof, or the next connection",
-        "proxy/auth/test_restore.py::test_what_was_tried_is_forgotten_with_the_proof",
+        "proxy/auth/test_restore.py::test_tried_tokens_are_forgotten_after_a_proof",
     ),
     Kept(
         "an event that is written in part to a client that does not read",
@@ -365,7 +365,7 @@ KEPT: Final = (
         "orders of delivery that the engine remembers",
         "16 groups (`ORDERS_REMEMBERED_MAX`)",
         "the close of a stream",
-        "proxy/watch/test_engine.py::test_nothing_of_a_session_that_is_gone_is_kept",
+        "proxy/watch/test_engine.py::test_a_closed_session_is_not_kept_alive",
     ),
 )
 """What clients can make the proxy keep."""

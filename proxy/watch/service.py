@@ -73,8 +73,8 @@ class WatchSettings:
 
     requests_waiting_bytes_max: int = 256 * 1024 * 1024
     """Bytes of requests waiting on all watch streams: for their turn, for their last bytes, or for etcd. Reading from a
-    stream stops long before that (the core's `line_bytes_max`); at this bound the stream with the most waiting bytes
-    ends RESOURCE_EXHAUSTED."""
+    stream stops long before that (the core's `line_bytes_max`); at this bound a stream with at least its share of the
+    bytes ends RESOURCE_EXHAUSTED."""
 
 
 class WatchService:

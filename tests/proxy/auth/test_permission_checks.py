@@ -1,4 +1,4 @@
-"""Permission checks of tokens: what one call asks for, who shares it, and whom its answer concerns."""
+"""Permission checks of tokens: which ranges one call checks, which checks share it, and which its answer decides."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOO_LARGE = (8, "grpc: received message larger than max (2 vs. 1)")
 
 
 class Session:
-    """One that has a token and may end."""
+    """A session that has a token and may end."""
 
     def __init__(self, token: bytes = b"t") -> None:
         self.identity = Identity(token)
@@ -39,14 +39,14 @@ class Session:
 
 
 class Create:
-    """A create as far as a check looks at it."""
+    """The part of a create that a check uses."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
 
 
 class Rig:
-    """Checks, the calls that are in flight, and what was answered."""
+    """Checks, the calls in flight, and the answers."""
 
     def __init__(self, in_flight_max: int = 32) -> None:
         self.checks = Checks(in_flight_max)
@@ -57,24 +57,24 @@ class Rig:
         self.sent = 0
 
     def ask(self, key: bytes, session: Session | None = None, token: bytes = b"t") -> None:
-        """A session asks for a key."""
+        """Add a check of a session for a key."""
         create: Any = Create(session or Session(token))
         self.do(self.checks.add(PermissionCheck(AuthScope(create.session.identity.token, key), create)))
 
     def granted(self) -> Call:
-        """Grant the call that was sent first."""
+        """Grant the oldest call in flight."""
         call = self.calls.pop(0)
         self.do(self.checks.granted(self.batch(call), HEADER))
         return call
 
     def failed(self, failure: tuple[int, str]) -> Call:
-        """Have the call that was sent first fail."""
+        """Let the oldest call in flight fail."""
         call = self.calls.pop(0)
         self.do(self.checks.failed(self.batch(call), *failure))
         return call
 
     def again(self) -> None:
-        """The time after a failure is up."""
+        """End the delay after a failure."""
         self.do(self.checks.again(self.batch(self.later.pop(0))))
 
     @staticmethod
@@ -98,11 +98,11 @@ class Rig:
                 self.ended.append((effect.session, effect.status))
 
     def asked(self) -> list[list[bytes]]:
-        """What the calls in flight ask for."""
+        """The keys that the calls in flight check."""
         return [[key for key, _ in call.ranges] for call in self.calls]
 
 
-def test_equal_questions_before_the_call_share_it() -> None:
+def test_equal_checks_before_the_call_share_it() -> None:
     rig = Rig()
     rig.ask(b"first")
     for _ in range(3):
@@ -114,7 +114,7 @@ def test_equal_questions_before_the_call_share_it() -> None:
     assert (rig.sent, rig.checks.waiting) == (2, 0)
 
 
-def test_an_equal_question_after_the_call_waits_for_the_next() -> None:
+def test_an_equal_check_after_the_call_waits_for_the_next() -> None:
     rig = Rig()
     rig.ask(b"k")
     rig.ask(b"k")
@@ -126,7 +126,7 @@ def test_an_equal_question_after_the_call_waits_for_the_next() -> None:
     assert rig.told == [(b"k", "yes")] * 2
 
 
-def test_one_call_asks_for_many_ranges_of_a_token() -> None:
+def test_one_call_checks_many_ranges_of_a_token() -> None:
     rig = Rig()
     for number in range(1 + RANGES_MAX + 1):
         rig.ask(b"%d" % number)
@@ -139,7 +139,7 @@ def test_one_call_asks_for_many_ranges_of_a_token() -> None:
     assert rig.sent == 3
 
 
-def test_a_crowd_of_a_known_token_is_checked_by_several_calls() -> None:
+def test_many_checks_of_a_granted_token_use_several_calls() -> None:
     rig = Rig()
     rig.ask(b"first")
     for number in range(10 * RANGES_MAX):
@@ -168,7 +168,7 @@ def test_sessions_of_one_token_take_turns() -> None:
     assert b"modest" in rig.asked()[0][:2]
 
 
-def test_a_large_range_is_asked_for_alone() -> None:
+def test_a_large_range_is_checked_alone() -> None:
     rig = Rig()
     rig.ask(b"first")
     rig.ask(b"small")
@@ -186,7 +186,7 @@ def test_calls_in_flight_are_bounded_and_tokens_take_turns() -> None:
     rig = Rig(8)
     for number in range(20):
         rig.ask(b"k", token=b"token %d" % number)
-    # Tokens that nothing is known of have three of eight places.
+    # Unknown tokens have three of eight slots.
     assert len(rig.calls) == 3
     assert rig.checks.waiting == 20
     while rig.calls:
@@ -196,7 +196,7 @@ def test_calls_in_flight_are_bounded_and_tokens_take_turns() -> None:
     assert rig.checks.waiting == 0
 
 
-def test_made_up_tokens_leave_places_to_those_that_were_granted() -> None:
+def test_made_up_tokens_leave_slots_for_granted_tokens() -> None:
     rig = Rig(8)
     rig.ask(b"k", token=b"good")
     rig.granted()
@@ -204,7 +204,7 @@ def test_made_up_tokens_leave_places_to_those_that_were_granted() -> None:
         rig.ask(b"k", token=b"made up %d" % number)
     rig.ask(b"other", token=b"good")
     assert [b"other"] in rig.asked()
-    # One that was refused comes again and again: it has one place, whatever else there is.
+    # Refused tokens that are tried again have one slot together, even if all others are free.
     rig = Rig(8)
     for number in range(8):
         rig.ask(b"k", token=b"bad %d" % number)
@@ -217,7 +217,7 @@ def test_made_up_tokens_leave_places_to_those_that_were_granted() -> None:
     assert len(rig.calls) == 2
 
 
-def test_an_invalid_token_is_the_answer_to_all_that_came_before() -> None:
+def test_an_invalid_token_refuses_all_earlier_checks() -> None:
     rig = Rig()
     rig.ask(b"first")
     rig.failed((14, "connection refused"))
@@ -226,7 +226,7 @@ def test_an_invalid_token_is_the_answer_to_all_that_came_before() -> None:
     rig.again()
     rig.ask(b"late")
     rig.failed(INVALID)
-    # All but the one that came after the call was sent.
+    # All but the check that arrived after the call was sent.
     assert len(rig.told) == 1001
     assert [answer for _, answer in rig.told] == ["no"] * 1001
     assert rig.asked() == [[b"late"]]
@@ -234,7 +234,7 @@ def test_an_invalid_token_is_the_answer_to_all_that_came_before() -> None:
 
 
 @pytest.mark.parametrize("bad", [1, 3])
-def test_a_range_that_is_refused_is_found_among_the_others(bad: int) -> None:
+def test_a_refused_range_is_found_among_the_others(bad: int) -> None:
     rig = Rig()
     rig.ask(b"first")
     for number in range(RANGES_MAX):
@@ -267,7 +267,7 @@ def test_a_key_too_large_ends_its_own_session() -> None:
     assert rig.told == [(b"first", "yes"), (b"small", "yes")]
 
 
-def test_what_fails_for_an_unclear_reason_is_split_and_given_up() -> None:
+def test_unclear_failures_are_split_and_given_up() -> None:
     rig = Rig()
     culprit = Session()
     rig.ask(b"first")
@@ -290,12 +290,12 @@ def test_what_fails_for_an_unclear_reason_is_split_and_given_up() -> None:
     assert tries == TRIES_MAX + 1
 
 
-def test_what_etcd_cannot_answer_now_is_asked_again() -> None:
+def test_checks_that_etcd_cannot_answer_are_retried() -> None:
     rig = Rig(8)
     for number in range(5):
         rig.ask(b"k", token=b"token %d" % number)
     waiting = [rig.failed(GONE) for _ in range(3)]
-    # Their places are free meanwhile.
+    # Their slots are free meanwhile.
     assert len(rig.calls) == 2
     assert rig.later == waiting
     rig.again()
@@ -308,7 +308,7 @@ def test_what_etcd_cannot_answer_now_is_asked_again() -> None:
     assert len(rig.told) == 5
 
 
-def test_a_token_that_etcd_lets_wait_loses_its_place() -> None:
+def test_a_token_whose_checks_time_out_loses_its_slot() -> None:
     rig = Rig(8)
     for number in range(3):
         rig.ask(b"k", token=b"from the future %d" % number)
@@ -321,7 +321,7 @@ def test_a_token_that_etcd_lets_wait_loses_its_place() -> None:
     assert len(rig.calls) == 2
 
 
-def test_a_change_of_users_during_the_call_is_asked_once_more() -> None:
+def test_a_change_of_users_during_a_call_is_retried_once() -> None:
     rig = Rig()
     rig.ask(b"k")
     rig.failed((3, OLD_REVISION))
@@ -334,7 +334,7 @@ def test_a_change_of_users_during_the_call_is_asked_once_more() -> None:
     assert rig.told == [(b"k", "yes"), (b"k", "no")]
 
 
-def test_an_etcd_that_takes_few_operations_gets_few() -> None:
+def test_calls_shrink_to_etcds_limit_of_operations() -> None:
     rig = Rig()
     rig.ask(b"first")
     for number in range(200):
@@ -352,7 +352,7 @@ def test_an_etcd_that_takes_few_operations_gets_few() -> None:
     assert sizes.count(64) == 2
 
 
-def test_nothing_is_asked_for_sessions_that_have_gone() -> None:
+def test_checks_of_closed_sessions_are_dropped() -> None:
     rig = Rig()
     session = Session()
     rig.ask(b"first")
@@ -366,7 +366,7 @@ def test_nothing_is_asked_for_sessions_that_have_gone() -> None:
     assert rig.asked() == [[b"k"]]
 
 
-def test_refusals_are_worded_as_etcd_words_them() -> None:
+def test_refusals_use_etcds_wording() -> None:
     rig = Rig()
     told: list[Any] = []
     create: Any = Create(Session())

@@ -1,4 +1,4 @@
-"""What is asked of etcd beside the watches, and what is made of the answers: without any I/O."""
+"""Queries to etcd apart from the watches, and the effects of their answers, without I/O."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def at(revision: int) -> Header:
 
 
 def waiting(*tokens: bytes) -> RevisionRead:
-    """Sessions with these tokens wait for "now"."""
+    """Return the read of sessions with these tokens that wait for "now"."""
     sessions = [SimpleNamespace(identity=Identity(token), ended=False) for token in tokens]
     creates = [SimpleNamespace(session=each, refusal=None, key=b"k", range_end=b"") for each in sessions]
     read: Any = SimpleNamespace(waiting=creates)
@@ -36,7 +36,7 @@ def waiting(*tokens: bytes) -> RevisionRead:
 
 
 def begun(questions: Queries, effects: list[QueryEffect], known: int) -> Call:
-    """Begin the one call that is to be made."""
+    """Begin the only call of these effects."""
     (effect,) = effects
     assert isinstance(effect, SendCall)
     assert not effect.later
@@ -44,12 +44,12 @@ def begun(questions: Queries, effects: list[QueryEffect], known: int) -> Call:
     return effect.call
 
 
-def test_an_answer_from_before_it_went_back_is_asked_for_anew() -> None:
+def test_a_read_that_began_before_a_restore_is_repeated() -> None:
     questions = Queries(1.0)
     early = begun(questions, questions.read(waiting(b"t")), 10)
     late = begun(questions, questions.read(waiting(b"t")), 10)
     assert [type(effect) for effect in questions.answered(early, at(5))] == [RevisionRegressed, DeliverAnswer]
-    # It was answered by the store that is no more: 11 is not "now".
+    # The store before the restore answered: 11 is not "now".
     again = begun(questions, questions.answered(late, at(11)), 5)
     assert again is late
     (told,) = questions.answered(again, at(6))
@@ -58,7 +58,7 @@ def test_an_answer_from_before_it_went_back_is_asked_for_anew() -> None:
     assert told.outcome.revision == 6
 
 
-def test_that_auth_is_off_is_believed_for_a_while() -> None:
+def test_auth_off_is_remembered_for_probe_age_s_max() -> None:
     questions = Queries(1.0)
 
     def check(when: float) -> list[QueryEffect]:
@@ -72,7 +72,7 @@ def test_that_auth_is_off_is_believed_for_a_while() -> None:
     assert [type(effect) for effect in check(11.001)] == [SendCall]
 
 
-def test_who_has_no_right_is_sent_away_and_the_next_one_asked() -> None:
+def test_a_refused_session_is_closed_and_the_next_token_used() -> None:
     questions = Queries(1.0)
     questions.auth_on = True
     now = waiting(b"old", b"good")
@@ -84,10 +84,10 @@ def test_who_has_no_right_is_sent_away_and_the_next_one_asked() -> None:
     assert ask.call.token == b"good"
 
 
-def test_without_a_leader_it_is_asked_at_once_of_a_member_and_then_anew() -> None:
+def test_without_a_leader_a_read_is_serializable_once() -> None:
     questions = Queries(1.0)
     call = begun(questions, questions.read(waiting(b"t")), 0)
-    # One that says so is not enough: another may have one.
+    # One endpoint without a leader is not enough: another may have one.
     assert questions.failed(call, Status.UNAVAILABLE, NO_LEADER_TEXT) == [SendCall(call, later=True)]
     assert begun(questions, questions.failed(call, Status.UNAVAILABLE, NO_LEADER_TEXT, leaderless=True), 0) is call
     assert not call.linearizable
@@ -106,7 +106,7 @@ def test_with_auth_off_now_needs_no_clients_key() -> None:
     assert (call.token, call.ranges) == (None, ((ANY_KEY, b""),))
 
 
-def test_a_read_that_fails_for_a_key_goes_on_with_the_next() -> None:
+def test_a_read_refused_for_a_key_continues_with_the_next() -> None:
     questions = Queries(1.0)
     questions.auth_on = True
     call = begun(questions, questions.read(waiting(b"poison", b"good")), 0)
@@ -118,7 +118,7 @@ def test_a_read_that_fails_for_a_key_goes_on_with_the_next() -> None:
     assert ask.call.token == b"good"
 
 
-def test_an_invalid_token_sends_all_away_who_have_it() -> None:
+def test_an_invalid_token_disconnects_all_its_sessions() -> None:
     questions = Queries(1.0)
     questions.auth_on = True
     call = begun(questions, questions.read(waiting(b"old", b"old", b"good", b"old")), 0)
@@ -128,7 +128,7 @@ def test_an_invalid_token_sends_all_away_who_have_it() -> None:
     assert ask.call.token == b"good"
 
 
-def test_without_a_leader_now_is_not_below_what_is_known() -> None:
+def test_without_a_leader_now_is_at_least_the_known_revision() -> None:
     questions = Queries(1.0)
     call = begun(questions, questions.read(waiting(b"t")), 10)
     begun(questions, questions.failed(call, Status.UNAVAILABLE, NO_LEADER_TEXT, leaderless=True), 10)
@@ -147,7 +147,7 @@ def test_without_a_leader_no_permission_is_granted() -> None:
     assert call.linearizable
 
 
-def test_that_auth_was_on_is_not_forgotten_for_one_member() -> None:
+def test_auth_stays_on_without_a_linearizable_probe() -> None:
     questions = Queries(1.0)
     questions.auth_on = True
     call = begun(questions, questions.check(PermissionCheck(AuthScope(None, b"a", b"")), 0.0), 0)
@@ -158,7 +158,7 @@ def test_that_auth_was_on_is_not_forgotten_for_one_member() -> None:
 
 
 class Session:
-    """One that has a token and may end."""
+    """A session that has a token and may end."""
 
     def __init__(self, token: bytes | None) -> None:
         self.identity = Identity(token)
@@ -166,17 +166,17 @@ class Session:
 
 
 def let_in(questions: Queries, session: Session, key: bytes, when: float) -> list[QueryEffect]:
-    """A session asks for a key."""
+    """Check a session's permission for a key."""
     create: Any = SimpleNamespace(session=session)
     return questions.check(PermissionCheck(AuthScope(session.identity.token, key), create), when)
 
 
-def test_when_auth_comes_those_let_in_since_are_asked_about() -> None:
+def test_when_auth_turns_on_recent_sessions_are_checked() -> None:
     questions = Queries(1.0)
     early, plain, known, gone = Session(None), Session(None), Session(b"t"), Session(None)
     probe = begun(questions, let_in(questions, early, b"a", 0.0), 0)
     questions.answered(probe, at(5))
-    # The next probe finds auth off: those before it are proven.
+    # The next probe finds auth off, which proves it for the sessions before it.
     probe = begun(questions, let_in(questions, Session(None), b"a", 2.0), 0)
     questions.answered(probe, at(5))
     for session, key in ((plain, b"a"), (known, b"a"), (known, b"b"), (known, b"a"), (gone, b"a")):
@@ -190,7 +190,7 @@ def test_when_auth_comes_those_let_in_since_are_asked_about() -> None:
     assert gone not in away
     (check,) = [effect.call for effect in effects if isinstance(effect, SendCall)]
     assert check.token == b"t"
-    # One call was sent for the first range, the second one follows.
+    # One call was sent for the first range; the call for the second follows.
     questions.begin(check, 0, 9.0)
     (after,) = questions.answered(check, at(5))
     assert isinstance(after, SendCall)

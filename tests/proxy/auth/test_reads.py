@@ -1,4 +1,4 @@
-"""Reads and permission checks, over a pool that answers by a script."""
+"""Reads and permission checks, over a scripted pool."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DENIED = CallFailed(Status.PERMISSION_DENIED, "etcdserver: permission denied")
 
 
 class Call:
-    """One call that the pool got."""
+    """One call that the pool received."""
 
     def __init__(self, message: bytes, metadata: Sequence[tuple[bytes, bytes]], has_leader: bool) -> None:
         txn = rpc_pb2.TxnRequest.FromString(message)
@@ -44,7 +44,7 @@ class Call:
 
 
 class ScriptedPool:
-    """Keeps each call until the test answers it, or answers at once by `auto`."""
+    """Keeps each call until the test answers it, or answers at once with `auto`."""
 
     def __init__(self) -> None:
         self.asked: list[Call] = []
@@ -93,14 +93,14 @@ class ScriptedPool:
         told((rpc_pb2.TxnResponse(header=header).SerializeToString(), []))
 
     async def count(self, count: int) -> Call:
-        """Wait until so many calls came, and return the last."""
+        """Wait for `count` calls, and return the last one."""
         await until_async(lambda: len(self.asked) >= count, f"{count} calls")
         assert len(self.asked) == count
         return self.asked[-1]
 
 
 def kinds(outcomes: Sequence[Outcome]) -> list[tuple[str, int | str]]:
-    """Outcomes as what a test compares."""
+    """Return outcomes in a form that tests can compare."""
     return [
         (type(outcome).__name__, outcome.text)
         if isinstance(outcome, CreateRefusal)
@@ -118,24 +118,24 @@ class FakeSession:
 
 
 def keep(got: dict[str, Outcome], name: str, outcome: Outcome) -> None:
-    """Keep an outcome by name."""
+    """Store an outcome under a name."""
     got[name] = outcome
 
 
 def has(got: Sequence[Outcome], count: int) -> bool:
-    """So many outcomes came."""
+    """Whether there are `count` outcomes."""
     return len(got) == count
 
 
 def now(told: Callable[[Outcome], None], *sessions: FakeSession, refusal: str | None = None) -> RevisionRead:
-    """Return the question of sessions that wait for "now"."""
+    """Return the read of sessions that wait for "now"."""
     waiting = [SimpleNamespace(session=each, refusal=refusal, key=b"k", range_end=b"l") for each in sessions]
     read: Any = SimpleNamespace(waiting=waiting)
     return RevisionRead(read, told)
 
 
 class Seen:
-    """A listener that notes what it is told."""
+    """A listener that records its calls."""
 
     newest_revision = 0
     own_token: bytes | None = None
@@ -163,7 +163,7 @@ class Seen:
         self.back.append(header.revision)
 
 
-def test_a_read_is_linearizable_and_asks_for_a_leader() -> None:
+def test_a_read_is_linearizable_and_requires_a_leader() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         got: list[Outcome] = []
@@ -181,7 +181,7 @@ def test_a_read_is_linearizable_and_asks_for_a_leader() -> None:
     run(scenario())
 
 
-def test_without_a_leader_it_is_serializable_and_tells_of_no_rollback() -> None:
+def test_a_serializable_read_does_not_report_a_rollback() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         got: list[Outcome] = []
@@ -193,14 +193,14 @@ def test_without_a_leader_it_is_serializable_and_tells_of_no_rollback() -> None:
         reader.read(now(got.append, FakeSession()))
         await until_async(lambda: got, "the answer")
         assert seen.back == []
-        # The member lags: "now" is not below what is known here.
+        # The member lags: "now" is at least the revision known here.
         assert kinds(got) == [("Header", 9)]
         assert [(asked.range.serializable, asked.has_leader) for asked in pool.asked] == [(False, True), (True, False)]
 
     run(scenario())
 
 
-def test_a_linearizable_read_tells_of_a_rollback_before_it_is_answered() -> None:
+def test_a_rollback_is_reported_before_the_read_is_answered() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         pool.auto = lambda _: 7
@@ -215,7 +215,7 @@ def test_a_linearizable_read_tells_of_a_rollback_before_it_is_answered() -> None
     run(scenario())
 
 
-def test_a_read_is_tried_until_it_works() -> None:
+def test_a_read_is_retried_until_it_succeeds() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         got: list[Outcome] = []
@@ -231,7 +231,7 @@ def test_a_read_is_tried_until_it_works() -> None:
 
 
 @pytest.mark.parametrize("tokens", [[b"bad", b"good"], [b"bad", b"bad"]])
-def test_a_refused_read_is_tried_by_another_right(tokens: list[bytes]) -> None:
+def test_a_refused_read_is_retried_with_another_token(tokens: list[bytes]) -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         pool.auto = lambda call: 5 if call.token == b"good" else DENIED
@@ -241,7 +241,7 @@ def test_a_refused_read_is_tried_by_another_right(tokens: list[bytes]) -> None:
         reader.listener = seen = Seen()
         reader.read(now(got.append, *map(FakeSession, tokens)))
         await until_async(lambda: got, "the read to end")
-        # Nobody is left to ask for: the core is told nothing, but told.
+        # If no client is left, the core still gets an answer, without information.
         assert kinds(got) == [("Header", 5 * tokens.count(b"good"))]
         assert len(seen.away) == tokens.count(b"bad")
         assert (pool.asked[-1].range.key, pool.asked[-1].range.range_end) == (b"k", b"l")
@@ -249,7 +249,7 @@ def test_a_refused_read_is_tried_by_another_right(tokens: list[bytes]) -> None:
     run(scenario())
 
 
-def test_a_read_without_any_right_is_not_linearizable() -> None:
+def test_a_read_without_permission_is_not_linearizable() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         pool.auto = lambda call: 3 if not call.range.key else DENIED
@@ -265,8 +265,8 @@ def test_a_read_without_any_right_is_not_linearizable() -> None:
     run(scenario())
 
 
-def test_a_certificate_with_a_name_has_nobody_log_in_first() -> None:
-    """With auth on that is refused, with auth off it is not: then a probe tells."""
+def test_with_a_cn_the_probe_is_first_an_invalid_login() -> None:
+    """With auth on the login is refused as invalid; with any other answer a probe without a token follows."""
 
     async def scenario() -> None:
         for refused, outcome in ((True, "CreateRefusal"), (False, "Granted")):
@@ -295,7 +295,7 @@ def test_with_auth_off_one_probe_serves_all() -> None:
         asked.answer.set_result(5)
         await until_async(lambda: len(got) == 2, "both answers")
         reader.check(PermissionCheck(AuthScope(None, b"c", b""), told=got.append))
-        # Only the first came before the read began, so only to him it says what "now" is.
+        # Only the first check arrived before the read began, so only for it the header is "now".
         assert kinds(got) == [("Granted", 5), ("Header", 5), ("Header", 5)]
         assert [asked.token for asked in pool.asked] == [None]
         assert not reader.questions.auth_on
@@ -303,7 +303,7 @@ def test_with_auth_off_one_probe_serves_all() -> None:
     run(scenario())
 
 
-def test_a_probe_is_not_believed_for_ever() -> None:
+def test_a_probe_expires() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         pool.auto = lambda _: 5
@@ -318,7 +318,7 @@ def test_a_probe_is_not_believed_for_ever() -> None:
     run(scenario())
 
 
-def test_with_auth_on_each_is_checked_with_his_own_token() -> None:
+def test_with_auth_on_each_client_is_checked_by_its_token() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         verdicts: dict[bytes | None, int | CallFailed] = {None: EMPTY, b"good": 8, b"bad": DENIED}
@@ -337,7 +337,7 @@ def test_with_auth_on_each_is_checked_with_his_own_token() -> None:
         assert [(asked.range.key, asked.range.range_end) for asked in pool.asked if asked.token is not None] == [
             (b"k", b"l")
         ] * 2
-        # Known to be on: a token is checked without another probe.
+        # Auth is known to be on: a token is checked without another probe.
         before = len(pool.asked)
         reader.check(PermissionCheck(AuthScope(b"good", b"m"), told=lambda outcome: got.update({"again": outcome})))
         await until_async(lambda: "again" in got, "the answer")
@@ -346,7 +346,7 @@ def test_with_auth_on_each_is_checked_with_his_own_token() -> None:
     run(scenario())
 
 
-def test_auth_that_is_switched_off_is_noticed() -> None:
+def test_switching_auth_off_is_noticed() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         answers: list[int | CallFailed] = [EMPTY, 6]
@@ -364,7 +364,7 @@ def test_auth_that_is_switched_off_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("auth_on", [False, True])
-def test_nobody_asks_on_for_clients_that_are_gone(auth_on: bool) -> None:
+def test_checks_of_closed_sessions_are_not_retried(auth_on: bool) -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         pool.auto = lambda _: CallFailed(Status.UNAVAILABLE, "gone")
@@ -385,7 +385,7 @@ def test_nobody_asks_on_for_clients_that_are_gone(auth_on: bool) -> None:
     run(scenario())
 
 
-def test_stop_gives_everything_up() -> None:
+def test_stop_aborts_all_calls() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         reader = Reader(pool)

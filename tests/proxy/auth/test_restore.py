@@ -1,4 +1,4 @@
-"""What is read is held against what was known when it was asked for."""
+"""The revision of a read is compared with the revision known when the read began."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def at(revision: int) -> Header:
     return Header.make(1, 2, revision, 3)
 
 
-def test_only_what_is_linearizable_and_older_than_its_question_tells() -> None:
+def test_only_an_older_linearizable_read_is_a_rollback() -> None:
     rollback = RestoreDetector()
     early = rollback.begin(10)
     assert not rollback.answered(early, at(15), True)
@@ -32,11 +32,11 @@ def test_only_what_is_linearizable_and_older_than_its_question_tells() -> None:
     assert rollback.answered(rollback.begin(20), at(19), True)
 
 
-def test_reads_from_before_it_went_back_say_nothing_any_more() -> None:
+def test_reads_begun_before_a_restore_are_ignored() -> None:
     rollback = RestoreDetector()
     first, second, third = (rollback.begin(10) for _ in range(3))
     assert rollback.answered(first, at(5), True)
-    # The store goes on; a slow answer from before is neither older nor newer than it.
+    # The store continues; a slow answer from before the restore says nothing about it.
     assert not rollback.answered(rollback.begin(5), at(7), True)
     assert not rollback.answered(second, at(5), True)
     assert not rollback.answered(third, at(10), True)
@@ -51,18 +51,18 @@ def test_every_token_is_tried_once_until_one_is_answered() -> None:
     rollback.connected()
     assert [asked.token for asked in rollback.candidate_scopes(None, watches)] == [b"a", b"b"]
     assert rollback.candidate_scopes(None, watches) == []
-    # Our own user logs in, a client comes back with a new token.
+    # The proxy's own user logs in, and a client reconnects with a new token.
     watches.append(FakeWatch(b"c"))
     assert {asked.token for asked in rollback.candidate_scopes(b"own", watches)} == {b"c", b"own"}
     rollback.answered(rollback.begin(10), at(11), True)
     assert not rollback.unproven
     assert rollback.candidate_scopes(b"own", [FakeWatch(b"d")]) == []
-    # With the next connection all begins anew.
+    # After the next connection all tokens are tried again.
     rollback.connected()
     assert {asked.token for asked in rollback.candidate_scopes(None, watches)} == {b"a", b"b", b"c"}
 
 
-def test_not_all_are_tried_at_once() -> None:
+def test_few_tokens_are_tried_at_a_time() -> None:
     rollback = RestoreDetector()
     rollback.connected()
     watches = [FakeWatch(b"%d" % number) for number in range(3 * TRIED_AT_ONCE)]
@@ -71,8 +71,8 @@ def test_not_all_are_tried_at_once() -> None:
     assert rollback.candidate_scopes(None, watches) == []
 
 
-def test_what_was_tried_is_forgotten_with_the_proof() -> None:
-    """The tokens of clients that have left long since are not kept until the next connection."""
+def test_tried_tokens_are_forgotten_after_a_proof() -> None:
+    """The tokens of clients that left long ago are not kept until the next connection."""
     rollback = RestoreDetector()
     rollback.connected()
     assert len(rollback.candidate_scopes(None, [FakeWatch(b"%d" % number) for number in range(5)])) == 5

@@ -1,4 +1,4 @@
-"""What stands around an engine in its tests: a scripted core, and fakes that note what the engine does with them."""
+"""The surroundings of an engine under test: a scripted core, and fakes that record what the engine does with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADER = Header.make(1, 2, 3, 4)
 
 
 class ScriptedCore:
-    """Notes each input; answers with what the test has put there for it."""
+    """Records each input and returns the effects that the test has scripted for it."""
 
     def __init__(self) -> None:
         self.inputs: list[tuple[Any, ...]] = []
@@ -41,18 +41,18 @@ class ScriptedCore:
         return self.deadline
 
     def names(self) -> list[str]:
-        """The inputs so far, by name."""
+        """The names of the inputs so far."""
         return [entry[0] for entry in self.inputs]
 
 
 class FakeReader:
-    """Answers at once, inside of the effect, as a known probe does; what it asks is decided as ever."""
+    """Answers at once, inside the effect, as a cached probe does. The calls are decided by real `Queries`."""
 
     def __init__(self) -> None:
         self.header = HEADER
         self.linearizable = True
         self.reads: list[tuple[Any, ...]] = []
-        """Of each call the token, and the ranges' keys and ends."""
+        """For each call its token, and the keys and ends of its ranges."""
         self.refuses: set[bytes | None] = set()
         self.questions = Queries(1.0)
         self.listener: Any = None
@@ -100,7 +100,7 @@ class FakeReader:
 
 
 class FakeUpstream:
-    """Notes what it is told."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, Any]] = []
@@ -133,7 +133,7 @@ class FakeUpstream:
 
 
 class FakeConnection:
-    """A connection with nothing but what its first stream counts."""
+    """A connection whose calls are counted by its first stream."""
 
     def __init__(self, outlet: FakeOutlet) -> None:
         self.h2 = outlet
@@ -151,7 +151,7 @@ class FakeConnection:
 
 
 class FakeOutlet:
-    """A stream that has room for so many messages."""
+    """A stream with room for `room` messages."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -167,7 +167,7 @@ class FakeOutlet:
         self.asked_on = 0
 
     def take_requests(self) -> None:
-        """Note that its client may ask on."""
+        """Count the call."""
         self.asked_on += 1
 
     def touch(self) -> None:
@@ -175,7 +175,7 @@ class FakeOutlet:
         self.connection.dirty = True
 
     def send(self, *arguments: Any) -> bool:
-        """Both the connection's send(stream, pieces, size) and the outlet's send(message)."""
+        """Act as the connection's send(stream, pieces, size) and as the outlet's send(message)."""
         if len(arguments) == 1:
             self.sent.append(arguments[0])
             self.room -= 1
@@ -186,7 +186,7 @@ class FakeOutlet:
         return bool(stream.room >= 0)
 
     def send_each(self, together: Any, columns: Any, size: int) -> list[int]:
-        """The connection's: leaves those whose room is used up."""
+        """Act as the connection's `send_each`: skip streams without room."""
         self.runs += 1
         left = [place for place, stream in enumerate(together.streams) if stream.room <= 1]
         for place, (stream, *pieces) in enumerate(zip(together.streams, *columns, strict=True)):
@@ -202,7 +202,7 @@ class FakeOutlet:
 
 
 class FakeTrunk:
-    """An upstream watch as far as the engine looks at it."""
+    """The part of an upstream watch that the engine uses."""
 
     key = b"k"
     range_end = b"l"
@@ -226,18 +226,18 @@ class Rig:
         self.engine.attach(self.upstream)
 
     def script(self, name: str, *effects: Effect) -> None:
-        """The next input of this name has these effects."""
+        """Script the effects of the next input of this name."""
         self.core.effects[name] = list(effects)
 
 
 def watch_of(outlet: FakeOutlet, watch_id: int = 0) -> Any:
-    """A watch as far as the engine looks at it."""
+    """Return the part of a watch that the engine uses."""
     session = SimpleNamespace(outlet=outlet, ended=False, identity=Identity())
     return SimpleNamespace(outlet=outlet, watch_id=watch_id, session=session, refusal=None)
 
 
 def payload_of(*texts: bytes) -> Any:
-    """A payload whose messages carry the watch id."""
+    """Return a payload whose messages contain the watch id."""
 
     def pieces(watch_id: int) -> tuple[bytes, ...]:
         return tuple(b"%d:%s" % (watch_id, text) for text in texts)

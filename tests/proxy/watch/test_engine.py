@@ -1,4 +1,4 @@
-"""How the engine drives a core: order of inputs and effects, the fan-out loop, the timer. The core is a script."""
+"""The engine drives a scripted core: order of inputs and effects, the fan-out loop, the timer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_inputs_never_nest() -> None:
         read: Any = SimpleNamespace(waiting=[check])
         rig.script("create", CheckPermission(check), ReadRevision(read), OpenUpstream("trunk"))  # type: ignore[arg-type]
         rig.engine.create(check.session, None)  # type: ignore[arg-type]
-        # The answers came from inside of the effects, and waited until all of them were carried out.
+        # The answers arrived inside the effects, and waited until all effects were carried out.
         assert rig.core.names() == ["create", "permission", "revision_read"]
         assert rig.upstream.told == [("open", "trunk")]
         assert isinstance(rig.core.inputs[1][2], Granted)
@@ -49,7 +49,7 @@ def test_inputs_never_nest() -> None:
     run(scenario())
 
 
-def test_by_whose_right_a_read_is_refused_is_ended() -> None:
+def test_session_whose_token_is_refused_is_ended() -> None:
     async def scenario() -> None:
         rig = Rig()
         outlets = [FakeOutlet(9) for _ in range(3)]
@@ -67,7 +67,7 @@ def test_by_whose_right_a_read_is_refused_is_ended() -> None:
         assert [asked[0] for asked in rig.reader.reads] == [b"old", b"good"]
         assert [len(outlet.ends) for outlet in outlets] == [0, 1, 0]
         assert rig.core.names() == ["create", "close", "revision_read"]
-        # Whoever is refused anyway needs no right to be told so.
+        # A create that is refused already needs no permission, only a header.
         creates[2].refusal = "no"
         creates[0].session.ended = True
         rig.script("create", ReadRevision(read))
@@ -77,7 +77,7 @@ def test_by_whose_right_a_read_is_refused_is_ended() -> None:
     run(scenario())
 
 
-def test_a_read_for_nobody_is_answered_without_one() -> None:
+def test_a_read_without_waiting_clients_makes_no_call() -> None:
     async def scenario() -> None:
         rig = Rig()
         create = watch_of(FakeOutlet(9))
@@ -107,7 +107,7 @@ def test_effects_reach_the_upstream_in_order() -> None:
     run(scenario())
 
 
-def test_a_session_whose_line_is_short_again_is_asked_on() -> None:
+def test_a_session_is_read_again_once_its_queue_has_room() -> None:
     async def scenario() -> None:
         rig = Rig()
         outlet = FakeOutlet(9)
@@ -133,7 +133,7 @@ def test_a_payload_goes_to_each_watch_under_its_id() -> None:
     run(scenario())
 
 
-def test_a_stall_is_told_at_once_and_what_follows_is_handed_back() -> None:
+def test_a_stall_is_reported_and_later_payloads_are_returned() -> None:
     async def scenario() -> None:
         rig = Rig()
         outlet = FakeOutlet(1)
@@ -149,8 +149,8 @@ def test_a_stall_is_told_at_once_and_what_follows_is_handed_back() -> None:
     run(scenario())
 
 
-def test_what_comes_alone_is_written_at_once() -> None:
-    """To each of different connections; where something waits it is queued, and written when that is told to be."""
+def test_a_single_payload_is_written_at_once() -> None:
+    """If the connections are distinct. Where output waits already, the payload is queued behind it."""
 
     async def scenario() -> None:
         rig = Rig()
@@ -173,7 +173,7 @@ def test_what_comes_alone_is_written_at_once() -> None:
     run(scenario())
 
 
-def test_what_can_be_joined_is_not_written_at_once() -> None:
+def test_payloads_that_can_be_joined_are_queued() -> None:
     async def scenario() -> None:
         rig = Rig()
         told: list[bool] = []
@@ -188,7 +188,7 @@ def test_what_can_be_joined_is_not_written_at_once() -> None:
         outlets[2].connection = outlets[0].connection
         watches = [watch_of(outlet) for outlet in outlets]
         small = payload_of(b"x")
-        # Two on one connection; two effects; much; more than one message.
+        # Two watches on one connection; two effects; a large payload; more than one message.
         for effects in (
             [Deliver(small, watches)],
             [Deliver(small, watches[:1]), Deliver(small, watches[1:2])],
@@ -198,7 +198,7 @@ def test_what_can_be_joined_is_not_written_at_once() -> None:
             rig.script("upstream_response", *effects)
             rig.engine.received(TRUNK, SPOKEN)
         assert told == [True, False] * 4
-        # A read of several messages; and what no read has brought.
+        # A read of several messages; and a payload that does not result from a read.
         rig.engine.reading(True)
         rig.script("upstream_response", Deliver(small, watches[:1]))
         rig.engine.received(TRUNK, SPOKEN)
@@ -214,15 +214,15 @@ def test_what_can_be_joined_is_not_written_at_once() -> None:
 
 
 def large_group(count: int) -> tuple[list[FakeOutlet], tuple[Any, ...]]:
-    """A group that is worth to be put in order: two watches on each stream, streams on three connections."""
+    """Return a group large enough to be ordered: two watches on each stream, streams on three connections."""
     outlets = [FakeOutlet(99) for _ in range(count)]
     for place, outlet in enumerate(outlets):
         outlet.connection = outlets[place % 3].connection
     return outlets, tuple(watch_of(outlet, watch_id) for outlet in outlets for watch_id in (0, 7))
 
 
-def test_a_large_group_gets_the_same_in_order_of_connections() -> None:
-    """The first time one by one, then run by run; every stream gets each payload once under each of its ids."""
+def test_a_large_group_is_delivered_by_connection() -> None:
+    """First watch by watch, then connection by connection. Each stream gets a payload once under each of its ids."""
 
     async def scenario() -> None:
         rig = Rig()
@@ -239,8 +239,8 @@ def test_a_large_group_gets_the_same_in_order_of_connections() -> None:
     run(scenario())
 
 
-def test_a_large_group_on_connections_of_its_own_is_written_at_once() -> None:
-    """From the second time on, when it is known to be apart; those who have no room, and large payloads, are queued."""
+def test_a_large_group_on_distinct_connections_is_not_queued() -> None:
+    """From the second payload on, when the plan is known. Large payloads are queued, and streams without room."""
 
     async def scenario() -> None:
         rig = Rig()
@@ -264,7 +264,7 @@ def test_a_large_group_on_connections_of_its_own_is_written_at_once() -> None:
     run(scenario())
 
 
-def test_a_large_group_with_some_on_connections_of_their_own() -> None:
+def test_a_large_group_with_watches_alone_on_a_connection() -> None:
     async def scenario() -> None:
         rig = Rig()
         outlets, watches = large_group(RUN_WATCHES_MIN)
@@ -282,7 +282,7 @@ def test_a_large_group_with_some_on_connections_of_their_own() -> None:
     run(scenario())
 
 
-def test_a_stall_inside_of_a_large_group() -> None:
+def test_a_stall_inside_a_large_group() -> None:
     async def scenario() -> None:
         rig = Rig()
         outlets, watches = large_group(RUN_WATCHES_MIN)
@@ -298,7 +298,7 @@ def test_a_stall_inside_of_a_large_group() -> None:
         rig.core.inputs.clear()
         rig.script("upstream_response", Deliver(payload, watches))
         rig.engine.received(TRUNK, SPOKEN)
-        # The second one is written too: it was under way before the session stalled.
+        # The second watch's message is written too: it was in progress before the session stalled.
         slow.room = 0
         later = payload_of(b"z")
         rig.script("upstream_response", Deliver(later, watches))
@@ -311,7 +311,7 @@ def test_a_stall_inside_of_a_large_group() -> None:
     run(scenario())
 
 
-def test_much_in_one_turn_is_said_to_be_much() -> None:
+def test_much_output_in_one_turn_is_reported() -> None:
     async def scenario() -> None:
         rig = Rig()
         relieved: list[int] = []
@@ -325,7 +325,7 @@ def test_much_in_one_turn_is_said_to_be_much() -> None:
     run(scenario())
 
 
-def test_nothing_of_a_session_that_is_gone_is_kept() -> None:
+def test_a_closed_session_is_not_kept_alive() -> None:
     async def scenario() -> None:
         rig = Rig()
         watches = large_group(RUN_WATCHES_MIN)[1]
@@ -342,7 +342,7 @@ def test_nothing_of_a_session_that_is_gone_is_kept() -> None:
     run(scenario())
 
 
-def test_a_control_answer_that_waits_is_a_stall_too() -> None:
+def test_a_blocked_control_answer_is_a_stall() -> None:
     async def scenario() -> None:
         rig = Rig()
         outlet = FakeOutlet(0)
@@ -366,7 +366,7 @@ def test_a_session_is_ended() -> None:
     run(scenario())
 
 
-def test_the_timer_rings_at_the_deadline_and_not_for_nothing() -> None:
+def test_the_timer_fires_only_at_the_deadline() -> None:
     async def scenario() -> None:
         loop = asyncio.get_running_loop()
         rig = Rig()
@@ -387,7 +387,7 @@ def test_the_timer_rings_at_the_deadline_and_not_for_nothing() -> None:
 
 
 @pytest.mark.parametrize(("revision", "linearizable", "back"), [(8, True, True), (8, False, False), (9, True, False)])
-def test_only_a_linearizable_read_tells_that_the_store_went_back(revision: int, linearizable: bool, back: bool) -> None:
+def test_only_a_linearizable_read_detects_a_restore(revision: int, linearizable: bool, back: bool) -> None:
     async def scenario() -> None:
         rig = Rig()
         rig.script("cancel", OpenUpstream(TRUNK))
@@ -414,14 +414,14 @@ def test_a_connection_without_watches_needs_no_read() -> None:
     run(scenario())
 
 
-def test_a_core_that_fails_is_dropped_with_its_sessions() -> None:
+def test_a_failed_core_is_replaced_and_its_sessions_end() -> None:
     async def scenario() -> None:
         rig = Rig()
         ended = []
         rig.engine.failed = lambda: ended.append(rig.engine.core)
         check: Any = watch_of(FakeOutlet(9))
         check.key, check.range_end = b"k", b""
-        # The answer of the check waits in the inbox when the next effect fails.
+        # The answer to the check waits in the inbox when the next effect fails.
         rig.script("create", OpenUpstream(TRUNK), CheckPermission(check), None)  # type: ignore[arg-type]
         rig.engine.create(None, None)  # type: ignore[arg-type]
         assert rig.engine.stats.failures == 1
@@ -431,7 +431,7 @@ def test_a_core_that_fails_is_dropped_with_its_sessions() -> None:
         assert rig.core.names() == ["create"]
         rig.engine.open_session(FakeOutlet(9), Identity())
         assert rig.engine.core.stats.sessions == 1
-        # What is refused needs no read of etcd.
+        # The header is kept, so that refusing a create needs no read from etcd.
         assert rig.engine.core.header is HEADER
 
     run(scenario())
