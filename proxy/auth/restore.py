@@ -1,8 +1,8 @@
 """Detects that the store's revision went backwards: it was restored from a snapshot, and later revisions are invalid.
 
 A `created` response or a serializable read may be older than the known revision, since it may come from a member that
-lags. A linearizable read cannot be older than a revision known before it began. So each linearizable answer, whatever
-the query, is compared with the revision known when its read began. Since there may be no queries after a connection
+lags. A linearizable read cannot be older than a revision known before it began. So each linearizable answer, to any
+query, is compared with the revision known when its read began. Since there may be no queries after a connection
 breaks, one read is made for the open watches. With auth on it needs a token with permission: tokens are tried, and the
 first one that is answered decides for all.
 

@@ -315,7 +315,7 @@ class WatchCall:
     def _must_wait(self) -> bool:
         """Requests have to wait until the client reads or etcd answers: then `drained` or `take_requests` is called."""
         session = self.session
-        assert session is not None, "asked while it is open"
+        assert session is not None, "the session is open"
         if session.line_full:
             return True
         # Queued requests will be answered as well.
