@@ -1,8 +1,9 @@
-"""gRPC calls as the server sees them: what a request head says, and how a call is answered and ended.
+"""The server side of gRPC calls: parsing request heads, sending responses, ending calls.
 
-The listener speaks HTTP/2 streams; Watch, health and the refusals of the listener speak gRPC calls. What lies between
-is here, once: reading a request head (method, content type, deadline, encoding, metadata), the response head, the
-trailers, and the answers to requests that are not gRPC at all. Pass-through does not use it: it hands heads on.
+The listener works with HTTP/2 streams; Watch, health and the listener's refusals work with gRPC calls. This module is
+the layer between them: it parses a request head (method, content type, deadline, encoding, metadata), writes response
+heads and trailers, and answers requests that are not gRPC. Pass-through does not use it for its calls: it forwards
+heads.
 """
 
 from __future__ import annotations
@@ -20,51 +21,51 @@ Headers = list[tuple[bytes, bytes]]
 TIMEOUT = b"grpc-timeout"
 RESPONSE_HEAD: Headers = [(b":status", b"200"), (b"content-type", b"application/grpc")]
 PROBLEM_TRAILER = b"watchmux-problem"
-"""Says in detail why the proxy refused a call, percent-encoded as `grpc-message` is."""
+"""Trailer with the detailed reason for a refusal by the proxy, percent-encoded as `grpc-message` is."""
 
 ACCEPTED_ENCODINGS = (b"identity", b"gzip")
 UNREAD_END_GRACE_S = 5.0
-"""How long a client that has stopped reading may take to fetch the end of its call before the stream is reset."""
+"""How long a client that has stopped reading may take to read the end of its call; then the stream is reset."""
 
 
 class ConnectionHandle(Protocol):
-    """What a handler may ask of the connection its stream came on; `listening.connection.ServerConnection` is one."""
+    """A handler's view of its stream's connection; `listening.connection.ServerConnection` implements it."""
 
     h2: Connection
     dirty: bool
 
     def touch(self) -> None:
-        """Have what is queued in `h2` written before this turn of the event loop ends."""
+        """Schedule a write of what is queued in `h2` for the end of this turn of the event loop."""
 
 
 class Handler(Protocol):
-    """What a stream is given to; the listener calls it, always from the event loop, never nested in its own calls.
+    """The handler of one stream. The listener calls it from the event loop, never nested in the handler's own calls.
 
-    Whoever takes `data` owes `h2.consumed(stream, flow_size)`, when it has room for more.
+    A handler that receives `data` must call `h2.consumed(stream, flow_size)` once it has room for more.
     """
 
     def data(self, data: bytes, flow_size: int, end_stream: bool) -> None:
-        """Take inbound DATA; `flow_size` is what it weighs in the flow-control windows."""
+        """Handle inbound DATA; `flow_size` is its size in the flow-control windows."""
 
     def trailers(self, headers: Headers) -> None:
-        """Take request trailers, which also end the client's side."""
+        """Handle request trailers, which also end the client's side."""
 
     def drained(self) -> None:
-        """Everything sent so far is out: the stream is not blocked any more."""
+        """Called when everything sent so far is written: the stream is no longer blocked."""
 
     def closed(self, code: int | None) -> None:
-        """The stream is gone: reset with `code`, or its connection was lost (None). Nothing can be sent on it."""
+        """Called when the stream was reset with `code`, or its connection was lost (None). Nothing can be sent."""
 
 
 HandlerFactory = Callable[[ConnectionHandle, Stream, Headers, bool], Handler | None]
-"""(connection, stream, request headers, end_stream) -> who gets the rest of the stream; None when it is answered."""
+"""(connection, stream, request headers, end_stream) -> the stream's handler; None if it is answered already."""
 
 
 class CallRefusal(Exception):
-    """A request head that cannot become a gRPC call.
+    """A request that is refused before it becomes a gRPC call.
 
-    Attributes: `http_status` (200 when the refusal is a gRPC one), `status` and `text` for gRPC clients, and `problem`
-    for people where clients go by the text: it is in the trailer `watchmux-problem`.
+    Attributes: `http_status` (200 for a refusal in gRPC terms), `status` and `text` for gRPC clients, and `problem`,
+    sent in the trailer `watchmux-problem`: the reason for operators, where clients depend on the exact `text`.
     """
 
     def __init__(self, http_status: int, status: Status, text: str, problem: str = "") -> None:
@@ -77,7 +78,7 @@ class CallRefusal(Exception):
 
 @dataclass(slots=True, frozen=True)
 class RequestHead:
-    """The head of one gRPC request, read."""
+    """The parsed head of one gRPC request."""
 
     path: bytes
     timeout_s: float | None = None
@@ -87,14 +88,14 @@ class RequestHead:
 
     @property
     def decompress(self) -> Literal["gzip"] | None:
-        """What the request's messages may be compressed with, as MessageReader takes it."""
+        """The request's compression, as an argument for MessageReader."""
         return "gzip" if self.encoding == b"gzip" else None
 
     @classmethod
     def parse(cls, headers: Headers) -> RequestHead:
-        """Read a request head. Raises Refusal for one that is not gRPC or asks for what is not there.
+        """Parse a request head. Raises CallRefusal if it is not gRPC or uses an unsupported encoding.
 
-        Statuses as grpc-go's server answers them (internal/transport/http2_server.go, operateHeaders).
+        The statuses are those of grpc-go's server (internal/transport/http2_server.go, operateHeaders).
         """
         path = method = content_type = b""
         timeout_s: float | None = None
@@ -124,7 +125,7 @@ class RequestHead:
 
 
 def is_grpc(content_type: bytes) -> bool:
-    """Tell whether a content type is gRPC's: application/grpc, alone or followed by + or ; (gRPC over HTTP/2)."""
+    """Return whether a content type is gRPC's: application/grpc, alone or followed by + or ; (gRPC over HTTP/2)."""
     base = b"application/grpc"
     lowered = content_type.lower()
     return lowered.startswith(base) and lowered[len(base) : len(base) + 1] in (b"", b"+", b";")
@@ -138,14 +139,14 @@ def _timeout(value: bytes) -> float:
 
 
 def _shown(value: bytes) -> str:
-    """A peer's bytes for an error text: short, printable."""
+    """Format a peer's bytes for an error text: truncated and printable."""
     return repr(value[:64].decode("ascii", "backslashreplace"))
 
 
 class ServerCall:
-    """One gRPC call on one stream: the ways to answer it.
+    """One gRPC call on one stream, with the methods to answer it.
 
-    The response head goes out with the first message, so that a call that fails at once gets a trailers-only answer.
+    The response head is sent with the first message, so that a call that fails at once gets a trailers-only response.
     """
 
     __slots__ = ("connection", "ended", "started", "stream", "timer")
@@ -156,13 +157,13 @@ class ServerCall:
         self.started = False
         """The response head is queued."""
         self.ended = False
-        """The trailers are queued, or the stream is gone: nothing may be sent."""
+        """The trailers are queued, or the stream is closed: nothing more may be sent."""
         self.timer: asyncio.TimerHandle | None = None
 
     def end_after(self, timeout_s: float | None) -> None:
-        """End the call DEADLINE_EXCEEDED when its caller's grpc-timeout is over; None: never.
+        """End the call with DEADLINE_EXCEEDED after the client's grpc-timeout; None: never.
 
-        The handler hears of it as `closed` of the stream, like of any other end that it did not bring about itself.
+        The handler is notified by `closed`, as of any end that it did not cause itself.
         """
         if timeout_s is not None:
             self.timer = asyncio.get_running_loop().call_later(timeout_s, self._deadline_over)
@@ -175,13 +176,13 @@ class ServerCall:
             handler.closed(None)
 
     def start(self) -> None:
-        """Queue the response head, if it is not yet."""
+        """Queue the response head, unless it is queued already."""
         if not self.started:
             self.started = True
             self.connection.h2.send_headers(self.stream, RESPONSE_HEAD)
 
     def write(self, framed: bytes) -> bool:
-        """Send one message that already has its gRPC prefix. True: it is on its way; False: the stream is blocked."""
+        """Send one message that already has its gRPC prefix. Returns False if the stream is blocked."""
         if self.ended:
             return True
         self.start()
@@ -189,7 +190,7 @@ class ServerCall:
         return self.connection.h2.send(self.stream, (framed,), len(framed))
 
     def end(self, status: int, text: str = "", extra: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        """End the call with a gRPC status: trailers, or a trailers-only answer when nothing was sent.
+        """End the call with a gRPC status: trailers, or a trailers-only response if nothing was sent.
 
         They queue behind what the client has not read yet; a client that does not read at all gets a reset instead.
         """
@@ -204,7 +205,7 @@ class ServerCall:
         if self.stream.blocked:
             asyncio.get_running_loop().call_later(UNREAD_END_GRACE_S, self._reset_unread)
         else:
-            # Nothing more comes of it, and the stream and its handler would hold each other.
+            # Break the reference cycle of the stream and its handler.
             self.stream.owner = None
 
     def _reset_unread(self) -> None:
@@ -214,7 +215,7 @@ class ServerCall:
             self.stream.owner = None
 
     def closed(self) -> None:
-        """Note that the stream is gone."""
+        """Note that the stream is closed."""
         self._over()
 
     def _over(self) -> None:
@@ -225,7 +226,7 @@ class ServerCall:
 
 
 def status_trailers(status: int, text: str, problem: str = "") -> Headers:
-    """The trailers of a gRPC status; `grpc-message` is left out when there is no text, and so is `watchmux-problem`."""
+    """Return the trailers of a gRPC status, without `grpc-message` and `watchmux-problem` where these are empty."""
     trailers = [(b"grpc-status", b"%d" % status)]
     if text:
         trailers.append((b"grpc-message", encode_message(text)))
@@ -235,7 +236,7 @@ def status_trailers(status: int, text: str, problem: str = "") -> Headers:
 
 
 def refuse(connection: ConnectionHandle, stream: Stream, refusal: CallRefusal) -> None:
-    """Answer a request that never became a call, in HTTP's terms as well as in gRPC's."""
+    """Refuse a request with both an HTTP status and a gRPC status."""
     headers: Headers = [(b":status", b"%d" % refusal.http_status)]
     if refusal.http_status == 200:
         headers.append((b"content-type", b"application/grpc"))
@@ -247,7 +248,7 @@ def refuse(connection: ConnectionHandle, stream: Stream, refusal: CallRefusal) -
 
 
 def unknown_method(connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool) -> None:
-    """Answer a stream that nobody serves."""
+    """Refuse a request for a method that has no handler (UNIMPLEMENTED)."""
     del end_stream
     path = dict(headers).get(b":path", b"")
     text = f"unknown method {path[:200].decode('ascii', 'backslashreplace')}"

@@ -1,12 +1,11 @@
-"""One client's connection: the shell around `proto.http2.Connection` in its server role.
+"""One client's connection: the I/O around `proto.http2.Connection` in its server role.
 
-It owns nothing of what its streams mean: events go to the handlers of the streams, new requests to the listener's
-routes, and a connection that does not open with the HTTP/2 preface is given to the HTTP/1 side with the bytes read so
-far.
+It does not interpret its streams: events go to the streams' handlers, new requests to the listener's routes, and a
+connection that does not open with the HTTP/2 preface is handed to the HTTP/1 side with the bytes read so far.
 
-Writing is batched: whoever queues something touches the connection, and the listener has it flushed once in a turn of
-the event loop. What the transport does not take waits here in parts, so that a client that does not read costs what
-its windows allow and no more.
+Writes are batched: code that queues output calls `touch`, and the listener flushes the connection once in a turn of the
+event loop. Output that the transport does not accept waits here in pieces, so that a client that does not read costs no
+more than its windows allow.
 """
 
 from __future__ import annotations
@@ -49,26 +48,26 @@ KEEPALIVE_PING = b"keepaliv"
 DRAIN_PING = b"draining"
 
 PART_PIECES_MAX = 1024
-"""More pieces than these are not joined in one go: joining takes 80 bytes for each of them while it lasts, as much as
-the frame itself, and what the client's buffers do not take would wait twice, as pieces and joined."""
+"""Maximum pieces joined for one write. Joining needs 80 bytes for each piece meanwhile, as much as a small frame, and
+output that the client's buffers do not accept would be in memory twice, as pieces and joined."""
 
 CLOSE_GRACE_S = 5.0
-"""How long a connection that is to be closed may take to fetch what is still written for it."""
+"""How long the client of a closing connection may take to read its remaining output; then the connection is aborted."""
 
 log = logs.logger("listener")
 
 
 class Requested(Protocol):
-    """A handler that has requests of its client which wait for a turn."""
+    """A handler with client requests that wait for a turn."""
 
     stream: Stream
 
     def go_on(self) -> bool:
-        """Take some of them; True: there are more that could be taken in the next turn."""
+        """Handle some of them. Returns True if more can be handled in the next turn."""
 
 
 class ServerConnection(asyncio.Protocol):
-    """One client's connection. It is the `ConnectionHandle` of the handlers of its streams."""
+    """One client's connection; the `ConnectionHandle` for the handlers of its streams."""
 
     __slots__ = (
         "_at_fault",
@@ -97,50 +96,50 @@ class ServerConnection(asyncio.Protocol):
     )
 
     inside = False
-    """It is the proxy's own (proxy/admin/self_probe.py)."""
+    """True for the proxy's own connection to itself (proxy/admin/self_probe.py)."""
 
     def __init__(self, listener: Listener) -> None:
         self.h2 = Connection(Role.SERVER, listener.settings.http2)
         self.dirty = False
-        """It waits to be flushed at the end of this turn."""
+        """A flush is scheduled for the end of this turn."""
         self.bulky = False
-        """What is queued may be large: it is written in parts, without joining all of it first."""
+        """The queued output may be large: write it in parts, without joining all of it first."""
         self.sessions = 0
-        """Watch sessions it carries; the Watch service counts them here."""
+        """Number of its Watch sessions; maintained by the Watch service."""
         self.peer = ""
-        """The client's address, for people."""
+        """The client's address, for logs and the status page."""
         self.turns = listener.turns
-        """The work of this turn of the loop; handlers pay for what they do for it beyond a frame."""
+        """The work budget of this turn of the loop; handlers charge work beyond that of a frame to it."""
         self._listener = listener
         self._transport: asyncio.Transport | None = None
         self._opening: bytes | None = b""
-        """What came before it was clear that this is HTTP/2; None from then on."""
+        """Bytes received before the protocol was known; None from then on."""
         self._opened_at = self._heard_at = self._idle_since = 0.0
         self._pinged_at: float | None = None
         self._pings: PingPolicy | None = None
-        """Made when the client pings for the first time."""
+        """Created at the client's first ping."""
         self._closing_since: float | None = None
         self._at_fault = False
-        """It ends by a fault of the client's."""
+        """The connection is being closed because of a client error."""
         self._blocked = False
-        """The transport takes no more for now."""
+        """The transport's write buffer is full."""
         self._rest: list[Piece] = []
-        """Output that the transport has not been given yet, because it was blocked."""
+        """Output not yet given to the transport, because it was blocked."""
         self._unread_bytes = 0
-        """What was added to it while it was blocked, which is no DATA."""
+        """Bytes added to `_rest` while blocked: control frames and trailers, since DATA stalls."""
         self._in_turns = False
-        """What was read of it is handled in several turns of the loop; nothing more is read until that is done."""
+        """The input received is handled over several turns of the loop; reading is paused until that is done."""
         self._queued = False
-        """It waits for its turn."""
+        """The connection is queued for a turn."""
         self._calls: deque[Requested] = deque()
         """Handlers with requests that wait for a turn."""
         self._deaf = False
-        """The client is not read, because it does not read either."""
+        """Reading is paused because the client is not reading its responses."""
 
-    # asyncio calls
+    # called by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the new transport; refuse it when there are too many."""
+        """Accept the new connection, or refuse it if there are too many."""
         listener = self._listener
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=listener.settings.write_buffer_bytes)
@@ -157,7 +156,7 @@ class ServerConnection(asyncio.Protocol):
             self._close()
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes of the client."""
+        """Handle bytes from the client."""
         self._heard_at = self._listener.now()
         if self._opening is not None:
             if not self._recognise(data):
@@ -174,12 +173,12 @@ class ServerConnection(asyncio.Protocol):
                 self.touch()
 
     def pause_writing(self) -> None:
-        """Stall the streams: the client does not take what is written."""
+        """Stall the streams: the client does not read what is written."""
         self._blocked = True
         self.h2.pause()
 
     def resume_writing(self) -> None:
-        """Write what waits here, then let the streams go on."""
+        """Write the pending output, then resume the streams."""
         self._blocked = False
         self._write_rest()
         if self._blocked:
@@ -196,11 +195,11 @@ class ServerConnection(asyncio.Protocol):
         self.touch()
 
     def eof_received(self) -> bool:
-        """Close when the client has closed its side: an HTTP/2 connection is never half of one."""
+        """Close when the client has closed its side: HTTP/2 has no half-closed connections."""
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell every handler that its stream is gone, then the listener that the connection is."""
+        """Notify all handlers that their streams are closed, then the listener that the connection is."""
         del exc
         listener = self._listener
         self._transport = None
@@ -209,21 +208,21 @@ class ServerConnection(asyncio.Protocol):
         self._closing_since = listener.now()
         listener.leaving.add(self.h2.streams.values(), lambda: listener.gone(self))
 
-    # for handlers and the engine
+    # called by handlers and the engine
 
     def go_on_later(self, call: Requested) -> None:
-        """Have `call.go_on` called when it is this connection's turn, and there the call's."""
+        """Queue `call.go_on` for a turn of this connection."""
         self._calls.append(call)
         self._wait()
 
     def touch(self) -> None:
-        """Have what is queued written before this turn of the event loop ends."""
+        """Schedule a write of what is queued for the end of this turn of the event loop."""
         if not self.dirty:
             self.dirty = True
             self._listener.soon(self)
 
     def flush(self) -> None:
-        """Write what is queued: in one write, unless it is much."""
+        """Write the queued output: in one write, unless it is large."""
         self.dirty = False
         pieces = self.h2.output()
         transport = self._transport
@@ -245,7 +244,7 @@ class ServerConnection(asyncio.Protocol):
             self._close()
 
     def write_now(self, stream: Stream, message: bytes, size: int) -> bool:
-        """Write one message, `size` bytes, without queueing it; False, and nothing done, if anything waits."""
+        """Write one message of `size` bytes without queueing it; return False, doing nothing, if output is pending."""
         transport = self._transport
         if self.dirty or self._blocked or transport is None or transport.is_closing():
             return False
@@ -258,12 +257,12 @@ class ServerConnection(asyncio.Protocol):
         try:
             transport.write(data)
         except Exception:
-            log.exception("writing failed; the connection is dropped", peer=self.peer)
+            log.exception("write failed; dropping the connection", peer=self.peer)
             self.abort()
         return True
 
     def go_away(self) -> None:
-        """Send the client elsewhere, in two steps so that no stream it has just opened is lost (RFC 9113 6.8)."""
+        """Send GOAWAY, in two steps so that no stream the client has just opened is lost (RFC 9113 6.8)."""
         if self._opening is not None:
             self.abort()
             return
@@ -279,12 +278,12 @@ class ServerConnection(asyncio.Protocol):
             self.touch()
 
     def abort(self) -> None:
-        """Close at once; what is written but not sent is lost."""
+        """Close at once; output that is written but not sent is lost."""
         if self._transport is not None:
             self._transport.abort()
 
     def sweep(self, now: float) -> None:
-        """Look for a timeout; the listener calls it every few seconds at most."""
+        """Check the timeouts; the listener calls it every few seconds or more often."""
         settings = self._listener.settings
         if self._closing_since is not None:
             if now - self._closing_since > CLOSE_GRACE_S:
@@ -297,10 +296,10 @@ class ServerConnection(asyncio.Protocol):
         else:
             self._sweep_silence(settings, now)
 
-    # its own
+    # internal
 
     def _receive(self, data: bytes, work_max: int) -> None:
-        """Handle bytes of the client up to a bound of work; what is beyond waits for its turn."""
+        """Handle bytes from the client up to a bound of work; the remainder waits for a turn."""
         h2 = self.h2
         h2.now = self._heard_at
         h2.turn_work_max = work_max
@@ -311,7 +310,7 @@ class ServerConnection(asyncio.Protocol):
             self._take_turns()
 
     def _take_turns(self) -> None:
-        """Handle what is too much for this turn of the loop in the next ones; nothing more is read meanwhile."""
+        """Defer the remaining input to the next turns of the loop, and pause reading until it is handled."""
         if not self._in_turns:
             self._in_turns = True
             self._listener.stats.in_turns += 1
@@ -325,14 +324,14 @@ class ServerConnection(asyncio.Protocol):
             self.turns.wait(self)
 
     def take_turn(self) -> None:
-        """Handle some of what waits; called by `Turns`."""
+        """Handle some of the deferred input and requests; called by `Turns`."""
         self._queued = False
         transport = self._transport
         if transport is None or transport.is_closing() or self._closing_since is not None:
             return
         turns, calls = self.turns, self._calls
         if self.h2.behind:
-            # Not more than half, so that neither frames nor requests wait for the end of the others.
+            # At most half, so that neither frames nor requests wait for all of the others.
             self._receive(b"", max(1, turns.left // 2 if calls else turns.left))
         while calls and turns.left > 0:
             self._go_on(calls.popleft())
@@ -351,11 +350,11 @@ class ServerConnection(asyncio.Protocol):
             if call.go_on():
                 self._calls.append(call)
         except Exception:
-            log.exception("a handler failed; its stream is reset", peer=self.peer)
+            log.exception("handler failed; resetting its stream", peer=self.peer)
             self._give_up(call.stream)
 
     def _recognise(self, data: bytes) -> bool:
-        """Add to the opening; tell whether it is HTTP/2's. Otherwise the connection is given away or waits for more."""
+        """Add to the opening bytes; return whether they are HTTP/2's preface. Others go to the HTTP/1 side."""
         self._opening = opening = (self._opening or b"") + data
         if opening.startswith(PREFACE):
             self.h2.start()
@@ -402,7 +401,7 @@ class ServerConnection(asyncio.Protocol):
                 elif kind is ConnectionFailed:
                     self._failed(cast(ConnectionFailed, event))
             except Exception:
-                log.exception("a handler failed; its stream is reset", peer=self.peer)
+                log.exception("handler failed; resetting its stream", peer=self.peer)
                 self._give_up(getattr(event, "stream", None))
 
     def _write(self, data: bytes) -> None:
@@ -413,19 +412,19 @@ class ServerConnection(asyncio.Protocol):
             self._transport.write(data)
 
     def _write_rest(self) -> None:
-        """Write what waits, part by part, until the transport is blocked (which it says from inside of the write)."""
+        """Write the pending output in parts until the transport blocks (it calls `pause_writing` during the write)."""
         rest = self._rest
         part_bytes = self._listener.settings.write_buffer_bytes
         while rest and not self._blocked and self._transport is not None and not self._transport.is_closing():
             part = rest[:PART_PIECES_MAX]
             ends = list(accumulate(map(len, part)))
-            # The piece that goes beyond the bound is in the part as well: the transport then knows that it is full.
+            # Include the piece that exceeds the bound, so that the transport's buffer counts as full.
             del part[bisect_right(ends, part_bytes) + 1 :]
             del rest[: len(part)]
             self._write(b"".join(part))
 
     def _hold(self, pieces: Sequence[Piece]) -> None:
-        """Keep the output of a blocked connection; too much of it, and the client is not heard until it reads."""
+        """Keep the output of a blocked connection; above the bound, stop reading from the client until it reads."""
         self._rest.extend(pieces)
         self._unread_bytes += sum(map(len, pieces))
         if self._unread_bytes > self._listener.settings.unread_bytes_max and not self._deaf:
@@ -470,7 +469,7 @@ class ServerConnection(asyncio.Protocol):
         self._listener.stats.failed += 1
         calm = event.code is ErrorCode.ENHANCE_YOUR_CALM
         self._listener.stats.cut_off[event.reason if calm else event.code.name] += 1
-        log.info("a client's connection failed", peer=self.peer, code=event.code.name, reason=event.reason)
+        log.info("client connection failed", peer=self.peer, code=event.code.name, reason=event.reason)
         self._drop_streams()
 
     def _pinged(self) -> None:
@@ -483,7 +482,7 @@ class ServerConnection(asyncio.Protocol):
             self._at_fault = True
             self._listener.stats.failed += 1
             self._listener.stats.cut_off[TOO_MANY_PINGS.decode()] += 1
-            log.info("a client pings too often", peer=self.peer, least_s=settings.keepalive_min_s)
+            log.info("client pings too often; closing its connection", peer=self.peer, least_s=settings.keepalive_min_s)
             self.h2.go_away(True, ErrorCode.ENHANCE_YOUR_CALM, TOO_MANY_PINGS)
             self.flush()
             self._close()
@@ -492,7 +491,7 @@ class ServerConnection(asyncio.Protocol):
         self._listener.leaving.add(self.h2.streams.values(), _nothing)
 
     def _close(self) -> None:
-        """Close as soon as everything is given to the transport; `sweep` sees to it that this does not last."""
+        """Close once all output is given to the transport; `sweep` bounds how long that may take."""
         if self._closing_since is None:
             self._closing_since = self._listener.now()
             self._drop_streams()
@@ -504,7 +503,7 @@ class ServerConnection(asyncio.Protocol):
 
     def _time_out(self, limit: str, code: ErrorCode | None = None) -> None:
         self._listener.stats.timed_out[limit] += 1
-        log.info("a client's connection timed out", peer=self.peer, limit=limit)
+        log.info("client connection timed out", peer=self.peer, limit=limit)
         if code is None:
             self.abort()
             return
@@ -539,4 +538,4 @@ def _address(peername: object) -> str:
 
 
 def _nothing() -> None:
-    """Wait for nothing."""
+    """Do nothing: no one waits for these streams."""

@@ -1,9 +1,9 @@
-"""Accepting clients that speak TLS.
+"""Accepting TLS clients.
 
-The event loop can do this by itself, but then a connection is nobody's until its handshake is over: it is not counted,
-a thousand that never finish are not noticed, and the certificate is the one of the start. So connections are accepted
-here, counted, and each gets the newest certificate and a limit of time. A handshake is the one thing of the listener
-that has a task, for as long as it lasts.
+asyncio's own TLS server reports a connection only after its handshake: until then it is not counted, a thousand
+handshakes that never finish go unnoticed, and all use the certificate loaded at startup. Therefore connections are
+accepted and counted here, and each handshake gets the newest certificate and a timeout. Handshakes are the only part of
+the listener that uses tasks, one for each while it lasts.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from proxy.listening.listener import Listener
 
 SHUTDOWN_S = 2.0
-"""How long a client may take to answer the end of TLS."""
+"""How long a client may take to answer the TLS close_notify."""
 
 ACCEPTS_PER_TURN = 64
-"""Connections accepted before others have their turn: a handshake costs a millisecond."""
+"""Connections accepted in one turn of the event loop: a handshake costs a millisecond."""
 
 EXHAUSTED_S = 0.5
-"""How long nothing is accepted when the process has no file left for it."""
+"""How long accepting pauses after it failed, usually because the process has no file descriptor left."""
 
-TOO_SLOW = "it was not finished in time"
+TOO_SLOW = "the handshake timed out"
 
 log = logs.logger("listener")
 
@@ -56,18 +56,18 @@ class Acceptor:
             self._loop.add_reader(listening, self._accept, listening)
 
     def __len__(self) -> int:
-        """Return how many handshakes are not over."""
+        """Return the number of handshakes in progress."""
         return len(self._handshakes)
 
     def close(self) -> None:
-        """Accept no more."""
+        """Stop accepting."""
         sockets, self._sockets = self._sockets, []
         for listening in sockets:
             self._loop.remove_reader(listening)
             listening.close()
 
     async def stop(self) -> None:
-        """Accept no more and give the handshakes up that are not over."""
+        """Stop accepting and cancel the handshakes in progress."""
         self.close()
         for task in self._handshakes:
             task.cancel()
@@ -80,12 +80,12 @@ class Acceptor:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                log.error("connections cannot be accepted", problem=str(error))
+                log.error("cannot accept connections", problem=str(error))
                 self._loop.remove_reader(listening)
                 self._loop.call_later(EXHAUSTED_S, self._resume, listening)
                 return
             if self._listener.is_full:
-                # Nothing can be said to a client before its handshake.
+                # No GOAWAY: nothing can be sent before the handshake.
                 self._listener.refused()
                 accepted.close()
                 continue
@@ -113,20 +113,20 @@ class Acceptor:
             listener.stats.handshakes_failed += 1
             if problem is TOO_SLOW:
                 listener.stats.timed_out["first_bytes_timeout_s"] += 1
-            log.debug("a client's TLS handshake failed", problem=problem)
-            # Closed already unless the loop never came to own it.
+            log.debug("TLS handshake with a client failed", problem=problem)
+            # The loop has closed it already, unless it failed before taking ownership.
             with contextlib.suppress(OSError):
                 accepted.close()
 
 
 def explain(error: Exception) -> str:
-    """Say why a handshake failed."""
+    """Return the reason why a handshake failed, for the log."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the client's certificate is not trusted ({error.verify_message})"
     if isinstance(error, ssl.SSLError):
         reason = error.reason or str(error)
         if "PEER_DID_NOT_RETURN_A_CERTIFICATE" in reason:
-            return "the client shows no certificate, but --trusted-ca-file asks for one"
+            return "the client sent no certificate, but --trusted-ca-file requires one"
         if "HTTP_REQUEST" in reason or "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason:
             return "the client does not speak TLS"
         return reason.lower().replace("_", " ")
@@ -136,4 +136,4 @@ def explain(error: Exception) -> str:
 
 
 def _not_renewed(problem: BadTls) -> None:
-    log.error("renewed certificate files cannot be used; the old ones stay", problem=str(problem))
+    log.error("cannot load the renewed certificate files; keeping the old ones", problem=str(problem))

@@ -1,8 +1,8 @@
-"""HTTP/1 connections: handed through to etcd byte for byte.
+"""HTTP/1 connections: forwarded to etcd byte for byte.
 
-etcd serves its JSON gateway, /version, /health and /metrics on its client port, so their users point at the proxy as
-at etcd. Nothing is parsed beyond the method, which tells HTTP/1 from garbage; watches through the JSON gateway are
-therefore not merged. The two transports hold each other up: what one side does not take is not read from the other.
+etcd serves its JSON gateway, /version, /health and /metrics on its client port, so their users can use the proxy's
+address like etcd's. Only the method is parsed, to distinguish HTTP/1 from garbage; watches through the JSON gateway
+are therefore not merged. Backpressure goes both ways: while one side does not read, the other side is not read.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from upstream.tls import FileContext, client_context
 from upstream.transport import open_transport
 
 METHOD = re.compile(rb"[A-Z]{1,16}( |$)")
-"""The beginning of a request line, or of what may still become one (RFC 9112 3)."""
+"""The method of a request line, complete or not (RFC 9112 3)."""
 
 PROTOCOLS = ("http/1.1",)
-"""What is offered to etcd by ALPN."""
+"""The protocols offered to etcd by ALPN."""
 
 log = logs.logger("http1")
 
 Choose = Callable[[], Endpoint]
-"""Returns the endpoint that the next connection goes to."""
+"""Returns the endpoint for the next connection."""
 
 
 @dataclass(slots=True, frozen=True)
 class Http1Settings:
-    """Bounds of handed-through connections."""
+    """Limits of HTTP/1 connections."""
 
     connect_timeout_s: float = 5.0
-    """How long etcd may take to accept; then the client gets 502."""
+    """How long connecting to etcd may take; then the client gets 502."""
 
     opening_timeout_s: float = 10.0
-    """How long a client may take to name its method; then it gets 408."""
+    """How long a client may take to send its method; then it gets 408."""
 
     connections_max: int = 1_000
-    """HTTP/1 connections at a time; one more gets 503."""
+    """Maximum concurrent HTTP/1 connections; further ones get 503."""
 
 
 class Http1:
-    """Makes the protocol that takes over a connection which is not HTTP/2."""
+    """Creates the protocols for connections that are not HTTP/2."""
 
     def __init__(
         self,
@@ -56,24 +56,24 @@ class Http1:
         settings: Http1Settings | None = None,
         refusal: str = "",
     ) -> None:
-        """`refusal`: why no connection is handed through; empty where they are."""
+        """`refusal`: the reason for refusing all connections; empty if they are forwarded."""
         self.settings = settings or Http1Settings()
         self.connections: set[ClientSide] = set()
         self.upstreams: set[UpstreamSide] = set()
         self.refused = dict.fromkeys(_REASONS, 0)
-        """Connections refused by ourselves, by the status they were told."""
+        """Connections refused by the proxy, by HTTP status."""
         self._choose = choose
         self.refusal = refusal
         self._tls = tls
-        # The same for HTTP/1, once it was needed.
+        # The same with HTTP/1 in ALPN, created when first needed.
         self._spoken: FileContext | None = None
 
     def descriptors(self) -> int:
-        """Return how many descriptors its connections have, those of clients and those to etcd."""
+        """Return the number of file descriptors of its connections, those of clients and those to etcd."""
         return len(self.connections) + len(self.upstreams)
 
     def __call__(self, transport: asyncio.Transport, opening: bytes) -> ClientSide:
-        """Take over `transport`, on which `opening` was read so far."""
+        """Take over `transport`; `opening` is what was read from it so far."""
         client = ClientSide(self, transport)
         self.connections.add(client)
         if len(self.connections) > self.settings.connections_max:
@@ -83,7 +83,7 @@ class Http1:
         return client
 
     async def dial(self, client: ClientSide) -> None:
-        """Connect `client` to etcd; it gets a 502 when that fails."""
+        """Connect `client` to etcd; it gets a 502 if that fails."""
         endpoint = self._choose()
 
         def factory() -> UpstreamSide:
@@ -93,13 +93,15 @@ class Http1:
             async with asyncio.timeout(self.settings.connect_timeout_s):
                 await open_transport(factory, endpoint, self._context(endpoint))
         except (OSError, TimeoutError, BadTls) as error:
-            log.warning("HTTP/1 not handed through", endpoint=endpoint.text, problem=str(error) or "timed out")
+            log.warning(
+                "cannot forward an HTTP/1 connection", endpoint=endpoint.text, problem=str(error) or "timed out"
+            )
             client.refuse(502, f"etcd at {endpoint.text} cannot be reached")
 
     def _context(self, endpoint: Endpoint) -> ssl.SSLContext | None:
-        """Return the context for an endpoint, None without TLS. Raises BadTls.
+        """Return the TLS context for an endpoint, None without TLS. Raises BadTls.
 
-        The one for calls will not do: it says by ALPN that HTTP/2 will be spoken.
+        The context for gRPC calls cannot be used: its ALPN offers HTTP/2.
         """
         if not endpoint.uses_tls(self._tls is not None):
             return None
@@ -108,31 +110,31 @@ class Http1:
         return self._spoken.newest()
 
     def stop(self) -> None:
-        """Close all connections now, on both sides; TLS would wait for the other end's goodbye."""
+        """Abort all connections on both sides; a TLS close would wait for the peer's close_notify."""
         for side in (*self.connections, *self.upstreams):
             if side.transport is not None:
                 side.transport.abort()
 
 
 class _Side(asyncio.Protocol):
-    """One of the two transports; `other` is the one its bytes go to."""
+    """One of the two connections; its bytes go to `other`."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
         self.other: _Side | None = None
 
     def pause_writing(self) -> None:
-        """It does not take what is written: stop reading from the other side."""
+        """Stop reading from the other side: this one's write buffer is full."""
         if self.other is not None and self.other.transport is not None:
             self.other.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        """It takes bytes again."""
+        """Read from the other side again."""
         if self.other is not None and self.other.transport is not None:
             self.other.transport.resume_reading()
 
     def eof_received(self) -> bool:
-        """Pass the end of one direction on; the other one may go on."""
+        """Forward the end of one direction; the other direction stays open."""
         other = self.other
         if other is None or other.transport is None or not other.transport.can_write_eof():
             return False
@@ -140,7 +142,7 @@ class _Side(asyncio.Protocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Close the other side when one is gone, after what was written to it."""
+        """Close the other side after its pending output."""
         del exc
         self.transport = None
         if self.other is not None and self.other.transport is not None:
@@ -156,19 +158,19 @@ class UpstreamSide(_Side):
         self._owner = owner
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Send what the client has said so far and go on."""
+        """Send what the client has sent so far, and start forwarding."""
         self.transport = cast(asyncio.Transport, transport)
         self._owner.upstreams.add(self)
         assert isinstance(self.other, ClientSide)
         self.other.joined(self)
 
     def data_received(self, data: bytes) -> None:
-        """Pass an answer on."""
+        """Forward bytes from etcd to the client."""
         if self.other is not None and self.other.transport is not None:
             self.other.transport.write(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Remove this connection and close the client's."""
         self._owner.upstreams.discard(self)
         super().connection_lost(exc)
 
@@ -180,14 +182,14 @@ class ClientSide(_Side):
         super().__init__()
         self.transport = transport
         self._owner = owner
-        # What came before etcd was there.
+        # Bytes received before the connection to etcd was established.
         self._opening = b""
         self._dialling: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(owner.settings.opening_timeout_s, self.refuse, 408, "no request came")
+        self._timer = loop.call_later(owner.settings.opening_timeout_s, self.refuse, 408, "no request received")
 
     def data_received(self, data: bytes) -> None:
-        """Pass a request on; before that, tell from its first bytes whether it is one."""
+        """Forward bytes to etcd; connect to it first, if they begin with an HTTP/1 method."""
         if self.other is not None:
             if self.other.transport is not None:
                 self.other.transport.write(data)
@@ -206,7 +208,7 @@ class ClientSide(_Side):
             self._dialling = asyncio.get_running_loop().create_task(self._owner.dial(self))
 
     def joined(self, upstream: UpstreamSide) -> None:
-        """Etcd is there."""
+        """Start forwarding: the connection to etcd is established."""
         self.other = upstream
         if self.transport is None or upstream.transport is None:
             if upstream.transport is not None:
@@ -217,7 +219,7 @@ class ClientSide(_Side):
         self.transport.resume_reading()
 
     def refuse(self, status: int, text: str) -> None:
-        """Answer by ourselves, and close."""
+        """Answer with an error of the proxy's own, and close."""
         if self.transport is not None:
             self._owner.refused[status] += 1
             body = f"watchmux: {text}\n".encode()
@@ -226,13 +228,13 @@ class ClientSide(_Side):
             self.close()
 
     def close(self) -> None:
-        """Close after what is written."""
+        """Close after the pending output."""
         self._timer.cancel()
         if self.transport is not None:
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Remove this connection and close the one to etcd."""
         self._timer.cancel()
         self._owner.connections.discard(self)
         if self._dialling is not None and self.other is None:

@@ -1,8 +1,8 @@
-"""The streams of connections that have ended: their handlers are told, a bounded number in each turn of the event loop.
+"""Cleanup of the streams of closed connections: a bounded number of handlers is notified in each turn of the loop.
 
-One client may leave with twenty thousand watches, and a machine full of clients with as many on a hundred connections.
-Each costs some ten microseconds in the core: at once they would hold every other client up for a fifth of a second.
-Until its turn a stream is as one whose client does not read: what is written to it goes nowhere and does no harm.
+One client may disconnect with twenty thousand watches, and a host full of clients with as many on a hundred
+connections. Each costs about ten microseconds in the core: all at once would block every other client for a fifth of a
+second. Until its turn, a stream behaves like one whose client does not read: writes to it are dropped harmlessly.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ log = logs.logger("listener")
 
 
 class ClosedStreamReaper:
-    """The streams that have yet to be told. What still fits into this turn of the loop is told at once."""
+    """Notifies the handlers of closed streams: now as far as this turn of the loop allows, the rest in later turns."""
 
     __slots__ = ("_left", "_per_turn", "_turning", "_waiting")
 
     def __init__(self, per_turn: int) -> None:
-        """`per_turn`: streams whose handlers are told in one turn of the loop."""
+        """`per_turn`: streams whose handlers are notified in one turn of the loop."""
         self._per_turn = self._left = per_turn
         self._waiting: deque[tuple[deque[Stream], Callable[[], None]]] = deque()
-        """By connection: its streams, and what is to be done after the last one."""
+        """By connection: its streams, and a callback for after the last one."""
         self._turning = False
-        """The next turn is asked for."""
+        """The next turn is scheduled."""
 
     def add(self, streams: Iterable[Stream], then: Callable[[], None]) -> None:
-        """Tell the handlers of these that their streams are gone, behind those that wait; then call `then`."""
+        """Queue streams whose handlers are to be notified that they are closed; call `then` after the last one."""
         self._waiting.append((deque(streams), then))
         self._tell()
 
     def _tell(self) -> None:
-        """Tell as many as this turn allows."""
+        """Notify as many handlers as this turn allows."""
         waiting = self._waiting
         while waiting and self._left:
             streams, then = waiting[0]
@@ -55,8 +55,8 @@ class ClosedStreamReaper:
             try:
                 owner.closed(None)
             except Exception:
-                # Whatever it is: the others have to be told as well.
-                log.exception("a handler failed as its stream ended", stream=stream.id)
+                # Any exception: the other handlers must still be notified.
+                log.exception("handler failed when its stream closed", stream=stream.id)
 
     def _next_turn(self) -> None:
         self._turning = False

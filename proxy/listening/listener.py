@@ -1,11 +1,11 @@
-"""The listener: the listening socket, its connections, and which handler gets which stream.
+"""The listener: the listening socket, its connections, and the routing of streams to handlers.
 
-A new request goes by its path to a handler factory; what no factory claims goes to pass-through. What one connection
-does is in `connection`.
+The path of a new request selects a handler factory; requests without a route go to pass-through. A single connection is
+implemented in `connection`.
 
-Writing is batched: all connections that were touched are written at the end of the turn of the event loop, one
-transport write each, so that an event for five hundred streams on twenty connections costs twenty writes. Everything
-here runs on the event loop's thread.
+Writes are batched: all dirty connections are written at the end of the turn of the event loop, one transport write
+each, so that an event for five hundred streams on twenty connections costs twenty writes. Everything here runs on the
+event loop's thread.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from proxy.listening.handshake import Acceptor
 
 SWEEP_S_MAX = 2.5
-"""How often silent connections are looked for, at least."""
+"""Maximum time between two checks of the connections' timeouts."""
 
 BACKLOG = 1024
-"""Connections the kernel holds until they are accepted: a thousand clients that come back at once."""
+"""Connections the kernel holds until they are accepted: a thousand clients that reconnect at once."""
 
 REFUSALS_LOG_S = 10.0
-"""Refusals of connections are logged at most so often, with their number."""
+"""Minimum time between two log messages about refused connections; each has their number."""
 
 log = logs.logger("listener")
 
 Http1Factory = Callable[[asyncio.Transport, bytes], asyncio.Protocol]
-"""(transport, bytes read so far) -> the protocol that takes the connection over."""
+"""(transport, bytes read so far) -> the protocol that takes over the connection."""
 
 
 class Listener:
@@ -50,25 +50,25 @@ class Listener:
         self.settings = settings or ListenerSettings()
         self.routes: dict[bytes, HandlerFactory] = {}
         self.passthrough: HandlerFactory = unknown_method
-        """Who gets the streams that no route claims."""
+        """The handler factory for requests without a route."""
         self.http1: Http1Factory | None = None
-        """Who gets the connections that are not HTTP/2; None: they are closed."""
+        """The protocol factory for connections that are not HTTP/2; None: they are closed."""
         self.stats = ListenerStats()
         self.connections: set[ServerConnection] = set()
-        """Those that are open, or whose last streams have yet to be forgotten."""
+        """Connections that are open, or whose streams are not all cleaned up yet."""
         self.leaving = ClosedStreamReaper(self.settings.leaving_per_turn)
         self.turns = Turns(self.settings.http2.turn_work_max)
         self.handed_on: Callable[[], int] = int
-        """Returns how many descriptors those have whom `http1` took, on both sides."""
+        """Returns the number of file descriptors of HTTP/1 connections, on both sides."""
         self._acceptor: Acceptor | None = None
         self.draining = False
         self._refusals_logged_at = -REFUSALS_LOG_S
         self._refusals_logged = 0
         self.flushed: Callable[[], None] | None = None
-        """Called after each turn's writes; None: by nobody."""
+        """Called after each turn's writes."""
         self._dirty: list[ServerConnection] = []
         self._gathering = False
-        """Something is at work that says when it is done, and what it touches is written then."""
+        """Between `gather(True)` and `gather(False)`: the latter writes."""
         self._listening: Listening | None = None
         self._servers: list[asyncio.Server] = []
         self._port = 0
@@ -76,7 +76,7 @@ class Listener:
         self._all_gone: asyncio.Event = asyncio.Event()
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, path: str = "") -> None:
-        """Listen at host:port (0: any free one) or on the unix socket `path`, with TLS if asked. Raises OSError."""
+        """Listen at host:port (0: any free one) or on the unix socket `path`, with TLS if given. Raises OSError."""
         self._loop = asyncio.get_running_loop()
 
         def connection() -> asyncio.Protocol:
@@ -85,7 +85,7 @@ class Listener:
         self._listening = listening = await listen(host, port, path, BACKLOG)
         self._port = listening.port
         if tls is not None:
-            from proxy.listening.handshake import Acceptor  # loads ssl, which a proxy without TLS does not need
+            from proxy.listening.handshake import Acceptor  # imports ssl, which a proxy without TLS does not need
 
             self._acceptor = Acceptor(self, tls, listening.sockets, connection)
         else:
@@ -95,32 +95,32 @@ class Listener:
 
     @property
     def is_full(self) -> bool:
-        """One connection more than there are would be one too many."""
+        """The maximum of connections is reached."""
         return len(self.connections) + self.handshakes + self.handed_on() >= self.settings.connections_max
 
     def refused(self) -> None:
-        """Count a connection that is one too many, and log it now and then."""
+        """Count a refused connection, and log refusals at intervals."""
         self.stats.refused += 1
         now = self.now()
         if now >= self._refusals_logged_at + REFUSALS_LOG_S:
             more, self._refusals_logged = self.stats.refused - self._refusals_logged, self.stats.refused
             self._refusals_logged_at = now
             limit = self.settings.connections_max
-            log.warning("connections of clients are refused: there are too many", refused=more, connections_max=limit)
+            log.warning("too many client connections; refusing new ones", refused=more, connections_max=limit)
 
     @property
     def handshakes(self) -> int:
-        """Connections whose TLS handshake is not over."""
+        """TLS handshakes in progress."""
         return 0 if self._acceptor is None else len(self._acceptor)
 
     @property
     def port(self) -> int:
-        """The port it listens on, 0 for a unix socket. Only after `start`."""
+        """The port it listens on, 0 for a unix socket. Valid after `start`."""
         return self._port
 
     @property
     def streams(self) -> int:
-        """Streams open now, on all connections."""
+        """Open streams of all connections."""
         return sum(len(connection.h2.streams) for connection in self.connections)
 
     def now(self) -> float:
@@ -128,22 +128,22 @@ class Listener:
         return self._loop.time()
 
     def soon(self, connection: ServerConnection) -> None:
-        """Have a connection flushed before this turn of the loop ends; called by `ServerConnection.touch`."""
+        """Schedule a flush of a connection for the end of this turn; called by `ServerConnection.touch`."""
         if not (self._dirty or self._gathering):
             self._loop.call_soon(self._flush)
         self._dirty.append(connection)
 
     def gather(self, begins: bool) -> None:
-        """Begin and end a piece of work that touches connections: they are written at its end.
+        """Begin (True) or end (False) a section whose end flushes the dirty connections.
 
-        For reads of events: the end of the turn would be soon enough, but costs a callback for each event.
+        Used around reads of events: flushing at the end of the turn would cost a callback for each event.
         """
         self._gathering = begins
         if not begins and self._dirty:
             self._flush()
 
     def relieve(self) -> None:
-        """Write what is queued now, in the middle of a turn; called for each MiB of it."""
+        """Write the queued output now, in the middle of a turn; called for each MiB of it."""
         self._flush()
 
     def _flush(self) -> None:
@@ -153,25 +153,25 @@ class Listener:
             try:
                 connection.flush()
             except Exception:
-                # Whatever it is: the others' bytes still have to go out.
-                log.exception("writing failed; the connection is dropped", peer=connection.peer)
+                # Any exception: the other connections must still be written.
+                log.exception("write failed; dropping the connection", peer=connection.peer)
                 connection.abort()
         if self.flushed is not None:
             self.flushed()
 
     def opened(self, connection: ServerConnection) -> None:
-        """Count a connection in."""
+        """Add a new connection."""
         self.connections.add(connection)
         self.stats.accepted += 1
 
     def gone(self, connection: ServerConnection) -> None:
-        """Count a connection out."""
+        """Remove a closed connection."""
         self.connections.discard(connection)
         if not self.connections:
             self._all_gone.set()
 
     def route(self, connection: ServerConnection, stream: Stream, headers: Headers, end_stream: bool) -> Handler | None:
-        """Give a new request stream to its handler."""
+        """Create the handler of a new request stream."""
         self.stats.requests += 1
         path = b""
         for name, value in headers:
@@ -194,7 +194,7 @@ class Listener:
         self._sweeper = self._loop.call_later(min(SWEEP_S_MAX, min(spans) / 4), self._sweep)
 
     def stop_accepting(self) -> None:
-        """Close the listening socket; connections stay."""
+        """Close the listening socket; connections stay open."""
         for server in self._servers:
             server.close()
         if self._acceptor is not None:
@@ -203,13 +203,13 @@ class Listener:
             self._listening.remove_file()
 
     def go_away(self) -> None:
-        """Begin to drain: no new connections, and every client is told to open its next stream elsewhere."""
+        """Start draining: accept no new connections, and send GOAWAY on all existing ones."""
         self.draining = True
         self.stop_accepting()
         in_parts(self.connections, ServerConnection.go_away)
 
     async def wait_gone(self, limit_s: float) -> bool:
-        """Wait until the last connection is closed, `limit_s` seconds at most; tell whether it is."""
+        """Wait at most `limit_s` seconds until the last connection is closed; return whether it is."""
         if self.connections:
             self._all_gone.clear()
             try:

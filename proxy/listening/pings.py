@@ -1,25 +1,25 @@
-"""How often a client may ping: gRPC's keep-alive enforcement, as grpc-go's servers and so etcd have it.
+"""gRPC's keep-alive enforcement: how often a client may ping, as in grpc-go's servers and therefore in etcd.
 
-A client that pings more often than it should costs every server it talks to, for ever, and thousands of such clients
-are a load. gRPC servers count strikes and send a client away with `too_many_pings`; client libraries know that text and
-double their interval (gRFC A8). Clients set up for etcd's --grpc-keepalive-min-time behave at the proxy as at etcd.
+Thousands of clients that ping too often are a permanent load on a server. gRPC servers count strikes and close the
+connection with GOAWAY `too_many_pings`; client libraries recognize that text and double their interval (gRFC A8).
+Clients configured for etcd's --grpc-keepalive-min-time thus see the same behaviour from the proxy as from etcd.
 """
 
 from __future__ import annotations
 
 TOO_MANY_PINGS = b"too_many_pings"
-"""What client libraries look for in a GOAWAY."""
+"""The debug data that client libraries look for in a GOAWAY."""
 
 STRIKES_MAX = 2
-"""Pings that came too early and are overlooked; grpc-go's maxPingStrikes."""
+"""Number of early pings that are tolerated; grpc-go's maxPingStrikes."""
 
 IDLE_MIN_S = 7200.0
-"""The least time between pings of a connection without streams; grpc-go's defaultPingTimeout. Exceeding it needs
-PermitWithoutStream, which etcd's servers do not give."""
+"""Minimum time between pings on a connection without streams; grpc-go's defaultPingTimeout. A shorter one needs
+PermitWithoutStream, which etcd's servers do not set."""
 
 
 class PingPolicy:
-    """One connection's pings. Answers that bring something forgive the pings before them."""
+    """The pings of one connection. DATA or HEADERS sent to the client reset its strikes."""
 
     __slots__ = ("_last", "_min_s", "_progress", "_strikes")
 
@@ -27,14 +27,14 @@ class PingPolicy:
         self._min_s = min_s
         # When the last ping came; None before the first.
         self._last: float | None = None
-        # What the connection had sent by then.
+        # The connection's `progress` at that time.
         self._progress = -1
         self._strikes = 0
 
     def too_many(self, now: float, progress: int, has_streams: bool) -> bool:
-        """Count a ping at `now`, in seconds; tell whether it was one too many.
+        """Count a ping at `now`, in seconds; return whether it exceeds the limit.
 
-        `progress` grows with each DATA and HEADERS frame sent: what answers a client gives it new credit.
+        `progress` grows with each DATA and HEADERS frame sent; growth since the last ping resets the strikes.
         """
         last, self._last = self._last, now
         if progress != self._progress:

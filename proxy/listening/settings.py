@@ -1,4 +1,4 @@
-"""What a listener allows its clients, and what it counts. Every bound has its unit and its reason here."""
+"""The listener's limits and counters. Each limit is documented with its unit and its reason."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ CUT_OFF_REASONS = (
     TOO_MANY_FIELDS,
     *(f"flood: {name}" for name in FLOOD_NAMES),
 )
-"""Why a connection may be cut off: the errors of HTTP/2 that end one (RFC 9113 section 7), pings, floods."""
+"""Reasons for cutting a connection off: HTTP/2 connection errors (RFC 9113 section 7), too many pings, floods."""
 
 REFUSED_AT = {
     "max_streams": "max_concurrent_streams",
     "header_list_bytes_max": "header_list_bytes_max",
     "initial_window": "initial_window",
 }
-"""Limits of an HTTP/2 connection at which a stream is refused or reset, and the names by which operators know them."""
+"""Limits of an HTTP/2 connection at which a stream is refused or reset, and their names in metrics."""
 
 TIMEOUTS = ("first_bytes_timeout_s", "settings_timeout_s", "keepalive_timeout_s", "idle_timeout_s")
 """Times after which a connection is closed."""
@@ -30,87 +30,91 @@ TIMEOUTS = ("first_bytes_timeout_s", "settings_timeout_s", "keepalive_timeout_s"
 
 @dataclass(slots=True, frozen=True)
 class ListenerSettings:
-    """What one listener allows, each with its unit and its reason."""
+    """The limits of one listener, each with its unit and its reason."""
 
     http2: Http2Limits = field(
         default_factory=lambda: Http2Limits(connection_window=16 * 1024 * 1024, turn_work_max=1_000)
     )
-    """Bounds of each HTTP/2 connection: streams, windows, frames, headers, floods. The connection's window is so wide
-    that streams which are not read at present (a client that asks without taking answers) do not hold up the others."""
+    """Limits of each HTTP/2 connection: streams, windows, frames, headers, floods. The connection's window is large
+    enough that streams the proxy currently does not read (their client sends requests but does not read responses) do
+    not block the others."""
 
     connections_max: int = 20_000
-    """Connections at a time; one more is told so and closed. Lowered at the start to what the limit of open files
-    leaves (proxy/process/descriptors.py)."""
+    """Maximum concurrent connections; further ones get GOAWAY and are closed. Lowered at startup to what the limit of
+    open files allows (proxy/process/descriptors.py)."""
 
     first_bytes_timeout_s: float = 10.0
-    """A connection that has not said what it speaks by then is closed; half-open ones would pile up."""
+    """How long a client may take to show whether it speaks HTTP/2 or HTTP/1, or to finish its TLS handshake; then the
+    connection is closed. Without it half-open connections would pile up."""
 
     settings_timeout_s: float = 20.0
-    """A client must acknowledge our SETTINGS by then (RFC 9113 6.5.3)."""
+    """How long a client may take to acknowledge the proxy's SETTINGS (RFC 9113 6.5.3)."""
 
     keepalive_interval_s: float | None = 7200.0
-    """A connection that was silent for so long is pinged; etcd's --grpc-keepalive-interval. None: never."""
+    """Silence after which the proxy pings a connection; etcd's --grpc-keepalive-interval. None: never."""
 
     keepalive_timeout_s: float = 20.0
-    """A ping unanswered for so long ends the connection; etcd's --grpc-keepalive-timeout."""
+    """How long a client may take to answer a ping; then the connection is closed. etcd's --grpc-keepalive-timeout."""
 
     keepalive_min_s: float | None = 5.0
-    """A client that pings more often is sent away with too_many_pings, as gRPC servers do (see `pings`); etcd's
-    --grpc-keepalive-min-time. None: never."""
+    """Minimum time between a client's pings; the connection of one that pings more often is closed with GOAWAY
+    too_many_pings, as gRPC servers do (see `pings`). etcd's --grpc-keepalive-min-time. None: not checked."""
 
     idle_timeout_s: float | None = None
-    """A connection without streams is sent away after so long. None: never; clients keep theirs for the next call."""
+    """How long a connection may have no streams; then it gets GOAWAY. None: any time, since clients keep their
+    connection for the next call."""
 
     write_buffer_bytes: int = 256 * 1024
-    """Bytes the transport holds beyond the kernel's buffer before its streams stall; also the size of one write where
-    there is more to write, so that bytes which many streams share are not copied for each."""
+    """Bytes the transport buffers beyond the kernel's buffer before the connection's streams stall. Also the size of
+    one write when more is queued, so that bytes shared by many streams are not copied for each of them."""
 
     unread_bytes_max: int = 1024 * 1024
-    """Bytes of control frames and trailers kept for a client that reads nothing; beyond it is not read from either."""
+    """Bytes of control frames and trailers kept for a client that reads nothing; above this, the proxy stops reading
+    from it too."""
 
     reason_s: float = 1.0
-    """How long a client that is cut off has to read why. Closing while it still sends would reset the connection, and
-    its system would throw our last words away; meanwhile nothing is read from it."""
+    """How long a client that is cut off has to read the GOAWAY with the reason. Closing while it still sends would
+    reset the connection, and its kernel would discard the GOAWAY. The proxy reads nothing from it meanwhile."""
 
     drain_ping_s: float = 1.0
-    """How long the second GOAWAY waits for the client to have seen the first (RFC 9113 6.8)."""
+    """How long the second GOAWAY of a drain waits for the client to receive the first (RFC 9113 6.8)."""
 
     leaving_per_turn: int = 256
-    """Streams of connections that have ended, of all together, that are forgotten in one turn of the event loop: some
-    five milliseconds. Twenty thousand at once would hold everybody up for a fifth of a second."""
+    """Streams of closed connections, of all connections together, that are cleaned up in one turn of the event loop:
+    about five milliseconds. Twenty thousand at once would block all other clients for a fifth of a second."""
 
 
 @dataclass(slots=True)
 class ListenerStats:
-    """Counts since the start; gauges are properties of the listener."""
+    """Counters since the start; gauges are properties of the listener."""
 
     accepted: int = 0
     refused: int = 0
-    """Turned away at `connections_max`."""
+    """Connections refused at `connections_max` or while draining."""
 
     http1: int = 0
-    """Handed to the HTTP/1 side."""
+    """Connections handed to the HTTP/1 side."""
 
     failed: int = 0
-    """Ended by an error of the peer's making."""
+    """Connections closed because of an error of the client."""
 
     handshakes_failed: int = 0
-    """TLS handshakes that came to nothing, or took too long."""
+    """TLS handshakes that failed or timed out."""
 
     cut_off: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(CUT_OFF_REASONS, 0)))
-    """Why they failed: the flood, or the name of the HTTP/2 error."""
+    """Failed connections by reason: the flood, or the name of the HTTP/2 error."""
 
     timed_out: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(TIMEOUTS, 0)))
-    """Said nothing, did not acknowledge SETTINGS, did not answer a ping or had no streams, by the limit."""
+    """Connections closed by a timeout, by the name of its setting."""
 
     refused_at: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(REFUSED_AT.values(), 0)))
-    """Streams refused or reset, by the limit."""
+    """Streams refused or reset, by the limit reached."""
 
     not_read: int = 0
-    """Times a client was not read from because it had left `unread_bytes_max` unread."""
+    """Times the proxy stopped reading from a client that had left `unread_bytes_max` unread."""
 
     in_turns: int = 0
-    """Times what one client sent at once was handled in several turns."""
+    """Times the input of one client was spread over several turns of the event loop."""
 
     requests: int = 0
     writes: int = 0

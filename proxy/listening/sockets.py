@@ -1,8 +1,8 @@
-"""Listening sockets: TCP in both families, and unix-domain sockets with the file that stands for them.
+"""Listening sockets: TCP (IPv4 and IPv6) and unix-domain sockets with their files.
 
-They are made here and not by the event loop for two reasons. A loop that listens on a unix socket takes the place of
-any socket file it finds, also of one that somebody listens on, who is then alone without a word. And a name with
-several addresses and port 0 would get a port of its own for each of them.
+They are created here and not by asyncio for two reasons. asyncio replaces an existing socket file even if another
+process listens on it, which silently cuts that process off. And for a name with several addresses and port 0, asyncio
+would use a different port for each address.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import socket
 import stat
 
 PROBE_S = 1.0
-"""How long the listener of a socket file that was found may take to accept before it counts as there."""
+"""Timeout of the connect that probes an existing socket file for a listener; a timeout means there is one."""
 
 _NO_SUCH_FAMILY = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
-"""What a machine without IPv6 says to an IPv6 address."""
+"""Errors for an IPv6 address on a machine without IPv6."""
 
 
 class Listening:
-    """Sockets that listen, and the file that goes when they do."""
+    """Listening sockets, and the socket file to remove with them."""
 
     def __init__(self, sockets: list[socket.socket], path: str = "") -> None:
         self.sockets = sockets
         self._path = path
-        # Which file it is: another one under the same name is somebody else's by now.
+        # The file's identity: another file under the same name belongs to another process.
         self._file = _identity(path) if path else None
 
     @property
@@ -36,7 +36,7 @@ class Listening:
         return 0 if self._path else int(self.sockets[0].getsockname()[1])
 
     def remove_file(self) -> None:
-        """Remove the socket's file, if it is still this one."""
+        """Remove the socket's file, unless another one has replaced it."""
         if self._file is not None and _identity(self._path) == self._file:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
@@ -46,8 +46,7 @@ class Listening:
 async def listen(host: str, port: int, path: str, backlog: int) -> Listening:
     """Listen on the unix socket `path`, or on each address of `host` ("": all interfaces). Raises OSError.
 
-    A socket file that nobody listens on any more is replaced; with a listener it is EADDRINUSE, and a file that is no
-    socket is EEXIST.
+    A stale socket file is replaced. One with a listener causes EADDRINUSE, and a file that is not a socket EEXIST.
     """
     if path:
         return _listen_unix(path, backlog)
@@ -57,7 +56,7 @@ async def listen(host: str, port: int, path: str, backlog: int) -> Listening:
     try:
         for family, _, _, _, address in dict.fromkeys(found):
             if sockets and not port:
-                # Any free one, but the same for all addresses.
+                # The same port for all addresses.
                 address = (address[0], sockets[0].getsockname()[1], *address[2:])
             try:
                 sockets.append(_listen_tcp(family, address, backlog))
@@ -74,7 +73,7 @@ async def listen(host: str, port: int, path: str, backlog: int) -> Listening:
 
 
 def _listen_tcp(family: int, address: tuple[object, ...], backlog: int) -> socket.socket:
-    # The protocol by its number: asyncio sets TCP_NODELAY on what is accepted only where it stands.
+    # An explicit protocol number: asyncio sets TCP_NODELAY on accepted connections only if it is there.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -103,7 +102,7 @@ def _listen_unix(path: str, backlog: int) -> Listening:
 
 
 def _make_way(path: str) -> None:
-    """Remove the socket file that a listener left behind. Raises OSError for anything else that is there."""
+    """Remove a stale socket file. Raises OSError for any other file at `path`."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -120,7 +119,7 @@ def _make_way(path: str) -> None:
         except FileNotFoundError:
             return
         except TimeoutError:
-            # Its line is full: somebody is there.
+            # Backlog full, so a listener exists.
             pass
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 

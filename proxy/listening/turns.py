@@ -1,8 +1,8 @@
-"""What clients ask for is work: so much of it is done in one turn of the event loop, for all clients together.
+"""A bound on the work that client input causes in one turn of the event loop, for all clients together.
 
-The unit is a piece of some five microseconds; frames, requests, inflated bytes and filters each have their price. What
-is too much waits, in bytes that nobody has looked at, and goes on in the next turns with events and other I/O in
-between: connection after connection, each with a bounded share, and within a connection stream after stream.
+The unit of work is about five microseconds; frames, requests, inflated bytes and filters each have a price. Input
+beyond the bound waits as unparsed bytes. The next turns continue with it, with events and other I/O in between: one
+connection after another, each with a bounded share, and within a connection one stream after another.
 """
 
 from __future__ import annotations
@@ -15,43 +15,43 @@ from typing import Protocol, TypeVar
 UNBOUNDED = 1 << 62
 
 SHARE = 200
-"""Work of one connection before the others have their turn: a millisecond."""
+"""Work of one connection before the others get their turn: a millisecond."""
 
 PART = 200
-"""Connections that something is done to in one turn: some milliseconds."""
+"""Connections that `in_parts` handles in one turn: a few milliseconds."""
 
 T = TypeVar("T")
 
 
 class Worker(Protocol):
-    """Who has work that waits: a connection."""
+    """A connection with deferred work."""
 
     def take_turn(self) -> None:
         """Do some of it, as long as `Turns.left` is above zero; call `Turns.wait` again if there is more."""
 
 
 class Turns:
-    """The work of one turn of the loop, and who waits for the next one."""
+    """The work budget of one turn of the loop, and the workers that wait for a turn."""
 
     __slots__ = ("_per_turn", "_turning", "_waiting", "left")
 
     def __init__(self, per_turn: int) -> None:
-        """`per_turn`: work of one turn, in pieces; 0: no bound."""
+        """`per_turn`: work of one turn, in units; 0: no bound."""
         self._per_turn = per_turn or UNBOUNDED
         self.left = self._per_turn
-        """What may still be done now. A step that costs more than is left is done and paid with what comes."""
+        """Work that may still be done now. Negative if the last step cost more than was left."""
         self._waiting: deque[Worker] = deque()
         self._turning = False
-        """The next turn is asked for."""
+        """The next turn is scheduled."""
 
     def spend(self, work: int) -> None:
-        """Take note of work that is done."""
+        """Charge work that was done."""
         self.left -= work
         if not self._turning:
             self._ask()
 
     def wait(self, worker: Worker) -> None:
-        """Have a worker take its turn, behind those that wait; once for each `take_turn`."""
+        """Queue a worker for one `take_turn`."""
         self._waiting.append(worker)
         if not self._turning:
             self._ask()
@@ -66,7 +66,7 @@ class Turns:
         if not waiting:
             self.left = self._per_turn
             return
-        # A part is for those that have not asked for much: what is read of them is handled at once.
+        # Reserve a part for connections with little input: theirs is handled as it is read.
         reserve = self._per_turn // 4
         left = self._per_turn - reserve
         while waiting and left > 0:
@@ -80,7 +80,7 @@ class Turns:
 
 
 def in_parts(items: Iterable[T], do: Callable[[T], None], then: Callable[[], None] | None = None) -> None:
-    """Do something to each of many, PART of them now and as many in each turn of the loop that follows."""
+    """Call `do` for each item, PART of them now and as many in each following turn of the loop; then call `then`."""
     _next_part(deque(items), do, then)
 
 

@@ -89,7 +89,7 @@ def test_clients_do_not_take_what_etcd_and_probes_need() -> None:
             until(lambda: proxy.metric("watchmux_watches") == 1, "the watch")
             with idle_clients(proxy.port):
                 until(lambda: proxy.metric('watchmux_limit_refusals_total{limit="connections_max"}') > 0, "refusals")
-                assert "connections of clients are refused" in proxy.log()
+                assert "too many client connections; refusing new ones" in proxy.log()
                 etcd.kill()
                 until(lambda: proxy.metric("watchmux_upstream_reachable") == 0, "the loss to be noticed", 30)
                 assert live(proxy) == "ok\n"
