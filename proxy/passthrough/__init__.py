@@ -1,1 +1,1 @@
-"""Calls that are not watches: passed on to etcd, byte for byte or with keys and addresses translated."""
+"""Calls other than Watch: forwarded to etcd, byte for byte or with keys and addresses translated."""

@@ -1,11 +1,10 @@
-"""
-What an advertised URL makes of etcd's list of members: each is reached through the proxy.
+"""Translation of MemberList responses: every member gets the advertised URL as its client URL.
 
-Clients that take their endpoints from the cluster (clientv3's Sync and AutoSync, `etcdctl --cluster`) would go around
-the proxy otherwise. etcd's grpc-proxy answers with one made-up member (server/proxy/grpcproxy/cluster.go); here ids,
-names, peer URLs and learners stay etcd's, so that members can still be removed, updated and promoted by what the list
-says. A member that has not started has no client URLs, and gets none. The answers to changes of members stay as they
-are, as there: nobody takes endpoints from them.
+Otherwise clients that take their endpoints from the cluster (clientv3's Sync and AutoSync, `etcdctl --cluster`) would
+bypass the proxy. etcd's grpc-proxy answers with one made-up member (server/proxy/grpcproxy/cluster.go); here ids,
+names, peer URLs and learners stay as in etcd, so that members can still be removed, updated and promoted by the list's
+ids. A member that has not started has no client URLs, and gets none. Responses to membership changes are not
+translated, as in grpc-proxy: clients do not take endpoints from them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ MEMBER_LIST = b"/etcdserverpb.Cluster/MemberList"
 
 
 def rules(url: str) -> Rules:
-    """Return the rules under which members have this client URL."""
+    """Return the rules that give all members this client URL."""
 
     def advertise(message: rpc_pb2.MemberListResponse) -> None:
         for member in message.members:

@@ -1,4 +1,4 @@
-"""What may still be sent of an answer whose head the client has: no second head, and no end inside of a message."""
+"""Ending a response whose head the client already has: without a second head, and not inside a message."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from proto.framing import PREFIX_BYTES
 from proxy.listening.calls import Headers, status_trailers
 
 _OF_HEADS = frozenset((b"content-type", b"content-length", b"grpc-encoding", b"grpc-accept-encoding"))
-"""Fields that say something of a body, and have their place in a head."""
+"""Fields that describe a body; they belong in a response head only."""
 
 
 def trailers_of(headers: Headers, status: int, text: str) -> Headers:
-    """Return what ended an answer as trailers: the head of an answer that is nothing but a head has fields too many.
+    """Return the trailers of a response whose head was sent; a trailers-only head loses the fields of a head.
 
-    `status` and `text` are what it means; one that is not gRPC's does not say it itself.
+    `status` and `text` are used for a head without a gRPC status.
     """
     if not headers[0][0].startswith(b":"):
         return headers
@@ -21,22 +21,22 @@ def trailers_of(headers: Headers, status: int, text: str) -> Headers:
 
 
 class MessageBoundary:
-    """Knows whether the bytes that went by so far end inside a gRPC message."""
+    """Tracks whether the bytes forwarded so far end inside a gRPC message."""
 
     __slots__ = ("_left", "_prefix")
 
     def __init__(self) -> None:
-        # Bytes of the current message still to come, and the part of the next prefix that came.
+        # Bytes missing from the current message, and the part of the next prefix received so far.
         self._left = 0
         self._prefix = b""
 
     @property
     def inside(self) -> bool:
-        """A message, or the prefix of one, has begun and not ended."""
+        """A message, or its prefix, is incomplete."""
         return self._left > 0 or bool(self._prefix)
 
     def feed(self, data: bytes) -> None:
-        """Follow some more bytes."""
+        """Track more bytes."""
         if self._left >= len(data):
             self._left -= len(data)
             return

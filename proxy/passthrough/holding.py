@@ -1,8 +1,8 @@
-"""Calls that wait for a connection to etcd: held, sent when one is there, refused when they have waited too long.
+"""Holding calls until a connection to etcd is available; calls that have waited too long are refused.
 
-In which order and for how long is decided in `proxy/passthrough/waiting.py`. There is one timer for all calls, set to
-the first that will have waited for long enough; a connection that comes up is reported by the pool. So nothing is
-polled, and what many calls bring about at one time is done in turns of the event loop.
+`proxy/passthrough/waiting.py` decides their order and for how long each waits. One timer serves all calls, set to the
+earliest expiry; the pool reports connections that come up, so nothing is polled. The work of many calls at once is
+spread over turns of the event loop.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from upstream.connection import ClientConnection
 from upstream.pool import Pool
 
 TURN_CALLS_MAX = 200
-"""Calls that have waited and are sent, or refused, in one turn of the event loop: about ten milliseconds."""
+"""Waiting calls that are sent or refused in one turn of the event loop: about ten milliseconds."""
 
 PROBLEM_LOG_INTERVAL_S = 10.0
-"""Refusals for want of an etcd are logged at most so often, with their number."""
+"""Minimum time between two log messages about refused calls; each has their number."""
 
 log = logs.logger("calls")
 
@@ -32,34 +32,34 @@ class Held(Protocol):
     """A call that waits."""
 
     repeated: bool
-    """Its client makes it again, elsewhere first, when it is refused as not sent. Valid after `wait`."""
+    """Its client retries it, at another endpoint first, if it is refused as not sent. Valid after `wait`."""
     deadline: float | None
-    """The client's, in loop time; None: it has none. Valid after `wait`."""
+    """The client's deadline, in loop time; None: it has none. Valid after `wait`."""
     waiting_bytes: int
-    """What it counts for while it waits."""
+    """Its bytes counted while it waits."""
 
     def wait(self) -> int:
-        """Get ready to wait; return the bytes that are kept meanwhile."""
+        """Prepare to wait; return the bytes kept meanwhile."""
 
     def begin(self, upstream: ClientConnection) -> bool:
         """Start the call. False: the connection cannot take it."""
 
     def refuse(self, refusal: CallRefusal) -> None:
-        """Answer the call with a refusal."""
+        """End the call with a refusal."""
 
 
 class Holding:
-    """The calls that wait."""
+    """The calls that wait for a connection to etcd."""
 
     def __init__(self, pool: Pool, settings: PassthroughSettings, stats: PassthroughStats) -> None:
         self.settings = settings
         self._stats = stats
         self._pool = pool
         self._calls: WaitingCalls[Held] = WaitingCalls()
-        # Rings when the first of them has waited for long enough, and that time; infinite without a timer.
+        # The timer for the earliest expiry, and its time; infinite without a timer.
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
-        # More of them are served in the next turn.
+        # A continuation is scheduled for the next turn.
         self._serving = False
         self._problems = _ProblemLog()
         pool.when_available(self.serve)
@@ -68,7 +68,7 @@ class Holding:
         return len(self._calls)
 
     def hold(self, call: Held) -> None:
-        """Let a call wait for a connection. Raises Refusal at a limit."""
+        """Let a call wait for a connection. Raises CallRefusal at a limit."""
         now, settings = _now(), self.settings
         if len(self._calls) >= settings.waiting_max:
             raise self._refusal("too many calls wait for an etcd", "waiting_max")
@@ -86,20 +86,20 @@ class Holding:
         self._set_timer()
 
     def grow(self, call: Held, size: int) -> None:
-        """Count `size` bytes more of a call that waits. Raises Refusal when that is too much."""
+        """Count `size` more bytes of a waiting call. Raises CallRefusal at the limit."""
         call.waiting_bytes += size
         self._stats.waiting_bytes += size
         if self._stats.waiting_bytes > self.settings.waiting_bytes_max:
             raise self._refusal("too many bytes of calls wait for an etcd", "waiting_bytes_max")
 
     def leave(self, call: Held) -> None:
-        """Forget a call, if it waits."""
+        """Remove a call, if it waits."""
         if self._calls.remove(call):
             self._stats.waiting_bytes -= call.waiting_bytes
             call.waiting_bytes = 0
 
     def serve(self) -> None:
-        """Begin what waits, oldest first, as far as connections take it."""
+        """Start waiting calls, oldest first, as far as connections accept them."""
         for _ in range(TURN_CALLS_MAX):
             call = self._calls.oldest()
             if call is None:
@@ -119,7 +119,7 @@ class Holding:
         self.serve()
 
     def _is_late(self, call: Held) -> bool:
-        """Whether a call's deadline is over; then it is ended. A write that its client has given up is not sent."""
+        """End a call whose deadline is over; return whether it was. A write its client has given up is not sent."""
         if call.deadline is None or call.deadline > _now():
             return False
         call.refuse(CallRefusal(200, Status.DEADLINE_EXCEEDED, "context deadline exceeded"))
@@ -132,10 +132,10 @@ class Holding:
     @property
     def _problem(self) -> str:
         down = self._pool.down
-        return f"no etcd can be reached: {down}" if down is not None else "no connection to an etcd has come up yet"
+        return f"no etcd can be reached: {down}" if down is not None else "not connected to etcd yet"
 
     def _refusal(self, problem: str, limit: str) -> CallRefusal:
-        """Count and log a call that is refused before any server has seen it, and return the refusal."""
+        """Count and log the refusal of a call that no server has seen, and return it."""
         self._stats.unavailable += 1
         self._stats.refused_at[limit] += 1
         self._problems.add(problem, _now())
@@ -151,7 +151,7 @@ class Holding:
         self._timer = asyncio.get_running_loop().call_at(first, self._expire)
 
     def _expire(self) -> None:
-        """End those that have waited for long enough, unless an etcd can be reached and they wait for room."""
+        """Refuse calls that have waited too long, unless etcd can be reached and they wait for a free stream."""
         self._timer, self._timer_at = None, inf
         now, connected = _now(), self._connected
         for _ in range(TURN_CALLS_MAX):
@@ -172,7 +172,7 @@ def _now() -> float:
 
 
 class _ProblemLog:
-    """Logs why calls are refused: at once, then at most every so often with their number."""
+    """Logs why calls are refused: the first at once, further ones at intervals with their number."""
 
     __slots__ = ("_calls", "_not_before")
 
@@ -181,7 +181,7 @@ class _ProblemLog:
         self._not_before = 0.0
 
     def add(self, problem: str, now: float) -> None:
-        """Note one more."""
+        """Count one refused call, and log if due."""
         self._calls += 1
         if now >= self._not_before:
             log.warning("calls_refused", calls=self._calls, problem=problem)

@@ -1,9 +1,9 @@
-"""One direction of a call whose messages are changed: bytes in, whole changed messages out, by bounded steps.
+"""One direction of a translated call: bytes in, complete translated messages out, in bounded steps.
 
-A step cuts the next message out of what came, inflates a part of it, or changes a piece of it
-(proxy/passthrough/rewriting.py). So neither a large message nor a small one that inflates to a large one takes the
-event loop for long; who drives the steps has others' turns in between. What is kept here is counted in the size that it
-has now, not in the size in which it came.
+A step cuts the next message out of the received bytes, decompresses a part of it, or translates a piece of it
+(proxy/passthrough/rewriting.py). So neither a large message nor a small one that decompresses to a large one blocks the
+event loop for long; the caller runs other work between steps. Kept bytes are counted by their current size, not by the
+size received.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from proto.framing import PREFIX_BYTES, FramingError, Status, frame
 from proxy.passthrough.rewriting import PIECE_BYTES, Changes, Rewriting, changed
 
 INFLATE_BYTES: Final = 64 * 1024
-"""Bytes that one step inflates to: a fraction of a millisecond."""
+"""Maximum bytes that one step decompresses: a fraction of a millisecond."""
 
 _PREFIX: Final = struct.Struct(">BI")
 
@@ -40,30 +40,30 @@ class MessageWork:
     )
 
     def __init__(self, kind: type[Message], changes: Changes, message_bytes_max: int, gzip: bool) -> None:
-        """Take the messages' type and change. `message_bytes_max` bounds one of them, as it came and inflated."""
+        """`message_bytes_max` bounds each message, both as received and decompressed."""
         self._kind = kind
         self._changes = changes
         self._max = message_bytes_max
         self._gzip = gzip
-        # What came and is not cut into messages yet.
+        # Received bytes, not cut into messages yet.
         self._data = bytearray()
-        # The message that is being inflated: what is left of it, and what it was inflated to.
+        # The message that is being decompressed: its remaining input and its output so far.
         self._inflater: zlib._Decompress | None = None
         self._packed = b""
         self._inflated = bytearray()
-        # The message that is being changed, and its size as it was.
+        # The message that is being translated, and its original size.
         self._rewriting: Rewriting | None = None
         self._source = 0
 
     @property
     def held(self) -> int:
-        """Bytes that are kept here, those of a message that is only half changed as often as they are there."""
+        """Bytes kept here; a message that is being translated counts with both its source and its result."""
         changed_bytes = 0 if self._rewriting is None else self._rewriting.size
         return len(self._data) + len(self._packed) + len(self._inflated) + self._source + changed_bytes
 
     @property
     def busy(self) -> bool:
-        """There is something to do before more bytes come."""
+        """A step can be done without further bytes."""
         if self._rewriting is not None or self._inflater is not None:
             return True
         data = self._data
@@ -76,15 +76,15 @@ class MessageWork:
 
     @property
     def pending(self) -> bool:
-        """Half a message is kept: a stream that ends now was cut."""
+        """An incomplete message is kept: a stream that ends now was truncated."""
         return bool(self._data)
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes."""
+        """Add received bytes."""
         self._data += data
 
     def step(self) -> list[bytes] | None:
-        """Do a part of what is to be done. Return the pieces of a message, framed, when one is changed completely.
+        """Do one step. Return the pieces of a message, with its gRPC prefix, if the step completed one.
 
         Raises FramingError (RESOURCE_EXHAUSTED for a message above the bound) and DecodeError.
         """
@@ -101,7 +101,7 @@ class MessageWork:
         return self._next()
 
     def _next(self) -> list[bytes] | None:
-        """Begin with the next message, if it is whole; return it if it is small enough to be done."""
+        """Start the next message, if it is complete; return it if it is small enough to be translated at once."""
         data = self._data
         if len(data) < PREFIX_BYTES:
             return None

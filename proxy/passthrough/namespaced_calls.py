@@ -1,8 +1,7 @@
-"""
-What a namespace makes of each call's messages: keys get the prefix in requests and lose it in answers.
+"""Translation of calls under a namespace: keys get the prefix in requests and lose it in responses.
 
-One row for each call that has a key somewhere. Calls of the same services that have none are named too, so that a call
-which a later etcd adds is refused rather than let through with a key that reaches outside. Fields unknown here stay.
+There is one row for each call whose messages have keys. Calls of the same services without keys are listed too, so that
+a call added by a later etcd is refused rather than forwarded with a key outside the namespace. Unknown fields are kept.
 Messages: etcd's api/etcdserverpb/rpc.proto, v3lock.proto, v3election.proto; semantics: its client/v3/namespace.
 """
 
@@ -20,7 +19,7 @@ from proxy.passthrough.translation import Rules, Translation
 from upstream.namespace import Namespace
 
 NamespacedChange = Callable[[Namespace, Any], None]
-"""Changes a message, which is of the type that stands beside it, in place."""
+"""Changes a message in place. Its type is the one next to it in `_CALLS` and `_INNER`."""
 
 
 # KV
@@ -90,11 +89,11 @@ _ANSWERS: Final[dict[str, NamespacedChange]] = {
     "response_txn": _txn_done,
 }
 
-# Lease, Lock, Election. A lock's or an election's name is the beginning of its keys, and may be empty.
+# Lease, Lock, Election. The name of a lock or an election is the prefix of its keys, and may be empty.
 
 
 def _leased(namespace: Namespace, message: rpc_pb2.LeaseTimeToLiveResponse) -> None:
-    """Leave out the keys outside: the lease may have been given to others as well."""
+    """Remove keys outside the namespace: the lease may have such keys as well."""
     inside = [key.removeprefix(namespace.prefix) for key in message.keys if namespace.has(key)]
     del message.keys[:]
     message.keys.extend(inside)
@@ -132,7 +131,7 @@ _LOCK: Final = b"/v3lockpb.Lock/"
 _ELECTION: Final = b"/v3electionpb.Election/"
 
 SERVICES: Final = (_KV, _LEASE, _LOCK, _ELECTION, b"/etcdserverpb.Watch/")
-"""The services that are about keys: a call of theirs passes only if it is named here."""
+"""The services whose calls have keys: only their calls listed here are forwarded."""
 
 _pb, _election, _lock = rpc_pb2, v3election_pb2, v3lock_pb2
 
@@ -150,7 +149,7 @@ _CALLS: Final[dict[bytes, tuple[type[Message], type[Message], NamespacedChange |
     _ELECTION + b"Observe": (_election.LeaderRequest, _election.LeaderResponse, _name, _led),
     _ELECTION + b"Resign": (_election.ResignRequest, _election.ResignResponse, _leader, None),
 }
-"""By path: the calls with keys, their messages, and what becomes of them; None: nothing."""
+"""By path: the calls with keys, their message types, and the changes of request and response; None: unchanged."""
 
 _INNER: Final[dict[type[Message], NamespacedChange]] = {
     _pb.RequestOp: _operation,
@@ -160,7 +159,7 @@ _INNER: Final[dict[type[Message], NamespacedChange]] = {
     _pb.DeleteRangeResponse: _deleted,
     _pb.TxnResponse: _txn_done,
 }
-"""What may be large within a message: changed piece by piece there (proxy/passthrough/rewriting.py)."""
+"""Types that may be large within a message: changed piece by piece (proxy/passthrough/rewriting.py)."""
 
 KEYLESS: Final = frozenset(
     (
@@ -171,7 +170,7 @@ KEYLESS: Final = frozenset(
         _LEASE + b"LeaseLeases",
     )
 )
-"""The calls of those services that have none: their frames pass untouched."""
+"""Calls of these services without keys: forwarded frame by frame, untranslated."""
 
 
 def rules(namespace: Namespace) -> Rules:

@@ -1,19 +1,19 @@
-"""Pass-through: every call that is not a watch, switched between a client's connection and etcd's at frame level.
+"""Pass-through: every call that is not a watch, relayed between a client's connection and etcd's at frame level.
 
-A call is two HTTP/2 streams, and passing it on is moving what arrives on one to the other: heads, DATA as it came, the
-trailers. Messages are not cut, decoded or decompressed, so bytes, metadata, user-agent and compression stay the
-client's, and methods nobody has heard of work like the others. There is no task, future or timer per call; deadlines
-are the client's and etcd's, both of whom read `grpc-timeout` themselves.
+A call is two HTTP/2 streams; the relay moves what arrives on one to the other: heads, DATA as received, trailers.
+Messages are not cut, decoded or decompressed, so bytes, metadata, user-agent and compression stay the client's, and
+unknown methods work like any other. There is no task, future or timer per call; the client and etcd enforce deadlines,
+since both read `grpc-timeout` themselves.
 
-Flow control goes end to end: bytes are given back to the side they came from when the other side has taken them, so a
-slow reader of a 100 MB snapshot holds up nobody but its sender, and no more than a window of it waits here. What waits
-for clients that do not read counts against the window of the connection to etcd, which all clients share, and is
-memory: so it has bounds, and a connection that reaches them loses calls.
+Flow control is end to end: bytes are credited to the side they came from once the other side has taken them, so a slow
+reader of a 100 MB snapshot delays only its sender, and at most one window of it waits here. Bytes that wait for clients
+that do not read occupy memory, and the window of the connection to etcd, which all clients share. Therefore they are
+bounded, and calls of a connection that reaches a bound are reset.
 
-What no server has looked at is sent again on another connection, once per endpoint, and so is a call that only reads
-when its connection breaks before the body of its answer. A call that may have been looked at and may be a write never
-is. While no etcd can be reached, a call waits (`proxy/passthrough/holding.py`), as it would in a direct client; when it
-has waited for long enough it ends UNAVAILABLE with a text by which clientv3 knows that it was not sent.
+A call that no server has processed is resent on another connection, once per endpoint, and so is a read whose
+connection is lost before the body of its response. A call that may have been processed and may be a write is never
+resent. While no etcd can be reached, a call waits (`proxy/passthrough/holding.py`), as it would in a direct client; if
+it waits too long, it ends with UNAVAILABLE and a text that shows clientv3 that the call was not sent.
 """
 
 from __future__ import annotations
@@ -55,28 +55,28 @@ IDEMPOTENT_METHODS = frozenset(
         b"Auth/RoleList",
     )
 )
-"""Calls that change nothing, however often they are made; clientv3 repeats the same ones (client/v3/retry.go)."""
+"""Calls that only read; clientv3 retries the same ones (client/v3/retry.go)."""
 
 CLIENTV3 = b"client-api-version"
-"""Metadata of every call of clientv3 since 3.5 (client/v3/ctx.go), whose interceptor repeats calls."""
+"""Metadata of every call of clientv3 since 3.5 (client/v3/ctx.go), whose interceptor retries calls."""
 
 HEADER_FIELD_BYTES = 32
-"""What a field of a kept head counts for besides its bytes (RFC 9113 6.5.2)."""
+"""Bytes that each field of a kept head counts for besides its own (RFC 9113 6.5.2)."""
 
 
 class Passthrough:
-    """The handler factory for all streams that no route claims."""
+    """The handler factory for all requests without a route."""
 
     def __init__(self, pool: Pool, settings: PassthroughSettings | None = None) -> None:
         self.settings = settings or PassthroughSettings()
         self.stats = PassthroughStats()
         self._pool = pool
         self.held = Holding(pool, self.settings, self.stats)
-        # By client connection: the calls whose client has to read on, and how many bytes those are.
+        # By client connection: its calls with unread bytes, and the number of these bytes.
         self._unread: dict[ConnectionHandle, _Unread] = {}
 
     def go_by(self, settings: PassthroughSettings) -> None:
-        """Take other settings, for what comes from now on."""
+        """Use other settings from now on."""
         self.settings = self.held.settings = settings
 
     def now(self) -> float:
@@ -85,13 +85,13 @@ class Passthrough:
 
     @property
     def waiting(self) -> int:
-        """Calls that wait for a connection."""
+        """Number of calls that wait for a connection."""
         return len(self.held)
 
     def __call__(
         self, connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool
     ) -> Relay | None:
-        """Take a new request stream. Raises Refusal, UNAVAILABLE, when no upstream can be reached."""
+        """Handle a new request stream. Raises CallRefusal (UNAVAILABLE) if the call can neither be sent nor held."""
         return self._begin(Relay(self, connection, stream, headers, end_stream))
 
     def _begin(self, relay: Relay) -> Relay:
@@ -103,7 +103,7 @@ class Passthrough:
         return relay
 
     def retry(self, relay: Relay) -> None:
-        """Send a call that no server has looked at to another connection, or let it wait for one, or end it."""
+        """Resend a call on another connection, or let it wait for one, or end it."""
         self.stats.resent += 1
         upstream = self._pool.pick()
         if upstream is not None and relay.begin(upstream):
@@ -114,11 +114,11 @@ class Passthrough:
             relay.refuse(refusal)
 
     def is_unserved(self, call: UpstreamCall, status: int, message: str) -> bool:
-        """Tell whether a member refused a call because it does not serve, while another one does."""
+        """Return whether a member refused a call because it is not serving, while another one is."""
         return self._pool.answered(call.connection, status, message)
 
     def charge_unread(self, relay: Relay, size: int) -> None:
-        """Count `size` bytes more that a client has to read; reset calls when that is too much."""
+        """Count `size` more bytes that a client has not read; reset calls at a limit."""
         stats = self.stats
         unread = self._unread.setdefault(relay.connection, _Unread())
         unread.relays.add(relay)
@@ -134,7 +134,7 @@ class Passthrough:
                 one.abort_unread()
 
     def release_unread(self, relay: Relay, size: int) -> None:
-        """Count all that a call's client had to read as read, or as no longer wanted."""
+        """Stop counting the unread bytes of a call: its client has read them, or the call is over."""
         unread = self._unread[relay.connection]
         unread.relays.discard(relay)
         unread.size -= size
@@ -143,13 +143,13 @@ class Passthrough:
             del self._unread[relay.connection]
 
     def slot_freed(self) -> None:
-        """Let a call that waits for room have the place of one that is over."""
+        """Start a waiting call in place of one that is over."""
         if len(self.held):
             self.held.serve()
 
 
 class _Unread:
-    """What one client connection has to read."""
+    """The unread bytes of one client connection."""
 
     __slots__ = ("relays", "size")
 
@@ -159,9 +159,9 @@ class _Unread:
 
 
 class Relay:
-    """One call: the client's stream on one side, etcd's on the other. Handler of both.
+    """One call, and the handler of both its streams: the client's and etcd's.
 
-    `done` is True from the moment the client's stream is answered in full or gone; nothing is sent on it after that.
+    `done` is True once the client's stream is answered completely or closed; nothing is sent on it after that.
     """
 
     __slots__ = (
@@ -197,33 +197,33 @@ class Relay:
         self._stream = stream
         self._headers = headers
         self._call: UpstreamCall | None = None
-        # The response's head has gone to the client.
+        # The response's head was sent to the client.
         self._answered = False
-        # A second server, asked after the first one broke off behind its head, answered as no etcd does.
+        # The first server's response broke off after its head, and the second server's response is not an etcd's.
         self._foreign = False
         # The client has ended its side.
         self._request_over = end_stream
-        # What came of the request, while it may have to be sent (again); None when it is too much or no longer needed.
+        # The request so far, while it may have to be (re)sent; None if it is too large or no longer needed.
         self._request: list[bytes] | None = []
         self._request_bytes = 0
-        # Flow control not given back yet, because the other side has not taken the bytes.
+        # Flow-control bytes not credited yet, because the other side has not taken them.
         self._owed_client = 0
         self._owed_upstream = 0
-        # Bytes of the answer that the client has yet to read. Of a translated one they are others than etcd sent.
+        # Bytes of the response that the client has not read. Of a translated one, their number differs from etcd's.
         self._unread = 0
-        # The same of what came while it waits: the client's other calls have the connection's window back already.
+        # Like `_owed_client`, for bytes received while the call waits: credited to the connection, not to the stream.
         self._owed_stream = 0
-        # Loop time. What follows is read when it has to wait. No deadline: None.
+        # Loop time. The fields below are set when the call has to wait. No deadline: None.
         self.came_at = owner.now()
         self.deadline: float | None = None
         self.repeated = False
-        # What it counts for while it waits.
+        # Bytes counted while it waits.
         self.waiting_bytes = 0
         self._boundary = MessageBoundary()
         self._tries_left = 3
 
     def begin(self, upstream: ClientConnection) -> bool:
-        """Start the call on an upstream connection with what came so far. False: it cannot take it."""
+        """Start the call on an upstream connection with the request so far. False: the connection cannot take it."""
         authority = upstream.endpoint.authority
         scheme = b"https" if upstream.secure else b"http"
         headers = [
@@ -246,7 +246,7 @@ class Relay:
         return True
 
     def wait(self) -> int:
-        """Get ready to wait for a connection; return the bytes that are kept meanwhile."""
+        """Prepare to wait for a connection; return the bytes kept meanwhile."""
         if self.deadline is None:
             self.deadline = self._read_deadline()
         self.repeated = any(name == CLIENTV3 for name, _ in self._headers)
@@ -257,7 +257,7 @@ class Relay:
         return head + self._request_bytes
 
     def _read_deadline(self) -> float | None:
-        """When the client's grpc-timeout is over, in loop time; None without one, and for one that cannot be read."""
+        """The end of the client's grpc-timeout in loop time; None if there is none, or a malformed one."""
         for name, value in self._headers:
             if name == TIMEOUT:
                 try:
@@ -269,7 +269,7 @@ class Relay:
     # The client's side: a Handler.
 
     def data(self, data: bytes, flow_size: int, end_stream: bool) -> None:
-        """Pass a part of the request on."""
+        """Forward a part of the request."""
         if self.done:
             self.connection.h2.consumed(self._stream, flow_size)
             return
@@ -298,12 +298,12 @@ class Relay:
             self.refuse(refusal)
 
     def trailers(self, headers: Headers) -> None:
-        """End the request; gRPC knows no request trailers."""
+        """End the request; gRPC has no request trailers."""
         del headers
         self.data(b"", 0, True)
 
     def drained(self) -> None:
-        """The client has taken what came: let etcd send on."""
+        """Credit etcd's stream: the client has read the response so far."""
         owed = self._settle()
         if self.done:
             self._leave_stream()
@@ -311,7 +311,7 @@ class Relay:
             self._call.consumed(owed)
 
     def closed(self, code: int | None) -> None:
-        """The client has given up, or is gone: so is the call."""
+        """Cancel the call at etcd: the client has cancelled it or disconnected."""
         del code
         self._give_up()
         self._settle()
@@ -321,7 +321,7 @@ class Relay:
             self._owner.slot_freed()
 
     def abort_unread(self) -> None:
-        """Reset the call on both sides: its client has left too much unread."""
+        """Reset the call on both sides: too many bytes are unread."""
         self.connection.h2.reset(self._stream, ErrorCode.ENHANCE_YOUR_CALM)
         self.connection.touch()
         self._stream.owner = None
@@ -330,11 +330,11 @@ class Relay:
     # etcd's side: a CallHandler.
 
     def on_headers(self, headers: Headers) -> None:
-        """Pass the response's head on."""
+        """Forward the response's head."""
         call, repeated, self._answered = self._call, self._answered, True
         if not self._reads:
             self._forget_request()
-        # The client has the head of the answer that broke off before its body; it is as good as this one's.
+        # If the call was resent after a head, the client keeps the first head; it is equivalent.
         if not self.done and not repeated:
             self.connection.h2.send_headers(self._stream, headers)
             self.connection.touch()
@@ -342,7 +342,7 @@ class Relay:
             self._foreign = True
 
     def on_data(self, data: bytes, flow_size: int) -> None:
-        """Pass a part of the response on; give it back to etcd when the client has taken it."""
+        """Forward a part of the response; etcd is credited when the client has read it."""
         call = self._call
         assert call is not None
         if self.done or self._foreign:
@@ -353,7 +353,7 @@ class Relay:
         self._pass_on(call, (data,), len(data), flow_size)
 
     def _pass_on(self, call: UpstreamCall, pieces: Sequence[bytes], size: int, flow_size: int) -> None:
-        """Send `size` bytes to the client; give `flow_size` back to etcd when the client has taken them."""
+        """Send `size` bytes to the client; credit `flow_size` to etcd when the client has read them."""
         if self.connection.h2.send(self._stream, pieces, size):
             call.consumed(flow_size)
         else:
@@ -364,11 +364,11 @@ class Relay:
         self.connection.touch()
 
     def on_drained(self) -> None:
-        """etcd has taken what came of the request: let the client send on."""
+        """Credit the client's stream: etcd has accepted the request so far."""
         self._give_back_client()
 
     def on_end(self, status: int, message: str, trailers: Headers) -> None:
-        """End the client's stream as etcd's ended, or send the call again when nobody has looked at it."""
+        """End the client's stream as etcd's ended, or resend the call if that is safe."""
         call, self._call = self._call, None
         assert call is not None
         if self.done:
@@ -377,11 +377,11 @@ class Relay:
         harmless = (
             call.unprocessed
             or (lost and self._request_over and self._reads)
-            # Asked for each answer that is not OK: this is how the pool learns which members do not serve.
+            # Called for each status that is not OK: the pool learns from it which members are not serving.
             or (status != Status.OK and self._owner.is_unserved(call, status, message) and not self._answered)
         )
         if harmless and self._request is not None and self._tries_left:
-            # A connection that ends in good order has done its part: that is not a failed try.
+            # A connection that was closed in an orderly way does not count as a failed try.
             self._tries_left -= not call.rotated
             self._owner.retry(self)
             return
@@ -403,10 +403,10 @@ class Relay:
         self._leave_stream()
         self._owner.slot_freed()
 
-    # Inside.
+    # Internal, and for `Holding`.
 
     def refuse(self, refusal: CallRefusal) -> None:
-        """Answer a call that never reached an upstream, or was not answered by one."""
+        """End a call that never reached etcd, or got no complete response from it."""
         self._give_up()
         if self._answered:
             trailers = status_trailers(refusal.status, refusal.text, refusal.problem)
@@ -417,13 +417,13 @@ class Relay:
         self._leave_stream()
 
     def _end_broken(self, status: int, message: str) -> None:
-        """The upstream connection is gone: say so, in the one way that is still open."""
+        """Report that the upstream connection was lost, in the form that the response so far allows."""
         h2, stream = self.connection.h2, self._stream
         trailers = status_trailers(status, message)
         if not self._answered:
             h2.send_headers(stream, RESPONSE_HEAD + trailers, True)
         elif self._boundary.inside:
-            # A message that is half sent can only end by a reset (gRPC over HTTP/2).
+            # After a partial message only a reset is possible (gRPC over HTTP/2).
             h2.reset(stream, ErrorCode.INTERNAL_ERROR)
             self._settle()
         else:
@@ -434,7 +434,7 @@ class Relay:
         return any(name == b":path" and value in IDEMPOTENT_METHODS for name, value in self._headers)
 
     def _settle(self) -> int:
-        """Count what the client had to read as read; return what etcd gets back of its window for that."""
+        """Stop counting the client's unread bytes; return the flow-control bytes to credit to etcd for them."""
         unread, self._unread = self._unread, 0
         if unread:
             self._owner.release_unread(self, unread)
@@ -442,7 +442,7 @@ class Relay:
         return owed
 
     def _leave_stream(self) -> None:
-        """Let go of the client's stream that is over: the two would hold each other until a garbage collection."""
+        """Break the reference cycle with the client's stream, which is over."""
         if not self._stream.blocked:
             self._stream.owner = None
 
@@ -450,12 +450,12 @@ class Relay:
         self.done = True
         self._owner.held.leave(self)
         self._forget_request()
-        # The client's other calls need the connection's window, whatever etcd has not taken of this one.
+        # The client's other calls need the connection's window, even if etcd has not taken these bytes.
         owed, self._owed_client = self._owed_client, 0
         self.connection.h2.consumed(None, owed)
 
     def _bound_request(self) -> None:
-        """Keep no more of requests that were sent than is allowed."""
+        """Drop the kept request if it exceeds a limit on kept bytes."""
         settings, stats = self._owner.settings, self._owner.stats
         too_large = self._request_bytes > settings.resend_bytes_max
         if too_large or stats.resend_bytes > settings.resend_bytes_total_max:
@@ -464,7 +464,7 @@ class Relay:
             self._forget_request()
 
     def _forget_request(self) -> None:
-        """Drop what was kept of the request: it is not sent again."""
+        """Drop the kept request: it is not resent any more."""
         if self._request is not None:
             self._request = None
             self._owner.stats.resend_bytes -= self._request_bytes

@@ -1,15 +1,14 @@
-"""
-Changing a message piece by piece, so that a large one delays no other client.
+"""Changing a message piece by piece, so that a large one does not delay other clients.
 
-An encoded message is the concatenation of its fields, and each element of a repeated field stands by itself. So a
+An encoded message is the concatenation of its fields, and each element of a repeated field is encoded separately. So a
 message whose size is in its repeated fields (the key-values of a RangeResponse, the operations of a transaction) is cut
 between elements into pieces of a bounded size; each piece is decoded, changed and encoded as a message of its own, and
-the results are joined. A large element (an operation that holds a whole RangeResponse) is entered, and gets a new
-length. Everything else is one piece: a single key-value, a request of scalar fields.
+the results are joined. A large element (an operation that holds a whole RangeResponse) is cut recursively, and gets a
+new length. Everything else is one piece: a single key-value, a request of scalar fields.
 
-Cutting is right only where the change of a message is the change of its elements: `DIVISIBLE` names those types. A
-field that is not repeated may occur twice, and decoders merge the two. So an operation is entered only if its content
-is the one field in it; otherwise a client could have the two ends of a range changed apart from each other.
+Cutting is correct only for types whose change consists of changing each element: `DIVISIBLE` lists them. A field that
+is not repeated may occur twice, and decoders merge the two. So an operation is cut only if it has a single field;
+otherwise a client could get the two ends of a range changed independently.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from proto.fields import ScanError, fields, varint
 from proto.pb import rpc_pb2
 
 Change = Callable[[Any], None]
-"""Changes a message, which is of the type that it is written for, in place."""
+"""Changes a message in place."""
 
 Changes = Mapping[str, Change]
 """By the full name of a type: the change of the message itself, and of each type within it that may be large."""
 
 PIECE_BYTES: Final = 16 * 1024
-"""A message up to this size is changed at once, larger ones in pieces of about this size: some milliseconds if it has
-nothing but empty operations, and a tenth of one if it has key-values."""
+"""Messages up to this size are changed at once, larger ones in pieces of about this size. A piece takes a few
+milliseconds if it consists of empty operations, and a tenth of a millisecond if it has key-values."""
 
 DEPTH_MAX: Final = 32
-"""How deep messages within messages are entered. A transaction may hold others; more than one or two are not seen."""
+"""Maximum depth of nested messages that are cut. Transactions may be nested, usually one or two levels deep."""
 
 DIVISIBLE: Final = frozenset(
     kind.DESCRIPTOR.full_name
@@ -44,13 +43,13 @@ DIVISIBLE: Final = frozenset(
         *(rpc_pb2.LeaseTimeToLiveResponse, rpc_pb2.MemberListResponse),
     )
 )
-"""Types whose change is that of the elements of their repeated fields."""
+"""Types whose change consists of changing the elements of their repeated fields."""
 
 OPERATIONS: Final = frozenset(kind.DESCRIPTOR.full_name for kind in (rpc_pb2.RequestOp, rpc_pb2.ResponseOp))
-"""Types that hold one message of several, which are entered if that is all they hold."""
+"""Types that hold one of several messages; they are cut if they have no other field."""
 
 _BYTES: Final = 2
-"""The wire type of bytes, texts and messages."""
+"""The wire type of bytes, strings and messages."""
 
 
 def changed(kind: type[Message], change: Change, message: bytes) -> bytes:
@@ -61,15 +60,15 @@ def changed(kind: type[Message], change: Change, message: bytes) -> bytes:
 
 
 class Rewriting:
-    """One message that is being changed: call `step` until it says that it is done."""
+    """A message that is being changed: call `step` until it returns True."""
 
     __slots__ = ("_steps", "pieces", "size")
 
     def __init__(self, kind: type[Message], changes: Changes, message: bytes) -> None:
         self.pieces: list[bytes] = []
-        """The changed message, complete when `step` has said so."""
+        """The changed message, complete when `step` has returned True."""
         self.size = 0
-        """Bytes made so far."""
+        """Bytes of `pieces` so far."""
         self._steps = self._message(
             cast(Descriptor, kind.DESCRIPTOR), changes, message, 0, len(message), self.pieces, 0
         )
@@ -111,7 +110,7 @@ class Rewriting:
     def _within(
         self, kind: Descriptor, changes: Changes, data: bytes, place: tuple[int, int, int], out: list[bytes], depth: int
     ) -> Iterator[None]:
-        """Change a field that holds a large message; `place`: where its tag, its content and the next field begin."""
+        """Change a field that holds a large message; `place`: offsets of its tag, its content and the next field."""
         if depth > DEPTH_MAX:
             raise DecodeError("too many messages within each other")
         at, body, after = place
@@ -120,7 +119,7 @@ class Rewriting:
             yield from self._operation(kind, changes, data, body, after, inner, depth)
         else:
             yield from self._message(kind, changes, data, body, after, inner, depth)
-        # The tag is what stands before the length, which is as long as it is short.
+        # The tag is copied; the length is encoded again.
         head = data[at : _tag_end(data, at)] + varint(sum(map(len, inner)))
         self.size += len(head)
         out.append(head)
@@ -129,7 +128,7 @@ class Rewriting:
     def _operation(
         self, kind: Descriptor, changes: Changes, data: bytes, start: int, end: int, out: list[bytes], depth: int
     ) -> Iterator[None]:
-        """Change a large operation, a message that holds one of several."""
+        """Change a large operation, a type in `OPERATIONS`."""
         tag, at, body, after, _ = next(fields(data, start, end))
         if after != end:
             raise DecodeError(f"a {kind.name} of more than one field")
@@ -141,7 +140,7 @@ class Rewriting:
 
 
 def _entered(kind: Descriptor, tag: int, changes: Changes) -> Descriptor | None:
-    """Return the type of the message in a field, if it may be changed apart from what is around it."""
+    """Return the type of the message in a field, if it may be changed separately; otherwise None."""
     field: FieldDescriptor | None = kind.fields_by_number.get(tag >> 3)
     if field is None or tag & 7 != _BYTES or field.message_type is None:
         return None

@@ -1,4 +1,4 @@
-"""What pass-through allows its clients, and what it counts. Every bound has its unit and its reason here."""
+"""The limits and counters of pass-through. Each limit is documented with its unit and its reason."""
 
 from __future__ import annotations
 
@@ -17,83 +17,85 @@ CALLS_REFUSED_AT = (
 """Limits at which calls are refused or ended."""
 
 REQUESTS_NOT_KEPT_AT = ("resend_bytes_max", "resend_bytes_total_max")
-"""Limits from which on a request is not kept to be sent again."""
+"""Limits above which a request is not kept for resending."""
 
 
 @dataclass(slots=True, frozen=True)
 class PassthroughSettings:
-    """What pass-through keeps, each with its unit and its reason."""
+    """The limits of pass-through, each with its unit and its reason."""
 
     call_wait_s: float = 5.0
-    """How long a call waits while no etcd can be reached, unless its deadline comes before, or for one of clientv3 a
-    third of the time until then; after it the call ends UNAVAILABLE. Long enough for a restart of etcd, and for clients
-    with several proxies not too long before they try the next one."""
+    """Maximum time a call waits while no etcd can be reached; then it ends with UNAVAILABLE. A call waits no longer
+    than until its deadline, one of clientv3 for at most a third of that time. Long enough for a restart of etcd, and
+    short enough for clients with several proxies to try the next one."""
 
     waiting_max: int = 10_000
-    """Calls that may wait for a connection to come up; one more ends UNAVAILABLE at once."""
+    """Maximum calls that wait for a connection; further ones end with UNAVAILABLE at once."""
 
     waiting_bytes_max: int = 64 * MIB
-    """Bytes of all calls that wait, heads (with 32 a field) and bodies: memory. The call that brings more ends
-    UNAVAILABLE. The body of one is bounded by the window of its stream besides."""
+    """Maximum bytes of all waiting calls, heads (plus 32 per field) and bodies: bounds memory. A call that exceeds it
+    ends with UNAVAILABLE. The body of each is also bounded by its stream's window."""
 
     resend_bytes_max: int = 64 * 1024
-    """Bytes of a request that are kept, until its answer begins, so that it can be sent again when no server has looked
-    at it. Larger requests are not sent again."""
+    """Maximum bytes of a request kept until its response begins, so that it can be resent if no server has processed
+    it. Larger requests are not resent."""
 
     resend_bytes_total_max: int = 64 * MIB
-    """The same for all calls together; what comes when it is reached is not sent again."""
+    """The same for all calls together; requests that exceed it are not resent."""
 
     unread_bytes_per_connection_max: int = 128 * MIB
-    """Bytes of answers that one client's connection may leave unread; the call that brings more is reset. Each call
-    can leave one window unread (1 MiB), so this is some 120 large answers asked for at once and none of them read. Of a
-    translated call it bounds one answer as well, since the whole of it waits for the client."""
+    """Maximum bytes of responses that one client connection may leave unread; a call that exceeds it is reset. Each
+    call can leave one window unread (1 MiB), so this is about 120 large responses requested at once and none of them
+    read. It also bounds a single response of a translated call, since all of it waits for the client."""
 
     unread_bytes_max: int = 384 * MIB
-    """The same for all clients, below half of the window of one connection to etcd (1 GiB, given back by halves): at
-    the bound the connection that leaves most unread loses its calls, instead of all others waiting for it."""
+    """The same for all clients together. Less than half of the window of one connection to etcd (1 GiB, credited in
+    halves): at the bound, the calls of the connection with most unread bytes are reset, instead of all others waiting
+    for it."""
 
     translated_request_bytes_max: int = 2 * MIB
-    """One request of a call that is translated (--namespace), inflated; a larger one ends RESOURCE_EXHAUSTED, as at
-    etcd, whose own bound is --max-request-bytes (1.5 MiB) + 512 KiB. Set by --max-request-bytes."""
+    """Maximum size of a request of a translated call (--namespace), after decompression. A larger one ends with
+    RESOURCE_EXHAUSTED, as in etcd, whose own bound is --max-request-bytes (1.5 MiB) + 512 KiB. Set by
+    --max-request-bytes."""
 
     partial_bytes_max: int = 384 * MIB
-    """Bytes of unfinished messages of all calls that are translated (--namespace, --advertise-client-url): what came of
-    them, what they inflated to, what is changed already (both until a message is done, so that one of 100 MB counts for
-    200), and what etcd has not taken of requests. At the bound the connection that has most unfinished loses its calls,
-    RESOURCE_EXHAUSTED. Of other calls no message is kept here."""
+    """Maximum bytes of unfinished messages of all translated calls (--namespace, --advertise-client-url): bytes
+    received, decompressed and already translated (a message's source and result are both kept until it is done, so one
+    of 100 MB counts as 200), and request bytes that etcd has not accepted. At the bound, the calls of the connection
+    with most unfinished bytes end with RESOURCE_EXHAUSTED. Messages of other calls are not kept."""
 
 
 @dataclass(slots=True)
 class PassthroughStats:
-    """Counts since the start."""
+    """Counters since the start, and current sizes."""
 
     calls: int = 0
     resent: int = 0
-    """Times a call was sent again because no server had looked at it."""
+    """Times a call was resent because no server had processed it."""
 
     unavailable: int = 0
-    """Calls ended here because no upstream could take them."""
+    """Calls refused by the proxy because no upstream connection could take them."""
 
     broken: int = 0
-    """Calls whose upstream connection broke under them."""
+    """Calls whose upstream connection was lost."""
 
     waiting_bytes: int = 0
-    """Bytes of the calls that wait for a connection now."""
+    """Current bytes of the calls that wait for a connection."""
 
     unread_bytes: int = 0
-    """Bytes that wait now for clients to read."""
+    """Current bytes that wait for clients to read."""
 
     resend_bytes: int = 0
-    """Bytes of requests kept now to be sent again."""
+    """Current bytes of requests kept for resending."""
 
     partial_bytes: int = 0
-    """Bytes of messages that are not whole now, of calls that are translated."""
+    """Current bytes of unfinished messages of translated calls."""
 
     refused_at: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CALLS_REFUSED_AT, 0))
-    """Calls refused or ended, by the limit that was reached."""
+    """Calls refused or ended, by the limit reached."""
 
     not_kept_at: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REQUESTS_NOT_KEPT_AT, 0))
-    """Requests that are not kept, by the limit that was reached."""
+    """Requests not kept for resending, by the limit reached."""
 
     @property
     def unread(self) -> int:
@@ -102,5 +104,5 @@ class PassthroughStats:
 
     @property
     def partial_refused(self) -> int:
-        """Calls ended because too many bytes of messages that are not whole were kept."""
+        """Calls ended because too many bytes of unfinished messages were kept."""
         return self.refused_at["partial_bytes_max"]

@@ -1,15 +1,16 @@
-"""Pass-through of calls whose messages are changed: those with keys in a namespace, MemberList with an advertised URL.
+"""Pass-through of calls with translated messages: those with keys under a namespace, MemberList with an advertised URL.
 
-All others pass as ever, frame by frame. A call that rules name (proxy/passthrough/translation.py) is cut into messages
-in the directions that change; each is changed when it is whole and goes on uncompressed. What a namespace does not
-cover is refused: methods of its services that are not known here, and HTTP/1, whose JSON gateway would reach every key.
+All other calls are forwarded frame by frame. A call with a rule (proxy/passthrough/translation.py) is cut into messages
+in the directions that the rule changes; each message is translated when it is complete, and forwarded uncompressed.
+Requests that a namespace does not cover are refused: unknown methods of its services, and HTTP/1, whose JSON gateway
+would reach every key.
 
-Small messages are changed as they come; a turn of the event loop has so much time for that, and what is left goes on in
-later turns, a bounded step of each call in rotation (proxy/passthrough/message_work.py), with no window given back
-meanwhile. What is kept of messages is counted by its size here, whatever it was on the wire, and has bounds; so has
-what a client leaves unread of a changed answer, and what etcd has not taken of a changed request.
+Small messages are translated as they arrive, as far as the time budget of this turn of the event loop allows. The rest
+continues in later turns, a bounded step of each call in rotation (proxy/passthrough/message_work.py), and no window is
+credited meanwhile. Kept messages are bounded, by their size in memory and not on the wire; so are the unread bytes of
+translated responses, and the bytes of translated requests that etcd has not accepted.
 
-Everything else of a call (heads, deadlines, trailers, who is tried again) is `passthrough.Relay`'s.
+Everything else (heads, deadlines, trailers, resending) is done by `Relay`.
 """
 
 from __future__ import annotations
@@ -45,30 +46,30 @@ HTTP1_REFUSAL = "the JSON gateway and other HTTP/1 pages of etcd are not served 
 log = logs.logger("translating")
 
 TURN_S: Final = 0.004
-"""How long messages are changed in one turn of the event loop; the last step may take it over that."""
+"""Time for translating messages in one turn of the event loop; the last step may exceed it."""
 
 LARGE_BYTES: Final = 64 * 1024
-"""From here on what a call keeps of its messages is memory that counts."""
+"""A call that keeps more than this is treated as large: only `ROTATION` of them are translated at a time."""
 
 ROTATION: Final = 8
-"""Large messages that are changed side by side: each is in memory twice meanwhile, and a huge one holds up the others
-no more than eightfold."""
+"""Large messages translated concurrently: each is in memory twice meanwhile, and a huge one slows the others down by at
+most a factor of eight."""
 
 
 class TranslatingPassthrough(Passthrough):
-    """The handler factory for all streams that no route claims, under rules; no two of them name the same call."""
+    """The handler factory for all requests without a route, with rules; no two rules name the same call."""
 
     def __init__(self, pool: Pool, rules: Sequence[Rules], settings: PassthroughSettings | None = None) -> None:
         super().__init__(pool, settings)
         self._rules = rules
         self._found = {path: (each, one) for each in rules for path, one in each.translations.items()}
-        # Calls with messages that are not changed yet, in rotation; and those that keep much meanwhile, of which the
-        # first few are in rotation and the others wait.
+        # Calls with messages that are not translated yet, in rotation; and the large ones, of which the first
+        # `ROTATION` are in rotation and the others wait.
         self._working: dict[TranslatedRelay, None] = {}
         self._large: dict[TranslatedRelay, None] = {}
-        # Whose turn it is of the large ones.
+        # Index of the large call whose turn is next.
         self._place = 0
-        # What this turn of the loop has left for changing messages at once.
+        # Time left in this turn of the loop for translating messages as they arrive.
         self._left_s = TURN_S
         # By client connection: its calls with unfinished messages, and the bytes of those.
         self._partial: dict[ConnectionHandle, _Partial] = {}
@@ -76,7 +77,7 @@ class TranslatingPassthrough(Passthrough):
     def __call__(
         self, connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool
     ) -> Relay | None:
-        """Take a new request stream. Raises Refusal for what a namespace does not cover, or as Passthrough does."""
+        """Handle a new request stream. Raises CallRefusal if a namespace does not cover it, or as Passthrough does."""
         path = next((value for name, value in headers if name == b":path"), b"")
         found = self._found.get(path)
         if found is not None:
@@ -88,7 +89,7 @@ class TranslatingPassthrough(Passthrough):
         return super().__call__(connection, stream, headers, end_stream)
 
     def work(self, relay: TranslatedRelay) -> None:
-        """Change what came of a call: now, as far as this turn of the loop has time, and the rest in later turns."""
+        """Translate a call's messages: now, as far as this turn of the loop has time, the rest in later turns."""
         if not (self._working or self._large):
             more = True
             while more and self._left_s > 0:
@@ -102,13 +103,13 @@ class TranslatingPassthrough(Passthrough):
         self._working[relay] = None
 
     def leave(self, relay: TranslatedRelay) -> None:
-        """Forget a call that is over."""
+        """Remove a call that is over."""
         relay.working = False
         self._working.pop(relay, None)
         self._large.pop(relay, None)
 
     def _turn(self) -> None:
-        """Go on with what earlier turns have left: a step of a call that is new or small, then one of a large one."""
+        """Continue the calls in rotation: alternately a step of a new or small one and of a large one."""
         end = time.perf_counter() + TURN_S
         while self._working or self._large:
             if self._working:
@@ -134,15 +135,15 @@ class TranslatingPassthrough(Passthrough):
         try:
             return relay.go_on()
         except Exception:
-            # A bug of ours with one message must not keep the others' waiting.
-            log.exception("changing a message failed; its call is ended")
-            relay.fail(FramingError(Status.INTERNAL, "watchmux: changing a message failed"))
+            # A bug with one message must not stop the other calls.
+            log.exception("translating a message failed; ending its call")
+            relay.fail(FramingError(Status.INTERNAL, "watchmux: translating a message failed"))
             return False
 
     def kept(self, relay: TranslatedRelay, size: int, flag: str) -> None:
-        """Count `size` bytes more (or fewer) of unfinished messages. Raises FramingError at the bound.
+        """Count `size` more (or fewer) bytes of unfinished messages.
 
-        There, the connection that has most unfinished loses its calls.
+        At the bound, the calls of the connection with most unfinished bytes end; raises FramingError if it is this one.
         """
         stats, settings = self.stats, self.settings
         partial = self._partial.get(relay.connection)
@@ -171,7 +172,7 @@ class TranslatingPassthrough(Passthrough):
 
 
 class _Partial:
-    """What one client connection has unfinished."""
+    """The unfinished messages of one client connection."""
 
     __slots__ = ("relays", "size")
 
@@ -181,7 +182,7 @@ class _Partial:
 
 
 class TranslatedRelay(Relay):
-    """One call whose messages are translated. Raises Refusal for a request that cannot be read."""
+    """One call whose messages are translated. Raises CallRefusal for a request head that cannot be parsed."""
 
     __slots__ = (
         "_ending",
@@ -208,7 +209,7 @@ class TranslatedRelay(Relay):
         rules: Rules,
         translation: Translation,
     ) -> None:
-        # Changes the request's messages; None: they pass as they are.
+        # Translates the request's messages; None: they are forwarded unchanged.
         self._requests: MessageWork | None = None
         if translation.outward is not None:
             gzip = RequestHead.parse(headers).decompress is not None
@@ -219,16 +220,16 @@ class TranslatedRelay(Relay):
         self._translating = owner
         self._translation = translation
         self._flag = rules.flag
-        # The same for the answer, made when its head says how it is compressed.
+        # The same for the response, created when its head with the compression arrives.
         self._responses: MessageWork | None = None
-        # Flow control of what came and is not changed yet.
+        # Flow-control bytes of input that is not translated yet.
         self._held_client = 0
         self._held_upstream = 0
-        # Bytes of changed requests that etcd has not taken.
+        # Bytes of translated requests that etcd has not accepted.
         self._sent_bytes = 0
-        # The client has ended its side, behind what is not changed yet.
+        # The client has ended its side, but its request is not translated completely.
         self._ends = False
-        # How etcd ended the call while its answer was not changed yet.
+        # How etcd ended the call, while its response is not translated completely.
         self._ending: tuple[int, str, Headers] | None = None
         self.kept = 0
         """Bytes of unfinished messages, as the owner counts them."""
@@ -238,7 +239,7 @@ class TranslatedRelay(Relay):
     # The client's side.
 
     def data(self, data: bytes, flow_size: int, end_stream: bool) -> None:
-        """Take a part of the request; pass on what it makes whole."""
+        """Handle a part of the request; forward the messages it completes."""
         requests = self._requests
         if self.done or requests is None:
             super().data(data, flow_size, end_stream)
@@ -250,7 +251,7 @@ class TranslatedRelay(Relay):
             self._translating.work(self)
 
     def begin(self, upstream: ClientConnection) -> bool:
-        """Start the call with what is changed so far."""
+        """Start the call with the messages translated so far."""
         if not super().begin(upstream):
             return False
         call = self._call
@@ -260,7 +261,7 @@ class TranslatedRelay(Relay):
     # etcd's side.
 
     def on_headers(self, headers: Headers) -> None:
-        """Note how the answer is compressed, and pass its head on."""
+        """Note the response's compression, and forward its head."""
         inward = self._translation.inward
         if inward is None:
             super().on_headers(headers)
@@ -276,7 +277,7 @@ class TranslatedRelay(Relay):
         super().on_headers(_of_any_length(headers))
 
     def on_data(self, data: bytes, flow_size: int) -> None:
-        """Take a part of the answer; pass on what it makes whole."""
+        """Handle a part of the response; forward the messages it completes."""
         call, responses = self._call, self._responses
         if self.done or responses is None or (call is not None and call.http_status != 200):
             super().on_data(data, flow_size)
@@ -288,22 +289,22 @@ class TranslatedRelay(Relay):
             self._translating.work(self)
 
     def on_drained(self) -> None:
-        """etcd has taken what came of the request."""
+        """Note that etcd has accepted the request so far."""
         self._count_sent(0)
         super().on_drained()
 
     def on_end(self, status: int, message: str, trailers: Headers) -> None:
-        """End the client's stream as etcd's ended, behind what is still to be changed."""
+        """End the client's stream as etcd's ended, after the messages that are still being translated."""
         responses = self._responses
         if not self.done and responses is not None and responses.busy:
             self._ending = (status, message, trailers)
         else:
             super().on_end(status, message, trailers)
 
-    # Changing.
+    # Translating.
 
     def go_on(self) -> bool:
-        """Do one step in each direction; return whether there is more to do."""
+        """Do one step in each direction; return whether there is more work."""
         requests, responses = self._requests, self._responses
         more = not self.done and requests is not None and self._step_request(requests)
         return (not self.done and responses is not None and self._step_response(responses)) or more
@@ -361,13 +362,13 @@ class TranslatedRelay(Relay):
         return busy
 
     def _count_sent(self, size: int) -> None:
-        """Note how much of changed requests etcd has not taken."""
+        """Note the bytes of translated requests that etcd has not accepted."""
         if size != self._sent_bytes:
             self._sent_bytes = size
             self._count()
 
     def _count(self) -> None:
-        """Have the owner count what is kept now; at its bound the call ends."""
+        """Report the bytes kept now to the owner; end the call at the owner's bound."""
         kept = self._sent_bytes
         if self._requests is not None:
             kept += self._requests.held
@@ -393,13 +394,13 @@ class TranslatedRelay(Relay):
         super()._give_up()
 
     def fail(self, error: FramingError | DecodeError, name: str = "") -> None:
-        """End a call whose messages cannot be changed; `name`: what they should be."""
+        """End a call whose messages cannot be translated; `name`: their expected type."""
         if self.done:
             return
         if isinstance(error, FramingError):
             status, text = error.code, error.text
         else:
-            status, text = Status.INTERNAL, f"watchmux: a message is no {name}, which {self._flag} has to read"
+            status, text = Status.INTERNAL, f"watchmux: cannot decode a message as {name}, which {self._flag} requires"
         call, self._call = self._call, None
         if call is not None:
             call.reset(ErrorCode.CANCEL)
@@ -414,5 +415,5 @@ class TranslatedRelay(Relay):
 
 
 def _of_any_length(headers: Headers) -> Headers:
-    """Return a head without the length of the body, which changes."""
+    """Return a head without content-length: translation changes the length of the body."""
     return [(name, value) for name, value in headers if name != b"content-length"]

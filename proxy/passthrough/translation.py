@@ -1,9 +1,8 @@
-"""
-What becomes of the messages of calls that are not passed on as they are.
+"""The rules for calls whose messages are translated.
 
 A flag that changes what clients see of etcd (`--namespace`, `--advertise-client-url`) is a set of rules: which calls
-are translated, in which directions, and how. All other calls pass frame by frame, and so does a direction that no rule
-changes. Fields that are unknown here stay.
+are translated, in which directions, and how. All other calls are forwarded frame by frame, and so is a direction that
+no rule changes. Unknown fields are kept.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from proxy.passthrough.rewriting import Changes, Rewriting
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """What becomes of the messages of one call; None: they pass as they are."""
+    """The changes of one call's messages, towards etcd (`outward`) and the client (`inward`); None: unchanged."""
 
     request: type[Message]
     response: type[Message]
@@ -26,11 +25,11 @@ class Translation:
     inward: Changes | None
 
     def to_etcd(self, message: bytes) -> bytes:
-        """Return a request as etcd shall get it. Raises DecodeError."""
+        """Return a request translated for etcd. Raises DecodeError."""
         return message if self.outward is None else _whole(Rewriting(self.request, self.outward, message))
 
     def to_client(self, message: bytes) -> bytes:
-        """Return an answer as the client shall get it. Raises DecodeError."""
+        """Return a response translated for the client. Raises DecodeError."""
         return message if self.inward is None else _whole(Rewriting(self.response, self.inward, message))
 
 
@@ -42,14 +41,14 @@ def _whole(rewriting: Rewriting) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What one flag makes of calls, by their paths."""
+    """The translations of one flag, by the calls' paths."""
 
     flag: str
-    """For people, in errors."""
+    """The flag's name, for error texts."""
 
     translations: Mapping[bytes, Translation]
     services: tuple[bytes, ...] = ()
-    """Services whose calls pass only if they are named here: what a later etcd adds to them is refused."""
+    """Services of which only the calls listed in this class are forwarded: calls added by a later etcd are refused."""
 
     untouched: frozenset[bytes] = frozenset()
-    """Calls of theirs that pass as they are."""
+    """Calls of these services that are forwarded untranslated."""

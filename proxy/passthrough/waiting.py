@@ -1,14 +1,14 @@
-"""Calls that wait for a connection to etcd: in which order they are served, and when each has waited for long enough.
+"""Calls that wait for a connection to etcd: their order, and how long each waits.
 
-etcd's Go client makes its calls with WaitForReady (client/v3/options.go): without a connection a call waits for one, up
-to its deadline. A client of the proxy has a connection all the time, so its calls wait here.
+etcd's Go client makes its calls with WaitForReady (client/v3/options.go): without a connection, a call waits for one
+until its deadline. A client of the proxy is always connected to the proxy, so its calls wait here instead.
 
-A call of clientv3 is refused before its own deadline. clientv3 then makes it again at its next endpoint, which may be
-another proxy that has an etcd; with many calls at a time it is this one again for every second of them. So each waits
-for a third of the time it has left, and what its caller sees is as if it had waited for all of it. Other clients do not
-repeat calls: theirs wait up to their deadline.
+A call of clientv3 is refused before its deadline. clientv3 then retries it at its next endpoint, which may be another
+proxy that is connected to etcd; with many concurrent calls, every second retry comes to the same proxy again. So each
+try waits for a third of the time left, and the caller sees the call wait for nearly all of it. Other clients do not
+retry calls: theirs wait until their deadline.
 
-Pure: time is an argument, in seconds of any clock that does not go back.
+Pure: time is an argument, in seconds of any monotonic clock.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from collections import OrderedDict
 from typing import Final, Generic, TypeVar
 
 NO_CONNECTION: Final = "there is no connection available"
-"""The text of UNAVAILABLE for a call that no server has seen. With it, and no other, clientv3 sends a write to its next
-endpoint (client/v3/retry.go, isSafeRetryMutableRPC); reads go there with any text."""
+"""The text of UNAVAILABLE for a call that no server has seen. Only with this text does clientv3 retry a write at its
+next endpoint (client/v3/retry.go, isSafeRetryMutableRPC); it retries reads with any text."""
 
 REPEATED_SHARE: Final = 1 / 3
-"""The share of the time until its deadline for which a call waits that its client repeats, while no etcd can be
-reached: some ten tries, of which each second one goes to the other one of two proxies."""
+"""The share of the time until its deadline for which a call waits while no etcd can be reached, if its client retries
+it: about ten tries, every second of them at the other one of two proxies."""
 
 FULL_WAIT_MIN_S: Final = 1.0
-"""How often a call that waits for room at an etcd that can be reached is looked at."""
+"""Minimum interval for checking a call that waits for a free stream while etcd can be reached."""
 
 _DEAD_MIN: Final = 64
 
@@ -36,10 +36,10 @@ Call = TypeVar("Call")
 def wait_until(
     now: float, deadline: float | None, call_wait_s: float, *, repeated: bool = False, connected: bool = False
 ) -> float:
-    """Return when a call that waits from `now` on is looked at again; `deadline`: its own, None: it has none.
+    """Return when a call that starts to wait at `now` is checked again; `deadline`: the call's, None: it has none.
 
-    `repeated`: its client makes it again elsewhere. `connected`: an etcd can be reached, and only has no room for one
-    more call. Then only the deadline ends the wait.
+    `repeated`: its client retries it at another endpoint. `connected`: etcd can be reached but has no free stream; then
+    only the deadline ends the wait.
     """
     until = float("inf") if deadline is None else deadline
     if connected:
@@ -48,7 +48,7 @@ def wait_until(
 
 
 class _Entry(Generic[Call]):
-    """One call, and when it has waited for long enough. `call` is None once it is elsewhere."""
+    """One call and when its wait expires. `call` is None once it was removed or added again."""
 
     __slots__ = ("call", "number", "until")
 
@@ -62,12 +62,12 @@ class _Entry(Generic[Call]):
 
 
 class WaitingCalls(Generic[Call]):
-    """The calls that wait. Adding and removing one costs a few comparisons, however many there are."""
+    """The waiting calls. Adding or removing one takes O(log n) comparisons."""
 
     def __init__(self) -> None:
-        # In the order in which they came.
+        # In the order of arrival.
         self._entries: OrderedDict[Call, _Entry[Call]] = OrderedDict()
-        # A heap of the same, and of some that have left.
+        # A heap of the same entries, and of some removed ones.
         self._by_time: list[_Entry[Call]] = []
         self._number = 0
 
@@ -78,7 +78,7 @@ class WaitingCalls(Generic[Call]):
         return call in self._entries
 
     def add(self, call: Call, until: float) -> None:
-        """Let a call wait until then. One that waits already keeps its place in the order."""
+        """Let a call wait until `until`. A call that waits already keeps its place in the order."""
         previous = self._entries.get(call)
         if previous is not None:
             previous.call = None
@@ -88,7 +88,7 @@ class WaitingCalls(Generic[Call]):
         self._sweep()
 
     def remove(self, call: Call) -> bool:
-        """Forget a call; False: it does not wait."""
+        """Remove a call; return False if it does not wait."""
         entry = self._entries.pop(call, None)
         if entry is None:
             return False
@@ -97,23 +97,23 @@ class WaitingCalls(Generic[Call]):
         return True
 
     def oldest(self) -> Call | None:
-        """Return the call that came first; None when there is none."""
+        """Return the call that arrived first; None if there is none."""
         return next(iter(self._entries), None)
 
     def expired(self, now: float) -> Call | None:
-        """Return a call that has waited for long enough, None when there is none. It stays until it is removed."""
+        """Return a call whose wait has expired, None if there is none. The call stays until it is removed."""
         until = self.next_expiry
         return self._by_time[0].call if until is not None and until <= now else None
 
     @property
     def next_expiry(self) -> float | None:
-        """When the next call has waited for long enough; None when none waits."""
+        """The earliest expiry; None if no call waits."""
         while self._by_time and self._by_time[0].call is None:
             heapq.heappop(self._by_time)
         return self._by_time[0].until if self._by_time else None
 
     def _sweep(self) -> None:
-        """Drop what has left once it is more than what waits."""
+        """Drop removed entries once they outnumber the waiting ones."""
         if len(self._by_time) > 2 * len(self._entries) + _DEAD_MIN:
             self._by_time = [entry for entry in self._by_time if entry.call is not None]
             heapq.heapify(self._by_time)
