@@ -132,7 +132,7 @@ class Backfills:
         if backfill.is_upgrade:
             self._feed(backfill, before, batch)
         else:
-            if not backfill.paused and self._is_full(backfill) and not backfill.fanout.has_watches:
+            if not backfill.paused and not backfill.fanout.has_watches and self._is_read_enough(backfill):
                 backfill.paused = True
                 self._hub.effects.append(PauseUpstream(backfill.upstream))
             self.promote(backfill)
@@ -237,8 +237,14 @@ class Backfills:
             fitting.append(trunk.upgrade)
         return max(fitting, key=lambda backfill: backfill.next_revision, default=None)
 
-    def _is_full(self, backfill: Backfill) -> bool:
-        return backfill.history.bytes > self._window_bytes_max(backfill)
+    def _is_read_enough(self, backfill: Backfill) -> bool:
+        """Whether a backfill that no watch is in step with is to be paused: it is full, or of no use to its watches.
+
+        It is of no use when other histories took the memory, and what all of its watches need next was evicted.
+        """
+        if backfill.history.bytes > self._window_bytes_max(backfill):
+            return True
+        return all(watch.position < backfill.history.floor for watch in backfill.watches)
 
     def _window_bytes_max(self, backfill: Backfill) -> int:
         """Return the memory that a backfill may hold; while a run arrives, at least the whole run."""

@@ -509,3 +509,23 @@ def test_an_upgrade_that_is_compacted_comes_back_for_those_who_need_it() -> None
     again = shell.opened[-1]
     assert (again.prev_kv, again.is_backfill, again.start_revision) == (True, False, 105)
     assert trunk not in shell.closed
+
+
+def test_a_backfill_that_is_of_no_use_is_not_read_on() -> None:
+    """Other ranges took the memory: its only watch does not read, and has to begin again where it was."""
+    shell = Shell(CoreLimits(history_bytes_total_max=1))
+    shell.trunk(100, shell.client())
+    client = shell.client()
+    client.create(start=50)
+    client.read()
+    backfill = shell.opened[-1]
+    shell.created(backfill, 100)
+    client.stall()
+    for revision in (60, 61, 62, 63):
+        shell.events(backfill, put(revision), at=100)
+    assert shell.paused == [backfill]
+    client.drain()
+    shell.settle()
+    assert client.read() == ["#0 @60 put 60 k=v"]
+    assert shell.opened[-1].start_revision == 61
+    assert shell.closed == [backfill]
