@@ -1,11 +1,11 @@
-"""One upstream response as a batch, and what watches get of it as payloads.
+"""Batches, made of upstream responses, and payloads, made of batches for the watches.
 
-A batch is parsed once and never changes: whole revisions, each event as its encoded bytes. What a watch may see of it
-depends on its variant: the filters, prev_kv and fragment it asked for. Watches of one variant get one payload, and
-all that differs between them is a few bytes of watch id. So the work per batch is that of its few variants; per watch
-it is a lookup of finished bytes.
+A batch is parsed once and never changes: whole revisions, each event as its encoded bytes. Which part of it a watch
+gets depends on its variant: the filters, prev_kv and fragment it asked for. Watches of one variant get one payload, and
+their messages differ only in a few bytes of watch id. So the work per batch is that of its few variants; the work per
+watch is a lookup of finished bytes.
 
-The header of a payload is at the revision of its own last event, never at the store's: clients resume from it.
+The header of a payload carries the revision of the payload's last event, never the store's: clients resume from it.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ from typing import Final
 
 from proto.scan import DELETE, PUT, Event, Header, WatchResponse, encode_response, encode_watch_id
 
-# What gRPC puts before each message: a flag and four bytes of length.
+# The gRPC prefix of each message: a flag and four bytes of length.
 PREFIX_BYTES: Final = 5
 
 _pack_prefix = Struct(">BI").pack
 
-# A variant is the sum of these.
+# A variant is a combination of these flags.
 NO_PUT: Final = 1
 NO_DELETE: Final = 2
 PREV_KV: Final = 4
 FRAGMENT: Final = 8
 
-# What an Event, its list entry and its bytes object cost in memory beside the bytes themselves.
+# Memory of an Event in addition to its bytes: the Event, its list entry and its bytes object.
 EVENT_OVERHEAD_BYTES: Final = 150
-# What a kept response of any size costs beside its events: the batch, its header and list, and its places in history
-# and ledger. Most responses carry one small event, so it is the larger part of what most histories take.
+# Memory of a kept response in addition to its events: the batch, its header and list, and its entries in history and
+# ledger. Most responses carry one small event, so it is the larger part of most histories.
 BATCH_OVERHEAD_BYTES: Final = 500
-# Encoded events up to this size are copied behind each watch id, so that a message is one piece. Larger ones are a
-# piece of their own that all watches share: else a hundred ids would have a hundred copies waiting to be written.
+# Encoded events up to this size are copied after each watch id, so that a message is one piece. Larger ones are a
+# separate piece that all watches share: otherwise a hundred ids would have a hundred copies waiting to be written.
 COPIED_BYTES_MAX: Final = 4 * 1024
-# Message bytes that a payload remembers, so that watches with equal ids share them.
+# Maximum message bytes that a payload caches, so that watches with equal ids share them.
 _REMEMBERED_BYTES_MAX: Final = 1024 * 1024
-# WatchResponse beside header and events: watch_id (11 bytes at most) and the fragment flag.
+# Bytes of a WatchResponse besides header and events: watch_id (11 bytes at most) and the fragment flag.
 _ENVELOPE_BYTES: Final = 13
 
 
 def variant_of(no_put: bool, no_delete: bool, prev_kv: bool, fragment: bool) -> int:
-    """Return the variant of a watch that asked for these."""
+    """Return the variant for these options of a create."""
     return NO_PUT * no_put | NO_DELETE * no_delete | PREV_KV * prev_kv | FRAGMENT * fragment
 
 
 def framed(message: bytes) -> bytes:
-    """Return an encoded message behind its gRPC prefix: not compressed, four bytes of length."""
+    """Return an encoded message after its gRPC prefix: not compressed, four bytes of length."""
     return _pack_prefix(0, len(message)) + message
 
 
 class Payload:
-    """What all watches of one variant get of some revisions: one message, or a run of fragments."""
+    """The response to all watches of one variant for some revisions: one message, or a run of fragments."""
 
     __slots__ = (
         "_bytes_left",
@@ -67,15 +67,15 @@ class Payload:
     )
 
     def __init__(self, header: Header, events: Sequence[Event], joined: tuple[bytes, ...]) -> None:
-        # At the revision of the last event.
+        # Its revision is that of the last event.
         self.header = header
-        # Of the events in it, inclusive.
+        # Revisions of the first and the last event, inclusive.
         self.first_revision = events[0].revision
         self.last_revision = events[-1].revision
         self.event_count = len(events)
         # Encoded events, joined, one bytes object per message.
         self._joined = joined
-        # Bytes of one delivery, prefixes included, but for the watch id.
+        # Bytes of one delivery, including prefixes, without the watch id.
         if len(joined) == 1:
             self.size = len(joined[0]) + len(header.encoded) + 5
         else:
@@ -85,9 +85,9 @@ class Payload:
         self._bytes_left = _REMEMBERED_BYTES_MAX
 
     def pieces(self, watch_id: int) -> tuple[bytes, ...]:
-        """Return the framed messages of a watch as pieces, to be sent one right after the other, nothing in between.
+        """Return the framed messages of a watch as pieces, to be sent consecutively, with nothing in between.
 
-        The same id gets the very same objects as long as they are remembered: the first id always is.
+        Equal ids get the same objects as long as these are cached; those of the first id always are.
         """
         pieces = self._remembered.get(watch_id)
         if pieces is not None:
@@ -101,12 +101,12 @@ class Payload:
         return pieces
 
     def columns(self, ids: Sequence[tuple[int, bytes, int]]) -> list[list[bytes]]:
-        """Return what `pieces` does for many watches: the first pieces of all of them, then the second ones, ...
+        """Return the result of `pieces` for many watches: the first pieces of all of them, then the second ones, ...
 
-        `ids`: each id, its encoded field, all of one length, and how many watches have it.
+        `ids`: each id, its encoded field (all of the same length), and how many watches have it.
         """
         if len(ids) == 1:
-            # As nearly always: one watch to a stream, with the id 0.
+            # The common case: one watch per stream, with the id 0.
             watch_id, _, count = ids[0]
             return [[piece] * count for piece in self.pieces(watch_id)]
         rows = self._whole(ids) if len(self._joined) == 1 else [self.pieces(watch_id) for watch_id, _, _ in ids]
@@ -114,7 +114,7 @@ class Payload:
         return [list(chain.from_iterable(map(repeat, column, counts))) for column in zip(*rows, strict=True)]
 
     def _whole(self, ids: Sequence[tuple[int, bytes, int]]) -> list[tuple[bytes, ...]]:
-        """Return the pieces of each id, whose message is not in fragments."""
+        """Return the pieces for each id; the message must not be in fragments."""
         events = self._joined[0]
         encoded = self.header.encoded
         start = _pack_prefix(0, len(encoded) + len(ids[0][1]) + len(events)) + encoded
@@ -132,7 +132,7 @@ class Payload:
         return rows
 
     def message(self, watch_id: int) -> bytes | None:
-        """Return the framed message of a watch, not to be remembered; None when it is more than one."""
+        """Return the framed message of a watch, without caching it; None if there is more than one message."""
         joined = self._joined
         if len(joined) > 1:
             return None
@@ -145,19 +145,19 @@ class Payload:
         for place, events in enumerate(self._joined):
             start = encode_response(self.header, watch_id, fragment=place < last)
             start = _pack_prefix(0, len(start) + len(events)) + start
-            # As in `_whole`: what is large is one object for all ids.
+            # As in `_whole`: large events are one object for all ids.
             pieces += (start, events) if len(events) > COPIED_BYTES_MAX else (start + events,)
         return tuple(pieces)
 
 
 class Bookmark(Payload):
-    """Progress of watches that are complete through the revision of a header: a message without events."""
+    """Progress: a message without events, for watches that are complete through the header's revision."""
 
     __slots__ = ()
 
     def __init__(self, header: Header) -> None:
         self.header = header
-        # What is still needed, if it is handed back: it takes nobody back.
+        # If the bookmark is returned undelivered, the watch's position does not move back.
         self.first_revision = header.revision + 1
         self.last_revision = header.revision
         self.event_count = 0
@@ -176,16 +176,16 @@ class Batch:
         self.events = events
         self.first_revision = events[0].revision
         self.last_revision = events[-1].revision
-        # Ids and term from upstream, the revision the last event's.
+        # Ids and term are etcd's; the revision is that of the last event.
         self.header = header if header.revision == self.last_revision else header.at(self.last_revision)
         # Bytes of the encoded events.
         self.size = size
-        # Its entry in the ledger while a history holds it; set by history.Ledger.
+        # Its entry in the ledger while a history holds it; set by `History.append`.
         self.kept: object = None
 
     @property
     def memory_bytes(self) -> int:
-        """What it costs to keep."""
+        """The memory it takes in a history."""
         return self.size + EVENT_OVERHEAD_BYTES * len(self.events) + BATCH_OVERHEAD_BYTES
 
     def since(self, revision: int) -> Batch | None:
@@ -199,12 +199,12 @@ class Batch:
 
 
 class Variants:
-    """The payloads of some events, each made when first needed. Lives as long as one delivery takes."""
+    """The payloads of some events, each made when first needed. Used for one delivery only."""
 
     __slots__ = ("_all_bare", "_events", "_fragment_bytes", "_header", "_made")
 
     def __init__(self, header: Header, events: Sequence[Event], fragment_bytes: int, has_prev_kv: bool) -> None:
-        """`has_prev_kv`: some event may carry a prev_kv; when none does, asking for it makes no difference."""
+        """`has_prev_kv`: some event may carry a prev_kv; if not, variants with and without PREV_KV are the same."""
         self._header = header
         self._events = events
         self._fragment_bytes = fragment_bytes
@@ -212,7 +212,7 @@ class Variants:
         self._made: dict[int, Payload | None] = {}
 
     def payload(self, variant: int) -> Payload | None:
-        """Return what a watch of this variant gets; None when the filters leave nothing."""
+        """Return the payload for watches of this variant; None if the filters drop all events."""
         if self._all_bare:
             variant |= PREV_KV
         made = self._made
@@ -239,18 +239,18 @@ class Variants:
 
 
 def payload_of_one(batch: Batch, variant: int, has_prev_kv: bool) -> Payload | None:
-    """Return what a watch of this variant gets of a batch of one event: what `Variants` makes of it."""
+    """Return the payload of a batch with one event, equal to that of `Variants`; None if the filters drop it."""
     events = filtered(batch.events, variant) if variant & (NO_PUT | NO_DELETE) else batch.events
     if not events:
         return None
     event = events[0]
-    # Nothing to join, and nothing to cut.
+    # One event needs neither joining nor splitting.
     encoded = event.encoded if variant & PREV_KV or not has_prev_kv else event.bare
     return Payload(batch.header, events, (encoded,))
 
 
 def filtered(events: Sequence[Event], variant: int) -> Sequence[Event]:
-    """Return the events that the variant's filters let through."""
+    """Return the events that pass the variant's filters."""
     if not variant & (NO_PUT | NO_DELETE):
         return events
     return [
@@ -261,9 +261,9 @@ def filtered(events: Sequence[Event], variant: int) -> Sequence[Event]:
 
 
 def split(encoded: Sequence[bytes], fragment_bytes: int, header_bytes: int) -> Iterator[bytes]:
-    """Join encoded events to fragments whose messages stay below `fragment_bytes`, at least one event in each.
+    """Join encoded events into fragments whose messages stay below `fragment_bytes`, at least one event in each.
 
-    As etcd's sendFragments (api/v3rpc/watch.go) cuts.
+    It splits as etcd's sendFragments does (api/v3rpc/watch.go).
     """
     room = fragment_bytes - header_bytes - _ENVELOPE_BYTES
     piece: list[bytes] = []
@@ -279,9 +279,9 @@ def split(encoded: Sequence[bytes], fragment_bytes: int, header_bytes: int) -> I
 
 
 def batches_of(response: WatchResponse, bytes_max: int) -> Iterator[Batch]:
-    """Cut a response into batches of at most `bytes_max` bytes, between revisions only.
+    """Split a response into batches of at most `bytes_max` bytes, between revisions only.
 
-    A single revision is never cut, however large. A catch-up response may carry a thousand revisions.
+    A single revision is never split, however large. A catch-up response may carry a thousand revisions.
     """
     events = response.events
     header = response.header

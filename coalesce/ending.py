@@ -1,18 +1,18 @@
-"""How watches and sessions end: cancelled by their client, by a compaction, or because etcd is lost to them.
+"""How watches and sessions end: cancelled by their client, by a compaction, or because their upstream watch is lost.
 
-A compaction cancels those who missed something and nobody else: a watch whose next revision is the compact revision
-or later lives on. The id of a watch that it cancelled stays taken until the client cancels it too, as in etcd.
+A compaction cancels only watches that missed events: a watch whose next revision is the compact revision or later stays
+open. The id of a watch that it cancelled stays taken until the client cancels it too, as in etcd.
 
-When etcd does not let an upstream watch be (its token is refused) it is opened anew with the token of another session
-that wants it; when none is left, or the shell says that it is lost, its sessions end UNAVAILABLE, so that their
-clients come back with new tokens or to another endpoint.
+When etcd refuses an upstream watch (because of its token), it is reopened with the token of another session that needs
+it; when none is left, or the shell reports the upstream watch as lost, its sessions end UNAVAILABLE, so that their
+clients reconnect with new tokens or to another endpoint.
 
-A created watch ends only in ways in which etcd ends one: `canceled` with a compact_revision, or the end of its stream.
-Clients do not expect any other: on `canceled` with a reason alone python-etcd3 and aetcd wait for ever. So a restored
-store (another history) is reported as a compaction: on the end of a stream clientv3 and Node's etcd3 resume by
-themselves from a revision that the restored store does not have, and wait for it; on a compaction every client starts
-again. A watch that is lost for any other reason ends with its session, UNAVAILABLE: the client opens it again, and if
-etcd still refuses it, that is the answer to its create.
+A created watch ends only in the ways in which etcd ends one: `canceled` with a compact_revision, or the end of its
+stream. Clients do not expect any other: on `canceled` with only a reason python-etcd3 and aetcd wait without end. So a
+restored store (another history) is reported as a compaction: at the end of a stream clientv3 and Node's etcd3 resume
+from a revision that the restored store does not have, and wait for it; on a compaction every client starts again. A
+watch that is lost for any other reason ends with its session, UNAVAILABLE: the client opens it again, and if etcd still
+refuses it, its create is answered with that refusal.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from coalesce.source import Source, Upstream
 
 UNAVAILABLE = 14
-# With these etcd ends the stream of a create where others are the answer to it: RESOURCE_EXHAUSTED, when the request is
-# larger than etcd takes.
+# Statuses with which etcd ends the stream of a create; any other is a refusal of the create alone. 8 is
+# RESOURCE_EXHAUSTED: the request is larger than etcd accepts.
 _ENDS_OF_STREAMS = (UNAVAILABLE, 8)
-# What etcd says of a token: PERMISSION_DENIED, UNAUTHENTICATED, and these texts, whose code is that of many others
-# (api/v3rpc/rpctypes/error.go).
+# How etcd refuses a token: PERMISSION_DENIED, UNAUTHENTICATED, and the texts below, which share their code with many
+# others (api/v3rpc/rpctypes/error.go).
 _REFUSALS = (7, 16)
-# Watches of a session that are removed as it ends; more of them go with the next rings of the timer. Until then they
-# are as those of a client that does not read: what is written to them goes nowhere.
+# Watches of a session that are removed when it ends; the rest is removed at the next timers. Until then they behave
+# like those of a client that does not read: bytes written to them are discarded.
 REMOVED_AT_ONCE = 8
 USER_EMPTY = "etcdserver: user name is empty"
 AUTH_OLD = "etcdserver: revision of auth store is old"
@@ -74,7 +74,7 @@ class Cancellation:
         hub.answer(session, watch_id, hub.header_now(), canceled=True)
 
     def close(self, session: Session) -> None:
-        """Forget a session and all it has."""
+        """Drop a session and everything it holds."""
         hub = self._hub
         session.ended = True
         hub.joining.forget(session)
@@ -89,7 +89,7 @@ class Cancellation:
             hub.leaving[session] = None
 
     def _remove_some(self, session: Session, count: int) -> int:
-        """Remove so many watches of a session that has ended; return how many of the count are left."""
+        """Remove up to `count` watches of an ended session; return `count` less those removed."""
         for watch in list(islice(session.watches.values(), count)):
             self._remove(watch)
             count -= 1
@@ -106,7 +106,7 @@ class Cancellation:
                 del hub.leaving[session]
 
     def end(self, session: Session, status: int, text: str) -> None:
-        """Close a session from this side and have its stream ended."""
+        """Close a session on the proxy's initiative, and end its stream."""
         if session.ended:
             return
         self.close(session)
@@ -116,7 +116,7 @@ class Cancellation:
     # by etcd
 
     def canceled(self, upstream: Upstream, response: WatchResponse) -> None:
-        """Etcd has ended an upstream watch: by compaction, or because it does not let us watch."""
+        """Etcd has cancelled an upstream watch: by compaction, or because it refuses the watch."""
         owner = upstream.owner
         self._hub.close_upstream(upstream, gone=True)
         if isinstance(owner, Trunk) and not owner.watches and not owner.joining:
@@ -129,7 +129,7 @@ class Cancellation:
         self._refused(upstream, response.cancel_reason or "etcdserver: watch canceled")
 
     def lost(self, upstream: Upstream, reason: UpstreamLost) -> None:
-        """The shell has given an upstream watch up; a refused token leaves hope in those of other sessions."""
+        """The shell reports an upstream watch as lost; if its token was refused, those of other sessions are tried."""
         if upstream.closed:
             return
         self._hub.close_upstream(upstream, gone=True)
@@ -139,7 +139,7 @@ class Cancellation:
             self._lose(upstream.owner, reason)
 
     def _refused(self, upstream: Upstream, text: str) -> None:
-        """Etcd does not let an upstream watch be: open it anew with another token, or give it up."""
+        """Etcd has refused an upstream watch: reopen it with another token, or end what depends on it."""
         owner = upstream.owner
         owner.refused_tokens.update(upstream.said_token or (upstream.token,))
         if isinstance(owner, Trunk) and not owner.watches and not owner.joining:
@@ -150,7 +150,7 @@ class Cancellation:
             self._lose(owner, UpstreamLost(UNAVAILABLE, text))
 
     def no_leader(self) -> None:
-        """No endpoint has a leader: end the sessions that asked to be told."""
+        """No endpoint has a leader: end the sessions that require one (`hasleader`)."""
         for session in [session for session in self._hub.sessions if session.identity.has_leader]:
             self.end(session, UNAVAILABLE, NO_LEADER)
 
@@ -168,13 +168,13 @@ class Cancellation:
             self.end(session, UNAVAILABLE, f"watchmux: the client has been behind for more than {limit:g} s")
 
     def other_history(self, header: Header) -> None:
-        """Nothing that was heard is known to be true any more: nobody knows from where on the histories differ."""
+        """Drop everything learnt from etcd: the revision from which on the histories differ is unknown."""
         hub = self._hub
         hub.header, hub.header_at = header, hub.now
         hub.trunks.drop_parked()
         for trunk in list(hub.trunks_open.values()):
             for watch in list(trunk.watches):
-                # A watch of the future that was told nothing yet may wait on.
+                # A watch of the future that received nothing yet may go on waiting.
                 fresh = watch.place is Place.AHEAD and watch.progress_floor >= watch.position
                 if not fresh or watch.position <= header.revision:
                     self._cancel_compacted(watch, header.revision, OTHER_HISTORY)
@@ -191,7 +191,7 @@ class Cancellation:
     # how
 
     def _remove(self, watch: Watch) -> None:
-        """Take a watch out of everything."""
+        """Remove a watch everywhere."""
         hub = self._hub
         hub.unplace(watch)
         watch.place = Place.ENDED
@@ -204,12 +204,12 @@ class Cancellation:
         hub.trunks.unused(watch.trunk)
 
     def _cancel_compacted(self, watch: Watch, compact_revision: int, reason: str = "") -> None:
-        """Cancel a watch that has missed what was compacted, or (`reason`) is lost; its id stays taken."""
+        """Cancel a watch as compacted, or (with a `reason`) as lost; its id stays taken."""
         hub = self._hub
         session = watch.session
         self._remove(watch)
         if session.ended:
-            # Its watches are being forgotten.
+            # The session's watches are removed without an answer.
             return
         if session.compacted is None:
             session.compacted = set()
@@ -226,7 +226,7 @@ class Cancellation:
         )
 
     def _compacted(self, owner: Source, compact_revision: int) -> None:
-        """Cancel those whose source can no longer bring them what they need; give the others a new one."""
+        """Cancel the watches whose next events are compacted; give the others a new source."""
         hub = self._hub
         if compact_revision <= owner.next_revision:
             # Nothing was missed.
@@ -257,7 +257,7 @@ class Cancellation:
             hub.place(survivors)
 
     def _reopen(self, owner: Source) -> None:
-        """Open a source's upstream watch anew, where it stands, with whatever token is left."""
+        """Reopen a source's upstream watch at its next revision, with a token that etcd has not refused."""
         if isinstance(owner, Trunk):
             self._hub.trunks.reopen(owner, owner.next_revision)
         elif isinstance(owner, Backfill):
@@ -265,10 +265,10 @@ class Cancellation:
             owner.open(owner.next_revision, owner.history.has_prev_kv, not owner.is_upgrade)
 
     def _lose(self, owner: Source, reason: UpstreamLost) -> None:
-        """End what depends on a source that is lost."""
+        """End the sessions and creates that depend on a lost source."""
         hub = self._hub
         if isinstance(owner, Backfill):
-            # Who wants prev_kv needs the upgrade, wherever it is.
+            # Every watch of the trunk that wants prev_kv needs the upgrade, whatever its source.
             waiting = [watch for watch in owner.trunk.watches if owner.is_upgrade and watch.wants_prev_kv]
             watches, creates = list({**owner.watches, **dict.fromkeys(waiting)}), []
         else:
@@ -290,12 +290,12 @@ class Cancellation:
             hub.trunks.remove(owner, gone=True)
         elif isinstance(owner, Backfill) and owner in hub.backfills.open:
             hub.backfills.close(owner, gone=True)
-        # Only now: the next create in a line may have waited for the same source.
+        # Only now: the next create in a queue may have waited for the same source.
         for create in creates:
             hub.joining.advance(create.session)
 
     def _restart(self, trunk: Trunk, next_revision: int) -> None:
-        """Drop all that a trunk knows and begin anew, at `next_revision`."""
+        """Drop a trunk's state and restart it at `next_revision`."""
         hub = self._hub
         if trunk.opening and trunk.upstream.start_revision is None:
             return
@@ -304,21 +304,21 @@ class Cancellation:
         self._lift_all(watches)
         hub.close_upstream(trunk.upstream)
         trunk.start_over(next_revision)
-        # With what their groups were sent: that is to come again.
+        # Also drops the groups' sent revisions: events at or below them may be sent again.
         trunk.fanout.groups.clear()
         hub.trunks.reopen(trunk, next_revision)
         hub.place(watches)
 
     def _lift_all(self, watches: Iterable[Watch]) -> None:
-        """Take watches off their places and sources."""
+        """Remove watches from their places and sources."""
         for watch in watches:
             self._hub.unplace(watch)
             self._hub.detach(watch)
-            # Until house() finds it a place nothing else happens.
+            # Temporary: the caller places it at once.
             watch.place = Place.LAGGING
 
     def _drop_upgrade(self, trunk: Trunk) -> None:
-        """Give an upgrade up, and let the trunk open with prev_kv itself."""
+        """Close an upgrade, and let the trunk reopen with prev_kv itself."""
         upgrade = trunk.upgrade
         if upgrade is not None:
             self._hub.backfills.close(upgrade)
@@ -327,5 +327,5 @@ class Cancellation:
 
 
 def _on_backfill(watch: Watch) -> bool:
-    """Whether a watch comes through a backfill that a loss of its trunk does not concern."""
+    """Whether a watch comes through a backfill, which a loss of its trunk does not affect."""
     return isinstance(watch.source, Backfill) and not watch.source.is_upgrade

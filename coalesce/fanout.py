@@ -1,9 +1,9 @@
 """The watches that follow one source, grouped so that a batch costs the core O(1) per variant.
 
-A watch in a group is *in step*: it needs exactly what the source needs next. So there is nothing to compare per
-watch: the batch goes to the whole group, as one cached tuple. A watch that needs nothing before a later revision
-waits *ahead*, in a heap, and falls into step when the source gets there; only when that happens inside a batch it
-gets a part of its own.
+A watch in a group is *in step*: it needs exactly what the source needs next. So nothing is compared per watch: the
+batch goes to the whole group, as one cached tuple. A watch that needs nothing before a later revision waits *ahead*, in
+a heap, and joins its group when the source reaches that revision; if this happens inside a batch, the watch gets its
+own part of the batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from coalesce.stats import Stats
 
 
 class Group:
-    """Watches in step that want the same."""
+    """Watches in step with the same variant."""
 
     __slots__ = ("_listed", "members", "sent_revision", "variant")
 
@@ -26,21 +26,21 @@ class Group:
         self.variant = variant
         self.members: dict[Watch, None] = {}
         self._listed: tuple[Watch, ...] | None = ()
-        # Of the last event sent to the group.
+        # Revision of the last event sent to the group.
         self.sent_revision = 0
 
     def add(self, watch: Watch) -> None:
-        """Take a watch in."""
+        """Add a watch."""
         self.members[watch] = None
         self._listed = None
 
     def remove(self, watch: Watch) -> None:
-        """Let a watch go."""
+        """Remove a watch."""
         del self.members[watch]
         self._listed = None
 
     def listed(self) -> tuple[Watch, ...]:
-        """Return the watches, as one tuple for all batches until somebody comes or goes."""
+        """Return the watches as a tuple, which is cached until a watch is added or removed."""
         listed = self._listed
         if listed is None:
             listed = self._listed = tuple(self.members)
@@ -48,15 +48,15 @@ class Group:
 
 
 class Ahead:
-    """An entry of the heap; it outlives its watch's stay and is skipped then."""
+    """An entry of the heap; after its watch has left, the entry stays and is skipped."""
 
     __slots__ = ("order", "position", "watch")
 
     def __init__(self, position: int, order: int, watch: Watch) -> None:
         self.position = position
-        # Of coming, among equal positions.
+        # Order of arrival, among equal positions.
         self.order = order
-        # None = has left.
+        # None = the watch has left.
         self.watch: Watch | None = watch
 
     def __lt__(self, other: Ahead) -> bool:
@@ -69,10 +69,10 @@ class Fanout:
     __slots__ = ("_ahead", "_ahead_count", "_order", "_stats", "groups", "next_revision")
 
     def __init__(self, next_revision: int, stats: Stats) -> None:
-        # What the watches in step need next, and what the source delivers next.
+        # The revision that the watches in step need next, and that the source delivers next.
         self.next_revision = next_revision
         self.groups: dict[int, Group] = {}
-        # A heap; entries of watches that left stay until they come up or are too many.
+        # A heap; entries of watches that left stay until they reach the top or are too many.
         self._ahead: list[Ahead] = []
         self._ahead_count = 0
         self._order = 0
@@ -80,20 +80,20 @@ class Fanout:
 
     @property
     def has_watches(self) -> bool:
-        """Some watch is in step or ahead."""
+        """Whether a watch is in step or ahead."""
         return self._ahead_count > 0 or any(group.members for group in self.groups.values())
 
     def in_step(self) -> Iterator[Watch]:
-        """Walk the watches in step; they must not change meanwhile."""
+        """Walk the watches in step; the groups must not change meanwhile."""
         for group in self.groups.values():
             yield from group.members
 
     def ahead(self) -> list[Watch]:
-        """Return the watches ahead, in no order."""
+        """Return the watches ahead, in no particular order."""
         return [entry.watch for entry in self._ahead if entry.watch is not None]
 
     def add(self, watch: Watch) -> None:
-        """Take in a watch whose position is next_revision or later."""
+        """Add a watch whose position is next_revision or later."""
         if watch.position <= self.next_revision:
             self._step(watch)
             return
@@ -107,7 +107,7 @@ class Fanout:
             heapq.heapify(self._ahead)
 
     def remove(self, watch: Watch) -> None:
-        """Let a watch go that is in step or ahead; its position is then what it needs next."""
+        """Remove a watch that is in step or ahead, and record its position."""
         group = watch.group
         if group is None:
             assert watch.ahead is not None, "in step or ahead"
@@ -121,16 +121,16 @@ class Fanout:
         watch.sent_revision = max(watch.sent_revision, group.sent_revision)
 
     def advance(self, next_revision: int) -> None:
-        """Move on over revisions that are proven to have nothing."""
+        """Skip revisions that are proven to have no events."""
         self.next_revision = next_revision
         if self._ahead:
             self._meet(next_revision)
 
     def deliver(self, batch: Batch, fragment_bytes: int, has_prev_kv: bool, effects: list[Effect]) -> None:
-        """Send a batch to everyone whom it concerns and move behind it."""
+        """Send a batch to the watches that need it, and advance past it."""
         ahead = self._ahead
         if ahead and ahead[0].position <= batch.first_revision:
-            # Nothing lies between next_revision and the batch, so who waits for a revision in there is in step.
+            # There are no events between next_revision and the batch, so watches with a position there are in step.
             self._meet(batch.first_revision)
         variants: Variants | None = None
         if len(batch.events) > 1 or len(self.groups) > 1:
@@ -139,7 +139,7 @@ class Fanout:
         for variant, group in self.groups.items():
             count = len(group.members)
             if count:
-                # One event for one group is what there is most of.
+                # One event for one group is the common case.
                 payload = payload_of_one(batch, variant, has_prev_kv) if variants is None else variants.payload(variant)
                 if payload is not None:
                     group.sent_revision = payload.last_revision
@@ -153,7 +153,7 @@ class Fanout:
             self._meet(self.next_revision)
 
     def _deliver_parts(self, batch: Batch, fragment_bytes: int, has_prev_kv: bool, effects: list[Effect]) -> None:
-        """Send those who wait for a revision inside of the batch the rest of it from there on."""
+        """Send watches whose position lies inside the batch the part of it from there on."""
         variants: Variants | None = None
         position = 0
         for watch in self._arrived(batch.last_revision):
@@ -171,12 +171,12 @@ class Fanout:
             self._step(watch)
 
     def _meet(self, revision: int) -> None:
-        """Take those into step who need nothing before `revision`, and nothing lies before it."""
+        """Put the watches in step whose position is `revision` at most; there are no events before `revision`."""
         for watch in self._arrived(revision):
             self._step(watch)
 
     def _arrived(self, revision: int) -> Iterator[Watch]:
-        """Take those out of the heap whose position is `revision` at most, in the order of positions."""
+        """Pop the watches from the heap whose position is `revision` at most, in the order of positions."""
         while self._ahead and self._ahead[0].position <= revision:
             watch = heapq.heappop(self._ahead).watch
             if watch is not None:

@@ -1,11 +1,11 @@
-"""The window of recent revisions that a source can replay.
+"""Histories: the windows of recent revisions that sources can replay.
 
-A place in it is a revision, looked up each time: nobody holds an index or an iterator, so anything may be evicted at
-any time. It evicts whole batches from its old end, and `floor` says from which revision on it is complete; who needs
-an older one asks etcd by a backfill.
+A position in a history is a revision, looked up each time; no index or iterator is kept, so batches may be evicted at
+any time. A history evicts whole batches from its old end; it is complete from the revision `floor` on. Watches that
+need an older revision get it from etcd by a backfill.
 
-The ledger is what all histories share: it knows the order in which batches came, over all of them, and so evicts the
-oldest of all when the total or the age is exceeded.
+All histories share one HistoryBudget: it holds the order of all batches, and evicts the oldest of all when the total
+size or the age is exceeded.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from proto.scan import Event
 
 _revision_of = attrgetter("revision")
 
-# What stands in an evicted place; never read.
+# Placeholder of an evicted batch; never read.
 _GONE = cast(Batch, None)
 
 
 class Replayed(NamedTuple):
-    """What `History.replay` joined."""
+    """The result of `History.replay`."""
 
     payload: Payload | None
-    """None: the filters leave nothing."""
+    """None: the filters drop all events."""
 
     following: int | None
-    """The next revision to be replayed; None: this was all there is."""
+    """The next revision to be replayed; None: the end of the history is reached."""
 
     looked: int
-    """Events that were looked at, whatever the filters made of them: the work that was done."""
+    """Events examined, including those that the filters drop: the work done."""
 
 
 class Guard(NamedTuple):
-    """What a history calls before it evicts events that watches are held back for."""
+    """A callback before a history evicts events that held-back watches still need."""
 
     first_revision: int
-    """Batches that end below are not guarded."""
+    """Batches that end below this revision are not guarded."""
 
     release: Callable[[int], None]
-    """Called once, with the last revision of the batch that goes. It may set another guard, or drop the history."""
+    """Called once, with the last revision of the batch to be evicted. It may set another guard, or drop the history."""
 
 
 class History:
@@ -70,37 +70,37 @@ class History:
     def __init__(self, ledger: HistoryBudget, floor: int, has_prev_kv: bool) -> None:
         self._ledger = ledger
         self._batches: list[Batch] = []
-        # Last revisions of the same places, to look up by.
+        # Last revisions of the same batches, for lookups.
         self._lasts: list[int] = []
-        # Evicted places at the front of both lists, cut off now and then.
+        # Number of evicted entries at the front of both lists, removed occasionally.
         self._gone = 0
-        # The first revision that can be replayed. Quiet revisions count: it starts where the source started.
+        # The first revision that can be replayed. It starts at the source's start, even without events there.
         self.floor = floor
         # None = no watch is held back.
         self.guard: Guard | None = None
-        # Of the newest event ever appended; 0 before the first.
+        # Revision of the newest event ever appended; 0 before the first.
         self.last_revision = 0
-        # Memory of what it holds.
+        # Memory of its batches.
         self.bytes = 0
         # Some event may carry a prev_kv.
         self.has_prev_kv = has_prev_kv
-        # Changes with every append and evict: what was made of an older version may be stale.
+        # Changes with every append and eviction: results computed from an older version may be stale.
         self.version = 0
 
     def __len__(self) -> int:
         return len(self._batches) - self._gone
 
     def batches(self) -> list[Batch]:
-        """Return what it holds, oldest first; for checks and tests."""
+        """Return its batches, oldest first; for checks and tests."""
         return self._batches[self._gone :]
 
     @property
     def newest(self) -> Batch:
-        """The newest batch it holds; there must be one."""
+        """The newest batch; there must be one."""
         return self._batches[-1]
 
     def append(self, batch: Batch, now: float) -> None:
-        """Add the newest batch, then evict down to the bounds of one history and of all."""
+        """Add the newest batch, then evict until this history and all together are within their bounds."""
         batches = self._batches
         batches.append(batch)
         self.last_revision = last_revision = batch.last_revision
@@ -124,7 +124,7 @@ class History:
             ledger.hold_bounds(self)
 
     def evict_oldest(self) -> None:
-        """Drop the oldest batch; the floor rises behind it."""
+        """Evict the oldest batch, and raise the floor above it."""
         batch = self._batches[self._gone]
         if self.guard is not None and batch.last_revision >= self.guard.first_revision:
             guard, self.guard = self.guard, None
@@ -132,7 +132,7 @@ class History:
             if batch.kept is None:
                 # The source has ended meanwhile.
                 return
-        # Let go at once, though the place stays for a while: batches can be large.
+        # Drop the batch at once, though its list entry stays for a while: batches can be large.
         self._batches[self._gone] = _GONE
         self._gone += 1
         self.floor = batch.last_revision + 1
@@ -145,17 +145,17 @@ class History:
             self._gone = 0
 
     def evict_below(self, revision: int) -> None:
-        """Drop the batches that nobody who needs `revision` wants."""
+        """Evict the batches that end below `revision`."""
         while len(self) and self._lasts[self._gone] < revision:
             self.evict_oldest()
 
     def evict_to(self, bytes_max: int) -> None:
-        """Drop the oldest batches until at most `bytes_max` bytes are held."""
+        """Evict the oldest batches until at most `bytes_max` bytes are held."""
         while self.bytes > bytes_max and len(self):
             self.evict_oldest()
 
     def drop(self, floor: int) -> None:
-        """Forget everything; what comes begins at `floor`."""
+        """Evict everything and continue at `floor`."""
         self.guard = None
         while len(self):
             self.evict_oldest()
@@ -163,10 +163,10 @@ class History:
         self.last_revision = 0
 
     def replay(self, position: int, variant: int, limits: CoreLimits) -> Replayed:
-        """Join what a watch of `variant` at `position` has missed into one response.
+        """Join the events that a watch of `variant` at `position` has missed into one response.
 
-        Whole revisions, at least one; more up to replay_bytes_max (with fragment fragment_run_bytes_max) of what the
-        filters let through, and up to replay_events_max of what is looked at. Needs position >= floor.
+        Whole revisions, at least one; more up to replay_bytes_max (with fragment: fragment_run_bytes_max) of events
+        that pass the filters, and up to replay_events_max of events examined. Requires position >= floor.
         """
         place = bisect_left(self._lasts, position, self._gone)
         chosen: list[Event] = []
@@ -205,32 +205,32 @@ class History:
 
 
 class LedgerEntry:
-    """A batch's entry in the ledger. It does not hold the batch, which is let go of as soon as it is evicted."""
+    """A batch's entry in the budget. It does not reference the batch, which is freed as soon as it is evicted."""
 
     __slots__ = ("at", "history")
 
     def __init__(self, at: float, history: History) -> None:
-        # When it came, in seconds.
+        # When the batch arrived, in seconds.
         self.at = at
-        # Where it is held; None = evicted.
+        # The history that holds it; None = evicted.
         self.history: History | None = history
 
 
 class HistoryBudget:
-    """All batches of all histories in the order in which they came."""
+    """All batches of all histories, in the order of their arrival."""
 
     __slots__ = ("entries", "held", "limits", "stats")
 
     def __init__(self, limits: CoreLimits, stats: Stats) -> None:
         self.limits = limits
         self.stats = stats
-        # Oldest first; those that their histories have evicted by themselves stay until they come up or are too many.
+        # Oldest first; entries already evicted by their histories stay until they are the oldest or are too many.
         self.entries: deque[LedgerEntry] = deque()
         # Entries not evicted.
         self.held = 0
 
     def hold_bounds(self, history: History) -> None:
-        """Evict what is too much, in one history or in all."""
+        """Evict batches until one history and all of them together are within their bounds."""
         limits = self.limits
         evicted_at = self.stats.evicted_at
         while history.bytes > limits.history_bytes_max:
@@ -243,7 +243,7 @@ class HistoryBudget:
             evicted_at["history_bytes_total_max"] += self._evict_first()
 
     def evicted(self, batch: Batch) -> None:
-        """Count a batch out, and let go of it."""
+        """Remove an evicted batch from the counts."""
         kept = batch.kept
         assert isinstance(kept, LedgerEntry), "a history holds it"
         batch.kept = None
@@ -255,12 +255,12 @@ class HistoryBudget:
             self.entries = deque(entry for entry in self.entries if entry.history is not None)
 
     def expire(self, now: float) -> None:
-        """Evict what is older than history_age_s."""
+        """Evict the batches that are older than history_age_s."""
         while self.entries and self.entries[0].at + self.limits.history_age_s <= now:
             self.stats.evicted_at["history_age_s"] += self._evict_first()
 
     def next_deadline(self) -> float | None:
-        """Return when the oldest batch is too old. A little late, so that one ring of the timer serves many."""
+        """Return when the oldest batch is to be evicted by age: a little late, so that one timer serves many."""
         if not self.entries:
             return None
         return self.entries[0].at + self.limits.history_age_s * 1.0625

@@ -1,20 +1,21 @@
 """progress_notify: quiet watches get progress under their own id, as often as etcd sends it.
 
-Operators set the interval at etcd, and etcd does not say what it is. So every upstream watch asks for progress_notify,
-and what etcd sends is passed on: a *round* goes over the watches of the trunk that asked. A watch gets progress if it
-had no event since the last round, is in step with its trunk, and its start is not in the future. As in etcd
-(api/v3rpc/watch.go, sendLoop), the first round after its create counts.
+Operators set the interval at etcd, and etcd does not report it. So every upstream watch asks for progress_notify, and
+etcd's notifications are passed on: a *round* goes over the watches of the trunk that asked for them. A watch gets
+progress if it had no event since the last round, is in step with its trunk, and its start is not in the future. As in
+etcd (api/v3rpc/watch.go, sendLoop), the first round after its create counts.
 
-Etcd leaves an upstream watch out that had events. On such a trunk a watch may be quiet all the same: its filters drop
-the events, or it is new. Then only the pace is missing, since the trunk's events themselves prove how far it is. The
-pace is learnt from the spacing of etcd's notifications on any trunk without events in between (`Pace`), and rounds of
-our own keep it. Until it is known (it takes three notifications, and on a proxy all of whose trunks are busy none may
-ever come) rounds are made every UNKNOWN_PACE_S, which is no longer than any interval in use; yet while some trunk is
-quiet and etcd does not notify it, the interval is longer than half of that time, and the rounds become as rare.
+Etcd skips an upstream watch that had events. On such a trunk a watch may still be quiet: its filters drop the events,
+or it is new. Then only the interval is missing, since the trunk's events prove its progress. The interval, or pace, is
+learnt from the time between etcd's notifications on any trunk without events in between (`Pace`), and the core makes
+its own rounds at that pace. Until it is known (this takes three notifications, and on a proxy all of whose trunks are
+busy there may never be one) rounds are made every UNKNOWN_PACE_S, which is no longer than any interval in use; but
+while a trunk is quiet and etcd does not notify it, the interval must be longer than half of that time, and the rounds
+become less frequent accordingly.
 
-A setting of our own, progress_notify_s, makes rounds on all trunks at least so often; so does a notification of etcd
-that is overdue. Such a round, and one on a busy trunk, waits for progress that is as new as the round (see
-`progress`), but on a busy trunk not for long: there its newest event will do.
+The setting progress_notify_s makes rounds on all trunks at least that often; so does an overdue notification of etcd.
+Such a round, and one on a busy trunk, waits for progress that is as new as the round (see `progress`), but on a busy
+trunk only briefly: after that the trunk's newest event is used.
 """
 
 from __future__ import annotations
@@ -32,48 +33,48 @@ if TYPE_CHECKING:
     from coalesce.hub import CoreState
     from coalesce.trunk import Trunk
 
-# The pace while etcd's is not known; nobody sets a shorter interval but for a test.
+# The pace while etcd's interval is not known; shorter intervals are set in tests only.
 UNKNOWN_PACE_S = 1.0
-# No interval below is believed: a loop that was held up sees notifications close behind each other.
+# Shorter intervals are ignored: after a delay of the loop, notifications arrive in quick succession.
 PACE_S_MIN = 0.1
-# Spacings are alike that differ by this part: streams have jitters of their own.
+# Two intervals agree if they differ by at most this fraction: each stream has its own jitter.
 _AGREEING = 0.25
 # Etcd's interval is up to a tenth longer on one stream than on another (GetProgressReportInterval).
 _JITTER = 1.1
 _NEVER = float("inf")
-# A notification that is so much later than the pace is not waited for.
+# A notification is overdue after this many times the pace.
 _OVERDUE = 1.2
-# The part of a pace that a round on a busy trunk waits for fresh progress.
+# The fraction of the pace for which a round on a busy trunk waits for fresh progress.
 _PATIENCE = 0.05
-# Watches that get progress in one step, and trunks that are looked at; more wait for the next ring of the timer, which
+# Maximum watches that get progress in one step, and trunks that are examined; the rest waits for the next timer, which
 # is due at once.
 WATCHES_PER_STEP = 1000
 
 
 class Pace:
-    """How often etcd notifies, learnt from what it sends on the present connection."""
+    """Etcd's interval of progress notifications, learnt from those on the current connection."""
 
     __slots__ = ("_last_s", "_longer_than_s", "_seconds", "_taken_at", "since")
 
     def __init__(self) -> None:
-        # When the connection was made: what came before is of another stream, and maybe of another server.
+        # When the connection was made: earlier notifications are of another stream, and maybe of another server.
         self.since = -1.0
         # The interval; None = not known yet.
         self._seconds: float | None = None
-        # The newest spacing, and when it was taken. One alone may be wrong: notifications can be held up on their way.
+        # The newest interval, and when it was measured. A single one may be wrong: notifications can be delayed.
         self._last_s = 0.0
         self._taken_at = 0.0
         # A quiet trunk was not notified for so long that the interval must be longer than this.
         self._longer_than_s = 0.0
 
     def start_over(self, now: float) -> None:
-        """Forget what was learnt: there is another connection."""
+        """Discard what was learnt: there is a new connection."""
         self.since = now
         self._seconds = None
         self._last_s = self._longer_than_s = 0.0
 
     def learn(self, spacing_s: float, now: float) -> None:
-        """Take the time between two notifications of one trunk. All trunks of a stream are notified at once."""
+        """Record the time between two notifications of one trunk. Etcd notifies all trunks of a stream at once."""
         if spacing_s < PACE_S_MIN or (self._last_s and now - self._taken_at < spacing_s / 2):
             return
         last_s, self._last_s, self._taken_at = self._last_s, spacing_s, now
@@ -81,24 +82,24 @@ class Pace:
             self._seconds = min(spacing_s, last_s)
 
     def heard_nothing(self, quiet_s: float) -> None:
-        """Take note that etcd did not notify a trunk that had no event for so long. It may have left one out."""
+        """Record that etcd did not notify a trunk that was quiet for so long. It may have skipped one notification."""
         self._longer_than_s = max(self._longer_than_s, quiet_s / (2 * _JITTER))
 
     @property
     def is_known(self) -> bool:
-        """Two spacings in a row were alike."""
+        """Whether two consecutive intervals agreed."""
         return self._seconds is not None
 
     @property
     def seconds(self) -> float:
-        """Etcd's interval as far as it is known, else what is no longer than that."""
+        """Etcd's interval if it is known, else a lower bound of it."""
         if self._seconds is not None:
             return self._seconds
         return max(UNKNOWN_PACE_S, self._longer_than_s)
 
 
 class Notices:
-    """The watches of one trunk that asked for progress_notify, and when they got it last."""
+    """The watches of one trunk that asked for progress_notify, and the state of their last round."""
 
     __slots__ = (
         "asked_at",
@@ -114,28 +115,28 @@ class Notices:
 
     def __init__(self, trunk: Trunk, now: float) -> None:
         self.trunk = trunk
-        # By variant; no dict in it is empty.
+        # By variant; none of the inner dicts is empty.
         self.watches: dict[int, dict[Watch, None]] = {}
-        # Those of them that came since the last round.
+        # The watches added since the last round.
         self.new: dict[Watch, None] = {}
-        # When the last round was made, how far the trunk was, and what it had received by then; at first the latter is
-        # of etcd's last notification: what came since has etcd leave the trunk out.
+        # When the last round was made, the trunk's revision, and its event count at that time. The initial count is
+        # that at etcd's last notification: etcd skips the trunk if it had events since.
         self.round_at = now
         self.round_revision = 0
         self.round_events = trunk.noticed_events
-        # The progress request whose proof the next round waits for, and since when; 0 = it waits for none.
+        # The progress request whose answer the next round waits for, and since when; 0 = it waits for none.
         self.needs = 0
         self.asked_at = 0.0
-        # When to see whether a round is due; None = there are no watches.
+        # When to check whether a round is due; None = there are no watches.
         self.timer_at: float | None = None
 
     def add(self, watch: Watch) -> None:
-        """Take a watch in."""
+        """Add a watch."""
         self.watches.setdefault(watch.variant, {})[watch] = None
         self.new[watch] = None
 
     def remove(self, watch: Watch) -> None:
-        """Let a watch go."""
+        """Remove a watch."""
         alike = self.watches[watch.variant]
         del alike[watch]
         if not alike:
@@ -143,9 +144,9 @@ class Notices:
         self.new.pop(watch, None)
 
     def candidates(self) -> list[Watch]:
-        """Return those that may have had no event since the last round.
+        """Return the watches that may have had no event since the last round.
 
-        What a group of watches in step was sent, all of its watches were sent: only those that are new may be quiet.
+        An event sent to a group was sent to all of its watches, so only watches added since may still be quiet.
         """
         groups = self.trunk.fanout.groups
         found: list[Watch] = []
@@ -159,7 +160,7 @@ class Notices:
 
 
 def _is_quiet(watch: Watch, round_revision: int) -> bool:
-    """Whether a watch had no event since a round, and can be given progress now."""
+    """Whether a watch had no event since a round, and can get progress now."""
     trunk = watch.trunk
     return (
         watch.place is Place.IN_STEP
@@ -170,20 +171,20 @@ def _is_quiet(watch: Watch, round_revision: int) -> bool:
 
 
 class Notifying:
-    """Rounds of progress over the watches that asked for it."""
+    """Makes rounds of progress over the watches that asked for it."""
 
     __slots__ = ("_hub", "_rounds", "asking", "pace")
 
     def __init__(self, hub: CoreState) -> None:
         self._hub = hub
         self.pace = Pace()
-        # Those whose round waits for progress.
+        # Notices whose round waits for progress.
         self.asking: dict[Notices, None] = {}
-        # Rounds that go on: the watches to come, and how far their trunk was at the round before.
+        # Unfinished rounds: the remaining watches, and the trunk's revision at the round before.
         self._rounds: deque[tuple[Iterator[Watch], int]] = deque()
 
     def began(self, watch: Watch) -> None:
-        """Take note of a new watch."""
+        """Add a new watch, if it asked for progress_notify."""
         if not watch.progress_notify:
             return
         trunk = watch.trunk
@@ -194,7 +195,7 @@ class Notifying:
         notices.add(watch)
 
     def forget(self, watch: Watch) -> None:
-        """A watch is gone."""
+        """Remove a watch that has ended."""
         notices = watch.trunk.notices
         if notices is not None and watch.progress_notify:
             notices.remove(watch)
@@ -204,7 +205,7 @@ class Notifying:
                 watch.trunk.notices = None
 
     def notified(self, trunk: Trunk) -> None:
-        """Etcd has notified a trunk, whose bookmark has been moved: pass it on."""
+        """Etcd has notified a trunk, whose bookmark is already updated: make a round."""
         now = self._hub.now
         at = trunk.noticed_at
         if at > self.pace.since and trunk.events == trunk.noticed_events:
@@ -215,7 +216,7 @@ class Notifying:
             self._round(trunk.notices)
 
     def settle(self, trunks: Sequence[Trunk] | None = None) -> None:
-        """Make the rounds that waited for progress which has come: of these trunks, or (None) of all."""
+        """Make the rounds whose progress has arrived: of these trunks, or (None) of all."""
         moved = tuple(self.asking) if trunks is None else [trunk.notices for trunk in trunks]
         for notices in moved:
             if (
@@ -226,17 +227,17 @@ class Notifying:
                 self._round(notices)
 
     def next_deadline(self) -> float | None:
-        """Return when something is to be done next."""
+        """Return when `expire` is due."""
         return self._hub.now if self._rounds else self._hub.notices.next_deadline()
 
     def expire(self) -> None:
-        """Go on with a round that was too large for one step, and see which ones are due."""
+        """Continue rounds that were too large for one step, and start those that are due."""
         self._deliver()
         for notices in islice(self._hub.notices.due(self._hub.now), WATCHES_PER_STEP):
             self._look(notices)
 
     def _look(self, notices: Notices) -> None:
-        """Make a round, or ask for what it needs, if it is due."""
+        """If a round is due, make it, or request the progress it needs."""
         hub, trunk, pace = self._hub, notices.trunk, self.pace
         busy = trunk.events != notices.round_events
         if not busy and not pace.is_known and not trunk.opening and notices.round_at > pace.since:
@@ -252,16 +253,16 @@ class Notifying:
             self._ask(notices, pace.seconds * _PATIENCE if busy else wanted_s)
 
     def _setting_s(self) -> float:
-        """Return the interval that is set here; infinite if it is not shorter than etcd's, which does as well then."""
+        """Return progress_notify_s; infinite if it is not shorter than etcd's interval, which is then sufficient."""
         setting_s = self._hub.limits.progress_notify_s
         return _NEVER if self.pace.is_known and setting_s * _JITTER >= self.pace.seconds else setting_s
 
     def _overdue_s(self) -> float:
-        """Return after which time a quiet trunk is not left to etcd's own notification any more."""
+        """Return the time after which a quiet trunk no longer waits for etcd's notification."""
         return self.pace.seconds * _OVERDUE if self.pace.is_known else _NEVER
 
     def _ask(self, notices: Notices, patience_s: float) -> None:
-        """Have the round wait for progress that is as new as now; one that is overdue keeps its place."""
+        """Let the round wait for progress that is as new as now; one that waits already keeps its request."""
         hub = self._hub
         if not notices.needs:
             notices.needs = hub.progress_serial + 1
@@ -271,7 +272,7 @@ class Notifying:
         hub.notices.start(notices, hub.now + patience_s)
 
     def _round(self, notices: Notices) -> None:
-        """Give progress to the quiet watches of a trunk."""
+        """Send progress to the quiet watches of a trunk."""
         self._rounds.append((iter(notices.candidates()), notices.round_revision))
         self._end_round(notices)
         self._deliver()
@@ -287,19 +288,19 @@ class Notifying:
         self._set_timer(notices)
 
     def _set_timer(self, notices: Notices) -> None:
-        """Look again when a round would be due on a busy trunk; it may be one by then."""
+        """Check again when a round would be due on a busy trunk, since the trunk may be busy by then."""
         hub = self._hub
         setting_s, pace_s = self._setting_s(), self.pace.seconds
         at = notices.round_at + min(setting_s, pace_s)
         if at <= hub.now:
-            # Etcd's own notification is awaited.
+            # Wait for etcd's own notification.
             at = hub.now + pace_s * (_JITTER - 1 if self.pace.is_known else _JITTER / 2)
             if notices.round_at + setting_s > hub.now:
                 at = min(at, notices.round_at + setting_s)
         hub.notices.start(notices, at)
 
     def _deliver(self) -> None:
-        """Go on with the rounds, over as many watches as one step may look at."""
+        """Continue the rounds, over as many watches as one step allows."""
         rounds, left = self._rounds, WATCHES_PER_STEP
         while rounds and left:
             coming, before = rounds[0]
@@ -310,7 +311,7 @@ class Notifying:
             self._send([watch for watch in watches if _is_quiet(watch, before)])
 
     def _send(self, watches: list[Watch]) -> None:
-        """Give progress to watches of one trunk."""
+        """Send progress to watches of one trunk."""
         if watches:
             hub = self._hub
             revision = watches[0].trunk.next_revision - 1

@@ -1,32 +1,32 @@
-"""Progress: what sessions are told about how far they are, and how that is proven.
+"""Manual progress: requests to etcd, proofs of bookmarks, and answers to sessions.
 
 A trunk's bookmark is proven by its events, by etcd's answers to manual requests, and by its progress notifies. Manual
-requests are shared and numbered: a session that waits knows the first number that is late enough. An answer comes with
-the number of a request after which etcd was at its revision (`FreshnessTargets`): any proof of that revision is fresh
-enough. No session is answered with what was known before it asked.
+requests are shared and numbered: for each waiting session the first number that is late enough is recorded. An answer
+names a request after which etcd was at the answer's revision (`FreshnessTargets`): any proof of that revision is fresh
+enough. No session is answered with a revision that was known before it asked.
 
-A request asks the upstream watches of those who wait, and no others: with auth on each token has an upstream stream of
-its own, and to ask thousands of streams for one session costs thousands of messages and answers. An upstream watch
-that has not answered is not asked again for progress_retry_s; so what one stream owes holds up nobody else. Etcd drops
-requests that it cannot answer: while somebody waits, the request is repeated, with pauses that double up to a bound.
-Each request is bounded, in streams and in the watches that are looked at for it; what is left goes into the next one.
+A request asks only the upstream watches of the waiting sessions: with auth on each token has an upstream stream of its
+own, and asking thousands of streams for one session costs thousands of messages and answers. An upstream watch that has
+not answered is not asked again for progress_retry_s; so one slow stream delays only its own sessions. Etcd drops
+requests that it cannot answer: while a session waits, the request is repeated, with pauses that double up to a bound.
+Each request is bounded, in streams and in the watches examined for it; the rest goes into the next one.
 
-A session is told p, the least bookmark of its watches' trunks, if
+A session gets p, the least bookmark of its watches' trunks, if
 
-- p is no less than what etcd had after the session asked;
+- p is not below the revision that etcd had after the session asked;
 - all its watches are in step with their trunks: they were sent everything through p;
-- p is not below what any of its watches knows already: the start it asked for, "now", its last event, an earlier
-  progress (a client resumes from the last revision it was told, clientv3 even from this one).
+- p is not below any revision that one of its watches already has: the start it asked for, "now", its last event, or an
+  earlier progress (a client resumes from the last revision it was sent, clientv3 even from this one).
 
-It is told before anything is delivered in the same input: the shell may hand a delivery back, and then it would not
-be true.
+The answer precedes any delivery of the same input: the shell may return a delivery undelivered, and then the answer
+would not be true.
 
-Ids that a compaction cancelled are no watches and hold nothing up, although etcd lets them silence a stream: the
-client has been told that they are dead, and nothing will ever come of them. A request on a session without watches is
-dropped, as etcd does. Of those that wait, all but the first and the last are merged.
+Ids that a compaction cancelled are not watches and block nothing, although etcd lets them silence a stream: the client
+has received their cancel, and they get no events any more. A request on a session without watches is dropped, as etcd
+does. Of several waiting requests, all but the first and the last are merged.
 
-Servers without ordered progress (before 3.4.31 and 3.5.13) answer manual requests at once and even wrongly. They are
-only asked which revision they have; proofs are events and progress notifies, and answers take as long as these do.
+Servers without ordered progress (before 3.4.31 and 3.5.13) answer manual requests at once, and even wrongly. They are
+asked for their revision only; proofs are events and progress notifies, and answers wait for these.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
     from coalesce.hub import CoreState
     from coalesce.source import Source, Upstream
 
-# Old bookmarks are looked for this many times within bookmark_s: one request may be dropped, or two.
+# How many times within bookmark_s old bookmarks are looked for: etcd may drop one or two requests.
 _LOOKS = 4
-# A request asks so many streams at most, since each one's message and answer is work by itself.
+# Maximum streams that one request asks, since the message and the answer of each are separate work.
 STREAMS_PER_REQUEST_MAX = 256
-# Watches of waiting sessions that are looked at for one request.
+# Maximum watches of waiting sessions that are examined for one request.
 _LOOKED_AT_MAX = 20_000
 
 
@@ -61,28 +61,28 @@ class _Request:
     def __init__(self, now: float, retry_s: float, again: bool) -> None:
         self._now = now
         self._retry_s = retry_s
-        # It repeats requests that were answered as well: what they proved was not enough.
+        # It also repeats requests that were answered: their proofs were not enough.
         self._again = again
-        # An upstream watch that may be paused has a stream of its own, the others one for each token.
+        # The streams it asks. A backfill's upstream watch has a stream of its own; the others have one per token.
         self._streams: set[object] = set()
         self._streams_max = STREAMS_PER_REQUEST_MAX
         self.chosen: dict[Upstream, None] = {}
         self.looked_at = 0
-        # Something was left out, for the next request.
+        # Some upstream watches are left for the next request.
         self.full = False
 
     def allow(self, streams_max: int) -> None:
-        """Take so many streams in all from now on."""
+        """Set the maximum number of streams."""
         self._streams_max = streams_max
         self.full = False
 
     def take(self, upstream: Upstream, needs: int) -> bool:
-        """Ask an upstream watch, if that is needed for who waits for request `needs`. False: not now."""
+        """Add an upstream watch, if sessions that wait for request `needs` require it. False: not now."""
         self.looked_at += 1
         if upstream in self.chosen or (upstream.asked >= needs and not self._again):
             return True
         if upstream.asked_at is not None and upstream.asked_at + self._retry_s > self._now:
-            # It owes an answer.
+            # An answer is outstanding.
             return False
         stream = upstream if upstream.is_backfill else upstream.said_token
         if stream not in self._streams and len(self._streams) >= self._streams_max:
@@ -112,33 +112,33 @@ class Progress:
     def __init__(self, hub: CoreState) -> None:
         self._hub = hub
         self.waiting = ProgressWaiters(hub)
-        # Those of them for whom no request was made yet, or not to all of their upstream watches.
+        # Waiting sessions for which not all upstream watches were asked yet.
         self._unasked: dict[Session, None] = {}
         # Upstream watches to be asked for another reason.
         self._also: dict[Upstream, None] = {}
-        # The number of the newest request that somebody wants made.
+        # The number of the newest request that is wanted.
         self._wanted = 0
-        # When to ask again; None = nobody waits.
+        # When to ask again; None = there is no reason to.
         self._retry_at: float | None = None
         self._pause_s = 0.0
         # When the newest request was made.
         self._asked_at = 0.0
-        # When to make one that is wanted and would come too soon after the newest; None = none is.
+        # When to make a request that was postponed by progress_interval_s; None = there is none.
         self._soon_at: float | None = None
         # When to look for old bookmarks; None = there are no trunks.
         self._bookmark_at: float | None = None
 
-    # who wants to know
+    # who waits
 
     def wait(self, session: Session) -> None:
-        """Take note that a session asks for progress."""
+        """Record that a session requests progress."""
         if session.watches:
             self.waiting.add(session, self._hub.progress_serial + 1)
             self._unasked[session] = None
             self.want()
 
     def want(self, *upstreams: Upstream) -> None:
-        """Have a request made soon, for the sessions that wait and for these; and have it repeated at short pauses."""
+        """Make a request soon, for the waiting sessions and these upstream watches; repeat it at short pauses."""
         hub = self._hub
         self._also.update(dict.fromkeys(upstreams))
         self._wanted = hub.progress_serial + 1
@@ -148,41 +148,41 @@ class Progress:
         self._ask_soon()
 
     def began(self, watch: Watch) -> None:
-        """Take note of a new watch."""
+        """Record a new watch."""
         hub = self._hub
         hub.notifying.began(watch)
         if self._bookmark_at is None:
             self._bookmark_at = hub.now + hub.limits.bookmark_s / _LOOKS
 
     def forget(self, watch: Watch) -> None:
-        """A watch is gone; with the last one of its session goes what the session has asked."""
+        """Remove a watch that has ended; with the last one of its session, also the session's requests."""
         self._hub.notifying.forget(watch)
         if not watch.session.watches:
             self.forget_session(watch.session)
 
     def forget_session(self, session: Session) -> None:
-        """Nothing is to be told to a session any more."""
+        """Remove a session's requests."""
         self.waiting.forget(session)
         self._unasked.pop(session, None)
 
     def closed(self, upstream: Upstream) -> None:
-        """An upstream watch is over."""
+        """Forget an upstream watch that was closed."""
         self._also.pop(upstream, None)
 
     def other_history(self) -> None:
-        """What etcd was known to have is true no more."""
+        """Discard the freshness targets: the store's history was replaced."""
         self.waiting.targets.clear()
         self.waiting.unblock_all()
 
     @property
     def to_ask(self) -> Iterable[Upstream]:
-        """What is to be asked besides the upstream watches of sessions; for checks."""
+        """Upstream watches to be asked, besides those of sessions; for checks."""
         return self._also
 
     # what is proven
 
     def progressed(self, upstreams: Sequence[Upstream], header: Header, number: int) -> None:
-        """Take what came of requests: all of these are complete through a revision that followed request `number`."""
+        """Handle an answer: these upstream watches are complete through a revision that etcd had after `number`."""
         hub = self._hub
         hub.observe_header(header)
         is_news = bool(number) and self.waiting.learn(number, header.revision)
@@ -198,14 +198,14 @@ class Progress:
             self._ask_soon()
 
     def notified(self, upstream: Upstream, revision: int) -> None:
-        """Take a progress notify: it proves everything of an upstream watch through `revision`."""
+        """Handle a progress notify: an upstream watch is complete through `revision`."""
         trunk = _trunk_of(upstream.owner)
         self.proven(upstream, revision)
         if self.waiting.sessions:
             self._settle((trunk,))
 
     def proven(self, upstream: Upstream, revision: int) -> None:
-        """Take note that everything of an upstream watch through `revision` has come."""
+        """Record that everything of an upstream watch through `revision` has arrived."""
         if upstream.closed or not upstream.created:
             return
         owner = upstream.owner
@@ -217,7 +217,7 @@ class Progress:
     # time
 
     def next_deadline(self) -> float | None:
-        """Return when something is to be done next."""
+        """Return when `expire` is due."""
         first: float | None = None
         for at in (self._soon_at, self._retry_at, self._bookmark_at):
             if at is not None and (first is None or at < first):
@@ -235,7 +235,10 @@ class Progress:
             self._retry()
 
     def _settle(self, trunks: Sequence[Trunk] | None = None) -> None:
-        """Tell all who wait what can be told now; given trunks, those whom these held up. Nothing was delivered yet."""
+        """Answer the sessions that can be answered now: those that these trunks blocked, or (None) all.
+
+        Nothing must have been delivered yet in this input.
+        """
         if trunks is None:
             self.waiting.answer_all()
         else:
@@ -260,9 +263,9 @@ class Progress:
     # requests
 
     def _retry(self) -> None:
-        """Look again whether anybody can be answered; if somebody still waits, ask again."""
+        """Answer the sessions that can be answered by now; ask again if some still wait."""
         hub = self._hub
-        # Events may have done as proof.
+        # Events may have served as proof.
         self._settle()
         backfills = [backfill for backfill in hub.backfills.open if self._may_prove(backfill)]
         if not self.waiting.sessions and not hub.notifying.asking and not backfills:
@@ -271,12 +274,12 @@ class Progress:
         self._pause_s = min(self._pause_s * 2, self._hub.limits.progress_retry_s_max)
         self._retry_at = hub.now + self._pause_s
         if not hub.ordered_progress:
-            # One answer that tells the revision will do; what is to prove it comes by itself.
+            # One answer with the revision is enough; events and progress notifies prove it.
             if self.waiting.targets.of(self._wanted) is None:
                 self._ask()
             return
         for backfill in backfills:
-            # Events keep coming, and prove more than an answer would.
+            # Backfills that received events meanwhile are not asked: events prove more than an answer would.
             if backfill.proof < hub.progress_serial:
                 self._also[backfill.upstream] = None
                 if backfill.is_upgrade:
@@ -288,7 +291,7 @@ class Progress:
         return backfill.upstream.created and not backfill.paused
 
     def _ask_soon(self) -> None:
-        """Make a request, but not too soon after the newest."""
+        """Make a request, at the earliest progress_interval_s after the last one."""
         at = self._asked_at + self._hub.limits.progress_interval_s
         if at <= self._hub.now:
             self._ask()
@@ -296,7 +299,7 @@ class Progress:
             self._soon_at = at
 
     def _ask(self, again: bool = False) -> None:
-        """Make a request, if anybody is to be asked; `again`: also those whose answer was not enough."""
+        """Make a request, if there are streams to ask; `again`: also those whose answer was not enough."""
         hub = self._hub
         self._soon_at = None
         upstreams: tuple[Upstream, ...] = ()
@@ -321,7 +324,7 @@ class Progress:
         hub.effects.append(RequestProgress(upstreams, hub.progress_serial))
 
     def _choose(self, request: _Request, again: bool) -> None:
-        """Choose who is asked. Neither the sessions nor the other reasons take more than half if there are both."""
+        """Choose the upstream watches; if sessions and other reasons compete, each side gets half of the streams."""
         self._choose_also(request, STREAMS_PER_REQUEST_MAX // 2)
         request.allow(STREAMS_PER_REQUEST_MAX)
         self._choose_for_sessions(request, again)
@@ -344,14 +347,14 @@ class Progress:
                 request.full = True
             if request.full:
                 return
-            # To the end: what is left out now comes first the next time.
+            # Moved to the end, so that the sessions left out now come first next time.
             sessions[session] = sessions.pop(session)
-            # It may have been answered by what was asked for others.
+            # It may have been answered by requests for others.
             if not session.progress_needs or self._take_all(request, session, session.progress_needs[-1], again):
                 self._unasked.pop(session, None)
 
     def _take_all(self, request: _Request, session: Session, needs: int, again: bool) -> bool:
-        """Ask the upstream watches of a session; False: not all of them now."""
+        """Add the upstream watches of a session; False: not all of them now."""
         enough = session.progress_blocker.revision if again and session.progress_blocker is not None else None
         complete = True
         for watch in session.watches.values():

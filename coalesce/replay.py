@@ -1,14 +1,15 @@
-"""Sessions that stall, and how their watches catch up.
+"""Stalled sessions, and how their watches catch up.
 
-A stalled session costs nothing: its watches leave their groups and keep only what they need next. When the shell says
-that everything is written, they are replayed from the histories of their sources, several revisions joined to one
-response, and fall into step when they have reached the end. What a history no longer holds, a backfill brings.
+A stalled session costs nothing: its watches leave their groups and keep only the revision they need next. When the
+shell reports that everything is written, they are replayed from the histories of their sources, several revisions
+joined into one response, and are in step again when they have reached the end. Revisions that a history no longer holds
+come by a backfill.
 
-Replaying goes in turns. A turn of a session is bounded in bytes and in events looked at (filters may leave no bytes of
-them), and serves its watches round robin; what is left comes with the next ring of the timer, which is due at once, so
-that events and other sessions come in between. Events looked at are counted over all inputs between two rings: a
-hundred creates in one read of a socket are a hundred inputs. The first sign of a stall ends a turn: the shell hands
-back what it was to deliver.
+Replaying is done in turns. A turn of a session is bounded in bytes and in events examined (filters may drop all of
+them), and serves its watches round robin; the rest follows at the next timer, which is due at once, so that live events
+and other sessions are served in between. Events examined are counted over all inputs between two timers: a hundred
+creates in one read of a socket are a hundred inputs. A stall ends a turn: the shell returns the deliveries that it has
+not started.
 """
 
 from __future__ import annotations
@@ -26,30 +27,30 @@ if TYPE_CHECKING:
     from coalesce.hub import CoreState
     from coalesce.source import Source
 
-# Payloads remembered: sessions that stalled together replay the same.
+# Maximum payloads cached: sessions that stalled together replay the same ones.
 _REMEMBERED_MAX: Final = 8
-# What a watch costs by itself, in events looked at: to find its place, or to send it what is remembered.
+# The cost of a watch itself, in events examined: placing it, or sending it a cached payload.
 WATCH_EVENTS: Final = 10
 
 
 class Replayer:
-    """Stalls, returns and replays."""
+    """Handles stalls and undelivered payloads, and replays lagging watches."""
 
     __slots__ = ("_due", "_hub", "_joined", "fresh", "left_events")
 
     def __init__(self, hub: CoreState) -> None:
         self._hub = hub
-        # Sessions to be replayed as soon as the timer rings, in turn.
+        # Sessions to be replayed at the next timer, in turn.
         self._due: dict[Session, None] = {}
-        # Those that came in this input: their first turn is at its end.
+        # Sessions added by this input: their first turn is at its end.
         self.fresh: dict[Session, None] = {}
-        # By source, position and variant, what was joined from a version of its history.
+        # Cached replays, by source, position and variant, each with the version of the history it was made from.
         self._joined: dict[tuple[Source, int, int], tuple[int, Replayed]] = {}
-        # Events that may be looked at until the timer rings; a little below 0 when the last turn took more.
+        # Events that may be examined until the next timer; slightly below 0 if the last turn exceeded its share.
         self.left_events = hub.limits.replay_turn_events_max
 
     def stalled(self, session: Session) -> None:
-        """Take the watches of a session out of their groups. No effects: it is called while some are carried out."""
+        """Remove the watches of a session from their groups. No effects: it is called while effects are carried out."""
         if session.stalled or session.ended:
             return
         session.stalled = True
@@ -61,7 +62,7 @@ class Replayer:
                 self._hub.mark_lagging(watch)
 
     def returned(self, watch: Watch, payload: Payload) -> None:
-        """Take back a payload that was not sent. Has no effects."""
+        """Take back a payload that was not sent. No effects."""
         if watch.place is Place.ENDED:
             return
         self.stalled(watch.session)
@@ -71,7 +72,7 @@ class Replayer:
         watch.position = min(watch.position, payload.first_revision)
 
     def drained(self, session: Session) -> None:
-        """Let a session go on: everything is written."""
+        """All bytes of a session are written: replay its watches."""
         if session.ended:
             return
         session.stalled = False
@@ -85,37 +86,37 @@ class Replayer:
             self.fresh[session] = None
 
     def forget(self, session: Session) -> None:
-        """A session is gone, or takes nothing now."""
+        """Stop replaying a session, because it has ended or is stalled."""
         self._due.pop(session, None)
         self.fresh.pop(session, None)
         if not self._due and self._joined:
-            # Nobody is left to share it with.
+            # No session is left to share the cache.
             self._joined.clear()
 
     def finish(self) -> None:
-        """Give those that came in this input their first turn."""
+        """Give the sessions added by this input their first turn."""
         fresh = tuple(self.fresh)
         self.postpone()
         self._turns(fresh)
-        # Finding a watch its place may have wanted more.
+        # Placing watches may have added sessions.
         self.postpone()
 
     def postpone(self) -> None:
-        """Give those that came in this input their first turn when the timer rings."""
+        """Postpone the first turn of the sessions added by this input to the next timer."""
         self._due.update(self.fresh)
         self.fresh.clear()
 
     def expire(self) -> None:
-        """Give those that are due another turn."""
+        """Give the sessions that are due another turn."""
         self.left_events = self._hub.limits.replay_turn_events_max
         self._turns(tuple(self._due))
 
     def next_deadline(self) -> float | None:
-        """Return "at once" if anything is due."""
+        """Return `now` if a session is due."""
         return self._hub.now if self._due else None
 
     def is_due(self, session: Session) -> bool:
-        """Whether a session is going to be replayed without being told; for checks."""
+        """Whether a session is replayed at the next timer; for checks."""
         return session in self._due
 
     def _turns(self, sessions: tuple[Session, ...]) -> None:
@@ -133,7 +134,7 @@ class Replayer:
             self._joined.clear()
 
     def _turn(self, session: Session) -> int:
-        """Replay a session's watches up to its share; return the bytes that were spent."""
+        """Replay a session's watches up to its share; return the bytes sent."""
         limits = self._hub.limits
         runs = self._hub.runs
         spent = 0
@@ -150,16 +151,16 @@ class Replayer:
         return spent
 
     def replay_now(self, watch: Watch) -> None:
-        """Send a lagging watch of a session that is not stalled its next response, as if it came live.
+        """Send a lagging watch its next response at once, like a live one; its session must not be stalled.
 
-        It takes what is left for turns until the timer rings, and is not bounded by it.
+        This uses up the share of turns until the next timer, but is not bounded by it.
         """
         before = self.left_events
         self._replay(watch)
         self.left_events = max(self.left_events, min(before, 0))
 
     def _replay(self, watch: Watch) -> int:
-        """Send a watch its next response and find its place after it; return the response's bytes."""
+        """Send a watch its next response and place the watch after it; return the response's bytes."""
         hub = self._hub
         source = watch.source
         if source is None or not source.serves(watch) or watch.position >= source.next_revision:
@@ -188,7 +189,7 @@ class Replayer:
         return 0 if payload is None else payload.size
 
     def _settle(self, watch: Watch, source: Source) -> None:
-        """Place a lifted watch that has caught up with its source, or can be served by its trunk."""
+        """Place an unplaced watch that has caught up with its source, or can be served by its trunk."""
         hub = self._hub
         if not isinstance(source, Backfill) or watch.trunk.serves(watch):
             hub.place((watch,))
@@ -196,7 +197,7 @@ class Replayer:
         hub.backfills.resume_live(watch, source)
 
     def _join(self, source: Source, watch: Watch) -> tuple[Payload | None, int | None]:
-        """Join what a watch has missed, or find what another one in the same place was given."""
+        """Join the events that a watch has missed, or reuse the result for another one at the same position."""
         key = (source, watch.position, watch.variant)
         version = source.history.version
         known = self._joined.get(key)
@@ -204,7 +205,7 @@ class Replayer:
             return known[1].payload, known[1].following
         limits = self._hub.limits
         replayed = source.history.replay(watch.position, watch.variant, limits)
-        # A single revision may have more, and is never cut.
+        # A single revision may have more events, and is never split.
         self.left_events -= min(replayed.looked, limits.replay_events_max)
         if len(self._joined) >= _REMEMBERED_MAX:
             self._joined.clear()

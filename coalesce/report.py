@@ -1,6 +1,6 @@
-"""What a core can tell an operator beyond its counters: its trunks, and the sessions that are behind.
+"""Reports for operators, in addition to the counters: trunks, and sessions that are behind.
 
-It only reads, and walks no more than it is told to: whoever shows it does so from the event loop that delivers.
+The functions only read, and their walks are bounded: they run on the event loop that delivers events.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, frozen=True)
 class TrunkReport:
-    """One trunk now. Revisions are inclusive; bytes are memory."""
+    """The current state of one trunk. Revisions are inclusive; bytes are memory."""
 
     key: bytes
     range_end: bytes
@@ -35,7 +35,7 @@ class TrunkReport:
 
 @dataclass(slots=True, frozen=True)
 class SessionReport:
-    """One session that is behind now."""
+    """The current state of one session that is behind."""
 
     outlet: object
     watches: int
@@ -47,7 +47,7 @@ class SessionReport:
 
 @dataclass(slots=True, frozen=True)
 class NewestEvent:
-    """Where a watch would be brought one event at once: a watched range, and the revision of its newest event."""
+    """A watched range and the revision of its newest event: a watch from there gets one event at once."""
 
     key: bytes
     range_end: bytes
@@ -57,7 +57,7 @@ class NewestEvent:
 def newest_event(core: Coalescer, bytes_max: int, looked_at: int = 100) -> NewestEvent | None:
     """Return the newest event of the range with the fewest watches, out of the first `looked_at`.
 
-    None while no range has one in its window, in a response of `bytes_max` at most, or no watch more is allowed.
+    None if no range has one in its history, in a response of `bytes_max` at most, or if no further watch is allowed.
     """
     hub = core._hub
     if hub.stats.watches >= hub.limits.watches_max:
@@ -95,7 +95,7 @@ def _trunk(trunk: Trunk) -> TrunkReport:
 
 
 def slowest(core: Coalescer, now: float, at_most: int) -> list[SessionReport]:
-    """Return the sessions that have been behind for longest, `at_most` of them, the longest first."""
+    """Return the sessions that have been behind longest, at most `at_most` of them, the longest first."""
     hub = core._hub
     return [_session(session, now) for session in islice(hub.lagging_sessions, at_most)]
 
@@ -113,7 +113,7 @@ def _session(session: Session, now: float) -> SessionReport:
 
 
 def _distance(session: Session, looked_at: int) -> int:
-    """Return how many revisions the furthest of the session's first lagging watches has still to be brought."""
+    """Return by how many revisions the furthest of the session's first `looked_at` lagging watches is behind."""
     return max(
         (watch.trunk.next_revision - watch.next_revision for watch in islice(session.lagging, looked_at)), default=0
     )
@@ -122,7 +122,7 @@ def _distance(session: Session, looked_at: int) -> int:
 def lag(core: Coalescer, now: float, looked_at: int = 1000) -> tuple[float, int]:
     """Return for how long some session has been behind (seconds), and by how many revisions at most.
 
-    The revisions are those of the `looked_at` sessions that have been behind for longest. (0, 0): nobody is behind.
+    The revisions are those of the `looked_at` sessions that have been behind longest. (0, 0): no session is behind.
     """
     hub: CoreState = core._hub
     sessions = list(islice(hub.lagging_sessions, looked_at))

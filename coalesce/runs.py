@@ -1,17 +1,17 @@
-"""Runs: what etcd sends as one response reaches a watch with fragment as one response, in fragments.
+"""Runs: one response of etcd reaches a watch with fragment as one response, in fragments.
 
-A catch-up response has up to a thousand revisions, of any size, and comes from upstream in several pieces. To a watch
-without fragment these are responses of their own. A watch with fragment expects the whole as one run of fragments
-(clientv3 joins them), and nothing may come between the fragments on its stream. So while the pieces of a run come in,
-such watches lag behind their source, and with the last piece they are replayed from its history.
+A catch-up response has up to a thousand revisions, of any size, and arrives from upstream in several pieces. A watch
+without fragment gets these as separate responses. A watch with fragment expects the whole as one run of fragments
+(clientv3 joins them), and nothing may come between the fragments on its stream. So while the pieces of a run arrive,
+such watches lag behind their source, and after the last piece they are replayed from its history.
 
 A run is bounded in bytes (fragment_run_bytes_max, and three quarters of what histories may keep), and in the events of
-one replay. At the bound, and when the next piece does not come in time, it ends early: what has come is sent, between
-two revisions, and the rest is another run. A piece that no history could keep is not held back.
+one replay. At the bound, and when the next piece is late, it ends early: the pieces so far are sent, up to the end of a
+revision, and the rest is another run. A piece that is too large for any history is not held back.
 
-What is held back is sent before it is evicted, whatever evicts it (the memory of other ranges, age) and however much
-work others have: a run that has ended waits for a turn of replaying, and more comes in meanwhile. Otherwise a watch
-could ask for the same revisions again, for ever.
+Events that are held back are sent before they are evicted, whatever evicts them (the memory of other ranges, age) and
+however busy the proxy is: after a run has ended, its watches wait for their turn of replaying, and more events arrive
+meanwhile. Otherwise a watch could request the same revisions again and again.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
     from coalesce.hub import CoreState
     from coalesce.source import Source
 
-# The next piece of a run is waited for so long: the connection may be gone, and the rest begin anew.
+# Maximum wait for the next piece of a run: the connection may have broken, and then the rest comes as a new response.
 PATIENCE_S: Final = 1.0
 
 
 class FragmentRun:
-    """The pieces of one response, as long as more are to come."""
+    """The pieces of one response that is still incomplete."""
 
     __slots__ = ("at", "batches", "bytes", "sessions")
 
     def __init__(self) -> None:
-        # When the newest piece came, how many there are, and their memory.
+        # When the newest piece arrived, the number of batches so far, and their memory.
         self.at = 0.0
         self.batches = 0
         self.bytes = 0
-        # Those whose watches wait for its end.
+        # Sessions with watches that wait for its end.
         self.sessions: dict[Session, None] = {}
 
 
 class Runs:
-    """The runs that are coming in."""
+    """The runs that are incomplete."""
 
     __slots__ = ("_hub", "open")
 
@@ -57,7 +57,7 @@ class Runs:
 
     @property
     def bytes_max(self) -> int:
-        """The memory of a run from which on it ends early: histories keep more, so nothing of it is evicted."""
+        """The memory at which a run ends early; histories keep more, so no part of a run is evicted."""
         limits = self._hub.limits
         kept = min(limits.history_bytes_max, limits.history_bytes_total_max) * 3 // 4
         return min(limits.fragment_run_bytes_max, kept)
@@ -67,12 +67,12 @@ class Runs:
         return run.bytes + batch.memory_bytes <= self.bytes_max and run.batches < batches_max
 
     def waits(self, watch: Watch) -> bool:
-        """Whether a lagging watch is to be replayed only when the run of its source has ended."""
+        """Whether a lagging watch is replayed only after the run of its source has ended."""
         source = watch.source
         return watch.variant & FRAGMENT != 0 and source in self.open and source.serves(watch)
 
     def wake_later(self, watch: Watch) -> None:
-        """Replay a watch that waits when the run has ended, and let the others of its session be replayed before."""
+        """Register a watch that waits for a run; the other watches of its session are replayed before it."""
         assert watch.source is not None, "it waits for the run of its source"
         session = watch.session
         self.open[watch.source].sessions[session] = None
@@ -81,7 +81,7 @@ class Runs:
         session.lagging[watch] = None
 
     def hold(self, session: Session) -> bool:
-        """Whether all that lags of a session waits for runs: then it is replayed when the first of them has ended."""
+        """Whether all lagging watches of a session wait for runs; if so, the end of the first one replays it."""
         if not all(map(self.waits, session.lagging)):
             return False
         for watch in session.lagging:
@@ -95,14 +95,14 @@ class Runs:
         return bool(session.lagging) and (not self.open or not all(map(self.waits, session.lagging)))
 
     def piece(self, source: Source, batch: Batch) -> None:
-        """A batch is coming that is not the last of its run, or follows others: hold back what wants it in one."""
+        """Handle a batch that is a part of a run, before it is delivered: hold back the watches with fragment."""
         hub = self._hub
         run = self.open.get(source)
         if run is not None and not self._fits(run, batch):
             self._break(source)
             run = None
             if isinstance(source, Backfill) and source not in hub.backfills.open:
-                # That was all that was wanted of it.
+                # Its watches needed nothing more.
                 return
         if run is None:
             run = FragmentRun()
@@ -121,13 +121,13 @@ class Runs:
                     run.sessions[watch.session] = None
 
     def _break(self, source: Source) -> None:
-        """Send what there is of a run now, as long as the history has all of it: more is about to come."""
+        """Send the pieces of a run now, while the history still holds all of them, and end the run."""
         for watch in self._held(source):
             self._hub.replays.replay_now(watch)
         self.end(source)
 
     def _held(self, source: Source) -> list[Watch]:
-        """Return the watches that can be sent what the history of a source has of their run."""
+        """Return the watches that wait for the run of a source and can be sent its pieces now."""
         return [
             watch
             for watch in source.watches
@@ -138,13 +138,13 @@ class Runs:
         ]
 
     def _guard(self, source: Source, position: int) -> None:
-        """Have watches at this position, or behind it, sent what they wait for before it is evicted."""
+        """Guard the history from this position on: held-back watches get their events before these are evicted."""
         guard = source.history.guard
         if guard is None or position < guard.first_revision:
             source.history.guard = Guard(position, partial(self._release, source))
 
     def _release(self, source: Source, last_revision: int) -> None:
-        """A history is about to evict a batch with this last revision: send what is held back before."""
+        """Before a history evicts the batch with this last revision, send it to the held-back watches."""
         held = self._held(source)
         if any(watch.position <= last_revision for watch in held):
             self._break(source)
@@ -152,7 +152,7 @@ class Runs:
             self._guard(source, min(watch.position for watch in held))
 
     def end(self, source: Source) -> None:
-        """The run of a source, if there is one, is complete: replay those who waited."""
+        """End the run of a source, if there is one: replay the sessions that waited."""
         run = self.open.pop(source, None)
         if run is not None:
             for session in run.sessions:

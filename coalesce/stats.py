@@ -1,11 +1,11 @@
-"""Counters and gauges of a core, as plain attributes: whoever serves metrics reads them, nobody is called."""
+"""Counters and gauges of a core, as plain attributes that the metrics endpoint reads; there are no callbacks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 LIMITS_REFUSED = ("watches_max", "watches_per_session_max", "trunks_max", "queue_max", "lagging_age_s_max")
-"""Limits at which something is refused or ended, by their names in Limits."""
+"""Limits at which a create is refused or a session is ended, by their names in CoreLimits."""
 
 LIMITS_EVICTED = (
     "history_bytes_max",
@@ -15,39 +15,39 @@ LIMITS_EVICTED = (
     "history_linger_s",
     "parked_max",
 )
-"""Limits at which a batch of a history is given up."""
+"""Limits at which a batch of a history is evicted."""
 
 
 @dataclass(slots=True)
 class Stats:
-    """What a core has done, and what it holds. Gauges are checked against a recount by `check()`."""
+    """Counters and gauges of one core. `check()` compares the gauges with a recount."""
 
-    # Gauges: how many there are now.
+    # Gauges: current numbers.
     sessions: int = 0
     watches: int = 0
     trunks: int = 0
-    # Histories that are kept without an upstream watch.
+    # Histories kept without an upstream watch.
     parked: int = 0
     backfills: int = 0
-    # Watches that are behind their source, or wait for one: their session stalled, or they are being replayed.
+    # Watches that are behind their source, or have none: their session is stalled, or they are being replayed.
     lagging: int = 0
     # Watches that wait for a backfill because backfills_max are open.
     queued: int = 0
-    # Memory of the requests that wait in line, of all sessions, in bytes.
+    # Memory of the queued requests of all sessions, in bytes.
     line_bytes: int = 0
-    # Ids of watches that a compaction cancelled and whose clients have not cancelled them yet.
+    # Ids of watches that a compaction cancelled and that their clients have not cancelled yet.
     ids_kept: int = 0
     # Memory of all histories, backfills' windows included, in bytes.
     history_bytes: int = 0
     history_batches: int = 0
 
-    # Counters of joins, by how they were served.
+    # Counters of joins, by how the watch was served.
     joins_live: int = 0
     joins_future: int = 0
     joins_history: int = 0
     joins_backfill: int = 0
 
-    # Counters of what clients asked and were told.
+    # Counters of clients' requests and their answers.
     creates: int = 0
     refused: int = 0
     cancels: int = 0
@@ -57,26 +57,26 @@ class Stats:
     progress_notifies: int = 0
     sessions_ended: int = 0
 
-    # Counters of what went to clients: payloads times watches, and the same for events.
+    # Counters of deliveries: payloads times watches, and events times watches.
     delivered: int = 0
     delivered_events: int = 0
-    # Payloads joined from history for lagging watches, handed back by the shell, and sessions stalled.
+    # Payloads joined from history for lagging watches, payloads returned by the shell, and sessions stalled.
     replays: int = 0
     returned: int = 0
     stalls: int = 0
 
-    # Counters of what was asked of etcd.
+    # Counters of requests to etcd.
     upstreams_opened: int = 0
     reads: int = 0
     checks: int = 0
     progress_asked: int = 0
     upgrades: int = 0
-    # Trunks opened again from a history that had been kept.
+    # Parked trunks that were reopened.
     resumed: int = 0
-    # Batches that came from upstream, and their events.
+    # Batches received from upstream, and their events.
     batches: int = 0
     batch_events: int = 0
 
-    # Refusals and ends of sessions, by the limit that was reached; batches evicted, by the limit that did it.
+    # Refusals and ends of sessions, by the limit that was reached; batches evicted, by the limit that was exceeded.
     refused_at: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LIMITS_REFUSED, 0))
     evicted_at: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LIMITS_EVICTED, 0))

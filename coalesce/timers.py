@@ -1,7 +1,7 @@
-"""Deadlines of many small things: a heap that forgets lazily.
+"""Deadlines of many subjects: a heap with lazy deletion.
 
-Each subject carries its own deadline in `timer_at`; a heap entry counts only while the two agree. So moving or
-stopping a timer costs one assignment.
+Each subject stores its deadline in `timer_at`; a heap entry is valid only while the two agree. So moving or stopping a
+timer costs one assignment.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Timed(Protocol):
-    """What a timer can be set for."""
+    """A subject that a timer can be set for."""
 
     timer_at: float | None
 
@@ -21,7 +21,7 @@ Subject = TypeVar("Subject", bound=Timed)
 
 
 class Timers(Generic[Subject]):
-    """Deadlines of subjects of one kind, at most one each."""
+    """Deadlines of subjects of one kind, at most one per subject."""
 
     __slots__ = ("_active", "_entries", "_order")
 
@@ -43,30 +43,30 @@ class Timers(Generic[Subject]):
         self._tidy()
 
     def stop(self, subject: Subject) -> None:
-        """Forget a subject's deadline; having none is fine."""
+        """Clear a subject's deadline, if it has one."""
         if subject.timer_at is not None:
             subject.timer_at = None
             self._active -= 1
             self._tidy()
 
     def next_deadline(self) -> float | None:
-        """Return the earliest deadline, None when there is none."""
+        """Return the earliest deadline, or None."""
         entries = self._entries
         while entries and entries[0][2].timer_at != entries[0][0]:
             heapq.heappop(entries)
         return entries[0][0] if entries else None
 
     def due(self, now: float) -> Iterator[Subject]:
-        """Take those whose deadline has come. Started again meanwhile for a later time, they do not come twice."""
+        """Yield and stop the subjects that are due. One that is restarted for a later time is not yielded twice."""
         while (at := self.next_deadline()) is not None and at <= now:
             subject = heapq.heappop(self._entries)[2]
             self.stop(subject)
             yield subject
 
     def _tidy(self) -> None:
-        """Drop the entries that count for nothing when they are too many: they keep their subjects alive."""
+        """Remove invalid entries when there are too many: they keep their subjects alive."""
         if len(self._entries) > 2 * self._active + 64:
-            # Moved to and fro, the same deadline may stand there twice: the younger entry is enough.
+            # After moves back and forth the same deadline may be listed twice; the newer entry is enough.
             kept = {id(entry[2]): entry for entry in self._entries if entry[2].timer_at == entry[0]}
             self._entries = list(kept.values())
             heapq.heapify(self._entries)

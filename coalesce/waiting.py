@@ -1,8 +1,8 @@
-"""Sessions that wait for progress: when each can be answered, found without a look at all of them at every answer.
+"""Sessions that wait for progress, indexed so that an answer of etcd does not require a walk over all of them.
 
 With auth on each token has an upstream stream of its own, so one request for progress can have thousands of answers,
-one after the other. A session that cannot be answered yet is listed under a trunk that holds it up, and is looked at
-again when that trunk has moved; all are looked at only when it becomes known what is fresh enough, and by timer.
+one after the other. A session that cannot be answered yet is listed under a trunk that blocks it, and is checked again
+when that trunk has advanced; all sessions are checked only when a new freshness target is learnt, and by timer.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _TARGETS_MAX = 64
 
 
 class FreshnessTargets:
-    """What etcd is known to have had after a request was made: who asked before it must not be told less.
+    """Revisions that etcd is known to have had after each request: sessions that asked before it must not get less.
 
-    Numbers and revisions rise together: a later request that found a lower revision (another member, another stream)
-    says more about the earlier ones as well. Bounded: without a target of its own a request has that of a later one.
+    Numbers and revisions increase together: a later request that found a lower revision (another member, another
+    stream) lowers the targets of the earlier ones as well. Bounded: a request without a target uses a later one's.
     """
 
     __slots__ = ("_numbers", "_revisions")
@@ -36,7 +36,7 @@ class FreshnessTargets:
         self._revisions: list[int] = []
 
     def learn(self, number: int, revision: int) -> bool:
-        """After request `number` was made the store was at `revision`. False: that was known."""
+        """Record that the store was at `revision` after request `number` was made. False: no new information."""
         place = bisect_left(self._numbers, number)
         if place < len(self._numbers) and self._revisions[place] <= revision:
             return False
@@ -49,18 +49,18 @@ class FreshnessTargets:
         return True
 
     def of(self, number: int) -> int | None:
-        """Return the least revision that will do for who waits for request `number`; None = not known yet."""
+        """Return the least revision that is fresh enough for request `number`; None = not known yet."""
         place = bisect_left(self._numbers, number)
         return self._revisions[place] if place < len(self._numbers) else None
 
     def clear(self) -> None:
-        """Forget all."""
+        """Drop all targets."""
         self._numbers.clear()
         self._revisions.clear()
 
 
 class Blocker:
-    """What holds up the answer to a session: a watch whose trunk must be proven through `revision` first."""
+    """A watch that blocks the answer to its session: its trunk must first be proven through `revision`."""
 
     __slots__ = ("revision", "trunk", "watch")
 
@@ -71,7 +71,7 @@ class Blocker:
 
     @property
     def holds(self) -> bool:
-        """It still holds the session up."""
+        """Whether it still blocks the session."""
         watch = self.watch
         if watch.place is Place.ENDED:
             return False
@@ -87,56 +87,56 @@ class ProgressWaiters:
         self._hub = hub
         self.sessions: dict[Session, None] = {}
         self.targets = FreshnessTargets()
-        # Those that a trunk holds up. A trunk may be gone, until they are looked at again.
+        # Blocked sessions by trunk. A trunk may be closed already, until its sessions are checked again.
         self._under: dict[Source, dict[Session, None]] = {}
 
     def add(self, session: Session, needs: int) -> None:
-        """Take a request of a session: the proof of upstream request `needs` will do. All but two are merged."""
+        """Add a request of a session: an answer to upstream request `needs` is fresh enough. All but two are merged."""
         session.progress_needs = (*session.progress_needs[:1], needs)
         self.sessions[session] = None
 
     def forget(self, session: Session) -> None:
-        """Nothing is to be told to a session any more."""
+        """Remove a session and its requests."""
         session.progress_needs = ()
         self.sessions.pop(session, None)
         self._unblock(session)
 
     def is_listed(self, session: Session) -> bool:
-        """Whether a session that is held up waits and is listed under what holds it up; for checks."""
+        """Whether a blocked session waits and is listed under the trunk that blocks it; for checks."""
         blocker = session.progress_blocker
         return blocker is not None and session in self.sessions and session in self._under.get(blocker.trunk, ())
 
     def is_fresh(self, revision: int, needs: int) -> bool:
-        """Whether etcd is known to have had no more than `revision` at some time after that request was made."""
+        """Whether etcd is known to have had no more than `revision` at some time after request `needs` was made."""
         target = self.targets.of(needs)
         return target is not None and target <= revision
 
     def answer_all(self) -> None:
-        """Answer everybody who can be answered. Nothing has been delivered yet in this input."""
+        """Answer all sessions that can be answered. Nothing must have been delivered yet in this input."""
         for session in tuple(self.sessions):
             self._answer(session)
 
     def learn(self, number: int, revision: int) -> bool:
-        """Take what etcd had after a request, see `FreshnessTargets`. True: less may do now than was known before."""
+        """Record a target, see `FreshnessTargets`. True: a lower revision may be enough than was known before."""
         if not self.targets.learn(number, revision):
             return False
         self.unblock_all()
         return True
 
     def unblock_all(self) -> None:
-        """Forget what holds sessions up, since less may do now."""
+        """Drop all blockers, since a lower revision may be enough now."""
         self._under.clear()
         for session in self.sessions:
             session.progress_blocker = None
 
     def moved(self, sources: Iterable[Source]) -> None:
-        """Answer those who can be answered now that these sources have been proven further."""
+        """Answer the sessions that can be answered now that these sources have advanced."""
         for source in sources:
             for session in tuple(self._under.get(source, ())):
                 self._answer(session)
 
     def _answer(self, session: Session) -> None:
-        """Answer a session if that is possible; if not, note what holds it up."""
+        """Answer a session if possible; otherwise record its blocker."""
         blocker = session.progress_blocker
         if blocker is not None and blocker.holds:
             return
@@ -156,11 +156,11 @@ class ProgressWaiters:
         hub.answer(session, NO_WATCH_ID, hub.header_now(revision))
 
     def _reached(self, session: Session, target: int) -> int | None:
-        """Return the p that a session may be told, `target` or more; None if there is none, and then it is blocked."""
+        """Return the progress that may be sent to a session, `target` or more; None if it is blocked."""
         revision: int | None = None
         least: Watch | None = None
         known = max(session.progress_revision, target)
-        # From the end: upstream watches are asked in order, so that the last one's answer tends to come last.
+        # In reverse: upstream watches are asked in order, so the last one's answer tends to arrive last.
         for watch in reversed(session.watches.values()):
             trunk = watch.trunk
             if not _in_step(watch) or trunk.next_revision <= known:
@@ -189,5 +189,5 @@ class ProgressWaiters:
 
 
 def _in_step(watch: Watch) -> bool:
-    """Whether it was sent everything that its trunk has."""
+    """Whether a watch was sent everything that its trunk has."""
     return watch.place is Place.IN_STEP and watch.source is watch.trunk

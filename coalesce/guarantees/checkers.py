@@ -1,13 +1,13 @@
-"""What a watch promises, as checkers over the recorded life of one client's watch.
+"""The guarantees of a watch, as checkers over the recorded life of one client's watch.
 
-A test that looks at a few events proves that these events came; it does not prove that nothing else went missing. So
-the promises themselves are code: a client writes down what it sent and what it got (a `WatchLog`), somebody else
-knows what the store really did (a `Truth`), and each guarantee is one function that compares the two. The simulator,
-the tests on a real wire, `watchmux demo` and `watchmux measure` all judge by the functions below.
+A test that looks at a few events proves that these events arrived; it does not prove that no other event is missing. So
+the guarantees themselves are code: a client records what it sent and received (a `WatchLog`), a `Truth` holds the real
+changes of the store, and each guarantee is one function that compares the two. The simulator, the tests over real
+connections, `watchmux demo` and `watchmux measure` all use the functions below.
 
-A thousand watches with thousands of events each are judged in seconds: a watch whose events equal the store's, list
-against list, and whose responses follow each other properly breaks nothing, and that costs one comparison per event.
-Only a log that is not so plain goes through the checkers one by one.
+A thousand watches with thousands of events each are checked in seconds: a watch whose events equal the store's, list
+against list, and whose responses are in order breaks no guarantee, which costs one comparison per event. Only other
+logs go through the checkers one by one.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ __all__ = [
     "unique",
 ]  # fmt: skip
 
-# A log that breaks a guarantee mostly breaks it a thousand times; the first few places say where to look.
+# A log that breaks a guarantee usually breaks it a thousand times; the first few places are enough to find the cause.
 VIOLATIONS_MAX = 8
 
 
 def ordered(life: Life) -> list[Violation]:
-    """Revisions never go down; nothing comes before `created` or after `canceled`."""
+    """Revisions never decrease; no response comes before `created` or after `canceled`."""
     found = [each for each in life.misplaced if each.guarantee == "ordered"]
     for span in life.spans:
         last = 0
@@ -80,7 +80,7 @@ def ordered(life: Life) -> list[Violation]:
 
 
 def unique(life: Life) -> list[Violation]:
-    """No (revision, key) comes twice."""
+    """No event, by (revision, key), comes twice."""
     found = []
     for span in life.spans:
         seen: set[tuple[int, bytes]] = set()
@@ -123,7 +123,7 @@ def resumable(life: Life) -> list[Violation]:
 
 
 def bookmarkable(life: Life) -> list[Violation]:
-    """After a progress response of revision p no event <= p comes; p never goes down, nor below what was asked for."""
+    """After a progress response of revision p no event <= p comes; p never decreases, and is not below the start."""
     found = _lost_as(life, "bookmarkable", "missing although a progress response promised it had been sent")
     for span in life.spans:
         marked = event = 0
@@ -147,13 +147,13 @@ def bookmarkable(life: Life) -> list[Violation]:
 
 
 def matching(life: Life) -> list[Violation]:
-    """Every event is one the store made, in the range, not filtered out, and not before the revision asked for."""
+    """Every event is one of the store, in the range, not filtered out, and not before the requested start."""
     found = []
     for span in life.spans:
         seen: set[tuple[int, bytes]] = set()
         for item in span.items:
             for change in item.changes if isinstance(item, ReceivedResponse) else ():
-                # What comes again after a reconnect lies before the start by nature, and is for `unique` to judge.
+                # An event repeated after a reconnect always lies before the start; `unique` checks it.
                 identity = (change.mod_revision, change.key)
                 fault = _mismatch(life, change, 0 if identity in seen else item.floor)
                 seen.add(identity)
@@ -183,7 +183,7 @@ def _content(change: Change) -> tuple[int, bytes, int, int]:
 
 
 def prev_kv_true(life: Life) -> list[Violation]:
-    """prev_kv comes only where asked for, and is the value before the change, or absent after compaction."""
+    """prev_kv comes only if requested, and is the value before the change, or absent after compaction."""
     found = []
     compacted = life.truth.compact_revision
     for change in (change for span in life.spans for change in span_changes(span)):
@@ -191,7 +191,7 @@ def prev_kv_true(life: Life) -> list[Violation]:
         place = f"{change.key!r} at revision {change.mod_revision}"
         if not life.log.prev_kv:
             if change.prev is not None:
-                found.append(Violation("prev_kv_true", f"{place} carries a prev_kv nobody asked for"))
+                found.append(Violation("prev_kv_true", f"{place} carries a prev_kv that was not requested"))
         elif true is not None and change.prev != true.prev and life.truth.prev_known(true):
             if change.prev is None and change.mod_revision <= compacted:
                 continue
@@ -213,8 +213,8 @@ def create_flag(life: Life) -> list[Violation]:
 def header_safe(life: Life) -> list[Violation]:
     """No event at or below a response's header.revision comes after it, and the header is not below its own events.
 
-    etcd itself does not keep this while a watch catches up (its headers carry the store's revision), but clients exist
-    that resume at header.revision + 1 of every response (Node's etcd3), and behind the proxy they lose nothing.
+    etcd itself breaks this while a watch catches up (its headers carry the store's revision), but some clients resume
+    at header.revision + 1 of every response (Node's etcd3), and with the proxy they lose no events.
     """
     found = []
     for span in life.spans:
@@ -223,7 +223,7 @@ def header_safe(life: Life) -> list[Violation]:
             if not isinstance(item, ReceivedResponse):
                 continue
             first, last = item.changes[0].mod_revision, item.changes[-1].mod_revision
-            # The rest of the very revision that came last is for `atomic` and `unique` to judge, not for the header.
+            # The rest of the last revision is checked by `atomic` and `unique`, not here.
             if own_last < first <= header:
                 found.append(Violation("header_safe", f"an event of {first} after a response with header {header}"))
             if item.header < last:
@@ -256,10 +256,10 @@ GUARANTEES: tuple[Callable[[Life], list[Violation]], ...] = (
 def check(
     log: WatchLog, truth: Truth, complete_through: int | None = None, *, safe_headers: bool = False
 ) -> list[Violation]:
-    """Return every guarantee the watch's life breaks, at most `VIOLATIONS_MAX` places each; empty when all are kept.
+    """Return the violations in a watch's life, at most `VIOLATIONS_MAX` per guarantee; empty if all are kept.
 
-    `complete_through`: a revision of which the client must have everything by now (its last span only, unless it was
-    cancelled); None when that is not known. `safe_headers`: judge `header_safe` too, for clients behind the proxy.
+    `complete_through`: the client must have everything through this revision by now (its last span only, unless it was
+    cancelled); None when that is not known. `safe_headers`: check `header_safe` too, for clients of the proxy.
     """
     life = Life(log, truth, complete_through)
     if life.faultless():

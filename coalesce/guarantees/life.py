@@ -1,9 +1,9 @@
-"""The recorded life of one client's watch, read against the truth.
+"""The recorded life of one client's watch, compared with the truth.
 
-`Life` reads a log once and cuts it into *spans*. A span is a stretch in which the client asked for one unbroken
-history: a reconnect that resumes at the client's own next revision continues the span, one that jumps ahead (it gave
-up a compacted part) or goes back (it wants something again) begins a new one, because what is missing or repeated
-there is the client's own wish. Fragments are joined; half a run that a reconnect cut off was never seen.
+`Life` reads a log once and divides it into *spans*. In a span the client requested one unbroken history: a reconnect
+that resumes at the client's own next revision continues the span; one that jumps ahead (over a compacted part) or goes
+back (to get events again) starts a new one, because the client itself requested the gap or the repetition. Fragments
+are joined; an incomplete run that a reconnect cut off counts as not received.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Opened(NamedTuple):
 
 
 class Created(NamedTuple):
-    """The `created` answer came with this header revision."""
+    """The `created` answer arrived with this header revision."""
 
     revision: int
 
 
 class Received(NamedTuple):
-    """A response with events came; `revision` is its header's; `fragment`: more pieces of it follow."""
+    """A response with events arrived; `revision` is its header's; `fragment`: more pieces of it follow."""
 
     revision: int
     changes: Sequence[Change]
@@ -37,20 +37,20 @@ class Received(NamedTuple):
 
 
 class Bookmark(NamedTuple):
-    """A progress response came, under the watch's own id or under -1 for all of its session."""
+    """A progress response arrived, under the watch's own id or under -1 for all of its session."""
 
     revision: int
 
 
 class Canceled(NamedTuple):
-    """The `canceled` answer came; `compact_revision` is 0 unless compaction was the cause."""
+    """The `canceled` answer arrived; `compact_revision` is 0 unless compaction was the cause."""
 
     compact_revision: int
     reason: str
 
 
 class Reopened(NamedTuple):
-    """The client lost its session and asked again, on a new one, from this revision (None: from now)."""
+    """The client lost its session and created the watch again on a new one, from this revision (None: from now)."""
 
     start_revision: int | None
 
@@ -60,7 +60,7 @@ WatchRecord = Opened | Created | Received | Bookmark | Canceled | Reopened
 
 @dataclass(slots=True)
 class WatchLog:
-    """What one watch asked for, and everything that happened to it, in the order its client saw it."""
+    """The request of one watch, and everything that happened to it, in the order its client saw it."""
 
     key: bytes
     range_end: bytes = b""
@@ -71,7 +71,7 @@ class WatchLog:
 
     @property
     def asked(self) -> WatchedRange:
-        """What it asked to see."""
+        """The range and options it requested."""
         return WatchedRange(self.key, self.range_end, self.no_put, self.no_delete, self.prev_kv)
 
 
@@ -87,11 +87,11 @@ class ReceivedResponse(NamedTuple):
 
     header: int
     changes: Sequence[Change]
-    floor: int  # the first revision its create or reopen had asked for
+    floor: int  # the start revision of its create or reopen
 
 
 class Mark(NamedTuple):
-    """A progress response, and the lowest revision that may be promised at this place."""
+    """A progress response, and the lowest revision it may have at this place."""
 
     revision: int
     floor: int
@@ -99,9 +99,9 @@ class Mark(NamedTuple):
 
 @dataclass(slots=True)
 class WatchSpan:
-    """A stretch of a watch's life in which its client asked for one unbroken history."""
+    """A part of a watch's life in which its client requested one unbroken history."""
 
-    # First revision owed; None until the `created` header of a watch from now tells it.
+    # First revision owed; None until the `created` header of a watch from now is known.
     start: int | None
     items: list[ReceivedResponse | Mark] = field(default_factory=list)
     # (start revision, number of items before it) of each session in the span, its first included.
@@ -110,21 +110,21 @@ class WatchSpan:
     last_mark: int = 0
     last_header: int = 0
     canceled: Canceled | None = None
-    # What the client would have resumed from when `canceled` came.
+    # The revision from which the client would have resumed when `canceled` arrived.
     canceled_next: int = 0
-    # The client asked for now, and this is still the session in which it did.
+    # The client requested now, and this is still the session in which it did.
     from_now: bool = False
-    # Every response and bookmark so far follows its forerunner as it should (revisions inside responses not looked at).
+    # Every response and bookmark so far is in order after the one before (revisions inside responses not checked).
     regular: bool = True
 
     @property
     def next_revision(self) -> int:
-        """The first revision the client does not have yet, as far as it was told."""
+        """The first revision the client does not have yet, by the responses it received."""
         return max(self.start or 0, self.last_event + 1, self.last_mark + 1, self.last_header + 1)
 
 
 class Life:
-    """A log read against the truth: its spans, and what the reading itself found to be out of place."""
+    """A log compared with the truth: its spans, and the records found out of place while reading."""
 
     def __init__(self, log: WatchLog, truth: Truth, complete_through: int | None = None) -> None:
         self.log = log
@@ -173,7 +173,7 @@ class Life:
         elif isinstance(record, Canceled):
             if span.canceled is None:
                 span.canceled = record
-                # Without the headers: etcd's promise nothing while a watch catches up.
+                # Headers do not count: etcd's prove nothing while a watch catches up.
                 span.canceled_next = max(span.start or 0, span.last_event + 1, span.last_mark + 1)
         else:
             # A watch from now has everything through its created header; any other begins at the revision it named.
@@ -183,7 +183,7 @@ class Life:
             span.last_mark = max(span.last_mark, record.revision)
 
     def _received(self, record: Received) -> None:
-        """Take in one response; reading a log spends its time here, so the plain case comes straight through."""
+        """Handle one response. Reading a log spends most of its time here, so the common case is fast."""
         if self._waits_for_created or not self.spans or self.spans[-1].canceled is not None:
             self._misplace(record)
         span = self.spans[-1]
@@ -209,7 +209,7 @@ class Life:
             span.last_header = header
 
     def _misplace(self, record: WatchRecord) -> None:
-        """Note a record at a place where it may not be, and make sure that there is a span to judge it in."""
+        """Report a record at a place where it is not allowed, and make sure that there is a span for it."""
         if not self.spans:
             self._found("ordered", f"{record} before the watch was opened")
             self.spans.append(WatchSpan(None))
@@ -222,14 +222,14 @@ class Life:
         self.misplaced.append(Violation(guarantee, text if len(text) < 300 else text[:300] + "..."))
 
     def through(self, span: WatchSpan) -> int:
-        """Return the last revision of which this span must have everything."""
+        """Return the revision through which this span must be complete."""
         seen = max(span.last_event, span.last_mark)
         if span is self.spans[-1] and span.canceled is None and self.complete_through is not None:
             return max(seen, self.complete_through)
         return seen
 
     def cancel_fault(self, span: WatchSpan) -> str:
-        """Tell what is wrong with a cancel by compaction that ended the span; empty when nothing is."""
+        """Return what is wrong with the cancel by compaction that ended the span; empty if it is correct."""
         compact = span.canceled.compact_revision if span.canceled is not None else 0
         if compact and compact not in self.truth.compact_revisions:
             return f"cancelled at {compact}, where the store never was compacted"
@@ -238,7 +238,7 @@ class Life:
         return ""
 
     def faultless(self) -> bool:
-        """Tell, with one comparison per event, that no guarantee is broken; False means: look closer."""
+        """Return whether, by one comparison per event, no guarantee is broken; False: run the checkers."""
         if self.misplaced:
             return False
         for span in self.spans:
@@ -254,7 +254,7 @@ class Life:
         return True
 
     def lost(self) -> list[tuple[str, Change]]:
-        """Return every change that should have come and did not, with the guarantee that its absence breaks."""
+        """Return every missing change, with the guarantee that its absence breaks."""
         if self._lost is None:
             self._lost = [each for span in self.spans for each in self._lost_in(span)]
         return self._lost
@@ -278,12 +278,12 @@ class Life:
 
 
 def span_changes(span: WatchSpan) -> Iterable[Change]:
-    """Return all changes of a span, in the order they came."""
+    """Return all changes of a span, in the order of their arrival."""
     return chain.from_iterable(item.changes for item in span.items if isinstance(item, ReceivedResponse))
 
 
 def _session_gaps(span: WatchSpan) -> list[tuple[int, int]]:
-    """Return, for each session of the span, the revisions between which its first event had to come (exclusive)."""
+    """Return, for each session of the span, the revisions between which its first event must lie (exclusive)."""
     gaps = []
     for start, place in span.sessions:
         before = [

@@ -1,7 +1,7 @@
-"""What the store really did: the side of the guarantee checkers that knows.
+"""The real changes of the store, which the guarantee checkers compare watches with.
 
-Indexed by revision and by key, and cut to ranges and filters once each, so that judging a thousand watches of the
-same few ranges costs a list comparison per watch.
+Indexed by revision and by key, and cut to ranges and filters once each, so that checking a thousand watches of the same
+few ranges costs one list comparison per watch.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Change(NamedTuple):
 
 @dataclass(slots=True)
 class _View:
-    """The truth as one kind of watch should see it: its range, its filters, its prev_kv."""
+    """The truth as one kind of watch should receive it: its range, its filters, its prev_kv."""
 
     changes: list[Change]
     revisions: list[int]
 
 
 class WatchedRange(NamedTuple):
-    """What a watch asked to see: its range [key, range_end), its filters, and whether with the values before."""
+    """The range [key, range_end) and options that a watch requested: its filters, and whether with prev_kv."""
 
     key: bytes
     range_end: bytes = b""
@@ -61,10 +61,10 @@ class WatchedRange(NamedTuple):
 
 
 class Truth:
-    """Every change the store made, and every revision it was compacted at.
+    """Every change of the store, and every revision it was compacted at.
 
-    `changes` are ordered by revision, in the order of their operations inside one. Where a change has no `prev` and an
-    earlier one of its key is known, the value before it is taken from there.
+    `changes` are ordered by revision, and within a revision in the order of the operations. If a change has no `prev`
+    and an earlier change of its key is known, the previous value is taken from that one.
     """
 
     def __init__(self, changes: Iterable[Change], compact_revisions: Iterable[int] = ()) -> None:
@@ -104,7 +104,7 @@ class Truth:
         return self._by_identity.get((revision, key))
 
     def prev_known(self, change: Change) -> bool:
-        """Tell whether the value before this change is known at all (recordings may begin in the middle)."""
+        """Return whether the value before this change is known (recordings may start in the middle)."""
         return (change.mod_revision, change.key) not in self._prev_unknown
 
     def between(self, key: bytes, range_end: bytes, first: int, last: int) -> list[Change]:
@@ -112,7 +112,7 @@ class Truth:
         return _cut(self._view(WatchedRange(key, range_end, prev_kv=True)), first, last)
 
     def expected(self, asked: WatchedRange, first: int, last: int) -> list[Change]:
-        """Return what a watch must receive of the revisions from `first` to `last`, both inclusive."""
+        """Return the changes that a watch must receive with revisions from `first` to `last`, both inclusive."""
         return _cut(self._view(asked), first, last)
 
     def _view(self, asked: WatchedRange) -> _View:
@@ -141,7 +141,7 @@ def _cut(view: _View, first: int, last: int) -> list[Change]:
 
 
 def in_range(key: bytes, first: bytes, range_end: bytes) -> bool:
-    """Tell whether `key` lies in an etcd range: range_end empty is the one key, `\\0` is every key from `first` on."""
+    """Return whether `key` lies in an etcd range: an empty range_end is the one key, `\\0` all keys from `first` on."""
     if not range_end:
         return key == (first or b"\0")
     return key >= first and (range_end == b"\0" or key < range_end)
