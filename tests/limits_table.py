@@ -132,18 +132,18 @@ HTTP2: Final = {
 
 LISTENER: Final = {
     "connections_max": Row(
-        _REFUSED % "connections_max", "proxy/listening/test_listener.py::test_one_connection_too_many_is_told_so"
+        _REFUSED % "connections_max", "proxy/listening/test_listener.py::test_connection_above_the_limit_gets_goaway"
     ),
     "first_bytes_timeout_s": Row(_TIMED_OUT % "first_bytes_timeout_s", f"{_LISTENER}test_times_of_a_connection"),
     "settings_timeout_s": Row(_TIMED_OUT % "settings_timeout_s", f"{_LISTENER}test_times_of_a_connection"),
     "keepalive_interval_s": Row(NOTHING, f"{_LISTENER}test_times_of_a_connection"),
     "keepalive_timeout_s": Row(_TIMED_OUT % "keepalive_timeout_s", f"{_LISTENER}test_times_of_a_connection"),
     "keepalive_min_s": Row(
-        _CUT_OFF % "too_many_pings", "proxy/listening/test_pings.py::test_the_third_early_ping_is_one_too_many"
+        _CUT_OFF % "too_many_pings", "proxy/listening/test_pings.py::test_third_early_ping_is_too_many"
     ),
     "idle_timeout_s": Row(_TIMED_OUT % "idle_timeout_s", f"{_LISTENER}test_times_of_a_connection"),
     "write_buffer_bytes": Row(
-        "watchmux_stalls_total", "proxy/listening/test_listener.py::test_much_to_write_is_not_joined_for_each_stream"
+        "watchmux_stalls_total", "proxy/listening/test_listener.py::test_large_output_is_not_joined_for_each_stream"
     ),
     "unread_bytes_max": Row(
         "watchmux_connections_not_read_total", f"{_LISTENER}test_unread_bytes_beyond_the_limit_pause_reading"
@@ -151,7 +151,7 @@ LISTENER: Final = {
     "reason_s": Row(NOTHING, f"{_LISTENER}test_a_connection_stays_open_for_the_reason_to_be_read"),
     "drain_ping_s": Row(NOTHING, f"{_LISTENER}test_the_final_goaway_follows_an_unanswered_ping"),
     "leaving_per_turn": Row(
-        NOTHING, "proxy/listening/test_leaving.py::test_many_streams_that_leave_at_once_are_forgotten_in_turns"
+        NOTHING, "proxy/listening/test_leaving.py::test_streams_closed_at_once_are_reaped_in_turns"
     ),
 }
 
@@ -161,7 +161,7 @@ WATCH: Final = {
         _REFUSED % "sessions_per_connection_max", "e2e/test_watch.py::test_sessions_per_connection_are_limited"
     ),
     "requests_waiting_bytes_max": Row(
-        _REFUSED % "requests_waiting_bytes_max", "proxy/listening/test_turns.py::test_requests_that_wait_have_a_bound"
+        _REFUSED % "requests_waiting_bytes_max", "proxy/listening/test_turns.py::test_waiting_requests_are_bounded"
     ),
 }
 
@@ -206,7 +206,7 @@ CONNECTION: Final = {
     "connect_timeout_s": Row(
         _UPSTREAM % "connect_timeout_s", f"{_UP}test_an_endpoint_that_says_nothing_is_given_up_and_counted"
     ),
-    "next_address_s": Row(NOTHING, f"{_ADDRESSES}test_an_address_that_swallows_everything_holds_up_nobody"),
+    "next_address_s": Row(NOTHING, f"{_ADDRESSES}test_unresponsive_address_delays_no_client"),
     "settings_timeout_s": Row(
         _UPSTREAM % "settings_timeout_s", f"{_UP}test_one_that_does_not_take_our_settings_is_given_up_and_counted"
     ),
@@ -334,7 +334,7 @@ KEPT: Final = (
         "a request under `--namespace` that is not whole, or that etcd does not take",
         "`translated_request_bytes_max`, `partial_bytes_max`",
         "etcd's taking it, or the call",
-        "proxy/passthrough/test_translating.py::test_requests_that_etcd_does_not_take_count",
+        "proxy/passthrough/test_translating.py::test_requests_not_accepted_by_etcd_are_counted",
     ),
     Kept("a call that passes through", "`max_streams`, `resend_bytes_total_max`", "its end", _GARBAGE),
     Kept(
@@ -359,7 +359,7 @@ KEPT: Final = (
         "the streams of a connection that has ended",
         "`max_streams`",
         "turns of `leaving_per_turn`",
-        "proxy/listening/test_leaving.py::test_many_streams_that_leave_at_once_are_forgotten_in_turns",
+        "proxy/listening/test_leaving.py::test_streams_closed_at_once_are_reaped_in_turns",
     ),
     Kept(
         "orders of delivery that the engine remembers",

@@ -199,12 +199,7 @@ def test_messages_that_cannot_be_translated_are_refused(etcd: EtcdServer) -> Non
                 (packed, (), Status.INTERNAL, "compressed in a call without grpc-encoding"),
                 (packed, (("grpc-encoding", "snappy"),), Status.UNIMPLEMENTED, "use identity or gzip"),
                 (frame(b"no gzip", compressed=True), (gzipped,), Status.INTERNAL, "broken gzip data"),
-                (
-                    frame(b"\xff\xff"),
-                    (),
-                    Status.INTERNAL,
-                    "a message as PutRequest, which --namespace requires",
-                ),
+                (frame(b"\xff\xff"), (), Status.INTERNAL, "a message as PutRequest, which --namespace requires"),
                 (frame(message)[:-1], (), Status.INTERNAL, "the request ended inside a message"),
                 (b"\0\xff\xff\xff\xff", (), Status.RESOURCE_EXHAUSTED, "larger than the maximum"),
             ):

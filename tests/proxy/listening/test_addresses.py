@@ -44,13 +44,13 @@ from upstream.tls import client_context, server_context
         ("127.0.0.1:0", Address("127.0.0.1", 0), "127.0.0.1:0"),
     ],
 )
-def test_where_clients_connect_is_read_as_etcd_writes_it(text: str, address: Address, shown: str) -> None:
+def test_listen_addresses_are_parsed_as_in_etcd(text: str, address: Address, shown: str) -> None:
     assert parse_listen_address(text) == address
     assert str(address) == shown
 
 
 @pytest.mark.parametrize("text", ["unix:", "unix://", "unix:///", "unix:///run/", "http://x:1"])
-def test_what_is_no_place_to_listen_is_refused(text: str) -> None:
+def test_invalid_listen_address_is_refused(text: str) -> None:
     with pytest.raises(BadValue):
         parse_listen_address(text)
 
@@ -146,7 +146,7 @@ def test_http1_over_a_unix_socket(tmp_path: Path) -> None:
         assert b"etcdserver" in client.makefile("rb").read()
 
 
-def test_a_socket_file_that_was_left_behind_is_replaced(tmp_path: Path) -> None:
+def test_stale_socket_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "watchmux.sock"
     with socket.socket(socket.AF_UNIX) as left_behind:
         left_behind.bind(str(path))
@@ -160,7 +160,7 @@ def test_a_socket_file_that_was_left_behind_is_replaced(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_a_socket_in_use_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_socket_in_use_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "watchmux.sock"
     with socket.socket(socket.AF_UNIX) as used:
         used.bind(str(path))
@@ -171,7 +171,7 @@ def test_a_socket_in_use_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFix
             client.connect(str(path))
 
 
-def test_a_file_that_has_become_another_ones_is_left_alone(etcd: EtcdServer, tmp_path: Path) -> None:
+def test_socket_file_of_another_process_is_not_removed(etcd: EtcdServer, tmp_path: Path) -> None:
     path = tmp_path / "watchmux.sock"
 
     async def scenario() -> None:
@@ -193,7 +193,7 @@ def test_a_file_that_has_become_another_ones_is_left_alone(etcd: EtcdServer, tmp
         ("unixs://{}/x.sock", "--listen-addr: unixs requires --cert-file and --key-file"),
     ],
 )
-def test_where_a_socket_cannot_be_is_said_in_one_line(
+def test_unusable_socket_path_is_a_one_line_error(
     listen: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("keep me")
@@ -212,7 +212,7 @@ def test_ipv6_on_both_sides(tmp_path: Path) -> None:
         assert etcd.ctl("get", "a", endpoint=f"http://{endpoint}").stdout == "a\n1\n"
 
 
-def test_all_interfaces_are_those_of_both_families(etcd: EtcdServer) -> None:
+def test_all_interfaces_include_ipv4_and_ipv6(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         async with proxy_for(etcd, host="", port=0) as proxy:
             for host in ("127.0.0.1", "::1"):
@@ -265,7 +265,7 @@ def test_the_addresses_of_a_name_are_tried_in_turn(
     run(scenario())
 
 
-def test_an_address_that_swallows_everything_holds_up_nobody(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresponsive_address_delays_no_client(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
     Resolver(monkeypatch, "etcd.example", "127.0.0.2", "127.0.0.1")
 
     async def scenario() -> None:
@@ -283,9 +283,7 @@ def test_an_address_that_swallows_everything_holds_up_nobody(etcd: EtcdServer, m
 
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 @pytest.mark.parametrize("secure", [False, True])
-def test_nothing_waits_for_a_fuller_packet(
-    loop: Callable[[], asyncio.AbstractEventLoop], secure: bool, tmp_path: Path
-) -> None:
+def test_tcp_nodelay_is_set(loop: Callable[[], asyncio.AbstractEventLoop], secure: bool, tmp_path: Path) -> None:
     """Else an answer beside a busy stream waits for the client's delayed acknowledgement: 40 ms each."""
     files = make_certificates(tmp_path)
     tls = server_context(files.server_cert, files.server_key) if secure else None

@@ -23,7 +23,7 @@ def changed(name: bytes, value: bytes) -> Headers:
     return [*rest, (name, value)]
 
 
-def test_a_good_head_is_read() -> None:
+def test_valid_head_is_parsed() -> None:
     head = RequestHead.parse([*GOOD, (b"grpc-timeout", b"1500m"), (b"grpc-encoding", b"gzip"), (b"hasleader", b"true")])
     assert head.path == b"/etcdserverpb.Watch/Watch"
     assert head.timeout_s == 1.5
@@ -37,7 +37,7 @@ def test_the_first_of_repeated_metadata_counts() -> None:
     assert head.metadata[b"token"] == b"first"
 
 
-def test_without_deadline_and_encoding() -> None:
+def test_head_without_deadline_and_encoding() -> None:
     head = RequestHead.parse(GOOD)
     assert head.timeout_s is None
     assert head.decompress is None
@@ -55,13 +55,13 @@ def test_without_deadline_and_encoding() -> None:
         (b"grpc-encoding", b"snappy", 200, Status.UNIMPLEMENTED),
     ],
 )
-def test_a_bad_head_is_refused(name: bytes, value: bytes, http_status: int, status: Status) -> None:
+def test_invalid_head_is_refused(name: bytes, value: bytes, http_status: int, status: Status) -> None:
     with pytest.raises(CallRefusal) as caught:
         RequestHead.parse(changed(name, value))
     assert (caught.value.http_status, caught.value.status) == (http_status, status)
 
 
-def test_a_refusal_shows_little_of_what_was_sent() -> None:
+def test_refusal_text_truncates_the_clients_bytes() -> None:
     with pytest.raises(CallRefusal) as caught:
         RequestHead.parse(changed(b"content-type", b"\xff" * 10_000))
     assert len(caught.value.text) < 400

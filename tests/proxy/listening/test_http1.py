@@ -31,7 +31,7 @@ def get(path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: etcd\r\nConnection: close\r\n\r\n".encode()
 
 
-def test_pages_and_json_gateway_are_etcds(etcd: EtcdServer) -> None:
+def test_pages_and_json_gateway_come_from_etcd(etcd: EtcdServer) -> None:
     async def run() -> None:
         async with passing(etcd.endpoint) as running:
             version = await ask(running.address, get("/version"))
@@ -60,7 +60,7 @@ def test_first_bytes_may_come_one_by_one(etcd: EtcdServer) -> None:
 
 
 @pytest.mark.parametrize("garbage", [b"\x16\x03\x01\x02\x00", b"\0\0\0\0", b"get / HTTP/1.1\r\n\r\n", b"A" * 40])
-def test_garbage_is_refused_in_words(etcd: EtcdServer, garbage: bytes) -> None:
+def test_garbage_is_refused_with_a_reason(etcd: EtcdServer, garbage: bytes) -> None:
     async def run() -> None:
         async with passing(etcd.endpoint) as running:
             answer = await ask(running.address, garbage)
@@ -70,7 +70,7 @@ def test_garbage_is_refused_in_words(etcd: EtcdServer, garbage: bytes) -> None:
     asyncio.run(run())
 
 
-def test_an_etcd_that_is_not_there_is_a_bad_gateway() -> None:
+def test_unreachable_etcd_is_a_bad_gateway() -> None:
     async def run() -> None:
         port = free_port()
         async with passing(f"{HOST}:{port}") as running:
@@ -81,7 +81,7 @@ def test_an_etcd_that_is_not_there_is_a_bad_gateway() -> None:
     asyncio.run(run())
 
 
-def test_an_endpoint_that_is_dead_is_left_out() -> None:
+def test_dead_endpoint_is_not_used() -> None:
     """The dead one is named first; killing the other one as well leaves a bad gateway, and not the last good answer."""
     with EtcdServer() as other:
 

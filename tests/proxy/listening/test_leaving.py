@@ -26,9 +26,7 @@ async def told_by_turn(rig: Rig) -> list[int]:
 
 
 @pytest.mark.parametrize("connections", [1, 3])
-def test_many_streams_that_leave_at_once_are_forgotten_in_turns(
-    connections: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_streams_closed_at_once_are_reaped_in_turns(connections: int, monkeypatch: pytest.MonkeyPatch) -> None:
     streams = 81
 
     async def scenario() -> None:
@@ -49,7 +47,7 @@ def test_many_streams_that_leave_at_once_are_forgotten_in_turns(
     run(scenario())
 
 
-def test_a_stop_waits_until_all_streams_are_forgotten() -> None:
+def test_stop_waits_until_all_streams_are_reaped() -> None:
     streams = 81
 
     async def scenario() -> None:

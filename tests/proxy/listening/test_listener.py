@@ -57,7 +57,7 @@ def test_a_call_that_ends_at_once_is_trailers_only() -> None:
         ),
     ],
 )
-def test_what_is_no_call_is_answered(head: list[tuple[str, str]], http_status: str, status: Status) -> None:
+def test_request_that_is_not_grpc_is_answered(head: list[tuple[str, str]], http_status: str, status: Status) -> None:
     async def scenario() -> None:
         async with rig_of() as rig, await rig.connect() as client:
             pseudo = [pair for pair in head if pair[0][0] == ":"]
@@ -69,7 +69,7 @@ def test_what_is_no_call_is_answered(head: list[tuple[str, str]], http_status: s
     run(scenario())
 
 
-def test_unclaimed_paths_go_to_passthrough() -> None:
+def test_unrouted_paths_go_to_passthrough() -> None:
     async def scenario() -> None:
         async with rig_of() as rig, await rig.connect() as client:
             rig.listener.passthrough = rig.open
@@ -107,7 +107,7 @@ def test_a_cancel_and_a_lost_connection_reach_the_handlers() -> None:
     run(scenario())
 
 
-def test_a_handler_with_a_bug_costs_its_own_stream_only() -> None:
+def test_failing_handler_resets_only_its_own_stream() -> None:
     async def scenario() -> None:
         async with rig_of() as rig, await rig.connect() as client:
             bad, good = client.call(ECHO), client.call(ECHO)
@@ -122,7 +122,7 @@ def test_a_handler_with_a_bug_costs_its_own_stream_only() -> None:
     run(scenario())
 
 
-def test_writes_of_one_turn_are_one() -> None:
+def test_writes_of_one_turn_are_batched() -> None:
     async def scenario() -> None:
         async with rig_of() as rig, await rig.connect() as client:
             calls = [client.call(ECHO) for _ in range(50)]
@@ -140,7 +140,7 @@ def test_writes_of_one_turn_are_one() -> None:
     run(scenario())
 
 
-def test_what_a_read_touches_is_written_at_its_end() -> None:
+def test_output_of_a_read_is_flushed_at_its_end() -> None:
     """Before anything else of this turn, each connection once; and what is touched later in its own time."""
 
     async def scenario() -> None:
@@ -165,7 +165,7 @@ def test_what_a_read_touches_is_written_at_its_end() -> None:
     run(scenario())
 
 
-def test_a_message_is_written_at_once_unless_anything_waits() -> None:
+def test_message_is_written_at_once_unless_output_is_pending() -> None:
     async def scenario() -> None:
         async with rig_of() as rig, await rig.connect() as client:
             call = client.call(ECHO)
@@ -196,7 +196,7 @@ def test_a_message_is_written_at_once_unless_anything_waits() -> None:
 
 
 @pytest.mark.parametrize("connections", [1, 8])
-def test_much_is_written_before_the_turn_ends(connections: int) -> None:
+def test_large_output_is_written_before_the_turn_ends(connections: int) -> None:
     """The end of the turn finds nothing left."""
 
     async def scenario() -> None:
@@ -218,7 +218,7 @@ def test_much_is_written_before_the_turn_ends(connections: int) -> None:
     run(scenario())
 
 
-def test_a_stream_without_window_drains_when_it_opens() -> None:
+def test_stream_drains_when_its_window_opens() -> None:
     async def scenario() -> None:
         async with rig_of() as rig, await rig.connect(window=65_535) as client:
             call = client.call(ECHO)
@@ -235,7 +235,7 @@ def test_a_stream_without_window_drains_when_it_opens() -> None:
     run(scenario())
 
 
-def test_an_end_that_is_not_fetched_becomes_a_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unread_end_becomes_a_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.listening.calls.UNREAD_END_GRACE_S", 0.05)
 
     async def scenario() -> None:
@@ -254,7 +254,7 @@ def test_an_end_that_is_not_fetched_becomes_a_reset(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "opening", [b"GET / HTTP/1.1\r\n", b"\x16\x03\x01\x02\x00", b"\x00", b"PRI * HTTP/2.0\r\n\r\nXX"]
 )
-def test_what_is_not_http2_is_closed_without_http1(opening: bytes) -> None:
+def test_other_protocol_is_closed_without_http1_handler(opening: bytes) -> None:
     async def scenario() -> None:
         async with rig_of() as rig:
             reader, writer = await asyncio.open_connection(HOST, rig.listener.port)
@@ -270,7 +270,7 @@ def test_what_is_not_http2_is_closed_without_http1(opening: bytes) -> None:
     run(scenario())
 
 
-def test_what_is_not_http2_is_handed_over_with_all_its_bytes() -> None:
+def test_other_protocol_is_handed_over_with_all_its_bytes() -> None:
     class Upper(asyncio.Protocol):
         def __init__(self, transport: asyncio.Transport, opening: bytes) -> None:
             self.transport = transport
@@ -295,7 +295,7 @@ def test_what_is_not_http2_is_handed_over_with_all_its_bytes() -> None:
     run(scenario())
 
 
-def test_a_preface_in_single_bytes() -> None:
+def test_preface_may_arrive_in_single_bytes() -> None:
     async def scenario() -> None:
         async with rig_of() as rig:
             reader, writer = await asyncio.open_connection(HOST, rig.listener.port)
@@ -310,7 +310,7 @@ def test_a_preface_in_single_bytes() -> None:
     run(scenario())
 
 
-def test_much_to_write_is_not_joined_for_each_stream() -> None:
+def test_large_output_is_not_joined_for_each_stream() -> None:
     async def scenario() -> None:
         async with rig_of() as rig, await rig.connect() as client:
             calls = [client.call(ECHO) for _ in range(40)]
@@ -357,7 +357,7 @@ def test_many_small_pieces_are_written_in_parts(pieces: int, writes: int) -> Non
     run(scenario())
 
 
-def test_a_client_that_reads_nothing_is_not_read_either() -> None:
+def test_client_that_does_not_read_is_not_read_from() -> None:
     settings = ListenerSettings(unread_bytes_max=20_000, write_buffer_bytes=10_000)
 
     async def scenario() -> None:
@@ -385,7 +385,7 @@ def test_a_client_that_reads_nothing_is_not_read_either() -> None:
     run(scenario())
 
 
-def test_a_failed_connection_whose_client_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_connection_with_unread_output_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.listening.connection.CLOSE_GRACE_S", 0.2)
 
     async def scenario() -> None:
@@ -438,7 +438,7 @@ def test_settings_must_be_acknowledged() -> None:
     run(scenario())
 
 
-def test_a_client_that_answers_no_ping_is_dropped() -> None:
+def test_client_that_does_not_answer_pings_is_dropped() -> None:
     settings = ListenerSettings(keepalive_interval_s=0.1, keepalive_timeout_s=0.2)
 
     async def scenario() -> None:
@@ -458,7 +458,7 @@ def test_a_client_that_answers_no_ping_is_dropped() -> None:
     run(scenario())
 
 
-def test_one_connection_too_many_is_told_so() -> None:
+def test_connection_above_the_limit_gets_goaway() -> None:
     async def scenario() -> None:
         async with rig_of(ListenerSettings(connections_max=1)) as rig:
             first = await rig.connect()
@@ -509,7 +509,7 @@ def test_drain_in_two_steps() -> None:
     run(scenario())
 
 
-def test_an_idle_connection_is_sent_away_when_asked_for() -> None:
+def test_idle_connection_gets_goaway_if_configured() -> None:
     async def scenario() -> None:
         async with rig_of(ListenerSettings(idle_timeout_s=0.1)) as rig:
             client = await rig.connect()

@@ -19,26 +19,26 @@ def pings(policy: PingPolicy, *sent: tuple[float, int, bool]) -> list[bool]:
     return [policy.too_many(*ping) for ping in sent]
 
 
-def test_pings_at_the_allowed_pace_go_on_for_ever() -> None:
+def test_pings_at_the_allowed_interval_are_accepted() -> None:
     assert not any(pings(PingPolicy(5.0), *((5.0 * number, 7, True) for number in range(1000))))
 
 
-def test_the_third_early_ping_is_one_too_many() -> None:
+def test_third_early_ping_is_too_many() -> None:
     """As in grpc-go: the first is free, two strikes are overlooked."""
     assert pings(PingPolicy(5.0), *((4.99 * number, 7, True) for number in range(4))) == [False, False, False, True]
 
 
-def test_what_is_answered_in_between_forgives() -> None:
+def test_output_between_pings_resets_the_strikes() -> None:
     assert not any(pings(PingPolicy(5.0), *((0.1 * number, number // 3, True) for number in range(100))))
 
 
-def test_without_streams_hours_must_lie_in_between() -> None:
+def test_pings_without_streams_need_two_hours_between() -> None:
     assert not any(pings(PingPolicy(5.0), *((IDLE_MIN_S * number, 7, False) for number in range(9))))
     assert pings(PingPolicy(5.0), *((7000.0 * number, 7, False) for number in range(4)))[-1]
 
 
 @pytest.mark.parametrize("with_stream", [True, False])
-def test_a_client_that_pings_without_end_is_told_why(etcd: EtcdServer, with_stream: bool) -> None:
+def test_client_that_pings_too_often_gets_goaway(etcd: EtcdServer, with_stream: bool) -> None:
     async def scenario() -> None:
         async with (
             proxy_for(etcd) as proxy,

@@ -73,7 +73,9 @@ def trusting(files: Certificates, protocols: Sequence[str] = PROTOCOLS) -> ssl.S
     ("offered", "chosen"),
     [(("h2",), "h2"), (("http/1.1",), "http/1.1"), (("http/1.1", "h2"), "h2"), (("other",), None)],
 )
-def test_protocols_are_agreed_on(etcd: EtcdServer, files: Certificates, offered: tuple[str, ...], chosen: str) -> None:
+def test_alpn_protocol_is_negotiated(
+    etcd: EtcdServer, files: Certificates, offered: tuple[str, ...], chosen: str
+) -> None:
     async def scenario() -> None:
         async with (
             proxy_for(etcd, tls=server_context(files.server_cert, files.server_key)) as proxy,
@@ -190,7 +192,7 @@ def test_renewed_files_are_used_towards_etcd(tmp_path: Path) -> None:
         run(scenario(etcd))
 
 
-def test_clients_without_a_good_certificate_are_refused(etcd: EtcdServer, files: Certificates, tmp_path: Path) -> None:
+def test_clients_without_a_valid_certificate_are_refused(etcd: EtcdServer, files: Certificates, tmp_path: Path) -> None:
     strangers = make_certificates(tmp_path)
 
     async def refused(proxy: Proxy, context: ssl.SSLContext) -> None:
@@ -213,7 +215,7 @@ def test_clients_without_a_good_certificate_are_refused(etcd: EtcdServer, files:
     run(scenario())
 
 
-def test_handshakes_that_lead_nowhere(etcd: EtcdServer, files: Certificates) -> None:
+def test_unfinished_handshakes_time_out(etcd: EtcdServer, files: Certificates) -> None:
     """They count as connections, and are closed when their time is over; nobody else notices."""
 
     async def scenario() -> None:
@@ -252,9 +254,7 @@ def test_handshakes_that_lead_nowhere(etcd: EtcdServer, files: Certificates) -> 
 @pytest.mark.parametrize(
     ("days", "complaint"), [((-9, -2), "certificate has expired"), ((2, 9), "certificate is not yet valid")]
 )
-def test_certificates_out_of_their_time_are_refused_at_the_start(
-    tmp_path: Path, days: tuple[int, int], complaint: str
-) -> None:
+def test_certificate_outside_its_validity_is_refused(tmp_path: Path, days: tuple[int, int], complaint: str) -> None:
     begin, end = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=day) for day in days)
     wrong = trustme.CA().issue_cert("localhost", not_before=begin, not_after=end)
     cert, key = str(tmp_path / "wrong.pem"), str(tmp_path / "wrong.key")

@@ -56,7 +56,7 @@ class Worker:
             self.turns.wait(self)
 
 
-def test_a_turn_is_shared_by_all_and_leaves_a_part() -> None:
+def test_turn_is_shared_and_keeps_a_reserve() -> None:
     async def scenario() -> None:
         turns, log = Turns(1_000), list[str]()
         large = [Worker(turns, log, name, 2 * SHARE) for name in "abcdef"]
@@ -76,7 +76,7 @@ def test_a_turn_is_shared_by_all_and_leaves_a_part() -> None:
     run(scenario())
 
 
-def test_a_step_that_costs_too_much_is_paid() -> None:
+def test_step_over_budget_is_charged() -> None:
     """The one that took it has had its turn, and the turn is over."""
 
     async def scenario() -> None:
@@ -91,7 +91,7 @@ def test_a_step_that_costs_too_much_is_paid() -> None:
     run(scenario())
 
 
-def test_what_is_spent_comes_back_with_the_next_turn() -> None:
+def test_budget_is_restored_in_the_next_turn() -> None:
     async def scenario() -> None:
         turns = Turns(1_000)
         turns.spend(5_000)
@@ -101,7 +101,7 @@ def test_what_is_spent_comes_back_with_the_next_turn() -> None:
     run(scenario())
 
 
-def test_many_connections_are_told_to_go_in_parts() -> None:
+def test_many_connections_are_handled_in_parts() -> None:
     """A drain, and the look for silent connections, with twenty thousand of them."""
 
     async def scenario() -> None:
@@ -161,7 +161,7 @@ WORK = {
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_many_messages_of_one_frame_are_taken_in_turns(
+def test_many_messages_of_one_frame_are_handled_in_turns(
     etcd: EtcdServer, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count, work = WORK[name]
@@ -187,7 +187,7 @@ def test_many_messages_of_one_frame_are_taken_in_turns(
     run(scenario())
 
 
-def test_requests_full_of_filters_are_taken_one_by_one(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_full_of_filters_are_handled_one_by_one(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 MB each when they are inflated: one is as much as a turn."""
 
     async def scenario() -> None:
@@ -208,7 +208,7 @@ def test_requests_full_of_filters_are_taken_one_by_one(etcd: EtcdServer, monkeyp
     run(scenario())
 
 
-def test_another_stream_of_the_connection_has_its_turn(etcd: EtcdServer) -> None:
+def test_another_stream_of_the_connection_gets_its_turn(etcd: EtcdServer) -> None:
     """Not behind all that waits on the first."""
 
     async def scenario() -> None:
@@ -227,7 +227,7 @@ def test_another_stream_of_the_connection_has_its_turn(etcd: EtcdServer) -> None
     run(scenario())
 
 
-def test_a_client_that_reads_no_answers_is_asked_no_more(etcd: EtcdServer) -> None:
+def test_requests_wait_while_responses_are_unread(etcd: EtcdServer) -> None:
     """Duplicates are answered with ten times their size: what waits to be read is bounded, and asks on when it is."""
 
     async def scenario() -> None:
@@ -248,7 +248,7 @@ def test_a_client_that_reads_no_answers_is_asked_no_more(etcd: EtcdServer) -> No
     run(scenario())
 
 
-def test_requests_that_wait_hold_up_their_client() -> None:
+def test_waiting_requests_block_their_client() -> None:
     """While etcd does not answer: a line, a window, and not a byte more of each stream."""
     line_bytes_max = 20_000
 
@@ -272,7 +272,7 @@ def test_requests_that_wait_hold_up_their_client() -> None:
         run(scenario(etcd))
 
 
-def test_requests_that_wait_have_a_bound() -> None:
+def test_waiting_requests_are_bounded() -> None:
     """Beyond it the stream that keeps most waiting ends; the others are served when etcd answers."""
     limit = 100_000
 
@@ -308,7 +308,7 @@ def test_requests_that_wait_have_a_bound() -> None:
         run(scenario(etcd))
 
 
-def test_half_requests_count_and_are_given_back(etcd: EtcdServer) -> None:
+def test_partial_requests_are_counted_and_released(etcd: EtcdServer) -> None:
     limit = 50_000
 
     async def scenario() -> None:
@@ -344,7 +344,7 @@ def test_a_half_close_comes_after_the_requests_before_it(etcd: EtcdServer) -> No
 
 
 @pytest.mark.parametrize("few", [True, False])
-def test_filters_mean_what_they_are(few: bool) -> None:
+def test_only_known_filters_count(few: bool) -> None:
     """However many there are, and whatever numbers: two of them mean something."""
     for numbers in ([], [0], [1], [0, 1], [2], [128], [129, 1], [255], [-1], [2**31 - 1], [256], [16_513], [128, 0]):
         wanted = (0 in numbers, 1 in numbers)
@@ -353,7 +353,7 @@ def test_filters_mean_what_they_are(few: bool) -> None:
         assert filters_of(request) == wanted, numbers
 
 
-def test_floods_are_what_they_say() -> None:
+def test_flood_messages_are_watch_requests() -> None:
     """Their messages are watch requests, and those with filters have as many as a request may hold."""
     for messages, metadata in FLOODS.values():
         (message,) = deque(messages(1), maxlen=1)

@@ -89,7 +89,7 @@ def test_etcdctl_stays_with_the_proxy(etcd: EtcdServer) -> None:
         assert etcd.ctl("get", "--prefix", "", "--keys-only").stdout == "/ns/a\n\n"
 
 
-def test_fields_of_a_later_etcd_stay() -> None:
+def test_unknown_fields_of_members_are_kept() -> None:
     (translation,) = rules(URL).translations.values()
     member = rpc_pb2.Member(ID=1, name="a", clientURLs=["http://1", "http://2"])
     later = rpc_pb2.MemberListResponse(members=[member]).SerializeToString() + b"\xa2\x06\x03new"
@@ -100,7 +100,7 @@ def test_fields_of_a_later_etcd_stay() -> None:
 
 
 @pytest.mark.parametrize(("secure", "url"), [(False, "http://proxy:1"), (True, "https://proxy:1")])
-def test_without_a_scheme_the_url_has_the_listeners(tmp_path: Path, secure: bool, url: str) -> None:
+def test_url_without_scheme_gets_the_listeners_scheme(tmp_path: Path, secure: bool, url: str) -> None:
     files = make_certificates(tmp_path)
     certificate, key = (files.server_cert, files.server_key) if secure else ("", "")
     settings = Settings(listener=ListenerTable(advertise_client_url="proxy:1", cert_file=certificate, key_file=key))

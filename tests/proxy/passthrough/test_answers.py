@@ -75,7 +75,7 @@ def gone(call: ScriptedCall) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_an_answer_that_breaks_off_has_one_head(
+def test_interrupted_response_has_one_head(
     second: Callable[[ScriptedCall], None], status: Status, text: str, messages: list[bytes]
 ) -> None:
     """What comes of the second try goes out as trailers (RFC 9113 8.1): never with a second `:status`."""
@@ -123,7 +123,7 @@ def test_an_answer_that_breaks_off_has_one_head(
     run(scenario())
 
 
-def test_a_head_that_says_it_all_becomes_trailers() -> None:
+def test_trailers_only_head_becomes_trailers() -> None:
     plain = [(b"grpc-status", b"0"), (b"x", b"y")]
     assert trailers_of(plain, 0, "") is plain
     head = [(b":status", b"200"), (b"content-type", b"application/grpc"), *plain]

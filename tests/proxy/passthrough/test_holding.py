@@ -55,7 +55,7 @@ async def connected(running: Running) -> AsyncIterator[RawClient]:
         yield client
 
 
-def test_call_waits_until_an_etcd_is_there() -> None:
+def test_call_waits_until_etcd_is_reachable() -> None:
     async def scenario() -> None:
         async with waiting() as (running, client, port):
             call = client.call(PUT, [("grpc-timeout", "20S")])
@@ -158,7 +158,7 @@ def test_refusals_are_logged_at_intervals(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out.count("calls_refused") == 1
 
 
-def test_call_whose_client_leaves_waits_no_longer() -> None:
+def test_call_whose_client_disconnects_stops_waiting() -> None:
     async def scenario() -> None:
         async with waiting() as (running, client, port):
             stats = running.passthrough.stats
@@ -225,7 +225,7 @@ def test_waiting_bodies_leave_the_connection_its_window() -> None:
     run(scenario())
 
 
-def test_call_sends_on_in_its_window_after_it_has_waited() -> None:
+def test_call_keeps_its_window_after_waiting() -> None:
     async def scenario() -> None:
         async with waiting() as (running, client, port):
             call = client.call(PUT)
@@ -279,7 +279,7 @@ def test_many_calls_are_refused_in_turns(monkeypatch: pytest.MonkeyPatch) -> Non
     run(scenario())
 
 
-def test_call_that_waits_for_room_waits_for_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_call_waiting_for_a_free_stream_keeps_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deciding, "FULL_WAIT_MIN_S", 0.05)
 
     async def scenario() -> None:

@@ -61,7 +61,7 @@ def test_messages_in_pieces_of_any_size(size: int) -> None:
     assert (made.held, made.pending, made.busy) == (0, False, False)
 
 
-def test_what_inflates_is_bounded_in_each_step() -> None:
+def test_decompression_is_bounded_in_each_step() -> None:
     """2 KiB that inflate to 2 MiB take more than thirty steps, and are counted as they grow."""
     made = work()
     made.feed(packed(rpc_pb2.RangeResponse(kvs=[kv_pb2.KeyValue(value=bytes(2 << 20))]).SerializeToString()))
@@ -87,7 +87,7 @@ def test_what_inflates_is_bounded_in_each_step() -> None:
     ],
     ids=("too large", "inflates too far", "a bomb", "broken", "empty", "unknown flag"),
 )
-def test_what_cannot_be_read_ends_the_call(data: bytes, code: Status, text: str) -> None:
+def test_malformed_message_ends_the_call(data: bytes, code: Status, text: str) -> None:
     made = work(200_000 if len(data) > 10_000 else 2000)
     with pytest.raises(FramingError) as error:
         drive(made, data)

@@ -234,7 +234,7 @@ async def test_large_messages_pass_under_flow_control(running: Running) -> None:
 
 
 @story
-async def test_a_slow_reader_holds_nothing_but_itself_up(running: Running) -> None:
+async def test_slow_reader_delays_only_itself(running: Running) -> None:
     """Its server is held up by flow control: no more than some windows wait in the proxy."""
     method: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = running.channel.unary_stream("/any.Service/Flood")
     flood = method(b"%d" % (BIG >> 20))
@@ -249,7 +249,7 @@ async def test_a_slow_reader_holds_nothing_but_itself_up(running: Running) -> No
 
 
 @pytest.mark.parametrize(("per_connection", "in_all"), [(3, 7), (100, 5)])
-def test_clients_that_do_not_read_hold_up_nobody_else(per_connection: int, in_all: int) -> None:
+def test_clients_that_do_not_read_delay_no_others(per_connection: int, in_all: int) -> None:
     """Unread answers fill the window of the connection to etcd, which all clients share: they are bounded."""
     window = ConnectionSettings(connection_window_bytes=16 * MIB)
     bounds = PassthroughSettings(unread_bytes_per_connection_max=per_connection * MIB, unread_bytes_max=in_all * MIB)
@@ -279,7 +279,7 @@ def test_clients_that_do_not_read_hold_up_nobody_else(per_connection: int, in_al
     asyncio.run(run())
 
 
-def test_requests_kept_to_be_sent_again_are_bounded() -> None:
+def test_requests_kept_for_resending_are_bounded() -> None:
     bounds = PassthroughSettings(resend_bytes_max=1000, resend_bytes_total_max=2500)
 
     async def run() -> None:
@@ -300,7 +300,7 @@ def test_requests_kept_to_be_sent_again_are_bounded() -> None:
     asyncio.run(run())
 
 
-def test_a_broken_upstream_ends_its_calls_and_is_found_again() -> None:
+def test_lost_upstream_ends_its_calls_and_is_reconnected() -> None:
     async def run() -> None:
         server = grpc.aio.server()
         echo = Echo()
@@ -325,7 +325,7 @@ def test_a_broken_upstream_ends_its_calls_and_is_found_again() -> None:
     asyncio.run(run())
 
 
-def test_goes_on_with_the_endpoint_that_lives() -> None:
+def test_calls_continue_at_the_live_endpoint() -> None:
     async def run() -> None:
         async with echo_server() as (_, address), passing(f"{HOST}:{free_port()},{address}") as running:
             for _ in range(10):
@@ -363,7 +363,7 @@ def test_message_boundary(step: int) -> None:
         assert boundary.inside == (min(start + step, len(stream)) not in ends)
 
 
-def test_calls_that_end_give_back_what_etcd_has_not_taken(etcd: EtcdServer) -> None:
+def test_ended_calls_credit_bytes_etcd_has_not_taken(etcd: EtcdServer) -> None:
     """Else a connection's window shrinks with each of them, until nothing can be sent on it any more."""
 
     async def scenario() -> None:

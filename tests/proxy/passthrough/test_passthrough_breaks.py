@@ -119,7 +119,7 @@ def test_2000_lease_keep_alives_in_a_second(etcd: EtcdServer) -> None:
     asyncio.run(run())
 
 
-def test_the_cluster_looks_as_etcd_shows_it(etcd: EtcdServer) -> None:
+def test_member_list_and_status_are_etcds(etcd: EtcdServer) -> None:
     async def run() -> None:
         async with passing(etcd.endpoint) as running, grpc.aio.insecure_channel(etcd.endpoint) as channel:
             both = (running.channel, channel)

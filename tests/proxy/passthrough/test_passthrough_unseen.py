@@ -119,7 +119,7 @@ def go_away(call: ScriptedCall) -> None:
 
 @pytest.mark.parametrize("refusal", [refuse, go_away])
 @pytest.mark.parametrize("path", [RANGE, *WRITES])
-def test_what_no_server_has_looked_at_is_sent_again(path: str, refusal: Callable[[ScriptedCall], None]) -> None:
+def test_unprocessed_call_is_resent(path: str, refusal: Callable[[ScriptedCall], None]) -> None:
     async def story() -> None:
         async with scripted() as shy, scripted() as other, passing(f"{shy.endpoint},{other.endpoint}") as running:
             shy.on_call = refusal
@@ -138,7 +138,7 @@ def test_what_no_server_has_looked_at_is_sent_again(path: str, refusal: Callable
 
 @pytest.mark.parametrize("path", [RANGE, *WRITES])
 @pytest.mark.parametrize(("status", "text"), [(14, LEARNER_TEXT), (9, LEARNER_TEXT), (14, NO_LEADER_TEXT)])
-def test_what_a_member_that_does_not_serve_refuses_is_sent_again(path: str, status: int, text: str) -> None:
+def test_call_refused_by_a_member_not_serving_is_resent(path: str, status: int, text: str) -> None:
     """etcd's interceptors refuse it before anything is done (api/v3rpc/interceptor.go)."""
 
     async def story() -> None:
@@ -157,7 +157,7 @@ def test_what_a_member_that_does_not_serve_refuses_is_sent_again(path: str, stat
     asyncio.run(story())
 
 
-def test_what_everybody_refuses_ends_as_it_was_refused() -> None:
+def test_call_refused_by_all_members_ends_with_their_status() -> None:
     async def story() -> None:
         async with scripted() as one, scripted() as other, passing(f"{one.endpoint},{other.endpoint}") as running:
             one.on_call = other.on_call = refuse
@@ -186,7 +186,7 @@ def give_up(call: ScriptedCall) -> None:
 @pytest.mark.parametrize(
     ("path", "end"), [*((path, end) for path in WRITES for end in (lose, give_up)), (RANGE, give_up)]
 )
-def test_what_may_have_been_done_is_never_sent_again(path: str, end: Callable[[ScriptedCall], None]) -> None:
+def test_call_that_may_have_been_processed_is_not_resent(path: str, end: Callable[[ScriptedCall], None]) -> None:
     """An endpoint dies with a write in its hands; another one would take it at once, and do it a second time."""
 
     def write(server: ScriptedEtcd) -> None:

@@ -93,7 +93,7 @@ def unread(client: RawClient) -> RawStream:
     return call
 
 
-def test_a_large_answer_is_changed_in_turns(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_response_is_translated_in_turns(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is changed piece by piece, and the loop is free in between."""
     turns: list[int] = []
     turn = TranslatingPassthrough._turn
@@ -122,7 +122,7 @@ def test_a_large_answer_is_changed_in_turns(etcd: EtcdServer, monkeypatch: pytes
     assert max(turns) > 19_000_000
 
 
-def test_few_large_messages_are_changed_side_by_side(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_large_messages_are_translated_at_a_time(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many answers that come at once in gzip, few are inflated at a time; who leaves is not kept in line."""
     most = 0
     turn = TranslatingPassthrough._turn
@@ -160,7 +160,7 @@ def test_few_large_messages_are_changed_side_by_side(etcd: EtcdServer, monkeypat
     assert most < 8 * 2.2 * MIB + 40 * 200_000
 
 
-def test_requests_that_etcd_does_not_take_count(etcd: EtcdServer) -> None:
+def test_requests_not_accepted_by_etcd_are_counted(etcd: EtcdServer) -> None:
     """What waits for an etcd that reads nothing is counted as it is here, and given back with its calls."""
 
     async def scenario() -> None:
@@ -189,7 +189,7 @@ def waiting(proxy: Proxy) -> int:
     return proxy.passthrough.stats.partial_bytes
 
 
-def test_who_has_most_unfinished_loses_its_calls(etcd: EtcdServer) -> None:
+def test_connection_with_most_unfinished_bytes_loses_its_calls(etcd: EtcdServer) -> None:
     """One client at the bound of all does not keep others from their calls."""
     half = rpc_pb2.PutRequest(key=b"k", value=bytes(50_000)).SerializeToString()
 

@@ -7,7 +7,7 @@ import random
 from proxy.passthrough.waiting import WaitingCalls, wait_until
 
 
-def test_oldest_call_is_served_first_whatever_its_time() -> None:
+def test_calls_are_served_oldest_first() -> None:
     calls: WaitingCalls[str] = WaitingCalls()
     for name, until in (("a", 3.0), ("b", 1.0), ("c", 2.0)):
         calls.add(name, until)
@@ -27,7 +27,7 @@ def test_oldest_call_is_served_first_whatever_its_time() -> None:
     assert calls.next_expiry is None
 
 
-def test_calls_that_have_left_are_let_go() -> None:
+def test_removed_calls_are_not_kept_in_memory() -> None:
     calls: WaitingCalls[int] = WaitingCalls()
     calls.add(-1, 0.5)
     for number in range(10_000):
