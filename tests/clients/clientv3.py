@@ -1,4 +1,4 @@
-"""The program of `go/` as a process: its flags, and the JSON lines that it prints."""
+"""The Go program in `go/` as a process: its flags, and the JSON lines that it prints."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ class Clientv3:
         return until(lambda: next((line for line in self.lines() if found(line)), None) or {}, what, timeout_s)
 
     def finish(self, timeout_s: float = 30.0) -> list[Line]:
-        """Close its stdin, wait until it has ended and return all that it printed."""
+        """Close its stdin, wait until it ends and return everything that it printed."""
         assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.close()
         return self.wait(timeout_s)
 
     def wait(self, timeout_s: float = 30.0) -> list[Line]:
-        """Wait until it has ended by itself and return all that it printed."""
+        """Wait until it ends by itself and return everything that it printed."""
         assert self._process is not None
         assert self._process.wait(timeout_s) == 0
         self._reader.join(timeout_s)

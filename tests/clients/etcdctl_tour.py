@@ -1,6 +1,6 @@
-"""A tour through etcdctl's commands: a table of steps, played against any endpoint and recorded.
+"""A tour of etcdctl's commands: a table of steps, run against any endpoint and recorded.
 
-The same tour played against etcd itself and through the proxy must print the same, but for what differs between any
+The same tour must print the same against etcd itself and through the proxy, except for values that differ between any
 two clusters: ids, ports, sizes, times, the raft index.
 """
 
@@ -20,7 +20,7 @@ from tests.waiting import until
 
 @dataclass(frozen=True)
 class Run:
-    """A command that ends by itself. `LEASE` and `FILE` in its arguments are filled in by the player."""
+    """A command that ends by itself. The player replaces `LEASE` and `FILE` in its arguments."""
 
     arguments: str
     stdin: str | None = None
@@ -28,8 +28,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Follow:
-    """A command that runs on: once etcd counts its `watches` and `first` lines came, play `during`; interrupt it
-    when it has printed `lines` lines."""
+    """A command that does not end by itself.
+
+    Once etcd counts its `watches` and `first` lines were printed, `during` is run; after `lines` lines the command is
+    interrupted.
+    """
 
     arguments: str
     lines: int
@@ -38,7 +41,7 @@ class Follow:
     watches: int = 0
     first: int = 0
     each: int = 0
-    """Lines to wait for after each step of `during`: the watches of one etcdctl print side by side."""
+    """Lines to wait for after each step of `during`: the watches of one etcdctl print concurrently."""
 
 
 KEYS = (
@@ -156,7 +159,7 @@ _FREE = (
 
 
 def neutral(text: str) -> str:
-    """Replace what may differ between two clusters by a word for it."""
+    """Replace values that may differ between two clusters by placeholders."""
     for pattern, word in _FREE:
         text = pattern.sub(word, text)
     return text
@@ -164,7 +167,7 @@ def neutral(text: str) -> str:
 
 @dataclass
 class Player:
-    """Plays steps with one etcdctl against one endpoint and keeps what was printed."""
+    """Runs steps with one etcdctl against one endpoint and records the output."""
 
     etcdctl: Path
     endpoint: str
@@ -238,7 +241,7 @@ class Player:
         until(lambda: self.watchers() <= before, f"{step.arguments} to leave")
 
     def play(self, steps: tuple[Run | Follow, ...]) -> list[str]:
-        """Play `steps` in order and return what each printed, made neutral."""
+        """Run `steps` in order and return the output of each, with placeholders."""
         for step in steps:
             if isinstance(step, Run):
                 self._run(step)

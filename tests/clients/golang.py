@@ -1,8 +1,8 @@
-"""clientv3, etcd's own Go client, in a program for the tests (`go/`), built with Debian's Go and Debian's clientv3.
+"""clientv3, etcd's own Go client, in a test program (`go/`) built with Debian's Go and Debian's clientv3.
 
-Nothing is installed: compiler and sources are unpacked below `.clients/go/`, from the suite that the newest etcd comes
-from, and the build reads nothing else. Of the packages that golang-etcd-server-dev depends on, only those that
-clientv3 imports are fetched (60 MB instead of 310).
+Nothing is installed: compiler and sources are unpacked below `.clients/go/`, from the suite of the newest etcd, and the
+build reads nothing else. Of the dependencies of golang-etcd-server-dev, only those that clientv3 imports are fetched
+(60 MB instead of 310).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _LIBRARIES: Final = (
 
 
 def _fetch() -> None:
-    """Unpack compiler and libraries, unless they are there. Raises ClientMissing."""
+    """Unpack compiler and libraries, unless present. Raises ClientMissing."""
     unpacked = ROOT / "debian"
     if (ROOT / "complete").exists():
         return
@@ -82,7 +82,7 @@ def _compile() -> None:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Hold a lock against other workers of a test run."""
+    """Hold a lock that excludes the other workers of a test run."""
     ROOT.mkdir(parents=True, exist_ok=True)
     with (ROOT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -91,7 +91,7 @@ def _alone() -> Iterator[None]:
 
 @functools.cache
 def program() -> Path:
-    """Return the path of the program, built from the sources as they are. Raises ClientMissing with the reason."""
+    """Return the path of the program, built from the current sources. Raises ClientMissing with the reason."""
     with _alone():
         newest = max(source.stat().st_mtime for source in SOURCES.glob("*.go"))
         if not PROGRAM.exists() or PROGRAM.stat().st_mtime < newest:

@@ -1,7 +1,7 @@
-"""Real client libraries, each in an environment of its own below `.clients/`, and the program that tours with it.
+"""Real client libraries, each in a separate environment below `.clients/`, and the tour program of each.
 
-The libraries want dependencies of different ages, so none shares the tests' environment. They come from PyPI and npm
-through the ordinary clients; Node.js, where the machine has none, from the machine's own Debian.
+The libraries need dependencies of different ages, so none shares the tests' environment. They come from PyPI and npm
+through the ordinary clients; Node.js, where the machine has none, comes from the machine's own Debian.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ PROGRAMS = Path(__file__).resolve().parent / "programs"
 
 
 class ClientMissing(RuntimeError):
-    """A client library could not be had; the text says which and what to do."""
+    """A client library is not available; the text names it and the remedy."""
 
 
 @dataclass(frozen=True)
 class Library:
-    """One client library: what to install, and the program that uses it."""
+    """One client library: the packages to install, and the program that uses it."""
 
     name: str
     packages: tuple[str, ...]
@@ -45,7 +45,7 @@ class Library:
         return ROOT / self.name
 
     def install(self) -> None:
-        """Install it, unless it is there. Raises ClientMissing."""
+        """Install it, unless present. Raises ClientMissing."""
         if (self.home / "complete").exists():
             return
         ROOT.mkdir(exist_ok=True)
@@ -62,7 +62,7 @@ class Library:
         """The command line of its tour, or of another program; `tls`: paths of authority, client certificate, key."""
         name = program or self.program
         if self.is_node:
-            # Node looks for packages beside the program.
+            # Node looks for packages next to the program.
             copied = self.home / name
             shutil.copy(PROGRAMS / name, copied)
             return ["node", str(copied), host, str(port), *tls]

@@ -1,4 +1,4 @@
-"""A real client's watch while the store is restored from a snapshot: does its application start again?"""
+"""A real client's watch while the store is restored from a snapshot: does its application restart the watch?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROGRAMS = {
     "python-aetcd": "python_aetcd_again.py",
     "node-etcd3": "node_etcd3_again.mjs",
 }
-"""Programs that watch w/ and start again on each error, by the library they use."""
+"""Programs that watch w/ and restart on each error, by library."""
 
 
 class Watching:
@@ -33,14 +33,14 @@ class Watching:
         return self._output.read_text().splitlines()
 
     def has(self, line: str, times: int = 1) -> bool:
-        """Whether it has printed a line that often."""
+        """Return whether it has printed a line that often."""
         assert self.process.poll() is None, f"the client ended: {self.lines()}"
         return self.lines().count(line) >= times
 
 
 @contextmanager
 def watching(command: Sequence[str]) -> Iterator[Watching]:
-    """Run a program that watches; it is killed at the end."""
+    """Run a program that watches; kill it at the end."""
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "output"
         with output.open("wb") as to:

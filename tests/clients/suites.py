@@ -1,9 +1,9 @@
-"""`python -m tests.clients.suites FOLDER`: the clients' own test suites, straight to etcd and through the proxy.
+"""`python -m tests.clients.suites FOLDER`: the clients' own test suites, directly at etcd and through the proxy.
 
-FOLDER holds their sources, for no release carries all of its tests: `node-etcd3` (github.com/microsoft/etcd3, v1.1.2,
-after `npm install` and `npx tsc`), `aetcd` (github.com/martyanov/aetcd), `python-etcd3` (the source release 0.12.0),
-`etcd3gw` (github.com/openstack/etcd3gw). Each suite of Python runs in an environment of its own below FOLDER, and each
-with a fresh etcd for each way; the numbers that come out stand in docs/clients.md.
+FOLDER holds their sources, since no release contains all tests: `node-etcd3` (github.com/microsoft/etcd3, v1.1.2, after
+`npm install` and `npx tsc`), `aetcd` (github.com/martyanov/aetcd), `python-etcd3` (the source release 0.12.0),
+`etcd3gw` (github.com/openstack/etcd3gw). Each Python suite runs in a separate environment below FOLDER, and each suite
+with a new etcd for each route; docs/clients.md lists the resulting numbers.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from tests.proxy_process import ProxyProcess
 
 LIMIT_S = 600
 PORT = 2379
-"""Where it is tried, which must be free: some of the tests know no other."""
+"""The port of the tests, which must be free: some of the suites know no other."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """How one suite is run."""
+    """How to run one suite."""
 
     name: str
     packages: tuple[str, ...]
-    """Of Python, beside the client itself; none for Node's."""
+    """Python packages besides the client itself; none for Node's."""
 
     command: tuple[str, ...]
-    """In the folder of the sources; `python` is the environment's."""
+    """The command, run in the folder of the sources; `python` is the environment's."""
 
     address: tuple[tuple[str, str], ...]
-    """The variables that say where etcd is, as templates of {endpoint} (HOST:PORT) and {port}."""
+    """The variables that hold etcd's address, as templates of {endpoint} (HOST:PORT) and {port}."""
 
     tls: tuple[str, str] = ("", "")
-    """Certificate and key, in the sources, that its server has to have; plain text without."""
+    """The server certificate and key that it requires, in the sources; plain text without."""
 
 
 class TlsEtcd(EtcdServer):
-    """An etcd with a certificate of the suite's, which is not looked at here."""
+    """An etcd with the suite's certificate, which is not verified here."""
 
     def __init__(self, certificate: Path, key: Path) -> None:
         super().__init__(extra=[f"--cert-file={certificate}", f"--key-file={key}"])
@@ -126,7 +126,7 @@ def run_suite(suite: Suite, folder: Path, server: EtcdServer, endpoint: str) -> 
 
 
 def counted(output: str) -> str:
-    """What pytest or mocha say at their ends: "90 passed, 1 failed"."""
+    """Return the summary line of pytest or mocha: "90 passed, 1 failed"."""
     words = {"passing": "passed", "failing": "failed", "pending": "skipped"}
     found = re.findall(r"(\d+) (passed|failed|skipped|errors?|passing|failing|pending)\b", output)
     last: dict[str, str] = {words.get(word, word): number for number, word in found}
@@ -134,7 +134,7 @@ def counted(output: str) -> str:
 
 
 def failures(output: str) -> list[str]:
-    """The names of what failed."""
+    """Return the names of the failed tests."""
     # pytest's line, or mocha's numbered lines: the groups and the test.
     found = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
     found += [re.sub(r"\s+", " ", lines) for lines in re.findall(r"^  \d+\) ((?:.+\n)+? .+):$", output, re.M)]
@@ -145,7 +145,7 @@ def failures(output: str) -> list[str]:
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--only", default="", help="The name of one suite.")
 def main(folder: Path, only: str) -> None:
-    """Run the clients' own suites both ways and say what passed."""
+    """Run the clients' own suites on both routes and report how many tests passed."""
     for suite in SUITES:
         if only and suite.name != only:
             continue

@@ -1,4 +1,4 @@
-"""A real clientv3 sees through the proxy what it sees at etcd itself."""
+"""A real clientv3 sees the same through the proxy as at etcd itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ways(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
 
 
 def test_catch_up_headers_are_those_of_its_events(ways: tuple[str, str]) -> None:
-    """At etcd they are the store's: one response, with the revision of a key outside of the range."""
+    """At etcd they are the store's: one response, with the revision of a key outside the range."""
     with Clientv3("load", ways[0], "--calls=10", "--key=a", "--value-bytes=1000000") as load:
         load.wait()
     with Clientv3("load", ways[0], "--calls=1", "--key=z") as load:
@@ -83,7 +83,7 @@ def test_clientv3_is_notified_at_the_interval_of_etcd(ways: tuple[str, str]) -> 
 
 
 def test_clientv3_is_answered_when_it_requests_progress() -> None:
-    """On a quiet key, where etcd answers itself; with writes elsewhere, whose revisions the answers reach."""
+    """On a quiet key, where etcd answers by itself; with writes elsewhere, whose revisions the answers reach."""
     with EtcdServer() as etcd, ProxyProcess(etcd.endpoint) as proxy, ExitStack() as stack:
         flags = ("--key=quiet", "--ask-progress=0.1")
         watches = [stack.enter_context(Clientv3("watch", end, *flags)) for end in (etcd.endpoint, proxy.endpoint)]
@@ -106,13 +106,13 @@ def test_clientv3_gets_a_catch_up_with_fragments_in_one(ways: tuple[str, str]) -
 
 
 def then(watch: Clientv3, seen: int, found: Callable[[Line], Any], what: str) -> int:
-    """Wait for a line behind the first `seen` ones; return how many there are up to it."""
+    """Wait for a line after the first `seen` ones; return the number of lines up to it."""
     until(lambda: any(map(found, watch.lines()[seen:])), what, 30)
     return seen + 1 + next(place for place, line in enumerate(watch.lines()[seen:]) if found(line))
 
 
 def test_clientv3_that_requires_a_leader_is_refused_without_one() -> None:
-    """Its watch ends when the leader is lost, and is served again after the election; others go on all the time."""
+    """Its watch ends when the leader is lost, and is served again after the election; other watches stay open."""
 
     def story(first: Member, others: list[Member], proxy: ProxyProcess, stack: ExitStack) -> None:
         flags = ("--key=a", "--rev=1", "--require-leader", "--again")
@@ -147,15 +147,15 @@ def test_clientv3_that_requires_a_leader_is_refused_without_one() -> None:
 
 
 def is_served(line: Line) -> bool:
-    """Whether a watch was created."""
+    """Return whether a watch was created."""
     return bool(line.get("created")) and not line["canceled"]
 
 
 def has_no_leader(line: Line) -> bool:
-    """Whether a watch ended for want of a leader."""
+    """Return whether a watch ended because there is no leader."""
     return bool(line.get("error") == NO_LEADER)
 
 
 def has_events(line: Line) -> bool:
-    """Whether events came."""
+    """Return whether a response has events."""
     return bool(line["kind"] == "response" and line["events"])

@@ -22,7 +22,7 @@ LACK = "code = PermissionDenied desc = etcdserver: permission denied"
 
 
 def _rows() -> Iterator[ParameterSet]:
-    """All parts with all pairs; on an older release all is long, with an older etcdctl all but its watches."""
+    """All parts with all pairs; older releases are marked long, and so is an older etcdctl except for its watches."""
     for server, client in PAIRS:
         for part in TOUR:
             quick = client is CURRENT or (server is CURRENT and part == "watches")
@@ -44,6 +44,6 @@ def test_prints_the_same(server: EtcdBinary, client: EtcdBinary, part: str, tmp_
         with ThreadPoolExecutor(2) as pool:
             expected, got = pool.map(lambda player: player.play(TOUR[part]), players)
     if server is not CURRENT:
-        # There, every refusal of a watch is called a lack of permission (docs/guarantees.md).
+        # There, every refusal of a watch is reported as a lack of permission (docs/guarantees.md).
         expected = [step.replace(LACK, EMPTY) if step.startswith("$ watch pub1\n") else step for step in expected]
     assert got == expected

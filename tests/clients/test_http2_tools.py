@@ -1,4 +1,4 @@
-"""HTTP/2 and HTTP/1 as other people's tools speak them, plain and over TLS, through the proxy to a real etcd."""
+"""HTTP/2 and HTTP/1 from third-party tools, plain and over TLS, through the proxy to a real etcd."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEADERS = ("content-type: application/grpc", "te: trailers")
 
 @dataclass(frozen=True)
 class Stage:
-    """A proxy in front of an etcd, and what to send to it."""
+    """A proxy in front of an etcd, and a request to send."""
 
     plain: str
     secure: str
@@ -47,7 +47,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 
 def options(flag: str) -> list[str]:
-    """Return the headers of a gRPC call, each behind `flag`."""
+    """Return the headers of a gRPC call, each after `flag`."""
     return [part for header in HEADERS for part in (flag, header)]
 
 
@@ -72,7 +72,7 @@ def test_curl_reads_pages_over_http1(stage: Stage, secure: bool) -> None:
 
 
 def test_curl_upgrades_over_tls_by_itself(stage: Stage) -> None:
-    """Without being told a version it offers both and gets HTTP/2, which a page is not served on."""
+    """Without a version option curl offers both and gets HTTP/2, on which no page is served."""
     said = use("curl", "-s", "-S", "-v", "--cacert", stage.files.ca, f"{stage.secure}/version")
     assert "server accepted h2" in said
 

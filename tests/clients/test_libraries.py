@@ -1,4 +1,4 @@
-"""Real client libraries see the same through the proxy as against etcd itself, each in a process of its own."""
+"""Real client libraries, each in a separate process, see the same through the proxy as against etcd itself."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Clients that give up thousands of calls at once, because etcd is slow or they changed their mind, stay connected.
+"""Clients that cancel thousands of calls at once, after deadlines or on their own, stay connected.
 
-Guards against floods judge what a client does beyond what the answers it waits for explain (proto/http2/limits.py).
+Flood limits count only the frames that a client's unanswered calls do not explain (proto/http2/limits.py).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ KEY = b"mine"
 
 
 def assert_not_cut_off(proxy: ProxyProcess) -> None:
-    """No connection was ended by a fault of its client's; that a watch on it goes on is seen by its event."""
+    """Check that no connection was closed for a client's fault; an event shows that the watch on it goes on."""
     assert proxy.metric("watchmux_connections_failed_total") == 0
 
 
 async def code_of(call: Awaitable[Any]) -> grpc.StatusCode:
-    """Wait for a call and return how it ended."""
+    """Wait for a call and return its status."""
     try:
         await call
     except grpc.aio.AioRpcError as error:
@@ -45,7 +45,7 @@ async def code_of(call: Awaitable[Any]) -> grpc.StatusCode:
 
 @pytest.mark.parametrize("pattern", ["one deadline", "short deadlines", "cancelled at once", "cancelled later"])
 def test_calls_given_up_at_once_keep_the_connection(pattern: str) -> None:
-    """The core of gRPC's C library, which Python, Ruby, C++ and others share."""
+    """gRPC's C core, which Python, Ruby, C++ and others share."""
 
     async def scenario(etcd: EtcdServer, proxy: ProxyProcess) -> None:
         async with grpc.aio.insecure_channel(proxy.endpoint) as channel:
@@ -58,7 +58,7 @@ def test_calls_given_up_at_once_keep_the_connection(pattern: str) -> None:
                 calls = [kv.Range(rpc_pb2.RangeRequest(key=KEY), timeout=timeout_s) for _ in range(CALLS)]
                 ends = [asyncio.ensure_future(code_of(call)) for call in calls]
                 if pattern == "cancelled later":
-                    # All of them have gone out.
+                    # All of them have been sent.
                     await asyncio.wait(ends, timeout=0.5)
                 if pattern.startswith("cancelled"):
                     for call in calls:

@@ -1,4 +1,4 @@
-"""clientv3 while no etcd can be reached: what it loses through the proxy, and through two of them."""
+"""clientv3 while no etcd is reachable: failed calls through one proxy, and through two."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.waiting import until
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 LOST_S = 12
-"""How long one of two proxies is without its etcd: longer than its calls wait, so that they are refused."""
+"""How long one of two proxies is without its etcd: longer than its calls may wait, so that they are refused."""
 
 
 PUTS_MAX = 40
@@ -33,12 +33,12 @@ def failed(summary: Line) -> dict[str, int]:
 
 
 def broke_under_way(text: str) -> bool:
-    """Whether a call had been sent when its connection broke: a write ends so directly as well."""
+    """Return whether a call had been sent when its connection broke: without a proxy a write fails so as well."""
     return "the connection was lost" in text or "closed the connection" in text
 
 
 def test_restart_of_etcd_fails_no_call() -> None:
-    """As directly (17 of 17): each create and update, in turn, waits for the etcd that comes back."""
+    """As directly (17 of 17): each create and update, in turn, waits until etcd is back."""
     with EtcdServer() as etcd, ProxyProcess(etcd.endpoint) as proxy:
         etcd.stop()
         flags = ("--mode=kubernetes", "--workers=17", "--calls=1", "--timeout=30")
@@ -80,13 +80,13 @@ def _load(
 
 @pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
 def test_etcdctl_goes_on_at_the_other_proxy(binary: EtcdBinary) -> None:
-    """Its own limit is 5 s for a command, as long as calls wait."""
+    """Its own limit is 5 s for a command, the same as the calls' wait."""
     with (
         EtcdServer() as etcd,
         ProxyProcess(f"{HOST}:{free_port()}") as lost,
         ProxyProcess(etcd.endpoint) as whole,
     ):
-        # It begins at whichever answers first.
+        # It starts at the endpoint that answers first.
         for number in range(PUTS_MAX):
             command = [str(binary.etcdctl), f"--endpoints={lost.endpoint},{whole.endpoint}", "put", f"k{number}", "v"]
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ETCDCTL_API": "3"})

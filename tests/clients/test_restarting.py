@@ -1,4 +1,4 @@
-"""Real clients start again when the store under their watches was restored, as they do after a compaction."""
+"""Real clients restart their watches after the store was restored, as they do after a compaction."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_clients_start_again_after_a_restore(library: str) -> None:
 @pytest.mark.long  # It needs Go, which is fetched and takes minutes to build.
 @pytest.mark.timeout(600)
 def test_clientv3_returns_that_it_was_compacted(tmp_path: Path) -> None:
-    """Directly it resumes by itself, from a revision that the restored store does not have, and waits for it."""
+    """Without a proxy it resumes by itself from a revision that the restored store lacks, and waits for it."""
     snapshot = tmp_path / "snapshot"
     with EtcdServer() as etcd, through_a_proxy(etcd.endpoint) as endpoint:
         etcd.ctl("put", "w/a", "kept")

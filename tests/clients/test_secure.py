@@ -1,4 +1,4 @@
-"""Real clients over mutual TLS, on both sides of the proxy, see the same as without it."""
+"""Real clients see the same through the proxy, with mutual TLS on both of its sides, as without it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.upstream.certificates import Certificates, make_certificates
 CURRENT, *OLDER = etcds()
 QUICK = ("watches",)
 QUICK_LIBRARIES = ("node-etcd3", "python-etcd3gw")
-"""One that speaks gRPC and one that speaks JSON; all of them without TLS are in test_libraries.py."""
+"""One gRPC and one JSON library; test_libraries.py runs all of them without TLS."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 def secure_proxy(etcd: SecureEtcdServer, files: Certificates) -> ProxyProcess:
-    """Make a proxy that asks for certificates, in front of an etcd that does."""
+    """Make a proxy that requires certificates, in front of an etcd that does."""
     listening = [f"--cert-file={files.server_cert}", f"--key-file={files.server_key}", f"--trusted-ca-file={files.ca}"]
     return ProxyProcess(etcd.url, [*listening, *secure_options(files), "--linger=50ms"])
 

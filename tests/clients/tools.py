@@ -1,4 +1,4 @@
-"""HTTP/2 tools of other people: curl, nghttp and h2load, from the machine's own Debian where they are missing."""
+"""Third-party HTTP/2 tools: curl, nghttp and h2load, from the machine's own Debian where they are missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGES = {"curl": "curl", "nghttp": "nghttp2-client", "h2load": "nghttp2-clien
 
 
 def tool(name: str) -> str:
-    """Return the path of a tool; install it when it is missing and that is possible, else skip the test."""
+    """Return the path of a tool; install it if missing, or skip the test if that fails."""
     if shutil.which(name) is None:
         if shutil.which("apt-get") is None or os.geteuid() != 0:
             pytest.skip(f"needs {name}; on Debian, as root: apt-get install {PACKAGES[name]}")
@@ -25,7 +25,7 @@ def tool(name: str) -> str:
 
 
 def use(name: str, *arguments: str | Path) -> str:
-    """Run a tool and return what it printed; it has to succeed."""
+    """Run a tool and return its output; it must succeed."""
     environment = {key: value for key, value in os.environ.items() if not key.endswith(("_CA_BUNDLE", "_proxy"))}
     command = [tool(name), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=100, env=environment)

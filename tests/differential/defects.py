@@ -1,7 +1,7 @@
-"""What older etcds are known to do wrong, or what the proxy cannot do on them: the only differences allowed there.
+"""Known faults of older etcds, and limits of the proxy on them: the only differences allowed there.
 
-A defect names the versions it was seen in, the programs that show it and which lines of the comparison it excuses.
-For a version that is not listed nothing is excused: a new one has to be looked at. The proxy is right in all of them
+A defect names the versions it was seen in, the programs that show it and the lines of the comparison that it excuses.
+For a version that is not listed nothing is excused: a new version must be examined. The proxy is right in all of them
 unless the text says otherwise.
 """
 
@@ -30,7 +30,7 @@ class Defect:
     excuses: str
     """A regular expression on lines of the comparison."""
     stalls: bool = False
-    """A program may wait in vain, directly or through the proxy."""
+    """Whether a wait of a program may time out, directly or through the proxy."""
 
 
 UNORDERED = "before 3.4.31 and 3.5.13 a manual progress answer may overtake events"
@@ -94,5 +94,5 @@ def known(version: Version, program: Program) -> list[Defect]:
 
 
 def excused(line: str, defects: list[Defect]) -> bool:
-    """Tell whether a line of the comparison is put down to one of these."""
+    """Return whether one of these excuses a line of the comparison."""
     return any(re.search(defect.excuses, line) or (defect.stalls and "waited in vain" in line) for defect in defects)

@@ -1,39 +1,39 @@
-"""What the watch contract leaves free, and the form of a recording in which everything else is compared.
+"""The differences that the watch contract permits, and the form of a recording in which all else is compared.
 
-Compared to the letter: each answer to a create or cancel with its id, its header's revision, its reason and compact
+Compared exactly: each answer to a create or cancel with its id, its header's revision, its reason and compact
 revision, in order; for each watch the order of `created`, events, `canceled`; every event with all its fields and
 those of prev_kv; progress answers with their revisions; how a revision is cut into fragments; how streams end; unary
 calls with status, text and revision. In each recording by itself: what `violations` lists.
 
-Left free, each for a reason:
+Permitted differences, each with its reason:
 
 1. *Grouping.* Several revisions may come in one response or in several. etcd groups by 100 ms ticks and 1000
-   revisions, we by what has come and by bytes. The events of one revision stay together.
-2. *header.revision of events.* etcd's is the store's when it looked, at least the last event's. Ours is always the
-   last event's (better: Node's client resumes behind it and misses nothing; `violations` holds us to it).
+   revisions, the proxy by what has arrived and by bytes. The events of one revision stay together.
+2. *header.revision of events.* etcd's is the store's revision when it read, at least the last event's. The proxy's is
+   always the last event's (better: Node's client resumes after it and misses nothing; `violations` checks this).
 3. *Order between watches of one stream.* etcd walks a hash map, and sends control answers and events through two
-   channels. Kept: the order of control answers, the order within each watch, progress behind the events it covers.
-4. *The header of a compaction cancel.* etcd fills in revision 0; ours is real (better; held to it).
-5. *Repeated compaction cancels.* etcd may repeat one until the client cancels the id; we say it once.
+   channels. Checked: the order of control answers, the order within each watch, progress after the events it covers.
+4. *The header of a compaction cancel.* etcd sends revision 0; the proxy the real one (better; checked).
+5. *Repeated compaction cancels.* etcd may repeat one until the client cancels the id; the proxy sends it once.
 6. *Merged progress answers.* Answers of the same revision in a row count as one: etcd answers each request that it
-   does not drop, we may answer several at once, and a client asks again anyway.
-7. *Progress that etcd drops* (better), only in programs that say so (`more_progress`): etcd forgets a request while a
-   watch catches up, and stays silent over one that compaction cancelled. etcd's answers must be among ours, in order.
-8. *When a progress_notify comes.* Timers are not synchronous: only whether a watch was ever notified counts, beside
-   the order and truth of each (`violations`).
+   does not drop, the proxy may answer several at once, and a client repeats its request anyway.
+7. *Progress that etcd drops* (better), only in programs marked `more_progress`: etcd drops a request while a watch
+   catches up, and after a compaction cancel. etcd's answers must be among the proxy's, in order.
+8. *When a progress_notify comes.* Timers are not synchronous: only whether a watch was ever notified is compared, and
+   each notification is checked for order and truth (`violations`).
 9. *raft_term, cluster_id, member_id* differ from etcd to etcd; each must be that of the etcd behind.
-10. *Breaks* (better), only in programs that say so (`over_breaks`): etcd's end is the end of its streams, ours go on.
-    There each watch's events are compared, over all the streams that its client needed.
-11. *A header's revision that nobody waited for*: answers to creates with a start revision, to cancels, and refusals
-    carry the newest revision that the proxy knows; asking etcd for each would be the call that the proxy spares it.
-    It may be below the store's, never above, never below what the stream was told before. Clients use the header of a
-    `created` only for "now" (clientv3), where ours is read from etcd, or to resume behind it (Node): lower is safe.
-12. *What is compacted but still in the proxy's history* (better), only in programs that say so (`from_history`): etcd
-    cancels a watch from there, we may bring every event, as the guarantee allows. The same holds for a prev_kv below
-    the compact revision, and for a quiet watch over a break (our bookmarks). Programs about compaction itself run
-    without others that keep such a history (`lonely`).
-13. *Which progress is answered under load* depends on the moment, at etcd too, in programs that say so
-    (`loaded_progress`): what they wait for must come, and each answer be true.
+10. *Breaks* (better), only in programs marked `over_breaks`: when etcd stops, its streams end, the proxy's go on. There
+    each watch's events are compared, over all the streams that its client needed.
+11. *The header's revision of other control answers*: answers to creates with a start revision, to cancels, and refusals
+    carry the newest revision that the proxy knows; a read for each would be the call that the proxy saves etcd. It may
+    be below the store's, never above, and never below an earlier header of the stream. Clients use the header of a
+    `created` only for "now" (clientv3), which the proxy reads from etcd, or to resume after it (Node): lower is safe.
+12. *Compacted revisions still in the proxy's history* (better), only in programs marked `from_history`: etcd cancels a
+    watch from there, the proxy may send every event, as the guarantee allows. The same holds for a prev_kv below the
+    compact revision, and for a quiet watch over a break (the proxy's bookmarks). Programs about compaction itself run
+    without other watches that keep such a history (`lonely`).
+13. *Which progress is answered under load* depends on timing, at etcd too, in programs marked `loaded_progress`: the
+    answers that they wait for must come, and each must be true.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SHOWN_BYTES = 40
 
 
 def differences(program: Program, direct: Recording, proxied: Recording) -> list[str]:
-    """Return where two recordings of a program differ beyond what is free, one line each, aspect first."""
+    """Return the unpermitted differences of two recordings of a program, one line each, aspect first."""
     etcd, proxy = canonical(program, direct), canonical(program, proxied)
     found = []
     for aspect in sorted({*etcd, *proxy}):
@@ -112,7 +112,7 @@ def _stream_form(form: Canonical, recording: Recording, stream: StreamRecord) ->
 
 
 def _at(revision: int, free: bool, recording: Recording) -> str:
-    """Write a header's revision; one that is free (11) is marked at the proxy's side, and equals any not below it."""
+    """Format a header's revision; on the proxy's side a free one (11) is marked, and equals any not below it."""
     return f"@<={revision}" if free and recording.proxied else f"@{revision}"
 
 
@@ -125,7 +125,7 @@ def _equal(etcd: str, proxy: str) -> bool:
 
 
 def _refusal(response: rpc_pb2.WatchResponse) -> str:
-    """Write a reason, if there is one."""
+    """Format a reason, if there is one."""
     return f" {response.cancel_reason!r}" if response.cancel_reason else ""
 
 
@@ -166,7 +166,7 @@ def _runs(stream: StreamRecord) -> Iterator[list[rpc_pb2.WatchResponse]]:
 
 
 def _over_breaks(recording: Recording, name: str) -> list[str]:
-    """Return the events of a stream and of those that took its watches up."""
+    """Return the events of a stream and of the streams that resumed its watches."""
     streams = {stream.name: stream for stream in recording.streams}
     lines: list[str] = []
     while name in streams:

@@ -1,4 +1,4 @@
-"""What each recording must keep by itself, whatever etcd did at that moment: the guarantees, seen on the raw stream."""
+"""The guarantees as checks of a raw stream, which each recording must pass by itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.differential.steps import Program
 
 
 def violations(program: Program, recording: Recording) -> list[str]:
-    """Return what is wrong with a recording, one line each."""
+    """Return the violations of a recording, one line each."""
     found: list[str] = []
     for stream in recording.streams:
         judge = _Judge(program, recording)
@@ -19,7 +19,7 @@ def violations(program: Program, recording: Recording) -> list[str]:
 
 
 class _Judge:
-    """Walks one stream."""
+    """Checks the responses of one stream."""
 
     def __init__(self, program: Program, recording: Recording) -> None:
         self.found: list[str] = []
@@ -29,16 +29,16 @@ class _Judge:
         self._live: set[int] = set()
         self._compacted: set[int] = set()
         self._last: dict[int, int] = {}
-        """The last event's revision, or the last progress's, by watch."""
+        """The revision of the last event or progress, by watch."""
         self._promised = 0
         """The last progress answer."""
         self._told = 0
-        """The highest revision of a header that the next control answer must not be below."""
+        """The lowest allowed header revision of the next control answer."""
         self._run: rpc_pb2.WatchResponse | None = None
-        """The piece before, when it said that more follow."""
+        """The previous piece, if it announced more fragments."""
 
     def take(self, response: rpc_pb2.WatchResponse) -> None:
-        """Judge the next response."""
+        """Check the next response."""
         self._header(response)
         if self._run is not None and response.watch_id != self._run.watch_id:
             self._wrong(response, "comes between the fragments of another response")
@@ -71,7 +71,7 @@ class _Judge:
         if not response.compact_revision:
             self._live.discard(response.watch_id)
         elif self._recording.proxied:
-            # etcd may repeat it; ours comes once, and leaves the id taken.
+            # etcd may repeat it; the proxy sends it once, and the id stays taken.
             self._live.discard(response.watch_id)
             self._compacted.add(response.watch_id)
 
@@ -127,7 +127,7 @@ class _Judge:
         if control and header.revision < self._told:
             self._wrong(response, "takes the store's revision back")
         if control or self._recording.proxied:
-            # At etcd, answers and events take different ways to the stream.
+            # At etcd, answers and events reach the stream through different channels.
             self._told = max(self._told, header.revision)
 
     def _wrong(self, response: rpc_pb2.WatchResponse, text: str) -> None:

@@ -1,10 +1,10 @@
-"""Plays a program against an address, etcd's or the proxy's, and records what came back.
+"""Runs a program against an address, etcd's or the proxy's, and records the responses.
 
-The client is raw: messages on an HTTP/2 library, nothing joined, resumed or thrown away. A wait in vain is no error
-here but goes into the recording: whether etcd and proxy agree is judged later, on the whole.
+The client is raw: messages on an HTTP/2 library, nothing joined, resumed or dropped. A wait that times out is not an
+error here but part of the recording: whether etcd and the proxy agree is decided later, on the whole.
 
-At the end each open stream gets one watch more, and two puts to its key: when the second has come, all that etcd had
-to say before the first has come too. So "nothing more is sent" is tested as well, without waiting for it.
+At the end each open stream gets one more watch, and two puts to its key: once the second event has arrived, everything
+that etcd sent before the first has arrived too. So "nothing more is sent" is tested as well, without a timeout.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from tests.e2e.raw_client import RawClient, RawStream
 
 LIMIT_S = 10.0
 AGAIN_S = 0.1
-"""How soon an unanswered progress request is repeated."""
+"""The interval at which an unanswered progress request is repeated."""
 PIPELINED = 100
-"""Puts under way at once."""
+"""Concurrent puts."""
 FENCE = b"\x7ffence"
 ROOT = "root"
 UNAVAILABLE = 14
@@ -47,7 +47,7 @@ class Player:
         self.recording = Recording(proxied=target.proxied, base=0, newest=0, ids=(0, 0, 0))
 
     async def play(self) -> Recording:
-        """Play it all."""
+        """Run all steps."""
         record = self.recording
         if self.program.auth:
             await self._login(do.Login(ROOT))
@@ -67,7 +67,7 @@ class Player:
     # streams
 
     async def log(self, name: str) -> StreamLog:
-        """Return a stream, opened if need be."""
+        """Return a stream, opened if necessary."""
         if name not in self.logs:
             await self._open(do.Open(name))
         return self.logs[name]
@@ -91,7 +91,7 @@ class Player:
         self.logs[step.on] = StreamLog(step.on, client, client.watch(metadata))
 
     async def until(self, what: str, condition: Callable[[], bool]) -> bool:
-        """Wait until a condition on what was received holds; a wait in vain is recorded."""
+        """Wait until a condition on the received responses holds; a timeout is recorded."""
         if await self._hears(condition, self._limit_s):
             return True
         self.recording.vain.append(what)
@@ -228,12 +228,12 @@ class Player:
             await self.until(repr(step), there)
 
     def _brought(self, name: str) -> bool:
-        """Tell whether the proxy brings from its history what etcd has compacted."""
+        """Return whether the proxy serves from its history what etcd has compacted."""
         may = self.target.proxied and bool(self.program.from_history)
         return may and any(each.event_count for each in self._chain(name))
 
     def _chain(self, name: str) -> Iterator[StreamLog]:
-        """Walk a stream and those that took its watches up."""
+        """Yield a stream and the streams that resumed its watches."""
         while name in self.logs:
             yield self.logs[name]
             name = self.recording.follows.get(name, "")
@@ -241,7 +241,7 @@ class Player:
     # unary calls
 
     async def _unary(self, method: str, request: Any, user: str = "", quiet: bool = False) -> bytes:
-        """Make a call, through the target or (where it says so) straight, and record its outcome."""
+        """Make a call, through the target or (if so given) directly, and record its outcome."""
         token = self.tokens.get(user or (ROOT if self.program.auth else ""))
         metadata = [("token", token)] if token else []
         while True:
@@ -331,7 +331,7 @@ class Player:
     # the end
 
     async def _finish(self) -> None:
-        """Wait until all that is on its way has come, then keep it."""
+        """Wait until everything in transit has arrived, then record it."""
         fenced = [log for log in self.logs.values() if not log.over and not log.half_closed]
         before = {log.name: len(log.creates) for log in fenced}
         for log in fenced:
@@ -362,7 +362,7 @@ class Player:
 
 
 class _Client(RawClient):
-    """A raw client that tells when something came."""
+    """A raw client that signals received data."""
 
     heard = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""Programs about ids, cancels, refusals and what a stream takes."""
+"""Programs about ids, cancels, refusals and the messages that a stream accepts."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ PROGRAMS = (
     Program("a range that ends below the smallest key", (Create(b"", b"\x00\x00"), Create(b"\x01", b"\x00\xff"))),
     Program("a refused create takes no id", (Create(b"b", b"a"), Create(raw_start=-1), Create())),
     Program("a refusal on a fresh stream, then progress", (Create(raw_start=-1), Ask(answered=False), Create())),
-    # what a stream takes
+    # messages that a stream accepts
     Program("an empty request", (Raw(), Create(), Raw(), Put(), Wait(events=1))),
     Program(
         "an unknown kind of request", (Raw(b"\xa2\x01\x00"), Create(), Raw(b"\xa2\x01\x00"), Put(), Wait(events=1))

@@ -1,4 +1,4 @@
-"""Programs about what is large: fragments, backlogs, slow readers."""
+"""Programs about large data: fragments, backlogs, slow readers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MB = 1024 * 1024
 SIX_MB = tuple((b"k%d" % number, bytes([65 + number]) * MB) for number in range(6))
 SMALL = tuple((b"k%d" % number, bytes([65 + number]) * 200_000) for number in range(7))
 LARGE_REQUESTS = ("--max-request-bytes=8388608",)
-"""Then etcd's fragments are of 8.5 MiB."""
+"""With this, etcd's fragments are of 8.5 MiB."""
 LARGE_FRAGMENTS = 8 * MB + 512 * 1024
 PUT_SIX_MB = tuple(Put(key, value) for key, value in SIX_MB)
 RANGE = (b"k", b"l")
@@ -56,7 +56,7 @@ PROGRAMS = (
         "six megabytes in one revision of the past, in fragments",
         (*PUT_SIX_MB, Delete(*RANGE), Create(*RANGE, prev_kv=True, fragment=True, start=7), Wait(events=6)),
     ),
-    # one transaction of 6 MB: etcd takes it with a flag, and sends fragments of 2 MiB once it runs without again
+    # one transaction of 6 MB: etcd accepts it with a flag, and sends fragments of 2 MiB once it runs without it again
     Program(
         "a transaction of six megabytes, fragmented from the past",
         (

@@ -1,4 +1,4 @@
-"""Programs about what happens to etcd: restarts, lost leaders, and users with their tokens."""
+"""Programs about events in the life of etcd: restarts, lost leaders, and users with their tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.differential.steps import (
 
 SURVIVES = "etcd's streams end with it; the proxy's go on"
 A_RANGE = (b"a/", b"a0")
-"""What alice may read, beside k; bob may read neither."""
+"""The range that alice may read, besides k; bob may read neither."""
 ROOT_STREAM = Open("root", user="root")
 
 PROGRAMS = (

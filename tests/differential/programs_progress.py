@@ -15,7 +15,7 @@ from tests.differential.steps import (
 )
 
 ELSEWHERE = Put(b"elsewhere", times=3)
-# Refused in order and without an id: when its answer is there, etcd has decided on a request for progress before it.
+# Refused in order and without an id: once it is answered, etcd has decided on an earlier progress request.
 TAKEN = Create(b"b", b"a")
 NOTIFY = ("--experimental-watch-progress-notify-interval=200ms",)
 DROPS = "etcd forgets a request while a watch of the stream catches up; we answer when it has"

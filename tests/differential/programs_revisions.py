@@ -1,4 +1,4 @@
-"""Programs about start revisions, compaction, ranges, filters, prev_kv and what events say."""
+"""Programs about start revisions, compaction, ranges, filters, prev_kv and the fields of events."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.differential.steps import (
 
 FIVE = Put(times=5)
 SPREAD = tuple(Put(key) for key in (b"\x00", b"\x01", b"a", b"a/", b"a/1", b"a/2", b"a0", b"b", b"\x7e", b"\xff\xff"))
-"""One put to each of keys that lie around the borders of ranges."""
+"""One put to each of several keys around the borders of ranges."""
 DELETED = (b"a", b"b")
 SPREAD_KEYS = [*(put.key for put in SPREAD), *(put.key for put in SPREAD if DELETED[0] <= put.key < DELETED[1])]
 """The key of each event of the puts and of the delete after them."""
@@ -46,7 +46,7 @@ RANGES = {
 
 
 def _events(key: bytes, end: bytes) -> int:
-    """How many of the spread events a range has."""
+    """Return how many of the spread events a range has."""
     first = key or b"\x00"
     if not end:
         return SPREAD_KEYS.count(first)
@@ -189,7 +189,7 @@ PROGRAMS = (
             Wait(events=sum(_events(*range_) for range_ in RANGES.values())),
         ),
     ),
-    # what events say
+    # fields of events
     Program("versions", (Create(), Put(times=3), Delete(), Put(), Delete(), Delete(), Wait(events=6))),
     Program("a lease", (Create(), Grant(4711), Put(lease=4711), Put(b"l", lease=4711), Revoke(4711), Wait(events=2))),
     Program(

@@ -1,4 +1,4 @@
-"""What a raw client got: every response of every stream, as it came."""
+"""Recordings of a raw client: every response of every stream, unchanged."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from tests.differential.steps import Create
 from tests.e2e.raw_client import RawClient, WatchStream
 
 FENCE_ID = 1_000_000_000
-"""The watch that the player adds to each stream at the end, to know that all that was on its way has come."""
+"""The watch that the player adds to each stream at the end, to know that everything in transit has arrived."""
 
 
 class StreamLog:
-    """One Watch stream and what it brought so far."""
+    """One Watch stream and its responses so far."""
 
     def __init__(self, name: str, client: RawClient, watch: WatchStream) -> None:
         self.name = name
         self.client = client
         self.watch = watch
         self.creates: list[Create] = []
-        """What was asked, in order, which is that of the answers."""
+        """The requests, in order, which is also the order of the answers."""
         self.half_closed = False
         self.canceled = False
         """The client has cancelled the stream."""
@@ -35,7 +35,7 @@ class StreamLog:
         """The highest revision of a progress_notify."""
 
     def refresh(self) -> None:
-        """Take what came since."""
+        """Read the responses received since."""
         messages = self.watch.raw.messages
         for message in messages[len(self.responses) :]:
             self._take(rpc_pb2.WatchResponse.FromString(message))
@@ -55,7 +55,7 @@ class StreamLog:
 
     @property
     def over(self) -> bool:
-        """It has ended, in whichever way."""
+        """Whether it has ended, in any way."""
         return self.canceled or self.watch.raw.over
 
     @property
@@ -76,14 +76,14 @@ class StreamLog:
 
 @dataclass
 class StreamRecord:
-    """One stream, at the end."""
+    """One stream, after the run."""
 
     name: str
     responses: list[rpc_pb2.WatchResponse]
     end: str
     """How it ended; empty while it is open."""
     cut: int
-    """Events of this revision and above came after the program, and may not all have come."""
+    """Events of this revision and above belong to the end of the run, and may be incomplete."""
     creates: list[Create]
 
 
@@ -93,15 +93,15 @@ class Recording:
 
     proxied: bool
     base: int
-    """The store's revision when it began: 0 in the program's terms."""
+    """The store's revision at the start: 0 in the program's terms."""
     newest: int
-    """The store's revision when it was over."""
+    """The store's revision at the end."""
     ids: tuple[int, int, int]
-    """What etcd itself gives as cluster, member and term when the program begins."""
+    """Cluster, member and term of etcd itself at the start of the program."""
     streams: list[StreamRecord] = field(default_factory=list)
     follows: dict[str, str] = field(default_factory=dict)
-    """The stream that took up another one's watches, by the name of that."""
+    """The stream that resumed another one's watches, by the name of that one."""
     calls: list[str] = field(default_factory=list)
     """Unary calls and their outcome."""
     vain: list[str] = field(default_factory=list)
-    """What was waited for in vain."""
+    """Waits that timed out."""

@@ -1,12 +1,12 @@
-"""The etcds of a run, and the three ways a program is played on them at the same time:
+"""The etcds of a run, and the three routes on which a program is run at the same time:
 
 - `direct`: against etcd;
-- `cold`: through a proxy that nobody else uses, with unary calls through the proxy too;
-- `crowded`: through a proxy on which others watch every range of the program already, with and without prev_kv, so
-  that each of its watches joins a trunk that runs (but for `lonely` programs); unary calls go straight to etcd.
+- `cold`: through a proxy without other clients, with unary calls through the proxy too;
+- `crowded`: through a proxy on which other clients already watch every range of the program, with and without prev_kv,
+  so that each of its watches joins a running trunk (except for `lonely` programs); unary calls go directly to etcd.
 
-Each way has an etcd of its own, with nothing but the program on it. Etcds are kept from program to program: revisions
-are relative, keys are deleted, and each program gets new proxies.
+Each route has a separate etcd, used only by the program. Etcds are kept from program to program: revisions are
+relative, keys are deleted, and each program gets new proxies.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ SETUP: tuple[tuple[str, ...], ...] = (
     ("user", "grant-role", "bob", "fence"),
     ("auth", "enable"),
 )
-"""alice may read a/... and k; bob may read nothing but what the player itself needs."""
+"""alice may read a/... and k; bob only what the player itself needs."""
 
 
 class Stage:
-    """The etcds of one kind, one set for each way. Use as a context manager."""
+    """The etcds of one kind, one set for each route. Use as a context manager."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Stage:
         auth: bool = False,
         namespace: bytes = b"",
     ) -> None:
-        """`namespace`: of the proxies; all calls go through them then, since etcd knows the keys by other names."""
+        """`namespace`: of the proxies; then all calls go through them, since the keys have other names at etcd."""
         self.auth = auth
         self.namespace = namespace
         self.sets = {way: _members(binary, flags, members) for way in WAYS}
@@ -82,9 +82,9 @@ class Stage:
                 server.__exit__(kind, error, trace)
 
     async def run(self, program: Program, limit_s: float = LIMIT_S) -> dict[str, Recording]:
-        """Play a program in all ways at the same time; it waits for each thing up to `limit_s` seconds."""
+        """Run a program on all routes at the same time; each wait takes up to `limit_s` seconds."""
         plays = {way: asyncio.create_task(self._play(program, way, limit_s)) for way in WAYS}
-        # Not cancelled when one fails: each ends its proxy and its connections in good order.
+        # Not cancelled when one fails: each closes its proxy and its connections gracefully.
         await asyncio.wait(plays.values())
         return {way: play.result() for way, play in plays.items()}
 
@@ -107,7 +107,7 @@ class Stage:
 
 @asynccontextmanager
 async def _crowd(program: Program, proxy: Proxy, way: str) -> AsyncIterator[None]:
-    """Have others watch the ranges of a program."""
+    """Have other clients watch the ranges of a program."""
     if way != CROWDED or program.auth or program.lonely:
         yield
         return
@@ -125,7 +125,7 @@ def _members(binary: EtcdBinary, flags: Sequence[str], count: int) -> list[EtcdS
     if count > 1:
         cluster = ",".join(f"m{number}=http://{HOST}:{each.peer_port}" for number, each in enumerate(servers))
         for number, server in enumerate(servers):
-            # A leader that has to wait for a processor is none the less the leader.
+            # Longer than a single etcd's: a leader that waits for a processor must not lose its leadership.
             server.extra += [f"--name=m{number}", f"--initial-cluster={cluster}", "--election-timeout=200"]
     return servers
 

@@ -1,10 +1,10 @@
-"""What a watch program is made of: steps that a player carries out, in order, against etcd or through the proxy.
+"""The steps of a watch program, which a player carries out in order, against etcd or through the proxy.
 
-Revisions in a program are relative: 0 is the store's when the program began, so its first put is revision 1. That is
-what lets many programs share a server, one after the other, and yet be compared to the revision.
+Revisions in a program are relative: 0 is the store's at the start of the program, so its first put is revision 1. So
+many programs can share a server, one after the other, and still be compared to the exact revision.
 
-A step that asks for something also waits for its answer, so that what follows is decided by etcd and not by chance;
-`pipelined` asks on without waiting. Events are waited for by `wait`, since how they are grouped is free.
+A step that sends a request also waits for its answer, so that the rest is deterministic; `pipelined` does not wait.
+Events are waited for by `wait`, since their grouping is free.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from proto.pb import rpc_pb2
 
 MAIN = "s"
-"""The stream of steps that name none."""
+"""The default stream of steps."""
 
 NOPUT = rpc_pb2.WatchCreateRequest.NOPUT
 NODELETE = rpc_pb2.WatchCreateRequest.NODELETE
@@ -23,7 +23,7 @@ CURRENT = (9, 9, 9)
 
 
 class Step:
-    """One thing to do; `tests.differential.player` knows how."""
+    """One action; `tests.differential.player` carries it out."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class Open(Step):
     user: str = ""
     """Sends the token of this user, see `Login`."""
     token: str = ""
-    """Sends this very token."""
+    """Sends exactly this token."""
     header: str = "token"
-    """The metadata key the token travels under."""
+    """The metadata key of the token."""
     window: int = 2**31 - 1
-    """What may be received unacknowledged, in bytes."""
+    """The receive window, in bytes."""
 
 
 @dataclass(frozen=True)
 class Create(Step):
-    """Ask for a watch. `start` is relative, None is "now"; `raw_start` is sent as it is."""
+    """Create a watch. `start` is relative, None is "now"; `raw_start` is sent unchanged."""
 
     key: bytes = b"k"
     end: bytes = b""
@@ -61,7 +61,7 @@ class Create(Step):
 
 @dataclass(frozen=True)
 class Cancel(Step):
-    """Cancel a watch. `silent`: nobody answers."""
+    """Cancel a watch. `silent`: there is no answer."""
 
     id: int = 0
     on: str = MAIN
@@ -71,7 +71,7 @@ class Cancel(Step):
 
 @dataclass(frozen=True)
 class Ask(Step):
-    """Ask for progress. `answered`: wait for an answer; `again`: ask until there is one of at least this revision."""
+    """Request progress. `answered`: wait for an answer; `again`: repeat until one has at least this revision."""
 
     on: str = MAIN
     answered: bool = True
@@ -80,7 +80,7 @@ class Ask(Step):
 
 @dataclass(frozen=True)
 class Raw(Step):
-    """Send bytes as one WatchRequest; nobody answers, unless it `creates`."""
+    """Send bytes as one WatchRequest; there is no answer, unless it `creates`."""
 
     message: bytes = b""
     on: str = MAIN
@@ -111,7 +111,7 @@ class Disconnect(Step):
 
 @dataclass(frozen=True)
 class Resume(Step):
-    """Do what clientv3 does after a break: on a new stream, take a watch up again from its last event + 1."""
+    """Do what clientv3 does after a break: resume a watch on a new stream from its last event + 1."""
 
     watch: int = 0
     """The id on the stream `of`."""
@@ -121,21 +121,21 @@ class Resume(Step):
 
 @dataclass(frozen=True)
 class StopReading(Step):
-    """Stop giving the stream's window back."""
+    """Stop sending window updates for the stream."""
 
     on: str = MAIN
 
 
 @dataclass(frozen=True)
 class ReadOn(Step):
-    """Read on."""
+    """Read again."""
 
     on: str = MAIN
 
 
 @dataclass(frozen=True)
 class Wait(Step):
-    """Wait until a stream has brought so much since the program began."""
+    """Wait until a stream has received so much since the start of the program."""
 
     on: str = MAIN
     controls: int = 0
@@ -150,12 +150,12 @@ class Wait(Step):
     end: bool = False
     """The end of the stream."""
     better: bool = False
-    """Only through the proxy: here it promises more than etcd."""
+    """Only through the proxy, which here promises more than etcd."""
 
 
 @dataclass(frozen=True)
 class Put(Step):
-    """Put a key, once or `times`, the value counting up; `pipelined`: all at once, of one value."""
+    """Put a key, once or `times`, with increasing values; `pipelined`: all at once, with one value."""
 
     key: bytes = b"k"
     value: bytes = b"v"
@@ -226,12 +226,12 @@ class Restart(Step):
 
 @dataclass(frozen=True)
 class LoseLeader(Step):
-    """Stop the other members, and wait until the one we talk to knows of no leader."""
+    """Suspend the other members, and wait until the connected one has noticed that there is no leader."""
 
 
 @dataclass(frozen=True)
 class FindLeader(Step):
-    """Let the other members go on, and wait for a leader."""
+    """Resume the other members, and wait for a leader."""
 
 
 @dataclass(frozen=True)
@@ -241,34 +241,34 @@ class Program:
     name: str
     steps: tuple[Step, ...]
     flags: tuple[str, ...] = ()
-    """Given to the etcd of this program."""
+    """Flags of this program's etcd."""
     fragment_bytes: int = 2 * 1024 * 1024
-    """The proxy's own knob, for programs that change etcd's by --max-request-bytes."""
+    """The proxy's own setting, for programs that change etcd's by --max-request-bytes."""
     fresh: bool = False
-    """Wants an etcd of its own: it restarts it, or needs absolute revisions."""
+    """Needs a separate etcd, because it restarts it or uses absolute revisions."""
     members: int = 1
     auth: bool = False
-    """Wants the users of `stage.USERS`."""
+    """Needs the users of `stage.USERS`."""
     more_progress: str = ""
     """Why the proxy may answer progress requests that etcd drops."""
     loaded_progress: str = ""
-    """Why it depends on the moment which progress is answered."""
+    """Why it depends on timing which progress is answered."""
     from_history: str = ""
-    """Why the proxy may still bring what etcd has compacted."""
+    """Why the proxy may still send what etcd has compacted."""
     lonely: bool = False
-    """Nobody else watches its ranges, who would keep in the proxy's history what this program compacts."""
+    """No other client watches its ranges; it would keep in the proxy's history what this program compacts."""
     over_breaks: str = ""
-    """Why only what each watch got over all its streams is compared."""
+    """Why only each watch's events over all its streams are compared."""
     since: tuple[int, int, int] = (3, 4, 0)
-    """Older etcds are not asked."""
+    """Not run on older etcds."""
     limit_s: float = 60.0
     long: bool = False
-    """Belongs to `make test-all` even on the newest etcd."""
+    """Runs only in `make test-all`, even on the newest etcd."""
     crowd: tuple[tuple[bytes, bytes], ...] = field(default=())
-    """Further ranges that others watch through the proxy in the crowded run."""
+    """Further ranges that other clients watch through the proxy in the crowded run."""
 
     def ranges(self) -> dict[tuple[bytes, bytes], bool]:
-        """Return the ranges its watches ask for, and whether one of them asks for prev_kv."""
+        """Return the ranges of its watches, and whether one of them has prev_kv."""
         found = dict.fromkeys(self.crowd, False)
         for step in self.steps:
             if isinstance(step, Create):

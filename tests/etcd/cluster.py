@@ -1,7 +1,7 @@
-"""Three members of one cluster, and ways to make them a bad one: held still, cut off from the others, lagging.
+"""Three members of one cluster, with faults: suspended, cut off from the others, lagging.
 
-What members say to each other goes through a relay in front of each. Who connects to a member says so in the head of
-its first request (X-Server-From, server/etcdserver/api/rafthttp), so the relay can cut off one member of the others.
+Traffic between members goes through a relay in front of each. A connecting member names itself in the head of its first
+request (X-Server-From, server/etcdserver/api/rafthttp), so the relays can cut one member off from the others.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Member(EtcdServer):
         super().__init__(binary, extra)
         self.name = name
         self.relay = Relay(self.peer_port)
-        """What the others connect to."""
+        """The relay that the others connect to."""
         self.flags: dict[str, str] = {}
         """Flags that replace those of a single etcd."""
         self.member_id = ""
-        """As it names itself to the others; "" until known."""
+        """Its name towards the others; "" until known."""
         self.still = False
-        """Held by SIGSTOP."""
+        """Suspended by SIGSTOP."""
 
     def arguments(self) -> list[str]:
         kept = [text for text in super().arguments() if text.partition("=")[0] not in self.flags]
@@ -43,16 +43,16 @@ class Member(EtcdServer):
 
     @property
     def peer_url(self) -> str:
-        """Where the others find it."""
+        """Its address for the others."""
         return f"http://{HOST}:{self.relay.port}"
 
     def hold_still(self) -> None:
-        """Let it do nothing: its connections stay open, and silent."""
+        """Suspend it: its connections stay open, and silent."""
         self._signal(signal.SIGSTOP)
         self.still = True
 
     def go_on(self) -> None:
-        """Let it go on."""
+        """Resume it."""
         if self.still:
             self._signal(signal.SIGCONT)
             self.still = False
@@ -70,12 +70,12 @@ class Member(EtcdServer):
 
     @property
     def has_leader(self) -> bool:
-        """It knows of a leader."""
+        """Whether it knows a leader."""
         return self.metric("etcd_server_has_leader") == 1.0
 
     @property
     def is_leader(self) -> bool:
-        """It is the leader."""
+        """Whether it is the leader."""
         return self.metric("etcd_server_is_leader") == 1.0
 
 
@@ -89,7 +89,7 @@ class Cluster:
 
     @property
     def endpoints(self) -> str:
-        """All of them, for a proxy."""
+        """The endpoints of all members, for a proxy."""
         return ",".join(member.endpoint for member in self.members)
 
     async def start(self) -> None:
@@ -132,7 +132,7 @@ class Cluster:
         return for_now[0]
 
     def cut_off(self, member: Member) -> None:
-        """Let a member and the others hear nothing of each other; its clients still reach it."""
+        """Cut a member off from the others; its clients still reach it."""
         self._cut_off.add(member.member_id)
         for each in self.members:
             for link in tuple(each.relay.links):
@@ -140,11 +140,11 @@ class Cluster:
                     link.abort()
 
     def make_late(self, member: Member, seconds: float) -> None:
-        """Have a member hear everything from the others later."""
+        """Delay all messages from the others to a member."""
         self._late[member.member_id] = Fault(delay_s=seconds)
 
     def mend(self) -> None:
-        """Let all of them hear each other again."""
+        """End all faults between members."""
         self._cut_off.clear()
         self._late.clear()
         for member in self.members:
@@ -159,7 +159,7 @@ class Cluster:
     def _fault(self, opening: bytes, way: Way, to: Member) -> Fault | None:
         if self._is_cut(opening, to):
             return Fault(paused=True)
-        # A member gets what the others post to it, and the answers to the streams that it opens itself.
+        # A member receives the others' posts, and the answers on the streams that it opens itself.
         hears = to.member_id if way is Way.THERE else _sender(opening)
         return self._late.get(hears)
 

@@ -1,7 +1,7 @@
-"""What operators put in front of an etcd: real nginx and HAProxy, with what they do to its connections by default.
+"""Real nginx and HAProxy in front of an etcd, with their default limits of connections.
 
-Both come from the machine's own Debian, unpacked below `.clients/fronts/` without being installed. nginx ends a
-connection in good order after 1,000 requests and allows 128 streams on it; HAProxy allows 100.
+Both come from the machine's own Debian, unpacked below `.clients/fronts/` without being installed. nginx gracefully
+closes a connection after 1,000 requests and allows 128 streams on it; HAProxy allows 100.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.etcd.server import HOST, free_port
 from tests.waiting import until
 
 ROOT: Final = CLIENTS / "fronts"
-# What Debian 12's programs need beyond what is on every machine.
+# The libraries that Debian 12's programs need and that a minimal machine lacks.
 _PACKAGES: Final = (
     "nginx",
     "haproxy",
@@ -62,7 +62,7 @@ http {{
     }}
 }}
 """
-"""nginx with its own limits of a connection; the three times are those that a watch needs."""
+"""nginx with its default connection limits; the three timeouts are those that a watch needs."""
 
 HAPROXY: Final = """\
 global
@@ -82,12 +82,12 @@ backend etcd
 
 
 class FrontMissing(RuntimeError):
-    """nginx or HAProxy cannot be had; the text says why."""
+    """nginx or HAProxy is not available; the text says why."""
 
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Hold a lock against other workers of a test run."""
+    """Hold a lock that excludes the other workers of a test run."""
     ROOT.mkdir(parents=True, exist_ok=True)
     with (ROOT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -96,7 +96,7 @@ def _alone() -> Iterator[None]:
 
 @functools.cache
 def unpacked() -> Path:
-    """Return where both are unpacked, fetching them first where they are not. Raises FrontMissing."""
+    """Return the directory of both, after fetching them if missing. Raises FrontMissing."""
     target = ROOT / "debian"
     with _alone():
         if not (ROOT / "complete").exists():
@@ -125,7 +125,7 @@ class Front:
 
     @property
     def endpoint(self) -> str:
-        """Where it listens, as HOST:PORT."""
+        """Its address, as HOST:PORT."""
         return f"{HOST}:{self.port}"
 
     def __enter__(self) -> Self:
@@ -151,15 +151,15 @@ class Front:
         until(self._listens, f"{self.kind} to listen", 10)
 
     def _listeners(self) -> int:
-        """Sockets that listen on its port: each process has its own."""
+        """Return the number of sockets that listen on its port: each process has its own."""
         local = f":{self.port:04X} "
         lines = Path("/proc/net/tcp").read_text().splitlines()
         return sum(local in line and " 0A " in line for line in lines)
 
     def reload(self) -> None:
         """
-        Have a new HAProxy take the port over and the old one finish what it has, as its master does at a reload: it
-        ends its connections in good order (SIGUSR1, management.txt, "Stopping and restarting").
+        Start a new HAProxy on the same port and stop the old one gracefully, as its master does at a reload: the old
+        one closes its connections gracefully (SIGUSR1, management.txt, "Stopping and restarting").
         """
         assert self.kind == "haproxy"
         before = self._listeners()

@@ -1,4 +1,4 @@
-"""A real etcd that speaks TLS with its clients."""
+"""A real etcd with TLS towards its clients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.upstream.certificates import Certificates
 
 
 class SecureEtcdServer(EtcdServer):
-    """An etcd with a certificate; with `mutual` its clients have to show one too."""
+    """An etcd with a certificate; with `mutual` its clients must present one too."""
 
     def __init__(
         self, files: Certificates, binary: EtcdBinary | None = None, extra: Sequence[str] = (), mutual: bool = True
@@ -31,5 +31,5 @@ class SecureEtcdServer(EtcdServer):
 
 
 def secure_options(files: Certificates) -> list[str]:
-    """Return etcdctl's options for a server that asks for certificates; the proxy's towards etcd are the same."""
+    """Return etcdctl's options for a server that requires certificates; the proxy's options for etcd are the same."""
     return [f"--cacert={files.ca}", f"--cert={files.client_cert}", f"--key={files.client_key}"]

@@ -1,4 +1,4 @@
-"""A real etcd as a process of its own, for tests: started, stopped, killed, restarted on the same port and data.
+"""A real etcd as a separate process, for tests: started, stopped, killed, restarted on the same port and data.
 
 It listens on loopback only. `--unsafe-no-fsync` is safe here: kill -9 loses nothing that reached the page cache.
 """
@@ -26,11 +26,11 @@ from tests.waiting import until
 
 HOST = "127.0.0.1"
 PORTS = (15_000, 32_000)
-"""Below what Linux hands out for port 0 (net.ipv4.ip_local_port_range)."""
+"""Below the range that Linux assigns for port 0 (net.ipv4.ip_local_port_range)."""
 
 
 def _ports() -> Iterator[int]:
-    """Yield ports in random order, none twice before all were given; of the workers of a test run each has its own."""
+    """Yield ports in random order, none twice before all were used; each worker of a test run has its own range."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     own = range(PORTS[0] + worker, PORTS[1], workers)
@@ -42,7 +42,7 @@ _NEXT_PORT = _ports()
 
 
 def free_port() -> int:
-    """Return a loopback port nobody listens on now, and that no bind to port 0 will be given before it is used."""
+    """Return a loopback port that is free now and that no bind to port 0 gets before it is used."""
     while True:
         port = next(_NEXT_PORT)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -51,7 +51,7 @@ def free_port() -> int:
 
 
 class EtcdServer:
-    """One single-member etcd. Use as a context manager; leaves nothing behind."""
+    """One single-member etcd. Use as a context manager, which removes all its files."""
 
     def __init__(
         self, binary: EtcdBinary | None = None, extra: Sequence[str] = (), directory: Path | None = None
@@ -63,7 +63,7 @@ class EtcdServer:
         self.client_port = free_port()
         self.peer_port = free_port()
         self.tls: ssl.SSLContext | None = None
-        """What to speak TLS with to it, where it does."""
+        """The TLS context for connections to it, if it uses TLS."""
         self.ctl_options: list[str] = []
         """Further options of etcdctl, such as --cacert."""
         self.process: subprocess.Popen[bytes] | None = None
@@ -108,7 +108,7 @@ class EtcdServer:
             f"--listen-peer-urls={peer}",
             f"--initial-advertise-peer-urls={peer}",
             f"--initial-cluster=m0={peer}",
-            # As short as etcd takes it: one alone elects itself when it has passed. bcrypt at its cheapest.
+            # etcd's shortest election timeout, after which a single member elects itself; bcrypt's lowest cost.
             "--heartbeat-interval=20",
             "--election-timeout=100",
             "--bcrypt-cost=4",
@@ -145,15 +145,15 @@ class EtcdServer:
             self.process = None
 
     def stop(self) -> None:
-        """End it in good order."""
+        """Stop it gracefully."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it as a crash would (kill -9)."""
+        """Kill it, as a crash would (kill -9)."""
         self._end(signal.SIGKILL)
 
     def restore(self, snapshot: Path) -> None:
-        """Replace its data with those of a snapshot; it must be down."""
+        """Replace its data with a snapshot's; it must be stopped."""
         data = self.directory / "data"
         shutil.rmtree(data)
         peer = f"http://{HOST}:{self.peer_port}"
@@ -168,7 +168,7 @@ class EtcdServer:
         return {name: float(value) for name, value in samples}
 
     def watchers(self) -> int:
-        """Return the number of watchers etcd itself counts."""
+        """Return the number of watchers that etcd itself counts."""
         return int(self.metrics()["etcd_debugging_mvcc_watcher_total"])
 
     def ctl(

@@ -1,4 +1,4 @@
-"""The harness itself: each etcd starts, keeps its data over a crash, and is counted rightly."""
+"""The test harness: each etcd starts, keeps its data over a crash, and counts its watchers correctly."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""A TCP relay that breaks: a way to an etcd that can be cut, slowed down, silenced or closed after so many bytes.
+"""A TCP relay that injects faults: it can cut, delay, silence or close connections to an etcd after so many bytes.
 
-What a network does to a connection has to be tried with the real programs at both ends, and at a chosen moment. The
-relay passes bytes on unread, so it knows nothing of HTTP/2; `where` alone may look at the first bytes of a connection,
-to tell who it is from.
+Network faults must be tested with the real programs at both ends, and at a chosen moment. The relay forwards bytes
+without parsing HTTP/2; only `where` may examine the first bytes of a connection, to find out which peer opened it.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ class Way(Enum):
 
 @dataclass
 class Fault:
-    """What happens to the bytes of one direction."""
+    """The fault in one direction."""
 
     delay_s: float = 0.0
-    """Each piece arrives so much later; their order and pace stay."""
+    """Delay of each piece; order and pace stay."""
     paused: bool = False
-    """Nothing arrives, and nobody is told: a cable that is out. What is sent waits."""
+    """No byte arrives and no error is reported, as with an unplugged cable; sent bytes are held."""
     bytes_left: int | None = None
-    """The connection breaks after so many more bytes; None: it does not."""
+    """The connection is reset after so many more bytes; None: never."""
 
 
 class _End(asyncio.Protocol):
@@ -45,7 +44,7 @@ class _End(asyncio.Protocol):
     def __init__(self, link: Link, way: Way) -> None:
         self.link = link
         self.way = way
-        """Where the bytes go that it receives."""
+        """The connection that received bytes are forwarded to."""
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -68,9 +67,9 @@ class Link:
         self.relay = relay
         self.ends = {Way.THERE: _End(self, Way.THERE), Way.BACK: _End(self, Way.BACK)}
         self.broken = False
-        """It is over, though an end may still be on its way to it."""
+        """The link has ended, though an end of stream may still be in transit."""
         self.opening = b""
-        """The first bytes that came, for `Relay.fault_of`."""
+        """The first bytes received, for `Relay.fault_of`."""
         self._held: dict[Way, deque[tuple[float, bytes]]] = {Way.THERE: deque(), Way.BACK: deque()}
         self._connecting: asyncio.Task[None] | None = None
 
@@ -88,7 +87,7 @@ class Link:
             self.flow()
 
     def take(self, way: Way, data: bytes) -> None:
-        """Take what came from one end."""
+        """Accept bytes from one end."""
         if way is Way.THERE and len(self.opening) < 4096:
             self.opening += data
         fault = self.relay.fault_of(self, way)
@@ -100,7 +99,7 @@ class Link:
             self.flow()
 
     def flow(self) -> None:
-        """Write what is due."""
+        """Write the bytes that are due."""
         now = asyncio.get_running_loop().time()
         for way, held in self._held.items():
             fault = self.relay.fault_of(self, way)
@@ -113,12 +112,12 @@ class Link:
                 other.write(data)
                 self.relay.passed[way] += len(data)
                 if fault.bytes_left == 0:
-                    # What was written arrives before the end.
+                    # Bytes written before the end arrive before it.
                     other.close()
                     return
 
     def abort(self) -> None:
-        """Break it at both ends."""
+        """Reset it at both ends."""
         self.broken = True
         self.relay.links.discard(self)
         if self._connecting is not None:
@@ -131,7 +130,7 @@ class Link:
 
 
 class Relay:
-    """The way to one port. Use `relay_to`."""
+    """A relay to one port. Use `relay_to`."""
 
     def __init__(self, target_port: int) -> None:
         self.target_port = target_port
@@ -143,7 +142,7 @@ class Relay:
         """Bytes so far."""
         self.faults = {Way.THERE: Fault(), Way.BACK: Fault()}
         self.where: Callable[[bytes, Way], Fault | None] = lambda _opening, _way: None
-        """Another fault for connections that opened with certain bytes; None: the relay's own."""
+        """Returns the fault of connections that opened with certain bytes; None: the relay's own."""
         self._cut = False
         self._server: asyncio.Server | None = None
 
@@ -153,7 +152,7 @@ class Relay:
         return f"{HOST}:{self.port}"
 
     def fault_of(self, link: Link, way: Way) -> Fault:
-        """Return what happens to a direction of a connection."""
+        """Return the fault in a direction of a connection."""
         return self.where(link.opening, way) or self.faults[way]
 
     async def start(self) -> None:
@@ -177,7 +176,7 @@ class Relay:
         return link.ends[Way.THERE]
 
     def cut(self) -> None:
-        """Break all connections, and each new one at once."""
+        """Reset all connections, and each new one at once."""
         self._cut = True
         self._break()
 
@@ -186,30 +185,30 @@ class Relay:
             link.abort()
 
     def half_open(self) -> None:
-        """Let nothing more through, and tell nobody; new connections open, and stay silent."""
+        """Forward nothing more and report no error; new connections open, and stay silent."""
         for fault in self.faults.values():
             fault.paused = True
 
     def pause(self, way: Way) -> None:
-        """Let nothing more through in one direction."""
+        """Forward nothing more in one direction."""
         self.faults[way].paused = True
 
     def delay(self, way: Way, seconds: float) -> None:
-        """Have everything arrive later, in one direction."""
+        """Delay everything in one direction."""
         self.faults[way].delay_s = seconds
 
     def break_after(self, way: Way, size: int) -> None:
-        """Break the connections after so many more bytes in one direction."""
+        """Reset the connections after so many more bytes in one direction."""
         self.faults[way].bytes_left = size
 
     def mend(self) -> None:
-        """Be a good way again. What waited is passed on."""
+        """End all faults. Held bytes are forwarded."""
         self._cut = False
         self.faults = {Way.THERE: Fault(), Way.BACK: Fault()}
         self.flow()
 
     def flow(self) -> None:
-        """Pass on what may go now."""
+        """Forward the bytes that are no longer held."""
         for link in tuple(self.links):
             link.flow()
 

@@ -1,4 +1,4 @@
-"""What the stories of faults share: a proxy whose calls and watches reach etcd by different ways, and a judge."""
+"""Helpers of the fault tests: a proxy whose calls and watches take different routes to etcd, and a check of streams."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PREFIX, PREFIX_END = b"/p/", b"/p0"
 
 @asynccontextmanager
 async def split_proxy(calls: str, watches: str, **settings: Any) -> AsyncIterator[Proxy]:
-    """Yield a proxy whose calls go to the endpoints `calls` and whose watches come from the endpoints `watches`."""
+    """Yield a proxy that sends calls to the endpoints `calls` and watches at the endpoints `watches`."""
 
     def client(_endpoints: object, *rest: Any, **named: Any) -> WatchClient:
         return WatchClient(parse_endpoints(watches), *rest, **named)
@@ -53,7 +53,7 @@ async def open_watch(
     start_revision: int = 0,
     metadata: Sequence[tuple[str, str]] = (),
 ) -> WatchStream:
-    """Open a watch on a stream of its own and wait for its `created`."""
+    """Open a watch on a new stream and wait for its `created`."""
     stream = client.watch(metadata)
     stream.create(key, range_end, start_revision)
     await stream.created(20)
@@ -67,12 +67,12 @@ def bookmark(proxy: Proxy, key: bytes) -> int:
 
 
 def reached(stream: WatchStream, revision: int) -> bool:
-    """Tell whether a stream has got the event of a revision."""
+    """Return whether a stream has received the event of a revision."""
     return any(event.kv.mod_revision >= revision for response in stream.responses for event in response.events)
 
 
 async def all_kept(streams: Sequence[tuple[WatchStream, int]], endpoint: str, last: int, limit_s: float = 20) -> None:
-    """Wait until every stream, given with its start revision, has the event `last`; then judge them all."""
+    """Wait until every stream, given with its start revision, has the event `last`; then check them all."""
     for stream, _ in streams:
         await until_async(
             lambda s=stream: reached(s, last) or s.raw.over,  # type: ignore[misc]  # bound
@@ -84,10 +84,10 @@ async def all_kept(streams: Sequence[tuple[WatchStream, int]], endpoint: str, la
 
 
 class Writer:
-    """Puts one key after the other by whichever endpoint takes it, whatever happens, until it is told to stop."""
+    """Puts one key after the other at any endpoint that accepts it, through all faults, until stopped."""
 
     def __init__(self, endpoints: str, pause_s: float = 0.0) -> None:
-        """`pause_s`: between two puts, where it matters that there are some and not how many."""
+        """`pause_s`: the pause between two puts, where their number does not matter."""
         self._stores = [Etcd(endpoint) for endpoint in endpoints.split(",")]
         self._pause_s = pause_s
         self.stopping = False
@@ -111,7 +111,7 @@ class Writer:
                 await asyncio.sleep(0.01)
 
     async def more(self, count: int, limit_s: float = 30) -> None:
-        """Wait until so many more puts worked."""
+        """Wait until so many more puts have succeeded."""
         goal = self.done + count
         await until_async(lambda: self.done >= goal, f"{count} more puts", limit_s)
 

@@ -1,6 +1,6 @@
-"""Catch-up: watches far behind get everything in order, hold nobody up, share backfills, and leave one watch upstream.
+"""Catch-up: watches far behind get all events in order, delay no one, share backfills, and leave one upstream watch.
 
-The store is written through the proxy's own upstream pool, straight to etcd: the only client here that is fast enough.
+The store is written through the proxy's own upstream pool, directly to etcd: the only client here that is fast enough.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ async def fill(proxy: Proxy, count: int, one_in: int = 1) -> int:
 
 
 def newest(stream: WatchStream) -> int:
-    """Return the revision of the newest event that a stream has got, 0 before the first."""
+    """Return the revision of the newest event that a stream has received, 0 before the first."""
     assert not stream.raw.over, (stream.raw.status, stream.raw.text)
     for message in reversed(stream.raw.messages):
         events = rpc_pb2.WatchResponse.FromString(message).events
@@ -59,12 +59,12 @@ def newest(stream: WatchStream) -> int:
 
 
 async def reached(stream: WatchStream, revision: int, limit_s: float) -> None:
-    """Wait until a stream has got the event of a revision."""
+    """Wait until a stream has received the event of a revision."""
     await until_async(lambda: newest(stream) >= revision, f"the event of revision {revision}", limit_s)
 
 
 class Peaks:
-    """The most that was there at any time it was looked at."""
+    """The maximum of each sampled count."""
 
     def __init__(self) -> None:
         self.history_bytes = 0
@@ -74,7 +74,7 @@ class Peaks:
 
 @contextmanager
 def watching(proxy: Proxy, etcd: EtcdServer) -> Iterator[Peaks]:
-    """Look at the core every 2 ms and at etcd's own count as often as it answers."""
+    """Sample the core every 2 ms, and etcd's own count as often as it answers."""
     peaks = Peaks()
     stats = proxy.engine.core.stats
     loop = asyncio.get_running_loop()
@@ -101,7 +101,7 @@ def watching(proxy: Proxy, etcd: EtcdServer) -> Iterator[Peaks]:
 
 
 async def one_watcher_left(proxy: Proxy, etcd: EtcdServer, limit_s: float = 10) -> None:
-    """Wait until etcd itself counts nothing but the trunk."""
+    """Wait until etcd itself counts only the trunk."""
     await until_async(lambda: proxy.engine.core.stats.backfills == 0, "the backfills to be closed", limit_s)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + limit_s
@@ -114,8 +114,8 @@ async def one_watcher_left(proxy: Proxy, etcd: EtcdServer, limit_s: float = 10) 
 def test_a_watch_far_behind_catches_up_without_delaying_others(
     etcd: EtcdServer, revisions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Live events go on being delivered while a watch of the same range is brought everything since the beginning."""
-    # Etcd gives a thousand revisions at a time, to the judge as well.
+    """Live events are delivered while a watch of the same range catches up from the first revision."""
+    # etcd sends a thousand revisions at a time, to the checker as well.
     monkeypatch.setattr(judge, "TRUTH_LIMIT_S", 90.0)
     limits = CoreLimits(history_bytes_max=MIB // 4, history_bytes_total_max=MIB, backfill_bytes_max=MIB // 4)
 
@@ -162,7 +162,7 @@ def test_a_watch_far_behind_catches_up_without_delaying_others(
 )
 @pytest.mark.timeout(240)
 def test_laggards_share_backfills(etcd: EtcdServer, laggards: int, revisions: int, order: str) -> None:
-    """Nothing happens in the range any more: only progress can tell a backfill that it has arrived."""
+    """The range has no further events: only progress can show a backfill that it is complete."""
     limits = CoreLimits(history_bytes_total_max=64 * MIB)
 
     async def scenario() -> None:
@@ -183,10 +183,10 @@ def test_laggards_share_backfills(etcd: EtcdServer, laggards: int, revisions: in
                 await until_async(lambda: all(newest(stream) >= end for stream, _ in streams), "everything", 60)
                 await one_watcher_left(proxy, etcd)
             assert proxy.engine.core.stats.joins_backfill >= laggards * 3 // 4, "they were no laggards"
-            # One for each stretch that is shared would do; who comes while others are under way may need another.
+            # One for each shared stretch would do; a watch that comes while others are running may need another.
             enough = 2 * (1 + revisions // limits.backfill_share_revisions)
             assert peaks.backfills <= enough
-            # The trunk; and some that etcd has yet to close when others are open already.
+            # The trunk, and some that etcd has not closed yet when others are already open.
             assert peaks.watchers <= 1 + max(enough, laggards // 4)
             assert peaks.history_bytes <= limits.history_bytes_total_max
             assert live.values == []
@@ -196,7 +196,7 @@ def test_laggards_share_backfills(etcd: EtcdServer, laggards: int, revisions: in
 
 
 def test_a_backfill_of_an_empty_range_ends(etcd: EtcdServer) -> None:
-    """There is no event, neither then nor later: the laggards are live at once, and one upstream watcher is left."""
+    """The range never has an event: the laggards are live at once, and one upstream watch is left."""
 
     async def scenario() -> None:
         async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:

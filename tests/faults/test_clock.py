@@ -1,9 +1,9 @@
-"""The wall clock may jump, by hours and both ways: nothing that the proxy decides depends on it.
+"""The wall clock may jump, by hours and both ways: no decision of the proxy depends on it.
 
-Two proofs. No module of the program reads the wall clock but those that show it to people; deadlines, backoffs, ages
-and leases run on the monotonic clock. And a proxy whose wall clock jumps with every look at it serves as any other.
+Two proofs. Only the modules that display the wall clock read it; deadlines, backoffs, ages and leases use the monotonic
+clock. And a proxy whose wall clock jumps at every read serves as usual.
 
-The clock of etcd is etcd's own affair: its leases and tokens count monotonic time as well.
+The clock of etcd is out of scope: its leases and tokens use monotonic time as well.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHOWN = {
     "proxy/measuring/report.py": "when the report was made",
     "upstream/store/server.py": "what a durable store adds to its raft index at each start: any large number does",
 }
-"""Who may read it, and for what: to show it, or to have a number."""
+"""The modules that may read it, and why: to display it, or as an arbitrary number."""
 
 JUMPING = """
 import pathlib, random, time

@@ -1,4 +1,4 @@
-"""The harness itself: a member can be cut off, held still and made late."""
+"""The test harness: a member can be cut off, suspended and made late."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A certificate towards etcd with a CN: etcd would take strangers for the user of that name."""
+"""A certificate towards etcd with a CN: etcd would treat clients without a token as the user of that name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RANGE = "/etcdserverpb.KV/Range"
 
 @pytest.fixture
 def files(tmp_path: Path) -> Certificates:
-    """Certificates of which the client's has the CN root."""
+    """Certificates; the client certificate has the CN root."""
     authority = trustme.CA()
     names = ("ca.pem", "server.pem", "server.key", "client.pem", "client.key", "ca.pem")
     ca, cert, key, client_cert, client_key, other = (str(tmp_path / name) for name in names)
@@ -54,7 +54,7 @@ def test_the_name_in_a_file(files: Certificates, tmp_path: Path) -> None:
 
 
 def marks_wrongly(proxy: Proxy) -> bool:
-    """Tell whether a release that takes no tokens with auth off is not yet known to be one."""
+    """Return whether a release that refuses tokens while auth is off is not yet known as one."""
     guard = proxy.guard
     assert guard is not None
     return guard._marks and (proxy.upstream.server or ("", ""))[1] < "3.5.30"
@@ -73,13 +73,13 @@ def test_it_is_refused_while_auth_is_on(binary: EtcdBinary, files: Certificates)
             await RawClient.connect(proxy.port) as client,
         ):
             await until_async(lambda: proxy.health.serving and not marks_wrongly(proxy), "the proxy to serve")
-            # With auth off nobody is taken for anybody.
+            # With auth off, etcd does not use the CN.
             assert (await client.unary(RANGE, message)).status == Status.OK
             watch = client.watch()
             watch.create(b"a")
             await watch.created()
             await asyncio.to_thread(with_users, etcd)
-            # From the first moment on a stranger is nobody, where etcd lets us say so; soon he is told why.
+            # From the start a client without a token is unauthenticated, where etcd allows it; soon it gets the reason.
             texts = set()
             while proxy.guard is not None and not proxy.guard.problem:
                 call = await client.unary(RANGE, message)

@@ -1,4 +1,4 @@
-"""A user of the proxy's own: trunks are watched in its name, and nothing else ever is."""
+"""The proxy's own etcd user: trunks are watched as this user, and nothing else is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RANGE = "/etcdserverpb.KV/Range"
 
 
 def with_proxy_user(etcd: EtcdServer) -> None:
-    """Add the user `proxy`, who may read all that the others may, and switch auth on."""
+    """Add the user `proxy`, with the rights of all the others, and enable auth."""
     with_users(etcd)
     for line in ("user add proxy:secret", "user grant-role proxy reader"):
         etcd.ctl("--user=root:r", *line.split())
@@ -92,7 +92,7 @@ def test_client_requests_never_use_the_user_of_the_proxy(etcd: EtcdServer) -> No
 
 @pytest.mark.long
 def test_ranges_the_proxy_may_not_read_use_client_tokens(etcd: EtcdServer) -> None:
-    """Also when the proxy cannot log in at all."""
+    """Also if the proxy cannot log in at all."""
     with_proxy_user(etcd)
 
     async def scenario() -> None:
@@ -125,7 +125,7 @@ def test_credentials_while_auth_is_off(etcd: EtcdServer) -> None:
             await asyncio.to_thread(etcd.ctl, "put", "a/k", "1")
             await until_async(lambda: stream.values == [b"1"], "the event")
             await asyncio.to_thread(with_proxy_user, etcd)
-            # From the next connection on it is the proxy's user who watches.
+            # From the next connection on, the trunk uses the proxy's user.
             await broken(proxy, way)
             await put(etcd, "a/k", "2")
             await until_async(lambda: stream.values == [b"1", b"2"], "the event after the break")

@@ -1,4 +1,4 @@
-"""Other endpoints while clients are connected: watches move, calls go on, and no wrong store is taken."""
+"""The endpoints change while clients are connected: watches move, calls go on, and another cluster is refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_watches_move_to_other_members_unnoticed() -> None:
             await until_async(
                 lambda: {state.endpoint for state in proxy.pool.states()} == addresses, "calls to go elsewhere"
             )
-            # The member that is no endpoint any more may end.
+            # The member that was removed from the endpoints may stop.
             await asyncio.to_thread(first.stop)
             await writer.more(30)
             await all_kept(streams, others[0].endpoint, await writer.stop())
@@ -70,7 +70,7 @@ def test_endpoints_of_another_cluster_are_refused(etcd: EtcdServer, etcd_binary:
 
 
 def test_unreachable_new_endpoints_do_not_replace_the_old(etcd: EtcdServer) -> None:
-    """The old ones serve on, and the list may be corrected at any time, also while there is none at all."""
+    """The old endpoints stay in use, and the list may be corrected at any time, even while no endpoint works."""
 
     async def scenario() -> None:
         nowhere = f"127.0.0.1:{free_port()}"

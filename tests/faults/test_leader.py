@@ -1,4 +1,4 @@
-"""Streams with `hasleader` on which no watch was created: they end when the leader is lost, as at etcd."""
+"""Streams with `hasleader` and without watches: they end when the leader is lost, as at etcd."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_LEADER = (Status.UNAVAILABLE, "etcdserver: no leader")
 
 
 async def lose_quorum(members: Cluster, left: Member) -> None:
-    """Hold still all members but one, until that one has noticed."""
+    """Suspend all members but one, until that one has noticed."""
     for member in members.members:
         if member is not left:
             member.hold_still()
@@ -31,7 +31,7 @@ async def lose_quorum(members: Cluster, left: Member) -> None:
     [pytest.param(binary, id=binary.name, marks=[pytest.mark.long] if n else []) for n, binary in enumerate(etcds())],
 )
 def test_streams_without_a_watch_end_with_the_leader(binary: EtcdBinary) -> None:
-    """Such as are open when it is lost, and such as are opened while no one knows; a watcher is not needed for it."""
+    """Streams open when it is lost, and streams opened before the proxy knows; no watch is needed."""
 
     async def scenario() -> None:
         async with cluster(binary=binary) as members:
@@ -49,7 +49,7 @@ def test_streams_without_a_watch_end_with_the_leader(binary: EtcdBinary) -> None
                 await lose_quorum(members, left)
                 assert await bare.raw.end(30) == NO_LEADER
                 assert await client.watch(HASLEADER).raw.end(10) == NO_LEADER
-                # Nothing has told this proxy yet.
+                # This proxy does not know yet.
                 assert await late.watch(HASLEADER).raw.end(30) == NO_LEADER
                 for member in members.members:
                     member.go_on()

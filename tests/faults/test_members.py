@@ -1,4 +1,4 @@
-"""A proxy in front of three real members of which some are cut off, held still, late, or learners."""
+"""A proxy in front of three real members, some of which are cut off, suspended, late, or learners."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def others(members: Cluster, one: Member) -> list[Member]:
 
 
 async def _through_a_bad_member(members: Cluster, fault: str) -> None:
-    """Under load, the member that the proxy's watches come from goes bad; nobody loses anything or is told."""
+    """Under load, the member that serves the proxy's watches fails; no client loses an event or notices."""
     async with proxy_for(members.endpoints) as proxy, await RawClient.connect(proxy.port) as client:
         writer = Writer(members.endpoints)
         streams = [(await open_watch(client, PREFIX, PREFIX_END, start, HASLEADER), start) for start in (0, 1, 0, 2)]
@@ -97,7 +97,7 @@ def test_members_restart_one_after_the_other_under_load(how: str) -> None:
 
 
 def test_a_lagging_member_is_not_a_restored_store() -> None:
-    """Watches come from a member that lags, calls go to the leader: "now" is the leader's, and nothing is lost."""
+    """Watches are at a member that lags, calls go to the leader: "now" is the leader's, and no event is lost."""
 
     async def scenario() -> None:
         async with cluster() as members:
@@ -113,7 +113,7 @@ def test_a_lagging_member_is_not_a_restored_store() -> None:
                 assert server is not None
                 streams = [(await open_watch(client, PREFIX, PREFIX_END, start), start) for start in (0, 1)]
                 await store.put(PREFIX + b"a", b"0")
-                # The connection moves to the member that lags, which knows nothing of the last puts yet.
+                # The connection moves to the member that lags, which has not applied the last puts yet.
                 members.make_late(late, 0.3)
                 for number in range(20):
                     last = await store.put(PREFIX + b"a", b"%d" % number)
@@ -139,7 +139,7 @@ def test_a_lagging_member_is_not_a_restored_store() -> None:
 
 
 async def _lose_quorum(members: Cluster) -> Member:
-    """Hold still all members but one; return that one, when it has noticed."""
+    """Suspend all members but one; return that one, when it has noticed."""
     left = members.members[0]
     for member in others(members, left):
         member.hold_still()
@@ -148,7 +148,7 @@ async def _lose_quorum(members: Cluster) -> Member:
 
 
 def test_quorum_is_lost_and_comes_back() -> None:
-    """With hasleader: told so, and refused meanwhile. Without: open, silent, and complete afterwards."""
+    """With hasleader: ended, and refused meanwhile. Without: open, silent, and complete afterwards."""
 
     async def scenario() -> None:
         async with cluster() as members:
@@ -165,7 +165,7 @@ def test_quorum_is_lost_and_comes_back() -> None:
                 again = client.watch(HASLEADER)
                 again.create(PREFIX, PREFIX_END)
                 assert await again.raw.end(5) == NO_LEADER
-                # A watch needs no quorum, also where nobody watches yet; "now" is what the member knows.
+                # A watch needs no quorum, also in a range without watches; "now" is the member's revision.
                 joined = await open_watch(client, PREFIX, PREFIX_END)
                 alone = await open_watch(client, b"/r")
                 for member in others(members, left):
@@ -218,7 +218,7 @@ def test_a_learner_serves_no_watches_and_does_no_harm() -> None:
                     call = client.call("/etcdserverpb.KV/Put")
                     call.send(rpc_pb2.PutRequest(key=b"other").SerializeToString(), end=True)
                     assert await call.end() == (0, "")
-                # Promoted it serves.
+                # Once promoted, it serves.
                 (found,) = [member for member in await members_of(voter) if member["name"] == "learner"]
                 await asyncio.to_thread(voter.ctl, "member", "promote", f"{found['ID']:x}")
                 await until_async(lambda: not any(state.problem for state in proxy.pool.states()), "the new voter")
@@ -227,7 +227,7 @@ def test_a_learner_serves_no_watches_and_does_no_harm() -> None:
 
 
 async def members_of(member: Member) -> list[dict[str, Any]]:
-    """Ask a member who is in the cluster."""
+    """Return a member's list of the cluster's members."""
     answer = await asyncio.to_thread(member.ctl, "member", "list", "--write-out=json")
     members: list[dict[str, Any]] = json.loads(answer.stdout)["members"]
     return members

@@ -1,4 +1,4 @@
-"""Now is now: what was acknowledged before a watch was asked for is never delivered to it, however the trunk lags."""
+"""A watch from now never gets a put that was acknowledged before its create, however far the trunk lags."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def _put(etcd: EtcdServer, client: RawClient, store: object, way: str, val
     ("calls_s", "watches_s"), [pytest.param(0.0, 0.0, marks=pytest.mark.long), (0.0, 0.15), (0.1, 0.0)]
 )
 def test_an_acknowledged_put_is_never_delivered(etcd: EtcdServer, way: str, calls_s: float, watches_s: float) -> None:
-    """The trunk lags far behind the reads, or runs ahead of them."""
+    """The trunk is far behind the reads, or ahead of them."""
 
     async def scenario() -> None:
         async with (
@@ -55,7 +55,7 @@ def test_an_acknowledged_put_is_never_delivered(etcd: EtcdServer, way: str, call
                 acknowledged = await _put(etcd, client, store, way, b"%d" % number)
                 stream = client.watch()
                 stream.create(b"a")
-                # Before the answer is there, etcd is ahead already: this may come or not, but not by half.
+                # etcd is ahead before the answer arrives: this put may be delivered or not, but all of it.
                 between = await store.put(b"a", b"between")
                 streams.append((stream, acknowledged))
                 revisions += [acknowledged, between]
@@ -83,7 +83,7 @@ def test_one_read_serves_all_creates_that_wait_for_it(etcd: EtcdServer) -> None:
                 stream.create(b"a")
             for stream in streams:
                 await stream.created()
-            # The probe that auth is off, the read in flight when most came, and the one after it.
+            # The probe that auth is off, the read in flight when most creates came, and the next one.
             assert proxy.reader.reads - reads <= 3
             await client.close()
 
@@ -91,7 +91,7 @@ def test_one_read_serves_all_creates_that_wait_for_it(etcd: EtcdServer) -> None:
 
 
 def test_a_quiet_trunk_survives_a_compaction_and_a_break(etcd: EtcdServer) -> None:
-    """Bookmarks: the store is compacted far beyond the trunk's last event while upstream is fine, then it breaks."""
+    """Bookmarks: the store is compacted far beyond the trunk's last event, then the upstream connection breaks."""
 
     async def scenario() -> None:
         limits = CoreLimits(bookmark_s=0.4)
@@ -121,7 +121,7 @@ def test_a_quiet_trunk_survives_a_compaction_and_a_break(etcd: EtcdServer) -> No
 
 
 def test_a_future_watch_on_a_cold_range_is_not_compacted(etcd: EtcdServer) -> None:
-    """What it asked for is written, and compacted, at once; etcd has such a watch in step from the beginning."""
+    """Its start revision is written and compacted at once; etcd has such a watch synced from the beginning."""
 
     async def scenario() -> None:
         async with (

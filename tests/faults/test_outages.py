@@ -1,4 +1,4 @@
-"""One etcd that goes away in bad moments: in the middle of a response, while it is compacted, or without a word."""
+"""One etcd that fails at bad moments: in the middle of a response, while it is compacted, or silently."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def put_large(store: Etcd, parts: int, size: int) -> int:
     [3 * MIB, pytest.param(MIB // 2, marks=pytest.mark.long), pytest.param(7 * MIB, marks=pytest.mark.long)],
 )
 def test_upstream_breaks_in_the_middle_of_a_run_of_fragments(etcd: EtcdServer, after: int) -> None:
-    """After an outage 14 MiB come in pieces of 2 MiB that end inside of revisions; the connection breaks among them."""
+    """After an outage, 14 MiB come in pieces of 2 MiB that end inside revisions; the connection breaks between them."""
 
     async def scenario() -> None:
         async with (
@@ -66,7 +66,7 @@ def test_upstream_breaks_in_the_middle_of_a_run_of_fragments(etcd: EtcdServer, a
 
 
 def test_compacted_during_an_outage(etcd: EtcdServer) -> None:
-    """Who has missed something is cancelled with the compact revision; who has not lives on, on the same range."""
+    """Of one range, watches that missed events are cancelled with the compact revision; the others continue."""
 
     async def scenario() -> None:
         async with (
@@ -86,7 +86,7 @@ def test_compacted_during_an_outage(etcd: EtcdServer) -> None:
                 compacted = await store.put(PREFIX + b"a", b"%d" % number)
             await store.compact(compacted)
             way.mend()
-            # What happened on the quiet range in between nobody can know any more.
+            # Events on the quiet range in between can no longer be found out.
             for stream in (*behind, other):
                 await until_async(lambda s=stream: s.responses[-1].canceled, "the cancel")  # type: ignore[misc]
                 response = stream.responses[-1]
@@ -103,7 +103,7 @@ def test_compacted_during_an_outage(etcd: EtcdServer) -> None:
 
 
 def test_a_silent_outage(etcd: EtcdServer) -> None:
-    """The connection stays open and nothing comes through any more: noticed by ping, nothing is lost."""
+    """The connection stays open but forwards nothing: a ping detects it, and no event is lost."""
 
     async def scenario() -> None:
         settings = UpstreamSettings(connection=ConnectionSettings(keepalive_s=0.3, keepalive_timeout_s=0.3))
@@ -127,7 +127,7 @@ def test_a_silent_outage(etcd: EtcdServer) -> None:
 
 @pytest.mark.long
 def test_connections_that_break_all_the_time(etcd: EtcdServer) -> None:
-    """Every connection ends after a few kilobytes, each time in another place of the stream."""
+    """Every connection ends after a few kilobytes, each time at another place of the stream."""
 
     async def scenario() -> None:
         async with (
@@ -151,7 +151,7 @@ def test_connections_that_break_all_the_time(etcd: EtcdServer) -> None:
 
 
 def test_a_compaction_hits_more_than_512_laggards(etcd: EtcdServer) -> None:
-    """Each is cancelled alone or gets everything; live watches and the next compaction are not held up."""
+    """Each is cancelled alone or gets everything; live watches and the next compaction are not delayed."""
 
     async def scenario() -> None:
         limits = CoreLimits(history_revisions_max=10, backfills_max=20, backfill_share_revisions=0)

@@ -1,7 +1,7 @@
-"""More than is allowed: of connections, streams, watches, ranges and bytes.
+"""Overload: too many connections, streams, watches, ranges and bytes.
 
-Each limit refuses with a text that names it, at the client that asks for too much; whoever was there before goes on.
-And memory stays within what docs/operations.md says that the limits add up to, at the limits.
+Each limit refuses the client that exceeds it, with a text that names the limit; existing clients are not affected. And
+at the limits, memory stays within the sum that docs/operations.md gives.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MIB = 1 << 20
 
 
 async def _refused(client: RawClient, key: bytes) -> str:
-    """Ask for a watch that is one too many; return what is said of it."""
+    """Create one watch too many; return the text of the refusal."""
     stream = client.watch()
     stream.create(key)
     response = await stream.next()
@@ -82,7 +82,7 @@ def test_each_limit_refuses_clearly_and_harms_no_one_else(etcd: EtcdServer) -> N
             await writer.more(10)
             last = await writer.stop()
             await all_kept(streams, etcd.endpoint, last)
-            # With room again there is no trace of it.
+            # Once there is room again, everything is served.
             for stream in fill:
                 stream.raw.cancel()
             await until_async(lambda: proxy.engine.core.stats.watches < WATCHES, "room")
@@ -99,7 +99,7 @@ CONNECTION_BYTES, STREAM_BYTES = 6 * 1024, 2 * 1024
 
 @pytest.mark.long
 def test_memory_stays_within_its_bounds(etcd: EtcdServer) -> None:
-    """Histories of the smallest events, which take most beside what they weigh, filled twice over; many streams."""
+    """Histories of the smallest events, which have the largest overhead, filled twice over; many streams."""
 
     async def scenario(proxy: ProxyProcess) -> None:
         before = proxy.memory_bytes()
@@ -107,7 +107,7 @@ def test_memory_stays_within_its_bounds(etcd: EtcdServer) -> None:
             clients = [await stack.enter_async_context(await RawClient.connect(proxy.port)) for _ in range(CLIENTS)]
             streams = [client.watch() for client in clients for _ in range(STREAMS_EACH)]
             for number, stream in enumerate(streams):
-                # The first ones from below the keys on, so that each range has every event.
+                # The first ones start below the keys, so that each range has every event.
                 stream.create(*((b"a%02d" % number, b"c") if number < RANGES else (QUIET, b"")))
             for stream in streams:
                 await stream.created(30)

@@ -1,4 +1,4 @@
-"""Reads of "now" and permission checks: no member that lags or hangs decides them, and no client holds up others'."""
+"""Reads of "now" and permission checks: no member that lags or hangs decides them, and no client delays others'."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ USERS = 10
 
 
 async def logged_in(client: RawClient, user: str, password: str = "p") -> str:
-    """Log in; on a busy machine the leader may change meanwhile."""
+    """Log in; on a loaded machine the leader may change meanwhile."""
     for _ in range(5):
         with suppress(AssertionError):
             return await token_of(client, user, password)
@@ -57,7 +57,7 @@ async def one_cut_off(auth: bool) -> AsyncIterator[tuple[Member, RawClient, str,
 
 @asynccontextmanager
 async def calls_go_on(client: RawClient, token: str) -> AsyncIterator[None]:
-    """Calls of another client are passed through all the time, round all endpoints."""
+    """Calls of another client are passed through all the time, over all endpoints in turn."""
 
     async def call() -> None:
         message = rpc_pb2.RangeRequest(key=b"a/x", serializable=True).SerializeToString()
@@ -139,7 +139,7 @@ def test_a_member_held_still_delays_creates_little() -> None:
                     stream = await open_watch(client, b"k")
                     took.append(loop.time() - began)
                     stream.raw.cancel()
-                # It was 4 s. The first that meets it waits for 0.1 s, and those after it avoid it.
+                # It was 4 s. The first create that meets the suspended member waits for 0.1 s; later ones avoid it.
                 assert statistics.median(took) < 0.5
                 assert sum(took) < 10
 
@@ -180,7 +180,7 @@ def test_a_made_up_token_does_not_delay_others() -> None:
                 for number in range(2500):
                     stream.create(b"%d" % number)
                 await until_async(lambda: stream.responses, "the first refusal")
-                # While the others are refused.
+                # This happens while the others are being refused.
                 created = await open_watch(client, b"a/k", b"", 0, [("token", token)])
                 assert not created.raw.over
                 assert len(stream.responses) < 2500
@@ -202,7 +202,7 @@ def test_clients_admitted_as_auth_begins_are_checked_again() -> None:
                     await open_watch(client, key)
                 await asyncio.to_thread(with_users, etcd)
                 token = await token_of(client, "u1")
-                # The probe of before is still believed, and a watch of a known range needs no read.
+                # The earlier probe is still valid, and a watch of a known range needs no read.
                 stranger = await open_watch(client, b"a/k", b"", 2)
                 known = await open_watch(client, b"a/k", b"", 2, [("token", token)])
                 curious = await open_watch(client, b"b", b"", 2, [("token", token)])

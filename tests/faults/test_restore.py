@@ -1,4 +1,4 @@
-"""A store that is restored from an older snapshot: its revision goes back, and nobody is left waiting for ever."""
+"""A store restored from an older snapshot: its revision goes back, and no client is left waiting."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from upstream.settings import UpstreamSettings
 
 @pytest.mark.parametrize("beyond", [False, True])
 def test_a_store_restored_from_a_snapshot(etcd: EtcdServer, tmp_path: Path, beyond: bool) -> None:
-    """Also when the restored store has been written to before the proxy sees it, `beyond`: but not past the old one."""
+    """`beyond`: the restored store is written to before the proxy sees it, but not past the old revision."""
 
     async def scenario() -> None:
         async with (
@@ -73,7 +73,7 @@ def test_a_store_restored_from_a_snapshot(etcd: EtcdServer, tmp_path: Path, beyo
 
 
 def test_a_restored_store_that_has_grown_past_the_old_one(etcd: EtcdServer, tmp_path: Path) -> None:
-    """Its revision is no lower, its ids and term are the same; its log is not, and that is seen before any event."""
+    """Its revision is not lower, its ids and term are the same; its log differs, which is detected before any event."""
 
     async def scenario() -> None:
         async with (
@@ -146,7 +146,7 @@ def test_a_restore_while_a_client_waits_for_progress(etcd: EtcdServer, tmp_path:
 @pytest.mark.long
 @pytest.mark.parametrize("own", [None, OWN], ids=["tokens of clients", "a user of the proxy's own"])
 def test_a_restore_that_takes_the_tokens_along(etcd: EtcdServer, tmp_path: Path, own: Credentials | None) -> None:
-    """With auth on nobody may read until he has logged in anew; it is seen all the same that the store went back."""
+    """With auth on no client may read until it has logged in again; the restore is detected all the same."""
     with_proxy_user(etcd)
     root = "--user=root:r"
 
@@ -166,7 +166,7 @@ def test_a_restore_that_takes_the_tokens_along(etcd: EtcdServer, tmp_path: Path,
             await asyncio.to_thread(etcd.start)
             if own is None:
                 assert (await old.raw.end())[0] == Status.UNAVAILABLE
-                # At once, as clients do: within the time that a trunk lingers.
+                # At once, as clients do: before the trunk's linger ends.
                 again = await open_watch(client, b"a/", b"a0", 2, [("token", await token_of(client, "u1"))])
                 await put(etcd, "a/k", "new")
                 await until_async(lambda: again.values[-1:] == [b"new"], "an event of the restored store")

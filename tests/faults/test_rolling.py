@@ -1,4 +1,4 @@
-"""Two proxies behind one address list, restarted one after the other: real clients move over and lose nothing."""
+"""Two proxies behind one address list, restarted one after the other: real clients fail over and lose no event."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def grpc_watches(target: str, path: Path, policy: str) -> AsyncIterator[li
 
 @contextlib.contextmanager
 def watching(command: list[str], out: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program that watches, and have what it prints in a file."""
+    """Run a program that watches, with its output in a file."""
     with out.open("wb") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.DEVNULL, env={**os.environ, "ETCDCTL_API": "3"}
@@ -106,7 +106,7 @@ async def _judge(streams: list[Stream], path: Path, etcd: EtcdServer, last: int)
     ],
 )
 def test_rolling_restart(etcd: EtcdServer, policy: str, how: signal.Signals, tmp_path: Path) -> None:
-    """With a drain, and with kill -9: the clients of grpc, etcdctl (clientv3) and Node get everything, and once."""
+    """With a drain, and with kill -9: clients of grpc, etcdctl (clientv3) and Node get every event exactly once."""
     by_etcdctl, by_node = tmp_path / "etcdctl", tmp_path / "node"
 
     async def scenario() -> None:
@@ -146,14 +146,14 @@ async def _wait_all(streams: list[Stream], last: int) -> None:
 
 
 class _Witness(RawClient):
-    """Notes, when the first watch has ended, what it was told before: frame by frame."""
+    """Records, when the first watch has ended, the frames received before."""
 
     def __init__(self) -> None:
         super().__init__()
         self.told: tuple[int, int] | None = None
         """Messages of the health stream, GOAWAYs."""
         self.left = 0
-        """Watches that were still there when the first piece with an end in it was read."""
+        """Watches still open when the first piece with an end of stream was read."""
         self._rest = b""
 
     def data_received(self, data: bytes) -> None:

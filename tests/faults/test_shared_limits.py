@@ -1,4 +1,4 @@
-"""What etcd, nginx and HAProxy count per connection, which all clients of the proxy share: nobody notices any of it."""
+"""Limits per connection of etcd, nginx and HAProxy, which all clients of the proxy share: no client notices them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEEP_ALIVE = "/etcdserverpb.Lease/LeaseKeepAlive"
 
 
 async def keep_leases(client: RawClient, count: int) -> list[RawStream]:
-    """Keep so many leases alive, each on a stream of its own that stays open."""
+    """Keep so many leases alive, each on a separate stream that stays open."""
     grant = await client.unary(GRANT, rpc_pb2.LeaseGrantRequest(TTL=600).SerializeToString())
     lease = rpc_pb2.LeaseGrantResponse.FromString(grant.messages[0]).ID
     streams = [client.call(KEEP_ALIVE) for _ in range(count)]
@@ -38,7 +38,7 @@ async def keep_leases(client: RawClient, count: int) -> list[RawStream]:
 
 
 async def puts(client: RawClient, count: int, at_a_time: int) -> list[tuple[int | None, str]]:
-    """Put so many times; return how each call ended that did not end well."""
+    """Put so many times; return the outcome of each failed call."""
     failed: list[tuple[int | None, str]] = []
     request = rpc_pb2.PutRequest(key=PREFIX + b"k", value=b"v").SerializeToString()
 
@@ -55,7 +55,7 @@ async def puts(client: RawClient, count: int, at_a_time: int) -> list[tuple[int 
 
 
 async def others_are_served(client: RawClient, etcd: EtcdServer, watches: int = 3) -> None:
-    """Puts, ranges and new watches, while others keep what they have."""
+    """Puts, ranges and new watches, while others keep their streams."""
     assert await puts(client, 30, 3) == []
     read = await client.unary(RANGE, rpc_pb2.RangeRequest(key=PREFIX + b"k").SerializeToString())
     assert len(rpc_pb2.RangeResponse.FromString(read.messages[0]).kvs) == 1
@@ -88,7 +88,7 @@ def test_leases_beyond_the_stream_limit_leave_room_for_others(front: str) -> Non
 
 
 def test_a_lack_of_places_shows_in_readiness() -> None:
-    """Only where all connections that are allowed are full; it is over as soon as a place is free."""
+    """Only if all allowed connections are full; it ends as soon as a place is free."""
 
     async def scenario(etcd: EtcdServer) -> None:
         settings = UpstreamSettings(connections_per_endpoint_max=1, place_wait_s=0.2)
@@ -99,7 +99,7 @@ def test_a_lack_of_places_shows_in_readiness() -> None:
             waits.send(rpc_pb2.PutRequest(key=PREFIX + b"k").SerializeToString(), end=True)
             await until_async(lambda: not proxy.health.serving, "readiness")
             assert "calls wait for a place at etcd" in proxy.health.reason
-            # What the proxy itself asks has a place all the same, and watches have connections of their own.
+            # The proxy's own calls have a place all the same, and watches have separate connections.
             await open_watch(client, PREFIX, PREFIX_END)
             leases[0].cancel()
             assert await waits.end() == (Status.OK, "")
@@ -116,7 +116,7 @@ def test_sixty_tokens_watch_at_an_etcd_with_fifty_streams() -> None:
             streams: list[WatchStream] = []
             for number, token in enumerate(tokens):
                 stream = client.watch([("token", token)])
-                # Ranges of their own, so that each token has a stream at etcd.
+                # Separate ranges, so that each token has a stream at etcd.
                 stream.create(b"a/%d" % number)
                 streams.append(stream)
             for stream in streams:
@@ -131,14 +131,14 @@ def test_sixty_tokens_watch_at_an_etcd_with_fifty_streams() -> None:
 
 
 async def _rotated(proxy: Proxy, etcd: EtcdServer, count: int) -> None:
-    """Under load for as many calls: no call fails, no watch misses or repeats anything, and nothing is reported."""
+    """Under load for that many calls: no call fails, no watch misses or repeats an event, and no error is logged."""
     async with await RawClient.connect(proxy.port) as client:
         streams = [(await open_watch(client, PREFIX, PREFIX_END, start), start) for start in (0, 1, 0, 1)]
         leases = await keep_leases(client, 5)
         writer = Writer(f"127.0.0.1:{proxy.port}")
         assert await puts(client, count, 20) == []
         for number in range(30):
-            # Streams are what the connections of the watches count.
+            # The connections of the watches count streams.
             streams.append((await open_watch(client, PREFIX, PREFIX_END, 1), 1))
             assert not streams[-1][0].raw.over, number
         last = await writer.stop()
@@ -163,7 +163,7 @@ def test_clients_do_not_notice_nginx_closing_connections(more: str) -> None:
 
 @pytest.mark.long
 def test_clients_do_not_notice_a_haproxy_reload() -> None:
-    """The old process ends its connections in good order and keeps the streams that are open."""
+    """The old process closes its connections gracefully and keeps open streams."""
 
     async def scenario(etcd: EtcdServer, before: Front) -> None:
         async with proxy_for(before.endpoint) as proxy, await RawClient.connect(proxy.port) as client:

@@ -1,7 +1,7 @@
-"""An etcd whose quota is used up: writes are refused in etcd's own words, watches go on, and it recovers.
+"""An etcd whose quota is exhausted: writes are refused with etcd's own error, watches go on, and it recovers.
 
-An etcd whose disk is full ends itself, in the middle of whatever it was writing. And the two things an administrator
-does against both, compaction and defragmentation, under load.
+An etcd whose disk is full exits, in the middle of a write. Also compaction and defragmentation, the remedies for both,
+under load.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ QUOTA_BYTES = 2 << 20
 
 @pytest.fixture
 def small(etcd_binary: object) -> Iterator[EtcdServer]:
-    """An etcd with room for little."""
+    """An etcd with a small quota."""
     del etcd_binary
     with EtcdServer(extra=[f"--quota-backend-bytes={QUOTA_BYTES}"]) as server:
         yield server
@@ -40,7 +40,7 @@ async def _refusal(store: Etcd) -> tuple[object, str | None]:
 
 
 async def _fill(store: Etcd) -> int:
-    """Put until etcd takes no more; return the last revision."""
+    """Put until etcd refuses; return the last revision."""
     revision = 0
     for number in range(100):
         try:
@@ -67,7 +67,7 @@ def test_writes_are_refused_as_by_etcd_and_watches_go_on(small: EtcdServer) -> N
             assert refused == (grpc.StatusCode.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded")
             assert proxy.health.serving
             late = [(await open_watch(client, PREFIX, PREFIX_END, start), start) for start in (0, 1, full)]
-            # Deletes are allowed while the alarm lasts, and are seen.
+            # Deletes are allowed during the alarm, and are delivered.
             gone = await through.delete(PREFIX + b"0")
             await all_kept(early + late, small.endpoint, gone)
             await through.compact(gone)
@@ -90,7 +90,7 @@ def test_writes_are_refused_as_by_etcd_and_watches_go_on(small: EtcdServer) -> N
 
 
 def test_the_disk_is_full_under_load(etcd: EtcdServer) -> None:
-    """No file of etcd may grow any more, nor be written to where it is long: its log as little as its database."""
+    """No file of etcd may grow any more, nor be written beyond the limit: neither its log nor its database."""
 
     async def scenario() -> None:
         assert etcd.process is not None
@@ -110,7 +110,7 @@ def test_the_disk_is_full_under_load(etcd: EtcdServer) -> None:
             etcd.kill()
             await asyncio.to_thread(etcd.start)
             await writer.more(20)
-            # Nobody's watch has ended, and what was acknowledged before it is there.
+            # No watch has ended, and every put acknowledged before has arrived.
             await all_kept(streams, etcd.endpoint, await writer.stop())
 
     run(scenario())
@@ -143,7 +143,7 @@ def test_compaction_and_defragmentation_under_load(etcd: EtcdServer) -> None:
                     assert not response.canceled
                     revisions += [event.kv.mod_revision for event in response.events]
                 got.append(revisions)
-            # Each put is a revision of its own: nothing is missing, nothing came twice.
+            # Each put is one revision: none is missing, none came twice.
             assert got == [list(range(first, last + 1))] * len(streams)
 
     run(scenario())

@@ -1,4 +1,4 @@
-"""Storms: everybody comes back at once, and everybody asks for progress all the time; etcd hardly notices either."""
+"""Storms: all clients reconnect at once, and all request progress all the time; both cost etcd very little."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tests.waiting import until_async
 INTERVAL_S = 0.1
 REQUESTS_PER_INTERVAL = 4
 BACK_S = 1.0
-"""In which they come back; the bound is ten times that, for machines that do other things."""
+"""Expected time for all to reconnect; the bound is ten times that, for loaded machines."""
 PROGRESS = frame(rpc_pb2.WatchRequest(progress_request=rpc_pb2.WatchProgressRequest()).SerializeToString())
 DATA_FRAME_HEAD = len(PROGRESS).to_bytes(3, "big") + b"\0\0"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What etcd itself has counted: calls that began, messages that came on its watch streams, watchers it has."""
+    """etcd's own counts: calls started, messages received on its watch streams, and its watchers."""
 
     reads: int
     """Range and Txn; the test makes none of these."""
@@ -41,7 +41,7 @@ class Asked:
     """Creates, cancels and progress requests."""
 
     others: int
-    """Calls that are neither, nor the test's own Put."""
+    """All other calls, without the test's own Put."""
 
     watchers: int
 
@@ -64,7 +64,7 @@ async def asked(etcd: EtcdServer) -> Asked:
 
 
 def newest(stream: WatchStream) -> int:
-    """Return the revision of the newest event that a stream has got, 0 before the first."""
+    """Return the revision of the newest event that a stream has received, 0 before the first."""
     assert stream.raw.status is None, (stream.raw.status, stream.raw.text)
     for message in reversed(stream.raw.messages):
         events = rpc_pb2.WatchResponse.FromString(message).events
@@ -75,7 +75,7 @@ def newest(stream: WatchStream) -> int:
 
 
 def open_watches(client: RawClient, starts: Sequence[int]) -> list[WatchStream]:
-    """Open a watch of the range from each of the revisions, each on a stream of its own, without waiting for any."""
+    """Open a watch of the range from each of the revisions, each on a new stream, without waiting for any."""
     streams = []
     for start in starts:
         stream = client.watch()
@@ -102,10 +102,10 @@ async def put(store: Etcd, count: int) -> int:
     ("connections", "each"), [(20, 10), pytest.param(100, 20, marks=pytest.mark.long)], ids=["200", "2000"]
 )
 def test_a_reconnect_storm_costs_etcd_nothing(etcd: EtcdServer, connections: int, each: int) -> None:
-    """The connections drop at different revisions while puts go on, and come back, each client from where it was."""
+    """The connections break at different revisions during puts, and each client resumes from its own revision."""
 
     async def scenario() -> None:
-        # On a busy machine they may be away for longer than a trunk lingers.
+        # On a loaded machine they may be gone for longer than a trunk lingers.
         async with (
             proxy_for(etcd, limits=CoreLimits(linger_s=30)) as proxy,
             straight(etcd.endpoint) as store,
@@ -118,7 +118,7 @@ def test_a_reconnect_storm_costs_etcd_nothing(etcd: EtcdServer, connections: int
                 for stream in mine:
                     await stream.created(20)
             await all_reached([stream for mine in streams for stream in mine], await put(store, 20))
-            # As seen, the trunk's own read and probe are done.
+            # By now the trunk's own read and probe are done.
             before, began = await asked(etcd), time.monotonic()
             assert before.watchers == 1
             last = 0
@@ -156,7 +156,7 @@ def test_a_reconnect_storm_costs_etcd_nothing(etcd: EtcdServer, connections: int
 
 
 def ask_all(streams: Sequence[WatchStream]) -> None:
-    """Ask for progress on every stream of one connection, past h2, which would take most of the time."""
+    """Request progress on every stream of one connection, without h2, which would take most of the time."""
     transport = streams[0].raw.client.transport
     assert transport is not None
     transport.write(b"".join(DATA_FRAME_HEAD + stream.raw.id.to_bytes(4, "big") + PROGRESS for stream in streams))
@@ -166,7 +166,7 @@ def ask_all(streams: Sequence[WatchStream]) -> None:
     ("connections", "each", "rounds"), [(10, 10, 20), pytest.param(10, 100, 25, marks=pytest.mark.long)]
 )
 def test_progress_for_all_watches_is_requested_once(etcd: EtcdServer, connections: int, each: int, rounds: int) -> None:
-    """Every session asks every 100 ms, while puts go on: what it is told is true, and not older than its question."""
+    """Every session asks every 100 ms during puts: each answer is true, and not older than the request."""
 
     async def scenario() -> None:
         async with proxy_for(etcd) as proxy, straight(etcd.endpoint) as store, AsyncExitStack() as open_clients:
@@ -186,7 +186,7 @@ def test_progress_for_all_watches_is_requested_once(etcd: EtcdServer, connection
             for number in range(rounds):
                 acknowledged.append(await put(store, 1))
                 for index, mine in enumerate(by_client):
-                    # Spread over the interval, as clients that know nothing of each other are.
+                    # Spread over the interval, as independent clients are.
                     at = began + (number + index / connections) * INTERVAL_S
                     await until_async(lambda at=at: loop.time() >= at, "its turn")  # type: ignore[misc]
                     ask_all(mine)
@@ -199,7 +199,7 @@ def test_progress_for_all_watches_is_requested_once(etcd: EtcdServer, connection
             after = await asked(etcd)
             intervals = took_s / INTERVAL_S
             assert requests <= REQUESTS_PER_INTERVAL * (intervals + 1), (requests, took_s)
-            # One that follows an unanswered one, on a slow machine, goes with a probe.
+            # On a slow machine, a request that follows an unanswered one is sent with a probe.
             assert requests <= after.watch_messages - before.watch_messages <= 2 * requests
             assert (after.watchers, after.watch_streams) == (1, before.watch_streams)
             for stream in streams:

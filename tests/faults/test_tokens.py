@@ -1,4 +1,4 @@
-"""Tokens that expire, are outdated or lose their rights while clients watch: who has a good one goes on."""
+"""Tokens that expire, become stale or lose their rights while clients watch: clients with a valid one continue."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TTL_S = 1
 
 
 async def broken(proxy: Proxy, way: Relay) -> None:
-    """Break all connections to etcd once, and wait until the watches' one is back."""
+    """Break all connections to etcd once, and wait until the one of the watches is back."""
     resumed = proxy.engine.stats.upstream_resumed
     way.cut()
     way.mend()
@@ -34,7 +34,7 @@ async def broken(proxy: Proxy, way: Relay) -> None:
 
 
 def scenario_with(etcd: EtcdServer, story: Callable[[Proxy, RawClient, Relay], Awaitable[None]]) -> None:
-    """Run a story with a proxy behind a relay, and a client of the proxy."""
+    """Run a scenario with a proxy behind a relay, and a client of the proxy."""
 
     async def scenario() -> None:
         async with (
@@ -48,7 +48,7 @@ def scenario_with(etcd: EtcdServer, story: Callable[[Proxy, RawClient, Relay], A
 
 
 async def expire_while_using(client: RawClient, used: str) -> None:
-    """Let every token expire but one, which is used all the time."""
+    """Let all tokens expire but one, which is used all the time."""
     loop = asyncio.get_running_loop()
     end = loop.time() + TTL_S + 1.5
 
@@ -114,12 +114,12 @@ def test_sessions_return_with_new_tokens_when_all_expired() -> None:
 
 @pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
 def test_watches_beyond_a_right_are_refused(binary: EtcdBinary) -> None:
-    """From a key on, and from the first key on: releases before 3.5.33 and 3.6.14 let those pass."""
+    """From a key on, and from the first key on: releases before 3.5.33 and 3.6.14 allow those."""
 
     async def story(proxy: Proxy, client: RawClient, _way: Relay) -> None:
         token = await token_of(client, "u1")
         root = await token_of(client, "root", "r")
-        # Also where a trunk for such a range is there already.
+        # Also if a trunk for such a range exists already.
         for key in (b"a/", b"a/k", b"\0"):
             await open_watch(client, key, b"\0", 0, [("token", root)])
         stream = client.watch([("token", token)])
@@ -159,7 +159,7 @@ def test_a_revoked_role_does_not_stop_the_others(etcd: EtcdServer) -> None:
         await broken(proxy, way)
         await put(etcd, "a/k", "1")
         await until_async(lambda: stayer.values == [b"1"], "the event after the break")
-        # etcd, too, checks only when a watch is created.
+        # etcd, too, checks rights only when a watch is created.
         await until_async(lambda: revoked.values == [b"1"], "the event after the break")
         await asyncio.to_thread(etcd.ctl, "--user=root:r", "user", "revoke-role", "u2", "reader")
         await broken(proxy, way)
@@ -170,7 +170,7 @@ def test_a_revoked_role_does_not_stop_the_others(etcd: EtcdServer) -> None:
 
 
 def jwt_flags(directory: Path, ttl: str) -> list[str]:
-    """Return the flags of an etcd whose tokens are signed, and expire in whatever use."""
+    """Return the flags of an etcd whose tokens are signed, and expire even in use."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     private, public = directory / "jwt.key", directory / "jwt.pub"
     private.write_bytes(
@@ -186,7 +186,7 @@ def jwt_flags(directory: Path, ttl: str) -> list[str]:
 
 @pytest.mark.long
 def test_signed_tokens_that_are_older_than_the_users(tmp_path: Path) -> None:
-    """With signed tokens any change of users makes all older ones useless: refused as etcd does, trunks rotate."""
+    """With signed tokens any change of users invalidates all older ones: refused as etcd does, trunks rotate."""
 
     async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
         old = await token_of(client, "u1")

@@ -1,4 +1,4 @@
-"""A tour with PyPI's aetcd (asyncio, grpc.aio). Arguments: HOST PORT. Prints what it saw, one JSON line each."""
+"""A tour with PyPI's aetcd (asyncio, grpc.aio). Arguments: HOST PORT. Prints one JSON line for each result."""
 
 import asyncio
 import json

@@ -1,8 +1,8 @@
 """A tour with PyPI's etcd3 (synchronous, grpc's C core). Arguments: HOST PORT [CA CERT KEY].
 
-Prints what it saw, one JSON line each.
+Prints one JSON line for each result.
 
-Runs in an environment of its own: the library wants an old protobuf.
+Runs in a separate environment: the library needs an old protobuf.
 """
 
 import json

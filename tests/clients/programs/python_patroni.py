@@ -16,7 +16,7 @@ def say(*what):
 
 
 def member(name, host, port, ca=None, cert=None, key=None):
-    """One Patroni; `use_proxies`: it talks to the address it was given, and not to the members that etcd names."""
+    """One Patroni; `use_proxies`: it connects to the given address, and not to the members that etcd lists."""
     tls = {"protocol": "https", "cacert": ca, "cert": cert, "key": key} if ca else {}
     etcd = {"hosts": [f"{host}:{port}"], "use_proxies": True, **tls}
     return get_dcs({"scope": "tour", "name": name, "ttl": 30, "loop_wait": 10, "retry_timeout": 10, "etcd3": etcd})
@@ -46,7 +46,7 @@ def main(*address):
     until(follower, lambda cluster: cluster.is_unlocked())
     say("failover", bool(follower.attempt_to_acquire_leader()))
     cluster = until(leader, lambda cluster: not cluster.is_unlocked())
-    # Only now: what etcd refuses makes Patroni drop its watch and read everything anew.
+    # Only now: a refusal by etcd makes Patroni drop its watch and read everything again.
     say("refused", bool(leader.initialize()), bool(leader.attempt_to_acquire_leader()))
     say("then", cluster.leader.name, sorted(each.name for each in cluster.members), cluster.config.data)
 
