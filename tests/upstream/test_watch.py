@@ -415,7 +415,7 @@ def test_a_create_that_is_not_answered_is_reported() -> None:
                 client.on_problem = lambda: told.append(client.problem)
                 client.open(a)
                 await until_async(lambda: told, "the report")
-                assert "has not answered the creates of watches" in told[0]
+                assert "has not answered watch create requests" in told[0]
                 (call,) = etcd.watches()
                 call.answer(0, 10, created=True)
                 await until_async(lambda: client.problem == "", "the end of it")

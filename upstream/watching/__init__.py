@@ -1,1 +1,1 @@
-"""Our watches at etcd: one stream for many of them, resumed after any break; the state is pure, the client does I/O."""
+"""The proxy's watches at etcd: many share a stream and resume after a break; the state is pure, the client does I/O."""

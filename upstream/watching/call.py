@@ -1,6 +1,4 @@
-"""
-The call that carries one `WatchStream`: from DATA to responses, flow control, and holding what comes while paused.
-"""
+"""The call that carries one `WatchStream`: from DATA to responses, flow control, and holding data while paused."""
 
 from __future__ import annotations
 
@@ -22,18 +20,18 @@ from upstream.watching.stream import Create, Kind, WatchStream
 WATCH_PATH: Final = b"/etcdserverpb.Watch/Watch"
 
 _RETURNED_SHARE: Final = 1 / 16
-"""Flow control is given back when this part of a stream's window has been read."""
+"""Flow control is returned when this share of a stream's window has been read."""
 
 _UNREAD_BYTES_MAX: Final = 16 * 1024 * 1024
-"""While more of large responses waits to be read, flow control is not given back: then the stream stands still. Until
-then what comes behind them can overtake."""
+"""While more than this of large responses waits to be read, flow control is not returned, and the stream stalls. Below
+it, responses that follow the large ones can overtake them."""
 
 _UNREAD_ALONE_BYTES_MAX: Final = 256 * 1024
-"""The same of a stream with one watch, where nothing can overtake."""
+"""The same for a stream with one watch, where nothing can overtake."""
 
 
 class CallOwner(Protocol):
-    """Who gets what comes on the calls: the watch client."""
+    """The owner of the calls, which gets their responses: the watch client."""
 
     # DATA of watch streams read since the start, in bytes.
     received_bytes: int
@@ -43,10 +41,10 @@ class CallOwner(Protocol):
         """Reads a message. Raises ScanError."""
 
     def take(self, stream: WatchStream, response: WatchResponse) -> None:
-        """Take a response."""
+        """Handle a response."""
 
     def stream_ended(self, stream: WatchStream, status: int, text: str) -> None:
-        """A stream is over without our doing."""
+        """Handle a stream that the server or the connection ended."""
 
 
 class UpstreamWatchCall:
@@ -73,19 +71,19 @@ class UpstreamWatchCall:
         self._feed = Feed(owner.scan, settings.watch_message_bytes_max)
         # The next step of a large response is scheduled.
         self._goes_on = False
-        # What is to be written when the call has begun, which may have to wait for a place at the server.
+        # Messages to write when the call starts, which may have to wait for a place at the server.
         self._unsent: list[bytes] = []
-        # What came while paused, unread and without credit: at most one stream window.
+        # Data that arrived while paused, unread and not returned to flow control: at most one stream window.
         self._held: list[tuple[bytes, int]] = []
-        # Bytes read that have not been given back yet: that is done for many messages at once, see _RETURNED_SHARE.
+        # Bytes read but not yet returned to flow control: done for many messages at once, see _RETURNED_SHARE.
         self._taken = 0
         self._taken_max = settings.connection.stream_window_bytes * _RETURNED_SHARE
-        # The create that has waited for longest when last looked at, and since when it has been that.
+        # The oldest unanswered create at the last check, and when it was first seen as the oldest.
         self._oldest: Create | None = None
         self._oldest_since = 0.0
-        # The create that was last reported as unanswered.
+        # The create last reported as unanswered.
         self._reported: Create | None = None
-        # None before it has begun, and when it is over.
+        # None before it starts, and after it has ended.
         self.call: UpstreamCall | None = None
 
     def begin(self, connection: ClientConnection, metadata: Metadata) -> None:
@@ -96,7 +94,7 @@ class UpstreamWatchCall:
             call.write(unsent, sum(map(len, unsent)))
 
     def write(self, message: bytes) -> None:
-        """Send a message, or keep it until the call begins."""
+        """Send a message, or keep it until the call starts."""
         framed = frame(message)
         if self.call is not None:
             self.call.write((framed,), len(framed))
@@ -104,17 +102,17 @@ class UpstreamWatchCall:
             self._unsent.append(framed)
 
     def hurry(self) -> None:
-        """Send what was written ahead of what else this turn of the loop brings."""
+        """Send the queued output before any other output of this turn of the loop."""
         if self.call is not None:
             self.call.connection.hurry()
 
     @property
     def moved(self) -> bool:
-        """The call ended with its connection, or because of it, and not by what was sent on it."""
+        """The call ended with its connection or because of it, not because of a message sent on it."""
         return self.call is not None and (self.call.unprocessed or not self.call.connection.healthy)
 
     def waits_for(self, now: float) -> float:
-        """Return for how long (seconds) the oldest create has been seen unanswered."""
+        """Return for how many seconds the oldest create has been seen unanswered."""
         creating = self._stream.creating
         oldest = creating[0] if creating and self.call is not None and not self._stream.paused else None
         if oldest is None or oldest is not self._oldest:
@@ -122,7 +120,7 @@ class UpstreamWatchCall:
         return now - self._oldest_since
 
     def report(self) -> bool:
-        """Return whether the oldest create is to be reported as unanswered, which is done once."""
+        """Return whether to report the oldest create as unanswered: true once per create."""
         repeated, self._reported = self._reported is self._oldest, self._oldest
         return not repeated
 
@@ -152,7 +150,7 @@ class UpstreamWatchCall:
             self._taken = 0
 
     def _take(self, call: UpstreamCall, read: Callable[..., Sequence[WatchResponse]], *data: bytes) -> None:
-        """Take what can be read now, and come back for the rest."""
+        """Handle the responses that can be read now, and schedule reading of the rest."""
         stream, owner = self._stream, self._owner
         try:
             for response in read(*data):
@@ -177,7 +175,7 @@ class UpstreamWatchCall:
                 self._give_back(call)
 
     def _broken(self, call: UpstreamCall, status: int, text: str) -> None:
-        """What came is not what etcd sends."""
+        """End the stream after data that is not a valid response."""
         call.reset()
         self._owner.stream_ended(self._stream, status, text)
         self.leave()
@@ -190,7 +188,7 @@ class UpstreamWatchCall:
         self.leave()
 
     def resume(self) -> None:
-        """Read what was held."""
+        """Read the data held while paused."""
         self._go_on()
         held, self._held = self._held, []
         read = 0
@@ -201,7 +199,7 @@ class UpstreamWatchCall:
             self._held = held[read:]
 
     def leave(self) -> None:
-        """End the call, if it has not, and let go of call and stream: they hold this in turn."""
+        """End the call if it is open, and drop the references between it, its stream and this object."""
         call, self.call = self.call, None
         self._held.clear()
         self._unsent.clear()

@@ -1,9 +1,8 @@
-"""
-Which server the watches are on, and for how long: what follows from what servers say, without asking them.
+"""Which server carries the watches, and when to leave it: decided from servers' answers, without I/O.
 
-No leader. Streams ask etcd for a leader, so that a member cut off from its cluster ends them instead of staying
-silent. Then the other endpoints are tried; when every one has failed and one of them for lack of a leader, watches go
-on without asking for one, as events may still come, until an endpoint with a leader is found.
+No leader. Streams require a leader (`hasleader`), so that a member cut off from its cluster ends them instead of
+staying silent. Then the other endpoints are tried. When every endpoint has failed, at least one of them for lack of a
+leader, watches continue without `hasleader`, as events may still arrive, until an endpoint with a leader is found.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from upstream.credentials import is_auth_refusal
 from upstream.errors import NO_LEADER_TEXT
 from upstream.watching.stream import Next
 
-# What servers say that go away, and what stands for a lost connection; other statuses may be one create's doing.
+# Statuses of a server that shuts down and of a lost connection; one create may be the cause of any other status.
 _SERVERS: Final = frozenset({Status.OK, Status.CANCELLED, Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED})
 
 
 class SearchGoal(Enum):
-    """What kind of server is looked for in place of the one in use."""
+    """What kind of server to look for in place of the one in use."""
 
-    NOTHING = "the one in use will do"
+    NOTHING = "the one in use is good enough"
     LEADER = "one that has a leader"
-    ENDPOINT = "one that is an endpoint (still)"
+    ENDPOINT = "one that is in the list of endpoints"
 
 
 class EndpointHealth(Protocol):
-    """What is known of an endpoint since the present search began."""
+    """What is known about an endpoint since the current search began."""
 
     # It has failed.
     tried: bool
@@ -41,7 +40,7 @@ class EndpointHealth(Protocol):
 
 
 class Ended(Protocol):
-    """What is asked of a stream that ended: `WatchStream`."""
+    """What the decision needs from a stream that ended: `WatchStream`."""
 
     @property
     def token(self) -> bytes | None: ...
@@ -50,7 +49,7 @@ class Ended(Protocol):
     @property
     def answered(self) -> bool: ...
 
-    # It began with a probe, which is nobody's create.
+    # It began with a probe, a create that belongs to no watch.
     @property
     def tested(self) -> bool: ...
 
@@ -61,40 +60,40 @@ class Ended(Protocol):
 class Unanswered(Protocol):
     """A watch whose create was not answered."""
 
-    # Times in a row, before this one.
+    # Consecutive times before this one.
     ends: int
 
 
 class EndpointPolicy:
-    """What is wanted of a server."""
+    """Which servers are acceptable."""
 
     __slots__ = ("leaderless",)
 
     def __init__(self) -> None:
-        # No endpoint has a leader: watches are opened without asking for one.
+        # No endpoint has a leader: watches are opened without `hasleader`.
         self.leaderless = False
 
     def is_acceptable(self, has_leader: bool) -> bool:
-        """Whether a server will do."""
+        """Whether a server can be used."""
         return has_leader or self.leaderless
 
     def is_better(self, wanted: SearchGoal, has_leader: bool) -> bool:
-        """Whether a server will do in place of the one in use."""
+        """Whether a server can replace the one in use."""
         return has_leader if wanted is SearchGoal.LEADER else self.is_acceptable(has_leader)
 
     def used(self, has_leader: bool) -> None:
-        """A server is in use from now on."""
+        """Record that a server is in use from now on."""
         if has_leader:
             self.leaderless = False
 
     def wanted(self, is_endpoint: bool) -> SearchGoal:
-        """What to look for while a server is in use, given whether it is one of the endpoints (still)."""
+        """What to look for while a server is in use, given whether it is still in the list of endpoints."""
         if self.leaderless:
             return SearchGoal.LEADER
         return SearchGoal.NOTHING if is_endpoint else SearchGoal.ENDPOINT
 
     def failed(self, endpoints: Iterable[EndpointHealth], in_use: bool) -> bool:
-        """An attempt failed. Return whether it is now known that nobody has a leader."""
+        """Record a failed attempt. Return whether it is now known that no endpoint has a leader."""
         if self.leaderless or in_use:
             return False
         known = list(endpoints)
@@ -114,10 +113,10 @@ def on_stream_end(
     works: bool,
 ) -> Next:
     """
-    Decide what follows when a stream ended at `server` with a status.
+    Decide what to do after a stream at `server` ended with a status.
 
-    `moved`: its connection ended, and it with that; `healthy`: there is another connection to the server; `works`: the
-    server has answered a create since it is in use, on whichever stream.
+    `moved`: the stream ended because its connection did; `healthy`: there is another connection to the server; `works`:
+    the server has answered a create since it is in use, on any stream.
     """
     if is_auth_refusal(status, text):
         return Next.LOST
@@ -138,7 +137,7 @@ def on_stream_end(
         return Next.HERE if stream.answered else Next.ELSEWHERE
     of_server = status in _SERVERS
     if stream.tested and not stream.answered:
-        # Not even the probe was: it is not a create's doing.
+        # Not even the probe was answered: no watch's create is the cause.
         if works and stream.token is not None and not of_server:
             return Next.TOKEN
     elif any(not of_server or (works and each.ends) for each in stream.unanswered):

@@ -1,17 +1,17 @@
-"""
-The watch client: what clientv3's Watcher is, for one listener that opens and closes watches.
+"""The watch client: the counterpart of clientv3's Watcher, for one listener that opens and closes watches.
 
-A thin shell around `WatchState`. It holds connections of its own, apart from the pool's, to one endpoint (as many as
-its streams need, see `connections`); each message that comes there goes through scanner and state to the listener
-within the same call, without a task, a future or any decoding. One task looks after the endpoint: finds an etcd that
-serves (`Dialer`), waits until it is lost, finds the next one; after a break all watches register again by themselves
-and the listener sees neither a gap nor anything twice. A connection that ends in good order is no break: its streams
-go on until they end, and their watches register again on another one.
+A thin shell around `WatchState`. It has connections of its own, separate from the pool's, to one endpoint (as many as
+its streams need, see `connections`). Each message that arrives there passes through scanner and state to the listener
+within the same call, without a task, a future or decoding. One task maintains the connection: it finds an etcd that
+serves (`Dialer`), waits until it is lost, and finds the next one. After a break all watches register again
+automatically, and the listener sees neither a gap nor a repeated event. A connection that is closed in good order is
+not a break: its streams continue until they end, and their watches register again on another connection.
 
-Calls to the listener are synchronous and come from the event loop. It may call the client from inside of them.
+Calls to the listener are synchronous and are made from the event loop. The listener may call the client from inside
+them.
 
-What it decides is decided elsewhere, without I/O: `state` (which watch stands where), `choice` (which server, and what
-follows when a stream ends), `lineage` (whether the store is the one it was). The simulator drives all three.
+All decisions are made elsewhere, without I/O: `state` (the position of each watch), `choice` (which server, and what to
+do when a stream ends), `lineage` (whether the store still has the same history). The simulator drives all three.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from upstream.watching.unanswered import Unanswered
 
 
 class WatchClient:
-    """Watches at whichever of several endpoints serves. Use from one event loop."""
+    """Watches at one of several endpoints. Use from one event loop."""
 
     def __init__(
         self,
@@ -68,14 +68,14 @@ class WatchClient:
         namespace: Namespace | None = None,
     ) -> None:
         """
-        `credentials`: a user of our own, in whose name trunks are watched; without, each has its own token.
-        `namespace`: where the keys of the watches are at etcd.
+        `credentials`: the proxy's own user, whose token trunks are watched with; without it each watch uses its own.
+        `namespace`: the prefix of the watches' keys at etcd.
         """
         self._settings = settings or UpstreamSettings()
         self._listener = listener
         self._log = log or NullLogger()
         self._state = WatchState(namespace, self._settings.watch_message_bytes_max)
-        # Reads a response; all watches are in the namespace, if there is one.
+        # Reads a response; with a namespace, all watches are in it.
         self.scan = scan_watch_response if namespace is None else namespace.scan
         self._dialer = Dialer(endpoints, tls, self._settings, self._log, self._attempt_failed)
         # The server in use; None while there is none.
@@ -83,37 +83,37 @@ class WatchClient:
         # The connections to it, and the streams that wait for a place there.
         self._places = Places(self._metadata)
         self._leader_call = LeaderCall(self._places.pick, self._leader_lost)
-        # Set when the server in use is not to be used any more.
+        # Set when the server in use must be left.
         self._lost = asyncio.Event()
-        # Set when there are other endpoints.
+        # Set when the endpoints change.
         self._moved = asyncio.Event()
-        # Of the cluster that is watched; None while nobody has said.
+        # The id of the watched cluster; None while no server has returned it.
         self._cluster_id: int | None = None
         self._lineage = HistoryTracker()
         self._choice = EndpointPolicy()
-        # Looks at it again.
+        # The task that checks the history again.
         self._recognition: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._credentials = credentials
-        # Gets a new token for our own user.
+        # The task that gets a new token for the proxy's own user.
         self._login: asyncio.Task[None] | None = None
-        # The next look at creates that are not answered.
+        # The next check for unanswered creates.
         self._look: asyncio.TimerHandle | None = None
         # A pending registration of watches whose stream ended.
         self._register_timer: asyncio.TimerHandle | None = None
         # Connections lost while watches were open, since the start.
         self.breaks = 0
-        # Told when the listener is about to hear what came with a read (True), and when it has heard it (False); not of
-        # a read that is one frame, as a message is that comes alone.
+        # Called with True before and False after the listener is notified of what a read brought. Skipped for a read
+        # that is a single DATA frame.
         self.around_read: Callable[[bool], None] | None = None
-        # Told when `problem` has changed.
+        # Called when `problem` has changed.
         self.on_problem: Callable[[], None] | None = None
         self._unanswered = Unanswered(self._settings.create_timeout_s)
-        # Connections that the server ended in good order, since the start.
+        # Connections that the server closed in good order, since the start.
         self.rotated = 0
         # DATA of watch streams read since the start, in bytes.
         self.received_bytes = 0
-        # What was given up because a time was up, since the start: by the name of the limit.
+        # Attempts, connections and creates that ended at a limit, since the start: by its name.
         self.timeouts = self._dialer.timeouts
 
     # For the listener.
@@ -125,7 +125,7 @@ class WatchClient:
 
     @property
     def leaderless(self) -> bool:
-        """No endpoint has a leader: watches are opened without asking for one."""
+        """No endpoint has a leader: watches are opened without `hasleader`."""
         return self._choice.leaderless
 
     @property
@@ -140,37 +140,37 @@ class WatchClient:
 
     @property
     def own_token(self) -> bytes | None:
-        """The token of our own user; None while there is none."""
+        """The token of the proxy's own user; None while there is none."""
         return self._state.own_token
 
     @property
     def server(self) -> tuple[str, str] | None:
-        """The endpoint in use and the version it says it is; None while there is none."""
+        """The endpoint in use and its etcd version; None while there is none."""
         return (self._server.target.endpoint.text, self._server.version) if self._server is not None else None
 
     @property
     def stream_count(self) -> int:
-        """Watch calls open upstream."""
+        """The number of Watch calls open upstream."""
         return sum(1 for _ in self._state.streams()) + self._leader_call.is_open
 
     @property
     def streams_waiting(self) -> int:
-        """Watch calls that wait for a place at etcd."""
+        """The number of Watch calls that wait for a place at etcd."""
         return self._places.waiting
 
     @property
     def connection_count(self) -> int:
-        """Connections that take calls."""
+        """The number of connections that take calls."""
         return self._places.connection_count
 
     @property
     def problem(self) -> str:
-        """Why watches wait though an etcd is there; "" when they do not, or not for long."""
+        """Why watches wait although etcd is connected; "" when they do not wait, or not for long."""
         return self._unanswered.problem or self._places.full
 
     @property
     def watch_count(self) -> int:
-        """Watches that are open."""
+        """The number of open watches."""
         return len(self._state)
 
     def start(self) -> None:
@@ -179,7 +179,7 @@ class WatchClient:
             self._task = asyncio.get_running_loop().create_task(self._run(), name="upstream watches")
 
     async def stop(self) -> None:
-        """Close the connection. The listener is told nothing."""
+        """Close the connections. The listener is not notified."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
@@ -191,40 +191,40 @@ class WatchClient:
         effects = self._state.open(watch)
         self._apply(effects)
         for effect in effects:
-            # A client may put right behind its create, on another connection to etcd: the watch has a start on that.
+            # Send the create now: the client may send a put right after its own create, on another connection to etcd.
             if isinstance(effect, Write) and isinstance(effect.stream.shell, UpstreamWatchCall):
                 effect.stream.shell.hurry()
 
     def close(self, watch: OpenedWatch) -> None:
-        """Cancel a watch; the listener hears nothing more of it. One that is over is ignored."""
+        """Cancel a watch; the listener gets no more notifications of it. A watch that has ended is ignored."""
         self._apply(self._state.close(watch))
 
     def pause(self, watch: OpenedWatch) -> None:
-        """Stop reading a backfill; what is under way fills one stream window. Raises ValueError for a trunk."""
+        """Stop reading a backfill; data in flight fills at most one stream window. Raises ValueError for a trunk."""
         self._state.pause(watch)
 
     def resume(self, watch: OpenedWatch) -> None:
         """Read a paused backfill again."""
         stream = self._state.resume(watch)
         if stream is not None and isinstance(stream.shell, UpstreamWatchCall):
-            # Not at once: the listener would get events inside of its own call.
+            # Not at once: the listener would get events inside its own call.
             asyncio.get_running_loop().call_soon(stream.shell.resume)
 
     def request_progress(self, number: int, watches: Iterable[OpenedWatch] | None = None) -> None:
-        """Ask upstream how far watches are complete; see `WatchState.request_progress`."""
+        """Request progress of watches from etcd; see `WatchState.request_progress`."""
         self._apply(self._state.request_progress(number, watches))
 
     def watch_leader(self) -> None:
-        """From now on have the listener told that there is no leader also while no watch is open."""
+        """From now on report a lost leader to the listener even while no watch is open."""
         self._leader_call.want()
 
     def revision_regressed(self, revision: int) -> None:
-        """The store is at `revision` after all, below what was seen before (restored from a snapshot)."""
+        """Accept that the store is at `revision`, below what was seen before (restored from a snapshot)."""
         self._state.newest_revision = revision
         self._lineage.went_back(self._server.standing if self._server is not None else None)
 
     async def find_foreign_cluster(self, endpoints: Sequence[Endpoint]) -> str | None:
-        """Return the first endpoint of another cluster than the one watched; None: all that say so are of the same."""
+        """Return the first endpoint of another cluster than the watched one; None: all that answer are of it."""
         known = self._cluster_id
         if known is None:
             return None
@@ -233,9 +233,10 @@ class WatchClient:
 
     def set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
         """
-        Go by another list, of the same cluster; watches stay where they are until one of these serves.
+        Replace the list of endpoints by another one of the same cluster; watches stay at the server in use until one of
+        the new endpoints serves.
 
-        The listener hears no more of it than `resumed`.
+        The listener only gets `resumed`.
         """
         self._dialer.set_endpoints(endpoints)
         self._moved.set()
@@ -268,7 +269,7 @@ class WatchClient:
                 self._log_in_again(effect.token)
 
     def take(self, stream: WatchStream, response: WatchResponse) -> None:
-        """Take a response that came on a stream."""
+        """Handle a response that arrived on a stream."""
         watch = self._state.received_events(stream, response)
         if watch is not None:
             self._listener.received(watch, response)
@@ -288,7 +289,7 @@ class WatchClient:
         return metadata
 
     def stream_ended(self, stream: WatchStream, status: int, text: str) -> None:
-        """A stream is over without our doing: decide whether it is tried again here, elsewhere, or not at all."""
+        """Handle a stream that the server ended: decide whether to retry it here, elsewhere, or not at all."""
         server = self._server
         if server is None or stream not in self._state.streams():
             return
@@ -309,7 +310,7 @@ class WatchClient:
         elif follows is Next.HERE:
             self._register_later(server)
         elif follows is Next.APART and self._register_timer is None:
-            # Without a delay: each create is tried a bounded number of times.
+            # Without a delay: each create is retried a bounded number of times.
             self._register_timer = asyncio.get_running_loop().call_later(0, self._register)
         elif follows is Next.ELSEWHERE:
             self._give_up(server, f"it ended the watch stream: {CallFailed(status, text)}")
@@ -319,7 +320,7 @@ class WatchClient:
             self._apply(self._state.register())
 
     def _register_later(self, server: Server) -> None:
-        """Register again what has no stream, on this connection: at once the first time, then with backoff."""
+        """Register watches without a stream again, at this server: at once the first time, then with backoff."""
         if self._register_timer is None:
             loop = asyncio.get_running_loop()
             server.target.failed(loop.time())
@@ -332,7 +333,7 @@ class WatchClient:
             self._apply(self._state.register())
 
     def _look_at_creates(self) -> None:
-        """Report creates that stay unanswered, and give up what they wait for, if it is a token."""
+        """Report creates that stay unanswered, and give up the streams of those that have a token."""
         loop = asyncio.get_running_loop()
         self._look = loop.call_later(self._settings.create_timeout_s / 4, self._look_at_creates)
         if self._server is not None:
@@ -362,7 +363,7 @@ class WatchClient:
         self._give_up(server, NO_LEADER_TEXT)
 
     def _give_up(self, server: Server, problem: str) -> None:
-        """Do not use this server any more, though it can be reached."""
+        """Stop using this server, although it can be reached."""
         self._dialer.problem(server.target, f"{server.target.endpoint.text}: {problem}")
         self._lost.set()
 
@@ -394,8 +395,8 @@ class WatchClient:
 
     async def _recognise(self, server: Server) -> bool:
         """
-        Find out whether the store is the one it was, see `lineage`, before anything of it is believed. False: it may be
-        another one, and does not say.
+        Check whether the store has the same history as before, see `lineage`, before the server is used. False: the
+        store may be another one, and the server does not answer.
         """
         known, now = self._lineage.known, server.standing
         if now is None or self._lineage.seen(now) is not HistoryVerdict.SUSPECT or known is None:
@@ -405,14 +406,15 @@ class WatchClient:
         if verdict is HistoryVerdict.OTHER:
             self._log.warning("upstream_other_history", endpoint=server.target.endpoint.text, **described(known, now))
             self._listener.other_history(now.header)
-            # What the listener did of it says less than this.
+            # The listener may have called `revision_regressed` with the revision alone; this position is more precise.
             self._lineage.went_back(now)
         return verdict is not HistoryVerdict.UNKNOWN
 
     def _turn_down(self, server: Server) -> None:
-        """Do not use a server that was just found, and try it again later."""
+        """Reject a server that was just found, and retry it later."""
         self._dialer.problem(
-            server.target, f"{server.target.endpoint.text}: it may be restored, and does not tell its status again"
+            server.target,
+            f"{server.target.endpoint.text}: its store may have been restored, and it did not return its status again",
         )
         server.target.failed(asyncio.get_running_loop().time())
         server.connection.close()
@@ -423,15 +425,15 @@ class WatchClient:
         self._recognition = None
 
     def _look_at_history(self, server: Server) -> None:
-        """Look again at a store that was no further than it had been when it was connected to, once it is."""
+        """Check the history again once the store has passed the known revision, if it had not when connected."""
         if self._lineage.wants_a_look(server.standing, self._state.newest_revision) and self._recognition is None:
             again = self._recognise_again(server)
             self._recognition = asyncio.get_running_loop().create_task(again, name="recognise upstream")
 
     async def _log_in(self, server: Server) -> None:
-        """Have a new token for our own user before anything is registered. Without a leader nobody can log in.
+        """Get a new token for the proxy's own user before any watch registers. Login is impossible without a leader.
 
-        A new one for each connection: who knows what became of the old one where this one leads to.
+        A new token for each server: the old one may not be valid there.
         """
         if self._credentials is not None and server.has_leader:
             self._state.own_token = await self._new_token(server, self._credentials)
@@ -440,7 +442,7 @@ class WatchClient:
         return await log_in(self._own(server), credentials, self._settings.status_timeout_s, self._log)
 
     def _log_in_again(self, refused: bytes | None) -> None:
-        """The token of our own user is taken no more: trunks wait a moment for a new one."""
+        """Get a new token after the server refused that of the proxy's own user: trunks wait for it."""
         if self._state.own_token == refused:
             self._state.own_token = None
         if self._login is None and self._server is not None and self._credentials is not None:
@@ -460,14 +462,14 @@ class WatchClient:
         return self._choice.is_acceptable(server.has_leader)
 
     def _attempt_failed(self) -> None:
-        """Decide, after an attempt that failed, whether to go on without a leader."""
+        """Decide, after a failed attempt, whether to continue without a leader."""
         targets = self._dialer.targets
         if self._choice.failed(targets, self._server is not None):
             self._log.warning("upstream_no_leader", endpoints=[target.endpoint.text for target in targets])
             self._listener.no_leader()
 
     async def _wait_for(self, wanted: Callable[[Server], bool]) -> Server | None:
-        """Look for such a server; None when the present connection ends before, or there are other endpoints."""
+        """Look for such a server; None when the server in use is lost, or the endpoints change, before one is found."""
         loop = asyncio.get_running_loop()
         search = loop.create_task(self._dialer.dial(wanted))
         change = loop.create_task(self._wait_for_change())
@@ -482,7 +484,7 @@ class WatchClient:
             await asyncio.gather(change, search, return_exceptions=True)
 
     async def _wait_for_change(self) -> None:
-        """Wait until the present connection ends, or there are other endpoints."""
+        """Wait until the server in use is lost or the endpoints change."""
         loop = asyncio.get_running_loop()
         waits = (loop.create_task(self._lost.wait()), loop.create_task(self._moved.wait()))
         try:
@@ -493,7 +495,7 @@ class WatchClient:
             await asyncio.gather(*waits, return_exceptions=True)
 
     def _use(self, server: Server) -> None:
-        """A server answered: register everything on its connection."""
+        """Use a server that answered: register all watches on its connection."""
         self._choice.used(server.has_leader)
         self._server = server
         self._lost.clear()
@@ -523,7 +525,7 @@ class WatchClient:
         self._listener.resumed()
 
     def _own(self, server: Server) -> ClientConnection:
-        """Return where to ask a server something, on a place that is kept for that if it is in use."""
+        """Return a connection for one of the proxy's own calls to a server, with a reserved place if it is in use."""
         connection = self._places.own() if server is self._server else None
         return connection or server.connection
 
@@ -534,9 +536,9 @@ class WatchClient:
 
     async def _open_another(self, server: Server) -> ClientConnection:
         """
-        Make another connection to the server in use. Raises Unreachable.
+        Open another connection to the server in use. Raises Unreachable.
 
-        It may lead to another member, if something stands in front of them: so it is asked the same as the first one.
+        Behind a load balancer it may lead to another member, so it is checked in the same way as the first one.
         """
         other = await self._dialer.attempt(server.target)
         where = server.target.endpoint.text
@@ -544,7 +546,9 @@ class WatchClient:
             if not self._acceptable(other):
                 raise Unreachable(where, "it has no leader", "check the other members of the cluster")
             if not await self._recognise(other):
-                raise Unreachable(where, "it may be restored, and does not say where it is again", "look at its log")
+                raise Unreachable(
+                    where, "its store may have been restored, and it did not return its status again", "check its log"
+                )
         except BaseException:
             other.connection.close()
             raise
@@ -577,7 +581,7 @@ class WatchClient:
         self._lost.set()
 
     def _leave(self) -> None:
-        """Leave the server in use: every watch waits for the next one."""
+        """Leave the server in use; all watches wait for the next one."""
         if (server := self._server) is not None:
             server.target.failed(asyncio.get_running_loop().time())
         self._drop_server()

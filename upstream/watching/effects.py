@@ -1,6 +1,4 @@
-"""
-What `WatchState` wants done: each of its inputs returns a list of these, to be carried out in order.
-"""
+"""The effects of `WatchState`: each of its inputs returns a list of these, to be carried out in order."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ class OpenStream:
 
 
 class CloseStream:
-    """End the Watch call of a stream: nothing is left on it."""
+    """End the Watch call of a stream that carries no watch any more."""
 
     __slots__ = ("stream",)
 
@@ -31,7 +29,7 @@ class CloseStream:
 
 
 class Write:
-    """Send a message (WatchRequest, without gRPC prefix) on a stream."""
+    """Send a message (WatchRequest, without the gRPC prefix) on a stream."""
 
     __slots__ = ("message", "stream")
 
@@ -52,8 +50,8 @@ class WatchReceived:
 
 class Progressed:
     """
-    These watches, if any, are complete through header.revision; and the server was there after the request for
-    progress of this number was made (0: nobody knows).
+    These watches, if any, are complete through header.revision, a revision that the server had after the progress
+    request with this number was made (0: unknown).
     """
 
     __slots__ = ("header", "number", "watches")
@@ -65,7 +63,7 @@ class Progressed:
 
 
 class WatchLost:
-    """A watch is over for good."""
+    """A watch has ended for good."""
 
     __slots__ = ("status", "text", "watch")
 
@@ -76,7 +74,7 @@ class WatchLost:
 
 
 class TokenRefused:
-    """The server does not take the token of our own user; watches wait for `WatchState.logged_in`."""
+    """The server refused the token of the proxy's own user; watches wait for `WatchState.logged_in`."""
 
     __slots__ = ("token",)
 
@@ -85,7 +83,7 @@ class TokenRefused:
 
 
 class HeaderSeen:
-    """A header came with an answer that is not passed on."""
+    """The header of an answer that is not passed on."""
 
     __slots__ = ("header",)
 

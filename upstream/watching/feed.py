@@ -1,13 +1,12 @@
-"""
-From the bytes of a watch stream to responses: small ones at once, large ones in pieces.
+"""From the bytes of a watch stream to responses: small ones at once, large ones in pieces.
 
-A large response (100,000 keys deleted at once, a thousand transactions to catch up with) would take the event loop for
-half a second and memory for all of it. So it is cut while it comes in, see `proto.large`, and its pieces are taken one
-in a turn (`step`). Meanwhile other responses of the stream overtake it, but for those that say more about the same
-watch, and answers to requests for progress, which speak of all watches. `created` and the like do not wait: etcd sends
-these past events as well.
+A large response (100,000 keys deleted at once, a thousand transactions to catch up with) would block the event loop for
+half a second and need memory for all of it. So it is cut while it arrives, see `proto.large`, and one piece is taken
+per turn of the loop (`step`). Meanwhile other responses of the stream overtake it, except those of the same watch, and
+answers to progress requests, which concern all watches. `created` and refusals do not wait: etcd itself sends these
+ahead of events.
 
-No I/O: the shell (`call`) feeds it and has it step, and so does the simulator.
+No I/O: the shell (`call`) and the simulator feed it and call `step`.
 """
 
 from __future__ import annotations
@@ -22,32 +21,32 @@ from proto.large import EventTooLarge, LargeResponse
 from proto.scan import WatchResponse
 
 LARGE_BYTES: Final = 64 * 1024
-"""Responses above this are taken in pieces."""
+"""Responses larger than this are read in pieces."""
 
 _PREFIX: Final = Struct(">BI")
 
 
 class Large(Protocol):
-    """A response that comes in pieces."""
+    """A response that is read in pieces."""
 
     @property
     def watch_id(self) -> int | None:
-        """Of the watch it is for; None while that has not come."""
+        """The id of its watch; None while that has not arrived."""
 
     @property
     def unread(self) -> int:
-        """Bytes of it that wait."""
+        """Bytes that have arrived and were not read."""
 
     @property
     def readable(self) -> bool:
-        """The next piece is there."""
+        """The next piece has arrived."""
 
     @property
     def done(self) -> bool:
-        """Its last piece was taken."""
+        """The last piece was taken."""
 
     def step(self) -> WatchResponse | None:
-        """Take the next piece, marked as a fragment unless it is the last; None: more has to come first."""
+        """Take the next piece, marked as a fragment unless it is the last; None: it has not arrived in full."""
 
 
 class LargePieces:
@@ -63,7 +62,7 @@ class LargePieces:
 
     @property
     def missing(self) -> int:
-        """Bytes that have not come."""
+        """Bytes that have not arrived."""
         return self._cuts.missing
 
     @property
@@ -94,7 +93,7 @@ class LargePieces:
         except EventTooLarge:
             piece = self._scan(self._cuts.head or b"")
             self._cuts.skip()
-            # As if etcd had ended this one watch.
+            # As if etcd had cancelled this watch.
             piece.canceled = True
             piece.cancel_reason = (
                 "rpc error: code = ResourceExhausted desc = "
@@ -111,21 +110,21 @@ class LargePieces:
 
 
 class Feed:
-    """The responses of one stream, in an order that etcd might have sent them in."""
+    """The responses of one stream, in an order in which etcd could have sent them."""
 
     __slots__ = ("_buffer", "_coming", "_event_bytes_max", "_need", "_scan", "_waiting")
 
     def __init__(self, scan: Callable[[bytes], WatchResponse], event_bytes_max: int) -> None:
-        """`scan` reads a message; one with a larger event than `event_bytes_max` ends its watch."""
+        """`scan` reads a message; an event larger than `event_bytes_max` ends its watch."""
         self._scan = scan
         self._event_bytes_max = event_bytes_max
-        # The start of a small message that is not complete; None between messages, as nearly always.
+        # The start of an incomplete small message; None between messages, the usual case.
         self._buffer: bytearray | None = None
-        # Bytes the buffer must hold before it is worth looking at again.
+        # Bytes the buffer must hold before it is examined again.
         self._need = PREFIX_BYTES
-        # A large message that still comes in.
+        # A large message that is still arriving.
         self._coming: LargePieces | None = None
-        # Large ones that are not read, oldest first, and what has to wait for them.
+        # Large responses that are not fully read, oldest first, and the responses that must wait for them.
         self._waiting: deque[Large | WatchResponse] = deque()
 
     @property
@@ -138,19 +137,19 @@ class Feed:
 
     @property
     def unread(self) -> int:
-        """Bytes of large messages that have come and were not read."""
+        """Bytes of large messages that have arrived and were not read."""
         return sum(each.unread for each in self._waiting if not isinstance(each, WatchResponse))
 
     def feed(self, data: bytes) -> list[WatchResponse]:
         """
-        Take the next bytes of the stream and return the responses to be taken now.
+        Take the next bytes of the stream and return the responses to handle now.
 
-        Raises FramingError for a compressed message, ScanError; the stream is of no use any more then.
+        Raises FramingError for a compressed message, and ScanError; the stream cannot be used after that.
         """
         if self._buffer is None and self._coming is None:
             size = len(data) - PREFIX_BYTES
             if 0 <= size <= LARGE_BYTES and data.startswith(_PREFIX.pack(0, size)):
-                # One whole message, as nearly always.
+                # One whole message, the usual case.
                 response = self._scan(data[PREFIX_BYTES:])
                 return [response] if not self._waiting or self.passes(response) else []
         return self._cut(data)
@@ -197,11 +196,11 @@ class Feed:
         return responses
 
     def begin(self, large: Large) -> None:
-        """A large response comes."""
+        """Add a large response that begins to arrive."""
         self._waiting.append(large)
 
     def passes(self, response: WatchResponse) -> bool:
-        """Tell whether a response is to be taken now; if not it is kept for its turn."""
+        """Return whether to handle a response now; if not, it is queued."""
         if not self._waiting:
             return True
         watch_id = response.watch_id
@@ -211,7 +210,7 @@ class Feed:
         return not waits
 
     def step(self) -> list[WatchResponse]:
-        """Take the next piece of what waits, or what has waited for it. Raises ScanError."""
+        """Take the next piece of a large response, or the responses that waited for its end. Raises ScanError."""
         waiting = self._waiting
         taken: list[WatchResponse] = []
         while waiting:

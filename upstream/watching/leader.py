@@ -1,10 +1,9 @@
-"""
-A Watch call without a watch, by which etcd says that it has lost its leader.
+"""A Watch call without a watch, which etcd ends when it has lost its leader.
 
-Etcd ends the streams that sent `hasleader` when its leader is lost, and refuses new ones meanwhile
-(server/etcdserver/api/v3rpc/interceptor.go, monitorLeader). The streams of our watches send it, but without watches
-there are none, and a client may send it on a stream on which it has not created a watch (yet). One such call, from the
-first of these clients on, says it for all. To etcd it is a stream, and not a watcher.
+etcd ends the streams that sent `hasleader` when its leader is lost, and refuses new ones meanwhile
+(server/etcdserver/api/v3rpc/interceptor.go, monitorLeader). The streams of the proxy's watches send it, but without
+watches there are no streams, and a client may send it on a stream on which it has not created a watch (yet). One such
+call, opened for the first of these clients, serves all of them. At etcd it counts as a stream, not as a watcher.
 """
 
 from __future__ import annotations
@@ -22,40 +21,40 @@ from upstream.unary import HAS_LEADER
 from upstream.watching.call import WATCH_PATH
 
 AGAIN_S: Final = 1.0
-"""A call that ended for another reason, or found no place, is made again after this."""
+"""A call that ended for another reason, or got no place, is made again after this time."""
 
 
 class LeaderCall:
-    """See the module; a `CallHandler`. It is open whenever that is wanted and a server is in use that has a leader."""
+    """See the module; a `CallHandler`. It is open while it is wanted and the server in use has a leader."""
 
     def __init__(self, pick: Callable[[], ClientConnection | None], lost: Callable[[], None]) -> None:
-        """`pick` returns a connection to the server in use, None while there is none; `lost`: its leader is."""
+        """`pick` returns a connection to the server in use, or None; `lost`: the server has lost its leader."""
         self._pick = pick
         self._lost = lost
         self._wanted = False
-        # A server is in use that has a leader.
+        # The server in use has a leader.
         self._usable = False
         self._call: UpstreamCall | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def is_open(self) -> bool:
-        """There is a call now."""
+        """The call is open."""
         return self._call is not None
 
     def want(self) -> None:
-        """Have it from now on."""
+        """Keep the call open from now on."""
         if not self._wanted:
             self._wanted = True
             self._open()
 
     def use(self, has_leader: bool) -> None:
-        """There is a server; without a leader it would refuse the call."""
+        """Use a new server; without a leader it would refuse the call."""
         self._usable = has_leader
         self._open()
 
     def leave(self) -> None:
-        """The server is not used any more."""
+        """End the call: the server is no longer in use."""
         self._usable = False
         call, self._call = self._call, None
         timer, self._timer = self._timer, None

@@ -1,11 +1,10 @@
-"""
-Whether a store is the one it was: the same history, or one that was restored from a snapshot, or another store.
+"""Whether a store still has the same history, or was restored from a snapshot or replaced by another one.
 
-A restored cluster has the ids of the old one (they are hashes of its peer URLs), its term may be the same, and once
-it has been written to often enough, its revision is no lower. But its log has begun anew. Each revision is one entry of
-the log, so within one history the log has grown at least as much as the revision between any two looks at any two
-members, however far these lag. A restored store has a snapshot full of revisions that its log knows nothing of. What
-can hide that is as many entries without a revision (leases granted, requests refused) as the snapshot has revisions.
+A restored cluster has the ids of the old one (they are hashes of its peer URLs), its term may be the same, and after
+enough writes its revision is not lower. But its log has started over. Each revision is one entry of the log, so within
+one history the log grows at least as much as the revision between any two reads at any two members, however far these
+lag. A restored store contains the revisions of the snapshot, which have no entries in its log. Only as many entries
+without a revision (leases granted, requests refused) as the snapshot has revisions can hide that.
 
 Sources: etcd server/etcdserver/api/v3rpc/maintenance.go (Status), etcdutl snapshot restore.
 """
@@ -19,10 +18,10 @@ from proto.scan import Header
 
 
 class RaftPosition(NamedTuple):
-    """Where a member says it is, in an answer to Maintenance.Status."""
+    """A member's position in the log, from an answer to Maintenance.Status."""
 
     header: Header
-    # The index of an entry of the log that was applied before the header's revision was read.
+    # The index of a log entry that was applied before the header's revision was read.
     applied: int
     # The index of the newest entry known to be committed, read shortly before the revision was.
     committed: int
@@ -32,21 +31,21 @@ def is_suspect(before: RaftPosition, now: RaftPosition) -> bool:
     """
     Whether `now` may be of another history than `before`.
 
-    Under load it may look like that for an instant, as an answer is not read at one instant. It is certain when it
-    still holds with a `committed` from a later answer.
+    Under load this may be a false positive, since the fields of an answer are not read at one instant. It is certain if
+    it still holds with a `committed` from a later answer.
     """
     if now.header.cluster_id != before.header.cluster_id:
         return True
     if not before.applied or not now.committed:
-        # A server that is no etcd may have no log, or not tell.
+        # A server that is not an etcd may have no log, or not report it.
         return False
-    # At the same revision a member that lags may have any index; one that is below says nothing.
+    # At the same revision a lagging member may have any index; a lower revision proves nothing.
     written = now.header.revision - before.header.revision
     return written > 0 and written > now.committed - before.applied
 
 
 def described(known: RaftPosition, now: RaftPosition) -> dict[str, int]:
-    """Return what a log says of a store that is not the one it was."""
+    """Return the log fields for a store whose history has changed."""
     return {
         "known_revision": known.header.revision,
         "known_index": known.applied,
@@ -56,25 +55,25 @@ def described(known: RaftPosition, now: RaftPosition) -> dict[str, int]:
 
 
 class HistoryVerdict(Enum):
-    """What is thought of a store."""
+    """The result of a check of a store's history."""
 
-    SAME = "it is the one it was, as far as one can tell"
-    SUSPECT = "it may be another one: look where it is once more"
-    OTHER = "it is another one"
-    UNKNOWN = "it may be another one, and does not say more: it is not to be used"
+    SAME = "the same history, as far as known"
+    SUSPECT = "maybe another history: read the position once more"
+    OTHER = "another history"
+    UNKNOWN = "maybe another history, and the server does not answer: do not use it"
 
 
 class HistoryTracker:
-    """The history that is watched: where it was when it was last seen to be the one it had been."""
+    """The watched history: its position when it was last found to be the same."""
 
     __slots__ = ("known",)
 
     def __init__(self) -> None:
-        # None = nothing to go by.
+        # None: no position is known yet.
         self.known: RaftPosition | None = None
 
     def seen(self, now: RaftPosition | None) -> HistoryVerdict:
-        """Take where a store is that was just asked; None = it does not say. SUSPECT wants `seen_again`."""
+        """Check a store's position, just read; None = the server did not answer. After SUSPECT call `seen_again`."""
         if now is None:
             return HistoryVerdict.SAME
         if self.known is not None and is_suspect(self.known, now):
@@ -83,7 +82,7 @@ class HistoryTracker:
         return HistoryVerdict.SAME
 
     def seen_again(self, now: RaftPosition, later: RaftPosition | None) -> HistoryVerdict:
-        """Take where a suspect is a moment later; None = it does not say."""
+        """Check a suspect's position, read a moment later; None = the server did not answer."""
         if later is None:
             return HistoryVerdict.UNKNOWN
         if self.known is not None and is_suspect(self.known, now._replace(committed=later.committed)):
@@ -93,13 +92,13 @@ class HistoryTracker:
         return HistoryVerdict.SAME
 
     def went_back(self, now: RaftPosition | None) -> None:
-        """It was found out otherwise that the store is another one; `now`: where it was when it was connected to."""
+        """Record that the history was found to be another one; `now`: the store's position, None = unknown."""
         self.known = now
 
     def wants_a_look(self, connected: RaftPosition | None, newest_revision: int) -> bool:
         """
-        Whether to ask where the store is once more: when it was connected to it was no further than it had been, which
-        tells nothing, and since then (`newest_revision`) it has gone on.
+        Whether to read the store's position once more: when connected, its revision was not above the known one, which
+        proves nothing, and it has passed that since (`newest_revision`).
         """
         known = self.known
         if known is None or connected is None or connected is known:

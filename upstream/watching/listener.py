@@ -1,4 +1,4 @@
-"""Who the watch client tells what etcd says: the proxy's engine, or a watcher of one program (`client.py`)."""
+"""The listener that the watch client notifies: the proxy's engine, or `EtcdWatcher` (`upstream/client.py`)."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from upstream.watching.stream import OpenedWatch
 
 
 class WatchListener(Protocol):
-    """Who is told; `watch` is always the object that was opened."""
+    """The callbacks; `watch` is always the object that was opened."""
 
     def received(self, watch: OpenedWatch, response: WatchResponse) -> None:
         """
-        Whole revisions of events, none seen before; or `created`, once; or a bookmark: no events, complete through
-        header.revision; or `canceled` with compact_revision: then the watch is over.
+        Whole revisions of events, none of them delivered before; or `created`, once; or a bookmark: no events, complete
+        through header.revision; or `canceled` with compact_revision, which ends the watch.
         """
 
     def progressed(self, watches: Iterable[OpenedWatch], header: Header, number: int) -> None:
         """
-        All of these, if any, are complete through header.revision, which the server had after `request_progress` was
-        called with this number (0: nobody knows).
+        These watches, if any, are complete through header.revision, a revision that the server had after
+        `request_progress` was called with this number (0: unknown).
         """
 
     def lost(self, watch: OpenedWatch, status: int, text: str) -> None:
-        """The watch is over for good: refused, cancelled by the server, or unreadable."""
+        """The watch has ended for good: refused, cancelled by the server, or unreadable."""
 
     def no_leader(self) -> None:
-        """No endpoint has a leader. Watches go on as well as they can."""
+        """No endpoint has a leader. Watches continue without one as far as possible."""
 
     def header_seen(self, header: Header) -> None:
-        """The header of an answer that is not passed on otherwise."""
+        """The header of an answer that no other callback passes on."""
 
     def other_history(self, header: Header) -> None:
         """
-        The store was restored from a snapshot, or is another one, and is at this revision: what was told before is not
-        true any more. Mostly said before anything is registered there.
+        The store was restored from a snapshot or replaced, and is at this revision: what was reported before is no
+        longer valid. Usually called before any watch registers there.
         """
 
     def broken(self) -> None:
-        """The connection is lost. Watches resume by themselves."""
+        """The connection is lost. Watches resume automatically."""
 
     def resumed(self) -> None:
-        """There is a connection (again), and all watches are being registered on it."""
+        """A connection is open (again), and all watches register on it."""

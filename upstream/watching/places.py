@@ -1,6 +1,4 @@
-"""
-Where the streams of watches have their places: the connections to the server in use, and those streams that wait.
-"""
+"""Places for the streams of watches: the connections to the server in use, and the streams that wait for a place."""
 
 from __future__ import annotations
 
@@ -14,45 +12,45 @@ from upstream.watching.stream import Kind, WatchStream
 
 
 class Places:
-    """See the module. `metadata` returns what the call of a stream begins with."""
+    """See the module. `metadata` returns the metadata of a stream's call."""
 
     def __init__(self, metadata: Callable[[WatchStream], Metadata]) -> None:
         self._metadata = metadata
-        # Those to the server in use; None while there is none.
+        # Connections to the server in use; None while there is none.
         self._connections: Connections | None = None
-        # Streams that wait for a place, and their calls, oldest first.
+        # Streams that wait for a place, oldest first, and their calls.
         self._waiting: dict[WatchStream, UpstreamWatchCall] = {}
-        # Connections to members that do not answer requests for progress in order with events.
+        # Connections to members that do not answer progress requests in order with events.
         self.unordered: set[ClientConnection] = set()
 
     @property
     def waiting(self) -> int:
-        """Streams that wait for a place."""
+        """The number of streams that wait for a place."""
         return len(self._waiting)
 
     @property
     def connection_count(self) -> int:
-        """Connections that take calls."""
+        """The number of connections that take calls."""
         return 0 if self._connections is None else self._connections.count
 
     @property
     def alive(self) -> bool:
-        """Streams can be opened, now or when the next connection is there."""
+        """Streams can be opened, now or once the next connection is open."""
         return self._connections is not None and self._connections.alive
 
     @property
     def full(self) -> str:
-        """Why watches wait though an etcd is there; "" when they do not, or not for long."""
+        """Why watches wait although etcd is connected; "" when they do not wait, or not for long."""
         if self._connections is None or not self._connections.full:
             return ""
         return full_text("watches", self._connections.count)
 
     def use(self, connections: Connections) -> None:
-        """Open streams on these from now on."""
+        """Open streams on these connections from now on."""
         self._connections = connections
 
     def leave(self) -> None:
-        """Close the connections, and forget who waits."""
+        """Close the connections, and forget the waiting streams."""
         self._waiting.clear()
         self.unordered.clear()
         connections, self._connections = self._connections, None
@@ -64,20 +62,20 @@ class Places:
         return None if self._connections is None else self._connections.pick()
 
     def own(self) -> ClientConnection | None:
-        """Return a connection with a place for a call of our own; None when there is none now."""
+        """Return a connection with a place for one of the proxy's own calls; None when there is none now."""
         return None if self._connections is None else self._connections.pick(own=True)
 
     def open(self, stream: WatchStream, call: UpstreamWatchCall) -> None:
-        """Begin the call of a stream, or have it wait for a place."""
+        """Start the call of a stream, or queue it for a place."""
         if self._waiting or not self._begin(stream, call):
             self._waiting[stream] = call
 
     def forget(self, stream: WatchStream) -> None:
-        """A stream is over: it does not wait any more."""
+        """Remove a stream that has ended from the queue."""
         self._waiting.pop(stream, None)
 
     def begin_waiting(self) -> None:
-        """Begin what waits, trunks first: many clients share each of them."""
+        """Start the waiting calls, trunks first: many clients share each trunk."""
         for stream in sorted(self._waiting, key=lambda each: each.kind is Kind.BACKFILL):
             if not self._begin(stream, self._waiting[stream]):
                 break

@@ -1,16 +1,15 @@
-"""
-What answers to our requests for progress prove.
+"""What the answers to the proxy's progress requests prove.
 
-An answer to a manual request says nothing about a watch whose `created` came after the request was sent, and does not
-say which request it answers; unanswered ones are dropped by etcd. `WatchStream` keeps a lower bound for the number of
-the request that an answer can belong to: answers come in order, and an answer with a revision above that of a later
-create's header cannot belong to a request sent before that create.
+An answer to a manual request proves nothing about a watch whose `created` arrived after the request was sent, and does
+not say which request it answers; etcd drops requests that it does not answer. `WatchStream` keeps a lower bound for the
+number of the request that an answer can belong to: answers arrive in order, and an answer with a revision above that of
+a later create's header cannot belong to a request sent before that create.
 
-Who asks wants to be told at least what the server had when it asked, and a lower bound that lags behind after a
-dropped request would never say so. So a request that follows unanswered ones goes with a *probe*: a create of an
-empty range, which every etcd refuses, in order and with the revision it has then. Whatever proves that revision, an
-event or an answer to whichever request, is fresh enough. Servers without ordered progress get the probe alone: each
-stream goes by the member that it is at, since streams stay where they are when their connection rotates.
+The listener needs at least the revision that the server had at the time of the request, and a lower bound that lags
+after a dropped request would never confirm it. So a request that follows unanswered ones is sent with a *probe*: a
+create of an empty range, which every etcd refuses, in order and with its current revision. Any proof of that revision,
+an event or an answer to any request, is fresh enough. Servers without ordered progress get only the probe. This is
+decided per stream, by the member that serves it: a stream stays at its member when the connection rotates.
 
 Sources: etcd server/etcdserver/api/v3rpc/watch.go.
 """
@@ -27,7 +26,7 @@ _PROBE: Final = encode_create(b"\x01", b"\x01")
 
 
 def ask_progress(stream: WatchStream, number: int, effects: list[WatchEffect]) -> None:
-    """Ask how far a stream is complete; `number` is the listener's for this request."""
+    """Request progress on a stream; `number` is the listener's number for this request."""
     if stream.live and not stream.paused:
         if stream.answers_from <= stream.requested or not stream.ordered:
             send_probe(stream, number, effects)
@@ -39,23 +38,23 @@ def ask_progress(stream: WatchStream, number: int, effects: list[WatchEffect]) -
 
 
 def send_probe(stream: WatchStream, number: int, effects: list[WatchEffect]) -> None:
-    """Ask for the revision that the server has, in order with the other requests of a stream."""
+    """Request the server's current revision, in order with the other requests of a stream."""
     stream.creating.append(Create(None, stream.requested, number))
     effects.append(Write(stream, _PROBE))
 
 
 def note_created(stream: WatchStream, create: Create, revision: int) -> None:
-    """Take note that a create was answered when the store had a revision."""
+    """Record that a create was answered while the store was at a revision."""
     before = create.requested_before
     if before >= stream.answers_from and (not stream.passed or stream.passed[-1][0] < before):
         stream.passed.append((before, revision))
 
 
 def progress_answered(stream: WatchStream, header: Header, effects: list[WatchEffect]) -> None:
-    """An answer to one of our progress requests came."""
+    """Handle an answer to one of the stream's progress requests."""
     revision = header.revision
     if stream.answers_from > stream.requested:
-        # All have been answered: whatever this is, it proves nothing.
+        # All requests have been answered: this answer proves nothing.
         effects.append(HeaderSeen(header))
         return
     while stream.passed and stream.passed[0][1] < revision:

@@ -1,34 +1,34 @@
-"""
-What is known of our watches at the etcd we talk to: ids, order of creates, positions, fragments, what progress
-proves.
+"""State of the proxy's watches at etcd: ids, order of creates, positions, fragments, what progress proves.
 
-This is the part of a watch client that has to be right, so it does no I/O: inputs go in, effects come out, and the
+This is the part of a watch client that must be correct, so it does no I/O: inputs go in, effects come out, and the
 shell (upstream/watching/client.py), the tests and the simulator drive the same class.
 
-Theory of operation. The listener opens a *watch* (any object with the attributes of `OpenedWatch`); a
-`Registration` is our side of it and outlives connections. While connected each registration belongs to one
-`WatchStream`: all trunks of one token share one, each backfill has its own. A registration is *creating* until the
-server answered its create, then *live* under the id that the server chose. Creates are pipelined and answered in
-order, so the oldest one outstanding is the one that a `created` belongs to; ids alone do not tell, since every
-refusal has the id -1.
+Theory of operation. The listener opens a *watch* (any object with the attributes of `OpenedWatch`); a `Registration` is
+the client's record of it and outlives connections. While connected, each registration belongs to one `WatchStream`: all
+trunks of one token share a stream, each backfill has its own. A registration is *creating* until the server has
+answered its create, then *live* under the id that the server chose. Creates are pipelined and answered in order, so a
+`created` belongs to the oldest outstanding create; the id alone does not identify it, since every refusal has the id
+-1.
 
-Position. `next_revision` is the first revision still needed; it moves by events and by progress, never by the
-header of an event response: a catch-up response carries the store's revision beside at most 1000 revisions of
-events. A lost connection leaves positions alone, and `register` creates all again from there. Three points of care:
+Position. `next_revision` is the first revision still needed; it advances by events and by progress, never by the header
+of an event response: a catch-up response has the store's revision in its header but at most 1000 revisions of events. A
+lost connection does not change positions, and `register` creates all watches again from there. Three special cases:
 
-- A start above what the store has makes etcd drop every progress request of the stream, and one at or below it has
-  etcd look back first, for up to 100 ms, during which a compaction cancels the watch though nothing was missed. So
-  what needs nothing that is known to exist is created from now; what comes below its position is dropped here. When
-  the header of that `created` says that something has been written meanwhile, it is created again, from its position.
-- That can be a revision that has been compacted although nothing needed is. Such a cancel stays inside: the watch is
-  created again.
-- A watch from "now" (None) gets its position from the header of its `created`, that revision *inclusive*: etcd
-  reads this header after it registered the watch (since 3.5.22), so an event at that very revision may still
-  follow, and resuming above it could lose that event. Yet it is not *needed*, since who joins at "now" skips what is
-  <= the revision of `created`: when just that event is compacted, the watch goes on.
+- A start above the store's revision makes etcd drop every progress request of the stream. With a start at or below it,
+  etcd first catches the watch up, for up to 100 ms, and a compaction in that time cancels the watch although it missed
+  nothing. So a watch that needs no revision known to exist is created from now, and events below its position are
+  dropped here. When the header of that `created` shows that there was a write meanwhile, the watch is created again,
+  from its position.
+- That position can be a compacted revision although no needed revision is compacted. Such a cancel is not passed on:
+the
+  watch is created again.
+- A watch from "now" (None) gets its position from the header of its `created`, that revision *inclusive*: etcd reads
+  this header after it has registered the watch (since 3.5.22), so an event at this very revision may still follow, and
+  resuming above it could lose that event. Yet the event is not *needed*, since clients that join at "now" skip events
+  at or below the revision of `created`: if only that event is compacted, the watch continues.
 
-Elsewhere: which stream a watch belongs to (`streams`), which create ends its stream (`suspects`), what answers about
-progress prove (`proof`), how a large response comes to be a run of pieces (`feed`).
+Elsewhere: which stream a watch belongs to (`streams`), which create ends its stream (`suspects`), what progress answers
+prove (`proof`), how a large response becomes a run of pieces (`feed`).
 
 Sources: etcd server/etcdserver/api/v3rpc/watch.go, server/storage/mvcc/watchable_store.go.
 """
@@ -59,18 +59,18 @@ from upstream.watching.stream import Create, Held, Kind, Next, OpenedWatch, Regi
 from upstream.watching.streams import LARGE_CREATE_BYTES, STREAMS_MAX, Streams
 from upstream.watching.suspects import Suspects
 
-# A token may be outdated the moment it is there; twice in a row is no chance.
+# A fresh token can already be stale; two consecutive refusals mean that it is not.
 _OWN_REFUSED_MAX: Final = 2
 
 
 HELD_BYTES_MAX: Final = 512 << 20
 
 PROGRESS_ID: Final = -1
-"""The watch id of answers to manual progress requests, and of refused creates."""
+"""The watch id in answers to manual progress requests, and in refused creates."""
 
 
 class WatchState:
-    """All registrations and, while connected, their streams. Inputs return what is to be done, in order."""
+    """All registrations and, while connected, their streams. Each input returns its effects, in order."""
 
     def __init__(
         self,
@@ -78,20 +78,20 @@ class WatchState:
         held_bytes_max: int = HELD_BYTES_MAX,
         streams_max: Mapping[Kind, int] = STREAMS_MAX,
     ) -> None:
-        """`held_bytes_max`: how much of one revision is held, see `Settings.watch_message_bytes_max`."""
+        """`held_bytes_max`: the maximum size of one revision, see `UpstreamSettings.watch_message_bytes_max`."""
         self.connected = False
         # The server has answered a create on this connection.
         self.works = False
         self._held_bytes_max = held_bytes_max
-        # What the keys of all watches are prefixed with at etcd; None = nothing.
+        # The prefix of all watches' keys at etcd; None = no prefix.
         self._namespace = namespace
-        # The server answers manual progress requests in order with events; only then are they sent.
+        # The server answers manual progress requests in order with events; they are sent only if it does.
         self.ordered_progress = False
-        # The token of our own user, which all trunks are watched with; None = there is none (now).
+        # The token of the proxy's own user, which all trunks are watched with; None = there is none (now).
         self.own_token: bytes | None = None
         # The highest revision seen in any header; 0 = none yet.
         self.newest_revision = 0
-        # In the order of opening; the key is the id() of the listener's object, which need not be hashable.
+        # In opening order; the key is the id() of the listener's object, which need not be hashable.
         self._registrations: dict[int, Registration] = {}
         self._streams = Streams(streams_max)
         self._suspects = Suspects()
@@ -100,11 +100,11 @@ class WatchState:
         return len(self._registrations)
 
     def streams(self) -> Iterator[WatchStream]:
-        """All streams there are."""
+        """All open streams."""
         yield from self._streams
 
     def registration(self, watch: OpenedWatch) -> Registration | None:
-        """Return where `watch` stands; None when it is not open (any more)."""
+        """Return the registration of `watch`; None when it is not open (any more)."""
         return self._registrations.get(id(watch))
 
     def open(self, watch: OpenedWatch) -> list[WatchEffect]:
@@ -118,7 +118,7 @@ class WatchState:
         return effects
 
     def close(self, watch: OpenedWatch) -> list[WatchEffect]:
-        """Cancel a watch. Nothing more is said about it. One that is over already is ignored."""
+        """Cancel a watch. No more effects concern it. A watch that has ended already is ignored."""
         effects: list[WatchEffect] = []
         registration = self._registrations.get(id(watch))
         if registration is not None:
@@ -126,13 +126,13 @@ class WatchState:
         return effects
 
     def pause(self, watch: OpenedWatch) -> None:
-        """Have a backfill's stream not read, this one and those after a break. Raises ValueError for a trunk."""
+        """Stop reading a backfill's stream, also after a break. Raises ValueError for a trunk."""
         if not watch.is_backfill:
             raise ValueError("only backfills can be paused: trunks share a stream")
         self._set_paused(watch, True)
 
     def resume(self, watch: OpenedWatch) -> WatchStream | None:
-        """Have a backfill's stream read again; return it, None when there is none now."""
+        """Read a backfill's stream again; return the stream, None when there is none now."""
         return self._set_paused(watch, False)
 
     def _set_paused(self, watch: OpenedWatch, paused: bool) -> WatchStream | None:
@@ -146,11 +146,11 @@ class WatchState:
 
     def request_progress(self, number: int, watches: Iterable[OpenedWatch] | None = None) -> list[WatchEffect]:
         """
-        Ask the streams of these watches, or (None) all of them, how far they are complete; `number` is the listener's
+        Request progress on the streams of these watches, or (None) on all streams; `number` is the listener's number
         for this request, higher each time.
 
-        A request waits for the creates that are outstanding, since its answer would prove nothing for them. Answers
-        may never come; ask again by timer. Servers without ordered progress are only asked which revision they have.
+        A request waits for the outstanding creates, since its answer would prove nothing about them. Answers may never
+        arrive; repeat by timer. Servers without ordered progress are only asked for their revision.
         """
         effects: list[WatchEffect] = []
         if not self.ordered_progress:
@@ -178,18 +178,18 @@ class WatchState:
         return streams
 
     def connect(self, ordered_progress: bool, revision: int) -> list[WatchEffect]:
-        """A connection is there; its server is at `revision` (0 = unknown). Everything registers."""
+        """A connection is open; its server is at `revision` (0 = unknown). All watches register."""
         self.connected = True
         self.ordered_progress = ordered_progress
         self.saw(revision)
         return self.register()
 
     def saw(self, revision: int) -> None:
-        """The store is known to be at a revision, or above."""
+        """Record that the store is at a revision or above."""
         self.newest_revision = max(self.newest_revision, revision)
 
     def register(self) -> list[WatchEffect]:
-        """Register what has no stream: after `connect` everything, after `ended` what was on that stream."""
+        """Register watches without a stream: after `connect` all of them, after `over` those of that stream."""
         effects: list[WatchEffect] = []
         if self.connected:
             for registration in self._registrations.values():
@@ -198,12 +198,12 @@ class WatchState:
         return effects
 
     def logged_in(self, token: bytes | None) -> list[WatchEffect]:
-        """Our own user has a new token, or none can be had: register what waits for it."""
+        """Set the new token of the proxy's own user, None if login failed: register the watches that wait for it."""
         self.own_token = token
         return self.register()
 
     def disconnect(self) -> None:
-        """The connection is gone, and all streams with it. Half a run of fragments is dropped; positions stay."""
+        """The connection has ended, with all streams. Incomplete runs of fragments are dropped; positions stay."""
         self.connected = False
         for stream in list(self.streams()):
             self._drop(stream)
@@ -213,7 +213,7 @@ class WatchState:
             registration.watch_id = None
 
     def over(self, stream: WatchStream, follows: Next, status: int, text: str) -> list[WatchEffect]:
-        """A stream has ended; what was on it is lost, or waits for `register`."""
+        """Handle a stream that has ended: its watches are lost, or wait for `register`."""
         if follows is Next.LOST:
             return self.refused(stream, status, text)
         if follows is Next.TOKEN:
@@ -229,7 +229,7 @@ class WatchState:
         self._take_off(stream)
 
     def _take_off(self, stream: WatchStream) -> list[Registration]:
-        """Drop a stream; return what was on it, which has none now."""
+        """Drop a stream; return its registrations, which have no stream now."""
         self._drop(stream)
         there = [registration for registration in self._registrations.values() if registration.stream is stream]
         for registration in there:
@@ -238,7 +238,7 @@ class WatchState:
         return there
 
     def _ended_by_a_create(self, stream: WatchStream, status: int, text: str) -> list[WatchEffect]:
-        """A stream is gone, maybe by a create that it did not answer."""
+        """Handle a stream that may have ended because of an unanswered create."""
         guilty = self._suspects.judge(stream)
         self._ended(stream, counts=True)
         effects: list[WatchEffect] = []
@@ -248,7 +248,7 @@ class WatchState:
         return effects
 
     def _acquit(self, stream: WatchStream, effects: list[WatchEffect]) -> None:
-        """All suspects of a stream were answered: they go where they belong, and others have their turn."""
+        """All suspects of a stream were answered: move them to their regular streams, and try the next suspects."""
         for registration in stream.by_id.values():
             registration.group = None
         if stream.kind is not Kind.SUSPECT:
@@ -266,7 +266,7 @@ class WatchState:
             effects += self.register()
 
     def refused(self, stream: WatchStream, status: int, text: str) -> list[WatchEffect]:
-        """A stream ended in a way that trying again does not mend: all its watches are lost."""
+        """A stream ended for a reason that a retry does not fix: all its watches are lost."""
         if stream.own and is_auth_refusal(status, text):
             self._ended(stream, counts=False)
             return [TokenRefused(stream.token)]
@@ -277,7 +277,7 @@ class WatchState:
         return [WatchLost(registration.watch, status, text) for registration in there]
 
     def received(self, stream: WatchStream, response: WatchResponse) -> list[WatchEffect]:
-        """A message came on a stream."""
+        """Handle a message that arrived on a stream."""
         watch = self.received_events(stream, response)
         if watch is not None:
             return [WatchReceived(watch, response)]
@@ -287,9 +287,9 @@ class WatchState:
         return self._received_again(registration, response)
 
     def received_events(self, stream: WatchStream, response: WatchResponse) -> OpenedWatch | None:
-        """Take events of a live watch that are all new and return the watch: the fast lane of `received`.
+        """Handle events of a live watch that are all new and return the watch: the fast path of `received`.
 
-        None: it is anything else, and `received` has to take it.
+        None: the response is of any other kind, and `received` must handle it.
         """
         revision = response.header.revision
         if revision > self.newest_revision:
@@ -307,7 +307,7 @@ class WatchState:
     def _received_otherwise(
         self, stream: WatchStream, registration: Registration | None, response: WatchResponse
     ) -> list[WatchEffect]:
-        """Everything but plain events of a live watch."""
+        """Handle any response other than plain events of a live watch."""
         effects: list[WatchEffect] = []
         if response.created:
             self._created(stream, response, effects)
@@ -319,7 +319,8 @@ class WatchState:
             self._piece(stream, registration, response, effects)
         else:
             self._bookmark(registration, response, effects)
-        # What the listener opens when it is told has to follow on the wire, as it does in `creating`.
+        # Writes first: creates that the listener opens while it is notified must follow them on the wire, as they do in
+        # `creating`.
         effects.sort(key=_is_answered)
         return effects
 
@@ -334,7 +335,7 @@ class WatchState:
         note_created(stream, create, header.revision)
         if registration is None:
             if not response.canceled:
-                # No etcd does that.
+                # etcd never accepts the probe.
                 self._cancel(stream, response.watch_id, effects)
             effects.append(Progressed([], header, create.number) if create.number else HeaderSeen(header))
             waiting, stream.waiting = stream.waiting, []
@@ -354,7 +355,7 @@ class WatchState:
         elif registration.closed:
             self._cancel(stream, response.watch_id, effects)
         elif create.skips and header.revision >= (registration.next_revision or 0):
-            # What is needed may have been written before the watch was there.
+            # A needed revision may have been written before the watch was registered.
             effects.append(HeaderSeen(header))
             self._cancel(stream, response.watch_id, effects)
             self._create(stream, registration, effects)
@@ -374,7 +375,7 @@ class WatchState:
     def _create_refused(
         self, stream: WatchStream, registration: Registration, status: int, text: str, effects: list[WatchEffect]
     ) -> None:
-        """A watch is over; but what our own user may not watch, somebody else may."""
+        """Handle a refused create: end the watch, or retry with its own token if the proxy's own user was refused."""
         if not stream.own or not is_auth_refusal(status, text):
             effects.append(WatchLost(registration.watch, status, text))
             self._forget(registration, effects)
@@ -389,13 +390,13 @@ class WatchState:
             self._register(registration, effects)
 
     def _received_unknown(self, stream: WatchStream, response: WatchResponse, effects: list[WatchEffect]) -> None:
-        """A response of no live id: a progress answer, or the last words of a dying id."""
+        """Handle a response without a live id: a progress answer, or a late response of a cancelled id."""
         watch_id = response.watch_id
         if watch_id == PROGRESS_ID and not (response.events or response.canceled or response.created):
             progress_answered(stream, response.header, effects)
             return
         if watch_id not in stream.dying:
-            # Nobody here knows it: stop it, as clientv3 does, instead of paying for its events for ever.
+            # An unknown id: cancel it, as clientv3 does, instead of receiving its events without end.
             if not response.canceled and watch_id >= 0:
                 self._cancel(stream, watch_id, effects)
         elif response.canceled and not response.compact_revision:
@@ -405,7 +406,7 @@ class WatchState:
     def _canceled(
         self, stream: WatchStream, registration: Registration, response: WatchResponse, effects: list[WatchEffect]
     ) -> None:
-        """The server has ended a watch."""
+        """Handle a watch that the server has cancelled."""
         compact_revision = response.compact_revision
         if not compact_revision:
             status, text = read_reason(response.cancel_reason)
@@ -419,7 +420,7 @@ class WatchState:
         if next_revision == registration.now:
             next_revision += 1
         if next_revision >= compact_revision:
-            # Only the start was too old, not what is needed: see the module's docstring.
+            # Only the start was compacted, not a needed revision: see the module's docstring.
             registration.next_revision = next_revision
             watch_id = response.watch_id
             self._unlink(stream, registration)
@@ -434,10 +435,10 @@ class WatchState:
         self, stream: WatchStream, registration: Registration, response: WatchResponse, effects: list[WatchEffect]
     ) -> None:
         """
-        Events inside of a run of pieces: pass on the revisions that are complete.
+        Handle events within a run of pieces: pass on the complete revisions.
 
-        The last revision of a piece may go on in the next one, so it is held back; the whole run is never held, which
-        could be a thousand revisions. What is passed on is marked as a fragment while the run goes on.
+        The last revision of a piece may continue in the next one, so it is held back; the whole run, which could be a
+        thousand revisions, is never held. What is passed on is marked as a fragment while the run continues.
         """
         watch_id = response.watch_id
         events, goes_on = response.events, response.fragment
@@ -462,7 +463,7 @@ class WatchState:
                 self._forget(registration, effects)
 
     def _received_again(self, registration: Registration, response: WatchResponse) -> list[WatchEffect]:
-        """Whole revisions, of which some may have been received before."""
+        """Pass on whole revisions, without those that were received before."""
         next_revision = registration.next_revision or 0
         events = response.events
         if events[0].revision < next_revision:
@@ -474,7 +475,7 @@ class WatchState:
         return [WatchReceived(registration.watch, response)]
 
     def _bookmark(self, registration: Registration, response: WatchResponse, effects: list[WatchEffect]) -> None:
-        """Progress under the watch's own id (progress_notify), which is in order with its events everywhere."""
+        """Handle progress under the watch's own id (progress_notify), which every etcd sends in order with events."""
         revision = response.header.revision
         if revision + 1 >= (registration.next_revision or 0):
             registration.next_revision = revision + 1
@@ -483,7 +484,7 @@ class WatchState:
             effects.append(HeaderSeen(response.header))
 
     def _register(self, registration: Registration, effects: list[WatchEffect]) -> None:
-        """Create a registration that has no stream, on the stream it belongs to."""
+        """Send the create of a registration without a stream, on the stream it belongs to."""
         watch = registration.watch
         token = self.own_token
         own = token is not None and not watch.is_backfill and registration.own_refused < _OWN_REFUSED_MAX
@@ -523,16 +524,16 @@ class WatchState:
         return Kind.SHARED if start is None or self._skips(start) else Kind.CATCH_UP
 
     def _skips(self, start: int) -> bool:
-        """Whether nothing from `start` on is known to be written."""
+        """Whether no revision from `start` on is known to be written."""
         return 0 < self.newest_revision < start
 
     def _create(self, stream: WatchStream, registration: Registration, effects: list[WatchEffect]) -> None:
         """
-        Send a create from the registration's position; from now, if that is above the newest revision known.
+        Send a create from the registration's position; from now, if that is above the newest known revision.
 
-        Without fragments: etcd (sendFragments in api/v3rpc/watch.go) takes time that grows with the square of the
-        number of events in one, while everything else on the stream waits. See `feed` for how large responses are
-        taken.
+        Without fragments: in etcd (sendFragments in api/v3rpc/watch.go) the time for a fragment grows with the square
+        of its number of events, while all other responses on the stream wait. See `feed` for how large responses are
+        read.
         """
         start = registration.next_revision
         skips = start is not None and self._skips(start)
@@ -550,7 +551,7 @@ class WatchState:
         effects.append(Write(stream, message))
 
     def _unlink(self, stream: WatchStream, registration: Registration) -> None:
-        """Take a live registration off its id."""
+        """Release the id of a live registration."""
         if registration.watch_id is not None:
             del stream.by_id[registration.watch_id]
             stream.held.pop(registration.watch_id, None)
@@ -561,13 +562,13 @@ class WatchState:
         effects.append(Write(stream, encode_cancel(watch_id)))
 
     def _forget(self, registration: Registration, effects: list[WatchEffect]) -> None:
-        """A watch is over: cancel its id, or the whole stream when it was the last one there."""
+        """End a watch: cancel its id, or the whole stream if it was the last watch on it."""
         registration.closed = True
         self._registrations.pop(id(registration.watch), None)
         self._leave(registration, effects)
 
     def _leave(self, registration: Registration, effects: list[WatchEffect]) -> None:
-        """Take a registration off its stream."""
+        """Remove a registration from its stream."""
         stream = registration.stream
         if stream is None:
             return
@@ -583,7 +584,7 @@ class WatchState:
             self._cancel(stream, watch_id, effects)
 
     def _drop(self, stream: WatchStream) -> None:
-        """Take a stream out of every index; what still comes on it finds nobody."""
+        """Remove a stream from every index; responses that still arrive on it find no watch."""
         self._streams.remove(stream)
         stream.by_id.clear()
         stream.held.clear()
@@ -593,5 +594,5 @@ class WatchState:
 
 
 def _is_answered(effect: WatchEffect) -> bool:
-    """Whether the listener may call the state again when it is told this."""
+    """Whether the listener may call the state again while it handles this effect."""
     return isinstance(effect, WatchReceived | Progressed | WatchLost | TokenRefused)

@@ -1,7 +1,6 @@
-"""
-What `WatchState` keeps: a watch of the listener (`Registration`), and a Watch call that carries some (`WatchStream`).
+"""The data of `WatchState`: a watch of the listener (`Registration`), and a Watch call and its watches (`WatchStream`).
 
-In no family of the simulator's mutants: these objects pass between modules of which one may be a mutant.
+Not part of the simulator's mutants: these objects pass between modules of which one may be a mutant.
 """
 
 from __future__ import annotations
@@ -16,29 +15,29 @@ _PASSED_MAX: Final = 256
 
 
 class Kind(Enum):
-    """What a stream is for, see `streams`."""
+    """The purpose of a stream, see `streams`."""
 
     SHARED = "the live watches of a token"
     BACKFILL = "one backfill, which can be paused"
-    CATCH_UP = "watches that have something to catch up with"
+    CATCH_UP = "watches that have to catch up"
     LARGE = "watches with large creates"
     SUSPECT = "creates of which one may have ended its stream"
 
 
 class Next(Enum):
-    """What follows when a stream has ended without our doing."""
+    """What to do with the watches of a stream that the server or the connection ended."""
 
-    LOST = "its watches are over"
+    LOST = "they end"
     MOVED = "they register again at once, on another connection to this server"
     HERE = "they register again, on this connection"
-    APART = "they do, and those that it did not answer apart from the others: one of them may have ended it"
-    TOKEN = "its token cannot be sent to this server"
-    ELSEWHERE = "this server is not to be used any more"
-    NOTHING = "the connection is over too, which is told separately"
+    APART = "as HERE, but unanswered creates on separate streams: one of them may have ended this one"
+    TOKEN = "they end: their token cannot be sent to this server"
+    ELSEWHERE = "stop using this server"
+    NOTHING = "the connection has ended as well, which is reported separately"
 
 
 class OpenedWatch(Protocol):
-    """What the listener opens: its own object, handed back with every effect."""
+    """A watch that the listener opens: its own object, passed back with every effect."""
 
     @property
     def key(self) -> bytes: ...
@@ -55,15 +54,15 @@ class OpenedWatch(Protocol):
 
     @property
     def is_backfill(self) -> bool:
-        """True: it gets a stream of its own, which can be paused."""
+        """Whether it gets a stream of its own, which can be paused."""
 
     @property
     def token(self) -> bytes | None:
-        """The auth token to register with; read anew at each registration."""
+        """The auth token to register with; read again at each registration."""
 
 
 class Registration:
-    """One watch of the listener and where it stands."""
+    """One watch of the listener, its position and its stream."""
 
     __slots__ = (
         "announced",
@@ -82,28 +81,28 @@ class Registration:
 
     def __init__(self, watch: OpenedWatch) -> None:
         self.watch = watch
-        # The first revision still needed; None = now, until the first `created` says what that was.
+        # The first revision still needed; None = now, until the first `created` gives its revision.
         self.next_revision = watch.start_revision
-        # What "now" was: the revision of `created`. -1 for a watch with a start revision.
+        # The revision of "now", from `created`. -1 for a watch with a start revision.
         self.now = -1
-        # The listener has been told `created`; it is told once.
+        # The listener has got `created`; it gets it once.
         self.announced = False
         # The listener has closed it, or it was lost; it may still wait for the answer to its create.
         self.closed = False
-        # A backfill that is not to be read at present.
+        # A backfill that is not read at present.
         self.paused = False
-        # Times that our own user was refused in a row; from `_OWN_REFUSED_MAX` on it is watched by its own token.
+        # Consecutive refusals of the proxy's own user; from `_OWN_REFUSED_MAX` on the watch uses its own token.
         self.own_refused = 0
-        # Times in a row that a stream has ended before it answered its create.
+        # Consecutive streams that ended before they answered its create.
         self.ends = 0
-        # The suspects that it is tried with; None = it is no suspect.
+        # The group of suspects that it is tried with; None = it is not a suspect.
         self.group: int | None = None
-        # Where it is creating or live; None = waits for `register`.
+        # The stream on which it is creating or live; None = it waits for `register`.
         self.stream: WatchStream | None = None
         # The id upstream while live; None before.
         self.watch_id: int | None = None
-        # The number of the last progress request sent before its `created` came: an answer to that one, or to an
-        # older one, proves nothing for it.
+        # The number of the last progress request sent before its `created` arrived: an answer to that request, or to an
+        # older one, proves nothing about this watch.
         self.unproven = 0
 
 
@@ -118,14 +117,14 @@ class Create:
         # None: a probe, sent after the request for progress of this number was made.
         self.registration = registration
         self.number = number
-        # It asks for what comes from now on though its position is known: nothing there was known to be written.
+        # It starts from now although its position is known: no write from that position on was known.
         self.skips = skips
         # The number of progress requests sent on the stream before it.
         self.requested_before = requested_before
 
 
 class Held:
-    """The events of the last revision that came of a run of pieces: it may go on."""
+    """The events of the last revision so far in a run of pieces: the revision may continue."""
 
     __slots__ = ("events", "size")
 
@@ -136,7 +135,7 @@ class Held:
 
 
 class WatchStream:
-    """One Watch call upstream, of one token; `own`: that of our own user; `group`: that of its suspects."""
+    """One Watch call upstream with one token; `own`: that of the proxy's own user; `group`: that of its suspects."""
 
     __slots__ = (
         "answered",
@@ -166,36 +165,36 @@ class WatchStream:
         self.kind = kind
         self.own = own
         self.group = group
-        # Free for whoever does the I/O.
+        # For the I/O shell's own use.
         self.shell: object = None
-        # A backfill's stream that is not to be read at present.
+        # A backfill's stream that is not read at present.
         self.paused = False
-        # Its member answers requests for progress in order with events; what does the I/O sets it as the call begins.
-        # Members differ while a cluster is upgraded, and a stream stays at its own when the connection rotates.
+        # Its member answers progress requests in order with events; the I/O shell sets it when the call starts. Members
+        # differ during an upgrade of the cluster, and a stream stays at its member when the connection rotates.
         self.ordered = True
         # Creates sent and not answered, oldest first.
         self.creating: deque[Create] = deque()
         self.by_id: dict[int, Registration] = {}
-        # Ids cancelled by us whose last answer has not come: what they send is dropped.
+        # Ids that the proxy cancelled and whose last answer is outstanding: their responses are dropped.
         self.dying: set[int] = set()
-        # Suspects whose creates are sent when the server has answered a probe, so that it is known to be well.
+        # Suspects whose creates are sent once the server has answered a probe, which proves that it works.
         self.waiting: list[Registration] = []
-        # Per id inside of a run of pieces.
+        # By id: the watches that are within a run of pieces.
         self.held: dict[int, Held] = {}
         # Registrations here that are not closed.
         self.live = 0
         # The server has answered a create: the call works.
         self.answered = False
-        # Progress requests sent; they are numbered from 1.
+        # The number of progress requests sent; they are numbered from 1.
         self.requested = 0
-        # (n, number), rising: what the listener calls request n. Bounded as `passed` is, for the same reason.
+        # (n, number), ascending: the listener's number of request n. Bounded like `passed`, for the same reason.
         self.numbers: deque[tuple[int, int]] = deque(maxlen=_PASSED_MAX)
         # The next answer belongs to this request or to a later one.
         self.answers_from = 1
-        # (n, revision), rising: requests up to number n were handled when the store had this revision or less.
-        # Bounded: a lost pair only makes an answer prove less.
+        # (n, revision), ascending: etcd handled requests up to number n while the store was at this revision or below.
+        # Bounded: a dropped pair only makes an answer prove less.
         self.passed: deque[tuple[int, int]] = deque(maxlen=_PASSED_MAX)
-        # Progress is wanted, and is asked for when this create has been answered; and the number of that request.
+        # Progress is requested once this registration's create is answered; and the listener's number of that request.
         self.wanted: Registration | None = None
         self.wanted_number = 0
 
@@ -206,6 +205,6 @@ class WatchStream:
 
     @property
     def unanswered(self) -> list[Registration]:
-        """Those whose creates the server has not answered, in order."""
+        """Registrations whose creates the server has not answered, in order."""
         sent = [create.registration for create in self.creating if create.registration is not None]
         return [registration for registration in sent + self.waiting if registration.stream is self]

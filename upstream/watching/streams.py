@@ -1,13 +1,13 @@
-"""
-Which stream carries which watch, so that what one of them does to its stream does not concern the others.
+"""Which stream carries which watch, so that a watch that blocks or ends its stream does not affect the others.
 
 etcd sends the responses of a stream one after the other, and ends a stream for one bad request (a create that is larger
-than its --max-request-bytes allows). So a token has one stream for all its watches that are live, and apart from it:
+than its --max-request-bytes allows). So a token has one stream for all its live watches, and separate streams for
+others:
 
 - each backfill has a stream of its own, since it can be paused;
-- watches that have to catch up share a few streams: what etcd sends them first may be large;
-- large creates share a few streams: etcd, or what is between, may not take one;
-- creates that were not answered when their stream ended are tried on streams of theirs (see `suspects`).
+- watches that have to catch up share a few streams: their first responses may be large;
+- large creates share a few streams: etcd, or a proxy in front of it, may refuse one;
+- creates that were not answered when their stream ended are tried on separate streams (see `suspects`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Final
 from upstream.watching.stream import Kind, WatchStream
 
 STREAMS_MAX: Final = {Kind.CATCH_UP: 16, Kind.LARGE: 8, Kind.SUSPECT: 8}
-"""Streams of these kinds at a time, of all tokens together; beyond, watches share them, or suspects wait."""
+"""Maximum streams of these kinds, for all tokens together; beyond it watches share them, or suspects wait."""
 
 LARGE_CREATE_BYTES: Final = 64 * 1024
-"""From so many bytes of key and range_end on a create is large: etcd takes 512 KiB with any --max-request-bytes."""
+"""A create with this many bytes of key and range_end is large: etcd takes 512 KiB with any --max-request-bytes."""
 
 
 class Streams:
-    """The streams there are."""
+    """The open streams."""
 
     __slots__ = ("_backfills", "_few", "_max", "_shared")
 
@@ -33,7 +33,7 @@ class Streams:
         self._max = streams_max
         self._shared: dict[bytes | None, WatchStream] = {}
         self._backfills: dict[int, WatchStream] = {}
-        # Those of the kinds that are bounded.
+        # The streams of the bounded kinds.
         self._few: dict[Kind, list[WatchStream]] = {kind: [] for kind in STREAMS_MAX}
 
     def __iter__(self) -> Iterator[WatchStream]:
@@ -43,7 +43,7 @@ class Streams:
             yield from streams
 
     def find(self, kind: Kind, token: bytes | None, group: int | None) -> WatchStream | None:
-        """Return the stream for a watch. None: it gets a new one, see `is_full`."""
+        """Return the stream for a watch. None: it needs a new one, see `is_full`."""
         if kind is Kind.SHARED:
             return self._shared.get(token)
         if kind is Kind.BACKFILL:
@@ -56,11 +56,11 @@ class Streams:
         return min(own, key=_live, default=None) or self._shared.get(token)
 
     def is_full(self, kind: Kind) -> bool:
-        """Whether there are as many streams of a kind as there may be."""
+        """Whether the number of streams of a kind has reached its maximum."""
         return kind in self._few and len(self._few[kind]) >= self._max[kind]
 
     def add(self, stream: WatchStream) -> None:
-        """Take a new stream."""
+        """Add a new stream."""
         if stream.kind is Kind.SHARED:
             self._shared[stream.token] = stream
         elif stream.kind is Kind.BACKFILL:
@@ -69,7 +69,7 @@ class Streams:
             self._few[stream.kind].append(stream)
 
     def remove(self, stream: WatchStream) -> None:
-        """Forget a stream; one that is forgotten already is ignored."""
+        """Remove a stream; one that was removed already is ignored."""
         if stream.kind is Kind.SHARED:
             if self._shared.get(stream.token) is stream:
                 del self._shared[stream.token]

@@ -1,8 +1,8 @@
-"""
-Creates that etcd leaves unanswered though the connection lives.
+"""Creates that etcd leaves unanswered on a working connection.
 
-Etcd answers at once, but lets a create wait for ever whose token it cannot know yet (see `create_timeout_s`). Then its
-watches are given up, with that token. A create without a token can only be reported.
+etcd answers a create at once, except that one with a token it cannot know yet waits without end (see
+`create_timeout_s`). Then the watches of that token's stream are given up. A create without a token can only be
+reported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from upstream.watching.stream import WatchStream
 
 
 class Unanswered:
-    """What was found when last looked for."""
+    """The result of the last check for unanswered creates."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
@@ -23,11 +23,11 @@ class Unanswered:
 
     @property
     def problem(self) -> str:
-        """What is wrong, for people; "" when nothing is."""
-        return f"etcd has not answered the creates of watches for {self._limit_s:g} s" if self.streams else ""
+        """The problem, for display; "" when there is none."""
+        return f"etcd has not answered watch create requests for {self._limit_s:g} s" if self.streams else ""
 
     def look(self, streams: Iterable[WatchStream], now: float) -> tuple[list[WatchStream], int]:
-        """Look for them; return the streams that are to be given up, and how many creates are to be reported."""
+        """Check the streams; return those to give up, and how many creates to report."""
         given_up: list[WatchStream] = []
         self.streams = reported = 0
         for stream in streams:
