@@ -1,1 +1,1 @@
-"""What operators see: metrics, health and the status page, on a port of their own."""
+"""Monitoring: metrics, health and the status page, on a separate port."""

@@ -1,8 +1,8 @@
-"""Delays of the proxy itself, as histograms: from receipt to write, and how late the event loop runs.
+"""Histograms of the proxy's own delays: from receipt to write, and of the event loop.
 
-Neither costs anything per event. The delay is taken once per turn of the event loop, after the writes: it is that of
-the turn's oldest event, to the moment when all of it was handed to the kernel or the transport. So it is never
-flattered. How late the loop runs is seen by a timer, a few times a second.
+Neither has a cost per event. The delivery delay is measured once per turn of the event loop, after the writes: from the
+receipt of the turn's oldest event until all its data has been passed to the kernel or the transport, so it is never
+underestimated. A timer measures the delay of the event loop a few times a second.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ BOUNDS_S = (
     *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
 )
-"""Upper bounds of the buckets, in seconds: from what one event takes to what nobody should ever see."""
+"""Upper bounds of the buckets, in seconds: from the cost of a single event to delays that must never occur."""
 
 TICK_S = 0.25
 
 
 class Histogram:
-    """Counts of observations by bucket, as Prometheus wants them."""
+    """A histogram in the form of Prometheus: observations counted by bucket."""
 
     __slots__ = ("bounds", "counts", "sum")
 
     def __init__(self, bounds: tuple[float, ...] = BOUNDS_S) -> None:
         self.bounds = bounds
-        # One for each bound (value <= bound), and one for what lies above.
+        # One bucket for each bound (value <= bound), and one for all larger values.
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
     def observe(self, value: float) -> None:
-        """Count a value."""
+        """Record a value."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
     @property
     def count(self) -> int:
-        """Observations so far."""
+        """The number of observations."""
         return sum(self.counts)
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """Return (upper bound, how many at or below it), the last being `+Inf`."""
+        """Return (upper bound, number of observations at or below it) pairs; the last bound is `+Inf`."""
         total = 0
         buckets = []
         for bound, count in zip((*map(repr, self.bounds), "+Inf"), self.counts, strict=True):
@@ -58,9 +58,9 @@ class Histogram:
 
 
 def quantile(share: float, bounds: tuple[float, ...], counts: list[int]) -> float | None:
-    """Return the upper bound of the bucket that holds the `share` quantile; None without observations.
+    """Return the upper bound of the bucket that contains the `share` quantile; None without observations.
 
-    What lies above the last bound counts as that bound.
+    Values above the last bound count as that bound.
     """
     total = sum(counts)
     if not total:
@@ -75,7 +75,7 @@ def quantile(share: float, bounds: tuple[float, ...], counts: list[int]) -> floa
 
 
 def watch_deliveries(listener: Listener, engine: Engine) -> Histogram:
-    """Observe, after each turn's writes, how long ago the oldest event in them was received."""
+    """Record, after the writes of each turn, the time since the oldest event among them was received."""
     histogram = Histogram()
     clock = time.perf_counter
     stats = engine.stats
@@ -91,7 +91,7 @@ def watch_deliveries(listener: Listener, engine: Engine) -> Histogram:
 
 
 class LoopDelay:
-    """A timer that sees how late the event loop calls it, and calls `every` each time it rings."""
+    """A periodic timer that records how late the event loop runs it, and calls `every` each time."""
 
     def __init__(self, every: Callable[[], None]) -> None:
         self.histogram = Histogram()
@@ -100,12 +100,12 @@ class LoopDelay:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Start, in the running event loop."""
+        """Start the timer in the running event loop."""
         self._due = time.perf_counter() + TICK_S
         self._timer = asyncio.get_running_loop().call_later(TICK_S, self._ring)
 
     def stop(self) -> None:
-        """Stop."""
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,9 +1,9 @@
-"""The health service: grpc.health.v1 as a load balancer or a probe asks it, and the state it tells.
+"""The gRPC health service (grpc.health.v1) for load balancers and probes, and the health state behind it.
 
-The answer is honest: serving means that the upstream is reachable, that the proxy is not draining, and that a watch
-through itself is answered (proxy/admin/self_probe.py). It is given from the same event loop that serves the watches, so
-a proxy whose loop does not turn does not answer at all, as a probe should see.
-The messages come from grpcio's health package, without grpc itself: the proxy process never loads that.
+SERVING means that etcd is reachable, the proxy is not draining, and the self-probe is answered
+(proxy/admin/self_probe.py). The service runs on the same event loop as the watches, so a proxy whose event loop is
+blocked does not answer at all, and probes time out.
+The messages come from grpcio's health package, without grpc itself, which the proxy process never loads.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ LIST = b"/grpc.health.v1.Health/List"
 WATCH = b"/grpc.health.v1.Health/Watch"
 
 REQUEST_BYTES_MAX = 4096
-"""A request names one service: more is not one."""
+"""Maximum size of a request, which contains only the name of a service."""
 
 NO_REQUEST = "the request message is missing"
 
 SERVICES = ("", "etcdserverpb.Watch", "grpc.health.v1.Health")
-"""What can be asked for: the whole (the name etcd itself registers), and what the proxy answers by itself."""
+"""The known services: the whole server ("", the name that etcd registers), and those the proxy implements itself."""
 
 SERVING: int = HealthCheckResponse.SERVING
 NOT_SERVING: int = HealthCheckResponse.NOT_SERVING
@@ -37,26 +37,26 @@ SERVICE_UNKNOWN: int = HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class Health:
-    """The state of the proxy, and who wants to hear of its changes."""
+    """The health state of the proxy, and the Watch calls that are notified of its changes."""
 
     def __init__(self) -> None:
         self.upstream_reachable = False
         self.draining = False
         self.problem = ""
-        """What keeps it from serving though etcd is there; "" when nothing does."""
+        """Why the proxy cannot serve although etcd is reachable; "" if it can."""
         self.hung = ""
-        """How it was found to hang; "" when it does not."""
+        """The evidence that the proxy hangs; "" if it does not."""
         self._told: bool | None = None
         self._watchers: set[HealthCall] = set()
 
     @property
     def serving(self) -> bool:
-        """The upstream answers, and the proxy means to stay, and nothing is wrong with it."""
+        """Whether etcd is reachable, and the proxy neither drains, hangs nor has another problem."""
         return self.upstream_reachable and not (self.draining or self.hung or self.problem)
 
     @property
     def reason(self) -> str:
-        """Why it is not serving, for people; empty when it is."""
+        """Why the proxy is not serving, as text for people; "" if it is."""
         if self.draining:
             return "draining"
         if self.hung:
@@ -64,18 +64,18 @@ class Health:
         return self.problem if self.upstream_reachable else "etcd is not reachable"
 
     def set_upstream(self, reachable: bool, problem: str = "") -> None:
-        """Note whether the upstream answers, and what is wrong though it does."""
+        """Set whether etcd is reachable, and the problem that prevents serving although it is."""
         self.upstream_reachable = reachable
         self.problem = problem
         self._tell()
 
     def set_hung(self, text: str) -> None:
-        """Note how the proxy was found to hang, or "" that it does not (any more)."""
+        """Set the evidence that the proxy hangs; "" if it does not, or no longer."""
         self.hung = text
         self._tell()
 
     def set_draining(self) -> None:
-        """Note that the proxy is about to leave."""
+        """Set that the proxy is draining."""
         self.draining = True
         self._tell()
 
@@ -86,7 +86,7 @@ class Health:
                 call.tell()
 
     def status_of(self, service: str) -> int | None:
-        """The status of one service; None when there is no such service."""
+        """Return the status of one service; None if the service is unknown."""
         if service not in SERVICES:
             return None
         return SERVING if self.serving else NOT_SERVING
@@ -94,7 +94,7 @@ class Health:
     def open(
         self, connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool
     ) -> HealthCall | None:
-        """Take a request stream: the handler factory of this service's paths. Raises Refusal as RequestHead.parse."""
+        """Open a call: the handler factory of this service's paths. Raises Refusal as RequestHead.parse."""
         head = RequestHead.parse(headers)
         call = ServerCall(connection, stream)
         if end_stream:
@@ -104,21 +104,21 @@ class Health:
         return HealthCall(self, call, head)
 
     def leave_all(self) -> None:
-        """End every Watch call: who watches has been told NOT_SERVING."""
+        """End every Watch call; each has already received NOT_SERVING."""
         while self._watchers:
             self._watchers.pop().call.end(Status.UNAVAILABLE, "watchmux: shutting down")
 
     def join(self, call: HealthCall) -> None:
-        """Tell `call` of every change from now on."""
+        """Notify `call` of every change from now on."""
         self._watchers.add(call)
 
     def leave(self, call: HealthCall) -> None:
-        """Tell `call` no more."""
+        """Stop notifying `call`."""
         self._watchers.discard(call)
 
 
 class HealthCall:
-    """One call to the health service, whichever of its three methods."""
+    """One call to the health service, for any of its three methods."""
 
     __slots__ = ("asked", "call", "health", "path", "service", "unframer")
 
@@ -128,11 +128,11 @@ class HealthCall:
         self.path = head.path
         self.unframer = MessageReader(REQUEST_BYTES_MAX, head.decompress)
         self.asked = False
-        """The request has come; a second one is none of ours to answer."""
+        """The request has arrived; further messages are ignored."""
         self.service = ""
 
     def data(self, data: bytes, flow_size: int, end_stream: bool) -> None:
-        """Take the request; answer as soon as it is whole."""
+        """Receive request data; answer as soon as the request is complete."""
         self.call.connection.h2.consumed(self.call.stream, flow_size)
         self.call.connection.touch()
         if self.call.ended:
@@ -149,13 +149,13 @@ class HealthCall:
             self._end(Status.INTERNAL, NO_REQUEST)
 
     def trailers(self, headers: Headers) -> None:
-        """Take request trailers: an end like any other."""
+        """Handle request trailers as the end of the request."""
         del headers
         if not self.asked:
             self._end(Status.INTERNAL, NO_REQUEST)
 
     def drained(self) -> None:
-        """Nothing waits for room here: a status is a few bytes, and only the latest counts."""
+        """Do nothing: a status is a few bytes, and only the latest one matters."""
 
     def closed(self, code: int | None) -> None:
         """Forget the call."""
@@ -164,7 +164,7 @@ class HealthCall:
         self.call.closed()
 
     def tell(self) -> None:
-        """Send the status as it is now (Watch)."""
+        """Send the current status (Watch)."""
         status = self.health.status_of(self.service)
         self._send(SERVICE_UNKNOWN if status is None else status)
 

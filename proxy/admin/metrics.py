@@ -1,7 +1,7 @@
-"""What Prometheus gets: the numbers of a snapshot as metric families, histograms, limits, and grpc-proxy's own names.
+"""Prometheus metrics: the numbers of a snapshot, histograms, limits, and the metrics of etcd's grpc-proxy.
 
 Names follow Prometheus' conventions (base units, `_total` for counters, no counts in labels); every label set is
-bounded by the configuration or by the code. A family is made when somebody scrapes.
+bounded by the configuration or by the code. Metric families are built at scrape time.
 """
 
 from __future__ import annotations
@@ -17,131 +17,131 @@ from proxy.admin.monitor import Monitor
 from proxy.admin.snapshot import Snapshot
 
 GAUGES = {
-    "connections": "Client connections open now.",
-    "streams": "Client streams (calls and watches) open now.",
-    "sessions": "Client watch streams open now.",
-    "watches": "Client watches open now.",
-    "trunks": "Shared upstream watches open now, one for each watched range.",
-    "parked": "Ranges without watches whose recent events are kept for clients that come back.",
-    "backfills": "Private upstream watches open now that catch up with the past for a client.",
-    "lagging": "Client watches that are behind now: their client reads slowly or is catching up.",
-    "lagging_s": "For how long the client that has been behind for longest has been so, without a break.",
-    "lagging_revisions": "By how many revisions the lagging watch that is furthest behind has still to be brought.",
-    "queued": "Client watches that wait for a backfill now.",
-    "connection_streams": "Streams open now on the client connection that has the most.",
-    "connection_sessions": "Watch streams open now on the client connection that has the most.",
-    "requests_waiting_bytes": "Bytes of watch requests that wait, for their turn, their end or etcd.",
-    "unread_bytes": "Bytes of passed-through answers that wait for their clients to read on.",
-    "resend_bytes": "Bytes of passed-through requests kept until their answers begin, to be sent again.",
-    "partial_bytes": "Bytes of messages that are not whole yet, in calls that are translated.",
-    "calls_waiting": "Passed-through calls that wait for a connection to etcd now.",
-    "checks_waiting": "Permission checks that are not answered yet, those in flight included.",
-    "upstream_streams": "Watch streams open at etcd now, those that wait for a place included.",
-    "upstream_streams_waiting": "Watch streams that wait now because etcd allows no more on all connections.",
-    "upstream_connections": "Connections to etcd that take calls or watches now.",
-    "calls_waiting_bytes": "Bytes of passed-through calls that wait for a connection to etcd now.",
+    "connections": "Current number of client connections.",
+    "streams": "Current number of client streams (calls and watch streams).",
+    "sessions": "Current number of client watch streams.",
+    "watches": "Current number of client watches.",
+    "trunks": "Current number of shared upstream watches, one per watched range.",
+    "parked": "Current number of ranges without watches whose recent events are kept for clients that return.",
+    "backfills": "Current number of private upstream watches that catch up with the past for clients.",
+    "lagging": "Current number of client watches that lag because their client reads slowly or catches up.",
+    "lagging_s": "Time in seconds for which the longest-lagging client has lagged without interruption.",
+    "lagging_revisions": "Number of revisions that the furthest-behind lagging watch still needs.",
+    "queued": "Current number of client watches that wait for a backfill.",
+    "connection_streams": "Current number of streams on the client connection that has the most.",
+    "connection_sessions": "Current number of watch streams on the client connection that has the most.",
+    "requests_waiting_bytes": "Bytes of pending watch requests (incomplete, or waiting for their turn or for etcd).",
+    "unread_bytes": "Bytes of passed-through responses that their clients have not read yet.",
+    "resend_bytes": "Bytes of passed-through requests kept for a retry until their response begins.",
+    "partial_bytes": "Bytes of incomplete messages in translated calls.",
+    "calls_waiting": "Current number of passed-through calls that wait for a connection to etcd.",
+    "checks_waiting": "Current number of unanswered permission checks, including those in flight.",
+    "upstream_streams": "Current number of watch streams to etcd, including those that wait for a free stream.",
+    "upstream_streams_waiting": "Current number of watch streams that wait because etcd allows no further streams.",
+    "upstream_connections": "Current number of connections to etcd that accept calls or watches.",
+    "calls_waiting_bytes": "Bytes of passed-through calls that wait for a connection to etcd.",
     "history_bytes": "Bytes of recent events kept for replay.",
-    "history_batches": "Responses of recent events kept for replay.",
-    "probe_delay_s": "How long the proxy's latest watch through itself took to be answered.",
+    "history_batches": "Number of responses with recent events kept for replay.",
+    "probe_delay_s": "Response time in seconds of the latest self-probe.",
 }
-"""Fields of a snapshot that are gauges, with what they mean."""
+"""Gauges: fields of a snapshot and their HELP texts."""
 
 COUNTERS = {
-    "connections_accepted_total": "Client connections accepted.",
-    "connections_http1_total": "Client connections that spoke HTTP/1 and were handed to etcd.",
-    "connections_failed_total": "Client connections ended by an error of the client's, floods included.",
-    "connections_not_read_total": "Times a client was not read from because it did not read either.",
-    "connections_in_turns_total": "Times what one client sent at once was handled in several turns.",
-    "handshakes_failed_total": "TLS handshakes of clients that came to nothing or took too long.",
-    "requests_total": "Client streams (calls and watches) opened.",
-    "written_bytes_total": "Bytes written to clients.",
-    "creates_total": "Watches that clients asked for.",
-    "creates_refused_total": "Watches that were refused, for whatever reason.",
-    "cancels_total": "Watches that clients cancelled.",
-    "compacted_total": "Watches cancelled because what they needed was compacted.",
-    "progress_requests_total": "Progress requests of clients.",
-    "progress_answers_total": "Progress requests answered.",
-    "sessions_ended_total": "Client watch streams ended by the proxy.",
-    "stalls_total": "Times a client's watch stream could not take more.",
-    "replays_total": "Responses joined from history for watches that were behind.",
-    "batches_received_total": "Watch responses with events received from upstream.",
-    "events_received_total": "Events received from upstream.",
-    "messages_delivered_total": "Responses with events delivered to client watches.",
-    "events_delivered_total": "Events delivered to client watches.",
-    "delivered_bytes_total": "Bytes of responses with events delivered to client watches.",
-    "calls_total": "Calls passed through to etcd.",
-    "calls_resent_total": "Passed-through calls sent again because no server had looked at them.",
-    "calls_unavailable_total": "Passed-through calls ended UNAVAILABLE because no etcd could take them.",
-    "calls_unread_total": "Passed-through calls reset because their client left too much of the answers unread.",
-    "calls_partial_total": "Calls that are translated, ended because too many bytes of unfinished messages were kept.",
-    "calls_broken_total": "Passed-through calls whose connection to etcd broke under them.",
-    "upstream_received_bytes_total": "Bytes of watch streams received from upstream.",
-    "upstream_opened_total": "Upstream watches opened.",
-    "upstream_reopened_total": "Upstream watches opened again where the kept events of their range end.",
-    "upstream_paused_total": "Times a backfill was not read on because its clients had too much to read.",
-    "upstream_lost_total": "Upstream watches that ended for good.",
-    "upstream_broken_total": "Times the connection that carries the upstream watches broke.",
-    "upstream_resumed_total": "Times a connection for the upstream watches was made, the first included.",
-    "upstream_rotated_total": "Connections that etcd, or what stands in front of it, ended in good order.",
-    "upstream_reads_total": "Reads of the current revision and checks of permissions sent upstream.",
-    "core_failures_total": "Times the core failed by a bug: every watch stream was ended, and it began anew.",
-    "probes_total": "Watches of the proxy through itself.",
-    "probes_failed_total": "Watches of the proxy through itself that were not answered; three in a row: it hangs.",
-    "reads_hedged_total": "Reads and checks sent to one more endpoint because an answer was late.",
-    "store_went_back_total": "Times etcd was found to have another history than before: restored or replaced.",
+    "connections_accepted_total": "Total number of client connections accepted.",
+    "connections_http1_total": "Total number of client connections that used HTTP/1 and were passed to etcd.",
+    "connections_failed_total": "Total number of client connections closed for a client error, floods included.",
+    "connections_not_read_total": "Total number of times a client was not read from because it did not read either.",
+    "connections_in_turns_total": "Total number of times a client's input was processed in several event loop turns.",
+    "handshakes_failed_total": "Total number of failed or timed-out TLS handshakes of clients.",
+    "requests_total": "Total number of client streams (calls and watch streams) opened.",
+    "written_bytes_total": "Total number of bytes written to clients.",
+    "creates_total": "Total number of watches requested by clients.",
+    "creates_refused_total": "Total number of watches refused, for any reason.",
+    "cancels_total": "Total number of watches cancelled by clients.",
+    "compacted_total": "Total number of watches cancelled because their next revision was compacted.",
+    "progress_requests_total": "Total number of progress requests from clients.",
+    "progress_answers_total": "Total number of progress requests answered.",
+    "sessions_ended_total": "Total number of client watch streams ended by the proxy.",
+    "stalls_total": "Total number of times a client watch stream could not accept more data.",
+    "replays_total": "Total number of responses joined from history for lagging watches.",
+    "batches_received_total": "Total number of watch responses with events received from etcd.",
+    "events_received_total": "Total number of events received from etcd.",
+    "messages_delivered_total": "Total number of responses with events delivered to client watches.",
+    "events_delivered_total": "Total number of events delivered to client watches.",
+    "delivered_bytes_total": "Total number of bytes of responses with events delivered to client watches.",
+    "calls_total": "Total number of calls passed through to etcd.",
+    "calls_resent_total": "Total number of passed-through calls retried because no server had processed them.",
+    "calls_unavailable_total": "Total number of passed-through calls ended UNAVAILABLE because no etcd accepted them.",
+    "calls_unread_total": "Total number of passed-through calls reset because their client left too much unread.",
+    "calls_partial_total": "Total number of translated calls ended because incomplete messages used too much memory.",
+    "calls_broken_total": "Total number of passed-through calls ended because their connection to etcd broke.",
+    "upstream_received_bytes_total": "Total number of bytes received on watch streams from etcd.",
+    "upstream_opened_total": "Total number of upstream watches opened.",
+    "upstream_reopened_total": "Total number of upstream watches reopened at the end of their range's kept events.",
+    "upstream_paused_total": "Total number of times a backfill was paused because its clients could not keep up.",
+    "upstream_lost_total": "Total number of upstream watches that ended permanently.",
+    "upstream_broken_total": "Total number of times a connection of the upstream watches broke.",
+    "upstream_resumed_total": "Total number of connections established for the upstream watches, including the first.",
+    "upstream_rotated_total": "Total number of connections closed gracefully by etcd or a load balancer before it.",
+    "upstream_reads_total": "Total number of revision reads and permission checks sent to etcd.",
+    "core_failures_total": "Total number of core failures (bugs); each ends all watch streams and restarts the core.",
+    "probes_total": "Total number of self-probes.",
+    "probes_failed_total": "Total number of unanswered self-probes; three in a row mean that the proxy hangs.",
+    "reads_hedged_total": "Total number of reads and checks sent to another endpoint because the answer was late.",
+    "store_went_back_total": "Total number of times etcd was found to have a different history: restored or replaced.",
 }
-"""Fields of a snapshot that are counters, with what they mean."""
+"""Counters: fields of a snapshot and their HELP texts."""
 
 LABELLED = {
-    "joins_total": ("kind", "watchmux_joins_total", "Watches that joined, by how they were served."),
+    "joins_total": ("kind", "watchmux_joins_total", "Total number of watches started, by how they are served."),
     "refusals_total": (
         "limit",
         "watchmux_limit_refusals_total",
-        "Connections, streams, calls and watches refused or ended, by the limit that was reached.",
+        "Total number of connections, streams, calls and watches refused or ended at a limit, by limit.",
     ),
     "cut_off_total": (
         "reason",
         "watchmux_connections_cut_off_total",
-        "Client connections ended by an error of the client's, by what it was: a flood, or an error of HTTP/2.",
+        "Total number of client connections closed because of a client error, by reason: a flood or an HTTP/2 error.",
     ),
     "timed_out_total": (
         "limit",
         "watchmux_connections_timed_out_total",
-        "Client connections closed because they were slow, silent or without streams, by the limit; handshakes too.",
+        "Total number of client connections (and TLS handshakes) closed as slow, idle or without streams, by limit.",
     ),
     "http1_refusals_total": (
         "status",
         "watchmux_http1_refusals_total",
-        "HTTP/1 connections that the proxy itself refused, by the status they were told.",
+        "Total number of HTTP/1 connections refused by the proxy itself, by HTTP status.",
     ),
     "evictions_total": (
         "limit",
         "watchmux_history_evictions_total",
-        "Responses dropped from history, by the limit that did it.",
+        "Total number of responses evicted from history, by limit.",
     ),
     "not_kept_total": (
         "limit",
         "watchmux_calls_not_kept_total",
-        "Passed-through calls whose request is not kept to be sent again, by the limit that was reached.",
+        "Total number of passed-through calls whose request was not kept for a retry, by limit.",
     ),
     "reads_failed_total": (
         "status",
         "watchmux_upstream_reads_failed_total",
-        "Reads of the current revision and checks of permissions that etcd did not answer with OK, by the status.",
+        "Total number of revision reads and permission checks that etcd did not answer with OK, by status.",
     ),
     "upstream_timeouts_total": (
         "limit",
         "watchmux_upstream_timeouts_total",
-        "Connections to etcd, and what was asked there, given up at a limit (mostly of time), by the limit.",
+        "Total number of connections and requests to etcd given up at a limit (mostly a timeout), by limit.",
     ),
 }
-"""Fields of a snapshot that count by something: the label, the metric and what it means."""
+"""Counters with a label: fields of a snapshot, with label, metric name and HELP text."""
 
 GRPC_PROXY_FIELD = "coalesced_total"
-"""The field that is exported under a name of etcd's grpc-proxy only."""
+"""The field that is exported only under a name of etcd's grpc-proxy."""
 
 UNITS = {"lagging_s": "lagging_seconds", "probe_delay_s": "probe_delay_seconds"}
-"""Fields whose unit Prometheus spells out."""
+"""Fields whose metric names spell out the unit, as Prometheus requires."""
 
 LIMITS = {
     "max_concurrent_streams": ("watchmux_connection_streams", "watchmux_limit"),
@@ -169,16 +169,16 @@ LIMITS = {
     "watch_message_bytes_max": ("watchmux_upstream_received_bytes_total", "watchmux_upstream_lost_total"),
     "progress_retry_s_max": ("watchmux_progress_requests_total", "watchmux_progress_answers_total"),
 }
-"""Every knob that is a bound: the metric of what it bounds, and the one that moves when it is reached."""
+"""Every setting that is a limit: the metric of what it limits, and the metric that changes when it is reached."""
 
 
 def metric_name(field: str) -> str:
-    """Return the name under which a field of a snapshot is exported."""
+    """Return the metric name of a snapshot's field."""
     return f"watchmux_{UNITS.get(field, field)}"
 
 
 class ProxyCollector(Collector):
-    """Turns what a monitor sees into metric families at the moment of a scrape."""
+    """Turns the state of a monitor into metric families at scrape time."""
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
@@ -192,14 +192,14 @@ class ProxyCollector(Collector):
         yield from _limits(monitor.limits())
         yield _histogram(
             "watchmux_delivery_delay_seconds",
-            "From the receipt of an upstream response to the write of its events, for the oldest one of each turn.",
+            "Time in seconds from receiving an upstream response to writing its events; the oldest of each turn.",
             monitor.delivery_delay,
         )
         yield _histogram(
-            "watchmux_event_loop_delay_seconds", "How late the event loop rang a timer.", monitor.loop_delay.histogram
+            "watchmux_event_loop_delay_seconds", "Delay of event loop timers in seconds.", monitor.loop_delay.histogram
         )
         up = GaugeMetricFamily(
-            "watchmux_upstream_endpoint_up", "Whether there is a connection to the endpoint.", labels=["endpoint"]
+            "watchmux_upstream_endpoint_up", "Whether the endpoint is connected (1) or not (0).", labels=["endpoint"]
         )
         for state in monitor.endpoints():
             up.add_metric([state.endpoint], float(state.connected))
@@ -216,13 +216,15 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
         yield _by(label, name, text, getattr(snapshot, field))
     yield GaugeMetricFamily(
         "watchmux_coalescing_ratio",
-        "Client watches for each upstream watch now; 0 while there is none.",
+        "Current number of client watches per upstream watch; 0 without upstream watches.",
         value=snapshot.reduction or 0,
     )
     yield GaugeMetricFamily(
-        "watchmux_upstream_reachable", "Whether an etcd answers (1) or none (0).", value=int(snapshot.reachable)
+        "watchmux_upstream_reachable", "Whether any etcd is reachable (1) or not (0).", value=int(snapshot.reachable)
     )
-    build = GaugeMetricFamily("watchmux_build_info", "Version of watchmux and of Python.", labels=["version", "python"])
+    build = GaugeMetricFamily(
+        "watchmux_build_info", "Versions of watchmux and Python; the value is always 1.", labels=["version", "python"]
+    )
     build.add_metric([snapshot.version, platform.python_version()], 1)
     yield build
 
@@ -235,25 +237,25 @@ def _by(label: str, name: str, text: str, counts: Mapping[str, int]) -> Metric:
 
 
 def _of_grpc_proxy(snapshot: Snapshot) -> Iterator[Metric]:
-    """Yield what etcd's grpc-proxy exports with the same meaning (server/proxy/grpcproxy/metrics.go).
+    """Yield the metrics of etcd's grpc-proxy, with the same meaning (server/proxy/grpcproxy/metrics.go).
 
-    Its cache metrics are not among them: there is no cache here.
+    Its cache metrics are omitted: the proxy has no cache.
     """
     yield GaugeMetricFamily(
         "etcd_grpc_proxy_watchers_coalescing_total",
-        "Client watches that share the upstream watch of another one now.",
+        "Current number of client watches that share an upstream watch with another one.",
         value=max(0, snapshot.watches - snapshot.upstream_watches),
     )
     yield CounterMetricFamily(
         "etcd_grpc_proxy_events_coalescing_total",
-        "Watch responses delivered that etcd had already sent for another client watch.",
+        "Total number of delivered watch responses that etcd had already sent for another client watch.",
         value=snapshot.coalesced_total,
     )
 
 
 def _limits(limits: Mapping[str, float]) -> Iterator[Metric]:
     family = GaugeMetricFamily(
-        "watchmux_limit", "The limits that are set, by knob, in the knob's own unit.", labels=["limit"]
+        "watchmux_limit", "Configured limit, by setting, in the unit of the setting.", labels=["limit"]
     )
     for name, value in limits.items():
         family.add_metric([name], value)

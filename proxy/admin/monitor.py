@@ -1,7 +1,7 @@
-"""What watches the proxy from inside: delays, and the last hour in steps of ten seconds.
+"""The monitor: delays, and the history of the last hour in steps of ten seconds.
 
-Metrics, the status page and its API ask the monitor; it asks the parts of the proxy. It exists only where there is a
---metrics-addr, and all it does by itself is to look at the clock four times a second and to keep one line every ten.
+Metrics, the status page and its API read from the monitor, which reads from the parts of the proxy. It exists only with
+--metrics-addr. On its own it only runs a timer four times a second and records one point every ten seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SESSIONS_SHOWN = 20
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
-    """One step of the past: gauges at its end, rates over it. Delays in seconds; None: nothing was delivered."""
+    """One step of the history: gauges at its end, rates over it. Delays in seconds; None if nothing was delivered."""
 
     at: float
     """Unix time."""
@@ -42,7 +42,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TrunkView(msgspec.Struct, frozen=True, kw_only=True):
-    """A trunk as it is shown: what range, who watches, how much came."""
+    """A trunk, as shown on the status page: its range, watches and events."""
 
     range: str
     watches: int
@@ -56,7 +56,7 @@ class TrunkView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SessionView(msgspec.Struct, frozen=True, kw_only=True):
-    """A session that is behind, as it is shown."""
+    """A lagging session, as shown on the status page."""
 
     peer: str
     watches: int
@@ -68,7 +68,7 @@ class SessionView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EndpointView(msgspec.Struct, frozen=True, kw_only=True):
-    """An endpoint, whether calls can go there, and whether it carries the watches."""
+    """An endpoint, as shown on the status page: whether it takes calls, and whether it carries the watches."""
 
     endpoint: str
     connected: bool
@@ -78,7 +78,7 @@ class EndpointView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Overview(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything the status page shows."""
+    """All data of the status page."""
 
     now: Snapshot
     at: float
@@ -94,7 +94,7 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Monitor:
-    """The monitor of one proxy; `start` it in the running event loop."""
+    """The monitor of one proxy; call `start` in the running event loop."""
 
     def __init__(self, proxy: Proxy, address: str) -> None:
         self._proxy = proxy
@@ -107,13 +107,13 @@ class Monitor:
         self._step_counts = list(self.delivery_delay.counts)
 
     def start(self) -> None:
-        """Start looking."""
+        """Start recording."""
         self._step_from = self.take()
         self._step_at = time.monotonic()
         self.loop_delay.start()
 
     def stop(self) -> None:
-        """Stop looking."""
+        """Stop recording."""
         self.loop_delay.stop()
         self._proxy.listener.flushed = self._proxy.engine.wrote = None
 
@@ -123,7 +123,7 @@ class Monitor:
 
     @property
     def hung(self) -> str:
-        """How the proxy was found to hang; "" when it does not."""
+        """The evidence that the proxy hangs; "" if it does not."""
         return self._proxy.health.hung
 
     def endpoints(self) -> list[EndpointState]:
@@ -131,7 +131,7 @@ class Monitor:
         return self._proxy.pool.states()
 
     def limits(self) -> dict[str, float]:
-        """Return the limits in force, by knob; 0 for none."""
+        """Return the limits in force, by setting; 0 means no limit."""
         proxy = self._proxy
         core, listener = proxy.engine.core.limits, proxy.listener.settings
         return {
@@ -155,7 +155,7 @@ class Monitor:
         }
 
     def overview(self) -> Overview:
-        """Put together what the status page shows now."""
+        """Return the current data of the status page."""
         proxy = self._proxy
         core = proxy.engine.core
         counts = self.delivery_delay.counts
@@ -196,7 +196,7 @@ class Monitor:
             self.step(elapsed_s)
 
     def step(self, elapsed_s: float) -> None:
-        """Keep one line of what happened in the `elapsed_s` seconds since the one before."""
+        """Record a point for the `elapsed_s` seconds since the last one."""
         now, before = self.take(), self._step_from or Snapshot()
         counts = list(self.delivery_delay.counts)
         fresh = [after - was for after, was in zip(counts, self._step_counts, strict=True)]
@@ -245,7 +245,7 @@ def _session_view(session: report.SessionReport) -> SessionView:
 
 
 def show_range(key: bytes, range_end: bytes) -> str:
-    """Write a range as a person would: a key, a prefix with a star, or both ends. Cut at 100 characters an end."""
+    """Format a range for people: a key, a prefix with a star, or both ends. Each end is cut at 100 characters."""
     if not range_end:
         return _text(key)
     if key == b"\x00" and range_end == b"\x00":
@@ -258,7 +258,7 @@ def show_range(key: bytes, range_end: bytes) -> str:
 
 
 def prefix_end(prefix: bytes) -> bytes:
-    """Return the end of the range of all keys that begin so, as etcd's clients make it (clientv3, WithPrefix)."""
+    """Return the end of the range of all keys with this prefix, as etcd's clients compute it (clientv3, WithPrefix)."""
     end = bytearray(prefix)
     while end and end[-1] == 0xFF:
         end.pop()

@@ -1,10 +1,10 @@
-"""The port for operators: a status page for people, its JSON for programs, metrics for Prometheus, health for probes.
+"""The admin port: a status page, its JSON, Prometheus metrics and health checks over HTTP.
 
-It is served from the same event loop as the watches, so a proxy that hangs does not answer its probes. It is
-read-only, and shows no value and no credential; the ranges that are watched are shown, because nothing about a busy
-proxy can be understood without them: keep the port to those who operate it.
+It runs on the same event loop as the watches, so a proxy that hangs does not answer its probes. It is read-only and
+shows neither values nor credentials. It does show the watched ranges, without which a busy proxy cannot be understood:
+restrict the port to operators.
 
-`/proxy/metrics` and `/proxy/health` are where etcd's grpc-proxy has its own; scrapers of it need no change.
+`/proxy/metrics` and `/proxy/health` are the paths of etcd's grpc-proxy, so its scrapers need no change.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ PAGES = {
     "/status.css": ("status.css", "text/css"),
     "/status.js": ("status.js", "text/javascript"),
 }
-"""Path: file in proxy/pages and its type."""
+"""Path: file in proxy/admin/pages and its content type."""
 
 HEADERS = {
-    # Nothing but what comes from here is loaded, run or asked; keys on the page are other people's text.
+    # The page loads, runs and fetches only from this server, because it shows keys, which are untrusted text.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -45,7 +45,7 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Admin:
-    """The operators' HTTP server of one proxy."""
+    """The admin HTTP server of one proxy."""
 
     def __init__(self, proxy: Proxy, listen: Address, proxy_address: str) -> None:
         self.monitor = Monitor(proxy, proxy_address)
@@ -57,12 +57,12 @@ class Admin:
 
     @property
     def address(self) -> Address:
-        """Where it serves. Only after `start`."""
+        """The listen address; valid only after `start`."""
         assert self._runner is not None
         return Address(self._listen.host, self._runner.addresses[0][1])
 
     async def start(self) -> None:
-        """Serve. Raises OSError when it cannot listen."""
+        """Start the server. Raises OSError if it cannot listen."""
         application = web.Application()
         answers: dict[str, Answer] = {
             "/metrics": self._metrics,
@@ -96,15 +96,15 @@ class Admin:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
     async def _health(self, _request: web.Request) -> web.Response:
-        """Answer as etcd's /health does, so that its probes can be kept: fit to get clients, or why not."""
+        """Answer in the format of etcd's /health, so that its probes work unchanged: whether it serves, or why not."""
         snapshot = self.monitor.take()
         body = msgspec.json.encode({"health": str(snapshot.serving).lower(), "reason": snapshot.reason})
         return web.Response(body=body, status=200 if snapshot.serving else 503, content_type="application/json")
 
     async def _live(self, _request: web.Request) -> web.Response:
-        """Answer whether the proxy works, as its watch through itself tells; a loop that does not turn answers nothing.
+        """Report whether the proxy works, according to its self-probe; a blocked event loop does not answer at all.
 
-        An etcd that is away is no reason to restart the proxy in front of it.
+        An unreachable etcd does not count, because restarting the proxy would not help.
         """
         hung = self.monitor.hung
         return web.Response(text=f"{hung or 'ok'}\n", status=503 if hung else 200)
@@ -121,7 +121,7 @@ def _json(value: msgspec.Struct) -> web.Response:
 
 
 def _page(name: str, kind: str) -> Answer:
-    """Return what answers with a file of proxy/pages, read once."""
+    """Return a handler for a file of proxy/admin/pages, which is read once."""
     body = resources.files("proxy.admin").joinpath("pages", name).read_bytes()
 
     async def answer(_request: web.Request) -> web.StreamResponse:

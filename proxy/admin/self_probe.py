@@ -1,21 +1,21 @@
-"""The proxy watches through itself, so that one that hangs is found out: /livez and grpc.health.v1 go by this.
+"""The self-probe: the proxy watches through itself to detect that it hangs, for /livez and grpc.health.v1.
 
-Every few seconds a connection is made to the listener in memory, on which a client of our own speaks HTTP/2 as any
-other does, and one Watch call is made on it. It asks for
+Every few seconds it opens an in-memory connection to the listener, with an ordinary HTTP/2 client, and makes one Watch
+call on it. The call requests
 
-- a watch from a revision that cannot be (negative): refused by the core at once, so whatever stands between a request
-  and its answer is seen to work, idle or not;
-- where a range is watched that had events lately: a watch of that range from its newest event on. It joins inside the
-  window, gets its `created` and that event through the fan-out like everybody else, and is cancelled.
+- a watch from an impossible (negative) revision, which the core refuses at once: this shows that the whole path from a
+  request to its answer works, whether the proxy is idle or not;
+- if a watched range had events recently: a watch of that range from its newest event. It starts inside the history,
+  receives `created` and that event through the normal fan-out, and is cancelled.
 
-Neither costs etcd anything: a refusal needs nobody, and a start inside the window no upstream watch. All requests of a
-probe are taken in one step of the event loop, in which the watch begins and ends: nobody who counts watches ever sees
-one of these, and what it adds to counters is taken off again (`ProbeCounters`).
+Neither needs etcd: the core refuses the first one, and a start inside the history needs no upstream watch. All requests
+of a probe are processed in one step of the event loop, in which the watch begins and ends, so gauges never include it,
+and its share of the counters is subtracted (`ProbeCounters`).
 
-Three probes in a row without their answers: the proxy hangs. A probe is judged when the next one is due, by a timer of
-the same loop, so a process that was stopped or starved of CPU is not blamed for the time it did not have; and one whose
-loop does not turn at all answers nobody, which is what a probe over HTTP sees then. An etcd that is away is no reason:
-before the first answer of etcd the proxy has nothing to refuse with, and rests. So it does while it drains.
+Three unanswered probes in a row mean that the proxy hangs. A timer of the same event loop judges a probe when the next
+one is due, so a process that was stopped or starved of CPU is not reported as hung; if the loop is blocked completely,
+HTTP probes get no answer anyway. An unreachable etcd does not count: before the first answer from etcd the proxy has no
+header to refuse with, so no probes run. Nor do they run during a drain.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from proxy.watch.engine import Engine
 
 HUNG_AFTER = 3
-"""Probes without an answer, one after the other, that mean a hang: one may fall into a moment of trouble."""
+"""Consecutive unanswered probes that mean a hang: a single one may have another cause."""
 
 EVENT_BYTES_MAX = 64 * 1024
-"""The newest event's response is asked for again only if it is no larger: a probe is cheap."""
+"""The probe requests the newest event only if its response is at most this large, to stay cheap."""
 
 HEADERS = [
     (b":method", b"POST"),
@@ -62,7 +62,7 @@ log = logs.logger("probe")
 
 @dataclass(slots=True)
 class ProbeCounters:
-    """What probes have added to counters of the core, the engine and the listener, which are about clients."""
+    """The share of probes in the counters of the core, the engine and the listener, which count clients only."""
 
     creates: int = 0
     refused: int = 0
@@ -75,14 +75,14 @@ class ProbeCounters:
     requests: int = 0
 
     def add(self, sources: tuple[Any, ...], sign: int) -> None:
-        """Add (sign 1) or take off (-1) what the counters of `sources` stand at."""
+        """Add (sign 1) or subtract (-1) the current counters of `sources`."""
         for field in fields(self):
             value = next(getattr(source, field.name) for source in sources if hasattr(source, field.name))
             setattr(self, field.name, getattr(self, field.name) + sign * value)
 
 
 class LoopbackTransport(asyncio.Transport):
-    """The proxy's end of a connection in memory: what it writes reaches the client in the next turn of the loop."""
+    """The proxy's end of an in-memory connection: its writes reach the client in the next turn of the event loop."""
 
     def __init__(self, client: ProbeRun) -> None:
         super().__init__()
@@ -90,21 +90,21 @@ class LoopbackTransport(asyncio.Transport):
         self._closing = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Pass bytes on."""
+        """Pass bytes to the client."""
         asyncio.get_running_loop().call_soon(self._client.received, bytes(data))
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """Nothing waits here."""
+        """Do nothing: there is no buffer."""
 
     def is_closing(self) -> bool:
-        """Whether it is closed."""
+        """Whether the connection is closed."""
         return self._closing
 
     def pause_reading(self) -> None:
-        """The client asks no more than it is answered."""
+        """Do nothing: the client sends no further requests."""
 
     def resume_reading(self) -> None:
-        """As above."""
+        """Do nothing."""
 
     def close(self) -> None:
         """Close."""
@@ -116,7 +116,7 @@ class LoopbackTransport(asyncio.Transport):
 
 
 class LoopbackConnection(ServerConnection):
-    """The proxy's side of it: a connection like any other, but that no limit, count or drain is about it."""
+    """The proxy's side: an ordinary connection, except that limits, counters and drains ignore it."""
 
     __slots__ = ()
 
@@ -124,16 +124,16 @@ class LoopbackConnection(ServerConnection):
 
     def __init__(self, listener: Listener) -> None:
         super().__init__(listener)
-        # All that is asked is taken in one step.
+        # All requests are processed in one step.
         self.turns = Turns(0)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the transport."""
+        """Store the transport."""
         self._transport = cast(asyncio.Transport, transport)
         self.peer = "the proxy itself"
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the handler that its stream is gone: at once, whoever else is leaving, so that no count shows it."""
+        """Close the streams' handlers at once, not in turns as for other connections, so that no counter shows them."""
         del exc
         self._transport = None
         self._closing_since = self._listener.now()
@@ -148,18 +148,18 @@ class LoopbackConnection(ServerConnection):
 
 
 class ProbeRun:
-    """One probe: the client of one connection in memory."""
+    """One probe: the client of one in-memory connection."""
 
     def __init__(self, listener: Listener) -> None:
         self.answered = False
-        """Everything that was asked for has come."""
+        """All expected answers have arrived."""
         self.problem = "no answer"
-        """Why it is not answered (yet)."""
+        """Why the probe is not answered (yet)."""
         self.delay_s = 0.0
-        """From the requests to the last answer; what /metrics shows."""
+        """From the requests to the last answer, in seconds, for /metrics."""
         self._began_at = time.perf_counter()
         self._awaited = 0
-        """Answers still to come."""
+        """Answers still expected."""
         self._refusals = 0
         self._event_awaited = False
         self._unframer = MessageReader(EVENT_BYTES_MAX * 4)
@@ -168,11 +168,11 @@ class ProbeRun:
         self._server.connection_made(LoopbackTransport(self))
 
     def ask(self, newest: report.NewestEvent | None) -> None:
-        """Make the call with all of its requests, in one step."""
+        """Make the call with all its requests, in one step."""
         requests = [_create(rpc_pb2.WatchCreateRequest(start_revision=-1))]
         self._awaited = 1
         if newest is not None:
-            # `fragment` puts it into a group that it shares with few others, or nobody: theirs stay as they are.
+            # `fragment` puts the watch into a group with few other watches, or none, whose state stays as it is.
             create = rpc_pb2.WatchCreateRequest(
                 key=newest.key, range_end=newest.range_end, start_revision=newest.revision, fragment=True
             )
@@ -187,7 +187,7 @@ class ProbeRun:
         self._pass_on()
 
     def received(self, data: bytes) -> None:
-        """Take bytes of the proxy."""
+        """Receive bytes from the proxy."""
         for event in self._h2.receive(data):
             self._event(event)
         if not self.answered and not self._awaited:
@@ -199,7 +199,7 @@ class ProbeRun:
         self._pass_on()
 
     def close(self) -> None:
-        """Close the connection, as a client that goes away."""
+        """Close the connection, as a disconnecting client does."""
         self._server.connection_lost(None)
 
     def _pass_on(self) -> None:
@@ -227,12 +227,12 @@ class ProbeRun:
         if response.created and response.canceled:
             self._refusals += 1
             if self._refusals > 1:
-                # Of the watch that should have been: as good an answer.
+                # The second watch was refused too: also an answer.
                 self._awaited = 0
                 self._event_awaited = False
 
     def _status(self, headers: dict[bytes, bytes]) -> None:
-        """Take the end of the call: a refusal for a good reason is an answer too."""
+        """Handle the end of the call: a proper refusal counts as an answer too."""
         if b"grpc-status" not in headers:
             return
         text = decode_message(headers.get(b"grpc-message", b""))
@@ -244,15 +244,15 @@ class ProbeRun:
 
 
 class SelfProbe:
-    """Makes an attempt every `interval_s` seconds and tells the health service what comes of them."""
+    """Runs a probe every `interval_s` seconds and reports hangs to the health service."""
 
     def __init__(self, listener: Listener, engine: Engine, health: Health, interval_s: float) -> None:
         self.made = 0
-        """Attempts since the start."""
+        """Probes since the start."""
         self.failed = 0
-        """Those that had no answer."""
+        """Unanswered probes."""
         self.delay_s = 0.0
-        """Of the newest attempt that was answered."""
+        """Response time of the latest answered probe, in seconds."""
         self._listener = listener
         self._engine = engine
         self._health = health
@@ -260,20 +260,20 @@ class SelfProbe:
         self._attempt: ProbeRun | None = None
         self._uncounted = ProbeCounters()
         self._core = engine.core
-        """The core that has been counted so far; one that begins anew counts from 0."""
+        """The core that `_uncounted` refers to; a restarted core counts from 0."""
         self._failures = 0
-        """Of the core, when the attempt was made."""
+        """Failures of the core at the last check."""
         self._in_vain = 0
-        """Attempts without an answer since the last one that had it."""
+        """Consecutive unanswered probes."""
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def sessions(self) -> int:
-        """Watch streams of its own that are open now."""
+        """Watch streams of the probe that are open now."""
         return int(self._attempt is not None)
 
     def uncounted(self) -> ProbeCounters:
-        """What to take off the counters for what they say to be about clients."""
+        """Return the probes' share, to be subtracted from the counters."""
         if self._core is not self._engine.core:
             self._core = self._engine.core
             requests, sent = self._uncounted.requests, self._uncounted.delivered_bytes
@@ -281,11 +281,11 @@ class SelfProbe:
         return self._uncounted
 
     def start(self) -> None:
-        """Start, in the running event loop."""
+        """Start the timer in the running event loop."""
         self._timer = asyncio.get_running_loop().call_later(self._interval_s, self._ring)
 
     def stop(self) -> None:
-        """Stop."""
+        """Stop the timer and end the current probe."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -296,12 +296,12 @@ class SelfProbe:
         try:
             self.attempt()
         except Exception:
-            # A probe that cannot be made is one without an answer.
-            log.exception("the proxy cannot watch through itself")
+            # Counts as an unanswered probe.
+            log.exception("self-probe could not be sent")
         self.start()
 
     def attempt(self) -> None:
-        """Make one."""
+        """Send one probe."""
         if self._health.draining or self._engine.core.header is None:
             return
         self.made += 1
@@ -317,7 +317,7 @@ class SelfProbe:
             uncounted.add(sources, 1)
 
     def judge(self) -> None:
-        """See what became of the latest attempt."""
+        """Check the result of the latest probe."""
         attempt = self._attempt
         failed = self._engine.stats.failures > self._failures
         self._failures = self._engine.stats.failures
@@ -328,13 +328,13 @@ class SelfProbe:
             self.failed += 1
             self._in_vain += 1
             problem = "the core failed" if attempt is None or attempt.answered else attempt.problem
-            log.warning("the proxy's watch through itself was not answered", problem=problem, in_a_row=self._in_vain)
+            log.warning("self-probe was not answered", problem=problem, in_a_row=self._in_vain)
         else:
             self._in_vain = 0
         self._drop()
         hung = ""
         if self._in_vain >= HUNG_AFTER:
-            hung = f"the proxy hangs: {self._in_vain} watches through itself were not answered"
+            hung = f"the proxy hangs: {self._in_vain} self-probes in a row were not answered"
         self._health.set_hung(hung)
 
     def _drop(self) -> None:

@@ -1,8 +1,7 @@
-"""What a running proxy can tell about itself, read off its parts at the moment somebody asks.
+"""Snapshots: the state and counters of a running proxy at one moment.
 
-Nothing is counted for this: the core, the engine and the listener keep plain counters anyway, and a snapshot reads
-them. So an event costs the same whether anybody looks or not. Metrics, the status page and `watchmux status` all
-show snapshots.
+A snapshot reads the plain counters that the core, the engine and the listener keep anyway, so events cost the same
+whether snapshots are taken or not. Metrics, the status page and `watchmux status` all show snapshots.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Snapshot(msgspec.Struct, kw_only=True):
-    """A proxy at one moment. Names ending in `_total` count since its start, the others are how many there are now."""
+    """A proxy at one moment. Fields ending in `_total` count since its start, the others are current values."""
 
     version: str = ""
     pid: int = 0
@@ -29,10 +28,10 @@ class Snapshot(msgspec.Struct, kw_only=True):
     address: str = ""
     endpoints: list[str] = []
     reachable: bool = False
-    """An etcd answers."""
+    """Whether any etcd is reachable."""
     serving: bool = False
     reason: str = ""
-    """Why it is not serving; empty when it is."""
+    """Why the proxy is not serving; empty if it is."""
 
     connections: int = 0
     streams: int = 0
@@ -43,9 +42,9 @@ class Snapshot(msgspec.Struct, kw_only=True):
     backfills: int = 0
     lagging: int = 0
     lagging_s: float = 0.0
-    """For how long the client that has been behind for longest has been so."""
+    """For how long the longest-lagging client has lagged, in seconds."""
     lagging_revisions: int = 0
-    """By how many revisions the furthest of the lagging watches is behind."""
+    """How many revisions the furthest-behind lagging watch is behind."""
     queued: int = 0
     connection_streams: int = 0
     """Streams of the connection that has the most."""
@@ -61,22 +60,22 @@ class Snapshot(msgspec.Struct, kw_only=True):
     connections_http1_total: int = 0
     connections_failed_total: int = 0
     timed_out_total: dict[str, int] = {}
-    """Connections closed because a time was up, by the limit."""
+    """Client connections closed at a timeout, by limit."""
     connections_not_read_total: int = 0
     connections_in_turns_total: int = 0
     http1_refusals_total: dict[str, int] = {}
-    """HTTP/1 connections refused by the proxy, by the status they were told."""
+    """HTTP/1 connections refused by the proxy, by HTTP status."""
     handshakes_failed_total: int = 0
     requests_total: int = 0
     written_bytes_total: int = 0
     creates_total: int = 0
     creates_refused_total: int = 0
     refusals_total: dict[str, int] = {}
-    """What was refused or ended at a limit, by the limit's name."""
+    """Connections, streams, calls and watches refused or ended at a limit, by limit."""
     cut_off_total: dict[str, int] = {}
-    """Connections ended for an error of the client's, by what it was."""
+    """Connections closed for a client error, by reason."""
     evictions_total: dict[str, int] = {}
-    """Responses dropped from history, by the limit that did it."""
+    """Responses evicted from history, by limit."""
     cancels_total: int = 0
     compacted_total: int = 0
     joins_total: dict[str, int] = {}
@@ -97,7 +96,7 @@ class Snapshot(msgspec.Struct, kw_only=True):
     calls_broken_total: int = 0
     calls_unread_total: int = 0
     not_kept_total: dict[str, int] = {}
-    """Requests not kept to be sent again, by the limit."""
+    """Requests not kept for a retry, by limit."""
     requests_waiting_bytes: int = 0
     unread_bytes: int = 0
     resend_bytes: int = 0
@@ -115,27 +114,27 @@ class Snapshot(msgspec.Struct, kw_only=True):
     reads_hedged_total: int = 0
     checks_waiting: int = 0
     reads_failed_total: dict[str, int] = {}
-    """Those that etcd did not answer with OK, by the status."""
+    """Reads and checks that etcd did not answer with OK, by status."""
     upstream_connections: int = 0
     upstream_rotated_total: int = 0
     upstream_streams_waiting: int = 0
     upstream_timeouts_total: dict[str, int] = {}
-    """Connections to etcd, and what was asked there, given up because a time was up, by the limit."""
+    """Connections and requests to etcd given up at a timeout, by limit."""
     core_failures_total: int = 0
-    """Times the core failed by a bug, so that every watch session was ended."""
+    """Failures of the core (bugs); each ended all watch sessions."""
     probes_total: int = 0
     probes_failed_total: int = 0
-    """Watches of the proxy through itself, and those that were not answered."""
+    """Self-probes, and those that were not answered."""
     probe_delay_s: float = 0.0
 
     @property
     def upstream_watches(self) -> int:
-        """Watches that etcd serves for all of them."""
+        """Watches that the proxy has open at etcd."""
         return self.trunks + self.backfills
 
     @property
     def reduction(self) -> float | None:
-        """Client watches for each upstream watch; None while there is none."""
+        """Client watches per upstream watch; None without upstream watches."""
         return self.watches / self.upstream_watches if self.upstream_watches else None
 
 
@@ -143,7 +142,7 @@ CORE_GAUGES = (
     *("sessions", "watches", "trunks", "parked", "backfills", "lagging", "queued"),
     *("history_bytes", "history_batches"),
 )
-"""Fields that the core's own counters have under the same name."""
+"""Fields that have the same name in the core's own counters."""
 
 CORE_COUNTERS = {
     "creates_total": "creates",
@@ -162,7 +161,7 @@ CORE_COUNTERS = {
     "events_delivered_total": "delivered_events",
     "upstream_opened_total": "upstreams_opened",
 }
-"""Fields that they have under another one."""
+"""Fields that have another name in the core's counters."""
 
 JOIN_KINDS = ("live", "future", "history", "backfill")
 
@@ -177,7 +176,7 @@ class SnapshotSource:
         self._version = program_version()
 
     def take(self) -> Snapshot:
-        """Read the proxy's parts now. What it walks is bounded: connections, and a thousand lagging sessions."""
+        """Read the proxy's parts now. The work is bounded: all connections, and a thousand lagging sessions."""
         health = self._proxy.health
         snapshot = Snapshot(
             version=self._version,
@@ -275,7 +274,7 @@ class SnapshotSource:
         snapshot.calls_partial_total = stats.partial_refused
 
     def _read_probe(self, snapshot: Snapshot) -> None:
-        """Show the proxy's watches through itself as what they are, and take them off what is said of clients."""
+        """Read the self-probe's own numbers, and subtract its share from the counters, which are about clients."""
         probe = self._proxy.probe
         snapshot.probes_total = probe.made
         snapshot.probes_failed_total = probe.failed

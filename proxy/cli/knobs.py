@@ -29,7 +29,7 @@ TAKEN = {
     "max-send-bytes": "etcd enforces message sizes",
     "max-recv-bytes": "etcd enforces message sizes",
     "data-dir": "the proxy stores nothing on disk",
-    "self-signed-cert-validity": "self-signed certificates are not supported",
+    "self-signed-cert-validity": "generating certificates is not supported",
     "experimental-serializable-ordering": "reads pass through to etcd unchanged",
     "experimental-enable-grpc-logging": "use --log-level=debug",
 }
@@ -39,7 +39,7 @@ REFUSED = {
     "resolver-prefix": "registering the proxy in etcd is not supported; configure its address in the clients",
     "resolver-ttl": "registering the proxy in etcd is not supported; configure its address in the clients",
     "endpoints-auto-sync-interval": "endpoints are not read from etcd; list all of them in --endpoints",
-    "auto-tls": "self-signed certificates are not supported; set --cert-file and --key-file",
+    "auto-tls": "generating certificates is not supported; set --cert-file and --key-file",
     "client-crl-file": "revocation lists are not supported yet",
     "listen-cipher-suites": "choosing cipher suites is not supported yet",
     "tls-max-version": "a maximum TLS version is not supported; clients may use TLS 1.3",

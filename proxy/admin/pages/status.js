@@ -1,5 +1,5 @@
-// The status page: asks /v1/overview every two seconds and shows the answer. Text from the proxy (keys, addresses) is
-// put in as text only, never as markup.
+// The status page: fetches /v1/overview every two seconds and shows the result. Text from the proxy (keys, addresses) is
+// inserted as text only, never as markup.
 "use strict";
 
 const EVERY_MS = 2000;
@@ -68,8 +68,8 @@ function rows(id, list, cells, empty) {
   body.replaceChildren(...made);
 }
 
-// Draws two lines over time. `steps` puts the values on a scale of powers of ten: between lines that far apart only the
-// factor says something, and equal factors are equal heights there.
+// Draws two lines over time. `steps` uses a log scale: the lines are so far apart that only their ratio matters, and on
+// a log scale equal ratios are equal distances.
 function draw(id, points, first, second, steps) {
   const svg = byId(id);
   const width = svg.clientWidth || 500;
@@ -93,7 +93,7 @@ function draw(id, points, first, second, steps) {
     make("text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, short.format(tick));
   }
   if (points.length < 2) {
-    make("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "the first points come within half a minute");
+    make("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "the first points appear within half a minute");
   } else {
     const from = points[0].at, to = points[points.length - 1].at;
     const x = (point) => left + ((point.at - from) / (to - from)) * (width - left - right);
@@ -129,7 +129,7 @@ function showState(now, view) {
   say("delay", seconds(view.delay_p99_s));
   say("delay-note", `p50 ${seconds(view.delay_p50_s)}, loop p99 ${seconds(view.loop_delay_p99_s)}`);
   say("lagging", count(now.lagging), now.lagging ? "warn" : "");
-  say("lagging-note", now.lagging ? `longest ${seconds(now.lagging_s)}, ${count(now.lagging_revisions)} revisions` : "nobody is behind");
+  say("lagging-note", now.lagging ? `longest ${seconds(now.lagging_s)}, ${count(now.lagging_revisions)} revisions` : "no client lags");
 }
 
 function showTables(view) {
@@ -149,8 +149,8 @@ function showTables(view) {
     each.opening ? "opening" : String(each.next_revision),
     bytes(each.history_bytes),
     whole.format(each.backfills),
-  ], "nobody watches anything");
-  say("trunks-note", view.now.trunks > view.trunks.length ? `the ${view.trunks.length} with the most watches of ${count(view.now.trunks)}` : "one upstream watch for each range");
+  ], "no watches");
+  say("trunks-note", view.now.trunks > view.trunks.length ? `the ${view.trunks.length} with the most watches of ${count(view.now.trunks)}` : "one upstream watch per range");
   rows("sessions", view.sessions, (each) => [
     { text: each.peer || "–", kind: "key-text" },
     seconds(each.behind_s),
@@ -158,7 +158,7 @@ function showTables(view) {
     `${count(each.lagging)} of ${count(each.watches)}`,
     bytes(each.unsent_bytes),
     each.stalled ? "reads too slowly" : "catching up",
-  ], "nobody is behind");
+  ], "no client lags");
 }
 
 function showLimits(view) {
@@ -200,7 +200,7 @@ async function refresh() {
     say("stamp", `as of ${new Date(view.at * 1000).toLocaleTimeString()}`);
     document.body.dataset.ready = "yes";
   } catch (error) {
-    say("state", "the proxy does not answer", "bad");
+    say("state", "the proxy does not respond", "bad");
     byId("stamp").textContent = String(error.message || error);
   }
   setTimeout(refresh, EVERY_MS);

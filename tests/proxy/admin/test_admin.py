@@ -38,7 +38,7 @@ def test_the_status_table_shows_state_and_reduction(state: Snapshot) -> None:
     assert ("10.0x" in text) == bool(state.watches)
 
 
-def test_the_status_table_names_the_limits_that_were_reached() -> None:
+def test_the_status_table_shows_reached_limits() -> None:
     output = io.StringIO()
     state = Snapshot(refusals_total={"watches_max": 3, "trunks_max": 0}, lagging=2, lagging_s=61, lagging_revisions=900)
     Console(file=output, width=140).print(render(state))
@@ -48,7 +48,7 @@ def test_the_status_table_names_the_limits_that_were_reached() -> None:
     assert "longest 61 s and 900 revisions" in text
 
 
-def test_rates_are_between_two_snapshots() -> None:
+def test_rates_come_from_two_snapshots() -> None:
     before = Snapshot(uptime_s=10.0, events_delivered_total=100)
     now = Snapshot(uptime_s=12.0, events_delivered_total=150)
     output = io.StringIO()
@@ -94,7 +94,7 @@ async def told(etcd: EtcdServer) -> dict[str, tuple[int, str]]:
         return {path: await fetch(admin, path) for path in PATHS}
 
 
-def test_what_is_served_by_a_running_proxy(etcd: EtcdServer) -> None:
+def test_a_running_proxy_serves_all_pages(etcd: EtcdServer) -> None:
     answers = asyncio.run(told(etcd))
     assert {path: status for path, (status, _) in answers.items()} == PATHS
     assert {"watchmux_watches", "process_resident_memory_bytes"} <= {
@@ -107,7 +107,7 @@ def test_what_is_served_by_a_running_proxy(etcd: EtcdServer) -> None:
     assert [(each.endpoint, each.connected) for each in overview.endpoints] == [(etcd.endpoint, True)]
 
 
-def test_an_etcd_that_is_away_makes_it_unready_but_not_dead() -> None:
+def test_an_unreachable_etcd_makes_it_unready_but_not_dead() -> None:
     async def run() -> dict[str, int]:
         async with proxy_for("127.0.0.1:1") as proxy, admin_of(proxy) as admin:
             return {path: (await fetch(admin, path))[0] for path in ("/readyz", "/health", "/livez")}
@@ -124,7 +124,7 @@ def test_pages_load_nothing_from_elsewhere() -> None:
         assert "innerHTML" not in text
 
 
-def test_nothing_is_kept_of_clients_that_a_page_should_not_show(etcd: EtcdServer) -> None:
+def test_no_page_shows_values_tokens_or_other_keys(etcd: EtcdServer) -> None:
     """Ranges are shown; tokens, keys beyond the ranges and values are not in any answer."""
 
     async def run() -> str:

@@ -12,7 +12,7 @@ from tests.e2e.running import proxy_for
 from tests.waiting import until_async
 
 
-def test_a_value_at_a_bound_is_below_it() -> None:
+def test_a_value_at_a_bound_counts_for_that_bucket() -> None:
     histogram = Histogram((1.0, 2.0))
     for value in (0.5, 1.0, 1.5, 99.0):
         histogram.observe(value)
@@ -29,11 +29,11 @@ def test_quantiles_are_upper_bounds(share: float, counts: list[int], bound: floa
     assert quantile(share, (1.0, 2.0), counts) == bound
 
 
-def test_bounds_rise() -> None:
+def test_bounds_are_ascending() -> None:
     assert list(BOUNDS_S) == sorted(set(BOUNDS_S))
 
 
-def test_the_loop_is_seen_to_be_late() -> None:
+def test_a_late_event_loop_is_measured() -> None:
     rung = []
 
     async def run() -> Histogram:
@@ -59,11 +59,11 @@ def test_the_loop_is_seen_to_be_late() -> None:
         (b"k" * 500, b"", "k" * 100),
     ],
 )
-def test_ranges_are_shown_as_people_write_them(key: bytes, range_end: bytes, shown: str) -> None:
+def test_ranges_are_formatted_for_people(key: bytes, range_end: bytes, shown: str) -> None:
     assert show_range(key, range_end) == shown
 
 
-def test_the_hour_is_bounded() -> None:
+def test_the_history_of_points_is_bounded() -> None:
     async def run() -> int:
         async with proxy_for("127.0.0.1:1") as proxy:
             monitor = Monitor(proxy, "")

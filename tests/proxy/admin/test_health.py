@@ -47,7 +47,7 @@ def status_of(message: bytes) -> int:
     return int(health_pb2.HealthCheckResponse.FromString(message).status)
 
 
-def test_check_tells_the_truth() -> None:
+def test_check_reports_the_state() -> None:
     async def scenario() -> None:
         async with health_and_client() as (health, client):
             assert await check(client) == SERVING
@@ -74,7 +74,7 @@ def test_an_unknown_service_is_not_found() -> None:
     run(scenario())
 
 
-def test_watch_tells_changes_only() -> None:
+def test_watch_reports_only_changes() -> None:
     async def scenario() -> None:
         async with health_and_client() as (health, client):
             call, unknown = client.call(WATCH.decode()), client.call(WATCH.decode())
@@ -140,7 +140,7 @@ def test_bad_requests(raw: bytes, status: Status) -> None:
     run(scenario())
 
 
-def test_a_request_that_never_comes() -> None:
+def test_a_missing_request_times_out() -> None:
     async def scenario() -> None:
         async with health_and_client() as (_, client):
             call = client.call(CHECK.decode(), [("grpc-timeout", "50m")])

@@ -23,7 +23,7 @@ def test_every_limit_has_a_row() -> None:
         assert list(source.rows) == [field for field, _ in limits(source)], source.title
 
 
-def test_every_metric_is_on_the_page_of_a_proxy_that_just_started(etcd: EtcdServer) -> None:
+def test_a_started_proxy_exports_every_metric_of_the_table(etcd: EtcdServer) -> None:
     text, _ = asyncio.run(idle_page(etcd))
     there = {
         (found.name, frozenset(found.labels.items()))
@@ -36,7 +36,7 @@ def test_every_metric_is_on_the_page_of_a_proxy_that_just_started(etcd: EtcdServ
         assert not labels or len(labels) == 1
 
 
-def test_who_is_cut_off_refused_or_dropped_is_counted() -> None:
+def test_refused_and_closed_clients_are_counted() -> None:
     """Nothing to tell has only what paces or portions: no limit that is called a maximum of what clients may have."""
     silent = {field for source in SOURCES for field, row in source.rows.items() if row.metric == NOTHING}
     assert {field for field in silent if field.endswith("_max")} == {
@@ -57,20 +57,20 @@ def found_in(path: str) -> set[str]:
     return set(re.findall(r"^def (test_\w+)\(", (ROOT / "tests" / path).read_text(), re.MULTILINE))
 
 
-def test_every_test_is_there() -> None:
+def test_every_named_test_exists() -> None:
     for test in (*(row.edge for row in ROWS), *(kept.test for kept in limits_table.KEPT)):
         path, _, name = test.partition("::")
         assert name in found_in(path), test
 
 
-def test_what_is_kept_counts_for_limits_that_are_there() -> None:
+def test_stored_data_counts_for_existing_limits() -> None:
     fields = {field for source in SOURCES for field in source.rows}
     for kept in limits_table.KEPT:
         named = set(re.findall(r"`([a-z_]+)`", kept.counts_for + kept.until))
         assert named <= fields, kept.what
 
 
-def test_a_labels_name_may_hold_blanks() -> None:
+def test_a_label_value_may_contain_blanks() -> None:
     assert sample('watchmux_x_total{reason="flood: header fields"}') == (
         "watchmux_x_total",
         {"reason": "flood: header fields"},

@@ -83,7 +83,7 @@ def test_every_number_of_a_snapshot_is_a_metric() -> None:
     assert not any(name.endswith("_total") for name in GAUGES)
 
 
-def test_every_bound_of_the_configuration_has_a_metric() -> None:
+def test_every_limit_of_the_configuration_has_a_metric() -> None:
     bounds = {
         knob.key for knob in knobs() if knob.kind in (Kind.COUNT, Kind.BYTES, Kind.SECONDS) and "_max" in knob.key
     }
@@ -97,7 +97,7 @@ async def idle_page(etcd: EtcdServer) -> tuple[str, set[str]]:
         return scrape(monitor), set(monitor.limits())
 
 
-def test_names_keep_to_the_conventions(etcd: EtcdServer) -> None:
+def test_metric_names_follow_the_conventions(etcd: EtcdServer) -> None:
     text, limits = asyncio.run(idle_page(etcd))
     families = list(text_string_to_metric_families(text))
     assert not faults(families)
@@ -129,7 +129,7 @@ async def watch(proxy: Proxy, count: int) -> tuple[grpc.aio.Channel, list[Any]]:
     return channel, calls
 
 
-def test_deliveries_are_counted_and_timed_once_for_each_turn(etcd: EtcdServer) -> None:
+def test_deliveries_are_counted_and_timed_once_per_turn(etcd: EtcdServer) -> None:
     async def run() -> str:
         async with proxy_for(etcd) as proxy, direct(etcd) as store:
             await until_async(lambda: proxy.health.serving, "the proxy to find etcd")

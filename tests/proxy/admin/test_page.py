@@ -64,7 +64,7 @@ def shown(chromium: Browser, proxy: ProxyProcess) -> None:
     until(lambda: chromium.run("return document.body.dataset.ready") == "yes", "the page to have its numbers", 20)
 
 
-def test_it_shows_what_the_proxy_does(chromium: Browser, busy: ProxyProcess) -> None:
+def test_the_page_shows_the_state_of_the_proxy(chromium: Browser, busy: ProxyProcess) -> None:
     shown(chromium, busy)
     assert chromium.text("#state") == "serving"
     assert chromium.text("#reduction") == "10\u00d7"
@@ -76,14 +76,14 @@ def test_it_shows_what_the_proxy_does(chromium: Browser, busy: ProxyProcess) -> 
     endpoints = chromium.text("#endpoints")
     assert "watches and calls" in endpoints
     assert "connection refused" in endpoints
-    assert "nobody is behind" in chromium.text("#sessions")
+    assert "no client lags" in chromium.text("#sessions")
     until(lambda: chromium.text("#out").endswith("/s"), "rates")
     assert chromium.complaints() == []
     assert "broken" not in chromium.run("return document.title")
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_it_fits_and_can_be_read(look: str, chromium: Browser, busy: ProxyProcess, tmp_path: Path) -> None:
+def test_the_page_fits_and_is_legible(look: str, chromium: Browser, busy: ProxyProcess, tmp_path: Path) -> None:
     width, height, dark = LOOKS[look]
     chromium.look(width, height, dark=dark)
     shown(chromium, busy)
@@ -112,15 +112,15 @@ def test_a_chart_draws_the_past(chromium: Browser, busy: ProxyProcess) -> None:
     until(lambda: chromium.run(count) == 2, "two lines")
 
 
-def test_it_says_so_when_the_proxy_is_gone(chromium: Browser, busy: ProxyProcess) -> None:
+def test_the_page_shows_that_the_proxy_is_gone(chromium: Browser, busy: ProxyProcess) -> None:
     shown(chromium, busy)
     busy.kill()
-    until(lambda: chromium.text("#state") == "the proxy does not answer", "the page to notice", 20)
+    until(lambda: chromium.text("#state") == "the proxy does not respond", "the page to notice", 20)
     busy.start()
     until(lambda: chromium.text("#state") == "serving", "the page to come back", 20)
 
 
-def test_nothing_is_asked_of_anybody_else(chromium: Browser, busy: ProxyProcess) -> None:
+def test_the_page_fetches_only_from_its_proxy(chromium: Browser, busy: ProxyProcess) -> None:
     shown(chromium, busy)
     names = chromium.run("return performance.getEntriesByType('resource').map(e => e.name)")
     assert names

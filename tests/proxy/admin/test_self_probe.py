@@ -77,7 +77,7 @@ def test_an_idle_proxy_is_probed_without_any_upstream_watch(etcd: EtcdServer) ->
     run(story())
 
 
-def test_a_probe_gets_the_newest_event_of_a_watched_range_and_is_counted_nowhere(etcd: EtcdServer) -> None:
+def test_a_probe_gets_the_newest_event_and_is_not_counted(etcd: EtcdServer) -> None:
     async def story() -> None:
         async with proxy_and_client(etcd) as (proxy, client), direct(etcd) as store:
             stream = client.watch()
@@ -98,7 +98,7 @@ def test_a_probe_gets_the_newest_event_of_a_watched_range_and_is_counted_nowhere
     run(story())
 
 
-def test_a_probe_needs_no_right_where_clients_do(etcd_binary: EtcdBinary) -> None:
+def test_a_probe_needs_no_permissions(etcd_binary: EtcdBinary) -> None:
     async def story(etcd: EtcdServer) -> None:
         async with proxy_and_client(etcd) as (proxy, client):
             stream = client.watch([("token", await token_of(client, "u1"))])
@@ -149,7 +149,7 @@ HANGS: dict[str, Callable[[Proxy], None]] = {
 
 
 @pytest.mark.parametrize("name", HANGS)
-def test_a_hang_is_found_and_told_everywhere(name: str, etcd: EtcdServer) -> None:
+def test_a_hang_is_detected_and_reported_everywhere(name: str, etcd: EtcdServer) -> None:
     async def story() -> None:
         async with proxy_and_client(etcd) as (proxy, client), direct(etcd) as store:
             admin = Admin(proxy, Address("127.0.0.1", 0), "")
@@ -167,7 +167,7 @@ def test_a_hang_is_found_and_told_everywhere(name: str, etcd: EtcdServer) -> Non
                 assert (await fetch(admin, "/livez"))[0] == 200, "once or twice is no hang"
             await probe(proxy, failing=1)
             status, text = await fetch(admin, "/livez")
-            assert (status, text) == (503, "the proxy hangs: 3 watches through itself were not answered\n")
+            assert (status, text) == (503, "the proxy hangs: 3 self-probes in a row were not answered\n")
             assert (await fetch(admin, "/readyz"))[0] == 503
             # It is over.
             engine._busy = False
@@ -183,7 +183,7 @@ def test_a_hang_is_found_and_told_everywhere(name: str, etcd: EtcdServer) -> Non
     run(story())
 
 
-def test_a_core_that_fails_again_and_again_is_found(etcd: EtcdServer) -> None:
+def test_a_core_that_fails_repeatedly_is_detected(etcd: EtcdServer) -> None:
     async def story() -> None:
         async with proxy_for(etcd, failures=2 * HUNG_AFTER) as proxy, await RawClient.connect(proxy.port) as client:
             await until_async(lambda: proxy.health.serving and proxy.engine.core.header, "the proxy to find etcd")
@@ -210,7 +210,7 @@ def test_a_core_that_fails_again_and_again_is_found(etcd: EtcdServer) -> None:
     run(story())
 
 
-def test_what_is_no_hang(etcd: EtcdServer) -> None:
+def test_other_problems_are_not_a_hang(etcd: EtcdServer) -> None:
     async def story() -> None:
         async with proxy_for("127.0.0.1:1") as alone:
             # Without an etcd there is nothing to answer with.
@@ -232,9 +232,7 @@ def test_what_is_no_hang(etcd: EtcdServer) -> None:
     run(story())
 
 
-def test_a_process_that_was_stopped_is_not_blamed_and_one_that_does_not_turn_answers_nobody(
-    tmp_path: Path, etcd: EtcdServer
-) -> None:
+def test_a_stopped_process_is_not_hung_a_blocked_one_is_silent(tmp_path: Path, etcd: EtcdServer) -> None:
     def probed(at_least: int) -> Callable[[], bool]:
         return lambda: msgspec.json.decode(proxy.get("/v1/status")[1], type=Snapshot).probes_total >= at_least
 
@@ -259,7 +257,7 @@ def test_a_process_that_was_stopped_is_not_blamed_and_one_that_does_not_turn_ans
         assert proxy.end() == 0
 
 
-def test_the_request_of_a_probe_is_one_that_etcd_refuses_too(etcd: EtcdServer) -> None:
+def test_etcd_refuses_the_request_of_a_probe_too(etcd: EtcdServer) -> None:
     """What the proxy refuses its probe with is what etcd itself says to a revision that cannot be."""
 
     async def story() -> None:

@@ -21,7 +21,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int,
     return code, shown.err.removeprefix("watchmux: ").rstrip("\n")
 
 
-def test_help_names_every_command_and_shows_how_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_command_and_how_to_start(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     text = capsys.readouterr().out
     for name in COMMANDS:
@@ -76,7 +76,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("serve --cert=/dev/null", "--cert: requires --key"),
         ("serve --config=/nowhere.toml", "/nowhere.toml: cannot read file: no such file or directory"),
         ("serve --resolver-prefix /x", "--resolver-prefix: registering the proxy in etcd is not supported"),
-        ("serve --auto-tls", "--auto-tls: self-signed certificates are not supported"),
+        ("serve --auto-tls", "--auto-tls: generating certificates is not supported"),
         ("store --listen-addr=here", "--listen-addr: 'here' has no port; write HOST:PORT"),
         ("store --listen-metrics-urls=https://a:1", "--listen-metrics-urls: 'https://a:1': metrics are served in"),
         ("store --watch-progress-notify-interval=0", "--watch-progress-notify-interval: must be longer than 0s"),

@@ -37,7 +37,7 @@ def test_nothing_given_is_the_default() -> None:
     assert settings() == (Settings(), [])
 
 
-def test_every_knob_can_be_given_as_a_flag_and_as_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_setting_has_a_flag_and_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {"duration": "7s", "size": "1KiB", "number": "7", "switch": "true", "text": "x", "comma-separated": "a:1"}
     for knob in knobs():
         text = texts.get(knob.kind.value) or (knob.choices[0] if knob.choices else "127.0.0.1:7")
@@ -94,7 +94,7 @@ def test_switches_take_a_value_or_none() -> None:
     assert not settings("--insecure-skip-tls-verify=false")[0].upstream.insecure_skip_tls_verify
 
 
-def test_debug_is_a_log_level_that_an_explicit_one_beats() -> None:
+def test_an_explicit_log_level_overrides_debug() -> None:
     assert settings("--debug")[0].log.log_level == "debug"
     assert settings("--debug", "--log-level=warn")[0].log.log_level == "warn"
 

@@ -181,7 +181,7 @@ def test_a_second_signal_does_not_wait_for_open_calls(tmp_path: Path, etcd: Etcd
         assert any("second signal" in str(line["msg"]) for line in proxy.lines())
 
 
-def test_it_serves_tls_with_the_certificate_it_was_given(tmp_path: Path, etcd: EtcdServer) -> None:
+def test_it_serves_tls_with_the_given_certificate(tmp_path: Path, etcd: EtcdServer) -> None:
     cert, key = tmp_path / "server.pem", tmp_path / "server.key"
     line = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /O=test"
     line += f" -addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {cert}"

@@ -16,7 +16,7 @@ async def started(directory: Path) -> Child:
     return await Child.start("the store", python_command("proxy.cli", *COMMAND, f"--data-dir={directory}"))
 
 
-def test_what_was_written_is_there_after_a_restart(tmp_path: Path) -> None:
+def test_written_data_survives_a_restart(tmp_path: Path) -> None:
     async def run() -> None:
         store = await started(tmp_path)
         revision = await Etcd(store.ready.address).put(b"greeting", b"hello")
@@ -30,7 +30,7 @@ def test_what_was_written_is_there_after_a_restart(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_its_metrics_tell_what_a_measurement_wants_to_know(tmp_path: Path) -> None:
+def test_its_metrics_suffice_for_a_measurement(tmp_path: Path) -> None:
     async def run() -> None:
         store = await started(tmp_path)
         page = MetricsPage(f"http://{store.ready.metrics}")

@@ -17,7 +17,7 @@ from proxy.process.serving import core_limits, listener_settings, upstream_setti
 from upstream.settings import UpstreamSettings as UpstreamSettings
 
 
-def test_every_knob_has_a_text_a_flag_and_a_variable() -> None:
+def test_every_setting_has_a_text_a_flag_and_a_variable() -> None:
     for knob in knobs():
         assert knob.text.endswith("."), knob.path
         assert knob.flag.startswith("--")
@@ -36,7 +36,7 @@ def test_names_contain_their_units() -> None:
         assert ("bytes" in parts) == (knob.kind is Kind.BYTES), knob.path
 
 
-def test_every_table_has_a_text_and_knobs() -> None:
+def test_every_table_has_a_text_and_settings() -> None:
     for name, struct in tables().items():
         assert struct.__doc__
         assert any(knob.table == name for knob in knobs())
@@ -74,7 +74,7 @@ def test_log_choices_are_what_logging_takes() -> None:
     assert choices["log_format"] == STYLES
 
 
-def test_the_cores_limits_are_all_knobs_with_its_own_defaults() -> None:
+def test_the_cores_limits_are_settings_with_the_same_defaults() -> None:
     """A limit that is added to the core and not to the settings, or with another default, is found here."""
     assert core_limits(Settings().watch) == CoreLimits()
     names = {field.name for field in dataclasses.fields(CoreLimits)}

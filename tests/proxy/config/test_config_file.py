@@ -98,7 +98,7 @@ def test_a_file_sets_what_it_names(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_each_mistake_is_one_line_that_says_where_and_what(tmp_path: Path, text: str, message: str) -> None:
+def test_each_error_is_one_line_with_place_and_problem(tmp_path: Path, text: str, message: str) -> None:
     assert refusal(tmp_path, text) == message
 
 
@@ -153,7 +153,7 @@ def test_values_that_contradict_each_other_are_refused(given: dict[str, str], me
     assert str(error.value) == message
 
 
-def test_two_free_ports_are_two_ports() -> None:
+def test_port_0_twice_is_not_a_conflict() -> None:
     layer({path: Given("127.0.0.1:0", path) for path in ("listener.listen_addr", "admin.metrics_addr")}, {})
 
 
@@ -199,7 +199,7 @@ def test_certificates_are_loaded_before_anything_starts(tmp_path: Path) -> None:
         ("listener.listen_addr", ":1", ":1"),
     ],
 )
-def test_texts_of_flags_and_variables(path: str, text: str, value: object) -> None:
+def test_flags_and_variables_are_converted(path: str, text: str, value: object) -> None:
     assert from_text(next(knob for knob in knobs() if knob.path == path), text) == value
 
 
@@ -207,7 +207,7 @@ def test_the_example_is_the_default(tmp_path: Path) -> None:
     assert settings_from(tmp_path, render_example()) == Settings()
 
 
-def test_the_example_names_every_knob_with_its_flag_and_variable() -> None:
+def test_the_example_has_every_setting_with_flag_and_variable() -> None:
     lines = render_example().splitlines()
     for knob in knobs():
         at = next(number for number, line in enumerate(lines) if line.startswith(f"{knob.key} = "))

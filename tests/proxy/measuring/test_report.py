@@ -56,7 +56,7 @@ def test_factors(factor: float | None, shown: str) -> None:
 
 
 @pytest.mark.parametrize(("before", "after", "factor"), [(10, 5, 2.0), (10, 0, None), (None, 5, None), (0, 5, 0.0)])
-def test_nothing_is_divided_by_nothing(before: float | None, after: float | None, factor: float | None) -> None:
+def test_division_by_zero_is_avoided(before: float | None, after: float | None, factor: float | None) -> None:
     assert Row(name="x", unit=Unit.COUNT, before=before, after=after).factor == factor
 
 
@@ -121,7 +121,7 @@ def test_lines_stay_inside_their_box() -> None:
             assert 0 <= y <= 220
 
 
-def test_what_others_have_named_is_text() -> None:
+def test_names_from_others_are_shown_as_text() -> None:
     text = render_report(comparison(title="<script>alert(1)</script>", complaints=["<b>"]), "", at=0)
     assert "<script>" not in text
     assert "<b>" not in text.replace("<td><b>", "")

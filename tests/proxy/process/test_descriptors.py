@@ -37,7 +37,7 @@ CLIENTS = 300
         (1, 20_000, 1, 20, 1),
     ],
 )
-def test_clients_get_what_the_proxy_does_not_need(
+def test_clients_get_the_descriptors_that_are_not_reserved(
     limit: int, wanted: int, endpoints: int, opened: int, clients: int
 ) -> None:
     assert descriptors.share(limit, wanted, endpoints, opened).connections_max == clients
@@ -103,7 +103,7 @@ def test_clients_do_not_take_what_etcd_and_probes_need() -> None:
         until(lambda: proxy.metric("watchmux_connections") < 10, "the clients to be gone", 30)
 
 
-def test_tls_clients_do_not_either(tmp_path: Path) -> None:
+def test_tls_clients_do_not_take_reserved_descriptors(tmp_path: Path) -> None:
     """Handshakes are connections as well; descriptors that run out stop nothing for good."""
     files = make_certificates(tmp_path)
     flags = (f"--cert-file={files.server_cert}", f"--key-file={files.server_key}")
@@ -118,7 +118,7 @@ def test_tls_clients_do_not_either(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("secure", [False, True])
-def test_descriptors_that_run_out_are_survived(etcd: EtcdServer, tmp_path: Path, secure: bool) -> None:
+def test_the_proxy_survives_running_out_of_descriptors(etcd: EtcdServer, tmp_path: Path, secure: bool) -> None:
     """The limit is lowered under a running proxy, so that accepting fails: it does not spin, and goes on afterwards."""
     files = make_certificates(tmp_path)
     flags = (f"--cert-file={files.server_cert}", f"--key-file={files.server_key}") if secure else ()
