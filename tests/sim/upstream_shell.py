@@ -270,7 +270,9 @@ class UpstreamShell:
         if self.endpoint is not None and better:
             endpoint = rng.choice(better)
             if self._recognise(rng, endpoint):
+                standing = self.standing
                 self.disconnect()
+                self.standing = standing
                 self._use(endpoint)
 
     @property
