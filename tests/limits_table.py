@@ -203,48 +203,42 @@ READS: Final = {
 }
 
 CONNECTION: Final = {
-    "connect_timeout_s": Row(
-        _UPSTREAM % "connect_timeout_s", f"{_UP}test_an_endpoint_that_says_nothing_is_given_up_and_counted"
-    ),
+    "connect_timeout_s": Row(_UPSTREAM % "connect_timeout_s", f"{_UP}test_silent_endpoint_is_given_up_and_counted"),
     "next_address_s": Row(NOTHING, f"{_ADDRESSES}test_unresponsive_address_delays_no_client"),
     "settings_timeout_s": Row(
-        _UPSTREAM % "settings_timeout_s", f"{_UP}test_one_that_does_not_take_our_settings_is_given_up_and_counted"
+        _UPSTREAM % "settings_timeout_s", f"{_UP}test_server_that_ignores_settings_is_given_up_and_counted"
     ),
     "keepalive_s": Row(NOTHING, "upstream/test_pool.py::test_an_idle_connection_is_not_pinged"),
     "keepalive_timeout_s": Row(
-        _UPSTREAM % "keepalive_timeout_s", f"{_UP}test_one_that_answers_no_ping_is_given_up_and_counted"
+        _UPSTREAM % "keepalive_timeout_s", f"{_UP}test_server_that_answers_no_ping_is_given_up_and_counted"
     ),
     "stream_window_bytes": Row(NOTHING, "upstream/test_connection.py::test_flow_control_goes_both_ways"),
     "connection_window_bytes": Row(
-        NOTHING, "upstream/test_connection.py::test_what_a_call_did_not_give_back_is_given_back_at_its_end"
+        NOTHING, "upstream/test_connection.py::test_flow_control_a_call_kept_is_returned_at_its_end"
     ),
-    "useless_frames_max": Row(_UPSTREAM % "useless_frames_max", f"{_UP}test_a_server_that_sends_what_is_useless"),
-    "write_high_bytes": Row(
-        NOTHING, "upstream/test_connection.py::test_a_transport_that_does_not_keep_up_pauses_the_connection"
-    ),
-    "write_low_bytes": Row(
-        NOTHING, "upstream/test_connection.py::test_a_transport_that_does_not_keep_up_pauses_the_connection"
-    ),
+    "useless_frames_max": Row(_UPSTREAM % "useless_frames_max", f"{_UP}test_server_that_sends_useless_frames"),
+    "write_high_bytes": Row(NOTHING, "upstream/test_connection.py::test_full_transport_buffer_pauses_the_connection"),
+    "write_low_bytes": Row(NOTHING, "upstream/test_connection.py::test_full_transport_buffer_pauses_the_connection"),
 }
 
 UPSTREAM: Final = {
     "backoff_first_s": Row(NOTHING, "upstream/test_endpoints.py::test_backoff_is_at_once_and_then_doubles_to_a_bound"),
     "backoff_max_s": Row(NOTHING, "upstream/test_endpoints.py::test_backoff_is_at_once_and_then_doubles_to_a_bound"),
-    "stagger_s": Row(NOTHING, "upstream/test_watch.py::test_an_endpoint_that_says_nothing_holds_nobody_up"),
+    "stagger_s": Row(NOTHING, "upstream/test_watch.py::test_silent_endpoint_delays_no_other"),
     "connections_per_endpoint_max": Row(
         "watchmux_upstream_streams_waiting",
-        "upstream/test_watch.py::test_streams_wait_for_a_place_and_that_is_reported",
+        "upstream/test_watch.py::test_streams_that_wait_for_a_place_are_reported",
     ),
-    "surplus_idle_s": Row(NOTHING, "upstream/test_connections.py::test_connections_that_are_not_needed_are_closed"),
+    "surplus_idle_s": Row(NOTHING, "upstream/test_connections.py::test_surplus_connections_are_closed"),
     "place_wait_s": Row(
         "watchmux_upstream_streams_waiting",
-        "upstream/test_connections.py::test_a_lack_of_places_is_reported_and_its_end_too",
+        "upstream/test_connections.py::test_lack_of_places_and_its_end_are_reported",
     ),
     "status_timeout_s": Row(
-        _UPSTREAM % "status_timeout_s", f"{_UP}test_what_the_watch_client_asks_for_in_vain_is_counted"
+        _UPSTREAM % "status_timeout_s", f"{_UP}test_unanswered_requests_of_the_watch_client_are_counted"
     ),
     "create_timeout_s": Row(
-        _UPSTREAM % "create_timeout_s", f"{_UP}test_what_the_watch_client_asks_for_in_vain_is_counted"
+        _UPSTREAM % "create_timeout_s", f"{_UP}test_unanswered_requests_of_the_watch_client_are_counted"
     ),
     "watch_message_bytes_max": Row("watchmux_upstream_lost_total", f"{_UP}test_the_size_of_a_watch_response"),
     "unary_message_bytes_max": Row(_READS % "RESOURCE_EXHAUSTED", f"{_UP}test_the_size_of_an_answer_to_us"),

@@ -23,7 +23,7 @@ def test_each_endpoint_gets_the_call_once_in_order() -> None:
     assert not attempts.left
 
 
-def test_it_has_failed_when_nothing_is_left_to_wait_for() -> None:
+def test_call_fails_when_no_attempt_is_left() -> None:
     attempts = Attempts(["a", "b"])
     attempts.next()
     assert attempts.failed("a", *GONE) is None
@@ -31,7 +31,7 @@ def test_it_has_failed_when_nothing_is_left_to_wait_for() -> None:
     assert attempts.failed("b", *GONE) == Failure(*GONE)
 
 
-def test_one_that_is_late_is_still_waited_for() -> None:
+def test_late_answer_is_still_accepted() -> None:
     attempts = Attempts(["a", "b"])
     attempts.next()
     attempts.next()
@@ -61,7 +61,7 @@ def test_a_failure_of_the_request_itself_is_final(failure: tuple[int, str]) -> N
         ([BROKEN, BUSY], *BUSY),
     ],
 )
-def test_what_different_failures_mean_together(failures: list[tuple[int, str]], status: int, text: str) -> None:
+def test_failures_of_all_endpoints_are_combined(failures: list[tuple[int, str]], status: int, text: str) -> None:
     attempts = Attempts(map(str, range(len(failures))))
     while attempts.next() is not None:
         pass

@@ -56,7 +56,7 @@ class Endpoint:
         (Status.RESOURCE_EXHAUSTED, "larger than max", False, False, False, Next.NOTHING),
     ],
 )
-def test_what_follows_the_end_of_a_stream(
+def test_action_after_the_end_of_a_stream(
     status: int, text: str, answered: bool, moved: bool, healthy: bool, follows: Next
 ) -> None:
     here, other = Endpoint(), Endpoint()
@@ -87,19 +87,19 @@ def test_what_follows_the_end_of_a_stream(
         (Status.UNAVAILABLE, Stream(False, True, [Watch(1)], b"token"), True, Next.HERE),
     ],
 )
-def test_whose_doing_the_end_of_a_stream_is(status: int, stream: Stream, works: bool, follows: Next) -> None:
+def test_action_depends_on_the_cause_of_the_end(status: int, stream: Stream, works: bool, follows: Next) -> None:
     here = Endpoint()
     assert on_stream_end(stream, status, "text", here, [here], moved=False, healthy=True, works=works) is follows
 
 
-def test_a_service_that_nobody_has_is_the_end() -> None:
+def test_watches_are_lost_when_no_endpoint_has_the_service() -> None:
     here, other = Endpoint(), Endpoint(unimplemented=True)
     stream = Stream(answered=False)
     found = on_stream_end(stream, Status.UNIMPLEMENTED, "", here, [here, other], moved=False, healthy=True, works=False)
     assert found is Next.LOST
 
 
-def test_nobody_has_a_leader_when_all_were_asked_and_one_said_so() -> None:
+def test_leaderless_when_all_failed_and_one_had_no_leader() -> None:
     choice = EndpointPolicy()
     some = [Endpoint(tried=True, leaderless=True), Endpoint()]
     assert not choice.failed(some, in_use=False)

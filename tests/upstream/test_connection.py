@@ -104,7 +104,7 @@ def start(connection: ClientConnection, path: str = ECHO, consume: bool = True) 
     return seen
 
 
-def test_what_is_said_when_nothing_answers(tmp_path: Path) -> None:
+def test_error_texts_when_no_server_answers(tmp_path: Path) -> None:
     async def story() -> None:
         assert "connection refused; check that etcd runs" in await refused(f"127.0.0.1:{free_port()}")
         assert "cannot be resolved; check the spelling" in await refused("no-such-host.invalid:2379")
@@ -128,7 +128,7 @@ def test_what_is_said_when_nothing_answers(tmp_path: Path) -> None:
         (b"\x00\x00\x01\x04\x00\x00\x00\x00\x00x", "the server violated HTTP/2 (FRAME_SIZE_ERROR"),
     ],
 )
-def test_what_is_said_when_it_is_no_etcd(answer: bytes, complaint: str) -> None:
+def test_error_texts_when_the_server_is_not_an_etcd(answer: bytes, complaint: str) -> None:
     async def story() -> None:
         async with answering(answer) as endpoint:
             assert complaint in await refused(endpoint)
@@ -136,7 +136,7 @@ def test_what_is_said_when_it_is_no_etcd(answer: bytes, complaint: str) -> None:
     run(story())
 
 
-def test_what_is_said_when_tls_does_not_fit(certificates: Certificates) -> None:
+def test_error_texts_when_tls_does_not_match(certificates: Certificates) -> None:
     files = certificates
 
     async def story() -> None:
@@ -262,7 +262,7 @@ def test_a_ping_that_is_answered_at_once_is_answered() -> None:
         runner.run(story())
 
 
-def test_what_is_urgent_is_written_ahead_of_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urgent_output_is_written_before_the_end_of_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of it; what follows in the same turn of the loop shares a write."""
 
     async def story() -> None:
@@ -370,7 +370,7 @@ def test_flow_control_goes_both_ways() -> None:
 
 
 @pytest.mark.parametrize("how", ["reset", "end"])
-def test_what_a_call_did_not_give_back_is_given_back_at_its_end(how: str) -> None:
+def test_flow_control_a_call_kept_is_returned_at_its_end(how: str) -> None:
     async def story() -> None:
         async with scripted() as etcd:
             settings = ConnectionSettings(stream_window_bytes=70_000, connection_window_bytes=70_000)
@@ -392,7 +392,7 @@ def test_what_a_call_did_not_give_back_is_given_back_at_its_end(how: str) -> Non
     run(story())
 
 
-def test_a_transport_that_does_not_keep_up_pauses_the_connection() -> None:
+def test_full_transport_buffer_pauses_the_connection() -> None:
     async def story() -> None:
         async with scripted() as etcd:
             etcd.limits = Http2Limits(initial_window=64 << 20, connection_window=64 << 20)

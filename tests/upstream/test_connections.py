@@ -118,7 +118,7 @@ def test_connections_that_end_in_good_order_cost_no_call() -> None:
     run(story())
 
 
-def test_calls_on_a_connection_that_goes_away_go_on() -> None:
+def test_calls_continue_after_goaway() -> None:
     async def story() -> None:
         async with scripted() as etcd, pooled(etcd.endpoint) as pool:
             held = hold_leases(etcd)
@@ -135,7 +135,7 @@ def test_calls_on_a_connection_that_goes_away_go_on() -> None:
 
 
 @pytest.mark.parametrize("answers", [False, True])
-def test_one_that_only_goes_away_is_tried_with_backoff(answers: bool) -> None:
+def test_server_that_only_sends_goaway_is_retried_with_backoff(answers: bool) -> None:
     """That is not rotation: nothing is ever done there, but maybe to say who it is."""
 
     async def story() -> None:
@@ -177,7 +177,7 @@ def test_a_connection_whose_stream_ids_run_out_is_replaced() -> None:
     run(story())
 
 
-def test_connections_that_are_not_needed_are_closed() -> None:
+def test_surplus_connections_are_closed() -> None:
     async def story() -> None:
         async with scripted() as etcd:
             etcd.limits = Http2Limits(max_streams=4)
@@ -195,7 +195,7 @@ def test_connections_that_are_not_needed_are_closed() -> None:
     run(story())
 
 
-def test_a_lack_of_places_is_reported_and_its_end_too() -> None:
+def test_lack_of_places_and_its_end_are_reported() -> None:
     async def story() -> None:
         log = RecordedLog()
         settings = UpstreamSettings(connections_per_endpoint_max=1, place_wait_s=0.05)
@@ -263,7 +263,7 @@ def test_a_broken_connection_costs_only_its_own_calls() -> None:
     run(story())
 
 
-def test_what_a_server_refuses_for_its_own_reasons_is_sent_again() -> None:
+def test_call_refused_at_the_stream_limit_is_sent_again() -> None:
     """REFUSED_STREAM at the limit: the server's SETTINGS may be newer than what we know of them."""
 
     async def story() -> None:

@@ -24,7 +24,7 @@ def after_turns(turns: int, task: asyncio.Task[Any]) -> None:
 
 
 @pytest.mark.parametrize("turns", range(8))
-def test_a_search_that_is_given_up_leaves_no_connection(turns: int) -> None:
+def test_cancelled_search_leaves_no_connection(turns: int) -> None:
     async def story() -> None:
         async with scripted() as one, scripted() as other, asyncio.timeout(20):
             endpoints = parse_endpoints([one.endpoint, other.endpoint])
@@ -46,7 +46,7 @@ def test_a_search_that_is_given_up_leaves_no_connection(turns: int) -> None:
 
 
 @pytest.mark.parametrize("turns", range(8))
-def test_a_question_that_is_given_up_leaves_no_connection(turns: int) -> None:
+def test_cancelled_status_request_leaves_no_connection(turns: int) -> None:
     async def story() -> None:
         async with scripted() as one, scripted() as silent, asyncio.timeout(20):
             silent.on_message = lambda _call, _message: None

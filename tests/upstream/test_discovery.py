@@ -118,7 +118,7 @@ def test_records_become_endpoints(zone: Zone, service_name: str, insecure: bool,
         ({PLAIN: ["0 0 2379 b."]}, "it names only members without TLS (b:2379); name members with TLS there, or take"),
     ],
 )
-def test_what_is_not_found_is_said(zone: Zone, problem: str) -> None:
+def test_discovery_failures_are_explained(zone: Zone, problem: str) -> None:
     async def scenario() -> None:
         async with name_server(zone) as (_, resolver):
             with pytest.raises(NotDiscovered) as error:
@@ -160,7 +160,7 @@ def test_settings_with_discovery_get_its_endpoints(etcd: EtcdServer, monkeypatch
     run(scenario())
 
 
-def test_serve_says_in_one_line_that_nothing_is_found(
+def test_serve_reports_in_one_line_that_discovery_failed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.socket(type=socket.SOCK_DGRAM) as closed:

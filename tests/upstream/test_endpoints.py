@@ -56,7 +56,7 @@ def test_good_endpoints(text: str, expected: tuple[str, int, str, bool | None], 
         ("unix://", "path of the socket is missing"),
     ],
 )
-def test_bad_endpoints_are_refused_with_what_and_where(text: str, complaint: str) -> None:
+def test_bad_endpoints_are_refused_with_an_explanation(text: str, complaint: str) -> None:
     with pytest.raises(BadEndpoint, match=complaint) as refusal:
         parse_endpoint(text)
     assert repr(text) in str(refusal.value)

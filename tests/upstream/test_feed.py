@@ -52,7 +52,7 @@ def events(responses: Sequence[WatchResponse], watch_id: int) -> list[bytes]:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_each_watch_gets_what_was_sent_in_order(seed: int) -> None:
+def test_each_watch_gets_its_responses_in_order(seed: int) -> None:
     rng = random.Random(seed)
     sent = [
         message(rng.randrange(3), range(1, rng.choice((1, 2, 3000, 5000))), rng.choice((0, 20)))
@@ -78,7 +78,7 @@ def test_each_watch_gets_what_was_sent_in_order(seed: int) -> None:
     assert all(each.plain is (bool(each.events) and not each.fragment) for each in got)
 
 
-def test_a_large_response_is_overtaken_by_what_says_nothing_about_its_watch() -> None:
+def test_responses_of_other_watches_overtake_a_large_one() -> None:
     feed = Feed(scan_watch_response, 1 << 30)
     large = message(1, range(1, 20_000))
     assert feed.feed(frame(large)) == []
@@ -127,7 +127,7 @@ def test_an_event_above_the_limit_ends_its_watch_and_no_other() -> None:
     ],
     ids=["watch id behind events", "no tag", "no events", "an event that is cut off"],
 )
-def test_what_is_no_watch_response_is_an_error(data: bytes) -> None:
+def test_invalid_watch_response_is_an_error(data: bytes) -> None:
     feed = Feed(scan_watch_response, 1 << 30)
     with pytest.raises(ScanError):
         read_all(feed, frame(data))

@@ -49,7 +49,7 @@ def test_a_late_answer_is_asked_for_elsewhere() -> None:
     run(story())
 
 
-def test_one_that_owes_an_answer_is_avoided() -> None:
+def test_endpoint_that_owes_an_answer_is_avoided() -> None:
     async def story() -> None:
         async with scripted() as one, scripted() as other, pooled(one.endpoint, other.endpoint) as pool:
             await up(pool, 2)

@@ -81,7 +81,7 @@ def test_it_is_open_while_wanted_and_while_there_is_a_leader(connection: Connect
     run(scenario())
 
 
-def test_only_the_loss_of_the_leader_is_one(connection: Connection) -> None:
+def test_only_no_leader_counts_as_loss_of_the_leader(connection: Connection) -> None:
     async def scenario() -> None:
         lost: list[None] = []
         connection.places = 9

@@ -56,7 +56,7 @@ def mute(etcd: ScriptedEtcd) -> None:
     etcd.mute = True
 
 
-def test_an_endpoint_that_says_nothing_is_given_up_and_counted() -> None:
+def test_silent_endpoint_is_given_up_and_counted() -> None:
     async def story() -> None:
         async with scripted() as etcd:
             mute(etcd)
@@ -73,7 +73,7 @@ def test_an_endpoint_that_says_nothing_is_given_up_and_counted() -> None:
     run(story())
 
 
-def test_one_that_does_not_take_our_settings_is_given_up_and_counted() -> None:
+def test_server_that_ignores_settings_is_given_up_and_counted() -> None:
     async def story() -> None:
         async with scripted() as etcd:
             etcd.deaf = True
@@ -84,7 +84,7 @@ def test_one_that_does_not_take_our_settings_is_given_up_and_counted() -> None:
     run(story())
 
 
-def test_one_that_answers_no_ping_is_given_up_and_counted() -> None:
+def test_server_that_answers_no_ping_is_given_up_and_counted() -> None:
     async def story() -> None:
         async with scripted() as etcd:
             deaf_to(ECHO)(etcd)
@@ -150,7 +150,7 @@ def test_late_answers_of_calls_given_up_cost_nothing() -> None:
 
 
 @pytest.mark.parametrize(("count", "lives"), [(50, True), (51, False)])
-def test_a_server_that_sends_what_is_useless(count: int, lives: bool) -> None:
+def test_server_that_sends_useless_frames(count: int, lives: bool) -> None:
     async def story() -> None:
         settings = UpstreamSettings(connection=ConnectionSettings(useless_frames_max=50))
         async with scripted() as etcd, pooled(etcd.endpoint, settings=settings) as pool:
@@ -167,7 +167,7 @@ def test_a_server_that_sends_what_is_useless(count: int, lives: bool) -> None:
 
 
 @pytest.mark.parametrize("limit", ["status_timeout_s", "create_timeout_s"])
-def test_what_the_watch_client_asks_for_in_vain_is_counted(limit: str) -> None:
+def test_unanswered_requests_of_the_watch_client_are_counted(limit: str) -> None:
     async def story() -> None:
         async with scripted() as etcd:
             if limit == "status_timeout_s":

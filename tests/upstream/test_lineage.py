@@ -48,13 +48,13 @@ def at(revision: int, applied: int, committed: int | None = None, cluster_id: in
         (at(51, 54), at(51, 54, cluster_id=9), True),
     ],
 )
-def test_a_log_that_has_grown_less_than_the_revision_is_another_one(
+def test_log_that_grew_less_than_the_revision_is_suspect(
     before: RaftPosition, now: RaftPosition, suspect: bool
 ) -> None:
     assert is_suspect(before, now) is suspect
 
 
-def test_a_suspect_that_says_no_more_is_not_used() -> None:
+def test_suspect_that_does_not_answer_is_not_used() -> None:
     lineage = HistoryTracker()
     assert lineage.seen(at(51, 54)) is HistoryVerdict.SAME
     suspect = at(81, 64)
@@ -65,7 +65,7 @@ def test_a_suspect_that_says_no_more_is_not_used() -> None:
     assert lineage.seen_again(suspect, at(90, 100)) is HistoryVerdict.SAME
 
 
-def test_a_restored_store_is_what_is_known_from_then_on() -> None:
+def test_restored_store_becomes_the_known_history() -> None:
     lineage = HistoryTracker()
     lineage.seen(at(51, 54))
     restored = at(81, 64)
@@ -77,7 +77,7 @@ def test_a_restored_store_is_what_is_known_from_then_on() -> None:
     assert lineage.seen(at(95, 17)) is HistoryVerdict.SUSPECT
 
 
-def test_a_store_that_was_no_further_is_looked_at_again_once_it_is() -> None:
+def test_history_is_checked_again_after_the_known_revision() -> None:
     lineage = HistoryTracker()
     lineage.seen(at(51, 54))
     connected = at(51, 40)
@@ -99,7 +99,9 @@ WAIT_S = 15.0
     [CURRENT, *(pytest.param(older, marks=pytest.mark.long) for older in OLDER)],
     ids=lambda binary: binary.name,
 )
-def test_a_restart_is_no_restore_and_a_restore_is(binary: EtcdBinary, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_restore_is_detected_and_restart_is_not_taken_for_one(
+    binary: EtcdBinary, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Also when the restored store is no further than the old one at first, and passes it later."""
     snapshot = tmp_path_factory.mktemp("snapshot") / "s"
 

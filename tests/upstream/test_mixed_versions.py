@@ -16,7 +16,7 @@ def requests(call: ScriptedCall) -> list[str]:
     return [request(message) for message in call.messages]
 
 
-def test_a_stream_goes_by_the_member_it_is_at() -> None:
+def test_progress_order_is_known_per_stream() -> None:
     """During an upgrade, behind a load balancer: the new connection leads to a member with ordered progress."""
 
     async def story() -> None:

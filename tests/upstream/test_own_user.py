@@ -26,7 +26,7 @@ def refusal(reason: str) -> WatchResponse:
     return answer(-1, 10, created=True, canceled=True, cancel_reason=reason)
 
 
-def test_trunks_of_all_tokens_share_a_stream_and_backfills_do_not() -> None:
+def test_trunks_of_all_tokens_share_a_stream_backfills_do_not() -> None:
     state = with_own()
     a, b = Opened(b"a", token=b"u1"), Opened(b"b", token=b"u2")
     backfill = Opened(b"c", start_revision=5, token=b"u3", is_backfill=True)
@@ -36,7 +36,7 @@ def test_trunks_of_all_tokens_share_a_stream_and_backfills_do_not() -> None:
 
 
 @pytest.mark.parametrize("reason", [INVALID, OUTDATED])
-def test_a_token_that_is_taken_no_more_is_renewed(reason: str) -> None:
+def test_refused_token_is_renewed(reason: str) -> None:
     state = with_own()
     a, b = Opened(b"a", token=b"u1"), Opened(b"b", token=b"u2")
     state.open(a)
@@ -69,7 +69,7 @@ def test_two_refusals_in_a_row_are_enough() -> None:
     assert effects == ["at 10", "close stream", "open stream for u1", "create a from 0"]
 
 
-def test_what_our_user_may_not_the_watch_may_itself() -> None:
+def test_watch_refused_to_our_user_uses_its_own_token() -> None:
     state = with_own()
     a, b = Opened(b"a", token=b"u1"), Opened(b"b", token=b"u2")
     state.open(a)

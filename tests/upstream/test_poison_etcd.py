@@ -20,7 +20,7 @@ KEY = b"k" * 600_000
 
 
 @pytest.mark.parametrize("backfill", [False, True], ids=["trunk", "backfill"])
-def test_a_create_that_is_too_large_is_lost_alone(backfill: bool) -> None:
+def test_create_that_is_too_large_is_lost_alone(backfill: bool) -> None:
     async def story(writer: Writer) -> None:
         seen = Recorder()
         live = Opened(b"live")

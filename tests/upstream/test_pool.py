@@ -82,7 +82,7 @@ def test_a_call_right_after_the_start_waits_for_a_connection() -> None:
     run(story())
 
 
-def test_a_dead_endpoint_is_left_out_and_told_once() -> None:
+def test_dead_endpoint_is_left_out_and_logged_once() -> None:
     async def story() -> None:
         log = RecordedLog()
         async with scripted() as etcd, pooled(f"127.0.0.1:{free_port()}", etcd.endpoint, log=log) as pool:
@@ -98,7 +98,7 @@ def test_a_dead_endpoint_is_left_out_and_told_once() -> None:
     run(story())
 
 
-def test_a_pool_without_endpoints_that_work_fails_at_once_and_recovers() -> None:
+def test_pool_without_working_endpoints_fails_fast_and_recovers() -> None:
     async def story() -> None:
         told: list[bool] = []
         async with scripted() as etcd, pooled(etcd.endpoint) as pool:
@@ -146,7 +146,9 @@ def test_no_answer_from_anywhere_is_a_deadline() -> None:
         (8, "grpc: received message larger than max (2 vs. 1)", {}, False),
     ],
 )
-def test_what_is_tried_on_another_endpoint(status: int, text: str, options: dict[str, Any], again: bool) -> None:
+def test_failures_that_are_retried_at_another_endpoint(
+    status: int, text: str, options: dict[str, Any], again: bool
+) -> None:
     async def story() -> None:
         async with scripted() as bad, scripted() as good, pooled(bad.endpoint, good.endpoint) as pool:
             bad.on_message = lambda call, _: call.end(status, text)
@@ -164,7 +166,7 @@ def test_what_is_tried_on_another_endpoint(status: int, text: str, options: dict
     run(story())
 
 
-def test_what_no_server_has_looked_at_is_sent_again() -> None:
+def test_unprocessed_call_is_sent_again() -> None:
     async def story() -> None:
         async with scripted() as bad, scripted() as good, pooled(bad.endpoint, good.endpoint) as pool:
             bad.on_call = lambda call: call.reset(ErrorCode.REFUSED_STREAM)
@@ -226,7 +228,7 @@ def test_goaway_brings_a_new_connection() -> None:
     run(story())
 
 
-def test_a_server_that_complains_of_pings_gets_fewer() -> None:
+def test_server_that_refuses_pings_gets_fewer() -> None:
     async def story() -> None:
         async with scripted() as etcd, pooled(etcd.endpoint) as pool:
             for seconds in (10, 20, 40):
@@ -305,7 +307,7 @@ def test_members_that_do_not_serve_get_no_calls(why: str, known: str) -> None:
     run(story())
 
 
-def test_a_member_that_does_not_serve_is_better_than_none() -> None:
+def test_member_that_does_not_serve_is_used_as_the_last_resort() -> None:
     """etcd's own answer reaches the client; and a learner serves some calls."""
 
     async def story() -> None:
@@ -318,7 +320,7 @@ def test_a_member_that_does_not_serve_is_better_than_none() -> None:
 
 
 @pytest.mark.parametrize("text", ["etcdserver: request timed out", "etcdserver: request timed out, waiting for leader"])
-def test_a_member_whose_calls_time_out_is_asked_whether_it_serves(text: str) -> None:
+def test_member_whose_calls_time_out_is_checked(text: str) -> None:
     """A member that is cut off answers calls that do not ask for a leader after seconds, with this."""
 
     async def story() -> None:

@@ -121,7 +121,7 @@ def test_a_range_cannot_be_changed_in_two_halves() -> None:
     assert (operation.request_range.key, operation.request_range.range_end) == (b"/ns/a", b"/ns0")
 
 
-def test_what_is_nested_too_deep_or_cut_is_refused() -> None:
+def test_messages_nested_too_deep_or_cut_are_refused() -> None:
     deep = bytes(20_000)
     operation = rpc_pb2.RequestOp(request_put=rpc_pb2.PutRequest(key=b"k", value=deep)).SerializeToString()
     for _ in range(40):

@@ -13,7 +13,7 @@ from upstream.errors import BadTls
 from upstream.tls import client_context, server_context
 
 
-def test_contexts_verify_and_ask_for_nothing_old(certificates: Certificates) -> None:
+def test_contexts_verify_and_refuse_old_tls(certificates: Certificates) -> None:
     files = certificates
     client = client_context(files.client_cert, files.client_key, files.ca)
     assert client.verify_mode == ssl.CERT_REQUIRED

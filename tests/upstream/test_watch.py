@@ -36,7 +36,7 @@ def requests(call: ScriptedCall) -> list[str]:
     return [request(message) for message in call.messages]
 
 
-def test_trunks_share_a_stream_with_hasleader_and_a_token_gets_its_own() -> None:
+def test_trunks_of_one_token_share_a_stream_with_hasleader() -> None:
     async def story() -> None:
         async with scripted() as etcd:
             seen = Recorder()
@@ -63,7 +63,7 @@ def test_trunks_share_a_stream_with_hasleader_and_a_token_gets_its_own() -> None
     run(story())
 
 
-def test_everything_resumes_pipelined_after_a_broken_connection() -> None:
+def test_watches_resume_pipelined_after_a_broken_connection() -> None:
     async def story() -> None:
         async with scripted() as etcd:
             seen = Recorder()
@@ -143,7 +143,7 @@ def test_manual_progress_is_asked_only_of_versions_that_order_it(version: str, o
     ("refusal", "ordered"),
     [((3, "etcdserver: user name is empty"), True), ((16, "x"), True), ((12, "unknown service"), False)],
 )
-def test_a_server_that_does_not_tell_its_status(refusal: tuple[int, str], ordered: bool) -> None:
+def test_server_that_refuses_its_status(refusal: tuple[int, str], ordered: bool) -> None:
     async def story() -> None:
         async with scripted() as etcd:
             etcd.status_refusal = refusal
@@ -176,7 +176,7 @@ def test_no_leader_goes_to_another_endpoint() -> None:
     run(story())
 
 
-def test_no_leader_anywhere_is_told_and_watches_go_on_without() -> None:
+def test_no_leader_anywhere_is_reported_and_watches_continue() -> None:
     async def story() -> None:
         async with scripted() as one, scripted() as two:
             seen = Recorder()
@@ -241,7 +241,7 @@ def test_a_stream_refused_for_good_loses_its_watches_alone(status: int, text: st
     run(story())
 
 
-def test_a_create_that_is_never_answered_gives_its_token_up() -> None:
+def test_token_whose_create_is_never_answered_is_given_up() -> None:
     """etcd waits for ever when it cannot know a token yet; those of other tokens are not concerned."""
 
     async def story() -> None:
@@ -261,7 +261,7 @@ def test_a_create_that_is_never_answered_gives_its_token_up() -> None:
     run(story())
 
 
-def test_one_endpoint_without_a_watch_service_is_left_for_another() -> None:
+def test_endpoint_without_watch_service_is_left_for_another() -> None:
     async def story() -> None:
         async with scripted() as other, scripted() as etcd:
             other.on_call = lambda call: call.end(12, "unknown service")
@@ -323,7 +323,7 @@ def test_a_stream_that_always_ends_is_not_opened_in_a_storm() -> None:
 
 
 @pytest.mark.parametrize("answered", [True, False], ids=["live", "creating"])
-def test_a_connection_that_goes_away_is_no_break(answered: bool) -> None:
+def test_goaway_is_not_a_break(answered: bool) -> None:
     """What is open there goes on; new streams begin on another one, and so do watches whose stream ends."""
 
     async def story() -> None:
@@ -378,7 +378,7 @@ def test_streams_that_a_connection_does_not_take_any_more_move() -> None:
     run(story())
 
 
-def test_streams_beyond_the_servers_limit_get_further_connections() -> None:
+def test_streams_beyond_the_limit_get_more_connections() -> None:
     """60 tokens and a limit of 8 streams; backfills that are not read take places as well."""
 
     async def story() -> None:
@@ -426,7 +426,7 @@ def test_a_create_that_is_not_answered_is_reported() -> None:
     run(story())
 
 
-def test_streams_wait_for_a_place_and_that_is_reported() -> None:
+def test_streams_that_wait_for_a_place_are_reported() -> None:
     async def story() -> None:
         log = RecordedLog()
         async with scripted() as etcd:
@@ -459,7 +459,7 @@ def test_streams_wait_for_a_place_and_that_is_reported() -> None:
     run(story())
 
 
-def test_a_paused_backfill_is_not_read_and_holds_nobody_up() -> None:
+def test_paused_backfill_is_not_read_and_blocks_no_other_watch() -> None:
     async def story() -> None:
         async with scripted() as etcd:
             seen = Recorder()
@@ -556,7 +556,7 @@ def test_a_server_that_stops_answering_is_noticed() -> None:
     run(story())
 
 
-def test_an_endpoint_that_says_nothing_holds_nobody_up() -> None:
+def test_silent_endpoint_delays_no_other() -> None:
     async def story() -> None:
         async with scripted() as silent, scripted() as etcd:
             silent.mute = True
@@ -566,7 +566,7 @@ def test_an_endpoint_that_says_nothing_holds_nobody_up() -> None:
     run(story())
 
 
-def test_what_the_listener_does_inside_of_a_call_is_fine() -> None:
+def test_listener_may_call_the_client_from_a_callback() -> None:
     class Eager(Recorder):
         client: Any = None
         more: Opened | None = None
@@ -597,7 +597,7 @@ def test_what_the_listener_does_inside_of_a_call_is_fine() -> None:
     run(story())
 
 
-def test_a_lower_store_is_believed_when_told_so() -> None:
+def test_revision_regressed_lowers_the_newest_revision() -> None:
     async def story() -> None:
         async with scripted() as etcd:
             seen = Recorder()

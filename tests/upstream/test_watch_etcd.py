@@ -241,7 +241,7 @@ def test_progress_is_proven_and_true(etcd: EtcdServer) -> None:
     with_writer(etcd, story)
 
 
-def test_compaction_ends_what_needs_it_and_nothing_else(etcd: EtcdServer) -> None:
+def test_compaction_ends_only_watches_that_need_the_revisions(etcd: EtcdServer) -> None:
     async def story(writer: Writer) -> None:
         for number in range(20):
             last = await writer.put(b"k%d" % number)
@@ -377,7 +377,7 @@ def test_one_of_two_endpoints_is_dead(etcd: EtcdServer) -> None:
     with_writer(etcd, story)
 
 
-def test_auth_streams_go_by_their_token(etcd: EtcdServer) -> None:
+def test_streams_use_their_own_token(etcd: EtcdServer) -> None:
     async def story(writer: Writer) -> None:
         await writer.put(b"a")
         for line in ("user add root:r", "user grant-role root root", "role add reader", "user add u:p"):

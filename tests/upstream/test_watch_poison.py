@@ -72,7 +72,7 @@ def stream_of(state: WatchState, watch: Opened) -> WatchStream:
     return registration.stream
 
 
-def test_one_create_that_ends_its_stream_is_lost_at_the_second_try() -> None:
+def test_create_that_ends_its_stream_is_lost_at_the_second_try() -> None:
     state = connected()
     live, bad = Opened(b"live"), Opened(b"bad")
     state.open(live)
@@ -174,7 +174,7 @@ def test_large_creates_have_streams_apart_from_the_start() -> None:
     assert {stream.kind for stream in streams} == {Kind.LARGE}
 
 
-def test_what_has_to_catch_up_has_streams_apart_from_what_is_live() -> None:
+def test_watches_that_catch_up_have_separate_streams() -> None:
     state = connected()
     live = Opened(b"live")
     state.open(live)

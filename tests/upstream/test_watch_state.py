@@ -68,7 +68,7 @@ def test_opening_twice_is_refused() -> None:
         state.open(a)
 
 
-def test_created_belongs_to_the_oldest_create_whatever_its_id() -> None:
+def test_created_belongs_to_the_oldest_create_for_any_id() -> None:
     state = connected()
     a, b, c = Opened(b"a"), Opened(b"b"), Opened(b"c")
     for watch in (a, b, c):
@@ -112,7 +112,7 @@ def test_a_refusal_carries_status_and_text(reason: str, status: int, text: str |
     assert told(effects) == ["at 10", "close stream", f"a lost: {status} {text or reason}"]
 
 
-def test_a_watch_closed_before_its_created_is_cancelled_when_its_id_is_known() -> None:
+def test_watch_closed_before_created_is_cancelled_by_its_id() -> None:
     state = connected()
     a, b = Opened(b"a"), Opened(b"b")
     state.open(a)
@@ -126,7 +126,7 @@ def test_a_watch_closed_before_its_created_is_cancelled_when_its_id_is_known() -
     assert stream.dying == set()
 
 
-def test_a_closed_one_that_is_refused_is_not_told() -> None:
+def test_refusal_of_a_closed_watch_is_not_reported() -> None:
     state = connected()
     a, b = Opened(b"a"), Opened(b"b")
     state.open(a)
@@ -136,7 +136,7 @@ def test_a_closed_one_that_is_refused_is_not_told() -> None:
     assert state.received(stream, answer(-1, 10, created=True, canceled=True, cancel_reason=GO_PERMISSION)) == []
 
 
-def test_events_of_dying_ids_are_dropped_until_their_cancel_is_answered() -> None:
+def test_events_of_cancelled_ids_are_dropped_until_the_answer() -> None:
     state = connected()
     a, b = Opened(b"a"), Opened(b"b")
     stream = live(state, a, b)
@@ -151,7 +151,7 @@ def test_events_of_dying_ids_are_dropped_until_their_cancel_is_answered() -> Non
     assert told(state.received(stream, answer(1, 12, [12]))) == ["b got 12"]
 
 
-def test_an_id_nobody_knows_is_cancelled_once() -> None:
+def test_unknown_id_is_cancelled_once() -> None:
     state = connected()
     stream = live(state, Opened(b"a"))
     assert told(state.received(stream, answer(99, 11, [11]))) == ["cancel 99", "at 11"]
@@ -185,7 +185,7 @@ def test_a_break_resumes_each_from_its_position() -> None:
     assert told(state.received(stream_of(state, waiting), answer(0, 20, created=True))) == ["waiting created at 20"]
 
 
-def test_a_resume_above_the_newest_revision_asks_from_now_and_drops_what_it_has() -> None:
+def test_resume_above_newest_revision_starts_from_now() -> None:
     state = connected(revision=0)
     a = Opened(b"a", start_revision=9)
     stream = live(state, a, at=9)
@@ -199,7 +199,7 @@ def test_a_resume_above_the_newest_revision_asks_from_now_and_drops_what_it_has(
     assert told(state.received(stream, answer(0, 12, [10, 12]))) == ["a got 10 12"]
 
 
-def test_what_was_written_before_a_watch_from_now_was_there_is_asked_for() -> None:
+def test_write_before_a_create_from_now_causes_a_new_create() -> None:
     state = connected(10)
     a = Opened(b"a", start_revision=11)
     assert told(state.open(a)) == ["open stream", "create a from 0"]
@@ -297,7 +297,7 @@ def test_compaction_ends_a_watch_and_frees_its_id_upstream() -> None:
     assert state.registration(b) is not None
 
 
-def test_compaction_of_what_is_not_needed_stays_inside() -> None:
+def test_compaction_of_unneeded_revisions_is_not_passed_on() -> None:
     """A watch from now asks for that very revision again, which may have been compacted by the time it arrives."""
     state = connected(10)
     a = Opened(b"a")
@@ -323,7 +323,7 @@ def test_a_cancel_without_a_reason_is_a_loss() -> None:
     ]
 
 
-def test_bookmarks_move_the_position_and_never_back() -> None:
+def test_bookmarks_never_move_the_position_back() -> None:
     state = connected()
     a = Opened(b"a")
     stream = live(state, a)
@@ -391,7 +391,7 @@ def test_a_stream_that_was_refused_loses_its_watches() -> None:
 # Progress.
 
 
-def test_a_progress_answer_proves_all_that_were_live_before_the_request() -> None:
+def test_progress_answer_proves_watches_live_at_the_request() -> None:
     state = connected()
     a, b = Opened(b"a"), Opened(b"b")
     stream = live(state, a, b)
@@ -445,7 +445,7 @@ def test_an_answer_that_may_be_for_a_dropped_request_proves_less() -> None:
     assert told(state.received(stream, answer(-1, 10))) == ["a b complete through 10, after 2"]
 
 
-def test_a_later_revision_tells_which_request_was_answered() -> None:
+def test_later_revision_identifies_the_answered_request() -> None:
     state = connected()
     a = Opened(b"a")
     stream = live(state, a)
@@ -464,7 +464,7 @@ def test_a_later_revision_tells_which_request_was_answered() -> None:
     assert told(state.request_progress(7)) == ["progress?"]
 
 
-def test_a_request_after_one_that_was_not_answered_goes_with_a_probe() -> None:
+def test_request_after_an_unanswered_one_is_sent_with_a_probe() -> None:
     """Etcd may have dropped the first: then no count tells what is answered, but the revision it has does."""
     state = connected()
     stream = live(state, Opened(b"a"))
@@ -490,7 +490,7 @@ def test_more_answers_than_requests_prove_nothing() -> None:
     assert told(state.received(stream, answer(-1, 11))) == ["at 11"]
 
 
-def test_progress_is_asked_on_every_stream_but_paused_ones() -> None:
+def test_progress_is_requested_on_all_but_paused_streams() -> None:
     state = connected()
     a, mine = Opened(b"a"), Opened(b"mine", token=b"me")
     fill = Opened(b"fill", start_revision=2, is_backfill=True)
@@ -502,7 +502,7 @@ def test_progress_is_asked_on_every_stream_but_paused_ones() -> None:
     assert told(state.request_progress(2)) == ["probe", "progress?"] * 2
 
 
-def test_progress_is_asked_on_the_streams_of_the_watches_alone() -> None:
+def test_progress_is_requested_only_on_streams_of_the_watches() -> None:
     state = connected()
     shared, also, mine, other = Opened(b"a"), Opened(b"b"), Opened(b"mine", token=b"me"), Opened(b"o", token=b"other")
     stream = live(state, shared, also)
