@@ -1,4 +1,4 @@
-"""A listener by itself, with a toy for a handler: it sends back what it gets."""
+"""A listener with a test handler that echoes its input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ECHO = "/test.Echo/Echo"
 
 
 class Echo:
-    """Sends back what it gets, byte for byte, and ends when the client ends."""
+    """Sends back its input byte for byte, and ends when the client ends."""
 
     def __init__(self, connection: ConnectionHandle, stream: Stream, headers: Headers) -> None:
         self.call = ServerCall(connection, stream)

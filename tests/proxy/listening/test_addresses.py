@@ -1,4 +1,4 @@
-"""Where the proxy listens and what it fronts, beside IPv4: unix sockets, IPv6, names with several addresses."""
+"""Listen addresses and endpoints other than IPv4: unix sockets, IPv6, names with several addresses."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_invalid_listen_address_is_refused(text: str) -> None:
 
 @contextmanager
 def serving(tmp_path: Path, listen: str, endpoints: str, *extra: str) -> Iterator[Served]:
-    """Yield a `watchmux serve` that listens where it is told."""
+    """Yield a `watchmux serve` that listens at `listen`."""
     proxy = Served(tmp_path / "serve.log", f"--endpoints={endpoints}", f"--listen-addr={listen}", *extra)
     try:
         proxy.serving()
@@ -68,14 +68,14 @@ def serving(tmp_path: Path, listen: str, endpoints: str, *extra: str) -> Iterato
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Return the one line with which `watchmux serve` refuses to start."""
+    """Return the one line that `watchmux serve` prints when it refuses to start."""
     assert watchmux(["serve", "--endpoints=127.0.0.1:1", "--log-level=fatal", *arguments])
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
 
 def unix_etcd(path: Path) -> EtcdServer:
-    """Make an etcd that listens on a unix socket as well."""
+    """Create an etcd that also listens on a unix socket."""
     etcd = EtcdServer()
     etcd.extra = [f"--listen-client-urls={etcd.url},unix://{path}"]
     return etcd
@@ -223,7 +223,7 @@ def test_all_interfaces_include_ipv4_and_ipv6(etcd: EtcdServer) -> None:
 
 
 class Resolver:
-    """Gives a name the addresses it is told, in order."""
+    """Resolves a name to given addresses, in order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, *addresses: str) -> None:
         real = socket.getaddrinfo
@@ -284,7 +284,7 @@ def test_unresponsive_address_delays_no_client(etcd: EtcdServer, monkeypatch: py
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 @pytest.mark.parametrize("secure", [False, True])
 def test_tcp_nodelay_is_set(loop: Callable[[], asyncio.AbstractEventLoop], secure: bool, tmp_path: Path) -> None:
-    """Else an answer beside a busy stream waits for the client's delayed acknowledgement: 40 ms each."""
+    """Otherwise a response next to a busy stream waits 40 ms for the client's delayed acknowledgement."""
     files = make_certificates(tmp_path)
     tls = server_context(files.server_cert, files.server_key) if secure else None
     trusting = client_context(cacert=files.ca) if secure else None

@@ -1,4 +1,4 @@
-"""Request heads and refusals, as tables."""
+"""Request heads and refusals, table-driven."""
 
 from __future__ import annotations
 

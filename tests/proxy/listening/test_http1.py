@@ -1,4 +1,4 @@
-"""HTTP/1 on the same port: handed through to etcd, or refused in words."""
+"""HTTP/1 on the same port: forwarded to etcd, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.waiting import until_async
 
 
 async def ask(address: str, request: bytes, limit_s: float = 10) -> bytes:
-    """Send raw bytes and return all that comes back until the end."""
+    """Send raw bytes and return the response until the connection ends."""
     host, _, port = address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
@@ -27,7 +27,7 @@ async def ask(address: str, request: bytes, limit_s: float = 10) -> bytes:
 
 
 def get(path: str) -> bytes:
-    """Make a GET request that closes its connection."""
+    """Return a GET request that closes its connection."""
     return f"GET {path} HTTP/1.1\r\nHost: etcd\r\nConnection: close\r\n\r\n".encode()
 
 
@@ -82,7 +82,7 @@ def test_unreachable_etcd_is_a_bad_gateway() -> None:
 
 
 def test_dead_endpoint_is_not_used() -> None:
-    """The dead one is named first; killing the other one as well leaves a bad gateway, and not the last good answer."""
+    """The dead endpoint is listed first. Once the other one is killed too, requests get 502, not the last response."""
     with EtcdServer() as other:
 
         async def scenario() -> None:
@@ -99,7 +99,7 @@ def test_dead_endpoint_is_not_used() -> None:
 
 
 def test_bounds(etcd: EtcdServer) -> None:
-    """One connection too many is refused, and so is one that does not say what it wants."""
+    """A connection above the limit gets 503, and one without a complete method 408."""
 
     async def run() -> None:
         async with passing(etcd.endpoint) as running:

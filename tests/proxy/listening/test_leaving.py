@@ -1,4 +1,4 @@
-"""Connections that end with many streams: their handlers are told in turns of the event loop."""
+"""Connections that close with many streams: their handlers are notified over several turns of the event loop."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tests.proxy.listening.echo import ECHO, Rig, rig_of
 from tests.waiting import until_async
 
 
-async def told_by_turn(rig: Rig) -> list[int]:
-    """How many streams are known to be gone, turn by turn of the loop, until the last connection is."""
-    told = [sum(bool(handler.closed_with) for handler in rig.handlers)]
+async def closed_by_turn(rig: Rig) -> list[int]:
+    """Return the number of handlers notified so far, turn by turn of the loop, until the last connection is gone."""
+    closed = [sum(bool(handler.closed_with) for handler in rig.handlers)]
     while rig.listener.connections:
         turn = asyncio.Event()
         asyncio.get_running_loop().call_soon(turn.set)
         await turn.wait()
-        told.append(sum(bool(handler.closed_with) for handler in rig.handlers))
-    return told
+        closed.append(sum(bool(handler.closed_with) for handler in rig.handlers))
+    return closed
 
 
 @pytest.mark.parametrize("connections", [1, 3])
@@ -35,14 +35,14 @@ def test_streams_closed_at_once_are_reaped_in_turns(connections: int, monkeypatc
             for number in range(streams):
                 clients[number % connections].call(ECHO)
             await until_async(lambda: len(rig.handlers) == streams, "all to be there")
-            # One handler fails: the others are told all the same.
+            # One handler fails: the others are still notified.
             monkeypatch.setattr(rig.handlers[7], "closed", None)
             for connection in tuple(rig.listener.connections):
                 connection.abort()
-            told = await told_by_turn(rig)
+            closed = await closed_by_turn(rig)
             assert [handler.closed_with for handler in rig.handlers].count([None]) == streams - 1
-            # From look to look, here, two turns go by.
-            assert max(after - before for before, after in pairwise(told)) <= 2 * 20
+            # Two turns pass between two counts.
+            assert max(after - before for before, after in pairwise(closed)) <= 2 * 20
 
     run(scenario())
 

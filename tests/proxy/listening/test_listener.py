@@ -1,4 +1,4 @@
-"""The listener by itself: routing, batching of writes, timeouts, limits, drain; handlers are toys."""
+"""The listener with test handlers: routing, batching of writes, timeouts, limits, drain."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_writes_of_one_turn_are_batched() -> None:
 
 
 def test_output_of_a_read_is_flushed_at_its_end() -> None:
-    """Before anything else of this turn, each connection once; and what is touched later in its own time."""
+    """Each connection is written once, before other callbacks of this turn; later output is written separately."""
 
     async def scenario() -> None:
         async with rig_of() as rig, await rig.connect() as client:
@@ -197,7 +197,7 @@ def test_message_is_written_at_once_unless_output_is_pending() -> None:
 
 @pytest.mark.parametrize("connections", [1, 8])
 def test_large_output_is_written_before_the_turn_ends(connections: int) -> None:
-    """The end of the turn finds nothing left."""
+    """No output is left for the end of the turn."""
 
     async def scenario() -> None:
         async with rig_of() as rig, AsyncExitStack() as stack:
@@ -347,7 +347,7 @@ def test_many_small_pieces_are_written_in_parts(pieces: int, writes: int) -> Non
             call.send(b"x")
             assert await call.next() == b"x"
             before = rig.listener.stats.writes
-            # The head of a frame is a piece, and so is its message.
+            # A frame's header is a piece, and so is its message.
             texts = [b"%d" % number for number in range(pieces // 2)]
             for text in texts:
                 assert rig.handlers[0].call.write(frame(text))

@@ -1,4 +1,4 @@
-"""Clients that ping: as often as grpc-go's servers allow, and no more often."""
+"""Keep-alive enforcement: clients may ping as often as grpc-go's servers allow, and not more often."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.waiting import until_async
 
 
 def pings(policy: PingPolicy, *sent: tuple[float, int, bool]) -> list[bool]:
-    """Return what becomes of pings: (when, what was sent until then, whether streams are open)."""
+    """Return the results of pings: (time, progress at that time, whether streams are open)."""
     return [policy.too_many(*ping) for ping in sent]
 
 
@@ -24,7 +24,7 @@ def test_pings_at_the_allowed_interval_are_accepted() -> None:
 
 
 def test_third_early_ping_is_too_many() -> None:
-    """As in grpc-go: the first is free, two strikes are overlooked."""
+    """As in grpc-go: the first ping is free, and two strikes are tolerated."""
     assert pings(PingPolicy(5.0), *((4.99 * number, 7, True) for number in range(4))) == [False, False, False, True]
 
 

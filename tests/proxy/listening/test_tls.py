@@ -1,4 +1,4 @@
-"""TLS at both ends of the proxy: protocols, certificates that are wrong or renewed, handshakes that lead nowhere."""
+"""TLS on both sides of the proxy: ALPN, invalid and renewed certificates, handshakes that never finish."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ async def connection(
 
 @contextlib.asynccontextmanager
 async def all_closed() -> AsyncIterator[None]:
-    """Wait until every socket is closed that was opened inside: TLS says goodbye after `close`, in its own time."""
+    """At exit, wait until all sockets opened inside are closed: TLS sends close_notify some time after `close`."""
 
     def sockets() -> int:
-        # Reading the directory takes a descriptor too: hence the listing first.
+        # List the directory first: reading it uses a descriptor itself.
         names = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
         return sum("socket:" in name for name in names)
 
@@ -88,7 +88,7 @@ def test_alpn_protocol_is_negotiated(
 
 @pytest.mark.parametrize("offered", [("http/1.1",), ("other",), PROTOCOLS])
 def test_http1_over_tls_reaches_an_etcd_with_tls(files: Certificates, offered: tuple[str, ...]) -> None:
-    """Whatever ALPN says, the first bytes decide; etcd is told by ALPN that it gets HTTP/1."""
+    """The client's first bytes decide and not its ALPN; towards etcd, ALPN offers HTTP/1."""
     outward = client_context(files.client_cert, files.client_key, files.ca)
 
     async def scenario(etcd: SecureEtcdServer) -> None:
@@ -119,14 +119,14 @@ def renew(files: Certificates, authority: trustme.CA, *names: str) -> bytes:
 
 
 async def shown(port: int, context: ssl.SSLContext) -> bytes:
-    """Return the certificate that the proxy shows."""
+    """Return the certificate that the proxy presents."""
     async with connection(port, context) as (_, writer):
         found: bytes = writer.get_extra_info("ssl_object").getpeercert(True)
         return found
 
 
 async def first_byte(port: int, context: ssl.SSLContext) -> bytes:
-    """Connect and wait for something to come. Under TLS 1.3 a client learns only here that it is refused."""
+    """Connect and wait for input: with TLS 1.3, a client learns only here that it is refused."""
     async with connection(port, context) as (reader, _):
         return await reader.readexactly(1)
 
@@ -146,7 +146,7 @@ def test_renewed_files_are_used_without_a_restart(etcd: EtcdServer, tmp_path: Pa
             stream.create(b"a")
             await stream.created()
             before = await shown(proxy.port, old)
-            # Half of a renewal: the key does not belong to the certificate. The old pair goes on.
+            # Half of a renewal: the key does not match the certificate. The old pair stays in use.
             authority = trustme.CA()
             shutil.copy(files.client_cert, files.server_cert)
             assert await shown(proxy.port, old) == before
@@ -155,7 +155,7 @@ def test_renewed_files_are_used_without_a_restart(etcd: EtcdServer, tmp_path: Pa
             ours.private_key_pem.write_to_path(files.client_key)
             ours.cert_chain_pems[0].write_to_path(files.client_cert)
             assert await shown(proxy.port, old.newest()) == new
-            # The old authority is trusted no longer, in either direction.
+            # The old CA is no longer trusted, in either direction.
             with pytest.raises(ssl.SSLCertVerificationError):
                 await shown(proxy.port, old)
             await store.put(b"a", b"1")
@@ -165,7 +165,7 @@ def test_renewed_files_are_used_without_a_restart(etcd: EtcdServer, tmp_path: Pa
 
 
 def test_renewed_files_are_used_towards_etcd(tmp_path: Path) -> None:
-    """After a break the proxy comes back with the certificate of now."""
+    """After a break, the proxy reconnects with the current certificate."""
     files = make_certificates(tmp_path)
 
     async def scenario(etcd: SecureEtcdServer) -> None:
@@ -216,7 +216,7 @@ def test_clients_without_a_valid_certificate_are_refused(etcd: EtcdServer, files
 
 
 def test_unfinished_handshakes_time_out(etcd: EtcdServer, files: Certificates) -> None:
-    """They count as connections, and are closed when their time is over; nobody else notices."""
+    """They count as connections and are closed after the timeout; other clients are not affected."""
 
     async def scenario() -> None:
         settings = ListenerSettings(connections_max=11, first_bytes_timeout_s=1.0)

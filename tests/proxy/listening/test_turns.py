@@ -1,6 +1,6 @@
-"""What clients ask for is handled in turns of the loop: so much in each, for all together, and others go on meanwhile.
+"""Client input is handled in turns of the event loop: a bounded amount of work in each, shared by all connections.
 
-Judged by counts of what is done between two turns, not by time.
+The tests count the work between two turns; they do not measure time.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ TURN_WORK = ListenerSettings().http2.turn_work_max
 
 
 class Worker:
-    """Has so much work, in pieces of some size, and notes when it did how much."""
+    """Has `work` to do in pieces of size `piece`, and logs its name at each turn."""
 
     def __init__(self, turns: Turns, log: list[str], name: str, work: int, piece: int = 1) -> None:
         self.turns, self.log, self.name, self.work, self.piece = turns, log, name, work, piece
 
     def take_turn(self) -> None:
-        """Do some."""
+        """Work as far as the budget allows."""
         self.log.append(self.name)
         while self.work > 0 and self.turns.left > 0:
             self.work -= self.piece
@@ -69,7 +69,7 @@ def test_turn_is_shared_and_keeps_a_reserve() -> None:
             done.append(before - sum(worker.work for worker in large))
             assert turns.left >= 1_000 // 4
         assert max(done) <= 750 + SHARE
-        # Each has its first share before anybody has a second one.
+        # Every worker gets its first share before any gets a second one.
         assert log[:6] == list("abcdef")
         assert sorted(log[6:12]) == list("abcdef")
 
@@ -77,7 +77,7 @@ def test_turn_is_shared_and_keeps_a_reserve() -> None:
 
 
 def test_step_over_budget_is_charged() -> None:
-    """The one that took it has had its turn, and the turn is over."""
+    """The worker that exceeds the budget has had its share, and the turn ends."""
 
     async def scenario() -> None:
         turns, log = Turns(1_000), list[str]()
@@ -102,20 +102,20 @@ def test_budget_is_restored_in_the_next_turn() -> None:
 
 
 def test_many_connections_are_handled_in_parts() -> None:
-    """A drain, and the look for silent connections, with twenty thousand of them."""
+    """For a drain and for the timeout checks, with twenty thousand connections."""
 
     async def scenario() -> None:
-        told: list[int] = []
+        handled: list[int] = []
         over = asyncio.Event()
-        in_parts(range(2 * PART + 1), told.append, over.set)
-        counts = [len(told)]
+        in_parts(range(2 * PART + 1), handled.append, over.set)
+        counts = [len(handled)]
         while not over.is_set():
             turn = asyncio.Event()
             asyncio.get_running_loop().call_soon(turn.set)
             await turn.wait()
-            counts.append(len(told))
-        assert told == list(range(2 * PART + 1))
-        # From look to look two turns go by.
+            counts.append(len(handled))
+        assert handled == list(range(2 * PART + 1))
+        # Two turns pass between two counts.
         assert max(after - before for before, after in pairwise([0, *counts])) <= 2 * PART
 
     run(scenario())
@@ -123,7 +123,7 @@ def test_many_connections_are_handled_in_parts() -> None:
 
 @contextlib.contextmanager
 def inputs_by_turn(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Count what the core is asked by clients, turn by turn of the loop."""
+    """Count the client requests that reach the core, turn by turn of the loop."""
     loop = asyncio.get_running_loop()
     counts = [0]
     engine = proxy.engine
@@ -180,7 +180,7 @@ def test_many_messages_of_one_frame_are_handled_in_turns(
                     await until_async(lambda: len(stream.values) == puts, "the event")  # noqa: B023  # awaited at once
                 assert await load == "taken"
             assert sum(counts) >= 3 * count
-            # One share is begun when the turn is nearly over.
+            # One share may start when the turn is nearly over.
             assert max(counts) <= (TURN_WORK + SHARE) // work + 1
             assert proxy.watches.waiting_bytes == 0
 
@@ -188,13 +188,13 @@ def test_many_messages_of_one_frame_are_handled_in_turns(
 
 
 def test_requests_full_of_filters_are_handled_one_by_one(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2 MB each when they are inflated: one is as much as a turn."""
+    """Each has 2 MB when decompressed: as much work as a whole turn."""
 
     async def scenario() -> None:
         async with proxy_for(etcd) as proxy, direct(etcd) as store:
             with inputs_by_turn(proxy, monkeypatch) as counts:
                 assert await flood(proxy.port, "requests full of filters", 6, streams=2) == "taken"
-                # One by a turn and one as it comes, beside the small ones at both ends.
+                # One handled by a turn and one as it arrives, besides the small ones at both ends.
                 assert max(counts) <= 4
             async with await RawClient.connect(proxy.port) as client:
                 stream = client.watch([(name.decode(), value.decode()) for name, value in [GZIP]])
@@ -209,7 +209,7 @@ def test_requests_full_of_filters_are_handled_one_by_one(etcd: EtcdServer, monke
 
 
 def test_another_stream_of_the_connection_gets_its_turn(etcd: EtcdServer) -> None:
-    """Not behind all that waits on the first."""
+    """It does not wait for all requests of the first."""
 
     async def scenario() -> None:
         async with proxy_for(etcd) as proxy, direct(etcd):
@@ -228,7 +228,7 @@ def test_another_stream_of_the_connection_gets_its_turn(etcd: EtcdServer) -> Non
 
 
 def test_requests_wait_while_responses_are_unread(etcd: EtcdServer) -> None:
-    """Duplicates are answered with ten times their size: what waits to be read is bounded, and asks on when it is."""
+    """Duplicates get responses of ten times their size: unread ones are bounded; requests go on once they are read."""
 
     async def scenario() -> None:
         async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port, window=0) as client:
@@ -249,7 +249,7 @@ def test_requests_wait_while_responses_are_unread(etcd: EtcdServer) -> None:
 
 
 def test_waiting_requests_block_their_client() -> None:
-    """While etcd does not answer: a line, a window, and not a byte more of each stream."""
+    """While etcd does not answer, each stream keeps one full queue and one window, and not a byte more."""
     line_bytes_max = 20_000
 
     async def scenario(etcd: EtcdServer) -> None:
@@ -273,7 +273,7 @@ def test_waiting_requests_block_their_client() -> None:
 
 
 def test_waiting_requests_are_bounded() -> None:
-    """Beyond it the stream that keeps most waiting ends; the others are served when etcd answers."""
+    """At the limit, the stream with most waiting bytes ends; the others are served when etcd answers."""
     limit = 100_000
 
     async def scenario(etcd: EtcdServer) -> None:
@@ -291,7 +291,7 @@ def test_waiting_requests_are_bounded() -> None:
                 await until_async(lambda: sender.resets, "the end of the stream")
                 assert (WAITING_TEXT % limit).encode() in sender.heads
                 assert proxy.watches.waiting_bytes < 2_000
-                # Who brings what is too much is not who pays, if somebody else has more.
+                # If another stream has more waiting bytes, that one ends and not the one that reached the limit.
                 await sender.say(sender.request(3))
                 await sender.send(3, create(b"k" * 1_000) * 60)
                 others = [small.watch() for _ in range(30)]
@@ -345,7 +345,7 @@ def test_a_half_close_comes_after_the_requests_before_it(etcd: EtcdServer) -> No
 
 @pytest.mark.parametrize("few", [True, False])
 def test_only_known_filters_count(few: bool) -> None:
-    """However many there are, and whatever numbers: two of them mean something."""
+    """Filters may be repeated and have any number; only two numbers have a meaning."""
     for numbers in ([], [0], [1], [0, 1], [2], [128], [129, 1], [255], [-1], [2**31 - 1], [256], [16_513], [128, 0]):
         wanted = (0 in numbers, 1 in numbers)
         repeated = numbers if few else numbers * 20
@@ -354,7 +354,7 @@ def test_only_known_filters_count(few: bool) -> None:
 
 
 def test_flood_messages_are_watch_requests() -> None:
-    """Their messages are watch requests, and those with filters have as many as a request may hold."""
+    """The messages are watch requests, and those with filters are as large as a request may be."""
     for messages, metadata in FLOODS.values():
         (message,) = deque(messages(1), maxlen=1)
         if metadata:

@@ -1,4 +1,4 @@
-"""`--advertise-client-url`: who takes its endpoints from the cluster stays with the proxy; all else is etcd's."""
+"""`--advertise-client-url`: clients that take their endpoints from the cluster stay with the proxy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LINEARIZABLE = rpc_pb2.MemberListRequest(linearizable=True).SerializeToString()
 
 
 async def member_list(port: int, body: bytes = frame(LINEARIZABLE), *metadata: tuple[str, str]) -> RawStream:
-    """Ask for the members, and return the call when it is over."""
+    """Request the member list, and return the call when it is over."""
     async with await RawClient.connect(port) as client:
         stream = client.call(MEMBER_LIST.decode(), list(metadata))
         stream.send_raw(body, end=True)
@@ -51,11 +51,11 @@ def test_members_have_the_advertised_url_and_nothing_else_changes(etcd: EtcdServ
             assert (list(started.clientURLs), list(later.clientURLs), later.isLearner) == ([etcd.url], [], True)
             started.clientURLs[:] = [URL]
             assert members(ours) == expected
-            # However the client asks, and whatever it asks in.
+            # With any encoding of the request and the response.
             packed = frame(gzip.compress(LINEARIZABLE), compressed=True)
             assert members(await member_list(proxy.port, packed, ("grpc-encoding", "gzip"))) == expected
             assert members(await member_list(proxy.port, frame(b""))) == expected
-            # The request is etcd's to judge: its bytes are not looked at.
+            # The proxy does not decode the request: etcd judges it.
             for body, metadata in ((frame(b"\xff\xff"), ()), (packed, (("grpc-encoding", "snappy"),))):
                 refused = await member_list(proxy.port, body, *metadata)
                 judged = await member_list(etcd.client_port, body, *metadata)
@@ -82,7 +82,7 @@ def test_etcdctl_stays_with_the_proxy(etcd: EtcdServer) -> None:
         assert "unstarted" in later
         assert ctl("endpoint", "status", "--cluster").split(",")[0] == url
         assert ctl("endpoint", "health", "--cluster").startswith(f"{url} is healthy")
-        # What the list says still names members.
+        # The ids in the list are still valid for changes.
         assert "removed from cluster" in ctl("member", "remove", later.split(",")[0])
         assert len(etcd.ctl("member", "list").stdout.splitlines()) == 1
         ctl("put", "a", "1")

@@ -1,4 +1,4 @@
-"""A read whose answer breaks off behind its head is asked again: the client sees one answer, with one head."""
+"""A read whose response is interrupted after its head is resent: the client sees one response with one head."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ def send_headers(call: ScriptedCall, headers: Headers, end_stream: bool) -> None
 
 
 def whole(call: ScriptedCall) -> None:
-    """Answer."""
+    """Send a complete response."""
     call.send(b"value")
     call.end()
 
 
 def refused(call: ScriptedCall) -> None:
-    """Answer by a head that says it all."""
+    """Send a trailers-only response."""
     call.end(Status.RESOURCE_EXHAUSTED, "too much")
 
 
 def page(call: ScriptedCall) -> None:
-    """Answer as a load balancer that has no server left."""
+    """Answer like a load balancer that has no server left."""
     send_headers(call, [(b":status", b"503"), (b"content-type", b"text/html")], False)
     call.connection.http2.send(call.stream, (b"<html>sorry</html>",), 18, True)
     call.connection.flush()
 
 
 def bare(call: ScriptedCall) -> None:
-    """The same without a page."""
+    """The same without a body."""
     send_headers(call, [(b":status", b"503"), (b"content-length", b"0")], True)
 
 
 def broken(call: ScriptedCall) -> None:
-    """Break off again."""
+    """Break the connection again."""
     call.start()
     call.connection.flush()
     call.connection.server.drop()
 
 
 def gone(call: ScriptedCall) -> None:
-    """Break off, and accept nobody any more."""
+    """Break the connection, and accept no more."""
     call.connection.server.mute = True
     call.connection.server.drop()
 
@@ -78,7 +78,7 @@ def gone(call: ScriptedCall) -> None:
 def test_interrupted_response_has_one_head(
     second: Callable[[ScriptedCall], None], status: Status, text: str, messages: list[bytes]
 ) -> None:
-    """What comes of the second try goes out as trailers (RFC 9113 8.1): never with a second `:status`."""
+    """The result of the second try is sent as trailers (RFC 9113 8.1), never with a second `:status`."""
 
     async def scenario() -> None:
         async with (
@@ -112,9 +112,9 @@ def test_interrupted_response_has_one_head(
             async with await RawClient.connect(int(running.address.rpartition(":")[2])) as client:
                 stream = client.call(RANGE)
                 stream.send(b"", end=True)
-                told = await stream.end(20)
-                assert told[0] == status, told
-                assert text in told[1]
+                ended = await stream.end(20)
+                assert ended[0] == status, ended
+                assert text in ended[1]
                 assert (stream.messages, stream.reset) == (messages, None)
                 assert stream.headers[":status"] == "200"
                 assert ":status" not in stream.trailers

@@ -1,4 +1,4 @@
-"""Calls that wait while no etcd can be reached: how long, how many, and what becomes of them."""
+"""Calls that wait while no etcd can be reached: how long, how many, and how they end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RANGE = "/etcdserverpb.KV/Range"
 
 @asynccontextmanager
 async def answering(port: int) -> AsyncIterator[ScriptedEtcd]:
-    """Run an etcd at a port from now on."""
+    """Run a scripted etcd at a port."""
     etcd = ScriptedEtcd()
     server = await asyncio.get_running_loop().create_server(lambda: ScriptedConnection(etcd), HOST, port)
     try:
@@ -49,7 +49,7 @@ async def waiting(bounds: PassthroughSettings | None = None) -> AsyncIterator[tu
 
 @asynccontextmanager
 async def connected(running: Running) -> AsyncIterator[RawClient]:
-    """Yield a client that knows the windows of the proxy."""
+    """Yield a client that has received the proxy's SETTINGS."""
     async with await RawClient.connect(int(running.address.rpartition(":")[2])) as client:
         await until_async(lambda: client.h2.remote_settings.initial_window_size > 65_535, "the proxy's settings")
         yield client
@@ -116,7 +116,7 @@ def test_call_of_another_client_waits_for_its_deadline() -> None:
 
 
 def test_call_without_time_and_the_next_ones_are_refused() -> None:
-    """The timer of the first is due at once, while the others come."""
+    """The timer of the first call is due at once, while the others arrive."""
 
     async def scenario() -> None:
         async with waiting() as (_, client, _):
@@ -191,7 +191,7 @@ def test_bytes_of_waiting_calls_are_bounded() -> None:
             assert await second.end() == (Status.UNAVAILABLE, NO_CONNECTION)
             assert stats.refused_at["waiting_bytes_max"] == 1
             assert running.passthrough.waiting == 1
-            # The head of a call counts as well.
+            # A call's head counts too.
             third = client.call(PUT, [("note", "x" * 3_000)])
             assert await third.end() == (Status.UNAVAILABLE, NO_CONNECTION)
             first.cancel()
@@ -256,7 +256,7 @@ def test_many_waiting_calls_are_sent_in_turns(monkeypatch: pytest.MonkeyPatch) -
             await until_async(lambda: running.passthrough.waiting == 50, "the calls to wait")
             async with answering(port) as etcd:
                 etcd.on_message = lambda *_: None
-                # None of them ends, which would bring the next one.
+                # None of them ends: an end would start the next one.
                 await until_async(lambda: len(etcd.calls) == 50, "the calls")
                 for one in etcd.calls:
                     one.end()
@@ -306,7 +306,7 @@ def test_call_waiting_for_a_free_stream_keeps_its_deadline(monkeypatch: pytest.M
 
 
 def test_read_that_breaks_and_finds_no_etcd_ends_in_trailers() -> None:
-    """Its head has gone to the client already: a second one would be an error of HTTP/2."""
+    """The client already has the response's head: a second one would be an HTTP/2 protocol error."""
 
     async def scenario() -> None:
         async with scripted() as etcd, passing(etcd.endpoint, bounds=PassthroughSettings(call_wait_s=0.2)) as running:

@@ -1,4 +1,4 @@
-"""Messages of one direction of a call: cut, inflated and changed in bounded steps, whatever pieces they come in."""
+"""Messages of one direction of a call: cut, decompressed and translated in bounded steps, from pieces of any size."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def work(message_bytes_max: int = MAX) -> MessageWork:
 
 
 def drive(made: MessageWork, data: bytes) -> bytes:
-    """Feed some bytes and do what they make possible; return what came out."""
+    """Feed some bytes and do all possible steps; return the messages they complete."""
     made.feed(data)
     out: list[bytes] = []
     while made.busy:
@@ -62,7 +62,7 @@ def test_messages_in_pieces_of_any_size(size: int) -> None:
 
 
 def test_decompression_is_bounded_in_each_step() -> None:
-    """2 KiB that inflate to 2 MiB take more than thirty steps, and are counted as they grow."""
+    """2 KiB that decompress to 2 MiB take more than thirty steps, and are counted as they grow."""
     made = work()
     made.feed(packed(rpc_pb2.RangeResponse(kvs=[kv_pb2.KeyValue(value=bytes(2 << 20))]).SerializeToString()))
     assert made.held < 10_000

@@ -49,7 +49,7 @@ class Running:
 
     @property
     def unsent_bytes(self) -> int:
-        """What waits in the proxy for clients that do not read."""
+        """Bytes in the proxy that clients have not read."""
         streams = [stream for connection in self.listener.connections for stream in connection.h2.streams.values()]
         return sum(stream.unsent for stream in streams)
 
@@ -65,7 +65,7 @@ async def passing(
     settings: UpstreamSettings | None = None,
     bounds: PassthroughSettings | None = None,
 ) -> AsyncIterator[Running]:
-    """Run a listener that passes everything through."""
+    """Run a listener with pass-through for all paths."""
     parsed = parse_endpoints(endpoints)
     pool = Pool(parsed, None, settings)
     listener = Listener()
@@ -84,7 +84,7 @@ async def passing(
 
 
 class Echo(grpc.GenericRpcHandler):
-    """A server that knows every method: by the method's name it answers, fails, streams or waits."""
+    """A server that accepts every method: depending on the method's name it answers, fails, streams or waits."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, dict[str, str | bytes], float | None]] = []
@@ -179,7 +179,7 @@ async def test_bytes_metadata_and_trailers_pass_both_ways(running: Running) -> N
     assert (metadata["x-mine"], metadata["x-mine-bin"], metadata["token"]) == ("1", b"\0\xff", "secret")
     assert str(metadata["user-agent"]).startswith("grpc-python")
     assert remaining is not None
-    # grpc rounds a deadline up when it sends it.
+    # grpc rounds deadlines up.
     assert 0 < remaining <= 5.1
 
 
@@ -235,10 +235,10 @@ async def test_large_messages_pass_under_flow_control(running: Running) -> None:
 
 @story
 async def test_slow_reader_delays_only_itself(running: Running) -> None:
-    """Its server is held up by flow control: no more than some windows wait in the proxy."""
+    """Flow control stops its server: at most a few windows wait in the proxy."""
     method: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = running.channel.unary_stream("/any.Service/Flood")
     flood = method(b"%d" % (BIG >> 20))
-    assert len(await flood.read()) == 1 << 20  # type: ignore[arg-type]  # EOF is no message of 1 MiB
+    assert len(await flood.read()) == 1 << 20  # type: ignore[arg-type]  # EOF is not 1 MiB long
     for _ in range(20):
         assert await running.call("/any.Service/Echo")(b"quick", timeout=5) == b"quick"
         assert running.unsent_bytes <= UNSENT_MAX
@@ -335,7 +335,7 @@ def test_calls_continue_at_the_live_endpoint() -> None:
 
 
 def test_etcd_decides_on_sizes_and_methods(etcd: EtcdServer) -> None:
-    """What etcd refuses is refused in etcd's words, whatever the size of the request."""
+    """Requests of any size that etcd refuses get etcd's own error text."""
 
     async def run() -> None:
         async with passing(etcd.endpoint) as running:
@@ -364,7 +364,7 @@ def test_message_boundary(step: int) -> None:
 
 
 def test_ended_calls_credit_bytes_etcd_has_not_taken(etcd: EtcdServer) -> None:
-    """Else a connection's window shrinks with each of them, until nothing can be sent on it any more."""
+    """Otherwise a connection's window shrinks with each of them, until nothing more can be sent on it."""
 
     async def scenario() -> None:
         async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:

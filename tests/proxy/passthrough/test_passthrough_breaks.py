@@ -1,4 +1,4 @@
-"""Pass-through over connections that break at every stage of a call: reads go on elsewhere, writes happen once."""
+"""Pass-through over connections that break at every stage of a call: reads are resent, writes happen at most once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from upstream.settings import UpstreamSettings
 
 QUICK = UpstreamSettings(backoff_max_s=0.02)
 STAGES = [*range(0, 220, 9), 400]
-"""Bytes after which the connection breaks: from none of the call's to more than all of them."""
+"""Numbers of bytes after which the connection breaks: from none of the call's bytes to more than all of them."""
 
 
 @pytest.mark.parametrize("way", Way)
@@ -38,16 +38,16 @@ def test_writes_happen_once_or_fail(etcd: EtcdServer, way: Way) -> None:
                 relay.break_after(way, stage)
                 try:
                     await kv.Put(rpc_pb2.PutRequest(key=key, value=b"x"), timeout=10)
-                    told = "OK"
+                    outcome = "OK"
                 except grpc.aio.AioRpcError as error:
-                    told = error.code().name
+                    outcome = error.code().name
                 relay.mend()
                 found = await store.kv.Range(rpc_pb2.RangeRequest(key=key))
                 version = found.kvs[0].version if found.kvs else 0
                 assert version <= 1, f"written {version} times"
-                assert version == 1 or told != "OK"
-                outcomes.add((told, version))
-            assert {told for told, _ in outcomes} == {"OK", "UNAVAILABLE"}, outcomes
+                assert version == 1 or outcome != "OK"
+                outcomes.add((outcome, version))
+            assert {outcome for outcome, _ in outcomes} == {"OK", "UNAVAILABLE"}, outcomes
             if way is Way.BACK:
                 assert ("UNAVAILABLE", 1) in outcomes, "no break came between the write and its answer"
 
@@ -77,7 +77,7 @@ def test_reads_go_on_at_another_endpoint(etcd: EtcdServer, way: Way) -> None:
                         assert isinstance(answer, rpc_pb2.RangeResponse)
                         assert answer.kvs[0].value == b"value"
                 relay.mend()
-            # What has begun to arrive cannot be taken back; that is a short part of the way.
+            # A response that has begun to arrive cannot be resent; few of the breaks are in it.
             assert half_answered <= (0 if way is Way.THERE else len(STAGES))
             assert running.passthrough.stats.resent > 0
             assert running.passthrough.stats.resend_bytes == 0
@@ -86,7 +86,7 @@ def test_reads_go_on_at_another_endpoint(etcd: EtcdServer, way: Way) -> None:
 
 
 def test_2000_lease_keep_alives_in_a_second(etcd: EtcdServer) -> None:
-    """etcd's own proxy holds them back: 199 of 2,000 in a minute."""
+    """etcd's grpc-proxy delays them: 199 of 2,000 in a minute."""
 
     async def run() -> None:
         async with passing(etcd.endpoint) as running:
@@ -106,7 +106,7 @@ def test_2000_lease_keep_alives_in_a_second(etcd: EtcdServer) -> None:
             took_s = asyncio.get_running_loop().time() - began
             assert [answer.ID for answer in answers] == [granted[number % 20].ID for number in range(2000)]
             assert {answer.TTL for answer in answers} == {100}
-            # A second on a quiet machine; this one may be anything but.
+            # A second on an idle machine; this one may be busy.
             assert took_s < 10
             lost = lease.LeaseKeepAlive()
             await lease.LeaseRevoke(rpc_pb2.LeaseRevokeRequest(ID=granted[0].ID))
@@ -125,7 +125,7 @@ def test_member_list_and_status_are_etcds(etcd: EtcdServer) -> None:
             both = (running.channel, channel)
             members = [await rpc_pb2_grpc.ClusterStub(one).MemberList(rpc_pb2.MemberListRequest()) for one in both]
             assert members[0] == members[1]
-            # Around it, since the file of an etcd that has just started grows by itself.
+            # Read before and after: the database file of a newly started etcd grows by itself.
             around = (channel, running.channel, channel)
             status = [await rpc_pb2_grpc.MaintenanceStub(one).Status(rpc_pb2.StatusRequest()) for one in around]
             assert status[1] in (status[0], status[2])
@@ -135,7 +135,7 @@ def test_member_list_and_status_are_etcds(etcd: EtcdServer) -> None:
 
 @pytest.mark.long
 def test_a_snapshot_of_100_mb(etcd: EtcdServer) -> None:
-    """It arrives whole, at the pace of its reader, and hardly any of it waits in the proxy."""
+    """It arrives complete, at the pace of its reader, and hardly any of it waits in the proxy."""
 
     async def run() -> None:
         async with passing(etcd.endpoint) as running, direct(etcd) as store:

@@ -1,4 +1,4 @@
-"""Pass-through before servers that do what a test says: what changes on the way, and what is sent a second time."""
+"""Pass-through in front of scripted servers: what is changed on the way, and which calls are resent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WRITES = (PUT, "/etcdserverpb.Lease/LeaseGrant", "/etcdserverpb.Lock/Lock", "/no
 
 
 async def client_of(running: Running) -> RawClient:
-    """A client of the pass-through, when it is connected to all endpoints."""
+    """A client of a pass-through that is connected to all endpoints."""
     await until_async(lambda: all(state.connected for state in running.pool.states()), "the connections")
     return await RawClient.connect(int(running.address.rpartition(":")[2]))
 
@@ -29,9 +29,9 @@ async def client_of(running: Running) -> RawClient:
 def test_not_a_byte_is_changed_on_the_way() -> None:
     """Heads in their order, repeated fields, the user agent, compressed messages and trailers, in both directions."""
     asked = b"\1" + frame(gzip.compress(b"question" * 100))[1:]
-    told = b"\1" + frame(gzip.compress(b"answer" * 1000))[1:] + frame(b"plain")
+    answered = b"\1" + frame(gzip.compress(b"answer" * 1000))[1:] + frame(b"plain")
     metadata = [
-        ("user-agent", "somebody's/1.0"),
+        ("user-agent", "custom/1.0"),
         ("grpc-encoding", "gzip"),
         ("grpc-accept-encoding", "gzip,snappy"),
         ("x-twice", "1"),
@@ -62,7 +62,7 @@ def test_not_a_byte_is_changed_on_the_way() -> None:
         if b"".join(took) == asked:
             http2 = call.connection.http2
             http2.send_headers(call.stream, head)
-            http2.send(call.stream, (told,), len(told))
+            http2.send(call.stream, (answered,), len(answered))
             http2.send_headers(call.stream, tail, end_stream=True)
         return []
 
@@ -81,7 +81,7 @@ def test_not_a_byte_is_changed_on_the_way() -> None:
                 call.note = heads.extend  # type: ignore[assignment,method-assign]  # a list takes any iterable
                 call.send_raw(asked, end=True)
                 await call.end()
-                assert b"".join(got) == told
+                assert b"".join(got) == answered
                 assert [(name.encode(), value.encode()) for name, value in heads] == head + tail
             sent = [(b":path", b"/any.Service/Method"), (b"content-type", b"application/grpc"), (b"te", b"trailers")]
             sent += [(name.encode(), value.encode()) for name, value in metadata]
@@ -108,12 +108,12 @@ def test_every_status_is_the_servers_own(status: int) -> None:
 
 
 def refuse(call: ScriptedCall) -> None:
-    """Refuse a stream before anything of it was looked at (RFC 9113 8.7)."""
+    """Refuse a stream before any processing (RFC 9113 8.7)."""
     call.reset(ErrorCode.REFUSED_STREAM)
 
 
 def go_away(call: ScriptedCall) -> None:
-    """Take no stream of this connection any more, this one included (6.8)."""
+    """Accept no more streams on this connection, this one included (6.8)."""
     call.connection.go_away(0)
 
 
@@ -139,7 +139,7 @@ def test_unprocessed_call_is_resent(path: str, refusal: Callable[[ScriptedCall],
 @pytest.mark.parametrize("path", [RANGE, *WRITES])
 @pytest.mark.parametrize(("status", "text"), [(14, LEARNER_TEXT), (9, LEARNER_TEXT), (14, NO_LEADER_TEXT)])
 def test_call_refused_by_a_member_not_serving_is_resent(path: str, status: int, text: str) -> None:
-    """etcd's interceptors refuse it before anything is done (api/v3rpc/interceptor.go)."""
+    """etcd's interceptors refuse it before any processing (api/v3rpc/interceptor.go)."""
 
     async def story() -> None:
         async with scripted() as idle, scripted() as other, passing(f"{idle.endpoint},{other.endpoint}") as running:
@@ -173,13 +173,13 @@ def test_call_refused_by_all_members_ends_with_their_status() -> None:
 
 
 def lose(call: ScriptedCall) -> None:
-    """Break the connection, when all of the request is there."""
+    """Break the connection once the request is complete."""
     assert call.connection.transport is not None
     call.connection.transport.abort()
 
 
 def give_up(call: ScriptedCall) -> None:
-    """Reset the stream with a code that says nothing about what was done."""
+    """Reset the stream with a code that does not show whether the call was processed."""
     call.reset(ErrorCode.INTERNAL_ERROR)
 
 
@@ -187,7 +187,7 @@ def give_up(call: ScriptedCall) -> None:
     ("path", "end"), [*((path, end) for path in WRITES for end in (lose, give_up)), (RANGE, give_up)]
 )
 def test_call_that_may_have_been_processed_is_not_resent(path: str, end: Callable[[ScriptedCall], None]) -> None:
-    """An endpoint dies with a write in its hands; another one would take it at once, and do it a second time."""
+    """An endpoint dies while it may be processing a write; another endpoint would process it a second time."""
 
     def write(server: ScriptedEtcd) -> None:
         server.on_message = lambda call, _: end(call)

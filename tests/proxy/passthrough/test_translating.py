@@ -1,4 +1,4 @@
-"""Calls under `--namespace` that inflate, are large or are not read: bounded by what they are here, and in turns."""
+"""Calls under `--namespace` with compressed, large or unread messages: bounded by size in memory, and in turns."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def refused(client: RawClient, size: int) -> tuple[int | None, str]:
 
 
 def test_requests_are_bounded_as_etcd_bounds_them(etcd: EtcdServer) -> None:
-    """A request that inflates beyond what etcd takes is refused before it does, in etcd's status."""
+    """A request that would decompress beyond etcd's limit is refused before that, with etcd's status."""
 
     async def scenario() -> None:
         async with proxy_for(etcd, namespace=NS) as proxy, await RawClient.connect(proxy.port) as client:
@@ -64,7 +64,7 @@ def test_requests_are_bounded_as_etcd_bounds_them(etcd: EtcdServer) -> None:
 
 
 def test_unread_answers_count_by_their_translated_size(etcd: EtcdServer) -> None:
-    """etcd answers in gzip: 20 answers of a megabyte each came as 20 KB, and wait here as 20 MB."""
+    """etcd answers with gzip: 20 responses of a megabyte each arrive as 20 KB and wait in the proxy as 20 MB."""
 
     async def scenario() -> None:
         settings = PassthroughSettings(unread_bytes_per_connection_max=15 * MIB)
@@ -80,13 +80,13 @@ def test_unread_answers_count_by_their_translated_size(etcd: EtcdServer) -> None
                 for call in calls:
                     if not call.over:
                         call.cancel()
-                await until_async(lambda: stats.unread_bytes == stats.partial_bytes == 0, "all to be given back")
+                await until_async(lambda: stats.unread_bytes == stats.partial_bytes == 0, "all to be released")
 
     run(scenario())
 
 
 def unread(client: RawClient) -> RawStream:
-    """Make a call whose answer the client does not read."""
+    """Make a call whose response the client does not read."""
     call = client.call(f"{KV}Range", GZIP)
     call.taking = False
     call.send_raw(packed(rpc_pb2.RangeRequest(key=b"k").SerializeToString()), end=True)
@@ -94,7 +94,7 @@ def unread(client: RawClient) -> RawStream:
 
 
 def test_large_response_is_translated_in_turns(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is changed piece by piece, and the loop is free in between."""
+    """It is translated piece by piece, and the loop is free in between."""
     turns: list[int] = []
     turn = TranslatingPassthrough._turn
 
@@ -102,7 +102,7 @@ def test_large_response_is_translated_in_turns(etcd: EtcdServer, monkeypatch: py
         turn(self)
         turns.append(self.stats.partial_bytes)
 
-    # One step a turn.
+    # One step per turn.
     monkeypatch.setattr(translating, "TURN_S", 0.0)
     monkeypatch.setattr(TranslatingPassthrough, "_turn", counted)
 
@@ -114,16 +114,16 @@ def test_large_response_is_translated_in_turns(etcd: EtcdServer, monkeypatch: py
                 everything = rpc_pb2.RangeRequest(key=b"\0", range_end=b"\0")
                 answer = await rpc_pb2_grpc.KVStub(channel).Range(everything)
             assert [kv.key for kv in answer.kvs] == [b"%04d" % place for place in range(1000)]
-            await until_async(lambda: proxy.passthrough.stats.partial_bytes == 0, "all to be given back")
+            await until_async(lambda: proxy.passthrough.stats.partial_bytes == 0, "all to be released")
 
     run(scenario())
     assert len(turns) > 400
-    # Both the message as it came and what is changed of it are counted meanwhile.
+    # Both the original message and its translated part are counted meanwhile.
     assert max(turns) > 19_000_000
 
 
 def test_few_large_messages_are_translated_at_a_time(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many answers that come at once in gzip, few are inflated at a time; who leaves is not kept in line."""
+    """Of many gzip responses that arrive at once, few are decompressed at a time; cancelled calls leave the queue."""
     most = 0
     turn = TranslatingPassthrough._turn
 
@@ -145,7 +145,7 @@ def test_few_large_messages_are_translated_at_a_time(etcd: EtcdServer, monkeypat
             assert isinstance(passthrough, TranslatingPassthrough)
             await store.put(NS + b"k", bytes(MIB))
             calls = [unread(client) for _ in range(40)]
-            await until_async(lambda: len(passthrough._large) > 20, "many to be in line")
+            await until_async(lambda: len(passthrough._large) > 20, "many to be queued")
             calls[-1].cancel()
             calls[-2].cancel()
             await until_async(lambda: passthrough.stats.unread_bytes > 38 * MIB - 200_000, "all to be translated", 30)
@@ -153,15 +153,15 @@ def test_few_large_messages_are_translated_at_a_time(etcd: EtcdServer, monkeypat
             assert not passthrough._working
             for call in calls[:-2]:
                 call.cancel()
-            await until_async(lambda: passthrough.stats.unread_bytes == 0, "all to be given back")
+            await until_async(lambda: passthrough.stats.unread_bytes == 0, "all to be released")
 
     run(scenario())
-    # Eight of them twice, and the beginnings of the others.
+    # Eight of them twice, and the first bytes of the others.
     assert most < 8 * 2.2 * MIB + 40 * 200_000
 
 
 def test_requests_not_accepted_by_etcd_are_counted(etcd: EtcdServer) -> None:
-    """What waits for an etcd that reads nothing is counted as it is here, and given back with its calls."""
+    """Bytes that wait for an etcd that does not read are counted by their size in memory, until their calls end."""
 
     async def scenario() -> None:
         assert etcd.process is not None
@@ -176,7 +176,7 @@ def test_requests_not_accepted_by_etcd_are_counted(etcd: EtcdServer) -> None:
                 await until_async(lambda: waiting(proxy) > 18 * MIB, "all to be changed")
                 for call in calls:
                     call.cancel()
-                await until_async(lambda: waiting(proxy) == 0, "all to be given back")
+                await until_async(lambda: waiting(proxy) == 0, "all to be released")
                 assert stats.resend_bytes == 0
             finally:
                 etcd.process.send_signal(signal.SIGCONT)
@@ -185,12 +185,12 @@ def test_requests_not_accepted_by_etcd_are_counted(etcd: EtcdServer) -> None:
 
 
 def waiting(proxy: Proxy) -> int:
-    """Bytes of requests that etcd has not taken."""
+    """Bytes of requests that etcd has not accepted."""
     return proxy.passthrough.stats.partial_bytes
 
 
 def test_connection_with_most_unfinished_bytes_loses_its_calls(etcd: EtcdServer) -> None:
-    """One client at the bound of all does not keep others from their calls."""
+    """A client that reaches the total bound does not block the calls of others."""
     half = rpc_pb2.PutRequest(key=b"k", value=bytes(50_000)).SerializeToString()
 
     async def scenario() -> None:
@@ -207,6 +207,6 @@ def test_connection_with_most_unfinished_bytes_loses_its_calls(etcd: EtcdServer)
             assert (await other.unary(f"{KV}Put", half)).status == Status.OK
             assert {(await call.end())[0] for call in calls} == {Status.RESOURCE_EXHAUSTED}
             assert proxy.passthrough.stats.partial_refused == 3
-            await until_async(lambda: waiting(proxy) == 0, "all to be given back")
+            await until_async(lambda: waiting(proxy) == 0, "all to be released")
 
     run(scenario())

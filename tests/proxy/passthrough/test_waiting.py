@@ -1,4 +1,4 @@
-"""Which call that waits is served next, and when each has waited for long enough."""
+"""Waiting calls: their order, and when each wait expires."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_calls_are_served_oldest_first() -> None:
     assert calls.oldest() == "a"
     assert calls.expired(0.9) is None
     assert calls.expired(1.0) == "b"
-    # One that waits on keeps its place in the order.
+    # A call that is added again keeps its place in the order.
     calls.add("a", 9.0)
     assert calls.oldest() == "a"
     assert calls.remove("b")
@@ -59,9 +59,9 @@ def test_wait_leaves_time_for_the_next_endpoint() -> None:
     assert wait_until(100.0, None, 5.0, repeated=True) == 105.0
     assert wait_until(100.0, 160.0, 5.0, repeated=True) == 105.0
     assert wait_until(100.0, 103.0, 5.0, repeated=True) == 101.0
-    # A client that does not try it has no use for that time.
+    # A client that does not retry at the next endpoint needs no time for it.
     assert wait_until(100.0, 103.0, 5.0) == 103.0
     assert wait_until(100.0, None, 5.0) == wait_until(100.0, 106.0, 5.0) == 105.0
-    # Where an etcd can be reached, there is nothing better elsewhere.
+    # If etcd can be reached, another endpoint would be no better.
     assert wait_until(100.0, 102.0, 5.0, connected=True) == 102.0
     assert wait_until(100.0, None, 0.0, connected=True) == 101.0
