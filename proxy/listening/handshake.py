@@ -1,6 +1,6 @@
 """Accepting TLS clients.
 
-asyncio's own TLS server reports a connection only after its handshake: until then it is not counted, a thousand
+The event loop's own TLS server reports a connection only after its handshake: until then it is not counted, a thousand
 handshakes that never finish go unnoticed, and all use the certificate loaded at startup. Therefore connections are
 accepted and counted here, and each handshake gets the newest certificate and a timeout. Handshakes are the only part of
 the listener that uses tasks, one for each while it lasts.

@@ -25,7 +25,7 @@ REFUSED_AT = {
 """Limits of an HTTP/2 connection at which a stream is refused or reset, and their names in metrics."""
 
 TIMEOUTS = ("first_bytes_timeout_s", "settings_timeout_s", "keepalive_timeout_s", "idle_timeout_s")
-"""Times after which a connection is closed."""
+"""Settings whose timeout closes a connection."""
 
 
 @dataclass(slots=True, frozen=True)

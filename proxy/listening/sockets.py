@@ -1,8 +1,8 @@
 """Listening sockets: TCP (IPv4 and IPv6) and unix-domain sockets with their files.
 
-They are created here and not by asyncio for two reasons. asyncio replaces an existing socket file even if another
-process listens on it, which silently cuts that process off. And for a name with several addresses and port 0, asyncio
-would use a different port for each address.
+They are created here and not by the event loop for two reasons. The event loop replaces an existing socket file even if
+another process listens on it, which silently cuts that process off. And for a name with several addresses and port 0,
+it would use a different port for each address.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class Rewriting:
 
 
 def _entered(kind: Descriptor, tag: int, changes: Changes) -> Descriptor | None:
-    """Return the type of the message in a field, if it may be changed separately; otherwise None."""
+    """Return the type of the message in a field, or None if it must not be changed separately."""
     field: FieldDescriptor | None = kind.fields_by_number.get(tag >> 3)
     if field is None or tag & 7 != _BYTES or field.message_type is None:
         return None
