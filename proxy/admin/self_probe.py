@@ -192,7 +192,7 @@ class ProbeRun:
             self._event(event)
         if not self.answered and not self._awaited:
             if self._event_awaited:
-                self.problem = "the newest event did not come"
+                self.problem = "the newest event did not arrive"
             else:
                 self.answered = True
                 self.delay_s = time.perf_counter() - self._began_at

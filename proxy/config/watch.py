@@ -1,4 +1,4 @@
-"""The settings of watch sharing; see `knobs` for how they are used."""
+"""The settings of watch sharing; see `proxy.config.knobs`."""
 
 from __future__ import annotations
 

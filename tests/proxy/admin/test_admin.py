@@ -1,4 +1,4 @@
-"""The operators' port: what it serves, what it never shows, and the status table of the terminal."""
+"""The admin port: its pages, what they never show, and the status table on the terminal."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_rates_come_from_two_snapshots() -> None:
 
 @asynccontextmanager
 async def admin_of(proxy: Proxy) -> AsyncIterator[Admin]:
-    """Yield the running operators' port of a proxy."""
+    """Yield the running admin port of a proxy."""
     admin = Admin(proxy, Address("127.0.0.1", 0), "127.0.0.1:1")
     await admin.start()
     try:
@@ -125,7 +125,7 @@ def test_pages_load_nothing_from_elsewhere() -> None:
 
 
 def test_no_page_shows_values_tokens_or_other_keys(etcd: EtcdServer) -> None:
-    """Ranges are shown; tokens, keys beyond the ranges and values are not in any answer."""
+    """Ranges are shown; no page contains tokens, values, or keys other than those of the ranges."""
 
     async def run() -> str:
         async with proxy_for(etcd) as proxy, admin_of(proxy) as admin, direct(etcd) as store:

@@ -1,4 +1,4 @@
-"""Histograms, and the monitor's hour: counts, quantiles, steps, ranges as people write them."""
+"""Histograms and the monitor's history: counts, quantiles, steps, formatting of ranges."""
 
 from __future__ import annotations
 

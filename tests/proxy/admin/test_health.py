@@ -1,4 +1,4 @@
-"""grpc.health.v1 as clients ask it, over a listener that serves nothing else."""
+"""grpc.health.v1, over a listener that serves nothing else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 @asynccontextmanager
 async def health_and_client() -> AsyncIterator[tuple[Health, RawClient]]:
-    """Yield a health service of an upstream that is reachable, and a client of it."""
+    """Yield a health service whose upstream is reachable, and a client."""
     health = Health()
     health.set_upstream(True)
     listener = Listener()
@@ -36,14 +36,14 @@ async def health_and_client() -> AsyncIterator[tuple[Health, RawClient]]:
 
 
 async def check(client: RawClient, service: str = "") -> int:
-    """Ask once."""
+    """Call Check once."""
     call = await client.unary(CHECK.decode(), health_pb2.HealthCheckRequest(service=service).SerializeToString())
     assert call.status == Status.OK, call.text
     return int(health_pb2.HealthCheckResponse.FromString(call.messages[0]).status)
 
 
 def status_of(message: bytes) -> int:
-    """Decode one answer."""
+    """Decode one response."""
     return int(health_pb2.HealthCheckResponse.FromString(message).status)
 
 

@@ -1,4 +1,4 @@
-"""Every limit has a metric that tells that it was reached, or nothing to tell, and a test at its edge."""
+"""Every limit has a metric that shows that it was reached, unless there is nothing to show, and a test at its edge."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_started_proxy_exports_every_metric_of_the_table(etcd: EtcdServer) -> 
 
 
 def test_refused_and_closed_clients_are_counted() -> None:
-    """Nothing to tell has only what paces or portions: no limit that is called a maximum of what clients may have."""
+    """Only limits that pace or split work have no such metric, and none of them is a maximum for clients."""
     silent = {field for source in SOURCES for field, row in source.rows.items() if row.metric == NOTHING}
     assert {field for field in silent if field.endswith("_max")} == {
         *("replay_bytes_max", "replay_turn_bytes_max", "response_bytes_max", "fragment_run_bytes_max"),
@@ -45,7 +45,7 @@ def test_refused_and_closed_clients_are_counted() -> None:
         *("progress_retry_s_max", "probe_age_s_max"),
     }
     assert not silent & {"first_bytes_timeout_s", "settings_timeout_s", "keepalive_timeout_s", "idle_timeout_s"}
-    # The alarm and the status page speak of the same.
+    # The alerts and the status page use the same metrics.
     for field, row in limits_table.CORE.items():
         if row.metric != NOTHING and field in LIMITS:
             assert sample(row.metric)[0] in LIMITS[field]

@@ -1,4 +1,4 @@
-"""What Prometheus gets, held to its conventions, to the configuration, and to the moment when a limit is reached."""
+"""The metrics: Prometheus' conventions, completeness for the configuration, and values when a limit is reached."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def scrape(monitor: Monitor) -> str:
 
 
 def value(text: str, name: str, **labels: str) -> float:
-    """The value of one sample of a page."""
+    """Return the value of one sample of a page."""
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.name == name and sample.labels == labels:

@@ -1,4 +1,4 @@
-"""The status page in a real browser: what a person sees of a proxy at work, wide and narrow, light and dark."""
+"""The status page in a real browser, with a busy proxy: wide and narrow, light and dark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proxy's watch through itself: it finds a hang, costs etcd nothing, is counted nowhere, and blames nobody else."""
+"""The self-probe: it detects a hang, adds no load on etcd, is not counted, and has no false positives."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ async def proxy_and_client(etcd: EtcdServer) -> AsyncIterator[tuple[Proxy, RawCl
 
 
 def counts(proxy: Proxy) -> dict[str, object]:
-    """What an operator sees, without what is about probes."""
+    """Return a snapshot without the numbers of the probes."""
     seen = msgspec.to_builtins(SnapshotSource(proxy, "").take())
     return {name: value for name, value in seen.items() if name not in PROBES}
 
 
 async def probe(proxy: Proxy, failing: int = 0) -> None:
-    """Make an attempt, let it have its time, and judge it: answered, unless it is one of those that must fail."""
+    """Run a probe and judge it: it must be answered, unless `failing`."""
     made, failed = proxy.probe.made, proxy.probe.failed
     proxy.probe.attempt()
     attempt = proxy.probe._attempt
     if failing:
-        # Three turns of the loop after the answer could have come, it has not.
+        # Three turns of the event loop suffice for an answer.
         for _ in range(3):
             turn = asyncio.Event()
             asyncio.get_running_loop().call_soon(turn.set)
@@ -164,12 +164,12 @@ def test_a_hang_is_detected_and_reported_everywhere(name: str, etcd: EtcdServer)
             HANGS[name](proxy)
             for _ in range(HUNG_AFTER - 1):
                 await probe(proxy, failing=1)
-                assert (await fetch(admin, "/livez"))[0] == 200, "once or twice is no hang"
+                assert (await fetch(admin, "/livez"))[0] == 200, "one or two are not a hang"
             await probe(proxy, failing=1)
             status, text = await fetch(admin, "/livez")
             assert (status, text) == (503, "the proxy hangs: 3 self-probes in a row were not answered\n")
             assert (await fetch(admin, "/readyz"))[0] == 503
-            # It is over.
+            # The hang ends.
             engine._busy = False
             engine._carry_out = whole
             vars(proxy.listener).pop("soon", None)
@@ -193,12 +193,12 @@ def test_a_core_that_fails_repeatedly_is_detected(etcd: EtcdServer) -> None:
                 raise ArithmeticError("on purpose")
 
             for attempts in (1, 0):
-                # First it is the probe that the core fails at, then something else in between.
+                # First the core fails at the probe, later at another input in between.
                 for _ in range(HUNG_AFTER):
                     engine.core.create = engine.core.expire = broken
                     if not attempts:
                         engine._input(engine.core.expire)
-                        # A new core began.
+                        # A new core was started.
                         assert "create" not in vars(engine.core)
                     await probe(proxy, failing=1)
                 assert proxy.health.hung
@@ -213,13 +213,13 @@ def test_a_core_that_fails_repeatedly_is_detected(etcd: EtcdServer) -> None:
 def test_other_problems_are_not_a_hang(etcd: EtcdServer) -> None:
     async def story() -> None:
         async with proxy_for("127.0.0.1:1") as alone:
-            # Without an etcd there is nothing to answer with.
+            # Without etcd there is no header to answer with.
             for _ in range(HUNG_AFTER):
                 alone.probe.attempt()
                 alone.probe.judge()
             assert (alone.probe.made, alone.health.hung) == (0, "")
         async with proxy_and_client(etcd) as (proxy, _):
-            # A limit that leaves no room is none of the proxy's faults, nor one to be noted at the limit's metric.
+            # A limit that leaves no room is not a fault of the proxy, and the limit's metric does not count it.
             proxy.engine.set_limits(replace(proxy.engine.core.limits, watches_max=1))
             await probe(proxy)
             assert not any(proxy.engine.core.stats.refused_at.values())
@@ -258,7 +258,7 @@ def test_a_stopped_process_is_not_hung_a_blocked_one_is_silent(tmp_path: Path, e
 
 
 def test_etcd_refuses_the_request_of_a_probe_too(etcd: EtcdServer) -> None:
-    """What the proxy refuses its probe with is what etcd itself says to a revision that cannot be."""
+    """etcd refuses the impossible revision of the probe with the same response as the proxy."""
 
     async def story() -> None:
         _, _, port = etcd.endpoint.rpartition(":")

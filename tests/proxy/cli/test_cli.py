@@ -1,4 +1,4 @@
-"""The command line: help that teaches, one line for each mistake, and the right exit code."""
+"""The command line: useful help, one line per error, and the right exit code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from proxy.cli.group import COMMANDS, run
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Run a command that cannot work; return its exit code and its one line."""
+    """Run a command that must fail; return its exit code and its one line of output."""
     code = run(list(arguments))
     shown = capsys.readouterr()
     assert shown.out == ""

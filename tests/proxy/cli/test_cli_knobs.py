@@ -1,4 +1,4 @@
-"""Flags, variables and the file together: which one wins, and what becomes of grpc-proxy's other flags."""
+"""Flags, variables and the file: their precedence, and grpc-proxy's other flags."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from proxy.errors import Failed
 @knob_options
 @click.pass_context
 def command(ctx: click.Context, /, **_given: Any) -> tuple[Settings, list[str]]:
-    """Return what `serve` would go by."""
+    """Return the settings and notes that `serve` would use."""
     return settings_of(ctx)
 
 
@@ -42,9 +42,9 @@ def test_every_setting_has_a_flag_and_a_variable(monkeypatch: pytest.MonkeyPatch
     for knob in knobs():
         text = texts.get(knob.kind.value) or (knob.choices[0] if knob.choices else "127.0.0.1:7")
         if knob.kind.value == "file":
-            continue  # those need each other and real certificates: see test_config_file.py
+            continue  # these need each other and real certificates: see test_config_file.py
         if knob.path in ("upstream.user", "upstream.password"):
-            continue  # as above, but for the certificates
+            continue  # these need each other too
         by_flag, _ = settings(f"{knob.flag}={text}")
         monkeypatch.setenv(knob.env, text)
         by_variable, _ = settings()

@@ -1,4 +1,4 @@
-"""`watchmux serve` as a process: it starts without etcd, says where it serves, drains, and fails in one line."""
+"""`watchmux serve` as a process: it starts without etcd, logs its address, drains, and fails with one line."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Served:
         return [json.loads(line) for line in self._log.read_text().splitlines()]
 
     def serving(self) -> dict[str, object]:
-        """Wait for the line that says where it serves."""
+        """Wait for the log line with its address."""
 
         def said() -> dict[str, object] | None:
             assert self.process.poll() is None, self._log.read_text()
             text = self._log.read_text()
             return next((line for line in self.lines() if line["msg"] == "serving"), None) if text else None
 
-        line = until(said, "the proxy to say where it serves", 60)
+        line = until(said, "the proxy to log its address", 60)
         assert line is not None
         return line
 
@@ -202,7 +202,7 @@ def test_the_proxys_process_loads_neither_grpc_nor_a_web_server() -> None:
 
 
 def test_a_serving_proxy_does_not_keep_the_settings_modules(tmp_path: Path) -> None:
-    """Neither a child is left nor what the child had loaded; `--metrics-addr` would load some of that."""
+    """Neither the child nor the modules that it loaded remain; `--metrics-addr` would load some of them."""
     with served(tmp_path, "--endpoints=127.0.0.1:1", "--metrics-addr=") as proxy:
         proxy.serving()
         process = Path(f"/proc/{proxy.process.pid}")

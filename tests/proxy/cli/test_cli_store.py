@@ -1,4 +1,4 @@
-"""`watchmux store` as a process: durable where it is told to be, and measured by etcd's metric names."""
+"""`watchmux store` as a process: durable with --data-dir, and measured by etcd's metric names."""
 
 from __future__ import annotations
 

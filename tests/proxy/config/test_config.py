@@ -1,4 +1,4 @@
-"""The knobs: complete, consistent, and the same as what the code they steer has by itself."""
+"""The settings: complete, consistent, and with the same defaults as the code that they configure."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def test_log_choices_are_what_logging_takes() -> None:
 
 
 def test_the_cores_limits_are_settings_with_the_same_defaults() -> None:
-    """A limit that is added to the core and not to the settings, or with another default, is found here."""
+    """Fails for a limit of the core that is missing in the settings, or has another default there."""
     assert core_limits(Settings().watch) == CoreLimits()
     names = {field.name for field in dataclasses.fields(CoreLimits)}
     keys = {knob.key for knob in knobs() if knob.table == "watch"}
-    # How much work a turn has is nothing that an operator could choose.
+    # Operators cannot configure the work of a turn.
     assert names - keys == {
         *("progress_notify_s", "line_bytes_max", "step_watches_max"),
         *("replay_events_max", "replay_turn_events_max"),
@@ -93,7 +93,7 @@ def test_listener_and_upstream_have_the_defaults_of_the_settings() -> None:
 
 
 def test_the_settings_load_nothing_heavy() -> None:
-    """`watchmux --help` reads them: it should answer at once."""
+    """`watchmux --help` loads the settings and must be fast."""
     code = (
         "import sys, proxy.cli, proxy.cli.serve, proxy.cli.demo, proxy.cli.measure, proxy.cli.store, proxy.cli.status\n"
         "print([name for name in ('grpc', 'aiohttp', 'rich', 'prometheus_client', 'google.protobuf', 'uvloop', 'ssl',"

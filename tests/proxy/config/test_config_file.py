@@ -1,4 +1,4 @@
-"""The configuration file: what is read, which source wins, and one line for each mistake."""
+"""The configuration file: parsing, precedence of sources, and one line per error."""
 
 from __future__ import annotations
 

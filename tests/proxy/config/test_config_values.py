@@ -1,4 +1,4 @@
-"""Durations, sizes and addresses: what is read, what is refused, and in which words."""
+"""Durations, sizes and addresses: accepted and refused values, and the error texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files in configs/: every one loads, and the commented default is what the code has."""
+"""The files in configs/: each one loads, and the commented example has the defaults of the code."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The files of configs/ for those who run it: read by the parsers that will read them, and true to the code.
+"""The deployment files in configs/: valid for the real parsers, and consistent with the code.
 
-What Debian's tools say more thoroughly (promtool, systemd-analyze) is asked for in `make test-all`.
+`make test-all` also checks them with promtool and systemd-analyze.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PROBED = {"/livez", "/readyz", "/health"}
 
 
 class FakeMonitor:
-    """As much of a monitor as the collector asks for: a proxy that has done nothing yet."""
+    """A monitor with what the collector needs: a proxy that has just started."""
 
     delivery_delay = Histogram()
     loop_delay = type("Loop", (), {"histogram": Histogram()})()
@@ -61,16 +61,16 @@ class FakeMonitor:
 
 @cache
 def exported() -> frozenset[str]:
-    """Every name that a scrape of the proxy has."""
+    """Return every metric name in a scrape of the proxy."""
     process = ProcessCollector(registry=CollectorRegistry())
     families = [*ProxyCollector(FakeMonitor()).collect(), *process.collect()]  # type: ignore[arg-type]  # a fake
-    # A counter by reason has no samples before the first one; its family has its name all the same.
+    # A labelled counter has no samples at first, but its family has a name.
     counters = {f"{family.name}_total" for family in families if family.type == "counter"}
     return frozenset(counters.union(sample.name for family in families for sample in family.samples))
 
 
 def check_expression(expression: str) -> None:
-    """The expression is PromQL, and of metrics that are there."""
+    """Check that the expression is PromQL and uses only exported metrics."""
     plain = expression.replace("$__rate_interval", "1m").replace("$job", "x").replace("$instance", "x")
     promql_parser.parse(plain)
     names = set(re.findall(r"\b((?:watchmux|process|etcd_grpc_proxy)_[a-z_]+)\b", plain))
@@ -135,7 +135,7 @@ def test_probes_ports_and_limits_fit(path: Path, tmp_path: Path) -> None:
 
 
 def settings_of(path: Path, arguments: list[str], directory: Path) -> Settings:
-    """The settings that a container's arguments and its ConfigMap give."""
+    """Return the settings from a container's arguments and its ConfigMap."""
     assert arguments[0] == "serve"
     from proxy.cli.knobs import settings_of as read
 
@@ -145,7 +145,7 @@ def settings_of(path: Path, arguments: list[str], directory: Path) -> Settings:
             (config,) = (document for document in documents(path) if document["kind"] == "ConfigMap")
             file = directory / "watchmux.toml"
             file.write_text(config["data"][Path(argument.removeprefix("--config=")).name])
-            # The certificates are elsewhere.
+            # The certificates do not exist here.
             return layer({}, read_file(file), look_at_files=False)
         assert argument.split("=")[0] in {knob.flag for knob in knobs()}, number
     from proxy.cli.serve import command
@@ -220,7 +220,7 @@ def test_the_image_is_small_unprivileged_and_starts_the_program() -> None:
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_steps_of_the_image_make_a_program_that_serves(tmp_path: Path) -> None:
-    """No container is built, but each COPY and RUN of its first stage is carried out, below another directory."""
+    """No container is built, but each COPY and RUN of its first stage is executed, in another directory."""
     parser = DockerfileParser(fileobj=io.BytesIO((CONFIGS / "container/Containerfile").read_bytes()))
     source, installed = tmp_path / "src", tmp_path / "watchmux"
     source.mkdir()
@@ -270,14 +270,14 @@ def test_the_unit_fits_the_production_settings() -> None:
     assert settings.listener.connections_max < int(service["LimitNOFILE"])
     assert Settings().listener.connections_max < int(service["LimitNOFILE"])
     assert service["ExecReload"] == "/bin/kill -HUP $MAINPID"
-    # proxy/process/service_manager.py tells systemd; a hang is known after three probes, and then it takes this long.
+    # proxy/process/service_manager.py notifies systemd; three probes detect a hang, then the watchdog must expire.
     assert (service["Type"], service["NotifyAccess"]) == ("notify", "main")
     assert int(service["WatchdogSec"]) > HUNG_AFTER * settings.admin.probe_interval_s
     assert "AF_UNIX" in service["RestrictAddressFamilies"]
 
 
 def tool(name: str, package: str) -> str:
-    """Return a tool of Debian's, installed if it is not there."""
+    """Return a tool from a Debian package; install it if it is missing."""
     if shutil.which(name) is None:
         subprocess.run(["apt-get", "update", "-qq"], check=True, timeout=300)
         install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", package]
@@ -302,7 +302,7 @@ def test_promtool_takes_the_alerts_and_their_stories() -> None:
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     analyze = tool("systemd-analyze", "systemd")
     installed = tmp_path / "watchmux.service"
-    # It looks for the program, which is elsewhere here.
+    # systemd-analyze checks that the program exists, which is elsewhere here.
     text = (CONFIGS / "systemd/watchmux.service").read_text()
     installed.write_text(text.replace("/opt/watchmux/bin/watchmux", "/bin/true"))
     told = subprocess.run(

@@ -44,17 +44,17 @@ def test_a_real_etcd_counts_one_watcher_for_each_range(etcd: EtcdServer, capsys:
     result = msgspec.json.decode(capsys.readouterr().out, type=DemoResult)
     assert result.faultless
     assert result.trial.watchers == 5
-    # One for the live watches of all clients, and a few for those that had to catch up.
+    # One for the live watches of all clients, and a few backfills.
     assert 1 <= result.trial.watch_streams <= 1 + STREAMS_MAX[Kind.CATCH_UP]
     assert result.trial.verdict.watches == 60
     assert result.trial.verdict.events > 300
     # The demo's clients and proxy are gone, and so are its keys.
-    until(lambda: etcd.watchers() == 0, "etcd to be rid of the demo's watchers")
+    until(lambda: etcd.watchers() == 0, "etcd to have no watchers of the demo")
     assert etcd.ctl("get", "", "--prefix", "--keys-only").stdout.strip() == ""
 
 
 class KillWhileWriting:
-    """Shows nothing, and kills the proxy of a stage when the writing begins."""
+    """Shows nothing, and kills the proxy of a stage when the writes begin."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage

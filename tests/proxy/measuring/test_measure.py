@@ -1,4 +1,4 @@
-"""The measurement: on a real etcd the reduction is what the ranges say; the report is complete."""
+"""The measurement: on a real etcd the reduction matches the number of ranges; the report is complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a measurement is shown as: numbers with units, factors, a table, and a page that stands alone."""
+"""The report of a measurement: numbers with units, factors, a table, and a self-contained page."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_table_has_both_sides_and_the_factor() -> None:
 
 
 class Page(HTMLParser):
-    """Collects what a page is made of; a tag that is not closed is an error."""
+    """Collects the parts of a page; an unclosed tag is an error."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

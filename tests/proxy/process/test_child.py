@@ -1,4 +1,4 @@
-"""Child processes: ready when they say so, one line when they fail, and none outlives its parent."""
+"""Child processes: they report readiness, fail with one line, and do not outlive their parent."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_child_exits_when_its_parent_is_killed(tmp_path: Path) -> None:
     finally:
         parent.kill()
         parent.wait(10)
-    until(lambda: not _alive(int(text)), "the child to leave")
+    until(lambda: not _alive(int(text)), "the child to exit")
 
 
 def _read(path: Path) -> str:
@@ -123,6 +123,6 @@ def _read(path: Path) -> str:
 def _alive(pid: int) -> bool:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, 0)
-        # A child whose parent has died may wait to be reaped by an init that does not: it has ended all the same.
+        # An orphaned child may stay a zombie if init does not reap it; it has exited all the same.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False

@@ -1,4 +1,4 @@
-"""A proxy whose clients want more descriptors than the process has: they are refused, and nothing else is."""
+"""Clients that need more descriptors than the process has are refused, and nothing else fails."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ CLIENTS = 300
         (20_000, 20_000, 3, 20, 20_000 - 20 - 32 - 32 - 48),
         (1024, 20_000, 1, 20, 1024 - 20 - 32 - 32 - 16),
         (1024, 100, 1, 20, 100),
-        # The bundled store is an endpoint as well.
+        # The bundled store counts as an endpoint.
         (256, 20_000, 0, 20, 256 - 20 - 32 - 32 - 16),
-        # A small limit is halved.
+        # At most half of a small limit is reserved.
         (128, 20_000, 5, 20, 64),
         (1, 20_000, 1, 20, 1),
     ],
@@ -45,9 +45,9 @@ def test_clients_get_the_descriptors_that_are_not_reserved(
 
 @contextlib.contextmanager
 def limited(etcd: EtcdServer, soft: int, hard: int, *flags: str) -> Iterator[ProxyProcess]:
-    """A proxy whose limits of open files are these."""
+    """A proxy with these limits of open files."""
     proxy = ProxyProcess(etcd.endpoint, flags)
-    # A child inherits what its parent is limited to; nothing but the soft one can be set back here.
+    # A child inherits the limits of its parent; only the soft one can be raised again here.
     proxy.prefix = ["prlimit", f"--nofile={soft}:{hard}"]
     with proxy:
         yield proxy
@@ -60,7 +60,7 @@ def live(proxy: ProxyProcess) -> str:
 
 @contextlib.contextmanager
 def idle_clients(port: int) -> Iterator[list[socket.socket]]:
-    """Clients that connect, open HTTP/2 and do nothing more."""
+    """Clients that connect, send the HTTP/2 preface and stay idle."""
     with contextlib.ExitStack() as stack:
         clients = []
         for _ in range(CLIENTS):
@@ -91,7 +91,7 @@ def test_clients_do_not_take_what_etcd_and_probes_need() -> None:
                 until(lambda: proxy.metric('watchmux_limit_refusals_total{limit="connections_max"}') > 0, "refusals")
                 assert "too many client connections; refusing new ones" in proxy.log()
                 etcd.kill()
-                until(lambda: proxy.metric("watchmux_upstream_reachable") == 0, "the loss to be noticed", 30)
+                until(lambda: proxy.metric("watchmux_upstream_reachable") == 0, "the loss to be detected", 30)
                 assert live(proxy) == "ok\n"
                 etcd.start()
                 until(lambda: proxy.metric("watchmux_upstream_reachable") == 1, "etcd to be found again", 30)
@@ -99,12 +99,12 @@ def test_clients_do_not_take_what_etcd_and_probes_need() -> None:
                 assert [watching.stdout.readline() for _ in range(3)] == ["PUT\n", "key\n", "value\n"]
                 assert live(proxy) == "ok\n"
             watching.send_signal(signal.SIGTERM)
-        # Their places are free again.
+        # Their descriptors are free again.
         until(lambda: proxy.metric("watchmux_connections") < 10, "the clients to be gone", 30)
 
 
 def test_tls_clients_do_not_take_reserved_descriptors(tmp_path: Path) -> None:
-    """Handshakes are connections as well; descriptors that run out stop nothing for good."""
+    """TLS handshakes count as connections; the proxy recovers from a lack of descriptors."""
     files = make_certificates(tmp_path)
     flags = (f"--cert-file={files.server_cert}", f"--key-file={files.server_key}")
     with EtcdServer() as etcd, limited(etcd, 128, 128, *flags) as proxy:
@@ -119,7 +119,7 @@ def test_tls_clients_do_not_take_reserved_descriptors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("secure", [False, True])
 def test_the_proxy_survives_running_out_of_descriptors(etcd: EtcdServer, tmp_path: Path, secure: bool) -> None:
-    """The limit is lowered under a running proxy, so that accepting fails: it does not spin, and goes on afterwards."""
+    """The limit of a running proxy is lowered, so that accept fails: the proxy does not spin, and recovers."""
     files = make_certificates(tmp_path)
     flags = (f"--cert-file={files.server_cert}", f"--key-file={files.server_key}") if secure else ()
     with ProxyProcess(etcd.endpoint, flags) as proxy:
@@ -127,7 +127,7 @@ def test_the_proxy_survives_running_out_of_descriptors(etcd: EtcdServer, tmp_pat
         until(lambda: proxy.metric("watchmux_upstream_reachable") == 1, "etcd to be found")
         pid = proxy.process.pid
         limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        # What is open, and a few for probes.
+        # The open descriptors, and a few for probes.
         few = len(list(Path(f"/proc/{pid}/fd").iterdir())) + 8
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (few, limit[1]))
         began, cpu = time.monotonic(), proxy.cpu_s()

@@ -1,4 +1,4 @@
-"""The log: two forms, levels, and nothing in it that is not for the log."""
+"""The log: two formats, levels, and no secrets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from proxy import logs
 
 
 def lines_of(level: str, style: str) -> io.StringIO:
-    """Configure for a fresh stream."""
+    """Configure the log for a new stream."""
     stream = io.StringIO()
     logs.configure(level, style, stream)
     return stream

@@ -1,4 +1,4 @@
-"""SIGHUP: what is taken, what waits for a restart, and that bad settings change nothing."""
+"""SIGHUP: which settings are applied, which need a restart, and that invalid ones change nothing."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SECURITY = ("cert", "key", "cacert", "insecure_skip_tls_verify", "addr")
 
 
 def changed(path: str, value: object) -> Settings:
-    """The defaults but for one knob."""
+    """Return the defaults, except for one setting."""
     table, _, key = path.partition(".")
     settings = Settings()
     return replace(settings, **{table: replace(getattr(settings, table), **{key: value})})
 
 
 def other(path: str) -> object:
-    """A value that the knob does not have."""
+    """Return a value other than the default."""
     knob = next(knob for knob in knobs() if knob.path == path)
     if knob.choices:
         return next(choice for choice in knob.choices if choice != knob.default)
@@ -69,7 +69,7 @@ def test_a_running_proxy_applies_limits_and_log_level(tmp_path: Path, etcd: Etcd
         assert 'watchmux_limit{limit="watches_max"} 1e+07' in proxy.get("/metrics")[1]
         file.write_text(text + '[watch]\nwatches_max = 5\nbookmark_s = 7\n[log]\nlog_level = "debug"\n')
         proxy.process.send_signal(signal.SIGHUP)
-        until(lambda: messages("settings reloaded"), "the settings to be read")
+        until(lambda: messages("settings reloaded"), "the settings to be reloaded")
         assert 'watchmux_limit{limit="watches_max"} 5.0' in proxy.get("/metrics")[1]
         (told,) = (line for line in proxy.lines() if line["msg"] == "some changes need a restart")
         assert told["settings"] == ["watch.bookmark_s"]

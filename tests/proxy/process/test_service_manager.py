@@ -1,4 +1,4 @@
-"""systemd is told what it wants to know, on a socket of the test's; a proxy that hangs says nothing."""
+"""Notifications to systemd, on a socket of the test; a hung proxy sends none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Manager:
         self._socket.bind(path)
 
     def hear(self) -> list[str]:
-        """Take what has come, and return all of it."""
+        """Receive pending notifications, and return all so far."""
         while True:
             try:
                 self.heard.append(self._socket.recv(100).decode())
@@ -45,7 +45,7 @@ def test_a_hung_proxy_sends_no_watchdog_notification(abstract: bool, tmp_path: P
         health = Health()
         told = ServiceManager(health, {"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "30000"})
         told.ready()
-        await until_async(lambda: manager.hear().count("WATCHDOG=1") > 3, "signs of life")
+        await until_async(lambda: manager.hear().count("WATCHDOG=1") > 3, "watchdog notifications")
         assert manager.heard[0] == "READY=1"
         health.set_hung("it hangs")
         timers = [told._timer]
@@ -55,11 +55,11 @@ def test_a_hung_proxy_sends_no_watchdog_notification(abstract: bool, tmp_path: P
             timers.append(told._timer)
             return len(set(map(id, timers))) > 5
 
-        # Its timer goes on, and it says nothing.
+        # The timer continues, but sends nothing.
         await until_async(rang, "the timer to ring")
         assert len(manager.hear()) == before
         health.set_hung("")
-        await until_async(lambda: len(manager.hear()) > before, "signs of life again")
+        await until_async(lambda: len(manager.hear()) > before, "watchdog notifications again")
         told.stop()
 
     asyncio.run(story())
@@ -87,7 +87,7 @@ def test_a_served_proxy_is_ready_alive_and_stopping(
     monkeypatch.setenv("NOTIFY_SOCKET", path)
     monkeypatch.setenv("WATCHDOG_USEC", "300000")
     with served(tmp_path, f"--endpoints={etcd.endpoint}") as proxy:
-        until(lambda: "WATCHDOG=1" in manager.hear(), "a sign of life", 20)
+        until(lambda: "WATCHDOG=1" in manager.hear(), "a watchdog notification", 20)
         assert proxy.end() == 0
     assert manager.hear()[0] == "READY=1"
     assert "STOPPING=1" in manager.heard
