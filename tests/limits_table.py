@@ -45,46 +45,48 @@ _TRANSLATING: Final = "proxy/passthrough/test_translating.py::"
 _UP: Final = "upstream/test_limits.py::"
 
 CORE: Final = {
-    "linger_s": Row(
-        NOTHING, "coalesce/test_ending.py::test_a_trunk_lingers_and_a_client_that_comes_back_finds_its_history"
+    "linger_s": Row(NOTHING, "coalesce/test_ending.py::test_a_trunk_lingers_with_its_history"),
+    "history_linger_s": Row(
+        _EVICTED % "history_linger_s", f"{_PARKING}test_a_parked_history_is_dropped_after_its_time"
     ),
-    "history_linger_s": Row(_EVICTED % "history_linger_s", f"{_PARKING}test_it_is_dropped_in_the_end"),
-    "parked_max": Row(_EVICTED % "parked_max", f"{_PARKING}test_so_many_are_kept_and_the_oldest_goes"),
-    "history_bytes_max": Row(_EVICTED % "history_bytes_max", f"{_HISTORY}test_it_is_bounded_in_bytes_and_in_batches"),
+    "parked_max": Row(_EVICTED % "parked_max", f"{_PARKING}test_the_oldest_parked_history_is_dropped_at_the_limit"),
+    "history_bytes_max": Row(
+        _EVICTED % "history_bytes_max", f"{_HISTORY}test_a_history_is_bounded_in_bytes_and_in_batches"
+    ),
     "history_bytes_total_max": Row(
-        _EVICTED % "history_bytes_total_max", f"{_HISTORY}test_all_histories_together_drop_the_oldest_batch_of_all"
+        _EVICTED % "history_bytes_total_max", f"{_HISTORY}test_the_total_bound_evicts_the_oldest_batch_of_all"
     ),
     "history_revisions_max": Row(
-        _EVICTED % "history_revisions_max", f"{_HISTORY}test_it_is_bounded_in_bytes_and_in_batches"
+        _EVICTED % "history_revisions_max", f"{_HISTORY}test_a_history_is_bounded_in_bytes_and_in_batches"
     ),
-    "history_age_s": Row(_EVICTED % "history_age_s", f"{_HISTORY}test_old_batches_go_by_age"),
-    "replay_bytes_max": Row(NOTHING, f"{_HISTORY}test_a_replay_is_cut_between_revisions"),
-    "replay_turn_bytes_max": Row(NOTHING, f"{_REPLAY}test_a_herd_is_served_in_turns"),
-    "replay_events_max": Row(NOTHING, f"{_HISTORY}test_a_replay_looks_at_a_bounded_number_of_events"),
-    "replay_turn_events_max": Row(NOTHING, f"{_REPLAY}test_replays_that_filters_leave_empty_take_turns"),
-    "response_bytes_max": Row(NOTHING, f"{_BACKFILL}test_a_large_catch_up_response_is_cut"),
-    "fragment_bytes": Row(NOTHING, "coalesce/test_batch.py::test_a_response_is_split_from_the_limit_on_and_not_below"),
+    "history_age_s": Row(_EVICTED % "history_age_s", f"{_HISTORY}test_old_batches_are_evicted_by_age"),
+    "replay_bytes_max": Row(NOTHING, f"{_HISTORY}test_a_replay_is_split_between_revisions"),
+    "replay_turn_bytes_max": Row(NOTHING, f"{_REPLAY}test_many_sessions_are_served_in_turns"),
+    "replay_events_max": Row(NOTHING, f"{_HISTORY}test_a_replay_examines_a_bounded_number_of_events"),
+    "replay_turn_events_max": Row(NOTHING, f"{_REPLAY}test_replays_with_all_events_filtered_take_turns"),
+    "response_bytes_max": Row(NOTHING, f"{_BACKFILL}test_a_large_catch_up_response_is_split"),
+    "fragment_bytes": Row(NOTHING, "coalesce/test_batch.py::test_a_response_is_split_from_the_limit_on"),
     "fragment_run_bytes_max": Row(NOTHING, "coalesce/test_runs.py::test_at_its_bound_a_run_ends_between_two_revisions"),
     "watches_per_session_max": Row(
         _REFUSED % "watches_per_session_max", f"{_JOINING}test_limits_are_refused_with_a_clear_text"
     ),
     "watches_max": Row(_REFUSED % "watches_max", f"{_JOINING}test_limits_are_refused_with_a_clear_text"),
     "trunks_max": Row(_REFUSED % "trunks_max", f"{_JOINING}test_limits_are_refused_with_a_clear_text"),
-    "queue_max": Row(_REFUSED % "queue_max", f"{_JOINING}test_too_long_a_line_ends_the_session"),
-    "line_bytes_max": Row("watchmux_requests_waiting_bytes", f"{_JOINING}test_a_full_line_asks_for_no_more"),
+    "queue_max": Row(_REFUSED % "queue_max", f"{_JOINING}test_too_many_queued_requests_end_the_session"),
+    "line_bytes_max": Row("watchmux_requests_waiting_bytes", f"{_JOINING}test_a_full_queue_takes_no_more_requests"),
     "step_watches_max": Row(NOTHING, f"{_JOINING}test_many_creates_are_decided_in_steps"),
-    "backfills_max": Row("watchmux_queued", f"{_BACKFILL}test_backfills_are_bounded_and_the_others_wait_in_line"),
+    "backfills_max": Row("watchmux_queued", f"{_BACKFILL}test_backfills_are_bounded_and_further_watches_are_queued"),
     "backfill_bytes_max": Row(
-        "watchmux_upstream_paused_total", f"{_BACKFILL}test_what_a_backfill_holds_for_a_slow_session_is_bounded"
+        "watchmux_upstream_paused_total", f"{_BACKFILL}test_memory_of_a_backfill_for_slow_sessions_is_bounded"
     ),
-    "backfill_share_revisions": Row(NOTHING, f"{_BACKFILL}test_one_that_is_too_far_behind_is_not_shared"),
-    "trunk_catch_up_revisions": Row(NOTHING, f"{_JOINING}test_where_a_trunk_begins"),
+    "backfill_share_revisions": Row(NOTHING, f"{_BACKFILL}test_a_backfill_too_far_behind_is_not_shared"),
+    "trunk_catch_up_revisions": Row(NOTHING, f"{_JOINING}test_where_a_trunk_starts"),
     "bookmark_s": Row(NOTHING, f"{_PROGRESS}test_quiet_trunks_renew_their_bookmarks"),
     "progress_interval_s": Row(NOTHING, f"{_PROGRESS}test_etcd_is_not_asked_too_often"),
-    "progress_retry_s": Row(NOTHING, f"{_PROGRESS}test_it_is_asked_again_and_ever_less_often"),
-    "progress_retry_s_max": Row(NOTHING, f"{_PROGRESS}test_it_is_asked_again_and_ever_less_often"),
-    "progress_notify_s": Row(NOTHING, f"{_PROGRESS}test_quiet_watches_are_told_where_they_are"),
-    "lagging_age_s_max": Row(_REFUSED % "lagging_age_s_max", f"{_REPLAY}test_who_stays_behind_too_long_is_sent_away"),
+    "progress_retry_s": Row(NOTHING, f"{_PROGRESS}test_pauses_between_repeated_requests_grow"),
+    "progress_retry_s_max": Row(NOTHING, f"{_PROGRESS}test_pauses_between_repeated_requests_grow"),
+    "progress_notify_s": Row(NOTHING, f"{_PROGRESS}test_quiet_watches_get_progress_notifications"),
+    "lagging_age_s_max": Row(_REFUSED % "lagging_age_s_max", f"{_REPLAY}test_a_session_behind_for_too_long_is_ended"),
 }
 
 HTTP2: Final = {
@@ -274,37 +276,37 @@ KEPT: Final = (
         "a create that waits for a read of now, also one that etcd does not answer",
         "`queue_max`, `line_bytes_max`",
         "the answer, or the stream",
-        f"{_GIVEN_BACK}test_a_read_does_not_keep_the_sessions_that_left",
+        f"{_GIVEN_BACK}test_a_read_does_not_keep_closed_sessions",
     ),
     Kept(
         "a range with its upstream watch and its history",
         "`trunks_max`, `history_bytes_max`, `history_bytes_total_max`",
         "`linger_s` after its last watch",
-        "coalesce/test_ending.py::test_a_trunk_lingers_and_a_client_that_comes_back_finds_its_history",
+        "coalesce/test_ending.py::test_a_trunk_lingers_with_its_history",
     ),
     Kept(
         "the history of a range without clients",
         "`parked_max`, `history_bytes_max`, `history_bytes_total_max`",
         "`history_linger_s` after its upstream watch",
-        f"{_PARKING}test_it_is_dropped_in_the_end",
+        f"{_PARKING}test_a_parked_history_is_dropped_after_its_time",
     ),
     Kept(
         "a catch-up watch and its window",
         "`backfills_max`, `backfill_bytes_max`",
         "its last watch",
-        "coalesce/test_backfill.py::test_backfills_are_bounded_and_the_others_wait_in_line",
+        "coalesce/test_backfill.py::test_backfills_are_bounded_and_further_watches_are_queued",
     ),
     Kept(
         "responses that several laggards share",
         "eight, of `replay_bytes_max` (with fragment `fragment_run_bytes_max`) or one revision each",
         "the last laggard",
-        f"{_GIVEN_BACK}test_what_laggards_share_is_let_go_with_the_last_of_them",
+        f"{_GIVEN_BACK}test_cached_replays_are_freed_with_the_last_lagging_watch",
     ),
     Kept(
         "tokens that etcd refused for a range",
         "the sessions of the range",
         "the next time that etcd registers the range, or its end",
-        f"{_GIVEN_BACK}test_the_tokens_that_were_refused_are_forgotten_with_the_next_created",
+        f"{_GIVEN_BACK}test_refused_tokens_are_forgotten_with_the_next_created",
     ),
     Kept(
         "tokens that were tried to prove a new connection",

@@ -1,7 +1,7 @@
-"""A shell for stories: carries the core's effects out against nothing but lists, and says what a client saw.
+"""A shell for tests: carries the core's effects out on plain lists, and records what each client received.
 
-It answers permission checks at once with "auth is off" unless told otherwise, and leaves everything else (reads,
-upstream watches, progress) to the story. After every input and its effects it has the core check itself.
+It answers permission checks at once with "auth is off" unless `auth` is set, and leaves everything else (reads,
+upstream watches, progress) to the test. After every input and its effects it calls the core's `check()`.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ CLUSTER_ID, MEMBER_ID, RAFT_TERM = 0xC1, 0xE1, 3
 
 
 def header(revision: int) -> Header:
-    """A header as etcd sends it."""
+    """Return a header as etcd sends it."""
     return Header.make(CLUSTER_ID, MEMBER_ID, revision, RAFT_TERM)
 
 
 def put(revision: int, key: bytes = b"k", value: bytes = b"v", prev: bytes | None = None) -> Event:
-    """A PUT event, scanned from its bytes; with `prev` it carries a prev_kv of that value."""
+    """Return a PUT event, scanned from its bytes; with `prev` it carries a prev_kv of that value."""
     return _event(kv_pb2.Event.PUT, revision, key, value, prev)
 
 
 def delete(revision: int, key: bytes = b"k", prev: bytes | None = None) -> Event:
-    """A DELETE event."""
+    """Return a DELETE event."""
     return _event(kv_pb2.Event.DELETE, revision, key, b"", prev)
 
 
@@ -64,7 +64,7 @@ def _event(
 
 
 def messages_of(payload: Payload, watch_id: int) -> tuple[bytes, ...]:
-    """Return the framed messages that a watch is sent, each whole again."""
+    """Return the framed messages for a watch, each joined from its pieces."""
     data = b"".join(payload.pieces(watch_id))
     messages = []
     while data:
@@ -75,7 +75,7 @@ def messages_of(payload: Payload, watch_id: int) -> tuple[bytes, ...]:
 
 
 def seen(message: bytes) -> str:
-    """One framed WatchResponse as a line: `#0 @7 put 7 k=v`, `#0 @5 created`, `#-1 @9 progress`."""
+    """Return a framed WatchResponse as a line: `#0 @7 put 7 k=v`, `#0 @5 created`, `#-1 @9 progress`."""
     assert message[0] == 0
     assert int.from_bytes(message[1:5], "big") == len(message) - 5
     response = rpc_pb2.WatchResponse.FromString(message[5:])
@@ -99,27 +99,27 @@ def seen(message: bytes) -> str:
 
 
 class Client:
-    """One client: its session, what it has read, and how much it takes."""
+    """One client: its session, the messages it received, and how many more it accepts."""
 
     def __init__(self, shell: Shell, identity: Identity) -> None:
         self.shell = shell
         self.session: Session = shell.core.open_session(self, identity, shell.now)
-        # Messages that reached the client, as `seen` says them; taken by read().
+        # Messages that reached the client, in the form of `seen`; taken by read().
         self.lines: list[str] = []
-        # Messages it still takes before it stalls; None = any number.
+        # Messages it still accepts before it stalls; None = any number.
         self.room: int | None = None
         self.unsent: list[str] = []
         self.ended: tuple[int, str] | None = None
-        # The core said that it may ask on.
+        # The core has asked for further requests (TakeRequests).
         self.may_ask = False
 
     def read(self) -> list[str]:
-        """Take what has arrived."""
+        """Take the received messages."""
         lines, self.lines = self.lines, []
         return lines
 
     def create(self, key: bytes = b"k", range_end: bytes = b"", start: int | None = None, **more: bool | int) -> None:
-        """Ask for a watch."""
+        """Create a watch."""
         request = CreateRequest(key, range_end, start, **more)  # type: ignore[arg-type]  # keywords of one call
         self.shell.do(self.shell.core.create, self.session, request)
 
@@ -128,19 +128,19 @@ class Client:
         self.shell.do(self.shell.core.cancel, self.session, watch_id)
 
     def progress(self) -> None:
-        """Ask for progress."""
+        """Request progress."""
         self.shell.do(self.shell.core.progress, self.session)
 
     def close(self) -> None:
-        """Go away."""
+        """Close the session."""
         self.shell.do(self.shell.core.close, self.session)
 
     def stall(self) -> None:
-        """Take no more from now on."""
+        """Accept no further messages."""
         self.room = 0
 
     def drain(self, room: int | None = None) -> None:
-        """Take what is unsent, and `room` messages more."""
+        """Accept the unsent messages, and `room` further ones."""
         self.room = room
         self.lines.extend(self.unsent)
         self.unsent.clear()
@@ -148,7 +148,7 @@ class Client:
             self.shell.do(self.shell.core.drained, self.session)
 
     def write(self, messages: Iterable[bytes]) -> None:
-        """Take messages from the shell; the first that finds no room stalls the session."""
+        """Accept messages from the shell; the first one without room stalls the session."""
         for message in messages:
             if self.room == 0:
                 self.unsent.append(seen(message))
@@ -166,14 +166,14 @@ class Shell:
     def __init__(self, limits: CoreLimits | None = None, ordered_progress: bool = True) -> None:
         self.core = Coalescer(limits, ordered_progress)
         self.now = 1000.0
-        # What the core asked for and nobody has taken yet.
+        # Requests of the core that the test has not answered yet.
         self.reads: list[PendingRead] = []
         self.checks: list[PendingCreate] = []
         self.auth = False
         # Progress requests made, and the number of the newest.
         self.asked: list[tuple[Upstream, ...]] = []
         self.asked_number = 0
-        # Upstream watches opened, the newest last, and what became of them.
+        # Upstream watches opened, the newest last; those closed; those paused now.
         self.opened: list[Upstream] = []
         self.closed: list[Upstream] = []
         self.paused: list[Upstream] = []
@@ -181,11 +181,11 @@ class Shell:
         self._inbox: deque[tuple[Callable[..., list[Effect]], tuple[object, ...]]] = deque()
 
     def client(self, token: bytes | None = None, has_leader: bool = False) -> Client:
-        """A new client."""
+        """Return a new client."""
         return Client(self, Identity(token, has_leader))
 
     def do(self, step: Callable[..., list[Effect]], *arguments: object) -> None:
-        """Give one input, carry out what comes of it, then give those that arose."""
+        """Pass in one input and carry out its effects, then do the same for the inputs that these cause."""
         self._inbox.append((step, arguments))
         while self._inbox:
             step, arguments = self._inbox.popleft()
@@ -216,16 +216,16 @@ class Shell:
         self.do(self.core.upstream_response, upstream, response)
 
     def progressed(self, revision: int, *upstreams: Upstream, number: int | None = None) -> None:
-        """Etcd answers the newest manual progress request, or that of a number, for all that are open or for these."""
+        """Etcd answers the newest manual progress request (or `number`), for all open upstream watches or for these."""
         chosen = upstreams or tuple(each for each in self.opened if each not in self.closed and each.created)
         self.do(self.core.upstream_progress, chosen, header(revision), self.asked_number if number is None else number)
 
     def probed(self, revision: int) -> None:
-        """Etcd says which revision it has, after the newest progress request."""
+        """Etcd reports its revision, after the newest progress request."""
         self.do(self.core.upstream_progress, (), header(revision), self.asked_number)
 
     def wait(self, seconds: float) -> None:
-        """Let time pass, ringing the timer whenever it is due."""
+        """Let time pass, and call `expire` whenever it is due."""
         end = self.now + seconds
         while (deadline := self.core.next_deadline()) is not None and deadline <= end:
             self.now = max(self.now, deadline)
@@ -233,13 +233,13 @@ class Shell:
         self.now = end
 
     def settle(self) -> None:
-        """Ring the timer as long as it is due at once."""
+        """Call `expire` as long as it is due at once."""
         self.wait(0)
 
     def trunk(
         self, revision: int, client: Client, key: bytes = b"k", range_end: bytes = b"", **more: bool | int
     ) -> Upstream:
-        """Have a client's watch from now open a trunk, created at `revision`; its `created` is read away."""
+        """Let a client's watch from now open a trunk, created at `revision`; its `created` is taken."""
         client.create(key, range_end, None, **more)
         upstream = self.opened[-1]
         self.read_now(revision)

@@ -1,4 +1,4 @@
-"""Backfills: shared, paced by their sessions, left as soon as the trunk can serve; and the upgrade to prev_kv."""
+"""Backfills: shared, paced by their sessions, left once the trunk can serve a watch; and the upgrade to prev_kv."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.coalesce.shell import Client, Shell, delete, header, put
 
 
 def behind(shell: Shell, start: int, trunk_at: int = 100, **more: bool) -> tuple[Client, Upstream]:
-    """A client that starts far before the trunk's window, and its backfill, created."""
+    """Return a client that starts far before the trunk's history, and its backfill, created."""
     if not shell.opened:
         shell.trunk(trunk_at, shell.client())
     client = shell.client()
@@ -23,13 +23,13 @@ def behind(shell: Shell, start: int, trunk_at: int = 100, **more: bool) -> tuple
     return client, backfill
 
 
-def test_a_laggard_comes_to_its_trunk() -> None:
+def test_lagging_watch_catches_up_with_its_trunk() -> None:
     shell = Shell()
     client, backfill = behind(shell, 50)
     trunk = shell.opened[0]
     assert (backfill.start_revision, backfill.is_backfill, backfill.key) == (50, True, b"k")
     shell.events(backfill, put(60), put(70), at=100)
-    # The header is the store's revision, and no proof.
+    # The header has the store's revision, which proves nothing.
     assert client.read() == ["#0 @70 put 60 k=v put 70 k=v"]
     shell.events(trunk, put(101))
     assert client.read() == []
@@ -41,7 +41,7 @@ def test_a_laggard_comes_to_its_trunk() -> None:
     assert shell.core.stats.joins_backfill == 1
 
 
-def test_what_the_trunk_already_holds_is_replayed_from_it() -> None:
+def test_revisions_that_the_trunk_holds_are_replayed_from_it() -> None:
     shell = Shell()
     client, backfill = behind(shell, 50)
     for revision in (101, 102, 103):
@@ -51,7 +51,7 @@ def test_what_the_trunk_already_holds_is_replayed_from_it() -> None:
     assert shell.closed == [backfill]
 
 
-def test_in_a_quiet_range_progress_proves_it() -> None:
+def test_progress_proves_a_backfill_in_a_quiet_range() -> None:
     shell = Shell()
     client, backfill = behind(shell, 50)
     assert backfill in shell.asked[-1]
@@ -63,11 +63,11 @@ def test_in_a_quiet_range_progress_proves_it() -> None:
     assert shell.closed == [backfill]
     assert client.session.watches[0].place is Place.IN_STEP
     shell.wait(5)
-    # Nobody waits any more; only bookmarks are asked for.
+    # No session waits any more; only bookmarks are requested.
     assert len(shell.asked) <= 4
 
 
-def test_a_progress_notify_proves_it_too() -> None:
+def test_progress_notify_proves_a_backfill() -> None:
     shell = Shell(ordered_progress=False)
     _, backfill = behind(shell, 50)
     shell.progressed(100, backfill)
@@ -77,7 +77,7 @@ def test_a_progress_notify_proves_it_too() -> None:
     assert shell.asked == []
 
 
-def test_laggards_share_one() -> None:
+def test_lagging_watches_share_a_backfill() -> None:
     shell = Shell()
     early, backfill = behind(shell, 50)
     same, _ = behind(shell, 50)
@@ -86,7 +86,7 @@ def test_laggards_share_one() -> None:
     shell.events(backfill, put(60), put(70), at=100)
     assert early.read() == same.read() == ["#0 @70 put 60 k=v put 70 k=v"]
     assert later.read() == ["#0 @70 put 70 k=v"]
-    # It still holds its last batch; what it has passed before, it cannot bring any more.
+    # It still holds its last batch, but not the ones before.
     held, _ = behind(shell, 55)
     assert len(shell.opened) == 2
     held.close()
@@ -95,8 +95,8 @@ def test_laggards_share_one() -> None:
     assert other is not backfill
 
 
-def test_an_older_laggard_takes_along_those_that_got_nothing_yet() -> None:
-    """A herd that comes newest first shares one backfill like any other."""
+def test_an_older_backfill_takes_over_those_with_no_event_yet() -> None:
+    """Many watches that arrive with the newest start first share one backfill, like in any other order."""
     shell = Shell(CoreLimits(backfills_max=1, backfill_share_revisions=30))
     newest, first = behind(shell, 60)
     newer, second = behind(shell, 50)
@@ -112,7 +112,7 @@ def test_an_older_laggard_takes_along_those_that_got_nothing_yet() -> None:
     assert shell.closed == [first, second, third]
 
 
-def test_what_brought_something_is_not_taken_over() -> None:
+def test_a_backfill_that_brought_events_is_not_taken_over() -> None:
     shell = Shell()
     _, newer = behind(shell, 50)
     shell.events(newer, put(60), at=100)
@@ -121,7 +121,7 @@ def test_what_brought_something_is_not_taken_over() -> None:
     assert shell.core.stats.backfills == 2
 
 
-def test_what_is_wanted_far_ahead_is_not_taken_over() -> None:
+def test_a_backfill_far_ahead_is_not_taken_over() -> None:
     shell = Shell(CoreLimits(backfill_share_revisions=30))
     behind(shell, 50)
     behind(shell, 75)
@@ -130,14 +130,14 @@ def test_what_is_wanted_far_ahead_is_not_taken_over() -> None:
     assert shell.core.stats.backfills == 2
 
 
-def test_who_wants_no_prev_kv_takes_nobody_along_who_does() -> None:
+def test_a_backfill_without_prev_kv_takes_over_none_with_it() -> None:
     shell = Shell()
     behind(shell, 50, prev_kv=True)
     behind(shell, 40)
     assert shell.closed == []
 
 
-def test_one_that_is_too_far_behind_is_not_shared() -> None:
+def test_a_backfill_too_far_behind_is_not_shared() -> None:
     shell = Shell(CoreLimits(backfill_share_revisions=10))
     _, backfill = behind(shell, 50)
     _, near = behind(shell, 60)
@@ -146,7 +146,7 @@ def test_one_that_is_too_far_behind_is_not_shared() -> None:
     assert far is not backfill
 
 
-def test_a_backfill_without_prev_kv_is_not_for_who_wants_it() -> None:
+def test_a_backfill_without_prev_kv_is_not_shared_with_prev_kv() -> None:
     shell = Shell()
     shell.trunk(100, shell.client(), prev_kv=True)
     plain, without = behind(shell, 50)
@@ -169,7 +169,7 @@ def test_a_slow_session_paces_its_backfill() -> None:
         if shell.paused:
             break
     assert shell.paused == [backfill]
-    # What was read before the pause took hold is kept.
+    # Batches read before the pause took effect are kept.
     held = revision
     shell.events(backfill, put(held + 1), at=100)
     client.drain()
@@ -183,8 +183,8 @@ def test_a_slow_session_paces_its_backfill() -> None:
 
 
 @pytest.mark.parametrize(("room", "held"), [(0, 3), (-1, 2)])
-def test_what_a_backfill_holds_for_a_slow_session_is_bounded(room: int, held: int) -> None:
-    """Three responses fit to the byte: the fourth finds it full. With a byte less the third does."""
+def test_memory_of_a_backfill_for_slow_sessions_is_bounded(room: int, held: int) -> None:
+    """Three responses fit exactly: the fourth exceeds the limit. With one byte less the third does."""
     cost = Batch(header(100), (put(50),), len(put(50).encoded)).memory_bytes
     shell = Shell(CoreLimits(backfill_bytes_max=3 * cost + room))
     client, backfill = behind(shell, 50)
@@ -197,7 +197,7 @@ def test_what_a_backfill_holds_for_a_slow_session_is_bounded(room: int, held: in
     assert shell.paused == [backfill]
 
 
-def test_a_sharer_that_stalls_is_left_and_later_gets_its_own() -> None:
+def test_a_long_stalled_watch_later_gets_its_own_backfill() -> None:
     shell = Shell(CoreLimits(backfill_bytes_max=1000))
     quick, backfill = behind(shell, 50)
     slow, shared = behind(shell, 50)
@@ -217,7 +217,7 @@ def test_a_sharer_that_stalls_is_left_and_later_gets_its_own() -> None:
     assert slow.read() == ["#0 @50 put 50 k=v", "#0 @51 put 51 k=v"]
 
 
-def test_a_sharer_that_stalls_briefly_stays() -> None:
+def test_a_briefly_stalled_watch_stays_on_its_backfill() -> None:
     shell = Shell()
     quick, backfill = behind(shell, 50)
     slow, _ = behind(shell, 50)
@@ -231,7 +231,7 @@ def test_a_sharer_that_stalls_briefly_stays() -> None:
     assert len(quick.read()) == 3
 
 
-def test_the_last_one_to_leave_closes_it() -> None:
+def test_the_last_watch_to_leave_closes_its_backfill() -> None:
     shell = Shell()
     one, backfill = behind(shell, 50)
     two, _ = behind(shell, 50)
@@ -242,7 +242,7 @@ def test_the_last_one_to_leave_closes_it() -> None:
     assert shell.core.stats.backfills == 0
 
 
-def test_backfills_are_bounded_and_the_others_wait_in_line() -> None:
+def test_backfills_are_bounded_and_further_watches_are_queued() -> None:
     shell = Shell(CoreLimits(backfills_max=1, backfill_share_revisions=0))
     first, backfill = behind(shell, 50)
     second, same = behind(shell, 60)
@@ -260,7 +260,7 @@ def test_backfills_are_bounded_and_the_others_wait_in_line() -> None:
     assert second.read() == ["#0 @60 put 60 k=v"]
 
 
-def test_who_stalls_in_line_steps_out_of_it() -> None:
+def test_a_queued_watch_that_stalls_leaves_the_queue() -> None:
     shell = Shell(CoreLimits(backfills_max=1, backfill_share_revisions=0))
     first, _ = behind(shell, 50)
     second, _ = behind(shell, 60)
@@ -273,8 +273,8 @@ def test_who_stalls_in_line_steps_out_of_it() -> None:
     assert second.session.watches[1].place is Place.QUEUED
 
 
-def test_compacted_in_the_past() -> None:
-    """Cancelled alone: a sharer who misses nothing lives on, and nobody else notices."""
+def test_compaction_cancels_backfill_watches_that_missed_events() -> None:
+    """A watch on the same backfill that missed nothing stays open, and others are not affected."""
     shell = Shell()
     lost, backfill = behind(shell, 50)
     lives, shared = behind(shell, 80)
@@ -283,7 +283,7 @@ def test_compacted_in_the_past() -> None:
     assert lost.read() == ["#0 @100 canceled compacted 80"]
     own = shell.opened[-1]
     assert own.start_revision == 80
-    # etcd may say it twice.
+    # etcd may send it twice.
     shell.canceled(backfill, compact_revision=80)
     shell.created(own, 100)
     shell.events(own, put(80), at=100)
@@ -291,7 +291,7 @@ def test_compacted_in_the_past() -> None:
     assert backfill not in shell.closed
 
 
-def test_compacted_where_it_has_already_been_read() -> None:
+def test_compaction_behind_a_backfill_cancels_no_watch() -> None:
     shell = Shell()
     client, backfill = behind(shell, 50)
     shell.events(backfill, put(60), at=100)
@@ -303,7 +303,7 @@ def test_compacted_where_it_has_already_been_read() -> None:
     assert client.read() == ["#0 @60 put 60 k=v", "#0 @62 put 62 k=v"]
 
 
-def test_a_large_catch_up_response_is_cut() -> None:
+def test_a_large_catch_up_response_is_split() -> None:
     size = len(put(50).encoded)
     shell = Shell(CoreLimits(response_bytes_max=2 * size))
     client, backfill = behind(shell, 50)
@@ -318,14 +318,14 @@ def test_a_large_catch_up_response_is_cut() -> None:
 # prev_kv
 
 
-def test_prev_kv_is_asked_for_only_when_somebody_wants_it() -> None:
+def test_prev_kv_is_requested_only_when_a_watch_wants_it() -> None:
     shell = Shell()
     trunk = shell.trunk(5, shell.client())
     other = shell.trunk(5, shell.client(), b"j", prev_kv=True)
     assert (trunk.prev_kv, other.prev_kv) == (False, True)
 
 
-def test_a_trunk_with_prev_kv_serves_those_who_do_not_want_it() -> None:
+def test_a_trunk_with_prev_kv_serves_watches_without_it() -> None:
     shell = Shell()
     wants, plain = shell.client(), shell.client()
     trunk = shell.trunk(5, wants, prev_kv=True)
@@ -336,7 +336,7 @@ def test_a_trunk_with_prev_kv_serves_those_who_do_not_want_it() -> None:
 
 
 def upgrade(shell: Shell) -> tuple[Client, Client, Upstream, Upstream]:
-    """A plain client on a trunk, and one that wants prev_kv from now; both upstream watches."""
+    """Return a plain client on a trunk, one that wants prev_kv from now, and both upstream watches."""
     plain, wants = shell.client(), shell.client()
     old = shell.trunk(5, plain)
     wants.create(prev_kv=True)
@@ -347,7 +347,7 @@ def upgrade(shell: Shell) -> tuple[Client, Client, Upstream, Upstream]:
     return plain, wants, old, new
 
 
-def test_the_first_who_wants_prev_kv_brings_a_second_upstream_watch() -> None:
+def test_the_first_watch_with_prev_kv_opens_an_upgrade() -> None:
     shell = Shell()
     plain, wants, old, new = upgrade(shell)
     shell.events(old, put(6))
@@ -365,7 +365,7 @@ def test_the_first_who_wants_prev_kv_brings_a_second_upstream_watch() -> None:
     assert shell.core.stats.upgrades == 1
 
 
-def test_the_new_one_may_be_ahead() -> None:
+def test_an_upgrade_may_be_ahead_of_its_trunk() -> None:
     shell = Shell()
     plain, wants, old, new = upgrade(shell)
     shell.created(new, 6)
@@ -375,7 +375,7 @@ def test_the_new_one_may_be_ahead() -> None:
     assert shell.closed == [old]
 
 
-def test_while_it_is_behind_live_watches_do_not_wait_for_it() -> None:
+def test_live_watches_do_not_wait_for_an_upgrade() -> None:
     shell = Shell()
     plain, wants, old, new = upgrade(shell)
     shell.created(new, 6)
@@ -391,7 +391,7 @@ def test_while_it_is_behind_live_watches_do_not_wait_for_it() -> None:
     assert plain.read() == []
 
 
-def test_in_a_quiet_range_progress_brings_them_together() -> None:
+def test_progress_completes_an_upgrade_in_a_quiet_range() -> None:
     shell = Shell()
     plain, wants, old, new = upgrade(shell)
     shell.created(new, 5)
@@ -424,14 +424,14 @@ def test_below_the_upgrade_the_history_has_no_prev_kv() -> None:
     assert plain.read() == ["#0 @6 put 6 k=v", "#0 @7 put 7 k=v"]
 
 
-def test_an_upgrade_that_nobody_wants_any_more_is_closed() -> None:
+def test_an_unused_upgrade_is_closed() -> None:
     shell = Shell()
     _, wants, _, new = upgrade(shell)
     wants.cancel(0)
     assert shell.closed == [new]
 
 
-def test_who_stalls_during_the_upgrade_loses_nothing() -> None:
+def test_a_stall_during_an_upgrade_loses_nothing() -> None:
     shell = Shell()
     plain, wants, old, new = upgrade(shell)
     shell.created(new, 5)
@@ -446,8 +446,8 @@ def test_who_stalls_during_the_upgrade_loses_nothing() -> None:
     assert wants.read() == ["#0 @6 put 6 k=v (was u)", "#0 @7 put 7 k=v (was v)"]
 
 
-def test_an_upgrade_does_not_begin_below_a_compaction() -> None:
-    """It was opened, cancelled and opened again at the same revision for ever."""
+def test_an_upgrade_does_not_start_below_the_compact_revision() -> None:
+    """It was opened, cancelled and opened again at the same revision without end."""
     shell = Shell()
     plain, wants, past = shell.client(), shell.client(), shell.client()
     old = shell.trunk(5, plain)
@@ -457,7 +457,7 @@ def test_an_upgrade_does_not_begin_below_a_compaction() -> None:
     again = shell.opened[-1]
     assert (again.start_revision, again.is_backfill) == (10, False)
     shell.created(again, 11)
-    # It cannot take over before the trunk has brought what lies between.
+    # It cannot take over before the trunk has brought the revisions in between.
     shell.progressed(11, again)
     assert shell.closed == []
     shell.events(old, put(8), at=11)
@@ -472,8 +472,8 @@ def test_an_upgrade_does_not_begin_below_a_compaction() -> None:
     assert wants.read()[-1] == "#0 @12 put 12 k=v (was u)"
 
 
-def test_an_upgrade_stays_for_those_on_other_backfills() -> None:
-    """It went with its last own watch, and who wanted prev_kv could never come to the trunk."""
+def test_an_upgrade_stays_for_watches_on_other_backfills() -> None:
+    """It was closed with its last own watch, and watches with prev_kv could never move to the trunk."""
     shell = Shell()
     plain, wants, future = shell.client(), shell.client(), shell.client()
     trunk = shell.trunk(100, plain)
@@ -495,7 +495,7 @@ def test_an_upgrade_stays_for_those_on_other_backfills() -> None:
     assert plain.read() == ["#0 @101 put 101 k=v"]
 
 
-def test_an_upgrade_that_is_compacted_comes_back_for_those_who_need_it() -> None:
+def test_a_compacted_upgrade_is_reopened_if_needed() -> None:
     shell = Shell()
     wants, near = shell.client(), shell.client()
     trunk = shell.trunk(100, shell.client())
@@ -511,8 +511,8 @@ def test_an_upgrade_that_is_compacted_comes_back_for_those_who_need_it() -> None
     assert trunk not in shell.closed
 
 
-def test_a_backfill_that_is_of_no_use_is_not_read_on() -> None:
-    """Other ranges took the memory: its only watch does not read, and has to begin again where it was."""
+def test_an_unusable_backfill_is_not_read_further() -> None:
+    """Other ranges took the memory, and its only watch does not read: that watch restarts at its position later."""
     shell = Shell(CoreLimits(history_bytes_total_max=1))
     shell.trunk(100, shell.client())
     client = shell.client()

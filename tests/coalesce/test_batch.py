@@ -1,4 +1,4 @@
-"""Batches, variants, fragments: what bytes a watch of each kind gets."""
+"""Batches, variants, fragments: the bytes that a watch of each kind gets."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ def lines(payload: Payload | None, watch_id: int = 0) -> list[str]:
         (NO_PUT | NO_DELETE, None),
     ],
 )
-def test_each_variant_sees_its_own(variant: int, line: str | None) -> None:
+def test_each_variant_gets_its_own_events(variant: int, line: str | None) -> None:
     payload = payload_of(variant, put(7, b"a", b"1", b"0"), delete(8, b"b", b"2"), put(9, b"c", b"3"))
     assert lines(payload) == ([] if line is None else [line])
     if payload is not None:
         assert payload.header.revision == payload.last_revision
 
 
-def test_the_header_is_at_its_own_last_event_and_else_as_it_came() -> None:
+def test_the_header_has_the_revision_of_its_last_event() -> None:
     assert lines(payload_of(NO_DELETE, put(7), delete(8), at=500)) == ["#0 @7 put 7 k=v"]
     payload = Variants(header(8), [put(8)], EVERYTHING, False).payload(0)
     assert payload is not None
     assert payload.header.encoded == header(8).encoded
 
 
-def test_equal_ids_share_the_very_same_bytes() -> None:
+def test_equal_ids_share_the_same_bytes_object() -> None:
     payload = payload_of(0, put(7))
     assert payload is not None
     assert payload.pieces(3)[0] is payload.pieces(3)[0]
@@ -67,21 +67,21 @@ def test_equal_ids_share_the_very_same_bytes() -> None:
 
 
 @pytest.mark.parametrize("watch_id", [0, 3, 300, -5])
-def test_one_message_alone_is_the_same_as_ever(watch_id: int) -> None:
+def test_a_single_message_equals_the_pieces(watch_id: int) -> None:
     payload = payload_of(0, put(7), delete(8))
     assert payload is not None
     assert (payload.message(watch_id),) == payload.pieces(watch_id)
     assert payload.message(watch_id) is not payload.pieces(watch_id)[0]
 
 
-def test_fragments_are_no_message_alone() -> None:
+def test_fragments_are_not_a_single_message() -> None:
     payload = payload_of(FRAGMENT, put(7), put(8), fragment_bytes=1)
     assert payload is not None
     assert len(payload.pieces(0)) == 2
     assert payload.message(0) is None
 
 
-def test_the_first_id_is_remembered_however_large_and_many_ids_are_not() -> None:
+def test_the_first_id_is_always_cached_but_not_many_ids() -> None:
     payload = payload_of(FRAGMENT, put(7, value=b"x" * 3_000_000), put(8), fragment_bytes=1)
     assert payload is not None
     first = payload.pieces(1)[0]
@@ -91,7 +91,7 @@ def test_the_first_id_is_remembered_however_large_and_many_ids_are_not() -> None
 
 @pytest.mark.parametrize("more", [0, 1])
 def test_large_events_are_shared_by_all_ids(more: int) -> None:
-    """From one byte above the bound on they are a piece of their own."""
+    """From one byte above the bound on they are a separate piece."""
     around = len(put(7, value=bytes(4000)).encoded) - 4000
     payload = payload_of(0, put(7, value=bytes(COPIED_BYTES_MAX - around + more)))
     assert payload is not None
@@ -104,8 +104,8 @@ def test_large_events_are_shared_by_all_ids(more: int) -> None:
 @pytest.mark.parametrize("ids", [(0,), (3, 5, 7), (300, 301)])
 @pytest.mark.parametrize("size", [1, 2 * COPIED_BYTES_MAX])
 @pytest.mark.parametrize("variant", [0, FRAGMENT])
-def test_columns_are_the_pieces_of_many_watches(ids: tuple[int, ...], size: int, variant: int) -> None:
-    """Ids of one length, several watches of an id; the same whatever was asked for before."""
+def test_columns_equal_the_pieces_of_many_watches(ids: tuple[int, ...], size: int, variant: int) -> None:
+    """Ids of one length, several watches per id; the result does not depend on earlier calls."""
     events = [put(7, value=b"x" * size), put(8)]
     wanted = [(watch_id, encode_watch_id(watch_id), count) for count, watch_id in enumerate(ids, 1)]
     for asked_before in (False, True):
@@ -119,14 +119,14 @@ def test_columns_are_the_pieces_of_many_watches(ids: tuple[int, ...], size: int,
         assert list(zip(*columns, strict=True)) == rows
 
 
-def test_variants_that_differ_in_nothing_share_one_payload() -> None:
+def test_variants_with_equal_results_share_one_payload() -> None:
     variants = Variants(header(7), [put(7)], EVERYTHING, False)
     assert variants.payload(0) is variants.payload(PREV_KV)
     assert variants.payload(0) is variants.payload(FRAGMENT)
     assert variants.payload(0) is not variants.payload(NO_DELETE)
 
 
-def test_the_size_is_what_goes_out() -> None:
+def test_the_size_is_that_of_the_bytes_sent() -> None:
     for variant in (0, FRAGMENT):
         payload = payload_of(variant, *[put(7, b"%d" % n, b"x" * 50) for n in range(9)], fragment_bytes=200)
         assert payload is not None
@@ -166,7 +166,7 @@ def test_large_fragments_are_not_copied_for_each_watch() -> None:
     assert all(mine is yours for mine, yours in zip(one[1::2], other[1::2], strict=True))
 
 
-def test_a_response_is_split_from_the_limit_on_and_not_below() -> None:
+def test_a_response_is_split_from_the_limit_on() -> None:
     events = [put(7, b"a", b"x" * 100), put(7, b"b", b"x" * 100)]
     whole = payload_of(0, *events)
     assert whole is not None
@@ -180,7 +180,7 @@ def test_a_response_is_split_from_the_limit_on_and_not_below() -> None:
     assert len(unasked.pieces(0)) == 1
 
 
-def test_a_batch_is_cut_between_revisions_only() -> None:
+def test_a_batch_is_split_between_revisions_only() -> None:
     events = [put(7, b"a"), put(7, b"b"), put(8, b"c"), put(9, b"d"), put(9, b"e")]
     each = len(events[0].encoded)
     response = WatchResponse(header(50), events=events)

@@ -1,4 +1,4 @@
-"""How watches, sessions and trunks end, and who is spared."""
+"""How watches, sessions and trunks end, and which of them stay open."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_cancel() -> None:
     assert other.read() == ["#0 @5 created", "#0 @6 put 6 k=v", "#0 @7 put 7 k=v"]
 
 
-def test_a_trunk_lingers_and_a_client_that_comes_back_finds_its_history() -> None:
+def test_a_trunk_lingers_with_its_history() -> None:
     shell = Shell(CoreLimits(linger_s=2))
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -47,7 +47,7 @@ def test_a_trunk_lingers_and_a_client_that_comes_back_finds_its_history() -> Non
     assert len(shell.opened) == 1
 
 
-def test_what_a_closed_upstream_still_sends_is_ignored() -> None:
+def test_responses_of_a_closed_upstream_watch_are_ignored() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -65,8 +65,8 @@ def test_what_a_closed_upstream_still_sends_is_ignored() -> None:
 # by a compaction
 
 
-def test_a_compaction_ends_those_who_missed_something() -> None:
-    """Watches that need the compact revision or later live on, on a new upstream watch."""
+def test_a_compaction_cancels_only_watches_that_missed_events() -> None:
+    """Watches that need the compact revision or later stay open, on a new upstream watch."""
     shell = Shell()
     live, future, edge, other = (shell.client() for _ in range(4))
     trunk = shell.trunk(5, live)
@@ -89,7 +89,7 @@ def test_a_compaction_ends_those_who_missed_something() -> None:
     assert other.read() == ["#0 @21 put 21 j=v"]
 
 
-def test_a_compaction_that_nobody_missed_anything_by() -> None:
+def test_a_compaction_by_which_no_event_was_missed() -> None:
     shell = Shell()
     client, slow = shell.client(), shell.client()
     trunk = shell.trunk(5, client)
@@ -107,7 +107,7 @@ def test_a_compaction_that_nobody_missed_anything_by() -> None:
     assert client.read() == ["#0 @6 put 6 k=v", "#0 @7 put 7 k=v", "#0 @9 put 9 k=v"]
 
 
-def test_a_compacted_trunk_of_nobody_just_goes() -> None:
+def test_an_unused_compacted_trunk_is_removed() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -129,7 +129,7 @@ def test_a_compacted_start_is_created_and_then_canceled() -> None:
     assert shell.core.stats.trunks == 0
 
 
-def test_a_trunk_that_is_compacted_before_its_created_opens_anew_for_those_who_wait() -> None:
+def test_a_trunk_compacted_before_its_created_is_reopened() -> None:
     shell = Shell()
     past, now = shell.client(), shell.client()
     past.create(start=98)
@@ -147,7 +147,7 @@ def test_a_trunk_that_is_compacted_before_its_created_opens_anew_for_those_who_w
     assert past.read() == ["#0 @101 canceled compacted 100"]
 
 
-def test_a_stalled_watch_is_told_behind_what_is_unsent() -> None:
+def test_a_cancel_follows_the_unsent_bytes_of_a_stalled_watch() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -197,7 +197,7 @@ def test_a_lost_trunk_ends_its_sessions_and_no_others() -> None:
 
 
 def test_any_loss_ends_the_stream_but_refuses_a_create() -> None:
-    """Python's etcd3 and aetcd wait for ever on a `canceled` without compact_revision."""
+    """Python's etcd3 and aetcd wait without end on a `canceled` without compact_revision."""
     shell = Shell()
     client, waiting = shell.client(), shell.client()
     trunk = shell.trunk(5, client)
@@ -211,8 +211,8 @@ def test_any_loss_ends_the_stream_but_refuses_a_create() -> None:
     assert shell.core.stats.watches == 0
 
 
-def test_a_create_that_is_too_large_for_etcd_ends_its_stream() -> None:
-    """As etcd ends it: there is no answer to such a create."""
+def test_a_create_too_large_for_etcd_ends_its_stream() -> None:
+    """As in etcd: there is no answer to such a create."""
     shell = Shell()
     large, other = shell.client(), shell.client()
     shell.trunk(5, other)
@@ -223,7 +223,7 @@ def test_a_create_that_is_too_large_for_etcd_ends_its_stream() -> None:
     assert other.ended is None
 
 
-def test_a_lost_backfill_ends_only_those_on_it() -> None:
+def test_a_lost_backfill_ends_only_its_sessions() -> None:
     shell = Shell()
     client, behind = shell.client(), shell.client()
     shell.trunk(100, client)
@@ -234,7 +234,7 @@ def test_a_lost_backfill_ends_only_those_on_it() -> None:
     assert shell.core.stats.backfills == 0
 
 
-def test_a_refused_token_is_not_the_end_while_there_is_another() -> None:
+def test_another_token_replaces_a_refused_one() -> None:
     shell = Shell()
     one, two = shell.client(b"one"), shell.client(b"two")
     trunk = shell.trunk(5, one)
@@ -247,7 +247,7 @@ def test_a_refused_token_is_not_the_end_while_there_is_another() -> None:
     shell.created(again, 7)
     shell.events(again, put(7))
     assert one.read() == ["#0 @6 put 6 k=v", "#0 @7 put 7 k=v"]
-    # What was refused once may be tried again after a success.
+    # A token refused once may be tried again after a success.
     assert again.token == b"one"
     shell.canceled(again, reason="no")
     shell.canceled(shell.opened[-1], reason="no")
@@ -263,13 +263,13 @@ def test_a_refused_token_is_not_the_end_while_there_is_another() -> None:
         UpstreamLost(3, "etcdserver: revision of auth store is old"),
     ],
 )
-def test_a_token_refused_at_a_registration_is_not_the_end_either(reason: UpstreamLost) -> None:
+def test_another_token_replaces_one_refused_at_registration(reason: UpstreamLost) -> None:
     shell = Shell()
     one, two = shell.client(b"one"), shell.client(b"two")
     trunk = shell.trunk(5, one)
     two.create(start=6)
     assert trunk.token == b"one"
-    # The refusal is about the token that was asked for, even if its session is gone meanwhile.
+    # The refusal applies to the token that was used, even if its session has ended meanwhile.
     one.close()
     shell.do(shell.core.upstream_lost, trunk, reason)
     again = shell.opened[-1]
@@ -279,7 +279,7 @@ def test_a_token_refused_at_a_registration_is_not_the_end_either(reason: Upstrea
     assert shell.core.stats.trunks == 0
 
 
-def test_a_trunk_that_is_refused_at_once_opens_with_another_token() -> None:
+def test_a_trunk_refused_at_once_opens_with_another_token() -> None:
     shell = Shell()
     one, two = shell.client(b"one"), shell.client(b"two")
     one.create()
@@ -292,7 +292,7 @@ def test_a_trunk_that_is_refused_at_once_opens_with_another_token() -> None:
     assert one.read() == two.read() == ["#0 @5 created"]
 
 
-def test_no_leader_ends_those_who_asked_to_be_told() -> None:
+def test_no_leader_ends_sessions_with_hasleader() -> None:
     shell = Shell()
     asked, waits = shell.client(has_leader=True), shell.client()
     trunk = shell.trunk(5, asked)
@@ -305,7 +305,7 @@ def test_no_leader_ends_those_who_asked_to_be_told() -> None:
 
 
 def test_a_restored_store() -> None:
-    """Watches that were sent anything end as by a compaction: from where on the histories differ is not known."""
+    """Watches that received anything end as by a compaction: it is unknown where the histories begin to differ."""
     shell = Shell()
     client, slow, future = shell.client(), shell.client(), shell.client()
     trunk = shell.trunk(50, client)
@@ -339,7 +339,7 @@ def test_a_restored_store() -> None:
     assert future.read() == ["#0 @90 put 90 k=true"]
 
 
-def test_a_restored_store_that_has_grown_past_what_was_known() -> None:
+def test_a_restored_store_that_grew_past_the_known_revision() -> None:
     shell = Shell()
     client, near, far = shell.client(), shell.client(), shell.client()
     shell.trunk(50, client)
@@ -349,7 +349,7 @@ def test_a_restored_store_that_has_grown_past_what_was_known() -> None:
         each.read()
     shell.do(shell.core.other_history, header(70))
     reason = "watchmux: the store has another history than before (restored from a snapshot?)"
-    # 60 is there already, with something that nobody sent.
+    # Revision 60 exists already, with an event that was never sent.
     assert client.read() == near.read() == [f"#0 @70 canceled compacted 70 ({reason})"]
     again = shell.opened[-1]
     assert again.start_revision == 71
@@ -360,7 +360,7 @@ def test_a_restored_store_that_has_grown_past_what_was_known() -> None:
     assert shell.opened[-1].start_revision == 60, "the old history is gone"
 
 
-def test_who_waits_for_now_reads_it_again_when_the_store_went_back() -> None:
+def test_a_create_rereads_now_after_a_restore() -> None:
     shell = Shell()
     client = shell.client()
     client.create()
@@ -372,7 +372,7 @@ def test_who_waits_for_now_reads_it_again_when_the_store_went_back() -> None:
     assert client.read() == ["#0 @21 created"]
 
 
-def test_progress_of_a_restored_store_does_not_wait_for_the_old_one() -> None:
+def test_progress_after_a_restore_ignores_old_targets() -> None:
     shell = Shell()
     client, future = shell.client(), shell.client()
     trunk = shell.trunk(50, client)
@@ -400,7 +400,7 @@ def test_progress_of_a_restored_store_does_not_wait_for_the_old_one() -> None:
 
 
 def test_a_session_of_many_watches_ends_in_steps() -> None:
-    """Others go on meanwhile, and nothing of it is left in the end."""
+    """Others are served meanwhile, and nothing of the session is left in the end."""
     shell = Shell(CoreLimits(step_watches_max=10))
     leaver, other = shell.client(), shell.client()
     trunk = shell.trunk(5, other)
@@ -420,7 +420,7 @@ def test_a_session_of_many_watches_ends_in_steps() -> None:
     assert len(other.read()) == len(left) - 1
 
 
-def test_a_trunk_is_lost_while_a_session_leaves_it() -> None:
+def test_a_trunk_is_lost_while_a_session_is_leaving_it() -> None:
     shell = Shell(CoreLimits(step_watches_max=1))
     leaver, other = shell.client(), shell.client()
     trunk = shell.trunk(5, other)
@@ -434,7 +434,7 @@ def test_a_trunk_is_lost_while_a_session_leaves_it() -> None:
     assert (shell.core.stats.watches, shell.core.stats.trunks) == (0, 0)
 
 
-def test_many_ranges_are_given_up_in_steps() -> None:
+def test_many_ranges_are_closed_in_steps() -> None:
     shell = Shell(CoreLimits(step_watches_max=10, linger_s=2))
     client = shell.client()
     for number in range(35):

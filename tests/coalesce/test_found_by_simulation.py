@@ -1,4 +1,4 @@
-"""What the simulator found in the core, as the shortest stories that show it; the seeds were of its early versions."""
+"""Bugs that the simulator found in the core, as the shortest tests that show them; seeds are of early versions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from tests.coalesce.shell import Shell, header, put
 INTERNAL, UNAUTHENTICATED = 13, 16
 
 
-def test_an_upgrade_takes_over_only_from_where_the_trunk_stands() -> None:
-    """Seeds 11033, 14069: while the trunk opened anew the upgrade went on, and what lay between was skipped."""
+def test_an_upgrade_takes_over_only_at_the_trunks_position() -> None:
+    """Seeds 11033, 14069: while the trunk reopened the upgrade advanced, and the events in between were skipped."""
     shell = Shell()
     one, two = shell.client(b"one"), shell.client(b"two")
     trunk = shell.trunk(5, one)
@@ -30,8 +30,8 @@ def test_an_upgrade_takes_over_only_from_where_the_trunk_stands() -> None:
     assert again in shell.closed
 
 
-def test_creates_of_one_session_do_not_join_a_trunk_that_is_lost() -> None:
-    """Seed 2804: the refusal of the first let the second be decided while the trunk was on its way out."""
+def test_creates_do_not_join_a_lost_trunk() -> None:
+    """Seed 2804: after the refusal of the first create the second was decided while the trunk was being removed."""
     shell = Shell()
     client = shell.client()
     client.create()
@@ -44,8 +44,8 @@ def test_creates_of_one_session_do_not_join_a_trunk_that_is_lost() -> None:
     assert shell.core.stats.trunks == 0
 
 
-def test_progress_after_a_restore_does_not_wait_for_the_old_revisions() -> None:
-    """Seed 833: the groups of a trunk remembered what they had been sent of the history that never was."""
+def test_progress_after_a_restore_ignores_old_revisions() -> None:
+    """Seed 833: the groups of a trunk kept the sent revisions of the discarded history."""
     shell = Shell()
     one, two = shell.client(), shell.client()
     trunk = shell.trunk(5, one)
@@ -65,8 +65,8 @@ def test_progress_after_a_restore_does_not_wait_for_the_old_revisions() -> None:
     assert three.read() == ["#0 @6 created", "#-1 @7 progress"]
 
 
-def test_a_stalled_session_does_not_keep_a_place_from_others() -> None:
-    """Seeds 39, 1604: whoever stalled in the middle of its backfill kept it, and all who waited in line starved."""
+def test_a_stalled_session_does_not_occupy_a_backfill() -> None:
+    """Seeds 39, 1604: a session that stalled during its backfill kept it, and all queued watches starved."""
     shell = Shell(CoreLimits(backfills_max=1, backfill_share_revisions=0))
     live, one, two = shell.client(), shell.client(), shell.client()
     trunk = shell.trunk(9, live)

@@ -1,4 +1,4 @@
-"""What a client can make the core keep counts for a limit, and is given back when its cause is gone."""
+"""Everything that a client can make the core keep counts for a limit, and is freed when its cause has ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REVISION = 100
 
 
 def ask(shell: Shell, client: Client, key: bytes) -> None:
-    """Have the client create a watch of a compacted revision, and etcd register its range."""
+    """Let the client create a watch at a compacted revision, and etcd register its range."""
     client.create(key, start=REVISION - 2)
     while shell.core._hub.joining.current is not None:
         shell.read_now(REVISION)
@@ -20,13 +20,13 @@ def ask(shell: Shell, client: Client, key: bytes) -> None:
 
 
 def compacted_watch(shell: Shell, client: Client, key: bytes) -> None:
-    """Have a compaction cancel a new watch."""
+    """Let a compaction cancel a new watch."""
     ask(shell, client, key)
     shell.canceled(shell.opened[-1], compact_revision=REVISION - 1)
 
 
 def test_ids_that_a_compaction_cancelled_count_as_watches() -> None:
-    """etcd keeps them until the client cancels them, and so it is here: they are memory like watches."""
+    """As in etcd, they are kept until the client cancels them: they take memory like watches."""
     shell = Shell(CoreLimits(watches_per_session_max=2, watches_max=3))
     one, two = shell.client(), shell.client()
     for key in (b"a", b"b"):
@@ -36,7 +36,7 @@ def test_ids_that_a_compaction_cancelled_count_as_watches() -> None:
     ask(shell, one, b"c")
     refused = "#-1 @100 created canceled (watchmux: the limit of 2 watches of one stream is reached)"
     assert one.read() == [refused]
-    # Of all sessions together as well.
+    # They count for the limit of all sessions, too.
     compacted_watch(shell, two, b"d")
     two.read()
     ask(shell, two, b"e")
@@ -55,8 +55,8 @@ def kept(kind: type) -> int:
     return sum(isinstance(each, kind) for each in gc.get_objects())
 
 
-def test_a_read_does_not_keep_the_sessions_that_left() -> None:
-    """An etcd that does not answer, and clients that come, ask and go."""
+def test_a_read_does_not_keep_closed_sessions() -> None:
+    """Clients connect, create a watch and leave while etcd does not answer."""
     shell = Shell()
     before = kept(Session)
     for _ in range(20):
@@ -74,7 +74,7 @@ def test_a_read_does_not_keep_the_sessions_that_left() -> None:
     assert stays.read() == ["#0 @5 created"]
 
 
-def test_what_laggards_share_is_let_go_with_the_last_of_them() -> None:
+def test_cached_replays_are_freed_with_the_last_lagging_watch() -> None:
     shell = Shell(CoreLimits(replay_bytes_max=1))
     slow = shell.client()
     trunk = shell.trunk(5, slow)
@@ -89,7 +89,7 @@ def test_what_laggards_share_is_let_go_with_the_last_of_them() -> None:
     assert kept(Payload) == before
 
 
-def test_the_tokens_that_were_refused_are_forgotten_with_the_next_created() -> None:
+def test_refused_tokens_are_forgotten_with_the_next_created() -> None:
     shell = Shell()
     client, other = shell.client(b"bad"), shell.client(b"good")
     trunk = shell.trunk(5, client)

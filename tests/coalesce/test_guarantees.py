@@ -1,7 +1,7 @@
-"""The guarantee checkers: each broken promise is found by its own checker and by no other, and clean lives stay clean.
+"""The guarantee checkers: each violation is found by its own checker only, and clean lives have no violations.
 
-The truth below is one small story; a log is written by hand against it. A checker that finds too much is as bad as one
-that finds too little: nobody believes it for long.
+The truth below is one short history; the logs are written by hand against it. A checker that reports too much is as bad
+as one that reports too little: it is soon ignored.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ A, B5 = R[5]
 
 
 def events(*revisions: int) -> list[Change]:
-    """The story's changes of [a, c) at these revisions."""
+    """Return the truth's changes of [a, c) at these revisions."""
     return [change for revision in revisions for change in R[revision] if change.key < b"c"]
 
 
 def response(*revisions: int, fragment: bool = False) -> Received:
-    """One response with these revisions under its own last event's header."""
+    """Return one response with these revisions, whose header has the revision of its last event."""
     return Received(revisions[-1], events(*revisions), fragment)
 
 
 def life(*records: WatchRecord, start: int | None = 2, **asked: bool) -> WatchLog:
-    """A log of a watch of [a, c), created at once."""
+    """Return a log of a watch of [a, c), created at once."""
     return WatchLog(b"a", b"c", **asked, records=[Opened(start), Created(9), *records])
 
 
@@ -127,14 +127,14 @@ CLEAN: dict[str, WatchLog] = {
 
 
 @pytest.mark.parametrize("name", CLEAN)
-def test_a_clean_life_breaks_nothing(name: str) -> None:
-    """The quick judgement and each checker on its own agree that nothing is wrong."""
+def test_a_clean_life_has_no_violations(name: str) -> None:
+    """The quick check and each single checker report nothing."""
     assert check(CLEAN[name], TRUTH, 9, safe_headers=True) == []
     assert [v for checker in (*GUARANTEES, header_safe) for v in checker(Life(CLEAN[name], TRUTH, 9))] == []
 
 
-def test_a_clean_life_is_judged_quickly() -> None:
-    """Every clean life above, repeated cancels and all, passes without a look at single events."""
+def test_a_clean_life_passes_the_quick_check() -> None:
+    """Every clean life above, including repeated cancels, passes without checking single events."""
     assert [name for name, log in CLEAN.items() if not Life(log, TRUTH, 9).faultless()] == []
 
 
@@ -208,7 +208,7 @@ BROKEN: list[tuple[str, str, WatchLog]] = [
 
 
 @pytest.mark.parametrize(("guarantee", "name", "log"), BROKEN, ids=[f"{g}: {n}" for g, n, _ in BROKEN])
-def test_a_broken_promise_is_found_by_its_checker_alone(guarantee: str, name: str, log: WatchLog) -> None:
+def test_each_violation_is_found_by_its_checker_only(guarantee: str, name: str, log: WatchLog) -> None:
     assert broken(log, 9) == {guarantee}, name
 
 
@@ -218,7 +218,7 @@ def test_each_guarantee_has_a_history_that_breaks_it() -> None:
 
 
 def prev(*, of: int, key: bytes = b"a") -> Change:
-    """The story's change at this revision with its true prev_kv."""
+    """Return the truth's change at this revision with its true prev_kv."""
     change = TRUTH.find(of, key)
     assert change is not None
     return change
@@ -229,7 +229,7 @@ def test_prev_kv_is_the_value_before_or_absent_after_compaction() -> None:
     assert [each.prev and each.prev.value for each in full] == [b"1", b"2", b"3", None]
     watch = WatchLog(b"a", prev_kv=True, records=[Opened(4), Created(9), Received(9, full)])
     assert broken(watch, 9) == set()
-    # Revision 3, at which the value before 4 stood, is below the compaction at 5; revision 6 is not.
+    # Revision 3, which has the value before 4, is below the compaction at 5; revision 6 is not.
     watch.records[-1] = Received(9, [full[0]._replace(prev=None), *full[1:]])
     assert broken(watch, 9) == set()
     watch.records[-1] = Received(9, [*full[:2], full[2]._replace(prev=None), full[3]])
@@ -240,7 +240,7 @@ def test_prev_kv_is_the_value_before_or_absent_after_compaction() -> None:
     assert broken(watch, 9) == {"prev_kv_true"}
 
 
-def test_a_truth_that_begins_in_the_middle_does_not_guess_values_before() -> None:
+def test_a_partial_truth_does_not_guess_previous_values() -> None:
     truth = Truth(STORY[3:])
     watch = WatchLog(
         b"a", prev_kv=True, records=[Opened(5), Created(9), Received(9, [prev(of=5), prev(of=7), prev(of=8)])]
@@ -248,18 +248,18 @@ def test_a_truth_that_begins_in_the_middle_does_not_guess_values_before() -> Non
     assert broken(watch, 9, truth) == set()
 
 
-def test_without_a_last_revision_only_what_came_is_judged() -> None:
+def test_without_a_last_revision_only_the_received_is_checked() -> None:
     assert broken(life(response(2, 3))) == set()
     assert broken(life(response(2, 3)), 4) == {"resumable"}
 
 
-def test_a_broken_run_of_fragments_at_the_end_was_not_seen() -> None:
+def test_an_incomplete_run_at_the_end_is_ignored() -> None:
     watch = life(response(2, 3, 4), Received(5, [A], True))
     assert broken(watch) == set()
     assert broken(watch, 5) == {"resumable"}
 
 
-def test_many_violations_are_cut_to_a_few_each() -> None:
+def test_violations_are_limited_per_guarantee() -> None:
     changes = [put(revision, b"a", b"v") for revision in range(2, 200)]
     log = WatchLog(b"a", records=[Opened(2), Created(200)])
     assert 0 < len(check(log, Truth(changes), 200)) < 20
@@ -275,7 +275,7 @@ def test_many_violations_are_cut_to_a_few_each() -> None:
         (b"", b"", [b"\0"], [b"a"]),
     ],
 )
-def test_ranges_are_etcds(key: bytes, range_end: bytes, inside: list[bytes], outside: list[bytes]) -> None:
+def test_ranges_are_like_etcds(key: bytes, range_end: bytes, inside: list[bytes], outside: list[bytes]) -> None:
     assert all(in_range(each, key, range_end) for each in inside)
     assert not any(in_range(each, key, range_end) for each in outside)
     truth = Truth([put(number, each, b"") for number, each in enumerate([*inside, *outside], 2)])
@@ -287,8 +287,8 @@ def test_the_truth_must_be_ordered() -> None:
         Truth([put(3, b"a", b""), put(2, b"b", b"")])
 
 
-def test_the_quick_judgement_agrees_with_the_checkers() -> None:
-    """What passes at a glance passes every checker; what all checkers pass is plain but for some order."""
+def test_the_quick_check_agrees_with_the_checkers() -> None:
+    """A log that passes the quick check passes every checker; the converse holds except for order in a revision."""
     rng = random.Random(7)
     for _ in range(3000):
         log = _corrupted(rng)
@@ -296,7 +296,7 @@ def test_the_quick_judgement_agrees_with_the_checkers() -> None:
         if Life(log, TRUTH, 9).faultless():
             assert found == [], log
         elif not found:
-            # Only the order of the operations inside one revision is nobody's promise.
+            # Only the order of the operations within one revision is not guaranteed.
             in_order = [
                 r._replace(changes=sorted(r.changes, key=_place)) if isinstance(r, Received) else r for r in log.records
             ]
@@ -309,7 +309,7 @@ def _place(change: Change) -> tuple[int, bytes]:
 
 
 def _corrupted(rng: random.Random) -> WatchLog:
-    """One of the clean lives with a random small wound (which may turn out to be none)."""
+    """Return one of the clean lives with a random small change (which may have no effect)."""
     model = CLEAN[rng.choice(list(CLEAN))]
     log = WatchLog(*model.asked, records=list(model.records))
     for _ in range(rng.randint(1, 2)):

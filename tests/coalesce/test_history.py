@@ -1,4 +1,4 @@
-"""The window of a source: what it replays, and what it drops when."""
+"""Histories: what they replay, and what they evict when."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ FILLED = (batch(put(3)), batch(put(5), put(6), delete(7)), batch(delete(10)))
         (6, NO_PUT, "#0 @10 delete 7 k delete 10 k"),
     ],
 )
-def test_a_replay_joins_what_was_missed(position: int, variant: int, line: str | None) -> None:
+def test_a_replay_joins_the_missed_events(position: int, variant: int, line: str | None) -> None:
     assert replayed(history(*FILLED), position, variant) == (line, None)
 
 
-def test_an_empty_history_has_nothing() -> None:
+def test_an_empty_history_replays_nothing() -> None:
     assert replayed(history(), 1) == (None, None)
 
 
-def test_a_replay_is_cut_between_revisions() -> None:
+def test_a_replay_is_split_between_revisions() -> None:
     made = history(batch(put(3, b"a"), put(3, b"b")), batch(put(4, b"c"), put(5, b"d")), batch(put(6, b"e")))
     each = len(put(3, b"a").encoded)
 
@@ -78,18 +78,18 @@ def test_a_replay_is_cut_between_revisions() -> None:
     assert steps(5 * each - 1) == [f"#0 @5 {one} {two} {three}", f"#0 @6 {four}"]
     assert steps(3 * each) == [f"#0 @4 {one} {two}", f"#0 @6 {three} {four}"]
     assert steps(2 * each) == [f"#0 @3 {one}", f"#0 @5 {two} {three}", f"#0 @6 {four}"]
-    # A revision that is too large on its own goes out whole.
+    # A revision that exceeds the bound alone is sent whole.
     assert steps(1) == [f"#0 @3 {one}", f"#0 @4 {two}", f"#0 @5 {three}", f"#0 @6 {four}"]
 
 
-def test_what_is_filtered_does_not_count() -> None:
+def test_filtered_events_do_not_count_as_bytes() -> None:
     made = history(*[batch(delete(revision)) for revision in range(1, 50)], batch(put(50)))
     limits = CoreLimits(replay_bytes_max=len(put(50).encoded))
     assert replayed(made, 1, NO_DELETE, limits) == ("#0 @50 put 50 k=v", None)
 
 
-def test_a_replay_looks_at_a_bounded_number_of_events() -> None:
-    """Filters may leave nothing of them; a revision is never divided, and a large batch is."""
+def test_a_replay_examines_a_bounded_number_of_events() -> None:
+    """Filters may drop all of them; a large batch is split, but a revision never is."""
     made = history(*[batch(put(revision)) for revision in range(1, 10)], batch(*[delete(10)] * 3, put(11), delete(12)))
     limits = CoreLimits(replay_events_max=4)
 
@@ -108,7 +108,7 @@ def test_a_replay_looks_at_a_bounded_number_of_events() -> None:
     assert [looked for _, _, looked in steps(NO_DELETE)] == [9, 1]
 
 
-def test_whole_batches_go_first_in_first_out() -> None:
+def test_whole_batches_are_evicted_first_in_first_out() -> None:
     made = history(*FILLED)
     made.evict_oldest()
     assert (made.floor, len(made)) == (4, 2)
@@ -120,7 +120,7 @@ def test_whole_batches_go_first_in_first_out() -> None:
     assert (made.floor, len(made), made.bytes) == (11, 0, 0)
 
 
-def test_it_is_bounded_in_bytes_and_in_batches() -> None:
+def test_a_history_is_bounded_in_bytes_and_in_batches() -> None:
     cost = batch(put(1)).memory_bytes
     for limits in (CoreLimits(history_bytes_max=3 * cost), CoreLimits(history_revisions_max=3)):
         made = history(*[batch(put(revision)) for revision in range(1, 9)], limits=limits)
@@ -128,12 +128,12 @@ def test_it_is_bounded_in_bytes_and_in_batches() -> None:
         assert made.floor == 6
 
 
-def test_a_batch_that_is_too_large_is_not_kept() -> None:
+def test_a_batch_larger_than_the_bound_is_not_kept() -> None:
     made = history(batch(put(4)), batch(put(5, value=b"x" * 1000)), limits=CoreLimits(history_bytes_max=1000))
     assert (len(made), made.floor, made.bytes) == (0, 6, 0)
 
 
-def test_all_histories_together_drop_the_oldest_batch_of_all() -> None:
+def test_the_total_bound_evicts_the_oldest_batch_of_all() -> None:
     stats = Stats()
     cost = batch(put(1)).memory_bytes
     ledger = HistoryBudget(CoreLimits(history_bytes_total_max=3 * cost), stats)
@@ -145,7 +145,7 @@ def test_all_histories_together_drop_the_oldest_batch_of_all() -> None:
     assert (one.floor, two.floor) == (2, 3)
 
 
-def test_old_batches_go_by_age() -> None:
+def test_old_batches_are_evicted_by_age() -> None:
     ledger = HistoryBudget(CoreLimits(history_age_s=60), Stats())
     made = History(ledger, 1, False)
     for revision, now in ((1, 0.0), (2, 50.0), (3, 100.0)):
@@ -161,7 +161,7 @@ def test_old_batches_go_by_age() -> None:
     assert (made.floor, len(made), ledger.next_deadline()) == (4, 0, None)
 
 
-def test_the_ledger_forgets_what_histories_dropped_themselves() -> None:
+def test_the_budget_drops_entries_that_histories_evicted() -> None:
     stats = Stats()
     ledger = HistoryBudget(CoreLimits(history_revisions_max=2), stats)
     made = History(ledger, 1, False)
@@ -170,11 +170,11 @@ def test_the_ledger_forgets_what_histories_dropped_themselves() -> None:
     assert (len(made), stats.history_batches) == (2, 2)
     deadline = ledger.next_deadline()
     assert deadline is not None
-    # Of a thousand entries at most some dozens are left, and so the oldest one is young.
+    # Of a thousand entries at most some dozens are left, so the oldest one is recent.
     assert deadline > 900
 
 
-def test_a_long_life_keeps_the_lists_short() -> None:
+def test_the_lists_stay_short_over_time() -> None:
     made = history(limits=CoreLimits(history_revisions_max=10))
     for revision in range(1, 5000):
         made.append(batch(put(revision)), 0.0)
@@ -182,7 +182,7 @@ def test_a_long_life_keeps_the_lists_short() -> None:
     assert replayed(made, 4998) == ("#0 @4999 put 4998 k=v put 4999 k=v", None)
 
 
-def test_dropping_everything_begins_anew() -> None:
+def test_a_dropped_history_starts_at_the_given_floor() -> None:
     made = history(*FILLED)
     made.drop(20)
     assert (len(made), made.bytes, made.floor, made.last_revision) == (0, 0, 20, 0)
@@ -190,7 +190,7 @@ def test_dropping_everything_begins_anew() -> None:
 
 @contextmanager
 def held_bytes() -> Iterator[Callable[[], int]]:
-    """Yield a function that returns the bytes taken since and not let go."""
+    """Yield a function that returns the bytes allocated since and not freed."""
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     try:
@@ -206,7 +206,7 @@ def large(revision: int) -> Batch:
     return batch(put(revision, value=b"%d" % revision * (LARGE // len(b"%d" % revision))))
 
 
-def test_what_a_history_evicts_is_let_go() -> None:
+def test_evicted_batches_are_freed() -> None:
     with held_bytes() as held:
         limits = CoreLimits(history_bytes_max=3 * large(1).memory_bytes)
         made = history(*[large(revision) for revision in range(1, 60)], limits=limits)
@@ -214,7 +214,7 @@ def test_what_a_history_evicts_is_let_go() -> None:
         assert held() < 4 * LARGE
 
 
-def test_what_is_dropped_is_let_go_while_the_ledger_lives_on() -> None:
+def test_dropped_histories_are_freed() -> None:
     with held_bytes() as held:
         ledger = HistoryBudget(ALL, Stats())
         histories = [History(ledger, 1, False) for _ in range(3)]
@@ -225,15 +225,15 @@ def test_what_is_dropped_is_let_go_while_the_ledger_lives_on() -> None:
         assert held() < LARGE
 
 
-def test_the_ledger_forgets_those_that_were_dropped() -> None:
+def test_the_budget_drops_entries_of_dropped_histories() -> None:
     made = history(*[batch(put(revision)) for revision in range(1, 1000)])
     made.drop(2000)
     assert len(made._ledger.entries) <= 64
 
 
 @pytest.mark.parametrize(("events", "size"), [(1, 0), (1, 2000), (10, 20), (100, 0)])
-def test_what_a_history_says_it_holds_is_what_it_takes(events: int, size: int) -> None:
-    """Bounds on memory are bounds on what is counted; from the wire on, as in a trunk."""
+def test_the_byte_count_of_a_history_is_its_memory(events: int, size: int) -> None:
+    """Memory bounds apply to the counted bytes, so these must be right; events come from the wire, as in a trunk."""
     batches = 2000 // events
     with held_bytes() as held:
         made = history()

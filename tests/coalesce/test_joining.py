@@ -45,7 +45,7 @@ def test_ids(script: str, answers: list[str]) -> None:
     assert [line.replace(" @5", "") for line in client.read()] == answers
 
 
-def test_an_id_is_free_again_only_when_its_compacted_watch_was_cancelled_too() -> None:
+def test_a_compacted_id_stays_taken_until_the_client_cancels() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -92,7 +92,7 @@ def test_the_order_of_refusals(start: int | None, denied: bool, empty: bool, dup
     assert len(shell.opened) == 1
 
 
-def test_a_duplicate_is_refused_last_and_the_stream_lives() -> None:
+def test_a_duplicate_id_is_refused_last_and_alone() -> None:
     shell = Shell()
     client = shell.client()
     shell.trunk(5, client)
@@ -136,14 +136,14 @@ def test_empty_ranges(key: bytes, range_end: bytes, refused: bool) -> None:
     assert client.read() == ["#0 @5 created"]
 
 
-def test_no_key_is_the_smallest_key() -> None:
+def test_an_empty_key_is_the_smallest_key() -> None:
     shell = Shell()
     client = shell.client()
     client.create(b"", b"")
     assert (shell.opened[0].key, shell.opened[0].range_end) == (b"\x00", b"")
 
 
-def test_a_refusal_has_a_real_header_even_when_nothing_is_known_yet() -> None:
+def test_the_first_refusal_reads_a_header() -> None:
     shell = Shell()
     client = shell.client()
     client.create(start=-1)
@@ -174,7 +174,7 @@ def test_limits_are_refused_with_a_clear_text() -> None:
     assert two.read() == ["#1 @5 created"]
 
 
-def test_too_long_a_line_ends_the_session() -> None:
+def test_too_many_queued_requests_end_the_session() -> None:
     shell = Shell(CoreLimits(queue_max=3))
     client = shell.client()
     for _ in range(3):
@@ -190,8 +190,8 @@ def test_too_long_a_line_ends_the_session() -> None:
 # now
 
 
-def test_now_is_read_after_the_request_came() -> None:
-    """One read serves those who waited when it began; later ones wait for the next."""
+def test_now_is_read_after_the_request_arrived() -> None:
+    """One read serves the creates that waited when it began; later ones wait for the next."""
     shell = Shell()
     early, late, later = shell.client(), shell.client(), shell.client()
     early.create()
@@ -210,7 +210,7 @@ def test_now_is_read_after_the_request_came() -> None:
     assert len(shell.opened) == 1
 
 
-def test_a_trunk_that_lags_behind_the_read_is_skipped_up_to_it() -> None:
+def test_events_up_to_the_read_are_skipped() -> None:
     shell = Shell()
     first, second = shell.client(), shell.client()
     trunk = shell.trunk(5, first)
@@ -222,7 +222,7 @@ def test_a_trunk_that_lags_behind_the_read_is_skipped_up_to_it() -> None:
     assert first.read() == ["#0 @9 put 7 k=v put 8 k=v put 9 k=v"]
 
 
-def test_a_trunk_that_is_ahead_of_the_read_replays_the_difference() -> None:
+def test_events_between_the_read_and_the_trunk_are_replayed() -> None:
     shell = Shell()
     first, second = shell.client(), shell.client()
     trunk = shell.trunk(5, first)
@@ -235,8 +235,8 @@ def test_a_trunk_that_is_ahead_of_the_read_replays_the_difference() -> None:
     assert second.read() == ["#0 @8 put 8 k=v"]
 
 
-def test_what_the_trunk_cannot_know_is_before_now() -> None:
-    """etcd tells of "now" after it registered the watch: what comes at or below may be a part only."""
+def test_events_before_the_trunks_created_are_before_now() -> None:
+    """etcd reads the header of `created` after it registered the watch: events at or below it may be incomplete."""
     shell = Shell()
     client = shell.client()
     client.create()
@@ -249,7 +249,7 @@ def test_what_the_trunk_cannot_know_is_before_now() -> None:
     assert client.read() == ["#0 @7 put 7 k=v"]
 
 
-def test_a_trunk_with_a_start_is_never_filtered_by_its_created() -> None:
+def test_created_does_not_filter_a_trunk_with_a_start() -> None:
     shell = Shell()
     client = shell.client()
     client.create(start=4)
@@ -264,7 +264,7 @@ def test_a_trunk_with_a_start_is_never_filtered_by_its_created() -> None:
     ("start", "newest", "trunk_start"),
     [(101, 100, 101), (100, 100, 100), (90, 100, 90), (89, 100, None), (1, 100, None), (5000, 100, 101)],
 )
-def test_where_a_trunk_begins(start: int, newest: int, trunk_start: int | None) -> None:
+def test_where_a_trunk_starts(start: int, newest: int, trunk_start: int | None) -> None:
     shell = Shell(CoreLimits(trunk_catch_up_revisions=10))
     client = shell.client()
     client.create(start=start)
@@ -272,11 +272,11 @@ def test_where_a_trunk_begins(start: int, newest: int, trunk_start: int | None) 
     assert [upstream.start_revision for upstream in shell.opened] == [trunk_start]
     shell.created(shell.opened[0], newest)
     assert client.read() == [f"#0 @{newest} created"]
-    # Who starts further back comes through a backfill, and no later watch waits behind it.
+    # A watch that starts further back comes through a backfill, so that no later watch waits for it.
     assert [upstream.start_revision for upstream in shell.opened[1:]] == ([] if trunk_start else [start])
 
 
-def test_a_start_needs_no_read_while_news_are_fresh() -> None:
+def test_a_start_needs_no_read_after_a_recent_header() -> None:
     shell = Shell()
     shell.trunk(100, shell.client(), b"other")
     client = shell.client()
@@ -286,13 +286,13 @@ def test_a_start_needs_no_read_while_news_are_fresh() -> None:
     assert (trunk.key, trunk.start_revision) == (b"k", 95)
     shell.created(trunk, 103)
     assert client.read() == ["#0 @103 created"]
-    # "Now" is read all the same.
+    # "Now" is read nevertheless.
     client.create(b"j")
     shell.created(shell.opened[-1], 103)
     assert client.read() == []
     shell.read_now(104)
     assert client.read() == ["#1 @104 created"]
-    # From old news a start of the future would become one in the past, where a compaction cancels it.
+    # By an outdated header a past start would look like a future one, and a compaction could cancel it.
     client.create(b"i", start=106)
     shell.read_now(105)
     assert shell.opened[-1].start_revision == 106
@@ -301,7 +301,7 @@ def test_a_start_needs_no_read_while_news_are_fresh() -> None:
     assert len(shell.reads) == 1
 
 
-def test_a_start_in_the_future_gets_nothing_before() -> None:
+def test_a_future_start_gets_no_earlier_event() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, shell.client())
@@ -315,7 +315,7 @@ def test_a_start_in_the_future_gets_nothing_before() -> None:
     assert shell.core.stats.joins_future == 1
 
 
-def test_a_start_inside_of_the_window_costs_upstream_nothing() -> None:
+def test_a_start_inside_the_history_needs_no_upstream_call() -> None:
     shell = Shell()
     trunk = shell.trunk(5, shell.client())
     for revision in range(6, 12):
@@ -328,7 +328,7 @@ def test_a_start_inside_of_the_window_costs_upstream_nothing() -> None:
     assert shell.core.stats.joins_history == 1
 
 
-def test_a_check_that_read_the_revision_is_the_read() -> None:
+def test_a_permission_check_serves_as_the_read() -> None:
     shell = Shell()
     shell.auth = True
     client = shell.client(b"token")
@@ -343,7 +343,7 @@ def test_a_check_that_read_the_revision_is_the_read() -> None:
 
 
 @pytest.mark.parametrize("outcome", [None, header(3)])
-def test_what_was_known_before_is_no_read(outcome: object) -> None:
+def test_an_earlier_header_does_not_replace_the_read(outcome: object) -> None:
     shell = Shell()
     shell.auth = True
     client = shell.client()
@@ -358,8 +358,8 @@ def test_what_was_known_before_is_no_read(outcome: object) -> None:
 # order
 
 
-def test_answers_leave_in_the_order_of_the_requests() -> None:
-    """A create that waits holds up what its client asked later, and nothing else."""
+def test_answers_are_in_the_order_of_the_requests() -> None:
+    """A create that waits delays only later requests of its client."""
     shell = Shell()
     shell.auth = True
     client, other = shell.client(), shell.client()
@@ -402,7 +402,7 @@ def test_cancelled_before_created_is_created_and_then_canceled() -> None:
     assert client.read() == ["#0 @5 created", "#0 @6 canceled"]
 
 
-def test_waiting_creates_wait_together() -> None:
+def test_queued_creates_wait_concurrently() -> None:
     """Each range's trunk opens when its create arrives, not when its turn comes."""
     shell = Shell()
     client = shell.client()
@@ -417,7 +417,7 @@ def test_waiting_creates_wait_together() -> None:
     assert client.read() == ["#0 @5 created", "#1 @5 created", "#2 @5 created"]
 
 
-def test_a_session_that_goes_while_it_waits_leaves_nothing() -> None:
+def test_a_session_closed_while_waiting_leaves_nothing() -> None:
     shell = Shell()
     client = shell.client()
     client.create()
@@ -429,7 +429,7 @@ def test_a_session_that_goes_while_it_waits_leaves_nothing() -> None:
     assert client.read() == []
     assert shell.closed == shell.opened
     assert shell.core.stats.trunks == 0
-    # What arrives for it later is nobody's.
+    # Answers that arrive for it later are ignored.
     client.create()
     client.cancel(0)
     client.progress()
@@ -455,7 +455,7 @@ def test_one_upstream_watch_for_many() -> None:
 
 
 def test_many_creates_are_decided_in_steps() -> None:
-    """One read answers them all; ten are decided in a step, and the order on each stream holds."""
+    """One read serves all of them; ten are decided in a step, and the order on each stream is kept."""
     shell = Shell(CoreLimits(step_watches_max=10))
     clients = [shell.client() for _ in range(3)]
     for _ in range(20):
@@ -475,8 +475,8 @@ def test_many_creates_are_decided_in_steps() -> None:
         assert client.read() == [f"#{number} @5 created" for number in range(20)]
 
 
-def test_a_later_read_does_not_pass_over_an_earlier_line() -> None:
-    """What is left of a step stands in line: nobody is answered out of order, and a cancel comes after its create."""
+def test_a_later_read_does_not_overtake_an_earlier_queue() -> None:
+    """The rest of a step is queued: answers keep their order, and a cancel follows its create."""
     shell = Shell(CoreLimits(step_watches_max=2))
     client = shell.client()
     for number in range(1, 6):
@@ -491,7 +491,7 @@ def test_a_later_read_does_not_pass_over_an_earlier_line() -> None:
     assert shell.core.stats.line_bytes == 0
 
 
-def test_reads_that_wait_for_a_step_are_made_again_after_a_restore() -> None:
+def test_unused_reads_are_repeated_after_a_restore() -> None:
     shell = Shell(CoreLimits(step_watches_max=1))
     clients = [shell.client() for _ in range(3)]
     shell.trunk(5, shell.client())
@@ -509,8 +509,8 @@ def test_reads_that_wait_for_a_step_are_made_again_after_a_restore() -> None:
     assert [client.read() for client in clients] == [["#0 @3 created"]] * 3
 
 
-def test_a_full_line_asks_for_no_more() -> None:
-    """Memory, not requests; full at the bound, and asked on at half of it."""
+def test_a_full_queue_takes_no_more_requests() -> None:
+    """The bound is memory, not requests; the queue is full at the bound, and released at half of it."""
     shell = Shell(CoreLimits(line_bytes_max=4 * (512 + 100)))
     client = shell.client()
     for number in range(4):
@@ -526,7 +526,7 @@ def test_a_full_line_asks_for_no_more() -> None:
     assert (client.session.line_full, client.session.line_bytes, shell.core.stats.line_bytes) == (False, 0, 0)
 
 
-def test_a_line_that_is_full_goes_with_its_session() -> None:
+def test_a_full_queue_ends_with_its_session() -> None:
     shell = Shell(CoreLimits(line_bytes_max=600))
     client = shell.client()
     for _ in range(3):

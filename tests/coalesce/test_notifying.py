@@ -11,12 +11,12 @@ from coalesce.notifying import PACE_S_MIN, UNKNOWN_PACE_S, WATCHES_PER_STEP, Pac
 from coalesce.source import Upstream
 from tests.coalesce.shell import Shell, put
 
-# Etcd's interval in these stories: kubeadm's.
+# Etcd's interval in these tests: kubeadm's.
 INTERVAL_S = 5.0
 
 
 def learn_the_pace(shell: Shell) -> Upstream:
-    """Have another trunk, which is quiet, be notified at etcd's interval; return it."""
+    """Notify another, quiet trunk at etcd's interval; return it."""
     quiet = shell.trunk(5, shell.client(), b"quiet")
     shell.bookmark(quiet, 5)
     for _ in range(2):
@@ -38,13 +38,13 @@ def test_notifications_of_etcd_are_passed_on() -> None:
         assert other.read() == [f"#7 @{revision} progress"]
         shell.wait(INTERVAL_S)
     assert without.read() == []
-    # Etcd's own pace is enough: nothing was asked for.
+    # Etcd's own notifications are enough: nothing was requested.
     assert shell.asked == []
     assert shell.core.stats.progress_notifies == 6
 
 
-def test_a_watch_that_had_events_is_left_out_once() -> None:
-    """As at etcd: a filter that dropped the event makes a watch a quiet one."""
+def test_a_watch_that_had_events_is_skipped_once() -> None:
+    """As in etcd, a watch whose filter dropped the event is quiet."""
     shell = Shell()
     client, filtered = shell.client(), shell.client()
     trunk = shell.trunk(5, client, progress_notify=True)
@@ -58,7 +58,7 @@ def test_a_watch_that_had_events_is_left_out_once() -> None:
     assert client.read() == filtered.read() == ["#0 @8 progress"]
 
 
-def test_no_progress_before_a_start_or_to_who_is_behind() -> None:
+def test_no_progress_before_the_start_or_while_lagging() -> None:
     shell = Shell()
     slow, future = shell.client(), shell.client()
     trunk = shell.trunk(5, slow, progress_notify=True)
@@ -74,14 +74,14 @@ def test_no_progress_before_a_start_or_to_who_is_behind() -> None:
     assert future.read() == ["#0 @9 progress"]
 
 
-def test_progress_that_is_handed_back_takes_nobody_back() -> None:
+def test_undelivered_progress_moves_no_watch_back() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, client, progress_notify=True)
     client.create(start=6, progress_notify=True)
     client.read()
     client.stall()
-    # The second of its watches is in the same delivery as the first, whose message stalls it.
+    # The session's second watch is in the same delivery as the first, whose message stalls the session.
     shell.bookmark(trunk, 9)
     assert client.unsent == ["#0 @9 progress"]
     client.drain()
@@ -90,8 +90,8 @@ def test_progress_that_is_handed_back_takes_nobody_back() -> None:
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-def test_a_quiet_watch_on_a_busy_trunk_keeps_the_pace(ordered: bool) -> None:
-    """Etcd leaves the trunk out, since it has events; the watch has none."""
+def test_a_quiet_watch_on_a_busy_trunk_is_notified_at_the_pace(ordered: bool) -> None:
+    """Etcd skips the trunk, since it has events; the watch has none."""
     shell = Shell(ordered_progress=ordered)
     client, busy = shell.client(), shell.client()
     trunk = shell.trunk(5, client, progress_notify=True, no_put=True)
@@ -112,11 +112,11 @@ def test_a_quiet_watch_on_a_busy_trunk_keeps_the_pace(ordered: bool) -> None:
     assert max(later - earlier for earlier, later in itertools.pairwise(at)) <= 1.1 * INTERVAL_S + 0.5
     told = [int(line.split("@")[1].split()[0]) for _, line in found]
     assert told == sorted(told)
-    # Not older than the interval, whatever etcd answers.
+    # Not later than the interval, even if etcd does not answer.
     assert told[-1] >= revision - 2 * 2 * INTERVAL_S
 
 
-def test_it_is_as_new_as_its_time_where_etcd_answers() -> None:
+def test_progress_is_as_new_as_its_round_if_etcd_answers() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, client, progress_notify=True, no_put=True)
@@ -131,7 +131,7 @@ def test_it_is_as_new_as_its_time_where_etcd_answers() -> None:
 
 
 def test_a_new_watch_does_not_wait_for_a_quiet_interval() -> None:
-    """Etcd leaves its trunk out, because of an event from before; directly it would not leave out the watch."""
+    """Etcd skips its trunk because of an earlier event; without the proxy it would not skip the watch."""
     shell = Shell(ordered_progress=False)
     trunk = shell.trunk(5, shell.client())
     learn_the_pace(shell)
@@ -144,7 +144,7 @@ def test_a_new_watch_does_not_wait_for_a_quiet_interval() -> None:
     assert client.read() == ["#0 @6 progress"]
 
 
-def test_while_no_pace_is_known_busy_trunks_have_the_shortest() -> None:
+def test_busy_trunks_have_the_shortest_pace_until_it_is_known() -> None:
     """All trunks are busy, so that etcd never notifies any."""
     shell = Shell(ordered_progress=False)
     client = shell.client()
@@ -159,8 +159,8 @@ def test_while_no_pace_is_known_busy_trunks_have_the_shortest() -> None:
     assert max(later - earlier for earlier, later in itertools.pairwise(at)) <= 1.2 * UNKNOWN_PACE_S
 
 
-def test_a_quiet_trunk_that_etcd_does_not_notify_makes_it_rarer() -> None:
-    """The interval must be longer than half of the time in which nothing came."""
+def test_a_quiet_trunk_without_notification_slows_the_pace() -> None:
+    """The interval must be longer than half of the time without a notification."""
     shell = Shell(ordered_progress=False)
     quiet, client = shell.client(), shell.client()
     shell.trunk(5, quiet, b"quiet", progress_notify=True)
@@ -176,7 +176,7 @@ def test_a_quiet_trunk_that_etcd_does_not_notify_makes_it_rarer() -> None:
     assert quiet.read() == []
 
 
-def test_a_setting_of_our_own_makes_it_more_frequent() -> None:
+def test_the_setting_makes_notifications_more_frequent() -> None:
     shell = Shell(CoreLimits(progress_notify_s=2))
     client = shell.client()
     trunk = shell.trunk(5, client, progress_notify=True)
@@ -186,7 +186,7 @@ def test_a_setting_of_our_own_makes_it_more_frequent() -> None:
         shell.wait(2)
         shell.progressed(revision)
         assert client.read() == [f"#0 @{revision} progress"]
-    # And never less frequent.
+    # But never less frequent.
     shell = Shell(CoreLimits(progress_notify_s=600))
     client = shell.client()
     trunk = shell.trunk(5, client, progress_notify=True)
@@ -195,8 +195,8 @@ def test_a_setting_of_our_own_makes_it_more_frequent() -> None:
     assert client.read() == ["#0 @7 progress"]
 
 
-def test_a_setting_that_is_not_shorter_than_the_pace_of_etcd_adds_nothing() -> None:
-    """As the default is not, where etcd has its own."""
+def test_a_setting_not_shorter_than_etcds_pace_has_no_effect() -> None:
+    """As the default is not, if etcd notifies."""
     for setting_s in (INTERVAL_S * 0.95, INTERVAL_S, INTERVAL_S * 2):
         shell = Shell(CoreLimits(progress_notify_s=setting_s, bookmark_s=1000))
         client = shell.client()
@@ -213,8 +213,8 @@ def test_a_setting_that_is_not_shorter_than_the_pace_of_etcd_adds_nothing() -> N
         assert len(shell.asked) == asked
 
 
-def test_a_notification_that_is_overdue_is_asked_for() -> None:
-    """Etcd has lost it, or the trunk registered anew between two."""
+def test_an_overdue_notification_is_requested() -> None:
+    """Etcd dropped it, or the trunk was registered again between two notifications."""
     shell = Shell()
     client = shell.client()
     shell.trunk(5, client, progress_notify=True)
@@ -235,7 +235,7 @@ def test_a_large_round_is_made_in_steps() -> None:
     assert sum(len(client.lines) for client in clients) == WATCHES_PER_STEP
     shell.events(trunk, put(10))
     shell.settle()
-    # Those who waited had an event meanwhile.
+    # The watches that waited had an event meanwhile.
     assert sum(len(client.lines) for client in clients) == WATCHES_PER_STEP + len(clients)
     shell.bookmark(trunk, 11)
     shell.bookmark(trunk, 12)
@@ -243,15 +243,15 @@ def test_a_large_round_is_made_in_steps() -> None:
     assert all(client.read()[-1] == "#0 @12 progress" for client in clients)
 
 
-def test_the_pace_is_learnt_from_spacings_and_not_from_one_alone() -> None:
+def test_the_pace_is_learnt_from_more_than_one_interval() -> None:
     pace = Pace()
     assert (pace.is_known, pace.seconds) == (False, UNKNOWN_PACE_S)
     pace.learn(5.2, 10.0)
-    # Of the same tick, on the same stream.
+    # A notification of the same tick, on the same stream.
     for _ in range(5):
         pace.learn(5.2, 10.0)
     assert not pace.is_known
-    # Held up on its way, and so close to the next one.
+    # A delayed notification, and so close to the next one.
     pace.learn(7.2, 17.2)
     pace.learn(3.2, 20.4)
     pace.learn(PACE_S_MIN / 2, 20.5)
@@ -265,7 +265,7 @@ def test_the_pace_is_learnt_from_spacings_and_not_from_one_alone() -> None:
     assert not pace.is_known
 
 
-def test_another_connection_has_another_pace() -> None:
+def test_a_new_connection_resets_the_pace() -> None:
     shell = Shell(ordered_progress=False)
     client = shell.client()
     trunk = shell.trunk(5, client, progress_notify=True)
@@ -273,7 +273,7 @@ def test_another_connection_has_another_pace() -> None:
     shell.wait(2)
     shell.core.ordered_progress = False
     shell.wait(30)
-    # What lies between is a break and no interval.
+    # The time in between is a break, not an interval.
     shell.bookmark(trunk, 5)
     for _ in range(2):
         assert not shell.core._hub.notifying.pace.is_known
@@ -282,8 +282,8 @@ def test_another_connection_has_another_pace() -> None:
     assert shell.core._hub.notifying.pace.seconds == 2
 
 
-def test_who_asks_on_an_old_server_is_answered_by_a_notification() -> None:
-    """It is in order with the events everywhere; the answers to requests are not."""
+def test_on_an_old_server_a_notification_answers_a_request() -> None:
+    """Every server orders notifications with events; old ones do not order answers to requests."""
     shell = Shell(ordered_progress=False)
     client = shell.client()
     trunk = shell.trunk(5, client)

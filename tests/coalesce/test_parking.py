@@ -1,4 +1,4 @@
-"""A trunk that nobody watches any more is parked: etcd is rid of the watch, and who comes back finds the history."""
+"""An unused trunk is parked: its watch at etcd is closed, and clients that reconnect resume from its history."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.coalesce.shell import Client, Shell, header, put
 
 
 def parked(shell: Shell, *, key: bytes = b"k", events: int = 3, prev_kv: bool = False) -> Upstream:
-    """Have a client watch from revision 5 on, get events from 6 on, and go for longer than a trunk lingers."""
+    """Let a client watch from revision 5 on, get events from 6 on, and leave for longer than a trunk lingers."""
     client = shell.client()
     trunk = shell.trunk(5, client, key, prev_kv=prev_kv)
     for revision in range(6, 6 + events):
@@ -21,20 +21,20 @@ def parked(shell: Shell, *, key: bytes = b"k", events: int = 3, prev_kv: bool = 
 
 
 def come_back(shell: Shell, start: int | None, newest: int, *, prev_kv: bool = False) -> tuple[Client, Upstream]:
-    """Have a client watch again, while the store is at `newest`; return it and the upstream watch that was opened."""
+    """Let a client watch again, while the store is at `newest`; return it and the upstream watch that was opened."""
     client = shell.client()
     client.create(start=start, prev_kv=prev_kv)
     shell.read_now(newest)
     return client, shell.opened[-1]
 
 
-def test_a_client_that_comes_back_goes_on_from_the_history() -> None:
+def test_a_returning_client_resumes_from_the_history() -> None:
     shell = Shell()
     parked(shell)
     assert (shell.core.stats.trunks, shell.core.stats.parked) == (0, 1)
     shell.wait(20)
     client, trunk = come_back(shell, 7, 20)
-    # From what the history needs next, and nothing else is opened.
+    # It starts at the revision that the history needs next, and nothing else is opened.
     assert (trunk.start_revision, len(shell.opened)) == (9, 2)
     shell.created(trunk, 20)
     assert client.read() == ["#0 @20 created", "#0 @8 put 7 k=v put 8 k=v"]
@@ -43,13 +43,13 @@ def test_a_client_that_comes_back_goes_on_from_the_history() -> None:
     assert (shell.core.stats.parked, shell.core.stats.resumed, len(shell.opened)) == (0, 1, 2)
 
 
-def test_by_default_etcd_is_rid_of_the_watch_within_a_second() -> None:
+def test_by_default_the_upstream_watch_closes_within_a_second() -> None:
     assert CoreLimits().linger_s <= 0.5
 
 
 @pytest.mark.parametrize(("start", "opened"), [(None, None), (21, 21), (30, 21)])
-def test_a_watch_from_now_on_is_not_behind_a_catch_up(start: int | None, opened: int | None) -> None:
-    """Etcd looks back first, for up to 100 ms, and a compaction meanwhile would cancel what has missed nothing."""
+def test_a_watch_from_now_does_not_wait_for_a_catch_up(start: int | None, opened: int | None) -> None:
+    """Etcd catches up first, for up to 100 ms, and a compaction meanwhile would cancel a watch that missed nothing."""
     shell = Shell()
     parked(shell)
     client, trunk = come_back(shell, start, 20)
@@ -64,8 +64,8 @@ def test_a_watch_from_now_on_is_not_behind_a_catch_up(start: int | None, opened:
     ("start", "behind", "resumed"),
     [(7, 10_000, True), (7, 10_001, False), (5, 1000, True), (5, 1001, False), (10, 1000, True), (10, 1001, False)],
 )
-def test_nobody_waits_behind_a_long_catch_up(start: int, behind: int, resumed: bool) -> None:
-    """Who is served by the history would wait for a backfill as long; others are not to wait."""
+def test_no_watch_waits_for_a_long_catch_up(start: int, behind: int, resumed: bool) -> None:
+    """A watch that the history serves would wait as long for a backfill; others must not wait."""
     shell = Shell()
     parked(shell)
     _, trunk = come_back(shell, start, 8 + 1 + behind)
@@ -74,7 +74,7 @@ def test_nobody_waits_behind_a_long_catch_up(start: int, behind: int, resumed: b
     assert bool(shell.core.stats.history_bytes) is resumed
 
 
-def test_what_is_compacted_meanwhile_drops_the_history() -> None:
+def test_a_compaction_while_parked_drops_the_history() -> None:
     shell = Shell()
     parked(shell)
     client, trunk = come_back(shell, 7, 50)
@@ -89,7 +89,7 @@ def test_what_is_compacted_meanwhile_drops_the_history() -> None:
     assert client.read() == ["#0 @50 created", "#0 @50 canceled compacted 40"]
 
 
-def test_a_known_compaction_is_not_found_out_again() -> None:
+def test_a_known_compaction_drops_the_history_at_once() -> None:
     shell = Shell()
     parked(shell)
     other = shell.trunk(100, shell.client(), b"other")
@@ -99,7 +99,7 @@ def test_a_known_compaction_is_not_found_out_again() -> None:
     assert shell.core.stats.resumed == 0
 
 
-def test_it_is_dropped_in_the_end() -> None:
+def test_a_parked_history_is_dropped_after_its_time() -> None:
     shell = Shell(CoreLimits(history_linger_s=30))
     parked(shell)
     shell.wait(29.9)
@@ -111,7 +111,7 @@ def test_it_is_dropped_in_the_end() -> None:
     assert shell.core.next_deadline() is None
 
 
-def test_so_many_are_kept_and_the_oldest_goes() -> None:
+def test_the_oldest_parked_history_is_dropped_at_the_limit() -> None:
     shell = Shell(CoreLimits(parked_max=2))
     for key in (b"a", b"b", b"c"):
         parked(shell, key=key)
@@ -121,21 +121,21 @@ def test_so_many_are_kept_and_the_oldest_goes() -> None:
     assert (shell.core.stats.parked, shell.core.stats.history_bytes) == (0, 0)
 
 
-def test_without_events_nothing_is_kept() -> None:
-    """It opens where its next client needs it, at no more cost."""
+def test_a_trunk_without_events_is_not_parked() -> None:
+    """A new trunk starts where its next client needs it, at no more cost."""
     shell = Shell()
     parked(shell, events=0)
     assert shell.core.stats.parked == 0
 
 
-def test_a_restored_store_has_another_history() -> None:
+def test_a_restored_store_drops_parked_histories() -> None:
     shell = Shell()
     parked(shell)
     shell.do(shell.core.other_history, header(4))
     assert (shell.core.stats.parked, shell.core.stats.history_bytes) == (0, 0)
 
 
-def test_prev_kv_is_asked_for_from_there_on() -> None:
+def test_a_reopened_trunk_may_add_prev_kv() -> None:
     shell = Shell()
     parked(shell)
     client, trunk = come_back(shell, 9, 9, prev_kv=True)
@@ -146,7 +146,7 @@ def test_prev_kv_is_asked_for_from_there_on() -> None:
     assert len(shell.opened) == 2
 
 
-def test_who_goes_before_it_is_open_again_leaves_it_parked() -> None:
+def test_a_client_that_leaves_early_leaves_the_trunk_parked() -> None:
     shell = Shell()
     parked(shell)
     client, _ = come_back(shell, 7, 9)

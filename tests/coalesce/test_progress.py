@@ -23,7 +23,7 @@ def test_a_request_is_answered_when_etcd_has_answered() -> None:
     assert len(shell.asked) == 1
 
 
-def test_what_was_known_before_is_no_answer() -> None:
+def test_a_revision_known_before_is_not_an_answer() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -35,7 +35,7 @@ def test_what_was_known_before_is_no_answer() -> None:
     assert client.read() == ["#-1 @8 progress"]
 
 
-def test_one_upstream_request_serves_all_who_wait_and_later_ones_the_next() -> None:
+def test_one_upstream_request_serves_all_waiting_sessions() -> None:
     shell = Shell()
     clients = [shell.client() for _ in range(4)]
     shell.trunk(5, clients[0])
@@ -57,7 +57,7 @@ def test_one_upstream_request_serves_all_who_wait_and_later_ones_the_next() -> N
     assert len(shell.asked) == 2
 
 
-def test_it_is_repeated_while_somebody_waits_with_longer_pauses() -> None:
+def test_requests_are_repeated_while_a_session_waits() -> None:
     shell = Shell()
     client = shell.client()
     shell.trunk(5, client)
@@ -72,8 +72,8 @@ def test_it_is_repeated_while_somebody_waits_with_longer_pauses() -> None:
     assert client.read() == ["#-1 @7 progress"]
 
 
-def test_events_on_their_way_are_no_answer_until_etcd_drops_requests() -> None:
-    """A put acknowledged before the request is above them; etcd's answer covers it, if one comes."""
+def test_events_in_flight_are_not_an_answer() -> None:
+    """A put acknowledged before the request may be above them; etcd's answer covers it, if there is one."""
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -91,13 +91,13 @@ def test_events_on_their_way_are_no_answer_until_etcd_drops_requests() -> None:
     client.read()
     shell.wait(0.5)
     assert client.read() == []
-    # Etcd drops the request, and says that it is where the event is.
+    # Etcd drops the request, and reports the revision of the event as its own.
     shell.probed(9)
     assert client.read() == ["#-1 @9 progress"]
 
 
-def test_a_late_answer_on_another_stream_is_no_answer_to_a_newer_request() -> None:
-    """Two upstream streams (two tokens) answer each for itself; a proof rests on the request it answers."""
+def test_a_late_answer_does_not_answer_a_newer_request() -> None:
+    """Two upstream streams (two tokens) answer separately; a proof is only as new as the request it answers."""
     shell = Shell()
     one, two = shell.client(b"one"), shell.client(b"two")
     first, second = shell.trunk(5, one), shell.trunk(5, two, b"j")
@@ -107,7 +107,7 @@ def test_a_late_answer_on_another_stream_is_no_answer_to_a_newer_request() -> No
     two.progress()
     shell.wait(0.03)
     assert len(shell.asked) == 2
-    # The answer to the first request, late; then that to the second on the first stream.
+    # The late answer to the first request; then that to the second on the first stream.
     shell.progressed(6, second, number=1)
     shell.progressed(9, first)
     assert two.read() == []
@@ -115,7 +115,7 @@ def test_a_late_answer_on_another_stream_is_no_answer_to_a_newer_request() -> No
     assert two.read() == ["#-1 @9 progress"]
 
 
-def test_an_event_on_its_way_does_not_stand_in_for_a_stream_that_has_not_answered() -> None:
+def test_an_event_in_flight_does_not_replace_a_streams_answer() -> None:
     shell = Shell()
     one, two = shell.client(b"one"), shell.client(b"two")
     first, second = shell.trunk(5, one), shell.trunk(5, two, b"j")
@@ -130,7 +130,7 @@ def test_an_event_on_its_way_does_not_stand_in_for_a_stream_that_has_not_answere
     assert two.read() == ["#0 @9 put 9 j=v", "#-1 @9 progress"]
 
 
-def test_an_answer_to_nobody_knows_which_request_is_none_until_etcd_is_known_to_be_no_further() -> None:
+def test_an_answer_without_number_waits_for_a_target() -> None:
     shell = Shell()
     client = shell.client()
     shell.trunk(5, client)
@@ -141,8 +141,8 @@ def test_an_answer_to_nobody_knows_which_request_is_none_until_etcd_is_known_to_
     assert client.read() == ["#-1 @8 progress"]
 
 
-def test_every_watch_counts() -> None:
-    """p is the least of what is proven; a watch on another trunk may be behind."""
+def test_progress_is_the_least_of_all_watches() -> None:
+    """Progress is the least proven revision; a watch on another trunk may be behind."""
     shell = Shell()
     client = shell.client()
     one, two = shell.trunk(5, client), shell.trunk(5, client, b"j")
@@ -153,8 +153,8 @@ def test_every_watch_counts() -> None:
     assert client.read() == ["#-1 @8 progress"]
 
 
-def test_it_is_never_below_what_a_watch_has_seen() -> None:
-    """clientv3 resumes all watches from p + 1: below an event it would see that event twice."""
+def test_progress_is_never_below_a_watchs_events() -> None:
+    """clientv3 resumes all watches from progress + 1: below an event it would get that event twice."""
     shell = Shell()
     client = shell.client()
     one, two = shell.trunk(5, client), shell.trunk(5, client, b"j")
@@ -168,7 +168,7 @@ def test_it_is_never_below_what_a_watch_has_seen() -> None:
     assert client.read() == ["#-1 @12 progress"]
 
 
-def test_it_never_goes_down() -> None:
+def test_progress_never_decreases() -> None:
     shell = Shell()
     client = shell.client()
     one = shell.trunk(5, client)
@@ -186,7 +186,7 @@ def test_it_never_goes_down() -> None:
     assert client.read() == ["#-1 @20 progress"]
 
 
-def test_not_before_a_watch_of_the_future() -> None:
+def test_no_progress_before_a_watch_of_the_future() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -203,7 +203,7 @@ def test_not_before_a_watch_of_the_future() -> None:
     assert trunk in shell.asked[-1]
 
 
-def test_not_below_now() -> None:
+def test_no_progress_below_now() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, shell.client())
@@ -219,7 +219,7 @@ def test_not_below_now() -> None:
     assert client.read() == ["#-1 @8 progress"]
 
 
-def test_it_queues_behind_earlier_creates() -> None:
+def test_a_progress_request_queues_after_earlier_creates() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -234,7 +234,7 @@ def test_it_queues_behind_earlier_creates() -> None:
     assert client.read() == ["#1 @9 created", "#-1 @10 progress"]
 
 
-def test_a_create_that_comes_later_holds_nothing_up() -> None:
+def test_a_later_create_does_not_block_progress() -> None:
     shell = Shell()
     client = shell.client()
     shell.trunk(5, client)
@@ -244,7 +244,7 @@ def test_a_create_that_comes_later_holds_nothing_up() -> None:
     assert client.read() == ["#-1 @9 progress"]
 
 
-def test_not_while_something_is_unsent() -> None:
+def test_no_progress_while_bytes_are_unsent() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -261,7 +261,7 @@ def test_not_while_something_is_unsent() -> None:
     assert client.read() == ["#0 @6 put 6 k=v", "#0 @7 put 7 k=v", "#-1 @9 progress"]
 
 
-def test_not_while_a_watch_is_on_a_backfill() -> None:
+def test_no_progress_while_a_watch_is_on_a_backfill() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(100, client)
@@ -278,15 +278,15 @@ def test_not_while_a_watch_is_on_a_backfill() -> None:
     assert client.read() == ["#1 @60 put 60 k=v", "#-1 @101 progress"]
 
 
-def test_a_compacted_id_holds_nothing_up() -> None:
-    """etcd is silenced by it; here the client was told that it is dead."""
+def test_a_compacted_id_does_not_block_progress() -> None:
+    """In etcd it silences the stream; here the client has received its cancel."""
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(100, client)
     client.create(start=50)
     shell.created(shell.opened[-1], 100)
     shell.canceled(shell.opened[-1], compact_revision=90)
-    # The answer to what was asked for the backfill.
+    # The answer to the request for the backfill.
     shell.progressed(100, trunk)
     client.read()
     client.progress()
@@ -309,7 +309,7 @@ def test_without_watches_a_request_is_dropped() -> None:
     assert client.read() == ["#0 @5 canceled"]
 
 
-def test_many_requests_of_one_session_are_merged_but_not_the_first_into_the_last() -> None:
+def test_requests_of_a_session_are_merged_except_first_and_last() -> None:
     shell = Shell()
     client = shell.client()
     shell.trunk(5, client)
@@ -325,7 +325,7 @@ def test_many_requests_of_one_session_are_merged_but_not_the_first_into_the_last
     assert client.read() == []
 
 
-def test_a_watch_whose_created_has_not_come_is_proven_nothing() -> None:
+def test_nothing_is_proven_for_a_watch_before_its_created() -> None:
     shell = Shell()
     client = shell.client()
     client.create()
@@ -354,7 +354,7 @@ def test_etcd_is_not_asked_too_often() -> None:
     assert all(client.read()[-1] == "#-1 @200 progress" for client in clients)
 
 
-def test_it_is_asked_again_and_ever_less_often() -> None:
+def test_pauses_between_repeated_requests_grow() -> None:
     """After progress_retry_s, then after twice as long each time, up to progress_retry_s_max."""
     shell = Shell(CoreLimits(progress_retry_s=0.125, progress_retry_s_max=0.5))
     client = shell.client()
@@ -372,7 +372,7 @@ def test_it_is_asked_again_and_ever_less_often() -> None:
 # many upstream streams: one for each token
 
 
-def test_a_request_asks_only_for_the_sessions_that_wait() -> None:
+def test_a_request_asks_only_for_waiting_sessions() -> None:
     shell = Shell(CoreLimits(bookmark_s=1000))
     one, two, quiet = (shell.client(token) for token in (b"1", b"2", b"3"))
     first, second = shell.trunk(5, one, b"1"), shell.trunk(5, two, b"2")
@@ -389,7 +389,7 @@ def test_a_request_asks_only_for_the_sessions_that_wait() -> None:
     assert len(shell.asked) == 2
 
 
-def test_what_one_stream_owes_holds_up_no_other() -> None:
+def test_a_slow_stream_does_not_block_other_sessions() -> None:
     shell = Shell(CoreLimits(bookmark_s=1000))
     stuck, other = shell.client(b"1"), shell.client(b"2")
     owes, answers = shell.trunk(5, stuck, b"1"), shell.trunk(5, other, b"2")
@@ -401,7 +401,7 @@ def test_what_one_stream_owes_holds_up_no_other() -> None:
         assert any(answers in asked for asked in shell.asked[before:])
         shell.progressed(revision, answers)
         assert other.read() == [f"#-1 @{revision} progress"]
-    # It is asked again, at its own pace.
+    # The slow stream is asked again, at its own intervals.
     assert 3 <= sum(owes in asked for asked in shell.asked) <= 7
     shell.progressed(16, owes)
     assert stuck.read() == ["#-1 @16 progress"]
@@ -409,7 +409,7 @@ def test_what_one_stream_owes_holds_up_no_other() -> None:
 
 def test_a_request_asks_a_bounded_number_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     shell = Shell(CoreLimits(bookmark_s=1000))
-    # At the end alone: each walks over all of them.
+    # Only at the end, since each check walks over all of them.
     check = shell.core.check
     monkeypatch.setattr(shell.core, "check", lambda: None)
     count = 2 * STREAMS_PER_REQUEST_MAX + 1
@@ -419,7 +419,7 @@ def test_a_request_asks_a_bounded_number_of_streams(monkeypatch: pytest.MonkeyPa
     for client in clients:
         client.progress()
     shell.wait(0.09)
-    # The first was asked alone; the others came while its request was the newest.
+    # The first was asked alone; the others arrived while its request was the newest.
     assert [len(asked) for asked in shell.asked] == [1, STREAMS_PER_REQUEST_MAX, STREAMS_PER_REQUEST_MAX]
     assert {trunk for asked in shell.asked for trunk in asked} == set(trunks)
     check()
@@ -447,7 +447,7 @@ def test_sessions_do_not_wait_for_old_bookmarks(monkeypatch: pytest.MonkeyPatch)
     assert {trunk for asked in shell.asked for trunk in asked} == {*trunks, late}
 
 
-def test_an_answer_is_work_for_those_it_concerns_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_costs_work_only_for_its_own_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     shell = Shell(CoreLimits(bookmark_s=1000))
     monkeypatch.setattr(shell.core, "check", lambda: None)
     clients = [shell.client(b"%d" % number) for number in range(200)]
@@ -467,14 +467,14 @@ def test_an_answer_is_work_for_those_it_concerns_alone(monkeypatch: pytest.Monke
     for trunk in trunks:
         shell.progressed(9, trunk)
     assert all(client.read() == ["#-1 @9 progress"] for client in clients)
-    # All of them once, when it became known what is fresh enough, and then each with its own stream.
+    # All of them once, when the freshness target became known, and then each with its own stream.
     assert looks <= 3 * len(clients)
 
 
 # servers without ordered progress
 
 
-def test_an_old_server_is_asked_for_its_revision_and_not_believed_to_have_sent_it() -> None:
+def test_an_old_servers_answer_proves_only_its_revision() -> None:
     shell = Shell(ordered_progress=False)
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -515,7 +515,7 @@ def test_the_version_may_become_known_later() -> None:
 # progress_notify
 
 
-def test_quiet_watches_are_told_where_they_are() -> None:
+def test_quiet_watches_get_progress_notifications() -> None:
     shell = Shell(CoreLimits(progress_notify_s=60))
     client, without = shell.client(), shell.client()
     trunk = shell.trunk(5, client, progress_notify=True)
@@ -533,7 +533,7 @@ def test_quiet_watches_are_told_where_they_are() -> None:
     assert without.read() == []
 
 
-def test_a_short_interval_does_not_outrun_what_an_old_server_proves() -> None:
+def test_a_short_interval_waits_for_an_old_servers_proof() -> None:
     shell = Shell(CoreLimits(progress_notify_s=0.2), ordered_progress=False)
     client = shell.client()
     trunk = shell.trunk(5, client, progress_notify=True)
@@ -545,7 +545,7 @@ def test_a_short_interval_does_not_outrun_what_an_old_server_proves() -> None:
     assert "#0 @30 progress" in client.read()
 
 
-def test_not_those_that_were_sent_events_since() -> None:
+def test_watches_with_recent_events_get_no_notification() -> None:
     shell = Shell(CoreLimits(progress_notify_s=60, bookmark_s=1000))
     client = shell.client()
     trunk = shell.trunk(5, client, progress_notify=True)
@@ -562,7 +562,7 @@ def test_not_those_that_were_sent_events_since() -> None:
     assert client.read() == ["#0 @9 progress"]
 
 
-def test_not_before_its_start_and_not_what_lags() -> None:
+def test_future_and_lagging_watches_get_no_notification() -> None:
     shell = Shell(CoreLimits(progress_notify_s=60))
     future, slow = shell.client(), shell.client()
     trunk = shell.trunk(5, slow, progress_notify=True)
@@ -581,7 +581,7 @@ def test_not_before_its_start_and_not_what_lags() -> None:
     assert future.read() == ["#0 @50 progress"]
 
 
-def test_a_session_is_not_told_less_than_one_of_its_watches() -> None:
+def test_progress_is_not_below_a_watchs_notification() -> None:
     shell = Shell(CoreLimits(progress_notify_s=60))
     client = shell.client()
     one, two = shell.trunk(5, client, progress_notify=True), shell.trunk(5, client, b"j")
@@ -597,7 +597,7 @@ def test_a_session_is_not_told_less_than_one_of_its_watches() -> None:
     assert client.read() == ["#-1 @30 progress"]
 
 
-def test_a_watch_that_is_gone_is_told_nothing() -> None:
+def test_an_ended_watch_gets_no_notification() -> None:
     shell = Shell(CoreLimits(progress_notify_s=60))
     client = shell.client()
     shell.trunk(5, client, progress_notify=True)
@@ -631,13 +631,13 @@ def test_quiet_trunks_renew_their_bookmarks(busy: bool) -> None:
     assert len(shell.asked) == asked + 1
 
 
-def test_targets_are_the_least_that_was_seen_after_a_request() -> None:
+def test_a_target_is_the_least_revision_seen_after_a_request() -> None:
     targets = FreshnessTargets()
     assert targets.of(1) is None
     targets.learn(2, 20)
     targets.learn(4, 40)
     assert [targets.of(number) for number in range(1, 6)] == [20, 20, 40, 40, None]
-    # A later request found less, on another stream.
+    # A later request found a lower revision, on another stream.
     targets.learn(3, 15)
     assert [targets.of(number) for number in range(1, 6)] == [15, 15, 15, 40, None]
     targets.learn(3, 18)
@@ -645,13 +645,13 @@ def test_targets_are_the_least_that_was_seen_after_a_request() -> None:
     assert [targets.of(number) for number in range(1, 6)] == [15, 15, 15, 35, None]
     for number in range(5, 500):
         targets.learn(number, 10 * number)
-    # The oldest have the target of a later one, which is more than they need and never less.
+    # The oldest use the target of a later one, which is never lower than their own.
     assert (targets.of(1), targets.of(499), targets.of(500)) == (4360, 4990, None)
     targets.clear()
     assert targets.of(1) is None
 
 
-def test_without_trunks_the_core_sleeps() -> None:
+def test_without_trunks_there_is_no_deadline() -> None:
     shell = Shell()
     client = shell.client()
     shell.trunk(5, client)

@@ -1,4 +1,4 @@
-"""Sessions that stall: they cost nothing, hold nobody up and lose nothing."""
+"""Stalled sessions cost nothing, delay no other session and lose nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from proto.scan import WatchResponse
 from tests.coalesce.shell import Shell, delete, header, put
 
 
-def test_a_slow_client_catches_up_and_nobody_else_notices() -> None:
+def test_a_slow_client_catches_up_without_affecting_others() -> None:
     shell = Shell()
     slow, quick = shell.client(), shell.client()
     trunk = shell.trunk(5, quick)
@@ -20,7 +20,7 @@ def test_a_slow_client_catches_up_and_nobody_else_notices() -> None:
     for revision in range(6, 10):
         shell.events(trunk, put(revision))
     assert quick.read() == [f"#0 @{revision} put {revision} k=v" for revision in range(6, 10)]
-    # The first one is written in part and queued; the others wait in the history.
+    # The first event is written in part and queued; the others wait in the history.
     assert slow.unsent == ["#0 @6 put 6 k=v"]
     assert slow.session.watches[0].place is Place.LAGGING
     slow.drain()
@@ -30,7 +30,7 @@ def test_a_slow_client_catches_up_and_nobody_else_notices() -> None:
     assert len(shell.opened) == 1
 
 
-def test_a_stalled_session_is_in_no_delivery() -> None:
+def test_a_stalled_session_gets_no_deliveries() -> None:
     shell = Shell()
     slow, quick = shell.client(), shell.client()
     trunk = shell.trunk(5, quick)
@@ -43,8 +43,8 @@ def test_a_stalled_session_is_in_no_delivery() -> None:
     assert [watch.session for watch in deliver.watches] == [quick.session]
 
 
-def test_what_was_handed_back_comes_again() -> None:
-    """A session stalls in the middle of a list of effects: the rest of the list is handed back."""
+def test_undelivered_payloads_are_sent_again() -> None:
+    """A session stalls in the middle of a list of effects: the rest of the list is returned undelivered."""
     shell = Shell(CoreLimits(response_bytes_max=1))
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -63,7 +63,7 @@ def test_what_was_handed_back_comes_again() -> None:
     ]
 
 
-def test_a_control_answer_may_be_what_stalls() -> None:
+def test_a_control_answer_may_stall_a_session() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -77,7 +77,7 @@ def test_a_control_answer_may_be_what_stalls() -> None:
     assert client.read() == ["#1 @6 created", "#0 @7 put 7 k=v", "#1 @7 put 6 k=v put 7 k=v"]
 
 
-def test_requests_of_a_stalled_session_are_answered_in_order_behind_what_is_unsent() -> None:
+def test_answers_of_a_stalled_session_follow_its_unsent_bytes() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -97,7 +97,7 @@ def test_requests_of_a_stalled_session_are_answered_in_order_behind_what_is_unse
     assert client.read() == ["#1 @5 put 5 k=v", "#1 @7 put 6 k=v put 7 k=v"]
 
 
-def test_replays_are_cut_and_go_on_by_themselves() -> None:
+def test_replays_are_split_and_continue_by_timer() -> None:
     limits = CoreLimits(replay_bytes_max=3 * len(put(6, b"k").encoded))
     shell = Shell(limits)
     client = shell.client()
@@ -109,7 +109,7 @@ def test_replays_are_cut_and_go_on_by_themselves() -> None:
     first = "#0 @9 put 7 k=v put 8 k=v put 9 k=v"
     assert client.read() == ["#0 @6 put 6 k=v", first]
     assert shell.core.next_deadline() == shell.now
-    # Live events go on meanwhile, behind.
+    # Live events continue meanwhile, after the replay.
     shell.events(trunk, put(16))
     assert client.read() == []
     shell.settle()
@@ -121,7 +121,7 @@ def test_replays_are_cut_and_go_on_by_themselves() -> None:
     assert client.session.watches[0].place is Place.IN_STEP
 
 
-def test_a_stall_ends_the_replay_and_a_drain_goes_on_there() -> None:
+def test_a_stall_ends_the_replay_and_a_drain_continues_it() -> None:
     limits = CoreLimits(replay_bytes_max=2 * len(put(6).encoded))
     shell = Shell(limits)
     client = shell.client()
@@ -167,7 +167,7 @@ def test_watches_of_a_session_are_replayed_in_turn() -> None:
 
 
 def herd(turn_bytes_max: int) -> list[list[int]]:
-    """Eight sessions drain at once, each with one response left to replay; return the responses' sizes turn by turn."""
+    """Drain eight sessions at once, each with one response left to replay; return the responses' sizes turn by turn."""
     size = len(put(6).encoded)
     shell = Shell(CoreLimits(replay_bytes_max=4 * size, replay_turn_bytes_max=turn_bytes_max))
     clients = [shell.client() for _ in range(8)]
@@ -188,8 +188,8 @@ def herd(turn_bytes_max: int) -> list[list[int]]:
     return turns
 
 
-def test_a_herd_is_served_in_turns() -> None:
-    """All sessions together are given so much before events come in between; a turn serves at least one of them."""
+def test_many_sessions_are_served_in_turns() -> None:
+    """The bound applies to all sessions together, so that live events come in between; a turn serves at least one."""
     turns = herd(1)
     (size,) = turns[0]
     assert turns == [[size]] * 8
@@ -198,8 +198,8 @@ def test_a_herd_is_served_in_turns() -> None:
     assert herd(3 * size + 1) == [[size] * 4] * 2
 
 
-def test_replays_that_filters_leave_empty_take_turns() -> None:
-    """What is looked at is bounded over all inputs between two rings of the timer, though nothing of it is sent."""
+def test_replays_with_all_events_filtered_take_turns() -> None:
+    """Events examined are bounded over all inputs between two timers, even if none of them is sent."""
     shell = Shell(CoreLimits(replay_events_max=100, replay_turn_events_max=300))
     quick = shell.client()
     trunk = shell.trunk(5, quick)
@@ -210,7 +210,7 @@ def test_replays_that_filters_leave_empty_take_turns() -> None:
     for place, client in enumerate(clients):
         client.create(start=6 + place, no_put=True)
         client.read()
-    # Three had their first turn; the others wait for theirs, and so does the rest of these three.
+    # Three had their first turn; the others wait for theirs, and these three for their next one.
     assert [client.session.watches[0].place for client in clients] == [Place.LAGGING] * 20
     assert sum(client.session.watches[0].position > 105 for client in clients) == 3
     rings = 0
@@ -231,7 +231,7 @@ def test_replays_that_filters_leave_empty_take_turns() -> None:
 
 
 def test_watches_of_one_session_are_placed_in_turns() -> None:
-    """A session with many watches that stalled: those that have missed nothing cost a turn something as well."""
+    """In a stalled session with many watches, placing those that missed nothing also counts for a turn."""
     shell = Shell(CoreLimits(replay_events_max=100, replay_turn_events_max=100))
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -247,7 +247,7 @@ def test_watches_of_one_session_are_placed_in_turns() -> None:
     assert shell.core.stats.lagging == 0
 
 
-def test_sessions_that_stalled_together_share_what_they_replay() -> None:
+def test_sessions_that_stalled_together_share_replays() -> None:
     shell = Shell()
     clients = [shell.client() for _ in range(3)]
     trunk = shell.trunk(5, clients[0])
@@ -268,7 +268,7 @@ def test_sessions_that_stalled_together_share_what_they_replay() -> None:
     assert payloads[0].pieces(0) == payloads[2].pieces(0)
 
 
-def test_filtered_to_nothing_is_not_sent_and_the_watch_moves_on() -> None:
+def test_a_watch_advances_over_filtered_events() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, client, no_put=True)
@@ -284,7 +284,7 @@ def test_filtered_to_nothing_is_not_sent_and_the_watch_moves_on() -> None:
     assert client.session.watches[0].next_revision == 13
 
 
-def test_a_history_that_has_moved_on_means_a_backfill() -> None:
+def test_evicted_revisions_come_by_a_backfill() -> None:
     shell = Shell(CoreLimits(history_revisions_max=2))
     client, other = shell.client(), shell.client()
     trunk = shell.trunk(5, other)
@@ -344,7 +344,7 @@ def test_fragments_are_one_delivery() -> None:
 
 
 @pytest.mark.parametrize("limit", [None, 30.0])
-def test_who_stays_behind_too_long_is_sent_away(limit: float | None) -> None:
+def test_a_session_behind_for_too_long_is_ended(limit: float | None) -> None:
     shell = Shell(CoreLimits(lagging_age_s_max=limit))
     slow, other = shell.client(), shell.client()
     trunk = shell.trunk(5, other)
@@ -362,7 +362,7 @@ def test_who_stays_behind_too_long_is_sent_away(limit: float | None) -> None:
     assert shell.core.stats.sessions == 1
 
 
-def test_who_catches_up_now_and_then_is_not() -> None:
+def test_a_session_that_catches_up_at_times_is_not_ended() -> None:
     shell = Shell(CoreLimits(lagging_age_s_max=30.0))
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -375,7 +375,7 @@ def test_who_catches_up_now_and_then_is_not() -> None:
     assert len(client.read()) == 6
 
 
-def test_a_drain_that_nobody_waited_for_is_harmless() -> None:
+def test_an_unexpected_drain_is_harmless() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -387,8 +387,8 @@ def test_a_drain_that_nobody_waited_for_is_harmless() -> None:
     assert client.read() == ["#0 @6 put 6 k=v"]
 
 
-def test_a_deadline_moves_by_the_first_event_and_by_stalls_not_by_events_like_any_other() -> None:
-    """The engine does not ask for a deadline that has not moved; the simulator holds that for every input."""
+def test_the_first_event_and_stalls_move_the_deadline() -> None:
+    """The engine does not read a deadline that has not moved; the simulator checks this for every input."""
     shell = Shell(CoreLimits(lagging_age_s_max=1.0))
     client = shell.client()
     trunk = shell.trunk(5, client)

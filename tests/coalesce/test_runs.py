@@ -1,4 +1,4 @@
-"""What etcd sends as one response reaches a watch with fragment as one run, however many pieces it came in."""
+"""One response of etcd reaches a watch with fragment as one run, regardless of the number of pieces it arrived in."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from coalesce.runs import PATIENCE_S
 from proto.scan import Event, WatchResponse
 from tests.coalesce.shell import Client, Shell, header, put
 
-# An event of 100 bytes or so in each fragment.
+# One event of about 100 bytes in each fragment.
 LIMITS = CoreLimits(fragment_bytes=150)
 
 
 def large(revision: int) -> Event:
-    """An event that is a fragment of its own."""
+    """Return an event that fills a fragment."""
     return put(revision, value=b"x" * 90)
 
 
 def piece(shell: Shell, upstream: Upstream, *revisions: int, last: bool = False) -> None:
-    """A piece of a response that has come."""
+    """Pass in one piece of a response."""
     events = [large(revision) for revision in revisions]
     response = WatchResponse(header(99), 0, fragment=not last, events=events)
     response.plain = last
@@ -25,14 +25,14 @@ def piece(shell: Shell, upstream: Upstream, *revisions: int, last: bool = False)
 
 
 def whole(*revisions: int, watch_id: int = 0) -> list[str]:
-    """A run of fragments with these revisions, as a client reads it."""
+    """Return a run of fragments with these revisions, as a client reads it."""
     *rest, last = revisions
     lines = [f"#{watch_id} @{last} fragment put {revision} k=[90]" for revision in rest]
     return [*lines, f"#{watch_id} @{last} put {last} k=[90]"]
 
 
 def two_kinds(shell: Shell) -> tuple[Client, Client, Upstream]:
-    """A client with fragment, one without, and their trunk."""
+    """Return a client with fragment, one without, and their trunk."""
     client, plain = shell.client(), shell.client()
     trunk = shell.trunk(5, client, fragment=True)
     plain.create(start=6)
@@ -40,7 +40,7 @@ def two_kinds(shell: Shell) -> tuple[Client, Client, Upstream]:
     return client, plain, trunk
 
 
-def test_pieces_are_one_run_and_to_others_one_response_each() -> None:
+def test_pieces_are_one_run_or_separate_responses() -> None:
     shell = Shell(LIMITS)
     client, plain, trunk = two_kinds(shell)
     for revision in (6, 7):
@@ -55,8 +55,8 @@ def test_pieces_are_one_run_and_to_others_one_response_each() -> None:
     assert len(shell.opened) == 1
 
 
-def test_nothing_comes_between_its_fragments() -> None:
-    """Not even what is said of another watch of the stream: clientv3 would drop the fragments before."""
+def test_nothing_is_sent_between_fragments() -> None:
+    """Not even answers for another watch of the stream: clientv3 would drop the fragments before."""
     shell = Shell(LIMITS)
     client, _, trunk = two_kinds(shell)
     piece(shell, trunk, 6)
@@ -72,7 +72,7 @@ def test_nothing_comes_between_its_fragments() -> None:
     assert {line.split()[2] for line in lines[:first] + lines[first + 3 :]} <= {"created", "canceled"}
 
 
-def test_a_watch_far_behind_gets_what_a_backfill_brings_in_one() -> None:
+def test_a_backfills_response_is_one_run() -> None:
     shell = Shell(LIMITS)
     client, plain = shell.client(), shell.client()
     shell.trunk(100, shell.client())
@@ -88,7 +88,7 @@ def test_a_watch_far_behind_gets_what_a_backfill_brings_in_one() -> None:
     assert len(plain.read()) == 1
 
 
-def test_a_response_that_is_cut_for_others_is_one_run() -> None:
+def test_a_split_response_is_one_run() -> None:
     shell = Shell(CoreLimits(fragment_bytes=150, response_bytes_max=250))
     client, plain, trunk = two_kinds(shell)
     shell.events(trunk, *(large(revision) for revision in range(6, 12)))
@@ -96,7 +96,7 @@ def test_a_response_that_is_cut_for_others_is_one_run() -> None:
     assert len(plain.read()) == 3
 
 
-def test_from_the_history_it_comes_in_one_as_well() -> None:
+def test_a_replay_from_the_history_is_one_run() -> None:
     shell = Shell(CoreLimits(fragment_bytes=150, replay_bytes_max=250))
     _, _, trunk = two_kinds(shell)
     for revision in range(6, 12):
@@ -120,7 +120,7 @@ def test_at_its_bound_a_run_ends_between_two_revisions() -> None:
     assert client.read() == whole(9, 10)
 
 
-def test_a_run_is_never_more_than_the_history_keeps() -> None:
+def test_a_run_is_never_larger_than_the_history() -> None:
     for limits in (
         CoreLimits(history_bytes_max=1),
         CoreLimits(history_bytes_total_max=1),
@@ -135,8 +135,8 @@ def test_a_run_is_never_more_than_the_history_keeps() -> None:
         assert len(shell.opened) == 1
 
 
-def test_a_run_whose_rest_does_not_come_is_sent_as_it_is() -> None:
-    """The connection has broken: the watch is registered again behind what has come, and its range may be quiet."""
+def test_an_incomplete_run_is_sent_after_a_timeout() -> None:
+    """After a broken connection the watch is registered again after the pieces received, and its range may be quiet."""
     shell = Shell(LIMITS)
     client, _, trunk = two_kinds(shell)
     piece(shell, trunk, 6)
@@ -147,12 +147,12 @@ def test_a_run_whose_rest_does_not_come_is_sent_as_it_is() -> None:
     shell.wait(PATIENCE_S * 0.2)
     assert client.read() == whole(6, 7)
     piece(shell, trunk, 8)
-    # Progress is in order with events: nothing of the run is to come.
+    # Progress is ordered with events: no further piece of the run can follow.
     shell.bookmark(trunk, 20)
     assert client.read() == ["#0 @8 put 8 k=[90]"]
 
 
-def test_a_client_that_stalls_gets_it_when_it_reads_on() -> None:
+def test_a_stalled_client_gets_the_run_when_it_reads_again() -> None:
     shell = Shell(LIMITS)
     client, _, trunk = two_kinds(shell)
     client.stall()
@@ -166,7 +166,7 @@ def test_a_client_that_stalls_gets_it_when_it_reads_on() -> None:
     assert client.read() == whole(8, 9)
 
 
-def test_who_leaves_during_a_run_gets_nothing_of_it() -> None:
+def test_a_watch_cancelled_during_a_run_gets_nothing_of_it() -> None:
     shell = Shell(LIMITS)
     client, plain, trunk = two_kinds(shell)
     piece(shell, trunk, 6)
@@ -178,8 +178,8 @@ def test_who_leaves_during_a_run_gets_nothing_of_it() -> None:
     assert shell.core.stats.lagging == 0
 
 
-def test_who_waits_is_found_though_its_turn_did_not_reach_it() -> None:
-    """A turn ends with what others of the session were sent; what is left of it waits for the run alone."""
+def test_a_waiting_watch_is_served_though_its_turn_ended_early() -> None:
+    """Other watches of the session use up the turn; then only the watch that waits for the run is left."""
     shell = Shell(CoreLimits(fragment_bytes=150, replay_bytes_max=1))
     client = shell.client()
     trunk = shell.trunk(5, client)
@@ -197,7 +197,7 @@ def test_who_waits_is_found_though_its_turn_did_not_reach_it() -> None:
 
 
 def test_a_run_at_its_bound_is_sent_before_it_can_be_evicted() -> None:
-    """However much work others have: else the watch would begin again where it was, for ever."""
+    """However busy other sessions are: otherwise the watch would restart at the same revision again and again."""
     memory = put(6, value=b"x" * 90)
     limits = CoreLimits(
         fragment_bytes=150,
@@ -225,7 +225,7 @@ def test_a_run_at_its_bound_is_sent_before_it_can_be_evicted() -> None:
 
 
 def held_back(limits: CoreLimits) -> tuple[Shell, list[Client], Upstream]:
-    """Clients with fragment that share a backfill, and the pieces of 60 and 61, the last of a run."""
+    """Return clients with fragment that share a backfill, after the pieces 60 and 61, the last of a run."""
     shell = Shell(limits)
     shell.trunk(100, shell.client())
     clients = [shell.client() for _ in range(2)]
@@ -240,11 +240,11 @@ def held_back(limits: CoreLimits) -> tuple[Shell, list[Client], Upstream]:
 
 
 def revisions(client: Client) -> list[str]:
-    """The revisions of the events that a client has."""
+    """Return the revisions of the events that a client has received."""
     return [line.split()[-2] for line in client.read()]
 
 
-# One turn comes to one of the clients, and the next run would evict what the other one waits for.
+# One turn serves one of the clients, and the next run would evict the events that the other one waits for.
 SCARCE = CoreLimits(
     fragment_bytes=150, replay_turn_events_max=1, history_bytes_total_max=3 * (len(large(60).encoded) + 700)
 )
@@ -287,8 +287,8 @@ def test_a_run_is_sent_before_other_ranges_evict_it() -> None:
     assert len(shell.opened) == 3
 
 
-def test_who_lost_its_place_does_not_wait_for_the_run() -> None:
-    """What was evicted while the client did not read does not come with the end of the run."""
+def test_a_watch_without_source_does_not_wait_for_the_run() -> None:
+    """Events evicted while the client did not read are not sent at the end of the run."""
     shell = Shell(SCARCE)
     shell.trunk(100, shell.client())
     client = shell.client()

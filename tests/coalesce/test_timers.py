@@ -1,4 +1,4 @@
-"""Timers: moving and stopping costs an assignment, and nothing rings twice."""
+"""Timers: moving and stopping costs an assignment, and no timer fires twice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Subject:
         self.timer_at: float | None = None
 
 
-def test_they_ring_in_order_and_once() -> None:
+def test_timers_fire_in_order_and_once() -> None:
     timers: Timers[Subject] = Timers()
     late, early = Subject("late"), Subject("early")
     timers.start(late, 5.0)
@@ -23,7 +23,7 @@ def test_they_ring_in_order_and_once() -> None:
     assert len(timers) == 0
 
 
-def test_moved_and_stopped() -> None:
+def test_a_timer_can_be_moved_and_stopped() -> None:
     timers: Timers[Subject] = Timers()
     moved, stopped = Subject("moved"), Subject("stopped")
     timers.start(moved, 1.0)
@@ -36,7 +36,7 @@ def test_moved_and_stopped() -> None:
     assert list(timers.due(4.0)) == [moved]
 
 
-def test_started_again_while_it_rings() -> None:
+def test_a_timer_can_be_restarted_while_it_fires() -> None:
     timers: Timers[Subject] = Timers()
     subject = Subject("again")
     timers.start(subject, 1.0)
@@ -45,7 +45,7 @@ def test_started_again_while_it_rings() -> None:
     assert timers.next_deadline() == 2.0
 
 
-def test_moving_to_and_fro_keeps_the_heap_small() -> None:
+def test_moving_back_and_forth_keeps_the_heap_small() -> None:
     timers: Timers[Subject] = Timers()
     subjects = [Subject(str(n)) for n in range(10)]
     for turn in range(1000):
@@ -56,8 +56,8 @@ def test_moving_to_and_fro_keeps_the_heap_small() -> None:
     assert sorted(subject.name for subject in timers_due) == sorted(subject.name for subject in subjects)
 
 
-def test_those_that_were_stopped_are_let_go() -> None:
-    """Not at their deadline, which may be minutes away: a subject may hold a client's whole session."""
+def test_stopped_subjects_are_freed() -> None:
+    """They are freed before their deadline, which may be minutes away: a subject may hold a client's whole session."""
     timers: Timers[Subject] = Timers()
     subjects = [Subject(str(n)) for n in range(1000)]
     for subject in subjects:

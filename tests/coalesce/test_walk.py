@@ -1,4 +1,4 @@
-"""Random walks: every seed ends with every watch having seen exactly what it asked for."""
+"""Random walks: for every seed, every watch has received exactly the events it asked for."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ STEPS = 300
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_every_watch_sees_exactly_its_events(seed: int) -> None:
+def test_every_watch_gets_exactly_its_events(seed: int) -> None:
     walk(seed, STEPS)
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_also_where_manual_progress_is_of_no_use(seed: int) -> None:
+def test_walks_without_ordered_progress(seed: int) -> None:
     made = walk(seed, STEPS, ordered_progress=False)
     assert made.core.stats.progress_asked == 0
 
 
-def test_the_walks_go_everywhere() -> None:
+def test_walks_reach_every_kind_of_step() -> None:
     """A walk that never stalls, upgrades or compacts would prove little."""
     stats = [walk(seed, STEPS).core.stats for seed in range(100, 110)]
     for name in (

@@ -1,13 +1,12 @@
 """A random walk over everything that can happen to a core, against a small model of etcd.
 
-The model is what the contract says of etcd and no more: a store of revisions, upstream watches that get whole
-revisions in bounded responses whose header is the store's, a `created` whose header may be later than the
-registration, reads that are answered late, progress that is answered only by watches which have caught up, compaction
-that cancels who is behind, refusals and losses. What each client saw is judged at the end, against the store, event by
-event.
+The model does what etcd's contract says, and no more: a store of revisions, upstream watches that get whole revisions
+in bounded responses whose header is the store's, a `created` whose header may be later than the registration, reads
+that are answered late, progress that is answered only for watches which have caught up, compaction that cancels watches
+that are behind, refusals and losses. At the end each client's events are compared with the store, one by one.
 
-The whole of the core with real shells, time and faults is the simulator's (tests/sim); this one is small enough to run
-with the unit tests, and steps right into corners: tiny limits, tiny rooms, every kind of watch.
+The simulator (tests/sim) tests the whole core with real shells, time and faults; this walk is small enough to run with
+the unit tests, and reaches corner cases quickly: tiny limits, tiny rooms, every kind of watch.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class UpstreamModel:
 
 
 class WatchLog:
-    """What a client asked and saw of one watch."""
+    """The request and the received events of one watch."""
 
     def __init__(self, request: rpc_pb2.WatchCreateRequest, asked_at: int) -> None:
         self.request = request
@@ -93,9 +92,9 @@ class WalkClient(Client):
         self.asked: list[WatchLog] = []
         self.watches: dict[int, WatchLog] = {}
         self.done: list[WatchLog] = []
-        # Ids cancelled by compaction, and not by the client.
+        # Ids cancelled by compaction, but not by the client.
         self.dead: set[int] = set()
-        # Bytes of what the shell holds for it.
+        # Messages that the shell holds for it.
         self.held: list[bytes] = []
         self.run: list[kv_pb2.Event] | None = None
         self.progress_answers = 0
@@ -118,7 +117,7 @@ class WalkClient(Client):
                 log.progress = revision
             self.watches[response.watch_id] = log
         elif response.canceled and response.watch_id in self.dead:
-            # Cancelled by compaction and then by the client: told twice.
+            # Cancelled by compaction and then by the client: two answers.
             self.dead.discard(response.watch_id)
         elif response.canceled:
             log = self.watches.pop(response.watch_id)
@@ -134,9 +133,9 @@ class WalkClient(Client):
 
     def _events(self, log: WatchLog, response: rpc_pb2.WatchResponse) -> None:
         if self.run is not None:
-            assert log.events is self.run, "nothing comes between fragments"
+            assert log.events is self.run, "a response between fragments"
         else:
-            assert response.events[0].kv.mod_revision > log.progress, "nothing comes below progress"
+            assert response.events[0].kv.mod_revision > log.progress, "an event at or below progress"
             if log.events:
                 assert response.events[0].kv.mod_revision > log.events[-1].kv.mod_revision
         log.events.extend(response.events)
@@ -157,10 +156,10 @@ class WalkClient(Client):
             seen = [event.kv.mod_revision for event in log.events]
             assert not seen or revision >= seen[-1]
             expected = [change.revision for change in self.walk.expected(log) if change.revision <= revision]
-            assert seen == expected, f"progress {revision} was told too early"
+            assert seen == expected, f"progress {revision} was sent too early"
 
     def write(self, messages: Iterable[bytes]) -> None:
-        """Take messages, or hold them from the first on that finds no room."""
+        """Accept messages, or hold them from the first one without room."""
         for message in messages:
             if self.room == 0 or self.held:
                 self.held.append(message)
@@ -172,7 +171,7 @@ class WalkClient(Client):
             self.walk.core.stalled(self.session)
 
     def drain(self, room: int | None = None) -> None:
-        """Read what is held, and `room` more."""
+        """Read the held messages, and `room` further ones."""
         self.room = room
         held, self.held = self.held, []
         for message in held:
@@ -194,7 +193,7 @@ class Walk(Shell):
         self.models: dict[Upstream, UpstreamModel] = {}
         self.clients: list[WalkClient] = []
         self.gone: list[WalkClient] = []
-        # Reads in flight that etcd has served: at which revision.
+        # Reads in flight that etcd has served, with their revisions.
         self.served: dict[int, int] = {}
         self.auth = bool(self.random.getrandbits(1))
 
@@ -212,7 +211,7 @@ class Walk(Shell):
             self.changes.append(Change(self.revision, kind, key, value, prev))
 
     def expected(self, log: WatchLog) -> Iterator[Change]:
-        """All that a watch is to be sent."""
+        """Return all events that a watch must get."""
         request = log.request
         for change in self.changes:
             if change.revision >= log.start and in_range(change.key, request.key, request.range_end):
@@ -226,14 +225,14 @@ class Walk(Shell):
         """Answer the create of an upstream watch."""
         model = self.models.setdefault(upstream, UpstreamModel())
         model.created = True
-        # What etcd tells of "now" may be later than where it registered the watch.
+        # The header of `created` may be later than the revision at which etcd registered the watch.
         now = max(1, self.revision - self.random.choice((0, 0, 1, 2)))
         model.next_revision = upstream.start_revision or now + 1
         assert model.next_revision <= self.revision + 1, "a trunk or a backfill of the future"
         self.created(upstream, self.revision)
 
     def feed(self, upstream: Upstream) -> None:
-        """Send an upstream watch some of what it lacks."""
+        """Send an upstream watch some of its missing events."""
         model = self.models[upstream]
         if model.next_revision < self.compacted:
             del self.models[upstream]
@@ -250,11 +249,11 @@ class Walk(Shell):
             self.do(self.core.upstream_response, upstream, WatchResponse(header(self.revision), 0, events=events))
 
     def live(self) -> list[Upstream]:
-        """The upstream watches that are open."""
+        """Return the open upstream watches."""
         return [upstream for upstream in self.opened if not upstream.closed]
 
     def prove(self) -> None:
-        """Answer a manual request for those that have caught up."""
+        """Answer a manual request for the upstream watches that have caught up."""
         for upstream in self.live():
             model = self.models.get(upstream)
             if model is not None and model.next_revision > self.revision:
@@ -263,7 +262,7 @@ class Walk(Shell):
     # one step
 
     def step(self) -> None:
-        """Let something happen."""
+        """Take one random step."""
         roll = self.random.random()
         if roll < 0.25:
             self.write()
@@ -285,7 +284,7 @@ class Walk(Shell):
 
     def _etcd_step(self) -> None:
         for read in self.reads:
-            # It is served some time after it began, and the answer comes later still.
+            # A read is served some time after it began, and answered even later.
             if id(read) not in self.served and self.random.random() < 0.5:
                 self.served[id(read)] = self.revision
         if self.reads and self.random.random() < 0.5:
@@ -314,7 +313,7 @@ class Walk(Shell):
             self.prove()
 
     def _bury(self) -> None:
-        """Set those aside whose session was ended."""
+        """Set clients aside whose session was ended."""
         self.gone.extend(client for client in self.clients if client.ended is not None)
         self.clients = [client for client in self.clients if client.ended is None]
 
@@ -356,7 +355,7 @@ class Walk(Shell):
     # the end
 
     def come_to_rest(self) -> None:
-        """Let everything that waits happen, until nothing changes any more."""
+        """Complete everything that is pending, until nothing changes any more."""
         for client in self.clients:
             client.drain()
         for _ in range(400):
@@ -373,7 +372,7 @@ class Walk(Shell):
             self.wait(0.2)
             if self._is_at_rest():
                 return
-        raise AssertionError("it does not come to rest")
+        raise AssertionError("the walk does not settle")
 
     def _is_at_rest(self) -> bool:
         return all(
@@ -385,7 +384,7 @@ class Walk(Shell):
         return len(log.events) >= sum(1 for _ in self.expected(log))
 
     def judge(self) -> None:
-        """Compare what every watch saw with the store."""
+        """Compare the events of every watch with the store."""
         for client in self.clients + self.gone:
             for log in [*client.watches.values(), *client.done]:
                 self._judge(log, live=not log.canceled and client in self.clients)
@@ -407,7 +406,7 @@ class Walk(Shell):
 
 
 def walk(seed: int, steps: int, ordered_progress: bool = True) -> Walk:
-    """Take one walk to its end and judge it."""
+    """Run one walk to its end and check it."""
     made = Walk(seed, ordered_progress=ordered_progress)
     for _ in range(steps):
         made.step()
