@@ -320,6 +320,7 @@ def cut_off(world: World, rng: random.Random) -> None:
         world.cut.clear()
     elif len(world.members) - len(world.still) > 1 and world.config.tells_status:
         world.cut.add(rng.choice([each for each in world.members if each.member_id not in world.still]).member_id)
+        world.leaders_changed()
 
 
 @_action(0.6, fault=True)
@@ -348,6 +349,7 @@ def poison_check(world: World, rng: random.Random) -> None:
 def change_endpoints(world: World, rng: random.Random) -> None:
     """The operator gives other endpoints."""
     world.upstream.set_endpoints(rng.sample(world.members, rng.randint(1, len(world.members))))
+    world.leaders_changed()
 
 
 @_action(0.2, fault=True)

@@ -278,7 +278,15 @@ class World:
 
     def now_at_least(self) -> int:
         """The least revision that a read of "now" may find: without a leader it is what some member knows."""
-        return self.store.revision if self.store.has_quorum else min(member.revision for member in self.members)
+        if any(self.has_leader(endpoint.member) for endpoint in self.upstream.endpoints):
+            return self.store.revision
+        return min(member.revision for member in self.members)
+
+    def leaders_changed(self) -> None:
+        """Other endpoints have a leader, or none: then "now" is what some member knows, for those who wait as well."""
+        for client in self.clients:
+            if client.session is not None:
+                client.session.now_may_be(self.now_at_least())
 
     def check_rest(self) -> None:
         """Nothing more happens by itself: watches are where they belong, and who is to know of a lost leader does."""
@@ -290,9 +298,7 @@ class World:
     def lose_quorum(self) -> None:
         """Nobody has a leader any more: what is read now is what some member knows, also for those who ask already."""
         self.store.has_quorum = False
-        for client in self.clients:
-            if client.session is not None:
-                client.session.now_may_be(self.now_at_least())
+        self.leaders_changed()
 
     def heal(self) -> None:
         """All members are there and see each other."""
