@@ -1,8 +1,9 @@
 """Every setting of the proxy: name, default, unit, flag, trade-off.
 
 The command line's options, the `WATCHMUX_*` variables, the configuration file and the commented example in
-`configs/watchmux.toml` are all generated from the structs below, so adding a setting means adding one field. Units
-come last in the names (`linger_s`, `history_bytes_max`). If 0 disables a limit, its text says so.
+`configs/watchmux.toml` are all generated from the structs below. A new limit also needs a field in the settings class
+that takes it, a metric and a test: see ARCHITECTURE.md, "Where to change what". Units come last in the names
+(`linger_s`, `history_bytes_max`). If 0 disables a limit, its text says so.
 """
 
 from __future__ import annotations
