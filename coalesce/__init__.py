@@ -1,7 +1,7 @@
 """The core: merges the watches of many sessions into one upstream watch per range.
 
-Pure and synchronous: no I/O, no clock, no randomness, no tasks, no logging. Of gRPC it knows only the message prefix and
-a few status codes. A `Coalescer` is driven by its caller: inputs in, effects returned, time as an argument. `core`
+Pure and synchronous: no I/O, no clock, no randomness, no tasks, no logging. Of gRPC it knows only the message prefix
+and a few status codes. A `Coalescer` is driven by its caller: inputs in, effects returned, time as an argument. `core`
 documents the protocol; `guarantees` holds the checkers of what the core promises.
 """
 
