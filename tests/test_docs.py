@@ -61,3 +61,23 @@ def test_named_tests_exist() -> None:
         if not re.search(rf"def {name}\b", (ROOT / "tests" / path).read_text())
     ]
     assert not missing, missing
+
+
+@pytest.mark.parametrize(("title", "hops_max"), [("The walk of an event", 15), ("The walk of a create", 20)])
+def test_walks_name_functions_that_exist(title: str, hops_max: int) -> None:
+    _, _, section = ARCHITECTURE.partition(f"### {title}\n")
+    section = section.partition("\n##")[0]
+    hops = numbered(section)
+    assert 10 < len(hops) <= hops_max
+    for path, names in re.findall(r"`([\w/]+\.py):([\w.]+)`", section):
+        source = (ROOT / path).read_text()
+        for name in names.split("."):
+            assert re.search(rf"(def|class) {name}\b", source), f"{path}:{names}"
+
+
+def test_tests_in_the_track_record_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "evidence" / "track-record.md").read_text()))
+    assert len(named) > 50
+    source = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    missing = [name for name in sorted(named) if not re.search(rf"def {name}\b", source)]
+    assert not missing, missing
