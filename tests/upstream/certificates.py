@@ -17,7 +17,7 @@ class Certificates:
     server_key: str
     client_cert: str
     client_key: str
-    # Another authority, which signed nothing here.
+    # Another authority, which signed none of these certificates.
     other_ca: str
 
 

@@ -1,7 +1,7 @@
-"""A model of how etcd serves a Watch stream, as far as order and timing go: what a watch client has to live with.
+"""A model of how etcd serves a Watch stream: the order and timing that a watch client has to handle.
 
-One key, one event per revision. Every step that etcd's goroutines take at their own pace is a method, so that a seeded
-test can take them in any order: handling a request, catching up a watch, sending from one of two queues.
+One key, one event per revision. Every step that etcd's goroutines take concurrently is a method, so that a seeded test
+can take the steps in any order: handling a request, catching up a watch, sending from one of two queues.
 
 Source: etcd server/etcdserver/api/v3rpc/watch.go (recvLoop, sendLoop), server/storage/mvcc/watchable_store.go.
 """
@@ -18,7 +18,7 @@ CATCH_UP_MAX = 3
 
 
 class ModelStore:
-    """Revisions; the newest one and the one compacted at."""
+    """The newest revision and the compact revision."""
 
     def __init__(self) -> None:
         self.revision = 1
@@ -26,7 +26,7 @@ class ModelStore:
         self.streams: list[ModelStream] = []
 
     def put(self) -> None:
-        """Make a revision; watches that are synced have it queued at once."""
+        """Write a revision; it is queued at once for synced watches."""
         self.revision += 1
         for stream in self.streams:
             for watch_id, next_revision in list(stream.synced.items()):
@@ -35,7 +35,7 @@ class ModelStore:
                     stream.synced[watch_id] = self.revision + 1
 
     def compact(self, revision: int) -> None:
-        """Forget what is below a revision."""
+        """Drop the revisions below this one."""
         self.compact_revision = max(self.compact_revision, min(revision, self.revision))
 
 
@@ -50,7 +50,7 @@ class ModelStream:
         # Watches by id, with the first revision each still needs.
         self.synced: dict[int, int] = {}
         self.unsynced: dict[int, int] = {}
-        # Cancelled by compaction, and not by the client yet.
+        # Cancelled by a compaction, and not yet by the client.
         self.compacted: set[int] = set()
         # Announced to the client.
         self.ids: set[int] = set()
@@ -58,20 +58,20 @@ class ModelStream:
         self.control: deque[rpc_pb2.WatchResponse] = deque()
         self.events: deque[rpc_pb2.WatchResponse] = deque()
         self.pending: dict[int, list[rpc_pb2.WatchResponse]] = {}
-        # Pieces and flushed responses that nothing may come between.
+        # Fragments and flushed responses, which are sent without any other response between them.
         self.outbox: deque[rpc_pb2.WatchResponse] = deque()
 
     @property
     def busy(self) -> bool:
-        """There is a step to take."""
+        """A step can be taken."""
         return bool(self.inbox or self.unsynced or self.control or self.events or self.outbox)
 
     def queue(self, watch_id: int, revisions: list[int], header_revision: int, compact_revision: int = 0) -> None:
-        """Queue events, or progress when there are none."""
+        """Queue events, or progress without events."""
         response = rpc_pb2.WatchResponse(header=_header(header_revision), watch_id=watch_id)
         response.compact_revision = compact_revision
         response.canceled = compact_revision > 0
-        # Two events a revision, so that a revision can be cut.
+        # Two events per revision, so that fragments can split a revision.
         for revision in revisions:
             for key in (b"a", b"b"):
                 response.events.append(kv_pb2.Event(kv=kv_pb2.KeyValue(key=key, mod_revision=revision)))
@@ -117,7 +117,7 @@ class ModelStream:
                 self.queue(watch_id, [], self.store.revision)
 
     def catch_up(self) -> None:
-        """Let one watch catch up a little, or be cancelled because what it needs is compacted (syncWatchers)."""
+        """Let one watch catch up a little, or cancel it because its next revision is compacted (syncWatchers)."""
         if not self.unsynced:
             return
         watch_id = self.random.choice(list(self.unsynced))
@@ -137,7 +137,7 @@ class ModelStream:
             self.unsynced[watch_id] = last + 1
 
     def send(self) -> WatchResponse | None:
-        """Send one message (sendLoop): from either queue, at random when both have something."""
+        """Send one message (sendLoop): from either queue, at random when both have messages."""
         if not self.outbox:
             sources = [queue for queue in (self.control, self.events) if queue]
             if not sources:

@@ -1,4 +1,4 @@
-"""A listener that writes down what it is told, and the running of a watch client for a test."""
+"""A listener that records its notifications, and a context manager that runs a watch client."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from upstream.watching.stream import OpenedWatch
 
 
 class RecordedLog:
-    """A log that is kept."""
+    """A logger that keeps its lines."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[str, dict[str, object]]] = []
@@ -31,7 +31,7 @@ class RecordedLog:
 
 
 class Recorder:
-    """A WatchListener; per watch what it received."""
+    """A WatchListener that records what each watch received."""
 
     def __init__(self) -> None:
         self.responses: dict[int, list[WatchResponse]] = {}

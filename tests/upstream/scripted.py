@@ -1,7 +1,7 @@
-"""An etcd on a real socket that does what a test says: for what a real one cannot be made to do at will.
+"""A scripted etcd on a real socket, for behaviour that a real etcd cannot be made to show on demand.
 
-It speaks HTTP/2 and gRPC by the project's own `proto`, in the server role, and answers Maintenance.Status and
-watches in the plain way unless told otherwise.
+It speaks HTTP/2 and gRPC with the project's own `proto`, in the server role, and answers Maintenance.Status and watches
+in the normal way unless a test overrides that.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class ScriptedConnection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.frozen = False
         self.said_goodbye = False
-        # Times that something came.
+        # The number of reads.
         self.heard = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -154,7 +154,7 @@ class ScriptedConnection(asyncio.Protocol):
             call.ended = "end"
 
     def flush(self) -> None:
-        """Write what there is."""
+        """Write the queued output."""
         assert self.transport is not None
         self.transport.writelines(self.http2.output())
         if self.http2.closed:
@@ -178,13 +178,13 @@ class ScriptedEtcd:
         # A status code and text that Status is refused with.
         self.status_refusal: tuple[int, str] | None = None
         self.limits = Http2Limits()
-        # Accepts connections and says nothing.
+        # Accepts connections and sends nothing.
         self.mute = False
-        # Says its SETTINGS, and takes no notice of anything.
+        # Sends its SETTINGS, and ignores all that arrives.
         self.deaf = False
         self.connections: list[ScriptedConnection] = []
         self.calls: list[ScriptedCall] = []
-        # Calls of Maintenance.Status, which each new connection begins with; they are not among `calls`.
+        # Calls of Maintenance.Status, the first on each new connection; they are not in `calls`.
         self.asked: list[ScriptedCall] = []
         self.on_status: Callable[[ScriptedCall], None] = self.answer_status
         self.on_call: Callable[[ScriptedCall], None] = lambda _: None
@@ -194,7 +194,7 @@ class ScriptedEtcd:
 
     @property
     def endpoint(self) -> str:
-        """Where it listens."""
+        """The address at which it listens."""
         return f"127.0.0.1:{self.port}"
 
     def watches(self) -> list[ScriptedCall]:
@@ -202,7 +202,7 @@ class ScriptedEtcd:
         return [call for call in self.calls if call.path == WATCH]
 
     def answer(self, call: ScriptedCall, message: bytes) -> None:
-        """Answer in the plain way."""
+        """Answer in the normal way."""
         if call.path == WATCH:
             self.on_watch(call, rpc_pb2.WatchRequest.FromString(message))
         else:
@@ -210,7 +210,7 @@ class ScriptedEtcd:
             call.end()
 
     def answer_watch(self, call: ScriptedCall, request: rpc_pb2.WatchRequest) -> None:
-        """Answer a WatchRequest as a quiet etcd does."""
+        """Answer a WatchRequest as an etcd without writes does."""
         create = request.create_request
         if request.HasField("create_request") and b"" < create.range_end <= create.key:
             call.answer(-1, self.revision, created=True, canceled=True)
@@ -223,7 +223,7 @@ class ScriptedEtcd:
             call.answer(-1, self.revision)
 
     def answer_status(self, call: ScriptedCall) -> None:
-        """Say who it is."""
+        """Answer Maintenance.Status."""
         if self.status_refusal is not None:
             call.end(*self.status_refusal)
             return

@@ -1,4 +1,4 @@
-"""What the tests of the watch client are told in: watches, responses, and effects in few words."""
+"""The language of the watch client's tests: watches, responses, and effects in a few words."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def answer(
 
 
 def refusal(header_revision: int) -> WatchResponse:
-    """Return what etcd answers to a create of an empty range."""
+    """Return etcd's answer to a create of an empty range."""
     reason = "mvcc: watcher range is empty"
     return answer(-1, header_revision, created=True, canceled=True, cancel_reason=reason)
 

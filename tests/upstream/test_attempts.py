@@ -50,7 +50,7 @@ def test_a_failure_of_the_request_itself_is_final(failure: tuple[int, str]) -> N
     ("failures", "status", "text"),
     [
         ([NO_LEADER, NO_LEADER], 14, NO_LEADER_TEXT),
-        # One that could not be asked may have a leader.
+        # The endpoint that failed may have a leader.
         ([NO_LEADER, GONE], *GONE),
         ([GONE, NO_LEADER], *GONE),
         ([LATE, NO_LEADER], *LATE),

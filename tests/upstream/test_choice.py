@@ -1,4 +1,4 @@
-"""Which server the watches are on, and what follows when a stream of theirs ends."""
+"""Which server carries the watches, and what to do when one of their streams ends."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from upstream.watching.stream import Next
 
 @dataclass
 class Watch:
-    """One whose create was not answered."""
+    """A watch whose create was not answered."""
 
     ends: int = 0
 
 
 @dataclass
 class Stream:
-    """One that ended."""
+    """A stream that ended."""
 
     answered: bool = True
     tested: bool = False
@@ -32,7 +32,7 @@ class Stream:
 
 @dataclass
 class Endpoint:
-    """What is known of one."""
+    """The health of an endpoint."""
 
     tried: bool = False
     leaderless: bool = False
@@ -70,12 +70,12 @@ def test_action_after_the_end_of_a_stream(
 @pytest.mark.parametrize(
     ("status", "stream", "works", "follows"),
     [
-        # What a create can cause.
+        # Ends that a create can cause.
         (Status.RESOURCE_EXHAUSTED, Stream(True, False, [Watch()]), True, Next.APART),
         (Status.INTERNAL, Stream(False, False, [Watch()]), False, Next.APART),
         (Status.INVALID_ARGUMENT, Stream(False, False, [Watch()]), True, Next.APART),
         (Status.INTERNAL, Stream(True, True, [Watch()]), True, Next.APART),
-        # What a server says that goes away, the first time and again.
+        # The end by a server that shuts down, for the first time and repeated.
         (Status.UNAVAILABLE, Stream(True, False, [Watch()]), True, Next.HERE),
         (Status.UNAVAILABLE, Stream(False, False, [Watch()]), True, Next.HERE),
         (Status.UNAVAILABLE, Stream(False, False, [Watch(), Watch(1)]), True, Next.APART),
@@ -107,7 +107,7 @@ def test_leaderless_when_all_failed_and_one_had_no_leader() -> None:
     some[1].tried = True
     assert not choice.failed(some, in_use=True)
     assert choice.failed(some, in_use=False)
-    # It is told once.
+    # It is reported once.
     assert not choice.failed(some, in_use=False)
     assert choice.is_acceptable(False)
     assert choice.wanted(True) is SearchGoal.LEADER

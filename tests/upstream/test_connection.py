@@ -1,4 +1,4 @@
-"""Connections on real sockets: what is said when one cannot be had, and how calls begin, flow and end."""
+"""Connections on real sockets: the error texts when connecting fails, and how calls start, flow and end."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def refused(endpoint: str, tls: ssl.SSLContext | None = None, settings: Co
 
 @asynccontextmanager
 async def answering(answer: bytes, stay: bool = False) -> AsyncIterator[str]:
-    """Run a server that answers the first bytes always with the same bytes; yield its endpoint."""
+    """Run a server that answers the first bytes with fixed bytes; yield its endpoint."""
     open_now: list[asyncio.StreamWriter] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -68,7 +68,7 @@ async def answering(answer: bytes, stay: bool = False) -> AsyncIterator[str]:
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     server.close()
-    await until_async(lambda: not open_now, "the server to be left")
+    await until_async(lambda: not open_now, "the client to disconnect")
 
 
 class Collected:
@@ -150,7 +150,7 @@ def test_error_texts_when_tls_does_not_match(certificates: Certificates) -> None
             text = await refused(f"https://{secure.endpoint}", client_context(cacert=files.other_ca))
             assert "its certificate is not trusted" in text
             assert "--cacert" in text
-            # Without a context the system's authorities count.
+            # Without a context the system's authorities are used.
             assert "its certificate is not trusted" in await refused(f"https://{secure.endpoint}")
             careless = client_context(insecure_skip_verify=True)
             connection = await connect(parse_endpoint(f"https://{secure.endpoint}"), careless)
@@ -214,7 +214,7 @@ def test_plain_tls_and_unix_sockets(certificates: Certificates, tmp_path: Path) 
             await echo(etcd, f"https://{etcd.endpoint}", mutual)
             await echo(etcd, etcd.endpoint, mutual)
             await echo(etcd, f"localhost:{etcd.port}", mutual)
-        # A name is told to the server (SNI), an address is none (RFC 6066 section 3).
+        # A name is sent to the server (SNI), an address is not (RFC 6066 section 3).
         assert asked_for == [None, None, "localhost"]
         async with scripted(path=str(tmp_path / "s")) as etcd:
             await echo(etcd, f"unix://{tmp_path}/s")
@@ -242,7 +242,7 @@ def test_uvloop_is_the_same(certificates: Certificates) -> None:
 
 
 def test_a_ping_that_is_answered_at_once_is_answered() -> None:
-    """uvloop's clock counts milliseconds: an answer may come at the very time at which the PING was sent."""
+    """uvloop's clock counts milliseconds: an answer may arrive at the same clock time at which the PING was sent."""
     import uvloop
 
     async def story() -> None:
@@ -263,7 +263,7 @@ def test_a_ping_that_is_answered_at_once_is_answered() -> None:
 
 
 def test_urgent_output_is_written_before_the_end_of_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of it; what follows in the same turn of the loop shares a write."""
+    """Only the first output; later output in the same turn of the loop shares one write."""
 
     async def story() -> None:
         async with scripted() as server:
@@ -272,7 +272,7 @@ def test_urgent_output_is_written_before_the_end_of_the_turn(monkeypatch: pytest
             write_output = connection._write_output
 
             def counted() -> None:
-                # Further writes answer what the server sends: settings, PING.
+                # Further writes answer the server's SETTINGS and PING.
                 if call.stream.send_window not in sent:
                     sent.append(call.stream.send_window)
                 write_output()
@@ -304,7 +304,7 @@ def test_how_a_call_can_end() -> None:
                 await until_async(lambda: seen.ends, "its end")
                 etcd.calls[-1].ended = "x"
                 assert seen.call.ended
-                # Nothing happens any more.
+                # These have no effect any more.
                 seen.call.write((b"x",), 1)
                 seen.call.reset()
                 return seen
@@ -357,7 +357,7 @@ def test_flow_control_goes_both_ways() -> None:
             assert call.stream.blocked
             seen.call.consumed(70_000)
             await until_async(lambda: len(seen.data) == 100_000, "the rest")
-            # And out: blocked by the window, drained when the server has read it.
+            # Outbound: blocked by the window, drained when the server has read the data.
             assert seen.call.write((bytes(50_000), bytes(50_000)), 100_000) is False
             assert seen.call.blocked
             await until_async(lambda: seen.drained, "the server to read")
@@ -385,7 +385,7 @@ def test_flow_control_a_call_kept_is_returned_at_its_end(how: str) -> None:
                 else:
                     etcd.calls[number].end()
                     await until_async(lambda seen=seen: seen.ends, "the end")  # type: ignore[misc] # bound at once
-                # Too late, and not counted twice.
+                # Too late: it is not counted twice.
                 seen.call.consumed(60_000)
             connection.close()
 
@@ -476,7 +476,7 @@ def test_unary_calls_that_fail() -> None:
 
 def test_settings_have_to_be_acknowledged() -> None:
     async def story() -> None:
-        # SETTINGS, and nothing more ever.
+        # SETTINGS, and no more bytes.
         async with answering(b"\x00\x00\x00\x04\x00\x00\x00\x00\x00", stay=True) as endpoint:
             closed: list[ClientConnection] = []
             settings = ConnectionSettings(settings_timeout_s=0.05)

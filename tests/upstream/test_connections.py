@@ -19,14 +19,14 @@ LEASE = "/etcdserverpb.Lease/LeaseKeepAlive"
 
 
 def hold_leases(etcd: ScriptedEtcd) -> list[ScriptedCall]:
-    """Have a server keep lease streams open and answer all else; return what it keeps."""
+    """Have a server keep lease streams open and answer all other calls; return the open streams."""
     held: list[ScriptedCall] = []
     etcd.on_message = lambda call, message: held.append(call) if call.path == LEASE else etcd.answer(call, message)
     return held
 
 
 async def end_all(held: list[ScriptedCall], tasks: list[asyncio.Task[object]]) -> None:
-    """Answer what is held, and wait for it."""
+    """Answer the held calls, and wait for their end."""
     for call in held:
         call.send(b"")
         call.end()
@@ -34,17 +34,17 @@ async def end_all(held: list[ScriptedCall], tasks: list[asyncio.Task[object]]) -
 
 
 def leases(pool: Pool, count: int) -> list[asyncio.Task[object]]:
-    """Open so many lease streams."""
+    """Open this many lease streams."""
     return [asyncio.create_task(pool.unary(LEASE, b"x")) for _ in range(count)]
 
 
 def go_away_after(etcd: ScriptedEtcd, requests: int) -> None:
-    """Have each connection of a server end after so many requests, as nginx does: later ones are not looked at."""
+    """Have a server close each connection after this many requests, as nginx does: later ones are not processed."""
 
     def count(call: ScriptedCall) -> None:
         http2 = call.connection.http2
         if call.stream.id >= 2 * requests and not http2.going_away:
-            # What came along with this one has been looked at.
+            # Requests that arrived in the same read were processed.
             call.connection.go_away(http2.last_stream_id)
 
     etcd.on_call = count
@@ -75,7 +75,7 @@ def test_the_proxys_own_calls_always_have_a_place() -> None:
             async with pooled(etcd.endpoint, settings=UpstreamSettings(connections_per_endpoint_max=2)) as pool:
                 await up(pool, 1)
                 kept: list[asyncio.Task[object]] = []
-                # What passes through picks as others do.
+                # Passed-through calls pick like other calls.
                 while True:
                     connection = pool.pick()
                     if connection is None and pool.connection_count == 2:
@@ -85,7 +85,7 @@ def test_the_proxys_own_calls_always_have_a_place() -> None:
                     kept.append(asyncio.create_task(call_unary(connection, LEASE, b"x")))
                     sent = len(kept)
                     await until_async(lambda sent=sent: len(held) == sent, "the call")  # type: ignore[misc] # bound at once
-                # One place of each connection is kept.
+                # One place of each connection is reserved.
                 assert len(held) == 14
                 assert (await pool.unary(ECHO, b"x", timeout_s=5))[0] == b"x"
                 assert pool.connection_count == 2
@@ -95,7 +95,7 @@ def test_the_proxys_own_calls_always_have_a_place() -> None:
 
 
 def test_connections_that_end_in_good_order_cost_no_call() -> None:
-    """A server that ends each connection after 20 requests, as nginx does after 1,000."""
+    """A server that closes each connection after 20 requests, as nginx does after 1,000."""
 
     async def story() -> None:
         log = RecordedLog()
@@ -110,7 +110,7 @@ def test_connections_that_end_in_good_order_cost_no_call() -> None:
 
             async with asyncio.timeout(10):
                 await asyncio.gather(*(client() for _ in range(10)))
-            # Ten clients: up to nine requests come along with the last one.
+            # Ten clients: up to nine requests arrive in the same read as the last one.
             assert pool.rotated >= 500 // 29
             assert log.problems() == []
             assert len(etcd.calls) == 500
@@ -136,7 +136,7 @@ def test_calls_continue_after_goaway() -> None:
 
 @pytest.mark.parametrize("answers", [False, True])
 def test_server_that_only_sends_goaway_is_retried_with_backoff(answers: bool) -> None:
-    """That is not rotation: nothing is ever done there, but maybe to say who it is."""
+    """This is not rotation: such a server never answers more than the status request, if that."""
 
     async def story() -> None:
         log = RecordedLog()
@@ -264,7 +264,7 @@ def test_a_broken_connection_costs_only_its_own_calls() -> None:
 
 
 def test_call_refused_at_the_stream_limit_is_sent_again() -> None:
-    """REFUSED_STREAM at the limit: the server's SETTINGS may be newer than what we know of them."""
+    """REFUSED_STREAM at the limit: the server's SETTINGS may be newer than those the client knows."""
 
     async def story() -> None:
         async with scripted() as etcd, pooled(etcd.endpoint) as pool:

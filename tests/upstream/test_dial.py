@@ -1,4 +1,4 @@
-"""The search for an etcd that carries watches, given up at any moment: no connection is left to nobody."""
+"""The search for an etcd for watches, cancelled at any moment: no connection is left open without an owner."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from upstream.settings import UpstreamSettings
 
 
 def after_turns(turns: int, task: asyncio.Task[Any]) -> None:
-    """Cancel a task when the event loop has made so many turns."""
+    """Cancel a task after this many turns of the event loop."""
     if turns:
         asyncio.get_running_loop().call_soon(after_turns, turns - 1, task)
     else:

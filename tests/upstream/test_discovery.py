@@ -26,11 +26,11 @@ from upstream.discovery import NotDiscovered, discover
 
 SECURE, PLAIN = "_etcd-client-ssl._tcp.example.com.", "_etcd-client._tcp.example.com."
 Zone = Mapping[str, Sequence[str]]
-"""By name: the records as a zone file has them, `priority weight port target`."""
+"""By name: the records as in a zone file, `priority weight port target`."""
 
 
 class NameServer(asyncio.DatagramProtocol):
-    """Answers for one zone; what is not in it is NXDOMAIN, an empty list NOERROR without records."""
+    """A name server for one zone: NXDOMAIN for names not in it, NOERROR without records for an empty list."""
 
     def __init__(self, zone: Zone) -> None:
         self.zone = zone
@@ -56,7 +56,7 @@ class NameServer(asyncio.DatagramProtocol):
 
 @asynccontextmanager
 async def name_server(zone: Zone) -> AsyncIterator[tuple[NameServer, dns.asyncresolver.Resolver]]:
-    """Yield a name server and a resolver that asks it and nobody else."""
+    """Yield a name server and a resolver that queries only this server."""
     server = NameServer(zone)
     transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: server, local_addr=(HOST, 0))
     resolver = dns.asyncresolver.Resolver(configure=False)
@@ -79,7 +79,7 @@ async def name_server(zone: Zone) -> AsyncIterator[tuple[NameServer, dns.asyncre
             False,
             ["https://a:2379", "https://b:2380", "https://c:2379"],
         ),
-        # Without TLS only where that is asked for, and behind those with it.
+        # Without TLS only on request, and after those with TLS.
         ({SECURE: ["0 0 1 a."], PLAIN: ["0 0 2 b."]}, "", False, ["https://a:1"]),
         ({SECURE: ["0 0 1 a."], PLAIN: ["0 0 2 b."]}, "", True, ["https://a:1", "http://b:2"]),
         ({PLAIN: ["0 0 2 b."], SECURE: []}, "", True, ["http://b:2"]),
@@ -91,7 +91,7 @@ async def name_server(zone: Zone) -> AsyncIterator[tuple[NameServer, dns.asyncre
             ["https://p:3"],
         ),
         ({"_etcd-client-prod._tcp.example.com.": ["0 0 4 q."]}, "prod", True, ["http://q:4"]),
-        # "Not here" is no member.
+        # The root as target ("not available") is not a member.
         ({SECURE: ["0 0 0 .", "1 0 1 a."]}, "", False, ["https://a:1"]),
     ],
 )

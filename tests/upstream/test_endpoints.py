@@ -1,4 +1,4 @@
-"""How endpoints are written, and how often one is tried."""
+"""How endpoints are written, and how often one is retried."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Go's HTTP/2 and our listener judge header fields alike: what passes the listener never costs a stream at etcd."""
+"""Go's HTTP/2 and our listener accept the same header fields: no accepted field resets a stream at etcd."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def is_reset(connection: ClientConnection, field: Field) -> bool:
 
 
 def test_etcd_and_the_listener_refuse_the_same_octets(etcd: EtcdServer) -> None:
-    """RFC 9110 5.1 and 5.5; each octet inside of a name and of a value."""
+    """RFC 9110 5.1 and 5.5; each octet inside a name and inside a value."""
     octets = [bytes([number]) for number in range(256)]
     fields = [(b"name", b"a%bz" % octet) for octet in octets] + [(b"a%bz" % octet, b"value") for octet in octets]
 

@@ -1,4 +1,4 @@
-"""From bytes to responses: however the bytes come, what each watch gets is what was sent, in order."""
+"""From bytes to responses: however the bytes are split, each watch gets its responses in order."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def in_parts(rng: random.Random, data: bytes, part_max: int) -> list[bytes]:
 
 
 def read_all(feed: Feed, data: bytes) -> list[WatchResponse]:
-    """Read what some bytes bring."""
+    """Return the responses in some bytes."""
     got = feed.feed(data)
     while feed.behind:
         got += feed.step()
@@ -72,7 +72,7 @@ def test_each_watch_gets_its_responses_in_order(seed: int) -> None:
     whole = [scan_watch_response(each) for each in sent]
     for watch_id in range(3):
         assert events(got, watch_id) == events(whole, watch_id)
-        # A run of pieces ends with one that is no fragment, and nothing of the same watch comes inside.
+        # A run of pieces ends with one that is not a fragment, with no other response of the same watch inside.
         runs = [each for each in got if each.watch_id == watch_id]
         assert sum(not each.fragment for each in runs) == sum(each.watch_id == watch_id for each in whole)
     assert all(each.plain is (bool(each.events) and not each.fragment) for each in got)
@@ -86,7 +86,7 @@ def test_responses_of_other_watches_overtake_a_large_one() -> None:
     assert (other.watch_id, other.events[0].revision) == (2, 7)
     [created] = feed.feed(frame(message(-1, [], created=True)))
     assert created.created
-    # An answer to a request for progress speaks of all watches.
+    # An answer to a progress request concerns all watches.
     assert feed.feed(frame(message(-1, []))) == []
     assert feed.feed(frame(message(1, [20_000]))) == []
     steps = []

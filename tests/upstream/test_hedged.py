@@ -1,4 +1,4 @@
-"""Calls of our own that any endpoint may answer, at scripted servers: one that hangs delays them by little."""
+"""The proxy's own calls that any endpoint may answer, at scripted servers: one that hangs delays them little."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(story: Any) -> None:
 
 
 def silent(etcd: ScriptedEtcd) -> list[ScriptedCall]:
-    """Have a server answer nothing; return the calls that it gets."""
+    """Have a server answer no call; return the calls that it gets."""
     calls: list[ScriptedCall] = []
     etcd.on_message = lambda call, _: calls.append(call)
     return calls
@@ -39,7 +39,7 @@ def test_a_late_answer_is_asked_for_elsewhere() -> None:
             kept = silent(one)
             for _ in range(3):
                 assert (await pool.unary(ECHO, b"x"))[0] == b"x"
-            # It got a call while it did not owe an answer. That was given up, and it is last in turn for a while.
+            # It got a call while it did not owe an answer. The call was given up, so it is last in turn for a while.
             assert len(kept) <= 1
             assert len(other.calls) == 3
             await until_async(
@@ -111,7 +111,7 @@ def test_without_a_leader_at_each_endpoint_it_fails(count: int) -> None:
 
 
 def test_other_calls_do_not_change_where_one_is_tried() -> None:
-    """A member without a leader, and calls of others that go round: each call reaches one that has a leader."""
+    """A member without a leader, and other calls going round-robin: each call reaches a member with a leader."""
 
     async def story() -> None:
         async with scripted() as cut, scripted() as good, scripted() as fine:

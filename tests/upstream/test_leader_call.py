@@ -1,4 +1,4 @@
-"""The call by which etcd says that it has lost its leader: when it is open, and what follows when it ends."""
+"""The call that etcd ends when it has lost its leader: when it is open, and what follows its end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from upstream.watching.leader import LeaderCall
 
 
 class Call:
-    """A call that was made."""
+    """A fake call."""
 
     ended = False
     taken = 0
@@ -29,7 +29,7 @@ class Call:
 
 
 class Connection:
-    """A connection that has places for some calls."""
+    """A fake connection with places for some calls."""
 
     def __init__(self) -> None:
         self.places = 1
@@ -47,14 +47,14 @@ class Connection:
 
 @pytest.fixture
 def connection(monkeypatch: pytest.MonkeyPatch) -> Connection:
-    """Where calls are made; the next one follows soon after one that ended."""
+    """The connection of the calls; after the end of a call the next one follows soon."""
     monkeypatch.setattr(leader, "AGAIN_S", 0.02)
     monkeypatch.setattr(leader, "request_headers", lambda _, path, metadata: [(b":path", path), *metadata])
     return Connection()
 
 
 def call_to(connection: Any, lost: list[None]) -> LeaderCall:
-    """A call that notes what it says."""
+    """A LeaderCall whose reports are recorded."""
     return LeaderCall(lambda: connection, lambda: lost.append(None))
 
 

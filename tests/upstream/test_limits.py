@@ -1,4 +1,4 @@
-"""Limits towards etcd at their edge: times that are up and messages that are too large, and that they are counted."""
+"""Limits towards etcd at their edge: timeouts and messages that are too large, and that they are counted."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def deaf_to(*paths: str) -> Callable[[ScriptedEtcd], None]:
 
 
 def mute(etcd: ScriptedEtcd) -> None:
-    """One that accepts connections and says nothing."""
+    """A server that accepts connections and sends nothing."""
     etcd.mute = True
 
 
@@ -110,7 +110,7 @@ def test_server_that_answers_no_ping_is_given_up_and_counted() -> None:
 
 
 async def answer_late(pool: Pool, etcd: ScriptedEtcd, count: int) -> None:
-    """Give up so many calls, and have the server, which had stalled, answer them all at once, in three frames each."""
+    """Give up this many calls, and have the stalled server answer them all at once, in three frames each."""
     connection = pool.pick()
     assert connection is not None
     first = connection.http2._last_id + 2 if connection.http2._last_id else 1
@@ -126,11 +126,11 @@ async def answer_late(pool: Pool, etcd: ScriptedEtcd, count: int) -> None:
 
 
 def test_late_answers_of_calls_given_up_cost_nothing() -> None:
-    """etcd stalls, thousands of calls run out of time, and etcd answers them all the same."""
+    """etcd stalls, thousands of calls time out, and etcd still answers them."""
 
     async def story() -> None:
         async with scripted() as etcd, pooled(etcd.endpoint) as pool:
-            # etcd does not mind what is given up.
+            # This etcd ignores resets.
             etcd.limits = Http2Limits().with_floods_at(1_000_000)
             deaf_to(ECHO)(etcd)
             await up(pool, 1)
@@ -206,7 +206,7 @@ def test_the_size_of_an_answer_to_us(size: int, taken: bool) -> None:
 
 @pytest.mark.parametrize("taken", [True, False])
 def test_the_size_of_a_watch_response(taken: bool) -> None:
-    """What counts are the events of a revision that are held until the last of them comes."""
+    """The limit counts the events of one revision, which are held until the last of them arrives."""
     header = rpc_pb2.ResponseHeader(cluster_id=1, member_id=1, revision=12, raft_term=1)
     event = kv_pb2.Event(kv=kv_pb2.KeyValue(key=b"k", mod_revision=12, value=bytes(50_000)))
     response = rpc_pb2.WatchResponse(header=header, events=[event] * 3).SerializeToString()

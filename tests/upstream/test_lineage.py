@@ -1,4 +1,4 @@
-"""A restored store is told from the old one by its log, a lagging member of the old one is not mistaken for it."""
+"""A restored store is detected by its log; a lagging member of the old one is not mistaken for it."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def at(revision: int, applied: int, committed: int | None = None, cluster_id: in
         # Each revision is one entry, and some entries have none.
         (at(51, 54), at(81, 200), False),
         (at(51, 54), at(81, 83), True),
-        # A snapshot of 21, and 60 writes since.
+        # A snapshot at 21, and 60 writes since.
         (at(51, 54), at(81, 64), True),
-        # Restored twice from one snapshot: nothing tells.
+        # Restored twice from one snapshot: not detectable.
         (at(81, 64), at(91, 74), False),
-        # Members that lag: below, or beside entries without revisions.
+        # Members that lag: at a lower revision, or only by entries without revisions.
         (at(51, 54), at(40, 43), False),
         (at(51, 154), at(51, 90), False),
         (at(51, 154), at(52, 154), True),
         (at(51, 154), at(52, 155), False),
-        # Applied lags behind what is committed.
+        # The applied index lags behind the committed one.
         (at(51, 54), at(81, 60, 84), False),
-        # Not an etcd, or one that does not tell.
+        # Not an etcd, or one that does not report its log.
         (at(51, 0), at(81, 0), False),
         (at(51, 54), at(81, 0), False),
         (at(51, 54), at(51, 54, cluster_id=9), True),
@@ -60,7 +60,7 @@ def test_suspect_that_does_not_answer_is_not_used() -> None:
     suspect = at(81, 64)
     assert lineage.seen(suspect) is HistoryVerdict.SUSPECT
     assert lineage.seen_again(suspect, None) is HistoryVerdict.UNKNOWN
-    # Nothing of it was believed.
+    # The known position has not changed.
     assert lineage.seen(suspect) is HistoryVerdict.SUSPECT
     assert lineage.seen_again(suspect, at(90, 100)) is HistoryVerdict.SAME
 
@@ -73,7 +73,7 @@ def test_restored_store_becomes_the_known_history() -> None:
     assert lineage.seen_again(restored, at(82, 65)) is HistoryVerdict.OTHER
     assert lineage.known == restored
     assert lineage.seen(at(90, 73)) is HistoryVerdict.SAME
-    # Restored again, from a snapshot of 81: the log is shorter than ever.
+    # Restored again, from a snapshot at 81: the log is shorter than before.
     assert lineage.seen(at(95, 17)) is HistoryVerdict.SUSPECT
 
 
@@ -85,7 +85,7 @@ def test_history_is_checked_again_after_the_known_revision() -> None:
     assert not lineage.wants_a_look(connected, 51)
     assert lineage.wants_a_look(connected, 52)
     assert not lineage.wants_a_look(None, 52)
-    # Where it was seen first is no news.
+    # Its first position is known already.
     assert lineage.known is not None
     assert not lineage.wants_a_look(lineage.known, 60)
 
@@ -102,7 +102,7 @@ WAIT_S = 15.0
 def test_restore_is_detected_and_restart_is_not_taken_for_one(
     binary: EtcdBinary, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Also when the restored store is no further than the old one at first, and passes it later."""
+    """Also when the restored store is at first not ahead of the old one, and passes it later."""
     snapshot = tmp_path_factory.mktemp("snapshot") / "s"
 
     async def story(etcd: EtcdServer, store: Etcd, client: WatchClient, seen: Recorder) -> None:
@@ -138,7 +138,7 @@ def test_restore_is_detected_and_restart_is_not_taken_for_one(
             try:
                 await story(etcd, store, client, seen)
             finally:
-                # Whatever happened: a loop whose connections are open does not close.
+                # In any case: a loop with open connections does not close.
                 await client.stop()
 
     with EtcdServer(binary) as etcd:

@@ -1,4 +1,4 @@
-"""The watch client where members differ: streams on connections that lead to servers of several versions."""
+"""The watch client with different members: streams on connections to servers of several versions."""
 
 from __future__ import annotations
 

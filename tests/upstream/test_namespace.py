@@ -1,4 +1,4 @@
-"""What a namespace makes of keys, ranges and the messages of each call."""
+"""How a namespace translates keys, ranges and the messages of each call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRANSLATIONS = rules(NS).translations
         (b"/ns/", (b"a", b"\0"), (b"/ns/a", b"/ns0")),
         (b"/ns/", (b"\0", b"\0"), (b"/ns/\0", b"/ns0")),
         (b"/ns/", (b"a", b"\0\0"), (b"/ns/a", b"/ns/\0\0")),
-        # Nothing is no key: etcd refuses it.
+        # An empty key stays empty: etcd refuses it.
         (b"/ns/", (b"", b""), (b"", b"")),
         (b"/ns/", (b"", b"\0"), (b"", b"\0")),
         (b"n\xff\xff", (b"a", b"\0"), (b"n\xff\xffa", b"o")),

@@ -1,4 +1,4 @@
-"""A user of our own watches the trunks; what it may not, the token of the watch's own may."""
+"""The proxy's own user watches the trunks; a watch refused to it uses the watch's own token."""
 
 from __future__ import annotations
 

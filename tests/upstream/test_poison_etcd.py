@@ -1,4 +1,4 @@
-"""What one watch does to the stream that it shares with others, at a real etcd."""
+"""How one watch affects the stream that it shares with others, at a real etcd."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.waiting import until_async
 
 TOO_LARGE = re.compile(r"grpc: received message larger than max \(\d+ vs\. 589824\)")
 KEY = b"k" * 600_000
-"""More than etcd takes with --max-request-bytes=65536, which is 512 KiB above that."""
+"""More than etcd accepts with --max-request-bytes=65536: its limit is 512 KiB above that."""
 
 
 @pytest.mark.parametrize("backfill", [False, True], ids=["trunk", "backfill"])
@@ -43,7 +43,7 @@ def test_create_that_is_too_large_is_lost_alone(backfill: bool) -> None:
 
 
 def test_a_stream_that_one_token_breaks_is_lost_alone(etcd: EtcdServer) -> None:
-    """The listener refuses such a token; this is what follows if one comes through all the same."""
+    """The listener refuses such a token; this test shows the effect of one that still reaches etcd."""
 
     async def story(writer: Writer) -> None:
         seen = Recorder()

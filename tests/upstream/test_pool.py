@@ -1,4 +1,4 @@
-"""The pool: round the endpoints that work, away from those that do not, and never twice what may have been done."""
+"""The pool: round-robin over working endpoints, and no call twice that a server may have processed."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ async def pooled(
 
 
 async def up(pool: Pool, count: int) -> None:
-    """Wait until so many endpoints are connected."""
+    """Wait until this many endpoints are connected."""
     await until_async(
         lambda: sum(slot.connections is not None for slot in pool._slots) == count, f"{count} connections"
     )
 
 
 async def failure(pool: Pool, **extra: Any) -> CallFailed:
-    """Make a call that has to fail."""
+    """Make a call that must fail."""
     with pytest.raises(CallFailed) as error:
         await pool.unary(ECHO, b"x", **extra)
     return error.value
@@ -105,7 +105,7 @@ def test_pool_without_working_endpoints_fails_fast_and_recovers() -> None:
             pool.when_available(lambda: told.append(pool.pick() is not None))
             await until_async(lambda: told == [True], "the connection")
             etcd.drop()
-            # The first try after a loss comes at once: nobody is told that the endpoint is down.
+            # The first retry after a loss is immediate: no listener gets a report that the endpoint is down.
             await until_async(lambda: told == [True, True], "another connection")
             assert (await pool.unary(ECHO, b"x"))[0] == b"x"
         dead = f"127.0.0.1:{free_port()}"
@@ -133,7 +133,7 @@ def test_no_answer_from_anywhere_is_a_deadline() -> None:
     ("status", "text", "options", "again"),
     [
         (14, "x", {}, True),
-        # Its member has not done anything.
+        # The member has not processed the call.
         (14, NO_LEADER_TEXT, {}, True),
         (14, LEARNER_TEXT, {}, True),
         (9, LEARNER_TEXT, {}, True),
@@ -181,7 +181,7 @@ def test_unprocessed_call_is_sent_again() -> None:
 
 
 def hold(etcd: ScriptedEtcd) -> list[ScriptedCall]:
-    """Have a server answer nothing; return what it holds."""
+    """Have a server answer no call; return the open calls."""
     held: list[ScriptedCall] = []
     etcd.on_message = lambda call, _: held.append(call)
     return held
@@ -244,7 +244,7 @@ def test_server_that_refuses_pings_gets_fewer() -> None:
 
 
 def test_an_idle_connection_is_not_pinged() -> None:
-    """etcd counts pings without calls as abuse and ends the connection."""
+    """etcd counts PINGs without calls as abuse and closes the connection."""
 
     async def story() -> None:
         settings = UpstreamSettings(connection=ConnectionSettings(keepalive_s=0.02, keepalive_timeout_s=0.02))
@@ -266,7 +266,7 @@ def test_an_idle_connection_is_not_pinged() -> None:
 
 
 def test_scripted_etcd_answers() -> None:
-    """The double itself: what is not a watch or a status is echoed."""
+    """The scripted server itself: it echoes every call except watches and status."""
 
     async def story() -> None:
         async with scripted() as etcd, pooled(etcd.endpoint) as pool:
@@ -321,7 +321,7 @@ def test_member_that_does_not_serve_is_used_as_the_last_resort() -> None:
 
 @pytest.mark.parametrize("text", ["etcdserver: request timed out", "etcdserver: request timed out, waiting for leader"])
 def test_member_whose_calls_time_out_is_checked(text: str) -> None:
-    """A member that is cut off answers calls that do not ask for a leader after seconds, with this."""
+    """A member that is cut off answers calls without `hasleader` after seconds, with this text."""
 
     async def story() -> None:
         async with scripted() as bad, scripted() as good, pooled(bad.endpoint, good.endpoint) as pool:

@@ -1,4 +1,4 @@
-"""Messages that are changed piece by piece: the same as at once, in bounded steps, and nothing reaches outside."""
+"""Messages rewritten in pieces: same result as at once, in bounded steps, and no key outside the namespace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KV = b"/etcdserverpb.KV/"
 
 
 def rewritten(kind: type[Message], changes: Changes | None, message: bytes) -> tuple[bytes, int]:
-    """Return the changed message, and in how many steps it was made."""
+    """Return the rewritten message, and the number of steps."""
     assert changes is not None
     rewriting = Rewriting(kind, changes, message)
     steps = 1
@@ -74,7 +74,7 @@ def test_pieces_are_the_same_as_at_once(method: bytes, answer: Message) -> None:
 
 
 def test_a_large_answer_takes_many_steps() -> None:
-    """100 MB of key-values, as of one Range: no step has more than a piece of it."""
+    """100 MB of key-values, as from one Range: no step handles more than one piece."""
     data = _ranged(20_000, 500).SerializeToString()
     _, steps = rewritten(rpc_pb2.RangeResponse, TRANSLATIONS[KV + b"Range"].inward, data)
     assert steps > len(data) / (PIECE_BYTES + 600)
@@ -108,14 +108,14 @@ def test_transactions_of_any_shape(seed: int) -> None:
 
 
 def test_a_range_cannot_be_changed_in_two_halves() -> None:
-    """Decoders merge a field that occurs twice: an end without a key would stay as it is, and reach outside."""
+    """Decoders merge a field that occurs twice: an end without a key would stay unchanged, and reach outside."""
     key = rpc_pb2.RequestOp(request_range=rpc_pb2.RangeRequest(key=b"a" * 20_000)).SerializeToString()
     end = rpc_pb2.RequestOp(request_range=rpc_pb2.RangeRequest(range_end=b"\0")).SerializeToString()
     halves = bytes_field(0x12, key + end)
     translation = TRANSLATIONS[KV + b"Txn"]
     with pytest.raises(DecodeError, match="a RequestOp of more than one field"):
         translation.to_etcd(halves)
-    # Small ones are decoded whole.
+    # Small messages are decoded whole.
     small = rpc_pb2.RequestOp(request_range=rpc_pb2.RangeRequest(key=b"a")).SerializeToString() + end
     (operation,) = rpc_pb2.TxnRequest.FromString(translation.to_etcd(bytes_field(0x12, small))).success
     assert (operation.request_range.key, operation.request_range.range_end) == (b"/ns/a", b"/ns0")

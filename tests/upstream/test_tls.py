@@ -1,4 +1,4 @@
-"""TLS contexts: what is wrong with a file is said with its name."""
+"""TLS contexts: an error names the file and the problem."""
 
 from __future__ import annotations
 

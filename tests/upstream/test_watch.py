@@ -1,4 +1,4 @@
-"""The watch client on real sockets, against a server that does what the test says."""
+"""The watch client on real sockets, against a scripted server."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_watches_resume_pipelined_after_a_broken_connection() -> None:
                 first.answer(8, 13, [13, 13])
                 await until_async(lambda: seen.revisions(watches[8]), "the events")
                 etcd.revision = 20
-                # Nothing is answered before all creates have come: they do not wait for each other.
+                # No create is answered before all have arrived: they do not wait for each other.
                 held: list[tuple[ScriptedCall, rpc_pb2.WatchRequest]] = []
 
                 def hold(call: ScriptedCall, message: rpc_pb2.WatchRequest) -> None:
@@ -91,7 +91,7 @@ def test_watches_resume_pipelined_after_a_broken_connection() -> None:
                 await until_async(lambda: len(held) == len(watches), "all creates")
                 await until_async(lambda: len(seen.headers) > len(watches), "the answers")
                 second = etcd.watches()[1:]
-                # They have something to catch up with, and do not wait for each other's.
+                # They have to catch up, and do not wait for each other's responses.
                 assert len(second) == 16
                 words = [request for call in second for request in requests(call)]
                 assert {"create w6 from 10", "create w7 from 13", "create w8 from 14"} <= set(words)
@@ -242,7 +242,7 @@ def test_a_stream_refused_for_good_loses_its_watches_alone(status: int, text: st
 
 
 def test_token_whose_create_is_never_answered_is_given_up() -> None:
-    """etcd waits for ever when it cannot know a token yet; those of other tokens are not concerned."""
+    """etcd waits without end when it cannot know a token yet; watches of other tokens are not affected."""
 
     async def story() -> None:
         async with scripted() as etcd:
@@ -315,7 +315,7 @@ def test_a_stream_that_always_ends_is_not_opened_in_a_storm() -> None:
                 client.open(Opened(b"a"))
                 loop = asyncio.get_running_loop()
                 start = loop.time()
-                await until_async(lambda: len(etcd.watches()) >= 6, "some tries")
+                await until_async(lambda: len(etcd.watches()) >= 6, "some attempts")
                 # 0, 20, 40, 80, 160 ms, each at least half of that.
                 assert loop.time() - start > 0.14
 
@@ -324,7 +324,7 @@ def test_a_stream_that_always_ends_is_not_opened_in_a_storm() -> None:
 
 @pytest.mark.parametrize("answered", [True, False], ids=["live", "creating"])
 def test_goaway_is_not_a_break(answered: bool) -> None:
-    """What is open there goes on; new streams begin on another one, and so do watches whose stream ends."""
+    """Open streams continue; new streams start on another connection, as do watches whose stream ends."""
 
     async def story() -> None:
         log = RecordedLog()
@@ -379,7 +379,7 @@ def test_streams_that_a_connection_does_not_take_any_more_move() -> None:
 
 
 def test_streams_beyond_the_limit_get_more_connections() -> None:
-    """60 tokens and a limit of 8 streams; backfills that are not read take places as well."""
+    """60 tokens and a limit of 8 streams; paused backfills take places as well."""
 
     async def story() -> None:
         async with scripted() as etcd:
@@ -402,7 +402,7 @@ def test_streams_beyond_the_limit_get_more_connections() -> None:
 
 
 def test_a_create_that_is_not_answered_is_reported() -> None:
-    """Without a token there is nothing to give up; log, metric and readiness say it, once, and its end."""
+    """Without a token no watch is given up; log, metric and readiness report it once, and its end."""
 
     async def story() -> None:
         log = RecordedLog()
@@ -444,7 +444,7 @@ def test_streams_that_wait_for_a_place_are_reported() -> None:
                 assert client.streams_waiting == 3
                 await until_async(lambda: any(told), "the report")
                 assert "upstream_full" in [event for event, _ in log.lines]
-                # Many share a trunk: it goes before backfills that have waited for longer.
+                # Many clients share a trunk: it precedes backfills that have waited longer.
                 client.close(next(fill for fill in fills if seen.created(fill)))
                 await until_async(lambda: seen.created(trunk), "the trunk")
                 assert sum(map(seen.created, fills)) == 2
@@ -496,7 +496,7 @@ def events_of(watch_id: int, value_bytes: Sequence[int]) -> bytes:
 
 @pytest.mark.parametrize("sizes", [[90_000], [50_000] * 20], ids=["one event", "one revision"])
 def test_a_response_above_the_limit_ends_its_watch_alone(sizes: list[int]) -> None:
-    """The rest of it is passed over: neither its stream nor what else is on it is concerned."""
+    """The rest of the response is skipped: its stream and the other watches on it are not affected."""
 
     async def story() -> None:
         async with scripted() as etcd:

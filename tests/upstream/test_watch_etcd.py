@@ -1,4 +1,4 @@
-"""The watch client against real etcds: what it hands on is what happened, through stops, crashes and compactions."""
+"""The watch client against real etcds: it passes on all events, through stops, crashes and compactions."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Writer:
 
 
 class Gate:
-    """A way to an etcd that can be cut while the etcd goes on."""
+    """A TCP proxy to an etcd, which can be cut while the etcd keeps running."""
 
     def __init__(self, etcd: EtcdServer) -> None:
         self._etcd = etcd
@@ -83,13 +83,13 @@ class Gate:
         self.endpoint = ""
 
     def cut(self) -> None:
-        """Break all connections and let no new ones through."""
+        """Break all connections and accept no new ones."""
         self._open = False
         for writer in self._writers:
             writer.transport.abort()
 
     def mend(self) -> None:
-        """Let connections through again."""
+        """Accept connections again."""
         self._open = True
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -215,9 +215,9 @@ def test_progress_is_proven_and_true(etcd: EtcdServer) -> None:
                 last = await writer.put(b"k%d" % number)
                 client.request_progress(1)
                 await until_async(lambda last=last: seen.progress(quiet) >= last, "the proof")  # type: ignore[misc] # bound at once
-                # What is proven has been received.
+                # All events up to the proven revision have been received.
                 assert seen.revisions(busy)[-1] == last
-            # A resume asks from now, not above the newest revision, so that progress is answered without a write.
+            # A resume starts from now, not above the newest revision, so that progress is answered without a write.
             await asyncio.to_thread(etcd.kill)
             await asyncio.to_thread(etcd.start)
             await until_async(lambda: client.connected, "the next connection")
@@ -261,7 +261,7 @@ def test_compaction_ends_only_watches_that_need_the_revisions(etcd: EtcdServer) 
             assert client.watch_count == 2
             last = await writer.put(b"k")
             await until_async(lambda: seen.revisions(live) == [last], "the live watch")
-            # The dead id does not silence progress.
+            # The cancelled id does not suppress progress.
             client.request_progress(1)
             await until_async(lambda: seen.progress(live) == last, "the proof")
             await until_async(lambda: etcd.watchers() == 2, "the dead watch to be gone")
@@ -284,7 +284,7 @@ def test_watches_that_sleep_through_a_compaction(etcd: EtcdServer) -> None:
             for _ in range(5):
                 last = await writer.put(b"busy")
             await until_async(lambda: len(seen.revisions(busy)) == 5, "the events")
-            # As if the proof of the watch that is going to sleep had been lost with the connection.
+            # As if the proof for the watch that will be idle had been lost with the connection.
             standing = client._state.registration(asleep)
             assert standing is not None
             position = standing.next_revision
@@ -411,7 +411,7 @@ def test_streams_use_their_own_token(etcd: EtcdServer) -> None:
 
 @pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
 def test_ordered_progress_is_known_with_auth_on(binary: EtcdBinary) -> None:
-    """Newer releases refuse to tell their version without a token; the older ones tell it."""
+    """Newer releases refuse their status without a token; older ones return it."""
     with EtcdServer(binary) as etcd:
         for line in ("user add root:r", "user grant-role root root", "auth enable"):
             etcd.ctl(*line.split())
@@ -425,7 +425,7 @@ def test_ordered_progress_is_known_with_auth_on(binary: EtcdBinary) -> None:
 
 
 class Member(EtcdServer):
-    """One of two members: without the other one it has no leader."""
+    """One of two members: without the other member it has no leader."""
 
     members: Sequence[Member] = ()
 

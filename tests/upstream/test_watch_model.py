@@ -1,4 +1,4 @@
-"""The watch client's state against a model of etcd, in seeded orders: nothing lost, nothing twice, proofs true."""
+"""The watch client's state against a model of etcd, in seeded orders: no event lost or repeated, proofs true."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ STEPS = 400
 
 
 class Seen:
-    """What one watch has been told, held against what it may be told."""
+    """What one watch has received, checked against what it may receive."""
 
     def __init__(self, watch: Opened) -> None:
         self.watch = watch
-        # The first revision it must still get; None = now, until created.
+        # The first revision it must still receive; None = now, until created.
         self.due = watch.start_revision
         self.created = False
         self.over = False
@@ -57,7 +57,7 @@ class Seen:
         self.due = revisions[-1] + 1
 
     def prove(self, revision: int) -> None:
-        """Check that it has everything through a revision that was said to be complete."""
+        """Check that it has all events through a revision that was reported complete."""
         assert self.due is not None
         assert self.due > revision, f"{revision} is not complete: {self.due} has not come"
 
@@ -72,12 +72,12 @@ class Run:
         self.seen: dict[int, Seen] = {}
         self.servers: dict[int, tuple[WatchStream, ModelStream]] = {}
         self.proofs = 0
-        # What the store had at each request for progress, and answers that are known to be newer.
+        # The store's revision at each progress request, and answers known to be newer.
         self.asked: list[int] = []
         self.fresh = 0
 
     def apply(self, effects: Iterable[WatchEffect]) -> None:
-        """Do what the state wants."""
+        """Carry out the state's effects."""
         for effect in effects:
             if isinstance(effect, OpenStream):
                 self.servers[id(effect.stream)] = (effect.stream, ModelStream(self.store, self.random))
@@ -135,7 +135,7 @@ class Run:
             self.apply(self.state.connect(True, self.random.choice([0, self.store.revision])))
 
     def serve(self) -> None:
-        """Have one stream's server take a step, and pass on what it sends."""
+        """Have one stream's server take a step, and pass on its output."""
         if not self.servers:
             return
         stream, server = self.random.choice(list(self.servers.values()))
@@ -150,12 +150,12 @@ class Run:
             server.notify()
 
     def request_progress(self) -> None:
-        """Ask for progress."""
+        """Request progress."""
         self.asked.append(self.store.revision)
         self.apply(self.state.request_progress(len(self.asked)))
 
     def step(self) -> None:
-        """Do one thing."""
+        """Take one random step."""
         steps: list[tuple[Callable[[], None], float]] = [
             (self.serve, 60),
             (self.store.put, 6),
@@ -170,7 +170,7 @@ class Run:
         self.random.choices([step for step, _ in steps], [weight for _, weight in steps])[0]()
 
     def settle(self) -> None:
-        """Let everything arrive, and check that it did."""
+        """Let all responses arrive, and check that they did."""
         self.connect()
         for _ in range(100_000):
             if not any(server.busy for _, server in self.servers.values()):

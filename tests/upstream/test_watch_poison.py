@@ -1,4 +1,4 @@
-"""One create that ends its whole stream: it is found and lost alone, and what was live only registers again."""
+"""One create that ends its whole stream: only this watch is lost, and live watches only register again."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ TOO_LARGE = (8, "grpc: received message larger than max (2097200 vs. 2097152)")
 
 
 class Etcd:
-    """The server's side of some streams: it answers creates in order, and ends a stream at one that is poisoned."""
+    """The server's side of some streams: it answers creates in order, and ends a stream at a poisoned create."""
 
     def __init__(self, state: WatchState, poisoned: set[bytes]) -> None:
         self.state = state
         self.poisoned = poisoned
         self.lost: list[bytes] = []
-        # Streams ended, and those opened at a time, at most.
+        # Streams ended, and the maximum of open streams.
         self.ends = 0
         self.open = self.open_max = 0
 
     def run(self, effects: list[WatchEffect]) -> None:
-        """Carry effects out until nothing is left to be done."""
+        """Carry out effects until none is left."""
         self._take(effects)
         while self._step():
             pass
@@ -81,7 +81,7 @@ def test_create_that_ends_its_stream_is_lost_at_the_second_try() -> None:
     state.received(stream, answer(0, 12, [12]))
     assert told(state.open(bad)) == ["create bad from 0"]
     assert state.over(stream, Next.APART, *TOO_LARGE) == []
-    # What was live is not held up by what is on trial, which waits for the answer to a probe.
+    # Live watches do not wait for the suspects, which wait for the answer to a probe.
     assert told(state.register()) == ["open stream", "create live from 0", "open stream", "probe"]
     trial = stream_of(state, bad)
     assert trial is not stream_of(state, live)
@@ -103,7 +103,7 @@ def test_suspects_that_are_answered_go_back_to_the_shared_stream() -> None:
     assert told(state.received(trial, answer(0, 10, created=True))) == ["a created at 10"]
     assert told(state.received(trial, answer(1, 10, created=True))) == [
         "close stream",
-        # From where they stand, and before what the listener opens when it is told.
+        # From their positions, and before the creates that the listener opens while it is notified.
         "open stream",
         "create a from 10",
         "open stream",

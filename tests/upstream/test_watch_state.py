@@ -1,4 +1,4 @@
-"""The rules of the watch client, one story each: what comes from etcd, and what has to follow."""
+"""The rules of the watch client, one story each: etcd's messages, and the effects that must follow."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_watches_opened_before_the_connection_register_with_it() -> None:
     assert told(state.connect(True, 10)) == [
         "open stream",
         "create a from 0",
-        # It has something to catch up with.
+        # It has to catch up.
         "open stream",
         "create b from 5 prev_kv",
     ]
@@ -108,7 +108,7 @@ def test_a_refusal_carries_status_and_text(reason: str, status: int, text: str |
     state.open(a)
     stream = stream_of(state, a)
     effects = state.received(stream, answer(-1, 10, created=True, canceled=True, cancel_reason=reason))
-    # It was the only one on its stream.
+    # It was the only watch on its stream.
     assert told(effects) == ["at 10", "close stream", f"a lost: {status} {text or reason}"]
 
 
@@ -143,7 +143,7 @@ def test_events_of_cancelled_ids_are_dropped_until_the_answer() -> None:
     assert told(state.close(a)) == ["cancel 0"]
     assert state.close(a) == []
     assert told(state.received(stream, answer(0, 11, [11]))) == ["at 11"]
-    # A compaction cancel is not the answer to ours.
+    # A compaction cancel is not the answer to our cancel.
     assert told(state.received(stream, answer(0, 0, canceled=True, compact_revision=5))) == ["at 0"]
     assert stream.dying == {0}
     assert told(state.received(stream, answer(0, 12, canceled=True))) == ["at 12"]
@@ -172,7 +172,7 @@ def test_a_break_resumes_each_from_its_position() -> None:
     assert told(state.connect(True, 20)) == [
         "open stream",
         "create fresh from 12",
-        # Inclusive: an event at the revision of its `created` may have been on its way.
+        # Inclusive: an event at the revision of its `created` may have been in flight.
         "open stream",
         "create quiet from 10",
         "open stream",
@@ -193,7 +193,7 @@ def test_resume_above_newest_revision_starts_from_now() -> None:
     state.disconnect()
     assert told(state.connect(True, 9)) == ["open stream", "create a from 0"]
     stream = stream_of(state, a)
-    # A member that lags, or etcd before it was there: still nothing was missed.
+    # A lagging member, or a read of the revision before the watch was registered: no event was missed.
     state.received(stream, answer(0, 8, created=True))
     assert told(state.received(stream, answer(0, 9, [9]))) == ["at 9"]
     assert told(state.received(stream, answer(0, 12, [10, 12]))) == ["a got 10 12"]
@@ -212,7 +212,7 @@ def test_write_before_a_create_from_now_causes_a_new_create() -> None:
 
 
 def test_a_start_in_the_future_is_asked_from_now() -> None:
-    """Etcd would drop all requests for progress until it comes, or, from further back, look back for 100 ms."""
+    """With the real start etcd would drop all progress requests until that revision, or catch up for 100 ms."""
     state = connected(10)
     a = Opened(b"a", start_revision=14)
     assert told(state.open(a)) == ["open stream", "create a from 0"]
@@ -256,7 +256,7 @@ def test_a_revision_in_fragments_is_one_response() -> None:
     stream = live(state, Opened(b"a"), Opened(b"b"))
     assert state.received(stream, answer(0, 11, [11, 11], fragment=True)) == []
     assert state.received(stream, answer(0, 11, [11], fragment=True)) == []
-    # etcd puts nothing in between; if it did, the run would not mind.
+    # etcd sends no other response in between; if it did, the run would not be affected.
     assert told(state.received(stream, answer(1, 11, [11]))) == ["b got 11"]
     assert told(state.received(stream, answer(0, 11, [11], fragment=False))) == ["a got 11 11 11 11"]
 
@@ -289,7 +289,7 @@ def test_compaction_ends_a_watch_and_frees_its_id_upstream() -> None:
     stream = live(state, a, b)
     cancel = answer(0, 0, canceled=True, compact_revision=12)
     assert told(state.received(stream, cancel)) == ["cancel 0", "a compacted 12"]
-    # etcd may say it again, and then answers our cancel.
+    # etcd may repeat it, and then answers our cancel.
     assert told(state.received(stream, cancel)) == ["at 0"]
     assert told(state.received(stream, answer(0, 10, canceled=True))) == ["at 10"]
     assert state.close(a) == []
@@ -298,7 +298,7 @@ def test_compaction_ends_a_watch_and_frees_its_id_upstream() -> None:
 
 
 def test_compaction_of_unneeded_revisions_is_not_passed_on() -> None:
-    """A watch from now asks for that very revision again, which may have been compacted by the time it arrives."""
+    """A watch from now resumes at that same revision, which may have been compacted when the create arrives."""
     state = connected(10)
     a = Opened(b"a")
     live(state, a, at=49)
@@ -343,7 +343,7 @@ def test_streams_by_token_and_a_stream_for_each_backfill() -> None:
     assert told(state.open(other)) == ["create other from 0"]
     assert told(state.open(fill)) == ["open stream", "create fill from 2"]
     assert len({id(stream_of(state, watch)) for watch in (plain, other, mine, fill)}) == 3
-    # The token is read anew at each registration.
+    # The token is read again at each registration.
     mine.token = b"you"
     state.disconnect()
     assert "open stream for you" in told(state.connect(True, 10))
@@ -423,7 +423,7 @@ def test_a_request_waits_for_the_creates_before_it() -> None:
     state.open(c)
     assert state.request_progress(2) == []
     assert told(state.received(stream, answer(0, 10, created=True))) == ["a created at 10"]
-    # What the listener opens when it is told follows the request, as it is counted.
+    # Creates that the listener opens while it is notified follow the request, as they are counted.
     assert told(state.received(stream, answer(1, 10, created=True))) == ["progress?", "b created at 10"]
     assert told(state.received(stream, answer(2, 10, created=True))) == ["c created at 10"]
     assert told(state.received(stream, answer(-1, 10))) == ["a b complete through 10, after 2"]
@@ -439,7 +439,7 @@ def test_an_answer_that_may_be_for_a_dropped_request_proves_less() -> None:
     state.received(stream, answer(1, 10, created=True))
     state.request_progress(2)
     assert told(state.received(stream, refusal(10))) == ["at 10 after 2"]
-    # The first or the second request? Nothing was written since b was created, so nothing tells.
+    # The first or the second request? Without a write since b was created, this is unknown.
     assert told(state.received(stream, answer(-1, 10))) == ["a complete through 10, after 1"]
     # The second answer is not for the first request.
     assert told(state.received(stream, answer(-1, 10))) == ["a b complete through 10, after 2"]
@@ -460,23 +460,23 @@ def test_later_revision_identifies_the_answered_request() -> None:
     # The store had revision 10 when b was created, so 11 is an answer to the sixth.
     assert told(state.received(stream, answer(-1, 11))) == ["a b complete through 11, after 6"]
     assert told(state.received(stream, refusal(11))) == ["at 11 after 6"]
-    # And nothing is outstanding any more.
+    # No request is outstanding any more.
     assert told(state.request_progress(7)) == ["progress?"]
 
 
 def test_request_after_an_unanswered_one_is_sent_with_a_probe() -> None:
-    """Etcd may have dropped the first: then no count tells what is answered, but the revision it has does."""
+    """etcd may have dropped the first: then its revision identifies the answered request, not a count."""
     state = connected()
     stream = live(state, Opened(b"a"))
     assert told(state.request_progress(1)) == ["progress?"]
     assert told(state.request_progress(4)) == ["probe", "progress?"]
-    # An opening meanwhile is answered in its place.
+    # A create in between is answered in order.
     b = Opened(b"b")
     state.open(b)
     assert told(state.received(stream, answer(-1, 10))) == ["a complete through 10, after 1"]
     assert told(state.received(stream, refusal(12))) == ["at 12 after 4"]
     assert told(state.received(stream, answer(1, 12, created=True))) == ["b created at 12"]
-    # A server that takes the probe for a watch is told to end it.
+    # If a server accepts the probe as a watch, the client cancels it.
     state.request_progress(5)
     assert told(state.received(stream, answer(2, 13, created=True))) == ["cancel 2", "at 13 after 5"]
 
