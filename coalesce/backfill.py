@@ -1,11 +1,11 @@
 """Backfills: private upstream watches that bring watches too old for the history up to their trunk.
 
 Lagging watches share a backfill whenever it still holds, or has not yet reached, the revision they need. A backfill for
-an older revision takes over the watches of those that have brought nothing yet, so that many watches share one in
-whatever order they arrive. A backfill is a source like a trunk: its watches are in step with it, ahead of it, or lag
-within its window. The window slows it down to the speed of its sessions: when it is full and no watch is in step or
-ahead, the backfill is paused; otherwise the oldest batches are evicted, and the watches that needed them get another
-backfill in the next turn of their session.
+an older revision takes over the watches of those that have brought nothing yet, so that many watches share one in any
+order of arrival. A backfill is a source like a trunk: its watches are in step with it, ahead of it, or lag within its
+window. The window slows it down to the speed of its sessions: when it is full and no watch is in step or ahead, the
+backfill is paused; otherwise the oldest batches are evicted, and the watches that needed them get another backfill in
+the next turn of their session.
 
 A watch leaves as soon as the trunk can serve it. The last one closes the backfill. In a quiet range a backfill proves
 its position by progress, since its responses carry the store's revision and prove only their last event.
@@ -238,9 +238,9 @@ class Backfills:
         return max(fitting, key=lambda backfill: backfill.next_revision, default=None)
 
     def _is_read_enough(self, backfill: Backfill) -> bool:
-        """Whether a backfill that no watch is in step with is to be paused: it is full, or of no use to its watches.
+        """Whether to pause a backfill whose watches all lag: it is full, or its watches cannot use it.
 
-        It is of no use when other histories took the memory, and what all of its watches need next was evicted.
+        They cannot when other histories took the memory, and the revisions that they need next were evicted.
         """
         if backfill.history.bytes > self._window_bytes_max(backfill):
             return True
@@ -305,7 +305,7 @@ class Backfills:
         watches = list(upgrade.watches)
         for watch in watches:
             hub.unplace(watch)
-            # Not by detach(), which would close the upstream watch.
+            # Not by detach(), which could close the upstream watch.
             watch.source = None
         upgrade.watches.clear()
         self._forget(upgrade)

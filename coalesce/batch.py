@@ -180,7 +180,7 @@ class Batch:
         self.header = header if header.revision == self.last_revision else header.at(self.last_revision)
         # Bytes of the encoded events.
         self.size = size
-        # Its entry in the ledger while a history holds it; set by `History.append`.
+        # Its LedgerEntry while a history holds it; set by `History.append`.
         self.kept: object = None
 
     @property

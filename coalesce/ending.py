@@ -44,7 +44,7 @@ REMOVED_AT_ONCE = 8
 USER_EMPTY = "etcdserver: user name is empty"
 AUTH_OLD = "etcdserver: revision of auth store is old"
 NO_LEADER = "etcdserver: no leader"
-OTHER_HISTORY = "watchmux: the store has another history than before (restored from a snapshot?)"
+OTHER_HISTORY = "watchmux: the history of the store was replaced (restored from a snapshot?)"
 
 
 class Cancellation:
@@ -268,7 +268,7 @@ class Cancellation:
         """End the sessions and creates that depend on a lost source."""
         hub = self._hub
         if isinstance(owner, Backfill):
-            # Every watch of the trunk that wants prev_kv needs the upgrade, whatever its source.
+            # Every watch of the trunk that wants prev_kv needs the upgrade, even if it is on another backfill.
             waiting = [watch for watch in owner.trunk.watches if owner.is_upgrade and watch.wants_prev_kv]
             watches, creates = list({**owner.watches, **dict.fromkeys(waiting)}), []
         else:

@@ -160,7 +160,7 @@ class Fanout:
             if variants is None or watch.position != position:
                 position = watch.position
                 part = batch.since(position)
-                assert part is not None, "the position lies inside of the batch"
+                assert part is not None, "the position lies inside the batch"
                 variants = Variants(part.header, part.events, fragment_bytes, has_prev_kv)
             payload = variants.payload(watch.variant)
             if payload is not None:

@@ -245,7 +245,7 @@ class HistoryBudget:
     def evicted(self, batch: Batch) -> None:
         """Remove an evicted batch from the counts."""
         kept = batch.kept
-        assert isinstance(kept, LedgerEntry), "a history holds it"
+        assert isinstance(kept, LedgerEntry), "it is in a history"
         batch.kept = None
         kept.history = None
         self.held -= 1

@@ -1,6 +1,6 @@
 """From a create to a watch: what a create waits for, in which order it is refused, and where it starts.
 
-Answers are sent in the order of the requests. Whatever a create needs is requested as soon as it arrives:
+Answers are sent in the order of the requests. The needs of a create are requested as soon as it arrives:
 
 - a permission: always checked (CheckPermission); the shell answers at once when auth is known to be off;
 - a trunk: held from the moment the permission is granted, opened if the range has none;

@@ -9,9 +9,9 @@ A run is bounded in bytes (fragment_run_bytes_max, and three quarters of what hi
 one replay. At the bound, and when the next piece is late, it ends early: the pieces so far are sent, up to the end of a
 revision, and the rest is another run. A piece that is too large for any history is not held back.
 
-Events that are held back are sent before they are evicted, whatever evicts them (the memory of other ranges, age) and
-however busy the proxy is: after a run has ended, its watches wait for their turn of replaying, and more events arrive
-meanwhile. Otherwise a watch could request the same revisions again and again.
+Events that are held back are sent before they are evicted for any reason (the memory of other ranges, age), even if the
+proxy is busy: after a run has ended, its watches wait for their turn of replaying, and more events arrive meanwhile.
+Otherwise a watch could request the same revisions again and again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Sessions, their watches, and the queue of their pending requests.
 
 A session handles its requests strictly in order, as etcd's receive loop does, because clients match `created` to
-their creates by order. So each request joins the session's queue; only its head is decided. Whatever a create needs
-from etcd (a permission, a read of "now", a trunk) is requested as soon as it arrives, so that queued creates wait for
+their creates by order. So each request joins the session's queue; only its head is decided. The needs of a create (a
+permission, a read of "now", a trunk) are requested from etcd as soon as it arrives, so that queued creates wait for
 etcd concurrently.
 
 Watch ids belong to one session: 0 in a request means automatic, a counter that never decreases and skips ids in use. An

@@ -47,7 +47,7 @@ class Upstream:
         self.prev_kv = prev_kv
         # It needs a stream of its own, which can be paused.
         self.is_backfill = is_backfill
-        # `created` has come.
+        # Etcd has answered `created`.
         self.created = False
         # It is not needed any more; later responses are ignored.
         self.closed = False
@@ -56,7 +56,7 @@ class Upstream:
         self.said_token: tuple[bytes | None, ...] = ()
         # The number of the newest progress request that asked it; 0 = none.
         self.asked = 0
-        # When that was, while it owes the answer.
+        # When that request was made, while its answer is outstanding.
         self.asked_at: float | None = None
         # Free for the shell.
         self.shell: object = None
@@ -123,14 +123,14 @@ class Source:
         self.events = 0
         self.fanout = Fanout(start_revision, hub.stats)
         self.history = History(hub.ledger, start_revision, prev_kv)
-        # Of a trunk: all watches of the range, in whatever place. Of a backfill: those that come through it.
+        # Of a trunk: all watches of the range, in any place. Of a backfill: those that come through it.
         self.watches: dict[Watch, None] = {}
         self.upstream: Upstream
         # The number of the newest progress request at the time when the bookmark was last proven.
         self.proof = 0
         # When the bookmark was last proven.
         self.proven_at = hub.now
-        # Tokens that etcd did not let watch this range.
+        # Tokens that etcd has refused for this range.
         self.refused_tokens: set[bytes | None] = set()
 
     @property

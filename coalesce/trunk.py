@@ -120,7 +120,7 @@ class Trunks:
             if start is not None:
                 newest = self._newest(create)
                 if newest is None or (create.header is None and start > newest + 1):
-                    # By an outdated header a past start would look like a future one, and could be compacted.
+                    # The trunk would start at newest + 1; if that is outdated, it is in the past, maybe compacted.
                     return False
                 # A trunk does not start in the future: other watches may want the revisions before.
                 start = min(start, newest + 1) if newest - start <= hub.limits.trunk_catch_up_revisions else None
@@ -246,8 +246,8 @@ class Trunks:
 
     def _close(self, trunk: Trunk, *, gone: bool) -> None:
         hub = self._hub
-        assert not trunk.watches, "no watch may be left behind"
-        assert not trunk.joining, "no create may be left behind"
+        assert not trunk.watches, "a closed trunk has no watches"
+        assert not trunk.joining, "a closed trunk has no creates"
         hub.lingers.stop(trunk)
         if trunk.upgrade is not None:
             hub.backfills.close(trunk.upgrade)

@@ -321,7 +321,7 @@ def test_a_restored_store() -> None:
     shell.progressed(60)
     assert client.read() == ["#-1 @60 progress"]
     shell.do(shell.core.other_history, header(57))
-    reason = "watchmux: the store has another history than before (restored from a snapshot?)"
+    reason = "watchmux: the history of the store was replaced (restored from a snapshot?)"
     assert client.read() == [f"#0 @57 canceled compacted 57 ({reason})"]
     assert shell.closed == [trunk]
     again = shell.opened[-1]
@@ -348,7 +348,7 @@ def test_a_restored_store_that_grew_past_the_known_revision() -> None:
     for each in (client, near, far):
         each.read()
     shell.do(shell.core.other_history, header(70))
-    reason = "watchmux: the store has another history than before (restored from a snapshot?)"
+    reason = "watchmux: the history of the store was replaced (restored from a snapshot?)"
     # Revision 60 exists already, with an event that was never sent.
     assert client.read() == near.read() == [f"#0 @70 canceled compacted 70 ({reason})"]
     again = shell.opened[-1]

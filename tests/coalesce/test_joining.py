@@ -292,7 +292,7 @@ def test_a_start_needs_no_read_after_a_recent_header() -> None:
     assert client.read() == []
     shell.read_now(104)
     assert client.read() == ["#1 @104 created"]
-    # By an outdated header a past start would look like a future one, and a compaction could cancel it.
+    # With an outdated header the trunk of a future start would begin in the past, where a compaction can cancel it.
     client.create(b"i", start=106)
     shell.read_now(105)
     assert shell.opened[-1].start_revision == 106

@@ -42,7 +42,7 @@ DUPLICATE_ID = "mvcc: duplicate watch ID provided on the WatchStream"
 SHARED_LIMIT = re.compile(r"watchmux: the limit of \d+ (watches|different ranges) is reached")
 # What the simulator's etcd says when it cancels an upstream watch for good.
 LOST = "etcdserver: the simulator took it"
-OTHER_HISTORY = "watchmux: the store has another history than before (restored from a snapshot?)"
+OTHER_HISTORY = "watchmux: the history of the store was replaced (restored from a snapshot?)"
 NO_LEADER = "etcdserver: no leader"
 
 # Header, id and prefix of a response; limits count events.
