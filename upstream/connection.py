@@ -499,8 +499,8 @@ class ClientConnection(asyncio.Protocol):
         now = self._loop.time()
         settings = self._settings
         if self._pinged_at is not None and now - self._pinged_at >= settings.keepalive_timeout_s:
-            what = f"it did not answer for {now - self._heard_at:.0f} s, not even a ping"
-            self._fail(Unreachable(self.endpoint.text, what, "look at etcd and the network", "keepalive_timeout_s"))
+            what = f"no answer for {now - self._heard_at:.0f} s, not even to a PING"
+            self._fail(Unreachable(self.endpoint.text, what, "check etcd and the network", "keepalive_timeout_s"))
             return
         due = self._heard_at + settings.keepalive_s
         if self._pinged_at is None and now >= due:

@@ -64,7 +64,7 @@ def parse_endpoints(text: str | Sequence[str]) -> list[Endpoint]:
     parts = text.split(",") if isinstance(text, str) else list(text)
     endpoints = [parse_endpoint(part.strip()) for part in parts if part.strip()]
     if not endpoints:
-        raise BadEndpoint("endpoints", "none is given", _TO_DO)
+        raise BadEndpoint("endpoints", "the list is empty", _TO_DO)
     unique: dict[tuple[object, ...], Endpoint] = {}
     for endpoint in endpoints:
         unique.setdefault((endpoint.host, endpoint.port, endpoint.path, endpoint.secure), endpoint)
@@ -88,9 +88,9 @@ def parse_endpoint(text: str) -> Endpoint:
         raise BadEndpoint(where, f"the scheme {scheme!r} is unknown", _TO_DO)
     rest, _, extra = rest.partition("/")
     if extra or "?" in rest or "#" in rest:
-        raise BadEndpoint(where, "there is a path behind the port", _TO_DO)
+        raise BadEndpoint(where, "there is a path after the port", _TO_DO)
     if "@" in rest:
-        raise BadEndpoint(where, "it holds a user name", "give the user by --user, not in the endpoint")
+        raise BadEndpoint(where, "it contains a user name", "use --user instead")
     host, port = _host_and_port(rest, where)
     return Endpoint(text, host, port, "", secure)
 

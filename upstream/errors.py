@@ -160,7 +160,7 @@ def not_http2(where: str, secure: bool, first: bytes) -> Unreachable:
         if b"HTTPS" in first or b"TLS" in first:
             return Unreachable(where, "it expects TLS", "use https:// for this endpoint")
         hint = "" if secure else ", or https:// if it expects TLS"
-        return Unreachable(where, "it answers in HTTP/1, not as an etcd does", f"use etcd's client port{hint}")
+        return Unreachable(where, "it speaks HTTP/1, unlike etcd", f"use etcd's client port{hint}")
     return Unreachable(where, "the server does not speak HTTP/2", "use etcd's client port")
 
 

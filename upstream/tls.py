@@ -198,7 +198,7 @@ def _load_pair(context: ssl.SSLContext, cert: str | None, key: str | None) -> No
         if "KEY_VALUES_MISMATCH" in reason or "KEY_TYPE_MISMATCH" in reason:
             raise BadTls(key, f"the key does not belong to the certificate {cert}", "give a pair") from None
         if _has(cert, "-----BEGIN CERTIFICATE-----") and not _has(key, "PRIVATE KEY-----"):
-            raise BadTls(key, f"it holds no private key ({reason})", "give the key as a PEM file") from None
+            raise BadTls(key, f"it contains no private key ({reason})", "give the key as a PEM file") from None
         raise BadTls(cert, f"certificate or key cannot be read ({reason})", "give PEM files") from None
 
 

@@ -85,12 +85,12 @@ def request(message: bytes) -> str:
     return f"cancel {decoded.cancel_request.watch_id}" if kind == "cancel_request" else "progress?"
 
 
-def told(effects: Sequence[WatchEffect]) -> list[str]:
+def in_words(effects: Sequence[WatchEffect]) -> list[str]:
     """Return effects in words, one line each."""
-    return [_told(effect) for effect in effects]
+    return [_in_words(effect) for effect in effects]
 
 
-def _told(effect: WatchEffect) -> str:
+def _in_words(effect: WatchEffect) -> str:
     match effect:
         case OpenStream():
             return "open stream" + (f" for {effect.stream.token.decode()}" if effect.stream.token else "")
@@ -110,10 +110,10 @@ def _told(effect: WatchEffect) -> str:
         case HeaderSeen():
             return f"at {effect.header.revision}"
         case WatchReceived():
-            return f"{effect.watch!r} {_told_response(effect.response)}"
+            return f"{effect.watch!r} {_response_in_words(effect.response)}"
 
 
-def _told_response(response: WatchResponse) -> str:
+def _response_in_words(response: WatchResponse) -> str:
     if response.created:
         return f"created at {response.header.revision}"
     if response.canceled:

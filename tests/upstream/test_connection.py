@@ -119,7 +119,7 @@ def test_error_texts_when_no_server_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "complaint"),
     [
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "it answers in HTTP/1, not as an etcd does"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "it speaks HTTP/1, unlike etcd"),
         (b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n", "it expects TLS"),
         (b"\x15\x03\x01\x00\x02\x02\x16", "it expects TLS; use https://"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "does not speak HTTP/2"),

@@ -50,9 +50,9 @@ def test_good_endpoints(text: str, expected: tuple[str, int, str, bool | None], 
         ("[nonsense]:1", "is not a host name"),
         ("a b:2379", "is not a host name"),
         ("-etcd:2379", "is not a host name"),
-        ("http://etcd:2379/v3", "a path behind the port"),
-        ("etcd:2379?x", "a path behind the port"),
-        ("http://root:pw@etcd:2379", "holds a user name"),
+        ("http://etcd:2379/v3", "a path after the port"),
+        ("etcd:2379?x", "a path after the port"),
+        ("http://root:pw@etcd:2379", "contains a user name"),
         ("unix://", "path of the socket is missing"),
     ],
 )
@@ -68,7 +68,7 @@ def test_lists() -> None:
     assert [endpoint.port for endpoint in parse_endpoints(["a", "b:1"])] == [2379, 1]
     nothings: list[str | list[str]] = ["", " , ", []]
     for nothing in nothings:
-        with pytest.raises(BadEndpoint, match="none is given"):
+        with pytest.raises(BadEndpoint, match="the list is empty"):
             parse_endpoints(nothing)
 
 

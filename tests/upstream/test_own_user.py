@@ -6,7 +6,7 @@ import pytest
 
 from proto.framing import Status
 from proto.scan import WatchResponse
-from tests.upstream.stories import Opened, answer, told
+from tests.upstream.stories import Opened, answer, in_words
 from tests.upstream.test_watch_state import stream_of
 from upstream.watching.state import WatchState
 
@@ -30,9 +30,9 @@ def test_trunks_of_all_tokens_share_a_stream_backfills_do_not() -> None:
     state = with_own()
     a, b = Opened(b"a", token=b"u1"), Opened(b"b", token=b"u2")
     backfill = Opened(b"c", start_revision=5, token=b"u3", is_backfill=True)
-    assert told(state.open(a)) == ["open stream for own", "create a from 0"]
-    assert told(state.open(b)) == ["create b from 0"]
-    assert told(state.open(backfill)) == ["open stream for u3", "create c from 5"]
+    assert in_words(state.open(a)) == ["open stream for own", "create a from 0"]
+    assert in_words(state.open(b)) == ["create b from 0"]
+    assert in_words(state.open(backfill)) == ["open stream for u3", "create c from 5"]
 
 
 @pytest.mark.parametrize("reason", [INVALID, OUTDATED])
@@ -42,11 +42,11 @@ def test_refused_token_is_renewed(reason: str) -> None:
     state.open(a)
     state.open(b)
     stream = stream_of(state, a)
-    assert told(state.received(stream, refusal(reason))) == ["at 10", "own is refused"]
+    assert in_words(state.received(stream, refusal(reason))) == ["at 10", "own is refused"]
     last = state.received(stream, refusal(reason))
-    assert told(last) == ["at 10", "close stream", "own is refused"]
-    assert told(state.logged_in(b"new")) == ["open stream for new", "create a from 0", "create b from 0"]
-    assert told(state.received(stream_of(state, a), answer(0, 11, created=True))) == ["a created at 11"]
+    assert in_words(last) == ["at 10", "close stream", "own is refused"]
+    assert in_words(state.logged_in(b"new")) == ["open stream for new", "create a from 0", "create b from 0"]
+    assert in_words(state.received(stream_of(state, a), answer(0, 11, created=True))) == ["a created at 11"]
 
 
 def test_without_a_new_token_each_watches_with_its_own() -> None:
@@ -54,8 +54,8 @@ def test_without_a_new_token_each_watches_with_its_own() -> None:
     a = Opened(b"a", token=b"u1")
     state.open(a)
     state.received(stream_of(state, a), refusal(INVALID))
-    assert told(state.logged_in(None)) == ["open stream for u1", "create a from 0"]
-    lost = told(state.received(stream_of(state, a), refusal(INVALID)))
+    assert in_words(state.logged_in(None)) == ["open stream for u1", "create a from 0"]
+    lost = in_words(state.received(stream_of(state, a), refusal(INVALID)))
     assert lost == ["at 10", "close stream", "a lost: 16 etcdserver: invalid auth token"]
 
 
@@ -65,7 +65,7 @@ def test_two_refusals_in_a_row_are_enough() -> None:
     state.open(a)
     state.received(stream_of(state, a), refusal(OUTDATED))
     state.logged_in(b"new")
-    effects = told(state.received(stream_of(state, a), refusal(OUTDATED)))
+    effects = in_words(state.received(stream_of(state, a), refusal(OUTDATED)))
     assert effects == ["at 10", "close stream", "open stream for u1", "create a from 0"]
 
 
@@ -75,13 +75,13 @@ def test_watch_refused_to_our_user_uses_its_own_token() -> None:
     state.open(a)
     state.open(b)
     own = stream_of(state, a)
-    assert told(state.received(own, refusal(DENIED))) == [
+    assert in_words(state.received(own, refusal(DENIED))) == [
         "at 10",
         "open stream for u1",
         "create a from 0",
     ]
-    assert told(state.received(own, answer(0, 11, created=True))) == ["b created at 11"]
-    assert told(state.received(stream_of(state, a), answer(0, 12, created=True))) == ["a created at 12"]
+    assert in_words(state.received(own, answer(0, 11, created=True))) == ["b created at 11"]
+    assert in_words(state.received(stream_of(state, a), answer(0, 12, created=True))) == ["a created at 12"]
 
 
 def test_a_stream_of_our_user_that_is_refused_whole() -> None:
@@ -89,5 +89,5 @@ def test_a_stream_of_our_user_that_is_refused_whole() -> None:
     a = Opened(b"a", token=b"u1")
     state.open(a)
     effects = state.refused(stream_of(state, a), Status.UNAUTHENTICATED, "etcdserver: invalid auth token")
-    assert told(effects) == ["own is refused"]
-    assert told(state.logged_in(b"new")) == ["open stream for new", "create a from 0"]
+    assert in_words(effects) == ["own is refused"]
+    assert in_words(state.logged_in(b"new")) == ["open stream for new", "create a from 0"]

@@ -260,7 +260,7 @@ def test_an_idle_connection_is_not_pinged() -> None:
             assert connection.healthy
             error = await failure(pool)
             assert error.status == Status.UNAVAILABLE
-            assert "not even a ping" in error.text
+            assert "not even to a PING" in error.text
 
     run(story())
 

@@ -551,7 +551,7 @@ def test_a_server_that_stops_answering_is_noticed() -> None:
                 etcd.connections[0].frozen = True
                 etcd.mute = True
                 await until_async(lambda: client.server == (other.endpoint, "3.5.30"), "the other endpoint")
-                assert "not even a ping" in log.problems()[0]
+                assert "not even to a PING" in log.problems()[0]
 
     run(story())
 

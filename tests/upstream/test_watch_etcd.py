@@ -88,7 +88,7 @@ class Gate:
         for writer in self._writers:
             writer.transport.abort()
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Accept connections again."""
         self._open = True
 
@@ -296,7 +296,7 @@ def test_watches_that_sleep_through_a_compaction(etcd: EtcdServer) -> None:
             await writer.put(b"busy")
             await writer.compact(last)
             last = await writer.put(b"proven")
-            way.mend()
+            way.repair()
             await until_async(lambda: seen.revisions(proven) == [last], "the event of the watch that was proven")
             await until_async(lambda: seen.of(asleep)[-1].canceled, "the cancel")
             assert seen.of(asleep)[-1].compact_revision == last - 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.upstream.stories import Opened, answer, refusal, told
+from tests.upstream.stories import Opened, answer, in_words, refusal
 from upstream.watching.effects import CloseStream, OpenStream, WatchEffect, WatchLost
 from upstream.watching.state import WatchState
 from upstream.watching.stream import Kind, Next, WatchStream
@@ -79,14 +79,14 @@ def test_create_that_ends_its_stream_is_lost_at_the_second_try() -> None:
     stream = stream_of(state, live)
     state.received(stream, answer(0, 10, created=True))
     state.received(stream, answer(0, 12, [12]))
-    assert told(state.open(bad)) == ["create bad from 0"]
+    assert in_words(state.open(bad)) == ["create bad from 0"]
     assert state.over(stream, Next.APART, *TOO_LARGE) == []
     # Live watches do not wait for the suspects, which wait for the answer to a probe.
-    assert told(state.register()) == ["open stream", "create live from 0", "open stream", "probe"]
+    assert in_words(state.register()) == ["open stream", "create live from 0", "open stream", "probe"]
     trial = stream_of(state, bad)
     assert trial is not stream_of(state, live)
-    assert told(state.received(trial, refusal(12))) == ["at 12", "create bad from 0"]
-    assert told(state.over(trial, Next.APART, *TOO_LARGE)) == [f"bad lost: {TOO_LARGE[0]} {TOO_LARGE[1]}"]
+    assert in_words(state.received(trial, refusal(12))) == ["at 12", "create bad from 0"]
+    assert in_words(state.over(trial, Next.APART, *TOO_LARGE)) == [f"bad lost: {TOO_LARGE[0]} {TOO_LARGE[1]}"]
     assert state.register() == []
     assert len(state) == 1
 
@@ -97,11 +97,11 @@ def test_suspects_that_are_answered_go_back_to_the_shared_stream() -> None:
     state.open(a)
     state.open(b)
     state.over(stream_of(state, a), Next.APART, 13, "reset")
-    assert told(state.register()) == ["open stream", "probe"]
+    assert in_words(state.register()) == ["open stream", "probe"]
     trial = stream_of(state, a)
-    assert told(state.received(trial, refusal(10))) == ["at 10", "create a from 0", "create b from 0"]
-    assert told(state.received(trial, answer(0, 10, created=True))) == ["a created at 10"]
-    assert told(state.received(trial, answer(1, 10, created=True))) == [
+    assert in_words(state.received(trial, refusal(10))) == ["at 10", "create a from 0", "create b from 0"]
+    assert in_words(state.received(trial, answer(0, 10, created=True))) == ["a created at 10"]
+    assert in_words(state.received(trial, answer(1, 10, created=True))) == [
         "close stream",
         # From their positions, and before the creates that the listener opens while it is notified.
         "open stream",
@@ -194,4 +194,4 @@ def test_a_token_that_ends_its_stream_is_given_up_for_others() -> None:
     state.over(stream_of(state, mine), Next.APART, 13, "reset")
     state.register()
     effects = state.over(stream_of(state, mine), Next.TOKEN, 13, "reset")
-    assert told(effects) == ["mine lost: 16 etcd ended the stream of this token: reset"]
+    assert in_words(effects) == ["mine lost: 16 etcd ended the stream of this token: reset"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.upstream.stories import Opened, answer, refusal, told
+from tests.upstream.stories import Opened, answer, in_words, refusal
 from upstream.watching.effects import Write
 from upstream.watching.state import WatchState
 from upstream.watching.stream import Next, OpenedWatch, WatchStream
@@ -37,12 +37,12 @@ def live(state: WatchState, *watches: Opened, at: int = 10) -> WatchStream:
 def test_a_watch_from_now_lives() -> None:
     state = connected()
     a = Opened(b"a")
-    assert told(state.open(a)) == ["open stream", "create a from 0"]
+    assert in_words(state.open(a)) == ["open stream", "create a from 0"]
     stream = stream_of(state, a)
-    assert told(state.received(stream, answer(0, 11, created=True))) == ["a created at 11"]
-    assert told(state.received(stream, answer(0, 12, [12]))) == ["a got 12"]
-    assert told(state.close(a)) == ["close stream"]
-    assert told(state.received(stream, answer(0, 13, [13]))) == ["cancel 0", "at 13"]
+    assert in_words(state.received(stream, answer(0, 11, created=True))) == ["a created at 11"]
+    assert in_words(state.received(stream, answer(0, 12, [12]))) == ["a got 12"]
+    assert in_words(state.close(a)) == ["close stream"]
+    assert in_words(state.received(stream, answer(0, 13, [13]))) == ["cancel 0", "at 13"]
     assert len(state) == 0
 
 
@@ -51,7 +51,7 @@ def test_watches_opened_before_the_connection_register_with_it() -> None:
     a, b = Opened(b"a"), Opened(b"b", start_revision=5, prev_kv=True)
     assert state.open(a) == []
     assert state.open(b) == []
-    assert told(state.connect(True, 10)) == [
+    assert in_words(state.connect(True, 10)) == [
         "open stream",
         "create a from 0",
         # It has to catch up.
@@ -74,11 +74,11 @@ def test_created_belongs_to_the_oldest_create_for_any_id() -> None:
     for watch in (a, b, c):
         state.open(watch)
     stream = stream_of(state, a)
-    assert told(state.received(stream, answer(7, 10, created=True))) == ["a created at 10"]
+    assert in_words(state.received(stream, answer(7, 10, created=True))) == ["a created at 10"]
     refused = answer(-1, 10, created=True, canceled=True, cancel_reason=GO_PERMISSION)
-    assert told(state.received(stream, refused)) == ["at 10", "b lost: 7 etcdserver: permission denied"]
-    assert told(state.received(stream, answer(3, 10, created=True))) == ["c created at 10"]
-    assert told(state.received(stream, answer(3, 11, [11]))) == ["c got 11"]
+    assert in_words(state.received(stream, refused)) == ["at 10", "b lost: 7 etcdserver: permission denied"]
+    assert in_words(state.received(stream, answer(3, 10, created=True))) == ["c created at 10"]
+    assert in_words(state.received(stream, answer(3, 11, [11]))) == ["c got 11"]
     assert state.registration(b) is None
 
 
@@ -109,7 +109,7 @@ def test_a_refusal_carries_status_and_text(reason: str, status: int, text: str |
     stream = stream_of(state, a)
     effects = state.received(stream, answer(-1, 10, created=True, canceled=True, cancel_reason=reason))
     # It was the only watch on its stream.
-    assert told(effects) == ["at 10", "close stream", f"a lost: {status} {text or reason}"]
+    assert in_words(effects) == ["at 10", "close stream", f"a lost: {status} {text or reason}"]
 
 
 def test_watch_closed_before_created_is_cancelled_by_its_id() -> None:
@@ -119,10 +119,10 @@ def test_watch_closed_before_created_is_cancelled_by_its_id() -> None:
     state.open(b)
     stream = stream_of(state, a)
     assert state.close(a) == []
-    assert told(state.received(stream, answer(0, 10, created=True))) == ["cancel 0"]
-    assert told(state.received(stream, answer(1, 10, created=True))) == ["b created at 10"]
-    assert told(state.received(stream, answer(0, 11, [11]))) == ["at 11"]
-    assert told(state.received(stream, answer(0, 11, canceled=True))) == ["at 11"]
+    assert in_words(state.received(stream, answer(0, 10, created=True))) == ["cancel 0"]
+    assert in_words(state.received(stream, answer(1, 10, created=True))) == ["b created at 10"]
+    assert in_words(state.received(stream, answer(0, 11, [11]))) == ["at 11"]
+    assert in_words(state.received(stream, answer(0, 11, canceled=True))) == ["at 11"]
     assert stream.dying == set()
 
 
@@ -140,23 +140,23 @@ def test_events_of_cancelled_ids_are_dropped_until_the_answer() -> None:
     state = connected()
     a, b = Opened(b"a"), Opened(b"b")
     stream = live(state, a, b)
-    assert told(state.close(a)) == ["cancel 0"]
+    assert in_words(state.close(a)) == ["cancel 0"]
     assert state.close(a) == []
-    assert told(state.received(stream, answer(0, 11, [11]))) == ["at 11"]
+    assert in_words(state.received(stream, answer(0, 11, [11]))) == ["at 11"]
     # A compaction cancel is not the answer to our cancel.
-    assert told(state.received(stream, answer(0, 0, canceled=True, compact_revision=5))) == ["at 0"]
+    assert in_words(state.received(stream, answer(0, 0, canceled=True, compact_revision=5))) == ["at 0"]
     assert stream.dying == {0}
-    assert told(state.received(stream, answer(0, 12, canceled=True))) == ["at 12"]
+    assert in_words(state.received(stream, answer(0, 12, canceled=True))) == ["at 12"]
     assert stream.dying == set()
-    assert told(state.received(stream, answer(1, 12, [12]))) == ["b got 12"]
+    assert in_words(state.received(stream, answer(1, 12, [12]))) == ["b got 12"]
 
 
 def test_unknown_id_is_cancelled_once() -> None:
     state = connected()
     stream = live(state, Opened(b"a"))
-    assert told(state.received(stream, answer(99, 11, [11]))) == ["cancel 99", "at 11"]
-    assert told(state.received(stream, answer(99, 12, [12]))) == ["at 12"]
-    assert told(state.received(stream, answer(50, 12, canceled=True))) == ["at 12"]
+    assert in_words(state.received(stream, answer(99, 11, [11]))) == ["cancel 99", "at 11"]
+    assert in_words(state.received(stream, answer(99, 12, [12]))) == ["at 12"]
+    assert in_words(state.received(stream, answer(50, 12, canceled=True))) == ["at 12"]
 
 
 def test_a_break_resumes_each_from_its_position() -> None:
@@ -169,7 +169,7 @@ def test_a_break_resumes_each_from_its_position() -> None:
     state.open(waiting)
     state.disconnect()
     assert state.received(stream, answer(0, 12, [12])) != []
-    assert told(state.connect(True, 20)) == [
+    assert in_words(state.connect(True, 20)) == [
         "open stream",
         "create fresh from 12",
         # Inclusive: an event at the revision of its `created` may have been in flight.
@@ -181,45 +181,45 @@ def test_a_break_resumes_each_from_its_position() -> None:
         "create waiting from 0",
     ]
     for watch in (fresh, quiet, busy):
-        assert told(state.received(stream_of(state, watch), answer(0, 20, created=True))) == ["at 20"]
-    assert told(state.received(stream_of(state, waiting), answer(0, 20, created=True))) == ["waiting created at 20"]
+        assert in_words(state.received(stream_of(state, watch), answer(0, 20, created=True))) == ["at 20"]
+    assert in_words(state.received(stream_of(state, waiting), answer(0, 20, created=True))) == ["waiting created at 20"]
 
 
 def test_resume_above_newest_revision_starts_from_now() -> None:
     state = connected(revision=0)
     a = Opened(b"a", start_revision=9)
     stream = live(state, a, at=9)
-    assert told(state.received(stream, answer(0, 9, [9]))) == ["a got 9"]
+    assert in_words(state.received(stream, answer(0, 9, [9]))) == ["a got 9"]
     state.disconnect()
-    assert told(state.connect(True, 9)) == ["open stream", "create a from 0"]
+    assert in_words(state.connect(True, 9)) == ["open stream", "create a from 0"]
     stream = stream_of(state, a)
     # A lagging member, or a read of the revision before the watch was registered: no event was missed.
     state.received(stream, answer(0, 8, created=True))
-    assert told(state.received(stream, answer(0, 9, [9]))) == ["at 9"]
-    assert told(state.received(stream, answer(0, 12, [10, 12]))) == ["a got 10 12"]
+    assert in_words(state.received(stream, answer(0, 9, [9]))) == ["at 9"]
+    assert in_words(state.received(stream, answer(0, 12, [10, 12]))) == ["a got 10 12"]
 
 
 def test_write_before_a_create_from_now_causes_a_new_create() -> None:
     state = connected(10)
     a = Opened(b"a", start_revision=11)
-    assert told(state.open(a)) == ["open stream", "create a from 0"]
+    assert in_words(state.open(a)) == ["open stream", "create a from 0"]
     stream = stream_of(state, a)
-    assert told(state.received(stream, answer(0, 11, created=True))) == ["at 11", "cancel 0", "create a from 11"]
-    assert told(state.received(stream, answer(0, 12, [12]))) == ["at 12"]
-    assert told(state.received(stream, answer(1, 12, created=True))) == ["a created at 12"]
-    assert told(state.received(stream, answer(0, 12, canceled=True))) == ["at 12"]
-    assert told(state.received(stream, answer(1, 12, [11, 12]))) == ["a got 11 12"]
+    assert in_words(state.received(stream, answer(0, 11, created=True))) == ["at 11", "cancel 0", "create a from 11"]
+    assert in_words(state.received(stream, answer(0, 12, [12]))) == ["at 12"]
+    assert in_words(state.received(stream, answer(1, 12, created=True))) == ["a created at 12"]
+    assert in_words(state.received(stream, answer(0, 12, canceled=True))) == ["at 12"]
+    assert in_words(state.received(stream, answer(1, 12, [11, 12]))) == ["a got 11 12"]
 
 
 def test_a_start_in_the_future_is_asked_from_now() -> None:
     """With the real start etcd would drop all progress requests until that revision, or catch up for 100 ms."""
     state = connected(10)
     a = Opened(b"a", start_revision=14)
-    assert told(state.open(a)) == ["open stream", "create a from 0"]
+    assert in_words(state.open(a)) == ["open stream", "create a from 0"]
     stream = stream_of(state, a)
-    assert told(state.received(stream, answer(0, 12, created=True))) == ["a created at 12"]
-    assert told(state.received(stream, answer(0, 12, [10, 12]))) == ["at 12"]
-    assert told(state.received(stream, answer(0, 14, [13, 14]))) == ["a got 14"]
+    assert in_words(state.received(stream, answer(0, 12, created=True))) == ["a created at 12"]
+    assert in_words(state.received(stream, answer(0, 12, [10, 12]))) == ["at 12"]
+    assert in_words(state.received(stream, answer(0, 14, [13, 14]))) == ["a got 14"]
 
 
 @pytest.mark.parametrize("announced", [False, True])
@@ -230,13 +230,13 @@ def test_a_watch_from_now_stays_at_now_until_created(announced: bool) -> None:
     if announced:
         state.received(stream_of(state, a), answer(0, 10, created=True))
     state.disconnect()
-    assert told(state.connect(True, 30)) == ["open stream", f"create a from {10 if announced else 0}"]
+    assert in_words(state.connect(True, 30)) == ["open stream", f"create a from {10 if announced else 0}"]
 
 
 def test_an_event_at_the_revision_of_created_is_passed_on() -> None:
     state = connected(10)
     stream = live(state, a := Opened(b"a"), at=11)
-    assert told(state.received(stream, answer(0, 11, [11]))) == ["a got 11"]
+    assert in_words(state.received(stream, answer(0, 11, [11]))) == ["a got 11"]
     registration = state.registration(a)
     assert registration is not None
     assert registration.next_revision == 12
@@ -246,9 +246,9 @@ def test_fragments_become_whole_revisions() -> None:
     state = connected()
     stream = live(state, Opened(b"a", start_revision=1))
     run = [([1, 2], True), ([2, 3, 3], True), ([3], True), ([3], True), ([3, 4], True), ([5], False)]
-    got = [told(state.received(stream, answer(0, 10, events, fragment=more))) for events, more in run]
+    got = [in_words(state.received(stream, answer(0, 10, events, fragment=more))) for events, more in run]
     assert got == [["a got 1 and more"], ["a got 2 2 and more"], [], [], ["a got 3 3 3 3 3 and more"], ["a got 4 5"]]
-    assert told(state.received(stream, answer(0, 11, [11]))) == ["a got 11"]
+    assert in_words(state.received(stream, answer(0, 11, [11]))) == ["a got 11"]
 
 
 def test_a_revision_in_fragments_is_one_response() -> None:
@@ -257,20 +257,20 @@ def test_a_revision_in_fragments_is_one_response() -> None:
     assert state.received(stream, answer(0, 11, [11, 11], fragment=True)) == []
     assert state.received(stream, answer(0, 11, [11], fragment=True)) == []
     # etcd sends no other response in between; if it did, the run would not be affected.
-    assert told(state.received(stream, answer(1, 11, [11]))) == ["b got 11"]
-    assert told(state.received(stream, answer(0, 11, [11], fragment=False))) == ["a got 11 11 11 11"]
+    assert in_words(state.received(stream, answer(1, 11, [11]))) == ["b got 11"]
+    assert in_words(state.received(stream, answer(0, 11, [11], fragment=False))) == ["a got 11 11 11 11"]
 
 
 def test_half_a_run_is_dropped_at_a_break() -> None:
     state = connected()
     a = Opened(b"a", start_revision=1)
     stream = live(state, a)
-    assert told(state.received(stream, answer(0, 10, [1, 2, 2], fragment=True))) == ["a got 1 and more"]
+    assert in_words(state.received(stream, answer(0, 10, [1, 2, 2], fragment=True))) == ["a got 1 and more"]
     state.disconnect()
-    assert told(state.connect(True, 10)) == ["open stream", "create a from 2"]
+    assert in_words(state.connect(True, 10)) == ["open stream", "create a from 2"]
     stream = stream_of(state, a)
     state.received(stream, answer(0, 10, created=True))
-    assert told(state.received(stream, answer(0, 10, [2, 2, 2]))) == ["a got 2 2 2"]
+    assert in_words(state.received(stream, answer(0, 10, [2, 2, 2]))) == ["a got 2 2 2"]
 
 
 def test_half_a_run_of_a_closed_watch_leaves_nothing() -> None:
@@ -280,7 +280,7 @@ def test_half_a_run_of_a_closed_watch_leaves_nothing() -> None:
     state.received(stream, answer(0, 11, [11, 11], fragment=True))
     state.close(a)
     assert stream.held == {}
-    assert told(state.received(stream, answer(0, 11, [11]))) == ["at 11"]
+    assert in_words(state.received(stream, answer(0, 11, [11]))) == ["at 11"]
 
 
 def test_compaction_ends_a_watch_and_frees_its_id_upstream() -> None:
@@ -288,10 +288,10 @@ def test_compaction_ends_a_watch_and_frees_its_id_upstream() -> None:
     a, b = Opened(b"a"), Opened(b"b")
     stream = live(state, a, b)
     cancel = answer(0, 0, canceled=True, compact_revision=12)
-    assert told(state.received(stream, cancel)) == ["cancel 0", "a compacted 12"]
+    assert in_words(state.received(stream, cancel)) == ["cancel 0", "a compacted 12"]
     # etcd may repeat it, and then answers our cancel.
-    assert told(state.received(stream, cancel)) == ["at 0"]
-    assert told(state.received(stream, answer(0, 10, canceled=True))) == ["at 10"]
+    assert in_words(state.received(stream, cancel)) == ["at 0"]
+    assert in_words(state.received(stream, answer(0, 10, canceled=True))) == ["at 10"]
     assert state.close(a) == []
     assert state.registration(a) is None
     assert state.registration(b) is not None
@@ -303,21 +303,21 @@ def test_compaction_of_unneeded_revisions_is_not_passed_on() -> None:
     a = Opened(b"a")
     live(state, a, at=49)
     state.disconnect()
-    assert told(state.connect(True, 55)) == ["open stream", "create a from 49"]
+    assert in_words(state.connect(True, 55)) == ["open stream", "create a from 49"]
     stream = stream_of(state, a)
     state.received(stream, answer(0, 55, created=True))
     cancel = answer(0, 0, canceled=True, compact_revision=50)
-    assert told(state.received(stream, cancel)) == ["cancel 0", "create a from 50"]
-    assert told(state.received(stream, cancel)) == ["at 0"]
-    assert told(state.received(stream, answer(0, 55, canceled=True))) == ["at 55"]
-    assert told(state.received(stream, answer(1, 55, created=True))) == ["at 55"]
-    assert told(state.received(stream, answer(1, 61, [60, 61]))) == ["a got 60 61"]
+    assert in_words(state.received(stream, cancel)) == ["cancel 0", "create a from 50"]
+    assert in_words(state.received(stream, cancel)) == ["at 0"]
+    assert in_words(state.received(stream, answer(0, 55, canceled=True))) == ["at 55"]
+    assert in_words(state.received(stream, answer(1, 55, created=True))) == ["at 55"]
+    assert in_words(state.received(stream, answer(1, 61, [60, 61]))) == ["a got 60 61"]
 
 
 def test_a_cancel_without_a_reason_is_a_loss() -> None:
     state = connected()
     stream = live(state, Opened(b"a"), Opened(b"b"))
-    assert told(state.received(stream, answer(0, 11, canceled=True))) == [
+    assert in_words(state.received(stream, answer(0, 11, canceled=True))) == [
         "at 11",
         "a lost: 14 the upstream server cancelled the watch",
     ]
@@ -327,26 +327,26 @@ def test_bookmarks_never_move_the_position_back() -> None:
     state = connected()
     a = Opened(b"a")
     stream = live(state, a)
-    assert told(state.received(stream, answer(0, 15))) == ["a bookmark 15"]
-    assert told(state.received(stream, answer(0, 15))) == ["a bookmark 15"]
-    assert told(state.received(stream, answer(0, 14))) == ["at 14"]
+    assert in_words(state.received(stream, answer(0, 15))) == ["a bookmark 15"]
+    assert in_words(state.received(stream, answer(0, 15))) == ["a bookmark 15"]
+    assert in_words(state.received(stream, answer(0, 14))) == ["at 14"]
     state.disconnect()
-    assert told(state.connect(True, 20)) == ["open stream", "create a from 16"]
+    assert in_words(state.connect(True, 20)) == ["open stream", "create a from 16"]
 
 
 def test_streams_by_token_and_a_stream_for_each_backfill() -> None:
     state = connected()
     plain, other, mine = Opened(b"plain"), Opened(b"other"), Opened(b"mine", token=b"me")
     fill = Opened(b"fill", start_revision=2, is_backfill=True)
-    assert told(state.open(plain)) == ["open stream", "create plain from 0"]
-    assert told(state.open(mine)) == ["open stream for me", "create mine from 0"]
-    assert told(state.open(other)) == ["create other from 0"]
-    assert told(state.open(fill)) == ["open stream", "create fill from 2"]
+    assert in_words(state.open(plain)) == ["open stream", "create plain from 0"]
+    assert in_words(state.open(mine)) == ["open stream for me", "create mine from 0"]
+    assert in_words(state.open(other)) == ["create other from 0"]
+    assert in_words(state.open(fill)) == ["open stream", "create fill from 2"]
     assert len({id(stream_of(state, watch)) for watch in (plain, other, mine, fill)}) == 3
     # The token is read again at each registration.
     mine.token = b"you"
     state.disconnect()
-    assert "open stream for you" in told(state.connect(True, 10))
+    assert "open stream for you" in in_words(state.connect(True, 10))
 
 
 def test_a_paused_backfill_stays_paused_over_a_break() -> None:
@@ -371,7 +371,7 @@ def test_a_stream_that_ended_is_registered_again_alone() -> None:
     live(state, a)
     state.open(mine)
     assert state.over(stream_of(state, mine), Next.HERE, 14, "gone") == []
-    assert told(state.register()) == ["open stream for me", "create mine from 0"]
+    assert in_words(state.register()) == ["open stream for me", "create mine from 0"]
     assert state.register() == []
 
 
@@ -380,7 +380,7 @@ def test_a_stream_that_was_refused_loses_its_watches() -> None:
     a, b, mine = Opened(b"a"), Opened(b"b"), Opened(b"mine", token=b"me")
     stream = live(state, a, b)
     state.open(mine)
-    assert told(state.refused(stream, 12, "unknown service")) == [
+    assert in_words(state.refused(stream, 12, "unknown service")) == [
         "a lost: 12 unknown service",
         "b lost: 12 unknown service",
     ]
@@ -395,15 +395,15 @@ def test_progress_answer_proves_watches_live_at_the_request() -> None:
     state = connected()
     a, b = Opened(b"a"), Opened(b"b")
     stream = live(state, a, b)
-    assert told(state.request_progress(1)) == ["progress?"]
+    assert in_words(state.request_progress(1)) == ["progress?"]
     late = Opened(b"late")
     state.open(late)
     state.received(stream, answer(2, 10, created=True))
-    assert told(state.received(stream, answer(-1, 10))) == ["a b complete through 10, after 1"]
-    assert told(state.request_progress(2)) == ["progress?"]
-    assert told(state.received(stream, answer(-1, 12))) == ["a b late complete through 12, after 2"]
+    assert in_words(state.received(stream, answer(-1, 10))) == ["a b complete through 10, after 1"]
+    assert in_words(state.request_progress(2)) == ["progress?"]
+    assert in_words(state.received(stream, answer(-1, 12))) == ["a b late complete through 12, after 2"]
     state.disconnect()
-    assert told(state.connect(True, 20)) == [
+    assert in_words(state.connect(True, 20)) == [
         "open stream",
         "create a from 13",
         "open stream",
@@ -422,11 +422,11 @@ def test_a_request_waits_for_the_creates_before_it() -> None:
     assert state.request_progress(1) == []
     state.open(c)
     assert state.request_progress(2) == []
-    assert told(state.received(stream, answer(0, 10, created=True))) == ["a created at 10"]
+    assert in_words(state.received(stream, answer(0, 10, created=True))) == ["a created at 10"]
     # Creates that the listener opens while it is notified follow the request, as they are counted.
-    assert told(state.received(stream, answer(1, 10, created=True))) == ["progress?", "b created at 10"]
-    assert told(state.received(stream, answer(2, 10, created=True))) == ["c created at 10"]
-    assert told(state.received(stream, answer(-1, 10))) == ["a b complete through 10, after 2"]
+    assert in_words(state.received(stream, answer(1, 10, created=True))) == ["progress?", "b created at 10"]
+    assert in_words(state.received(stream, answer(2, 10, created=True))) == ["c created at 10"]
+    assert in_words(state.received(stream, answer(-1, 10))) == ["a b complete through 10, after 2"]
 
 
 def test_an_answer_that_may_be_for_a_dropped_request_proves_less() -> None:
@@ -438,11 +438,11 @@ def test_an_answer_that_may_be_for_a_dropped_request_proves_less() -> None:
     state.open(b)
     state.received(stream, answer(1, 10, created=True))
     state.request_progress(2)
-    assert told(state.received(stream, refusal(10))) == ["at 10 after 2"]
+    assert in_words(state.received(stream, refusal(10))) == ["at 10 after 2"]
     # The first or the second request? Without a write since b was created, this is unknown.
-    assert told(state.received(stream, answer(-1, 10))) == ["a complete through 10, after 1"]
+    assert in_words(state.received(stream, answer(-1, 10))) == ["a complete through 10, after 1"]
     # The second answer is not for the first request.
-    assert told(state.received(stream, answer(-1, 10))) == ["a b complete through 10, after 2"]
+    assert in_words(state.received(stream, answer(-1, 10))) == ["a b complete through 10, after 2"]
 
 
 def test_later_revision_identifies_the_answered_request() -> None:
@@ -452,42 +452,42 @@ def test_later_revision_identifies_the_answered_request() -> None:
     for number in range(1, 6):
         state.request_progress(number)
     for number in range(2, 6):
-        assert told(state.received(stream, refusal(9))) == [f"at 9 after {number}"]
+        assert in_words(state.received(stream, refusal(9))) == [f"at 9 after {number}"]
     b = Opened(b"b")
     state.open(b)
     state.received(stream, answer(1, 10, created=True))
     state.request_progress(6)
     # The store had revision 10 when b was created, so 11 is an answer to the sixth.
-    assert told(state.received(stream, answer(-1, 11))) == ["a b complete through 11, after 6"]
-    assert told(state.received(stream, refusal(11))) == ["at 11 after 6"]
+    assert in_words(state.received(stream, answer(-1, 11))) == ["a b complete through 11, after 6"]
+    assert in_words(state.received(stream, refusal(11))) == ["at 11 after 6"]
     # No request is outstanding any more.
-    assert told(state.request_progress(7)) == ["progress?"]
+    assert in_words(state.request_progress(7)) == ["progress?"]
 
 
 def test_request_after_an_unanswered_one_is_sent_with_a_probe() -> None:
     """etcd may have dropped the first: then its revision identifies the answered request, not a count."""
     state = connected()
     stream = live(state, Opened(b"a"))
-    assert told(state.request_progress(1)) == ["progress?"]
-    assert told(state.request_progress(4)) == ["probe", "progress?"]
+    assert in_words(state.request_progress(1)) == ["progress?"]
+    assert in_words(state.request_progress(4)) == ["probe", "progress?"]
     # A create in between is answered in order.
     b = Opened(b"b")
     state.open(b)
-    assert told(state.received(stream, answer(-1, 10))) == ["a complete through 10, after 1"]
-    assert told(state.received(stream, refusal(12))) == ["at 12 after 4"]
-    assert told(state.received(stream, answer(1, 12, created=True))) == ["b created at 12"]
+    assert in_words(state.received(stream, answer(-1, 10))) == ["a complete through 10, after 1"]
+    assert in_words(state.received(stream, refusal(12))) == ["at 12 after 4"]
+    assert in_words(state.received(stream, answer(1, 12, created=True))) == ["b created at 12"]
     # If a server accepts the probe as a watch, the client cancels it.
     state.request_progress(5)
-    assert told(state.received(stream, answer(2, 13, created=True))) == ["cancel 2", "at 13 after 5"]
+    assert in_words(state.received(stream, answer(2, 13, created=True))) == ["cancel 2", "at 13 after 5"]
 
 
 def test_more_answers_than_requests_prove_nothing() -> None:
     state = connected()
     stream = live(state, Opened(b"a"))
-    assert told(state.received(stream, answer(-1, 11))) == ["at 11"]
+    assert in_words(state.received(stream, answer(-1, 11))) == ["at 11"]
     state.request_progress(1)
-    assert told(state.received(stream, answer(-1, 11))) == ["a complete through 11, after 1"]
-    assert told(state.received(stream, answer(-1, 11))) == ["at 11"]
+    assert in_words(state.received(stream, answer(-1, 11))) == ["a complete through 11, after 1"]
+    assert in_words(state.received(stream, answer(-1, 11))) == ["at 11"]
 
 
 def test_progress_is_requested_on_all_but_paused_streams() -> None:
@@ -497,9 +497,9 @@ def test_progress_is_requested_on_all_but_paused_streams() -> None:
     live(state, a)
     live(state, mine)
     live(state, fill)
-    assert told(state.request_progress(1)) == ["progress?"] * 3
+    assert in_words(state.request_progress(1)) == ["progress?"] * 3
     state.pause(fill)
-    assert told(state.request_progress(2)) == ["probe", "progress?"] * 2
+    assert in_words(state.request_progress(2)) == ["probe", "progress?"] * 2
 
 
 def test_progress_is_requested_only_on_streams_of_the_watches() -> None:
@@ -510,7 +510,7 @@ def test_progress_is_requested_only_on_streams_of_the_watches() -> None:
     live(state, other)
     gone = Opened(b"gone")
     effects = state.request_progress(1, (shared, mine, gone, also))
-    assert told(effects) == ["progress?"] * 2
+    assert in_words(effects) == ["progress?"] * 2
     assert {id(effect.stream) for effect in effects if isinstance(effect, Write)} == {
         id(stream),
         id(stream_of(state, mine)),
@@ -522,5 +522,5 @@ def test_old_servers_are_asked_for_their_revision_only() -> None:
     state.connect(False, 10)
     stream = live(state, Opened(b"a"))
     live(state, Opened(b"mine", token=b"me"))
-    assert told(state.request_progress(1)) == ["probe"]
-    assert told(state.received(stream, refusal(11))) == ["at 11 after 1"]
+    assert in_words(state.request_progress(1)) == ["probe"]
+    assert in_words(state.received(stream, refusal(11))) == ["at 11 after 1"]
