@@ -1,10 +1,10 @@
-"""The simulator's command line: many seeds, one of them step by step, or the mutation score.
+"""The simulator's command line: many seeds, one seed step by step, or the mutation score.
 
 python -m tests.sim SEEDS=1000            seeds 0 to 999, on all cores
 python -m tests.sim SEEDS=500..2000       seeds 500 to 1999
 python -m tests.sim --seed 42             one seed; a failure is shrunk
 python -m tests.sim --seed 42 --steps     one seed with all its inputs and effects
-python -m tests.sim --mutants             which deliberate bugs are found, and by which seed
+python -m tests.sim --mutants             the deliberate bugs that are found, each with its seed
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ def _many(seeds: range, failures_max: int) -> int:
 
 
 def main() -> int:
-    """Run what the command line asks for; return the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.sim",
-        description="Simulate the core, the watch client and the bundled store, beside a model of etcd.",
+        description="Simulate the core, the watch client and the bundled store, with a model of etcd.",
     )
     parser.add_argument("seeds", nargs="?", type=_range, default=range(1000), help="SEEDS=n or SEEDS=first..last")
     parser.add_argument("--seed", type=int, help="run one seed, and shrink it if it fails")
-    parser.add_argument("--steps", action="store_true", help="with --seed: tell everything that happens")
+    parser.add_argument("--steps", action="store_true", help="with --seed: print all inputs and effects")
     parser.add_argument("--failures-max", type=int, default=1, help="stop after so many failures")
     parser.add_argument("--mutants", action="store_true", help="search a witness for every deliberate bug")
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
-"""The simulated reads: what the engine asks etcd beside the watches, decided by `proxy/auth/queries.py`.
+"""The simulated reads: the engine's calls to etcd besides the watches, decided by `proxy/auth/queries.py`.
 
 A call goes to one member after the other, as `upstream/attempts.py` decides, until a move answers it: in any order,
-late, never in time, refused, by a member that lags, or by the store as it was before it was restored. A member that is
-cut off has no leader, and one that is held still never answers.
+late, after its timeout, refused, by a member that lags, or by the store as it was before a restore. A member that is
+cut off has no leader, and a suspended one never answers.
 """
 
 from __future__ import annotations
@@ -23,41 +23,41 @@ if TYPE_CHECKING:
 
 _STATUS = {"PermissionDenied": 7, "Unauthenticated": 16, "InvalidArgument": 3}
 _REFUSAL = re.compile(r"rpc error: code = (\w+) desc = (.*)")
-# Nobody answered in time, or nobody was there.
+# No member answered in time, or none was reachable.
 _FAILURES = ((4, "the call took too long"), (14, "connection refused"), (13, "it cannot be read"))
 _NO_LEADER = "etcdserver: no leader"
 TOO_LARGE = "grpc: received message larger than max (2 vs. 1)"
 _ANSWERS_MAX = 10_000
 POISON = b"poison"
-"""A key that etcd finds too large to be asked about."""
+"""A key that is too large for a request to etcd."""
 
 
 @dataclass(slots=True, eq=False)
 class Sent:
-    """A call on its way."""
+    """A call in flight."""
 
     call: Any
     # The members that have it, by name.
     attempts: Any
-    # The store's revision when it left; a linearizable answer is not below.
+    # The store's revision when it was sent; a linearizable answer is not below.
     began_at: int
-    # What a store answered that is no more.
+    # The answer of a store that has been replaced since.
     answer: Header | None = None
 
 
 class Calls:
-    """Carries out what `Queries` wants, as `proxy.auth.reads.Reader` does."""
+    """Carries out the effects of `Queries`, as `proxy.auth.reads.Reader` does."""
 
     def __init__(self, world: World, parts: Parts, probe_age_s_max: float) -> None:
         self._world = world
         self._parts = parts
         self.questions: Any = parts.questions.Queries(probe_age_s_max)
         self.sent: list[Sent] = []
-        # Calls that have failed and wait to be made again.
+        # Failed calls that wait for a retry.
         self.waiting: list[Any] = []
 
     def read(self, read: Any) -> None:
-        """Read "now" for those who wait."""
+        """Read "now" for the creates that wait."""
         self._do(self.questions.read(self._parts.questions.RevisionRead(read)))
 
     def check(self, create: Any) -> None:
@@ -66,17 +66,17 @@ class Calls:
         self._do(self.questions.check(self._parts.questions.PermissionCheck(asked, create), self._world.now))
 
     def connected(self) -> None:
-        """There is a new connection for the watches."""
+        """Report a new connection of the watches."""
         self.questions.connected()
         self.prove()
 
     def prove(self) -> None:
-        """Find out what it leads to, by whose right one may; from time to time."""
+        """Find out which store it leads to, with a token that may read; called periodically."""
         if self.questions.rollback.unproven:
             self._do(self.questions.prove(None, list(self._world.open_upstreams.values())))
 
     def restored(self, revision: int, old_revision: int | None, rng: random.Random) -> None:
-        """The store was restored; some calls have been answered by the old one (None: by none), the others will be."""
+        """Handle a restore: the old store has answered some calls (None: none), the new one answers the others."""
         for sent in self.sent:
             if old_revision is None or sent.answer is not None or self._refusal(sent.call):
                 pass
@@ -85,14 +85,14 @@ class Calls:
             sent.began_at = min(sent.began_at, revision)
 
     def prove_at_once(self) -> None:
-        """Read before anybody writes."""
+        """Check for a restore at once, before any further write."""
         questions = self._parts.questions
         call = questions.Call.by(questions.RestoreCheck(self.questions.rollback), AuthScope())
         self.questions.begin(call, self._world.upstream.state.newest_revision, self._world.now)
         self._do(self.questions.answered(call, self._header(self._world.store.revision)))
 
     def answer_one(self, rng: random.Random) -> None:
-        """Something happens to a call that is on its way, at one of the members that have it."""
+        """Make one move of a call in flight, at one of the members that have it."""
         world = self._world
         sent = rng.choice(self.sent)
         call = sent.call
@@ -125,18 +125,18 @@ class Calls:
             self._answered(sent, self._header(revision))
 
     def again(self, rng: random.Random) -> None:
-        """Make a call again that has failed."""
+        """Retry a failed call."""
         call = rng.choice(self._repeatable())
         self.waiting.remove(call)
         self._do(self.questions.again(call))
 
     @property
     def may_go_on(self) -> bool:
-        """A call that has failed may be made again with success."""
+        """Whether a failed call may succeed when retried."""
         return bool(self._repeatable())
 
     def answer_checks(self, rng: random.Random) -> None:
-        """Answer all permission checks that wait, and what they wait for."""
+        """Answer all pending permission checks, and the calls that they wait for."""
         for _ in range(_ANSWERS_MAX):
             if not any(type(sent.call.question).__name__ in ("CheckBatch", "AuthProbe") for sent in self.sent):
                 return
@@ -144,12 +144,12 @@ class Calls:
         raise SimulationFailure("checks go round in circles")
 
     def _repeatable(self) -> list[Any]:
-        """Without a leader only what one member can answer comes to an end; the rest waits for time to pass."""
+        """Return the calls worth retrying: without a leader only those that one member can answer."""
         world = self._world
         if world.store.has_quorum:
             return self.waiting
         if world.still and not world.upstream.choice.leaderless:
-            # The member that is held still may have one, as far as is known.
+            # The suspended member may have one, as far as is known.
             return []
         return [call for call in self.waiting if type(call.question).__name__ in ("RevisionRead", "AuthProbe")]
 
@@ -164,7 +164,7 @@ class Calls:
             return
         world = self._world
         self.sent.remove(sent)
-        # Without a watch it is a call of the watch client's own that finds out (upstream/watching/leader.py).
+        # Without a watch, a call of the watch client itself finds out (upstream/watching/leader.py).
         leaderless = world.upstream.choice.leaderless or (failure.text == _NO_LEADER and not world.open_upstreams)
         self._do(self.questions.failed(sent.call, *failure, leaderless=leaderless))
 
@@ -209,7 +209,7 @@ class Calls:
         if type(question).__name__ == "RevisionRead":
             world.input(world.core.revision_read, question.read, outcome)
             return
-        # The core may be a mutant, with classes of its own.
+        # The core may be a mutant, whose classes are different objects.
         if kind == "Granted":
             outcome = world.package.Granted(outcome.header)
         elif kind == "CreateRefusal":

@@ -1,8 +1,8 @@
-"""Simulated clients: what they ask, what they must be answered, and the log of every watch for the guarantee checkers.
+"""Simulated clients: their requests, the required answers, and the log of every watch for the guarantee checkers.
 
-A client sees only bytes, as a real one does. It keeps, at the moment a request leaves, what etcd would answer: the
-id, or the refusal. What the guarantees cannot see in the log of one watch is judged here, per session: the order of
-`created`, ids, fragments that nothing interrupts, cancels answered once, real headers, sizes.
+A client sees only bytes, as a real one does. When it sends a request, it records the answer that etcd would give: the
+id, or the refusal. Properties that the log of one watch does not show are checked here, per session: the order of
+`created`, ids, uninterrupted fragments, cancels answered once, real headers, sizes.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ EMPTY_RANGE = "mvcc: watcher range is empty"
 DUPLICATE_ID = "mvcc: duplicate watch ID provided on the WatchStream"
 
 
-# Limits of all sessions together: no client can tell when it runs into them.
+# Limits of all sessions together: a client cannot predict when it reaches them.
 SHARED_LIMIT = re.compile(r"watchmux: the limit of \d+ (watches|different ranges) is reached")
-# What the simulator's etcd says when it cancels an upstream watch for good.
+# The reason with which the simulator's etcd cancels an upstream watch permanently.
 LOST = "etcdserver: the simulator took it"
 OTHER_HISTORY = "watchmux: the history of the store was replaced (restored from a snapshot?)"
 NO_LEADER = "etcdserver: no leader"
@@ -51,7 +51,7 @@ _ENVELOPE_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What a watch asks for, apart from its start and id."""
+    """The options of a watch, apart from its start and id."""
 
     key: bytes
     range_end: bytes
@@ -71,16 +71,16 @@ class SimWatch:
     log: WatchLog
     # Resumes at header + 1 of every response, as Node's etcd3 does; else from its last event or bookmark.
     by_header: bool
-    # What it would resume from; None while it wants now and does not know yet what that was.
+    # The revision to resume from; None while it starts from now and does not know that revision yet.
     next_revision: int | None = None
     watch_id: int = 0
     created: bool = False
-    # Over for good: cancelled by the client, refused, or given up.
+    # Finally over: cancelled by the client, refused, or given up.
     over: bool = False
     # Cancelled by the server: it may be opened again.
     compact_revision: int = 0
     canceled: bool = False
-    # The highest revision it was told anything of on this session; whether the store has gone back below that since.
+    # The highest revision it received on this session; whether the store has gone back below that since.
     told_revision: int = 0
     bookmarks: int = 0
     doomed: bool = False
@@ -93,7 +93,7 @@ class SimWatch:
         return cls(spec, start_revision, log, by_header, start_revision)
 
     def sent(self) -> None:
-        """Its create leaves, with `next_revision` as the start."""
+        """Send its create, with `next_revision` as the start."""
         opened = Reopened if self.log.records else Opened
         self.log.records.append(opened(self.next_revision))
         self.created = self.canceled = False
@@ -102,7 +102,7 @@ class SimWatch:
         self._run.clear()
 
     def got_created(self, revision: int) -> None:
-        """Its `created` came."""
+        """Handle its `created`."""
         self.created = True
         self.log.records.append(Created(revision))
         if self.next_revision is None:
@@ -110,7 +110,7 @@ class SimWatch:
             self.told_revision = revision
 
     def got_events(self, revision: int, changes: list[Change], fragment: bool) -> None:
-        """A response with events came."""
+        """Handle a response with events."""
         self.log.records.append(Received(revision, changes, fragment))
         self._run.extend(changes)
         if not fragment:
@@ -120,14 +120,14 @@ class SimWatch:
             self._run.clear()
 
     def got_bookmark(self, revision: int) -> None:
-        """A progress response came."""
+        """Handle a progress response."""
         self.log.records.append(Bookmark(revision))
         self.bookmarks += 1
         self.told_revision = max(self.told_revision, revision)
         self.next_revision = max(self.next_revision or 0, revision + 1)
 
     def got_canceled(self, compact_revision: int, reason: str) -> None:
-        """A `canceled` came."""
+        """Handle a `canceled`."""
         self.log.records.append(Canceled(compact_revision, reason))
         self.canceled = True
         self.compact_revision = compact_revision
@@ -135,12 +135,12 @@ class SimWatch:
             self.next_revision = max(self.next_revision or 0, compact_revision)
 
     def went_back(self, revision: int, live: bool) -> None:
-        """The store was restored to `revision`: what was told until now has been judged, and a new log begins."""
+        """Start a new log after a restore to `revision`; the log so far has been checked."""
         self.doomed = live and self.created and self.told_revision > revision
         if not live:
             self.forget()
         else:
-            # What it was told on this session is true still, or it is doomed; sessions before have been judged.
+            # What it received on this session is still true, or it is doomed; earlier sessions have been checked.
             records = self.log.records
             first = max(place for place, record in enumerate(records) if isinstance(record, Opened | Reopened))
             start = records[first].start_revision  # type: ignore[union-attr]  # one of the two, as looked for
@@ -148,7 +148,7 @@ class SimWatch:
             self.log = WatchLog(*self.log.asked, records=[Opened(start), *kept])
 
     def forget(self) -> None:
-        """What it was told is true no more. It may be opened again, from now."""
+        """Note that its log is no longer true. It may be opened again, from now."""
         self.log = WatchLog(*self.log.asked)
         self.next_revision = None
         self.told_revision = 0
@@ -157,7 +157,7 @@ class SimWatch:
 
 
 def judge_logs(watches: Iterable[SimWatch], truth: Truth, complete_through: Callable[[SimWatch], int | None]) -> None:
-    """Read the log of every watch against the truth. Raises SimulationFailure for the first that breaks a guarantee."""
+    """Check the log of every watch against the truth. Raises SimulationFailure for the first violation."""
     for watch in watches:
         violations = check(watch.log, truth, complete_through(watch), safe_headers=True)
         if violations:
@@ -168,11 +168,11 @@ def judge_logs(watches: Iterable[SimWatch], truth: Truth, complete_through: Call
 
 @dataclass(slots=True)
 class SentCreate:
-    """A create that has no answer yet."""
+    """An unanswered create."""
 
     watch: SimWatch
     start_revision: int | None
-    # As asked for; 0 is automatic.
+    # As requested; 0 is automatic.
     watch_id: int
     # The store's revision when it was sent: "now" is not before it.
     sent_at: int
@@ -180,13 +180,13 @@ class SentCreate:
 
 @dataclass(slots=True)
 class SentCancel:
-    """A cancel whose turn has not come."""
+    """A cancel that the proxy has not decided yet."""
 
     watch_id: int
 
 
 def leaves(session: Any, watch: Any = None) -> bool:
-    """Whether an effect goes nowhere: to a session of the core that has ended, or a watch of it that still leaves."""
+    """Return whether an effect has no receiver: its session has ended in the core, or its watch is being removed."""
     if session.ended and watch is not None and session.watches.get(watch.watch_id) is not watch:
         raise SimulationFailure("a delivery to a watch that is gone")
     return bool(session.ended)
@@ -194,25 +194,25 @@ def leaves(session: Any, watch: Any = None) -> bool:
 
 @dataclass(slots=True, eq=False)
 class SimSession:
-    """One Watch stream of a client, and its outlet: what was written to it and not read by the client yet."""
+    """One Watch stream of a client, and its outlet: messages written to it that the client has not read yet."""
 
     # Bytes it takes before it stalls.
     window: int
     response_bytes_max: int
     # Why a range is refused to this client; "" is allowed.
     permission: Callable[[bytes, bytes], str]
-    # From this size on a response is split for those who asked for fragments.
+    # From this size on a response is split for watches with fragment.
     fragment_bytes: int
     # Live watches of a session.
     watches_max: int = 100_000
-    # Limits of all sessions together are so small that one may be reached.
+    # Whether limits of all sessions together are so small that one may be reached.
     narrow: bool = False
-    # Whether the client's token has been valid and invalid by turns, so that nobody knows what a check found.
+    # Whether the client's token has alternated between valid and invalid, so that the result of a check is unknown.
     fickle: Callable[[], bool] = bool
     # Whether the proxy knows by now that the store was restored, if it was.
     noticed: Callable[[], bool] = lambda: True
     core: Any = None
-    # It has asked for a key that etcd finds too large.
+    # It has created a watch whose key is too large for etcd.
     poisoned: bool = False
     stalled: bool = False
     # The input during which it stalled, when that was, and the ids that had a watch then.
@@ -220,17 +220,17 @@ class SimSession:
     stalled_at: float = 0.0
     stalled_ids: tuple[int, ...] = ()
     ended: tuple[int, str] | None = None
-    # The client is gone: nothing may be sent any more.
+    # The client is gone: nothing more may be sent.
     closed: bool = False
     outbox: deque[bytes] = field(default_factory=deque)
     outbox_bytes: int = 0
-    # Creates and cancels whose turn has not come, in order: the proxy decides them in this order, as etcd does.
+    # Undecided creates and cancels, in order: the proxy decides them in this order, as etcd does.
     requests: deque[SentCreate | SentCancel] = field(default_factory=deque)
-    # Ids in use, as etcd would count them at this place of the stream: a compaction cancel leaves them taken.
+    # Ids in use, as etcd would count them at this point of the stream: a compaction cancel leaves them taken.
     taken: dict[int, SimWatch] = field(default_factory=dict)
     # Watches by id from their `created` to their `canceled`.
     announced: dict[int, SimWatch] = field(default_factory=dict)
-    # Progress requests not answered: how many creates had been sent before each.
+    # Unanswered progress requests: how many creates had been sent before each.
     progress: deque[int] = field(default_factory=deque)
     creates_sent: int = 0
     # What the store was at, at least, when each request came that the proxy has not answered.
@@ -309,12 +309,12 @@ class SimSession:
         return watch_id, ""
 
     def now_may_be(self, revision: int) -> None:
-        """For creates that have no answer yet "now" may be this from here on."""
+        """From here on, "now" of unanswered creates may be this."""
         for request in self.requests:
             if isinstance(request, SentCreate):
                 request.sent_at = min(request.sent_at, revision)
 
-    # what the proxy writes
+    # messages from the proxy
 
     def answered(self, message: bytes) -> None:
         """Hold a control answer, as it is written, against the requests for progress that wait now."""
@@ -324,8 +324,8 @@ class SimSession:
         floor = self.progress_floors.popleft()
         if response.header.revision < floor:
             raise SimulationFailure(f"{_short(response)}: every member was at {floor} when it was asked for")
-        # Of several that wait the proxy answers the first and the last; those in line behind a create do not wait yet.
-        # By name: a core under mutation has classes of its own.
+        # Of several pending ones the proxy answers the first and the last; one queued after a create is not pending.
+        # By name: a mutant core has different class objects.
         in_line = sum(type(request).__name__ == "PendingProgress" for request in self.core.queue or ())
         while len(self.progress_floors) > in_line + 1:
             self.progress_floors.popleft()
@@ -339,22 +339,22 @@ class SimSession:
         return self.outbox_bytes <= self.window
 
     def end(self, status: int, text: str, *, has_leader: bool) -> None:
-        """Take the end of the stream; the client sees it when it has read what came before."""
+        """Accept the end of the stream; the client sees it when it has read everything before it."""
         if self.ended is not None:
             raise SimulationFailure("a session ended twice")
         self.ended = (status, text)
         because = [LOST, "behind for more than"] + ["requests wait on one watch stream"] * self.narrow
         because += [NO_LEADER] if has_leader else []
         because += ["larger than max"] if self.poisoned else []
-        # A token that is refused for good ends its own sessions, and no other's.
+        # A permanently refused token ends its own sessions, and no others.
         because += ["etcdserver: "] if self.fickle() or self.permission(b"\0", b"\0") else []
         if not any(text.find(part) >= 0 for part in because):
             raise SimulationFailure(f"a session ended with {status} {text!r}")
 
-    # what the client reads
+    # reads of the client
 
     def read(self, revision: int, compact_revision: int) -> None:
-        """Take one message; the store is at `revision` now, compacted at `compact_revision`."""
+        """Read one message; the store is at `revision` now, compacted at `compact_revision`."""
         message = self.outbox.popleft()
         self.outbox_bytes -= len(message)
         if message[0] or int.from_bytes(message[1:5], "big") != len(message) - 5:
@@ -398,7 +398,7 @@ class SimSession:
         watch = create.watch
         watch_id, reason = self._decision(create, self.permission)
         if self.fickle() and INVALID_TOKEN in (reason, response.cancel_reason):
-            # Asked when the token was in the other state.
+            # Requested when the token was in the other state.
             other = self._decision(create, lambda _key, _range_end: "" if reason == INVALID_TOKEN else INVALID_TOKEN)
             watch_id, reason = other if other[1] == response.cancel_reason else (watch_id, reason)
         if response.canceled:
@@ -431,7 +431,7 @@ class SimSession:
         if watch is None and (watch_id not in self.taken or reason or response.compact_revision):
             raise SimulationFailure(f"{_short(response)}: no such watch")
         if reason and (reason != OTHER_HISTORY or response.compact_revision != response.header.revision):
-            # A created watch ends in no way that etcd does not know: with a compact_revision, or with its stream.
+            # A created watch ends only as at etcd: with a compact_revision, or with its stream.
             raise SimulationFailure(f"{_short(response)}: cancelled with {reason!r}")
         if not response.compact_revision:
             if not reason:
@@ -454,7 +454,7 @@ class SimSession:
             raise SimulationFailure(f"{_short(response)}: a fragment for a watch that did not ask for them")
         changes = [decode_change(event) for event in response.events]
         for change in changes if watch.spec.prev_kv else ():
-            # The checkers excuse what any compaction may have taken; this one knows which have been.
+            # The checkers excuse all that any compaction may have removed; here the actual compactions are known.
             overwrites = change.kind == DELETE or change.version > 1
             if change.prev is None and overwrites and change.mod_revision > compact_revision:
                 raise SimulationFailure(f"{change} without the value before it")
@@ -486,7 +486,7 @@ class SimSession:
 
 
 def decode_change(event: Any) -> Change:
-    """Return a decoded mvccpb.Event as the checkers want it."""
+    """Return a decoded mvccpb.Event in the form of the checkers."""
     kv = event.kv
     prev = None
     if event.HasField("prev_kv"):

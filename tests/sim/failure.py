@@ -1,7 +1,7 @@
-"""What ends a simulation that has found something."""
+"""The exception that ends a simulation with a finding."""
 
 from __future__ import annotations
 
 
 class SimulationFailure(AssertionError):
-    """The proxy, or the store under it, did something that no client may see."""
+    """The proxy, or the store under it, broke its contract with the clients."""

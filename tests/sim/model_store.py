@@ -1,8 +1,8 @@
-"""A pure model of etcd's storage: the log of all changes, and members that apply it each at their own pace.
+"""A pure model of etcd's storage: the log of all changes, and members that apply it at different speeds.
 
-It follows server/storage/mvcc/watchable_store.go closely where a proxy could trip over it: a watcher is synced,
-unsynced or a victim; unsynced ones get bounded batches under the store's revision; compaction cancels who is strictly
-below. Time does not exist here: whoever drives the model says when a member applies, syncs or retries its victims.
+It follows server/storage/mvcc/watchable_store.go closely where that matters to a proxy: a watcher is synced, unsynced
+or a victim; unsynced ones get bounded batches under the store's revision; compaction cancels watchers strictly below.
+The model has no time: its driver decides when a member applies, syncs or retries its victims.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EVENTS_TAG = b"\x5a"
 class Applied:
     """One entry of the replicated log: the changes of one revision, the end of the lease, or a compaction."""
 
-    # The store's once it is applied.
+    # The store's revision once it is applied.
     revision: int
     changes: tuple[Change, ...] = ()
     compact_revision: int = 0
@@ -54,19 +54,19 @@ class Applied:
 
 
 class Store:
-    """What the cluster has agreed on."""
+    """The state that the cluster has agreed on."""
 
     def __init__(self) -> None:
-        # Etcd's first revision; the first write makes 2.
+        # etcd's first revision; the first write makes 2.
         self.revision = 1
         self.compact_revision = 0
         self.compact_revisions: list[int] = []
-        # With those that a restore has undone: what they took from a response is gone all the same.
+        # Including compactions that a restore has undone: what they removed from a response stays removed.
         self.compacted_ever: list[int] = []
         self.changes: list[Change] = []
         self.log: list[Applied] = []
-        # The index of the entry before the log's first: what came before, without revisions, and shorter after a
-        # restore, since a log that begins anew knows nothing of the snapshot's revisions.
+        # The index of the entry before the log's first: earlier entries, without revisions, and fewer after a
+        # restore, since the new log does not contain the snapshot's revisions.
         self.index_base = 1000
         # Without a quorum nothing is written.
         self.has_quorum = True
@@ -111,7 +111,7 @@ class Store:
         return tuple(changes)
 
     def compact(self, revision: int) -> bool:
-        """Forget what is below `revision`; False if that is not above the last compaction or in the future."""
+        """Remove everything below `revision`; False if that is not above the last compaction or in the future."""
         if not self.has_quorum or not self.compact_revision < revision <= self.revision:
             return False
         self.compact_revision = revision
@@ -121,7 +121,7 @@ class Store:
         return True
 
     def restore(self, revision: int) -> None:
-        """Go back to `revision`, as from a snapshot taken then: what came after was never written."""
+        """Go back to `revision`, as from a snapshot taken then; later writes are undone."""
         self.revision = revision
         self.changes = [change for change in self.changes if change.mod_revision <= revision]
         self.log = [entry for entry in self.log if entry.revision <= revision]
@@ -136,19 +136,19 @@ class Store:
         self._events.clear()
 
     def truth(self) -> Truth:
-        """Return all there was, for the checkers."""
+        """Return the whole history, for the checkers."""
         return Truth(self.changes, self.compacted_ever)
 
     def live_keys(self) -> list[bytes]:
-        """Return the keys that exist now."""
+        """Return the existing keys."""
         return sorted(self._latest)
 
     def live(self) -> list[Change]:
-        """Return the put that each key that exists now has its value of, in order of keys."""
+        """Return the put that set the value of each existing key, in order of keys."""
         return [self._latest[key] for key in sorted(self._latest)]
 
     def event(self, change: Change, prev: bool) -> Event:
-        """Return the change as the scanner would read it from the wire."""
+        """Return the change as the scanner reads it from the wire."""
         identity = (change.mod_revision, change.key, prev)
         event = self._events.get(identity)
         if event is None:
@@ -203,26 +203,26 @@ class Watcher:
     watch_id: int
     key: bytes
     range_end: bytes
-    # As asked for; 0 is now.
+    # As requested; 0 is now.
     start_revision: int
     # The first revision it may still get.
     min_revision: int
     # Events that did not fit in the stream's channel: (changes, header revision); it is a victim meanwhile.
     held: tuple[Sequence[Change], int] | None = None
-    # Where a victim's catch-up goes on once its events are sent; 0: it has no more to read.
+    # Where a victim's catch-up continues once its events are sent; 0: it is complete.
     more_revision: int = 0
     compacted: bool = False
 
     def matches(self, change: Change) -> bool:
-        """Tell whether the watch gets this change."""
+        """Return whether the watch gets this change."""
         return change.mod_revision >= self.min_revision and in_range(change.key, self.key, self.range_end)
 
 
 @dataclass(slots=True)
 class Member:
-    """One etcd server: what it has applied, and its watchers."""
+    """One etcd server: its applied entries, and its watchers."""
 
-    # It frees what is compacted at once.
+    # It frees compacted revisions at once.
     compacting: ClassVar[bool] = False
 
     store: Store
@@ -275,13 +275,13 @@ class Member:
         """Compaction takes no time here."""
 
     def restart(self) -> None:
-        """Start again with what it had applied; nobody is connected."""
+        """Restart with its applied entries, without connections."""
 
     def check(self) -> None:
-        """The model holds nothing that could be wrong."""
+        """Do nothing: the model has no state that could be wrong."""
 
     def restore(self) -> None:
-        """Start anew from the restored store; nobody is connected."""
+        """Restart from the restored store, without connections."""
         self.revision = self.store.revision
         self.compact_revision = self.store.compact_revision
         self.position = len(self.store.log)
@@ -325,7 +325,7 @@ class Member:
             self.synced[watcher] = None
 
     def _batch(self, watcher: Watcher) -> tuple[list[Change], int]:
-        """Return the next changes of an unsynced watcher, and where the rest begins (0: there is no rest)."""
+        """Return the next changes of an unsynced watcher, and where the rest begins (0: there is none)."""
         changes: list[Change] = []
         revisions = 0
         for change in self.store.changes:
@@ -341,7 +341,7 @@ class Member:
         return changes, 0
 
     def retry_victims(self, _: random.Random | None = None) -> None:
-        """Try again to hand victims their events (etcd: every 10 ms); the header is then the last revision they saw."""
+        """Retry the victims' events (etcd: every 10 ms); the header is then the last revision they saw."""
         for watcher in list(self.victims):
             assert watcher.held is not None
             changes = watcher.held[0]

@@ -1,9 +1,9 @@
 """A pure model of one Watch call at an etcd server: server/etcdserver/api/v3rpc/watch.go without its goroutines.
 
-A receive loop that handles one request after the other, a control channel and an event channel, and a send loop that
-takes from either: what etcd leaves to its scheduler is one call here each (`receive`, `send`), made in
-any order. So `created` may be overtaken by progress answers, its header may be read long after the watch was
-registered, and a full channel drops progress and makes victims.
+It has a receive loop that handles one request after the other, a control channel and an event channel, and a send loop
+that takes from either. Where etcd depends on its scheduler, the model has one call each (`receive`, `send`), made in
+any order. So progress answers may overtake `created`, its header may be read long after the watch was registered, and a
+full channel drops progress and makes victims.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RAFT_TERM = 3
 
 @dataclass(slots=True)
 class Queued:
-    """Something in the event channel."""
+    """An item in the event channel."""
 
     watch_id: int
     revision: int
@@ -42,12 +42,12 @@ class Announcement:
 
 @dataclass(slots=True, eq=False)
 class ServerStream:
-    """One Watch call: what came in, what waits inside, and what is on its way to the client."""
+    """One Watch call: its requests, its channels, and the responses in flight to the client."""
 
     member: Member
-    # Etcd's watch channel holds 128 responses; a small one makes victims.
+    # etcd's watch channel holds 128 responses; a small one makes victims.
     channel_max: int = 128
-    # Responses of at least this many events may be split where the watch asked for fragments.
+    # Responses of at least this many events may be split for watches with fragment.
     fragment_events: int = 2
     # Why a range is refused on this call; "" is allowed.
     permission: Callable[[bytes, bytes], str] = lambda _key, _range_end: ""
@@ -72,7 +72,7 @@ class ServerStream:
 
     @property
     def can_receive(self) -> bool:
-        """The receive loop has something to do."""
+        """Whether the receive loop has work."""
         return self._announcement is not None or bool(self.requests)
 
     def receive(self, _: random.Random | None = None) -> None:
@@ -149,7 +149,7 @@ class ServerStream:
             self._offer(Queued(watch_id, self.member.revision))
 
     def cancel_with(self, watch_id: int, reason: str) -> None:
-        """Cancel a watch from the server's side; it silences progress until it has been told."""
+        """Cancel a watch from the server's side; it blocks progress until the cancel has been sent."""
         watcher = self.watchers.get(watch_id)
         if watcher is not None:
             self.member.remove(watcher)
@@ -176,7 +176,7 @@ class ServerStream:
 
     @property
     def can_send(self) -> bool:
-        """The send loop has something to take."""
+        """Whether the send loop has a response to take."""
         return bool(self._control or self._channel)
 
     def send(self, rng: random.Random) -> None:
@@ -211,7 +211,7 @@ class ServerStream:
             return
         prev_kv = queued.watch_id in self._prev_kv
         store = self.member.store
-        # The value before is read when the response is sent: after a compaction above it there is none.
+        # The previous value is read when the response is sent: after a compaction above it there is none.
         compacted = self.member.compact_revision
         events = [store.event(each, prev_kv and each.mod_revision - 1 >= compacted) for each in queued.changes]
         pieces = [events]

@@ -1,4 +1,4 @@
-"""Deliberate bugs in the core that the simulator must notice, each of a kind that somebody could really make."""
+"""Deliberate bugs in the core that the simulator must find, each of a realistic kind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tests.sim.mutant_table_upstream import CLIENT_MUTANTS, STORE_MUTANTS
 from tests.sim.mutants import Mutant
 
 CORE_MUTANTS: tuple[Mutant, ...] = (
-    # Where a source stands.
+    # The position of a source.
     Mutant(
         "a source moves one revision too little",
         "fanout",
@@ -165,7 +165,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     # Leaks.
     Mutant("a backfill stays open", "backfill", "if not source.watches and not source.upstream.closed", "if False"),
     Mutant("a trunk lingers for ever", "trunk", "hub.lingers.start(trunk, hub.now + hub.limits.linger_s)", "pass"),
-    # Who waits, and for whom.
+    # Waiting, and its causes.
     Mutant("a stall is not heard", "core", "self._hub.replays.stalled(session)", "pass"),
     Mutant(
         "a watch joins a trunk that is not there", "joining", "trunk is None or trunk.opening or ", "trunk is None or "
@@ -179,7 +179,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant("nobody hears that there is no leader", "ending", "self.end(session, UNAVAILABLE, NO_LEADER)", "pass"),
     Mutant("one refused token ends all", "ending", "elif next(upstream.tokens(), None) is not None:", "elif False:"),
-    # What has no other witness than a limit or a clock.
+    # Bugs that only a limit or a clock shows.
     Mutant(
         "fragments are not cut",
         "batch",

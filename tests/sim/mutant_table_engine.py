@@ -1,4 +1,4 @@
-"""Deliberate bugs in what engine and watch client decide: what is read and believed, and which server is used."""
+"""Deliberate bugs in the decisions of the engine and the watch client: reads, restores, and the choice of a server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CHOICE = "upstream.watching.choice"
 _LINEAGE = "upstream.watching.lineage"
 
 ENGINE_MUTANTS: tuple[Mutant, ...] = (
-    # What is read.
+    # Reads.
     Mutant(
         "an answer of the store before the restore is now",
         _QUESTIONS,
@@ -106,7 +106,7 @@ ENGINE_MUTANTS: tuple[Mutant, ...] = (
         "if self.known is not None and is_suspect(self.known, now._replace(committed=later.committed)):",
         "if self.known is not None:",
     ),
-    # Which server.
+    # The choice of a server.
     Mutant("a server without a leader will do", _CHOICE, "return has_leader or self.leaderless", "return True"),
     Mutant(
         "a leader that is there again is not seen",

@@ -1,4 +1,4 @@
-"""Deliberate bugs below the core: in the state of the watch client, and in the bundled store that members may be."""
+"""Deliberate bugs below the core: in the state of the watch client, and in the bundled store."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ STORE_MUTANTS: tuple[Mutant, ...] = (
         "for watchers in self._synced.spans.around(changes[0].key)]",
         "for watchers in list(self._synced.spans.around(changes[0].key))[:1]]",
     ),
-    # What is sent.
+    # Responses.
     Mutant("the last fragment says that more follows", f"{_STORE}.watch_batch", "more=at < last", "more=at <= last"),
     Mutant("a fragment is lost", f"{_STORE}.watch_batch", "pieces.append([])", "pieces[-1:] = [[]]"),
     Mutant(

@@ -1,8 +1,8 @@
-"""Deliberate bugs: the code under simulation with one line changed, to see that the simulator notices.
+"""Deliberate bugs: the code under simulation with one line changed, to check that the simulator notices.
 
 A mutant replaces one sequence of tokens in one module, so that layout and comments of the source do not matter. The
-module is compiled in memory: the files stay as they are, and the real modules stay imported beside their mutants.
-With the module come all others of its family, since they import each other.
+module is compiled in memory: the files do not change, and the real modules stay imported along with their mutants. All
+other modules of its family are loaded again too, since they import each other.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ _MEMBERS = {f"upstream.watching.{name}": WATCH_STATE for name in ("proof", "stre
 
 
 class Mutant(NamedTuple):
-    """One deliberate bug: in which module which line becomes what, and what a client would suffer from it."""
+    """One deliberate bug: the module, the line and its replacement, and the effect on a client."""
 
     name: str
     module: str
-    """In full; a name without a dot is a module of the core."""
+    """The full name; a name without a dot is a module of the core."""
 
     old: str
     new: str
 
     @property
     def full_module(self) -> str:
-        """The module's name in full."""
+        """The module's full name."""
         return self.module if "." in self.module else f"{CORE}.{self.module}"
 
 
@@ -88,14 +88,14 @@ def _tokens(source: str) -> list[tuple[str, int, int]]:
                 start, end = (lines[row - 1] + column for row, column in (token.start, token.end))
                 found.append((token.string, start, end))
     except tokenize.TokenError:
-        # A piece may open brackets that it does not close: its tokens have all been read by then.
+        # A piece may have unclosed brackets: all of its tokens have been read by then.
         pass
     return found
 
 
 def _occurrences(source: str, piece: str) -> list[tuple[int, int]]:
     """Return where (start and end offset) the tokens of `piece` occur in `source`."""
-    # Without indentation: a piece may begin inside a block and end outside of it.
+    # Without indentation: a piece may begin inside a block and end outside.
     flat = "\n".join(line.lstrip() for line in piece.splitlines())
     whole, wanted = _tokens(source), [text for text, _, _ in _tokens(flat)]
     return [
@@ -106,7 +106,7 @@ def _occurrences(source: str, piece: str) -> list[tuple[int, int]]:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the one module that is patched; the others are found as always."""
+    """Finds the patched module; all others are found as usual."""
 
     def __init__(self, mutant: Mutant, file: str) -> None:
         self._mutant = mutant
@@ -124,7 +124,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def load(mutant: Mutant) -> Parts:
-    """Return the parts with the bug in one of them. Raises LookupError when its line is not there exactly once."""
+    """Return the parts with the bug in one of them. Raises LookupError unless its line occurs exactly once."""
     name = mutant.full_module
     family = next(family for family in _FAMILIES if _belongs(name, family))
     spec = importlib.util.find_spec(name)
@@ -143,7 +143,7 @@ def load(mutant: Mutant) -> Parts:
         for module in _loaded(family):
             del sys.modules[module]
         sys.modules.update(saved)
-        # An import sets the module's name in its package: there the real one belongs.
+        # An import sets the module's name in its package, where the real one belongs.
         for module, names in parents.items():
             vars(sys.modules[module]).update(names)
 

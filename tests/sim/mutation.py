@@ -1,8 +1,8 @@
-"""The mutation score: which of the deliberate bugs are found, and by what.
+"""The mutation score: which of the deliberate bugs are found, and by which witness.
 
-A witness is what finds a bug: a seed of the simulator, or of the watch client or the store alone.
-`mutant_witnesses.json` remembers one for each, so that the test need not search; a witness that the simulation has
-grown away from is searched anew.
+A witness is a seed that finds a bug: of the simulator, or of the watch client or the store alone.
+`mutant_witnesses.json` records one for each bug, so that the test need not search; a witness that no longer works after
+changes of the simulation is searched again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.sim.store_alone import run_store
 from tests.sim.upstream_alone import run_alone
 
 WITNESSES = Path(__file__).with_name("mutant_witnesses.json")
-# Every mutant is found well before; the seeds are the same each time, so this is no matter of luck.
+# Every mutant is found well before this; the seeds are the same each time, so the result is deterministic.
 SEEDS_MAX = 300
 
 _TRIALS: dict[str, Callable[[int, Parts], str]] = {
@@ -31,22 +31,22 @@ _TRIALS: dict[str, Callable[[int, Parts], str]] = {
 }
 
 Witness = tuple[str, int]
-"""What was run, and its seed."""
+"""The kind of run, and its seed."""
 
 
 def known_witnesses() -> dict[str, Witness]:
-    """Return the witnesses that are remembered, by the mutants' names."""
+    """Return the recorded witnesses, by the mutants' names."""
     return {name: (kind, seed) for name, (kind, seed) in json.loads(WITNESSES.read_text()).items()}
 
 
 def is_found_by(mutant: Mutant, witness: Witness) -> bool:
-    """Tell whether this witness notices the bug."""
+    """Return whether this witness finds the bug."""
     kind, seed = witness
     return bool(_TRIALS[kind](seed, load(mutant)))
 
 
 def search(mutant: Mutant) -> Witness | None:
-    """Return what finds the bug; None when nothing does."""
+    """Return a witness that finds the bug, or None."""
     parts = load(mutant)
     known = known_witnesses().get(mutant.name)
     if known is not None and is_found_by(mutant, known):
@@ -65,7 +65,7 @@ def _search_named(mutant: Mutant) -> tuple[str, Witness | None]:
 
 
 def score(say: Callable[[str], None], mutants: Iterable[Mutant] = MUTANTS) -> int:
-    """Search a witness for each mutant and remember them all; return how many mutants were missed."""
+    """Search a witness for each mutant and record them all; return how many mutants were missed."""
     found: dict[str, Witness] = {}
     missed = 0
     with ProcessPoolExecutor() as pool:

@@ -1,4 +1,4 @@
-"""The code under simulation: the modules that a world is made of, each of which may be a mutant of the real one."""
+"""The code under simulation: the modules of a world, each of which may be a mutant of the real one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from upstream.watching import state as watch_state
 
 @dataclass(frozen=True, slots=True)
 class StoreModules:
-    """The pure modules of the bundled store that a member uses by name; they bring the others with them."""
+    """The pure modules of the bundled store that a member uses by name; they import the others."""
 
     errors: ModuleType = errors
     recorder: ModuleType = recorder
@@ -27,7 +27,7 @@ class StoreModules:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The core, the bundled store, what the watch client decides, and what the engine decides."""
+    """The core, the bundled store, and the decision modules of the watch client and the engine."""
 
     core: ModuleType = coalesce
     store: StoreModules = StoreModules()

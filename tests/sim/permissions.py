@@ -1,4 +1,4 @@
-"""Who may watch what in a simulated world: a few tokens, of which some expire and come back."""
+"""Permissions in a simulated world: a few tokens, some of which expire and become valid again."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ USER_EMPTY = "rpc error: code = InvalidArgument desc = etcdserver: user name is 
 # These may watch everything while they are valid.
 MIGHTY = (b"root", b"other")
 HALF = b"half"
-# Of all clients; HALF may watch the first half of the keys, b"bad" was never valid.
+# The tokens of all clients; HALF may watch the first half of the keys, b"bad" was never valid.
 TOKENS = (*MIGHTY, *MIGHTY, HALF, b"bad", None)
 
 
 @dataclass(slots=True)
 class Permissions:
-    """What etcd's auth store says."""
+    """The state of etcd's auth store."""
 
     enabled: bool
     keys: tuple[bytes, ...]
@@ -42,7 +42,7 @@ class Permissions:
         return self.keys[len(self.keys) // 2]
 
     def is_invalid(self, token: bytes | None) -> bool:
-        """Tell whether this is a token that etcd does not know (any more)."""
+        """Return whether etcd does not know this token (any more)."""
         return self.enabled and (token == b"bad" or token in self.expired)
 
     def expire(self, token: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Running simulations: a seed makes a world and a list of steps; a failing list is shrunk to what it takes."""
+"""Running simulations: a seed makes a world and a list of steps; a failing list is shrunk to a minimum."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ STEPS_MAX = 170
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one run."""
+    """The result of one run."""
 
     seed: int
     steps: list[Step]
-    # Empty: all was well. Else the failure's text, and its last lines of the stack.
+    # Empty: no failure. Else the failure's text, and its last lines of the stack.
     failure: str = ""
     stack: str = ""
     counts: Counter[str] = field(default_factory=Counter)
 
 
 def steps_of(seed: int) -> list[Step]:
-    """Return the list of steps that a seed stands for."""
+    """Return the list of steps of a seed."""
     rng = random.Random(seed)
     make_config(rng)
     return make_steps(rng, rng.randint(STEPS_MIN, STEPS_MAX))
@@ -43,7 +43,7 @@ def run(
     parts: Parts = REAL,
     trace: Callable[[str], None] | None = None,
 ) -> Outcome:
-    """Run a seed, or other steps in its world; return what became of it. Never raises for what the core does."""
+    """Run a seed, or other steps in its world; return the result. Never raises for failures of the core."""
     rng = random.Random(seed)
     config = make_config(rng)
     chosen = list(steps_of(seed) if steps is None else steps)
@@ -68,7 +68,7 @@ def run(
 
 
 def shrink(outcome: Outcome, parts: Parts = REAL, runs_max: int = 600) -> Outcome:
-    """Return a failing run with as few steps as leaving some out can bring; it must fail in the same way."""
+    """Return a failing run with as few steps as possible by omission; it must fail in the same way."""
     kind = _kind(outcome)
     best = outcome
     runs = 0
@@ -88,13 +88,13 @@ def shrink(outcome: Outcome, parts: Parts = REAL, runs_max: int = 600) -> Outcom
 
 
 def _kind(outcome: Outcome) -> str:
-    """Return what sort of failure it is, without the numbers in it."""
+    """Return the kind of a failure: its text without numbers."""
     line = outcome.failure.split("\n")[0]
     return re.sub(r"0x[0-9a-f]+|\d+", "", line)[:60]
 
 
 def report(outcome: Outcome) -> str:
-    """Return a failure for people: how to see it again, what happened, and the steps."""
+    """Format a failure: how to reproduce it, what happened, and the steps."""
     steps = "\n".join(f"    {place:3} {step.name:16} {step.seed}" for place, step in enumerate(outcome.steps))
     return (
         f"seed {outcome.seed}: {outcome.failure}\n{outcome.stack}\n"
@@ -105,7 +105,7 @@ def report(outcome: Outcome) -> str:
 def run_many(
     seeds: Sequence[int], parts: Parts = REAL, on_failure: Callable[[Outcome], None] | None = None
 ) -> Counter[str]:
-    """Run seeds; return what happened how often, with failures counted as such."""
+    """Run seeds; return the counts of all events, with failures counted as such."""
     counts: Counter[str] = Counter()
     for seed in seeds:
         outcome = run(seed, parts=parts)

@@ -1,8 +1,7 @@
-"""The end of a simulation: faults stop, everything that waits happens, and then nothing may be missing.
+"""The end of a simulation: faults stop, all pending moves are made, and then nothing may be missing.
 
-Liveness and leaks are judged here: every watch has everything, every request is answered, upstream carries one watch
-per range and no backfill, and once the clients are gone it carries nothing. Then the guarantee checkers read every
-log.
+Liveness and leaks are checked here: every watch has every event, every request is answered, upstream has one watch per
+range and no backfill, and none once the clients are gone. Then the guarantee checkers read every log.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from tests.sim.clients import SimWatch, judge_logs
 from tests.sim.failure import SimulationFailure
 from tests.sim.world import SimClient, World
 
-# Far more than any run needs; reaching it means that something goes round in circles.
+# Far more than any run needs; reaching it means an endless loop.
 _MOVES_MAX = 20_000
-# Times 12 s that an answer to a progress request may take after everything else has settled: requests that etcd dropped
-# before have to be outnumbered by new ones, which go out once a second.
+# Times 12 s that an answer to a progress request may take after everything else has settled: new requests, one a
+# second, have to outnumber those that etcd dropped before.
 _PATIENCE = 20
-# Of the core's Stats: what there is now.
+# The gauges among the core's Stats.
 _GAUGES = (
     "sessions",
     "watches",
@@ -35,7 +34,7 @@ _GAUGES = (
 def settle(world: World, rng: random.Random, seconds: float, frozen: SimClient | None = None) -> None:
     """Make all moves, then let `seconds` pass, from timer to timer, with the moves that come of it.
 
-    One move may take away what another was about to move; moves put up with that. A `frozen` client reads nothing.
+    One move may make another one impossible, which then does nothing. A `frozen` client reads nothing.
     """
     world.rng = rng
     until = world.now + seconds
@@ -59,7 +58,7 @@ def settle(world: World, rng: random.Random, seconds: float, frozen: SimClient |
 
 
 def finish(world: World, rng: random.Random) -> None:
-    """Bring the run to its end and judge it."""
+    """Finish the run and check it."""
     world.heal()
     for client in world.clients:
         client.window = 1 << 30
@@ -69,7 +68,7 @@ def finish(world: World, rng: random.Random) -> None:
     for client in world.clients:
         if client.session is None:
             world.connect_client(client)
-    # Every watch that starts in the future comes to live, and every range sees one more event.
+    # Every future watch becomes live, and every range gets one more event.
     highest = max((watch.next_revision or 0 for watch in world.watches), default=0)
     for _ in range(max(1, highest - world.store.revision + 1)):
         world.store.write([(key, b"last") for key in world.config.keys])
@@ -88,14 +87,14 @@ def finish(world: World, rng: random.Random) -> None:
     _check_quiet_times(world, rng)
     for client in list(world.clients):
         world.close_session(client)
-    # Long enough for the oldest batch of a history, too.
+    # Also long enough for the oldest batch of a history.
     settle(world, rng, 400.0)
     world.check()
     _check_nothing_left(world)
 
 
 def _ask_all(world: World, rng: random.Random) -> None:
-    """Have every session ask for progress, and wait for the answers."""
+    """Have every session request progress, and wait for the answers."""
     for client in world.clients:
         if client.session is not None and client.session.ended is None:
             world.ask_progress(client.session)
@@ -109,7 +108,7 @@ def _ask_all(world: World, rng: random.Random) -> None:
 def isolate(world: World, rng: random.Random, frozen: SimClient) -> None:
     """One client reads nothing for a while: all others get everything meanwhile."""
     if world.undiscovered is not None or not world.store.has_quorum or world.cut:
-        # Nobody gets everything then.
+        # Then no client gets everything.
         return
     world.store.write([(key, b"isolated") for key in world.config.keys])
     settle(world, rng, 3.0, frozen)
@@ -121,16 +120,16 @@ def isolate(world: World, rng: random.Random, frozen: SimClient) -> None:
         if client is not frozen and client.session is not None
         for watch in client.session.announced.values()
     ]
-    # A backfill of a quiet range ends by progress alone, which old servers give every ten minutes: others wait in line.
+    # A backfill of a quiet range ends only by progress, which old servers send every ten minutes: others wait in line.
     old = any(not member.ordered_progress for member in world.members)
     judge_logs(others, world.store.truth(), lambda _: None if old else world.store.revision)
 
 
 def _notify_all(world: World, rng: random.Random) -> None:
-    """Have the members' progress tickers fire.
+    """Fire the members' progress tickers.
 
-    Old servers prove a quiet range complete by nothing else: a backfill, then the next in line, then who waits for
-    progress.
+    On old servers nothing else proves a quiet range complete: first a backfill, then the next one, then the sessions
+    that wait for progress.
     """
     for _ in range(24):
         waits = any(client.session is not None and client.session.progress_waits for client in world.clients)
@@ -144,9 +143,9 @@ def _notify_all(world: World, rng: random.Random) -> None:
 
 
 def _check_notified(world: World, rng: random.Random) -> None:
-    """Etcd's ticker fires twice, and nothing is written: who asked for progress_notify gets progress, on any server."""
+    """Fire etcd's ticker twice without a write: every watch with progress_notify gets progress, on any server."""
     if world.config.channel_max < 128:
-        # Etcd drops what finds no room.
+        # etcd drops progress when the channel is full.
         return
     before = {id(watch): watch.bookmarks for watch in _live(world) if watch.spec.progress_notify}
     for _ in range(2):
@@ -160,7 +159,7 @@ def _check_notified(world: World, rng: random.Random) -> None:
 
 
 def _check_quiet_resumption(world: World, rng: random.Random) -> None:
-    """Some ranges have the newest event, others are behind, all register again, and nobody writes: all can be told."""
+    """Register all ranges again, some up to date and some behind, without further writes: all still get progress."""
     if any(not member.ordered_progress for member in world.members):
         return
     world.store.write([(world.config.keys[0], b"newest")])
@@ -171,7 +170,7 @@ def _check_quiet_resumption(world: World, rng: random.Random) -> None:
 
 
 def _check_quiet_times(world: World, rng: random.Random) -> None:
-    """Nothing is written: quiet watches are told where they are, and a compaction then costs nobody anything."""
+    """Without a write, quiet watches get progress, and a compaction after that cancels no watch."""
     if any(not member.ordered_progress for member in world.members):
         return
     world.permissions.expired.clear()
@@ -218,7 +217,7 @@ def _check_answers(world: World) -> None:
 
 
 def _check_upstream(world: World) -> None:
-    """One upstream watch per range that is watched, and nothing else."""
+    """Check that there is one upstream watch per watched range, and nothing else."""
     ranges = {(watch.spec.key or b"\0", watch.spec.range_end) for watch in _live(world)}
     watched = sorted(span for link in world.upstream.links() for span in link.spans.values())
     opened = list(world.open_upstreams.values())

@@ -1,8 +1,8 @@
-"""The steps of a simulation: what clients, writers, operators and bad luck do to the world.
+"""The steps of a simulation: actions of clients, writers and operators, and faults.
 
-A run is a list of steps, and each step is a name and a seed of its own: what it does follows from that seed and from
-the world it finds. So every subset of a list is a run too (a step that finds nothing to do does nothing), which is
-what makes shrinking a failure possible.
+A run is a list of steps, and each step is a name and a seed of its own: its action follows from that seed and the
+current state of the world. So every subset of a list is a run too (a step without anything to do does nothing), which
+makes it possible to shrink a failure.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.sim.world import Config, SimClient, World
 
 
 class Step(NamedTuple):
-    """One thing that happens."""
+    """One action or fault."""
 
     name: str
     seed: int
@@ -46,7 +46,7 @@ def _action(weight: float, fault: bool = False) -> Callable[[Action], Action]:
 
 
 def execute(world: World, step: Step) -> None:
-    """Do one step, make a few moves, and let the core check itself."""
+    """Do one step, make a few moves, and check the core's invariants."""
     rng = random.Random(step.seed)
     world.rng = rng
     world.count(step.name)
@@ -109,7 +109,7 @@ def _value(world: World, rng: random.Random) -> bytes:
 
 @_action(3)
 def join(world: World, rng: random.Random) -> None:
-    """A new client comes with a watch."""
+    """A new client connects, with a watch."""
     if len(world.clients) >= world.config.clients_max:
         return
     token = rng.choice(TOKENS) if world.config.auth else None
@@ -166,7 +166,7 @@ def _start(world: World, rng: random.Random) -> int | None:
 
 @_action(0.7)
 def herd(world: World, rng: random.Random) -> None:
-    """Watches of one range come together, most of them from now, while writes go on."""
+    """Watches of one range are created together, most of them from now, during writes."""
     place = rng.randrange(len(world.config.ranges))
     for _ in range(rng.randint(2, 4)):
         client = _connected(world, rng)
@@ -192,7 +192,7 @@ def cancel(world: World, rng: random.Random) -> None:
 
 @_action(3)
 def progress(world: World, rng: random.Random) -> None:
-    """A client asks for progress."""
+    """A client requests progress."""
     client = _connected(world, rng)
     if client is not None and client.session is not None:
         world.ask_progress(client.session)
@@ -200,7 +200,7 @@ def progress(world: World, rng: random.Random) -> None:
 
 @_action(1.5)
 def press(world: World, rng: random.Random) -> None:
-    """Clients ask for progress again and again while things are written and etcd is slow to answer."""
+    """Clients request progress repeatedly during writes while etcd is slow to answer."""
     for _ in range(rng.randint(2, 6)):
         if rng.random() < 0.7:
             put(world, rng)
@@ -240,7 +240,7 @@ def reopen(world: World, rng: random.Random) -> None:
 
 @_action(0.7)
 def leave(world: World, rng: random.Random) -> None:
-    """A client goes away for good."""
+    """A client disconnects permanently."""
     if world.clients:
         client = world.clients.pop(rng.randrange(len(world.clients)))
         world.close_session(client)
@@ -270,7 +270,7 @@ def break_upstream(world: World, _: random.Random) -> None:
 
 @_action(1.5, fault=True)
 def break_stream(world: World, rng: random.Random) -> None:
-    """One watch stream to etcd breaks; or from now on, or no longer, each that the create of some range is sent on."""
+    """One watch stream to etcd breaks; or each one with the create of some range does from now on, or no longer."""
     if rng.random() < 0.8:
         world.upstream.end_stream(rng)
         return
@@ -281,7 +281,7 @@ def break_stream(world: World, rng: random.Random) -> None:
 
 @_action(0.8, fault=True)
 def rotate_connection(world: World, rng: random.Random) -> None:
-    """The connection to etcd ends in good order, or a stream on one that has."""
+    """The connection to etcd is closed gracefully, or a stream on such a connection ends."""
     if rng.random() < 0.5:
         world.upstream.rotate(rng)
     else:
@@ -290,13 +290,13 @@ def rotate_connection(world: World, rng: random.Random) -> None:
 
 @_action(0.4, fault=True)
 def limit_streams(world: World, _: random.Random) -> None:
-    """The server allows no more streams on a connection, or enough again: new streams wait for a further connection."""
+    """The server limits the streams of a connection, or lifts the limit: new streams wait for a further connection."""
     world.upstream.limited = not world.upstream.limited
 
 
 @_action(0.3, fault=True)
 def lose(world: World, rng: random.Random) -> None:
-    """The server cancels one upstream watch for good; the proxy may take it for a verdict on the token."""
+    """The server cancels one upstream watch permanently; the proxy may interpret it as a refusal of the token."""
     world.permissions.fickle.update(MIGHTY)
     world.upstream.cancel_one(
         rng, f"rpc error: code = {rng.choice(('PermissionDenied', 'Unavailable', 'Internal'))} desc = {LOST}"
@@ -305,7 +305,7 @@ def lose(world: World, rng: random.Random) -> None:
 
 @_action(0.6, fault=True)
 def lose_leader(world: World, rng: random.Random) -> None:
-    """Quorum is lost, or there again: without, nobody has a leader and nothing is written."""
+    """Quorum is lost or regained: without it no member has a leader and nothing is written."""
     if world.config.tells_status:
         if world.store.has_quorum:
             world.lose_quorum()
@@ -315,7 +315,7 @@ def lose_leader(world: World, rng: random.Random) -> None:
 
 @_action(0.6, fault=True)
 def cut_off(world: World, rng: random.Random) -> None:
-    """A member is cut off from the others, or all see each other again: it has no leader and applies nothing."""
+    """A member is cut off, without a leader and new entries, or all members are connected again."""
     if world.cut:
         world.cut.clear()
     elif len(world.members) - len(world.still) > 1 and world.config.tells_status:
@@ -325,7 +325,7 @@ def cut_off(world: World, rng: random.Random) -> None:
 
 @_action(0.6, fault=True)
 def hold_still(world: World, rng: random.Random) -> None:
-    """A member answers no call any more, or all do again."""
+    """A member stops answering calls, or all answer again."""
     if world.still:
         world.still.clear()
     elif len(world.members) - len(world.cut) > 1:
@@ -334,7 +334,7 @@ def hold_still(world: World, rng: random.Random) -> None:
 
 @_action(0.6, fault=True)
 def poison_check(world: World, rng: random.Random) -> None:
-    """A client asks for a watch whose key etcd finds too large: that ends its own stream, and nothing else."""
+    """A client creates a watch whose key is too large for etcd: that ends only its own stream."""
     client = _connected(world, rng)
     if client is None or not world.config.auth or world.config.limits["queue_max"] < 1000:
         return
@@ -347,7 +347,7 @@ def poison_check(world: World, rng: random.Random) -> None:
 
 @_action(0.6, fault=True)
 def change_endpoints(world: World, rng: random.Random) -> None:
-    """The operator gives other endpoints."""
+    """The operator changes the endpoints."""
     world.upstream.set_endpoints(rng.sample(world.members, rng.randint(1, len(world.members))))
     world.leaders_changed()
 
@@ -360,7 +360,7 @@ def restart(world: World, _: random.Random) -> None:
 
 @_action(0.5, fault=True)
 def restart_member(world: World, rng: random.Random) -> None:
-    """A member is killed and starts again from its disk."""
+    """A member is killed and restarted from its disk."""
     world.restart_member(rng.choice(world.members))
 
 
@@ -370,7 +370,7 @@ def restore(world: World, rng: random.Random) -> None:
     revision = world.store.revision - rng.randint(1, 12)
     if revision >= 1 and world.undiscovered is None:
         world.restore(revision, rng)
-        # It may be where the old one was, or past that, before the proxy sees it.
+        # It may reach the old one's revision, or pass it, before the proxy sees it.
         grown = world.believed + rng.choice((-100, -100, 0, 1))
         while world.undiscovered is not None and world.store.has_quorum and world.store.revision < grown:
             put(world, rng)
@@ -381,7 +381,7 @@ def restore(world: World, rng: random.Random) -> None:
 
 @_action(1, fault=True)
 def expire_token(world: World, rng: random.Random) -> None:
-    """A token becomes invalid, or all that were valid again."""
+    """A token becomes invalid, or all invalidated ones become valid again."""
     if rng.random() < 0.3:
         world.permissions.expired.clear()
         return
@@ -404,20 +404,20 @@ def notify(world: World, rng: random.Random) -> None:
 
 @_action(5)
 def flow(world: World, rng: random.Random) -> None:
-    """Much of what waits happens, in random order."""
+    """Many pending moves are made, in random order."""
     world.make_moves(rng, rng.randint(5, 40))
 
 
 @_action(2)
 def quiet(world: World, rng: random.Random) -> None:
-    """Everything that waits happens."""
+    """All pending moves are made."""
     settle(world, rng, 0.0)
     world.check_rest()
 
 
 @_action(0.7)
 def freeze(world: World, rng: random.Random) -> None:
-    """One client reads nothing for a while, and nobody else may notice."""
+    """One client reads nothing for a while, which must not affect any other."""
     client = _connected(world, rng)
     if client is not None and client.session is not None:
         client.session.window = rng.choice((1, 100))
@@ -441,7 +441,7 @@ def wait_long(world: World, rng: random.Random) -> None:
 
 
 def make_config(rng: random.Random) -> Config:
-    """Return the shape of a world: mostly with limits so small that everything runs into them."""
+    """Return the shape of a world: mostly with limits so small that they are reached."""
     keys = tuple(bytes([letter]) for letter in b"abcdef"[: rng.randint(2, 6)])
     some: list[tuple[bytes, bytes]] = [
         (rng.choice(keys), b""),
@@ -458,7 +458,7 @@ def make_config(rng: random.Random) -> Config:
         ranges.append(rng.choice(((b"d", b"b"), (b"b", b"b"))))
     response_bytes = rng.choice((150, 400, 2000, 1 << 22))
     roomy = rng.random() < 0.3
-    # Draws that leave all others as they are, and with them what each seed is known to find.
+    # Drawn last, so that all earlier draws, and the known findings of each seed, stay the same.
     aside = random.Random(response_bytes + 2 * roomy + len(ranges))
     limits: dict[str, object] = {
         "linger_s": rng.choice((0.0, 0.5, 2.0)),

@@ -1,4 +1,4 @@
-"""The bundled store without a proxy: written, compacted and killed; what a watch finds is what was written."""
+"""The bundled store without a proxy: written, compacted and killed; a watch gets exactly what was written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = 60
 
 
 def run_store(seed: int, parts: Parts = REAL) -> str:
-    """Run a seed; return what was found, "" for nothing."""
+    """Run a seed; return the finding, or ""."""
     rng = random.Random(seed)
     store = Store()
     member = StoreMember(parts.store, store, 0xE0, Permissions(enabled=False, keys=KEYS), rng.choice((1, 3, 1000)))
@@ -53,7 +53,7 @@ def _step(rng: random.Random, store: Store, member: StoreMember) -> None:
 
 
 def _judge(store: Store, member: StoreMember) -> None:
-    """A watch from the compact revision on finds every change since, with the values before as far as they are kept."""
+    """Check that a watch from the compact revision on gets every change since, with the previous values still kept."""
     member.check()
     first = max(1, store.compact_revision)
     stream = member.open_stream(None, 1000)

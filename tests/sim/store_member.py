@@ -1,8 +1,8 @@
-"""A member that is the bundled store: its pure parts on the virtual clock, with nothing in their place.
+"""A member that is the bundled store: its real pure parts, on the virtual clock.
 
-It applies the same log as the model's members, each entry as the call that a client would make, and must come to the
-same revision. Its watch streams take requests, queue answers and encode them as the service does; the bytes are scanned
-as the proxy scans them. What it says is judged by a truth in which it has no part.
+It applies the same log as the model's members, each entry as the call that a client would make, and must reach the same
+revision. Its watch streams accept requests, queue answers and encode them as the service does; the bytes are scanned as
+in the proxy. Its output is checked against a truth that is independent of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NEVER_COMPACTED = -1
 
 
 class Disk:
-    """What a journal's file would hold: the store's recorder, and what the next start is given."""
+    """The content of a journal's file: the store's recorder, and the input of the next start."""
 
     def __init__(self) -> None:
         self._records: dict[tuple[int, int], Any] = {}
@@ -37,33 +37,33 @@ class Disk:
         self._auth: dict[str, bytes] = {}
 
     def changed(self, changes: Any) -> None:
-        """Keep the changes of one revision."""
+        """Record the changes of one revision."""
         self._revision = changes[-1].mod_revision
         self._records.update({(record.mod_revision, record.sub_revision): record for record in changes})
 
     def compacted(self, revision: int) -> None:
-        """Keep that a compaction was decided."""
+        """Record that a compaction was decided."""
         self._compact_revision = revision
 
     def dropped(self, records: Iterable[Any]) -> None:
-        """Keep records no longer."""
+        """Delete records."""
         for record in records:
             del self._records[record.mod_revision, record.sub_revision]
 
     def granted(self, lease_id: int, ttl_s: int) -> None:
-        """Keep a lease."""
+        """Record a lease."""
         self._leases[lease_id] = ttl_s
 
     def revoked(self, lease_id: int) -> None:
-        """Keep a lease no longer."""
+        """Delete a lease."""
         del self._leases[lease_id]
 
     def auth_changed(self, rows: dict[str, bytes]) -> None:
-        """Keep users and roles."""
+        """Record users and roles."""
         self._auth = rows
 
     def stored(self, store: StoreModules, member_id: int) -> Any:
-        """Return what a start reads."""
+        """Return the records that a start reads."""
         records = [self._records[place] for place in sorted(self._records)]
         leases = list(self._leases.items())
         return store.recorder.Stored(
@@ -72,7 +72,7 @@ class Disk:
 
 
 class StoreMember:
-    """One member; it has the attributes that the simulation uses of the model's `Member`."""
+    """One member, with those attributes of the model's `Member` that the simulation uses."""
 
     ordered_progress = True
 
@@ -135,12 +135,12 @@ class StoreMember:
 
     @property
     def unsynced(self) -> int:
-        """Watchers that wait to be caught up."""
+        """Watchers that have to catch up."""
         return self.state.watchable.unsynced  # type: ignore[no-any-return]
 
     @property
     def victims(self) -> int:
-        """Watchers whose events found a full queue."""
+        """Watchers whose events did not fit in a queue."""
         return self.state.watchable.victims  # type: ignore[no-any-return]
 
     def apply_some(self, rng: random.Random) -> None:
@@ -169,19 +169,19 @@ class StoreMember:
             state.txn(entry.request, user)
 
     def sync(self, _: random.Random) -> None:
-        """Bring unsynced watchers forward."""
+        """Advance unsynced watchers."""
         self.state.watchable.sync()
 
     def retry_victims(self, _: random.Random | None = None) -> None:
-        """Offer victims their events again."""
+        """Retry the victims' events."""
         self.state.watchable.retry_victims()
 
     def compact_step(self, _: random.Random | None = None) -> None:
-        """Free some of what was compacted."""
+        """Free some compacted revisions."""
         self.compacting = not self.state.mvcc.compact_step(_COMPACT_KEYS)
 
     def open_stream(self, token: bytes | None, channel_max: int) -> StoreStream:
-        """Open a watch stream for whoever has the token; nobody asks for more than one channel size."""
+        """Open a watch stream for the owner of the token; the channel has one size only."""
         state = self.state
         state.watchable.limits = self.modules.watchable.WatchLimits(
             queue_events_max=channel_max,
@@ -192,7 +192,7 @@ class StoreMember:
         return StoreStream(self, token)
 
     def restart(self) -> None:
-        """Die and start from what was made durable; nobody is connected."""
+        """Restart from the durable records, without connections."""
         revision, compact_revision = self.revision, self.state.mvcc.compact_revision
         stored = self._disk.stored(self.modules, self.member_id)
         self.state = self._new_state()
@@ -202,13 +202,13 @@ class StoreMember:
             raise SimulationFailure(f"a store restarted at {self.revision}, it was at {revision}")
 
     def restore(self) -> None:
-        """Start anew from the restored store; nobody is connected."""
+        """Restart from the restored store, without connections."""
         self._start()
         self._position = 0
         self.apply(len(self.store.log))
 
     def check(self) -> None:
-        """The store holds what was written: all of it, and nothing else."""
+        """Check that the store holds exactly what was written."""
         self.apply(self.behind)
         request = rpc_pb2.RangeRequest(key=b"\0", range_end=b"\0")
         found = self.state.range(request, MIGHTY[0].decode() if self.permissions.enabled else None)
@@ -220,7 +220,7 @@ class StoreMember:
 
 
 def _fill_auth(auth: Any, permissions: Permissions) -> None:
-    """Make the users that own the tokens, named like these."""
+    """Create the owners of the tokens, users with the same names."""
     for name in MIGHTY:
         auth.users[name.decode()] = auth_pb2.User(name=name, roles=["root"])
     half = auth_pb2.Permission(permType=auth_pb2.Permission.READ, key=b"\0", range_end=permissions.middle)
@@ -231,7 +231,7 @@ def _fill_auth(auth: Any, permissions: Permissions) -> None:
 
 
 class StoreStream:
-    """One Watch call at a bundled store, with the attributes that the simulation uses of the model's `ServerStream`."""
+    """One Watch call at a bundled store, with those attributes of the model's `ServerStream` that are used."""
 
     def __init__(self, member: StoreMember, token: bytes | None) -> None:
         self.member = member
@@ -247,12 +247,12 @@ class StoreStream:
 
     @property
     def can_receive(self) -> bool:
-        """The service would read on."""
+        """Whether the service would read the next request."""
         maximum: int = self.member.modules.watch_requests.CONTROLS_MAX
         return bool(self.requests) and self._stream.queued_controls < maximum
 
     def receive(self, _: random.Random | None = None) -> None:
-        """Take one request."""
+        """Handle one request."""
         if self.can_receive:
             request = rpc_pb2.WatchRequest.FromString(self.requests.popleft())
             self.member.modules.watch_requests.take_request(self._stream, request, self._check)
@@ -266,11 +266,11 @@ class StoreStream:
 
     @property
     def can_send(self) -> bool:
-        """There is an answer to write."""
+        """Whether there is an answer to write."""
         return self._stream.has_answers  # type: ignore[no-any-return]
 
     def send(self, rng: random.Random) -> None:
-        """Write one answer; that of a compaction may come twice, as etcd's does."""
+        """Write one answer; a compaction cancel may be repeated, as etcd does."""
         message = self._stream.take()
         if message is None:
             return
@@ -280,17 +280,17 @@ class StoreStream:
         self.out.extend(responses * (rng.choice((1, 1, 1, 2)) if message.compact_revision else 1))
 
     def take_bytes(self) -> bytes | None:
-        """Take the next answer as it is written; None when there is none."""
+        """Return the next answer as written; None when there is none."""
         message = self._stream.take()
         batch = self.member.modules.watch_batch
         return None if message is None else b"".join(batch.encode_message(self.member.state.head, message))
 
     def notify_progress(self, _: int) -> None:
-        """The stream's ticker fires."""
+        """Fire the stream's ticker."""
         self._stream.progress_tick()
 
     def cancel_with(self, watch_id: int, reason: str) -> None:
-        """Cancel a watch from the server's side, as a server may that has a reason of its own."""
+        """Cancel a watch from the server's side, as a server may for its own reasons."""
         watcher = self._stream._watchers.pop(watch_id, None)
         if watcher is not None:
             state = self.member.state

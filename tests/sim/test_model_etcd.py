@@ -1,4 +1,4 @@
-"""The model of etcd does what etcd does, case by case, where the simulator depends on it."""
+"""The model of etcd behaves like etcd, case by case, where the simulator depends on it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.sim.model_stream import ServerStream
 
 
 class Server:
-    """One member and one stream, driven to rest unless a test holds something back."""
+    """One member and one stream, driven until idle unless a test holds something back."""
 
     def __init__(self, channel_max: int = 128, batch_revisions_max: int = 1000, ordered_progress: bool = True) -> None:
         self.rng = random.Random(1)
@@ -86,7 +86,7 @@ def test_compaction_cancels_only_starts_below_it() -> None:
         server.member.sync(server.rng)
     canceled = [each for each in server.take() if each.canceled]
     assert {(each.watch_id, each.compact_revision, each.cancel_reason) for each in canceled} == {(0, 3, "")}
-    # The id is taken, and progress silenced, until the client cancels it.
+    # The id is taken, and progress blocked, until the client cancels it.
     server.stream.requests.append(encode_progress())
     assert server.take() == []
     server.stream.requests.append(encode_cancel(0))
@@ -146,7 +146,7 @@ def test_prev_kv_is_absent_after_compaction() -> None:
     while server.member.unsynced:
         server.member.sync(server.rng)
     (response,) = server.take()
-    # The value at 3 is compacted, the one at 4 is there.
+    # The value at 3 is compacted, the one at 4 is not.
     assert [event.encoded != event.bare for event in response.events] == [False, True]
 
 
@@ -189,7 +189,7 @@ def test_the_store_counts_revisions_versions_and_creates() -> None:
     store.write([(b"a", b"3")])
     changes = [(each.mod_revision, each.key, each.create_revision, each.version) for each in store.changes]
     assert changes == [(2, b"a", 2, 1), (2, b"b", 2, 1), (3, b"a", 2, 2), (4, b"a", 0, 0), (5, b"a", 5, 1)]
-    # The checkers' own idea of the value before each is the same.
+    # The checkers derive the same previous values.
     bare = [each._replace(prev=None) for each in store.changes]
     assert Truth(bare).changes == store.changes
     assert store.compact(3)

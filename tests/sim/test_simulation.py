@@ -1,6 +1,6 @@
 """The core under simulation: many seeds without a finding, and deliberate bugs that are all found.
 
-A failure prints its seed and the few steps it takes. `python -m tests.sim --seed N --steps` shows what happened.
+A failure prints its seed and the few steps that reproduce it. `python -m tests.sim --seed N --steps` prints the run.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ LONG_BLOCK = 500
 
 @pytest.mark.parametrize("first", range(0, SEEDS, BLOCK))
 def test_no_failure_is_found(first: int) -> None:
-    """Runs in which everything goes wrong that can: no guarantee is broken, nothing hangs, nothing leaks."""
+    """Runs with all kinds of faults: no guarantee is broken, nothing hangs, nothing leaks."""
     found: list[Outcome] = []
     counts = run_many(range(first, first + BLOCK), on_failure=found.append)
     assert counts["runs"] == BLOCK
     assert not found, report(shrink(found[0]))
-    # The runs go where it hurts.
+    # The runs reach the critical states.
     assert all(number > 5 for number in faults(counts).values()), faults(counts)
-    # Pauses are rare: another hundred seeds may have a single one.
+    # Pauses are rare: a hundred other seeds may have a single one.
     for what in ("stalls", "returned", "backfills", "ended sessions", "reads", *(("pauses",) if first == 0 else ())):
         assert counts[what] > 5, (what, counts[what])
 
@@ -43,7 +43,7 @@ def test_no_failure_is_found(first: int) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("first", range(SEEDS, LONG_SEEDS, LONG_BLOCK))
 def test_no_failure_is_found_in_many_seeds(first: int) -> None:
-    """The rarest find so far took one seed in eight thousand."""
+    """The rarest finding so far took one seed in eight thousand."""
     found: list[Outcome] = []
     run_many(range(first, first + LONG_BLOCK), on_failure=found.append)
     assert not found, report(shrink(found[0]))
@@ -56,7 +56,7 @@ def test_a_deliberate_bug_is_found(mutant: Mutant) -> None:
 
 
 def test_the_witnesses_are_of_the_mutants() -> None:
-    """`make mutants` writes them; a mutant that is new or renamed has none yet."""
+    """`make mutants` writes them; a new or renamed mutant has none yet."""
     assert list(known_witnesses()) == [mutant.name for mutant in MUTANTS]
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
 
@@ -82,7 +82,7 @@ def test_a_seed_is_the_same_run_each_time() -> None:
     def trace(seed: int) -> list[str]:
         lines: list[str] = []
         outcome = run(seed, trace=lines.append)
-        # Sessions and requests are told by their addresses.
+        # Sessions and requests are printed by their addresses.
         kept = [line for line in lines if "session" not in line and " at 0x" not in line]
         return [*kept, str(sorted(outcome.counts.items()))]
 
@@ -99,7 +99,7 @@ def test_any_part_of_a_run_is_a_run() -> None:
 
 
 def test_a_failure_is_shrunk_to_a_few_steps() -> None:
-    # One whose runs are short: each part of the steps that is tried is a run.
+    # A mutant with short runs: each subset of the steps that is tried is a run.
     parts = load(next(mutant for mutant in MUTANTS if mutant.name == "a watch below the floor is served"))
     outcome = next(outcome for seed in range(10, 60) if (outcome := run(seed, parts=parts)).failure)
     small = shrink(outcome, parts)

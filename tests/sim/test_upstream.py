@@ -1,4 +1,4 @@
-"""The watch client without the core, and the store without both: nothing is lost and nothing repeated.
+"""The watch client without the core, and the store without both: no event is lost or repeated.
 
 This also proves the model: a simulator whose etcd loses events would blame the proxy for them.
 """

@@ -1,4 +1,4 @@
-"""The watch client's state over the model of etcd and over the bundled store: it must lose and repeat nothing itself.
+"""The watch client's state with the model of etcd and with the bundled store: it must not lose or repeat an event.
 
 This also proves the model: a simulator whose etcd loses events would blame the proxy for them.
 """
@@ -28,7 +28,7 @@ _MOVES_MAX = 20_000
 
 @dataclass(slots=True, eq=False)
 class Upstream:
-    """What the listener opens, and its log."""
+    """One watch of the listener, and its log."""
 
     key: bytes
     range_end: bytes
@@ -61,9 +61,9 @@ class Harness:
                 self.members.append(Member(self.store, member_id, batch_revisions_max))
         self.open: list[Upstream] = []
         self.all: list[Upstream] = []
-        # There are watches whose create ends its stream.
+        # Whether there are watches whose create ends its stream.
         self.poisons = rng.random() < 0.5
-        # What every member had at each request for progress.
+        # Each member's revision at each progress request.
         self.asked: list[int] = []
         self.shell = UpstreamShell(
             self.members,
@@ -83,7 +83,7 @@ class Harness:
             upstream.now = response.header.revision
             records.append(Created(response.header.revision))
         elif response.canceled:
-            # A watch from now needs the revision of its `created` once more; a client would not.
+            # A watch from now needs the revision of its `created` again; a client would not.
             if upstream.start_revision is not None or response.compact_revision > upstream.now + 1:
                 records.append(Canceled(response.compact_revision, ""))
             self.open.remove(upstream)
@@ -108,7 +108,7 @@ class Harness:
         if number and header.revision < self.asked[number - 1]:
             raise AssertionError(f"{header.revision} is no answer to a request made at {self.asked[number - 1]}")
         for upstream in watches:
-            # What it proves is true, also below what is known already; a client would not be told that.
+            # Its proof is true, also below an earlier one; a client would not get that.
             if header.revision >= max(upstream.marked, upstream.start_revision or 0):
                 upstream.marked = header.revision
                 upstream.log.records.append(Bookmark(header.revision))
@@ -149,7 +149,7 @@ class Harness:
         elif kind < 0.7:
             self.shell.limited = not self.shell.limited
         elif kind < 0.78:
-            # Compacted before a slow watch of the future comes to it.
+            # Compacted before a slow future watch reaches it.
             for _ in range(rng.randint(2, 4)):
                 self._write(0)
             self.store.compact(self.store.revision)
@@ -158,7 +158,7 @@ class Harness:
                 rng.choice(moves)(rng)
 
     def _write(self, kind: float) -> None:
-        """Write something, or compact."""
+        """Write, or compact."""
         rng = self.rng
         if kind < 0.3:
             self.store.write([(key, b"v") for key in rng.sample(KEYS, rng.randint(1, 3))])
@@ -166,7 +166,7 @@ class Harness:
             self.store.compact(self.store.revision - rng.randint(0, 3))
 
     def _watch(self, kind: float) -> None:
-        """Open a watch, close one, or ask for progress."""
+        """Open a watch, close one, or request progress."""
         rng = self.rng
         if kind < 0.45 and len(self.open) < 5:
             future = self.store.revision + rng.randint(1, 5)
@@ -198,7 +198,7 @@ class Harness:
 
 
 def run_alone(seed: int, bundled: bool, parts: Parts = REAL) -> str:
-    """Run a seed on the model or on the bundled store; return what was found, "" for nothing."""
+    """Run a seed on the model or on the bundled store; return the finding, or ""."""
     harness = Harness(random.Random(seed), bundled, parts)
     try:
         for _ in range(STEPS):

@@ -1,7 +1,7 @@
-"""The simulator's side of the upstream watch client: what the real one decides, on model connections that break.
+"""The simulator's shell of the upstream watch client: the real decisions, on model connections that break.
 
-The pure parts of the watch client decide everything (`state`, `choice`, `lineage`); the shell of the real one only
-moves bytes, and so does this one: between each pair of its calls anything can go missing.
+The pure parts of the watch client decide everything (`state`, `choice`, `lineage`); the real shell only moves bytes,
+and so does this one: between any two of its calls data can be lost.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ AnyStream = ServerStream | StoreStream
 NO_LEADER = "etcdserver: no leader"
 UNAVAILABLE = 14
 RESOURCE_EXHAUSTED = 8
-# What ends a stream that its watches survive: a network, a server that stops, one without a Watch service, a text.
+# Statuses that end a stream but not its watches: network, stopping server, server without a Watch service, a text.
 _ENDS = ((UNAVAILABLE, "gone"), (1, "etcdserver: server stopped"), (UNAVAILABLE, NO_LEADER), (13, "broken"))
 
 
 @dataclass(slots=True, eq=False)
 class Endpoint:
-    """One endpoint, and what is known of it: `upstream.dial.Target` without its timers."""
+    """One endpoint and its known state: `upstream.dial.Target` without its timers."""
 
     member: AnyMember
     tried: bool = False
@@ -48,19 +48,19 @@ class Pieces:
     """A response that comes in pieces: `upstream.watching.feed.Large` without bytes."""
 
     response: WatchResponse
-    # How many events are in each piece.
+    # The number of events in each piece.
     sizes: list[int]
     unread: int = 0
     readable: bool = True
 
     @property
     def watch_id(self) -> int:
-        """Of the watch it is for."""
+        """The id of its watch."""
         return self.response.watch_id
 
     @property
     def done(self) -> bool:
-        """Its last piece was taken."""
+        """Whether its last piece was taken."""
         return not self.sizes
 
     def step(self) -> WatchResponse:
@@ -72,7 +72,7 @@ class Pieces:
 
 @dataclass(slots=True)
 class Callbacks:
-    """What to do with what is said, as in upstream/watching/listener.py."""
+    """Receives the client's output, as in upstream/watching/listener.py."""
 
     received: Callable[[Any, WatchResponse], None]
     progressed: Callable[[list[Any], Header, int], None]
@@ -84,7 +84,7 @@ class Callbacks:
 
 
 def _in_fragments(message: bytes) -> bytes:
-    """Return a request as one that asks for fragments, if it is a create."""
+    """Return a request with `fragment` set, if it is a create."""
     request = rpc_pb2.WatchRequest.FromString(message)
     if request.HasField("create_request"):
         request.create_request.fragment = True
@@ -117,44 +117,44 @@ class UpstreamShell:
         self.choice: Any = parts.choice.EndpointPolicy()
         self.lineage: Any = parts.lineage.HistoryTracker()
         self.endpoints = [Endpoint(member) for member in members]
-        # Where it is connected, and where the member said it was then.
+        # The connected member, and the position that the member reported then.
         self.endpoint: Endpoint | None = None
         self.standing: Any = None
         # Streams that ended alone: their watches wait to be registered again.
         self.unregistered = False
         self.opened = 0
         self.breaks = 0
-        # Streams wait for a place at the server, as a further connection has to be opened first; what they have to say.
+        # Streams that wait for a place at the server until a further connection is open, and their requests.
         self.limited = False
         self._unopened: dict[WatchStream, list[bytes]] = {}
-        # Streams on connections that go away, maybe to another member than the new ones.
+        # Streams on connections that are closing, maybe to another member than the new ones.
         self._leaving: set[WatchStream] = set()
-        # Ranges whose create ends the whole stream, and the text with which it does; how often each was tried.
+        # Ranges whose create ends the whole stream, with the error text; how often each was tried.
         self.poisoned: set[tuple[bytes, bytes]] = set()
         self.poison_text = "grpc: received message larger than max"
         self.poisonings = 0
-        # Endpoints that were tried since there was a connection.
+        # Endpoints tried since the last connection.
         self._in_vain: set[int] = set()
         self._parts = parts
         self._has_leader = has_leader
         self._tells_status = tells_status
-        # Draws what is incidental, instead of the generator of the run.
+        # For incidental draws, instead of the generator of the run.
         self._dice = dice
-        # Whether servers send whole responses, as they are asked to; otherwise as if fragments had been asked for.
+        # Whether servers send whole responses, as requested; otherwise as if fragments had been requested.
         self._whole = whole
         self._links: dict[WatchStream, AnyStream] = {}
         self._feeds: dict[WatchStream, Any] = {}
-        # Streams that asked for a leader.
+        # Streams with `hasleader`.
         self._led: set[WatchStream] = set()
-        # How many responses of a paused stream are read all the same, since they had come before the pause.
+        # How many responses of a paused stream are still read, since they had arrived before the pause.
         self._in_flight: dict[WatchStream, int] = {}
 
     @property
     def member(self) -> AnyMember | None:
-        """Where it is connected; None while it is not."""
+        """The connected member; None while disconnected."""
         return None if self.endpoint is None else self.endpoint.member
 
-    # what the engine calls
+    # calls of the engine
 
     def open(self, upstream: Any) -> None:
         """Register an upstream watch."""
@@ -177,20 +177,20 @@ class UpstreamShell:
         self.state.resume(upstream)
 
     def request_progress(self, number: int, watches: Any = None) -> None:
-        """Ask for manual progress on every stream."""
+        """Request progress on every stream."""
         self._do(self.state.request_progress(number, watches))
 
     def store_went_back(self, revision: int) -> None:
-        """Note that the store is at an earlier revision than it was."""
+        """Note that the store's revision has gone back."""
         self.state.newest_revision = revision
         self.lineage.went_back(self.standing if self.endpoint is not None else None)
 
     def set_endpoints(self, members: Sequence[AnyMember]) -> None:
-        """Go by other endpoints; one that is in use serves until another one does."""
+        """Change the endpoints; the one in use serves until another one does."""
         known = {id(endpoint.member): endpoint for endpoint in self.endpoints}
         self.endpoints = [known.get(id(member)) or Endpoint(member) for member in members]
 
-    # what the network does
+    # the network
 
     def connect(self, rng: random.Random) -> None:
         """Try an endpoint that has not failed yet; its member may lag, or have no leader."""
@@ -207,23 +207,23 @@ class UpstreamShell:
             self.on.no_leader()
 
     def _seems_led(self, endpoint: Endpoint) -> bool:
-        """What a member says of its leader; one that says nothing is assumed to have one."""
+        """Return a member's report of its leader; a member without a report is assumed to have one."""
         led = not self._tells_status or self._has_leader(endpoint.member)
         endpoint.leaderless = not led
         return led
 
     def _where(self, rng: random.Random, member: AnyMember) -> Any:
-        """What a member answers when it is asked where it is; None: nothing."""
+        """Return a member's report of its position; None: no answer."""
         if not self._tells_status:
             return None
         header = Header.make(CLUSTER_ID, member.member_id, member.revision, RAFT_TERM)
-        # How far the log is was read a moment before the rest.
+        # The log's index was read a moment before the rest.
         dice = self._dice or rng
         committed = dice.choice((member.index, member.index + member.behind, max(1, member.index - dice.randint(0, 3))))
         return self._parts.lineage.RaftPosition(header, member.index, committed)
 
     def _recognise(self, rng: random.Random, endpoint: Endpoint) -> bool:
-        """As upstream/watching/client.py does, before anything is registered there."""
+        """Check a new connection as upstream/watching/client.py does, before any watch is registered there."""
         verdicts = self._parts.lineage.HistoryVerdict
         now = self._where(rng, endpoint.member)
         if self.lineage.seen(now) is verdicts.SUSPECT:
@@ -252,20 +252,20 @@ class UpstreamShell:
         self.on.resumed(ordered)
 
     def check(self) -> None:
-        """Once nothing more happens by itself, it is where it is wanted. Raises SimulationFailure."""
+        """Check that it is connected to a wanted member, once idle. Raises SimulationFailure."""
         led = [each for each in self.endpoints if self._has_leader(each.member)]
         if self.endpoint is not None and led and (self.endpoint not in self.endpoints or self.choice.leaderless):
             raise SimulationFailure("it stays at an endpoint that is none any more, or that has no leader")
 
     def better(self) -> list[Endpoint]:
-        """Endpoints that would do in place of the one in use, when another one is wanted."""
+        """Return endpoints that could replace the one in use, when another one is wanted."""
         wanted = self.choice.wanted(self.endpoint in self.endpoints)
         if wanted is self._parts.choice.SearchGoal.NOTHING:
             return []
         return [each for each in self.endpoints if self.choice.is_better(wanted, self._seems_led(each))]
 
     def move_on(self, rng: random.Random) -> None:
-        """Go to a better endpoint."""
+        """Connect to a better endpoint."""
         better = self.better()
         if self.endpoint is not None and better:
             endpoint = rng.choice(better)
@@ -277,11 +277,11 @@ class UpstreamShell:
 
     @property
     def wants_a_look(self) -> bool:
-        """Where the store is shall be asked once more."""
+        """Whether the position of the store must be read again."""
         return self.endpoint is not None and self.lineage.wants_a_look(self.standing, self.state.newest_revision)
 
     def look_again(self, rng: random.Random) -> bool:
-        """Ask from time to time where the store in use is, if that is wanted; tell whether it has said enough."""
+        """Read the position of the store in use again, if wanted; return whether that was enough."""
         if self.endpoint is None or not self.wants_a_look:
             return False
         self._recognise(rng, self.endpoint)
@@ -289,8 +289,8 @@ class UpstreamShell:
 
     def rotate(self, rng: random.Random) -> None:
         """
-        The connection ends in good order: its streams go on, and new ones begin on another connection, which may lead
-        to another member, as behind a load balancer.
+        Close the connection gracefully: its streams go on, and new ones start on another connection, maybe to another
+        member, as behind a load balancer.
         """
         other = rng.choice(self.endpoints)
         if self.endpoint is None or not self.choice.is_acceptable(self._seems_led(other)):
@@ -306,13 +306,13 @@ class UpstreamShell:
         self.on.resumed(other.member.ordered_progress)
 
     def end_leaving(self, rng: random.Random) -> None:
-        """A stream on a connection that goes away ends."""
+        """End a stream on a closing connection."""
         leaving = [stream for stream in self._leaving if stream in self._links]
         if leaving:
             self._end(rng.choice(leaving), UNAVAILABLE, "gone", moved=True)
 
     def lose_member(self, member: AnyMember) -> None:
-        """A member is gone: with it the connections to it."""
+        """End the connections to a lost member."""
         if self.member is member:
             self.disconnect()
         for stream in [stream for stream in self._leaving if stream in self._links]:
@@ -320,7 +320,7 @@ class UpstreamShell:
                 self._end(stream, UNAVAILABLE, "gone", moved=True)
 
     def open_waiting(self, _: random.Random | None = None) -> None:
-        """There is a place for a stream that waits: trunks first, as in upstream/watching/places.py."""
+        """Give a place to a waiting stream: trunks first, as in upstream/watching/places.py."""
         if self._unopened:
             stream = min(self._unopened, key=lambda each: each.kind is Kind.BACKFILL)
             requests = self._unopened.pop(stream)
@@ -328,13 +328,13 @@ class UpstreamShell:
             self._links[stream].requests.extend(requests)
 
     def end_leaderless(self, _: random.Random | None = None) -> None:
-        """Members without a leader end the streams that asked for one."""
+        """End the streams with `hasleader` at members without a leader."""
         for stream in list(self._led):
             if stream in self._links and not self._has_leader(self._links[stream].member):
                 self._end(stream, UNAVAILABLE, NO_LEADER)
 
     def _end(self, stream: WatchStream, status: int, text: str, moved: bool = False) -> None:
-        """A stream ends with a status: what follows is decided by the real code. `moved`: its connection has ended."""
+        """End a stream with a status; the real code decides what follows. `moved`: its connection has ended."""
         endpoint = self.endpoint
         assert endpoint is not None, "streams are there while it is connected"
         follows = self._parts.choice.on_stream_end(
@@ -358,7 +358,7 @@ class UpstreamShell:
             link.close()
 
     def disconnect(self) -> None:
-        """Lose the connection with everything that was on its way."""
+        """Lose the connection with everything in flight."""
         self.breaks += 1
         self.endpoint = self.standing = None
         self.unregistered = False
@@ -371,13 +371,13 @@ class UpstreamShell:
         self.state.disconnect()
 
     def end_stream(self, rng: random.Random) -> None:
-        """Lose one stream; not one that is to show whether a create ends it, as that would be a false verdict."""
+        """Lose one stream; not one that tests whether a create ends it, as that would give a false result."""
         if links := [stream for stream in self._links if not stream.tested]:
             stream = rng.choice(links)
             self._end(stream, *(self._dice or rng).choice(_ENDS))
 
     def register(self, _: random.Random | None = None) -> None:
-        """Register again what was on streams that ended."""
+        """Register the watches of ended streams again."""
         self.unregistered = False
         self._do(self.state.register())
 
@@ -393,7 +393,7 @@ class UpstreamShell:
         return list(self._links.values())
 
     def add_moves(self, moves: list[Callable[[random.Random], None]]) -> None:
-        """Append what can happen: connections come, requests and responses go on."""
+        """Append the possible moves: new connections, requests and responses."""
         if self.endpoint is None:
             moves.append(self.connect)
             return
@@ -416,7 +416,7 @@ class UpstreamShell:
                 moves.append(partial(self.step, stream))
 
     def receive(self, stream: WatchStream, rng: random.Random) -> None:
-        """Have the server take a step with what it was sent, or end the stream for it."""
+        """Have the server handle a request, or end the stream because of it."""
         link = self._links.get(stream)
         if link is None:
             return
@@ -429,7 +429,7 @@ class UpstreamShell:
         link.receive(rng)
 
     def read(self, stream: WatchStream, rng: random.Random) -> None:
-        """Read one response, if there still is one; a large one comes in pieces, and others may overtake it."""
+        """Read one response, if there still is one; a large one comes in pieces that others may overtake."""
         link = self._links.get(stream)
         if link is None or not link.out or not self._is_read(stream):
             return
@@ -441,14 +441,14 @@ class UpstreamShell:
         if count > 1 and response.plain and dice.random() < 0.3:
             cuts = sorted(dice.sample(range(1, count), dice.randint(1, min(3, count - 1))))
             sizes = [high - low for low, high in zip([0, *cuts], [*cuts, count], strict=True)]
-            # The server's own is not to change.
+            # The server's own response must not change.
             copy = WatchResponse(response.header, response.watch_id, events=list(response.events))
             feed.begin(Pieces(copy, sizes))
         elif feed.passes(response):
             self._do(self.state.received(stream, response))
 
     def step(self, stream: WatchStream, _: random.Random | None = None) -> None:
-        """Take the next piece of a large response, or what has waited for it."""
+        """Take the next piece of a large response, or the responses that waited for it."""
         feed = self._feeds.get(stream)
         for response in feed.step() if feed is not None and not stream.paused else ():
             if stream in self._links:

@@ -1,8 +1,8 @@
 """The simulated world: one core, its engine, its upstream, an etcd and its clients, on one virtual clock.
 
-Everything that happens between them is a *move* that waits until somebody makes it: a request on its way upstream, a
-response on its way back, a member that applies, a read that is answered, a client that reads its socket. A step of
-the simulation does one thing and makes a few random moves; `settle` makes all of them.
+Every interaction between them is a pending *move*: a request on its way upstream, a response on its way back, a member
+that applies, a read that is answered, a client that reads its socket. A step of the simulation does one thing and makes
+a few random moves; `settle` makes all of them.
 """
 
 from __future__ import annotations
@@ -57,31 +57,31 @@ class Config:
     members: int = 1
     batch_revisions_max: int = 1000
     channel_max: int = 128
-    # Etcd sends whole responses, or fragments.
+    # Whether etcd sends whole responses, or fragments.
     whole: bool = True
-    # Streams upstream for what has to catch up, and for suspects.
+    # Upstream streams for catching up, and for suspects.
     streams_max: tuple[int, int] = (16, 8)
-    # So many of the members, from the last on, are the bundled store; the others are the model of etcd.
+    # How many of the members, from the last on, are the bundled store; the others are the model of etcd.
     bundled: int = 0
-    # From this size on the bundled store splits a response for those who asked for fragments.
+    # From this size on the bundled store splits a response for watches with fragment.
     store_fragment_bytes: int = 1 << 21
-    # So many of the members answer manual progress out of order, as servers before 3.4.25/3.5.8 do.
+    # How many of the members answer progress requests out of order, as servers before 3.4.25/3.5.8 do.
     old_members: int = 0
     auth: bool = False
-    # How long, in seconds, "auth is off" is believed; below 0 each check is a read of now.
+    # How long, in seconds, "auth is off" is cached; below 0 each check is a read of now.
     probe_age_s_max: float = 1.0
-    # How many of the reads fail.
+    # The share of reads that fail.
     failing_reads: float = 0.05
-    # Members say where they are and whether they have a leader, also to strangers.
+    # Members report their position and whether they have a leader, also without a token.
     tells_status: bool = True
     value_bytes_max: int = 40
-    # How many of the watches want it.
+    # The share of watches with it.
     prev_kv: float = 0.25
     clients_max: int = 5
     watches_max: int = 16
     # Random moves made after each step.
     moves: int = 4
-    # The event loop is now and then late to ring the core's timer.
+    # Whether the event loop is sometimes late to fire the core's timer.
     late_timers: bool = False
 
 
@@ -97,25 +97,25 @@ class World:
         self.permissions = Permissions(config.auth, config.keys)
         self.members = [self._make_member(place, parts) for place in range(config.members)]
         self.clients: list[SimClient] = []
-        # Every watch there ever was, for the checkers; and those of clients that went away for good.
+        # All watches ever, for the checkers; and those of clients that disconnected permanently.
         self.watches: list[SimWatch] = []
         self.counts: dict[str, int] = {}
-        # Members that are cut off from the others, and those that answer no call.
+        # Members that are cut off from the others, and members that answer no call.
         self.cut: set[int] = set()
         self.still: set[int] = set()
-        # What the store was restored to, until the proxy says that it was.
+        # The revision that the store was restored to, until the proxy notices.
         self.restored_to: int | None = None
-        # The same while it may tell what is true no more; and the highest revision that it may tell until then.
+        # The same while the proxy may still send outdated data; and the highest revision that it may send until then.
         self.undiscovered: int | None = None
         self.believed = 0
         self.restores = 0
-        # Where to tell what happens; None = nobody listens.
+        # Receives a trace of the run, if not None.
         self.trace: Callable[[str], None] | None = None
         self._inbox: deque[tuple[Any, ...]] = deque()
         self._busy = False
         self._inputs = 0
         self._rings_at: float | None = None
-        """The engine's timer; what rings too early is set anew then."""
+        """The engine's timer; if it fires too early, it is set again."""
         self._start()
 
     def _make_member(self, place: int, parts: Parts) -> AnyMember:
@@ -171,10 +171,10 @@ class World:
         self._start()
 
     def restore(self, revision: int, rng: random.Random) -> None:
-        """Restore the store from a snapshot of an earlier revision; the proxy finds it out by itself.
+        """Restore the store from a snapshot of an earlier revision; the proxy must detect it by itself.
 
-        What clients have been told until now is judged by the old truth; what they had asked and was told nothing
-        above `revision` goes on under the new one.
+        The clients' logs so far are checked against the old truth; watches that received nothing above `revision`
+        continue under the new one.
         """
         self._read_all()
         self.judge(lambda _: None)
@@ -189,8 +189,8 @@ class World:
         self._forget_above(revision)
         knows = self.calls.questions.rollback.begin(self.upstream.state.newest_revision).known > revision
         self.calls.restored(revision, old_revision if knows else None, rng)
-        # Of a store that was restored twice its log tells nothing, nor does one that does not say where it is, nor one
-        # that was read from but never connected to.
+        # The log proves nothing if the store was restored twice, does not report its position, or was read from but
+        # never connected to.
         untold = self.restores > 1 or not self.config.tells_status or self.upstream.lineage.known is None
         if not knows or untold or rng.random() < 0.3:
             self.calls.prove_at_once()
@@ -202,7 +202,7 @@ class World:
         revision, self.restored_to = self.restored_to, None
         if revision is None:
             raise SimulationFailure("a store was taken for a restored one, and was not")
-        # What was told until now may be of either history.
+        # Data sent until now may be of either history.
         self._read_all()
         self.undiscovered = None
         self._forget_above(revision)
@@ -210,13 +210,13 @@ class World:
         self.input(self.core.other_history, header)
 
     def _read_all(self) -> None:
-        """Have all clients read what is on its way to them."""
+        """Have all clients read everything in flight to them."""
         for client in self.clients:
             while client.session is not None and client.session.outbox:
                 self.client_reads(client, 1)
 
     def _forget_above(self, revision: int) -> None:
-        """Have clients go by the truth of a store that was restored to `revision`."""
+        """Switch the clients to the truth of a store that was restored to `revision`."""
         for client in self.clients:
             for watch in client.watches:
                 session = client.session
@@ -227,18 +227,18 @@ class World:
         self.watches = [watch for watch in self.watches if id(watch) in kept and not watch.over]
 
     def restart_member(self, member: AnyMember) -> None:
-        """Kill a member and start it again."""
+        """Kill a member and restart it."""
         self.upstream.lose_member(member)
         member.restart()
 
     def judge(self, complete_through: Callable[[SimWatch], int | None]) -> None:
-        """Judge the logs of all watches."""
+        """Check the logs of all watches."""
         judge_logs(self.watches, self.store.truth(), complete_through)
         for watch in self.watches:
             self.count("events checked", sum(len(each.changes) for each in watch.log.records if type(each) is Received))
 
     def count(self, what: str, number: int = 1) -> None:
-        """Count something that happened."""
+        """Count an event."""
         self.counts[what] = self.counts.get(what, 0) + number
 
     # the engine
@@ -277,31 +277,31 @@ class World:
         return self.store.has_quorum and member.member_id not in self.cut
 
     def now_at_least(self) -> int:
-        """The least revision that a read of "now" may find: without a leader it is what some member knows."""
+        """The least revision that a read of "now" may return: without a leader that of some member."""
         if any(self.has_leader(endpoint.member) for endpoint in self.upstream.endpoints):
             return self.store.revision
         return min(member.revision for member in self.members)
 
     def leaders_changed(self) -> None:
-        """Other endpoints have a leader, or none: then "now" is what some member knows, for those who wait as well."""
+        """Update "now" after a change of leaders at the endpoints, also for creates that already wait."""
         for client in self.clients:
             if client.session is not None:
                 client.session.now_may_be(self.now_at_least())
 
     def check_rest(self) -> None:
-        """Nothing more happens by itself: watches are where they belong, and who is to know of a lost leader does."""
+        """Check the idle state: watches have their places, and sessions with hasleader know of a lost leader."""
         self.upstream.check()
         for client in self.clients if self.upstream.choice.leaderless else ():
             if client.has_leader and client.session is not None and client.session.ended is None:
                 raise SimulationFailure("a session that asked for hasleader was not told that there is none")
 
     def lose_quorum(self) -> None:
-        """Nobody has a leader any more: what is read now is what some member knows, also for those who ask already."""
+        """Take the leader away: reads of "now" return some member's revision, also those already in flight."""
         self.store.has_quorum = False
         self.leaders_changed()
 
     def heal(self) -> None:
-        """All members are there and see each other."""
+        """End all faults of members, connections and endpoints."""
         self.store.has_quorum = True
         self.cut.clear()
         self.still.clear()
@@ -309,7 +309,7 @@ class World:
         self.upstream.set_endpoints(self.members)
 
     def send_away(self, core_session: Any, text: str, status: int = 14) -> None:
-        """End a session for a reason that the core does not know."""
+        """End a session for a reason outside the core."""
         session: SimSession = core_session.outlet
         self.calls.questions.session_over(core_session)
         if not core_session.ended and session.ended is None and not session.closed:
@@ -318,11 +318,11 @@ class World:
         self.input(self.core.close, core_session)
 
     def core_header_seen(self, header: Header) -> None:
-        """Tell the core of a header; it has no effects."""
+        """Give the core a header; it has no effects."""
         self.core.header_seen(header)
 
     def input(self, method: Callable[..., list[Any]], *arguments: Any) -> None:
-        """Give the core an input and carry out its effects; inputs that arise meanwhile wait."""
+        """Give the core an input and carry out its effects; inputs that arise meanwhile are queued."""
         self._inbox.append((method, *arguments))
         if self._busy:
             return
@@ -342,7 +342,7 @@ class World:
         self._arm()
 
     def _arm(self) -> None:
-        """Set the timer as the engine does, which does not ask for a deadline that has not moved."""
+        """Set the timer as the engine does, which does not query a deadline that has not moved."""
         moved = self.core.deadline_moved
         deadline = self.core.next_deadline()
         if moved:
@@ -418,7 +418,7 @@ class World:
     # moves
 
     def moves(self, frozen: SimClient | None = None) -> list[Move]:
-        """Return everything that could happen by itself now; a `frozen` client reads nothing."""
+        """Return all possible moves; a `frozen` client reads nothing."""
         moves: list[Move] = []
         for member in self.members:
             if member.behind and member.member_id not in self.cut:
@@ -452,7 +452,7 @@ class World:
     # clients
 
     def client_reads(self, client: SimClient, count: int) -> None:
-        """Have a client read some messages; when all are read its proxy may write on, or its stream is over."""
+        """Have a client read some messages; once all are read, the proxy may write again, or the stream is over."""
         session = client.session
         if session is None:
             return
@@ -473,7 +473,7 @@ class World:
             self.input(self.core.drained, session.core)
 
     def connect_client(self, client: SimClient) -> None:
-        """Open a session for a client, with all watches it still wants."""
+        """Open a session for a client, with all watches that it still wants."""
         if client.has_leader and self.upstream.choice.leaderless:
             # It is refused, as proxy/watch/service.py does.
             return
@@ -516,12 +516,12 @@ class World:
         self.input(self.core.create, session.core, request)
 
     def ask_progress(self, session: SimSession) -> None:
-        """Send a request for progress."""
+        """Send a progress request."""
         session.sent_progress(min(member.revision for member in self.members))
         self.input(self.core.progress, session.core)
 
     def close_session(self, client: SimClient) -> None:
-        """A client's stream breaks or is closed: what it has not read is gone."""
+        """Break or close a client's stream: unread messages are lost."""
         session = client.session
         if session is None:
             return
@@ -533,7 +533,7 @@ class World:
         self._session_over(client)
 
     def _session_over(self, client: SimClient) -> None:
-        """Have a client forget what it cannot know to be wrong: the store went back, and the news did not reach it."""
+        """Reset a client whose state is outdated without its knowledge: it got no notice of the restore."""
         for watch in client.watches:
             if watch.doomed or self.undiscovered is not None:
                 watch.forget()
@@ -541,7 +541,7 @@ class World:
     # time
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, with the core's timers firing on the way, or at its end when the event loop is late."""
+        """Let time pass, firing the core's timers on time, or at the end when the event loop is late."""
         until = self.now + seconds
         if self.config.late_timers:
             self.now = until
@@ -569,14 +569,14 @@ class World:
                 raise SimulationFailure(f"a session has been stalled since {session.stalled_at}, it is {self.now}")
 
     def expire(self) -> None:
-        """Fire the core's timers that are due, and the reader's."""
+        """Fire the due timers of the core and the reader."""
         self.calls.prove()
         self.upstream.look_again(self.rng)
         self.input(self.core.expire)
 
 
 def describe(value: Any) -> str:
-    """Return a short text for anything the core is given or gives."""
+    """Return a short text for an input or effect of the core."""
     if isinstance(value, WatchResponse):
         flags = [name for name in ("created", "canceled", "fragment") if getattr(value, name)]
         revisions = [event.revision for event in value.events]
