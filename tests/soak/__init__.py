@@ -1,5 +1,5 @@
-"""A long run of everything at once: a real etcd, the proxy as a process, many kinds of clients, and faults at random.
+"""A long combined run: a real etcd, the proxy as a process, many kinds of clients, and random faults.
 
-`python -m tests.soak --minutes n`. What a test of one fault cannot show is what many leave behind together: an event
-lost once in a million, a descriptor kept each time, memory that never comes back.
+`python -m tests.soak --minutes n`. It finds problems that tests of single faults do not show: an event lost once in a
+million, a descriptor leaked each time, memory that is never released.
 """

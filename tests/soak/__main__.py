@@ -1,4 +1,4 @@
-"""Soak the proxy: `python -m tests.soak --minutes 20`. Ends with 1 when anything was lost or leaked."""
+"""Soak the proxy: `python -m tests.soak --minutes 20`. Exits with 1 if anything was lost or leaked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OUT, DOCS = ROOT / "build/soak", ROOT / "docs"
 
 
 def main() -> int:
-    """Run it and tell."""
+    """Run it and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(2)))

@@ -1,7 +1,7 @@
-"""Those who write and read through the proxy: every call but Watch passes through it untouched.
+"""Callers that write and read through the proxy, which passes every call but Watch through unchanged.
 
-What was acknowledged is written down and looked for in etcd's history at the end; what a linearizable read says must
-not be older than what its caller was told before.
+Acknowledged writes are recorded and looked up in etcd's history at the end; a linearizable read must not be older than
+its caller's earlier answers.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ EXPECTED = {
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.NOT_FOUND,
 }
-"""What a call may end with while etcd and the ways to it come and go; NOT_FOUND: a lease that has expired."""
+"""Statuses allowed while etcd and the routes to it fail and recover; NOT_FOUND: a lease that has expired."""
 
 
 def any_key() -> bytes:
-    """Return a key of the four groups that clients watch."""
+    """Return a key from one of the four groups that clients watch."""
     return b"/s/%c/%02d" % (random.choice(b"abcd"), random.randrange(20))
 
 
@@ -54,7 +54,7 @@ class Caller:
         self.stopping = False
 
     async def run(self, step: Callable[[Caller], Awaitable[None]], pace_s: float) -> None:
-        """Make calls at a pace until told to stop."""
+        """Make calls at a fixed rate until stopped."""
         while not self.stopping:
             try:
                 await step(self)
@@ -63,12 +63,12 @@ class Caller:
                 if error.code() not in EXPECTED:
                     self._seen.faults.append(f"a call ended {error.code().name}: {(error.details() or '')[:100]}")
             except Exception as error:
-                # Told in the end, as a fault; the run goes on.
+                # Reported at the end as a fault; the run goes on.
                 self._seen.faults.append(f"{step.__name__} failed: {error!r}")
             await asyncio.sleep(random.uniform(0.2, 1.8) * pace_s)
 
     def done(self, answer: Any) -> Any:
-        """Note a good answer; revisions never go down for one caller at a time."""
+        """Record a successful answer; the revisions of one caller never decrease."""
         self._calls["OK"] += 1
         revision = answer.header.revision
         if revision < self._revision:
@@ -78,14 +78,14 @@ class Caller:
         return answer
 
     async def put(self, key: bytes, value: bytes, lease: int = 0) -> None:
-        """Put, and remember that it was acknowledged."""
+        """Put, and record the acknowledgement."""
         request = rpc_pb2.PutRequest(key=key, value=value, lease=lease)
         answer = self.done(await self.kv.Put(request, timeout=CALL_S))
         self.acknowledged.append((answer.header.revision, key))
 
 
 async def write(caller: Caller) -> None:
-    """Change something: a put mostly, a delete, a range of deletes, several keys in one revision."""
+    """Make a change: mostly a put, else a delete, a range of deletes, or several keys in one revision."""
     chance = random.random()
     value = random.randbytes(4).hex().encode() + b"x" * random.choice(SMALL)
     if chance < 0.7:
@@ -122,7 +122,7 @@ async def use_lease(caller: Caller) -> None:
     call: Any = caller.lease.LeaseKeepAlive(timeout=CALL_S)
     try:
         for _ in range(random.randrange(3)):
-            # What grpc.aio says of a call that has ended; the read tells how.
+            # grpc.aio raises this for a call that has ended; the read gives the status.
             with contextlib.suppress(asyncio.InvalidStateError):
                 await call.write(rpc_pb2.LeaseKeepAliveRequest(ID=grant.ID))
             if await call.read() is grpc.aio.EOF:
@@ -135,7 +135,7 @@ async def use_lease(caller: Caller) -> None:
 
 
 async def read(caller: Caller) -> None:
-    """Read something, or ask for a state."""
+    """Read keys, or request a status."""
     chance = random.random()
     if chance < 0.6:
         caller.done(await caller.kv.Range(rpc_pb2.RangeRequest(key=any_key()), timeout=CALL_S))

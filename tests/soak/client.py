@@ -1,7 +1,7 @@
 """One process of clients: `python -m tests.soak.client KIND ENDPOINT DIRECTORY SEED`, driven by lines on stdin.
 
-`settle REVISION`: have everything through it, then print `settled`; or `waits`, when that cannot be before something
-is written. `leave`: close all, write the summary, end.
+`settle REVISION`: receive everything through it, then print `settled`; or `waits`, if that requires a further write.
+`leave`: close all, write the summary, exit.
 The records are in DIRECTORY/KIND.spool, the summary in DIRECTORY/KIND.json.
 """
 
@@ -26,7 +26,7 @@ SETTLE_S = 90.0
 
 
 class Summary(msgspec.Struct):
-    """What a process tells in the end, beside its spool."""
+    """The final report of a process, besides its spool."""
 
     endings: dict[str, int]
     calls: dict[str, int]
@@ -45,7 +45,7 @@ def plan_wide(seen: Seen) -> WatchPlan:
 
 
 def plan_narrow(seen: Seen) -> WatchPlan:
-    """A watch of one key or a few: hardly two alike."""
+    """A watch of one key or a few: nearly all are different."""
     plan = plan_wide(seen)
     plan.key, plan.range_end = callers.any_key(), b""
     if random.random() < 0.5:
@@ -72,7 +72,7 @@ KINDS: dict[str, list[tuple[int, int, Habits, Callable[[Seen], WatchPlan]]]] = {
     ],
     "callers": [],
 }
-"""Streams, watches on each, how they behave, what they watch. The slow ones have a channel each."""
+"""Number of streams, watches on each, their behaviour, their ranges. The slow ones have separate channels."""
 
 
 class Clients:
@@ -117,9 +117,9 @@ class Clients:
         return channel
 
     async def settle(self, revision: int) -> bool:
-        """Wait until every watch was told of everything through `revision`, the store's.
+        """Wait until every watch has progress through `revision`, the store's.
 
-        False: all that lack something are on streams of which no etcd says anything before more is written.
+        False: all incomplete watches are on streams on which etcd sends nothing before a further write.
         """
         for stream in self.streams:
             stream.hurried = True
@@ -142,7 +142,7 @@ class Clients:
         return True
 
     async def leave(self) -> None:
-        """Close everything and write down how it went."""
+        """Close everything and write the summary."""
         for stream in self.streams:
             stream.stopping = True
         for task in self._tasks:
@@ -157,7 +157,7 @@ class Clients:
 
 
 async def main(kind: str, endpoint: str, directory: str, seed: str) -> None:
-    """Run until told to leave, or until stdin ends."""
+    """Run until `leave`, or until stdin ends."""
     random.seed(f"{seed} {kind}")
     loop = asyncio.get_running_loop()
     lines = asyncio.StreamReader()

@@ -1,4 +1,4 @@
-"""The faults of a soak, drawn at random: each is done, held for a while, and mended."""
+"""The random faults of a soak: each is injected, held for a while, and ended."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CALL_S = 20.0
 
 
 class Faults:
-    """What can go wrong, and how often it did."""
+    """The faults, and how often each was injected."""
 
     def __init__(
         self, etcd: EtcdServer, proxy: ProxyProcess, upstream: Relay, clients: Relay, history: History, seed: int
@@ -54,7 +54,7 @@ class Faults:
         ]
 
     async def run(self) -> None:
-        """Do one after the other until cancelled; a fault that was begun is mended."""
+        """Inject one after the other until cancelled; a fault that has begun is ended."""
         while True:
             await asyncio.sleep(self._chance.uniform(0.5, 3.0))
             faults = self._faults + (self._restarting if self.restarts else [])
@@ -68,7 +68,7 @@ class Faults:
                 raise
 
     async def tend(self) -> None:
-        """Compact and defragment now and then, whatever else goes on, until cancelled."""
+        """Compact and defragment now and then, also during faults, until cancelled."""
         async with grpc.aio.insecure_channel(self._etcd.endpoint) as channel:
             kv, maintenance = rpc_pb2_grpc.KVStub(channel), rpc_pb2_grpc.MaintenanceStub(channel)
             while True:
@@ -83,10 +83,10 @@ class Faults:
                     continue
 
     async def _compact(self, kv: rpc_pb2_grpc.KVAsyncStub) -> None:
-        # Only what the recorder of the truth has: it must not be compacted itself.
+        # Only revisions that the recorder has: it must not be compacted itself.
         revision = self._history.next_revision - 1 - self._chance.choice((0, 50, 500, 2000))
         if revision > max(self.compactions, default=1):
-            # Noted before: etcd may do it and be killed before it says so.
+            # Recorded first: etcd may compact and be killed before it answers.
             self.compactions.append(revision)
             await kv.Compact(rpc_pb2.CompactionRequest(revision=revision), timeout=CALL_S)
             self._note("etcd compacted")

@@ -1,4 +1,4 @@
-"""What a soak leaves behind: a report to read, the samples, and a graph of memory and delay."""
+"""The output of a soak: a report, the samples, and a graph of memory and delay."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOLD = (
     *("creates_total", "progress_answers_total", "events_received_total", "events_delivered_total"),
     *("calls_total", "calls_broken_total", "calls_resent_total", "store_went_back_total", "limit_refusals_total"),
 )
-"""Counters of the proxy that go into the report."""
+"""Counters of the proxy in the report."""
 
 
 INTRODUCTION = """# Soak
@@ -85,7 +85,7 @@ def _rest(rest: Sample) -> str:
 
 
 def went_through(samples: list[Sample]) -> dict[str, int]:
-    """Return the proxy's counters of events that a soak is for, summed over its processes."""
+    """Return the proxy's counters of the relevant events, summed over its processes."""
     last = {sample.pid: sample.counters for sample in samples}
     total: Counter[str] = Counter()
     for counters in last.values():
@@ -101,7 +101,7 @@ def _table(title: str, counts: dict[str, int]) -> list[str]:
 
 
 def write(outcome: Outcome, directory: Path) -> str:
-    """Write everything below a directory; return what to print."""
+    """Write everything below a directory; return the text to print."""
     directory.mkdir(parents=True, exist_ok=True)
     told = text(outcome)
     (directory / "report.md").write_text(told)
@@ -122,7 +122,7 @@ def write_docs(outcome: Outcome, docs: Path) -> None:
 
 
 def plot(outcome: Outcome, path: Path) -> bool:
-    """Draw memory, descriptors and delay over time; tell whether matplotlib is there to do it."""
+    """Draw memory, descriptors and delay over time; return False if matplotlib is missing."""
     try:
         matplotlib = importlib.import_module("matplotlib")
     except ImportError:

@@ -1,10 +1,10 @@
-"""The course of a soak: waves of clients with faults, a rest after each, then the verdicts.
+"""The course of a soak: waves of clients with faults, a rest after each, then the checks.
 
-Four waves. In the first the proxy itself is restarted as well. Before the second it is started afresh, and stays the
-same process to the end, so that what it holds at rest after the last wave can be compared with what it held after the
-second. Memory that the allocators took once and keep for later is no leak; what is in use, and grows with use, is one.
-So the verdict goes by the process's own account of objects and bytes in use, which is exact to a few hundred objects;
-resident memory has a coarse bound besides, for what no account shows.
+There are four waves. In the first the proxy itself is restarted as well. Before the second it is started again, and
+stays the same process to the end, so that its state at rest after the last wave can be compared with that after the
+second. Memory that the allocators keep for reuse is not a leak; memory in use that grows with use is one. So the check
+uses the process's own counts of objects and bytes in use, which are exact to a few hundred objects; resident memory has
+a coarse bound in addition, for memory that is not counted.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from tests.soak.faults import Faults
 from tests.soak.sampling import ENVIRONMENT, Sample, Sampler
 
 SHARES = (0.25, 0.25, 0.25, 0.25)
-"""The parts of the time that the waves take."""
+"""The waves' shares of the time."""
 QUIET_S = 3.0
-"""Without faults at the beginning of a wave."""
+"""The time without faults at the beginning of a wave."""
 REST_S = 60.0
 SETTLE_S = 150.0
 GROWTH_MAX = {"objects": 3_000, "blocks": 6_000, "malloc_bytes": 1 << 20}
-"""What may be in use more after the last wave than after the second: tables of a long-lived connection to etcd, label
-sets of metrics. A wave has thousands of sessions and calls; were one object of each kept, it would show."""
+"""The allowed growth from the second wave to the last one: tables of a long-lived connection to etcd, label sets of
+metrics. A wave has thousands of sessions and calls; one leaked object of each would exceed this."""
 GARBAGE_MAX = 50_000
-"""What may wait for a collection: less than makes one happen (proxy.server.GC_THRESHOLDS)."""
+"""The number of objects that may wait for a collection: less than triggers one (proxy.server.GC_THRESHOLDS)."""
 RESIDENT_GROWTH_MAX_BYTES = 24 << 20
-"""The same of resident memory: what the allocators keep in pieces settles after a few waves."""
+"""The same for resident memory: fragmentation of the allocators settles after a few waves."""
 LEAK_DESCRIPTORS = 3
-"""Connections to etcd come and go."""
+"""Variation by connections to etcd."""
 KNOBS = (
     *("--drain=2s", "--linger=1s", "--history-linger=2s", "--history-bytes-total-max=8MiB"),
     *("--dial-keepalive-time=5s", "--dial-keepalive-timeout=2s", "--log-level=warn"),
 )
 NOT_WATCHED = b"/z"
-"""A key outside of all that clients watch."""
+"""A key outside all watched ranges."""
 EMPTY = ("watches", "sessions", "trunks", "backfills", "lagging", "connections", "history_bytes")
 
 
 @dataclass
 class Outcome:
-    """What a soak found."""
+    """The findings of a soak."""
 
     seed: int
     seconds: float = 0.0
@@ -65,13 +65,13 @@ class Outcome:
     watches: int = 0
     events: int = 0
     changes: int = 0
-    """What etcd did itself."""
+    """Events of etcd itself."""
     acknowledged: int = 0
     compacted: int = 0
-    """Watches that were told so."""
+    """Watches cancelled for it."""
     resumed: int = 0
     fragments: int = 0
-    """Responses of which more pieces followed."""
+    """Responses followed by further pieces."""
     bookmarks: int = 0
     endings: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
@@ -84,7 +84,7 @@ class Outcome:
 
 
 class Wave:
-    """One process of clients of each kind."""
+    """The client processes, one of each kind."""
 
     def __init__(self, endpoint: str, directory: Path, seed: int) -> None:
         self.directory = directory
@@ -105,14 +105,14 @@ class Wave:
     async def settle(self, store: Etcd) -> int:
         """Have writers stop and watchers catch up; return the last revision."""
         await self._ask("callers", "settle 0")
-        # Watches may begin a little in the future.
+        # Watches may start a little in the future.
         for number in range(40):
             revision = await store.put(b"/s/a/00", b"last %d" % number)
         await asyncio.gather(*(self._settle(kind, revision, store) for kind in KINDS if kind != "callers"))
         return revision
 
     async def _settle(self, kind: str, revision: int, store: Etcd) -> None:
-        """Have watchers catch up; write on, where nobody watches, only when etcd itself would be silent without."""
+        """Have watchers catch up; write outside all watched ranges only if etcd itself would otherwise send nothing."""
         while await self._ask(kind, f"settle {revision}") == "waits":
             revision = await store.put(NOT_WATCHED, b"")
 
@@ -127,7 +127,7 @@ class Wave:
         return answer
 
     async def leave(self) -> None:
-        """Let all leave."""
+        """Close all clients."""
         for process in self._processes.values():
             assert process.stdin is not None
             process.stdin.write(b"leave\n")
@@ -135,14 +135,14 @@ class Wave:
             await asyncio.gather(*(process.wait() for process in self._processes.values()))
 
     def kill(self) -> None:
-        """End what is still there."""
+        """Kill the remaining processes."""
         for process in self._processes.values():
             if process.returncode is None:
                 process.kill()
 
 
 async def soak(minutes: float, seed: int, directory: Path) -> Outcome:
-    """Run for about so long (and the rests between waves); `directory` takes what clients write down."""
+    """Run for about so long (plus the rests between waves); clients write their records to `directory`."""
     outcome = Outcome(seed)
     started = time.monotonic()
     with EtcdServer() as etcd:
@@ -207,7 +207,7 @@ async def _waves(
 
 
 async def _trouble(seconds: float, faults: Faults) -> None:
-    """Let clients run for so long, with faults after a quiet beginning; all is mended at the end."""
+    """Let clients run for so long, with faults after a quiet beginning; all faults are ended at the end."""
     await asyncio.sleep(min(QUIET_S, seconds / 4))
     tasks = [asyncio.create_task(faults.run()), asyncio.create_task(faults.tend())]
     done, _ = await asyncio.wait(tasks, timeout=max(0.0, seconds - QUIET_S))
@@ -215,12 +215,12 @@ async def _trouble(seconds: float, faults: Faults) -> None:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
-        # Faults end by our cancel alone.
+        # Only this cancel ends the faults.
         task.result()
 
 
 async def _rest(sampler: Sampler) -> Sample:
-    """Wait until the proxy holds nothing for clients any more, or for a minute; return a sample of it."""
+    """Wait until the proxy holds no state of clients, for a minute at most; return a sample of it."""
     deadline = time.monotonic() + REST_S
     while True:
         await asyncio.sleep(1)
@@ -231,7 +231,7 @@ async def _rest(sampler: Sampler) -> Sample:
 
 
 def leaks(rests: list[Sample]) -> list[str]:
-    """Return what the proxy holds at rest that it should not: against its own last rest, and against nothing."""
+    """Return the leaks of the proxy at rest, relative to its earlier rest, and in absolute terms."""
     found = []
     for number, rest in enumerate(rests):
         held = {name: rest.gauges[name] for name in EMPTY if rest.gauges[name]}
@@ -240,7 +240,7 @@ def leaks(rests: list[Sample]) -> list[str]:
     for before, after in itertools.pairwise(rests):
         if before.pid == after.pid and after.descriptors > before.descriptors + LEAK_DESCRIPTORS:
             found.append(f"descriptors went from {before.descriptors} to {after.descriptors}")
-    # After the second wave, when everything that is made once is made, and after the last one.
+    # After the second wave, when all one-time allocations are done, and after the last one.
     before, after = rests[-len(SHARES) + 1], rests[-1]
     if before.pid != after.pid:
         found.append("the proxy did not live from one rest to the next")
@@ -261,7 +261,7 @@ def leaks(rests: list[Sample]) -> list[str]:
 
 
 def judge(directory: Path, number: int, truth: Truth, last: int, outcome: Outcome) -> None:
-    """Have the checkers look at every watch of a wave, and at what writers were told."""
+    """Run the checkers on every watch of a wave, and on the acknowledged writes."""
     identities = {(change.mod_revision, change.key) for change in truth.changes}
     for kind in KINDS:
         summary = msgspec.json.decode((directory / f"{kind}.json").read_bytes(), type=Summary)

@@ -1,4 +1,4 @@
-"""Samples of the proxy as a process: memory, descriptors, threads, CPU, how late its event loop rings."""
+"""Samples of the proxy's process: memory, descriptors, threads, CPU, and the delay of its event loop's timers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.waiting import until
 INSIDE = Path(__file__).parent / "inside"
 HELD = Path(tempfile.gettempdir()) / f"watchmux-soak-held-{os.getpid()}.json"
 ENVIRONMENT = {"PYTHONPATH": str(INSIDE), "WATCHMUX_SOAK_HELD": str(HELD)}
-"""With which the proxy is started."""
+"""The environment of the proxy."""
 
 DELAY = "watchmux_event_loop_delay_seconds"
 GAUGES = ("watches", "sessions", "trunks", "backfills", "lagging", "connections", "history_bytes", "upstream_streams")
@@ -28,10 +28,10 @@ EVERY_S = 1.0
 
 
 class Held(msgspec.Struct):
-    """What the process holds, by its own account (inside/sitecustomize.py)."""
+    """The process's own counts of its memory (inside/sitecustomize.py)."""
 
     garbage: int
-    """Objects that only the collection before it has found."""
+    """Objects that only the preceding collection has freed."""
     objects: int
     blocks: int
     """Of Python's allocator."""
@@ -39,7 +39,7 @@ class Held(msgspec.Struct):
 
 
 class Sample(msgspec.Struct):
-    """One look at the proxy."""
+    """One sample of the proxy."""
 
     at_s: float
     """Since the start of the run."""
@@ -50,7 +50,7 @@ class Sample(msgspec.Struct):
     cpu_s: float
     """Since the start of its process."""
     loop_delay_s: float = 0.0
-    """An upper bound (a bucket's) of the latest timer since the sample before."""
+    """An upper bound (a bucket's) of the longest timer delay since the previous sample."""
     gauges: dict[str, float] = {}
     counters: dict[str, float] = {}
     held: Held | None = None
@@ -66,7 +66,7 @@ def read_metrics(port: int) -> dict[str, float]:
 
 
 class Sampler:
-    """Looks at the proxy every second, whichever process it is."""
+    """Samples the proxy every second, over all of its processes."""
 
     def __init__(self, proxy: ProxyProcess) -> None:
         self._proxy = proxy
@@ -83,13 +83,13 @@ class Sampler:
     async def run(self) -> None:
         """Sample until cancelled."""
         while True:
-            # Between two processes, or one that is just ending, there is nothing to see.
+            # Between two processes, or while one ends, no sample is possible.
             with contextlib.suppress(OSError, AssertionError, AttributeError, ValueError, IndexError):
                 self.samples.append(await asyncio.to_thread(self.take))
             await asyncio.sleep(EVERY_S)
 
     def take(self) -> Sample:
-        """Look once. Raises OSError when the proxy is away."""
+        """Take one sample. Raises OSError when the proxy is down."""
         process = self._proxy.process
         assert process is not None
         home = Path(f"/proc/{process.pid}")
@@ -113,7 +113,7 @@ class Sampler:
         return sample
 
     def take_held(self, sample: Sample) -> None:
-        """Have the process say what it holds."""
+        """Have the process report its memory."""
         HELD.unlink(missing_ok=True)
         os.kill(sample.pid, signal.SIGUSR2)
         until(HELD.exists, "the proxy to say what it holds")

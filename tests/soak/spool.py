@@ -1,7 +1,7 @@
-"""What clients write down while they run, and how it becomes the logs that the guarantee checkers read.
+"""The records that clients write while they run, and their conversion to the logs of the guarantee checkers.
 
-A client process appends records to a file: which watch, what kind, and the bytes as they came. Nothing is decoded
-there that the client does not need itself, so that recording does not slow it down.
+A client process appends records to a file: watch, kind, and the received bytes. It decodes only what it needs itself,
+so that recording does not slow it down.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ HEAD = struct.Struct("<IBI")
 
 
 class Kind(IntEnum):
-    """What a record tells."""
+    """The kind of a record."""
 
     PLAN = 0
-    """A watch as it was planned (msgpack of WatchPlan)."""
+    """A planned watch (msgpack of WatchPlan)."""
     OPENED = 1
     """A create was sent; the body is its start revision, 0 for now."""
     RESPONSE = 2
-    """A WatchResponse came, as it was on the wire."""
+    """A WatchResponse was received; the body is its bytes from the wire."""
     LEFT = 3
-    """The client wants no more of it: it need not have everything."""
+    """The client has given it up: it may be incomplete."""
 
 
 class WatchPlan(msgspec.Struct):
@@ -56,7 +56,7 @@ class Spool:
         self._watches = 0
 
     def plan(self, plan: WatchPlan) -> int:
-        """Note a new watch; return its number."""
+        """Record a new watch; return its number."""
         self._watches += 1
         self.note(self._watches, Kind.PLAN, msgspec.msgpack.encode(plan))
         return self._watches
@@ -67,13 +67,13 @@ class Spool:
         self._file.write(body)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining records."""
         self._file.close()
 
 
 @dataclass
 class Life:
-    """The log of one watch, and what it should have in the end."""
+    """The log of one watch, and the revisions that it should have at the end."""
 
     log: WatchLog
     left: bool = False
@@ -81,7 +81,7 @@ class Life:
 
 
 def read(path: Path) -> Iterator[Life]:
-    """Yield the lives that a spool tells of."""
+    """Yield the lives recorded in a spool."""
     bodies: dict[int, list[tuple[Kind, bytes]]] = {}
     data = memoryview(path.read_bytes())
     at = 0

@@ -1,4 +1,4 @@
-"""The soak itself: it can fail, its verdicts are right, and a short one finds nothing."""
+"""The soak itself: it can fail, its checks are right, and a short soak finds nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHANGES = [Change(PUT, b"/s/a/01", b"%d" % number, 2, number, number - 1, 0) for
 
 
 def response(change: Change) -> bytes:
-    """The response with one event."""
+    """Return the response with one event."""
     kv = kv_pb2.KeyValue(
         key=change.key,
         value=change.value,
@@ -40,7 +40,7 @@ def response(change: Change) -> bytes:
 
 
 def judged(directory: Path, got: list[Change], acknowledged: list[tuple[int, bytes]], fault: str = "") -> Outcome:
-    """Judge a wave with one watch that got these changes."""
+    """Check a wave with one watch that got these changes."""
     for kind in KINDS:
         records = spool.Spool(directory / f"{kind}.spool")
         if kind == "steady":
@@ -84,7 +84,7 @@ def test_lost_writes_and_client_faults_are_violations(tmp_path: Path) -> None:
 
 
 def stream_of(clients: Clients, channel: grpc.aio.Channel, *keys: bytes) -> Stream:
-    """One more stream of some clients, with a watch from now of each key; it asks for progress every few hundredths."""
+    """Add a stream with a watch from now of each key; it requests progress every few hundredths of a second."""
     plans = iter([spool.WatchPlan(key) for key in keys])
     stream = Stream(channel, clients._spool, clients._seen, Habits(turn_s=0.05), lambda: next(plans))
     for _ in keys:
@@ -130,7 +130,7 @@ def test_missing_progress_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 stream = stream_of(clients, channel, b"/s/a/00", b"/s/c/00")
                 for watch, start in zip(stream.watches, starts, strict=True):
                     watch.start_revision = watch.next_revision = start
-            # No etcd would say anything on the second, but on the first.
+            # etcd would send nothing on the second, but on the first.
             assert await clients.settle(LAST)
             await clients.leave()
         return clients._seen.faults
@@ -142,7 +142,7 @@ def test_missing_progress_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @dataclass
 class Rest:
-    """What is seen of a proxy at rest."""
+    """The figures of a proxy at rest."""
 
     memory_mib: int = 60
     descriptors: int = 17
@@ -155,7 +155,7 @@ class Rest:
     garbage: int = 5_000
 
     def sample(self) -> Sample:
-        """The sample of it."""
+        """Return a sample with these figures."""
         gauges = dict.fromkeys(EMPTY, 0.0) | {"watches": float(self.watches)}
         held = Held(self.garbage, self.objects, self.blocks, int(self.malloc_mib * 2**20))
         memory = self.memory_mib << 20
@@ -163,16 +163,16 @@ class Rest:
 
 
 FIRST = [Rest(50, pid=1), Rest(75, pid=1), Rest(50)]
-"""Before the wave from which on the verdict goes: another process, then a fresh one."""
+"""Rests before the first wave that is compared: another process, then a new one."""
 
 
 @pytest.mark.parametrize(
     ("waves", "leak"),
     [
         ([Rest(), Rest(), Rest()], ""),
-        # As measured: allocators that keep what they had.
+        # As measured: the allocators keep freed memory.
         ([Rest(58), Rest(68), Rest(80, objects=52_400, blocks=210_900, malloc_mib=11.2)], ""),
-        # What is made once is made by the second wave, whatever it is.
+        # One-time allocations of any kind are done by the second wave.
         ([Rest(90, objects=90_000, blocks=400_000, malloc_mib=40)] * 3, ""),
         ([Rest(58), Rest(58), Rest(59, objects=56_000)], "objects in use went from 52000 to 56000"),
         ([Rest(58), Rest(58), Rest(58, blocks=217_000)], "blocks in use"),

@@ -1,9 +1,9 @@
 """Watches as clientv3 keeps them: many on one stream, resumed from their next revision whenever the stream breaks.
 
-What clientv3 does and this does too (client/v3/watch.go): `created` answers are matched to creates by order; a watch
-from now is resumed from the very revision of its `created`; any other from its last event, or from the last response
-without events, plus one; a fragmented response counts when its last piece is there; an id whose watch etcd cancelled
-is cancelled by the client as well.
+It behaves as clientv3 does (client/v3/watch.go): `created` answers are matched to creates by order; a watch from now is
+resumed from exactly the revision of its `created`; any other from its last event, or from the last response without
+events, plus one; a fragmented response counts when its last piece has arrived; the client also cancels an id whose
+watch etcd has cancelled.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ CHANNEL = (
     ("grpc.http2.max_pings_without_data", 0),
 )
 WRITE_FAILED = "Internal error from Core"
-"""What grpc.aio says of a call whose connection broke under a write, before it learns why (grpc/aio/_call.py)."""
+"""grpc.aio's error for a call whose connection broke during a write, before it learns why (grpc/aio/_call.py)."""
 
 SLOW_CHANNEL = (*CHANNEL, ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384))
 
 
 @dataclass
 class Habits:
-    """How a stream of watches behaves: the weight of each thing that it may do in a turn, and how it reads."""
+    """The behaviour of a stream of watches: the weight of each possible action in a turn, and how it reads."""
 
     turn_s: float = 1.0
     progress: float = 0.0
@@ -47,7 +47,7 @@ class Habits:
     swap: float = 0.0
     """Cancel a watch and open another one."""
     pause: float = 0.0
-    """The part of responses after which it does not read on for a while."""
+    """The share of responses after which it stops reading for a while."""
     pause_s: float = 0.0
 
 
@@ -60,18 +60,18 @@ class Watch:
     next_revision: int
     """0: now."""
     start_revision: int = 0
-    """What it asked for when it was last opened."""
+    """The start revision of its last create."""
 
 
 class Seen:
-    """What a client process knows of the world."""
+    """The observations of a client process."""
 
     def __init__(self) -> None:
         self.revision = 1
         self.endings: Counter[str] = Counter()
         """How streams ended."""
         self.faults: list[str] = []
-        """What should not have come."""
+        """Responses and errors that should not have occurred."""
 
 
 class Stream:
@@ -90,7 +90,7 @@ class Stream:
         self.watches: list[Watch] = []
         self._by_id: dict[int, Watch] = {}
         self._pending: deque[Watch | None] = deque()
-        """Creates without an answer; None: nobody waits for it any more."""
+        """Unanswered creates; None: no longer waited for."""
         self._call: Any = None
         self._sending: asyncio.Task[None] | None = None
         self._outbox: asyncio.Queue[rpc_pb2.WatchRequest] = asyncio.Queue()
@@ -99,7 +99,7 @@ class Stream:
         self.told: list[int] = []
         """The revisions of the answers to them."""
         self.hurried = False
-        """The run is near its end: no more pauses and mischief."""
+        """Whether the run is near its end: no more pauses and random actions."""
         self.stopping = False
 
     def add(self) -> Watch:
@@ -110,20 +110,19 @@ class Stream:
         return watch
 
     def has_all(self, revision: int) -> bool:
-        """Everybody was told of everything through `revision`."""
+        """Whether every watch has events or progress through `revision`."""
         return all(watch.next_revision > revision for watch in self.watches)
 
     def waits_for_the_future(self, revision: int) -> bool:
-        """Etcd says nothing about progress before something is written after `revision`: a watch starts there.
+        """Whether etcd sends no progress before a write after `revision`, because a watch starts there.
 
-        So it is with one that was planned to start there while the last writes were made, and with one that has the
-        newest event and is resumed above it. The others of its stream have to wait as well, also for being told that
-        they miss nothing.
+        This holds for a watch that was planned to start there during the last writes, and for one that has the newest
+        event and is resumed above it. Progress for the other watches of its stream has to wait as well.
         """
         return any(watch.start_revision > revision for watch in self.watches)
 
     def state(self) -> str:
-        """Say where it stands, for a complaint."""
+        """Return its state, for a fault's text."""
         starts = [(watch.start_revision, watch.next_revision) for watch in self.watches]
         sending = "over" if self._sending is None or self._sending.done() else "alive"
         return (
@@ -138,7 +137,7 @@ class Stream:
         self._outbox.put_nowait(rpc_pb2.WatchRequest(progress_request=rpc_pb2.WatchProgressRequest()))
 
     async def run(self) -> None:
-        """Keep the watches until told to stop."""
+        """Keep the watches until stopped."""
         mischief = asyncio.create_task(self._behave())
         while not self.stopping:
             try:
@@ -146,7 +145,7 @@ class Stream:
             except grpc.aio.AioRpcError as error:
                 self._ended(error.code(), error.details() or "")
             except asyncio.CancelledError:
-                # grpc.aio tells of our own cancel of the call in this way as well.
+                # grpc.aio reports our own cancel of the call in the same way.
                 if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # we are in a task
                     raise
             await asyncio.sleep(random.uniform(0.01, 0.1))
@@ -182,8 +181,8 @@ class Stream:
             while True:
                 await call.write(await self._outbox.get())
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
-            # grpc may go on with a call by another connection though it has told us that a write failed: then whoever
-            # reads would wait for answers to what was never asked.
+            # grpc may continue a call on another connection although it has reported that a write failed: then the
+            # reader would wait for answers to requests that were never sent.
             call.cancel()
 
     def _create(self, watch: Watch) -> None:
