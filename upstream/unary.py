@@ -103,8 +103,7 @@ def start_unary(
     told: Callable[[Answer | CallFailed], None],
 ) -> UnaryCall:
     """
-    Send a call; `told` is called once with the outcome, never before this returns. `timeout_s` is only sent to the
-    server.
+    Send a call; `told` is called once with the outcome, after this returns. `timeout_s` is only sent to the server.
 
     Raises NotSent when the connection takes no calls.
     """

@@ -7,8 +7,7 @@ serves (`Dialer`), waits until it is lost, and finds the next one. After a break
 automatically, and the listener sees neither a gap nor a repeated event. A connection that is closed in good order is
 not a break: its streams continue until they end, and their watches register again on another connection.
 
-Calls to the listener are synchronous and are made from the event loop. The listener may call the client from inside
-them.
+Calls to the listener are synchronous and come from the event loop. The listener may call the client from inside them.
 
 All decisions are made elsewhere, without I/O: `state` (the position of each watch), `choice` (which server, and what to
 do when a stream ends), `lineage` (whether the store still has the same history). The simulator drives all three.
@@ -406,7 +405,7 @@ class WatchClient:
         if verdict is HistoryVerdict.OTHER:
             self._log.warning("upstream_other_history", endpoint=server.target.endpoint.text, **described(known, now))
             self._listener.other_history(now.header)
-            # The listener may have called `revision_regressed` with the revision alone; this position is more precise.
+            # Again: `revision_regressed`, which the listener may have called, does not know this position.
             self._lineage.went_back(now)
         return verdict is not HistoryVerdict.UNKNOWN
 

@@ -7,21 +7,19 @@ Theory of operation. The listener opens a *watch* (any object with the attribute
 the client's record of it and outlives connections. While connected, each registration belongs to one `WatchStream`: all
 trunks of one token share a stream, each backfill has its own. A registration is *creating* until the server has
 answered its create, then *live* under the id that the server chose. Creates are pipelined and answered in order, so a
-`created` belongs to the oldest outstanding create; the id alone does not identify it, since every refusal has the id
--1.
+`created` belongs to the oldest outstanding create; the id does not identify it, since every refusal has the id -1.
 
 Position. `next_revision` is the first revision still needed; it advances by events and by progress, never by the header
 of an event response: a catch-up response has the store's revision in its header but at most 1000 revisions of events. A
 lost connection does not change positions, and `register` creates all watches again from there. Three special cases:
 
-- A start above the store's revision makes etcd drop every progress request of the stream. With a start at or below it,
-  etcd first catches the watch up, for up to 100 ms, and a compaction in that time cancels the watch although it missed
+- A start above the store's revision makes etcd drop every progress request of the stream. With a start at or below it
+  the watch is unsynced at first, for up to 100 ms, and a compaction in that time cancels the watch although it missed
   nothing. So a watch that needs no revision known to exist is created from now, and events below its position are
   dropped here. When the header of that `created` shows that there was a write meanwhile, the watch is created again,
   from its position.
-- That position can be a compacted revision although no needed revision is compacted. Such a cancel is not passed on:
-the
-  watch is created again.
+- That position can be a compacted revision although no needed revision is compacted. Such a cancel is not passed on;
+  the watch is created again.
 - A watch from "now" (None) gets its position from the header of its `created`, that revision *inclusive*: etcd reads
   this header after it has registered the watch (since 3.5.22), so an event at this very revision may still follow, and
   resuming above it could lose that event. Yet the event is not *needed*, since clients that join at "now" skip events
@@ -59,7 +57,7 @@ from upstream.watching.stream import Create, Held, Kind, Next, OpenedWatch, Regi
 from upstream.watching.streams import LARGE_CREATE_BYTES, STREAMS_MAX, Streams
 from upstream.watching.suspects import Suspects
 
-# A fresh token can already be stale; two consecutive refusals mean that it is not.
+# A fresh token can already be stale; two consecutive refusals have another cause.
 _OWN_REFUSED_MAX: Final = 2
 
 
@@ -532,8 +530,7 @@ class WatchState:
         Send a create from the registration's position; from now, if that is above the newest known revision.
 
         Without fragments: in etcd (sendFragments in api/v3rpc/watch.go) the time for a fragment grows with the square
-        of its number of events, while all other responses on the stream wait. See `feed` for how large responses are
-        read.
+        of its number of events, while all other responses on the stream wait. `feed` reads large responses in pieces.
         """
         start = registration.next_revision
         skips = start is not None and self._skips(start)

@@ -1,8 +1,7 @@
 """Which stream carries which watch, so that a watch that blocks or ends its stream does not affect the others.
 
 etcd sends the responses of a stream one after the other, and ends a stream for one bad request (a create that is larger
-than its --max-request-bytes allows). So a token has one stream for all its live watches, and separate streams for
-others:
+than its --max-request-bytes allows). So a token has one stream for all its live watches, and others have separate ones:
 
 - each backfill has a stream of its own, since it can be paused;
 - watches that have to catch up share a few streams: their first responses may be large;

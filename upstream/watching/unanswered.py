@@ -1,8 +1,7 @@
 """Creates that etcd leaves unanswered on a working connection.
 
 etcd answers a create at once, except that one with a token it cannot know yet waits without end (see
-`create_timeout_s`). Then the watches of that token's stream are given up. A create without a token can only be
-reported.
+`create_timeout_s`). Then the watches of that token's stream are given up. A create without a token is only reported.
 """
 
 from __future__ import annotations
