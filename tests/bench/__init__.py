@@ -1,1 +1,1 @@
-"""Benchmarks: CPU per delivered event, delay and memory, beside etcd's own grpc-proxy in the same run."""
+"""Benchmarks: CPU per delivered event, delay and memory, compared with etcd's own grpc-proxy in the same run."""

@@ -27,7 +27,7 @@ OUT = Path("build/bench")
 
 
 def run_case(case: Case, targets: tuple[str, ...], rounds: int, binary: EtcdBinary, files: Certificates) -> Any:
-    """Drive a case at its targets in turn, each on an etcd of its own; return all figures of all rounds."""
+    """Run a case at its targets in turn, each with a separate etcd; return all figures of all rounds."""
     found: dict[str, list[Figures]] = {}
     for _ in range(rounds):
         for name in targets or case.targets:
@@ -37,7 +37,7 @@ def run_case(case: Case, targets: tuple[str, ...], rounds: int, binary: EtcdBina
                 with EtcdServer(binary) as etcd, TARGETS[name](case, etcd, files) as target:
                     figures = measure(case, target, etcd.endpoint, files)
             except (AssertionError, StopIteration, ProcessLookupError) as error:
-                # One target that fails a round does not take hours of the others with it; it is missing from the table.
+                # A target's failed round must not discard hours of the others' results; it is missing from the table.
                 sys.stderr.write(f"FAILED: {case.name} at {name}: {error}\n")
                 continue
             found.setdefault(name, []).append(figures)
@@ -47,7 +47,7 @@ def run_case(case: Case, targets: tuple[str, ...], rounds: int, binary: EtcdBina
 
 
 def run_store(binary: EtcdBinary, files: Certificates, keys: int) -> store.Results:
-    """Drive the bundled store, and the etcds beside it, once."""
+    """Run the bundled store, and the etcds it is compared with, once."""
     found: store.Results = {}
     for name in store.KINDS:
         found[name] = store.measure_kind(name, binary, files, keys)
@@ -57,7 +57,7 @@ def run_store(binary: EtcdBinary, files: Certificates, keys: int) -> store.Resul
 
 
 def write_between_marks(page: Path, text: str) -> None:
-    """Replace what is between the two marks of a page."""
+    """Replace the text between the two marks of a page."""
     head, _, rest = page.read_text().partition("<!-- figures")
     mark, _, rest = rest.partition("-->\n")
     _, end, tail = rest.partition("<!-- end of figures -->")
@@ -65,7 +65,7 @@ def write_between_marks(page: Path, text: str) -> None:
 
 
 def write_files(out: Path, results: report.Results, stores: store.Results, about: dict[str, Any], keys: int) -> None:
-    """Put all figures and the tables into a directory; tables of what was not measured stay as they are."""
+    """Write all figures and the tables to a directory; tables that were not measured stay unchanged."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.json").write_text(json.dumps({**about, "medians": results, "stores": stores}, indent=1) + "\n")
     if results:
@@ -94,7 +94,7 @@ def write_docs(results: report.Results, about: dict[str, Any]) -> None:
 @click.option("--target", "targets", multiple=True, type=click.Choice(list(TARGETS)), help="Only these targets.")
 @click.option("--keys", default=store.KEYS, show_default=True, help="Keys in the bundled store, case store.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds; the median is shown (case store: one).")
-@click.option("--etcd", "version", default="", help="An etcd version there is, such as 3.4.23 (default: the newest).")
+@click.option("--etcd", "version", default="", help="An available etcd version, such as 3.4.23 (default: the newest).")
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True, help="Where the files go.")
 @click.option("--docs", is_flag=True, help="Write the figures into the pages in docs, and the pictures.")
 @click.option("--beside", default="nothing else to speak of", help="What else ran on the machine, for the docs.")
@@ -110,10 +110,10 @@ def main(
     beside: str,
     plots: bool,
 ) -> None:
-    """Measure CPU per delivered event, delay and memory beside etcd's own grpc-proxy, and the bundled store."""
+    """Measure CPU per delivered event, delay and memory, compared with etcd's own grpc-proxy, and the bundled store."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     binary = next(binary for binary in etcds() if binary.name.startswith(version))
-    # Compiling takes memory that a process keeps; an installed program is compiled.
+    # Compiling takes memory that a process keeps; an installed program is already compiled.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     subprocess.run([sys.executable, "-m", "compileall", "-q", "proto", "coalesce", "upstream", "proxy"], check=True)
     results: report.Results = {}

@@ -1,8 +1,7 @@
-"""`python -m tests.bench.abuse`: what attacks do to the attacker, and what everybody else sees meanwhile.
+"""`python -m tests.bench.abuse`: the outcome of attacks for the attacker, and for other clients meanwhile.
 
-Ten clients with ten watches each listen to a key that is written fifty times a second; the delay of an event is the
-time from its put to its arrival. Each attack comes from a process of its own, at a proxy of its own process. Rows are
-Markdown, for docs/security.md.
+Ten clients with ten watches each watch a key that is written fifty times a second; the delay of an event is the time
+from its put to its arrival. Attacker and proxy are separate processes. Rows are Markdown, for docs/security.md.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ HEADINGS = ("attack", "what became of it", "took", "delay before, p50 / max", "d
 
 
 class Watching:
-    """Clients that behave, and how late their events are."""
+    """Well-behaved clients, and the delays of their events."""
 
     def __init__(self, store: Etcd, clients: list[RawClient]) -> None:
         self._store = store
@@ -47,14 +46,14 @@ class Watching:
             await stream.created()
 
     async def delays(self, done: asyncio.Future[Any]) -> list[float]:
-        """Put and wait for everybody's event, again and again until `done`; return the slowest's delays in seconds."""
+        """Put and wait until all clients have the event, until `done`; return each put's longest delay, in seconds."""
         found: list[float] = []
         while not done.done():
             began = time.perf_counter()
             self._put += 1
             await self._store.put(b"watched", b"%d" % self._put)
             while any(len(stream.raw.messages) <= self._put for stream in self._streams):
-                # One turn of the loop: what waits in the sockets is taken in it.
+                # One turn of the loop reads the data that waits in the sockets.
                 await asyncio.sleep(0)
                 if time.perf_counter() - began > 60:
                     raise AssertionError("an event was lost, or is a minute late")
@@ -64,7 +63,7 @@ class Watching:
 
 
 async def attack_from_outside(name: str, port: int) -> str:
-    """Run an attack in a process of its own and return what it says."""
+    """Run an attack in a separate process and return its output."""
     command = [sys.executable, "-m", "tests.bench.abuse", "--attack", name, "--port", str(port)]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     said, _ = await process.communicate()
@@ -74,12 +73,12 @@ async def attack_from_outside(name: str, port: int) -> str:
 
 
 def shown(delays: list[float]) -> str:
-    """Show delays as milliseconds."""
+    """Format delays as milliseconds."""
     return f"{statistics.median(delays) * 1000:.1f} / {max(delays) * 1000:.0f} ms"
 
 
 async def row(name: str, etcd: EtcdServer) -> str:
-    """Carry out one attack and return its row."""
+    """Run one attack and return its row."""
     with ProxyProcess(etcd.endpoint) as proxy:
         async with direct(etcd) as store:
             clients = [await RawClient.connect(proxy.port) for _ in range(CLIENTS)]
@@ -103,9 +102,9 @@ async def row(name: str, etcd: EtcdServer) -> str:
 
 @click.command()
 @click.option("--attack", "names", multiple=True, type=click.Choice(list(ATTACKS)), help="Only these.")
-@click.option("--port", type=int, help="Attack what listens there, and nothing else.")
+@click.option("--port", type=int, help="Only attack the listener at this port.")
 def main(names: tuple[str, ...], port: int | None) -> None:
-    """Measure what clients that behave see during attacks."""
+    """Measure the delays of well-behaved clients during attacks."""
     if port is not None:
         click.echo(uvloop.run(_attack(names[0], port)))
         return

@@ -1,8 +1,8 @@
 """`python -m tests.bench.abuse_page`: measure attacks and heavy loads, and write their tables into docs/security.md.
 
-The first table is that of `tests.bench.abuse`: attacks on the connection. The second one is of loads that share the
-proxy with a bystander (`tests.bench.sharing`), straight at etcd and through the proxy in turn, medians of some rounds.
-Nothing else should run on the machine meanwhile. `--only NAME` measures some rows and leaves the others as they are.
+The first table is that of `tests.bench.abuse`: attacks on the connection. The second one shows loads that share the
+proxy with a bystander (`tests.bench.sharing`), directly at etcd and through the proxy in turn, medians of some rounds.
+Nothing else should run on the machine meanwhile. `--only NAME` measures some rows and leaves the others unchanged.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ MEASURED = re.compile(r"(before|during) (p50|p99|max) ms|memory peak MiB|outcome
 
 
 def loads() -> list[str]:
-    """Return the scenarios that are abuse: all whose work or memory is out of proportion to what was sent."""
+    """Return the abusive scenarios: those that cost work or memory out of proportion to the bytes sent."""
     mine = ("filtered replays", "gzip bomb", "unread translated answers", "few descriptors")
     return [name for name in sorted(scenarios()) if name in mine or name.startswith("turns: ")]
 
 
 def number(text: str) -> str:
-    """Return a figure with as many digits as it is worth."""
+    """Format a figure with its significant digits."""
     value = float(text.replace(",", ""))
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
@@ -55,7 +55,7 @@ def load_row(name: str, way: str, figures: dict[str, str]) -> str:
 
 
 def load_rows(name: str, rounds: int) -> list[str]:
-    """Measure one load on both ways."""
+    """Measure one load on both routes."""
     found: dict[str, list[Figures]] = {way: [] for way, _ in WAYS}
     for _ in range(rounds):
         for way, root in WAYS:
@@ -75,14 +75,14 @@ def table(headings: Sequence[str], rows: Sequence[str]) -> str:
 
 
 def section(text: str, name: str) -> str:
-    """Return what a page says between the marks of a table. Raises AssertionError."""
+    """Return the text between the marks of a table. Raises AssertionError."""
     begin, end = BEGIN.format(name), END.format(name)
     assert text.count(begin) == text.count(end) == 1, f"docs/security.md has no place for {name}"
     return text.partition(begin)[2].partition(end)[0]
 
 
 def rows_of(text: str, name: str) -> dict[str, list[str]]:
-    """Return the rows that stand in a table, by what they are about."""
+    """Return the rows of a table, by their first cell."""
     found: dict[str, list[str]] = {}
     for line in section(text, name).strip().splitlines()[2:]:
         found.setdefault(line.split(" | ")[0].strip("| "), []).append(line)
@@ -90,16 +90,16 @@ def rows_of(text: str, name: str) -> dict[str, list[str]]:
 
 
 def replaced(text: str, name: str, headings: Sequence[str], rows: Sequence[str]) -> str:
-    """Return the page with another table."""
+    """Return the page with the table replaced."""
     begin = BEGIN.format(name)
     return text.replace(f"{begin}{section(text, name)}", f"{begin}\n\n{table(headings, rows)}\n\n")
 
 
 @click.command()
 @click.option("--only", "names", multiple=True, help="Only these attacks or loads; the other rows stay.")
-@click.option("--rounds", default=3, show_default=True, help="Runs of each load on each way.")
+@click.option("--rounds", default=3, show_default=True, help="Runs of each load on each route.")
 def main(names: tuple[str, ...], rounds: int) -> None:
-    """Measure what others see of attacks and loads, and write it into docs/security.md."""
+    """Measure the effect of attacks and loads on other clients, and write it into docs/security.md."""
     known = [*ATTACKS, *loads()]
     if unknown := [name for name in names if name not in known]:
         raise click.UsageError(f"unknown: {unknown[0]}; known: {', '.join(known)}")
@@ -109,7 +109,7 @@ def main(names: tuple[str, ...], rounds: int) -> None:
                 continue
             measured = attack_rows(name) if kind == ATTACK_TABLE else load_rows(name, rounds)
             click.echo("\n".join(measured))
-            # After each one: what is measured is kept if a later one fails.
+            # After each one, so that results are kept if a later one fails.
             text = PAGE.read_text()
             rows = rows_of(text, kind) | {name: measured}
             lines = [line for each in order for line in rows.get(each, [])]

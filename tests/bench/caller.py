@@ -1,4 +1,4 @@
-"""Unary calls by the thousand: the load of the pass-through cases, and the hand that writes in all others."""
+"""Thousands of unary calls: the load of the pass-through cases, and the writer of all others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DELETE = "/etcdserverpb.KV/DeleteRange"
 
 
 class Caller(RawClient):
-    """One connection that makes calls, each told of by `done` when its answer is there."""
+    """One connection that makes calls, and calls `done` for each answer."""
 
     def __init__(self, authority: str) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Caller(RawClient):
         self._blocks: dict[str, RequestBlocks] = {}
         self._last_id = -1
         self._answered: set[int] = set()
-        # Those under way, and when they began (seconds).
+        # Calls in flight, and their start times (seconds).
         self._begun: dict[int, float] = {}
         self.delays: list[float] = []
         """Seconds that each call took."""
@@ -43,11 +43,11 @@ class Caller(RawClient):
 
     @property
     def in_flight(self) -> int:
-        """Calls under way."""
+        """Calls in flight."""
         return len(self._begun)
 
     def call(self, path: str, message: bytes) -> None:
-        """Make one call. Header blocks of different methods on one connection would disturb each other's table."""
+        """Make one call. Different methods on one connection would change each other's compression table."""
         self._last_id += 2
         blocks = self._blocks.get(path)
         if blocks is None:
@@ -71,7 +71,7 @@ class Caller(RawClient):
             self.turn.set()
 
     async def room(self, in_flight: int) -> None:
-        """Wait until fewer calls than that are under way. Raises ConnectionError when the server has gone."""
+        """Wait until fewer calls than that are in flight. Raises ConnectionError when the server has gone."""
         while len(self._begun) >= in_flight:
             if self.broken:
                 raise ConnectionError(f"the server broke the connection: {self.broken}")
@@ -90,7 +90,7 @@ async def connect(host: str, port: int) -> Caller:
 
 
 async def drive(caller: Caller, path: str, messages: Iterator[bytes], in_flight: int) -> None:
-    """Make all the calls, so many at a time."""
+    """Make all calls, so many concurrently."""
     for message in messages:
         await caller.room(in_flight)
         caller.call(path, message)

@@ -1,6 +1,6 @@
-"""The load cases, by name: what clients are there and what is written.
+"""The load cases, by name: their clients and writes.
 
-Figures only mean something beside a peer's in the same run; every case is driven at every target in turn.
+Figures are meaningful only in comparison with a peer's in the same run; every case is run at every target in turn.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ from typing import NamedTuple
 
 
 class Kind(Enum):
-    """What a case measures."""
+    """The kind of a case."""
 
-    # Clients are there, then it is written.
+    # Clients are connected, then writes follow.
     FANOUT = "fanout"
-    # Clients are there, and nothing happens.
+    # Clients are connected, and nothing is written.
     IDLE = "idle"
-    # It was written before; clients come and ask for all of it.
+    # Writes come first, then clients that watch from their start.
     CATCH_UP = "catch-up"
-    # Clients are there and have seen what was written; then all drop and come back, half of it behind.
+    # Clients have received all writes; then all connections break, and they resume from half of it.
     STORM = "storm"
     # Unary calls.
     CALLS = "calls"
 
 
 class Variant(NamedTuple):
-    """What one kind of watch asks for, and what it gets of each three writes: a new key, the same again, a delete."""
+    """The options of one kind of watch, and its events of each three writes: a new key, the same again, a delete."""
 
     options: dict[str, object]
     events: int
     stamps: int
     """Values among them, each marked with the time of its write; a prev_kv has one of its own."""
     from_start: bool = False
-    """It begins with the first write of all, before it was there."""
+    """Whether it starts at the very first write, before it was created."""
 
 
 NO_PUT, NO_DELETE = 0, 1
@@ -48,12 +48,12 @@ VARIANTS = (
     Variant({"start_revision": 2, "prev_kv": True, "progress_notify": True}, 3, 4, True),
 )
 PLAIN = Variant({}, 1, 1)
-"""Where all writes are puts."""
+"""For cases whose writes are all puts."""
 
 PEER = "grpc-proxy"
 """etcd's own proxy, of the same release as the etcd."""
 OLD_PEER = "grpc-proxy-3.4"
-"""The same of etcd 3.4, in front of the same etcd."""
+"""The grpc-proxy of etcd 3.4, in front of the same etcd."""
 OURS = "watchmux"
 PEERS = ("etcd", PEER, OURS)
 WITH_OLD = ("etcd", PEER, OLD_PEER, OURS)
@@ -62,13 +62,13 @@ ALL = ("floor", *WITH_OLD)
 
 @dataclass(frozen=True)
 class Case:
-    """One load. Watches are dealt over the ranges in turn; writes go to the ranges in turn."""
+    """One load. Watches are distributed over the ranges in turn, and so are writes."""
 
     name: str
     what: str
     connections: int
     streams: int
-    """Streams in total, dealt over the connections."""
+    """Streams in total, distributed over the connections."""
     watches: int = 1
     """Watches on each stream."""
     ranges: int = 1
@@ -82,16 +82,16 @@ class Case:
     mixed: bool = False
     """Watches of all variants, and deletes among the writes."""
     tls: bool = False
-    """Clients speak TLS (etcd itself does not)."""
+    """Whether clients use TLS (etcd itself does not)."""
     idle_s: float = 0.0
-    """Seconds to sit still before memory is read."""
+    """Idle seconds before memory is read."""
     read_bytes_s: float = 0.0
-    """Bytes per second that each connection is read at; 0 = as fast as they come."""
+    """Read rate of each connection, in bytes per second; 0 = unlimited."""
     call: str = ""
     """Unary method: put or range."""
     calls: int = 0
     in_flight: int = 0
-    """Calls at a time, over all connections."""
+    """Concurrent calls, over all connections."""
     targets: tuple[str, ...] = ALL
 
     @property
@@ -100,11 +100,11 @@ class Case:
         return self.streams * self.watches
 
     def variant(self, watch: int) -> Variant:
-        """Return what the watch of this number asks for."""
+        """Return the options of the watch of this number."""
         return VARIANTS[watch % len(VARIANTS)] if self.mixed else PLAIN
 
     def expected(self, *, stamps: bool = False, early: bool = False) -> int:
-        """Return the events (or stamps) delivered when nothing is lost; `early`: of what was written before."""
+        """Return the events (or stamps) delivered without loss; `early`: of writes before the watches."""
         if self.mixed:
             triples = (self.behind if early else self.writes) // 3
             variants = [self.variant(watch) for watch in range(self.watch_count)]

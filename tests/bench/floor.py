@@ -1,8 +1,8 @@
-"""The floor: the barest loop that writes the same bytes to the same sockets, to know what system calls alone cost.
+"""The floor: a minimal loop that writes the same bytes to the same sockets, to measure the cost of system calls alone.
 
-It stands where a proxy stands: one watch per range upstream, the clients of a case downstream. Per event it does one
-read, one join of prepared frame heads with the shared bytes, and one write per connection. It checks nothing, knows no
-flow control, loses whoever is slow, and could serve nobody; nothing that serves can cost less in this language on this
+It takes the place of a proxy: one watch per range upstream, the clients of a case downstream. Per event it does one
+read, one join of prepared frame heads with the shared bytes, and one write per connection. It checks nothing, has no
+flow control, drops slow clients, and is not usable as a server; no real server can cost less in this language on this
 event loop. Arguments: the case, etcd's host and port, the port to listen on.
 """
 
@@ -23,7 +23,7 @@ from tests.bench.load import WATCH
 from tests.bench.wire import DATA, HEADERS, RawClient, RequestBlocks, frame, frame_head, message_frame, range_of
 
 HEADER = Header.make(1, 1, 1, 1)
-# Between the shared bytes of two watches: the id behind the one, the frame's and message's head before the other.
+# Between the shared bytes of two watches: the id after the one, the frame's and message's head before the other.
 Joints = list[tuple[int, bytes]]
 
 
@@ -32,7 +32,7 @@ class Downstream(asyncio.Protocol):
 
     def __init__(self, floor: Floor) -> None:
         self.floor = floor
-        # The client's requests are read by the real thing; only what is written is bare.
+        # The real HTTP/2 code reads the client's requests; only the write side is minimal.
         self.h2 = Connection(Role.SERVER, Http2Limits(max_streams=100_000))
         self.rest: dict[int, bytes] = {}
         self.watches: dict[int, Joints] = {}
@@ -76,7 +76,7 @@ class Downstream(asyncio.Protocol):
             self.transport.write(b"".join(pieces))
 
     def heads(self, index: int, size: int) -> list[bytes]:
-        """Prepare what stands between the shared bytes, `size` of them, for all watches of a range."""
+        """Prepare the bytes between the shared bytes, `size` of them, for all watches of a range."""
         joints = []
         last = b""
         for stream, watch_id in self.watches[index]:
@@ -127,7 +127,7 @@ class Upstream(RawClient):
         self.left = left[at:]
 
     def message(self, message: bytes) -> None:
-        """Pass an event on, without its watch id, which stands behind the header."""
+        """Forward an event, without its watch id, which follows the header."""
         head = 2 + message[1]
         index = 0
         after = head
@@ -145,7 +145,7 @@ class Upstream(RawClient):
 
 
 class Floor:
-    """Who follows which range."""
+    """The clients of each range."""
 
     def __init__(self) -> None:
         self.followers: dict[int, dict[Downstream, None]] = {}

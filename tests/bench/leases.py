@@ -1,8 +1,8 @@
-"""`python -m tests.bench.leases`: 2,000 keep-alives, straight at etcd and through the proxy.
+"""`python -m tests.bench.leases`: 2,000 keep-alives, directly at etcd and through the proxy.
 
 Streams are open and every lease has been kept alive once before a round begins; a round is one keep-alive for each
-lease, all written at once (or each after the answer to the one before), and ends with the last answer. Every answer is
-looked at: the right lease on the right stream, in order, with its whole time to live. Rows are Markdown, for
+lease, all written at once (or each after the answer to the previous one), and ends with the last answer. Every answer
+is checked: the right lease on the right stream, in order, with its full time to live. Rows are Markdown, for
 docs/performance.md.
 """
 
@@ -34,7 +34,7 @@ HEADINGS = ("keep-alives", "target", "all answered, median ms", "slowest round, 
 
 
 class Shape(NamedTuple):
-    """How the keep-alives are spread."""
+    """The distribution of the keep-alives."""
 
     name: str
     connections: int
@@ -80,7 +80,7 @@ class Keeper(RawClient):
                 self.turn.set()
 
     async def wait(self, count: int) -> None:
-        """Wait until so many answers came."""
+        """Wait until so many answers were received."""
         self.wanted = count
         self.turn.clear()
         while self.count < count:
@@ -90,7 +90,7 @@ class Keeper(RawClient):
 
 
 class Round(NamedTuple):
-    """One round: what it took."""
+    """The figures of one round."""
 
     seconds: float
     cpu_s: float
@@ -141,7 +141,7 @@ async def _in_turn(leases: dict[tuple[Keeper, int], list[int]]) -> None:
 
 
 def _check(leases: dict[tuple[Keeper, int], list[int]]) -> None:
-    """See that each lease was answered on its stream, in order, and lives as long as it should; forget the answers."""
+    """Check that each lease was answered on its stream, in order, with its time to live; drop the answers."""
     for (keeper, stream), kept in leases.items():
         answers = [rpc_pb2.LeaseKeepAliveResponse.FromString(answer) for answer in keeper.answers.pop(stream)]
         if [(answer.ID, answer.TTL) for answer in answers] != [(lease, TTL_S) for lease in kept]:
@@ -161,7 +161,7 @@ def targets(etcd: EtcdServer) -> Iterator[list[Target]]:
 
 
 def row(shape: Shape, target: Target, found: Sequence[Round]) -> str:
-    """Show what a shape took at a target."""
+    """Format the figures of a shape at a target."""
     took = statistics.median(each.seconds for each in found)
     slowest = max(each.seconds for each in found)
     cpu_us = statistics.median(each.cpu_s for each in found) / LEASES * 1e6
@@ -172,7 +172,7 @@ def row(shape: Shape, target: Target, found: Sequence[Round]) -> str:
 @click.command()
 @click.option("--rounds", default=9, show_default=True, help="Rounds of each shape at each target.")
 def main(rounds: int) -> None:
-    """Measure keep-alives, straight and through the proxy."""
+    """Measure keep-alives, directly and through the proxy."""
     click.echo(f"| {' | '.join(HEADINGS)} |\n|---|---|{'---:|' * (len(HEADINGS) - 2)}")
     with EtcdServer() as etcd:
         with grpc.insecure_channel(etcd.endpoint) as channel:

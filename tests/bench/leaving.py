@@ -1,9 +1,8 @@
-"""`python -m tests.bench.leaving`: the longest turn of the event loop while a client with very many streams leaves.
+"""`python -m tests.bench.leaving`: the longest turn of the event loop when a client with very many streams disconnects.
 
-The client is a process of its own with a watch on each of its streams, and is killed. The proxy runs in this process,
-where something that asks to be called in every turn of the loop sees how much CPU time each one took: what the turn is
-long for by itself, whatever else the machine does. Once with the limit of streams that are forgotten in one turn as it
-is, once without it.
+The client is a separate process with a watch on each of its streams, and is killed. The proxy runs in this process,
+where a callback in every turn of the loop measures the CPU time of each turn, independent of other load on the machine.
+Measured with the default limit of streams removed per turn, and without a limit.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ NO_LIMIT = 1 << 30
 
 
 class Turns:
-    """How long each turn of the loop takes by the CPU clock of its thread, while it is looked at."""
+    """Measures the duration of each turn of the loop by the CPU clock of its thread."""
 
     def __init__(self) -> None:
         self.longest_s = 0.0
@@ -39,13 +38,13 @@ class Turns:
         self._looking = False
 
     def start(self) -> None:
-        """Look from now on."""
+        """Start measuring."""
         self._looking = True
         self._last = time.thread_time()
         asyncio.get_running_loop().call_soon(self._look)
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop measuring."""
         self._looking = False
 
     def _look(self) -> None:
@@ -90,7 +89,7 @@ async def stay(port: int, streams: int) -> None:
 
 
 async def leaving(etcd: EtcdServer, streams: int, per_turn: int) -> Turns:
-    """Have a client leave, and return how long the turns were until all of it was forgotten."""
+    """Kill a client, and return the durations of the turns until all of its state was removed."""
     settings: dict[str, Any] = {
         "listener": ListenerSettings(leaving_per_turn=per_turn),
         "watch": WatchSettings(sessions_per_connection_max=streams),
@@ -114,10 +113,10 @@ async def leaving(etcd: EtcdServer, streams: int, per_turn: int) -> Turns:
 
 @click.command()
 @click.option("--streams", default=20_000, show_default=True, help="Streams of the client.")
-@click.option("--rounds", default=3, show_default=True, help="Times that a client leaves.")
-@click.option("--client", "port", type=int, help="Be the client of what listens there, and nothing else.")
+@click.option("--rounds", default=3, show_default=True, help="Number of disconnects.")
+@click.option("--client", "port", type=int, help="Only be the client, of the listener at this port.")
 def main(streams: int, rounds: int, port: int | None) -> None:
-    """Measure how long a client that leaves holds up everybody else."""
+    """Measure how long a disconnecting client delays the others."""
     if port is not None:
         uvloop.run(stay(port, streams))
         return

@@ -1,9 +1,9 @@
 """The load generator: raw HTTP/2 connections that open Watch streams and count what arrives.
 
-A bench client must cost less than what it measures, so nothing is decoded: once all watches are there, what arrives is
-searched for the marker that every value has, and the marker is followed by the time of the write, which gives the
-delay. Runs as a process of its own: the case and the target come as arguments, orders on standard input, results go to
-standard output, a line of JSON each.
+A bench client must cost less than its subject, so it decodes nothing: once all watches are created, it searches the
+received bytes for the marker that every value has; the time of the write follows the marker, which gives the delay. It
+runs as a separate process: the case and the target are arguments, commands come on standard input, results go to
+standard output, one line of JSON each.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ BIG_BYTES = 8192
 """No server begins a new frame before this many bytes of a message."""
 _BIG = BIG_BYTES << 8
 CONTROL_BYTES_MAX = 120
-"""A `created` answer is shorter; what has events has a value, and a marker in it, or is a delete (mixed cases)."""
+"""A `created` answer is shorter; a response with events has a value with a marker, or is a delete (mixed cases)."""
 SILENCE_S = 15.0
-"""When everything is written and nothing has come for so long, nothing more will."""
+"""Once all writes are done and nothing was received for so long, the rest is lost."""
 READ_SLICE_S = 0.02
 _stamps = re.compile(MARKER + b"([0-9]{%d})" % STAMP_DIGITS).findall
 _stamp = re.compile(MARKER + b"([0-9]{%d})" % STAMP_DIGITS).search
@@ -61,7 +61,7 @@ class Client(RawClient):
         self.tally = tally
         self.case = case
         self.split: dict[int, bytes] = {}
-        """The end of a stream's last frame, where its message may go on in the next."""
+        """The end of a stream's last frame, whose message may continue in the next."""
         self.seams = 0
         self.taken = 0
         self.counted = True
@@ -98,7 +98,7 @@ class Client(RawClient):
             self._slow_down(size)
 
     def _walk(self, data: bytes) -> int:
-        """Go from frame to frame; return where the first that is not whole begins."""
+        """Walk the frames; return the start of the first incomplete one."""
         at, size = 0, len(data)
         split = self.split
         opening = not self.tally.all_created
@@ -118,7 +118,7 @@ class Client(RawClient):
         return at
 
     def _other(self, kind: int, data: bytes, at: int, end: int) -> None:
-        """Take a frame that is no DATA."""
+        """Handle a frame other than DATA."""
         if kind == PING and not data[at + 4] & ACK:
             self.transport.write(frame(PING, ACK, 0, data[at + 9 : end]))
         elif kind == SETTINGS and not data[at + 4] & ACK:
@@ -127,7 +127,7 @@ class Client(RawClient):
             self.tally.broken += 1
 
     def _seam(self, stream: int, data: bytes, start: int, end: int) -> None:
-        """Find the marker that is cut by the end of a frame: a large message goes on in the next one."""
+        """Find a marker split over two frames: a large message continues in the next one."""
         reach = len(MARKER) - 1
         self.seams += MARKER in self.split.pop(stream, b"") + data[start : start + reach]
         if end - start >= BIG_BYTES:
@@ -148,13 +148,13 @@ class Client(RawClient):
 
 
 class Tally:
-    """What all connections together have received."""
+    """The sum of what all connections have received."""
 
     def __init__(self, creates: int, early: int, expected: int) -> None:
         self.creates = creates
         self.created = 0
         self.early = early
-        """Stamps that come because they were there before."""
+        """Stamps of writes before the watches."""
         self.expected = expected
         self.stamps = 0
         self.broken = 0
@@ -182,7 +182,7 @@ class Tally:
         self.delays.append((now - at, count))
 
     def look(self) -> None:
-        """See whether everybody is there."""
+        """Check whether all watches are created."""
         if self.created >= self.creates:
             self.all_created = True
             if self.stamps >= self.early:
@@ -199,7 +199,7 @@ class Tally:
         return 0.0
 
     async def all_came(self, event: asyncio.Event) -> bool:
-        """Wait for an event as long as something comes; tell whether it happened."""
+        """Wait for an event as long as data arrives; return whether it happened."""
         seen = (-1, -1)
         while not event.is_set():
             if seen == (self.stamps, self.created):
@@ -221,7 +221,7 @@ class Crowd:
         self.clients: list[Client] = []
         self.tls: ssl.SSLContext | None = None
         if case.tls:
-            # Its certificate is none of our business here; its cost is.
+            # The certificate is not verified here; only the cost of TLS matters.
             self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             self.tls.check_hostname = False
             self.tls.verify_mode = ssl.CERT_NONE
@@ -251,7 +251,7 @@ class Crowd:
 
 
 async def watch(case: Case, crowd: Crowd, orders: asyncio.StreamReader) -> None:
-    """Open everything, say so, wait for all events, say what came."""
+    """Open everything, report it, wait for all events, report the counts."""
     early = case.expected(stamps=True, early=True)
     tally = Tally(case.watch_count, early, early + case.expected(stamps=True))
     started = time.monotonic()
@@ -321,7 +321,7 @@ async def call(case: Case, host: str, port: int, orders: asyncio.StreamReader) -
 
 
 def report(tally: Tally, stamps: int, early: int) -> None:
-    """Say what came since it was ready."""
+    """Report the counts since it was ready."""
     span_s = max(1e-9, (tally.last_ns - tally.first_ns) / 1e9)
     figures = {f"p{share:g}_ms": tally.delay_ms(share / 100) for share in (50, 99, 100)}
     load_cpu_s = time.process_time()
@@ -338,7 +338,7 @@ def report(tally: Tally, stamps: int, early: int) -> None:
 
 
 async def run(case: Case, host: str, port: int, certificate: tuple[str, str]) -> None:
-    """Drive the case."""
+    """Run the case."""
     orders = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)

@@ -1,4 +1,4 @@
-"""One measurement: one case at one target, each of them and the load in processes of their own."""
+"""One measurement: one case at one target, with target and load in separate processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTLED_S = 0.3
 
 
 class Load:
-    """The load generator, at work on a target."""
+    """The load generator, running against a target."""
 
     def __init__(self, case: Case, target: Target, files: Certificates) -> None:
         arguments = [case.name, HOST, str(target.port), files.client_cert, files.client_key]
@@ -49,14 +49,14 @@ class Load:
         return said
 
     def go(self) -> None:
-        """Tell it to go on."""
+        """Send it the command to continue."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
 
 
 def write(case: Case, endpoint: str, first: int, count: int, rate: float) -> None:
-    """Write straight into the store at `endpoint`."""
+    """Write directly to the store at `endpoint`."""
     arguments = [case.name, endpoint, str(first), str(count), str(rate)]
     ended = subprocess.run([PYTHON, "-m", "tests.bench.writer", *arguments], check=False)
     if ended.returncode:
@@ -64,12 +64,12 @@ def write(case: Case, endpoint: str, first: int, count: int, rate: float) -> Non
 
 
 def rest(seconds: float) -> None:
-    """Do nothing for a while."""
+    """Wait for a while."""
     subprocess.run(["sleep", str(seconds)], check=True)
 
 
 def measure(case: Case, target: Target, endpoint: str, files: Certificates) -> Figures:
-    """Drive `case` at `target` once, writing at `endpoint`, and return its figures."""
+    """Run `case` at `target` once, writing at `endpoint`, and return its figures."""
     if case.behind:
         write(case, endpoint, 0, case.behind, 0)
     if case.call:
@@ -102,7 +102,7 @@ def measure(case: Case, target: Target, endpoint: str, files: Certificates) -> F
 
 
 def _quiet(target: Target) -> float:
-    """Wait until the target has done what the clients' coming gave it to do; return its CPU seconds."""
+    """Wait until the target has finished its work for the new clients; return its CPU seconds."""
     last_s = 0.0
 
     def still() -> bool:
@@ -116,7 +116,7 @@ def _quiet(target: Target) -> float:
 
 
 def _told(case: Case, told: dict[str, Any], spent_s: float) -> Figures:
-    """Make figures of what the load counted. It counts values; of each so many events have one."""
+    """Convert the load's counts to figures. It counts values, which only a share of the events have."""
     events_each = 1.0
     if case.mixed:
         events_each = case.expected() / case.expected(stamps=True)
@@ -134,14 +134,14 @@ def _told(case: Case, told: dict[str, Any], spent_s: float) -> Figures:
 
 
 def _idle(case: Case, target: Target) -> Figures:
-    """Let it be, and see what it costs to be there."""
+    """Measure the cost of an idle target."""
     before_s = _quiet(target)
     rest(case.idle_s)
     return {"idle_cpu_percent": 100 * (target.cpu_s() - before_s) / case.idle_s}
 
 
 def _storm(case: Case, target: Target, endpoint: str, load: Load) -> Figures:
-    """Let everybody see the writes, then come back at once with half of them behind."""
+    """Wait until all clients have the writes, then have them reconnect at once from half of them."""
     write(case, endpoint, 0, case.writes, case.rate)
     load.go()
     first = load.says()

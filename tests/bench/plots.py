@@ -16,7 +16,7 @@ FANOUT = ("burst", "paced", "single", "stacked", "ranges", "lowfan", "variants",
 
 
 def draw(results: Results, out: Path) -> None:
-    """Draw what there is into `out`."""
+    """Draw the available figures into `out`."""
     mpl.use("agg")
     mpl.rcParams["font.size"] = 9
     cases = [case for case in FANOUT if case in results]

@@ -1,4 +1,4 @@
-"""What a run says: a table for the terminal and one for the docs, the figures as JSON, and the machine."""
+"""The output of a run: a table for the terminal and one for the docs, the figures as JSON, and the machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.bench.measure import Figures
 RATIO_FREE = frozenset({"lost"})
 Results = dict[str, dict[str, Figures]]
 
-# What each kind of case is about: the figure, its heading, its digits.
+# The figures of each kind of case: the figure, its heading, its digits.
 _EVENTS = (
     ("cpu_us", "CPU us/event", 2),
     ("p50_ms", "p50 ms", 1),
@@ -47,7 +47,7 @@ _IDLE = (
     ("idle_cpu_percent", "idle CPU %", 1),
 )
 
-# Ratios to grpc-proxy that are wanted: (CPU, p99, memory), None: not asked for.
+# Target ratios to grpc-proxy: (CPU, p99, memory), None: no target.
 GOALS: dict[str, tuple[float | None, float | None, float | None]] = {
     "burst": (0.35, 0.5, 0.4),
     "paced": (0.35, 0.6, 0.6),
@@ -68,19 +68,19 @@ PICTURES = {
     "calls": "CPU per unary call",
     "scale": "CPU per event as the watches of a range grow",
 }
-# What is wanted of ours as it stands: what, by which figure of which case, and the most it may be.
+# Absolute targets of watchmux: the text, the figure and its case, and the maximum.
 BOUNDS = (
     ("seconds until 10,000 watches are there", "idle", "create_s", 3.0),
     ("MiB for 100,000 watches on 1,000 streams", "idle-watches", "memory_mib", 300.0),
 )
 SCALE = ("scale-10", "scale-100", "scale-1000", "scale-10000")
 GROWTH_MAX = 1.2
-"""How much more an event may cost with ten times the watches."""
+"""The allowed factor of an event's cost with ten times the watches."""
 GOAL_FIGURES = ("cpu_us", "p99_ms", "memory_mib")
 
 
 def columns_of(kind: Kind) -> tuple[tuple[str, str, int], ...]:
-    """Return the figures that a kind of case is about."""
+    """Return the figures of a kind of case."""
     return _CALLS if kind is Kind.CALLS else _IDLE if kind is Kind.IDLE else _EVENTS
 
 
@@ -90,7 +90,7 @@ def median_of(rounds: list[Figures]) -> Figures:
 
 
 def ratio(results: Results, case: str, name: str, peer: str = PEER) -> float | None:
-    """Return ours by the peer's; None when one of them is not there."""
+    """Return the ratio of watchmux to the peer; None if one of them is missing."""
     by_target = results.get(case, {})
     ours, theirs = by_target.get(OURS, {}).get(name), by_target.get(peer, {}).get(name)
     return ours / theirs if ours is not None and theirs else None
@@ -121,7 +121,7 @@ def _sections(results: Results) -> list[tuple[tuple[tuple[str, str, int], ...], 
 
 
 def tables_of(results: Results) -> list[Table]:
-    """Lay out results: a row per case and target, ratios to the peer in brackets."""
+    """Format results: a row per case and target, ratios to the peer in brackets."""
     tables = []
     for columns, cases in _sections(results):
         table = Table(title="medians; in brackets the ratio to etcd grpc-proxy in the same run")
@@ -138,7 +138,7 @@ def tables_of(results: Results) -> list[Table]:
 
 
 def markdown_of(results: Results) -> str:
-    """Lay the same out for the docs, with what each case is."""
+    """Format the same for the docs, with a description of each case."""
     lines = []
     for columns, cases in _sections(results):
         headings = [heading for _, heading, _ in columns]
@@ -153,7 +153,7 @@ def markdown_of(results: Results) -> str:
 
 
 def goals_of(results: Results, peer: str = PEER) -> str:
-    """Return a table of the wanted ratios to a peer, what they are, and whether they are met."""
+    """Return a table of the target ratios to a peer, the measured ones, and whether they are met."""
     lines = ["| case | CPU | p99 | memory |", "|---|---:|---:|---:|"]
     for case, wanted in GOALS.items():
         cells = []
@@ -169,7 +169,7 @@ def goals_of(results: Results, peer: str = PEER) -> str:
 
 
 def bounds_of(results: Results) -> str:
-    """Return a table of what is wanted of ours without regard to the peer."""
+    """Return a table of the absolute targets of watchmux."""
     ours = {case: by_target[OURS] for case, by_target in results.items() if OURS in by_target}
     found: list[tuple[str, float, float]] = [
         (what, ours[case][figure], most) for what, case, figure, most in BOUNDS if figure in ours.get(case, {})
@@ -188,7 +188,7 @@ def bounds_of(results: Results) -> str:
 
 
 def summary_of(results: Results, about: dict[str, Any]) -> str:
-    """Return the machine and the wanted ratios of a run, for docs/performance.md."""
+    """Return the machine and the target ratios of a run, for docs/performance.md."""
     lines = [
         *wrap(f"etcd {about['etcd']}, medians of {about['rounds']} rounds; {machine_of(about)}", 120),
         "",
@@ -204,7 +204,7 @@ def summary_of(results: Results, about: dict[str, Any]) -> str:
 
 
 def details_of(results: Results, about: dict[str, Any]) -> str:
-    """Return the pictures, the tables and what each case is, for docs/evidence/performance.md."""
+    """Return the pictures, the tables and the descriptions of the cases, for docs/evidence/performance.md."""
     lines = [f"![{alt}](../images/bench-{name}.png)\n" for name, alt in PICTURES.items()]
     lines += [markdown_of(results), "| case | what |", "|---|---|"]
     lines += [f"| {name} | {what} |" for name, what in about["cases"].items()]
@@ -212,7 +212,7 @@ def details_of(results: Results, about: dict[str, Any]) -> str:
 
 
 def machine_of(about: dict[str, Any]) -> str:
-    """Return what the docs say of the machine, and of what else ran on it."""
+    """Return the docs' text on the machine and its other load."""
     machine = about["machine"]
     return (
         f"{machine['cpu']}, {machine['cores']} cores, "
@@ -223,7 +223,7 @@ def machine_of(about: dict[str, Any]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Describe what this runs on."""
+    """Describe the machine."""
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),

@@ -1,9 +1,8 @@
-"""
-What the bundled store costs, beside a real etcd in the same run: start-up and memory with many keys, and rates.
+"""The cost of the bundled store, compared with a real etcd in the same run: start-up and memory, and rates.
 
-Every target gets the same keys, is killed, started again on them (as a user would find it after a crash) and asked by
-the load of the other cases. Twice there is a fair pair: what survives a power cut against what does, and what does not
-wait for the disk against what does not. Batched commits are the store's own: answers wait up to 5 ms for company.
+Every target gets the same keys, is killed, restarted on them (as after a crash) and measured with the load of the other
+cases. There are two fair pairs: both survive a power cut, or both do not wait for the disk. Only the store has batched
+commits: answers wait up to 5 ms for further writes.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ BATCH_INTERVAL_S = 0.005
 CALLS = ("put-1", "put-64", "range-1", "range-64")
 FANOUT = "paced"
 TXN_OPERATIONS = 128
-"""The most that etcd takes in one transaction."""
+"""etcd's limit of operations in one transaction."""
 
 _START, _END = b"many/", b"many0"
 READS = {
@@ -49,16 +48,16 @@ Results = dict[str, Figures]
 
 
 class Kind(NamedTuple):
-    """A server to measure: how it is made (on a directory), and whether its keys outlive it."""
+    """A server to measure: its constructor (on a directory), and whether its keys survive a restart."""
 
     make: Callable[[EtcdBinary, Path], Served]
     durable: bool = True
     fanout: bool = False
-    """Watches are measured too; how commits are made does not matter to them."""
+    """Whether watches are measured too; the kind of commit does not affect them."""
 
 
 KINDS = {
-    # The last flag of a name counts in Go: tests run etcd without fsync.
+    # In Go the last flag of a name counts: tests run etcd without fsync.
     "etcd": Kind(lambda binary, path: EtcdServer(binary, ["--unsafe-no-fsync=false"], path)),
     "store": Kind(lambda _, path: StoreProcess(path)),
     "store, batched": Kind(lambda _, path: StoreProcess(path, BATCH_INTERVAL_S)),
@@ -78,7 +77,7 @@ CALL_COLUMNS = (("events_s", "calls/s", 0), ("p99_ms", "p99 ms", 1), ("cpu_us", 
 
 
 def target_of(name: str, server: Served) -> Target:
-    """Return what to measure of a server."""
+    """Return the cases to measure of a server."""
     process = server.process
     assert process is not None
     return Target(name, int(server.endpoint.rpartition(":")[2]), process.pid)
@@ -104,7 +103,7 @@ def fill(server: Served, keys: int) -> None:
 
 
 def read(server: Served, keys: int) -> Figures:
-    """Time reads of many keys. Raises AssertionError when some are not there."""
+    """Time reads of many keys. Raises AssertionError when some are missing."""
     figures: Figures = {}
     with kv_of(server) as kv:
         for name, request in READS.items():
@@ -117,7 +116,7 @@ def read(server: Served, keys: int) -> Figures:
 
 @contextmanager
 def filled(kind: Kind, binary: EtcdBinary, keys: int, figures: Figures) -> Iterator[Served]:
-    """Yield a server with so many keys, started on them if it is durable; how long that took goes to `figures`."""
+    """Yield a server with so many keys, started on them if it is durable; the time goes to `figures`."""
     with tempfile.TemporaryDirectory() as directory:
         with kind.make(binary, Path(directory)) as server:
             fill(server, keys)
@@ -132,7 +131,7 @@ def filled(kind: Kind, binary: EtcdBinary, keys: int, figures: Figures) -> Itera
 
 
 def measure_kind(name: str, binary: EtcdBinary, files: Certificates, keys: int) -> Figures:
-    """Drive one server."""
+    """Measure one server."""
     figures: Figures = {}
     kind = KINDS[name]
     with filled(kind, binary, keys, figures) as server:
@@ -151,7 +150,7 @@ def _cell(figures: Figures, name: str, digits: int) -> str:
 
 
 def markdown_of(results: Results, keys: int) -> str:
-    """Lay the figures out for the docs."""
+    """Format the figures for the docs."""
     headings = " | ".join(heading for _, heading, _ in COLUMNS)
     lines = [f"| {keys:,} keys | {headings} |", "|---|" + "---:|" * len(COLUMNS)]
     for name, figures in results.items():
@@ -178,6 +177,6 @@ def markdown_of(results: Results, keys: int) -> str:
 
 
 def page_of(results: Results, about: dict[str, Any], keys: int) -> str:
-    """Return what the docs say of a run."""
+    """Return the docs' text on a run."""
     what = f"One round; watches: {CASES[FANOUT].what}. etcd {about['etcd']}, {machine_of(about)}"
     return "\n".join([*wrap(what, 120), "", markdown_of(results, keys)])

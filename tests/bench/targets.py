@@ -1,4 +1,4 @@
-"""What is measured: the floor, etcd itself, its own grpc-proxy, and watchmux; each a process of its own."""
+"""The targets: the floor, etcd itself, its own grpc-proxy, and watchmux; each a separate process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PYTHON = sys.executable
 
 @dataclass(frozen=True)
 class Target:
-    """A running server: where it listens and which process does the work."""
+    """A running server: its address and its process."""
 
     name: str
     port: int
@@ -65,7 +65,7 @@ def _started(name: str, command: Sequence[str], port: int) -> Iterator[Target]:
 
 
 def _tls(case: Case, files: Certificates) -> list[str]:
-    """Return the flags of both proxies. With a certificate alone grpc-proxy does not trust itself, and ends."""
+    """Return the flags of both proxies. With a certificate alone grpc-proxy does not trust itself, and exits."""
     if not case.tls:
         return []
     return [f"--cert-file={files.server_cert}", f"--key-file={files.server_key}", f"--trusted-ca-file={files.ca}"]
@@ -81,7 +81,7 @@ def direct(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target
 
 @contextmanager
 def floor(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
-    """Yield the bare loop, in front of `etcd`."""
+    """Yield the minimal loop, in front of `etcd`."""
     del files
     port = free_port()
     command = [PYTHON, "-m", "tests.bench.floor", case.name, HOST, str(etcd.client_port), str(port)]
@@ -111,7 +111,7 @@ def _grpc_proxy(name: str, binary: Path, case: Case, etcd: EtcdServer, files: Ce
         *(str(binary), "grpc-proxy", "start"),
         f"--endpoints={etcd.endpoint}",
         f"--listen-addr={HOST}:{port}",
-        # It dials this to serve its metrics, and ends when it cannot.
+        # It dials this to serve its metrics, and exits when it cannot.
         f"--advertise-client-url={HOST}:{port}",
         *_tls(case, files),
     ]

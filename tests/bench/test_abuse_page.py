@@ -1,4 +1,4 @@
-"""The tables of docs/security.md are written by a program, row by row."""
+"""A program writes the tables of docs/security.md, row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks count right: what is expected, what is found in the bytes, what the tables say."""
+"""The benchmarks count correctly: the expected events, the markers in the bytes, the tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_each_watch_of_a_range_gets_each_write() -> None:
 def test_mixed_watches_get_the_events_their_options_allow() -> None:
     case = Case("mixed", "", 1, len(VARIANTS), writes=3, behind=6, mixed=True)
     assert case.expected() == sum(variant.events for variant in VARIANTS)
-    # What was there before comes to those that begin with it, twice as much here.
+    # Earlier writes, here twice as many, are sent to watches that start at the first one.
     assert case.expected(early=True) == 2 * sum(variant.events for variant in VARIANTS if variant.from_start)
 
 
@@ -41,7 +41,7 @@ def test_cases_are_complete(case: Case) -> None:
 
 
 def answer(size: int) -> bytes:
-    """A response with one event whose value has a stamp at its beginning, and one at its end."""
+    """Return a response with one event whose value has a stamp at its start and one at its end."""
     value = stamped(size) + stamped(0)
     event = kv_pb2.Event(kv=kv_pb2.KeyValue(key=b"k", value=value))
     return rpc_pb2.WatchResponse(events=[event]).SerializeToString()
@@ -49,7 +49,7 @@ def answer(size: int) -> bytes:
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000, 100_000])
 def test_stamps_cut_anywhere_are_found(chunk: int) -> None:
-    """By frames of a large message, and by reads."""
+    """Cut by frames of a large message, and by reads."""
     tally = Tally(1, 0, 6)
     client = Client(tally, Case("any", "", 1, 1))
     client.transport = cast(Any, SimpleNamespace())

@@ -1,4 +1,4 @@
-"""The store's benchmark: what is measured is a server full of keys, and the tables say so."""
+"""The store's benchmark measures servers that hold all keys, and its tables show the figures."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The least of HTTP/2 and gRPC that a load generator needs: a client that must cost less than what it measures.
+"""The minimum of HTTP/2 and gRPC for a load generator, which must cost less than its subject.
 
-Nothing here is general: requests are encoded once and sent again and again, header blocks of answers are not decoded,
-windows are opened as wide as they go, once, and values are found by a marker instead of being parsed.
+Nothing here is general: requests are encoded once and sent repeatedly, header blocks of answers are not decoded,
+windows are opened to their maximum once, and values are found by a marker instead of being parsed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import cast
 import hpack
 
 MARKER = b"@wm@"
-"""In front of the time of the write, in each value."""
+"""Precedes the time of the write in each value."""
 STAMP_DIGITS = 20
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 WINDOW = 2**31 - 1
@@ -54,7 +54,7 @@ def frames(data: bytes) -> Iterator[tuple[int, int, int, int, int]]:
 
 
 class RequestBlocks:
-    """Header blocks of one method on one connection: the first one fills the table, the others only point into it."""
+    """Header blocks of one method on one connection: the first one fills the table, the others only refer to it."""
 
     def __init__(self, path: str, authority: str, scheme: str = "http") -> None:
         encoder = hpack.Encoder()
@@ -77,16 +77,16 @@ class RequestBlocks:
 
 
 NO_ERROR = bytes(4)
-"""Why a server resets the stream of a call that it answered before it took note of the request's end (RFC 9113 8.1)."""
+"""A server may reset the stream of a call that it answered before it read the request's end (RFC 9113 8.1)."""
 
 
 class RawClient(asyncio.Protocol):
-    """One connection to a server: opened wide, PINGs and SETTINGS answered, whole frames handed to `on_frames`."""
+    """One connection to a server: wide windows, PINGs and SETTINGS answered, whole frames passed to `on_frames`."""
 
     def __init__(self) -> None:
         self.rest = b""
         self.broken = ""
-        """How the server reset a stream, went away or closed the connection; empty as long as it did not."""
+        """How the server reset a stream, sent GOAWAY or closed the connection; empty if it did not."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -111,7 +111,7 @@ class RawClient(asyncio.Protocol):
         self.rest = data[done:]
 
     def on_frame(self, kind: int, flags: int, stream: int, data: bytes, start: int, end: int) -> None:
-        """Take a frame of a stream, data[start:end]."""
+        """Handle a frame of a stream, data[start:end]."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.broken = self.broken or f"connection lost: {exc}"

@@ -1,6 +1,6 @@
-"""The writer: puts (and deletes) straight into etcd, paced or as fast as they go, each value marked with its time.
+"""The writer: puts (and deletes) directly to etcd, paced or at full speed, each value marked with its time.
 
-Arguments: the case, etcd's endpoint, and how many writes of which number the first is.
+Arguments: the case, etcd's endpoint, the number of writes, and the index of the first one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FRAME_BYTES_MAX = 16_000
 
 
 async def run_large(case: Case, endpoint: str, count: int, rate: float) -> None:
-    """Make writes that do not fit into a frame or a window, by a client that knows about those."""
+    """Make writes that do not fit into a frame or a window, with a client that handles those."""
     async with grpc.aio.insecure_channel(endpoint) as channel:
         stub = rpc_pb2_grpc.KVStub(channel)
         started = time.monotonic()
@@ -40,7 +40,7 @@ async def run(case: Case, endpoint: str, first: int, count: int, rate: float) ->
     host, _, port = endpoint.rpartition(":")
     putter = await connect(host, int(port))
     deleter = await connect(host, int(port))
-    # Writes to one key keep their order only one by one.
+    # Writes to one key keep their order only if made one by one.
     in_flight = 1 if case.mixed else IN_FLIGHT
     started = time.monotonic()
     for number in range(first, first + count):

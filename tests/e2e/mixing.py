@@ -209,7 +209,7 @@ async def _clients(port: int, first: int, runs: int) -> None:
 @click.command()
 @click.option("--runs", default=100, show_default=True, help="Seeds to run.")
 @click.option("--first", default=0, show_default=True, help="The first of them.")
-@click.option("--port", type=int, help="Be the clients of what listens there, and judge nothing.")
+@click.option("--port", type=int, help="Only be the clients, of the listener at this port.")
 def main(runs: int, first: int, port: int | None) -> None:
     """Mix requests at random and report what other clients saw."""
     if port is not None:

@@ -38,7 +38,7 @@ def median(rounds: list[Figures]) -> dict[str, str]:
 
 @click.command()
 @click.argument("names", nargs=-1)
-@click.option("--rounds", default=3, show_default=True, help="Runs of each scenario on each way.")
+@click.option("--rounds", default=3, show_default=True, help="Runs of each scenario on each route.")
 @click.option("--root", type=click.Path(path_type=Path, exists=True), help="A second checkout; its proxy runs too.")
 @click.option("--list", "listed", is_flag=True, help="List the scenarios.")
 def main(names: tuple[str, ...], rounds: int, root: Path | None, listed: bool) -> None:

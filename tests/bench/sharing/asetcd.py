@@ -1,4 +1,4 @@
-"""What etcd does by itself, seen through the proxy: notifications, the return of a client, large catch-ups."""
+"""Behaviour of etcd as seen through the proxy: notifications, returning clients, large catch-ups."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def port_of(address: str) -> int:
 
 
 async def pause(seconds: float) -> None:
-    """Let a load run for so long."""
+    """Run a load for so long."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(asyncio.Event().wait(), seconds)
 
@@ -50,7 +50,7 @@ async def write(store: Etcd, key: bytes, pause_s: float) -> None:
 
 
 async def note(stream: WatchStream, at: list[float]) -> None:
-    """Note when responses without events come."""
+    """Record when responses without events arrive."""
     while True:
         if not (await stream.next(60)).events:
             at.append(asyncio.get_running_loop().time())
@@ -80,7 +80,7 @@ async def _notified(address: str, endpoint: str, *, with_quiet: bool) -> Figures
 
 
 def notifications(front: Front) -> Figures:
-    """progress_notify at an interval of 2 s; some range is quiet."""
+    """progress_notify at an interval of 2 s; one range is quiet."""
     with (
         EtcdServer(None, [f"--experimental-watch-progress-notify-interval={INTERVAL_S:g}s"]) as etcd,
         front.before(etcd.endpoint) as address,
@@ -100,11 +100,11 @@ def notifications_all_busy(front: Front) -> Figures:
 RETURNED_S = 4.0
 CLIENTS = 20
 ELSEWHERE = 3000
-"""Revisions of other ranges meanwhile: more than a trunk of a cold range goes back."""
+"""Revisions of other ranges meanwhile: more than the look-back of a trunk of a cold range."""
 
 
 async def _returned(address: str, etcd: EtcdServer, front: Front) -> Figures:
-    """Watch from each revision on, leave, and come back later from where each was."""
+    """Watch from each revision on, disconnect, and later resume each watch from its last revision."""
     port = port_of(address)
     async with direct(etcd) as store:
         revisions = [await store.put(b"k", b"%d" % number) for number in range(CLIENTS)]
@@ -142,7 +142,7 @@ def _upstream_opened(front: Front) -> float:
 
 
 def returning(front: Front) -> Figures:
-    """20 clients of one range come back 5 s after they left, each from another revision."""
+    """20 clients of one range reconnect 5 s after they left, each from another revision."""
     with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
         return asyncio.run(_returned(address, etcd, front))
 
@@ -185,7 +185,7 @@ async def _leaderless(front: Front) -> Figures:
     async with cluster() as members:
         left, *others = members.members
         way = front.before(left.endpoint)
-        # The relays between the members live in this loop.
+        # The relays between the members run in this loop.
         address = await asyncio.to_thread(way.__enter__)
         try:
             async with await RawClient.connect(port_of(address)) as client:

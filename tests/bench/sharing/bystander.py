@@ -1,7 +1,7 @@
-"""What one client that behaves well sees while another one loads the same proxy.
+"""The delays of a well-behaved client while another one loads the same proxy.
 
-The bystander has one watch, on a connection of its own; its delay is the time from a put, made straight at etcd, to the
-event. The load runs in a process of its own, so that its work delays nothing here.
+The bystander has one watch, on a separate connection; its delay is the time from a put, made directly at etcd, to the
+event. The load runs in a separate process, so that its work delays nothing here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ async def _delays(etcd: EtcdServer, port: int, key: bytes, done: Callable[[], bo
         while not done():
             began = time.perf_counter()
             await store.put(key, b"")
-            # By count, not by next(): that one polls, which would be most of the delay.
+            # By count, not by next(), whose polling would be most of the delay.
             while len(stream.raw.messages) <= seen:
                 await asyncio.sleep(0)
                 assert not stream.raw.over, "the bystander's watch ended"
@@ -59,7 +59,7 @@ def quantiles(name: str, delays: list[float]) -> Figures:
 
 
 class MemoryPeak:
-    """The largest resident size of a process, sampled, above what it was at the start. Use as a context manager."""
+    """The sampled maximum growth of a process's resident size since the start. Use as a context manager."""
 
     def __init__(self, pid: int) -> None:
         self._statm = Path(f"/proc/{pid}/statm")
@@ -85,7 +85,7 @@ class MemoryPeak:
 
     @property
     def mib(self) -> float:
-        """How much more than at the start, in MiB."""
+        """The growth, in MiB."""
         return (self._most - self._first) / 2**20
 
 
@@ -104,9 +104,9 @@ async def _load(module: str, *arguments: str) -> AsyncIterator[asyncio.subproces
 async def beside(
     front: Front, etcd: EtcdServer, address: str, module: str, *arguments: str, namespace: bytes = b""
 ) -> Figures:
-    """Run `python -m MODULE ARGUMENTS PORT` beside a bystander; return the figures, and what the load printed.
+    """Run `python -m MODULE ARGUMENTS PORT` and a bystander; return the figures, and the output of the load.
 
-    `namespace`: what the proxy puts before the bystander's key.
+    `namespace`: the prefix that the proxy adds to the bystander's key.
     """
     key = KEY if front.proxy is None else namespace + KEY
     port = port_of(address)

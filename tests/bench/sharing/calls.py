@@ -1,4 +1,4 @@
-"""Calls of a real clientv3 while no etcd can be reached: what fails, how often it tries, and what waiting costs."""
+"""Calls of a real clientv3 while no etcd is reachable: failures, number of tries, and the cost of waiting."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _figures(summary: Line, kinds: tuple[str, ...]) -> Figures:
 
 
 def restart(front: Front) -> Figures:
-    """Seventeen clients create and update, as Kubernetes does, while etcd is away for some seconds."""
+    """Seventeen clients create and update, as Kubernetes does, while etcd is down for some seconds."""
     with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
         flags = ("--mode=kubernetes", "--workers=17", "--clients=17", "--calls=1", "--timeout=30")
         etcd.stop()
@@ -47,7 +47,7 @@ def restart(front: Front) -> Figures:
 
 
 def waiting(front: Front) -> Figures:
-    """Many clients wait for an etcd that is away: CPU of the proxy."""
+    """Many clients wait for an etcd that is down: CPU of the proxy."""
     with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
         etcd.stop()
         flags = (f"--workers={CLIENTS}", f"--clients={CLIENTS}", "--calls=1", "--timeout=30")
@@ -64,7 +64,7 @@ def waiting(front: Front) -> Figures:
 
 
 def one_of_two(front: Front) -> Figures:
-    """Clients have two endpoints, of which one loses its etcd for some seconds."""
+    """Clients have two endpoints, one of which loses its etcd for some seconds."""
     with EtcdServer() as etcd, _relay(etcd.client_port) as (loop, way), front.before(way.endpoint) as cut:
         with _second(front, etcd) as whole:
             flags = ("--workers=10", "--timeout=5", "--pause=0.05", "--seconds=60")
@@ -79,7 +79,7 @@ def one_of_two(front: Front) -> Figures:
 
 
 def revocation(front: Front) -> Figures:
-    """A lease is kept alive on a stream and revoked by a call at the same moment: which of the two etcd takes first."""
+    """A lease is kept alive on a stream and revoked by a call at the same moment: which one reaches etcd first?"""
     with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
         return {f"revocation first of {RACES}": asyncio.run(_races(address))}
 
@@ -118,7 +118,7 @@ def _second(front: Front, etcd: EtcdServer) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _relay(port: int) -> Iterator[tuple[asyncio.AbstractEventLoop, Relay]]:
-    """Run a relay in a thread with a loop of its own."""
+    """Run a relay in a thread with its own event loop."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

@@ -1,4 +1,4 @@
-"""Creates, requests for progress and restores: what the core decides for many clients at once."""
+"""Creates, progress requests and restores: decisions of the core for many clients at once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def create(key: bytes, start_revision: int = 0) -> bytes:
 
 @asynccontextmanager
 async def watch_stream(channel: grpc.aio.Channel, token: str = "") -> AsyncIterator[Any]:
-    """Yield a Watch call that takes and gives bytes."""
+    """Yield a Watch call with raw bytes as messages."""
     call: Any = channel.stream_stream(WATCH)(metadata=(("token", token),) if token else None)
     try:
         yield call
@@ -41,7 +41,7 @@ async def watch_stream(channel: grpc.aio.Channel, token: str = "") -> AsyncItera
 
 
 async def _one_by_one(call: Any, creates: Iterable[bytes]) -> None:
-    """Create watches as clientv3 does: each after the `created` of the one before."""
+    """Create watches as clientv3 does: each after the `created` of the previous one."""
     for message in creates:
         await call.write(message)
         answer = rpc_pb2.WatchResponse.FromString(await call.read())
@@ -65,7 +65,7 @@ async def _at_once(call: Any, creates: Iterable[bytes]) -> None:
 
 
 def cold_creates(front: Front) -> Figures:
-    """One stream watches thousands of keys that nobody watches yet."""
+    """One stream watches thousands of keys that no other client watches."""
 
     async def measured(address: str, how: Callable[[Any, Iterable[bytes]], Any], messages: list[bytes]) -> float:
         async with grpc.aio.insecure_channel(address) as channel, watch_stream(channel) as call:
@@ -99,7 +99,7 @@ async def _tokens(channel: grpc.aio.Channel, count: int) -> list[str]:
 
 
 async def _ask_for_progress(call: Any, until: float) -> tuple[int, int]:
-    """Ask every 50 ms, wait for each answer for a second at most; return how many were asked and answered."""
+    """Request every 50 ms, wait a second at most for each answer; return the numbers of requests and answers."""
     asked = answered = 0
     message = rpc_pb2.WatchRequest(progress_request=rpc_pb2.WatchProgressRequest()).SerializeToString()
     reading: asyncio.Future[Any] | None = None
@@ -117,7 +117,7 @@ async def _ask_for_progress(call: Any, until: float) -> tuple[int, int]:
 
 
 async def _bystander(call: Any, store: grpc.aio.Channel, token: str, until: float) -> list[float]:
-    """Return the delays, in seconds, from puts made straight at etcd to their events."""
+    """Return the delays, in seconds, from puts made directly at etcd to their events."""
     kv = rpc_pb2_grpc.KVStub(store)
     delays: list[float] = []
     while time.perf_counter() < until:
@@ -132,7 +132,7 @@ async def _bystander(call: Any, store: grpc.aio.Channel, token: str, until: floa
 
 
 def progress(front: Front) -> Figures:
-    """Thousands of tokens have a watch each, and a stream at etcd; three of them ask for progress again and again."""
+    """Thousands of tokens have a watch each, and a stream at etcd; three of them request progress repeatedly."""
 
     async def measured(address: str, endpoint: str) -> Figures:
         async with (
@@ -166,7 +166,7 @@ def progress(front: Front) -> Figures:
 
 
 def put_behind_create(front: Front) -> Figures:
-    """A client sends a put of a key right behind a create of its watch, without waiting for `created`."""
+    """A client sends a put of a key right after a create of its watch, without waiting for `created`."""
 
     async def is_seen(channel: grpc.aio.Channel, key: bytes) -> bool:
         kv = rpc_pb2_grpc.KVStub(channel)

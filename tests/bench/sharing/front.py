@@ -1,4 +1,4 @@
-"""Where the clients of a scenario connect: to etcd itself, or to a proxy in front of it."""
+"""The server of a scenario's clients: etcd itself, or a proxy in front of it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Figures = dict[str, float | str]
 
 @dataclass
 class Front:
-    """One way to etcd. `root`: the checkout whose proxy is started; None: clients connect to etcd itself."""
+    """One route to etcd. `root`: the checkout whose proxy is started; None: clients connect to etcd itself."""
 
     name: str
     root: Path | None = None
     proxy: ProxyProcess | None = None
-    """The proxy that runs now; None for direct connections."""
+    """The running proxy; None for direct connections."""
 
     @contextmanager
     def before(self, endpoints: str, *flags: str, prefix: Sequence[str] = ()) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Loads that cost a proxy memory or work out of proportion to their bytes, each beside a bystander."""
+"""Loads that cost a proxy memory or work out of proportion to their bytes, each with a bystander."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RANGE = rpc_pb2.WatchCreateRequest.FilterType
 
 
 async def fill(etcd: EtcdServer, key: bytes, count: int, value: bytes = b"v") -> int:
-    """Put a key `count` times, some at a time; return the last revision."""
+    """Put a key `count` times, some concurrently; return the last revision."""
     async with direct(etcd) as store:
         for _ in range(0, count, 50):
             await asyncio.gather(*[store.put(key, value) for _ in range(50)])
@@ -43,7 +43,7 @@ async def fill(etcd: EtcdServer, key: bytes, count: int, value: bytes = b"v") ->
 
 
 def filtered_replays(front: Front) -> Figures:
-    """300 NOPUT watches, each from a start of its own, over a history of 19,500 puts: nothing of it is sent."""
+    """300 NOPUT watches, each from a different start, over a history of 19,500 puts: none of them is sent."""
 
     async def run(address: str) -> Figures:
         async with await RawClient.connect(port_of(address)) as keeper:
@@ -72,7 +72,7 @@ async def load_filtered_replays(port: int, first: str) -> str:
         ]
         stream.raw.send_raw(b"".join(frame(request.SerializeToString()) for request in requests))
         await until_async(lambda: len(stream.raw.messages) >= REPLAYS, "all to be created", 60)
-        # etcd drops a request that it cannot answer yet, so it is repeated.
+        # Repeated, because etcd drops a request that it cannot answer yet.
         for _ in range(600):
             stream.progress()
             try:
@@ -84,7 +84,7 @@ async def load_filtered_replays(port: int, first: str) -> str:
 
 
 def gzip_bomb(front: Front) -> Figures:
-    """10 puts under --namespace of 64 KiB each, which inflate to 64 MiB: far beyond what etcd takes."""
+    """10 puts under --namespace of 64 KiB each, which inflate to 64 MiB, far beyond etcd's limit."""
     with EtcdServer() as etcd, front.before(etcd.endpoint, f"--namespace={NAMESPACE.decode()}") as address:
         return uvloop.run(beside(front, etcd, address, MODULE, "gzip_bomb", namespace=NAMESPACE))
 
@@ -105,12 +105,12 @@ def unread_answers(front: Front) -> Figures:
 
 
 def ignore(data: bytes) -> None:
-    """Take no message of what came."""
+    """Take no received message."""
     del data
 
 
 async def load_unread_answers(port: int) -> str:
-    """Ask, read nothing for some seconds, and say how many calls are left."""
+    """Make requests, read nothing for some seconds, and report how many calls are left."""
     message = gzip.compress(rpc_pb2.RangeRequest(key=b"k").SerializeToString())
     framed = b"\1" + len(message).to_bytes(4, "big") + message
     async with await RawClient.connect(port, window=1000) as client:
@@ -118,7 +118,7 @@ async def load_unread_answers(port: int) -> str:
         for _ in range(UNREAD):
             call = client.call("/etcdserverpb.KV/Range", [("grpc-encoding", "gzip"), ("grpc-accept-encoding", "gzip")])
             call.taking = False
-            # It is in gzip, and never whole.
+            # It is in gzip, and never complete.
             setattr(call, "take_data", ignore)  # noqa: B010  # a method of this one stream
             call.send_raw(framed, end=True)
             calls.append(call)
@@ -128,7 +128,7 @@ async def load_unread_answers(port: int) -> str:
 
 
 async def load_gzip_bomb(port: int) -> str:
-    """Send them and say what becomes of them."""
+    """Send them and report their outcome."""
     put = rpc_pb2.PutRequest(key=b"k", value=bytes(BOMB_BYTES)).SerializeToString()
     message = gzip.compress(put)
     framed = b"\1" + len(message).to_bytes(4, "big") + message
@@ -144,7 +144,7 @@ async def load_gzip_bomb(port: int) -> str:
 
 
 async def _send(client: RawClient, stream_id: int, data: bytes) -> None:
-    """Send more than the window takes at once; the server may end the call meanwhile."""
+    """Send more than the window allows at once; the server may end the call meanwhile."""
     while data and not client.streams[stream_id].over:
         room = min(client.h2.local_flow_control_window(stream_id), client.h2.max_outbound_frame_size)
         if room > 0:
@@ -158,7 +158,7 @@ async def _send(client: RawClient, stream_id: int, data: bytes) -> None:
 
 
 def few_descriptors(front: Front) -> Figures:
-    """256 descriptors, 300 clients that connect and do nothing, and a restart of etcd: who is still served."""
+    """256 descriptors, 300 clients that connect and do nothing, and a restart of etcd: which clients are served?"""
 
     async def watch_goes_on(address: str) -> bool:
         async with await RawClient.connect(port_of(address)) as client:
@@ -169,7 +169,7 @@ def few_descriptors(front: Front) -> Figures:
                 open_idle(stack, port_of(address), IDLE)
                 await asyncio.to_thread(etcd.kill)
                 if front.proxy is not None:
-                    # As clients that come back do, when the connections to etcd are gone.
+                    # As returning clients do, when the connections to etcd are gone.
                     await asyncio.sleep(1)
                     open_idle(stack, port_of(address), IDLE // 10)
                 await asyncio.to_thread(etcd.start)
@@ -191,7 +191,7 @@ def few_descriptors(front: Front) -> Figures:
 
 
 def open_idle(stack: contextlib.ExitStack, port: int, count: int) -> None:
-    """Open connections that say what they speak and nothing more."""
+    """Open connections that send the preface and nothing more."""
     for _ in range(count):
         sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
         with contextlib.suppress(OSError):
@@ -225,7 +225,7 @@ SCENARIOS: dict[str, Scenario] = {
 @click.argument("arguments", nargs=-1)
 @click.argument("port", type=int)
 def main(load: str, arguments: tuple[str, ...], port: int) -> None:
-    """Put a LOAD on what listens at PORT, and print what became of it."""
+    """Run a LOAD against the listener at PORT, and print its outcome."""
     click.echo(uvloop.run(_said(LOADS[load](port, *arguments))))
 
 

@@ -1,4 +1,4 @@
-"""One client's request or range that harms the stream to etcd that all clients share, each beside a bystander."""
+"""Requests or ranges of one client that harm the stream to etcd that all clients share, each with a bystander."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODULE = "tests.bench.sharing.poison"
 LOAD_S = 6.0
 TOO_LARGE = b"k" * 600_000
 SMALL_REQUESTS = "--max-request-bytes=65536"
-"""etcd takes 512 KiB more than that."""
+"""etcd accepts 512 KiB more than that."""
 KEYS = 100_000
 TXN_PUTS = 100
 BREAK_S = 3.0
@@ -32,13 +32,13 @@ BIG, BIG_END = b"big/", b"big0"
 
 
 def streams_started(etcd: EtcdServer) -> float:
-    """Return how many Watch streams etcd has seen, by its metrics."""
+    """Return the number of Watch streams at etcd so far, from its metrics."""
     name = re.compile(r"grpc_server_started_total\{.*grpc_method=\"Watch\"")
     return sum(value for sample, value in etcd.metrics().items() if name.match(sample))
 
 
 def repeated(load: str, *flags: str) -> Scenario:
-    """Return the scenario of a client that makes the same bad watch again as soon as it is refused."""
+    """Return the scenario of a client that repeats the same bad watch as soon as it is refused."""
 
     def scenario(front: Front) -> Figures:
         with EtcdServer(extra=list(flags)) as etcd, front.before(etcd.endpoint) as address:
@@ -51,12 +51,12 @@ def repeated(load: str, *flags: str) -> Scenario:
 
 
 async def load_size(port: int) -> str:
-    """Ask for a watch that is larger than etcd takes, again and again."""
+    """Create a watch that is larger than etcd accepts, repeatedly."""
     return await _again(port, TOO_LARGE, [])
 
 
 async def load_token(port: int) -> str:
-    """Ask for a watch with a token that Go's HTTP/2 does not take, again and again."""
+    """Create a watch with a token that Go's HTTP/2 does not accept, repeatedly."""
     return await _again(port, b"k", [("token", "a\x01b")])
 
 
@@ -141,7 +141,7 @@ class Resuming:
 
 
 def catch_up(front: Front) -> Figures:
-    """The way to etcd is cut for 3 s, in which 1,000 transactions of 100 puts are made in one range."""
+    """The connection to etcd is cut for 3 s, while 1,000 transactions of 100 puts are made in one range."""
 
     async def run(way: Relay, address: str) -> Figures:
         async with direct(etcd) as store:
@@ -156,7 +156,7 @@ def catch_up(front: Front) -> Figures:
             cut = time.perf_counter()
             await fill(store, KEYS)
             await asyncio.sleep(max(0.0, cut + BREAK_S - time.perf_counter()))
-            # One event from before the way is there again, and more as soon as that has come.
+            # One event from before the connection is back, and more as soon as that has arrived.
             await store.put(b"bystander", b"")
             way.mend()
             mended = time.perf_counter()
@@ -191,7 +191,7 @@ def catch_up(front: Front) -> Figures:
 
 
 async def load_resume(port: int, start: str) -> str:
-    """Watch big/ through the break, and say when all events were there (time.perf_counter)."""
+    """Watch big/ through the break, and report when all events had arrived (time.perf_counter)."""
     watch = Resuming(port, BIG, BIG_END, int(start))
     await watch.opened.wait()
     click.echo("opened")
@@ -219,7 +219,7 @@ SCENARIOS: dict[str, Scenario] = {
 @click.argument("arguments", nargs=-1)
 @click.argument("port", type=int)
 def main(load: str, arguments: tuple[str, ...], port: int) -> None:
-    """Put a LOAD on what listens at PORT, and print what became of it."""
+    """Run a LOAD against the listener at PORT, and print its outcome."""
     click.echo(uvloop.run(_said(LOADS[load](port, *arguments))))
 
 

@@ -1,7 +1,7 @@
-"""What servers count per connection: concurrent streams, requests, late answers; and members that do not serve.
+"""Server limits per connection: concurrent streams, requests, late answers; and members that do not serve.
 
-Every client has a connection of its own, as separate programs do; its library reconnects by itself where a server ends
-a connection in good order.
+Every client has a separate connection, as separate programs do; its library reconnects by itself when a server closes
+a connection gracefully.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DEADLINE = [("grpc-timeout", "1250m")]
 
 
 class Client:
-    """One client with a connection of its own."""
+    """One client with a separate connection."""
 
     def __init__(self, address: str) -> None:
         options = [("grpc.use_local_subchannel_pool", 1)]
@@ -56,7 +56,7 @@ class Client:
         return call
 
     async def keep_alive(self) -> Any:
-        """Keep a lease of its own alive, on a stream that stays open."""
+        """Keep a new lease alive, on a stream that stays open."""
         lease = await self.leases.LeaseGrant(rpc_pb2.LeaseGrantRequest(TTL=600))
         call = self.leases.LeaseKeepAlive()
         await call.write(rpc_pb2.LeaseKeepAliveRequest(ID=lease.ID))
@@ -76,7 +76,7 @@ async def clients(address: str, count: int) -> AsyncIterator[list[Client]]:
 
 
 async def outcomes(calls: Sequence[Callable[[], Awaitable[object]]], at_a_time: int) -> tuple[int, list[float]]:
-    """Make calls, each with a bound on its time; return how many failed, and how long each took (seconds)."""
+    """Make calls, each with a timeout; return how many failed, and how long each took (seconds)."""
     failed, took = 0, []
     waiting = iter(calls)
 
@@ -122,7 +122,7 @@ def limited_streams(front: Front) -> Figures:
 
 
 def token_users(front: Front) -> Figures:
-    """An etcd with auth and 50 streams to a connection: 60 tokens watch, each a range of its own."""
+    """An etcd with auth and 50 streams to a connection: 60 tokens watch, each a different range."""
 
     async def run(etcd: EtcdServer, address: str) -> Figures:
         async with await RawClient.connect(etcd.client_port) as client:
@@ -143,7 +143,7 @@ def token_users(front: Front) -> Figures:
 
 
 async def rotated(etcd: EtcdServer, address: str, count: int) -> Figures:
-    """Put from 8 clients while one watches; what fails, and what the watch gets and how late."""
+    """Put from 8 clients while one watches; return the failures, and the events of the watch with their delays."""
     async with clients(address, 9) as (watcher, *writers):
         watch = await watcher.watch(b"k")
         seen: list[int] = []
@@ -182,7 +182,7 @@ async def rotated(etcd: EtcdServer, address: str, count: int) -> Figures:
 
 
 def nginx_defaults(front: Front) -> Figures:
-    """nginx with its defaults before etcd: it ends each connection after 1,000 requests, in good order."""
+    """nginx with its defaults before etcd: it gracefully closes each connection after 1,000 requests."""
     with (
         EtcdServer() as etcd,
         Balancer("nginx", etcd.endpoint) as before,

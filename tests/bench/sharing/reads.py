@@ -1,4 +1,4 @@
-"""Reads of "now" and permission checks: a member that is cut off or hangs, crowds of creates with a token, bad ones."""
+"""Reads of "now" and permission checks: a member cut off or suspended, many creates with a token, bad tokens."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ AT_ONCE = 500
 
 
 class Creating:
-    """A watch stream that only counts what is answered: the handler of its call."""
+    """The handler of a Watch call that only counts the answers."""
 
     def __init__(self, wanted: int) -> None:
         self.wanted = wanted
@@ -58,7 +58,7 @@ class Creating:
         self._began = time.perf_counter()
 
     async def send(self, creates: Sequence[bytes]) -> None:
-        """Send creates as fast as the windows let it."""
+        """Send creates as fast as the windows allow."""
         assert self.call is not None
         for place in range(0, len(creates), AT_ONCE):
             body = b"".join(creates[place : place + AT_ONCE])
@@ -112,7 +112,7 @@ def open_stream(connection: ClientConnection, token: str, wanted: int) -> Creati
 
 
 async def crowd(port: int, token: str, count: int, prefix: bytes = b"a/") -> str:
-    """Create so many watches on one stream; say what became of them."""
+    """Create so many watches on one stream; report their outcome."""
     creates = creates_of(count, prefix)
     connection = await connect(parse_endpoint(f"{HOST}:{port}"), None)
     handler = open_stream(connection, token, count)
@@ -128,7 +128,7 @@ async def crowd(port: int, token: str, count: int, prefix: bytes = b"a/") -> str
 
 @contextlib.asynccontextmanager
 async def load(*arguments: str) -> AsyncIterator[asyncio.Task[str]]:
-    """Run this module with these arguments in a process of its own; the task's result is what it printed."""
+    """Run this module with these arguments in a separate process; the task's result is its output."""
     command = (sys.executable, "-m", "tests.bench.sharing.reads", *arguments)
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
 
@@ -146,7 +146,7 @@ async def load(*arguments: str) -> AsyncIterator[asyncio.Task[str]]:
 
 
 def many_creates(front: Front) -> Figures:
-    """All watches of a restarted client come back on one stream, with a valid token."""
+    """A restarted client creates all of its watches on one stream, with a valid token."""
 
     async def measured(etcd: EtcdServer, address: str) -> Figures:
         server = etcd.process if front.proxy is None else front.proxy.process
@@ -190,7 +190,7 @@ async def _create_delays(client: RawClient, token: str, done: Callable[[], bool]
 
 
 def made_up_token(front: Front) -> Figures:
-    """A client with a made-up token asks for many watches; others create watches meanwhile."""
+    """A client with a made-up token creates many watches; others create watches meanwhile."""
 
     async def measured(etcd: EtcdServer, address: str) -> Figures:
         del etcd
@@ -209,7 +209,7 @@ def made_up_token(front: Front) -> Figures:
 
 
 def poisoned_reader(front: Front) -> Figures:
-    """A client asks again and again for a watch whose key etcd does not take; others create watches meanwhile."""
+    """A client repeatedly creates a watch whose key etcd does not accept; others create watches meanwhile."""
 
     async def measured(address: str) -> Figures:
         async with await RawClient.connect(port_of(address)) as client:
@@ -225,7 +225,7 @@ def poisoned_reader(front: Front) -> Figures:
 
 
 async def poison(port: int, seconds: float) -> str:
-    """Ask for a watch of a key of 1 MiB, on a new stream each time one ends, or after 0.2 s."""
+    """Create a watch of a key of 1 MiB, on a new stream each time one ends, or after 0.2 s."""
     large = frame(
         rpc_pb2.WatchRequest(
             create_request=rpc_pb2.WatchCreateRequest(key=b"a/" + b"k" * (1 << 20))
@@ -292,7 +292,7 @@ async def _with_one_cut_off(front: Front, members: Cluster, auth: bool) -> Figur
 
 
 def cut_off(auth: bool) -> Scenario:
-    """Make the scenario of a member that is cut off while calls go round all of them."""
+    """Make the scenario of a member that is cut off while calls use all members in turn."""
 
     def scenario(front: Front) -> Figures:
         async def measured() -> Figures:
@@ -333,7 +333,7 @@ def held_still(front: Front) -> Figures:
 
 
 async def _calls(client: RawClient, took: list[float]) -> None:
-    """Make a call every 10 ms, each in a task of its own: one that hangs does not stop the others."""
+    """Make a call every 10 ms, each in a separate task, so that one that hangs does not stop the others."""
     message = rpc_pb2.RangeRequest(key=b"a/k").SerializeToString()
 
     async def call() -> None:
@@ -365,7 +365,7 @@ SCENARIOS: dict[str, Scenario] = {
 @click.option("--poison", "poison_s", type=float, default=0.0)
 @click.argument("port", type=int)
 def main(creates: int, token: str, poison_s: float, port: int) -> None:
-    """Load what listens at PORT."""
+    """Run a load against the listener at PORT."""
     click.echo(uvloop.run(poison(port, poison_s) if poison_s else crowd(port, token, creates)))
 
 

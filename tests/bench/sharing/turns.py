@@ -1,4 +1,4 @@
-"""What others see while one client asks for a lot: how late their events are, and what the proxy keeps meanwhile."""
+"""The effect of one client's many requests on others: the delays of their events, and the memory of the proxy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.etcd.server import EtcdServer
 
 HELD_S = 8.0
 LEAVING_S = 1.0
-"""How long the bystander goes on after the load's connection ended: its watches are forgotten meanwhile."""
+"""How long the bystander runs after the load's connection ended, while its watches are removed."""
 
 LOADS = {
     "progress requests": (20, 35_000),
@@ -45,7 +45,7 @@ def flooded(name: str) -> Scenario:
 
 
 def waiting_requests(front: Front) -> Figures:
-    """Twenty streams ask for watches while etcd does not answer: what does the proxy keep?"""
+    """Twenty streams create watches while etcd does not answer: how much does the proxy keep?"""
     with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
         server = etcd.process if front.proxy is None else front.proxy.process
         assert server is not None, "it runs"
@@ -55,7 +55,7 @@ def waiting_requests(front: Front) -> Figures:
 
 
 async def hold(port: int) -> str:
-    """Ask for watches on twenty streams, with keys of 1 KiB, as fast as the windows let it."""
+    """Create watches on twenty streams, with keys of 1 KiB, as fast as the windows allow."""
     sender = await Sender.open(port, greeted=False)
     body = create(b"k" * 1_024) * 50_000
     streams = range(1, 40, 2)
@@ -71,13 +71,13 @@ async def hold(port: int) -> str:
 
 
 def shared_deadline(front: Front) -> Figures:
-    """Three thousand calls of one channel have a deadline in common, and etcd is slow: is its watch still there?"""
+    """Three thousand calls of one channel have a common deadline, and etcd is slow: does its watch survive?"""
     with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
         return uvloop.run(share_deadline(etcd, address))
 
 
 async def share_deadline(etcd: EtcdServer, address: str, count: int = 3_000) -> Figures:
-    """Make the calls while etcd is held, and say what became of them and of the channel's watch."""
+    """Make the calls while etcd is suspended, and report their outcome and that of the channel's watch."""
     async with grpc.aio.insecure_channel(address) as channel:
         kv = rpc_pb2_grpc.KVStub(channel)
         watch: Any = rpc_pb2_grpc.WatchStub(channel).Watch()
@@ -121,7 +121,7 @@ async def _flood(port: int, name: str) -> str:
 @click.option("--flood", "name", type=click.Choice(list(LOADS)), required=True)
 @click.argument("port", type=int)
 def main(name: str, port: int) -> None:
-    """Be the load on what listens at PORT."""
+    """Run the load against the listener at PORT."""
     click.echo(uvloop.run(_flood(port, name)))
 
 
