@@ -22,8 +22,8 @@ HOST = "127.0.0.1"
 class Way(Enum):
     """The direction of bytes."""
 
-    THERE = "from whoever connected to the target"
-    BACK = "from the target to whoever connected"
+    THERE = "from the client to the target"
+    BACK = "from the target to the client"
 
 
 @dataclass

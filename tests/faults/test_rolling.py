@@ -80,7 +80,7 @@ def node_watch(endpoints: str) -> list[str]:
     """Do the same with Node's client; it prints one line for each put."""
     (library,) = [library for library in LIBRARIES if library.is_node]
     library.install()
-    # Node looks for packages beside the program.
+    # Node looks for packages next to the program.
     program = shutil.copy(PROGRAMS / "node_watch.mjs", library.home)
     return ["node", str(program), endpoints, PREFIX.decode()]
 
@@ -92,7 +92,7 @@ async def _judge(streams: list[Stream], path: Path, etcd: EtcdServer, last: int)
     found = [check(life.log, truth, last, safe_headers=True) for life in lives]
     assert found == [[]] * len(lives)
     opened = [sum(isinstance(record, Opened) for record in life.log.records) for life in lives]
-    assert all(number >= 2 for number in opened), "nobody had to move"
+    assert all(number >= 2 for number in opened), "no client had to reconnect"
     return [change.value.decode() for change in truth.changes]
 
 

@@ -141,7 +141,7 @@ class Calls:
             if not any(type(sent.call.question).__name__ in ("CheckBatch", "AuthProbe") for sent in self.sent):
                 return
             self.answer_one(rng)
-        raise SimulationFailure("checks go round in circles")
+        raise SimulationFailure("permission checks never settle")
 
     def _repeatable(self) -> list[Any]:
         """Return the calls worth retrying: without a leader only those that one member can answer."""

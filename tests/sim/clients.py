@@ -283,9 +283,9 @@ class SimSession:
             if watch_id == wanted:
                 return
             if watch_id in self.taken:
-                raise SimulationFailure(f"the cancel of {watch_id} was passed over")
+                raise SimulationFailure(f"the cancel of {watch_id} was skipped")
         if wanted is not None:
-            raise SimulationFailure(f"the cancel of {wanted} is answered, but was not asked for here")
+            raise SimulationFailure(f"the cancel of {wanted} is answered, but was not requested here")
 
     def _decision(self, create: SentCreate, permission: Callable[[bytes, bytes], str]) -> tuple[int, str]:
         """Return the id that etcd would give this create at this place, or -1 and why it would refuse it."""
@@ -323,7 +323,7 @@ class SimSession:
             return
         floor = self.progress_floors.popleft()
         if response.header.revision < floor:
-            raise SimulationFailure(f"{_short(response)}: every member was at {floor} when it was asked for")
+            raise SimulationFailure(f"{_short(response)}: every member was at {floor} when it was requested")
         # Of several pending ones the proxy answers the first and the last; one queued after a create is not pending.
         # By name: a mutant core has different class objects.
         in_line = sum(type(request).__name__ == "PendingProgress" for request in self.core.queue or ())
@@ -333,7 +333,7 @@ class SimSession:
     def write(self, messages: tuple[bytes, ...]) -> bool:
         """Queue messages for the client; False when they do not fit in its window (they are queued all the same)."""
         if self.ended is not None or self.closed:
-            raise SimulationFailure("written to a session that is over")
+            raise SimulationFailure("written to a session that has ended")
         self.outbox.extend(messages)
         self.outbox_bytes += sum(map(len, messages))
         return self.outbox_bytes <= self.window
@@ -387,7 +387,7 @@ class SimSession:
     def _check_news(self, response: rpc_pb2.WatchResponse) -> None:
         """A control answer has the newest header that is known; only "now" is as old as its read."""
         if response.header.revision < self.told_revision:
-            raise SimulationFailure(f"{_short(response)} after news of {self.told_revision}")
+            raise SimulationFailure(f"{_short(response)} after {self.told_revision} was sent")
 
     def _created(self, response: rpc_pb2.WatchResponse, revision: int) -> None:
         self._pass_cancels(None)
@@ -410,7 +410,7 @@ class SimSession:
             watch.over = True
             return
         if reason:
-            raise SimulationFailure(f"created, but should be refused with {reason!r}")
+            raise SimulationFailure(f"created, but must be refused with {reason!r}")
         if response.watch_id != watch_id:
             raise SimulationFailure(f"created with id {response.watch_id}, should be {watch_id}")
         if watch.next_revision is not None:
@@ -451,13 +451,13 @@ class SimSession:
         if watch.doomed and self.noticed():
             raise SimulationFailure(f"{_short(response)}: events of two histories on one watch")
         if response.fragment and not watch.spec.fragment:
-            raise SimulationFailure(f"{_short(response)}: a fragment for a watch that did not ask for them")
+            raise SimulationFailure(f"{_short(response)}: a fragment for a watch without `fragment`")
         changes = [decode_change(event) for event in response.events]
         for change in changes if watch.spec.prev_kv else ():
             # The checkers excuse all that any compaction may have removed; here the actual compactions are known.
             overwrites = change.kind == DELETE or change.version > 1
             if change.prev is None and overwrites and change.mod_revision > compact_revision:
-                raise SimulationFailure(f"{change} without the value before it")
+                raise SimulationFailure(f"{change} without its previous value")
         limit = max(self.response_bytes_max, self.fragment_bytes if watch.spec.fragment else 0)
         if size > limit + _ENVELOPE_BYTES and changes[0].mod_revision != changes[-1].mod_revision:
             raise SimulationFailure(f"a joined response of {size} bytes, the limit is {self.response_bytes_max}")
@@ -467,16 +467,16 @@ class SimSession:
 
     def _bookmark(self, response: rpc_pb2.WatchResponse) -> None:
         if response.cancel_reason or response.compact_revision or response.fragment:
-            raise SimulationFailure(f"{_short(response)} says nothing")
+            raise SimulationFailure(f"{_short(response)} is empty")
         revision = response.header.revision
         if response.watch_id != -1:
             watch = self.announced.get(response.watch_id)
             if watch is None or not watch.spec.progress_notify:
-                raise SimulationFailure(f"{_short(response)}: progress for a watch that did not ask for it")
+                raise SimulationFailure(f"{_short(response)}: progress for a watch without progress_notify")
             watch.got_bookmark(revision)
             return
         if not self.progress:
-            raise SimulationFailure(f"{_short(response)}: progress that nobody asked for")
+            raise SimulationFailure(f"{_short(response)}: progress that was not requested")
         answered = self.creates_sent - sum(isinstance(each, SentCreate) for each in self.requests)
         if self.progress.popleft() > answered:
             raise SimulationFailure(f"{_short(response)}: progress before the `created` of an earlier create")

@@ -80,7 +80,7 @@ class Store:
         return self.revision
 
     def revoke(self) -> None:
-        """End the lease: its keys are deleted in one revision, in order; it is granted anew at once."""
+        """End the lease: its keys are deleted in one revision, in order; it is granted again at once."""
         if not self.has_quorum:
             return
         keys = sorted(key for key, change in self._latest.items() if change.lease)

@@ -45,7 +45,7 @@ def settle(world: World, rng: random.Random, seconds: float, frozen: SimClient |
                 move(rng)
             made += len(moves)
             if made > _MOVES_MAX:
-                raise SimulationFailure("it never comes to rest")
+                raise SimulationFailure("the simulation never becomes idle")
         deadline = world.core.next_deadline()
         if deadline is None or deadline > until:
             world.now = max(world.now, until)
@@ -155,7 +155,7 @@ def _check_notified(world: World, rng: random.Random) -> None:
                 settle(world, rng, 0.0)
     for watch in _live(world):
         if before.get(id(watch)) == watch.bookmarks:
-            raise SimulationFailure("a notification of etcd was not passed on")
+            raise SimulationFailure("a notification of etcd was not forwarded")
 
 
 def _check_quiet_resumption(world: World, rng: random.Random) -> None:
@@ -182,7 +182,7 @@ def _check_quiet_times(world: World, rng: random.Random) -> None:
     notified_s = 2.2 * world.config.limits["progress_notify_s"]
     for watch in _live(world):
         if watch.spec.progress_notify and bookmark_s > notified_s and watch.bookmarks == live[id(watch)]:
-            raise SimulationFailure("a quiet watch with progress_notify was told nothing")
+            raise SimulationFailure("a quiet watch with progress_notify got no progress")
     world.store.compact(world.store.revision)
     world.upstream.disconnect()
     settle(world, rng, 1.0)
@@ -201,7 +201,7 @@ def _live(world: World) -> list[SimWatch]:
 
 def _check_answers(world: World) -> None:
     if world.calls.sent or world.calls.waiting:
-        raise SimulationFailure("reads or checks are left")
+        raise SimulationFailure("reads or checks are pending")
     for client in world.clients:
         session = client.session
         if session is None:
@@ -209,9 +209,9 @@ def _check_answers(world: World) -> None:
         if unanswered := session.unanswered():
             raise SimulationFailure(unanswered)
         if any(watch.doomed for watch in session.announced.values()):
-            raise SimulationFailure("a watch that was told of a future that never came was not cancelled")
+            raise SimulationFailure("a watch with progress beyond a restored store was not cancelled")
         if session.stalled:
-            raise SimulationFailure("a session with room is stalled")
+            raise SimulationFailure("a session whose client can read is stalled")
         if session.progress_waits and session.announced:
             raise SimulationFailure("a progress request was never answered")
 

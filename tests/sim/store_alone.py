@@ -70,5 +70,5 @@ def _judge(store: Store, member: StoreMember) -> None:
         if change.mod_revision >= first
     ]
     if found != wanted:
-        raise SimulationFailure(f"a watch from {first} found {found}, written was {wanted}")
+        raise SimulationFailure(f"a watch from {first} got {found}, expected {wanted}")
     stream.close()

@@ -216,7 +216,7 @@ class StoreMember:
                 for each in found.kvs]  # fmt: skip
         wanted = [(each.key, each.value, *each[3:7]) for each in self.store.live()]
         if held != wanted or found.header.revision != self.store.revision:
-            raise SimulationFailure(f"a store holds {held}, written was {wanted}")
+            raise SimulationFailure(f"a store holds {held}, expected {wanted}")
 
 
 def _fill_auth(auth: Any, permissions: Permissions) -> None:

@@ -106,7 +106,7 @@ class Harness:
 
     def progressed(self, watches: list[Any], header: Header, number: int) -> None:
         if number and header.revision < self.asked[number - 1]:
-            raise AssertionError(f"{header.revision} is no answer to a request made at {self.asked[number - 1]}")
+            raise AssertionError(f"{header.revision} does not answer a request made at {self.asked[number - 1]}")
         for upstream in watches:
             # Its proof is true, also below an earlier one; a client would not get that.
             if header.revision >= max(upstream.marked, upstream.start_revision or 0):
@@ -194,7 +194,7 @@ class Harness:
                 move(self.rng)
             made += len(moves)
             if made > _MOVES_MAX:
-                raise SimulationFailure("it never comes to rest")
+                raise SimulationFailure("the watch client never becomes idle")
 
 
 def run_alone(seed: int, bundled: bool, parts: Parts = REAL) -> str:

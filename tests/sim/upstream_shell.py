@@ -203,7 +203,7 @@ class UpstreamShell:
         self._in_vain.add(id(endpoint))
         if self.choice.failed(self.endpoints, False):
             if any(id(each) not in self._in_vain for each in self.endpoints):
-                raise SimulationFailure("nobody has a leader, it says, and has not asked everybody")
+                raise SimulationFailure("the client reports that no member has a leader without having asked all")
             self.on.no_leader()
 
     def _seems_led(self, endpoint: Endpoint) -> bool:
@@ -255,7 +255,7 @@ class UpstreamShell:
         """Check that it is connected to a wanted member, once idle. Raises SimulationFailure."""
         led = [each for each in self.endpoints if self._has_leader(each.member)]
         if self.endpoint is not None and led and (self.endpoint not in self.endpoints or self.choice.leaderless):
-            raise SimulationFailure("it stays at an endpoint that is none any more, or that has no leader")
+            raise SimulationFailure("the client stays at a removed endpoint, or at one without a leader")
 
     def better(self) -> list[Endpoint]:
         """Return endpoints that could replace the one in use, when another one is wanted."""
@@ -497,6 +497,6 @@ class UpstreamShell:
             elif isinstance(effect, watch_effects.WatchLost):
                 self.on.lost(effect.watch, effect.status, effect.text)
             elif isinstance(effect, watch_effects.TokenRefused):
-                raise AssertionError("nobody here has given it a token of its own")
+                raise AssertionError("the simulation has no token of the proxy's own")
             else:
                 self.on.header(effect.header)

@@ -201,7 +201,7 @@ class World:
         self.count("rollbacks noticed")
         revision, self.restored_to = self.restored_to, None
         if revision is None:
-            raise SimulationFailure("a store was taken for a restored one, and was not")
+            raise SimulationFailure("a restore was reported that did not happen")
         # Data sent until now may be of either history.
         self._read_all()
         self.undiscovered = None
@@ -260,13 +260,13 @@ class World:
         self.calls.connected()
 
     def _no_leader(self) -> None:
-        self.count("told that there is no leader")
+        self.count("sessions ended without a leader")
         self.input(self.core.no_leader)
         if self._busy:
             return
         for client in self.clients:
             if client.has_leader and client.session is not None and client.session.ended is None:
-                raise SimulationFailure("a session that asked for hasleader lives on without a leader")
+                raise SimulationFailure("a session with hasleader goes on without a leader")
 
     def _other_history(self, header: Header) -> None:
         self.calls.questions.other_history(header)
@@ -293,7 +293,7 @@ class World:
         self.upstream.check()
         for client in self.clients if self.upstream.choice.leaderless else ():
             if client.has_leader and client.session is not None and client.session.ended is None:
-                raise SimulationFailure("a session that asked for hasleader was not told that there is none")
+                raise SimulationFailure("a session with hasleader was not ended although there is no leader")
 
     def lose_quorum(self) -> None:
         """Take the leader away: reads of "now" return some member's revision, also those already in flight."""
@@ -314,7 +314,7 @@ class World:
         self.calls.questions.session_over(core_session)
         if not core_session.ended and session.ended is None and not session.closed:
             session.end(status, text, has_leader=False)
-            self.count("sessions sent away")
+            self.count("sessions disconnected")
         self.input(self.core.close, core_session)
 
     def core_header_seen(self, header: Header) -> None:
@@ -348,7 +348,7 @@ class World:
         if moved:
             self._rings_at = deadline
         elif deadline is not None and (self._rings_at is None or deadline < self._rings_at):
-            raise SimulationFailure("a deadline came nearer, and nobody was told")
+            raise SimulationFailure("a deadline moved earlier without notice")
 
     def _deliver(self, effect: Any) -> None:
         payload = effect.payload

@@ -1,7 +1,7 @@
-"""Loaded into the proxy of a soak: on SIGUSR2 it writes down exactly what it holds.
+"""Loaded into the proxy of a soak: on SIGUSR2 it records its exact memory use.
 
-Resident memory says little about leaks: allocators keep what they once had, in pieces. What counts is what is in use:
-blocks of Python's allocator, bytes of malloc's, objects; and how many objects only a collection has found.
+Resident memory shows little about leaks, since allocators keep freed memory in fragments. It records memory in use:
+blocks of Python's allocator, bytes of malloc's, objects; and the number of objects that only a collection has freed.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class MallocInfo(ctypes.Structure):
-    """What glibc's mallinfo2() returns."""
+    """The result of glibc's mallinfo2()."""
 
     _fields_ = (
         ("arena_to_fsmblks", ctypes.c_size_t * 7),
@@ -24,7 +24,7 @@ class MallocInfo(ctypes.Structure):
 
 
 def malloc_bytes() -> int:
-    """Return the bytes that malloc has given out; Python's arenas and whatever else is mapped are not among them."""
+    """Return the bytes allocated by malloc, without Python's arenas and other mapped memory."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallinfo2"):
         return 0
@@ -33,7 +33,7 @@ def malloc_bytes() -> int:
 
 
 def tell(*_signal: object) -> None:
-    """Write it down, as JSON, in one step."""
+    """Write the figures as JSON, atomically."""
     found = gc.collect()
     held = {
         "garbage": found,
