@@ -31,7 +31,7 @@ class Target:
     def cpu_s(self) -> float:
         """Return the user and system CPU seconds the process has used, by the nanosecond.
 
-        Its CPU clock, whose id Linux makes of the process id (clock_getcpuclockid(3)).
+        Reads its CPU clock; Linux derives the clock's id from the process id (clock_getcpuclockid(3)).
         """
         return time.clock_gettime(~self.pid << 3 | 2)
 

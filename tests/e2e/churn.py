@@ -53,7 +53,7 @@ class History:
                         if response.events:
                             self.next_revision = response.events[-1].kv.mod_revision + 1
             except (OSError, AssertionError):
-                # etcd is gone, or we are done.
+                # etcd is down, or the run is over.
                 await asyncio.sleep(0.05)
 
     async def reach(self, revision: int) -> None:

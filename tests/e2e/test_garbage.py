@@ -27,7 +27,7 @@ OURS = ("proxy.", "proto.", "coalesce.", "upstream.")
 TIMES = 20
 
 What = Callable[[Proxy, RawClient, int], Awaitable[list[RawClient]]]
-"""Does something, given the proxy, a client and a revision in the past; returns its clients, which are not judged."""
+"""An action with the proxy, a client and a past revision; returns its own clients, whose objects are not checked."""
 
 
 @contextmanager

@@ -298,7 +298,7 @@ class Member:
             self.unsynced[watcher] = None
 
     def remove(self, watcher: Watcher) -> None:
-        """Cancel a watcher, in whatever state."""
+        """Cancel a watcher in any state."""
         for group in (self.synced, self.unsynced, self.victims):
             group.pop(watcher, None)
 
