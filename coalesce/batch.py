@@ -150,7 +150,7 @@ class Payload:
         return tuple(pieces)
 
 
-class Bookmark(Payload):
+class NotificationPayload(Payload):
     """Progress: a message without events, for watches that are complete through the header's revision."""
 
     __slots__ = ()

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from coalesce.batch import Bookmark
+from coalesce.batch import NotificationPayload
 from coalesce.effects import Deliver
 from coalesce.session import Place, Watch
 
@@ -319,4 +319,4 @@ class Notifying:
                 watch.progress_floor = revision
             hub.stats.progress_notifies += len(watches)
             hub.stats.delivered += len(watches)
-            hub.effects.append(Deliver(Bookmark(hub.header_now(revision)), watches))
+            hub.effects.append(Deliver(NotificationPayload(hub.header_now(revision)), watches))

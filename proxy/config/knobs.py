@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from proxy.config.describing import KIB, MIB, About, Kind, knob
 from proxy.config.values import ENV_PREFIX
-from proxy.config.watch import Watch
+from proxy.config.watch import WatchTable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -323,7 +323,7 @@ class Settings:
 
     upstream: UpstreamTable = field(default_factory=UpstreamTable)
     listener: ListenerTable = field(default_factory=ListenerTable)
-    watch: Watch = field(default_factory=Watch)
+    watch: WatchTable = field(default_factory=WatchTable)
     log: LogTable = field(default_factory=LogTable)
     admin: AdminTable = field(default_factory=AdminTable)
 

@@ -9,7 +9,7 @@ from proxy.config.describing import KIB, MIB, Kind, knob
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Watch:
+class WatchTable:
     """Watch sharing: history, limits and progress."""
 
     linger_s: Annotated[

@@ -28,7 +28,7 @@ PROBLEM_LOG_INTERVAL_S = 10.0
 log = logs.logger("calls")
 
 
-class Held(Protocol):
+class HeldCall(Protocol):
     """A call that waits."""
 
     repeated: bool
@@ -55,7 +55,7 @@ class Holding:
         self.settings = settings
         self._stats = stats
         self._pool = pool
-        self._calls: WaitingCalls[Held] = WaitingCalls()
+        self._calls: WaitingCalls[HeldCall] = WaitingCalls()
         # The timer for the earliest expiry, and its time; infinite without a timer.
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
@@ -67,7 +67,7 @@ class Holding:
     def __len__(self) -> int:
         return len(self._calls)
 
-    def hold(self, call: Held) -> None:
+    def hold(self, call: HeldCall) -> None:
         """Let a call wait for a connection. Raises CallRefusal at a limit."""
         now, settings = _now(), self.settings
         if len(self._calls) >= settings.waiting_max:
@@ -85,14 +85,14 @@ class Holding:
             raise
         self._set_timer()
 
-    def grow(self, call: Held, size: int) -> None:
+    def grow(self, call: HeldCall, size: int) -> None:
         """Count `size` more bytes of a waiting call. Raises CallRefusal at the limit."""
         call.waiting_bytes += size
         self._stats.waiting_bytes += size
         if self._stats.waiting_bytes > self.settings.waiting_bytes_max:
             raise self._refusal("too many bytes of calls wait for an etcd", "waiting_bytes_max")
 
-    def leave(self, call: Held) -> None:
+    def leave(self, call: HeldCall) -> None:
         """Remove a call, if it waits."""
         if self._calls.remove(call):
             self._stats.waiting_bytes -= call.waiting_bytes
@@ -118,7 +118,7 @@ class Holding:
         self._serving = False
         self.serve()
 
-    def _is_late(self, call: Held) -> bool:
+    def _is_late(self, call: HeldCall) -> bool:
         """End a call whose deadline is over; return whether it was. A write its client has given up is not sent."""
         if call.deadline is None or call.deadline > _now():
             return False

@@ -18,7 +18,7 @@ from coalesce import CoreLimits
 from proxy import logs
 from proxy.config.knobs import Settings
 from proxy.config.values import Address, client_url, parse_listen_address, parse_metrics_address
-from proxy.config.watch import Watch
+from proxy.config.watch import WatchTable
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 from proxy.listening.settings import ListenerSettings
 from proxy.passthrough.settings import PassthroughSettings
@@ -45,7 +45,7 @@ REQUEST_OVERHEAD_BYTES: Final = 512 * 1024
 log = logs.logger("serve")
 
 
-def core_limits(watch: Watch) -> CoreLimits:
+def core_limits(watch: WatchTable) -> CoreLimits:
     """Return the core's limits; they have the settings' names, except for two."""
     values = {field.name: getattr(watch, field.name) for field in fields(watch)}
     return CoreLimits(

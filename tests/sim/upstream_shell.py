@@ -20,7 +20,7 @@ from tests.sim.model_stream import CLUSTER_ID, RAFT_TERM, ServerStream
 from tests.sim.parts import REAL, Parts
 from tests.sim.store_member import StoreMember, StoreStream
 from upstream.watching import effects as watch_effects
-from upstream.watching.stream import Kind, Next, WatchStream
+from upstream.watching.stream import Next, StreamKind, WatchStream
 
 AnyMember = Member | StoreMember
 AnyStream = ServerStream | StoreStream
@@ -112,7 +112,7 @@ class UpstreamShell:
         self.permission = permission
         self.on = on
         self.state: Any = parts.watch_state.WatchState(
-            streams_max={Kind.CATCH_UP: streams_max[0], Kind.LARGE: 1, Kind.SUSPECT: streams_max[1]}
+            streams_max={StreamKind.CATCH_UP: streams_max[0], StreamKind.LARGE: 1, StreamKind.SUSPECT: streams_max[1]}
         )
         self.choice: Any = parts.choice.EndpointPolicy()
         self.lineage: Any = parts.lineage.HistoryTracker()
@@ -322,7 +322,7 @@ class UpstreamShell:
     def open_waiting(self, _: random.Random | None = None) -> None:
         """Give a place to a waiting stream: trunks first, as in upstream/watching/places.py."""
         if self._unopened:
-            stream = min(self._unopened, key=lambda each: each.kind is Kind.BACKFILL)
+            stream = min(self._unopened, key=lambda each: each.kind is StreamKind.BACKFILL)
             requests = self._unopened.pop(stream)
             self._begin(stream)
             self._links[stream].requests.extend(requests)

@@ -7,7 +7,7 @@ import pytest
 from tests.upstream.stories import Opened, answer, in_words, refusal
 from upstream.watching.effects import CloseStream, OpenStream, WatchEffect, WatchLost
 from upstream.watching.state import WatchState
-from upstream.watching.stream import Kind, Next, WatchStream
+from upstream.watching.stream import Next, StreamKind, WatchStream
 from upstream.watching.streams import LARGE_CREATE_BYTES, STREAMS_MAX
 
 TOO_LARGE = (8, "grpc: received message larger than max (2097200 vs. 2097152)")
@@ -125,7 +125,7 @@ def test_among_many_only_those_that_end_their_streams_are_lost(bad: list[int]) -
     assert len(state) == 21 - len(bad)
     # Each is tried alone, and so is each half that holds one.
     assert etcd.ends <= 2 + 6 * len(bad)
-    assert etcd.open_max <= 1 + STREAMS_MAX[Kind.SUSPECT] + STREAMS_MAX[Kind.CATCH_UP]
+    assert etcd.open_max <= 1 + STREAMS_MAX[StreamKind.SUSPECT] + STREAMS_MAX[StreamKind.CATCH_UP]
     assert all(stream.group is None for stream in state.streams())
 
 
@@ -165,26 +165,26 @@ def test_large_creates_have_streams_apart_from_the_start() -> None:
     state = connected()
     live = Opened(b"live")
     state.open(live)
-    large = [Opened(b"k" * LARGE_CREATE_BYTES + b"%d" % number) for number in range(STREAMS_MAX[Kind.LARGE] + 1)]
+    large = [Opened(b"k" * LARGE_CREATE_BYTES + b"%d" % number) for number in range(STREAMS_MAX[StreamKind.LARGE] + 1)]
     for watch in large:
         state.open(watch)
     streams = [stream_of(state, watch) for watch in large]
     assert stream_of(state, live) not in streams
-    assert len(set(map(id, streams))) == STREAMS_MAX[Kind.LARGE]
-    assert {stream.kind for stream in streams} == {Kind.LARGE}
+    assert len(set(map(id, streams))) == STREAMS_MAX[StreamKind.LARGE]
+    assert {stream.kind for stream in streams} == {StreamKind.LARGE}
 
 
 def test_watches_that_catch_up_have_separate_streams() -> None:
     state = connected()
     live = Opened(b"live")
     state.open(live)
-    past = [Opened(b"%d" % number, start_revision=3) for number in range(2 * STREAMS_MAX[Kind.CATCH_UP])]
+    past = [Opened(b"%d" % number, start_revision=3) for number in range(2 * STREAMS_MAX[StreamKind.CATCH_UP])]
     for watch in past:
         state.open(watch)
     streams = [stream_of(state, watch) for watch in past]
     assert stream_of(state, live) not in streams
     assert {stream.live for stream in streams} == {2}
-    assert len(set(map(id, streams))) == STREAMS_MAX[Kind.CATCH_UP]
+    assert len(set(map(id, streams))) == STREAMS_MAX[StreamKind.CATCH_UP]
 
 
 def test_a_token_that_ends_its_stream_is_given_up_for_others() -> None:

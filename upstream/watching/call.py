@@ -15,7 +15,7 @@ from upstream.heads import request_headers
 from upstream.settings import UpstreamSettings
 from upstream.unary import Metadata
 from upstream.watching.feed import Feed
-from upstream.watching.stream import Create, Kind, WatchStream
+from upstream.watching.stream import Create, StreamKind, WatchStream
 
 WATCH_PATH: Final = b"/etcdserverpb.Watch/Watch"
 
@@ -144,7 +144,7 @@ class UpstreamWatchCall:
         self._take(call, self._feed.feed, data)
 
     def _give_back(self, call: UpstreamCall) -> None:
-        unread_max = _UNREAD_ALONE_BYTES_MAX if self._stream.kind is Kind.BACKFILL else _UNREAD_BYTES_MAX
+        unread_max = _UNREAD_ALONE_BYTES_MAX if self._stream.kind is StreamKind.BACKFILL else _UNREAD_BYTES_MAX
         if self._feed.unread <= unread_max or not self._feed.behind:
             call.consumed(self._taken)
             self._taken = 0

@@ -50,7 +50,7 @@ from upstream.watching.listener import WatchListener
 from upstream.watching.places import Places
 from upstream.watching.state import WatchState
 from upstream.watching.stream import Next, OpenedWatch, WatchStream
-from upstream.watching.unanswered import Unanswered
+from upstream.watching.unanswered import UnansweredCreates
 
 
 class WatchClient:
@@ -107,7 +107,7 @@ class WatchClient:
         self.around_read: Callable[[bool], None] | None = None
         # Called when `problem` has changed.
         self.on_problem: Callable[[], None] | None = None
-        self._unanswered = Unanswered(self._settings.create_timeout_s)
+        self._unanswered = UnansweredCreates(self._settings.create_timeout_s)
         # Connections that the server closed in good order, since the start.
         self.rotated = 0
         # DATA of watch streams read since the start, in bytes.

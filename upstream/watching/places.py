@@ -8,7 +8,7 @@ from upstream.connection import ClientConnection, NotSent
 from upstream.connections import Connections, full_text
 from upstream.unary import Metadata
 from upstream.watching.call import UpstreamWatchCall
-from upstream.watching.stream import Kind, WatchStream
+from upstream.watching.stream import StreamKind, WatchStream
 
 
 class Places:
@@ -76,7 +76,7 @@ class Places:
 
     def begin_waiting(self) -> None:
         """Start the waiting calls, trunks first: many clients share each trunk."""
-        for stream in sorted(self._waiting, key=lambda each: each.kind is Kind.BACKFILL):
+        for stream in sorted(self._waiting, key=lambda each: each.kind is StreamKind.BACKFILL):
             if not self._begin(stream, self._waiting[stream]):
                 break
             del self._waiting[stream]

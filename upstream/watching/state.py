@@ -53,7 +53,7 @@ from upstream.watching.effects import (
     Write,
 )
 from upstream.watching.proof import ask_progress, note_created, progress_answered, send_probe
-from upstream.watching.stream import Create, Held, Kind, Next, OpenedWatch, Registration, WatchStream
+from upstream.watching.stream import Create, Held, Next, OpenedWatch, Registration, StreamKind, WatchStream
 from upstream.watching.streams import LARGE_CREATE_BYTES, STREAMS_MAX, Streams
 from upstream.watching.suspects import Suspects
 
@@ -74,7 +74,7 @@ class WatchState:
         self,
         namespace: Namespace | None = None,
         held_bytes_max: int = HELD_BYTES_MAX,
-        streams_max: Mapping[Kind, int] = STREAMS_MAX,
+        streams_max: Mapping[StreamKind, int] = STREAMS_MAX,
     ) -> None:
         """`held_bytes_max`: the maximum size of one revision, see `UpstreamSettings.watch_message_bytes_max`."""
         self.connected = False
@@ -249,7 +249,7 @@ class WatchState:
         """All suspects of a stream were answered: move them to their regular streams, and try the next suspects."""
         for registration in stream.by_id.values():
             registration.group = None
-        if stream.kind is not Kind.SUSPECT:
+        if stream.kind is not StreamKind.SUSPECT:
             stream.group = None
             return
         there = self._take_off(stream)
@@ -491,11 +491,11 @@ class WatchState:
         kind = self._kind(registration)
         stream = self._streams.find(kind, token, registration.group)
         if stream is None:
-            if kind is Kind.SUSPECT and self._streams.is_full(kind):
+            if kind is StreamKind.SUSPECT and self._streams.is_full(kind):
                 self._suspects.waiting = True
                 return
             if self._streams.is_full(kind):
-                kind = Kind.SHARED
+                kind = StreamKind.SHARED
             stream = WatchStream(token, kind, own, registration.group)
             self._streams.add(stream)
             effects.append(OpenStream(stream))
@@ -509,17 +509,17 @@ class WatchState:
         else:
             self._create(stream, registration, effects)
 
-    def _kind(self, registration: Registration) -> Kind:
+    def _kind(self, registration: Registration) -> StreamKind:
         """Return the kind of stream that a registration belongs to."""
         watch = registration.watch
         if watch.is_backfill:
-            return Kind.BACKFILL
+            return StreamKind.BACKFILL
         if registration.group is not None:
-            return Kind.SUSPECT
+            return StreamKind.SUSPECT
         if len(watch.key) + len(watch.range_end) >= LARGE_CREATE_BYTES:
-            return Kind.LARGE
+            return StreamKind.LARGE
         start = registration.next_revision
-        return Kind.SHARED if start is None or self._skips(start) else Kind.CATCH_UP
+        return StreamKind.SHARED if start is None or self._skips(start) else StreamKind.CATCH_UP
 
     def _skips(self, start: int) -> bool:
         """Whether no revision from `start` on is known to be written."""

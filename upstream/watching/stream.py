@@ -14,7 +14,7 @@ from proto.scan import Event
 _PASSED_MAX: Final = 256
 
 
-class Kind(Enum):
+class StreamKind(Enum):
     """The purpose of a stream, see `streams`."""
 
     SHARED = "the live watches of a token"
@@ -160,7 +160,7 @@ class WatchStream:
         "wanted_number",
     )
 
-    def __init__(self, token: bytes | None, kind: Kind, own: bool = False, group: int | None = None) -> None:
+    def __init__(self, token: bytes | None, kind: StreamKind, own: bool = False, group: int | None = None) -> None:
         self.token = token
         self.kind = kind
         self.own = own

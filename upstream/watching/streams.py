@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from upstream.watching.stream import Kind, WatchStream
+from upstream.watching.stream import StreamKind, WatchStream
 
-STREAMS_MAX: Final = {Kind.CATCH_UP: 16, Kind.LARGE: 8, Kind.SUSPECT: 8}
+STREAMS_MAX: Final = {StreamKind.CATCH_UP: 16, StreamKind.LARGE: 8, StreamKind.SUSPECT: 8}
 """Maximum streams of these kinds, for all tokens together; beyond it watches share them, or suspects wait."""
 
 LARGE_CREATE_BYTES: Final = 64 * 1024
@@ -28,12 +28,12 @@ class Streams:
 
     __slots__ = ("_backfills", "_few", "_max", "_shared")
 
-    def __init__(self, streams_max: Mapping[Kind, int] = STREAMS_MAX) -> None:
+    def __init__(self, streams_max: Mapping[StreamKind, int] = STREAMS_MAX) -> None:
         self._max = streams_max
         self._shared: dict[bytes | None, WatchStream] = {}
         self._backfills: dict[int, WatchStream] = {}
         # The streams of the bounded kinds.
-        self._few: dict[Kind, list[WatchStream]] = {kind: [] for kind in STREAMS_MAX}
+        self._few: dict[StreamKind, list[WatchStream]] = {kind: [] for kind in STREAMS_MAX}
 
     def __iter__(self) -> Iterator[WatchStream]:
         yield from self._shared.values()
@@ -41,38 +41,38 @@ class Streams:
         for streams in self._few.values():
             yield from streams
 
-    def find(self, kind: Kind, token: bytes | None, group: int | None) -> WatchStream | None:
+    def find(self, kind: StreamKind, token: bytes | None, group: int | None) -> WatchStream | None:
         """Return the stream for a watch. None: it needs a new one, see `is_full`."""
-        if kind is Kind.SHARED:
+        if kind is StreamKind.SHARED:
             return self._shared.get(token)
-        if kind is Kind.BACKFILL:
+        if kind is StreamKind.BACKFILL:
             return None
         own = [stream for stream in self._few[kind] if stream.token == token]
-        if kind is Kind.SUSPECT:
+        if kind is StreamKind.SUSPECT:
             return next((stream for stream in own if stream.group == group), None)
         if not self.is_full(kind):
             return None
         return min(own, key=_live, default=None) or self._shared.get(token)
 
-    def is_full(self, kind: Kind) -> bool:
+    def is_full(self, kind: StreamKind) -> bool:
         """Whether the number of streams of a kind has reached its maximum."""
         return kind in self._few and len(self._few[kind]) >= self._max[kind]
 
     def add(self, stream: WatchStream) -> None:
         """Add a new stream."""
-        if stream.kind is Kind.SHARED:
+        if stream.kind is StreamKind.SHARED:
             self._shared[stream.token] = stream
-        elif stream.kind is Kind.BACKFILL:
+        elif stream.kind is StreamKind.BACKFILL:
             self._backfills[id(stream)] = stream
         else:
             self._few[stream.kind].append(stream)
 
     def remove(self, stream: WatchStream) -> None:
         """Remove a stream; one that was removed already is ignored."""
-        if stream.kind is Kind.SHARED:
+        if stream.kind is StreamKind.SHARED:
             if self._shared.get(stream.token) is stream:
                 del self._shared[stream.token]
-        elif stream.kind is Kind.BACKFILL:
+        elif stream.kind is StreamKind.BACKFILL:
             self._backfills.pop(id(stream), None)
         elif stream in self._few[stream.kind]:
             self._few[stream.kind].remove(stream)

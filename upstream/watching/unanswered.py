@@ -12,7 +12,7 @@ from upstream.watching.call import UpstreamWatchCall
 from upstream.watching.stream import WatchStream
 
 
-class Unanswered:
+class UnansweredCreates:
     """The result of the last check for unanswered creates."""
 
     def __init__(self, limit_s: float) -> None:

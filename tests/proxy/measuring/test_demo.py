@@ -26,7 +26,7 @@ from proxy.measuring.load.stage import Stage
 from proxy.measuring.load.trial import Trial
 from tests.etcd.server import EtcdServer
 from tests.waiting import until
-from upstream.watching.stream import Kind
+from upstream.watching.stream import StreamKind
 from upstream.watching.streams import STREAMS_MAX
 
 SMALL = "--watches=60 --ranges=5 --streams=12 --seconds=0.5".split()  # noqa: SIM905 - as one types it
@@ -45,7 +45,7 @@ def test_a_real_etcd_counts_one_watcher_for_each_range(etcd: EtcdServer, capsys:
     assert result.faultless
     assert result.trial.watchers == 5
     # One for the live watches of all clients, and a few backfills.
-    assert 1 <= result.trial.watch_streams <= 1 + STREAMS_MAX[Kind.CATCH_UP]
+    assert 1 <= result.trial.watch_streams <= 1 + STREAMS_MAX[StreamKind.CATCH_UP]
     assert result.trial.verdict.watches == 60
     assert result.trial.verdict.events > 300
     # The demo's clients and proxy are gone, and so are its keys.
