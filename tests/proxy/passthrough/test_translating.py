@@ -125,10 +125,14 @@ def test_large_response_is_translated_in_turns(etcd: EtcdServer, monkeypatch: py
 def test_few_large_messages_are_translated_at_a_time(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many gzip responses that arrive at once, few are decompressed at a time; cancelled calls leave the queue."""
     most = 0
+    held = True
     turn = TranslatingPassthrough._turn
 
     def measured(self: TranslatingPassthrough) -> None:
         nonlocal most
+        if held:
+            asyncio.get_running_loop().call_later(0.001, self._turn)
+            return
         turn(self)
         most = max(most, self.stats.partial_bytes)
 
@@ -136,6 +140,7 @@ def test_few_large_messages_are_translated_at_a_time(etcd: EtcdServer, monkeypat
     monkeypatch.setattr(TranslatingPassthrough, "_turn", measured)
 
     async def scenario() -> None:
+        nonlocal held
         async with (
             proxy_for(etcd, namespace=NS) as proxy,
             direct(etcd) as store,
@@ -145,9 +150,11 @@ def test_few_large_messages_are_translated_at_a_time(etcd: EtcdServer, monkeypat
             assert isinstance(passthrough, TranslatingPassthrough)
             await store.put(NS + b"k", bytes(MIB))
             calls = [unread(client) for _ in range(40)]
-            await until_async(lambda: len(passthrough._large) > 20, "many to be queued")
+            await until_async(lambda: len(passthrough._working) == 40, "all to be queued")
             calls[-1].cancel()
             calls[-2].cancel()
+            await until_async(lambda: len(passthrough._working) == 38, "the cancelled calls to leave the queue")
+            held = False
             await until_async(lambda: passthrough.stats.unread_bytes > 38 * MIB - 200_000, "all to be translated", 30)
             assert not passthrough._large
             assert not passthrough._working
