@@ -275,6 +275,7 @@ class ClientConnection(asyncio.Protocol):
                 text = f"the connection was lost ({exc})" if exc is not None else "the server closed the connection"
                 self.failure = Unreachable(self.endpoint.text, text, "check that etcd runs there")
         self._finish()
+        self._transport = None
 
     # For the calls.
 

@@ -6,10 +6,31 @@ import asyncio
 import warnings
 from collections.abc import Coroutine
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import uvloop
 
+from tests.waiting import until_async
+from upstream.connection import ClientConnection
+
 T = TypeVar("T")
+
+_CONNECTIONS: WeakSet[ClientConnection] = WeakSet()
+_connection_made = ClientConnection.connection_made
+
+
+def _noted(connection: ClientConnection, transport: asyncio.BaseTransport) -> None:
+    _CONNECTIONS.add(connection)
+    _connection_made(connection, transport)
+
+
+ClientConnection.connection_made = _noted  # type: ignore[assignment,method-assign]  # for all tests of a process
+
+
+def _are_closed() -> bool:
+    """Whether no connection to etcd is still closing: with TLS etcd answers first."""
+    transports = [connection._transport for connection in _CONNECTIONS]
+    return not any(transport is not None and transport.is_closing() for transport in transports)
 
 
 def run(scenario: Coroutine[Any, Any, T], limit_s: float = 60.0) -> T:
@@ -23,7 +44,9 @@ def run(scenario: Coroutine[Any, Any, T], limit_s: float = 60.0) -> T:
     async def guarded() -> T:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
         async with asyncio.timeout(limit_s):
-            return await scenario
+            result = await scenario
+        await until_async(_are_closed, "connections to etcd to be closed", 5)
+        return result
 
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
     try:
