@@ -74,8 +74,7 @@ class CallHandler(Protocol):
         """After `write` returned False: all output was handed to the transport."""
 
     def on_end(self, status: int, message: str, trailers: Headers) -> None:
-        """
-        The call has ended; no callback follows. Not called after `UpstreamCall.reset`.
+        """The call has ended; no callback follows. Not called after `UpstreamCall.reset`.
 
         `trailers` are those of the server, which the status was read from. They are [] when the stream was reset
         (`UpstreamCall.reset_code`) or the connection broke: then status and message are derived from that.
@@ -290,8 +289,7 @@ class ClientConnection(asyncio.Protocol):
         return self.http2.peer_max_streams - len(self.http2.streams) if self.healthy else 0
 
     def request(self, headers: Headers, handler: CallHandler, end_stream: bool = False) -> UpstreamCall:
-        """
-        Start a call; `headers` are complete, with the pseudo-headers first (`heads.request_headers` makes them).
+        """Start a call; `headers` are complete, with the pseudo-headers first (`heads.request_headers` makes them).
 
         Raises NotSent when the connection is closed or full.
         """
@@ -555,8 +553,7 @@ async def connect(
     settings: ConnectionSettings | None = None,
     on_closed: Callable[[ClientConnection], None] | None = None,
 ) -> ClientConnection:
-    """
-    Connect to an endpoint and return the connection when the server has sent its SETTINGS.
+    """Connect to an endpoint and return the connection when the server has sent its SETTINGS.
 
     The endpoint's scheme decides whether `tls` is used; see `Endpoint.uses_tls`. Raises Unreachable.
     """

@@ -2,8 +2,7 @@
 
 The core (`coalesce`) is a value: inputs go in, effects come back. The engine passes it the requests of clients (from
 `service`), the responses of etcd (from `upstream.watching.client`) and the time, and carries out the effects in order.
-Inputs never nest: an input that arises while effects are carried out waits in the inbox until they are done. So the
-core gets one input at a time, and no lock is needed.
+Inputs never nest: an input that arises meanwhile waits in the inbox, so the core gets one at a time, without a lock.
 
 An event passes through `received`, `Coalescer.upstream_response`, one `Deliver` per variant and `_deliver`. In a large
 group the only code that runs once per watch and event is the loop in `SendSide.send_each`; the bytes are shared.

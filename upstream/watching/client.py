@@ -66,8 +66,7 @@ class WatchClient:
         credentials: Credentials | None = None,
         namespace: Namespace | None = None,
     ) -> None:
-        """
-        `credentials`: the proxy's own user, whose token trunks are watched with; without it each watch uses its own.
+        """`credentials`: the proxy's own user, whose token trunks are watched with; without it each watch uses its own.
         `namespace`: the prefix of the watches' keys at etcd.
         """
         self._settings = settings or UpstreamSettings()
@@ -393,8 +392,7 @@ class WatchClient:
             self._listener.broken()
 
     async def _recognise(self, server: Server) -> bool:
-        """
-        Check whether the store has the same history as before, see `lineage`, before the server is used. False: the
+        """Check whether the store has the same history as before, see `lineage`, before the server is used. False: the
         store may be another one, and the server does not answer.
         """
         known, now = self._lineage.known, server.standing
@@ -534,8 +532,7 @@ class WatchClient:
             self._places.unordered.add(server.connection)
 
     async def _open_another(self, server: Server) -> ClientConnection:
-        """
-        Open another connection to the server in use. Raises Unreachable.
+        """Open another connection to the server in use. Raises Unreachable.
 
         Behind a load balancer it may lead to another member, so it is checked in the same way as the first one.
         """
