@@ -51,7 +51,7 @@ KNOBS = (
 )
 NOT_WATCHED = b"/z"
 """A key outside all watched ranges."""
-EMPTY = ("watches", "sessions", "trunks", "backfills", "lagging", "connections", "history_bytes")
+EMPTY = ("watches", "sessions", "trunks", "parked", "backfills", "lagging", "connections", "history_bytes")
 
 
 @dataclass

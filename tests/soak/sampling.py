@@ -23,7 +23,10 @@ ENVIRONMENT = {"PYTHONPATH": str(INSIDE), "WATCHMUX_SOAK_HELD": str(HELD)}
 """The environment of the proxy."""
 
 DELAY = "watchmux_event_loop_delay_seconds"
-GAUGES = ("watches", "sessions", "trunks", "backfills", "lagging", "connections", "history_bytes", "upstream_streams")
+GAUGES = (
+    *("watches", "sessions", "trunks", "parked", "backfills", "lagging", "connections"),
+    *("history_bytes", "upstream_streams"),
+)
 EVERY_S = 1.0
 
 
