@@ -25,6 +25,7 @@ from proxy.passthrough.relay import Passthrough
 from proxy.passthrough.settings import PassthroughSettings
 from proxy.watch import service as watch_service
 from proxy.watch.engine import Engine
+from proxy.watch.settings import WatchSettings
 from upstream.credentials import Credentials
 from upstream.endpoints import Endpoint, parse_endpoint, parse_endpoints
 from upstream.namespace import Namespace
@@ -68,7 +69,7 @@ class Proxy:
         upstream_tls: FileContext | None = None,
         upstream: UpstreamSettings | None = None,
         listener: ListenerSettings | None = None,
-        watch: watch_service.WatchSettings | None = None,
+        watch: WatchSettings | None = None,
         passthrough: PassthroughSettings | None = None,
         reader: ReaderSettings | None = None,
         limits: CoreLimits | None = None,
@@ -99,7 +100,7 @@ class Proxy:
         self._upstream_tls = upstream_tls
         self._upstream_settings = upstream or UpstreamSettings()
         self._listener_settings = listener or ListenerSettings()
-        self._watch_settings = watch or watch_service.WatchSettings()
+        self._watch_settings = watch or WatchSettings()
         self._passthrough_settings = passthrough or PassthroughSettings()
         self._reader_settings = reader or ReaderSettings()
         self._limits = limits or CoreLimits()

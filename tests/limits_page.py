@@ -36,7 +36,7 @@ SOURCES = (
     Source("The core", "coalesce.limits", "CoreLimits", limits_table.CORE),
     Source("A client's HTTP/2 connection", "proto.http2.limits", "Http2Limits", limits_table.HTTP2),
     Source("The listener", "proxy.listening.settings", "ListenerSettings", limits_table.LISTENER),
-    Source("The Watch service", "proxy.watch.service", "WatchSettings", limits_table.WATCH),
+    Source("The Watch service", "proxy.watch.settings", "WatchSettings", limits_table.WATCH),
     Source("Pass-through", "proxy.passthrough.settings", "PassthroughSettings", limits_table.PASSTHROUGH),
     Source("HTTP/1", "proxy.listening.http1", "Http1Settings", limits_table.HTTP1),
     Source("Reads and permission checks", "proxy.auth.reads", "ReaderSettings", limits_table.READS),

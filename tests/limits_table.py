@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
+from proxy.admin.metrics import metric_at
+from proxy.config.knobs import knobs
+
 NOTHING: Final = "-"
 """No metric: the setting only defines when or in which portions something is done; it refuses and delays no one."""
 
@@ -18,6 +21,11 @@ class Row(NamedTuple):
 
     metric: str
     edge: str
+
+
+def _setting(key: str, edge: str) -> Row:
+    """Return the row of a setting: its metric is part of its declaration."""
+    return Row(next(metric_at(knob) for knob in knobs() if knob.key == key), edge)
 
 
 _REFUSED: Final = 'watchmux_limit_refusals_total{limit="%s"}'
@@ -46,20 +54,16 @@ _UP: Final = "upstream/test_limits.py::"
 
 CORE: Final = {
     "linger_s": Row(NOTHING, "coalesce/test_ending.py::test_a_trunk_lingers_with_its_history"),
-    "history_linger_s": Row(
-        _EVICTED % "history_linger_s", f"{_PARKING}test_a_parked_history_is_dropped_after_its_time"
-    ),
+    "history_linger_s": _setting("history_linger_s", f"{_PARKING}test_a_parked_history_is_dropped_after_its_time"),
     "parked_max": Row(_EVICTED % "parked_max", f"{_PARKING}test_the_oldest_parked_history_is_dropped_at_the_limit"),
-    "history_bytes_max": Row(
-        _EVICTED % "history_bytes_max", f"{_HISTORY}test_a_history_is_bounded_in_bytes_and_in_batches"
+    "history_bytes_max": _setting("history_bytes_max", f"{_HISTORY}test_a_history_is_bounded_in_bytes_and_in_batches"),
+    "history_bytes_total_max": _setting(
+        "history_bytes_total_max", f"{_HISTORY}test_the_total_bound_evicts_the_oldest_batch_of_all"
     ),
-    "history_bytes_total_max": Row(
-        _EVICTED % "history_bytes_total_max", f"{_HISTORY}test_the_total_bound_evicts_the_oldest_batch_of_all"
+    "history_revisions_max": _setting(
+        "history_revisions_max", f"{_HISTORY}test_a_history_is_bounded_in_bytes_and_in_batches"
     ),
-    "history_revisions_max": Row(
-        _EVICTED % "history_revisions_max", f"{_HISTORY}test_a_history_is_bounded_in_bytes_and_in_batches"
-    ),
-    "history_age_s": Row(_EVICTED % "history_age_s", f"{_HISTORY}test_old_batches_are_evicted_by_age"),
+    "history_age_s": _setting("history_age_s", f"{_HISTORY}test_old_batches_are_evicted_by_age"),
     "replay_bytes_max": Row(NOTHING, f"{_HISTORY}test_a_replay_is_split_between_revisions"),
     "replay_turn_bytes_max": Row(NOTHING, f"{_REPLAY}test_many_sessions_are_served_in_turns"),
     "replay_events_max": Row(NOTHING, f"{_HISTORY}test_a_replay_examines_a_bounded_number_of_events"),
@@ -67,15 +71,15 @@ CORE: Final = {
     "response_bytes_max": Row(NOTHING, f"{_BACKFILL}test_a_large_catch_up_response_is_split"),
     "fragment_bytes": Row(NOTHING, "coalesce/test_batch.py::test_a_response_is_split_from_the_limit_on"),
     "fragment_run_bytes_max": Row(NOTHING, "coalesce/test_runs.py::test_at_its_bound_a_run_ends_between_two_revisions"),
-    "watches_per_session_max": Row(
-        _REFUSED % "watches_per_session_max", f"{_JOINING}test_limits_are_refused_with_a_clear_text"
+    "watches_per_session_max": _setting(
+        "watches_per_session_max", f"{_JOINING}test_limits_are_refused_with_a_clear_text"
     ),
-    "watches_max": Row(_REFUSED % "watches_max", f"{_JOINING}test_limits_are_refused_with_a_clear_text"),
-    "trunks_max": Row(_REFUSED % "trunks_max", f"{_JOINING}test_limits_are_refused_with_a_clear_text"),
+    "watches_max": _setting("watches_max", f"{_JOINING}test_limits_are_refused_with_a_clear_text"),
+    "trunks_max": _setting("trunks_max", f"{_JOINING}test_limits_are_refused_with_a_clear_text"),
     "queue_max": Row(_REFUSED % "queue_max", f"{_JOINING}test_too_many_queued_requests_end_the_session"),
     "line_bytes_max": Row("watchmux_requests_waiting_bytes", f"{_JOINING}test_a_full_queue_takes_no_more_requests"),
     "step_watches_max": Row(NOTHING, f"{_JOINING}test_many_creates_are_decided_in_steps"),
-    "backfills_max": Row("watchmux_queued", f"{_BACKFILL}test_backfills_are_bounded_and_further_watches_are_queued"),
+    "backfills_max": _setting("backfills_max", f"{_BACKFILL}test_backfills_are_bounded_and_further_watches_are_queued"),
     "backfill_bytes_max": Row(
         "watchmux_upstream_paused_total", f"{_BACKFILL}test_memory_of_a_backfill_for_slow_sessions_is_bounded"
     ),
@@ -86,11 +90,11 @@ CORE: Final = {
     "progress_retry_s": Row(NOTHING, f"{_PROGRESS}test_pauses_between_repeated_requests_grow"),
     "progress_retry_s_max": Row(NOTHING, f"{_PROGRESS}test_pauses_between_repeated_requests_grow"),
     "progress_notify_s": Row(NOTHING, f"{_PROGRESS}test_quiet_watches_get_progress_notifications"),
-    "lagging_age_s_max": Row(_REFUSED % "lagging_age_s_max", f"{_REPLAY}test_a_session_behind_for_too_long_is_ended"),
+    "lagging_age_s_max": _setting("lagging_age_s_max", f"{_REPLAY}test_a_session_behind_for_too_long_is_ended"),
 }
 
 HTTP2: Final = {
-    "max_streams": Row(_REFUSED % "max_concurrent_streams", f"{_FLOODS}test_a_stream_that_reaches_a_limit_is_reported"),
+    "max_streams": _setting("max_concurrent_streams", f"{_FLOODS}test_a_stream_that_reaches_a_limit_is_reported"),
     "initial_window": Row(_REFUSED % "initial_window", f"{_FLOW}test_a_stream_window_overrun_costs_the_stream"),
     "connection_window": Row(
         _CUT_OFF % "FLOW_CONTROL_ERROR", f"{_FLOW}test_a_connection_window_overrun_costs_the_connection"
@@ -133,8 +137,8 @@ HTTP2: Final = {
 }
 
 LISTENER: Final = {
-    "connections_max": Row(
-        _REFUSED % "connections_max", "proxy/listening/test_listener.py::test_connection_above_the_limit_gets_goaway"
+    "connections_max": _setting(
+        "connections_max", "proxy/listening/test_listener.py::test_connection_above_the_limit_gets_goaway"
     ),
     "first_bytes_timeout_s": Row(_TIMED_OUT % "first_bytes_timeout_s", f"{_LISTENER}test_times_of_a_connection"),
     "settings_timeout_s": Row(_TIMED_OUT % "settings_timeout_s", f"{_LISTENER}test_times_of_a_connection"),
@@ -159,11 +163,11 @@ LISTENER: Final = {
 
 WATCH: Final = {
     "request_bytes_max": Row(_REFUSED % "request_bytes_max", f"{_LISTENER}test_the_size_of_a_watch_request"),
-    "sessions_per_connection_max": Row(
-        _REFUSED % "sessions_per_connection_max", "e2e/test_watch.py::test_sessions_per_connection_are_limited"
+    "sessions_per_connection_max": _setting(
+        "sessions_per_connection_max", "e2e/test_watch.py::test_sessions_per_connection_are_limited"
     ),
-    "requests_waiting_bytes_max": Row(
-        _REFUSED % "requests_waiting_bytes_max", "proxy/listening/test_turns.py::test_waiting_requests_are_bounded"
+    "requests_waiting_bytes_max": _setting(
+        "requests_waiting_bytes_max", "proxy/listening/test_turns.py::test_waiting_requests_are_bounded"
     ),
 }
 
@@ -227,8 +231,8 @@ UPSTREAM: Final = {
     "backoff_first_s": Row(NOTHING, "upstream/test_endpoints.py::test_backoff_is_at_once_and_then_doubles_to_a_bound"),
     "backoff_max_s": Row(NOTHING, "upstream/test_endpoints.py::test_backoff_is_at_once_and_then_doubles_to_a_bound"),
     "stagger_s": Row(NOTHING, "upstream/test_watch.py::test_silent_endpoint_delays_no_other"),
-    "connections_per_endpoint_max": Row(
-        "watchmux_upstream_streams_waiting",
+    "connections_per_endpoint_max": _setting(
+        "connections_per_endpoint_max",
         "upstream/test_watch.py::test_streams_that_wait_for_a_place_are_reported",
     ),
     "surplus_idle_s": Row(NOTHING, "upstream/test_connections.py::test_surplus_connections_are_closed"),

@@ -10,8 +10,7 @@ import yaml
 
 from proxy.cli.knobs import REFUSED, TAKEN
 from proxy.cli.measure import command as measure
-from proxy.config.knobs import knobs
-from proxy.process.reloading import RELOADED
+from proxy.config.knobs import knobs, reloaded
 from tests.proxy.config.test_deployment import exported
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +30,7 @@ def table_of_flags() -> dict[str, str]:
 
 def test_every_flag_of_grpc_proxy_has_its_row() -> None:
     flags = table_of_flags()
-    same = {knob.flag for knob in knobs() if knob.from_etcd} - {"--watch-progress-notify-interval"}
+    same = {knob.flag for knob in knobs() if knob.about.from_etcd} - {"--watch-progress-notify-interval"}
     assert {flag for flag, fate in flags.items() if fate == "same"} == same | ETCDS_OWN
     assert {flag for flag, fate in flags.items() if fate == "changes nothing"} == {f"--{flag}" for flag in TAKEN}
     assert {flag for flag, fate in flags.items() if fate == "refused"} == {f"--{flag}" for flag in REFUSED}
@@ -61,7 +60,7 @@ def test_settings_documented_as_reloadable_are() -> None:
     text = text_of("operations.md")
     part = text[text.index("`kill -HUP`") : text.index("What else has changed")]
     said = set(re.findall(r"`([a-z_]+\*?)`", part))
-    for knob in (path.partition(".")[2] for path in RELOADED):
+    for knob in (path.partition(".")[2] for path in reloaded()):
         starred = any(knob.startswith(name[:-1]) for name in said if name.endswith("*"))
         assert knob in said or starred or knob.startswith(("log_", "grpc_keepalive_")), knob
 

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from upstream.errors import BadEndpoint
+from upstream.settings import BACKOFF_FIRST_S, BACKOFF_MAX_S
 
 PORT_DEFAULT: Final = 2379
 """etcd's client port."""
-
-BACKOFF_FIRST_S: Final = 0.02
-BACKOFF_MAX_S: Final = 2.0
 
 _SECURE_OF_SCHEME: Final = {"https": True, "unixs": True, "http": False, "unix": None}
 _HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?")

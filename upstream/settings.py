@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from upstream.endpoints import BACKOFF_FIRST_S, BACKOFF_MAX_S
-from upstream.transport import NEXT_ADDRESS_S
-
 MIB: Final = 1 << 20
+
+BACKOFF_FIRST_S: Final = 0.02
+BACKOFF_MAX_S: Final = 2.0
+NEXT_ADDRESS_S: Final = 0.25
 
 CONNECTION_LIMITS: Final = ("connect_timeout_s", "settings_timeout_s", "keepalive_timeout_s", "useless_frames_max")
 """Limits at which the proxy gives up a connection to an endpoint: the values of `Unreachable.limit`."""

@@ -11,12 +11,9 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable
-from typing import Final
 
 from upstream.endpoints import Endpoint
-
-NEXT_ADDRESS_S: Final = 0.25
-"""How long to wait for one address before the next one is tried in parallel (RFC 8305 section 8)."""
+from upstream.settings import NEXT_ADDRESS_S
 
 
 async def open_transport(

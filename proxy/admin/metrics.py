@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from proxy.admin.delays import Histogram
 from proxy.admin.monitor import Monitor
 from proxy.admin.snapshot import Snapshot
+from proxy.config.knobs import Knob
 
 GAUGES = {
     "connections": "Current number of client connections.",
@@ -143,38 +144,16 @@ GRPC_PROXY_FIELD = "coalesced_total"
 UNITS = {"lagging_s": "lagging_seconds", "probe_delay_s": "probe_delay_seconds"}
 """Fields whose metric names spell out the unit, as Prometheus requires."""
 
-LIMITS = {
-    "max_concurrent_streams": ("watchmux_connection_streams", "watchmux_limit"),
-    "connections_max": ("watchmux_connections", "watchmux_limit_refusals_total"),
-    "sessions_per_connection_max": ("watchmux_connection_sessions", "watchmux_limit_refusals_total"),
-    "requests_waiting_bytes_max": ("watchmux_requests_waiting_bytes", "watchmux_limit_refusals_total"),
-    "watches_max": ("watchmux_watches", "watchmux_limit_refusals_total"),
-    "watches_per_session_max": ("watchmux_watches", "watchmux_limit_refusals_total"),
-    "queue_max": ("watchmux_sessions_ended_total", "watchmux_limit_refusals_total"),
-    "trunks_max": ("watchmux_trunks", "watchmux_limit_refusals_total"),
-    "lagging_age_s_max": ("watchmux_lagging_seconds", "watchmux_limit_refusals_total"),
-    "history_bytes_total_max": ("watchmux_history_bytes", "watchmux_history_evictions_total"),
-    "history_bytes_max": ("watchmux_history_bytes", "watchmux_history_evictions_total"),
-    "history_revisions_max": ("watchmux_history_batches", "watchmux_history_evictions_total"),
-    "history_age_s": ("watchmux_history_batches", "watchmux_history_evictions_total"),
-    "history_linger_s": ("watchmux_parked", "watchmux_history_evictions_total"),
-    "parked_max": ("watchmux_parked", "watchmux_history_evictions_total"),
-    "backfills_max": ("watchmux_backfills", "watchmux_queued"),
-    "backfill_bytes_max": ("watchmux_backfills", "watchmux_upstream_paused_total"),
-    "replay_bytes_max": ("watchmux_replays_total", "watchmux_delivered_bytes_total"),
-    "fragment_run_bytes_max": ("watchmux_replays_total", "watchmux_delivered_bytes_total"),
-    "replay_turn_bytes_max": ("watchmux_lagging", "watchmux_replays_total"),
-    "response_bytes_max": ("watchmux_batches_received_total", "watchmux_messages_delivered_total"),
-    "connections_per_endpoint_max": ("watchmux_upstream_connections", "watchmux_upstream_streams_waiting"),
-    "watch_message_bytes_max": ("watchmux_upstream_received_bytes_total", "watchmux_upstream_lost_total"),
-    "progress_retry_s_max": ("watchmux_progress_requests_total", "watchmux_progress_answers_total"),
-}
-"""Every setting that is a limit: the metric of what it limits, and the metric that changes when it is reached."""
-
 
 def metric_name(field: str) -> str:
     """Return the metric name of a snapshot's field."""
-    return f"watchmux_{UNITS.get(field, field)}"
+    return LABELLED[field][1] if field in LABELLED else f"watchmux_{UNITS.get(field, field)}"
+
+
+def metric_at(limit: Knob) -> str:
+    """Return the metric, with its label, that shows that a setting's limit was reached."""
+    name = metric_name(limit.about.reached)
+    return f'{name}{{limit="{limit.key}"}}' if limit.about.reached in LABELLED else name
 
 
 class ProxyCollector(Collector):

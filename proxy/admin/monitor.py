@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,6 +17,7 @@ import msgspec
 from coalesce import report
 from proxy.admin.delays import BOUNDS_S, LoopDelay, quantile, watch_deliveries
 from proxy.admin.snapshot import Snapshot, SnapshotSource
+from proxy.config import knobs
 
 if TYPE_CHECKING:
     from proxy.server import Proxy
@@ -90,14 +92,23 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     sessions: list[SessionView]
     points: list[Point]
     step_s: float
-    limits: dict[str, float]
+    limits: Mapping[str, float]
+
+
+def limits_by_default() -> dict[str, float]:
+    """Return the limits of a proxy without settings of its own, by setting."""
+    return knobs.limits(knobs.Settings())
 
 
 class Monitor:
     """The monitor of one proxy; call `start` in the running event loop."""
 
-    def __init__(self, proxy: Proxy, address: str) -> None:
+    def __init__(
+        self, proxy: Proxy, address: str, limits: Callable[[], Mapping[str, float]] = limits_by_default
+    ) -> None:
         self._proxy = proxy
+        self.limits = limits
+        """Returns the limits in force, by setting; 0 means no limit."""
         self._source = SnapshotSource(proxy, address)
         self.delivery_delay = watch_deliveries(proxy.listener, proxy.engine)
         self.loop_delay = LoopDelay(self._tick)
@@ -129,30 +140,6 @@ class Monitor:
     def endpoints(self) -> list[EndpointState]:
         """Return the state of each endpoint."""
         return self._proxy.pool.states()
-
-    def limits(self) -> dict[str, float]:
-        """Return the limits in force, by setting; 0 means no limit."""
-        proxy = self._proxy
-        core, listener = proxy.engine.core.limits, proxy.listener.settings
-        return {
-            "max_concurrent_streams": listener.http2.max_streams,
-            "connections_max": listener.connections_max,
-            "sessions_per_connection_max": proxy.watches.settings.sessions_per_connection_max,
-            "requests_waiting_bytes_max": proxy.watches.settings.requests_waiting_bytes_max,
-            "watches_max": core.watches_max,
-            "watches_per_session_max": core.watches_per_session_max,
-            "queue_max": core.queue_max,
-            "trunks_max": core.trunks_max,
-            "backfills_max": core.backfills_max,
-            "backfill_bytes_max": core.backfill_bytes_max,
-            "history_bytes_total_max": core.history_bytes_total_max,
-            "history_bytes_max": core.history_bytes_max,
-            "history_revisions_max": core.history_revisions_max,
-            "history_age_s": core.history_age_s,
-            "history_linger_s": core.history_linger_s,
-            "parked_max": core.parked_max,
-            "lagging_age_s_max": core.lagging_age_s_max or 0,
-        }
 
     def overview(self) -> Overview:
         """Return the current data of the status page."""

@@ -9,7 +9,7 @@ restrict the port to operators.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from proxy.admin.metrics import ProxyCollector
-from proxy.admin.monitor import Monitor
+from proxy.admin.monitor import Monitor, limits_by_default
 from proxy.config.values import Address
 
 if TYPE_CHECKING:
@@ -47,8 +47,14 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Admin:
     """The admin HTTP server of one proxy."""
 
-    def __init__(self, proxy: Proxy, listen: Address, proxy_address: str) -> None:
-        self.monitor = Monitor(proxy, proxy_address)
+    def __init__(
+        self,
+        proxy: Proxy,
+        listen: Address,
+        proxy_address: str,
+        limits: Callable[[], Mapping[str, float]] = limits_by_default,
+    ) -> None:
+        self.monitor = Monitor(proxy, proxy_address, limits)
         self._listen = listen
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(ProxyCollector(self.monitor))

@@ -78,8 +78,7 @@ def _option(knob: Knob) -> Callable[[Function], Function]:
         envvar=knob.env,
         type=click.Choice(knob.choices) if knob.choices else str,
         metavar=None if knob.choices else "[true|false]" if switch else knob.kind.value.upper(),
-        help=f"{knob.text}{_default(knob)}",
-        hidden=knob.advanced,
+        help=f"{knob.about.text}{_default(knob)}",
         **switch,
     )
 
@@ -119,7 +118,7 @@ class KnobCommand(click.Command):
         formatter.write_text(
             "Flags override environment variables, which override the configuration file. The environment variable of "
             "--listen-addr is WATCHMUX_LISTEN_ADDR, and likewise for every flag. `watchmux config` prints a file with "
-            "all settings, including the advanced ones not listed here. Durations: 500ms, 10s, 1m30s. Sizes: 64MiB."
+            "all settings. Durations: 500ms, 10s, 1m30s. Sizes: 64MiB."
         )
 
 

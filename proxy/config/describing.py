@@ -1,13 +1,14 @@
-"""Metadata of a setting, attached to its field: help text, kind of value, whether etcd has the same flag, bounds."""
+"""The description of a setting, attached to its field: help text, syntax, bounds, and what depends on it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 KIB = 1024
-MIB = 1024 * KIB
 
 
 class Kind(Enum):
@@ -26,27 +27,58 @@ class Kind(Enum):
     CHOICE = "choice"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class About:
-    kind: Kind
+    """The description of a setting."""
+
+    text: str
+    """The help."""
+
+    kind: Kind | None
+    """None: it follows from the field's name and type."""
+
+    bounds: Mapping[str, float]
+    """`ge`, `gt` and `le`."""
+
     from_etcd: bool
-    advanced: bool
+    """`etcd grpc-proxy start` has a flag of this name."""
+
+    reloaded: bool
+    """SIGHUP applies it to the running proxy."""
+
+    used: str
+    """For a limit: the field of a snapshot that shows what it limits; "" for other settings."""
+
+    reached: str
+    """For a limit: the field of a snapshot that grows, or is not 0, when the limit is reached."""
 
 
 def knob(
+    default: object,
     text: str,
-    kind: Kind,
+    kind: Kind | None = None,
     *,
     from_etcd: bool = False,
-    advanced: bool = False,
+    reloaded: bool = False,
+    used: str = "",
+    reached: str = "",
     **bounds: float,
 ) -> Any:
-    """Describe a field: `from_etcd` if etcd grpc-proxy has the same flag, `advanced` if --help omits it.
+    """Declare a setting: the field of a dataclass with its default and description (see `About`)."""
+    about = About(
+        text=text, kind=kind, bounds=bounds, from_etcd=from_etcd, reloaded=reloaded, used=used, reached=reached
+    )
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"about": about})
+    return field(default=default, metadata={"about": about})
 
-    `bounds` are msgspec's ge, gt and le.
-    """
-    extra = {"about": About(kind, from_etcd, advanced)}
-    constraints: dict[str, Any] = dict(bounds)
-    import msgspec  # only to read settings; a process that receives them from another one does not need it
 
-    return msgspec.Meta(description=text, extra=extra, **constraints)
+def kind_of(name: str, hint: Any) -> Kind:
+    """Return the syntax of a setting that does not name it: numbers have their unit in their name."""
+    if typing.get_origin(hint) is Literal:
+        return Kind.CHOICE
+    if hint is float:
+        return Kind.SECONDS
+    if hint is int:
+        return Kind.BYTES if "bytes" in name.split("_") else Kind.COUNT
+    return {bool: Kind.SWITCH, str: Kind.TEXT}.get(hint, Kind.ENDPOINTS)

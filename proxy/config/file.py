@@ -8,6 +8,7 @@ settings, so that it is never outdated.
 from __future__ import annotations
 
 import math
+import operator
 import re
 import textwrap
 import tomllib
@@ -32,6 +33,7 @@ from proxy.config.values import (
 
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _TOML_PLACE = re.compile(r"\s*\(at line (\d+), column (\d+)\)")
+_BOUNDS = {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le)}
 _WIDTH = 118
 _GROUPED_FROM = 10_000
 
@@ -74,12 +76,7 @@ def from_text(knob: Knob, text: str) -> Any:
 
 def expectation(knob: Knob) -> str:
     """Describe the allowed values of a setting, in the file's units."""
-    meta = next(part for part in knob.type.__metadata__ if isinstance(part, msgspec.Meta))
-    bounds = [
-        f"{sign} {bound}"
-        for sign, bound in ((">=", meta.ge), (">", meta.gt), ("<=", meta.le))
-        if isinstance(bound, int | float)
-    ]
+    bounds = [f"{_BOUNDS[name][0]} {bound}" for name, bound in knob.about.bounds.items()]
     plain = {
         Kind.SECONDS: "a number of seconds",
         Kind.BYTES: "a whole number of bytes",
@@ -99,6 +96,8 @@ def check_value(knob: Knob, given: Given, *, look_at_files: bool = True) -> Any:
     try:
         value = msgspec.convert(given.value, knob.type, strict=True)
         if isinstance(value, float) and not math.isfinite(value):
+            raise msgspec.ValidationError
+        if not all(_BOUNDS[name][1](value, bound) for name, bound in knob.about.bounds.items()):
             raise msgspec.ValidationError
     except msgspec.ValidationError:
         raise ConfigError(f"{given.origin}: expected {expectation(knob)}, got {_shown(given.value)}") from None
@@ -278,7 +277,7 @@ def render_example() -> str:
     for table, struct in tables().items():
         lines += ["", "", f"# {(struct.__doc__ or '').strip()}", f"[{table}]"]
         for knob in (knob for knob in knobs() if knob.table == table):
-            lines += ["", *(f"# {line}" for line in textwrap.wrap(knob.text, _WIDTH - 2, break_on_hyphens=False))]
+            lines += ["", *(f"# {line}" for line in textwrap.wrap(knob.about.text, _WIDTH - 2, break_on_hyphens=False))]
             note = f"   one of: {', '.join(knob.choices)}" if knob.choices else ""
             if knob.kind is Kind.BYTES:
                 note = f"   ({show_size(knob.default)})"

@@ -8,43 +8,13 @@ handshake checks their files for changes. Invalid settings change nothing at all
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from proxy import logs
-from proxy.config.knobs import Settings, knobs
+from proxy.config.knobs import Settings, knobs, reloaded
 from proxy.errors import Failed
 
 log = logs.logger("reload")
-
-RELOADED = frozenset(
-    {
-        "listener.connections_max",
-        "listener.drain_s",
-        "listener.grpc_keepalive_interval_s",
-        "listener.grpc_keepalive_min_time_s",
-        "listener.grpc_keepalive_timeout_s",
-        "listener.max_concurrent_streams",
-        "listener.requests_waiting_bytes_max",
-        "listener.sessions_per_connection_max",
-        "log.log_format",
-        "log.log_level",
-        "watch.history_age_s",
-        "watch.history_bytes_max",
-        "watch.history_bytes_total_max",
-        "watch.history_linger_s",
-        "watch.history_revisions_max",
-        "watch.lagging_age_s_max",
-        "watch.linger_s",
-        "watch.parked_max",
-        "watch.queue_max",
-        "watch.trunks_max",
-        "watch.watches_max",
-        "watch.watches_per_session_max",
-        "upstream.call_wait_s",
-        "upstream.endpoints",
-    }
-)
-"""Settings that a running proxy applies. --max-concurrent-streams is announced to new connections only."""
 
 
 class Reloading:
@@ -70,8 +40,8 @@ class Reloading:
             changed_store = {"upstream.endpoints"}
         else:
             changed_store = set()
-        taken = sorted((changed & RELOADED) - changed_store)
-        waiting = sorted((changed - RELOADED) | changed_store)
+        taken = sorted((changed & reloaded()) - changed_store)
+        waiting = sorted((changed - reloaded()) | changed_store)
         self.settings = merged(self.settings, wanted)
         if taken:
             self._apply(self.settings)
@@ -87,19 +57,13 @@ def _with_endpoints(settings: Settings, endpoints: list[str]) -> Settings:
 
 def changes(old: Settings, new: Settings) -> set[str]:
     """Return the settings, as `table.key`, that differ."""
-    return {knob.path for knob in knobs() if _value(old, knob.path) != _value(new, knob.path)}
+    return {knob.path for knob in knobs() if knob.of(old) != knob.of(new)}
 
 
 def merged(old: Settings, new: Settings) -> Settings:
     """Return the new values of all reloadable settings, and the old ones of all others."""
-    tables = {}
-    for table in fields(old):
-        before, after = getattr(old, table.name), getattr(new, table.name)
-        reloaded = [field.name for field in fields(before) if f"{table.name}.{field.name}" in RELOADED]
-        tables[table.name] = replace(before, **{name: getattr(after, name) for name in reloaded})
-    return replace(old, **tables)
-
-
-def _value(settings: Settings, path: str) -> object:
-    table, _, key = path.partition(".")
-    return getattr(getattr(settings, table), key)
+    values: dict[str, dict[str, object]] = {}
+    for knob in knobs():
+        if knob.about.reloaded:
+            values.setdefault(knob.table, {})[knob.key] = knob.of(new)
+    return replace(old, **{table: replace(getattr(old, table), **keys) for table, keys in values.items()})

@@ -10,28 +10,28 @@ import asyncio
 import errno
 import os
 import signal
-from collections.abc import Callable, Coroutine
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from coalesce import CoreLimits
 from proxy import logs
-from proxy.config.knobs import Settings
+from proxy.config.applied import (
+    core_limits,
+    credentials,
+    listener_settings,
+    passthrough_settings,
+    upstream_settings,
+    watch_settings,
+)
+from proxy.config.knobs import Settings, limits
 from proxy.config.values import Address, client_url, parse_listen_address, parse_metrics_address
-from proxy.config.watch import WatchTable
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed
-from proxy.listening.settings import ListenerSettings
-from proxy.passthrough.settings import PassthroughSettings
 from proxy.process import descriptors
 from proxy.process.child import Child, ChildFailed, Parent, Ready, on_signals, python_command
 from proxy.process.reloading import Reloading
 from proxy.process.service_manager import ServiceManager
 from proxy.server import Proxy
-from proxy.watch.service import WatchSettings
-from upstream.credentials import Credentials
 from upstream.errors import UpstreamError
-from upstream.settings import ConnectionSettings
-from upstream.settings import UpstreamSettings as UpstreamSettings
 
 if TYPE_CHECKING:
     import ssl
@@ -39,32 +39,7 @@ if TYPE_CHECKING:
     from proxy.admin.port import Admin
     from upstream.tls import FileContext
 
-REQUEST_OVERHEAD_BYTES: Final = 512 * 1024
-"""What etcd accepts beyond --max-request-bytes (server/embed/config.go, grpcOverheadBytes)."""
-
 log = logs.logger("serve")
-
-
-def core_limits(watch: WatchTable) -> CoreLimits:
-    """Return the core's limits; they have the settings' names, except for two."""
-    values = {field.name: getattr(watch, field.name) for field in fields(watch)}
-    return CoreLimits(
-        progress_notify_s=values.pop("watch_progress_notify_interval_s"),
-        lagging_age_s_max=values.pop("lagging_age_s_max") or None,
-        **values,
-    )
-
-
-def listener_settings(settings: Settings) -> ListenerSettings:
-    """Return the listener's settings."""
-    listener = settings.listener
-    return ListenerSettings(
-        http2=replace(ListenerSettings().http2, max_streams=listener.max_concurrent_streams),
-        connections_max=listener.connections_max,
-        keepalive_min_s=listener.grpc_keepalive_min_time_s or None,
-        keepalive_interval_s=listener.grpc_keepalive_interval_s or None,
-        keepalive_timeout_s=listener.grpc_keepalive_timeout_s,
-    )
 
 
 def within_descriptors(settings: Settings, opened: int) -> Settings:
@@ -84,26 +59,6 @@ def within_descriptors(settings: Settings, opened: int) -> Settings:
             reserved=shared.reserved,
         )
     return replace(settings, listener=replace(settings.listener, connections_max=shared.connections_max))
-
-
-def upstream_settings(settings: Settings) -> UpstreamSettings:
-    """Return the upstream side's settings."""
-    upstream = settings.upstream
-    return UpstreamSettings(
-        connection=ConnectionSettings(
-            connect_timeout_s=upstream.connect_timeout_s,
-            keepalive_s=upstream.dial_keepalive_time_s,
-            keepalive_timeout_s=upstream.dial_keepalive_timeout_s,
-        ),
-        connections_per_endpoint_max=upstream.connections_per_endpoint_max,
-        watch_message_bytes_max=upstream.watch_message_bytes_max,
-    )
-
-
-def credentials(settings: Settings) -> Credentials | None:
-    """Return the etcd user that owns the trunks; None if each trunk uses a client's token."""
-    upstream = settings.upstream
-    return Credentials(upstream.user, upstream.password) if upstream.user else None
 
 
 def _tls(settings: Settings) -> tuple[ssl.SSLContext | None, FileContext | None]:
@@ -131,23 +86,6 @@ def _tls(settings: Settings) -> tuple[ssl.SSLContext | None, FileContext | None]
     return inward, outward
 
 
-def watch_settings(settings: Settings) -> WatchSettings:
-    """Return the Watch service's settings."""
-    return WatchSettings(
-        request_bytes_max=settings.upstream.max_request_bytes + REQUEST_OVERHEAD_BYTES,
-        sessions_per_connection_max=settings.listener.sessions_per_connection_max,
-        requests_waiting_bytes_max=settings.listener.requests_waiting_bytes_max,
-    )
-
-
-def passthrough_settings(settings: Settings) -> PassthroughSettings:
-    """Return the settings of pass-through."""
-    return PassthroughSettings(
-        call_wait_s=settings.upstream.call_wait_s,
-        translated_request_bytes_max=settings.upstream.max_request_bytes + REQUEST_OVERHEAD_BYTES,
-    )
-
-
 def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy:
     """Build the proxy from the settings, in front of `endpoints`. Raises UpstreamError.
 
@@ -166,7 +104,7 @@ def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy
         listener=listener_settings(settings),
         watch=watch_settings(settings),
         passthrough=passthrough_settings(settings),
-        limits=core_limits(settings.watch),
+        limits=core_limits(settings),
         credentials=credentials(settings),
         upstream_cert=settings.upstream.cert,
         http1=http1,
@@ -217,8 +155,8 @@ async def serve(
         endpoints = [store.ready.address] if store else found.upstream.endpoints
         address, proxy = await _start(found, endpoints, store.ready.metrics if store else "")
         advertised = settings.listener.advertise_client_url or str(address)
-        admin = await _start_admin(proxy, settings, advertised)
-        applying = _Applying(proxy, settings, opened)
+        applying = _Applying(proxy, found, opened)
+        admin = await _start_admin(proxy, settings, advertised, lambda: limits(applying.settings))
         reloading = Reloading(settings, applying.apply)
         if read_again is not None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.reload, read_again)
@@ -267,12 +205,14 @@ async def discovered(settings: Settings) -> Settings:
 
 
 class _Applying:
-    """Applies changed settings to a running proxy, for the settings in `reloading.RELOADED`."""
+    """Applies changed settings to a running proxy, for those that are `reloaded`."""
 
     def __init__(self, proxy: Proxy, settings: Settings, opened: int) -> None:
         self._proxy = proxy
         # Descriptors in use before any client connected.
         self._opened = opened
+        # In force; fewer connections than configured if there are too few descriptors.
+        self.settings = settings
         self._endpoints = settings.upstream.endpoints
         self._moving: asyncio.Task[None] | None = None
 
@@ -280,8 +220,9 @@ class _Applying:
         """Apply the settings; new endpoints are checked first, and applied asynchronously."""
         logs.configure(settings.log.log_level, settings.log.log_format)
         proxy = self._proxy
-        proxy.engine.set_limits(core_limits(settings.watch))
-        proxy.listener.settings = listener_settings(within_descriptors(settings, self._opened))
+        self.settings = within_descriptors(settings, self._opened)
+        proxy.engine.set_limits(core_limits(settings))
+        proxy.listener.settings = listener_settings(self.settings)
         proxy.watches.settings = watch_settings(settings)
         proxy.passthrough.go_by(passthrough_settings(settings))
         if settings.upstream.endpoints != self._endpoints and not settings.upstream.discovery_srv:
@@ -340,13 +281,15 @@ async def _start(settings: Settings, endpoints: list[str], http1: str) -> tuple[
     return address._replace(port=proxy.port), proxy
 
 
-async def _start_admin(proxy: Proxy, settings: Settings, advertised: str) -> Admin | None:
+async def _start_admin(
+    proxy: Proxy, settings: Settings, advertised: str, limits_in_force: Callable[[], Mapping[str, float]]
+) -> Admin | None:
     if not settings.admin.metrics_addr:
         return None
     from proxy.admin.port import Admin  # loads the web server, so only if it is used
 
     address = parse_metrics_address(settings.admin.metrics_addr)
-    admin = Admin(proxy, address, advertised)
+    admin = Admin(proxy, address, advertised, limits_in_force)
     try:
         await admin.start()
     except OSError as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from google.protobuf.message import DecodeError
@@ -24,6 +23,7 @@ from proto.pacing import PacedUnframer
 from proto.pb import rpc_pb2
 from proxy.listening.calls import CallRefusal, ConnectionHandle, Headers, RequestHead, ServerCall
 from proxy.watch.engine import LOOPBACK_IDENTITY
+from proxy.watch.settings import WatchSettings
 from upstream.errors import NO_LEADER_TEXT
 
 if TYPE_CHECKING:
@@ -59,22 +59,6 @@ FILTERS_FEW = 16
 DRAIN_SLICE_S = 0.05
 DRAIN_SLICE_SESSIONS = 100
 """Minimum number of sessions ended per slice: a hundred clients that reconnect at once are not a problem."""
-
-
-@dataclass(slots=True, frozen=True)
-class WatchSettings:
-    """Limits of the Watch service."""
-
-    request_bytes_max: int = 2 * 1024 * 1024
-    """Size of one WatchRequest; etcd's own bound is --max-request-bytes (1.5 MiB) + 512 KiB."""
-
-    sessions_per_connection_max: int = 10_000
-    """Watch streams on one connection; further ones are refused RESOURCE_EXHAUSTED."""
-
-    requests_waiting_bytes_max: int = 256 * 1024 * 1024
-    """Bytes of requests waiting on all watch streams: for their turn, for their last bytes, or for etcd. Reading from a
-    stream stops long before that (the core's `line_bytes_max`); at this bound a stream with at least its share of the
-    bytes ends RESOURCE_EXHAUSTED."""
 
 
 class WatchService:

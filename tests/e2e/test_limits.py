@@ -25,7 +25,7 @@ from proxy.listening.settings import REFUSED_AT, ListenerSettings
 from proxy.passthrough.relay import Passthrough, Relay
 from proxy.passthrough.settings import PassthroughSettings
 from proxy.passthrough.waiting import NO_CONNECTION
-from proxy.watch.service import WatchSettings
+from proxy.watch.settings import WatchSettings
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import proxy_for
 from tests.e2e.scenario import run

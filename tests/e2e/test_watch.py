@@ -9,7 +9,7 @@ import pytest
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proxy.listening.settings import ListenerSettings
-from proxy.watch.service import WatchSettings
+from proxy.watch.settings import WatchSettings
 from tests.e2e.judging import assert_kept
 from tests.e2e.raw_client import WATCH, RawClient, WatchStream
 from tests.e2e.running import direct, proxy_for

@@ -15,7 +15,7 @@ import pytest
 from coalesce.limits import CoreLimits
 from proto.framing import Status
 from proxy.listening.settings import ListenerSettings
-from proxy.watch.service import WatchSettings
+from proxy.watch.settings import WatchSettings
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct, proxy_for
 from tests.e2e.scenario import run

@@ -18,13 +18,12 @@ from prometheus_client.registry import CollectorRegistry
 
 from coalesce import CoreLimits
 from proto.pb import rpc_pb2, rpc_pb2_grpc
-from proxy.admin.metrics import COUNTERS, GAUGES, GRPC_PROXY_FIELD, LABELLED, LIMITS, ProxyCollector, metric_name
-from proxy.admin.monitor import Monitor
+from proxy.admin.metrics import COUNTERS, GAUGES, GRPC_PROXY_FIELD, LABELLED, ProxyCollector, metric_name
+from proxy.admin.monitor import Monitor, limits_by_default
 from proxy.admin.snapshot import Snapshot
-from proxy.config.describing import Kind
 from proxy.config.knobs import knobs
 from proxy.server import Proxy
-from proxy.watch.service import WatchSettings
+from proxy.watch.settings import WatchSettings
 from tests.e2e.running import direct, proxy_for
 from tests.etcd.server import EtcdServer
 from tests.waiting import until_async
@@ -84,10 +83,8 @@ def test_every_number_of_a_snapshot_is_a_metric() -> None:
 
 
 def test_every_limit_of_the_configuration_has_a_metric() -> None:
-    bounds = {
-        knob.key for knob in knobs() if knob.kind in (Kind.COUNT, Kind.BYTES, Kind.SECONDS) and "_max" in knob.key
-    }
-    assert bounds | {"max_concurrent_streams", "history_age_s", "history_linger_s"} == set(LIMITS)
+    bounds = {knob.key for knob in knobs() if knob.about.bounds and "_max" in knob.key}
+    assert bounds | {"max_concurrent_streams", "history_age_s", "history_linger_s"} == set(limits_by_default())
 
 
 async def idle_page(etcd: EtcdServer) -> tuple[str, set[str]]:
@@ -104,9 +101,9 @@ def test_metric_names_follow_the_conventions(etcd: EtcdServer) -> None:
     names = {sample.name for family in families for sample in family.samples}
     for field in (*GAUGES, *COUNTERS):
         assert metric_name(field) in names
-    for metrics in LIMITS.values():
-        assert set(metrics) <= names
-    assert limits <= set(LIMITS)
+    for knob in knobs():
+        if knob.key in limits:
+            assert {metric_name(knob.about.used), metric_name(knob.about.reached)} <= names
     assert len(names) == len({family.name for family in families}) + 2 * 2, "two histograms, each of three names"
     assert value(text, "watchmux_upstream_endpoint_up", endpoint=etcd.endpoint) == 1
     assert value(text, "watchmux_upstream_resumed_total") == 1

@@ -55,14 +55,14 @@ def test_every_setting_has_a_flag_and_a_variable(monkeypatch: pytest.MonkeyPatch
 
 def test_flags_override_variables_files_and_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "w.toml"
-    path.write_text("[watch]\nlinger_s = 1\nbookmark_s = 1\nhistory_age_s = 1\n")
+    path.write_text("[watch]\nlinger_s = 1\nhistory_linger_s = 1\nhistory_age_s = 1\n")
     monkeypatch.setenv("WATCHMUX_LINGER", "2s")
-    monkeypatch.setenv("WATCHMUX_BOOKMARK", "2s")
+    monkeypatch.setenv("WATCHMUX_HISTORY_LINGER", "2s")
     found, _ = settings(f"--config={path}", "--linger=3s")
     assert found.watch.linger_s == 3.0
-    assert found.watch.bookmark_s == 2.0
+    assert found.watch.history_linger_s == 2.0
     assert found.watch.history_age_s == 1.0
-    assert found.watch.progress_retry_s == Settings().watch.progress_retry_s
+    assert found.watch.backfills_max == Settings().watch.backfills_max
 
 
 def test_the_file_can_be_named_by_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 
 import pytest
 
 from coalesce import CoreLimits
+from proxy.config.applied import (
+    REQUEST_OVERHEAD_BYTES,
+    core_limits,
+    listener_settings,
+    passthrough_settings,
+    upstream_settings,
+    watch_settings,
+)
 from proxy.config.describing import Kind
-from proxy.config.knobs import Settings, knobs, tables
+from proxy.config.knobs import Settings, UpstreamTable, knobs, tables
 from proxy.listening.settings import ListenerSettings
 from proxy.logs import LEVELS, STYLES
-from proxy.process.serving import core_limits, listener_settings, upstream_settings
-from upstream.settings import UpstreamSettings as UpstreamSettings
+from proxy.passthrough.settings import PassthroughSettings
+from proxy.watch.settings import WatchSettings
+from upstream.settings import UpstreamSettings
 
 
 def test_every_setting_has_a_text_a_flag_and_a_variable() -> None:
     for knob in knobs():
-        assert knob.text.endswith("."), knob.path
+        assert knob.about.text.endswith("."), knob.path
         assert knob.flag.startswith("--")
         assert knob.env == "WATCHMUX_" + knob.flag[2:].replace("-", "_").upper()
 
@@ -65,7 +73,7 @@ def test_every_table_has_a_text_and_settings() -> None:
     ],
 )
 def test_flags_that_etcd_has_too_are_marked(flag: str) -> None:
-    assert next(knob for knob in knobs() if knob.flag == flag).from_etcd
+    assert next(knob for knob in knobs() if knob.flag == flag).about.from_etcd
 
 
 def test_log_choices_are_what_logging_takes() -> None:
@@ -74,22 +82,18 @@ def test_log_choices_are_what_logging_takes() -> None:
     assert choices["log_format"] == STYLES
 
 
-def test_the_cores_limits_are_settings_with_the_same_defaults() -> None:
-    """Fails for a limit of the core that is missing in the settings, or has another default there."""
-    assert core_limits(Settings().watch) == CoreLimits()
-    names = {field.name for field in dataclasses.fields(CoreLimits)}
-    keys = {knob.key for knob in knobs() if knob.table == "watch"}
-    # Operators cannot configure the work of a turn.
-    assert names - keys == {
-        *("progress_notify_s", "line_bytes_max", "step_watches_max"),
-        *("replay_events_max", "replay_turn_events_max"),
-    }
-    assert keys - names == {"watch_progress_notify_interval_s"}
-
-
-def test_listener_and_upstream_have_the_defaults_of_the_settings() -> None:
+def test_the_defaults_are_those_of_the_parts() -> None:
+    """Fails for a setting that a part does not get, or gets with another default."""
+    assert core_limits(Settings()) == CoreLimits()
     assert listener_settings(Settings()) == ListenerSettings()
     assert upstream_settings(Settings()) == UpstreamSettings()
+    assert watch_settings(Settings()) == WatchSettings()
+    assert passthrough_settings(Settings()) == PassthroughSettings()
+
+
+def test_fragments_follow_the_size_that_etcd_accepts() -> None:
+    settings = Settings(upstream=UpstreamTable(max_request_bytes=1000))
+    assert core_limits(settings).fragment_bytes == 1000 + REQUEST_OVERHEAD_BYTES
 
 
 def test_the_settings_load_nothing_heavy() -> None:

@@ -114,11 +114,11 @@ def test_an_unreadable_file_is_one_line(tmp_path: Path) -> None:
 
 def test_flags_override_the_file_which_overrides_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "w.toml"
-    path.write_text("[watch]\nlinger_s = 3\nbookmark_s = 4\n")
+    path.write_text("[watch]\nlinger_s = 3\nhistory_age_s = 4\n")
     settings = layer({"watch.linger_s": Given(5.0, "--linger")}, read_file(path))
     assert settings.watch.linger_s == 5.0
-    assert settings.watch.bookmark_s == 4.0
-    assert settings.watch.progress_retry_s == Settings().watch.progress_retry_s
+    assert settings.watch.history_age_s == 4.0
+    assert settings.watch.backfills_max == Settings().watch.backfills_max
 
 
 def test_an_error_names_the_origin_of_the_value(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config.knobs import Settings, knobs
+from proxy.config.knobs import Settings, knobs, reloaded
 from proxy.errors import Failed
-from proxy.process.reloading import RELOADED, Reloading, changes, merged
+from proxy.process.reloading import Reloading, changes, merged
 from tests.etcd.server import EtcdServer
 from tests.proxy.cli.test_cli_serve import served
 from tests.waiting import until
@@ -35,15 +35,15 @@ def other(path: str) -> object:
 
 def test_reloaded_settings_exist_and_exclude_tls_and_credentials() -> None:
     paths = {knob.path for knob in knobs()}
-    assert paths > RELOADED
-    assert not [path for path in RELOADED if path.endswith(SECURITY)]
+    assert paths > reloaded()
+    assert not [path for path in reloaded() if path.endswith(SECURITY)]
 
 
 @pytest.mark.parametrize("path", [knob.path for knob in knobs() if knob.default != []])
 def test_each_setting_is_applied_or_needs_a_restart(path: str) -> None:
     new = changed(path, other(path))
     assert changes(Settings(), new) == {path}
-    assert changes(Settings(), merged(Settings(), new)) == ({path} & RELOADED)
+    assert changes(Settings(), merged(Settings(), new)) == ({path} & reloaded())
 
 
 def test_invalid_settings_change_nothing() -> None:
@@ -67,12 +67,12 @@ def test_a_running_proxy_applies_limits_and_log_level(tmp_path: Path, etcd: Etcd
 
     with served(tmp_path, f"--config={file}") as proxy:
         assert 'watchmux_limit{limit="watches_max"} 1e+07' in proxy.get("/metrics")[1]
-        file.write_text(text + '[watch]\nwatches_max = 5\nbookmark_s = 7\n[log]\nlog_level = "debug"\n')
+        file.write_text(text + '[watch]\nwatches_max = 5\nbackfills_max = 7\n[log]\nlog_level = "debug"\n')
         proxy.process.send_signal(signal.SIGHUP)
         until(lambda: messages("settings reloaded"), "the settings to be reloaded")
         assert 'watchmux_limit{limit="watches_max"} 5.0' in proxy.get("/metrics")[1]
         (told,) = (line for line in proxy.lines() if line["msg"] == "some changes need a restart")
-        assert told["settings"] == ["watch.bookmark_s"]
+        assert told["settings"] == ["watch.backfills_max"]
         file.write_text("[watch]\nwatches_max = 0\n")
         proxy.process.send_signal(signal.SIGHUP)
         until(lambda: messages("invalid settings; nothing changed"), "the refusal")
