@@ -17,6 +17,33 @@ from upstream.endpoints import Endpoint
 _API_VERSION: Final = (b"client-api-version", b"3.5")
 
 
+HOPS: Final = b"watchmux-hops"
+"""Metadata: the number of watchmux proxies that a call has passed through. etcd ignores it, as all unknown metadata."""
+
+HOPS_MAX: Final = 8
+"""A call that has passed through this many proxies is refused: the endpoints of one of them lead back to another one or
+to itself, and each pass costs all of them work. Two levels of proxies are usual."""
+
+FIRST_HOP: Final = (HOPS, b"1")
+
+
+def next_hop(headers: Headers) -> tuple[int, Headers]:
+    """Return the number of proxies that a call has passed through, and its headers for the next server.
+
+    A value that is not a small number counts as HOPS_MAX: no proxy sends one.
+    """
+    for index, (name, value) in enumerate(headers):
+        if name == HOPS:
+            hops = int(value) if value.isdigit() and len(value) < 3 else HOPS_MAX
+            return hops, [*headers[:index], (HOPS, b"%d" % (hops + 1)), *headers[index + 1 :]]
+    return 0, [*headers, FIRST_HOP]
+
+
+def loop_text(hops: int) -> str:
+    """Return the text of a refusal at HOPS_MAX."""
+    return f"the call has passed through {hops} proxies: the endpoints of a proxy lead back to itself; check them"
+
+
 class Origin(Protocol):
     """The connection that a call is sent on."""
 
@@ -43,6 +70,7 @@ def request_headers(
         (b"content-type", b"application/grpc"),
         (b"user-agent", b"watchmux"),
         _API_VERSION,
+        FIRST_HOP,
     ]
     if timeout is not None:
         headers.append((b"grpc-timeout", timeout))

@@ -1,8 +1,9 @@
-"""HTTP/1 connections: forwarded to etcd byte for byte.
+"""HTTP/1 connections: forwarded to etcd byte for byte, except for one field that counts proxies.
 
 etcd serves its JSON gateway, /version, /health and /metrics on its client port, so their users can use the proxy's
-address like etcd's. Only the method is parsed, to distinguish HTTP/1 from garbage; watches through the JSON gateway
-are therefore not merged. Backpressure goes both ways: while one side does not read, the other side is not read.
+address like etcd's. Only the start of the first request is parsed, to distinguish HTTP/1 from garbage and to refuse a
+loop of proxies; watches through the JSON gateway are therefore not merged. Backpressure goes both ways: while one side
+does not read, the other side is not read.
 """
 
 from __future__ import annotations
@@ -17,11 +18,19 @@ from typing import cast
 from proxy import logs
 from upstream.endpoints import Endpoint
 from upstream.errors import BadTls
+from upstream.heads import HOPS_MAX, loop_text
 from upstream.tls import FileContext, client_context
 from upstream.transport import open_transport
 
 METHOD = re.compile(rb"[A-Z]{1,16}( |$)")
 """The method of a request line, complete or not (RFC 9112 3)."""
+
+REQUEST_LINE_BYTES_MAX = 8 * 1024
+"""Bytes after which the proxy no longer waits for the end of the first request line. Go's clients and etcd accept more;
+such a connection is forwarded without counting its proxies."""
+
+HOPS_FIELD = re.compile(rb"watchmux-hops: *(\d{1,2}) *\r?\n", re.IGNORECASE)
+"""The field that counts proxies; a proxy writes it right after the request line."""
 
 PROTOCOLS = ("http/1.1",)
 """The protocols offered to etcd by ALPN."""
@@ -202,7 +211,11 @@ class ClientSide(_Side):
             self.refuse(400, "neither HTTP/2 nor HTTP/1")
         elif found[1] and self._owner.refusal:
             self.refuse(501, self._owner.refusal)
-        elif found[1]:
+        elif b"\n" in self._opening or len(self._opening) > REQUEST_LINE_BYTES_MAX:
+            hops, self._opening = next_hop(self._opening)
+            if hops >= HOPS_MAX:
+                self.refuse(508, loop_text(hops))
+                return
             self._timer.cancel()
             self.transport.pause_reading()
             self._dialling = asyncio.get_running_loop().create_task(self._owner.dial(self))
@@ -242,10 +255,21 @@ class ClientSide(_Side):
         super().connection_lost(exc)
 
 
+def next_hop(opening: bytes) -> tuple[int, bytes]:
+    """Return the number of proxies that a connection has passed through, and its first bytes for the next server."""
+    line, end, rest = opening.partition(b"\n")
+    found = HOPS_FIELD.match(rest)
+    hops = int(found[1]) if found else 0
+    if not end:
+        return hops, opening
+    return hops, b"%sWatchmux-Hops: %d\r\n%s" % (line + end, hops + 1, rest[found.end() :] if found else rest)
+
+
 _REASONS = {
     400: "Bad Request",
     408: "Request Timeout",
     501: "Not Implemented",
     502: "Bad Gateway",
     503: "Service Unavailable",
+    508: "Loop Detected",
 }

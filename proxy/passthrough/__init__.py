@@ -1,1 +1,1 @@
-"""Calls other than Watch: forwarded to etcd, byte for byte or with keys and addresses translated."""
+"""Calls other than Watch: forwarded to etcd, unchanged or with keys and addresses translated."""

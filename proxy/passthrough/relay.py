@@ -36,6 +36,7 @@ from proxy.passthrough.answers import MessageBoundary, trailers_of
 from proxy.passthrough.holding import Holding
 from proxy.passthrough.settings import PassthroughSettings, PassthroughStats
 from upstream.connection import ClientConnection, NotSent, UpstreamCall
+from upstream.heads import HOPS_MAX, loop_text, next_hop
 from upstream.pool import Pool
 
 IDEMPOTENT_METHODS = frozenset(
@@ -91,11 +92,17 @@ class Passthrough:
     def __call__(
         self, connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool
     ) -> Relay | None:
-        """Handle a new request stream. Raises CallRefusal (UNAVAILABLE) if the call can neither be sent nor held."""
+        """Handle a new request stream.
+
+        Raises CallRefusal: UNAVAILABLE if the call can neither be sent nor held, FAILED_PRECONDITION in a loop.
+        """
         return self._begin(Relay(self, connection, stream, headers, end_stream))
 
     def _begin(self, relay: Relay) -> Relay:
         self.stats.calls += 1
+        if relay.hops >= HOPS_MAX:
+            self.stats.refused_at["hops_max"] += 1
+            raise CallRefusal(200, Status.FAILED_PRECONDITION, f"watchmux: {loop_text(relay.hops)}")
         upstream = self._pool.pick()
         if upstream is not None and relay.begin(upstream):
             return relay
@@ -184,6 +191,7 @@ class Relay:
         "connection",
         "deadline",
         "done",
+        "hops",
         "repeated",
         "waiting_bytes",
     )
@@ -195,7 +203,8 @@ class Relay:
         self._owner = owner
         self.connection = connection
         self._stream = stream
-        self._headers = headers
+        # The number of proxies that the call has passed through.
+        self.hops, self._headers = next_hop(headers)
         self._call: UpstreamCall | None = None
         # The response's head was sent to the client.
         self._answered = False

@@ -13,6 +13,7 @@ CALLS_REFUSED_AT = (
     "unread_bytes_max",
     "translated_request_bytes_max",
     "partial_bytes_max",
+    "hops_max",
 )
 """Limits at which calls are refused or ended."""
 

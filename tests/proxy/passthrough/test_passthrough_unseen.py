@@ -15,6 +15,7 @@ from tests.proxy.passthrough.test_passthrough import PUT, Running, passing
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.waiting import until_async
 from upstream.errors import LEARNER_TEXT, NO_LEADER_TEXT
+from upstream.heads import FIRST_HOP
 
 RANGE = "/etcdserverpb.KV/Range"
 WRITES = (PUT, "/etcdserverpb.Lease/LeaseGrant", "/etcdserverpb.Lock/Lock", "/no.Such/Method")
@@ -85,6 +86,7 @@ def test_not_a_byte_is_changed_on_the_way() -> None:
                 assert [(name.encode(), value.encode()) for name, value in heads] == head + tail
             sent = [(b":path", b"/any.Service/Method"), (b"content-type", b"application/grpc"), (b"te", b"trailers")]
             sent += [(name.encode(), value.encode()) for name, value in metadata]
+            sent.append(FIRST_HOP)
             assert [field for field in seen if field[0] not in (b":method", b":scheme", b":authority")] == sent
             assert b"".join(took) == asked
 
