@@ -1,4 +1,4 @@
-"""Every bound and time of the core, each with its unit and its reason; docs/limits.md is generated from them."""
+"""Every bound and time of the core, with unit and reason; docs/evidence/limits.md is generated from them."""
 
 from __future__ import annotations
 

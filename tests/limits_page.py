@@ -1,4 +1,4 @@
-"""Generator of docs/limits.md: every bound and time, where it is set, its default, its unit and its reason.
+"""Generator of docs/evidence/limits.md: every bound and time, where it is set, its default, its unit and its reason.
 
 `python -m tests.limits_page` writes the page again; a test compares it with the code. The reasons are the comments
 above, or the docstrings below, the fields of the settings classes.
@@ -20,7 +20,7 @@ from proxy.listening.settings import ListenerSettings
 from tests import limits_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "limits.md"
+PAGE = ROOT / "docs" / "evidence" / "limits.md"
 
 
 class Source(NamedTuple):

@@ -1,4 +1,4 @@
-"""For each limit in docs/limits.md: the metric that shows that it was reached, and the test at its edge.
+"""For each limit in docs/evidence/limits.md: the metric that shows that it was reached, and the test at its edge.
 
 `python -m tests.limits_page` puts both into the page; tests/proxy/admin/test_limits_table.py checks that every limit
 has its row here, that the metrics are on the page of a running proxy, and that the tests exist.

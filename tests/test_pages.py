@@ -78,7 +78,7 @@ def test_every_alert_has_advice() -> None:
 
 def test_flags_of_measure_exist() -> None:
     options = {name for parameter in measure.params for name in parameter.opts}
-    for name in ("operations.md", "migration.md", "measure.md"):
+    for name in ("operations.md", "migration.md"):
         for line in re.findall(r"`watchmux measure ([^`]*)`", text_of(name)):
             assert {flag.split("=")[0] for flag in line.split() if flag.startswith("--")} <= options
 

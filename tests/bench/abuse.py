@@ -1,7 +1,7 @@
 """`python -m tests.bench.abuse`: the outcome of attacks for the attacker, and for other clients meanwhile.
 
 Ten clients with ten watches each watch a key that is written fifty times a second; the delay of an event is the time
-from its put to its arrival. Attacker and proxy are separate processes. Rows are Markdown, for docs/security.md.
+from its put to its arrival. Attacker and proxy are separate processes. Rows are Markdown, for docs/evidence/abuse.md.
 """
 
 from __future__ import annotations

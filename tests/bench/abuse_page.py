@@ -1,4 +1,4 @@
-"""`python -m tests.bench.abuse_page`: measure attacks and heavy loads, and write their tables into docs/security.md.
+"""`python -m tests.bench.abuse_page`: measure attacks and heavy loads, and write the tables of docs/evidence/abuse.md.
 
 The first table is that of `tests.bench.abuse`: attacks on the connection. The second one shows loads that share the
 proxy with a bystander (`tests.bench.sharing`), directly at etcd and through the proxy in turn, medians of some rounds.
@@ -20,7 +20,7 @@ from tests.bench.sharing.front import Figures, Front
 from tests.e2e.attacks import ATTACKS
 from tests.etcd.server import EtcdServer
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "security.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence" / "abuse.md"
 BEGIN, END = "<!-- {0}: written by python -m tests.bench.abuse_page -->", "<!-- end of {0} -->"
 ATTACK_TABLE, LOAD_TABLE = "attacks", "loads"
 LOAD_HEADINGS = ("load", "way", "before, p50 / p99 / max", "during, p50 / p99 / max", "memory", "outcome")
@@ -77,7 +77,7 @@ def table(headings: Sequence[str], rows: Sequence[str]) -> str:
 def section(text: str, name: str) -> str:
     """Return the text between the marks of a table. Raises AssertionError."""
     begin, end = BEGIN.format(name), END.format(name)
-    assert text.count(begin) == text.count(end) == 1, f"docs/security.md has no place for {name}"
+    assert text.count(begin) == text.count(end) == 1, f"docs/evidence/abuse.md has no place for {name}"
     return text.partition(begin)[2].partition(end)[0]
 
 
@@ -99,7 +99,7 @@ def replaced(text: str, name: str, headings: Sequence[str], rows: Sequence[str])
 @click.option("--only", "names", multiple=True, help="Only these attacks or loads; the other rows stay.")
 @click.option("--rounds", default=3, show_default=True, help="Runs of each load on each route.")
 def main(names: tuple[str, ...], rounds: int) -> None:
-    """Measure the effect of attacks and loads on other clients, and write it into docs/security.md."""
+    """Measure the effect of attacks and loads on other clients, and write it into docs/evidence/abuse.md."""
     known = [*ATTACKS, *loads()]
     if unknown := [name for name in names if name not in known]:
         raise click.UsageError(f"unknown: {unknown[0]}; known: {', '.join(known)}")

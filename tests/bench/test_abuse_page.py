@@ -1,4 +1,4 @@
-"""A program writes the tables of docs/security.md, row by row."""
+"""A program writes the tables of docs/evidence/abuse.md, row by row."""
 
 from __future__ import annotations
 

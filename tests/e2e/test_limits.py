@@ -1,6 +1,6 @@
 """Limits of listener, calls and HTTP/1 at their edge: everything up to the limit is accepted, the excess is counted.
 
-Those of HTTP/2 are in tests/http2/test_floods.py, the core's in tests/coalesce; docs/limits.md names the test of each.
+docs/evidence/limits.md names the test of each limit; those of HTTP/2 are in tests/http2/test_floods.py.
 """
 
 from __future__ import annotations
