@@ -43,8 +43,8 @@ CORE_STDLIB = {
     "typing",
 }
 
-# The only wire format in the core is that of watch messages, as bytes.
-CORE_PROTO = {"proto.scan"}
+# The only wire format in the core is that of watch messages, as bytes; and ranges of keys.
+CORE_PROTO = {"proto.event_key", "proto.scan", "proto.spans"}
 
 # Builtins that do I/O or run code without any import.
 IMPURE_BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec", "input", "open", "print"}

@@ -12,13 +12,10 @@ incremented, so that a prefix that ends in 0xff does not include keys of the nex
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
 
 from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import WatchResponse, scan_watch_response
-
-_END: Final = b"\x00"
-"""As a range_end: up to the last key."""
+from proto.spans import FROM_KEY, prefix_end
 
 
 class Namespace:
@@ -31,8 +28,7 @@ class Namespace:
         assert prefix
         self.prefix = prefix
         # The first key after the namespace; "\0" when there is none.
-        head = prefix.rstrip(b"\xff")
-        self.end = head[:-1] + bytes((head[-1] + 1,)) if head else _END
+        self.end = prefix_end(prefix)
 
     def key(self, key: bytes) -> bytes:
         """Return a client's key as it is at etcd; an empty key stays empty."""
@@ -42,7 +38,7 @@ class Namespace:
         """Return a client's range as it is at etcd."""
         if not key or not range_end:
             return self.key(key), range_end
-        return self.prefix + key, self.end if range_end == _END else self.prefix + range_end
+        return self.prefix + key, self.end if range_end == FROM_KEY else self.prefix + range_end
 
     def has(self, key: bytes) -> bool:
         """Whether a key at etcd is in the namespace."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from coalesce import report
+from proto.spans import FROM_KEY, prefix_of
 from proxy.admin.delays import BOUNDS_S, LoopDelay, quantile, watch_deliveries
 from proxy.admin.snapshot import Snapshot, SnapshotSource
 from proxy.config import knobs
@@ -235,24 +236,12 @@ def show_range(key: bytes, range_end: bytes) -> str:
     """Format a range for people: a key, a prefix with a star, or both ends. Each end is cut at 100 characters."""
     if not range_end:
         return _text(key)
-    if key == b"\x00" and range_end == b"\x00":
-        return "every key"
-    if range_end == b"\x00":
+    prefix = prefix_of(key, range_end)
+    if prefix is not None:
+        return f"{_text(prefix)}*" if prefix else "every key"
+    if range_end == FROM_KEY:
         return f"{_text(key)} and above"
-    if range_end == prefix_end(key):
-        return f"{_text(key)}*"
     return f"{_text(key)} to {_text(range_end)}"
-
-
-def prefix_end(prefix: bytes) -> bytes:
-    """Return the end of the range of all keys with this prefix, as etcd's clients compute it (clientv3, WithPrefix)."""
-    end = bytearray(prefix)
-    while end and end[-1] == 0xFF:
-        end.pop()
-    if not end:
-        return b"\x00"
-    end[-1] += 1
-    return bytes(end)
 
 
 def _text(key: bytes) -> str:

@@ -11,13 +11,13 @@ import pytest
 from google.protobuf.message import Message
 
 from proto.pb import auth_pb2, rpc_pb2, rpc_pb2_grpc
+from proto.spans import FROM_KEY
 from tests.etcd.binaries import current
 from tests.etcd.server import EtcdServer
 from tests.store.both import Answer, comparable, refused
 from tests.store.running import RunningStore
 from upstream.store.auth import TOKEN_IDLE_S_MAX, Auth, Span, covers, merge
 from upstream.store.errors import INVALID_AUTH_TOKEN, StoreError
-from upstream.store.index import FROM_KEY
 from upstream.store.server import StoreSettings
 
 READ, WRITE, BOTH = auth_pb2.Permission.READ, auth_pb2.Permission.WRITE, auth_pb2.Permission.READWRITE

@@ -6,8 +6,9 @@ from random import Random
 
 import pytest
 
+from proto.spans import FROM_KEY
 from upstream.store import index as index_module
-from upstream.store.index import FROM_KEY, KeyIndex, RevisionRecord, SortedKeys
+from upstream.store.index import KeyIndex, RevisionRecord, SortedKeys
 
 
 def put(key: bytes, revision: int, created: int = 0, sub: int = 0) -> RevisionRecord:

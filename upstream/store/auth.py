@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from proto.pb import auth_pb2, rpc_pb2
+from proto.spans import FROM_KEY
 from upstream.store import errors
 from upstream.store.errors import StoreError
-from upstream.store.index import FROM_KEY
 
 ROOT = "root"
 """The user that must exist before auth can be turned on, and the role that may do everything."""

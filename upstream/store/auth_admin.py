@@ -7,10 +7,10 @@ The caller checks that the user may manage auth at all.
 from __future__ import annotations
 
 from proto.pb import auth_pb2, rpc_pb2
+from proto.spans import FROM_KEY
 from upstream.store import errors
 from upstream.store.auth import ROOT, Auth
 from upstream.store.errors import StoreError
-from upstream.store.index import FROM_KEY
 
 
 def enable(auth: Auth) -> None:

@@ -12,12 +12,11 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from proto.spans import FROM_KEY
+
 # Keys per chunk before it is split. An insertion moves half a chunk on average, a range touches len/chunk chunks: with
 # a few thousand both take microseconds at millions of keys.
 CHUNK_KEYS_MAX = 2000
-
-FROM_KEY = b"\x00"
-"""A range_end that means every key from the start key on (etcd's mkGteRange)."""
 
 
 @dataclass(slots=True, eq=False)

@@ -14,9 +14,9 @@ from time import monotonic
 from typing import Any
 
 from proto.pb import kv_pb2, rpc_pb2
+from proto.spans import prefix_end
 from upstream.store import errors
 from upstream.store.errors import StoreError
-from upstream.store.index import FROM_KEY
 from upstream.store.state import StoreState
 from upstream.store.txn import key_value
 from upstream.store.watch_batch import WatchMessage
@@ -27,12 +27,6 @@ SESSION_TTL_S = 60
 """TTL of the lease that is granted for a call without a lease (etcd's concurrency.Session)."""
 
 _Range = rpc_pb2.RangeRequest
-
-
-def prefix_end(prefix: bytes) -> bytes:
-    """Return the range_end of all keys with a prefix (clientv3's GetPrefixRangeEnd)."""
-    stripped = prefix.rstrip(b"\xff")
-    return stripped[:-1] + bytes([stripped[-1] + 1]) if stripped else FROM_KEY
 
 
 class Line:

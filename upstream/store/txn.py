@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from proto.pb import kv_pb2, rpc_pb2
+from proto.spans import FROM_KEY
 from upstream.store import errors
 from upstream.store.errors import StoreError
-from upstream.store.index import FROM_KEY, RevisionRecord
+from upstream.store.index import RevisionRecord
 from upstream.store.mvcc import Mvcc, RangeResult, WriteTxn
 
 TXN_OPS_MAX = 128

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from proto.framing import Status
 from proto.pb import rpc_pb2
+from proto.spans import FROM_KEY
 from upstream.store.errors import StoreError
-from upstream.store.index import FROM_KEY
 from upstream.store.watchable import ServedStream
 
 CONTROLS_MAX = 16

@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import islice
 
+from proto.spans import FROM_KEY, Span, SpanIndex
 from upstream.store import errors
 from upstream.store.errors import StoreError
-from upstream.store.index import FROM_KEY, RevisionRecord
+from upstream.store.index import RevisionRecord
 from upstream.store.mvcc import Changes, Mvcc
-from upstream.store.spans import Span, SpanIndex
 from upstream.store.watch_batch import INVALID_WATCH_ID, EventBatch, WatchMessage
 
 SYNC_INTERVAL_S = 0.1

@@ -1,4 +1,4 @@
-"""The span index compared with a linear search."""
+"""Ranges of keys, and the span index compared with a linear search."""
 
 from __future__ import annotations
 
@@ -6,15 +6,7 @@ from random import Random
 
 import pytest
 
-from upstream.store.index import FROM_KEY
-from upstream.store.spans import Span, SpanIndex
-
-
-def contains(span: Span, key: bytes) -> bool:
-    start, range_end = span
-    if not range_end:
-        return key == start
-    return key >= start and (range_end == FROM_KEY or key < range_end)
+from proto.spans import FROM_KEY, Span, SpanIndex, is_in, prefix_end, prefix_of
 
 
 def some_key(rng: Random) -> bytes:
@@ -47,6 +39,23 @@ def test_results_match_a_linear_search(seed: int) -> None:
             index.add(span, span)
         if rng.random() < 0.5:
             key = some_key(rng)
-            assert sorted(index.around(key)) == sorted(span for span in spans if contains(span, key))
+            assert sorted(index.around(key)) == sorted(span for span in spans if is_in(key, span))
         assert len(index) == len(spans)
         assert index.get(span) == (span if span in spans else None)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "end"),
+    [(b"a", b"b"), (b"/a/", b"/a0"), (b"a\xff", b"b"), (b"\xff\xff", FROM_KEY), (b"", FROM_KEY), (b"a\xff\xff", b"b")],
+)
+def test_the_end_of_a_prefix(prefix: bytes, end: bytes) -> None:
+    assert prefix_end(prefix) == end
+    keys = [bytes(key) for key in ([0], [96], [97], [97, 255], [97, 255, 255], [97, 255, 255, 1], [98], [255, 255, 3])]
+    span = (prefix or b"\x00", end)
+    assert [is_in(key, span) for key in keys] == [key.startswith(prefix) for key in keys]
+    assert prefix_of(*span) == prefix
+
+
+@pytest.mark.parametrize("span", [(b"a", b""), (b"a", b"c"), (b"a", FROM_KEY), (b"a", b"a\x00"), (b"\x00", b"b")])
+def test_other_ranges_are_not_those_of_a_prefix(span: Span) -> None:
+    assert prefix_of(*span) is None

@@ -1,7 +1,7 @@
-"""The index of ranges by the keys they contain, which finds the watchers of a change.
+"""Ranges of keys as on the wire, and the index of ranges by the keys they contain: it finds the watchers of a change.
 
-It holds thousands of ranges, most of them prefixes; every write searches it, and the creation and end of every watch
-changes it. So it is an array of ranges sorted by start, under a tree of the largest ends that is built all at once,
+The index holds thousands of ranges; every write searches it, and the creation and end of every watch changes it. So it
+is an array of ranges sorted by start, under a tree of the largest ends that is built all at once,
 plus a small overlay of ranges added since, which is searched linearly. Once the searches of the overlay have cost as
 much as a rebuild, the tree is rebuilt; a burst of creations without writes costs nothing.
 """
@@ -9,14 +9,38 @@ much as a rebuild, the tree is rebuilt; a burst of creations without writes cost
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from typing import Generic, TypeVar
+from collections.abc import Iterable
+from typing import Final, Generic, TypeVar
 
-from upstream.store.index import FROM_KEY
+FROM_KEY: Final = b"\x00"
+"""As a range_end: every key from `key` on."""
 
 T = TypeVar("T")
 
 Span = tuple[bytes, bytes]
 """(key, range_end) as on the wire: range_end b"" = the key alone, FROM_KEY = without end."""
+
+
+def prefix_end(prefix: bytes) -> bytes:
+    """Return the range_end of all keys with a prefix, as etcd's clients compute it (clientv3's WithPrefix)."""
+    head = prefix.rstrip(b"\xff")
+    return head[:-1] + bytes((head[-1] + 1,)) if head else FROM_KEY
+
+
+def prefix_of(key: bytes, range_end: bytes) -> bytes | None:
+    """Return the prefix whose keys are exactly those of a range; None if there is none."""
+    if key == FROM_KEY and range_end == FROM_KEY:
+        # No key is empty, so every key is at or above b"\x00".
+        return b""
+    return key if range_end and key and prefix_end(key) == range_end else None
+
+
+def is_in(key: bytes, span: Span) -> bool:
+    """Whether a key is in a range."""
+    start, range_end = span
+    if not range_end:
+        return key == start
+    return key >= start and (range_end == FROM_KEY or key < range_end)
 
 
 class SpanIndex(Generic[T]):
@@ -40,6 +64,10 @@ class SpanIndex(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def values(self) -> Iterable[T]:
+        """All values."""
+        return self._values.values()
 
     def get(self, span: Span) -> T | None:
         """Return the value of exactly this span."""
