@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from rich.console import Console
 from tests.bench import report, store
 from tests.bench.cases import CASES, Case
 from tests.bench.measure import Figures, measure
+from tests.bench.profiles import DEFAULT, PROFILES
 from tests.bench.targets import TARGETS
+from tests.clients import golang
+from tests.clients.libraries import ClientMissing
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.server import EtcdServer
 from tests.upstream.certificates import Certificates, make_certificates
@@ -89,9 +93,20 @@ def write_docs(results: report.Results, about: dict[str, Any]) -> None:
                 Path("docs/images", f"bench-{name}.png").write_bytes(picture.read_bytes())
 
 
+def _real_clients() -> bool:
+    """Return whether clientv3 can be built here; it needs Debian's Go."""
+    try:
+        golang.program()
+    except ClientMissing as error:
+        sys.stderr.write(f"without clientv3: {error}\n")
+        return False
+    return True
+
+
 @click.command()
 @click.option("--case", "names", multiple=True, type=click.Choice([*CASES, store.NAME]), help="Only these cases.")
 @click.option("--target", "targets", multiple=True, type=click.Choice(list(TARGETS)), help="Only these targets.")
+@click.option("--profile", type=click.Choice(list(PROFILES)), help="What the clients send while they receive.")
 @click.option("--keys", default=store.KEYS, show_default=True, help="Keys in the bundled store, case store.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds; the median is shown (case store: one).")
 @click.option("--etcd", "version", default="", help="An available etcd version, such as 3.4.23 (default: the newest).")
@@ -102,6 +117,7 @@ def write_docs(results: report.Results, about: dict[str, Any]) -> None:
 def main(
     names: tuple[str, ...],
     targets: tuple[str, ...],
+    profile: str | None,
     keys: int,
     rounds: int,
     version: str,
@@ -123,6 +139,10 @@ def main(
     with tempfile.TemporaryDirectory() as directory:
         files = make_certificates(Path(directory))
         for case in (CASES[name] for name in names or CASES if name in CASES):
+            if case.real and not _real_clients():
+                continue
+            if profile is not None and case.profile == DEFAULT:
+                case = replace(case, profile=profile)
             started = time.monotonic()
             every[case.name] = found = run_case(case, targets, rounds, binary, files)
             seconds[case.name] = round(time.monotonic() - started, 1)
@@ -134,6 +154,7 @@ def main(
             seconds[store.NAME] = round(time.monotonic() - started, 1)
     what = {name: CASES[name].what for name in results}
     about = {
+        "profile": profile or DEFAULT,
         "etcd": binary.name,
         "rounds": rounds,
         "machine": before,

@@ -6,17 +6,8 @@ import asyncio
 import time
 from collections.abc import Iterator
 
-from tests.bench.wire import (
-    DATA,
-    END_STREAM,
-    HEADERS,
-    MARKER,
-    STAMP_DIGITS,
-    RawClient,
-    RequestBlocks,
-    frame,
-    message_frame,
-)
+from tests.bench.profiles import DATA, HEADERS, Wide, frame
+from tests.bench.wire import END_STREAM, MARKER, STAMP_DIGITS, RawClient, RequestBlocks, message_frame
 
 PUT = "/etcdserverpb.KV/Put"
 RANGE = "/etcdserverpb.KV/Range"
@@ -26,8 +17,8 @@ DELETE = "/etcdserverpb.KV/DeleteRange"
 class Caller(RawClient):
     """One connection that makes calls, and calls `done` for each answer."""
 
-    def __init__(self, authority: str) -> None:
-        super().__init__()
+    def __init__(self, authority: str, profile: Wide | None = None) -> None:
+        super().__init__(profile)
         self._authority = authority
         self._blocks: dict[str, RequestBlocks] = {}
         self._last_id = -1
@@ -83,9 +74,10 @@ class Caller(RawClient):
         self.turn.set()
 
 
-async def connect(host: str, port: int) -> Caller:
+async def connect(host: str, port: int, profile: Wide | None = None) -> Caller:
     """Open a connection to make calls on."""
-    _, caller = await asyncio.get_running_loop().create_connection(lambda: Caller(f"{host}:{port}"), host, port)
+    loop = asyncio.get_running_loop()
+    _, caller = await loop.create_connection(lambda: Caller(f"{host}:{port}", profile), host, port)
     return caller
 
 

@@ -5,9 +5,11 @@ Figures are meaningful only in comparison with a peer's in the same run; every c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
+
+from tests.bench.profiles import DEFAULT
 
 
 class Kind(Enum):
@@ -93,6 +95,10 @@ class Case:
     in_flight: int = 0
     """Concurrent calls, over all connections."""
     targets: tuple[str, ...] = ALL
+    profile: str = DEFAULT
+    """What the clients send while they receive (tests/bench/profiles.py)."""
+    real: bool = False
+    """The clients are clientv3 itself."""
 
     @property
     def watch_count(self) -> int:
@@ -125,6 +131,10 @@ def _scale(watches: int) -> Case:
     return Case(f"scale-{watches}", what, connections, watches, writes=60, rate=20, targets=(PEER, OURS))
 
 
+def _as(profile: str, case: Case) -> Case:
+    return replace(case, name=f"{case.name}-{profile.lower()}", profile=profile, targets=(PEER, OURS))
+
+
 def _calls(method: str, in_flight: int, calls: int) -> Case:
     what = f"{method}, {in_flight} in flight"
     connections = min(8, in_flight)
@@ -133,6 +143,18 @@ def _calls(method: str, in_flight: int, calls: int) -> Case:
         name, what, connections, 0, kind=Kind.CALLS, call=method, calls=calls, in_flight=in_flight, targets=WITH_OLD
     )
 
+
+_REAL = Case(
+    "clientv3",
+    "100 connections with one stream each, 20 writes/s, clients are clientv3 itself",
+    *(100, 100),
+    writes=120,
+    rate=20,
+    targets=(PEER, OURS),
+    real=True,
+)
+REAL_CASES = (_REAL, replace(_REAL, name="clientv3-profile", what="the same load by the profile grpc-go", real=False))
+"""A check of the profile grpc-go: the CPU per event should be that of real clients."""
 
 CASES = {
     case.name: case
@@ -207,6 +229,7 @@ CASES = {
             idle_s=2,
             targets=PEERS,
         ),
+        *REAL_CASES,
         _calls("put", 1, 2000),
         _calls("put", 64, 12_000),
         _calls("range", 1, 3000),
@@ -214,3 +237,4 @@ CASES = {
         *(_scale(watches) for watches in (10, 100, 1000, 10_000)),
     )
 }
+CASES |= {case.name: case for case in (_as("C-core", CASES[name]) for name in ("paced", "single", "ranges"))}

@@ -1,9 +1,9 @@
 """The floor: a minimal loop that writes the same bytes to the same sockets, to measure the cost of system calls alone.
 
 It takes the place of a proxy: one watch per range upstream, the clients of a case downstream. Per event it does one
-read, one join of prepared frame heads with the shared bytes, and one write per connection. It checks nothing, has no
-flow control, drops slow clients, and is not usable as a server; no real server can cost less in this language on this
-event loop. Arguments: the case, etcd's host and port, the port to listen on.
+read, one join of prepared frame heads with the shared bytes, and one write per connection. It acknowledges PINGs, but
+checks nothing, has no flow control, drops slow clients, and is not usable as a server; no real server can cost less in
+this language on this event loop. Arguments: the case, etcd's host and port, the port to listen on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from proto.pb import rpc_pb2
 from proto.scan import Header, encode_response, encode_watch_id
 from tests.bench.cases import CASES, Case
 from tests.bench.load import WATCH
-from tests.bench.wire import DATA, HEADERS, RawClient, RequestBlocks, frame, frame_head, message_frame, range_of
+from tests.bench.profiles import ACK, DATA, HEADERS, PING, SETTINGS, WINDOW_UPDATE, frame
+from tests.bench.wire import RawClient, RequestBlocks, frame_head, frames, message_frame, range_of
 
 HEADER = Header.make(1, 1, 1, 1)
 # Between the shared bytes of two watches: the id after the one, the frame's and message's head before the other.
@@ -46,6 +47,8 @@ class Downstream(asyncio.Protocol):
         self.flush()
 
     def data_received(self, data: bytes) -> None:
+        if data[3] in (PING, SETTINGS, WINDOW_UPDATE) and self.acknowledge(data):
+            return
         for event in self.h2.receive(data):
             if isinstance(event, HeadersReceived):
                 self.h2.send_headers(event.stream, [(b":status", b"200"), (b"content-type", b"application/grpc")])
@@ -59,6 +62,22 @@ class Downstream(asyncio.Protocol):
                     left = left[end:]
                 self.rest[stream] = left
         self.flush()
+
+    def acknowledge(self, data: bytes) -> bool:
+        """Acknowledge the PINGs of a read that has nothing else to answer; return False if it has more."""
+        done = 0
+        answer = b""
+        for kind, flags, _, start, end in frames(data):
+            done = end
+            if kind == PING:
+                answer += b"" if flags & ACK else frame(PING, ACK, 0, data[start:end])
+            elif kind != WINDOW_UPDATE and not (kind == SETTINGS and flags & ACK):
+                return False
+        if done < len(data):
+            return False
+        if answer:
+            self.transport.write(answer)
+        return True
 
     def create(self, stream: int, message: bytes) -> None:
         request = rpc_pb2.WatchRequest.FromString(message).create_request

@@ -22,8 +22,9 @@ import uvloop
 
 from proto.framing import MessageReader
 from proto.pb import rpc_pb2, rpc_pb2_grpc
+from tests.bench.profiles import DATA, HEADERS, frame
 from tests.bench.targets import Target
-from tests.bench.wire import DATA, HEADERS, RawClient, RequestBlocks, frame, message_frame
+from tests.bench.wire import RawClient, RequestBlocks, message_frame
 from tests.etcd.server import HOST, EtcdServer
 from tests.proxy_process import ProxyProcess
 

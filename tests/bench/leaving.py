@@ -20,7 +20,8 @@ from proto.pb import rpc_pb2
 from proxy.listening.settings import ListenerSettings
 from proxy.server import Proxy, tune_gc
 from proxy.watch.settings import WatchSettings
-from tests.bench.wire import DATA, HEADERS, RawClient, RequestBlocks, frame, message_frame
+from tests.bench.profiles import DATA, HEADERS, frame
+from tests.bench.wire import RawClient, RequestBlocks, message_frame
 from tests.etcd.server import HOST, EtcdServer
 from tests.waiting import until_async
 

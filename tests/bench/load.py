@@ -14,6 +14,7 @@ import re
 import ssl
 import sys
 import time
+from dataclasses import replace
 from typing import Any, cast
 
 import uvloop
@@ -21,23 +22,8 @@ import uvloop
 from proto.pb import rpc_pb2
 from tests.bench.caller import PUT, RANGE, connect, drive, stamped
 from tests.bench.cases import CASES, Case, Kind
-from tests.bench.wire import (
-    ACK,
-    DATA,
-    GOAWAY,
-    HEADERS,
-    MARKER,
-    PING,
-    RST_STREAM,
-    SETTINGS,
-    STAMP_DIGITS,
-    RawClient,
-    RequestBlocks,
-    frame,
-    message_frame,
-    range_of,
-    unpack_head,
-)
+from tests.bench.profiles import DATA, GOAWAY, HEADERS, PROFILES, RST_STREAM, frame
+from tests.bench.wire import MARKER, STAMP_DIGITS, RawClient, RequestBlocks, message_frame, range_of, unpack_head
 
 WATCH = "/etcdserverpb.Watch/Watch"
 CREATED = b"\x18\x01"
@@ -57,7 +43,7 @@ class Client(RawClient):
     """One connection with its streams."""
 
     def __init__(self, tally: Tally, case: Case) -> None:
-        super().__init__()
+        super().__init__(PROFILES[case.profile]())
         self.tally = tally
         self.case = case
         self.split: dict[int, bytes] = {}
@@ -96,11 +82,13 @@ class Client(RawClient):
             self.tally.look()
         elif self.case.read_bytes_s:
             self._slow_down(size)
+        self.answer()
 
     def _walk(self, data: bytes) -> int:
         """Walk the frames; return the start of the first incomplete one."""
         at, size = 0, len(data)
         split = self.split
+        used = self.used if self.profile.counts else None
         opening = not self.tally.all_created
         while size - at >= 9:
             word, _, stream = unpack_head(data, at)
@@ -109,22 +97,17 @@ class Client(RawClient):
                 break
             kind = word & 0xFF
             if kind != DATA:
-                self._other(kind, data, at, end)
-            elif word >= _BIG or stream in split:
-                self._seam(stream, data, at + 9, end)
-            elif opening and end - at < CONTROL_BYTES_MAX and data.find(CREATED, at, end) >= 0:
-                self.tally.created += data.find(MARKER, at, end) < 0
+                self.tally.broken += kind in (RST_STREAM, GOAWAY)
+                self.control(kind, data[at + 4], data[at + 9 : end])
+            else:
+                if used is not None:
+                    used[stream] = used.get(stream, 0) + (word >> 8)
+                if word >= _BIG or stream in split:
+                    self._seam(stream, data, at + 9, end)
+                elif opening and end - at < CONTROL_BYTES_MAX and data.find(CREATED, at, end) >= 0:
+                    self.tally.created += data.find(MARKER, at, end) < 0
             at = end
         return at
-
-    def _other(self, kind: int, data: bytes, at: int, end: int) -> None:
-        """Handle a frame other than DATA."""
-        if kind == PING and not data[at + 4] & ACK:
-            self.transport.write(frame(PING, ACK, 0, data[at + 9 : end]))
-        elif kind == SETTINGS and not data[at + 4] & ACK:
-            self.transport.write(frame(SETTINGS, ACK, 0, b""))
-        elif kind in (RST_STREAM, GOAWAY):
-            self.tally.broken += 1
 
     def _seam(self, stream: int, data: bytes, start: int, end: int) -> None:
         """Find a marker split over two frames: a large message continues in the next one."""
@@ -291,7 +274,7 @@ async def call(case: Case, host: str, port: int, orders: asyncio.StreamReader) -
             return rpc_pb2.PutRequest(key=key, value=stamped(case.value_bytes)).SerializeToString()
         return rpc_pb2.RangeRequest(key=key).SerializeToString()
 
-    callers = [await connect(host, port) for _ in range(case.connections)]
+    callers = [await connect(host, port, PROFILES[case.profile]()) for _ in range(case.connections)]
     each = case.calls // case.connections
     in_flight = case.in_flight // case.connections
 
@@ -355,5 +338,5 @@ def say(what: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    name, host, port, certificate, key = sys.argv[1:]
-    uvloop.run(run(CASES[name], host, int(port), (certificate, key)))
+    name, profile, host, port, certificate, key = sys.argv[1:]
+    uvloop.run(run(replace(CASES[name], profile=profile), host, int(port), (certificate, key)))

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from tests.bench.cases import Case, Kind
 from tests.bench.targets import PYTHON, Target
+from tests.clients import golang
 from tests.etcd.server import HOST
 from tests.upstream.certificates import Certificates
 from tests.waiting import until
@@ -22,9 +23,16 @@ class Load:
     """The load generator, running against a target."""
 
     def __init__(self, case: Case, target: Target, files: Certificates) -> None:
-        arguments = [case.name, HOST, str(target.port), files.client_cert, files.client_key]
+        arguments = [case.name, case.profile, HOST, str(target.port), files.client_cert, files.client_key]
+        command = [PYTHON, "-m", "tests.bench.load", *arguments]
+        if case.real:
+            command = [
+                *(str(golang.program()), "crowd", f"--endpoints={HOST}:{target.port}"),
+                *(f"--connections={case.connections}", f"--streams={case.streams}", f"--watches={case.watches}"),
+                *(f"--ranges={case.ranges}", f"--expected={case.expected()}"),
+            ]
         self._process = subprocess.Popen(
-            [PYTHON, "-m", "tests.bench.load", *arguments],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

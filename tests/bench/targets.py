@@ -113,6 +113,7 @@ def _grpc_proxy(name: str, binary: Path, case: Case, etcd: EtcdServer, files: Ce
         f"--listen-addr={HOST}:{port}",
         # It dials this to serve its metrics, and exits when it cannot.
         f"--advertise-client-url={HOST}:{port}",
+        f"--metrics-addr=http://{HOST}:{free_port()}",
         *_tls(case, files),
     ]
     with _started(name, command, port) as target:
@@ -127,6 +128,7 @@ def ours(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
         *(PYTHON, "-m", "proxy.cli", "serve"),
         f"--endpoints={etcd.endpoint}",
         f"--listen-addr={HOST}:{port}",
+        f"--metrics-addr={HOST}:{free_port()}",
         *_tls(case, files),
     ]
     with _started(OURS, command, port) as target:

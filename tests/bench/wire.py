@@ -1,7 +1,7 @@
 """The minimum of HTTP/2 and gRPC for a load generator, which must cost less than its subject.
 
-Nothing here is general: requests are encoded once and sent repeatedly, header blocks of answers are not decoded,
-windows are opened to their maximum once, and values are found by a marker instead of being parsed.
+Nothing here is general: requests are encoded once and sent repeatedly, header blocks of answers are not decoded, and
+values are found by a marker instead of being parsed. What a client sends while it receives is that of a profile.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from typing import cast
 
 import hpack
 
+from tests.bench.profiles import ACK, DATA, GOAWAY, HEADERS, PING, RST_STREAM, SETTINGS, Wide, frame
+
 MARKER = b"@wm@"
 """Precedes the time of the write in each value."""
 STAMP_DIGITS = 20
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-WINDOW = 2**31 - 1
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 END_STREAM = 1
-ACK = 1
 
 _pack_head = struct.Struct(">IBI").pack
 unpack_head = struct.Struct(">IBI").unpack_from
@@ -29,11 +28,6 @@ unpack_head = struct.Struct(">IBI").unpack_from
 def frame_head(kind: int, flags: int, stream: int, length: int) -> bytes:
     """Make the head of one HTTP/2 frame."""
     return _pack_head(length << 8 | kind, flags, stream)
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """Make one HTTP/2 frame."""
-    return _pack_head(len(payload) << 8 | kind, flags, stream) + payload
 
 
 def message_frame(stream: int, message: bytes, flags: int = 0) -> bytes:
@@ -81,34 +75,51 @@ NO_ERROR = bytes(4)
 
 
 class RawClient(asyncio.Protocol):
-    """One connection to a server: wide windows, PINGs and SETTINGS answered, whole frames passed to `on_frames`."""
+    """One connection to a server: PINGs and SETTINGS answered, whole frames passed to `on_frame`."""
 
-    def __init__(self) -> None:
+    def __init__(self, profile: Wide | None = None) -> None:
+        self.profile = profile or Wide()
+        self.used: dict[int, int] = {}
+        """Bytes of DATA of each stream in this read, if the profile counts them."""
         self.rest = b""
         self.broken = ""
         """How the server reset a stream, sent GOAWAY or closed the connection; empty if it did not."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        settings = struct.pack(">HIHI", 4, WINDOW, 5, 2**24 - 1)
-        raise_window = frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", WINDOW - 65535))
-        self.transport.write(PREFACE + frame(SETTINGS, 0, 0, settings) + raise_window)
+        self.transport.write(PREFACE + self.profile.opening)
 
     def data_received(self, data: bytes) -> None:
         if self.rest:
             data = self.rest + data
         done = 0
+        used = self.used if self.profile.counts else None
         for kind, flags, stream, start, end in frames(data):
             done = end
             if kind in (DATA, HEADERS):
+                if used is not None and kind == DATA:
+                    used[stream] = used.get(stream, 0) + end - start
                 self.on_frame(kind, flags, stream, data, start, end)
-            elif kind == PING and not flags & ACK:
-                self.transport.write(frame(PING, ACK, 0, data[start:end]))
-            elif kind == SETTINGS and not flags & ACK:
-                self.transport.write(frame(SETTINGS, ACK, 0, b""))
-            elif kind == GOAWAY or (kind == RST_STREAM and data[start:end] != NO_ERROR):
-                self.broken = f"frame {kind} on stream {stream}: {data[start:end]!r}"
+            else:
+                self.control(kind, flags, data[start:end])
         self.rest = data[done:]
+        self.answer()
+
+    def control(self, kind: int, flags: int, payload: bytes) -> None:
+        """Handle a frame that is neither DATA nor HEADERS."""
+        if kind == PING:
+            answer = self.profile.acknowledged() if flags & ACK else frame(PING, ACK, 0, payload)
+            if answer:
+                self.transport.write(answer)
+        elif kind == SETTINGS and not flags & ACK:
+            self.transport.write(frame(SETTINGS, ACK, 0, b""))
+        elif kind == GOAWAY or (kind == RST_STREAM and payload != NO_ERROR):
+            self.broken = f"frame {kind}: {payload!r}"
+
+    def answer(self) -> None:
+        """Send what the profile sends after a read with DATA."""
+        if self.used and (answer := self.profile.received(self.used)):
+            self.transport.write(answer)
 
     def on_frame(self, kind: int, flags: int, stream: int, data: bytes, start: int, end: int) -> None:
         """Handle a frame of a stream, data[start:end]."""

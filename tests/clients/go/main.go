@@ -2,6 +2,7 @@
 //
 //	clientv3 watch --endpoints=HOST:PORT[,...] --key=KEY [flags]   every response of one watch
 //	clientv3 load --endpoints=HOST:PORT[,...] [flags]              puts and gets, or creates and updates; a summary at the end
+//	clientv3 crowd --endpoints=HOST:PORT[,...] [flags]            the load of a benchmark: many streams, a count of their events
 //
 // Times are seconds since the program began. A subcommand ends after --seconds, or when its stdin is closed.
 package main
@@ -92,9 +93,9 @@ func (c *common) context() (context.Context, context.CancelFunc) {
 }
 
 func main() {
-	commands := map[string]func([]string){"watch": watch, "load": load}
+	commands := map[string]func([]string){"watch": watch, "load": load, "crowd": crowd}
 	if len(os.Args) < 2 || commands[os.Args[1]] == nil {
-		fail(fmt.Errorf("usage: %s watch|load --endpoints=HOST:PORT[,...] [flags]", os.Args[0]))
+		fail(fmt.Errorf("usage: %s watch|load|crowd --endpoints=HOST:PORT[,...] [flags]", os.Args[0]))
 	}
 	commands[os.Args[1]](os.Args[2:])
 }
