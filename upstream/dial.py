@@ -12,7 +12,7 @@ import re
 import ssl
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from google.protobuf.message import DecodeError
 
@@ -59,6 +59,14 @@ async def read_standing(connection: ClientConnection, timeout_s: float) -> RaftP
         return None
 
 
+class ServerInUse(NamedTuple):
+    """The server that carries the watches: its endpoint, version and member id; "" and 0 if it did not report them."""
+
+    endpoint: str
+    version: str
+    member_id: int
+
+
 class Server:
     """A server that answered, and its status."""
 
@@ -75,6 +83,11 @@ class Server:
         self.standing: RaftPosition | None = None
         # It knows a leader; assumed when it refused to give its status.
         self.has_leader = True
+
+    @property
+    def in_use(self) -> ServerInUse:
+        """Return its description."""
+        return ServerInUse(self.target.endpoint.text, self.version, self.header.member_id if self.header else 0)
 
 
 class Target:

@@ -206,6 +206,14 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     )
     build.add_metric([snapshot.version, platform.python_version()], 1)
     yield build
+    server = GaugeMetricFamily(
+        "watchmux_upstream_server",
+        "The etcd member that carries the upstream watches; server_id as in its own etcd_server_id. Always 1.",
+        labels=["server_id", "version"],
+    )
+    if snapshot.server_id:
+        server.add_metric([snapshot.server_id, snapshot.server_version], 1)
+    yield server
 
 
 def _by(label: str, name: str, text: str, counts: Mapping[str, int]) -> Metric:

@@ -169,13 +169,13 @@ class Monitor:
 
     def _endpoint(self, state: EndpointState) -> EndpointView:
         server = self._proxy.upstream.server
-        carries = server is not None and server[0] == state.endpoint
+        carries = server is not None and server.endpoint == state.endpoint
         return EndpointView(
             endpoint=state.endpoint,
             connected=state.connected,
             problem=state.problem,
             carries_watches=carries,
-            version=server[1] if server is not None and carries else "",
+            version=server.version if server is not None and carries else "",
         )
 
     def _tick(self) -> None:

@@ -32,6 +32,9 @@ class Snapshot(msgspec.Struct, kw_only=True):
     serving: bool = False
     reason: str = ""
     """Why the proxy is not serving; empty if it is."""
+    server_id: str = ""
+    """The etcd member that carries the upstream watches, in hexadecimal; empty if there is none or it is unknown."""
+    server_version: str = ""
 
     connections: int = 0
     streams: int = 0
@@ -244,6 +247,9 @@ class SnapshotSource:
         snapshot.upstream_broken_total = stats.upstream_broken
         snapshot.upstream_resumed_total = stats.upstream_resumed
         snapshot.store_went_back_total = stats.went_back
+        if (server := upstream.server) is not None:
+            snapshot.server_id = f"{server.member_id:x}" if server.member_id else ""
+            snapshot.server_version = server.version
         snapshot.upstream_streams = upstream.stream_count
         snapshot.upstream_received_bytes_total = upstream.received_bytes
         snapshot.upstream_reads_total = self._proxy.reader.reads

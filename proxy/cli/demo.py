@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
+from proxy.cli.access import access_options
 from proxy.errors import FAILURE
+
+if TYPE_CHECKING:
+    from proxy.measuring.load.target import Access
 
 
 @click.command(name="demo")
@@ -16,30 +22,33 @@ from proxy.errors import FAILURE
     "--seconds", default=5.0, show_default=True, type=click.FloatRange(0.1, 600), help="Duration of the writes."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(endpoints: str | None, watches: int, ranges: int, streams: int, seconds: float, as_json: bool) -> int:
+@access_options("etcd user of the writes and watches")
+def command(
+    endpoints: str | None, watches: int, ranges: int, streams: int, seconds: float, as_json: bool, access: Access
+) -> int:
     """Demonstrate watchmux with real processes, in half a minute.
 
     Starts a store, a proxy and client processes on this machine, opens watches through the proxy (some in the past,
     some with filters or prev_kv, one slow), writes for a while, and compares the events of every client with the
-    store's own history. Exit code 1 if any event was lost, duplicated or out of order.
+    store's own history. Exit code 1 if any event was lost, duplicated or out of order. Its keys are removed at the end,
+    also after Ctrl-C; if it is killed, etcd removes them after two minutes.
 
     \b
       watchmux demo
       watchmux demo --endpoints=127.0.0.1:2379      with your own etcd (keys under /watchmux-load/, deleted afterwards)
+      watchmux demo --endpoints=https://etcd-0:2379 --cacert=ca.pem --cert=client.pem --key=client-key.pem
       watchmux demo --watches=5000 --seconds=10
     """
-    import asyncio
-
     import msgspec
     from rich.console import Console
 
-    from proxy.cli.load import first_endpoint, load_errors, shape_of
+    from proxy.cli.load import run_load, shape_of, targets_of
     from proxy.measuring.demo import SLOW_S, run_demo, show_result
     from proxy.measuring.load.show import Bars
     from proxy.measuring.load.stage import Stage
 
     shape = shape_of(watches=watches, ranges=ranges, streams=streams, pause_s=SLOW_S)
-    upstream = first_endpoint("--endpoints", endpoints) if endpoints else None
+    upstream = targets_of("--endpoints", endpoints, access)[0] if endpoints else None
 
     async def run() -> int:
         with Bars() as bars:
@@ -52,5 +61,4 @@ def command(endpoints: str | None, watches: int, ranges: int, streams: int, seco
             show_result(result, Console())
         return 0 if result.faultless else FAILURE
 
-    with load_errors():
-        return asyncio.run(run())
+    return run_load(run())

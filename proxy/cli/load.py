@@ -1,10 +1,13 @@
-"""Command-line code shared by `demo` and `measure`: the shape of the load, and one-line errors."""
+"""Command-line code shared by `demo` and `measure`: the load's shape, targets, signals, and one-line errors."""
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from proxy.errors import WRONG_REQUEST, Failed
@@ -12,11 +15,13 @@ from proxy.measuring.load.judge import NoTruth
 from proxy.measuring.load.plan import Shape
 from proxy.measuring.load.prometheus import NoMetrics
 from proxy.measuring.load.run import LoadFailed
+from proxy.measuring.load.target import Access, LoadTarget, LoginFailed
 from proxy.measuring.load.writer import WriteFailed
 from proxy.process.child import ChildFailed
 from upstream.endpoints import parse_endpoints
-from upstream.errors import BadEndpoint
+from upstream.errors import BadEndpoint, BadTls
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 STREAMS_PER_CHANNEL = 5
 PROCESSES_MAX = 4
 
@@ -24,10 +29,9 @@ PROCESSES_MAX = 4
 def shape_of(*, watches: int, ranges: int, streams: int, pause_s: float = 0.0, plain: bool = False) -> Shape:
     """Return the shape of a load: several streams share a connection, and each core runs a client process.
 
-    Raises Failed.
+    There are at most as many streams as watches.
     """
-    if watches < streams:
-        raise Failed(f"--watches={watches} is less than --streams={streams}: each stream needs a watch", WRONG_REQUEST)
+    streams = min(streams, watches)
     channels = max(1, streams // STREAMS_PER_CHANNEL)
     processes = min(PROCESSES_MAX, os.cpu_count() or 1, channels)
     return Shape(
@@ -41,24 +45,62 @@ def shape_of(*, watches: int, ranges: int, streams: int, pause_s: float = 0.0, p
     )
 
 
-def first_endpoint(flag: str, text: str) -> str:
-    """Return the first endpoint as HOST:PORT; load clients do not support TLS. Raises Failed."""
+def targets_of(flag: str, text: str, access: Access) -> list[LoadTarget]:
+    """Return every endpoint as a target. Raises Failed."""
     try:
-        endpoint = parse_endpoints(text)[0]
+        endpoints = parse_endpoints(text)
     except BadEndpoint as error:
         raise Failed(f"{flag}: {error}", WRONG_REQUEST) from None
-    if endpoint.secure or endpoint.path:
-        raise Failed(f"{flag}: {endpoint.text!r}: the load clients support plain TCP only, not TLS", WRONG_REQUEST)
-    return endpoint.authority.decode()
+    configured = bool(access.cacert or access.cert)
+    for endpoint in endpoints:
+        if endpoint.path:
+            raise Failed(
+                f"{flag}: {endpoint.text!r}: unix sockets are not supported here; give HOST:PORT", WRONG_REQUEST
+            )
+    return [
+        LoadTarget(address=endpoint.authority.decode(), secure=endpoint.uses_tls(configured), access=access)
+        for endpoint in endpoints
+    ]
 
 
-def metrics_url(flag: str, text: str) -> str:
-    """Return the URL of a metrics page from HOST:PORT or a URL. Raises Failed."""
-    url = text if "://" in text else f"http://{text}"
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise Failed(f"{flag}: {text!r} is not an address; write http://HOST:PORT/metrics", WRONG_REQUEST)
-    return url
+def metrics_urls(flag: str, text: str) -> list[str]:
+    """Return the URLs of metrics pages from HOST:PORT or URLs, separated by commas. Raises Failed."""
+    urls = []
+    for part in text.split(","):
+        url = part.strip() if "://" in part else f"http://{part.strip()}"
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise Failed(f"{flag}: {part!r} is not an address; write http://HOST:PORT/metrics", WRONG_REQUEST)
+        urls.append(url)
+    return urls
+
+
+def run_load(work: Coroutine[Any, Any, int]) -> int:
+    """Run the load. SIGINT, SIGTERM and SIGHUP end it after it has removed its keys; a second one ends it at once.
+
+    Returns its exit code. Raises Failed.
+    """
+
+    async def run() -> int:
+        task, loop = asyncio.ensure_future(work), asyncio.get_running_loop()
+        came: list[int] = []
+
+        def end(number: int) -> None:
+            came.append(number)
+            task.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, end, number)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if not came:
+                raise
+            name = "interrupted" if came[0] == signal.SIGINT else f"ended by {signal.Signals(came[0]).name}"
+            raise Failed(name, 128 + came[0]) from None
+
+    with load_errors():
+        return asyncio.run(run())
 
 
 @contextmanager
@@ -66,5 +108,5 @@ def load_errors() -> Iterator[None]:
     """Turn the errors of a load into one line for the user."""
     try:
         yield
-    except (ChildFailed, LoadFailed, WriteFailed, NoMetrics, NoTruth) as error:
+    except (BadTls, ChildFailed, LoadFailed, LoginFailed, WriteFailed, NoMetrics, NoTruth) as error:
         raise Failed(str(error)) from None

@@ -7,17 +7,27 @@ from typing import TYPE_CHECKING
 
 import click
 
+from proxy.cli.access import access_options
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 
 if TYPE_CHECKING:
     from proxy.measuring.comparison import Comparison
+    from proxy.measuring.load.target import Access
     from proxy.measuring.measure import Measurement
     from proxy.measuring.observe import Observation
 
 
 @click.command(name="measure")
-@click.option("--upstream", metavar="HOST:PORT", help="The etcd to measure. Default: start the bundled store.")
-@click.option("--upstream-metrics", metavar="URL", help="Metrics URL of etcd, if not /metrics at its client address.")
+@click.option(
+    "--upstream",
+    metavar="HOST:PORT[,...]",
+    help="The etcd to measure; with --observe all its members. Default: start the bundled store.",
+)
+@click.option(
+    "--upstream-metrics",
+    metavar="URL[,...]",
+    help="Metrics URLs of etcd's members, if not /metrics at their client addresses.",
+)
 @click.option("--proxy", metavar="HOST:PORT", help="The watchmux in front of it. Default: start one.")
 @click.option("--watches", default=1000, show_default=True, type=click.IntRange(1, 100_000), help="Client watches.")
 @click.option("--ranges", default=10, show_default=True, type=click.IntRange(1, 1000), help="Distinct ranges watched.")
@@ -29,9 +39,10 @@ if TYPE_CHECKING:
 )
 @click.option("--rate", default=50.0, show_default=True, type=click.FloatRange(0.1, 10_000), help="Writes per second.")
 @click.option("--observe", is_flag=True, help="Generate no load: observe what a proxy in production saves its etcd.")
-@click.option("--proxy-metrics", metavar="URL", help="With --observe: the proxy's --metrics-addr.")
+@click.option("--proxy-metrics", metavar="URL", help="The proxy's --metrics-addr, for --observe or with --proxy.")
 @click.option("--report", metavar="FILE.html", help="Also write the result as one HTML page with charts.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@access_options("etcd user of the writes and watches; with --observe the HTTP user of the metrics pages")
 def command(
     upstream: str | None,
     upstream_metrics: str | None,
@@ -45,21 +56,22 @@ def command(
     proxy_metrics: str | None,
     report: str | None,
     as_json: bool,
+    access: Access,
 ) -> int:
     """Measure the load on etcd without and with the proxy: same clients, same writes, counted by etcd itself.
 
-    Writes keys under /watchmux-load/ and deletes them afterwards. Exit code 1 if any event was lost, duplicated or out
-    of order through the proxy. With --observe it neither writes nor watches: it only reads the two metrics pages.
+    Writes keys under /watchmux-load/ and deletes them at the end, also after Ctrl-C; if it is killed, etcd removes them
+    after two minutes. Says if other clients' traffic is in the numbers. Exit code 1 if any event was lost, duplicated
+    or out of order through the proxy. With --observe it neither writes nor watches: it only reads the metrics pages.
 
     \b
       watchmux measure                                     starts a store and a proxy
       watchmux measure --upstream=127.0.0.1:2379           your etcd; starts a proxy
       watchmux measure --upstream=127.0.0.1:2379 --watches=5000 --report=before-after.html
-      watchmux measure --observe --upstream=127.0.0.1:2379 --proxy-metrics=127.0.0.1:9379
+      watchmux measure --upstream=https://etcd-0:2379 --cacert=ca.pem --cert=client.pem --key=client-key.pem
+      watchmux measure --observe --upstream=etcd-0:2379,etcd-1:2379,etcd-2:2379 --proxy-metrics=127.0.0.1:9379
     """
-    import asyncio
-
-    from proxy.cli.load import first_endpoint, load_errors, metrics_url, shape_of
+    from proxy.cli.load import metrics_urls, run_load, shape_of, targets_of
     from proxy.measuring.load.show import Bars
     from proxy.measuring.load.stage import Stage
     from proxy.measuring.measure import compare, run_measure
@@ -67,25 +79,25 @@ def command(
     _check_together(upstream, upstream_metrics, proxy, observe, proxy_metrics)
     if report:
         _check_writable(Path(report))
-    if upstream and not (observe and upstream_metrics):
-        upstream = first_endpoint("--upstream", upstream)
-    proxy = first_endpoint("--proxy", proxy) if proxy else None
-    url = metrics_url("--upstream-metrics", upstream_metrics) if upstream_metrics else None
+    etcds = targets_of("--upstream", upstream, access) if upstream else []
+    urls = metrics_urls("--upstream-metrics", upstream_metrics) if upstream_metrics else []
+    proxy_url = metrics_urls("--proxy-metrics", proxy_metrics)[0] if proxy_metrics else None
     if observe:
-        pages = url or f"http://{upstream}", metrics_url("--proxy-metrics", proxy_metrics or "")
-        with load_errors():
-            return asyncio.run(_observe(pages, 60.0 if seconds is None else seconds, report, as_json))
+        pages = [*(urls or [target.url for target in etcds]), proxy_url or ""]
+        return run_load(_observe(pages, access, 60.0 if seconds is None else seconds, report, as_json))
+    if len(etcds) > 1 or len(urls) > 1:
+        raise Failed("--upstream: give one member; only --observe reads all of them", WRONG_REQUEST)
+    in_front = targets_of("--proxy", proxy, access)[0] if proxy else None
     shape = shape_of(watches=watches, ranges=ranges, streams=streams, plain=True)
 
     async def run() -> int:
         with Bars() as bars:
-            async with Stage(upstream, url, proxy) as stage:
+            async with Stage(next(iter(etcds), None), next(iter(urls), None), in_front, proxy_url) as stage:
                 measured = await run_measure(stage, shape, 5.0 if seconds is None else seconds, rate, bars)
         _show(measured, compare(measured), report, as_json)
         return 0 if measured.faultless else FAILURE
 
-    with load_errors():
-        return asyncio.run(run())
+    return run_load(run())
 
 
 def _check_together(
@@ -96,8 +108,8 @@ def _check_together(
         problem = "--observe: requires --proxy-metrics=HOST:PORT, the proxy's --metrics-addr"
     elif observe and not (upstream or upstream_metrics):
         problem = "--observe: requires --upstream or --upstream-metrics"
-    elif proxy_metrics and not observe:
-        problem = "--proxy-metrics: used only with --observe"
+    elif proxy_metrics and not (observe or proxy):
+        problem = "--proxy-metrics: requires --observe or --proxy"
     elif proxy and not upstream:
         problem = "--proxy: requires --upstream, the etcd behind it: etcd is what is measured"
     elif upstream_metrics and not upstream and not observe:
@@ -114,18 +126,19 @@ def _check_writable(path: Path) -> None:
         raise Failed(f"--report: cannot write {path}: {(error.strerror or '').lower()}", WRONG_REQUEST) from None
 
 
-async def _observe(pages: tuple[str, str], seconds: float, report: str | None, as_json: bool) -> int:
+async def _observe(pages: list[str], access: Access, seconds: float, report: str | None, as_json: bool) -> int:
+    """Observe; the last of `pages` is the proxy's."""
     from proxy.measuring.load.prometheus import MetricsPage
     from proxy.measuring.load.show import Bars
     from proxy.measuring.observe import compare_observed, observe
 
-    etcd, proxy = (MetricsPage(page) for page in pages)
+    *etcds, proxy = (MetricsPage(page, access) for page in pages)
     try:
         with Bars() as bars:
-            seen = await observe(etcd, proxy, seconds, bars)
+            seen = await observe(etcds, proxy, seconds, bars)
     finally:
-        await etcd.close()
-        await proxy.close()
+        for page in (*etcds, proxy):
+            await page.close()
     _show(seen, compare_observed(seen), report, as_json)
     return 0
 

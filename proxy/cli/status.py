@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
+from proxy.cli.access import access_options
 from proxy.config.values import BadValue, parse_address
 from proxy.errors import WRONG_REQUEST, Failed
+
+if TYPE_CHECKING:
+    from proxy.measuring.load.target import Access
 
 
 @click.command(name="status")
 @click.argument("address", metavar="HOST:PORT", envvar="WATCHMUX_METRICS_ADDR")
 @click.option("--watch", "live", is_flag=True, help="Refresh until interrupted.")
 @click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
-def command(address: str, live: bool, as_json: bool) -> None:
+@access_options("User for HTTP basic authentication")
+def command(address: str, live: bool, as_json: bool, access: Access) -> None:
     """Show the status of a running proxy; HOST:PORT is its --metrics-addr.
+
+    The metrics address is plain HTTP. If a TLS server is in front of it, give https://HOST:PORT and what it demands.
 
     \b
       watchmux serve --endpoints=127.0.0.1:2379 --metrics-addr=127.0.0.1:9379
       watchmux status 127.0.0.1:9379
       watchmux status 127.0.0.1:9379 --watch
+      watchmux status https://watchmux.example.com:443 --cacert=ca.pem --user=ops
     """
     try:
-        url = f"http://{parse_address(address.removeprefix('http://').rstrip('/'))}"
+        scheme, _, place = address.rpartition("://")
+        if scheme not in ("", "http", "https"):
+            raise BadValue(f"{address!r}: unknown scheme {scheme!r}; use HOST:PORT, http:// or https://")
+        url = f"{scheme or 'http'}://{parse_address(place.rstrip('/'))}"
     except BadValue as error:
         raise Failed(str(error), WRONG_REQUEST) from None
     if live and as_json:
@@ -34,6 +47,6 @@ def command(address: str, live: bool, as_json: bool) -> None:
 
     console = Console()
     try:
-        asyncio.run(show_live(url, console) if live else show_once(url, console, as_json=as_json))
+        asyncio.run(show_live(url, console, access) if live else show_once(url, console, access, as_json=as_json))
     except NoStatus as error:
         raise Failed(str(error)) from None

@@ -65,6 +65,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     series: list[Series] = []
     facts: list[tuple[str, str]] = []
     """Circumstances of the measurement: (name, value)."""
+    warnings: list[str] = []
+    """What the reader must know to read the numbers right."""
     complaints: list[str] = []
 
 
@@ -120,6 +122,8 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
             console.print(Text(f"  {row.name}: {row.note}", style="dim"))
     for name, value in comparison.facts:
         console.print(Text(f"  {name}: {value}", style="dim"))
+    for text in comparison.warnings:
+        console.print(Text(f"  {text}", style="yellow"))
     for text in comparison.complaints:
         console.print(Text(f"  {text}", style="red"))
 

@@ -39,7 +39,7 @@ class DemoResult(msgspec.Struct, kw_only=True):
 async def run_demo(stage: Stage, shape: Shape, seconds: float, show: Show, endpoints: str | None = None) -> DemoResult:
     """Run the demo on a stage; `endpoints` are all members of a cluster, if the upstream is one of them.
 
-    Raises ChildFailed, LoadFailed, WriteFailed, NoMetrics or NoTruth, each with one line of text.
+    Raises ChildFailed, LoadFailed, LoginFailed, WriteFailed, NoMetrics or NoTruth, each with one line of text.
     """
     await stage.start_proxy(endpoints)
     spec = Spec(
@@ -49,7 +49,9 @@ async def run_demo(stage: Stage, shape: Shape, seconds: float, show: Show, endpo
         value_bytes=VALUE_BYTES,
         past_writes=PAST_WRITES,
     )
-    trial = await run_trial(spec, stage.upstream, stage.page, stage.proxy, show, through_proxy=True)
+    trial = await run_trial(
+        spec, stage.upstream, stage.page, stage.proxy, show, through_proxy=True, proxy_page=stage.proxy_page
+    )
     return DemoResult(trial=trial, shape=shape, seconds=seconds, upstream_name=stage.upstream_name)
 
 

@@ -17,15 +17,21 @@ import msgspec
 from proxy.measuring.comparison import Comparison, Row, Series, Unit
 from proxy.measuring.load.plan import Shape
 from proxy.measuring.load.prometheus import MetricsPage
+from proxy.measuring.load.run import LoadFailed
 from proxy.measuring.load.sampling import Sample
 from proxy.measuring.load.show import Bars
 from proxy.measuring.load.stage import Stage
+from proxy.measuring.load.target import LoadTarget
 from proxy.measuring.load.trial import REFRESH_S, Spec, Trial, run_trial
+from proxy.measuring.load.writer import cluster_id
 
 QUIET_LIMIT_S = 15.0
 """How long the upstream may take to drop the watchers of the first part's clients (seconds)."""
 
 VALUE_BYTES = 256
+
+OWN_CALLS_MAX = 20
+"""Calls that a trial may make besides its writes and watches."""
 
 
 class Side(msgspec.Struct, kw_only=True):
@@ -51,6 +57,16 @@ class Side(msgspec.Struct, kw_only=True):
     complaints: list[str]
     examples: list[str]
     samples: list[Sample] = []
+    other_watchers: int = 0
+    """Watchers of other clients, whose events, bytes and CPU time are in the numbers."""
+    other_writes: int = 0
+    """Revisions that other clients made meanwhile."""
+    other_calls: int | None = None
+    """Calls that other clients made meanwhile; None if unknown."""
+    proxy_cpu_s: float | None = None
+    """CPU time of the proxy; None without its metrics, and without a proxy."""
+    proxy_memory_bytes: float | None = None
+    """Resident memory of the proxy at the end."""
 
     @property
     def faultless(self) -> bool:
@@ -102,6 +118,11 @@ def side_of(trial: Trial) -> Side:
         complaints=trial.complaints,
         examples=verdict.examples,
         samples=trial.samples,
+        other_watchers=before.watchers,
+        other_writes=trial.other_writes,
+        other_calls=trial.other_calls,
+        proxy_cpu_s=round(trial.proxy_cpu_s, 3) if trial.proxy_cpu_s is not None else None,
+        proxy_memory_bytes=trial.proxy_memory_bytes,
     )
 
 
@@ -117,19 +138,23 @@ def reduction_of(direct: Side, proxied: Side) -> dict[str, float | None]:
 async def run_measure(stage: Stage, shape: Shape, seconds: float, per_second: float, bars: Bars) -> Measurement:
     """Measure directly, then through the stage's proxy, which is started unless the user gave one.
 
-    Raises ChildFailed, LoadFailed, WriteFailed, NoMetrics or NoTruth, each with one line of text.
+    Raises ChildFailed, LoadFailed, LoginFailed, WriteFailed, NoMetrics or NoTruth, each with one line of text.
     """
     spec = Spec(shape=shape, seconds=seconds, per_second=per_second, value_bytes=VALUE_BYTES)
+    if stage.proxy.address:
+        await check_same_cluster(stage.upstream, stage.proxy)
     bars.title("Directly")
     direct = await run_trial(spec, stage.upstream, stage.page, stage.upstream, bars, through_proxy=False)
     await _wait_quiet(stage.page, direct.before.watchers)
     await stage.start_proxy()
     bars.title("Through the proxy")
-    proxied = await run_trial(spec, stage.upstream, stage.page, stage.proxy, bars, through_proxy=True)
+    proxied = await run_trial(
+        spec, stage.upstream, stage.page, stage.proxy, bars, through_proxy=True, proxy_page=stage.proxy_page
+    )
     sides = side_of(direct), side_of(proxied)
     return Measurement(
         upstream=stage.upstream_name,
-        proxy=stage.proxy,
+        proxy=stage.proxy.address,
         shape=shape,
         seconds=seconds,
         events_written=proxied.written,
@@ -190,6 +215,19 @@ def compare(measured: Measurement) -> Comparison:
         Row(name=name, unit=unit, before=getattr(direct, field), after=getattr(proxied, field), compared=False)
         for name, unit, field in BESIDE
     ]
+    if proxied.proxy_cpu_s is not None:
+        rows.append(
+            Row(
+                name="the proxy's CPU time",
+                unit=Unit.SECONDS,
+                before=None,
+                after=proxied.proxy_cpu_s,
+                compared=False,
+                note="what the proxy itself uses, on whichever machine it runs",
+            )
+        )
+        memory = proxied.proxy_memory_bytes
+        rows.append(Row(name="the proxy's memory", unit=Unit.BYTES, before=None, after=memory, compared=False))
     rows.append(Row(name="lost, doubled, wrong", unit=Unit.FAULTS, before=faults[0], after=faults[1], compared=False))
     return Comparison(
         title=f"{shape.watches:,} watches over {shape.ranges} ranges on {shape.streams:,} streams",
@@ -207,12 +245,42 @@ def compare(measured: Measurement) -> Comparison:
             ),
             ("proxy", measured.proxy),
         ],
+        warnings=[
+            f"{name}: {text}"
+            for name, side in (("directly", direct), ("through the proxy", proxied))
+            if (text := others_of(side))
+        ],
         complaints=[
             f"{name}: {text}"
             for name, side in (("directly", direct), ("through the proxy", proxied))
             for text in (*side.examples, *side.complaints[:5])
         ],
     )
+
+
+def others_of(side: Side) -> str:
+    """Describe the traffic of other clients that is in a side's numbers; "" if there was none."""
+    parts = []
+    if side.other_watchers:
+        parts.append(f"{side.other_watchers:,} watchers")
+    if side.other_writes > 0:
+        parts.append(f"{side.other_writes:,} writes")
+    # The trial's own calls are counted except for a few: a login, a renewal of the lease.
+    if (side.other_calls or 0) > OWN_CALLS_MAX:
+        parts.append(f"{side.other_calls:,} calls")
+    if not parts:
+        return ""
+    return f"other clients had {' and '.join(parts)} at etcd meanwhile, which are in these numbers"
+
+
+async def check_same_cluster(upstream: LoadTarget, proxy: LoadTarget) -> None:
+    """Raise LoadFailed if the proxy is in front of another etcd than `upstream`."""
+    ours, theirs = await cluster_id(upstream), await cluster_id(proxy)
+    if ours != theirs:
+        raise LoadFailed(
+            f"the proxy at {proxy.address} is in front of another etcd (cluster {theirs:x}) than "
+            f"{upstream.address} (cluster {ours:x})"
+        )
 
 
 def _series(before: list[Sample], after: list[Sample]) -> list[Series]:

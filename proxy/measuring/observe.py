@@ -1,21 +1,21 @@
 """`watchmux measure --observe`: what a proxy in production saves its etcd, measured without adding load.
 
-It reads two metrics pages over some time: etcd's, for what etcd serves, and the proxy's, for what the proxy received
-from etcd and delivered to clients. Without the proxy etcd would serve the clients' watches itself, so the numbers
-"without" are etcd's, minus what the proxy received, plus what it delivered. CPU and memory without the proxy are not
-estimated; they are shown as they are.
+It reads metrics pages over some time: those of etcd's members, for what etcd serves, and the proxy's, for what the
+proxy received from etcd and delivered to clients. Without the proxy etcd would serve the clients' watches itself, so
+the numbers "without" are etcd's, minus what the proxy received, plus what it delivered. CPU and memory without the
+proxy are not estimated; they are shown as they are.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from proxy.measuring.comparison import Comparison, Row, Series, Unit, show_value
-from proxy.measuring.load.prometheus import Cost, MetricsPage, NoMetrics, cost_of
+from proxy.measuring.load.prometheus import Cost, MetricsPage, NoMetrics, Page, cost_of
 from proxy.measuring.load.show import Bars
 
 EVERY_S = 1.0
@@ -49,6 +49,10 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     etcd: str
     proxy: str
     looks: list[Look]
+    members: str = ""
+    """Which members of etcd were read."""
+    warnings: list[str] = []
+    """What may make the numbers wrong."""
 
     @property
     def first(self) -> Look:
@@ -91,18 +95,56 @@ def look_of(at_s: float, etcd: Mapping[str, float], proxy: Mapping[str, float]) 
         raise NoMetrics(f"the proxy's metrics have no {missing.args[0]}: they are not from watchmux") from None
 
 
-async def observe(etcd: MetricsPage, proxy: MetricsPage, seconds: float, bars: Bars) -> Observation:
-    """Read both pages every second for `seconds` seconds. Raises NoMetrics."""
+def add_up(pages: Sequence[Page]) -> dict[str, float]:
+    """Add up the samples of several members."""
+    sums: dict[str, float] = {}
+    for page in pages:
+        for name, value in page.sums.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def check_members(etcds: Sequence[Page], proxy: Page, where: str) -> tuple[str, list[str]]:
+    """Return which members were read, and warnings if the proxy's watches may be elsewhere.
+
+    Raises NoMetrics if the etcd at `where` is not the one behind the proxy.
+    """
+    seen: set[str] = set().union(*(page.server_ids for page in etcds))
+    cluster = seen.union(*(page.peer_ids for page in etcds))
+    warnings = []
+    carries = proxy.server_ids
+    if carries and seen and not carries & cluster:
+        raise NoMetrics(
+            f"the proxy's upstream watches are at etcd member {', '.join(sorted(carries))}, but {where} is another "
+            f"cluster ({', '.join(sorted(cluster))}): give the etcd behind this proxy"
+        )
+    if carries and seen and not carries & seen:
+        warnings.append(
+            f"the proxy's upstream watches are at member {', '.join(sorted(carries))}, which was not read: the numbers "
+            "miss what it serves; give all members, separated by commas"
+        )
+    if missing := len(cluster) - len(seen):
+        warnings.append(f"{missing} of the cluster's {len(cluster)} members were not read: the numbers miss them")
+    if proxy.sums.get("watchmux_bundled_store"):
+        warnings.append("the proxy serves its bundled store, not an etcd")
+    members = f"{len(seen)} of {len(cluster)} members ({', '.join(sorted(seen))})" if seen else "unknown members"
+    return members, warnings
+
+
+async def observe(etcds: Sequence[MetricsPage], proxy: MetricsPage, seconds: float, bars: Bars) -> Observation:
+    """Read all pages every second for `seconds` seconds. Raises NoMetrics."""
     bars.step("Observing", seconds)
     start = time.monotonic()
     looks: list[Look] = []
+    where = ", ".join(page.url for page in etcds)
     while True:
         at_s = time.monotonic() - start
-        pages = await asyncio.gather(etcd.samples(), proxy.samples())
-        looks.append(look_of(round(at_s, 2), *pages))
+        *of_etcd, of_proxy = await asyncio.gather(*(page.read() for page in (*etcds, proxy)))
+        looks.append(look_of(round(at_s, 2), add_up(of_etcd), of_proxy.sums))
+        members, warnings = check_members(of_etcd, of_proxy, where)
         bars.at(min(at_s, seconds), f"{looks[-1].watches:,.0f} client watches")
         if at_s >= seconds and len(looks) > 1:
-            return Observation(etcd=etcd.url, proxy=proxy.url, looks=looks)
+            return Observation(etcd=where, proxy=proxy.url, looks=looks, members=members, warnings=warnings)
         await asyncio.sleep(min(EVERY_S, max(0.05, seconds - at_s)))
 
 
@@ -129,6 +171,7 @@ def compare_observed(seen: Observation) -> Comparison:
     return Comparison(
         title=f"{last.watches:,.0f} client watches on {last.sessions:,.0f} streams, observed for {seen.seconds:.0f} s",
         subtitle=f"etcd from {seen.etcd}, the proxy from {seen.proxy}",
+        warnings=seen.warnings,
         before_name="without watchmux",
         after_name="now",
         rows=rows,
@@ -144,6 +187,7 @@ def _facts(seen: Observation) -> list[tuple[str, str]]:
             "without watchmux",
             "etcd's own number, minus what the proxy received, plus what the proxy delivered to clients",
         ),
+        ("etcd", f"read from {seen.members}"),
         ("lagging", f"{last.lagging:,.0f} watches are behind now, {last.stalls - first.stalls:,.0f} new stalls"),
     ]
     if last.delays > first.delays:

@@ -81,6 +81,10 @@ def render_report(comparison: Comparison, version: str, at: float | None = None)
         parts += [_lines(series) for series in comparison.series]
         parts.append("</div>")
     parts += ["<h2>In numbers</h2>", _table(comparison)]
+    if comparison.warnings:
+        parts.append('<h2>Mind</h2><div class="card">')
+        parts += [f"<p>{escape(text)}</p>" for text in comparison.warnings]
+        parts.append("</div>")
     if comparison.complaints:
         parts.append('<h2 class="bad">What went wrong</h2><div class="card">')
         parts += [f'<p class="bad">{escape(text)}</p>' for text in comparison.complaints]

@@ -14,7 +14,8 @@ from rich.text import Text
 from proxy.admin.snapshot import Snapshot
 from proxy.config.values import show_duration
 from proxy.measuring.comparison import Unit, show_value
-from proxy.measuring.load.prometheus import http_reason
+from proxy.measuring.load.prometheus import NoMetrics, http_reason, open_session
+from proxy.measuring.load.target import Access
 
 FETCH_LIMIT_S = 5.0
 REFRESH_S = 1.0
@@ -29,6 +30,8 @@ async def fetch(session: aiohttp.ClientSession, url: str) -> Snapshot:
     try:
         async with session.get(f"{url}/v1/status", timeout=aiohttp.ClientTimeout(total=FETCH_LIMIT_S)) as answer:
             body = await answer.read()
+            if answer.status == 401:
+                raise NoStatus(f"{url} demands a user: give --user=NAME")
             if answer.status != 200:
                 raise NoStatus(
                     f"{url} answered {answer.status} {answer.reason}: it is not the metrics address of a watchmux"
@@ -91,9 +94,16 @@ def _rate(now: Snapshot, before: Snapshot | None, field: str, unit: str) -> str:
     return f"{shown} a second {span}"
 
 
-async def show_once(url: str, console: Console, *, as_json: bool = False) -> None:
+def _session(url: str, access: Access) -> aiohttp.ClientSession:
+    try:
+        return open_session(url, access)
+    except NoMetrics as error:
+        raise NoStatus(str(error)) from None
+
+
+async def show_once(url: str, console: Console, access: Access, *, as_json: bool = False) -> None:
     """Print the status once. Raises NoStatus."""
-    async with aiohttp.ClientSession() as session:
+    async with _session(url, access) as session:
         snapshot = await fetch(session, url)
     if as_json:
         console.print_json(msgspec.json.encode(snapshot).decode())
@@ -101,9 +111,9 @@ async def show_once(url: str, console: Console, *, as_json: bool = False) -> Non
         console.print(render(snapshot))
 
 
-async def show_live(url: str, console: Console) -> None:
+async def show_live(url: str, console: Console, access: Access) -> None:
     """Show the status until interrupted. Raises NoStatus once the proxy does not answer."""
-    async with aiohttp.ClientSession() as session:
+    async with _session(url, access) as session:
         before = await fetch(session, url)
         with Live(render(before), console=console, refresh_per_second=4) as live:
             while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from coalesce.guarantees.checkers import Bookmark, Canceled, Created, Opened, Received, WatchLog, check
 from proxy.measuring.load.judge import change_of, read_truth
+from proxy.measuring.load.target import LoadTarget
 from tests.e2e.raw_client import WatchStream
 
 
@@ -30,7 +31,7 @@ async def assert_kept(
 
     Each must have everything up to the revision `last`; the history is read from `first` on.
     """
-    truth = await read_truth(endpoint, prefix, first, last)
+    truth = await read_truth(LoadTarget(address=endpoint), prefix, first, last)
     for number, (stream, start_revision) in enumerate(streams):
         log = log_of(stream, prefix, range_end, start_revision)
         assert check(log, truth, last, safe_headers=True) == [], f"stream {number}"

@@ -20,6 +20,7 @@ from coalesce.guarantees.checkers import Opened, check
 from coalesce.limits import CoreLimits
 from proto.framing import Status
 from proxy.measuring.load.judge import read_truth
+from proxy.measuring.load.target import LoadTarget
 from proxy.watch.service import DRAIN_SLICE_SESSIONS
 from tests.clients.libraries import LIBRARIES, PROGRAMS
 from tests.e2e.raw_client import RawClient
@@ -86,7 +87,7 @@ def node_watch(endpoints: str) -> list[str]:
 
 
 async def _judge(streams: list[Stream], path: Path, etcd: EtcdServer, last: int) -> list[str]:
-    truth = await read_truth(etcd.endpoint, PREFIX, 1, last)
+    truth = await read_truth(LoadTarget(address=etcd.endpoint), PREFIX, 1, last)
     lives = list(spool.read(path))
     assert len(lives) == len(streams)
     found = [check(life.log, truth, last, safe_headers=True) for life in lives]

@@ -12,6 +12,7 @@ from random import Random
 import pytest
 
 from proto.pb import rpc_pb2
+from tests.etcd.server import EtcdServer
 from tests.store import sequences
 from tests.store.both import Client, ask_state
 from tests.store.running import RunningStore
@@ -202,6 +203,15 @@ def test_an_unusable_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreDataError, match="cannot be opened: "):
         Journal(tmp_path / "file" / "below", 1, 2)
+
+
+@pytest.mark.parametrize("below", ["data", "data/member", "data/member/snap"])
+def test_the_directory_of_a_real_etcd_is_refused(etcd: EtcdServer, below: str) -> None:
+    directory = etcd.directory / below
+    before = sorted(directory.rglob("*"))
+    with pytest.raises(StoreDataError, match=r"holds the data of an etcd.*choose another --data-dir"):
+        Journal(directory, 1, 2)
+    assert sorted(directory.rglob("*")) == before
 
 
 async def failing_write(journal: Journal, state: StoreState) -> None:

@@ -52,7 +52,7 @@ def test_trunks_of_one_token_share_a_stream_with_hasleader() -> None:
                 assert b"token" not in plain.metadata
                 assert tokened.metadata[b"token"] == b"secret"
                 assert (client.stream_count, client.watch_count) == (2, 3)
-                assert client.server == (etcd.endpoint, "3.5.30")
+                assert (client.server or ())[:2] == (etcd.endpoint, "3.5.30")
                 client.close(mine)
                 await until_async(lambda: tokened.ended, "the stream of the token to end")
                 assert tokened.ended == "CANCEL"
@@ -165,10 +165,10 @@ def test_no_leader_goes_to_another_endpoint() -> None:
             async with watching(f"{cut_off.endpoint},{whole.endpoint}", seen) as client:
                 client.open(a)
                 await until_async(lambda: seen.created(a), "the watch")
-                assert client.server == (cut_off.endpoint, "3.5.30")
+                assert (client.server or ())[:2] == (cut_off.endpoint, "3.5.30")
                 cut_off.leader = 0
                 cut_off.watches()[0].end(14, NO_LEADER)
-                await until_async(lambda: client.server == (whole.endpoint, "3.5.30"), "the other endpoint")
+                await until_async(lambda: (client.server or ())[:2] == (whole.endpoint, "3.5.30"), "the other endpoint")
                 await until_async(lambda: whole.watches(), "its stream")
                 assert whole.watches()[0].metadata[b"hasleader"] == b"true"
                 assert seen.leaderless == 0
@@ -197,7 +197,7 @@ def test_no_leader_anywhere_is_reported_and_watches_continue() -> None:
                 await until_async(lambda: seen.revisions(a) == [11], "an event without a leader")
                 two.leader = 1
                 await until_async(lambda: not client.leaderless, "the leader's return")
-                assert client.server == (two.endpoint, "3.5.30")
+                assert (client.server or ())[:2] == (two.endpoint, "3.5.30")
                 await until_async(
                     lambda: any(b"hasleader" in call.metadata for call in two.watches()[-1:]), "a stream with hasleader"
                 )
@@ -213,7 +213,7 @@ def test_a_learner_is_not_used() -> None:
             learner.is_learner = True
             log = RecordedLog()
             async with watching(f"{learner.endpoint},{voter.endpoint}", Recorder(), log=log) as client:
-                await until_async(lambda: client.server == (voter.endpoint, "3.5.30"), "the voter")
+                await until_async(lambda: (client.server or ())[:2] == (voter.endpoint, "3.5.30"), "the voter")
                 assert "learner" in log.problems()[0]
 
     run(story())
@@ -270,7 +270,7 @@ def test_endpoint_without_watch_service_is_left_for_another() -> None:
             async with watching(f"{other.endpoint},{etcd.endpoint}", seen) as client:
                 client.open(a)
                 await until_async(lambda: seen.created(a), "the watch")
-                assert client.server == (etcd.endpoint, "3.5.30")
+                assert (client.server or ())[:2] == (etcd.endpoint, "3.5.30")
                 assert seen.losses == []
 
     run(story())
@@ -550,7 +550,7 @@ def test_a_server_that_stops_answering_is_noticed() -> None:
                 await until_async(lambda: seen.created(a), "the watch")
                 etcd.connections[0].frozen = True
                 etcd.mute = True
-                await until_async(lambda: client.server == (other.endpoint, "3.5.30"), "the other endpoint")
+                await until_async(lambda: (client.server or ())[:2] == (other.endpoint, "3.5.30"), "the other endpoint")
                 assert "not even to a PING" in log.problems()[0]
 
     run(story())
@@ -561,7 +561,9 @@ def test_silent_endpoint_delays_no_other() -> None:
         async with scripted() as silent, scripted() as etcd:
             silent.mute = True
             async with watching(f"{silent.endpoint},{etcd.endpoint}", Recorder()) as client:
-                await until_async(lambda: client.server == (etcd.endpoint, "3.5.30"), "the other", timeout_s=2)
+                await until_async(
+                    lambda: (client.server or ())[:2] == (etcd.endpoint, "3.5.30"), "the other", timeout_s=2
+                )
 
     run(story())
 

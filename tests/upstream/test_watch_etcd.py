@@ -163,7 +163,7 @@ def test_events_prev_kv_and_the_past(binary: EtcdBinary) -> None:
                 event = decoded(seen.of(now)[-1].events[0])
                 assert (event.kv.value, event.prev_kv.value) == (b"2", b"1")
                 assert not decoded(seen.of(past)[-1].events[-1]).HasField("prev_kv")
-                assert client.server == (etcd.endpoint, binary.name)
+                assert (client.server or ())[:2] == (etcd.endpoint, binary.name)
                 assert client.ordered_progress is binary.ordered_progress
                 client.close(now)
                 client.close(past)

@@ -36,6 +36,9 @@ class StoreCollector(Collector):
         version = GaugeMetricFamily("etcd_server_version", "The etcd release whose behaviour the store follows.")
         version.add_sample("etcd_server_version", {"server_version": VERSION}, 1)
         yield version
+        server = GaugeMetricFamily("etcd_server_id", "The store's member id in hexadecimal; the value is always 1.")
+        server.add_sample("etcd_server_id", {"server_id": f"{self._state.identity.member_id:x}"}, 1)
+        yield server
 
     def _gauges(self) -> Iterator[Metric]:
         mvcc, watchable = self._state.mvcc, self._state.watchable

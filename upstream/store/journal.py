@@ -4,9 +4,9 @@ SQLite's write-ahead log serves as the log of the store. The changes of a write 
 writes them to the file in one transaction. After that they survive kill -9 and, with the file's `synchronous=FULL`, a
 power cut too. At the start the whole file is read back; the store itself stays in memory.
 
-A file of another program, of a newer release, or with damage is refused and not written to: the checks read its first
-bytes, then open it read-only. SQLite detects damage to its own structure only, so each record has a checksum. Only one
-process at a time may have the file open.
+The directory of a real etcd is refused. A file of another program, of a newer release, or with damage is refused and
+not written to: the checks read its first bytes, then open it read-only. SQLite detects damage to its own structure
+only, so each record has a checksum. Only one process at a time may have the file open.
 
 Tables: `records`, one row per change as in the revision log, without those that compactions dropped; `leases`;
 `auth`, users and roles; `alarms`; `meta`, one row of numbers.
@@ -82,6 +82,8 @@ class Journal(JournalRecorder):
         # True during a commit, and after a commit that failed: then nothing is written any more.
         self._failed = False
         with self._explained("be opened"):
+            if not self.path.exists():
+                _check_not_etcds(directory)
             directory.mkdir(parents=True, exist_ok=True)
             if not self.path.exists():
                 _create(self.path, cluster_id, member_id)
@@ -220,6 +222,15 @@ class Journal(JournalRecorder):
         except OSError as error:
             reason = error.strerror or error
             raise StoreDataError(f"{self.path} cannot {what}: {reason}; check the disk and its permissions") from None
+
+
+def _check_not_etcds(directory: Path) -> None:
+    """Raise StoreDataError if etcd keeps its data in the directory, in the one above it, or in `member` below it."""
+    for place in (directory / "member", directory, directory.parent):
+        # etcd/server/storage/datadir/datadir.go: <data-dir>/member/snap/db; the wal may be elsewhere (--wal-dir).
+        if (place / "snap" / "db").is_file():
+            text = f"{directory} holds the data of an etcd, which this store cannot read; nothing was changed"
+            raise StoreDataError(f"{text}; choose another --data-dir")
 
 
 def _create(path: Path, cluster_id: int, member_id: int) -> None:

@@ -25,7 +25,7 @@ from proto.scan import WatchResponse, scan_watch_response
 from upstream.connection import ClientConnection, settings_after
 from upstream.connections import Connections
 from upstream.credentials import INVALID_TOKEN, Credentials, log_in
-from upstream.dial import Dialer, Server, read_standing
+from upstream.dial import Dialer, Server, ServerInUse, read_standing
 from upstream.endpoints import Endpoint
 from upstream.errors import NO_LEADER_TEXT, CallFailed, Logger, NullLogger, Unreachable
 from upstream.namespace import Namespace
@@ -142,9 +142,9 @@ class WatchClient:
         return self._state.own_token
 
     @property
-    def server(self) -> tuple[str, str] | None:
-        """The endpoint in use and its etcd version; None while there is none."""
-        return (self._server.target.endpoint.text, self._server.version) if self._server is not None else None
+    def server(self) -> ServerInUse | None:
+        """The server in use; None while there is none."""
+        return self._server.in_use if self._server is not None else None
 
     @property
     def stream_count(self) -> int:

@@ -18,7 +18,7 @@ import grpc.aio
 import msgspec
 
 from proto.pb import rpc_pb2
-from proxy.measuring.load.plan import SLOW_AFTER_MESSAGES, ClientPlan, PlannedStream, PlannedWatch, Range
+from proxy.measuring.load.plan import ROOT, SLOW_AFTER_MESSAGES, ClientPlan, PlannedStream, PlannedWatch, Range
 from proxy.process.child import Parent, Ready, on_signals
 
 WATCH = "/etcdserverpb.Watch/Watch"
@@ -31,8 +31,14 @@ def failure_of(error: grpc.aio.AioRpcError) -> str:
     details = error.details() or ""
     if "Connection refused" in details:
         return "connection refused; check that it runs and listens on that address and port"
-    if "Expected SETTINGS frame" in details or "Failed parsing HTTP/2" in details:
-        return "the server there does not speak gRPC; give the client port"
+    if "Expected SETTINGS frame" in details or "Failed parsing HTTP/2" in details or "Socket closed" in details:
+        return "the server there does not speak gRPC in plain text; give the client port, with https:// if it uses TLS"
+    if "handshake" in details or "certificate" in details.lower():
+        return f"TLS failed; check the address, --cacert, --cert and --key: {details}"
+    if error.code() is grpc.StatusCode.PERMISSION_DENIED:
+        return f"PERMISSION_DENIED: {details}; the user needs readwrite on the prefix {ROOT.decode()}"
+    if "user name is empty" in details:
+        return f"{details}; the server demands a user: give --user"
     return f"{error.code().name}: {details}"
 
 
@@ -200,14 +206,17 @@ class LoadClient:
         # a small window, so that the server soon notices that it is not read, and no other stream is affected.
         number = -1 if stream.pause_s else stream.channel
         if number not in self._channels:
-            options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
+            options: list[tuple[str, Any]] = [
+                ("grpc.use_local_subchannel_pool", 1),
+                ("grpc.max_receive_message_length", -1),
+            ]
             if stream.pause_s:
                 options += [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
-            self._channels[number] = grpc.aio.insecure_channel(self.plan.target, options=options)
+            self._channels[number] = self.plan.target.channel(*options)
         return self._channels[number]
 
     async def _run_stream(self, stream: LoadStream) -> None:
-        call: Any = self._channel(stream.plan).stream_stream(WATCH)()
+        call: Any = self._channel(stream.plan).stream_stream(WATCH)(metadata=self.plan.target.metadata)
         try:
             await stream.run(call)
         except (grpc.aio.AioRpcError, ConnectionError) as error:

@@ -32,6 +32,7 @@ from coalesce.guarantees.checkers import (
 from proto.pb import kv_pb2, rpc_pb2
 from proxy.measuring.load.client import WATCH, read_record
 from proxy.measuring.load.plan import ClientPlan
+from proxy.measuring.load.target import LoadTarget
 from proxy.measuring.load.writer import read_stamp
 
 TRUTH_LIMIT_S = 20.0
@@ -76,7 +77,7 @@ def change_of(event: kv_pb2.Event) -> Change:
     return Change(event.type, kv.key, kv.value, kv.create_revision, kv.mod_revision, kv.version, kv.lease, previous)
 
 
-async def read_truth(target: str, prefix: bytes, first: int, last: int) -> Truth:
+async def read_truth(target: LoadTarget, prefix: bytes, first: int, last: int) -> Truth:
     """Read every change below `prefix` in [first, last] from the store at `target`, with previous values.
 
     Raises NoTruth.
@@ -86,9 +87,8 @@ async def read_truth(target: str, prefix: bytes, first: int, last: int) -> Truth
     )
     request = rpc_pb2.WatchRequest(create_request=create).SerializeToString()
     changes: list[Change] = []
-    options = [("grpc.max_receive_message_length", -1)]
-    async with grpc.aio.insecure_channel(target, options=options) as channel:
-        call: Any = channel.stream_stream(WATCH)()
+    async with target.channel(("grpc.max_receive_message_length", -1)) as channel:
+        call: Any = channel.stream_stream(WATCH)(metadata=target.metadata)
         try:
             async with asyncio.timeout(TRUTH_LIMIT_S):
                 await call.write(request)

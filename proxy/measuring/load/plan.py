@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import msgspec
 
+from proxy.measuring.load.target import LoadTarget
+
+ROOT = b"/watchmux-load/"
+"""All keys of all loads are below this prefix."""
+
 PAST_EVERY = 5
 """In the demo's plan every fifth watch starts in the past."""
 
@@ -48,9 +53,9 @@ class PlannedStream(msgspec.Struct, frozen=True):
 
 
 class ClientPlan(msgspec.Struct, frozen=True):
-    """The plan of one client process: its streams to `target` (HOST:PORT), recorded in the file `record`."""
+    """The plan of one client process: its streams to `target`, recorded in the file `record`."""
 
-    target: str
+    target: LoadTarget
     ranges: list[Range]
     streams: list[PlannedStream]
     record: str

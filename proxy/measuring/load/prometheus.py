@@ -6,12 +6,16 @@ proxy.
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Mapping
 
 import aiohttp
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
+
+from proxy.measuring.load.target import Access
+from upstream.errors import BadTls
 
 FETCH_LIMIT_S = 5.0
 
@@ -32,6 +36,8 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes sent to gRPC clients since the upstream's start."""
     cpu_s: float | None
     memory_bytes: int | None
+    calls: int | None = None
+    """gRPC calls started since the upstream's start."""
 
 
 def cost_of(samples: Mapping[str, float]) -> Cost:
@@ -47,13 +53,34 @@ def cost_of(samples: Mapping[str, float]) -> Cost:
             memory_bytes=int(samples["process_resident_memory_bytes"])
             if "process_resident_memory_bytes" in samples
             else None,
+            calls=int(samples["grpc_server_started_total"]) if "grpc_server_started_total" in samples else None,
         )
     except KeyError as missing:
         raise NoMetrics(f"the metrics have no {missing.args[0]}: they are not from etcd") from None
 
 
+def open_session(url: str, access: Access) -> aiohttp.ClientSession:
+    """Open an HTTP session for `url` with TLS and a user (HTTP basic auth), where they are given. Raises NoMetrics."""
+    connector = None
+    if url.startswith("https://"):
+        try:
+            connector = aiohttp.TCPConnector(ssl=access.http_context())
+        except BadTls as error:
+            raise NoMetrics(str(error)) from None
+    headers = {}
+    if access.user:
+        pair = base64.b64encode(f"{access.user}:{access.password}".encode())
+        headers["Authorization"] = f"Basic {pair.decode()}"
+    timeout = aiohttp.ClientTimeout(total=FETCH_LIMIT_S)
+    return aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers)
+
+
 def http_reason(error: Exception) -> str:
     """Describe in a few words why an HTTP request failed."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return f"its certificate is not trusted ({error.certificate_error}); check the address and --cacert"
+    if isinstance(error, aiohttp.ClientConnectorSSLError):
+        return "TLS failed; check the address, --cacert, --cert and --key"
     inner = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(inner, TimeoutError):
         return "no answer in time"
@@ -62,17 +89,37 @@ def http_reason(error: Exception) -> str:
     return str(inner) or type(inner).__name__
 
 
+class Page(msgspec.Struct, frozen=True, kw_only=True):
+    """One reading of a metrics page."""
+
+    sums: dict[str, float]
+    """The sum of the samples of each name."""
+    server_ids: frozenset[str] = frozenset()
+    """etcd: its member id; the proxy: that of the member that carries its upstream watches. In hexadecimal."""
+    peer_ids: frozenset[str] = frozenset()
+    """The other members of its cluster."""
+
+
+SERVER_ID = frozenset({"etcd_server_id", "watchmux_upstream_server"})
+PEER_SENT = "etcd_network_peer_sent_bytes_total"
+
+
 class MetricsPage:
     """One metrics page, fetched as often as needed over one connection."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, access: Access | None = None) -> None:
         self.url = url if url.endswith("/metrics") else url.rstrip("/") + "/metrics"
+        self._access = access or Access()
         self._session: aiohttp.ClientSession | None = None
 
     async def samples(self) -> dict[str, float]:
         """Fetch the page and return the sum of the samples of each name. Raises NoMetrics."""
+        return (await self.read()).sums
+
+    async def read(self) -> Page:
+        """Fetch the page. Raises NoMetrics."""
         if self._session is None:
-            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=FETCH_LIMIT_S))
+            self._session = open_session(self.url, self._access)
         try:
             async with self._session.get(self.url) as answer:
                 if answer.status != 200:
@@ -80,7 +127,7 @@ class MetricsPage:
                 text = await answer.text()
         except (aiohttp.ClientError, OSError, UnicodeDecodeError) as error:
             raise NoMetrics(f"cannot read {self.url}: {http_reason(error)}") from None
-        return sum_samples(text, self.url)
+        return parse_page(text, self.url)
 
     async def cost(self) -> Cost:
         """Fetch the cost of serving watches. Raises NoMetrics."""
@@ -92,13 +139,19 @@ class MetricsPage:
             await self._session.close()
 
 
-def sum_samples(text: str, origin: str) -> dict[str, float]:
-    """Parse a metrics page into the sum of the samples of each name. Raises NoMetrics."""
+def parse_page(text: str, origin: str) -> Page:
+    """Parse a metrics page. Raises NoMetrics."""
     sums: dict[str, float] = {}
+    server_ids, peer_ids = set(), set()
     try:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+                if sample.name in SERVER_ID:
+                    server_ids.add(sample.labels.get("server_id", ""))
+                elif sample.name == PEER_SENT:
+                    peer_ids.add(sample.labels.get("To", ""))
     except ValueError as error:
         raise NoMetrics(f"{origin} is not a metrics page: {error}") from None
-    return sums
+    # A member's id becomes a label only once it has sent something; "0" is a peer that is still unknown.
+    return Page(sums=sums, server_ids=frozenset(server_ids - {""}), peer_ids=frozenset(peer_ids - {"", "0"}))

@@ -16,6 +16,7 @@ import msgspec
 
 from proxy.measuring.load.client import Final, Report
 from proxy.measuring.load.plan import ClientPlan, PlannedStream, Range, deal
+from proxy.measuring.load.target import LoadTarget
 from proxy.process.child import Child, ChildFailed, python_command
 
 STILL_LIMIT_S = 15.0
@@ -35,8 +36,8 @@ class LoadFailed(Exception):
 class Load:
     """The client processes of one run."""
 
-    def __init__(self, target: str, ranges: list[Range], streams: list[PlannedStream], processes: int) -> None:
-        self._target = target
+    def __init__(self, target: LoadTarget, ranges: list[Range], streams: list[PlannedStream], processes: int) -> None:
+        self._target = target.without_password()
         self._ranges = ranges
         self._parts = deal(streams, processes)
         self.watches = sum(len(stream.watches) for stream in streams)

@@ -54,6 +54,10 @@ class Bars:
         if self._task is not None:
             self._progress.update(self._task, completed=value, note=text)
 
+    def warn(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._console.print(f"watchmux: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
     def _finish(self) -> None:
         if self._task is not None:
             self._progress.update(self._task, completed=self._total)

@@ -9,7 +9,10 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from proxy.measuring.load.prometheus import MetricsPage
+from proxy.measuring.load.target import Access, LoadTarget
 from proxy.process.child import Child, python_command
 
 
@@ -17,17 +20,23 @@ class Stage:
     """An upstream and a proxy. Use as an async context manager; raises ChildFailed when something does not start."""
 
     def __init__(
-        self, upstream: str | None = None, upstream_metrics: str | None = None, proxy: str | None = None
+        self,
+        upstream: LoadTarget | None = None,
+        upstream_metrics: str | None = None,
+        proxy: LoadTarget | None = None,
+        proxy_metrics: str | None = None,
     ) -> None:
-        self.upstream = upstream or ""
-        """HOST:PORT of the upstream; that of the bundled store once started."""
-        self.proxy = proxy or ""
-        """HOST:PORT of the proxy; if none was given, known after `start_proxy`."""
-        self.proxy_admin = ""
-        """HOST:PORT of the proxy's metrics and status; empty when the proxy was not started here."""
-        self.bundled = not upstream
+        self.upstream = upstream or LoadTarget(address="")
+        """The upstream; the bundled store once started."""
+        self.proxy = proxy or LoadTarget(address="")
+        """The proxy; if none was given, known after `start_proxy`."""
+        self.bundled = upstream is None
         self.children: list[Child] = []
-        self.page = MetricsPage(upstream_metrics or f"http://{self.upstream}")
+        # An etcd user is not for HTTP.
+        access = msgspec.structs.replace(self.upstream.access, user="", password="")
+        self.page = MetricsPage(upstream_metrics or self.upstream.url, access)
+        self.proxy_page = MetricsPage(proxy_metrics, access) if proxy_metrics else None
+        """The proxy's metrics; None if the proxy was not started here and its metrics were not given."""
 
     async def __aenter__(self) -> Self:
         if self.bundled:
@@ -38,6 +47,8 @@ class Stage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.page.close()
+        if self.proxy_page is not None:
+            await self.proxy_page.close()
         for child in reversed(self.children):
             await child.stop()
         self.children = []
@@ -50,19 +61,20 @@ class Stage:
             ),
         )
         self.children.append(child)
-        self.upstream = child.ready.address
+        self.upstream = LoadTarget(address=child.ready.address)
         self.page = MetricsPage(f"http://{child.ready.metrics}")
 
     async def start_proxy(self, endpoints: str | None = None) -> None:
         """Start a proxy in front of the upstream (or of all of `endpoints`) unless one was given."""
-        if self.proxy:
+        if self.proxy.address:
             return
         child = await Child.start(
             "the proxy",
             python_command(
                 "proxy.cli",
                 "serve",
-                f"--endpoints={endpoints or self.upstream}",
+                f"--endpoints={endpoints or self.upstream.url}",
+                *self.upstream.access.options(),
                 "--listen-addr=127.0.0.1:0",
                 "--metrics-addr=127.0.0.1:0",
                 "--drain=1s",
@@ -70,10 +82,12 @@ class Stage:
             ),
         )
         self.children.append(child)
-        self.proxy = child.ready.address
-        self.proxy_admin = child.ready.metrics
+        # The clients of this proxy need no certificate, but still their user.
+        user = Access(user=self.upstream.access.user, password=self.upstream.access.password)
+        self.proxy = LoadTarget(address=child.ready.address, access=user)
+        self.proxy_page = MetricsPage(f"http://{child.ready.metrics}")
 
     @property
     def upstream_name(self) -> str:
         """The upstream's name for people."""
-        return "the bundled store" if self.bundled else f"etcd at {self.upstream}"
+        return "the bundled store" if self.bundled else f"etcd at {self.upstream.address}"

@@ -7,20 +7,22 @@ watches are open and caught up, and once all clients have all events.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import msgspec
 
 from proxy.measuring.load.judge import RunVerdict, judge, read_truth
-from proxy.measuring.load.plan import Shape, make_ranges, make_streams
-from proxy.measuring.load.prometheus import Cost, MetricsPage
+from proxy.measuring.load.plan import ROOT, Shape, make_ranges, make_streams
+from proxy.measuring.load.prometheus import Cost, MetricsPage, NoMetrics
 from proxy.measuring.load.run import Load
 from proxy.measuring.load.sampling import Sample, Sampler
+from proxy.measuring.load.target import LoadTarget
 from proxy.measuring.load.writer import PutWriter
 
 SETTLE_LIMIT_S = 4.0
@@ -37,6 +39,9 @@ class Show(Protocol):
 
     def at(self, value: float, text: str = "") -> None:
         """Report how far the step is."""
+
+    def warn(self, text: str) -> None:
+        """Report something that the user must know, at once: the trial may end with an error."""
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +71,14 @@ class Trial(msgspec.Struct, kw_only=True):
     """Streams that ended, and watches that did not get all events."""
     samples: list[Sample] = []
     """The upstream's metrics over time, from before the first watch until all events were received."""
+    other_writes: int = 0
+    """Revisions that other clients made during the trial."""
+    other_calls: int | None = None
+    """Calls that other clients made between `before` and `after`; None if unknown."""
+    proxy_cpu_s: float | None = None
+    """CPU time of the proxy between `before` and `after`; None without its metrics."""
+    proxy_memory_bytes: float | None = None
+    """Resident memory of the proxy at `after`."""
 
     @property
     def watchers(self) -> int:
@@ -79,22 +92,33 @@ class Trial(msgspec.Struct, kw_only=True):
 
 
 async def run_trial(
-    spec: Spec, upstream: str, page: MetricsPage, target: str, show: Show, *, through_proxy: bool
+    spec: Spec,
+    upstream: LoadTarget,
+    page: MetricsPage,
+    target: LoadTarget,
+    show: Show,
+    *,
+    through_proxy: bool,
+    proxy_page: MetricsPage | None = None,
 ) -> Trial:
     """Run the load on `target`, write to `upstream`, and judge the events of the clients.
 
-    Raises LoadFailed, WriteFailed, NoMetrics or NoTruth, each with one line of text.
+    All keys are removed at the end, however it ends; what is left is reported by `show.warn`. `proxy_page`: the
+    metrics of the proxy, for its own cost. Raises LoadFailed, WriteFailed, LoginFailed, NoMetrics or NoTruth, each with
+    one line of text.
     """
     shape = spec.shape
-    prefix = b"/watchmux-load/%d-%d/" % (os.getpid(), time.monotonic_ns())
+    prefix = ROOT + b"%d-%d/" % (os.getpid(), time.monotonic_ns())
     ranges = make_ranges(prefix, shape.ranges)
+    upstream, target = await upstream.logged_in(), await target.logged_in()
     writer = PutWriter(upstream, ranges, spec.value_bytes)
     try:
-        first = await writer.current_revision() + 1
+        first = await writer.start(prefix) + 1
         past = await _write_past(writer, spec, show)
         streams = make_streams(shape, past)
         load = Load(target, ranges, streams, shape.processes)
-        before = await page.cost()
+        before, commits = await page.cost(), writer.commits
+        proxy_before = await _samples(proxy_page)
         sampler = Sampler(page)
         with sampler, tempfile.TemporaryDirectory(prefix="watchmux-load-") as directory:
             try:
@@ -104,6 +128,7 @@ async def run_trial(
                 await _write(load, writer, spec, show)
                 complete = await _finish(load, writer, show)
                 after = await page.cost()
+                proxy_after = await _samples(proxy_page)
             finally:
                 sampler.stop()
                 total = load.total
@@ -117,8 +142,9 @@ async def run_trial(
             verdict = await asyncio.to_thread(judge, load.plans, truth, last, safe_headers=through_proxy)
             show.at(shape.watches)
         written = writer.written - past_events
-        await writer.clean_up()
     finally:
+        if left := await writer.clean_up():
+            show.warn(f"the keys below {prefix.decode()} at {upstream.address} could not be removed: {left}")
         await writer.close()
     return Trial(
         before=before,
@@ -129,7 +155,30 @@ async def run_trial(
         opened_s=opened_s,
         complaints=complaints,
         samples=sampler.samples,
+        other_writes=writer.revision - first + 1 - writer.commits,
+        other_calls=_other_calls(before, after, 0 if through_proxy else writer.commits - commits + len(streams)),
+        proxy_cpu_s=_growth(proxy_before, proxy_after, "process_cpu_seconds_total"),
+        proxy_memory_bytes=proxy_after.get("process_resident_memory_bytes"),
     )
+
+
+async def _samples(page: MetricsPage | None) -> dict[str, float]:
+    """Read the proxy's own numbers; none if there is no page, or the proxy has ended, which its clients report."""
+    if page is not None:
+        with contextlib.suppress(NoMetrics):
+            return await page.samples()
+    return {}
+
+
+def _other_calls(before: Cost, after: Cost, ours: int) -> int | None:
+    """Count the calls of other clients; `ours` are the trial's. Unknown through a proxy, which makes calls too."""
+    if not ours or before.calls is None or after.calls is None:
+        return None
+    return max(0, after.calls - before.calls - ours)
+
+
+def _growth(before: Mapping[str, float], after: Mapping[str, float], name: str) -> float | None:
+    return after[name] - before[name] if name in before and name in after else None
 
 
 async def _write_past(writer: PutWriter, spec: Spec, show: Show) -> list[int]:

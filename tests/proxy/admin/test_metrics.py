@@ -28,7 +28,18 @@ from tests.e2e.running import direct, proxy_for
 from tests.etcd.server import EtcdServer
 from tests.waiting import until_async
 
-DESCRIBED = {"version", "pid", "uptime_s", "address", "endpoints", "reachable", "serving", "reason"}
+DESCRIBED = {
+    "server_id",
+    "server_version",
+    "version",
+    "pid",
+    "uptime_s",
+    "address",
+    "endpoints",
+    "reachable",
+    "serving",
+    "reason",
+}
 GRPC_PROXYS = {"etcd_grpc_proxy_watchers_coalescing_total", "etcd_grpc_proxy_events_coalescing"}
 UNITS = re.compile(r"(?<!_)_(ms|us|milliseconds|minutes|kb|kib|mb|mib|kilobytes|percent)(_|$)")
 

@@ -68,6 +68,9 @@ class KillWhileWriting:
     def at(self, value: float, text: str = "") -> None:
         del value, text
 
+    def warn(self, text: str) -> None:
+        del text
+
 
 def test_a_proxy_that_dies_is_a_fault_and_not_a_hang() -> None:
     async def broken() -> DemoResult:

@@ -81,7 +81,7 @@ def test_a_page_of_something_else_is_refused(page: str) -> None:
     [
         ("--observe", "--observe: requires --proxy-metrics"),
         ("--observe --proxy-metrics=a:1", "--observe: requires --upstream"),
-        ("--proxy-metrics=a:1", "--proxy-metrics: used only with --observe"),
+        ("--proxy-metrics=a:1", "--proxy-metrics: requires --observe or --proxy"),
         ("--report=/nowhere/x.html", "--report: cannot write /nowhere/x.html: no such file or directory"),
     ],
 )

@@ -12,6 +12,7 @@ from proto.pb import kv_pb2, rpc_pb2
 from proxy.measuring.load.client import EventRecorder, read_record
 from proxy.measuring.load.judge import RunVerdict, judge, percentile_ms
 from proxy.measuring.load.plan import ClientPlan, PlannedStream, PlannedWatch, Range
+from proxy.measuring.load.target import LoadTarget
 from proxy.measuring.load.writer import read_stamp, stamp
 
 SPAN = Range(b"/r/", b"/r0")
@@ -59,7 +60,7 @@ def verdict_on(directory: Path, responses: list[Response], watch: PlannedWatch |
     for response in responses:
         recorder.add(0, response.SerializeToString())
     recorder.close()
-    plan = ClientPlan("", [SPAN], [PlannedStream(0, [watch or PlannedWatch(0, 2)])], path)
+    plan = ClientPlan(LoadTarget(address=""), [SPAN], [PlannedStream(0, [watch or PlannedWatch(0, 2)])], path)
     return judge([plan], TRUTH, 5, safe_headers=True)
 
 

@@ -6,18 +6,27 @@ import asyncio
 
 import pytest
 
-from proxy.measuring.load.prometheus import Cost, MetricsPage, NoMetrics, cost_of, sum_samples
+from proxy.measuring.load.prometheus import Cost, MetricsPage, NoMetrics, cost_of, parse_page
 from tests.etcd.server import EtcdServer
 
 
 def test_samples_of_one_name_are_summed() -> None:
     text = 'a_total{x="1"} 2\na_total{x="2"} 3\nb 1.5\n'
-    assert sum_samples(text, "here") == {"a_total": 5.0, "b": 1.5}
+    assert parse_page(text, "here").sums == {"a_total": 5.0, "b": 1.5}
+
+
+def test_the_members_of_a_cluster_are_known_by_id() -> None:
+    text = 'etcd_server_id{server_id="a1"} 1\n' + "".join(
+        f'etcd_network_peer_sent_bytes_total{{To="{peer}"}} 5\n' for peer in ("0", "b2", "c3")
+    )
+    page = parse_page(text, "here")
+    assert page.server_ids == {"a1"}
+    assert page.peer_ids == {"b2", "c3"}
 
 
 def test_other_pages_are_refused() -> None:
     with pytest.raises(NoMetrics, match="here is not a metrics page"):
-        sum_samples("<html>no</html>", "here")
+        parse_page("<html>no</html>", "here")
     with pytest.raises(NoMetrics, match="have no etcd_debugging_mvcc_watcher_total: they are not from etcd"):
         cost_of({"up": 1.0})
 

@@ -9,13 +9,19 @@ import pytest
 from proxy.measuring.load import run
 from proxy.measuring.load.client import Final, Report
 from proxy.measuring.load.plan import Shape, make_ranges, make_streams
+from proxy.measuring.load.target import LoadTarget
 
 
 def load_of_ten(monkeypatch: pytest.MonkeyPatch, *reports: Report) -> run.Load:
     """Return a load without processes; each read of its total returns the next of `reports`, in the end the last."""
     monkeypatch.setattr(run, "STILL_LIMIT_S", 0.1)
     ranges = make_ranges(b"/x/", 1)
-    load = run.Load("", ranges, make_streams(Shape(watches=10, ranges=1, streams=1, channels=1, processes=1), []), 1)
+    load = run.Load(
+        LoadTarget(address=""),
+        ranges,
+        make_streams(Shape(watches=10, ranges=1, streams=1, channels=1, processes=1), []),
+        1,
+    )
     left = list(reports)
     monkeypatch.setattr(run.Load, "total", property(lambda _: left.pop(0) if len(left) > 1 else left[0]))
     return load

@@ -6,6 +6,7 @@ import asyncio
 
 from proxy.measuring.load.plan import Shape
 from proxy.measuring.load.prometheus import MetricsPage
+from proxy.measuring.load.target import LoadTarget
 from proxy.measuring.load.trial import Spec, Trial, run_trial
 from tests.etcd.server import EtcdServer
 
@@ -25,13 +26,17 @@ class Steps:
     def at(self, value: float, text: str = "") -> None:
         assert value >= 0, text
 
+    def warn(self, text: str) -> None:
+        self.texts.append(text)
+
 
 def trial_on(etcd: EtcdServer, steps: Steps) -> Trial:
     async def run() -> Trial:
         page = MetricsPage(etcd.url)
         try:
+            target = LoadTarget(address=etcd.endpoint)
             spec = Spec(shape=SHAPE, seconds=1.0, per_second=60, value_bytes=64, past_writes=60)
-            return await run_trial(spec, etcd.endpoint, page, etcd.endpoint, steps, through_proxy=False)
+            return await run_trial(spec, target, page, target, steps, through_proxy=False)
         finally:
             await page.close()
 
