@@ -1,0 +1,169 @@
+"""The HTTP/1.1 server of the admin port: h11 on the event loop, for pages that are made at once.
+
+It answers GET and HEAD of fixed paths. A web framework would take 11 MiB of a process that serves watches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import Final, NamedTuple, cast
+
+import h11
+
+from proxy import logs
+
+IDLE_S: Final = 75.0
+"""How long a connection may stay without a complete request, or a response unread; nginx's keepalive_timeout."""
+
+CONNECTIONS_MAX: Final = 256
+"""Open connections; a further one is closed at once. Scrapers, probes and status pages need a few."""
+
+REQUEST_BYTES_MAX: Final = 16 * 1024
+"""Size of a request's header; a larger one is answered with an error."""
+
+log = logs.logger("admin")
+
+
+class Page(NamedTuple):
+    """An answer: its body, and what describes it."""
+
+    body: bytes
+    content_type: str = "text/plain; charset=utf-8"
+    status: int = HTTPStatus.OK
+    headers: Mapping[str, str] = {}
+
+
+Pages = Mapping[str, Callable[[], Page]]
+"""By path: makes the page."""
+
+
+class HttpServer:
+    """Serves pages on one address."""
+
+    def __init__(self, pages: Pages, idle_s: float = IDLE_S) -> None:
+        self.pages = pages
+        self.idle_s = idle_s
+        self.connections: set[HttpConnection] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; return the port. Raises OSError."""
+        self._server = await asyncio.get_running_loop().create_server(lambda: HttpConnection(self), host, port)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def stop(self) -> None:
+        """Close the socket and all connections."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for connection in tuple(self.connections):
+            connection.close()
+
+    def page(self, method: bytes, path: str) -> Page:
+        """Make the answer to a request."""
+        make = self.pages.get(path)
+        if make is None:
+            return Page(b"404: not found\n", status=HTTPStatus.NOT_FOUND)
+        if method not in (b"GET", b"HEAD"):
+            allow = {"Allow": "GET, HEAD"}
+            return Page(b"405: only GET and HEAD\n", status=HTTPStatus.METHOD_NOT_ALLOWED, headers=allow)
+        try:
+            return make()
+        except Exception:
+            log.exception("a page of the admin port failed", path=path)
+            return Page(b"500: the page failed; see the log\n", status=HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+class HttpConnection(asyncio.Protocol):
+    """One connection; answers its requests one after the other, and only while the client reads."""
+
+    def __init__(self, server: HttpServer) -> None:
+        self._server = server
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=REQUEST_BYTES_MAX)
+        self._request: h11.Request | None = None
+        self._reading = True
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Accept the connection, unless there are too many."""
+        self._transport = cast(asyncio.Transport, transport)
+        connections = self._server.connections
+        if len(connections) >= CONNECTIONS_MAX:
+            log.warning("too many connections to the admin port", connections_max=CONNECTIONS_MAX)
+            self._transport.abort()
+        connections.add(self)
+        self._idle = asyncio.get_running_loop().call_later(self._server.idle_s, self._transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes of requests."""
+        self._http.receive_data(data)
+        self._answer_all()
+
+    def eof_received(self) -> bool:
+        """Close: nothing more is asked, and all answers are written."""
+        return False
+
+    def pause_writing(self) -> None:
+        """Make no more answers until the client has read the last ones."""
+        self._reading = False
+        self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """Answer what has arrived meanwhile."""
+        self._reading = True
+        self._transport.resume_reading()
+        self._answer_all()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        del exc
+        self._idle.cancel()
+        self._server.connections.discard(self)
+
+    def close(self) -> None:
+        """Close after the written answers."""
+        self._transport.close()
+
+    def _answer_all(self) -> None:
+        try:
+            while self._reading:
+                event = self._http.next_event()
+                if isinstance(event, h11.Request):
+                    self._request = event
+                elif isinstance(event, h11.EndOfMessage):
+                    self._answer()
+                elif event is h11.NEED_DATA:
+                    return
+                elif not isinstance(event, h11.Data):
+                    self.close()
+                    return
+        except h11.RemoteProtocolError as error:
+            self._refuse(error)
+
+    def _answer(self) -> None:
+        request, self._request = self._request, None
+        assert request is not None
+        path = request.target.partition(b"?")[0].decode("latin-1")
+        self._send(self._server.page(request.method, path), request.method == b"HEAD")
+        if self._http.our_state is h11.MUST_CLOSE:
+            self.close()
+        else:
+            self._http.start_next_cycle()
+        self._idle.cancel()
+        self._idle = asyncio.get_running_loop().call_later(self._server.idle_s, self._transport.abort)
+
+    def _refuse(self, error: h11.RemoteProtocolError) -> None:
+        """Answer a request that is not valid HTTP/1.1, and close."""
+        if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            text = f"{error.error_status_hint}: {error}\n".encode()
+            self._send(Page(text, status=error.error_status_hint), False)
+        self.close()
+
+    def _send(self, page: Page, head_only: bool) -> None:
+        headers = [("Content-Type", page.content_type), ("Content-Length", str(len(page.body))), *page.headers.items()]
+        reason = HTTPStatus(page.status).phrase.encode()
+        out = self._http.send(h11.Response(status_code=page.status, headers=headers, reason=reason)) or b""
+        if not head_only:
+            out += self._http.send(h11.Data(page.body)) or b""
+        self._transport.write(out + (self._http.send(h11.EndOfMessage()) or b""))

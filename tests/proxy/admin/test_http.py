@@ -1,0 +1,129 @@
+"""The HTTP/1.1 server of the admin port: answers, errors, limits; raw bytes over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from proxy.admin import http
+from proxy.admin.http import HttpServer, Page
+from tests.waiting import until_async
+
+LIMIT_S = 10.0
+LARGE = b"x" * (8 << 20)
+
+
+def fails() -> Page:
+    raise ValueError("a defect")
+
+
+PAGES = {"/": lambda: Page(b"hello"), "/fails": fails, "/large": lambda: Page(LARGE)}
+
+
+@asynccontextmanager
+async def serving(idle_s: float = 60.0) -> AsyncIterator[tuple[HttpServer, int]]:
+    server = HttpServer(PAGES, idle_s)
+    port = await server.start("127.0.0.1", 0)
+    try:
+        yield server, port
+    finally:
+        await server.stop()
+
+
+async def ask(port: int, request: bytes) -> bytes:
+    """Send bytes and return everything that is answered until the server closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request)
+    try:
+        return await asyncio.wait_for(reader.read(), LIMIT_S)
+    except ConnectionResetError:
+        return b""
+    finally:
+        writer.close()
+
+
+def answered(request: bytes) -> bytes:
+    async def run() -> bytes:
+        async with serving() as (_, port):
+            return await ask(port, request)
+
+    return asyncio.run(run())
+
+
+CLOSE = b"Host: a\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status", "body"),
+    [
+        (b"GET / HTTP/1.1", b"200 OK", b"hello"),
+        (b"GET /?since=1 HTTP/1.1", b"200 OK", b"hello"),
+        (b"HEAD / HTTP/1.1", b"200 OK", b""),
+        (b"GET /none HTTP/1.1", b"404 Not Found", b"404: not found\n"),
+        (b"POST / HTTP/1.1", b"405 Method Not Allowed", b"405: only GET and HEAD\n"),
+        (b"GET /fails HTTP/1.1", b"500 Internal Server Error", b"500: the page failed; see the log\n"),
+    ],
+)
+def test_each_request_gets_its_answer(request_line: bytes, status: bytes, body: bytes) -> None:
+    head, _, found = answered(request_line + b"\r\n" + CLOSE).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 " + status + b"\r\n")
+    assert found == body
+
+
+def test_requests_of_one_connection_are_answered_in_order() -> None:
+    more = b"GET /none HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc"
+    text = answered(more + more + b"GET / HTTP/1.1\r\n" + CLOSE)
+    assert [part[:3] for part in text.split(b"HTTP/1.1 ")[1:]] == [b"404", b"404", b"200"]
+
+
+@pytest.mark.parametrize(
+    "request_bytes", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nA: " + b"a" * http.REQUEST_BYTES_MAX]
+)
+def test_a_bad_or_too_large_request_gets_one_error(request_bytes: bytes) -> None:
+    text = answered(request_bytes)
+    assert text.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 431 "))
+    assert text.count(b"HTTP/1.1 ") == 1
+
+
+def test_answers_wait_for_a_client_that_does_not_read() -> None:
+    """The proxy keeps at most one large answer for it, however many it asks for."""
+
+    async def run() -> None:
+        async with serving() as (server, port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n" * 20 + b"GET / HTTP/1.1\r\n" + CLOSE)
+            await until_async(lambda: len(server.connections) == 1, "the connection")
+            (connection,) = server.connections
+            await until_async(lambda: not connection._reading, "the answers to wait")
+            assert connection._transport.get_write_buffer_size() < 2 * len(LARGE)
+            received = await asyncio.wait_for(reader.read(), LIMIT_S)
+            assert received.count(b"HTTP/1.1 200 OK") == 21
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_a_connection_without_a_request_is_closed() -> None:
+    async def run() -> bytes:
+        async with serving(idle_s=0.05) as (_, port):
+            return await ask(port, b"GET / HTTP/1.1\r\n")
+
+    assert asyncio.run(run()) == b""
+
+
+def test_one_connection_too_many_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "CONNECTIONS_MAX", 2)
+
+    async def run() -> None:
+        async with serving() as (server, port):
+            kept = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+            await until_async(lambda: len(server.connections) == 2, "two connections")
+            assert await ask(port, b"GET") == b""
+            await until_async(lambda: len(server.connections) == 2, "two connections again")
+            for _, writer in kept:
+                writer.close()
+
+    asyncio.run(run())
