@@ -22,10 +22,8 @@ from coalesce.effects import (
     TakeRequests,
 )
 from coalesce.inputs import CreateRefusal, CreateRequest, Granted, Identity, UpstreamLost
-from coalesce.joining import PendingRead
 from coalesce.limits import CoreLimits
-from coalesce.session import PendingCreate, Session, Watch
-from coalesce.source import Upstream
+from coalesce.model import PendingCreate, PendingRead, Session, Upstream, Watch
 from coalesce.stats import Stats
 
 __all__ = [

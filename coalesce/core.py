@@ -24,23 +24,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from coalesce.backfill import Backfill, Backfills
 from coalesce.batch import Batch, Payload, batches_of
 from coalesce.effects import Effect
 from coalesce.ending import Cancellation
-from coalesce.hub import CoreState
+from coalesce.fanout import Fanout
 from coalesce.inputs import CreateRefusal, CreateRequest, Granted, Identity, UpstreamLost
 from coalesce.invariants import check
-from coalesce.joining import Admission, PendingRead
+from coalesce.joining import Admission
 from coalesce.limits import CoreLimits
+from coalesce.model import Backfill, PendingCreate, PendingRead, Session, Trunk, Upstream, Watch
 from coalesce.notifying import Notifying
+from coalesce.placement import Placement
 from coalesce.progress import Progress
+from coalesce.progress_requests import ProgressRequests
 from coalesce.replay import Replayer
+from coalesce.revision_reads import RevisionReads
 from coalesce.runs import Runs
-from coalesce.session import PendingCreate, Session, Watch
-from coalesce.source import Upstream
+from coalesce.state import CoreState
 from coalesce.stats import Stats
-from coalesce.trunk import Trunk, Trunks
+from coalesce.trunk import Trunks
+from coalesce.waiting import ProgressWaiters
 from proto.scan import Header, WatchResponse
 
 
@@ -49,15 +52,20 @@ class Coalescer:
 
     def __init__(self, limits: CoreLimits | None = None, ordered_progress: bool = True) -> None:
         """`ordered_progress`: etcd is 3.4.31, 3.5.13 or later, where answers to manual progress are reliable."""
-        self._hub = hub = CoreState(limits or CoreLimits(), ordered_progress)
-        hub.joining = Admission(hub)
-        hub.trunks = Trunks(hub)
-        hub.backfills = Backfills(hub)
-        hub.replays = Replayer(hub)
-        hub.runs = Runs(hub)
-        hub.progress = Progress(hub)
-        hub.notifying = Notifying(hub)
-        hub.endings = Cancellation(hub)
+        self._state = state = CoreState(limits or CoreLimits(), ordered_progress)
+        # The parts, from the bottom up: each one calls those above it in this list only.
+        self._fanout = Fanout(state)
+        self._waiters = waiters = ProgressWaiters(state)
+        self._progress_requests = requests = ProgressRequests(state, waiters)
+        self._notifying = Notifying(state, waiters, requests)
+        self._progress = progress = Progress(state, waiters, requests, self._notifying)
+        self._placement = placement = Placement(state, self._fanout, requests)
+        self._replayer = replayer = Replayer(state, requests, placement)
+        self._runs = Runs(state, placement, replayer)
+        self._reads = reads = RevisionReads(state)
+        self._trunks = trunks = Trunks(state, placement)
+        self._cancellation = cancellation = Cancellation(state, reads, progress, placement, replayer, trunks)
+        self._admission = Admission(state, reads, progress, placement, trunks, cancellation)
         # The next deadline may have moved earlier since the last call of `next_deadline`. An ordinary event does not
         # set it.
         self.deadline_moved = True
@@ -65,69 +73,69 @@ class Coalescer:
     @property
     def limits(self) -> CoreLimits:
         """The settings; may be set. What exceeds a lowered limit stays until it ends, or until the next batch."""
-        return self._hub.limits
+        return self._state.limits
 
     @limits.setter
     def limits(self, limits: CoreLimits) -> None:
-        self._hub.limits = self._hub.ledger.limits = limits
+        self._state.limits = self._state.ledger.limits = limits
 
     @property
     def header(self) -> Header | None:
         """The newest header of any answer of etcd; None before the first. Without it a refusal needs a read."""
-        return self._hub.header
+        return self._state.header
 
     @property
     def stats(self) -> Stats:
         """The counters and gauges."""
-        return self._hub.stats
+        return self._state.stats
 
     @property
     def ordered_progress(self) -> bool:
         """Whether answers to manual progress are reliable; set for each new connection to etcd, by etcd's version."""
-        return self._hub.ordered_progress
+        return self._state.ordered_progress
 
     @ordered_progress.setter
     def ordered_progress(self, ordered: bool) -> None:
-        self._hub.ordered_progress = ordered
-        self._hub.notifying.pace.start_over(self._hub.now)
+        self._state.ordered_progress = ordered
+        self._notifying.pace.start_over(self._state.now)
 
     # a client asks
 
     def open_session(self, outlet: object, identity: Identity, now: float) -> Session:
         """Start a session whose answers go to `outlet`."""
-        hub = self._hub
-        hub.now = max(hub.now, now)
+        state = self._state
+        state.now = max(state.now, now)
         session = Session(outlet, identity)
-        hub.sessions[session] = None
-        hub.stats.sessions += 1
+        state.sessions[session] = None
+        state.stats.sessions += 1
         return session
 
     def create(self, session: Session, request: CreateRequest, now: float) -> list[Effect]:
         """A client requests a watch."""
         self._begin(now)
         if not session.ended:
-            self._hub.joining.create(session, request)
+            self._admission.create(session, request)
         return self._finish()
 
     def cancel(self, session: Session, watch_id: int, now: float) -> list[Effect]:
         """A client cancels a watch."""
         self._begin(now)
         if not session.ended:
-            self._hub.joining.cancel(session, watch_id)
+            self._admission.cancel(session, watch_id)
         return self._finish()
 
     def progress(self, session: Session, now: float) -> list[Effect]:
         """A client requests progress of all its watches."""
         self._begin(now)
         if not session.ended:
-            self._hub.joining.progress(session)
+            self._admission.progress(session)
         return self._finish()
 
     def close(self, session: Session, now: float) -> list[Effect]:
         """A client's stream has ended. Not needed after EndSession, but harmless."""
         self._begin(now)
         if not session.ended:
-            self._hub.endings.close(session)
+            self._cancellation.close(session)
         return self._finish()
 
     # back-pressure
@@ -135,17 +143,17 @@ class Coalescer:
     def stalled(self, session: Session) -> None:
         """A message was not written completely; the shell holds the rest. Called while effects are carried out."""
         self.deadline_moved = True
-        self._hub.replays.stalled(session)
+        self._replayer.stalled(session)
 
     def undelivered(self, watch: Watch, payload: Payload) -> None:
         """A delivery was not started, because its session stalled earlier in the same list of effects."""
         self.deadline_moved = True
-        self._hub.replays.returned(watch, payload)
+        self._replayer.returned(watch, payload)
 
     def drained(self, session: Session, now: float) -> list[Effect]:
         """All bytes of a session are written: deliver to it again."""
         self._begin(now)
-        self._hub.replays.drained(session)
+        self._replayer.drained(session)
         return self._finish()
 
     # answers to effects
@@ -153,7 +161,7 @@ class Coalescer:
     def revision_read(self, read: PendingRead, header: Header, now: float) -> list[Effect]:
         """A read of the store's revision has succeeded. The shell retries until it does; the core sees no failure."""
         self._begin(now)
-        self._hub.joining.revision_read(read, header)
+        self._admission.revision_read(read, header)
         return self._finish()
 
     def permission(
@@ -161,62 +169,63 @@ class Coalescer:
     ) -> list[Effect]:
         """A permission check has finished; see the module's docstring for the outcomes."""
         self._begin(now)
-        self._hub.joining.permission(check, outcome)
+        self._admission.permission(check, outcome)
         return self._finish()
 
     def upstream_response(self, upstream: Upstream, response: WatchResponse, now: float) -> list[Effect]:
         """A response for an upstream watch: `created`, events of whole revisions, `canceled`, or a progress notify."""
-        hub = self._hub
+        state = self._state
         owner = upstream.fed
-        if type(owner) is not Trunk or upstream.closed or not response.plain or not hub.ledger.entries or hub.runs.open:
+        if type(owner) is not Trunk or upstream.closed or not response.plain or not state.ledger.entries or state.runs:
             return self._received(upstream, response, now)
         # Fast path, the common case: events of a trunk.
-        if now > hub.now:
-            hub.now = now
+        if now > state.now:
+            state.now = now
         header = response.header
-        if header.revision and (hub.header is None or header.revision >= hub.header.revision):
+        if header.revision and (state.header is None or header.revision >= state.header.revision):
             # As `CoreState.observe_header`.
-            hub.header = header
+            state.header = header
         events = response.events
         if len(events) > 1:
             self._events(upstream, response)
         else:
             # etcd sends one event per response as long as watches keep up.
-            stats = hub.stats
+            stats = state.stats
             stats.batches += 1
             stats.batch_events += 1
             owner.events += 1
             # A tuple, since the history may keep it: half the memory of a list.
             event = events[0]
-            owner.ingest(Batch(header, (event,), len(event.encoded)))
-        if hub.replays.fresh or hub.queued:
+            self._fanout.ingest(owner, Batch(header, (event,), len(event.encoded)))
+        if state.to_replay or state.queued:
             self.deadline_moved = True
             return self._finish()
-        effects, hub.effects = hub.effects, []
+        effects, state.effects = state.effects, []
         return effects
 
     def _received(self, upstream: Upstream, response: WatchResponse, now: float) -> list[Effect]:
         """Handle a response of any kind, for any source."""
         self._begin(now)
-        hub = self._hub
-        hub.observe_header(response.header)
+        state = self._state
+        state.observe_header(response.header)
         if upstream.closed:
             return self._finish()
         owner = upstream.owner
         if response.created and not response.canceled:
             if isinstance(owner, Backfill):
-                hub.backfills.created(owner)
+                self._placement.created(owner)
             elif isinstance(owner, Trunk):
-                hub.trunks.created(owner, response.header)
+                self._trunks.created(owner, response.header)
         if response.events:
             self._events(upstream, response)
         if response.canceled:
-            hub.endings.canceled(upstream, response)
+            self._cancellation.canceled(upstream, response)
         elif not response.created and not response.events:
-            hub.runs.end(owner)
-            hub.progress.notified(upstream, response.header.revision)
+            state.end_run(owner)
+            self._placement.proven(upstream, response.header.revision)
+            self._progress.notified(owner.trunk)
             if isinstance(owner, Trunk):
-                hub.notifying.notified(owner)
+                self._notifying.notified(owner)
         return self._finish()
 
     def upstream_progress(self, upstreams: Iterable[Upstream], header: Header, number: int, now: float) -> list[Effect]:
@@ -226,30 +235,38 @@ class Coalescer:
         answered.
         """
         self._begin(now)
-        self._hub.progress.progressed(tuple(upstreams), header, number)
+        self._state.observe_header(header)
+        trunks: dict[Trunk, None] = {}
+        if self._state.ordered_progress:
+            for upstream in upstreams:
+                upstream.asked_at = None
+                if upstream.fed is not None:
+                    trunks[upstream.fed.trunk] = None
+                self._placement.proven(upstream, header.revision)
+        self._progress.answered(tuple(trunks), header, number)
         return self._finish()
 
     def upstream_lost(self, upstream: Upstream, reason: UpstreamLost, now: float) -> list[Effect]:
         """An upstream watch has ended and is not resumed: end its sessions, or refuse its creates with the text."""
         self._begin(now)
-        self._hub.endings.lost(upstream, reason)
+        self._cancellation.lost(upstream, reason)
         return self._finish()
 
     def no_leader(self, now: float) -> list[Effect]:
         """No endpoint has a leader: end the sessions that require one (`hasleader`)."""
         self._begin(now)
-        self._hub.endings.no_leader()
+        self._cancellation.no_leader()
         return self._finish()
 
     def other_history(self, header: Header, now: float) -> list[Effect]:
         """The store was restored from a snapshot, or replaced; it is at this header's revision now."""
         self._begin(now)
-        self._hub.endings.other_history(header)
+        self._cancellation.other_history(header)
         return self._finish()
 
     def header_seen(self, header: Header) -> None:
         """An answer of etcd had this header; the newest header fills those of control answers."""
-        self._hub.observe_header(header)
+        self._state.observe_header(header)
 
     # time
 
@@ -257,93 +274,91 @@ class Coalescer:
         """Return when `expire` is due, in the time of `now`; None while nothing is."""
         # Called after nearly every input, so it is written for speed: no list, no generator.
         self.deadline_moved = False
-        hub = self._hub
-        first = hub.replays.next_deadline()
-        if first is not None:
-            # Due at once.
-            return first
-        if hub.joining.ready or hub.joining.answered or hub.leaving:
-            return hub.now
-        first = hub.progress.next_deadline()
-        at = hub.notifying.next_deadline()
+        state = self._state
+        if state.to_replay_later or state.to_advance_later or state.leaving or self._reads.answered:
+            return state.now
+        first = self._progress.next_deadline()
+        at = self._notifying.next_deadline()
         if at is not None and (first is None or at < first):
             first = at
-        at = hub.runs.next_deadline()
+        at = self._runs.next_deadline()
         if at is not None and (first is None or at < first):
             first = at
-        at = hub.ledger.next_deadline()
+        at = state.ledger.next_deadline()
         if at is not None and (first is None or at < first):
             first = at
-        at = hub.trunks.next_deadline()
+        at = self._trunks.next_deadline()
         if at is not None and (first is None or at < first):
             first = at
-        at = hub.lingers.next_deadline()
+        at = state.lingers.next_deadline()
         if at is not None and (first is None or at < first):
             first = at
-        if hub.lagging_sessions and hub.limits.lagging_age_s_max is not None:
-            since = next(iter(hub.lagging_sessions)).lagging_since
-            if since is not None and (first is None or since + hub.limits.lagging_age_s_max < first):
-                first = since + hub.limits.lagging_age_s_max
+        if state.lagging_sessions and state.limits.lagging_age_s_max is not None:
+            since = next(iter(state.lagging_sessions)).lagging_since
+            if since is not None and (first is None or since + state.limits.lagging_age_s_max < first):
+                first = since + state.limits.lagging_age_s_max
         return first
 
     def expire(self, now: float) -> list[Effect]:
         """Do what is due."""
         self._begin(now)
-        hub = self._hub
-        hub.joining.expire()
-        hub.endings.expire()
-        hub.trunks.expire()
-        hub.ledger.expire(hub.now)
-        hub.endings.too_far_behind()
-        hub.runs.expire()
-        hub.notifying.expire()
-        hub.progress.expire()
-        hub.replays.expire()
+        self._admission.expire()
+        self._cancellation.expire()
+        self._trunks.expire()
+        self._state.ledger.expire(self._state.now)
+        self._cancellation.too_far_behind()
+        self._runs.expire()
+        self._notifying.expire()
+        self._progress.expire()
+        self._replayer.expire()
         return self._finish()
 
     def check(self) -> None:
         """Recount every invariant; see `invariants`. For tests: it walks everything. Raises InvariantBroken."""
-        check(self._hub)
+        check(self._state, self._replayer, self._reads, self._waiters, self._progress)
 
     def _events(self, upstream: Upstream, response: WatchResponse) -> None:
-        hub = self._hub
-        stats = hub.stats
+        state = self._state
+        stats = state.stats
         owner = upstream.owner
-        batches = tuple(batches_of(response, hub.limits.response_bytes_max))
-        in_run = response.fragment or len(batches) > 1 or owner in hub.runs.open
+        batches = tuple(batches_of(response, state.limits.response_bytes_max))
+        in_run = response.fragment or len(batches) > 1 or owner.run is not None
         for batch in batches:
             stats.batches += 1
             stats.batch_events += len(batch.events)
             owner = upstream.owner
             if in_run:
-                hub.runs.piece(owner, batch)
+                self._runs.piece(owner, batch)
                 if upstream.closed:
                     return
             owner.events += len(batch.events)
-            if type(owner) is Backfill:
-                hub.backfills.received(owner, batch)
+            if isinstance(owner, Backfill):
+                self._placement.received(owner, batch)
             else:
-                owner.ingest(batch)
+                self._fanout.ingest(owner, batch)
             if upstream.closed:
                 # The rest is not needed.
                 return
         if in_run and not response.fragment:
-            hub.runs.end(owner)
+            state.end_run(owner)
 
     def _begin(self, now: float) -> None:
         self.deadline_moved = True
-        hub = self._hub
-        if now > hub.now:
-            hub.now = now
-        hub.joining.left = hub.limits.step_watches_max
+        state = self._state
+        if now > state.now:
+            state.now = now
+        self._admission.left = state.limits.step_watches_max
 
     def _finish(self) -> list[Effect]:
-        hub = self._hub
-        if hub.replays.fresh:
-            hub.replays.finish()
-        if hub.queued:
-            hub.backfills.fill_slots()
-            hub.replays.postpone()
+        """Pass on what the parts have recorded for parts above them, in a fixed order; return the effects."""
+        state = self._state
+        if state.to_advance:
+            self._admission.finish()
+        if state.to_replay:
+            self._replayer.finish()
+        if state.queued:
+            self._placement.fill_slots()
+            self._replayer.postpone()
         # A new list, since the next input may come much later: ten thousand answers take some memory.
-        effects, hub.effects = hub.effects, []
+        effects, state.effects = state.effects, []
         return effects

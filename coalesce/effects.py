@@ -7,15 +7,14 @@ input of its own (`revision_read`, `permission`, `upstream_response`, ...).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias
 
-if TYPE_CHECKING:
-    from coalesce.batch import Payload
-    from coalesce.joining import PendingRead
-    from coalesce.session import PendingCreate, Session, Watch
-    from coalesce.source import Upstream
+from coalesce.batch import Payload
+from coalesce.model import PendingCreate, PendingRead, Session, Upstream, Watch
 
 
+@dataclass(slots=True, eq=False)
 class Deliver:
     """Send one payload to many watches: the fan-out.
 
@@ -25,106 +24,86 @@ class Deliver:
     writing.
     """
 
-    __slots__ = ("payload", "watches")
-
-    def __init__(self, payload: Payload, watches: Sequence[Watch]) -> None:
-        self.payload = payload
-        self.watches = watches
+    payload: Payload
+    watches: Sequence[Watch]
 
 
+@dataclass(slots=True, eq=False)
 class Send:
     """Send a control answer on a session, after everything sent to it before, even when it is stalled.
 
     `message` is one encoded WatchResponse after its 5 byte gRPC prefix, as in a payload.
     """
 
-    __slots__ = ("message", "session")
-
-    def __init__(self, session: Session, message: bytes) -> None:
-        self.session = session
-        self.message = message
+    session: Session
+    message: bytes
 
 
+@dataclass(slots=True, eq=False)
 class TakeRequests:
     """Read requests of a session again: its queue is short, after `Session.line_full` was True.
 
     Waiting for it is optional; a session whose shell does not wait ends at `queue_max`.
     """
 
-    __slots__ = ("session",)
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    session: Session
 
 
+@dataclass(slots=True, eq=False)
 class EndSession:
     """End a session's stream with a gRPC status. The core has forgotten the session already."""
 
-    __slots__ = ("session", "status", "text")
-
-    def __init__(self, session: Session, status: int, text: str) -> None:
-        self.session = session
-        self.status = status
-        self.text = text
+    session: Session
+    status: int
+    text: str
 
 
+@dataclass(slots=True, eq=False)
 class OpenUpstream:
     """Open an upstream watch with the attributes of `upstream`; its answers come by `upstream_response`."""
 
-    __slots__ = ("upstream",)
-
-    def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream
+    upstream: Upstream
 
 
+@dataclass(slots=True, eq=False)
 class CloseUpstream:
     """Cancel an upstream watch. The shell may drop later responses; the core ignores them."""
 
-    __slots__ = ("upstream",)
-
-    def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream
+    upstream: Upstream
 
 
+@dataclass(slots=True, eq=False)
 class PauseUpstream:
     """Stop reading a backfill's stream, since its sessions are too slow. Bytes already read may still be passed in."""
 
-    __slots__ = ("upstream",)
-
-    def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream
+    upstream: Upstream
 
 
+@dataclass(slots=True, eq=False)
 class ResumeUpstream:
     """Resume reading a paused backfill."""
 
-    __slots__ = ("upstream",)
-
-    def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream
+    upstream: Upstream
 
 
+@dataclass(slots=True, eq=False)
 class ReadRevision:
     """Read the store's revision, linearizable, by a call that begins now; answer with `revision_read(read, ...)`."""
 
-    __slots__ = ("read",)
-
-    def __init__(self, read: PendingRead) -> None:
-        self.read = read
+    read: PendingRead
 
 
+@dataclass(slots=True, eq=False)
 class CheckPermission:
     """Check whether check.session.identity may read [check.key, check.range_end); answer with `permission`.
 
     The shell may answer within the same turn, as the next input, when it knows that auth is off.
     """
 
-    __slots__ = ("check",)
-
-    def __init__(self, check: PendingCreate) -> None:
-        self.check = check
+    check: PendingCreate
 
 
+@dataclass(slots=True, eq=False)
 class RequestProgress:
     """Request manual progress from etcd on the streams of `upstreams` only.
 
@@ -133,11 +112,8 @@ class RequestProgress:
     core asks again by itself. `number` identifies the request: an answer is at least as new as the request it names.
     """
 
-    __slots__ = ("number", "upstreams")
-
-    def __init__(self, upstreams: tuple[Upstream, ...], number: int) -> None:
-        self.upstreams = upstreams
-        self.number = number
+    upstreams: tuple[Upstream, ...]
+    number: int
 
 
 Effect: TypeAlias = (

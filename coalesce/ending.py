@@ -19,17 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING
 
-from coalesce.backfill import Backfill
 from coalesce.inputs import UpstreamLost
-from coalesce.session import Place, Session, Watch
-from coalesce.trunk import Trunk
+from coalesce.model import Backfill, PendingCreate, Place, Session, Source, Trunk, Upstream, Watch
+from coalesce.placement import Placement
+from coalesce.progress import Progress
+from coalesce.replay import Replayer
+from coalesce.revision_reads import RevisionReads
+from coalesce.state import CoreState
+from coalesce.trunk import Trunks
 from proto.scan import Header, WatchResponse
-
-if TYPE_CHECKING:
-    from coalesce.hub import CoreState
-    from coalesce.source import Source, Upstream
 
 UNAVAILABLE = 14
 # Statuses with which etcd ends the stream of a create; any other is a refusal of the create alone. 8 is
@@ -50,43 +49,69 @@ OTHER_HISTORY = "watchmux: the history of the store was replaced (restored from 
 class Cancellation:
     """Ends watches and sessions."""
 
-    __slots__ = ("_hub",)
+    __slots__ = ("_placement", "_progress", "_reads", "_replayer", "_state", "_trunks")
 
-    def __init__(self, hub: CoreState) -> None:
-        self._hub = hub
+    def __init__(
+        self,
+        state: CoreState,
+        reads: RevisionReads,
+        progress: Progress,
+        placement: Placement,
+        replayer: Replayer,
+        trunks: Trunks,
+    ) -> None:
+        self._state = state
+        self._reads = reads
+        self._progress = progress
+        self._placement = placement
+        self._replayer = replayer
+        self._trunks = trunks
 
     # by the client
 
     def cancel(self, session: Session, watch_id: int) -> None:
         """Cancel a watch for its client. An unknown id gets no answer."""
-        hub = self._hub
+        state = self._state
         watch = session.watches.get(watch_id)
         if watch is not None:
             self._remove(watch)
         elif session.compacted is not None and watch_id in session.compacted:
             session.compacted.discard(watch_id)
-            hub.stats.ids_kept -= 1
+            state.stats.ids_kept -= 1
             if not session.compacted:
                 session.compacted = None
         else:
             return
-        hub.stats.cancels += 1
-        hub.answer(session, watch_id, hub.header_now(), canceled=True)
+        state.stats.cancels += 1
+        state.answer(session, watch_id, state.header_now(), canceled=True)
 
     def close(self, session: Session) -> None:
         """Drop a session and everything it holds."""
-        hub = self._hub
+        state = self._state
         session.ended = True
-        hub.joining.forget(session)
-        hub.progress.forget_session(session)
-        hub.replays.forget(session)
-        hub.stats.ids_kept -= len(session.compacted or ())
+        self._drop_queue(session)
+        self._progress.forget_session(session)
+        self._replayer.forget(session)
+        state.stats.ids_kept -= len(session.compacted or ())
         session.compacted = None
-        del hub.sessions[session]
-        hub.stats.sessions -= 1
+        del state.sessions[session]
+        state.stats.sessions -= 1
         self._remove_some(session, REMOVED_AT_ONCE)
         if session.watches:
-            hub.leaving[session] = None
+            state.leaving[session] = None
+
+    def _drop_queue(self, session: Session) -> None:
+        """Drop the pending requests of a session that has ended."""
+        state = self._state
+        queue, session.queue = session.queue, None
+        state.to_advance.pop(session, None)
+        state.to_advance_later.pop(session, None)
+        state.stats.line_bytes -= session.line_bytes
+        session.line_bytes = 0
+        for request in queue or ():
+            if isinstance(request, PendingCreate):
+                self._trunks.release(request)
+                self._reads.forget(request)
 
     def _remove_some(self, session: Session, count: int) -> int:
         """Remove up to `count` watches of an ended session; return `count` less those removed."""
@@ -97,33 +122,33 @@ class Cancellation:
 
     def expire(self) -> None:
         """Remove watches of sessions that have ended, as many as a step allows."""
-        hub = self._hub
-        left = hub.limits.step_watches_max
-        while hub.leaving and left > 0:
-            session = next(iter(hub.leaving))
+        state = self._state
+        left = state.limits.step_watches_max
+        while state.leaving and left > 0:
+            session = next(iter(state.leaving))
             left = self._remove_some(session, left)
             if not session.watches:
-                del hub.leaving[session]
+                del state.leaving[session]
 
     def end(self, session: Session, status: int, text: str) -> None:
         """Close a session on the proxy's initiative, and end its stream."""
         if session.ended:
             return
         self.close(session)
-        self._hub.stats.sessions_ended += 1
-        self._hub.end_session(session, status, text)
+        self._state.stats.sessions_ended += 1
+        self._state.end_session(session, status, text)
 
     # by etcd
 
     def canceled(self, upstream: Upstream, response: WatchResponse) -> None:
         """Etcd has cancelled an upstream watch: by compaction, or because it refuses the watch."""
         owner = upstream.owner
-        self._hub.close_upstream(upstream, gone=True)
-        if isinstance(owner, Trunk) and not owner.watches and not owner.joining:
-            self._hub.trunks.remove(owner, gone=True)
+        self._state.close_upstream(upstream, gone=True)
+        if isinstance(owner, Trunk) and not owner.is_used:
+            self._trunks.remove(owner, gone=True)
             return
         if response.compact_revision:
-            self._hub.compact_revision = max(self._hub.compact_revision, response.compact_revision)
+            self._state.compact_revision = max(self._state.compact_revision, response.compact_revision)
             self._compacted(owner, response.compact_revision)
             return
         self._refused(upstream, response.cancel_reason or "etcdserver: watch canceled")
@@ -132,7 +157,7 @@ class Cancellation:
         """The shell reports an upstream watch as lost; if its token was refused, those of other sessions are tried."""
         if upstream.closed:
             return
-        self._hub.close_upstream(upstream, gone=True)
+        self._state.close_upstream(upstream, gone=True)
         if reason.status in _REFUSALS or reason.text in (USER_EMPTY, AUTH_OLD):
             self._refused(upstream, reason.text)
         else:
@@ -142,8 +167,8 @@ class Cancellation:
         """Etcd has refused an upstream watch: reopen it with another token, or end what depends on it."""
         owner = upstream.owner
         owner.refused_tokens.update(upstream.said_token or (upstream.token,))
-        if isinstance(owner, Trunk) and not owner.watches and not owner.joining:
-            self._hub.trunks.remove(owner, gone=True)
+        if isinstance(owner, Trunk) and not owner.is_used:
+            self._trunks.remove(owner, gone=True)
         elif next(upstream.tokens(), None) is not None:
             self._reopen(owner)
         else:
@@ -151,28 +176,28 @@ class Cancellation:
 
     def no_leader(self) -> None:
         """No endpoint has a leader: end the sessions that require one (`hasleader`)."""
-        for session in [session for session in self._hub.sessions if session.identity.has_leader]:
+        for session in [session for session in self._state.sessions if session.identity.has_leader]:
             self.end(session, UNAVAILABLE, NO_LEADER)
 
     def too_far_behind(self) -> None:
         """End the sessions that have been behind for longer than allowed."""
-        hub = self._hub
-        limit = hub.limits.lagging_age_s_max
+        state = self._state
+        limit = state.limits.lagging_age_s_max
         if limit is None:
             return
-        for session in tuple(hub.lagging_sessions):
+        for session in tuple(state.lagging_sessions):
             since = session.lagging_since
-            if since is None or since + limit > hub.now:
+            if since is None or since + limit > state.now:
                 return
-            hub.stats.refused_at["lagging_age_s_max"] += 1
+            state.stats.refused_at["lagging_age_s_max"] += 1
             self.end(session, UNAVAILABLE, f"watchmux: the client has been behind for more than {limit:g} s")
 
     def other_history(self, header: Header) -> None:
         """Drop everything learnt from etcd: the revision from which on the histories differ is unknown."""
-        hub = self._hub
-        hub.header, hub.header_at = header, hub.now
-        hub.trunks.drop_parked()
-        for trunk in list(hub.trunks_open.values()):
+        state = self._state
+        state.header, state.header_at = header, state.now
+        self._trunks.drop_parked()
+        for trunk in list(state.trunks.values()):
             for watch in list(trunk.watches):
                 # A watch of the future that received nothing yet may go on waiting.
                 fresh = watch.place is Place.AHEAD and watch.progress_floor >= watch.position
@@ -181,31 +206,31 @@ class Cancellation:
             self._restart(trunk, header.revision + 1)
             for create in trunk.joining:
                 if create.header is not None:
-                    hub.joining.read_again(create)
-        hub.joining.drop_answered()
-        hub.compact_revision = 0
-        hub.progress.other_history()
-        for session in hub.sessions:
+                    self._reads.read_again(create)
+        self._reads.drop_answered()
+        state.compact_revision = 0
+        self._progress.other_history()
+        for session in state.sessions:
             session.progress_revision = min(session.progress_revision, header.revision)
 
     # how
 
     def _remove(self, watch: Watch) -> None:
         """Remove a watch everywhere."""
-        hub = self._hub
-        hub.unplace(watch)
+        state = self._state
+        self._placement.unplace(watch)
         watch.place = Place.ENDED
         del watch.session.watches[watch.watch_id]
         del watch.trunk.watches[watch]
         watch.trunk.prev_kv_watches -= watch.wants_prev_kv
-        hub.detach(watch)
-        hub.stats.watches -= 1
-        hub.progress.forget(watch)
-        hub.trunks.unused(watch.trunk)
+        self._placement.detach(watch)
+        state.stats.watches -= 1
+        self._progress.forget(watch)
+        self._trunks.unused(watch.trunk)
 
     def _cancel_compacted(self, watch: Watch, compact_revision: int, reason: str = "") -> None:
         """Cancel a watch as compacted, or (with a `reason`) as lost; its id stays taken."""
-        hub = self._hub
+        state = self._state
         session = watch.session
         self._remove(watch)
         if session.ended:
@@ -214,12 +239,12 @@ class Cancellation:
         if session.compacted is None:
             session.compacted = set()
         session.compacted.add(watch.watch_id)
-        hub.stats.ids_kept += 1
-        hub.stats.compacted += 1
-        hub.answer(
+        state.stats.ids_kept += 1
+        state.stats.compacted += 1
+        state.answer(
             session,
             watch.watch_id,
-            hub.header_now(),
+            state.header_now(),
             canceled=True,
             compact_revision=compact_revision,
             cancel_reason=reason,
@@ -227,7 +252,6 @@ class Cancellation:
 
     def _compacted(self, owner: Source, compact_revision: int) -> None:
         """Cancel the watches whose next events are compacted; give the others a new source."""
-        hub = self._hub
         if compact_revision <= owner.next_revision:
             # Nothing was missed.
             self._reopen(owner)
@@ -243,30 +267,30 @@ class Cancellation:
         survivors = [watch for watch in concerned if watch.place is not Place.ENDED]
         if isinstance(owner, Backfill):
             self._lift_all(survivors)
-            hub.backfills.close(owner, gone=True)
-            hub.place(survivors)
+            self._placement.close(owner, gone=True)
+            self._placement.place(survivors)
             if owner.is_upgrade:
-                hub.backfills.restore_upgrade(owner.trunk)
-        elif not owner.watches and not owner.joining:
+                self._placement.restore_upgrade(owner.trunk)
+        elif not owner.is_used:
             # All of them were cancelled just now.
-            hub.trunks.remove(owner, gone=True)
+            self._trunks.remove(owner, gone=True)
         else:
             self._drop_upgrade(owner)
             self._lift_all(survivors)
-            hub.trunks.reopen(owner, compact_revision)
-            hub.place(survivors)
+            self._trunks.reopen(owner, compact_revision)
+            self._placement.place(survivors)
 
     def _reopen(self, owner: Source) -> None:
         """Reopen a source's upstream watch at its next revision, with a token that etcd has not refused."""
         if isinstance(owner, Trunk):
-            self._hub.trunks.reopen(owner, owner.next_revision)
+            self._trunks.reopen(owner, owner.next_revision)
         elif isinstance(owner, Backfill):
             owner.paused = False
-            owner.open(owner.next_revision, owner.history.has_prev_kv, not owner.is_upgrade)
+            self._state.open_upstream(owner, owner.next_revision, owner.history.has_prev_kv, not owner.is_upgrade)
 
     def _lose(self, owner: Source, reason: UpstreamLost) -> None:
         """End the sessions and creates that depend on a lost source."""
-        hub = self._hub
+        state = self._state
         if isinstance(owner, Backfill):
             # Every watch of the trunk that wants prev_kv needs the upgrade, even if it is on another backfill.
             waiting = [watch for watch in owner.trunk.watches if owner.is_upgrade and watch.wants_prev_kv]
@@ -285,35 +309,33 @@ class Cancellation:
                 self.end(create.session, reason.status, reason.text)
             else:
                 create.refusal = reason.text
-                hub.trunks.release(create)
+                self._trunks.release(create)
+                state.to_advance[create.session] = None
         if isinstance(owner, Trunk):
-            hub.trunks.remove(owner, gone=True)
-        elif isinstance(owner, Backfill) and owner in hub.backfills.open:
-            hub.backfills.close(owner, gone=True)
-        # Only now: the next create in a queue may have waited for the same source.
-        for create in creates:
-            hub.joining.advance(create.session)
+            self._trunks.remove(owner, gone=True)
+        elif isinstance(owner, Backfill) and owner in state.backfills:
+            self._placement.close(owner, gone=True)
 
     def _restart(self, trunk: Trunk, next_revision: int) -> None:
         """Drop a trunk's state and restart it at `next_revision`."""
-        hub = self._hub
+        state = self._state
         if trunk.opening and trunk.upstream.start_revision is None:
             return
         watches = list(trunk.watches)
         self._drop_upgrade(trunk)
         self._lift_all(watches)
-        hub.close_upstream(trunk.upstream)
+        state.close_upstream(trunk.upstream)
         trunk.start_over(next_revision)
         # Also drops the groups' sent revisions: events at or below them may be sent again.
-        trunk.fanout.groups.clear()
-        hub.trunks.reopen(trunk, next_revision)
-        hub.place(watches)
+        trunk.groups.clear()
+        self._trunks.reopen(trunk, next_revision)
+        self._placement.place(watches)
 
     def _lift_all(self, watches: Iterable[Watch]) -> None:
         """Remove watches from their places and sources."""
         for watch in watches:
-            self._hub.unplace(watch)
-            self._hub.detach(watch)
+            self._placement.unplace(watch)
+            self._placement.detach(watch)
             # Temporary: the caller places it at once.
             watch.place = Place.LAGGING
 
@@ -321,7 +343,7 @@ class Cancellation:
         """Close an upgrade, and let the trunk reopen with prev_kv itself."""
         upgrade = trunk.upgrade
         if upgrade is not None:
-            self._hub.backfills.close(upgrade)
+            self._placement.close(upgrade)
             trunk.prev_kv_from = trunk.next_revision
             trunk.history.has_prev_kv = True
 

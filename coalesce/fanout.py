@@ -1,4 +1,4 @@
-"""The watches that follow one source, grouped so that a batch costs the core O(1) per variant.
+"""The fan-out: a batch of a source goes to the watches that follow it, at a cost of O(1) per variant for the core.
 
 A watch in a group is *in step*: it needs exactly what the source needs next. So nothing is compared per watch: the
 batch goes to the whole group, as one cached tuple. A watch that needs nothing before a later revision waits *ahead*, in
@@ -12,182 +12,137 @@ import heapq
 from collections.abc import Iterator
 
 from coalesce.batch import Batch, Variants, payload_of_one
-from coalesce.effects import Deliver, Effect
-from coalesce.session import Place, Watch
-from coalesce.stats import Stats
-
-
-class Group:
-    """Watches in step with the same variant."""
-
-    __slots__ = ("_listed", "members", "sent_revision", "variant")
-
-    def __init__(self, variant: int) -> None:
-        self.variant = variant
-        self.members: dict[Watch, None] = {}
-        self._listed: tuple[Watch, ...] | None = ()
-        # Revision of the last event sent to the group.
-        self.sent_revision = 0
-
-    def add(self, watch: Watch) -> None:
-        """Add a watch."""
-        self.members[watch] = None
-        self._listed = None
-
-    def remove(self, watch: Watch) -> None:
-        """Remove a watch."""
-        del self.members[watch]
-        self._listed = None
-
-    def listed(self) -> tuple[Watch, ...]:
-        """Return the watches as a tuple, which is cached until a watch is added or removed."""
-        listed = self._listed
-        if listed is None:
-            listed = self._listed = tuple(self.members)
-        return listed
-
-
-class Ahead:
-    """An entry of the heap; after its watch has left, the entry stays and is skipped."""
-
-    __slots__ = ("order", "position", "watch")
-
-    def __init__(self, position: int, order: int, watch: Watch) -> None:
-        self.position = position
-        # Order of arrival, among equal positions.
-        self.order = order
-        # None = the watch has left.
-        self.watch: Watch | None = watch
-
-    def __lt__(self, other: Ahead) -> bool:
-        return (self.position, self.order) < (other.position, other.order)
+from coalesce.effects import Deliver
+from coalesce.model import Ahead, Group, Place, Source, Watch
+from coalesce.state import CoreState
 
 
 class Fanout:
-    """The groups of one source and the watches ahead of it."""
+    """Moves sources forward, and the watches that follow them."""
 
-    __slots__ = ("_ahead", "_ahead_count", "_order", "_stats", "groups", "next_revision")
+    __slots__ = ("_order", "_state")
 
-    def __init__(self, next_revision: int, stats: Stats) -> None:
-        # The revision that the watches in step need next, and that the source delivers next.
-        self.next_revision = next_revision
-        self.groups: dict[int, Group] = {}
-        # A heap; entries of watches that left stay until they reach the top or are too many.
-        self._ahead: list[Ahead] = []
-        self._ahead_count = 0
+    def __init__(self, state: CoreState) -> None:
+        self._state = state
+        # Number of the newest entry of any heap.
         self._order = 0
-        self._stats = stats
 
-    @property
-    def has_watches(self) -> bool:
-        """Whether a watch is in step or ahead."""
-        return self._ahead_count > 0 or any(group.members for group in self.groups.values())
-
-    def in_step(self) -> Iterator[Watch]:
-        """Walk the watches in step; the groups must not change meanwhile."""
-        for group in self.groups.values():
-            yield from group.members
-
-    def ahead(self) -> list[Watch]:
-        """Return the watches ahead, in no particular order."""
-        return [entry.watch for entry in self._ahead if entry.watch is not None]
-
-    def add(self, watch: Watch) -> None:
-        """Add a watch whose position is next_revision or later."""
-        if watch.position <= self.next_revision:
-            self._step(watch)
-            return
-        watch.place = Place.AHEAD
-        self._order += 1
-        self._ahead_count += 1
-        watch.ahead = Ahead(watch.position, self._order, watch)
-        heapq.heappush(self._ahead, watch.ahead)
-        if len(self._ahead) > 2 * self._ahead_count + 16:
-            self._ahead = [entry for entry in self._ahead if entry.watch is not None]
-            heapq.heapify(self._ahead)
-
-    def remove(self, watch: Watch) -> None:
-        """Remove a watch that is in step or ahead, and record its position."""
-        group = watch.group
-        if group is None:
-            assert watch.ahead is not None, "in step or ahead"
-            watch.ahead.watch = None
-            watch.ahead = None
-            self._ahead_count -= 1
-            return
-        group.remove(watch)
-        watch.group = None
-        watch.position = self.next_revision
-        watch.sent_revision = max(watch.sent_revision, group.sent_revision)
-
-    def advance(self, next_revision: int) -> None:
-        """Skip revisions that are proven to have no events."""
-        self.next_revision = next_revision
-        if self._ahead:
-            self._meet(next_revision)
-
-    def deliver(self, batch: Batch, fragment_bytes: int, has_prev_kv: bool, effects: list[Effect]) -> None:
-        """Send a batch to the watches that need it, and advance past it."""
-        ahead = self._ahead
-        if ahead and ahead[0].position <= batch.first_revision:
+    def ingest(self, source: Source, batch: Batch) -> None:
+        """Send the new part of a batch to the watches that need it, advance past it, and keep it in the history."""
+        state = self._state
+        source.proof = state.progress_serial
+        source.proven_at = state.now
+        first_revision = batch.first_revision
+        if first_revision < source.next_revision:
+            part = batch.since(source.next_revision)
+            if part is None:
+                return
+            batch, first_revision = part, part.first_revision
+        ahead = source.ahead
+        if ahead and ahead[0].position <= first_revision:
             # There are no events between next_revision and the batch, so watches with a position there are in step.
-            self._meet(batch.first_revision)
+            self._meet(source, first_revision)
+        history = source.history
+        has_prev_kv = history.has_prev_kv
         variants: Variants | None = None
-        if len(batch.events) > 1 or len(self.groups) > 1:
-            variants = Variants(batch.header, batch.events, fragment_bytes, has_prev_kv)
-        stats = self._stats
-        for variant, group in self.groups.items():
+        if len(batch.events) > 1 or len(source.groups) > 1:
+            variants = Variants(batch.header, batch.events, state.limits.fragment_bytes, has_prev_kv)
+        stats = state.stats
+        for variant, group in source.groups.items():
             count = len(group.members)
             if count:
                 # One event for one group is the common case.
                 payload = payload_of_one(batch, variant, has_prev_kv) if variants is None else variants.payload(variant)
                 if payload is not None:
                     group.sent_revision = payload.last_revision
-                    effects.append(Deliver(payload, group._listed or group.listed()))
+                    state.effects.append(Deliver(payload, group._listed or group.listed()))
                     stats.delivered += count
                     stats.delivered_events += count * payload.event_count
-        self.next_revision = batch.last_revision + 1
+        source.next_revision = batch.last_revision + 1
         if ahead:
             if ahead[0].position <= batch.last_revision:
-                self._deliver_parts(batch, fragment_bytes, has_prev_kv, effects)
-            self._meet(self.next_revision)
+                self._deliver_parts(source, batch)
+            self._meet(source, source.next_revision)
+        history.append(batch, state.now)
 
-    def _deliver_parts(self, batch: Batch, fragment_bytes: int, has_prev_kv: bool, effects: list[Effect]) -> None:
+    def advance(self, source: Source, revision: int) -> None:
+        """Record that everything through `revision` has been delivered: there are no further events."""
+        source.proof = self._state.progress_serial
+        source.proven_at = self._state.now
+        if revision >= source.next_revision:
+            source.next_revision = revision + 1
+            if source.ahead:
+                self._meet(source, revision + 1)
+
+    def add(self, watch: Watch) -> None:
+        """Let an unplaced watch follow its source; its position is the source's next_revision or later."""
+        source = watch.source
+        assert source is not None, "the watch has a source"
+        if watch.position <= source.next_revision:
+            self._step(source, watch)
+            return
+        watch.place = Place.AHEAD
+        self._order += 1
+        source.ahead_count += 1
+        watch.ahead = Ahead(watch.position, self._order, watch)
+        heapq.heappush(source.ahead, watch.ahead)
+        if len(source.ahead) > 2 * source.ahead_count + 16:
+            source.ahead = [entry for entry in source.ahead if entry.watch is not None]
+            heapq.heapify(source.ahead)
+
+    def remove(self, watch: Watch) -> None:
+        """Remove a watch that is in step or ahead, and record its position."""
+        source, group = watch.source, watch.group
+        assert source is not None, "the watch follows a source"
+        if group is None:
+            assert watch.ahead is not None, "in step or ahead"
+            watch.ahead.watch = None
+            watch.ahead = None
+            source.ahead_count -= 1
+            return
+        group.remove(watch)
+        watch.group = None
+        watch.position = source.next_revision
+        watch.sent_revision = max(watch.sent_revision, group.sent_revision)
+
+    def _deliver_parts(self, source: Source, batch: Batch) -> None:
         """Send watches whose position lies inside the batch the part of it from there on."""
+        state = self._state
         variants: Variants | None = None
         position = 0
-        for watch in self._arrived(batch.last_revision):
+        for watch in self._arrived(source, batch.last_revision):
             if variants is None or watch.position != position:
                 position = watch.position
                 part = batch.since(position)
                 assert part is not None, "the position lies inside the batch"
-                variants = Variants(part.header, part.events, fragment_bytes, has_prev_kv)
+                variants = Variants(part.header, part.events, state.limits.fragment_bytes, source.history.has_prev_kv)
             payload = variants.payload(watch.variant)
             if payload is not None:
                 watch.sent_revision = payload.last_revision
-                effects.append(Deliver(payload, (watch,)))
-                self._stats.delivered += 1
-                self._stats.delivered_events += payload.event_count
-            self._step(watch)
+                state.effects.append(Deliver(payload, (watch,)))
+                state.stats.delivered += 1
+                state.stats.delivered_events += payload.event_count
+            self._step(source, watch)
 
-    def _meet(self, revision: int) -> None:
+    def _meet(self, source: Source, revision: int) -> None:
         """Put the watches in step whose position is `revision` at most; there are no events before `revision`."""
-        for watch in self._arrived(revision):
-            self._step(watch)
+        for watch in self._arrived(source, revision):
+            self._step(source, watch)
 
-    def _arrived(self, revision: int) -> Iterator[Watch]:
+    def _arrived(self, source: Source, revision: int) -> Iterator[Watch]:
         """Pop the watches from the heap whose position is `revision` at most, in the order of positions."""
-        while self._ahead and self._ahead[0].position <= revision:
-            watch = heapq.heappop(self._ahead).watch
+        ahead = source.ahead
+        while ahead and ahead[0].position <= revision:
+            watch = heapq.heappop(ahead).watch
             if watch is not None:
                 watch.ahead = None
-                self._ahead_count -= 1
+                source.ahead_count -= 1
                 yield watch
 
-    def _step(self, watch: Watch) -> None:
-        group = self.groups.get(watch.variant)
+    def _step(self, source: Source, watch: Watch) -> None:
+        group = source.groups.get(watch.variant)
         if group is None:
-            group = self.groups[watch.variant] = Group(watch.variant)
+            group = source.groups[watch.variant] = Group(watch.variant)
         group.add(watch)
         watch.group = group
         watch.place = Place.IN_STEP

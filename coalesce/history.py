@@ -47,7 +47,7 @@ class Guard(NamedTuple):
     first_revision: int
     """Batches that end below this revision are not guarded."""
 
-    release: Callable[[int], None]
+    on_eviction: Callable[[int], None]
     """Called once, with the last revision of the batch to be evicted. It may set another guard, or drop the history."""
 
 
@@ -128,7 +128,7 @@ class History:
         batch = self._batches[self._gone]
         if self.guard is not None and batch.last_revision >= self.guard.first_revision:
             guard, self.guard = self.guard, None
-            guard.release(batch.last_revision)
+            guard.on_eviction(batch.last_revision)
             if batch.kept is None:
                 # The source has ended meanwhile.
                 return

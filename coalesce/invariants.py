@@ -28,20 +28,17 @@
 21. A parked trunk has neither watches nor creates nor an upstream watch, and its range has no other trunk.
 22. A watch that waits for the end of a run is known to it, and the run's source exists; the events it needs next are
     not evicted before they are sent.
+23. Each input passes on all that its parts recorded for parts above them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from coalesce.backfill import Backfill
-from coalesce.replay import WATCH_EVENTS
-from coalesce.session import PendingCreate, Place, Session, Watch
-from coalesce.trunk import Trunk
-
-if TYPE_CHECKING:
-    from coalesce.hub import CoreState
-    from coalesce.source import Source
+from coalesce.model import Backfill, PendingCreate, Place, Session, Source, Trunk, Watch
+from coalesce.progress import Progress
+from coalesce.replay import WATCH_EVENTS, Replayer
+from coalesce.revision_reads import RevisionReads
+from coalesce.state import CoreState
+from coalesce.waiting import ProgressWaiters
 
 
 class InvariantBroken(AssertionError):
@@ -53,34 +50,38 @@ class InvariantBroken(AssertionError):
         self.number = number
 
 
-def check(hub: CoreState) -> None:
+def check(
+    state: CoreState, replayer: Replayer, reads: RevisionReads, waiters: ProgressWaiters, progress: Progress
+) -> None:
     """Raise InvariantBroken if anything is wrong."""
-    for session in hub.sessions:
-        _check_session(hub, session)
+    _need(23, not state.to_advance and not state.to_replay, "work of one input is left for the next one")
+    for session in state.sessions:
+        _check_session(state, session)
+        _check_progress(session, waiters, progress)
         for watch in session.watches.values():
-            _check_watch(hub, watch)
-    for session in hub.leaving:
+            _check_watch(state, watch)
+    for session in state.leaving:
         _need(
             18,
-            session.ended and session not in hub.sessions and session.queue is None,
+            session.ended and session not in state.sessions and session.queue is None,
             "a leaving session is not ended",
         )
         for watch in session.watches.values():
-            _check_watch(hub, watch)
-    for trunk in hub.trunks_open.values():
-        _check_trunk(hub, trunk)
-    for span, trunk in hub.parked.items():
-        _check_parked(hub, span, trunk)
-    _check_backfills(hub)
-    _check_upstreams(hub)
-    _check_reads(hub)
-    _check_gauges(hub)
-    share = 2 * hub.limits.replay_events_max + WATCH_EVENTS
-    _need(19, hub.replays.left_events > -share, "a turn of replaying exceeded its share")
+            _check_watch(state, watch)
+    for trunk in state.trunks.values():
+        _check_trunk(state, trunk)
+    for span, trunk in state.parked.items():
+        _check_parked(state, span, trunk)
+    _check_backfills(state)
+    _check_upstreams(state)
+    _check_reads(state, reads)
+    _check_gauges(state)
+    share = 2 * state.limits.replay_events_max + WATCH_EVENTS
+    _need(19, replayer.left_events > -share, "a turn of replaying exceeded its share")
 
 
-def _sources(hub: CoreState) -> list[Source]:
-    return [*hub.trunks_open.values(), *hub.backfills.open]
+def _sources(state: CoreState) -> list[Source]:
+    return [*state.trunks.values(), *state.backfills]
 
 
 def _need(number: int, holds: bool, text: object) -> None:
@@ -88,7 +89,7 @@ def _need(number: int, holds: bool, text: object) -> None:
         raise InvariantBroken(number, str(text))
 
 
-def _check_session(hub: CoreState, session: Session) -> None:
+def _check_session(state: CoreState, session: Session) -> None:
     _need(18, not session.ended, "an ended session is listed")
     for watch_id, watch in session.watches.items():
         _need(1, watch.watch_id == watch_id and watch.session is session and watch.outlet is session.outlet, watch)
@@ -96,26 +97,31 @@ def _check_session(hub: CoreState, session: Session) -> None:
     for watch in session.lagging:
         _need(2, watch.place is Place.LAGGING and session.watches.get(watch.watch_id) is watch, watch)
     _need(2, (session.lagging_since is not None) == bool(session.lagging), "lagging since")
-    _need(2, (session in hub.lagging_sessions) == bool(session.lagging), "lagging sessions")
-    if hub.runs.has_work(session) and not session.stalled:
-        _need(7, hub.replays.is_due(session), "lagging watches of a session that is not due")
-    if session.progress_needs:
-        _need(16, bool(session.watches) and session in hub.progress.waiting.sessions, "waits for progress")
-        _need(16, hub.progress.next_deadline() is not None, "no timer for a session that waits for progress")
-    if session.progress_blocker is not None:
-        _need(16, hub.progress.waiting.is_listed(session), "a blocked session is not listed under its trunk")
+    _need(2, (session in state.lagging_sessions) == bool(session.lagging), "lagging sessions")
+    if not session.stalled and not all(watch.awaits_run for watch in session.lagging):
+        _need(7, session in state.to_replay_later, "lagging watches of a session that is not due")
     if session.queue is not None:
         _need(13, bool(session.queue), "an empty queue")
-        _check_head(hub, session)
+        _check_head(state, session)
     _need(
-        13, not session.line_full or session.line_bytes > hub.limits.line_bytes_max // 2, "a short queue is marked full"
+        13,
+        not session.line_full or session.line_bytes > state.limits.line_bytes_max // 2,
+        "a short queue is marked full",
     )
 
 
-def _check_head(hub: CoreState, session: Session) -> None:
+def _check_progress(session: Session, waiters: ProgressWaiters, progress: Progress) -> None:
+    if session.progress_needs:
+        _need(16, bool(session.watches) and session in waiters.sessions, "waits for progress")
+        _need(16, progress.next_deadline() is not None, "no timer for a session that waits for progress")
+    if session.progress_blocker is not None:
+        _need(16, waiters.is_listed(session), "a blocked session is not listed under its trunk")
+
+
+def _check_head(state: CoreState, session: Session) -> None:
     assert session.queue is not None, "the caller has checked"
     head = session.queue[0]
-    if session in hub.joining.ready:
+    if session in state.to_advance_later:
         return
     _need(13, isinstance(head, PendingCreate), "only creates wait")
     assert isinstance(head, PendingCreate), "checked above"
@@ -127,23 +133,23 @@ def _check_head(hub: CoreState, session: Session) -> None:
             _need(13, create in create.trunk.joining, "a create is not registered with its trunk")
 
 
-def _check_watch(hub: CoreState, watch: Watch) -> None:
+def _check_watch(state: CoreState, watch: Watch) -> None:
     trunk, source, session = watch.trunk, watch.source, watch.session
-    _need(1, watch in trunk.watches and hub.trunks_open.get((trunk.key, trunk.range_end)) is trunk, watch)
+    _need(1, watch in trunk.watches and state.trunks.get((trunk.key, trunk.range_end)) is trunk, watch)
     place = watch.place
     # It is in its place, and nowhere else.
     _need(2, (watch.group is not None and watch in watch.group.members) == (place is Place.IN_STEP), watch)
     _need(2, (watch.ahead is not None and watch.ahead.watch is watch) == (place is Place.AHEAD), watch)
     _need(2, (watch in session.lagging) == (place is Place.LAGGING), watch)
-    _need(2, (watch in hub.queued) == (place is Place.QUEUED), watch)
+    _need(2, (watch in state.queued) == (place is Place.QUEUED), watch)
     _need(2, place is not Place.ENDED, watch)
     if place is Place.IN_STEP:
         assert watch.group is not None, "checked above"
-        _need(2, source is not None and source.fanout.groups.get(watch.variant) is watch.group, watch)
+        _need(2, source is not None and source.groups.get(watch.variant) is watch.group, watch)
         _need(4, watch.group.variant == watch.variant, watch)
     if place is Place.AHEAD:
         assert watch.ahead is not None, "checked above"
-        _need(2, source is not None and watch in source.fanout.ahead(), watch)
+        _need(2, source is not None and watch.ahead in source.ahead, watch)
         _need(3, source is not None and watch.ahead.position == watch.position > source.next_revision, watch)
     if source is not None:
         _need(5, source is trunk or (isinstance(source, Backfill) and watch in source.watches), watch)
@@ -155,7 +161,7 @@ def _check_watch(hub: CoreState, watch: Watch) -> None:
     _need(15, watch.progress_floor <= watch.next_revision, watch)
 
 
-def _check_source(hub: CoreState, source: Source) -> None:
+def _check_source(state: CoreState, source: Source) -> None:
     history = source.history
     batches = history.batches()
     last = history.floor - 1
@@ -165,23 +171,25 @@ def _check_source(hub: CoreState, source: Source) -> None:
         last = batch.last_revision
     _need(8, last < source.next_revision or not batches, "a history reaches beyond next_revision")
     _need(8, history.bytes == sum(batch.memory_bytes for batch in batches), "byte count of a history")
-    _need(9, history.bytes <= hub.limits.history_bytes_max, "a history is too large")
-    _need(9, len(history) <= hub.limits.history_revisions_max, "a history is too long")
-    for variant, group in source.fanout.groups.items():
+    _need(9, history.bytes <= state.limits.history_bytes_max, "a history is too large")
+    _need(9, len(history) <= state.limits.history_revisions_max, "a history is too long")
+    for variant, group in source.groups.items():
         _need(4, group.variant == variant, "a group in the wrong place")
         for watch in group.members:
             _need(2, watch.group is group and watch.source is source and watch.place is Place.IN_STEP, watch)
             _need(3, watch.next_revision == source.next_revision, watch)
         _need(2, tuple(group.members) == group.listed(), "the list of a group is stale")
-    for watch in source.fanout.ahead():
+    ahead = [entry.watch for entry in source.ahead if entry.watch is not None]
+    _need(2, source.ahead_count == len(ahead), "the count of the watches ahead")
+    for watch in ahead:
         _need(2, watch.place is Place.AHEAD and watch.source is source, watch)
 
 
-def _check_trunk(hub: CoreState, trunk: Trunk) -> None:
-    _check_source(hub, trunk)
+def _check_trunk(state: CoreState, trunk: Trunk) -> None:
+    _check_source(state, trunk)
     for watch in trunk.watches:
         _need(18, watch.place is not Place.ENDED, watch)
-        _need(18, watch.session in hub.sessions or watch.session in hub.leaving, watch)
+        _need(18, watch.session in state.sessions or watch.session in state.leaving, watch)
         _need(1, watch.session.watches.get(watch.watch_id) is watch, watch)
     for create in trunk.joining:
         _need(18, not create.session.ended and create.trunk is trunk, "an ended create holds a trunk")
@@ -194,62 +202,60 @@ def _check_trunk(hub: CoreState, trunk: Trunk) -> None:
     _need(11, used == (trunk.timer_at is None), "a trunk lingers if and only if it is unused")
 
 
-def _check_parked(hub: CoreState, span: tuple[bytes, bytes], trunk: Trunk) -> None:
-    _check_source(hub, trunk)
-    _need(21, span == (trunk.key, trunk.range_end) and span not in hub.trunks_open, "a range has two trunks")
+def _check_parked(state: CoreState, span: tuple[bytes, bytes], trunk: Trunk) -> None:
+    _check_source(state, trunk)
+    _need(21, span == (trunk.key, trunk.range_end) and span not in state.trunks, "a range has two trunks")
     _need(21, not trunk.watches and not trunk.joining and not trunk.backfills, "a parked trunk is in use")
     _need(21, trunk.upstream.closed and trunk.upstream.fed is None, "a parked trunk has an upstream watch")
     _need(21, trunk.upgrade is None and trunk.notices is None and trunk.timer_at is None, "a parked trunk is in use")
 
 
-def _check_backfills(hub: CoreState) -> None:
-    listed = [backfill for trunk in hub.trunks_open.values() for backfill in trunk.backfills]
-    upgrades = [trunk.upgrade for trunk in hub.trunks_open.values() if trunk.upgrade is not None]
-    _need(10, set(hub.backfills.open) == {*listed, *upgrades}, "open backfills")
-    _need(10, len(listed) <= hub.limits.backfills_max, "too many backfills")
+def _check_backfills(state: CoreState) -> None:
+    listed = [backfill for trunk in state.trunks.values() for backfill in trunk.backfills]
+    upgrades = [trunk.upgrade for trunk in state.trunks.values() if trunk.upgrade is not None]
+    _need(10, set(state.backfills) == {*listed, *upgrades}, "open backfills")
+    _need(10, len(listed) <= state.limits.backfills_max, "too many backfills")
     _need(
         10,
-        not hub.queued or len(listed) == hub.limits.backfills_max,
+        not state.queued or len(listed) == state.limits.backfills_max,
         "a watch is queued though a backfill may be opened",
     )
-    for backfill in hub.backfills.open:
-        _check_source(hub, backfill)
+    for backfill in state.backfills:
+        _check_source(state, backfill)
         _need(10, bool(backfill.watches) or backfill.is_upgrade, "a backfill without watches")
         for watch in backfill.watches:
             _need(5, watch.source is backfill, watch)
-        _need(
-            10, not backfill.paused or not backfill.fanout.has_watches, "a backfill is paused though a watch follows it"
-        )
-    for watch in hub.queued:
+        _need(10, not backfill.paused or not backfill.is_followed, "a backfill is paused though a watch follows it")
+    for watch in state.queued:
         _need(2, watch.place is Place.QUEUED and watch.source is None, watch)
         _need(2, watch.session.watches.get(watch.watch_id) is watch, watch)
 
 
-def _check_upstreams(hub: CoreState) -> None:
-    expected = {source.upstream for source in _sources(hub)}
-    _need(12, set(hub.upstreams) == expected, "open upstream watches")
-    for source, run in hub.runs.open.items():
-        _need(22, source in {*_sources(hub)}, "a run of a source that has ended")
-        for session in hub.lagging_sessions:
-            waits = any(watch.source is source and hub.runs.waits(watch) for watch in session.lagging)
-            known = session in run.sessions or session.stalled or hub.replays.is_due(session)
-            _need(22, known or not waits, "a watch is not registered with the run it waits for")
-            for watch in session.lagging if waits and not session.stalled and not hub.replays.is_due(session) else ():
-                if watch.source is source and hub.runs.waits(watch):
-                    guard = source.history.guard
-                    guarded = guard is not None and watch.position >= guard.first_revision
-                    _need(22, guarded, "events that a watch waits for may be evicted")
-    _need(12, expected.issuperset(hub.progress.to_ask), "a closed upstream watch is to be asked for progress")
-    for source in _sources(hub):
+def _check_upstreams(state: CoreState) -> None:
+    expected = {source.upstream for source in _sources(state)}
+    _need(12, set(state.upstreams) == expected, "open upstream watches")
+    for source, run in state.runs.items():
+        _need(22, source in {*_sources(state)} and source.run is run, "a run of a source that has ended")
+        for session in state.lagging_sessions:
+            waiting = [watch for watch in session.lagging if watch.source is source and watch.awaits_run]
+            if session.stalled or session in state.to_replay_later or not waiting:
+                continue
+            _need(22, session in run.sessions, "a watch is not registered with the run it waits for")
+            guard = source.history.guard
+            first = min(watch.position for watch in waiting)
+            guarded = guard is not None and first >= guard.first_revision
+            _need(22, guarded, "events that a watch waits for may be evicted")
+    _need(12, expected.issuperset(state.to_ask), "a closed upstream watch is to be asked for progress")
+    for source in _sources(state):
         _need(12, source.upstream.owner is source and not source.upstream.closed, source.upstream)
 
 
-def _check_reads(hub: CoreState) -> None:
-    current, later = hub.joining.current, hub.joining.later
+def _check_reads(state: CoreState, reads: RevisionReads) -> None:
+    current, later = reads.current, reads.later
     _need(14, current is not None or later is None, "a queued read without one in flight")
     waiting = {id(create) for read in (current, later) if read is not None for create in read.waiting}
-    waiting |= {id(create) for create, _ in hub.joining.answered}
-    for session in hub.sessions:
+    waiting |= {id(create) for create, _ in reads.answered}
+    for session in state.sessions:
         for create in session.queue or ():
             if isinstance(create, PendingCreate):
                 _need(
@@ -259,10 +265,10 @@ def _check_reads(hub: CoreState) -> None:
                 )
 
 
-def _check_gauges(hub: CoreState) -> None:
-    stats = hub.stats
+def _check_gauges(state: CoreState) -> None:
+    stats = state.stats
     watches = ids_kept = lagging = line_bytes = history_bytes = history_batches = 0
-    for session in (*hub.sessions, *hub.leaving):
+    for session in (*state.sessions, *state.leaving):
         watches += len(session.watches)
         ids_kept += len(session.compacted or ())
         line_bytes += session.line_bytes
@@ -270,18 +276,18 @@ def _check_gauges(hub: CoreState) -> None:
             17, session.line_bytes == sum(request.bytes for request in session.queue or ()), "line_bytes of a session"
         )
         lagging += len(session.lagging)
-    for source in [*_sources(hub), *hub.parked.values()]:
+    for source in [*_sources(state), *state.parked.values()]:
         history_bytes += source.history.bytes
         history_batches += len(source.history)
-    _need(17, stats.sessions == len(hub.sessions), "sessions")
+    _need(17, stats.sessions == len(state.sessions), "sessions")
     _need(17, stats.watches == watches, "watches")
     _need(17, stats.ids_kept == ids_kept, "ids kept")
-    _need(17, stats.parked == len(hub.parked), "parked")
-    _need(17, stats.trunks == len(hub.trunks_open), "trunks")
-    _need(17, stats.backfills == sum(len(trunk.backfills) for trunk in hub.trunks_open.values()), "backfills")
+    _need(17, stats.parked == len(state.parked), "parked")
+    _need(17, stats.trunks == len(state.trunks), "trunks")
+    _need(17, stats.backfills == sum(len(trunk.backfills) for trunk in state.trunks.values()), "backfills")
     _need(17, stats.line_bytes == line_bytes, "line_bytes")
     _need(17, stats.lagging == lagging, "lagging")
-    _need(17, stats.queued == len(hub.queued), "queued")
+    _need(17, stats.queued == len(state.queued), "queued")
     _need(17, stats.history_bytes == history_bytes, "history_bytes")
     _need(17, stats.history_batches == history_batches, "history_batches")
-    _need(9, history_bytes <= hub.limits.history_bytes_total_max, "all histories together are too large")
+    _need(9, history_bytes <= state.limits.history_bytes_total_max, "all histories together are too large")

@@ -93,3 +93,8 @@ class CoreLimits:
     # A session that has been behind continuously for longer is ended; None = never. Age, not size: a false disconnect
     # under load is worse than a slow recovery.
     lagging_age_s_max: float | None = None
+
+    @property
+    def run_bytes_max(self) -> int:
+        """The memory at which a run of fragments ends early; histories keep more, so no part of a run is evicted."""
+        return min(self.fragment_run_bytes_max, min(self.history_bytes_max, self.history_bytes_total_max) * 3 // 4)

@@ -23,15 +23,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from coalesce.batch import NotificationPayload
 from coalesce.effects import Deliver
-from coalesce.session import Place, Watch
-
-if TYPE_CHECKING:
-    from coalesce.hub import CoreState
-    from coalesce.trunk import Trunk
+from coalesce.model import Notices, Trunk, Watch
+from coalesce.progress_requests import ProgressRequests
+from coalesce.state import CoreState
+from coalesce.waiting import ProgressWaiters
 
 # The pace while etcd's interval is not known; shorter intervals are set in tests only.
 UNKNOWN_PACE_S = 1.0
@@ -98,73 +96,11 @@ class Pace:
         return max(UNKNOWN_PACE_S, self._longer_than_s)
 
 
-class Notices:
-    """The watches of one trunk that asked for progress_notify, and the state of their last round."""
-
-    __slots__ = (
-        "asked_at",
-        "needs",
-        "new",
-        "round_at",
-        "round_events",
-        "round_revision",
-        "timer_at",
-        "trunk",
-        "watches",
-    )
-
-    def __init__(self, trunk: Trunk, now: float) -> None:
-        self.trunk = trunk
-        # By variant; none of the inner dicts is empty.
-        self.watches: dict[int, dict[Watch, None]] = {}
-        # The watches added since the last round.
-        self.new: dict[Watch, None] = {}
-        # When the last round was made, the trunk's revision, and its event count at that time. The initial count is
-        # that at etcd's last notification: etcd skips the trunk if it had events since.
-        self.round_at = now
-        self.round_revision = 0
-        self.round_events = trunk.noticed_events
-        # The progress request whose answer the next round waits for, and since when; 0 = it waits for none.
-        self.needs = 0
-        self.asked_at = 0.0
-        # When to check whether a round is due; None = there are no watches.
-        self.timer_at: float | None = None
-
-    def add(self, watch: Watch) -> None:
-        """Add a watch."""
-        self.watches.setdefault(watch.variant, {})[watch] = None
-        self.new[watch] = None
-
-    def remove(self, watch: Watch) -> None:
-        """Remove a watch."""
-        alike = self.watches[watch.variant]
-        del alike[watch]
-        if not alike:
-            del self.watches[watch.variant]
-        self.new.pop(watch, None)
-
-    def candidates(self) -> list[Watch]:
-        """Return the watches that may have had no event since the last round.
-
-        An event sent to a group was sent to all of its watches, so only watches added since may still be quiet.
-        """
-        groups = self.trunk.fanout.groups
-        found: list[Watch] = []
-        for variant, watches in self.watches.items():
-            group = groups.get(variant)
-            if group is None or group.sent_revision <= self.round_revision:
-                found += watches
-            else:
-                found += [watch for watch in self.new if watch.variant == variant]
-        return found
-
-
 def _is_quiet(watch: Watch, round_revision: int) -> bool:
     """Whether a watch had no event since a round, and can get progress now."""
     trunk = watch.trunk
     return (
-        watch.place is Place.IN_STEP
-        and watch.source is trunk
+        watch.follows_trunk
         and watch.last_sent_revision <= max(round_revision, watch.noted_revision)
         and watch.progress_floor < trunk.next_revision
     )
@@ -173,13 +109,13 @@ def _is_quiet(watch: Watch, round_revision: int) -> bool:
 class Notifying:
     """Makes rounds of progress over the watches that asked for it."""
 
-    __slots__ = ("_hub", "_rounds", "asking", "pace")
+    __slots__ = ("_requests", "_rounds", "_state", "_waiters", "pace")
 
-    def __init__(self, hub: CoreState) -> None:
-        self._hub = hub
+    def __init__(self, state: CoreState, waiters: ProgressWaiters, requests: ProgressRequests) -> None:
+        self._state = state
+        self._waiters = waiters
+        self._requests = requests
         self.pace = Pace()
-        # Notices whose round waits for progress.
-        self.asking: dict[Notices, None] = {}
         # Unfinished rounds: the remaining watches, and the trunk's revision at the round before.
         self._rounds: deque[tuple[Iterator[Watch], int]] = deque()
 
@@ -190,7 +126,7 @@ class Notifying:
         trunk = watch.trunk
         notices = trunk.notices
         if notices is None:
-            notices = trunk.notices = Notices(trunk, self._hub.now)
+            notices = trunk.notices = Notices(trunk, self._state.now, trunk.noticed_events)
             self._set_timer(notices)
         notices.add(watch)
 
@@ -200,13 +136,13 @@ class Notifying:
         if notices is not None and watch.progress_notify:
             notices.remove(watch)
             if not notices.watches:
-                self.asking.pop(notices, None)
-                self._hub.notices.stop(notices)
+                self._waiters.rounds.pop(notices, None)
+                self._state.notices.stop(notices)
                 watch.trunk.notices = None
 
     def notified(self, trunk: Trunk) -> None:
         """Etcd has notified a trunk, whose bookmark is already updated: make a round."""
-        now = self._hub.now
+        now = self._state.now
         at = trunk.noticed_at
         if at > self.pace.since and trunk.events == trunk.noticed_events:
             self.pace.learn(now - at, now)
@@ -217,44 +153,44 @@ class Notifying:
 
     def settle(self, trunks: Sequence[Trunk] | None = None) -> None:
         """Make the rounds whose progress has arrived: of these trunks, or (None) of all."""
-        moved = tuple(self.asking) if trunks is None else [trunk.notices for trunk in trunks]
+        moved = tuple(self._waiters.rounds) if trunks is None else [trunk.notices for trunk in trunks]
         for notices in moved:
             if (
                 notices is not None
-                and notices in self.asking
-                and self._hub.progress.waiting.is_fresh(notices.trunk.next_revision - 1, notices.needs)
+                and notices in self._waiters.rounds
+                and self._waiters.is_fresh(notices.trunk.next_revision - 1, notices.needs)
             ):
                 self._round(notices)
 
     def next_deadline(self) -> float | None:
         """Return when `expire` is due."""
-        return self._hub.now if self._rounds else self._hub.notices.next_deadline()
+        return self._state.now if self._rounds else self._state.notices.next_deadline()
 
     def expire(self) -> None:
         """Continue rounds that were too large for one step, and start those that are due."""
         self._deliver()
-        for notices in islice(self._hub.notices.due(self._hub.now), WATCHES_PER_STEP):
+        for notices in islice(self._state.notices.due(self._state.now), WATCHES_PER_STEP):
             self._look(notices)
 
     def _look(self, notices: Notices) -> None:
         """If a round is due, make it, or request the progress it needs."""
-        hub, trunk, pace = self._hub, notices.trunk, self.pace
+        state, trunk, pace = self._state, notices.trunk, self.pace
         busy = trunk.events != notices.round_events
         if not busy and not pace.is_known and not trunk.opening and notices.round_at > pace.since:
-            pace.heard_nothing(hub.now - notices.round_at)
+            pace.heard_nothing(state.now - notices.round_at)
         wanted_s = min(self._setting_s(), pace.seconds if busy else self._overdue_s())
-        if trunk.opening or notices.round_at + wanted_s > hub.now:
+        if trunk.opening or notices.round_at + wanted_s > state.now:
             self._set_timer(notices)
         elif not any(_is_quiet(watch, notices.round_revision) for watch in notices.candidates()):
             self._end_round(notices)
-        elif busy and (not hub.ordered_progress or (notices.needs and hub.now > notices.asked_at)):
+        elif busy and (not state.ordered_progress or (notices.needs and state.now > notices.asked_at)):
             self._round(notices)
         else:
             self._ask(notices, pace.seconds * _PATIENCE if busy else wanted_s)
 
     def _setting_s(self) -> float:
         """Return progress_notify_s; infinite if it is not shorter than etcd's interval, which is then sufficient."""
-        setting_s = self._hub.limits.progress_notify_s
+        setting_s = self._state.limits.progress_notify_s
         return _NEVER if self.pace.is_known and setting_s * _JITTER >= self.pace.seconds else setting_s
 
     def _overdue_s(self) -> float:
@@ -263,13 +199,13 @@ class Notifying:
 
     def _ask(self, notices: Notices, patience_s: float) -> None:
         """Let the round wait for progress that is as new as now; one that waits already keeps its request."""
-        hub = self._hub
+        state = self._state
         if not notices.needs:
-            notices.needs = hub.progress_serial + 1
-            notices.asked_at = hub.now
-            self.asking[notices] = None
-            hub.progress.want(notices.trunk.upstream)
-        hub.notices.start(notices, hub.now + patience_s)
+            notices.needs = state.progress_serial + 1
+            notices.asked_at = state.now
+            self._waiters.rounds[notices] = None
+            self._requests.want(notices.trunk.upstream)
+        state.notices.start(notices, state.now + patience_s)
 
     def _round(self, notices: Notices) -> None:
         """Send progress to the quiet watches of a trunk."""
@@ -279,25 +215,25 @@ class Notifying:
 
     def _end_round(self, notices: Notices) -> None:
         trunk = notices.trunk
-        notices.round_at = self._hub.now
+        notices.round_at = self._state.now
         notices.round_revision = trunk.next_revision - 1
         notices.round_events = trunk.events
         notices.needs = 0
         notices.new.clear()
-        self.asking.pop(notices, None)
+        self._waiters.rounds.pop(notices, None)
         self._set_timer(notices)
 
     def _set_timer(self, notices: Notices) -> None:
         """Check again when a round would be due on a busy trunk, since the trunk may be busy by then."""
-        hub = self._hub
+        state = self._state
         setting_s, pace_s = self._setting_s(), self.pace.seconds
         at = notices.round_at + min(setting_s, pace_s)
-        if at <= hub.now:
+        if at <= state.now:
             # Wait for etcd's own notification.
-            at = hub.now + pace_s * (_JITTER - 1 if self.pace.is_known else _JITTER / 2)
-            if notices.round_at + setting_s > hub.now:
+            at = state.now + pace_s * (_JITTER - 1 if self.pace.is_known else _JITTER / 2)
+            if notices.round_at + setting_s > state.now:
                 at = min(at, notices.round_at + setting_s)
-        hub.notices.start(notices, at)
+        state.notices.start(notices, at)
 
     def _deliver(self) -> None:
         """Continue the rounds, over as many watches as one step allows."""
@@ -313,10 +249,10 @@ class Notifying:
     def _send(self, watches: list[Watch]) -> None:
         """Send progress to watches of one trunk."""
         if watches:
-            hub = self._hub
+            state = self._state
             revision = watches[0].trunk.next_revision - 1
             for watch in watches:
                 watch.progress_floor = revision
-            hub.stats.progress_notifies += len(watches)
-            hub.stats.delivered += len(watches)
-            hub.effects.append(Deliver(NotificationPayload(hub.header_now(revision)), watches))
+            state.stats.progress_notifies += len(watches)
+            state.stats.delivered += len(watches)
+            state.effects.append(Deliver(NotificationPayload(state.header_now(revision)), watches))

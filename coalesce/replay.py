@@ -14,18 +14,17 @@ not started.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from coalesce.backfill import Backfill
-from coalesce.batch import Payload
+from coalesce.batch import FRAGMENT, Payload
 from coalesce.effects import Deliver
-from coalesce.history import Replayed
-from coalesce.session import Place, Session, Watch
-
-if TYPE_CHECKING:
-    from coalesce.hub import CoreState
-    from coalesce.source import Source
+from coalesce.history import Guard, Replayed
+from coalesce.model import Backfill, Place, Session, Source, Watch
+from coalesce.placement import Placement
+from coalesce.progress_requests import ProgressRequests
+from coalesce.state import CoreState
 
 # Maximum payloads cached: sessions that stalled together replay the same ones.
 _REMEMBERED_MAX: Final = 8
@@ -36,39 +35,37 @@ WATCH_EVENTS: Final = 10
 class Replayer:
     """Handles stalls and undelivered payloads, and replays lagging watches."""
 
-    __slots__ = ("_due", "_hub", "_joined", "fresh", "left_events")
+    __slots__ = ("_joined", "_placement", "_requests", "_state", "left_events")
 
-    def __init__(self, hub: CoreState) -> None:
-        self._hub = hub
-        # Sessions to be replayed at the next timer, in turn.
-        self._due: dict[Session, None] = {}
-        # Sessions added by this input: their first turn is at its end.
-        self.fresh: dict[Session, None] = {}
+    def __init__(self, state: CoreState, requests: ProgressRequests, placement: Placement) -> None:
+        self._state = state
+        self._requests = requests
+        self._placement = placement
         # Cached replays, by source, position and variant, each with the version of the history it was made from.
         self._joined: dict[tuple[Source, int, int], tuple[int, Replayed]] = {}
         # Events that may be examined until the next timer; slightly below 0 if the last turn exceeded its share.
-        self.left_events = hub.limits.replay_turn_events_max
+        self.left_events = state.limits.replay_turn_events_max
 
     def stalled(self, session: Session) -> None:
         """Remove the watches of a session from their groups. No effects: it is called while effects are carried out."""
         if session.stalled or session.ended:
             return
         session.stalled = True
-        self._hub.stats.stalls += 1
+        self._state.stats.stalls += 1
         self.forget(session)
         for watch in session.watches.values():
             if watch.place is not Place.LAGGING:
-                self._hub.unplace(watch)
-                self._hub.mark_lagging(watch)
+                self._placement.unplace(watch)
+                self._placement.mark_lagging(watch)
 
     def returned(self, watch: Watch, payload: Payload) -> None:
         """Take back a payload that was not sent. No effects."""
         if watch.place is Place.ENDED:
             return
         self.stalled(watch.session)
-        self._hub.stats.returned += 1
-        self._hub.stats.delivered -= 1
-        self._hub.stats.delivered_events -= payload.event_count
+        self._state.stats.returned += 1
+        self._state.stats.delivered -= 1
+        self._state.stats.delivered_events -= payload.event_count
         watch.position = min(watch.position, payload.first_revision)
 
     def drained(self, session: Session) -> None:
@@ -76,26 +73,22 @@ class Replayer:
         if session.ended:
             return
         session.stalled = False
-        self.want(session)
+        self._state.want_replay(session)
         if session.progress_needs:
-            self._hub.progress.want()
-
-    def want(self, session: Session) -> None:
-        """Replay a session's lagging watches when this input ends."""
-        if session.lagging and not session.stalled and not session.ended:
-            self.fresh[session] = None
+            self._requests.want()
 
     def forget(self, session: Session) -> None:
         """Stop replaying a session, because it has ended or is stalled."""
-        self._due.pop(session, None)
-        self.fresh.pop(session, None)
-        if not self._due and self._joined:
+        state = self._state
+        state.to_replay_later.pop(session, None)
+        state.to_replay.pop(session, None)
+        if not state.to_replay_later and self._joined:
             # No session is left to share the cache.
             self._joined.clear()
 
     def finish(self) -> None:
         """Give the sessions added by this input their first turn."""
-        fresh = tuple(self.fresh)
+        fresh = tuple(self._state.to_replay)
         self.postpone()
         self._turns(fresh)
         # Placing watches may have added sessions.
@@ -103,40 +96,33 @@ class Replayer:
 
     def postpone(self) -> None:
         """Postpone the first turn of the sessions added by this input to the next timer."""
-        self._due.update(self.fresh)
-        self.fresh.clear()
+        state = self._state
+        state.to_replay_later.update(state.to_replay)
+        state.to_replay.clear()
 
     def expire(self) -> None:
         """Give the sessions that are due another turn."""
-        self.left_events = self._hub.limits.replay_turn_events_max
-        self._turns(tuple(self._due))
-
-    def next_deadline(self) -> float | None:
-        """Return `now` if a session is due."""
-        return self._hub.now if self._due else None
-
-    def is_due(self, session: Session) -> bool:
-        """Whether a session is replayed at the next timer; for checks."""
-        return session in self._due
+        self.left_events = self._state.limits.replay_turn_events_max
+        self._turns(tuple(self._state.to_replay_later))
 
     def _turns(self, sessions: tuple[Session, ...]) -> None:
-        budget = self._hub.limits.replay_turn_bytes_max
-        runs = self._hub.runs
+        state = self._state
+        due = state.to_replay_later
+        budget = state.limits.replay_turn_bytes_max
         for session in sessions:
             if budget <= 0 or self.left_events <= 0:
                 return
-            if session in self._due:
-                del self._due[session]
+            if session in due:
+                del due[session]
                 budget -= self._turn(session)
-                if session.lagging and not (runs.open and runs.hold(session)):
-                    self._due[session] = None
-        if not self._due:
+                if session.lagging and not (state.runs and self._waits_for_runs(session)):
+                    due[session] = None
+        if not due:
             self._joined.clear()
 
     def _turn(self, session: Session) -> int:
         """Replay a session's watches up to its share; return the bytes sent."""
-        limits = self._hub.limits
-        runs = self._hub.runs
+        limits = self._state.limits
         spent = 0
         least = self.left_events - limits.replay_events_max
         for watch in tuple(islice(session.lagging, limits.replay_events_max // WATCH_EVENTS + 1)):
@@ -144,8 +130,9 @@ class Replayer:
                 break
             if watch.place is Place.LAGGING:
                 self.left_events -= WATCH_EVENTS
-                if runs.open and runs.waits(watch):
-                    runs.wake_later(watch)
+                if watch.awaits_run:
+                    self._register(watch)
+                    _move_back(watch)
                 else:
                     spent += self._replay(watch)
         return spent
@@ -161,40 +148,37 @@ class Replayer:
 
     def _replay(self, watch: Watch) -> int:
         """Send a watch its next response and place the watch after it; return the response's bytes."""
-        hub = self._hub
+        state, placement = self._state, self._placement
         source = watch.source
         if source is None or not source.serves(watch) or watch.position >= source.next_revision:
-            hub.unplace(watch)
-            if source is not None and source is not watch.trunk and source.serves(watch):
+            placement.unplace(watch)
+            if source is not None and source.serves(watch):
                 self._settle(watch, source)
             else:
-                hub.place((watch,))
+                placement.place((watch,))
             return 0
         payload, following = self._join(source, watch)
         position = source.next_revision if following is None else following
         watch.position = position
         if payload is not None:
-            hub.effects.append(Deliver(payload, (watch,)))
-            hub.stats.replays += 1
-            hub.stats.delivered += 1
-            hub.stats.delivered_events += payload.event_count
+            state.effects.append(Deliver(payload, (watch,)))
+            state.stats.replays += 1
+            state.stats.delivered += 1
+            state.stats.delivered_events += payload.event_count
             watch.sent_revision = payload.last_revision
         if position >= source.next_revision or (source is not watch.trunk and watch.trunk.serves(watch)):
-            hub.unplace(watch)
+            placement.unplace(watch)
             self._settle(watch, source)
         else:
-            # Behind the others of its session.
-            del watch.session.lagging[watch]
-            watch.session.lagging[watch] = None
+            _move_back(watch)
         return 0 if payload is None else payload.size
 
     def _settle(self, watch: Watch, source: Source) -> None:
         """Place an unplaced watch that has caught up with its source, or can be served by its trunk."""
-        hub = self._hub
         if not isinstance(source, Backfill) or watch.trunk.serves(watch):
-            hub.place((watch,))
-            return
-        hub.backfills.resume_live(watch, source)
+            self._placement.place((watch,))
+        else:
+            self._placement.resume_live(watch, source)
 
     def _join(self, source: Source, watch: Watch) -> tuple[Payload | None, int | None]:
         """Join the events that a watch has missed, or reuse the result for another one at the same position."""
@@ -203,7 +187,7 @@ class Replayer:
         known = self._joined.get(key)
         if known is not None and known[0] == version:
             return known[1].payload, known[1].following
-        limits = self._hub.limits
+        limits = self._state.limits
         replayed = source.history.replay(watch.position, watch.variant, limits)
         # A single revision may have more events, and is never split.
         self.left_events -= min(replayed.looked, limits.replay_events_max)
@@ -211,3 +195,60 @@ class Replayer:
             self._joined.clear()
         self._joined[key] = (version, replayed)
         return replayed.payload, replayed.following
+
+    # watches held back until the end of a run
+
+    def break_run(self, source: Source) -> None:
+        """Send the pieces of a run now, while the history still holds all of them, and end the run."""
+        for watch in _held(source):
+            self.replay_now(watch)
+        self._state.end_run(source)
+
+    def guard(self, source: Source, position: int) -> None:
+        """Guard the history from this position on: held-back watches get their events before these are evicted."""
+        guard = source.history.guard
+        if guard is None or position < guard.first_revision:
+            source.history.guard = Guard(position, partial(self._release, source))
+
+    def _release(self, source: Source, last_revision: int) -> None:
+        """Before a history evicts the batch with this last revision, send it to the held-back watches."""
+        held = _held(source)
+        if any(watch.position <= last_revision for watch in held):
+            self.break_run(source)
+        elif held:
+            self.guard(source, min(watch.position for watch in held))
+
+    def _register(self, watch: Watch) -> None:
+        """Register a watch that waits for a run with it."""
+        source = watch.source
+        assert source is not None, "it waits for the run of its source"
+        assert source.run is not None, "it waits for a run"
+        source.run.sessions[watch.session] = None
+        self.guard(source, watch.position)
+
+    def _waits_for_runs(self, session: Session) -> bool:
+        """Whether all lagging watches of a session wait for runs; if so, the end of the first one replays it."""
+        if not all(watch.awaits_run for watch in session.lagging):
+            return False
+        for watch in session.lagging:
+            self._register(watch)
+        return True
+
+
+def _move_back(watch: Watch) -> None:
+    """Let the other lagging watches of its session be replayed before this one."""
+    lagging = watch.session.lagging
+    del lagging[watch]
+    lagging[watch] = None
+
+
+def _held(source: Source) -> list[Watch]:
+    """Return the watches that wait for the run of a source and can be sent its pieces now."""
+    return [
+        watch
+        for watch in source.watches
+        if watch.place is Place.LAGGING
+        and watch.source is source
+        and watch.variant & FRAGMENT
+        and not watch.session.stalled
+    ]

@@ -8,13 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from heapq import nlargest
 from itertools import islice
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from coalesce.core import Coalescer
-    from coalesce.hub import CoreState
-    from coalesce.session import Session
-    from coalesce.trunk import Trunk
+from coalesce.core import Coalescer
+from coalesce.model import Session, Trunk
 
 
 @dataclass(slots=True, frozen=True)
@@ -59,12 +55,12 @@ def newest_event(core: Coalescer, bytes_max: int, looked_at: int = 100) -> Newes
 
     None if no range has one in its history, in a response of `bytes_max` at most, or if no further watch is allowed.
     """
-    hub = core._hub
-    if hub.stats.watches >= hub.limits.watches_max:
+    state = core._state
+    if state.stats.watches >= state.limits.watches_max:
         return None
     trunks = [
         trunk
-        for trunk in islice(hub.trunks_open.values(), looked_at)
+        for trunk in islice(state.trunks.values(), looked_at)
         if trunk.watches and not trunk.opening and len(trunk.history) and trunk.history.newest.size <= bytes_max
     ]
     if not trunks:
@@ -75,7 +71,7 @@ def newest_event(core: Coalescer, bytes_max: int, looked_at: int = 100) -> Newes
 
 def trunks(core: Coalescer, at_most: int, looked_at: int = 10_000) -> list[TrunkReport]:
     """Return the trunks with the most watches, `at_most` of them, out of the first `looked_at`."""
-    opened = islice(core._hub.trunks_open.values(), looked_at)
+    opened = islice(core._state.trunks.values(), looked_at)
     return [_trunk(trunk) for trunk in nlargest(at_most, opened, key=lambda trunk: len(trunk.watches))]
 
 
@@ -96,8 +92,8 @@ def _trunk(trunk: Trunk) -> TrunkReport:
 
 def slowest(core: Coalescer, now: float, at_most: int) -> list[SessionReport]:
     """Return the sessions that have been behind longest, at most `at_most` of them, the longest first."""
-    hub = core._hub
-    return [_session(session, now) for session in islice(hub.lagging_sessions, at_most)]
+    state = core._state
+    return [_session(session, now) for session in islice(state.lagging_sessions, at_most)]
 
 
 def _session(session: Session, now: float) -> SessionReport:
@@ -124,8 +120,8 @@ def lag(core: Coalescer, now: float, looked_at: int = 1000) -> tuple[float, int]
 
     The revisions are those of the `looked_at` sessions that have been behind longest. (0, 0): no session is behind.
     """
-    hub: CoreState = core._hub
-    sessions = list(islice(hub.lagging_sessions, looked_at))
+    state = core._state
+    sessions = list(islice(state.lagging_sessions, looked_at))
     if not sessions:
         return 0.0, 0
     since = sessions[0].lagging_since

@@ -15,103 +15,35 @@ When a compaction ends its upstream watch, a trunk reopens at the compact revisi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
 
-from coalesce.session import PendingCreate, Session, Watch
-from coalesce.source import Source
+from coalesce.model import PendingCreate, Trunk
+from coalesce.placement import Placement
+from coalesce.state import CoreState
 from proto.scan import Header
 
 # A header received within the last so many seconds is recent enough to choose where a trunk starts.
 _NEWS_S = 0.25
 
-if TYPE_CHECKING:
-    from coalesce.backfill import Backfill
-    from coalesce.hub import CoreState
-    from coalesce.notifying import Notices
-
-
-class Trunk(Source):
-    """The upstream watch of a range, its history and all watches of that range."""
-
-    __slots__ = (
-        "backfills",
-        "joining",
-        "noticed_at",
-        "noticed_events",
-        "notices",
-        "opening",
-        "parked_at",
-        "prev_kv_from",
-        "prev_kv_watches",
-        "timer_at",
-        "upgrade",
-    )
-
-    def __init__(self, hub: CoreState, key: bytes, range_end: bytes, start_revision: int | None, prev_kv: bool) -> None:
-        super().__init__(hub, key, range_end, start_revision or 0, prev_kv)
-        # Creates that hold it open until they join.
-        self.joining: dict[PendingCreate, None] = {}
-        # How many of its watches want prev_kv.
-        self.prev_kv_watches = 0
-        self.backfills: list[Backfill] = []
-        # It waits for `created`; until then its position may be unknown.
-        self.opening = True
-        # The revision from which on the history has prev_kv; None = it has none.
-        self.prev_kv_from: int | None = (start_revision or 0) if prev_kv else None
-        # The second upstream watch, with prev_kv, that will replace the first one.
-        self.upgrade: Backfill | None = None
-        # Its watches that asked for progress_notify; None = there are none.
-        self.notices: Notices | None = None
-        # When etcd last notified it, and how many events it had received by then.
-        self.noticed_at = -1.0
-        self.noticed_events = 0
-        # When its linger ends; None = it is in use.
-        self.timer_at: float | None = None
-        # When it was last parked.
-        self.parked_at = 0.0
-        self.open(start_revision, prev_kv, False)
-
-    def serves(self, watch: Watch) -> bool:
-        """Whether it can bring this watch the revisions it needs next, with prev_kv if the watch wants that."""
-        position = watch.next_revision
-        if watch.wants_prev_kv and (self.prev_kv_from is None or position < self.prev_kv_from):
-            return False
-        return position >= self.history.floor
-
-    def sessions(self) -> Iterator[Session]:
-        """Walk the sessions with watches of the range, or with creates that wait for it."""
-        for watch in self.watches:
-            yield watch.session
-        for create in self.joining:
-            yield create.session
-
-    def start_over(self, next_revision: int) -> None:
-        """Drop the history and continue at `next_revision`. The watches must be unplaced."""
-        self.fanout.next_revision = next_revision
-        self.history.drop(next_revision)
-        if self.prev_kv_from is not None:
-            self.prev_kv_from = next_revision
-
 
 class Trunks:
     """Opens, lingers, parks and closes trunks."""
 
-    __slots__ = ("_hub",)
+    __slots__ = ("_placement", "_state")
 
-    def __init__(self, hub: CoreState) -> None:
-        self._hub = hub
+    def __init__(self, state: CoreState, placement: Placement) -> None:
+        self._state = state
+        self._placement = placement
 
     def hold(self, create: PendingCreate) -> bool:
         """Assign a create its trunk, opened if necessary. False: this needs a read of "now" first."""
         if create.trunk is not None:
             return True
-        hub = self._hub
+        state = self._state
         span = create.key, create.range_end
         start = create.request.start_revision
-        trunk = hub.trunks_open.get(span)
-        if trunk is None and span in hub.parked:
+        trunk = state.trunks.get(span)
+        if trunk is None and span in state.parked:
             newest = self._newest(create)
             if start is not None and (newest is None or (create.header is None and start > newest)):
                 return False
@@ -123,13 +55,14 @@ class Trunks:
                     # The trunk would start at newest + 1; if that is outdated, it is in the past, maybe compacted.
                     return False
                 # A trunk does not start in the future: other watches may want the revisions before.
-                start = min(start, newest + 1) if newest - start <= hub.limits.trunk_catch_up_revisions else None
-            trunk = Trunk(hub, create.key, create.range_end, start, create.request.prev_kv)
-            hub.trunks_open[span] = trunk
-            hub.stats.trunks += 1
+                start = min(start, newest + 1) if newest - start <= state.limits.trunk_catch_up_revisions else None
+            trunk = Trunk(*span, state.new_history(start or 0, create.request.prev_kv), state.now)
+            state.trunks[span] = trunk
+            state.stats.trunks += 1
+            state.open_upstream(trunk, start, create.request.prev_kv, False)
         create.trunk = trunk
         trunk.joining[create] = None
-        hub.lingers.stop(trunk)
+        state.lingers.stop(trunk)
         return True
 
     def _newest(self, create: PendingCreate) -> int | None:
@@ -137,11 +70,11 @@ class Trunks:
 
         It is never used as "now".
         """
-        hub = self._hub
+        state = self._state
         if create.header is not None:
             return create.header.revision
-        if hub.header is not None and hub.header_at + _NEWS_S > hub.now:
-            return hub.header.revision
+        if state.header is not None and state.header_at + _NEWS_S > state.now:
+            return state.header.revision
         return None
 
     def release(self, create: PendingCreate) -> None:
@@ -153,9 +86,9 @@ class Trunks:
 
     def unused(self, trunk: Trunk) -> None:
         """Start the linger of a trunk that is not needed any more."""
-        hub = self._hub
-        if not trunk.watches and not trunk.joining and (trunk.key, trunk.range_end) in hub.trunks_open:
-            hub.lingers.start(trunk, hub.now + hub.limits.linger_s)
+        state = self._state
+        if not trunk.is_used and (trunk.key, trunk.range_end) in state.trunks:
+            state.lingers.start(trunk, state.now + state.limits.linger_s)
 
     def created(self, trunk: Trunk, header: Header) -> None:
         """Etcd has registered the trunk: waiting creates may join."""
@@ -164,20 +97,19 @@ class Trunks:
         trunk.refused_tokens.clear()
         if trunk.upstream.start_revision is None:
             trunk.start_over(header.revision + 1)
-        trunk.proven_at = self._hub.now
-        for create in list(trunk.joining):
-            self._hub.joining.advance(create.session)
+        trunk.proven_at = self._state.now
+        self._state.to_advance.update((create.session, None) for create in trunk.joining)
 
     def reopen(self, trunk: Trunk, next_revision: int) -> None:
         """Reopen a trunk, from the revision it needs next, after etcd has ended its upstream watch."""
         prev_kv = trunk.prev_kv_from is not None
         if trunk.opening and trunk.upstream.start_revision is None:
-            trunk.open(None, prev_kv, False)
+            self._state.open_upstream(trunk, None, prev_kv, False)
             return
         trunk.opening = True
         if next_revision > trunk.next_revision:
             trunk.start_over(next_revision)
-        trunk.open(next_revision, prev_kv, False)
+        self._state.open_upstream(trunk, next_revision, prev_kv, False)
 
     def _resume(self, create: PendingCreate, newest: int) -> Trunk | None:
         """Reopen the upstream watch of a parked trunk, or drop the trunk and return None.
@@ -186,54 +118,54 @@ class Trunks:
         the history serves, by what a backfill would have to bring instead. A watch from now, or from the future, must
         not wait at all: a compaction meanwhile would cancel it, though it has missed nothing.
         """
-        hub, request = self._hub, create.request
-        trunk = hub.parked.pop((create.key, create.range_end))
-        hub.stats.parked -= 1
+        state, request = self._state, create.request
+        trunk = state.parked.pop((create.key, create.range_end))
+        state.stats.parked -= 1
         position, start = trunk.next_revision, request.start_revision
         served = start is not None and trunk.history.floor <= start <= position
-        furthest = hub.limits.backfill_share_revisions if served else hub.limits.trunk_catch_up_revisions
-        if start is None or start > newest or position < hub.compact_revision or newest - position > furthest:
+        furthest = state.limits.backfill_share_revisions if served else state.limits.trunk_catch_up_revisions
+        if start is None or start > newest or position < state.compact_revision or newest - position > furthest:
             self._drop(trunk)
             return None
         if request.prev_kv and trunk.prev_kv_from is None:
             trunk.prev_kv_from = position
             trunk.history.has_prev_kv = True
         trunk.opening = True
-        trunk.open(position, trunk.prev_kv_from is not None, False)
-        hub.trunks_open[trunk.key, trunk.range_end] = trunk
-        hub.stats.trunks += 1
-        hub.stats.resumed += 1
+        state.open_upstream(trunk, position, trunk.prev_kv_from is not None, False)
+        state.trunks[trunk.key, trunk.range_end] = trunk
+        state.stats.trunks += 1
+        state.stats.resumed += 1
         return trunk
 
     def _park(self, trunk: Trunk) -> None:
         """Close a trunk, and keep its history if there is one and the limits allow it."""
-        hub = self._hub
-        limits = hub.limits
+        state = self._state
+        limits = state.limits
         if not len(trunk.history) or not limits.history_linger_s or not limits.parked_max:
             self.remove(trunk)
             return
-        while len(hub.parked) >= limits.parked_max:
+        while len(state.parked) >= limits.parked_max:
             self._drop_first("parked_max")
         self._close(trunk, gone=False)
-        trunk.parked_at = trunk.proven_at = hub.now
+        trunk.parked_at = trunk.proven_at = state.now
         trunk.refused_tokens.clear()
         # The interval between notifications is not measured across the time while it is parked.
         trunk.noticed_at, trunk.noticed_events = -1.0, trunk.events
-        hub.parked[trunk.key, trunk.range_end] = trunk
-        hub.stats.parked += 1
+        state.parked[trunk.key, trunk.range_end] = trunk
+        state.stats.parked += 1
 
     def drop_parked(self) -> None:
         """Drop all parked trunks: their histories may be wrong."""
-        while self._hub.parked:
+        while self._state.parked:
             self._drop_first(None)
 
     def _drop_first(self, limit: str | None) -> None:
         """Drop the trunk that has been parked longest; `limit` is the one that was reached, if any."""
-        hub = self._hub
-        trunk = hub.parked.pop(next(iter(hub.parked)))
-        hub.stats.parked -= 1
+        state = self._state
+        trunk = state.parked.pop(next(iter(state.parked)))
+        state.stats.parked -= 1
         if limit is not None:
-            hub.stats.evicted_at[limit] += len(trunk.history)
+            state.stats.evicted_at[limit] += len(trunk.history)
         self._drop(trunk)
 
     def _drop(self, trunk: Trunk) -> None:
@@ -245,30 +177,29 @@ class Trunks:
         self._drop(trunk)
 
     def _close(self, trunk: Trunk, *, gone: bool) -> None:
-        hub = self._hub
-        assert not trunk.watches, "a closed trunk has no watches"
-        assert not trunk.joining, "a closed trunk has no creates"
-        hub.lingers.stop(trunk)
+        state = self._state
+        assert not trunk.is_used, "a closed trunk has neither watches nor creates"
+        state.lingers.stop(trunk)
         if trunk.upgrade is not None:
-            hub.backfills.close(trunk.upgrade)
-        del hub.trunks_open[trunk.key, trunk.range_end]
-        hub.stats.trunks -= 1
-        hub.close_upstream(trunk.upstream, gone=gone)
+            self._placement.close(trunk.upgrade)
+        del state.trunks[trunk.key, trunk.range_end]
+        state.stats.trunks -= 1
+        state.close_upstream(trunk.upstream, gone=gone)
         trunk.upstream.leave(trunk)
-        hub.runs.end(trunk)
+        state.end_run(trunk)
 
     def expire(self) -> None:
         """Park the trunks whose linger has ended, and drop those that were parked for history_linger_s."""
-        hub = self._hub
-        left = hub.limits.step_watches_max
-        for trunk in islice(hub.lingers.due(hub.now), left):
+        state = self._state
+        left = state.limits.step_watches_max
+        for trunk in islice(state.lingers.due(state.now), left):
             self._park(trunk)
             left -= 1
-        while left > 0 and (at := self.next_deadline()) is not None and at <= hub.now:
+        while left > 0 and (at := self.next_deadline()) is not None and at <= state.now:
             self._drop_first("history_linger_s")
             left -= 1
 
     def next_deadline(self) -> float | None:
         """Return when the first parked trunk is to be dropped."""
-        parked = self._hub.parked
-        return next(iter(parked.values())).parked_at + self._hub.limits.history_linger_s if parked else None
+        parked = self._state.parked
+        return next(iter(parked.values())).parked_at + self._state.limits.history_linger_s if parked else None

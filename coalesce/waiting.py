@@ -9,15 +9,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from coalesce.inputs import NO_WATCH_ID
-from coalesce.session import Place, Session, Watch
-
-if TYPE_CHECKING:
-    from coalesce.hub import CoreState
-    from coalesce.source import Source
-    from coalesce.trunk import Trunk
+from coalesce.model import Blocker, Notices, Session, Trunk, Watch
+from coalesce.state import CoreState
 
 _TARGETS_MAX = 64
 
@@ -59,36 +54,19 @@ class FreshnessTargets:
         self._revisions.clear()
 
 
-class Blocker:
-    """A watch that blocks the answer to its session: its trunk must first be proven through `revision`."""
-
-    __slots__ = ("revision", "trunk", "watch")
-
-    def __init__(self, watch: Watch, revision: int) -> None:
-        self.watch = watch
-        self.trunk: Trunk = watch.trunk
-        self.revision = revision
-
-    @property
-    def holds(self) -> bool:
-        """Whether it still blocks the session."""
-        watch = self.watch
-        if watch.place is Place.ENDED:
-            return False
-        return not _in_step(watch) or self.trunk.next_revision <= self.revision
-
-
 class ProgressWaiters:
-    """The sessions with progress_needs."""
+    """The sessions with progress_needs, and the rounds of progress_notify that wait for progress."""
 
-    __slots__ = ("_hub", "_under", "sessions", "targets")
+    __slots__ = ("_state", "_under", "rounds", "sessions", "targets")
 
-    def __init__(self, hub: CoreState) -> None:
-        self._hub = hub
+    def __init__(self, state: CoreState) -> None:
+        self._state = state
         self.sessions: dict[Session, None] = {}
+        # Notices whose round waits for progress.
+        self.rounds: dict[Notices, None] = {}
         self.targets = FreshnessTargets()
         # Blocked sessions by trunk. A trunk may be closed already, until its sessions are checked again.
-        self._under: dict[Source, dict[Session, None]] = {}
+        self._under: dict[Trunk, dict[Session, None]] = {}
 
     def add(self, session: Session, needs: int) -> None:
         """Add a request of a session: an answer to upstream request `needs` is fresh enough. All but two are merged."""
@@ -129,10 +107,10 @@ class ProgressWaiters:
         for session in self.sessions:
             session.progress_blocker = None
 
-    def moved(self, sources: Iterable[Source]) -> None:
-        """Answer the sessions that can be answered now that these sources have advanced."""
-        for source in sources:
-            for session in tuple(self._under.get(source, ())):
+    def moved(self, trunks: Iterable[Trunk]) -> None:
+        """Answer the sessions that can be answered now that these trunks have advanced."""
+        for trunk in trunks:
+            for session in tuple(self._under.get(trunk, ())):
                 self._answer(session)
 
     def _answer(self, session: Session) -> None:
@@ -151,9 +129,9 @@ class ProgressWaiters:
         session.progress_needs = tuple(needs for needs in session.progress_needs if not self.is_fresh(revision, needs))
         if not session.progress_needs:
             self.sessions.pop(session, None)
-        hub = self._hub
-        hub.stats.progress_answers += 1
-        hub.answer(session, NO_WATCH_ID, hub.header_now(revision))
+        state = self._state
+        state.stats.progress_answers += 1
+        state.answer(session, NO_WATCH_ID, state.header_now(revision))
 
     def _reached(self, session: Session, target: int) -> int | None:
         """Return the progress that may be sent to a session, `target` or more; None if it is blocked."""
@@ -163,15 +141,15 @@ class ProgressWaiters:
         # In reverse: upstream watches are asked in order, so the last one's answer tends to arrive last.
         for watch in reversed(session.watches.values()):
             trunk = watch.trunk
-            if not _in_step(watch) or trunk.next_revision <= known:
-                self._block(session, Blocker(watch, known))
+            if not watch.follows_trunk or trunk.next_revision <= known:
+                self._block(session, Blocker(watch, trunk, known))
                 return None
             if revision is None or trunk.next_revision <= revision:
                 revision, least = trunk.next_revision - 1, watch
             known = max(known, watch.progress_floor, watch.last_sent_revision)
         if revision is None or revision < known:
             if least is not None:
-                self._block(session, Blocker(least, known))
+                self._block(session, Blocker(least, least.trunk, known))
             return None
         return revision
 
@@ -186,8 +164,3 @@ class ProgressWaiters:
             del under[session]
             if not under:
                 del self._under[blocker.trunk]
-
-
-def _in_step(watch: Watch) -> bool:
-    """Whether a watch was sent everything that its trunk has."""
-    return watch.place is Place.IN_STEP and watch.source is watch.trunk

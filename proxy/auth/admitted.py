@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from coalesce.session import Session
+    from coalesce.model import Session
     from proxy.auth.model import PermissionCheck, Range
 
 RANGES_MAX: Final = 10_000

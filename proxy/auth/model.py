@@ -16,7 +16,7 @@ from proxy.auth.restore import AuthScope, ReadBaseline
 from upstream.errors import status_name
 
 if TYPE_CHECKING:
-    from coalesce.session import PendingCreate, Session
+    from coalesce.model import PendingCreate, Session
 
 Range = tuple[bytes, bytes]
 """Key and range_end."""

@@ -43,8 +43,7 @@ from proxy.auth.restore import AuthorizedRange, AuthScope, RestoreDetector
 from upstream.attempts import is_about_request, is_too_large
 
 if TYPE_CHECKING:
-    from coalesce.joining import PendingRead
-    from coalesce.session import Session
+    from coalesce.model import PendingRead, Session
 
 __all__ = (
     "NO_RIGHT",

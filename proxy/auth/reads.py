@@ -21,8 +21,7 @@ from typing import Protocol
 from google.protobuf.message import DecodeError
 
 from coalesce.inputs import CreateRefusal
-from coalesce.session import Session
-from coalesce.source import Upstream
+from coalesce.model import Session, Upstream
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proto.scan import Header

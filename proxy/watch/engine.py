@@ -35,8 +35,7 @@ from coalesce.effects import (
 )
 from coalesce.inputs import CreateRefusal, CreateRequest, Identity, UpstreamLost
 from coalesce.limits import CoreLimits
-from coalesce.session import Session, Watch
-from coalesce.source import Upstream
+from coalesce.model import Session, Upstream, Watch
 from proto.framing import Status
 from proto.scan import Header, WatchResponse
 from proxy import logs

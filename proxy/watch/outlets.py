@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
-from coalesce.session import Watch
+from coalesce.model import Watch
 from proto.http2 import Stream, StreamBatch
 from proto.scan import encode_watch_id
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 from google.protobuf.message import DecodeError
 
 from coalesce.inputs import CreateRequest, Identity
-from coalesce.session import Session
+from coalesce.model import Session
 from proto.filters import LONG_BYTES, meaning_of, shortened
 from proto.framing import PREFIX_BYTES, FramingError, Status
 from proto.http2 import Stream

@@ -14,7 +14,7 @@ REVISION = 100
 def ask(shell: Shell, client: Client, key: bytes) -> None:
     """Let the client create a watch at a compacted revision, and etcd register its range."""
     client.create(key, start=REVISION - 2)
-    while shell.core._hub.joining.current is not None:
+    while shell.core._reads.current is not None:
         shell.read_now(REVISION)
     shell.created(shell.opened[-1], REVISION)
 

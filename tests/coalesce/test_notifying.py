@@ -7,8 +7,8 @@ import itertools
 import pytest
 
 from coalesce import CoreLimits
+from coalesce.model import Upstream
 from coalesce.notifying import PACE_S_MIN, UNKNOWN_PACE_S, WATCHES_PER_STEP, Pace
-from coalesce.source import Upstream
 from tests.coalesce.shell import Shell, put
 
 # Etcd's interval in these tests: kubeadm's.
@@ -276,10 +276,10 @@ def test_a_new_connection_resets_the_pace() -> None:
     # The time in between is a break, not an interval.
     shell.bookmark(trunk, 5)
     for _ in range(2):
-        assert not shell.core._hub.notifying.pace.is_known
+        assert not shell.core._notifying.pace.is_known
         shell.wait(2)
         shell.bookmark(trunk, 5)
-    assert shell.core._hub.notifying.pace.seconds == 2
+    assert shell.core._notifying.pace.seconds == 2
 
 
 def test_on_an_old_server_a_notification_answers_a_request() -> None:

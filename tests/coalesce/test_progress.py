@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from coalesce import CoreLimits, Session
-from coalesce.progress import STREAMS_PER_REQUEST_MAX
+from coalesce.progress_requests import STREAMS_PER_REQUEST_MAX
 from coalesce.waiting import FreshnessTargets, ProgressWaiters
 from tests.coalesce.shell import Shell, put
 

@@ -11,18 +11,18 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a source moves one revision too little",
         "fanout",
-        "self.next_revision = batch.last_revision + 1",
-        "self.next_revision = batch.last_revision",
+        "source.next_revision = batch.last_revision + 1",
+        "source.next_revision = batch.last_revision",
     ),
-    Mutant("what is old is delivered again", "source", "else batch.since(fanout.next_revision)", "else batch"),
+    Mutant("what is old is delivered again", "fanout", "part = batch.since(source.next_revision)", "part = batch"),
     Mutant(
         "an event's header counts as progress", "core", "elif not response.created and not response.events:", "else:"
     ),
     Mutant(
         "a future watch gets the batch before its start",
         "fanout",
-        "self._meet(batch.first_revision)",
-        "self._meet(batch.last_revision)",
+        "self._meet(source, first_revision)",
+        "self._meet(source, batch.last_revision)",
     ),
     # Histories and replays.
     Mutant(
@@ -57,7 +57,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a watch below the floor is served",
-        "trunk",
+        "model",
         "return position >= self.history.floor",
         "return position >= self.history.floor - 1",
     ),
@@ -77,7 +77,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a read in flight serves later creates",
-        "joining",
+        "revision_reads",
         "self.later.waiting[create] = None",
         "self.current.waiting[create] = None",
     ),
@@ -89,7 +89,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "an id is free while its watch waits to be cancelled",
-        "session",
+        "model",
         "while self.id_taken(self.next_id):",
         "while self.next_id in self.watches:",
     ),
@@ -114,7 +114,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant("the last fragment is no last one", "batch", "fragment=place < last", "fragment=place <= last"),
     Mutant(
-        "prev_kv is promised from the beginning", "backfill", "prev_kv_from = trunk.next_revision", "prev_kv_from = 0"
+        "prev_kv is promised from the beginning", "placement", "prev_kv_from = trunk.next_revision", "prev_kv_from = 0"
     ),
     # Compaction and cancels.
     Mutant(
@@ -129,20 +129,20 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "progress for who is behind",
         "waiting",
-        "if not _in_step(watch) or trunk.next_revision <= known:",
+        "if not watch.follows_trunk or trunk.next_revision <= known:",
         "if watch.place is Place.ENDED:",
     ),
     Mutant(
         "progress is asked for once only",
-        "progress",
-        "self._pause_s = min(self._pause_s * 2, self._hub.limits.progress_retry_s_max)",
+        "progress_requests",
+        "self._pause_s = min(self._pause_s * 2, state.limits.progress_retry_s_max)",
         "self._pause_s = 1e9",
     ),
     Mutant(
         "a late answer is one to the newest request",
         "progress",
-        "self.waiting.learn(number, header.revision)",
-        "self.waiting.learn(hub.progress_serial, header.revision)",
+        "self._waiters.learn(number, header.revision)",
+        "self._waiters.learn(self._state.progress_serial, header.revision)",
     ),
     Mutant(
         "a notification of etcd is kept back", "notifying", "if trunk.notices is not None and not trunk.opening", "if 0"
@@ -152,25 +152,29 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a kept history goes on too late",
         "trunk",
-        "trunk.open(position, trunk.prev_kv_from is not None, False)",
-        "trunk.open(position + 1, trunk.prev_kv_from is not None, False)",
+        "state.open_upstream(trunk, position, trunk.prev_kv_from is not None, False)",
+        "state.open_upstream(trunk, position + 1, trunk.prev_kv_from is not None, False)",
     ),
-    Mutant("the end of a run wakes nobody", "runs", "self._hub.replays.want(session)", "pass"),
+    Mutant("the end of a run wakes nobody", "state", "for session in run.sessions: self.want_replay(session)", "pass"),
     Mutant(
         "a stream that owes an answer is never asked again",
-        "progress",
+        "progress_requests",
         "if upstream.asked_at is not None and upstream.asked_at + self._retry_s > self._now:",
         "if upstream.asked_at is not None:",
     ),
     # Leaks.
-    Mutant("a backfill stays open", "backfill", "if not source.watches and not source.upstream.closed", "if False"),
-    Mutant("a trunk lingers for ever", "trunk", "hub.lingers.start(trunk, hub.now + hub.limits.linger_s)", "pass"),
+    Mutant("a backfill stays open", "placement", "if not source.watches and not source.upstream.closed", "if False"),
+    Mutant(
+        "a trunk lingers for ever", "trunk", "state.lingers.start(trunk, state.now + state.limits.linger_s)", "pass"
+    ),
     # Waiting, and its causes.
-    Mutant("a stall is not heard", "core", "self._hub.replays.stalled(session)", "pass"),
+    Mutant("a stall is not heard", "core", "self._replayer.stalled(session)", "pass"),
     Mutant(
         "a watch joins a trunk that is not there", "joining", "trunk is None or trunk.opening or ", "trunk is None or "
     ),
-    Mutant("one read serves for ever", "joining", "self.current, self.later = self.later, None", "self.later = None"),
+    Mutant(
+        "one read serves for ever", "revision_reads", "self.current, self.later = self.later, None", "self.later = None"
+    ),
     Mutant(
         "nobody is too far behind",
         "ending",

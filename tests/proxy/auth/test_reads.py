@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from coalesce.inputs import CreateRefusal, Granted, Identity
-from coalesce.session import Session
+from coalesce.model import Session
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proto.scan import Header

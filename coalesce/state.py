@@ -1,33 +1,19 @@
-"""CoreState, shared by all parts of the core: settings, time, the effects of the current input, and what exists.
+"""The shared state of the core: settings, time, the effects of the current input, what exists, and what is to be done.
 
-Each part (joining, trunks, backfills, replays, runs, progress, notifying, endings) owns one concern and reaches the
-others through this object.
+The parts of the core (see `core`) call only the parts below them. What a part causes above it is an entry in one of the
+sets here (`to_advance`, `to_replay`), which the Coalescer passes to the part concerned at the end of each input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
 from coalesce.batch import framed
 from coalesce.effects import CloseUpstream, Effect, EndSession, OpenUpstream, Send
-from coalesce.history import HistoryBudget
+from coalesce.history import History, HistoryBudget
 from coalesce.limits import CoreLimits
-from coalesce.session import Place, Session, Watch
+from coalesce.model import Backfill, FragmentRun, Notices, Session, Source, Trunk, Upstream, Watch
 from coalesce.stats import Stats
 from coalesce.timers import Timers
 from proto.scan import Header, encode_response
-
-if TYPE_CHECKING:
-    from coalesce.backfill import Backfill, Backfills
-    from coalesce.ending import Cancellation
-    from coalesce.joining import Admission
-    from coalesce.notifying import Notices, Notifying
-    from coalesce.progress import Progress
-    from coalesce.replay import Replayer
-    from coalesce.runs import Runs
-    from coalesce.source import Upstream
-    from coalesce.trunk import Trunk, Trunks
 
 
 class CoreState:
@@ -37,41 +23,30 @@ class CoreState:
         "backfills",
         "compact_revision",
         "effects",
-        "endings",
         "header",
         "header_at",
-        "joining",
         "lagging_sessions",
         "leaving",
         "ledger",
         "limits",
         "lingers",
         "notices",
-        "notifying",
         "now",
         "ordered_progress",
         "parked",
-        "progress",
         "progress_serial",
         "queued",
-        "replays",
         "runs",
         "sessions",
         "stats",
+        "to_advance",
+        "to_advance_later",
+        "to_ask",
+        "to_replay",
+        "to_replay_later",
         "trunks",
-        "trunks_open",
         "upstreams",
     )
-
-    # The parts; set by the Coalescer.
-    backfills: Backfills
-    endings: Cancellation
-    joining: Admission
-    notifying: Notifying
-    progress: Progress
-    replays: Replayer
-    runs: Runs
-    trunks: Trunks
 
     def __init__(self, limits: CoreLimits, ordered_progress: bool) -> None:
         self.limits = limits
@@ -89,27 +64,44 @@ class CoreState:
         self.header_at = float("-inf")
         # The highest revision at which a compaction ended an upstream watch; it applies to every range.
         self.compact_revision = 0
-        # Progress requests made so far (see progress).
+        # Progress requests made so far (see progress_requests).
         self.progress_serial = 0
         self.sessions: dict[Session, None] = {}
         # Ended sessions whose watches are not all removed yet.
         self.leaving: dict[Session, None] = {}
-        self.trunks_open: dict[tuple[bytes, bytes], Trunk] = {}
+        self.trunks: dict[tuple[bytes, bytes], Trunk] = {}
         # Trunks without an upstream watch, whose histories are kept; ordered by when they were parked, oldest first.
         self.parked: dict[tuple[bytes, bytes], Trunk] = {}
+        # All backfills, upgrades included.
+        self.backfills: dict[Backfill, None] = {}
+        # All upstream watches that are open at etcd.
+        self.upstreams: dict[Upstream, None] = {}
+        # Sources whose run is incomplete.
+        self.runs: dict[Source, FragmentRun] = {}
         # Sessions with lagging watches, those that have lagged longest first.
         self.lagging_sessions: dict[Session, None] = {}
         # Watches queued for a backfill.
         self.queued: dict[Watch, None] = {}
-        # All upstream watches that are open at etcd.
-        self.upstreams: dict[Upstream, None] = {}
         # Trunks without watches.
         self.lingers: Timers[Trunk] = Timers()
         # Trunks with watches that asked for progress_notify.
         self.notices: Timers[Notices] = Timers()
+        # Sessions whose requests may be decided: at the end of this input, and at the next timer.
+        self.to_advance: dict[Session, None] = {}
+        self.to_advance_later: dict[Session, None] = {}
+        # Sessions to be replayed, in turn: at the end of this input, and at the next timer.
+        self.to_replay: dict[Session, None] = {}
+        self.to_replay_later: dict[Session, None] = {}
+        # Upstream watches to be asked for progress, besides those of sessions that wait.
+        self.to_ask: dict[Upstream, None] = {}
 
-    def open_upstream(self, upstream: Upstream) -> None:
-        """Open an upstream watch."""
+    def new_history(self, floor: int, has_prev_kv: bool) -> History:
+        """Return an empty history that begins at `floor`."""
+        return History(self.ledger, floor, has_prev_kv)
+
+    def open_upstream(self, source: Source, start_revision: int | None, prev_kv: bool, is_backfill: bool) -> None:
+        """Open an upstream watch for a source."""
+        source.upstream = upstream = Upstream(source, start_revision, prev_kv, is_backfill)
         self.upstreams[upstream] = None
         self.stats.upstreams_opened += 1
         self.effects.append(OpenUpstream(upstream))
@@ -118,9 +110,22 @@ class CoreState:
         """Close an upstream watch; `gone`: etcd has ended it already, so no effect is needed."""
         upstream.closed = True
         self.upstreams.pop(upstream, None)
-        self.progress.closed(upstream)
+        self.to_ask.pop(upstream, None)
         if not gone:
             self.effects.append(CloseUpstream(upstream))
+
+    def want_replay(self, session: Session) -> None:
+        """Replay a session's lagging watches when this input ends."""
+        if session.lagging and not session.stalled and not session.ended:
+            self.to_replay[session] = None
+
+    def end_run(self, source: Source) -> None:
+        """End the run of a source, if there is one: replay the sessions that waited."""
+        run, source.run = source.run, None
+        if run is not None:
+            del self.runs[source]
+            for session in run.sessions:
+                self.want_replay(session)
 
     def observe_header(self, header: Header) -> None:
         """Remember the newest header."""
@@ -158,62 +163,3 @@ class CoreState:
     def end_session(self, session: Session, status: int, text: str) -> None:
         """End a session's stream."""
         self.effects.append(EndSession(session, status, text))
-
-    # places
-
-    def mark_lagging(self, watch: Watch) -> None:
-        """Place an unplaced watch as lagging: in its session's turn it is replayed, or gets a new source."""
-        session = watch.session
-        watch.place = Place.LAGGING
-        session.lagging[watch] = None
-        self.stats.lagging += 1
-        if session.lagging_since is None:
-            session.lagging_since = self.now
-            self.lagging_sessions[session] = None
-
-    def unplace(self, watch: Watch) -> None:
-        """Remove a watch from its current place and record its position. The caller must place it again at once."""
-        place = watch.place
-        if place is Place.LAGGING:
-            session = watch.session
-            del session.lagging[watch]
-            self.stats.lagging -= 1
-            if not session.lagging:
-                session.lagging_since = None
-                del self.lagging_sessions[session]
-        elif place is Place.QUEUED:
-            del self.queued[watch]
-            self.stats.queued -= 1
-        elif watch.source is not None:
-            watch.source.fanout.remove(watch)
-
-    def attach(self, watch: Watch, backfill: Backfill | None) -> None:
-        """Set the source of an unplaced watch: a backfill, or (None) its trunk."""
-        self.detach(watch)
-        watch.source = backfill if backfill is not None else watch.trunk
-        if backfill is not None:
-            backfill.watches[watch] = None
-
-    def detach(self, watch: Watch) -> None:
-        """Remove an unplaced watch from its source."""
-        source = watch.source
-        watch.source = None
-        if source is not None and source is not watch.trunk:
-            self.backfills.on_watch_left(source, watch)
-
-    def place(self, watches: Iterable[Watch]) -> None:
-        """Place unplaced watches: in step, ahead, lagging, or on a backfill."""
-        for watch in watches:
-            trunk = watch.trunk
-            if trunk.serves(watch):
-                self.attach(watch, None)
-                if watch.session.stalled or watch.position < trunk.next_revision:
-                    self.mark_lagging(watch)
-                    self.replays.want(watch.session)
-                else:
-                    trunk.fanout.add(watch)
-            elif watch.session.stalled:
-                self.detach(watch)
-                self.mark_lagging(watch)
-            else:
-                self.backfills.house(watch)

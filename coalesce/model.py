@@ -1,0 +1,595 @@
+"""The model: sessions, their watches and pending requests, and the sources that bring the watches their events.
+
+These classes refer to each other, so they are one module. They hold data and what can be read off it; the parts of the
+core (see `core`) change them.
+
+A session handles its requests strictly in order, as etcd's receive loop does, because clients match `created` to
+their creates by order. So each request joins the session's queue; only its head is decided. The needs of a create (a
+permission, a read of "now", a trunk) are requested from etcd as soon as it arrives, so that queued creates wait for
+etcd concurrently.
+
+Watch ids belong to one session: 0 in a request means automatic, a counter that never decreases and skips ids in use. An
+id whose watch was cancelled by compaction stays taken until the client cancels it (etcd: mvcc/watcher.go keeps the
+watcher).
+
+There are two kinds of source. A trunk is the one that all watches of a range end up on; a backfill brings some of them
+there. Both pass batches on in the same way, keep a window to replay from, and may have lagging watches; so a session
+that stalls is handled the same way on either.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TypeAlias
+
+from coalesce.batch import FRAGMENT, PREV_KV, variant_of
+from coalesce.history import History
+from coalesce.inputs import CreateRequest, Identity
+from proto.scan import Header
+
+
+class Place(Enum):
+    """Where a watch is; exactly one of these applies."""
+
+    # In a group of its source: needs exactly what the source needs next, and gets each batch as it arrives.
+    IN_STEP = "in step"
+    # In its source's heap: needs nothing before its position, which the source has not reached.
+    AHEAD = "ahead"
+    # In its session's `lagging`: has events to be replayed, or has lost its source and needs another one.
+    LAGGING = "lagging"
+    # Queued for a backfill.
+    QUEUED = "queued"
+    # Cancelled, or its session has ended.
+    ENDED = "ended"
+
+
+class Watch:
+    """One client's watch on a session."""
+
+    __slots__ = (
+        "ahead",
+        "group",
+        "noted_revision",
+        "outlet",
+        "place",
+        "position",
+        "progress_floor",
+        "progress_notify",
+        "sent_revision",
+        "session",
+        "source",
+        "trunk",
+        "variant",
+        "watch_id",
+    )
+
+    def __init__(self, session: Session, request: CreateRequest, watch_id: int, trunk: Trunk, position: int) -> None:
+        self.session = session
+        # The session's outlet, copied for the hot loop.
+        self.outlet = session.outlet
+        self.watch_id = watch_id
+        self.variant = variant_of(request.no_put, request.no_delete, request.prev_kv, request.fragment)
+        self.progress_notify = request.progress_notify
+        # The trunk of its range.
+        self.trunk = trunk
+        self.place = Place.LAGGING
+        # The trunk, or the backfill it comes through; None = it needs one.
+        self.source: Source | None = None
+        # Its group while IN_STEP, else None.
+        self.group: Group | None = None
+        # Its entry in the heap while AHEAD, else None.
+        self.ahead: Ahead | None = None
+        # The first revision still needed, while not IN_STEP.
+        self.position = position
+        # Lower progress would move the client back: the start it asked for, "now", or the progress it was sent since.
+        self.progress_floor = request.start_revision if request.start_revision is not None else position - 1
+        # Revision of the last event sent to it, or a little later; in a group, the group's `sent_revision` counts too.
+        self.sent_revision = position - 1
+        # The first value of `sent_revision`.
+        self.noted_revision = position - 1
+
+    @property
+    def next_revision(self) -> int:
+        """The first revision still needed."""
+        if self.group is not None and self.source is not None:
+            return self.source.next_revision
+        return self.position
+
+    @property
+    def last_sent_revision(self) -> int:
+        """No event above this revision was sent; the last one sent may be lower."""
+        if self.group is not None and self.group.sent_revision > self.sent_revision:
+            return self.group.sent_revision
+        return self.sent_revision
+
+    @property
+    def follows_trunk(self) -> bool:
+        """It is in step with its trunk: it was sent everything that the trunk has."""
+        return self.place is Place.IN_STEP and self.source is self.trunk
+
+    @property
+    def awaits_run(self) -> bool:
+        """While it lags: it is replayed only after the run of its source has ended."""
+        source = self.source
+        return source is not None and source.run is not None and self.variant & FRAGMENT != 0 and source.serves(self)
+
+    @property
+    def wants_prev_kv(self) -> bool:
+        """It asked for prev_kv."""
+        return bool(self.variant & PREV_KV)
+
+    def __repr__(self) -> str:
+        return f"Watch({self.watch_id}, {self.place.value}, next_revision={self.next_revision})"
+
+
+class Group:
+    """The watches of a source that are in step and of one variant."""
+
+    __slots__ = ("_listed", "members", "sent_revision", "variant")
+
+    def __init__(self, variant: int) -> None:
+        self.variant = variant
+        self.members: dict[Watch, None] = {}
+        self._listed: tuple[Watch, ...] | None = ()
+        # Revision of the last event sent to the group.
+        self.sent_revision = 0
+
+    def add(self, watch: Watch) -> None:
+        """Add a watch."""
+        self.members[watch] = None
+        self._listed = None
+
+    def remove(self, watch: Watch) -> None:
+        """Remove a watch."""
+        del self.members[watch]
+        self._listed = None
+
+    def listed(self) -> tuple[Watch, ...]:
+        """Return the watches as a tuple, which is cached until a watch is added or removed."""
+        listed = self._listed
+        if listed is None:
+            listed = self._listed = tuple(self.members)
+        return listed
+
+
+class Ahead:
+    """A watch in the heap of its source; after the watch has left, the entry stays and is skipped."""
+
+    __slots__ = ("order", "position", "watch")
+
+    def __init__(self, position: int, order: int, watch: Watch) -> None:
+        self.position = position
+        # Order of arrival, among equal positions.
+        self.order = order
+        # None = the watch has left.
+        self.watch: Watch | None = watch
+
+    def __lt__(self, other: Ahead) -> bool:
+        return (self.position, self.order) < (other.position, other.order)
+
+
+@dataclass(slots=True, eq=False)
+class Blocker:
+    """A watch that blocks the progress of its session: its trunk must first be proven through `revision`."""
+
+    watch: Watch
+    trunk: Trunk
+    revision: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether it still blocks the session."""
+        watch = self.watch
+        if watch.place is Place.ENDED:
+            return False
+        return not watch.follows_trunk or self.trunk.next_revision <= self.revision
+
+
+REQUEST_BYTES = 512
+"""Memory of a queued request in addition to its keys: objects, and list entries."""
+
+
+class PendingCreate:
+    """A queued create. It is also the `check` of CheckPermission: the shell reads session, key and range_end."""
+
+    __slots__ = ("bytes", "checked", "header", "key", "range_end", "reading", "refusal", "request", "session", "trunk")
+
+    def __init__(self, session: Session, request: CreateRequest) -> None:
+        self.session = session
+        self.request = request
+        # In etcd an empty key means the smallest one (api/v3rpc/watch.go).
+        self.key = request.key or b"\x00"
+        self.range_end = request.range_end
+        # Memory.
+        self.bytes = REQUEST_BYTES + len(request.key) + len(request.range_end)
+        # The permission was granted.
+        self.checked = False
+        # Why it is refused; None = not refused so far. The answer waits for its turn.
+        self.refusal: str | None = None
+        # A read of "now" that began after this request arrived; None = not read.
+        self.header: Header | None = None
+        # Waits for such a read.
+        self.reading = False
+        # The trunk it holds open until it joins.
+        self.trunk: Trunk | None = None
+
+
+@dataclass(slots=True, eq=False)
+class PendingRead:
+    """A read of the store's revision, for the creates that waited when it began."""
+
+    waiting: dict[PendingCreate, None] = field(default_factory=dict)
+
+
+class PendingCancel:
+    """A queued cancel."""
+
+    __slots__ = ("watch_id",)
+
+    bytes = REQUEST_BYTES
+
+    def __init__(self, watch_id: int) -> None:
+        self.watch_id = watch_id
+
+
+class PendingProgress:
+    """A queued progress request."""
+
+    __slots__ = ()
+
+    bytes = REQUEST_BYTES
+
+
+Pending: TypeAlias = PendingCreate | PendingCancel | PendingProgress
+# Usually holds one request. An empty deque takes ten times the memory of a list, so a deque is used only for more than
+# LISTED_MAX requests, where taking the first one from a list would be slow.
+RequestQueue: TypeAlias = list[Pending] | deque[Pending]
+LISTED_MAX = 32
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One client's Watch stream."""
+
+    # The shell's object that Deliver and Send write to.
+    outlet: object
+    identity: Identity
+    watches: dict[int, Watch] = field(default_factory=dict)
+    # Ids that a compaction cancelled and that the client has not cancelled yet.
+    compacted: set[int] | None = None
+    # The next automatic id to try.
+    next_id: int = 0
+    # Requests not decided yet, in order; None = none.
+    queue: RequestQueue | None = None
+    # Memory of the queue.
+    line_bytes: int = 0
+    # The queue reached line_bytes_max: the shell passes in no more requests until TakeRequests.
+    line_full: bool = False
+    # The shell holds unsent bytes of it: nothing is delivered until drained().
+    stalled: bool = False
+    # Watches to be replayed, in the order of their turns.
+    lagging: dict[Watch, None] = field(default_factory=dict)
+    # Since when `lagging` has been non-empty; None = it is empty.
+    lagging_since: float | None = None
+    # Progress requests not answered yet, at most two: for each, the number of the first upstream request whose answer
+    # is fresh enough (see progress).
+    progress_needs: tuple[int, ...] = ()
+    # What blocked the answer at the last attempt; None = no known blocker.
+    progress_blocker: Blocker | None = None
+    # The highest progress answered.
+    progress_revision: int = 0
+    # Closed by the shell, or ended by the core.
+    ended: bool = False
+
+    def id_taken(self, watch_id: int) -> bool:
+        """Whether a watch has this id, or a compaction cancelled that watch and the client has not done so yet."""
+        return watch_id in self.watches or (self.compacted is not None and watch_id in self.compacted)
+
+    def automatic_id(self) -> int:
+        """Take the next automatic id."""
+        while self.id_taken(self.next_id):
+            self.next_id += 1
+        self.next_id += 1
+        return self.next_id - 1
+
+
+class Upstream:
+    """A watch at etcd as the shell sees it. It is never reopened: a source that restarts uses a new one."""
+
+    __slots__ = (
+        "asked",
+        "asked_at",
+        "closed",
+        "created",
+        "fed",
+        "is_backfill",
+        "key",
+        "prev_kv",
+        "range_end",
+        "said_token",
+        "shell",
+        "start_revision",
+    )
+
+    def __init__(self, owner: Source, start_revision: int | None, prev_kv: bool, is_backfill: bool) -> None:
+        # The source it feeds; None after that source has ended.
+        self.fed: Source | None = owner
+        self.key = owner.key
+        self.range_end = owner.range_end
+        # None = now.
+        self.start_revision = start_revision
+        self.prev_kv = prev_kv
+        # It needs a stream of its own, which can be paused.
+        self.is_backfill = is_backfill
+        # Etcd has answered `created`.
+        self.created = False
+        # It is not needed any more; later responses are ignored.
+        self.closed = False
+        # The last value of `token`, () if it was never read: a refusal by etcd applies to this token, even if the
+        # sessions have changed since.
+        self.said_token: tuple[bytes | None, ...] = ()
+        # The number of the newest progress request that asked it; 0 = none.
+        self.asked = 0
+        # When that request was made, while its answer is outstanding.
+        self.asked_at: float | None = None
+        # Free for the shell.
+        self.shell: object = None
+
+    @property
+    def owner(self) -> Source:
+        """The source it feeds; must not be read after that source has ended."""
+        assert self.fed is not None, "its source has ended"
+        return self.fed
+
+    def feed(self, owner: Source) -> None:
+        """Switch to feeding another source."""
+        self.fed = owner
+
+    def leave(self, owner: Source) -> None:
+        """Drop the reference to an ended source, to break the reference cycle."""
+        if self.fed is owner:
+            self.fed = None
+
+    @property
+    def token(self) -> bytes | None:
+        """The token to register with: that of a live watch, or of a create that waits for the source."""
+        token = next(self.tokens(), None)
+        self.said_token = (token,)
+        return token
+
+    def tokens(self) -> Iterator[bytes | None]:
+        """Walk the tokens that etcd has not refused for this range."""
+        owner = self.fed
+        if owner is None:
+            return
+        refused = owner.refused_tokens
+        for session in owner.sessions():
+            token = session.identity.token
+            if token not in refused:
+                yield token
+
+    def __repr__(self) -> str:
+        return f"Upstream({self.key!r}, {self.range_end!r}, start_revision={self.start_revision}, closed={self.closed})"
+
+
+@dataclass(slots=True, eq=False)
+class FragmentRun:
+    """The pieces of one response of etcd that is still incomplete, see `runs`."""
+
+    # When the newest piece arrived, the number of batches so far, and their memory.
+    at: float = 0.0
+    batches: int = 0
+    bytes: int = 0
+    # Sessions with watches that wait for its end.
+    sessions: dict[Session, None] = field(default_factory=dict)
+
+
+class Source:
+    """An upstream watch, the history of its batches, and the watches that follow it: a trunk or a backfill."""
+
+    __slots__ = (
+        "ahead",
+        "ahead_count",
+        "events",
+        "groups",
+        "history",
+        "key",
+        "next_revision",
+        "proof",
+        "proven_at",
+        "range_end",
+        "refused_tokens",
+        "run",
+        "upstream",
+        "watches",
+    )
+
+    def __init__(self, key: bytes, range_end: bytes, history: History, now: float) -> None:
+        self.key = key
+        self.range_end = range_end
+        self.history = history
+        # The first revision that it has neither delivered nor proven empty: what its watches in step need next. The
+        # bookmark is one below.
+        self.next_revision = history.floor
+        # Events received since it opened.
+        self.events = 0
+        # Of a trunk: all watches of the range, in any place. Of a backfill: those that come through it.
+        self.watches: dict[Watch, None] = {}
+        # The watches in step, by variant.
+        self.groups: dict[int, Group] = {}
+        # The watches ahead: a heap; entries of watches that left stay until they reach the top or are too many.
+        self.ahead: list[Ahead] = []
+        self.ahead_count = 0
+        # The response whose further pieces are still to come.
+        self.run: FragmentRun | None = None
+        self.upstream: Upstream
+        # The number of the newest progress request at the time when the bookmark was last proven.
+        self.proof = 0
+        # When the bookmark was last proven.
+        self.proven_at = now
+        # Tokens that etcd has refused for this range.
+        self.refused_tokens: set[bytes | None] = set()
+
+    @property
+    def trunk(self) -> Trunk:
+        """The trunk of its range: itself, or the one that a backfill leads to."""
+        raise NotImplementedError
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether a watch is in step or ahead."""
+        return self.ahead_count > 0 or any(group.members for group in self.groups.values())
+
+    def serves(self, watch: Watch) -> bool:
+        """Whether it can bring this watch the revisions it needs next, from its history or live."""
+        return watch.next_revision >= self.history.floor
+
+    def sessions(self) -> Iterator[Session]:
+        """Walk the sessions that need this source; a session may appear more than once."""
+        raise NotImplementedError
+
+
+class Trunk(Source):
+    """The upstream watch of a range, its history and all watches of that range."""
+
+    __slots__ = (
+        "backfills",
+        "joining",
+        "noticed_at",
+        "noticed_events",
+        "notices",
+        "opening",
+        "parked_at",
+        "prev_kv_from",
+        "prev_kv_watches",
+        "timer_at",
+        "upgrade",
+    )
+
+    def __init__(self, key: bytes, range_end: bytes, history: History, now: float) -> None:
+        super().__init__(key, range_end, history, now)
+        # Creates that hold it open until they join.
+        self.joining: dict[PendingCreate, None] = {}
+        # How many of its watches want prev_kv.
+        self.prev_kv_watches = 0
+        self.backfills: list[Backfill] = []
+        # It waits for `created`; until then its position may be unknown.
+        self.opening = True
+        # The revision from which on the history has prev_kv; None = it has none.
+        self.prev_kv_from: int | None = history.floor if history.has_prev_kv else None
+        # The second upstream watch, with prev_kv, that will replace the first one.
+        self.upgrade: Backfill | None = None
+        # Its watches that asked for progress_notify; None = there are none.
+        self.notices: Notices | None = None
+        # When etcd last notified it, and how many events it had received by then.
+        self.noticed_at = -1.0
+        self.noticed_events = 0
+        # When its linger ends; None = it is in use.
+        self.timer_at: float | None = None
+        # When it was last parked.
+        self.parked_at = 0.0
+
+    @property
+    def trunk(self) -> Trunk:
+        """Itself."""
+        return self
+
+    @property
+    def is_used(self) -> bool:
+        """Whether watches or creates need it."""
+        return bool(self.watches or self.joining)
+
+    def serves(self, watch: Watch) -> bool:
+        """Whether it can bring this watch the revisions it needs next, with prev_kv if the watch wants that."""
+        position = watch.next_revision
+        if watch.wants_prev_kv and (self.prev_kv_from is None or position < self.prev_kv_from):
+            return False
+        return position >= self.history.floor
+
+    def sessions(self) -> Iterator[Session]:
+        """Walk the sessions with watches of the range, or with creates that wait for it."""
+        for watch in self.watches:
+            yield watch.session
+        for create in self.joining:
+            yield create.session
+
+    def start_over(self, next_revision: int) -> None:
+        """Drop the history and continue at `next_revision`. The watches must be unplaced."""
+        self.next_revision = next_revision
+        self.history.drop(next_revision)
+        if self.prev_kv_from is not None:
+            self.prev_kv_from = next_revision
+
+
+class Backfill(Source):
+    """One upstream watch for some lagging watches of a trunk; or its upgrade, see `placement`."""
+
+    __slots__ = ("is_upgrade", "paused", "trunk")
+
+    # The trunk that its watches move to.
+    trunk: Trunk
+
+    def __init__(self, trunk: Trunk, history: History, now: float, *, is_upgrade: bool) -> None:
+        super().__init__(trunk.key, trunk.range_end, history, now)
+        self.trunk = trunk
+        self.is_upgrade = is_upgrade
+        self.paused = False
+
+    def sessions(self) -> Iterator[Session]:
+        """Walk the sessions of its watches."""
+        for watch in self.watches:
+            yield watch.session
+        if self.is_upgrade:
+            yield from self.trunk.sessions()
+
+
+@dataclass(slots=True, eq=False)
+class Notices:
+    """The watches of one trunk that asked for progress_notify, and the state of their last round."""
+
+    trunk: Trunk
+    # When the last round was made, the trunk's event count at that time, and its revision. The initial count is that
+    # at etcd's last notification: etcd skips the trunk if it had events since.
+    round_at: float
+    round_events: int
+    round_revision: int = 0
+    # By variant; none of the inner dicts is empty.
+    watches: dict[int, dict[Watch, None]] = field(default_factory=dict)
+    # The watches added since the last round.
+    new: dict[Watch, None] = field(default_factory=dict)
+    # The progress request whose answer the next round waits for, and since when; 0 = it waits for none.
+    needs: int = 0
+    asked_at: float = 0.0
+    # When to check whether a round is due; None = there are no watches.
+    timer_at: float | None = None
+
+    def add(self, watch: Watch) -> None:
+        """Add a watch."""
+        self.watches.setdefault(watch.variant, {})[watch] = None
+        self.new[watch] = None
+
+    def remove(self, watch: Watch) -> None:
+        """Remove a watch."""
+        alike = self.watches[watch.variant]
+        del alike[watch]
+        if not alike:
+            del self.watches[watch.variant]
+        self.new.pop(watch, None)
+
+    def candidates(self) -> list[Watch]:
+        """Return the watches that may have had no event since the last round.
+
+        An event sent to a group was sent to all of its watches, so only watches added since may still be quiet.
+        """
+        groups = self.trunk.groups
+        found: list[Watch] = []
+        for variant, watches in self.watches.items():
+            group = groups.get(variant)
+            if group is None or group.sent_revision <= self.round_revision:
+                found += watches
+            else:
+                found += [watch for watch in self.new if watch.variant == variant]
+        return found
