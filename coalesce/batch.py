@@ -12,15 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
-from struct import Struct
 from typing import Final
 
+from proto.framing import PREFIX_BYTES, pack_prefix
 from proto.scan import DELETE, PUT, Event, Header, WatchResponse, encode_response, encode_watch_id
-
-# The gRPC prefix of each message: a flag and four bytes of length.
-PREFIX_BYTES: Final = 5
-
-_pack_prefix = Struct(">BI").pack
 
 # A variant is a combination of these flags.
 NO_PUT: Final = 1
@@ -45,11 +40,6 @@ _ENVELOPE_BYTES: Final = 13
 def variant_of(no_put: bool, no_delete: bool, prev_kv: bool, fragment: bool) -> int:
     """Return the variant for these options of a create."""
     return NO_PUT * no_put | NO_DELETE * no_delete | PREV_KV * prev_kv | FRAGMENT * fragment
-
-
-def framed(message: bytes) -> bytes:
-    """Return an encoded message after its gRPC prefix: not compressed, four bytes of length."""
-    return _pack_prefix(0, len(message)) + message
 
 
 class Payload:
@@ -117,7 +107,7 @@ class Payload:
         """Return the pieces for each id; the message must not be in fragments."""
         events = self._joined[0]
         encoded = self.header.encoded
-        start = _pack_prefix(0, len(encoded) + len(ids[0][1]) + len(events)) + encoded
+        start = pack_prefix(0, len(encoded) + len(ids[0][1]) + len(events)) + encoded
         shared = len(events) > COPIED_BYTES_MAX
         remembered = self._remembered
         rows = []
@@ -137,14 +127,14 @@ class Payload:
         if len(joined) > 1:
             return None
         message = self.header.encoded + (encode_watch_id(watch_id) + joined[0] if watch_id else joined[0])
-        return _pack_prefix(0, len(message)) + message
+        return pack_prefix(0, len(message)) + message
 
     def _fragments(self, watch_id: int) -> tuple[bytes, ...]:
         last = len(self._joined) - 1
         pieces: list[bytes] = []
         for place, events in enumerate(self._joined):
             start = encode_response(self.header, watch_id, fragment=place < last)
-            start = _pack_prefix(0, len(start) + len(events)) + start
+            start = pack_prefix(0, len(start) + len(events)) + start
             # As in `_whole`: large events are one object for all ids.
             pieces += (start, events) if len(events) > COPIED_BYTES_MAX else (start + events,)
         return tuple(pieces)

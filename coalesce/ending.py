@@ -28,21 +28,16 @@ from coalesce.replay import Replayer
 from coalesce.revision_reads import RevisionReads
 from coalesce.state import CoreState
 from coalesce.trunk import Trunks
+from proto import etcd_errors
+from proto.framing import Status
 from proto.scan import Header, WatchResponse
 
-UNAVAILABLE = 14
-# Statuses with which etcd ends the stream of a create; any other is a refusal of the create alone. 8 is
-# RESOURCE_EXHAUSTED: the request is larger than etcd accepts.
-_ENDS_OF_STREAMS = (UNAVAILABLE, 8)
-# How etcd refuses a token: PERMISSION_DENIED, UNAUTHENTICATED, and the texts below, which share their code with many
-# others (api/v3rpc/rpctypes/error.go).
-_REFUSALS = (7, 16)
+# Statuses with which etcd ends the stream of a create; any other is a refusal of the create alone. RESOURCE_EXHAUSTED:
+# the request is larger than etcd accepts.
+_ENDS_OF_STREAMS = (Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED)
 # Watches of a session that are removed when it ends; the rest is removed at the next timers. Until then they behave
 # like those of a client that does not read: bytes written to them are discarded.
 REMOVED_AT_ONCE = 8
-USER_EMPTY = "etcdserver: user name is empty"
-AUTH_OLD = "etcdserver: revision of auth store is old"
-NO_LEADER = "etcdserver: no leader"
 OTHER_HISTORY = "watchmux: the history of the store was replaced (restored from a snapshot?)"
 
 
@@ -151,14 +146,14 @@ class Cancellation:
             self._state.compact_revision = max(self._state.compact_revision, response.compact_revision)
             self._compacted(owner, response.compact_revision)
             return
-        self._refused(upstream, response.cancel_reason or "etcdserver: watch canceled")
+        self._refused(upstream, response.cancel_reason or etcd_errors.WATCH_CANCELED)
 
     def lost(self, upstream: Upstream, reason: UpstreamLost) -> None:
         """The shell reports an upstream watch as lost; if its token was refused, those of other sessions are tried."""
         if upstream.closed:
             return
         self._state.close_upstream(upstream, gone=True)
-        if reason.status in _REFUSALS or reason.text in (USER_EMPTY, AUTH_OLD):
+        if etcd_errors.is_auth_refusal(reason.status, reason.text):
             self._refused(upstream, reason.text)
         else:
             self._lose(upstream.owner, reason)
@@ -172,12 +167,12 @@ class Cancellation:
         elif next(upstream.tokens(), None) is not None:
             self._reopen(owner)
         else:
-            self._lose(owner, UpstreamLost(UNAVAILABLE, text))
+            self._lose(owner, UpstreamLost(Status.UNAVAILABLE, text))
 
     def no_leader(self) -> None:
         """No endpoint has a leader: end the sessions that require one (`hasleader`)."""
         for session in [session for session in self._state.sessions if session.identity.has_leader]:
-            self.end(session, UNAVAILABLE, NO_LEADER)
+            self.end(session, Status.UNAVAILABLE, etcd_errors.NO_LEADER)
 
     def too_far_behind(self) -> None:
         """End the sessions that have been behind for longer than allowed."""
@@ -190,7 +185,7 @@ class Cancellation:
             if since is None or since + limit > state.now:
                 return
             state.stats.refused_at["lagging_age_s_max"] += 1
-            self.end(session, UNAVAILABLE, f"watchmux: the client has been behind for more than {limit:g} s")
+            self.end(session, Status.UNAVAILABLE, f"watchmux: the client has been behind for more than {limit:g} s")
 
     def other_history(self, header: Header) -> None:
         """Drop everything learnt from etcd: the revision from which on the histories differ is unknown."""
@@ -299,7 +294,7 @@ class Cancellation:
             assert isinstance(owner, Trunk), "there are two kinds of source"
             watches, creates = list(owner.watches), list(owner.joining)
         for watch in watches:
-            self.end(watch.session, UNAVAILABLE, reason.text)
+            self.end(watch.session, Status.UNAVAILABLE, reason.text)
             if watch.place is not Place.ENDED:
                 self._remove(watch)
         for create in creates:

@@ -40,10 +40,10 @@ from coalesce.progress import Progress
 from coalesce.revision_reads import RevisionReads
 from coalesce.state import CoreState
 from coalesce.trunk import Trunks
+from proto import etcd_errors
 from proto.scan import Header
 
 # etcd's own texts (api/v3rpc/rpctypes/error.go, storage/mvcc/watcher.go): clients compare them.
-COMPACTED = "etcdserver: mvcc: required revision has been compacted"
 EMPTY_RANGE = "mvcc: watcher range is empty"
 DUPLICATE_ID = "mvcc: duplicate watch ID provided on the WatchStream"
 # gRPC's RESOURCE_EXHAUSTED.
@@ -80,7 +80,7 @@ class Admission:
         create = PendingCreate(session, request)
         self._state.stats.creates += 1
         if request.start_revision is not None and request.start_revision < 0:
-            create.refusal = COMPACTED
+            create.refusal = etcd_errors.COMPACTED
             self._refused(create)
         else:
             self._state.stats.checks += 1

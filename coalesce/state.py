@@ -6,13 +6,13 @@ sets here (`to_advance`, `to_replay`), which the Coalescer passes to the part co
 
 from __future__ import annotations
 
-from coalesce.batch import framed
 from coalesce.effects import CloseUpstream, Effect, EndSession, OpenUpstream, Send
 from coalesce.history import History, HistoryBudget
 from coalesce.limits import CoreLimits
 from coalesce.model import Backfill, FragmentRun, Notices, Session, Source, Trunk, Upstream, Watch
 from coalesce.stats import Stats
 from coalesce.timers import Timers
+from proto.framing import frame
 from proto.scan import Header, encode_response
 
 
@@ -158,7 +158,7 @@ class CoreState:
             compact_revision=compact_revision,
             cancel_reason=cancel_reason,
         )
-        self.effects.append(Send(session, framed(message)))
+        self.effects.append(Send(session, frame(message)))
 
     def end_session(self, session: Session, status: int, text: str) -> None:
         """End a session's stream."""

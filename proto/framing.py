@@ -55,11 +55,13 @@ class FramingError(ValueError):
 
 
 _PREFIX: Final = struct.Struct(">BI")
+pack_prefix: Final = _PREFIX.pack
+"""Returns a message's prefix, from whether it is compressed and its length."""
 
 
 def frame(message: bytes, compressed: bool = False) -> bytes:
     """Return `message` with its 5-byte prefix; set `compressed` if `message` is compressed already."""
-    return _PREFIX.pack(compressed, len(message)) + message
+    return pack_prefix(compressed, len(message)) + message
 
 
 class MessageReader:

@@ -43,8 +43,8 @@ CORE_STDLIB = {
     "typing",
 }
 
-# The only wire format in the core is that of watch messages, as bytes; and ranges of keys.
-CORE_PROTO = {"proto.event_key", "proto.scan", "proto.spans"}
+# The wire formats in the core: watch messages as bytes, their prefix in gRPC, what etcd's errors mean, ranges of keys.
+CORE_PROTO = {"proto", "proto.etcd_errors", "proto.event_key", "proto.framing", "proto.scan", "proto.spans"}
 
 # Builtins that do I/O or run code without any import.
 IMPURE_BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec", "input", "open", "print"}

@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
+from proto import etcd_errors
 from proto.framing import Status
-from upstream.errors import LEARNER_TEXT, NO_LEADER_TEXT
 
 _ABOUT_REQUEST: Final = frozenset({Status.INVALID_ARGUMENT, Status.PERMISSION_DENIED, Status.UNAUTHENTICATED})
 _ABOUT_SERVER: Final = frozenset({Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.CANCELLED})
@@ -96,12 +96,12 @@ class Attempts:
         "No leader", or an unclear reason, is the failure of the call only if every endpoint returned it. Learners do
         not count for "no leader", since none of them can be the leader.
         """
-        failures = [each for each in self._failures if each.text != LEARNER_TEXT] or self._failures
-        if all(each.text == NO_LEADER_TEXT for each in failures):
+        failures = [each for each in self._failures if each.text != etcd_errors.LEARNER] or self._failures
+        if all(each.text == etcd_errors.NO_LEADER for each in failures):
             return failures[-1]
         if not any(is_about_server(each.status) for each in failures):
             return failures[-1]
         for each in reversed(failures):
-            if is_about_server(each.status) and each.text != NO_LEADER_TEXT:
+            if is_about_server(each.status) and each.text != etcd_errors.NO_LEADER:
                 return each
         return Failure(Status.UNAVAILABLE, f"some endpoints have no leader, one failed: {failures[-1].text}")

@@ -11,22 +11,13 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from proto.framing import Status
+from proto import etcd_errors
 from proto.pb import rpc_pb2
 from upstream.connection import ClientConnection, NotSent
 from upstream.errors import CallFailed, Logger
 from upstream.unary import call_unary
 
 AUTHENTICATE_PATH: Final = "/etcdserverpb.Auth/Authenticate"
-
-NOT_ENABLED: Final = "etcdserver: authentication is not enabled"
-"""etcd's text, with FAILED_PRECONDITION, for a request for a token while auth is off (api/v3rpc/rpctypes)."""
-
-INVALID_TOKEN: Final = "etcdserver: invalid auth token"
-"""etcd's text, with UNAUTHENTICATED, for a token that it does not know."""
-
-_REFUSALS: Final = frozenset({Status.PERMISSION_DENIED, Status.UNAUTHENTICATED})
-_REFUSAL_TEXTS: Final = frozenset({"etcdserver: user name is empty", "etcdserver: revision of auth store is old"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +26,6 @@ class Credentials:
 
     user: str
     password: str = field(default="", repr=False)
-
-
-def is_auth_refusal(status: int, text: str) -> bool:
-    """Whether etcd refused a call because of its user, or because it had none."""
-    return status in _REFUSALS or text in _REFUSAL_TEXTS
 
 
 async def log_in(connection: ClientConnection, credentials: Credentials, timeout_s: float, log: Logger) -> bytes | None:
@@ -53,7 +39,7 @@ async def log_in(connection: ClientConnection, credentials: Credentials, timeout
         answer, _ = await call_unary(connection, AUTHENTICATE_PATH, request.SerializeToString(), (), timeout_s)
         token: str = rpc_pb2.AuthenticateResponse.FromString(answer).token
     except CallFailed as error:
-        if error.text != NOT_ENABLED:
+        if error.text != etcd_errors.AUTH_NOT_ENABLED:
             _complain(log, credentials, error)
     except (NotSent, DecodeError) as error:
         _complain(log, credentials, error)

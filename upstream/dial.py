@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 
 from google.protobuf.message import DecodeError
 
+from proto.etcd_errors import is_auth_refusal
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proto.scan import Header
@@ -28,7 +29,6 @@ from upstream.unary import call_unary
 from upstream.watching.lineage import RaftPosition
 
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
-_AUTH_REFUSALS: Final = frozenset({Status.UNAUTHENTICATED, Status.PERMISSION_DENIED, Status.INVALID_ARGUMENT})
 
 
 def has_ordered_progress(version: str) -> bool:
@@ -266,7 +266,7 @@ class Dialer:
         except DecodeError:
             raise Unreachable(where, "its status cannot be read", "check that it is an etcd") from None
         except CallFailed as error:
-            if error.status in _AUTH_REFUSALS:
+            if is_auth_refusal(error.status, error.text):
                 # Only releases that have ordered progress require a token here.
                 server.ordered_progress = True
                 return

@@ -7,18 +7,11 @@ terminal, never as a traceback: a closed port is not a bug of this program.
 from __future__ import annotations
 
 import errno
-import re
 import socket
 import ssl
 from typing import Final, Protocol
 
 from proto.framing import Status
-
-NO_LEADER_TEXT = "etcdserver: no leader"
-"""etcd's text, with UNAVAILABLE, for a call that requires a leader when there is none (api/v3rpc/rpctypes)."""
-
-LEARNER_TEXT = "etcdserver: rpc not supported for learner"
-"""A learner's text when it refuses a call, as it does most: UNAVAILABLE up to 3.5, FAILED_PRECONDITION from 3.6."""
 
 _STATUSES: Final = frozenset(Status)
 
@@ -162,27 +155,3 @@ def not_http2(where: str, secure: bool, first: bytes) -> Unreachable:
         hint = "" if secure else ", or https:// if it expects TLS"
         return Unreachable(where, "it speaks HTTP/1, unlike etcd", f"use etcd's client port{hint}")
     return Unreachable(where, "the server does not speak HTTP/2", "use etcd's client port")
-
-
-_REASON: Final = re.compile(r"rpc error: code = (\w+) desc = (.*)", re.DOTALL)
-_CODES: Final = {
-    **{status.name.replace("_", "").lower(): status for status in Status},
-    "canceled": Status.CANCELLED,
-}
-
-
-def read_reason(cancel_reason: str) -> tuple[int, str]:
-    """
-    Return the status code and text of a cancel_reason.
-
-    etcd puts a Go error there: `rpc error: code = PermissionDenied desc = etcdserver: permission denied`, or the
-    text of an error that has no code.
-    """
-    match = _REASON.fullmatch(cancel_reason)
-    if match is not None:
-        return _CODES.get(match[1].lower(), Status.UNKNOWN), match[2]
-    if "compacted" in cancel_reason:
-        return Status.OUT_OF_RANGE, cancel_reason
-    if cancel_reason:
-        return Status.INVALID_ARGUMENT, cancel_reason
-    return Status.UNAVAILABLE, ""

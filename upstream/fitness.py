@@ -15,16 +15,16 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
+from proto import etcd_errors
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from upstream.connection import ClientConnection, NotSent
-from upstream.errors import LEARNER_TEXT, NO_LEADER_TEXT, CallFailed
+from upstream.errors import CallFailed
 from upstream.unary import call_unary
 
 STATUS_PATH: Final = "/etcdserverpb.Maintenance/Status"
 
-_REFUSED_BEFORE: Final = frozenset({LEARNER_TEXT, NO_LEADER_TEXT})
-_TIMED_OUT: Final = "etcdserver: request timed out"
+_REFUSED_BEFORE: Final = frozenset({etcd_errors.LEARNER, etcd_errors.NO_LEADER})
 
 
 class Fitness(Enum):
@@ -42,7 +42,7 @@ def is_refused_unserved(text: str) -> bool:
 
 def is_suspicious(status: int, text: str) -> bool:
     """Whether an answer is a reason to check if its member serves."""
-    suspicious = text in _REFUSED_BEFORE or text.startswith(_TIMED_OUT)
+    suspicious = text in _REFUSED_BEFORE or text.startswith(etcd_errors.TIMED_OUT)
     return suspicious and status in (Status.UNAVAILABLE, Status.FAILED_PRECONDITION)
 
 

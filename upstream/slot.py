@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Final, Protocol
 
+from proto import etcd_errors
 from upstream.connection import ClientConnection, settings_after
 from upstream.connections import Connections
 from upstream.endpoints import Backoff, Endpoint
-from upstream.errors import LEARNER_TEXT, NO_LEADER_TEXT, Logger, Unreachable
+from upstream.errors import Logger, Unreachable
 from upstream.fitness import Fitness, read_fitness
 from upstream.settings import ConnectionSettings, UpstreamSettings
 
@@ -109,9 +110,9 @@ class Slot:
 
     def doubt(self, text: str) -> None:
         """Handle an answer of the member which shows that it does not serve, or may not."""
-        if text == LEARNER_TEXT:
+        if text == etcd_errors.LEARNER:
             self._set_fitness(Fitness.LEARNER)
-        elif text == NO_LEADER_TEXT:
+        elif text == etcd_errors.NO_LEADER:
             self._set_fitness(Fitness.NO_LEADER)
         self.look()
 

@@ -7,13 +7,12 @@ for a query and retried until etcd answers or refuses it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coalesce.inputs import CreateRefusal, Granted
-from proto.framing import Status
+from proto.etcd_errors import reason_of
 from proto.scan import Header
 from proxy.auth.restore import AuthScope, ReadBaseline
-from upstream.errors import status_name
 
 if TYPE_CHECKING:
     from coalesce.model import PendingCreate, Session
@@ -165,14 +164,7 @@ class RevisionRegressed(NamedTuple):
 
 QueryEffect = SendCall | DeliverAnswer | DisconnectSession | RefuseSession | RevisionRegressed
 
-_NAMES: Final = {
-    Status.PERMISSION_DENIED: "PermissionDenied",
-    Status.UNAUTHENTICATED: "Unauthenticated",
-    Status.INVALID_ARGUMENT: "InvalidArgument",
-}
-
 
 def refusal_of(status: int, text: str) -> CreateRefusal:
     """Return a failure in the words of etcd's watch server in a cancel_reason (Go's status.Error)."""
-    name = _NAMES.get(status) or status_name(status).title().replace("_", "")  # type: ignore[call-overload]
-    return CreateRefusal(f"rpc error: code = {name} desc = {text}")
+    return CreateRefusal(reason_of(status, text))

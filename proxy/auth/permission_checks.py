@@ -23,6 +23,7 @@ from enum import Enum
 from typing import Final
 
 from coalesce.inputs import Granted
+from proto.etcd_errors import OLD_AUTH_REVISION, TOO_MANY_OPS
 from proto.framing import Status
 from proto.scan import Header
 from proxy.auth.model import Call, Outcome, PermissionCheck, Query, QueryEffect, Range, SendCall, refusal_of
@@ -45,8 +46,6 @@ the client's stream ends with that reason, as etcd would end it."""
 STANDINGS_MAX: Final = 10_000
 """Tokens whose last answer is remembered, by a hash; it only decides the order."""
 
-TOO_MANY_OPS: Final = "etcdserver: too many operations in txn request"
-OLD_REVISION: Final = "etcdserver: revision of auth store is old"
 """etcd's answer for a signed token from before a change of users, and for any token if the change came during the call
 (server/etcdserver/v3_server.go, doSerialize): so the call is retried once."""
 
@@ -74,7 +73,7 @@ class CheckBatch(Query):
         # The standing whose slot it holds; None if it holds no slot.
         self.standing: TokenStanding | None = None
         self.tries = 0
-        # It has been retried after OLD_REVISION.
+        # It has been retried after OLD_AUTH_REVISION.
         self.asked_again = False
 
     @property
@@ -219,10 +218,10 @@ class Checks:
     def failed(self, batch: CheckBatch, status: int, text: str) -> list[QueryEffect]:
         """etcd refused a call, or the call failed at every endpoint."""
         line = batch.line
-        if text == OLD_REVISION and not batch.asked_again:
+        if text == OLD_AUTH_REVISION and not batch.asked_again:
             batch.asked_again = True
             return [SendCall(batch.call)]
-        if status == Status.UNAUTHENTICATED or text == OLD_REVISION:
+        if status == Status.UNAUTHENTICATED or text == OLD_AUTH_REVISION:
             self._note(line.token, TokenStanding.REFUSED)
             refusal = refusal_of(status, text)
             effects = batch.answer(refusal)

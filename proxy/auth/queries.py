@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from coalesce.inputs import CreateRefusal, Granted
+from proto import etcd_errors
 from proto.framing import Status
 from proto.scan import Header
 from proxy.auth.admitted import AdmittedSessions
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 __all__ = (
     "NO_RIGHT",
-    "USER_EMPTY",
     "AnswerCallback",
     "AuthProbe",
     "Call",
@@ -69,7 +69,6 @@ __all__ = (
 NO_RIGHT: Final = ()
 """The ranges of a read that needs no permission and returns one member's state: an empty transaction."""
 
-USER_EMPTY = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty"
 """etcd's refusal of a client without a token when auth is on."""
 
 CHECKS_IN_FLIGHT_MAX: Final = 32
@@ -267,7 +266,7 @@ class Queries:
         question = call.question
         if call.login:
             if status == Status.INVALID_ARGUMENT and isinstance(question, AuthProbe):
-                return self._probed(question, call, CreateRefusal(USER_EMPTY))
+                return self._probed(question, call, refusal_of(Status.INVALID_ARGUMENT, etcd_errors.USER_EMPTY))
             return [SendCall(Call(question, call.token, call.ranges))]
         if isinstance(question, CheckBatch):
             return self.checks.failed(question, status, text)

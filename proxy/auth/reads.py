@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 
 from coalesce.inputs import CreateRefusal
 from coalesce.model import Session, Upstream
+from proto import etcd_errors
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proto.scan import Header
@@ -40,7 +41,7 @@ from proxy.auth.model import (
 from proxy.auth.queries import CHECKS_IN_FLIGHT_MAX, Queries, RevisionRead
 from proxy.auth.restore import ANY_KEY
 from upstream.endpoints import Backoff
-from upstream.errors import NO_LEADER_TEXT, CallFailed, status_name
+from upstream.errors import CallFailed, status_name
 from upstream.namespace import Namespace
 from upstream.unary import Answer
 
@@ -315,7 +316,7 @@ class Reader:
 
     def _is_leaderless(self, failed: CallFailed) -> bool:
         """Whether no endpoint has a leader, as known from the watch client; it checks once all endpoints say so."""
-        return self.listener is not None and self.listener.has_no_leader(failed.text == NO_LEADER_TEXT)
+        return self.listener is not None and self.listener.has_no_leader(failed.text == etcd_errors.NO_LEADER)
 
     def _transaction(self, ranges: Iterable[Range], linearizable: bool) -> bytes:
         request = rpc_pb2.TxnRequest()

@@ -34,6 +34,7 @@ from proto.http2 import (
     StreamDrained,
     StreamReset,
 )
+from proto.http2.frames import PREFACE
 from proxy import logs
 from proxy.listening.pings import TOO_MANY_PINGS, PingPolicy
 from proxy.listening.settings import REFUSED_AT, ListenerSettings
@@ -41,7 +42,6 @@ from proxy.listening.settings import REFUSED_AT, ListenerSettings
 if TYPE_CHECKING:
     from proxy.listening.listener import Listener
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 """The first bytes of every HTTP/2 client (RFC 9113 3.4)."""
 
 KEEPALIVE_PING = b"keepaliv"

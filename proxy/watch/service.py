@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 
 from coalesce.inputs import CreateRequest, Identity
 from coalesce.model import Session
+from proto import etcd_errors
 from proto.filters import LONG_BYTES, meaning_of, shortened
 from proto.framing import PREFIX_BYTES, FramingError, Status
 from proto.http2 import Stream
@@ -24,7 +25,6 @@ from proto.pb import rpc_pb2
 from proxy.listening.calls import CallRefusal, ConnectionHandle, Headers, RequestHead, ServerCall
 from proxy.watch.engine import LOOPBACK_IDENTITY
 from proxy.watch.settings import WatchSettings
-from upstream.errors import NO_LEADER_TEXT
 
 if TYPE_CHECKING:
     from proxy.listening.connection import ServerConnection
@@ -90,7 +90,7 @@ class WatchService:
             text = f"watchmux: too many watch streams on one connection ({limit})"
             raise CallRefusal(200, Status.RESOURCE_EXHAUSTED, text)
         if identity_of(head).has_leader and self.engine.has_no_leader():
-            raise CallRefusal(200, Status.UNAVAILABLE, NO_LEADER_TEXT)
+            raise CallRefusal(200, Status.UNAVAILABLE, etcd_errors.NO_LEADER)
         return WatchCall(self, carrier, stream, head)
 
     @property

@@ -14,8 +14,9 @@ import pytest
 
 from coalesce.limits import CoreLimits
 from proto.framing import Status, frame
+from proto.http2.frames import PREFACE
 from proto.http2.receiving import REQUEST_WORK
-from proxy.listening.connection import PREFACE, ServerConnection
+from proxy.listening.connection import ServerConnection
 from tests.e2e.raw_client import HOST, WATCH, RawClient
 from tests.e2e.running import direct, proxy_for
 from tests.e2e.scenario import run

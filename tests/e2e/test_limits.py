@@ -16,10 +16,11 @@ import pytest
 from proto.framing import Status, frame
 from proto.http2 import Http2Limits
 from proto.http2.events import LimitReached
+from proto.http2.frames import PREFACE
 from proto.pb import rpc_pb2
 from proxy.admin.monitor import Monitor
 from proxy.auth.reads import Reader, ReaderSettings
-from proxy.listening.connection import PREFACE, ServerConnection
+from proxy.listening.connection import ServerConnection
 from proxy.listening.http1 import Http1Settings
 from proxy.listening.settings import REFUSED_AT, ListenerSettings
 from proxy.passthrough.relay import Passthrough, Relay

@@ -178,10 +178,15 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "nobody is too far behind",
         "ending",
-        'self.end(session, UNAVAILABLE, f"watchmux: the client has been behind for more than {limit:g} s")',
+        'self.end(session, Status.UNAVAILABLE, f"watchmux: the client has been behind for more than {limit:g} s")',
         "return",
     ),
-    Mutant("nobody hears that there is no leader", "ending", "self.end(session, UNAVAILABLE, NO_LEADER)", "pass"),
+    Mutant(
+        "no session learns that there is no leader",
+        "ending",
+        "self.end(session, Status.UNAVAILABLE, etcd_errors.NO_LEADER)",
+        "pass",
+    ),
     Mutant("one refused token ends all", "ending", "elif next(upstream.tokens(), None) is not None:", "elif False:"),
     # Bugs that only a limit or a clock shows.
     Mutant(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from proto import etcd_errors
 from upstream.attempts import Attempts, Failure
-from upstream.errors import LEARNER_TEXT, NO_LEADER_TEXT
 
-NO_LEADER = (14, NO_LEADER_TEXT)
+NO_LEADER = (14, etcd_errors.NO_LEADER)
 GONE = (14, "gone")
 LATE = (4, "no answer")
 BROKEN = (13, "stream reset")
@@ -49,14 +49,14 @@ def test_a_failure_of_the_request_itself_is_final(failure: tuple[int, str]) -> N
 @pytest.mark.parametrize(
     ("failures", "status", "text"),
     [
-        ([NO_LEADER, NO_LEADER], 14, NO_LEADER_TEXT),
+        ([NO_LEADER, NO_LEADER], 14, etcd_errors.NO_LEADER),
         # The endpoint that failed may have a leader.
         ([NO_LEADER, GONE], *GONE),
         ([GONE, NO_LEADER], *GONE),
         ([LATE, NO_LEADER], *LATE),
         ([NO_LEADER, BROKEN], 14, "some endpoints have no leader, one failed: stream reset"),
-        ([NO_LEADER, (9, LEARNER_TEXT)], 14, NO_LEADER_TEXT),
-        ([(14, LEARNER_TEXT)], 14, LEARNER_TEXT),
+        ([NO_LEADER, (9, etcd_errors.LEARNER)], 14, etcd_errors.NO_LEADER),
+        ([(14, etcd_errors.LEARNER)], 14, etcd_errors.LEARNER),
         ([BROKEN, GONE], *GONE),
         ([BROKEN, BUSY], *BUSY),
     ],

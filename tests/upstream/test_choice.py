@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from proto import etcd_errors
 from proto.framing import Status
-from upstream.errors import NO_LEADER_TEXT
 from upstream.watching.choice import EndpointPolicy, SearchGoal, on_stream_end
 from upstream.watching.stream import Next
 
@@ -46,7 +46,7 @@ class Endpoint:
         (Status.UNAVAILABLE, "gone", False, False, True, Next.ELSEWHERE),
         (Status.UNAVAILABLE, "the connection ended", False, True, True, Next.MOVED),
         (Status.UNAVAILABLE, "gone", True, False, False, Next.NOTHING),
-        (Status.UNAVAILABLE, NO_LEADER_TEXT, True, False, True, Next.ELSEWHERE),
+        (Status.UNAVAILABLE, etcd_errors.NO_LEADER, True, False, True, Next.ELSEWHERE),
         (Status.CANCELLED, "server stopped", True, False, True, Next.HERE),
         (Status.UNIMPLEMENTED, "no such service", False, False, True, Next.ELSEWHERE),
         (Status.PERMISSION_DENIED, "no", True, False, True, Next.LOST),
@@ -64,7 +64,7 @@ def test_action_after_the_end_of_a_stream(
         Stream(answered), status, text, here, [here, other], moved=moved, healthy=healthy, works=answered
     )
     assert found is follows
-    assert here.leaderless is (text == NO_LEADER_TEXT)
+    assert here.leaderless is (text == etcd_errors.NO_LEADER)
 
 
 @pytest.mark.parametrize(

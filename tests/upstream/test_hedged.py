@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from proto import etcd_errors
 from proto.framing import Status
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.upstream.test_pool import ECHO, pooled, up
 from tests.waiting import until_async
-from upstream.errors import NO_LEADER_TEXT, CallFailed
+from upstream.errors import CallFailed
 from upstream.pool import Pool
 
 
@@ -96,7 +97,7 @@ def test_without_a_leader_at_each_endpoint_it_fails(count: int) -> None:
         async with scripted() as one, scripted() as two, scripted() as three:
             etcds = [one, two, three]
             for etcd in etcds[:count]:
-                etcd.on_message = lambda call, _: call.end(Status.UNAVAILABLE, NO_LEADER_TEXT)
+                etcd.on_message = lambda call, _: call.end(Status.UNAVAILABLE, etcd_errors.NO_LEADER)
             async with pooled(*(etcd.endpoint for etcd in etcds)) as pool:
                 await up(pool, 3)
                 if count < 3:
@@ -104,7 +105,7 @@ def test_without_a_leader_at_each_endpoint_it_fails(count: int) -> None:
                     return
                 with pytest.raises(CallFailed) as failed:
                     await pool.unary(ECHO, b"x", has_leader=True)
-                assert failed.value.text == NO_LEADER_TEXT
+                assert failed.value.text == etcd_errors.NO_LEADER
                 assert [len(etcd.calls) for etcd in etcds] == [1, 1, 1]
 
     run(story())
@@ -115,7 +116,7 @@ def test_other_calls_do_not_change_where_one_is_tried() -> None:
 
     async def story() -> None:
         async with scripted() as cut, scripted() as good, scripted() as fine:
-            cut.on_message = lambda call, _: call.end(Status.UNAVAILABLE, NO_LEADER_TEXT)
+            cut.on_message = lambda call, _: call.end(Status.UNAVAILABLE, etcd_errors.NO_LEADER)
             async with pooled(cut.endpoint, good.endpoint, fine.endpoint) as pool:
                 await up(pool, 3)
 

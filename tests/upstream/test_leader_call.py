@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from proto.etcd_errors import NO_LEADER
 from proto.framing import Status
 from tests.e2e.scenario import run
 from tests.waiting import until_async
 from upstream.connection import NotSent
-from upstream.errors import NO_LEADER_TEXT
 from upstream.watching import leader
 from upstream.watching.leader import LeaderCall
 
@@ -88,15 +88,15 @@ def test_only_no_leader_counts_as_loss_of_the_leader(connection: Connection) -> 
         call = call_to(connection, lost)
         call.use(True)
         call.want()
-        for made, (status, text) in enumerate([(Status.UNAVAILABLE, "moved"), (Status.INTERNAL, NO_LEADER_TEXT)], 2):
+        for made, (status, text) in enumerate([(Status.UNAVAILABLE, "moved"), (Status.INTERNAL, NO_LEADER)], 2):
             call.on_end(status, text, [])
             assert not call.is_open
             await until_async(lambda made=made: len(connection.calls) == made, "another call")  # type: ignore[misc]  # bound
         assert lost == []
-        call.on_end(Status.UNAVAILABLE, NO_LEADER_TEXT, [])
+        call.on_end(Status.UNAVAILABLE, NO_LEADER, [])
         assert lost == [None]
         call.leave()
-        call.on_end(Status.UNAVAILABLE, NO_LEADER_TEXT, [])
+        call.on_end(Status.UNAVAILABLE, NO_LEADER, [])
         assert lost == [None]
 
     run(scenario())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from proto.etcd_errors import LEARNER, NO_LEADER
 from proto.framing import Status
 from proto.http2 import ErrorCode, Http2Limits
 from tests.etcd.server import free_port
@@ -16,7 +17,7 @@ from tests.upstream.recorder import RecordedLog
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.waiting import until_async
 from upstream.endpoints import parse_endpoints
-from upstream.errors import LEARNER_TEXT, NO_LEADER_TEXT, CallFailed
+from upstream.errors import CallFailed
 from upstream.pool import Pool
 from upstream.settings import ConnectionSettings, UpstreamSettings
 
@@ -134,10 +135,10 @@ def test_no_answer_from_anywhere_is_a_deadline() -> None:
     [
         (14, "x", {}, True),
         # The member has not processed the call.
-        (14, NO_LEADER_TEXT, {}, True),
-        (14, LEARNER_TEXT, {}, True),
-        (9, LEARNER_TEXT, {}, True),
-        (14, NO_LEADER_TEXT, {"has_leader": True}, True),
+        (14, NO_LEADER, {}, True),
+        (14, LEARNER, {}, True),
+        (9, LEARNER, {}, True),
+        (14, NO_LEADER, {"has_leader": True}, True),
         (9, "x", {}, True),
         (7, "x", {}, False),
         (16, "x", {}, False),
@@ -284,7 +285,7 @@ def test_members_that_do_not_serve_get_no_calls(why: str, known: str) -> None:
     def spoil(etcd: ScriptedEtcd, bad: bool) -> None:
         etcd.is_learner = bad and why == "learner"
         etcd.leader = 0 if bad and why == "no leader" else 1
-        text = LEARNER_TEXT if why == "learner" else NO_LEADER_TEXT
+        text = LEARNER if why == "learner" else NO_LEADER
         etcd.on_message = (lambda call, _: call.end(Status.UNAVAILABLE, text)) if bad else etcd.answer
 
     async def story() -> None:

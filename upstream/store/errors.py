@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from proto import etcd_errors
 from proto.framing import Status
 
 
@@ -31,10 +32,10 @@ EMPTY_KEY = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: key is not provid
 KEY_NOT_FOUND = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: key not found")
 VALUE_PROVIDED = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: value is provided")
 LEASE_PROVIDED = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: lease is provided")
-TOO_MANY_OPS = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: too many operations in txn request")
+TOO_MANY_OPS = StoreRefusal(Status.INVALID_ARGUMENT, etcd_errors.TOO_MANY_OPS)
 DUPLICATE_KEY = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: duplicate key given in txn request")
 INVALID_SORT_OPTION = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: invalid sort option")
-COMPACTED = StoreRefusal(Status.OUT_OF_RANGE, "etcdserver: mvcc: required revision has been compacted")
+COMPACTED = StoreRefusal(Status.OUT_OF_RANGE, etcd_errors.COMPACTED)
 FUTURE_REVISION = StoreRefusal(Status.OUT_OF_RANGE, "etcdserver: mvcc: required revision is a future revision")
 NO_SPACE = StoreRefusal(Status.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded")
 CORRUPT = StoreRefusal(Status.DATA_LOSS, "etcdserver: corrupt cluster")
@@ -48,7 +49,7 @@ MEMBER_NOT_FOUND = StoreRefusal(Status.NOT_FOUND, "etcdserver: member not found"
 ROOT_USER_NOT_EXIST = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: root user does not exist")
 ROOT_ROLE_NOT_EXIST = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: root user does not have root role")
 USER_ALREADY_EXISTS = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: user name already exists")
-USER_EMPTY = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: user name is empty")
+USER_EMPTY = StoreRefusal(Status.INVALID_ARGUMENT, etcd_errors.USER_EMPTY)
 USER_NOT_FOUND = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: user name not found")
 ROLE_ALREADY_EXISTS = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: role name already exists")
 ROLE_NOT_FOUND = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: role name not found")
@@ -60,10 +61,10 @@ PERMISSION_NOT_GIVEN = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: permis
 PERMISSION_DENIED = StoreRefusal(Status.PERMISSION_DENIED, "etcdserver: permission denied")
 ROLE_NOT_GRANTED = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: role is not granted to the user")
 PERMISSION_NOT_GRANTED = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: permission is not granted to the role")
-AUTH_NOT_ENABLED = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: authentication is not enabled")
-INVALID_AUTH_TOKEN = StoreRefusal(Status.UNAUTHENTICATED, "etcdserver: invalid auth token")
+AUTH_NOT_ENABLED = StoreRefusal(Status.FAILED_PRECONDITION, etcd_errors.AUTH_NOT_ENABLED)
+INVALID_AUTH_TOKEN = StoreRefusal(Status.UNAUTHENTICATED, etcd_errors.INVALID_TOKEN)
 INVALID_AUTH_MANAGEMENT = StoreRefusal(Status.INVALID_ARGUMENT, "etcdserver: invalid auth management")
-WATCH_CANCELED = StoreRefusal(Status.CANCELLED, "etcdserver: watch canceled")
+WATCH_CANCELED = StoreRefusal(Status.CANCELLED, etcd_errors.WATCH_CANCELED)
 STOPPED = StoreRefusal(Status.UNAVAILABLE, "etcdserver: server stopped")
 
 # Refusals of a watch's create request; sent as cancel_reason, so the code is only for completeness.

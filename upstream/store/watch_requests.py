@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from proto.framing import Status
+from proto.etcd_errors import reason_of
 from proto.pb import rpc_pb2
 from proto.spans import FROM_KEY
 from upstream.store.errors import StoreError
@@ -16,12 +16,6 @@ from upstream.store.watchable import ServedStream
 
 CONTROLS_MAX = 16
 """Queued control answers at which a stream's requests are no longer read (etcd's ctrlStreamBufLen)."""
-
-_GO_NAMES = {
-    Status.INVALID_ARGUMENT: "InvalidArgument",
-    Status.PERMISSION_DENIED: "PermissionDenied",
-    Status.UNAUTHENTICATED: "Unauthenticated",
-}
 
 _Create = rpc_pb2.WatchCreateRequest
 
@@ -60,7 +54,5 @@ def _refusal(create: rpc_pb2.WatchCreateRequest, check: Check) -> str | None:
     try:
         check(create.key or FROM_KEY, create.range_end)
     except StoreError as error:
-        # In the format of a grpc-go status: clients compare the whole text.
-        code = _GO_NAMES[error.refusal.code]
-        return f"rpc error: code = {code} desc = {error.refusal.text}"
+        return reason_of(error.refusal.code, error.refusal.text)
     return None

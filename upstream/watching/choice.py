@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Final, Protocol
 
+from proto import etcd_errors
 from proto.framing import Status
-from upstream.credentials import is_auth_refusal
-from upstream.errors import NO_LEADER_TEXT
 from upstream.watching.stream import Next
 
 # Statuses of a server that shuts down and of a lost connection; one create may be the cause of any other status.
@@ -118,7 +117,7 @@ def on_stream_end(
     `moved`: the stream ended because its connection did; `healthy`: there is another connection to the server; `works`:
     the server has answered a create since it is in use, on any stream.
     """
-    if is_auth_refusal(status, text):
+    if etcd_errors.is_auth_refusal(status, text):
         return Next.LOST
     if status == Status.UNIMPLEMENTED:
         server.unimplemented = True
@@ -128,7 +127,7 @@ def on_stream_end(
         server.unimplemented = False
     if not healthy:
         return Next.NOTHING
-    if status == Status.UNAVAILABLE and text == NO_LEADER_TEXT:
+    if status == Status.UNAVAILABLE and text == etcd_errors.NO_LEADER:
         server.leaderless = True
         return Next.ELSEWHERE
     if moved:

@@ -20,14 +20,15 @@ import ssl
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
+from proto import etcd_errors
 from proto.framing import Status
 from proto.scan import WatchResponse, scan_watch_response
 from upstream.connection import ClientConnection, settings_after
 from upstream.connections import Connections
-from upstream.credentials import INVALID_TOKEN, Credentials, log_in
+from upstream.credentials import Credentials, log_in
 from upstream.dial import Dialer, Server, ServerInUse, read_standing
 from upstream.endpoints import Endpoint
-from upstream.errors import NO_LEADER_TEXT, CallFailed, Logger, NullLogger, Unreachable
+from upstream.errors import CallFailed, Logger, NullLogger, Unreachable
 from upstream.namespace import Namespace
 from upstream.settings import UpstreamSettings
 from upstream.unary import HAS_LEADER, Metadata
@@ -344,7 +345,7 @@ class WatchClient:
         for stream in given_up:
             if isinstance(stream.shell, UpstreamWatchCall):
                 stream.shell.leave()
-            self._apply(self._state.refused(stream, Status.UNAUTHENTICATED, INVALID_TOKEN))
+            self._apply(self._state.refused(stream, Status.UNAUTHENTICATED, etcd_errors.INVALID_TOKEN))
         if before != self._unanswered.problem:
             self._say_problem()
 
@@ -358,7 +359,7 @@ class WatchClient:
         server = self._server
         assert server is not None, "there is no such call without"
         server.target.leaderless = True
-        self._give_up(server, NO_LEADER_TEXT)
+        self._give_up(server, etcd_errors.NO_LEADER)
 
     def _give_up(self, server: Server, problem: str) -> None:
         """Stop using this server, although it can be reached."""

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from struct import Struct
 from typing import Final, Protocol
 
+from proto.etcd_errors import reason_of
 from proto.framing import PREFIX_BYTES, FramingError, Status
 from proto.large import EventTooLarge, LargeResponse
 from proto.scan import WatchResponse
@@ -95,10 +96,8 @@ class LargePieces:
             self._cuts.skip()
             # As if etcd had cancelled this watch.
             piece.canceled = True
-            piece.cancel_reason = (
-                "rpc error: code = ResourceExhausted desc = "
-                f"watchmux: an event larger than the maximum ({self._event_bytes_max} bytes)"
-            )
+            text = f"watchmux: an event larger than the maximum ({self._event_bytes_max} bytes)"
+            piece.cancel_reason = reason_of(Status.RESOURCE_EXHAUSTED, text)
             return piece
         if message is None:
             return None

@@ -12,10 +12,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
+from proto import etcd_errors
 from proto.framing import Status
 from proto.http2 import Headers
 from upstream.connection import ClientConnection, NotSent, UpstreamCall
-from upstream.errors import NO_LEADER_TEXT
 from upstream.heads import request_headers
 from upstream.unary import HAS_LEADER
 from upstream.watching.call import WATCH_PATH
@@ -93,7 +93,7 @@ class LeaderCall:
         self._call = None
         if not self._usable:
             return
-        if status == Status.UNAVAILABLE and message == NO_LEADER_TEXT:
+        if status == Status.UNAVAILABLE and message == etcd_errors.NO_LEADER:
             self._usable = False
             self._lost()
         else:

@@ -36,10 +36,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
+from proto.etcd_errors import is_auth_refusal, read_reason
 from proto.framing import Status
 from proto.scan import WatchResponse, encode_cancel, encode_create
-from upstream.credentials import is_auth_refusal
-from upstream.errors import read_reason
 from upstream.namespace import Namespace
 from upstream.watching.effects import (
     CloseStream,

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 
 from coalesce.inputs import CreateRefusal, Granted, Identity
+from proto.etcd_errors import OLD_AUTH_REVISION, TOO_MANY_OPS
 from proto.scan import Header
 from proxy.auth.model import Call, DeliverAnswer, PermissionCheck, QueryEffect, RefuseSession, SendCall
 from proxy.auth.permission_checks import (
     CALLS_PER_TOKEN_MAX,
-    OLD_REVISION,
     RANGE_BYTES_MAX,
     RANGES_MAX,
-    TOO_MANY_OPS,
     TRIES_MAX,
     CheckBatch,
     Checks,
@@ -324,13 +323,13 @@ def test_a_token_whose_checks_time_out_loses_its_slot() -> None:
 def test_a_change_of_users_during_a_call_is_retried_once() -> None:
     rig = Rig()
     rig.ask(b"k")
-    rig.failed((3, OLD_REVISION))
+    rig.failed((3, OLD_AUTH_REVISION))
     assert rig.told == []
     rig.granted()
     assert rig.told == [(b"k", "yes")]
     rig.ask(b"k")
-    rig.failed((3, OLD_REVISION))
-    rig.failed((3, OLD_REVISION))
+    rig.failed((3, OLD_AUTH_REVISION))
+    rig.failed((3, OLD_AUTH_REVISION))
     assert rig.told == [(b"k", "yes"), (b"k", "no")]
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from coalesce.inputs import Identity
+from proto.etcd_errors import NO_LEADER
 from proto.framing import Status
 from proto.scan import Header
 from proxy.auth.model import (
@@ -20,7 +21,6 @@ from proxy.auth.model import (
 )
 from proxy.auth.queries import Queries, RevisionRead
 from proxy.auth.restore import ANY_KEY, AuthScope
-from upstream.errors import NO_LEADER_TEXT
 
 
 def at(revision: int) -> Header:
@@ -88,8 +88,8 @@ def test_without_a_leader_a_read_is_serializable_once() -> None:
     questions = Queries(1.0)
     call = begun(questions, questions.read(waiting(b"t")), 0)
     # One endpoint without a leader is not enough: another may have one.
-    assert questions.failed(call, Status.UNAVAILABLE, NO_LEADER_TEXT) == [SendCall(call, later=True)]
-    assert begun(questions, questions.failed(call, Status.UNAVAILABLE, NO_LEADER_TEXT, leaderless=True), 0) is call
+    assert questions.failed(call, Status.UNAVAILABLE, NO_LEADER) == [SendCall(call, later=True)]
+    assert begun(questions, questions.failed(call, Status.UNAVAILABLE, NO_LEADER, leaderless=True), 0) is call
     assert not call.linearizable
     assert questions.failed(call, Status.UNAVAILABLE, "gone", leaderless=True) == [SendCall(call, later=True)]
     assert call.linearizable
@@ -131,7 +131,7 @@ def test_an_invalid_token_disconnects_all_its_sessions() -> None:
 def test_without_a_leader_now_is_at_least_the_known_revision() -> None:
     questions = Queries(1.0)
     call = begun(questions, questions.read(waiting(b"t")), 10)
-    begun(questions, questions.failed(call, Status.UNAVAILABLE, NO_LEADER_TEXT, leaderless=True), 10)
+    begun(questions, questions.failed(call, Status.UNAVAILABLE, NO_LEADER, leaderless=True), 10)
     (told,) = questions.answered(call, at(7))
     assert isinstance(told, DeliverAnswer)
     assert isinstance(told.outcome, Header)
@@ -142,7 +142,7 @@ def test_without_a_leader_no_permission_is_granted() -> None:
     questions = Queries(1.0)
     questions.auth_on = True
     call = begun(questions, questions.check(PermissionCheck(AuthScope(b"t", b"a", b"")), 0.0), 0)
-    (again,) = questions.failed(call, Status.UNAVAILABLE, NO_LEADER_TEXT, leaderless=True)
+    (again,) = questions.failed(call, Status.UNAVAILABLE, NO_LEADER, leaderless=True)
     assert again == SendCall(call, later=True)
     assert call.linearizable
 
@@ -151,7 +151,7 @@ def test_auth_stays_on_without_a_linearizable_probe() -> None:
     questions = Queries(1.0)
     questions.auth_on = True
     call = begun(questions, questions.check(PermissionCheck(AuthScope(None, b"a", b"")), 0.0), 0)
-    begun(questions, questions.failed(call, Status.UNAVAILABLE, NO_LEADER_TEXT, leaderless=True), 0)
+    begun(questions, questions.failed(call, Status.UNAVAILABLE, NO_LEADER, leaderless=True), 0)
     assert questions.answered(call, at(7)) == [SendCall(call, later=True)]
     assert questions.auth_on
     assert call.linearizable

@@ -12,6 +12,7 @@ import pytest
 
 from coalesce.inputs import CreateRefusal, Granted, Identity
 from coalesce.model import Session
+from proto.etcd_errors import NO_LEADER
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proto.scan import Header
@@ -21,7 +22,7 @@ from proxy.auth.reads import AUTHENTICATE, TXN, Reader, ReaderSettings
 from proxy.auth.restore import AuthScope
 from tests.e2e.scenario import run
 from tests.waiting import until_async
-from upstream.errors import NO_LEADER_TEXT, CallFailed
+from upstream.errors import CallFailed
 from upstream.unary import Answer
 
 INVALID = CallFailed(Status.UNAUTHENTICATED, "etcdserver: invalid auth token")
@@ -185,7 +186,7 @@ def test_a_serializable_read_does_not_report_a_rollback() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         got: list[Outcome] = []
-        pool.auto = lambda asked: 7 if asked.range.serializable else CallFailed(Status.UNAVAILABLE, NO_LEADER_TEXT)
+        pool.auto = lambda asked: 7 if asked.range.serializable else CallFailed(Status.UNAVAILABLE, NO_LEADER)
         reader = Reader(pool)
         reader.listener = seen = Seen()
         seen.newest_revision = 9

@@ -9,7 +9,8 @@ import pytest
 
 from proto.framing import Status, frame
 from proto.http2 import Http2Limits
-from proxy.listening.connection import PART_PIECES_MAX, PREFACE
+from proto.http2.frames import PREFACE
+from proxy.listening.connection import PART_PIECES_MAX
 from proxy.listening.settings import ListenerSettings
 from tests.e2e.raw_client import HOST, RawStream
 from tests.e2e.scenario import run

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import pytest
 
+from proto.etcd_errors import LEARNER, NO_LEADER
 from proto.framing import frame
 from proto.http2 import ErrorCode
 from tests.e2e.raw_client import RawClient
 from tests.proxy.passthrough.test_passthrough import PUT, Running, passing
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.waiting import until_async
-from upstream.errors import LEARNER_TEXT, NO_LEADER_TEXT
 from upstream.heads import FIRST_HOP
 
 RANGE = "/etcdserverpb.KV/Range"
@@ -139,7 +139,7 @@ def test_unprocessed_call_is_resent(path: str, refusal: Callable[[ScriptedCall],
 
 
 @pytest.mark.parametrize("path", [RANGE, *WRITES])
-@pytest.mark.parametrize(("status", "text"), [(14, LEARNER_TEXT), (9, LEARNER_TEXT), (14, NO_LEADER_TEXT)])
+@pytest.mark.parametrize(("status", "text"), [(14, LEARNER), (9, LEARNER), (14, NO_LEADER)])
 def test_call_refused_by_a_member_not_serving_is_resent(path: str, status: int, text: str) -> None:
     """etcd's interceptors refuse it before any processing (api/v3rpc/interceptor.go)."""
 
@@ -147,7 +147,7 @@ def test_call_refused_by_a_member_not_serving_is_resent(path: str, status: int, 
         async with scripted() as idle, scripted() as other, passing(f"{idle.endpoint},{other.endpoint}") as running:
             idle.on_message = lambda call, _: call.end(status, text)
             async with await client_of(running) as client:
-                idle.is_learner, idle.leader = text == LEARNER_TEXT, 0
+                idle.is_learner, idle.leader = text == LEARNER, 0
                 for number in range(4):
                     call = client.call(path)
                     call.send(b"%d" % number, end=True)
