@@ -25,7 +25,7 @@ class _Judge:
         self.found: list[str] = []
         self._program = program
         self._recording = recording
-        self._limit = program.fragment_bytes
+        self._limit = program.request_bytes_max
         self._live: set[int] = set()
         self._compacted: set[int] = set()
         self._last: dict[int, int] = {}

@@ -21,8 +21,8 @@ MB = 1024 * 1024
 SIX_MB = tuple((b"k%d" % number, bytes([65 + number]) * MB) for number in range(6))
 SMALL = tuple((b"k%d" % number, bytes([65 + number]) * 200_000) for number in range(7))
 LARGE_REQUESTS = ("--max-request-bytes=8388608",)
-"""With this, etcd's fragments are of 8.5 MiB."""
-LARGE_FRAGMENTS = 8 * MB + 512 * 1024
+LARGE_REQUEST_BYTES = 8 * MB + 512 * 1024
+"""etcd's bound with `LARGE_REQUESTS`: of requests, and of fragments."""
 PUT_SIX_MB = tuple(Put(key, value) for key, value in SIX_MB)
 RANGE = (b"k", b"l")
 
@@ -70,7 +70,7 @@ PROGRAMS = (
         "a transaction of six megabytes, live, below a larger limit",
         (Create(*RANGE, fragment=True), Create(*RANGE), Txn(SIX_MB), Wait(events=12), Put(b"k1"), Wait(events=14)),
         LARGE_REQUESTS,
-        fragment_bytes=LARGE_FRAGMENTS,
+        request_bytes_max=LARGE_REQUEST_BYTES,
         long=True,
     ),
     Program(
@@ -81,7 +81,7 @@ PROGRAMS = (
             *(Create(*RANGE, prev_kv=True, fragment=True), Delete(*RANGE), Wait(events=9)),
         ),
         LARGE_REQUESTS,
-        fragment_bytes=LARGE_FRAGMENTS,
+        request_bytes_max=LARGE_REQUEST_BYTES,
     ),
     # what is not fragmented
     Program("a small transaction is not fragmented", (Create(*RANGE, fragment=True), Txn(SMALL[:5]), Wait(events=5))),

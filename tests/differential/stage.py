@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from coalesce.limits import CoreLimits
+from proxy.passthrough.settings import PassthroughSettings
 from proxy.server import Proxy
 from tests.differential.player import LIMIT_S, Player
 from tests.differential.recording import Recording
@@ -94,9 +95,10 @@ class Stage:
         try:
             if way == DIRECT:
                 return await Player(program, Target(straight, straight, False, etcds), limit_s).play()
-            limits = CoreLimits(fragment_bytes=program.fragment_bytes)
+            limits = CoreLimits(fragment_bytes=program.request_bytes_max)
+            passthrough = PassthroughSettings(translated_request_bytes_max=program.request_bytes_max)
             async with (
-                proxy_for(etcds[0], limits=limits, namespace=self.namespace) as proxy,
+                proxy_for(etcds[0], limits=limits, passthrough=passthrough, namespace=self.namespace) as proxy,
                 _crowd(program, proxy, way),
             ):
                 calls = straight if way == CROWDED and not self.namespace else proxy.port

@@ -242,8 +242,9 @@ class Program:
     steps: tuple[Step, ...]
     flags: tuple[str, ...] = ()
     """Flags of this program's etcd."""
-    fragment_bytes: int = 2 * 1024 * 1024
-    """The proxy's own setting, for programs that change etcd's by --max-request-bytes."""
+    request_bytes_max: int = 2 * 1024 * 1024
+    """etcd's --max-request-bytes + 512 KiB: the size of a fragment, and the largest request. The proxy has settings of
+    its own for both, which programs that change etcd's change as well."""
     fresh: bool = False
     """Needs a separate etcd, because it restarts it or uses absolute revisions."""
     members: int = 1

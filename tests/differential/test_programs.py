@@ -104,7 +104,7 @@ NAMESPACED = [program for program in PROGRAMS if not (program.auth or program.fr
     [
         pytest.param(
             program,
-            marks=() if number % 12 == 0 and "six megabytes" not in program.name else pytest.mark.long,
+            marks=() if number % 12 == 0 else pytest.mark.long,
             id=program.name,
         )
         for number, program in enumerate(NAMESPACED)
