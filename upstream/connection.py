@@ -305,11 +305,8 @@ class ClientConnection(asyncio.Protocol):
         self._schedule_flush()
         if stream.id >= _STREAM_ID_WORN:
             self.ended_well = True
-            self.retire(
-                Unreachable(
-                    self.endpoint.text, "its stream ids are used up", "no action needed: a new connection follows"
-                )
-            )
+            what = "its stream ids are used up"
+            self.retire(Unreachable(self.endpoint.text, what, "no action needed: a new connection follows"))
         return call
 
     def write(self, stream: Stream, pieces: Sequence[bytes], size: int, end: bool) -> bool:
@@ -533,9 +530,11 @@ class ClientConnection(asyncio.Protocol):
             self.ready.set_exception(failure)
             # Retrieve it: `connect` may have been cancelled, and asyncio would log the exception as never retrieved.
             self.ready.exception()
-        for stream in list(self.http2.streams.values()):
-            call = stream.owner
-            if call is not None:
+        streams = list(self.http2.streams.values())
+        # Otherwise these calls would count as open for ever, and the pool would keep the connection for them.
+        self.http2.streams.clear()
+        for stream in streams:
+            if (call := stream.owner) is not None:
                 self._end(call, Status.UNAVAILABLE, str(failure), [])
         self._tell_closed(failure)
 

@@ -144,7 +144,8 @@ class Slot:
         try:
             first = await self._open()
         except Unreachable as error:
-            return error
+            # Without the traceback, whose frames keep the connection.
+            return error.with_traceback(None)
         lost: asyncio.Future[Unreachable] = loop.create_future()
         self.connections = Connections(
             first,

@@ -23,11 +23,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(2)))
     parser.add_argument("--docs", action="store_true", help="write docs/evidence/soak.md and its graph as well")
     parser.add_argument("--out", type=Path, default=OUT, help="where report.md, samples.json and soak.png go")
+    parser.add_argument("--only", default="", help="only the faults whose name contains this")
     arguments = parser.parse_args()
     sys.stdout.write(f"seed {arguments.seed}, {arguments.minutes:g} minutes\n")
     sys.stdout.flush()
     with tempfile.TemporaryDirectory(prefix="watchmux-soak-") as made:
-        course = soak(arguments.minutes, arguments.seed, Path(made))
+        course = soak(arguments.minutes, arguments.seed, Path(made), arguments.only)
         outcome = run(course, arguments.minutes * 60 * 2 + 900)
     sys.stdout.write(report.write(outcome, arguments.out) + "\n")
     if arguments.docs:

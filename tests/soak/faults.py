@@ -17,14 +17,23 @@ from tests.faults.relay import Relay, Way
 from tests.proxy_process import ProxyProcess
 
 CALL_S = 20.0
+COMPACTED, DEFRAGMENTED = "etcd compacted", "etcd defragmented"
 
 
 class Faults:
     """The faults, and how often each was injected."""
 
     def __init__(
-        self, etcd: EtcdServer, proxy: ProxyProcess, upstream: Relay, clients: Relay, history: History, seed: int
+        self,
+        etcd: EtcdServer,
+        proxy: ProxyProcess,
+        upstream: Relay,
+        clients: Relay,
+        history: History,
+        seed: int,
+        only: str = "",
     ) -> None:
+        """`only`: inject only the faults whose name contains this."""
         self._etcd = etcd
         self._proxy = proxy
         self._history = history
@@ -47,17 +56,21 @@ class Faults:
                 (f"{name}: half-open", 1.5, self._relayed(relay, "half-open")),
                 (f"{name}: broken in the middle", 1.5, self._relayed(relay, "break")),
             ]
-        self._faults = away
-        self._restarting = [
+        restarting: list[tuple[str, float, Callable[[], Awaitable[None]]]] = [
             ("proxy drained and restarted", 1.5, self._drain),
             ("proxy killed and restarted", 1.5, self._crash),
         ]
+        self._only = only
+        self._faults = [fault for fault in away if only in fault[0]]
+        self._restarting = [fault for fault in restarting if only in fault[0]]
 
     async def run(self) -> None:
         """Inject one after the other until cancelled; a fault that has begun is ended."""
         while True:
             await asyncio.sleep(self._chance.uniform(0.5, 3.0))
             faults = self._faults + (self._restarting if self.restarts else [])
+            if not faults:
+                continue
             name, _, fault = self._chance.choices(faults, [weight for _, weight, _ in faults])[0]
             self._note(name)
             mending = asyncio.ensure_future(fault())
@@ -75,9 +88,10 @@ class Faults:
                 await asyncio.sleep(self._chance.uniform(1.0, 8.0))
                 try:
                     if self._chance.random() < 0.3:
-                        await maintenance.Defragment(rpc_pb2.DefragmentRequest(), timeout=CALL_S)
-                        self._note("etcd defragmented")
-                    else:
+                        if self._only in DEFRAGMENTED:
+                            await maintenance.Defragment(rpc_pb2.DefragmentRequest(), timeout=CALL_S)
+                            self._note(DEFRAGMENTED)
+                    elif self._only in COMPACTED:
                         await self._compact(kv)
                 except grpc.aio.AioRpcError:
                     continue
@@ -89,7 +103,7 @@ class Faults:
             # Recorded first: etcd may compact and be killed before it answers.
             self.compactions.append(revision)
             await kv.Compact(rpc_pb2.CompactionRequest(revision=revision), timeout=CALL_S)
-            self._note("etcd compacted")
+            self._note(COMPACTED)
 
     def _note(self, name: str) -> None:
         self.done[name] += 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.soak.run import Outcome
+from tests.soak.run import SHARES, Outcome
 from tests.soak.sampling import Held, Sample
 
 MIB = 1 << 20
@@ -69,11 +69,22 @@ def text(outcome: Outcome) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
         *(_rest(rest) for rest in outcome.rests),
         "",
+        *_table("more objects at the end than after the second wave, by holder and type", grown(outcome.rests)),
         *_table("what the proxy went through (all its processes)", went_through(samples)),
         *_table("calls ended", outcome.calls),
         *_table("streams of clients ended", outcome.endings),
     ]
     return "\n".join(lines)
+
+
+def grown(rests: list[Sample]) -> dict[str, int]:
+    """Return by how much the objects have grown between the rests that are compared, by holder and type."""
+    if len(rests) < len(SHARES):
+        return {}
+    before, after = rests[-len(SHARES) + 1].held, rests[-1].held
+    if before is None or after is None:
+        return {}
+    return {name: more for name, count in after.census.items() if (more := count - before.census.get(name, 0)) > 0}
 
 
 def _rest(rest: Sample) -> str:
@@ -105,7 +116,12 @@ def write(outcome: Outcome, directory: Path) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     told = text(outcome)
     (directory / "report.md").write_text(told)
-    data = {"samples": outcome.samples, "faults": outcome.fault_log, "violations": outcome.violations}
+    data = {
+        "samples": outcome.samples,
+        "rests": outcome.rests,
+        "faults": outcome.fault_log,
+        "violations": outcome.violations,
+    }
     (directory / "samples.json").write_bytes(msgspec.json.encode(data))
     (directory / "proxy.log").write_text(outcome.log)
     if not plot(outcome, directory / "soak.png"):

@@ -141,8 +141,11 @@ class Wave:
                 process.kill()
 
 
-async def soak(minutes: float, seed: int, directory: Path) -> Outcome:
-    """Run for about so long (plus the rests between waves); clients write their records to `directory`."""
+async def soak(minutes: float, seed: int, directory: Path, only: str = "") -> Outcome:
+    """Run for about so long (plus the rests between waves); clients write their records to `directory`.
+
+    `only`: inject only the faults whose name contains this, to find the one that leaks.
+    """
     outcome = Outcome(seed)
     started = time.monotonic()
     with EtcdServer() as etcd:
@@ -153,7 +156,7 @@ async def soak(minutes: float, seed: int, directory: Path) -> Outcome:
             store = Etcd(etcd.endpoint)
             try:
                 async with relay_to(proxy.port) as clients:
-                    faults = Faults(etcd, proxy, upstream, clients, history, seed)
+                    faults = Faults(etcd, proxy, upstream, clients, history, seed, only)
                     await _waves(minutes * 60, directory, outcome, faults, clients.endpoint, proxy, history, store)
             finally:
                 await history.stop()

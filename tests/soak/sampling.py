@@ -39,6 +39,8 @@ class Held(msgspec.Struct):
     blocks: int
     """Of Python's allocator."""
     malloc_bytes: int
+    census: dict[str, int] = {}
+    """Objects by holder and type; others than `objects`, also those that the collector does not track."""
 
 
 class Sample(msgspec.Struct):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from tests.etcd.server import EtcdServer
 from tests.soak import client, report, spool
 from tests.soak.client import KINDS, Clients, Summary
 from tests.soak.run import EMPTY, NOT_WATCHED, SHARES, Outcome, judge, leaks, soak
-from tests.soak.sampling import Held, Sample
+from tests.soak.sampling import INSIDE, Held, Sample
 from tests.soak.watcher import CHANNEL, Habits, Stream
 from tests.waiting import until_async
 
@@ -189,6 +191,31 @@ def test_leaks_are_reported(waves: list[Rest], leak: str) -> None:
     assert len(waves) == len(SHARES) - 1
     found = leaks([each.sample() for each in [*FIRST, *waves]])
     assert [leak in each for each in found] == [True] * bool(leak)
+
+
+def test_the_report_lists_what_has_grown() -> None:
+    rests = [each.sample() for each in (*FIRST, Rest(), Rest(), Rest())]
+    for rest, count in zip(rests, (900, 1, 1, 5, 7, 9), strict=True):
+        assert rest.held is not None
+        rest.held.census = {"Slot[list] > Connections": count, "Pool > Slot": 1}
+    assert report.grown(rests) == {"Slot[list] > Connections": 4}
+    assert report.grown(rests[:3]) == {}
+
+
+def test_the_census_names_types_and_holders() -> None:
+    """In a process of its own, as in the proxy: it walks everything."""
+    code = (
+        "import runpy, sys\n"
+        "class Pool: pass\n"
+        "class Slot: pass\n"
+        "pool = Pool()\n"
+        "pool.slots = [Slot() for _ in range(3)]\n"
+        "print(runpy.run_path(sys.argv[1])['census']()['Pool[list] > Slot'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(INSIDE / "sitecustomize.py")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "3", done
 
 
 def test_the_report_lists_the_findings(tmp_path: Path) -> None:

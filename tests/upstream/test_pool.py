@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,6 +18,7 @@ from tests.etcd.server import free_port
 from tests.upstream.recorder import RecordedLog
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.waiting import until_async
+from upstream.connection import ClientConnection
 from upstream.endpoints import parse_endpoints
 from upstream.errors import CallFailed
 from upstream.pool import Pool
@@ -52,6 +55,11 @@ async def up(pool: Pool, count: int) -> None:
     await until_async(
         lambda: sum(slot.connections is not None for slot in pool._slots) == count, f"{count} connections"
     )
+
+
+def connections(pool: Pool) -> list[ClientConnection]:
+    """Return the connections that take calls."""
+    return [each for slot in pool._slots if slot.connections is not None for each in slot.connections]
 
 
 async def failure(pool: Pool, **extra: Any) -> CallFailed:
@@ -212,6 +220,40 @@ def test_calls_wait_when_connections_are_at_their_limit() -> None:
                     call.send(b"y")
                     call.end()
                 assert [answer for answer, _ in await asyncio.gather(*calls, own)] == [b"y"] * 3
+
+    run(story())
+
+
+def test_lost_connections_with_open_calls_are_not_kept() -> None:
+    """A connection has tables of some hundred objects, and etcd may restart every day of a proxy's life."""
+
+    async def story() -> None:
+        lost = weakref.WeakSet[ClientConnection]()
+        async with scripted() as etcd, pooled(etcd.endpoint) as pool:
+            etcd.on_message = lambda *_: None
+            for times in range(1, 4):
+                await until_async(lambda: any(each not in lost for each in connections(pool)), "a new connection")
+                lost.update(connections(pool))
+                call = asyncio.create_task(failure(pool))
+                await until_async(lambda times=times: len(etcd.calls) == times, "the call")  # type: ignore[misc] # bound at once
+                etcd.drop()
+                assert (await call).status == Status.UNAVAILABLE
+            etcd.mute = True
+            await up(pool, 0)
+            gc.collect()
+            assert not lost
+
+    run(story())
+
+
+def test_the_last_failure_keeps_no_frames() -> None:
+    """The frames of the failed attempt refer to its connection."""
+
+    async def story() -> None:
+        async with pooled(f"127.0.0.1:{free_port()}") as pool:
+            await until_async(lambda: pool.down is not None, "a failure")
+            assert pool.down is not None
+            assert pool.down.__traceback__ is None
 
     run(story())
 
