@@ -25,11 +25,13 @@ from proto.http2.events import (
     StreamDrained,
     StreamReset,
 )
+from proto.http2.frames import UPDATE_AND_PING_BYTES
 from proto.http2.limits import Http2Limits
 from proto.http2.sending import Piece, Role, StreamBatch
 from proto.http2.streams import Stream, StreamState
 
 __all__ = [
+    "UPDATE_AND_PING_BYTES",
     "Connection",
     "ConnectionFailed",
     "DataReceived",

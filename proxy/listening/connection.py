@@ -18,6 +18,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol, cast
 
 from proto.http2 import (
+    UPDATE_AND_PING_BYTES,
     Connection,
     ConnectionFailed,
     DataReceived,
@@ -165,6 +166,8 @@ class ServerConnection(asyncio.Protocol):
         if self._closing_since is None:
             left = self.turns.left
             if left > 0 and not self._queued:
+                if len(data) == UPDATE_AND_PING_BYTES and self._acknowledge(data):
+                    return
                 self._receive(data, left)
             else:
                 self.h2.defer(data)
@@ -297,6 +300,25 @@ class ServerConnection(asyncio.Protocol):
             self._sweep_silence(settings, now)
 
     # internal
+
+    def _acknowledge(self, data: bytes) -> bool:
+        """Handle grpc-go's answer to DATA. Returns False, having done nothing, if `data` is something else.
+
+        Fast path: 1,300 ns instead of 4,100 with 500 connections in a turn, 4,000 ns less with one. An event to a Go
+        client that is alone on its connection costs 20,000 ns in all.
+        """
+        if self._transport is None or self._transport.is_closing():
+            return False
+        acknowledgement = self.h2.receive_update_and_ping(data)
+        if acknowledgement is None:
+            return False
+        self.turns.spend(2)
+        if self.dirty:
+            self.h2.append(acknowledgement)
+        else:
+            self._write(acknowledgement)
+        self._pinged()
+        return True
 
     def _receive(self, data: bytes, work_max: int) -> None:
         """Handle bytes from the client up to a bound of work; the remainder waits for a turn."""

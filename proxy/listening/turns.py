@@ -33,11 +33,12 @@ class Worker(Protocol):
 class Turns:
     """The work budget of one turn of the loop, and the workers that wait for a turn."""
 
-    __slots__ = ("_per_turn", "_turning", "_waiting", "left")
+    __slots__ = ("_per_turn", "_refill_below", "_turning", "_waiting", "left")
 
     def __init__(self, per_turn: int) -> None:
         """`per_turn`: work of one turn, in units; 0: no bound."""
         self._per_turn = per_turn or UNBOUNDED
+        self._refill_below = self._per_turn - self._per_turn // 4
         self.left = self._per_turn
         """Work that may still be done now. Negative if the last step cost more than was left."""
         self._waiting: deque[Worker] = deque()
@@ -45,9 +46,9 @@ class Turns:
         """The next turn is scheduled."""
 
     def spend(self, work: int) -> None:
-        """Charge work that was done."""
+        """Charge work that was done. Up to a quarter of the budget needs no callback in the turn."""
         self.left -= work
-        if not self._turning:
+        if self.left < self._refill_below and not self._turning:
             self._ask()
 
     def wait(self, worker: Worker) -> None:

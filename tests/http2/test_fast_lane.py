@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from proto.http2 import Connection, ErrorCode, Http2Limits, Stream
+from proto.http2 import UPDATE_AND_PING_BYTES, Connection, ErrorCode, Http2Limits, Stream
 from tests.http2 import wire
-from tests.http2.wire import Peer, client, data, event_lines, raw, update
+from tests.http2.wire import Peer, client, data, event_lines, raw, server, update
 
 WINDOW = 70_000
 
@@ -143,3 +143,55 @@ def test_frame_returns_none_if_send_would_wait_or_drop(name: str) -> None:
 def test_frame_returns_none_above_the_peers_frame_size() -> None:
     connection, stream = asked()
     assert connection.frame(stream, bytes(16_385), 16_385) is None
+
+
+def served() -> tuple[Connection, Peer, Stream]:
+    """Return a server with an open stream, after everything before it is written."""
+    connection, peer = server()
+    peer.receive(peer.request(1))
+    connection.output()
+    connection.output()
+    return connection, peer, connection.streams[1]
+
+
+def test_update_and_ping_equal_receive() -> None:
+    both = update(0, 123) + wire.ping(b"12345678")
+    assert len(both) == UPDATE_AND_PING_BYTES
+    quick, _, _ = served()
+    ever, _, _ = served()
+    assert quick.receive_update_and_ping(both) == wire.ping(b"12345678", "ACK")
+    ever.receive(both)
+    assert b"".join(ever.output()) == wire.ping(b"12345678", "ACK")
+    assert (quick.send_window, quick.progress, quick._flood) == (ever.send_window, ever.progress, ever._flood)
+
+
+BOTH_ELSE: dict[str, bytes] = {
+    "an update of a stream": update(1, 123) + wire.ping(b"12345678"),
+    "an acknowledged ping": update(0, 123) + wire.ping(b"12345678", "ACK"),
+    "an update of nothing": update(0, 0) + wire.ping(b"12345678"),
+    "an update above 2^31-1": update(0, 2**31 - 1) + wire.ping(b"12345678"),
+    "the other order": wire.ping(b"12345678") + update(0, 123),
+    "two updates": update(0, 1) + update(0, 2) + bytes(4),
+}
+
+
+@pytest.mark.parametrize("name", BOTH_ELSE)
+def test_update_and_ping_ignore_anything_else(name: str) -> None:
+    connection, _, _ = served()
+    before = connection.send_window
+    assert connection.receive_update_and_ping(BOTH_ELSE[name]) is None
+    assert connection.send_window == before
+
+
+def test_update_and_ping_leave_waiting_data_to_receive() -> None:
+    """With data that waits for the window, or a flood counter above zero, `receive` has more to do."""
+    connection, _, stream = served()
+    both = update(0, 123) + wire.ping(b"12345678")
+    connection.receive(update(1, 1_000_000))
+    connection.output()
+    connection.output()
+    assert not connection.send(stream, [bytes(70_000)], 70_000)
+    assert connection.receive_update_and_ping(both) is None
+    flooded, _, _ = served()
+    flooded.receive(wire.ping(b"12345678"))
+    assert flooded.receive_update_and_ping(both) is None

@@ -101,6 +101,17 @@ def test_budget_is_restored_in_the_next_turn() -> None:
     run(scenario())
 
 
+def test_little_work_causes_no_callback() -> None:
+    async def scenario() -> None:
+        turns = Turns(1_000)
+        turns.spend(250)
+        assert not turns._turning
+        turns.spend(1)
+        await until_async(lambda: turns.left == 1_000, "the next turn")
+
+    run(scenario())
+
+
 def test_many_connections_are_handled_in_parts() -> None:
     """For a drain and for the timeout checks, with twenty thousand connections."""
 
