@@ -218,8 +218,13 @@ class Admission:
             self._reads.read(create)
 
     def _refused(self, create: PendingCreate) -> None:
-        """Request what a refusal needs: its answer has a header, so one must be known."""
-        if self._state.header is None:
+        """Request what a refusal needs: its answer has a header, so one must be known.
+
+        That of an empty range at "now" is read after the create arrived, as a watch's would be: another proxy asks for
+        etcd's revision by such creates (`upstream/watching/proof.py`).
+        """
+        is_probe = create.refusal == EMPTY_RANGE and create.request.start_revision is None and create.header is None
+        if self._state.header is None or is_probe:
             self._reads.read(create)
 
     def _decide(self, create: PendingCreate) -> bool:
@@ -228,7 +233,7 @@ class Admission:
         if create.refusal is None and not create.checked:
             return False
         if create.refusal is not None:
-            if state.header is None and create.reading:
+            if create.reading and (state.header is None or create.refusal == EMPTY_RANGE):
                 return False
             self.refuse(create, create.refusal)
             return True

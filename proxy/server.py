@@ -62,6 +62,7 @@ class Proxy:
         self,
         *,
         endpoints: str | Sequence[str],
+        watch_endpoints: str | Sequence[str] = (),
         host: str = "127.0.0.1",
         port: int = 0,
         path: str = "",
@@ -83,7 +84,8 @@ class Proxy:
     ) -> None:
         """Store the settings; nothing is started yet.
 
-        `endpoints`: etcd's addresses. `host`, `port`: where to listen, port 0 for any free one; or `path`, a unix
+        `endpoints`: etcd's addresses. `watch_endpoints`: those of the proxies that watches are taken from, instead of
+        from `endpoints`. `host`, `port`: where to listen, port 0 for any free one; or `path`, a unix
         socket. `tls`: for the listener; `upstream_tls`: towards etcd. `limits`: the core's. `credentials`: the user for
         watches at etcd. `upstream_cert`: the file of the client certificate for etcd, to be checked for a CN. `http1`:
         the endpoint for HTTP/1 connections, if not one of `endpoints`. `namespace`: the prefix that clients'
@@ -93,6 +95,7 @@ class Proxy:
         Raises BadEndpoint.
         """
         self.endpoints: list[Endpoint] = parse_endpoints(endpoints)
+        self.watch_endpoints: list[Endpoint] = parse_endpoints(watch_endpoints) if watch_endpoints else []
         self.health = health.Health()
         self._address = (host, port)
         self._path = path
@@ -112,6 +115,8 @@ class Proxy:
         self._advertised = advertised
         self._probe_interval_s = probe_interval_s
         self._tune_gc = tune_gc
+        # The check that watches and calls go to the same cluster.
+        self._comparing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start: connections to etcd in the background, then the listener. Raises OSError when it cannot listen."""
@@ -122,9 +127,10 @@ class Proxy:
         self.reader = Reader(self.pool, self._reader_settings, namespace)
         self.engine = Engine(Coalescer(self._limits), self.reader)
         watch_log = logs.logger("upstream")
-        self.upstream = WatchClient(self.endpoints, self.engine, settings, tls, watch_log, self._credentials, namespace)
+        sources = self.watch_endpoints or self.endpoints
+        self.upstream = WatchClient(sources, self.engine, settings, tls, watch_log, self._credentials, namespace)
         self.engine.attach(self.upstream)
-        self.engine.upstream_changed = self._upstream_changed
+        self.engine.upstream_changed = self._watches_changed
         self.watches = watch_service.WatchService(self.engine, self._watch_settings)
         self.engine.failed = self.watches.end_all
         self.passthrough, refusal = self._make_passthrough()
@@ -179,20 +185,22 @@ class Proxy:
         self.listener.http1 = self.http1
         self.listener.handed_on = self.http1.descriptors
 
-    async def set_endpoints(self, endpoints: Sequence[str]) -> str:
+    async def set_endpoints(self, endpoints: Sequence[str], watch_endpoints: Sequence[str] = ()) -> str:
         """Switch to other endpoints of the same cluster; clients notice nothing.
 
         Returns "" on success, otherwise the reason, with nothing changed. Raises BadEndpoint.
         """
         wanted = parse_endpoints(endpoints)
+        sources = parse_endpoints(watch_endpoints) if watch_endpoints else []
+        known = {*self.endpoints, *self.watch_endpoints}
         foreign = await self.upstream.find_foreign_cluster(
-            [endpoint for endpoint in wanted if endpoint not in self.endpoints]
+            [endpoint for endpoint in (*wanted, *sources) if endpoint not in known]
         )
         if foreign is not None:
             return f"{foreign} belongs to another cluster, whose revisions do not match those that clients have"
-        self.endpoints = wanted
+        self.endpoints, self.watch_endpoints = wanted, sources
         self.pool.set_endpoints(wanted)
-        self.upstream.set_endpoints(wanted)
+        self.upstream.set_endpoints(sources or wanted)
         return ""
 
     def _http1_endpoint(self) -> Endpoint:
@@ -202,9 +210,24 @@ class Proxy:
         connection = self.pool.pick()
         return self.endpoints[0] if connection is None else connection.endpoint
 
+    def _watches_changed(self) -> None:
+        self._upstream_changed()
+        if self.watch_endpoints and self.upstream.connected and self._comparing is None:
+            self._comparing = asyncio.get_running_loop().create_task(self._compare_clusters(), name="compare clusters")
+
+    async def _compare_clusters(self) -> None:
+        """Serve no watches while they would come from another cluster than the one that calls go to."""
+        foreign = await self.upstream.find_foreign_cluster(self.endpoints)
+        problem = ""
+        if foreign is not None:
+            problem = f"watchmux: {foreign} belongs to another cluster than the watches of --watch-endpoints"
+            log.error("watches_of_another_cluster", problem=problem)
+        self.watches.problem, self._comparing = problem, None
+        self._upstream_changed()
+
     def _upstream_changed(self) -> None:
         problem = self.guard.problem if self.guard is not None else ""
-        problem = problem or self.pool.full or self.upstream.problem
+        problem = problem or self.watches.problem or self.pool.full or self.upstream.problem
         self.health.set_upstream(self.upstream.connected and self.pool.connected, problem)
 
     @property
@@ -242,6 +265,9 @@ class Proxy:
         if self.guard is not None:
             await self.guard.stop()
         self.engine.stop()
+        if self._comparing is not None:
+            self._comparing.cancel()
+            await asyncio.gather(self._comparing, return_exceptions=True)
         await self.upstream.stop()
         await self.pool.stop()
 

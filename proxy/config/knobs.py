@@ -41,6 +41,14 @@ class UpstreamTable:
         from_etcd=True,
         reloaded=True,
     )
+    watch_endpoints: list[str] = knob(
+        [],
+        "Endpoints of other watchmux proxies in front of the same etcd, from which this proxy takes its watches "
+        "instead of from --endpoints. etcd then serves one watch per range for each of those proxies, however many "
+        "proxies take their watches from them. Calls, reads and permission checks still go to --endpoints. Empty: "
+        "watches come from --endpoints too.",
+        reloaded=True,
+    )
     discovery_srv: str = knob(
         "",
         "DNS domain whose SRV records (_etcd-client-ssl._tcp, _etcd-client._tcp) name the endpoints; looked up "

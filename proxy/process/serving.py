@@ -48,7 +48,7 @@ def within_descriptors(settings: Settings, opened: int) -> Settings:
     `opened`: descriptors in use before any client connects. Raises the soft limit; logs a reduction.
     """
     wanted = settings.listener.connections_max
-    endpoints = len(settings.upstream.endpoints)
+    endpoints = len(settings.upstream.endpoints) + len(settings.upstream.watch_endpoints)
     shared = descriptors.share(descriptors.raise_limit(), wanted, endpoints, opened)
     if shared.connections_max < wanted:
         log.warning(
@@ -64,7 +64,8 @@ def within_descriptors(settings: Settings, opened: int) -> Settings:
 def _tls(settings: Settings) -> tuple[ssl.SSLContext | None, FileContext | None]:
     """Return the TLS contexts of the listener and of connections to etcd; None where TLS is not configured."""
     listener, upstream = settings.listener, settings.upstream
-    secured = any(endpoint.startswith(("https://", "unixs:")) for endpoint in upstream.endpoints)
+    servers = (*upstream.endpoints, *upstream.watch_endpoints)
+    secured = any(endpoint.startswith(("https://", "unixs:")) for endpoint in servers)
     wanted = upstream.cert or upstream.cacert or upstream.insecure_skip_tls_verify or secured
     if not wanted and not listener.cert_file:
         return None, None
@@ -95,6 +96,7 @@ def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy
     inward, outward = _tls(settings)
     return Proxy(
         endpoints=endpoints,
+        watch_endpoints=settings.upstream.watch_endpoints,
         host=address.host,
         port=address.port,
         path=address.path,
@@ -213,7 +215,7 @@ class _Applying:
         self._opened = opened
         # In force; fewer connections than configured if there are too few descriptors.
         self.settings = settings
-        self._endpoints = settings.upstream.endpoints
+        self._endpoints = _endpoints(settings)
         self._moving: asyncio.Task[None] | None = None
 
     def apply(self, settings: Settings) -> None:
@@ -225,10 +227,10 @@ class _Applying:
         proxy.listener.settings = listener_settings(self.settings)
         proxy.watches.settings = watch_settings(settings)
         proxy.passthrough.go_by(passthrough_settings(settings))
-        if settings.upstream.endpoints != self._endpoints and not settings.upstream.discovery_srv:
-            self._endpoints = settings.upstream.endpoints
+        if _endpoints(settings) != self._endpoints and not settings.upstream.discovery_srv:
+            self._endpoints = _endpoints(settings)
             self.stop()
-            self._moving = asyncio.get_running_loop().create_task(self._move(self._endpoints))
+            self._moving = asyncio.get_running_loop().create_task(self._move(*self._endpoints))
 
     def stop(self) -> None:
         """Cancel a pending change of endpoints."""
@@ -236,12 +238,16 @@ class _Applying:
             self._moving.cancel()
             self._moving = None
 
-    async def _move(self, endpoints: list[str]) -> None:
-        problem = await self._proxy.set_endpoints(endpoints)
+    async def _move(self, endpoints: list[str], watch_endpoints: list[str]) -> None:
+        problem = await self._proxy.set_endpoints(endpoints, watch_endpoints)
         if problem:
             log.error("new endpoints rejected; keeping the old ones", endpoints=endpoints, problem=problem)
         else:
-            log.info("endpoints updated", endpoints=endpoints)
+            log.info("endpoints updated", endpoints=endpoints, watch_endpoints=watch_endpoints)
+
+
+def _endpoints(settings: Settings) -> tuple[list[str], list[str]]:
+    return settings.upstream.endpoints, settings.upstream.watch_endpoints
 
 
 class _Signals:

@@ -73,6 +73,8 @@ class WatchService:
         self.unread_bytes = 0
         """Current bytes of requests on all streams that are unread or incomplete."""
         self.draining = False
+        self.problem = ""
+        """Why no stream is served; "" if they are."""
 
     def open(self, connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool) -> WatchCall:
         """Accept a Watch stream. Raises CallRefusal if it is not a gRPC call, for a limit, or when there is no leader.
@@ -84,6 +86,8 @@ class WatchService:
         carrier = cast("ServerConnection", connection)
         if self.draining:
             raise CallRefusal(200, Status.UNAVAILABLE, DRAIN_TEXT)
+        if self.problem:
+            raise CallRefusal(200, Status.UNAVAILABLE, self.problem)
         if carrier.sessions >= self.settings.sessions_per_connection_max:
             self.refused_at["sessions_per_connection_max"] += 1
             limit = self.settings.sessions_per_connection_max

@@ -127,7 +127,8 @@ def test_empty_ranges(key: bytes, range_end: bytes, refused: bool) -> None:
     client = shell.client()
     client.create(key, range_end)
     if refused:
-        assert client.read() == [f"#-1 @5 created canceled ({EMPTY})"]
+        shell.read_now(6)
+        assert client.read() == [f"#-1 @6 created canceled ({EMPTY})"]
         assert shell.reads == []
         return
     shell.read_now(5)
@@ -152,6 +153,19 @@ def test_the_first_refusal_reads_a_header() -> None:
     assert client.read() == [f"#-1 @12 created canceled ({COMPACTED})"]
     client.create(start=-5)
     assert client.read() == [f"#-1 @12 created canceled ({COMPACTED})"]
+
+
+def test_the_refusal_of_an_empty_range_is_as_new_as_now() -> None:
+    """Another proxy takes it as the store's revision after its own request."""
+    shell = Shell()
+    client = shell.client()
+    shell.trunk(5, client)
+    client.create(b"k", b"k")
+    client.progress()
+    client.create(b"k", b"k", 5)
+    assert client.read() == []
+    shell.read_now(9)
+    assert client.read() == [f"#-1 @9 created canceled ({EMPTY})", f"#-1 @9 created canceled ({EMPTY})"]
 
 
 def test_limits_are_refused_with_a_clear_text() -> None:

@@ -26,7 +26,7 @@ from tests.differential.recording import Recording
 from tests.differential.steps import Program
 from tests.differential.target import Target
 from tests.e2e.raw_client import RawClient
-from tests.e2e.running import proxy_for
+from tests.e2e.running import proxy_for, two_tiers
 from tests.etcd.binaries import EtcdBinary
 from tests.etcd.server import HOST, EtcdServer
 
@@ -61,10 +61,15 @@ class Stage:
         members: int = 1,
         auth: bool = False,
         namespace: bytes = b"",
+        tiers: int = 1,
     ) -> None:
-        """`namespace`: of the proxies; then all calls go through them, since the keys have other names at etcd."""
+        """`namespace`: of the proxies; then all calls go through them, since the keys have other names at etcd.
+
+        `tiers`: 2 = each proxy takes its watches from another one.
+        """
         self.auth = auth
         self.namespace = namespace
+        self._proxy = proxy_for if tiers == 1 else two_tiers
         self.sets = {way: _members(binary, flags, members) for way in WAYS}
 
     def __enter__(self) -> Self:
@@ -98,7 +103,7 @@ class Stage:
             limits = CoreLimits(fragment_bytes=program.request_bytes_max)
             passthrough = PassthroughSettings(translated_request_bytes_max=program.request_bytes_max)
             async with (
-                proxy_for(etcds[0], limits=limits, passthrough=passthrough, namespace=self.namespace) as proxy,
+                self._proxy(etcds[0], limits=limits, passthrough=passthrough, namespace=self.namespace) as proxy,
                 _crowd(program, proxy, way),
             ):
                 calls = straight if way == CROWDED and not self.namespace else proxy.port

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import grpc.aio
 
@@ -20,6 +22,10 @@ async def proxy_for(etcd: EtcdServer | str, failures: int = 0, **settings: Any) 
     Its core must keep its invariants, and fail (on purpose) exactly as often as given.
     """
     endpoint = etcd if isinstance(etcd, str) else etcd.endpoint
+    if TIERS == 2 and "watch_endpoints" not in settings:
+        async with two_tiers(etcd, failures, **settings) as proxy:
+            yield proxy
+        return
     proxy = Proxy(endpoints=endpoint, tune_gc=False, **settings)
     await proxy.start()
     try:
@@ -28,6 +34,31 @@ async def proxy_for(etcd: EtcdServer | str, failures: int = 0, **settings: Any) 
         await proxy.stop()
         proxy.engine.core.check()
         assert proxy.engine.stats.failures == failures
+
+
+TIERS: Final = int(os.environ.get("TIERS", "1"))
+"""TIERS=2: each proxy of the tests takes its watches from another one that stands in front of the same etcd."""
+
+HUB_SETTINGS: Final = ("upstream", "upstream_tls", "limits", "credentials", "upstream_cert", "reader")
+"""Settings that both tiers have."""
+
+
+@asynccontextmanager
+async def two_tiers(etcd: EtcdServer | str, failures: int = 0, **settings: Any) -> AsyncIterator[Proxy]:
+    """Yield a proxy that takes its watches from another one, its hub; calls go to `etcd`."""
+    endpoint = etcd if isinstance(etcd, str) else etcd.endpoint
+    ours = {name: value for name, value in settings.items() if name in HUB_SETTINGS}
+    with tempfile.TemporaryDirectory(prefix="watchmux-hub-") as directory:
+        path = f"{directory}/hub"
+        hub = Proxy(endpoints=endpoint, tune_gc=False, path=path, **ours)
+        await hub.start()
+        try:
+            async with proxy_for(endpoint, failures, watch_endpoints=f"unix:{path}", **settings) as proxy:
+                yield proxy
+        finally:
+            await hub.stop()
+            hub.engine.core.check()
+            assert not hub.engine.stats.failures
 
 
 class Etcd:

@@ -8,17 +8,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc.aio
-import pytest
 
 from coalesce import report
-from proxy import server
 from proxy.server import Proxy
 from tests.e2e.judging import assert_kept
 from tests.e2e.raw_client import RawClient, WatchStream
 from tests.e2e.running import Etcd, proxy_for
 from tests.waiting import until_async
-from upstream.endpoints import parse_endpoints
-from upstream.watching.client import WatchClient
 
 PREFIX, PREFIX_END = b"/p/", b"/p0"
 
@@ -26,14 +22,8 @@ PREFIX, PREFIX_END = b"/p/", b"/p0"
 @asynccontextmanager
 async def split_proxy(calls: str, watches: str, **settings: Any) -> AsyncIterator[Proxy]:
     """Yield a proxy that sends calls to the endpoints `calls` and watches at the endpoints `watches`."""
-
-    def client(_endpoints: object, *rest: Any, **named: Any) -> WatchClient:
-        return WatchClient(parse_endpoints(watches), *rest, **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server, "WatchClient", client)
-        async with proxy_for(calls, **settings) as proxy:
-            yield proxy
+    async with proxy_for(calls, watch_endpoints=watches, **settings) as proxy:
+        yield proxy
 
 
 @asynccontextmanager

@@ -1,0 +1,88 @@
+"""Two levels of proxies: hubs that restart in front of live leaves, and what etcd sees of them."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+
+import grpc.aio
+
+from proxy.server import Proxy
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import direct, proxy_for
+from tests.e2e.scenario import run
+from tests.etcd.server import HOST, EtcdServer, free_port
+from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch
+from tests.waiting import until_async
+
+WATCHERS = "etcd_debugging_mvcc_watcher_total"
+
+
+async def hub_at(etcd: EtcdServer, port: int) -> Proxy:
+    """Start a hub on a port."""
+    hub = Proxy(endpoints=etcd.endpoint, tune_gc=False, port=port)
+    await hub.start()
+    return hub
+
+
+def test_hubs_restart_in_turn_and_no_client_notices(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        ports = [free_port(), free_port()]
+        hubs = [await hub_at(etcd, port) for port in ports]
+        places = ",".join(f"{HOST}:{port}" for port in ports)
+        async with (
+            proxy_for(etcd, watch_endpoints=places) as one,
+            proxy_for(etcd, watch_endpoints=places) as two,
+            await RawClient.connect(one.port) as client,
+            await RawClient.connect(two.port) as other,
+        ):
+            streams = [(await open_watch(each, PREFIX, PREFIX_END, 1), 1) for each in (client, other)]
+            writer = Writer(etcd.endpoint, 0.002)
+            await writer.more(20)
+            for turn in (0, 1, 0, 1):
+                breaks = one.upstream.breaks + two.upstream.breaks
+                carried = any(hubs[turn].listener.connections)
+                await hubs[turn].drain(0.5)
+                await writer.more(20)
+                hubs[turn] = await hub_at(etcd, ports[turn])
+                await until_async(lambda: one.upstream.connected and two.upstream.connected, "both leaves to go on", 20)
+                assert not carried or one.upstream.breaks + two.upstream.breaks > breaks
+                await writer.more(20)
+            await all_kept(streams, etcd.endpoint, await writer.stop())
+            assert one.engine.stats.upstream_broken + two.engine.stats.upstream_broken > 0
+        for hub in hubs:
+            await hub.stop()
+
+    run(scenario(), 120)
+
+
+def test_etcd_serves_one_watch_for_all_leaves(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        async with AsyncExitStack() as stack:
+            hub = await stack.enter_async_context(proxy_for(etcd))
+            streams = []
+            for _ in range(3):
+                leaf = await stack.enter_async_context(proxy_for(etcd, watch_endpoints=f"{HOST}:{hub.port}"))
+                client = await stack.enter_async_context(await RawClient.connect(leaf.port))
+                streams += [await open_watch(client, PREFIX, PREFIX_END) for _ in range(10)]
+            calls = await stack.enter_async_context(direct(etcd))
+            revision = await calls.put(PREFIX + b"1", b"1")
+            for stream in streams:
+                assert (await stream.next()).events[0].kv.mod_revision == revision
+            assert etcd.metrics()[WATCHERS] == 1
+
+    run(scenario())
+
+
+def test_watches_of_another_cluster_are_not_served(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        with EtcdServer(etcd.binary) as foreign:
+            async with proxy_for(foreign) as hub, proxy_for(etcd, watch_endpoints=f"{HOST}:{hub.port}") as leaf:
+                await until_async(lambda: "another cluster" in leaf.health.reason, "the leaf to refuse the hub", 20)
+                async with await RawClient.connect(leaf.port) as client:
+                    stream = client.watch()
+                    stream.create(PREFIX)
+                    status, text = await stream.raw.end()
+                    assert status == grpc.StatusCode.UNAVAILABLE.value[0]
+                    assert "another cluster" in text
+
+    run(scenario())
