@@ -81,7 +81,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("store --listen-metrics-urls=https://a:1", "--listen-metrics-urls: 'https://a:1': metrics are served in"),
         ("store --watch-progress-notify-interval=0", "--watch-progress-notify-interval: must be longer than 0s"),
         ("demo --watches=0", "Invalid value for '--watches': 0 is not in the range 1<=x<=100000."),
-        ("demo --endpoints=unix:///a", "--endpoints: 'unix:///a': unix sockets are not supported; give HOST:PORT"),
+        ("demo --endpoints=unix:///a", "--endpoints: 'unix:///a': unix sockets are not supported here; give HOST:PORT"),
         ("demo --endpoints=https://a:1 --cert=a.pem", "--cert: requires --key"),
         ("measure --upstream=a:1 --cacert=/nowhere.pem", "/nowhere.pem: there is no such file"),
         ("measure --upstream=a:1,b:1", "--upstream: give one member; only --observe reads all of them"),
