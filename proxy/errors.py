@@ -14,7 +14,7 @@ INTERRUPTED = 130
 
 
 class Failed(Exception):
-    """A command cannot continue; the text is one line for the user. `code` is the exit code."""
+    """A command cannot continue; each line of the text is one for the user. `code` is the exit code."""
 
     def __init__(self, text: str, code: int = FAILURE) -> None:
         super().__init__(text)
@@ -22,5 +22,6 @@ class Failed(Exception):
 
 
 def complain(text: str) -> None:
-    """Print one line for the user on standard error."""
-    sys.stderr.write(f"watchmux: {' '.join(text.split())}\n")
+    """Print lines for the user on standard error."""
+    for line in text.splitlines():
+        sys.stderr.write(f"watchmux: {' '.join(line.split())}\n")

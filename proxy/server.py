@@ -110,6 +110,8 @@ class Proxy:
         self._credentials = credentials
         self._upstream_cert = upstream_cert
         self._http1_elsewhere = parse_endpoint(http1) if http1 else None
+        self.bundled_store = bool(http1)
+        """It serves the bundled store, which loses its data, and not an etcd."""
         self.guard: CommonNameGuard | None = None
         self._namespace = Namespace(namespace) if namespace else None
         self._advertised = advertised

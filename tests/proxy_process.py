@@ -19,7 +19,7 @@ from tests.waiting import until
 
 
 class ProxyProcess:
-    """`watchmux serve` in front of `endpoints` (HOST:PORT[,...]). Use as a context manager."""
+    """`watchmux serve` in front of `endpoints` (HOST:PORT[,...]; "": its bundled store). Use as a context manager."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class ProxyProcess:
         command = [
             *self.prefix,
             *(sys.executable, "-m", "proxy.cli", "serve"),
-            f"--endpoints={self.endpoints}",
+            *([f"--endpoints={self.endpoints}"] if self.endpoints else []),
             f"--listen-addr={self.endpoint}",
             f"--metrics-addr={HOST}:{self.metrics_port}",
             *self.extra,

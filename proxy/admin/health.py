@@ -26,6 +26,9 @@ WATCH = b"/grpc.health.v1.Health/Watch"
 REQUEST_BYTES_MAX = 4096
 """Maximum size of a request, which contains only the name of a service."""
 
+BUNDLED_STORE = "no etcd is configured: serving the bundled store"
+"""What the log, the status and the health checks say of a proxy without endpoints."""
+
 NO_REQUEST = "the request message is missing"
 
 SERVICES = ("", "etcdserverpb.Watch", "grpc.health.v1.Health")

@@ -18,6 +18,7 @@ from proxy.admin.snapshot import Snapshot
 from proxy.config.knobs import Knob
 
 GAUGES = {
+    "bundled_store": "Whether the proxy serves its bundled store, which loses its data, and no etcd (1) or not (0).",
     "connections": "Current number of client connections.",
     "streams": "Current number of client streams (calls and watch streams).",
     "sessions": "Current number of client watch streams.",

@@ -19,6 +19,7 @@ import msgspec
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
+from proxy.admin.health import BUNDLED_STORE
 from proxy.admin.http import HttpServer, Page
 from proxy.admin.metrics import ProxyCollector
 from proxy.admin.monitor import Monitor, limits_by_default
@@ -94,7 +95,8 @@ class Admin:
     def _health(self) -> Page:
         """Answer in the format of etcd's /health, so that its probes work unchanged: whether it serves, or why not."""
         snapshot = self.monitor.take()
-        body = msgspec.json.encode({"health": str(snapshot.serving).lower(), "reason": snapshot.reason})
+        reason = snapshot.reason or (BUNDLED_STORE if snapshot.bundled_store else "")
+        body = msgspec.json.encode({"health": str(snapshot.serving).lower(), "reason": reason})
         status = HTTPStatus.OK if snapshot.serving else HTTPStatus.SERVICE_UNAVAILABLE
         return Page(body, "application/json", status)
 

@@ -32,6 +32,8 @@ class Snapshot(msgspec.Struct, kw_only=True):
     serving: bool = False
     reason: str = ""
     """Why the proxy is not serving; empty if it is."""
+    bundled_store: bool = False
+    """It serves the bundled store, in memory, and not an etcd."""
     server_id: str = ""
     """The etcd member that carries the upstream watches, in hexadecimal; empty if there is none or it is unknown."""
     server_version: str = ""
@@ -190,6 +192,7 @@ class SnapshotSource:
             reachable=health.upstream_reachable,
             serving=health.serving,
             reason=health.reason,
+            bundled_store=self._proxy.bundled_store,
         )
         self._read_listener(snapshot)
         self._read_core(snapshot)

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import click
 
 from proxy.cli.access import access_options
+from proxy.cli.strict import StrictCommand
 from proxy.errors import FAILURE
 
 if TYPE_CHECKING:
     from proxy.measuring.load.target import Access
 
 
-@click.command(name="demo")
+@click.command(name="demo", cls=StrictCommand)
 @click.option("--endpoints", metavar="HOST:PORT[,...]", help="Use this etcd instead of the bundled store.")
 @click.option("--watches", default=1000, show_default=True, type=click.IntRange(1, 100_000), help="Client watches.")
 @click.option("--ranges", default=10, show_default=True, type=click.IntRange(1, 1000), help="Distinct ranges watched.")

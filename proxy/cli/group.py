@@ -32,8 +32,28 @@ COMMANDS = {
 }
 
 
+MEANT = dict.fromkeys(("start", "run", "proxy", "grpc-proxy", "gateway"), "serve") | {
+    "etcd": "store",
+    "server": "serve",
+}
+"""Names that users of etcd and other programs try, and the command that does it here."""
+
+
 class LazyGroup(click.Group):
     """A group that imports a command when it is called, not when --help lists it."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; suggest one for a name that does not exist."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            import difflib  # for mistakes only
+
+            close = MEANT.get(name) or next(iter(difflib.get_close_matches(name, COMMANDS, 1)), "")
+            hint = f"Did you mean {close!r}?" if close else f"The commands are {', '.join(COMMANDS)}."
+            ctx.fail(f"No such command {name!r}. {hint}")
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the commands in the order in which a new user needs them."""

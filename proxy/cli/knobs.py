@@ -8,21 +8,23 @@ either accepted with a log message, or refused with the reason, never an "unknow
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
+from proxy.cli.strict import StrictCommand
+from proxy.config.advice import advice
 from proxy.config.describing import Kind
-from proxy.config.file import ConfigError, Given, from_text, layer, read_file
+from proxy.config.file import ConfigError, Given, from_text, gather, parse_switch
 from proxy.config.knobs import Knob, Settings, knobs, tables
-from proxy.config.values import ENV_PREFIX, BadValue, show_duration, show_size
+from proxy.config.values import BadValue, show_duration, show_size
+from proxy.config.variables import CONFIG_ENV, problems_of
 from proxy.errors import WRONG_REQUEST, Failed
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-CONFIG_ENV = "WATCHMUX_CONFIG"
 
 TAKEN = {
     "permit-without-stream": "connections to etcd always use keepalive",
@@ -49,6 +51,10 @@ REFUSED = {
 """Flags of etcd's grpc-proxy that are refused because the proxy does not implement them, and why."""
 
 
+# As in Go, the value of a switch is optional and follows "=".
+_SWITCH: dict[str, Any] = {"is_flag": False, "flag_value": "true"}
+
+
 def knob_options(function: Function) -> Function:
     """Add every setting as an option, `--config`, `--debug` and grpc-proxy's other flags."""
     for name in (*TAKEN, *REFUSED):
@@ -56,7 +62,7 @@ def knob_options(function: Function) -> Function:
         function = click.option(f"--{name}", _foreign(name), is_flag=False, flag_value="true", hidden=True)(function)
     for knob in reversed(knobs()):
         function = _option(knob)(function)
-    function = click.option("--debug", is_flag=True, help="Same as --log-level=debug.")(function)
+    function = click.option("--debug", **_SWITCH, metavar="[true|false]", help="Same as --log-level=debug.")(function)
     return click.option("--config", envvar=CONFIG_ENV, metavar="FILE.toml", help="Read settings from this file.")(
         function
     )
@@ -71,16 +77,27 @@ def _parameter(knob: Knob) -> str:
 
 
 def _option(knob: Knob) -> Callable[[Function], Function]:
-    switch: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if knob.kind is Kind.SWITCH else {}
+    switch = _SWITCH if knob.kind is Kind.SWITCH else {}
+    choices = f"[{'|'.join(knob.choices)}]" if knob.choices else "[true|false]" if switch else ""
     return click.option(
         knob.flag,
         _parameter(knob),
         envvar=knob.env,
-        type=click.Choice(knob.choices) if knob.choices else str,
-        metavar=None if knob.choices else "[true|false]" if switch else knob.kind.value.upper(),
+        # A list may be given in parts, as in etcd. Its variable is not split at spaces, as click would do.
+        type=_WHOLE,
+        multiple=knob.kind is Kind.ENDPOINTS,
+        metavar=choices or knob.kind.value.upper(),
         help=f"{knob.about.text}{_default(knob)}",
         **switch,
     )
+
+
+class _WholeText(click.types.StringParamType):
+    def split_envvar_value(self, rv: str) -> list[str]:
+        return [rv]
+
+
+_WHOLE = _WholeText()
 
 
 def _default(knob: Knob) -> str:
@@ -96,7 +113,7 @@ def _default(knob: Knob) -> str:
     return f"  [default: {shown}]"
 
 
-class KnobCommand(click.Command):
+class KnobCommand(StrictCommand):
     """A command whose help groups the settings as the configuration file does, and states the precedence."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -125,53 +142,58 @@ class KnobCommand(click.Command):
 def settings_of(ctx: click.Context) -> tuple[Settings, list[str]]:
     """Return the settings from a command's flags, environment and file, and notes for the log.
 
-    Raises Failed, with the exit code of a wrong request, for an invalid setting.
+    Raises Failed, with the exit code of a wrong request and a line for each invalid setting.
     """
+    settings, _ = effective_of(ctx)
+    notes = [f"--{flag} has no effect: {reason}" for flag, reason in TAKEN.items() if _is_given(ctx, _foreign(flag))]
+    return settings, [*notes, *advice(settings)]
+
+
+def effective_of(
+    ctx: click.Context, path: Path | None = None, *, look_at_files: bool = True
+) -> tuple[Settings, dict[str, Given]]:
+    """Return the settings and those values that are given, with their origins; `path`: the file, if not --config.
+
+    Raises Failed, as `settings_of`.
+    """
+    problems = [f"--{flag}: {reason}" for flag, reason in REFUSED.items() if _is_given(ctx, _foreign(flag))]
+    above = _above(ctx, problems)
+    # An empty variable of a setting has been refused already, with the empty flags.
+    problems += problems_of(os.environ)
+    if path is None and _is_given(ctx, "config"):
+        path = Path(ctx.params["config"])
     try:
-        return _settings_of(ctx)
+        return gather(above, path, problems, look_at_files=look_at_files)
     except ConfigError as error:
         raise Failed(str(error), WRONG_REQUEST) from None
 
 
-def _settings_of(ctx: click.Context) -> tuple[Settings, list[str]]:
-    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
-    given = {
-        name: str(ctx.params[name])
-        for name, source in sources.items()
-        if source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
-    }
-    for flag, reason in REFUSED.items():
-        if _foreign(flag) in given:
-            raise ConfigError(f"--{flag}: {reason}")
+def _is_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+
+
+def _above(ctx: click.Context, problems: list[str]) -> dict[str, Given]:
+    """Return the values of flags and variables; append a line for each that cannot be converted."""
     above: dict[str, Given] = {}
+    for name, origin, knob in _given_knobs(ctx):
+        value = ctx.params[name]
+        try:
+            above[knob.path] = Given(from_text(knob, value if isinstance(value, str) else ",".join(value)), origin)
+        except BadValue as error:
+            problems.append(f"{origin}: {error}")
+    if _is_given(ctx, "debug"):
+        try:
+            if parse_switch(ctx.params["debug"]):
+                above.setdefault("log.log_level", Given("debug", "--debug"))
+        except BadValue as error:
+            problems.append(f"--debug: {error}")
+    return above
+
+
+def _given_knobs(ctx: click.Context) -> Iterator[tuple[str, str, Knob]]:
+    """Yield the parameter name, the origin and the knob of each setting that a flag or a variable sets."""
     for knob in knobs():
         name = _parameter(knob)
-        if name not in given:
-            continue
-        origin = knob.env if sources[name] is ParameterSource.ENVIRONMENT else knob.flag
-        try:
-            above[knob.path] = Given(from_text(knob, given[name]), origin)
-        except BadValue as error:
-            raise ConfigError(f"{origin}: {error}") from None
-    if "debug" in given:
-        above.setdefault("log.log_level", Given("debug", "--debug"))
-    below = read_file(Path(given["config"])) if "config" in given else {}
-    notes = [f"--{flag} has no effect: {reason}" for flag, reason in TAKEN.items() if _foreign(flag) in given]
-    return layer(above, below), notes + unknown_variables(os.environ)
-
-
-def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return a note for each unknown WATCHMUX_* variable: most likely a misspelling.
-
-    Kubernetes sets such variables in every pod for a Service named watchmux; these are ignored.
-    """
-    known = [knob.env for knob in knobs()] + [CONFIG_ENV]
-    foreign = tuple(ENV_PREFIX + name for name in ("SERVICE_", "PORT", "STORE_"))
-    notes = []
-    for name in sorted(environment):
-        if name.startswith(ENV_PREFIX) and name not in known and not name.startswith(foreign):
-            import difflib  # for mistakes only
-
-            close = difflib.get_close_matches(name, known, 1)
-            notes.append(f"unknown environment variable {name}" + (f"; did you mean {close[0]}?" if close else ""))
-    return notes
+        if _is_given(ctx, name):
+            variable = ctx.get_parameter_source(name) is ParameterSource.ENVIRONMENT
+            yield name, knob.env if variable else knob.flag, knob

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from proxy.cli.access import access_options
+from proxy.cli.strict import StrictCommand
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from proxy.measuring.observe import Observation
 
 
-@click.command(name="measure")
+@click.command(name="measure", cls=StrictCommand)
 @click.option(
     "--upstream",
     metavar="HOST:PORT[,...]",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from proxy.cli.access import access_options
+from proxy.cli.strict import StrictCommand
 from proxy.config.values import BadValue, parse_address
 from proxy.errors import WRONG_REQUEST, Failed
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from proxy.measuring.load.target import Access
 
 
-@click.command(name="status")
+@click.command(name="status", cls=StrictCommand)
 @click.argument("address", metavar="HOST:PORT", envvar="WATCHMUX_METRICS_ADDR")
 @click.option("--watch", "live", is_flag=True, help="Refresh until interrupted.")
 @click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from proxy.cli.strict import StrictCommand
 from proxy.config.values import BadValue, parse_address, parse_duration_s, parse_metrics_address
+from proxy.config.variables import problems_of
 from proxy.errors import WRONG_REQUEST, Failed
 
 if TYPE_CHECKING:
     from upstream.store.server import StoreSettings
 
 
-@click.command(name="store")
+@click.command(name="store", cls=StrictCommand)
 @click.option(
     "--listen-addr",
     default="127.0.0.1:2379",
@@ -60,6 +63,8 @@ def command(
       watchmux store --data-dir=/var/lib/watchmux-store
       etcdctl --endpoints=127.0.0.1:2379 put greeting hello
     """
+    if problems := list(problems_of(os.environ)):
+        raise Failed("\n".join(problems), WRONG_REQUEST)
     flag = "--listen-addr"
     try:
         address = parse_address(listen_addr, listening=True)

@@ -1,8 +1,8 @@
 """Settings from their sources: flags and environment over the configuration file over the defaults.
 
 All sources share the same checks. Every error is one line that names the origin of the value (a flag, a variable, a
-line of the file), the problem and the remedy. The commented example file is generated here too, from the same
-settings, so that it is never outdated.
+line of the file), the problem and the remedy, and all errors are reported at once. A value that is given but empty is
+an error: a setting that is meant to be unset is left out.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 import operator
 import re
-import textwrap
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,22 @@ from proxy.config.values import (
     parse_listen_address,
     parse_metrics_address,
     parse_size_bytes,
-    show_size,
 )
 
-_TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+# The forms of Go's strconv.ParseBool, which etcd's flags take, and the usual words.
+_TRUTH = {
+    **dict.fromkeys(("true", "t", "1", "yes", "on"), True),
+    **dict.fromkeys(("false", "f", "0", "no", "off"), False),
+}
+_SAME_CHOICE = {"warning": "warn", "dpanic": "fatal", "panic": "fatal"}
+"""Other names for a choice; those of the log levels are zap's, which etcd uses."""
+
 _TOML_PLACE = re.compile(r"\s*\(at line (\d+), column (\d+)\)")
 _BOUNDS = {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le)}
-_WIDTH = 118
-_GROUPED_FROM = 10_000
 
 
 class ConfigError(ValueError):
-    """An invalid setting; the text is the complete one-line message, including the origin of the value."""
+    """Invalid settings; each line of the text is a complete message, including the origin of the value."""
 
 
 class Given(msgspec.Struct, frozen=True):
@@ -65,13 +68,27 @@ def from_text(knob: Knob, text: str) -> Any:
             except ValueError:
                 raise BadValue(f"expected {expectation(knob)}, got {text!r}") from None
         case Kind.SWITCH:
-            if text.lower() not in _TRUTH:
-                raise BadValue(f"expected true or false, got {text!r}")
-            return _TRUTH[text.lower()]
+            return parse_switch(text)
+        case Kind.CHOICE:
+            return same_choice(knob, text)
         case Kind.ENDPOINTS:
             return [part.strip() for part in text.split(",") if part.strip()]
         case _:
             return text
+
+
+def parse_switch(text: str) -> bool:
+    """Parse a switch, in the forms that Go's flags take and the usual words. Raises BadValue."""
+    if text.strip().lower() not in _TRUTH:
+        raise BadValue(f"expected true or false, got {text!r}")
+    return _TRUTH[text.strip().lower()]
+
+
+def same_choice(knob: Knob, text: str) -> str:
+    """Return the choice that is meant: in any case, or by another name; any other text is returned as it is."""
+    plain = text.strip().lower()
+    plain = _SAME_CHOICE.get(plain, plain)
+    return next((choice for choice in knob.choices if choice.lower() == plain), text)
 
 
 def expectation(knob: Knob) -> str:
@@ -93,6 +110,10 @@ def check_value(knob: Knob, given: Given, *, look_at_files: bool = True) -> Any:
 
     Raises ConfigError.
     """
+    if _is_empty(given.value):
+        raise ConfigError(f"{given.origin}: is empty; give it a value or remove it")
+    if knob.kind is Kind.CHOICE and isinstance(given.value, str):
+        given = Given(same_choice(knob, given.value), given.origin)
     try:
         value = msgspec.convert(given.value, knob.type, strict=True)
         if isinstance(value, float) and not math.isfinite(value):
@@ -116,6 +137,13 @@ def check_value(knob: Knob, given: Given, *, look_at_files: bool = True) -> Any:
     return value
 
 
+def _is_empty(value: object) -> bool:
+    """Whether a value is given but empty: nothing is left of it without spaces and commas."""
+    if isinstance(value, list):
+        return all(_is_empty(part) for part in value)
+    return isinstance(value, str) and not value.strip(" ,")
+
+
 def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
@@ -133,8 +161,21 @@ def _check_endpoints(endpoints: list[str]) -> None:
 def read_file(path: Path) -> dict[str, Given]:
     """Read a configuration file into values by `table.key`, without converting them.
 
-    Raises ConfigError for a file that cannot be read, is not TOML, or has an unknown table or key.
+    Raises ConfigError for a file that cannot be read, is not TOML, or has unknown tables or keys.
     """
+    problems: list[str] = []
+    given = _read(path, problems)
+    _raise(problems)
+    return given
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _read(path: Path, problems: list[str]) -> dict[str, Given]:
+    """Read the file; append a line for each unknown table or key. Raises ConfigError for a file that is not TOML."""
     try:
         text = path.read_text(encoding="utf-8")
         document = tomllib.loads(text)
@@ -151,15 +192,18 @@ def read_file(path: Path) -> dict[str, Given]:
     by_path = {knob.path: knob for knob in knobs()}
     for table, content in document.items():
         if table not in tables():
-            raise ConfigError(_unknown(path, text, table, isinstance(content, dict)))
+            problems.append(_unknown(path, text, table, isinstance(content, dict)))
+            continue
         if not isinstance(content, dict):
-            raise ConfigError(f"{_place(path, text, '', table)}: {table} is a table; write [{table}] on its own line")
+            problems.append(f"{_place(path, text, '', table)}: {table} is a table; write [{table}] on its own line")
+            continue
         for key, value in content.items():
             where = _place(path, text, table, key)
             name = f"{table}.{key}"
             if name not in by_path:
                 known = [knob.key for knob in knobs() if knob.table == table]
-                raise ConfigError(f"{where}: unknown key {key!r} in [{table}]{_hint(key, known, table)}")
+                problems.append(f"{where}: unknown key {key!r} in [{table}]{_hint(key, known, table)}")
+                continue
             given[name] = Given(value, f"{where}: {name}")
     return given
 
@@ -203,18 +247,47 @@ def layer(above: Mapping[str, Given], below: Mapping[str, Given], *, look_at_fil
     """Build the settings: `above` (flags and variables) overrides `below` (the file), which overrides the defaults.
 
     Both map `table.key` to a value of the setting's type. With `look_at_files` False, certificates need not exist, for
-    checking a file on another machine. Raises ConfigError.
+    checking a file on another machine. Raises ConfigError with all problems found.
     """
-    merged = {**below, **above}
+    problems: list[str] = []
+    settings = _build({**below, **above}, problems, look_at_files)
+    _raise(problems)
+    return settings
+
+
+def gather(
+    above: Mapping[str, Given], path: Path | None, problems: list[str], *, look_at_files: bool = True
+) -> tuple[Settings, dict[str, Given]]:
+    """Read the file at `path` below `above`, as `layer` does; return the settings and all given values.
+
+    `problems` are those already found; they are raised together with those found here. Raises ConfigError.
+    """
+    try:
+        merged = {**(_read(path, problems) if path is not None else {}), **above}
+    except ConfigError as error:
+        raise ConfigError("\n".join([*problems, str(error)])) from None
+    settings = _build(merged, problems, look_at_files)
+    _raise(problems)
+    return settings, merged
+
+
+def _build(merged: Mapping[str, Given], problems: list[str], look_at_files: bool) -> Settings:
+    """Check all values, then those that depend on each other, and append a line for each problem."""
     values: dict[str, dict[str, Any]] = {table: {} for table in tables()}
+    wrong = set()
     for knob in knobs():
         given = merged.get(knob.path)
-        if given is not None:
+        if given is None:
+            continue
+        try:
             values[knob.table][knob.key] = check_value(knob, given, look_at_files=look_at_files)
+        except ConfigError as error:
+            problems.append(str(error))
+            wrong.add(knob.path)
     settings = msgspec.convert(values, Settings, strict=True)
-    _check_together(settings, merged)
-    if look_at_files:
-        _check_certificates(settings, merged)
+    problems += _check_together(settings, merged, wrong)
+    if look_at_files and not problems:
+        problems += _check_certificates(settings, merged)
     return settings
 
 
@@ -222,8 +295,11 @@ def _origin(path: str, given: Mapping[str, Given]) -> str:
     return given[path].origin if path in given else next(knob.flag for knob in knobs() if knob.path == path)
 
 
-def _check_together(settings: Settings, given: Mapping[str, Given]) -> None:
-    """Check combinations: settings that require each other, and one address used twice."""
+def _check_together(settings: Settings, given: Mapping[str, Given], wrong: set[str]) -> Iterator[str]:
+    """Check combinations: settings that require each other, and one address used twice; yield the problems.
+
+    `wrong`: values that were refused and say nothing here.
+    """
     by_path = {knob.path: knob for knob in knobs()}
     upstream, listener = settings.upstream, settings.listener
     for first, second, values in (
@@ -231,18 +307,23 @@ def _check_together(settings: Settings, given: Mapping[str, Given]) -> None:
         ("upstream.user", "upstream.password", (upstream.user, upstream.password)),
         ("listener.cert_file", "listener.key_file", (listener.cert_file, listener.key_file)),
     ):
-        if bool(values[0]) != bool(values[1]):
+        if bool(values[0]) != bool(values[1]) and wrong.isdisjoint((first, second)):
             there, missing = (first, second) if values[0] else (second, first)
-            raise ConfigError(f"{_origin(there, given)}: requires {by_path[missing].flag}")
-    if listener.trusted_ca_file and not listener.cert_file:
-        raise ConfigError(f"{_origin('listener.trusted_ca_file', given)}: requires --cert-file and --key-file")
-    if listener.listen_addr.lower().startswith("unixs:") and not listener.cert_file:
-        raise ConfigError(f"{_origin('listener.listen_addr', given)}: unixs requires --cert-file and --key-file")
+            yield f"{_origin(there, given)}: requires {by_path[missing].flag}"
+    no_certificate = not listener.cert_file and "listener.cert_file" not in wrong
+    if listener.trusted_ca_file and no_certificate:
+        yield f"{_origin('listener.trusted_ca_file', given)}: requires --cert-file and --key-file"
+    if listener.listen_addr.lower().startswith("unixs:") and no_certificate:
+        yield f"{_origin('listener.listen_addr', given)}: unixs requires --cert-file and --key-file"
+    unset = {"upstream.endpoints", "upstream.discovery_srv"}.isdisjoint(wrong | given.keys())
+    if unset and not upstream.bundled_store:
+        forbidden = _origin("upstream.bundled_store", given)
+        yield f"no etcd is configured: give --endpoints=HOST:PORT[,...] ({forbidden} forbids the bundled store)"
     if settings.admin.metrics_addr:
         metrics = parse_metrics_address(settings.admin.metrics_addr)
         listen = parse_listen_address(listener.listen_addr)
         if metrics.port and metrics.port == listen.port and _overlap(metrics.host, listen.host):
-            raise ConfigError(f"{_origin('admin.metrics_addr', given)}: {metrics} is --listen-addr; use another port")
+            yield f"{_origin('admin.metrics_addr', given)}: {metrics} is --listen-addr; use another port"
 
 
 def _overlap(one: str, other: str) -> bool:
@@ -250,8 +331,8 @@ def _overlap(one: str, other: str) -> bool:
     return one == other or not {one, other}.isdisjoint(("", "0.0.0.0", "::"))
 
 
-def _check_certificates(settings: Settings, given: Mapping[str, Given]) -> None:
-    """Load all TLS files, so that a bad one is refused at start and not at the first handshake."""
+def _check_certificates(settings: Settings, given: Mapping[str, Given]) -> Iterator[str]:
+    """Load all TLS files, so that a bad one is refused at start and not at the first handshake; yield the problems."""
     upstream, listener = settings.upstream, settings.listener
     if not (upstream.cert or upstream.cacert or listener.cert_file):
         return
@@ -261,39 +342,10 @@ def _check_certificates(settings: Settings, given: Mapping[str, Given]) -> None:
     path = "upstream.cert" if upstream.cert else "upstream.cacert"
     try:
         client_context(upstream.cert or None, upstream.key or None, upstream.cacert or None)
+    except BadTls as error:
+        yield f"{_origin(path, given)}: {error}"
+    try:
         if listener.cert_file:
-            path = "listener.cert_file"
             server_context(listener.cert_file, listener.key_file, listener.trusted_ca_file or None)
     except BadTls as error:
-        raise ConfigError(f"{_origin(path, given)}: {error}") from None
-
-
-def render_example() -> str:
-    """Render the commented configuration file with every setting at its default."""
-    lines = [
-        "# watchmux: every setting with its default. Flags and WATCHMUX_* variables override this file.",
-        "# Generated by `watchmux config`; durations are in seconds (_s), sizes in bytes (_bytes).",
-    ]
-    for table, struct in tables().items():
-        lines += ["", "", f"# {(struct.__doc__ or '').strip()}", f"[{table}]"]
-        for knob in (knob for knob in knobs() if knob.table == table):
-            lines += ["", *(f"# {line}" for line in textwrap.wrap(knob.about.text, _WIDTH - 2, break_on_hyphens=False))]
-            note = f"   one of: {', '.join(knob.choices)}" if knob.choices else ""
-            if knob.kind is Kind.BYTES:
-                note = f"   ({show_size(knob.default)})"
-            lines += [f"# {knob.flag}   {knob.env}{note}", f"{knob.key} = {_toml(knob.default)}"]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}" if value != int(value) else _toml(int(value))
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    if isinstance(value, int):
-        return f"{value:_}" if value >= _GROUPED_FROM else str(value)
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml(part) for part in value) + "]"
-    return str(value)
+        yield f"{_origin('listener.cert_file', given)}: {error}"

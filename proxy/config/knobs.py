@@ -37,15 +37,20 @@ class UpstreamTable:
     endpoints: list[str] = knob(
         [],
         "Client endpoints of all etcd members: HOST:PORT, http://HOST:PORT, https://HOST:PORT or unix:///PATH. "
-        "When one member fails, the proxy switches to the next. Empty: start the bundled store and proxy it.",
+        "When one member fails, the proxy switches to the next. Not set: start the bundled store and proxy it.",
         from_etcd=True,
         reloaded=True,
+    )
+    bundled_store: bool = knob(
+        True,
+        "Start the bundled store if no endpoint is configured. It is for trying out watchmux: it keeps its data in "
+        "memory only. false: without an endpoint, refuse to start.",
     )
     watch_endpoints: list[str] = knob(
         [],
         "Endpoints of other watchmux proxies in front of the same etcd, from which this proxy takes its watches "
         "instead of from --endpoints. etcd then serves one watch per range for each of those proxies, however many "
-        "proxies take their watches from them. Calls, reads and permission checks still go to --endpoints. Empty: "
+        "proxies take their watches from them. Calls, reads and permission checks still go to --endpoints. Not set: "
         "watches come from --endpoints too.",
         reloaded=True,
     )
@@ -158,8 +163,8 @@ class ListenerTable:
         "",
         "URL to advertise to clients: http://HOST:PORT, https://HOST:PORT or HOST:PORT. MemberList returns it as "
         "the client URL of every member, so that clients that take their endpoints from the cluster (AutoSync, "
-        "etcdctl --cluster) stay on the proxy; the log and the status show it too. Empty: MemberList returns "
-        "etcd's own list.",
+        "etcdctl --cluster) stay on the proxy; the log and the status show it too. Not set: MemberList "
+        "returns etcd's own list.",
         Kind.CLIENT_URL,
         from_etcd=True,
     )
@@ -381,7 +386,7 @@ class AdminTable:
     metrics_addr: str = knob(
         "",
         "Address of the plain-text HTTP server for the status page, /metrics and health checks (/livez, /readyz, "
-        "/health). Port 0: any free port; the log shows it. Empty: disabled.",
+        "/health). Port 0: any free port; the log shows it. Not set: disabled.",
         Kind.METRICS_ADDRESS,
         from_etcd=True,
     )

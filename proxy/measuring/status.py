@@ -53,6 +53,9 @@ def render(now: Snapshot, before: Snapshot | None = None) -> Table:
     table.add_column("note", style="dim")
     state = Text("serving", style="bold green") if now.serving else Text("not serving", style="bold red")
     table.add_row("state", state, now.reason or "in front of " + ", ".join(now.endpoints))
+    if now.bundled_store:
+        lost = "no etcd is configured; all data is lost when the proxy stops"
+        table.add_row("store", Text("bundled, in memory", style="bold red"), lost)
     table.add_section()
     table.add_row("client watches", f"{now.watches:,}", f"on {now.sessions:,} streams, {now.connections:,} connections")
     table.add_row(

@@ -29,7 +29,7 @@ class Reloading:
         try:
             wanted, notes = read()
         except Failed as error:
-            log.error("invalid settings; nothing changed", problem=str(error))
+            log.error("invalid settings; nothing changed", problem="; ".join(str(error).splitlines()))
             return
         for note in notes:
             log.warning(note)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from proxy import logs
+from proxy.admin.health import BUNDLED_STORE
 from proxy.config.applied import (
     core_limits,
     credentials,
@@ -163,12 +164,13 @@ async def serve(
         if read_again is not None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.reload, read_again)
         parent.write_line(Ready(address=str(address), metrics=str(admin.address) if admin else ""))
+        if store:
+            log.warning(BUNDLED_STORE, data="in memory only, lost when this process stops", to_do="set --endpoints")
         log.info(
             "serving",
             address=advertised,
             endpoints=endpoints,
             **({"metrics": f"http://{admin.address}/metrics"} if admin else {}),
-            **({"store": "bundled, in memory"} if store else {}),
         )
         manager = ServiceManager(proxy.health, os.environ)
         manager.ready()

@@ -19,7 +19,7 @@ from tests.waiting import until
 
 INSIDE = Path(__file__).parent / "inside"
 HELD = Path(tempfile.gettempdir()) / f"watchmux-soak-held-{os.getpid()}.json"
-ENVIRONMENT = {"PYTHONPATH": str(INSIDE), "WATCHMUX_SOAK_HELD": str(HELD)}
+ENVIRONMENT = {"PYTHONPATH": str(INSIDE), "SOAK_HELD": str(HELD)}
 """The environment of the proxy."""
 
 DELAY = "watchmux_event_loop_delay_seconds"

@@ -115,7 +115,8 @@ function nice(value) {
 function showState(now, view) {
   say("state", now.serving ? "serving" : `not serving: ${now.reason}`, now.serving ? "good" : "bad");
   say("about", `${now.address} · version ${now.version || "unknown"} · up ${seconds(now.uptime_s)}`);
-  document.title = `${now.serving ? "" : "✕ "}watchmux ${now.address}`;
+  byId("store").hidden = !now.bundled_store;
+  document.title = `${now.bundled_store ? "⚠ " : ""}${now.serving ? "" : "✕ "}watchmux ${now.address}`;
   const upstream = now.trunks + now.backfills;
   say("reduction", upstream ? `${count(Math.round(now.watches / upstream))}×` : "–");
   say("watches", count(now.watches));

@@ -45,6 +45,17 @@ def watch(channel: grpc.Channel, keys: list[bytes]) -> Any:
     return answers
 
 
+def test_the_page_warns_of_the_bundled_store(chromium: Browser) -> None:
+    with ProxyProcess("") as proxy:
+        shown(chromium, proxy)
+        notice = "return document.getElementById('store').checkVisibility()"
+        assert chromium.run(notice)
+        assert chromium.run("return document.title").startswith("⚠ ")
+    with EtcdServer() as etcd, ProxyProcess(etcd.endpoint) as proxy:
+        shown(chromium, proxy)
+        assert not chromium.run(notice)
+
+
 @pytest.fixture
 def busy(etcd: EtcdServer) -> Iterator[ProxyProcess]:
     """A proxy with 30 watches over 3 ranges, after a few writes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from proxy.cli.group import COMMANDS, run
+from proxy.config.file import read_file
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -58,7 +60,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("bogus", "No such command 'bogus'. (see watchmux --help)"),
+        ("bogus", "No such command 'bogus'. The commands are serve, store, demo, measure, status, config."),
+        ("serv", "No such command 'serv'. Did you mean 'serve'? (see watchmux --help)"),
+        ("grpc-proxy start", "No such command 'grpc-proxy'. Did you mean 'serve'?"),
+        ("store --data-dir=", "--data-dir: is empty; give it a value or remove it"),
+        ("measure --upstream=", "--upstream: is empty; give it a value or remove it"),
+        ("demo --endpoints=", "--endpoints: is empty; give it a value or remove it"),
+        ("status --user= a:1", "--user: is empty; give it a value or remove it"),
         ("serve --listn-addr=a:1", "No such option '--listn-addr'."),
         ("serve extra", "Got unexpected extra argument (extra) (see watchmux serve --help)"),
         ("serve --linger", "Option '--linger' requires an argument."),
@@ -67,7 +75,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("serve --watches-max=many", "--watches-max: expected a whole number >= 1, got 'many'"),
         ("serve --watches-max=0", "--watches-max: expected a whole number >= 1, got 0"),
         ("serve --insecure-skip-tls-verify=perhaps", "--insecure-skip-tls-verify: expected true or false, got"),
-        ("serve --log-level=loud", "Invalid value for '--log-level': 'loud' is not one of 'debug', 'info'"),
+        ("serve --log-level=loud", "--log-level: expected one of debug, info, warn, error, fatal, got 'loud'"),
         ("serve --endpoints=127.0.0.1:x", "--endpoints: endpoint '127.0.0.1:x': 'x' is not a port"),
         ("serve --endpoints=ftp://a:1", "--endpoints: endpoint 'ftp://a:1': the scheme 'ftp' is unknown"),
         ("serve --listen-addr=here", "--listen-addr: 'here' has no port; write HOST:PORT, like 127.0.0.1:2379"),
@@ -143,3 +151,37 @@ def test_a_data_directory_that_cannot_be_used_is_one_line(capsys: pytest.Capture
     code, line = complaint(capsys, "store", "--listen-addr=127.0.0.1:0", "--data-dir=/proc/store")
     assert code == 1
     assert "/proc/store" in line
+
+
+@pytest.mark.parametrize("name", ["WATCHMUX_STORE_DATA_DIR", "WATCHMUX_STORE_DATADIR"])
+def test_the_store_refuses_an_empty_or_unknown_variable(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "" if name.endswith("_DIR") else "/data")
+    code, line = complaint(capsys, "store", "--listen-addr=127.0.0.1:0")
+    assert code == 2
+    assert line.startswith(f"{name}: ")
+
+
+def test_the_settings_in_force_have_their_origin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "w.toml"
+    path.write_text("[upstream]\nendpoints = ['a:1']\nuser = 'root'\n\n[watch]\nlinger_s = 2\n")
+    monkeypatch.setenv("WATCHMUX_PASSWORD", "secret")
+    assert run(["config", "--effective", f"--config={path}", "--listen-addr=:1", "--linger=3s"]) == 0
+    text = capsys.readouterr().out
+    found = {line.partition(" = ")[0]: line for line in text.splitlines()}
+    assert re.fullmatch(rf'endpoints = \["a:1"\] +# {path}:2', found["endpoints"])
+    assert re.fullmatch(r'listen_addr = ":1" +# --listen-addr', found["listen_addr"])
+    assert re.fullmatch(r'password = "\*\*\*" +# WATCHMUX_PASSWORD', found["password"])
+    assert re.fullmatch(r"linger_s = 3 +# --linger", found["linger_s"])
+    assert re.fullmatch(r"drain_s = 10 +# default", found["drain_s"])
+    assert "# cacert is not set" in text
+    assert "secret" not in text
+    # It is a configuration file, with the same values.
+    path.write_text(text)
+    assert read_file(path)["watch.linger_s"].value == 3
+    monkeypatch.delenv("WATCHMUX_PASSWORD")
+    assert run(["config", "--effective", "--listen-addr=here", "--cert=x"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2

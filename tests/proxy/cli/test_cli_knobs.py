@@ -8,9 +8,11 @@ from typing import Any
 import click
 import pytest
 
-from proxy.cli.knobs import REFUSED, TAKEN, KnobCommand, knob_options, settings_of, unknown_variables
+from proxy.cli.knobs import REFUSED, TAKEN, KnobCommand, knob_options, settings_of
 from proxy.config.knobs import Settings, knobs
+from proxy.config.variables import problems_of
 from proxy.errors import Failed
+from tests.upstream.certificates import make_certificates
 
 
 @click.command(cls=KnobCommand)
@@ -50,7 +52,9 @@ def test_every_setting_has_a_flag_and_a_variable(monkeypatch: pytest.MonkeyPatch
         by_variable, _ = settings()
         monkeypatch.delenv(knob.env)
         assert by_flag == by_variable
-        assert getattr(getattr(by_flag, knob.table), knob.key) != knob.default or text in str(knob.default), knob.flag
+        assert (
+            getattr(getattr(by_flag, knob.table), knob.key) != knob.default or text.lower() in str(knob.default).lower()
+        ), knob.flag
 
 
 def test_flags_override_variables_files_and_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,11 +96,77 @@ def test_switches_take_a_value_or_none() -> None:
     assert settings("--insecure-skip-tls-verify")[0].upstream.insecure_skip_tls_verify
     assert settings("--insecure-skip-tls-verify=true")[0].upstream.insecure_skip_tls_verify
     assert not settings("--insecure-skip-tls-verify=false")[0].upstream.insecure_skip_tls_verify
+    # The forms of Go's strconv.ParseBool.
+    for text in ["1", "t", "T", "TRUE", "true", "True"]:
+        assert settings(f"--insecure-skip-tls-verify={text}")[0].upstream.insecure_skip_tls_verify
+    for text in ["0", "f", "F", "FALSE", "false", "False"]:
+        assert not settings(f"--insecure-skip-tls-verify={text}")[0].upstream.insecure_skip_tls_verify
+    assert refusal("--insecure-discovery=maybe") == "--insecure-discovery: expected true or false, got 'maybe'"
+
+
+def test_repeated_endpoints_are_all_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings("--endpoints=a:1,b:2", "--endpoints=c:3")[0].upstream.endpoints == ["a:1", "b:2", "c:3"]
+    monkeypatch.setenv("WATCHMUX_ENDPOINTS", "a:1, b:2")
+    assert settings()[0].upstream.endpoints == ["a:1", "b:2"]
+
+
+def test_log_levels_in_any_case_and_by_the_names_of_zap() -> None:
+    for text, level in {"INFO": "info", "warning": "warn", "Warn": "warn", "dpanic": "fatal"}.items():
+        assert settings(f"--log-level={text}")[0].log.log_level == level
+    assert settings("--tls-min-version=tls1.3")[0].listener.tls_min_version == "TLS1.3"
+    assert refusal("--log-level=loud").startswith("--log-level: expected one of debug, info, warn, error, fatal")
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(Failed) as error:
+        settings(*arguments)
+    assert error.value.code == 2
+    return str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", " , "])
+def test_what_is_given_but_empty_is_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for knob in knobs():
+        assert refusal(f"{knob.flag}={text}") == f"{knob.flag}: is empty; give it a value or remove it"
+        monkeypatch.setenv(knob.env, text)
+        assert f"{knob.env}: is set but empty; give it a value or unset it" in refusal().splitlines()
+        monkeypatch.delenv(knob.env)
+    path = tmp_path / "w.toml"
+    for line in (f'endpoints = "{text}"', f'endpoints = ["{text}"]', "endpoints = []", f'cacert = "{text}"'):
+        path.write_text(f"[upstream]\n{line}\n")
+        key = line.partition(" ")[0]
+        assert refusal(f"--config={path}") == f"{path}:2: upstream.{key}: is empty; give it a value or remove it"
+    assert refusal(f"--config={text}") == "--config: is empty; give it a value or remove it"
+    monkeypatch.setenv("WATCHMUX_CONFIG", text)
+    assert "WATCHMUX_CONFIG: is set but empty" in refusal()
+
+
+def test_all_errors_are_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "w.toml"
+    path.write_text("[watch]\nlinger_s = -1\nlingr_s = 2\n[upsteam]\n[upstream]\ncert = '/nowhere.pem'\nuser = 'a'\n")
+    monkeypatch.setenv("WATCHMUX_LISTEN_ADDRS", "a:1")
+    lines = refusal(f"--config={path}", "--auto-tls", "--drain=soon").splitlines()
+    # The certificate that cannot be read is one error, not two: its missing key is not reported.
+    assert sorted(line.removeprefix(str(path)).split(": ")[0] for line in lines) == [
+        *("--auto-tls", "--drain", ":2", ":3", ":4", ":6", ":7", "WATCHMUX_LISTEN_ADDRS")
+    ]
+
+
+def test_without_an_etcd_the_bundled_store_may_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WATCHMUX_BUNDLED_STORE", "false")
+    assert refusal() == (
+        "no etcd is configured: give --endpoints=HOST:PORT[,...] (WATCHMUX_BUNDLED_STORE forbids the bundled store)"
+    )
+    assert settings("--endpoints=a:1")[0].upstream.endpoints == ["a:1"]
+    assert settings("--discovery-srv=example.com")[0].upstream.discovery_srv
 
 
 def test_an_explicit_log_level_overrides_debug() -> None:
     assert settings("--debug")[0].log.log_level == "debug"
     assert settings("--debug", "--log-level=warn")[0].log.log_level == "warn"
+    assert settings("--debug=true")[0].log.log_level == "debug"
+    assert settings("--debug=F")[0].log.log_level == "info"
+    assert refusal("--debug=maybe") == "--debug: expected true or false, got 'maybe'"
 
 
 @pytest.mark.parametrize("name", list(TAKEN))
@@ -114,15 +184,44 @@ def test_flags_of_missing_features_are_refused_with_the_reason(name: str) -> Non
     assert error.value.code == 2
 
 
-def test_a_misspelt_variable_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WATCHMUX_LISTEN_ADRR", "a:1")
-    assert settings()[1] == ["unknown environment variable WATCHMUX_LISTEN_ADRR; did you mean WATCHMUX_LISTEN_ADDR?"]
+def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WATCHMUX_ENDPOINT", "a:1")
+    message = "WATCHMUX_ENDPOINT: unknown environment variable; did you mean WATCHMUX_ENDPOINTS?"
+    assert refusal("--endpoints=b:1") == message
 
 
-def test_variables_set_by_kubernetes_are_ignored() -> None:
-    injected = ["WATCHMUX_SERVICE_HOST", "WATCHMUX_SERVICE_PORT", "WATCHMUX_PORT", "WATCHMUX_PORT_23790_TCP_ADDR"]
-    assert unknown_variables(dict.fromkeys(injected, "x")) == []
-    assert not any(knob.env.startswith(("WATCHMUX_SERVICE_", "WATCHMUX_PORT")) for knob in knobs())
+KUBERNETES = {
+    "WATCHMUX_SERVICE_HOST": "10.0.0.1",
+    "WATCHMUX_SERVICE_PORT": "23790",
+    "WATCHMUX_SERVICE_PORT_ETCD_CLIENT": "23790",
+    "WATCHMUX_PORT": "tcp://10.0.0.1:23790",
+    "WATCHMUX_PORT_23790_TCP": "tcp://10.0.0.1:23790",
+    "WATCHMUX_PORT_23790_TCP_PROTO": "tcp",
+    "WATCHMUX_PORT_23790_TCP_PORT": "23790",
+    "WATCHMUX_PORT_23790_TCP_ADDR": "10.0.0.1",
+}
+"""What the kubelet sets for a Service named watchmux with one port (pkg/kubelet/envvars/envvars.go)."""
+
+
+def test_variables_of_a_kubernetes_service_are_ignored() -> None:
+    assert list(problems_of(KUBERNETES)) == []
+    # A Service named watchmux-pods.
+    assert (
+        list(problems_of({name.replace("WATCHMUX_", "WATCHMUX_PODS_"): KUBERNETES[name] for name in KUBERNETES})) == []
+    )
+    assert not any(knob.env in KUBERNETES for knob in knobs())
+    # A mistake that looks alike has another value.
+    assert len(list(problems_of({"WATCHMUX_PORT": "23790", "WATCHMUX_LISTEN_PORT": "1", "WATCHMUX_SERVICE": "x"}))) == 3
+
+
+def test_a_proxy_that_lends_its_certificate_warns(tmp_path: Path) -> None:
+    files = make_certificates(tmp_path)
+    pair = (f"--cert={files.client_cert}", f"--key={files.client_key}", "--endpoints=https://a:1")
+    (note,) = settings(*pair)[1]
+    assert note.startswith("--cert is presented to etcd, but clients of 127.0.0.1:23790 need no certificate")
+    server = (f"--cert-file={files.server_cert}", f"--key-file={files.server_key}", f"--trusted-ca-file={files.ca}")
+    assert settings(*pair, *server)[1] == []
+    assert settings(*pair, "--listen-addr=unix:///run/w.sock")[1] == []
 
 
 GRPC_PROXY_FLAGS = """

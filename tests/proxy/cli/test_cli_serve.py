@@ -30,7 +30,7 @@ from tests.waiting import until
 class Served:
     """A `watchmux serve` on free ports, its log as JSON lines in a file."""
 
-    def __init__(self, log: Path, *arguments: str) -> None:
+    def __init__(self, log: Path, *arguments: str, metrics: bool = True) -> None:
         self._log = log
         command = [
             sys.executable,
@@ -38,7 +38,7 @@ class Served:
             "proxy.cli",
             "serve",
             "--listen-addr=127.0.0.1:0",
-            "--metrics-addr=127.0.0.1:0",
+            *(["--metrics-addr=127.0.0.1:0"] if metrics else []),
         ]
         with log.open("wb") as output:
             self.process = subprocess.Popen([*command, "--drain=1s", *arguments], stdout=output, stderr=output)
@@ -73,8 +73,8 @@ class Served:
 
 
 @contextmanager
-def served(tmp_path: Path, *arguments: str) -> Iterator[Served]:
-    proxy = Served(tmp_path / "serve.log", *arguments)
+def served(tmp_path: Path, *arguments: str, metrics: bool = True) -> Iterator[Served]:
+    proxy = Served(tmp_path / "serve.log", *arguments, metrics=metrics)
     try:
         yield proxy
     finally:
@@ -142,11 +142,25 @@ def test_it_starts_without_etcd_and_serves_once_etcd_is_up(tmp_path: Path, etcd_
             assert proxy.end(signal.SIGINT) == 0
 
 
-def test_without_endpoints_it_starts_the_bundled_store(tmp_path: Path, etcd_binary: EtcdBinary) -> None:
+def test_without_endpoints_it_starts_the_bundled_store(
+    tmp_path: Path, etcd_binary: EtcdBinary, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     with served(tmp_path) as proxy:
         line = proxy.serving()
-        assert line["store"] == "bundled, in memory"
         assert put_and_get(etcd_binary, str(line["address"])) == "hello"
+        # It says so in the log, in the readiness, in the status and by a metric.
+        (warning,) = (
+            line for line in proxy.lines() if line["msg"] == "no etcd is configured: serving the bundled store"
+        )
+        assert warning["level"] == "warning"
+        assert warning["data"] == "in memory only, lost when this process stops"
+        until(lambda: proxy.get("/readyz")[0] == 200, "the proxy to find its store")
+        assert json.loads(proxy.get("/readyz")[1])["reason"] == warning["msg"]
+        assert json.loads(proxy.get("/v1/status")[1])["bundled_store"] is True
+        assert "\nwatchmux_bundled_store 1.0\n" in proxy.get("/metrics")[1]
+        assert run(["status", str(line["metrics"]).removesuffix("/metrics")]) == 0
+        assert "no etcd is configured; all data is lost when the proxy stops" in capsys.readouterr().out
         assert proxy.end() == 0
 
 
@@ -203,7 +217,7 @@ def test_the_proxys_process_loads_neither_grpc_nor_a_web_server() -> None:
 
 def test_a_serving_proxy_does_not_keep_the_settings_modules(tmp_path: Path) -> None:
     """Neither the child nor the modules that it loaded remain; `--metrics-addr` would load some of them."""
-    with served(tmp_path, "--endpoints=127.0.0.1:1", "--metrics-addr=") as proxy:
+    with served(tmp_path, "--endpoints=127.0.0.1:1", metrics=False) as proxy:
         proxy.serving()
         process = Path(f"/proc/{proxy.process.pid}")
         assert (process / f"task/{proxy.process.pid}/children").read_text() == ""

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config.file import ConfigError, Given, from_text, layer, read_file, render_example
+from proxy.config.file import ConfigError, Given, from_text, layer, read_file
 from proxy.config.knobs import Settings, knobs
+from proxy.config.rendering import render_example
 
 
 def settings_from(tmp_path: Path, text: str) -> Settings:
@@ -210,5 +211,5 @@ def test_the_example_is_the_default(tmp_path: Path) -> None:
 def test_the_example_has_every_setting_with_flag_and_variable() -> None:
     lines = render_example().splitlines()
     for knob in knobs():
-        at = next(number for number, line in enumerate(lines) if line.startswith(f"{knob.key} = "))
+        at = next(number for number, line in enumerate(lines) if line.removeprefix("# ").startswith(f"{knob.key} = "))
         assert lines[at - 1].startswith(f"# {knob.flag}   {knob.env}")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config.file import layer, read_file, render_example
+from proxy.config.file import layer, read_file
 from proxy.config.knobs import Settings
+from proxy.config.rendering import render_example
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 FILES = sorted(CONFIGS.glob("*.toml"))

@@ -205,6 +205,8 @@ def test_the_image_is_small_unprivileged_and_starts_the_program() -> None:
     user = told["USER"].split(":")[0]
     assert int(user) > 0
     assert json.loads(told["ENTRYPOINT"]) == ["watchmux"]
+    # Without endpoints a container must not serve a store that loses its data.
+    assert dict(parser.envs)["WATCHMUX_BUNDLED_STORE"] == "false"
     arguments = json.loads(told["CMD"])
     assert arguments[0] == "serve"
     assert {argument.split("=")[0] for argument in arguments[1:]} <= {knob.flag for knob in knobs()}
@@ -270,6 +272,7 @@ def test_the_unit_fits_the_production_settings() -> None:
     assert settings.listener.connections_max < int(service["LimitNOFILE"])
     assert Settings().listener.connections_max < int(service["LimitNOFILE"])
     assert service["ExecReload"] == "/bin/kill -HUP $MAINPID"
+    assert service["Environment"] == "WATCHMUX_BUNDLED_STORE=false"
     # proxy/process/service_manager.py notifies systemd; three probes detect a hang, then the watchdog must expire.
     assert (service["Type"], service["NotifyAccess"]) == ("notify", "main")
     assert int(service["WatchdogSec"]) > HUNG_AFTER * settings.admin.probe_interval_s

@@ -71,7 +71,7 @@ def tell(*_signal: object) -> None:
         "malloc_bytes": malloc_bytes(),
     }
     held["census"] = census()
-    path = Path(os.environ["WATCHMUX_SOAK_HELD"])
+    path = Path(os.environ["SOAK_HELD"])
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(held))
     partial.rename(path)
