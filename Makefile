@@ -38,17 +38,17 @@ test-all: $(VENV)/.installed-dev etcds  ## every etcd version, every client, lon
 	-@$(BIN)/python -m tests.etcd.fronts
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-check: $(VENV)/.installed-dev  ## ruff, mypy --strict, imports point down
+check: $(VENV)/.installed-dev  ## ruff, mypy --strict, the rules for imports, sizes, names and words
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_imports.py
+	$(BIN)/python -m pytest -q tests/test_imports.py tests/test_rules.py
 
 $(VENV)/.installed-bench: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,dev,bench]'
 	@touch $@
 
-bench: $(VENV)/.installed-bench etcds  ## CPU per event, delay, memory beside etcd's grpc-proxy; the store beside etcd; ARGS='--case store'
+bench: $(VENV)/.installed-bench etcds  ## CPU per event, delay, memory compared with grpc-proxy; the store compared with etcd; ARGS='--case store'
 	$(BIN)/python -m tests.bench $(ARGS)
 
 sim: $(VENV)/.installed-dev  ## SEEDS=n seeds of the simulator: faults by kind, events checked, violations

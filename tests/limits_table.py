@@ -42,7 +42,8 @@ _JOINING: Final = "coalesce/test_joining.py::"
 _PARKING: Final = "coalesce/test_parking.py::"
 _REPLAY: Final = "coalesce/test_replay.py::"
 _BACKFILL: Final = "coalesce/test_backfill.py::"
-_PROGRESS: Final = "coalesce/test_progress.py::"
+_ASKING: Final = "coalesce/test_progress_requests.py::"
+_NOTIFYING: Final = "coalesce/test_notifying.py::"
 _FLOODS: Final = "http2/test_floods.py::"
 _FLOW: Final = "http2/test_flow.py::"
 _ADDRESSES: Final = "proxy/listening/test_addresses.py::"
@@ -85,11 +86,11 @@ CORE: Final = {
     ),
     "backfill_share_revisions": Row(NOTHING, f"{_BACKFILL}test_a_backfill_too_far_behind_is_not_shared"),
     "trunk_catch_up_revisions": Row(NOTHING, f"{_JOINING}test_where_a_trunk_starts"),
-    "bookmark_s": Row(NOTHING, f"{_PROGRESS}test_quiet_trunks_renew_their_bookmarks"),
-    "progress_interval_s": Row(NOTHING, f"{_PROGRESS}test_etcd_is_not_asked_too_often"),
-    "progress_retry_s": Row(NOTHING, f"{_PROGRESS}test_pauses_between_repeated_requests_grow"),
-    "progress_retry_s_max": Row(NOTHING, f"{_PROGRESS}test_pauses_between_repeated_requests_grow"),
-    "progress_notify_s": Row(NOTHING, f"{_PROGRESS}test_quiet_watches_get_progress_notifications"),
+    "bookmark_s": Row(NOTHING, f"{_ASKING}test_quiet_trunks_renew_their_bookmarks"),
+    "progress_interval_s": Row(NOTHING, f"{_ASKING}test_etcd_is_not_asked_too_often"),
+    "progress_retry_s": Row(NOTHING, f"{_ASKING}test_pauses_between_repeated_requests_grow"),
+    "progress_retry_s_max": Row(NOTHING, f"{_ASKING}test_pauses_between_repeated_requests_grow"),
+    "progress_notify_s": Row(NOTHING, f"{_NOTIFYING}test_quiet_watches_get_progress_notifications"),
     "lagging_age_s_max": _setting("lagging_age_s_max", f"{_REPLAY}test_a_session_behind_for_too_long_is_ended"),
 }
 
@@ -233,7 +234,7 @@ UPSTREAM: Final = {
     "stagger_s": Row(NOTHING, "upstream/test_watch.py::test_silent_endpoint_delays_no_other"),
     "connections_per_endpoint_max": _setting(
         "connections_per_endpoint_max",
-        "upstream/test_watch.py::test_streams_that_wait_for_a_place_are_reported",
+        "upstream/test_watch_streams.py::test_streams_that_wait_for_a_place_are_reported",
     ),
     "surplus_idle_s": Row(NOTHING, "upstream/test_connections.py::test_surplus_connections_are_closed"),
     "place_wait_s": Row(

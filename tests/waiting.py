@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 POLL_S = 0.02
@@ -38,3 +38,13 @@ async def until_async(condition: Callable[[], T], what: str, timeout_s: float = 
         turn = asyncio.Event()
         loop.call_later(POLL_S, turn.set)
         await turn.wait()
+
+
+def run(story: Coroutine[Any, Any, T], timeout_s: float = 20.0) -> T:
+    """Run a coroutine in an event loop of its own, for at most `timeout_s` seconds."""
+
+    async def bounded() -> T:
+        async with asyncio.timeout(timeout_s):
+            return await story
+
+    return asyncio.run(bounded())

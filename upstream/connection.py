@@ -353,7 +353,7 @@ class ClientConnection(asyncio.Protocol):
     def retire(self, reason: Unreachable) -> None:
         """Take no more calls, and close when the last open call has ended."""
         if not self._over:
-            self._tell_closed(reason)
+            self._report_closed(reason)
             self._close_when_done()
 
     def abort(self, reason: Unreachable) -> None:
@@ -435,7 +435,7 @@ class ClientConnection(asyncio.Protocol):
         self.ended_well = event.code is ErrorCode.NO_ERROR
         self.pinged_too_often = event.code is ErrorCode.ENHANCE_YOUR_CALM and debug == "too_many_pings"
         what = f"the server is closing the connection ({event.code.name}{': ' + debug if debug else ''})"
-        self._tell_closed(Unreachable(self.endpoint.text, what, "check whether etcd is being restarted"))
+        self._report_closed(Unreachable(self.endpoint.text, what, "check whether etcd is being restarted"))
         self._close_when_done()
 
     def _end(self, call: UpstreamCall, status: int, message: str, trailers: Headers) -> None:
@@ -536,9 +536,9 @@ class ClientConnection(asyncio.Protocol):
         for stream in streams:
             if (call := stream.owner) is not None:
                 self._end(call, Status.UNAVAILABLE, str(failure), [])
-        self._tell_closed(failure)
+        self._report_closed(failure)
 
-    def _tell_closed(self, failure: Unreachable) -> None:
+    def _report_closed(self, failure: Unreachable) -> None:
         self.healthy = False
         self.failure = self.failure or failure
         on_closed, self.on_closed = self.on_closed, None

@@ -183,7 +183,7 @@ class Connections:
             self._closed(connection)
             return
         connection.on_closed = self._closed
-        connection.on_room = self._tell if self._wanted else None
+        connection.on_room = self._report_room if self._wanted else None
         if len(self._open) > 1 and self._trim is None:
             self._trim = self._loop.call_later(self._settings.surplus_idle_s, self._close_idle)
 
@@ -213,11 +213,11 @@ class Connections:
             if len(self._open) >= 2 * self._said:
                 self._said = len(self._open)
                 self._log.info("upstream_connections", endpoint=self.endpoint.text, connections=self._said)
-            self._tell()
+            self._report_room()
 
     def _try_again(self) -> None:
         self._retry = None
-        self._tell()
+        self._report_room()
 
     def _closed(self, connection: ClientConnection) -> None:
         """Handle a connection that takes no more calls."""
@@ -265,7 +265,7 @@ class Connections:
             return
         self._wanted = True
         for connection in self._open:
-            connection.on_room = self._tell
+            connection.on_room = self._report_room
         if self._report is None and not self.full:
             self._report = self._loop.call_later(self._settings.place_wait_s, self._set_full, True)
 
@@ -277,12 +277,12 @@ class Connections:
         if self.full:
             self._set_full(False)
 
-    def _tell(self) -> None:
+    def _report_room(self) -> None:
         """Schedule `on_change`: not at once, since the cause of the change is still being handled."""
         if self._change is None and not self._over:
-            self._change = self._loop.call_soon(self._tell_now)
+            self._change = self._loop.call_soon(self._report_room_now)
 
-    def _tell_now(self) -> None:
+    def _report_room_now(self) -> None:
         self._change = None
         self._wanted = False
         for connection in self._open:
@@ -297,7 +297,7 @@ class Connections:
         log = self._log.warning if full else self._log.info
         event = "upstream_full" if full else "upstream_has_room"
         log(event, endpoint=self.endpoint.text, connections=len(self._open), calls=self.open_calls)
-        self._tell()
+        self._report_room()
 
     # Closing surplus connections.
 

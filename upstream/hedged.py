@@ -29,7 +29,7 @@ _USUAL_TIMES: Final = 4
 _SMOOTHING: Final = 1 / 8
 """The weight of one answer in the usual response time (RFC 6298 uses the same)."""
 
-Told = Callable[[Answer | CallFailed], None]
+OutcomeCallback = Callable[[Answer | CallFailed], None]
 
 
 class Request(NamedTuple):
@@ -81,6 +81,7 @@ class HedgedCall:
     __slots__ = (
         "_attempts",
         "_began",
+        "_callback",
         "_calls",
         "_endpoints",
         "_hedging",
@@ -88,13 +89,14 @@ class HedgedCall:
         "_processed",
         "_request",
         "_timer",
-        "_told",
         "deadline",
     )
 
-    def __init__(self, endpoints: Endpoints, hedging: Hedging, request: Request, deadline: float, told: Told) -> None:
+    def __init__(
+        self, endpoints: Endpoints, hedging: Hedging, request: Request, deadline: float, callback: OutcomeCallback
+    ) -> None:
         """
-        `told` is called once with the outcome: the answer, or CallFailed with the status that an endpoint returned,
+        `callback` is called once with the outcome: the answer, or CallFailed with the status that an endpoint returned,
         UNAVAILABLE "no leader" only if every endpoint returned it, DEADLINE_EXCEEDED at `deadline` (loop time).
         """
         self.deadline = deadline
@@ -103,7 +105,7 @@ class HedgedCall:
         self._hedging = hedging
         self._request = request
         self._began = self._loop.time()
-        self._told: Told | None = told
+        self._callback: OutcomeCallback | None = callback
         self._attempts = Attempts(())
         # A server has processed an attempt.
         self._processed = False
@@ -112,13 +114,13 @@ class HedgedCall:
 
     def start(self) -> None:
         """Start, or start again while no server has processed the call."""
-        if self._told is not None:
+        if self._callback is not None:
             self._attempts = Attempts(self._endpoints.own_endpoints())
             self._send_next()
 
     def cancel(self) -> None:
-        """Cancel the call; `told` is not called."""
-        self._told = None
+        """Cancel the call; `callback` is not called."""
+        self._callback = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -128,10 +130,10 @@ class HedgedCall:
 
     def finish(self, outcome: Answer | CallFailed) -> None:
         """End the call with this outcome."""
-        told = self._told
+        callback = self._callback
         self.cancel()
-        if told is not None:
-            told(outcome)
+        if callback is not None:
+            callback(outcome)
 
     def _send_next(self) -> None:
         """Send the call to the next endpoint that takes it."""
@@ -159,9 +161,9 @@ class HedgedCall:
         if connection is None:
             return False
         path, message, metadata, message_bytes_max = self._request
-        told = partial(self._answered, name, connection)
+        callback = partial(self._answered, name, connection)
         try:
-            self._calls[name] = start_unary(connection, path, message, metadata, left_s, message_bytes_max, told)
+            self._calls[name] = start_unary(connection, path, message, metadata, left_s, message_bytes_max, callback)
         except NotSent:
             return False
         return True

@@ -241,12 +241,12 @@ class Pool:
         message: bytes,
         metadata: Metadata,
         timeout_s: float,
-        told: Callable[[Answer | CallFailed], None],
+        callback: Callable[[Answer | CallFailed], None],
         *,
         has_leader: bool = False,
     ) -> HedgedCall:
         """
-        Make an idempotent call with one message each way; `told` is called with the outcome, except after `cancel`.
+        Make an idempotent call with one message each way; `callback` is called with the outcome, except after `cancel`.
 
         Each working endpoint gets the call at most once, by name: the next one when an answer is late or is a failure
         that the request itself did not cause (see `upstream.hedged`). If an endpoint is connected, the first one gets
@@ -257,7 +257,7 @@ class Pool:
         if has_leader:
             metadata = [*metadata, HAS_LEADER]
         request = Request(path, message, metadata, self._settings.unary_message_bytes_max)
-        call = HedgedCall(self, self._hedging, request, asyncio.get_running_loop().time() + timeout_s, told)
+        call = HedgedCall(self, self._hedging, request, asyncio.get_running_loop().time() + timeout_s, callback)
         call.start()
         return call
 

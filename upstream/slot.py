@@ -42,9 +42,9 @@ class Slot:
         "_look",
         "_looked_at",
         "_owner",
+        "_reported",
         "_settings",
         "_task",
-        "_told",
         "connection_settings",
         "connections",
         "endpoint",
@@ -76,7 +76,7 @@ class Slot:
         # When the last check of the member started, in loop time.
         self._looked_at = 0.0
         # The problem last logged; "" if none was.
-        self._told = ""
+        self._reported = ""
 
     def start(self) -> None:
         """Keep it connected from now on."""
@@ -132,9 +132,9 @@ class Slot:
                 # Retry once at once after a working connection: until that fails the endpoint does not count as down.
                 continue
             self.failure = failure
-            if str(failure) != self._told:
-                self._told = str(failure)
-                self._log.warning("upstream_unreachable", endpoint=self.endpoint.text, problem=self._told)
+            if str(failure) != self._reported:
+                self._reported = str(failure)
+                self._log.warning("upstream_unreachable", endpoint=self.endpoint.text, problem=self._reported)
             self._owner.changed()
             await asyncio.sleep(delay_s)
 

@@ -34,16 +34,16 @@ class FileContext(ssl.SSLContext):
     # The context of the renewed files; None if they were never renewed.
     latest: FileContext | None
 
-    def newest(self, tell: Callable[[BadTls], None] | None = None) -> FileContext:
-        """Return the context of the current files; `tell` is called once if renewed files cannot be used."""
+    def newest(self, report: Callable[[BadTls], None] | None = None) -> FileContext:
+        """Return the context of the current files; `report` is called once if renewed files cannot be used."""
         stamps = _stamps(self.files)
         if stamps != self.stamps:
             self.stamps = stamps
             try:
                 self.latest = self.make(self.protocols)
             except BadTls as problem:
-                if tell is not None:
-                    tell(problem)
+                if report is not None:
+                    report(problem)
         return self.latest or self
 
     def speaking(self, protocols: Sequence[str]) -> FileContext:
@@ -51,9 +51,9 @@ class FileContext(ssl.SSLContext):
         return self.make(protocols)
 
 
-def newest(context: ssl.SSLContext, tell: Callable[[BadTls], None] | None = None) -> ssl.SSLContext:
+def newest(context: ssl.SSLContext, report: Callable[[BadTls], None] | None = None) -> ssl.SSLContext:
     """Return `context`, or a new one if its files were renewed."""
-    return context.newest(tell) if isinstance(context, FileContext) else context
+    return context.newest(report) if isinstance(context, FileContext) else context
 
 
 def client_context(

@@ -41,11 +41,11 @@ Answer = tuple[bytes, Headers]
 class UnaryCall:
     """The handler of one call. Made by `start_unary`."""
 
-    __slots__ = ("_messages", "_told", "_unframer", "call")
+    __slots__ = ("_callback", "_messages", "_unframer", "call")
 
-    def __init__(self, told: Callable[[Answer | CallFailed], None], message_bytes_max: int) -> None:
+    def __init__(self, callback: Callable[[Answer | CallFailed], None], message_bytes_max: int) -> None:
         self.call: UpstreamCall | None = None
-        self._told: Callable[[Answer | CallFailed], None] | None = told
+        self._callback: Callable[[Answer | CallFailed], None] | None = callback
         self._unframer = MessageReader(message_bytes_max)
         self._messages: list[bytes] = []
 
@@ -79,18 +79,18 @@ class UnaryCall:
             self._finish((self._messages[0], trailers))
 
     def give_up(self) -> None:
-        """End the call if it is open; `told` is not called."""
-        self._told = None
+        """End the call if it is open; `callback` is not called."""
+        self._callback = None
         # The call refers to its handler: break the cycle, so that no garbage collection is needed.
         call, self.call = self.call, None
         if call is not None:
             call.reset()
 
     def _finish(self, outcome: Answer | CallFailed) -> None:
-        told = self._told
+        callback = self._callback
         self.give_up()
-        if told is not None:
-            told(outcome)
+        if callback is not None:
+            callback(outcome)
 
 
 def start_unary(
@@ -100,15 +100,15 @@ def start_unary(
     metadata: Metadata,
     timeout_s: float | None,
     message_bytes_max: int,
-    told: Callable[[Answer | CallFailed], None],
+    callback: Callable[[Answer | CallFailed], None],
 ) -> UnaryCall:
     """
-    Send a call; `told` is called once with the outcome, after this returns. `timeout_s` is only sent to the server.
+    Send a call; `callback` is called once with the outcome, after this returns. `timeout_s` is only sent to the server.
 
     Raises NotSent when the connection takes no calls.
     """
     timeout = None if timeout_s is None else encode_timeout(timeout_s)
-    unary = UnaryCall(told, message_bytes_max)
+    unary = UnaryCall(callback, message_bytes_max)
     headers = request_headers(connection, path.encode("ascii"), metadata, timeout)
     unary.call = call = connection.request(headers, unary)
     framed = frame(message)
@@ -143,8 +143,8 @@ async def call_unary(
     it can safely be sent again; NotSent when the connection takes no calls.
     """
     done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-    told = partial(settle, done)
-    unary = start_unary(connection, path, message, metadata, timeout_s, message_bytes_max, told)
+    callback = partial(settle, done)
+    unary = start_unary(connection, path, message, metadata, timeout_s, message_bytes_max, callback)
     try:
         async with asyncio.timeout(None if timeout_s is None else timeout_s + GRACE_S):
             return await done

@@ -49,7 +49,7 @@ class Health:
         """Why the proxy cannot serve although etcd is reachable; "" if it can."""
         self.hung = ""
         """The evidence that the proxy hangs; "" if it does not."""
-        self._told: bool | None = None
+        self._reported: bool | None = None
         self._watchers: set[HealthCall] = set()
 
     @property
@@ -70,23 +70,23 @@ class Health:
         """Set whether etcd is reachable, and the problem that prevents serving although it is."""
         self.upstream_reachable = reachable
         self.problem = problem
-        self._tell()
+        self._notify()
 
     def set_hung(self, text: str) -> None:
         """Set the evidence that the proxy hangs; "" if it does not, or no longer."""
         self.hung = text
-        self._tell()
+        self._notify()
 
     def set_draining(self) -> None:
         """Set that the proxy is draining."""
         self.draining = True
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
-        if self.serving != self._told:
-            self._told = self.serving
+    def _notify(self) -> None:
+        if self.serving != self._reported:
+            self._reported = self.serving
             for call in tuple(self._watchers):
-                call.tell()
+                call.notify()
 
     def status_of(self, service: str) -> int | None:
         """Return the status of one service; None if the service is unknown."""
@@ -166,7 +166,7 @@ class HealthCall:
         self.health.leave(self)
         self.call.closed()
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Send the current status (Watch)."""
         status = self.health.status_of(self.service)
         self._send(SERVICE_UNKNOWN if status is None else status)
@@ -179,7 +179,7 @@ class HealthCall:
             return
         if self.path == WATCH:
             self.health.join(self)
-            self.tell()
+            self.notify()
         elif self.path == LIST:
             status = SERVING if self.health.serving else NOT_SERVING
             statuses = {name: HealthCheckResponse(status=status) for name in SERVICES}

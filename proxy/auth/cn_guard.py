@@ -95,11 +95,11 @@ class CommonNameGuard:
     async def _auth_on(self) -> bool:
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
-        def told(outcome: Outcome) -> None:
+        def callback(outcome: Outcome) -> None:
             if not answer.done():
                 answer.set_result(isinstance(outcome, Denied))
 
-        self._reader.check(PermissionCheck(AuthScope(), told=told))
+        self._reader.check(PermissionCheck(AuthScope(), callback=callback))
         return await answer
 
     def _note(self, wrong: bool) -> None:

@@ -27,11 +27,11 @@ AnswerCallback = Callable[[Outcome], None]
 class Query:
     """A question to etcd that is retried for as long as its answer is wanted."""
 
-    __slots__ = ("told",)
+    __slots__ = ("callback",)
 
-    def __init__(self, told: AnswerCallback | None = None) -> None:
+    def __init__(self, callback: AnswerCallback | None = None) -> None:
         # The callback for the answer; used only by the code that does the I/O.
-        self.told = told
+        self.callback = callback
 
     @property
     def wanted(self) -> bool:
@@ -45,9 +45,9 @@ class PermissionCheck(Query):
     __slots__ = ("asked", "create", "fresh", "number")
 
     def __init__(
-        self, asked: AuthScope, create: PendingCreate | None = None, told: AnswerCallback | None = None
+        self, asked: AuthScope, create: PendingCreate | None = None, callback: AnswerCallback | None = None
     ) -> None:
-        super().__init__(told)
+        super().__init__(callback)
         self.asked = asked
         self.create = create
         # Requested before the probe in flight began.

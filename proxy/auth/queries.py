@@ -79,8 +79,8 @@ class RevisionRead(Query):
 
     __slots__ = ("_refused", "asking", "read")
 
-    def __init__(self, read: PendingRead, told: AnswerCallback | None = None) -> None:
-        super().__init__(told)
+    def __init__(self, read: PendingRead, callback: AnswerCallback | None = None) -> None:
+        super().__init__(callback)
         self.read = read
         # The session whose token is used; None: the read needs no client's token.
         self.asking: Session | None = None

@@ -48,7 +48,7 @@ from upstream.unary import Answer
 TXN = "/etcdserverpb.KV/Txn"
 AUTHENTICATE = "/etcdserverpb.Auth/Authenticate"
 
-INVALID_USER = b"watchmux-nobody"
+INVALID_USER = b"watchmux-no-user"
 """Name and token of a user that does not exist."""
 
 AGAIN_S = 1.0
@@ -77,7 +77,7 @@ class Asker(Protocol):
         message: bytes,
         metadata: Sequence[tuple[bytes, bytes]],
         timeout_s: float,
-        told: Callable[[Answer | CallFailed], None],
+        callback: Callable[[Answer | CallFailed], None],
         *,
         has_leader: bool = False,
     ) -> Asking: ...
@@ -123,7 +123,7 @@ class ReadListener(Protocol):
 
 
 class Reader:
-    """Makes calls and retries them until there is an answer; each query that stays wanted gets one call of `told`."""
+    """Makes calls and retries them until there is an answer; a query that stays wanted gets one call of `callback`."""
 
     def __init__(self, pool: Asker, settings: ReaderSettings | None = None, namespace: Namespace | None = None) -> None:
         self.settings = settings or ReaderSettings()
@@ -144,7 +144,7 @@ class Reader:
         """Failed calls that wait for their retry."""
         self._answers: deque[deque[QueryEffect]] = deque()
         """Answers to be delivered, grouped by the call that caused them."""
-        self._telling: asyncio.Handle | None = None
+        self._answering: asyncio.Handle | None = None
         """Delivers the next portion of them."""
         self._again: asyncio.TimerHandle | None = None
         """The next attempt to prove which store a connection leads to."""
@@ -159,10 +159,10 @@ class Reader:
         for asking in self._asking.values():
             asking.cancel()
         self._asking.clear()
-        for handle in (self._again, self._telling, *self._pausing.values()):
+        for handle in (self._again, self._answering, *self._pausing.values()):
             if handle is not None:
                 handle.cancel()
-        self._again = self._telling = None
+        self._again = self._answering = None
         self._pausing.clear()
         self._answers.clear()
 
@@ -185,7 +185,7 @@ class Reader:
 
     def other_history(self, header: Header) -> None:
         """The store has been replaced."""
-        self._tell_all()
+        self._answer_all()
         self.questions.other_history(header)
 
     def connected(self, watches: Iterable[Upstream]) -> None:
@@ -197,12 +197,12 @@ class Reader:
         """Return whether etcd answers a call with an invalid token. With auth off only newer ones do (not 3.5.1)."""
         answer: asyncio.Future[bool] = self._loop.create_future()
 
-        def told(outcome: Answer | CallFailed) -> None:
+        def callback(outcome: Answer | CallFailed) -> None:
             if not answer.done():
                 answer.set_result(not isinstance(outcome, CallFailed))
 
         message = self._transaction(((ANY_KEY, b""),), True)
-        self._pool.ask(TXN, message, [(b"token", INVALID_USER)], self.settings.timeout_s, told)
+        self._pool.ask(TXN, message, [(b"token", INVALID_USER)], self.settings.timeout_s, callback)
         return await answer
 
     def _prove(self, watches: Iterable[Upstream]) -> None:
@@ -222,18 +222,18 @@ class Reader:
                 self._ask(effect.call, effect.later)
             elif isinstance(effect, RevisionRegressed):
                 # Deliver the answers of earlier reads first.
-                self._tell_all()
+                self._answer_all()
                 self._carry_out(effect)
             else:
                 answers.append(effect)
         if answers:
             self._answers.append(answers)
-            if self._telling is None:
-                self._tell_some()
+            if self._answering is None:
+                self._answer_some()
 
-    def _tell_some(self) -> None:
+    def _answer_some(self) -> None:
         """Deliver a portion of the answers, one per call in turn."""
-        self._telling = None
+        self._answering = None
         for _ in range(ANSWERS_AT_ONCE):
             if not self._answers:
                 return
@@ -243,9 +243,9 @@ class Reader:
                 self._answers.append(answers)
             self._carry_out(effect)
         if self._answers:
-            self._telling = self._loop.call_soon(self._tell_some)
+            self._answering = self._loop.call_soon(self._answer_some)
 
-    def _tell_all(self) -> None:
+    def _answer_all(self) -> None:
         while self._answers:
             for effect in self._answers.popleft():
                 self._carry_out(effect)
@@ -253,8 +253,8 @@ class Reader:
     def _carry_out(self, effect: QueryEffect) -> None:
         listener = self.listener
         if isinstance(effect, DeliverAnswer):
-            assert effect.question.told is not None, "an answered query has a callback"
-            effect.question.told(effect.outcome)
+            assert effect.question.callback is not None, "an answered query has a callback"
+            effect.question.callback(effect.outcome)
         elif listener is None:
             return
         elif isinstance(effect, DisconnectSession):

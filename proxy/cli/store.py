@@ -114,10 +114,10 @@ async def _run(settings: StoreSettings, parent_fd: int | None) -> None:
         where = f", data in {settings.data_dir}" if settings.data_dir else ", in memory only"
         where += f", metrics at {metrics}" if metrics else ""
         click.echo(f"the store serves at {store.endpoint}{where}", err=True)
-    told = asyncio.ensure_future(leaving.wait())
+    stopping = asyncio.ensure_future(leaving.wait())
     broken = asyncio.ensure_future(store.failure())
-    await asyncio.wait([told, broken], return_when=asyncio.FIRST_COMPLETED)
-    told.cancel()
+    await asyncio.wait([stopping, broken], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
     failure = broken.result() if broken.done() else None
     broken.cancel()
     await store.stop()

@@ -14,6 +14,6 @@ def advice(settings: Settings) -> Iterator[str]:
     address = parse_listen_address(listener.listen_addr)
     if upstream.cert and not listener.trusted_ca_file and not address.path:
         yield (
-            f"--cert is presented to etcd, but clients of {address} need no certificate: whoever reaches it uses etcd "
-            "with the proxy's certificate, unless etcd's auth is on; set --trusted-ca-file to require one"
+            f"--cert is presented to etcd, but clients of {address} need no certificate: each of them uses "
+            "etcd with the proxy's certificate, unless etcd's auth is on; set --trusted-ca-file to require one"
         )

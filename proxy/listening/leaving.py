@@ -33,9 +33,9 @@ class ClosedStreamReaper:
     def add(self, streams: Iterable[Stream], then: Callable[[], None]) -> None:
         """Queue streams whose handlers are to be notified that they are closed; call `then` after the last one."""
         self._waiting.append((deque(streams), then))
-        self._tell()
+        self._report_left()
 
-    def _tell(self) -> None:
+    def _report_left(self) -> None:
         """Notify as many handlers as this turn allows."""
         waiting = self._waiting
         while waiting and self._left:
@@ -61,4 +61,4 @@ class ClosedStreamReaper:
     def _next_turn(self) -> None:
         self._turning = False
         self._left = self._per_turn
-        self._tell()
+        self._report_left()

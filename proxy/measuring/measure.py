@@ -182,7 +182,7 @@ COMPARED = (
 )
 """The compared numbers: name, unit, field of a Side, note."""
 
-BESIDE = (
+ALSO_MEASURED = (
     ("slow watchers", Unit.COUNT, "slow_watchers"),
     ("events its clients got", Unit.COUNT, "events_received"),
     ("delay p50", Unit.DELAY, "p50_ms"),
@@ -213,7 +213,7 @@ def compare(measured: Measurement) -> Comparison:
         )
     rows += [
         Row(name=name, unit=unit, before=getattr(direct, field), after=getattr(proxied, field), compared=False)
-        for name, unit, field in BESIDE
+        for name, unit, field in ALSO_MEASURED
     ]
     if proxied.proxy_cpu_s is not None:
         rows.append(

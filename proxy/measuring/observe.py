@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from proxy.measuring.comparison import Comparison, Row, Series, Unit, show_value
-from proxy.measuring.load.prometheus import Cost, MetricsPage, NoMetrics, Page, cost_of
+from proxy.measuring.load.prometheus import Cost, MetricsPage, MetricsReading, NoMetrics, cost_of
 from proxy.measuring.load.show import Bars
 
 EVERY_S = 1.0
@@ -95,7 +95,7 @@ def look_of(at_s: float, etcd: Mapping[str, float], proxy: Mapping[str, float]) 
         raise NoMetrics(f"the proxy's metrics have no {missing.args[0]}: they are not from watchmux") from None
 
 
-def add_up(pages: Sequence[Page]) -> dict[str, float]:
+def add_up(pages: Sequence[MetricsReading]) -> dict[str, float]:
     """Add up the samples of several members."""
     sums: dict[str, float] = {}
     for page in pages:
@@ -104,7 +104,7 @@ def add_up(pages: Sequence[Page]) -> dict[str, float]:
     return sums
 
 
-def check_members(etcds: Sequence[Page], proxy: Page, where: str) -> tuple[str, list[str]]:
+def check_members(etcds: Sequence[MetricsReading], proxy: MetricsReading, where: str) -> tuple[str, list[str]]:
     """Return which members were read, and warnings if the proxy's watches may be elsewhere.
 
     Raises NoMetrics if the etcd at `where` is not the one behind the proxy.

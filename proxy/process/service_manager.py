@@ -35,13 +35,13 @@ class ServiceManager:
 
     def ready(self) -> None:
         """Notify that the proxy is ready, and start the watchdog notifications."""
-        self._tell("READY=1")
+        self._notify("READY=1")
         if self._path and self._interval_s:
             self._alive()
 
     def stopping(self) -> None:
         """Notify that the proxy is stopping; the watchdog notifications continue meanwhile."""
-        self._tell("STOPPING=1")
+        self._notify("STOPPING=1")
 
     def stop(self) -> None:
         """Stop all notifications."""
@@ -51,17 +51,17 @@ class ServiceManager:
 
     def _alive(self) -> None:
         if not self._health.hung:
-            self._tell("WATCHDOG=1")
+            self._notify("WATCHDOG=1")
         self._timer = asyncio.get_running_loop().call_later(self._interval_s, self._alive)
 
-    def _tell(self, state: str) -> None:
+    def _notify(self, state: str) -> None:
         if not self._path:
             return
         # "@" stands for the NUL of Linux's abstract sockets.
         address = "\0" + self._path[1:] if self._path.startswith("@") else self._path
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as told:
-                told.sendto(state.encode(), address)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as manager:
+                manager.sendto(state.encode(), address)
         except OSError as error:
             log.warning("sd_notify failed", state=state, problem=error.strerror or str(error))
 

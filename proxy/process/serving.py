@@ -174,7 +174,7 @@ async def serve(
         )
         manager = ServiceManager(proxy.health, os.environ)
         manager.ready()
-        code = await _until_told(leaving, store)
+        code = await _until_stopped(leaving, store)
         applying.stop()
         manager.stopping()
         await signals.or_again(proxy.drain(reloading.settings.listener.drain_s if code == 0 else 0))
@@ -313,16 +313,16 @@ async def _start_store() -> Child:
         raise Failed(str(error)) from None
 
 
-async def _until_told(leaving: asyncio.Event, store: Child | None) -> int:
+async def _until_stopped(leaving: asyncio.Event, store: Child | None) -> int:
     """Wait for a signal, the exit of the parent or of the bundled store; return the exit code."""
-    told = asyncio.ensure_future(leaving.wait())
-    waits: list[asyncio.Future[Any]] = [told]
+    stopping = asyncio.ensure_future(leaving.wait())
+    waits: list[asyncio.Future[Any]] = [stopping]
     if store is not None:
         waits.append(asyncio.ensure_future(store.process.wait()))
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
         wait.cancel()
-    if told.done() and not told.cancelled():
+    if stopping.done() and not stopping.cancelled():
         return 0
     log.error("the bundled store ended", reason=store.last_words() if store else "")
     return FAILURE

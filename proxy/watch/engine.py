@@ -554,11 +554,11 @@ class Engine:
         """Read the current revision for the creates that wait, with the token of one of them."""
         core, read = self.core, effect.read
 
-        def told(outcome: Outcome) -> None:
+        def callback(outcome: Outcome) -> None:
             if core is self.core:
                 self._input(core.revision_read, read, outcome)
 
-        self._reader.read(RevisionRead(read, told))
+        self._reader.read(RevisionRead(read, callback))
 
     def _check_permission(self, effect: CheckPermission) -> None:
         core, create, identity = self.core, effect.check, effect.check.session.identity
@@ -566,11 +566,11 @@ class Engine:
             self._input(core.permission, create, None)
             return
 
-        def told(outcome: Outcome) -> None:
+        def callback(outcome: Outcome) -> None:
             if core is self.core:
                 self._input(core.permission, create, outcome)
 
-        self._reader.check(PermissionCheck(AuthScope(identity.token, create.key, create.range_end), create, told))
+        self._reader.check(PermissionCheck(AuthScope(identity.token, create.key, create.range_end), create, callback))
 
     # reads (the listener of `Reader`)
 

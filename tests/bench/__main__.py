@@ -112,7 +112,7 @@ def _real_clients() -> bool:
 @click.option("--etcd", "version", default="", help="An available etcd version, such as 3.4.23 (default: the newest).")
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True, help="Where the files go.")
 @click.option("--docs", is_flag=True, help="Write the figures into the pages in docs, and the pictures.")
-@click.option("--beside", default="nothing else to speak of", help="What else ran on the machine, for the docs.")
+@click.option("--machine-load", default="nothing else to speak of", help="What else ran on the machine, for the docs.")
 @click.option("--plots/--no-plots", default=True, help="Draw the figures as well.")
 def main(
     names: tuple[str, ...],
@@ -123,7 +123,7 @@ def main(
     version: str,
     out: Path,
     docs: bool,
-    beside: str,
+    machine_load: str,
     plots: bool,
 ) -> None:
     """Measure CPU per delivered event, delay and memory, compared with etcd's own grpc-proxy, and the bundled store."""
@@ -158,7 +158,7 @@ def main(
         "etcd": binary.name,
         "rounds": rounds,
         "machine": before,
-        "beside": beside,
+        "machine_load": machine_load,
         "cases": what,
         "seconds": seconds,
     }

@@ -227,7 +227,7 @@ def machine_of(about: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_gib']} GiB, Linux {machine['kernel']}, Python {machine['python']}, "
         f"uvloop {machine['uvloop']}; "
-        f"load average at the start {machine['load_average'][0]}: {about['beside']}."
+        f"load average at the start {machine['load_average'][0]}: {about['machine_load']}."
     )
 
 

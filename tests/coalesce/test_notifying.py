@@ -292,3 +292,95 @@ def test_on_an_old_server_a_notification_answers_a_request() -> None:
     assert client.read() == []
     shell.bookmark(trunk, 8)
     assert client.read() == ["#-1 @8 progress"]
+
+
+def test_quiet_watches_get_progress_notifications() -> None:
+    shell = Shell(CoreLimits(progress_notify_s=60))
+    client, without = shell.client(), shell.client()
+    trunk = shell.trunk(5, client, progress_notify=True)
+    without.create(start=6)
+    without.read()
+    shell.wait(59.9)
+    assert client.read() == []
+    shell.wait(0.1)
+    assert trunk in shell.asked[-1]
+    shell.progressed(30)
+    assert client.read() == ["#0 @30 progress"]
+    shell.wait(60)
+    shell.progressed(31)
+    assert client.read() == ["#0 @31 progress"]
+    assert without.read() == []
+
+
+def test_a_short_interval_waits_for_an_old_servers_proof() -> None:
+    shell = Shell(CoreLimits(progress_notify_s=0.2), ordered_progress=False)
+    client = shell.client()
+    trunk = shell.trunk(5, client, progress_notify=True)
+    shell.wait(0.15)
+    for _ in range(8):
+        shell.wait(0.2)
+        shell.probed(30)
+        shell.bookmark(trunk, 30)
+    assert "#0 @30 progress" in client.read()
+
+
+def test_watches_with_recent_events_get_no_notification() -> None:
+    shell = Shell(CoreLimits(progress_notify_s=60, bookmark_s=1000))
+    client = shell.client()
+    trunk = shell.trunk(5, client, progress_notify=True)
+    shell.wait(30)
+    shell.events(trunk, put(6))
+    shell.wait(30)
+    assert shell.asked == []
+    shell.wait(60)
+    shell.events(trunk, put(7))
+    shell.progressed(8)
+    assert client.read() == ["#0 @6 put 6 k=v", "#0 @7 put 7 k=v"]
+    shell.wait(120)
+    shell.progressed(9)
+    assert client.read() == ["#0 @9 progress"]
+
+
+def test_future_and_lagging_watches_get_no_notification() -> None:
+    shell = Shell(CoreLimits(progress_notify_s=60))
+    future, slow = shell.client(), shell.client()
+    trunk = shell.trunk(5, slow, progress_notify=True)
+    future.create(start=50, progress_notify=True)
+    future.read()
+    slow.stall()
+    shell.events(trunk, put(6))
+    shell.wait(60)
+    shell.progressed(30)
+    assert future.read() == []
+    assert slow.unsent == ["#0 @6 put 6 k=v"]
+    shell.wait(60)
+    shell.progressed(50)
+    shell.wait(60)
+    shell.progressed(50)
+    assert future.read() == ["#0 @50 progress"]
+
+
+def test_progress_is_not_below_a_watchs_notification() -> None:
+    shell = Shell(CoreLimits(progress_notify_s=60))
+    client = shell.client()
+    one, two = shell.trunk(5, client, progress_notify=True), shell.trunk(5, client, b"j")
+    shell.wait(60)
+    shell.progressed(30, one)
+    assert client.read() == ["#0 @30 progress"]
+    client.progress()
+    shell.progressed(29, two)
+    shell.progressed(29, one, two)
+    assert client.read() == []
+    shell.wait(1)
+    shell.progressed(30, one, two)
+    assert client.read() == ["#-1 @30 progress"]
+
+
+def test_an_ended_watch_gets_no_notification() -> None:
+    shell = Shell(CoreLimits(progress_notify_s=60))
+    client = shell.client()
+    shell.trunk(5, client, progress_notify=True)
+    shell.wait(60)
+    client.cancel(0)
+    shell.progressed(30)
+    assert client.read() == ["#0 @5 canceled"]

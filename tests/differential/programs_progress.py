@@ -92,7 +92,7 @@ PROGRAMS = (
         more_progress="asked again until it is answered",
     ),
     Program(
-        "progress beside a compacted watch",
+        "progress next to a compacted watch",
         (
             *(Put(times=5), Compact(4), Create(b"k", b"l"), Create(start=1), Wait(compacted=1)),
             *(ELSEWHERE, Ask(answered=False), Wait(progress=1, better=True)),

@@ -61,7 +61,7 @@ def _compacted(name: str, start: int, *then: Step) -> Program:
 PROGRAMS = (
     # start revisions
     Program("now", (FIVE, Create(), Put(), Wait(events=1))),
-    Program("now, beside what others watch", (Create(), Put(), Create(), Put(), Create(), Put(), Wait(events=6))),
+    Program("now, next to what others watch", (Create(), Put(), Create(), Put(), Create(), Put(), Wait(events=6))),
     Program(
         "now, on many streams",
         (FIVE, *(Create(on=f"c:{n}") for n in range(10)), Put(), *(Wait(on=f"c:{n}", events=1) for n in range(10))),
@@ -128,7 +128,7 @@ PROGRAMS = (
         ),
     ),
     Program(
-        "a compacted watch beside a live one",
+        "a compacted watch next to a live one",
         (
             *(Create(b"k", b"l"), FIVE, Wait(events=5), Compact(4)),
             *(Create(start=2), Wait(compacted=1), Put(), Wait(events=6)),

@@ -19,7 +19,7 @@ from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.waiting import until_async
 
-SECRETS = (b"tok3n-of-somebody", b"passw0rd-of-somebody", b"valu3-of-somebody", b"metadat4-of-somebody")
+SECRETS = (b"tok3n-of-a-client", b"passw0rd-of-somebody", b"valu3-of-somebody", b"metadat4-of-somebody")
 
 
 def test_a_debug_log_holds_no_secrets(etcd: EtcdServer, capfd: pytest.CaptureFixture[str]) -> None:

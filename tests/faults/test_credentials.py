@@ -96,7 +96,7 @@ def test_ranges_the_proxy_may_not_read_use_client_tokens(etcd: EtcdServer) -> No
     with_proxy_user(etcd)
 
     async def scenario() -> None:
-        for own in (OWN, Credentials("proxy", "wrong"), Credentials("nobody", "x")):
+        for own in (OWN, Credentials("proxy", "wrong"), Credentials("unknown", "x")):
             async with (
                 relay_to(etcd.client_port) as way,
                 proxy_for(way.endpoint, credentials=own) as proxy,

@@ -127,9 +127,9 @@ STARTS = (
 LAYOUT = (
     both("4.1", "PING with the reserved bit of the stream id", ANSWERED, raw(PING, 0, 1 << 31, b"reserved")),
     both("4.1", "PING with all undefined flags", ANSWERED, raw(PING, 0xFE, 0, b"allflags")),
-    both("4.1", "an unknown type on stream 0", NO_FAULT, raw(0xEE, 0xFF, 0, b"whatever")),
-    both("4.1", "an unknown type on an idle stream", NO_FAULT, raw(0xEE, 0xFF, 99, b"whatever")),
-    both("4.1", "an unknown type on a closed stream", NO_FAULT, raw(0xEE, 0xFF, CLOSED, b"whatever")),
+    both("4.1", "an unknown type on stream 0", NO_FAULT, raw(0xEE, 0xFF, 0, b"anything")),
+    both("4.1", "an unknown type on an idle stream", NO_FAULT, raw(0xEE, 0xFF, 99, b"anything")),
+    both("4.1", "an unknown type on a closed stream", NO_FAULT, raw(0xEE, 0xFF, CLOSED, b"anything")),
     both("4.2", "DATA of 16,384 bytes", NO_FAULT, data(OPEN, bytes(16_384))),
     both("4.2", "DATA of 16,385 bytes", SIZE, data(OPEN, bytes(16_385))),
     both("4.2", "only the frame header of DATA of 2^24-1 bytes", SIZE, raw(DATA, 0, OPEN, length=2**24 - 1)),

@@ -95,7 +95,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     ),
     # Variants.
     Mutant(
-        "prev_kv for everybody",
+        "prev_kv for all watches",
         "batch",
         "encoded = event.encoded if variant & PREV_KV or not has_prev_kv else event.bare",
         "encoded = event.encoded",
@@ -112,7 +112,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
         "header = self._header.at(events[-1].revision)",
         "header = self._header",
     ),
-    Mutant("the last fragment is no last one", "batch", "fragment=place < last", "fragment=place <= last"),
+    Mutant("the last fragment is not marked as the last", "batch", "fragment=place < last", "fragment=place <= last"),
     Mutant(
         "prev_kv is promised from the beginning", "placement", "prev_kv_from = trunk.next_revision", "prev_kv_from = 0"
     ),
@@ -155,7 +155,9 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
         "state.open_upstream(trunk, position, trunk.prev_kv_from is not None, False)",
         "state.open_upstream(trunk, position + 1, trunk.prev_kv_from is not None, False)",
     ),
-    Mutant("the end of a run wakes nobody", "state", "for session in run.sessions: self.want_replay(session)", "pass"),
+    Mutant(
+        "the end of a run wakes no watch", "state", "for session in run.sessions: self.want_replay(session)", "pass"
+    ),
     Mutant(
         "a stream that owes an answer is never asked again",
         "progress_requests",
@@ -176,7 +178,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
         "one read serves for ever", "revision_reads", "self.current, self.later = self.later, None", "self.later = None"
     ),
     Mutant(
-        "nobody is too far behind",
+        "no session is too far behind",
         "ending",
         'self.end(session, Status.UNAVAILABLE, f"watchmux: the client has been behind for more than {limit:g} s")',
         "return",

@@ -25,7 +25,9 @@ ENGINE_MUTANTS: tuple[Mutant, ...] = (
         "Granted(answer) if may.fresh else answer",
         "Granted(answer)",
     ),
-    Mutant("with auth on nobody has a token", _QUESTIONS, "if may.asked.token is None else self", "if True else self"),
+    Mutant(
+        "with auth on no session has a token", _QUESTIONS, "if may.asked.token is None else self", "if True else self"
+    ),
     Mutant(
         "a read that failed is given up",
         _QUESTIONS,
@@ -66,7 +68,7 @@ ENGINE_MUTANTS: tuple[Mutant, ...] = (
         "        if is_too_large(status, text):\n            return [SendCall(batch.call, later=True)]\n",
     ),
     Mutant(
-        "a probe that nobody wants any more is waited for",
+        "a probe that is not wanted any more is waited for",
         _QUESTIONS,
         "if question is self._probe:\n            self._probe = None",
         "if question is self._probe:\n            pass",
@@ -121,7 +123,10 @@ ENGINE_MUTANTS: tuple[Mutant, ...] = (
         "any(",
     ),
     Mutant(
-        "nobody is told that there is no leader", _CHOICE, "        return self.leaderless\n", "        return False\n"
+        "no session is notified that there is no leader",
+        _CHOICE,
+        "        return self.leaderless\n",
+        "        return False\n",
     ),
     Mutant(
         "a stream without a leader stays where it is",

@@ -84,7 +84,10 @@ CLIENT_MUTANTS: tuple[Mutant, ...] = (
         "False if watch_id >= 0",
     ),
     Mutant(
-        "created is told at each connection", _CLIENT, "            registration.announced = True", "            pass"
+        "created is reported at each connection",
+        _CLIENT,
+        "            registration.announced = True",
+        "            pass",
     ),
 )
 

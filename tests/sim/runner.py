@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from tests.sim.config import make_config
 from tests.sim.parts import REAL, Parts
 from tests.sim.settle import finish
-from tests.sim.steps import FAULTS, Step, execute, make_config, make_steps
+from tests.sim.steps import FAULTS, Step, execute, make_steps
 from tests.sim.world import World
 
 STEPS_MIN = 50

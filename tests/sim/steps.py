@@ -16,7 +16,7 @@ from tests.sim.clients import LOST, SimWatch, Spec
 from tests.sim.model_store import LEASE
 from tests.sim.permissions import MIGHTY, TOKENS
 from tests.sim.settle import isolate, settle
-from tests.sim.world import Config, SimClient, World
+from tests.sim.world import SimClient, World
 
 
 class Step(NamedTuple):
@@ -438,81 +438,6 @@ def wait_long(world: World, rng: random.Random) -> None:
 
 
 # making runs
-
-
-def make_config(rng: random.Random) -> Config:
-    """Return the shape of a world: mostly with limits so small that they are reached."""
-    keys = tuple(bytes([letter]) for letter in b"abcdef"[: rng.randint(2, 6)])
-    some: list[tuple[bytes, bytes]] = [
-        (rng.choice(keys), b""),
-        (rng.choice(keys), b""),
-        (b"a", b"g"),
-        (b"b", b"d"),
-        (b"", b"\0"),
-        (b"c", b"\0"),
-        (b"a", b"c"),
-        (b"", b""),
-    ]
-    ranges = rng.sample(some, rng.randint(1, 4))
-    if rng.random() < 0.15:
-        ranges.append(rng.choice(((b"d", b"b"), (b"b", b"b"))))
-    response_bytes = rng.choice((150, 400, 2000, 1 << 22))
-    roomy = rng.random() < 0.3
-    # Drawn last, so that all earlier draws, and the known findings of each seed, stay the same.
-    aside = random.Random(response_bytes + 2 * roomy + len(ranges))
-    limits: dict[str, object] = {
-        "linger_s": rng.choice((0.0, 0.5, 2.0)),
-        "history_linger_s": rng.choice((0.0, 3.0, 30.0)),
-        "parked_max": rng.choice((1, 1000)),
-        "history_bytes_max": 1 << 20 if roomy else rng.choice((1, 100, 400, 2000, 1 << 20)),
-        "history_bytes_total_max": 1 << 20 if roomy else rng.choice((50, 500, 5000, 1 << 20)),
-        "history_revisions_max": 1000 if roomy else rng.choice((1, 2, 4, 10, 1000)),
-        "history_age_s": 300.0 if roomy else rng.choice((0.5, 5.0, 300.0)),
-        "replay_bytes_max": min(response_bytes, rng.choice((1, 100, 500, 1 << 20))),
-        "replay_turn_bytes_max": rng.choice((1, 300, 1 << 20)),
-        "replay_events_max": aside.choice((1, 3, 5_000)),
-        "replay_turn_events_max": aside.choice((1, 20, 10_000)),
-        "response_bytes_max": response_bytes,
-        "fragment_bytes": rng.choice((60, 150, 1 << 21)),
-        "fragment_run_bytes_max": rng.choice((500, 5000, 1 << 22)),
-        "backfills_max": rng.choice((1, 2, 3, 100)),
-        "backfill_bytes_max": rng.choice((1, 200, 1 << 20)),
-        "backfill_share_revisions": rng.choice((0, 3, 10, 10_000)),
-        "trunk_catch_up_revisions": rng.choice((0, 3, 10, 1000)),
-        "bookmark_s": rng.choice((5.0, 30.0)),
-        "progress_notify_s": rng.choice((3.0, 40.0)),
-        "watches_per_session_max": rng.choice((2, 100, 100, 100)),
-        "watches_max": rng.choice((4, 1000, 1000, 1000)),
-        "trunks_max": rng.choice((2, 1000, 1000, 1000)),
-        "queue_max": rng.choice((2, 1000, 1000, 1000)),
-        "line_bytes_max": aside.choice((600, 2_000, 1 << 20)),
-        "step_watches_max": aside.choice((1, 3, 200)),
-        "lagging_age_s_max": rng.choice((None, None, None, 4.0)),
-    }
-    members = rng.choice((1, 1, 2, 3))
-    aside = random.Random(repr(limits))
-    return Config(
-        limits,
-        tuple(ranges),
-        keys,
-        members=members,
-        bundled=rng.choice((0, members, rng.randint(0, members))),
-        store_fragment_bytes=rng.choice((50, 120, 1 << 21)),
-        batch_revisions_max=rng.choice((1, 2, 5, 1000)),
-        channel_max=rng.choice((1, 2, 128)),
-        whole=aside.random() < 0.5,
-        streams_max=(aside.choice((0, 0, 1, 16)), aside.choice((1, 8))),
-        old_members=rng.choice((0, 0, 0, 0, 0, 0, 1, 3)),
-        auth=rng.random() < 0.25,
-        prev_kv=rng.choice((0.1, 0.25, 0.5)),
-        probe_age_s_max=rng.choice((1.0, 1.0, -1.0)),
-        failing_reads=rng.choice((0.0, 0.05, 0.3)),
-        tells_status=rng.random() < 0.9,
-        value_bytes_max=rng.choice((0, 20, 80)),
-        clients_max=rng.randint(1, 6),
-        moves=rng.choice((0, 3, 10)),
-        late_timers=rng.random() < 0.2,
-    )
 
 
 def make_steps(rng: random.Random, count: int) -> list[Step]:

@@ -20,6 +20,7 @@ from proto.scan import Header, WatchResponse
 from tests.coalesce.shell import messages_of
 from tests.sim.calls import Calls
 from tests.sim.clients import SimSession, SimWatch, Spec, judge_logs, leaves
+from tests.sim.config import Config
 from tests.sim.failure import SimulationFailure
 from tests.sim.model_store import Member, Store
 from tests.sim.parts import REAL, Parts
@@ -45,44 +46,6 @@ class SimClient:
     def reads_some(self, rng: random.Random) -> None:
         """Read a few messages."""
         self.read(self, rng.randint(1, 6))
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """The shape of one world; all of it follows from the seed."""
-
-    limits: dict[str, Any]
-    ranges: tuple[tuple[bytes, bytes], ...]
-    keys: tuple[bytes, ...]
-    members: int = 1
-    batch_revisions_max: int = 1000
-    channel_max: int = 128
-    # Whether etcd sends whole responses, or fragments.
-    whole: bool = True
-    # Upstream streams for catching up, and for suspects.
-    streams_max: tuple[int, int] = (16, 8)
-    # How many of the members, from the last on, are the bundled store; the others are the model of etcd.
-    bundled: int = 0
-    # From this size on the bundled store splits a response for watches with fragment.
-    store_fragment_bytes: int = 1 << 21
-    # How many of the members answer progress requests out of order, as servers before 3.4.25/3.5.8 do.
-    old_members: int = 0
-    auth: bool = False
-    # How long, in seconds, "auth is off" is cached; below 0 each check is a read of now.
-    probe_age_s_max: float = 1.0
-    # The share of reads that fail.
-    failing_reads: float = 0.05
-    # Members report their position and whether they have a leader, also without a token.
-    tells_status: bool = True
-    value_bytes_max: int = 40
-    # The share of watches with it.
-    prev_kv: float = 0.25
-    clients_max: int = 5
-    watches_max: int = 16
-    # Random moves made after each step.
-    moves: int = 4
-    # Whether the event loop is sometimes late to fire the core's timer.
-    late_timers: bool = False
 
 
 class World:

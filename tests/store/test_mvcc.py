@@ -45,7 +45,7 @@ def test_an_empty_store_is_at_revision_1() -> None:
     assert store.range(b"\x00", b"\x00").records == []
 
 
-def test_a_transaction_takes_one_revision_and_numbers_its_changes() -> None:
+def test_a_transaction_is_one_revision_and_numbers_its_changes() -> None:
     store = Mvcc()
     put(store, b"c")
     txn = store.write()

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any
 
 import pytest
 
 from tests.etcd.server import EtcdServer
 from tests.upstream.scripted import scripted
-from tests.waiting import until_async
+from tests.waiting import run, until_async
 from upstream.client import Compacted, EtcdWatcher
 from upstream.errors import BadEndpoint, CallFailed
-
-
-def run(story: Coroutine[Any, Any, None]) -> None:
-    """Run a story with a bound on its time."""
-
-    async def bounded() -> None:
-        async with asyncio.timeout(20):
-            await story
-
-    asyncio.run(bounded())
 
 
 def test_events_through_a_restart(etcd: EtcdServer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from proto.http2 import ErrorCode, Headers, Http2Limits
 from tests.etcd.server import EtcdServer, free_port
 from tests.upstream.certificates import Certificates
 from tests.upstream.scripted import STATUS, ScriptedCall, ScriptedEtcd, scripted
-from tests.waiting import until_async
+from tests.waiting import run, until_async
 from upstream.connection import ClientConnection, NotSent, connect
 from upstream.endpoints import parse_endpoint
 from upstream.errors import CallFailed, Unreachable
@@ -28,16 +28,6 @@ from upstream.unary import NotProcessed, call_unary
 ECHO = "/test/Echo"
 PATIENT = ConnectionSettings()
 FAST = ConnectionSettings(connect_timeout_s=0.3)
-
-
-def run(story: Coroutine[Any, Any, None]) -> None:
-    """Run a story with a bound on its time."""
-
-    async def bounded() -> None:
-        async with asyncio.timeout(20):
-            await story
-
-    asyncio.run(bounded())
 
 
 async def refused(endpoint: str, tls: ssl.SSLContext | None = None, settings: ConnectionSettings = PATIENT) -> str:

@@ -9,8 +9,8 @@ import pytest
 from proto.http2 import ErrorCode, Http2Limits
 from tests.upstream.recorder import RecordedLog
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
-from tests.upstream.test_pool import ECHO, hold, pooled, run, up
-from tests.waiting import until_async
+from tests.upstream.test_pool import ECHO, hold, pooled, up
+from tests.waiting import run, until_async
 from upstream.pool import Pool
 from upstream.settings import UpstreamSettings
 from upstream.unary import call_unary

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 
@@ -11,19 +10,9 @@ from proto import etcd_errors
 from proto.framing import Status
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.upstream.test_pool import ECHO, pooled, up
-from tests.waiting import until_async
+from tests.waiting import run, until_async
 from upstream.errors import CallFailed
 from upstream.pool import Pool
-
-
-def run(story: Any) -> None:
-    """Run a story, for at most 20 s."""
-
-    async def bounded() -> None:
-        async with asyncio.timeout(20):
-            await story
-
-    asyncio.run(bounded())
 
 
 def silent(etcd: ScriptedEtcd) -> list[ScriptedCall]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
@@ -16,22 +15,12 @@ from tests.upstream.recorder import Recorder, watching
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.upstream.stories import Opened
 from tests.upstream.test_pool import ECHO, failure, pooled, up
-from tests.waiting import until_async
+from tests.waiting import run, until_async
 from upstream.errors import CallFailed
 from upstream.pool import Pool
 from upstream.settings import CONNECTION_LIMITS, WATCH_LIMITS, ConnectionSettings, UpstreamSettings
 
 SHORT_S = 0.05
-
-
-def run(story: Coroutine[Any, Any, None]) -> None:
-    """Run a story with a bound on its time."""
-
-    async def bounded() -> None:
-        async with asyncio.timeout(20):
-            await story
-
-    asyncio.run(bounded())
 
 
 def impatient(limit: str) -> UpstreamSettings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from proto.http2 import ErrorCode, Http2Limits
 from tests.etcd.server import free_port
 from tests.upstream.recorder import RecordedLog
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
-from tests.waiting import until_async
+from tests.waiting import run, until_async
 from upstream.connection import ClientConnection
 from upstream.endpoints import parse_endpoints
 from upstream.errors import CallFailed
@@ -25,16 +25,6 @@ from upstream.pool import Pool
 from upstream.settings import ConnectionSettings, UpstreamSettings
 
 ECHO = "/test/Echo"
-
-
-def run(story: Coroutine[Any, Any, None]) -> None:
-    """Run a story with a bound on its time."""
-
-    async def bounded() -> None:
-        async with asyncio.timeout(20):
-            await story
-
-    asyncio.run(bounded())
 
 
 @asynccontextmanager

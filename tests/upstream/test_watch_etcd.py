@@ -15,22 +15,12 @@ from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.server import EtcdServer, free_port
 from tests.upstream.recorder import RecordedLog, Recorder, watching
 from tests.upstream.stories import Opened
-from tests.waiting import until_async
+from tests.waiting import run, until_async
 from upstream.connection import ClientConnection, connect
 from upstream.endpoints import parse_endpoint
 from upstream.unary import call_unary
 
 KV = "/etcdserverpb.KV"
-
-
-def run(story: Coroutine[Any, Any, None]) -> None:
-    """Run a story with a bound on its time."""
-
-    async def bounded() -> None:
-        async with asyncio.timeout(40):
-            await story
-
-    asyncio.run(bounded())
 
 
 class Writer:
@@ -142,7 +132,7 @@ def with_writer(etcd: EtcdServer, story: Callable[[Writer], Coroutine[Any, Any, 
         finally:
             writer.close()
 
-    run(closing())
+    run(closing(), 40)
 
 
 @pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
@@ -421,7 +411,7 @@ def test_ordered_progress_is_known_with_auth_on(binary: EtcdBinary) -> None:
                 await until_async(lambda: client.connected, "the connection")
                 assert client.ordered_progress is binary.ordered_progress
 
-        run(story())
+        run(story(), 40)
 
 
 class Member(EtcdServer):

@@ -152,7 +152,7 @@ class KeyIndex:
         for record in records:
             history = self._histories.setdefault(record.key, [])
             if history:
-                # One bytes object per key, whatever the number of revisions.
+                # One bytes object per key for all revisions.
                 record.key = history[0].key
             history.append(record)
         self._keys = SortedKeys(self._histories)

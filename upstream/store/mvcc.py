@@ -227,7 +227,7 @@ class WriteTxn:
         """Set a key's value and lease (0 = none)."""
         before = self._mvcc.index.newest(key)
         record = RevisionRecord(
-            # One bytes object per key, whatever the number of revisions.
+            # One bytes object per key for all revisions.
             key if before is None else before.key,
             value,
             self._next if before is None else before.create_revision,

@@ -1,11 +1,11 @@
 """The watch client: the counterpart of clientv3's Watcher, for one listener that opens and closes watches.
 
-A thin shell around `WatchState`. It has connections of its own, separate from the pool's, to one endpoint (as many as
-its streams need, see `connections`). Each message that arrives there passes through scanner and state to the listener
-within the same call, without a task, a future or decoding. One task maintains the connection: it finds an etcd that
-serves (`Dialer`), waits until it is lost, and finds the next one. After a break all watches register again
-automatically, and the listener sees neither a gap nor a repeated event. A connection that is closed in good order is
-not a break: its streams continue until they end, and their watches register again on another connection.
+A thin shell around `WatchState`. It has connections of its own, separate from the pool's, to one endpoint (see
+`connections`). Each message that arrives there passes through scanner and state to the listener within the same call,
+without a task, a future or decoding. One task maintains the connection: it finds an etcd that serves (`Dialer`), waits
+until it is lost, and finds the next one. After a break all watches register again; the listener sees neither a gap nor
+a repeated event. A connection that is closed in good order is not a break: its streams continue until they end, and
+their watches register again on another connection.
 
 Calls to the listener are synchronous and come from the event loop. The listener may call the client from inside them.
 
@@ -410,10 +410,8 @@ class WatchClient:
 
     def _turn_down(self, server: Server) -> None:
         """Reject a server that was just found, and retry it later."""
-        self._dialer.problem(
-            server.target,
-            f"{server.target.endpoint.text}: its store may have been restored, and it did not return its status again",
-        )
+        problem = "its store may have been restored, and it did not return its status again"
+        self._dialer.problem(server.target, f"{server.target.endpoint.text}: {problem}")
         server.target.failed(asyncio.get_running_loop().time())
         server.connection.close()
 

@@ -197,7 +197,7 @@ class LoadClient:
         """Stop as soon as possible."""
         self._leaving.set()
 
-    def told(self, line: bytes) -> None:
+    def read_final(self, line: bytes) -> None:
         """Handle the parent's only message: writing has ended, at these revisions."""
         self.final = msgspec.json.decode(line, type=Final)
 
@@ -250,7 +250,7 @@ class LoadClient:
 
 async def _main(plan: ClientPlan, parent_fd: int | None) -> None:
     client = LoadClient(plan)
-    parent = await Parent.join(parent_fd, client.told, client.leave)
+    parent = await Parent.join(parent_fd, client.read_final, client.leave)
     on_signals(client.leave)
     parent.write_line(Ready())
     await client.run(parent)

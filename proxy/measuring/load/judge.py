@@ -149,8 +149,8 @@ class _Stream:
             canceled = Canceled(response.compact_revision, response.cancel_reason)
             self.logs[self._ids[response.watch_id]].records.append(canceled)
         elif not response.created:
-            told = self.logs if response.watch_id == -1 else [self.logs[self._ids[response.watch_id]]]
-            for log in told:
+            logs = self.logs if response.watch_id == -1 else [self.logs[self._ids[response.watch_id]]]
+            for log in logs:
                 log.records.append(Bookmark(response.header.revision))
 
 

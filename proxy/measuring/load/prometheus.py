@@ -89,7 +89,7 @@ def http_reason(error: Exception) -> str:
     return str(inner) or type(inner).__name__
 
 
-class Page(msgspec.Struct, frozen=True, kw_only=True):
+class MetricsReading(msgspec.Struct, frozen=True, kw_only=True):
     """One reading of a metrics page."""
 
     sums: dict[str, float]
@@ -116,7 +116,7 @@ class MetricsPage:
         """Fetch the page and return the sum of the samples of each name. Raises NoMetrics."""
         return (await self.read()).sums
 
-    async def read(self) -> Page:
+    async def read(self) -> MetricsReading:
         """Fetch the page. Raises NoMetrics."""
         if self._session is None:
             self._session = open_session(self.url, self._access)
@@ -139,7 +139,7 @@ class MetricsPage:
             await self._session.close()
 
 
-def parse_page(text: str, origin: str) -> Page:
+def parse_page(text: str, origin: str) -> MetricsReading:
     """Parse a metrics page. Raises NoMetrics."""
     sums: dict[str, float] = {}
     server_ids, peer_ids = set(), set()
@@ -154,4 +154,4 @@ def parse_page(text: str, origin: str) -> Page:
     except ValueError as error:
         raise NoMetrics(f"{origin} is not a metrics page: {error}") from None
     # A member's id becomes a label only once it has sent something; "0" is a peer that is still unknown.
-    return Page(sums=sums, server_ids=frozenset(server_ids - {""}), peer_ids=frozenset(peer_ids - {"", "0"}))
+    return MetricsReading(sums=sums, server_ids=frozenset(server_ids - {""}), peer_ids=frozenset(peer_ids - {"", "0"}))

@@ -101,7 +101,7 @@ async def _load(module: str, *arguments: str) -> AsyncIterator[asyncio.subproces
             await process.wait()
 
 
-async def beside(
+async def with_bystander(
     front: Front, etcd: EtcdServer, address: str, module: str, *arguments: str, namespace: bytes = b""
 ) -> Figures:
     """Run `python -m MODULE ARGUMENTS PORT` and a bystander; return the figures, and the output of the load.

@@ -14,7 +14,7 @@ import uvloop
 
 from proto.framing import frame
 from proto.pb import rpc_pb2
-from tests.bench.sharing.bystander import beside, port_of
+from tests.bench.sharing.bystander import port_of, with_bystander
 from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct
@@ -52,7 +52,7 @@ def filtered_replays(front: Front) -> Figures:
             first = (await stream.created()).header.revision
             last = await fill(etcd, b"history", HISTORY_EVENTS)
             await until_async(lambda: stream.responses[-1].header.revision >= last, "all events", 30)
-            return await beside(front, etcd, address, MODULE, "filtered_replays", str(first + 1))
+            return await with_bystander(front, etcd, address, MODULE, "filtered_replays", str(first + 1))
 
     with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
         return uvloop.run(run(address))
@@ -86,7 +86,7 @@ async def load_filtered_replays(port: int, first: str) -> str:
 def gzip_bomb(front: Front) -> Figures:
     """10 puts under --namespace of 64 KiB each, which inflate to 64 MiB, far beyond etcd's limit."""
     with EtcdServer() as etcd, front.before(etcd.endpoint, f"--namespace={NAMESPACE.decode()}") as address:
-        return uvloop.run(beside(front, etcd, address, MODULE, "gzip_bomb", namespace=NAMESPACE))
+        return uvloop.run(with_bystander(front, etcd, address, MODULE, "gzip_bomb", namespace=NAMESPACE))
 
 
 def unread_answers(front: Front) -> Figures:
@@ -95,7 +95,7 @@ def unread_answers(front: Front) -> Figures:
     async def run(address: str) -> Figures:
         async with direct(etcd) as store:
             await store.put((NAMESPACE if front.proxy else b"") + b"k", bytes(2**20))
-        figures = await beside(front, etcd, address, MODULE, "unread_answers", namespace=NAMESPACE)
+        figures = await with_bystander(front, etcd, address, MODULE, "unread_answers", namespace=NAMESPACE)
         if front.proxy is not None:
             figures["unread at the end MiB"] = front.proxy.metric("watchmux_unread_bytes") / 2**20
         return figures

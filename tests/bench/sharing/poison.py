@@ -12,7 +12,7 @@ import click
 import uvloop
 
 from proto.pb import rpc_pb2
-from tests.bench.sharing.bystander import beside, port_of
+from tests.bench.sharing.bystander import port_of, with_bystander
 from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import Etcd, direct
@@ -43,7 +43,7 @@ def repeated(load: str, *flags: str) -> Scenario:
     def scenario(front: Front) -> Figures:
         with EtcdServer(extra=list(flags)) as etcd, front.before(etcd.endpoint) as address:
             before = streams_started(etcd)
-            figures = uvloop.run(beside(front, etcd, address, MODULE, load))
+            figures = uvloop.run(with_bystander(front, etcd, address, MODULE, load))
             figures["watch streams at etcd per minute"] = (streams_started(etcd) - before) * 60 / LOAD_S
             return figures
 
@@ -93,7 +93,7 @@ def large_delete(front: Front) -> Figures:
     async def run(address: str) -> Figures:
         async with direct(etcd) as store:
             await fill(store, KEYS)
-        return await beside(front, etcd, address, MODULE, "delete", etcd.endpoint)
+        return await with_bystander(front, etcd, address, MODULE, "delete", etcd.endpoint)
 
     with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
         return uvloop.run(run(address))

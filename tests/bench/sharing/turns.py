@@ -13,7 +13,7 @@ import grpc.aio
 import uvloop
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
-from tests.bench.sharing.bystander import MemoryPeak, beside, port_of
+from tests.bench.sharing.bystander import MemoryPeak, port_of, with_bystander
 from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.e2e.floods import Sender, create, flood
 from tests.e2e.held import held
@@ -39,7 +39,7 @@ def flooded(name: str) -> Scenario:
 
     def scenario(front: Front) -> Figures:
         with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
-            return uvloop.run(beside(front, etcd, address, "tests.bench.sharing.turns", "--flood", name))
+            return uvloop.run(with_bystander(front, etcd, address, "tests.bench.sharing.turns", "--flood", name))
 
     return scenario
 

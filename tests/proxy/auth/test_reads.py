@@ -58,12 +58,12 @@ class ScriptedPool:
         message: bytes,
         metadata: Sequence[tuple[bytes, bytes]],
         timeout_s: float,
-        told: Callable[[Answer | CallFailed], None],
+        callback: Callable[[Answer | CallFailed], None],
         *,
         has_leader: bool = False,
     ) -> asyncio.Task[None]:
         return asyncio.get_running_loop().create_task(
-            self._answer(path, message, metadata, timeout_s, told, has_leader)
+            self._answer(path, message, metadata, timeout_s, callback, has_leader)
         )
 
     async def _answer(
@@ -72,11 +72,11 @@ class ScriptedPool:
         message: bytes,
         metadata: Sequence[tuple[bytes, bytes]],
         timeout_s: float,
-        told: Callable[[Answer | CallFailed], None],
+        callback: Callable[[Answer | CallFailed], None],
         has_leader: bool,
     ) -> None:
         if path == AUTHENTICATE:
-            told(self.login)
+            callback(self.login)
             return
         assert path == TXN
         assert timeout_s > 0
@@ -85,13 +85,13 @@ class ScriptedPool:
         if self.auto is not None:
             answer = self.auto(asked)
             if isinstance(answer, CallFailed):
-                told(answer)
+                callback(answer)
                 return
             revision = answer
         else:
             revision = await asked.answer
         header = rpc_pb2.ResponseHeader(cluster_id=1, member_id=2, revision=revision, raft_term=3)
-        told((rpc_pb2.TxnResponse(header=header).SerializeToString(), []))
+        callback((rpc_pb2.TxnResponse(header=header).SerializeToString(), []))
 
     async def count(self, count: int) -> Call:
         """Wait for `count` calls, and return the last one."""
@@ -128,11 +128,11 @@ def has(got: Sequence[Outcome], count: int) -> bool:
     return len(got) == count
 
 
-def now(told: Callable[[Outcome], None], *sessions: FakeSession, refusal: str | None = None) -> RevisionRead:
+def now(callback: Callable[[Outcome], None], *sessions: FakeSession, refusal: str | None = None) -> RevisionRead:
     """Return the read of sessions that wait for "now"."""
     waiting = [SimpleNamespace(session=each, refusal=refusal, key=b"k", range_end=b"l") for each in sessions]
     read: Any = SimpleNamespace(waiting=waiting)
-    return RevisionRead(read, told)
+    return RevisionRead(read, callback)
 
 
 class Seen:
@@ -208,10 +208,10 @@ def test_a_rollback_is_reported_before_the_read_is_answered() -> None:
         reader = Reader(pool)
         reader.listener = seen = Seen()
         seen.newest_revision = 9
-        told: list[list[int]] = []
-        reader.read(now(lambda _: told.append(list(seen.back)), FakeSession()))
-        await until_async(lambda: told, "the answer")
-        assert told == [[7]]
+        callback: list[list[int]] = []
+        reader.read(now(lambda _: callback.append(list(seen.back)), FakeSession()))
+        await until_async(lambda: callback, "the answer")
+        assert callback == [[7]]
 
     run(scenario())
 
@@ -277,7 +277,7 @@ def test_with_a_cn_the_probe_is_first_an_invalid_login() -> None:
             reader = Reader(pool)
             reader.questions.named = True
             got: list[Outcome] = []
-            reader.check(PermissionCheck(AuthScope(), told=got.append))
+            reader.check(PermissionCheck(AuthScope(), callback=got.append))
             await until_async(lambda: got, "the answer")  # noqa: B023 - awaited here
             assert kinds(got)[0][0] == outcome
             assert len(pool.asked) == (0 if refused else 1)
@@ -290,12 +290,14 @@ def test_with_auth_off_one_probe_serves_all() -> None:
         pool = ScriptedPool()
         reader = Reader(pool)
         got: list[Outcome] = []
-        reader.check(PermissionCheck(AuthScope(None, b"a", b""), told=got.append))
+        reader.check(PermissionCheck(AuthScope(None, b"a", b""), callback=got.append))
         asked = await pool.count(1)
-        reader.check(PermissionCheck(AuthScope(b"a token is not looked at with auth off", b"b", b""), told=got.append))
+        reader.check(
+            PermissionCheck(AuthScope(b"a token is not looked at with auth off", b"b", b""), callback=got.append)
+        )
         asked.answer.set_result(5)
         await until_async(lambda: len(got) == 2, "both answers")
-        reader.check(PermissionCheck(AuthScope(None, b"c", b""), told=got.append))
+        reader.check(PermissionCheck(AuthScope(None, b"c", b""), callback=got.append))
         # Only the first check arrived before the read began, so only for it the header is "now".
         assert kinds(got) == [("Granted", 5), ("Header", 5), ("Header", 5)]
         assert [asked.token for asked in pool.asked] == [None]
@@ -311,7 +313,7 @@ def test_a_probe_expires() -> None:
         reader = Reader(pool, ReaderSettings(probe_age_s_max=-1.0))
         got: list[Outcome] = []
         for count in (1, 2):
-            reader.check(PermissionCheck(AuthScope(None, b"a", b""), told=got.append))
+            reader.check(PermissionCheck(AuthScope(None, b"a", b""), callback=got.append))
             await until_async(functools.partial(has, got, count), "the answer")
         assert kinds(got) == [("Granted", 5)] * 2
         assert len(pool.asked) == 2
@@ -327,7 +329,9 @@ def test_with_auth_on_each_client_is_checked_by_its_token() -> None:
         reader = Reader(pool)
         got: dict[str, Outcome] = {}
         for token in (b"good", b"bad", None):
-            reader.check(PermissionCheck(AuthScope(token, b"k", b"l"), told=functools.partial(keep, got, str(token))))
+            reader.check(
+                PermissionCheck(AuthScope(token, b"k", b"l"), callback=functools.partial(keep, got, str(token)))
+            )
         await until_async(lambda: len(got) == 3, "all answers")
         assert kinds([got["b'good'"]]) == [("Granted", 8)]
         denied = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
@@ -340,7 +344,7 @@ def test_with_auth_on_each_client_is_checked_by_its_token() -> None:
         ] * 2
         # Auth is known to be on: a token is checked without another probe.
         before = len(pool.asked)
-        reader.check(PermissionCheck(AuthScope(b"good", b"m"), told=lambda outcome: got.update({"again": outcome})))
+        reader.check(PermissionCheck(AuthScope(b"good", b"m"), callback=lambda outcome: got.update({"again": outcome})))
         await until_async(lambda: "again" in got, "the answer")
         assert len(pool.asked) == before + 1
 
@@ -355,7 +359,7 @@ def test_switching_auth_off_is_noticed() -> None:
         reader = Reader(pool)
         got: list[Outcome] = []
         for count in (1, 2):
-            reader.check(PermissionCheck(AuthScope(None, b"a", b""), told=got.append))
+            reader.check(PermissionCheck(AuthScope(None, b"a", b""), callback=got.append))
             await until_async(functools.partial(has, got, count), "the answer")
         assert isinstance(got[0], CreateRefusal)
         assert kinds(got[1:]) == [("Granted", 6)]
@@ -380,7 +384,7 @@ def test_checks_of_closed_sessions_are_not_retried(auth_on: bool) -> None:
         assert not reader.checks_waiting
         pool.auto = lambda _: 4
         got: list[Outcome] = []
-        reader.check(PermissionCheck(AuthScope(b"t", b"a", b""), told=got.append))
+        reader.check(PermissionCheck(AuthScope(b"t", b"a", b""), callback=got.append))
         await until_async(lambda: got, "an answer for the next one")
 
     run(scenario())

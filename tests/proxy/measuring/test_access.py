@@ -16,7 +16,7 @@ from aiohttp import web
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from proxy.cli.group import run
-from proxy.measuring.load.prometheus import NoMetrics, Page
+from proxy.measuring.load.prometheus import MetricsReading, NoMetrics
 from proxy.measuring.measure import Measurement, others_of
 from proxy.measuring.observe import Observation, check_members
 from tests.etcd.secure import SecureEtcdServer, secure_options
@@ -110,8 +110,8 @@ def test_observing_an_etcd_that_is_not_the_proxys(etcd: EtcdServer, capsys: pyte
         assert f"the proxy at {proxy.endpoint} is in front of another etcd" in capsys.readouterr().err
 
 
-def page(server: str, *peers: str) -> Page:
-    return Page(sums={}, server_ids=frozenset({server}), peer_ids=frozenset(peers))
+def page(server: str, *peers: str) -> MetricsReading:
+    return MetricsReading(sums={}, server_ids=frozenset({server}), peer_ids=frozenset(peers))
 
 
 def test_members_that_were_not_read_are_named() -> None:

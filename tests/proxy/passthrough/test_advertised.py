@@ -37,7 +37,7 @@ def members(stream: RawStream) -> rpc_pb2.MemberListResponse:
     return rpc_pb2.MemberListResponse.FromString(stream.messages[0])
 
 
-def test_members_have_the_advertised_url_and_nothing_else_changes(etcd: EtcdServer) -> None:
+def test_members_have_the_advertised_url_without_other_changes(etcd: EtcdServer) -> None:
     learner = f"http://{HOST}:{free_port()}"
     etcd.ctl("member", "add", "later", "--learner", f"--peer-urls={learner}")
 

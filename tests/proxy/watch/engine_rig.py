@@ -63,8 +63,8 @@ class FakeReader:
     def check(self, may: PermissionCheck) -> None:
         assert may.asked == AuthScope(None, b"k", b"")
         assert may.wanted
-        assert may.told is not None
-        may.told(Granted(HEADER))
+        assert may.callback is not None
+        may.callback(Granted(HEADER))
 
     def session_over(self, session: Any) -> None:
         self.questions.session_over(session)
@@ -88,8 +88,8 @@ class FakeReader:
                 else:
                     self.do(self.questions.failed(call, Status.PERMISSION_DENIED, "no"))
             elif isinstance(effect, DeliverAnswer):
-                assert effect.question.told is not None
-                effect.question.told(effect.outcome)
+                assert effect.question.callback is not None
+                effect.question.callback(effect.outcome)
             elif isinstance(effect, DisconnectSession):
                 self.listener.not_authorized(effect.session, effect.refusal)
             elif isinstance(effect, RevisionRegressed):
