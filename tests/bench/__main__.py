@@ -17,7 +17,7 @@ import click
 from rich.console import Console
 
 from tests.bench import report, store
-from tests.bench.cases import CASES, Case
+from tests.bench.cases import CASES, DEFAULT_CASES, Case
 from tests.bench.measure import Figures, measure
 from tests.bench.profiles import DEFAULT, PROFILES
 from tests.bench.targets import TARGETS
@@ -138,7 +138,7 @@ def main(
     before = report.machine()
     with tempfile.TemporaryDirectory() as directory:
         files = make_certificates(Path(directory))
-        for case in (CASES[name] for name in names or CASES if name in CASES):
+        for case in (CASES[name] for name in names or DEFAULT_CASES if name in CASES):
             if case.real and not _real_clients():
                 continue
             if profile is not None and case.profile == DEFAULT:

@@ -99,6 +99,12 @@ class Case:
     """What the clients send while they receive (tests/bench/profiles.py)."""
     real: bool = False
     """The clients are clientv3 itself."""
+    at_a_time: int = 0
+    """Connections that create their watches at the same time; 0: all."""
+    keys: bool = False
+    """Watches of single keys, the one that is written in each range; and a bystander whose events are timed."""
+    is_default: bool = True
+    """Part of a run without --case."""
 
     @property
     def watch_count(self) -> int:
@@ -129,6 +135,26 @@ def _scale(watches: int) -> Case:
     connections = max(1, watches // 50)
     what = f"{watches:,} watches of one range, up to 50 on a connection, 20 writes/s"
     return Case(f"scale-{watches}", what, connections, watches, writes=60, rate=20, targets=(PEER, OURS))
+
+
+def _many(
+    name: str, streams: int, watches: int, rate: float, targets: tuple[str, ...], is_default: bool = True
+) -> Case:
+    """Streams with a watch of each key, and one put to each: a public report of grpc-proxy (etcd issue 9839)."""
+    what = (
+        f"{streams:,} connections with one stream and {watches:,} watches each, one put of 5,000 bytes to each key, "
+        f"{rate:g}/s"
+    )
+    return Case(
+        name,
+        what,
+        *(streams, streams, watches, watches, watches, rate),
+        value_bytes=5000,
+        at_a_time=8,
+        keys=True,
+        targets=targets,
+        is_default=is_default,
+    )
 
 
 def _as(profile: str, case: Case) -> Case:
@@ -230,6 +256,10 @@ CASES = {
             targets=PEERS,
         ),
         *REAL_CASES,
+        _many("many-10k", 34, 300, 200, PEERS),
+        _many("many-100k", 34, 3000, 200, PEERS),
+        _many("many-1m", 334, 3000, 60, (OURS,)),
+        _many("many-10m", 3500, 3000, 8, (OURS,), is_default=False),
         _calls("put", 1, 2000),
         _calls("put", 64, 12_000),
         _calls("range", 1, 3000),
@@ -238,3 +268,4 @@ CASES = {
     )
 }
 CASES |= {case.name: case for case in (_as("C-core", CASES[name]) for name in ("paced", "single", "ranges"))}
+DEFAULT_CASES = tuple(case.name for case in CASES.values() if case.is_default)

@@ -9,9 +9,11 @@ standard output, one line of JSON each.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import re
 import ssl
+import struct
 import sys
 import time
 from dataclasses import replace
@@ -23,13 +25,20 @@ from proto.pb import rpc_pb2
 from tests.bench.caller import PUT, RANGE, connect, drive, stamped
 from tests.bench.cases import CASES, Case, Kind
 from tests.bench.profiles import DATA, GOAWAY, HEADERS, PROFILES, RST_STREAM, frame
-from tests.bench.wire import MARKER, STAMP_DIGITS, RawClient, RequestBlocks, message_frame, range_of, unpack_head
+from tests.bench.wire import (
+    MARKER,
+    STAMP_DIGITS,
+    RawClient,
+    RequestBlocks,
+    key_of,
+    message_frame,
+    range_of,
+    unpack_head,
+)
 
 WATCH = "/etcdserverpb.Watch/Watch"
 CREATED = b"\x18\x01"
-BIG_BYTES = 8192
-"""No server begins a new frame before this many bytes of a message."""
-_BIG = BIG_BYTES << 8
+_message_bytes = struct.Struct(">xI").unpack_from
 CONTROL_BYTES_MAX = 120
 """A `created` answer is shorter; a response with events has a value with a marker, or is a delete (mixed cases)."""
 SILENCE_S = 15.0
@@ -37,6 +46,22 @@ SILENCE_S = 15.0
 READ_SLICE_S = 0.02
 _stamps = re.compile(MARKER + b"([0-9]{%d})" % STAMP_DIGITS).findall
 _stamp = re.compile(MARKER + b"([0-9]{%d})" % STAMP_DIGITS).search
+
+
+@functools.lru_cache(10_000)
+def _key_request(index: int) -> bytes:
+    create = rpc_pb2.WatchCreateRequest(key=key_of(index))
+    return rpc_pb2.WatchRequest(create_request=create).SerializeToString()
+
+
+def create_request(case: Case, watch: int, start_revision: int) -> bytes:
+    """Encode the request of the watch of this number."""
+    if case.keys:
+        return _key_request(watch % case.ranges)
+    key, end = range_of(watch % case.ranges)
+    options = cast(dict[str, Any], {"start_revision": start_revision} | case.variant(watch).options)
+    create = rpc_pb2.WatchCreateRequest(key=key, range_end=end, **options)
+    return rpc_pb2.WatchRequest(create_request=create).SerializeToString()
 
 
 class Client(RawClient):
@@ -47,23 +72,27 @@ class Client(RawClient):
         self.tally = tally
         self.case = case
         self.split: dict[int, bytes] = {}
-        """The end of a stream's last frame, whose message may continue in the next."""
+        """The end of a stream's last frame, if that was not one whole message."""
+        self.parts: dict[int, bytes] = {}
+        """Before all watches are created: the messages of such streams."""
         self.seams = 0
         self.taken = 0
         self.counted = True
+        self.created = 0
+        self.watches = 0
+        self.there = asyncio.Event()
+        """All of its watches are created."""
 
     def open(self, first: int, streams: int, authority: str, start_revision: int) -> None:
         """Open streams, the first with the watch of number `first`."""
         case = self.case
+        self.watches = streams * case.watches
         blocks = RequestBlocks(WATCH, authority, "https" if case.tls else "http")
         out = []
         for stream in range(1, 2 * streams, 2):
             out.append(frame(HEADERS, 4, stream, blocks.take()))
             for _ in range(case.watches):
-                key, end = range_of(first % case.ranges)
-                options = cast(dict[str, Any], {"start_revision": start_revision} | case.variant(first).options)
-                create = rpc_pb2.WatchCreateRequest(key=key, range_end=end, **options)
-                out.append(message_frame(stream, rpc_pb2.WatchRequest(create_request=create).SerializeToString()))
+                out.append(message_frame(stream, create_request(case, first, start_revision)))
                 first += 1
         self.transport.write(b"".join(out))
 
@@ -90,6 +119,7 @@ class Client(RawClient):
         split = self.split
         used = self.used if self.profile.counts else None
         opening = not self.tally.all_created
+        before = self.created
         while size - at >= 9:
             word, _, stream = unpack_head(data, at)
             end = at + 9 + (word >> 8)
@@ -102,19 +132,40 @@ class Client(RawClient):
             else:
                 if used is not None:
                     used[stream] = used.get(stream, 0) + (word >> 8)
-                if word >= _BIG or stream in split:
+                if end - at < 14 or _message_bytes(data, at + 9)[0] != end - at - 14:
                     self._seam(stream, data, at + 9, end)
-                elif opening and end - at < CONTROL_BYTES_MAX and data.find(CREATED, at, end) >= 0:
-                    self.tally.created += data.find(MARKER, at, end) < 0
+                    if opening:
+                        self._count_created(stream, data[at + 9 : end])
+                    at = end
+                    continue
+                if stream in split:
+                    del split[stream]
+                if opening and end - at < CONTROL_BYTES_MAX and data.find(CREATED, at, end) >= 0:
+                    self.created += data.find(MARKER, at, end) < 0
             at = end
+        if self.created > before:
+            self.tally.created += self.created - before
+            if self.created >= self.watches:
+                self.there.set()
         return at
 
     def _seam(self, stream: int, data: bytes, start: int, end: int) -> None:
-        """Find a marker split over two frames: a large message continues in the next one."""
+        """Find a marker split over two frames: with small windows, a frame may end anywhere."""
         reach = len(MARKER) - 1
-        self.seams += MARKER in self.split.pop(stream, b"") + data[start : start + reach]
-        if end - start >= BIG_BYTES:
-            self.split[stream] = data[end - reach : end]
+        tail = self.split.get(stream, b"")
+        self.seams += MARKER in tail + data[start : min(end, start + reach)]
+        self.split[stream] = (tail + data[max(start, end - reach) : end])[-reach:]
+
+    def _count_created(self, stream: int, data: bytes) -> None:
+        """Count the answers in frames that are not one whole message each."""
+        data = self.parts.pop(stream, b"") + data
+        at, size = 0, len(data)
+        while size - at >= 5 and size - at >= (length := 5 + _message_bytes(data, at)[0]):
+            message = data[at : at + length]
+            self.created += length < CONTROL_BYTES_MAX and CREATED in message and MARKER not in message
+            at += length
+        if at < size:
+            self.parts[stream] = data[at:]
 
     def _slow_down(self, size: int) -> None:
         self.taken += size
@@ -218,7 +269,17 @@ class Crowd:
         share, rest = divmod(case.streams, case.connections)
         host, port = self.address
 
+        at_a_time = asyncio.Semaphore(case.at_a_time or case.connections)
+
         async def one(index: int) -> Client:
+            if not case.at_a_time:
+                return await connected(index)
+            async with at_a_time:
+                client = await connected(index)
+                await client.there.wait()
+                return client
+
+        async def connected(index: int) -> Client:
             _, client = await loop.create_connection(lambda: Client(tally, case), host, port, ssl=self.tls)
             first = (index * share + min(index, rest)) * case.watches
             client.open(first, share + (index < rest), f"{host}:{port}", start_revision)

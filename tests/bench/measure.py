@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from types import TracebackType
@@ -17,6 +18,35 @@ from tests.waiting import until
 Figures = dict[str, float]
 
 SETTLED_S = 0.3
+
+
+class Bystander:
+    """A client with one watch of its own, whose key is written all the time; see tests/bench/bystander.py."""
+
+    def __init__(self, target: Target, endpoint: str) -> None:
+        self._process = subprocess.Popen(
+            [PYTHON, "-m", "tests.bench.bystander", str(target.port), endpoint],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def latest_ms(self) -> float:
+        """Return the largest delay of its events since the last call."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
 
 
 class Load:
@@ -85,7 +115,9 @@ def measure(case: Case, target: Target, endpoint: str, files: Certificates) -> F
     rest(SETTLED_S)
     figures: Figures = {"base_mib": target.memory_mib()}
     before_s = target.cpu_s()
-    with Load(case, target, files) as load:
+    with contextlib.ExitStack() as stack:
+        bystander = stack.enter_context(Bystander(target, endpoint)) if case.keys else None
+        load = stack.enter_context(Load(case, target, files))
         ready = load.says()
         if "created" in ready and ready["created"] < case.watch_count:
             raise AssertionError(f"{case.name} at {target.name}: {ready['created']} of {case.watch_count} watches")
@@ -97,11 +129,18 @@ def measure(case: Case, target: Target, endpoint: str, files: Certificates) -> F
             figures |= _storm(case, target, endpoint, load)
         else:
             if case.kind is not Kind.CATCH_UP:
+                created_s = before_s
                 before_s = _quiet(target)
+                if bystander is not None:
+                    figures["create_cpu_us"] = 1e6 * (before_s - created_s) / case.watch_count
+                    figures["watch_kib"] = 1024 * (target.memory_mib() - figures["base_mib"]) / case.watch_count
+                    figures["late_create_ms"] = bystander.latest_ms()
                 if case.kind is Kind.FANOUT:
                     write(case, endpoint, case.behind, case.writes, case.rate)
                 load.go()
             figures |= _told(case, load.says(), target.cpu_s() - before_s)
+        if bystander is not None:
+            figures["late_ms"] = bystander.latest_ms()
         figures["memory_mib"] = target.memory_mib()
         figures["peak_mib"] = target.peak_mib()
     parts = case.watch_count or case.in_flight

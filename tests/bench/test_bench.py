@@ -12,9 +12,9 @@ from proto.pb import kv_pb2, rpc_pb2
 from tests.bench import report
 from tests.bench.caller import stamped
 from tests.bench.cases import ALL, CASES, OLD_PEER, VARIANTS, Case, Kind
-from tests.bench.load import BIG_BYTES, Client, Tally
+from tests.bench.load import Client, Tally
 from tests.bench.profiles import DATA, PING, WINDOW_UPDATE, CCore, GrpcGo, GrpcJs, frame
-from tests.bench.wire import frames, message_frame
+from tests.bench.wire import MARKER, frames, message_frame
 
 
 def test_each_watch_of_a_range_gets_each_write() -> None:
@@ -51,20 +51,24 @@ def answer(size: int) -> bytes:
 @pytest.mark.parametrize("chunk", [1, 7, 1000, 100_000])
 def test_stamps_cut_anywhere_are_found(chunk: int) -> None:
     """Cut by frames of a large message, and by reads."""
-    tally = Tally(1, 0, 6)
-    client = Client(tally, Case("any", "", 1, 1))
+    tally = Tally(2, 0, 8)
+    client = Client(tally, Case("any", "", 1, 2))
     client.transport = cast(Any, SimpleNamespace(write=bytes.__len__))
-    created = rpc_pb2.WatchResponse(created=True).SerializeToString()
-    large = message_frame(1, answer(3 * BIG_BYTES))[9:]
-    wire = message_frame(1, created)
-    # The last cut goes through the marker of the last stamp.
+    created = message_frame(1, rpc_pb2.WatchResponse(created=True).SerializeToString())[9:]
+    large = message_frame(1, answer(30_000))[9:]
+    # The answers to two creates in frames that are cut between and inside the messages.
+    wire = frame(DATA, 0, 1, created + created[:3]) + frame(DATA, 0, 1, created[3:])
+    # The last cut goes through the marker of the last stamp; small windows cut anywhere, also between two messages.
     last = [len(large) - 22, len(large)]
-    for cuts in ([0, *last], [0, BIG_BYTES, *last], [0, BIG_BYTES, 2 * BIG_BYTES, *last]):
+    for cuts in ([0, *last], [0, 8000, *last], [0, 8000, 16_000, *last]):
         for start, end in pairwise(cuts):
             wire += frame(DATA, 0, 1, large[start:end])
+    small = message_frame(1, answer(40))[9:]
+    cut = small.rindex(MARKER) + 2
+    wire += frame(DATA, 0, 1, small[:cut]) + frame(DATA, 0, 1, small[cut:])
     for start in range(0, len(wire), chunk):
         client.data_received(wire[start : start + chunk])
-    assert (tally.created, tally.stamps) == (1, 6)
+    assert (tally.created, tally.stamps) == (2, 8)
     assert tally.complete.is_set()
     assert 0 <= tally.delay_ms(1.0) < 60_000
 

@@ -131,3 +131,8 @@ class RawClient(asyncio.Protocol):
 def range_of(index: int) -> tuple[bytes, bytes]:
     """Return (key, range_end) of a range."""
     return b"bench/%06d/" % index, b"bench/%06d0" % index
+
+
+def key_of(index: int) -> bytes:
+    """Return the key of a range that is written."""
+    return range_of(index)[0] + b"k"

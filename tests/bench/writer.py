@@ -15,7 +15,7 @@ import uvloop
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from tests.bench.caller import DELETE, PUT, connect, stamped
 from tests.bench.cases import CASES, Case
-from tests.bench.wire import range_of
+from tests.bench.wire import key_of, range_of
 
 IN_FLIGHT = 64
 FRAME_BYTES_MAX = 16_000
@@ -28,7 +28,7 @@ async def run_large(case: Case, endpoint: str, count: int, rate: float) -> None:
         started = time.monotonic()
         for number in range(count):
             await asyncio.sleep(max(0.0, started + number / rate - time.monotonic()))
-            key = range_of(number % case.ranges)[0] + b"k"
+            key = key_of(number % case.ranges)
             await stub.Put(rpc_pb2.PutRequest(key=key, value=stamped(case.value_bytes)))
 
 

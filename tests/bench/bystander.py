@@ -1,0 +1,86 @@
+"""A bystander: one watch of its own key, written 20 times a second, while others put load on the target.
+
+Arguments: the port of the target, the endpoint of etcd. For each line on standard input it prints the largest delay
+since the last one, in milliseconds; an event that has not arrived counts with its age.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+
+import uvloop
+
+from proto.pb import rpc_pb2
+from tests.bench.caller import PUT, connect, stamped
+from tests.bench.load import WATCH
+from tests.bench.profiles import DATA, HEADERS, GrpcGo, frame
+from tests.bench.wire import MARKER, STAMP_DIGITS, RawClient, RequestBlocks, message_frame
+from tests.etcd.server import HOST
+
+KEY = b"bystander"
+EVERY_S = 0.05
+
+
+class Watcher(RawClient):
+    """The watch, and the delays of its events."""
+
+    def __init__(self) -> None:
+        super().__init__(GrpcGo())
+        self.received = 0
+        self.latest_ns = 0
+        self.written: list[int] = []
+        """When each put was made."""
+
+    def open(self, authority: str) -> None:
+        """Open the watch."""
+        create = rpc_pb2.WatchCreateRequest(key=KEY)
+        message = rpc_pb2.WatchRequest(create_request=create).SerializeToString()
+        head = frame(HEADERS, 4, 1, RequestBlocks(WATCH, authority).take())
+        self.transport.write(head + message_frame(1, message))
+
+    def on_frame(self, kind: int, flags: int, stream: int, data: bytes, start: int, end: int) -> None:
+        del flags, stream
+        now = time.monotonic_ns()
+        at = data.find(MARKER, start, end)
+        while kind == DATA and at >= 0:
+            begin = at + len(MARKER)
+            self.received += 1
+            self.latest_ns = max(self.latest_ns, now - int(data[begin : begin + STAMP_DIGITS]))
+            at = data.find(MARKER, begin, end)
+
+    def latest_ms(self) -> float:
+        """Return the largest delay since the last call; a missing event counts with its age."""
+        latest_ns, self.latest_ns = self.latest_ns, 0
+        if self.received < len(self.written):
+            latest_ns = max(latest_ns, time.monotonic_ns() - self.written[self.received])
+        return latest_ns / 1e6
+
+
+async def run(port: int, endpoint: str) -> None:
+    """Watch and write until killed."""
+    loop = asyncio.get_running_loop()
+    host, _, etcd_port = endpoint.rpartition(":")
+    putter = await connect(host, int(etcd_port))
+    _, watcher = await loop.create_connection(Watcher, HOST, port)
+    watcher.open(f"{HOST}:{port}")
+    orders = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
+
+    async def write() -> None:
+        await asyncio.sleep(1)
+        while True:
+            watcher.written.append(time.monotonic_ns())
+            putter.call(PUT, rpc_pb2.PutRequest(key=KEY, value=stamped(64)).SerializeToString())
+            await asyncio.sleep(EVERY_S)
+
+    writing = loop.create_task(write())
+    while await orders.readline():
+        sys.stdout.write(f"{watcher.latest_ms()}\n")
+        sys.stdout.flush()
+    writing.cancel()
+
+
+if __name__ == "__main__":
+    uvloop.run(run(int(sys.argv[1]), sys.argv[2]))
