@@ -41,34 +41,6 @@ class SessionReport:
     stalled: bool
 
 
-@dataclass(slots=True, frozen=True)
-class NewestEvent:
-    """A watched range and the revision of its newest event: a watch from there gets one event at once."""
-
-    key: bytes
-    range_end: bytes
-    revision: int
-
-
-def newest_event(core: Coalescer, bytes_max: int, looked_at: int = 100) -> NewestEvent | None:
-    """Return the newest event of the range with the fewest watches, out of the first `looked_at`.
-
-    None if no range has one in its history, in a response of `bytes_max` at most, or if no further watch is allowed.
-    """
-    state = core._state
-    if state.stats.watches >= state.limits.watches_max:
-        return None
-    trunks = [
-        trunk
-        for trunk in islice(state.trunks.values(), looked_at)
-        if trunk.watches and not trunk.opening and len(trunk.history) and trunk.history.newest.size <= bytes_max
-    ]
-    if not trunks:
-        return None
-    trunk = min(trunks, key=lambda trunk: len(trunk.watches))
-    return NewestEvent(trunk.key, trunk.range_end, trunk.history.last_revision)
-
-
 def trunks(core: Coalescer, at_most: int, looked_at: int = 10_000) -> list[TrunkReport]:
     """Return the trunks with the most watches, `at_most` of them, out of the first `looked_at`."""
     opened = islice(core._state.trunks.values(), looked_at)

@@ -198,7 +198,9 @@ class SnapshotSource:
         self._read_core(snapshot)
         self._read_engine(snapshot)
         self._read_passthrough(snapshot)
-        self._read_probe(snapshot)
+        probe = self._proxy.probe
+        snapshot.probes_total, snapshot.probes_failed_total = probe.made, probe.failed
+        snapshot.probe_delay_s = probe.delay_s
         return snapshot
 
     def _read_listener(self, snapshot: Snapshot) -> None:
@@ -281,24 +283,6 @@ class SnapshotSource:
         snapshot.resend_bytes = stats.resend_bytes
         snapshot.partial_bytes = stats.partial_bytes
         snapshot.calls_partial_total = stats.partial_refused
-
-    def _read_probe(self, snapshot: Snapshot) -> None:
-        """Read the self-probe's own numbers, and subtract its share from the counters, which are about clients."""
-        probe = self._proxy.probe
-        snapshot.probes_total = probe.made
-        snapshot.probes_failed_total = probe.failed
-        snapshot.probe_delay_s = probe.delay_s
-        ours = probe.uncounted()
-        snapshot.sessions -= probe.sessions
-        snapshot.requests_total -= ours.requests
-        snapshot.creates_total -= ours.creates
-        snapshot.creates_refused_total -= ours.refused
-        snapshot.cancels_total -= ours.cancels
-        snapshot.joins_total["history"] -= ours.joins_history
-        snapshot.replays_total -= ours.replays
-        snapshot.messages_delivered_total -= ours.delivered
-        snapshot.events_delivered_total -= ours.delivered_events
-        snapshot.delivered_bytes_total -= ours.delivered_bytes
 
 
 def program_version() -> str:

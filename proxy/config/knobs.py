@@ -392,7 +392,7 @@ class AdminTable:
     )
     probe_interval_s: float = knob(
         5.0,
-        "Interval of the self-probe: a watch through the proxy itself, without an upstream watch. After three "
+        "Interval of the self-probe: a watch that the proxy requests from itself and refuses. After three "
         "unanswered probes, /livez and grpc.health.v1 report that the proxy hangs. 0 disables it.",
         ge=0,
     )

@@ -96,9 +96,6 @@ class ServerConnection(asyncio.Protocol):
         "turns",
     )
 
-    inside = False
-    """True for the proxy's own connection to itself (proxy/admin/self_probe.py)."""
-
     def __init__(self, listener: Listener) -> None:
         self.h2 = Connection(Role.SERVER, listener.settings.http2)
         self.dirty = False

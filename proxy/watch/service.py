@@ -23,7 +23,6 @@ from proto.http2 import Stream
 from proto.pacing import PacedUnframer
 from proto.pb import rpc_pb2
 from proxy.listening.calls import CallRefusal, ConnectionHandle, Headers, RequestHead, ServerCall
-from proxy.watch.engine import LOOPBACK_IDENTITY
 from proxy.watch.settings import WatchSettings
 
 if TYPE_CHECKING:
@@ -173,8 +172,7 @@ class WatchCall:
         """Its part of the service's `unread_bytes`."""
         self._answers_unread = 0
         """Answers sent while stalled."""
-        identity = LOOPBACK_IDENTITY if connection.inside else identity_of(head)
-        self.session: Session | None = service.engine.open_session(self, identity)
+        self.session: Session | None = service.engine.open_session(self, identity_of(head))
         service.calls.add(self)
         connection.sessions += 1
         self._call.end_after(head.timeout_s)
