@@ -21,6 +21,7 @@ from proxy.auth.reads import Reader, ReaderSettings
 from proxy.listening.http1 import Http1
 from proxy.listening.listener import Listener
 from proxy.listening.settings import ListenerSettings
+from proxy.passthrough import shared_reads
 from proxy.passthrough.relay import Passthrough
 from proxy.passthrough.settings import PassthroughSettings
 from proxy.watch import service as watch_service
@@ -181,9 +182,11 @@ class Proxy:
         for path in (health.CHECK, health.LIST, health.WATCH):
             routes[path] = self.health.open
         self.listener.passthrough = self.passthrough
+        routes[shared_reads.RANGE] = reads = shared_reads.SharedReads(self.passthrough, self.pool)
         if self.guard is not None:
             routes[watch_service.PATH] = self.guard.refuse(self.watches.open)
             self.listener.passthrough = self.guard.protect(self.passthrough)
+            routes[shared_reads.RANGE] = self.guard.protect(reads)
         self.listener.http1 = self.http1
         self.listener.handed_on = self.http1.descriptors
 

@@ -192,6 +192,9 @@ PASSTHROUGH: Final = {
     "partial_bytes_max": Row(
         _REFUSED % "partial_bytes_max", "e2e/test_namespace.py::test_unfinished_messages_have_a_bound"
     ),
+    "shared_reads_bytes_max": _setting(
+        "shared_reads_bytes_max", "e2e/test_shared_reads.py::test_reads_beyond_the_limit_of_bytes_go_alone"
+    ),
 }
 
 HTTP1: Final = {
@@ -330,6 +333,12 @@ KEPT: Final = (
         "`unread_bytes_per_connection_max`, `unread_bytes_max`",
         "its being read, or the call",
         "proxy/passthrough/test_translating.py::test_unread_answers_count_by_their_translated_size",
+    ),
+    Kept(
+        "an answer that several Range calls share, and calls that wait to share one",
+        "`shared_reads_bytes_max`",
+        "the slowest client's having read it, or the calls",
+        "e2e/test_shared_reads.py::test_a_slow_client_delays_no_other",
     ),
     Kept(
         "a request under `--namespace` that is not whole, or that etcd does not take",

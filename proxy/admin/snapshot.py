@@ -96,6 +96,11 @@ class Snapshot(msgspec.Struct, kw_only=True):
     delivered_bytes_total: int = 0
     coalesced_total: int = 0
     calls_total: int = 0
+    range_calls_total: int = 0
+    range_calls_upstream_total: int = 0
+    range_calls_not_shared_total: int = 0
+    range_bytes_saved_total: int = 0
+    shared_reads_bytes: int = 0
     calls_resent_total: int = 0
     calls_unavailable_total: int = 0
     calls_broken_total: int = 0
@@ -131,6 +136,11 @@ class Snapshot(msgspec.Struct, kw_only=True):
     probes_failed_total: int = 0
     """Self-probes, and those that were not answered."""
     probe_delay_s: float = 0.0
+
+    @property
+    def reads_saved(self) -> int:
+        """Range calls of clients that were answered without a call of their own at etcd."""
+        return max(0, self.range_calls_total - self.range_calls_upstream_total)
 
     @property
     def upstream_watches(self) -> int:
@@ -274,6 +284,11 @@ class SnapshotSource:
         snapshot.calls_waiting = self._proxy.passthrough.waiting
         snapshot.calls_waiting_bytes = stats.waiting_bytes
         snapshot.calls_total = stats.calls
+        snapshot.range_calls_total = stats.range_calls
+        snapshot.range_calls_upstream_total = stats.range_calls_upstream
+        snapshot.range_calls_not_shared_total = stats.range_calls_not_shared
+        snapshot.range_bytes_saved_total = stats.range_bytes_saved
+        snapshot.shared_reads_bytes = stats.shared_reads_bytes
         snapshot.calls_resent_total = stats.resent
         snapshot.calls_unavailable_total = stats.unavailable
         snapshot.calls_broken_total = stats.broken

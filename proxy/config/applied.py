@@ -76,5 +76,7 @@ def passthrough_settings(settings: Settings) -> PassthroughSettings:
     """Return the settings of pass-through."""
     return PassthroughSettings(
         call_wait_s=settings.upstream.call_wait_s,
+        share_reads=settings.upstream.share_reads,
+        shared_reads_bytes_max=settings.upstream.shared_reads_bytes_max,
         translated_request_bytes_max=request_bytes_max(settings),
     )

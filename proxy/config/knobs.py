@@ -140,6 +140,21 @@ class UpstreamTable:
         ge=0,
         reloaded=True,
     )
+    share_reads: bool = knob(
+        PassthroughSettings().share_reads,
+        "Answer identical Range calls (same request, same token) that are in flight at the same time by one call to "
+        "etcd that begins after all of them have arrived. Nothing is cached: linearizable reads stay linearizable.",
+        reloaded=True,
+    )
+    shared_reads_bytes_max: int = knob(
+        PassthroughSettings().shared_reads_bytes_max,
+        "Maximum total size of the answers that Range calls share, each kept until the slowest of its clients has read "
+        "it. Calls beyond it are passed through one by one.",
+        ge=0,
+        reloaded=True,
+        used="shared_reads_bytes",
+        reached="range_calls_not_shared_total",
+    )
     max_request_bytes: int = knob(
         1536 * KIB,
         "The value of etcd's own --max-request-bytes. Watch requests (with --namespace: all requests) larger than "

@@ -28,11 +28,42 @@ UNREAD_END_GRACE_S = 5.0
 """How long a client that has stopped reading may take to read the end of its call; then the stream is reset."""
 
 
+class ResponseSide(Protocol):
+    """What a passed-through call needs of its client's HTTP/2 connection; `proto.http2.Connection` implements it."""
+
+    def send_headers(self, stream: Stream, headers: Headers, end_stream: bool = False) -> None:
+        """Send a response head or trailers."""
+
+    def send(self, stream: Stream, pieces: Sequence[bytes], size: int, end_stream: bool = False) -> bool:
+        """Send a part of the body; False: the client's stream is blocked."""
+
+    def reset(self, stream: Stream, code: ErrorCode) -> None:
+        """Reset the stream."""
+
+    def consumed(self, stream: Stream | None, size: int) -> None:
+        """Credit flow control for received bytes."""
+
+    def credit_stream(self, stream: Stream, size: int) -> None:
+        """Credit the stream only."""
+
+
+class ClientHandle(Protocol):
+    """The client's side of a passed-through call: a connection, or the calls that share one answer."""
+
+    @property
+    def h2(self) -> ResponseSide:
+        """Where the response goes."""
+
+    def touch(self) -> None:
+        """Schedule a write of what is queued in `h2`."""
+
+
 class ConnectionHandle(Protocol):
     """A handler's view of its stream's connection; `listening.connection.ServerConnection` implements it."""
 
     h2: Connection
     dirty: bool
+    bulky: bool
 
     def touch(self) -> None:
         """Schedule a write of what is queued in `h2` for the end of this turn of the event loop."""
@@ -235,7 +266,7 @@ def status_trailers(status: int, text: str, problem: str = "") -> Headers:
     return trailers
 
 
-def refuse(connection: ConnectionHandle, stream: Stream, refusal: CallRefusal) -> None:
+def refuse(connection: ClientHandle, stream: Stream, refusal: CallRefusal) -> None:
     """Refuse a request with both an HTTP status and a gRPC status."""
     headers: Headers = [(b":status", b"%d" % refusal.http_status)]
     if refusal.http_status == 200:

@@ -73,6 +73,8 @@ def render(now: Snapshot, before: Snapshot | None = None) -> Table:
     sent = show_value(now.delivered_bytes_total, Unit.BYTES)
     table.add_row("bytes out", sent, _rate(now, before, "delivered_bytes_total", "bytes"))
     table.add_row("history", show_value(now.history_bytes, Unit.BYTES), f"in {now.history_batches:,} responses")
+    saved = f"{now.reads_saved:,} saved, {show_value(now.range_bytes_saved_total, Unit.BYTES)}"
+    table.add_row("range calls", f"{now.range_calls_total:,}", f"{now.range_calls_upstream_total:,} at etcd, {saved}")
     table.add_section()
     joins = ", ".join(f"{count:,} {kind}" for kind, count in now.joins_total.items() if count)
     table.add_row("watches opened", f"{now.creates_total:,}", joins or "none yet")

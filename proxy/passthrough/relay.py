@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Protocol
 
 from proto.framing import FramingError, Status, decode_timeout, encode_timeout
 from proto.http2 import ErrorCode, Stream
@@ -27,7 +28,7 @@ from proxy.listening.calls import (
     RESPONSE_HEAD,
     TIMEOUT,
     CallRefusal,
-    ConnectionHandle,
+    ClientHandle,
     Headers,
     refuse,
     status_trailers,
@@ -35,6 +36,7 @@ from proxy.listening.calls import (
 from proxy.passthrough.answers import MessageBoundary, trailers_of
 from proxy.passthrough.holding import Holding
 from proxy.passthrough.settings import PassthroughSettings, PassthroughStats
+from proxy.passthrough.sharing import Read
 from upstream.connection import ClientConnection, NotSent, UpstreamCall
 from upstream.heads import HOPS_MAX, loop_text, next_hop
 from upstream.pool import Pool
@@ -74,7 +76,7 @@ class Passthrough:
         self._pool = pool
         self.held = Holding(pool, self.settings, self.stats)
         # By client connection: its calls with unread bytes, and the number of these bytes.
-        self._unread: dict[ConnectionHandle, _Unread] = {}
+        self._unread: dict[ClientHandle, _Unread] = {}
 
     def go_by(self, settings: PassthroughSettings) -> None:
         """Use other settings from now on."""
@@ -89,31 +91,39 @@ class Passthrough:
         """Number of calls that wait for a connection."""
         return len(self.held)
 
-    def __call__(
-        self, connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool
-    ) -> Relay | None:
+    def __call__(self, connection: ClientHandle, stream: Stream, headers: Headers, end_stream: bool) -> Relay | None:
         """Handle a new request stream.
 
         Raises CallRefusal: UNAVAILABLE if the call can neither be sent nor held, FAILED_PRECONDITION in a loop.
         """
         return self._begin(Relay(self, connection, stream, headers, end_stream))
 
+    def relay(self, connection: ClientHandle, stream: Stream, headers: Headers) -> Relay:
+        """Return the relay of a new call whose request follows; it is not begun. Raises CallRefusal in a loop."""
+        return self._checked(Relay(self, connection, stream, headers, False))
+
     def _begin(self, relay: Relay) -> Relay:
         self.stats.calls += 1
+        self.begin(self._checked(relay))
+        return relay
+
+    def _checked(self, relay: Relay) -> Relay:
         if relay.hops >= HOPS_MAX:
             self.stats.refused_at["hops_max"] += 1
             raise CallRefusal(200, Status.FAILED_PRECONDITION, f"watchmux: {loop_text(relay.hops)}")
-        upstream = self._pool.pick()
-        if upstream is not None and relay.begin(upstream):
-            return relay
-        self.held.hold(relay)
         return relay
+
+    def begin(self, relay: Relay) -> None:
+        """Send a call, or let it wait for a connection. Raises CallRefusal (UNAVAILABLE) if it can do neither."""
+        upstream = self._pool.pick()
+        if upstream is None or not relay.start(upstream):
+            self.held.hold(relay)
 
     def retry(self, relay: Relay) -> None:
         """Resend a call on another connection, or let it wait for one, or end it."""
         self.stats.resent += 1
         upstream = self._pool.pick()
-        if upstream is not None and relay.begin(upstream):
+        if upstream is not None and relay.start(upstream):
             return
         try:
             self.held.hold(relay)
@@ -165,6 +175,25 @@ class _Unread:
         self.size = 0
 
 
+class RelayObserver(Protocol):
+    """Decides when the call of a relay begins, and is notified of what identical calls wait for."""
+
+    def received(self, relay: Relay) -> None:
+        """The request is complete, or larger than what is kept of a request."""
+
+    def begin(self, relay: Relay, upstream: ClientConnection) -> bool:
+        """A connection is available to a call that waited for one. False: the connection cannot take it."""
+
+    def head_received(self, relay: Relay) -> None:
+        """The response has begun: etcd has read what it answers."""
+
+    def held(self, relay: Relay) -> None:
+        """The call waits for a connection."""
+
+    def over(self, relay: Relay) -> None:
+        """The call is over."""
+
+
 class Relay:
     """One call, and the handler of both its streams: the client's and etcd's.
 
@@ -176,7 +205,6 @@ class Relay:
         "_boundary",
         "_call",
         "_foreign",
-        "_headers",
         "_owed_client",
         "_owed_stream",
         "_owed_upstream",
@@ -184,27 +212,36 @@ class Relay:
         "_request",
         "_request_bytes",
         "_request_over",
-        "_stream",
         "_tries_left",
         "_unread",
         "came_at",
         "connection",
         "deadline",
         "done",
+        "gathers",
+        "headers",
         "hops",
+        "observer",
+        "read",
         "repeated",
+        "stream",
         "waiting_bytes",
     )
 
     def __init__(
-        self, owner: Passthrough, connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool
+        self, owner: Passthrough, connection: ClientHandle, stream: Stream, headers: Headers, end_stream: bool
     ) -> None:
         self.done = False
+        self.observer: RelayObserver | None = None
+        # The observer is asked to begin the call when the request is complete.
+        self.gathers = False
+        # The observer's: the read that this call alone makes.
+        self.read: Read[Relay] | None = None
         self._owner = owner
         self.connection = connection
-        self._stream = stream
+        self.stream = stream
         # The number of proxies that the call has passed through.
-        self.hops, self._headers = next_hop(headers)
+        self.hops, self.headers = next_hop(headers)
         self._call: UpstreamCall | None = None
         # The response's head was sent to the client.
         self._answered = False
@@ -232,12 +269,16 @@ class Relay:
         self._tries_left = 3
 
     def begin(self, upstream: ClientConnection) -> bool:
+        """Start the call after it waited for a connection. False: the connection cannot take it."""
+        return self.start(upstream) if self.observer is None else self.observer.begin(self, upstream)
+
+    def start(self, upstream: ClientConnection) -> bool:
         """Start the call on an upstream connection with the request so far. False: the connection cannot take it."""
         authority = upstream.endpoint.authority
         scheme = b"https" if upstream.secure else b"http"
         headers = [
             (name, scheme if name == b":scheme" else authority if name == b":authority" else value)
-            for name, value in self._headers
+            for name, value in self.headers
         ]
         if self.deadline is not None:
             left = encode_timeout(self.deadline - self._owner.now())
@@ -256,18 +297,24 @@ class Relay:
 
     def wait(self) -> int:
         """Prepare to wait for a connection; return the bytes kept meanwhile."""
+        if self.observer is not None:
+            self.observer.held(self)
+        self.repeated = any(name == CLIENTV3 for name, _ in self.headers)
+        return self.keep()
+
+    def keep(self) -> int:
+        """Read the deadline and credit the client for its request, which is kept for a while; return the bytes kept."""
         if self.deadline is None:
             self.deadline = self._read_deadline()
-        self.repeated = any(name == CLIENTV3 for name, _ in self._headers)
         self.connection.h2.consumed(None, self._owed_client)
         self._owed_stream, self._owed_client = self._owed_stream + self._owed_client, 0
         self.connection.touch()
-        head = sum(len(name) + len(value) + HEADER_FIELD_BYTES for name, value in self._headers)
+        head = sum(len(name) + len(value) + HEADER_FIELD_BYTES for name, value in self.headers)
         return head + self._request_bytes
 
     def _read_deadline(self) -> float | None:
         """The end of the client's grpc-timeout in loop time; None if there is none, or a malformed one."""
-        for name, value in self._headers:
+        for name, value in self.headers:
             if name == TIMEOUT:
                 try:
                     return self.came_at + decode_timeout(value)
@@ -275,12 +322,32 @@ class Relay:
                     return None
         return None
 
+    @property
+    def body(self) -> bytes | None:
+        """The request, if it is complete and all of it is kept, and no response has begun; otherwise None."""
+        request = self._request
+        if request is None or not self._request_over or self._answered:
+            return None
+        return request[0] if len(request) == 1 else b"".join(request)
+
+    def twin(self, client: ClientHandle) -> Relay:
+        """Return a relay of the same request for another client, without a deadline; it is not begun."""
+        headers = [field for field in self.headers if field[0] != TIMEOUT]
+        twin = self._remake(client, headers)
+        twin.hops, twin.headers = self.hops, headers
+        twin.gathers = True
+        twin.data(self.body or b"", 0, True)
+        return twin
+
+    def _remake(self, client: ClientHandle, headers: Headers) -> Relay:
+        return Relay(self._owner, client, Stream(0, 0, 0), headers, True)
+
     # The client's side: a Handler.
 
     def data(self, data: bytes, flow_size: int, end_stream: bool) -> None:
         """Forward a part of the request."""
         if self.done:
-            self.connection.h2.consumed(self._stream, flow_size)
+            self.connection.h2.consumed(self.stream, flow_size)
             return
         if end_stream:
             self._request_over = True
@@ -291,7 +358,13 @@ class Relay:
             self._owner.stats.resend_bytes += len(data)
             if call is not None:
                 self._bound_request()
-        if call is None:
+        if call is None and self.gathers:
+            self._owed_client += flow_size
+            if self.observer is not None and (
+                end_stream or self._request_bytes > self._owner.settings.resend_bytes_max
+            ):
+                self.observer.received(self)
+        elif call is None:
             self.connection.h2.consumed(None, flow_size)
             self._owed_stream += flow_size
             self._wait_with(len(data))
@@ -331,9 +404,9 @@ class Relay:
 
     def abort_unread(self) -> None:
         """Reset the call on both sides: too many bytes are unread."""
-        self.connection.h2.reset(self._stream, ErrorCode.ENHANCE_YOUR_CALM)
+        self.connection.h2.reset(self.stream, ErrorCode.ENHANCE_YOUR_CALM)
         self.connection.touch()
-        self._stream.owner = None
+        self.stream.owner = None
         self.closed(None)
 
     # etcd's side: a CallHandler.
@@ -345,10 +418,12 @@ class Relay:
             self._forget_request()
         # If the call was resent after a head, the client keeps the first head; it is equivalent.
         if not self.done and not repeated:
-            self.connection.h2.send_headers(self._stream, headers)
+            self.connection.h2.send_headers(self.stream, headers)
             self.connection.touch()
         elif call is not None and call.http_status != 200:
             self._foreign = True
+        if self.observer is not None:
+            self.observer.head_received(self)
 
     def on_data(self, data: bytes, flow_size: int) -> None:
         """Forward a part of the response; etcd is credited when the client has read it."""
@@ -363,7 +438,7 @@ class Relay:
 
     def _pass_on(self, call: UpstreamCall, pieces: Sequence[bytes], size: int, flow_size: int) -> None:
         """Send `size` bytes to the client; credit `flow_size` to etcd when the client has read them."""
-        if self.connection.h2.send(self._stream, pieces, size):
+        if self.connection.h2.send(self.stream, pieces, size):
             call.consumed(flow_size)
         else:
             self._owed_upstream += flow_size
@@ -395,7 +470,7 @@ class Relay:
             self._owner.retry(self)
             return
         self._give_up()
-        h2, stream = self.connection.h2, self._stream
+        h2, stream = self.connection.h2, self.stream
         if trailers and not self._foreign:
             if self._answered:
                 trailers = trailers_of(trailers, status, message)
@@ -419,15 +494,15 @@ class Relay:
         self._give_up()
         if self._answered:
             trailers = status_trailers(refusal.status, refusal.text, refusal.problem)
-            self.connection.h2.send_headers(self._stream, trailers, True)
+            self.connection.h2.send_headers(self.stream, trailers, True)
             self.connection.touch()
         else:
-            refuse(self.connection, self._stream, refusal)
+            refuse(self.connection, self.stream, refusal)
         self._leave_stream()
 
     def _end_broken(self, status: int, message: str) -> None:
         """Report that the upstream connection was lost, in the form that the response so far allows."""
-        h2, stream = self.connection.h2, self._stream
+        h2, stream = self.connection.h2, self.stream
         trailers = status_trailers(status, message)
         if not self._answered:
             h2.send_headers(stream, RESPONSE_HEAD + trailers, True)
@@ -440,7 +515,10 @@ class Relay:
 
     @property
     def _reads(self) -> bool:
-        return any(name == b":path" and value in IDEMPOTENT_METHODS for name, value in self._headers)
+        for name, value in self.headers:
+            if name == b":path":
+                return value in IDEMPOTENT_METHODS
+        return False
 
     def _settle(self) -> int:
         """Stop counting the client's unread bytes; return the flow-control bytes to credit to etcd for them."""
@@ -452,16 +530,21 @@ class Relay:
 
     def _leave_stream(self) -> None:
         """Break the reference cycle with the client's stream, which is over."""
-        if not self._stream.blocked:
-            self._stream.owner = None
+        if not self.stream.blocked:
+            self.stream.owner = None
 
     def _give_up(self) -> None:
         self.done = True
-        self._owner.held.leave(self)
+        if self.observer is not None:
+            observer, self.observer = self.observer, None
+            observer.over(self)
+        if self.waiting_bytes:
+            self._owner.held.leave(self)
         self._forget_request()
         # The client's other calls need the connection's window, even if etcd has not taken these bytes.
         owed, self._owed_client = self._owed_client, 0
-        self.connection.h2.consumed(None, owed)
+        if owed:
+            self.connection.h2.consumed(None, owed)
 
     def _bound_request(self) -> None:
         """Drop the kept request if it exceeds a limit on kept bytes."""
@@ -482,7 +565,8 @@ class Relay:
         call = self._call
         if call is not None and (self._owed_client or self._owed_stream) and not call.blocked and not self.done:
             owed, self._owed_client = self._owed_client, 0
-            self.connection.h2.consumed(self._stream, owed)
-            owed, self._owed_stream = self._owed_stream, 0
-            self.connection.h2.credit_stream(self._stream, owed)
+            self.connection.h2.consumed(self.stream, owed)
+            if self._owed_stream:
+                owed, self._owed_stream = self._owed_stream, 0
+                self.connection.h2.credit_stream(self.stream, owed)
             self.connection.touch()

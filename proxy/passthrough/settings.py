@@ -65,6 +65,14 @@ class PassthroughSettings:
     of 100 MB counts as 200), and request bytes that etcd has not accepted. At the bound, the calls of the connection
     with most unfinished bytes end with RESOURCE_EXHAUSTED. Messages of other calls are not kept."""
 
+    share_reads: bool = True
+    """Answer identical Range calls in flight by one call at etcd. Set by --share-reads."""
+
+    shared_reads_bytes_max: int = 256 * MIB
+    """Maximum bytes of answers that several Range calls share, kept until the slowest client has read its answer, and
+    of the requests that wait to share one. Calls that exceed it are sent alone, as without sharing: their answers wait
+    at etcd. Room for several answers of 50 MB."""
+
 
 @dataclass(slots=True)
 class PassthroughStats:
@@ -79,6 +87,21 @@ class PassthroughStats:
 
     broken: int = 0
     """Calls whose upstream connection was lost."""
+
+    range_calls: int = 0
+    """Range calls of clients, except while sharing is disabled."""
+
+    range_calls_upstream: int = 0
+    """Calls at etcd made for them."""
+
+    range_calls_not_shared: int = 0
+    """Range calls sent alone because of `shared_reads_bytes_max`."""
+
+    range_bytes_saved: int = 0
+    """Bytes of shared answers that etcd did not have to send."""
+
+    shared_reads_bytes: int = 0
+    """Current bytes of shared answers, and of requests that wait to share one."""
 
     waiting_bytes: int = 0
     """Current bytes of the calls that wait for a connection."""

@@ -29,7 +29,7 @@ from proxy import logs
 from proxy.listening.calls import (
     ACCEPTED_ENCODINGS,
     CallRefusal,
-    ConnectionHandle,
+    ClientHandle,
     Headers,
     RequestHead,
     status_trailers,
@@ -72,11 +72,9 @@ class TranslatingPassthrough(Passthrough):
         # Time left in this turn of the loop for translating messages as they arrive.
         self._left_s = TURN_S
         # By client connection: its calls with unfinished messages, and the bytes of those.
-        self._partial: dict[ConnectionHandle, _Partial] = {}
+        self._partial: dict[ClientHandle, _Partial] = {}
 
-    def __call__(
-        self, connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool
-    ) -> Relay | None:
+    def __call__(self, connection: ClientHandle, stream: Stream, headers: Headers, end_stream: bool) -> Relay | None:
         """Handle a new request stream. Raises CallRefusal if a namespace does not cover it, or as Passthrough does."""
         path = next((value for name, value in headers if name == b":path"), b"")
         found = self._found.get(path)
@@ -87,6 +85,13 @@ class TranslatingPassthrough(Passthrough):
                 shown = path[:200].decode("ascii", "backslashreplace")
                 raise CallRefusal(200, Status.UNIMPLEMENTED, f"unknown method {shown} under {rules.flag}")
         return super().__call__(connection, stream, headers, end_stream)
+
+    def relay(self, connection: ClientHandle, stream: Stream, headers: Headers) -> Relay:
+        """Return the relay of a new call, as Passthrough does. Raises CallRefusal also for a malformed head."""
+        found = self._found.get(next((value for name, value in headers if name == b":path"), b""))
+        if found is None:
+            return super().relay(connection, stream, headers)
+        return self._checked(TranslatedRelay(self, connection, stream, headers, False, *found))
 
     def work(self, relay: TranslatedRelay) -> None:
         """Translate a call's messages: now, as far as this turn of the loop has time, the rest in later turns."""
@@ -192,6 +197,7 @@ class TranslatedRelay(Relay):
         "_held_upstream",
         "_requests",
         "_responses",
+        "_rules",
         "_sent_bytes",
         "_translating",
         "_translation",
@@ -202,7 +208,7 @@ class TranslatedRelay(Relay):
     def __init__(
         self,
         owner: TranslatingPassthrough,
-        connection: ConnectionHandle,
+        connection: ClientHandle,
         stream: Stream,
         headers: Headers,
         end_stream: bool,
@@ -219,6 +225,7 @@ class TranslatedRelay(Relay):
         super().__init__(owner, connection, stream, headers, end_stream)
         self._translating = owner
         self._translation = translation
+        self._rules = rules
         self._flag = rules.flag
         # The same for the response, created when its head with the compression arrives.
         self._responses: MessageWork | None = None
@@ -250,13 +257,20 @@ class TranslatedRelay(Relay):
         if not self.working:
             self._translating.work(self)
 
-    def begin(self, upstream: ClientConnection) -> bool:
+    def start(self, upstream: ClientConnection) -> bool:
         """Start the call with the messages translated so far."""
-        if not super().begin(upstream):
+        if not super().start(upstream):
             return False
         call = self._call
         self._count_sent(self._request_bytes if call is not None and call.blocked else 0)
         return True
+
+    def _remake(self, client: ClientHandle, headers: Headers) -> Relay:
+        args = (Stream(0, 0, 0), headers, True, self._rules, self._translation)
+        twin = TranslatedRelay(self._translating, client, *args)
+        # Its request is translated already.
+        twin._requests = None
+        return twin
 
     # etcd's side.
 
@@ -335,7 +349,7 @@ class TranslatedRelay(Relay):
             if not self.done and self._call is not None and self._call.blocked:
                 self._count_sent(self._sent_bytes + len(whole))
         elif flow_size:
-            self.connection.h2.consumed(self._stream, flow_size)
+            self.connection.h2.consumed(self.stream, flow_size)
             self.connection.touch()
         return busy
 
@@ -407,7 +421,7 @@ class TranslatedRelay(Relay):
         self._settle()
         if self._answered:
             self._give_up()
-            self.connection.h2.send_headers(self._stream, status_trailers(status, text), True)
+            self.connection.h2.send_headers(self.stream, status_trailers(status, text), True)
             self.connection.touch()
         else:
             self.refuse(CallRefusal(200, status, text))

@@ -131,6 +131,8 @@ function showState(now, view) {
   say("delay-note", `p50 ${seconds(view.delay_p50_s)}, loop p99 ${seconds(view.loop_delay_p99_s)}`);
   say("lagging", count(now.lagging), now.lagging ? "warn" : "");
   say("lagging-note", now.lagging ? `longest ${seconds(now.lagging_s)}, ${count(now.lagging_revisions)} revisions` : "no client lags");
+  say("reads", count(Math.max(0, now.range_calls_total - now.range_calls_upstream_total)));
+  say("reads-note", `of ${count(now.range_calls_total)} Range calls, ${bytes(now.range_bytes_saved_total)}`);
 }
 
 function showTables(view) {
@@ -168,8 +170,9 @@ function showLimits(view) {
     connections_max: now.connections, max_concurrent_streams: now.connection_streams,
     sessions_per_connection_max: now.connection_sessions, requests_waiting_bytes_max: now.requests_waiting_bytes, watches_max: now.watches, trunks_max: now.trunks,
     backfills_max: now.backfills, history_bytes_total_max: now.history_bytes, lagging_age_s_max: now.lagging_s,
+    shared_reads_bytes_max: now.shared_reads_bytes,
   };
-  const reached = { ...now.refusals_total, ...now.evictions_total, backfills_max: now.queued };
+  const reached = { ...now.refusals_total, ...now.evictions_total, backfills_max: now.queued, shared_reads_bytes_max: now.range_calls_not_shared_total };
   const shown = (name, value) => (name.includes("bytes") ? bytes(value) : name.includes("_s_") ? seconds(value) : count(value));
   const listed = Object.keys(limits).filter((name) => name in used || reached[name]);
   rows("limits", listed, (name) => {

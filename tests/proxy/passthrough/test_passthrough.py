@@ -20,6 +20,7 @@ from proxy.listening.listener import Listener
 from proxy.passthrough.answers import MessageBoundary
 from proxy.passthrough.relay import Passthrough
 from proxy.passthrough.settings import MIB, PassthroughSettings
+from proxy.passthrough.shared_reads import RANGE, SharedReads
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import proxy_for
 from tests.e2e.scenario import run
@@ -70,6 +71,7 @@ async def passing(
     pool = Pool(parsed, None, settings)
     listener = Listener()
     listener.passthrough = passthrough = Passthrough(pool, bounds)
+    listener.routes[RANGE] = SharedReads(passthrough, pool)
     listener.http1 = http1 = Http1(lambda: parsed[0])
     pool.start()
     await listener.start(HOST, 0)

@@ -67,7 +67,7 @@ def test_unread_answers_count_by_their_translated_size(etcd: EtcdServer) -> None
     """etcd answers with gzip: 20 responses of a megabyte each arrive as 20 KB and wait in the proxy as 20 MB."""
 
     async def scenario() -> None:
-        settings = PassthroughSettings(unread_bytes_per_connection_max=15 * MIB)
+        settings = PassthroughSettings(unread_bytes_per_connection_max=15 * MIB, share_reads=False)
         async with proxy_for(etcd, namespace=NS, passthrough=settings) as proxy, direct(etcd) as store:
             await store.put(NS + b"k", bytes(MIB))
             async with await RawClient.connect(proxy.port, window=1000) as client:
@@ -142,7 +142,7 @@ def test_few_large_messages_are_translated_at_a_time(etcd: EtcdServer, monkeypat
     async def scenario() -> None:
         nonlocal held
         async with (
-            proxy_for(etcd, namespace=NS) as proxy,
+            proxy_for(etcd, namespace=NS, passthrough=PassthroughSettings(share_reads=False)) as proxy,
             direct(etcd) as store,
             await RawClient.connect(proxy.port, window=1000) as client,
         ):
