@@ -267,7 +267,7 @@ class ClientConnection(asyncio.Protocol):
             if not self.ready.done():
                 self.failure = (
                     explain_connect(exc, self.endpoint.text, self.secure)
-                    if exc is not None
+                    if exc is not None and not isinstance(exc, ConnectionError)
                     else closed_early(self.endpoint.text, self.secure)
                 )
             else:

@@ -99,7 +99,7 @@ def explain_connect(error: BaseException, where: str, secure: bool) -> Unreachab
     if code == errno.ECONNREFUSED or isinstance(error, ConnectionRefusedError):
         return Unreachable(where, "connection refused", "check that etcd runs and listens on that address and port")
     if isinstance(error, ConnectionError):
-        return closed_early(where, secure)
+        return closed_in_handshake(where) if secure else closed_early(where, secure)
     if code in (errno.EHOSTUNREACH, errno.ENETUNREACH):
         return Unreachable(where, "no route to the host", "check the address and the network")
     text = str(error) or type(error).__name__
@@ -130,6 +130,15 @@ def _explain_tls(error: ssl.SSLError, where: str) -> Unreachable:
             where, "it does not trust our certificate", "give one that its authority signed (--cert and --key)"
         )
     return Unreachable(where, f"the TLS handshake failed ({reason or error})", "check the certificates on both sides")
+
+
+def closed_in_handshake(where: str) -> Unreachable:
+    """Return the error for a server that closed the connection before the end of the TLS handshake."""
+    return Unreachable(
+        where,
+        "it closed the connection during the TLS handshake",
+        "if it does not use TLS, use http:// for this endpoint; else check the port, --cert and --key",
+    )
 
 
 def closed_early(where: str, secure: bool) -> Unreachable:

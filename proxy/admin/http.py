@@ -13,6 +13,7 @@ from typing import Final, NamedTuple, cast
 import h11
 
 from proxy import logs
+from proxy.listening.sockets import listen
 
 IDLE_S: Final = 75.0
 """How long a connection may stay without a complete request, or a response unread; nginx's keepalive_timeout."""
@@ -46,18 +47,20 @@ class HttpServer:
         self.pages = pages
         self.idle_s = idle_s
         self.connections: set[HttpConnection] = set()
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
 
     async def start(self, host: str, port: int) -> int:
         """Listen; return the port. Raises OSError."""
-        self._server = await asyncio.get_running_loop().create_server(lambda: HttpConnection(self), host, port)
-        return int(self._server.sockets[0].getsockname()[1])
+        listening = await listen(host, port, "", CONNECTIONS_MAX)
+        serve = asyncio.get_running_loop().create_server
+        self._servers = [await serve(lambda: HttpConnection(self), sock=one) for one in listening.sockets]
+        return listening.port
 
     async def stop(self) -> None:
         """Close the socket and all connections."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        for server in self._servers:
+            server.close()
+        self._servers = []
         for connection in tuple(self.connections):
             connection.close()
 

@@ -19,6 +19,7 @@ import msgspec
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
+from proxy.admin.client_port import ClientPages
 from proxy.admin.health import BUNDLED_STORE
 from proxy.admin.http import HttpServer, Page
 from proxy.admin.metrics import ProxyCollector
@@ -45,6 +46,30 @@ HEADERS = {
 }
 
 
+class Exposition:
+    """The metrics and the health of one proxy as pages."""
+
+    def __init__(
+        self, proxy: Proxy, proxy_address: str, limits: Callable[[], Mapping[str, float]] = limits_by_default
+    ) -> None:
+        self.monitor = Monitor(proxy, proxy_address, limits)
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(ProxyCollector(self.monitor))
+        ProcessCollector(registry=self._registry)
+
+    def metrics(self) -> Page:
+        """Make the page for Prometheus."""
+        return Page(generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4)
+
+    def health(self) -> Page:
+        """Answer in the format of etcd's /health, so that its probes work unchanged: whether it serves, or why not."""
+        snapshot = self.monitor.take()
+        reason = snapshot.reason or (BUNDLED_STORE if snapshot.bundled_store else "")
+        body = msgspec.json.encode({"health": str(snapshot.serving).lower(), "reason": reason})
+        status = HTTPStatus.OK if snapshot.serving else HTTPStatus.SERVICE_UNAVAILABLE
+        return Page(body, "application/json", status)
+
+
 class Admin:
     """The admin HTTP server of one proxy."""
 
@@ -55,17 +80,17 @@ class Admin:
         proxy_address: str,
         limits: Callable[[], Mapping[str, float]] = limits_by_default,
     ) -> None:
-        self.monitor = Monitor(proxy, proxy_address, limits)
+        shown = Exposition(proxy, proxy_address, limits)
+        # The same pages on the client port: only one monitor may measure the delays.
+        proxy.http1.own = ClientPages(lambda: (shown.metrics, shown.health))
+        self.monitor = shown.monitor
         self._listen = listen
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(ProxyCollector(self.monitor))
-        ProcessCollector(registry=self._registry)
         pages: dict[str, Callable[[], Page]] = {
-            "/metrics": self._metrics,
-            "/proxy/metrics": self._metrics,
-            "/health": self._health,
-            "/proxy/health": self._health,
-            "/readyz": self._health,
+            "/metrics": shown.metrics,
+            "/proxy/metrics": shown.metrics,
+            "/health": shown.health,
+            "/proxy/health": shown.health,
+            "/readyz": shown.health,
             "/livez": self._live,
             "/v1/status": lambda: _json(self.monitor.take()),
             "/v1/overview": lambda: _json(self.monitor.overview()),
@@ -88,17 +113,6 @@ class Admin:
         """Close the server and its connections."""
         self.monitor.stop()
         await self._server.stop()
-
-    def _metrics(self) -> Page:
-        return Page(generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4)
-
-    def _health(self) -> Page:
-        """Answer in the format of etcd's /health, so that its probes work unchanged: whether it serves, or why not."""
-        snapshot = self.monitor.take()
-        reason = snapshot.reason or (BUNDLED_STORE if snapshot.bundled_store else "")
-        body = msgspec.json.encode({"health": str(snapshot.serving).lower(), "reason": reason})
-        status = HTTPStatus.OK if snapshot.serving else HTTPStatus.SERVICE_UNAVAILABLE
-        return Page(body, "application/json", status)
 
     def _live(self) -> Page:
         """Report whether the proxy works, according to its self-probe; a blocked event loop does not answer at all.

@@ -124,6 +124,9 @@ def parse_listen_address(text: str) -> Address:
     """
     plain = text.strip()
     scheme, colon, rest = plain.partition(":")
+    if scheme.lower() in ("http", "https") and rest.startswith("//"):
+        tls = "set --cert-file and --key-file for TLS" if scheme.lower() == "https" else "TLS needs --cert-file"
+        raise BadValue(f"{text!r}: remove {scheme}://; write {rest[2:].rstrip('/')}, and {tls}")
     if colon and scheme.lower() in ("unix", "unixs"):
         path = rest.removeprefix("//")
         if not path or path.endswith("/"):

@@ -2,8 +2,9 @@
 
 etcd serves its JSON gateway, /version, /health and /metrics on its client port, so their users can use the proxy's
 address like etcd's. Only the start of the first request is parsed, to distinguish HTTP/1 from garbage and to refuse a
-loop of proxies; watches through the JSON gateway are therefore not merged. Backpressure goes both ways: while one side
-does not read, the other side is not read.
+loop of proxies; watches through the JSON gateway are therefore not merged. Connections that begin with a request for
+/proxy/metrics or /proxy/health are answered by the proxy itself, as etcd's grpc-proxy does. Backpressure goes both
+ways: while one side does not read, the other side is not read.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 from proxy import logs
 from upstream.endpoints import Endpoint
@@ -32,6 +33,12 @@ such a connection is forwarded without counting its proxies."""
 HOPS_FIELD = re.compile(rb"watchmux-hops: *(\d{1,2}) *\r?\n", re.IGNORECASE)
 """The field that counts proxies; a proxy writes it right after the request line."""
 
+OWN_PAGE = re.compile(rb"[A-Z]+ /proxy/(metrics|health)[ ?]")
+"""A request for a page of the proxy's own (etcd server/proxy/grpcproxy: PathProxyMetrics, PathProxyHealth)."""
+
+OWN_PATH_BYTES_MAX = len(b"/proxy/metrics ")
+"""Bytes of a request target that decide whether it is such a page."""
+
 PROTOCOLS = ("http/1.1",)
 """The protocols offered to etcd by ALPN."""
 
@@ -39,6 +46,20 @@ log = logs.logger("http1")
 
 Choose = Callable[[], Endpoint]
 """Returns the endpoint for the next connection."""
+
+
+class OwnServer(Protocol):
+    """Serves the proxy's own pages."""
+
+    @property
+    def connections(self) -> int:
+        """The number of its open connections."""
+
+    def __call__(self) -> asyncio.Protocol:
+        """Return a protocol for one more connection."""
+
+    def close(self) -> None:
+        """Close all connections."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -73,23 +94,25 @@ class Http1:
         """Connections refused by the proxy, by HTTP status."""
         self._choose = choose
         self.refusal = refusal
+        self.own: OwnServer | None = None
+        """Answers connections that ask for a page of the proxy's own; None: they are forwarded too."""
         self._tls = tls
         # The same with HTTP/1 in ALPN, created when first needed.
         self._spoken: FileContext | None = None
 
     def descriptors(self) -> int:
         """Return the number of file descriptors of its connections, those of clients and those to etcd."""
-        return len(self.connections) + len(self.upstreams)
+        return len(self.connections) + len(self.upstreams) + (self.own.connections if self.own is not None else 0)
 
-    def __call__(self, transport: asyncio.Transport, opening: bytes) -> ClientSide:
-        """Take over `transport`; `opening` is what was read from it so far."""
+    def __call__(self, transport: asyncio.Transport, opening: bytes) -> asyncio.Protocol:
+        """Take over `transport`; `opening` is what was read from it so far. Return the protocol for what follows."""
         client = ClientSide(self, transport)
         self.connections.add(client)
         if len(self.connections) > self.settings.connections_max:
             client.refuse(503, "too many HTTP/1 connections")
         else:
             client.data_received(opening)
-        return client
+        return client.successor or client
 
     async def dial(self, client: ClientSide) -> None:
         """Connect `client` to etcd; it gets a 502 if that fails."""
@@ -120,6 +143,8 @@ class Http1:
 
     def stop(self) -> None:
         """Abort all connections on both sides; a TLS close would wait for the peer's close_notify."""
+        if self.own is not None:
+            self.own.close()
         for side in (*self.connections, *self.upstreams):
             if side.transport is not None:
                 side.transport.abort()
@@ -194,6 +219,8 @@ class ClientSide(_Side):
         # Bytes received before the connection to etcd was established.
         self._opening = b""
         self._dialling: asyncio.Task[None] | None = None
+        self.successor: asyncio.Protocol | None = None
+        """The protocol that answers the connection instead, if it asks for a page of the proxy's own."""
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(owner.settings.opening_timeout_s, self.refuse, 408, "no request received")
 
@@ -209,7 +236,9 @@ class ClientSide(_Side):
         found = METHOD.match(self._opening)
         if found is None:
             self.refuse(400, "neither HTTP/2 nor HTTP/1")
-        elif found[1] and self._owner.refusal:
+        elif self._owner.own is not None and OWN_PAGE.match(self._opening):
+            self._hand_over(self._owner.own())
+        elif found[1] and self._owner.refusal and (b"\n" in self._opening or not self._may_be_own()):
             self.refuse(501, self._owner.refusal)
         elif b"\n" in self._opening or len(self._opening) > REQUEST_LINE_BYTES_MAX:
             hops, self._opening = next_hop(self._opening)
@@ -219,6 +248,21 @@ class ClientSide(_Side):
             self._timer.cancel()
             self.transport.pause_reading()
             self._dialling = asyncio.get_running_loop().create_task(self._owner.dial(self))
+
+    def _may_be_own(self) -> bool:
+        """Whether the path read so far may still become that of a page of the proxy's own."""
+        path = self._opening.partition(b" ")[2]
+        return self._owner.own is not None and (b"/proxy/".startswith(path[:7]) and len(path) < OWN_PATH_BYTES_MAX)
+
+    def _hand_over(self, successor: asyncio.Protocol) -> None:
+        """Let `successor` answer this connection."""
+        transport, self.transport, self.successor = self.transport, None, successor
+        assert transport is not None
+        self._timer.cancel()
+        self._owner.connections.discard(self)
+        transport.set_protocol(successor)
+        successor.connection_made(transport)
+        successor.data_received(self._opening)
 
     def joined(self, upstream: UpstreamSide) -> None:
         """Start forwarding: the connection to etcd is established."""

@@ -14,6 +14,8 @@ import os
 import socket
 import stat
 
+from proxy.config.values import Address
+
 PROBE_S = 1.0
 """Timeout of the connect that probes an existing socket file for a listener; a timeout means there is one."""
 
@@ -44,7 +46,8 @@ class Listening:
 
 
 async def listen(host: str, port: int, path: str, backlog: int) -> Listening:
-    """Listen on the unix socket `path`, or on each address of `host` ("": all interfaces). Raises OSError.
+    """Listen on the unix socket `path`, or on each address of `host` ("": all interfaces). Raises OSError, whose
+    `filename` is the address that cannot be used.
 
     A stale socket file is replaced. One with a listener causes EADDRINUSE, and a file that is not a socket EEXIST.
     """
@@ -62,6 +65,8 @@ async def listen(host: str, port: int, path: str, backlog: int) -> Listening:
                 sockets.append(_listen_tcp(family, address, backlog))
             except OSError as error:
                 if host or error.errno not in _NO_SUCH_FAMILY:
+                    # Which address of the name it is: another one may be free.
+                    error.filename = str(Address(str(address[0]), int(str(address[1]))))
                     raise
         if not sockets:
             raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))

@@ -7,7 +7,6 @@ nor signals. The proxy starts even if etcd is unreachable: after a power cut, cl
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import signal
 from collections.abc import Callable, Coroutine, Mapping
@@ -15,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from proxy import logs
+from proxy.admin.client_port import ClientPages, OwnPages
 from proxy.admin.health import BUNDLED_STORE
 from proxy.config.applied import (
     core_limits,
@@ -28,6 +28,7 @@ from proxy.config.knobs import Settings, limits
 from proxy.config.values import Address, client_url, parse_listen_address, parse_metrics_address
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 from proxy.process import descriptors
+from proxy.process.addresses import cannot_listen
 from proxy.process.child import Child, ChildFailed, Parent, Ready, on_signals, python_command
 from proxy.process.reloading import Reloading
 from proxy.process.service_manager import ServiceManager
@@ -115,20 +116,6 @@ def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy
         advertised=client_url(settings.listener.advertise_client_url, secure=bool(settings.listener.cert_file)),
         probe_interval_s=settings.admin.probe_interval_s,
     )
-
-
-def cannot_listen(address: Address, flag: str, error: OSError) -> Failed:
-    """Return the error for an address that cannot be listened on: the reason and the remedy."""
-    to_do = f"stop what uses it or choose another {flag}" + ("" if address.path else " (port 0: any)")
-    if error.errno == errno.EADDRINUSE:
-        reason = "it is in use"
-    elif error.errno == errno.EEXIST:
-        reason, to_do = "a file that is not a socket exists there", f"remove it or choose another {flag}"
-    elif error.errno == errno.ENOENT and address.path:
-        reason, to_do = "its directory does not exist", f"create it or choose another {flag}"
-    else:
-        reason = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
-    return Failed(f"cannot listen on {address}: {reason}; {to_do}")
 
 
 async def serve(
@@ -293,6 +280,7 @@ async def _start_admin(
     proxy: Proxy, settings: Settings, advertised: str, limits_in_force: Callable[[], Mapping[str, float]]
 ) -> Admin | None:
     if not settings.admin.metrics_addr:
+        proxy.http1.own = ClientPages(lambda: _client_pages(proxy, advertised, limits_in_force))
         return None
     from proxy.admin.port import Admin  # loads the web server, so only if it is used
 
@@ -303,6 +291,13 @@ async def _start_admin(
     except OSError as error:
         raise cannot_listen(address, "--metrics-addr", error) from None
     return admin
+
+
+def _client_pages(proxy: Proxy, advertised: str, limits_in_force: Callable[[], Mapping[str, float]]) -> OwnPages:
+    from proxy.admin.port import Exposition
+
+    exposition = Exposition(proxy, advertised, limits_in_force)
+    return exposition.metrics, exposition.health
 
 
 async def _start_store() -> Child:

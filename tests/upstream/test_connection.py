@@ -126,6 +126,18 @@ def test_error_texts_when_the_server_is_not_an_etcd(answer: bytes, complaint: st
     run(story())
 
 
+def test_error_texts_when_a_real_etcd_speaks_no_tls(etcd: EtcdServer, certificates: Certificates) -> None:
+    async def story() -> None:
+        text = await refused(f"https://{etcd.endpoint}", client_context(cacert=certificates.ca))
+        assert (
+            f"https://{etcd.endpoint}: it closed the connection during the TLS handshake; if it does not use TLS"
+            in text
+        )
+        assert "use http:// for this endpoint" in text
+
+    run(story())
+
+
 def test_error_texts_when_tls_does_not_match(certificates: Certificates) -> None:
     files = certificates
 

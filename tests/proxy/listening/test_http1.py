@@ -7,6 +7,8 @@ import json
 
 import pytest
 
+from proxy.admin.client_port import ClientPages
+from proxy.admin.port import Exposition
 from proxy.listening.http1 import Http1Settings
 from tests.e2e.running import proxy_for
 from tests.e2e.scenario import run as run_scenario
@@ -115,3 +117,35 @@ def test_bounds(etcd: EtcdServer) -> None:
             writer.close()
 
     asyncio.run(run())
+
+
+def test_the_proxys_own_pages_are_on_the_client_port(etcd: EtcdServer) -> None:
+    """As on the client port of etcd's grpc-proxy; with a namespace too, which refuses all that is forwarded."""
+
+    async def scenario(namespace: bytes) -> None:
+        async with proxy_for(etcd, namespace=namespace) as proxy:
+            address = f"{HOST}:{proxy.port}"
+            exposition = Exposition(proxy, address)
+            proxy.http1.own = own = ClientPages(lambda: (exposition.metrics, exposition.health))
+            await until_async(lambda: proxy.health.serving, "etcd")
+            health = await ask(address, get("/proxy/health"))
+            assert health.startswith(b"HTTP/1.1 200 ")
+            assert b'"health":"true"' in health
+            # The path may arrive byte by byte.
+            reader, writer = await asyncio.open_connection(HOST, proxy.port)
+            for byte in get("/proxy/metrics?x=1"):
+                writer.write(bytes([byte]))
+                await writer.drain()
+            page = await asyncio.wait_for(reader.read(), 10)
+            writer.close()
+            assert b"\nwatchmux_watches 0.0\n" in page
+            # Made at most once a second: any client may ask.
+            body = page.partition(b"\r\n\r\n")[2]
+            assert (await ask(address, get("/proxy/metrics"))).endswith(body)
+            etcds = await ask(address, get("/metrics"))
+            assert etcds.startswith(b"HTTP/1.1 501 ") if namespace else b"etcd_server_has_leader" in etcds
+            assert proxy.http1.descriptors() == 0 or not namespace
+            await until_async(lambda: not own.connections, "its connections to be closed")
+
+    for namespace in (b"", b"/app/"):
+        run_scenario(scenario(namespace))
