@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from coalesce.batch import FRAGMENT, PREV_KV, variant_of
 from coalesce.history import History
@@ -254,8 +254,8 @@ LISTED_MAX = 32
 class Session:
     """One client's Watch stream."""
 
-    # The shell's object that Deliver and Send write to.
-    outlet: object
+    # The shell's object that Deliver and Send write to; the core only passes it on.
+    outlet: Any
     identity: Identity
     watches: dict[int, Watch] = field(default_factory=dict)
     # Ids that a compaction cancelled and that the client has not cancelled yet.

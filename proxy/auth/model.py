@@ -7,7 +7,8 @@ for a query and retried until etcd answers or refuses it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from coalesce.inputs import CreateRefusal, Granted
 from proto.etcd_errors import reason_of
@@ -123,21 +124,24 @@ class Call:
         return cls(question, asked.token, (asked[1:],))
 
 
-class SendCall(NamedTuple):
+@dataclass(slots=True)
+class SendCall:
     """Make a call: now, or `later`, after a delay that grows with each failure of this call."""
 
     call: Call
     later: bool = False
 
 
-class DeliverAnswer(NamedTuple):
+@dataclass(slots=True)
+class DeliverAnswer:
     """Pass the answer of a query to its callback."""
 
     question: Query
     outcome: Outcome
 
 
-class DisconnectSession(NamedTuple):
+@dataclass(slots=True)
+class DisconnectSession:
     """Disconnect a session that was admitted while auth was off or whose permission was revoked.
 
     It has to reconnect, to be checked again.
@@ -147,7 +151,8 @@ class DisconnectSession(NamedTuple):
     refusal: CreateRefusal
 
 
-class RefuseSession(NamedTuple):
+@dataclass(slots=True)
+class RefuseSession:
     """End a session for a request for which etcd would end its stream as well."""
 
     session: Session
@@ -155,7 +160,8 @@ class RefuseSession(NamedTuple):
     text: str
 
 
-class RevisionRegressed(NamedTuple):
+@dataclass(slots=True)
+class RevisionRegressed:
     """Report that the store's revision went backwards."""
 
     header: Header

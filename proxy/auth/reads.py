@@ -251,21 +251,22 @@ class Reader:
                 self._carry_out(effect)
 
     def _carry_out(self, effect: QueryEffect) -> None:
-        listener = self.listener
         if isinstance(effect, DeliverAnswer):
             assert effect.question.callback is not None, "an answered query has a callback"
             effect.question.callback(effect.outcome)
-        elif listener is None:
-            return
-        elif isinstance(effect, DisconnectSession):
-            listener.not_authorized(effect.session, effect.refusal)
-        elif isinstance(effect, RefuseSession):
-            listener.end_session(effect.session, effect.status, effect.text)
-        elif isinstance(effect, RevisionRegressed):
-            log.error(
-                "the store's revision went backwards", from_revision=effect.known, to_revision=effect.header.revision
-            )
-            listener.went_back(effect.header)
+        elif self.listener is not None:
+            self._report(self.listener, effect)
+
+    def _report(self, listener: ReadListener, effect: QueryEffect) -> None:
+        match effect:
+            case DisconnectSession():
+                listener.not_authorized(effect.session, effect.refusal)
+            case RefuseSession():
+                listener.end_session(effect.session, effect.status, effect.text)
+            case RevisionRegressed():
+                known, now = effect.known, effect.header.revision
+                log.error("the store's revision went backwards", from_revision=known, to_revision=now)
+                listener.went_back(effect.header)
 
     def _ask(self, call: Call, later: bool) -> None:
         """Make one call, now or after a delay."""

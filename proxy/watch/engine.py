@@ -230,10 +230,10 @@ class Engine:
 
     # etcd (the listener of `upstream.watching.client.WatchClient`)
 
-    def received(self, watch: OpenedWatch, response: WatchResponse) -> None:
+    def received(self, watch: Upstream, response: WatchResponse) -> None:
         """An upstream watch received a response."""
         if response.canceled:
-            self._open.pop(watch, None)  # type: ignore[call-overload]  # it is the core's Upstream that was opened
+            self._open.pop(watch, None)
         if self._busy or self._stopped:
             self._input(self.core.upstream_response, watch, response)
             return
@@ -242,7 +242,7 @@ class Engine:
             self._received_at = time.perf_counter()
         self._busy = self._hearing = True
         try:
-            effects = self.core.upstream_response(watch, response, self._loop.time())  # type: ignore[arg-type]  # as above
+            effects = self.core.upstream_response(watch, response, self._loop.time())
             if len(effects) == 1 and type(effects[0]) is Deliver and not self._gathering:
                 self._deliver_alone(effects[0])
             else:
@@ -268,14 +268,14 @@ class Engine:
         self._reading = begins
         self._gather(begins)
 
-    def progressed(self, watches: Iterable[OpenedWatch], header: Header, number: int) -> None:
+    def progressed(self, watches: Iterable[Upstream], header: Header, number: int) -> None:
         """Watches are complete through the header's revision, as of the progress request with this number."""
         self._input(self.core.upstream_progress, watches, header, number)
 
-    def lost(self, watch: OpenedWatch, status: int, text: str) -> None:
+    def lost(self, watch: Upstream, status: int, text: str) -> None:
         """An upstream watch has ended for good."""
         self.stats.upstream_lost += 1
-        self._open.pop(watch, None)  # type: ignore[call-overload]  # as above
+        self._open.pop(watch, None)
         log.warning("upstream watch ended", key=watch.key, status=status, reason=text)
         self._input(self.core.upstream_lost, watch, UpstreamLost(status, text))
 
@@ -432,7 +432,7 @@ class Engine:
         watch_id: int | None = None
         size = 0
         for watch in watches:
-            outlet: Outlet = watch.outlet  # type: ignore[assignment]  # an object to the core, ours by open_session
+            outlet: Outlet = watch.outlet
             if watch.watch_id != watch_id:
                 watch_id = watch.watch_id
                 message = payload.message(watch_id) if payload.size <= BULKY_BYTES else None
@@ -453,7 +453,7 @@ class Engine:
         pieces: Sequence[bytes] = ()
         watch_id: int | None = None
         for watch in watches:
-            outlet: Outlet = watch.outlet  # type: ignore[assignment]  # an object to the core, ours by open_session
+            outlet: Outlet = watch.outlet
             if outlet.stalled:
                 # Stalled by an earlier effect of the same list; sessions that stalled before that are not in it.
                 self.core.undelivered(watch, payload)
@@ -511,7 +511,7 @@ class Engine:
         return order
 
     def _send(self, effect: Send) -> None:
-        outlet: Outlet = effect.session.outlet  # type: ignore[assignment]  # as above
+        outlet: Outlet = effect.session.outlet
         if not outlet.send(effect.message) and not outlet.stalled:
             outlet.stalled = True
             self.stats.stalls += 1
@@ -519,11 +519,11 @@ class Engine:
 
     def _end_session(self, effect: EndSession) -> None:
         self.stats.ended += 1
-        effect.session.outlet.end(effect.status, effect.text)  # type: ignore[attr-defined]  # as above
+        effect.session.outlet.end(effect.status, effect.text)
 
     def end_session(self, session: Session, status: int, text: str) -> None:
         """End a session for a reason that the core does not know."""
-        outlet: Outlet = session.outlet  # type: ignore[assignment]  # as above
+        outlet: Outlet = session.outlet
         outlet.end(status, text)
         self.close(session)
 

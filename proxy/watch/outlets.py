@@ -42,7 +42,7 @@ class ConnectionBatch:
     def __init__(self, watches: Sequence[Watch]) -> None:
         # Sorted by id, so that each id's messages are encoded once and then repeated.
         self.watches = sorted(watches, key=attrgetter("watch_id"))
-        outlets: list[Outlet] = [watch.outlet for watch in self.watches]  # type: ignore[misc]  # as below
+        outlets: list[Outlet] = [watch.outlet for watch in self.watches]
         self.connection = outlets[0].connection
         counts = Counter(watch.watch_id for watch in self.watches)
         self.ids = [(watch_id, encode_watch_id(watch_id), count) for watch_id, count in counts.items()]
@@ -63,7 +63,7 @@ def plan_delivery(watches: Sequence[Watch]) -> DeliveryPlan:
     """Order a group of watches by connection."""
     groups: dict[tuple[int, int], list[Watch]] = {}
     for watch in watches:
-        outlet: Outlet = watch.outlet  # type: ignore[assignment]  # an object to the core, ours by open_session
+        outlet: Outlet = watch.outlet
         groups.setdefault((id(outlet.connection), len(encode_watch_id(watch.watch_id))), []).append(watch)
     runs = [ConnectionBatch(group) for group in groups.values() if len(group) > 1]
     return DeliveryPlan(runs, [group[0] for group in groups.values() if len(group) == 1])
@@ -71,4 +71,4 @@ def plan_delivery(watches: Sequence[Watch]) -> DeliveryPlan:
 
 def on_distinct_connections(watches: Sequence[Watch]) -> bool:
     """Whether all of the watches are on different connections."""
-    return len({watch.outlet.connection for watch in watches}) == len(watches)  # type: ignore[attr-defined]  # as above
+    return len({watch.outlet.connection for watch in watches}) == len(watches)

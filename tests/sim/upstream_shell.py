@@ -474,29 +474,30 @@ class UpstreamShell:
 
     def _do(self, effects: list[watch_effects.WatchEffect]) -> None:
         for effect in effects:
-            if isinstance(effect, watch_effects.Write):
-                link = self._links.get(effect.stream)
-                if link is not None:
-                    link.requests.append(effect.message if self._whole else _in_fragments(effect.message))
-                elif effect.stream in self._unopened:
-                    self._unopened[effect.stream].append(effect.message)
-            elif isinstance(effect, watch_effects.OpenStream):
-                if self.limited or self._unopened:
-                    self._unopened[effect.stream] = []
-                else:
-                    self._begin(effect.stream)
-            elif isinstance(effect, watch_effects.CloseStream):
-                self._unopened.pop(effect.stream, None)
-                self._unlink(effect.stream)
-                self._led.discard(effect.stream)
-                self._leaving.discard(effect.stream)
-            elif isinstance(effect, watch_effects.WatchReceived):
-                self.on.received(effect.watch, effect.response)
-            elif isinstance(effect, watch_effects.Progressed):
-                self.on.progressed(effect.watches, effect.header, effect.number)
-            elif isinstance(effect, watch_effects.WatchLost):
-                self.on.lost(effect.watch, effect.status, effect.text)
-            elif isinstance(effect, watch_effects.TokenRefused):
-                raise AssertionError("the simulation has no token of the proxy's own")
-            else:
-                self.on.header(effect.header)
+            match effect:
+                case watch_effects.Write():
+                    link = self._links.get(effect.stream)
+                    if link is not None:
+                        link.requests.append(effect.message if self._whole else _in_fragments(effect.message))
+                    elif effect.stream in self._unopened:
+                        self._unopened[effect.stream].append(effect.message)
+                case watch_effects.OpenStream():
+                    if self.limited or self._unopened:
+                        self._unopened[effect.stream] = []
+                    else:
+                        self._begin(effect.stream)
+                case watch_effects.CloseStream():
+                    self._unopened.pop(effect.stream, None)
+                    self._unlink(effect.stream)
+                    self._led.discard(effect.stream)
+                    self._leaving.discard(effect.stream)
+                case watch_effects.WatchReceived():
+                    self.on.received(effect.watch, effect.response)
+                case watch_effects.Progressed():
+                    self.on.progressed(effect.watches, effect.header, effect.number)
+                case watch_effects.WatchLost():
+                    self.on.lost(effect.watch, effect.status, effect.text)
+                case watch_effects.TokenRefused():
+                    raise AssertionError("the simulation has no token of the proxy's own")
+                case _:
+                    self.on.header(effect.header)

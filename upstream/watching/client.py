@@ -19,6 +19,7 @@ import asyncio
 import ssl
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 from proto import etcd_errors
 from proto.framing import Status
@@ -32,19 +33,9 @@ from upstream.errors import CallFailed, Logger, NullLogger, Unreachable
 from upstream.namespace import Namespace
 from upstream.settings import UpstreamSettings
 from upstream.unary import HAS_LEADER, Metadata
+from upstream.watching import effects as watch_effects
 from upstream.watching.call import UpstreamWatchCall
 from upstream.watching.choice import EndpointPolicy, SearchGoal, on_stream_end
-from upstream.watching.effects import (
-    CloseStream,
-    HeaderSeen,
-    OpenStream,
-    Progressed,
-    TokenRefused,
-    WatchEffect,
-    WatchLost,
-    WatchReceived,
-    Write,
-)
 from upstream.watching.leader import LeaderCall
 from upstream.watching.lineage import HistoryTracker, HistoryVerdict, described
 from upstream.watching.listener import WatchListener
@@ -60,7 +51,7 @@ class WatchClient:
     def __init__(
         self,
         endpoints: Sequence[Endpoint],
-        listener: WatchListener,
+        listener: WatchListener[Any],
         settings: UpstreamSettings | None = None,
         tls: ssl.SSLContext | None = None,
         log: Logger | None = None,
@@ -191,7 +182,7 @@ class WatchClient:
         self._apply(effects)
         for effect in effects:
             # Send the create now: the client may send a put right after its own create, on another connection to etcd.
-            if isinstance(effect, Write) and isinstance(effect.stream.shell, UpstreamWatchCall):
+            if isinstance(effect, watch_effects.Write) and isinstance(effect.stream.shell, UpstreamWatchCall):
                 effect.stream.shell.hurry()
 
     def close(self, watch: OpenedWatch) -> None:
@@ -242,30 +233,31 @@ class WatchClient:
 
     # Streams.
 
-    def _apply(self, effects: list[WatchEffect]) -> None:
+    def _apply(self, effects: list[watch_effects.WatchEffect]) -> None:
         listener = self._listener
         for effect in effects:
-            if isinstance(effect, WatchReceived):
-                listener.received(effect.watch, effect.response)
-            elif isinstance(effect, Write):
-                shell = effect.stream.shell
-                if isinstance(shell, UpstreamWatchCall):
-                    shell.write(effect.message)
-            elif isinstance(effect, Progressed):
-                listener.progressed(effect.watches, effect.header, effect.number)
-            elif isinstance(effect, HeaderSeen):
-                listener.header_seen(effect.header)
-            elif isinstance(effect, OpenStream):
-                self._open_stream(effect.stream)
-            elif isinstance(effect, CloseStream):
-                self._places.forget(effect.stream)
-                shell = effect.stream.shell
-                if isinstance(shell, UpstreamWatchCall):
-                    shell.leave()
-            elif isinstance(effect, WatchLost):
-                listener.lost(effect.watch, effect.status, effect.text)
-            elif isinstance(effect, TokenRefused):
-                self._log_in_again(effect.token)
+            match effect:
+                case watch_effects.WatchReceived():
+                    listener.received(effect.watch, effect.response)
+                case watch_effects.Write():
+                    shell = effect.stream.shell
+                    if isinstance(shell, UpstreamWatchCall):
+                        shell.write(effect.message)
+                case watch_effects.Progressed():
+                    listener.progressed(effect.watches, effect.header, effect.number)
+                case watch_effects.HeaderSeen():
+                    listener.header_seen(effect.header)
+                case watch_effects.OpenStream():
+                    self._open_stream(effect.stream)
+                case watch_effects.CloseStream():
+                    self._places.forget(effect.stream)
+                    shell = effect.stream.shell
+                    if isinstance(shell, UpstreamWatchCall):
+                        shell.leave()
+                case watch_effects.WatchLost():
+                    listener.lost(effect.watch, effect.status, effect.text)
+                case watch_effects.TokenRefused():
+                    self._log_in_again(effect.token)
 
     def take(self, stream: WatchStream, response: WatchResponse) -> None:
         """Handle a response that arrived on a stream."""

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from proto.scan import Header, WatchResponse
 from upstream.watching.stream import OpenedWatch
 
+Opened = TypeVar("Opened", bound=OpenedWatch, contravariant=True)
 
-class WatchListener(Protocol):
+
+class WatchListener(Protocol[Opened]):
     """The callbacks; `watch` is always the object that was opened."""
 
-    def received(self, watch: OpenedWatch, response: WatchResponse) -> None:
+    def received(self, watch: Opened, response: WatchResponse) -> None:
         """
         Whole revisions of events, none of them delivered before; or `created`, once; or a bookmark: no events, complete
         through header.revision; or `canceled` with compact_revision, which ends the watch.
         """
 
-    def progressed(self, watches: Iterable[OpenedWatch], header: Header, number: int) -> None:
+    def progressed(self, watches: Iterable[Opened], header: Header, number: int) -> None:
         """
         These watches, if any, are complete through header.revision, a revision that the server had after
         `request_progress` was called with this number (0: unknown).
         """
 
-    def lost(self, watch: OpenedWatch, status: int, text: str) -> None:
+    def lost(self, watch: Opened, status: int, text: str) -> None:
         """The watch has ended for good: refused, cancelled by the server, or unreadable."""
 
     def no_leader(self) -> None:
