@@ -53,7 +53,7 @@ _EXHAUSTED = 8
 class Admission:
     """Processes the request queue of each session, and turns creates into watches."""
 
-    __slots__ = ("_cancellation", "_placement", "_progress", "_reads", "_state", "_trunks", "left")
+    __slots__ = ("_cancellation", "_placement", "_position", "_progress", "_reads", "_state", "_trunks", "left")
 
     def __init__(
         self,
@@ -72,6 +72,8 @@ class Admission:
         self._cancellation = cancellation
         # How many requests may still be decided in this step.
         self.left = state.limits.step_watches_max
+        # The position of the last watch: watches that begin at one revision share the number.
+        self._position = 0
 
     # inputs
 
@@ -281,6 +283,9 @@ class Admission:
             state.observe_header(header)
         else:
             header, position = state.header_now(), request.start_revision
+        if position == self._position:
+            position = self._position
+        self._position = position
         watch = Watch(session, request, watch_id, trunk, position)
         session.watches[watch_id] = watch
         trunk.watches[watch] = None

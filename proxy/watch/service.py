@@ -35,7 +35,7 @@ DRAIN_TEXT = "watchmux: shutting down, connect to another endpoint"
 FAILED_TEXT = "watchmux: internal error, connect again"
 WAITING_TEXT = "watchmux: too many bytes of watch requests are waiting on all streams together (%d)"
 
-CREATE_WORK = 12
+CREATE_WORK = 6
 CANCEL_WORK = 4
 PROGRESS_WORK = 3
 BYTES_PER_WORK = 512
