@@ -8,7 +8,6 @@ Header values are `bytes` here, as `proto.http2` delivers them.
 
 from __future__ import annotations
 
-import binascii
 import math
 import re
 import struct
@@ -211,29 +210,6 @@ def decode_message(value: bytes) -> str:
     Never fails, as the specification asks: an invalid escape is kept, invalid UTF-8 becomes U+FFFD.
     """
     return _ESCAPE.sub(lambda match: bytes((int(match[1], 16),)), value).decode("utf-8", "replace")
-
-
-def encode_binary(value: bytes) -> bytes:
-    """Return `value` as the value of a `-bin` header: base64 without padding."""
-    return binascii.b2a_base64(value, newline=False).rstrip(b"=")
-
-
-def decode_binary(value: bytes) -> list[bytes]:
-    """
-    Return the values of a `-bin` header, padded or not; several headers of one name may be joined by commas.
-
-    Raises FramingError (INTERNAL) when one of them is not base64.
-    """
-    return [_decode_base64(part.strip(b" \t")) for part in value.split(b",")]
-
-
-def _decode_base64(part: bytes) -> bytes:
-    if b"=" not in part:
-        part += b"=" * (-len(part) % 4)
-    try:
-        return binascii.a2b_base64(part, strict_mode=True)
-    except binascii.Error as error:
-        raise FramingError(Status.INTERNAL, f"malformed base64 in binary metadata: {error}") from None
 
 
 _HTTP_STATUS: Final = {

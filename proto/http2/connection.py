@@ -88,11 +88,6 @@ class Connection(ReceiveSide):
         self._needed = 0
 
     @property
-    def open_streams(self) -> int:
-        """Number of open streams."""
-        return len(self.streams)
-
-    @property
     def last_stream_id(self) -> int:
         """The highest stream id so far: the peer's for a server, our own for a client; 0 before the first."""
         return self._last_id

@@ -259,7 +259,7 @@ def test_too_many_streams_are_refused_one_by_one() -> None:
     assert wire.event_lines(events) == ["request 7"]
     assert isinstance(events[0], HeadersReceived)
     assert (b"new", b"field") in events[0].headers
-    assert connection.open_streams == 2
+    assert len(connection.streams) == 2
 
 
 def test_the_stream_limit_is_announced() -> None:

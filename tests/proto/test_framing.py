@@ -18,10 +18,8 @@ from proto.framing import (
     FramingError,
     MessageReader,
     Status,
-    decode_binary,
     decode_message,
     decode_timeout,
-    encode_binary,
     encode_message,
     encode_timeout,
     frame,
@@ -312,41 +310,6 @@ def test_grpc_message_round_trip(text: str) -> None:
     value = encode_message(text)
     assert decode_message(value) == text
     assert all(0x20 <= byte <= 0x7E for byte in value)
-
-
-@pytest.mark.parametrize(
-    ("value", "decoded"),
-    [
-        (b"", [b""]),
-        (b"YQ", [b"a"]),
-        (b"YQ==", [b"a"]),
-        (b"YWI", [b"ab"]),
-        (b"YWI=", [b"ab"]),
-        (b"YWJj", [b"abc"]),
-        (b"+/+/", [b"\xfb\xff\xbf"]),
-        (b"YQ,YWI=,YWJj", [b"a", b"ab", b"abc"]),
-        (b"YQ== , YWI", [b"a", b"ab"]),
-        (b"YQ,,YQ", [b"a", b"", b"a"]),
-    ],
-)
-def test_decode_binary(value: bytes, decoded: list[bytes]) -> None:
-    assert decode_binary(value) == decoded
-
-
-@pytest.mark.parametrize(
-    "value", [b"Y", b"YQ=", b"YQ===", b"=", b"====", b"Y Q", b"YQ==YQ==", b"-_-_", b"Y\xff", b"YQ;YQ"]
-)
-def test_malformed_binary(value: bytes) -> None:
-    with pytest.raises(FramingError, match="malformed base64") as raised:
-        decode_binary(value)
-    assert raised.value.code is Status.INTERNAL
-
-
-@given(st.lists(st.binary(max_size=20), min_size=1))
-def test_binary_values_round_trip(values: list[bytes]) -> None:
-    encoded = [encode_binary(value) for value in values]
-    assert not any(b"=" in value for value in encoded)
-    assert decode_binary(b",".join(encoded)) == values
 
 
 @pytest.mark.parametrize(

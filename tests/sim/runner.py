@@ -17,6 +17,11 @@ from tests.sim.world import World
 
 STEPS_MIN = 50
 STEPS_MAX = 170
+REACHED = (
+    *("joins_live", "joins_future", "joins_history", "joins_backfill", "refused", "compacted", "replays", "upgrades"),
+    *("progress_answers", "progress_notifies", "sessions_ended"),
+)
+"""Counters of the core that are part of an outcome: what no run ever does would prove nothing."""
 
 
 @dataclass(slots=True)
@@ -65,6 +70,7 @@ def run(
         outcome.stack = "".join(traceback.format_exception(error)[-4:])
     if world is not None:
         outcome.counts.update(world.counts)
+        outcome.counts.update({name: getattr(world.core.stats, name) for name in REACHED})
     return outcome
 
 

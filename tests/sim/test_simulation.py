@@ -16,7 +16,7 @@ from tests.sim.mutant_table import MUTANTS
 from tests.sim.mutant_table_upstream import CLIENT_MUTANTS, STORE_MUTANTS
 from tests.sim.mutants import Mutant, load
 from tests.sim.mutation import is_found_by, known_witnesses, search
-from tests.sim.runner import Outcome, faults, report, run, run_many, shrink, steps_of
+from tests.sim.runner import REACHED, Outcome, faults, report, run, run_many, shrink, steps_of
 from upstream.store import watchable
 from upstream.watching import state as watch_state
 
@@ -38,6 +38,8 @@ def test_no_failure_is_found(first: int) -> None:
     # Pauses are rare: a hundred other seeds may have a single one.
     for what in ("stalls", "returned", "backfills", "ended sessions", "reads", *(("pauses",) if first == 0 else ())):
         assert counts[what] > 5, (what, counts[what])
+    for name in REACHED:
+        assert counts[name] > 0, name
 
 
 @pytest.mark.long

@@ -111,14 +111,6 @@ class Auth:
         if ROOT not in self.users[user].roles:
             raise StoreError(errors.PERMISSION_DENIED)
 
-    def is_admin(self, user: str | None) -> bool:
-        """Return whether check_admin passes."""
-        try:
-            self.check_admin(user)
-        except StoreError:
-            return False
-        return True
-
     def check_put(self, user: str | None, request: rpc_pb2.PutRequest, lease_keys: LeaseKeys) -> None:
         """
         Refuse a put. Raises StoreError.

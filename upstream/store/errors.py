@@ -45,7 +45,6 @@ LEASE_NOT_FOUND = StoreRefusal(Status.NOT_FOUND, "etcdserver: requested lease no
 LEASE_EXISTS = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: lease already exists")
 LEASE_TTL_TOO_LARGE = StoreRefusal(Status.OUT_OF_RANGE, "etcdserver: too large lease TTL")
 
-MEMBER_NOT_FOUND = StoreRefusal(Status.NOT_FOUND, "etcdserver: member not found")
 ROOT_USER_NOT_EXIST = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: root user does not exist")
 ROOT_ROLE_NOT_EXIST = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: root user does not have root role")
 USER_ALREADY_EXISTS = StoreRefusal(Status.FAILED_PRECONDITION, "etcdserver: user name already exists")

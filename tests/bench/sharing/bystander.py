@@ -11,9 +11,12 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+
+import click
+import uvloop
 
 from tests.bench.sharing.front import Figures, Front
 from tests.e2e.raw_client import RawClient
@@ -123,3 +126,21 @@ async def with_bystander(
     figures = {**quantiles("before", before), **quantiles("during", during), "memory peak MiB": peak.mib}
     outcome = output.decode().strip()
     return {**figures, "outcome": outcome} if outcome else figures
+
+
+def load_command(loads: Mapping[str, Callable[..., Awaitable[str]]]) -> click.Command:
+    """Return the command of a module of loads, which `with_bystander` runs."""
+
+    @click.command()
+    @click.argument("load", type=click.Choice(list(loads)))
+    @click.argument("arguments", nargs=-1)
+    @click.argument("port", type=int)
+    def main(load: str, arguments: tuple[str, ...], port: int) -> None:
+        """Run a LOAD against the listener at PORT, and print its outcome."""
+
+        async def outcome() -> str:
+            return await loads[load](port, *arguments)
+
+        click.echo(uvloop.run(outcome()))
+
+    return main

@@ -12,7 +12,7 @@ import click
 import uvloop
 
 from proto.pb import rpc_pb2
-from tests.bench.sharing.bystander import port_of, with_bystander
+from tests.bench.sharing.bystander import load_command, port_of, with_bystander
 from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import Etcd, direct
@@ -214,17 +214,7 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
-@click.command()
-@click.argument("load", type=click.Choice(list(LOADS)))
-@click.argument("arguments", nargs=-1)
-@click.argument("port", type=int)
-def main(load: str, arguments: tuple[str, ...], port: int) -> None:
-    """Run a LOAD against the listener at PORT, and print its outcome."""
-    click.echo(uvloop.run(_said(LOADS[load](port, *arguments))))
-
-
-async def _said(load: Awaitable[str]) -> str:
-    return await load
+main = load_command(LOADS)
 
 
 if __name__ == "__main__":
