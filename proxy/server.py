@@ -128,20 +128,18 @@ class Proxy:
         self.pool.when_available(self._upstream_changed)
         namespace = self._namespace
         self.reader = Reader(self.pool, self._reader_settings, namespace)
-        self.engine = Engine(Coalescer(self._limits), self.reader)
+        self.listener = Listener(self._listener_settings)
+        self.engine = Engine(Coalescer(self._limits), self.reader, self.listener)
         watch_log = logs.logger("upstream")
         sources = self.watch_endpoints or self.endpoints
         self.upstream = WatchClient(sources, self.engine, settings, tls, watch_log, self._credentials, namespace)
+        self.upstream.cork = self.listener
         self.engine.attach(self.upstream)
         self.engine.upstream_changed = self._watches_changed
         self.watches = watch_service.WatchService(self.engine, self._watch_settings)
         self.engine.failed = self.watches.end_all
         self.passthrough, refusal = self._make_passthrough()
         self.http1 = Http1(self._http1_endpoint, self._upstream_tls, refusal=refusal)
-        self.listener = Listener(self._listener_settings)
-        self.engine.relieve = self.listener.relieve
-        self.engine.gather = self.listener.gather
-        self.upstream.around_read = self.engine.reading
         self.upstream.on_problem = self._upstream_changed
         self.probe = SelfProbe(self.listener, self.engine, self.health, self._probe_interval_s)
         if self._upstream_cert:

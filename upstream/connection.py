@@ -43,7 +43,7 @@ from upstream.errors import Unreachable, closed_early, explain_connect, not_http
 from upstream.heads import STATUS_OF_RESET, number, status_of
 from upstream.owing import Owing
 from upstream.settings import ConnectionSettings
-from upstream.transport import open_transport
+from upstream.transport import Cork, open_transport
 
 _PING: Final = b"watchmux"
 _FIRST_BYTES_MAX: Final = 512
@@ -51,10 +51,6 @@ _SETTINGS_FRAME: Final = 4
 # From this stream id on a connection takes no new calls. Ids end at 2^31 (RFC 9113 5.1.1); the rest is a reserve for
 # calls that begin meanwhile.
 _STREAM_ID_WORN: Final = 2**30
-
-
-def _nobody(begins: bool) -> None:
-    """Ignore a read: the default of `around_read`."""
 
 
 class NotSent(Exception):
@@ -170,8 +166,8 @@ class ClientConnection(asyncio.Protocol):
         self.opened_at = 0.0
         # The server closed it because of our PINGs: the next connection must send fewer.
         self.pinged_too_often = False
-        # Called with True before and False after a read is dispatched. Skipped for a read that is a single DATA frame.
-        self.around_read: Callable[[bool], None] = _nobody
+        # Held while a read is dispatched, unless it is a single DATA frame.
+        self.cork: Cork | None = None
         self.ready: asyncio.Future[None] = loop.create_future()
         limits = Http2Limits(
             initial_window=settings.stream_window_bytes, connection_window=settings.connection_window_bytes
@@ -229,8 +225,9 @@ class ClientConnection(asyncio.Protocol):
                 return
         self._receiving = True
         stream = self.http2.receive_data(data)
-        if stream is None:
-            self.around_read(True)
+        cork = self.cork if stream is None else None
+        if cork is not None:
+            cork.cork()
         try:
             if stream is None:
                 self._dispatch(self.http2.receive(data))
@@ -243,8 +240,8 @@ class ClientConnection(asyncio.Protocol):
                 call.handler.on_data(data[FRAME_HEADER_BYTES:], size)
         finally:
             self._receiving = False
-            if stream is None:
-                self.around_read(False)
+            if cork is not None:
+                cork.uncork()
         if stream is None or self._flush_scheduled:
             self._flush()
 

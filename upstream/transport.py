@@ -11,9 +11,20 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable
+from typing import Protocol
 
 from upstream.endpoints import Endpoint
 from upstream.settings import NEXT_ADDRESS_S
+
+
+class Cork(Protocol):
+    """Collects what a read causes to be written to clients, so that each gets one write."""
+
+    def cork(self) -> None:
+        """Begin; may be nested."""
+
+    def uncork(self) -> None:
+        """End; the outermost end writes."""
 
 
 async def open_transport(

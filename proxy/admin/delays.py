@@ -86,7 +86,7 @@ def watch_deliveries(listener: Listener, engine: Engine) -> Histogram:
             stats.delivering_since = 0.0
             histogram.observe(clock() - since)
 
-    listener.flushed = engine.wrote = flushed
+    listener.on_flush = flushed
     return histogram
 
 

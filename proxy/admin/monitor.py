@@ -127,7 +127,7 @@ class Monitor:
     def stop(self) -> None:
         """Stop recording."""
         self.loop_delay.stop()
-        self._proxy.listener.flushed = self._proxy.engine.wrote = None
+        self._proxy.listener.on_flush = None
 
     def take(self) -> Snapshot:
         """Take a snapshot now."""

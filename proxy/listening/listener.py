@@ -64,11 +64,11 @@ class Listener:
         self.draining = False
         self._refusals_logged_at = -REFUSALS_LOG_S
         self._refusals_logged = 0
-        self.flushed: Callable[[], None] | None = None
-        """Called after each turn's writes."""
+        self.on_flush: Callable[[], None] | None = None
+        """Called after writes."""
         self._dirty: list[ServerConnection] = []
-        self._gathering = False
-        """Between `gather(True)` and `gather(False)`: the latter writes."""
+        self._corks = 0
+        """Calls of `cork` without their `uncork`."""
         self._listening: Listening | None = None
         self._servers: list[asyncio.Server] = []
         self._port = 0
@@ -129,24 +129,27 @@ class Listener:
 
     def soon(self, connection: ServerConnection) -> None:
         """Schedule a flush of a connection for the end of this turn; called by `ServerConnection.touch`."""
-        if not (self._dirty or self._gathering):
-            self._loop.call_soon(self._flush)
+        if not (self._dirty or self._corks):
+            self._loop.call_soon(self.flush)
         self._dirty.append(connection)
 
-    def gather(self, begins: bool) -> None:
-        """Begin (True) or end (False) a section whose end flushes the dirty connections.
+    @property
+    def corked(self) -> bool:
+        """Between `cork` and `uncork`."""
+        return self._corks > 0
 
-        Used around reads of events: flushing at the end of the turn would cost a callback for each event.
-        """
-        self._gathering = begins
-        if not begins and self._dirty:
-            self._flush()
+    def cork(self) -> None:
+        """Collect the output of a read until `uncork`: a flush at the end of the turn costs a callback for each."""
+        self._corks += 1
 
-    def relieve(self) -> None:
-        """Write the queued output now, in the middle of a turn; called for each MiB of it."""
-        self._flush()
+    def uncork(self) -> None:
+        """Write, at the outermost end of such a section."""
+        self._corks -= 1
+        if not self._corks and self._dirty:
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write the queued output now."""
         dirty = self._dirty
         self._dirty = []
         for connection in dirty:
@@ -156,8 +159,8 @@ class Listener:
                 # Any exception: the other connections must still be written.
                 log.exception("write failed; dropping the connection", peer=connection.peer)
                 connection.abort()
-        if self.flushed is not None:
-            self.flushed()
+        if self.on_flush is not None:
+            self.on_flush()
 
     def opened(self, connection: ServerConnection) -> None:
         """Add a new connection."""

@@ -43,7 +43,7 @@ from proxy.auth.model import Outcome, PermissionCheck
 from proxy.auth.queries import RevisionRead
 from proxy.auth.reads import Reader
 from proxy.auth.restore import AuthScope
-from proxy.watch.outlets import DeliveryPlan, Outlet, on_distinct_connections, plan_delivery
+from proxy.watch.outlets import DeliveryPlan, Outlet, Output, on_distinct_connections, plan_delivery
 from upstream.watching.stream import OpenedWatch
 
 BULKY_BYTES = 8 * 1024
@@ -122,25 +122,17 @@ class EngineStats:
 class Engine:
     """Drives one Coalescer. Create it in the running event loop; call `attach` before the first client."""
 
-    def __init__(self, core: Coalescer, reader: Reader) -> None:
+    def __init__(self, core: Coalescer, reader: Reader, output: Output) -> None:
         self.core = core
         self.stats = EngineStats()
         self.failed: Callable[[], None] | None = None
         """Ends every session, by `Outlet.end`, when the core has failed."""
 
-        self.relieve: Callable[[], None] | None = None
-        """Called each time TURN_BYTES have been queued for clients."""
-
-        self.gather: Callable[[bool], None] | None = None
-        """Called with True when output queued from now on is to be written together, with False to write it."""
-
-        self.wrote: Callable[[], None] | None = None
-        """Called after payloads were written without being queued; set if their delay is measured."""
-
         self.upstream_changed: Callable[[], None] | None = None
         """Called when the connection that carries the watches is lost or established."""
 
         self._reader = reader
+        self._output = output
         self._loop = asyncio.get_running_loop()
         self._upstream: UpstreamWatches | None = None
         self._inbox: deque[tuple[Callable[..., list[Effect]], tuple[Any, ...]]] = deque()
@@ -150,12 +142,6 @@ class Engine:
         self._stopped = False
         self._queued_bytes = 0
         """Bytes delivered since the last write in the middle of a turn."""
-        self._reading = False
-        """Between `reading(True)` and `reading(False)`."""
-        self._gathering = False
-        """Between `gather(True)` and `gather(False)`."""
-        self._hearing = False
-        """Payloads delivered now have just been received."""
         self._received_at = 0.0
         """When they were received (time.perf_counter), if delays are measured; otherwise 0."""
         reader.listener = self
@@ -237,13 +223,17 @@ class Engine:
         if self._busy or self._stopped:
             self._input(self.core.upstream_response, watch, response)
             return
-        # The same as in `_input`, except that a single payload is delivered at once.
-        if self.wrote is not None:
+        # The same as in `_input`, except that each client gets one write at the end, and the payload of a read that
+        # brought only one is written at once.
+        output = self._output
+        alone = not output.corked
+        if output.on_flush is not None:
             self._received_at = time.perf_counter()
-        self._busy = self._hearing = True
+        self._busy = True
+        output.cork()
         try:
             effects = self.core.upstream_response(watch, response, self._loop.time())
-            if len(effects) == 1 and type(effects[0]) is Deliver and not self._gathering:
+            if alone and len(effects) == 1 and type(effects[0]) is Deliver:
                 self._deliver_alone(effects[0])
             else:
                 for effect in effects:
@@ -253,20 +243,11 @@ class Engine:
         except Exception:
             self._start_over()
         finally:
-            self._busy = self._hearing = False
+            self._busy = False
             self._received_at = 0.0
+            output.uncork()
         if self.core.deadline_moved:
             self._arm()
-        if self._gathering and not self._reading:
-            self._gather(False)
-
-    def reading(self, begins: bool) -> None:
-        """Begin or end a read from etcd that may contain several messages: all output is written at its end.
-
-        Not called for a read that is a single message, whose output may be written at once.
-        """
-        self._reading = begins
-        self._gather(begins)
 
     def progressed(self, watches: Iterable[Upstream], header: Header, number: int) -> None:
         """Watches are complete through the header's revision, as of the progress request with this number."""
@@ -377,11 +358,6 @@ class Engine:
 
     # carrying out
 
-    def _gather(self, begins: bool) -> None:
-        self._gathering = begins
-        if self.gather is not None:
-            self.gather(begins)
-
     def _deliver(self, effect: Deliver) -> None:
         """Deliver one payload to its watches."""
         watches = effect.watches
@@ -392,8 +368,6 @@ class Engine:
     def _deliver_in(self, order: DeliveryPlan | None, effect: Deliver) -> None:
         payload, watches = effect.payload, effect.watches
         count = len(watches)
-        if self._hearing and not self._gathering:
-            self._gather(True)
         sent = self._deliver_each(payload, watches) if order is None else self._deliver_ordered(payload, order)
         stats = self.stats
         stats.delivered += count
@@ -402,9 +376,9 @@ class Engine:
         if not stats.delivering_since:
             stats.delivering_since = self._received_at
         self._queued_bytes += sent
-        if self._queued_bytes >= TURN_BYTES and self.relieve is not None:
+        if self._queued_bytes >= TURN_BYTES:
             self._queued_bytes = 0
-            self.relieve()
+            self._output.flush()
 
     def _deliver_alone(self, effect: Deliver) -> None:
         """Deliver the only payload of a read: write it at once to watches on different connections.
@@ -442,8 +416,8 @@ class Engine:
                 stats.delivered_bytes += size
             else:
                 self._deliver(Deliver(payload, (watch,)))
-        if self.wrote is not None:
-            self.wrote()
+        if self._output.on_flush is not None:
+            self._output.on_flush()
 
     def _deliver_each(self, payload: Payload, watches: Sequence[Watch]) -> int:
         """Queue a payload for watches one by one; return the number of bytes."""

@@ -6,7 +6,7 @@ Work that depends only on the connection is done once per connection of a group,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +32,19 @@ class Outlet(Protocol):
 
     def end(self, status: int, text: str) -> None:
         """End the stream; the session is gone."""
+
+
+class Output(Protocol):
+    """What is queued for all clients; implemented by `listening.listener.Listener`."""
+
+    on_flush: Callable[[], None] | None
+    """Called after writes; set if the delay of events is measured."""
+
+    @property
+    def corked(self) -> bool: ...
+    def cork(self) -> None: ...
+    def uncork(self) -> None: ...
+    def flush(self) -> None: ...
 
 
 class ConnectionBatch:

@@ -32,6 +32,7 @@ from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Logger, NullLogger, Unreachable
 from upstream.namespace import Namespace
 from upstream.settings import UpstreamSettings
+from upstream.transport import Cork
 from upstream.unary import HAS_LEADER, Metadata
 from upstream.watching import effects as watch_effects
 from upstream.watching.call import UpstreamWatchCall
@@ -93,9 +94,8 @@ class WatchClient:
         self._register_timer: asyncio.TimerHandle | None = None
         # Connections lost while watches were open, since the start.
         self.breaks = 0
-        # Called with True before and False after the listener is notified of what a read brought. Skipped for a read
-        # that is a single DATA frame.
-        self.around_read: Callable[[bool], None] | None = None
+        # Held while the listener is notified of what a read brought, unless that is a single DATA frame.
+        self.cork: Cork | None = None
         # Called when `problem` has changed.
         self.on_problem: Callable[[], None] | None = None
         self._unanswered = UnansweredCreates(self._settings.create_timeout_s)
@@ -518,7 +518,7 @@ class WatchClient:
         return connection or server.connection
 
     def _prepare(self, server: Server) -> None:
-        server.connection.around_read = self.around_read or server.connection.around_read
+        server.connection.cork = self.cork
         if not server.ordered_progress:
             self._places.unordered.add(server.connection)
 

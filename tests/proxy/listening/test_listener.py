@@ -151,11 +151,11 @@ def test_output_of_a_read_is_flushed_at_its_end() -> None:
                 call.send(b"x")
                 assert await call.next() == b"x"
             before = rig.listener.stats.writes
-            rig.listener.gather(True)
+            rig.listener.cork()
             for handler in rig.handlers:
                 handler.call.write(frame(b"event"))
             assert rig.listener.stats.writes == before
-            rig.listener.gather(False)
+            rig.listener.uncork()
             assert rig.listener.stats.writes == before + 1
             rig.handlers[0].call.write(frame(b"later"))
             assert rig.listener.stats.writes == before + 1
@@ -210,7 +210,7 @@ def test_large_output_is_written_before_the_turn_ends(connections: int) -> None:
             before = rig.listener.stats.writes
             for handler in rig.handlers:
                 handler.call.write(frame(b"event"))
-            rig.listener.relieve()
+            rig.listener.flush()
             assert rig.listener.stats.writes == before + connections
             for call in calls:
                 assert await call.next() == b"event"
@@ -451,8 +451,8 @@ def test_client_that_does_not_answer_pings_is_dropped() -> None:
             await until_async(
                 lambda: +rig.listener.stats.timed_out == {"keepalive_timeout_s": 1}, "the dead one to be dropped"
             )
+            await until_async(lambda: len(rig.listener.connections) == 1, "its connection to be removed")
             assert not good.lost
-            assert len(rig.listener.connections) == 1
             await good.close()
             dead.transport.abort()
 

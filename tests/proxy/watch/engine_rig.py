@@ -201,6 +201,35 @@ class FakeOutlet:
         self.on_end()
 
 
+class FakeOutput:
+    """Records the corks, the flushes, and the writes without a queue."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.corks = 0
+        self.on_flush: Callable[[], None] | None = lambda: self.calls.append("wrote")
+        self.written: Callable[[], None] = lambda: None
+        """Called at each flush, also that of the last uncork."""
+
+    @property
+    def corked(self) -> bool:
+        return self.corks > 0
+
+    def cork(self) -> None:
+        self.corks += 1
+        self.calls.append("cork")
+
+    def uncork(self) -> None:
+        self.corks -= 1
+        self.calls.append("uncork")
+        if not self.corks:
+            self.written()
+
+    def flush(self) -> None:
+        self.calls.append("flush")
+        self.written()
+
+
 class FakeTrunk:
     """The part of an upstream watch that the engine uses."""
 
@@ -221,7 +250,8 @@ class Rig:
     def __init__(self) -> None:
         self.core = ScriptedCore()
         self.reader = FakeReader()
-        self.engine = Engine(self.core, self.reader)  # type: ignore[arg-type]  # stand-ins
+        self.output = FakeOutput()
+        self.engine = Engine(self.core, self.reader, self.output)  # type: ignore[arg-type]  # stand-ins
         self.upstream = FakeUpstream()
         self.engine.attach(self.upstream)
 

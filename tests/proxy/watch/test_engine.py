@@ -154,9 +154,6 @@ def test_a_single_payload_is_written_at_once() -> None:
 
     async def scenario() -> None:
         rig = Rig()
-        told: list[object] = []
-        rig.engine.gather = told.append
-        rig.engine.wrote = lambda: told.append("wrote")
         outlets = [FakeOutlet(room) for room in (9, 9, 0, 9)]
         outlets[1].touch()
         watches = [watch_of(outlet, watch_id) for outlet, watch_id in zip(outlets, (0, 0, 0, 5), strict=True)]
@@ -166,7 +163,7 @@ def test_a_single_payload_is_written_at_once() -> None:
         assert [outlet.written for outlet in outlets] == [[b"0:x"], [], [], [b"5:x"]]
         assert [outlet.touched for outlet in outlets] == [0, 1, 1, 0]
         assert rig.core.inputs[1:] == [("stalled", watches[2].session)]
-        assert told == [True, "wrote", False]
+        assert rig.output.calls == ["cork", "wrote", "uncork"]
         stats = rig.engine.stats
         assert (stats.delivered, stats.coalesced, stats.delivered_bytes, stats.stalls) == (4, 3, 12, 1)
 
@@ -176,15 +173,14 @@ def test_a_single_payload_is_written_at_once() -> None:
 def test_payloads_that_can_be_joined_are_queued() -> None:
     async def scenario() -> None:
         rig = Rig()
-        told: list[bool] = []
         outlets = [FakeOutlet(99) for _ in range(3)]
 
-        def gather(begins: bool) -> None:
-            told.append(begins)
+        def written() -> None:
             for outlet in outlets:
                 outlet.connection.dirty = False
 
-        rig.engine.gather = gather
+        rig.output.on_flush = None
+        rig.output.written = written
         outlets[2].connection = outlets[0].connection
         watches = [watch_of(outlet) for outlet in outlets]
         small = payload_of(b"x")
@@ -197,16 +193,15 @@ def test_payloads_that_can_be_joined_are_queued() -> None:
         ):
             rig.script("upstream_response", *effects)
             rig.engine.received(TRUNK, SPOKEN)
-        assert told == [True, False] * 4
+        assert rig.output.calls == ["cork", "uncork"] * 4
         # A read of several messages; and a payload that does not result from a read.
-        rig.engine.reading(True)
+        rig.output.cork()
         rig.script("upstream_response", Deliver(small, watches[:1]))
         rig.engine.received(TRUNK, SPOKEN)
-        assert told[8:] == [True]
-        rig.engine.reading(False)
+        rig.output.uncork()
         rig.script("drained", Deliver(small, watches[:1]))
         rig.engine.drained(watches[0].session)
-        assert told[8:] == [True, False]
+        assert rig.output.calls[8:] == ["cork", "cork", "uncork", "uncork"]
         assert [outlet.written for outlet in outlets] == [[], [], []]
         assert [len(outlet.sent) for outlet in outlets] == [7, 2, 1]
 
@@ -316,11 +311,11 @@ def test_much_output_in_one_turn_is_reported() -> None:
         rig = Rig()
         relieved: list[int] = []
         outlet = FakeOutlet(99)
-        rig.engine.relieve = lambda: relieved.append(len(outlet.sent))
+        rig.output.written = lambda: relieved.append(len(outlet.sent))
         third = payload_of(bytes(TURN_BYTES // 3))
         rig.script("upstream_response", *[Deliver(third, [watch_of(outlet)])] * 7)
         rig.engine.received(TRUNK, SPOKEN)
-        assert relieved == [3, 6]
+        assert relieved == [3, 6, 7]
 
     run(scenario())
 
