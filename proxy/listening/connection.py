@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 """The first bytes of every HTTP/2 client (RFC 9113 3.4)."""
 
+PIECE_BYTES_COPIED = 4096
+"""Pieces of output that are larger than this on average are written without being joined."""
+
 KEEPALIVE_PING = b"keepaliv"
 DRAIN_PING = b"draining"
 
@@ -440,7 +443,15 @@ class ServerConnection(asyncio.Protocol):
             # Include the piece that exceeds the bound, so that the transport's buffer counts as full.
             del part[bisect_right(ends, part_bytes) + 1 :]
             del rest[: len(part)]
-            self._write(b"".join(part))
+            size = ends[len(part) - 1]
+            if size < len(part) * PIECE_BYTES_COPIED:
+                self._write(b"".join(part))
+            else:
+                # Not copied: a large answer may be in the buffers of a thousand connections.
+                stats = self._listener.stats
+                stats.writes += 1
+                stats.written_bytes += size
+                self._transport.writelines(part)
 
     def _hold(self, pieces: Sequence[Piece]) -> None:
         """Keep the output of a blocked connection; above the bound, stop reading from the client until it reads."""

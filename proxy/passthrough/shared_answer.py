@@ -49,7 +49,7 @@ class AnswerOwner(Protocol):
         """The calls are answered from now on, and not sent in another way."""
 
     def answer_settled(self, answer: SharedAnswer) -> None:
-        """The answer has arrived completely, or will not."""
+        """The answer is passed on as far as clients take it now, or will not come. May be called again."""
 
     def answer_unsent(self, calls: Sequence[Relay]) -> None:
         """The read of these calls cannot be sent: no connection takes it."""
@@ -110,6 +110,8 @@ class SharedAnswer:
         self._complete = False
         self._trailers: Headers | None = None
         self._began = False
+        # The relay is done.
+        self._over = False
         # There is no room for it, or no connection for its read: its calls go on without it.
         self._dissolving = False
         # Cursors to which more can be passed on, and those that have all that has arrived.
@@ -183,7 +185,10 @@ class SharedAnswer:
         return relay.start(upstream)
 
     def head_received(self, relay: Relay) -> None:
-        """Do nothing: the next read begins when this one has arrived, which no client can delay."""
+        """Do nothing: the next read begins when this answer is passed on to all clients that read.
+
+        An earlier one would only compete with it: more calls share the next read if it begins later.
+        """
 
     def held(self, relay: Relay) -> None:
         """Give each call its own place among the calls that wait for a connection, with its own deadline."""
@@ -193,7 +198,7 @@ class SharedAnswer:
     def over(self, relay: Relay) -> None:
         """Note that nothing more arrives."""
         del relay
-        self._owner.answer_settled(self)
+        self._over = True
 
     # The calls.
 
@@ -220,6 +225,7 @@ class SharedAnswer:
         relay, self._relay = self._relay, None
         if relay is not None and not relay.done:
             relay.closed(None)
+        self._owner.answer_settled(self)
         self._owner.release(self._reserved, max(0, self._passed - self._size))
         self._reserved = self._passed = 0
         self._pieces = []
@@ -309,6 +315,8 @@ class SharedAnswer:
                 self._reset(cursor, ErrorCode.INTERNAL_ERROR)
         if ready:
             self._schedule()
+        elif self._over:
+            self._owner.answer_settled(self)
 
     def _pass_on(self, cursor: Cursor) -> int:
         """Give one call its next portion; return the bytes."""

@@ -32,9 +32,9 @@ RANGE: Final = b"/etcdserverpb.KV/Range"
 OWN_FIELDS: Final = frozenset((b":authority", b":scheme", b"grpc-timeout", b"user-agent"))
 """Fields of a request head that may differ between calls that share an answer."""
 
-REQUEST_WAIT_S: Final = 0.05
+REQUEST_WAIT_S: Final = 0.5
 """How long the request of a call may take to arrive; after that the call goes alone, so that etcd applies its deadline.
-Clients send the request with the head, or right after it."""
+Clients send the request with the head, or right after it; of a thousand at once some are handled in a later turn."""
 
 TURN_CALLS_MAX: Final = 200
 """Calls that are ended or sent alone in one turn of the event loop: about ten milliseconds."""

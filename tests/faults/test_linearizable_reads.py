@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import AsyncExitStack
 
 import pytest
@@ -12,8 +13,9 @@ from proxy.passthrough.relay import Relay
 from proxy.passthrough.shared_reads import SharedReads
 from proxy.passthrough.sharing import Read
 from proxy.server import Proxy
-from tests.e2e.running import proxy_for
+from tests.e2e.running import direct, proxy_for
 from tests.e2e.scenario import run
+from tests.e2e.test_shared_reads import answer_of, read, rig_of
 from tests.etcd.cluster import Cluster, cluster
 from tests.etcd.server import EtcdServer
 from tests.faults.recorded import Recorder, truth_of
@@ -22,6 +24,7 @@ from tests.linearizability import History, Operation, violations
 from tests.waiting import until_async
 
 OPERATIONS = 100_000
+HANDLED = "grpc_server_handled_total"
 
 log = logs.logger("test")
 
@@ -55,10 +58,7 @@ def test_the_checker(operations: list[Operation], wrong: int) -> None:
 
 
 async def _recorded(etcd: EtcdServer, operations: int, delay_s: float) -> tuple[History, int]:
-    """Record the history of two proxies, to one of which etcd's answers are late; return it and the reads saved.
-
-    With one proxy there is nothing to find: etcd's answers arrive in the order in which it has executed the calls.
-    """
+    """Record the history of two proxies, to one of which etcd's answers are late; return it and the reads saved."""
     async with AsyncExitStack() as stack:
         relay = await stack.enter_async_context(relay_to(etcd.client_port))
         relay.delay(Way.BACK, delay_s)
@@ -80,24 +80,43 @@ def test_shared_reads_are_linearizable(etcd: EtcdServer) -> None:
     run(scenario())
 
 
-def test_reads_that_began_too_early_are_found(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The deliberate bug: a call is answered by the read in flight, which began before the call arrived."""
-    wait = SharedReads._wait
+def _join(self: SharedReads, relay: Relay, read: Read[Relay]) -> bool:
+    """Let a call be answered by the read in flight, which began before the call arrived: the deliberate bug."""
+    relay.keep()
+    self._answers[read]._calls[relay] = read.calls[relay] = None
+    self._sharing._shares[relay] = read
+    return True
 
-    def join(self: SharedReads, relay: Relay, read: Read[Relay]) -> bool:
-        answer = self._answers.get(read)
-        if answer is None:
-            return wait(self, relay, read)
-        relay.keep()
-        answer._calls[relay] = read.calls[relay] = None
-        self._sharing._shares[relay] = read
-        return True
 
-    monkeypatch.setattr(SharedReads, "_wait", join)
+def _handled(etcd: EtcdServer) -> float:
+    return sum(value for name, value in etcd.metrics().items() if name.startswith(HANDLED) and '"Range"' in name)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_read_that_began_too_early_is_found(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
+    """A write is acknowledged while the answer of a shared read is on its way; then another read arrives."""
 
     async def scenario() -> None:
-        history, _ = await _recorded(etcd, 2_000, 0.003)
-        assert violations(history)
+        history = History()
+        async with rig_of(etcd) as rig, direct(etcd) as store:
+            handled = _handled(etcd)
+            rig.pause()
+            calls = [read(rig.client) for _ in range(3)]
+            await rig.arrived(3)
+            calls[0].cancel()
+            await until_async(lambda: _handled(etcd) >= handled + 2, "etcd to execute the shared read")
+            if wrong:
+                monkeypatch.setattr(SharedReads, "_wait", _join)
+            began = time.perf_counter()
+            revision = await store.put(b"k", b"v")
+            history.add(Operation(began, time.perf_counter(), revision, True, b"k", b"v"))
+            began = time.perf_counter()
+            late = read(rig.client)
+            await rig.arrived(4)
+            rig.relay.mend()
+            answer = await answer_of(late)
+            history.add(Operation(began, time.perf_counter(), answer.header.revision, False, b"k"))
+        assert bool(violations(history)) is wrong
 
     run(scenario())
 

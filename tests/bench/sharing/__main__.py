@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tests.bench.sharing as package
+from tests.bench.cases import PEER
 from tests.bench.sharing.front import Figures, Front, Scenario
 
 HERE = Path(__file__).resolve().parents[3]
@@ -40,8 +41,10 @@ def median(rounds: list[Figures]) -> dict[str, str]:
 @click.argument("names", nargs=-1)
 @click.option("--rounds", default=3, show_default=True, help="Runs of each scenario on each route.")
 @click.option("--root", type=click.Path(path_type=Path, exists=True), help="A second checkout; its proxy runs too.")
+@click.option("--peer", is_flag=True, help="Run etcd's grpc-proxy too, in the scenarios that know it.")
+@click.option("--only", help="The only route to run: direct, grpc-proxy, 'other checkout' or watchmux.")
 @click.option("--list", "listed", is_flag=True, help="List the scenarios.")
-def main(names: tuple[str, ...], rounds: int, root: Path | None, listed: bool) -> None:
+def main(names: tuple[str, ...], rounds: int, root: Path | None, peer: bool, only: str | None, listed: bool) -> None:
     """Measure NAMES (default: all scenarios)."""
     known = scenarios()
     if unknown := [name for name in names if name not in known]:
@@ -50,6 +53,9 @@ def main(names: tuple[str, ...], rounds: int, root: Path | None, listed: bool) -
         click.echo("\n".join(sorted(known)))
         return
     ways = [("direct", None), *([("other checkout", root.resolve())] if root else []), ("watchmux", HERE)]
+    if peer:
+        ways.insert(1, (PEER, None))
+    ways = [way for way in ways if only in (None, way[0])]
     for name in names or sorted(known):
         results: dict[str, list[Figures]] = {}
         for _ in range(rounds):
