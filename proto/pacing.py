@@ -22,7 +22,7 @@ COMPACT_BYTES: Final = 16 * 1024
 _PREFIX: Final = struct.Struct(">BI")
 
 
-class PacedUnframer:
+class PacedMessageReader:
     """
     Splits the bytes of one direction of a call into messages, one for each `next`.
 

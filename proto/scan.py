@@ -197,7 +197,7 @@ class WatchResponse:
 _NO_HEADER: Final = Header(b"", 0, 0, 0, 0)
 
 
-class _Near(NamedTuple):
+class _HeaderTemplate(NamedTuple):
     """Template of the last decoded header. The headers of nearby revisions differ in one byte only."""
 
     begin: bytes
@@ -215,7 +215,7 @@ class _Near(NamedTuple):
     raft_term: int
 
 
-_near = _Near(b"\n", b"\n", 0, 0, 0, 0, 0)
+_near = _HeaderTemplate(b"\n", b"\n", 0, 0, 0, 0, 0)
 
 
 def scan_watch_response(data: bytes) -> WatchResponse:
@@ -410,7 +410,9 @@ def _remember(encoded: bytes, start: int, revision: int, cluster_id: int, member
     if encoded[start:] == number_field(_REVISION, revision) + number_field(_RAFT_TERM, raft_term):
         at = start + 1
         size = len(varint(revision))
-        _near = _Near(encoded[:at], encoded[at + 1 :], revision & ~127, size, cluster_id, member_id, raft_term)
+        _near = _HeaderTemplate(
+            encoded[:at], encoded[at + 1 :], revision & ~127, size, cluster_id, member_id, raft_term
+        )
 
 
 def _scan_any_header(encoded: bytes, body: int) -> Header:

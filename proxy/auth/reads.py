@@ -61,14 +61,14 @@ ANSWERS_AT_ONCE = 64
 """Answers delivered in one turn of the loop; each takes the core some 30 us."""
 
 
-class Asking(Protocol):
+class SentCall(Protocol):
     """A call that was sent."""
 
     def cancel(self) -> object:
         """Abort the call; it is not answered."""
 
 
-class Asker(Protocol):
+class Sender(Protocol):
     """The part of `upstream.pool.Pool` that is used here."""
 
     def ask(
@@ -80,7 +80,7 @@ class Asker(Protocol):
         callback: Callable[[Answer | CallFailed], None],
         *,
         has_leader: bool = False,
-    ) -> Asking: ...
+    ) -> SentCall: ...
 
 
 @dataclass(slots=True, frozen=True)
@@ -125,7 +125,9 @@ class ReadListener(Protocol):
 class Reader:
     """Makes calls and retries them until there is an answer; a query that stays wanted gets one call of `callback`."""
 
-    def __init__(self, pool: Asker, settings: ReaderSettings | None = None, namespace: Namespace | None = None) -> None:
+    def __init__(
+        self, pool: Sender, settings: ReaderSettings | None = None, namespace: Namespace | None = None
+    ) -> None:
         self.settings = settings or ReaderSettings()
         self.reads = 0
         """Calls sent to etcd."""
@@ -138,7 +140,7 @@ class Reader:
         # Maps a client's range to the range at etcd.
         self._interval = _as_it_is if namespace is None else namespace.interval
         self._loop = asyncio.get_running_loop()
-        self._asking: dict[Call, Asking] = {}
+        self._asking: dict[Call, SentCall] = {}
         """Calls in flight."""
         self._pausing: dict[Call, asyncio.TimerHandle] = {}
         """Failed calls that wait for their retry."""

@@ -45,14 +45,14 @@ def command(
 
     from proxy.cli.load import run_load, shape_of, targets_of
     from proxy.measuring.demo import SLOW_S, run_demo, show_result
-    from proxy.measuring.load.show import Bars
+    from proxy.measuring.load.show import ProgressBars
     from proxy.measuring.load.stage import Stage
 
     shape = shape_of(watches=watches, ranges=ranges, streams=streams, pause_s=SLOW_S)
     upstream = targets_of("--endpoints", endpoints, access)[0] if endpoints else None
 
     async def run() -> int:
-        with Bars() as bars:
+        with ProgressBars() as bars:
             bars.step("Starting the proxy" if upstream else "Starting a store and a proxy", 1)
             async with Stage(upstream) as stage:
                 result = await run_demo(stage, shape, seconds, bars, endpoints)

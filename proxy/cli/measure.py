@@ -73,7 +73,7 @@ def command(
       watchmux measure --observe --upstream=etcd-0:2379,etcd-1:2379,etcd-2:2379 --proxy-metrics=127.0.0.1:9379
     """
     from proxy.cli.load import metrics_urls, run_load, shape_of, targets_of
-    from proxy.measuring.load.show import Bars
+    from proxy.measuring.load.show import ProgressBars
     from proxy.measuring.load.stage import Stage
     from proxy.measuring.measure import compare, run_measure
 
@@ -92,7 +92,7 @@ def command(
     shape = shape_of(watches=watches, ranges=ranges, streams=streams, plain=True)
 
     async def run() -> int:
-        with Bars() as bars:
+        with ProgressBars() as bars:
             async with Stage(next(iter(etcds), None), next(iter(urls), None), in_front, proxy_url) as stage:
                 measured = await run_measure(stage, shape, 5.0 if seconds is None else seconds, rate, bars)
         _show(measured, compare(measured), report, as_json)
@@ -130,12 +130,12 @@ def _check_writable(path: Path) -> None:
 async def _observe(pages: list[str], access: Access, seconds: float, report: str | None, as_json: bool) -> int:
     """Observe; the last of `pages` is the proxy's."""
     from proxy.measuring.load.prometheus import MetricsPage
-    from proxy.measuring.load.show import Bars
+    from proxy.measuring.load.show import ProgressBars
     from proxy.measuring.observe import compare_observed, observe
 
     *etcds, proxy = (MetricsPage(page, access) for page in pages)
     try:
-        with Bars() as bars:
+        with ProgressBars() as bars:
             seen = await observe(etcds, proxy, seconds, bars)
     finally:
         for page in (*etcds, proxy):

@@ -28,7 +28,7 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class About:
+class SettingDescription:
     """The description of a setting."""
 
     text: str
@@ -64,8 +64,8 @@ def knob(
     reached: str = "",
     **bounds: float,
 ) -> Any:
-    """Declare a setting: the field of a dataclass with its default and description (see `About`)."""
-    about = About(
+    """Declare a setting: the field of a dataclass with its default and description (see `SettingDescription`)."""
+    about = SettingDescription(
         text=text, kind=kind, bounds=bounds, from_etcd=from_etcd, reloaded=reloaded, used=used, reached=reached
     )
     if isinstance(default, list):

@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any, Literal
 
 from coalesce.limits import CoreLimits
-from proxy.config.describing import KIB, About, Kind, kind_of, knob
+from proxy.config.describing import KIB, Kind, SettingDescription, kind_of, knob
 from proxy.config.values import ENV_PREFIX
 from proxy.listening.settings import ListenerSettings
 from proxy.passthrough.settings import PassthroughSettings
@@ -435,7 +435,7 @@ class Knob:
     kind: Kind
     default: Any
     type: Any
-    about: About
+    about: SettingDescription
 
     @property
     def path(self) -> str:
@@ -467,7 +467,7 @@ def _walk() -> Iterator[Knob]:
     for table, struct in tables().items():
         types, defaults = typing.get_type_hints(struct), struct()
         for one in fields(struct):
-            about: About = one.metadata["about"]
+            about: SettingDescription = one.metadata["about"]
             kind = about.kind or kind_of(one.name, types[one.name])
             # `lagging_age_s_max` becomes --lagging-age-max: a duration flag accepts any unit.
             name = re.sub(r"_s(?=_|$)", "", one.name) if kind is Kind.SECONDS else one.name

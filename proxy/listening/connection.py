@@ -61,7 +61,7 @@ CLOSE_GRACE_S = 5.0
 log = logs.logger("listener")
 
 
-class Requested(Protocol):
+class DeferredHandler(Protocol):
     """A handler with client requests that wait for a turn."""
 
     stream: Stream
@@ -74,23 +74,23 @@ class ServerConnection(asyncio.Protocol):
     """One client's connection; the `ConnectionHandle` for the handlers of its streams."""
 
     __slots__ = (
-        "_at_fault",
-        "_blocked",
         "_calls",
+        "_client_erred",
         "_closing_since",
-        "_deaf",
+        "_first_bytes",
         "_heard_at",
         "_idle_since",
-        "_in_turns",
+        "_input_deferred",
         "_listener",
         "_opened_at",
-        "_opening",
         "_pinged_at",
         "_pings",
         "_queued",
-        "_rest",
+        "_read_paused",
         "_transport",
         "_unread_bytes",
+        "_unwritten",
+        "_write_paused",
         "bulky",
         "dirty",
         "h2",
@@ -113,28 +113,28 @@ class ServerConnection(asyncio.Protocol):
         """The work budget of this turn of the loop; handlers charge work beyond that of a frame to it."""
         self._listener = listener
         self._transport: asyncio.Transport | None = None
-        self._opening: bytes | None = b""
+        self._first_bytes: bytes | None = b""
         """Bytes received before the protocol was known; None from then on."""
         self._opened_at = self._heard_at = self._idle_since = 0.0
         self._pinged_at: float | None = None
         self._pings: PingPolicy | None = None
         """Created at the client's first ping."""
         self._closing_since: float | None = None
-        self._at_fault = False
+        self._client_erred = False
         """The connection is being closed because of a client error."""
-        self._blocked = False
+        self._write_paused = False
         """The transport's write buffer is full."""
-        self._rest: list[Piece] = []
+        self._unwritten: list[Piece] = []
         """Output not yet given to the transport, because it was blocked."""
         self._unread_bytes = 0
-        """Bytes added to `_rest` while blocked: control frames and trailers, since DATA stalls."""
-        self._in_turns = False
+        """Bytes added to `_unwritten` while blocked: control frames and trailers, since DATA stalls."""
+        self._input_deferred = False
         """The input received is handled over several turns of the loop; reading is paused until that is done."""
         self._queued = False
         """The connection is queued for a turn."""
-        self._calls: deque[Requested] = deque()
+        self._calls: deque[DeferredHandler] = deque()
         """Handlers with requests that wait for a turn."""
-        self._deaf = False
+        self._read_paused = False
         """Reading is paused because the client is not reading its responses."""
 
     # called by asyncio
@@ -150,7 +150,7 @@ class ServerConnection(asyncio.Protocol):
         listener.opened(self)
         if full or listener.draining:
             listener.refused()
-            self._opening = None
+            self._first_bytes = None
             self.h2.start()
             self.h2.go_away(True, ErrorCode.ENHANCE_YOUR_CALM, b"too_many_connections")
             self.flush()
@@ -159,10 +159,10 @@ class ServerConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Handle bytes from the client."""
         self._heard_at = self._listener.now()
-        if self._opening is not None:
-            if not self._recognise(data):
+        if self._first_bytes is not None:
+            if not self._detect_protocol(data):
                 return
-            data, self._opening = self._opening, None
+            data, self._first_bytes = self._first_bytes, None
         if self._closing_since is None:
             left = self.turns.left
             if left > 0 and not self._queued:
@@ -177,22 +177,22 @@ class ServerConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Stall the streams: the client does not read what is written."""
-        self._blocked = True
+        self._write_paused = True
         self.h2.pause()
 
     def resume_writing(self) -> None:
         """Write the pending output, then resume the streams."""
-        self._blocked = False
-        self._write_rest()
-        if self._blocked:
+        self._write_paused = False
+        self._write_unwritten()
+        if self._write_paused:
             return
         if self._closing_since is not None:
             self._close()
             return
         self._unread_bytes = 0
-        if self._deaf and self._transport is not None and not self._transport.is_closing():
-            self._deaf = False
-            if not self._in_turns:
+        if self._read_paused and self._transport is not None and not self._transport.is_closing():
+            self._read_paused = False
+            if not self._input_deferred:
                 self._transport.resume_reading()
         self._handle(self.h2.resume())
         self.touch()
@@ -206,14 +206,14 @@ class ServerConnection(asyncio.Protocol):
         del exc
         listener = self._listener
         self._transport = None
-        self._rest.clear()
+        self._unwritten.clear()
         self._calls.clear()
         self._closing_since = listener.now()
         listener.leaving.add(self.h2.streams.values(), lambda: listener.gone(self))
 
     # called by handlers and the engine
 
-    def go_on_later(self, call: Requested) -> None:
+    def go_on_later(self, call: DeferredHandler) -> None:
         """Queue `call.go_on` for a turn of this connection."""
         self._calls.append(call)
         self._wait()
@@ -231,12 +231,12 @@ class ServerConnection(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        if self._blocked:
+        if self._write_paused:
             self._hold(pieces)
         elif self.bulky or len(pieces) > PART_PIECES_MAX:
             self.bulky = False
-            self._rest = pieces
-            self._write_rest()
+            self._unwritten = pieces
+            self._write_unwritten()
         elif pieces:
             data = b"".join(pieces)
             stats = self._listener.stats
@@ -249,7 +249,7 @@ class ServerConnection(asyncio.Protocol):
     def write_now(self, stream: Stream, message: bytes, size: int) -> bool:
         """Write one message of `size` bytes without queueing it; return False, doing nothing, if output is pending."""
         transport = self._transport
-        if self.dirty or self._blocked or transport is None or transport.is_closing():
+        if self.dirty or self._write_paused or transport is None or transport.is_closing():
             return False
         data = self.h2.frame(stream, message, size)
         if data is None:
@@ -266,7 +266,7 @@ class ServerConnection(asyncio.Protocol):
 
     def go_away(self) -> None:
         """Send GOAWAY, in two steps so that no stream the client has just opened is lost (RFC 9113 6.8)."""
-        if self._opening is not None:
+        if self._first_bytes is not None:
             self.abort()
             return
         self.h2.go_away()
@@ -291,7 +291,7 @@ class ServerConnection(asyncio.Protocol):
         if self._closing_since is not None:
             if now - self._closing_since > CLOSE_GRACE_S:
                 self.abort()
-        elif self._opening is not None:
+        elif self._first_bytes is not None:
             if now - self._opened_at > settings.first_bytes_timeout_s:
                 self._time_out("first_bytes_timeout_s")
         elif self.h2.settings_pending and now - self._opened_at > settings.settings_timeout_s:
@@ -333,8 +333,8 @@ class ServerConnection(asyncio.Protocol):
 
     def _take_turns(self) -> None:
         """Defer the remaining input to the next turns of the loop, and pause reading until it is handled."""
-        if not self._in_turns:
-            self._in_turns = True
+        if not self._input_deferred:
+            self._input_deferred = True
             self._listener.stats.in_turns += 1
             if self._transport is not None:
                 self._transport.pause_reading()
@@ -360,14 +360,14 @@ class ServerConnection(asyncio.Protocol):
         self.touch()
         if self.h2.behind:
             self._wait()
-        elif self._in_turns:
-            self._in_turns = False
-            if not (self._deaf or self._at_fault):
+        elif self._input_deferred:
+            self._input_deferred = False
+            if not (self._read_paused or self._client_erred):
                 transport.resume_reading()
         if calls:
             self._wait()
 
-    def _go_on(self, call: Requested) -> None:
+    def _go_on(self, call: DeferredHandler) -> None:
         try:
             if call.go_on():
                 self._calls.append(call)
@@ -375,9 +375,9 @@ class ServerConnection(asyncio.Protocol):
             log.exception("handler failed; resetting its stream", peer=self.peer)
             self._give_up(call.stream)
 
-    def _recognise(self, data: bytes) -> bool:
+    def _detect_protocol(self, data: bytes) -> bool:
         """Add to the opening bytes; return whether they are HTTP/2's preface. Others go to the HTTP/1 side."""
-        self._opening = opening = (self._opening or b"") + data
+        self._first_bytes = opening = (self._first_bytes or b"") + data
         if opening.startswith(PREFACE):
             self.h2.start()
             return True
@@ -433,11 +433,11 @@ class ServerConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.write(data)
 
-    def _write_rest(self) -> None:
+    def _write_unwritten(self) -> None:
         """Write the pending output in parts until the transport blocks (it calls `pause_writing` during the write)."""
-        rest = self._rest
+        rest = self._unwritten
         part_bytes = self._listener.settings.write_buffer_bytes
-        while rest and not self._blocked and self._transport is not None and not self._transport.is_closing():
+        while rest and not self._write_paused and self._transport is not None and not self._transport.is_closing():
             part = rest[:PART_PIECES_MAX]
             ends = list(accumulate(map(len, part)))
             # Include the piece that exceeds the bound, so that the transport's buffer counts as full.
@@ -455,10 +455,10 @@ class ServerConnection(asyncio.Protocol):
 
     def _hold(self, pieces: Sequence[Piece]) -> None:
         """Keep the output of a blocked connection; above the bound, stop reading from the client until it reads."""
-        self._rest.extend(pieces)
+        self._unwritten.extend(pieces)
         self._unread_bytes += sum(map(len, pieces))
-        if self._unread_bytes > self._listener.settings.unread_bytes_max and not self._deaf:
-            self._deaf = True
+        if self._unread_bytes > self._listener.settings.unread_bytes_max and not self._read_paused:
+            self._read_paused = True
             self._listener.stats.not_read += 1
             if self._transport is not None:
                 self._transport.pause_reading()
@@ -493,9 +493,9 @@ class ServerConnection(asyncio.Protocol):
             owner.closed(int(ErrorCode.INTERNAL_ERROR))
 
     def _failed(self, event: ConnectionFailed) -> None:
-        if self._at_fault:
+        if self._client_erred:
             return
-        self._at_fault = True
+        self._client_erred = True
         self._listener.stats.failed += 1
         calm = event.code is ErrorCode.ENHANCE_YOUR_CALM
         self._listener.stats.cut_off[event.reason if calm else event.code.name] += 1
@@ -504,12 +504,12 @@ class ServerConnection(asyncio.Protocol):
 
     def _pinged(self) -> None:
         settings = self._listener.settings
-        if settings.keepalive_min_s is None or self._at_fault:
+        if settings.keepalive_min_s is None or self._client_erred:
             return
         if self._pings is None:
             self._pings = PingPolicy(settings.keepalive_min_s)
         if self._pings.too_many(self._heard_at, self.h2.progress, bool(self.h2.streams)):
-            self._at_fault = True
+            self._client_erred = True
             self._listener.stats.failed += 1
             self._listener.stats.cut_off[TOO_MANY_PINGS.decode()] += 1
             log.info("client pings too often; closing its connection", peer=self.peer, least_s=settings.keepalive_min_s)
@@ -525,10 +525,10 @@ class ServerConnection(asyncio.Protocol):
         if self._closing_since is None:
             self._closing_since = self._listener.now()
             self._drop_streams()
-            if self._at_fault and self._transport is not None:
+            if self._client_erred and self._transport is not None:
                 self._transport.pause_reading()
                 asyncio.get_running_loop().call_later(self._listener.settings.reason_s, self.abort)
-        if self._transport is not None and not self._rest and not self._at_fault:
+        if self._transport is not None and not self._unwritten and not self._client_erred:
             self._transport.close()
 
     def _time_out(self, limit: str, code: ErrorCode | None = None) -> None:

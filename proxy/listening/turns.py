@@ -23,7 +23,7 @@ PART = 200
 T = TypeVar("T")
 
 
-class Worker(Protocol):
+class DeferredConnection(Protocol):
     """A connection with deferred work."""
 
     def take_turn(self) -> None:
@@ -41,7 +41,7 @@ class Turns:
         self._refill_below = self._per_turn - self._per_turn // 4
         self.left = self._per_turn
         """Work that may still be done now. Negative if the last step cost more than was left."""
-        self._waiting: deque[Worker] = deque()
+        self._waiting: deque[DeferredConnection] = deque()
         self._turning = False
         """The next turn is scheduled."""
 
@@ -51,7 +51,7 @@ class Turns:
         if self.left < self._refill_below and not self._turning:
             self._ask()
 
-    def wait(self, worker: Worker) -> None:
+    def wait(self, worker: DeferredConnection) -> None:
         """Queue a worker for one `take_turn`."""
         self._waiting.append(worker)
         if not self._turning:

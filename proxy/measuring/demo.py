@@ -14,7 +14,7 @@ from rich.text import Text
 
 from proxy.measuring.load.plan import Shape, count_kinds
 from proxy.measuring.load.stage import Stage
-from proxy.measuring.load.trial import Show, Spec, Trial, run_trial
+from proxy.measuring.load.trial import Show, Trial, TrialSpec, run_trial
 
 PAST_WRITES = 200
 VALUE_BYTES = 256
@@ -42,7 +42,7 @@ async def run_demo(stage: Stage, shape: Shape, seconds: float, show: Show, endpo
     Raises ChildFailed, LoadFailed, LoginFailed, WriteFailed, NoMetrics or NoTruth, each with one line of text.
     """
     await stage.start_proxy(endpoints)
-    spec = Spec(
+    spec = TrialSpec(
         shape=shape,
         seconds=seconds,
         per_second=WRITES_PER_SECOND,

@@ -19,10 +19,10 @@ from proxy.measuring.load.plan import Shape
 from proxy.measuring.load.prometheus import MetricsPage
 from proxy.measuring.load.run import LoadFailed
 from proxy.measuring.load.sampling import Sample
-from proxy.measuring.load.show import Bars
+from proxy.measuring.load.show import ProgressBars
 from proxy.measuring.load.stage import Stage
 from proxy.measuring.load.target import LoadTarget
-from proxy.measuring.load.trial import REFRESH_S, Spec, Trial, run_trial
+from proxy.measuring.load.trial import REFRESH_S, Trial, TrialSpec, run_trial
 from proxy.measuring.load.writer import cluster_id
 
 QUIET_LIMIT_S = 15.0
@@ -34,7 +34,7 @@ OWN_CALLS_MAX = 20
 """Calls that a trial may make besides its writes and watches."""
 
 
-class Side(msgspec.Struct, kw_only=True):
+class TrialCost(msgspec.Struct, kw_only=True):
     """The cost of one trial for the upstream, and the verdict on its clients' events."""
 
     watchers: int
@@ -82,8 +82,8 @@ class Measurement(msgspec.Struct, kw_only=True):
     shape: Shape
     seconds: float
     events_written: int
-    direct: Side
-    proxied: Side
+    direct: TrialCost
+    proxied: TrialCost
     reduction: dict[str, float | None]
 
     @property
@@ -92,14 +92,14 @@ class Measurement(msgspec.Struct, kw_only=True):
         return self.proxied.faultless
 
 
-def side_of(trial: Trial) -> Side:
+def side_of(trial: Trial) -> TrialCost:
     """Summarize a trial."""
     before, after, verdict = trial.before, trial.after, trial.verdict
     cpu_s = after.cpu_s - before.cpu_s if after.cpu_s is not None and before.cpu_s is not None else None
     growth = None
     if after.memory_bytes is not None and before.memory_bytes is not None:
         growth = max(0, after.memory_bytes - before.memory_bytes)
-    return Side(
+    return TrialCost(
         watchers=trial.watchers,
         watch_streams=trial.watch_streams,
         slow_watchers=after.slow_watchers,
@@ -126,7 +126,7 @@ def side_of(trial: Trial) -> Side:
     )
 
 
-def reduction_of(direct: Side, proxied: Side) -> dict[str, float | None]:
+def reduction_of(direct: TrialCost, proxied: TrialCost) -> dict[str, float | None]:
     """Divide the upstream's numbers of the direct part by those of the part through the proxy."""
     factors: dict[str, float | None] = {}
     for name in ("watchers", "watch_streams", "events_sent", "bytes_sent", "cpu_s"):
@@ -135,12 +135,12 @@ def reduction_of(direct: Side, proxied: Side) -> dict[str, float | None]:
     return factors
 
 
-async def run_measure(stage: Stage, shape: Shape, seconds: float, per_second: float, bars: Bars) -> Measurement:
+async def run_measure(stage: Stage, shape: Shape, seconds: float, per_second: float, bars: ProgressBars) -> Measurement:
     """Measure directly, then through the stage's proxy, which is started unless the user gave one.
 
     Raises ChildFailed, LoadFailed, LoginFailed, WriteFailed, NoMetrics or NoTruth, each with one line of text.
     """
-    spec = Spec(shape=shape, seconds=seconds, per_second=per_second, value_bytes=VALUE_BYTES)
+    spec = TrialSpec(shape=shape, seconds=seconds, per_second=per_second, value_bytes=VALUE_BYTES)
     if stage.proxy.address:
         await check_same_cluster(stage.upstream, stage.proxy)
     bars.title("Directly")
@@ -180,7 +180,7 @@ COMPARED = (
     ("bytes sent", Unit.BYTES, "bytes_sent", ""),
     ("CPU time", Unit.SECONDS, "cpu_s", "from the first watch to the last event, including the writes"),
 )
-"""The compared numbers: name, unit, field of a Side, note."""
+"""The compared numbers: name, unit, field of a TrialCost, note."""
 
 ALSO_MEASURED = (
     ("slow watchers", Unit.COUNT, "slow_watchers"),
@@ -258,7 +258,7 @@ def compare(measured: Measurement) -> Comparison:
     )
 
 
-def others_of(side: Side) -> str:
+def others_of(side: TrialCost) -> str:
     """Describe the traffic of other clients that is in a side's numbers; "" if there was none."""
     parts = []
     if side.other_watchers:

@@ -16,12 +16,12 @@ import msgspec
 
 from proxy.measuring.comparison import Comparison, Row, Series, Unit, show_value
 from proxy.measuring.load.prometheus import Cost, MetricsPage, MetricsReading, NoMetrics, cost_of
-from proxy.measuring.load.show import Bars
+from proxy.measuring.load.show import ProgressBars
 
 EVERY_S = 1.0
 
 
-class Look(msgspec.Struct, frozen=True, kw_only=True):
+class MetricsLook(msgspec.Struct, frozen=True, kw_only=True):
     """The numbers of both pages at one time, in seconds after the first look."""
 
     at_s: float
@@ -48,19 +48,19 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
 
     etcd: str
     proxy: str
-    looks: list[Look]
+    looks: list[MetricsLook]
     members: str = ""
     """Which members of etcd were read."""
     warnings: list[str] = []
     """What may make the numbers wrong."""
 
     @property
-    def first(self) -> Look:
+    def first(self) -> MetricsLook:
         """The first look."""
         return self.looks[0]
 
     @property
-    def last(self) -> Look:
+    def last(self) -> MetricsLook:
         """The last look."""
         return self.looks[-1]
 
@@ -70,10 +70,10 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
         return self.last.at_s - self.first.at_s
 
 
-def look_of(at_s: float, etcd: Mapping[str, float], proxy: Mapping[str, float]) -> Look:
+def look_of(at_s: float, etcd: Mapping[str, float], proxy: Mapping[str, float]) -> MetricsLook:
     """Combine two pages. Raises NoMetrics for a page that lacks a metric."""
     try:
-        return Look(
+        return MetricsLook(
             at_s=at_s,
             etcd=cost_of(etcd),
             watches=proxy["watchmux_watches"],
@@ -131,11 +131,11 @@ def check_members(etcds: Sequence[MetricsReading], proxy: MetricsReading, where:
     return members, warnings
 
 
-async def observe(etcds: Sequence[MetricsPage], proxy: MetricsPage, seconds: float, bars: Bars) -> Observation:
+async def observe(etcds: Sequence[MetricsPage], proxy: MetricsPage, seconds: float, bars: ProgressBars) -> Observation:
     """Read all pages every second for `seconds` seconds. Raises NoMetrics."""
     bars.step("Observing", seconds)
     start = time.monotonic()
-    looks: list[Look] = []
+    looks: list[MetricsLook] = []
     where = ", ".join(page.url for page in etcds)
     while True:
         at_s = time.monotonic() - start

@@ -25,7 +25,7 @@ RESERVED_SHARE_MAX: Final = 0.5
 """Maximum share that is reserved if the limit is small: a proxy without clients is useless."""
 
 
-class Share(NamedTuple):
+class DescriptorShare(NamedTuple):
     """The division of the process's descriptors."""
 
     limit: int
@@ -58,8 +58,8 @@ def in_use() -> int:
         return FILES
 
 
-def share(limit: int, connections_max: int, endpoints: int, opened: int) -> Share:
+def share(limit: int, connections_max: int, endpoints: int, opened: int) -> DescriptorShare:
     """Divide `limit` descriptors, `opened` of which are in use; clients get at most `connections_max`."""
     reserved = opened + FILES + ADMIN + ETCD_PER_ENDPOINT * max(1, endpoints)
     reserved = min(reserved, int(limit * RESERVED_SHARE_MAX))
-    return Share(limit, reserved, max(1, min(connections_max, limit - reserved)))
+    return DescriptorShare(limit, reserved, max(1, min(connections_max, limit - reserved)))

@@ -20,7 +20,7 @@ from proto import etcd_errors
 from proto.filters import LONG_BYTES, meaning_of, shortened
 from proto.framing import PREFIX_BYTES, FramingError, Status
 from proto.http2 import Stream
-from proto.pacing import PacedUnframer
+from proto.pacing import PacedMessageReader
 from proto.pb import rpc_pb2
 from proxy.listening.calls import CallRefusal, ConnectionHandle, Headers, RequestHead, ServerCall
 from proxy.watch.settings import WatchSettings
@@ -160,7 +160,7 @@ class WatchCall:
         self._service = service
         self._call = ServerCall(connection, stream)
         self._decompress = head.decompress
-        self._requests: PacedUnframer | None = None
+        self._requests: PacedMessageReader | None = None
         """Requests that wait, or the received part of one; None between requests, as nearly always."""
         self._queued = False
         """The connection will call `go_on` on this stream's turn."""
@@ -201,7 +201,7 @@ class WatchCall:
                 self._end_requests()
             return
         if requests is None:
-            requests = self._requests = PacedUnframer(self._service.settings.request_bytes_max, self._decompress)
+            requests = self._requests = PacedMessageReader(self._service.settings.request_bytes_max, self._decompress)
         self._owed += flow_size
         self._ended = end_stream
         requests.add(data)
@@ -337,7 +337,7 @@ class WatchCall:
             self.leave(error.code, error.text)
         return False
 
-    def _all_taken(self, requests: PacedUnframer) -> None:
+    def _all_taken(self, requests: PacedMessageReader) -> None:
         """No complete request waits: credit the client, so that it can send the rest of one it has begun."""
         self._credit(0)
         if requests.empty:

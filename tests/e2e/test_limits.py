@@ -150,14 +150,14 @@ def test_unread_bytes_beyond_the_limit_pause_reading() -> None:
         ):
             connection.pause_writing()
             connection._hold([b"x" * 15_000, b"x" * 5_000])
-            assert not connection._deaf
+            assert not connection._read_paused
             assert rig.listener.stats.not_read == 0
             connection._hold([b"x"])
             connection._hold([b"x"])
-            assert connection._deaf
+            assert connection._read_paused
             assert rig.listener.stats.not_read == 1
             connection.resume_writing()
-            assert not connection._deaf
+            assert not connection._read_paused
 
     run(scenario())
 

@@ -1,4 +1,4 @@
-"""`PacedUnframer` returns the same messages as `MessageReader`, in bounded steps and with bounded memory."""
+"""`PacedMessageReader` returns the same messages as `MessageReader`, in bounded steps and with bounded memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proto.framing import FramingError, MessageReader, Status, frame
-from proto.pacing import INFLATE_STEP_BYTES, PacedUnframer
+from proto.pacing import INFLATE_STEP_BYTES, PacedMessageReader
 
 MAX = 1_000
 
 
-def taken(unframer: PacedUnframer) -> Iterator[bytes]:
+def taken(unframer: PacedMessageReader) -> Iterator[bytes]:
     """Take all complete messages."""
     while True:
         message = unframer.next()
@@ -40,7 +40,7 @@ def test_messages_are_those_of_the_unframer(
     # Compression may add some bytes.
     bound = MAX + 100
     expected = MessageReader(bound, "gzip").feed(data)
-    unframer = PacedUnframer(bound, "gzip")
+    unframer = PacedMessageReader(bound, "gzip")
     found: list[bytes] = []
     at = number = 0
     while at < len(data):
@@ -55,7 +55,7 @@ def test_messages_are_those_of_the_unframer(
 
 def test_a_message_is_decompressed_in_bounded_steps() -> None:
     size = 10 * INFLATE_STEP_BYTES + 7
-    unframer = PacedUnframer(size, "gzip")
+    unframer = PacedMessageReader(size, "gzip")
     unframer.add(frame(gzip.compress(bytes(size)), True) + frame(b"next"))
     steps = 0
     worked = 0
@@ -87,7 +87,7 @@ def test_a_message_is_decompressed_in_bounded_steps() -> None:
     ids=["large", "4 GiB", "inflated", "flag", "no gzip", "cut", "trailing", "two members", "empty"],
 )
 def test_bad_messages_are_refused_after_good_ones(data: bytes, code: Status) -> None:
-    unframer = PacedUnframer(MAX, "gzip")
+    unframer = PacedMessageReader(MAX, "gzip")
     unframer.add(frame(b"good") + data)
     assert unframer.next() == b"good"
     with pytest.raises(FramingError) as raised:
@@ -97,7 +97,7 @@ def test_bad_messages_are_refused_after_good_ones(data: bytes, code: Status) -> 
 
 
 def test_compression_must_be_announced() -> None:
-    unframer = PacedUnframer(MAX)
+    unframer = PacedMessageReader(MAX)
     unframer.add(frame(gzip.compress(b"x"), True))
     with pytest.raises(FramingError, match="without grpc-encoding"):
         unframer.next()
@@ -107,14 +107,14 @@ def test_gzip_of_many_empty_blocks_is_one_step() -> None:
     """Empty blocks produce no output that could be bounded; the size of the input bounds the work."""
     deflate = zlib.compressobj(wbits=31)
     data = b"".join(deflate.flush(zlib.Z_FULL_FLUSH) for _ in range(100)) + deflate.compress(b"x") + deflate.flush()
-    unframer = PacedUnframer(100_000, "gzip")
+    unframer = PacedMessageReader(100_000, "gzip")
     unframer.add(frame(data, True))
     assert list(taken(unframer)) == [b"x"]
 
 
 def test_many_small_messages_take_linear_time_and_space() -> None:
     """Used bytes are dropped: the buffer does not grow with the number of messages."""
-    unframer = PacedUnframer(MAX)
+    unframer = PacedMessageReader(MAX)
     chance = random.Random(1)
     sent = received = 0
     for _ in range(200):

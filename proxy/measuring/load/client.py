@@ -64,7 +64,7 @@ class Report(msgspec.Struct, kw_only=True):
     """Whether the record is complete; then this is the last report."""
 
 
-class Recorded(msgspec.Struct, frozen=True, array_like=True):
+class RecordedResponse(msgspec.Struct, frozen=True, array_like=True):
     """One response: the stream's place in the plan, the monotonic time of arrival in ns, the message."""
 
     stream: int
@@ -78,11 +78,11 @@ class EventRecorder:
     def __init__(self, path: str) -> None:
         self._file = Path(path).open("wb")  # noqa: SIM115 - closed by close()
         self._encoder = msgspec.msgpack.Encoder()
-        self._block: list[Recorded] = []
+        self._block: list[RecordedResponse] = []
 
     def add(self, stream: int, message: bytes) -> None:
         """Record a response that has just arrived."""
-        self._block.append(Recorded(stream, time.monotonic_ns(), message))
+        self._block.append(RecordedResponse(stream, time.monotonic_ns(), message))
         if len(self._block) >= _BLOCK:
             self._flush()
 
@@ -98,11 +98,11 @@ class EventRecorder:
         self._file.close()
 
 
-def read_record(path: str) -> list[Recorded]:
+def read_record(path: str) -> list[RecordedResponse]:
     """Read a Recorder's file; an incomplete last block, left by a killed process, is skipped."""
     data = memoryview(Path(path).read_bytes())
-    decoder = msgspec.msgpack.Decoder(list[Recorded])
-    records: list[Recorded] = []
+    decoder = msgspec.msgpack.Decoder(list[RecordedResponse])
+    records: list[RecordedResponse] = []
     position = 0
     while position < len(data):
         size = int.from_bytes(data[position : position + 4], "big")

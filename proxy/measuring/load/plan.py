@@ -116,7 +116,7 @@ def _watch(number: int, which: int, shape: Shape, past: list[int]) -> PlannedWat
     return PlannedWatch(which, start, no_put=kind == 3, no_delete=kind == 7, prev_kv=kind in (1, 5, 9))
 
 
-class Kinds(msgspec.Struct, frozen=True):
+class WatchMix(msgspec.Struct, frozen=True):
     """The number of watches of each kind; a watch can be of several kinds."""
 
     past: int
@@ -124,10 +124,10 @@ class Kinds(msgspec.Struct, frozen=True):
     prev_kv: int
 
 
-def count_kinds(shape: Shape) -> Kinds:
+def count_kinds(shape: Shape) -> WatchMix:
     """Count the kinds of watches in a load of this shape."""
     watches = [watch for stream in make_streams(shape, [1]) for watch in stream.watches]
-    return Kinds(
+    return WatchMix(
         past=sum(watch.start_revision > 0 for watch in watches),
         filtered=sum(watch.no_put or watch.no_delete for watch in watches),
         prev_kv=sum(watch.prev_kv for watch in watches),

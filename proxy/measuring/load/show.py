@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 
-class Bars:
+class ProgressBars:
     """One line for each step. Use as a context manager; draws nothing if standard error is not a terminal."""
 
     def __init__(self, title: str = "", console: Console | None = None) -> None:

@@ -44,7 +44,7 @@ class Show(Protocol):
         """Report something that the user must know, at once: the trial may end with an error."""
 
 
-class Spec(msgspec.Struct, frozen=True, kw_only=True):
+class TrialSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The load of a trial: the shape of the clients, and the writes."""
 
     shape: Shape
@@ -92,7 +92,7 @@ class Trial(msgspec.Struct, kw_only=True):
 
 
 async def run_trial(
-    spec: Spec,
+    spec: TrialSpec,
     upstream: LoadTarget,
     page: MetricsPage,
     target: LoadTarget,
@@ -181,7 +181,7 @@ def _growth(before: Mapping[str, float], after: Mapping[str, float], name: str) 
     return after[name] - before[name] if name in before and name in after else None
 
 
-async def _write_past(writer: PutWriter, spec: Spec, show: Show) -> list[int]:
+async def _write_past(writer: PutWriter, spec: TrialSpec, show: Show) -> list[int]:
     """Write the changes before the first watch; return the revisions at which watches may start."""
     if not spec.past_writes:
         return []
@@ -217,7 +217,7 @@ async def _settle(page: MetricsPage) -> Cost:
     return last
 
 
-async def _write(load: Load, writer: PutWriter, spec: Spec, show: Show) -> None:
+async def _write(load: Load, writer: PutWriter, spec: TrialSpec, show: Show) -> None:
     show.step("Writing", spec.seconds)
     start = time.monotonic()
     await _showing(

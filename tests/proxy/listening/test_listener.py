@@ -327,7 +327,7 @@ def test_large_output_is_not_joined_for_each_stream() -> None:
                 handler.call.write(message)
             transport = connection._transport
             assert transport is not None
-            await until_async(lambda: connection._blocked, "the transport to be full")
+            await until_async(lambda: connection._write_paused, "the transport to be full")
             assert transport.get_write_buffer_size() < 2_000_000
             assert not rig.handlers[0].call.write(frame(b"later"))
             rig.handlers[1].call.end(Status.OK)
@@ -370,12 +370,12 @@ def test_client_that_does_not_read_is_not_read_from() -> None:
             client.transport.pause_reading()
             connection = next(iter(rig.listener.connections))
             rig.handlers[0].call.write(frame(b"y" * 10_000_000))
-            await until_async(lambda: connection._blocked, "the transport to be full")
+            await until_async(lambda: connection._write_paused, "the transport to be full")
             calls: list[RawStream] = []
-            while not connection._deaf and len(calls) < 20_000:
+            while not connection._read_paused and len(calls) < 20_000:
                 calls.append(client.call("/no/method", end=True))
                 await asyncio.sleep(0)
-            assert connection._deaf
+            assert connection._read_paused
             client.transport.resume_reading()
             for call in calls:
                 assert (await call.end())[0] == Status.UNIMPLEMENTED
@@ -400,7 +400,7 @@ def test_failed_connection_with_unread_output_is_dropped(monkeypatch: pytest.Mon
             connection = next(iter(rig.listener.connections))
             connection.bulky = True
             rig.handlers[0].call.write(frame(b"y" * 10_000_000))
-            await until_async(lambda: connection._blocked, "the transport to be full")
+            await until_async(lambda: connection._write_paused, "the transport to be full")
             client.transport.write(b"\xff" * 100)
             await until_async(lambda: rig.handlers[0].closed_with == [None], "the failure")
             await until_async(lambda: not rig.listener.connections, "the connection to be dropped")

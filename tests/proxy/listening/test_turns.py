@@ -40,7 +40,7 @@ from tests.waiting import until_async
 TURN_WORK = ListenerSettings().http2.turn_work_max
 
 
-class Worker:
+class DeferredConnection:
     """Has `work` to do in pieces of size `piece`, and logs its name at each turn."""
 
     def __init__(self, turns: Turns, log: list[str], name: str, work: int, piece: int = 1) -> None:
@@ -59,7 +59,7 @@ class Worker:
 def test_turn_is_shared_and_keeps_a_reserve() -> None:
     async def scenario() -> None:
         turns, log = Turns(1_000), list[str]()
-        large = [Worker(turns, log, name, 2 * SHARE) for name in "abcdef"]
+        large = [DeferredConnection(turns, log, name, 2 * SHARE) for name in "abcdef"]
         for worker in large:
             turns.wait(worker)
         done = []
@@ -82,7 +82,7 @@ def test_step_over_budget_is_charged() -> None:
     async def scenario() -> None:
         turns, log = Turns(1_000), list[str]()
         for name in "ab":
-            turns.wait(Worker(turns, log, name, 20_000, piece=10_000))
+            turns.wait(DeferredConnection(turns, log, name, 20_000, piece=10_000))
         turns._next_turn()
         assert log == ["a"]
         turns._next_turn()

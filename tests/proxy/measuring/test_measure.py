@@ -12,7 +12,7 @@ from rich.console import Console
 from proxy.cli.group import run
 from proxy.measuring.comparison import show_comparison
 from proxy.measuring.load.plan import Shape
-from proxy.measuring.measure import Measurement, Side, compare, reduction_of
+from proxy.measuring.measure import Measurement, TrialCost, compare, reduction_of
 from tests.etcd.server import EtcdServer
 from tests.proxy_process import ProxyProcess
 
@@ -58,9 +58,9 @@ def test_a_real_etcd_and_a_proxy_that_runs(etcd: EtcdServer, capsys: pytest.Capt
         assert found.proxy == proxy.endpoint
 
 
-def side(**values: Any) -> Side:
-    defaults: dict[str, Any] = dict.fromkeys(Side.__struct_fields__, 0)
-    return Side(**{**defaults, "complaints": [], "examples": [], "samples": [], **values})
+def side(**values: Any) -> TrialCost:
+    defaults: dict[str, Any] = dict.fromkeys(TrialCost.__struct_fields__, 0)
+    return TrialCost(**{**defaults, "complaints": [], "examples": [], "samples": [], **values})
 
 
 def test_reductions_without_a_divisor_are_left_out() -> None:

@@ -12,7 +12,7 @@ import pytest
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from proxy.cli.group import run
 from proxy.measuring.load.prometheus import NoMetrics
-from proxy.measuring.observe import Look, Observation, compare_observed, look_of
+from proxy.measuring.observe import MetricsLook, Observation, compare_observed, look_of
 from tests.etcd.server import EtcdServer
 from tests.proxy_process import ProxyProcess
 from tests.waiting import until
@@ -114,4 +114,4 @@ def test_a_real_proxy_in_front_of_a_real_etcd(
         for stream in streams:
             stream.cancel()
     assert "20 client watches" in report.read_text()
-    assert isinstance(seen.last, Look)
+    assert isinstance(seen.last, MetricsLook)

@@ -7,7 +7,7 @@ import asyncio
 from proxy.measuring.load.plan import Shape
 from proxy.measuring.load.prometheus import MetricsPage
 from proxy.measuring.load.target import LoadTarget
-from proxy.measuring.load.trial import Spec, Trial, run_trial
+from proxy.measuring.load.trial import Trial, TrialSpec, run_trial
 from tests.etcd.server import EtcdServer
 
 SHAPE = Shape(watches=60, ranges=5, streams=12, channels=4, processes=2, pause_s=0.3)
@@ -35,7 +35,7 @@ def trial_on(etcd: EtcdServer, steps: Steps) -> Trial:
         page = MetricsPage(etcd.url)
         try:
             target = LoadTarget(address=etcd.endpoint)
-            spec = Spec(shape=SHAPE, seconds=1.0, per_second=60, value_bytes=64, past_writes=60)
+            spec = TrialSpec(shape=SHAPE, seconds=1.0, per_second=60, value_bytes=64, past_writes=60)
             return await run_trial(spec, target, page, target, steps, through_proxy=False)
         finally:
             await page.close()
