@@ -10,7 +10,7 @@ WORKERS ?= 3
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench check sim mutants soak etcds proto clean
+.PHONY: help demo test test-all bench check sim mutants soak etcds proto wheel lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,5 +67,11 @@ etcds: $(VENV)/.installed-dev  ## fetch the real etcds and client libraries that
 proto: $(VENV)/.installed-dev  ## regenerate proto/pb from the .proto files
 	$(BIN)/python -m proto.generate
 
+wheel: $(VENV)/.installed  ## the wheel of this commit in dist/, for pip, pipx and the container
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+lock: $(VENV)/.installed  ## requirements.lock: the exact version of each dependency, resolved anew
+	$(BIN)/python -m tests.lock
+
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) .etcd .clients build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .etcd .clients build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

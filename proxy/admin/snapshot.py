@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from coalesce import report
+from proxy.version import program_version
 
 if TYPE_CHECKING:
     from proxy.server import Proxy
@@ -298,12 +299,3 @@ class SnapshotSource:
         snapshot.resend_bytes = stats.resend_bytes
         snapshot.partial_bytes = stats.partial_bytes
         snapshot.calls_partial_total = stats.partial_refused
-
-
-def program_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("watchmux")
-    except PackageNotFoundError:
-        return ""

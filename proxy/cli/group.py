@@ -77,19 +77,21 @@ class LazyGroup(click.Group):
 
 def _show_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
+        from proxy.version import program_commit, program_version
 
-        try:
-            number = version("watchmux")
-        except PackageNotFoundError:
-            number = "(not installed)"
-        click.echo(f"watchmux {number}, Python {sys.version.split()[0]}")
+        number, commit = program_version() or "(not installed)", program_commit() or "unknown"
+        click.echo(f"watchmux {number} (commit {commit}), Python {sys.version.split()[0]}")
         ctx.exit()
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version."
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version.",
 )
 def cli() -> None:
     """A proxy in front of etcd that merges the identical watches of many clients into one upstream watch.

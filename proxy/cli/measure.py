@@ -148,9 +148,9 @@ def _show(result: Measurement | Observation, comparison: Comparison, report: str
     import msgspec
     from rich.console import Console
 
-    from proxy.admin.snapshot import program_version
     from proxy.measuring.comparison import show_comparison
     from proxy.measuring.report import render_report
+    from proxy.version import program_version
 
     if report:
         Path(report).write_text(render_report(comparison, program_version()), encoding="utf-8")

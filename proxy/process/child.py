@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 from proxy.config.values import ENV_PREFIX
@@ -43,8 +44,23 @@ class ChildFailed(Exception):
 
 
 def python_command(module: str, *arguments: str) -> list[str]:
-    """Return the command line that runs a module of this program in another process."""
-    return [sys.executable, "-m", module, *arguments]
+    """Return the command line that runs a module of this program in another process.
+
+    With -P, files of the current directory are not imported: a `click.py` there is not meant.
+    """
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of a child: without this process's settings, and with this process's program.
+
+    A checkout is found by -m only from its own directory; an installed program needs no help.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    root = Path(__file__).resolve().parents[2]
+    if root.name not in ("site-packages", "dist-packages"):
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), environment.get("PYTHONPATH"))))
+    return environment
 
 
 class Child:
@@ -83,7 +99,7 @@ class Child:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)},
+                env=_environment(),
                 start_new_session=True,  # the parent handles Ctrl-C and stops its children in its own order
             )
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -54,7 +55,19 @@ def test_serve_help_states_the_precedence(capsys: pytest.CaptureFixture[str]) ->
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("watchmux ")
+    git = ["git", "-C", str(Path(__file__).parents[3]), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout
+    assert re.fullmatch(rf"watchmux \S+ \(commit {commit[:12]}(-dirty)?\), Python .*\n", capsys.readouterr().out)
+
+
+def test_names_are_completed_in_a_shell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_WATCHMUX_COMPLETE", "bash_complete")
+    for words, found in (("watchmux se", "plain,serve"), ("watchmux serve --listen", "plain,--listen-addr")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+        with pytest.raises(SystemExit):
+            run([])
+        assert capsys.readouterr().out.strip() == found
 
 
 @pytest.mark.parametrize(
@@ -185,3 +198,17 @@ def test_the_settings_in_force_have_their_origin(
     monkeypatch.delenv("WATCHMUX_PASSWORD")
     assert run(["config", "--effective", "--listen-addr=here", "--cert=x"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_a_foreign_proto_package_is_one_clear_line(tmp_path: Path) -> None:
+    """proto-plus has the same import name."""
+    (tmp_path / "proto").mkdir()
+    (tmp_path / "proto/__init__.py").write_text("from .fields import Field\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[3]}"}
+    code = "from proxy.cli import main; main(['serve'])"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"watchmux: the Python package `proto` ({tmp_path}/proto) is that of another program")

@@ -8,12 +8,10 @@ from __future__ import annotations
 import configparser
 import io
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from proxy.admin.snapshot import Snapshot
 from proxy.config.file import layer, read_file
 from proxy.config.knobs import Settings, knobs
 from proxy.config.values import parse_size_bytes
+from tests.proxy.config.test_packaging import VERSION
 from upstream.pool import EndpointState
 
 ROOT = Path(__file__).parents[3]
@@ -214,45 +213,14 @@ def test_the_image_is_small_unprivileged_and_starts_the_program() -> None:
     assert len(images) == 2
     assert all(":" in image and not image.endswith(":latest") for image in images)
     copied = [value.split()[:-1] for instruction, value in steps if instruction == "COPY" and "--from" not in value]
-    for source in (name for names in copied for name in names):
-        assert (ROOT / source).exists(), source
-    assert PAGES, "pages are package data, which `pip install .` brings along"
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_the_steps_of_the_image_make_a_program_that_serves(tmp_path: Path) -> None:
-    """No container is built, but each COPY and RUN of its first stage is executed, in another directory."""
-    parser = DockerfileParser(fileobj=io.BytesIO((CONFIGS / "container/Containerfile").read_bytes()))
-    source, installed = tmp_path / "src", tmp_path / "watchmux"
-    source.mkdir()
-    stages = 0
-    for step in parser.structure:
-        stages += step["instruction"] == "FROM"
-        if stages > 1:
-            break
-        if step["instruction"] == "COPY":
-            *names, target = step["value"].split()
-            for name in names:
-                kept = shutil.ignore_patterns("__pycache__")
-                if (ROOT / name).is_dir():
-                    shutil.copytree(ROOT / name, source / target, ignore=kept)
-                else:
-                    shutil.copy(ROOT / name, source / target)
-        elif step["instruction"] == "RUN":
-            command = step["value"].replace("/opt/watchmux", str(installed)).replace("python ", f"{sys.executable} ", 1)
-            subprocess.run(command, shell=True, cwd=source, check=True, timeout=600)
-    assert "/opt/watchmux/bin:" in dict(parser.envs)["PATH"]
-    program = installed / "bin/watchmux"
-    # Not from the checkout, whose packages would be found first.
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": dict(parser.envs)["PYTHONDONTWRITEBYTECODE"]}
-    shown = subprocess.run(
-        [program, "config"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=60
-    )
-    assert shown.stdout == (CONFIGS / "watchmux.toml").read_text()
-    pages = list(installed.rglob("admin/pages/status.html"))
-    assert pages, "package data is installed"
-    assert not list(installed.rglob("__pycache__"))
+    # It is built from the wheel (`make wheel`) and the lock file; the build context has nothing else.
+    assert copied == [["requirements.lock"], ["dist"]]
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert [line for line in ignored if not line.startswith("#")] == ["*", "!dist", "!requirements.lock"]
+    assert (ROOT / "requirements.lock").exists()
+    assert f"dist/watchmux-{VERSION}-" in told["RUN"]
+    assert f"-t watchmux:{VERSION} " in (CONFIGS / "container/Containerfile").read_text()
+    assert PAGES, "pages are package data, which the wheel brings along"
 
 
 def unit() -> configparser.ConfigParser:

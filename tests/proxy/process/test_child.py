@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from proxy.process import child
-from proxy.process.child import Child, ChildFailed
+from proxy.process.child import Child, ChildFailed, python_command
 from tests.waiting import until
 
 GOOD = """
@@ -35,6 +35,19 @@ STUBBORN = GOOD.replace("on_signals(leaving.set)", "on_signals(lambda: None)")
 
 def script(text: str) -> list[str]:
     return [sys.executable, "-c", text]
+
+
+def test_a_child_imports_nothing_from_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("click", "proxy", "msgspec"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the current directory was imported')")
+    monkeypatch.chdir(tmp_path)
+
+    async def run() -> None:
+        store = await Child.start("the store", python_command("proxy.cli", "store", "--listen-addr=127.0.0.1:0"))
+        assert store.ready.address
+        await store.stop()
+
+    asyncio.run(run())
 
 
 async def with_child(text: str) -> Child:

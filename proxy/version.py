@@ -1,0 +1,36 @@
+"""The program's version, and the commit that it was built from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def program_version() -> str:
+    """Return the version of the installed package; "" if it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("watchmux")
+    except PackageNotFoundError:
+        return ""
+
+
+def program_commit() -> str:
+    """Return the commit: written into the package when it was built (setup.py), or that of the checkout; "" if unknown.
+
+    Runs git in a checkout, so it is not for a serving process.
+    """
+    here = Path(__file__).parent
+    try:
+        return (here / "commit.txt").read_text().strip()
+    except OSError:
+        pass
+    if not (here.parent / ".git").exists():
+        return ""
+    import subprocess
+
+    command = ["git", "-C", str(here.parent), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
