@@ -33,6 +33,7 @@ from coalesce.invariants import check
 from coalesce.joining import Admission
 from coalesce.limits import CoreLimits
 from coalesce.model import Backfill, PendingCreate, PendingRead, Session, Trunk, Upstream, Watch
+from coalesce.moving import Moving
 from coalesce.notifying import Notifying
 from coalesce.placement import Placement
 from coalesce.progress import Progress
@@ -66,6 +67,7 @@ class Coalescer:
         self._trunks = trunks = Trunks(state, placement)
         self._cancellation = cancellation = Cancellation(state, reads, progress, placement, replayer, trunks)
         self._admission = Admission(state, reads, progress, placement, trunks, cancellation)
+        self._moving = Moving(state, waiters, requests, self._notifying, placement, trunks)
         # The next deadline may have moved earlier since the last call of `next_deadline`. An ordinary event does not
         # set it.
         self.deadline_moved = True
@@ -78,6 +80,8 @@ class Coalescer:
     @limits.setter
     def limits(self, limits: CoreLimits) -> None:
         self._state.limits = self._state.ledger.limits = limits
+        self._moving.configure(limits)
+        self.deadline_moved = True
 
     @property
     def header(self) -> Header | None:
@@ -176,7 +180,14 @@ class Coalescer:
         """A response for an upstream watch: `created`, events of whole revisions, `canceled`, or a progress notify."""
         state = self._state
         owner = upstream.fed
-        if type(owner) is not Trunk or upstream.closed or not response.plain or not state.ledger.entries or state.runs:
+        if (
+            owner is None
+            or type(owner) is Backfill
+            or upstream.closed
+            or not response.plain
+            or not state.ledger.entries
+            or state.runs
+        ):
             return self._received(upstream, response, now)
         # Fast path, the common case: events of a trunk.
         if now > state.now:
@@ -290,6 +301,10 @@ class Coalescer:
         at = self._trunks.next_deadline()
         if at is not None and (first is None or at < first):
             first = at
+        if state.to_move or state.covers.prefixes:
+            at = self._moving.next_deadline()
+            if at is not None and (first is None or at < first):
+                first = at
         at = state.lingers.next_deadline()
         if at is not None and (first is None or at < first):
             first = at
@@ -304,6 +319,7 @@ class Coalescer:
         self._begin(now)
         self._admission.expire()
         self._cancellation.expire()
+        self._moving.expire()
         self._trunks.expire()
         self._state.ledger.expire(self._state.now)
         self._cancellation.too_far_behind()
@@ -352,7 +368,7 @@ class Coalescer:
     def _finish(self) -> list[Effect]:
         """Pass on what the parts have recorded for parts above them, in a fixed order; return the effects."""
         state = self._state
-        if state.to_advance:
+        if state.to_advance or state.to_prepare:
             self._admission.finish()
         if state.to_replay:
             self._replayer.finish()

@@ -19,9 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
+from typing import Final
 
+from coalesce.cover import Cover
 from coalesce.inputs import UpstreamLost
-from coalesce.model import Backfill, PendingCreate, Place, Session, Source, Trunk, Upstream, Watch
+from coalesce.model import Backfill, PendingCreate, Session, Source, Trunk, Upstream, Watch
+from coalesce.place import Place
 from coalesce.placement import Placement
 from coalesce.progress import Progress
 from coalesce.replay import Replayer
@@ -32,6 +35,8 @@ from proto import etcd_errors
 from proto.framing import Status
 from proto.scan import Header, WatchResponse
 
+# A cover that etcd has refused is tried again after this time: permissions change.
+COVER_RETRY_S: Final = 60.0
 # Statuses with which etcd ends the stream of a create; any other is a refusal of the create alone. RESOURCE_EXHAUSTED:
 # the request is larger than etcd accepts.
 _ENDS_OF_STREAMS = (Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED)
@@ -216,8 +221,7 @@ class Cancellation:
         self._placement.unplace(watch)
         watch.place = Place.ENDED
         del watch.session.watches[watch.watch_id]
-        del watch.trunk.watches[watch]
-        watch.trunk.prev_kv_watches -= watch.wants_prev_kv
+        watch.trunk.quit(watch)
         self._placement.detach(watch)
         state.stats.watches -= 1
         self._progress.forget(watch)
@@ -286,6 +290,9 @@ class Cancellation:
     def _lose(self, owner: Source, reason: UpstreamLost) -> None:
         """End the sessions and creates that depend on a lost source."""
         state = self._state
+        if isinstance(owner, Cover):
+            self._lose_cover(owner, reason.text)
+            return
         if isinstance(owner, Backfill):
             # Every watch of the trunk that wants prev_kv needs the upgrade, even if it is on another backfill.
             waiting = [watch for watch in owner.trunk.watches if owner.is_upgrade and watch.wants_prev_kv]
@@ -311,6 +318,26 @@ class Cancellation:
         elif isinstance(owner, Backfill) and owner in state.backfills:
             self._placement.close(owner, gone=True)
 
+    def _lose_cover(self, cover: Cover, text: str) -> None:
+        """Etcd refuses a cover: its ranges get trunks of their own, until it is tried again."""
+        state = self._state
+        cover.stats.refused += 1
+        cover.stats.problem = text
+        if cover.prefix in state.covers.prefixes:
+            state.covers.suspended[cover.prefix] = state.now + COVER_RETRY_S
+        cover.retired = True
+        cover.opening = False
+        cover.awaited = False
+        for create in tuple(cover.joining):
+            self._trunks.release(create)
+            state.to_prepare[create] = None
+        if cover.watches:
+            state.lingers.stop(cover)
+            state.end_run(cover)
+            state.to_move[cover] = None
+        else:
+            self._trunks.remove(cover, gone=True)
+
     def _restart(self, trunk: Trunk, next_revision: int) -> None:
         """Drop a trunk's state and restart it at `next_revision`."""
         state = self._state
@@ -319,7 +346,8 @@ class Cancellation:
         watches = list(trunk.watches)
         self._drop_upgrade(trunk)
         self._lift_all(watches)
-        state.close_upstream(trunk.upstream)
+        if not trunk.upstream.closed:
+            state.close_upstream(trunk.upstream)
         trunk.start_over(next_revision)
         # Also drops the groups' sent revisions: events at or below them may be sent again.
         trunk.groups.clear()

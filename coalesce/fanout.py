@@ -11,10 +11,16 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
-from coalesce.batch import Batch, Variants, payload_of_one
+from coalesce.batch import Batch, Payload, Variants, payload_of_one
+from coalesce.cover import Cover
 from coalesce.effects import Deliver
-from coalesce.model import Ahead, Group, Place, Source, Watch
+from coalesce.model import Ahead, Group, Source, Watch
+from coalesce.place import Place
+from coalesce.ranges import CoverBranch
 from coalesce.state import CoreState
+from proto.event_key import event_key
+from proto.scan import Event
+from proto.spans import is_in
 
 
 class Fanout:
@@ -43,6 +49,8 @@ class Fanout:
             # There are no events between next_revision and the batch, so watches with a position there are in step.
             self._meet(source, first_revision)
         history = source.history
+        if source.is_cover:
+            self._spread(source, batch)
         has_prev_kv = history.has_prev_kv
         variants: Variants | None = None
         if len(batch.events) > 1 or len(source.groups) > 1:
@@ -64,6 +72,36 @@ class Fanout:
                 self._deliver_parts(source, batch)
             self._meet(source, source.next_revision)
         history.append(batch, state.now)
+
+    def _spread(self, cover: Source, batch: Batch) -> None:
+        """Send each branch of a cover the events of its keys."""
+        assert isinstance(cover, Cover), "only covers have branches"
+        has_prev_kv, events, find = cover.history.has_prev_kv, batch.events, cover.index.find
+        stats = cover.stats
+        stats.events += len(events)
+        stats.bytes += batch.size
+        parts: dict[CoverBranch[Group], list[Event]] = {}
+        for event in events:
+            branches = find(event_key(event.encoded))
+            if not branches:
+                stats.unwanted_events += 1
+                stats.unwanted_bytes += len(event.encoded)
+            for branch in branches:
+                if branch.groups:
+                    parts.setdefault(branch, []).append(event)
+        for branch, part in parts.items():
+            variants = Variants(batch.header, part, self._state.limits.fragment_bytes, has_prev_kv)
+            for group in branch.groups.values():
+                self._send(group, variants.payload(group.variant))
+
+    def _send(self, group: Group, payload: Payload | None) -> None:
+        """Send a payload, if the filters leave one, to a group of a branch."""
+        if payload is not None:
+            group.sent_revision = payload.last_revision
+            watches = group.listed()
+            self._state.effects.append(Deliver(payload, watches))
+            self._state.stats.delivered += len(watches)
+            self._state.stats.delivered_events += len(watches) * payload.event_count
 
     def advance(self, source: Source, revision: int) -> None:
         """Record that everything through `revision` has been delivered: there are no further events."""
@@ -101,6 +139,8 @@ class Fanout:
             source.ahead_count -= 1
             return
         group.remove(watch)
+        if not group.members and watch.branch is not None:
+            del source.groups_of(watch)[watch.variant]
         watch.group = None
         watch.position = source.next_revision
         watch.sent_revision = max(watch.sent_revision, group.sent_revision)
@@ -111,11 +151,15 @@ class Fanout:
         variants: Variants | None = None
         position = 0
         for watch in self._arrived(source, batch.last_revision):
-            if variants is None or watch.position != position:
+            if variants is None or watch.position != position or source.is_cover:
                 position = watch.position
                 part = batch.since(position)
                 assert part is not None, "the position lies inside the batch"
-                variants = Variants(part.header, part.events, state.limits.fragment_bytes, source.history.has_prev_kv)
+                events = part.events
+                if source.is_cover and watch.branch is not None:
+                    span = watch.branch.span
+                    events = [event for event in events if is_in(event_key(event.encoded), span)]
+                variants = Variants(part.header, events, state.limits.fragment_bytes, source.history.has_prev_kv)
             payload = variants.payload(watch.variant)
             if payload is not None:
                 watch.sent_revision = payload.last_revision
@@ -140,9 +184,10 @@ class Fanout:
                 yield watch
 
     def _step(self, source: Source, watch: Watch) -> None:
-        group = source.groups.get(watch.variant)
+        groups = source.groups_of(watch)
+        group = groups.get(watch.variant)
         if group is None:
-            group = source.groups[watch.variant] = Group(watch.variant)
+            group = groups[watch.variant] = Group(watch.variant)
         group.add(watch)
         watch.group = group
         watch.place = Place.IN_STEP

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import NamedTuple, cast
 
 from coalesce.batch import FRAGMENT, Batch, Payload, Variants, filtered, revisions_of
 from coalesce.limits import CoreLimits
 from coalesce.stats import Stats
+from proto.event_key import event_key
 from proto.scan import Event
+from proto.spans import Span, is_in
 
 _revision_of = attrgetter("revision")
 
@@ -94,6 +95,21 @@ class History:
         """Return its batches, oldest first; for checks and tests."""
         return self._batches[self._gone :]
 
+    def since(self, position: int) -> list[Batch]:
+        """Return the batches that end at `position` or later."""
+        return self._batches[bisect_left(self._lasts, position, self._gone) :]
+
+    def count_since(self, position: int) -> int:
+        """Return the number of batches that end at `position` or later."""
+        return len(self._batches) - bisect_left(self._lasts, position, self._gone)
+
+    def batches_at(self, lasts: Iterable[int]) -> Iterator[Batch]:
+        """Walk the batches with these last revisions, without those that were evicted."""
+        for last in lasts:
+            place = bisect_left(self._lasts, last, self._gone)
+            if place < len(self._lasts) and self._lasts[place] == last:
+                yield self._batches[place]
+
     @property
     def newest(self) -> Batch:
         """The newest batch; there must be one."""
@@ -162,22 +178,27 @@ class History:
         self.floor = floor
         self.last_revision = 0
 
-    def replay(self, position: int, variant: int, limits: CoreLimits) -> Replayed:
+    def replay(self, position: int, variant: int, limits: CoreLimits, span: Span | None = None) -> Replayed:
         """Join the events that a watch of `variant` at `position` has missed into one response.
 
         Whole revisions, at least one; more up to replay_bytes_max (with fragment: fragment_run_bytes_max) of events
-        that pass the filters, and up to replay_events_max of events examined. Requires position >= floor.
+        that pass the filters, and up to replay_events_max of events examined. Requires position >= floor. `span`: only
+        events of keys in this range pass; None = all.
         """
-        place = bisect_left(self._lasts, position, self._gone)
+        return self._replay(self.since(position), position, variant, limits, span)
+
+    def _replay(
+        self, batches: Iterable[Batch], position: int, variant: int, limits: CoreLimits, span: Span | None
+    ) -> Replayed:
         chosen: list[Event] = []
         size = looked = 0
         bytes_max = limits.fragment_run_bytes_max if variant & FRAGMENT else limits.replay_bytes_max
         events_max = limits.replay_events_max
-        for batch in islice(self._batches, place, None):
+        for batch in batches:
             events = batch.events
             count = len(events)
             if batch.first_revision >= position and size + batch.size <= bytes_max and looked + count <= events_max:
-                passed = filtered(events, variant)
+                passed = _passing(events, variant, span)
                 chosen.extend(passed)
                 looked += count
                 size += batch.size if len(passed) == count else sum(len(event.encoded) for event in passed)
@@ -186,7 +207,7 @@ class History:
                 events = events[bisect_left(events, position, key=_revision_of) :]
             for first, end, _ in revisions_of(events):
                 revision = events[first:end]
-                passed = filtered(revision, variant)
+                passed = _passing(revision, variant, span)
                 more = sum(len(event.encoded) for event in passed)
                 enough = looked + len(revision) > events_max or bool(chosen and size + more > bytes_max)
                 if looked and enough:
@@ -202,6 +223,13 @@ class History:
             return None
         header = self._batches[-1].header
         return Variants(header, events, limits.fragment_bytes, self.has_prev_kv).payload(variant)
+
+
+def _passing(events: Sequence[Event], variant: int, span: Span | None) -> Sequence[Event]:
+    """Return the events that pass the variant's filters, of keys in `span` if it is not None."""
+    if span is not None:
+        events = [event for event in events if is_in(event_key(event.encoded), span)]
+    return filtered(events, variant)
 
 
 class LedgerEntry:

@@ -29,12 +29,19 @@
 22. A watch that waits for the end of a run is known to it, and the run's source exists; the events it needs next are
     not evicted before they are sent.
 23. Each input passes on all that its parts recorded for parts above them.
+24. The branches of a cover are the ranges of its watches, and lie within its prefix. A cover keeps its prev_kv: a watch
+    that wants prev_kv is on a cover that has it.
 """
 
 from __future__ import annotations
 
-from coalesce.model import Backfill, PendingCreate, Place, Session, Source, Trunk, Watch
+from itertools import chain
+
+from coalesce.cover import Cover
+from coalesce.model import Backfill, Group, PendingCreate, Session, Source, Trunk, Watch
+from coalesce.place import Place
 from coalesce.progress import Progress
+from coalesce.ranges import CoverBranch, TrunkName, contains
 from coalesce.replay import WATCH_EVENTS, Replayer
 from coalesce.revision_reads import RevisionReads
 from coalesce.state import CoreState
@@ -54,7 +61,8 @@ def check(
     state: CoreState, replayer: Replayer, reads: RevisionReads, waiters: ProgressWaiters, progress: Progress
 ) -> None:
     """Raise InvariantBroken if anything is wrong."""
-    _need(23, not state.to_advance and not state.to_replay, "work of one input is left for the next one")
+    waiting = state.to_advance or state.to_replay or state.to_prepare
+    _need(23, not waiting, "work of one input is left for the next one")
     for session in state.sessions:
         _check_session(state, session)
         _check_progress(session, waiters, progress)
@@ -70,8 +78,8 @@ def check(
             _check_watch(state, watch)
     for trunk in state.trunks.values():
         _check_trunk(state, trunk)
-    for span, trunk in state.parked.items():
-        _check_parked(state, span, trunk)
+    for name, trunk in state.parked.items():
+        _check_parked(state, name, trunk)
     _check_backfills(state)
     _check_upstreams(state)
     _check_reads(state, reads)
@@ -135,7 +143,8 @@ def _check_head(state: CoreState, session: Session) -> None:
 
 def _check_watch(state: CoreState, watch: Watch) -> None:
     trunk, source, session = watch.trunk, watch.source, watch.session
-    _need(1, watch in trunk.watches and state.trunks.get((trunk.key, trunk.range_end)) is trunk, watch)
+    _need(1, watch in trunk.watches and state.trunks.get(trunk.name) is trunk, watch)
+    _need(24, (watch.branch is not None) == isinstance(trunk, Cover), "a watch has a branch only below a cover")
     place = watch.place
     # It is in its place, and nowhere else.
     _need(2, (watch.group is not None and watch in watch.group.members) == (place is Place.IN_STEP), watch)
@@ -145,7 +154,7 @@ def _check_watch(state: CoreState, watch: Watch) -> None:
     _need(2, place is not Place.ENDED, watch)
     if place is Place.IN_STEP:
         assert watch.group is not None, "checked above"
-        _need(2, source is not None and source.groups.get(watch.variant) is watch.group, watch)
+        _need(2, source is not None and source.groups_of(watch).get(watch.variant) is watch.group, watch)
         _need(4, watch.group.variant == watch.variant, watch)
     if place is Place.AHEAD:
         assert watch.ahead is not None, "checked above"
@@ -173,7 +182,8 @@ def _check_source(state: CoreState, source: Source) -> None:
     _need(8, history.bytes == sum(batch.memory_bytes for batch in batches), "byte count of a history")
     _need(9, history.bytes <= state.limits.history_bytes_max, "a history is too large")
     _need(9, len(history) <= state.limits.history_revisions_max, "a history is too long")
-    for variant, group in source.groups.items():
+    of_branches = [branch.groups for branch in source.index.values()] if isinstance(source, Cover) else []
+    for variant, group in chain.from_iterable(groups.items() for groups in (source.groups, *of_branches)):
         _need(4, group.variant == variant, "a group in the wrong place")
         for watch in group.members:
             _need(2, watch.group is group and watch.source is source and watch.place is Place.IN_STEP, watch)
@@ -198,13 +208,29 @@ def _check_trunk(state: CoreState, trunk: Trunk) -> None:
     listed = {watch for alike in notices.watches.values() for watch in alike} if notices is not None else set()
     _need(20, asked == listed and (notices is not None) == bool(asked), "the watches that asked for progress_notify")
     _need(20, notices is None or notices.timer_at is not None, "no timer for progress_notify")
-    used = bool(trunk.watches or trunk.joining)
-    _need(11, used == (trunk.timer_at is None), "a trunk lingers if and only if it is unused")
+    _need(11, trunk.is_used == (trunk.timer_at is None), "a trunk lingers if and only if it is unused")
+    if isinstance(trunk, Cover):
+        _check_cover(trunk)
 
 
-def _check_parked(state: CoreState, span: tuple[bytes, bytes], trunk: Trunk) -> None:
+def _check_cover(cover: Cover) -> None:
+    branches: dict[CoverBranch[Group], int] = {}
+    for watch in cover.watches:
+        branch = watch.branch
+        assert branch is not None, "checked with the watch"
+        branches[branch] = branches.get(branch, 0) + 1
+    _need(24, set(cover.index.values()) == set(branches), "the branches of a cover are those of its watches")
+    for branch, watches in branches.items():
+        _need(24, branch.watches == watches and cover.index.get(branch.span) is branch, "a branch's watches")
+        _need(24, contains(cover.prefix, *branch.span), "a branch lies outside of its cover")
+    _need(24, not cover.groups and cover.upgrade is None, "a cover has groups or an upgrade")
+    _need(24, (cover.prev_kv_from is not None) == cover.prev_kv, "a cover has changed its prev_kv")
+    _need(24, not cover.prev_kv_watches or cover.prev_kv, "a watch with prev_kv is on a cover without")
+
+
+def _check_parked(state: CoreState, name: TrunkName, trunk: Trunk) -> None:
     _check_source(state, trunk)
-    _need(21, span == (trunk.key, trunk.range_end) and span not in state.trunks, "a range has two trunks")
+    _need(21, name == trunk.name and name not in state.trunks, "a range has two trunks")
     _need(21, not trunk.watches and not trunk.joining and not trunk.backfills, "a parked trunk is in use")
     _need(21, trunk.upstream.closed and trunk.upstream.fed is None, "a parked trunk has an upstream watch")
     _need(21, trunk.upgrade is None and trunk.notices is None and trunk.timer_at is None, "a parked trunk is in use")
@@ -232,7 +258,9 @@ def _check_backfills(state: CoreState) -> None:
 
 
 def _check_upstreams(state: CoreState) -> None:
-    expected = {source.upstream for source in _sources(state)}
+    # A cover that etcd has refused stays until its watches have moved.
+    refused = {trunk for trunk in state.to_move if isinstance(trunk, Cover) and trunk.retired and trunk.upstream.closed}
+    expected = {source.upstream for source in _sources(state) if source not in refused}
     _need(12, set(state.upstreams) == expected, "open upstream watches")
     for source, run in state.runs.items():
         _need(22, source in {*_sources(state)} and source.run is run, "a run of a source that has ended")
@@ -247,7 +275,8 @@ def _check_upstreams(state: CoreState) -> None:
             _need(22, guarded, "events that a watch waits for may be evicted")
     _need(12, expected.issuperset(state.to_ask), "a closed upstream watch is to be asked for progress")
     for source in _sources(state):
-        _need(12, source.upstream.owner is source and not source.upstream.closed, source.upstream)
+        if source not in refused:
+            _need(12, source.upstream.owner is source and not source.upstream.closed, source.upstream)
 
 
 def _check_reads(state: CoreState, reads: RevisionReads) -> None:

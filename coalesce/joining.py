@@ -24,17 +24,9 @@ from collections import deque
 from coalesce.effects import CheckPermission, TakeRequests
 from coalesce.ending import Cancellation
 from coalesce.inputs import NO_WATCH_ID, CreateRefusal, CreateRequest, Granted
-from coalesce.model import (
-    LISTED_MAX,
-    Pending,
-    PendingCancel,
-    PendingCreate,
-    PendingProgress,
-    PendingRead,
-    Place,
-    Session,
-    Watch,
-)
+from coalesce.model import LISTED_MAX, Pending, PendingCreate, PendingRead, Session, Watch
+from coalesce.pending import PendingCancel, PendingProgress
+from coalesce.place import Place
 from coalesce.placement import Placement
 from coalesce.progress import Progress
 from coalesce.revision_reads import RevisionReads
@@ -152,6 +144,13 @@ class Admission:
     def finish(self) -> None:
         """Decide the requests that this input has made decidable."""
         state = self._state
+        creates, state.to_prepare = state.to_prepare, {}
+        for create in creates:
+            if not create.session.ended:
+                self._prepare(create)
+                if create.refusal is not None:
+                    self._refused(create)
+                state.to_advance[create.session] = None
         sessions, state.to_advance = state.to_advance, {}
         for session in sessions:
             self.advance(session)
@@ -209,8 +208,7 @@ class Admission:
         """Request what a permitted create still needs."""
         needs_read = create.request.start_revision is None
         limit = self._state.limits.trunks_max
-        trunks = self._state.trunks
-        if create.trunk is None and len(trunks) >= limit and (create.key, create.range_end) not in trunks:
+        if create.trunk is None and len(self._state.trunks) >= limit and not self._trunks.is_open(create):
             create.refusal = f"watchmux: the limit of {limit} different ranges is reached"
             self._state.stats.refused_at["trunks_max"] += 1
             return
@@ -288,8 +286,7 @@ class Admission:
         self._position = position
         watch = Watch(session, request, watch_id, trunk, position)
         session.watches[watch_id] = watch
-        trunk.watches[watch] = None
-        trunk.prev_kv_watches += watch.wants_prev_kv
+        trunk.join(watch, (create.key, create.range_end))
         state.stats.watches += 1
         self._trunks.release(create)
         state.answer(session, watch_id, header, created=True)

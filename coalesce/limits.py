@@ -12,6 +12,9 @@ _MIB = 1024 * _KIB
 class CoreLimits:
     """The settings of one Coalescer."""
 
+    # Prefixes below which all ranges share one upstream watch, in the clients' keys; b"" is all keys.
+    covers: tuple[bytes, ...] = ()
+
     # How long a trunk without watches is kept. Operators, and etcd's own tests, expect watches gone within a second.
     linger_s: float = 0.5
     # How long the history of such a trunk is kept after that, without an upstream watch: most clients reconnect within

@@ -22,28 +22,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, TypeAlias
 
 from coalesce.batch import FRAGMENT, PREV_KV, variant_of
-from coalesce.history import History
+from coalesce.history import History, Replayed
 from coalesce.inputs import CreateRequest, Identity
+from coalesce.limits import CoreLimits
+from coalesce.pending import REQUEST_BYTES, PendingCancel, PendingProgress
+from coalesce.place import Place
+from coalesce.ranges import CoverBranch, TrunkName
 from proto.scan import Header
-
-
-class Place(Enum):
-    """Where a watch is; exactly one of these applies."""
-
-    # In a group of its source: needs exactly what the source needs next, and gets each batch as it arrives.
-    IN_STEP = "in step"
-    # In its source's heap: needs nothing before its position, which the source has not reached.
-    AHEAD = "ahead"
-    # In its session's `lagging`: has events to be replayed, or has lost its source and needs another one.
-    LAGGING = "lagging"
-    # Queued for a backfill.
-    QUEUED = "queued"
-    # Cancelled, or its session has ended.
-    ENDED = "ended"
+from proto.spans import Span
 
 
 class Watch:
@@ -51,6 +40,7 @@ class Watch:
 
     __slots__ = (
         "ahead",
+        "branch",
         "group",
         "noted_revision",
         "outlet",
@@ -75,6 +65,8 @@ class Watch:
         self.progress_notify = request.progress_notify
         # The trunk of its range.
         self.trunk = trunk
+        # Its range below the cover, if its trunk is one.
+        self.branch: CoverBranch[Group] | None = None
         self.place = Place.LAGGING
         # The trunk, or the backfill it comes through; None = it needs one.
         self.source: Source | None = None
@@ -191,8 +183,6 @@ class Blocker:
 
 
 _IDS = tuple(range(4096))  # one object for each id, in all sessions that use it
-REQUEST_BYTES = 512
-"""Memory of a queued request in addition to its keys: objects, and list entries."""
 
 
 class PendingCreate:
@@ -225,25 +215,6 @@ class PendingRead:
     """A read of the store's revision, for the creates that waited when it began."""
 
     waiting: dict[PendingCreate, None] = field(default_factory=dict)
-
-
-class PendingCancel:
-    """A queued cancel."""
-
-    __slots__ = ("watch_id",)
-
-    bytes = REQUEST_BYTES
-
-    def __init__(self, watch_id: int) -> None:
-        self.watch_id = watch_id
-
-
-class PendingProgress:
-    """A queued progress request."""
-
-    __slots__ = ()
-
-    bytes = REQUEST_BYTES
 
 
 Pending: TypeAlias = PendingCreate | PendingCancel | PendingProgress
@@ -394,6 +365,7 @@ class FragmentRun:
 class Source:
     """An upstream watch, the history of its batches, and the watches that follow it: a trunk or a backfill."""
 
+    is_cover = False
     __slots__ = (
         "ahead",
         "ahead_count",
@@ -446,6 +418,14 @@ class Source:
     def is_followed(self) -> bool:
         """Whether a watch is in step or ahead."""
         return self.ahead_count > 0 or any(group.members for group in self.groups.values())
+
+    def groups_of(self, watch: Watch) -> dict[int, Group]:  # noqa: ARG002  # a cover has groups per range
+        """Return the groups of which one is that of this watch while it is in step."""
+        return self.groups
+
+    def replay(self, watch: Watch, limits: CoreLimits) -> Replayed:
+        """Join the events that a watch has missed into one response, see `History.replay`."""
+        return self.history.replay(watch.position, watch.variant, limits)
 
     def serves(self, watch: Watch) -> bool:
         """Whether it can bring this watch the revisions it needs next, from its history or live."""
@@ -502,6 +482,21 @@ class Trunk(Source):
         return self
 
     @property
+    def name(self) -> TrunkName:
+        """What identifies it among the trunks."""
+        return self.key, self.range_end
+
+    def join(self, watch: Watch, span: Span) -> None:  # noqa: ARG002  # a cover has watches of many ranges
+        """Add a watch of a range that it contains."""
+        self.watches[watch] = None
+        self.prev_kv_watches += watch.wants_prev_kv
+
+    def quit(self, watch: Watch) -> None:
+        """Remove a watch."""
+        del self.watches[watch]
+        self.prev_kv_watches -= watch.wants_prev_kv
+
+    @property
     def is_used(self) -> bool:
         """Whether watches or creates need it."""
         return bool(self.watches or self.joining)
@@ -531,14 +526,19 @@ class Trunk(Source):
 class Backfill(Source):
     """One upstream watch for some lagging watches of a trunk; or its upgrade, see `placement`."""
 
-    __slots__ = ("is_upgrade", "paused", "trunk")
+    __slots__ = ("branch", "is_upgrade", "paused", "trunk")
 
     # The trunk that its watches move to.
     trunk: Trunk
 
-    def __init__(self, trunk: Trunk, history: History, now: float, *, is_upgrade: bool) -> None:
-        super().__init__(trunk.key, trunk.range_end, history, now)
+    def __init__(
+        self, trunk: Trunk, branch: CoverBranch[Group] | None, history: History, now: float, *, is_upgrade: bool
+    ) -> None:
+        of: Trunk | CoverBranch[Group] = branch or trunk
+        super().__init__(of.key, of.range_end, history, now)
         self.trunk = trunk
+        # The range of all its watches, if its trunk is a cover.
+        self.branch = branch
         self.is_upgrade = is_upgrade
         self.paused = False
 

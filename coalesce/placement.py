@@ -23,8 +23,10 @@ from collections.abc import Iterable
 from coalesce.batch import Batch
 from coalesce.effects import PauseUpstream, ResumeUpstream
 from coalesce.fanout import Fanout
-from coalesce.model import Backfill, Place, Trunk, Upstream, Watch
+from coalesce.model import Backfill, Group, Trunk, Upstream, Watch
+from coalesce.place import Place
 from coalesce.progress_requests import ProgressRequests
+from coalesce.ranges import CoverBranch
 from coalesce.state import CoreState
 
 
@@ -125,7 +127,7 @@ class Placement:
                 state.queued[watch] = None
                 state.stats.queued += 1
                 return
-            backfill = self._open(trunk, watch.position, watch.wants_prev_kv, is_upgrade=False)
+            backfill = self._open(trunk, watch.branch, watch.position, watch.wants_prev_kv, is_upgrade=False)
             trunk.backfills.append(backfill)
             state.stats.backfills += 1
             for other in spared:
@@ -137,9 +139,12 @@ class Placement:
         else:
             self.resume_live(watch, backfill)
 
-    def _open(self, trunk: Trunk, start_revision: int, prev_kv: bool, *, is_upgrade: bool) -> Backfill:
+    def _open(
+        self, trunk: Trunk, branch: CoverBranch[Group] | None, start_revision: int, prev_kv: bool, *, is_upgrade: bool
+    ) -> Backfill:
         state = self._state
-        backfill = Backfill(trunk, state.new_history(start_revision, prev_kv), state.now, is_upgrade=is_upgrade)
+        history = state.new_history(start_revision, prev_kv)
+        backfill = Backfill(trunk, branch, history, state.now, is_upgrade=is_upgrade)
         state.backfills[backfill] = None
         # An upgrade uses the trunks' stream: it replaces a trunk's upstream watch soon, and must not be paused.
         state.open_upstream(backfill, start_revision, prev_kv, not is_upgrade)
@@ -260,7 +265,7 @@ class Placement:
     def _can_share(self, backfill: Backfill, watch: Watch) -> bool:
         """Whether a watch may share this backfill, given its position."""
         position, floor = watch.position, backfill.history.floor
-        if watch.wants_prev_kv and not backfill.history.has_prev_kv:
+        if watch.branch is not backfill.branch or (watch.wants_prev_kv and not backfill.history.has_prev_kv):
             return False
         if backfill.is_upgrade:
             return position >= floor
@@ -272,6 +277,8 @@ class Placement:
         Only as long as this one has brought nothing, so that nothing is read twice and no watch is delayed without end.
         """
         has_prev_kv = backfill.history.has_prev_kv
+        if watch.branch is not backfill.branch:
+            return False
         if backfill.next_revision != backfill.upstream.start_revision or (has_prev_kv and not watch.wants_prev_kv):
             return False
         furthest = watch.position + self._state.limits.backfill_share_revisions
@@ -311,7 +318,7 @@ class Placement:
             self.upgrade(trunk)
 
     def upgrade(self, trunk: Trunk) -> None:
-        """Open an upgrade for a trunk, if it has no prev_kv and none is open.
+        """Open an upgrade for a trunk, if it has no prev_kv and none is open. Not for a cover, see `cover`.
 
         It does not start below the compact revision: etcd would cancel it, and watches that need an older revision are
         on a backfill or cancelled.
@@ -321,7 +328,7 @@ class Placement:
         state = self._state
         state.stats.upgrades += 1
         start = max(trunk.next_revision, state.compact_revision)
-        trunk.upgrade = self._open(trunk, start, True, is_upgrade=True)
+        trunk.upgrade = self._open(trunk, None, start, True, is_upgrade=True)
 
     def _feed(self, upgrade: Backfill, before: int, batch: Batch | None) -> None:
         """Let the trunk take over the upgrade's upstream watch, once both can be brought to one revision.

@@ -134,6 +134,7 @@ class Progress:
         self._bookmark_at = state.now + state.limits.bookmark_s / _LOOKS
         if state.ordered_progress:
             old = state.now - state.limits.bookmark_s / 2
-            quiet = [trunk.upstream for trunk in state.trunks.values() if trunk.proven_at <= old]
+            upstreams = [trunk.upstream for trunk in state.trunks.values() if trunk.proven_at <= old]
+            quiet = [upstream for upstream in upstreams if not upstream.closed]
             if quiet:
                 self._requests.want(*quiet)

@@ -7,12 +7,34 @@ single keys are in a dict, prefixes in a dict that is searched once for each len
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Generic, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Generic, TypeAlias, TypeVar
 
 from proto.spans import FROM_KEY, Span, SpanIndex, prefix_end, prefix_of
 
 T = TypeVar("T")
+
+TrunkName: TypeAlias = tuple[bytes, ...]
+"""What identifies a trunk: its range; that of a cover has a further item."""
+
+
+class CoverBranch(Generic[T]):
+    """The watches of one range below a cover. It has no position and no history: these are the cover's."""
+
+    __slots__ = ("groups", "key", "range_end", "watches")
+
+    def __init__(self, key: bytes, range_end: bytes) -> None:
+        self.key = key
+        self.range_end = range_end
+        # Number of its watches, in any place.
+        self.watches = 0
+        # The groups of those in step, by variant; no group is empty.
+        self.groups: dict[int, T] = {}
+
+    @property
+    def span(self) -> Span:
+        """Its range, as on the wire."""
+        return self.key, self.range_end
 
 
 class RangeIndex(Generic[T]):
@@ -84,18 +106,21 @@ class RangeIndex(Generic[T]):
 class CoverTable:
     """The configured covers: prefixes below which all ranges share one upstream watch."""
 
-    __slots__ = ("_lengths", "prefixes")
+    __slots__ = ("_lengths", "prefixes", "suspended")
 
-    def __init__(self, prefixes: tuple[bytes, ...] = ()) -> None:
+    def __init__(self, prefixes: Iterable[bytes] = ()) -> None:
         self.prefixes = frozenset(prefixes)
+        # Those that etcd has refused, each with the time when it is tried again.
+        self.suspended: dict[bytes, float] = {}
         # Longest first.
-        self._lengths = sorted({len(prefix) for prefix in prefixes}, reverse=True)
+        self._lengths = sorted({len(prefix) for prefix in self.prefixes}, reverse=True)
 
-    def choose(self, key: bytes, range_end: bytes) -> bytes | None:
-        """Return the longest prefix that contains a range; None if there is none."""
+    def choose(self, key: bytes, range_end: bytes, now: float = 0.0) -> bytes | None:
+        """Return the longest prefix that contains a range, of those that are not suspended; None if there is none."""
         for length in self._lengths:
             prefix = key[:length]
-            if prefix in self.prefixes and contains(prefix, key, range_end):
+            configured = prefix in self.prefixes and self.suspended.get(prefix, now) <= now
+            if configured and contains(prefix, key, range_end):
                 return prefix
         return None
 

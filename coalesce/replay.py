@@ -14,16 +14,19 @@ not started.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Final
 
 from coalesce.batch import FRAGMENT, Payload
 from coalesce.effects import Deliver
 from coalesce.history import Guard, Replayed
-from coalesce.model import Backfill, Place, Session, Source, Watch
+from coalesce.model import Backfill, Group, Session, Source, Watch
+from coalesce.place import Place
 from coalesce.placement import Placement
 from coalesce.progress_requests import ProgressRequests
+from coalesce.ranges import CoverBranch
 from coalesce.state import CoreState
 
 # Maximum payloads cached: sessions that stalled together replay the same ones.
@@ -41,8 +44,8 @@ class Replayer:
         self._state = state
         self._requests = requests
         self._placement = placement
-        # Cached replays, by source, position and variant, each with the version of the history it was made from.
-        self._joined: dict[tuple[Source, int, int], tuple[int, Replayed]] = {}
+        # Cached replays, by source, branch, position and variant, each with the version of its history.
+        self._joined: dict[tuple[Source, CoverBranch[Group] | None, int, int], tuple[int, Replayed]] = {}
         # Events that may be examined until the next timer; slightly below 0 if the last turn exceeded its share.
         self.left_events = state.limits.replay_turn_events_max
 
@@ -182,13 +185,13 @@ class Replayer:
 
     def _join(self, source: Source, watch: Watch) -> tuple[Payload | None, int | None]:
         """Join the events that a watch has missed, or reuse the result for another one at the same position."""
-        key = (source, watch.position, watch.variant)
+        key = (source, watch.branch, watch.position, watch.variant)
         version = source.history.version
         known = self._joined.get(key)
         if known is not None and known[0] == version:
             return known[1].payload, known[1].following
         limits = self._state.limits
-        replayed = source.history.replay(watch.position, watch.variant, limits)
+        replayed = source.replay(watch, limits)
         # A single revision may have more events, and is never split.
         self.left_events -= min(replayed.looked, limits.replay_events_max)
         if len(self._joined) >= _REMEMBERED_MAX:
@@ -200,7 +203,7 @@ class Replayer:
 
     def break_run(self, source: Source) -> None:
         """Send the pieces of a run now, while the history still holds all of them, and end the run."""
-        for watch in _held(source):
+        for watch in self._held(source):
             self.replay_now(watch)
         self._state.end_run(source)
 
@@ -212,11 +215,25 @@ class Replayer:
 
     def _release(self, source: Source, last_revision: int) -> None:
         """Before a history evicts the batch with this last revision, send it to the held-back watches."""
-        held = _held(source)
+        held = self._held(source)
         if any(watch.position <= last_revision for watch in held):
             self.break_run(source)
         elif held:
             self.guard(source, min(watch.position for watch in held))
+
+    def _held(self, source: Source) -> list[Watch]:
+        """Return the watches that wait for the run of a source and can be sent its pieces now."""
+        lagging: Iterable[Watch] = source.watches
+        if len(source.watches) > self._state.stats.lagging:
+            lagging = chain.from_iterable(session.lagging for session in self._state.lagging_sessions)
+        return [
+            watch
+            for watch in lagging
+            if watch.place is Place.LAGGING
+            and watch.source is source
+            and watch.variant & FRAGMENT
+            and not watch.session.stalled
+        ]
 
     def _register(self, watch: Watch) -> None:
         """Register a watch that waits for a run with it."""
@@ -240,15 +257,3 @@ def _move_back(watch: Watch) -> None:
     lagging = watch.session.lagging
     del lagging[watch]
     lagging[watch] = None
-
-
-def _held(source: Source) -> list[Watch]:
-    """Return the watches that wait for the run of a source and can be sent its pieces now."""
-    return [
-        watch
-        for watch in source.watches
-        if watch.place is Place.LAGGING
-        and watch.source is source
-        and watch.variant & FRAGMENT
-        and not watch.session.stalled
-    ]

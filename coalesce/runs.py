@@ -16,10 +16,12 @@ Otherwise a watch could request the same revisions again and again.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from coalesce.batch import FRAGMENT, Batch
-from coalesce.model import Backfill, FragmentRun, Source
+from coalesce.cover import Cover
+from coalesce.model import Backfill, FragmentRun, Group, Source
 from coalesce.placement import Placement
 from coalesce.replay import Replayer
 from coalesce.state import CoreState
@@ -57,9 +59,9 @@ class Runs:
         run.at = state.now
         run.batches += 1
         run.bytes += batch.memory_bytes
-        for variant, group in source.groups.items():
-            if variant & FRAGMENT:
-                for watch in group.listed():
+        for groups in _reached(source, batch):
+            for variant, group in tuple(groups.items()):
+                for watch in group.listed() if variant & FRAGMENT else ():
                     self._placement.unplace(watch)
                     self._placement.mark_lagging(watch)
                     run.sessions[watch.session] = None
@@ -79,3 +81,10 @@ class Runs:
         state = self._state
         for source in [source for source, run in state.runs.items() if run.at + PATIENCE_S <= state.now]:
             state.end_run(source)
+
+
+def _reached(source: Source, batch: Batch) -> Iterable[dict[int, Group]]:
+    """Return the groups that a batch reaches: those of the source, or of the branches whose keys it has."""
+    if not isinstance(source, Cover):
+        return (source.groups,)
+    return [branch.groups for branch in source.branches_of(batch)]

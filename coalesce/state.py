@@ -9,7 +9,8 @@ from __future__ import annotations
 from coalesce.effects import CloseUpstream, Effect, EndSession, OpenUpstream, Send
 from coalesce.history import History, HistoryBudget
 from coalesce.limits import CoreLimits
-from coalesce.model import Backfill, FragmentRun, Notices, Session, Source, Trunk, Upstream, Watch
+from coalesce.model import Backfill, FragmentRun, Notices, PendingCreate, Session, Source, Trunk, Upstream, Watch
+from coalesce.ranges import CoverTable, TrunkName
 from coalesce.stats import Stats
 from coalesce.timers import Timers
 from proto.framing import frame
@@ -22,6 +23,7 @@ class CoreState:
     __slots__ = (
         "backfills",
         "compact_revision",
+        "covers",
         "effects",
         "header",
         "header_at",
@@ -42,6 +44,8 @@ class CoreState:
         "to_advance",
         "to_advance_later",
         "to_ask",
+        "to_move",
+        "to_prepare",
         "to_replay",
         "to_replay_later",
         "trunks",
@@ -69,9 +73,14 @@ class CoreState:
         self.sessions: dict[Session, None] = {}
         # Ended sessions whose watches are not all removed yet.
         self.leaving: dict[Session, None] = {}
-        self.trunks: dict[tuple[bytes, bytes], Trunk] = {}
+        # Trunks by name, covers included.
+        self.trunks: dict[TrunkName, Trunk] = {}
         # Trunks without an upstream watch, whose histories are kept; ordered by when they were parked, oldest first.
-        self.parked: dict[tuple[bytes, bytes], Trunk] = {}
+        self.parked: dict[TrunkName, Trunk] = {}
+        # The prefixes of the covers.
+        self.covers = CoverTable(limits.covers)
+        # Trunks whose watches are to move to a cover, and covers whose watches are to leave it, see `moving`.
+        self.to_move: dict[Trunk, None] = {}
         # All backfills, upgrades included.
         self.backfills: dict[Backfill, None] = {}
         # All upstream watches that are open at etcd.
@@ -89,6 +98,8 @@ class CoreState:
         # Sessions whose requests may be decided: at the end of this input, and at the next timer.
         self.to_advance: dict[Session, None] = {}
         self.to_advance_later: dict[Session, None] = {}
+        # Creates whose trunk has ended; they need another one at the end of this input.
+        self.to_prepare: dict[PendingCreate, None] = {}
         # Sessions to be replayed, in turn: at the end of this input, and at the next timer.
         self.to_replay: dict[Session, None] = {}
         self.to_replay_later: dict[Session, None] = {}

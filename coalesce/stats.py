@@ -19,6 +19,20 @@ LIMITS_EVICTED = (
 
 
 @dataclass(slots=True)
+class CoverStats:
+    """Counters of one configured cover, over all upstream watches that it has had."""
+
+    # Events that etcd sent for it, and their bytes; and those of keys that no client watches.
+    events: int = 0
+    bytes: int = 0
+    unwanted_events: int = 0
+    unwanted_bytes: int = 0
+    # Times etcd refused it. While it does, the ranges have upstream watches of their own; `problem` says why.
+    refused: int = 0
+    problem: str = ""
+
+
+@dataclass(slots=True)
 class Stats:
     """Counters and gauges of one core. `check()` compares the gauges with a recount."""
 
@@ -73,6 +87,8 @@ class Stats:
     upgrades: int = 0
     # Parked trunks that were reopened.
     resumed: int = 0
+    # Watches moved between trunks and covers.
+    moved: int = 0
     # Batches received from upstream, and their events.
     batches: int = 0
     batch_events: int = 0
@@ -80,3 +96,6 @@ class Stats:
     # Refusals and ends of sessions, by the limit that was reached; batches evicted, by the limit that was exceeded.
     refused_at: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LIMITS_REFUSED, 0))
     evicted_at: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LIMITS_EVICTED, 0))
+
+    # By prefix.
+    covers: dict[bytes, CoverStats] = field(default_factory=dict)

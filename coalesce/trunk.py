@@ -17,10 +17,14 @@ from __future__ import annotations
 
 from itertools import islice
 
+from coalesce.cover import Cover, KeyedHistory, cover_name
 from coalesce.model import PendingCreate, Trunk
 from coalesce.placement import Placement
+from coalesce.ranges import TrunkName
 from coalesce.state import CoreState
+from coalesce.stats import CoverStats
 from proto.scan import Header
+from proto.spans import prefix_of
 
 # A header received within the last so many seconds is recent enough to choose where a trunk starts.
 _NEWS_S = 0.25
@@ -40,14 +44,14 @@ class Trunks:
         if create.trunk is not None:
             return True
         state = self._state
-        span = create.key, create.range_end
+        name = self._name(create)
         start = create.request.start_revision
-        trunk = state.trunks.get(span)
-        if trunk is None and span in state.parked:
+        trunk = state.trunks.get(name)
+        if trunk is None and name in state.parked:
             newest = self._newest(create)
             if start is not None and (newest is None or (create.header is None and start > newest)):
                 return False
-            trunk = self._resume(create, newest or 0)
+            trunk = self._resume(create, name, newest or 0)
         if trunk is None:
             if start is not None:
                 newest = self._newest(create)
@@ -56,14 +60,63 @@ class Trunks:
                     return False
                 # A trunk does not start in the future: other watches may want the revisions before.
                 start = min(start, newest + 1) if newest - start <= state.limits.trunk_catch_up_revisions else None
-            trunk = Trunk(*span, state.new_history(start or 0, create.request.prev_kv), state.now)
-            state.trunks[span] = trunk
-            state.stats.trunks += 1
-            state.open_upstream(trunk, start, create.request.prev_kv, False)
+            trunk = self.open(name, start, create.request.prev_kv)
         create.trunk = trunk
         trunk.joining[create] = None
         state.lingers.stop(trunk)
         return True
+
+    def is_open(self, create: PendingCreate) -> bool:
+        """Whether the trunk that a create needs is open."""
+        return self._name(create) in self._state.trunks
+
+    def _name(self, create: PendingCreate) -> TrunkName:
+        """Return the name of the trunk for a create: an open one of its range, else a cover, else one of its range."""
+        state = self._state
+        span = create.key, create.range_end
+        prefix = state.covers.choose(*span, state.now) if state.covers.prefixes else None
+        if prefix is None:
+            return span
+        trunk = state.trunks.get(span)
+        if trunk is not None:
+            state.to_move[trunk] = None
+            return span
+        name, bare = cover_name(prefix, True), cover_name(prefix, False)
+        if not create.request.prev_kv:
+            # The cover with prev_kv, unless it has to be opened, or only the other one can serve the watch at once.
+            cover, start = state.trunks.get(name), create.request.start_revision
+            waits = cover is None or cover.opening or (start is not None and start < cover.history.floor)
+            if (bare in state.trunks and waits) or (cover is None and name not in state.parked):
+                name = bare
+        elif bare in state.trunks:
+            # Its watches are to move to the one with prev_kv.
+            state.to_move[state.trunks[bare]] = None
+        cover = state.trunks.get(name)
+        return span if isinstance(cover, Cover) and cover.retired else name
+
+    def open(self, name: TrunkName, start: int | None, prev_kv: bool) -> Trunk:
+        """Open a trunk from a revision that exists, or (None) from now. The name of a cover decides its prev_kv."""
+        state = self._state
+        trunk: Trunk
+        prefix = prefix_of(name[0], name[1]) if len(name) > 2 else None
+        if prefix is None:
+            trunk = Trunk(name[0], name[1], state.new_history(start or 0, prev_kv), state.now)
+        else:
+            prev_kv = name == cover_name(prefix, True)
+            stats = state.stats.covers.setdefault(prefix, CoverStats())
+            trunk = Cover(prefix, KeyedHistory(state.ledger, start or 0, prev_kv), stats, state.now)
+            other = state.trunks.get(cover_name(prefix, False))
+            if prev_kv and other is not None:
+                # Its watches are to move to this one.
+                state.to_move[other] = None
+        parked = state.parked.pop(name, None)
+        if parked is not None:
+            state.stats.parked -= 1
+            self._drop(parked)
+        state.trunks[name] = trunk
+        state.stats.trunks += 1
+        state.open_upstream(trunk, start, prev_kv, False)
+        return trunk
 
     def _newest(self, create: PendingCreate) -> int | None:
         """Return the approximate revision of the store, to choose where a trunk starts; None = it must be read.
@@ -87,7 +140,7 @@ class Trunks:
     def unused(self, trunk: Trunk) -> None:
         """Start the linger of a trunk that is not needed any more."""
         state = self._state
-        if not trunk.is_used and (trunk.key, trunk.range_end) in state.trunks:
+        if not trunk.is_used and trunk.name in state.trunks:
             state.lingers.start(trunk, state.now + state.limits.linger_s)
 
     def created(self, trunk: Trunk, header: Header) -> None:
@@ -111,7 +164,7 @@ class Trunks:
             trunk.start_over(next_revision)
         self._state.open_upstream(trunk, next_revision, prev_kv, False)
 
-    def _resume(self, create: PendingCreate, newest: int) -> Trunk | None:
+    def _resume(self, create: PendingCreate, name: TrunkName, newest: int) -> Trunk | None:
         """Reopen the upstream watch of a parked trunk, or drop the trunk and return None.
 
         Its watches wait for the catch-up, so this is bounded: by what etcd sends in one response, or, for a watch that
@@ -119,7 +172,7 @@ class Trunks:
         not wait at all: a compaction meanwhile would cancel it, though it has missed nothing.
         """
         state, request = self._state, create.request
-        trunk = state.parked.pop((create.key, create.range_end))
+        trunk = state.parked.pop(name)
         state.stats.parked -= 1
         position, start = trunk.next_revision, request.start_revision
         served = start is not None and trunk.history.floor <= start <= position
@@ -132,7 +185,7 @@ class Trunks:
             trunk.history.has_prev_kv = True
         trunk.opening = True
         state.open_upstream(trunk, position, trunk.prev_kv_from is not None, False)
-        state.trunks[trunk.key, trunk.range_end] = trunk
+        state.trunks[name] = trunk
         state.stats.trunks += 1
         state.stats.resumed += 1
         return trunk
@@ -141,6 +194,9 @@ class Trunks:
         """Close a trunk, and keep its history if there is one and the limits allow it."""
         state = self._state
         limits = state.limits
+        if isinstance(trunk, Cover) and trunk.retired:
+            self.remove(trunk)
+            return
         if not len(trunk.history) or not limits.history_linger_s or not limits.parked_max:
             self.remove(trunk)
             return
@@ -151,7 +207,7 @@ class Trunks:
         trunk.refused_tokens.clear()
         # The interval between notifications is not measured across the time while it is parked.
         trunk.noticed_at, trunk.noticed_events = -1.0, trunk.events
-        state.parked[trunk.key, trunk.range_end] = trunk
+        state.parked[trunk.name] = trunk
         state.stats.parked += 1
 
     def drop_parked(self) -> None:
@@ -182,9 +238,11 @@ class Trunks:
         state.lingers.stop(trunk)
         if trunk.upgrade is not None:
             self._placement.close(trunk.upgrade)
-        del state.trunks[trunk.key, trunk.range_end]
+        del state.trunks[trunk.name]
         state.stats.trunks -= 1
-        state.close_upstream(trunk.upstream, gone=gone)
+        state.to_move.pop(trunk, None)
+        if not trunk.upstream.closed:
+            state.close_upstream(trunk.upstream, gone=gone)
         trunk.upstream.leave(trunk)
         state.end_run(trunk)
 

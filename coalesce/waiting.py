@@ -77,7 +77,7 @@ class ProgressWaiters:
         """Remove a session and its requests."""
         session.progress_needs = ()
         self.sessions.pop(session, None)
-        self._unblock(session)
+        self.unblock(session)
 
     def is_listed(self, session: Session) -> bool:
         """Whether a blocked session waits and is listed under the trunk that blocks it; for checks."""
@@ -121,7 +121,7 @@ class ProgressWaiters:
         target = self.targets.of(session.progress_needs[0])
         if target is None:
             return
-        self._unblock(session)
+        self.unblock(session)
         revision = self._reached(session, target)
         if revision is None:
             return
@@ -157,7 +157,8 @@ class ProgressWaiters:
         session.progress_blocker = blocker
         self._under.setdefault(blocker.trunk, {})[session] = None
 
-    def _unblock(self, session: Session) -> None:
+    def unblock(self, session: Session) -> None:
+        """Drop the blocker of a session, since it may have changed."""
         blocker, session.progress_blocker = session.progress_blocker, None
         if blocker is not None:
             under = self._under[blocker.trunk]

@@ -6,7 +6,7 @@ import pytest
 
 from coalesce import CoreLimits, Upstream
 from coalesce.batch import Batch
-from coalesce.model import Place
+from coalesce.place import Place
 from tests.coalesce.shell import Client, Shell, delete, header, put
 
 

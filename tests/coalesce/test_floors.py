@@ -18,11 +18,11 @@ ROOT = Path(coalesce.__file__).parent
 
 # From the bottom up; within a floor, too.
 FLOORS = {
-    "values": ("limits", "stats", "timers", "inputs", "ranges", "batch", "history"),
-    "state": ("model", "effects", "state", "fanout"),
+    "values": ("limits", "stats", "timers", "place", "pending", "inputs", "ranges", "batch", "history"),
+    "state": ("model", "cover", "effects", "state", "fanout"),
     "progress": ("waiting", "progress_requests", "notifying", "progress"),
     "placement": ("placement", "replay", "runs"),
-    "lifecycle": ("revision_reads", "trunk", "ending", "joining"),
+    "lifecycle": ("revision_reads", "trunk", "moving", "ending", "joining"),
     "interface": ("invariants", "core", "report", "__init__"),
 }
 ORDER = [name for floor in FLOORS.values() for name in floor]

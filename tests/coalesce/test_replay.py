@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from coalesce import CoreLimits, Deliver
-from coalesce.model import Place
+from coalesce.place import Place
 from proto.scan import WatchResponse
 from tests.coalesce.shell import Shell, delete, header, put
 
