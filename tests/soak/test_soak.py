@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import grpc.aio
 import msgspec
 import pytest
@@ -17,11 +19,11 @@ from proto.pb import kv_pb2, rpc_pb2
 from tests.e2e.running import direct, proxy_for
 from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
-from tests.soak import client, report, spool
+from tests.soak import callers, client, report, spool
 from tests.soak.client import KINDS, Clients, Summary
 from tests.soak.run import EMPTY, NOT_WATCHED, SHARES, Outcome, judge, leaks, soak
 from tests.soak.sampling import INSIDE, Held, Sample
-from tests.soak.watcher import CHANNEL, Habits, Stream
+from tests.soak.watcher import CHANNEL, WRITE_FAILED, Habits, Seen, Stream
 from tests.waiting import until_async
 
 LAST = 6
@@ -93,6 +95,24 @@ def stream_of(clients: Clients, channel: grpc.aio.Channel, *keys: bytes) -> Stre
         stream.add()
     clients.streams.append(stream)
     return stream
+
+
+@pytest.mark.parametrize(("text", "faults"), [(WRITE_FAILED, 0), ("a bug", 1)])
+def test_a_write_on_a_broken_connection_is_no_fault(text: str, faults: int) -> None:
+    """grpc.aio reports INTERNAL for it, also to callers that keep a lease alive."""
+
+    async def broken(caller: callers.Caller) -> None:
+        caller.stopping = True
+        metadata = grpc.aio.Metadata()
+        raise grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, metadata, metadata, details=text)
+
+    async def scenario() -> int:
+        seen = Seen()
+        async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
+            await callers.Caller(channel, seen, Counter()).run(broken, 0.0)
+        return len(seen.faults)
+
+    assert run(scenario()) == faults
 
 
 @pytest.mark.parametrize("proxied", [False, True], ids=["etcd itself", "watchmux"])
