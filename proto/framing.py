@@ -13,7 +13,7 @@ import re
 import struct
 import zlib
 from enum import IntEnum
-from typing import Final, Literal, NoReturn
+from typing import Final, Literal
 
 PREFIX_BYTES: Final = 5
 """Length of each message's prefix: one byte "compressed", four bytes of length, big endian."""
@@ -56,6 +56,36 @@ class FramingError(ValueError):
 _PREFIX: Final = struct.Struct(">BI")
 pack_prefix: Final = _PREFIX.pack
 """Returns a message's prefix, from whether it is compressed and its length."""
+unpack_prefix: Final = _PREFIX.unpack_from
+"""Returns the flag and the length of the prefix at an offset of a buffer."""
+
+CUT_GZIP: Final = "gRPC message with cut or trailing gzip data"
+"""One member per message, as every gRPC library writes it: many tiny members would cost quadratic time."""
+
+
+def check_prefix(flag: int, length: int, gzip: bool, bytes_max: int) -> None:
+    """Check the prefix of a message in a call with or without gzip. Raises FramingError."""
+    if flag > 1:
+        raise FramingError(Status.INTERNAL, f"gRPC message with the unknown compression flag {flag}")
+    if flag and not gzip:
+        raise FramingError(Status.INTERNAL, "gRPC message marked as compressed in a call without grpc-encoding")
+    if length > bytes_max:
+        raise oversize(f"{length}", bytes_max)
+
+
+def oversize(size: str, bytes_max: int) -> FramingError:
+    """Return the error for a message above the bound."""
+    return FramingError(
+        Status.RESOURCE_EXHAUSTED, f"gRPC message larger than the maximum ({size} vs. {bytes_max} bytes)"
+    )
+
+
+def inflate(inflater: zlib._Decompress, data: bytes, bytes_max: int) -> bytes:
+    """Decompress at most `bytes_max` bytes. Raises FramingError."""
+    try:
+        return inflater.decompress(data, bytes_max)
+    except zlib.error as error:
+        raise FramingError(Status.INTERNAL, f"gRPC message with broken gzip data: {error}") from None
 
 
 def frame(message: bytes, compressed: bool = False) -> bytes:
@@ -102,7 +132,7 @@ class MessageReader:
         buffer = self._buffer
         if buffer is None:
             size = len(data) - PREFIX_BYTES
-            if 0 <= size <= self._max and data.startswith(_PREFIX.pack(0, size)):
+            if 0 <= size <= self._max and data.startswith(pack_prefix(0, size)):
                 # Exactly one message, the usual case.
                 return [data[PREFIX_BYTES:]]
         else:
@@ -115,50 +145,34 @@ class MessageReader:
         size = len(data)
         start = 0
         self._need = PREFIX_BYTES
-        while size - start >= PREFIX_BYTES:
-            flag, length = _PREFIX.unpack_from(data, start)
-            if flag or length > self._max:
-                self._check_prefix(flag, length)
-            end = start + PREFIX_BYTES + length
-            if end > size:
-                self._need = PREFIX_BYTES + length
-                break
-            message = data[start + PREFIX_BYTES : end]
-            messages.append(self._inflated(message) if flag else message)
-            start = end
+        try:
+            while size - start >= PREFIX_BYTES:
+                flag, length = unpack_prefix(data, start)
+                if flag or length > self._max:
+                    check_prefix(flag, length, self._inflate, self._max)
+                end = start + PREFIX_BYTES + length
+                if end > size:
+                    self._need = PREFIX_BYTES + length
+                    break
+                message = data[start + PREFIX_BYTES : end]
+                messages.append(self._inflated(message) if flag else message)
+                start = end
+        except FramingError as error:
+            self._error = (error.code, error.text)
+            raise
         if start < size:
             self._buffer = bytearray(memoryview(data)[start:])
         return messages
 
-    def _check_prefix(self, flag: int, length: int) -> None:
-        if flag > 1:
-            self._fail(Status.INTERNAL, f"gRPC message with the unknown compression flag {flag}")
-        if flag and not self._inflate:
-            self._fail(Status.INTERNAL, "gRPC message marked as compressed in a call without grpc-encoding")
-        if length > self._max:
-            self._fail_oversize(f"{length}")
-
     def _inflated(self, message: bytes) -> bytes:
         """Decompress the gzip member `message`, up to the bound."""
         inflater = zlib.decompressobj(wbits=31)
-        try:
-            inflated = inflater.decompress(message, self._max + 1)
-        except zlib.error as error:
-            self._fail(Status.INTERNAL, f"gRPC message with broken gzip data: {error}")
+        inflated = inflate(inflater, message, self._max + 1)
         if len(inflated) > self._max:
-            self._fail_oversize("inflated, more")
-        # One member per message, as every gRPC library writes it: many tiny members would cost quadratic time.
+            raise oversize("inflated, more", self._max)
         if not inflater.eof or inflater.unused_data:
-            self._fail(Status.INTERNAL, "gRPC message with cut or trailing gzip data")
+            raise FramingError(Status.INTERNAL, CUT_GZIP)
         return inflated
-
-    def _fail_oversize(self, size: str) -> NoReturn:
-        self._fail(Status.RESOURCE_EXHAUSTED, f"gRPC message larger than the maximum ({size} vs. {self._max} bytes)")
-
-    def _fail(self, code: Status, text: str) -> NoReturn:
-        self._buffer = None
-        self._error = (code, text)
-        raise FramingError(code, text)
 
 
 _UNITS_NS: Final = {b"n": 1, b"u": 10**3, b"m": 10**6, b"S": 10**9, b"M": 60 * 10**9, b"H": 3600 * 10**9}

@@ -7,19 +7,16 @@ steps.
 
 from __future__ import annotations
 
-import struct
 import zlib
-from typing import Final, Literal, NoReturn
+from typing import Final, Literal
 
-from proto.framing import PREFIX_BYTES, FramingError, Status
+from proto.framing import CUT_GZIP, PREFIX_BYTES, FramingError, Status, check_prefix, inflate, oversize, unpack_prefix
 
 INFLATE_STEP_BYTES: Final = 64 * 1024
 """Bytes decompressed in one step: a tenth of a millisecond."""
 
 COMPACT_BYTES: Final = 16 * 1024
 """Used bytes at the start of the buffer are dropped once there are this many."""
-
-_PREFIX: Final = struct.Struct(">BI")
 
 
 class PacedMessageReader:
@@ -77,16 +74,23 @@ class PacedMessageReader:
 
         Raises FramingError as `MessageReader.feed` does; do not call it again after that.
         """
-        if self._inflater is not None:
-            return self._step()
+        try:
+            return self._step() if self._inflater is not None else self._next()
+        except FramingError:
+            self._drop()
+            self._buffer.clear()
+            self._start = 0
+            raise
+
+    def _next(self) -> bytes | None:
         start = self._start
         buffer = self._buffer
         size = len(buffer) - start
         if size < PREFIX_BYTES:
             return None
-        flag, length = _PREFIX.unpack_from(buffer, start)
+        flag, length = unpack_prefix(buffer, start)
         if flag or length > self._max:
-            self._check_prefix(flag, length)
+            check_prefix(flag, length, self._inflate, self._max)
         end = start + PREFIX_BYTES + length
         if end > len(buffer):
             return None
@@ -111,22 +115,18 @@ class PacedMessageReader:
         assert inflater is not None
         # One byte more than allowed is enough to detect an oversized message.
         step = min(INFLATE_STEP_BYTES, self._max + 1 - self._inflated)
-        try:
-            part = inflater.decompress(self._tail, step)
-        except zlib.error as error:
-            self._fail(Status.INTERNAL, f"gRPC message with broken gzip data: {error}")
+        part = inflate(inflater, self._tail, step)
         self._tail = inflater.unconsumed_tail
         self._parts.append(part)
         self._inflated += len(part)
         self.worked_bytes += len(part)
         if self._inflated > self._max:
-            self._fail_oversize("inflated, more")
+            raise oversize("inflated, more", self._max)
         if not inflater.eof and part:
             # Perhaps only the gzip trailer is left, which yields no bytes: the next step will show.
             return None
-        # One member per message, as every gRPC library writes it: many tiny members would cost quadratic time.
         if not inflater.eof or inflater.unused_data:
-            self._fail(Status.INTERNAL, "gRPC message with cut or trailing gzip data")
+            raise FramingError(Status.INTERNAL, CUT_GZIP)
         parts = self._parts
         message = parts[0] if len(parts) == 1 else b"".join(parts)
         self._drop()
@@ -137,20 +137,3 @@ class PacedMessageReader:
         self._tail = b""
         self._parts = []
         self._inflated = 0
-
-    def _check_prefix(self, flag: int, length: int) -> None:
-        if flag > 1:
-            self._fail(Status.INTERNAL, f"gRPC message with the unknown compression flag {flag}")
-        if flag and not self._inflate:
-            self._fail(Status.INTERNAL, "gRPC message marked as compressed in a call without grpc-encoding")
-        if length > self._max:
-            self._fail_oversize(f"{length}")
-
-    def _fail_oversize(self, size: str) -> NoReturn:
-        self._fail(Status.RESOURCE_EXHAUSTED, f"gRPC message larger than the maximum ({size} vs. {self._max} bytes)")
-
-    def _fail(self, code: Status, text: str) -> NoReturn:
-        self._drop()
-        self._buffer.clear()
-        self._start = 0
-        raise FramingError(code, text)

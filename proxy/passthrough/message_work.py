@@ -8,19 +8,27 @@ size received.
 
 from __future__ import annotations
 
-import struct
 import zlib
 from typing import Final
 
 from google.protobuf.message import Message
 
-from proto.framing import PREFIX_BYTES, FramingError, Status, frame
+from proto.framing import (
+    CUT_GZIP,
+    PREFIX_BYTES,
+    FramingError,
+    Status,
+    check_prefix,
+    frame,
+    inflate,
+    oversize,
+    pack_prefix,
+    unpack_prefix,
+)
 from proxy.passthrough.rewriting import PIECE_BYTES, Changes, Rewriting, changed
 
 INFLATE_BYTES: Final = 64 * 1024
 """Maximum bytes that one step decompresses: a fraction of a millisecond."""
-
-_PREFIX: Final = struct.Struct(">BI")
 
 
 class MessageWork:
@@ -71,7 +79,7 @@ class MessageWork:
             return False
         flag: int
         length: int
-        flag, length = _PREFIX.unpack_from(data)
+        flag, length = unpack_prefix(data)
         return flag > self._gzip or length > self._max or len(data) >= PREFIX_BYTES + length
 
     @property
@@ -94,7 +102,7 @@ class MessageWork:
                 return None
             self._rewriting = None
             self._source = 0
-            return [_PREFIX.pack(0, rewriting.size), *rewriting.pieces]
+            return [pack_prefix(0, rewriting.size), *rewriting.pieces]
         if self._inflater is not None:
             self._inflate(self._inflater)
             return None
@@ -105,13 +113,8 @@ class MessageWork:
         data = self._data
         if len(data) < PREFIX_BYTES:
             return None
-        flag, length = _PREFIX.unpack_from(data)
-        if flag > 1:
-            raise FramingError(Status.INTERNAL, f"gRPC message with the unknown compression flag {flag}")
-        if flag and not self._gzip:
-            raise FramingError(Status.INTERNAL, "gRPC message marked as compressed in a call without grpc-encoding")
-        if length > self._max:
-            raise self._oversize(f"{length}")
+        flag, length = unpack_prefix(data)
+        check_prefix(flag, length, self._gzip, self._max)
         end = PREFIX_BYTES + length
         if len(data) < end:
             return None
@@ -127,27 +130,20 @@ class MessageWork:
         return None
 
     def _inflate(self, inflater: zlib._Decompress) -> None:
-        try:
-            got = inflater.decompress(self._packed, INFLATE_BYTES)
-        except zlib.error as error:
-            raise FramingError(Status.INTERNAL, f"gRPC message with broken gzip data: {error}") from None
+        got = inflate(inflater, self._packed, INFLATE_BYTES)
         self._packed = inflater.unconsumed_tail
         self._inflated += got
         if len(self._inflated) > self._max:
-            raise self._oversize("inflated, more")
+            raise oversize("inflated, more", self._max)
         if inflater.eof:
             if inflater.unused_data:
-                raise FramingError(Status.INTERNAL, "gRPC message with cut or trailing gzip data")
+                raise FramingError(Status.INTERNAL, CUT_GZIP)
             message = bytes(self._inflated)
             self._inflater, self._inflated = None, bytearray()
             self._begin(message)
         elif len(got) < INFLATE_BYTES and not self._packed:
-            raise FramingError(Status.INTERNAL, "gRPC message with cut or trailing gzip data")
+            raise FramingError(Status.INTERNAL, CUT_GZIP)
 
     def _begin(self, message: bytes) -> None:
         self._rewriting = Rewriting(self._kind, self._changes, message)
         self._source = len(message)
-
-    def _oversize(self, size: str) -> FramingError:
-        text = f"gRPC message larger than the maximum ({size} vs. {self._max} bytes)"
-        return FramingError(Status.RESOURCE_EXHAUSTED, text)

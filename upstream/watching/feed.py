@@ -13,18 +13,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from struct import Struct
 from typing import Final, Protocol
 
 from proto.etcd_errors import reason_of
-from proto.framing import PREFIX_BYTES, FramingError, Status
+from proto.framing import PREFIX_BYTES, Status, check_prefix, pack_prefix, unpack_prefix
 from proto.large import EventTooLarge, LargeResponse
 from proto.scan import WatchResponse
 
 LARGE_BYTES: Final = 64 * 1024
 """Responses larger than this are read in pieces."""
-
-_PREFIX: Final = Struct(">BI")
 
 
 class Large(Protocol):
@@ -147,7 +144,7 @@ class Feed:
         """
         if self._buffer is None and self._coming is None:
             size = len(data) - PREFIX_BYTES
-            if 0 <= size <= LARGE_BYTES and data.startswith(_PREFIX.pack(0, size)):
+            if 0 <= size <= LARGE_BYTES and data.startswith(pack_prefix(0, size)):
                 # One whole message, the usual case.
                 response = self._scan(data[PREFIX_BYTES:])
                 return [response] if not self._waiting or self.passes(response) else []
@@ -174,9 +171,9 @@ class Feed:
                 continue
             if end - pos < PREFIX_BYTES:
                 break
-            flag, length = _PREFIX.unpack_from(data, pos)
+            flag, length = unpack_prefix(data, pos)
             if flag:
-                raise FramingError(Status.INTERNAL, "gRPC message marked as compressed in a call without grpc-encoding")
+                check_prefix(flag, length, False, length)
             if length > LARGE_BYTES:
                 self._coming = LargePieces(length, self._scan, self._event_bytes_max)
                 self.begin(self._coming)
