@@ -124,7 +124,12 @@ def test_probes_ports_and_limits_fit(path: Path, tmp_path: Path) -> None:
     assert len(probes) == 2
     assert {probe["path"] for probe in probes} <= PROBED
     assert {probe["port"] for probe in probes} == {"metrics"}
-    assert settings.listener.drain_s < pod["terminationGracePeriodSeconds"]
+    hook = container.get("lifecycle", {}).get("preStop", {"exec": {"command": ["sleep", "0"]}})
+    leaving_s = float(hook["exec"]["command"][1])
+    assert settings.listener.drain_s + leaving_s < pod["terminationGracePeriodSeconds"]
+    # As docs/operations.md sizes it.
+    requested = parse_size_bytes(container["resources"]["requests"]["memory"])
+    assert requested >= settings.watch.history_bytes_total_max * 1.5
     memory = parse_size_bytes(container["resources"]["limits"]["memory"])
     assert settings.watch.history_bytes_total_max <= memory / 2
     security = {**pod["securityContext"], **container["securityContext"]}
@@ -165,6 +170,37 @@ def test_services_lead_to_the_pods() -> None:
         assert {port["targetPort"] for port in service["spec"]["ports"]} <= names
     for kind, key in (("PodDisruptionBudget", "selector"), ("NetworkPolicy", "podSelector")):
         assert by_kind[kind][0]["spec"][key]["matchLabels"].items() <= labels
+
+
+def test_pods_leave_the_service_before_they_drain_and_stay_apart() -> None:
+    (deployment,) = (one for one in documents(CONFIGS / "kubernetes/deployment.yaml") if one["kind"] == "Deployment")
+    pod = deployment["spec"]["template"]["spec"]
+    # At least one period of the endpoints' controller and the kube-proxies.
+    assert float(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1]) >= 5
+    (term,) = pod["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    labels = term["podAffinityTerm"]["labelSelector"]["matchLabels"]
+    assert labels.items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
+
+
+def test_alerts_select_what_is_scraped() -> None:
+    """Each way to scrape, by address, by annotation or by the operator, gives the job that the alerts name."""
+    alerts = (CONFIGS / "prometheus/alerts.yml").read_text()
+    (job,) = set(re.findall(r'job="([^"]*)"', alerts))
+    (by_address,) = yaml.safe_load((CONFIGS / "prometheus/scrape.yml").read_text())["scrape_configs"]
+    (by_annotation,) = yaml.safe_load((CONFIGS / "prometheus/scrape-kubernetes.yml").read_text())["scrape_configs"]
+    assert by_address["job_name"] == job
+    assert by_annotation["relabel_configs"][-1] == {"target_label": "job", "replacement": job}
+    (deployment,) = (one for one in documents(CONFIGS / "kubernetes/deployment.yaml") if one["kind"] == "Deployment")
+    template = deployment["spec"]["template"]
+    ports = {port["name"]: str(port["containerPort"]) for port in template["spec"]["containers"][0]["ports"]}
+    annotations = template["metadata"]["annotations"]
+    assert annotations == {"prometheus.io/scrape": "true", "prometheus.io/port": ports["metrics"]}
+    (monitor,) = documents(CONFIGS / "prometheus/podmonitor.yaml")
+    labels = template["metadata"]["labels"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert labels[monitor["spec"]["jobLabel"]] == job
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] in ports
 
 
 def test_alerts_use_exported_metrics_and_are_documented() -> None:
@@ -240,7 +276,17 @@ def test_the_unit_fits_the_production_settings() -> None:
     assert settings.listener.connections_max < int(service["LimitNOFILE"])
     assert Settings().listener.connections_max < int(service["LimitNOFILE"])
     assert service["ExecReload"] == "/bin/kill -HUP $MAINPID"
-    assert service["Environment"] == "WATCHMUX_BUNDLED_STORE=false"
+    text = (CONFIGS / "systemd/watchmux.service").read_text()
+    assert "\nEnvironment=WATCHMUX_BUNDLED_STORE=false\n" in text
+    assert service["EnvironmentFile"] == "-/etc/watchmux/watchmux.env"
+    # The keys come from systemd, in place of the file's: only root can read those.
+    upstream, listener = settings.upstream, settings.listener
+    for variable, path in (("WATCHMUX_KEY", upstream.key), ("WATCHMUX_KEY_FILE", listener.key_file)):
+        assert f"\nLoadCredential={Path(path).name}:{path}\n" in text
+        assert f"{variable}=%d/{Path(path).name}" in text
+        assert variable in {knob.env for knob in knobs()}
+    check = shlex.split(service["ExecStartPre"])
+    assert [check[0], *check[3:]] == [command[0], *command[2:]]
     # proxy/process/service_manager.py notifies systemd; three probes detect a hang, then the watchdog must expire.
     assert (service["Type"], service["NotifyAccess"]) == ("notify", "main")
     assert int(service["WatchdogSec"]) > HUNG_AFTER * settings.admin.probe_interval_s
@@ -258,10 +304,19 @@ def tool(name: str, package: str) -> str:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_promtool_takes_the_alerts_and_their_stories() -> None:
+def test_promtool_takes_the_alerts_and_their_stories(tmp_path: Path) -> None:
     promtool = tool("promtool", "prometheus")
     directory = CONFIGS / "prometheus"
-    for command in ("check rules alerts.yml", "test rules alerts_test.yml", "check config scrape.yml"):
+    # Debian's promtool knows no Kubernetes; it checks the rest.
+    pods = (directory / "scrape-kubernetes.yml").read_text()
+    pods = re.sub(r"kubernetes_sd_configs:\n +- role: pod\n", "static_configs: [{targets: [a:1]}]\n", pods)
+    (tmp_path / "pods.yml").write_text(pods)
+    for command in (
+        "check rules alerts.yml",
+        "test rules alerts_test.yml",
+        "check config scrape.yml",
+        f"check config {tmp_path}/pods.yml",
+    ):
         told = subprocess.run(
             [promtool, *command.split()], cwd=directory, capture_output=True, text=True, timeout=60, check=False
         )
