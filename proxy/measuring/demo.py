@@ -73,6 +73,8 @@ def show_result(result: DemoResult, console: Console) -> None:
     table.add_row("upstream watchers", f"{trial.watchers:,}", "by the upstream's own count")
     table.add_row("upstream streams", f"{trial.watch_streams:,}", "by the upstream's own count")
     table.add_row("reduction", _factor(shape.watches, trial.watchers), "client watches for each upstream watcher")
+    table.add_row("lists", f"{trial.lists:,}", "of all keys, one by each stream, at the same time")
+    table.add_row("upstream ranges", f"{trial.list_ranges:,}", "for these lists, by the upstream's own count")
     table.add_section()
     sent = trial.after.events_sent - trial.before.events_sent
     table.add_row("events written", f"{trial.written:,}", "while the clients watched")

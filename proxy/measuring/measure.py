@@ -63,6 +63,10 @@ class TrialCost(msgspec.Struct, kw_only=True):
     """Revisions that other clients made meanwhile."""
     other_calls: int | None = None
     """Calls that other clients made meanwhile; None if unknown."""
+    lists: int = 0
+    """Lists of all keys by the clients at the same time, after the writes."""
+    list_ranges: int = 0
+    """Range calls that the upstream served for them."""
     proxy_cpu_s: float | None = None
     """CPU time of the proxy; None without its metrics, and without a proxy."""
     proxy_memory_bytes: float | None = None
@@ -121,6 +125,8 @@ def side_of(trial: Trial) -> TrialCost:
         other_watchers=before.watchers,
         other_writes=trial.other_writes,
         other_calls=trial.other_calls,
+        lists=trial.lists,
+        list_ranges=trial.list_ranges,
         proxy_cpu_s=round(trial.proxy_cpu_s, 3) if trial.proxy_cpu_s is not None else None,
         proxy_memory_bytes=trial.proxy_memory_bytes,
     )
@@ -129,7 +135,7 @@ def side_of(trial: Trial) -> TrialCost:
 def reduction_of(direct: TrialCost, proxied: TrialCost) -> dict[str, float | None]:
     """Divide the upstream's numbers of the direct part by those of the part through the proxy."""
     factors: dict[str, float | None] = {}
-    for name in ("watchers", "watch_streams", "events_sent", "bytes_sent", "cpu_s"):
+    for name in ("watchers", "watch_streams", "events_sent", "bytes_sent", "cpu_s", "list_ranges"):
         before, after = getattr(direct, name), getattr(proxied, name)
         factors[name] = round(before / after, 2) if before is not None and after and after > 0 else None
     return factors
@@ -179,6 +185,7 @@ COMPARED = (
     ("events sent", Unit.COUNT, "events_sent", ""),
     ("bytes sent", Unit.BYTES, "bytes_sent", ""),
     ("CPU time", Unit.SECONDS, "cpu_s", "from the first watch to the last event, including the writes"),
+    ("ranges for lists", Unit.COUNT, "list_ranges", "after the writes each stream lists all keys, at the same time"),
 )
 """The compared numbers: name, unit, field of a TrialCost, note."""
 

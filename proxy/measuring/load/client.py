@@ -18,10 +18,12 @@ import grpc.aio
 import msgspec
 
 from proto.pb import rpc_pb2
+from proto.spans import prefix_end
 from proxy.measuring.load.plan import ROOT, SLOW_AFTER_MESSAGES, ClientPlan, PlannedStream, PlannedWatch, Range
 from proxy.process.child import Parent, Ready, on_signals
 
 WATCH = "/etcdserverpb.Watch/Watch"
+RANGE = "/etcdserverpb.KV/Range"
 REPORT_S = 0.1
 _BLOCK = 512
 
@@ -42,7 +44,13 @@ def failure_of(error: grpc.aio.AioRpcError) -> str:
     return f"{error.code().name}: {details}"
 
 
-class Final(msgspec.Struct, frozen=True):
+class ListOrder(msgspec.Struct, frozen=True, tag="list"):
+    """Every stream lists all keys with this prefix, all at the same time."""
+
+    prefix: bytes
+
+
+class Final(msgspec.Struct, frozen=True, tag="final"):
     """The last revisions of each range: a watch that has the ones matching its filters has all its events."""
 
     puts: list[int]
@@ -58,6 +66,8 @@ class Report(msgspec.Struct, kw_only=True):
     events: int = 0
     finished: int = 0
     """Watches that have all events up to the final revisions."""
+    listed: int = 0
+    """Lists that were answered."""
     failed: list[str] = msgspec.field(default_factory=list)
     """Why streams ended, one text for each."""
     recorded: bool = False
@@ -191,15 +201,33 @@ class LoadClient:
         self.final: Final | None = None
         self.streams = [LoadStream(number, stream, self) for number, stream in enumerate(plan.streams)]
         self._channels: dict[int, grpc.aio.Channel] = {}
+        self._lists: set[asyncio.Task[None]] = set()
         self._leaving = asyncio.Event()
 
     def leave(self) -> None:
         """Stop as soon as possible."""
         self._leaving.set()
 
-    def read_final(self, line: bytes) -> None:
-        """Handle the parent's only message: writing has ended, at these revisions."""
-        self.final = msgspec.json.decode(line, type=Final)
+    def read_order(self, line: bytes) -> None:
+        """Handle a message of the parent: writing has ended, at these revisions; or list the keys."""
+        order: Final | ListOrder = msgspec.json.decode(line, type=Final | ListOrder)
+        if isinstance(order, Final):
+            self.final = order
+            return
+        for stream in self.streams:
+            task = asyncio.create_task(self._list(self._channel(stream.plan), order.prefix))
+            self._lists.add(task)
+            task.add_done_callback(self._lists.discard)
+
+    async def _list(self, channel: grpc.aio.Channel, prefix: bytes) -> None:
+        request = rpc_pb2.RangeRequest(key=prefix, range_end=prefix_end(prefix))
+        try:
+            call: Any = channel.unary_unary(RANGE)
+            await call(request.SerializeToString(), metadata=self.plan.target.metadata)
+        except grpc.aio.AioRpcError as error:
+            self.report.failed.append(f"a list failed: {failure_of(error)}")
+        else:
+            self.report.listed += 1
 
     def _channel(self, stream: PlannedStream) -> grpc.aio.Channel:
         # A local subchannel pool gives each channel its own connection. The slow stream has a connection to itself with
@@ -238,9 +266,9 @@ class LoadClient:
                 except TimeoutError:
                     continue
         finally:
-            for task in tasks:
+            for task in (*tasks, *self._lists):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, *self._lists, return_exceptions=True)
             for channel in self._channels.values():
                 await channel.close()
             self.recorder.close()
@@ -250,7 +278,7 @@ class LoadClient:
 
 async def _main(plan: ClientPlan, parent_fd: int | None) -> None:
     client = LoadClient(plan)
-    parent = await Parent.join(parent_fd, client.read_final, client.leave)
+    parent = await Parent.join(parent_fd, client.read_order, client.leave)
     on_signals(client.leave)
     parent.write_line(Ready())
     await client.run(parent)

@@ -36,6 +36,8 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes sent to gRPC clients since the upstream's start."""
     cpu_s: float | None
     memory_bytes: int | None
+    ranges: int = 0
+    """Range calls served since the upstream's start."""
     calls: int | None = None
     """gRPC calls started since the upstream's start."""
 
@@ -49,6 +51,7 @@ def cost_of(samples: Mapping[str, float]) -> Cost:
             slow_watchers=int(samples.get("etcd_debugging_mvcc_slow_watcher_total", 0)),
             events_sent=int(samples.get("etcd_debugging_mvcc_events_total", 0)),
             bytes_sent=int(samples.get("etcd_network_client_grpc_sent_bytes_total", 0)),
+            ranges=int(samples.get("etcd_mvcc_range_total", 0)),
             cpu_s=samples.get("process_cpu_seconds_total"),
             memory_bytes=int(samples["process_resident_memory_bytes"])
             if "process_resident_memory_bytes" in samples

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from proxy.measuring.load.client import Final, Report
+from proxy.measuring.load.client import Final, ListOrder, Report
 from proxy.measuring.load.plan import ClientPlan, PlannedStream, Range, deal
 from proxy.measuring.load.target import LoadTarget
 from proxy.process.child import Child, ChildFailed, python_command
@@ -40,6 +40,7 @@ class Load:
         self._target = target.without_password()
         self._ranges = ranges
         self._parts = deal(streams, processes)
+        self.streams = len(streams)
         self.watches = sum(len(stream.watches) for stream in streams)
         self.plans: list[ClientPlan] = []
         self._children: list[Child] = []
@@ -55,6 +56,7 @@ class Load:
             total.messages += report.messages
             total.events += report.events
             total.finished += report.finished
+            total.listed += report.listed
             total.failed += report.failed
         return total
 
@@ -104,11 +106,18 @@ class Load:
             child.write_line(final)
         return await self._wait(lambda total: total.finished)
 
-    async def _wait(self, count: Callable[[Report], int]) -> bool:
-        """Wait until `count` reaches all watches; return False if a client failed or progress stopped."""
+    async def list_all(self, prefix: bytes) -> bool:
+        """Let every stream list all keys with this prefix, at the same time; return whether all were answered."""
+        for child in self._children:
+            child.write_line(ListOrder(prefix))
+        return await self._wait(lambda total: total.listed, self.streams)
+
+    async def _wait(self, count: Callable[[Report], int], wanted: int | None = None) -> bool:
+        """Wait until `count` reaches `wanted` (all watches); return False if a client failed or progress stopped."""
+        wanted = self.watches if wanted is None else wanted
         now = time.monotonic()
         deadline, still_since, seen = now + FINISH_LIMIT_S, now, (0, 0)
-        while count(total := self.total) < self.watches:
+        while count(total := self.total) < wanted:
             now = time.monotonic()
             if seen != (count(total), total.events):
                 still_since, seen = now, (count(total), total.events)

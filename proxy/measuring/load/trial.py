@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
+from proxy.measuring.load.client import Report
 from proxy.measuring.load.judge import RunVerdict, judge, read_truth
 from proxy.measuring.load.plan import ROOT, Shape, make_ranges, make_streams
 from proxy.measuring.load.prometheus import Cost, MetricsPage, NoMetrics
@@ -75,6 +76,10 @@ class Trial(msgspec.Struct, kw_only=True):
     """Revisions that other clients made during the trial."""
     other_calls: int | None = None
     """Calls that other clients made between `before` and `after`; None if unknown."""
+    lists: int = 0
+    """Lists of all keys by the clients at the same time, one for each stream, after the writes."""
+    list_ranges: int = 0
+    """Range calls that the upstream served for them."""
     proxy_cpu_s: float | None = None
     """CPU time of the proxy between `before` and `after`; None without its metrics."""
     proxy_memory_bytes: float | None = None
@@ -129,13 +134,12 @@ async def run_trial(
                 complete = await _finish(load, writer, show)
                 after = await page.cost()
                 proxy_after = await _samples(proxy_page)
+                list_ranges = await _list(load, prefix, page, show) if complete else 0
             finally:
                 sampler.stop()
                 total = load.total
                 await load.leave()
-            complaints = list(total.failed)
-            if not complete:
-                complaints.append(f"{load.watches - total.finished} of {load.watches} watches did not get all events")
+            complaints = _complaints(load, total, complete)
             show.step("Comparing with the store's history", shape.watches)
             truth = await read_truth(upstream, prefix, first, writer.revision)
             last = writer.revision
@@ -156,10 +160,17 @@ async def run_trial(
         complaints=complaints,
         samples=sampler.samples,
         other_writes=writer.revision - first + 1 - writer.commits,
+        lists=total.listed,
+        list_ranges=list_ranges,
         other_calls=_other_calls(before, after, 0 if through_proxy else writer.commits - commits + len(streams)),
         proxy_cpu_s=_growth(proxy_before, proxy_after, "process_cpu_seconds_total"),
         proxy_memory_bytes=proxy_after.get("process_resident_memory_bytes"),
     )
+
+
+def _complaints(load: Load, total: Report, complete: bool) -> list[str]:
+    late = f"{load.watches - total.finished} of {load.watches} watches did not get all events"
+    return [*total.failed, *(() if complete else (late,))]
 
 
 async def _samples(page: MetricsPage | None) -> dict[str, float]:
@@ -232,6 +243,14 @@ async def _finish(load: Load, writer: PutWriter, show: Show) -> bool:
         load.wait_finished(writer.final),
         lambda: show.at(load.total.finished, f"{load.total.events:,} events delivered"),
     )
+
+
+async def _list(load: Load, prefix: bytes, page: MetricsPage, show: Show) -> int:
+    """Let all streams list all keys at once; return the number of Range calls that the upstream served for them."""
+    show.step("Listing", load.streams)
+    before = (await page.cost()).ranges
+    await _showing(load.list_all(prefix), lambda: show.at(load.total.listed, f"{load.total.listed:,} lists"))
+    return (await page.cost()).ranges - before
 
 
 async def _showing(work: Awaitable[T], update: Callable[[], None]) -> T:

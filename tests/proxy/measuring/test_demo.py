@@ -48,6 +48,8 @@ def test_a_real_etcd_counts_one_watcher_for_each_range(etcd: EtcdServer, capsys:
     assert 1 <= result.trial.watch_streams <= 1 + STREAMS_MAX[StreamKind.CATCH_UP]
     assert result.trial.verdict.watches == 60
     assert result.trial.verdict.events > 300
+    assert result.trial.lists == 12
+    assert 1 <= result.trial.list_ranges <= 12, "identical lists in flight share one"
     # The demo's clients and proxy are gone, and so are its keys.
     until(lambda: etcd.watchers() == 0, "etcd to have no watchers of the demo")
     assert etcd.ctl("get", "", "--prefix", "--keys-only").stdout.strip() == ""

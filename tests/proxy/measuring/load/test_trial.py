@@ -52,6 +52,7 @@ def test_a_real_etcd_is_faultless_and_counts_every_watch(etcd: EtcdServer) -> No
     assert trial.watchers == 60
     assert trial.watch_streams == 12
     assert trial.written > 60
+    assert trial.lists == trial.list_ranges == 12
     assert trial.verdict.events == trial.after.events_sent - trial.before.events_sent
     assert 0 < trial.verdict.p50_ms <= trial.verdict.p99_ms
     assert steps.texts == [
@@ -59,6 +60,7 @@ def test_a_real_etcd_is_faultless_and_counts_every_watch(etcd: EtcdServer) -> No
         "Opening watches",
         "Writing",
         "Waiting for the last events",
+        "Listing",
         "Comparing with the store's history",
     ]
     # The trial deletes its keys, since etcd may be in production.
