@@ -137,7 +137,7 @@ class HealthCall:
     def data(self, data: bytes, flow_size: int, end_stream: bool) -> None:
         """Receive request data; answer as soon as the request is complete."""
         self.call.connection.h2.consumed(self.call.stream, flow_size)
-        self.call.connection.touch()
+        self.call.connection.schedule_flush()
         if self.call.ended:
             return
         try:

@@ -54,7 +54,7 @@ class ClientHandle(Protocol):
     def h2(self) -> ResponseSide:
         """Where the response goes."""
 
-    def touch(self) -> None:
+    def schedule_flush(self) -> None:
         """Schedule a write of what is queued in `h2`."""
 
 
@@ -65,7 +65,7 @@ class ConnectionHandle(Protocol):
     dirty: bool
     bulky: bool
 
-    def touch(self) -> None:
+    def schedule_flush(self) -> None:
         """Schedule a write of what is queued in `h2` for the end of this turn of the event loop."""
 
 
@@ -217,7 +217,7 @@ class ServerCall:
         if self.ended:
             return True
         self.start()
-        self.connection.touch()
+        self.connection.schedule_flush()
         return self.connection.h2.send(self.stream, (framed,), len(framed))
 
     def end(self, status: int, text: str = "", extra: Sequence[tuple[bytes, bytes]] = ()) -> None:
@@ -232,7 +232,7 @@ class ServerCall:
         trailers.extend(extra)
         self.connection.h2.send_headers(self.stream, trailers if self.started else RESPONSE_HEAD + trailers, True)
         self.started = True
-        self.connection.touch()
+        self.connection.schedule_flush()
         if self.stream.blocked:
             asyncio.get_running_loop().call_later(UNREAD_END_GRACE_S, self._reset_unread)
         else:
@@ -242,7 +242,7 @@ class ServerCall:
     def _reset_unread(self) -> None:
         if self.connection.h2.streams.get(self.stream.id) is self.stream:
             self.connection.h2.reset(self.stream, ErrorCode.CANCEL)
-            self.connection.touch()
+            self.connection.schedule_flush()
             self.stream.owner = None
 
     def closed(self) -> None:
@@ -275,7 +275,7 @@ def refuse(connection: ClientHandle, stream: Stream, refusal: CallRefusal) -> No
             headers.append((b"grpc-accept-encoding", b",".join(ACCEPTED_ENCODINGS)))
     headers.extend(status_trailers(refusal.status, refusal.text, refusal.problem))
     connection.h2.send_headers(stream, headers, True)
-    connection.touch()
+    connection.schedule_flush()
 
 
 def unknown_method(connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool) -> None:

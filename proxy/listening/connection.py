@@ -3,9 +3,9 @@
 It does not interpret its streams: events go to the streams' handlers, new requests to the listener's routes, and a
 connection that does not open with the HTTP/2 preface is handed to the HTTP/1 side with the bytes read so far.
 
-Writes are batched: code that queues output calls `touch`, and the listener flushes the connection once in a turn of the
-event loop. Output that the transport does not accept waits here in pieces, so that a client that does not read costs no
-more than its windows allow.
+Writes are batched: code that queues output calls `schedule_flush`, and the listener flushes the connection once in a
+turn of the event loop. Output that the transport does not accept waits here in pieces, so that a client that does not
+read costs no more than its windows allow.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class ServerConnection(asyncio.Protocol):
                 self.h2.defer(data)
                 self._take_turns()
             if not self.dirty:
-                self.touch()
+                self.schedule_flush()
 
     def pause_writing(self) -> None:
         """Stall the streams: the client does not read what is written."""
@@ -195,7 +195,7 @@ class ServerConnection(asyncio.Protocol):
             if not self._input_deferred:
                 self._transport.resume_reading()
         self._handle(self.h2.resume())
-        self.touch()
+        self.schedule_flush()
 
     def eof_received(self) -> bool:
         """Close when the client has closed its side: HTTP/2 has no half-closed connections."""
@@ -218,11 +218,11 @@ class ServerConnection(asyncio.Protocol):
         self._calls.append(call)
         self._wait()
 
-    def touch(self) -> None:
+    def schedule_flush(self) -> None:
         """Schedule a write of what is queued for the end of this turn of the event loop."""
         if not self.dirty:
             self.dirty = True
-            self._listener.soon(self)
+            self._listener.flush_soon(self)
 
     def flush(self) -> None:
         """Write the queued output: in one write, unless it is large."""
@@ -271,14 +271,14 @@ class ServerConnection(asyncio.Protocol):
             return
         self.h2.go_away()
         self.h2.ping(DRAIN_PING)
-        self.touch()
+        self.schedule_flush()
         loop = asyncio.get_running_loop()
         loop.call_later(self._listener.settings.drain_ping_s, self._last_go_away)
 
     def _last_go_away(self) -> None:
         if self._transport is not None and not self.h2.closed:
             self.h2.go_away(True)
-            self.touch()
+            self.schedule_flush()
 
     def abort(self) -> None:
         """Close at once; output that is written but not sent is lost."""
@@ -357,7 +357,7 @@ class ServerConnection(asyncio.Protocol):
             self._receive(b"", max(1, turns.left // 2 if calls else turns.left))
         while calls and turns.left > 0:
             self._go_on(calls.popleft())
-        self.touch()
+        self.schedule_flush()
         if self.h2.behind:
             self._wait()
         elif self._input_deferred:
@@ -557,7 +557,7 @@ class ServerConnection(asyncio.Protocol):
         elif settings.keepalive_interval_s is not None and now - self._heard_at >= settings.keepalive_interval_s:
             self._pinged_at = now
             self.h2.ping(KEEPALIVE_PING)
-            self.touch()
+            self.schedule_flush()
 
 
 def _address(peername: object) -> str:

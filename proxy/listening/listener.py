@@ -127,8 +127,8 @@ class Listener:
         """The event loop's clock, in seconds."""
         return self._loop.time()
 
-    def soon(self, connection: ServerConnection) -> None:
-        """Schedule a flush of a connection for the end of this turn; called by `ServerConnection.touch`."""
+    def flush_soon(self, connection: ServerConnection) -> None:
+        """Schedule a flush of a connection for the end of this turn; called by `ServerConnection.schedule_flush`."""
         if not (self._dirty or self._corks):
             self._loop.call_soon(self.flush)
         self._dirty.append(connection)

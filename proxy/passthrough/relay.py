@@ -308,7 +308,7 @@ class Relay:
             self.deadline = self._read_deadline()
         self.connection.h2.consumed(None, self._owed_client)
         self._owed_stream, self._owed_client = self._owed_stream + self._owed_client, 0
-        self.connection.touch()
+        self.connection.schedule_flush()
         head = sum(len(name) + len(value) + HEADER_FIELD_BYTES for name, value in self.headers)
         return head + self._request_bytes
 
@@ -405,7 +405,7 @@ class Relay:
     def abort_unread(self) -> None:
         """Reset the call on both sides: too many bytes are unread."""
         self.connection.h2.reset(self.stream, ErrorCode.ENHANCE_YOUR_CALM)
-        self.connection.touch()
+        self.connection.schedule_flush()
         self.stream.owner = None
         self.closed(None)
 
@@ -419,7 +419,7 @@ class Relay:
         # If the call was resent after a head, the client keeps the first head; it is equivalent.
         if not self.done and not repeated:
             self.connection.h2.send_headers(self.stream, headers)
-            self.connection.touch()
+            self.connection.schedule_flush()
         elif call is not None and call.http_status != 200:
             self._foreign = True
         if self.observer is not None:
@@ -445,7 +445,7 @@ class Relay:
             if size:
                 self._unread += size
                 self._owner.charge_unread(self, size)
-        self.connection.touch()
+        self.connection.schedule_flush()
 
     def on_drained(self) -> None:
         """Credit the client's stream: etcd has accepted the request so far."""
@@ -483,7 +483,7 @@ class Relay:
         else:
             self._owner.stats.broken += 1
             self._end_broken(status, message)
-        self.connection.touch()
+        self.connection.schedule_flush()
         self._leave_stream()
         self._owner.slot_freed()
 
@@ -495,7 +495,7 @@ class Relay:
         if self._answered:
             trailers = status_trailers(refusal.status, refusal.text, refusal.problem)
             self.connection.h2.send_headers(self.stream, trailers, True)
-            self.connection.touch()
+            self.connection.schedule_flush()
         else:
             refuse(self.connection, self.stream, refusal)
         self._leave_stream()
@@ -569,4 +569,4 @@ class Relay:
             if self._owed_stream:
                 owed, self._owed_stream = self._owed_stream, 0
                 self.connection.h2.credit_stream(self.stream, owed)
-            self.connection.touch()
+            self.connection.schedule_flush()

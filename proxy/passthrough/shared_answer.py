@@ -172,7 +172,7 @@ class SharedAnswer:
     def credit_stream(self, stream: Stream, size: int) -> None:
         """Do nothing: each call's relay credits its client."""
 
-    def touch(self) -> None:
+    def schedule_flush(self) -> None:
         """Do nothing: what has arrived is passed on in turns."""
 
     # What the relay reports: a `RelayObserver`.
@@ -334,7 +334,7 @@ class SharedAnswer:
             self._passed += size
             connection.bulky = connection.bulky or size > CALL_BYTES_MIN
             connection.h2.send(stream, pieces[first:last], size)
-        connection.touch()
+        connection.schedule_flush()
         if last == len(pieces) and self._complete:
             self._end(cursor)
         elif not stream.blocked:
@@ -355,5 +355,5 @@ class SharedAnswer:
     def _reset(self, cursor: Cursor, code: ErrorCode) -> None:
         cursor.stream.owner = None
         cursor.connection.h2.reset(cursor.stream, code)
-        cursor.connection.touch()
+        cursor.connection.schedule_flush()
         self.drop(cursor)

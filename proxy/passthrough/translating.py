@@ -350,7 +350,7 @@ class TranslatedRelay(Relay):
                 self._count_sent(self._sent_bytes + len(whole))
         elif flow_size:
             self.connection.h2.consumed(self.stream, flow_size)
-            self.connection.touch()
+            self.connection.schedule_flush()
         return busy
 
     def _step_response(self, responses: MessageWork) -> bool:
@@ -422,7 +422,7 @@ class TranslatedRelay(Relay):
         if self._answered:
             self._give_up()
             self.connection.h2.send_headers(self.stream, status_trailers(status, text), True)
-            self.connection.touch()
+            self.connection.schedule_flush()
         else:
             self.refuse(CallRefusal(200, status, text))
         self._owner.slot_freed()

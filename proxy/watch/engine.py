@@ -434,7 +434,7 @@ class Engine:
                 continue
             connection = outlet.connection
             if not connection.dirty:
-                connection.touch()
+                connection.schedule_flush()
             if watch.watch_id != watch_id:
                 # Most clients have one watch per stream, with the id 0: then this is done once.
                 watch_id = watch.watch_id
@@ -457,7 +457,7 @@ class Engine:
             size = len(columns[0][0]) if len(columns) == 1 else sum(len(column[0]) for column in columns)
             connection = run.connection
             if not connection.dirty:
-                connection.touch()
+                connection.schedule_flush()
             if size > BULKY_BYTES:
                 connection.bulky = True
             left = connection.h2.send_each(run.together, columns, size)

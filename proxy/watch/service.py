@@ -351,7 +351,7 @@ class WatchCall:
         if taken > 0:
             self._owed = unread_bytes
             self.connection.h2.consumed(self.stream, taken)
-            self.connection.touch()
+            self.connection.schedule_flush()
 
     def _hold(self) -> None:
         """Update the count of bytes that it holds."""

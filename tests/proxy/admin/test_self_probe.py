@@ -102,7 +102,7 @@ def inbox_is_stuck(proxy: Proxy) -> None:
 
 
 def nothing_is_written(proxy: Proxy) -> None:
-    proxy.listener.soon = lambda _connection: None  # type: ignore[method-assign,assignment]  # the fault
+    proxy.listener.flush_soon = lambda _connection: None  # type: ignore[method-assign,assignment]  # the fault
 
 
 def nothing_is_answered(proxy: Proxy) -> None:
@@ -146,7 +146,7 @@ def test_a_hang_is_detected_and_reported_everywhere(name: str, etcd: EtcdServer)
             # The hang ends.
             engine._busy = False
             engine._carry_out = whole
-            vars(proxy.listener).pop("soon", None)
+            vars(proxy.listener).pop("flush_soon", None)
             proxy.listener._dirty.clear()
             await probe(proxy)
             assert await check(client) == SERVING

@@ -138,7 +138,7 @@ class FakeConnection:
     def __init__(self, outlet: FakeOutlet) -> None:
         self.h2 = outlet
         self.dirty = False
-        self.touch = outlet.touch
+        self.schedule_flush = outlet.schedule_flush
 
     def write_now(self, stream: FakeOutlet, message: bytes, size: int) -> bool:
         assert size == len(message)
@@ -170,7 +170,7 @@ class FakeOutlet:
         """Count the call."""
         self.asked_on += 1
 
-    def touch(self) -> None:
+    def schedule_flush(self) -> None:
         self.touched += 1
         self.connection.dirty = True
 

@@ -155,7 +155,7 @@ def test_a_single_payload_is_written_at_once() -> None:
     async def scenario() -> None:
         rig = Rig()
         outlets = [FakeOutlet(room) for room in (9, 9, 0, 9)]
-        outlets[1].touch()
+        outlets[1].schedule_flush()
         watches = [watch_of(outlet, watch_id) for outlet, watch_id in zip(outlets, (0, 0, 0, 5), strict=True)]
         rig.script("upstream_response", Deliver(payload_of(b"x"), watches))
         rig.engine.received(TRUNK, SPOKEN)
