@@ -36,6 +36,20 @@ TALKATIVE = ("hpack", "hpack.hpack", "hpack.table")
 """Loggers of libraries that are kept at WARNING."""
 
 
+_process = ""
+
+
+def name_process(name: str) -> None:
+    """Put the name of this process, one of several, into each line from the next `configure` on."""
+    global _process
+    _process = name
+
+
+def _add_process(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    event["process"] = _process
+    return event
+
+
 def configure(level: str = "info", style: str = "auto", stream: TextIO | None = None) -> None:
     """Set up logging for the process.
 
@@ -52,6 +66,8 @@ def configure(level: str = "info", style: str = "auto", stream: TextIO | None = 
     target = sys.stderr if stream is None else stream
     readable = style == "console" or (style == "auto" and target.isatty())
     processors: list[Processor] = [structlog.processors.add_log_level, blank_secrets, show_bytes]
+    if _process:
+        processors.append(_add_process)
     if readable:
         processors += [
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),

@@ -21,6 +21,7 @@ from proxy.auth.reads import Reader, ReaderSettings
 from proxy.listening.http1 import Http1
 from proxy.listening.listener import Listener
 from proxy.listening.settings import ListenerSettings
+from proxy.listening.sockets import Listening
 from proxy.passthrough import shared_reads
 from proxy.passthrough.relay import Passthrough
 from proxy.passthrough.settings import PassthroughSettings
@@ -67,6 +68,7 @@ class Proxy:
         host: str = "127.0.0.1",
         port: int = 0,
         path: str = "",
+        listening: Listening | None = None,
         tls: ssl.SSLContext | None = None,
         upstream_tls: FileContext | None = None,
         upstream: UpstreamSettings | None = None,
@@ -86,13 +88,13 @@ class Proxy:
         """Store the settings; nothing is started yet.
 
         `endpoints`: etcd's addresses. `watch_endpoints`: those of the proxies that watches are taken from, instead of
-        from `endpoints`. `host`, `port`: where to listen, port 0 for any free one; or `path`, a unix
-        socket. `tls`: for the listener; `upstream_tls`: towards etcd. `limits`: the core's. `credentials`: the user for
-        watches at etcd. `upstream_cert`: the file of the client certificate for etcd, to be checked for a CN. `http1`:
-        the endpoint for HTTP/1 connections, if not one of `endpoints`. `namespace`: the prefix that clients'
-        keys have at etcd. `advertised`: the URL that MemberList shows for every member; "": etcd's own.
-        `probe_interval_s`: the interval of the self-probe, 0 for never. `tune_gc`: tune the process's garbage collector
-        for this work.
+        from `endpoints`. `host`, `port`: where to listen, port 0 for any free one; or `path`, a unix socket; or
+        `listening`, sockets that listen already. `tls`: for the listener; `upstream_tls`: towards etcd. `limits`: the
+        core's. `credentials`: the user for watches at etcd. `upstream_cert`: the file of the client certificate for
+        etcd, to be checked for a CN. `http1`: the endpoint for HTTP/1 connections, if not one of `endpoints`.
+        `namespace`: the prefix that clients' keys have at etcd. `advertised`: the URL that MemberList shows for every
+        member; "": etcd's own. `probe_interval_s`: the interval of the self-probe, 0 for never. `tune_gc`: tune the
+        process's garbage collector for this work.
         Raises BadEndpoint.
         """
         self.endpoints: list[Endpoint] = parse_endpoints(endpoints)
@@ -100,6 +102,7 @@ class Proxy:
         self.health = health.Health()
         self._address = (host, port)
         self._path = path
+        self._listening = listening
         self._tls = tls
         self._upstream_tls = upstream_tls
         self._upstream_settings = upstream or UpstreamSettings()
@@ -149,7 +152,7 @@ class Proxy:
         self.pool.start()
         self.upstream.start()
         try:
-            await self.listener.start(*self._address, self._tls, self._path)
+            await self.listener.start(*self._address, self._tls, self._path, self._listening)
         except OSError:
             await self.stop()
             raise

@@ -2,7 +2,8 @@
 
 Endpoints are written as etcd's own tools take them (`--endpoints`): a list separated by commas, each a URL or just
 `host:port`. Whether TLS is used follows clientv3's rules (client/v3/internal/endpoint): `https://` and `unixs://`
-always, `http://` never, and `unix://` or an endpoint without a scheme exactly when certificates are configured.
+always, `http://` never, and `unix://` or an endpoint without a scheme exactly when certificates are configured. The
+scheme `http+unix://`, never with TLS, is the proxy's own: for the hub of --workers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from upstream.settings import BACKOFF_FIRST_S, BACKOFF_MAX_S
 PORT_DEFAULT: Final = 2379
 """etcd's client port."""
 
-_SECURE_OF_SCHEME: Final = {"https": True, "unixs": True, "http": False, "unix": None}
+_SECURE_OF_SCHEME: Final = {"https": True, "unixs": True, "http": False, "unix": None, "http+unix": False}
 _HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?")
 _ADDRESS_6: Final = re.compile(r"[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?")
 _TO_DO: Final = "write host:port, http://host:port, https://host:port or unix:///path"
@@ -78,7 +79,7 @@ def parse_endpoint(text: str) -> Endpoint:
         if text.startswith(("unix:", "unixs:")):
             scheme, _, rest = text.partition(":")
             return _unix(text, scheme, rest)
-    elif scheme.lower() in ("unix", "unixs"):
+    elif scheme.lower() in ("unix", "unixs", "http+unix"):
         return _unix(text, scheme.lower(), rest)
     elif scheme.lower() in _SECURE_OF_SCHEME:
         secure = _SECURE_OF_SCHEME[scheme.lower()]

@@ -6,7 +6,8 @@ It answers GET and HEAD of fixed paths. A web framework would take 11 MiB of a p
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Final, NamedTuple, cast
 
@@ -49,12 +50,12 @@ class HttpServer:
         self.connections: set[HttpConnection] = set()
         self._servers: list[asyncio.Server] = []
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen; return the port. Raises OSError."""
-        listening = await listen(host, port, "", CONNECTIONS_MAX)
+    async def start(self, host: str, port: int, sockets: Sequence[socket.socket] = ()) -> int:
+        """Listen, or use `sockets` that listen already; return the port. Raises OSError."""
         serve = asyncio.get_running_loop().create_server
-        self._servers = [await serve(lambda: HttpConnection(self), sock=one) for one in listening.sockets]
-        return listening.port
+        sockets = sockets or (await listen(host, port, "", CONNECTIONS_MAX)).sockets
+        self._servers = [await serve(lambda: HttpConnection(self), sock=one) for one in sockets]
+        return int(sockets[0].getsockname()[1])
 
     async def stop(self) -> None:
         """Close the socket and all connections."""

@@ -7,7 +7,7 @@ bounded by the configuration or by the code. Metric families are built at scrape
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from proxy.admin.delays import Histogram
 from proxy.admin.monitor import Monitor
 from proxy.admin.snapshot import Snapshot
+from proxy.admin.views import ProcessView
 from proxy.config.knobs import Knob
 
 GAUGES = {
@@ -189,6 +190,29 @@ class ProxyCollector(Collector):
         for state in monitor.endpoints():
             up.add_metric([state.endpoint], float(state.connected))
         yield up
+        yield from _processes(monitor.processes())
+
+
+PROCESS_GAUGES = {
+    "memory_bytes": ("resident_memory_bytes", "Resident memory of the process, shared pages included, in bytes."),
+    "connections": ("connections", "Current number of client connections of the process (of the hub: of workers)."),
+    "watches": ("watches", "Current number of watches of the process (of the hub: those of the workers)."),
+}
+
+
+def _processes(processes: Sequence[ProcessView]) -> Iterator[Metric]:
+    """Yield the metrics that are shown by process, with --workers."""
+    if not processes:
+        return
+    for field, (name, text) in PROCESS_GAUGES.items():
+        gauge = GaugeMetricFamily(f"watchmux_process_{name}", text, labels=["process"])
+        for each in processes:
+            gauge.add_metric([each.name], getattr(each, field))
+        yield gauge
+    used = CounterMetricFamily("watchmux_process_cpu_seconds_total", "CPU time of the process.", labels=["process"])
+    for each in processes:
+        used.add_metric([each.name], each.cpu_s)
+    yield used
 
 
 def families(snapshot: Snapshot) -> Iterator[Metric]:

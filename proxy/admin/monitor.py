@@ -7,17 +7,19 @@ Metrics, the status page and its API read from the monitor, which reads from the
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from coalesce import report
 from proto.spans import FROM_KEY, prefix_of
-from proxy.admin.delays import BOUNDS_S, LoopDelay, quantile, watch_deliveries
+from proxy.admin.delays import BOUNDS_S, Histogram, LoopDelay, quantile, watch_deliveries
 from proxy.admin.snapshot import Snapshot, SnapshotSource
+from proxy.admin.views import EndpointView, Overview, Point, ProcessView, SessionView, TrunkView
+from proxy.admin.whole import ProcessReport, Whole, view_of
 from proxy.config import knobs
 
 if TYPE_CHECKING:
@@ -30,72 +32,6 @@ TRUNKS_SHOWN = 50
 SESSIONS_SHOWN = 20
 
 
-class Point(msgspec.Struct, frozen=True, kw_only=True):
-    """One step of the history: gauges at its end, rates over it. Delays in seconds; None if nothing was delivered."""
-
-    at: float
-    """Unix time."""
-    watches: int
-    upstream_watches: int
-    events_in_per_s: float
-    events_out_per_s: float
-    delay_p50_s: float | None
-    delay_p99_s: float | None
-    lagging: int
-
-
-class TrunkView(msgspec.Struct, frozen=True, kw_only=True):
-    """A trunk, as shown on the status page: its range, watches and events."""
-
-    range: str
-    watches: int
-    backfills: int
-    next_revision: int
-    events_total: int
-    history_bytes: int
-    history_batches: int
-    history_floor: int
-    opening: bool
-
-
-class SessionView(msgspec.Struct, frozen=True, kw_only=True):
-    """A lagging session, as shown on the status page."""
-
-    peer: str
-    watches: int
-    lagging: int
-    behind_s: float
-    behind_revisions: int
-    unsent_bytes: int
-    stalled: bool
-
-
-class EndpointView(msgspec.Struct, frozen=True, kw_only=True):
-    """An endpoint, as shown on the status page: whether it takes calls, and whether it carries the watches."""
-
-    endpoint: str
-    connected: bool
-    problem: str
-    carries_watches: bool
-    version: str
-
-
-class Overview(msgspec.Struct, frozen=True, kw_only=True):
-    """All data of the status page."""
-
-    now: Snapshot
-    at: float
-    delay_p50_s: float | None
-    delay_p99_s: float | None
-    loop_delay_p99_s: float | None
-    endpoints: list[EndpointView]
-    trunks: list[TrunkView]
-    sessions: list[SessionView]
-    points: list[Point]
-    step_s: float
-    limits: Mapping[str, float]
-
-
 def limits_by_default() -> dict[str, float]:
     """Return the limits of a proxy without settings of its own, by setting."""
     return knobs.limits(knobs.Settings())
@@ -105,13 +41,19 @@ class Monitor:
     """The monitor of one proxy; call `start` in the running event loop."""
 
     def __init__(
-        self, proxy: Proxy, address: str, limits: Callable[[], Mapping[str, float]] = limits_by_default
+        self,
+        proxy: Proxy,
+        address: str,
+        limits: Callable[[], Mapping[str, float]] = limits_by_default,
+        whole: Whole | None = None,
     ) -> None:
+        """`whole`: the reports of the workers, if this proxy is their hub: then everything here is about the whole."""
         self._proxy = proxy
+        self._whole = whole
         self.limits = limits
         """Returns the limits in force, by setting; 0 means no limit."""
         self._source = SnapshotSource(proxy, address)
-        self.delivery_delay = watch_deliveries(proxy.listener, proxy.engine)
+        self.own_delivery_delay = watch_deliveries(proxy.listener, proxy.engine)
         self.loop_delay = LoopDelay(self._tick)
         self.points: deque[Point] = deque(maxlen=STEPS_KEPT)
         self._step_at = time.monotonic()
@@ -131,7 +73,51 @@ class Monitor:
 
     def take(self) -> Snapshot:
         """Take a snapshot now."""
-        return self._source.take()
+        own = self._source.take()
+        return own if self._whole is None else self._whole.snapshot(own)
+
+    @property
+    def delivery_delay(self) -> Histogram:
+        """The delays of deliveries to clients."""
+        if self._whole is None:
+            return self.own_delivery_delay
+        total = Histogram()
+        for each in self._whole.all:
+            total.counts = [sum(pair) for pair in zip(total.counts, each.delivery_counts, strict=True)]
+            total.sum += each.delivery_sum_s
+        return total
+
+    def reports(self) -> list[ProcessReport]:
+        """Return the reports of all processes, the hub first; an empty list if this is the only one."""
+        if self._whole is None:
+            return []
+        return [self.report("hub"), *self._whole.reports]
+
+    def report(self, name: str) -> ProcessReport:
+        """Return the report of this process."""
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return ProcessReport(
+            name=name,
+            pid=os.getpid(),
+            cpu_s=round(used.ru_utime + used.ru_stime, 2),
+            memory_bytes=_resident_bytes(),
+            snapshot=self._source.take(),
+            delivery_counts=list(self.own_delivery_delay.counts),
+            delivery_sum_s=self.own_delivery_delay.sum,
+            sessions=self.slowest_sessions() if self._whole is None else [],
+        )
+
+    def processes(self) -> list[ProcessView]:
+        """Return what the status page shows of all processes."""
+        return [view_of(each) for each in self.reports()]
+
+    def slowest_sessions(self) -> list[SessionView]:
+        """Return the sessions that are furthest behind."""
+        if self._whole is not None:
+            sessions = [session for each in self._whole.reports for session in each.sessions]
+            return sorted(sessions, key=lambda session: -session.behind_s)[:SESSIONS_SHOWN]
+        now = asyncio.get_running_loop().time()
+        return [_session_view(session) for session in report.slowest(self._proxy.engine.core, now, SESSIONS_SHOWN)]
 
     @property
     def hung(self) -> str:
@@ -158,13 +144,11 @@ class Monitor:
             loop_delay_p99_s=quantile(0.99, BOUNDS_S, self.loop_delay.histogram.counts),
             endpoints=[self._endpoint(state) for state in self.endpoints()],
             trunks=[_trunk_view(trunk) for trunk in report.trunks(core, TRUNKS_SHOWN)],
-            sessions=[
-                _session_view(session)
-                for session in report.slowest(core, asyncio.get_running_loop().time(), SESSIONS_SHOWN)
-            ],
+            sessions=self.slowest_sessions(),
             points=list(self.points),
             step_s=STEP_S,
             limits=self.limits(),
+            processes=self.processes(),
         )
 
     def _endpoint(self, state: EndpointState) -> EndpointView:
@@ -246,3 +230,11 @@ def show_range(key: bytes, range_end: bytes) -> str:
 
 def _text(key: bytes) -> str:
     return key[:100].decode("utf-8", "backslashreplace").replace("\x00", "\\x00")
+
+
+def _resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0

@@ -9,7 +9,8 @@ restrict the port to operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
 from importlib import resources
@@ -27,6 +28,7 @@ from proxy.admin.monitor import Monitor, limits_by_default
 from proxy.config.values import Address
 
 if TYPE_CHECKING:
+    from proxy.admin.whole import Whole
     from proxy.server import Proxy
 
 PAGES = {
@@ -50,9 +52,14 @@ class Exposition:
     """The metrics and the health of one proxy as pages."""
 
     def __init__(
-        self, proxy: Proxy, proxy_address: str, limits: Callable[[], Mapping[str, float]] = limits_by_default
+        self,
+        proxy: Proxy,
+        proxy_address: str,
+        limits: Callable[[], Mapping[str, float]] = limits_by_default,
+        whole: Whole | None = None,
+        monitor: Monitor | None = None,
     ) -> None:
-        self.monitor = Monitor(proxy, proxy_address, limits)
+        self.monitor = monitor or Monitor(proxy, proxy_address, limits, whole)
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(ProxyCollector(self.monitor))
         ProcessCollector(registry=self._registry)
@@ -79,11 +86,15 @@ class Admin:
         listen: Address,
         proxy_address: str,
         limits: Callable[[], Mapping[str, float]] = limits_by_default,
+        whole: Whole | None = None,
+        sockets: Sequence[socket.socket] = (),
     ) -> None:
-        shown = Exposition(proxy, proxy_address, limits)
+        """`whole`: the reports of the workers, if the proxy is their hub. `sockets`: sockets that listen already."""
+        shown = Exposition(proxy, proxy_address, limits, whole)
         # The same pages on the client port: only one monitor may measure the delays.
         proxy.http1.own = ClientPages(lambda: (shown.metrics, shown.health))
         self.monitor = shown.monitor
+        self._sockets = sockets
         self._listen = listen
         pages: dict[str, Callable[[], Page]] = {
             "/metrics": shown.metrics,
@@ -106,7 +117,7 @@ class Admin:
 
     async def start(self) -> None:
         """Start the server. Raises OSError if it cannot listen."""
-        self._port = await self._server.start(self._listen.host, self._listen.port)
+        self._port = await self._server.start(self._listen.host, self._listen.port, self._sockets)
         self.monitor.start()
 
     async def stop(self) -> None:

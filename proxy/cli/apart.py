@@ -32,11 +32,9 @@ def serve(arguments: list[str]) -> int:
         if isinstance(read, int):
             return read
         settings, notes, parent_fd = read
-        import uvloop
+        from proxy.process import running
 
-        from proxy.process import serving
-
-        return uvloop.run(serving.serve(settings, notes, parent_fd, lambda: _read_again(arguments)))
+        return running.run(settings, notes, parent_fd, lambda: _read_again(arguments))
     except Failed as error:
         complain(str(error))
         return error.code
@@ -54,7 +52,7 @@ def _read_by_a_fork(arguments: list[str]) -> Read | int:
     os.close(writing)
     import uvloop  # noqa: F401  # loaded while the fork reads
 
-    from proxy.process import serving  # noqa: F401
+    from proxy.process import running  # noqa: F401
 
     with open(reading, "rb") as pipe:
         handed = pipe.read()

@@ -36,8 +36,6 @@ def command(ctx: click.Context, /, parent_fd: int | None, **_given: Any) -> int:
         # Another process runs the proxy: see `proxy.cli.apart`.
         code: int = ctx.obj(settings, notes, parent_fd)
         return code
-    import uvloop
+    from proxy.process import running
 
-    from proxy.process.serving import serve
-
-    return uvloop.run(serve(settings, notes, parent_fd, lambda: settings_of(ctx)))
+    return running.run(settings, notes, parent_fd, lambda: settings_of(ctx))

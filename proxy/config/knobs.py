@@ -174,6 +174,14 @@ class ListenerTable:
         Kind.ADDRESS,
         from_etcd=True,
     )
+    workers: int = knob(
+        1,
+        "Number of processes that serve clients; 0: one for each core. With more than one, a further process (the hub) "
+        "holds the upstream watches, and the kernel distributes the client connections over the workers. Each adds at "
+        "most 30 MiB of memory.",
+        ge=0,
+        le=1024,
+    )
     advertise_client_url: str = knob(
         "",
         "URL to advertise to clients: http://HOST:PORT, https://HOST:PORT or HOST:PORT. MemberList returns it as "

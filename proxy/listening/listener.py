@@ -75,21 +75,31 @@ class Listener:
         self._sweeper: asyncio.TimerHandle | None = None
         self._all_gone: asyncio.Event = asyncio.Event()
 
-    async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, path: str = "") -> None:
-        """Listen at host:port (0: any free one) or on the unix socket `path`, with TLS if given. Raises OSError."""
+    async def start(
+        self,
+        host: str,
+        port: int,
+        tls: ssl.SSLContext | None = None,
+        path: str = "",
+        listening: Listening | None = None,
+    ) -> None:
+        """Listen at host:port (0: any free one) or on the unix socket `path`, with TLS if given. Raises OSError.
+
+        `listening`: sockets that listen already, instead of an address.
+        """
         self._loop = asyncio.get_running_loop()
 
         def connection() -> asyncio.Protocol:
             return ServerConnection(self)
 
-        self._listening = listening = await listen(host, port, path, BACKLOG)
+        self._listening = listening = listening or await listen(host, port, path, BACKLOG)
         self._port = listening.port
         if tls is not None:
             from proxy.listening.handshake import Acceptor  # imports ssl, which a proxy without TLS does not need
 
             self._acceptor = Acceptor(self, tls, listening.sockets, connection)
         else:
-            serve = self._loop.create_unix_server if path else self._loop.create_server
+            serve = self._loop.create_unix_server if listening.is_unix else self._loop.create_server
             self._servers = [await serve(connection, sock=one, backlog=BACKLOG) for one in listening.sockets]
         self._sweep()
 

@@ -24,6 +24,9 @@ from proxy.config.values import ENV_PREFIX
 READY_LIMIT_S = 15.0
 """How long to wait until a child is ready (seconds)."""
 
+LINE_BYTES_MAX = 64 * 1024 * 1024
+"""Bound of a line from the parent: the reports of all workers."""
+
 STOP_LIMIT_S = 5.0
 """How long a child may take to exit after SIGTERM before it is killed (seconds)."""
 
@@ -192,7 +195,8 @@ class Parent:
         """
         if fd is None:
             return cls(None)
-        parent = cls(await asyncio.open_unix_connection(sock=socket.socket(fileno=fd)))
+        pipe = await asyncio.open_unix_connection(sock=socket.socket(fileno=fd), limit=LINE_BYTES_MAX)
+        parent = cls(pipe)
         parent._listening = asyncio.create_task(parent._listen(line, gone))
         return parent
 

@@ -10,13 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 from proxy import logs
-
-if TYPE_CHECKING:
-    from proxy.admin.health import Health
 
 TOLD_IN_TIME = 3
 """Keepalive notifications per watchdog interval."""
@@ -27,17 +23,23 @@ log = logs.logger("service")
 class ServiceManager:
     """Notifies the service manager of one process, if NOTIFY_SOCKET is set."""
 
-    def __init__(self, health: Health, environment: Mapping[str, str]) -> None:
-        self._health = health
+    def __init__(self, hung: Callable[[], str], environment: Mapping[str, str]) -> None:
+        """`hung` returns the evidence that the program hangs; "" if it does not."""
+        self._hung = hung
         self._path = environment.get("NOTIFY_SOCKET", "")
-        self._interval_s = _watchdog_s(environment) / TOLD_IN_TIME
+        self.interval_s = _watchdog_s(environment) / TOLD_IN_TIME if self._path else 0.0
+        """How often to call `alive`; 0: never."""
         self._timer: asyncio.TimerHandle | None = None
 
     def ready(self) -> None:
-        """Notify that the proxy is ready, and start the watchdog notifications."""
+        """Notify that the proxy is ready."""
         self._notify("READY=1")
-        if self._path and self._interval_s:
-            self._alive()
+
+    def start(self) -> None:
+        """Notify that the proxy is ready, and start the watchdog notifications, on the running event loop."""
+        self.ready()
+        if self.interval_s:
+            self._repeat()
 
     def stopping(self) -> None:
         """Notify that the proxy is stopping; the watchdog notifications continue meanwhile."""
@@ -49,10 +51,14 @@ class ServiceManager:
             self._timer.cancel()
             self._timer = None
 
-    def _alive(self) -> None:
-        if not self._health.hung:
+    def alive(self) -> None:
+        """Notify that the program does not hang, if so."""
+        if not self._hung():
             self._notify("WATCHDOG=1")
-        self._timer = asyncio.get_running_loop().call_later(self._interval_s, self._alive)
+
+    def _repeat(self) -> None:
+        self.alive()
+        self._timer = asyncio.get_running_loop().call_later(self.interval_s, self._repeat)
 
     def _notify(self, state: str) -> None:
         if not self._path:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     import ssl
 
     from proxy.admin.port import Admin
+    from proxy.listening.sockets import Listening
+    from proxy.process.member import Member, ProcessPlace
     from upstream.tls import FileContext
 
 log = logs.logger("serve")
@@ -89,9 +91,10 @@ def _tls(settings: Settings) -> tuple[ssl.SSLContext | None, FileContext | None]
     return inward, outward
 
 
-def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy:
+def proxy_of(settings: Settings, endpoints: list[str], http1: str = "", listening: Listening | None = None) -> Proxy:
     """Build the proxy from the settings, in front of `endpoints`. Raises UpstreamError.
 
+    `listening`: sockets that listen already, instead of --listen-addr.
     `http1`: the target of HTTP/1 connections, if not `endpoints`: the bundled store has a separate port for them.
     """
     address = parse_listen_address(settings.listener.listen_addr)
@@ -102,6 +105,7 @@ def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy
         host=address.host,
         port=address.port,
         path=address.path,
+        listening=listening,
         tls=inward,
         upstream_tls=outward,
         upstream=upstream_settings(settings),
@@ -118,15 +122,20 @@ def proxy_of(settings: Settings, endpoints: list[str], http1: str = "") -> Proxy
     )
 
 
+ReadAgain = Callable[[], tuple[Settings, list[str]]]
+"""Reads the settings again, for SIGHUP. Raises Failed."""
+
+
 async def serve(
     settings: Settings,
     notes: list[str],
     parent_fd: int | None,
-    read_again: Callable[[], tuple[Settings, list[str]]] | None = None,
+    read_again: ReadAgain | None = None,
+    place: ProcessPlace | None = None,
 ) -> int:
     """Run the proxy until a signal or the exit of the parent process; return the exit code.
 
-    `read_again` reads the settings again, for SIGHUP. Raises Failed.
+    `place`: of a process of several. Raises Failed.
     """
     logs.configure(settings.log.log_level, settings.log.log_format)
     for note in notes:
@@ -134,7 +143,12 @@ async def serve(
     leaving = asyncio.Event()
     signals = _Signals(leaving)
     on_signals(signals.came)
-    parent = await Parent.join(parent_fd, lambda _line: None, leaving.set)
+    member: Member | None = None
+    if place is not None:
+        from proxy.process.member import Member
+
+        member = Member(place)
+    parent = await Parent.join(parent_fd, member.came if member else lambda _line: None, leaving.set)
     opened = descriptors.in_use()
     found = within_descriptors(await discovered(settings), opened)
     store = await _start_store() if not found.upstream.endpoints else None
@@ -143,24 +157,27 @@ async def serve(
     manager: ServiceManager | None = None
     try:
         endpoints = [store.ready.address] if store else found.upstream.endpoints
-        address, proxy = await _start(found, endpoints, store.ready.metrics if store else "")
+        address, proxy = await _start(found, endpoints, store.ready.metrics if store else "", member)
         advertised = settings.listener.advertise_client_url or str(address)
         applying = _Applying(proxy, found, opened)
-        admin = await _start_admin(proxy, settings, advertised, lambda: limits(applying.settings))
+        admin = await _start_admin(proxy, settings, advertised, lambda: limits(applying.settings), member)
         reloading = Reloading(settings, applying.apply)
         if read_again is not None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.reload, read_again)
         parent.write_line(Ready(address=str(address), metrics=str(admin.address) if admin else ""))
         if store:
             log.warning(BUNDLED_STORE, data="in memory only, lost when this process stops", to_do="set --endpoints")
+        if member is not None:
+            member.start(proxy, parent, reloading, advertised, lambda: limits(applying.settings))
         log.info(
             "serving",
             address=advertised,
             endpoints=endpoints,
             **({"metrics": f"http://{admin.address}/metrics"} if admin else {}),
         )
-        manager = ServiceManager(proxy.health, os.environ)
-        manager.ready()
+        served = proxy
+        manager = ServiceManager(lambda: served.health.hung, os.environ if place is None else {})
+        manager.start()
         code = await _until_stopped(leaving, store)
         applying.stop()
         manager.stopping()
@@ -174,6 +191,8 @@ async def serve(
             await store.stop()
         if manager is not None:
             manager.stop()
+        if member is not None:
+            member.stop()
         await parent.leave()
     log.info("stopped")
     return code
@@ -263,11 +282,12 @@ class _Signals:
             await asyncio.gather(task, return_exceptions=True)
 
 
-async def _start(settings: Settings, endpoints: list[str], http1: str) -> tuple[Address, Proxy]:
+async def _start(settings: Settings, endpoints: list[str], http1: str, member: Member | None) -> tuple[Address, Proxy]:
     """Start the proxy; return its listen address and the proxy. Raises Failed."""
     address = parse_listen_address(settings.listener.listen_addr)
     try:
-        proxy = proxy_of(settings, endpoints, http1)
+        listening = None if member is None else await member.listening(address)
+        proxy = proxy_of(settings, endpoints, http1, listening)
         await proxy.start()
     except UpstreamError as error:
         raise Failed(str(error), WRONG_REQUEST) from None
@@ -277,15 +297,20 @@ async def _start(settings: Settings, endpoints: list[str], http1: str) -> tuple[
 
 
 async def _start_admin(
-    proxy: Proxy, settings: Settings, advertised: str, limits_in_force: Callable[[], Mapping[str, float]]
+    proxy: Proxy,
+    settings: Settings,
+    advertised: str,
+    limits_in_force: Callable[[], Mapping[str, float]],
+    member: Member | None,
 ) -> Admin | None:
     if not settings.admin.metrics_addr:
-        proxy.http1.own = ClientPages(lambda: _client_pages(proxy, advertised, limits_in_force))
+        proxy.http1.own = ClientPages(lambda: _client_pages(proxy, advertised, limits_in_force, member))
         return None
     from proxy.admin.port import Admin  # loads the web server, so only if it is used
 
     address = parse_metrics_address(settings.admin.metrics_addr)
-    admin = Admin(proxy, address, advertised, limits_in_force)
+    whole, sockets = (None, ()) if member is None else (member.whole, member.metrics_sockets)
+    admin = Admin(proxy, address, advertised, limits_in_force, whole, sockets)
     try:
         await admin.start()
     except OSError as error:
@@ -293,10 +318,13 @@ async def _start_admin(
     return admin
 
 
-def _client_pages(proxy: Proxy, advertised: str, limits_in_force: Callable[[], Mapping[str, float]]) -> OwnPages:
+def _client_pages(
+    proxy: Proxy, advertised: str, limits_in_force: Callable[[], Mapping[str, float]], member: Member | None
+) -> OwnPages:
     from proxy.admin.port import Exposition
 
-    exposition = Exposition(proxy, advertised, limits_in_force)
+    monitor = None if member is None else member.monitor
+    exposition = Exposition(proxy, advertised, limits_in_force, monitor=monitor)
     return exposition.metrics, exposition.health
 
 

@@ -18,9 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
-from proxy.admin.monitor import Overview
 from proxy.admin.port import PAGES, Admin
 from proxy.admin.snapshot import Snapshot
+from proxy.admin.views import Overview
 from proxy.config.values import Address
 from proxy.measuring.status import render
 from proxy.server import Proxy

@@ -43,8 +43,8 @@ def test_a_hung_proxy_sends_no_watchdog_notification(abstract: bool, tmp_path: P
 
     async def story() -> None:
         health = Health()
-        told = ServiceManager(health, {"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "30000"})
-        told.ready()
+        told = ServiceManager(lambda: health.hung, {"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "30000"})
+        told.start()
         await until_async(lambda: manager.hear().count("WATCHDOG=1") > 3, "watchdog notifications")
         assert manager.heard[0] == "READY=1"
         health.set_hung("it hangs")
@@ -71,8 +71,8 @@ def test_a_hung_proxy_sends_no_watchdog_notification(abstract: bool, tmp_path: P
 )
 def test_without_a_manager_nothing_happens(environment: dict[str, str]) -> None:
     async def story() -> None:
-        told = ServiceManager(Health(), environment)
-        told.ready()
+        told = ServiceManager(str, environment)
+        told.start()
         told.stopping()
         assert told._timer is None
 

@@ -1,0 +1,89 @@
+"""What the status page shows, as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from proxy.admin.snapshot import Snapshot
+
+
+class Point(msgspec.Struct, frozen=True, kw_only=True):
+    """One step of the history: gauges at its end, rates over it. Delays in seconds; None if nothing was delivered."""
+
+    at: float
+    """Unix time."""
+    watches: int
+    upstream_watches: int
+    events_in_per_s: float
+    events_out_per_s: float
+    delay_p50_s: float | None
+    delay_p99_s: float | None
+    lagging: int
+
+
+class TrunkView(msgspec.Struct, frozen=True, kw_only=True):
+    """A trunk, as shown on the status page: its range, watches and events."""
+
+    range: str
+    watches: int
+    backfills: int
+    next_revision: int
+    events_total: int
+    history_bytes: int
+    history_batches: int
+    history_floor: int
+    opening: bool
+
+
+class SessionView(msgspec.Struct, frozen=True, kw_only=True):
+    """A lagging session, as shown on the status page."""
+
+    peer: str
+    watches: int
+    lagging: int
+    behind_s: float
+    behind_revisions: int
+    unsent_bytes: int
+    stalled: bool
+
+
+class EndpointView(msgspec.Struct, frozen=True, kw_only=True):
+    """An endpoint, as shown on the status page: whether it takes calls, and whether it carries the watches."""
+
+    endpoint: str
+    connected: bool
+    problem: str
+    carries_watches: bool
+    version: str
+
+
+class ProcessView(msgspec.Struct, frozen=True, kw_only=True):
+    """A process of --workers, as shown on the status page."""
+
+    name: str
+    pid: int
+    cpu_s: float
+    memory_bytes: int
+    connections: int
+    watches: int
+    events_delivered_total: int
+
+
+class Overview(msgspec.Struct, frozen=True, kw_only=True):
+    """All data of the status page."""
+
+    now: Snapshot
+    at: float
+    delay_p50_s: float | None
+    delay_p99_s: float | None
+    loop_delay_p99_s: float | None
+    endpoints: list[EndpointView]
+    trunks: list[TrunkView]
+    sessions: list[SessionView]
+    points: list[Point]
+    step_s: float
+    limits: Mapping[str, float]
+    processes: list[ProcessView] = []
+    """With --workers: all processes."""

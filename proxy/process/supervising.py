@@ -1,0 +1,342 @@
+"""`--workers`: a parent that starts, watches, restarts and stops the processes of one proxy.
+
+One *hub* holds the upstream watches, and N *workers* serve clients. Each of them is the proxy as it is with one process
+(`serving.serve`): the hub listens on a unix socket in a private directory, and a worker takes its watches from there
+(`--watch-endpoints`), so that no further protocol is needed. On a TCP address each worker has a socket of its own
+(SO_REUSEPORT); a unix socket is inherited.
+
+The parent has no event loop: it forks, and a process with a running loop must not. Processes are forked after all
+modules are loaded, so they share that memory and start within milliseconds. What to do and when is decided by
+`supervision.py`; here are the processes, signals and sockets. Parent and process share a socket pair, as `child.py`
+describes: if the parent dies, all of them end.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import gc
+import os
+import pickle
+import random
+import selectors
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+import msgspec
+
+from proxy import logs
+from proxy.admin.whole import Beat, Order, ProcessReport, with_ended
+from proxy.config.knobs import Settings
+from proxy.config.values import Address, parse_listen_address, parse_metrics_address
+from proxy.errors import FAILURE, WRONG_REQUEST, Failed, complain
+from proxy.listening.listener import BACKLOG
+from proxy.listening.sockets import Listening, bind
+from proxy.process import serving, shares
+from proxy.process.addresses import cannot_listen
+from proxy.process.child import Ready
+from proxy.process.member import ProcessPlace
+from proxy.process.reloading import Reloading
+from proxy.process.service_manager import ServiceManager
+from proxy.process.supervision import HUB, Kill, Phase, Start, Stop, Supervision
+
+WAIT_S_MAX: Final = 1.0
+"""The parent looks at its processes at least this often, and passes their reports on."""
+
+HUB_SOCKET: Final = "hub"
+
+log = logs.logger("workers")
+
+
+def run(settings: Settings, notes: list[str], parent_fd: int | None, read_again: serving.ReadAgain) -> int:
+    """Run the proxy with several processes until a signal; return the exit code. Raises Failed."""
+    if not (settings.upstream.endpoints or settings.upstream.discovery_srv):
+        raise Failed("--workers needs --endpoints; run `watchmux store` for a store of its own", WRONG_REQUEST)
+    logs.name_process("parent")
+    logs.configure(settings.log.log_level, settings.log.log_format)
+    for note in notes:
+        log.warning(note)
+    directory = tempfile.mkdtemp(prefix="watchmux-")
+    try:
+        with contextlib.ExitStack() as stack:
+            parent = _Parent(settings, parent_fd, directory, stack)
+            return parent.run(read_again)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@dataclass(slots=True)
+class _Process:
+    """A running process, seen from the parent."""
+
+    pid: int
+    socket: socket.socket
+    received: bytes = b""
+    ready: Ready | None = None
+    report: ProcessReport | None = None
+
+    def send(self, order: Order) -> None:
+        """Send an order; one that does not take any gets none (it hangs, and is killed soon)."""
+        with contextlib.suppress(OSError):
+            self.socket.sendall(msgspec.json.encode(order) + b"\n")
+
+
+class _Parent:
+    """See the module."""
+
+    def __init__(self, settings: Settings, parent_fd: int | None, directory: str, stack: contextlib.ExitStack) -> None:
+        self._settings = settings
+        self._workers = shares.count(settings.listener.workers)
+        self._directory = directory
+        self._state = Supervision(self._workers, random.random, settings.listener.drain_s)
+        self._processes: dict[str, _Process] = {}
+        self._ended: ProcessReport | None = None
+        self._code = 0
+        self._announced = False
+        self._passed_on_at = 0.0
+        self._alive_at = 0.0
+        self._manager = ServiceManager(lambda: self._state.hung, os.environ)
+        self._own_parent = None if parent_fd is None else socket.socket(fileno=parent_fd)
+        self._address = parse_listen_address(settings.listener.listen_addr)
+        self._clients = self._bind(self._address, "--listen-addr", shared=True)
+        stack.callback(self._clients.remove_file)
+        self._hub = bind("", 0, os.path.join(directory, HUB_SOCKET), BACKLOG)
+        self._metrics: Listening | None = None
+        if settings.admin.metrics_addr:
+            self._metrics = self._bind(parse_metrics_address(settings.admin.metrics_addr), "--metrics-addr")
+        self._selector = selectors.DefaultSelector()
+        self._woken, self._waking = socket.socketpair()
+        for each in (self._woken, self._waking):
+            each.setblocking(False)
+
+    @staticmethod
+    def _bind(address: Address, flag: str, shared: bool = False) -> Listening:
+        try:
+            return bind(address.host, address.port, address.path, BACKLOG, shared=shared)
+        except OSError as error:
+            raise cannot_listen(address, flag, error) from None
+
+    def run(self, read_again: serving.ReadAgain) -> int:
+        """Supervise until all processes are gone; return the exit code."""
+        reloading = Reloading(self._settings, self._apply)
+        stops = 0
+
+        def stopping(_number: int, _frame: object) -> None:
+            nonlocal stops
+            stops += 1
+            self._stop(again=stops > 1)
+
+        signal.signal(signal.SIGTERM, stopping)
+        signal.signal(signal.SIGINT, stopping)
+        signal.signal(signal.SIGHUP, lambda *_: reloading.reload(read_again))
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._waking.fileno(), warn_on_full_buffer=False)
+        self._selector.register(self._woken, selectors.EVENT_READ, self._drain_wakeups)
+        if self._own_parent is not None:
+            self._selector.register(self._own_parent, selectors.EVENT_READ, self._own_parent_said)
+        gc.collect()
+        gc.freeze()
+        while self._state.phase is not Phase.GONE:
+            self._act()
+            for key, _ in self._selector.select(self._timeout_s()):
+                key.data()
+            self._reap()
+            self._tell()
+        log.info("stopped")
+        return self._code
+
+    def _timeout_s(self) -> float:
+        deadline = self._state.next_deadline()
+        return WAIT_S_MAX if deadline is None else min(WAIT_S_MAX, max(0.0, deadline - time.monotonic()))
+
+    def _drain_wakeups(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._woken.recv(4096):
+                pass
+
+    def _own_parent_said(self) -> None:
+        assert self._own_parent is not None
+        if not self._own_parent.recv(4096):
+            self._selector.unregister(self._own_parent)
+            self._stop()
+
+    def _stop(self, again: bool = False) -> None:
+        if self._state.phase is Phase.RUN:
+            log.info("draining", workers=self._workers)
+            self._manager.stopping()
+        self._state.stop(time.monotonic())
+        if again:
+            log.warning("second signal: stopping at once")
+            for name in self._processes:
+                self._signal(name, signal.SIGTERM)
+
+    def _act(self) -> None:
+        for action in self._state.due(time.monotonic()):
+            if isinstance(action, Start):
+                self._start(action.name)
+            elif isinstance(action, Stop):
+                self._signal(action.name, signal.SIGTERM)
+            elif isinstance(action, Kill):
+                log.error("a process hangs, or did not stop in time; killing it", name=action.name)
+                self._signal(action.name, signal.SIGKILL)
+
+    def _signal(self, name: str, number: int) -> None:
+        if name in self._processes:
+            os.kill(self._processes[name].pid, number)
+
+    # processes
+
+    def _start(self, name: str) -> None:
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if not pid:
+            ours.close()
+            self._become(name, theirs)
+        theirs.close()
+        # Orders are small; a process that takes none for a second hangs.
+        ours.settimeout(1.0)
+        self._processes[name] = _Process(pid, ours)
+        self._selector.register(ours, selectors.EVENT_READ, lambda: self._read(name))
+        self._state.started(name, time.monotonic())
+        starts = self._state.processes[name].starts
+        if starts > 1:
+            log.warning("process restarted", name=name, pid=pid, starts=starts)
+
+    def _become(self, name: str, theirs: socket.socket) -> NoReturn:
+        """Be a process from now on. Does not return."""
+        code = FAILURE
+        try:
+            # The others' sockets: a process learns that the parent is gone when no copy of its socket is left.
+            for process in self._processes.values():
+                process.socket.close()
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+                signal.signal(number, signal.SIG_DFL)
+            self._selector.close()
+            for each in (self._woken, self._waking, self._own_parent):
+                if each is not None:
+                    each.close()
+            # Ctrl-C reaches the parent only, which stops its processes in their order.
+            os.setsid()
+            code = self._serve(name, theirs.detach())
+        except Failed as error:
+            complain(str(error))
+            code = error.code
+        except BaseException:
+            log.exception("process failed", name=name)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _serve(self, name: str, fd: int) -> int:
+        import uvloop
+
+        logs.name_process(name)
+        path = os.path.join(self._directory, HUB_SOCKET)
+        if name == HUB:
+            settings = shares.hub_settings(self._settings, self._workers, path)
+            place = ProcessPlace(name, self._hub, metrics=self._metrics)
+        else:
+            settings = shares.worker_settings(self._settings, self._workers, f"http+unix://{path}")
+            clients = self._clients if self._clients.is_unix else None
+            place = ProcessPlace(name, clients, self._clients.port, reports=self._metrics is not None)
+        return uvloop.run(serving.serve(settings, [], fd, None, place))
+
+    def _reap(self) -> None:
+        for name, process in tuple(self._processes.items()):
+            pid, status = os.waitpid(process.pid, os.WNOHANG)
+            if not pid:
+                continue
+            # What it has reported last.
+            self._read(name)
+            self._unregister(process)
+            process.socket.close()
+            del self._processes[name]
+            if process.report is not None and name != HUB:
+                self._ended = with_ended(self._ended, process.report)
+            code = os.waitstatus_to_exitcode(status)
+            running = self._state.phase is Phase.RUN
+            self._state.ended(name, time.monotonic())
+            if self._state.failed and not self._code:
+                self._code = code or FAILURE
+            elif running:
+                log.error("process ended", name=name, exit_code=code)
+
+    def _read(self, name: str) -> None:
+        """Take what a process reports."""
+        process = self._processes[name]
+        try:
+            data = process.socket.recv(1 << 20, socket.MSG_DONTWAIT)
+        except (BlockingIOError, ConnectionError):
+            return
+        if not data:
+            # It is about to end; `_reap` removes it.
+            self._unregister(process)
+            return
+        *lines, process.received = (process.received + data).split(b"\n")
+        for line in lines:
+            if process.ready is None:
+                process.ready = msgspec.json.decode(line, type=Ready)
+                self._state.heard(name, time.monotonic())
+                continue
+            beat = msgspec.json.decode(line, type=Beat)
+            process.report = beat.report or process.report
+            self._state.heard(name, time.monotonic(), problem=beat.problem, hung=beat.hung)
+
+    def _unregister(self, process: _Process) -> None:
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(process.socket)
+
+    # what others learn
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        if self._state.was_ready and not self._announced:
+            self._announce()
+        if self._announced and self._manager.interval_s and now >= self._alive_at:
+            self._alive_at = now + self._manager.interval_s
+            self._manager.alive()
+        if self._metrics is not None and now >= self._passed_on_at + WAIT_S_MAX and HUB in self._processes:
+            self._passed_on_at = now
+            if self._processes[HUB].ready is not None:
+                workers = [process for name, process in self._processes.items() if name != HUB]
+                reports = [process.report for process in workers if process.report is not None]
+                self._processes[HUB].send(Order(reports=reports, ended=self._ended))
+
+    def _announce(self) -> None:
+        self._announced = True
+        address = self._address._replace(port=self._clients.port)
+        metrics = ""
+        if self._metrics is not None:
+            host = parse_metrics_address(self._settings.admin.metrics_addr).host
+            metrics = str(Address(host, self._metrics.port))
+        log.info(
+            "serving",
+            address=self._settings.listener.advertise_client_url or str(address),
+            endpoints=self._settings.upstream.endpoints,
+            workers=self._workers,
+            **({"metrics": f"http://{metrics}/metrics"} if metrics else {}),
+        )
+        self._manager.ready()
+        if self._own_parent is not None:
+            self._own_parent.sendall(msgspec.json.encode(Ready(address=str(address), metrics=metrics)) + b"\n")
+
+    def _apply(self, settings: Settings) -> None:
+        """Pass changed settings on, and use them for processes that start later."""
+        self._settings = settings
+        self._state.drain_s = settings.listener.drain_s
+        logs.configure(settings.log.log_level, settings.log.log_format)
+        path = os.path.join(self._directory, HUB_SOCKET)
+        for name, process in self._processes.items():
+            if name == HUB:
+                theirs = shares.hub_settings(settings, self._workers, path)
+            else:
+                theirs = shares.worker_settings(settings, self._workers, f"http+unix://{path}")
+            process.send(Order(settings=base64.b64encode(pickle.dumps(theirs)).decode()))

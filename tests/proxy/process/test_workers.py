@@ -1,0 +1,228 @@
+"""--workers: several processes that are one proxy, with real processes and a real etcd."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coalesce.limits import CoreLimits
+from proxy.admin.snapshot import Snapshot
+from proxy.admin.whole import MAXIMA, OF_ALL, OF_THE_HUB, ProcessReport, merged, with_ended
+from proxy.config.knobs import Settings
+from proxy.process import shares
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import direct
+from tests.e2e.scenario import run
+from tests.etcd.server import HOST, EtcdServer
+from tests.faults.scene import PREFIX, PREFIX_END, Writer, open_watch, reached
+from tests.proxy_process import ProxyProcess
+from tests.waiting import until, until_async
+
+WATCHERS = "etcd_debugging_mvcc_watcher_total"
+
+
+@pytest.fixture
+def served(etcd: EtcdServer) -> Iterator[ProxyProcess]:
+    """A proxy with two workers."""
+    with ProxyProcess(etcd.endpoint, ["--workers=2", "--drain=1s"]) as proxy:
+        until(lambda: len(processes(proxy)) == 3, "all processes", 20)
+        yield proxy
+
+
+def overview(proxy: ProxyProcess) -> dict[str, Any]:
+    """Return the data of the status page."""
+    with urllib.request.urlopen(f"http://{HOST}:{proxy.metrics_port}/v1/overview", timeout=10) as answer:
+        found: dict[str, Any] = json.load(answer)
+        return found
+
+
+def processes(proxy: ProxyProcess) -> dict[str, int]:
+    """Return the process ids by name; empty while the page cannot be read."""
+    try:
+        return {each["name"]: each["pid"] for each in overview(proxy)["processes"]}
+    except (urllib.error.URLError, ConnectionError):
+        return {}
+
+
+def test_workers_share_one_upstream_watch_and_one_page(etcd: EtcdServer, served: ProxyProcess) -> None:
+    async def scenario() -> None:
+        clients = [await RawClient.connect(served.port) for _ in range(24)]
+        streams = [await open_watch(client, PREFIX, PREFIX_END) for client in clients]
+        async with direct(etcd) as calls:
+            revision = await calls.put(PREFIX + b"1", b"1")
+        for stream in streams:
+            assert (await stream.next()).events[0].kv.mod_revision == revision
+        assert etcd.metrics()[WATCHERS] == 1
+        await until_async(lambda: overview(served)["now"]["events_delivered_total"] == 24, "the sums", 10)
+        shown = overview(served)
+        assert shown["now"]["watches"] == shown["now"]["connections"] == 24
+        assert shown["now"]["trunks"] == 1
+        assert shown["now"]["serving"]
+        shares = {each["name"]: each["watches"] for each in shown["processes"]}
+        assert shares["worker-1"] + shares["worker-2"] == 24
+        assert min(shares.values()) > 0
+        for client in clients:
+            await client.close()
+
+    run(scenario())
+
+
+def test_killed_processes_are_replaced_and_no_event_is_lost(etcd: EtcdServer, served: ProxyProcess) -> None:
+    async def scenario() -> None:
+        writer = Writer(etcd.endpoint, 0.005)
+        await writer.more(5)
+        clients = [await RawClient.connect(served.port) for _ in range(8)]
+        streams = [await open_watch(client, PREFIX, PREFIX_END, 1) for client in clients]
+        before = processes(served)
+        os.kill(before["hub"], signal.SIGKILL)
+        await writer.more(20)
+        await until_async(lambda: processes(served).get("hub") not in (None, before["hub"]), "another hub", 10)
+        await writer.more(20)
+        # The workers carry their clients over.
+        for stream in streams:
+            await until_async(lambda s=stream: reached(s, writer.last), "the newest event", 10)  # type: ignore[misc]
+            assert not stream.raw.over
+        delivered = overview(served)["now"]["events_delivered_total"]
+        os.kill(before["worker-1"], signal.SIGKILL)
+        await until_async(lambda: processes(served).get("worker-1") not in (None, before["worker-1"]), "a worker", 10)
+        assert overview(served)["now"]["events_delivered_total"] >= delivered
+        for stream in streams:
+            if stream.raw.over:
+                continue
+            await until_async(lambda s=stream: reached(s, writer.last), "the newest event", 10)  # type: ignore[misc]
+        async with await RawClient.connect(served.port) as client:
+            again = await open_watch(client, PREFIX, PREFIX_END, 1)
+            await until_async(lambda: reached(again, writer.last), "everything from the beginning", 10)
+        last = await writer.stop()
+        assert last
+        for client in clients:
+            await client.close()
+
+    run(scenario())
+    assert "process restarted" in served.log()
+
+
+def test_a_signal_drains_all_processes(served: ProxyProcess) -> None:
+    pids = processes(served).values()
+    assert served.stop() == 0
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert served.log().count('"msg": "stopped"') == 4
+
+
+def test_all_processes_end_with_the_parent(served: ProxyProcess) -> None:
+    pids = list(processes(served).values())
+    served.kill()
+    until(lambda: not [pid for pid in pids if _runs(pid)], "all processes to end", 10)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process runs: one that nobody waits for counts as ended."""
+    try:
+        return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_sighup_changes_the_limits_of_all_processes(etcd: EtcdServer, tmp_path: Path) -> None:
+    file = tmp_path / "watchmux.toml"
+    file.write_text('[watch]\nwatches_max = 1000\n[log]\nlog_level = "info"\n')
+    with ProxyProcess(etcd.endpoint, ["--workers=2", f"--config={file}"]) as proxy:
+        until(lambda: len(processes(proxy)) == 3, "all processes", 20)
+        file.write_text('[watch]\nwatches_max = 2\n[log]\nlog_level = "info"\n')
+        assert proxy.process is not None
+        proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: proxy.log().count('"msg": "settings reloaded"') == 4, "all processes to reload", 10)
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--workers=2"], "--workers needs --endpoints"),
+        (
+            ["--workers=2", "--endpoints=127.0.0.1:1", f"--cert-file={__file__}", f"--key-file={__file__}"],
+            "certificate",
+        ),
+        (["--workers=-1"], "workers"),
+    ],
+)
+def test_a_start_that_cannot_work_is_one_clear_error(flags: list[str], error: str) -> None:
+    command = [sys.executable, "-m", "proxy.cli", "serve", "--listen-addr=127.0.0.1:0", *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode != 0
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("watchmux: ")]
+    assert len(errors) == 1
+    assert error in errors[0]
+    assert "Traceback" not in ended.stderr
+
+
+def test_an_address_in_use_is_not_shared_with_others(served: ProxyProcess) -> None:
+    command = [sys.executable, "-m", "proxy.cli", "serve", "--workers=2", f"--listen-addr={served.endpoint}"]
+    ended = subprocess.run(
+        [*command, "--endpoints=127.0.0.1:1"], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert ended.returncode != 0
+    assert "it is in use" in ended.stderr
+
+
+def test_a_unix_socket_is_shared_by_all_workers(etcd: EtcdServer, tmp_path: Path) -> None:
+    path = tmp_path / "clients"
+    command = [sys.executable, "-m", "proxy.cli", "serve", "--workers=2", f"--listen-addr=unix://{path}"]
+    proxy = subprocess.Popen([*command, f"--endpoints={etcd.endpoint}"], stderr=subprocess.DEVNULL)
+    try:
+        until(path.exists, "the socket", 20)
+        ctl = subprocess.run(
+            [str(etcd.binary.etcdctl), f"--endpoints=unix://{path}", "put", "a", "b"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+            env={**os.environ, "ETCDCTL_API": "3"},
+        )
+        assert ctl.stdout == "OK\n"
+        proxy.terminate()
+        assert proxy.wait(20) == 0
+        assert not path.exists()
+    finally:
+        proxy.kill()
+        proxy.wait()
+
+
+def test_limits_of_the_whole_are_divided() -> None:
+    settings = Settings()
+    one, hub = shares.worker_settings(settings, 4, "http+unix:///h"), shares.hub_settings(settings, 4, "/h")
+    assert one.watch.watches_max == CoreLimits().watches_max * 3 // 10
+    assert one.listener.connections_max == 6000
+    assert one.watch.trunks_max == CoreLimits().trunks_max
+    memory = 4 * one.watch.history_bytes_total_max + hub.watch.history_bytes_total_max
+    assert CoreLimits().history_bytes_total_max - 5 < memory <= CoreLimits().history_bytes_total_max
+    assert hub.watch.watches_per_session_max > one.watch.trunks_max
+
+
+def test_sums_are_of_workers_and_never_decrease() -> None:
+    names = set(Snapshot.__struct_fields__)
+    assert names >= OF_THE_HUB | MAXIMA | OF_ALL
+    hub = Snapshot(watches=2, trunks=1, events_received_total=5, probes_total=3, lagging_s=9.0)
+    parts = [Snapshot(watches=n, trunks=7, calls_total=n, probes_total=1, lagging_s=n) for n in (3, 4)]
+    whole = merged(hub, parts)
+    assert (whole.watches, whole.trunks, whole.events_received_total, whole.calls_total) == (7, 1, 5, 7)
+    assert (whole.probes_total, whole.lagging_s) == (5, 4)
+    ended = None
+    for part in parts:
+        part.refusals_total = {"watches_max": 1}
+        ended = with_ended(
+            ended, ProcessReport(name="w", pid=1, cpu_s=1, memory_bytes=1, snapshot=part, delivery_counts=[1])
+        )
+    assert ended is not None
+    left = merged(hub, [ended.snapshot])
+    assert (left.watches, left.calls_total, left.refusals_total) == (0, 7, {"watches_max": 2})
+    assert ended.delivery_counts == [2]
