@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -30,6 +31,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="watchmux-soak-") as made:
         course = soak(arguments.minutes, arguments.seed, Path(made), arguments.only)
         outcome = run(course, arguments.minutes * 60 * 2 + 900)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        for kept in Path(made).rglob("*.spool"):
+            # The records of the clients that saw a violation.
+            shutil.copy(kept, arguments.out / f"{kept.parent.name}-{kept.name}")
     sys.stdout.write(report.write(outcome, arguments.out) + "\n")
     if arguments.docs:
         report.write_docs(outcome, DOCS)

@@ -264,7 +264,7 @@ def leaks(rests: list[Sample]) -> list[str]:
 
 
 def judge(directory: Path, number: int, truth: Truth, last: int, outcome: Outcome) -> None:
-    """Run the checkers on every watch of a wave, and on the acknowledged writes."""
+    """Run the checkers on every watch of a wave, and on the acknowledged writes. Keeps the records with violations."""
     identities = {(change.mod_revision, change.key) for change in truth.changes}
     for kind in KINDS:
         summary = msgspec.json.decode((directory / f"{kind}.json").read_bytes(), type=Summary)
@@ -276,9 +276,11 @@ def judge(directory: Path, number: int, truth: Truth, last: int, outcome: Outcom
             if (revision, key.encode() if isinstance(key, str) else key) not in identities:
                 outcome.violations.append(f"wave {number}: acknowledged put of {key!r} at {revision} is not there")
         path = directory / f"{kind}.spool"
+        found = len(outcome.violations)
         for life in spool.read(path):
             _judge_life(life, truth, last, f"wave {number}, {kind}", outcome)
-        path.unlink()
+        if len(outcome.violations) == found:
+            path.unlink()
 
 
 def _judge_life(life: spool.Life, truth: Truth, last: int, where: str, outcome: Outcome) -> None:

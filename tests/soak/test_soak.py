@@ -64,6 +64,7 @@ def judged(directory: Path, got: list[Change], acknowledged: list[tuple[int, byt
 
 def test_a_good_wave_has_no_violations(tmp_path: Path) -> None:
     outcome = judged(tmp_path, CHANGES, [(3, b"/s/a/01")])
+    assert not list(tmp_path.glob("*.spool"))
     assert (outcome.violations, outcome.events, outcome.watches) == ([], len(CHANGES), 1)
 
 
@@ -79,6 +80,8 @@ def test_a_good_wave_has_no_violations(tmp_path: Path) -> None:
 )
 def test_each_violation_is_found(tmp_path: Path, got: list[Change], guarantee: str) -> None:
     assert any(guarantee in violation for violation in judged(tmp_path, got, []).violations)
+    # The records are kept, to find the cause.
+    assert [path.name for path in tmp_path.glob("*.spool")] == ["steady.spool"]
 
 
 def test_lost_writes_and_client_faults_are_violations(tmp_path: Path) -> None:
