@@ -26,7 +26,7 @@ PORTION_BYTES: Final = 256 * 1024
 """Bytes of an answer that one call is given at a time."""
 
 TURN_BYTES: Final = 1024 * 1024
-"""Bytes that one answer passes on in one turn of the event loop: about a millisecond of writing."""
+"""Bytes that all answers together pass on in one turn of the event loop: about a millisecond of writing."""
 
 CALL_BYTES_MIN: Final = 8 * 1024
 """What one call counts for at least in that."""
@@ -41,6 +41,9 @@ class AnswerOwner(Protocol):
 
     def reserve(self, size: int) -> bool:
         """Count `size` bytes; False, counting nothing, if there is no room for them."""
+
+    def schedule(self, answer: SharedAnswer) -> None:
+        """Call `take_turn` of the answer in the next turn of the event loop in which there is room for it."""
 
     def release(self, size: int, saved: int) -> None:
         """Stop counting bytes. `saved`: bytes that were passed on and that etcd did not have to send."""
@@ -290,19 +293,19 @@ class SharedAnswer:
     def _schedule(self) -> None:
         if not self._turn_scheduled and not self._dissolving:
             self._turn_scheduled = True
-            asyncio.get_running_loop().call_soon(self._turn)
+            self._owner.schedule(self)
 
-    def _turn(self) -> None:
-        """Pass on a bounded number of bytes, to one call after another."""
+    def take_turn(self, size: int) -> int:
+        """Pass on about `size` bytes, to one call after another; return how many."""
         self._turn_scheduled = False
         if self._dissolving:
-            return
+            return 0
         if not self._began:
             self._begin()
         ready = self._ready
         ready.extend(self._up_to_date)
         self._up_to_date.clear()
-        left = TURN_BYTES
+        left = size
         while ready and left > 0:
             cursor = ready.popleft()
             if cursor not in self._cursors:
@@ -317,6 +320,7 @@ class SharedAnswer:
             self._schedule()
         elif self._over:
             self._owner.answer_settled(self)
+        return size - left
 
     def _pass_on(self, cursor: Cursor) -> int:
         """Give one call its next portion; return the bytes."""

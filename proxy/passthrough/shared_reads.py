@@ -14,6 +14,7 @@ While no etcd is connected, calls wait one by one (`holding`), each with its own
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Hashable, Sequence
 from math import inf
 from typing import Final
@@ -22,7 +23,7 @@ from proto.framing import Status
 from proto.http2 import Stream
 from proxy.listening.calls import CallRefusal, ConnectionHandle, Handler, Headers
 from proxy.passthrough.relay import Passthrough, Relay
-from proxy.passthrough.shared_answer import SharedAnswer
+from proxy.passthrough.shared_answer import PORTION_BYTES, TURN_BYTES, SharedAnswer
 from proxy.passthrough.sharing import Late, Read, Sharing
 from upstream.connection import ClientConnection
 from upstream.pool import Pool
@@ -56,6 +57,9 @@ class SharedReads:
         self._watched = False
         # Bytes counted for each call that waits for a read.
         self._waiting_bytes: dict[Relay, int] = {}
+        # Answers with bytes to pass on, in rotation, and whether their next turn is scheduled.
+        self._passing: deque[SharedAnswer] = deque()
+        self._turn_scheduled = False
         # The timer for the end of waits, and its time; infinite without a timer.
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
@@ -144,6 +148,13 @@ class SharedReads:
             return False
         stats.shared_reads_bytes += size
         return True
+
+    def schedule(self, answer: SharedAnswer) -> None:
+        """Let an answer pass on bytes in the next turns of the event loop."""
+        self._passing.append(answer)
+        if not self._turn_scheduled:
+            self._turn_scheduled = True
+            asyncio.get_running_loop().call_soon(self._turn)
 
     def release(self, size: int, saved: int) -> None:
         """Stop counting bytes. `saved`: bytes that were passed on and that etcd did not have to send."""
@@ -274,6 +285,16 @@ class SharedReads:
             self._passthrough.held.hold(relay)
         except CallRefusal as refusal:
             relay.refuse(refusal)
+
+    def _turn(self) -> None:
+        """Let answers pass on bytes, one portion of each after the other, up to a bound for all of them."""
+        self._turn_scheduled = False
+        passing, left = self._passing, TURN_BYTES
+        while passing and left > 0:
+            left -= passing.popleft().take_turn(min(left, PORTION_BYTES))
+        if passing and not self._turn_scheduled:
+            self._turn_scheduled = True
+            asyncio.get_running_loop().call_soon(self._turn)
 
     def _watch_incomplete(self) -> None:
         """Send calls alone whose requests are not complete after a while."""

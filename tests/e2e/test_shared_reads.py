@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import pytest
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proxy.passthrough.settings import MIB, PassthroughSettings
+from proxy.passthrough.shared_answer import PORTION_BYTES, TURN_BYTES, SharedAnswer
+from proxy.passthrough.shared_reads import SharedReads
 from proxy.server import Proxy
 from tests.e2e.raw_client import RawClient, RawStream
 from tests.e2e.running import direct, proxy_for
@@ -64,6 +67,10 @@ async def rig_of(etcd: EtcdServer, window: int = 2**31 - 1, **settings: Any) -> 
         stats = proxy.passthrough.stats
         await client.close()
         await until_async(lambda: not (stats.shared_reads_bytes or stats.resend_bytes), "nothing to be kept")
+        reads = proxy.listener.routes[RANGE.encode()]
+        assert isinstance(reads, SharedReads)
+        kept = (reads._answers, reads._reads, reads._incomplete, reads._waiting_bytes, reads._passing, reads._sharing)
+        assert not any(len(each) for each in kept), kept
 
 
 def read(client: RawClient, key: bytes = b"k", metadata: Sequence[tuple[str, str]] = (), **extra: Any) -> RawStream:
@@ -400,6 +407,39 @@ def test_an_answer_flows_while_it_arrives(etcd: EtcdServer) -> None:
     run(scenario())
 
 
+def test_answers_together_are_passed_on_in_bounded_turns(etcd: EtcdServer) -> None:
+    """Twelve answers of a megabyte to three calls each; what is passed on in one turn does not grow with them."""
+    turns: list[int] = []
+    turn, take_turn = SharedReads._turn, SharedAnswer.take_turn
+
+    def counted(self: SharedReads) -> None:
+        turns.append(0)
+        turn(self)
+
+    def counting(self: SharedAnswer, size: int) -> int:
+        passed = take_turn(self, size)
+        turns[-1] += passed
+        return passed
+
+    async def scenario() -> None:
+        async with rig_of(etcd) as rig, direct(etcd) as store:
+            for number in range(12):
+                await store.put(b"k%d" % number, bytes(MIB))
+            rig.pause()
+            calls = [read(rig.client, b"k%d" % number) for number in range(12) for _ in range(4)]
+            await rig.arrived(48)
+            rig.relay.mend()
+            for call in calls:
+                await answer_of(call)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SharedReads, "_turn", counted)
+        patch.setattr(SharedAnswer, "take_turn", counting)
+        run(scenario())
+    assert sum(turns) > 30 * MIB
+    assert max(turns) <= TURN_BYTES + PORTION_BYTES
+
+
 def test_reads_in_a_namespace_share_their_translation(etcd: EtcdServer) -> None:
     async def scenario() -> None:
         async with rig_of(etcd, namespace=NS) as rig, direct(etcd) as store:
@@ -412,6 +452,16 @@ def test_reads_in_a_namespace_share_their_translation(etcd: EtcdServer) -> None:
                 answer = await answer_of(call)
                 assert [(kv.key, kv.value) for kv in answer.kvs] == [(b"k", b"v")]
             assert rig.upstream == 2
+            for number in range(BIG):
+                await store.put(NS + b"big/%03d" % number, bytes([number]) * MIB)
+            rig.pause()
+            calls = [read_large(rig.client) for _ in range(4)]
+            await rig.arrived(10)
+            rig.relay.mend()
+            for call in calls:
+                answer = await answer_of(call)
+                assert [kv.key for kv in answer.kvs] == [b"big/%03d" % number for number in range(BIG)]
+            assert rig.upstream == 4
 
     run(scenario())
 
@@ -423,6 +473,31 @@ def test_a_request_that_arrives_slowly_goes_alone(etcd: EtcdServer) -> None:
             await until_async(lambda: rig.upstream == 1, "the call to begin without its request")
             call.send(rpc_pb2.RangeRequest(key=b"k").SerializeToString(), end=True)
             await answer_of(call)
+
+    run(scenario())
+
+
+def test_a_request_that_waits_for_the_busy_proxy_shares(etcd: EtcdServer) -> None:
+    """Its head was handled in one turn of the loop, and its message in a much later one."""
+
+    async def scenario() -> None:
+        async with rig_of(etcd) as rig:
+            rig.pause()
+            first = read(rig.client)
+            await rig.arrived(1)
+            late = rig.client.call(RANGE)
+            await rig.arrived(2)
+            busy_until = time.monotonic() + 0.1
+            while time.monotonic() < busy_until:
+                pass
+            other = read(rig.client)
+            await rig.arrived(3)
+            late.send(rpc_pb2.RangeRequest(key=b"k").SerializeToString(), end=True)
+            await until_async(lambda: rig.proxy.passthrough.stats.shared_reads_bytes > 250, "both to wait")
+            rig.relay.mend()
+            for call in (first, late, other):
+                await answer_of(call)
+            assert rig.upstream == 2
 
     run(scenario())
 
