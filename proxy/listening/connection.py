@@ -247,7 +247,10 @@ class ServerConnection(asyncio.Protocol):
             self._close()
 
     def write_now(self, stream: Stream, message: bytes, size: int) -> bool:
-        """Write one message of `size` bytes without queueing it; return False, doing nothing, if output is pending."""
+        """Write one message of `size` bytes without queueing it; return False, doing nothing, if output is pending.
+
+        Fast path: 540 ns instead of 1,080, without the system call (`python -m tests.bench.lanes`).
+        """
         transport = self._transport
         if self.dirty or self._write_paused or transport is None or transport.is_closing():
             return False
@@ -304,8 +307,7 @@ class ServerConnection(asyncio.Protocol):
     def _acknowledge(self, data: bytes) -> bool:
         """Handle grpc-go's answer to DATA. Returns False, having done nothing, if `data` is something else.
 
-        Fast path: 1,300 ns instead of 4,100 with 500 connections in a turn, 4,000 ns less with one. An event to a Go
-        client that is alone on its connection costs 20,000 ns in all.
+        Fast path: 1,020 ns instead of 4,110, without the system call (`python -m tests.bench.lanes`).
         """
         if self._transport is None or self._transport.is_closing():
             return False

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from proto.etcd_errors import reason_of
-from proto.framing import PREFIX_BYTES, Status, check_prefix, pack_prefix, unpack_prefix
+from proto.framing import PREFIX_BYTES, Status, check_prefix, unpack_prefix
 from proto.large import EventTooLarge, LargeResponse
 from proto.scan import WatchResponse
 
@@ -142,15 +142,6 @@ class Feed:
 
         Raises FramingError for a compressed message, and ScanError; the stream cannot be used after that.
         """
-        if self._buffer is None and self._coming is None:
-            size = len(data) - PREFIX_BYTES
-            if 0 <= size <= LARGE_BYTES and data.startswith(pack_prefix(0, size)):
-                # One whole message, the usual case.
-                response = self._scan(data[PREFIX_BYTES:])
-                return [response] if not self._waiting or self.passes(response) else []
-        return self._cut(data)
-
-    def _cut(self, data: bytes) -> list[WatchResponse]:
         buffer, self._buffer = self._buffer, None
         if buffer is not None:
             buffer += data
