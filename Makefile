@@ -38,11 +38,11 @@ test-all: $(VENV)/.installed-dev etcds  ## every etcd version, every client, lon
 	-@$(BIN)/python -m tests.etcd.fronts
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-check: $(VENV)/.installed-dev  ## ruff, mypy --strict, the rules for imports, sizes, names and words
+check: $(VENV)/.installed-dev  ## ruff, mypy --strict, the rules for imports, sizes, names, words and pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_imports.py tests/test_rules.py
+	$(BIN)/python -m pytest -q tests/test_imports.py tests/test_rules.py tests/test_docs.py tests/test_pages.py
 
 $(VENV)/.installed-bench: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,dev,bench]'
