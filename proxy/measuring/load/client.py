@@ -28,11 +28,13 @@ REPORT_S = 0.1
 _BLOCK = 512
 
 
-def failure_of(error: grpc.aio.AioRpcError) -> str:
-    """Describe why a call failed, more clearly than gRPC's own texts do for common cases."""
+def failure_of(error: grpc.aio.AioRpcError, secure: bool = False) -> str:
+    """Describe why a call failed, more clearly than gRPC's own texts do for common cases; `secure`: TLS was used."""
     details = error.details() or ""
     if "Connection refused" in details:
         return "connection refused; check that it runs and listens on that address and port"
+    if secure and ("Socket closed" in details or "WRONG_VERSION_NUMBER" in details or "Connection reset" in details):
+        return "TLS failed: the server there closed the connection; use http:// if it does not use TLS"
     if "Expected SETTINGS frame" in details or "Failed parsing HTTP/2" in details or "Socket closed" in details:
         return "the server there does not speak gRPC in plain text; give the client port, with https:// if it uses TLS"
     if "handshake" in details or "certificate" in details.lower():
@@ -248,7 +250,7 @@ class LoadClient:
         try:
             await stream.run(call)
         except (grpc.aio.AioRpcError, ConnectionError) as error:
-            text = failure_of(error) if isinstance(error, grpc.aio.AioRpcError) else str(error)
+            text = failure_of(error, self.plan.target.secure) if isinstance(error, grpc.aio.AioRpcError) else str(error)
             self.report.failed.append(f"a stream ended: {text}")
         finally:
             call.cancel()

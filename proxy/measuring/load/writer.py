@@ -89,9 +89,10 @@ class PutWriter:
                     # The token has expired: etcd's --auth-token-ttl, or the ttl of a JWT.
                     self._target = await self._target.logged_in()
                     continue
+                reason = failure_of(error, self._target.secure)
                 if error.code() is grpc.StatusCode.UNAVAILABLE:
-                    raise WriteFailed(f"cannot reach the store at {where}: {failure_of(error)}") from None
-                raise WriteFailed(f"the store at {where} refused: {failure_of(error)}") from None
+                    raise WriteFailed(f"cannot reach the store at {where}: {reason}") from None
+                raise WriteFailed(f"the store at {where} refused: {reason}") from None
         raise AssertionError("the second attempt returns or raises")
 
     async def cluster_id(self) -> int:

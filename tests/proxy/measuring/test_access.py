@@ -48,6 +48,12 @@ def test_tls_and_a_client_certificate(tmp_path: Path, capsys: pytest.CaptureFixt
     assert seen.warnings == []
 
 
+def test_tls_to_an_etcd_without_it(etcd: EtcdServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["measure", *SMALL, f"--upstream=https://{etcd.endpoint}"]) == 1
+    assert f"{etcd.endpoint}: TLS failed: " in (text := capsys.readouterr().err)
+    assert "use http:// if it does not use TLS" in text
+
+
 def test_an_etcd_with_users(etcd: EtcdServer, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (
         "user add root:secret",
