@@ -10,9 +10,11 @@ import asyncio
 import os
 import resource
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from coalesce import report
 from proto.spans import FROM_KEY, prefix_of
@@ -105,11 +107,23 @@ class Monitor:
             delivery_counts=list(self.own_delivery_delay.counts),
             delivery_sum_s=self.own_delivery_delay.sum,
             sessions=self.slowest_sessions() if self._whole is None else [],
+            watches={each.range: each.watches for each in self._trunks()} if self._whole is None else {},
         )
 
     def processes(self) -> list[ProcessView]:
         """Return what the status page shows of all processes."""
         return [view_of(each) for each in self.reports()]
+
+    def _trunks(self) -> list[TrunkView]:
+        """Return the trunks with the most watches; with --workers those of clients are counted."""
+        trunks = [_trunk_view(trunk) for trunk in report.trunks(self._proxy.engine.core, TRUNKS_SHOWN)]
+        if self._whole is None:
+            return trunks
+        watches: Counter[str] = Counter()
+        for each in self._whole.reports:
+            watches.update(each.watches)
+        counted = [msgspec.structs.replace(trunk, watches=watches[trunk.range]) for trunk in trunks]
+        return sorted(counted, key=lambda trunk: -trunk.watches)
 
     def slowest_sessions(self) -> list[SessionView]:
         """Return the sessions that are furthest behind."""
@@ -130,8 +144,6 @@ class Monitor:
 
     def overview(self) -> Overview:
         """Return the current data of the status page."""
-        proxy = self._proxy
-        core = proxy.engine.core
         counts = self.delivery_delay.counts
         recent = [now - then for now, then in zip(counts, self._step_counts, strict=True)]
         if not any(recent):
@@ -143,7 +155,7 @@ class Monitor:
             delay_p99_s=quantile(0.99, BOUNDS_S, recent),
             loop_delay_p99_s=quantile(0.99, BOUNDS_S, self.loop_delay.histogram.counts),
             endpoints=[self._endpoint(state) for state in self.endpoints()],
-            trunks=[_trunk_view(trunk) for trunk in report.trunks(core, TRUNKS_SHOWN)],
+            trunks=self._trunks(),
             sessions=self.slowest_sessions(),
             points=list(self.points),
             step_s=STEP_S,

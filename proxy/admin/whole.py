@@ -52,6 +52,8 @@ class ProcessReport(msgspec.Struct, kw_only=True):
     delivery_counts: list[int] = []
     delivery_sum_s: float = 0.0
     sessions: list[SessionView] = []
+    watches: dict[str, int] = {}
+    """Client watches of the ranges that have the most."""
 
 
 class Beat(msgspec.Struct, kw_only=True):

@@ -162,6 +162,16 @@ function showTables(view) {
     bytes(each.unsent_bytes),
     each.stalled ? "reads too slowly" : "catching up",
   ], "no client lags");
+  byId("processes-part").hidden = view.processes.length === 0;
+  rows("processes", view.processes, (each) => [
+    { text: each.name, kind: "key-text" },
+    String(each.pid),
+    seconds(each.cpu_s),
+    bytes(each.memory_bytes),
+    count(each.connections),
+    count(each.watches),
+    count(each.events_delivered_total),
+  ], "");
 }
 
 function showLimits(view) {

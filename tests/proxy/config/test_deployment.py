@@ -92,7 +92,7 @@ def pods(path: Path) -> list[dict[str, Any]]:
     for document in documents(path):
         if document["kind"] == "Pod":
             found.append(document["spec"])
-        elif document["kind"] == "Deployment":
+        elif document["kind"] in ("Deployment", "StatefulSet"):
             found.append(document["spec"]["template"]["spec"])
     return found
 
@@ -175,6 +175,28 @@ def test_services_lead_to_the_pods() -> None:
         assert {port["targetPort"] for port in service["spec"]["ports"]} <= names
     for kind, key in (("PodDisruptionBudget", "selector"), ("NetworkPolicy", "podSelector")):
         assert by_kind[kind][0]["spec"][key]["matchLabels"].items() <= labels
+
+
+def test_leaves_take_their_watches_from_the_hubs(tmp_path: Path) -> None:
+    hubs, leaves = CONFIGS / "kubernetes/hubs.yaml", CONFIGS / "kubernetes/leaves.yaml"
+    ((_, container),) = ours(leaves)
+    leaf = settings_of(leaves, container["args"], tmp_path)
+    ((_, container),) = ours(hubs)
+    hub = settings_of(hubs, container["args"], tmp_path)
+    assert leaf.upstream.endpoints == hub.upstream.endpoints
+    assert not hub.upstream.watch_endpoints
+    found = {document["kind"]: document for document in documents(hubs)}
+    pods, service = found["StatefulSet"], found["Service"]
+    assert pods["spec"]["serviceName"] == service["metadata"]["name"]
+    assert service["spec"]["clusterIP"] == "None"
+    port = hub.listener.listen_addr.rpartition(":")[2]
+    name = pods["metadata"]["name"]
+    assert leaf.upstream.watch_endpoints == [
+        f"http://{name}-{number}.{service['metadata']['name']}:{port}" for number in range(pods["spec"]["replicas"])
+    ]
+    (scaler,) = (one for one in documents(leaves) if one["kind"] == "HorizontalPodAutoscaler")
+    (deployment,) = (one for one in documents(leaves) if one["kind"] == "Deployment")
+    assert scaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
 
 
 def test_pods_leave_the_service_before_they_drain_and_stay_apart() -> None:

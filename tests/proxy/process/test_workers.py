@@ -67,6 +67,7 @@ def test_workers_share_one_upstream_watch_and_one_page(etcd: EtcdServer, served:
         shown = overview(served)
         assert shown["now"]["watches"] == shown["now"]["connections"] == 24
         assert shown["now"]["trunks"] == 1
+        assert [trunk["watches"] for trunk in shown["trunks"]] == [24]
         assert shown["now"]["serving"]
         shares = {each["name"]: each["watches"] for each in shown["processes"]}
         assert shares["worker-1"] + shares["worker-2"] == 24
