@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from proxy.config.knobs import Settings
+from proxy.process import running
 from tests.etcd.server import HOST, free_port
 from tests.waiting import until
 
@@ -115,3 +117,8 @@ class ProxyProcess:
         """Return its resident memory."""
         assert self.process is not None
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def serve_here(settings: Settings, notes: list[str], parent_fd: int | None) -> int:
+    """Run the proxy in this process; for `proxy.cli.group.run`."""
+    return running.run(settings, notes, parent_fd, lambda: (settings, notes))

@@ -1,9 +1,9 @@
 """`watchmux serve`, with the settings read by a short-lived fork.
 
-Reading the command line, environment and file needs click, msgspec and the description of every setting. The running
-proxy needs none of them, but Python never unloads a module, and together they are a tenth of a small proxy's memory.
-So the fork reads the settings, prints errors and help, and passes the settings back through a pipe; meanwhile this
-process loads the modules of the proxy. It keeps its process id and is the only one that serves clients.
+Reading the command line, environment and file needs click and msgspec. The running proxy needs neither, but Python
+never unloads a module, and together they are 2.8 MiB of the 36 MiB of an idle proxy. So the fork reads the settings,
+prints errors and help, and passes the settings back through a pipe; meanwhile this process loads the modules of the
+proxy. It keeps its process id.
 
 On SIGHUP the settings are read in this process, which then loads those modules: a serving process must not fork.
 """

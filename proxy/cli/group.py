@@ -115,7 +115,7 @@ def cli() -> None:
 def run(arguments: list[str], serve: Callable[..., int] | None = None) -> int:
     """Run the command line and return its exit code; errors are one line on standard error.
 
-    `serve` receives the settings of `watchmux serve`; None: run the proxy in this process.
+    `serve` receives the settings of `watchmux serve` (see `proxy.cli.apart`) and returns the exit code.
     """
     try:
         result = cli.main(arguments, prog_name="watchmux", standalone_mode=False, obj=serve)

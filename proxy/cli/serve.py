@@ -6,6 +6,7 @@ certificates. For the same reason the bundled store, used without endpoints, is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -32,10 +33,6 @@ def command(ctx: click.Context, /, parent_fd: int | None, **_given: Any) -> int:
     reloaded when they change.
     """
     settings, notes = settings_of(ctx)
-    if ctx.obj is not None:
-        # Another process runs the proxy: see `proxy.cli.apart`.
-        code: int = ctx.obj(settings, notes, parent_fd)
-        return code
-    from proxy.process import running
-
-    return running.run(settings, notes, parent_fd, lambda: settings_of(ctx))
+    # Another process runs the proxy: see `proxy.cli.apart`.
+    serve: Callable[..., int] = ctx.obj
+    return serve(settings, notes, parent_fd)

@@ -21,6 +21,7 @@ from proxy.process.serving import discovered
 from tests.e2e.running import proxy_for
 from tests.e2e.scenario import run
 from tests.etcd.server import HOST, EtcdServer
+from tests.proxy_process import serve_here
 from tests.waiting import until_async
 from upstream.discovery import NotDiscovered, discover
 
@@ -171,7 +172,10 @@ def test_serve_reports_in_one_line_that_discovery_failed(
     resolver.port = port
     monkeypatch.setattr(dns.asyncresolver, "default_resolver", resolver)
     monkeypatch.setattr("upstream.discovery.TIMEOUT_S", 0.2)
-    assert watchmux(["serve", "--discovery-srv=example.com", "--listen-addr=127.0.0.1:0", "--log-level=fatal"]) == 1
+    assert (
+        watchmux(["serve", "--discovery-srv=example.com", "--listen-addr=127.0.0.1:0", "--log-level=fatal"], serve_here)
+        == 1
+    )
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
         "watchmux: --discovery-srv=example.com: _etcd-client-ssl._tcp.example.com cannot be looked up"

@@ -26,6 +26,7 @@ from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.secure import SecureEtcdServer, secure_options
 from tests.etcd.server import EtcdServer, free_port
 from tests.proxy.cli.test_cli_serve import Served
+from tests.proxy_process import serve_here
 from tests.upstream.certificates import make_certificates
 from tests.waiting import until_async
 from upstream.tls import client_context, server_context
@@ -69,7 +70,7 @@ def serving(tmp_path: Path, listen: str, endpoints: str, *extra: str) -> Iterato
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Return the one line that `watchmux serve` prints when it refuses to start."""
-    assert watchmux(["serve", "--endpoints=127.0.0.1:1", "--log-level=fatal", *arguments])
+    assert watchmux(["serve", "--endpoints=127.0.0.1:1", "--log-level=fatal", *arguments], serve_here)
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
