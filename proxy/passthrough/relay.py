@@ -63,6 +63,9 @@ IDEMPOTENT_METHODS = frozenset(
 CLIENTV3 = b"client-api-version"
 """Metadata of every call of clientv3 since 3.5 (client/v3/ctx.go), whose interceptor retries calls."""
 
+PSEUDO_HEADERS_MAX = 4
+"""Pseudo-header fields of a request other than CONNECT: method, scheme, path, authority (RFC 9113 8.3.1)."""
+
 HEADER_FIELD_BYTES = 32
 """Bytes that each field of a kept head counts for besides its own (RFC 9113 6.5.2)."""
 
@@ -100,7 +103,8 @@ class Passthrough:
 
     def relay(self, connection: ClientHandle, stream: Stream, headers: Headers) -> Relay:
         """Return the relay of a new call whose request follows; it is not begun. Raises CallRefusal in a loop."""
-        return self._checked(Relay(self, connection, stream, headers, False))
+        relay = Relay(self, connection, stream, headers, False)
+        return self._checked(relay) if relay.hops else relay
 
     def _begin(self, relay: Relay) -> Relay:
         self.stats.calls += 1
@@ -161,7 +165,7 @@ class Passthrough:
 
     def slot_freed(self) -> None:
         """Start a waiting call in place of one that is over."""
-        if len(self.held):
+        if self.stats.waiting_bytes:
             self.held.serve()
 
 
@@ -276,10 +280,13 @@ class Relay:
         """Start the call on an upstream connection with the request so far. False: the connection cannot take it."""
         authority = upstream.endpoint.authority
         scheme = b"https" if upstream.secure else b"http"
-        headers = [
-            (name, scheme if name == b":scheme" else authority if name == b":authority" else value)
-            for name, value in self.headers
-        ]
+        headers = self.headers.copy()
+        # Pseudo-headers are first (RFC 9113 8.3).
+        for index, (name, _) in enumerate(headers[:PSEUDO_HEADERS_MAX]):
+            if name == b":scheme":
+                headers[index] = (name, scheme)
+            elif name == b":authority":
+                headers[index] = (name, authority)
         if self.deadline is not None:
             left = encode_timeout(self.deadline - self._owner.now())
             headers = [(name, left if name == TIMEOUT else value) for name, value in headers]
@@ -414,7 +421,8 @@ class Relay:
     def on_headers(self, headers: Headers) -> None:
         """Forward the response's head."""
         call, repeated, self._answered = self._call, self._answered, True
-        if not self._reads:
+        # A call with an observer is a read.
+        if self.observer is None and not self._reads:
             self._forget_request()
         # If the call was resent after a head, the client keeps the first head; it is equivalent.
         if not self.done and not repeated:

@@ -118,7 +118,11 @@ class SharedReads:
     def head_received(self, relay: Relay) -> None:
         """Let the next read begin: etcd has read its state, and the client of this call may read slowly."""
         relay.observer = None
-        self._settle_alone(relay)
+        read, relay.read = relay.read, None
+        if read is not None:
+            following = self._sharing.settle(read)
+            if following is not None:
+                self._begin(following)
 
     def held(self, relay: Relay) -> None:
         """Let no other call wait for this one."""

@@ -105,9 +105,10 @@ class Sharing(Generic[Call]):
         if read.settled:
             return None
         read.settled = True
-        for call in read.calls:
-            if self._shares.pop(call, None) is not None:
-                self._deadlines.remove(call)
+        if self._shares:
+            for call in read.calls:
+                if self._shares.pop(call, None) is not None:
+                    self._deadlines.remove(call)
         if self._newest.get(read.key) is not read:
             return None
         if read.queue is not None:
