@@ -44,7 +44,15 @@ CORE_STDLIB = {
 }
 
 # The wire formats in the core: watch messages as bytes, their prefix in gRPC, what etcd's errors mean, ranges of keys.
-CORE_PROTO = {"proto", "proto.etcd_errors", "proto.event_key", "proto.framing", "proto.scan", "proto.spans"}
+CORE_PROTO = {
+    "proto",
+    "proto.etcd_errors",
+    "proto.event_key",
+    "proto.framing",
+    "proto.scan",
+    "proto.shared_response",
+    "proto.spans",
+}
 
 # Builtins that do I/O or run code without any import.
 IMPURE_BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec", "input", "open", "print"}

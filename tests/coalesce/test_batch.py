@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from coalesce.batch import (
-    COPIED_BYTES_MAX,
     FRAGMENT,
     NO_DELETE,
     NO_PUT,
@@ -19,6 +18,7 @@ from coalesce.batch import (
 )
 from proto.pb import rpc_pb2
 from proto.scan import Event, WatchResponse, encode_watch_id
+from proto.shared_response import COPIED_BYTES_MAX
 from tests.coalesce.shell import delete, header, messages_of, put, seen
 
 EVERYTHING = 1 << 30
