@@ -1,4 +1,4 @@
-"""Reports for operators, in addition to the counters: trunks, and sessions that are behind.
+"""Reports for operators, in addition to the counters: trunks, covers, and sessions that are behind.
 
 The functions only read, and their walks are bounded: they run on the event loop that delivers events.
 """
@@ -10,7 +10,11 @@ from heapq import nlargest
 from itertools import islice
 
 from coalesce.core import Coalescer
+from coalesce.cover import Cover, cover_name
 from coalesce.model import Session, Trunk
+from coalesce.state import CoreState
+from coalesce.stats import CoverStats
+from coalesce.suggesting import Suggestion, costs_more_than_it_saves, suggest
 
 
 @dataclass(slots=True, frozen=True)
@@ -60,6 +64,56 @@ def _trunk(trunk: Trunk) -> TrunkReport:
         history_floor=trunk.history.floor,
         opening=trunk.opening,
     )
+
+
+@dataclass(slots=True, frozen=True)
+class CoverReport:
+    """The current state of one configured cover."""
+
+    prefix: bytes
+    branches: int
+    watches: int
+    upstream_watches: int
+    events: int
+    bytes: int
+    unwanted_events: int
+    unwanted_bytes: int
+    refused: int
+    problem: str
+    costs_more: bool
+    """It costs more than it saves, since it was first used."""
+
+
+def covers(core: Coalescer, now: float) -> list[CoverReport]:
+    """Return the configured covers, in order."""
+    state = core._state
+    return [_cover(state, prefix, now) for prefix in sorted(state.covers.prefixes)]
+
+
+def _cover(state: CoreState, prefix: bytes, now: float) -> CoverReport:
+    stats = state.stats.covers.get(prefix) or CoverStats(now)
+    opened = [state.trunks.get(cover_name(prefix, prev_kv)) for prev_kv in (False, True)]
+    trunks = [trunk for trunk in opened if isinstance(trunk, Cover)]
+    branches = sum(len(trunk.index) for trunk in trunks)
+    return CoverReport(
+        prefix=prefix,
+        branches=branches,
+        watches=sum(len(trunk.watches) for trunk in trunks),
+        upstream_watches=len(trunks),
+        events=stats.events,
+        bytes=stats.bytes,
+        unwanted_events=stats.unwanted_events,
+        unwanted_bytes=stats.unwanted_bytes,
+        refused=stats.refused,
+        problem=stats.problem,
+        costs_more=bool(trunks) and costs_more_than_it_saves(stats.unwanted_events, now - stats.since, branches),
+    )
+
+
+def suggested_covers(core: Coalescer, looked_at: int = 2_000) -> list[Suggestion]:
+    """Return covers that would save upstream watches, judged by the first `looked_at` trunks."""
+    opened = islice(core._state.trunks.values(), looked_at)
+    return suggest((trunk.key, trunk.range_end) for trunk in opened if not trunk.is_cover)
 
 
 def slowest(core: Coalescer, now: float, at_most: int) -> list[SessionReport]:

@@ -22,6 +22,8 @@ LIMITS_EVICTED = (
 class CoverStats:
     """Counters of one configured cover, over all upstream watches that it has had."""
 
+    # When it was first used, in the time of the core.
+    since: float = 0.0
     # Events that etcd sent for it, and their bytes; and those of keys that no client watches.
     events: int = 0
     bytes: int = 0

@@ -103,7 +103,7 @@ class Trunks:
             trunk = Trunk(name[0], name[1], state.new_history(start or 0, prev_kv), state.now)
         else:
             prev_kv = name == cover_name(prefix, True)
-            stats = state.stats.covers.setdefault(prefix, CoverStats())
+            stats = state.stats.covers.setdefault(prefix, CoverStats(state.now))
             trunk = Cover(prefix, KeyedHistory(state.ledger, start or 0, prev_kv), stats, state.now)
             other = state.trunks.get(cover_name(prefix, False))
             if prev_kv and other is not None:
@@ -147,6 +147,8 @@ class Trunks:
         """Etcd has registered the trunk: waiting creates may join."""
         trunk.opening = False
         trunk.upstream.created = True
+        if isinstance(trunk, Cover):
+            trunk.stats.problem = ""
         trunk.refused_tokens.clear()
         if trunk.upstream.start_revision is None:
             trunk.start_over(header.revision + 1)

@@ -145,6 +145,19 @@ LABELLED = {
 }
 """Counters with a label: fields of a snapshot, with label, metric name and HELP text."""
 
+COVERS = {
+    "branches": (GaugeMetricFamily, "Current number of watched ranges below the cover."),
+    "watches": (GaugeMetricFamily, "Current number of client watches served by the cover."),
+    "upstream_watches": (GaugeMetricFamily, "Current number of upstream watches of the cover."),
+    "events_total": (CounterMetricFamily, "Total number of events received for the cover."),
+    "bytes_total": (CounterMetricFamily, "Total number of bytes of events received for the cover."),
+    "unwanted_events_total": (CounterMetricFamily, "Total number of these events whose key no client watches."),
+    "unwanted_bytes_total": (CounterMetricFamily, "Total number of bytes of events whose key no client watches."),
+    "refused_total": (CounterMetricFamily, "Total number of times etcd refused the cover; see the log for the reason."),
+    "costs_more": (GaugeMetricFamily, "Whether the cover costs more than it saves (1) or not (0)."),
+}
+"""Metrics of each configured cover: fields of its state, with kind and HELP text."""
+
 GRPC_PROXY_FIELD = "coalesced_total"
 """The field that is exported only under a name of etcd's grpc-proxy."""
 
@@ -223,6 +236,7 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
         yield CounterMetricFamily(metric_name(field), text, value=getattr(snapshot, field))
     for field, (label, name, text) in LABELLED.items():
         yield _by(label, name, text, getattr(snapshot, field))
+    yield from _covers(snapshot)
     yield GaugeMetricFamily(
         "watchmux_coalescing_ratio",
         "Current number of client watches per upstream watch; 0 without upstream watches.",
@@ -244,6 +258,14 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     if snapshot.server_id:
         server.add_metric([snapshot.server_id, snapshot.server_version], 1)
     yield server
+
+
+def _covers(snapshot: Snapshot) -> Iterator[Metric]:
+    for field, (kind, text) in COVERS.items() if snapshot.covers else ():
+        family = kind(f"watchmux_cover_{field}", text, labels=["cover"])
+        for cover in snapshot.covers:
+            family.add_metric([cover.cover], float(getattr(cover, field)))
+        yield family
 
 
 def _by(label: str, name: str, text: str, counts: Mapping[str, int]) -> Metric:

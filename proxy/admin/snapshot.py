@@ -20,6 +20,35 @@ if TYPE_CHECKING:
     from proxy.server import Proxy
 
 
+class CoverState(msgspec.Struct, kw_only=True):
+    """A configured cover; fields ending in `_total` count since it was first used."""
+
+    cover: str
+    """The prefix, as text; "" = all keys."""
+    branches: int = 0
+    """Watched ranges below it."""
+    watches: int = 0
+    upstream_watches: int = 0
+    events_total: int = 0
+    bytes_total: int = 0
+    """Events received for it, and their bytes."""
+    unwanted_events_total: int = 0
+    unwanted_bytes_total: int = 0
+    """Those of keys that no client watches."""
+    refused_total: int = 0
+    problem: str = ""
+    """Why etcd refuses it; empty if it does not. Meanwhile its ranges have upstream watches of their own."""
+    costs_more: bool = False
+    """It costs more than it saves."""
+
+
+class CoverSuggestion(msgspec.Struct, kw_only=True):
+    """A cover that would replace the upstream watches of the ranges below it by one."""
+
+    cover: str
+    ranges: int
+
+
 class Snapshot(msgspec.Struct, kw_only=True):
     """A proxy at one moment. Fields ending in `_total` count since its start, the others are current values."""
 
@@ -52,6 +81,8 @@ class Snapshot(msgspec.Struct, kw_only=True):
     lagging_revisions: int = 0
     """How many revisions the furthest-behind lagging watch is behind."""
     queued: int = 0
+    covers: list[CoverState] = []
+    suggested_covers: list[CoverSuggestion] = []
     connection_streams: int = 0
     """Streams of the connection that has the most."""
     connection_sessions: int = 0
@@ -179,6 +210,9 @@ CORE_COUNTERS = {
 }
 """Fields that have another name in the core's counters."""
 
+SUGGESTED_S = 30.0
+"""Interval at which covers are suggested again from the open trunks: milliseconds of work."""
+
 JOIN_KINDS = ("live", "future", "history", "backfill")
 
 
@@ -190,6 +224,7 @@ class SnapshotSource:
         self._address = address
         self._started = time.monotonic()
         self._version = program_version()
+        self._suggested: tuple[float, list[CoverSuggestion]] = (float("-inf"), [])
 
     def take(self) -> Snapshot:
         """Read the proxy's parts now. The work is bounded: all connections, and a thousand lagging sessions."""
@@ -249,9 +284,36 @@ class SnapshotSource:
             **self._proxy.passthrough.stats.refused_at,
             **stats.refused_at,
         }
+        self._read_covers(snapshot)
         snapshot.requests_waiting_bytes = self._proxy.watches.waiting_bytes
         snapshot.evictions_total = dict(stats.evicted_at)
         snapshot.joins_total = {kind: getattr(stats, f"joins_{kind}") for kind in JOIN_KINDS}
+
+    def _read_covers(self, snapshot: Snapshot) -> None:
+        core, now = self._proxy.engine.core, asyncio.get_running_loop().time()
+        snapshot.covers = [
+            CoverState(
+                cover=cover.prefix.decode("utf-8", "backslashreplace"),
+                branches=cover.branches,
+                watches=cover.watches,
+                upstream_watches=cover.upstream_watches,
+                events_total=cover.events,
+                bytes_total=cover.bytes,
+                unwanted_events_total=cover.unwanted_events,
+                unwanted_bytes_total=cover.unwanted_bytes,
+                refused_total=cover.refused,
+                problem=cover.problem,
+                costs_more=cover.costs_more,
+            )
+            for cover in report.covers(core, now)
+        ]
+        if now >= self._suggested[0]:
+            found = [
+                CoverSuggestion(cover=each.prefix.decode("utf-8", "backslashreplace"), ranges=each.ranges)
+                for each in report.suggested_covers(core)
+            ]
+            self._suggested = (now + SUGGESTED_S, found)
+        snapshot.suggested_covers = self._suggested[1]
 
     def _read_engine(self, snapshot: Snapshot) -> None:
         stats, upstream = self._proxy.engine.stats, self._proxy.upstream

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from proxy.cli.strict import StrictCommand
+from proxy.cli.strict import EmptyOption, StrictCommand
 from proxy.config.advice import advice
 from proxy.config.describing import Kind
 from proxy.config.file import ConfigError, Given, from_text, gather, parse_switch
@@ -85,7 +85,8 @@ def _option(knob: Knob) -> Callable[[Function], Function]:
         envvar=knob.env,
         # A list may be given in parts, as in etcd. Its variable is not split at spaces, as click would do.
         type=_WHOLE,
-        multiple=knob.kind is Kind.ENDPOINTS,
+        multiple=knob.kind in (Kind.ENDPOINTS, Kind.PREFIXES),
+        cls=EmptyOption if knob.kind is Kind.PREFIXES else click.Option,
         metavar=choices or knob.kind.value.upper(),
         help=f"{knob.about.text}{_default(knob)}",
         **switch,
@@ -178,7 +179,12 @@ def _above(ctx: click.Context, problems: list[str]) -> dict[str, Given]:
     for name, origin, knob in _given_knobs(ctx):
         value = ctx.params[name]
         try:
-            above[knob.path] = Given(from_text(knob, value if isinstance(value, str) else ",".join(value)), origin)
+            if knob.kind is Kind.PREFIXES:
+                # A flag is one prefix, with any characters; a variable separates several by commas.
+                parts = value if origin == knob.flag else ",".join(value).split(",")
+                above[knob.path] = Given(list(parts), origin)
+            else:
+                above[knob.path] = Given(from_text(knob, value if isinstance(value, str) else ",".join(value)), origin)
         except BadValue as error:
             problems.append(f"{origin}: {error}")
     if _is_given(ctx, "debug"):

@@ -14,6 +14,10 @@ from click.core import ParameterSource
 from proxy.errors import WRONG_REQUEST, Failed
 
 
+class EmptyOption(click.Option):
+    """An option whose value may be empty: the prefix of all keys."""
+
+
 class StrictCommand(click.Command):
     """A command whose options and variables must have a value where they are given."""
 
@@ -33,6 +37,8 @@ def empty_options(ctx: click.Context) -> list[str]:
         value = ctx.params.get(parameter.name or "")
         texts = value if isinstance(value, tuple) else (value,)
         if ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE:
+            if isinstance(parameter, EmptyOption):
+                continue
             if any(isinstance(text, str) and not text.strip(" ,") for text in texts):
                 problems.append(f"{parameter.opts[-1]}: is empty; give it a value or remove it")
         elif isinstance(parameter.envvar, str) and not os.environ.get(parameter.envvar, "x").strip(" ,"):

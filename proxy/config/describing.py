@@ -20,6 +20,7 @@ class Kind(Enum):
     METRICS_ADDRESS = "HOST:PORT or URL"
     CLIENT_URL = "URL or HOST:PORT"
     ENDPOINTS = "comma-separated"
+    PREFIXES = "prefix"
     SWITCH = "switch"
     COUNT = "number"
     BYTES = "size"

@@ -73,6 +73,8 @@ def from_text(knob: Knob, text: str) -> Any:
             return same_choice(knob, text)
         case Kind.ENDPOINTS:
             return [part.strip() for part in text.split(",") if part.strip()]
+        case Kind.PREFIXES:
+            return [text]
         case _:
             return text
 
@@ -101,6 +103,7 @@ def expectation(knob: Knob) -> str:
         Kind.SWITCH: "true or false",
         Kind.CHOICE: "one of " + ", ".join(knob.choices),
         Kind.ENDPOINTS: 'a list of strings like ["127.0.0.1:2379"]',
+        Kind.PREFIXES: 'a list of strings like ["/services/"]',
     }.get(knob.kind, "a string")
     return " ".join([plain, " and ".join(bounds)]).strip()
 
@@ -110,7 +113,7 @@ def check_value(knob: Knob, given: Given, *, look_at_files: bool = True) -> Any:
 
     Raises ConfigError.
     """
-    if _is_empty(given.value):
+    if _is_empty(given.value) and knob.kind is not Kind.PREFIXES:
         raise ConfigError(f"{given.origin}: is empty; give it a value or remove it")
     if knob.kind is Kind.CHOICE and isinstance(given.value, str):
         given = Given(same_choice(knob, given.value), given.origin)
@@ -128,6 +131,7 @@ def check_value(knob: Knob, given: Given, *, look_at_files: bool = True) -> Any:
         Kind.CLIENT_URL: client_url,
         Kind.FILE: check_readable,
         Kind.ENDPOINTS: _check_endpoints,
+        Kind.PREFIXES: _check_prefixes,
     }
     try:
         if value and knob.kind in checks and (look_at_files or knob.kind is not Kind.FILE):
@@ -156,6 +160,12 @@ def _check_endpoints(endpoints: list[str]) -> None:
         parse_endpoints(endpoints)
     except BadEndpoint as error:
         raise BadValue(str(error)) from None
+
+
+def _check_prefixes(prefixes: list[str]) -> None:
+    repeated = next((prefix for place, prefix in enumerate(prefixes) if prefix in prefixes[:place]), None)
+    if repeated is not None:
+        raise BadValue(f"{repeated!r} is given twice; give each prefix once")
 
 
 def read_file(path: Path) -> dict[str, Given]:

@@ -286,6 +286,15 @@ class ListenerTable:
 class WatchTable:
     """Watch sharing: history, limits and progress."""
 
+    cover: list[str] = knob(
+        [],
+        "Serve all watches of keys and ranges with this prefix from one upstream watch of the prefix; may be repeated. "
+        "For many clients that each watch keys of their own. With --namespace the prefix is that of the clients' keys. "
+        'An empty prefix covers all keys; in the file: cover = ["/services/"]. If etcd has auth enabled, --user must '
+        "be allowed to read the prefix.",
+        Kind.PREFIXES,
+        reloaded=True,
+    )
     linger_s: float = knob(
         _CORE.linger_s,
         "How long to keep the upstream watch of a range after its last client watch has ended. Longer: fewer watch "

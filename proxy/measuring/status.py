@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from proxy.admin.snapshot import Snapshot
+from proxy.admin.snapshot import CoverState, Snapshot
 from proxy.config.values import show_duration
 from proxy.measuring.comparison import Unit, show_value
 from proxy.measuring.load.prometheus import NoMetrics, http_reason, open_session
@@ -61,6 +61,10 @@ def render(now: Snapshot, before: Snapshot | None = None) -> Table:
     table.add_row(
         "upstream watches", f"{now.upstream_watches:,}", f"{now.trunks:,} trunks, {now.backfills:,} backfills"
     )
+    for cover in now.covers:
+        table.add_row(f"  cover {cover.cover or 'of all keys'}", f"{cover.branches:,}", _cover_note(cover))
+    for each in now.suggested_covers:
+        table.add_row("  suggested", f"{each.ranges:,}", f"ranges: --cover={each.cover} would leave 1 upstream watch")
     reduction = f"{now.reduction:,.1f}x" if now.reduction is not None else "-"
     table.add_row("reduction", reduction, "client watches for each upstream watch")
     behind = f", longest {now.lagging_s:,.0f} s and {now.lagging_revisions:,} revisions" if now.lagging else ""
@@ -86,6 +90,14 @@ def render(now: Snapshot, before: Snapshot | None = None) -> Table:
         "upstream breaks", f"{now.upstream_broken_total:,}", f"{now.upstream_lost_total:,} watches lost for good"
     )
     return table
+
+
+def _cover_note(cover: CoverState) -> str:
+    if cover.problem:
+        return f"refused by etcd, its ranges have upstream watches of their own: {cover.problem}"
+    share = cover.unwanted_events_total / cover.events_total if cover.events_total else 0.0
+    note = f"ranges on {cover.upstream_watches:,} upstream watches, {share:.0%} of its events are not watched"
+    return note + ("; costs more than it saves" if cover.costs_more else "")
 
 
 def _rate(now: Snapshot, before: Snapshot | None, field: str, unit: str) -> str:

@@ -146,6 +146,8 @@ class Engine:
         """When they were received (time.perf_counter), if delays are measured; otherwise 0."""
         reader.listener = self
         self._open: dict[Upstream, None] = {}
+        self._cover_problems: dict[bytes, str] = {}
+        """The newest problem that was logged, by cover."""
         self._orders: dict[int, tuple[Sequence[Watch], DeliveryPlan | None]] = {}
         """By the id of a group's tuple: the tuple, and its plan from its second use on."""
         self._carry_out: dict[type, Callable[[Any], None]] = {
@@ -220,6 +222,9 @@ class Engine:
         """An upstream watch received a response."""
         if response.canceled:
             self._open.pop(watch, None)
+            self._input(self.core.upstream_response, watch, response)
+            self._report_covers()
+            return
         if self._busy or self._stopped:
             self._input(self.core.upstream_response, watch, response)
             return
@@ -259,6 +264,19 @@ class Engine:
         self._open.pop(watch, None)
         log.warning("upstream watch ended", key=watch.key, status=status, reason=text)
         self._input(self.core.upstream_lost, watch, UpstreamLost(status, text))
+        self._report_covers()
+
+    def _report_covers(self) -> None:
+        """Log covers that etcd refuses, once for each reason."""
+        for prefix, stats in self.core.stats.covers.items():
+            if stats.problem and self._cover_problems.get(prefix) != stats.problem:
+                self._cover_problems[prefix] = stats.problem
+                log.warning(
+                    "etcd refuses a cover; its ranges have upstream watches of their own",
+                    cover=prefix,
+                    problem=stats.problem,
+                    remedy="with auth, --user must be allowed to read the whole prefix; tried again every minute",
+                )
 
     def no_leader(self) -> None:
         """No endpoint has a leader."""

@@ -154,6 +154,18 @@ function showTables(view) {
     whole.format(each.backfills),
   ], "no watches");
   say("trunks-note", view.now.trunks > view.trunks.length ? `the ${view.trunks.length} with the most watches of ${count(view.now.trunks)}` : "one upstream watch per range");
+  const suggested = view.now.suggested_covers;
+  byId("covers-section").hidden = !view.now.covers.length && !suggested.length;
+  rows("covers", view.now.covers, (each) => [
+    { text: each.cover || "all keys", kind: "key-text" },
+    count(each.branches),
+    count(each.watches),
+    count(each.upstream_watches),
+    count(each.events_total),
+    `${count(each.unwanted_events_total)}, ${bytes(each.unwanted_bytes_total)}`,
+    each.problem ? { text: `refused by etcd: ${each.problem}`, kind: "bad" } : each.costs_more ? { text: "costs more than it saves", kind: "warn" } : "works",
+  ], "no covers");
+  say("covers-note", suggested.map((each) => `--cover=${each.cover} would leave 1 upstream watch of ${count(each.ranges)}`).join("; "));
   rows("sessions", view.sessions, (each) => [
     { text: each.peer || "–", kind: "key-text" },
     seconds(each.behind_s),

@@ -17,13 +17,16 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
+from coalesce.limits import CoreLimits
 from proto.pb import rpc_pb2, rpc_pb2_grpc
+from proxy.admin.metrics import families
 from proxy.admin.port import PAGES, Admin
-from proxy.admin.snapshot import Snapshot
+from proxy.admin.snapshot import CoverState, CoverSuggestion, Snapshot, SnapshotSource
 from proxy.admin.views import Overview
 from proxy.config.values import Address
 from proxy.measuring.status import render
 from proxy.server import Proxy
+from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct, proxy_for
 from tests.etcd.server import EtcdServer
 from tests.waiting import until_async
@@ -46,6 +49,52 @@ def test_the_status_table_shows_reached_limits() -> None:
     assert "at watches_max" in text
     assert "trunks_max" not in text
     assert "longest 61 s and 900 revisions" in text
+
+
+def test_the_status_table_shows_covers_and_suggestions() -> None:
+    output = io.StringIO()
+    covers = [
+        CoverState(cover="", branches=3000, upstream_watches=1, events_total=10, unwanted_events_total=5),
+        CoverState(cover="/s/", problem="permission denied"),
+        CoverState(cover="/t/", costs_more=True),
+    ]
+    state = Snapshot(covers=covers, suggested_covers=[CoverSuggestion(cover="/u/", ranges=1204)])
+    Console(file=output, width=200).print(render(state))
+    text = output.getvalue()
+    assert "cover of all keys" in text
+    assert "50% of its events are not watched" in text
+    assert "refused by etcd, its ranges have upstream watches of their own: permission denied" in text
+    assert "costs more than it saves" in text
+    assert "1,204" in text
+    assert "--cover=/u/ would leave 1 upstream watch" in text
+
+
+def test_a_cover_is_shown_with_what_no_client_watches(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        async with proxy_for(etcd, limits=CoreLimits(covers=(b"/s/",))) as proxy, direct(etcd) as store:
+            source = SnapshotSource(proxy, "")
+            assert source.take().covers == [CoverState(cover="/s/")]
+            async with await RawClient.connect(proxy.port) as client:
+                stream = client.watch()
+                stream.create(b"/s/a")
+                await stream.created()
+                await store.put(b"/s/a", b"v")
+                await store.put(b"/s/b", b"v")
+                await until_async(lambda: source.take().covers[0].events_total == 2, "the events")
+                snapshot = source.take()
+                (cover,) = snapshot.covers
+                assert (cover.branches, cover.watches, cover.upstream_watches, cover.unwanted_events_total) == (
+                    1,
+                    1,
+                    1,
+                    1,
+                )
+                assert 0 < cover.unwanted_bytes_total < cover.bytes_total
+                samples = {sample.name: sample for family in families(snapshot) for sample in family.samples}
+                assert samples["watchmux_cover_unwanted_events_total"].labels == {"cover": "/s/"}
+                assert samples["watchmux_cover_unwanted_events_total"].value == 1
+
+    asyncio.run(scenario())
 
 
 def test_rates_come_from_two_snapshots() -> None:

@@ -29,6 +29,8 @@ from tests.etcd.server import EtcdServer
 from tests.waiting import until_async
 
 DESCRIBED = {
+    "covers",
+    "suggested_covers",
     "server_id",
     "server_version",
     "version",

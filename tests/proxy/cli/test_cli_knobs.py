@@ -9,6 +9,8 @@ import click
 import pytest
 
 from proxy.cli.knobs import REFUSED, TAKEN, KnobCommand, knob_options, settings_of
+from proxy.config.applied import core_limits
+from proxy.config.describing import Kind
 from proxy.config.knobs import Settings, knobs
 from proxy.config.variables import problems_of
 from proxy.errors import Failed
@@ -110,6 +112,21 @@ def test_repeated_endpoints_are_all_used(monkeypatch: pytest.MonkeyPatch) -> Non
     assert settings()[0].upstream.endpoints == ["a:1", "b:2"]
 
 
+def test_covers_are_prefixes_as_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert settings("--cover=/a/", "--cover=b,c", "--cover=")[0].watch.cover == ["/a/", "b,c", ""]
+    assert core_limits(settings("--cover=/ä/", "--cover=")[0]).covers == ("/ä/".encode(), b"")
+    assert refusal("--cover=/a/", "--cover=/a/") == "--cover: '/a/' is given twice; give each prefix once"
+    file = tmp_path / "watchmux.toml"
+    file.write_text('[watch]\ncover = ["/s/", ""]\n')
+    assert settings(f"--config={file}")[0].watch.cover == ["/s/", ""]
+    file.write_text('[watch]\ncover = "/s/"\n')
+    assert 'expected a list of strings like ["/services/"], got' in refusal(f"--config={file}")
+    monkeypatch.setenv("WATCHMUX_COVER", "/a/,/b/")
+    assert settings()[0].watch.cover == ["/a/", "/b/"]
+    monkeypatch.setenv("WATCHMUX_COVER", "")
+    assert "WATCHMUX_COVER: is set but empty" in refusal()
+
+
 def test_log_levels_in_any_case_and_by_the_names_of_zap() -> None:
     for text, level in {"INFO": "info", "warning": "warn", "Warn": "warn", "dpanic": "fatal"}.items():
         assert settings(f"--log-level={text}")[0].log.log_level == level
@@ -127,7 +144,9 @@ def refusal(*arguments: str) -> str:
 @pytest.mark.parametrize("text", ["", " ", ",", " , "])
 def test_what_is_given_but_empty_is_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for knob in knobs():
-        assert refusal(f"{knob.flag}={text}") == f"{knob.flag}: is empty; give it a value or remove it"
+        # The empty prefix is that of all keys.
+        if knob.kind is not Kind.PREFIXES:
+            assert refusal(f"{knob.flag}={text}") == f"{knob.flag}: is empty; give it a value or remove it"
         monkeypatch.setenv(knob.env, text)
         assert f"{knob.env}: is set but empty; give it a value or unset it" in refusal().splitlines()
         monkeypatch.delenv(knob.env)

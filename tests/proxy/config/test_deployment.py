@@ -28,7 +28,7 @@ from proxy.admin.delays import Histogram
 from proxy.admin.metrics import ProxyCollector
 from proxy.admin.port import PAGES
 from proxy.admin.self_probe import HUNG_AFTER
-from proxy.admin.snapshot import Snapshot
+from proxy.admin.snapshot import CoverState, Snapshot
 from proxy.admin.views import ProcessView
 from proxy.config.file import layer, read_file
 from proxy.config.knobs import Settings, knobs
@@ -50,7 +50,8 @@ class FakeMonitor:
     loop_delay = type("Loop", (), {"histogram": Histogram()})()
 
     def take(self) -> Snapshot:
-        return Snapshot(joins_total={"live": 0}, refusals_total={"x": 0}, evictions_total={"x": 0})
+        covers = [CoverState(cover="/s/")]
+        return Snapshot(covers=covers, joins_total={"live": 0}, refusals_total={"x": 0}, evictions_total={"x": 0})
 
     def limits(self) -> dict[str, float]:
         return {"x": 0}

@@ -1,0 +1,136 @@
+"""Covers with a real etcd: one upstream watch for many keys, through breaks of etcd, changes of settings and auth."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from coalesce.limits import CoreLimits
+from proto.pb import rpc_pb2
+from tests.e2e.raw_client import RawClient, WatchStream
+from tests.e2e.running import Etcd, direct, proxy_for
+from tests.e2e.scenario import run
+from tests.e2e.test_auth import DENIED, put, token_of, with_users
+from tests.etcd.server import EtcdServer
+from tests.waiting import until, until_async
+from upstream.credentials import Credentials
+
+CLIENTS = 3
+LIMITS = CoreLimits(covers=(b"/s/",))
+
+
+async def put_all(store: Etcd, keys: list[bytes], value: bytes) -> None:
+    """Put all keys, a hundred in one transaction."""
+    for first in range(0, len(keys), 100):
+        puts = [
+            rpc_pb2.RequestOp(request_put=rpc_pb2.PutRequest(key=key, value=value)) for key in keys[first : first + 100]
+        ]
+        await store.kv.Txn(rpc_pb2.TxnRequest(success=puts))
+
+
+async def until_count(stream: WatchStream, count: int) -> None:
+    """Wait for a number of responses."""
+    await until_async(lambda: len(stream.raw.messages) >= count, f"{count} responses", 60)
+
+
+async def watch_all(client: RawClient, keys: list[bytes]) -> WatchStream:
+    """Watch each key, on one stream."""
+    stream = client.watch()
+    for first in range(0, len(keys), 100):
+        for key in keys[first : first + 100]:
+            stream.create(key)
+        await until_count(stream, min(first + 100, len(keys)))
+    return stream
+
+
+def check_events(stream: WatchStream, keys: list[bytes], values: list[bytes]) -> None:
+    """Each watch has received each value of its key once, in order, and nothing else."""
+    received: dict[int, list[tuple[bytes, bytes]]] = {}
+    for response in stream.responses:
+        assert not response.canceled
+        events = received.setdefault(response.watch_id, [])
+        events += [(event.kv.key, event.kv.value) for event in response.events]
+    # Automatic ids are given in the order of the creates.
+    assert received == {place: [(key, value) for value in values] for place, key in enumerate(keys)}
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(3000, marks=pytest.mark.long)])
+def test_many_keys_cost_etcd_one_watch(count: int) -> None:
+    async def scenario(etcd: EtcdServer) -> None:
+        keys = [b"/s/%05d" % place for place in range(count)]
+        base = etcd.watchers()
+        async with proxy_for(etcd, limits=LIMITS) as proxy, direct(etcd) as store:
+            clients = [await RawClient.connect(proxy.port) for _ in range(CLIENTS)]
+            streams = [await watch_all(client, keys) for client in clients]
+            assert await asyncio.to_thread(etcd.watchers) == base + 1
+            values = [b"1", b"2"]
+            for value in values:
+                await put_all(store, keys, value)
+            await asyncio.to_thread(etcd.stop)
+            await asyncio.to_thread(etcd.start)
+            await until_async(lambda: proxy.upstream.connected, "etcd to be back", 30)
+            values.append(b"3")
+            await put_all(store, keys, b"3")
+            for stream in streams:
+                await until_count(stream, count * (1 + len(values)))
+                check_events(stream, keys, values)
+            assert proxy.engine.core.stats.upstreams_opened == 1
+            assert await asyncio.to_thread(etcd.watchers) == base + 1
+            for client in clients:
+                await client.close()
+
+    with EtcdServer() as etcd:
+        run(scenario(etcd))
+
+
+def test_covers_change_while_clients_are_connected(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        keys = [b"/s/%d" % place for place in range(20)]
+        base = etcd.watchers()
+        async with (
+            proxy_for(etcd, limits=CoreLimits()) as proxy,
+            direct(etcd) as store,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            stream = await watch_all(client, keys)
+            assert etcd.watchers() == base + len(keys)
+            proxy.engine.set_limits(LIMITS)
+            await put_all(store, keys, b"1")
+            await asyncio.to_thread(until, lambda: etcd.watchers() == base + 1, "one watch to be left", 20)
+            await put_all(store, keys, b"2")
+            proxy.engine.set_limits(replace(LIMITS, covers=()))
+            await put_all(store, keys, b"3")
+            await asyncio.to_thread(until, lambda: etcd.watchers() == base + len(keys), "a watch per key", 20)
+            await put_all(store, keys, b"4")
+            await until_count(stream, 5 * len(keys))
+            check_events(stream, keys, [b"1", b"2", b"3", b"4"])
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_with_auth_the_own_user_must_be_allowed_the_cover(allowed: bool) -> None:
+    async def scenario(etcd: EtcdServer) -> None:
+        prefix = b"a/" if allowed else b""
+        limits = CoreLimits(covers=(prefix,))
+        async with proxy_for(etcd, limits=limits, credentials=Credentials("u2", "p")) as proxy:
+            core = proxy.engine.core
+            async with await RawClient.connect(proxy.port) as client:
+                stream = client.watch([("token", await token_of(client, "u1"))])
+                stream.create(b"a/1")
+                stream.create(b"a/2")
+                stream.create(b"b")
+                assert [(await stream.created()).watch_id for _ in range(2)] == [0, 1]
+                assert (await stream.next()).cancel_reason == DENIED
+                for key in ("a/1", "a/2", "a/3", "b"):
+                    await put(etcd, key, "v")
+                await until_async(lambda: len(stream.raw.messages) >= 5, "the events")
+                assert [event.kv.key for each in stream.responses for event in each.events] == [b"a/1", b"a/2"]
+                assert core.stats.trunks == (1 if allowed else 2)
+                assert core.stats.covers[prefix].refused == (0 if allowed else 1)
+
+    with EtcdServer() as etcd:
+        with_users(etcd)
+        run(scenario(etcd))
