@@ -22,7 +22,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
-from proto.framing import FramingError, Status, decode_timeout, encode_timeout
+from proto.framing import PREFIX_BYTES, FramingError, Status, decode_timeout, encode_timeout
 from proto.http2 import ErrorCode, Stream
 from proxy.listening.calls import (
     RESPONSE_HEAD,
@@ -269,7 +269,8 @@ class Relay:
         self.repeated = False
         # Bytes counted while it waits.
         self.waiting_bytes = 0
-        self._boundary = MessageBoundary()
+        # None: all messages that were forwarded so far were whole, each in one piece.
+        self._boundary: MessageBoundary | None = None
         self._tries_left = 3
 
     def begin(self, upstream: ClientConnection) -> bool:
@@ -441,7 +442,11 @@ class Relay:
             call.consumed(flow_size)
             return
         self._forget_request()
-        self._boundary.feed(data)
+        if self._boundary is not None:
+            self._boundary.feed(data)
+        elif len(data) != PREFIX_BYTES + int.from_bytes(data[1:PREFIX_BYTES], "big"):
+            self._boundary = MessageBoundary()
+            self._boundary.feed(data)
         self._pass_on(call, (data,), len(data), flow_size)
 
     def _pass_on(self, call: UpstreamCall, pieces: Sequence[bytes], size: int, flow_size: int) -> None:
@@ -514,7 +519,7 @@ class Relay:
         trailers = status_trailers(status, message)
         if not self._answered:
             h2.send_headers(stream, RESPONSE_HEAD + trailers, True)
-        elif self._boundary.inside:
+        elif self._boundary is not None and self._boundary.inside:
             # After a partial message only a reset is possible (gRPC over HTTP/2).
             h2.reset(stream, ErrorCode.INTERNAL_ERROR)
             self._settle()
