@@ -9,7 +9,7 @@ import click
 from proxy.cli.access import access_options
 from proxy.cli.strict import StrictCommand
 from proxy.config.values import BadValue, parse_address
-from proxy.errors import WRONG_REQUEST, Failed
+from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 
 if TYPE_CHECKING:
     from proxy.measuring.load.target import Access
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 @click.option("--watch", "live", is_flag=True, help="Refresh until interrupted.")
 @click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
 @access_options("User for HTTP basic authentication")
-def command(address: str, live: bool, as_json: bool, access: Access) -> None:
+def command(address: str, live: bool, as_json: bool, access: Access) -> int:
     """Show the status of a running proxy; HOST:PORT is its --metrics-addr.
+
+    Exit code 1 if the proxy does not serve or does not answer. --watch goes on while it does not answer.
 
     The metrics address is plain HTTP. If a TLS server is in front of it, give https://HOST:PORT and what it demands.
 
@@ -48,6 +50,9 @@ def command(address: str, live: bool, as_json: bool, access: Access) -> None:
 
     console = Console()
     try:
-        asyncio.run(show_live(url, console, access) if live else show_once(url, console, access, as_json=as_json))
+        if live:
+            asyncio.run(show_live(url, console, access))
+            return 0
+        return 0 if asyncio.run(show_once(url, console, access, as_json=as_json)) else FAILURE
     except NoStatus as error:
         raise Failed(str(error)) from None

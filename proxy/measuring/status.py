@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import aiohttp
 import msgspec
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -44,9 +46,14 @@ async def fetch(session: aiohttp.ClientSession, url: str) -> Snapshot:
         raise NoStatus(f"{url} does not answer like a watchmux; is it the --metrics-addr?") from None
 
 
-def render(now: Snapshot, before: Snapshot | None = None) -> Table:
-    """Make the table; with an earlier snapshot `before`, also with rates per second."""
+def render(now: Snapshot, before: Snapshot | None = None, stale: str = "") -> Table:
+    """Make the table; with an earlier snapshot `before`, also with rates per second.
+
+    `stale`: why the snapshot is not of now; "" if it is.
+    """
     title = f"watchmux {now.version} at {now.address}, up {show_duration(int(now.uptime_s))}"
+    if stale:
+        title += f"\n[bold red]STALE: {escape(stale)}"
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column("what")
     table.add_column("number", justify="right", style="bold")
@@ -65,7 +72,7 @@ def render(now: Snapshot, before: Snapshot | None = None) -> Table:
         table.add_row(f"  cover {cover.cover or 'of all keys'}", f"{cover.branches:,}", _cover_note(cover))
     for each in now.suggested_covers:
         table.add_row("  suggested", f"{each.ranges:,}", f"ranges: --cover={each.cover} would leave 1 upstream watch")
-    reduction = f"{now.reduction:,.1f}x" if now.reduction is not None else "-"
+    reduction = f"{now.reduction:,.1f}x" if now.reduction else "-"
     table.add_row("reduction", reduction, "client watches for each upstream watch")
     behind = f", longest {now.lagging_s:,.0f} s and {now.lagging_revisions:,} revisions" if now.lagging else ""
     table.add_row(
@@ -118,23 +125,32 @@ def _session(url: str, access: Access) -> aiohttp.ClientSession:
         raise NoStatus(str(error)) from None
 
 
-async def show_once(url: str, console: Console, access: Access, *, as_json: bool = False) -> None:
-    """Print the status once. Raises NoStatus."""
+async def show_once(url: str, console: Console, access: Access, *, as_json: bool = False) -> bool:
+    """Print the status once; return whether the proxy serves. Raises NoStatus."""
     async with _session(url, access) as session:
         snapshot = await fetch(session, url)
     if as_json:
         console.print_json(msgspec.json.encode(snapshot).decode())
     else:
         console.print(render(snapshot))
+    return snapshot.serving
 
 
 async def show_live(url: str, console: Console, access: Access) -> None:
-    """Show the status until interrupted. Raises NoStatus once the proxy does not answer."""
+    """Show the status until interrupted; while the proxy does not answer, the last status with its age.
+
+    Raises NoStatus if it does not answer at first.
+    """
     async with _session(url, access) as session:
-        before = await fetch(session, url)
+        before, seen_at = await fetch(session, url), time.monotonic()
         with Live(render(before), console=console, refresh_per_second=4) as live:
             while True:
                 await asyncio.sleep(REFRESH_S)
-                now = await fetch(session, url)
+                try:
+                    now = await fetch(session, url)
+                except NoStatus as error:
+                    age_s = int(time.monotonic() - seen_at)
+                    live.update(render(before, stale=f"{show_duration(age_s)} old; {error}"))
+                    continue
                 live.update(render(now, before))
-                before = now
+                before, seen_at = now, time.monotonic()

@@ -7,6 +7,7 @@ const byId = (id) => document.getElementById(id);
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 let before = null;
+let seen = 0;  // When the values shown were received (ms); 0 before the first.
 
 function count(value) {
   return value >= 100000 ? short.format(value) : whole.format(value);
@@ -118,7 +119,7 @@ function showState(now, view) {
   byId("store").hidden = !now.bundled_store;
   document.title = `${now.bundled_store ? "⚠ " : ""}${now.serving ? "" : "✕ "}watchmux ${now.address}`;
   const upstream = now.trunks + now.backfills;
-  say("reduction", upstream ? `${count(Math.round(now.watches / upstream))}×` : "–");
+  say("reduction", upstream && now.watches ? `${count(Math.round(now.watches / upstream))}×` : "–");
   say("watches", count(now.watches));
   say("watches-note", `${count(now.sessions)} streams, ${count(now.connections)} connections`);
   say("upstream", count(upstream));
@@ -223,10 +224,15 @@ async function refresh() {
     showTables(view);
     showLimits(view);
     before = view;
+    seen = Date.now();
+    document.body.classList.remove("stale");
     say("stamp", `as of ${new Date(view.at * 1000).toLocaleTimeString()}`);
     document.body.dataset.ready = "yes";
   } catch (error) {
-    say("state", "the proxy does not respond", "bad");
+    const age = seen ? `; the values are ${seconds(Math.round((Date.now() - seen) / 1000))} old` : "";
+    say("state", `the proxy does not respond${age}`, "bad");
+    document.title = `✕ no response: ${document.title.replace(/^✕ (no response: )?/, "")}`;
+    document.body.classList.toggle("stale", seen > 0);
     byId("stamp").textContent = String(error.message || error);
   }
   setTimeout(refresh, EVERY_MS);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -51,9 +52,11 @@ def test_the_page_warns_of_the_bundled_store(chromium: Browser) -> None:
         notice = "return document.getElementById('store').checkVisibility()"
         assert chromium.run(notice)
         assert chromium.run("return document.title").startswith("⚠ ")
+        chromium.open("about:blank")  # a page whose proxy has gone would complain
     with EtcdServer() as etcd, ProxyProcess(etcd.endpoint) as proxy:
         shown(chromium, proxy)
         assert not chromium.run(notice)
+        chromium.open("about:blank")
 
 
 @pytest.fixture
@@ -126,9 +129,16 @@ def test_a_chart_draws_the_past(chromium: Browser, busy: ProxyProcess) -> None:
 def test_the_page_shows_that_the_proxy_is_gone(chromium: Browser, busy: ProxyProcess) -> None:
     shown(chromium, busy)
     busy.kill()
-    until(lambda: chromium.text("#state") == "the proxy does not respond", "the page to notice", 20)
+    until(lambda: "the values are" in chromium.text("#state"), "the page to notice", 20)
+    assert re.fullmatch(r"the proxy does not respond; the values are (0|\S+ \S+) old", chromium.text("#state"))
+    assert chromium.run("return document.title").startswith("✕ no response: watchmux ")
+    assert chromium.run("return getComputedStyle(document.querySelector('main')).opacity") == "0.45"
     busy.start()
     until(lambda: chromium.text("#state") == "serving", "the page to come back", 20)
+    assert chromium.run("return document.title").startswith("watchmux ")
+    assert chromium.run("return getComputedStyle(document.querySelector('main')).opacity") == "1"
+    # Nothing is watched now: no reduction is shown, and not "0x".
+    assert chromium.text("#reduction") == "\u2013"
 
 
 def test_the_page_fetches_only_from_its_proxy(chromium: Browser, busy: ProxyProcess) -> None:

@@ -238,7 +238,8 @@ def test_alerts_use_exported_metrics_and_are_documented() -> None:
         check_expression(rule["expr"])
         assert rule["labels"]["severity"] in ("page", "ticket")
         assert rule["annotations"]["summary"]
-        assert rule["alert"] in advice
+        assert f"\n### {rule['alert']}\n" in advice
+        assert rule["annotations"]["runbook_url"] == f"docs/troubleshooting.md#{rule['alert'].lower()}"
 
 
 def test_the_dashboard_uses_exported_metrics_without_overlaps() -> None:
