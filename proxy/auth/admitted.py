@@ -31,13 +31,13 @@ class AdmittedSessions:
         self._since: dict[Session, AdmittedRanges] = {}
         self._count = 0
 
-    def add(self, may: PermissionCheck) -> None:
+    def add(self, check: PermissionCheck) -> None:
         """Record that a session was admitted without a permission check."""
-        session = may.session
+        session = check.session
         if session is None or session.ended:
             return
         ranges = self._since.setdefault(session, {})
-        if ranges is None or (each := (may.asked.key, may.asked.range_end)) in ranges:
+        if ranges is None or (each := (check.asked.key, check.asked.range_end)) in ranges:
             return
         if self._count >= RANGES_MAX:
             self._count -= len(ranges)

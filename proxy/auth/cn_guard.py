@@ -86,10 +86,10 @@ class CommonNameGuard:
     async def _run(self) -> None:
         while True:
             self.name = common_name(self._certificate)
-            self._reader.questions.named = bool(self.name)
-            auth_on = self._reader.questions.named and await self._auth_on()
+            self._reader.queries.named = bool(self.name)
+            auth_on = self._reader.queries.named and await self._auth_on()
             self._note(auth_on)
-            self._marks = auth_on or not self._reader.questions.named or await self._reader.takes_any_token()
+            self._marks = auth_on or not self._reader.queries.named or await self._reader.takes_any_token()
             await asyncio.sleep(LOOK_S)
 
     async def _auth_on(self) -> bool:

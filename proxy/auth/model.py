@@ -103,11 +103,11 @@ class Recheck(PermissionCheck):
 class Call:
     """One transaction that executes nothing, or, as a `login`, an attempt to log in as a user that does not exist."""
 
-    __slots__ = ("backoff", "began_at", "begun", "linearizable", "login", "question", "ranges", "token")
+    __slots__ = ("backoff", "began_at", "begun", "linearizable", "login", "query", "ranges", "token")
 
-    def __init__(self, question: Query, token: bytes | None, ranges: tuple[Range, ...], *, login: bool = False) -> None:
+    def __init__(self, query: Query, token: bytes | None, ranges: tuple[Range, ...], *, login: bool = False) -> None:
         """`ranges`: the ranges to check; none: a read that needs no permission and returns one member's state."""
-        self.question = question
+        self.query = query
         self.token = token
         self.ranges = ranges
         self.login = login
@@ -119,9 +119,9 @@ class Call:
         self.began_at = 0.0
 
     @classmethod
-    def by(cls, question: Query, asked: AuthScope) -> Call:
+    def by(cls, query: Query, asked: AuthScope) -> Call:
         """Return a call with the token and the range of an `AuthScope`."""
-        return cls(question, asked.token, (asked[1:],))
+        return cls(query, asked.token, (asked[1:],))
 
 
 @dataclass(slots=True)
@@ -136,7 +136,7 @@ class SendCall:
 class DeliverAnswer:
     """Pass the answer of a query to its callback."""
 
-    question: Query
+    query: Query
     outcome: Outcome
 
 

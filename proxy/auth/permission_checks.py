@@ -79,7 +79,8 @@ class CheckBatch(Query):
     @property
     def wanted(self) -> bool:
         """Drop the checks of closed sessions; return whether any is left."""
-        kept = {each: left for each, mays in self.waiting.items() if (left := [may for may in mays if may.wanted])}
+        left = {each: [check for check in checks if check.wanted] for each, checks in self.waiting.items()}
+        kept = {each: checks for each, checks in left.items() if checks}
         if len(kept) < len(self.waiting):
             self.call.ranges = tuple(kept)
         self.waiting = kept
@@ -93,11 +94,11 @@ class CheckBatch(Query):
 
     def answer(self, outcome: Outcome) -> list[QueryEffect]:
         """Answer all of its checks."""
-        return [each for mays in self.waiting.values() for may in mays for each in may.outcome(outcome)]
+        return [each for checks in self.waiting.values() for check in checks for each in check.outcome(outcome)]
 
     def end(self, status: int, text: str) -> list[QueryEffect]:
         """End the streams of the clients that wait for its checks."""
-        return [each for mays in self.waiting.values() for may in mays for each in may.end(status, text)]
+        return [each for checks in self.waiting.values() for check in checks for each in check.end(status, text)]
 
 
 class CheckQueue:
@@ -130,11 +131,11 @@ class CheckQueue:
         several = standing is TokenStanding.GRANTED and len(self.current) < CALLS_PER_TOKEN_MAX
         return several and not self.batches and len(self._waiting) >= RANGES_MAX
 
-    def add(self, may: PermissionCheck) -> None:
+    def add(self, check: PermissionCheck) -> None:
         """Add a check."""
-        each: Range = may.asked[1:]
-        self._waiting.setdefault(each, []).append(may)
-        self._turns.setdefault(id(may.session), deque()).append(each)
+        each: Range = check.asked[1:]
+        self._waiting.setdefault(each, []).append(check)
+        self._turns.setdefault(id(check.session), deque()).append(each)
 
     def take(self, ranges_max: int) -> CheckBatch:
         """Remove and return the checks for the next call, of at most `ranges_max` ranges."""
@@ -147,8 +148,8 @@ class CheckQueue:
             session = next(iter(self._turns))
             turn = self._turns.pop(session)
             each = turn[0]
-            mays = self._waiting.get(each)
-            if mays is not None:
+            checks = self._waiting.get(each)
+            if checks is not None:
                 size += len(each[0]) + len(each[1])
                 if taken and size > RANGE_BYTES_MAX:
                     self._turns = {session: turn} | self._turns
@@ -163,16 +164,16 @@ class CheckQueue:
 
     def take_before(self, number: int) -> list[PermissionCheck]:
         """Remove and return the checks up to a number."""
-        taken = [may for batch in self.batches for mays in batch.waiting.values() for may in mays]
+        taken = [check for batch in self.batches for checks in batch.waiting.values() for check in checks]
         self.batches.clear()
         left: list[PermissionCheck] = []
-        for mays in self._waiting.values():
-            for may in mays:
-                (taken if may.number <= number else left).append(may)
+        for checks in self._waiting.values():
+            for check in checks:
+                (taken if check.number <= number else left).append(check)
         self._waiting.clear()
         self._turns.clear()
-        for may in left:
-            self.add(may)
+        for check in left:
+            self.add(check)
         return taken
 
 
@@ -192,16 +193,16 @@ class Checks:
         self._standings: dict[int, TokenStanding] = {}
         self._ranges_max = RANGES_MAX
 
-    def add(self, may: PermissionCheck) -> list[QueryEffect]:
+    def add(self, check: PermissionCheck) -> list[QueryEffect]:
         """Add the check of a client with a token."""
-        assert may.asked.token is not None, "without a token there is nothing to check"
+        assert check.asked.token is not None, "without a token there is nothing to check"
         self._arrived += 1
         self.waiting += 1
-        may.number = self._arrived
-        line = self._lines.get(may.asked.token)
+        check.number = self._arrived
+        line = self._lines.get(check.asked.token)
         if line is None:
-            line = self._lines[may.asked.token] = CheckQueue(may.asked.token)
-        line.add(may)
+            line = self._lines[check.asked.token] = CheckQueue(check.asked.token)
+        line.add(check)
         return self._go_on(line)
 
     def sent(self, batch: CheckBatch) -> None:
@@ -225,9 +226,9 @@ class Checks:
             self._note(line.token, TokenStanding.REFUSED)
             refusal = refusal_of(status, text)
             effects = batch.answer(refusal)
-            for may in line.take_before(batch.sent_number):
+            for check in line.take_before(batch.sent_number):
                 self.waiting -= 1
-                effects += may.outcome(refusal)
+                effects += check.outcome(refusal)
             return self._done(batch, effects)
         if is_about_server(status):
             if status == Status.DEADLINE_EXCEEDED and self._standing(line.token) is TokenStanding.UNKNOWN:

@@ -151,7 +151,7 @@ class AuthProbe(Query):
     @property
     def wanted(self) -> bool:
         """Drop the checks that are no longer wanted; return whether any is left."""
-        self.waiting = [may for may in self.waiting if may.wanted]
+        self.waiting = [check for check in self.waiting if check.wanted]
         return bool(self.waiting)
 
 
@@ -182,22 +182,22 @@ class Queries:
         # The core waits for an answer even if no client does; the empty header carries no information.
         return [SendCall(call) if call is not None else DeliverAnswer(now, Header.make(0, 0, 0, 0))]
 
-    def check(self, may: PermissionCheck, at: float) -> list[QueryEffect]:
+    def check(self, check: PermissionCheck, at: float) -> list[QueryEffect]:
         """Start a permission check. The answer is a refusal, or the header that was read.
 
         The header is in a `Granted` if the read began after this call, so that it is valid as "now"; bare if an earlier
         probe read it.
         """
-        if self.auth_on and may.asked.token is not None:
-            return self.checks.add(may)
+        if self.auth_on and check.asked.token is not None:
+            return self.checks.add(check)
         if self._auth_off is not None and at - self._auth_off[0] <= self._probe_age_s_max:
-            self._let_in.add(may)
-            return [DeliverAnswer(may, self._auth_off[1])]
+            self._let_in.add(check)
+            return [DeliverAnswer(check, self._auth_off[1])]
         if self._probe is not None:
-            self._probe.waiting.append(may)
+            self._probe.waiting.append(check)
             return []
         self._probe = AuthProbe()
-        self._probe.waiting.append(may)
+        self._probe.waiting.append(check)
         return [SendCall(Call(self._probe, None, (AuthScope()[1:],), login=self.named))]
 
     def connected(self) -> None:
@@ -224,20 +224,20 @@ class Queries:
     def begin(self, call: Call, known: int, at: float) -> None:
         """A call is sent now; `known` is the newest revision that the watches have seen."""
         call.begun, call.began_at = self.rollback.begin(known), at
-        question = call.question
-        if isinstance(question, AuthProbe):
+        query = call.query
+        if isinstance(query, AuthProbe):
             self._let_in.probe_began()
-            for may in question.waiting:
-                may.fresh = True
-        elif isinstance(question, CheckBatch):
-            self.checks.sent(question)
+            for check in query.waiting:
+                check.fresh = True
+        elif isinstance(query, CheckBatch):
+            self.checks.sent(query)
 
     def answered(self, call: Call, header: Header) -> list[QueryEffect]:
         """etcd answered a call."""
-        question = call.question
+        query = call.query
         if call.login:
             # etcd accepted a user that does not exist, which proves nothing: probe without logging in.
-            return [SendCall(Call(question, call.token, call.ranges))]
+            return [SendCall(Call(query, call.token, call.ranges))]
         if self.rollback.is_stale(call.begun):
             # The answer may come from the store before the restore, so its revision is not valid here.
             return [SendCall(call)]
@@ -249,30 +249,30 @@ class Queries:
         elif not linearizable and header.revision < call.begun.known:
             # The member lags: the revision known here is newer.
             header = header.at(call.begun.known)
-        if isinstance(question, RevisionRead):
-            effects.append(DeliverAnswer(question, header))
-        elif isinstance(question, CheckBatch):
-            effects += self.checks.granted(question, header)
-        elif isinstance(question, AuthProbe):
+        if isinstance(query, RevisionRead):
+            effects.append(DeliverAnswer(query, header))
+        elif isinstance(query, CheckBatch):
+            effects += self.checks.granted(query, header)
+        elif isinstance(query, AuthProbe):
             if self.auth_on and not linearizable:
                 # Auth was on in the last linearizable answer; this member may lag and not know it.
                 call.linearizable = True
                 return [*effects, SendCall(call, later=True)]
-            effects += self._probed(question, call, header)
+            effects += self._probed(query, call, header)
         return effects
 
     def failed(self, call: Call, status: int, text: str, *, leaderless: bool = False) -> list[QueryEffect]:
         """etcd refused a call, or the call failed at every endpoint; `leaderless`: no endpoint has a leader."""
-        question = call.question
+        query = call.query
         if call.login:
-            if status == Status.INVALID_ARGUMENT and isinstance(question, AuthProbe):
-                return self._probed(question, call, refusal_of(Status.INVALID_ARGUMENT, etcd_errors.USER_EMPTY))
-            return [SendCall(Call(question, call.token, call.ranges))]
-        if isinstance(question, CheckBatch):
-            return self.checks.failed(question, status, text)
+            if status == Status.INVALID_ARGUMENT and isinstance(query, AuthProbe):
+                return self._probed(query, call, refusal_of(Status.INVALID_ARGUMENT, etcd_errors.USER_EMPTY))
+            return [SendCall(Call(query, call.token, call.ranges))]
+        if isinstance(query, CheckBatch):
+            return self.checks.failed(query, status, text)
         if is_about_request(status, text):
-            return self._refused(question, call, status, text)
-        if leaderless and call.linearizable and isinstance(question, RevisionRead | AuthProbe):
+            return self._refused(query, call, status, text)
+        if leaderless and call.linearizable and isinstance(query, RevisionRead | AuthProbe):
             call.linearizable = False
             return [SendCall(call)]
         call.linearizable = True
@@ -280,37 +280,37 @@ class Queries:
 
     def again(self, call: Call) -> list[QueryEffect]:
         """The delay after a failure is over: retry the call if its answer is still wanted."""
-        question = call.question
-        if isinstance(question, CheckBatch):
-            return self.checks.again(question)
-        if isinstance(question, RevisionRead):
+        query = call.query
+        if isinstance(query, CheckBatch):
+            return self.checks.again(query)
+        if isinstance(query, RevisionRead):
             # With another client's token, if the first client has left.
-            effects = self.read(question)
+            effects = self.read(query)
             for effect in effects:
                 if isinstance(effect, SendCall):
                     effect.call.backoff = call.backoff
             return effects
-        if question.wanted:
+        if query.wanted:
             return [SendCall(call)]
-        if question is self._probe:
+        if query is self._probe:
             self._probe = None
         return []
 
-    def _refused(self, question: Query, call: Call, status: int, text: str) -> list[QueryEffect]:
+    def _refused(self, query: Query, call: Call, status: int, text: str) -> list[QueryEffect]:
         refusal = refusal_of(status, text)
-        if isinstance(question, AuthProbe):
-            return self._probed(question, call, refusal)
+        if isinstance(query, AuthProbe):
+            return self._probed(query, call, refusal)
         effects: list[QueryEffect] = []
-        if isinstance(question, RevisionRead):
-            if question.asking is None:
+        if isinstance(query, RevisionRead):
+            if query.asking is None:
                 # No client's token was used, so this refusal proves that auth is on.
                 effects += self._found_auth_on(refusal)
-            for session in question.refused(whole_token=status == Status.UNAUTHENTICATED):
+            for session in query.refused(whole_token=status == Status.UNAUTHENTICATED):
                 if is_too_large(status, text):
                     effects.append(RefuseSession(session, status, text))
                 else:
                     effects.append(DisconnectSession(session, refusal))
-            effects += self.read(question)
+            effects += self.read(query)
         return effects
 
     def _found_auth_on(self, refusal: CreateRefusal) -> list[QueryEffect]:
@@ -332,14 +332,14 @@ class Queries:
         self._probe = None
         if isinstance(answer, CreateRefusal):
             effects = self._found_auth_on(answer)
-            for may in probe.waiting:
+            for check in probe.waiting:
                 # Without a token the refusal is etcd's own text, which also depends on the proxy's certificate.
-                effects += [DeliverAnswer(may, answer)] if may.asked.token is None else self.checks.add(may)
+                effects += [DeliverAnswer(check, answer)] if check.asked.token is None else self.checks.add(check)
             return effects
         self.auth_on = False
         self._auth_off = (call.began_at, answer)
         if call.linearizable:
             self._let_in.auth_was_off()
-        for may in probe.waiting:
-            self._let_in.add(may)
-        return [DeliverAnswer(may, Granted(answer) if may.fresh else answer) for may in probe.waiting]
+        for check in probe.waiting:
+            self._let_in.add(check)
+        return [DeliverAnswer(check, Granted(answer) if check.fresh else answer) for check in probe.waiting]

@@ -135,7 +135,7 @@ class Reader:
         """Calls that were not answered with OK, by status."""
         self.listener: ReadListener | None = None
         """To be set before the first query."""
-        self.questions = Queries(self.settings.probe_age_s_max, self.settings.checks_in_flight_max)
+        self.queries = Queries(self.settings.probe_age_s_max, self.settings.checks_in_flight_max)
         self._pool = pool
         # Maps a client's range to the range at etcd.
         self._interval = _as_it_is if namespace is None else namespace.interval
@@ -154,7 +154,7 @@ class Reader:
     @property
     def checks_waiting(self) -> int:
         """Number of permission checks not answered yet, including those in flight."""
-        return self.questions.checks.waiting
+        return self.queries.checks.waiting
 
     def stop(self) -> None:
         """Abort all calls and drop all queries."""
@@ -170,11 +170,11 @@ class Reader:
 
     def read(self, now: RevisionRead) -> None:
         """Start a linearizable read of the store's revision."""
-        self._do(self.questions.read(now))
+        self._do(self.queries.read(now))
 
-    def check(self, may: PermissionCheck) -> None:
+    def check(self, check: PermissionCheck) -> None:
         """Start a permission check."""
-        for effect in self.questions.check(may, self._loop.time()):
+        for effect in self.queries.check(check, self._loop.time()):
             if isinstance(effect, SendCall):
                 self._ask(effect.call, effect.later)
             else:
@@ -183,16 +183,16 @@ class Reader:
 
     def session_over(self, session: Session) -> None:
         """Forget a session that has ended."""
-        self.questions.session_over(session)
+        self.queries.session_over(session)
 
     def other_history(self, header: Header) -> None:
         """The store has been replaced."""
         self._answer_all()
-        self.questions.other_history(header)
+        self.queries.other_history(header)
 
     def connected(self, watches: Iterable[Upstream]) -> None:
         """There is a new connection for the open watches (`watches` may change later)."""
-        self.questions.connected()
+        self.queries.connected()
         self._prove(watches)
 
     async def takes_any_token(self) -> bool:
@@ -212,8 +212,8 @@ class Reader:
             self._again.cancel()
             self._again = None
         own = None if self.listener is None else self.listener.own_token
-        self._do(self.questions.prove(own, watches))
-        if self.questions.rollback.unproven:
+        self._do(self.queries.prove(own, watches))
+        if self.queries.rollback.unproven:
             self._again = self._loop.call_later(AGAIN_S, self._prove, watches)
 
     def _do(self, effects: list[QueryEffect]) -> None:
@@ -254,8 +254,8 @@ class Reader:
 
     def _carry_out(self, effect: QueryEffect) -> None:
         if isinstance(effect, DeliverAnswer):
-            assert effect.question.callback is not None, "an answered query has a callback"
-            effect.question.callback(effect.outcome)
+            assert effect.query.callback is not None, "an answered query has a callback"
+            effect.query.callback(effect.outcome)
         elif self.listener is not None:
             self._report(self.listener, effect)
 
@@ -278,7 +278,7 @@ class Reader:
             self._pausing[call] = self._loop.call_later(call.backoff.failed(self._loop.time()), self._ask_again, call)
             return
         known = 0 if self.listener is None else self.listener.newest_revision
-        self.questions.begin(call, known, self._loop.time())
+        self.queries.begin(call, known, self._loop.time())
         self.reads += 1
         if call.login:
             path, message = AUTHENTICATE, _LOGIN
@@ -292,7 +292,7 @@ class Reader:
 
     def _ask_again(self, call: Call) -> None:
         del self._pausing[call]
-        self._do(self.questions.again(call))
+        self._do(self.queries.again(call))
 
     def _outcome(self, call: Call, outcome: Answer | CallFailed) -> None:
         """Handle the outcome of a call; an exception in it must not break the connection to etcd."""
@@ -307,15 +307,15 @@ class Reader:
             log.debug("read failed", status=outcome.status, reason=outcome.text)
             self.failed[status_name(outcome.status)] += 1
             leaderless = self._is_leaderless(outcome)
-            self._do(self.questions.failed(call, outcome.status, outcome.text, leaderless=leaderless))
+            self._do(self.queries.failed(call, outcome.status, outcome.text, leaderless=leaderless))
             return
         try:
             header = Header.make(0, 0, 0, 0) if call.login else _header(outcome[0])
         except DecodeError:
             log.warning("malformed response to a read from etcd")
-            self._do(self.questions.failed(call, Status.INTERNAL, "malformed response from etcd"))
+            self._do(self.queries.failed(call, Status.INTERNAL, "malformed response from etcd"))
         else:
-            self._do(self.questions.answered(call, header))
+            self._do(self.queries.answered(call, header))
 
     def _is_leaderless(self, failed: CallFailed) -> bool:
         """Whether no endpoint has a leader, as known from the watch client; it checks once all endpoints say so."""

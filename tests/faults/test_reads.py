@@ -206,7 +206,7 @@ def test_clients_admitted_as_auth_begins_are_checked_again() -> None:
                 stranger = await open_watch(client, b"a/k", b"", 2)
                 known = await open_watch(client, b"a/k", b"", 2, [("token", token)])
                 curious = await open_watch(client, b"b", b"", 2, [("token", token)])
-                proxy.reader.questions._probe_age_s_max = -1.0
+                proxy.reader.queries._probe_age_s_max = -1.0
                 late = client.watch()
                 late.create(b"a/k")
                 assert "user name is empty" in (await late.next()).cancel_reason

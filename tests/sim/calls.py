@@ -51,29 +51,29 @@ class Calls:
     def __init__(self, world: World, parts: Parts, probe_age_s_max: float) -> None:
         self._world = world
         self._parts = parts
-        self.questions: Any = parts.questions.Queries(probe_age_s_max)
+        self.queries: Any = parts.queries.Queries(probe_age_s_max)
         self.sent: list[Sent] = []
         # Failed calls that wait for a retry.
         self.waiting: list[Any] = []
 
     def read(self, read: Any) -> None:
         """Read "now" for the creates that wait."""
-        self._do(self.questions.read(self._parts.questions.RevisionRead(read)))
+        self._do(self.queries.read(self._parts.queries.RevisionRead(read)))
 
     def check(self, create: Any) -> None:
         """Find out whether a client may watch a range."""
         asked = AuthScope(create.session.identity.token, create.key, create.range_end)
-        self._do(self.questions.check(self._parts.questions.PermissionCheck(asked, create), self._world.now))
+        self._do(self.queries.check(self._parts.queries.PermissionCheck(asked, create), self._world.now))
 
     def connected(self) -> None:
         """Report a new connection of the watches."""
-        self.questions.connected()
+        self.queries.connected()
         self.prove()
 
     def prove(self) -> None:
         """Find out which store it leads to, with a token that may read; called periodically."""
-        if self.questions.rollback.unproven:
-            self._do(self.questions.prove(None, list(self._world.open_upstreams.values())))
+        if self.queries.rollback.unproven:
+            self._do(self.queries.prove(None, list(self._world.open_upstreams.values())))
 
     def restored(self, revision: int, old_revision: int | None, rng: random.Random) -> None:
         """Handle a restore: the old store has answered some calls (None: none), the new one answers the others."""
@@ -86,10 +86,10 @@ class Calls:
 
     def prove_at_once(self) -> None:
         """Check for a restore at once, before any further write."""
-        questions = self._parts.questions
-        call = questions.Call.by(questions.RestoreCheck(self.questions.rollback), AuthScope())
-        self.questions.begin(call, self._world.upstream.state.newest_revision, self._world.now)
-        self._do(self.questions.answered(call, self._header(self._world.store.revision)))
+        queries = self._parts.queries
+        call = queries.Call.by(queries.RestoreCheck(self.queries.rollback), AuthScope())
+        self.queries.begin(call, self._world.upstream.state.newest_revision, self._world.now)
+        self._do(self.queries.answered(call, self._header(self._world.store.revision)))
 
     def answer_one(self, rng: random.Random) -> None:
         """Make one move of a call in flight, at one of the members that have it."""
@@ -109,15 +109,15 @@ class Calls:
         elif rng.random() < world.config.failing_reads:
             world.count("failed reads")
             self._failed(sent, name, *rng.choice(_FAILURES))
-        elif call.linearizable and call.ranges != self._parts.questions.NO_RIGHT and not world.has_leader(member):
+        elif call.linearizable and call.ranges != self._parts.queries.NO_RIGHT and not world.has_leader(member):
             self._failed(sent, name, 14, _NO_LEADER)
         elif any(key == POISON for key, _ in call.ranges):
             self._failed(sent, name, 8, TOO_LARGE)
         elif refusal := self._refusal(call):
             code, text = _REFUSAL.fullmatch(refusal).groups()  # type: ignore[union-attr]  # all of them have this form
             self._failed(sent, name, _STATUS[code], text)
-        elif not call.linearizable or call.ranges == self._parts.questions.NO_RIGHT:
-            if call.token is not None and type(call.question).__name__ == "CheckBatch":
+        elif not call.linearizable or call.ranges == self._parts.queries.NO_RIGHT:
+            if call.token is not None and type(call.query).__name__ == "CheckBatch":
                 raise SimulationFailure("one member alone decides about a permission")
             self._answered(sent, self._header(member.revision))
         else:
@@ -128,7 +128,7 @@ class Calls:
         """Retry a failed call."""
         call = rng.choice(self._repeatable())
         self.waiting.remove(call)
-        self._do(self.questions.again(call))
+        self._do(self.queries.again(call))
 
     @property
     def may_go_on(self) -> bool:
@@ -138,7 +138,7 @@ class Calls:
     def answer_checks(self, rng: random.Random) -> None:
         """Answer all pending permission checks, and the calls that they wait for."""
         for _ in range(_ANSWERS_MAX):
-            if not any(type(sent.call.question).__name__ in ("CheckBatch", "AuthProbe") for sent in self.sent):
+            if not any(type(sent.call.query).__name__ in ("CheckBatch", "AuthProbe") for sent in self.sent):
                 return
             self.answer_one(rng)
         raise SimulationFailure("permission checks never settle")
@@ -151,11 +151,11 @@ class Calls:
         if world.still and not world.upstream.choice.leaderless:
             # The suspended member may have one, as far as is known.
             return []
-        return [call for call in self.waiting if type(call.question).__name__ in ("RevisionRead", "AuthProbe")]
+        return [call for call in self.waiting if type(call.query).__name__ in ("RevisionRead", "AuthProbe")]
 
     def _answered(self, sent: Sent, header: Header) -> None:
         self.sent.remove(sent)
-        self._do(self.questions.answered(sent.call, header))
+        self._do(self.queries.answered(sent.call, header))
 
     def _failed(self, sent: Sent, name: str, status: int, text: str) -> None:
         failure = sent.attempts.failed(name, status, text)
@@ -166,7 +166,7 @@ class Calls:
         self.sent.remove(sent)
         # Without a watch, a call of the watch client itself finds out (upstream/watching/leader.py).
         leaderless = world.upstream.choice.leaderless or (failure.text == _NO_LEADER and not world.open_upstreams)
-        self._do(self.questions.failed(sent.call, *failure, leaderless=leaderless))
+        self._do(self.queries.failed(sent.call, *failure, leaderless=leaderless))
 
     def _refusal(self, call: Any) -> str:
         permissions = self._world.permissions
@@ -178,7 +178,7 @@ class Calls:
 
     def _begin(self, call: Any) -> None:
         world = self._world
-        self.questions.begin(call, world.upstream.state.newest_revision, world.now)
+        self.queries.begin(call, world.upstream.state.newest_revision, world.now)
         names = [str(member.member_id) for member in world.members]
         world.rng.shuffle(names)
         sent = Sent(call, self._parts.attempts.Attempts(names), world.store.revision)
@@ -194,7 +194,7 @@ class Calls:
             elif kind == "SendCall":
                 self._begin(effect.call)
             elif kind == "DeliverAnswer":
-                self._tell(effect.question, effect.outcome)
+                self._tell(effect.query, effect.outcome)
             elif kind == "DisconnectSession":
                 world.send_away(effect.session, f"watchmux: not authorized any more: {effect.refusal.text}")
             elif kind == "RefuseSession":
@@ -204,14 +204,14 @@ class Calls:
             else:
                 raise SimulationFailure(f"an unknown effect: {effect}")
 
-    def _tell(self, question: Any, outcome: Any) -> None:
+    def _tell(self, query: Any, outcome: Any) -> None:
         world, kind = self._world, type(outcome).__name__
-        if type(question).__name__ == "RevisionRead":
-            world.input(world.core.revision_read, question.read, outcome)
+        if type(query).__name__ == "RevisionRead":
+            world.input(world.core.revision_read, query.read, outcome)
             return
         # The core may be a mutant, whose classes are different objects.
         if kind == "Granted":
             outcome = world.package.Granted(outcome.header)
         elif kind == "CreateRefusal":
             outcome = world.package.CreateRefusal(outcome.text)
-        world.input(world.core.permission, question.create, outcome)
+        world.input(world.core.permission, query.create, outcome)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.sim.mutants import Mutant
 
-_QUESTIONS = "proxy.auth.queries"
+_QUERIES = "proxy.auth.queries"
 _CHECKS = "proxy.auth.permission_checks"
 _ATTEMPTS = "upstream.attempts"
 _ROLLBACK = "proxy.auth.restore"
@@ -15,29 +15,29 @@ ENGINE_MUTANTS: tuple[Mutant, ...] = (
     # Reads.
     Mutant(
         "an answer of the store before the restore is now",
-        _QUESTIONS,
+        _QUERIES,
         "if self.rollback.is_stale(call.begun):",
         "if False:",
     ),
     Mutant(
         "a probe that began before the create is a read of now",
-        _QUESTIONS,
-        "Granted(answer) if may.fresh else answer",
+        _QUERIES,
+        "Granted(answer) if check.fresh else answer",
         "Granted(answer)",
     ),
     Mutant(
-        "with auth on no session has a token", _QUESTIONS, "if may.asked.token is None else self", "if True else self"
+        "with auth on no session has a token", _QUERIES, "if check.asked.token is None else self", "if True else self"
     ),
     Mutant(
         "a read that failed is given up",
-        _QUESTIONS,
+        _QUERIES,
         "call.linearizable = True\n        return [SendCall(call, later=True)]",
         "return []",
     ),
-    Mutant("a read waits for the leader", _QUESTIONS, "call.linearizable = False", "call.linearizable = True"),
+    Mutant("a read waits for the leader", _QUERIES, "call.linearizable = False", "call.linearizable = True"),
     Mutant(
         "a member without a leader tells what is now though others have one",
-        _QUESTIONS,
+        _QUERIES,
         "if leaderless and call.linearizable and",
         "if call.linearizable and",
     ),
@@ -52,8 +52,8 @@ ENGINE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a refused token takes only one create along",
         _CHECKS,
-        "for may in line.take_before(batch.sent_number):",
-        "for may in line.take_before(batch.sent_number)[:1]:",
+        "for check in line.take_before(batch.sent_number):",
+        "for check in line.take_before(batch.sent_number)[:1]:",
     ),
     Mutant(
         "a call that failed everywhere is forgotten",
@@ -69,9 +69,9 @@ ENGINE_MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a probe that is not wanted any more is waited for",
-        _QUESTIONS,
-        "if question is self._probe:\n            self._probe = None",
-        "if question is self._probe:\n            pass",
+        _QUERIES,
+        "if query is self._probe:\n            self._probe = None",
+        "if query is self._probe:\n            pass",
     ),
     # Whether the store has gone back.
     Mutant("a store that went back is believed", _ROLLBACK, "if header.revision < begun.known:", "if False:"),

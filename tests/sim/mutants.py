@@ -160,7 +160,7 @@ def _parts(family: str) -> Parts:
     if family == LINEAGE:
         return replace(REAL, lineage=importlib.import_module(LINEAGE))
     if family == DECIDING:
-        return replace(REAL, questions=importlib.import_module(f"{DECIDING}.queries"))
+        return replace(REAL, queries=importlib.import_module(f"{DECIDING}.queries"))
     if family == ATTEMPTS:
         return replace(REAL, attempts=importlib.import_module(ATTEMPTS))
     modules = {each.name: importlib.import_module(f"{STORE}.{each.name}") for each in fields(StoreModules)}

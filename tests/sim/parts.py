@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import coalesce
-from proxy.auth import queries as questions
+from proxy.auth import queries as queries
 from upstream import attempts
 from upstream.store import errors, recorder, state, watch_batch, watch_requests, watchable
 from upstream.watching import choice, feed, lineage
@@ -35,7 +35,7 @@ class Parts:
     choice: ModuleType = choice
     feed: ModuleType = feed
     lineage: ModuleType = lineage
-    questions: ModuleType = questions
+    queries: ModuleType = queries
     attempts: ModuleType = attempts
 
 

@@ -150,7 +150,7 @@ class World:
         self.restored_to = revision if self.restored_to is None else min(revision, self.restored_to)
         self.restores += 1
         self._forget_above(revision)
-        knows = self.calls.questions.rollback.begin(self.upstream.state.newest_revision).known > revision
+        knows = self.calls.queries.rollback.begin(self.upstream.state.newest_revision).known > revision
         self.calls.restored(revision, old_revision if knows else None, rng)
         # The log proves nothing if the store was restored twice, does not report its position, or was read from but
         # never connected to.
@@ -232,7 +232,7 @@ class World:
                 raise SimulationFailure("a session with hasleader goes on without a leader")
 
     def _other_history(self, header: Header) -> None:
-        self.calls.questions.other_history(header)
+        self.calls.queries.other_history(header)
         self.went_back(header)
 
     def has_leader(self, member: AnyMember) -> bool:
@@ -274,7 +274,7 @@ class World:
     def send_away(self, core_session: Any, text: str, status: int = 14) -> None:
         """End a session for a reason outside the core."""
         session: SimSession = core_session.outlet
-        self.calls.questions.session_over(core_session)
+        self.calls.queries.session_over(core_session)
         if not core_session.ended and session.ended is None and not session.closed:
             session.end(status, text, has_leader=False)
             self.count("sessions disconnected")
@@ -491,7 +491,7 @@ class World:
         client.session = None
         if session.ended is None:
             self.input(self.core.close, session.core)
-        self.calls.questions.session_over(session.core)
+        self.calls.queries.session_over(session.core)
         session.closed = True
         self._session_over(client)
 

@@ -78,8 +78,8 @@ class Rig:
 
     @staticmethod
     def batch(call: Call) -> CheckBatch:
-        assert isinstance(call.question, CheckBatch)
-        return call.question
+        assert isinstance(call.query, CheckBatch)
+        return call.query
 
     def do(self, effects: list[QueryEffect]) -> None:
         for effect in effects:
@@ -89,9 +89,9 @@ class Rig:
                     self.sent += 1
                     self.checks.sent(self.batch(effect.call))
             elif isinstance(effect, DeliverAnswer):
-                assert isinstance(effect.question, PermissionCheck)
+                assert isinstance(effect.query, PermissionCheck)
                 kind = "yes" if isinstance(effect.outcome, Granted) else "no"
-                self.told.append((effect.question.asked.key, kind))
+                self.told.append((effect.query.asked.key, kind))
             else:
                 assert isinstance(effect, RefuseSession)
                 self.ended.append((effect.session, effect.status))

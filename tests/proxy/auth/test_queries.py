@@ -35,49 +35,49 @@ def waiting(*tokens: bytes) -> RevisionRead:
     return RevisionRead(read)
 
 
-def begun(questions: Queries, effects: list[QueryEffect], known: int) -> Call:
+def begun(queries: Queries, effects: list[QueryEffect], known: int) -> Call:
     """Begin the only call of these effects."""
     (effect,) = effects
     assert isinstance(effect, SendCall)
     assert not effect.later
-    questions.begin(effect.call, known, 0.0)
+    queries.begin(effect.call, known, 0.0)
     return effect.call
 
 
 def test_a_read_that_began_before_a_restore_is_repeated() -> None:
-    questions = Queries(1.0)
-    early = begun(questions, questions.read(waiting(b"t")), 10)
-    late = begun(questions, questions.read(waiting(b"t")), 10)
-    assert [type(effect) for effect in questions.answered(early, at(5))] == [RevisionRegressed, DeliverAnswer]
+    queries = Queries(1.0)
+    early = begun(queries, queries.read(waiting(b"t")), 10)
+    late = begun(queries, queries.read(waiting(b"t")), 10)
+    assert [type(effect) for effect in queries.answered(early, at(5))] == [RevisionRegressed, DeliverAnswer]
     # The store before the restore answered: 11 is not "now".
-    again = begun(questions, questions.answered(late, at(11)), 5)
+    again = begun(queries, queries.answered(late, at(11)), 5)
     assert again is late
-    (told,) = questions.answered(again, at(6))
+    (told,) = queries.answered(again, at(6))
     assert isinstance(told, DeliverAnswer)
     assert isinstance(told.outcome, Header)
     assert told.outcome.revision == 6
 
 
 def test_auth_off_is_remembered_for_probe_age_s_max() -> None:
-    questions = Queries(1.0)
+    queries = Queries(1.0)
 
     def check(when: float) -> list[QueryEffect]:
-        return questions.check(PermissionCheck(AuthScope(None, b"a", b"")), when)
+        return queries.check(PermissionCheck(AuthScope(None, b"a", b"")), when)
 
     (ask,) = check(0.0)
     assert isinstance(ask, SendCall)
-    questions.begin(ask.call, 0, 10.0)
-    assert [type(effect) for effect in questions.answered(ask.call, at(5))] == [DeliverAnswer]
+    queries.begin(ask.call, 0, 10.0)
+    assert [type(effect) for effect in queries.answered(ask.call, at(5))] == [DeliverAnswer]
     assert [type(effect) for effect in check(11.0)] == [DeliverAnswer]
     assert [type(effect) for effect in check(11.001)] == [SendCall]
 
 
 def test_a_refused_session_is_closed_and_the_next_token_used() -> None:
-    questions = Queries(1.0)
-    questions.auth_on = True
+    queries = Queries(1.0)
+    queries.auth_on = True
     now = waiting(b"old", b"good")
-    call = begun(questions, questions.read(now), 0)
-    away, ask = questions.failed(call, Status.UNAUTHENTICATED, "etcdserver: invalid auth token")
+    call = begun(queries, queries.read(now), 0)
+    away, ask = queries.failed(call, Status.UNAUTHENTICATED, "etcdserver: invalid auth token")
     assert isinstance(away, DisconnectSession)
     assert away.session.identity.token == b"old"
     assert isinstance(ask, SendCall)
@@ -85,33 +85,33 @@ def test_a_refused_session_is_closed_and_the_next_token_used() -> None:
 
 
 def test_without_a_leader_a_read_is_serializable_once() -> None:
-    questions = Queries(1.0)
-    call = begun(questions, questions.read(waiting(b"t")), 0)
+    queries = Queries(1.0)
+    call = begun(queries, queries.read(waiting(b"t")), 0)
     # One endpoint without a leader is not enough: another may have one.
-    assert questions.failed(call, Status.UNAVAILABLE, NO_LEADER) == [SendCall(call, later=True)]
-    assert begun(questions, questions.failed(call, Status.UNAVAILABLE, NO_LEADER, leaderless=True), 0) is call
+    assert queries.failed(call, Status.UNAVAILABLE, NO_LEADER) == [SendCall(call, later=True)]
+    assert begun(queries, queries.failed(call, Status.UNAVAILABLE, NO_LEADER, leaderless=True), 0) is call
     assert not call.linearizable
-    assert questions.failed(call, Status.UNAVAILABLE, "gone", leaderless=True) == [SendCall(call, later=True)]
+    assert queries.failed(call, Status.UNAVAILABLE, "gone", leaderless=True) == [SendCall(call, later=True)]
     assert call.linearizable
-    again = begun(questions, questions.again(call), 0)
-    assert again.question is call.question
+    again = begun(queries, queries.again(call), 0)
+    assert again.query is call.query
     assert again.linearizable
 
 
 def test_with_auth_off_now_needs_no_clients_key() -> None:
-    questions = Queries(1.0)
+    queries = Queries(1.0)
     now = waiting(b"t")
     next(iter(now.read.waiting)).key = b"x" * (2 << 20)
-    call = begun(questions, questions.read(now), 0)
+    call = begun(queries, queries.read(now), 0)
     assert (call.token, call.ranges) == (None, ((ANY_KEY, b""),))
 
 
 def test_a_read_refused_for_a_key_continues_with_the_next() -> None:
-    questions = Queries(1.0)
-    questions.auth_on = True
-    call = begun(questions, questions.read(waiting(b"poison", b"good")), 0)
+    queries = Queries(1.0)
+    queries.auth_on = True
+    call = begun(queries, queries.read(waiting(b"poison", b"good")), 0)
     text = "grpc: received message larger than max (2 vs. 1)"
-    end, ask = questions.failed(call, Status.RESOURCE_EXHAUSTED, text)
+    end, ask = queries.failed(call, Status.RESOURCE_EXHAUSTED, text)
     assert isinstance(end, RefuseSession)
     assert (end.session.identity.token, end.status, end.text) == (b"poison", Status.RESOURCE_EXHAUSTED, text)
     assert isinstance(ask, SendCall)
@@ -119,41 +119,41 @@ def test_a_read_refused_for_a_key_continues_with_the_next() -> None:
 
 
 def test_an_invalid_token_disconnects_all_its_sessions() -> None:
-    questions = Queries(1.0)
-    questions.auth_on = True
-    call = begun(questions, questions.read(waiting(b"old", b"old", b"good", b"old")), 0)
-    *away, ask = questions.failed(call, Status.UNAUTHENTICATED, "etcdserver: invalid auth token")
+    queries = Queries(1.0)
+    queries.auth_on = True
+    call = begun(queries, queries.read(waiting(b"old", b"old", b"good", b"old")), 0)
+    *away, ask = queries.failed(call, Status.UNAUTHENTICATED, "etcdserver: invalid auth token")
     assert [type(effect) for effect in away] == [DisconnectSession] * 3
     assert isinstance(ask, SendCall)
     assert ask.call.token == b"good"
 
 
 def test_without_a_leader_now_is_at_least_the_known_revision() -> None:
-    questions = Queries(1.0)
-    call = begun(questions, questions.read(waiting(b"t")), 10)
-    begun(questions, questions.failed(call, Status.UNAVAILABLE, NO_LEADER, leaderless=True), 10)
-    (told,) = questions.answered(call, at(7))
+    queries = Queries(1.0)
+    call = begun(queries, queries.read(waiting(b"t")), 10)
+    begun(queries, queries.failed(call, Status.UNAVAILABLE, NO_LEADER, leaderless=True), 10)
+    (told,) = queries.answered(call, at(7))
     assert isinstance(told, DeliverAnswer)
     assert isinstance(told.outcome, Header)
     assert told.outcome.revision == 10
 
 
 def test_without_a_leader_no_permission_is_granted() -> None:
-    questions = Queries(1.0)
-    questions.auth_on = True
-    call = begun(questions, questions.check(PermissionCheck(AuthScope(b"t", b"a", b"")), 0.0), 0)
-    (again,) = questions.failed(call, Status.UNAVAILABLE, NO_LEADER, leaderless=True)
+    queries = Queries(1.0)
+    queries.auth_on = True
+    call = begun(queries, queries.check(PermissionCheck(AuthScope(b"t", b"a", b"")), 0.0), 0)
+    (again,) = queries.failed(call, Status.UNAVAILABLE, NO_LEADER, leaderless=True)
     assert again == SendCall(call, later=True)
     assert call.linearizable
 
 
 def test_auth_stays_on_without_a_linearizable_probe() -> None:
-    questions = Queries(1.0)
-    questions.auth_on = True
-    call = begun(questions, questions.check(PermissionCheck(AuthScope(None, b"a", b"")), 0.0), 0)
-    begun(questions, questions.failed(call, Status.UNAVAILABLE, NO_LEADER, leaderless=True), 0)
-    assert questions.answered(call, at(7)) == [SendCall(call, later=True)]
-    assert questions.auth_on
+    queries = Queries(1.0)
+    queries.auth_on = True
+    call = begun(queries, queries.check(PermissionCheck(AuthScope(None, b"a", b"")), 0.0), 0)
+    begun(queries, queries.failed(call, Status.UNAVAILABLE, NO_LEADER, leaderless=True), 0)
+    assert queries.answered(call, at(7)) == [SendCall(call, later=True)]
+    assert queries.auth_on
     assert call.linearizable
 
 
@@ -165,25 +165,25 @@ class Session:
         self.ended = False
 
 
-def let_in(questions: Queries, session: Session, key: bytes, when: float) -> list[QueryEffect]:
+def let_in(queries: Queries, session: Session, key: bytes, when: float) -> list[QueryEffect]:
     """Check a session's permission for a key."""
     create: Any = SimpleNamespace(session=session)
-    return questions.check(PermissionCheck(AuthScope(session.identity.token, key), create), when)
+    return queries.check(PermissionCheck(AuthScope(session.identity.token, key), create), when)
 
 
 def test_when_auth_turns_on_recent_sessions_are_checked() -> None:
-    questions = Queries(1.0)
+    queries = Queries(1.0)
     early, plain, known, gone = Session(None), Session(None), Session(b"t"), Session(None)
-    probe = begun(questions, let_in(questions, early, b"a", 0.0), 0)
-    questions.answered(probe, at(5))
+    probe = begun(queries, let_in(queries, early, b"a", 0.0), 0)
+    queries.answered(probe, at(5))
     # The next probe finds auth off, which proves it for the sessions before it.
-    probe = begun(questions, let_in(questions, Session(None), b"a", 2.0), 0)
-    questions.answered(probe, at(5))
+    probe = begun(queries, let_in(queries, Session(None), b"a", 2.0), 0)
+    queries.answered(probe, at(5))
     for session, key in ((plain, b"a"), (known, b"a"), (known, b"b"), (known, b"a"), (gone, b"a")):
-        assert [type(effect) for effect in let_in(questions, session, key, 0.5)] == [DeliverAnswer]
-    questions.session_over(gone)  # type: ignore[arg-type]  # a stand-in
-    probe = begun(questions, let_in(questions, Session(None), b"a", 9.0), 0)
-    effects = questions.failed(probe, Status.INVALID_ARGUMENT, "etcdserver: user name is empty")
+        assert [type(effect) for effect in let_in(queries, session, key, 0.5)] == [DeliverAnswer]
+    queries.session_over(gone)  # type: ignore[arg-type]  # a stand-in
+    probe = begun(queries, let_in(queries, Session(None), b"a", 9.0), 0)
+    effects = queries.failed(probe, Status.INVALID_ARGUMENT, "etcdserver: user name is empty")
     away: list[Any] = [effect.session for effect in effects if isinstance(effect, DisconnectSession)]
     assert plain in away
     assert early not in away
@@ -191,9 +191,9 @@ def test_when_auth_turns_on_recent_sessions_are_checked() -> None:
     (check,) = [effect.call for effect in effects if isinstance(effect, SendCall)]
     assert check.token == b"t"
     # One call was sent for the first range; the call for the second follows.
-    questions.begin(check, 0, 9.0)
-    (after,) = questions.answered(check, at(5))
+    queries.begin(check, 0, 9.0)
+    (after,) = queries.answered(check, at(5))
     assert isinstance(after, SendCall)
-    (sent_away,) = questions.failed(after.call, Status.PERMISSION_DENIED, "etcdserver: permission denied")
+    (sent_away,) = queries.failed(after.call, Status.PERMISSION_DENIED, "etcdserver: permission denied")
     assert isinstance(sent_away, DisconnectSession)
     assert sent_away.session == known  # type: ignore[comparison-overlap]  # a stand-in

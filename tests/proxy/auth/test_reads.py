@@ -238,7 +238,7 @@ def test_a_refused_read_is_retried_with_another_token(tokens: list[bytes]) -> No
         pool.auto = lambda call: 5 if call.token == b"good" else DENIED
         got: list[Outcome] = []
         reader = Reader(pool)
-        reader.questions.auth_on = True
+        reader.queries.auth_on = True
         reader.listener = seen = Seen()
         reader.read(now(got.append, *map(FakeSession, tokens)))
         await until_async(lambda: got, "the read to end")
@@ -256,7 +256,7 @@ def test_a_read_without_permission_is_not_linearizable() -> None:
         pool.auto = lambda call: 3 if not call.range.key else DENIED
         got: list[Outcome] = []
         reader = Reader(pool)
-        reader.questions.auth_on = True
+        reader.queries.auth_on = True
         reader.listener = seen = Seen()
         reader.read(now(got.append, FakeSession(), refusal="no"))
         await until_async(lambda: got, "the answer")
@@ -275,7 +275,7 @@ def test_with_a_cn_the_probe_is_first_an_invalid_login() -> None:
             pool.auto = lambda _: 5
             pool.login = CallFailed(Status.INVALID_ARGUMENT if refused else Status.FAILED_PRECONDITION, "no")
             reader = Reader(pool)
-            reader.questions.named = True
+            reader.queries.named = True
             got: list[Outcome] = []
             reader.check(PermissionCheck(AuthScope(), callback=got.append))
             await until_async(lambda: got, "the answer")  # noqa: B023 - awaited here
@@ -301,7 +301,7 @@ def test_with_auth_off_one_probe_serves_all() -> None:
         # Only the first check arrived before the read began, so only for it the header is "now".
         assert kinds(got) == [("Granted", 5), ("Header", 5), ("Header", 5)]
         assert [asked.token for asked in pool.asked] == [None]
-        assert not reader.questions.auth_on
+        assert not reader.queries.auth_on
 
     run(scenario())
 
@@ -338,7 +338,7 @@ def test_with_auth_on_each_client_is_checked_by_its_token() -> None:
         assert kinds([got["b'bad'"]]) == [("CreateRefusal", denied)]
         empty = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty"
         assert kinds([got["None"]]) == [("CreateRefusal", empty)]
-        assert reader.questions.auth_on
+        assert reader.queries.auth_on
         assert [(asked.range.key, asked.range.range_end) for asked in pool.asked if asked.token is not None] == [
             (b"k", b"l")
         ] * 2
@@ -363,7 +363,7 @@ def test_switching_auth_off_is_noticed() -> None:
             await until_async(functools.partial(has, got, count), "the answer")
         assert isinstance(got[0], CreateRefusal)
         assert kinds(got[1:]) == [("Granted", 6)]
-        assert not reader.questions.auth_on
+        assert not reader.queries.auth_on
 
     run(scenario())
 
@@ -374,7 +374,7 @@ def test_checks_of_closed_sessions_are_not_retried(auth_on: bool) -> None:
         pool = ScriptedPool()
         pool.auto = lambda _: CallFailed(Status.UNAVAILABLE, "gone")
         reader = Reader(pool)
-        reader.questions.auth_on = auth_on
+        reader.queries.auth_on = auth_on
         create: Any = SimpleNamespace(session=FakeSession())
         for _ in range(3):
             reader.check(PermissionCheck(AuthScope(b"t", b"a"), create, lambda _: pytest.fail("no answer is due")))

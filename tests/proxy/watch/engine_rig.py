@@ -54,42 +54,42 @@ class FakeReader:
         self.reads: list[tuple[Any, ...]] = []
         """For each call its token, and the keys and ends of its ranges."""
         self.refuses: set[bytes | None] = set()
-        self.questions = Queries(1.0)
+        self.queries = Queries(1.0)
         self.listener: Any = None
 
     def read(self, now: RevisionRead) -> None:
-        self.do(self.questions.read(now))
+        self.do(self.queries.read(now))
 
-    def check(self, may: PermissionCheck) -> None:
-        assert may.asked == AuthScope(None, b"k", b"")
-        assert may.wanted
-        assert may.callback is not None
-        may.callback(Granted(HEADER))
+    def check(self, check: PermissionCheck) -> None:
+        assert check.asked == AuthScope(None, b"k", b"")
+        assert check.wanted
+        assert check.callback is not None
+        check.callback(Granted(HEADER))
 
     def session_over(self, session: Any) -> None:
-        self.questions.session_over(session)
+        self.queries.session_over(session)
 
     def connected(self, watches: Any) -> None:
-        self.questions.connected()
-        self.do(self.questions.prove(self.listener.own_token, watches))
+        self.queries.connected()
+        self.do(self.queries.prove(self.listener.own_token, watches))
 
     def other_history(self, header: Header) -> None:
-        self.questions.other_history(header)
+        self.queries.other_history(header)
 
     def do(self, effects: Sequence[Any]) -> None:
         for effect in effects:
             if isinstance(effect, SendCall):
                 call = effect.call
                 self.reads.append((call.token, *(part for each in call.ranges for part in each)))
-                self.questions.begin(call, self.listener.newest_revision, 0.0)
+                self.queries.begin(call, self.listener.newest_revision, 0.0)
                 call.linearizable = self.linearizable
                 if call.ranges == NO_RIGHT or call.token not in self.refuses:
-                    self.do(self.questions.answered(call, self.header))
+                    self.do(self.queries.answered(call, self.header))
                 else:
-                    self.do(self.questions.failed(call, Status.PERMISSION_DENIED, "no"))
+                    self.do(self.queries.failed(call, Status.PERMISSION_DENIED, "no"))
             elif isinstance(effect, DeliverAnswer):
-                assert effect.question.callback is not None
-                effect.question.callback(effect.outcome)
+                assert effect.query.callback is not None
+                effect.query.callback(effect.outcome)
             elif isinstance(effect, DisconnectSession):
                 self.listener.not_authorized(effect.session, effect.refusal)
             elif isinstance(effect, RevisionRegressed):

@@ -58,7 +58,7 @@ def test_session_whose_token_is_refused_is_ended() -> None:
             create.key, create.range_end = b"k", b""
             create.session.identity = Identity(token)
         read: Any = SimpleNamespace(waiting=creates)
-        rig.reader.questions.auth_on = True
+        rig.reader.queries.auth_on = True
         rig.reader.refuses = {None, b"old"}
         # As the core does at `close`.
         outlets[1].on_end = lambda: setattr(creates[1].session, "ended", True)
