@@ -94,14 +94,14 @@ async def _write(etcd: EtcdServer) -> None:
 
 
 @contextlib.contextmanager
-def _before(front: Front, etcd: EtcdServer) -> Iterator[tuple[str, int]]:
+def server_before(front: Front, etcd: EtcdServer, *flags: str) -> Iterator[tuple[str, int]]:
     """Yield the address for clients, and the process id of their server."""
     if front.name == PEER:
         # No certificates: the case has no TLS.
         with TARGETS[PEER](Case("list storm", "", 0, 0), etcd, cast("Certificates", None)) as target:
             yield f"{HOST}:{target.port}", target.pid
         return
-    with front.before(etcd.endpoint) as address:
+    with front.before(etcd.endpoint, *flags) as address:
         server = etcd.process if front.proxy is None else front.proxy.process
         assert server is not None
         yield address, server.pid
@@ -121,7 +121,7 @@ def storm_of(clients: int) -> Scenario:
     def scenario(front: Front) -> Figures:
         with EtcdServer() as etcd:
             asyncio.run(_write(etcd))
-            with _before(front, etcd) as (address, pid):
+            with server_before(front, etcd) as (address, pid):
                 before, cpu = etcd.metrics(), cpu_s(etcd)
                 with MemoryPeak(pid) as peak:
                     found = asyncio.run(listed(port_of(address)))
