@@ -148,10 +148,8 @@ class SendSide:
         self.behind = False
 
     def output(self) -> list[Piece]:
-        """Take the bytes that are ready to be written, in order; [] if there are none."""
-        out = self._out
-        if out:
-            self._out = []
+        """Take the bytes that are ready to be written, in order; [] if there are none. The caller owns the list."""
+        out, self._out = self._out, []
         if self._forgiving and not self._paused and not self.behind:
             self._forgive()
         return out

@@ -235,7 +235,7 @@ class ServerConnection(asyncio.Protocol):
             self._hold(pieces)
         elif self.bulky or len(pieces) > PART_PIECES_MAX:
             self.bulky = False
-            self._unwritten = pieces
+            self._unwritten += pieces
             self._write_unwritten()
         elif pieces:
             data = b"".join(pieces)

@@ -183,14 +183,21 @@ class RawClient(asyncio.Protocol):
         self._buffer = b""
 
     @classmethod
-    async def connect(cls, port: int, window: int = WINDOW_BYTES_MAX, tls: ssl.SSLContext | None = None) -> Self:
-        """Connect; `window` is the receive window of each stream, in bytes. The connection's is wide open."""
+    async def connect(
+        cls,
+        port: int,
+        window: int = WINDOW_BYTES_MAX,
+        tls: ssl.SSLContext | None = None,
+        connection_window: int = WINDOW_BYTES_MAX,
+    ) -> Self:
+        """Connect; `window` is the receive window of each stream, in bytes, `connection_window` that of all of them."""
         client = cls()
         loop = asyncio.get_running_loop()
         initial = {h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window}
         client.h2.local_settings = h2.settings.Settings(client=True, initial_values=initial)
         client.h2.initiate_connection()
-        client.h2.increment_flow_control_window(WINDOW_BYTES_MAX - 65_535)
+        if connection_window > 65_535:
+            client.h2.increment_flow_control_window(connection_window - 65_535)
         client._port = port
         await loop.create_connection(lambda: client, HOST, port, ssl=tls)
         client.flush()

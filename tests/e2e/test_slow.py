@@ -10,7 +10,7 @@ import pytest
 
 from coalesce.limits import CoreLimits
 from tests.e2e.judging import assert_kept
-from tests.e2e.raw_client import RawClient, WatchStream
+from tests.e2e.raw_client import WINDOW_BYTES_MAX, RawClient, WatchStream
 from tests.e2e.running import direct, proxy_for
 from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
@@ -87,6 +87,50 @@ def test_a_client_stops_and_catches_up_from_history(etcd: EtcdServer, socket: bo
 @pytest.mark.parametrize("socket", [False, True], ids=["window", "socket"])
 def test_a_client_stops_and_catches_up_by_a_backfill(etcd: EtcdServer, socket: bool) -> None:
     run(_stop_and_go(etcd, socket=socket, history_bytes=1 * MIB, puts=400, value=b"x" * 20_000))
+
+
+def test_a_large_event_without_a_window_repeats_no_output(etcd: EtcdServer) -> None:
+    """A large event finds the connection's window used up; later the socket is full: each event comes once."""
+
+    async def scenario() -> None:
+        async with (
+            proxy_for(etcd) as proxy,
+            direct(etcd) as store,
+            await RawClient.connect(proxy.port, connection_window=65_535) as client,
+            await RawClient.connect(proxy.port) as quick_client,
+        ):
+            held, large = client.watch(), client.watch()
+            held.create(b"/held")
+            await held.created()
+            large.create(b"/large")
+            await large.created()
+            small = [await watch_of(client) for _ in range(20)]
+            quick = await watch_of(quick_client)
+            held.raw.taking = False
+            await store.put(b"/held", b"x" * 100_000)
+            await until_async(lambda: client.h2.inbound_flow_control_window == 0, "a used up window")
+            await store.put(b"/large", b"x" * 100_000)
+            await until_async(lambda: proxy.engine.stats.stalls == 2, "the large event to wait")
+            held.raw.take()
+            await until_async(lambda: len(large.values) == 1, "the large event")
+            client.h2.increment_flow_control_window(WINDOW_BYTES_MAX - MIB)
+            client.flush()
+            await store.put(b"/p/k", b"before the socket is full")
+            for stream in small:
+                await complete(stream, 1)
+            assert client.transport is not None
+            client.transport.pause_reading()
+            # None is large: the events are joined to one write per turn.
+            for _ in range(100):
+                last = await store.put(b"/p/k", b"x" * 7_000)
+            await complete(quick, 101)
+            assert proxy.engine.stats.stalls > 2
+            client.transport.resume_reading()
+            for stream in small:
+                await complete(stream, 101)
+            await assert_kept([(stream, 0) for stream in (*small, quick)], etcd.endpoint, PREFIX, PREFIX_END, last)
+
+    run(scenario())
 
 
 def test_a_slow_client_that_is_compacted_is_cancelled_alone(etcd: EtcdServer) -> None:

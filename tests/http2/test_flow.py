@@ -48,6 +48,14 @@ def test_data_debits_both_windows_and_stalls_at_zero() -> None:
     assert (one.send_window, two.send_window, connection.send_window) == (9, INITIAL_WINDOW - 1, 8)
 
 
+def test_output_taken_while_there_is_none_stays_empty() -> None:
+    """The shell may keep the list: later output is not added to it."""
+    connection, _peer, (stream,) = serve(1)
+    taken = connection.output()
+    connection.send(stream, [b"x"], 1)
+    assert taken == []
+
+
 def test_a_raised_initial_window_wakes_all_stalled_streams() -> None:
     """http2 point 3 (6.9.2): without any WINDOW_UPDATE; the connection's window does not change."""
     connection, peer, streams = serve(3, {INITIAL_WINDOW_SIZE: 10})
