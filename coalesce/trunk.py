@@ -140,7 +140,7 @@ class Trunks:
     def unused(self, trunk: Trunk) -> None:
         """Start the linger of a trunk that is not needed any more."""
         state = self._state
-        if not trunk.is_used and trunk.name in state.trunks:
+        if not trunk.is_used and state.trunks.get(trunk.name) is trunk:
             state.lingers.start(trunk, state.now + state.limits.linger_s)
 
     def created(self, trunk: Trunk, header: Header) -> None:

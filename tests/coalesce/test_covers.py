@@ -9,6 +9,7 @@ import pytest
 from coalesce import CoreLimits, UpstreamLost
 from coalesce.cover import SCANNED_BATCHES_MAX
 from coalesce.ending import COVER_RETRY_S
+from proto.framing import Status
 from proto.scan import WatchResponse
 from tests.coalesce.shell import Client, Shell, delete, header, put
 
@@ -286,6 +287,27 @@ def test_covers_change_while_clients_are_connected() -> None:
         (b"/s/1", 13),
         (b"/s/2", 13),
     ]
+
+
+def test_a_cover_that_is_tried_again_outlives_the_refused_one() -> None:
+    """Found by the simulator, seed 1249: the linger of the refused cover removed the new one of the same name."""
+    shell = Shell(replace(LIMITS, covers=()))
+    client = shell.client()
+    trunk = shell.trunk(10, client, b"/s/a")
+    shell.core.limits = LIMITS
+    shell.settle()
+    shell.do(shell.core.upstream_lost, shell.opened[-1], UpstreamLost(Status.PERMISSION_DENIED, "denied"))
+    # The event loop is late: one call does all that is due.
+    shell.now += COVER_RETRY_S + 1
+    shell.do(shell.core.expire)
+    cover = shell.opened[-1]
+    assert (cover.key, cover in shell.closed) == (b"/s/", False)
+    shell.wait(3)
+    shell.created(cover, 10)
+    shell.wait(3)
+    assert shell.closed[-1] is trunk
+    shell.events(cover, put(11, b"/s/a"))
+    assert client.read()[-1] == "#0 @11 put 11 /s/a=v"
 
 
 def test_many_waiting_trunks_cause_no_busy_loop() -> None:

@@ -87,20 +87,22 @@ class Stage:
             for server in servers:
                 server.__exit__(kind, error, trace)
 
-    async def run(self, program: Program, limit_s: float = LIMIT_S) -> dict[str, Recording]:
+    async def run(
+        self, program: Program, limit_s: float = LIMIT_S, covers: tuple[bytes, ...] = ()
+    ) -> dict[str, Recording]:
         """Run a program on all routes at the same time; each wait takes up to `limit_s` seconds."""
-        plays = {way: asyncio.create_task(self._play(program, way, limit_s)) for way in WAYS}
+        plays = {way: asyncio.create_task(self._play(program, way, limit_s, covers)) for way in WAYS}
         # Not cancelled when one fails: each closes its proxy and its connections gracefully.
         await asyncio.wait(plays.values())
         return {way: play.result() for way, play in plays.items()}
 
-    async def _play(self, program: Program, way: str, limit_s: float) -> Recording:
+    async def _play(self, program: Program, way: str, limit_s: float, covers: tuple[bytes, ...]) -> Recording:
         etcds = self.sets[way]
         straight = etcds[0].client_port
         try:
             if way == DIRECT:
                 return await Player(program, Target(straight, straight, False, etcds), limit_s).play()
-            limits = CoreLimits(fragment_bytes=program.request_bytes_max)
+            limits = CoreLimits(covers=covers, fragment_bytes=program.request_bytes_max)
             passthrough = PassthroughSettings(translated_request_bytes_max=program.request_bytes_max)
             async with (
                 self._proxy(etcds[0], limits=limits, passthrough=passthrough, namespace=self.namespace) as proxy,

@@ -130,6 +130,25 @@ def test_the_same_through_two_tiers(program: Program, stages: Stages) -> None:
     judge(binary, program, recordings)
 
 
+KEPT_BY_A_COVER = {"a compacted watch next to a live one"}
+"""A live watch of another key keeps the history of the cover, which serves the compacted start."""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(program, marks=() if number % 12 == 3 and not program.long else pytest.mark.long, id=program.name)
+        for number, program in enumerate(PROGRAMS)
+        if not program.fresh and program.name not in KEPT_BY_A_COVER
+    ],
+)
+def test_the_same_below_a_cover(program: Program, stages: Stages) -> None:
+    """All watches share one upstream watch of all keys; with users, which the cover needs a user for, none does."""
+    binary = etcds()[0]
+    recordings = run(stages.get(binary, program).run(program, covers=(b"",)), program.limit_s)
+    judge(binary, program, recordings)
+
+
 def test_names_are_unique() -> None:
     names = [program.name for program in PROGRAMS]
     assert len(names) == len(set(names))

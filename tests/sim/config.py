@@ -6,6 +6,14 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from tests.sim.permissions import HALF, OWN
+
+# Prefixes for covers: of all keys, of one key, and of several, one inside the other.
+COVERS = (b"", b"b", b"c", b"ca")
+# Keys and ranges of worlds with covers, besides those of other worlds.
+_COVERED_KEYS = (b"ca", b"cb")
+_COVERED_RANGES = ((b"c", b"d"), (b"c", b""), (b"ca", b""), (b"ca", b"cb"), (b"c", b"cb"), (b"b", b"c"), (b"cb", b"\0"))
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -14,6 +22,9 @@ class Config:
     limits: dict[str, Any]
     ranges: tuple[tuple[bytes, bytes], ...]
     keys: tuple[bytes, ...]
+    # The covers at the start, and the token of the proxy's own user, if it has one.
+    covers: tuple[bytes, ...] = ()
+    own_token: bytes | None = None
     members: int = 1
     batch_revisions_max: int = 1000
     channel_max: int = 128
@@ -78,6 +89,24 @@ def _make_limits(rng: random.Random, aside: random.Random, response_bytes: int, 
     }
 
 
+def _draw_covers(rng: random.Random) -> tuple[tuple[bytes, ...], bytes | None]:
+    """Return the covers, mostly none, and the token that they are watched with while auth is on."""
+    if rng.random() < 0.6:
+        return (), None
+    return tuple(rng.sample(COVERS, rng.choice((1, 1, 2, 3)))), rng.choice((None, OWN, OWN, HALF))
+
+
+def span_of(prefix: bytes) -> tuple[bytes, bytes]:
+    """Return the range of all keys with a prefix that does not end with the last byte."""
+    return (prefix, prefix[:-1] + bytes([prefix[-1] + 1])) if prefix else (b"\0", b"\0")
+
+
+def covers_range(prefix: bytes, key: bytes, range_end: bytes) -> bool:
+    """Return whether all keys of a range have such a prefix."""
+    below = not range_end or (range_end != b"\0" and range_end <= span_of(prefix)[1])
+    return not prefix or (key.startswith(prefix) and below)
+
+
 def make_config(rng: random.Random) -> Config:
     """Return the shape of a world: mostly with limits so small that they are reached."""
     keys = tuple(bytes([letter]) for letter in b"abcdef"[: rng.randint(2, 6)])
@@ -101,10 +130,16 @@ def make_config(rng: random.Random) -> Config:
     limits = _make_limits(rng, aside, response_bytes, roomy)
     members = rng.choice((1, 1, 2, 3))
     aside = random.Random(repr(limits))
+    covers, own_token = _draw_covers(random.Random(f"covers {limits}"))
+    if covers:
+        keys = (*keys, *_COVERED_KEYS)
+        ranges += aside.sample(_COVERED_RANGES, aside.randint(1, 4))
     return Config(
         limits,
         tuple(ranges),
         keys,
+        covers=covers,
+        own_token=own_token,
         members=members,
         bundled=rng.choice((0, members, rng.randint(0, members))),
         store_fragment_bytes=rng.choice((50, 120, 1 << 21)),

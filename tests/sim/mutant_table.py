@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.sim.mutant_table_covers import COVER_MUTANTS
 from tests.sim.mutant_table_engine import ENGINE_MUTANTS
 from tests.sim.mutant_table_upstream import CLIENT_MUTANTS, STORE_MUTANTS
 from tests.sim.mutants import Mutant
@@ -28,8 +29,8 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a replay begins one batch too late",
         "history",
-        "place = bisect_left(self._lasts, position, self._gone)",
-        "place = bisect_left(self._lasts, position, self._gone) + 1",
+        "return self._batches[bisect_left(self._lasts, position, self._gone) :]",
+        "return self._batches[bisect_left(self._lasts, position, self._gone) + 1 :]",
     ),
     Mutant(
         "the floor stays below what was evicted",
@@ -112,7 +113,6 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
         "header = self._header.at(events[-1].revision)",
         "header = self._header",
     ),
-    Mutant("the last fragment is not marked as the last", "batch", "fragment=place < last", "fragment=place <= last"),
     Mutant(
         "prev_kv is promised from the beginning", "placement", "prev_kv_from = trunk.next_revision", "prev_kv_from = 0"
     ),
@@ -212,4 +212,4 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     ),
 )
 
-MUTANTS = (*CORE_MUTANTS, *CLIENT_MUTANTS, *STORE_MUTANTS, *ENGINE_MUTANTS)
+MUTANTS = (*CORE_MUTANTS, *COVER_MUTANTS, *CLIENT_MUTANTS, *STORE_MUTANTS, *ENGINE_MUTANTS)

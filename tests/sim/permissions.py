@@ -10,6 +10,8 @@ USER_EMPTY = "rpc error: code = InvalidArgument desc = etcdserver: user name is 
 
 # These may watch everything while they are valid.
 MIGHTY = (b"root", b"other")
+# The proxy's own user, who may watch everything.
+OWN = b"own"
 HALF = b"half"
 # The tokens of all clients; HALF may watch the first half of the keys, b"bad" was never valid.
 TOKENS = (*MIGHTY, *MIGHTY, HALF, b"bad", None)

@@ -19,7 +19,7 @@ STEPS_MIN = 50
 STEPS_MAX = 170
 REACHED = (
     *("joins_live", "joins_future", "joins_history", "joins_backfill", "refused", "compacted", "replays", "upgrades"),
-    *("progress_answers", "progress_notifies", "sessions_ended"),
+    *("progress_answers", "progress_notifies", "sessions_ended", "moved"),
 )
 """Counters of the core that are part of an outcome: what no run ever does would prove nothing."""
 

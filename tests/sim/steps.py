@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from tests.sim.calls import POISON
 from tests.sim.clients import LOST, SimWatch, Spec
+from tests.sim.config import COVERS
 from tests.sim.model_store import LEASE
 from tests.sim.permissions import MIGHTY, TOKENS
 from tests.sim.settle import isolate, settle
@@ -129,7 +130,13 @@ def create(world: World, rng: random.Random) -> None:
 
 
 def _new_watch(
-    world: World, rng: random.Random, client: SimClient, place: int | None = None, start: int | None = -1
+    world: World,
+    rng: random.Random,
+    client: SimClient,
+    place: int | None = None,
+    start: int | None = -1,
+    *,
+    plain: bool = False,
 ) -> None:
     """Create a random watch; `place` chooses its range, `start` (unless negative) where it begins."""
     session = client.session
@@ -145,6 +152,8 @@ def _new_watch(
         fragment=rng.random() < 0.3,
         progress_notify=rng.random() < 0.2,
     )
+    if plain:
+        spec = Spec(key, range_end)
     if start is not None and start < 0:
         start = _start(world, rng)
     watch = SimWatch.make(spec, start, client.by_header)
@@ -167,6 +176,9 @@ def _start(world: World, rng: random.Random) -> int | None:
 @_action(0.7)
 def herd(world: World, rng: random.Random) -> None:
     """Watches of one range are created together, most of them from now, during writes."""
+    if world.covers and rng.random() < 0.6:
+        _crowd(world, rng)
+        return
     place = rng.randrange(len(world.config.ranges))
     for _ in range(rng.randint(2, 4)):
         client = _connected(world, rng)
@@ -175,6 +187,27 @@ def herd(world: World, rng: random.Random) -> None:
         world.calls.answer_checks(rng)
         put(world, rng)
         world.make_moves(rng, rng.choice((0, 0, 1)))
+
+
+def _crowd(world: World, rng: random.Random) -> None:
+    """A client creates watches of several ranges from one revision, past or future, and may be too slow for them."""
+    client = _connected(world, rng)
+    if client is None or client.session is None:
+        return
+    start = max(1, world.store.revision + rng.randint(-6, 4))
+    for _ in range(rng.randint(2, 5)):
+        _new_watch(world, rng, client, rng.randrange(len(world.config.ranges)), start, plain=True)
+    world.calls.answer_checks(rng)
+    world.make_moves(rng, rng.randint(5, 30))
+    if start > world.store.revision:
+        # The catch-up may contain the start.
+        world.upstream.disconnect()
+        burst(world, rng)
+    elif client.session is not None and rng.random() < 0.5:
+        client.window = client.session.window = 1
+        for _ in range(rng.randint(2, 3)):
+            txn(world, rng)
+        world.make_moves(rng, rng.randint(5, 20))
 
 
 @_action(3)
@@ -347,7 +380,11 @@ def poison_check(world: World, rng: random.Random) -> None:
 
 @_action(0.6, fault=True)
 def change_endpoints(world: World, rng: random.Random) -> None:
-    """The operator changes the endpoints."""
+    """The operator changes the endpoints, or the covers."""
+    if world.config.covers and rng.random() < 0.7:
+        world.count("covers changed")
+        world.reload(tuple(rng.sample(COVERS, rng.choice((0, 1, 1, 2, 2)))))
+        return
     world.upstream.set_endpoints(rng.sample(world.members, rng.randint(1, len(world.members))))
     world.leaders_changed()
 

@@ -107,6 +107,7 @@ class UpstreamShell:
         streams_max: tuple[int, int] = (1, 1),
         *,
         whole: bool = True,
+        own_token: bytes | None = None,
     ) -> None:
         self.channel_max = channel_max
         self.permission = permission
@@ -114,6 +115,7 @@ class UpstreamShell:
         self.state: Any = parts.watch_state.WatchState(
             streams_max={StreamKind.CATCH_UP: streams_max[0], StreamKind.LARGE: 1, StreamKind.SUSPECT: streams_max[1]}
         )
+        self.state.own_token = own_token
         self.choice: Any = parts.choice.EndpointPolicy()
         self.lineage: Any = parts.lineage.HistoryTracker()
         self.endpoints = [Endpoint(member) for member in members]
@@ -498,6 +500,7 @@ class UpstreamShell:
                 case watch_effects.WatchLost():
                     self.on.lost(effect.watch, effect.status, effect.text)
                 case watch_effects.TokenRefused():
-                    raise AssertionError("the simulation has no token of the proxy's own")
+                    # A new login gives the same token.
+                    self._do(self.state.logged_in(effect.token))
                 case _:
                     self.on.header(effect.header)

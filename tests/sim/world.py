@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from proto.scan import Header, WatchResponse
 from tests.coalesce.shell import messages_of
 from tests.sim.calls import Calls
 from tests.sim.clients import SimSession, SimWatch, Spec, judge_logs, leaves
-from tests.sim.config import Config
+from tests.sim.config import Config, covers_range
 from tests.sim.failure import SimulationFailure
 from tests.sim.model_store import Member, Store
 from tests.sim.parts import REAL, Parts
@@ -59,6 +59,7 @@ class World:
         self.store = Store()
         self.permissions = Permissions(config.auth, config.keys)
         self.members = [self._make_member(place, parts) for place in range(config.members)]
+        self.covers = config.covers
         self.clients: list[SimClient] = []
         # All watches ever, for the checkers; and those of clients that disconnected permanently.
         self.watches: list[SimWatch] = []
@@ -96,7 +97,7 @@ class World:
 
     def _start(self) -> None:
         """Start the proxy."""
-        limits = self.package.CoreLimits(**self.config.limits)
+        limits = self.package.CoreLimits(**self.config.limits, covers=self.covers)
         self.core: Any = self.package.Coalescer(limits)
         self.upstream = UpstreamShell(
             self.members,
@@ -116,11 +117,23 @@ class World:
             self.config.tells_status,
             streams_max=self.config.streams_max,
             whole=self.config.whole,
+            own_token=self.config.own_token if self.config.auth else None,
         )
         self.calls = Calls(self, self._parts, self.config.probe_age_s_max)
         self.undiscovered = self.restored_to = None
         self.open_upstreams: dict[int, Any] = {}
         self.rng = random.Random(0)
+
+    def reload(self, covers: tuple[bytes, ...]) -> None:
+        """Change the covers while clients are connected, as SIGHUP does."""
+        self.covers = covers
+        self.core.limits = replace(self.core.limits, covers=covers)
+        self.input(self.core.expire)
+
+    def covers_of(self, span: tuple[bytes, bytes]) -> list[bytes]:
+        """Return the prefixes of the covers that contain a range, without those that etcd has refused."""
+        refused = self.core._state.covers.suspended
+        return [prefix for prefix in self.covers if prefix not in refused and covers_range(prefix, *span)]
 
     def restart(self) -> None:
         """Kill the proxy and start a new one: all sessions break."""
@@ -523,6 +536,9 @@ class World:
         self.count("invariant checks")
         self.core.check()
         age_s_max = self.config.limits["lagging_age_s_max"]
+        for upstream in self.open_upstreams.values():
+            if not upstream.is_backfill and type(upstream.fed).__name__ == "Cover" and upstream.token is not None:
+                raise SimulationFailure("a cover is watched with the token of a client")
         for client in self.clients if age_s_max is not None else ():
             session = client.session
             if session is None or session.ended is not None or not session.stalled:
