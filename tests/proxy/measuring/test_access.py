@@ -83,7 +83,7 @@ def test_status_through_a_tls_server_with_a_user(tmp_path: Path, capsys: pytest.
     async def answer(request: web.Request) -> web.Response:
         if request.headers.get("Authorization") != expected:
             return web.Response(status=401)
-        return web.json_response({"version": "1.2.3", "watches": 4711})
+        return web.json_response({"version": "1.2.3", "serving": True, "watches": 4711})
 
     async def story() -> None:
         application = web.Application()
