@@ -45,7 +45,12 @@ svg .before { fill: var(--before); } svg .after { fill: var(--after); }
 svg polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
 svg polyline.before { stroke: var(--before); fill: none; } svg polyline.after { stroke: var(--after); fill: none; }
 svg line { stroke: var(--line); }
-.wide { overflow-x: auto; padding: 0; }
+/* A shadow at an edge beyond which the table goes on. */
+.wide { overflow-x: auto; padding: 0; background:
+  linear-gradient(to right, var(--card) 30%, transparent) left / 40px 100% no-repeat local,
+  linear-gradient(to left, var(--card) 30%, transparent) right / 40px 100% no-repeat local,
+  linear-gradient(to right, #8886, transparent) left / 14px 100% no-repeat scroll,
+  linear-gradient(to left, #8886, transparent) right / 14px 100% no-repeat scroll, var(--card); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 8px 16px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }

@@ -110,6 +110,9 @@ def test_the_page_fits_and_is_legible(look: str, chromium: Browser, busy: ProxyP
     assert abs(ink - paper) > 400
     sizes = "return [...document.querySelectorAll('td,th,p,figcaption')].map(e => getComputedStyle(e).fontSize)"
     assert all(float(size.removesuffix("px")) >= 12 for size in chromium.run(sizes))
+    # A table that is wider than the screen shows a shadow at the edge where it goes on.
+    shadows = "return getComputedStyle(document.querySelector('.scroll')).backgroundAttachment"
+    assert chromium.run(shadows).startswith("local, local, scroll, scroll")
     chromium.picture(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
