@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from coalesce import report
 from coalesce.limits import CoreLimits
 from proto.pb import rpc_pb2
 from tests.e2e.raw_client import RawClient, WatchStream
@@ -80,6 +81,35 @@ def test_many_keys_cost_etcd_one_watch(count: int) -> None:
             assert await asyncio.to_thread(etcd.watchers) == base + 1
             for client in clients:
                 await client.close()
+
+    with EtcdServer() as etcd:
+        run(scenario(etcd))
+
+
+def test_a_quiet_branch_survives_a_compaction_during_a_break() -> None:
+    """Its position is the cover's, which events of other keys move: nothing that it needs is compacted."""
+
+    async def scenario(etcd: EtcdServer) -> None:
+        async with (
+            proxy_for(etcd, limits=replace(LIMITS, bookmark_s=1.0)) as proxy,
+            direct(etcd) as store,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            stream = await watch_all(client, [b"/s/quiet", b"/s/busy"])
+            for number in range(50):
+                await store.put(b"/s/busy" if number % 10 == 0 else b"/t/other", b"%d" % number)
+            last = await store.put(b"/t/other", b"last")
+            (cover,) = report.trunks(proxy.engine.core, 10)
+            assert cover.key == b"/s/"
+            await until_async(lambda: report.trunks(proxy.engine.core, 10)[0].next_revision > last, "a bookmark", 20)
+            await store.compact(last)
+            await asyncio.to_thread(etcd.stop)
+            await asyncio.to_thread(etcd.start)
+            await until_async(lambda: proxy.upstream.connected, "etcd to be back", 30)
+            await store.put(b"/s/quiet", b"after")
+            await until_async(lambda: b"after" in stream.values, "the event", 30)
+            assert not any(response.canceled for response in stream.responses)
+            assert proxy.engine.core.stats.compacted == 0
 
     with EtcdServer() as etcd:
         run(scenario(etcd))
