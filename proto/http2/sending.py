@@ -175,6 +175,7 @@ class SendSide:
             out += pieces
             if end_stream:
                 stream.ending = True
+                stream.report_end(())
                 self._sent_end(stream)
             return True
         return self._send_waiting(stream, pieces, size, end_stream)
@@ -246,11 +247,13 @@ class SendSide:
                 raise StreamMisuse(f"headers that are not trailers after unsent data on stream {stream.id}")
             stream.trailers = list(headers)
             stream.ending = True
+            stream.report_end(headers)
             return
         stream.started = True
         self._write_headers(stream, headers, end_stream)
         if end_stream:
             stream.ending = True
+            stream.report_end(headers)
             self._sent_end(stream)
 
     def reset(self, stream: Stream, code: ErrorCode) -> None:
@@ -260,6 +263,7 @@ class SendSide:
         """
         if stream.state is CLOSED or self.closed:
             return
+        stream.report_reset(code)
         self._reset_id(stream.id, code)
         self._explained += CROSSING_FRAMES
         self._forget(stream)
@@ -294,6 +298,8 @@ class SendSide:
         if stream.ending:
             raise StreamMisuse(f"data on stream {stream.id} after its end")
         stream.ending = end_stream
+        if end_stream:
+            stream.report_end(())
         if size:
             if stream.queue is None:
                 stream.queue = deque()

@@ -7,8 +7,11 @@ on it.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, Protocol
+
+from proto.http2.errors import ErrorCode
 
 
 class StreamState(IntEnum):
@@ -22,8 +25,18 @@ class StreamState(IntEnum):
     CLOSED = 3
 
 
+class StreamObserver(Protocol):
+    """Notified once of how a stream ends."""
+
+    def ended(self, stream: Stream, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Our side ended the stream, with `headers` as the last header list; () if it ended with DATA."""
+
+    def reset(self, stream: Stream, code: ErrorCode) -> None:
+        """Either side reset the stream, or its connection is lost (CANCEL)."""
+
+
 class Stream:
-    """A stream of a connection, compared by identity. Only the connection writes its fields, except `owner`."""
+    """A stream of a connection, compared by identity. The shell writes only `owner` and `observer`."""
 
     __slots__ = (
         "blocked",
@@ -32,6 +45,7 @@ class Stream:
         "ending",
         "headers_seen",
         "id",
+        "observer",
         "opened_at",
         "owner",
         "queue",
@@ -78,8 +92,22 @@ class Stream:
         self.content_left: int | None = None
         # Our request is HEAD: its response has no body, even with a content-length (RFC 9110 8.6).
         self.bodiless = False
+        # Notified once of how the stream ends, then None. The shell sets it.
+        self.observer: StreamObserver | None = None
         # The shell's own object for this stream.
         self.owner: Any = None
+
+    def report_end(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Notify the observer that our side has ended the stream."""
+        observer, self.observer = self.observer, None
+        if observer is not None:
+            observer.ended(self, headers)
+
+    def report_reset(self, code: ErrorCode) -> None:
+        """Notify the observer that the stream was reset or lost."""
+        observer, self.observer = self.observer, None
+        if observer is not None:
+            observer.reset(self, code)
 
     def __repr__(self) -> str:
         return f"<Stream {self.id} {self.state.name} window={self.send_window} unsent={self.unsent}>"

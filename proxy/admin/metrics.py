@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -17,6 +18,7 @@ from proxy.admin.monitor import Monitor
 from proxy.admin.snapshot import Snapshot
 from proxy.admin.views import ProcessView
 from proxy.config.knobs import Knob
+from proxy.listening.call_metrics import BOUNDS_S, METHODS
 
 GAUGES = {
     "bundled_store": "Whether the proxy serves its bundled store, which loses its data, and no etcd (1) or not (0).",
@@ -158,6 +160,9 @@ COVERS = {
 }
 """Metrics of each configured cover: fields of its state, with kind and HELP text."""
 
+BY_METHOD = ("grpc_started_total", "grpc_handled_total", "grpc_buckets_total", "grpc_seconds_total")
+"""Fields that are exported under the names of go-grpc-prometheus."""
+
 GRPC_PROXY_FIELD = "coalesced_total"
 """The field that is exported only under a name of etcd's grpc-proxy."""
 
@@ -188,6 +193,7 @@ class ProxyCollector(Collector):
         snapshot = monitor.take()
         yield from families(snapshot)
         yield from _of_grpc_proxy(snapshot)
+        yield from calls_by_method(snapshot)
         yield from _limits(monitor.limits())
         yield _histogram(
             "watchmux_delivery_delay_seconds",
@@ -290,6 +296,43 @@ def _of_grpc_proxy(snapshot: Snapshot) -> Iterator[Metric]:
         "Total number of delivered watch responses that etcd had already sent for another client watch.",
         value=snapshot.coalesced_total,
     )
+
+
+def calls_by_method(snapshot: Snapshot) -> Iterator[Metric]:
+    """Yield the metrics of go-grpc-prometheus, which etcd and its grpc-proxy have, for the calls of clients.
+
+    `grpc_server_handled_total` counts a call when its status is sent; a client that leaves is a Canceled call.
+    """
+    labels = ["grpc_type", "grpc_service", "grpc_method"]
+    started = CounterMetricFamily(
+        "grpc_server_started_total", "Total number of RPCs started on the server.", labels=labels
+    )
+    handled = CounterMetricFamily(
+        "grpc_server_handled_total",
+        "Total number of RPCs completed on the server, regardless of success or failure.",
+        labels=[*labels, "grpc_code"],
+    )
+    seconds = HistogramMetricFamily(
+        "grpc_server_handling_seconds",
+        "Time in seconds from the request's head to the end of the response, at the proxy.",
+        labels=labels,
+    )
+    for path, count in snapshot.grpc_started_total.items():
+        method = _method_labels(path)
+        started.add_metric(method, count)
+        counts = [snapshot.grpc_buckets_total.get(f"{path} {index}", 0) for index in range(len(BOUNDS_S) + 1)]
+        bounds = (*map(repr, BOUNDS_S), "+Inf")
+        buckets = list(zip(bounds, map(float, accumulate(counts)), strict=True))
+        seconds.add_metric(method, buckets, snapshot.grpc_seconds_total.get(path, 0.0))
+    for key, count in snapshot.grpc_handled_total.items():
+        path, _, code = key.partition(" ")
+        handled.add_metric([*_method_labels(path), code], count)
+    yield from (family for family in (started, handled, seconds) if family.samples)
+
+
+def _method_labels(path: str) -> list[str]:
+    _, service, method = path.split("/")
+    return [METHODS[path.encode()], service, method]
 
 
 def _limits(limits: Mapping[str, float]) -> Iterator[Metric]:

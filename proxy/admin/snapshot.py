@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from coalesce import report
+from proxy.listening.call_metrics import CODES
 from proxy.version import program_version
 
 if TYPE_CHECKING:
@@ -104,6 +105,14 @@ class Snapshot(msgspec.Struct, kw_only=True):
     """HTTP/1 connections refused by the proxy, by HTTP status."""
     handshakes_failed_total: int = 0
     requests_total: int = 0
+    grpc_started_total: dict[str, int] = {}
+    """Calls of clients, by path."""
+    grpc_handled_total: dict[str, int] = {}
+    """Ended calls of clients, by path and code, separated by a space."""
+    grpc_buckets_total: dict[str, int] = {}
+    """Ended calls of clients, by path and index of the bucket of their duration, separated by a space."""
+    grpc_seconds_total: dict[str, float] = {}
+    """The sum of the durations of ended calls, by path."""
     written_bytes_total: int = 0
     creates_total: int = 0
     creates_refused_total: int = 0
@@ -267,6 +276,19 @@ class SnapshotSource:
         snapshot.requests_total = stats.requests
         snapshot.written_bytes_total = stats.written_bytes
         snapshot.cut_off_total = dict(stats.cut_off)
+        self._read_calls(snapshot)
+
+    def _read_calls(self, snapshot: Snapshot) -> None:
+        for key, method in self._proxy.listener.calls.methods.items():
+            path = key.decode()
+            snapshot.grpc_started_total[path] = method.started
+            snapshot.grpc_seconds_total[path] = round(method.seconds, 6)
+            for code, count in zip(CODES, method.codes, strict=True):
+                if count:
+                    snapshot.grpc_handled_total[f"{path} {code}"] = count
+            for index, count in enumerate(method.buckets):
+                if count:
+                    snapshot.grpc_buckets_total[f"{path} {index}"] = count
 
     def _read_core(self, snapshot: Snapshot) -> None:
         core = self._proxy.engine.core

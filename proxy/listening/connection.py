@@ -73,6 +73,9 @@ class DeferredHandler(Protocol):
 class ServerConnection(asyncio.Protocol):
     """One client's connection; the `ConnectionHandle` for the handlers of its streams."""
 
+    of_client = True
+    """False: it is the self-probe's, whose calls are not counted as those of clients."""
+
     __slots__ = (
         "_calls",
         "_client_erred",
@@ -480,6 +483,7 @@ class ServerConnection(asyncio.Protocol):
             stream.owner = self._listener.route(self, stream, event.headers, event.end_stream)
 
     def _reset(self, event: StreamReset) -> None:
+        event.stream.report_reset(event.code)
         owner = event.stream.owner
         if owner is not None:
             event.stream.owner = None

@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from proto.http2 import Stream
+from proto.http2 import ErrorCode, Stream
 from proxy import logs
 
 log = logs.logger("listener")
@@ -48,6 +48,7 @@ class ClosedStreamReaper:
             owner, stream.owner = stream.owner, None
             if owner is None:
                 continue
+            stream.report_reset(ErrorCode.CANCEL)
             self._left -= 1
             if not self._turning:
                 self._turning = True

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from proto.http2 import Stream
 from proxy import logs
+from proxy.listening.call_metrics import CallMetrics
 from proxy.listening.calls import CallRefusal, Handler, HandlerFactory, Headers, refuse, unknown_method
 from proxy.listening.connection import CLOSE_GRACE_S, ServerConnection
 from proxy.listening.leaving import ClosedStreamReaper
@@ -54,6 +55,8 @@ class Listener:
         self.http1: Http1Factory | None = None
         """The protocol factory for connections that are not HTTP/2; None: they are closed."""
         self.stats = ListenerStats()
+        self.calls = CallMetrics(self.now)
+        """Calls of clients by method, code and duration."""
         self.connections: set[ServerConnection] = set()
         """Connections that are open, or whose streams are not all cleaned up yet."""
         self.leaving = ClosedStreamReaper(self.settings.leaving_per_turn)
@@ -191,6 +194,8 @@ class Listener:
             if name == b":path":
                 path = value
                 break
+        if connection.of_client:
+            self.calls.begin(path, stream)
         factory = self.routes.get(path, self.passthrough)
         try:
             return factory(connection, stream, headers, end_stream)
