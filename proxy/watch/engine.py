@@ -33,6 +33,7 @@ from coalesce.effects import (
     Send,
     TakeRequests,
 )
+from coalesce.ending import OTHER_HISTORY
 from coalesce.inputs import CreateRefusal, CreateRequest, Identity, UpstreamLost
 from coalesce.limits import CoreLimits
 from coalesce.model import Session, Upstream, Watch
@@ -222,6 +223,9 @@ class Engine:
         """An upstream watch received a response."""
         if response.canceled:
             self._open.pop(watch, None)
+            if response.cancel_reason == OTHER_HISTORY:
+                # Another proxy says so, which has detected it before this one could.
+                self.other_history(response.header)
             self._input(self.core.upstream_response, watch, response)
             self._report_covers()
             return

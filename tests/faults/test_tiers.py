@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import grpc.aio
 
+from coalesce.ending import OTHER_HISTORY
 from proxy.server import Proxy
 from tests.e2e.raw_client import RawClient
-from tests.e2e.running import direct, proxy_for
+from tests.e2e.running import direct, proxy_for, two_tiers
 from tests.e2e.scenario import run
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch
@@ -84,5 +87,27 @@ def test_watches_of_another_cluster_are_not_served(etcd: EtcdServer) -> None:
                     status, text = await stream.raw.end()
                     assert status == grpc.StatusCode.UNAVAILABLE.value[0]
                     assert "another cluster" in text
+
+    run(scenario())
+
+
+def test_a_restored_store_is_noticed_through_two_tiers(etcd: EtcdServer, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            two_tiers(etcd) as leaf,
+            direct(etcd) as calls,
+            await RawClient.connect(leaf.port) as client,
+        ):
+            await calls.put(PREFIX + b"a", b"kept")
+            await asyncio.to_thread(etcd.ctl, "snapshot", "save", str(tmp_path / "s"))
+            stream = await open_watch(client, PREFIX, PREFIX_END)
+            for _ in range(10):
+                await calls.put(PREFIX + b"a", b"lost")
+            await until_async(lambda: len(stream.values) == 10, "the events")
+            await asyncio.to_thread(etcd.stop)
+            await asyncio.to_thread(etcd.restore, tmp_path / "s")
+            await asyncio.to_thread(etcd.start)
+            await until_async(lambda: stream.responses[-1].canceled, "the cancel", 20)
+            assert stream.responses[-1].cancel_reason == OTHER_HISTORY
 
     run(scenario())

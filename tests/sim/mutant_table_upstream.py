@@ -43,7 +43,9 @@ CLIENT_MUTANTS: tuple[Mutant, ...] = (
         "[event for event in events if event.revision >= next_revision]",
         "list(events)",
     ),
-    Mutant("a compaction ends who has missed nothing", _CLIENT, "if next_revision >= compact_revision:", "if False:"),
+    Mutant(
+        "a compaction ends who has missed nothing", _CLIENT, "if next_revision >= compact_revision and", "if False and"
+    ),
     Mutant(
         "a closed watch goes on upstream",
         _CLIENT,

@@ -418,8 +418,9 @@ class WatchState:
         next_revision = registration.next_revision or 0
         if next_revision == registration.now:
             next_revision += 1
-        if next_revision >= compact_revision:
-            # Only the start was compacted, not a needed revision: see the module's docstring.
+        if next_revision >= compact_revision and not response.cancel_reason:
+            # Only the start was compacted, not a needed revision: see the module's docstring. A compaction gives no
+            # reason; another proxy gives one when the store has another history than before.
             registration.next_revision = next_revision
             watch_id = response.watch_id
             self._unlink(stream, registration)
