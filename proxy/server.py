@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ssl
 from collections.abc import Sequence
 
 from coalesce.core import Coalescer
@@ -69,7 +68,7 @@ class Proxy:
         port: int = 0,
         path: str = "",
         listening: Listening | None = None,
-        tls: ssl.SSLContext | None = None,
+        tls: FileContext | None = None,
         upstream_tls: FileContext | None = None,
         upstream: UpstreamSettings | None = None,
         listener: ListenerSettings | None = None,
@@ -240,6 +239,19 @@ class Proxy:
     def port(self) -> int:
         """The port that it listens on. Only after `start`."""
         return self.listener.port
+
+    def certificates(self) -> dict[str, float]:
+        """Return when each certificate in use expires, in seconds since the epoch, by use: listener, upstream.
+
+        Renewed files count, as they do for the next connection.
+        """
+        found = {}
+        for use, context in (("listener", self._tls), ("upstream", self._upstream_tls)):
+            if context is not None:
+                from proxy.listening.handshake import not_renewed
+
+                found[use] = context.newest(not_renewed).expires_at
+        return {use: expires_at for use, expires_at in found.items() if expires_at is not None}
 
     async def drain(self, limit_s: float) -> bool:
         """Close all client connections gracefully, then stop; True if every call ended within `limit_s` seconds.

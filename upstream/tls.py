@@ -33,17 +33,23 @@ class FileContext(ssl.SSLContext):
     stamps: tuple[object, ...]
     # The context of the renewed files; None if they were never renewed.
     latest: FileContext | None
+    # When the certificate expires, in seconds since the epoch; None without a certificate.
+    expires_at: float | None
 
     def newest(self, report: Callable[[BadTls], None] | None = None) -> FileContext:
-        """Return the context of the current files; `report` is called once if renewed files cannot be used."""
+        """Return the context of the current files; `report` is called once if renewed files cannot be used.
+
+        Without `report` such files are tried again at the next call, so that a later caller can report them.
+        """
         stamps = _stamps(self.files)
         if stamps != self.stamps:
-            self.stamps = stamps
             try:
                 self.latest = self.make(self.protocols)
             except BadTls as problem:
-                if report is not None:
-                    report(problem)
+                if report is None:
+                    return self.latest or self
+                report(problem)
+            self.stamps = stamps
         return self.latest or self
 
     def speaking(self, protocols: Sequence[str]) -> FileContext:
@@ -81,7 +87,7 @@ def client_context(
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     if cert or key:
         _load_pair(context, cert, key)
-        _check_in_use(str(cert), str(key), ssl.PROTOCOL_TLS_CLIENT)
+        context.expires_at = _check_in_use(str(cert), str(key), ssl.PROTOCOL_TLS_CLIENT)
     return context
 
 
@@ -103,7 +109,7 @@ def server_context(
     _remember(context, (cert, key, trusted_ca), make, protocols)
     context.minimum_version = TLS_VERSIONS[min_version]
     _load_pair(context, cert, key)
-    _check_in_use(cert, key, ssl.PROTOCOL_TLS_SERVER)
+    context.expires_at = _check_in_use(cert, key, ssl.PROTOCOL_TLS_SERVER)
     if trusted_ca:
         _load_authorities(context, trusted_ca)
         context.verify_mode = ssl.CERT_REQUIRED
@@ -126,6 +132,7 @@ def _remember(
     context.make = lambda protocols: make(protocols=protocols)  # type: ignore[call-arg]  # a partial of one above
     context.protocols = protocols
     context.latest = None
+    context.expires_at = None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(list(protocols))
     # Compression is off by default everywhere; RFC 9113 9.2.1 forbids it.
@@ -146,9 +153,11 @@ def _stamps(files: Sequence[str]) -> tuple[object, ...]:
     return tuple(stamps)
 
 
-def _check_in_use(cert: str, key: str, protocol: int) -> None:
+def _check_in_use(cert: str, key: str, protocol: int) -> float:
     """
     Do a handshake with ourselves, so that an unusable certificate is reported before any connection fails.
+
+    Returns when the certificate expires, in seconds since the epoch.
 
     Finds certificates that are expired, not yet valid, or for the other role only. It does not check who signed them.
     Raises BadTls.
@@ -172,6 +181,9 @@ def _check_in_use(cert: str, key: str, protocol: int) -> None:
                 pass
             except ssl.SSLCertVerificationError as error:
                 raise BadTls(cert, f"no peer would accept it ({error.verify_message})", "renew it") from None
+    found = ends[0 if protocol == ssl.PROTOCOL_TLS_SERVER else 1].getpeercert()
+    assert found is not None, "the handshake is over"
+    return ssl.cert_time_to_seconds(str(found["notAfter"]))
 
 
 def _load_authorities(context: ssl.SSLContext, path: str) -> None:

@@ -243,6 +243,7 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     for field, (label, name, text) in LABELLED.items():
         yield _by(label, name, text, getattr(snapshot, field))
     yield from _covers(snapshot)
+    yield from _certificates(snapshot)
     yield GaugeMetricFamily(
         "watchmux_coalescing_ratio",
         "Current number of client watches per upstream watch; 0 without upstream watches.",
@@ -271,6 +272,18 @@ def _covers(snapshot: Snapshot) -> Iterator[Metric]:
         family = kind(f"watchmux_cover_{field}", text, labels=["cover"])
         for cover in snapshot.covers:
             family.add_metric([cover.cover], float(getattr(cover, field)))
+        yield family
+
+
+def _certificates(snapshot: Snapshot) -> Iterator[Metric]:
+    family = GaugeMetricFamily(
+        "watchmux_certificate_expiry_timestamp_seconds",
+        "Time in seconds since the epoch when the certificate of the listener, or that shown to etcd, expires.",
+        labels=["use"],
+    )
+    for use, expires_s in snapshot.certificate_expiry_s.items():
+        family.add_metric([use], expires_s)
+    if family.samples:
         yield family
 
 

@@ -69,6 +69,9 @@ class Snapshot(msgspec.Struct, kw_only=True):
     """The etcd member that carries the upstream watches, in hexadecimal; empty if there is none or it is unknown."""
     server_version: str = ""
 
+    certificate_expiry_s: dict[str, float] = {}
+    """When each certificate in use expires, in seconds since the epoch, by use: listener, upstream."""
+
     connections: int = 0
     streams: int = 0
     sessions: int = 0
@@ -248,6 +251,7 @@ class SnapshotSource:
             serving=health.serving,
             reason=health.reason,
             bundled_store=self._proxy.bundled_store,
+            certificate_expiry_s=self._proxy.certificates(),
         )
         self._read_listener(snapshot)
         self._read_core(snapshot)

@@ -31,6 +31,9 @@ MAXIMA: Final = frozenset(
 )
 """Fields that are the maximum over the workers."""
 
+MINIMA: Final = frozenset({"certificate_expiry_s"})
+"""Fields by label of which the whole has the minimum over the hub and the workers."""
+
 OF_ALL: Final = frozenset(
     {
         *("history_bytes", "history_batches", "upstream_connections", "upstream_reads_total", "reads_failed_total"),
@@ -99,9 +102,16 @@ def merged(hub: Snapshot, workers: Iterable[Snapshot]) -> Snapshot:
             values[name] = of_hub
         elif name in MAXIMA:
             values[name] = max(of_workers, default=0)
+        elif name in MINIMA:
+            values[name] = _least([of_hub, *of_workers])
         else:
             values[name] = _sum([of_hub, *of_workers] if name in OF_ALL else of_workers, of_hub)
     return Snapshot(**values)
+
+
+def _least(values: list[dict[str, float]]) -> dict[str, float]:
+    labels = {label: None for each in values for label in each}
+    return {label: min(each[label] for each in values if label in each) for label in labels}
 
 
 def _sum(values: list[Any], like: Any) -> Any:

@@ -104,7 +104,7 @@ class Acceptor:
             await self._loop.connect_accepted_socket(
                 self._connection,
                 accepted,
-                ssl=newest(self._context, _not_renewed),
+                ssl=newest(self._context, not_renewed),
                 ssl_handshake_timeout=listener.settings.first_bytes_timeout_s,
                 ssl_shutdown_timeout=SHUTDOWN_S,
             )
@@ -135,5 +135,6 @@ def explain(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _not_renewed(problem: BadTls) -> None:
+def not_renewed(problem: BadTls) -> None:
+    """Log that the renewed files of a certificate cannot be used."""
     log.error("cannot load the renewed certificate files; keeping the old ones", problem=str(problem))

@@ -36,8 +36,6 @@ from proxy.server import Proxy
 from upstream.errors import UpstreamError
 
 if TYPE_CHECKING:
-    import ssl
-
     from proxy.admin.port import Admin
     from proxy.listening.sockets import Listening
     from proxy.process.member import Member, ProcessPlace
@@ -65,7 +63,7 @@ def within_descriptors(settings: Settings, opened: int) -> Settings:
     return replace(settings, listener=replace(settings.listener, connections_max=shared.connections_max))
 
 
-def _tls(settings: Settings) -> tuple[ssl.SSLContext | None, FileContext | None]:
+def _tls(settings: Settings) -> tuple[FileContext | None, FileContext | None]:
     """Return the TLS contexts of the listener and of connections to etcd; None where TLS is not configured."""
     listener, upstream = settings.listener, settings.upstream
     servers = (*upstream.endpoints, *upstream.watch_endpoints)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 
-from tests.upstream.certificates import Certificates
+from tests.upstream.certificates import Certificates, make_certificates
 from upstream.errors import BadTls
 from upstream.tls import client_context, server_context
 
@@ -54,3 +54,15 @@ def test_bad_files_are_refused(certificates: Certificates, tmp_path: Path) -> No
             client_context(*arguments)
         assert refusal.value.where == where
         assert refusal.value.to_do
+
+
+def test_a_failed_renewal_is_kept_for_a_caller_that_reports(tmp_path: Path) -> None:
+    """Connections towards etcd have no reporter: their look at the files does not hide the problem from others."""
+    files = make_certificates(tmp_path)
+    context = client_context(files.client_cert, files.client_key)
+    Path(files.client_key).write_bytes(Path(files.server_key).read_bytes())
+    problems: list[BadTls] = []
+    assert context.newest() is context
+    assert context.newest(problems.append) is context
+    assert context.newest(problems.append) is context
+    assert len(problems) == 1

@@ -29,6 +29,7 @@ from tests.etcd.server import EtcdServer
 from tests.waiting import until_async
 
 DESCRIBED = {
+    "certificate_expiry_s",
     "covers",
     "suggested_covers",
     "server_id",

@@ -50,8 +50,13 @@ class FakeMonitor:
     loop_delay = type("Loop", (), {"histogram": Histogram()})()
 
     def take(self) -> Snapshot:
-        covers = [CoverState(cover="/s/")]
-        return Snapshot(covers=covers, joins_total={"live": 0}, refusals_total={"x": 0}, evictions_total={"x": 0})
+        return Snapshot(
+            covers=[CoverState(cover="/s/")],
+            certificate_expiry_s={"listener": 0},
+            joins_total={"live": 0},
+            refusals_total={"x": 0},
+            evictions_total={"x": 0},
+        )
 
     def limits(self) -> dict[str, float]:
         return {"x": 0}
