@@ -119,10 +119,11 @@ def suggested_covers(core: Coalescer, looked_at: int = 2_000) -> list[Suggestion
 def slowest(core: Coalescer, now: float, at_most: int) -> list[SessionReport]:
     """Return the sessions that have been behind longest, at most `at_most` of them, the longest first."""
     state = core._state
-    return [_session(session, now) for session in islice(state.lagging_sessions, at_most)]
+    return [of_session(session, now) for session in islice(state.lagging_sessions, at_most)]
 
 
-def _session(session: Session, now: float) -> SessionReport:
+def of_session(session: Session, now: float) -> SessionReport:
+    """Return the state of a session, behind or not; of its lagging watches the first hundred are examined."""
     since = session.lagging_since
     return SessionReport(
         outlet=session.outlet,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 
@@ -13,6 +14,11 @@ def program_version() -> str:
         return version("watchmux")
     except PackageNotFoundError:
         return ""
+
+
+def process_identity() -> dict[str, str]:
+    """Return what the first line of the log says of the process: its version and its host."""
+    return {"version": program_version(), "host": socket.gethostname()}
 
 
 def program_commit() -> str:

@@ -160,6 +160,9 @@ COVERS = {
 }
 """Metrics of each configured cover: fields of its state, with kind and HELP text."""
 
+BY_PROTOCOL = "listener_connections"
+"""The field of connections by protocol and TLS."""
+
 BY_METHOD = ("grpc_started_total", "grpc_handled_total", "grpc_buckets_total", "grpc_seconds_total")
 """Fields that are exported under the names of go-grpc-prometheus."""
 
@@ -252,6 +255,14 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "watchmux_upstream_reachable", "Whether any etcd is reachable (1) or not (0).", value=int(snapshot.reachable)
     )
+    listening = GaugeMetricFamily(
+        "watchmux_listener_connections",
+        "Current number of client connections, by protocol (handshake: not known yet) and whether they use TLS.",
+        labels=["protocol", "tls"],
+    )
+    for key, count in snapshot.listener_connections.items():
+        listening.add_metric(key.split(" "), count)
+    yield listening
     build = GaugeMetricFamily(
         "watchmux_build_info", "Versions of watchmux and Python; the value is always 1.", labels=["version", "python"]
     )

@@ -18,9 +18,10 @@ import msgspec
 
 from coalesce import report
 from proto.spans import FROM_KEY, prefix_of
+from proxy.admin.clients import clients
 from proxy.admin.delays import BOUNDS_S, Histogram, LoopDelay, quantile, watch_deliveries
 from proxy.admin.snapshot import Snapshot, SnapshotSource
-from proxy.admin.views import EndpointView, Overview, Point, ProcessView, SessionView, TrunkView
+from proxy.admin.views import Clients, EndpointView, Overview, Point, ProcessView, SessionView, TrunkView
 from proxy.admin.whole import ProcessReport, Whole, view_of
 from proxy.config import knobs
 
@@ -32,6 +33,9 @@ STEP_S = 10.0
 STEPS_KEPT = 360
 TRUNKS_SHOWN = 50
 SESSIONS_SHOWN = 20
+CLIENTS_SHOWN = 20
+CLIENTS_LISTED = 1000
+"""Clients in /v1/clients; with --workers each worker reports CLIENTS_SHOWN."""
 
 
 def limits_by_default() -> dict[str, float]:
@@ -107,6 +111,7 @@ class Monitor:
             delivery_counts=list(self.own_delivery_delay.counts),
             delivery_sum_s=self.own_delivery_delay.sum,
             sessions=self.slowest_sessions() if self._whole is None else [],
+            clients=self.clients(CLIENTS_SHOWN).clients if self._whole is None else [],
             watches={each.range: each.watches for each in self._trunks()} if self._whole is None else {},
         )
 
@@ -133,6 +138,16 @@ class Monitor:
         now = asyncio.get_running_loop().time()
         return [_session_view(session) for session in report.slowest(self._proxy.engine.core, now, SESSIONS_SHOWN)]
 
+    def clients(self, at_most: int = CLIENTS_LISTED) -> Clients:
+        """Return the clients, at most `at_most` of them."""
+        if self._whole is not None:
+            total = sum(each.snapshot.connections for each in self._whole.reports)
+            views = [client for each in self._whole.reports for client in each.clients]
+            views.sort(key=lambda view: (view.behind_s, view.watches, view.streams), reverse=True)
+            return Clients(connections=total, clients=views[:at_most])
+        now = asyncio.get_running_loop().time()
+        return Clients(connections=len(self._proxy.listener.connections), clients=clients(self._proxy, now, at_most))
+
     @property
     def hung(self) -> str:
         """The evidence that the proxy hangs; "" if it does not."""
@@ -157,6 +172,7 @@ class Monitor:
             endpoints=[self._endpoint(state) for state in self.endpoints()],
             trunks=self._trunks(),
             sessions=self.slowest_sessions(),
+            clients=self.clients(CLIENTS_SHOWN).clients,
             points=list(self.points),
             step_s=STEP_S,
             limits=self.limits(),

@@ -104,6 +104,7 @@ class Admin:
             "/readyz": shown.health,
             "/livez": self._live,
             "/v1/status": lambda: _json(self.monitor.take()),
+            "/v1/clients": lambda: _json(self.monitor.clients()),
             "/v1/overview": lambda: _json(self.monitor.overview()),
             **{path: partial(_file, *page) for path, page in PAGES.items()},
         }

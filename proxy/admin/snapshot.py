@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,8 @@ class Snapshot(msgspec.Struct, kw_only=True):
     """A proxy at one moment. Fields ending in `_total` count since its start, the others are current values."""
 
     version: str = ""
+    host: str = ""
+    """The name of the host that it runs on."""
     pid: int = 0
     uptime_s: float = 0.0
     address: str = ""
@@ -73,6 +76,8 @@ class Snapshot(msgspec.Struct, kw_only=True):
     """When each certificate in use expires, in seconds since the epoch, by use: listener, upstream."""
 
     connections: int = 0
+    listener_connections: dict[str, int] = {}
+    """Connections of clients, by protocol and TLS, separated by a space."""
     streams: int = 0
     sessions: int = 0
     watches: int = 0
@@ -243,6 +248,7 @@ class SnapshotSource:
         health = self._proxy.health
         snapshot = Snapshot(
             version=self._version,
+            host=socket.gethostname(),
             pid=os.getpid(),
             uptime_s=round(time.monotonic() - self._started, 1),
             address=self._address,
@@ -266,6 +272,12 @@ class SnapshotSource:
         listener, stats = self._proxy.listener, self._proxy.listener.stats
         connections = listener.connections
         snapshot.connections = len(connections)
+        tls = str(listener.tls).lower()
+        snapshot.listener_connections = {
+            f"http2 {tls}": len(connections),
+            f"http1 {tls}": len(self._proxy.http1.connections),
+            "handshake true": listener.handshakes,
+        }
         snapshot.streams = listener.streams
         snapshot.connection_streams = max((len(each.h2.streams) for each in connections), default=0)
         snapshot.connection_sessions = max((each.sessions for each in connections), default=0)

@@ -49,6 +49,34 @@ class SessionView(msgspec.Struct, frozen=True, kw_only=True):
     stalled: bool
 
 
+class ClientView(msgspec.Struct, frozen=True, kw_only=True):
+    """A client connection. Bytes are those of TCP, of the connection's life; None if the kernel does not count them."""
+
+    peer: str
+    user_agent: str
+    """"-" if it sends none; "" before its first request."""
+    tls: str
+    """The version of TLS; "" without."""
+    age_s: float
+    streams: int
+    sessions: int
+    watches: int
+    lagging: int
+    behind_s: float
+    behind_revisions: int
+    unsent_bytes: int
+    sent_bytes: int | None
+    received_bytes: int | None
+
+
+class Clients(msgspec.Struct, frozen=True, kw_only=True):
+    """The clients, the longest-lagging first, then those with the most watches."""
+
+    connections: int
+    """All client connections; `clients` may be fewer."""
+    clients: list[ClientView]
+
+
 class EndpointView(msgspec.Struct, frozen=True, kw_only=True):
     """An endpoint, as shown on the status page: whether it takes calls, and whether it carries the watches."""
 
@@ -82,6 +110,7 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     endpoints: list[EndpointView]
     trunks: list[TrunkView]
     sessions: list[SessionView]
+    clients: list[ClientView]
     points: list[Point]
     step_s: float
     limits: Mapping[str, float]

@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from proxy.admin.snapshot import Snapshot
-from proxy.admin.views import ProcessView, SessionView
+from proxy.admin.views import ClientView, ProcessView, SessionView
 
 OF_THE_HUB: Final = frozenset(
     {
@@ -55,6 +55,7 @@ class ProcessReport(msgspec.Struct, kw_only=True):
     delivery_counts: list[int] = []
     delivery_sum_s: float = 0.0
     sessions: list[SessionView] = []
+    clients: list[ClientView] = []
     watches: dict[str, int] = {}
     """Client watches of the ranges that have the most."""
 

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 @click.command(name="status", cls=StrictCommand)
 @click.argument("address", metavar="HOST:PORT", envvar="WATCHMUX_METRICS_ADDR")
 @click.option("--watch", "live", is_flag=True, help="Refresh until interrupted.")
-@click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
+@click.option("--clients", "of_clients", is_flag=True, help="Show the client connections instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print the status, or the clients, as JSON.")
 @access_options("User for HTTP basic authentication")
-def command(address: str, live: bool, as_json: bool, access: Access) -> int:
+def command(address: str, live: bool, of_clients: bool, as_json: bool, access: Access) -> int:
     """Show the status of a running proxy; HOST:PORT is its --metrics-addr.
 
     Exit code 1 if the proxy does not serve or does not answer. --watch goes on while it does not answer.
@@ -31,6 +32,7 @@ def command(address: str, live: bool, as_json: bool, access: Access) -> int:
       watchmux serve --endpoints=127.0.0.1:2379 --metrics-addr=127.0.0.1:9379
       watchmux status 127.0.0.1:9379
       watchmux status 127.0.0.1:9379 --watch
+      watchmux status 127.0.0.1:9379 --clients
       watchmux status https://watchmux.example.com:443 --cacert=ca.pem --user=ops
     """
     try:
@@ -42,14 +44,19 @@ def command(address: str, live: bool, as_json: bool, access: Access) -> int:
         raise Failed(str(error), WRONG_REQUEST) from None
     if live and as_json:
         raise Failed("--watch and --json cannot be combined", WRONG_REQUEST)
+    if live and of_clients:
+        raise Failed("--watch and --clients cannot be combined", WRONG_REQUEST)
     import asyncio
 
     from rich.console import Console
 
-    from proxy.measuring.status import NoStatus, show_live, show_once
+    from proxy.measuring.status import NoStatus, show_clients, show_live, show_once
 
     console = Console()
     try:
+        if of_clients:
+            asyncio.run(show_clients(url, console, access, as_json=as_json))
+            return 0
         if live:
             asyncio.run(show_live(url, console, access))
             return 0

@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from proto.http2 import (
     UPDATE_AND_PING_BYTES,
@@ -37,6 +37,7 @@ from proto.http2 import (
 )
 from proto.http2.frames import PREFACE
 from proxy import logs
+from proxy.listening.calls import Headers
 from proxy.listening.pings import TOO_MANY_PINGS, PingPolicy
 from proxy.listening.settings import REFUSED_AT, ListenerSettings
 
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
 
 PIECE_BYTES_COPIED = 4096
 """Pieces of output that are larger than this on average are written without being joined."""
+
+USER_AGENT_BYTES = 100
+"""Size of the user agent that is kept of a client."""
 
 KEEPALIVE_PING = b"keepaliv"
 DRAIN_PING = b"draining"
@@ -85,7 +89,6 @@ class ServerConnection(asyncio.Protocol):
         "_idle_since",
         "_input_deferred",
         "_listener",
-        "_opened_at",
         "_pinged_at",
         "_pings",
         "_queued",
@@ -97,9 +100,11 @@ class ServerConnection(asyncio.Protocol):
         "bulky",
         "dirty",
         "h2",
+        "opened_at",
         "peer",
         "sessions",
         "turns",
+        "user_agent",
     )
 
     def __init__(self, listener: Listener) -> None:
@@ -112,13 +117,15 @@ class ServerConnection(asyncio.Protocol):
         """Number of its Watch sessions; maintained by the Watch service."""
         self.peer = ""
         """The client's address, for logs and the status page."""
+        self.user_agent = b""
+        """That of its first request, cut at USER_AGENT_BYTES."""
         self.turns = listener.turns
         """The work budget of this turn of the loop; handlers charge work beyond that of a frame to it."""
         self._listener = listener
         self._transport: asyncio.Transport | None = None
         self._first_bytes: bytes | None = b""
         """Bytes received before the protocol was known; None from then on."""
-        self._opened_at = self._heard_at = self._idle_since = 0.0
+        self.opened_at = self._heard_at = self._idle_since = 0.0
         self._pinged_at: float | None = None
         self._pings: PingPolicy | None = None
         """Created at the client's first ping."""
@@ -147,8 +154,8 @@ class ServerConnection(asyncio.Protocol):
         listener = self._listener
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=listener.settings.write_buffer_bytes)
-        self._opened_at = self._heard_at = self._idle_since = listener.now()
-        self.peer = _address(transport.get_extra_info("peername"))
+        self.opened_at = self._heard_at = self._idle_since = listener.now()
+        self.peer = show_address(transport.get_extra_info("peername"))
         full = listener.is_full
         listener.opened(self)
         if full or listener.draining:
@@ -291,6 +298,10 @@ class ServerConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def extra_info(self, name: str) -> Any:
+        """Return a fact about the transport, as `asyncio.Transport.get_extra_info`; None once it is closed."""
+        return None if self._transport is None else self._transport.get_extra_info(name)
+
     def sweep(self, now: float) -> None:
         """Check the timeouts; the listener calls it every few seconds or more often."""
         settings = self._listener.settings
@@ -298,9 +309,9 @@ class ServerConnection(asyncio.Protocol):
             if now - self._closing_since > CLOSE_GRACE_S:
                 self.abort()
         elif self._first_bytes is not None:
-            if now - self._opened_at > settings.first_bytes_timeout_s:
+            if now - self.opened_at > settings.first_bytes_timeout_s:
                 self._time_out("first_bytes_timeout_s")
-        elif self.h2.settings_pending and now - self._opened_at > settings.settings_timeout_s:
+        elif self.h2.settings_pending and now - self.opened_at > settings.settings_timeout_s:
             self._time_out("settings_timeout_s", ErrorCode.SETTINGS_TIMEOUT)
         else:
             self._sweep_silence(settings, now)
@@ -480,6 +491,8 @@ class ServerConnection(asyncio.Protocol):
         if stream.owner is not None:
             stream.owner.trailers(event.headers)
         elif event.kind is HeadersKind.REQUEST:
+            if not self.user_agent:
+                self.user_agent = _user_agent(event.headers)
             stream.owner = self._listener.route(self, stream, event.headers, event.end_stream)
 
     def _reset(self, event: StreamReset) -> None:
@@ -566,11 +579,16 @@ class ServerConnection(asyncio.Protocol):
             self.schedule_flush()
 
 
-def _address(peername: object) -> str:
+def show_address(peername: object) -> str:
+    """Format a peer's address as HOST:PORT; "unix" if it is not TCP."""
     if isinstance(peername, tuple) and len(peername) >= 2:
         host, port = peername[0], peername[1]
         return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
     return "unix"
+
+
+def _user_agent(headers: Headers) -> bytes:
+    return next((value[:USER_AGENT_BYTES] for name, value in headers if name == b"user-agent"), b"-")
 
 
 def _nothing() -> None:

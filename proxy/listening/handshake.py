@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from proxy import logs
+from proxy.listening.connection import show_address
 from upstream.errors import BadTls
 from upstream.tls import newest
 
@@ -30,6 +31,9 @@ ACCEPTS_PER_TURN = 64
 
 EXHAUSTED_S = 0.5
 """How long accepting pauses after it failed, usually because the process has no file descriptor left."""
+
+FAILURES_LOG_S = 1.0
+"""Minimum time between two log messages about failed handshakes: any peer can cause thousands a second."""
 
 TOO_SLOW = "the handshake timed out"
 
@@ -51,6 +55,9 @@ class Acceptor:
         self._sockets = list(sockets)
         self._connection = connection
         self._loop = asyncio.get_running_loop()
+        self._logged_at = -FAILURES_LOG_S
+        self._logged = 0
+        """Failed handshakes at the last message."""
         self._handshakes: set[asyncio.Task[None]] = set()
         for listening in self._sockets:
             self._loop.add_reader(listening, self._accept, listening)
@@ -76,7 +83,7 @@ class Acceptor:
     def _accept(self, listening: socket.socket) -> None:
         for _ in range(ACCEPTS_PER_TURN):
             try:
-                accepted, _address = listening.accept()
+                accepted, address = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
@@ -90,7 +97,7 @@ class Acceptor:
                 accepted.close()
                 continue
             accepted.setblocking(False)
-            task = self._loop.create_task(self._shake(accepted))
+            task = self._loop.create_task(self._shake(accepted, show_address(address)))
             self._handshakes.add(task)
             task.add_done_callback(self._handshakes.discard)
 
@@ -98,7 +105,7 @@ class Acceptor:
         if listening in self._sockets:
             self._loop.add_reader(listening, self._accept, listening)
 
-    async def _shake(self, accepted: socket.socket) -> None:
+    async def _shake(self, accepted: socket.socket, peer: str) -> None:
         listener = self._listener
         try:
             await self._loop.connect_accepted_socket(
@@ -113,10 +120,17 @@ class Acceptor:
             listener.stats.handshakes_failed += 1
             if problem is TOO_SLOW:
                 listener.stats.timed_out["first_bytes_timeout_s"] += 1
-            log.debug("TLS handshake with a client failed", problem=problem)
+            self._log_failure(peer, problem)
             # The loop has closed it already, unless it failed before taking ownership.
             with contextlib.suppress(OSError):
                 accepted.close()
+
+    def _log_failure(self, peer: str, problem: str) -> None:
+        """Log a failed handshake, at most one in FAILURES_LOG_S, with the number of those since the last message."""
+        now, failed = self._loop.time(), self._listener.stats.handshakes_failed
+        if now >= self._logged_at + FAILURES_LOG_S:
+            count, self._logged_at, self._logged = failed - self._logged, now, failed
+            log.info("TLS handshake with a client failed", peer=peer, problem=problem, failed=count)
 
 
 def explain(error: Exception) -> str:

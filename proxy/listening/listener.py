@@ -127,6 +127,11 @@ class Listener:
         return 0 if self._acceptor is None else len(self._acceptor)
 
     @property
+    def tls(self) -> bool:
+        """Whether its clients speak TLS."""
+        return self._acceptor is not None
+
+    @property
     def port(self) -> int:
         """The port it listens on, 0 for a unix socket. Valid after `start`."""
         return self._port

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import TypeVar
 
 import aiohttp
 import msgspec
@@ -14,10 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from proxy.admin.snapshot import CoverState, Snapshot
+from proxy.admin.views import Clients
 from proxy.config.values import show_duration
 from proxy.measuring.comparison import Unit, show_value
 from proxy.measuring.load.prometheus import NoMetrics, http_reason, open_session
 from proxy.measuring.load.target import Access
+
+T = TypeVar("T")
 
 FETCH_LIMIT_S = 5.0
 REFRESH_S = 1.0
@@ -29,8 +33,12 @@ class NoStatus(Exception):
 
 async def fetch(session: aiohttp.ClientSession, url: str) -> Snapshot:
     """Fetch a proxy's status. Raises NoStatus."""
+    return await _get(session, url, "status", Snapshot)
+
+
+async def _get(session: aiohttp.ClientSession, url: str, page: str, kind: type[T]) -> T:
     try:
-        async with session.get(f"{url}/v1/status", timeout=aiohttp.ClientTimeout(total=FETCH_LIMIT_S)) as answer:
+        async with session.get(f"{url}/v1/{page}", timeout=aiohttp.ClientTimeout(total=FETCH_LIMIT_S)) as answer:
             body = await answer.read()
             if answer.status == 401:
                 raise NoStatus(f"{url} demands a user: give --user=NAME")
@@ -38,7 +46,7 @@ async def fetch(session: aiohttp.ClientSession, url: str) -> Snapshot:
                 raise NoStatus(
                     f"{url} answered {answer.status} {answer.reason}: it is not the metrics address of a watchmux"
                 )
-            return msgspec.json.decode(body, type=Snapshot)
+            return msgspec.json.decode(body, type=kind)
     except (aiohttp.ClientError, OSError) as error:
         hint = "is it the --metrics-addr of a running watchmux?"
         raise NoStatus(f"cannot ask {url}: {http_reason(error)}; {hint}") from None
@@ -51,7 +59,8 @@ def render(now: Snapshot, before: Snapshot | None = None, stale: str = "") -> Ta
 
     `stale`: why the snapshot is not of now; "" if it is.
     """
-    title = f"watchmux {now.version} at {now.address}, up {show_duration(int(now.uptime_s))}"
+    host = f" on {now.host}" if now.host else ""
+    title = f"watchmux {now.version} at {now.address}{host}, up {show_duration(int(now.uptime_s))}"
     if stale:
         title += f"\n[bold red]STALE: {escape(stale)}"
     table = Table(title=title, show_header=False, title_justify="left")
@@ -134,6 +143,39 @@ async def show_once(url: str, console: Console, access: Access, *, as_json: bool
     else:
         console.print(render(snapshot))
     return snapshot.serving
+
+
+async def show_clients(url: str, console: Console, access: Access, *, as_json: bool = False) -> None:
+    """Print the list of clients. Raises NoStatus."""
+    async with _session(url, access) as session:
+        listed = await _get(session, url, "clients", Clients)
+    if as_json:
+        console.print_json(msgspec.json.encode(listed).decode())
+    else:
+        console.print(render_clients(listed))
+
+
+def render_clients(listed: Clients) -> Table:
+    """Make the table of clients."""
+    title = f"{len(listed.clients):,} of {listed.connections:,} client connections"
+    table = Table(title=title, title_justify="left")
+    for name in ("client", "user agent", "TLS"):
+        table.add_column(name, overflow="fold")
+    for name in ("connected", "streams", "watches", "behind", "sent", "received"):
+        table.add_column(name, justify="right")
+    for each in listed.clients:
+        counted = (each.sent_bytes, each.received_bytes)
+        table.add_row(
+            Text(each.peer),
+            Text(each.user_agent),
+            each.tls or "no",
+            show_duration(int(each.age_s)),
+            f"{each.streams:,}",
+            f"{each.watches:,}",
+            f"{each.behind_s:,.1f} s" if each.lagging else "-",
+            *(show_value(count, Unit.BYTES) if count is not None else "-" for count in counted),
+        )
+    return table
 
 
 async def show_live(url: str, console: Console, access: Access) -> None:

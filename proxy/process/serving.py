@@ -33,6 +33,7 @@ from proxy.process.child import Child, ChildFailed, Parent, Ready, on_signals, p
 from proxy.process.reloading import Reloading
 from proxy.process.service_manager import ServiceManager
 from proxy.server import Proxy
+from proxy.version import process_identity
 from upstream.errors import UpstreamError
 
 if TYPE_CHECKING:
@@ -167,12 +168,8 @@ async def serve(
             log.warning(BUNDLED_STORE, data="in memory only, lost when this process stops", to_do="set --endpoints")
         if member is not None:
             member.start(proxy, parent, reloading, advertised, lambda: limits(applying.settings))
-        log.info(
-            "serving",
-            address=advertised,
-            endpoints=endpoints,
-            **({"metrics": f"http://{admin.address}/metrics"} if admin else {}),
-        )
+        metrics = {"metrics": f"http://{admin.address}/metrics"} if admin else {}
+        log.info("serving", **process_identity(), address=advertised, endpoints=endpoints, **metrics)
         served = proxy
         manager = ServiceManager(lambda: served.health.hung, os.environ if place is None else {})
         manager.start()

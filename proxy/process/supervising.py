@@ -45,6 +45,7 @@ from proxy.process.member import ProcessPlace
 from proxy.process.reloading import Reloading
 from proxy.process.service_manager import ServiceManager
 from proxy.process.supervision import HUB, Kill, Phase, Start, Stop, Supervision
+from proxy.version import process_identity
 
 WAIT_S_MAX: Final = 1.0
 """The parent looks at its processes at least this often, and passes their reports on."""
@@ -319,6 +320,7 @@ class _Parent:
             metrics = str(Address(host, self._metrics.port))
         log.info(
             "serving",
+            **process_identity(),
             address=self._settings.listener.advertise_client_url or str(address),
             endpoints=self._settings.upstream.endpoints,
             workers=self._workers,

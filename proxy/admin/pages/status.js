@@ -115,7 +115,7 @@ function nice(value) {
 
 function showState(now, view) {
   say("state", now.serving ? "serving" : `not serving: ${now.reason}`, now.serving ? "good" : "bad");
-  say("about", `${now.address} · version ${now.version || "unknown"} · up ${seconds(now.uptime_s)}`);
+  say("about", `${now.address} · ${now.host} · version ${now.version || "unknown"} · up ${seconds(now.uptime_s)}`);
   byId("store").hidden = !now.bundled_store;
   document.title = `${now.bundled_store ? "⚠ " : ""}${now.serving ? "" : "✕ "}watchmux ${now.address}`;
   const upstream = now.trunks + now.backfills;
@@ -175,6 +175,19 @@ function showTables(view) {
     bytes(each.unsent_bytes),
     each.stalled ? "reads too slowly" : "catching up",
   ], "no client lags");
+  const all = view.now.connections;
+  say("clients-note", all > view.clients.length ? `${count(view.clients.length)} of ${count(all)}; the others: /v1/clients` : "");
+  rows("clients", view.clients, (each) => [
+    { text: each.peer || "–", kind: "key-text" },
+    { text: each.user_agent || "–", kind: "key-text" },
+    seconds(each.age_s),
+    count(each.streams),
+    count(each.watches),
+    each.lagging ? seconds(each.behind_s) : "–",
+    each.sent_bytes === null ? "–" : bytes(each.sent_bytes),
+    each.received_bytes === null ? "–" : bytes(each.received_bytes),
+    each.tls || "no",
+  ], "no client is connected");
   byId("processes-part").hidden = view.processes.length === 0;
   rows("processes", view.processes, (each) => [
     { text: each.name, kind: "key-text" },

@@ -18,7 +18,16 @@ from prometheus_client.registry import CollectorRegistry
 
 from coalesce import CoreLimits
 from proto.pb import rpc_pb2, rpc_pb2_grpc
-from proxy.admin.metrics import BY_METHOD, COUNTERS, GAUGES, GRPC_PROXY_FIELD, LABELLED, ProxyCollector, metric_name
+from proxy.admin.metrics import (
+    BY_METHOD,
+    BY_PROTOCOL,
+    COUNTERS,
+    GAUGES,
+    GRPC_PROXY_FIELD,
+    LABELLED,
+    ProxyCollector,
+    metric_name,
+)
 from proxy.admin.monitor import Monitor, limits_by_default
 from proxy.admin.snapshot import Snapshot
 from proxy.config.knobs import knobs
@@ -35,6 +44,7 @@ DESCRIBED = {
     "server_id",
     "server_version",
     "version",
+    "host",
     "pid",
     "uptime_s",
     "address",
@@ -92,7 +102,7 @@ def faults(families: Iterable[Metric]) -> list[str]:
 
 def test_every_number_of_a_snapshot_is_a_metric() -> None:
     assert set(Snapshot.__struct_fields__) - DESCRIBED == {
-        *(*GAUGES, *COUNTERS, *LABELLED, *BY_METHOD, GRPC_PROXY_FIELD)
+        *(*GAUGES, *COUNTERS, *LABELLED, *BY_METHOD, BY_PROTOCOL, GRPC_PROXY_FIELD)
     }
     assert all(name.endswith("_total") for name in COUNTERS)
     assert not any(name.endswith("_total") for name in GAUGES)

@@ -22,6 +22,8 @@ import pytest
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from proxy.cli.group import run
+from proxy.config.values import parse_address
+from proxy.version import program_version
 from tests.etcd.binaries import EtcdBinary
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.waiting import until
@@ -100,6 +102,7 @@ def test_it_logs_its_address_and_drains_on_sigterm(tmp_path: Path, etcd: EtcdSer
     with served(tmp_path, f"--endpoints={etcd.endpoint}") as proxy:
         line = proxy.serving()
         assert line["endpoints"] == [etcd.endpoint]
+        assert (line["version"], line["host"]) == (program_version(), socket.gethostname())
         assert put_and_get(etcd.binary, str(line["address"])) == "hello"
         assert proxy.end() == 0
         assert [line["msg"] for line in proxy.lines()][-1] == "stopped"
@@ -125,6 +128,12 @@ def test_metrics_and_health_have_their_own_port(
         assert "client watches" in shown
         assert run(["status", address, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["pid"] == proxy.process.pid
+        with socket.create_connection(parse_address(str(proxy.serving()["address"]))[:2]):
+            until(lambda: json.loads(proxy.get("/v1/clients")[1])["connections"] == 1, "the client")
+            assert run(["status", address, "--clients"]) == 0
+            assert "1 of 1 client connections" in capsys.readouterr().out
+            assert run(["status", address, "--clients", "--json"]) == 0
+            assert len(json.loads(capsys.readouterr().out)["clients"]) == 1
         proxy.end()
 
 

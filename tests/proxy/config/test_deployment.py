@@ -74,9 +74,10 @@ def exported() -> frozenset[str]:
     """Return every metric name in a scrape of the proxy."""
     process = ProcessCollector(registry=CollectorRegistry())
     families = [*ProxyCollector(FakeMonitor()).collect(), *process.collect()]  # type: ignore[arg-type]  # a fake
-    # A labelled counter has no samples at first, but its family has a name.
+    # A labelled metric has no samples at first, but its family has a name.
     counters = {f"{family.name}_total" for family in families if family.type == "counter"}
-    return frozenset(counters.union(sample.name for family in families for sample in family.samples))
+    gauges = {family.name for family in families if family.type == "gauge"}
+    return frozenset((counters | gauges).union(sample.name for family in families for sample in family.samples))
 
 
 def check_expression(expression: str) -> None:
