@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import grpc.aio
 
@@ -39,6 +40,14 @@ async def proxy_for(etcd: EtcdServer | str, failures: int = 0, **settings: Any) 
 TIERS: Final = int(os.environ.get("TIERS", "1"))
 """TIERS=2: each proxy of the tests takes its watches from another one that stands in front of the same etcd."""
 
+_HUBS: Final[WeakKeyDictionary[Proxy, Proxy]] = WeakKeyDictionary()
+
+
+def next_to_etcd(proxy: Proxy) -> Proxy:
+    """Return the proxy whose watches are at etcd: the given one, or its hub if there are two tiers."""
+    return _HUBS.get(proxy, proxy)
+
+
 HUB_SETTINGS: Final = ("upstream", "upstream_tls", "limits", "credentials", "upstream_cert", "reader")
 """Settings that both tiers have."""
 
@@ -53,7 +62,8 @@ async def two_tiers(etcd: EtcdServer | str, failures: int = 0, **settings: Any) 
         hub = Proxy(endpoints=endpoint, tune_gc=False, path=path, **ours)
         await hub.start()
         try:
-            async with proxy_for(endpoint, failures, watch_endpoints=f"unix:{path}", **settings) as proxy:
+            async with proxy_for(endpoint, failures, watch_endpoints=f"http+unix://{path}", **settings) as proxy:
+                _HUBS[proxy] = hub
                 yield proxy
         finally:
             await hub.stop()

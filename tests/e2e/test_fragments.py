@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, ExitStack
 
 from proto.pb import rpc_pb2
 from tests.e2e.raw_client import RawClient, WatchStream
-from tests.e2e.running import direct, proxy_for
+from tests.e2e.running import TIERS, direct, proxy_for
 from tests.e2e.scenario import run
 from tests.etcd.binaries import etcds
 from tests.etcd.server import EtcdServer
@@ -40,7 +40,12 @@ async def catch_ups(port: int, endpoint: str) -> None:
         for stream in streams:
             await stream.created(20)
         for stream in streams[:2]:
-            (only,) = await responses(stream, len(VALUES))
+            runs = await responses(stream, len(VALUES))
+            if TIERS == 2:
+                # The leaf's own watch is without `fragment`, so it gets the large revisions in separate responses.
+                assert [event.kv.value for (piece,) in runs for event in piece.events] == VALUES
+                continue
+            (only,) = runs
             assert [event.kv.value for piece in only for event in piece.events] == VALUES
             assert {piece.header.revision for piece in only} == {revisions[-1]}
             assert len(only) > 4

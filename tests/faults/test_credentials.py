@@ -10,7 +10,7 @@ import pytest
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from tests.e2e.raw_client import RawClient
-from tests.e2e.running import proxy_for
+from tests.e2e.running import next_to_etcd, proxy_for
 from tests.e2e.scenario import run
 from tests.e2e.test_auth import DENIED, EMPTY, put, token_of, with_users
 from tests.etcd.server import EtcdServer
@@ -48,7 +48,8 @@ def test_trunks_live_on_when_every_token_has_expired() -> None:
         ):
             tokens = [await token_of(client, user) for user in ("u1", "u2")]
             streams = [await open_watch(client, b"a/", b"a0", 0, [("token", token)]) for token in tokens]
-            first = proxy.upstream.own_token
+            upstream = next_to_etcd(proxy).upstream
+            first = upstream.own_token
             assert first is not None
             end = asyncio.get_running_loop().time() + TTL_S + 1.5
             await until_async(lambda: asyncio.get_running_loop().time() > end, "all tokens to expire")
@@ -56,7 +57,7 @@ def test_trunks_live_on_when_every_token_has_expired() -> None:
             await put(etcd, "a/k", "1")
             for stream in streams:
                 await until_async(lambda s=stream: s.values == [b"1"], "the event after the break")  # type: ignore[misc]
-            assert proxy.upstream.own_token not in (None, first)
+            assert upstream.own_token not in (None, first)
             assert not any(stream.raw.over for stream in streams)
 
     with EtcdServer(extra=[f"--auth-token-ttl={TTL_S}"]) as etcd:
@@ -129,6 +130,6 @@ def test_credentials_while_auth_is_off(etcd: EtcdServer) -> None:
             await broken(proxy, way)
             await put(etcd, "a/k", "2")
             await until_async(lambda: stream.values == [b"1", b"2"], "the event after the break")
-            assert proxy.upstream.own_token is not None
+            assert next_to_etcd(proxy).upstream.own_token is not None
 
     run(scenario())

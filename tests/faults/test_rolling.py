@@ -24,7 +24,7 @@ from proxy.measuring.load.target import LoadTarget
 from proxy.watch.service import DRAIN_SLICE_SESSIONS
 from tests.clients.libraries import LIBRARIES, PROGRAMS
 from tests.e2e.raw_client import RawClient
-from tests.e2e.running import direct, proxy_for
+from tests.e2e.running import direct, next_to_etcd, proxy_for
 from tests.e2e.scenario import run
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.server import EtcdServer
@@ -212,6 +212,8 @@ def test_clients_that_are_killed_leave_nothing(etcd: EtcdServer, tmp_path: Path)
                 await until_async(lambda: "still here" in (tmp_path / "0").read_text(), "the event")
             await until_async(lambda: not (stats.sessions or stats.trunks), "the last one to be gone")
             await until_async(lambda: not proxy.listener.connections, "the connections to be gone")
+            hub = next_to_etcd(proxy).engine.core.stats
+            await until_async(lambda: not hub.trunks, "the watches at etcd to be gone")
             assert await asyncio.to_thread(etcd.watchers) == 0
 
     run(scenario())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from proto.framing import Status
 from proxy.server import Proxy
 from tests.e2e.raw_client import RawClient
-from tests.e2e.running import proxy_for
+from tests.e2e.running import next_to_etcd, proxy_for, two_tiers
 from tests.e2e.scenario import run
 from tests.e2e.test_auth import DENIED, INVALID, put, token_of, with_users
 from tests.etcd.binaries import EtcdBinary, etcds
@@ -24,22 +25,30 @@ from tests.waiting import until_async
 
 TTL_S = 1
 
+Proxies = Callable[..., AbstractAsyncContextManager[Proxy]]
+BOTH = pytest.mark.parametrize("proxies", [proxy_for, two_tiers], ids=["one tier", "two tiers"])
+
 
 async def broken(proxy: Proxy, way: Relay) -> None:
     """Break all connections to etcd once, and wait until the one of the watches is back."""
-    resumed = proxy.engine.stats.upstream_resumed
+    stats = next_to_etcd(proxy).engine.stats
+    resumed = stats.upstream_resumed
     way.cut()
     way.mend()
-    await until_async(lambda: proxy.engine.stats.upstream_resumed > resumed, "the connection to be back")
+    await until_async(lambda: stats.upstream_resumed > resumed, "the connection to be back")
 
 
-def scenario_with(etcd: EtcdServer, story: Callable[[Proxy, RawClient, Relay], Awaitable[None]]) -> None:
-    """Run a scenario with a proxy behind a relay, and a client of the proxy."""
+def scenario_with(
+    etcd: EtcdServer,
+    story: Callable[[Proxy, RawClient, Relay], Awaitable[None]],
+    proxies: Proxies = proxy_for,
+) -> None:
+    """Run a scenario with a proxy behind a relay, and a client of the proxy; `proxies`: one proxy, or two tiers."""
 
     async def scenario() -> None:
         async with (
             relay_to(etcd.client_port) as way,
-            proxy_for(way.endpoint) as proxy,
+            proxies(way.endpoint) as proxy,
             await RawClient.connect(proxy.port) as client,
         ):
             await story(proxy, client, way)
@@ -61,7 +70,8 @@ async def expire_while_using(client: RawClient, used: str) -> None:
     await until_async(over, "the tokens to expire")
 
 
-def test_one_expired_token_does_not_stop_the_others() -> None:
+@BOTH
+def test_one_expired_token_does_not_stop_the_others(proxies: Proxies) -> None:
     async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
         expiring, used = await token_of(client, "u1"), await token_of(client, "u2")
         first = await open_watch(client, b"a/", b"a0", 0, [("token", expiring)])
@@ -78,11 +88,12 @@ def test_one_expired_token_does_not_stop_the_others() -> None:
 
     with EtcdServer(extra=[f"--auth-token-ttl={TTL_S}"]) as etcd:
         with_users(etcd)
-        scenario_with(etcd, story)
+        scenario_with(etcd, story, proxies)
 
 
 @pytest.mark.long
-def test_sessions_return_with_new_tokens_when_all_expired() -> None:
+@BOTH
+def test_sessions_return_with_new_tokens_when_all_expired(proxies: Proxies) -> None:
     async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
         tokens = [await token_of(client, user) for user in ("u1", "u2")]
         streams = [await open_watch(client, b"a/", b"a0", 0, [("token", token)]) for token in tokens]
@@ -109,7 +120,7 @@ def test_sessions_return_with_new_tokens_when_all_expired() -> None:
 
     with EtcdServer(extra=[f"--auth-token-ttl={TTL_S}"]) as etcd:
         with_users(etcd)
-        scenario_with(etcd, story)
+        scenario_with(etcd, story, proxies)
 
 
 @pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
@@ -145,7 +156,8 @@ def test_watches_beyond_a_right_are_refused(binary: EtcdBinary) -> None:
         scenario_with(etcd, story)
 
 
-def test_a_revoked_role_does_not_stop_the_others(etcd: EtcdServer) -> None:
+@BOTH
+def test_a_revoked_role_does_not_stop_the_others(etcd: EtcdServer, proxies: Proxies) -> None:
     with_users(etcd)
 
     async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
@@ -166,7 +178,7 @@ def test_a_revoked_role_does_not_stop_the_others(etcd: EtcdServer) -> None:
         for stream in (revoked, stayer):
             assert await stream.raw.end() == (Status.UNAVAILABLE, "etcdserver: permission denied")
 
-    scenario_with(etcd, story)
+    scenario_with(etcd, story, proxies)
 
 
 def jwt_flags(directory: Path, ttl: str) -> list[str]:
@@ -224,7 +236,7 @@ def test_signed_tokens_that_are_older_than_the_users(tmp_path: Path) -> None:
 def test_signed_tokens_that_expire(tmp_path: Path) -> None:
     async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
         first = await open_watch(client, b"a/", b"a0", 0, [("token", await token_of(client, "u1"))])
-        end = asyncio.get_running_loop().time() + 3
+        end = asyncio.get_running_loop().time() + 5
         await until_async(lambda: asyncio.get_running_loop().time() > end, "the token to expire")
         second = await open_watch(client, b"a/", b"a0", 0, [("token", await token_of(client, "u2"))])
         await broken(proxy, way)
@@ -232,7 +244,7 @@ def test_signed_tokens_that_expire(tmp_path: Path) -> None:
         for stream in (first, second):
             await until_async(lambda s=stream: s.values == [b"1"], "the event after the break")  # type: ignore[misc]
 
-    with EtcdServer(extra=jwt_flags(tmp_path, "2s")) as etcd:
+    with EtcdServer(extra=jwt_flags(tmp_path, "4s")) as etcd:
         with_users(etcd)
         scenario_with(etcd, story)
 
