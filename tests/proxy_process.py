@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from proxy.config.knobs import Settings
 from proxy.process import running
@@ -107,16 +109,29 @@ class ProxyProcess:
             lines = answer.read().decode().splitlines()
         return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
-    def cpu_s(self) -> float:
-        """Return the user and system CPU seconds it has used."""
+    def overview(self) -> dict[str, Any]:
+        """Return the data of the status page. Raises OSError."""
+        with urllib.request.urlopen(f"http://{HOST}:{self.metrics_port}/v1/overview", timeout=10) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
+
+    def processes(self) -> dict[str, int]:
+        """Return the ids of the processes of --workers by name, without the parent; none while it is not known."""
+        try:
+            return {each["name"]: each["pid"] for each in self.overview()["processes"]}
+        except (urllib.error.URLError, OSError):
+            return {}
+
+    def cpu_s(self, pid: int = 0) -> float:
+        """Return the user and system CPU seconds it has used; `pid`: of one of its processes."""
         assert self.process is not None
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid or self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def memory_bytes(self) -> int:
-        """Return its resident memory."""
+    def memory_bytes(self, pid: int = 0) -> int:
+        """Return its resident memory; `pid`: of one of its processes."""
         assert self.process is not None
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path(f"/proc/{pid or self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def serve_here(settings: Settings, notes: list[str], parent_fd: int | None) -> int:

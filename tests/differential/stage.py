@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import Self
 
 from coalesce.limits import CoreLimits
+from proxy.config.applied import REQUEST_OVERHEAD_BYTES
 from proxy.passthrough.settings import PassthroughSettings
-from proxy.server import Proxy
 from tests.differential.player import LIMIT_S, Player
 from tests.differential.recording import Recording
 from tests.differential.steps import Program
@@ -29,6 +29,7 @@ from tests.e2e.raw_client import RawClient
 from tests.e2e.running import proxy_for, two_tiers
 from tests.etcd.binaries import EtcdBinary
 from tests.etcd.server import HOST, EtcdServer
+from tests.proxy_process import ProxyProcess
 
 DIRECT, COLD, CROWDED = "direct", "cold", "crowded"
 WAYS = (DIRECT, COLD, CROWDED)
@@ -62,14 +63,17 @@ class Stage:
         auth: bool = False,
         namespace: bytes = b"",
         tiers: int = 1,
+        workers: int = 0,
     ) -> None:
         """`namespace`: of the proxies; then all calls go through them, since the keys have other names at etcd.
 
-        `tiers`: 2 = each proxy takes its watches from another one.
+        `tiers`: 2 = each proxy takes its watches from another one. `workers`: of --workers; 0 = the proxy runs in the
+        process of the test.
         """
         self.auth = auth
         self.namespace = namespace
         self._proxy = proxy_for if tiers == 1 else two_tiers
+        self._workers = workers
         self.sets = {way: _members(binary, flags, members) for way in WAYS}
 
     def __enter__(self) -> Self:
@@ -102,25 +106,37 @@ class Stage:
         try:
             if way == DIRECT:
                 return await Player(program, Target(straight, straight, False, etcds), limit_s).play()
-            limits = CoreLimits(covers=covers, fragment_bytes=program.request_bytes_max)
-            passthrough = PassthroughSettings(translated_request_bytes_max=program.request_bytes_max)
-            async with (
-                self._proxy(etcds[0], limits=limits, passthrough=passthrough, namespace=self.namespace) as proxy,
-                _crowd(program, proxy, way),
-            ):
-                calls = straight if way == CROWDED and not self.namespace else proxy.port
-                return await Player(program, Target(proxy.port, calls, True, etcds), limit_s).play()
+            async with self._front(etcds[0], program, covers) as port, _crowd(program, port, way):
+                calls = straight if way == CROWDED and not self.namespace else port
+                return await Player(program, Target(port, calls, True, etcds), limit_s).play()
         finally:
             Target(0, 0, False, etcds).go_on()
 
+    @asynccontextmanager
+    async def _front(self, etcd: EtcdServer, program: Program, covers: tuple[bytes, ...]) -> AsyncIterator[int]:
+        """Yield the port of a new proxy."""
+        if self._workers:
+            request = f"--max-request-bytes={program.request_bytes_max - REQUEST_OVERHEAD_BYTES}"
+            processes = ProxyProcess(etcd.endpoint, [f"--workers={self._workers}", request])
+            try:
+                await asyncio.to_thread(processes.start)
+                yield processes.port
+            finally:
+                processes.__exit__(None, None, None)
+            return
+        limits = CoreLimits(covers=covers, fragment_bytes=program.request_bytes_max)
+        passthrough = PassthroughSettings(translated_request_bytes_max=program.request_bytes_max)
+        async with self._proxy(etcd, limits=limits, passthrough=passthrough, namespace=self.namespace) as proxy:
+            yield proxy.port
+
 
 @asynccontextmanager
-async def _crowd(program: Program, proxy: Proxy, way: str) -> AsyncIterator[None]:
+async def _crowd(program: Program, port: int, way: str) -> AsyncIterator[None]:
     """Have other clients watch the ranges of a program."""
     if way != CROWDED or program.auth or program.lonely:
         yield
         return
-    async with await RawClient.connect(proxy.port) as client:
+    async with await RawClient.connect(port) as client:
         for (key, end), prev_kv in program.ranges().items():
             for wants_prev_kv in {False, prev_kv}:
                 stream = client.watch()

@@ -20,7 +20,7 @@ from tests.etcd.binaries import EtcdBinary, etcds
 
 STALLED_S = 1.0
 """How long to wait for a response that a known defect withholds."""
-Kind = tuple[EtcdBinary, tuple[str, ...], int, bool, bytes, int]
+Kind = tuple[EtcdBinary, tuple[str, ...], int, bool, bytes, int, int]
 
 
 STAGES_MAX = 2
@@ -34,13 +34,15 @@ class Stages:
         self._running: dict[Kind, Stage] = {}
         """In order of use, the most recent last."""
 
-    def get(self, binary: EtcdBinary, program: Program, namespace: bytes = b"", tiers: int = 1) -> Stage:
+    def get(
+        self, binary: EtcdBinary, program: Program, namespace: bytes = b"", tiers: int = 1, workers: int = 0
+    ) -> Stage:
         """Return the stage for a program, started if necessary."""
-        kind = (binary, program.flags, program.members, program.auth, namespace, tiers)
+        kind = (binary, program.flags, program.members, program.auth, namespace, tiers, workers)
         stage = self._running.pop(kind, None)
         if stage is None:
             self._close_to(STAGES_MAX - 1)
-            stage = Stage(binary, program.flags, program.members, program.auth, namespace, tiers)
+            stage = Stage(binary, program.flags, program.members, program.auth, namespace, tiers, workers)
             stage.__enter__()
         self._running[kind] = stage
         return stage
@@ -127,6 +129,21 @@ def test_the_same_through_a_namespace(program: Program, stages: Stages) -> None:
 def test_the_same_through_two_tiers(program: Program, stages: Stages) -> None:
     binary = etcds()[0]
     recordings = run(stages.get(binary, program, tiers=2).run(program), program.limit_s)
+    judge(binary, program, recordings)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(program, marks=() if number % 48 == 9 and not program.long else pytest.mark.long, id=program.name)
+        for number, program in enumerate(PROGRAMS)
+        if not program.fresh
+    ],
+)
+def test_the_same_through_workers(program: Program, stages: Stages) -> None:
+    """A hub and two workers; the crowd and the program's connections are served by either of them."""
+    binary = etcds()[0]
+    recordings = run(stages.get(binary, program, workers=2).run(program), program.limit_s)
     judge(binary, program, recordings)
 
 

@@ -25,11 +25,15 @@ def main() -> int:
     parser.add_argument("--docs", action="store_true", help="write docs/evidence/soak.md and its graph as well")
     parser.add_argument("--out", type=Path, default=OUT, help="where report.md, samples.json and soak.png go")
     parser.add_argument("--only", default="", help="only the faults whose name contains this")
+    parser.add_argument("--workers", type=int, default=0, help="--workers of the proxy, whose processes are killed too")
+    parser.add_argument("--spared", choices=("hub", "worker"), default="hub", help="not killed after the first wave")
     arguments = parser.parse_args()
     sys.stdout.write(f"seed {arguments.seed}, {arguments.minutes:g} minutes\n")
     sys.stdout.flush()
     with tempfile.TemporaryDirectory(prefix="watchmux-soak-") as made:
-        course = soak(arguments.minutes, arguments.seed, Path(made), arguments.only)
+        course = soak(
+            arguments.minutes, arguments.seed, Path(made), arguments.only, arguments.workers, arguments.spared
+        )
         outcome = run(course, arguments.minutes * 60 * 2 + 900)
         arguments.out.mkdir(parents=True, exist_ok=True)
         for kept in Path(made).rglob("*.spool"):

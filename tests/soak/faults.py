@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import random
 import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import grpc.aio
 
@@ -32,8 +35,12 @@ class Faults:
         history: History,
         seed: int,
         only: str = "",
+        spared: str = "",
     ) -> None:
-        """`only`: inject only the faults whose name contains this."""
+        """`only`: inject only the faults whose name contains this.
+
+        `spared`: with --workers, "hub" or "worker", which is not killed after `restarts` is over; "": without.
+        """
         self._etcd = etcd
         self._proxy = proxy
         self._history = history
@@ -60,6 +67,11 @@ class Faults:
             ("proxy drained and restarted", 1.5, self._drain),
             ("proxy killed and restarted", 1.5, self._crash),
         ]
+        self.killed: set[int] = set()
+        """The ids of the processes of --workers that were killed."""
+        for kind in ("hub", "worker") if spared else ():
+            away.append((f"{kind} held by SIGSTOP", 1, partial(self._hold_one, kind)))
+            (restarting if kind == spared else away).append((f"{kind} killed", 4, partial(self._kill_one, kind)))
         self._only = only
         self._faults = [fault for fault in away if only in fault[0]]
         self._restarting = [fault for fault in restarting if only in fault[0]]
@@ -137,6 +149,25 @@ class Faults:
         await asyncio.to_thread(self._proxy.kill)
         await self._pause(0, 1)
         await asyncio.to_thread(self._proxy.start)
+
+    async def _one(self, kind: str) -> int:
+        """Return the id of a process of --workers; 0 while the proxy does not say."""
+        processes = await asyncio.to_thread(self._proxy.processes)
+        return self._chance.choice([pid for name, pid in sorted(processes.items()) if kind in name] or [0])
+
+    async def _kill_one(self, kind: str) -> None:
+        if pid := await self._one(kind):
+            self.killed.add(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    async def _hold_one(self, kind: str) -> None:
+        """Hold a process for less than its parent endures."""
+        if pid := await self._one(kind):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+                await self._pause(0.5, 6)
+                os.kill(pid, signal.SIGCONT)
 
     def _relayed(self, relay: Relay, what: str) -> Callable[[], Awaitable[None]]:
         async def fault() -> None:

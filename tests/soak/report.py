@@ -67,7 +67,7 @@ def text(outcome: Outcome) -> str:
         "| at rest | process | resident MiB | malloc in use, MiB | objects | blocks | waited for a collection "
         "| descriptors | threads | CPU s |",
         "|---|---|---|---|---|---|---|---|---|---|",
-        *(_rest(rest) for rest in outcome.rests),
+        *(_rest(each, name) for rest in outcome.rests for name, each in (rest.processes or {"": rest}).items()),
         "",
         *_table("more objects at the end than after the second wave, by holder and type", grown(outcome.rests)),
         *_table("what the proxy went through (all its processes)", went_through(samples)),
@@ -78,19 +78,33 @@ def text(outcome: Outcome) -> str:
 
 
 def grown(rests: list[Sample]) -> dict[str, int]:
-    """Return by how much the objects have grown between the rests that are compared, by holder and type."""
+    """Return by how much the objects have grown between the rests that are compared, by holder and type.
+
+    With --workers: in each process that lived from one to the other.
+    """
     if len(rests) < len(SHARES):
         return {}
-    before, after = rests[-len(SHARES) + 1].held, rests[-1].held
-    if before is None or after is None:
+    before, after = rests[-len(SHARES) + 1], rests[-1]
+    if not after.processes:
+        return _grown(before, after)
+    return {
+        f"{name}: {kind}": more
+        for name, each in after.processes.items()
+        for kind, more in _grown(before.processes[name], each).items()
+    }
+
+
+def _grown(before: Sample, after: Sample) -> dict[str, int]:
+    if before.held is None or after.held is None or before.pid != after.pid:
         return {}
-    return {name: more for name, count in after.census.items() if (more := count - before.census.get(name, 0)) > 0}
+    was = before.held.census
+    return {name: more for name, count in after.held.census.items() if (more := count - was.get(name, 0)) > 0}
 
 
-def _rest(rest: Sample) -> str:
+def _rest(rest: Sample, name: str) -> str:
     held = rest.held or Held(0, 0, 0, 0)
     return (
-        f"| {rest.at_s:.0f} s | {rest.pid} | {rest.memory_bytes / MIB:.1f} | {held.malloc_bytes / MIB:.1f} "
+        f"| {rest.at_s:.0f} s | {name} {rest.pid} | {rest.memory_bytes / MIB:.1f} | {held.malloc_bytes / MIB:.1f} "
         f"| {held.objects} | {held.blocks} | {held.garbage} | {rest.descriptors} | {rest.threads} | {rest.cpu_s:.1f} |"
     )
 

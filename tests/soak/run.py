@@ -14,6 +14,7 @@ import itertools
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -141,23 +142,30 @@ class Wave:
                 process.kill()
 
 
-async def soak(minutes: float, seed: int, directory: Path, only: str = "") -> Outcome:
+async def soak(
+    minutes: float, seed: int, directory: Path, only: str = "", workers: int = 0, spared: str = "hub"
+) -> Outcome:
     """Run for about so long (plus the rests between waves); clients write their records to `directory`.
 
-    `only`: inject only the faults whose name contains this, to find the one that leaks.
+    `only`: inject only the faults whose name contains this, to find the one that leaks. `workers`: of --workers, 0 =
+    one process; then processes are killed one by one as well, after the first wave those that are not `spared`.
     """
     outcome = Outcome(seed)
+    knobs = (*KNOBS, f"--workers={workers}") if workers else KNOBS
     started = time.monotonic()
     with EtcdServer() as etcd:
         async with relay_to(etcd.client_port) as upstream:
-            proxy = ProxyProcess(upstream.endpoint, KNOBS, ENVIRONMENT)
+            proxy = ProxyProcess(upstream.endpoint, knobs, ENVIRONMENT)
             await asyncio.to_thread(proxy.__enter__)
             history = History(etcd.client_port)
             store = Etcd(etcd.endpoint)
             try:
                 async with relay_to(proxy.port) as clients:
-                    faults = Faults(etcd, proxy, upstream, clients, history, seed, only)
-                    await _waves(minutes * 60, directory, outcome, faults, clients.endpoint, proxy, history, store)
+                    faults = Faults(etcd, proxy, upstream, clients, history, seed, only, spared if workers else "")
+                    sampler = Sampler(proxy, workers)
+                    await _waves(
+                        minutes * 60, directory, outcome, faults, clients.endpoint, proxy, sampler, history, store
+                    )
             finally:
                 await history.stop()
                 await store._channel.close()
@@ -174,10 +182,10 @@ async def _waves(
     faults: Faults,
     endpoint: str,
     proxy: ProxyProcess,
+    sampler: Sampler,
     history: History,
     store: Etcd,
 ) -> None:
-    sampler = Sampler(proxy)
     sampling = asyncio.create_task(sampler.run())
     zero = asyncio.get_running_loop().time() - sampler.now_s
     outcome.rests.append(await _rest(sampler))
@@ -206,7 +214,10 @@ async def _waves(
         outcome.faults = faults.done
         outcome.fault_log = [(round(at - zero, 2), what) for at, what in faults.log]
         outcome.changes = len(history.changes)
-    outcome.leaks = leaks(outcome.rests)
+    outcome.leaks = leaks(outcome.rests, faults.killed)
+    ended = proxy.log().count('"msg": "process ended"')
+    if ended > len(faults.killed):
+        outcome.violations.append(f"{ended} processes ended, of which {len(faults.killed)} were killed")
 
 
 async def _trouble(seconds: float, faults: Faults) -> None:
@@ -227,19 +238,40 @@ async def _rest(sampler: Sampler) -> Sample:
     deadline = time.monotonic() + REST_S
     while True:
         await asyncio.sleep(1)
-        sample = await asyncio.to_thread(sampler.take)
+        try:
+            sample = await asyncio.to_thread(sampler.take)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            # A process is being replaced.
+            continue
         if time.monotonic() > deadline or not any(sample.gauges[name] for name in EMPTY):
             await asyncio.to_thread(sampler.take_held, sample)
             return sample
 
 
-def leaks(rests: list[Sample]) -> list[str]:
-    """Return the leaks of the proxy at rest, relative to its earlier rest, and in absolute terms."""
+def leaks(rests: list[Sample], killed: Collection[int] = ()) -> list[str]:
+    """Return the leaks of the proxy at rest, relative to its earlier rest, and in absolute terms.
+
+    With --workers they are those of each process that was not `killed` (by id).
+    """
     found = []
     for number, rest in enumerate(rests):
         held = {name: rest.gauges[name] for name in EMPTY if rest.gauges[name]}
         if held:
             found.append(f"at rest {number} it holds {held}")
+    if not rests[-1].processes:
+        return found + _growth(rests)
+    for name in rests[-1].processes:
+        each = [rest.processes[name] for rest in rests]
+        if each[-len(SHARES) + 1].pid not in killed:
+            found += [f"{name}: {line}" for line in _growth(each)]
+    return found
+
+
+def _growth(rests: list[Sample]) -> list[str]:
+    """Return what has grown in one process."""
+    found = []
     for before, after in itertools.pairwise(rests):
         if before.pid == after.pid and after.descriptors > before.descriptors + LEAK_DESCRIPTORS:
             found.append(f"descriptors went from {before.descriptors} to {after.descriptors}")

@@ -18,9 +18,13 @@ from tests.proxy_process import ProxyProcess
 from tests.waiting import until
 
 INSIDE = Path(__file__).parent / "inside"
-HELD = Path(tempfile.gettempdir()) / f"watchmux-soak-held-{os.getpid()}.json"
+HELD = Path(tempfile.gettempdir()) / f"watchmux-soak-held-{os.getpid()}"
+"""Each process of the proxy appends its id."""
 ENVIRONMENT = {"PYTHONPATH": str(INSIDE), "SOAK_HELD": str(HELD)}
 """The environment of the proxy."""
+
+PARENT = "parent"
+"""The process that was started, with --workers."""
 
 DELAY = "watchmux_event_loop_delay_seconds"
 GAUGES = (
@@ -44,7 +48,7 @@ class Held(msgspec.Struct):
 
 
 class Sample(msgspec.Struct):
-    """One sample of the proxy."""
+    """One sample of the proxy; with --workers the figures of its processes are sums."""
 
     at_s: float
     """Since the start of the run."""
@@ -54,6 +58,8 @@ class Sample(msgspec.Struct):
     threads: int
     cpu_s: float
     """Since the start of its process."""
+    processes: dict[str, Sample] = {}
+    """At rest: the processes of --workers by name, without gauges and counters."""
     loop_delay_s: float = 0.0
     """An upper bound (a bucket's) of the longest timer delay since the previous sample."""
     gauges: dict[str, float] = {}
@@ -73,8 +79,9 @@ def read_metrics(port: int) -> dict[str, float]:
 class Sampler:
     """Samples the proxy every second, over all of its processes."""
 
-    def __init__(self, proxy: ProxyProcess) -> None:
+    def __init__(self, proxy: ProxyProcess, workers: int = 0) -> None:
         self._proxy = proxy
+        self._workers = workers
         self._started = time.monotonic()
         self._buckets: dict[str, float] = {}
         self._pid = 0
@@ -97,17 +104,10 @@ class Sampler:
         """Take one sample. Raises OSError when the proxy is down."""
         process = self._proxy.process
         assert process is not None
-        home = Path(f"/proc/{process.pid}")
-        status = dict(line.split(":", 1) for line in (home / "status").read_text().splitlines())
-        sample = Sample(
-            round(self.now_s, 2),
-            process.pid,
-            self._proxy.memory_bytes(),
-            len(list((home / "fd").iterdir())),
-            int(status["Threads"]),
-            self._proxy.cpu_s(),
-        )
         metrics = read_metrics(self._proxy.metrics_port)
+        sample = self._of(process.pid)
+        if self._workers:
+            self._add_processes(sample)
         sample.loop_delay_s = self._delay(process.pid, metrics)
         sample.gauges = {name: metrics[f"watchmux_{name}"] for name in GAUGES}
         sample.counters = {
@@ -117,12 +117,39 @@ class Sampler:
         }
         return sample
 
+    def _of(self, pid: int) -> Sample:
+        """Sample one process. Raises OSError if it has ended."""
+        home = Path(f"/proc/{pid}")
+        status = dict(line.split(":", 1) for line in (home / "status").read_text().splitlines())
+        return Sample(
+            round(self.now_s, 2),
+            pid,
+            self._proxy.memory_bytes(pid),
+            len(list((home / "fd").iterdir())),
+            int(status["Threads"]),
+            self._proxy.cpu_s(pid),
+        )
+
+    def _add_processes(self, sample: Sample) -> None:
+        pids = {PARENT: sample.pid, **self._proxy.processes()}
+        if len(pids) < self._workers + 2:
+            raise ProcessLookupError("a process is not there yet")
+        sample.processes = {name: self._of(pid) for name, pid in pids.items()}
+        parts = sample.processes.values()
+        sample.memory_bytes = sum(part.memory_bytes for part in parts)
+        sample.descriptors = sum(part.descriptors for part in parts)
+        sample.threads = sum(part.threads for part in parts)
+        sample.cpu_s = sum(part.cpu_s for part in parts)
+
     def take_held(self, sample: Sample) -> None:
-        """Have the process report its memory."""
-        HELD.unlink(missing_ok=True)
-        os.kill(sample.pid, signal.SIGUSR2)
-        until(HELD.exists, "the proxy to say what it holds")
-        sample.held = msgspec.json.decode(HELD.read_bytes(), type=Held)
+        """Have each process report its memory."""
+        for each in sample.processes.values() or [sample]:
+            path = Path(f"{HELD}.{each.pid}")
+            path.unlink(missing_ok=True)
+            os.kill(each.pid, signal.SIGUSR2)
+            until(path.exists, "the proxy to say what it holds")
+            each.held = msgspec.json.decode(path.read_bytes(), type=Held)
+            path.unlink()
 
     def _delay(self, pid: int, metrics: dict[str, float]) -> float:
         now = {name: value for name, value in metrics.items() if name.startswith(f"{DELAY}_bucket")}

@@ -257,6 +257,17 @@ def test_the_report_lists_the_findings(tmp_path: Path) -> None:
         assert text.count("| 11.0 | 52000 | 210000 | 5000 |") == len(FIRST)
 
 
+def test_leaks_are_those_of_each_process_that_lived() -> None:
+    def whole(growth: int, pid: int) -> Sample:
+        sample = Rest().sample()
+        sample.processes = {"hub": Rest(objects=52_000 + growth).sample(), "worker-1": Rest(pid=pid).sample()}
+        return sample
+
+    rests = [*[whole(0, 7)] * (len(SHARES) + 1), whole(4_000, 8)]
+    assert leaks(rests, {7}) == ["hub: objects in use went from 52000 to 56000"]
+    assert "worker-1: the proxy did not live from one rest to the next" in leaks(rests)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_short_soak(tmp_path: Path) -> None:
@@ -267,3 +278,12 @@ def test_a_short_soak(tmp_path: Path) -> None:
     assert sum(outcome.faults.values()) >= 5
     assert outcome.events > 10_000
     assert (tmp_path / "out/samples.json").exists()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(500)
+def test_a_short_soak_with_workers(tmp_path: Path) -> None:
+    outcome = run(soak(1.5, 3, tmp_path / "made", "killed", workers=2, spared="worker"), 480)
+    print(report.write(outcome, tmp_path / "out"))  # noqa: T201 - shown when it fails
+    assert (outcome.violations, outcome.leaks) == ([], [])
+    assert outcome.faults["hub killed"] + outcome.faults["worker killed"] >= 3

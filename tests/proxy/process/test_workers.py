@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,7 +19,7 @@ from proxy.process import shares
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct
 from tests.e2e.scenario import run
-from tests.etcd.server import HOST, EtcdServer
+from tests.etcd.server import EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, open_watch, reached
 from tests.proxy_process import ProxyProcess
 from tests.waiting import until, until_async
@@ -35,23 +31,8 @@ WATCHERS = "etcd_debugging_mvcc_watcher_total"
 def served(etcd: EtcdServer) -> Iterator[ProxyProcess]:
     """A proxy with two workers."""
     with ProxyProcess(etcd.endpoint, ["--workers=2", "--drain=1s"]) as proxy:
-        until(lambda: len(processes(proxy)) == 3, "all processes", 20)
+        until(lambda: len(proxy.processes()) == 3, "all processes", 20)
         yield proxy
-
-
-def overview(proxy: ProxyProcess) -> dict[str, Any]:
-    """Return the data of the status page."""
-    with urllib.request.urlopen(f"http://{HOST}:{proxy.metrics_port}/v1/overview", timeout=10) as answer:
-        found: dict[str, Any] = json.load(answer)
-        return found
-
-
-def processes(proxy: ProxyProcess) -> dict[str, int]:
-    """Return the process ids by name; empty while the page cannot be read."""
-    try:
-        return {each["name"]: each["pid"] for each in overview(proxy)["processes"]}
-    except (urllib.error.URLError, ConnectionError):
-        return {}
 
 
 def test_workers_share_one_upstream_watch_and_one_page(etcd: EtcdServer, served: ProxyProcess) -> None:
@@ -63,8 +44,8 @@ def test_workers_share_one_upstream_watch_and_one_page(etcd: EtcdServer, served:
         for stream in streams:
             assert (await stream.next()).events[0].kv.mod_revision == revision
         assert etcd.metrics()[WATCHERS] == 1
-        await until_async(lambda: overview(served)["now"]["events_delivered_total"] == 24, "the sums", 10)
-        shown = overview(served)
+        await until_async(lambda: served.overview()["now"]["events_delivered_total"] == 24, "the sums", 10)
+        shown = served.overview()
         assert shown["now"]["watches"] == shown["now"]["connections"] == 24
         assert shown["now"]["trunks"] == 1
         assert [trunk["watches"] for trunk in shown["trunks"]] == [24]
@@ -78,25 +59,51 @@ def test_workers_share_one_upstream_watch_and_one_page(etcd: EtcdServer, served:
     run(scenario())
 
 
+@pytest.mark.long
+def test_500_watches_of_four_workers_are_one_at_etcd(etcd: EtcdServer) -> None:
+    """Each connection goes to one of the four at random: a worker's part has a standard deviation of 8 %."""
+
+    async def scenario(proxy: ProxyProcess) -> None:
+        clients = [await RawClient.connect(proxy.port) for _ in range(500)]
+        streams = [await open_watch(client, PREFIX, PREFIX_END) for client in clients]
+        assert etcd.metrics()[WATCHERS] == 1
+        async with direct(etcd) as calls:
+            revision = await calls.put(PREFIX + b"1", b"1")
+        for stream in streams:
+            assert (await stream.next()).events[0].kv.mod_revision == revision
+        await until_async(lambda: proxy.overview()["now"]["watches"] == 500, "the sums", 10)
+        parts = [each["watches"] for each in proxy.overview()["processes"] if each["name"] != "hub"]
+        assert sum(parts) == 500
+        # Five standard deviations.
+        assert min(parts) > 125 * 0.6
+        assert max(parts) < 125 * 1.4
+        for client in clients:
+            await client.close()
+
+    with ProxyProcess(etcd.endpoint, ["--workers=4", "--drain=1s"]) as proxy:
+        until(lambda: len(proxy.processes()) == 5, "all processes", 20)
+        run(scenario(proxy))
+
+
 def test_killed_processes_are_replaced_and_no_event_is_lost(etcd: EtcdServer, served: ProxyProcess) -> None:
     async def scenario() -> None:
         writer = Writer(etcd.endpoint, 0.005)
         await writer.more(5)
         clients = [await RawClient.connect(served.port) for _ in range(8)]
         streams = [await open_watch(client, PREFIX, PREFIX_END, 1) for client in clients]
-        before = processes(served)
+        before = served.processes()
         os.kill(before["hub"], signal.SIGKILL)
         await writer.more(20)
-        await until_async(lambda: processes(served).get("hub") not in (None, before["hub"]), "another hub", 10)
+        await until_async(lambda: served.processes().get("hub") not in (None, before["hub"]), "another hub", 10)
         await writer.more(20)
         # The workers carry their clients over.
         for stream in streams:
             await until_async(lambda s=stream: reached(s, writer.last), "the newest event", 10)  # type: ignore[misc]
             assert not stream.raw.over
-        delivered = overview(served)["now"]["events_delivered_total"]
+        delivered = served.overview()["now"]["events_delivered_total"]
         os.kill(before["worker-1"], signal.SIGKILL)
-        await until_async(lambda: processes(served).get("worker-1") not in (None, before["worker-1"]), "a worker", 10)
-        assert overview(served)["now"]["events_delivered_total"] >= delivered
+        await until_async(lambda: served.processes().get("worker-1") not in (None, before["worker-1"]), "a worker", 10)
+        assert served.overview()["now"]["events_delivered_total"] >= delivered
         for stream in streams:
             if stream.raw.over:
                 continue
@@ -114,14 +121,14 @@ def test_killed_processes_are_replaced_and_no_event_is_lost(etcd: EtcdServer, se
 
 
 def test_a_signal_drains_all_processes(served: ProxyProcess) -> None:
-    pids = processes(served).values()
+    pids = served.processes().values()
     assert served.stop() == 0
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
     assert served.log().count('"msg": "stopped"') == 4
 
 
 def test_all_processes_end_with_the_parent(served: ProxyProcess) -> None:
-    pids = list(processes(served).values())
+    pids = list(served.processes().values())
     served.kill()
     until(lambda: not [pid for pid in pids if _runs(pid)], "all processes to end", 10)
 
@@ -138,7 +145,7 @@ def test_sighup_changes_the_limits_of_all_processes(etcd: EtcdServer, tmp_path: 
     file = tmp_path / "watchmux.toml"
     file.write_text('[watch]\nwatches_max = 1000\n[log]\nlog_level = "info"\n')
     with ProxyProcess(etcd.endpoint, ["--workers=2", f"--config={file}"]) as proxy:
-        until(lambda: len(processes(proxy)) == 3, "all processes", 20)
+        until(lambda: len(proxy.processes()) == 3, "all processes", 20)
         file.write_text('[watch]\nwatches_max = 2\n[log]\nlog_level = "info"\n')
         assert proxy.process is not None
         proxy.process.send_signal(signal.SIGHUP)

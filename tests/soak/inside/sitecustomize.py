@@ -71,8 +71,8 @@ def tell(*_signal: object) -> None:
         "malloc_bytes": malloc_bytes(),
     }
     held["census"] = census()
-    path = Path(os.environ["SOAK_HELD"])
-    partial = path.with_suffix(".partial")
+    path = Path(f"{os.environ['SOAK_HELD']}.{os.getpid()}")
+    partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(held))
     partial.rename(path)
 
