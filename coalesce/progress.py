@@ -130,7 +130,10 @@ class Progress:
         state = self._state
         if not state.trunks:
             self._bookmark_at = None
+            state.stats.bookmark_age_s = 0.0
             return
+        oldest = min(trunk.proven_at for trunk in state.trunks.values())
+        state.stats.bookmark_age_s = state.now - oldest
         self._bookmark_at = state.now + state.limits.bookmark_s / _LOOKS
         if state.ordered_progress:
             old = state.now - state.limits.bookmark_s / 2

@@ -56,6 +56,8 @@ class Stats:
     # Memory of all histories, backfills' windows included, in bytes.
     history_bytes: int = 0
     history_batches: int = 0
+    # Age of the oldest bookmark of a trunk in seconds, when the bookmarks were last looked at.
+    bookmark_age_s: float = 0.0
 
     # Counters of joins, by how the watch was served.
     joins_live: int = 0

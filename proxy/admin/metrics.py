@@ -48,6 +48,8 @@ GAUGES = {
     "calls_waiting_bytes": "Bytes of passed-through calls that wait for a connection to etcd.",
     "history_bytes": "Bytes of recent events kept for replay.",
     "history_batches": "Number of responses with recent events kept for replay.",
+    "bookmark_age_s": "Age in seconds of the oldest bookmark of a shared upstream watch, looked at every 10 s.",
+    "memory_limit_bytes": "Memory limit of the process's cgroup in bytes, or the memory of the machine.",
     "probe_delay_s": "Response time in seconds of the latest self-probe.",
 }
 """Gauges: fields of a snapshot and their HELP texts."""
@@ -169,7 +171,11 @@ BY_METHOD = ("grpc_started_total", "grpc_handled_total", "grpc_buckets_total", "
 GRPC_PROXY_FIELD = "coalesced_total"
 """The field that is exported only under a name of etcd's grpc-proxy."""
 
-UNITS = {"lagging_s": "lagging_seconds", "probe_delay_s": "probe_delay_seconds"}
+UNITS = {
+    "lagging_s": "lagging_seconds",
+    "probe_delay_s": "probe_delay_seconds",
+    "bookmark_age_s": "bookmark_age_seconds",
+}
 """Fields whose metric names spell out the unit, as Prometheus requires."""
 
 

@@ -18,6 +18,7 @@ import msgspec
 
 from coalesce import report
 from proto.spans import FROM_KEY, prefix_of
+from proxy.admin import memory
 from proxy.admin.clients import clients
 from proxy.admin.delays import BOUNDS_S, Histogram, LoopDelay, quantile, watch_deliveries
 from proxy.admin.snapshot import Snapshot, SnapshotSource
@@ -106,7 +107,7 @@ class Monitor:
             name=name,
             pid=os.getpid(),
             cpu_s=round(used.ru_utime + used.ru_stime, 2),
-            memory_bytes=_resident_bytes(),
+            memory_bytes=memory.resident_bytes(),
             snapshot=self._source.take(),
             delivery_counts=list(self.own_delivery_delay.counts),
             delivery_sum_s=self.own_delivery_delay.sum,
@@ -258,11 +259,3 @@ def show_range(key: bytes, range_end: bytes) -> str:
 
 def _text(key: bytes) -> str:
     return key[:100].decode("utf-8", "backslashreplace").replace("\x00", "\\x00")
-
-
-def _resident_bytes() -> int:
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return 0

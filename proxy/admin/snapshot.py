@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from coalesce import report
+from proxy.admin import memory
 from proxy.listening.call_metrics import CODES
 from proxy.version import program_version
 
@@ -101,6 +102,10 @@ class Snapshot(msgspec.Struct, kw_only=True):
     upstream_streams: int = 0
     history_bytes: int = 0
     history_batches: int = 0
+    bookmark_age_s: float = 0.0
+    """Age of the oldest bookmark of a trunk, in seconds; looked at every 10 s."""
+    memory_limit_bytes: int = 0
+    """The memory that the process and others of its group may use; the machine's without a limit."""
 
     connections_accepted_total: int = 0
     connections_http1_total: int = 0
@@ -204,7 +209,7 @@ class Snapshot(msgspec.Struct, kw_only=True):
 
 CORE_GAUGES = (
     *("sessions", "watches", "trunks", "parked", "backfills", "lagging", "queued"),
-    *("history_bytes", "history_batches"),
+    *("history_bytes", "history_batches", "bookmark_age_s"),
 )
 """Fields that have the same name in the core's own counters."""
 
@@ -257,6 +262,7 @@ class SnapshotSource:
             serving=health.serving,
             reason=health.reason,
             bundled_store=self._proxy.bundled_store,
+            memory_limit_bytes=memory.limit_bytes(),
             certificate_expiry_s=self._proxy.certificates(),
         )
         self._read_listener(snapshot)

@@ -17,7 +17,7 @@ from proxy.admin.views import ClientView, ProcessView, SessionView
 
 OF_THE_HUB: Final = frozenset(
     {
-        *("pid", "uptime_s"),
+        *("pid", "uptime_s", "memory_limit_bytes", "bookmark_age_s"),
         *("trunks", "parked", "backfills", "upstream_streams", "upstream_streams_waiting"),
         *("upstream_received_bytes_total", "upstream_opened_total", "upstream_reopened_total"),
         *("upstream_paused_total", "upstream_lost_total", "upstream_broken_total", "upstream_resumed_total"),

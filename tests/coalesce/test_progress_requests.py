@@ -236,6 +236,17 @@ def test_quiet_trunks_renew_their_bookmarks(busy: bool) -> None:
     assert len(shell.asked) == asked + 1
 
 
+def test_the_age_of_the_oldest_bookmark_is_measured() -> None:
+    shell = Shell(CoreLimits(bookmark_s=30))
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    shell.wait(100)
+    assert 90 <= shell.core.stats.bookmark_age_s <= 100
+    shell.events(trunk, put(6))
+    shell.wait(10)
+    assert shell.core.stats.bookmark_age_s <= 10
+
+
 def test_a_target_is_the_least_revision_seen_after_a_request() -> None:
     targets = FreshnessTargets()
     assert targets.of(1) is None
