@@ -91,6 +91,7 @@ def test_the_page_shows_the_state_of_the_proxy(chromium: Browser, busy: ProxyPro
     assert "watches and calls" in endpoints
     assert "connection refused" in endpoints
     assert "no client lags" in chromium.text("#sessions")
+    assert "grpc-python" in chromium.text("#clients")
     until(lambda: chromium.text("#out").endswith("/s"), "rates")
     assert chromium.complaints() == []
     assert "broken" not in chromium.run("return document.title")
