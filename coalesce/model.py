@@ -12,9 +12,8 @@ Watch ids belong to one session: 0 in a request means automatic, a counter that 
 id whose watch was cancelled by compaction stays taken until the client cancels it (etcd: mvcc/watcher.go keeps the
 watcher).
 
-There are two kinds of source. A trunk is the one that all watches of a range end up on; a backfill brings some of them
-there. Both pass batches on in the same way, keep a window to replay from, and may have lagging watches; so a session
-that stalls is handled the same way on either.
+There are two kinds of source: all watches of a range end up on its trunk; a backfill brings some of them there. Both
+pass batches on, keep a window to replay from, and may have lagging watches: a stalled session is handled alike on both.
 """
 
 from __future__ import annotations
@@ -63,7 +62,6 @@ class Watch:
         self.watch_id = watch_id
         self.variant = variant_of(request.no_put, request.no_delete, request.prev_kv, request.fragment)
         self.progress_notify = request.progress_notify
-        # The trunk of its range.
         self.trunk = trunk
         # Its range below the cover, if its trunk is one.
         self.branch: CoverBranch[Group] | None = None
@@ -119,6 +117,12 @@ class Watch:
         return f"Watch({self.watch_id}, {self.place.value}, next_revision={self.next_revision})"
 
 
+class GroupWatches(tuple[Watch, ...]):
+    """The watches of a group until its next change; `shell` is free for the shell, and dropped along with them."""
+
+    shell: object = None
+
+
 class Group:
     """The watches of a source that are in step and of one variant."""
 
@@ -127,7 +131,7 @@ class Group:
     def __init__(self, variant: int) -> None:
         self.variant = variant
         self.members: dict[Watch, None] = {}
-        self._listed: tuple[Watch, ...] | None = ()
+        self._listed: GroupWatches | None = None
         # Revision of the last event sent to the group.
         self.sent_revision = 0
 
@@ -141,12 +145,11 @@ class Group:
         del self.members[watch]
         self._listed = None
 
-    def listed(self) -> tuple[Watch, ...]:
+    def listed(self) -> GroupWatches:
         """Return the watches as a tuple, which is cached until a watch is added or removed."""
-        listed = self._listed
-        if listed is None:
-            listed = self._listed = tuple(self.members)
-        return listed
+        if self._listed is None:
+            self._listed = GroupWatches(self.members)
+        return self._listed
 
 
 class Ahead:
@@ -158,8 +161,7 @@ class Ahead:
         self.position = position
         # Order of arrival, among equal positions.
         self.order = order
-        # None = the watch has left.
-        self.watch: Watch | None = watch
+        self.watch: Watch | None = watch  # None = it has left
 
     def __lt__(self, other: Ahead) -> bool:
         return (self.position, self.order) < (other.position, other.order)
@@ -196,8 +198,7 @@ class PendingCreate:
         # In etcd an empty key means the smallest one (api/v3rpc/watch.go).
         self.key = request.key or b"\x00"
         self.range_end = request.range_end
-        # Memory.
-        self.bytes = REQUEST_BYTES + len(request.key) + len(request.range_end)
+        self.bytes = REQUEST_BYTES + len(request.key) + len(request.range_end)  # of memory
         # The permission was granted.
         self.checked = False
         # Why it is refused; None = not refused so far. The answer waits for its turn.

@@ -372,10 +372,10 @@ KEPT: Final = (
         "proxy/listening/test_leaving.py::test_streams_closed_at_once_are_reaped_in_turns",
     ),
     Kept(
-        "orders of delivery that the engine remembers",
-        "16 groups (`ORDERS_REMEMBERED_MAX`)",
-        "the close of a stream",
-        "proxy/watch/test_engine.py::test_a_closed_session_is_not_kept_alive",
+        "delivery plans of groups with at least 32 watches",
+        "one per group (about 0.1 KiB per watch)",
+        "a watch that joins or leaves the group",
+        "proxy/watch/test_engine.py::test_a_plan_ends_with_the_next_change_of_its_group",
     ),
 )
 """What clients can make the proxy keep."""

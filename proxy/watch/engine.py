@@ -44,7 +44,7 @@ from proxy.auth.model import Outcome, PermissionCheck
 from proxy.auth.queries import RevisionRead
 from proxy.auth.reads import Reader
 from proxy.auth.restore import AuthScope
-from proxy.watch.outlets import DeliveryPlan, Outlet, Output, on_distinct_connections, plan_delivery
+from proxy.watch.outlets import DeliveryPlan, Outlet, Output, on_distinct_connections, plan_of
 from upstream.watching.stream import OpenedWatch
 
 BULKY_BYTES = 8 * 1024
@@ -56,9 +56,6 @@ hundreds of events for thousands of watches, which would all be in memory before
 
 RUN_WATCHES_MIN = 32
 """Groups of at least this many watches are worth ordering by connection."""
-
-ORDERS_REMEMBERED_MAX = 16
-"""Groups whose delivery plan is remembered; beyond that, the oldest plan is dropped."""
 
 log = logs.logger("engine")
 
@@ -149,8 +146,6 @@ class Engine:
         self._open: dict[Upstream, None] = {}
         self._cover_problems: dict[bytes, str] = {}
         """The newest problem that was logged, by cover."""
-        self._orders: dict[int, tuple[Sequence[Watch], DeliveryPlan | None]] = {}
-        """By the id of a group's tuple: the tuple, and its plan from its second use on."""
         self._carry_out: dict[type, Callable[[Any], None]] = {
             Deliver: self._deliver,
             Send: self._send,
@@ -208,8 +203,6 @@ class Engine:
 
     def close(self, session: Session) -> None:
         """A client's stream has ended."""
-        # The plans refer to the session's watches.
-        self._orders.clear()
         self._reader.session_over(session)
         self._input(self.core.close, session)
 
@@ -350,7 +343,6 @@ class Engine:
         if header is not None:
             self.core.header_seen(header)
         self._inbox.clear()
-        self._orders.clear()
         upstreams, self._open = self._open, {}
         for upstream in upstreams:
             self._client().close(upstream)
@@ -383,14 +375,12 @@ class Engine:
     def _deliver(self, effect: Deliver) -> None:
         """Deliver one payload to its watches."""
         watches = effect.watches
-        # Progress goes to a new list each time, so its plan would not be used again.
-        ordered = len(watches) >= RUN_WATCHES_MIN and effect.payload.event_count
-        self._deliver_in(self._plan_for(watches) if ordered else None, effect)
+        self._deliver_in(plan_of(watches) if len(watches) >= RUN_WATCHES_MIN else None, effect)
 
-    def _deliver_in(self, order: DeliveryPlan | None, effect: Deliver) -> None:
+    def _deliver_in(self, plan: DeliveryPlan | None, effect: Deliver) -> None:
         payload, watches = effect.payload, effect.watches
         count = len(watches)
-        sent = self._deliver_each(payload, watches) if order is None else self._deliver_ordered(payload, order)
+        sent = self._deliver_each(payload, watches) if plan is None else self._deliver_planned(payload, plan)
         stats = self.stats
         stats.delivered += count
         stats.coalesced += count - 1
@@ -414,9 +404,9 @@ class Engine:
             self._deliver_in(None, effect)
             return
         if count >= RUN_WATCHES_MIN:
-            order = self._plan_for(watches)
-            if order is None or order.runs or payload.size > BULKY_BYTES:
-                self._deliver_in(order, effect)
+            plan = plan_of(watches)
+            if plan is None or plan.runs or payload.size > BULKY_BYTES:
+                self._deliver_in(plan, effect)
                 return
         elif count > 1 and not on_distinct_connections(watches):
             self._deliver(effect)
@@ -471,10 +461,10 @@ class Engine:
                 self.core.stalled(watch.session)
         return sent
 
-    def _deliver_ordered(self, payload: Payload, order: DeliveryPlan) -> int:
+    def _deliver_planned(self, payload: Payload, plan: DeliveryPlan) -> int:
         """Queue a payload connection by connection; the hot loop is inside `send_each`."""
-        sent = self._deliver_each(payload, order.apart)
-        for run in order.runs:
+        sent = self._deliver_each(payload, plan.apart)
+        for run in plan.runs:
             columns = payload.columns(run.ids)
             size = len(columns[0][0]) if len(columns) == 1 else sum(len(column[0]) for column in columns)
             connection = run.connection
@@ -487,24 +477,6 @@ class Engine:
             if left:
                 sent += self._deliver_each(payload, [run.watches[place] for place in left])
         return sent
-
-    def _plan_for(self, watches: Sequence[Watch]) -> DeliveryPlan | None:
-        """Return the delivery plan of a group of watches, from the second delivery to the same tuple on.
-
-        A group is the same tuple until a watch joins or leaves it, and the attributes read here never change.
-        """
-        known = self._orders.get(id(watches))
-        if known is None:
-            if len(self._orders) >= ORDERS_REMEMBERED_MAX:
-                del self._orders[next(iter(self._orders))]
-            # Keeping the tuple ensures that its id is not reused.
-            self._orders[id(watches)] = (watches, None)
-            return None
-        order = known[1]
-        if order is None:
-            order = plan_delivery(watches)
-            self._orders[id(watches)] = (watches, order)
-        return order
 
     def _send(self, effect: Send) -> None:
         outlet: Outlet = effect.session.outlet

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
-from coalesce.model import Watch
+from coalesce.model import GroupWatches, Watch
 from proto.http2 import Stream, StreamBatch
 from proto.scan import encode_watch_id
 
@@ -80,6 +80,27 @@ def plan_delivery(watches: Sequence[Watch]) -> DeliveryPlan:
         groups.setdefault((id(outlet.connection), len(encode_watch_id(watch.watch_id))), []).append(watch)
     runs = [ConnectionBatch(group) for group in groups.values() if len(group) > 1]
     return DeliveryPlan(runs, [group[0] for group in groups.values() if len(group) == 1])
+
+
+_DELIVERED_ONCE = DeliveryPlan([], [])
+
+
+def plan_of(watches: Sequence[Watch]) -> DeliveryPlan | None:
+    """Return the delivery plan of a group, from the second delivery to the same watches on.
+
+    Other watches have none: they are listed for one delivery. The plan stays valid for as long as the tuple exists,
+    since the attributes of watches and outlets that it is made from never change.
+    """
+    if not isinstance(watches, GroupWatches):
+        return None
+    plan = watches.shell
+    if plan is None:
+        watches.shell = _DELIVERED_ONCE
+        return None
+    if plan is _DELIVERED_ONCE:
+        plan = watches.shell = plan_delivery(watches)
+    assert isinstance(plan, DeliveryPlan), "the engine is the only one that sets it"
+    return plan
 
 
 def on_distinct_connections(watches: Sequence[Watch]) -> bool:

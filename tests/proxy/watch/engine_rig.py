@@ -260,10 +260,16 @@ class Rig:
         self.core.effects[name] = list(effects)
 
 
+class FakeWatch(SimpleNamespace):
+    """A member of a group, by its identity."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  # SimpleNamespace has none
+
+
 def watch_of(outlet: FakeOutlet, watch_id: int = 0) -> Any:
     """Return the part of a watch that the engine uses."""
     session = SimpleNamespace(outlet=outlet, ended=False, identity=Identity())
-    return SimpleNamespace(outlet=outlet, watch_id=watch_id, session=session, refusal=None)
+    return FakeWatch(outlet=outlet, watch_id=watch_id, session=session, refusal=None)
 
 
 def payload_of(*texts: bytes) -> Any:

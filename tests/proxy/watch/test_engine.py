@@ -25,6 +25,7 @@ from coalesce.effects import (
     TakeRequests,
 )
 from coalesce.inputs import Granted, Identity
+from coalesce.model import Group, GroupWatches
 from proto.scan import Header
 from proxy.watch.engine import BULKY_BYTES, RUN_WATCHES_MIN, TURN_BYTES
 from tests.e2e.scenario import run
@@ -208,12 +209,12 @@ def test_payloads_that_can_be_joined_are_queued() -> None:
     run(scenario())
 
 
-def large_group(count: int) -> tuple[list[FakeOutlet], tuple[Any, ...]]:
+def large_group(count: int) -> tuple[list[FakeOutlet], GroupWatches]:
     """Return a group large enough to be ordered: two watches on each stream, streams on three connections."""
     outlets = [FakeOutlet(99) for _ in range(count)]
     for place, outlet in enumerate(outlets):
         outlet.connection = outlets[place % 3].connection
-    return outlets, tuple(watch_of(outlet, watch_id) for outlet in outlets for watch_id in (0, 7))
+    return outlets, GroupWatches(watch_of(outlet, watch_id) for outlet in outlets for watch_id in (0, 7))
 
 
 def test_a_large_group_is_delivered_by_connection() -> None:
@@ -240,7 +241,7 @@ def test_a_large_group_on_distinct_connections_is_not_queued() -> None:
     async def scenario() -> None:
         rig = Rig()
         outlets = [FakeOutlet(99) for _ in range(RUN_WATCHES_MIN)]
-        watches = tuple(watch_of(outlet) for outlet in outlets)
+        watches = GroupWatches(watch_of(outlet) for outlet in outlets)
         large = payload_of(bytes(BULKY_BYTES + 1))
         payloads = [payload_of(b"a"), payload_of(b"b"), large, payload_of(b"c")]
         for payload in payloads:
@@ -264,7 +265,7 @@ def test_a_large_group_with_watches_alone_on_a_connection() -> None:
         rig = Rig()
         outlets, watches = large_group(RUN_WATCHES_MIN)
         alone = [FakeOutlet(99) for _ in range(2)]
-        watches += tuple(watch_of(outlet) for outlet in alone)
+        watches = GroupWatches((*watches, *(watch_of(outlet) for outlet in alone)))
         for text in (b"a", b"b", b"c"):
             rig.script("upstream_response", Deliver(payload_of(text), watches))
             rig.engine.received(TRUNK, SPOKEN)
@@ -320,19 +321,41 @@ def test_much_output_in_one_turn_is_reported() -> None:
     run(scenario())
 
 
-def test_a_closed_session_is_not_kept_alive() -> None:
+def test_a_plan_ends_with_the_next_change_of_its_group() -> None:
+    """Even if the group changes in the step that delivers to it, and no watch that left is kept alive by a plan."""
+
     async def scenario() -> None:
         rig = Rig()
-        watches = large_group(RUN_WATCHES_MIN)[1]
-        for _ in range(2):
-            rig.script("upstream_response", Deliver(payload_of(b"x"), watches))
+        group = Group(0)
+        outlets = [FakeOutlet(99) for _ in range(RUN_WATCHES_MIN + 2)]
+        for outlet in outlets:
+            outlet.connection = outlets[0].connection
+        *watches, late = [watch_of(outlet) for outlet in outlets]
+        for watch in watches:
+            group.add(watch)
+
+        def deliver(text: bytes) -> None:
+            rig.script("upstream_response", Deliver(payload_of(text), group.listed()))
             rig.engine.received(TRUNK, SPOKEN)
-        outlet = weakref.ref(watches[0].outlet)
-        rig.engine.close(watches[0].session)
+
+        for text in (b"a", b"b"):
+            deliver(text)
+        # The effect names the watches at the time of the event.
+        rig.script("upstream_response", Deliver(payload_of(b"c"), group.listed()))
+        group.remove(watches[1])
+        group.add(late)
+        rig.engine.received(TRUNK, SPOKEN)
+        for text in (b"d", b"e", b"f"):
+            deliver(text)
+        assert outlets[0].sent == [b"0:" + text for text in (b"a", b"b", b"c", b"d", b"e", b"f")]
+        assert outlets[1].sent == [b"0:a", b"0:b", b"0:c"]
+        assert outlets[-1].sent == [b"0:d", b"0:e", b"0:f"]
+        assert outlets[0].runs == 4
+        gone = weakref.ref(outlets[1])
         rig.core.inputs.clear()
-        del watches
+        del watches[1], outlets[1], watch, outlet
         gc.collect()
-        assert outlet() is None
+        assert gone() is None
 
     run(scenario())
 
