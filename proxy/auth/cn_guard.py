@@ -16,14 +16,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from coalesce.inputs import CreateRefusal as Denied
 from proto.framing import Status
 from proto.http2 import Stream
 from proxy import logs
 from proxy.auth.common_name import common_name
-from proxy.auth.model import Outcome, PermissionCheck
 from proxy.auth.reads import INVALID_USER, Reader
-from proxy.auth.restore import AuthScope
 from proxy.listening.calls import CallRefusal, ConnectionHandle, Handler, HandlerFactory, Headers
 
 TOKEN_NAMES = frozenset({b"token", b"authorization"})
@@ -87,20 +84,10 @@ class CommonNameGuard:
         while True:
             self.name = common_name(self._certificate)
             self._reader.queries.named = bool(self.name)
-            auth_on = self._reader.queries.named and await self._auth_on()
+            auth_on = self._reader.queries.named and await self._reader.requires_users()
             self._note(auth_on)
             self._marks = auth_on or not self._reader.queries.named or await self._reader.takes_any_token()
             await asyncio.sleep(LOOK_S)
-
-    async def _auth_on(self) -> bool:
-        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-
-        def callback(outcome: Outcome) -> None:
-            if not answer.done():
-                answer.set_result(isinstance(outcome, Denied))
-
-        self._reader.check(PermissionCheck(AuthScope(), callback=callback))
-        return await answer
 
     def _note(self, wrong: bool) -> None:
         problem = ""

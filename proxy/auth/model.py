@@ -6,7 +6,6 @@ for a query and retried until etcd answers or refuses it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,23 +15,18 @@ from proto.scan import Header
 from proxy.auth.restore import AuthScope, ReadBaseline
 
 if TYPE_CHECKING:
-    from coalesce.model import PendingCreate, Session
+    from coalesce.model import PendingCreate, PendingRead, Session
 
 Range = tuple[bytes, bytes]
 """Key and range_end."""
 
 Outcome = Granted | Header | CreateRefusal
-AnswerCallback = Callable[[Outcome], None]
 
 
 class Query:
     """A question to etcd that is retried for as long as its answer is wanted."""
 
-    __slots__ = ("callback",)
-
-    def __init__(self, callback: AnswerCallback | None = None) -> None:
-        # The callback for the answer; used only by the code that does the I/O.
-        self.callback = callback
+    __slots__ = ()
 
     @property
     def wanted(self) -> bool:
@@ -45,16 +39,18 @@ class PermissionCheck(Query):
 
     __slots__ = ("asked", "create", "fresh", "number")
 
-    def __init__(
-        self, asked: AuthScope, create: PendingCreate | None = None, callback: AnswerCallback | None = None
-    ) -> None:
-        super().__init__(callback)
+    def __init__(self, asked: AuthScope, create: PendingCreate | None = None) -> None:
         self.asked = asked
         self.create = create
         # Requested before the probe in flight began.
         self.fresh = False
         # Sequence number of its arrival; see `Checks`.
         self.number = 0
+
+    @classmethod
+    def of(cls, create: PendingCreate) -> PermissionCheck:
+        """Return the check of a client's create."""
+        return cls(AuthScope(create.session.identity.token, create.key, create.range_end), create)
 
     @property
     def session(self) -> Session | None:
@@ -69,15 +65,13 @@ class PermissionCheck(Query):
 
     def outcome(self, outcome: Outcome) -> list[QueryEffect]:
         """Return the effects of the answer."""
-        return [DeliverAnswer(self, outcome)]
+        return [AnswerCheck(self, outcome)]
 
     def end(self, status: int, text: str) -> list[QueryEffect]:
         """Return the effects of a failure for which etcd would end the client's stream."""
         session = self.session
         return (
-            [DeliverAnswer(self, refusal_of(status, text))]
-            if session is None
-            else [RefuseSession(session, status, text)]
+            [AnswerCheck(self, refusal_of(status, text))] if session is None else [RefuseSession(session, status, text)]
         )
 
 
@@ -133,11 +127,19 @@ class SendCall:
 
 
 @dataclass(slots=True)
-class DeliverAnswer:
-    """Pass the answer of a query to its callback."""
+class AnswerCheck:
+    """A permission check has its outcome."""
 
-    query: Query
+    check: PermissionCheck
     outcome: Outcome
+
+
+@dataclass(slots=True)
+class AnswerRead:
+    """A read of the revision is answered."""
+
+    read: PendingRead
+    header: Header
 
 
 @dataclass(slots=True)
@@ -168,7 +170,7 @@ class RevisionRegressed:
     known: int
 
 
-QueryEffect = SendCall | DeliverAnswer | DisconnectSession | RefuseSession | RevisionRegressed
+QueryEffect = SendCall | AnswerCheck | AnswerRead | DisconnectSession | RefuseSession | RevisionRegressed
 
 
 def refusal_of(status: int, text: str) -> CreateRefusal:

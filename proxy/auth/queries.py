@@ -25,9 +25,9 @@ from proto.framing import Status
 from proto.scan import Header
 from proxy.auth.admitted import AdmittedSessions
 from proxy.auth.model import (
-    AnswerCallback,
+    AnswerCheck,
+    AnswerRead,
     Call,
-    DeliverAnswer,
     DisconnectSession,
     Outcome,
     PermissionCheck,
@@ -48,10 +48,10 @@ if TYPE_CHECKING:
 
 __all__ = (
     "NO_RIGHT",
-    "AnswerCallback",
+    "AnswerCheck",
+    "AnswerRead",
     "AuthProbe",
     "Call",
-    "DeliverAnswer",
     "DisconnectSession",
     "Outcome",
     "PermissionCheck",
@@ -79,8 +79,7 @@ class RevisionRead(Query):
 
     __slots__ = ("_refused", "asking", "read")
 
-    def __init__(self, read: PendingRead, callback: AnswerCallback | None = None) -> None:
-        super().__init__(callback)
+    def __init__(self, read: PendingRead) -> None:
         self.read = read
         # The session whose token is used; None: the read needs no client's token.
         self.asking: Session | None = None
@@ -130,7 +129,6 @@ class RestoreCheck(Query):
     __slots__ = ("_rollback",)
 
     def __init__(self, rollback: RestoreDetector) -> None:
-        super().__init__()
         self._rollback = rollback
 
     @property
@@ -145,7 +143,6 @@ class AuthProbe(Query):
     __slots__ = ("waiting",)
 
     def __init__(self) -> None:
-        super().__init__()
         self.waiting: list[PermissionCheck] = []
 
     @property
@@ -180,7 +177,7 @@ class Queries:
         """
         call = now.asker(self.auth_on)
         # The core waits for an answer even if no client does; the empty header carries no information.
-        return [SendCall(call) if call is not None else DeliverAnswer(now, Header.make(0, 0, 0, 0))]
+        return [SendCall(call) if call is not None else AnswerRead(now.read, Header.make(0, 0, 0, 0))]
 
     def check(self, check: PermissionCheck, at: float) -> list[QueryEffect]:
         """Start a permission check. The answer is a refusal, or the header that was read.
@@ -192,7 +189,7 @@ class Queries:
             return self.checks.add(check)
         if self._auth_off is not None and at - self._auth_off[0] <= self._probe_age_s_max:
             self._let_in.add(check)
-            return [DeliverAnswer(check, self._auth_off[1])]
+            return [AnswerCheck(check, self._auth_off[1])]
         if self._probe is not None:
             self._probe.waiting.append(check)
             return []
@@ -250,7 +247,7 @@ class Queries:
             # The member lags: the revision known here is newer.
             header = header.at(call.begun.known)
         if isinstance(query, RevisionRead):
-            effects.append(DeliverAnswer(query, header))
+            effects.append(AnswerRead(query.read, header))
         elif isinstance(query, CheckBatch):
             effects += self.checks.granted(query, header)
         elif isinstance(query, AuthProbe):
@@ -334,7 +331,7 @@ class Queries:
             effects = self._found_auth_on(answer)
             for check in probe.waiting:
                 # Without a token the refusal is etcd's own text, which also depends on the proxy's certificate.
-                effects += [DeliverAnswer(check, answer)] if check.asked.token is None else self.checks.add(check)
+                effects += [AnswerCheck(check, answer)] if check.asked.token is None else self.checks.add(check)
             return effects
         self.auth_on = False
         self._auth_off = (call.began_at, answer)
@@ -342,4 +339,4 @@ class Queries:
             self._let_in.auth_was_off()
         for check in probe.waiting:
             self._let_in.add(check)
-        return [DeliverAnswer(check, Granted(answer) if check.fresh else answer) for check in probe.waiting]
+        return [AnswerCheck(check, Granted(answer) if check.fresh else answer) for check in probe.waiting]

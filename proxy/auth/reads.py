@@ -21,16 +21,18 @@ from typing import Protocol
 from google.protobuf.message import DecodeError
 
 from coalesce.inputs import CreateRefusal
-from coalesce.model import Session, Upstream
+from coalesce.model import PendingCreate, PendingRead, Session, Upstream
 from proto import etcd_errors
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proto.scan import Header
 from proxy import logs
 from proxy.auth.model import (
+    AnswerCheck,
+    AnswerRead,
     Call,
-    DeliverAnswer,
     DisconnectSession,
+    Outcome,
     PermissionCheck,
     QueryEffect,
     Range,
@@ -39,7 +41,7 @@ from proxy.auth.model import (
     SendCall,
 )
 from proxy.auth.queries import CHECKS_IN_FLIGHT_MAX, Queries, RevisionRead
-from proxy.auth.restore import ANY_KEY
+from proxy.auth.restore import ANY_KEY, AuthScope
 from upstream.endpoints import Backoff
 from upstream.errors import CallFailed, status_name
 from upstream.namespace import Namespace
@@ -99,7 +101,7 @@ class ReaderSettings:
 
 
 class ReadListener(Protocol):
-    """Receives what concerns more than one query; the engine."""
+    """Receives the answers, and what concerns more than one query; the engine."""
 
     @property
     def newest_revision(self) -> int:
@@ -112,6 +114,12 @@ class ReadListener(Protocol):
     def has_no_leader(self, find_out: bool) -> bool:
         """Whether no endpoint has a leader, as known from the watch client; `find_out`: it checks from now on."""
 
+    def permission(self, create: PendingCreate, outcome: Outcome) -> None:
+        """The permission check of a create has its outcome."""
+
+    def revision_read(self, read: PendingRead, header: Header) -> None:
+        """A read of the revision is answered."""
+
     def not_authorized(self, session: Session, refusal: CreateRefusal) -> None:
         """A session was admitted while auth was off, or its permission was revoked."""
 
@@ -123,7 +131,7 @@ class ReadListener(Protocol):
 
 
 class Reader:
-    """Makes calls and retries them until there is an answer; a query that stays wanted gets one call of `callback`."""
+    """Makes calls and retries them until there is an answer; the listener gets one for each query that stays wanted."""
 
     def __init__(
         self, pool: Sender, settings: ReaderSettings | None = None, namespace: Namespace | None = None
@@ -135,6 +143,8 @@ class Reader:
         """Calls that were not answered with OK, by status."""
         self.listener: ReadListener | None = None
         """To be set before the first query."""
+        self._own_checks: dict[PermissionCheck, asyncio.Future[Outcome]] = {}
+        """Checks that the proxy makes itself, without a create."""
         self.queries = Queries(self.settings.probe_age_s_max, self.settings.checks_in_flight_max)
         self._pool = pool
         # Maps a client's range to the range at etcd.
@@ -195,6 +205,13 @@ class Reader:
         self.queries.connected()
         self._prove(watches)
 
+    async def requires_users(self) -> bool:
+        """Return whether auth is on, by a probe that is not older than `probe_age_s_max`."""
+        check = PermissionCheck(AuthScope())
+        self._own_checks[check] = answer = self._loop.create_future()
+        self.check(check)
+        return isinstance(await answer, CreateRefusal)
+
     async def takes_any_token(self) -> bool:
         """Return whether etcd answers a call with an invalid token. With auth off only newer ones do (not 3.5.1)."""
         answer: asyncio.Future[bool] = self._loop.create_future()
@@ -253,14 +270,19 @@ class Reader:
                 self._carry_out(effect)
 
     def _carry_out(self, effect: QueryEffect) -> None:
-        if isinstance(effect, DeliverAnswer):
-            assert effect.query.callback is not None, "an answered query has a callback"
-            effect.query.callback(effect.outcome)
+        if isinstance(effect, AnswerCheck) and effect.check.create is None:
+            answer = self._own_checks.pop(effect.check)
+            if not answer.done():
+                answer.set_result(effect.outcome)
         elif self.listener is not None:
             self._report(self.listener, effect)
 
     def _report(self, listener: ReadListener, effect: QueryEffect) -> None:
         match effect:
+            case AnswerCheck(check=PermissionCheck(create=create)) if create is not None:
+                listener.permission(create, effect.outcome)
+            case AnswerRead():
+                listener.revision_read(effect.read, effect.header)
             case DisconnectSession():
                 listener.not_authorized(effect.session, effect.refusal)
             case RefuseSession():

@@ -36,14 +36,13 @@ from coalesce.effects import (
 from coalesce.ending import OTHER_HISTORY
 from coalesce.inputs import CreateRefusal, CreateRequest, Identity, UpstreamLost
 from coalesce.limits import CoreLimits
-from coalesce.model import Session, Upstream, Watch
+from coalesce.model import PendingCreate, PendingRead, Session, Upstream, Watch
 from proto.framing import Status
 from proto.scan import Header, WatchResponse
 from proxy import logs
 from proxy.auth.model import Outcome, PermissionCheck
 from proxy.auth.queries import RevisionRead
 from proxy.auth.reads import Reader
-from proxy.auth.restore import AuthScope
 from proxy.watch.outlets import DeliveryPlan, Outlet, Output, on_distinct_connections, plan_of
 from upstream.watching.stream import OpenedWatch
 
@@ -155,8 +154,8 @@ class Engine:
             CloseUpstream: self._close_upstream,
             PauseUpstream: self._pause_upstream,
             ResumeUpstream: self._resume_upstream,
-            ReadRevision: self._read_revision,
-            CheckPermission: self._check_permission,
+            ReadRevision: lambda effect: reader.read(RevisionRead(effect.read)),
+            CheckPermission: lambda effect: reader.check(PermissionCheck.of(effect.check)),
             RequestProgress: self._request_progress,
         }
 
@@ -205,6 +204,11 @@ class Engine:
         """A client's stream has ended."""
         self._reader.session_over(session)
         self._input(self.core.close, session)
+
+    def abandon(self, session: Session) -> None:
+        """A session of a core that failed has been ended; answers to its queries are ignored."""
+        session.ended = True
+        self._reader.session_over(session)
 
     def drained(self, session: Session) -> None:
         """A client has read everything that waited for it."""
@@ -514,25 +518,6 @@ class Engine:
     def _request_progress(self, effect: RequestProgress) -> None:
         self._client().request_progress(effect.number, effect.upstreams)
 
-    def _read_revision(self, effect: ReadRevision) -> None:
-        """Read the current revision for the creates that wait, with the token of one of them."""
-        core, read = self.core, effect.read
-
-        def callback(outcome: Outcome) -> None:
-            if core is self.core:
-                self._input(core.revision_read, read, outcome)
-
-        self._reader.read(RevisionRead(read, callback))
-
-    def _check_permission(self, effect: CheckPermission) -> None:
-        core, create, identity = self.core, effect.check, effect.check.session.identity
-
-        def callback(outcome: Outcome) -> None:
-            if core is self.core:
-                self._input(core.permission, create, outcome)
-
-        self._reader.check(PermissionCheck(AuthScope(identity.token, create.key, create.range_end), create, callback))
-
     # reads (the listener of `Reader`)
 
     @property
@@ -544,6 +529,14 @@ class Engine:
     def own_token(self) -> bytes | None:
         """The token of the proxy's own user, which it may also read with."""
         return self._client().own_token
+
+    def permission(self, create: PendingCreate, outcome: Outcome) -> None:
+        """The permission check of a create has its outcome."""
+        self._input(self.core.permission, create, outcome)
+
+    def revision_read(self, read: PendingRead, header: Header) -> None:
+        """A read of the revision is answered; a core that has been replaced since is not the one that wants it."""
+        self._input(self.core.revision_read, read, header)
 
     def not_authorized(self, session: Session, refusal: CreateRefusal) -> None:
         """End a session that was admitted while auth was off or whose permission was revoked: it has to reconnect."""

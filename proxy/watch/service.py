@@ -116,6 +116,8 @@ class WatchService:
     def end_all(self) -> None:
         """End every session because the core has failed; the new core does not know them."""
         for call in tuple(self.calls):
+            if call.session is not None:
+                self.engine.abandon(call.session)
             call.end(Status.UNAVAILABLE, FAILED_TEXT)
 
     async def drain(self, over_s: float) -> None:

@@ -319,7 +319,7 @@ def test_reads_that_are_not_answered_in_time() -> None:
             pool = Pool(parse_endpoints(etcd.endpoint))
             pool.start()
             reader = Reader(pool, ReaderSettings(timeout_s=0.05))
-            reader.read(now(lambda _outcome: None, FakeSession()))
+            reader.read(now(FakeSession()))
             await until_async(lambda: reader.failed["DEADLINE_EXCEEDED"], "a read to be given up")
             reader.stop()
             await pool.stop()

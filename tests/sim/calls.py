@@ -62,8 +62,7 @@ class Calls:
 
     def check(self, create: Any) -> None:
         """Find out whether a client may watch a range."""
-        asked = AuthScope(create.session.identity.token, create.key, create.range_end)
-        self._do(self.queries.check(self._parts.queries.PermissionCheck(asked, create), self._world.now))
+        self._do(self.queries.check(self._parts.queries.PermissionCheck.of(create), self._world.now))
 
     def connected(self) -> None:
         """Report a new connection of the watches."""
@@ -193,8 +192,10 @@ class Calls:
                 self.waiting.append(effect.call)
             elif kind == "SendCall":
                 self._begin(effect.call)
-            elif kind == "DeliverAnswer":
-                self._tell(effect.query, effect.outcome)
+            elif kind == "AnswerRead":
+                world.input(world.core.revision_read, effect.read, effect.header)
+            elif kind == "AnswerCheck":
+                self._answer(effect.check.create, effect.outcome)
             elif kind == "DisconnectSession":
                 world.send_away(effect.session, f"watchmux: not authorized any more: {effect.refusal.text}")
             elif kind == "RefuseSession":
@@ -204,14 +205,11 @@ class Calls:
             else:
                 raise SimulationFailure(f"an unknown effect: {effect}")
 
-    def _tell(self, query: Any, outcome: Any) -> None:
+    def _answer(self, create: Any, outcome: Any) -> None:
         world, kind = self._world, type(outcome).__name__
-        if type(query).__name__ == "RevisionRead":
-            world.input(world.core.revision_read, query.read, outcome)
-            return
         # The core may be a mutant, whose classes are different objects.
         if kind == "Granted":
             outcome = world.package.Granted(outcome.header)
         elif kind == "CreateRefusal":
             outcome = world.package.CreateRefusal(outcome.text)
-        world.input(world.core.permission, query.create, outcome)
+        world.input(world.core.permission, create, outcome)

@@ -9,7 +9,7 @@ import pytest
 from coalesce.inputs import CreateRefusal, Granted, Identity
 from proto.etcd_errors import OLD_AUTH_REVISION, TOO_MANY_OPS
 from proto.scan import Header
-from proxy.auth.model import Call, DeliverAnswer, PermissionCheck, QueryEffect, RefuseSession, SendCall
+from proxy.auth.model import AnswerCheck, Call, PermissionCheck, QueryEffect, RefuseSession, SendCall
 from proxy.auth.permission_checks import (
     CALLS_PER_TOKEN_MAX,
     RANGE_BYTES_MAX,
@@ -88,10 +88,9 @@ class Rig:
                 if not effect.later:
                     self.sent += 1
                     self.checks.sent(self.batch(effect.call))
-            elif isinstance(effect, DeliverAnswer):
-                assert isinstance(effect.query, PermissionCheck)
+            elif isinstance(effect, AnswerCheck):
                 kind = "yes" if isinstance(effect.outcome, Granted) else "no"
-                self.told.append((effect.query.asked.key, kind))
+                self.told.append((effect.check.asked.key, kind))
             else:
                 assert isinstance(effect, RefuseSession)
                 self.ended.append((effect.session, effect.status))
@@ -367,9 +366,7 @@ def test_checks_of_closed_sessions_are_dropped() -> None:
 
 def test_refusals_use_etcds_wording() -> None:
     rig = Rig()
-    told: list[Any] = []
-    create: Any = Create(Session())
-    rig.do(rig.checks.add(PermissionCheck(AuthScope(b"t", b"k"), create, told.append)))
+    rig.ask(b"k")
     (effect,) = rig.checks.failed(rig.batch(rig.calls.pop()), *DENIED)
-    assert isinstance(effect, DeliverAnswer)
+    assert isinstance(effect, AnswerCheck)
     assert effect.outcome == CreateRefusal("rpc error: code = PermissionDenied desc = etcdserver: permission denied")

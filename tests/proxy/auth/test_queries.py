@@ -10,8 +10,9 @@ from proto.etcd_errors import NO_LEADER
 from proto.framing import Status
 from proto.scan import Header
 from proxy.auth.model import (
+    AnswerCheck,
+    AnswerRead,
     Call,
-    DeliverAnswer,
     DisconnectSession,
     PermissionCheck,
     QueryEffect,
@@ -48,14 +49,13 @@ def test_a_read_that_began_before_a_restore_is_repeated() -> None:
     queries = Queries(1.0)
     early = begun(queries, queries.read(waiting(b"t")), 10)
     late = begun(queries, queries.read(waiting(b"t")), 10)
-    assert [type(effect) for effect in queries.answered(early, at(5))] == [RevisionRegressed, DeliverAnswer]
+    assert [type(effect) for effect in queries.answered(early, at(5))] == [RevisionRegressed, AnswerRead]
     # The store before the restore answered: 11 is not "now".
     again = begun(queries, queries.answered(late, at(11)), 5)
     assert again is late
     (told,) = queries.answered(again, at(6))
-    assert isinstance(told, DeliverAnswer)
-    assert isinstance(told.outcome, Header)
-    assert told.outcome.revision == 6
+    assert isinstance(told, AnswerRead)
+    assert told.header.revision == 6
 
 
 def test_auth_off_is_remembered_for_probe_age_s_max() -> None:
@@ -67,8 +67,8 @@ def test_auth_off_is_remembered_for_probe_age_s_max() -> None:
     (ask,) = check(0.0)
     assert isinstance(ask, SendCall)
     queries.begin(ask.call, 0, 10.0)
-    assert [type(effect) for effect in queries.answered(ask.call, at(5))] == [DeliverAnswer]
-    assert [type(effect) for effect in check(11.0)] == [DeliverAnswer]
+    assert [type(effect) for effect in queries.answered(ask.call, at(5))] == [AnswerCheck]
+    assert [type(effect) for effect in check(11.0)] == [AnswerCheck]
     assert [type(effect) for effect in check(11.001)] == [SendCall]
 
 
@@ -133,9 +133,8 @@ def test_without_a_leader_now_is_at_least_the_known_revision() -> None:
     call = begun(queries, queries.read(waiting(b"t")), 10)
     begun(queries, queries.failed(call, Status.UNAVAILABLE, NO_LEADER, leaderless=True), 10)
     (told,) = queries.answered(call, at(7))
-    assert isinstance(told, DeliverAnswer)
-    assert isinstance(told.outcome, Header)
-    assert told.outcome.revision == 10
+    assert isinstance(told, AnswerRead)
+    assert told.header.revision == 10
 
 
 def test_without_a_leader_no_permission_is_granted() -> None:
@@ -180,7 +179,7 @@ def test_when_auth_turns_on_recent_sessions_are_checked() -> None:
     probe = begun(queries, let_in(queries, Session(None), b"a", 2.0), 0)
     queries.answered(probe, at(5))
     for session, key in ((plain, b"a"), (known, b"a"), (known, b"b"), (known, b"a"), (gone, b"a")):
-        assert [type(effect) for effect in let_in(queries, session, key, 0.5)] == [DeliverAnswer]
+        assert [type(effect) for effect in let_in(queries, session, key, 0.5)] == [AnswerCheck]
     queries.session_over(gone)  # type: ignore[arg-type]  # a stand-in
     probe = begun(queries, let_in(queries, Session(None), b"a", 9.0), 0)
     effects = queries.failed(probe, Status.INVALID_ARGUMENT, "etcdserver: user name is empty")

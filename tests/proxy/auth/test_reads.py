@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from coalesce.inputs import CreateRefusal, Granted, Identity
-from coalesce.model import Session
+from coalesce.model import PendingCreate, PendingRead, Session
 from proto.etcd_errors import NO_LEADER
 from proto.framing import Status
 from proto.pb import rpc_pb2
@@ -118,21 +118,22 @@ class FakeSession:
         self.ended = False
 
 
-def keep(got: dict[str, Outcome], name: str, outcome: Outcome) -> None:
-    """Store an outcome under a name."""
-    got[name] = outcome
-
-
 def has(got: Sequence[Outcome], count: int) -> bool:
     """Whether there are `count` outcomes."""
     return len(got) == count
 
 
-def now(callback: Callable[[Outcome], None], *sessions: FakeSession, refusal: str | None = None) -> RevisionRead:
+def now(*sessions: FakeSession, refusal: str | None = None) -> RevisionRead:
     """Return the read of sessions that wait for "now"."""
     waiting = [SimpleNamespace(session=each, refusal=refusal, key=b"k", range_end=b"l") for each in sessions]
     read: Any = SimpleNamespace(waiting=waiting)
-    return RevisionRead(read, callback)
+    return RevisionRead(read)
+
+
+def check_of(token: bytes | None, key: bytes, range_end: bytes = b"") -> PermissionCheck:
+    """Return the check of a create."""
+    create: Any = SimpleNamespace(session=FakeSession(token), key=key, range_end=range_end)
+    return PermissionCheck.of(create)
 
 
 class Seen:
@@ -146,6 +147,21 @@ class Seen:
         self.away: list[CreateRefusal] = []
         self.ended: list[tuple[int, str]] = []
         self.back: list[int] = []
+        self.got: list[Outcome] = []
+        """All answers."""
+        self.by_token: dict[bytes | None, Outcome] = {}
+        """The newest answer to a check of each token."""
+        self.on_answer: Callable[[], object] = lambda: None
+
+    def permission(self, create: PendingCreate, outcome: Outcome) -> None:
+        self.got.append(outcome)
+        self.by_token[create.session.identity.token] = outcome
+        self.on_answer()
+
+    def revision_read(self, read: PendingRead, header: Header) -> None:
+        assert read.waiting is not None
+        self.got.append(header)
+        self.on_answer()
 
     def not_authorized(self, session: Session, refusal: CreateRefusal) -> None:
         self.away.append(refusal)
@@ -164,18 +180,25 @@ class Seen:
         self.back.append(header.revision)
 
 
+def reader_on(pool: ScriptedPool, settings: ReaderSettings | None = None) -> tuple[Reader, Seen]:
+    """Return a reader and its listener."""
+    reader = Reader(pool, settings)
+    reader.listener = seen = Seen()
+    return reader, seen
+
+
 def test_a_read_is_linearizable_and_requires_a_leader() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
-        got: list[Outcome] = []
-        Reader(pool).read(now(got.append, FakeSession()))
+        reader, seen = reader_on(pool)
+        reader.read(now(FakeSession()))
         asked = await pool.count(1)
         assert asked.has_leader
         assert not asked.range.serializable
         assert (asked.range.limit, asked.range.keys_only) == (1, True)
         asked.answer.set_result(42)
-        await until_async(lambda: got, "the answer")
-        header = got[0]
+        await until_async(lambda: seen.got, "the answer")
+        header = seen.got[0]
         assert isinstance(header, Header)
         assert (header.revision, header.cluster_id, header.member_id, header.raft_term) == (42, 1, 2, 3)
 
@@ -185,17 +208,15 @@ def test_a_read_is_linearizable_and_requires_a_leader() -> None:
 def test_a_serializable_read_does_not_report_a_rollback() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
-        got: list[Outcome] = []
         pool.auto = lambda asked: 7 if asked.range.serializable else CallFailed(Status.UNAVAILABLE, NO_LEADER)
-        reader = Reader(pool)
-        reader.listener = seen = Seen()
+        reader, seen = reader_on(pool)
         seen.newest_revision = 9
         seen.leaderless = True
-        reader.read(now(got.append, FakeSession()))
-        await until_async(lambda: got, "the answer")
+        reader.read(now(FakeSession()))
+        await until_async(lambda: seen.got, "the answer")
         assert seen.back == []
         # The member lags: "now" is at least the revision known here.
-        assert kinds(got) == [("Header", 9)]
+        assert kinds(seen.got) == [("Header", 9)]
         assert [(asked.range.serializable, asked.has_leader) for asked in pool.asked] == [(False, True), (True, False)]
 
     run(scenario())
@@ -205,13 +226,13 @@ def test_a_rollback_is_reported_before_the_read_is_answered() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         pool.auto = lambda _: 7
-        reader = Reader(pool)
-        reader.listener = seen = Seen()
+        reader, seen = reader_on(pool)
         seen.newest_revision = 9
-        callback: list[list[int]] = []
-        reader.read(now(lambda _: callback.append(list(seen.back)), FakeSession()))
-        await until_async(lambda: callback, "the answer")
-        assert callback == [[7]]
+        reported: list[list[int]] = []
+        seen.on_answer = lambda: reported.append(list(seen.back))
+        reader.read(now(FakeSession()))
+        await until_async(lambda: reported, "the answer")
+        assert reported == [[7]]
 
     run(scenario())
 
@@ -219,13 +240,12 @@ def test_a_rollback_is_reported_before_the_read_is_answered() -> None:
 def test_a_read_is_retried_until_it_succeeds() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
-        got: list[Outcome] = []
         failures = [CallFailed(Status.UNAVAILABLE, "gone"), CallFailed(Status.DEADLINE_EXCEEDED, "slow")]
         pool.auto = lambda _: failures.pop(0) if failures else 9
-        reader = Reader(pool)
-        reader.read(now(got.append, FakeSession()))
-        await until_async(lambda: got, "the answer")
-        assert kinds(got) == [("Header", 9)]
+        reader, seen = reader_on(pool)
+        reader.read(now(FakeSession()))
+        await until_async(lambda: seen.got, "the answer")
+        assert kinds(seen.got) == [("Header", 9)]
         assert not any(asked.range.serializable for asked in pool.asked)
 
     run(scenario())
@@ -236,14 +256,12 @@ def test_a_refused_read_is_retried_with_another_token(tokens: list[bytes]) -> No
     async def scenario() -> None:
         pool = ScriptedPool()
         pool.auto = lambda call: 5 if call.token == b"good" else DENIED
-        got: list[Outcome] = []
-        reader = Reader(pool)
+        reader, seen = reader_on(pool)
         reader.queries.auth_on = True
-        reader.listener = seen = Seen()
-        reader.read(now(got.append, *map(FakeSession, tokens)))
-        await until_async(lambda: got, "the read to end")
+        reader.read(now(*map(FakeSession, tokens)))
+        await until_async(lambda: seen.got, "the read to end")
         # If no client is left, the core still gets an answer, without information.
-        assert kinds(got) == [("Header", 5 * tokens.count(b"good"))]
+        assert kinds(seen.got) == [("Header", 5 * tokens.count(b"good"))]
         assert len(seen.away) == tokens.count(b"bad")
         assert (pool.asked[-1].range.key, pool.asked[-1].range.range_end) == (b"k", b"l")
 
@@ -254,13 +272,11 @@ def test_a_read_without_permission_is_not_linearizable() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         pool.auto = lambda call: 3 if not call.range.key else DENIED
-        got: list[Outcome] = []
-        reader = Reader(pool)
+        reader, seen = reader_on(pool)
         reader.queries.auth_on = True
-        reader.listener = seen = Seen()
-        reader.read(now(got.append, FakeSession(), refusal="no"))
-        await until_async(lambda: got, "the answer")
-        assert kinds(got) == [("Header", 3)]
+        reader.read(now(FakeSession(), refusal="no"))
+        await until_async(lambda: seen.got, "the answer")
+        assert kinds(seen.got) == [("Header", 3)]
         assert seen.back == []
 
     run(scenario())
@@ -270,16 +286,13 @@ def test_with_a_cn_the_probe_is_first_an_invalid_login() -> None:
     """With auth on the login is refused as invalid; with any other answer a probe without a token follows."""
 
     async def scenario() -> None:
-        for refused, outcome in ((True, "CreateRefusal"), (False, "Granted")):
+        for refused in (True, False):
             pool = ScriptedPool()
             pool.auto = lambda _: 5
             pool.login = CallFailed(Status.INVALID_ARGUMENT if refused else Status.FAILED_PRECONDITION, "no")
             reader = Reader(pool)
             reader.queries.named = True
-            got: list[Outcome] = []
-            reader.check(PermissionCheck(AuthScope(), callback=got.append))
-            await until_async(lambda: got, "the answer")  # noqa: B023 - awaited here
-            assert kinds(got)[0][0] == outcome
+            assert await reader.requires_users() is refused
             assert len(pool.asked) == (0 if refused else 1)
 
     run(scenario())
@@ -288,18 +301,15 @@ def test_with_a_cn_the_probe_is_first_an_invalid_login() -> None:
 def test_with_auth_off_one_probe_serves_all() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
-        reader = Reader(pool)
-        got: list[Outcome] = []
-        reader.check(PermissionCheck(AuthScope(None, b"a", b""), callback=got.append))
+        reader, seen = reader_on(pool)
+        reader.check(check_of(None, b"a"))
         asked = await pool.count(1)
-        reader.check(
-            PermissionCheck(AuthScope(b"a token is not looked at with auth off", b"b", b""), callback=got.append)
-        )
+        reader.check(check_of(b"a token is not looked at with auth off", b"b"))
         asked.answer.set_result(5)
-        await until_async(lambda: len(got) == 2, "both answers")
-        reader.check(PermissionCheck(AuthScope(None, b"c", b""), callback=got.append))
+        await until_async(lambda: len(seen.got) == 2, "both answers")
+        reader.check(check_of(None, b"c"))
         # Only the first check arrived before the read began, so only for it the header is "now".
-        assert kinds(got) == [("Granted", 5), ("Header", 5), ("Header", 5)]
+        assert kinds(seen.got) == [("Granted", 5), ("Header", 5), ("Header", 5)]
         assert [asked.token for asked in pool.asked] == [None]
         assert not reader.queries.auth_on
 
@@ -310,12 +320,11 @@ def test_a_probe_expires() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         pool.auto = lambda _: 5
-        reader = Reader(pool, ReaderSettings(probe_age_s_max=-1.0))
-        got: list[Outcome] = []
+        reader, seen = reader_on(pool, ReaderSettings(probe_age_s_max=-1.0))
         for count in (1, 2):
-            reader.check(PermissionCheck(AuthScope(None, b"a", b""), callback=got.append))
-            await until_async(functools.partial(has, got, count), "the answer")
-        assert kinds(got) == [("Granted", 5)] * 2
+            reader.check(check_of(None, b"a"))
+            await until_async(functools.partial(has, seen.got, count), "the answer")
+        assert kinds(seen.got) == [("Granted", 5)] * 2
         assert len(pool.asked) == 2
 
     run(scenario())
@@ -326,26 +335,23 @@ def test_with_auth_on_each_client_is_checked_by_its_token() -> None:
         pool = ScriptedPool()
         verdicts: dict[bytes | None, int | CallFailed] = {None: EMPTY, b"good": 8, b"bad": DENIED}
         pool.auto = lambda asked: verdicts[asked.token]
-        reader = Reader(pool)
-        got: dict[str, Outcome] = {}
+        reader, seen = reader_on(pool)
         for token in (b"good", b"bad", None):
-            reader.check(
-                PermissionCheck(AuthScope(token, b"k", b"l"), callback=functools.partial(keep, got, str(token)))
-            )
-        await until_async(lambda: len(got) == 3, "all answers")
-        assert kinds([got["b'good'"]]) == [("Granted", 8)]
+            reader.check(check_of(token, b"k", b"l"))
+        await until_async(lambda: len(seen.got) == 3, "all answers")
+        assert kinds([seen.by_token[b"good"]]) == [("Granted", 8)]
         denied = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
-        assert kinds([got["b'bad'"]]) == [("CreateRefusal", denied)]
+        assert kinds([seen.by_token[b"bad"]]) == [("CreateRefusal", denied)]
         empty = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty"
-        assert kinds([got["None"]]) == [("CreateRefusal", empty)]
+        assert kinds([seen.by_token[None]]) == [("CreateRefusal", empty)]
         assert reader.queries.auth_on
         assert [(asked.range.key, asked.range.range_end) for asked in pool.asked if asked.token is not None] == [
             (b"k", b"l")
         ] * 2
         # Auth is known to be on: a token is checked without another probe.
         before = len(pool.asked)
-        reader.check(PermissionCheck(AuthScope(b"good", b"m"), callback=lambda outcome: got.update({"again": outcome})))
-        await until_async(lambda: "again" in got, "the answer")
+        reader.check(check_of(b"good", b"m"))
+        await until_async(lambda: len(seen.got) == 4, "the answer")
         assert len(pool.asked) == before + 1
 
     run(scenario())
@@ -356,13 +362,12 @@ def test_switching_auth_off_is_noticed() -> None:
         pool = ScriptedPool()
         answers: list[int | CallFailed] = [EMPTY, 6]
         pool.auto = lambda _: answers.pop(0)
-        reader = Reader(pool)
-        got: list[Outcome] = []
+        reader, seen = reader_on(pool)
         for count in (1, 2):
-            reader.check(PermissionCheck(AuthScope(None, b"a", b""), callback=got.append))
-            await until_async(functools.partial(has, got, count), "the answer")
-        assert isinstance(got[0], CreateRefusal)
-        assert kinds(got[1:]) == [("Granted", 6)]
+            reader.check(check_of(None, b"a"))
+            await until_async(functools.partial(has, seen.got, count), "the answer")
+        assert isinstance(seen.got[0], CreateRefusal)
+        assert kinds(seen.got[1:]) == [("Granted", 6)]
         assert not reader.queries.auth_on
 
     run(scenario())
@@ -373,19 +378,19 @@ def test_checks_of_closed_sessions_are_not_retried(auth_on: bool) -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
         pool.auto = lambda _: CallFailed(Status.UNAVAILABLE, "gone")
-        reader = Reader(pool)
+        reader, seen = reader_on(pool)
         reader.queries.auth_on = auth_on
         create: Any = SimpleNamespace(session=FakeSession())
         for _ in range(3):
-            reader.check(PermissionCheck(AuthScope(b"t", b"a"), create, lambda _: pytest.fail("no answer is due")))
+            reader.check(PermissionCheck(AuthScope(b"t", b"a"), create))
         await until_async(lambda: len(pool.asked) > 5, "some tries")
         create.session.ended = True
         await until_async(lambda: not reader._asking and not reader._pausing, "the calls to end")
         assert not reader.checks_waiting
         pool.auto = lambda _: 4
-        got: list[Outcome] = []
-        reader.check(PermissionCheck(AuthScope(b"t", b"a", b""), callback=got.append))
-        await until_async(lambda: got, "an answer for the next one")
+        reader.check(check_of(b"t", b"a"))
+        await until_async(lambda: seen.got, "an answer for the next one")
+        assert len(seen.got) == 1
 
     run(scenario())
 
@@ -393,10 +398,11 @@ def test_checks_of_closed_sessions_are_not_retried(auth_on: bool) -> None:
 def test_stop_aborts_all_calls() -> None:
     async def scenario() -> None:
         pool = ScriptedPool()
-        reader = Reader(pool)
-        reader.read(now(lambda _: pytest.fail("no answer is due"), FakeSession()))
+        reader, seen = reader_on(pool)
+        reader.read(now(FakeSession()))
         await pool.count(1)
         reader.stop()
         assert not reader._asking
+        assert not seen.got
 
     run(scenario())

@@ -11,7 +11,7 @@ from coalesce.inputs import Granted, Identity
 from coalesce.limits import CoreLimits
 from proto.framing import Status
 from proto.scan import Header
-from proxy.auth.model import DeliverAnswer, DisconnectSession, PermissionCheck, RevisionRegressed, SendCall
+from proxy.auth.model import AnswerRead, DisconnectSession, PermissionCheck, RevisionRegressed, SendCall
 from proxy.auth.queries import NO_RIGHT, Queries, RevisionRead
 from proxy.auth.restore import AuthScope
 from proxy.watch.engine import Engine
@@ -63,8 +63,8 @@ class FakeReader:
     def check(self, check: PermissionCheck) -> None:
         assert check.asked == AuthScope(None, b"k", b"")
         assert check.wanted
-        assert check.callback is not None
-        check.callback(Granted(HEADER))
+        assert check.create is not None
+        self.listener.permission(check.create, Granted(HEADER))
 
     def session_over(self, session: Any) -> None:
         self.queries.session_over(session)
@@ -87,9 +87,8 @@ class FakeReader:
                     self.do(self.queries.answered(call, self.header))
                 else:
                     self.do(self.queries.failed(call, Status.PERMISSION_DENIED, "no"))
-            elif isinstance(effect, DeliverAnswer):
-                assert effect.query.callback is not None
-                effect.query.callback(effect.outcome)
+            elif isinstance(effect, AnswerRead):
+                self.listener.revision_read(effect.read, effect.header)
             elif isinstance(effect, DisconnectSession):
                 self.listener.not_authorized(effect.session, effect.refusal)
             elif isinstance(effect, RevisionRegressed):

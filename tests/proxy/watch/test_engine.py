@@ -24,8 +24,9 @@ from coalesce.effects import (
     Send,
     TakeRequests,
 )
-from coalesce.inputs import Granted, Identity
-from coalesce.model import Group, GroupWatches
+from coalesce.inputs import CreateRefusal, CreateRequest, Granted, Identity
+from coalesce.limits import CoreLimits
+from coalesce.model import Group, GroupWatches, PendingCreate, PendingRead
 from proto.scan import Header
 from proxy.watch.engine import BULKY_BYTES, RUN_WATCHES_MIN, TURN_BYTES
 from tests.e2e.scenario import run
@@ -428,6 +429,22 @@ def test_a_connection_without_watches_needs_no_read() -> None:
         rig.engine.resumed()
         assert rig.reader.reads == []
         assert rig.core.ordered_progress
+
+    run(scenario())
+
+
+def test_answers_for_sessions_of_a_failed_core_are_ignored() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        session = Coalescer(CoreLimits()).open_session(FakeOutlet(9), Identity(), 0.0)
+        rig.engine.failed = lambda: rig.engine.abandon(session)
+        rig.script("create", None)  # type: ignore[arg-type]
+        rig.engine.create(session, CreateRequest(b"k"))
+        rig.engine.permission(PendingCreate(session, CreateRequest(b"k")), Granted(HEADER))
+        rig.engine.revision_read(PendingRead(), HEADER)
+        rig.engine.not_authorized(session, CreateRefusal("no"))
+        assert rig.engine.stats.failures == 1
+        assert rig.upstream.told == []
 
     run(scenario())
 
