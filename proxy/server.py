@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import secrets
 from collections.abc import Sequence
 
 from coalesce.core import Coalescer
@@ -23,12 +24,14 @@ from proxy.listening.settings import ListenerSettings
 from proxy.listening.sockets import Listening
 from proxy.passthrough import shared_reads
 from proxy.passthrough.relay import Passthrough
+from proxy.passthrough.route_status import RouteStatus
 from proxy.passthrough.settings import PassthroughSettings
 from proxy.watch import service as watch_service
 from proxy.watch.engine import Engine
 from proxy.watch.settings import WatchSettings
 from upstream.credentials import Credentials
 from upstream.endpoints import Endpoint, parse_endpoint, parse_endpoints
+from upstream.fitness import STATUS_PATH
 from upstream.namespace import Namespace
 from upstream.pool import Pool
 from upstream.settings import UpstreamSettings as UpstreamSettings
@@ -122,6 +125,10 @@ class Proxy:
         self._tune_gc = tune_gc
         # The check that watches and calls go to the same cluster.
         self._comparing: asyncio.Task[None] | None = None
+        # Why watches are not served: they would come from another cluster.
+        self._foreign = ""
+        # Random, to find a circle of proxies.
+        self._id = secrets.token_hex(8).encode()
 
     async def start(self) -> None:
         """Start: connections to etcd in the background, then the listener. Raises OSError when it cannot listen."""
@@ -134,7 +141,8 @@ class Proxy:
         self.engine = Engine(Coalescer(self._limits), self.reader, self.listener)
         watch_log = logs.logger("upstream")
         sources = self.watch_endpoints or self.endpoints
-        self.upstream = WatchClient(sources, self.engine, settings, tls, watch_log, self._credentials, namespace)
+        route = self._id if self.watch_endpoints else b""
+        self.upstream = WatchClient(sources, self.engine, settings, tls, watch_log, self._credentials, namespace, route)
         self.upstream.cork = self.listener
         self.engine.attach(self.upstream)
         self.engine.upstream_changed = self._watches_changed
@@ -182,11 +190,13 @@ class Proxy:
         for path in (health.CHECK, health.LIST, health.WATCH):
             routes[path] = self.health.open
         self.listener.passthrough = self.passthrough
+        routes[STATUS_PATH.encode()] = status = RouteStatus(self.passthrough, self.upstream, self._id)
         routes[shared_reads.RANGE] = reads = shared_reads.SharedReads(self.passthrough, self.pool)
         if self.guard is not None:
             routes[watch_service.PATH] = self.guard.refuse(self.watches.open)
             self.listener.passthrough = self.guard.protect(self.passthrough)
             routes[shared_reads.RANGE] = self.guard.protect(reads)
+            routes[STATUS_PATH.encode()] = self.guard.protect(status)
         self.listener.http1 = self.http1
         self.listener.handed_on = self.http1.descriptors
 
@@ -227,10 +237,11 @@ class Proxy:
         if foreign is not None:
             problem = f"watchmux: {foreign} belongs to another cluster than the watches of --watch-endpoints"
             log.error("watches_of_another_cluster", problem=problem)
-        self.watches.problem, self._comparing = problem, None
+        self._foreign, self._comparing = problem, None
         self._upstream_changed()
 
     def _upstream_changed(self) -> None:
+        self.watches.problem = self.upstream.circle or self._foreign
         problem = self.guard.problem if self.guard is not None else ""
         problem = problem or self.watches.problem or self.pool.full or self.upstream.problem
         self.health.set_upstream(self.upstream.connected and self.pool.connected, problem)

@@ -24,6 +24,7 @@ from upstream.connection import ClientConnection, NotSent, connect
 from upstream.endpoints import Backoff, Endpoint
 from upstream.errors import CallFailed, Logger, Unreachable
 from upstream.fitness import STATUS_PATH
+from upstream.heads import ROUTE_LOOP, WATCH_ROUTE
 from upstream.settings import WATCH_LIMITS, UpstreamSettings
 from upstream.unary import call_unary
 from upstream.watching.lineage import RaftPosition
@@ -96,6 +97,7 @@ class Target:
     __slots__ = (
         "backoff",
         "endpoint",
+        "in_circle",
         "last_logged_problem",
         "leaderless",
         "not_before",
@@ -114,6 +116,8 @@ class Target:
         self.tried = False
         # Its last answer was that it has no leader.
         self.leaderless = False
+        # It takes its watches from this proxy, directly or not.
+        self.in_circle = False
         # Its last answer was that it has no Watch service.
         self.unimplemented = False
         # The problem last logged; "" when it works.
@@ -135,13 +139,16 @@ class Dialer:
         settings: UpstreamSettings,
         log: Logger,
         on_failure: Callable[[], None],
+        route: bytes = b"",
     ) -> None:
+        """`route`: the id of this proxy if the endpoints are proxies whose watches must have a server (WATCH_ROUTE)."""
         self.targets = [Target(endpoint, settings) for endpoint in endpoints]
         self._tls = tls
         self._settings = settings
         self._log = log
         # Called after each failed attempt.
         self._on_failure = on_failure
+        self._metadata = ((WATCH_ROUTE, route),) if route else ()
         # Targets in the order of attempts: the one that worked last is first.
         self._order = list(self.targets)
         # Attempts and connections that ended at a limit, by its name.
@@ -177,6 +184,19 @@ class Dialer:
                 return winner
             if winner is not None:
                 winner.connection.close()
+
+    async def dial_unless(self, accept: Callable[[Server], bool], *events: asyncio.Event) -> Server | None:
+        """Search as `dial` does; None when one of the events is set before."""
+        loop = asyncio.get_running_loop()
+        search = loop.create_task(self.dial(accept))
+        change = loop.create_task(any_of(*events))
+        try:
+            await asyncio.wait((search, change), return_when=asyncio.FIRST_COMPLETED)
+            return search.result() if search.done() else None
+        finally:
+            change.cancel()
+            search.cancel()
+            await asyncio.gather(change, search, return_exceptions=True)
 
     async def _search(self, accept: Callable[[Server], bool]) -> Server | None:
         """Search as `dial` does; None when the endpoints change before."""
@@ -246,6 +266,7 @@ class Dialer:
 
     async def attempt(self, target: Target) -> Server:
         """Connect to an endpoint and read the server's status. Raises Unreachable."""
+        target.in_circle = False
         connection = await connect(target.endpoint, self._tls, target.settings)
         server = Server(target, connection)
         try:
@@ -255,12 +276,20 @@ class Dialer:
             raise
         return server
 
+    @property
+    def has_route(self) -> bool:
+        """The endpoints are proxies, and there is more than one."""
+        return bool(self._metadata) and len(self.targets) > 1
+
+    async def read_status(self, connection: ClientConnection) -> bytes:
+        """Read the status of the server that watches on this connection are at. Raises NotSent, CallFailed."""
+        return (await call_unary(connection, STATUS_PATH, b"", self._metadata, self._settings.status_timeout_s))[0]
+
     async def _ask(self, server: Server) -> None:
         """Read a server's status. Raises Unreachable when it cannot be used for watches."""
         where = server.target.endpoint.text
         try:
-            answer, _ = await call_unary(server.connection, STATUS_PATH, b"", (), self._settings.status_timeout_s)
-            status = rpc_pb2.StatusResponse.FromString(answer)
+            status = rpc_pb2.StatusResponse.FromString(await self.read_status(server.connection))
         except NotSent as error:
             raise Unreachable(where, str(error), "check that etcd runs there") from None
         except DecodeError:
@@ -274,6 +303,9 @@ class Dialer:
                 return
             if not server.connection.healthy and server.connection.failure is not None:
                 raise server.connection.failure from None
+            if error.status == Status.FAILED_PRECONDITION and ROUTE_LOOP in error.text:
+                server.target.in_circle = True
+                raise Unreachable(where, ROUTE_LOOP, "check the endpoints of both proxies") from None
             limit = "status_timeout_s" if error.status == Status.DEADLINE_EXCEEDED else ""
             what = f"it did not return its status ({error})"
             raise Unreachable(where, what, "check that etcd is up", limit) from None
@@ -285,6 +317,18 @@ class Dialer:
         server.header = server.standing.header
         server.has_leader = status.leader != 0
         server.target.leaderless = not server.has_leader
+
+
+async def any_of(*events: asyncio.Event) -> None:
+    """Wait until one of the events is set."""
+    loop = asyncio.get_running_loop()
+    waits = [loop.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
 
 
 def _close_found(attempts: Sequence[asyncio.Task[Server]], kept: Server | None = None) -> None:

@@ -24,6 +24,12 @@ HOPS_MAX: Final = 8
 """A call that has passed through this many proxies is refused: the endpoints of one of them lead back to another one or
 to itself, and each pass costs all of them work. Two levels of proxies are usual."""
 
+WATCH_ROUTE: Final = b"watchmux-watch-route"
+"""Metadata of Maintenance.Status from a proxy to its --watch-endpoints: a proxy there passes the call to the server
+that its own watches are at. The value is the id of the proxy that the call comes from, which finds a circle by it."""
+
+ROUTE_LOOP: Final = "watches lead back to the proxy that takes them: --watch-endpoints and --endpoints form a circle"
+
 FIRST_HOP: Final = (HOPS, b"1")
 
 

@@ -64,7 +64,7 @@ class Health:
             return "draining"
         if self.hung:
             return self.hung
-        return self.problem if self.upstream_reachable else "etcd is not reachable"
+        return self.problem or ("" if self.upstream_reachable else "etcd is not reachable")
 
     def set_upstream(self, reachable: bool, problem: str = "") -> None:
         """Set whether etcd is reachable, and the problem that prevents serving although it is."""

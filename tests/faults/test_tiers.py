@@ -14,8 +14,10 @@ from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct, proxy_for, two_tiers
 from tests.e2e.scenario import run
 from tests.etcd.server import HOST, EtcdServer, free_port
+from tests.faults.relay import relay_to
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch
 from tests.waiting import until_async
+from upstream.settings import UpstreamSettings
 
 WATCHERS = "etcd_debugging_mvcc_watcher_total"
 
@@ -109,5 +111,61 @@ def test_a_restored_store_is_noticed_through_two_tiers(etcd: EtcdServer, tmp_pat
             await asyncio.to_thread(etcd.start)
             await until_async(lambda: stream.responses[-1].canceled, "the cancel", 20)
             assert stream.responses[-1].cancel_reason == OTHER_HISTORY
+
+    run(scenario())
+
+
+def test_proxies_that_watch_each_other_are_refused(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        port = free_port()
+        async with (
+            proxy_for(etcd, watch_endpoints=f"{HOST}:{port}") as leaf,
+            proxy_for(f"{HOST}:{leaf.port}", watch_endpoints=[], port=port),
+            await RawClient.connect(leaf.port) as client,
+        ):
+            await until_async(lambda: "form a circle" in leaf.health.reason, "the circle to be found", 20)
+            stream = client.watch()
+            stream.create(PREFIX)
+            status, text = await stream.raw.end()
+            assert status == grpc.StatusCode.UNAVAILABLE.value[0]
+            assert "form a circle" in text
+            assert not leaf.health.serving
+
+    run(scenario())
+
+
+def uses(leaf: Proxy, hub: str) -> bool:
+    """Return whether a leaf takes its watches from this hub."""
+    return leaf.upstream.server is not None and leaf.upstream.server.endpoint == hub
+
+
+def test_a_hub_without_etcd_is_left_for_another_one(etcd: EtcdServer) -> None:
+    """The hub still serves its clients' connections, so that only its own route to etcd shows it."""
+
+    async def scenario() -> None:
+        async with (
+            relay_to(etcd.client_port) as way,
+            proxy_for(way.endpoint) as cut_off,
+            proxy_for(etcd) as other,
+        ):
+            hubs = [f"{HOST}:{hub.port}" for hub in (cut_off, other)]
+            settings = UpstreamSettings(create_timeout_s=0.4)
+            async with (
+                proxy_for(etcd, watch_endpoints=hubs, upstream=settings) as leaf,
+                await RawClient.connect(leaf.port) as client,
+            ):
+                await until_async(lambda: leaf.upstream.connected, "the leaf to use a hub")
+                if not uses(leaf, hubs[0]):
+                    assert await leaf.set_endpoints([etcd.endpoint], hubs[:1]) == ""
+                    await until_async(lambda: uses(leaf, hubs[0]), "the first hub", 20)
+                    assert await leaf.set_endpoints([etcd.endpoint], hubs) == ""
+                streams = [(await open_watch(client, PREFIX, PREFIX_END, 1), 1)]
+                writer = Writer(etcd.endpoint, 0.002)
+                await writer.more(20)
+                way.cut()
+                await until_async(lambda: uses(leaf, hubs[1]), "the other hub", 20)
+                await writer.more(20)
+                await all_kept(streams, etcd.endpoint, await writer.stop())
+                way.mend()
 
     run(scenario())

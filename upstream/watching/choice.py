@@ -25,6 +25,7 @@ class SearchGoal(Enum):
     NOTHING = "the one in use is good enough"
     LEADER = "one that has a leader"
     ENDPOINT = "one that is in the list of endpoints"
+    SOURCE = "a proxy that has a server for its own watches"
 
 
 class EndpointHealth(Protocol):
@@ -66,11 +67,13 @@ class Unanswered(Protocol):
 class EndpointPolicy:
     """Which servers are acceptable."""
 
-    __slots__ = ("leaderless",)
+    __slots__ = ("cut_off", "leaderless")
 
     def __init__(self) -> None:
         # No endpoint has a leader: watches are opened without `hasleader`.
         self.leaderless = False
+        # The server in use is a proxy that has no server for its own watches.
+        self.cut_off = False
 
     def is_acceptable(self, has_leader: bool) -> bool:
         """Whether a server can be used."""
@@ -82,6 +85,7 @@ class EndpointPolicy:
 
     def used(self, has_leader: bool) -> None:
         """Record that a server is in use from now on."""
+        self.cut_off = False
         if has_leader:
             self.leaderless = False
 
@@ -89,6 +93,8 @@ class EndpointPolicy:
         """What to look for while a server is in use, given whether it is still in the list of endpoints."""
         if self.leaderless:
             return SearchGoal.LEADER
+        if self.cut_off:
+            return SearchGoal.SOURCE
         return SearchGoal.NOTHING if is_endpoint else SearchGoal.ENDPOINT
 
     def failed(self, endpoints: Iterable[EndpointHealth], in_use: bool) -> bool:

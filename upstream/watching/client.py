@@ -27,9 +27,10 @@ from proto.scan import WatchResponse, scan_watch_response
 from upstream.connection import ClientConnection, settings_after
 from upstream.connections import Connections
 from upstream.credentials import Credentials, log_in
-from upstream.dial import Dialer, Server, ServerInUse, read_standing
+from upstream.dial import Dialer, Server, ServerInUse, any_of, read_standing
 from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Logger, NullLogger, Unreachable
+from upstream.heads import ROUTE_LOOP
 from upstream.namespace import Namespace
 from upstream.settings import UpstreamSettings
 from upstream.transport import Cork
@@ -41,6 +42,7 @@ from upstream.watching.leader import LeaderCall
 from upstream.watching.lineage import HistoryTracker, HistoryVerdict, described
 from upstream.watching.listener import WatchListener
 from upstream.watching.places import Places
+from upstream.watching.route import RouteCheck
 from upstream.watching.state import WatchState
 from upstream.watching.stream import Next, OpenedWatch, WatchStream
 from upstream.watching.unanswered import UnansweredCreates
@@ -58,9 +60,10 @@ class WatchClient:
         log: Logger | None = None,
         credentials: Credentials | None = None,
         namespace: Namespace | None = None,
+        route: bytes = b"",
     ) -> None:
         """`credentials`: the proxy's own user, whose token trunks are watched with; without it each watch uses its own.
-        `namespace`: the prefix of the watches' keys at etcd.
+        `namespace`: the prefix of the watches' keys at etcd. `route`: see `Dialer`.
         """
         self._settings = settings or UpstreamSettings()
         self._listener = listener
@@ -68,7 +71,7 @@ class WatchClient:
         self._state = WatchState(namespace, self._settings.watch_message_bytes_max)
         # Reads a response; with a namespace, all watches are in it.
         self.scan = scan_watch_response if namespace is None else namespace.scan
-        self._dialer = Dialer(endpoints, tls, self._settings, self._log, self._attempt_failed)
+        self._dialer = Dialer(endpoints, tls, self._settings, self._log, self._attempt_failed, route)
         # The server in use; None while there is none.
         self._server: Server | None = None
         # The connections to it, and the streams that wait for a place there.
@@ -82,6 +85,7 @@ class WatchClient:
         self._cluster_id: int | None = None
         self._lineage = HistoryTracker()
         self._choice = EndpointPolicy()
+        self._route = RouteCheck(self._dialer, self._cut_off)
         # The task that checks the history again.
         self._recognition: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -156,12 +160,22 @@ class WatchClient:
     @property
     def problem(self) -> str:
         """Why watches wait although etcd is connected; "" when they do not wait, or not for long."""
-        return self._unanswered.problem or self._places.full
+        return self.circle or self._unanswered.problem or self._places.full
+
+    @property
+    def circle(self) -> str:
+        """The problem of proxies that take their watches from each other; "" when there is none."""
+        found = self._server is None and any(target.in_circle for target in self._dialer.targets)
+        return f"watchmux: {ROUTE_LOOP}" if found else ""
 
     @property
     def watch_count(self) -> int:
         """The number of open watches."""
         return len(self._state)
+
+    def own_connection(self) -> ClientConnection | None:
+        """Return a connection to the server in use for one of the proxy's own calls; None while there is none."""
+        return self._places.own()
 
     def start(self) -> None:
         """Start connecting, in the running event loop."""
@@ -329,6 +343,8 @@ class WatchClient:
         self._look = loop.call_later(self._settings.create_timeout_s / 4, self._look_at_creates)
         if self._server is not None:
             self._look_at_history(self._server)
+            if self._dialer.has_route and not self._choice.cut_off:
+                self._route.look(self._server, self._own(self._server))
         before = self._unanswered.problem
         given_up, reported = self._unanswered.look(self._state.streams(), loop.time())
         for _ in range(reported):
@@ -370,9 +386,9 @@ class WatchClient:
                 self._moved.clear()
                 wanted = self._choice.wanted(server.target in self._dialer.targets)
                 if wanted is SearchGoal.NOTHING:
-                    await self._wait_for_change()
+                    await any_of(self._lost, self._moved)
                     continue
-                better = await self._wait_for(partial(self._is_better, wanted))
+                better = await self._dialer.dial_unless(partial(self._is_better, wanted), self._lost, self._moved)
                 if better is not None and not await self._recognise(better):
                     self._turn_down(better)
                 elif better is not None:
@@ -418,6 +434,11 @@ class WatchClient:
             again = self._recognise_again(server)
             self._recognition = asyncio.get_running_loop().create_task(again, name="recognise upstream")
 
+    def _cut_off(self) -> None:
+        """Look for another proxy: the one in use has no server for its own watches."""
+        self._choice.cut_off = True
+        self._moved.set()
+
     async def _log_in(self, server: Server) -> None:
         """Get a new token for the proxy's own user before any watch registers. Login is impossible without a leader.
 
@@ -451,36 +472,11 @@ class WatchClient:
 
     def _attempt_failed(self) -> None:
         """Decide, after a failed attempt, whether to continue without a leader."""
+        self._say_problem()
         targets = self._dialer.targets
         if self._choice.failed(targets, self._server is not None):
             self._log.warning("upstream_no_leader", endpoints=[target.endpoint.text for target in targets])
             self._listener.no_leader()
-
-    async def _wait_for(self, wanted: Callable[[Server], bool]) -> Server | None:
-        """Look for such a server; None when the server in use is lost, or the endpoints change, before one is found."""
-        loop = asyncio.get_running_loop()
-        search = loop.create_task(self._dialer.dial(wanted))
-        change = loop.create_task(self._wait_for_change())
-        try:
-            await asyncio.wait((search, change), return_when=asyncio.FIRST_COMPLETED)
-            if search.done():
-                return search.result()
-            return None
-        finally:
-            change.cancel()
-            search.cancel()
-            await asyncio.gather(change, search, return_exceptions=True)
-
-    async def _wait_for_change(self) -> None:
-        """Wait until the server in use is lost or the endpoints change."""
-        loop = asyncio.get_running_loop()
-        waits = (loop.create_task(self._lost.wait()), loop.create_task(self._moved.wait()))
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
 
     def _use(self, server: Server) -> None:
         """Use a server that answered: register all watches on its connection."""
@@ -579,6 +575,7 @@ class WatchClient:
             if task is not None:
                 task.cancel()
         self._login = self._recognition = None
+        self._route.leave()
         self._state.disconnect()
         self._leader_call.leave()
         self._places.leave()

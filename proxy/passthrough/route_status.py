@@ -1,0 +1,51 @@
+"""Maintenance.Status along the route of the watches, for proxies that take their watches from this one.
+
+Such a proxy (a leaf) asks with the metadata WATCH_ROUTE: the call goes to the server that the watches of this proxy are
+at, instead of any endpoint. So the leaf learns whether watches here have a server; one that has none is not used while
+another one has. A leaf that gets its own call back takes its watches from itself.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from proto.framing import Status
+from proto.http2 import Stream
+from proxy.listening.calls import CallRefusal, ConnectionHandle, Handler, Headers
+from proxy.passthrough.relay import Passthrough
+from upstream.connection import ClientConnection
+from upstream.heads import ROUTE_LOOP, WATCH_ROUTE
+
+NO_SERVER = "watchmux: there is no server for watches now"
+
+
+class WatchServer(Protocol):
+    """The part of `WatchClient` that is used here."""
+
+    def own_connection(self) -> ClientConnection | None:
+        """Return a connection to the server in use; None while there is none."""
+
+
+class RouteStatus:
+    """The handler factory of Maintenance.Status: passes calls on, those of leaves along the route of the watches."""
+
+    def __init__(self, passthrough: Passthrough, watches: WatchServer, own_id: bytes) -> None:
+        self._passthrough = passthrough
+        self._watches = watches
+        self._own_id = own_id
+
+    def __call__(
+        self, connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool
+    ) -> Handler | None:
+        """Handle a new call. Raises CallRefusal: FAILED_PRECONDITION in a circle, UNAVAILABLE without a server."""
+        origin = next((value for name, value in headers if name == WATCH_ROUTE), None)
+        if origin is None or end_stream:
+            return self._passthrough(connection, stream, headers, end_stream)
+        if origin == self._own_id:
+            raise CallRefusal(200, Status.FAILED_PRECONDITION, f"watchmux: {ROUTE_LOOP}")
+        upstream = self._watches.own_connection()
+        relay = self._passthrough.relay(connection, stream, headers)
+        if upstream is None or not relay.start(upstream):
+            raise CallRefusal(200, Status.UNAVAILABLE, NO_SERVER)
+        self._passthrough.stats.calls += 1
+        return relay
