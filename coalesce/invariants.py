@@ -6,7 +6,8 @@
     or queued for a backfill. Groups and heaps hold no other watches.
  3. A watch in step needs exactly what its source needs next; one ahead needs something later.
  4. A group holds watches of its variant only; a watch that wants prev_kv follows only a source that has it.
- 5. A watch comes through its trunk or a backfill of its trunk; the backfill knows it.
+ 5. A watch comes through its trunk, unless that is still to start at "now", or a backfill of its trunk; the backfill
+    knows it.
  6. All watches of a stalled session lag: nothing is delivered to it, and no backfill is opened for it.
  7. A lagging watch of a session that is not stalled is replayed without a further input from the shell.
  8. A history is ordered and disjoint, lies within [floor, next_revision), and its byte count is correct.
@@ -163,6 +164,7 @@ def _check_watch(state: CoreState, watch: Watch) -> None:
     if source is not None:
         _need(5, source is trunk or (isinstance(source, Backfill) and watch in source.watches), watch)
         _need(5, source is trunk or (isinstance(source, Backfill) and source.trunk is trunk), watch)
+        _need(5, source is not trunk or not trunk.opening or trunk.upstream.start_revision is not None, watch)
         has_prev_kv = source.history.has_prev_kv and (source is not trunk or trunk.prev_kv_from is not None)
         _need(4, not watch.wants_prev_kv or has_prev_kv or place is Place.LAGGING, watch)
     if session.stalled:

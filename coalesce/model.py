@@ -504,8 +504,8 @@ class Trunk(Source):
 
     def serves(self, watch: Watch) -> bool:
         """Whether it can bring this watch the revisions it needs next, with prev_kv if the watch wants that."""
-        position = watch.next_revision
-        if watch.wants_prev_kv and (self.prev_kv_from is None or position < self.prev_kv_from):
+        position, opens_from_now = watch.next_revision, self.opening and self.upstream.start_revision is None
+        if opens_from_now or (watch.wants_prev_kv and (self.prev_kv_from is None or position < self.prev_kv_from)):
             return False
         return position >= self.history.floor
 

@@ -109,8 +109,10 @@ class RestoreDetector:
 
     def _untried(self, own: bytes | None, watches: Iterable[AuthorizedRange]) -> Iterator[AuthScope]:
         for watch in tuple(islice(watches, LOOKED_AT)):
-            # Not `watch.token`, which is the token that the watch was registered with.
-            for token in (own, *islice(watch.tokens(), 1)) if own is not None else islice(watch.tokens(), 1):
+            # Not `watch.token`, which is the token that the watch was registered with. A cover has no clients' tokens;
+            # while auth is off, a read without a token is answered.
+            first = next(watch.tokens(), None)
+            for token in (first,) if own is None else (own, first):
                 if token not in self._tried:
                     self._tried.add(token)
                     yield AuthScope(token, watch.key, watch.range_end)

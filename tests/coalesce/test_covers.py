@@ -242,6 +242,26 @@ def test_creates_that_wait_for_a_refused_cover_get_trunks() -> None:
     assert client.read() == ["#0 @11 created"]
 
 
+def test_a_watch_of_a_lost_cover_gets_what_it_missed() -> None:
+    """The trunk starts at "now", above what the watch needs: a backfill brings the events between."""
+    shell, a = covered()
+    late = shell.client()
+    late.create(b"/s/a")
+    shell.do(shell.core.upstream_lost, shell.opened[0], UpstreamLost(Status.UNAVAILABLE, "lost"))
+    shell.settle()
+    trunk, backfill = shell.opened[1:]
+    assert (trunk.key, trunk.start_revision) == (b"/s/a", None)
+    assert (backfill.key, backfill.start_revision, backfill.is_backfill) == (b"/s/a", 11, True)
+    shell.created(trunk, 12)
+    shell.created(backfill, 12)
+    shell.events(backfill, put(11, b"/s/a"), put(12, b"/s/a"))
+    shell.progressed(12, backfill)
+    shell.settle()
+    shell.events(trunk, put(13, b"/s/a"))
+    assert a.read() == ["#0 @12 put 11 /s/a=v put 12 /s/a=v", "#0 @13 put 13 /s/a=v"]
+    assert backfill in shell.closed
+
+
 def test_a_refused_cover_is_tried_again() -> None:
     shell, a = covered()
     shell.do(shell.core.upstream_lost, shell.opened[0], UpstreamLost(7, "denied"))

@@ -9,15 +9,15 @@ from proxy.auth.restore import TRIED_AT_ONCE, RestoreDetector
 
 
 class FakeWatch:
-    """An open watch with a token."""
+    """An open watch with the tokens of its clients."""
 
     key, range_end = b"k", b""
 
-    def __init__(self, token: bytes | None) -> None:
-        self.token = token
+    def __init__(self, *tokens: bytes | None) -> None:
+        self._tokens = tokens
 
     def tokens(self) -> Iterator[bytes | None]:
-        yield self.token
+        yield from self._tokens
 
 
 def at(revision: int) -> Header:
@@ -60,6 +60,13 @@ def test_every_token_is_tried_once_until_one_is_answered() -> None:
     # After the next connection all tokens are tried again.
     rollback.connected()
     assert {asked.token for asked in rollback.candidate_scopes(None, watches)} == {b"a", b"b", b"c"}
+
+
+def test_a_watch_without_tokens_is_proven_without_a_token() -> None:
+    """A cover is never registered with the token of a client."""
+    rollback = RestoreDetector()
+    rollback.connected()
+    assert [asked.token for asked in rollback.candidate_scopes(None, [FakeWatch(), FakeWatch()])] == [None]
 
 
 def test_few_tokens_are_tried_at_a_time() -> None:
