@@ -102,9 +102,10 @@ class Browser:
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self._devtools("Emulation.setEmulatedMedia", features=features)
 
-    def picture(self, path: Path) -> None:
-        """Save a picture of the whole page (PNG)."""
-        answer = self._devtools("Page.captureScreenshot", captureBeyondViewport=True)
+    def picture(self, path: Path, width: int = 0, height: int = 0) -> None:
+        """Save a picture (PNG) of the page's upper left part in CSS pixels; without a size, of the whole page."""
+        clip = {"clip": {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}} if width else {}
+        answer = self._devtools("Page.captureScreenshot", captureBeyondViewport=True, **clip)
         path.write_bytes(base64.b64decode(answer["data"]))
 
     def complaints(self) -> list[str]:
