@@ -88,7 +88,7 @@ class Trunks:
             waits = cover is None or cover.opening or (start is not None and start < cover.history.floor)
             if (bare in state.trunks and waits) or (cover is None and name not in state.parked):
                 name = bare
-        elif bare in state.trunks:
+        if bare in state.trunks and (create.request.prev_kv or cover_name(prefix, True) in state.trunks):
             # Its watches are to move to the one with prev_kv.
             state.to_move[state.trunks[bare]] = None
         cover = state.trunks.get(name)

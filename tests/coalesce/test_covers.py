@@ -179,6 +179,25 @@ def test_prev_kv_gets_a_cover_that_takes_all_watches_over() -> None:
     assert a.read() == ["#0 @11 put 11 /s/a=v"]
 
 
+def test_a_watch_that_joins_a_left_cover_moves_as_well() -> None:
+    shell, a = covered(linger_s=10.0)
+    a.close()
+    wants_prev_kv, late = shell.client(), shell.client()
+    wants_prev_kv.create(b"/s/b", b"", 11, prev_kv=True)
+    shell.created(shell.opened[1], 10)
+    # The first cover has no watches and lingers, so there is nothing to move.
+    shell.wait(2)
+    late.create(b"/s/c", b"", 9)
+    backfill = shell.opened[2]
+    assert backfill.is_backfill
+    shell.created(backfill, 10)
+    shell.progressed(10)
+    shell.wait(20)
+    assert {shell.opened[0], backfill} == set(shell.closed)
+    shell.events(shell.opened[1], put(11, b"/s/c"))
+    assert late.read() == ["#0 @10 created", "#0 @11 put 11 /s/c=v"]
+
+
 def test_a_run_holds_back_only_the_branches_it_reaches() -> None:
     shell, _ = covered(fragment_bytes=40)
     held, other = joined(shell, b"/s/b", fragment=True), joined(shell, b"/s/c", fragment=True)
