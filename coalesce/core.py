@@ -11,10 +11,9 @@ the check itself read the store's revision by a linearizable call that began aft
 already known to be off (a bare Header means the same, and also updates the newest revision known).
 
 *Stalls.* When a message is not written completely, the shell queues the rest of it and calls `stalled(session)` at
-once, even in the middle of a list of effects. From then on the core delivers nothing more to that session, but the same
-list may still hold a Deliver for its watches: the shell does not write those but returns them by
-`undelivered(watch, payload)`. Neither call has effects. Control answers (Send) queue behind the unsent bytes. When all
-of them are written the shell calls `drained(session, now)`.
+once, even in the middle of a list of effects. From then on the shell writes no Deliver for its watches but returns each
+by `undelivered(watch, payload)`; after that, later inputs have none for this watch. Neither call has effects. Control
+answers (Send) queue behind the unsent bytes. When all of them are written the shell calls `drained(session, now)`.
 
 *Replays.* What lagging watches then get is bounded per turn, and the rest follows without further input:
 `next_deadline()` is due at once while anything is to be replayed to a session that is not stalled.
@@ -150,7 +149,7 @@ class Coalescer:
         self._replayer.stalled(session)
 
     def undelivered(self, watch: Watch, payload: Payload) -> None:
-        """A delivery was not started, because its session stalled earlier in the same list of effects."""
+        """A delivery was not started, because its session is stalled."""
         self.deadline_moved = True
         self._replayer.returned(watch, payload)
 

@@ -20,8 +20,7 @@ class Deliver:
 
     For each watch the shell writes `payload.pieces(watch.watch_id)` to `watch.outlet`. When a write is incomplete, the
     outlet queues the rest and the payload counts as delivered; the shell calls `stalled(watch.session)` at once. For a
-    watch whose session stalled earlier in the same list of effects, it calls `undelivered(watch, payload)` instead of
-    writing.
+    watch of a session that is stalled, it calls `undelivered(watch, payload)` instead of writing.
     """
 
     payload: Payload

@@ -92,6 +92,7 @@ class Cancellation:
         self._drop_queue(session)
         self._progress.forget_session(session)
         self._replayer.forget(session)
+        state.note_behind(session)
         state.stats.ids_kept -= len(session.compacted or ())
         session.compacted = None
         del state.sessions[session]

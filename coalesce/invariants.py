@@ -8,7 +8,8 @@
  4. A group holds watches of its variant only; a watch that wants prev_kv follows only a source that has it.
  5. A watch comes through its trunk, unless that is still to start at "now", or a backfill of its trunk; the backfill
     knows it.
- 6. All watches of a stalled session lag: nothing is delivered to it, and no backfill is opened for it.
+ 6. A stalled session counts as behind and is not replayed. Its watches may stay in step or ahead: the shell returns
+    the events for them, and the first ones returned make a watch lag.
  7. A lagging watch of a session that is not stalled is replayed without a further input from the shell.
  8. A history is ordered and disjoint, lies within [floor, next_revision), and its byte count is correct.
  9. Each history, and all of them together, stay within their bounds.
@@ -69,6 +70,7 @@ def check(
         _check_progress(session, waiters, progress)
         for watch in session.watches.values():
             _check_watch(state, watch)
+    _need(18, all(session in state.sessions for session in state.lagging_sessions), "an ended session is behind")
     for session in state.leaving:
         _need(
             18,
@@ -105,8 +107,10 @@ def _check_session(state: CoreState, session: Session) -> None:
         _need(1, session.compacted is None or watch_id not in session.compacted, watch)
     for watch in session.lagging:
         _need(2, watch.place is Place.LAGGING and session.watches.get(watch.watch_id) is watch, watch)
-    _need(2, (session.lagging_since is not None) == bool(session.lagging), "lagging since")
-    _need(2, (session in state.lagging_sessions) == bool(session.lagging), "lagging sessions")
+    behind = session.stalled or bool(session.lagging)
+    _need(6, (session.lagging_since is not None) == behind, "lagging since")
+    _need(6, (session in state.lagging_sessions) == behind, "lagging sessions")
+    _need(6, not session.stalled or session not in state.to_replay_later, "a turn of a stalled session")
     if not session.stalled and not all(watch.awaits_run for watch in session.lagging):
         _need(7, session in state.to_replay_later, "lagging watches of a session that is not due")
     if session.queue is not None:
@@ -167,8 +171,6 @@ def _check_watch(state: CoreState, watch: Watch) -> None:
         _need(5, source is not trunk or not trunk.opening or trunk.upstream.start_revision is not None, watch)
         has_prev_kv = source.history.has_prev_kv and (source is not trunk or trunk.prev_kv_from is not None)
         _need(4, not watch.wants_prev_kv or has_prev_kv or place is Place.LAGGING, watch)
-    if session.stalled:
-        _need(6, watch.place is Place.LAGGING, watch)
     _need(15, watch.progress_floor <= watch.next_revision, watch)
 
 

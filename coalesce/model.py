@@ -99,8 +99,8 @@ class Watch:
 
     @property
     def follows_trunk(self) -> bool:
-        """It is in step with its trunk: it was sent everything that the trunk has."""
-        return self.place is Place.IN_STEP and self.source is self.trunk
+        """It was sent everything that its trunk has, and can be sent more."""
+        return self.place is Place.IN_STEP and self.source is self.trunk and not self.session.stalled
 
     @property
     def awaits_run(self) -> bool:
@@ -243,11 +243,11 @@ class Session:
     line_bytes: int = 0
     # The queue reached line_bytes_max: the shell passes in no more requests until TakeRequests.
     line_full: bool = False
-    # The shell holds unsent bytes of it: nothing is delivered until drained().
+    # The shell holds unsent bytes of it: nothing is sent until drained(), and events for its watches are returned.
     stalled: bool = False
     # Watches to be replayed, in the order of their turns.
     lagging: dict[Watch, None] = field(default_factory=dict)
-    # Since when `lagging` has been non-empty; None = it is empty.
+    # Since when it has been stalled or has had lagging watches; None = neither.
     lagging_since: float | None = None
     # Progress requests not answered yet, at most two: for each, the number of the first upstream request whose answer
     # is fresh enough (see progress).

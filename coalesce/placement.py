@@ -48,7 +48,7 @@ class Placement:
             trunk = watch.trunk
             if trunk.serves(watch):
                 self._attach(watch, trunk)
-                if watch.session.stalled or watch.position < trunk.next_revision:
+                if watch.position < trunk.next_revision:
                     self.mark_lagging(watch)
                     self._state.want_replay(watch.session)
                 else:
@@ -65,9 +65,13 @@ class Placement:
         watch.place = Place.LAGGING
         session.lagging[watch] = None
         state.stats.lagging += 1
-        if session.lagging_since is None:
-            session.lagging_since = state.now
-            state.lagging_sessions[session] = None
+        state.note_behind(session)
+
+    def set_aside(self, watch: Watch) -> None:
+        """Move a watch from any place to the lagging ones of its session."""
+        if watch.place is not Place.LAGGING:
+            self.unplace(watch)
+            self.mark_lagging(watch)
 
     def unplace(self, watch: Watch) -> None:
         """Remove a watch from its current place and record its position. The caller must place it again at once."""
@@ -76,9 +80,7 @@ class Placement:
             session = watch.session
             del session.lagging[watch]
             state.stats.lagging -= 1
-            if not session.lagging:
-                session.lagging_since = None
-                del state.lagging_sessions[session]
+            state.note_behind(session)
         elif place is Place.QUEUED:
             del state.queued[watch]
             state.stats.queued -= 1
@@ -227,6 +229,10 @@ class Placement:
     def _trim(self, backfill: Backfill) -> None:
         """Evict the batches that no watch of a backfill needs any more, before the next one is added."""
         history = backfill.history
+        for watch in backfill.watches:
+            if watch.session.stalled:
+                # The window must keep what it will need, and the backfill may have to be paused.
+                self.set_aside(watch)
         lagging = [watch for watch in backfill.watches if watch.place is Place.LAGGING]
         history.evict_below(min([watch.position for watch in lagging], default=backfill.next_revision))
         if backfill.is_followed or backfill.is_upgrade:
@@ -241,8 +247,11 @@ class Placement:
     def fill_slots(self) -> None:
         """Serve queued watches while a backfill may be opened, or one can be closed whose sessions are all stalled."""
         state = self._state
-        while state.queued and (state.stats.backfills < state.limits.backfills_max or self._give_up_stalled()):
+        while state.queued:
             watch = next(iter(state.queued))
+            is_full = state.stats.backfills >= state.limits.backfills_max
+            if is_full and not watch.session.stalled and not self._give_up_stalled():
+                return
             self.unplace(watch)
             self.place((watch,))
 
@@ -251,6 +260,7 @@ class Placement:
         for backfill in self._state.backfills:
             if not backfill.is_upgrade and all(watch.session.stalled for watch in backfill.watches):
                 for watch in tuple(backfill.watches):
+                    self.set_aside(watch)
                     self.detach(watch)
                 return True
         return False

@@ -1,9 +1,10 @@
 """Stalled sessions, and how their watches catch up.
 
-A stalled session costs nothing: its watches leave their groups and keep only the revision they need next. When the
-shell reports that everything is written, they are replayed from the histories of their sources, several revisions
-joined into one response, and are in step again when they have reached the end. Revisions that a history no longer holds
-come by a backfill.
+A session that stalls moves none of its watches: they stay in step while there are no events for them. The first event
+for one of them is returned by the shell: that watch leaves its group and keeps only the revision it needs next. When
+the shell reports that everything is written, these watches are replayed from the histories of their sources, several
+revisions joined into one response, and are in step again when they have reached the end. Revisions that a history no
+longer holds come by a backfill.
 
 Replaying is done in turns. A turn of a session is bounded in bytes and in events examined (filters may drop all of
 them), and serves its watches round robin; the rest follows at the next timer, which is due at once, so that live events
@@ -50,32 +51,32 @@ class Replayer:
         self.left_events = state.limits.replay_turn_events_max
 
     def stalled(self, session: Session) -> None:
-        """Remove the watches of a session from their groups. No effects: it is called while effects are carried out."""
+        """Send a session nothing more. No effects: it is called while effects are carried out."""
         if session.stalled or session.ended:
             return
         session.stalled = True
         self._state.stats.stalls += 1
         self.forget(session)
-        for watch in session.watches.values():
-            if watch.place is not Place.LAGGING:
-                self._placement.unplace(watch)
-                self._placement.mark_lagging(watch)
+        self._state.note_behind(session)
 
     def returned(self, watch: Watch, payload: Payload) -> None:
-        """Take back a payload that was not sent. No effects."""
+        """Take back a payload that was not sent; with events, its watch lags from now on. No effects."""
         if watch.place is Place.ENDED:
             return
         self.stalled(watch.session)
         self._state.stats.returned += 1
         self._state.stats.delivered -= 1
         self._state.stats.delivered_events -= payload.event_count
-        watch.position = min(watch.position, payload.first_revision)
+        if payload.event_count:
+            self._placement.set_aside(watch)
+            watch.position = min(watch.position, payload.first_revision)
 
     def drained(self, session: Session) -> None:
         """All bytes of a session are written: replay its watches."""
         if session.ended:
             return
         session.stalled = False
+        self._state.note_behind(session)
         self._state.want_replay(session)
         if session.progress_needs:
             self._requests.want()

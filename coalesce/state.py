@@ -87,7 +87,7 @@ class CoreState:
         self.upstreams: dict[Upstream, None] = {}
         # Sources whose run is incomplete.
         self.runs: dict[Source, FragmentRun] = {}
-        # Sessions with lagging watches, those that have lagged longest first.
+        # Sessions that are stalled or have lagging watches, those that have been behind longest first.
         self.lagging_sessions: dict[Session, None] = {}
         # Watches queued for a backfill.
         self.queued: dict[Watch, None] = {}
@@ -124,6 +124,18 @@ class CoreState:
         self.to_ask.pop(upstream, None)
         if not gone:
             self.effects.append(CloseUpstream(upstream))
+
+    def note_behind(self, session: Session) -> None:
+        """Record since when a session is behind, or that it no longer is: it is stalled, or has lagging watches."""
+        behind = (session.stalled or bool(session.lagging)) and not session.ended
+        if behind == (session.lagging_since is not None):
+            return
+        if behind:
+            session.lagging_since = self.now
+            self.lagging_sessions[session] = None
+        else:
+            session.lagging_since = None
+            del self.lagging_sessions[session]
 
     def want_replay(self, session: Session) -> None:
         """Replay a session's lagging watches when this input ends."""

@@ -445,7 +445,7 @@ class Engine:
         for watch in watches:
             outlet: Outlet = watch.outlet
             if outlet.stalled:
-                # Stalled by an earlier effect of the same list; sessions that stalled before that are not in it.
+                # The core moves no watch when a session stalls, but each one at the first event that it returns.
                 self.core.undelivered(watch, payload)
                 continue
             connection = outlet.connection

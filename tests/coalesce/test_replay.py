@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from coalesce import CoreLimits, Deliver
+from coalesce import CoreLimits, CreateRequest, Deliver
+from coalesce.effects import CheckPermission
 from coalesce.place import Place
 from proto.scan import WatchResponse
 from tests.coalesce.shell import Shell, delete, header, put
+from tests.steps import steps
 
 
 def test_a_slow_client_catches_up_without_affecting_others() -> None:
@@ -30,17 +32,115 @@ def test_a_slow_client_catches_up_without_affecting_others() -> None:
     assert len(shell.opened) == 1
 
 
-def test_a_stalled_session_gets_no_deliveries() -> None:
+def test_a_stalled_session_gets_one_delivery_per_watch() -> None:
     shell = Shell()
     slow, quick = shell.client(), shell.client()
     trunk = shell.trunk(5, quick)
     slow.create(start=6)
+    slow.read()
+    slow.create(start=6)
     slow.stall()
+    shell.core.stalled(slow.session)
+    sessions = []
+    for revision in (6, 7):
+        response = WatchResponse(header(revision), events=[put(revision)])
+        (deliver,) = shell.core.upstream_response(trunk, response, shell.now)
+        assert isinstance(deliver, Deliver)
+        sessions.append([watch.session for watch in deliver.watches])
+        for watch in deliver.watches:
+            if watch.session is slow.session:
+                shell.core.undelivered(watch, deliver.payload)
+        shell.core.check()
+    assert sessions == [[quick.session, slow.session, slow.session], [quick.session]]
+
+
+def test_a_session_that_drains_between_events_moves_nothing() -> None:
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    watch = client.session.watches[0]
+    group = watch.group
+    assert group is not None
+    listed = group.listed()
+    for revision in range(6, 9):
+        client.stall()
+        shell.events(trunk, put(revision))
+        assert client.session.stalled
+        assert shell.core.stats.lagging == 0
+        client.drain()
+        # Not even the cached tuple of the group is made again.
+        assert watch.group is group
+        assert group.listed() is listed
+    assert client.read() == [f"#0 @{revision} put {revision} k=v" for revision in range(6, 9)]
+    assert shell.core.stats.replays == 0
+
+
+def test_an_event_moves_only_its_watch_of_a_stalled_session() -> None:
+    shell = Shell()
+    client = shell.client()
+    first = shell.trunk(5, client, b"a")
+    second = shell.trunk(5, client, b"b")
+    third = shell.trunk(5, client, b"c")
+    client.stall()
+    shell.events(first, put(6, b"a"))
+    shell.events(second, put(7, b"b"))
+    places = [watch.place for watch in client.session.watches.values()]
+    assert places == [Place.IN_STEP, Place.LAGGING, Place.IN_STEP]
+    shell.events(second, put(8, b"b"))
+    shell.bookmark(third, 8)
+    client.drain()
+    shell.events(third, put(9, b"c"))
+    assert client.read() == ["#0 @6 put 6 a=v", "#1 @8 put 7 b=v put 8 b=v", "#2 @9 put 9 c=v"]
+
+
+def test_a_stall_costs_the_same_with_20_000_watches() -> None:
+    def costs(watches: int) -> list[int]:
+        shell = Shell()
+        client = shell.client()
+        trunk = shell.trunk(5, client)
+        session, request = client.session, CreateRequest(b"k", b"", 6)
+        for _ in range(watches - 1):
+            (check,) = shell.core.create(session, request, shell.now)
+            assert isinstance(check, CheckPermission)
+            shell.core.permission(check.check, None, shell.now)
+        assert len(trunk.owner.watches) == watches
+        assert len(session.watches) == watches
+        stalling = steps(lambda: shell.core.stalled(session))
+        return [stalling, steps(lambda: shell.core.drained(session, shell.now))]
+
+    assert costs(2) == costs(20_000)
+
+
+def test_a_stalled_session_gets_no_progress() -> None:
+    """Neither that of progress_notify nor an answer, although its watch is in step."""
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client, progress_notify=True)
+    client.stall()
     shell.events(trunk, put(6))
-    effects = shell.core.upstream_response(trunk, WatchResponse(header(7), events=[put(7)]), shell.now)
-    (deliver,) = effects
-    assert isinstance(deliver, Deliver)
-    assert [watch.session for watch in deliver.watches] == [quick.session]
+    client.progress()
+    shell.bookmark(trunk, 8)
+    shell.progressed(8)
+    assert client.session.watches[0].place is Place.IN_STEP
+    assert client.unsent == ["#0 @6 put 6 k=v"]
+    assert shell.core.stats.returned == 0
+    shell.events(trunk, put(9))
+    client.drain()
+    shell.progressed(9)
+    assert client.read() == ["#0 @6 put 6 k=v", "#0 @9 put 9 k=v", "#-1 @9 progress"]
+
+
+def test_the_age_of_a_stall_counts_without_missed_events() -> None:
+    shell = Shell(CoreLimits(lagging_age_s_max=30.0))
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    client.stall()
+    shell.events(trunk, put(6))
+    shell.wait(29)
+    assert client.ended is None
+    shell.wait(2)
+    assert client.ended is not None
+    assert shell.core.stats.refused_at["lagging_age_s_max"] == 1
 
 
 def test_undelivered_payloads_are_sent_again() -> None:
@@ -74,7 +174,7 @@ def test_a_control_answer_may_stall_a_session() -> None:
     assert client.unsent == ["#1 @6 created"]
     shell.events(trunk, put(7))
     client.drain()
-    assert client.read() == ["#1 @6 created", "#0 @7 put 7 k=v", "#1 @7 put 6 k=v put 7 k=v"]
+    assert client.read() == ["#1 @6 created", "#1 @7 put 6 k=v put 7 k=v", "#0 @7 put 7 k=v"]
 
 
 def test_answers_of_a_stalled_session_follow_its_unsent_bytes() -> None:
@@ -158,10 +258,10 @@ def test_watches_of_a_session_are_replayed_in_turn() -> None:
     shell.settle()
     assert client.read() == [
         "#0 @6 put 6 k=v",
-        "#0 @8 put 7 k=v put 8 k=v",
         "#1 @7 put 6 k=v put 7 k=v",
-        "#0 @10 put 9 k=v put 10 k=v",
+        "#0 @8 put 7 k=v put 8 k=v",
         "#1 @9 put 8 k=v put 9 k=v",
+        "#0 @10 put 9 k=v put 10 k=v",
         "#1 @10 put 10 k=v",
     ]
 
@@ -322,7 +422,7 @@ def test_a_future_watch_of_a_stalled_session_loses_nothing() -> None:
     shell.events(trunk, put(6))
     shell.events(trunk, put(7), put(8))
     client.drain()
-    assert client.read() == ["#1 @5 created", "#0 @8 put 8 k=v", "#1 @8 put 6 k=v put 7 k=v put 8 k=v"]
+    assert client.read() == ["#1 @5 created", "#1 @8 put 6 k=v put 7 k=v put 8 k=v", "#0 @8 put 8 k=v"]
 
 
 def test_fragments_are_one_delivery() -> None:

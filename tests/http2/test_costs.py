@@ -5,37 +5,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from types import FrameType
-from typing import Any
-
 from proto.http2 import frames
 from tests.http2 import measure, wire
 from tests.http2.wire import data, server
+from tests.steps import steps
 
 SEND_STEPS_MAX = 100
 """It is 76; other releases of Python may need a third more."""
-
-
-def steps(run: Callable[[], object]) -> int:
-    """Count the bytecode instructions of a call."""
-    count = 0
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal count
-        del argument
-        frame.f_trace_opcodes = True
-        count += event == "opcode"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        run()
-    finally:
-        sys.settrace(before)
-    return count
 
 
 def test_opening_the_nth_stream_costs_the_same() -> None:

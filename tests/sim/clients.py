@@ -219,6 +219,8 @@ class SimSession:
     stalled_input: int = 0
     stalled_at: float = 0.0
     stalled_ids: tuple[int, ...] = ()
+    # The watches whose payloads it has returned since, and during which input it did so last.
+    returned: dict[Any, int] = field(default_factory=dict)
     ended: tuple[int, str] | None = None
     # The client is gone: nothing more may be sent.
     closed: bool = False
@@ -329,6 +331,15 @@ class SimSession:
         in_line = sum(type(request).__name__ == "PendingProgress" for request in self.core.queue or ())
         while len(self.progress_floors) > in_line + 1:
             self.progress_floors.popleft()
+
+    def note_returned(self, watch: Any, payload: Any, this_input: int) -> None:
+        """Check that a session that had stalled before gets no progress, and each watch no more than one event."""
+        if self.stalled_input < this_input:
+            if not payload.event_count:
+                raise SimulationFailure("progress for a session that had stalled before")
+            if self.returned.get(watch, this_input) < this_input:
+                raise SimulationFailure("a second delivery to a watch of a stalled session")
+        self.returned[watch] = this_input
 
     def write(self, messages: tuple[bytes, ...]) -> bool:
         """Queue messages for the client; False when they do not fit in its window (they are queued all the same)."""

@@ -170,6 +170,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
         "a trunk lingers for ever", "trunk", "state.lingers.start(trunk, state.now + state.limits.linger_s)", "pass"
     ),
     # Waiting, and its causes.
+    Mutant("a stalled session gets progress", "model", " and not self.session.stalled", ""),
     Mutant("a stall is not heard", "core", "self._replayer.stalled(session)", "pass"),
     Mutant(
         "a watch joins a trunk that is not there", "joining", "trunk is None or trunk.opening or ", "trunk is None or "

@@ -333,8 +333,7 @@ class World:
             if leaves(watch.session, watch):
                 continue
             if session.stalled:
-                if session.stalled_input < self._inputs:
-                    raise SimulationFailure("a delivery to a session that had stalled before")
+                session.note_returned(watch, payload, self._inputs)
                 self.count("returned")
                 self.core.undelivered(watch, payload)
                 continue
@@ -354,6 +353,7 @@ class World:
         session.stalled = True
         session.stalled_input, session.stalled_at = self._inputs, self.now
         session.stalled_ids = tuple(session.announced)
+        session.returned.clear()
         self.core.stalled(session.core)
 
     def _end_session(self, effect: Any) -> None:
@@ -539,12 +539,14 @@ class World:
         for upstream in self.open_upstreams.values():
             if not upstream.is_backfill and type(upstream.fed).__name__ == "Cover" and upstream.token is not None:
                 raise SimulationFailure("a cover is watched with the token of a client")
-        for client in self.clients if age_s_max is not None else ():
+        for client in self.clients:
             session = client.session
             if session is None or session.ended is not None or not session.stalled:
                 continue
+            if not session.core.stalled:
+                raise SimulationFailure("the core does not know that a session is stalled")
             waits = any(watch_id in session.core.watches for watch_id in session.stalled_ids)
-            if waits and self.now > session.stalled_at + age_s_max + 0.001:
+            if age_s_max is not None and waits and self.now > session.stalled_at + age_s_max + 0.001:
                 raise SimulationFailure(f"a session has been stalled since {session.stalled_at}, it is {self.now}")
 
     def expire(self) -> None:

@@ -168,6 +168,12 @@ def test_a_single_payload_is_written_at_once() -> None:
         assert rig.output.calls == ["cork", "wrote", "uncork"]
         stats = rig.engine.stats
         assert (stats.delivered, stats.coalesced, stats.delivered_bytes, stats.stalls) == (4, 3, 12, 1)
+        # A stalled stream is not written to by a later input either.
+        later = payload_of(b"y")
+        rig.script("upstream_response", Deliver(later, watches))
+        rig.engine.received(TRUNK, SPOKEN)
+        assert rig.core.inputs[-1] == ("undelivered", watches[2], later)
+        assert outlets[2].sent == [b"0:x"]
 
     run(scenario())
 
