@@ -84,12 +84,12 @@ PROGRAMS = (
     Program(
         "progress after catching up",
         (Put(times=50), Create(start=1), Wait(events=50), ELSEWHERE, Ask(again=53), Put(), Wait(events=51), Ask()),
-        more_progress="asked again until it is answered",
+        loaded_progress="a request that was made again may be answered during the later puts",
     ),
     Program(
         "progress of a past start without events",
         (ELSEWHERE, Create(start=1), Ask(again=3), ELSEWHERE, Ask()),
-        more_progress="asked again until it is answered",
+        loaded_progress="a request that was made again may be answered during the later puts",
     ),
     Program(
         "progress next to a compacted watch",

@@ -6,11 +6,13 @@ import os
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import grpc.aio
 
+from coalesce.limits import CoreLimits
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from proxy.server import Proxy
 from tests.etcd.server import EtcdServer
@@ -57,6 +59,9 @@ async def two_tiers(etcd: EtcdServer | str, failures: int = 0, **settings: Any) 
     """Yield a proxy that takes its watches from another one, its hub; calls go to `etcd`."""
     endpoint = etcd if isinstance(etcd, str) else etcd.endpoint
     ours = {name: value for name, value in settings.items() if name in HUB_SETTINGS}
+    if limits := ours.get("limits"):
+        # The leaf watches all its ranges on one stream.
+        ours["limits"] = replace(limits, watches_per_session_max=CoreLimits().watches_per_session_max)
     with tempfile.TemporaryDirectory(prefix="watchmux-hub-") as directory:
         path = f"{directory}/hub"
         hub = Proxy(endpoints=endpoint, tune_gc=False, path=path, **ours)
@@ -65,6 +70,7 @@ async def two_tiers(etcd: EtcdServer | str, failures: int = 0, **settings: Any) 
             async with proxy_for(endpoint, failures, watch_endpoints=f"http+unix://{path}", **settings) as proxy:
                 _HUBS[proxy] = hub
                 yield proxy
+                del _HUBS[proxy]
         finally:
             await hub.stop()
             hub.engine.core.check()

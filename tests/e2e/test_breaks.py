@@ -11,7 +11,7 @@ import pytest
 from proto.framing import Status
 from tests.e2e.judging import assert_kept
 from tests.e2e.raw_client import RawClient, WatchStream
-from tests.e2e.running import Etcd, direct, proxy_for
+from tests.e2e.running import Etcd, direct, next_to_etcd, proxy_for
 from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.waiting import until_async
@@ -84,7 +84,7 @@ async def _through(etcd: EtcdServer, breaks: int, how: str) -> None:
             await until_async(lambda s=stream: has_reached(s, last), "the last event")  # type: ignore[misc]  # bound
             assert not stream.raw.over
         await assert_kept(streams, etcd.endpoint, PREFIX, PREFIX_END, last)
-        assert proxy.engine.stats.upstream_broken >= 1
+        assert next_to_etcd(proxy).engine.stats.upstream_broken >= 1
 
 
 @pytest.mark.parametrize("how", ["stop", "kill"])

@@ -76,8 +76,8 @@ async def silent(rig: Rig, opening: bytes) -> AsyncIterator[Silent]:
 @pytest.mark.parametrize(
     ("limit", "opening", "since"),
     [
-        ("first_bytes_timeout_s", b"", "_opened_at"),
-        ("settings_timeout_s", PREFACE + SETTINGS, "_opened_at"),
+        ("first_bytes_timeout_s", b"", "opened_at"),
+        ("settings_timeout_s", PREFACE + SETTINGS, "opened_at"),
         ("keepalive_timeout_s", PREFACE + SETTINGS + ACK, "_pinged_at"),
         ("idle_timeout_s", PREFACE + SETTINGS + ACK, "_idle_since"),
     ],

@@ -11,7 +11,7 @@ import pytest
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from tests.e2e.raw_client import RawClient
-from tests.e2e.running import proxy_for
+from tests.e2e.running import next_to_etcd, proxy_for
 from tests.e2e.scenario import run
 from tests.etcd.cluster import Cluster, Member, cluster
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch, split_proxy, straight
@@ -122,7 +122,8 @@ def test_a_lagging_member_is_not_a_restored_store() -> None:
                 server.target.not_before = asyncio.get_running_loop().time() + 5
                 server.connection.close()
                 await until_async(
-                    lambda: (proxy.upstream.server or ())[:2] == (late.endpoint, server.version), "the late member"
+                    lambda: (next_to_etcd(proxy).upstream.server or ())[:2] == (late.endpoint, server.version),
+                    "the late member",
                 )
                 created = []
                 for number in range(20, 30):
@@ -213,8 +214,9 @@ def test_a_learner_serves_no_watches_and_does_no_harm() -> None:
                 for number in range(10):
                     last = await store.put(PREFIX + b"a", b"%d" % number)
                 await all_kept(streams, voter.endpoint, last)
-                assert proxy.upstream.server is not None
-                assert proxy.upstream.server[0] == voter.endpoint
+                server = next_to_etcd(proxy).upstream.server
+                assert server is not None
+                assert server[0] == voter.endpoint
                 await until_async(lambda: all(state.connected for state in proxy.pool.states()), "both members")
                 for _ in range(50):
                     call = client.call("/etcdserverpb.KV/Put")

@@ -10,7 +10,7 @@ from coalesce.limits import CoreLimits
 from proto.pb import rpc_pb2
 from tests.e2e.judging import log_of
 from tests.e2e.raw_client import RawClient
-from tests.e2e.running import Etcd, proxy_for
+from tests.e2e.running import Etcd, next_to_etcd, proxy_for
 from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import Way, relay_to
@@ -52,12 +52,12 @@ def test_upstream_breaks_in_the_middle_of_a_run_of_fragments(etcd: EtcdServer, a
             streams.append((pieces, 0))
             await store.put(PREFIX + b"a", b"1")
             way.cut()
-            await until_async(lambda: proxy.engine.stats.upstream_broken == 1, "the outage")
+            await until_async(lambda: next_to_etcd(proxy).engine.stats.upstream_broken == 1, "the outage")
             for _ in range(12):
                 await put_large(store, 4, 300_000)
             way.mend()
             way.break_after(Way.BACK, after)
-            await until_async(lambda: proxy.engine.stats.upstream_broken == 2, "the break")
+            await until_async(lambda: next_to_etcd(proxy).engine.stats.upstream_broken == 2, "the break")
             way.mend()
             last = await store.put(PREFIX + b"a", b"2")
             await all_kept(streams, etcd.endpoint, last)
@@ -81,7 +81,7 @@ def test_compacted_during_an_outage(etcd: EtcdServer) -> None:
             other = await open_watch(client, b"/q")
             await until_async(lambda: behind[1].values == [b"1"], "the first event")
             way.cut()
-            await until_async(lambda: proxy.engine.stats.upstream_broken >= 1, "the break")
+            await until_async(lambda: next_to_etcd(proxy).engine.stats.upstream_broken >= 1, "the break")
             for number in range(30):
                 compacted = await store.put(PREFIX + b"a", b"%d" % number)
             await store.compact(compacted)
@@ -118,7 +118,7 @@ def test_a_silent_outage(etcd: EtcdServer) -> None:
             way.half_open()
             for number in range(50):
                 last = await store.put(PREFIX + b"a", b"%d" % number)
-            await until_async(lambda: proxy.engine.stats.upstream_broken >= 1, "the proxy to notice")
+            await until_async(lambda: next_to_etcd(proxy).engine.stats.upstream_broken >= 1, "the proxy to notice")
             way.mend()
             await all_kept(streams, etcd.endpoint, last)
 
@@ -138,9 +138,9 @@ def test_connections_that_break_all_the_time(etcd: EtcdServer) -> None:
             streams = [(await open_watch(client, PREFIX, PREFIX_END, start), start) for start in (0, 1)]
             writer = Writer(etcd.endpoint)
             for number in range(6):
-                broken = proxy.engine.stats.upstream_broken
+                broken = next_to_etcd(proxy).engine.stats.upstream_broken
                 way.break_after(Way.BACK, 700 + 397 * number)
-                await until_async(lambda b=broken: proxy.engine.stats.upstream_broken > b, "a break")  # type: ignore[misc]
+                await until_async(lambda b=broken: next_to_etcd(proxy).engine.stats.upstream_broken > b, "a break")  # type: ignore[misc]
                 way.mend()
                 streams.append((await open_watch(client, PREFIX, PREFIX_END, number), number))
             await writer.more(5)
