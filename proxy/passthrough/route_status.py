@@ -22,8 +22,8 @@ NO_SERVER = "watchmux: there is no server for watches now"
 class WatchServer(Protocol):
     """The part of `WatchClient` that is used here."""
 
-    def own_connection(self) -> ClientConnection | None:
-        """Return a connection to the server in use; None while there is none."""
+    def free_connection(self) -> ClientConnection | None:
+        """Return a connection to the server in use with a place for a client's call; None while there is none."""
 
 
 class RouteStatus:
@@ -43,7 +43,7 @@ class RouteStatus:
             return self._passthrough(connection, stream, headers, end_stream)
         if origin == self._own_id:
             raise CallRefusal(200, Status.FAILED_PRECONDITION, f"watchmux: {ROUTE_LOOP}")
-        upstream = self._watches.own_connection()
+        upstream = self._watches.free_connection()
         relay = self._passthrough.relay(connection, stream, headers)
         if upstream is None or not relay.start(upstream):
             raise CallRefusal(200, Status.UNAVAILABLE, NO_SERVER)

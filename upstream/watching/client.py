@@ -173,9 +173,9 @@ class WatchClient:
         """The number of open watches."""
         return len(self._state)
 
-    def own_connection(self) -> ClientConnection | None:
-        """Return a connection to the server in use for one of the proxy's own calls; None while there is none."""
-        return self._places.own()
+    def free_connection(self) -> ClientConnection | None:
+        """Return a connection to the server in use with a place for a client's call; None while there is none."""
+        return self._places.pick()
 
     def start(self) -> None:
         """Start connecting, in the running event loop."""
