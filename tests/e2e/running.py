@@ -25,6 +25,8 @@ async def proxy_for(etcd: EtcdServer | str, failures: int = 0, **settings: Any) 
     Its core must keep its invariants, and fail (on purpose) exactly as often as given.
     """
     endpoint = etcd if isinstance(etcd, str) else etcd.endpoint
+    if COVERS:
+        settings["limits"] = replace(settings.get("limits") or CoreLimits(), covers=COVERS)
     if TIERS == 2 and "watch_endpoints" not in settings:
         async with two_tiers(etcd, failures, **settings) as proxy:
             yield proxy
@@ -49,6 +51,9 @@ def next_to_etcd(proxy: Proxy) -> Proxy:
     """Return the proxy whose watches are at etcd: the given one, or its hub if there are two tiers."""
     return _HUBS.get(proxy, proxy)
 
+
+COVERS: tuple[bytes, ...] = (os.environb[b"COVER"],) if b"COVER" in os.environb else ()
+"""COVER=PREFIX: each proxy of the tests has this cover; COVER= covers all keys. Some tests count upstream watches."""
 
 HUB_SETTINGS: Final = ("upstream", "upstream_tls", "limits", "credentials", "upstream_cert", "reader")
 """Settings that both tiers have."""

@@ -8,15 +8,23 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc.aio
+import pytest
 
 from coalesce import report
 from proxy.server import Proxy
+from tests.e2e import running
 from tests.e2e.judging import assert_kept
 from tests.e2e.raw_client import RawClient, WatchStream
 from tests.e2e.running import Etcd, proxy_for
 from tests.waiting import until_async
 
 PREFIX, PREFIX_END = b"/p/", b"/p0"
+
+
+def also_with_a_cover(*marks: pytest.MarkDecorator) -> list[pytest.MarkDecorator]:
+    """Return a module's marks: its tests run without a cover, and, marked so, with one of all keys."""
+    ways = [pytest.param(running.COVERS, id="trunks"), pytest.param((b"",), id="a cover", marks=marks)]
+    return [pytest.mark.usefixtures("covers"), pytest.mark.parametrize("covers", ways, indirect=True)]
 
 
 @asynccontextmanager

@@ -21,8 +21,10 @@ from tests.e2e.raw_client import RawClient, WatchStream
 from tests.e2e.running import proxy_for
 from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
-from tests.faults.scene import PREFIX, PREFIX_END, open_watch, straight
+from tests.faults.scene import PREFIX, PREFIX_END, also_with_a_cover, open_watch, straight
 from tests.waiting import until_async
+
+pytestmark = also_with_a_cover(pytest.mark.long)
 
 PUT = "/etcdserverpb.KV/Put"
 WRITERS = 200

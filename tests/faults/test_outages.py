@@ -14,9 +14,20 @@ from tests.e2e.running import Etcd, next_to_etcd, proxy_for
 from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import Way, relay_to
-from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch, split_proxy, straight
+from tests.faults.scene import (
+    PREFIX,
+    PREFIX_END,
+    Writer,
+    all_kept,
+    also_with_a_cover,
+    open_watch,
+    split_proxy,
+    straight,
+)
 from tests.waiting import until_async
 from upstream.settings import ConnectionSettings, UpstreamSettings
+
+pytestmark = also_with_a_cover()
 
 MIB = 1 << 20
 

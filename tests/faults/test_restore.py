@@ -15,11 +15,13 @@ from tests.e2e.scenario import run
 from tests.e2e.test_auth import put, token_of
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import relay_to
-from tests.faults.scene import PREFIX, PREFIX_END, open_watch, straight
+from tests.faults.scene import PREFIX, PREFIX_END, also_with_a_cover, open_watch, straight
 from tests.faults.test_credentials import OWN, with_proxy_user
 from tests.waiting import until_async
 from upstream.credentials import Credentials
 from upstream.settings import UpstreamSettings
+
+pytestmark = also_with_a_cover()
 
 
 @pytest.mark.parametrize("beyond", [False, True])

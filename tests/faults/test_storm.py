@@ -18,8 +18,10 @@ from tests.e2e.raw_client import RawClient, WatchStream
 from tests.e2e.running import Etcd, proxy_for
 from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
-from tests.faults.scene import PREFIX, PREFIX_END, straight
+from tests.faults.scene import PREFIX, PREFIX_END, also_with_a_cover, straight
 from tests.waiting import until_async
+
+pytestmark = also_with_a_cover(pytest.mark.long)
 
 INTERVAL_S = 0.1
 REQUESTS_PER_INTERVAL = 4
