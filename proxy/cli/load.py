@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from proxy.errors import WRONG_REQUEST, Failed
 from proxy.measuring.load.judge import NoTruth
-from proxy.measuring.load.plan import Shape
+from proxy.measuring.load.plan import ROOT, Shape
 from proxy.measuring.load.prometheus import NoMetrics
 from proxy.measuring.load.run import LoadFailed
 from proxy.measuring.load.target import Access, LoadTarget, LoginFailed
@@ -26,7 +26,17 @@ STREAMS_PER_CHANNEL = 5
 PROCESSES_MAX = 4
 
 
-def shape_of(*, watches: int, ranges: int, streams: int, pause_s: float = 0.0, plain: bool = False) -> Shape:
+def cover_of(*, cover: bool, access: Access) -> bytes | None:
+    """Return the cover of the proxy that is started. Raises Failed if etcd would refuse it."""
+    if cover and access.user:
+        problem = "--cover: etcd checks it with the user of the proxy, and the one that is started has none; start one"
+        raise Failed(f"{problem} with `watchmux serve --user=NAME --cover={ROOT.decode()}`", WRONG_REQUEST)
+    return ROOT if cover else None
+
+
+def shape_of(
+    *, watches: int, ranges: int, streams: int, pause_s: float = 0.0, plain: bool = False, unique: bool = False
+) -> Shape:
     """Return the shape of a load: several streams share a connection, and each core runs a client process.
 
     There are at most as many streams as watches.
@@ -36,12 +46,13 @@ def shape_of(*, watches: int, ranges: int, streams: int, pause_s: float = 0.0, p
     processes = min(PROCESSES_MAX, os.cpu_count() or 1, channels)
     return Shape(
         watches=watches,
-        ranges=ranges,
+        ranges=watches if unique else ranges,
         streams=streams,
         channels=channels,
         processes=processes,
         pause_s=pause_s,
         plain=plain,
+        unique=unique,
     )
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 @click.option("--proxy", metavar="HOST:PORT", help="The watchmux in front of it. Default: start one.")
 @click.option("--watches", default=1000, show_default=True, type=click.IntRange(1, 100_000), help="Client watches.")
 @click.option("--ranges", default=10, show_default=True, type=click.IntRange(1, 1000), help="Distinct ranges watched.")
+@click.option("--unique", is_flag=True, help="Each watch has a key of its own instead of one of --ranges.")
+@click.option("--cover", is_flag=True, help="Start the proxy with a cover of the keys; implies --unique.")
 @click.option("--streams", default=200, show_default=True, type=click.IntRange(1, 10_000), help="gRPC watch streams.")
 @click.option(
     "--seconds",
@@ -50,6 +52,8 @@ def command(
     proxy: str | None,
     watches: int,
     ranges: int,
+    unique: bool,
+    cover: bool,
     streams: int,
     seconds: float | None,
     rate: float,
@@ -69,15 +73,16 @@ def command(
       watchmux measure                                     starts a store and a proxy
       watchmux measure --upstream=127.0.0.1:2379           your etcd; starts a proxy
       watchmux measure --upstream=127.0.0.1:2379 --watches=5000 --report=before-after.html
+      watchmux measure --upstream=127.0.0.1:2379 --cover   each watch has its own key; one upstream watch for all
       watchmux measure --upstream=https://etcd-0:2379 --cacert=ca.pem --cert=client.pem --key=client-key.pem
       watchmux measure --observe --upstream=etcd-0:2379,etcd-1:2379,etcd-2:2379 --proxy-metrics=127.0.0.1:9379
     """
-    from proxy.cli.load import metrics_urls, run_load, shape_of, targets_of
+    from proxy.cli.load import cover_of, metrics_urls, run_load, shape_of, targets_of
     from proxy.measuring.load.show import ProgressBars
     from proxy.measuring.load.stage import Stage
     from proxy.measuring.measure import compare, run_measure
 
-    _check_together(upstream, upstream_metrics, proxy, observe, proxy_metrics)
+    _check_together(upstream, upstream_metrics, proxy, observe, proxy_metrics, cover)
     if report:
         _check_writable(Path(report))
     etcds = targets_of("--upstream", upstream, access) if upstream else []
@@ -89,11 +94,12 @@ def command(
     if len(etcds) > 1 or len(urls) > 1:
         raise Failed("--upstream: give one member; only --observe reads all of them", WRONG_REQUEST)
     in_front = targets_of("--proxy", proxy, access)[0] if proxy else None
-    shape = shape_of(watches=watches, ranges=ranges, streams=streams, plain=True)
+    shape = shape_of(watches=watches, ranges=ranges, streams=streams, plain=True, unique=unique or cover)
+    prefix = cover_of(cover=cover, access=access)
 
     async def run() -> int:
         with ProgressBars() as bars:
-            async with Stage(next(iter(etcds), None), next(iter(urls), None), in_front, proxy_url) as stage:
+            async with Stage(next(iter(etcds), None), next(iter(urls), None), in_front, proxy_url, prefix) as stage:
                 measured = await run_measure(stage, shape, 5.0 if seconds is None else seconds, rate, bars)
         _show(measured, compare(measured), report, as_json)
         return 0 if measured.faultless else FAILURE
@@ -102,7 +108,12 @@ def command(
 
 
 def _check_together(
-    upstream: str | None, upstream_metrics: str | None, proxy: str | None, observe: bool, proxy_metrics: str | None
+    upstream: str | None,
+    upstream_metrics: str | None,
+    proxy: str | None,
+    observe: bool,
+    proxy_metrics: str | None,
+    cover: bool,
 ) -> None:
     problem = ""
     if observe and not proxy_metrics:
@@ -113,6 +124,8 @@ def _check_together(
         problem = "--proxy-metrics: requires --observe or --proxy"
     elif proxy and not upstream:
         problem = "--proxy: requires --upstream, the etcd behind it: etcd is what is measured"
+    elif cover and (observe or proxy):
+        problem = "--cover: is for the proxy that is started here; start yours with its own --cover, and use --unique"
     elif upstream_metrics and not upstream and not observe:
         problem = "--upstream-metrics: requires --upstream"
     if problem:

@@ -58,7 +58,7 @@ async def run_demo(stage: Stage, shape: Shape, seconds: float, show: Show, endpo
 def show_result(result: DemoResult, console: Console) -> None:
     """Print the table and the verdict."""
     trial, verdict, shape = result.trial, result.trial.verdict, result.shape
-    title = f"{shape.watches:,} watches over {shape.ranges} ranges, {result.seconds:g} s of writes"
+    title = f"{shape.title}, {result.seconds:g} s of writes"
     table = Table(title=f"{title}, in front of {result.upstream_name}", show_header=False, title_justify="left")
     table.add_column("what")
     table.add_column("number", justify="right", style="bold")

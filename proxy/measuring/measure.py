@@ -237,7 +237,7 @@ def compare(measured: Measurement) -> Comparison:
         rows.append(Row(name="the proxy's memory", unit=Unit.BYTES, before=None, after=memory, compared=False))
     rows.append(Row(name="lost, doubled, wrong", unit=Unit.FAULTS, before=faults[0], after=faults[1], compared=False))
     return Comparison(
-        title=f"{shape.watches:,} watches over {shape.ranges} ranges on {shape.streams:,} streams",
+        title=f"{shape.title} on {shape.streams:,} streams",
         subtitle=f"{measured.seconds:g} s of writes, counted by {measured.upstream} itself",
         before_name="directly",
         after_name="through watchmux",

@@ -9,14 +9,17 @@ proxy are not estimated; they are shown as they are.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from proxy.admin.snapshot import CoverSuggestion
 from proxy.measuring.comparison import Comparison, Row, Series, Unit, show_value
 from proxy.measuring.load.prometheus import Cost, MetricsPage, MetricsReading, NoMetrics, cost_of
 from proxy.measuring.load.show import ProgressBars
+from proxy.measuring.status import NoStatus, fetch
 
 EVERY_S = 1.0
 
@@ -53,6 +56,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """Which members of etcd were read."""
     warnings: list[str] = []
     """What may make the numbers wrong."""
+    suggested_covers: list[CoverSuggestion] = []
+    """What the proxy's status suggests at the end; empty if its status cannot be read."""
 
     @property
     def first(self) -> MetricsLook:
@@ -144,8 +149,22 @@ async def observe(etcds: Sequence[MetricsPage], proxy: MetricsPage, seconds: flo
         members, warnings = check_members(of_etcd, of_proxy, where)
         bars.at(min(at_s, seconds), f"{looks[-1].watches:,.0f} client watches")
         if at_s >= seconds and len(looks) > 1:
-            return Observation(etcd=where, proxy=proxy.url, looks=looks, members=members, warnings=warnings)
+            return Observation(
+                etcd=where,
+                proxy=proxy.url,
+                looks=looks,
+                members=members,
+                warnings=warnings,
+                suggested_covers=await _suggested(proxy),
+            )
         await asyncio.sleep(min(EVERY_S, max(0.05, seconds - at_s)))
+
+
+async def _suggested(proxy: MetricsPage) -> list[CoverSuggestion]:
+    """Read the suggested covers from the status that is served at the same address as the metrics."""
+    with contextlib.suppress(NoStatus):
+        return (await fetch(proxy.session(), proxy.url.removesuffix("/metrics"))).suggested_covers
+    return []
 
 
 def compare_observed(seen: Observation) -> Comparison:
@@ -190,6 +209,9 @@ def _facts(seen: Observation) -> list[tuple[str, str]]:
         ("etcd", f"read from {seen.members}"),
         ("lagging", f"{last.lagging:,.0f} watches are behind now, {last.stalls - first.stalls:,.0f} new stalls"),
     ]
+    for each in seen.suggested_covers:
+        text = f"--cover={each.cover} would serve {each.ranges:,} ranges from 1 upstream watch"
+        facts.append(("suggestion", text))
     if last.delays > first.delays:
         delay_ms = (last.delay_s - first.delay_s) / (last.delays - first.delays) * 1000
         facts.append(("the proxy's delay", f"{delay_ms:.1f} ms on average from receipt to write"))

@@ -250,7 +250,13 @@ class LoadClient:
         try:
             await stream.run(call)
         except (grpc.aio.AioRpcError, ConnectionError) as error:
-            text = failure_of(error, self.plan.target.secure) if isinstance(error, grpc.aio.AioRpcError) else str(error)
+            text = str(error)
+            if isinstance(error, grpc.aio.AioRpcError):
+                # Once a server has answered, its closing the connection says nothing about TLS or gRPC.
+                refused = not stream.ids
+                text = (
+                    failure_of(error, self.plan.target.secure) if refused else f"{error.code().name}: {error.details()}"
+                )
             self.report.failed.append(f"a stream ended: {text}")
         finally:
             call.cancel()

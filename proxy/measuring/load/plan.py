@@ -72,12 +72,22 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     pause_s: float = 0.0
     plain: bool = False
     """Every watch starts from now and has no options."""
+    unique: bool = False
+    """Every watch has a key of its own; then there are as many ranges as watches."""
+
+    @property
+    def title(self) -> str:
+        """What is watched, for people."""
+        ranges = "unique keys" if self.unique else f"{self.ranges} ranges"
+        return f"{self.watches:,} watches over {ranges}"
 
 
-def make_ranges(prefix: bytes, count: int) -> list[Range]:
-    """Return `count` ranges below `prefix`: prefixes, but every fourth is a single key."""
+def make_ranges(prefix: bytes, shape: Shape) -> list[Range]:
+    """Return the ranges of a load below `prefix`: single keys if they are unique, else three of four are prefixes."""
+    if shape.unique:
+        return [Range(prefix + b"%06d" % number, b"") for number in range(shape.ranges)]
     ranges = []
-    for number in range(count):
+    for number in range(shape.ranges):
         key = prefix + b"%03d" % number
         single = number % 4 == 3
         # A prefix ends in "/", and "0" is the byte after it.
@@ -94,9 +104,9 @@ def make_streams(shape: Shape, past: list[int]) -> list[PlannedStream]:
     """
     watches: list[list[PlannedWatch]] = [[] for _ in range(shape.streams)]
     for number in range(shape.watches):
-        # The watches of a stream have consecutive ranges, and all ranges have equally many watches.
+        # The watches of a stream have different ranges, and all ranges have equally many watches.
         stream = number % shape.streams
-        which = (stream + number // shape.streams) % shape.ranges
+        which = number if shape.unique else (stream + number // shape.streams) % shape.ranges
         watches[stream].append(_watch(number, which, shape, past))
     return [
         PlannedStream(

@@ -115,16 +115,20 @@ class MetricsPage:
         self._access = access or Access()
         self._session: aiohttp.ClientSession | None = None
 
+    def session(self) -> aiohttp.ClientSession:
+        """Return its HTTP session, which `close` closes. Raises NoMetrics."""
+        if self._session is None:
+            self._session = open_session(self.url, self._access)
+        return self._session
+
     async def samples(self) -> dict[str, float]:
         """Fetch the page and return the sum of the samples of each name. Raises NoMetrics."""
         return (await self.read()).sums
 
     async def read(self) -> MetricsReading:
         """Fetch the page. Raises NoMetrics."""
-        if self._session is None:
-            self._session = open_session(self.url, self._access)
         try:
-            async with self._session.get(self.url) as answer:
+            async with self.session().get(self.url) as answer:
                 if answer.status != 200:
                     raise NoMetrics(f"{self.url} answered {answer.status} {answer.reason}")
                 text = await answer.text()

@@ -25,12 +25,15 @@ class Stage:
         upstream_metrics: str | None = None,
         proxy: LoadTarget | None = None,
         proxy_metrics: str | None = None,
+        cover: bytes | None = None,
     ) -> None:
+        """`cover`: of the proxy, if it is started here; None = none."""
         self.upstream = upstream or LoadTarget(address="")
         """The upstream; the bundled store once started."""
         self.proxy = proxy or LoadTarget(address="")
         """The proxy; if none was given, known after `start_proxy`."""
         self.bundled = upstream is None
+        self._cover = [] if cover is None else [f"--cover={cover.decode()}"]
         self.children: list[Child] = []
         # An etcd user is not for HTTP.
         access = msgspec.structs.replace(self.upstream.access, user="", password="")
@@ -75,6 +78,7 @@ class Stage:
                 "serve",
                 f"--endpoints={endpoints or self.upstream.url}",
                 *self.upstream.access.options(),
+                *self._cover,
                 "--listen-addr=127.0.0.1:0",
                 "--metrics-addr=127.0.0.1:0",
                 "--drain=1s",

@@ -114,7 +114,7 @@ async def run_trial(
     """
     shape = spec.shape
     prefix = ROOT + b"%d-%d/" % (os.getpid(), time.monotonic_ns())
-    ranges = make_ranges(prefix, shape.ranges)
+    ranges = make_ranges(prefix, shape)
     upstream, target = await upstream.logged_in(), await target.logged_in()
     writer = PutWriter(upstream, ranges, spec.value_bytes)
     try:

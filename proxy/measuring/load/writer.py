@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import grpc
@@ -26,6 +26,9 @@ from proxy.measuring.load.plan import ROOT, Range
 from proxy.measuring.load.target import LoadTarget
 
 KEYS_PER_RANGE = 16
+CLOSED_TOGETHER = 50
+"""Ranges that get their last put in one transaction: fewer than etcd's --max-txn-ops."""
+
 CALL_LIMIT_S = 10.0
 STAMP_BYTES = 20
 LEASE_TTL_S = 120
@@ -121,7 +124,8 @@ class PutWriter:
                 await call.read()
             call.cancel()
 
-    async def _commit(self, which: int, puts: Sequence[bytes], deletes: Sequence[bytes]) -> None:
+    async def _commit(self, ranges: Iterable[int], puts: Sequence[bytes], deletes: Sequence[bytes]) -> None:
+        """Put and delete keys in one transaction; each of `ranges` has one of them if there are any."""
         operations = [
             rpc_pb2.RequestOp(
                 request_put=rpc_pb2.PutRequest(key=key, value=stamp(self._value_bytes), lease=self._lease_id)
@@ -135,10 +139,11 @@ class PutWriter:
         self.written += len(operations)
         self._alive.update(puts)
         self._alive.difference_update(deletes)
-        if puts:
-            self.final.puts[which] = self.revision
-        if deletes:
-            self.final.deletes[which] = self.revision
+        for which in ranges:
+            if puts:
+                self.final.puts[which] = self.revision
+            if deletes:
+                self.final.deletes[which] = self.revision
 
     async def write(self) -> None:
         """Make the next change: usually one put; every fifth turn a transaction of several; every seventh a delete."""
@@ -149,11 +154,11 @@ class PutWriter:
         chosen = [keys[(start + step) % len(keys)] for step in range(min(3, len(keys)))]
         doomed = [key for key in chosen[-1:] if key in self._alive]
         if turn % 7 == 6 and doomed:
-            await self._commit(which, [], doomed)
+            await self._commit([which], [], doomed)
         elif turn % 5 == 4 and len(chosen) > 1:
-            await self._commit(which, chosen[:-1], doomed)
+            await self._commit([which], chosen[:-1], doomed)
         else:
-            await self._commit(which, chosen[:1], [])
+            await self._commit([which], chosen[:1], [])
 
     async def write_for(self, seconds: float, per_second: float) -> None:
         """Write at a steady rate for `seconds`, then close each range with a put and a delete.
@@ -174,9 +179,11 @@ class PutWriter:
 
     async def close_ranges(self) -> None:
         """Write a last put and a last delete to each range, so that watches with any filter have a last event."""
-        for which, keys in enumerate(self._keys):
-            await self._commit(which, keys[:1], [])
-            await self._commit(which, [], keys[:1])
+        for first in range(0, len(self._keys), CLOSED_TOGETHER):
+            ranges = range(first, min(first + CLOSED_TOGETHER, len(self._keys)))
+            keys = [self._keys[which][0] for which in ranges]
+            await self._commit(ranges, keys, [])
+            await self._commit(ranges, [], keys)
 
     async def clean_up(self) -> str:
         """Delete the keys that still exist; return "" or why they are left."""

@@ -55,6 +55,15 @@ def test_a_real_etcd_counts_one_watcher_for_each_range(etcd: EtcdServer, capsys:
     assert etcd.ctl("get", "", "--prefix", "--keys-only").stdout.strip() == ""
 
 
+def test_unique_keys_below_a_cover_cost_one_watcher(etcd: EtcdServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """One cover with prev_kv, and perhaps one without, whose watches have not moved to the first yet."""
+    assert run(["demo", *SMALL, "--cover", f"--endpoints={etcd.endpoint}"]) == 0
+    text = capsys.readouterr().out
+    assert "Every one of the 60 histories equals the store's." in text
+    assert "60 watches over unique keys" in text
+    assert "60x" in text
+
+
 class KillWhileWriting:
     """Shows nothing, and kills the proxy of a stage when the writes begin."""
 

@@ -58,6 +58,33 @@ def test_a_real_etcd_and_a_proxy_that_runs(etcd: EtcdServer, capsys: pytest.Capt
         assert found.proxy == proxy.endpoint
 
 
+@pytest.mark.parametrize(("flag", "watchers"), [pytest.param("--unique", 60, marks=pytest.mark.long), ("--cover", 1)])
+def test_unique_keys_without_and_with_a_cover(
+    etcd: EtcdServer, capsys: pytest.CaptureFixture[str], flag: str, watchers: int
+) -> None:
+    found = measured(capsys, f"--upstream={etcd.endpoint}", flag)
+    assert found.direct.faultless
+    assert found.proxied.faultless
+    assert (found.direct.watchers, found.proxied.watchers) == (60, watchers)
+    assert found.reduction["watchers"] == 60 / watchers
+    # Every key has one watch, so a cover saves no events.
+    assert found.direct.events_received == found.proxied.events_received == found.proxied.events_sent
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--upstream=a:1 --proxy=b:2 --cover", "--cover: is for the proxy that is started here"),
+        ("--upstream=a:1 --user=u:p --cover", "--cover: etcd checks it with the user of the proxy"),
+    ],
+)
+def test_a_cover_that_cannot_be_had_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    assert run(["measure", *arguments.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
 def side(**values: Any) -> TrialCost:
     defaults: dict[str, Any] = dict.fromkeys(TrialCost.__struct_fields__, 0)
     return TrialCost(**{**defaults, "complaints": [], "examples": [], "samples": [], **values})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,18 @@ import grpc
 import msgspec
 import pytest
 
+from coalesce.suggesting import RANGES_MIN
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from proxy.cli.group import run
-from proxy.measuring.load.prometheus import NoMetrics
-from proxy.measuring.observe import MetricsLook, Observation, compare_observed, look_of
+from proxy.measuring.load.prometheus import MetricsPage, NoMetrics
+from proxy.measuring.load.show import ProgressBars
+from proxy.measuring.observe import MetricsLook, Observation, compare_observed, look_of, observe
+from tests.e2e.raw_client import RawClient
+from tests.e2e.running import proxy_for
 from tests.etcd.server import EtcdServer
+from tests.proxy.admin.test_admin import admin_of
 from tests.proxy_process import ProxyProcess
-from tests.waiting import until
+from tests.waiting import until, until_async
 
 ETCD = {
     "etcd_debugging_mvcc_watcher_total": 15.0,
@@ -114,4 +120,24 @@ def test_a_real_proxy_in_front_of_a_real_etcd(
         for stream in streams:
             stream.cancel()
     assert "20 client watches" in report.read_text()
+    assert seen.suggested_covers == []
     assert isinstance(seen.last, MetricsLook)
+
+
+def test_covers_that_the_status_suggests_are_shown(etcd: EtcdServer) -> None:
+    async def scenario() -> Observation:
+        async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
+            stream = client.watch()
+            for number in range(RANGES_MIN):
+                stream.create(b"/services/%d" % number)
+            await until_async(lambda: len(stream.raw.messages) == RANGES_MIN, "the watches")
+            async with admin_of(proxy) as admin:
+                pages = MetricsPage(etcd.url), MetricsPage(f"http://{admin.address}")
+                with ProgressBars() as bars:
+                    seen = await observe(pages[:1], pages[1], 0.1, bars)
+                for page in pages:
+                    await page.close()
+        return seen
+
+    facts = compare_observed(asyncio.run(scenario())).facts
+    assert ("suggestion", f"--cover=/services/ would serve {RANGES_MIN} ranges from 1 upstream watch") in facts

@@ -53,7 +53,7 @@ def test_the_plan_is_the_same_every_time() -> None:
 
 
 def test_ranges_are_prefixes_and_single_keys_that_do_not_overlap() -> None:
-    ranges = make_ranges(b"/x/", 8)
+    ranges = make_ranges(b"/x/", Shape(ranges=8))
     assert [bool(span.range_end) for span in ranges] == [True, True, True, False] * 2
     for span in ranges:
         for other in ranges:
@@ -62,6 +62,16 @@ def test_ranges_are_prefixes_and_single_keys_that_do_not_overlap() -> None:
                 assert not any(span.key <= key < end for key in other.keys(3))
         end = span.range_end or span.key + b"\0"
         assert all(span.key <= key < end for key in span.keys(16))
+
+
+def test_unique_keys_have_one_watch_each() -> None:
+    shape = Shape(watches=1000, ranges=1000, streams=200, unique=True)
+    watches = [watch for stream in make_streams(shape, []) for watch in stream.watches]
+    assert sorted(watch.range for watch in watches) == list(range(1000))
+    ranges = make_ranges(b"/x/", shape)
+    assert len({span.key for span in ranges}) == 1000
+    assert not any(span.range_end for span in ranges)
+    assert shape.title == "1,000 watches over unique keys"
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 100])

@@ -15,7 +15,7 @@ from proxy.measuring.load.target import LoadTarget
 def load_of_ten(monkeypatch: pytest.MonkeyPatch, *reports: Report) -> run.Load:
     """Return a load without processes; each read of its total returns the next of `reports`, in the end the last."""
     monkeypatch.setattr(run, "STILL_LIMIT_S", 0.1)
-    ranges = make_ranges(b"/x/", 1)
+    ranges = make_ranges(b"/x/", Shape(ranges=1))
     load = run.Load(
         LoadTarget(address=""),
         ranges,
