@@ -164,3 +164,25 @@ def test_with_auth_the_own_user_must_be_allowed_the_cover(allowed: bool) -> None
     with EtcdServer() as etcd:
         with_users(etcd)
         run(scenario(etcd))
+
+
+def test_with_a_namespace_a_cover_has_the_prefix_of_the_clients(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        keys = [b"/s/%d" % place for place in range(20)]
+        base = etcd.watchers()
+        async with (
+            proxy_for(etcd, limits=LIMITS, namespace=b"/team") as proxy,
+            direct(etcd) as store,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            stream = await watch_all(client, keys)
+            assert etcd.watchers() == base + 1
+            # Neither is in the namespace's cover.
+            await put_all(store, [*keys, b"/team/t/0"], b"of others")
+            await put_all(store, [b"/team" + key for key in keys], b"1")
+            await until_count(stream, 2 * len(keys))
+            check_events(stream, keys, [b"1"])
+            cover = proxy.engine.core.stats.covers[b"/s/"]
+            assert (cover.events, cover.unwanted_events) == (len(keys), 0)
+
+    run(scenario())
