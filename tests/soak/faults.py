@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
+from pathlib import Path
 
 import grpc.aio
 
@@ -21,6 +23,15 @@ from tests.proxy_process import ProxyProcess
 
 CALL_S = 20.0
 COMPACTED, DEFRAGMENTED = "etcd compacted", "etcd defragmented"
+COVERS_CHANGED = "covers changed (SIGHUP)"
+COVERS: tuple[list[str], ...] = ([], ["/s/"], ["/s/a/", "/s/c/"], ["", "/s/b/"])
+"""Covers of none, all and some of the clients' ranges, and one inside another."""
+
+
+def write_covers(file: Path, covers: list[str]) -> None:
+    """Write a configuration file of the proxy with these covers."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"[watch]\ncover = {json.dumps(covers)}\n")
 
 
 class Faults:
@@ -33,17 +44,20 @@ class Faults:
         upstream: Relay,
         clients: Relay,
         history: History,
+        config: Path,
         seed: int,
         only: str = "",
         spared: str = "",
     ) -> None:
-        """`only`: inject only the faults whose name contains this.
+        """`config`: the proxy's configuration file. `only`: inject only the faults whose name contains this.
 
         `spared`: with --workers, "hub" or "worker", which is not killed after `restarts` is over; "": without.
         """
         self._etcd = etcd
         self._proxy = proxy
         self._history = history
+        self._config = config
+        self._covers = COVERS[0]
         self._chance = random.Random(seed)
         self.done: Counter[str] = Counter()
         self.log: list[tuple[float, str]] = []
@@ -55,6 +69,7 @@ class Faults:
             ("etcd stopped and started", 2, self._stop),
             ("etcd killed and started", 2, self._kill),
             ("etcd held by SIGSTOP", 1.5, self._hold),
+            (COVERS_CHANGED, 2, self._change_covers),
         ]
         for name, relay in (("proxy to etcd", upstream), ("clients to proxy", clients)):
             away += [
@@ -77,7 +92,10 @@ class Faults:
         self._restarting = [fault for fault in restarting if only in fault[0]]
 
     async def run(self) -> None:
-        """Inject one after the other until cancelled; a fault that has begun is ended."""
+        """Inject one after the other until cancelled; a fault that has begun is ended. The covers change first."""
+        if self._only in COVERS_CHANGED:
+            self._note(COVERS_CHANGED)
+            await self._change_covers()
         while True:
             await asyncio.sleep(self._chance.uniform(0.5, 3.0))
             faults = self._faults + (self._restarting if self.restarts else [])
@@ -168,6 +186,13 @@ class Faults:
                 os.kill(pid, signal.SIGSTOP)
                 await self._pause(0.5, 6)
                 os.kill(pid, signal.SIGCONT)
+
+    async def _change_covers(self) -> None:
+        self._covers = self._chance.choice([covers for covers in COVERS if covers != self._covers])
+        write_covers(self._config, self._covers)
+        assert self._proxy.process is not None
+        self._proxy.process.send_signal(signal.SIGHUP)
+        await self._pause(0, 2)
 
     def _relayed(self, relay: Relay, what: str) -> Callable[[], Awaitable[None]]:
         async def fault() -> None:

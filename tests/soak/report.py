@@ -18,6 +18,7 @@ TOLD = (
     *("upstream_opened_total", "upstream_paused_total", "upstream_lost_total", "compacted_total"),
     *("creates_total", "progress_answers_total", "events_received_total", "events_delivered_total"),
     *("calls_total", "calls_broken_total", "calls_resent_total", "store_went_back_total", "limit_refusals_total"),
+    *("cover_events_total", "cover_unwanted_events_total", "cover_refused_total"),
 )
 """Counters of the proxy in the report."""
 
@@ -28,8 +29,9 @@ A real etcd, one proxy, and clients of many kinds for as long as wanted: watches
 ones, from now, the past and the future, with filters, prev_kv, fragments and progress; clients that stop reading, that
 come and go; writers, leases, readers. Meanwhile etcd is stopped, killed, held by SIGSTOP, compacted and defragmented,
 the ways to it and to the proxy are cut, delayed, silenced and broken in the middle, and the proxy is drained and
-killed. At the end the checkers of [guarantees.md](../guarantees.md) judge the whole history of every watch, and the
-memory, objects and descriptors of the proxy at rest are compared between waves.
+killed; its covers change on SIGHUP, so that ranges move between upstream watches of their own and shared ones. At the
+end the checkers of [guarantees.md](../guarantees.md) judge the whole history of every watch, and the memory, objects
+and descriptors of the proxy at rest are compared between waves.
 
 `make soak MINUTES=20 ARGS=--docs` made this page.
 

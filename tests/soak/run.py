@@ -28,7 +28,7 @@ from tests.faults.relay import relay_to
 from tests.proxy_process import ProxyProcess
 from tests.soak import spool
 from tests.soak.client import KINDS, Summary
-from tests.soak.faults import Faults
+from tests.soak.faults import COVERS, Faults, write_covers
 from tests.soak.sampling import ENVIRONMENT, Sample, Sampler
 
 SHARES = (0.25, 0.25, 0.25, 0.25)
@@ -155,13 +155,17 @@ async def soak(
     started = time.monotonic()
     with EtcdServer() as etcd:
         async with relay_to(etcd.client_port) as upstream:
-            proxy = ProxyProcess(upstream.endpoint, knobs, ENVIRONMENT)
+            config = directory / "watchmux.toml"
+            write_covers(config, COVERS[0])
+            proxy = ProxyProcess(upstream.endpoint, [*knobs, f"--config={config}"], ENVIRONMENT)
             await asyncio.to_thread(proxy.__enter__)
             history = History(etcd.client_port)
             store = Etcd(etcd.endpoint)
             try:
                 async with relay_to(proxy.port) as clients:
-                    faults = Faults(etcd, proxy, upstream, clients, history, seed, only, spared if workers else "")
+                    faults = Faults(
+                        etcd, proxy, upstream, clients, history, config, seed, only, spared if workers else ""
+                    )
                     sampler = Sampler(proxy, workers)
                     await _waves(
                         minutes * 60, directory, outcome, faults, clients.endpoint, proxy, sampler, history, store

@@ -113,7 +113,7 @@ class Sampler:
         sample.counters = {
             name.removeprefix("watchmux_"): value
             for name, value in metrics.items()
-            if name.startswith("watchmux_") and name.endswith("_total")
+            if name.startswith("watchmux_") and name.partition("{")[0].endswith("_total")
         }
         return sample
 

@@ -21,6 +21,7 @@ from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.soak import callers, client, report, spool
 from tests.soak.client import KINDS, Clients, Summary
+from tests.soak.faults import COVERS_CHANGED
 from tests.soak.run import EMPTY, NOT_WATCHED, SHARES, Outcome, judge, leaks, soak
 from tests.soak.sampling import INSIDE, Held, Sample
 from tests.soak.watcher import CHANNEL, WRITE_FAILED, Habits, Seen, Stream
@@ -276,6 +277,8 @@ def test_a_short_soak(tmp_path: Path) -> None:
     assert outcome.violations == []
     assert outcome.leaks == []
     assert sum(outcome.faults.values()) >= 5
+    assert outcome.faults[COVERS_CHANGED] >= len(SHARES)
+    assert any(name.startswith("cover_events_total") for name in report.went_through(outcome.samples))
     assert outcome.events > 10_000
     assert (tmp_path / "out/samples.json").exists()
 
