@@ -23,7 +23,7 @@ from proxy.admin.clients import clients
 from proxy.admin.delays import BOUNDS_S, Histogram, LoopDelay, quantile, watch_deliveries
 from proxy.admin.snapshot import Snapshot, SnapshotSource
 from proxy.admin.views import Clients, EndpointView, Overview, Point, ProcessView, SessionView, TrunkView
-from proxy.admin.whole import ProcessReport, Whole, view_of
+from proxy.admin.whole import Details, ProcessReport, Whole, view_of
 from proxy.config import knobs
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ SESSIONS_SHOWN = 20
 CLIENTS_SHOWN = 20
 CLIENTS_LISTED = 1000
 """Clients in /v1/clients; with --workers each worker reports CLIENTS_SHOWN."""
+DETAILS_S = 5.0
+"""How old what a worker reports of single clients and ranges may be: to find them, it goes through all of its clients,
+which takes 3 us for each (measured)."""
 
 
 def limits_by_default() -> dict[str, float]:
@@ -63,6 +66,8 @@ class Monitor:
         self.own_delivery_delay = watch_deliveries(proxy.listener, proxy.engine)
         self.loop_delay = LoopDelay(self._tick)
         self.points: deque[Point] = deque(maxlen=STEPS_KEPT)
+        self._details = Details()
+        self._details_at = float("-inf")
         self._step_at = time.monotonic()
         self._step_from: Snapshot | None = None
         self._step_counts = list(self.delivery_delay.counts)
@@ -101,7 +106,15 @@ class Monitor:
         return [self.report("hub"), *self._whole.reports]
 
     def report(self, name: str) -> ProcessReport:
-        """Return the report of this process."""
+        """Return the report of this process; what a worker reports of single clients and ranges is DETAILS_S old."""
+        now = time.monotonic()
+        if self._whole is None and now >= self._details_at + DETAILS_S:
+            self._details_at = now
+            self._details = Details(
+                sessions=self.slowest_sessions(),
+                clients=self.clients(CLIENTS_SHOWN).clients,
+                watches={each.range: each.watches for each in self._trunks()},
+            )
         used = resource.getrusage(resource.RUSAGE_SELF)
         return ProcessReport(
             name=name,
@@ -111,9 +124,7 @@ class Monitor:
             snapshot=self._source.take(),
             delivery_counts=list(self.own_delivery_delay.counts),
             delivery_sum_s=self.own_delivery_delay.sum,
-            sessions=self.slowest_sessions() if self._whole is None else [],
-            clients=self.clients(CLIENTS_SHOWN).clients if self._whole is None else [],
-            watches={each.range: each.watches for each in self._trunks()} if self._whole is None else {},
+            details=self._details,
         )
 
     def processes(self) -> list[ProcessView]:
@@ -127,14 +138,14 @@ class Monitor:
             return trunks
         watches: Counter[str] = Counter()
         for each in self._whole.reports:
-            watches.update(each.watches)
+            watches.update(each.details.watches)
         counted = [msgspec.structs.replace(trunk, watches=watches[trunk.range]) for trunk in trunks]
         return sorted(counted, key=lambda trunk: -trunk.watches)
 
     def slowest_sessions(self) -> list[SessionView]:
         """Return the sessions that are furthest behind."""
         if self._whole is not None:
-            sessions = [session for each in self._whole.reports for session in each.sessions]
+            sessions = [session for each in self._whole.reports for session in each.details.sessions]
             return sorted(sessions, key=lambda session: -session.behind_s)[:SESSIONS_SHOWN]
         now = asyncio.get_running_loop().time()
         return [_session_view(session) for session in report.slowest(self._proxy.engine.core, now, SESSIONS_SHOWN)]
@@ -143,7 +154,7 @@ class Monitor:
         """Return the clients, at most `at_most` of them."""
         if self._whole is not None:
             total = sum(each.snapshot.connections for each in self._whole.reports)
-            views = [client for each in self._whole.reports for client in each.clients]
+            views = [client for each in self._whole.reports for client in each.details.clients]
             views.sort(key=lambda view: (view.behind_s, view.watches, view.streams), reverse=True)
             return Clients(connections=total, clients=views[:at_most])
         now = asyncio.get_running_loop().time()

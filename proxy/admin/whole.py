@@ -44,6 +44,15 @@ OF_ALL: Final = frozenset(
 """Fields that are the sum over the hub and the workers; all others are the sum over the workers."""
 
 
+class Details(msgspec.Struct, kw_only=True, frozen=True):
+    """What a worker reports of single clients and ranges."""
+
+    sessions: list[SessionView] = []
+    clients: list[ClientView] = []
+    watches: dict[str, int] = {}
+    """Client watches of the ranges that have the most."""
+
+
 class ProcessReport(msgspec.Struct, kw_only=True):
     """One process, as it reports itself. Counters are since its start."""
 
@@ -54,10 +63,7 @@ class ProcessReport(msgspec.Struct, kw_only=True):
     snapshot: Snapshot
     delivery_counts: list[int] = []
     delivery_sum_s: float = 0.0
-    sessions: list[SessionView] = []
-    clients: list[ClientView] = []
-    watches: dict[str, int] = {}
-    """Client watches of the ranges that have the most."""
+    details: Details = Details()
 
 
 class Beat(msgspec.Struct, kw_only=True):

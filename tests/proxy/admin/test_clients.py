@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from proxy.admin.clients import byte_counts
-from proxy.admin.monitor import Monitor
+from proxy.admin.monitor import DETAILS_S, Monitor
 from proxy.admin.views import ClientView
 from proxy.listening.handshake import FAILURES_LOG_S
 from proxy.measuring.status import render_clients
@@ -60,6 +60,23 @@ def test_a_client_is_listed_with_what_it_does(etcd: EtcdServer) -> None:
             Console(file=shown, width=200).print(render_clients(Monitor(proxy, "").clients()))
             assert busy.peer in shown.getvalue()
             assert len(Monitor(proxy, "").clients(1).clients) == 1
+            del calls
+            await channel.close()
+
+    run(scenario())
+
+
+def test_a_worker_does_not_list_its_clients_for_each_report(etcd: EtcdServer) -> None:
+    async def scenario() -> None:
+        async with proxy_for(etcd) as proxy:
+            await until_async(lambda: proxy.health.serving, "the proxy to find etcd")
+            monitor = Monitor(proxy, "")
+            assert monitor.report("worker-1").details.clients == []
+            channel, calls = await watch(proxy, 3)
+            report = monitor.report("worker-1")
+            assert (report.snapshot.watches, report.details.clients) == (3, [])
+            monitor._details_at -= DETAILS_S
+            assert [client.watches for client in monitor.report("worker-1").details.clients] == [3]
             del calls
             await channel.close()
 

@@ -48,7 +48,9 @@ def test_workers_share_one_upstream_watch_and_one_page(etcd: EtcdServer, served:
         shown = served.overview()
         assert shown["now"]["watches"] == shown["now"]["connections"] == 24
         assert shown["now"]["trunks"] == 1
-        assert [trunk["watches"] for trunk in shown["trunks"]] == [24]
+        await until_async(
+            lambda: [trunk["watches"] for trunk in served.overview()["trunks"]] == [24], "the watches of the range", 10
+        )
         assert shown["now"]["serving"]
         shares = {each["name"]: each["watches"] for each in shown["processes"]}
         assert shares["worker-1"] + shares["worker-2"] == 24
