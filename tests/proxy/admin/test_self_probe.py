@@ -226,7 +226,9 @@ def test_a_stopped_process_is_not_hung_a_blocked_one_is_silent(tmp_path: Path, e
         seen = msgspec.json.decode(proxy.get("/v1/status")[1], type=Snapshot)
         until(probed(seen.probes_total + HUNG_AFTER), "probes afterwards")
         seen = msgspec.json.decode(proxy.get("/v1/status")[1], type=Snapshot)
-        assert (seen.probes_failed_total, seen.serving, seen.sessions, seen.watches) == (0, True, 0, 0)
+        # On a busy machine a single probe may be late; so many in a row that the process counts as hung may not.
+        assert seen.probes_failed_total < HUNG_AFTER
+        assert (seen.serving, seen.sessions, seen.watches) == (True, 0, 0)
         assert seen.creates_total == seen.requests_total == seen.probes_total
         assert proxy.end() == 0
 
