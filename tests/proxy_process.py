@@ -86,6 +86,14 @@ class ProxyProcess:
                     return False
         return True
 
+    def is_gone(self) -> bool:
+        """Whether nothing listens on its ports."""
+        for port in (self.port, self.metrics_port):
+            with socket.socket() as probe:
+                if probe.connect_ex((HOST, port)) == 0:
+                    return False
+        return True
+
     def log(self) -> str:
         """Return what it has logged so far."""
         return self._log.read_text(errors="replace")

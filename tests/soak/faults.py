@@ -20,6 +20,7 @@ from tests.e2e.churn import History
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import Relay, Way
 from tests.proxy_process import ProxyProcess
+from tests.waiting import until
 
 CALL_S = 20.0
 COMPACTED, DEFRAGMENTED = "etcd compacted", "etcd defragmented"
@@ -165,6 +166,8 @@ class Faults:
 
     async def _crash(self) -> None:
         await asyncio.to_thread(self._proxy.kill)
+        # With --workers, its other processes end a little later: one that is still starting, once it has started.
+        await asyncio.to_thread(until, self._proxy.is_gone, "the processes of a killed proxy to end")
         await self._pause(0, 1)
         await asyncio.to_thread(self._proxy.start)
 
