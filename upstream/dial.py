@@ -256,6 +256,8 @@ class Dialer:
                 self.problem(target, str(error))
             else:
                 if accept(server):
+                    # Another endpoint may fail before the search ends: this one is not without a leader.
+                    target.tried = False
                     return server
                 server.connection.close()
                 target.failed(loop.time())

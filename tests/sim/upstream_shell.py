@@ -135,7 +135,7 @@ class UpstreamShell:
         self.poisoned: set[tuple[bytes, bytes]] = set()
         self.poison_text = "grpc: received message larger than max"
         self.poisonings = 0
-        # Endpoints tried since the last connection.
+        # Endpoints that had no leader when asked, since the present search began.
         self._in_vain: set[int] = set()
         self._parts = parts
         self._has_leader = has_leader
@@ -198,15 +198,24 @@ class UpstreamShell:
         """Try an endpoint that has not failed yet; its member may lag, or have no leader."""
         untried = [endpoint for endpoint in self.endpoints if not endpoint.tried]
         endpoint = rng.choice(untried or self.endpoints)
-        if self.choice.is_acceptable(self._seems_led(endpoint)) and self._recognise(rng, endpoint):
-            self._use(endpoint)
+        if self.choice.is_acceptable(self._seems_led(endpoint)):
+            if self._recognise(rng, endpoint):
+                self._use(endpoint)
+            else:
+                # As in upstream/watching/client.py: a server was found, so the next search asks all endpoints again.
+                self._search_again()
             return
         endpoint.tried = True
         self._in_vain.add(id(endpoint))
         if self.choice.failed(self.endpoints, False):
-            if any(id(each) not in self._in_vain for each in self.endpoints):
-                raise SimulationFailure("the client reports that no member has a leader without having asked all")
+            if any(id(each) not in self._in_vain or not each.leaderless for each in self.endpoints):
+                raise SimulationFailure("the client reports that no member has a leader, but not all have said so")
             self.on.no_leader()
+
+    def _search_again(self) -> None:
+        self._in_vain.clear()
+        for each in self.endpoints:
+            each.tried = False
 
     def _seems_led(self, endpoint: Endpoint) -> bool:
         """Return a member's report of its leader; a member without a report is assumed to have one."""
@@ -242,9 +251,7 @@ class UpstreamShell:
     def _use(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.choice.used(not endpoint.leaderless)
-        self._in_vain.clear()
-        for each in self.endpoints:
-            each.tried = False
+        self._search_again()
         ordered: bool = endpoint.member.ordered_progress
         revision = 0
         if self.standing is not None:
@@ -349,8 +356,6 @@ class UpstreamShell:
         self._do(self.state.over(stream, follows, status, text))
         self.unregistered = True
         if follows is Next.ELSEWHERE:
-            endpoint.tried = True
-            self._in_vain.add(id(endpoint))
             self.disconnect()
 
     def _unlink(self, stream: WatchStream) -> None:

@@ -1,18 +1,21 @@
-"""The search for an etcd for watches, cancelled at any moment: no connection is left open without an owner."""
+"""The search for an etcd for watches: no connection is left open without an owner, and a found leader is seen."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from tests.upstream.recorder import RecordedLog
 from tests.upstream.scripted import scripted
 from tests.waiting import until_async
-from upstream.dial import Dialer, Server
+from upstream.connection import ClientConnection
+from upstream.dial import Dialer, Server, Target
 from upstream.endpoints import parse_endpoints
+from upstream.errors import Unreachable
 from upstream.settings import UpstreamSettings
+from upstream.watching.choice import EndpointPolicy
 
 
 def after_turns(turns: int, task: asyncio.Task[Any]) -> None:
@@ -56,5 +59,51 @@ def test_cancelled_status_request_leaves_no_connection(turns: int) -> None:
             asyncio.get_running_loop().call_soon(after_turns, turns, question)
             await asyncio.gather(question, return_exceptions=True)
             await until_async(lambda: not (one.connections or silent.connections), "the connections to be closed")
+
+    asyncio.run(story())
+
+
+class NoConnection:
+    """A connection without a socket."""
+
+    def close(self) -> None:
+        """Close nothing."""
+
+
+class OneLeader(Dialer):
+    """Of two endpoints the first one fails once and then has a leader; the second one has none."""
+
+    # The attempts that wait for their answers.
+    asked: dict[Target, asyncio.Future[None]]
+
+    async def attempt(self, target: Target) -> Server:
+        """Answer both last attempts in one turn of the loop, that of the first endpoint first."""
+        is_first = target is self.targets[0]
+        if is_first and not target.tried:
+            raise Unreachable(target.endpoint.text, "connection refused", "")
+        self.asked[target] = answer = asyncio.get_running_loop().create_future()
+        await answer
+        server = Server(target, cast("ClientConnection", NoConnection()))
+        server.has_leader = is_first
+        target.leaderless = not is_first
+        return server
+
+
+def test_found_leader_counts_while_another_endpoint_has_none() -> None:
+    async def story() -> None:
+        choice, reports = EndpointPolicy(), list[bool]()
+        settings = UpstreamSettings(stagger_s=0.0, backoff_first_s=0.001, backoff_max_s=0.001)
+        endpoints = parse_endpoints(["127.0.0.1:1", "127.0.0.1:2"])
+        dialer = OneLeader(
+            endpoints, None, settings, RecordedLog(), lambda: reports.append(choice.failed(dialer.targets, False))
+        )
+        dialer.asked = {}
+        search = asyncio.create_task(dialer.dial(lambda server: choice.is_acceptable(server.has_leader)))
+        await until_async(lambda: len(dialer.asked) == 2, "both to be asked")
+        for target in dialer.targets:
+            dialer.asked[target].set_result(None)
+        found = await search
+        assert found.target is dialer.targets[0]
+        assert reports == [False, False]
 
     asyncio.run(story())
