@@ -15,8 +15,9 @@ that of the proxy's own user, or with none while auth is off.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from array import array
 from collections.abc import Iterable, Iterator
+from zlib import crc32
 
 from coalesce.batch import Batch
 from coalesce.history import History, HistoryBudget, Replayed
@@ -29,24 +30,47 @@ from proto.spans import Span
 
 # Replays of at most so many batches examine all of them; longer ones use the index by key.
 SCANNED_BATCHES_MAX = 32
+# Chains of the index: a long history has 20,000 small batches, about five for each.
+_CHAINS = 4096
+# Memory of an entry of the index: two numbers, and the spare room of the arrays.
+_ENTRY_BYTES = 13
+# The index is at most this part of its history. The entries of the batches held always fit, since an event counts for
+# more than 8 * _ENTRY_BYTES; those of evicted batches may not.
+_INDEX_SHARE = 8
+# Entries that are walked as quickly as one event is examined.
+_WALKED_PER_EVENT = 8
 
 
 class KeyedHistory(History):
     """A history of many keys, with an index for replays of a single key.
 
     The index is extended when a replay needs it, by a bounded number of events at a time. It holds revisions, not
-    batches, so that batches are freed when they are evicted.
+    batches, so that batches are freed when they are evicted. It is coarse, so that its size does not depend on the
+    keys: keys with one hash share a chain of entries, newest first, and a replay filters the batches found. Entries of
+    evicted batches stay, until the index would exceed its share: then it is built again.
     """
 
-    __slots__ = ("_indexed", "_indexed_through", "_revisions")
+    __slots__ = ("_before", "_heads", "_indexed_through", "_lasts_of_entries")
 
     def __init__(self, ledger: HistoryBudget, floor: int, has_prev_kv: bool) -> None:
         super().__init__(ledger, floor, has_prev_kv)
-        # By key, the last revisions of the batches that have it.
-        self._revisions: dict[bytes, list[int]] = {}
-        # Batches in the index, evicted ones included, and the last revision of the newest of them.
-        self._indexed = 0
+        # By entry, the last revision of its batch, and the next older entry of its chain; -1: the chain ends.
+        self._lasts_of_entries = array("q")
+        self._before = array("i")
+        # By chain, its newest entry; empty before the first.
+        self._heads = array("i")
+        # Last revision of the newest batch in the index.
         self._indexed_through = 0
+
+    @property
+    def index_bytes(self) -> int:
+        """Memory of the index, in addition to `bytes`: at most an eighth of that. (It has another 16 KiB.)"""
+        return _ENTRY_BYTES * len(self._before)
+
+    @property
+    def index_bytes_max(self) -> int:
+        """The bound of `index_bytes`."""
+        return self.bytes // _INDEX_SHARE
 
     def drop(self, floor: int) -> None:
         """Evict everything and continue at `floor`."""
@@ -56,7 +80,7 @@ class KeyedHistory(History):
     def evict_oldest(self) -> None:
         """Evict the oldest batch, and raise the floor above it."""
         super().evict_oldest()
-        if self._indexed > 2 * len(self) + 64:
+        if self.index_bytes > self.index_bytes_max:
             self._clear()
 
     def replay_key(self, position: int, variant: int, limits: CoreLimits, key: bytes) -> Replayed:
@@ -69,29 +93,48 @@ class KeyedHistory(History):
         looked = self._extend(limits.replay_events_max)
         if self._indexed_through < self.newest.last_revision:
             return Replayed(None, position, looked)
-        revisions = self._revisions.get(key, [])
-        batches = self.batches_at(revisions[bisect_left(revisions, position) :])
-        replayed = self._replay(batches, position, variant, limits, (key, b""))
+        lasts = self._find(key, position)
+        looked += len(lasts) // _WALKED_PER_EVENT
+        replayed = self._replay(self.batches_at(lasts), position, variant, limits, (key, b""))
         return replayed._replace(looked=replayed.looked + looked)
+
+    def _find(self, key: bytes, position: int) -> list[int]:
+        """Return the last revisions of the batches since `position` that may have this key, oldest first."""
+        found = []
+        entry = self._heads[_chain_of(key)]
+        while entry >= 0 and self._lasts_of_entries[entry] >= position:
+            found.append(self._lasts_of_entries[entry])
+            entry = self._before[entry]
+        found.reverse()
+        return found
 
     def _extend(self, events_max: int) -> int:
         """Extend the index by at most so many events, but at least by one batch; return their number."""
+        if not self._heads:
+            self._heads = array("i", [-1]) * _CHAINS
         looked = 0
         for batch in self.since(self._indexed_through + 1):
             if looked and looked + len(batch.events) > events_max:
                 break
-            for key in {event_key(event.encoded) for event in batch.events}:
-                self._revisions.setdefault(key, []).append(batch.last_revision)
+            for chain in {_chain_of(event_key(event.encoded)) for event in batch.events}:
+                self._before.append(self._heads[chain])
+                self._heads[chain] = len(self._lasts_of_entries)
+                self._lasts_of_entries.append(batch.last_revision)
             looked += len(batch.events)
-            self._indexed += 1
             self._indexed_through = batch.last_revision
             # Cached results may have waited for this.
             self.version += 1
+        if self.index_bytes > self.index_bytes_max:
+            self._clear()
         return looked
 
     def _clear(self) -> None:
-        self._revisions.clear()
-        self._indexed = self._indexed_through = 0
+        self._heads, self._before, self._lasts_of_entries = array("i"), array("i"), array("q")
+        self._indexed_through = 0
+
+
+def _chain_of(key: bytes) -> int:
+    return crc32(key) % _CHAINS
 
 
 class Cover(Trunk):

@@ -186,6 +186,8 @@ def _check_source(state: CoreState, source: Source) -> None:
     _need(8, history.bytes == sum(batch.memory_bytes for batch in batches), "byte count of a history")
     _need(9, history.bytes <= state.limits.history_bytes_max, "a history is too large")
     _need(9, len(history) <= state.limits.history_revisions_max, "a history is too long")
+    if isinstance(source, Cover):
+        _need(9, source.keyed.index_bytes <= source.keyed.index_bytes_max, "the index of a cover is too large")
     of_branches = [branch.groups for branch in source.index.values()] if isinstance(source, Cover) else []
     for variant, group in chain.from_iterable(groups.items() for groups in (source.groups, *of_branches)):
         _need(4, group.variant == variant, "a group in the wrong place")

@@ -24,9 +24,11 @@ class CoreLimits:
     # addition to its events.
     parked_max: int = 10_000
 
-    # Maximum memory of the history of one trunk (of one range). A single batch larger than this is not kept.
+    # Maximum memory of the history of one trunk (of one range). A single batch larger than this is not kept. The index
+    # of a cover adds at most an eighth.
     history_bytes_max: int = 16 * _MIB
-    # Maximum memory of all histories together. The oldest batch of all is evicted first.
+    # Maximum memory of all histories together. The oldest batch of all is evicted first. The indexes of covers add at
+    # most an eighth.
     history_bytes_total_max: int = 256 * _MIB
     # Maximum batches in the history of one trunk: bounds the overhead of small events.
     history_revisions_max: int = 20_000

@@ -299,6 +299,12 @@ KEPT: Final = (
         f"{_PARKING}test_a_parked_history_is_dropped_after_its_time",
     ),
     Kept(
+        "the index of a cover's history by key",
+        "an eighth of the history, so `history_bytes_max` and `history_bytes_total_max`; and 16 KiB",
+        "eviction of the batches, or the end of the history",
+        "coalesce/test_covers.py::test_the_index_of_a_cover_takes_at_most_an_eighth",
+    ),
+    Kept(
         "a catch-up watch and its window",
         "`backfills_max`, `backfill_bytes_max`",
         "its last watch",

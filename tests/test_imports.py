@@ -30,6 +30,7 @@ BELOW = {
 # The modules of the standard library that the core may import: containers, algorithms and types.
 CORE_STDLIB = {
     "__future__",
+    "array",
     "bisect",
     "collections",
     "collections.abc",
@@ -41,6 +42,7 @@ CORE_STDLIB = {
     "operator",
     "struct",
     "typing",
+    "zlib",
 }
 
 # The wire formats in the core: watch messages as bytes, their prefix in gRPC, what etcd's errors mean, ranges of keys.

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
+from itertools import count
 
 import pytest
 
 from coalesce import CoreLimits, UpstreamLost
-from coalesce.cover import SCANNED_BATCHES_MAX
+from coalesce.batch import Batch
+from coalesce.cover import SCANNED_BATCHES_MAX, KeyedHistory, _chain_of
 from coalesce.ending import COVER_RETRY_S
+from coalesce.history import HistoryBudget
+from coalesce.stats import Stats
 from proto.framing import Status
 from proto.scan import WatchResponse
 from tests.coalesce.shell import Client, Shell, delete, header, put
+from tests.coalesce.test_history import batch
 
 # No default of a limit matters in these stories.
 LIMITS = CoreLimits(covers=(b"/s/",))
@@ -88,6 +94,44 @@ def test_long_replays_of_a_key_use_the_index_in_bounded_steps() -> None:
     again.create(b"/s/b", b"", last + SCANNED_BATCHES_MAX - 7)
     shell.settle()
     assert again.lines[1:] == ["#0 @200 put 200 /s/b=v"]
+
+
+def test_keys_of_one_chain_of_the_index_get_their_own_events() -> None:
+    shell, _ = covered()
+    other = next(key for key in (b"/s/x%d" % n for n in count()) if _chain_of(key) == _chain_of(b"/s/b"))
+    for revision in range(11, 11 + 4 * SCANNED_BATCHES_MAX):
+        shell.events(shell.opened[0], put(revision, b"/s/b" if revision % 40 == 0 else other))
+    client = shell.client()
+    client.create(b"/s/b", b"", 11)
+    shell.settle()
+    assert client.lines[1:] == ["#0 @120 put 40 /s/b=v put 80 /s/b=v put 120 /s/b=v"]
+
+
+@pytest.mark.parametrize(("events", "batches"), [(1, 200), (100, 45)])
+def test_the_index_of_a_cover_takes_at_most_an_eighth(events: int, batches: int) -> None:
+    def events_of(revision: int) -> Batch:
+        return batch(*[put(revision, b"/s/%04d/%04d" % (revision, n)) for n in range(events)])
+
+    limits = CoreLimits(history_bytes_max=batches * events_of(8 * batches).memory_bytes)
+    made = KeyedHistory(HistoryBudget(limits, Stats()), 1, False)
+    tracemalloc.start()
+    for revision in range(1, 8 * batches):
+        made.append(events_of(revision), 0.0)
+        made.replay_key(made.floor, 0, limits, b"/s/other")
+        assert made.index_bytes <= made.index_bytes_max
+    snapshot = tracemalloc.take_snapshot()
+    tracemalloc.stop()
+    traces = snapshot.filter_traces([tracemalloc.Filter(True, "*/coalesce/cover.py")]).traces
+    assert len(made) == batches
+    assert sum(trace.size for trace in traces) - (17 << 10) <= made.bytes // 8
+    # Though it was built again several times, a replay reaches its end.
+    turns = 1
+    while made.replay_key(made.floor, 0, limits, b"/s/other").following is not None:
+        turns += 1
+    assert turns <= 4
+    # It shrinks with the history, without a replay.
+    made.evict_below(8 * batches - 2)
+    assert made.index_bytes <= made.index_bytes_max
 
 
 def test_now_on_a_branch_needs_a_read_but_no_upstream_watch() -> None:
