@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from coalesce.limits import CoreLimits
 from tests.bench.cases import OLD_PEER, OURS, PEER, Case
 from tests.etcd.binaries import etcds
 from tests.etcd.server import HOST, EtcdServer, free_port
@@ -131,6 +132,8 @@ def ours(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
         f"--metrics-addr={HOST}:{free_port()}",
         *_tls(case, files),
     ]
+    if case.watch_count >= CoreLimits().watches_max:
+        command.append(f"--watches-max={case.watch_count + 1000}")
     with _started(OURS, command, port) as target:
         yield target
 
