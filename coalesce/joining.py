@@ -33,13 +33,12 @@ from coalesce.revision_reads import RevisionReads
 from coalesce.state import CoreState
 from coalesce.trunk import Trunks
 from proto import etcd_errors
+from proto.framing import Status
 from proto.scan import Header
 
 # etcd's own texts (api/v3rpc/rpctypes/error.go, storage/mvcc/watcher.go): clients compare them.
 EMPTY_RANGE = "mvcc: watcher range is empty"
 DUPLICATE_ID = "mvcc: duplicate watch ID provided on the WatchStream"
-# gRPC's RESOURCE_EXHAUSTED.
-_EXHAUSTED = 8
 
 
 class Admission:
@@ -190,7 +189,7 @@ class Admission:
         elif len(session.queue) >= self._state.limits.queue_max:
             text = f"watchmux: more than {self._state.limits.queue_max} requests wait on one watch stream"
             self._state.stats.refused_at["queue_max"] += 1
-            self._cancellation.end(session, _EXHAUSTED, text)
+            self._cancellation.end(session, Status.RESOURCE_EXHAUSTED, text)
             return
         elif len(session.queue) == LISTED_MAX:
             session.queue = deque(session.queue)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from proto.framing import Status, decode_timeout, encode_message
 from proto.http2 import Connection, ErrorCode, Stream
@@ -26,6 +26,9 @@ PROBLEM_TRAILER = b"watchmux-problem"
 ACCEPTED_ENCODINGS = (b"identity", b"gzip")
 UNREAD_END_GRACE_S = 5.0
 """How long a client that has stopped reading may take to read the end of its call; then the stream is reset."""
+
+DEADLINE_TEXT: Final = "context deadline exceeded"
+"""The text of DEADLINE_EXCEEDED; Go's context package has it."""
 
 
 class ResponseSide(Protocol):
@@ -203,7 +206,7 @@ class ServerCall:
         self.timer = None
         if not self.ended:
             handler: Handler = self.stream.owner
-            self.end(Status.DEADLINE_EXCEEDED, "context deadline exceeded")
+            self.end(Status.DEADLINE_EXCEEDED, DEADLINE_TEXT)
             handler.closed(None)
 
     def start(self) -> None:

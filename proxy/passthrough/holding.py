@@ -8,12 +8,12 @@ spread over turns of the event loop.
 from __future__ import annotations
 
 import asyncio
-from math import inf
 from typing import Protocol
 
 from proto.framing import Status
 from proxy import logs
 from proxy.listening.calls import CallRefusal
+from proxy.passthrough.expiry import ExpiryTimer, deadline_exceeded
 from proxy.passthrough.settings import PassthroughSettings, PassthroughStats
 from proxy.passthrough.waiting import NO_CONNECTION, WaitingCalls, wait_until
 from upstream.connection import ClientConnection
@@ -56,9 +56,7 @@ class Holding:
         self._stats = stats
         self._pool = pool
         self._calls: WaitingCalls[HeldCall] = WaitingCalls()
-        # The timer for the earliest expiry, and its time; infinite without a timer.
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = inf
+        self._timer = ExpiryTimer(self._expire)
         # A continuation is scheduled for the next turn.
         self._serving = False
         self._problems = _ProblemLog()
@@ -83,7 +81,7 @@ class Holding:
         except CallRefusal:
             self.leave(call)
             raise
-        self._set_timer()
+        self._timer.set(self._calls.next_expiry)
 
     def grow(self, call: HeldCall, size: int) -> None:
         """Count `size` more bytes of a waiting call. Raises CallRefusal at the limit."""
@@ -122,7 +120,7 @@ class Holding:
         """End a call whose deadline is over; return whether it was. A write its client has given up is not sent."""
         if call.deadline is None or call.deadline > _now():
             return False
-        call.refuse(CallRefusal(200, Status.DEADLINE_EXCEEDED, "context deadline exceeded"))
+        call.refuse(deadline_exceeded())
         return True
 
     @property
@@ -141,18 +139,8 @@ class Holding:
         self._problems.add(problem, _now())
         return CallRefusal(200, Status.UNAVAILABLE, NO_CONNECTION, problem)
 
-    def _set_timer(self) -> None:
-        first = self._calls.next_expiry
-        if first is None or self._timer_at <= first:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = first
-        self._timer = asyncio.get_running_loop().call_at(first, self._expire)
-
     def _expire(self) -> None:
         """Refuse calls that have waited too long, unless etcd can be reached and they wait for a free stream."""
-        self._timer, self._timer_at = None, inf
         now, connected = _now(), self._connected
         for _ in range(TURN_CALLS_MAX):
             call = self._calls.expired(now)
@@ -164,7 +152,7 @@ class Holding:
                 self._calls.add(call, wait_until(now, call.deadline, self.settings.call_wait_s, connected=True))
             else:
                 call.refuse(self._refusal(self._problem, "call_wait_s"))
-        self._set_timer()
+        self._timer.set(self._calls.next_expiry)
 
 
 def _now() -> float:

@@ -16,12 +16,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Hashable, Sequence
-from math import inf
 from typing import Final
 
-from proto.framing import Status
 from proto.http2 import Stream
 from proxy.listening.calls import CallRefusal, ConnectionHandle, Handler, Headers
+from proxy.passthrough.expiry import ExpiryTimer, deadline_exceeded
 from proxy.passthrough.relay import Passthrough, Relay
 from proxy.passthrough.shared_answer import PORTION_BYTES, TURN_BYTES, SharedAnswer
 from proxy.passthrough.sharing import Late, Read, Sharing
@@ -60,9 +59,7 @@ class SharedReads:
         # Answers with bytes to pass on, in rotation, and whether their next turn is scheduled.
         self._passing: deque[SharedAnswer] = deque()
         self._turn_scheduled = False
-        # The timer for the end of waits, and its time; infinite without a timer.
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = inf
+        self._timer = ExpiryTimer(self._expire)
 
     def __call__(
         self, connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool
@@ -226,7 +223,7 @@ class SharedReads:
             return False
         self._waiting_bytes[relay] = size
         self._sharing.wait(read, relay, self._passthrough.now(), relay.deadline)
-        self._set_timer()
+        self._timer.set(self._sharing.next_expiry)
         return True
 
     def _discharge(self, relay: Relay) -> None:
@@ -312,28 +309,18 @@ class SharedReads:
         if self._watched:
             loop.call_later(0.0 if len(late) > TURN_CALLS_MAX else REQUEST_WAIT_S, self._watch_incomplete)
 
-    def _set_timer(self) -> None:
-        first = self._sharing.next_expiry
-        if first is None or self._timer_at <= first:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = first
-        self._timer = asyncio.get_running_loop().call_at(first, self._expire)
-
     def _expire(self) -> None:
         """End calls whose deadline is over, and begin reads of calls that have waited too long for another one."""
-        self._timer, self._timer_at = None, inf
         now = self._passthrough.now()
         for _ in range(TURN_CALLS_MAX):
             due = self._sharing.expire(now)
             if due is None:
                 break
             if isinstance(due, Late):
-                due.call.refuse(CallRefusal(200, Status.DEADLINE_EXCEEDED, "context deadline exceeded"))
+                due.call.refuse(deadline_exceeded())
             else:
                 self._begin(due.read)
-        self._set_timer()
+        self._timer.set(self._sharing.next_expiry)
 
 
 def _head_of(relay: Relay) -> list[tuple[bytes, bytes]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,16 +21,11 @@ Figures = dict[str, float]
 SETTLED_S = 0.3
 
 
-class Bystander:
-    """A client with one watch of its own, whose key is written all the time; see tests/bench/bystander.py."""
+class _Child:
+    """A process that is driven by lines on its pipes, and killed at the end."""
 
-    def __init__(self, target: Target, endpoint: str) -> None:
-        self._process = subprocess.Popen(
-            [PYTHON, "-m", "tests.bench.bystander", str(target.port), endpoint],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, command: Sequence[str]) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __enter__(self) -> Self:
         return self
@@ -40,16 +36,31 @@ class Bystander:
         self._process.kill()
         self._process.communicate()
 
-    def latest_ms(self) -> float:
-        """Return the largest delay of its events since the last call."""
+    def go(self) -> None:
+        """Send it the command to continue."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        return float(self._process.stdout.readline())
+
+    def line(self) -> str:
+        """Wait for its next line; empty: it has ended."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
 
 
-class Load:
+class Bystander(_Child):
+    """A client with one watch of its own, whose key is written all the time; see tests/bench/bystander.py."""
+
+    def __init__(self, target: Target, endpoint: str) -> None:
+        super().__init__([PYTHON, "-m", "tests.bench.bystander", str(target.port), endpoint])
+
+    def latest_ms(self) -> float:
+        """Return the largest delay of its events since the last call."""
+        self.go()
+        return float(self.line())
+
+
+class Load(_Child):
     """The load generator, running against a target."""
 
     def __init__(self, case: Case, target: Target, files: Certificates) -> None:
@@ -61,36 +72,15 @@ class Load:
                 *(f"--connections={case.connections}", f"--streams={case.streams}", f"--watches={case.watches}"),
                 *(f"--ranges={case.ranges}", f"--expected={case.expected()}"),
             ]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.communicate()
+        super().__init__(command)
 
     def says(self) -> dict[str, Any]:
         """Wait for its next report."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self.line()
         if not line:
             raise AssertionError("the load generator ended early")
         said: dict[str, Any] = json.loads(line)
         return said
-
-    def go(self) -> None:
-        """Send it the command to continue."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
 
 
 def write(case: Case, endpoint: str, first: int, count: int, rate: float) -> None:

@@ -118,28 +118,25 @@ def test_the_same_through_a_namespace(program: Program, stages: Stages) -> None:
     judge(binary, program, recordings)
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        pytest.param(program, marks=() if number % 12 == 6 and not program.long else pytest.mark.long, id=program.name)
+def few_fast(every: int, first: int) -> list[ParameterSet]:
+    """Return the programs that share an etcd; only each `every`-th from `first` on is not marked long."""
+    return [
+        pytest.param(
+            program, marks=() if number % every == first and not program.long else pytest.mark.long, id=program.name
+        )
         for number, program in enumerate(PROGRAMS)
         if not program.fresh
-    ],
-)
+    ]
+
+
+@pytest.mark.parametrize("program", few_fast(12, 6))
 def test_the_same_through_two_tiers(program: Program, stages: Stages) -> None:
     binary = etcds()[0]
     recordings = run(stages.get(binary, program, tiers=2).run(program), program.limit_s)
     judge(binary, program, recordings)
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        pytest.param(program, marks=() if number % 48 == 9 and not program.long else pytest.mark.long, id=program.name)
-        for number, program in enumerate(PROGRAMS)
-        if not program.fresh
-    ],
-)
+@pytest.mark.parametrize("program", few_fast(48, 9))
 def test_the_same_through_workers(program: Program, stages: Stages) -> None:
     """A hub and two workers; the crowd and the program's connections are served by either of them."""
     binary = etcds()[0]
