@@ -13,7 +13,7 @@ from upstream.store.auth import ROOT, Auth
 from upstream.store.errors import StoreError
 
 
-def enable(auth: Auth) -> None:
+def enable(auth: Auth, _request: rpc_pb2.AuthEnableRequest) -> None:
     """Turn auth on; a root user with the root role must exist. Raises StoreError."""
     if auth.enabled:
         return
@@ -24,7 +24,7 @@ def enable(auth: Auth) -> None:
     auth.enabled = True
 
 
-def disable(auth: Auth) -> None:
+def disable(auth: Auth, _request: rpc_pb2.AuthDisableRequest) -> None:
     """Turn auth off and invalidate all tokens."""
     if not auth.enabled:
         return
@@ -57,8 +57,9 @@ def user_add(auth: Auth, request: rpc_pb2.AuthUserAddRequest, password: bytes) -
     auth.changed()
 
 
-def user_delete(auth: Auth, name: str) -> None:
+def user_delete(auth: Auth, request: rpc_pb2.AuthUserDeleteRequest) -> None:
     """Delete a user and invalidate its tokens. Raises StoreError."""
+    name = request.name
     if auth.enabled and name == ROOT:
         raise StoreError(errors.INVALID_AUTH_MANAGEMENT)
     if name not in auth.users:
@@ -77,9 +78,9 @@ def user_change_password(auth: Auth, name: str, password: bytes) -> None:
     auth.changed()
 
 
-def user_grant_role(auth: Auth, name: str, role: str) -> None:
+def user_grant_role(auth: Auth, request: rpc_pb2.AuthUserGrantRoleRequest) -> None:
     """Grant a user a role; granting it again changes nothing. Raises StoreError."""
-    user = _user(auth, name)
+    user, role = _user(auth, request.user), request.role
     if role != ROOT and role not in auth.roles:
         raise StoreError(errors.ROLE_NOT_FOUND)
     if role in user.roles:
@@ -90,8 +91,9 @@ def user_grant_role(auth: Auth, name: str, role: str) -> None:
     auth.changed()
 
 
-def user_revoke_role(auth: Auth, name: str, role: str) -> None:
+def user_revoke_role(auth: Auth, request: rpc_pb2.AuthUserRevokeRoleRequest) -> None:
     """Revoke a role from a user. Raises StoreError."""
+    name, role = request.name, request.role
     if auth.enabled and name == ROOT and role == ROOT:
         raise StoreError(errors.INVALID_AUTH_MANAGEMENT)
     user = _user(auth, name)
@@ -106,8 +108,9 @@ def user_roles(auth: Auth, name: str) -> list[str]:
     return list(_user(auth, name).roles)
 
 
-def role_add(auth: Auth, name: str) -> None:
+def role_add(auth: Auth, request: rpc_pb2.AuthRoleAddRequest) -> None:
     """Add a role without permissions. Raises StoreError."""
+    name = request.name
     if not name:
         raise StoreError(errors.ROLE_EMPTY)
     if name in auth.roles:
@@ -116,8 +119,9 @@ def role_add(auth: Auth, name: str) -> None:
     auth.changed()
 
 
-def role_delete(auth: Auth, name: str) -> None:
+def role_delete(auth: Auth, request: rpc_pb2.AuthRoleDeleteRequest) -> None:
     """Delete a role and revoke it from all users. Raises StoreError."""
+    name = request.role
     if auth.enabled and name == ROOT:
         raise StoreError(errors.INVALID_AUTH_MANAGEMENT)
     _role(auth, name)
@@ -155,10 +159,10 @@ def role_grant_permission(auth: Auth, request: rpc_pb2.AuthRoleGrantPermissionRe
     auth.changed()
 
 
-def role_revoke_permission(auth: Auth, name: str, key: bytes, range_end: bytes) -> None:
+def role_revoke_permission(auth: Auth, request: rpc_pb2.AuthRoleRevokePermissionRequest) -> None:
     """Revoke a permission from a role. Raises StoreError."""
-    role = _role(auth, name)
-    left = [known for known in role.keyPermission if (known.key, known.range_end) != (key, range_end)]
+    role, revoked = _role(auth, request.role), (request.key, request.range_end)
+    left = [known for known in role.keyPermission if (known.key, known.range_end) != revoked]
     if len(left) == len(role.keyPermission):
         raise StoreError(errors.PERMISSION_NOT_GRANTED)
     role.ClearField("keyPermission")

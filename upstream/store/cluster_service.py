@@ -33,8 +33,7 @@ class ClusterService:
     async def member_list(self, _request: rpc_pb2.MemberListRequest, user: str | None) -> rpc_pb2.MemberListResponse:
         """Answer MemberList. The store has no peer URL; the client URL is reported in its place."""
         self._state.auth.check_user(user)
-        response = rpc_pb2.MemberListResponse()
-        self._state.fill(response.header)
+        response = self._state.filled(rpc_pb2.MemberListResponse())
         # etcd's Cluster responses have no revision.
         response.header.revision = 0
         identity = self._state.identity

@@ -96,5 +96,4 @@ class ElectionService(LineService):
         async for revision, leader in self._line(request.name, self._calls.user(context)).turns():
             response = v3election_pb2.LeaderResponse(kv=leader)
             response.header.revision = revision
-            self._state.fill(response.header)
-            await self._calls.write(context, response.SerializeToString())
+            await self._calls.write(context, self._state.filled(response).SerializeToString())

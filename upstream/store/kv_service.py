@@ -14,7 +14,7 @@ from upstream.store.writer import StoreWriter
 
 
 class KVService(StoreService):
-    """etcdserverpb.KV."""
+    """etcdserverpb.KV. A single member has no stale reads: linearizable and serializable ranges are the same."""
 
     def __init__(self, state: StoreState, writer: StoreWriter, compactor: Compactor, calls: Calls) -> None:
         super().__init__(state, writer, calls)
@@ -22,35 +22,18 @@ class KVService(StoreService):
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the service to register."""
-        unary = self._calls.unary
+        state, write = self._state, self._write
+        delete = write(rpc_pb2.DeleteRangeRequest, state.delete_range, limited=True, check=requests.check_delete_range)
         return service(
             "etcdserverpb.KV",
             {
-                "Range": unary(rpc_pb2.RangeRequest, self.range, check=requests.check_range),
-                "Put": unary(rpc_pb2.PutRequest, self.put, write=True, check=requests.check_put),
-                "DeleteRange": unary(
-                    rpc_pb2.DeleteRangeRequest, self.delete_range, write=True, check=requests.check_delete_range
-                ),
-                "Txn": unary(rpc_pb2.TxnRequest, self.txn, write=True, check=requests.check_txn),
-                "Compact": unary(rpc_pb2.CompactionRequest, self.compact),
+                "Range": self._read(rpc_pb2.RangeRequest, state.range, check=requests.check_range),
+                "Put": write(rpc_pb2.PutRequest, state.put, limited=True, check=requests.check_put),
+                "DeleteRange": delete,
+                "Txn": write(rpc_pb2.TxnRequest, state.txn, limited=True, check=requests.check_txn),
+                "Compact": self._calls.unary(rpc_pb2.CompactionRequest, self.compact),
             },
         )
-
-    async def range(self, request: rpc_pb2.RangeRequest, user: str | None) -> rpc_pb2.RangeResponse:
-        """Answer Range: a single member has no stale reads, so linearizable and serializable are the same."""
-        return self._state.range(request, user)
-
-    async def put(self, request: rpc_pb2.PutRequest, user: str | None) -> rpc_pb2.PutResponse:
-        """Answer Put."""
-        return await self._writer.write(lambda: self._state.put(request, user))
-
-    async def delete_range(self, request: rpc_pb2.DeleteRangeRequest, user: str | None) -> rpc_pb2.DeleteRangeResponse:
-        """Answer DeleteRange."""
-        return await self._writer.write(lambda: self._state.delete_range(request, user))
-
-    async def txn(self, request: rpc_pb2.TxnRequest, user: str | None) -> rpc_pb2.TxnResponse:
-        """Answer Txn."""
-        return await self._writer.write(lambda: self._state.txn(request, user))
 
     async def compact(self, request: rpc_pb2.CompactionRequest, user: str | None) -> rpc_pb2.CompactionResponse:
         """Answer Compact; with `physical` once the space is freed."""

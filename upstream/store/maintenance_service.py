@@ -9,12 +9,12 @@ import grpc
 
 from proto.pb import rpc_pb2
 from upstream.store import errors
-from upstream.store.calls import Calls, service, unimplemented
+from upstream.store.calls import service, unimplemented
 from upstream.store.errors import StoreError
 from upstream.store.index import RevisionRecord
-from upstream.store.state import RAFT_TERM, StoreState
+from upstream.store.service import StoreService
+from upstream.store.state import RAFT_TERM
 from upstream.store.txn import key_value
-from upstream.store.writer import StoreWriter
 
 VERSION = "3.5.30"
 """The etcd release whose behaviour the store follows. Clients infer features from it, such as ordered progress."""
@@ -30,21 +30,16 @@ NO_LEADER_TO_MOVE = "the bundled store is a single member: leadership cannot mov
 NO_DOWNGRADE = "the bundled store has no older version to go back to"
 
 
-class MaintenanceService:
+class MaintenanceService(StoreService):
     """etcdserverpb.Maintenance."""
-
-    def __init__(self, state: StoreState, writer: StoreWriter, calls: Calls) -> None:
-        self._state = state
-        self._writer = writer
-        self._calls = calls
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the service to register."""
         return service(
             "etcdserverpb.Maintenance",
             {
-                "Alarm": self._calls.unary(rpc_pb2.AlarmRequest, self.alarm),
-                "Status": self._calls.unary(rpc_pb2.StatusRequest, self.status),
+                "Alarm": self._write(rpc_pb2.AlarmRequest, self._state.alarm),
+                "Status": self._read(rpc_pb2.StatusRequest, self.status),
                 "Defragment": self._calls.unary(rpc_pb2.DefragmentRequest, self.defragment, maintenance=True),
                 "Hash": self._calls.unary(rpc_pb2.HashRequest, self.hash, maintenance=True),
                 "HashKV": self._calls.unary(rpc_pb2.HashKVRequest, self.hash_kv, maintenance=True),
@@ -54,7 +49,7 @@ class MaintenanceService:
             },
         )
 
-    async def status(self, _request: rpc_pb2.StatusRequest, user: str | None) -> rpc_pb2.StatusResponse:
+    def status(self, _request: rpc_pb2.StatusRequest, user: str | None) -> rpc_pb2.StatusResponse:
         """Answer Status."""
         state = self._state
         state.auth.check_admin(user)
@@ -68,12 +63,7 @@ class MaintenanceService:
             raftTerm=RAFT_TERM,
             errors=state.alarms.texts(),
         )
-        state.fill(response.header)
-        return response
-
-    async def alarm(self, request: rpc_pb2.AlarmRequest, user: str | None) -> rpc_pb2.AlarmResponse:
-        """Answer Alarm."""
-        return await self._writer.write(lambda: self._state.alarm(request, user))
+        return state.filled(response)
 
     async def defragment(self, _request: rpc_pb2.DefragmentRequest, _user: str | None) -> rpc_pb2.DefragmentResponse:
         """Answer Defragment: does nothing, since the store has no bolt file."""
@@ -81,9 +71,7 @@ class MaintenanceService:
 
     async def hash(self, _request: rpc_pb2.HashRequest, _user: str | None) -> rpc_pb2.HashResponse:
         """Answer Hash."""
-        response = rpc_pb2.HashResponse(hash=await self._hash(self._state.mvcc.revision))
-        self._state.fill(response.header)
-        return response
+        return self._state.filled(rpc_pb2.HashResponse(hash=await self._hash(self._state.mvcc.revision)))
 
     async def hash_kv(self, request: rpc_pb2.HashKVRequest, _user: str | None) -> rpc_pb2.HashKVResponse:
         """Answer HashKV: a hash of all revisions up to the given one; 0 = the newest."""
@@ -96,8 +84,7 @@ class MaintenanceService:
         revision = revision or mvcc.revision
         response = rpc_pb2.HashKVResponse(compact_revision=mvcc.compact_revision, hash_revision=revision)
         response.hash = await self._hash(revision)
-        self._state.fill(response.header)
-        return response
+        return self._state.filled(response)
 
     async def _hash(self, revision: int) -> int:
         """

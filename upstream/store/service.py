@@ -20,6 +20,35 @@ class StoreService:
         self._writer = writer
         self._calls = calls
 
+    def _read(
+        self,
+        kind: type[Request],
+        read: Callable[[Request, str | None], Message],
+        *,
+        check: Callable[[Request], None] | None = None,
+    ) -> Handler:
+        """Make the handler of a unary method whose answer `read` returns at once; `check` as in `Calls.unary`."""
+
+        async def answer(request: Request, user: str | None) -> Message:
+            return read(request, user)
+
+        return self._calls.unary(kind, answer, check=check)
+
+    def _write(
+        self,
+        kind: type[Request],
+        apply: Callable[[Request, str | None], Message],
+        *,
+        limited: bool = False,
+        check: Callable[[Request], None] | None = None,
+    ) -> Handler:
+        """Make the handler of a unary method that `apply` executes; `limited`: the size limit of writes applies."""
+
+        async def answer(request: Request, user: str | None) -> Message:
+            return await self._writer.write(lambda: apply(request, user))
+
+        return self._calls.unary(kind, answer, write=limited, check=check)
+
 
 class LineService(StoreService):
     """Base class of Lock and Election."""

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
 
 from proto.pb import rpc_pb2
 from upstream.store import txn as requests
@@ -22,6 +25,8 @@ from upstream.store.mvcc import Changes, Mvcc, WriteTxn
 from upstream.store.recorder import JournalRecorder, Stored
 from upstream.store.watch_batch import ResponseHead
 from upstream.store.watchable import WatchableStore
+
+Answer = TypeVar("Answer", bound=Message)
 
 RAFT_TERM = 2
 """The raft term of a new single-member etcd."""
@@ -103,13 +108,16 @@ class StoreState:
         self.alarms.load(stored.alarms)
         self.raft_index += stored.revision
 
-    def fill(self, header: rpc_pb2.ResponseHeader) -> None:
-        """Fill a header: ids and raft term, and the newest revision unless the header has a revision already."""
+    def filled(self, response: Answer) -> Answer:
+        """Fill a response's header: ids and raft term, and the newest revision unless it has a revision already."""
+        message: Any = response
+        header: rpc_pb2.ResponseHeader = message.header
         header.cluster_id = self.identity.cluster_id
         header.member_id = self.identity.member_id
         header.raft_term = RAFT_TERM
         if not header.revision:
             header.revision = self.mvcc.revision
+        return response
 
     def publish(self) -> None:
         """Pass the changes committed since the last call to the watchers."""
@@ -129,9 +137,7 @@ class StoreState:
         requests.check_range(request)
         self.auth.check(user, request.key, request.range_end)
         self.stats.ranges += 1
-        response = requests.run_range(self.mvcc, request)
-        self.fill(response.header)
-        return response
+        return self.filled(requests.run_range(self.mvcc, request))
 
     def put(self, request: rpc_pb2.PutRequest, user: str | None = None) -> rpc_pb2.PutResponse:
         """Apply Put."""
@@ -142,8 +148,7 @@ class StoreState:
         txn = self.mvcc.write()
         response = requests.run_put(txn, request)
         self._commit(txn)
-        self.fill(response.header)
-        return response
+        return self.filled(response)
 
     def delete_range(self, request: rpc_pb2.DeleteRangeRequest, user: str | None = None) -> rpc_pb2.DeleteRangeResponse:
         """Apply DeleteRange."""
@@ -153,8 +158,7 @@ class StoreState:
         txn = self.mvcc.write()
         response = requests.run_delete_range(txn, request)
         self._commit(txn)
-        self.fill(response.header)
-        return response
+        return self.filled(response)
 
     def txn(self, request: rpc_pb2.TxnRequest, user: str | None = None) -> rpc_pb2.TxnResponse:
         """Apply Txn."""
@@ -171,8 +175,7 @@ class StoreState:
         txn = self.mvcc.write()
         response = requests.run_branch(txn, branch)
         self._commit(txn)
-        self.fill(response.header)
-        return response
+        return self.filled(response)
 
     def compact(self, request: rpc_pb2.CompactionRequest, user: str | None = None) -> rpc_pb2.CompactionResponse:
         """Apply Compact; `mvcc.compact_step` does the physical part."""
@@ -181,9 +184,7 @@ class StoreState:
         self.mvcc.compact(request.revision)
         self._recorder.compacted(request.revision)
         self.raft_index += 1
-        response = rpc_pb2.CompactionResponse()
-        self.fill(response.header)
-        return response
+        return self.filled(rpc_pb2.CompactionResponse())
 
     # Leases
 
@@ -200,9 +201,7 @@ class StoreState:
         self._recorder.granted(lease_id, lease.ttl_s)
         self.raft_index += 1
         self.stats.leases_granted += 1
-        response = rpc_pb2.LeaseGrantResponse(ID=lease_id, TTL=lease.ttl_s)
-        self.fill(response.header)
-        return response
+        return self.filled(rpc_pb2.LeaseGrantResponse(ID=lease_id, TTL=lease.ttl_s))
 
     def lease_revoke(self, lease_id: int, user: str | None = None) -> rpc_pb2.LeaseRevokeResponse:
         """Apply LeaseRevoke: delete the lease's keys in one revision."""
@@ -221,15 +220,12 @@ class StoreState:
         self.lessor.drop(lease_id)
         self._recorder.revoked(lease_id)
         self.stats.leases_revoked += 1
-        response = rpc_pb2.LeaseRevokeResponse()
-        self.fill(response.header)
-        return response
+        return self.filled(rpc_pb2.LeaseRevokeResponse())
 
     def lease_keep_alive(self, lease_id: int, now: float, user: str | None = None) -> rpc_pb2.LeaseKeepAliveResponse:
         """Answer one message of LeaseKeepAlive; TTL 0 means that the lease does not exist."""
         self._check_lease(lease_id, user, write=True)
-        response = rpc_pb2.LeaseKeepAliveResponse(ID=lease_id)
-        self.fill(response.header)
+        response = self.filled(rpc_pb2.LeaseKeepAliveResponse(ID=lease_id))
         try:
             response.TTL = self.lessor.renew(lease_id, now)
         except StoreError:
@@ -242,8 +238,7 @@ class StoreState:
     ) -> rpc_pb2.LeaseTimeToLiveResponse:
         """Answer LeaseTimeToLive; for an unknown lease the TTL is LEASE_GONE_TTL."""
         self._check_lease(request.ID, user)
-        response = rpc_pb2.LeaseTimeToLiveResponse(ID=request.ID)
-        self.fill(response.header)
+        response = self.filled(rpc_pb2.LeaseTimeToLiveResponse(ID=request.ID))
         try:
             lease = self.lessor.live(request.ID, now)
         except StoreError:
@@ -260,8 +255,7 @@ class StoreState:
         self.auth.check_user(user)
         for lease in self.lessor.leases():
             self._check_lease(lease.lease_id, user)
-        response = rpc_pb2.LeaseLeasesResponse()
-        self.fill(response.header)
+        response = self.filled(rpc_pb2.LeaseLeasesResponse())
         response.leases.extend(rpc_pb2.LeaseStatus(ID=lease.lease_id) for lease in self.lessor.leases())
         return response
 
@@ -290,8 +284,7 @@ class StoreState:
         if response.alarms and request.action != rpc_pb2.AlarmRequest.GET:
             self.raft_index += 1
             self._recorder.alarms_changed(self.alarms.all())
-        self.fill(response.header)
-        return response
+        return self.filled(response)
 
     def auth_changed(self) -> None:
         """Record a change of users, roles, or auth being on or off."""
