@@ -287,6 +287,8 @@ class Coalescer:
         state = self._state
         if state.to_replay_later or state.to_advance_later or state.leaving or self._reads.answered:
             return state.now
+        if state.queued and self._placement.is_due:
+            return state.now
         first = self._progress.next_deadline()
         at = self._notifying.next_deadline()
         if at is not None and (first is None or at < first):
@@ -325,12 +327,13 @@ class Coalescer:
         self._runs.expire()
         self._notifying.expire()
         self._progress.expire()
+        self._placement.expire()
         self._replayer.expire()
         return self._finish()
 
     def check(self) -> None:
         """Recount every invariant; see `invariants`. For tests: it walks everything. Raises InvariantBroken."""
-        check(self._state, self._replayer, self._reads, self._waiters, self._progress)
+        check(self._state, self._placement, self._replayer, self._reads, self._waiters, self._progress)
 
     def _events(self, upstream: Upstream, response: WatchResponse) -> None:
         state = self._state

@@ -13,8 +13,8 @@
  7. A lagging watch of a session that is not stalled is replayed without a further input from the shell.
  8. A history is ordered and disjoint, lies within [floor, next_revision), and its byte count is correct.
  9. Each history, and all of them together, stay within their bounds.
-10. A backfill has watches or is an upgrade; no more are open than allowed; no watch is queued while one may be opened;
-    and a backfill is paused only while all its watches lag.
+10. A backfill has watches or is an upgrade; no more are open than allowed; no watch is queued while one may be opened,
+    except those that wait for the next timer; and a backfill is paused only while all its watches lag.
 11. A trunk without watches and without creates that wait for it lingers; any other does not.
 12. One upstream watch is open at etcd per trunk and per backfill, and each of them knows its source.
 13. The head of a session's queue waits for something that is under way: a check, a read, a trunk's `created`, or the
@@ -42,6 +42,7 @@ from itertools import chain
 from coalesce.cover import Cover
 from coalesce.model import Backfill, Group, PendingCreate, Session, Source, Trunk, Watch
 from coalesce.place import Place
+from coalesce.placement import Placement
 from coalesce.progress import Progress
 from coalesce.ranges import CoverBranch, TrunkName, contains
 from coalesce.replay import WATCH_EVENTS, Replayer
@@ -60,7 +61,12 @@ class InvariantBroken(AssertionError):
 
 
 def check(
-    state: CoreState, replayer: Replayer, reads: RevisionReads, waiters: ProgressWaiters, progress: Progress
+    state: CoreState,
+    placement: Placement,
+    replayer: Replayer,
+    reads: RevisionReads,
+    waiters: ProgressWaiters,
+    progress: Progress,
 ) -> None:
     """Raise InvariantBroken if anything is wrong."""
     waiting = state.to_advance or state.to_replay or state.to_prepare
@@ -83,7 +89,7 @@ def check(
         _check_trunk(state, trunk)
     for name, trunk in state.parked.items():
         _check_parked(state, name, trunk)
-    _check_backfills(state)
+    _check_backfills(state, placement)
     _check_upstreams(state)
     _check_reads(state, reads)
     _check_gauges(state)
@@ -155,7 +161,7 @@ def _check_watch(state: CoreState, watch: Watch) -> None:
     _need(2, (watch.group is not None and watch in watch.group.members) == (place is Place.IN_STEP), watch)
     _need(2, (watch.ahead is not None and watch.ahead.watch is watch) == (place is Place.AHEAD), watch)
     _need(2, (watch in session.lagging) == (place is Place.LAGGING), watch)
-    _need(2, (watch in state.queued) == (place is Place.QUEUED), watch)
+    _need(2, (watch in state.queued.get(watch.branch or trunk, ())) == (place is Place.QUEUED), watch)
     _need(2, place is not Place.ENDED, watch)
     if place is Place.IN_STEP:
         assert watch.group is not None, "checked above"
@@ -242,14 +248,14 @@ def _check_parked(state: CoreState, name: TrunkName, trunk: Trunk) -> None:
     _need(21, trunk.upgrade is None and trunk.notices is None and trunk.timer_at is None, "a parked trunk is in use")
 
 
-def _check_backfills(state: CoreState) -> None:
+def _check_backfills(state: CoreState, placement: Placement) -> None:
     listed = [backfill for trunk in state.trunks.values() for backfill in trunk.backfills]
     upgrades = [trunk.upgrade for trunk in state.trunks.values() if trunk.upgrade is not None]
     _need(10, set(state.backfills) == {*listed, *upgrades}, "open backfills")
     _need(10, len(listed) <= state.limits.backfills_max, "too many backfills")
     _need(
         10,
-        not state.queued or len(listed) == state.limits.backfills_max,
+        not state.queued or len(listed) == state.limits.backfills_max or placement.is_due,
         "a watch is queued though a backfill may be opened",
     )
     for backfill in state.backfills:
@@ -258,9 +264,15 @@ def _check_backfills(state: CoreState) -> None:
         for watch in backfill.watches:
             _need(5, watch.source is backfill, watch)
         _need(10, not backfill.paused or not backfill.is_followed, "a backfill is paused though a watch follows it")
-    for watch in state.queued:
-        _need(2, watch.place is Place.QUEUED and watch.source is None, watch)
-        _need(2, watch.session.watches.get(watch.watch_id) is watch, watch)
+    for range_, watches in state.queued.items():
+        _need(2, bool(watches), "a range without queued watches is listed")
+        for watch in watches:
+            _need(
+                2,
+                watch.place is Place.QUEUED and watch.source is None and range_ is (watch.branch or watch.trunk),
+                watch,
+            )
+            _need(2, watch.session.watches.get(watch.watch_id) is watch, watch)
 
 
 def _check_upstreams(state: CoreState) -> None:
@@ -322,7 +334,7 @@ def _check_gauges(state: CoreState) -> None:
     _need(17, stats.backfills == sum(len(trunk.backfills) for trunk in state.trunks.values()), "backfills")
     _need(17, stats.line_bytes == line_bytes, "line_bytes")
     _need(17, stats.lagging == lagging, "lagging")
-    _need(17, stats.queued == len(state.queued), "queued")
+    _need(17, stats.queued == sum(map(len, state.queued.values())), "queued")
     _need(17, stats.history_bytes == history_bytes, "history_bytes")
     _need(17, stats.history_batches == history_batches, "history_batches")
     _need(9, history_bytes <= state.limits.history_bytes_total_max, "all histories together are too large")

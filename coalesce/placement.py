@@ -2,11 +2,12 @@
 
 A backfill is a private upstream watch for watches that need events older than their trunk's history. Lagging watches
 share one whenever it still holds, or has not yet reached, the revision they need. A backfill for an older revision
-takes over the watches of those that have brought nothing yet, so that many watches share one in any order of arrival. A
-backfill is a source like a trunk: its watches are in step with it, ahead of it, or lag within its window. The window
-slows it down to the speed of its sessions: when it is full and no watch is in step or ahead, the backfill is paused;
-otherwise the oldest batches are evicted, and the watches that needed them get another backfill in the next turn of
-their session.
+takes over the watches of those that have brought nothing yet, so that many watches share one in any order of arrival.
+When all backfills that may be open are, further watches are queued by range; a backfill that is opened for a range
+takes all of its queued watches that it can serve. A backfill is a source like a trunk: its watches are in step with it,
+ahead of it, or lag within its window. The window slows it down to the speed of its sessions: when it is full and no
+watch is in step or ahead, the backfill is paused; otherwise the oldest batches are evicted, and the watches that needed
+them get another backfill in the next turn of their session.
 
 A watch leaves as soon as the trunk can serve it. The last one closes the backfill. In a quiet range a backfill proves
 its position by progress, since its responses carry the store's revision and prove only their last event.
@@ -19,6 +20,8 @@ upgrade's upstream watch and closes its own. Live watches are not affected.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
+from operator import attrgetter
 
 from coalesce.batch import Batch
 from coalesce.effects import PauseUpstream, ResumeUpstream
@@ -33,12 +36,16 @@ from coalesce.state import CoreState
 class Placement:
     """Places watches; opens, shares, paces and closes backfills."""
 
-    __slots__ = ("_fanout", "_requests", "_state")
+    __slots__ = ("_begun", "_fanout", "_requests", "_state", "left")
 
     def __init__(self, state: CoreState, fanout: Fanout, requests: ProgressRequests) -> None:
         self._state = state
         self._fanout = fanout
         self._requests = requests
+        # How many queued watches may still be placed until the next timer.
+        self.left = state.limits.step_watches_max
+        # The first range of the queue, if some of its watches have been placed: the others may share their backfill.
+        self._begun: Trunk | CoverBranch[Group] | None = None
 
     # places
 
@@ -82,7 +89,10 @@ class Placement:
             state.stats.lagging -= 1
             state.note_behind(session)
         elif place is Place.QUEUED:
-            del state.queued[watch]
+            alike = state.queued[watch.branch or watch.trunk]
+            del alike[watch]
+            if not alike:
+                del state.queued[watch.branch or watch.trunk]
             state.stats.queued -= 1
         elif watch.source is not None:
             self._fanout.remove(watch)
@@ -126,7 +136,7 @@ class Placement:
             if not spared and state.stats.backfills >= state.limits.backfills_max:
                 self.detach(watch)
                 watch.place = Place.QUEUED
-                state.queued[watch] = None
+                state.queued.setdefault(watch.branch or watch.trunk, {})[watch] = None
                 state.stats.queued += 1
                 return
             backfill = self._open(trunk, watch.branch, watch.position, watch.wants_prev_kv, is_upgrade=False)
@@ -244,16 +254,37 @@ class Placement:
                     # It may have waited for the end of a run.
                     self._state.want_replay(watch.session)
 
+    def expire(self) -> None:
+        """Go on with the queue at the end of this input."""
+        self.left = self._state.limits.step_watches_max
+
+    @property
+    def is_due(self) -> bool:
+        """Whether queued watches only wait for the next timer."""
+        return self.left <= 0 and bool(self._state.queued)
+
     def fill_slots(self) -> None:
-        """Serve queued watches while a backfill may be opened, or one can be closed whose sessions are all stalled."""
+        """Place queued watches while a backfill may be opened, or one can be closed whose sessions are all stalled.
+
+        All of one range, the one that needs the oldest revision first: the others share the backfill opened for it.
+        """
         state = self._state
-        while state.queued:
-            watch = next(iter(state.queued))
+        while state.queued and self.left > 0:
+            range_, alike = next(iter(state.queued.items()))
             is_full = state.stats.backfills >= state.limits.backfills_max
-            if is_full and not watch.session.stalled and not self._give_up_stalled():
+            if is_full and range_ is not self._begun and not self._give_up_stalled():
                 return
-            self.unplace(watch)
-            self.place((watch,))
+            watches = sorted(islice(alike, self.left), key=attrgetter("position"))
+            others = len(alike) - len(watches)
+            self.left -= len(watches)
+            for watch in watches:
+                self.unplace(watch)
+                self.place((watch,))
+            again = len(state.queued.get(range_, ())) - others
+            if again:
+                # They need a further backfill: they wait behind the other ranges.
+                state.queued[range_] = state.queued.pop(range_)
+            self._begun = range_ if others and not again else None
 
     def _give_up_stalled(self) -> bool:
         """Close a backfill all of whose sessions are stalled; its watches get another when these drain."""

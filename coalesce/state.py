@@ -9,8 +9,8 @@ from __future__ import annotations
 from coalesce.effects import CloseUpstream, Effect, EndSession, OpenUpstream, Send
 from coalesce.history import History, HistoryBudget
 from coalesce.limits import CoreLimits
-from coalesce.model import Backfill, FragmentRun, Notices, PendingCreate, Session, Source, Trunk, Upstream, Watch
-from coalesce.ranges import CoverTable, TrunkName
+from coalesce.model import Backfill, FragmentRun, Group, Notices, PendingCreate, Session, Source, Trunk, Upstream, Watch
+from coalesce.ranges import CoverBranch, CoverTable, TrunkName
 from coalesce.stats import Stats
 from coalesce.timers import Timers
 from proto.framing import frame
@@ -89,8 +89,8 @@ class CoreState:
         self.runs: dict[Source, FragmentRun] = {}
         # Sessions that are stalled or have lagging watches, those that have been behind longest first.
         self.lagging_sessions: dict[Session, None] = {}
-        # Watches queued for a backfill.
-        self.queued: dict[Watch, None] = {}
+        # Watches queued for a backfill, by range: that of their trunk, or of their branch below a cover.
+        self.queued: dict[Trunk | CoverBranch[Group], dict[Watch, None]] = {}
         # Trunks without watches.
         self.lingers: Timers[Trunk] = Timers()
         # Trunks with watches that asked for progress_notify.

@@ -273,6 +273,59 @@ def test_a_queued_watch_that_stalls_leaves_the_queue() -> None:
     assert second.session.watches[1].place is Place.QUEUED
 
 
+def queue_of(shell: Shell, starts: list[int]) -> tuple[Client, list[Client]]:
+    """Return the client with the only backfill allowed, of another range, and clients whose watches are queued."""
+    shell.trunk(100, shell.client())
+    shell.trunk(100, shell.client(), b"other")
+    first, others = shell.client(), [shell.client() for _ in starts]
+    first.create(b"other", b"", 50)
+    for client, start in zip(others, starts, strict=True):
+        client.create(b"k", b"", start)
+        client.read()
+    assert shell.core.stats.queued == len(starts)
+    return first, others
+
+
+def test_a_backfill_takes_the_queued_watches_of_its_range() -> None:
+    shell = Shell(CoreLimits(backfills_max=1))
+    first, others = queue_of(shell, [60, 50, 90, 70])
+    first.close()
+    assert [each.start_revision for each in shell.opened[2:]] == [50, 50]
+    assert shell.core.stats.queued == 0
+    shell.created(shell.opened[-1], 100)
+    shell.events(shell.opened[-1], put(55), put(65), put(95), at=100)
+    assert [client.read()[0].count("put") for client in others] == [2, 3, 1, 1]
+    shell.progressed(100, shell.opened[-1])
+    assert shell.closed == shell.opened[2:]
+
+
+def test_a_long_queue_is_placed_in_steps() -> None:
+    shell = Shell(CoreLimits(backfills_max=1, step_watches_max=2))
+    first, others = queue_of(shell, [60, 50, 50, 90, 70])
+    first.close()
+    assert shell.core.stats.queued == 3
+    assert shell.core.next_deadline() == shell.now
+    shell.settle()
+    assert shell.core.stats.queued == 0
+    assert [each.start_revision for each in shell.opened[2:]] == [50, 50]
+    assert all(client.session.watches[0].source in shell.core._state.backfills for client in others)
+
+
+def test_watches_that_cannot_share_wait_behind_other_ranges() -> None:
+    shell = Shell(CoreLimits(backfills_max=1, backfill_share_revisions=10))
+    first, others = queue_of(shell, [90, 50, 85])
+    late = shell.client()
+    late.create(b"other", b"", 70)
+    first.close()
+    assert shell.core.stats.queued == 3
+    # The oldest first.
+    others[1].close()
+    assert [(each.key, each.start_revision) for each in shell.opened[3:]] == [(b"k", 50), (b"other", 70)]
+    late.close()
+    assert (shell.opened[-1].key, shell.opened[-1].start_revision) == (b"k", 85)
+    assert shell.core.stats.queued == 0
+
+
 def test_compaction_cancels_backfill_watches_that_missed_events() -> None:
     """A watch on the same backfill that missed nothing stays open, and others are not affected."""
     shell = Shell()

@@ -170,6 +170,18 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
         "a trunk lingers for ever", "trunk", "state.lingers.start(trunk, state.now + state.limits.linger_s)", "pass"
     ),
     # Waiting, and its causes.
+    Mutant(
+        "the timer does not go on with the queue",
+        "placement",
+        "self.left = self._state.limits.step_watches_max",
+        "pass",
+    ),
+    Mutant(
+        "a queued watch is forgotten when its range goes to the end of the queue",
+        "placement",
+        "state.queued[range_] = state.queued.pop(range_)",
+        "state.queued[range_] = dict(list(state.queued.pop(range_).items())[1:])",
+    ),
     Mutant("a stalled session gets progress", "model", " and not self.session.stalled", ""),
     Mutant("a stall is not heard", "core", "self._replayer.stalled(session)", "pass"),
     Mutant(
