@@ -7,7 +7,7 @@ bounded by the configuration or by the code. Metric families are built at scrape
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -16,9 +16,10 @@ from prometheus_client.registry import Collector
 from proxy.admin.delays import Histogram
 from proxy.admin.monitor import Monitor
 from proxy.admin.snapshot import Snapshot
-from proxy.admin.views import ProcessView
+from proxy.admin.whole import Whole
 from proxy.config.knobs import Knob
 from proxy.listening.call_metrics import BOUNDS_S, METHODS
+from proxy.process import descriptors
 
 GAUGES = {
     "bundled_store": "Whether the proxy serves its bundled store, which loses its data, and no etcd (1) or not (0).",
@@ -210,7 +211,7 @@ class ProxyCollector(Collector):
             monitor.delivery_delay,
         )
         yield _histogram(
-            "watchmux_event_loop_delay_seconds", "Delay of event loop timers in seconds.", monitor.loop_delay.histogram
+            "watchmux_event_loop_delay_seconds", "Delay of event loop timers in seconds.", monitor.loop_delay
         )
         up = GaugeMetricFamily(
             "watchmux_upstream_endpoint_up", "Whether the endpoint is connected (1) or not (0).", labels=["endpoint"]
@@ -218,7 +219,8 @@ class ProxyCollector(Collector):
         for state in monitor.endpoints():
             up.add_metric([state.endpoint], float(state.connected))
         yield up
-        yield from _processes(monitor.processes())
+        if monitor.whole is not None:
+            yield from _processes(monitor.whole)
 
 
 PROCESS_GAUGES = {
@@ -228,10 +230,9 @@ PROCESS_GAUGES = {
 }
 
 
-def _processes(processes: Sequence[ProcessView]) -> Iterator[Metric]:
-    """Yield the metrics that are shown by process, with --workers."""
-    if not processes:
-        return
+def _processes(whole: Whole) -> Iterator[Metric]:
+    """Yield the metrics that are shown by process, with --workers, and those that every process has, for the whole."""
+    processes = whole.views()
     for field, (name, text) in PROCESS_GAUGES.items():
         gauge = GaugeMetricFamily(f"watchmux_process_{name}", text, labels=["process"])
         for each in processes:
@@ -241,6 +242,18 @@ def _processes(processes: Sequence[ProcessView]) -> Iterator[Metric]:
     for each in processes:
         used.add_metric([each.name], each.cpu_s)
     yield used
+    yield CounterMetricFamily(
+        "process_cpu_seconds_total",
+        "CPU time of hub and workers, those that have ended included.",
+        value=sum(each.cpu_s for each in whole.lives),
+    )
+    for name, text, value in (
+        ("start_time_seconds", "Start of the parent process in seconds since the epoch.", whole.since),
+        ("resident_memory_bytes", "Sum of the processes, shared pages included in each.", whole.memory_bytes),
+        ("open_fds", "Open file descriptors of the process that has the most.", whole.descriptors),
+        ("max_fds", "Maximum number of open file descriptors of a process.", descriptors.limit()),
+    ):
+        yield GaugeMetricFamily(f"process_{name}", text, value=value)
 
 
 def families(snapshot: Snapshot) -> Iterator[Metric]:

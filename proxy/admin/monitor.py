@@ -23,8 +23,9 @@ from proxy.admin.clients import clients
 from proxy.admin.delays import BOUNDS_S, Histogram, LoopDelay, quantile, watch_deliveries
 from proxy.admin.snapshot import Snapshot, SnapshotSource
 from proxy.admin.views import Clients, EndpointView, Overview, Point, ProcessView, SessionView, TrunkView
-from proxy.admin.whole import Details, ProcessReport, Whole, view_of
+from proxy.admin.whole import Details, ProcessReport, Whole
 from proxy.config import knobs
+from proxy.process import descriptors
 
 if TYPE_CHECKING:
     from proxy.server import Proxy
@@ -57,17 +58,18 @@ class Monitor:
         limits: Callable[[], Mapping[str, float]] = limits_by_default,
         whole: Whole | None = None,
     ) -> None:
-        """`whole`: the reports of the workers, if this proxy is their hub: then everything here is about the whole."""
+        """`whole`: the reports of all processes, if this proxy is the hub: then everything here is about the whole."""
         self._proxy = proxy
-        self._whole = whole
+        self.whole = whole
         self.limits = limits
         """Returns the limits in force, by setting; 0 means no limit."""
         self._source = SnapshotSource(proxy, address)
-        self.own_delivery_delay = watch_deliveries(proxy.listener, proxy.engine)
-        self.loop_delay = LoopDelay(self._tick)
+        self._own_deliveries = watch_deliveries(proxy.listener, proxy.engine)
+        self._own_loop = LoopDelay(self._tick)
         self.points: deque[Point] = deque(maxlen=STEPS_KEPT)
         self._details = Details()
         self._details_at = float("-inf")
+        self._descriptors = 0
         self._step_at = time.monotonic()
         self._step_from: Snapshot | None = None
         self._step_counts = list(self.delivery_delay.counts)
@@ -76,45 +78,40 @@ class Monitor:
         """Start recording."""
         self._step_from = self.take()
         self._step_at = time.monotonic()
-        self.loop_delay.start()
+        self._own_loop.start()
 
     def stop(self) -> None:
         """Stop recording."""
-        self.loop_delay.stop()
+        self._own_loop.stop()
         self._proxy.listener.on_flush = None
 
     def take(self) -> Snapshot:
         """Take a snapshot now."""
         own = self._source.take()
-        return own if self._whole is None else self._whole.snapshot(own)
+        return own if self.whole is None else self.whole.snapshot(own)
 
     @property
     def delivery_delay(self) -> Histogram:
         """The delays of deliveries to clients."""
-        if self._whole is None:
-            return self.own_delivery_delay
-        total = Histogram()
-        for each in self._whole.all:
-            total.counts = [sum(pair) for pair in zip(total.counts, each.delivery_counts, strict=True)]
-            total.sum += each.delivery_sum_s
-        return total
+        return self._own_deliveries if self.whole is None else self.whole.delivery_delay()
 
-    def reports(self) -> list[ProcessReport]:
-        """Return the reports of all processes, the hub first; an empty list if this is the only one."""
-        if self._whole is None:
-            return []
-        return [self.report("hub"), *self._whole.reports]
+    @property
+    def loop_delay(self) -> Histogram:
+        """The delays of the event loop, with --workers those of all."""
+        return self._own_loop.histogram if self.whole is None else self.whole.loop_delay()
 
     def report(self, name: str) -> ProcessReport:
-        """Return the report of this process; what a worker reports of single clients and ranges is DETAILS_S old."""
+        """Return the report of this process; what is found by going through all clients is up to DETAILS_S old."""
         now = time.monotonic()
-        if self._whole is None and now >= self._details_at + DETAILS_S:
+        if now >= self._details_at + DETAILS_S:
             self._details_at = now
-            self._details = Details(
-                sessions=self.slowest_sessions(),
-                clients=self.clients(CLIENTS_SHOWN).clients,
-                watches={each.range: each.watches for each in self._trunks()},
-            )
+            self._descriptors = descriptors.in_use()
+            if self.whole is None:
+                self._details = Details(
+                    sessions=self.slowest_sessions(),
+                    clients=self.clients(CLIENTS_SHOWN).clients,
+                    watches={each.range: each.watches for each in self._trunks()},
+                )
         used = resource.getrusage(resource.RUSAGE_SELF)
         return ProcessReport(
             name=name,
@@ -122,39 +119,42 @@ class Monitor:
             cpu_s=round(used.ru_utime + used.ru_stime, 2),
             memory_bytes=memory.resident_bytes(),
             snapshot=self._source.take(),
-            delivery_counts=list(self.own_delivery_delay.counts),
-            delivery_sum_s=self.own_delivery_delay.sum,
+            delivery_counts=list(self._own_deliveries.counts),
+            delivery_sum_s=self._own_deliveries.sum,
+            loop_counts=list(self._own_loop.histogram.counts),
+            loop_sum_s=self._own_loop.histogram.sum,
+            descriptors=self._descriptors,
             details=self._details,
         )
 
     def processes(self) -> list[ProcessView]:
-        """Return what the status page shows of all processes."""
-        return [view_of(each) for each in self.reports()]
+        """Return what the status page shows of all processes; nothing if there is only one."""
+        return [] if self.whole is None else self.whole.views()
 
     def _trunks(self) -> list[TrunkView]:
         """Return the trunks with the most watches; with --workers those of clients are counted."""
         trunks = [_trunk_view(trunk) for trunk in report.trunks(self._proxy.engine.core, TRUNKS_SHOWN)]
-        if self._whole is None:
+        if self.whole is None:
             return trunks
         watches: Counter[str] = Counter()
-        for each in self._whole.reports:
+        for each in self.whole.workers:
             watches.update(each.details.watches)
         counted = [msgspec.structs.replace(trunk, watches=watches[trunk.range]) for trunk in trunks]
         return sorted(counted, key=lambda trunk: -trunk.watches)
 
     def slowest_sessions(self) -> list[SessionView]:
         """Return the sessions that are furthest behind."""
-        if self._whole is not None:
-            sessions = [session for each in self._whole.reports for session in each.details.sessions]
+        if self.whole is not None:
+            sessions = [session for each in self.whole.workers for session in each.details.sessions]
             return sorted(sessions, key=lambda session: -session.behind_s)[:SESSIONS_SHOWN]
         now = asyncio.get_running_loop().time()
         return [_session_view(session) for session in report.slowest(self._proxy.engine.core, now, SESSIONS_SHOWN)]
 
     def clients(self, at_most: int = CLIENTS_LISTED) -> Clients:
         """Return the clients, at most `at_most` of them."""
-        if self._whole is not None:
-            total = sum(each.snapshot.connections for each in self._whole.reports)
-            views = [client for each in self._whole.reports for client in each.details.clients]
+        if self.whole is not None:
+            total = sum(each.snapshot.connections for each in self.whole.workers)
+            views = [client for each in self.whole.workers for client in each.details.clients]
             views.sort(key=lambda view: (view.behind_s, view.watches, view.streams), reverse=True)
             return Clients(connections=total, clients=views[:at_most])
         now = asyncio.get_running_loop().time()
@@ -180,7 +180,7 @@ class Monitor:
             at=time.time(),
             delay_p50_s=quantile(0.5, BOUNDS_S, recent),
             delay_p99_s=quantile(0.99, BOUNDS_S, recent),
-            loop_delay_p99_s=quantile(0.99, BOUNDS_S, self.loop_delay.histogram.counts),
+            loop_delay_p99_s=quantile(0.99, BOUNDS_S, self.loop_delay.counts),
             endpoints=[self._endpoint(state) for state in self.endpoints()],
             trunks=self._trunks(),
             sessions=self.slowest_sessions(),

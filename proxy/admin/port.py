@@ -28,7 +28,6 @@ from proxy.admin.monitor import Monitor, limits_by_default
 from proxy.config.values import Address
 
 if TYPE_CHECKING:
-    from proxy.admin.whole import Whole
     from proxy.server import Proxy
 
 PAGES = {
@@ -56,13 +55,13 @@ class Exposition:
         proxy: Proxy,
         proxy_address: str,
         limits: Callable[[], Mapping[str, float]] = limits_by_default,
-        whole: Whole | None = None,
         monitor: Monitor | None = None,
     ) -> None:
-        self.monitor = monitor or Monitor(proxy, proxy_address, limits, whole)
+        self.monitor = monitor or Monitor(proxy, proxy_address, limits)
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(ProxyCollector(self.monitor))
-        ProcessCollector(registry=self._registry)
+        if self.monitor.whole is None:
+            ProcessCollector(registry=self._registry)
 
     def metrics(self) -> Page:
         """Make the page for Prometheus."""
@@ -86,14 +85,15 @@ class Admin:
         listen: Address,
         proxy_address: str,
         limits: Callable[[], Mapping[str, float]] = limits_by_default,
-        whole: Whole | None = None,
+        monitor: Monitor | None = None,
         sockets: Sequence[socket.socket] = (),
     ) -> None:
-        """`whole`: the reports of the workers, if the proxy is their hub. `sockets`: sockets that listen already."""
-        shown = Exposition(proxy, proxy_address, limits, whole)
+        """`monitor`: one that has started. `sockets`: sockets that listen already."""
+        shown = Exposition(proxy, proxy_address, limits, monitor)
         # The same pages on the client port: only one monitor may measure the delays.
         proxy.http1.own = ClientPages(lambda: (shown.metrics, shown.health))
         self.monitor = shown.monitor
+        self._starts_monitor = monitor is None
         self._sockets = sockets
         self._listen = listen
         pages: dict[str, Callable[[], Page]] = {
@@ -119,7 +119,8 @@ class Admin:
     async def start(self) -> None:
         """Start the server. Raises OSError if it cannot listen."""
         self._port = await self._server.start(self._listen.host, self._listen.port, self._sockets)
-        self.monitor.start()
+        if self._starts_monitor:
+            self.monitor.start()
 
     async def stop(self) -> None:
         """Close the server and its connections."""

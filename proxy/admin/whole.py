@@ -1,19 +1,26 @@
 """The numbers of `--workers`: one snapshot, one set of metrics and one status page for all processes.
 
-Each worker reports its snapshot once a second to the parent, which passes the reports on to the hub; the hub serves the
-metrics address. What clients do is the sum of the workers; what etcd sees is the hub. Counters of workers that have
-ended are kept, so that the sums never decrease.
+Each process reports its snapshot once a second to the parent, which passes all reports on to the hub; the hub serves
+the metrics address. What clients do is the sum of the workers; what etcd sees is the hub.
+
+A counter of the whole never decreases, although processes end. The parent keeps the last counters of each process that
+has ended. A page shows only counters that the parent has, also of the hub itself, so the end of a process takes nothing
+back that a page has shown. Reports pass through the parent undecoded, and are decoded when a page is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, Final
 
 import msgspec
 
-from proxy.admin.snapshot import Snapshot
+from proxy.admin.delays import Histogram
+from proxy.admin.snapshot import CoverState, Snapshot
 from proxy.admin.views import ClientView, ProcessView, SessionView
+from proxy.process.supervision import HUB
 
 OF_THE_HUB: Final = frozenset(
     {
@@ -44,6 +51,12 @@ OF_ALL: Final = frozenset(
 """Fields that are the sum over the hub and the workers; all others are the sum over the workers."""
 
 
+COVER_SUMS: Final = frozenset(
+    {"branches", "watches", "events_total", "bytes_total", "unwanted_events_total", "unwanted_bytes_total"}
+)
+"""Fields of a cover that are the sum over the workers."""
+
+
 class Details(msgspec.Struct, kw_only=True, frozen=True):
     """What a worker reports of single clients and ranges."""
 
@@ -63,6 +76,10 @@ class ProcessReport(msgspec.Struct, kw_only=True):
     snapshot: Snapshot
     delivery_counts: list[int] = []
     delivery_sum_s: float = 0.0
+    loop_counts: list[int] = []
+    loop_sum_s: float = 0.0
+    descriptors: int = 0
+    """Open file descriptors."""
     details: Details = Details()
 
 
@@ -72,26 +89,27 @@ class Beat(msgspec.Struct, kw_only=True):
     problem: str = ""
     """Why it does not serve; "" if it does."""
     hung: str = ""
-    report: ProcessReport | None = None
-    """None without --metrics-addr."""
+    report: msgspec.Raw
+    """A `ProcessReport`."""
 
 
 class Order(msgspec.Struct, kw_only=True):
-    """A message of the parent to a process: changed settings (pickled, in base64), or the reports of the others."""
+    """A message of the parent to a process: changed settings (pickled, in base64), or what it knows of all of them."""
 
     settings: str = ""
-    reports: list[ProcessReport] | None = None
-    ended: ProcessReport | None = None
-    """The sums of the workers that have ended."""
+    reports: list[msgspec.Raw] | None = None
+    """The newest `ProcessReport` of each process that runs."""
+    ended: dict[str, ProcessReport] | None = None
+    """By name, the counters of its processes that have ended; None: they are as before."""
 
 
-def view_of(report: ProcessReport) -> ProcessView:
-    """Return what the status page shows of a process."""
+def view_of(report: ProcessReport, ended: ProcessReport | None) -> ProcessView:
+    """Return what the status page shows of a process; `ended`: the counters of its predecessors."""
     now = report.snapshot
     return ProcessView(
         name=report.name,
         pid=report.pid,
-        cpu_s=report.cpu_s,
+        cpu_s=round(report.cpu_s + (ended.cpu_s if ended else 0.0), 2),
         memory_bytes=report.memory_bytes,
         connections=now.connections,
         watches=now.watches,
@@ -105,7 +123,9 @@ def merged(hub: Snapshot, workers: Iterable[Snapshot]) -> Snapshot:
     values: dict[str, Any] = {}
     for name in Snapshot.__struct_fields__:
         of_hub, of_workers = getattr(hub, name), [getattr(part, name) for part in parts]
-        if name in OF_THE_HUB or isinstance(of_hub, str | bool | list):
+        if name == "covers":
+            values[name] = _covers(of_hub, [cover for each in of_workers for cover in each])
+        elif name in OF_THE_HUB or isinstance(of_hub, str | bool | list):
             values[name] = of_hub
         elif name in MAXIMA:
             values[name] = max(of_workers, default=0)
@@ -131,52 +151,136 @@ def _sum(values: list[Any], like: Any) -> Any:
     return total
 
 
-def with_ended(ended: ProcessReport | None, report: ProcessReport) -> ProcessReport:
-    """Add a worker that has ended to the sums of those: its counters stay, its gauges are gone."""
-    lasting = Snapshot()
-    for name in Snapshot.__struct_fields__:
-        if name.endswith("_total"):
-            setattr(lasting, name, getattr(report.snapshot, name))
-    if ended is not None:
-        both = (ended.snapshot, lasting)
-        for name in Snapshot.__struct_fields__:
-            if name.endswith("_total"):
-                setattr(lasting, name, _sum([getattr(each, name) for each in both], getattr(lasting, name)))
-    counts = added(report.delivery_counts, ended.delivery_counts if ended is not None else [])
-    sum_s = report.delivery_sum_s + (ended.delivery_sum_s if ended is not None else 0.0)
-    return ProcessReport(
-        name="", pid=0, cpu_s=0, memory_bytes=0, snapshot=lasting, delivery_counts=counts, delivery_sum_s=sum_s
+def _covers(hub: list[CoverState], workers: list[CoverState]) -> list[CoverState]:
+    """Return the covers of the whole: towards etcd as the hub has them, the rest as sums of the workers.
+
+    Each worker receives the events of a cover; at the hub, it has one range only: that of the workers.
+    """
+    whole = []
+    for cover in hub:
+        parts = [each for each in workers if each.cover == cover.cover]
+        used = [each for each in parts if each.branches]
+        sums = {name: sum(getattr(each, name) for each in parts) for name in COVER_SUMS}
+        costs_more = bool(used) and all(each.costs_more for each in used)
+        whole.append(msgspec.structs.replace(cover, **sums, costs_more=costs_more))
+    return whole
+
+
+def with_counters(snapshot: Snapshot, parts: Sequence[Snapshot]) -> Snapshot:
+    """Return the snapshot with the sums of the counters of `parts` instead of its own counters."""
+    values: dict[str, Any] = {}
+    for name in _counters(Snapshot):
+        like = getattr(snapshot, name)
+        values[name] = _sum([getattr(part, name) for part in parts], {} if isinstance(like, dict) else like)
+    return msgspec.structs.replace(snapshot, **values, covers=[_cover_of(cover, parts) for cover in snapshot.covers])
+
+
+def _cover_of(cover: CoverState, parts: Sequence[Snapshot]) -> CoverState:
+    same = [each for part in parts for each in part.covers if each.cover == cover.cover]
+    return msgspec.structs.replace(
+        cover, **{name: sum(getattr(each, name) for each in same) for name in _counters(CoverState)}
     )
 
 
-def added(one: list[int], other: list[int]) -> list[int]:
-    """Add two lists of counts; an empty one counts as zeros."""
-    if not one or not other:
-        return list(one or other)
-    return [a + b for a, b in zip(one, other, strict=True)]
+def _counters(kind: type[msgspec.Struct]) -> list[str]:
+    return [name for name in kind.__struct_fields__ if name.endswith("_total")]
+
+
+def with_ended(ended: ProcessReport | None, report: ProcessReport) -> ProcessReport:
+    """Add a process that has ended to its predecessors: its counters stay, its gauges are gone."""
+    parts = [report] if ended is None else [ended, report]
+    prefixes = dict.fromkeys(cover.cover for part in parts for cover in part.snapshot.covers)
+    nothing = Snapshot(covers=[CoverState(cover=prefix) for prefix in prefixes])
+    return ProcessReport(
+        name=report.name,
+        pid=0,
+        cpu_s=sum(part.cpu_s for part in parts),
+        memory_bytes=0,
+        snapshot=with_counters(nothing, [part.snapshot for part in parts]),
+        delivery_counts=added([part.delivery_counts for part in parts]),
+        delivery_sum_s=sum(part.delivery_sum_s for part in parts),
+        loop_counts=added([part.loop_counts for part in parts]),
+        loop_sum_s=sum(part.loop_sum_s for part in parts),
+    )
+
+
+def added(counts: Iterable[Sequence[int]]) -> list[int]:
+    """Add lists of counts; an empty one counts as zeros."""
+    return [sum(same) for same in zip_longest(*counts, fillvalue=0)]
 
 
 class Whole:
-    """The reports of the other processes, as the hub knows them."""
+    """What the parent knows of all processes, as the hub has it."""
 
-    def __init__(self) -> None:
-        self.reports: list[ProcessReport] = []
-        self.ended: ProcessReport | None = None
+    def __init__(
+        self, reports: Sequence[msgspec.Raw] = (), ended: Mapping[str, ProcessReport] | None = None, since: float = 0.0
+    ) -> None:
+        """`since`: the time at which the parent started, in seconds since the epoch."""
+        self.since = since
+        self.ended = dict(ended or {})
+        """By name, the counters of processes that have ended."""
+        self._raw = list(reports)
+        self._reports: list[ProcessReport] | None = None
 
     def learn(self, order: Order) -> None:
         """Take the newest reports."""
         if order.reports is not None:
-            self.reports, self.ended = order.reports, order.ended
+            self._raw, self._reports = order.reports, None
+        if order.ended is not None:
+            self.ended = order.ended
 
     @property
-    def all(self) -> list[ProcessReport]:
-        """The reports of all workers, and that of those that have ended."""
-        return self.reports if self.ended is None else [*self.reports, self.ended]
+    def reports(self) -> list[ProcessReport]:
+        """The reports of all processes that run and have reported, the hub first."""
+        if self._reports is None:
+            self._reports = [msgspec.json.decode(raw, type=ProcessReport) for raw in self._raw]
+        return self._reports
+
+    @property
+    def workers(self) -> list[ProcessReport]:
+        """The reports of the workers that run."""
+        return [report for report in self.reports if report.name != HUB]
+
+    @property
+    def lives(self) -> list[ProcessReport]:
+        """The reports of all processes, those that have ended included."""
+        return [*self.reports, *self.ended.values()]
+
+    @property
+    def memory_bytes(self) -> int:
+        """The resident memory of all processes; pages that they share count in each."""
+        return sum(report.memory_bytes for report in self.reports)
+
+    @property
+    def descriptors(self) -> int:
+        """The open file descriptors of the process that has the most."""
+        return max((report.descriptors for report in self.reports), default=0)
 
     def snapshot(self, hub: Snapshot) -> Snapshot:
-        """Return the snapshot of the whole; it serves if the hub and a worker do."""
-        whole = merged(hub, [report.snapshot for report in self.all])
-        if hub.serving and not any(report.snapshot.serving for report in self.reports):
-            reasons = [report.snapshot.reason for report in self.reports]
+        """Return the snapshot of the whole, `hub` being that of the hub now; it serves if the hub and a worker do."""
+        own = with_counters(hub, [each.snapshot for each in self.lives if each.name == HUB])
+        whole = merged(own, [each.snapshot for each in self.lives if each.name != HUB])
+        whole.uptime_s = round(time.time() - self.since, 1)
+        if hub.serving and not any(report.snapshot.serving for report in self.workers):
+            reasons = [report.snapshot.reason for report in self.workers]
             whole.serving, whole.reason = False, reasons[0] if reasons else "no worker is ready"
         return whole
+
+    def views(self) -> list[ProcessView]:
+        """Return what the status page shows of each process."""
+        return [view_of(report, self.ended.get(report.name)) for report in self.reports]
+
+    def delivery_delay(self) -> Histogram:
+        """Return the delays of deliveries to clients."""
+        workers = [each for each in self.lives if each.name != HUB]
+        return _histogram([each.delivery_counts for each in workers], sum(each.delivery_sum_s for each in workers))
+
+    def loop_delay(self) -> Histogram:
+        """Return the delays of the event loops of all processes."""
+        return _histogram([each.loop_counts for each in self.lives], sum(each.loop_sum_s for each in self.lives))
+
+
+def _histogram(counts: Iterable[Sequence[int]], sum_s: float) -> Histogram:
+    total = Histogram()
+    total.counts, total.sum = added([total.counts, *counts]), sum_s
+    return total

@@ -75,6 +75,9 @@ class Http1Settings:
     connections_max: int = 1_000
     """Maximum concurrent HTTP/1 connections; further ones get 503."""
 
+    hub_connections_max: int = 64
+    """Maximum concurrent HTTP/1 connections of a worker to the hub, for the proxy's own pages; further ones get 503."""
+
 
 class Http1:
     """Creates the protocols for connections that are not HTTP/2."""
@@ -96,9 +99,16 @@ class Http1:
         self.refusal = refusal
         self.own: OwnServer | None = None
         """Answers connections that ask for a page of the proxy's own; None: they are forwarded too."""
+        self.hub: Endpoint | None = None
+        """Of a worker: where such connections are forwarded to. The hub has the numbers of all processes."""
         self._tls = tls
         # The same with HTTP/1 in ALPN, created when first needed.
         self._spoken: FileContext | None = None
+
+    @property
+    def has_own_pages(self) -> bool:
+        """Whether the proxy has pages of its own."""
+        return self.own is not None or self.hub is not None
 
     def descriptors(self) -> int:
         """Return the number of file descriptors of its connections, those of clients and those to etcd."""
@@ -116,7 +126,8 @@ class Http1:
 
     async def dial(self, client: ClientSide) -> None:
         """Connect `client` to etcd; it gets a 502 if that fails."""
-        endpoint = self._choose()
+        hub = self.hub if client.asks_hub else None
+        endpoint = hub or self._choose()
 
         def factory() -> UpstreamSide:
             return UpstreamSide(self, client)
@@ -128,7 +139,7 @@ class Http1:
             log.warning(
                 "cannot forward an HTTP/1 connection", endpoint=endpoint.text, problem=str(error) or "timed out"
             )
-            client.refuse(502, f"etcd at {endpoint.text} cannot be reached")
+            client.refuse(502, f"{'the hub' if hub else 'etcd'} at {endpoint.text} cannot be reached")
 
     def _context(self, endpoint: Endpoint) -> ssl.SSLContext | None:
         """Return the TLS context for an endpoint, None without TLS. Raises BadTls.
@@ -156,6 +167,8 @@ class _Side(asyncio.Protocol):
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
         self.other: _Side | None = None
+        self.at_end = False
+        """The peer sends no more bytes."""
 
     def pause_writing(self) -> None:
         """Stop reading from the other side: this one's write buffer is full."""
@@ -168,9 +181,9 @@ class _Side(asyncio.Protocol):
             self.other.transport.resume_reading()
 
     def eof_received(self) -> bool:
-        """Forward the end of one direction; the other direction stays open."""
-        other = self.other
-        if other is None or other.transport is None or not other.transport.can_write_eof():
+        """Forward the end of one direction; close when both have ended."""
+        self.at_end, other = True, self.other
+        if other is None or other.transport is None or other.at_end or not other.transport.can_write_eof():
             return False
         other.transport.write_eof()
         return True
@@ -219,6 +232,8 @@ class ClientSide(_Side):
         # Bytes received before the connection to etcd was established.
         self._opening = b""
         self._dialling: asyncio.Task[None] | None = None
+        self.asks_hub = False
+        """It is forwarded to the hub."""
         self.successor: asyncio.Protocol | None = None
         """The protocol that answers the connection instead, if it asks for a page of the proxy's own."""
         loop = asyncio.get_running_loop()
@@ -236,8 +251,8 @@ class ClientSide(_Side):
         found = METHOD.match(self._opening)
         if found is None:
             self.refuse(400, "neither HTTP/2 nor HTTP/1")
-        elif self._owner.own is not None and OWN_PAGE.match(self._opening):
-            self._hand_over(self._owner.own())
+        elif self._owner.has_own_pages and OWN_PAGE.match(self._opening):
+            self._ask_own()
         elif found[1] and self._owner.refusal and (b"\n" in self._opening or not self._may_be_own()):
             self.refuse(501, self._owner.refusal)
         elif b"\n" in self._opening or len(self._opening) > REQUEST_LINE_BYTES_MAX:
@@ -245,14 +260,28 @@ class ClientSide(_Side):
             if hops >= HOPS_MAX:
                 self.refuse(508, loop_text(hops))
                 return
-            self._timer.cancel()
-            self.transport.pause_reading()
-            self._dialling = asyncio.get_running_loop().create_task(self._owner.dial(self))
+            self._dial()
+
+    def _dial(self) -> None:
+        assert self.transport is not None
+        self._timer.cancel()
+        self.transport.pause_reading()
+        self._dialling = asyncio.get_running_loop().create_task(self._owner.dial(self))
+
+    def _ask_own(self) -> None:
+        """Let the proxy answer, or its hub."""
+        if self._owner.own is not None:
+            self._hand_over(self._owner.own())
+        elif sum(each.asks_hub for each in self._owner.connections) >= self._owner.settings.hub_connections_max:
+            self.refuse(503, "too many HTTP/1 connections")
+        else:
+            self.asks_hub = True
+            self._dial()
 
     def _may_be_own(self) -> bool:
         """Whether the path read so far may still become that of a page of the proxy's own."""
         path = self._opening.partition(b" ")[2]
-        return self._owner.own is not None and (b"/proxy/".startswith(path[:7]) and len(path) < OWN_PATH_BYTES_MAX)
+        return self._owner.has_own_pages and (b"/proxy/".startswith(path[:7]) and len(path) < OWN_PATH_BYTES_MAX)
 
     def _hand_over(self, successor: asyncio.Protocol) -> None:
         """Let `successor` answer this connection."""

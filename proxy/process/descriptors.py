@@ -50,6 +50,11 @@ def raise_limit() -> int:
     return soft if soft != resource.RLIM_INFINITY else 1 << 20
 
 
+def limit() -> int:
+    """Return the soft limit of this process."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 def in_use() -> int:
     """Return the number of open descriptors, or an estimate where the system has no /proc."""
     try:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import pickle
-import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -38,8 +37,10 @@ class ProcessPlace:
     """That port."""
     metrics: Listening | None = None
     """The hub's: inherited sockets of --metrics-addr; None without."""
-    reports: bool = False
-    """It reports its numbers to the parent."""
+    whole: Whole | None = None
+    """The hub's: what is known of all processes."""
+    hub: str = ""
+    """A worker's: the endpoint of the hub."""
 
 
 class Member:
@@ -47,17 +48,10 @@ class Member:
 
     def __init__(self, place: ProcessPlace) -> None:
         self.place = place
-        self.whole = Whole() if place.metrics is not None else None
-        """The reports of the others, if this is the hub."""
-        self._reloading: Reloading | None = None
         self.monitor: Monitor | None = None
-        """What it reports; None if it reports only that it is up."""
+        """What it reports."""
+        self._reloading: Reloading | None = None
         self._beats: asyncio.Task[None] | None = None
-
-    @property
-    def metrics_sockets(self) -> Sequence[socket.socket]:
-        """The inherited sockets of --metrics-addr; none: it is not served by inherited ones."""
-        return () if self.place.metrics is None else self.place.metrics.sockets
 
     async def listening(self, address: Address) -> Listening:
         """Return the sockets for clients. Raises OSError."""
@@ -68,26 +62,22 @@ class Member:
     def came(self, line: bytes) -> None:
         """Follow an order of the parent."""
         order = msgspec.json.decode(line, type=Order)
-        if self.whole is not None:
-            self.whole.learn(order)
+        if self.place.whole is not None:
+            self.place.whole.learn(order)
         if order.settings and self._reloading is not None:
             settings = pickle.loads(base64.b64decode(order.settings))
             self._reloading.reload(lambda: (settings, []))
 
-    def start(
-        self,
-        proxy: Proxy,
-        parent: Parent,
-        reloading: Reloading,
-        address: str,
-        limits: Callable[[], Mapping[str, float]],
-    ) -> None:
+    def record(self, proxy: Proxy, address: str, limits: Callable[[], Mapping[str, float]]) -> Monitor:
+        """Record from now on what is reported and shown."""
+        self.monitor = Monitor(proxy, address, limits, self.place.whole)
+        self.monitor.start()
+        return self.monitor
+
+    def start(self, proxy: Proxy, parent: Parent, reloading: Reloading, monitor: Monitor) -> None:
         """Report from now on, and apply changed settings."""
         self._reloading = reloading
-        if self.place.reports:
-            self.monitor = Monitor(proxy, address, limits)
-            self.monitor.start()
-        self._beats = asyncio.get_running_loop().create_task(self._beat(proxy, parent), name="reports")
+        self._beats = asyncio.get_running_loop().create_task(self._beat(proxy, parent, monitor), name="reports")
 
     def stop(self) -> None:
         """Stop reporting."""
@@ -96,8 +86,8 @@ class Member:
         if self.monitor is not None:
             self.monitor.stop()
 
-    async def _beat(self, proxy: Proxy, parent: Parent) -> None:
+    async def _beat(self, proxy: Proxy, parent: Parent, monitor: Monitor) -> None:
         while True:
-            report = None if self.monitor is None else self.monitor.report(self.place.name)
+            report = msgspec.Raw(msgspec.json.encode(monitor.report(self.place.name)))
             parent.write_line(Beat(problem=proxy.health.reason, hung=proxy.health.hung, report=report))
             await asyncio.sleep(BEAT_S)

@@ -34,9 +34,11 @@ from proxy.process.reloading import Reloading
 from proxy.process.service_manager import ServiceManager
 from proxy.server import Proxy
 from proxy.version import process_identity
+from upstream.endpoints import parse_endpoint
 from upstream.errors import UpstreamError
 
 if TYPE_CHECKING:
+    from proxy.admin.monitor import Monitor
     from proxy.admin.port import Admin
     from proxy.listening.sockets import Listening
     from proxy.process.member import Member, ProcessPlace
@@ -159,15 +161,16 @@ async def serve(
         address, proxy = await _start(found, endpoints, store.ready.metrics if store else "", member)
         advertised = settings.listener.advertise_client_url or str(address)
         applying = _Applying(proxy, found, opened)
-        admin = await _start_admin(proxy, settings, advertised, lambda: limits(applying.settings), member)
+        monitor = None if member is None else member.record(proxy, advertised, applying.limits)
+        admin = await _start_admin(proxy, settings, advertised, applying.limits, monitor, place)
         reloading = Reloading(settings, applying.apply)
         if read_again is not None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.reload, read_again)
         parent.write_line(Ready(address=str(address), metrics=str(admin.address) if admin else ""))
         if store:
             log.warning(BUNDLED_STORE, data="in memory only, lost when this process stops", to_do="set --endpoints")
-        if member is not None:
-            member.start(proxy, parent, reloading, advertised, lambda: limits(applying.settings))
+        if member is not None and monitor is not None:
+            member.start(proxy, parent, reloading, monitor)
         metrics = {"metrics": f"http://{admin.address}/metrics"} if admin else {}
         log.info("serving", **process_identity(), address=advertised, endpoints=endpoints, **metrics)
         served = proxy
@@ -220,6 +223,10 @@ class _Applying:
         self.settings = settings
         self._endpoints = _endpoints(settings)
         self._moving: asyncio.Task[None] | None = None
+
+    def limits(self) -> Mapping[str, float]:
+        """Return the limits in force, by setting."""
+        return limits(self.settings)
 
     def apply(self, settings: Settings) -> None:
         """Apply the settings; new endpoints are checked first, and applied asynchronously."""
@@ -296,16 +303,20 @@ async def _start_admin(
     settings: Settings,
     advertised: str,
     limits_in_force: Callable[[], Mapping[str, float]],
-    member: Member | None,
+    monitor: Monitor | None,
+    place: ProcessPlace | None,
 ) -> Admin | None:
+    if place is not None and place.hub:
+        proxy.http1.hub = parse_endpoint(place.hub)
+        return None
     if not settings.admin.metrics_addr:
-        proxy.http1.own = ClientPages(lambda: _client_pages(proxy, advertised, limits_in_force, member))
+        proxy.http1.own = ClientPages(lambda: _client_pages(proxy, advertised, limits_in_force, monitor))
         return None
     from proxy.admin.port import Admin  # loads the web server, so only if it is used
 
     address = parse_metrics_address(settings.admin.metrics_addr)
-    whole, sockets = (None, ()) if member is None else (member.whole, member.metrics_sockets)
-    admin = Admin(proxy, address, advertised, limits_in_force, whole, sockets)
+    inherited = None if place is None else place.metrics
+    admin = Admin(proxy, address, advertised, limits_in_force, monitor, inherited.sockets if inherited else ())
     try:
         await admin.start()
     except OSError as error:
@@ -314,11 +325,10 @@ async def _start_admin(
 
 
 def _client_pages(
-    proxy: Proxy, advertised: str, limits_in_force: Callable[[], Mapping[str, float]], member: Member | None
+    proxy: Proxy, advertised: str, limits_in_force: Callable[[], Mapping[str, float]], monitor: Monitor | None
 ) -> OwnPages:
     from proxy.admin.port import Exposition
 
-    monitor = None if member is None else member.monitor
     exposition = Exposition(proxy, advertised, limits_in_force, monitor=monitor)
     return exposition.metrics, exposition.health
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Final
 
 from proxy.config.knobs import Settings
+from proxy.listening.http1 import Http1Settings
 
 MARGIN: Final = 1.2
 """Clients choose a worker at random, so one may get more than its share."""
@@ -69,7 +70,8 @@ def hub_settings(settings: Settings, workers: int, path: str) -> Settings:
             max_concurrent_streams=UNLIMITED,
             sessions_per_connection_max=UNLIMITED,
             grpc_keepalive_min_time_s=0.0,
-            connections_max=workers * 2 * settings.upstream.connections_per_endpoint_max,
+            connections_max=workers
+            * (2 * settings.upstream.connections_per_endpoint_max + Http1Settings().hub_connections_max),
             requests_waiting_bytes_max=max(1, listener.requests_waiting_bytes_max // processes),
         ),
         watch=replace(

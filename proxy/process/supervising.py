@@ -32,7 +32,7 @@ from typing import Final, NoReturn
 import msgspec
 
 from proxy import logs
-from proxy.admin.whole import Beat, Order, ProcessReport, with_ended
+from proxy.admin.whole import Beat, Order, ProcessReport, Whole, with_ended
 from proxy.config.knobs import Settings
 from proxy.config.values import Address, parse_listen_address, parse_metrics_address
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed, complain
@@ -49,6 +49,9 @@ from proxy.version import process_identity
 
 WAIT_S_MAX: Final = 1.0
 """The parent looks at its processes at least this often, and passes their reports on."""
+
+PASSED_ON_S: Final = 1.0
+"""How often the hub gets the reports of all processes."""
 
 HUB_SOCKET: Final = "hub"
 
@@ -79,13 +82,21 @@ class _Process:
     pid: int
     socket: socket.socket
     received: bytes = b""
+    unsent: bytes = b""
+    """Orders that it has not taken yet: its event loop is busy."""
     ready: Ready | None = None
-    report: ProcessReport | None = None
+    report: msgspec.Raw | None = None
 
     def send(self, order: Order) -> None:
-        """Send an order; one that does not take any gets none (it hangs, and is killed soon)."""
+        """Send an order, what it does not take now at the next `flush`: the parent does not wait."""
+        self.unsent += msgspec.json.encode(order) + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what it takes now."""
         with contextlib.suppress(OSError):
-            self.socket.sendall(msgspec.json.encode(order) + b"\n")
+            while self.unsent:
+                self.unsent = self.unsent[self.socket.send(self.unsent, socket.MSG_DONTWAIT) :]
 
 
 class _Parent:
@@ -97,7 +108,10 @@ class _Parent:
         self._directory = directory
         self._state = Supervision(self._workers, random.random, settings.listener.drain_s)
         self._processes: dict[str, _Process] = {}
-        self._ended: ProcessReport | None = None
+        # By name, the counters of processes that have ended.
+        self._ended: dict[str, ProcessReport] = {}
+        self._ended_is_new = False
+        self._since = time.time()
         self._code = 0
         self._announced = False
         self._passed_on_at = 0.0
@@ -200,8 +214,6 @@ class _Parent:
             ours.close()
             self._become(name, theirs)
         theirs.close()
-        # Orders are small; a process that takes none for a second hangs.
-        ours.settimeout(1.0)
         self._processes[name] = _Process(pid, ours)
         self._selector.register(ours, selectors.EVENT_READ, lambda: self._read(name))
         self._state.started(name, time.monotonic())
@@ -243,11 +255,13 @@ class _Parent:
         path = os.path.join(self._directory, HUB_SOCKET)
         if name == HUB:
             settings = shares.hub_settings(self._settings, self._workers, path)
-            place = ProcessPlace(name, self._hub, metrics=self._metrics)
+            whole = Whole(self._reports(), self._ended, self._since)
+            place = ProcessPlace(name, self._hub, metrics=self._metrics, whole=whole)
         else:
-            settings = shares.worker_settings(self._settings, self._workers, f"http+unix://{path}")
+            hub = f"http+unix://{path}"
+            settings = shares.worker_settings(self._settings, self._workers, hub)
             clients = self._clients if self._clients.is_unix else None
-            place = ProcessPlace(name, clients, self._clients.port, reports=self._metrics is not None)
+            place = ProcessPlace(name, clients, self._clients.port, hub=hub)
         return uvloop.run(serving.serve(settings, [], fd, None, place))
 
     def _reap(self) -> None:
@@ -256,12 +270,15 @@ class _Parent:
             if not pid:
                 continue
             # What it has reported last.
-            self._read(name)
+            while self._read(name):
+                pass
             self._unregister(process)
             process.socket.close()
             del self._processes[name]
-            if process.report is not None and name != HUB:
-                self._ended = with_ended(self._ended, process.report)
+            if process.report is not None:
+                report = msgspec.json.decode(process.report, type=ProcessReport)
+                self._ended[name] = with_ended(self._ended.get(name), report)
+                self._ended_is_new = True
             code = os.waitstatus_to_exitcode(status)
             running = self._state.phase is Phase.RUN
             self._state.ended(name, time.monotonic())
@@ -270,17 +287,17 @@ class _Parent:
             elif running:
                 log.error("process ended", name=name, exit_code=code)
 
-    def _read(self, name: str) -> None:
-        """Take what a process reports."""
+    def _read(self, name: str) -> bool:
+        """Take what a process reports; return whether there was something."""
         process = self._processes[name]
         try:
             data = process.socket.recv(1 << 20, socket.MSG_DONTWAIT)
         except (BlockingIOError, ConnectionError):
-            return
+            return False
         if not data:
             # It is about to end; `_reap` removes it.
             self._unregister(process)
-            return
+            return False
         *lines, process.received = (process.received + data).split(b"\n")
         for line in lines:
             if process.ready is None:
@@ -288,8 +305,9 @@ class _Parent:
                 self._state.heard(name, time.monotonic())
                 continue
             beat = msgspec.json.decode(line, type=Beat)
-            process.report = beat.report or process.report
+            process.report = beat.report
             self._state.heard(name, time.monotonic(), problem=beat.problem, hung=beat.hung)
+        return True
 
     def _unregister(self, process: _Process) -> None:
         with contextlib.suppress(KeyError):
@@ -304,12 +322,18 @@ class _Parent:
         if self._announced and self._manager.interval_s and now >= self._alive_at:
             self._alive_at = now + self._manager.interval_s
             self._manager.alive()
-        if self._metrics is not None and now >= self._passed_on_at + WAIT_S_MAX and HUB in self._processes:
+        for process in self._processes.values():
+            process.flush()
+        hub = self._processes.get(HUB)
+        if hub is not None and hub.ready is not None and not hub.unsent and now >= self._passed_on_at + PASSED_ON_S:
             self._passed_on_at = now
-            if self._processes[HUB].ready is not None:
-                workers = [process for name, process in self._processes.items() if name != HUB]
-                reports = [process.report for process in workers if process.report is not None]
-                self._processes[HUB].send(Order(reports=reports, ended=self._ended))
+            hub.send(Order(reports=self._reports(), ended=self._ended if self._ended_is_new else None))
+            self._ended_is_new = False
+
+    def _reports(self) -> list[msgspec.Raw]:
+        """Return the newest report of each process, the hub first."""
+        found = sorted(self._processes.items(), key=lambda each: each[0] != HUB)
+        return [process.report for _, process in found if process.report is not None]
 
     def _announce(self) -> None:
         self._announced = True

@@ -29,7 +29,7 @@ from proxy.admin.metrics import ProxyCollector
 from proxy.admin.port import PAGES
 from proxy.admin.self_probe import HUNG_AFTER
 from proxy.admin.snapshot import CoverState, Snapshot
-from proxy.admin.views import ProcessView
+from proxy.admin.whole import Whole
 from proxy.config.file import layer, read_file
 from proxy.config.knobs import Settings, knobs
 from proxy.config.values import parse_size_bytes
@@ -47,7 +47,8 @@ class FakeMonitor:
     """A monitor with what the collector needs: a proxy that has just started."""
 
     delivery_delay = Histogram()
-    loop_delay = type("Loop", (), {"histogram": Histogram()})()
+    loop_delay = Histogram()
+    whole = Whole()
 
     def take(self) -> Snapshot:
         return Snapshot(
@@ -63,10 +64,6 @@ class FakeMonitor:
 
     def endpoints(self) -> list[EndpointState]:
         return [EndpointState("x", True, "")]
-
-    def processes(self) -> list[ProcessView]:
-        view = ProcessView(name="x", pid=1, cpu_s=0, memory_bytes=0, connections=0, watches=0, events_delivered_total=0)
-        return [view]
 
 
 @cache

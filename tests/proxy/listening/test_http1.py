@@ -15,6 +15,7 @@ from tests.e2e.scenario import run as run_scenario
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.proxy.passthrough.test_passthrough import passing
 from tests.waiting import until_async
+from upstream.endpoints import parse_endpoint
 
 
 async def ask(address: str, request: bytes, limit_s: float = 10) -> bytes:
@@ -42,6 +43,8 @@ def test_pages_and_json_gateway_come_from_etcd(etcd: EtcdServer) -> None:
             body = b'{"key": "YQ==", "value": "MQ=="}'
             head = b"POST /v3/kv/put HTTP/1.1\r\nHost: etcd\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
             assert b" 200 " in (await ask(running.address, head % len(body) + body)).splitlines()[0]
+            # Nothing is left of a connection that both sides have ended.
+            await until_async(lambda: not running.http1.connections and not running.http1.upstreams, "their end")
 
     asyncio.run(run())
     assert etcd.ctl("get", "a").stdout == "a\n1\n"
@@ -117,6 +120,32 @@ def test_bounds(etcd: EtcdServer) -> None:
             writer.close()
 
     asyncio.run(run())
+
+
+def test_own_pages_of_the_hub(etcd: EtcdServer) -> None:
+    """A worker forwards them, on a bounded number of connections."""
+
+    async def scenario() -> None:
+        async with proxy_for(etcd) as hub, passing(etcd.endpoint) as running:
+            exposition = Exposition(hub, "the hub")
+            hub.http1.own = ClientPages(lambda: (exposition.metrics, exposition.health))
+            await until_async(lambda: hub.health.serving, "etcd")
+            running.http1.hub = parse_endpoint(f"{HOST}:{hub.port}")
+            running.http1.settings = Http1Settings(hub_connections_max=1)
+            assert (await ask(running.address, get("/proxy/health"))).startswith(b"HTTP/1.1 200 ")
+            await until_async(lambda: not running.http1.connections, "its end")
+            host, _, port = running.address.rpartition(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(b"GET /proxy/metrics HTTP/1.1\r\nHost: etcd\r\n\r\n")
+            await reader.readuntil(b"watchmux_connections ")
+            assert (await ask(running.address, get("/proxy/health"))).startswith(b"HTTP/1.1 503 ")
+            assert (await ask(running.address, get("/version"))).startswith(b"HTTP/1.1 200 ")
+            writer.close()
+            running.http1.hub = parse_endpoint(f"{HOST}:{free_port()}")
+            await until_async(lambda: not running.http1.connections, "the end of the last one")
+            assert b"the hub at " in await ask(running.address, get("/proxy/health"))
+
+    run_scenario(scenario())
 
 
 def test_the_proxys_own_pages_are_on_the_client_port(etcd: EtcdServer) -> None:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import http.client
 import os
 import signal
 import subprocess
 import sys
+import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from coalesce.limits import CoreLimits
-from proxy.admin.snapshot import Snapshot
-from proxy.admin.whole import MAXIMA, OF_ALL, OF_THE_HUB, ProcessReport, merged, with_ended
+from proxy.admin.snapshot import CoverState, Snapshot
+from proxy.admin.whole import MAXIMA, OF_ALL, OF_THE_HUB, Order, ProcessReport, Whole, merged, with_ended
 from proxy.config.knobs import Settings
 from proxy.process import shares
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct
 from tests.e2e.scenario import run
-from tests.etcd.server import EtcdServer
+from tests.etcd.server import HOST, EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, open_watch, reached
 from tests.proxy_process import ProxyProcess
 from tests.waiting import until, until_async
@@ -87,6 +94,43 @@ def test_500_watches_of_four_workers_are_one_at_etcd(etcd: EtcdServer) -> None:
         run(scenario(proxy))
 
 
+class Counters(threading.Thread):
+    """Reads the counters of a page all the time, and finds those that fall."""
+
+    def __init__(self, port: int, path: str) -> None:
+        super().__init__(daemon=True)
+        self.seen: dict[tuple[str, str], float] = {}
+        """The last value by name and labels."""
+        self._url = f"http://{HOST}:{port}{path}"
+        self._falls: list[str] = []
+        self._stopped = threading.Event()
+        self._read()
+        self.start()
+
+    def stop(self) -> list[str]:
+        """Read once more; return what has fallen."""
+        self._stopped.set()
+        self.join()
+        self._read()
+        return self._falls
+
+    def run(self) -> None:
+        while not self._stopped.wait(0.05):
+            # A process that is killed breaks its connections.
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                self._read()
+
+    def _read(self) -> None:
+        with urllib.request.urlopen(self._url, timeout=10) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        for family in families:
+            for sample in family.samples if family.type in ("counter", "histogram") else ():
+                key = sample.name, " ".join(sample.labels.values())
+                if sample.value < self.seen.get(key, 0):
+                    self._falls.append(f"{key}: {self.seen[key]} to {sample.value}")
+                self.seen[key] = sample.value
+
+
 def test_killed_processes_are_replaced_and_no_event_is_lost(etcd: EtcdServer, served: ProxyProcess) -> None:
     async def scenario() -> None:
         writer = Writer(etcd.endpoint, 0.005)
@@ -94,6 +138,7 @@ def test_killed_processes_are_replaced_and_no_event_is_lost(etcd: EtcdServer, se
         clients = [await RawClient.connect(served.port) for _ in range(8)]
         streams = [await open_watch(client, PREFIX, PREFIX_END, 1) for client in clients]
         before = served.processes()
+        falls = [Counters(served.metrics_port, "/metrics"), Counters(served.port, "/proxy/metrics")]
         os.kill(before["hub"], signal.SIGKILL)
         await writer.more(20)
         await until_async(lambda: served.processes().get("hub") not in (None, before["hub"]), "another hub", 10)
@@ -115,6 +160,10 @@ def test_killed_processes_are_replaced_and_no_event_is_lost(etcd: EtcdServer, se
             await until_async(lambda: reached(again, writer.last), "everything from the beginning", 10)
         last = await writer.stop()
         assert last
+        for counters in falls:
+            assert await asyncio.to_thread(counters.stop) == []
+            assert counters.seen["watchmux_process_cpu_seconds_total", "worker-1"] > 0
+            assert counters.seen["process_cpu_seconds_total", ""] > 0
         for client in clients:
             await client.close()
 
@@ -229,10 +278,49 @@ def test_sums_are_of_workers_and_never_decrease() -> None:
     ended = None
     for part in parts:
         part.refusals_total = {"watches_max": 1}
-        ended = with_ended(
-            ended, ProcessReport(name="w", pid=1, cpu_s=1, memory_bytes=1, snapshot=part, delivery_counts=[1])
-        )
+        ended = with_ended(ended, _report("worker-1", part))
     assert ended is not None
     left = merged(hub, [ended.snapshot])
     assert (left.watches, left.calls_total, left.refusals_total) == (0, 7, {"watches_max": 2})
     assert ended.delivery_counts == [2]
+
+
+def _report(name: str, snapshot: Snapshot) -> ProcessReport:
+    return ProcessReport(name=name, pid=1, cpu_s=1, memory_bytes=1, snapshot=snapshot, delivery_counts=[1])
+
+
+def test_a_new_hub_continues_the_counters_of_the_last_one() -> None:
+    of_hub, of_worker = Snapshot(events_received_total=5), Snapshot(calls_total=2)
+    known = Whole([_raw("hub", of_hub), _raw("worker-1", of_worker)])
+    # What the hub has counted since is shown when the parent has it.
+    assert known.snapshot(Snapshot(events_received_total=6)).events_received_total == 5
+    after = Whole([_raw("worker-1", of_worker)], {"hub": with_ended(None, _report("hub", of_hub))})
+    shown = after.snapshot(Snapshot())
+    assert (shown.events_received_total, shown.calls_total) == (5, 2)
+    after.learn(Order(reports=[_raw("hub", Snapshot(events_received_total=1)), _raw("worker-1", of_worker)]))
+    assert after.snapshot(Snapshot(events_received_total=3)).events_received_total == 6
+    assert after.views()[0].cpu_s == 2
+
+
+def _raw(name: str, snapshot: Snapshot) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(_report(name, snapshot)))
+
+
+def test_covers_have_the_watches_of_the_workers() -> None:
+    hub = Snapshot(covers=[CoverState(cover="/a/", branches=1, upstream_watches=1, events_total=9, refused_total=1)])
+    parts = [
+        Snapshot(covers=[CoverState(cover="/a/", branches=n, watches=n, events_total=9, unwanted_events_total=5)])
+        for n in (2, 3)
+    ]
+    gone = with_ended(None, _report("worker-1", parts[0]))
+    assert merged(hub, [gone.snapshot, *parts]).covers == [
+        CoverState(
+            cover="/a/",
+            branches=5,
+            watches=5,
+            upstream_watches=1,
+            events_total=27,
+            unwanted_events_total=15,
+            refused_total=1,
+        )
+    ]
