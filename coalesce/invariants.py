@@ -16,7 +16,8 @@
 10. A backfill has watches or is an upgrade; no more are open than allowed; no watch is queued while one may be opened,
     except those that wait for the next timer; and a backfill is paused only while all its watches lag.
 11. A trunk without watches and without creates that wait for it lingers; any other does not.
-12. One upstream watch is open at etcd per trunk and per backfill, and each of them knows its source.
+12. One upstream watch is open at etcd per trunk and per backfill, and each of them knows its source. It starts at
+    "now" or at a revision, never at 0.
 13. The head of a session's queue waits for something that is under way: a check, a read, a trunk's `created`, or the
     next timer. A queue marked full is longer than the size at which it is released.
 14. A queued read exists only while another one is in flight, and no create waits for a read that is not scheduled.
@@ -295,6 +296,8 @@ def _check_upstreams(state: CoreState) -> None:
     for source in _sources(state):
         if source not in refused:
             _need(12, source.upstream.owner is source and not source.upstream.closed, source.upstream)
+            # For etcd, 0 would be "now".
+            _need(12, source.upstream.start_revision != 0, source.upstream)
 
 
 def _check_reads(state: CoreState, reads: RevisionReads) -> None:

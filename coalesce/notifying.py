@@ -22,7 +22,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
+from operator import attrgetter
 
 from coalesce.batch import NotificationPayload
 from coalesce.effects import Deliver
@@ -47,6 +48,7 @@ _PATIENCE = 0.05
 # Maximum watches that get progress in one step, and trunks that are examined; the rest waits for the next timer, which
 # is due at once.
 WATCHES_PER_STEP = 1000
+_TRUNK_OF = attrgetter("trunk")
 
 
 class Pace:
@@ -244,15 +246,17 @@ class Notifying:
             if len(watches) < left:
                 rounds.popleft()
             left -= len(watches)
-            self._send([watch for watch in watches if _is_quiet(watch, before)])
+            quiet = [watch for watch in watches if _is_quiet(watch, before)]
+            # Since the round began, some may have moved to other trunks, see `moving`.
+            for trunk, alike in groupby(quiet, _TRUNK_OF):
+                self._send(trunk, list(alike))
 
-    def _send(self, watches: list[Watch]) -> None:
+    def _send(self, trunk: Trunk, watches: list[Watch]) -> None:
         """Send progress to watches of one trunk."""
-        if watches:
-            state = self._state
-            revision = watches[0].trunk.next_revision - 1
-            for watch in watches:
-                watch.progress_floor = revision
-            state.stats.progress_notifies += len(watches)
-            state.stats.delivered += len(watches)
-            state.effects.append(Deliver(NotificationPayload(state.header_now(revision)), watches))
+        state = self._state
+        revision = trunk.next_revision - 1
+        for watch in watches:
+            watch.progress_floor = revision
+        state.stats.progress_notifies += len(watches)
+        state.stats.delivered += len(watches)
+        state.effects.append(Deliver(NotificationPayload(state.header_now(revision)), watches))

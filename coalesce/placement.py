@@ -354,7 +354,7 @@ class Placement:
         self._state.stats.backfills -= 1
 
     def restore_upgrade(self, trunk: Trunk) -> None:
-        """Reopen a lost upgrade if watches want prev_kv."""
+        """Open an upgrade that was lost, or had to wait, if watches want prev_kv."""
         if trunk.prev_kv_watches:
             self.upgrade(trunk)
 
@@ -362,9 +362,11 @@ class Placement:
         """Open an upgrade for a trunk, if it has no prev_kv and none is open. Not for a cover, see `cover`.
 
         It does not start below the compact revision: etcd would cancel it, and watches that need an older revision are
-        on a backfill or cancelled.
+        on a backfill or cancelled. It waits until it is known where the trunk starts.
         """
         if trunk.prev_kv_from is not None or trunk.upgrade is not None:
+            return
+        if trunk.opening and trunk.upstream.start_revision is None:
             return
         state = self._state
         state.stats.upgrades += 1

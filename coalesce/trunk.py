@@ -152,6 +152,8 @@ class Trunks:
         trunk.refused_tokens.clear()
         if trunk.upstream.start_revision is None:
             trunk.start_over(header.revision + 1)
+            # Watches of a lost cover may have come meanwhile.
+            self._placement.restore_upgrade(trunk)
         trunk.proven_at = self._state.now
         self._state.to_advance.update((create.session, None) for create in trunk.joining)
 

@@ -325,6 +325,29 @@ def test_a_watch_of_a_lost_cover_gets_what_it_missed() -> None:
     assert backfill in shell.closed
 
 
+def test_an_upgrade_waits_until_its_trunk_has_a_start() -> None:
+    """Found by the simulator, seed 10510: it started at 0, which is "now", and the watch lost the events before."""
+    shell = Shell(LIMITS)
+    client, late = shell.client(), shell.client()
+    cover = shell.trunk(10, client, b"/s/a", prev_kv=True)
+    late.create(b"/s/a")
+    shell.do(shell.core.upstream_lost, cover, UpstreamLost(Status.UNAVAILABLE, "lost"))
+    shell.settle()
+    trunk, backfill = shell.opened[1:]
+    assert (trunk.start_revision, trunk.prev_kv, backfill.start_revision, backfill.prev_kv) == (None, False, 11, True)
+    shell.created(trunk, 12)
+    shell.created(backfill, 12)
+    upgrade = shell.opened[-1]
+    assert (upgrade.start_revision, upgrade.prev_kv, upgrade.is_backfill) == (13, True, False)
+    shell.created(upgrade, 12)
+    shell.events(backfill, put(11, b"/s/a"), put(12, b"/s/a"))
+    shell.progressed(12, trunk, upgrade, backfill)
+    shell.settle()
+    shell.events(upgrade, put(13, b"/s/a"))
+    assert client.read() == ["#0 @12 put 11 /s/a=v put 12 /s/a=v", "#0 @13 put 13 /s/a=v"]
+    assert (shell.core.stats.backfills, trunk in shell.closed) == (0, True)
+
+
 def test_a_refused_cover_is_tried_again() -> None:
     shell, a = covered()
     shell.do(shell.core.upstream_lost, shell.opened[0], UpstreamLost(7, "denied"))
@@ -439,3 +462,24 @@ def test_branches_do_not_count_as_different_ranges() -> None:
     other = shell.client()
     other.create(b"/t", b"", 11)
     assert "limit of 1 different ranges" in other.read()[0]
+
+
+def test_a_round_goes_on_while_its_watches_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All watches of the rest got the revision of the first one's trunk, although they were on different trunks."""
+    shell, a = covered()
+    for _ in range(3):
+        a.create(b"/s/a", b"", 11, progress_notify=True)
+    b = joined(shell, b"/s/b", progress_notify=True)
+    a.read()
+    # Two watches get it in two steps; then all move, and the rest of the round follows.
+    monkeypatch.setattr("coalesce.notifying.WATCHES_PER_STEP", 1)
+    shell.bookmark(shell.opened[0], 12)
+    shell.core.limits = replace(shell.core.limits, covers=())
+    shell.do(shell.core.expire)
+    monkeypatch.setattr("coalesce.notifying.WATCHES_PER_STEP", 1000)
+    trunks = {upstream.key: upstream for upstream in shell.opened[1:]}
+    shell.created(trunks[b"/s/a"], 12)
+    shell.bookmark(trunks[b"/s/a"], 50)
+    shell.settle()
+    shell.events(trunks[b"/s/b"], put(20, b"/s/b"))
+    assert b.read() == ["#0 @12 progress", "#0 @20 put 20 /s/b=v"]

@@ -135,12 +135,14 @@ def _notify_all(world: World, rng: random.Random) -> None:
     for _ in range(24):
         waits = any(client.session is not None and client.session.progress_waits for client in world.clients)
         if not waits and not any(upstream.is_backfill for upstream in world.open_upstreams.values()):
-            return
+            break
         for link in world.upstream.links():
             for watch_id in list(link.spans):
                 link.notify_progress(watch_id)
                 settle(world, rng, 0.0)
         settle(world, rng, 2.0)
+    # The watches of those backfills may move to another cover, and the one they leave lingers.
+    settle(world, rng, 6.0)
 
 
 def _check_notified(world: World, rng: random.Random) -> None:
