@@ -102,13 +102,15 @@ _WHOLE = _WholeText()
 
 
 def _default(knob: Knob) -> str:
-    if knob.default in ("", [], False):
+    if knob.default in ("", []) or knob.default is False:
         return ""
     match knob.kind:
         case Kind.SECONDS:
             shown = show_duration(knob.default)
         case Kind.BYTES:
             shown = show_size(knob.default)
+        case Kind.SWITCH:
+            shown = "true"
         case _:
             shown = str(knob.default)
     return f"  [default: {shown}]"

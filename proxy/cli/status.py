@@ -39,7 +39,8 @@ def command(address: str, live: bool, of_clients: bool, as_json: bool, access: A
         scheme, _, place = address.rpartition("://")
         if scheme not in ("", "http", "https"):
             raise BadValue(f"{address!r}: unknown scheme {scheme!r}; use HOST:PORT, http:// or https://")
-        url = f"{scheme or 'http'}://{parse_address(place.rstrip('/'))}"
+        # The log and the scrape configuration name a page of it.
+        url = f"{scheme or 'http'}://{parse_address(place.partition('/')[0])}"
     except BadValue as error:
         raise Failed(str(error), WRONG_REQUEST) from None
     if live and as_json:

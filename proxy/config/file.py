@@ -20,6 +20,8 @@ import msgspec
 from proxy.config.describing import Kind
 from proxy.config.knobs import Knob, Settings, knobs, tables
 from proxy.config.values import (
+    COUNT_MAX,
+    SECONDS_MAX,
     BadValue,
     check_readable,
     client_url,
@@ -27,6 +29,7 @@ from proxy.config.values import (
     parse_listen_address,
     parse_metrics_address,
     parse_size_bytes,
+    shortened,
 )
 
 # The forms of Go's strconv.ParseBool, which etcd's flags take, and the usual words.
@@ -38,6 +41,7 @@ _SAME_CHOICE = {"warning": "warn", "dpanic": "fatal", "panic": "fatal"}
 """Other names for a choice; those of the log levels are zap's, which etcd uses."""
 
 _TOML_PLACE = re.compile(r"\s*\(at line (\d+), column (\d+)\)")
+_LARGEST = {Kind.SECONDS: SECONDS_MAX}
 _BOUNDS = {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le)}
 
 
@@ -66,7 +70,7 @@ def from_text(knob: Knob, text: str) -> Any:
             try:
                 return int(text.replace("_", ""))
             except ValueError:
-                raise BadValue(f"expected {expectation(knob)}, got {text!r}") from None
+                raise BadValue(f"expected {expectation(knob)}, got {shortened(text)}") from None
         case Kind.SWITCH:
             return parse_switch(text)
         case Kind.CHOICE:
@@ -123,6 +127,8 @@ def check_value(knob: Knob, given: Given, *, look_at_files: bool = True) -> Any:
             raise msgspec.ValidationError
         if not all(_BOUNDS[name][1](value, bound) for name, bound in knob.about.bounds.items()):
             raise msgspec.ValidationError
+        if isinstance(value, int | float) and value > (largest := _LARGEST.get(knob.kind, COUNT_MAX)):
+            raise ConfigError(f"{given.origin}: {_shown(given.value)} is too large; the maximum is {largest}")
     except msgspec.ValidationError:
         raise ConfigError(f"{given.origin}: expected {expectation(knob)}, got {_shown(given.value)}") from None
     checks: dict[Kind, Callable[[Any], object]] = {
@@ -149,7 +155,7 @@ def _is_empty(value: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+    return str(value).lower() if isinstance(value, bool) else shortened(value)
 
 
 def _check_endpoints(endpoints: list[str]) -> None:
@@ -198,6 +204,9 @@ def _read(path: Path, problems: list[str]) -> dict[str, Given]:
         where = f"{path}:{place.group(1)}" if place else str(path)
         reason = _TOML_PLACE.sub("", str(error))
         raise ConfigError(f"{where}: not TOML: {reason[:1].lower() + reason[1:]}") from None
+    except (ValueError, RecursionError):
+        # tomllib lets these through: int() refuses more than 4,300 digits, and nested values exhaust the stack.
+        raise ConfigError(f"{path}: not TOML: a number has too many digits, or values are nested too deeply") from None
     given: dict[str, Given] = {}
     by_path = {knob.path: knob for knob in knobs()}
     for table, content in document.items():

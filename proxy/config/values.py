@@ -18,6 +18,10 @@ ENV_PREFIX = "WATCHMUX_"
 
 _DURATION_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h|d)")
+SECONDS_MAX = 2**63 // 10**9
+"""The longest duration that Go's flags take, 292 years; timers fail at longer ones."""
+COUNT_MAX = 2**63 - 1
+"""The largest number and size."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _SIZE_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
@@ -55,9 +59,12 @@ def parse_duration_s(text: str) -> float:
         parts = list(_DURATION_PART.finditer(plain))
         if not parts or "".join(part.group(0) for part in parts) != plain:
             raise BadValue(f"{text!r} is not a duration; write it like 500ms, 10s or 1m30s") from None
-        return sum(float(part.group(1)) * _DURATION_UNITS_S[part.group(2)] for part in parts)
-    if not 0 <= seconds < float("inf"):
-        raise BadValue(f"{text!r} is not a duration; write it like 500ms, 10s or 1m30s")
+        seconds = sum(float(part.group(1)) * _DURATION_UNITS_S[part.group(2)] for part in parts)
+    else:
+        if not 0 <= seconds < float("inf"):
+            raise BadValue(f"{text!r} is not a duration; write it like 500ms, 10s or 1m30s")
+    if seconds > SECONDS_MAX:
+        raise BadValue(f"{shortened(text)} is too long; the maximum is 292 years ({SECONDS_MAX}s)")
     return seconds
 
 
@@ -70,7 +77,16 @@ def parse_size_bytes(text: str) -> int:
     if match is None:
         raise BadValue(f"{text!r} is not a size; write it like 1500000, 512KiB or 64MiB")
     number, unit = match.groups()
-    return int(float(number) * 1024 ** _SIZE_POWERS[(unit or "").lower().removesuffix("i")])
+    size = float(number) * 1024 ** _SIZE_POWERS[(unit or "").lower().removesuffix("i")]
+    if size > COUNT_MAX:
+        raise BadValue(f"{shortened(text)} is too large; the maximum is {COUNT_MAX} bytes")
+    return int(size)
+
+
+def shortened(value: object) -> str:
+    """Show a value in a message; of a very long one only the beginning."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}..."
 
 
 def show_duration(seconds: float) -> str:

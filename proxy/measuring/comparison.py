@@ -92,6 +92,19 @@ def show_value(value: float | None, unit: Unit) -> str:
             return f"{value:,.0f}"
 
 
+def show_age(seconds: float) -> str:
+    """Format an age for people, as the status page does: `90 s`, `5 min`, `3 h`, `4 days`."""
+    for limit, scale, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / scale:.0f} {unit}"
+    return f"{seconds / 86_400:,.0f} days"
+
+
+def counted(number: float, one: str, many: str = "") -> str:
+    """Format a number of things: `1 stream`, `2 streams`; `many` for a plural without -s."""
+    return f"{number:,.0f} {one if number == 1 else many or one + 's'}"
+
+
 def show_factor(factor: float | None) -> str:
     """Format a reduction."""
     if factor is None:

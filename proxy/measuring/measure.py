@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import msgspec
 
-from proxy.measuring.comparison import Comparison, Row, Series, Unit
+from proxy.measuring.comparison import Comparison, Row, Series, Unit, counted
 from proxy.measuring.load.plan import Shape
 from proxy.measuring.load.prometheus import MetricsPage
 from proxy.measuring.load.run import LoadFailed
@@ -237,7 +237,7 @@ def compare(measured: Measurement) -> Comparison:
         rows.append(Row(name="the proxy's memory", unit=Unit.BYTES, before=None, after=memory, compared=False))
     rows.append(Row(name="lost, doubled, wrong", unit=Unit.FAULTS, before=faults[0], after=faults[1], compared=False))
     return Comparison(
-        title=f"{shape.title} on {shape.streams:,} streams",
+        title=f"{shape.title} on {counted(shape.streams, 'stream')}",
         subtitle=f"{measured.seconds:g} s of writes, counted by {measured.upstream} itself",
         before_name="directly",
         after_name="through watchmux",
@@ -269,19 +269,21 @@ def others_of(side: TrialCost) -> str:
     """Describe the traffic of other clients that is in a side's numbers; "" if there was none."""
     parts = []
     if side.other_watchers:
-        parts.append(f"{side.other_watchers:,} watchers")
+        parts.append(counted(side.other_watchers, "watcher"))
     if side.other_writes > 0:
-        parts.append(f"{side.other_writes:,} writes")
+        parts.append(counted(side.other_writes, "write"))
     # The trial's own calls are counted except for a few: a login, a renewal of the lease.
     if (side.other_calls or 0) > OWN_CALLS_MAX:
         parts.append(f"{side.other_calls:,} calls")
     if not parts:
         return ""
-    return f"other clients had {' and '.join(parts)} at etcd meanwhile, which are in these numbers"
+    return f"the numbers include the traffic of other clients of this etcd: {', '.join(parts)}"
 
 
 async def check_same_cluster(upstream: LoadTarget, proxy: LoadTarget) -> None:
     """Raise LoadFailed if the proxy is in front of another etcd than `upstream`."""
+    if proxy.address == upstream.address:
+        raise LoadFailed(f"--proxy and --upstream are both {proxy.address}; give the proxy's --listen-addr as --proxy")
     ours, theirs = await cluster_id(upstream), await cluster_id(proxy)
     if ours != theirs:
         raise LoadFailed(

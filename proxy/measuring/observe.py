@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from proxy.admin.snapshot import CoverSuggestion
-from proxy.measuring.comparison import Comparison, Row, Series, Unit, show_value
+from proxy.measuring.comparison import Comparison, Row, Series, Unit, counted, show_value
 from proxy.measuring.load.prometheus import Cost, MetricsPage, MetricsReading, NoMetrics, cost_of
 from proxy.measuring.load.show import ProgressBars
 from proxy.measuring.status import NoStatus, fetch
@@ -188,7 +188,8 @@ def compare_observed(seen: Observation) -> Comparison:
         )
     ]
     return Comparison(
-        title=f"{last.watches:,.0f} client watches on {last.sessions:,.0f} streams, observed for {seen.seconds:.0f} s",
+        title=f"{counted(last.watches, 'client watch', 'client watches')} on {counted(last.sessions, 'stream')}, "
+        f"observed for {seen.seconds:.0f} s",
         subtitle=f"etcd from {seen.etcd}, the proxy from {seen.proxy}",
         warnings=seen.warnings,
         before_name="without watchmux",

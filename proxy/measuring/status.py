@@ -16,8 +16,7 @@ from rich.text import Text
 
 from proxy.admin.snapshot import CoverState, Snapshot
 from proxy.admin.views import Clients
-from proxy.config.values import show_duration
-from proxy.measuring.comparison import Unit, show_value
+from proxy.measuring.comparison import Unit, counted, show_age, show_value
 from proxy.measuring.load.prometheus import NoMetrics, http_reason, open_session
 from proxy.measuring.load.target import Access
 
@@ -49,7 +48,7 @@ async def _get(session: aiohttp.ClientSession, url: str, page: str, kind: type[T
             return msgspec.json.decode(body, type=kind)
     except (aiohttp.ClientError, OSError) as error:
         hint = "is it the --metrics-addr of a running watchmux?"
-        raise NoStatus(f"cannot ask {url}: {http_reason(error)}; {hint}") from None
+        raise NoStatus(f"cannot reach {url}: {http_reason(error)}; {hint}") from None
     except msgspec.DecodeError:
         raise NoStatus(f"{url} does not answer like a watchmux; is it the --metrics-addr?") from None
 
@@ -60,7 +59,7 @@ def render(now: Snapshot, before: Snapshot | None = None, stale: str = "") -> Ta
     `stale`: why the snapshot is not of now; "" if it is.
     """
     host = f" on {now.host}" if now.host else ""
-    title = f"watchmux {now.version} at {now.address}{host}, up {show_duration(int(now.uptime_s))}"
+    title = f"watchmux {now.version} at {now.address}{host}, up {show_age(now.uptime_s)}"
     if stale:
         title += f"\n[bold red]STALE: {escape(stale)}"
     table = Table(title=title, show_header=False, title_justify="left")
@@ -73,10 +72,10 @@ def render(now: Snapshot, before: Snapshot | None = None, stale: str = "") -> Ta
         lost = "no etcd is configured; all data is lost when the proxy stops"
         table.add_row("store", Text("bundled, in memory", style="bold red"), lost)
     table.add_section()
-    table.add_row("client watches", f"{now.watches:,}", f"on {now.sessions:,} streams, {now.connections:,} connections")
-    table.add_row(
-        "upstream watches", f"{now.upstream_watches:,}", f"{now.trunks:,} trunks, {now.backfills:,} backfills"
-    )
+    clients = f"on {counted(now.sessions, 'stream')}, {counted(now.connections, 'connection')}"
+    table.add_row("client watches", f"{now.watches:,}", clients)
+    upstream = f"{counted(now.trunks, 'trunk')}, {counted(now.backfills, 'backfill')}"
+    table.add_row("upstream watches", f"{now.upstream_watches:,}", upstream)
     for cover in now.covers:
         table.add_row(f"  cover {cover.cover or 'of all keys'}", f"{cover.branches:,}", _cover_note(cover))
     for each in now.suggested_covers:
@@ -84,21 +83,24 @@ def render(now: Snapshot, before: Snapshot | None = None, stale: str = "") -> Ta
     reduction = f"{now.reduction:,.1f}x" if now.reduction else "-"
     table.add_row("reduction", reduction, "client watches for each upstream watch")
     behind = f", longest {now.lagging_s:,.0f} s and {now.lagging_revisions:,} revisions" if now.lagging else ""
-    table.add_row(
-        "lagging", f"{now.lagging:,}", f"{now.stalls_total:,} stalls, {now.queued:,} wait for a backfill{behind}"
-    )
+    stalls = f"{counted(now.stalls_total, 'stall')}, {now.queued:,} waiting for a backfill"
+    table.add_row("lagging", f"{now.lagging:,}", stalls + behind)
     table.add_section()
     for name, field in (("events in", "events_received_total"), ("events out", "events_delivered_total")):
         table.add_row(name, f"{getattr(now, field):,}", _rate(now, before, field, "events"))
     sent = show_value(now.delivered_bytes_total, Unit.BYTES)
     table.add_row("bytes out", sent, _rate(now, before, "delivered_bytes_total", "bytes"))
-    table.add_row("history", show_value(now.history_bytes, Unit.BYTES), f"in {now.history_batches:,} responses")
+    table.add_row(
+        "history", show_value(now.history_bytes, Unit.BYTES), f"in {counted(now.history_batches, 'response')}"
+    )
     saved = f"{now.reads_saved:,} saved, {show_value(now.range_bytes_saved_total, Unit.BYTES)}"
     table.add_row("range calls", f"{now.range_calls_total:,}", f"{now.range_calls_upstream_total:,} at etcd, {saved}")
     table.add_section()
     joins = ", ".join(f"{count:,} {kind}" for kind, count in now.joins_total.items() if count)
-    table.add_row("watches opened", f"{now.creates_total:,}", joins or "none yet")
-    table.add_row("refused", f"{now.creates_refused_total:,}", f"{now.compacted_total:,} cancelled as compacted")
+    # The proxy requests a watch of itself in each self-probe, and refuses it; the counters include these.
+    opened, refused = (max(0, total - now.probes_total) for total in (now.creates_total, now.creates_refused_total))
+    table.add_row("watches opened", f"{opened:,}", joins or "none yet")
+    table.add_row("refused", f"{refused:,}", f"{now.compacted_total:,} cancelled as compacted")
     for limit, count in now.refusals_total.items():
         if count:
             table.add_row(f"  at {limit}", Text(f"{count:,}", style="bold red"), "refused or ended at this limit")
@@ -156,24 +158,18 @@ async def show_clients(url: str, console: Console, access: Access, *, as_json: b
 
 
 def render_clients(listed: Clients) -> Table:
-    """Make the table of clients."""
-    title = f"{len(listed.clients):,} of {listed.connections:,} client connections"
+    """Make the table of clients: two lines for each, which fit into 60 columns."""
+    title = f"{len(listed.clients):,} of {counted(listed.connections, 'client connection')}"
     table = Table(title=title, title_justify="left")
-    for name in ("client", "user agent", "TLS"):
-        table.add_column(name, overflow="fold")
-    for name in ("connected", "streams", "watches", "behind", "sent", "received"):
+    table.add_column("client\nuser agent, TLS", overflow="fold")
+    for name in ("connected\nbehind", "streams\nwatches", "sent\nreceived"):
         table.add_column(name, justify="right")
     for each in listed.clients:
-        counted = (each.sent_bytes, each.received_bytes)
         table.add_row(
-            Text(each.peer),
-            Text(each.user_agent),
-            each.tls or "no",
-            show_duration(int(each.age_s)),
-            f"{each.streams:,}",
-            f"{each.watches:,}",
-            f"{each.behind_s:,.1f} s" if each.lagging else "-",
-            *(show_value(count, Unit.BYTES) if count is not None else "-" for count in counted),
+            Text(f"{each.peer}\n{each.user_agent or '-'}, {each.tls or 'no TLS'}"),
+            f"{show_age(each.age_s)}\n{f'{each.behind_s:,.1f} s' if each.lagging else '-'}",
+            f"{each.streams:,}\n{each.watches:,}",
+            "\n".join(show_value(count, Unit.BYTES) for count in (each.sent_bytes, each.received_bytes)),
         )
     return table
 
@@ -191,8 +187,8 @@ async def show_live(url: str, console: Console, access: Access) -> None:
                 try:
                     now = await fetch(session, url)
                 except NoStatus as error:
-                    age_s = int(time.monotonic() - seen_at)
-                    live.update(render(before, stale=f"{show_duration(age_s)} old; {error}"))
+                    age_s = time.monotonic() - seen_at
+                    live.update(render(before, stale=f"{show_age(age_s)} old; {error}"))
                     continue
                 live.update(render(now, before))
                 before, seen_at = now, time.monotonic()

@@ -13,6 +13,10 @@ function count(value) {
   return value >= 100000 ? short.format(value) : whole.format(value);
 }
 
+function counted(value, one) {
+  return `${count(value)} ${one}${value === 1 ? "" : "s"}`;
+}
+
 function rate(value) {
   return value >= 100 ? count(value) : value.toFixed(1).replace(/\.0$/, "");
 }
@@ -121,9 +125,9 @@ function showState(now, view) {
   const upstream = now.trunks + now.backfills;
   say("reduction", upstream && now.watches ? `${count(Math.round(now.watches / upstream))}×` : "–");
   say("watches", count(now.watches));
-  say("watches-note", `${count(now.sessions)} streams, ${count(now.connections)} connections`);
+  say("watches-note", `${counted(now.sessions, "stream")}, ${counted(now.connections, "connection")}`);
   say("upstream", count(upstream));
-  say("upstream-note", `${count(now.trunks)} trunks, ${count(now.backfills)} backfills`);
+  say("upstream-note", `${counted(now.trunks, "trunk")}, ${counted(now.backfills, "backfill")}`);
   const span = before && before.now.pid === now.pid ? now.uptime_s - before.now.uptime_s : 0;
   const per = (field) => (now[field] - before.now[field]) / span;
   say("out", span > 0 ? `${rate(per("events_delivered_total"))}/s` : "–");
@@ -179,7 +183,7 @@ function showTables(view) {
   say("clients-note", all > view.clients.length ? `${count(view.clients.length)} of ${count(all)}; the others: /v1/clients` : "");
   rows("clients", view.clients, (each) => [
     { text: each.peer || "–", kind: "key-text" },
-    { text: each.user_agent || "–", kind: "key-text" },
+    { text: each.user_agent || "–", kind: "wrapped" },
     seconds(each.age_s),
     count(each.streams),
     count(each.watches),

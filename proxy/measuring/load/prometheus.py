@@ -84,6 +84,8 @@ def http_reason(error: Exception) -> str:
         return f"its certificate is not trusted ({error.certificate_error}); check the address and --cacert"
     if isinstance(error, aiohttp.ClientConnectorSSLError):
         return "TLS failed; check the address, --cacert, --cert and --key"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return "the name cannot be resolved; check the spelling"
     inner = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(inner, TimeoutError):
         return "no answer in time"

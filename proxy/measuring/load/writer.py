@@ -94,8 +94,8 @@ class PutWriter:
                     continue
                 reason = failure_of(error, self._target.secure)
                 if error.code() is grpc.StatusCode.UNAVAILABLE:
-                    raise WriteFailed(f"cannot reach the store at {where}: {reason}") from None
-                raise WriteFailed(f"the store at {where} refused: {reason}") from None
+                    raise WriteFailed(f"cannot reach etcd at {where}: {reason}") from None
+                raise WriteFailed(f"etcd at {where} refused the call: {reason}") from None
         raise AssertionError("the second attempt returns or raises")
 
     async def cluster_id(self) -> int:

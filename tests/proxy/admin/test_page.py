@@ -111,6 +111,11 @@ def test_the_page_fits_and_is_legible(look: str, chromium: Browser, busy: ProxyP
     assert abs(ink - paper) > 400
     sizes = "return [...document.querySelectorAll('td,th,p,figcaption')].map(e => getComputedStyle(e).fontSize)"
     assert all(float(size.removesuffix("px")) >= 12 for size in chromium.run(sizes))
+    if width >= 1200:
+        wider = "return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+        assert chromium.run(wider) == 0, "on a wide screen each table fits"
+        rows = "return new Set([...document.querySelectorAll('.tile')].map(e => e.offsetTop)).size"
+        assert chromium.run(rows) == 1
     # A table that is wider than the screen shows a shadow at the edge where it goes on.
     shadows = "return getComputedStyle(document.querySelector('.scroll')).backgroundAttachment"
     assert chromium.run(shadows).startswith("local, local, scroll, scroll")

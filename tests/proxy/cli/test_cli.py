@@ -113,6 +113,12 @@ def test_names_are_completed_in_a_shell(capsys: pytest.CaptureFixture[str], monk
         ("status ftp://a:1", "'ftp://a:1': unknown scheme 'ftp'; use HOST:PORT, http:// or https://"),
         ("status here", "'here' has no port; write HOST:PORT, like 127.0.0.1:2379"),
         ("status 127.0.0.1:1 --watch --json", "--watch and --json cannot be combined"),
+        ("measure --seconds=nan", "--seconds: nan is not a number"),
+        ("measure --upstream=a:1 --user=\udcff:x", r"--user: '\udcff:x' is not UTF-8 text"),
+        ("serve --cover=\udcff", r"--cover: '\udcff' is not UTF-8 text"),
+        ("status \udcff:1", r"HOST:PORT: '\udcff:1' is not UTF-8 text"),
+        ("measure --upstream=127.0.0.1:0x1", "--upstream: endpoint '127.0.0.1:0x1': '0x1' is not a port"),
+        ("config --check", "Option '--check' requires an argument. (see watchmux config --help)"),
         ("config --check=/nowhere.toml", "/nowhere.toml: cannot read file: no such file or directory"),
     ],
 )
@@ -125,18 +131,19 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(
     assert line.startswith(message)
 
 
-def test_status_without_a_proxy_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
-    code, line = complaint(capsys, "status", "127.0.0.1:1")
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1/", "http://127.0.0.1:1/metrics"])
+def test_status_without_a_proxy_is_one_line_and_exit_code_1(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = complaint(capsys, "status", address)
     assert code == 1
     assert line == (
-        "cannot ask http://127.0.0.1:1: connection refused; is it the --metrics-addr of a running watchmux?"
+        "cannot reach http://127.0.0.1:1: connection refused; is it the --metrics-addr of a running watchmux?"
     )
 
 
 def test_an_unreachable_upstream_cannot_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
     code, line = complaint(capsys, "measure", "--upstream=127.0.0.1:1")
     assert code == 1
-    assert line.startswith("cannot reach the store at 127.0.0.1:1: ")
+    assert line.startswith("cannot reach etcd at 127.0.0.1:1: ")
 
 
 def test_config_prints_the_example_and_checks_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

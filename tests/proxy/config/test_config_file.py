@@ -74,6 +74,19 @@ def test_a_file_sets_what_it_names(tmp_path: Path) -> None:
         ("[watch]\nlinger_s = -1", "w.toml:2: watch.linger_s: expected a number of seconds >= 0, got -1"),
         ("[watch]\nlinger_s = nan", "w.toml:2: watch.linger_s: expected a number of seconds >= 0, got nan"),
         ("[watch]\nlinger_s = inf", "w.toml:2: watch.linger_s: expected a number of seconds >= 0, got inf"),
+        ("[watch]\nlinger_s = 1e10", "w.toml:2: watch.linger_s: 10000000000.0 is too large; the maximum is 9223372036"),
+        (
+            f"[watch]\nwatches_max = {'9' * 200}",
+            f"w.toml:2: watch.watches_max: {'9' * 80}... is too large; the maximum is 9223372036854775807",
+        ),
+        (
+            f"[watch]\nwatches_max = {'9' * 5000}",
+            "w.toml: not TOML: a number has too many digits, or values are nested too deeply",
+        ),
+        (
+            f"[watch]\ncover = {'[' * 5000}",
+            "w.toml: not TOML: a number has too many digits, or values are nested too deeply",
+        ),
         ("[watch]\nlinger_s = true", "w.toml:2: watch.linger_s: expected a number of seconds >= 0, got true"),
         ("[watch]\nwatches_max = 1.5", "w.toml:2: watch.watches_max: expected a whole number >= 1, got 1.5"),
         (

@@ -47,6 +47,20 @@ def test_bad_durations_are_refused(text: str) -> None:
         parse_duration_s(text)
 
 
+@pytest.mark.parametrize("text", ["2562048h", "9223372037", "9" * 400 + "h"])
+def test_durations_that_no_timer_takes_are_refused(text: str) -> None:
+    with pytest.raises(BadValue, match=r"is too long; the maximum is 292 years \(9223372036s\)$"):
+        parse_duration_s(text)
+    assert parse_duration_s("2562047h") == 2562047 * 3600
+
+
+@pytest.mark.parametrize("text", ["9000000TiB", "9" * 400])
+def test_sizes_that_no_machine_has_are_refused(text: str) -> None:
+    with pytest.raises(BadValue, match=r"is too large; the maximum is 9223372036854775807 bytes$") as refused:
+        parse_size_bytes(text)
+    assert len(str(refused.value)) < 150
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [

@@ -114,6 +114,8 @@ def test_observing_an_etcd_that_is_not_the_proxys(etcd: EtcdServer, capsys: pyte
         assert "is another cluster" in capsys.readouterr().err
         assert run(["measure", *SMALL, f"--upstream={other.endpoint}", f"--proxy={proxy.endpoint}"]) == 1
         assert f"the proxy at {proxy.endpoint} is in front of another etcd" in capsys.readouterr().err
+        assert run(["measure", *SMALL, f"--upstream={other.endpoint}", f"--proxy={other.endpoint}"]) == 1
+        assert f"--proxy and --upstream are both {other.endpoint}; give the proxy's" in capsys.readouterr().err
 
 
 def page(server: str, *peers: str) -> MetricsReading:
@@ -144,7 +146,7 @@ def test_traffic_of_other_clients_is_reported(etcd: EtcdServer, capsys: pytest.C
     assert found.direct.watch_streams == 3
     assert found.direct.other_watchers == 1
     assert found.direct.other_writes > 0
-    assert "other clients had 1 watchers and" in others_of(found.direct)
+    assert "the traffic of other clients of this etcd: 1 watcher, " in others_of(found.direct)
     assert found.proxied.proxy_cpu_s
     assert found.proxied.proxy_memory_bytes
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from proxy.admin.snapshot import Snapshot
+from proxy.admin.views import Clients, ClientView
 from proxy.cli.group import run
 from proxy.measuring import status
 from proxy.measuring.load.target import Access
@@ -57,10 +59,56 @@ def test_a_failed_poll_does_not_end_the_live_table(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(status, "REFRESH_S", 0.0)
     with pytest.raises(Over):
         asyncio.run(status.show_live("http://a:1", Console(file=io.StringIO()), Access()))
-    assert ["STALE: 0s old; gone" in title for title in titles] == [False, True, True, False]
+    assert ["STALE: 0 s old; gone" in title for title in titles] == [False, True, True, False]
+
+
+def printed(table: Table, width: int) -> str:
+    output = io.StringIO()
+    Console(file=output, width=width).print(table)
+    return output.getvalue()
+
+
+def test_the_clients_fit_into_60_columns() -> None:
+    client = ClientView(
+        peer="192.168.100.100:50000",
+        user_agent="grpc-go/1.71.1",
+        tls="TLSv1.3",
+        age_s=4e5,
+        streams=100_000,
+        sessions=100_000,
+        watches=1_000_000,
+        lagging=1,
+        behind_s=1000.0,
+        behind_revisions=5,
+        unsent_bytes=7,
+        sent_bytes=10**10,
+        received_bytes=None,
+    )
+    text = printed(status.render_clients(Clients(connections=1, clients=[client])), 60)
+    assert "1 of 1 client connection" in text
+    assert "\u2026" not in text
+    for whole in (
+        client.peer,
+        "grpc-go/1.71.1,",
+        "connected",
+        "5 days",
+        "1,000.0 s",
+        "1,000,000",
+        "9.3 GiB",
+        "received",
+    ):
+        assert whole in text, text
+
+
+def test_the_status_counts_what_clients_did() -> None:
+    """The self-probes are not in it; a single thing is not in the plural."""
+    now = Snapshot(sessions=1, connections=1, trunks=1, creates_total=7, creates_refused_total=5, probes_total=4)
+    text = " ".join(printed(status.render(now), 120).split())
+    assert "on 1 stream, 1 connection │" in text
+    assert "1 trunk, 0 backfills" in text
+    assert "watches opened │ 3" in text
+    assert "refused │ 1" in text
 
 
 def test_no_watches_are_no_reduction() -> None:
-    output = io.StringIO()
-    Console(file=output, width=120).print(status.render(Snapshot(watches=0, trunks=3)))
-    assert "0.0x" not in output.getvalue()
+    assert "0.0x" not in printed(status.render(Snapshot(watches=0, trunks=3)), 120)
