@@ -131,7 +131,7 @@ def test_metrics_and_health_have_their_own_port(
         with socket.create_connection(parse_address(str(proxy.serving()["address"]))[:2]):
             until(lambda: json.loads(proxy.get("/v1/clients")[1])["connections"] == 1, "the client")
             assert run(["status", address, "--clients"]) == 0
-            assert "1 of 1 client connections" in capsys.readouterr().out
+            assert "1 of 1 client connection " in capsys.readouterr().out
             assert run(["status", address, "--clients", "--json"]) == 0
             assert len(json.loads(capsys.readouterr().out)["clients"]) == 1
         proxy.end()
