@@ -127,7 +127,7 @@ class Proxy:
         self._comparing: asyncio.Task[None] | None = None
         # Why watches are not served: they would come from another cluster.
         self._foreign = ""
-        # Random, to find a circle of proxies.
+        # Random, to find a loop of proxies.
         self._id = secrets.token_hex(8).encode()
 
     async def start(self) -> None:
@@ -241,7 +241,7 @@ class Proxy:
         self._upstream_changed()
 
     def _upstream_changed(self) -> None:
-        self.watches.problem = self.upstream.circle or self._foreign
+        self.watches.problem = self.upstream.loop or self._foreign
         problem = self.guard.problem if self.guard is not None else ""
         problem = problem or self.watches.problem or self.pool.full or self.upstream.problem
         self.health.set_upstream(self.upstream.connected and self.pool.connected, problem)

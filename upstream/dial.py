@@ -24,9 +24,9 @@ from upstream.connection import ClientConnection, NotSent, connect
 from upstream.endpoints import Backoff, Endpoint
 from upstream.errors import CallFailed, Logger, Unreachable
 from upstream.fitness import STATUS_PATH
-from upstream.heads import ROUTE_LOOP, WATCH_ROUTE
 from upstream.settings import WATCH_LIMITS, UpstreamSettings
 from upstream.unary import call_unary
+from upstream.watch_route import WATCH_ROUTE, Route, is_loop, parse, shown, up_to
 from upstream.watching.lineage import RaftPosition
 
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
@@ -97,10 +97,11 @@ class Target:
     __slots__ = (
         "backoff",
         "endpoint",
-        "in_circle",
         "last_logged_problem",
         "leaderless",
+        "loop",
         "not_before",
+        "route",
         "settings",
         "tried",
         "unimplemented",
@@ -116,8 +117,10 @@ class Target:
         self.tried = False
         # Its last answer was that it has no leader.
         self.leaderless = False
-        # It takes its watches from this proxy, directly or not.
-        self.in_circle = False
+        # Where its watches lead, while it has no server for them.
+        self.route: Route = ()
+        # The addresses by which its watches lead back to this proxy; "" if they do not.
+        self.loop = ""
         # Its last answer was that it has no Watch service.
         self.unimplemented = False
         # The problem last logged; "" when it works.
@@ -149,6 +152,7 @@ class Dialer:
         # Called after each failed attempt.
         self._on_failure = on_failure
         self._metadata = ((WATCH_ROUTE, route),) if route else ()
+        self._own_id = route.decode()
         # Targets in the order of attempts: the one that worked last is first.
         self._order = list(self.targets)
         # Attempts and connections that ended at a limit, by its name.
@@ -163,6 +167,12 @@ class Dialer:
         self._order = list(self.targets)
         self.changed.set()
         self.changed = asyncio.Event()
+
+    @property
+    def onward(self) -> Route:
+        """The address that is tried for watches, and the route from there; one in a loop if there is one."""
+        known = sorted((target for target in self.targets if target.route), key=lambda target: not target.loop)
+        return (known[0].endpoint.text, *known[0].route) if known else ()
 
     async def cluster_ids(self, endpoints: Sequence[Endpoint]) -> dict[str, int]:
         """Return the cluster id of each endpoint, tried once; endpoints that do not answer are left out."""
@@ -268,7 +278,7 @@ class Dialer:
 
     async def attempt(self, target: Target) -> Server:
         """Connect to an endpoint and read the server's status. Raises Unreachable."""
-        target.in_circle = False
+        target.loop, target.route = "", ()
         connection = await connect(target.endpoint, self._tls, target.settings)
         server = Server(target, connection)
         try:
@@ -305,9 +315,8 @@ class Dialer:
                 return
             if not server.connection.healthy and server.connection.failure is not None:
                 raise server.connection.failure from None
-            if error.status == Status.FAILED_PRECONDITION and ROUTE_LOOP in error.text:
-                server.target.in_circle = True
-                raise Unreachable(where, ROUTE_LOOP, "check the endpoints of both proxies") from None
+            if route := parse(error.text):
+                raise self._without_server(server.target, route) from None
             limit = "status_timeout_s" if error.status == Status.DEADLINE_EXCEEDED else ""
             what = f"it did not return its status ({error})"
             raise Unreachable(where, what, "check that etcd is up", limit) from None
@@ -319,6 +328,18 @@ class Dialer:
         server.header = server.standing.header
         server.has_leader = status.leader != 0
         server.target.leaderless = not server.has_leader
+
+    def _without_server(self, target: Target, route: Route) -> Unreachable:
+        """Return the error for a proxy that has no server for its watches."""
+        where, target.route = target.endpoint.text, route
+        if own := up_to(route, self._own_id):
+            target.route, target.loop = own, shown(where, own)
+            what = "its watches lead back to this proxy"
+        elif is_loop(route):
+            what = f"its watches lead in a loop: {shown(where, route)}"
+        else:
+            return Unreachable(where, "it has no server for its watches", "check its log")
+        return Unreachable(where, what, "check --watch-endpoints and --endpoints of these proxies")
 
 
 async def any_of(*events: asyncio.Event) -> None:

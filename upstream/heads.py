@@ -5,7 +5,7 @@ Sources: gRPC over HTTP/2 (PROTOCOL-HTTP2.md); client/v3/ctx.go for `client-api-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 
 from proto.framing import Status, decode_message, http_status_to_grpc
@@ -24,12 +24,6 @@ HOPS_MAX: Final = 8
 """A call that has passed through this many proxies is refused: the endpoints of one of them lead back to another one or
 to itself, and each pass costs all of them work. Two levels of proxies are usual."""
 
-WATCH_ROUTE: Final = b"watchmux-watch-route"
-"""Metadata of Maintenance.Status from a proxy to its --watch-endpoints: a proxy there passes the call to the server
-that its own watches are at. The value is the id of the proxy that the call comes from, which finds a circle by it."""
-
-ROUTE_LOOP: Final = "watches lead back to the proxy that takes them: --watch-endpoints and --endpoints form a circle"
-
 FIRST_HOP: Final = (HOPS, b"1")
 
 
@@ -45,9 +39,10 @@ def next_hop(headers: Headers) -> tuple[int, Headers]:
     return 0, [*headers, FIRST_HOP]
 
 
-def loop_text(hops: int) -> str:
-    """Return the text of a refusal at HOPS_MAX."""
-    return f"the call has passed through {hops} proxies: the endpoints of a proxy lead back to itself; check them"
+def loop_text(hops: int, endpoints: Iterable[str]) -> str:
+    """Return the text of a refusal at HOPS_MAX; `endpoints`: those of the proxy that refuses."""
+    there = ", ".join(endpoints)
+    return f"the call has passed through {hops} proxies, in a loop by way of {there}: check their --endpoints"
 
 
 class Origin(Protocol):

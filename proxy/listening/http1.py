@@ -106,6 +106,11 @@ class Http1:
         self._spoken: FileContext | None = None
 
     @property
+    def next_endpoint(self) -> str:
+        """The endpoint for the next connection."""
+        return self._choose().text
+
+    @property
     def has_own_pages(self) -> bool:
         """Whether the proxy has pages of its own."""
         return self.own is not None or self.hub is not None
@@ -258,7 +263,7 @@ class ClientSide(_Side):
         elif b"\n" in self._opening or len(self._opening) > REQUEST_LINE_BYTES_MAX:
             hops, self._opening = next_hop(self._opening)
             if hops >= HOPS_MAX:
-                self.refuse(508, loop_text(hops))
+                self.refuse(508, loop_text(hops, [self._owner.next_endpoint]))
                 return
             self._dial()
 

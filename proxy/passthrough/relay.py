@@ -114,7 +114,8 @@ class Passthrough:
     def _checked(self, relay: Relay) -> Relay:
         if relay.hops >= HOPS_MAX:
             self.stats.refused_at["hops_max"] += 1
-            raise CallRefusal(200, Status.FAILED_PRECONDITION, f"watchmux: {loop_text(relay.hops)}")
+            text = loop_text(relay.hops, (state.endpoint for state in self._pool.states()))
+            raise CallRefusal(200, Status.FAILED_PRECONDITION, f"watchmux: {text}")
         return relay
 
     def begin(self, relay: Relay) -> None:

@@ -123,13 +123,45 @@ def test_proxies_that_watch_each_other_are_refused(etcd: EtcdServer) -> None:
             proxy_for(f"{HOST}:{leaf.port}", watch_endpoints=[], port=port),
             await RawClient.connect(leaf.port) as client,
         ):
-            await until_async(lambda: "form a circle" in leaf.health.reason, "the circle to be found", 20)
+            await until_async(lambda: "in a loop" in leaf.health.reason, "the loop to be found", 20)
             stream = client.watch()
             stream.create(PREFIX)
             status, text = await stream.raw.end()
             assert status == grpc.StatusCode.UNAVAILABLE.value[0]
-            assert "form a circle" in text
+            assert f"in a loop: {HOST}:{port};" in text
             assert not leaf.health.serving
+
+    run(scenario())
+
+
+def test_a_loop_of_watch_endpoints_is_named(etcd: EtcdServer) -> None:
+    """Each of three proxies has --endpoints at etcd and takes its watches from the next one; a fourth uses them."""
+
+    async def scenario() -> None:
+        places = [f"{HOST}:{free_port()}" for _ in range(3)]
+        async with AsyncExitStack() as stack:
+            loop = [
+                await stack.enter_async_context(
+                    proxy_for(etcd, port=int(place.rpartition(":")[2]), watch_endpoints=places[(turn + 1) % 3])
+                )
+                for turn, place in enumerate(places)
+            ]
+            other = await stack.enter_async_context(proxy_for(etcd, watch_endpoints=places[0]))
+            way = f"in a loop: {places[1]} -> {places[2]} -> {places[0]};"
+            await until_async(lambda: way in loop[0].health.reason, "the loop to be found", 20)
+            assert not loop[0].health.serving
+            async with await RawClient.connect(loop[0].port) as client:
+                stream = client.watch()
+                stream.create(PREFIX)
+                status, text = await stream.raw.end()
+                assert status == grpc.StatusCode.UNAVAILABLE.value[0]
+                assert way in text
+            assert not other.upstream.connected
+            # One of them gets another hub: all of them serve.
+            hub = await stack.enter_async_context(proxy_for(etcd, watch_endpoints=[]))
+            assert await loop[2].set_endpoints([etcd.endpoint], [f"{HOST}:{hub.port}"]) == ""
+            everyone = (*loop, other)
+            await until_async(lambda: all(proxy.health.serving for proxy in everyone), "all to serve", 20)
 
     run(scenario())
 

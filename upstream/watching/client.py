@@ -30,11 +30,11 @@ from upstream.credentials import Credentials, log_in
 from upstream.dial import Dialer, Server, ServerInUse, any_of, read_standing
 from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Logger, NullLogger, Unreachable
-from upstream.heads import ROUTE_LOOP
 from upstream.namespace import Namespace
 from upstream.settings import UpstreamSettings
 from upstream.transport import Cork
 from upstream.unary import HAS_LEADER, Metadata
+from upstream.watch_route import Route
 from upstream.watching import effects as watch_effects
 from upstream.watching.call import UpstreamWatchCall
 from upstream.watching.choice import EndpointPolicy, SearchGoal, on_stream_end
@@ -160,13 +160,18 @@ class WatchClient:
     @property
     def problem(self) -> str:
         """Why watches wait although etcd is connected; "" when they do not wait, or not for long."""
-        return self.circle or self._unanswered.problem or self._places.full
+        return self.loop or self._unanswered.problem or self._places.full
 
     @property
-    def circle(self) -> str:
+    def loop(self) -> str:
         """The problem of proxies that take their watches from each other; "" when there is none."""
-        found = self._server is None and any(target.in_circle for target in self._dialer.targets)
-        return f"watchmux: {ROUTE_LOOP}" if found else ""
+        found = "" if self._server else next((target.loop for target in self._dialer.targets if target.loop), "")
+        return found and f"watchmux: watches lead back to this proxy, in a loop: {found}; check --watch-endpoints"
+
+    @property
+    def onward(self) -> Route:
+        """See `Dialer`."""
+        return self._dialer.onward
 
     @property
     def watch_count(self) -> int:
