@@ -2,7 +2,7 @@
 
 Neither has a cost per event. The delivery delay is measured once per turn of the event loop, after the writes: from the
 receipt of the turn's oldest event until all its data has been passed to the kernel or the transport, so it is never
-underestimated. A timer measures the delay of the event loop a few times a second.
+underestimated. A timer measures the delay of the event loop once a second.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BOUNDS_S = (
 )
 """Upper bounds of the buckets, in seconds: from the cost of a single event to delays that must never occur."""
 
-TICK_S = 0.25
+TICK_S = 1.0
 
 
 class Histogram:

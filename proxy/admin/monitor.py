@@ -1,7 +1,7 @@
 """The monitor: delays, and the history of the last hour in steps of ten seconds.
 
 Metrics, the status page and its API read from the monitor, which reads from the parts of the proxy. It exists only with
---metrics-addr. On its own it only runs a timer four times a second and records one point every ten seconds.
+--metrics-addr. On its own it only runs a timer once a second and records one point every ten seconds.
 """
 
 from __future__ import annotations

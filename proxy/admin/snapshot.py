@@ -235,6 +235,9 @@ CORE_COUNTERS = {
 SUGGESTED_S = 30.0
 """Interval at which covers are suggested again from the open trunks: milliseconds of work."""
 
+MEMORY_LIMIT_S = 60.0
+"""Interval at which the memory limit is read again: it takes 0.2 ms, twice as long as the rest of a snapshot."""
+
 JOIN_KINDS = ("live", "future", "history", "backfill")
 
 
@@ -247,6 +250,7 @@ class SnapshotSource:
         self._started = time.monotonic()
         self._version = program_version()
         self._suggested: tuple[float, list[CoverSuggestion]] = (float("-inf"), [])
+        self._memory_limit: tuple[float, int] = (float("-inf"), 0)
 
     def take(self) -> Snapshot:
         """Read the proxy's parts now. The work is bounded: all connections, and a thousand lagging sessions."""
@@ -262,7 +266,7 @@ class SnapshotSource:
             serving=health.serving,
             reason=health.reason,
             bundled_store=self._proxy.bundled_store,
-            memory_limit_bytes=memory.limit_bytes(),
+            memory_limit_bytes=self._memory_limit_bytes(),
             certificate_expiry_s=self._proxy.certificates(),
         )
         self._read_listener(snapshot)
@@ -273,6 +277,13 @@ class SnapshotSource:
         snapshot.probes_total, snapshot.probes_failed_total = probe.made, probe.failed
         snapshot.probe_delay_s = probe.delay_s
         return snapshot
+
+    def _memory_limit_bytes(self) -> int:
+        """Return the memory limit, as read in the last minute."""
+        now = time.monotonic()
+        if now >= self._memory_limit[0] + MEMORY_LIMIT_S:
+            self._memory_limit = now, memory.limit_bytes()
+        return self._memory_limit[1]
 
     def _read_listener(self, snapshot: Snapshot) -> None:
         listener, stats = self._proxy.listener, self._proxy.listener.stats
