@@ -89,6 +89,10 @@ class Beat(msgspec.Struct, kw_only=True):
     problem: str = ""
     """Why it does not serve; "" if it does."""
     hung: str = ""
+    open: int = 0
+    """Connections of clients."""
+    taken: int = 0
+    """Those that the parent has passed to it since its start."""
     report: msgspec.Raw
     """A `ProcessReport`."""
 

@@ -91,15 +91,19 @@ class Acceptor:
                 self._loop.remove_reader(listening)
                 self._loop.call_later(EXHAUSTED_S, self._resume, listening)
                 return
-            if self._listener.is_full:
-                # No GOAWAY: nothing can be sent before the handshake.
-                self._listener.refused()
-                accepted.close()
-                continue
             accepted.setblocking(False)
-            task = self._loop.create_task(self._shake(accepted, show_address(address)))
-            self._handshakes.add(task)
-            task.add_done_callback(self._handshakes.discard)
+            self.take(accepted, address)
+
+    def take(self, accepted: socket.socket, address: object) -> None:
+        """Begin the handshake of a connection, or refuse it if there are too many."""
+        if self._listener.is_full:
+            # No GOAWAY: nothing can be sent before the handshake.
+            self._listener.refused()
+            accepted.close()
+            return
+        task = self._loop.create_task(self._shake(accepted, show_address(address)))
+        self._handshakes.add(task)
+        task.add_done_callback(self._handshakes.discard)
 
     def _resume(self, listening: socket.socket) -> None:
         if listening in self._sockets:

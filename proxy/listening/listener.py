@@ -19,6 +19,7 @@ from proxy import logs
 from proxy.listening.call_metrics import CallMetrics
 from proxy.listening.calls import CallRefusal, Handler, HandlerFactory, Headers, refuse, unknown_method
 from proxy.listening.connection import CLOSE_GRACE_S, ServerConnection
+from proxy.listening.handing import Handed, Receiver
 from proxy.listening.leaving import ClosedStreamReaper
 from proxy.listening.settings import ListenerSettings, ListenerStats
 from proxy.listening.sockets import Listening, listen
@@ -74,6 +75,8 @@ class Listener:
         """Calls of `cork` without their `uncork`."""
         self._listening: Listening | None = None
         self._servers: list[asyncio.Server] = []
+        self._receiver: Receiver | None = None
+        """Takes the connections that another process accepts."""
         self._port = 0
         self._sweeper: asyncio.TimerHandle | None = None
         self._all_gone: asyncio.Event = asyncio.Event()
@@ -88,7 +91,7 @@ class Listener:
     ) -> None:
         """Listen at host:port (0: any free one) or on the unix socket `path`, with TLS if given. Raises OSError.
 
-        `listening`: sockets that listen already, instead of an address.
+        `listening`: sockets that listen already, instead of an address, or connections that another process accepts.
         """
         self._loop = asyncio.get_running_loop()
 
@@ -97,19 +100,32 @@ class Listener:
 
         self._listening = listening = listening or await listen(host, port, path, BACKLOG)
         self._port = listening.port
+        sockets = () if isinstance(listening, Handed) else listening.sockets
         if tls is not None:
             from proxy.listening.handshake import Acceptor  # imports ssl, which a proxy without TLS does not need
 
-            self._acceptor = Acceptor(self, tls, listening.sockets, connection)
+            self._acceptor = Acceptor(self, tls, sockets, connection)
         else:
             serve = self._loop.create_unix_server if listening.is_unix else self._loop.create_server
-            self._servers = [await serve(connection, sock=one, backlog=BACKLOG) for one in listening.sockets]
+            self._servers = [await serve(connection, sock=one, backlog=BACKLOG) for one in sockets]
+        if isinstance(listening, Handed):
+            self._receiver = Receiver(listening, connection, self._acceptor.take if self._acceptor else None)
         self._sweep()
 
     @property
     def is_full(self) -> bool:
         """The maximum of connections is reached."""
-        return len(self.connections) + self.handshakes + self.handed_on() >= self.settings.connections_max
+        return self.open >= self.settings.connections_max
+
+    @property
+    def open(self) -> int:
+        """Connections of clients, including handshakes in progress; those of HTTP/1 count twice."""
+        return len(self.connections) + self.handshakes + self.handed_on()
+
+    @property
+    def taken(self) -> int:
+        """Connections taken from the process that accepts them for this one."""
+        return self._receiver.taken if self._receiver is not None else 0
 
     def refused(self) -> None:
         """Count a refused connection, and log refusals at intervals."""
@@ -222,6 +238,8 @@ class Listener:
             server.close()
         if self._acceptor is not None:
             self._acceptor.close()
+        if self._receiver is not None:
+            self._receiver.close()
         if self._listening is not None:
             self._listening.remove_file()
 

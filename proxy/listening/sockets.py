@@ -52,42 +52,31 @@ class Listening:
         self._file = None
 
 
-async def listen(host: str, port: int, path: str, backlog: int, *, shared: bool = False) -> Listening:
+async def listen(host: str, port: int, path: str, backlog: int) -> Listening:
     """Listen on the unix socket `path`, or on each address of `host` ("": all interfaces). Raises OSError, whose
     `filename` is the address that cannot be used.
 
-    `shared`: other processes listen on the same TCP port, and the kernel distributes the connections (SO_REUSEPORT).
     A stale socket file is replaced. One with a listener causes EADDRINUSE, and a file that is not a socket EEXIST.
     """
     if path:
         return _listen_unix(path, backlog)
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    return _listen_at([(family, address) for family, _, _, _, address in found], host, port, backlog, shared)
+    return _listen_at([(family, address) for family, _, _, _, address in found], host, port, backlog)
 
 
-def bind(host: str, port: int, path: str, backlog: int, *, shared: bool = False) -> Listening:
-    """Do the same as `listen`, but without an event loop; a `shared` TCP port is only reserved. Raises OSError."""
+def bind(host: str, port: int, path: str, backlog: int) -> Listening:
+    """Do the same as `listen`, but without an event loop. Raises OSError."""
     if path:
         return _listen_unix(path, backlog)
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    addresses = [(family, address) for family, _, _, _, address in found]
-    if not shared:
-        return _listen_at(addresses, host, port, backlog, shared)
-    # Another program that listens there may have allowed others to share the port: it must not be this one's own.
-    probe = _listen_at(addresses, host, port, backlog, False)
-    port = probe.port
-    for one in probe.sockets:
-        one.close()
-    addresses = [(family, (address[0], port, *address[2:])) for family, address in addresses]
-    return _listen_at(addresses, host, port, 0, shared)
+    return _listen_at([(family, address) for family, _, _, _, address in found], host, port, backlog)
 
 
 _Addresses = Sequence[tuple[int, tuple[Any, ...]]]
 
 
-def _listen_at(addresses: _Addresses, host: str, port: int, backlog: int, shared: bool) -> Listening:
-    """Listen on all addresses; `backlog` 0: only bind."""
+def _listen_at(addresses: _Addresses, host: str, port: int, backlog: int) -> Listening:
     sockets: list[socket.socket] = []
     try:
         for family, address in dict.fromkeys(addresses):
@@ -95,7 +84,7 @@ def _listen_at(addresses: _Addresses, host: str, port: int, backlog: int, shared
                 # The same port for all addresses.
                 address = (address[0], sockets[0].getsockname()[1], *address[2:])
             try:
-                sockets.append(_listen_tcp(family, address, backlog, shared))
+                sockets.append(_listen_tcp(family, address, backlog))
             except OSError as error:
                 if host or error.errno not in _NO_SUCH_FAMILY:
                     # Which address of the name it is: another one may be free.
@@ -110,18 +99,15 @@ def _listen_at(addresses: _Addresses, host: str, port: int, backlog: int, shared
     return Listening(sockets)
 
 
-def _listen_tcp(family: int, address: tuple[Any, ...], backlog: int, shared: bool) -> socket.socket:
+def _listen_tcp(family: int, address: tuple[Any, ...], backlog: int) -> socket.socket:
     # An explicit protocol number: asyncio sets TCP_NODELAY on accepted connections only if it is there.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if shared:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listening.bind(address)
-        if backlog:
-            listening.listen(backlog)
+        listening.listen(backlog)
         listening.setblocking(False)
     except OSError:
         listening.close()

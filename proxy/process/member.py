@@ -13,11 +13,9 @@ import msgspec
 
 from proxy.admin.monitor import Monitor
 from proxy.admin.whole import Beat, Order, Whole
-from proxy.listening.listener import BACKLOG
-from proxy.listening.sockets import Listening, listen
+from proxy.listening.sockets import Listening
 
 if TYPE_CHECKING:
-    from proxy.config.values import Address
     from proxy.process.child import Parent
     from proxy.process.reloading import Reloading
     from proxy.server import Proxy
@@ -31,10 +29,8 @@ class ProcessPlace:
     """The part of a process in the proxy of several processes."""
 
     name: str
-    listening: Listening | None
-    """Inherited sockets for clients; None: a socket of its own, on the TCP port that all workers share."""
-    port: int = 0
-    """That port."""
+    listening: Listening
+    """The hub's inherited socket; of a worker, where it gets the connections that the parent accepts."""
     metrics: Listening | None = None
     """The hub's: inherited sockets of --metrics-addr; None without."""
     whole: Whole | None = None
@@ -52,12 +48,6 @@ class Member:
         """What it reports."""
         self._reloading: Reloading | None = None
         self._beats: asyncio.Task[None] | None = None
-
-    async def listening(self, address: Address) -> Listening:
-        """Return the sockets for clients. Raises OSError."""
-        if self.place.listening is not None:
-            return self.place.listening
-        return await listen(address.host, self.place.port, "", BACKLOG, shared=True)
 
     def came(self, line: bytes) -> None:
         """Follow an order of the parent."""
@@ -89,5 +79,9 @@ class Member:
     async def _beat(self, proxy: Proxy, parent: Parent, monitor: Monitor) -> None:
         while True:
             report = msgspec.Raw(msgspec.json.encode(monitor.report(self.place.name)))
-            parent.write_line(Beat(problem=proxy.health.reason, hung=proxy.health.hung, report=report))
+            health, listener = proxy.health, proxy.listener
+            beat = Beat(
+                problem=health.reason, hung=health.hung, open=listener.open, taken=listener.taken, report=report
+            )
+            parent.write_line(beat)
             await asyncio.sleep(BEAT_S)

@@ -288,8 +288,7 @@ async def _start(settings: Settings, endpoints: list[str], http1: str, member: M
     """Start the proxy; return its listen address and the proxy. Raises Failed."""
     address = parse_listen_address(settings.listener.listen_addr)
     try:
-        listening = None if member is None else await member.listening(address)
-        proxy = proxy_of(settings, endpoints, http1, listening)
+        proxy = proxy_of(settings, endpoints, http1, None if member is None else member.place.listening)
         await proxy.start()
     except UpstreamError as error:
         raise Failed(str(error), WRONG_REQUEST) from None

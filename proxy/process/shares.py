@@ -1,7 +1,7 @@
 """The settings of each process of `--workers`: what the hub and a worker have of the settings of the whole.
 
-Limits on clients are divided, since clients are distributed over the workers at random: each worker gets its share and
-a margin. Memory is divided among all processes. Limits on ranges are not divided: clients of each worker may watch
+Limits on clients are divided, since clients are distributed evenly over the workers: each worker gets its share and a
+margin. Memory is divided among all processes. Limits on ranges are not divided: clients of each worker may watch
 every range. The hub's clients are the workers, whose limits are enough, so it has none of its own.
 """
 
@@ -16,7 +16,7 @@ from proxy.config.knobs import Settings
 from proxy.listening.http1 import Http1Settings
 
 MARGIN: Final = 1.2
-"""Clients choose a worker at random, so one may get more than its share."""
+"""Connections close unevenly, and some have more watches than others, so a worker may have more than its share."""
 
 UNLIMITED: Final = 2**31 - 1
 

@@ -2,8 +2,8 @@
 
 One *hub* holds the upstream watches, and N *workers* serve clients. Each of them is the proxy as it is with one process
 (`serving.serve`): the hub listens on a unix socket in a private directory, and a worker takes its watches from there
-(`--watch-endpoints`), so that no further protocol is needed. On a TCP address each worker has a socket of its own
-(SO_REUSEPORT); a unix socket is inherited.
+(`--watch-endpoints`), so that no further protocol is needed. The parent accepts the clients' connections and passes
+each to the worker that has the fewest (`passing.py`).
 
 The parent has no event loop: it forks, and a process with a running loop must not. Processes are forked after all
 modules are loaded, so they share that memory and start within milliseconds. What to do and when is decided by
@@ -36,12 +36,14 @@ from proxy.admin.whole import Beat, Order, ProcessReport, Whole, with_ended
 from proxy.config.knobs import Settings
 from proxy.config.values import Address, parse_listen_address, parse_metrics_address
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed, complain
+from proxy.listening.handing import Handed
 from proxy.listening.listener import BACKLOG
 from proxy.listening.sockets import Listening, bind
 from proxy.process import serving, shares
 from proxy.process.addresses import cannot_listen
 from proxy.process.child import Ready
 from proxy.process.member import ProcessPlace
+from proxy.process.passing import Passing
 from proxy.process.reloading import Reloading
 from proxy.process.service_manager import ServiceManager
 from proxy.process.supervision import HUB, Kill, Phase, Start, Stop, Supervision
@@ -119,21 +121,22 @@ class _Parent:
         self._manager = ServiceManager(lambda: self._state.hung, os.environ)
         self._own_parent = None if parent_fd is None else socket.socket(fileno=parent_fd)
         self._address = parse_listen_address(settings.listener.listen_addr)
-        self._clients = self._bind(self._address, "--listen-addr", shared=True)
+        self._clients = self._bind(self._address, "--listen-addr")
         stack.callback(self._clients.remove_file)
         self._hub = bind("", 0, os.path.join(directory, HUB_SOCKET), BACKLOG)
         self._metrics: Listening | None = None
         if settings.admin.metrics_addr:
             self._metrics = self._bind(parse_metrics_address(settings.admin.metrics_addr), "--metrics-addr")
         self._selector = selectors.DefaultSelector()
+        self._passing = Passing(self._clients, self._selector, self._state.takers)
         self._woken, self._waking = socket.socketpair()
         for each in (self._woken, self._waking):
             each.setblocking(False)
 
     @staticmethod
-    def _bind(address: Address, flag: str, shared: bool = False) -> Listening:
+    def _bind(address: Address, flag: str) -> Listening:
         try:
-            return bind(address.host, address.port, address.path, BACKLOG, shared=shared)
+            return bind(address.host, address.port, address.path, BACKLOG)
         except OSError as error:
             raise cannot_listen(address, flag, error) from None
 
@@ -159,6 +162,10 @@ class _Parent:
         gc.freeze()
         while self._state.phase is not Phase.GONE:
             self._act()
+            if self._state.phase is Phase.RUN:
+                self._passing.arrange(time.monotonic())
+            else:
+                self._passing.stop()
             for key, _ in self._selector.select(self._timeout_s()):
                 key.data()
             self._reap()
@@ -167,8 +174,9 @@ class _Parent:
         return self._code
 
     def _timeout_s(self) -> float:
-        deadline = self._state.next_deadline()
-        return WAIT_S_MAX if deadline is None else min(WAIT_S_MAX, max(0.0, deadline - time.monotonic()))
+        deadlines = (self._state.next_deadline(), self._passing.again_at)
+        now = time.monotonic()
+        return min([WAIT_S_MAX, *(max(0.0, deadline - now) for deadline in deadlines if deadline is not None)])
 
     def _drain_wakeups(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -209,11 +217,14 @@ class _Parent:
 
     def _start(self, name: str) -> None:
         ours, theirs = socket.socketpair()
+        listening = self._hub if name == HUB else self._passing.started(name)
         pid = os.fork()
         if not pid:
             ours.close()
-            self._become(name, theirs)
+            self._become(name, theirs, listening)
         theirs.close()
+        if isinstance(listening, Handed):
+            listening.sockets[0].close()
         self._processes[name] = _Process(pid, ours)
         self._selector.register(ours, selectors.EVENT_READ, lambda: self._read(name))
         self._state.started(name, time.monotonic())
@@ -221,13 +232,14 @@ class _Parent:
         if starts > 1:
             log.warning("process restarted", name=name, pid=pid, starts=starts)
 
-    def _become(self, name: str, theirs: socket.socket) -> NoReturn:
+    def _become(self, name: str, theirs: socket.socket, listening: Listening) -> NoReturn:
         """Be a process from now on. Does not return."""
         code = FAILURE
         try:
             # The others' sockets: a process learns that the parent is gone when no copy of its socket is left.
             for process in self._processes.values():
                 process.socket.close()
+            self._passing.forget()
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
@@ -237,7 +249,7 @@ class _Parent:
                     each.close()
             # Ctrl-C reaches the parent only, which stops its processes in their order.
             os.setsid()
-            code = self._serve(name, theirs.detach())
+            code = self._serve(name, theirs.detach(), listening)
         except Failed as error:
             complain(str(error))
             code = error.code
@@ -248,7 +260,7 @@ class _Parent:
             sys.stderr.flush()
             os._exit(code)
 
-    def _serve(self, name: str, fd: int) -> int:
+    def _serve(self, name: str, fd: int, listening: Listening) -> int:
         import uvloop
 
         logs.name_process(name)
@@ -256,12 +268,11 @@ class _Parent:
         if name == HUB:
             settings = shares.hub_settings(self._settings, self._workers, path)
             whole = Whole(self._reports(), self._ended, self._since)
-            place = ProcessPlace(name, self._hub, metrics=self._metrics, whole=whole)
+            place = ProcessPlace(name, listening, metrics=self._metrics, whole=whole)
         else:
             hub = f"http+unix://{path}"
             settings = shares.worker_settings(self._settings, self._workers, hub)
-            clients = self._clients if self._clients.is_unix else None
-            place = ProcessPlace(name, clients, self._clients.port, hub=hub)
+            place = ProcessPlace(name, listening, hub=hub)
         return uvloop.run(serving.serve(settings, [], fd, None, place))
 
     def _reap(self) -> None:
@@ -274,6 +285,8 @@ class _Parent:
                 pass
             self._unregister(process)
             process.socket.close()
+            if name != HUB:
+                self._passing.ended(name)
             del self._processes[name]
             if process.report is not None:
                 report = msgspec.json.decode(process.report, type=ProcessReport)
@@ -307,6 +320,8 @@ class _Parent:
             beat = msgspec.json.decode(line, type=Beat)
             process.report = beat.report
             self._state.heard(name, time.monotonic(), problem=beat.problem, hung=beat.hung)
+            if name != HUB:
+                self._passing.reported(name, beat.open, beat.taken)
         return True
 
     def _unregister(self, process: _Process) -> None:

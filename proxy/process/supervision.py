@@ -19,6 +19,9 @@ HUB: Final = "hub"
 SILENT_S: Final = 15.0
 """A process that reports nothing for this time is killed. Processes report every second: its event loop is blocked."""
 
+LATE_S: Final = 3.0
+"""A worker that reports nothing for this time gets no new connections while others report."""
+
 RESTART_S_FIRST: Final = 0.25
 RESTART_S_MAX: Final = 30.0
 """Delay of the second restart in a row, and the longest one; a process that lived that long is restarted at once."""
@@ -200,6 +203,14 @@ class Supervision:
             if (not process.killed if process.running else self.was_ready or self._is_turn_of(number))
         ]
         return min(times, default=None)
+
+    def takers(self, now: float) -> list[str]:
+        """Return the workers that get new connections: those that serve, or if none does, all that are ready."""
+        if self.phase is not Phase.RUN:
+            return []
+        workers = [process for process in self.processes.values() if process.name != HUB and process.ready]
+        serving = [process for process in workers if process.serving and now < process.heard_at + LATE_S]
+        return [process.name for process in serving or workers]
 
     # what the whole is
 

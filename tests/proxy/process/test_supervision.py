@@ -6,6 +6,7 @@ import pytest
 
 from proxy.process.supervision import (
     HUB,
+    LATE_S,
     RESTART_S_FIRST,
     RESTART_S_MAX,
     SILENT_S,
@@ -175,3 +176,26 @@ def test_the_whole_hangs_if_the_hub_or_all_workers_do(hub: str, one: str, two: s
     for name, text in ((HUB, hub), (ONE, one), (TWO, two)):
         state.heard(name, 1, hung=text)
     assert state.hung == hung
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "takers"),
+    [
+        ("", "", [ONE, TWO]),
+        ("", "no etcd", [ONE]),
+        ("silent", "", [TWO]),
+        ("gone", "", [TWO]),
+        ("no etcd", "silent", [ONE, TWO]),
+        ("gone", "gone", []),
+    ],
+)
+def test_workers_that_serve_get_connections(one: str, two: str, takers: list[str]) -> None:
+    state = running()
+    for name, state_of in ((ONE, one), (TWO, two)):
+        if state_of == "gone":
+            state.ended(name, 1)
+        elif state_of != "silent":
+            state.heard(name, 1 + LATE_S, problem=state_of)
+    assert state.takers(1 + LATE_S) == takers
+    state.stop(2)
+    assert state.takers(2) == []

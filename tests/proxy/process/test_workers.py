@@ -61,7 +61,8 @@ def test_workers_share_one_upstream_watch_and_one_page(etcd: EtcdServer, served:
         assert shown["now"]["serving"]
         shares = {each["name"]: each["watches"] for each in shown["processes"]}
         assert shares["worker-1"] + shares["worker-2"] == 24
-        assert min(shares.values()) > 0
+        # Connections that closed since the last report still count for a worker.
+        assert min(shares["worker-1"], shares["worker-2"]) >= 10
         for client in clients:
             await client.close()
 
@@ -70,8 +71,6 @@ def test_workers_share_one_upstream_watch_and_one_page(etcd: EtcdServer, served:
 
 @pytest.mark.long
 def test_500_watches_of_four_workers_are_one_at_etcd(etcd: EtcdServer) -> None:
-    """Each connection goes to one of the four at random: a worker's part has a standard deviation of 8 %."""
-
     async def scenario(proxy: ProxyProcess) -> None:
         clients = [await RawClient.connect(proxy.port) for _ in range(500)]
         streams = [await open_watch(client, PREFIX, PREFIX_END) for client in clients]
@@ -83,9 +82,7 @@ def test_500_watches_of_four_workers_are_one_at_etcd(etcd: EtcdServer) -> None:
         await until_async(lambda: proxy.overview()["now"]["watches"] == 500, "the sums", 10)
         parts = [each["watches"] for each in proxy.overview()["processes"] if each["name"] != "hub"]
         assert sum(parts) == 500
-        # Five standard deviations.
-        assert min(parts) > 125 * 0.6
-        assert max(parts) < 125 * 1.4
+        assert min(parts) >= 120
         for client in clients:
             await client.close()
 
@@ -240,7 +237,7 @@ def test_a_unix_socket_is_shared_by_all_workers(etcd: EtcdServer, tmp_path: Path
     try:
         until(path.exists, "the socket", 20)
         ctl = subprocess.run(
-            [str(etcd.binary.etcdctl), f"--endpoints=unix://{path}", "put", "a", "b"],
+            [str(etcd.binary.etcdctl), f"--endpoints=unix://{path}", "--command-timeout=15s", "put", "a", "b"],
             capture_output=True,
             text=True,
             timeout=20,

@@ -1,0 +1,55 @@
+"""Which worker gets the next client connection: the one that has the fewest. Pure.
+
+A worker reports how many connections it has, and how many it was given so far. What it was given since then counts in
+addition, so that the connections of a moment are dealt evenly between two reports. A worker that was restarted gets
+new connections until it has as many as the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class _Hand:
+    """The connections of one worker."""
+
+    open: int = 0
+    """As it reported."""
+
+    taken: int = 0
+    """Connections that it had been given when it reported."""
+
+    given: int = 0
+
+    @property
+    def expected(self) -> int:
+        return self.open + self.given - self.taken
+
+
+class Dealing:
+    """The connections of all workers, by their names."""
+
+    def __init__(self) -> None:
+        self._hands: dict[str, _Hand] = {}
+
+    def started(self, name: str) -> None:
+        """A worker was started; it has no connections."""
+        self._hands[name] = _Hand()
+
+    def reported(self, name: str, opened: int, taken: int) -> None:
+        """A worker has `opened` connections, of `taken` that it was given since its start."""
+        hand = self._hands[name]
+        hand.open, hand.taken = opened, taken
+
+    def deal(self, takers: Sequence[str]) -> str:
+        """Give one connection to one of `takers`, at least one, and return its name."""
+        hands = self._hands
+        name = min(takers, key=lambda taker: (hands[taker].expected, hands[taker].given))
+        hands[name].given += 1
+        return name
+
+    def returned(self, name: str, count: int) -> None:
+        """A worker did not take `count` connections after all."""
+        self._hands[name].given -= count
