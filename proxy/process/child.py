@@ -30,6 +30,9 @@ LINE_BYTES_MAX = 64 * 1024 * 1024
 STOP_LIMIT_S = 5.0
 """How long a child may take to exit after SIGTERM before it is killed (seconds)."""
 
+_PR_SET_PDEATHSIG = 1
+"""prctl(2)."""
+
 _OUTPUT_BYTES_MAX = 4000
 """How much of the end of a child's output is read for an error message (bytes)."""
 
@@ -178,6 +181,16 @@ class Child:
             await self._writer.wait_closed()
         self._output.close()
         return code
+
+
+def end_with(parent: int) -> None:
+    """Let the kernel kill this process when the process `parent`, which has forked it, ends: prctl(2), Linux only."""
+    import ctypes  # only with --workers
+
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 class Parent:

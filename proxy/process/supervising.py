@@ -8,13 +8,14 @@ each to the worker that has the fewest (`passing.py`).
 The parent has no event loop: it forks, and a process with a running loop must not. Processes are forked after all
 modules are loaded, so they share that memory and start within milliseconds. What to do and when is decided by
 `supervision.py`; here are the processes, signals and sockets. Parent and process share a socket pair, as `child.py`
-describes: if the parent dies, all of them end.
+describes. If the parent dies, the kernel kills them all, also one that hangs, so that their addresses are free again.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import gc
 import os
 import pickle
@@ -41,7 +42,7 @@ from proxy.listening.listener import BACKLOG
 from proxy.listening.sockets import Listening, bind
 from proxy.process import serving, shares
 from proxy.process.addresses import cannot_listen
-from proxy.process.child import Ready
+from proxy.process.child import Ready, end_with
 from proxy.process.member import ProcessPlace
 from proxy.process.passing import Passing
 from proxy.process.reloading import Reloading
@@ -54,6 +55,9 @@ WAIT_S_MAX: Final = 1.0
 
 PASSED_ON_S: Final = 1.0
 """How often the hub gets the reports of all processes."""
+
+IN_USE_S_MAX: Final = 2.0
+"""How long a start waits for an address in use: processes of a parent that was killed may still be ending."""
 
 HUB_SOCKET: Final = "hub"
 
@@ -135,10 +139,14 @@ class _Parent:
 
     @staticmethod
     def _bind(address: Address, flag: str) -> Listening:
-        try:
-            return bind(address.host, address.port, address.path, BACKLOG)
-        except OSError as error:
-            raise cannot_listen(address, flag, error) from None
+        deadline = time.monotonic() + IN_USE_S_MAX
+        while True:
+            try:
+                return bind(address.host, address.port, address.path, BACKLOG)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                    raise cannot_listen(address, flag, error) from None
+            time.sleep(0.05)
 
     def run(self, read_again: serving.ReadAgain) -> int:
         """Supervise until all processes are gone; return the exit code."""
@@ -218,8 +226,10 @@ class _Parent:
     def _start(self, name: str) -> None:
         ours, theirs = socket.socketpair()
         listening = self._hub if name == HUB else self._passing.started(name)
+        parent = os.getpid()
         pid = os.fork()
         if not pid:
+            end_with(parent)
             ours.close()
             self._become(name, theirs, listening)
         theirs.close()
