@@ -13,7 +13,8 @@ already known to be off (a bare Header means the same, and also updates the newe
 *Stalls.* When a message is not written completely, the shell queues the rest of it and calls `stalled(session)` at
 once, even in the middle of a list of effects. From then on the shell writes no Deliver for its watches but returns each
 by `undelivered(watch, payload)`; after that, later inputs have none for this watch. Neither call has effects. Control
-answers (Send) queue behind the unsent bytes. When all of them are written the shell calls `drained(session, now)`.
+answers (Send) queue behind the unsent bytes. When all of them are written the shell calls `drained(session, room_bytes,
+now)`.
 
 *Replays.* What lagging watches then get is bounded per turn, and the rest follows without further input:
 `next_deadline()` is due at once while anything is to be replayed to a session that is not stalled.
@@ -153,10 +154,13 @@ class Coalescer:
         self.deadline_moved = True
         self._replayer.returned(watch, payload)
 
-    def drained(self, session: Session, now: float) -> list[Effect]:
-        """All bytes of a session are written: deliver to it again."""
+    def drained(self, session: Session, room_bytes: int | None, now: float) -> list[Effect]:
+        """All bytes of a session are written: deliver to it again.
+
+        `room_bytes`: how many can be written now before it stalls, so that not more is replayed; None: not known.
+        """
         self._begin(now)
-        self._replayer.drained(session)
+        self._replayer.drained(session, room_bytes)
         return self._finish()
 
     # answers to effects

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import NamedTuple, cast
 
-from coalesce.batch import FRAGMENT, Batch, Payload, Variants, filtered, revisions_of
+from coalesce.batch import FRAGMENT, NO_DELETE, NO_PUT, Batch, Payload, Variants, filtered, revisions_of
 from coalesce.limits import CoreLimits
 from coalesce.stats import Stats
 from proto.event_key import event_key
@@ -194,13 +194,18 @@ class History:
         size = looked = 0
         bytes_max = limits.fragment_run_bytes_max if variant & FRAGMENT else limits.replay_bytes_max
         events_max = limits.replay_events_max
+        unfiltered = span is None and not variant & (NO_PUT | NO_DELETE)
         for batch in batches:
             events = batch.events
             count = len(events)
             if batch.first_revision >= position and size + batch.size <= bytes_max and looked + count <= events_max:
-                passed = _passing(events, variant, span)
-                chosen.extend(passed)
                 looked += count
+                if unfiltered:
+                    chosen += events
+                    size += batch.size
+                    continue
+                passed = _passing(events, variant, span)
+                chosen += passed
                 size += batch.size if len(passed) == count else sum(len(event.encoded) for event in passed)
                 continue
             if batch.first_revision < position:

@@ -71,13 +71,13 @@ class Replayer:
             self._placement.set_aside(watch)
             watch.position = min(watch.position, payload.first_revision)
 
-    def drained(self, session: Session) -> None:
-        """All bytes of a session are written: replay its watches."""
+    def drained(self, session: Session, room_bytes: int | None) -> None:
+        """All bytes of a session are written: replay its watches. See `Coalescer.drained`."""
         if session.ended:
             return
         session.stalled = False
         self._state.note_behind(session)
-        self._state.want_replay(session)
+        self._state.want_replay(session, room_bytes)
         if session.progress_needs:
             self._requests.want()
 
@@ -117,21 +117,24 @@ class Replayer:
             if budget <= 0 or self.left_events <= 0:
                 return
             if session in due:
-                del due[session]
-                budget -= self._turn(session)
+                budget -= self._turn(session, due.pop(session))
                 if session.lagging and not (state.runs and self._waits_for_runs(session)):
                     due[session] = None
         if not due:
             self._joined.clear()
 
-    def _turn(self, session: Session) -> int:
-        """Replay a session's watches up to its share; return the bytes sent."""
+    def _turn(self, session: Session, room_bytes: int | None) -> int:
+        """Replay a session's watches up to its share, but at least one; return the bytes sent.
+
+        What exceeds the room stalls the session, and each further watch would be replayed only to be returned.
+        """
         limits = self._state.limits
+        bytes_max = limits.replay_bytes_max
+        if room_bytes is not None and room_bytes < bytes_max:
+            bytes_max = room_bytes
         spent = 0
         least = self.left_events - limits.replay_events_max
         for watch in tuple(islice(session.lagging, limits.replay_events_max // WATCH_EVENTS + 1)):
-            if spent >= limits.replay_bytes_max or self.left_events <= least:
-                break
             if watch.place is Place.LAGGING:
                 self.left_events -= WATCH_EVENTS
                 if watch.awaits_run:
@@ -139,6 +142,8 @@ class Replayer:
                     _move_back(watch)
                 else:
                     spent += self._replay(watch)
+            if spent >= bytes_max or self.left_events <= least:
+                break
         return spent
 
     def replay_now(self, watch: Watch) -> None:

@@ -100,9 +100,10 @@ class CoreState:
         self.to_advance_later: dict[Session, None] = {}
         # Creates whose trunk has ended; they need another one at the end of this input.
         self.to_prepare: dict[PendingCreate, None] = {}
-        # Sessions to be replayed, in turn: at the end of this input, and at the next timer.
-        self.to_replay: dict[Session, None] = {}
-        self.to_replay_later: dict[Session, None] = {}
+        # Sessions to be replayed, in turn: at the end of this input, and at the next timer; and how many bytes each
+        # takes now; None: not known.
+        self.to_replay: dict[Session, int | None] = {}
+        self.to_replay_later: dict[Session, int | None] = {}
         # Upstream watches to be asked for progress, besides those of sessions that wait.
         self.to_ask: dict[Upstream, None] = {}
 
@@ -137,10 +138,10 @@ class CoreState:
             session.lagging_since = None
             del self.lagging_sessions[session]
 
-    def want_replay(self, session: Session) -> None:
+    def want_replay(self, session: Session, room_bytes: int | None = None) -> None:
         """Replay a session's lagging watches when this input ends."""
         if session.lagging and not session.stalled and not session.ended:
-            self.to_replay[session] = None
+            self.to_replay[session] = room_bytes
 
     def end_run(self, source: Source) -> None:
         """End the run of a source, if there is one: replay the sessions that waited."""

@@ -282,6 +282,10 @@ class SendSide:
             self._serve(events)
         return events
 
+    def room(self, stream: Stream) -> int:
+        """Return how many bytes of DATA the windows of a stream and of the connection let through now."""
+        return max(0, min(stream.send_window, self.send_window))
+
     @property
     def progress(self) -> int:
         """A number that grows with each header list and each byte of DATA sent; `send` does not have to count it."""

@@ -210,9 +210,9 @@ class Engine:
         session.ended = True
         self._reader.session_over(session)
 
-    def drained(self, session: Session) -> None:
-        """A client has read everything that waited for it."""
-        self._input(self.core.drained, session)
+    def drained(self, session: Session, room_bytes: int) -> None:
+        """A client has read everything that waited for it, and now takes so many bytes."""
+        self._input(self.core.drained, session, room_bytes)
 
     # etcd (the listener of `upstream.watching.client.WatchClient`)
 

@@ -237,7 +237,7 @@ class WatchCall:
         self.stalled = False
         self._answers_unread = 0
         if self.session is not None:
-            self._service.engine.drained(self.session)
+            self._service.engine.drained(self.session, self.connection.h2.room(self.stream))
             self.take_requests()
         else:
             # The end of the call was the last to be sent; see `ServerCall.end`.

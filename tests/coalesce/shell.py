@@ -145,7 +145,7 @@ class Client:
         self.lines.extend(self.unsent)
         self.unsent.clear()
         if self.session.stalled:
-            self.shell.do(self.shell.core.drained, self.session)
+            self.shell.do(self.shell.core.drained, self.session, None)
 
     def write(self, messages: Iterable[bytes]) -> None:
         """Accept messages from the shell; the first one without room stalls the session."""

@@ -106,7 +106,7 @@ def test_a_stall_costs_the_same_with_20_000_watches() -> None:
         assert len(trunk.owner.watches) == watches
         assert len(session.watches) == watches
         stalling = steps(lambda: shell.core.stalled(session))
-        return [stalling, steps(lambda: shell.core.drained(session, shell.now))]
+        return [stalling, steps(lambda: shell.core.drained(session, None, shell.now))]
 
     assert costs(2) == costs(20_000)
 
@@ -280,7 +280,7 @@ def herd(turn_bytes_max: int) -> list[list[int]]:
     for revision in range(6, 14):
         shell.events(trunk, put(revision))
     for client in clients:
-        assert len(shell.core.drained(client.session, shell.now)) == 1
+        assert len(shell.core.drained(client.session, None, shell.now)) == 1
     turns = []
     while shell.core.next_deadline() == shell.now:
         effects = shell.core.expire(shell.now)
@@ -347,6 +347,32 @@ def test_watches_of_one_session_are_placed_in_turns() -> None:
     assert shell.core.stats.lagging == 0
 
 
+def test_a_drained_session_is_replayed_only_what_it_takes() -> None:
+    def replayed(room_bytes: int | None) -> list[list[int]]:
+        """Drain a session with five lagging watches; return the sizes of the responses, turn by turn."""
+        shell = Shell()
+        client = shell.client()
+        trunk = shell.trunk(5, client)
+        for _ in range(4):
+            client.create(start=6)
+        client.stall()
+        shell.core.stalled(client.session)
+        shell.events(trunk, put(6))
+        client.unsent.clear()
+        turns = [shell.core.drained(client.session, room_bytes, shell.now)]
+        while shell.core.next_deadline() == shell.now:
+            turns.append(shell.core.expire(shell.now))
+        shell.core.check()
+        return [[effect.payload.size for effect in turn if isinstance(effect, Deliver)] for turn in turns]
+
+    ((size, *rest),) = replayed(None)
+    assert rest == [size] * 4
+    # One at least: what exceeds the room stalls the session, which then waits. Without a stall the rest follows.
+    assert replayed(0) == replayed(1) == replayed(size) == [[size], [size] * 4]
+    assert replayed(size + 1) == replayed(2 * size) == [[size] * 2, [size] * 3]
+    assert replayed(100 * size) == [[size] * 5]
+
+
 def test_sessions_that_stalled_together_share_replays() -> None:
     shell = Shell()
     clients = [shell.client() for _ in range(3)]
@@ -362,7 +388,7 @@ def test_sessions_that_stalled_together_share_replays() -> None:
         client.unsent.clear()
     payloads = []
     for client in clients:
-        (deliver,) = shell.core.drained(client.session, shell.now)
+        (deliver,) = shell.core.drained(client.session, None, shell.now)
         assert isinstance(deliver, Deliver)
         payloads.append(deliver.payload)
     assert payloads[0].pieces(0) == payloads[2].pieces(0)
@@ -479,10 +505,10 @@ def test_an_unexpected_drain_is_harmless() -> None:
     shell = Shell()
     client = shell.client()
     trunk = shell.trunk(5, client)
-    shell.do(shell.core.drained, client.session)
+    shell.do(shell.core.drained, client.session, None)
     shell.core.stalled(client.session)
     shell.core.stalled(client.session)
-    shell.do(shell.core.drained, client.session)
+    shell.do(shell.core.drained, client.session, None)
     shell.events(trunk, put(6))
     assert client.read() == ["#0 @6 put 6 k=v"]
 

@@ -37,6 +37,7 @@ def test_data_debits_both_windows_and_stalls_at_zero() -> None:
     connection, peer, (one, two) = serve(2)
     assert connection.send(one, [bytes(1000)], 1000)
     assert (one.send_window, connection.send_window) == (INITIAL_WINDOW - 1000, INITIAL_WINDOW - 1000)
+    assert (connection.room(one), connection.room(two)) == (INITIAL_WINDOW - 1000, INITIAL_WINDOW - 1000)
     assert connection.send(one, [bytes(INITIAL_WINDOW - 1000)], INITIAL_WINDOW - 1000)
     assert (one.send_window, connection.send_window) == (0, 0)
     assert not connection.send(one, [b"x"], 1)
@@ -46,6 +47,7 @@ def test_data_debits_both_windows_and_stalls_at_zero() -> None:
     assert peer.receive(update(0, 10)) == ["drained 3"]
     assert peer.receive(update(1, 10)) == ["drained 1"]
     assert (one.send_window, two.send_window, connection.send_window) == (9, INITIAL_WINDOW - 1, 8)
+    assert (connection.room(one), connection.room(two)) == (8, 8)
 
 
 def test_output_taken_while_there_is_none_stays_empty() -> None:
@@ -75,6 +77,7 @@ def test_a_lowered_initial_window_may_leave_windows_negative() -> None:
     assert connection.send(stream, [bytes(100)], 100)
     assert peer.receive(settings({INITIAL_WINDOW_SIZE: 40})) == ["settings"]
     assert stream.send_window == -60
+    assert connection.room(stream) == 0
     assert not connection.send(stream, [b"abc"], 3)
     assert peer.receive(update(1, 60)) == []
     peer.said()

@@ -446,7 +446,7 @@ class World:
             return
         if session.stalled and session.outbox_bytes <= session.window:
             session.stalled = False
-            self.input(self.core.drained, session.core)
+            self.input(self.core.drained, session.core, session.window - session.outbox_bytes)
 
     def connect_client(self, client: SimClient) -> None:
         """Open a session for a client, with all watches that it still wants."""

@@ -208,7 +208,7 @@ def test_payloads_that_can_be_joined_are_queued() -> None:
         rig.engine.received(TRUNK, SPOKEN)
         rig.output.uncork()
         rig.script("drained", Deliver(small, watches[:1]))
-        rig.engine.drained(watches[0].session)
+        rig.engine.drained(watches[0].session, 0)
         assert rig.output.calls[8:] == ["cork", "cork", "uncork", "uncork"]
         assert [outlet.written for outlet in outlets] == [[], [], []]
         assert [len(outlet.sent) for outlet in outlets] == [7, 2, 1]
