@@ -7,6 +7,7 @@ suggest one are blanked here, in one place, for all callers.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import MutableMapping
 from typing import Any, TextIO, cast
@@ -71,7 +72,10 @@ def configure(level: str = "info", style: str = "auto", stream: TextIO | None = 
     if readable:
         processors += [
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-            structlog.dev.ConsoleRenderer(colors=target.isatty(), exception_formatter=structlog.dev.plain_traceback),
+            structlog.dev.ConsoleRenderer(
+                colors=target.isatty() and not os.environ.get("NO_COLOR"),
+                exception_formatter=structlog.dev.plain_traceback,
+            ),
         ]
     else:
         processors += [

@@ -236,7 +236,9 @@ class Proxy:
         problem = ""
         if foreign is not None:
             problem = f"watchmux: {foreign} belongs to another cluster than the watches of --watch-endpoints"
-            log.error("watches_of_another_cluster", problem=problem)
+            log.error(
+                "the watches come from another cluster than the calls go to; not serving watches", problem=problem
+            )
         self._foreign, self._comparing = problem, None
         self._upstream_changed()
 

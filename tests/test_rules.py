@@ -134,6 +134,16 @@ def test_names_of_tests_are_short() -> None:
     ]
 
 
+def test_log_messages_are_sentences() -> None:
+    """Their readers are operators: a message has words, not the name of an event."""
+    for folder in PRODUCT:
+        for path in (ROOT / folder).rglob("*.py"):
+            for found in re.finditer(
+                r"\blog\w*\.?(?:debug|info|warning|error|exception)?\(\s*f?\"(\w+_\w+)\"", path.read_text()
+            ):
+                raise AssertionError(f"{place(path, 1)}: {found[1]}")
+
+
 def test_prose_uses_plain_words() -> None:
     """Also in names: comments, docstrings, help, messages and pages are searched line by line."""
     found = []

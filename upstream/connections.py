@@ -204,7 +204,7 @@ class Connections:
             if not self._open:
                 self._lose(error)
                 return
-            self._log.warning("upstream_no_more_connections", endpoint=self.endpoint.text, problem=str(error))
+            self._log.warning("cannot open another connection to etcd", endpoint=self.endpoint.text, problem=str(error))
             delay_s = max(self._backoff.failed(self._loop.time()), self._settings.backoff_first_s)
             self._retry = self._loop.call_later(delay_s, self._try_again)
         else:
@@ -212,7 +212,7 @@ class Connections:
             self._add(connection)
             if len(self._open) >= 2 * self._said:
                 self._said = len(self._open)
-                self._log.info("upstream_connections", endpoint=self.endpoint.text, connections=self._said)
+                self._log.info("more connections to etcd", endpoint=self.endpoint.text, connections=self._said)
             self._report_room()
 
     def _try_again(self) -> None:
@@ -295,7 +295,7 @@ class Connections:
         self._report = None
         self.full = full
         log = self._log.warning if full else self._log.info
-        event = "upstream_full" if full else "upstream_has_room"
+        event = "etcd allows no more streams; calls or watches wait" if full else "etcd allows more streams again"
         log(event, endpoint=self.endpoint.text, connections=len(self._open), calls=self.open_calls)
         self._report_room()
 

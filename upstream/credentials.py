@@ -51,7 +51,7 @@ async def log_in(connection: ClientConnection, credentials: Credentials, timeout
 
 def _complain(log: Logger, credentials: Credentials, error: Exception) -> None:
     log.warning(
-        "upstream_login_failed",
+        "the login of --user at etcd failed",
         user=credentials.user,
         problem=f"{error}; check --user and --password. Until then watches use their clients' tokens",
     )

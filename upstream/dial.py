@@ -238,7 +238,7 @@ class Dialer:
         """Log an endpoint's problem, unless it was the last one logged."""
         if target.last_logged_problem != text:
             target.last_logged_problem = text
-            self._log.warning("upstream_watch_unreachable", endpoint=target.endpoint.text, problem=text)
+            self._log.warning("cannot open upstream watches at this etcd", endpoint=target.endpoint.text, problem=text)
 
     async def _discard(self, tasks: list[asyncio.Task[Server]], winner: Server | None) -> None:
         for task in tasks:

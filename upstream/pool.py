@@ -102,7 +102,7 @@ class Pool:
         for slot in leaving:
             slot.retire(Unreachable(slot.endpoint.text, "it was removed from the configuration", "try again"))
             self._retired.append(slot)
-            self._log.info("upstream_endpoint_left", endpoint=slot.endpoint.text)
+            self._log.info("endpoint removed", endpoint=slot.endpoint.text)
 
     async def stop(self) -> None:
         """Close all connections; calls on them end UNAVAILABLE."""

@@ -134,7 +134,7 @@ class Slot:
             self.failure = failure
             if str(failure) != self._reported:
                 self._reported = str(failure)
-                self._log.warning("upstream_unreachable", endpoint=self.endpoint.text, problem=self._reported)
+                self._log.warning("cannot connect to etcd", endpoint=self.endpoint.text, problem=self._reported)
             self._owner.changed()
             await asyncio.sleep(delay_s)
 
@@ -158,7 +158,7 @@ class Slot:
         )
         self.failure = None
         self._backoff.succeeded(loop.time())
-        self._log.info("upstream_connected", endpoint=self.endpoint.text)
+        self._log.info("connected to etcd", endpoint=self.endpoint.text)
         if self.fitness is not Fitness.SERVES:
             self.look()
         self._owner.changed()
@@ -191,9 +191,11 @@ class Slot:
         if fitness is not self.fitness:
             self.fitness = fitness
             if fitness is Fitness.SERVES:
-                self._log.info("upstream_serves", endpoint=self.endpoint.text)
+                self._log.info("etcd serves again", endpoint=self.endpoint.text)
             else:
-                self._log.warning("upstream_does_not_serve", endpoint=self.endpoint.text, problem=fitness.value)
+                self._log.warning(
+                    "etcd is connected but does not serve", endpoint=self.endpoint.text, problem=fitness.value
+                )
             self._owner.changed()
         if fitness is not Fitness.SERVES and self.connections is not None:
             self.look()

@@ -99,5 +99,5 @@ class CommonNameGuard:
         if problem != self.problem:
             self.problem = problem
             if problem:
-                log.error("certificate_with_common_name", problem=problem)
+                log.error("the certificate towards etcd has a common name; not serving", problem=problem)
             self._changed()

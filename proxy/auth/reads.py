@@ -289,7 +289,7 @@ class Reader:
                 listener.end_session(effect.session, effect.status, effect.text)
             case RevisionRegressed():
                 known, now = effect.known, effect.header.revision
-                log.error("the store's revision went backwards", from_revision=known, to_revision=now)
+                log.error("etcd's revision went backwards; watches are cancelled", from_revision=known, to_revision=now)
                 listener.went_back(effect.header)
 
     def _ask(self, call: Call, later: bool) -> None:

@@ -60,7 +60,8 @@ td small { color: var(--quiet); white-space: normal; display: block; max-width: 
 .good { color: var(--good); } .bad { color: var(--bad); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; margin: 0; }
 dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 520px) { body { padding: 16px 12px; } th, td { padding: 8px 10px; }
+@media (max-width: 520px) { body { padding: 16px 12px; } th, td { padding: 8px 6px; font-size: 13px; }
+  th, td:first-child { white-space: normal; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 8px; } }
 """
 

@@ -172,5 +172,5 @@ class _ProblemLog:
         """Count one refused call, and log if due."""
         self._calls += 1
         if now >= self._not_before:
-            log.warning("calls_refused", calls=self._calls, problem=problem)
+            log.warning("calls were refused: no etcd could be reached in time", calls=self._calls, problem=problem)
             self._calls, self._not_before = 0, now + PROBLEM_LOG_INTERVAL_S

@@ -69,7 +69,7 @@ class ServiceManager:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as manager:
                 manager.sendto(state.encode(), address)
         except OSError as error:
-            log.warning("sd_notify failed", state=state, problem=error.strerror or str(error))
+            log.warning("systemd could not be notified (sd_notify)", state=state, problem=error.strerror or str(error))
 
 
 def _watchdog_s(environment: Mapping[str, str]) -> float:

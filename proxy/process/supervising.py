@@ -214,7 +214,7 @@ class _Parent:
             elif isinstance(action, Stop):
                 self._signal(action.name, signal.SIGTERM)
             elif isinstance(action, Kill):
-                log.error("a process hangs, or did not stop in time; killing it", name=action.name)
+                log.error("a process hangs, or did not stop in time; it is killed", name=action.name)
                 self._signal(action.name, signal.SIGKILL)
 
     def _signal(self, name: str, number: int) -> None:

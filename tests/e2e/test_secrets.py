@@ -63,7 +63,7 @@ def test_a_debug_log_holds_no_secrets(etcd: EtcdServer, capfd: pytest.CaptureFix
         structlog.reset_defaults()
     output = capfd.readouterr()
     text = stream.getvalue() + output.out + output.err
-    assert "upstream_watch_connected" in text
+    assert "upstream watches are at this etcd" in text
     for secret in SECRETS:
         for form in (secret.decode(), base64.b64encode(secret).decode()[:16]):
             assert form not in text, [line for line in text.splitlines() if form in line][:3]

@@ -213,7 +213,7 @@ def test_lack_of_places_and_its_end_are_reported() -> None:
                 assert pool.full.startswith(
                     "calls wait for a place at etcd, which allows no more streams on 1 connections; raise"
                 )
-                assert "upstream_full" in [event for event, _ in log.lines]
+                assert "etcd allows no more streams; calls or watches wait" in [event for event, _ in log.lines]
                 await end_all(held, kept)
                 await until_async(lambda: pool.pick() is not None, "a place")
                 assert pool.full == ""

@@ -283,7 +283,7 @@ def test_a_create_that_is_not_answered_is_reported() -> None:
                 call.answer(0, 10, created=True)
                 await until_async(lambda: client.problem == "", "the end of it")
                 assert seen.created(a)
-                assert [event for event, _ in log.lines].count("upstream_create_unanswered") == 1
+                assert [event for event, _ in log.lines].count("etcd does not answer requests for watches") == 1
                 assert client.timeouts["create_timeout_s"] == 1
 
     run(story())

@@ -354,7 +354,7 @@ class WatchClient:
         given_up, reported = self._unanswered.look(self._state.streams(), loop.time())
         for _ in range(reported):
             self._dialer.timeouts["create_timeout_s"] += 1
-            self._log.warning("upstream_create_unanswered", waited_s=self._settings.create_timeout_s)
+            self._log.warning("etcd does not answer requests for watches", waited_s=self._settings.create_timeout_s)
         for stream in given_up:
             if isinstance(stream.shell, UpstreamWatchCall):
                 stream.shell.leave()
@@ -415,7 +415,11 @@ class WatchClient:
         later = await read_standing(self._own(server), self._settings.status_timeout_s)
         verdict = self._lineage.seen_again(now, later)
         if verdict is HistoryVerdict.OTHER:
-            self._log.warning("upstream_other_history", endpoint=server.target.endpoint.text, **described(known, now))
+            self._log.warning(
+                "etcd has another history: it was restored from a snapshot or replaced; watches are cancelled",
+                endpoint=server.target.endpoint.text,
+                **described(known, now),
+            )
             self._listener.other_history(now.header)
             # Again: `revision_regressed`, which the listener may have called, does not know this position.
             self._lineage.went_back(now)
@@ -480,7 +484,10 @@ class WatchClient:
         self._say_problem()
         targets = self._dialer.targets
         if self._choice.failed(targets, self._server is not None):
-            self._log.warning("upstream_no_leader", endpoints=[target.endpoint.text for target in targets])
+            self._log.warning(
+                "no etcd has a leader; streams that require one are ended",
+                endpoints=[target.endpoint.text for target in targets],
+            )
             self._listener.no_leader()
 
     def _use(self, server: Server) -> None:
@@ -502,7 +509,7 @@ class WatchClient:
             on_lost=self._connections_lost,
         )
         self._places.use(connections)
-        self._log.info("upstream_watch_connected", endpoint=target.endpoint.text, version=server.version)
+        self._log.info("upstream watches are at this etcd", endpoint=target.endpoint.text, version=server.version)
         revision = 0
         if server.header is not None:
             revision = server.header.revision

@@ -15,9 +15,12 @@ import grpc
 import pytest
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
+from proxy.measuring.comparison import Row, Unit
+from proxy.measuring.report import render_report
 from tests import browser
 from tests.browser import Browser
 from tests.etcd.server import EtcdServer
+from tests.proxy.measuring.test_report import comparison
 from tests.proxy_process import ProxyProcess
 from tests.waiting import until
 
@@ -155,3 +158,16 @@ def test_the_page_fetches_only_from_its_proxy(chromium: Browser, busy: ProxyProc
     names = chromium.run("return performance.getEntriesByType('resource').map(e => e.name)")
     assert names
     assert all(name.startswith(f"http://127.0.0.1:{busy.metrics_port}/") for name in names)
+
+
+def test_the_report_fits_a_phone(chromium: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    names = ("events its clients got", "the proxy's CPU time", "bytes sent")
+    rows = [
+        Row(name=name, unit=Unit.BYTES, before=2.0**40, after=2.0**35, note="by etcd's own count") for name in names
+    ]
+    page.write_text(render_report(comparison(rows=rows), "1.2.3"))
+    chromium.look(390, 844)
+    chromium.open(f"file://{page}")
+    wider = "return [...document.querySelectorAll('html, .card')].filter(e => e.scrollWidth > e.clientWidth).length"
+    assert chromium.run(wider) == 0

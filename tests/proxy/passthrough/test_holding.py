@@ -155,7 +155,7 @@ def test_refusals_are_logged_at_intervals(capsys: pytest.CaptureFixture[str]) ->
                 await client.call(PUT, end=True).end()
 
     run(scenario())
-    assert capsys.readouterr().out.count("calls_refused") == 1
+    assert capsys.readouterr().out.count("calls were refused") == 1
 
 
 def test_call_whose_client_disconnects_stops_waiting() -> None:

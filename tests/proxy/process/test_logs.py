@@ -10,6 +10,13 @@ import pytest
 from proxy import logs
 
 
+class Terminal(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def lines_of(level: str, style: str) -> io.StringIO:
     """Configure the log for a new stream."""
     stream = io.StringIO()
@@ -34,6 +41,15 @@ def test_console_when_asked() -> None:
     logs.logger("engine").warning("etcd is gone", endpoint="127.0.0.1:1")
     assert "etcd is gone" in stream.getvalue()
     assert "{" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+def test_no_color_is_respected(no_color: str, coloured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    stream = Terminal()
+    logs.configure("info", "auto", stream)
+    logs.logger("engine").info("serving")
+    assert ("\x1b[" in stream.getvalue()) is coloured
 
 
 @pytest.mark.parametrize(("level", "expected"), [("debug", 4), ("info", 3), ("warn", 2), ("error", 1)])
