@@ -109,7 +109,9 @@ class Listener:
             serve = self._loop.create_unix_server if listening.is_unix else self._loop.create_server
             self._servers = [await serve(connection, sock=one, backlog=BACKLOG) for one in sockets]
         if isinstance(listening, Handed):
-            self._receiver = Receiver(listening, connection, self._acceptor.take if self._acceptor else None)
+            self._receiver = Receiver(
+                listening, connection, self._acceptor.take if self._acceptor is not None else None
+            )
         self._sweep()
 
     @property

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from tests.e2e.scenario import run
 from tests.etcd.server import HOST, EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, open_watch, reached
 from tests.proxy_process import ProxyProcess
+from tests.upstream.certificates import make_certificates
 from tests.waiting import until, until_async
 
 WATCHERS = "etcd_debugging_mvcc_watcher_total"
@@ -232,6 +234,17 @@ def test_an_address_in_use_is_not_shared_with_others(served: ProxyProcess) -> No
     )
     assert ended.returncode != 0
     assert "it is in use" in ended.stderr
+
+
+def test_workers_with_a_certificate_serve_only_tls(etcd: EtcdServer, tmp_path: Path) -> None:
+    files = make_certificates(tmp_path)
+    secured = [f"--cert-file={files.server_cert}", f"--key-file={files.server_key}"]
+    with ProxyProcess(etcd.endpoint, ["--workers=2", "--drain=1s", *secured]) as proxy:
+        trusted = ssl.create_default_context(cafile=files.ca)
+        with urllib.request.urlopen(f"https://{proxy.endpoint}/version", timeout=20, context=trusted) as answer:
+            assert b"etcdserver" in answer.read()
+        with pytest.raises((OSError, http.client.HTTPException)):
+            urllib.request.urlopen(f"http://{proxy.endpoint}/version", timeout=20)
 
 
 def test_a_unix_socket_is_shared_by_all_workers(etcd: EtcdServer, tmp_path: Path) -> None:
