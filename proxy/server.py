@@ -193,7 +193,7 @@ class Proxy:
         routes[STATUS_PATH.encode()] = status = RouteStatus(self.passthrough, self.upstream, self._id)
         routes[shared_reads.RANGE] = reads = shared_reads.SharedReads(self.passthrough, self.pool)
         if self.guard is not None:
-            routes[watch_service.PATH] = self.guard.refuse(self.watches.open)
+            routes[watch_service.PATH] = self.guard.protect(self.watches.open, marks=False)
             self.listener.passthrough = self.guard.protect(self.passthrough)
             routes[shared_reads.RANGE] = self.guard.protect(reads)
             routes[STATUS_PATH.encode()] = self.guard.protect(status)

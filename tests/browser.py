@@ -14,7 +14,6 @@ import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from tests.etcd.server import HOST, free_port
@@ -72,9 +71,7 @@ class Browser:
         self._session = self._ask("POST", "/session", wanted)["sessionId"]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         assert self._driver is not None
         if self._session:
             self._ask("DELETE", f"/session/{self._session}")

@@ -1,14 +1,26 @@
-"""Fixtures for all tests: real etcds on loopback."""
+"""For all tests: tests that are coroutines, and real etcds on loopback."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
 import pytest
 import structlog
 
+from tests.e2e.scenario import run
 from tests.etcd.binaries import EtcdBinary, current
 from tests.etcd.server import EtcdServer
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is a coroutine, for nearly as long as pytest's own timeout allows (see `run`)."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+    run(pyfuncitem.obj(**arguments), 110)
+    return True
 
 
 @pytest.fixture(autouse=True)

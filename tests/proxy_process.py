@@ -13,7 +13,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from proxy.config.knobs import Settings
@@ -53,9 +52,7 @@ class ProxyProcess:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, error: object, *_rest: object) -> None:
         self.kill()
         if error is not None:
             sys.stderr.write(self.log()[-4000:])

@@ -15,7 +15,6 @@ import asyncio
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
-from types import TracebackType
 from typing import Final, Self
 
 from proto.pb import rpc_pb2
@@ -83,9 +82,7 @@ class EtcdWatcher:
         self._client.start()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_error: object) -> None:
         await self._client.stop()
         for watch in list(self._watches.values()):
             self._end(watch, CallFailed(1, "the watcher was closed"))

@@ -54,31 +54,22 @@ class CommonNameGuard:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def protect(self, factory: HandlerFactory) -> HandlerFactory:
-        """Return a handler factory that refuses while there is a problem, and adds the invalid token where needed."""
+    def protect(self, factory: HandlerFactory, *, marks: bool = True) -> HandlerFactory:
+        """Return a handler factory that refuses while there is a problem.
+
+        `marks`: calls without a token are passed on with an invalid one where that is needed.
+        """
 
         def protected(
             connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool
         ) -> Handler | None:
             if self.problem:
                 raise CallRefusal(200, Status.UNAVAILABLE, self.problem)
-            if self.name and self._marks and not any(name in TOKEN_NAMES for name, _ in headers):
+            if marks and self.name and self._marks and not any(name in TOKEN_NAMES for name, _ in headers):
                 headers = [*headers, (b"token", INVALID_USER)]
             return factory(connection, stream, headers, end_stream)
 
         return protected
-
-    def refuse(self, factory: HandlerFactory) -> HandlerFactory:
-        """Return a handler factory that refuses while there is a problem, and changes nothing else."""
-
-        def refusing(
-            connection: ConnectionHandle, stream: Stream, headers: Headers, end_stream: bool
-        ) -> Handler | None:
-            if self.problem:
-                raise CallRefusal(200, Status.UNAVAILABLE, self.problem)
-            return factory(connection, stream, headers, end_stream)
-
-        return refusing
 
     async def _run(self) -> None:
         while True:

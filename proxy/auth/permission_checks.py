@@ -46,9 +46,6 @@ the client's stream ends with that reason, as etcd would end it."""
 STANDINGS_MAX: Final = 10_000
 """Tokens whose last answer is remembered, by a hash; it only decides the order."""
 
-"""etcd's answer for a signed token from before a change of users, and for any token if the change came during the call
-(server/etcdserver/v3_server.go, doSerialize): so the call is retried once."""
-
 
 class TokenStanding(Enum):
     """The last answer for a token; the value is the share of the slots that is reserved for such tokens."""
@@ -219,6 +216,8 @@ class Checks:
     def failed(self, batch: CheckBatch, status: int, text: str) -> list[QueryEffect]:
         """etcd refused a call, or the call failed at every endpoint."""
         line = batch.line
+        # A signed token is from before a change of users; any token if the change came during the call, so that is
+        # retried once (server/etcdserver/v3_server.go, doSerialize).
         if text == OLD_AUTH_REVISION and not batch.asked_again:
             batch.asked_again = True
             return [SendCall(batch.call)]

@@ -29,7 +29,6 @@ from proxy.auth.model import (
     AnswerRead,
     Call,
     DisconnectSession,
-    Outcome,
     PermissionCheck,
     Query,
     QueryEffect,
@@ -46,30 +45,8 @@ from upstream.attempts import is_about_request, is_too_large
 if TYPE_CHECKING:
     from coalesce.model import PendingRead, Session
 
-__all__ = (
-    "NO_RIGHT",
-    "AnswerCheck",
-    "AnswerRead",
-    "AuthProbe",
-    "Call",
-    "DisconnectSession",
-    "Outcome",
-    "PermissionCheck",
-    "Queries",
-    "Query",
-    "QueryEffect",
-    "Recheck",
-    "RefuseSession",
-    "RestoreCheck",
-    "RevisionRead",
-    "RevisionRegressed",
-    "SendCall",
-)
-
 NO_RIGHT: Final = ()
 """The ranges of a read that needs no permission and returns one member's state: an empty transaction."""
-
-"""etcd's refusal of a client without a token when auth is on."""
 
 CHECKS_IN_FLIGHT_MAX: Final = 32
 

@@ -22,7 +22,7 @@ from proxy.measuring.load.sampling import Sample
 from proxy.measuring.load.show import ProgressBars
 from proxy.measuring.load.stage import Stage
 from proxy.measuring.load.target import LoadTarget
-from proxy.measuring.load.trial import REFRESH_S, Trial, TrialSpec, run_trial
+from proxy.measuring.load.trial import REFRESH_S, Circumstances, Trial, TrialSpec, run_trial
 from proxy.measuring.load.writer import cluster_id
 
 QUIET_LIMIT_S = 15.0
@@ -34,7 +34,7 @@ OWN_CALLS_MAX = 20
 """Calls that a trial may make besides its writes and watches."""
 
 
-class TrialCost(msgspec.Struct, kw_only=True):
+class TrialCost(Circumstances, kw_only=True):
     """The cost of one trial for the upstream, and the verdict on its clients' events."""
 
     watchers: int
@@ -54,23 +54,9 @@ class TrialCost(msgspec.Struct, kw_only=True):
     duplicated: int
     out_of_order: int
     wrong: int
-    complaints: list[str]
     examples: list[str]
-    samples: list[Sample] = []
     other_watchers: int = 0
     """Watchers of other clients, whose events, bytes and CPU time are in the numbers."""
-    other_writes: int = 0
-    """Revisions that other clients made meanwhile."""
-    other_calls: int | None = None
-    """Calls that other clients made meanwhile; None if unknown."""
-    lists: int = 0
-    """Lists of all keys by the clients at the same time, after the writes."""
-    list_ranges: int = 0
-    """Range calls that the upstream served for them."""
-    proxy_cpu_s: float | None = None
-    """CPU time of the proxy; None without its metrics, and without a proxy."""
-    proxy_memory_bytes: float | None = None
-    """Resident memory of the proxy at the end."""
 
     @property
     def faultless(self) -> bool:
@@ -119,16 +105,9 @@ def side_of(trial: Trial) -> TrialCost:
         duplicated=verdict.duplicated,
         out_of_order=verdict.out_of_order,
         wrong=verdict.wrong,
-        complaints=trial.complaints,
         examples=verdict.examples,
-        samples=trial.samples,
         other_watchers=before.watchers,
-        other_writes=trial.other_writes,
-        other_calls=trial.other_calls,
-        lists=trial.lists,
-        list_ranges=trial.list_ranges,
-        proxy_cpu_s=round(trial.proxy_cpu_s, 3) if trial.proxy_cpu_s is not None else None,
-        proxy_memory_bytes=trial.proxy_memory_bytes,
+        **{name: getattr(trial, name) for name in Circumstances.__struct_fields__},
     )
 
 

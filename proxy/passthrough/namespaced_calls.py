@@ -43,20 +43,6 @@ def _txn(namespace: Namespace, message: rpc_pb2.TxnRequest) -> None:
             _operation(namespace, operation)
 
 
-def _operation(namespace: Namespace, message: rpc_pb2.RequestOp) -> None:
-    kind = message.WhichOneof("request")
-    if kind is not None:
-        _OPERATIONS[kind](namespace, getattr(message, kind))
-
-
-_OPERATIONS: Final[dict[str, NamespacedChange]] = {
-    "request_range": _interval,
-    "request_put": _key,
-    "request_delete_range": _interval,
-    "request_txn": _txn,
-}
-
-
 def _ranged(namespace: Namespace, message: rpc_pb2.RangeResponse) -> None:
     namespace.strip_all(message.kvs)
 
@@ -73,16 +59,20 @@ def _deleted(namespace: Namespace, message: rpc_pb2.DeleteRangeResponse) -> None
 
 def _txn_done(namespace: Namespace, message: rpc_pb2.TxnResponse) -> None:
     for answer in message.responses:
-        _answer(namespace, answer)
+        _operation(namespace, answer)
 
 
-def _answer(namespace: Namespace, message: rpc_pb2.ResponseOp) -> None:
-    kind = message.WhichOneof("response")
-    if kind is not None:
-        _ANSWERS[kind](namespace, getattr(message, kind))
+def _operation(namespace: Namespace, message: Any) -> None:
+    """A RequestOp or a ResponseOp: change the message that it holds."""
+    for field, held in message.ListFields():
+        _OPERATIONS[field.name](namespace, held)
 
 
-_ANSWERS: Final[dict[str, NamespacedChange]] = {
+_OPERATIONS: Final[dict[str, NamespacedChange]] = {
+    "request_range": _interval,
+    "request_put": _key,
+    "request_delete_range": _interval,
+    "request_txn": _txn,
     "response_range": _ranged,
     "response_put": _put,
     "response_delete_range": _deleted,
@@ -154,7 +144,7 @@ _CALLS: Final[dict[bytes, tuple[type[Message], type[Message], NamespacedChange |
 _INNER: Final[dict[type[Message], NamespacedChange]] = {
     _pb.RequestOp: _operation,
     _pb.TxnRequest: _txn,
-    _pb.ResponseOp: _answer,
+    _pb.ResponseOp: _operation,
     _pb.RangeResponse: _ranged,
     _pb.DeleteRangeResponse: _deleted,
     _pb.TxnResponse: _txn_done,

@@ -79,7 +79,7 @@ class Passthrough:
         self._pool = pool
         self.held = Holding(pool, self.settings, self.stats)
         # By client connection: its calls with unread bytes, and the number of these bytes.
-        self._unread: dict[ClientHandle, _Unread] = {}
+        self._unread: dict[ClientHandle, KeptBytes] = {}
 
     def go_by(self, settings: PassthroughSettings) -> None:
         """Use other settings from now on."""
@@ -142,7 +142,7 @@ class Passthrough:
     def charge_unread(self, relay: Relay, size: int) -> None:
         """Count `size` more bytes that a client has not read; reset calls at a limit."""
         stats = self.stats
-        unread = self._unread.setdefault(relay.connection, _Unread())
+        unread = self._unread.setdefault(relay.connection, KeptBytes())
         unread.relays.add(relay)
         unread.size += size
         stats.unread_bytes += size
@@ -170,8 +170,8 @@ class Passthrough:
             self.held.serve()
 
 
-class _Unread:
-    """The unread bytes of one client connection."""
+class KeptBytes:
+    """Bytes that are kept for the calls of one client connection."""
 
     __slots__ = ("relays", "size")
 

@@ -35,7 +35,7 @@ from proxy.listening.calls import (
     status_trailers,
 )
 from proxy.passthrough.message_work import MessageWork
-from proxy.passthrough.relay import Passthrough, Relay
+from proxy.passthrough.relay import KeptBytes, Passthrough, Relay
 from proxy.passthrough.settings import PassthroughSettings
 from proxy.passthrough.translation import Rules, Translation
 from upstream.connection import ClientConnection
@@ -72,7 +72,7 @@ class TranslatingPassthrough(Passthrough):
         # Time left in this turn of the loop for translating messages as they arrive.
         self._left_s = TURN_S
         # By client connection: its calls with unfinished messages, and the bytes of those.
-        self._partial: dict[ClientHandle, _Partial] = {}
+        self._partial: dict[ClientHandle, KeptBytes] = {}
 
     def __call__(self, connection: ClientHandle, stream: Stream, headers: Headers, end_stream: bool) -> Relay | None:
         """Handle a new request stream. Raises CallRefusal if a namespace does not cover it, or as Passthrough does."""
@@ -151,9 +151,7 @@ class TranslatingPassthrough(Passthrough):
         At the bound, the calls of the connection with most unfinished bytes end; raises FramingError if it is this one.
         """
         stats, settings = self.stats, self.settings
-        partial = self._partial.get(relay.connection)
-        if partial is None:
-            partial = self._partial[relay.connection] = _Partial()
+        partial = self._partial.setdefault(relay.connection, KeptBytes())
         stats.partial_bytes += size
         partial.size += size
         if relay.kept:
@@ -167,23 +165,14 @@ class TranslatingPassthrough(Passthrough):
             if worst is partial:
                 raise self._too_much(flag)
             for one in tuple(worst.relays):
-                one.fail(self._too_much(flag))
+                if isinstance(one, TranslatedRelay):
+                    one.fail(self._too_much(flag))
 
     def _too_much(self, flag: str) -> FramingError:
         self.stats.refused_at["partial_bytes_max"] += 1
         bound = self.settings.partial_bytes_max
         text = f"watchmux: too many bytes of unfinished messages under {flag} ({bound})"
         return FramingError(Status.RESOURCE_EXHAUSTED, text)
-
-
-class _Partial:
-    """The unfinished messages of one client connection."""
-
-    __slots__ = ("relays", "size")
-
-    def __init__(self) -> None:
-        self.relays: set[TranslatedRelay] = set()
-        self.size = 0
 
 
 class TranslatedRelay(Relay):

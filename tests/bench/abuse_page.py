@@ -1,8 +1,8 @@
 """`python -m tests.bench.abuse_page`: measure attacks and heavy loads, and write the tables of docs/evidence/abuse.md.
 
-The first table is that of `tests.bench.abuse`: attacks on the connection. The second one shows loads that share the
-proxy with a bystander (`tests.bench.sharing`), directly at etcd and through the proxy in turn, medians of some rounds.
-Nothing else should run on the machine meanwhile. `--only NAME` measures some rows and leaves the others unchanged.
+Each is a scenario of `tests.bench.sharing` with a bystander, medians of some rounds: attacks on the connection through
+the proxy, and loads also directly at etcd, in turn. Nothing else should run on the machine meanwhile. `--only NAME`
+measures some rows and leaves the others unchanged.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-import uvloop
 
-from tests.bench.abuse import HEADINGS, row
 from tests.bench.sharing.__main__ import HERE, median, scenarios
 from tests.bench.sharing.front import Figures, Front
 from tests.e2e.attacks import ATTACKS
-from tests.etcd.server import EtcdServer
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence" / "abuse.md"
 BEGIN, END = "<!-- {0}: written by python -m tests.bench.abuse_page -->", "<!-- end of {0} -->"
 ATTACK_TABLE, LOAD_TABLE = "attacks", "loads"
-LOAD_HEADINGS = ("load", "way", "before, p50 / p99 / max", "during, p50 / p99 / max", "memory", "outcome")
+HEADINGS = ("load", "way", "before, p50 / p99 / max", "during, p50 / p99 / max", "memory", "outcome")
 WAYS = (("at etcd", None), ("through watchmux", HERE))
+PREFIX = "attack: "
+"""Of the scenarios that are attacks."""
 MEASURED = re.compile(r"(before|during) (p50|p99|max) ms|memory peak MiB|outcome")
 
 
@@ -40,8 +39,8 @@ def number(text: str) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def load_row(name: str, way: str, figures: dict[str, str]) -> str:
-    """Return one row of the second table."""
+def row(name: str, way: str, figures: dict[str, str]) -> str:
+    """Return one row."""
 
     def delays(when: str) -> str:
         found = [figures.get(f"{when} {each} ms") for each in ("p50", "p99", "max")]
@@ -54,24 +53,19 @@ def load_row(name: str, way: str, figures: dict[str, str]) -> str:
     return f"| {name} | {way} | {delays('before')} | {delays('during')} | {shown} | {outcome} |"
 
 
-def load_rows(name: str, rounds: int) -> list[str]:
-    """Measure one load on both routes."""
-    found: dict[str, list[Figures]] = {way: [] for way, _ in WAYS}
+def measured(name: str, rounds: int) -> list[str]:
+    """Measure one load on both routes, or one attack through the proxy; return its rows."""
+    scenario = scenarios()[PREFIX + name if name in ATTACKS else name]
+    found: dict[str, list[Figures]] = {way: [] for way, _ in WAYS[name in ATTACKS :]}
     for _ in range(rounds):
-        for way, root in WAYS:
-            found[way].append(scenarios()[name](Front(way, root)))
-    return [load_row(name, way, median(figures)) for way, figures in found.items()]
+        for way, root in WAYS[name in ATTACKS :]:
+            found[way].append(scenario(Front(way, root)))
+    return [row(name, way, median(figures)) for way, figures in found.items()]
 
 
-def attack_rows(name: str) -> list[str]:
-    """Measure one attack."""
-    with EtcdServer() as etcd:
-        return [uvloop.run(row(name, etcd))]
-
-
-def table(headings: Sequence[str], rows: Sequence[str]) -> str:
+def table(rows: Sequence[str]) -> str:
     """Return a table in Markdown."""
-    return "\n".join((f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}", *rows))
+    return "\n".join((f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}", *rows))
 
 
 def section(text: str, name: str) -> str:
@@ -89,31 +83,30 @@ def rows_of(text: str, name: str) -> dict[str, list[str]]:
     return found
 
 
-def replaced(text: str, name: str, headings: Sequence[str], rows: Sequence[str]) -> str:
+def replaced(text: str, name: str, rows: Sequence[str]) -> str:
     """Return the page with the table replaced."""
     begin = BEGIN.format(name)
-    return text.replace(f"{begin}{section(text, name)}", f"{begin}\n\n{table(headings, rows)}\n\n")
+    return text.replace(f"{begin}{section(text, name)}", f"{begin}\n\n{table(rows)}\n\n")
 
 
 @click.command()
 @click.option("--only", "names", multiple=True, help="Only these attacks or loads; the other rows stay.")
-@click.option("--rounds", default=3, show_default=True, help="Runs of each load on each route.")
+@click.option("--rounds", default=3, show_default=True, help="Runs of each on each route.")
 def main(names: tuple[str, ...], rounds: int) -> None:
     """Measure the effect of attacks and loads on other clients, and write it into docs/evidence/abuse.md."""
     known = [*ATTACKS, *loads()]
     if unknown := [name for name in names if name not in known]:
         raise click.UsageError(f"unknown: {unknown[0]}; known: {', '.join(known)}")
-    for kind, headings, order in ((ATTACK_TABLE, HEADINGS, list(ATTACKS)), (LOAD_TABLE, LOAD_HEADINGS, loads())):
+    for kind, order in ((ATTACK_TABLE, list(ATTACKS)), (LOAD_TABLE, loads())):
         for name in order:
             if names and name not in names:
                 continue
-            measured = attack_rows(name) if kind == ATTACK_TABLE else load_rows(name, rounds)
-            click.echo("\n".join(measured))
+            found = measured(name, rounds)
+            click.echo("\n".join(found))
             # After each one, so that results are kept if a later one fails.
             text = PAGE.read_text()
-            rows = rows_of(text, kind) | {name: measured}
-            lines = [line for each in order for line in rows.get(each, [])]
-            PAGE.write_text(replaced(text, kind, headings, lines))
+            rows = rows_of(text, kind) | {name: found}
+            PAGE.write_text(replaced(text, kind, [line for each in order for line in rows.get(each, [])]))
 
 
 if __name__ == "__main__":

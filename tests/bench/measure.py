@@ -6,7 +6,6 @@ import contextlib
 import json
 import subprocess
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from tests.bench.cases import Case, Kind
@@ -30,9 +29,7 @@ class _Child:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._process.kill()
         self._process.communicate()
 

@@ -22,15 +22,15 @@ def test_the_page_has_a_place_for_both_tables() -> None:
 
 
 def test_a_row_replaces_the_one_that_was_there() -> None:
-    line = abuse_page.load_row("gzip bomb", "at etcd", FIGURES)
+    line = abuse_page.row("gzip bomb", "at etcd", FIGURES)
     assert line == (
         "| gzip bomb | at etcd | 1,234 / 1,234 / 1,234 ms | 1,234 / 1,234 / 1,234 ms "
         "| +21 MiB | status 8; watch resumed: yes |"
     )
-    text = abuse_page.replaced(abuse_page.PAGE.read_text(), abuse_page.LOAD_TABLE, ("load", "way"), [line])
+    text = abuse_page.replaced(abuse_page.PAGE.read_text(), abuse_page.LOAD_TABLE, [line])
     assert abuse_page.rows_of(text, abuse_page.LOAD_TABLE) == {"gzip bomb": [line]}
     assert set(abuse_page.rows_of(text, abuse_page.ATTACK_TABLE)) == set(ATTACKS)
 
 
 def test_a_load_without_delays_says_so() -> None:
-    assert abuse_page.load_row("x", "y", {"watch resumed": "no"}) == "| x | y | - | - | - | watch resumed: no |"
+    assert abuse_page.row("x", "y", {"watch resumed": "no"}) == "| x | y | - | - | - | watch resumed: no |"

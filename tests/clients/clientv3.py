@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Self
 
 from tests.clients.golang import program
@@ -31,9 +30,7 @@ class Clientv3:
         self._reader.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, error: object, *_rest: object) -> None:
         assert self._process is not None
         if self._process.poll() is None:
             self._process.kill()

@@ -19,7 +19,6 @@ from proto.pb import rpc_pb2, rpc_pb2_grpc
 from tests.clients.clientv3 import Clientv3
 from tests.clients.libraries import LIBRARIES
 from tests.e2e.held import held
-from tests.e2e.scenario import run
 from tests.etcd.server import HOST, EtcdServer
 from tests.proxy_process import ProxyProcess
 
@@ -44,10 +43,9 @@ async def code_of(call: Awaitable[Any]) -> grpc.StatusCode:
 
 
 @pytest.mark.parametrize("pattern", ["one deadline", "short deadlines", "cancelled at once", "cancelled later"])
-def test_calls_given_up_at_once_keep_the_connection(pattern: str) -> None:
+async def test_calls_given_up_at_once_keep_the_connection(pattern: str) -> None:
     """gRPC's C core, which Python, Ruby, C++ and others share."""
-
-    async def scenario(etcd: EtcdServer, proxy: ProxyProcess) -> None:
+    with EtcdServer() as etcd, ProxyProcess(etcd.endpoint) as proxy:
         async with grpc.aio.insecure_channel(proxy.endpoint) as channel:
             kv = rpc_pb2_grpc.KVStub(channel)
             watch: Any = rpc_pb2_grpc.WatchStub(channel).Watch()
@@ -70,9 +68,6 @@ def test_calls_given_up_at_once_keep_the_connection(pattern: str) -> None:
             assert len((await asyncio.wait_for(watch.read(), 10)).events) == 1
             watch.cancel()
         assert_not_cut_off(proxy)
-
-    with EtcdServer() as etcd, ProxyProcess(etcd.endpoint) as proxy:
-        run(scenario(etcd, proxy))
 
 
 def test_node_gives_up_calls_and_keeps_its_connection() -> None:

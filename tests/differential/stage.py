@@ -15,7 +15,6 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from types import TracebackType
 from typing import Self
 
 from coalesce.limits import CoreLimits
@@ -84,12 +83,10 @@ class Stage:
                 list(pool.map(_add_users, (servers[0] for servers in self.sets.values())))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for servers in self.sets.values():
             for server in servers:
-                server.__exit__(kind, error, trace)
+                server.__exit__(*error)
 
     async def run(
         self, program: Program, limit_s: float = LIMIT_S, covers: tuple[bytes, ...] = ()
@@ -102,12 +99,12 @@ class Stage:
 
     async def _play(self, program: Program, way: str, limit_s: float, covers: tuple[bytes, ...]) -> Recording:
         etcds = self.sets[way]
-        straight = etcds[0].client_port
+        direct = etcds[0].client_port
         try:
             if way == DIRECT:
-                return await Player(program, Target(straight, straight, False, etcds), limit_s).play()
+                return await Player(program, Target(direct, direct, False, etcds), limit_s).play()
             async with self._front(etcds[0], program, covers) as port, _crowd(program, port, way):
-                calls = straight if way == CROWDED and not self.namespace else port
+                calls = direct if way == CROWDED and not self.namespace else port
                 return await Player(program, Target(port, calls, True, etcds), limit_s).play()
         finally:
             Target(0, 0, False, etcds).go_on()

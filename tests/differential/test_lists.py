@@ -12,7 +12,6 @@ from proto.framing import Status
 from proto.pb import rpc_pb2
 from tests.e2e.raw_client import RawClient, RawStream, WatchStream
 from tests.e2e.running import Etcd, direct, proxy_for
-from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.waiting import until_async
 
@@ -120,18 +119,15 @@ async def _live(servers: list[ApiServer], store: Etcd) -> None:
         await server.client.close()
 
 
-def test_kubernetes_lists_and_watches_are_equal(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy, direct(etcd) as store:
-            for number in range(PODS):
-                await store.put(PREFIX + b"pod-%04d" % number, b"%d" % number * 20)
-            servers = [ApiServer(port) for port in (etcd.client_port, proxy.port) for _ in range(CLIENTS)]
-            await _live(servers, store)
-            plain, *others = servers
-            assert plain.seen == 22
-            for server in others:
-                assert server.answers == plain.answers
-            stats = proxy.passthrough.stats
-            assert stats.range_calls_upstream < stats.range_calls, "lists shared reads"
-
-    run(scenario())
+async def test_kubernetes_lists_and_watches_are_equal(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd) as proxy, direct(etcd) as store:
+        for number in range(PODS):
+            await store.put(PREFIX + b"pod-%04d" % number, b"%d" % number * 20)
+        servers = [ApiServer(port) for port in (etcd.client_port, proxy.port) for _ in range(CLIENTS)]
+        await _live(servers, store)
+        plain, *others = servers
+        assert plain.seen == 22
+        for server in others:
+            assert server.answers == plain.answers
+        stats = proxy.passthrough.stats
+        assert stats.range_calls_upstream < stats.range_calls, "lists shared reads"

@@ -166,9 +166,7 @@ async def judge(etcd: EtcdServer, first: int, runs: int) -> Verdict:
     """Run seeds against a proxy in this process; raise AssertionError if anything is lost or kept."""
     verdict = Verdict()
     async with proxy_for(etcd) as proxy, direct(etcd) as store, await RawClient.connect(proxy.port) as client:
-        stream = client.watch()
-        stream.create(KEY)
-        await stream.created()
+        stream = await client.open_watch(KEY)
         command = [
             sys.executable,
             "-m",

@@ -250,6 +250,21 @@ class RawClient(asyncio.Protocol):
         """Open a Watch call."""
         return WatchStream(self.call(WATCH, metadata))
 
+    async def open_watch(
+        self,
+        key: bytes,
+        range_end: bytes = b"",
+        start_revision: int = 0,
+        metadata: Sequence[tuple[str, str]] = (),
+        timeout_s: float = 20.0,
+        **extra: Any,
+    ) -> WatchStream:
+        """Open a watch on a new stream and wait for its `created`; `extra` as in `WatchStream.create`."""
+        stream = self.watch(metadata)
+        stream.create(key, range_end, start_revision, **extra)
+        await stream.created(timeout_s)
+        return stream
+
     def request(self, headers: Sequence[tuple[str, str]], end: bool = False) -> RawStream:
         """Open a stream with any head."""
         stream_id = self.h2.get_next_available_stream_id()

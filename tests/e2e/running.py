@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, Final
@@ -15,6 +15,7 @@ import grpc.aio
 from coalesce.limits import CoreLimits
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from proxy.server import Proxy
+from tests.e2e.raw_client import RawClient
 from tests.etcd.server import EtcdServer
 
 
@@ -83,15 +84,21 @@ async def two_tiers(etcd: EtcdServer | str, failures: int = 0, **settings: Any) 
 
 
 class Etcd:
-    """Unary calls straight to etcd."""
+    """Unary calls direct to etcd."""
 
     def __init__(self, endpoint: str) -> None:
         self._channel = grpc.aio.insecure_channel(endpoint)
         self.kv = rpc_pb2_grpc.KVStub(self._channel)
 
-    async def put(self, key: bytes, value: bytes) -> int:
+    async def put(self, key: bytes, value: bytes = b"v") -> int:
         """Put and return the revision."""
         answer = await self.kv.Put(rpc_pb2.PutRequest(key=key, value=value))
+        return int(answer.header.revision)
+
+    async def put_many(self, keys: Sequence[bytes], value: bytes = b"v") -> int:
+        """Put several keys in one revision and return it."""
+        puts = [rpc_pb2.RequestOp(request_put=rpc_pb2.PutRequest(key=key, value=value)) for key in keys]
+        answer = await self.kv.Txn(rpc_pb2.TxnRequest(success=puts))
         return int(answer.header.revision)
 
     async def delete(self, key: bytes, range_end: bytes = b"") -> int:
@@ -111,9 +118,20 @@ class Etcd:
 
 @asynccontextmanager
 async def direct(etcd: EtcdServer | str) -> AsyncIterator[Etcd]:
-    """Yield calls straight to `etcd` (or an endpoint)."""
+    """Yield calls direct to `etcd` (or an endpoint)."""
     client = Etcd(etcd if isinstance(etcd, str) else etcd.endpoint)
     try:
         yield client
     finally:
         await client._channel.close()
+
+
+@asynccontextmanager
+async def served(etcd: EtcdServer, failures: int = 0, **settings: Any) -> AsyncIterator[tuple[Proxy, Etcd, RawClient]]:
+    """Yield a proxy as `proxy_for` does, calls straight to `etcd`, and a client of the proxy."""
+    async with (
+        proxy_for(etcd, failures, **settings) as proxy,
+        direct(etcd) as store,
+        await RawClient.connect(proxy.port) as client,
+    ):
+        yield proxy, store, client

@@ -145,9 +145,7 @@ def test_sessions_whose_token_etcd_forgets_are_ended(etcd: EtcdServer) -> None:
         await asyncio.to_thread(etcd.start)
         status, text = await stream.raw.end(20)
         assert status == Status.UNAVAILABLE, text
-        again = client.watch([("token", await token_of(client, "u1", "new"))])
-        again.create(b"a/k")
-        await again.created()
+        again = await client.open_watch(b"a/k", metadata=[("token", await token_of(client, "u1", "new"))])
         await put(etcd, "a/k", "1")
         await put(etcd, "a/l", "2")
         await until_async(lambda: again.values == [b"1"], "the event")
@@ -161,9 +159,7 @@ def test_sessions_whose_token_etcd_forgets_are_ended(etcd: EtcdServer) -> None:
 
 def test_auth_is_enabled_while_clients_watch(etcd: EtcdServer) -> None:
     async def story(_proxy: Proxy, client: RawClient) -> None:
-        before = client.watch()
-        before.create(b"a/k")
-        await before.created()
+        await client.open_watch(b"a/k")
         await asyncio.to_thread(with_users, etcd)
         # "Auth is off" is cached for a second at most; in that second a client is admitted, or refused.
         reasons: list[str] = []
@@ -173,8 +169,6 @@ def test_auth_is_enabled_while_clients_watch(etcd: EtcdServer) -> None:
             await until_async(lambda a=asked: a.raw.messages or a.raw.over, "an answer")  # type: ignore[misc]  # bound
             reasons.append(asked.responses[0].cancel_reason if asked.raw.messages else str(asked.raw.status))
         assert set(reasons) <= {"", EMPTY, str(int(Status.UNAVAILABLE))}
-        stream = client.watch([("token", await token_of(client, "u1"))])
-        stream.create(b"a/k")
-        await stream.created()
+        await client.open_watch(b"a/k", metadata=[("token", await token_of(client, "u1"))])
 
     scenario_of(etcd, story)

@@ -11,7 +11,7 @@ import pytest
 from proto.framing import Status
 from tests.e2e.judging import assert_kept
 from tests.e2e.raw_client import RawClient, WatchStream
-from tests.e2e.running import Etcd, direct, next_to_etcd, proxy_for
+from tests.e2e.running import Etcd, direct, next_to_etcd, proxy_for, served
 from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.waiting import until_async
@@ -98,95 +98,72 @@ def test_etcd_restarts_under_load_again_and_again(etcd: EtcdServer, how: str) ->
     run(_through(etcd, 8, how), 110)
 
 
-def test_a_proxy_that_starts_before_its_etcd(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
+async def test_a_proxy_that_starts_before_its_etcd(etcd: EtcdServer) -> None:
+    await asyncio.to_thread(etcd.stop)
+    async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
+        assert not proxy.health.serving
+        stream = client.watch()
+        stream.create(b"a")
+        await asyncio.to_thread(etcd.start)
+        await stream.created()
+        assert proxy.health.serving
+
+
+async def test_health_follows_etcd(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd) as proxy:
+        await until_async(lambda: proxy.health.serving, "the proxy to serve")
         await asyncio.to_thread(etcd.stop)
-        async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
-            assert not proxy.health.serving
-            stream = client.watch()
-            stream.create(b"a")
-            await asyncio.to_thread(etcd.start)
-            await stream.created()
-            assert proxy.health.serving
-
-    run(scenario())
+        await until_async(lambda: not proxy.health.serving, "the proxy to notice")
+        await asyncio.to_thread(etcd.start)
+        await until_async(lambda: proxy.health.serving, "the proxy to serve again")
 
 
-def test_health_follows_etcd(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy:
-            await until_async(lambda: proxy.health.serving, "the proxy to serve")
-            await asyncio.to_thread(etcd.stop)
-            await until_async(lambda: not proxy.health.serving, "the proxy to notice")
-            await asyncio.to_thread(etcd.start)
-            await until_async(lambda: proxy.health.serving, "the proxy to serve again")
-
-    run(scenario())
-
-
-def test_drain(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy, direct(etcd) as store:
-            clients = [await RawClient.connect(proxy.port) for _ in range(3)]
-            streams = [client.watch() for client in clients for _ in range(5)]
-            for stream in streams:
-                stream.create(b"a")
-                await stream.created()
-            await store.put(b"a", b"1")
-            for stream in streams:
-                await until_async(lambda s=stream: s.values == [b"1"], "the event")  # type: ignore[misc]
-            assert await proxy.drain(5)
-            for stream in streams:
-                status, text = await stream.raw.end()
-                assert status == Status.UNAVAILABLE
-                assert "shutting down" in text
-            for client in clients:
-                await until_async(lambda c=client: c.lost, "the connection to close")  # type: ignore[misc]
-                assert [goaway.error_code for goaway in client.goaways] == [0, 0]
-            with contextlib.suppress(ConnectionRefusedError):
-                await asyncio.open_connection("127.0.0.1", proxy.port)
-                pytest.fail("a drained proxy accepts connections")
-
-    run(scenario())
-
-
-def test_a_drain_ends_within_its_timeout(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
-            stream = client.watch()
+async def test_drain(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd) as proxy, direct(etcd) as store:
+        clients = [await RawClient.connect(proxy.port) for _ in range(3)]
+        streams = [client.watch() for client in clients for _ in range(5)]
+        for stream in streams:
             stream.create(b"a")
             await stream.created()
-            assert client.transport is not None
-            client.transport.pause_reading()
-            assert not await proxy.drain(0.5)
-            client.transport.resume_reading()
-            await until_async(lambda: client.lost, "the connection to close")
+        await store.put(b"a", b"1")
+        for stream in streams:
+            await until_async(lambda s=stream: s.values == [b"1"], "the event")  # type: ignore[misc]
+        assert await proxy.drain(5)
+        for stream in streams:
+            status, text = await stream.raw.end()
+            assert status == Status.UNAVAILABLE
+            assert "shutting down" in text
+        for client in clients:
+            await until_async(lambda c=client: c.lost, "the connection to close")  # type: ignore[misc]
+            assert [goaway.error_code for goaway in client.goaways] == [0, 0]
+        with contextlib.suppress(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", proxy.port)
+            pytest.fail("a drained proxy accepts connections")
 
-    run(scenario())
+
+async def test_a_drain_ends_within_its_timeout(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
+        await client.open_watch(b"a")
+        assert client.transport is not None
+        client.transport.pause_reading()
+        assert not await proxy.drain(0.5)
+        client.transport.resume_reading()
+        await until_async(lambda: client.lost, "the connection to close")
 
 
-def test_reconnecting_clients_miss_nothing_after_a_core_failure(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with (
-            proxy_for(etcd, failures=1) as proxy,
-            direct(etcd) as store,
-            await RawClient.connect(proxy.port) as client,
-        ):
-            base = etcd.watchers()
-            streams = [client.watch() for _ in range(10)]
-            for stream in streams:
-                stream.create(b"a")
-                await stream.created()
-            first = await store.put(b"a", b"1")
-            await until_async(lambda: streams[0].values == [b"1"], "the event")
-            proxy.engine._input(proxy.engine.core.drained)
-            for stream in streams:
-                assert (await stream.raw.end())[0] == Status.UNAVAILABLE
-            again = client.watch()
-            again.create(b"a", start_revision=first + 1)
-            await again.created()
-            await store.put(b"a", b"2")
-            await until_async(lambda: again.values == [b"2"], "the next event")
-            await until_async(lambda: etcd.watchers() == base + 1, "the old watcher to be gone")
-
-    run(scenario())
+async def test_reconnecting_clients_miss_nothing_after_a_core_failure(etcd: EtcdServer) -> None:
+    async with served(etcd, failures=1) as (proxy, store, client):
+        base = etcd.watchers()
+        streams = [client.watch() for _ in range(10)]
+        for stream in streams:
+            stream.create(b"a")
+            await stream.created()
+        first = await store.put(b"a", b"1")
+        await until_async(lambda: streams[0].values == [b"1"], "the event")
+        proxy.engine._input(proxy.engine.core.drained)
+        for stream in streams:
+            assert (await stream.raw.end())[0] == Status.UNAVAILABLE
+        again = await client.open_watch(b"a", start_revision=first + 1)
+        await store.put(b"a", b"2")
+        await until_async(lambda: again.values == [b"2"], "the next event")
+        await until_async(lambda: etcd.watchers() == base + 1, "the old watcher to be gone")

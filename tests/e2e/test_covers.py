@@ -11,8 +11,7 @@ from coalesce import report
 from coalesce.limits import CoreLimits
 from proto.pb import rpc_pb2
 from tests.e2e.raw_client import RawClient, WatchStream
-from tests.e2e.running import Etcd, direct, proxy_for
-from tests.e2e.scenario import run
+from tests.e2e.running import Etcd, direct, proxy_for, served
 from tests.e2e.test_auth import DENIED, put, token_of, with_users
 from tests.etcd.server import EtcdServer
 from tests.waiting import until, until_async
@@ -71,8 +70,8 @@ def check_events(stream: WatchStream, keys: list[bytes], values: list[bytes]) ->
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(3000, marks=pytest.mark.long)])
-def test_many_keys_cost_etcd_one_watch(count: int) -> None:
-    async def scenario(etcd: EtcdServer) -> None:
+async def test_many_keys_cost_etcd_one_watch(count: int) -> None:
+    with EtcdServer() as etcd:
         keys = [b"/s/%05d" % place for place in range(count)]
         base = etcd.watchers()
         async with proxy_for(etcd, limits=LIMITS) as proxy, direct(etcd) as store:
@@ -95,19 +94,11 @@ def test_many_keys_cost_etcd_one_watch(count: int) -> None:
             for client in clients:
                 await client.close()
 
-    with EtcdServer() as etcd:
-        run(scenario(etcd))
 
-
-def test_a_quiet_branch_survives_a_compaction_during_a_break() -> None:
+async def test_a_quiet_branch_survives_a_compaction_during_a_break() -> None:
     """Its position is the cover's, which events of other keys move: nothing that it needs is compacted."""
-
-    async def scenario(etcd: EtcdServer) -> None:
-        async with (
-            proxy_for(etcd, limits=replace(LIMITS, bookmark_s=1.0)) as proxy,
-            direct(etcd) as store,
-            await RawClient.connect(proxy.port) as client,
-        ):
+    with EtcdServer() as etcd:
+        async with served(etcd, limits=replace(LIMITS, bookmark_s=1.0)) as (proxy, store, client):
             stream = await watch_all(client, [b"/s/quiet", b"/s/busy"])
             for number in range(50):
                 await store.put(b"/s/busy" if number % 10 == 0 else b"/t/other", b"%d" % number)
@@ -124,38 +115,29 @@ def test_a_quiet_branch_survives_a_compaction_during_a_break() -> None:
             assert not any(response.canceled for response in stream.responses)
             assert proxy.engine.core.stats.compacted == 0
 
-    with EtcdServer() as etcd:
-        run(scenario(etcd))
 
-
-def test_covers_change_while_clients_are_connected(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        keys = [b"/s/%d" % place for place in range(20)]
-        base = etcd.watchers()
-        async with (
-            proxy_for(etcd, limits=CoreLimits()) as proxy,
-            direct(etcd) as store,
-            await RawClient.connect(proxy.port) as client,
-        ):
-            stream = await watch_all(client, keys)
-            assert etcd.watchers() == base + len(keys)
-            proxy.engine.set_limits(LIMITS)
-            await put_all(store, keys, b"1")
-            await asyncio.to_thread(until, lambda: etcd.watchers() == base + 1, "one watch to be left", 20)
-            await put_all(store, keys, b"2")
-            proxy.engine.set_limits(replace(LIMITS, covers=()))
-            await put_all(store, keys, b"3")
-            await asyncio.to_thread(until, lambda: etcd.watchers() == base + len(keys), "a watch per key", 20)
-            await put_all(store, keys, b"4")
-            await until_events(stream, 4 * len(keys))
-            check_events(stream, keys, [b"1", b"2", b"3", b"4"])
-
-    run(scenario())
+async def test_covers_change_while_clients_are_connected(etcd: EtcdServer) -> None:
+    keys = [b"/s/%d" % place for place in range(20)]
+    base = etcd.watchers()
+    async with served(etcd, limits=CoreLimits()) as (proxy, store, client):
+        stream = await watch_all(client, keys)
+        assert etcd.watchers() == base + len(keys)
+        proxy.engine.set_limits(LIMITS)
+        await put_all(store, keys, b"1")
+        await asyncio.to_thread(until, lambda: etcd.watchers() == base + 1, "one watch to be left", 20)
+        await put_all(store, keys, b"2")
+        proxy.engine.set_limits(replace(LIMITS, covers=()))
+        await put_all(store, keys, b"3")
+        await asyncio.to_thread(until, lambda: etcd.watchers() == base + len(keys), "a watch per key", 20)
+        await put_all(store, keys, b"4")
+        await until_events(stream, 4 * len(keys))
+        check_events(stream, keys, [b"1", b"2", b"3", b"4"])
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_with_auth_the_own_user_must_be_allowed_the_cover(allowed: bool) -> None:
-    async def scenario(etcd: EtcdServer) -> None:
+async def test_with_auth_the_own_user_must_be_allowed_the_cover(allowed: bool) -> None:
+    with EtcdServer() as etcd:
+        with_users(etcd)
         prefix = b"a/" if allowed else b""
         limits = CoreLimits(covers=(prefix,))
         async with proxy_for(etcd, limits=limits, credentials=Credentials("u2", "p")) as proxy:
@@ -174,28 +156,17 @@ def test_with_auth_the_own_user_must_be_allowed_the_cover(allowed: bool) -> None
                 assert core.stats.trunks == (1 if allowed else 2)
                 assert core.stats.covers[prefix].refused == (0 if allowed else 1)
 
-    with EtcdServer() as etcd:
-        with_users(etcd)
-        run(scenario(etcd))
 
-
-def test_with_a_namespace_a_cover_has_the_prefix_of_the_clients(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        keys = [b"/s/%d" % place for place in range(20)]
-        base = etcd.watchers()
-        async with (
-            proxy_for(etcd, limits=LIMITS, namespace=b"/team") as proxy,
-            direct(etcd) as store,
-            await RawClient.connect(proxy.port) as client,
-        ):
-            stream = await watch_all(client, keys)
-            assert etcd.watchers() == base + 1
-            # Neither is in the namespace's cover.
-            await put_all(store, [*keys, b"/team/t/0"], b"of others")
-            await put_all(store, [b"/team" + key for key in keys], b"1")
-            await until_events(stream, len(keys))
-            check_events(stream, keys, [b"1"])
-            cover = proxy.engine.core.stats.covers[b"/s/"]
-            assert (cover.events, cover.unwanted_events) == (len(keys), 0)
-
-    run(scenario())
+async def test_with_a_namespace_a_cover_has_the_prefix_of_the_clients(etcd: EtcdServer) -> None:
+    keys = [b"/s/%d" % place for place in range(20)]
+    base = etcd.watchers()
+    async with served(etcd, limits=LIMITS, namespace=b"/team") as (proxy, store, client):
+        stream = await watch_all(client, keys)
+        assert etcd.watchers() == base + 1
+        # Neither is in the namespace's cover.
+        await put_all(store, [*keys, b"/team/t/0"], b"of others")
+        await put_all(store, [b"/team" + key for key in keys], b"1")
+        await until_events(stream, len(keys))
+        check_events(stream, keys, [b"1"])
+        cover = proxy.engine.core.stats.covers[b"/s/"]
+        assert (cover.events, cover.unwanted_events) == (len(keys), 0)

@@ -31,9 +31,7 @@ async def catch_ups(port: int, endpoint: str) -> None:
     """One from a backfill, while other watches are live; one more from the history."""
     async with direct(endpoint) as store, await RawClient.connect(port) as client:
         revisions = [await store.put(b"k", value) for value in VALUES]
-        live = client.watch()
-        live.create(b"k")
-        await live.created(20)
+        await client.open_watch(b"k", timeout_s=20)
         streams = [client.watch() for _ in range(3)]
         for stream, fragment in zip(streams, (True, True, False), strict=True):
             stream.create(b"k", start_revision=revisions[0], fragment=fragment)

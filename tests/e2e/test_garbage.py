@@ -18,8 +18,7 @@ from proto.framing import Status
 from proto.pb import rpc_pb2
 from proxy.server import Proxy
 from tests.e2e.raw_client import RawClient
-from tests.e2e.running import direct, proxy_for
-from tests.e2e.scenario import run
+from tests.e2e.running import served
 from tests.etcd.server import EtcdServer
 from tests.waiting import until_async
 
@@ -83,9 +82,7 @@ async def connections(proxy: Proxy, client: RawClient, past: int) -> list[RawCli
     del client, past
     clients = [await RawClient.connect(proxy.port) for _ in range(TIMES)]
     for each in clients:
-        stream = each.watch()
-        stream.create(b"k")
-        await stream.created()
+        await each.open_watch(b"k")
         await each.unary("/etcdserverpb.KV/Range", rpc_pb2.RangeRequest(key=b"k").SerializeToString())
         await each.close()
     return clients
@@ -104,26 +101,19 @@ async def calls(proxy: Proxy, client: RawClient, past: int) -> list[RawClient]:
 
 
 @pytest.mark.parametrize("what", [watch_streams, single_watches, connections, calls])
-def test_ended_objects_are_freed_without_the_collector(etcd: EtcdServer, what: What) -> None:
-    async def scenario() -> None:
-        async with (
-            proxy_for(etcd, limits=CoreLimits(linger_s=0.05)) as proxy,
-            direct(etcd) as store,
-            await RawClient.connect(proxy.port) as client,
-        ):
-            past = await store.put(b"k0", b"v")
-            for number in range(1, 5):
-                await store.put(b"k%d" % number, b"v")
-            # Everything that is created once exists by now.
-            await what(proxy, client, past)
+async def test_ended_objects_are_freed_without_the_collector(etcd: EtcdServer, what: What) -> None:
+    async with served(etcd, limits=CoreLimits(linger_s=0.05)) as (proxy, store, client):
+        past = await store.put(b"k0", b"v")
+        for number in range(1, 5):
+            await store.put(b"k%d" % number, b"v")
+        # Everything that is created once exists by now.
+        await what(proxy, client, past)
+        await _at_rest(proxy)
+        with collected() as found:
+            clients = await what(proxy, client, past)
             await _at_rest(proxy)
-            with collected() as found:
-                clients = await what(proxy, client, past)
-                await _at_rest(proxy)
-                assert found() == Counter()
-                del clients
-
-    run(scenario())
+            assert found() == Counter()
+            del clients
 
 
 async def _at_rest(proxy: Proxy) -> None:

@@ -19,7 +19,6 @@ from proto.http2.receiving import REQUEST_WORK
 from proxy.listening.connection import ServerConnection
 from tests.e2e.raw_client import HOST, WATCH, RawClient
 from tests.e2e.running import direct, proxy_for
-from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.http2.fuzz import Transport
 from tests.http2.wire import REQUEST, raw, settings
@@ -57,155 +56,125 @@ def garbage(seed: int) -> bytes:
     return b"".join(frames)
 
 
-def test_garbage_of_all_kinds(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy, direct(etcd) as store, await RawClient.connect(proxy.port) as client:
-            stream = client.watch()
+async def test_garbage_of_all_kinds(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd) as proxy, direct(etcd) as store, await RawClient.connect(proxy.port) as client:
+        stream = await client.open_watch(b"a")
+        openings = [PREFACE + garbage(seed) for seed in range(150)]
+        openings += [random.Random(seed).randbytes(200) for seed in range(30)]
+        for start in range(0, len(openings), 30):
+            await asyncio.gather(*(talk(proxy.port, opening) for opening in openings[start : start + 30]))
+        await until_async(lambda: len(proxy.listener.connections) == 1, "them to be gone")
+        await store.put(b"a", b"1")
+        await until_async(lambda: stream.values == [b"1"], "the event")
+        assert proxy.engine.core.stats.sessions == 1
+
+
+async def test_partial_messages_are_freed_with_their_connection(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd) as proxy:
+        client = await RawClient.connect(proxy.port)
+        for _ in range(200):
+            client.call(WATCH).send_raw(frame(b"x" * 100)[:50])
+        await until_async(lambda: proxy.engine.core.stats.sessions == 200, "the sessions")
+        await client.close()
+        await until_async(lambda: proxy.engine.core.stats.sessions == 0, "them to be forgotten")
+        assert not proxy.watches.calls
+
+
+async def test_a_stream_opened_and_reset_without_end_is_cut_off(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd) as proxy:
+        client = await RawClient.connect(proxy.port)
+        for number in range(20_000):
+            if client.lost:
+                break
+            client.call(WATCH).cancel()
+            if number % 100 == 0:
+                await asyncio.sleep(0)
+        await until_async(lambda: client.lost, "the flood to be cut off")
+        assert client.goaways[-1].error_code == 11
+        assert proxy.engine.core.stats.sessions == 0
+
+
+async def test_too_many_watches_on_a_session(etcd: EtcdServer) -> None:
+    limits = CoreLimits(watches_per_session_max=3)
+    async with proxy_for(etcd, limits=limits) as proxy, await RawClient.connect(proxy.port) as client:
+        stream = client.watch()
+        for _ in range(4):
             stream.create(b"a")
+        for _ in range(3):
             await stream.created()
-            openings = [PREFACE + garbage(seed) for seed in range(150)]
-            openings += [random.Random(seed).randbytes(200) for seed in range(30)]
-            for start in range(0, len(openings), 30):
-                await asyncio.gather(*(talk(proxy.port, opening) for opening in openings[start : start + 30]))
-            await until_async(lambda: len(proxy.listener.connections) == 1, "them to be gone")
-            await store.put(b"a", b"1")
-            await until_async(lambda: stream.values == [b"1"], "the event")
-            assert proxy.engine.core.stats.sessions == 1
-
-    run(scenario())
+        refused = await stream.next()
+        assert (refused.created, refused.canceled) == (True, True)
+        assert "3" in refused.cancel_reason
+        stream.cancel(0)
+        assert (await stream.next()).canceled
+        stream.create(b"a")
+        await stream.created()
 
 
-def test_partial_messages_are_freed_with_their_connection(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy:
-            client = await RawClient.connect(proxy.port)
-            for _ in range(200):
-                client.call(WATCH).send_raw(frame(b"x" * 100)[:50])
-            await until_async(lambda: proxy.engine.core.stats.sessions == 200, "the sessions")
-            await client.close()
-            await until_async(lambda: proxy.engine.core.stats.sessions == 0, "them to be forgotten")
-            assert not proxy.watches.calls
-
-    run(scenario())
-
-
-def test_a_stream_opened_and_reset_without_end_is_cut_off(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy:
-            client = await RawClient.connect(proxy.port)
-            for number in range(20_000):
-                if client.lost:
-                    break
-                client.call(WATCH).cancel()
-                if number % 100 == 0:
-                    await asyncio.sleep(0)
-            await until_async(lambda: client.lost, "the flood to be cut off")
-            assert client.goaways[-1].error_code == 11
-            assert proxy.engine.core.stats.sessions == 0
-
-    run(scenario())
-
-
-def test_too_many_watches_on_a_session(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        limits = CoreLimits(watches_per_session_max=3)
-        async with proxy_for(etcd, limits=limits) as proxy, await RawClient.connect(proxy.port) as client:
-            stream = client.watch()
-            for _ in range(4):
-                stream.create(b"a")
-            for _ in range(3):
-                await stream.created()
-            refused = await stream.next()
-            assert (refused.created, refused.canceled) == (True, True)
-            assert "3" in refused.cancel_reason
-            stream.cancel(0)
-            assert (await stream.next()).canceled
-            stream.create(b"a")
-            await stream.created()
-
-    run(scenario())
-
-
-def test_a_client_behind_for_too_long_gets_the_reason(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_behind_for_too_long_gets_the_reason(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.listening.calls.UNREAD_END_GRACE_S", 0.2)
-
-    async def scenario() -> None:
-        limits = CoreLimits(lagging_age_s_max=0.3)
-        async with (
-            proxy_for(etcd, limits=limits) as proxy,
-            direct(etcd) as store,
-            await RawClient.connect(proxy.port, window=65_535) as client,
-        ):
-            dead, slow, quick = client.watch(), client.watch(), client.watch()
-            for stream in (dead, slow, quick):
-                stream.create(b"a")
-                await stream.created()
-            dead.raw.taking = slow.raw.taking = False
-            for _ in range(10):
-                await store.put(b"a", b"x" * 30_000)
-            await until_async(lambda: proxy.engine.core.stats.sessions == 1, "both to be given up")
-            slow.raw.take()
-            status, text = await slow.raw.end()
-            assert status == Status.UNAVAILABLE, text
-            assert "behind" in text
-            # A client that does not even read the end of its call gets its stream reset.
-            await until_async(lambda: dead.raw.reset == 8, "the reset")
-            await until_async(lambda: len(quick.values) == 10, "all events")
-
-    run(scenario())
-
-
-def test_tls_and_plain_text_on_the_wrong_port(etcd: EtcdServer, tmp_path_factory: pytest.TempPathFactory) -> None:
-    files = make_certificates(tmp_path_factory.mktemp("certificates"))
-
-    async def scenario() -> None:
-        inward, outward = server_context(files.server_cert, files.server_key), client_context(cacert=files.ca)
-        async with (
-            proxy_for(etcd, tls=inward) as proxy,
-            direct(etcd) as store,
-            await RawClient.connect(proxy.port, tls=outward) as client,
-        ):
-            stream = client.watch()
+    limits = CoreLimits(lagging_age_s_max=0.3)
+    async with (
+        proxy_for(etcd, limits=limits) as proxy,
+        direct(etcd) as store,
+        await RawClient.connect(proxy.port, window=65_535) as client,
+    ):
+        dead, slow, quick = client.watch(), client.watch(), client.watch()
+        for stream in (dead, slow, quick):
             stream.create(b"a")
             await stream.created()
-            assert SETTINGS not in await talk(proxy.port, PREFACE + SETTINGS)
-            await store.put(b"a", b"x" * 300_000)
-            await until_async(lambda: stream.values == [b"x" * 300_000], "the event")
-
-    run(scenario())
-
-
-def test_a_tls_client_at_a_plain_port(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        context = ssl.create_default_context()
-        async with proxy_for(etcd) as proxy:
-            with pytest.raises((ssl.SSLError, ConnectionError)):
-                await asyncio.open_connection(HOST, proxy.port, ssl=context)
-            await until_async(lambda: not proxy.listener.connections, "it to be gone")
-
-    run(scenario())
+        dead.raw.taking = slow.raw.taking = False
+        for _ in range(10):
+            await store.put(b"a", b"x" * 30_000)
+        await until_async(lambda: proxy.engine.core.stats.sessions == 1, "both to be given up")
+        slow.raw.take()
+        status, text = await slow.raw.end()
+        assert status == Status.UNAVAILABLE, text
+        assert "behind" in text
+        # A client that does not even read the end of its call gets its stream reset.
+        await until_async(lambda: dead.raw.reset == 8, "the reset")
+        await until_async(lambda: len(quick.values) == 10, "all events")
 
 
-def test_a_burst_of_requests_is_handled_over_several_turns(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy:
-            connection = ServerConnection(proxy.listener)
-            transport = Transport()
-            connection.connection_made(cast(asyncio.Transport, transport))
-            encoder = hpack.Encoder()
-            requests = [raw(1, 4, 2 * number + 1, encoder.encode(REQUEST)) for number in range(500)]
-            connection.data_received(PREFACE + settings() + b"".join(requests))
-            opened = [len(connection.h2.streams)]
-            assert not transport.reading
-            while not transport.reading:
-                turn = asyncio.Event()
-                asyncio.get_running_loop().call_soon(turn.set)
-                await turn.wait()
-                opened.append(len(connection.h2.streams))
-            # Other callbacks ran in between, repeatedly: two turns pass between samples. Nothing was skipped.
-            steps = {later - earlier for earlier, later in pairwise(opened)}
-            assert max(steps) <= 2 * proxy.listener.settings.http2.turn_work_max // REQUEST_WORK
-            assert opened[-1] == 500
-            connection.connection_lost(None)
+async def test_tls_and_plain_text_on_the_wrong_port(etcd: EtcdServer, tmp_path_factory: pytest.TempPathFactory) -> None:
+    files = make_certificates(tmp_path_factory.mktemp("certificates"))
+    inward, outward = server_context(files.server_cert, files.server_key), client_context(cacert=files.ca)
+    async with (
+        proxy_for(etcd, tls=inward) as proxy,
+        direct(etcd) as store,
+        await RawClient.connect(proxy.port, tls=outward) as client,
+    ):
+        stream = await client.open_watch(b"a")
+        assert SETTINGS not in await talk(proxy.port, PREFACE + SETTINGS)
+        await store.put(b"a", b"x" * 300_000)
+        await until_async(lambda: stream.values == [b"x" * 300_000], "the event")
 
-    run(scenario())
+
+async def test_a_tls_client_at_a_plain_port(etcd: EtcdServer) -> None:
+    context = ssl.create_default_context()
+    async with proxy_for(etcd) as proxy:
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await asyncio.open_connection(HOST, proxy.port, ssl=context)
+        await until_async(lambda: not proxy.listener.connections, "it to be gone")
+
+
+async def test_a_burst_of_requests_is_handled_over_several_turns(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd) as proxy:
+        connection = ServerConnection(proxy.listener)
+        transport = Transport()
+        connection.connection_made(cast(asyncio.Transport, transport))
+        encoder = hpack.Encoder()
+        requests = [raw(1, 4, 2 * number + 1, encoder.encode(REQUEST)) for number in range(500)]
+        connection.data_received(PREFACE + settings() + b"".join(requests))
+        opened = [len(connection.h2.streams)]
+        assert not transport.reading
+        while not transport.reading:
+            turn = asyncio.Event()
+            asyncio.get_running_loop().call_soon(turn.set)
+            await turn.wait()
+            opened.append(len(connection.h2.streams))
+        # Other callbacks ran in between, repeatedly: two turns pass between samples. Nothing was skipped.
+        steps = {later - earlier for earlier, later in pairwise(opened)}
+        assert max(steps) <= 2 * proxy.listener.settings.http2.turn_work_max // REQUEST_WORK
+        assert opened[-1] == 500
+        connection.connection_lost(None)

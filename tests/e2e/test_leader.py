@@ -8,8 +8,7 @@ from proto.framing import Status
 from proto.pb import rpc_pb2
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct, proxy_for
-from tests.e2e.scenario import run
-from tests.upstream.test_watch_etcd import Member
+from tests.etcd.cluster import cluster
 from tests.waiting import until_async
 
 HAS_LEADER = [("hasleader", "true")]
@@ -27,52 +26,41 @@ async def calls_without_a_leader(client: RawClient) -> None:
     assert rpc_pb2.RangeResponse.FromString(await answer.next()).kvs[0].value == b"1"
 
 
-def test_the_leader_is_lost_and_comes_back() -> None:
-    one, two = Member(), Member()
-    one.members = two.members = (one, two)
-
-    async def scenario() -> None:
-        await asyncio.gather(asyncio.to_thread(one.start), asyncio.to_thread(two.start))
-        async with (
-            proxy_for(f"{one.endpoint},{two.endpoint}") as proxy,
-            direct(one) as store,
-            await RawClient.connect(proxy.port) as client,
-        ):
-            first = await store.put(b"a", b"1")
-            told, patient = client.watch(HAS_LEADER), client.watch()
-            for stream in (told, patient):
-                stream.create(b"a", start_revision=first)
-                await stream.created()
-                await until_async(lambda s=stream: s.values == [b"1"], "the event")  # type: ignore[misc]  # bound
-            grant = rpc_pb2.LeaseGrantRequest(TTL=600, ID=7).SerializeToString()
-            assert (await client.unary("/etcdserverpb.Lease/LeaseGrant", grant)).status == Status.OK
-            # One at each member, in turn.
-            kept = [client.call("/etcdserverpb.Lease/LeaseKeepAlive", HAS_LEADER) for _ in range(2)]
-            for call in kept:
-                call.send(rpc_pb2.LeaseKeepAliveRequest(ID=7).SerializeToString())
-                assert rpc_pb2.LeaseKeepAliveResponse.FromString(await call.next()).TTL == 600
-            await asyncio.to_thread(two.kill)
-            assert await told.raw.end(20) == NO_LEADER
-            assert [await call.end(20) for call in kept].count(NO_LEADER) == 1
-            await calls_without_a_leader(client)
-            # A watch without `hasleader` is served without a leader.
-            another = client.watch()
-            another.create(b"a", start_revision=first)
-            another.create(b"a")
-            await another.created(20)
-            await until_async(lambda: another.values == [b"1"], "the past")
-            await asyncio.to_thread(two.start)
-            await until_async(lambda: not proxy.upstream.leaderless, "the leader's return", 20)
-            await store.put(b"a", b"2")
-            await until_async(lambda: patient.values == [b"1", b"2"], "the next event")
-            await until_async(lambda: another.values == [b"1", b"2", b"2"], "the next event, twice")
-            again = client.watch(HAS_LEADER)
-            again.create(b"a")
-            await again.created()
-            assert not patient.raw.over
-
-    try:
-        run(scenario())
-    finally:
-        one.__exit__(None, None, None)
-        two.__exit__(None, None, None)
+async def test_the_leader_is_lost_and_comes_back() -> None:
+    async with (
+        cluster(2) as members,
+        proxy_for(members.endpoints) as proxy,
+        direct(members.members[0]) as store,
+        await RawClient.connect(proxy.port) as client,
+    ):
+        two = members.members[1]
+        first = await store.put(b"a", b"1")
+        told, patient = client.watch(HAS_LEADER), client.watch()
+        for stream in (told, patient):
+            stream.create(b"a", start_revision=first)
+            await stream.created()
+            await until_async(lambda s=stream: s.values == [b"1"], "the event")  # type: ignore[misc]  # bound
+        grant = rpc_pb2.LeaseGrantRequest(TTL=600, ID=7).SerializeToString()
+        assert (await client.unary("/etcdserverpb.Lease/LeaseGrant", grant)).status == Status.OK
+        # One at each member, in turn.
+        kept = [client.call("/etcdserverpb.Lease/LeaseKeepAlive", HAS_LEADER) for _ in range(2)]
+        for call in kept:
+            call.send(rpc_pb2.LeaseKeepAliveRequest(ID=7).SerializeToString())
+            assert rpc_pb2.LeaseKeepAliveResponse.FromString(await call.next()).TTL == 600
+        await asyncio.to_thread(two.kill)
+        assert await told.raw.end(20) == NO_LEADER
+        assert [await call.end(20) for call in kept].count(NO_LEADER) == 1
+        await calls_without_a_leader(client)
+        # A watch without `hasleader` is served without a leader.
+        another = client.watch()
+        another.create(b"a", start_revision=first)
+        another.create(b"a")
+        await another.created(20)
+        await until_async(lambda: another.values == [b"1"], "the past")
+        await asyncio.to_thread(two.start)
+        await until_async(lambda: not proxy.upstream.leaderless, "the leader's return", 20)
+        await store.put(b"a", b"2")
+        await until_async(lambda: patient.values == [b"1", b"2"], "the next event")
+        await until_async(lambda: another.values == [b"1", b"2", b"2"], "the next event, twice")
+        await client.open_watch(b"a", metadata=HAS_LEADER)
+        assert not patient.raw.over

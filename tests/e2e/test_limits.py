@@ -29,7 +29,6 @@ from proxy.passthrough.waiting import NO_CONNECTION
 from proxy.watch.settings import WatchSettings
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import proxy_for
-from tests.e2e.scenario import run
 from tests.etcd.server import HOST, EtcdServer
 from tests.proxy.admin.test_metrics import scrape, value
 from tests.proxy.auth.test_reads import FakeSession, now
@@ -82,120 +81,100 @@ async def silent(rig: Rig, opening: bytes) -> AsyncIterator[Silent]:
         ("idle_timeout_s", PREFACE + SETTINGS + ACK, "_idle_since"),
     ],
 )
-def test_times_of_a_connection(limit: str, opening: bytes, since: str) -> None:
-    async def scenario() -> None:
-        async with rig_of(TIMES) as rig, silent(rig, opening) as (connection, _reader, _writer):
-            if limit == "keepalive_timeout_s":
-                due = connection._heard_at + 300
-                connection.sweep(due - A_LITTLE_S)
-                assert connection._pinged_at is None
-                connection.sweep(due)
-                assert connection._pinged_at == due
-            at = getattr(connection, since) + getattr(TIMES, limit)
-            connection.sweep(at - A_LITTLE_S)
-            assert not +rig.listener.stats.timed_out
-            if limit == "idle_timeout_s":
-                connection._pinged_at = None
-            connection.sweep(at + A_LITTLE_S)
-            assert +rig.listener.stats.timed_out == {limit: 1}
-            if limit == "idle_timeout_s":
-                # It has received GOAWAY, and may still send.
-                assert connection.h2.going_away
-            else:
-                await until_async(lambda: not rig.listener.connections, "it to be closed")
-
-    run(scenario())
-
-
-def test_the_final_goaway_follows_an_unanswered_ping() -> None:
-    """`drain_ping_s` bounds the wait for the second GOAWAY."""
-
-    async def scenario() -> None:
-        async with (
-            rig_of(ListenerSettings(drain_ping_s=0.05)) as rig,
-            silent(rig, PREFACE + SETTINGS + ACK) as (connection, reader, _writer),
-        ):
-            connection.go_away()
-            assert not connection.h2.ending
-            said = await asyncio.wait_for(reader.read(), 10)
-            assert connection.h2.ending
-            assert said.count(bytes((0, 0, 8, 7, 0, 0, 0, 0, 0))) == 2
-
-    run(scenario())
-
-
-def test_a_connection_stays_open_for_the_reason_to_be_read() -> None:
-    """After `reason_s` the connection is closed, even if the client still sends."""
-
-    async def scenario() -> None:
-        async with (
-            rig_of(ListenerSettings(reason_s=0.05)) as rig,
-            silent(rig, PREFACE + SETTINGS + ACK) as (_connection, reader, writer),
-        ):
-            writer.write(PING[:4] + b"\1" + PING[5:8] + b"\1" + PING[9:])
-            said = b""
-            while b"PING on a stream" not in said:
-                said += await asyncio.wait_for(reader.read(100), 10)
+async def test_times_of_a_connection(limit: str, opening: bytes, since: str) -> None:
+    async with rig_of(TIMES) as rig, silent(rig, opening) as (connection, _reader, _writer):
+        if limit == "keepalive_timeout_s":
+            due = connection._heard_at + 300
+            connection.sweep(due - A_LITTLE_S)
+            assert connection._pinged_at is None
+            connection.sweep(due)
+            assert connection._pinged_at == due
+        at = getattr(connection, since) + getattr(TIMES, limit)
+        connection.sweep(at - A_LITTLE_S)
+        assert not +rig.listener.stats.timed_out
+        if limit == "idle_timeout_s":
+            connection._pinged_at = None
+        connection.sweep(at + A_LITTLE_S)
+        assert +rig.listener.stats.timed_out == {limit: 1}
+        if limit == "idle_timeout_s":
+            # It has received GOAWAY, and may still send.
+            assert connection.h2.going_away
+        else:
             await until_async(lambda: not rig.listener.connections, "it to be closed")
-            assert +rig.listener.stats.cut_off == {"PROTOCOL_ERROR": 1}
-
-    run(scenario())
 
 
-def test_unread_bytes_beyond_the_limit_pause_reading() -> None:
-    async def scenario() -> None:
-        async with (
-            rig_of(ListenerSettings(unread_bytes_max=20_000)) as rig,
-            silent(rig, PREFACE + SETTINGS + ACK) as (connection, _reader, _writer),
-        ):
-            connection.pause_writing()
-            connection._hold([b"x" * 15_000, b"x" * 5_000])
-            assert not connection._read_paused
-            assert rig.listener.stats.not_read == 0
-            connection._hold([b"x"])
-            connection._hold([b"x"])
-            assert connection._read_paused
-            assert rig.listener.stats.not_read == 1
-            connection.resume_writing()
-            assert not connection._read_paused
+async def test_the_final_goaway_follows_an_unanswered_ping() -> None:
+    """`drain_ping_s` bounds the wait for the second GOAWAY."""
+    async with (
+        rig_of(ListenerSettings(drain_ping_s=0.05)) as rig,
+        silent(rig, PREFACE + SETTINGS + ACK) as (connection, reader, _writer),
+    ):
+        connection.go_away()
+        assert not connection.h2.ending
+        said = await asyncio.wait_for(reader.read(), 10)
+        assert connection.h2.ending
+        assert said.count(bytes((0, 0, 8, 7, 0, 0, 0, 0, 0))) == 2
 
-    run(scenario())
+
+async def test_a_connection_stays_open_for_the_reason_to_be_read() -> None:
+    """After `reason_s` the connection is closed, even if the client still sends."""
+    async with (
+        rig_of(ListenerSettings(reason_s=0.05)) as rig,
+        silent(rig, PREFACE + SETTINGS + ACK) as (_connection, reader, writer),
+    ):
+        writer.write(PING[:4] + b"\1" + PING[5:8] + b"\1" + PING[9:])
+        said = b""
+        while b"PING on a stream" not in said:
+            said += await asyncio.wait_for(reader.read(100), 10)
+        await until_async(lambda: not rig.listener.connections, "it to be closed")
+        assert +rig.listener.stats.cut_off == {"PROTOCOL_ERROR": 1}
+
+
+async def test_unread_bytes_beyond_the_limit_pause_reading() -> None:
+    async with (
+        rig_of(ListenerSettings(unread_bytes_max=20_000)) as rig,
+        silent(rig, PREFACE + SETTINGS + ACK) as (connection, _reader, _writer),
+    ):
+        connection.pause_writing()
+        connection._hold([b"x" * 15_000, b"x" * 5_000])
+        assert not connection._read_paused
+        assert rig.listener.stats.not_read == 0
+        connection._hold([b"x"])
+        connection._hold([b"x"])
+        assert connection._read_paused
+        assert rig.listener.stats.not_read == 1
+        connection.resume_writing()
+        assert not connection._read_paused
 
 
 @pytest.mark.parametrize(("pings", "turns"), [(5, 0), (6, 1)])
-def test_turn_work_max_spreads_input_over_turns(pings: int, turns: int) -> None:
-    async def scenario() -> None:
-        async with (
-            rig_of(ListenerSettings(http2=Http2Limits(turn_work_max=5), keepalive_min_s=None)) as rig,
-            silent(rig, PREFACE + SETTINGS + ACK) as (connection, _reader, _writer),
-        ):
-            connection.data_received(PING * pings)
-            assert connection.h2.behind == bool(turns)
-            await until_async(lambda: not connection.h2.behind, "all of it")
-            assert rig.listener.stats.in_turns == turns
-
-    run(scenario())
+async def test_turn_work_max_spreads_input_over_turns(pings: int, turns: int) -> None:
+    async with (
+        rig_of(ListenerSettings(http2=Http2Limits(turn_work_max=5), keepalive_min_s=None)) as rig,
+        silent(rig, PREFACE + SETTINGS + ACK) as (connection, _reader, _writer),
+    ):
+        connection.data_received(PING * pings)
+        assert connection.h2.behind == bool(turns)
+        await until_async(lambda: not connection.h2.behind, "all of it")
+        assert rig.listener.stats.in_turns == turns
 
 
-def test_streams_refused_at_a_limit_are_counted() -> None:
-    async def scenario() -> None:
-        limits = Http2Limits(max_streams=2, header_list_bytes_max=1000)
-        async with rig_of(ListenerSettings(http2=limits)) as rig, await rig.connect() as client:
-            calls = [client.call(ECHO) for _ in range(3)]
-            assert (await calls[2].end(), calls[2].reset) == ((None, ""), 7)
-            calls[0].send(b"x", end=True)
-            await calls[0].end()
-            large = client.call(ECHO, [("x", "y" * 1000)])
-            assert (await large.end(), large.reset) == ((None, ""), 11)
-            refused = rig.listener.stats.refused_at
-            assert +refused == {"max_concurrent_streams": 1, "header_list_bytes_max": 1}
-            # A client that keeps to its windows cannot cause this.
-            (connection,) = rig.listener.connections
-            connection._handle([LimitReached("initial_window")])
-            assert refused["initial_window"] == 1
-            assert set(refused) == set(REFUSED_AT.values())
-
-    run(scenario())
+async def test_streams_refused_at_a_limit_are_counted() -> None:
+    limits = Http2Limits(max_streams=2, header_list_bytes_max=1000)
+    async with rig_of(ListenerSettings(http2=limits)) as rig, await rig.connect() as client:
+        calls = [client.call(ECHO) for _ in range(3)]
+        assert (await calls[2].end(), calls[2].reset) == ((None, ""), 7)
+        calls[0].send(b"x", end=True)
+        await calls[0].end()
+        large = client.call(ECHO, [("x", "y" * 1000)])
+        assert (await large.end(), large.reset) == ((None, ""), 11)
+        refused = rig.listener.stats.refused_at
+        assert +refused == {"max_concurrent_streams": 1, "header_list_bytes_max": 1}
+        # A client that keeps to its windows cannot cause this.
+        (connection,) = rig.listener.connections
+        connection._handle([LimitReached("initial_window")])
+        assert refused["initial_window"] == 1
+        assert set(refused) == set(REFUSED_AT.values())
 
 
 def created(size: int) -> bytes:
@@ -207,67 +186,57 @@ def created(size: int) -> bytes:
     return request
 
 
-def test_the_size_of_a_watch_request(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with (
-            proxy_for(etcd, watch=WatchSettings(request_bytes_max=100)) as proxy,
-            await RawClient.connect(proxy.port) as client,
-        ):
-            monitor = Monitor(proxy, "")
-            stream = client.watch()
-            stream.raw.send(created(100))
-            assert (await stream.created()).watch_id == 7
-            assert value(scrape(monitor), "watchmux_limit_refusals_total", limit="request_bytes_max") == 0
-            other = client.watch()
-            other.raw.send(created(101))
-            status, text = await other.raw.end()
-            assert (status, "101 vs. 100 bytes" in text) == (Status.RESOURCE_EXHAUSTED, True)
-            assert value(scrape(monitor), "watchmux_limit_refusals_total", limit="request_bytes_max") == 1
-
-    run(scenario())
+async def test_the_size_of_a_watch_request(etcd: EtcdServer) -> None:
+    async with (
+        proxy_for(etcd, watch=WatchSettings(request_bytes_max=100)) as proxy,
+        await RawClient.connect(proxy.port) as client,
+    ):
+        monitor = Monitor(proxy, "")
+        stream = client.watch()
+        stream.raw.send(created(100))
+        assert (await stream.created()).watch_id == 7
+        assert value(scrape(monitor), "watchmux_limit_refusals_total", limit="request_bytes_max") == 0
+        other = client.watch()
+        other.raw.send(created(101))
+        status, text = await other.raw.end()
+        assert (status, "101 vs. 100 bytes" in text) == (Status.RESOURCE_EXHAUSTED, True)
+        assert value(scrape(monitor), "watchmux_limit_refusals_total", limit="request_bytes_max") == 1
 
 
-def test_calls_that_wait_for_an_etcd() -> None:
-    async def scenario() -> None:
-        async with scripted() as etcd:
-            etcd.mute = True
-            async with passing(etcd.endpoint, bounds=PassthroughSettings(waiting_max=2)) as running:
-                port = int(running.address.rpartition(":")[2])
-                async with await RawClient.connect(port) as client:
-                    calls = [client.call("/any.Service/Wait") for _ in range(3)]
-                    assert await calls[2].end() == (Status.UNAVAILABLE, NO_CONNECTION)
-                    stats = running.passthrough.stats
-                    assert (running.passthrough.waiting, stats.unavailable) == (2, 1)
-                    assert stats.refused_at["waiting_max"] == 1
-
-    run(scenario())
+async def test_calls_that_wait_for_an_etcd() -> None:
+    async with scripted() as etcd:
+        etcd.mute = True
+        async with passing(etcd.endpoint, bounds=PassthroughSettings(waiting_max=2)) as running:
+            port = int(running.address.rpartition(":")[2])
+            async with await RawClient.connect(port) as client:
+                calls = [client.call("/any.Service/Wait") for _ in range(3)]
+                assert await calls[2].end() == (Status.UNAVAILABLE, NO_CONNECTION)
+                stats = running.passthrough.stats
+                assert (running.passthrough.waiting, stats.unavailable) == (2, 1)
+                assert stats.refused_at["waiting_max"] == 1
 
 
-def test_requests_kept_to_be_sent_again() -> None:
+async def test_requests_kept_to_be_sent_again() -> None:
     bounds = PassthroughSettings(resend_bytes_max=1000, resend_bytes_total_max=2000)
     body = frame(bytes(5000))
-
-    async def scenario() -> None:
-        async with echo_server() as (echo, address), passing(address, echo, bounds=bounds) as running:
-            await until_async(lambda: running.pool.pick() is not None, "the server")
-            stats = running.passthrough.stats
-            async with await RawClient.connect(int(running.address.rpartition(":")[2])) as client:
-                first, second, third = (client.call("/any.Service/Stream") for _ in range(3))
-                for number, call in enumerate((first, second), 1):
-                    call.send_raw(body[:1000])
-                    await until_async(lambda number=number: stats.resend_bytes == 1000 * number, "it")  # type: ignore[misc]
-                assert stats.not_kept_at == {"resend_bytes_max": 0, "resend_bytes_total_max": 0}
-                third.send_raw(body[:1])
-                await until_async(lambda: stats.not_kept_at["resend_bytes_total_max"] == 1, "the third not to be kept")
-                first.send_raw(body[1000:1001])
-                await until_async(lambda: stats.not_kept_at["resend_bytes_max"] == 1, "the first to be too large")
-                assert stats.resend_bytes == 1000
-                for call, sent in ((first, 1001), (second, 1000), (third, 1)):
-                    call.send_raw(body[sent:], end=True)
-                    assert await call.end() == (0, "")
-            assert stats.not_kept_at == {"resend_bytes_max": 2, "resend_bytes_total_max": 1}
-
-    run(scenario())
+    async with echo_server() as (echo, address), passing(address, echo, bounds=bounds) as running:
+        await until_async(lambda: running.pool.pick() is not None, "the server")
+        stats = running.passthrough.stats
+        async with await RawClient.connect(int(running.address.rpartition(":")[2])) as client:
+            first, second, third = (client.call("/any.Service/Stream") for _ in range(3))
+            for number, call in enumerate((first, second), 1):
+                call.send_raw(body[:1000])
+                await until_async(lambda number=number: stats.resend_bytes == 1000 * number, "it")  # type: ignore[misc]
+            assert stats.not_kept_at == {"resend_bytes_max": 0, "resend_bytes_total_max": 0}
+            third.send_raw(body[:1])
+            await until_async(lambda: stats.not_kept_at["resend_bytes_total_max"] == 1, "the third not to be kept")
+            first.send_raw(body[1000:1001])
+            await until_async(lambda: stats.not_kept_at["resend_bytes_max"] == 1, "the first to be too large")
+            assert stats.resend_bytes == 1000
+            for call, sent in ((first, 1001), (second, 1000), (third, 1)):
+                call.send_raw(body[sent:], end=True)
+                assert await call.end() == (0, "")
+        assert stats.not_kept_at == {"resend_bytes_max": 2, "resend_bytes_total_max": 1}
 
 
 class Unread:
@@ -312,19 +281,16 @@ def test_answers_that_are_not_read() -> None:
     assert (owner.stats.unread, owner.stats.unread_bytes) == (3, 100)
 
 
-def test_reads_that_are_not_answered_in_time() -> None:
-    async def scenario() -> None:
-        async with scripted() as etcd:
-            etcd.on_message = lambda _call, _message: None
-            pool = Pool(parse_endpoints(etcd.endpoint))
-            pool.start()
-            reader = Reader(pool, ReaderSettings(timeout_s=0.05))
-            reader.read(now(FakeSession()))
-            await until_async(lambda: reader.failed["DEADLINE_EXCEEDED"], "a read to be given up")
-            reader.stop()
-            await pool.stop()
-
-    run(scenario())
+async def test_reads_that_are_not_answered_in_time() -> None:
+    async with scripted() as etcd:
+        etcd.on_message = lambda _call, _message: None
+        pool = Pool(parse_endpoints(etcd.endpoint))
+        pool.start()
+        reader = Reader(pool, ReaderSettings(timeout_s=0.05))
+        reader.read(now(FakeSession()))
+        await until_async(lambda: reader.failed["DEADLINE_EXCEEDED"], "a read to be given up")
+        reader.stop()
+        await pool.stop()
 
 
 @pytest.mark.parametrize(
@@ -336,7 +302,7 @@ def test_reads_that_are_not_answered_in_time() -> None:
         (Http1Settings(connections_max=0), 503),
     ],
 )
-def test_http1_that_is_refused_is_counted(
+async def test_http1_that_is_refused_is_counted(
     settings: Http1Settings, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def swallowed(*_arguments: Any) -> None:
@@ -344,12 +310,8 @@ def test_http1_that_is_refused_is_counted(
 
     monkeypatch.setattr("proxy.listening.http1.open_transport", swallowed)
     said = {400: b"get /\r\n\r\n", 408: b"GE"}.get(status, get("/version"))
-
-    async def scenario() -> None:
-        async with scripted() as etcd, passing(etcd.endpoint) as running:
-            running.http1.settings = settings
-            answer = await ask(running.address, said)
-            assert answer.startswith(b"HTTP/1.1 %d " % status)
-            assert {key: count for key, count in running.http1.refused.items() if count} == {status: 1}
-
-    run(scenario())
+    async with scripted() as etcd, passing(etcd.endpoint) as running:
+        running.http1.settings = settings
+        answer = await ask(running.address, said)
+        assert answer.startswith(b"HTTP/1.1 %d " % status)
+        assert {key: count for key, count in running.http1.refused.items() if count} == {status: 1}

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import proxy_for
-from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 
 REQUESTS = "etcd_server_client_requests_total"
 
 
-def test_own_streams_and_calls_name_their_api_version() -> None:
+async def test_own_streams_and_calls_name_their_api_version() -> None:
     """etcd counts requests by `client-api-version`, and as "unknown" without."""
-
-    async def scenario(etcd: EtcdServer) -> None:
+    with EtcdServer() as etcd:
         async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
             stream = client.watch()
             stream.create(b"a")
@@ -23,6 +21,3 @@ def test_own_streams_and_calls_name_their_api_version() -> None:
                 f'{REQUESTS}{{client_api_version="3.5",type="{kind}"}}' for kind in ("stream", "unary")
             }
             assert all(counted.values())
-
-    with EtcdServer() as etcd:
-        run(scenario(etcd))

@@ -6,37 +6,29 @@ import asyncio
 
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct, proxy_for
-from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.waiting import until, until_async
 
 
-def test_a_client_that_comes_back_costs_etcd_one_watch(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy, direct(etcd) as store:
-            core = proxy.engine.core
-            async with await RawClient.connect(proxy.port) as client:
-                stream = client.watch()
-                stream.create(b"a")
-                await stream.created()
-                revisions = [await store.put(b"a", b"%d" % number) for number in range(3)]
-                await until_async(lambda: len(stream.values) == 3, "the events")
-                assert await asyncio.to_thread(etcd.watchers) == 1
-            await until_async(lambda: core.stats.parked == 1, "the range to be parked", 5)
-            await asyncio.to_thread(until_none, etcd)
-            for number in range(3, 5):
-                await store.put(b"a", b"%d" % number)
-            async with await RawClient.connect(proxy.port) as client:
-                stream = client.watch()
-                stream.create(b"a", start_revision=revisions[1])
-                await stream.created()
-                await store.put(b"a", b"5")
-                await until_async(lambda: len(stream.values) >= 5, "everything since")
-                assert stream.values == [b"1", b"2", b"3", b"4", b"5"]
-                assert await asyncio.to_thread(etcd.watchers) == 1
-            assert (core.stats.resumed, core.stats.joins_backfill, core.stats.upstreams_opened) == (1, 0, 2)
-
-    run(scenario())
+async def test_a_client_that_comes_back_costs_etcd_one_watch(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd) as proxy, direct(etcd) as store:
+        core = proxy.engine.core
+        async with await RawClient.connect(proxy.port) as client:
+            stream = await client.open_watch(b"a")
+            revisions = [await store.put(b"a", b"%d" % number) for number in range(3)]
+            await until_async(lambda: len(stream.values) == 3, "the events")
+            assert await asyncio.to_thread(etcd.watchers) == 1
+        await until_async(lambda: core.stats.parked == 1, "the range to be parked", 5)
+        await asyncio.to_thread(until_none, etcd)
+        for number in range(3, 5):
+            await store.put(b"a", b"%d" % number)
+        async with await RawClient.connect(proxy.port) as client:
+            stream = await client.open_watch(b"a", start_revision=revisions[1])
+            await store.put(b"a", b"5")
+            await until_async(lambda: len(stream.values) >= 5, "everything since")
+            assert stream.values == [b"1", b"2", b"3", b"4", b"5"]
+            assert await asyncio.to_thread(etcd.watchers) == 1
+        assert (core.stats.resumed, core.stats.joins_backfill, core.stats.upstreams_opened) == (1, 0, 2)
 
 
 def until_none(etcd: EtcdServer) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from proto.framing import Status
 from tests.e2e.raw_client import RawClient, WatchStream
-from tests.e2e.running import direct, proxy_for
+from tests.e2e.running import direct, proxy_for, served
 from tests.etcd.server import EtcdServer
 from tests.waiting import until_async
 
@@ -44,86 +44,60 @@ def has_values(watch: WatchStream, values: list[bytes]) -> bool:
 
 
 @pytest.mark.parametrize("start", [0, 1], ids=["now", "past"])
-def test_a_create_that_is_too_large_for_etcd_ends_as_directly(narrow: EtcdServer, start: int) -> None:
-    async def story() -> None:
-        async with proxy_for(narrow) as proxy, direct(narrow) as store:
-            await store.put(b"live", b"0")
-            for port in (narrow.client_port, proxy.port):
-                async with await RawClient.connect(port) as client, await RawClient.connect(proxy.port) as other:
-                    live = other.watch()
-                    live.create(b"live")
-                    await live.created()
-                    watch = client.watch()
-                    await watch.create_large(KEY, start)
-                    status, text = await watch.raw.end()
-                    assert status == Status.RESOURCE_EXHAUSTED
-                    assert TOO_LARGE.fullmatch(text)
-                    assert watch.responses == []
-                    await store.put(b"live", b"1")
-                    await until_async(partial(has_values, live, [b"1"]), "the event of the other client")
-            assert proxy.engine.stats.upstream_broken == 0
-
-    run(story())
-
-
-def test_many_creates_that_are_too_large_cost_others_nothing(narrow: EtcdServer) -> None:
-    async def story() -> None:
-        async with (
-            proxy_for(narrow) as proxy,
-            direct(narrow) as store,
-            await RawClient.connect(proxy.port) as other,
-            await RawClient.connect(proxy.port) as client,
-        ):
-            live = other.watch()
-            live.create(b"live")
-            await live.created()
-            trunk_stream = next(iter(proxy.upstream._state.streams()))
-            for number in range(20):
+async def test_a_create_that_is_too_large_for_etcd_ends_as_directly(narrow: EtcdServer, start: int) -> None:
+    async with proxy_for(narrow) as proxy, direct(narrow) as store:
+        await store.put(b"live", b"0")
+        for port in (narrow.client_port, proxy.port):
+            async with await RawClient.connect(port) as client, await RawClient.connect(proxy.port) as other:
+                live = await other.open_watch(b"live")
                 watch = client.watch()
-                await watch.create_large(KEY + b"%d" % number, 1)
-                await store.put(b"live", b"%d" % number)
-                assert (await watch.raw.end())[0] == Status.RESOURCE_EXHAUSTED
-            await until_async(lambda: live.values == [b"%d" % number for number in range(20)], "all events")
-            # The live watch's stream at etcd has never ended.
-            assert list(proxy.upstream._state.streams()) == [trunk_stream]
+                await watch.create_large(KEY, start)
+                status, text = await watch.raw.end()
+                assert status == Status.RESOURCE_EXHAUSTED
+                assert TOO_LARGE.fullmatch(text)
+                assert watch.responses == []
+                await store.put(b"live", b"1")
+                await until_async(partial(has_values, live, [b"1"]), "the event of the other client")
+        assert proxy.engine.stats.upstream_broken == 0
 
-    run(story())
 
-
-def test_a_large_create_that_etcd_takes_is_served(etcd: EtcdServer) -> None:
-    async def story() -> None:
-        key = b"k" * 1_000_000
-        async with (
-            proxy_for(etcd) as proxy,
-            direct(etcd) as store,
-            await RawClient.connect(proxy.port) as client,
-        ):
+async def test_many_creates_that_are_too_large_cost_others_nothing(narrow: EtcdServer) -> None:
+    async with (
+        proxy_for(narrow) as proxy,
+        direct(narrow) as store,
+        await RawClient.connect(proxy.port) as other,
+        await RawClient.connect(proxy.port) as client,
+    ):
+        live = await other.open_watch(b"live")
+        trunk_stream = next(iter(proxy.upstream._state.streams()))
+        for number in range(20):
             watch = client.watch()
-            await watch.create_large(key)
-            await watch.created()
-            await store.put(key, b"1")
-            await until_async(lambda: watch.values == [b"1"], "the event")
+            await watch.create_large(KEY + b"%d" % number, 1)
+            await store.put(b"live", b"%d" % number)
+            assert (await watch.raw.end())[0] == Status.RESOURCE_EXHAUSTED
+        await until_async(lambda: live.values == [b"%d" % number for number in range(20)], "all events")
+        # The live watch's stream at etcd has never ended.
+        assert list(proxy.upstream._state.streams()) == [trunk_stream]
 
-    run(story())
+
+async def test_a_large_create_that_etcd_takes_is_served(etcd: EtcdServer) -> None:
+    key = b"k" * 1_000_000
+    async with served(etcd) as (_proxy, store, client):
+        watch = client.watch()
+        await watch.create_large(key)
+        await watch.created()
+        await store.put(key, b"1")
+        await until_async(lambda: watch.values == [b"1"], "the event")
 
 
-def test_the_listener_refuses_tokens_with_control_characters(etcd: EtcdServer) -> None:
-    async def story() -> None:
-        async with (
-            proxy_for(etcd) as proxy,
-            direct(etcd) as store,
-            await RawClient.connect(proxy.port) as client,
-        ):
-            live = client.watch()
-            live.create(b"live")
-            await live.created()
-            bad = client.watch([("token", "a\x01b")])
-            bad.create(b"live")
-            await until_async(lambda: bad.raw.over, "the reset")
-            # PROTOCOL_ERROR, as etcd resets it.
-            assert bad.raw.reset == 1
-            await store.put(b"live", b"1")
-            await until_async(lambda: live.values == [b"1"], "the event")
-            assert proxy.engine.stats.upstream_broken == 0
-
-    run(story())
+async def test_the_listener_refuses_tokens_with_control_characters(etcd: EtcdServer) -> None:
+    async with served(etcd) as (proxy, store, client):
+        live = await client.open_watch(b"live")
+        bad = client.watch([("token", "a\x01b")])
+        bad.create(b"live")
+        await until_async(lambda: bad.raw.over, "the reset")
+        # PROTOCOL_ERROR, as etcd resets it.
+        assert bad.raw.reset == 1
+        await store.put(b"live", b"1")
+        await until_async(lambda: live.values == [b"1"], "the event")
+        assert proxy.engine.stats.upstream_broken == 0

@@ -35,9 +35,7 @@ def test_a_debug_log_holds_no_secrets(etcd: EtcdServer, capfd: pytest.CaptureFix
 
     async def scenario() -> None:
         async with proxy_for(etcd) as proxy, direct(etcd) as store, await RawClient.connect(proxy.port) as client:
-            stream = client.watch(metadata)
-            stream.create(b"a", prev_kv=True)
-            await stream.created()
+            stream = await client.open_watch(b"a", prev_kv=True, metadata=metadata)
             for _ in range(3):
                 await store.put(b"a", value)
             await until_async(lambda: len(stream.values) == 3, "the events")

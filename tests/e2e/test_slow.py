@@ -22,10 +22,7 @@ MIB = 1024 * 1024
 
 async def watch_of(client: RawClient) -> WatchStream:
     """Open a stream with a watch of everything below PREFIX."""
-    stream = client.watch()
-    stream.create(PREFIX, PREFIX_END)
-    await stream.created()
-    return stream
+    return await client.open_watch(PREFIX, PREFIX_END)
 
 
 async def complete(stream: WatchStream, count: int, limit_s: float = 30.0) -> None:
@@ -89,126 +86,112 @@ def test_a_client_stops_and_catches_up_by_a_backfill(etcd: EtcdServer, socket: b
     run(_stop_and_go(etcd, socket=socket, history_bytes=1 * MIB, puts=400, value=b"x" * 20_000))
 
 
-def test_a_large_event_without_a_window_repeats_no_output(etcd: EtcdServer) -> None:
+async def test_a_large_event_without_a_window_repeats_no_output(etcd: EtcdServer) -> None:
     """A large event finds the connection's window used up; later the socket is full: each event comes once."""
-
-    async def scenario() -> None:
-        async with (
-            proxy_for(etcd) as proxy,
-            direct(etcd) as store,
-            await RawClient.connect(proxy.port, connection_window=65_535) as client,
-            await RawClient.connect(proxy.port) as quick_client,
-        ):
-            held, large = client.watch(), client.watch()
-            held.create(b"/held")
-            await held.created()
-            large.create(b"/large")
-            await large.created()
-            small = [await watch_of(client) for _ in range(20)]
-            quick = await watch_of(quick_client)
-            held.raw.taking = False
-            await store.put(b"/held", b"x" * 100_000)
-            await until_async(lambda: client.h2.inbound_flow_control_window == 0, "a used up window")
-            await store.put(b"/large", b"x" * 100_000)
-            await until_async(lambda: proxy.engine.stats.stalls == 2, "the large event to wait")
-            held.raw.take()
-            await until_async(lambda: len(large.values) == 1, "the large event")
-            client.h2.increment_flow_control_window(WINDOW_BYTES_MAX - MIB)
-            client.flush()
-            await store.put(b"/p/k", b"before the socket is full")
-            for stream in small:
-                await complete(stream, 1)
-            assert client.transport is not None
-            client.transport.pause_reading()
-            # None is large: the events are joined to one write per turn.
-            for _ in range(100):
-                last = await store.put(b"/p/k", b"x" * 7_000)
-            await complete(quick, 101)
-            assert proxy.engine.stats.stalls > 2
-            client.transport.resume_reading()
-            for stream in small:
-                await complete(stream, 101)
-            await assert_kept([(stream, 0) for stream in (*small, quick)], etcd.endpoint, PREFIX, PREFIX_END, last)
-
-    run(scenario())
+    async with (
+        proxy_for(etcd) as proxy,
+        direct(etcd) as store,
+        await RawClient.connect(proxy.port, connection_window=65_535) as client,
+        await RawClient.connect(proxy.port) as quick_client,
+    ):
+        held, large = client.watch(), client.watch()
+        held.create(b"/held")
+        await held.created()
+        large.create(b"/large")
+        await large.created()
+        small = [await watch_of(client) for _ in range(20)]
+        quick = await watch_of(quick_client)
+        held.raw.taking = False
+        await store.put(b"/held", b"x" * 100_000)
+        await until_async(lambda: client.h2.inbound_flow_control_window == 0, "a used up window")
+        await store.put(b"/large", b"x" * 100_000)
+        await until_async(lambda: proxy.engine.stats.stalls == 2, "the large event to wait")
+        held.raw.take()
+        await until_async(lambda: len(large.values) == 1, "the large event")
+        client.h2.increment_flow_control_window(WINDOW_BYTES_MAX - MIB)
+        client.flush()
+        await store.put(b"/p/k", b"before the socket is full")
+        for stream in small:
+            await complete(stream, 1)
+        assert client.transport is not None
+        client.transport.pause_reading()
+        # None is large: the events are joined to one write per turn.
+        for _ in range(100):
+            last = await store.put(b"/p/k", b"x" * 7_000)
+        await complete(quick, 101)
+        assert proxy.engine.stats.stalls > 2
+        client.transport.resume_reading()
+        for stream in small:
+            await complete(stream, 101)
+        await assert_kept([(stream, 0) for stream in (*small, quick)], etcd.endpoint, PREFIX, PREFIX_END, last)
 
 
-def test_a_slow_client_that_is_compacted_is_cancelled_alone(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        limits = CoreLimits(history_bytes_max=100_000)
-        async with (
-            proxy_for(etcd, limits=limits) as proxy,
-            direct(etcd) as store,
-            await RawClient.connect(proxy.port, window=65_535) as slow_client,
-            await RawClient.connect(proxy.port) as quick_client,
-        ):
-            slow, quick = await watch_of(slow_client), await watch_of(quick_client)
-            slow.raw.taking = False
-            for number in range(100):
-                last = await store.put(b"/p/k", b"%d" % number + b"x" * 20_000)
-            await store.compact(last)
-            await complete(quick, 100)
-            slow.raw.take()
-            await until_async(lambda: slow.responses[-1].canceled, "the cancel")
-            assert slow.responses[-1].compact_revision == last
-            await store.put(b"/p/k", b"still here")
-            await complete(quick, 101)
-            assert quick.values[-1] == b"still here"
-
-    run(scenario())
+async def test_a_slow_client_that_is_compacted_is_cancelled_alone(etcd: EtcdServer) -> None:
+    limits = CoreLimits(history_bytes_max=100_000)
+    async with (
+        proxy_for(etcd, limits=limits) as proxy,
+        direct(etcd) as store,
+        await RawClient.connect(proxy.port, window=65_535) as slow_client,
+        await RawClient.connect(proxy.port) as quick_client,
+    ):
+        slow, quick = await watch_of(slow_client), await watch_of(quick_client)
+        slow.raw.taking = False
+        for number in range(100):
+            last = await store.put(b"/p/k", b"%d" % number + b"x" * 20_000)
+        await store.compact(last)
+        await complete(quick, 100)
+        slow.raw.take()
+        await until_async(lambda: slow.responses[-1].canceled, "the cancel")
+        assert slow.responses[-1].compact_revision == last
+        await store.put(b"/p/k", b"still here")
+        await complete(quick, 101)
+        assert quick.values[-1] == b"still here"
 
 
 @pytest.mark.long
-def test_a_client_that_does_not_read_while_100_mb_pass(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        before = memory_mib()
-        value = b"x" * 100_000
-        async with (
-            proxy_for(etcd) as proxy,
-            direct(etcd) as store,
-            await RawClient.connect(proxy.port) as stopped,
-            await RawClient.connect(proxy.port) as quick_client,
-        ):
-            streams = [await watch_of(stopped) for _ in range(50)]
-            quick = await watch_of(quick_client)
-            quick.raw.messages.clear()
-            assert stopped.transport is not None
-            stopped.transport.pause_reading()
-            for number in range(1000):
-                await store.put(b"/p/k", b"%d" % number + value)
-                if number % 50 == 49:
-                    await complete(quick, 50)
-                    # Discarded as they come, so that they do not count as the proxy's memory.
-                    quick.raw.messages.clear()
-            # Each of 51 streams was sent 100 MB; the history keeps 16 MiB.
-            assert memory_mib() - before < 200
-            assert proxy.engine.core.stats.history_bytes < 17 * MIB
-            stopped.transport.resume_reading()
-            for stream in streams:
-                stream.raw.cancel()
-            await asyncio.sleep(0)
-
-    run(scenario(), 110)
-
-
-def test_a_stalled_stream_that_ends_returns_its_window(etcd: EtcdServer) -> None:
-    """Otherwise each such stream would shrink the connection's window."""
-
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port, window=0) as client:
-            stream = client.watch()
-            stream.create(b"a")
-            await until_async(lambda: any(call.stalled for call in proxy.watches.calls), "the stall")
-            (connection,) = proxy.listener.connections
-            before = connection.h2.receive_window + connection.h2._unreturned
-            for _ in range(20):
-                stream.create(b"a" * 1000)
-            await until_async(
-                lambda: connection.h2.receive_window + connection.h2._unreturned < before, "the requests to wait"
-            )
+async def test_a_client_that_does_not_read_while_100_mb_pass(etcd: EtcdServer) -> None:
+    before = memory_mib()
+    value = b"x" * 100_000
+    async with (
+        proxy_for(etcd) as proxy,
+        direct(etcd) as store,
+        await RawClient.connect(proxy.port) as stopped,
+        await RawClient.connect(proxy.port) as quick_client,
+    ):
+        streams = [await watch_of(stopped) for _ in range(50)]
+        quick = await watch_of(quick_client)
+        quick.raw.messages.clear()
+        assert stopped.transport is not None
+        stopped.transport.pause_reading()
+        for number in range(1000):
+            await store.put(b"/p/k", b"%d" % number + value)
+            if number % 50 == 49:
+                await complete(quick, 50)
+                # Discarded as they come, so that they do not count as the proxy's memory.
+                quick.raw.messages.clear()
+        # Each of 51 streams was sent 100 MB; the history keeps 16 MiB.
+        assert memory_mib() - before < 200
+        assert proxy.engine.core.stats.history_bytes < 17 * MIB
+        stopped.transport.resume_reading()
+        for stream in streams:
             stream.raw.cancel()
-            await until_async(lambda: not proxy.watches.calls, "the end")
-            whole = proxy.listener.settings.http2.connection_window
-            assert connection.h2.receive_window + connection.h2._unreturned == whole
+        await asyncio.sleep(0)
 
-    run(scenario())
+
+async def test_a_stalled_stream_that_ends_returns_its_window(etcd: EtcdServer) -> None:
+    """Otherwise each such stream would shrink the connection's window."""
+    async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port, window=0) as client:
+        stream = client.watch()
+        stream.create(b"a")
+        await until_async(lambda: any(call.stalled for call in proxy.watches.calls), "the stall")
+        (connection,) = proxy.listener.connections
+        before = connection.h2.receive_window + connection.h2._unreturned
+        for _ in range(20):
+            stream.create(b"a" * 1000)
+        await until_async(
+            lambda: connection.h2.receive_window + connection.h2._unreturned < before, "the requests to wait"
+        )
+        stream.raw.cancel()
+        await until_async(lambda: not proxy.watches.calls, "the end")
+        whole = proxy.listener.settings.http2.connection_window
+        assert connection.h2.receive_window + connection.h2._unreturned == whole

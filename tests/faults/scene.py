@@ -14,7 +14,7 @@ from coalesce import report
 from proxy.server import Proxy
 from tests.e2e import running
 from tests.e2e.judging import assert_kept
-from tests.e2e.raw_client import RawClient, WatchStream
+from tests.e2e.raw_client import WatchStream
 from tests.e2e.running import Etcd, proxy_for
 from tests.waiting import until_async
 
@@ -32,30 +32,6 @@ async def split_proxy(calls: str, watches: str, **settings: Any) -> AsyncIterato
     """Yield a proxy that sends calls to the endpoints `calls` and watches at the endpoints `watches`."""
     async with proxy_for(calls, watch_endpoints=watches, **settings) as proxy:
         yield proxy
-
-
-@asynccontextmanager
-async def straight(endpoint: str) -> AsyncIterator[Etcd]:
-    """Yield calls straight to an endpoint."""
-    client = Etcd(endpoint)
-    try:
-        yield client
-    finally:
-        await client._channel.close()
-
-
-async def open_watch(
-    client: RawClient,
-    key: bytes,
-    range_end: bytes = b"",
-    start_revision: int = 0,
-    metadata: Sequence[tuple[str, str]] = (),
-) -> WatchStream:
-    """Open a watch on a new stream and wait for its `created`."""
-    stream = client.watch(metadata)
-    stream.create(key, range_end, start_revision)
-    await stream.created(20)
-    return stream
 
 
 def bookmark(proxy: Proxy, key: bytes) -> int:

@@ -18,10 +18,10 @@ from proxy.measuring.load import judge
 from proxy.server import Proxy
 from tests.e2e.judging import assert_kept
 from tests.e2e.raw_client import RawClient, WatchStream
-from tests.e2e.running import proxy_for
+from tests.e2e.running import direct, proxy_for
 from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
-from tests.faults.scene import PREFIX, PREFIX_END, also_with_a_cover, open_watch, straight
+from tests.faults.scene import PREFIX, PREFIX_END, also_with_a_cover
 from tests.waiting import until_async
 
 pytestmark = also_with_a_cover(pytest.mark.long)
@@ -124,17 +124,17 @@ def test_a_watch_far_behind_catches_up_without_delaying_others(
     async def scenario() -> None:
         async with (
             proxy_for(etcd, limits=limits) as proxy,
-            straight(etcd.endpoint) as store,
+            direct(etcd) as store,
             await RawClient.connect(proxy.port) as client,
             await RawClient.connect(proxy.port) as slow,
         ):
             last = await fill(proxy, revisions)
-            live = [await open_watch(client, PREFIX, PREFIX_END) for _ in range(10)]
+            live = [await client.open_watch(PREFIX, PREFIX_END) for _ in range(10)]
             loop = asyncio.get_running_loop()
             delays: list[float] = []
             behind = 0
             with watching(proxy, etcd) as peaks:
-                laggard = await open_watch(slow, PREFIX, PREFIX_END, 2)
+                laggard = await slow.open_watch(PREFIX, PREFIX_END, 2)
                 while newest(laggard) < last:
                     put = await store.put(PREFIX + b"live", b"%d" % len(delays))
                     began = loop.time()
@@ -170,9 +170,9 @@ def test_laggards_share_backfills(etcd: EtcdServer, laggards: int, revisions: in
     async def scenario() -> None:
         async with proxy_for(etcd, limits=limits) as proxy, await RawClient.connect(proxy.port) as client:
             await fill(proxy, revisions, one_in=20)
-            async with straight(etcd.endpoint) as store:
+            async with direct(etcd) as store:
                 end = await store.put(PREFIX + b"end", b"")
-            live = await open_watch(client, PREFIX, PREFIX_END)
+            live = await client.open_watch(PREFIX, PREFIX_END)
             starts = [2 + number * revisions // laggards for number in range(laggards)]
             if order == "any":
                 random.Random(7).shuffle(starts)
@@ -197,24 +197,20 @@ def test_laggards_share_backfills(etcd: EtcdServer, laggards: int, revisions: in
     run(scenario(), 240)
 
 
-def test_a_backfill_of_an_empty_range_ends(etcd: EtcdServer) -> None:
+async def test_a_backfill_of_an_empty_range_ends(etcd: EtcdServer) -> None:
     """The range never has an event: the laggards are live at once, and one upstream watch is left."""
-
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
-            await fill(proxy, 2_000, one_in=2_001)
-            live = await open_watch(client, b"empty")
-            laggards = [await open_watch(client, b"empty", start_revision=2 + 100 * number) for number in range(10)]
-            await one_watcher_left(proxy, etcd)
-            async with straight(etcd.endpoint) as store:
-                put = await store.put(b"empty", b"no more")
-            await until_async(lambda: all(newest(stream) == put for stream in (live, *laggards)), "the event")
-            await assert_kept(
-                [(live, 0), *((stream, 2 + 100 * number) for number, stream in enumerate(laggards))],
-                etcd.endpoint,
-                b"empty",
-                b"",
-                put,
-            )
-
-    run(scenario())
+    async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
+        await fill(proxy, 2_000, one_in=2_001)
+        live = await client.open_watch(b"empty")
+        laggards = [await client.open_watch(b"empty", start_revision=2 + 100 * number) for number in range(10)]
+        await one_watcher_left(proxy, etcd)
+        async with direct(etcd) as store:
+            put = await store.put(b"empty", b"no more")
+        await until_async(lambda: all(newest(stream) == put for stream in (live, *laggards)), "the event")
+        await assert_kept(
+            [(live, 0), *((stream, 2 + 100 * number) for number, stream in enumerate(laggards))],
+            etcd.endpoint,
+            b"empty",
+            b"",
+            put,
+        )

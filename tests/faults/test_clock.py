@@ -17,7 +17,7 @@ import pytest
 from tests.e2e.raw_client import RawClient
 from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
-from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch
+from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept
 from tests.proxy_process import ProxyProcess
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +85,7 @@ def test_a_proxy_whose_clock_jumps(etcd: EtcdServer, tmp_path: Path) -> None:
         writer = Writer(etcd.endpoint)
         await writer.more(5)
         async with await RawClient.connect(proxy.port) as client:
-            streams = [(await open_watch(client, PREFIX, PREFIX_END, start), start) for start in (0, 1)]
+            streams = [(await client.open_watch(PREFIX, PREFIX_END, start), start) for start in (0, 1)]
             await writer.more(20)
             etcd.kill()
             etcd.start()

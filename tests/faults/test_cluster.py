@@ -6,29 +6,25 @@ import asyncio
 
 import pytest
 
-from tests.e2e.scenario import run
 from tests.etcd.cluster import cluster
 from tests.waiting import until_async
 
 
 @pytest.mark.long
-def test_members_are_cut_off_and_late() -> None:
-    async def scenario() -> None:
-        async with cluster() as members:
-            leader = await members.leader()
-            other = next(member for member in members.members if member is not leader)
-            members.cut_off(other)
-            await until_async(lambda: not other.has_leader, "the one cut off to notice", 20)
-            assert leader.is_leader
-            await asyncio.to_thread(leader.ctl, "put", "a", "1")
-            read = await asyncio.to_thread(other.ctl, "get", "a", "--consistency=s")
-            assert read.stdout == ""
-            members.mend()
-            await until_async(lambda: other.has_leader, "it to be back", 20)
-            members.make_late(other, 0.3)
-            await asyncio.to_thread(leader.ctl, "put", "b", "1")
-            read = await asyncio.to_thread(other.ctl, "get", "b", "--consistency=s")
-            assert read.stdout == ""
-            assert other.has_leader
-
-    run(scenario())
+async def test_members_are_cut_off_and_late() -> None:
+    async with cluster() as members:
+        leader = await members.leader()
+        other = next(member for member in members.members if member is not leader)
+        members.cut_off(other)
+        await until_async(lambda: not other.has_leader, "the one cut off to notice", 20)
+        assert leader.is_leader
+        await asyncio.to_thread(leader.ctl, "put", "a", "1")
+        read = await asyncio.to_thread(other.ctl, "get", "a", "--consistency=s")
+        assert read.stdout == ""
+        members.mend()
+        await until_async(lambda: other.has_leader, "it to be back", 20)
+        members.make_late(other, 0.3)
+        await asyncio.to_thread(leader.ctl, "put", "b", "1")
+        read = await asyncio.to_thread(other.ctl, "get", "b", "--consistency=s")
+        assert read.stdout == ""
+        assert other.has_leader

@@ -14,7 +14,6 @@ from proxy.auth.common_name import common_name
 from proxy.server import Proxy
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import proxy_for
-from tests.e2e.scenario import run
 from tests.e2e.test_auth import with_users
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.secure import SecureEtcdServer
@@ -64,8 +63,8 @@ def marks_wrongly(proxy: Proxy) -> bool:
     "binary",
     [pytest.param(binary, id=binary.name, marks=[pytest.mark.long] if n else []) for n, binary in enumerate(etcds())],
 )
-def test_it_is_refused_while_auth_is_on(binary: EtcdBinary, files: Certificates) -> None:
-    async def scenario() -> None:
+async def test_it_is_refused_while_auth_is_on(binary: EtcdBinary, files: Certificates) -> None:
+    with SecureEtcdServer(files, binary) as etcd:
         tls = client_context(files.client_cert, files.client_key, files.ca)
         message = rpc_pb2.RangeRequest(key=b"a").SerializeToString()
         async with (
@@ -75,9 +74,7 @@ def test_it_is_refused_while_auth_is_on(binary: EtcdBinary, files: Certificates)
             await until_async(lambda: proxy.health.serving and not marks_wrongly(proxy), "the proxy to serve")
             # With auth off, etcd does not use the CN.
             assert (await client.unary(RANGE, message)).status == Status.OK
-            watch = client.watch()
-            watch.create(b"a")
-            await watch.created()
+            await client.open_watch(b"a")
             await asyncio.to_thread(with_users, etcd)
             # From the start a client without a token is unauthenticated, where etcd allows it; soon it gets the reason.
             texts = set()
@@ -93,6 +90,3 @@ def test_it_is_refused_while_auth_is_on(binary: EtcdBinary, files: Certificates)
             assert (status, text) == (Status.UNAVAILABLE, refused.text)
             assert not proxy.health.serving
             assert "without a CN (--cert)" in proxy.health.reason
-
-    with SecureEtcdServer(files, binary) as etcd:
-        run(scenario())

@@ -71,13 +71,10 @@ async def _recorded(etcd: EtcdServer, operations: int, delay_s: float) -> tuple[
     return recorder.history, sum(one.range_calls - one.range_calls_upstream for one in stats)
 
 
-def test_shared_reads_are_linearizable(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        history, saved = await _recorded(etcd, 3_000, 0.003)
-        assert saved > 500
-        assert violations(history) == []
-
-    run(scenario())
+async def test_shared_reads_are_linearizable(etcd: EtcdServer) -> None:
+    history, saved = await _recorded(etcd, 3_000, 0.003)
+    assert saved > 500
+    assert violations(history) == []
 
 
 def _join(self: SharedReads, relay: Relay, read: Read[Relay]) -> bool:
@@ -93,32 +90,30 @@ def _handled(etcd: EtcdServer) -> float:
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_a_read_that_began_too_early_is_found(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
+async def test_a_read_that_began_too_early_is_found(
+    etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch, wrong: bool
+) -> None:
     """A write is acknowledged while the answer of a shared read is on its way; then another read arrives."""
-
-    async def scenario() -> None:
-        history = History()
-        async with rig_of(etcd) as rig, direct(etcd) as store:
-            handled = _handled(etcd)
-            rig.pause()
-            calls = [read(rig.client) for _ in range(3)]
-            await rig.arrived(3)
-            calls[0].cancel()
-            await until_async(lambda: _handled(etcd) >= handled + 2, "etcd to execute the shared read")
-            if wrong:
-                monkeypatch.setattr(SharedReads, "_wait", _join)
-            began = time.perf_counter()
-            revision = await store.put(b"k", b"v")
-            history.add(Operation(began, time.perf_counter(), revision, True, b"k", b"v"))
-            began = time.perf_counter()
-            late = read(rig.client)
-            await rig.arrived(4)
-            rig.relay.mend()
-            answer = await answer_of(late)
-            history.add(Operation(began, time.perf_counter(), answer.header.revision, False, b"k"))
-        assert bool(violations(history)) is wrong
-
-    run(scenario())
+    history = History()
+    async with rig_of(etcd) as rig, direct(etcd) as store:
+        handled = _handled(etcd)
+        rig.pause()
+        calls = [read(rig.client) for _ in range(3)]
+        await rig.arrived(3)
+        calls[0].cancel()
+        await until_async(lambda: _handled(etcd) >= handled + 2, "etcd to execute the shared read")
+        if wrong:
+            monkeypatch.setattr(SharedReads, "_wait", _join)
+        began = time.perf_counter()
+        revision = await store.put(b"k", b"v")
+        history.add(Operation(began, time.perf_counter(), revision, True, b"k", b"v"))
+        began = time.perf_counter()
+        late = read(rig.client)
+        await rig.arrived(4)
+        rig.relay.mend()
+        answer = await answer_of(late)
+        history.add(Operation(began, time.perf_counter(), answer.header.revision, False, b"k"))
+    assert bool(violations(history)) is wrong
 
 
 async def _with_faults(members: Cluster, recorder: Recorder, proxies: list[Proxy]) -> None:

@@ -14,12 +14,11 @@ from proto.framing import Status
 from proto.pb import rpc_pb2
 from proxy.auth.reads import ReaderSettings
 from tests.e2e.raw_client import RawClient
-from tests.e2e.running import proxy_for
+from tests.e2e.running import direct, proxy_for
 from tests.e2e.scenario import run
 from tests.e2e.test_auth import DENIED, INVALID, token_of, with_users
 from tests.etcd.cluster import Member, cluster
 from tests.etcd.server import EtcdServer
-from tests.faults.scene import open_watch, straight
 from tests.waiting import until_async
 
 RANGE = "/etcdserverpb.KV/Range"
@@ -76,7 +75,7 @@ async def calls_go_on(client: RawClient, token: str) -> AsyncIterator[None]:
 @pytest.mark.parametrize("count", [1500, pytest.param(20_000, marks=pytest.mark.long)])
 def test_a_member_cut_off_never_answers_what_now_is(count: int) -> None:
     async def scenario() -> None:
-        async with one_cut_off(auth=False) as (leader, client, _, _), straight(leader.endpoint) as store:
+        async with one_cut_off(auth=False) as (leader, client, _, _), direct(leader) as store:
             put: Any = store._channel.unary_unary("/etcdserverpb.KV/Put")
             numbers = iter(range(count))
 
@@ -99,7 +98,7 @@ def test_a_member_cut_off_never_answers_what_now_is(count: int) -> None:
 def test_a_member_cut_off_never_grants_a_revoked_right(count: int) -> None:
     async def scenario() -> None:
         async with one_cut_off(auth=True) as (leader, client, token, root):
-            await open_watch(client, b"a/", b"a0", 0, [("token", token)])
+            await client.open_watch(b"a/", b"a0", 0, [("token", token)])
             await asyncio.to_thread(leader.ctl, "--user=root:r", "user", "revoke-role", "u1", "reader")
             numbers = iter(range(count))
 
@@ -116,105 +115,91 @@ def test_a_member_cut_off_never_grants_a_revoked_right(count: int) -> None:
     run(scenario(), 60 if count < 2000 else 900)
 
 
-def test_a_member_held_still_delays_creates_little() -> None:
-    async def scenario() -> None:
-        async with cluster() as members:
-            leader = await members.leader()
-            held = next(member for member in members.members if member is not leader)
-            async with proxy_for(members.endpoints) as proxy, await RawClient.connect(proxy.port) as client:
-                await until_async(
-                    lambda: len([each for each in proxy.pool.states() if each.connected]) == 3, "the pool"
-                )
-                await until_async(lambda: proxy.upstream.connected, "the watches' connection")
-                server = proxy.upstream.server
-                assert server is not None
-                if server[0] == held.endpoint:
-                    held = next(member for member in members.members if member not in (leader, held))
-                await open_watch(client, b"k")
-                held.hold_still()
-                loop = asyncio.get_running_loop()
-                took = []
-                for _ in range(30):
-                    began = loop.time()
-                    stream = await open_watch(client, b"k")
-                    took.append(loop.time() - began)
-                    stream.raw.cancel()
-                # It was 4 s. The first create that meets the suspended member waits for 0.1 s; later ones avoid it.
-                assert statistics.median(took) < 0.5
-                assert sum(took) < 10
-
-    run(scenario())
+async def test_a_member_held_still_delays_creates_little() -> None:
+    async with cluster() as members:
+        leader = await members.leader()
+        held = next(member for member in members.members if member is not leader)
+        async with proxy_for(members.endpoints) as proxy, await RawClient.connect(proxy.port) as client:
+            await until_async(lambda: len([each for each in proxy.pool.states() if each.connected]) == 3, "the pool")
+            await until_async(lambda: proxy.upstream.connected, "the watches' connection")
+            server = proxy.upstream.server
+            assert server is not None
+            if server[0] == held.endpoint:
+                held = next(member for member in members.members if member not in (leader, held))
+            await client.open_watch(b"k")
+            held.hold_still()
+            loop = asyncio.get_running_loop()
+            took = []
+            for _ in range(30):
+                began = loop.time()
+                stream = await client.open_watch(b"k")
+                took.append(loop.time() - began)
+                stream.raw.cancel()
+            # It was 4 s. The first create that meets the suspended member waits for 0.1 s; later ones avoid it.
+            assert statistics.median(took) < 0.5
+            assert sum(took) < 10
 
 
-def test_many_creates_of_a_token_cost_etcd_few_calls() -> None:
-    async def scenario() -> None:
-        with EtcdServer() as etcd:
-            with_users(etcd)
-            async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
-                stream = client.watch([("token", await token_of(client, "u1"))])
-                before = proxy.reader.reads
-                for number in range(3000):
-                    stream.create(b"a/%d" % number)
-                stream.create(b"forbidden")
-                await until_async(lambda: len(stream.responses) == 3001, "all answers", 60)
-                assert all(response.created and not response.canceled for response in stream.responses[:3000])
-                assert stream.responses[3000].cancel_reason == DENIED
-                assert proxy.reader.reads - before < 200
-                assert proxy.reader.checks_waiting == 0
-
-    run(scenario(), 90)
+async def test_many_creates_of_a_token_cost_etcd_few_calls() -> None:
+    with EtcdServer() as etcd:
+        with_users(etcd)
+        async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
+            stream = client.watch([("token", await token_of(client, "u1"))])
+            before = proxy.reader.reads
+            for number in range(3000):
+                stream.create(b"a/%d" % number)
+            stream.create(b"forbidden")
+            await until_async(lambda: len(stream.responses) == 3001, "all answers", 60)
+            assert all(response.created and not response.canceled for response in stream.responses[:3000])
+            assert stream.responses[3000].cancel_reason == DENIED
+            assert proxy.reader.reads - before < 200
+            assert proxy.reader.checks_waiting == 0
 
 
-def test_a_made_up_token_does_not_delay_others() -> None:
-    async def scenario() -> None:
-        with EtcdServer() as etcd:
-            with_users(etcd)
-            async with (
-                proxy_for(etcd) as proxy,
-                await RawClient.connect(proxy.port) as hostile,
-                await RawClient.connect(proxy.port) as client,
-            ):
-                token = await token_of(client, "u1")
-                before = proxy.reader.reads
-                stream = hostile.watch([("token", "made.up")])
-                for number in range(2500):
-                    stream.create(b"%d" % number)
-                await until_async(lambda: stream.responses, "the first refusal")
-                # This happens while the others are being refused.
-                created = await open_watch(client, b"a/k", b"", 0, [("token", token)])
-                assert not created.raw.over
-                assert len(stream.responses) < 2500
-                await until_async(lambda: len(stream.responses) == 2500, "all refusals", 60)
-                assert {response.cancel_reason for response in stream.responses} == {INVALID}
-                assert proxy.reader.reads - before < 200
-
-    run(scenario(), 90)
+async def test_a_made_up_token_does_not_delay_others() -> None:
+    with EtcdServer() as etcd:
+        with_users(etcd)
+        async with (
+            proxy_for(etcd) as proxy,
+            await RawClient.connect(proxy.port) as hostile,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            token = await token_of(client, "u1")
+            before = proxy.reader.reads
+            stream = hostile.watch([("token", "made.up")])
+            for number in range(2500):
+                stream.create(b"%d" % number)
+            await until_async(lambda: stream.responses, "the first refusal")
+            # This happens while the others are being refused.
+            created = await client.open_watch(b"a/k", b"", 0, [("token", token)])
+            assert not created.raw.over
+            assert len(stream.responses) < 2500
+            await until_async(lambda: len(stream.responses) == 2500, "all refusals", 60)
+            assert {response.cancel_reason for response in stream.responses} == {INVALID}
+            assert proxy.reader.reads - before < 200
 
 
-def test_clients_admitted_as_auth_begins_are_checked_again() -> None:
-    async def scenario() -> None:
-        with EtcdServer() as etcd:
-            async with (
-                proxy_for(etcd, reader=ReaderSettings(probe_age_s_max=3600)) as proxy,
-                await RawClient.connect(proxy.port) as client,
-            ):
-                for key in (b"a/k", b"b"):
-                    await open_watch(client, key)
-                await asyncio.to_thread(with_users, etcd)
-                token = await token_of(client, "u1")
-                # The earlier probe is still valid, and a watch of a known range needs no read.
-                stranger = await open_watch(client, b"a/k", b"", 2)
-                known = await open_watch(client, b"a/k", b"", 2, [("token", token)])
-                curious = await open_watch(client, b"b", b"", 2, [("token", token)])
-                proxy.reader.queries._probe_age_s_max = -1.0
-                late = client.watch()
-                late.create(b"a/k")
-                assert "user name is empty" in (await late.next()).cancel_reason
-                for stream in (stranger, curious):
-                    status, text = await stream.raw.end()
-                    assert status == Status.UNAVAILABLE
-                    assert text.startswith("watchmux: not authorized any more")
-                await asyncio.to_thread(etcd.ctl, "--user=root:r", "put", "a/k", "1")
-                await until_async(lambda: known.values == [b"1"], "the event of who may watch")
-
-    run(scenario())
+async def test_clients_admitted_as_auth_begins_are_checked_again() -> None:
+    with EtcdServer() as etcd:
+        async with (
+            proxy_for(etcd, reader=ReaderSettings(probe_age_s_max=3600)) as proxy,
+            await RawClient.connect(proxy.port) as client,
+        ):
+            for key in (b"a/k", b"b"):
+                await client.open_watch(key)
+            await asyncio.to_thread(with_users, etcd)
+            token = await token_of(client, "u1")
+            # The earlier probe is still valid, and a watch of a known range needs no read.
+            stranger = await client.open_watch(b"a/k", b"", 2)
+            known = await client.open_watch(b"a/k", b"", 2, [("token", token)])
+            curious = await client.open_watch(b"b", b"", 2, [("token", token)])
+            proxy.reader.queries._probe_age_s_max = -1.0
+            late = client.watch()
+            late.create(b"a/k")
+            assert "user name is empty" in (await late.next()).cancel_reason
+            for stream in (stranger, curious):
+                status, text = await stream.raw.end()
+                assert status == Status.UNAVAILABLE
+                assert text.startswith("watchmux: not authorized any more")
+            await asyncio.to_thread(etcd.ctl, "--user=root:r", "put", "a/k", "1")
+            await until_async(lambda: known.values == [b"1"], "the event of who may watch")

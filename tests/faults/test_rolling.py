@@ -25,7 +25,6 @@ from proxy.watch.service import DRAIN_SLICE_SESSIONS
 from tests.clients.libraries import LIBRARIES, PROGRAMS
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct, next_to_etcd, proxy_for
-from tests.e2e.scenario import run
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.server import EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, Writer
@@ -106,39 +105,35 @@ async def _judge(streams: list[Stream], path: Path, etcd: EtcdServer, last: int)
         pytest.param("pick_first", signal.SIGKILL, marks=pytest.mark.long),
     ],
 )
-def test_rolling_restart(etcd: EtcdServer, policy: str, how: signal.Signals, tmp_path: Path) -> None:
+async def test_rolling_restart(etcd: EtcdServer, policy: str, how: signal.Signals, tmp_path: Path) -> None:
     """With a drain, and with kill -9: clients of grpc, etcdctl (clientv3) and Node get every event exactly once."""
     by_etcdctl, by_node = tmp_path / "etcdctl", tmp_path / "node"
-
-    async def scenario() -> None:
-        binary = etcds()[0]
-        with ProxyProcess(etcd.endpoint, DRAIN) as first, ProxyProcess(etcd.endpoint, DRAIN) as second:
-            both = f"{first.endpoint},{second.endpoint}"
-            writer = Writer(etcd.endpoint, pause_s=0.01)
-            await writer.more(20)
-            async with grpc_watches(f"ipv4:{both}", tmp_path / "spool", policy) as streams:
-                with watching(etcdctl_watch(binary, both), by_etcdctl), watching(node_watch(both), by_node):
-                    await asyncio.to_thread(until, lambda: by_node.read_text(), "Node to begin", 20)
-                    for proxy in (first, second):
-                        status = await asyncio.to_thread(proxy.stop, how)
-                        assert status == (0 if how is signal.SIGTERM else -how)
-                        await writer.more(20)
-                        await asyncio.to_thread(proxy.start)
-                        await writer.more(20)
-                    last = await writer.stop()
-                    await _wait_all(streams, last)
-                    for out, lines in ((by_etcdctl, 3), (by_node, 1)):
-                        whole = lines * (last - 1)
-                        await asyncio.to_thread(
-                            until,
-                            lambda o=out, w=whole: len(o.read_text().splitlines()) >= w,
-                            f"{out.name} to have all",
-                        )
-            expected = await _judge(streams, tmp_path / "spool", etcd, last)
-            assert by_etcdctl.read_text().splitlines()[2::3] == expected
-            assert by_node.read_text().splitlines() == expected
-
-    run(scenario())
+    binary = etcds()[0]
+    with ProxyProcess(etcd.endpoint, DRAIN) as first, ProxyProcess(etcd.endpoint, DRAIN) as second:
+        both = f"{first.endpoint},{second.endpoint}"
+        writer = Writer(etcd.endpoint, pause_s=0.01)
+        await writer.more(20)
+        async with grpc_watches(f"ipv4:{both}", tmp_path / "spool", policy) as streams:
+            with watching(etcdctl_watch(binary, both), by_etcdctl), watching(node_watch(both), by_node):
+                await asyncio.to_thread(until, lambda: by_node.read_text(), "Node to begin", 20)
+                for proxy in (first, second):
+                    status = await asyncio.to_thread(proxy.stop, how)
+                    assert status == (0 if how is signal.SIGTERM else -how)
+                    await writer.more(20)
+                    await asyncio.to_thread(proxy.start)
+                    await writer.more(20)
+                last = await writer.stop()
+                await _wait_all(streams, last)
+                for out, lines in ((by_etcdctl, 3), (by_node, 1)):
+                    whole = lines * (last - 1)
+                    await asyncio.to_thread(
+                        until,
+                        lambda o=out, w=whole: len(o.read_text().splitlines()) >= w,
+                        f"{out.name} to have all",
+                    )
+        expected = await _judge(streams, tmp_path / "spool", etcd, last)
+        assert by_etcdctl.read_text().splitlines()[2::3] == expected
+        assert by_node.read_text().splitlines() == expected
 
 
 async def _wait_all(streams: list[Stream], last: int) -> None:
@@ -172,48 +167,42 @@ class _Witness(RawClient):
             self.told = len(health.messages), len(self.goaways)
 
 
-def test_a_drain_is_announced_before_clients_get_goaway(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        with ProxyProcess(etcd.endpoint, DRAIN) as proxy:
-            async with await _Witness.connect(proxy.port) as client:
-                health = client.call("/grpc.health.v1.Health/Watch")
-                health.send(health_pb2.HealthCheckRequest().SerializeToString(), end=True)
-                await health.next()
-                streams = [client.watch() for _ in range(3 * DRAIN_SLICE_SESSIONS)]
-                for stream in streams:
-                    stream.create(PREFIX, PREFIX_END)
-                    await stream.created()
-                before = len(health.messages)
-                assert await asyncio.to_thread(proxy.stop) == 0
-                for stream in streams:
-                    assert (await stream.raw.end())[0] == Status.UNAVAILABLE
-                states = [health_pb2.HealthCheckResponse.FromString(message).status for message in health.messages]
-                assert states[before:] == [health_pb2.HealthCheckResponse.NOT_SERVING]
-                assert client.goaways[0].last_stream_id == 2**31 - 1
-                assert client.told == (before + 1, 1)
-                assert client.left > DRAIN_SLICE_SESSIONS, "all at once"
-
-    run(scenario())
+async def test_a_drain_is_announced_before_clients_get_goaway(etcd: EtcdServer) -> None:
+    with ProxyProcess(etcd.endpoint, DRAIN) as proxy:
+        async with await _Witness.connect(proxy.port) as client:
+            health = client.call("/grpc.health.v1.Health/Watch")
+            health.send(health_pb2.HealthCheckRequest().SerializeToString(), end=True)
+            await health.next()
+            streams = [client.watch() for _ in range(3 * DRAIN_SLICE_SESSIONS)]
+            for stream in streams:
+                stream.create(PREFIX, PREFIX_END)
+                await stream.created()
+            before = len(health.messages)
+            assert await asyncio.to_thread(proxy.stop) == 0
+            for stream in streams:
+                assert (await stream.raw.end())[0] == Status.UNAVAILABLE
+            states = [health_pb2.HealthCheckResponse.FromString(message).status for message in health.messages]
+            assert states[before:] == [health_pb2.HealthCheckResponse.NOT_SERVING]
+            assert client.goaways[0].last_stream_id == 2**31 - 1
+            assert client.told == (before + 1, 1)
+            assert client.left > DRAIN_SLICE_SESSIONS, "all at once"
 
 
-def test_clients_that_are_killed_leave_nothing(etcd: EtcdServer, tmp_path: Path) -> None:
-    async def scenario() -> None:
-        binary = etcds()[0]
-        async with proxy_for(etcd, limits=CoreLimits(linger_s=0.1)) as proxy, direct(etcd) as store:
-            command = etcdctl_watch(binary, f"127.0.0.1:{proxy.port}")
-            stats = proxy.engine.core.stats
-            with contextlib.ExitStack() as stack:
-                clients = [stack.enter_context(watching(command, tmp_path / str(number))) for number in range(5)]
-                await until_async(lambda: stats.watches == len(clients), "the clients to watch")
-                for client in clients[1:]:
-                    client.kill()
-                await until_async(lambda: stats.sessions == 1, "the killed ones to be gone")
-                await store.put(PREFIX + b"1", b"still here")
-                await until_async(lambda: "still here" in (tmp_path / "0").read_text(), "the event")
-            await until_async(lambda: not (stats.sessions or stats.trunks), "the last one to be gone")
-            await until_async(lambda: not proxy.listener.connections, "the connections to be gone")
-            hub = next_to_etcd(proxy).engine.core.stats
-            await until_async(lambda: not hub.trunks, "the watches at etcd to be gone")
-            assert await asyncio.to_thread(etcd.watchers) == 0
-
-    run(scenario())
+async def test_clients_that_are_killed_leave_nothing(etcd: EtcdServer, tmp_path: Path) -> None:
+    binary = etcds()[0]
+    async with proxy_for(etcd, limits=CoreLimits(linger_s=0.1)) as proxy, direct(etcd) as store:
+        command = etcdctl_watch(binary, f"127.0.0.1:{proxy.port}")
+        stats = proxy.engine.core.stats
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(watching(command, tmp_path / str(number))) for number in range(5)]
+            await until_async(lambda: stats.watches == len(clients), "the clients to watch")
+            for client in clients[1:]:
+                client.kill()
+            await until_async(lambda: stats.sessions == 1, "the killed ones to be gone")
+            await store.put(PREFIX + b"1", b"still here")
+            await until_async(lambda: "still here" in (tmp_path / "0").read_text(), "the event")
+        await until_async(lambda: not (stats.sessions or stats.trunks), "the last one to be gone")
+        await until_async(lambda: not proxy.listener.connections, "the connections to be gone")
+        hub = next_to_etcd(proxy).engine.core.stats
+        await until_async(lambda: not hub.trunks, "the watches at etcd to be gone")
+        assert await asyncio.to_thread(etcd.watchers) == 0

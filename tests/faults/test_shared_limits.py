@@ -10,12 +10,12 @@ from proto.framing import Status
 from proto.pb import rpc_pb2
 from proxy.server import Proxy
 from tests.e2e.raw_client import RawClient, RawStream, WatchStream
-from tests.e2e.running import TIERS, next_to_etcd, proxy_for
+from tests.e2e.running import TIERS, direct, next_to_etcd, proxy_for
 from tests.e2e.scenario import run
 from tests.e2e.test_auth import token_of, with_users
 from tests.etcd.fronts import Front
 from tests.etcd.server import EtcdServer
-from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch, straight
+from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept
 from tests.waiting import until_async
 from upstream.settings import UpstreamSettings
 
@@ -59,8 +59,8 @@ async def others_are_served(client: RawClient, etcd: EtcdServer, watches: int = 
     assert await puts(client, 30, 3) == []
     read = await client.unary(RANGE, rpc_pb2.RangeRequest(key=PREFIX + b"k").SerializeToString())
     assert len(rpc_pb2.RangeResponse.FromString(read.messages[0]).kvs) == 1
-    streams = [(await open_watch(client, PREFIX, PREFIX_END, start % 2), start % 2) for start in range(watches)]
-    async with straight(etcd.endpoint) as store:
+    streams = [(await client.open_watch(PREFIX, PREFIX_END, start % 2), start % 2) for start in range(watches)]
+    async with direct(etcd) as store:
         last = await store.put(PREFIX + b"a", b"x")
     await all_kept(streams, etcd.endpoint, last)
 
@@ -87,10 +87,9 @@ def test_leases_beyond_the_stream_limit_leave_room_for_others(front: str) -> Non
             run(scenario(etcd, before.endpoint))
 
 
-def test_a_lack_of_places_shows_in_readiness() -> None:
+async def test_a_lack_of_places_shows_in_readiness() -> None:
     """Only if all allowed connections are full; it ends as soon as a place is free."""
-
-    async def scenario(etcd: EtcdServer) -> None:
+    with EtcdServer(extra=["--max-concurrent-streams=50"]) as etcd:
         settings = UpstreamSettings(connections_per_endpoint_max=1, place_wait_s=0.2)
         async with proxy_for(etcd, upstream=settings) as proxy, await RawClient.connect(proxy.port) as client:
             leases = await keep_leases(client, 44)
@@ -100,17 +99,15 @@ def test_a_lack_of_places_shows_in_readiness() -> None:
             await until_async(lambda: not proxy.health.serving, "readiness")
             assert "calls wait for a place at etcd" in proxy.health.reason
             # The proxy's own calls have a place all the same, and watches have separate connections.
-            await open_watch(client, PREFIX, PREFIX_END)
+            await client.open_watch(PREFIX, PREFIX_END)
             leases[0].cancel()
             assert await waits.end() == (Status.OK, "")
             await until_async(lambda: proxy.health.serving, "readiness")
 
+
+async def test_sixty_tokens_watch_at_an_etcd_with_fifty_streams() -> None:
     with EtcdServer(extra=["--max-concurrent-streams=50"]) as etcd:
-        run(scenario(etcd))
-
-
-def test_sixty_tokens_watch_at_an_etcd_with_fifty_streams() -> None:
-    async def scenario(etcd: EtcdServer) -> None:
+        with_users(etcd)
         async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
             tokens = [await token_of(client, f"u{number % 2 + 1}") for number in range(60)]
             streams: list[WatchStream] = []
@@ -127,21 +124,17 @@ def test_sixty_tokens_watch_at_an_etcd_with_fifty_streams() -> None:
             assert upstream.connection_count == 2
             assert not upstream.problem
 
-    with EtcdServer(extra=["--max-concurrent-streams=50"]) as etcd:
-        with_users(etcd)
-        run(scenario(etcd))
-
 
 async def _rotated(proxy: Proxy, etcd: EtcdServer, count: int) -> None:
     """Under load for that many calls: no call fails, no watch misses or repeats an event, and no error is logged."""
     async with await RawClient.connect(proxy.port) as client:
-        streams = [(await open_watch(client, PREFIX, PREFIX_END, start), start) for start in (0, 1, 0, 1)]
+        streams = [(await client.open_watch(PREFIX, PREFIX_END, start), start) for start in (0, 1, 0, 1)]
         leases = await keep_leases(client, 5)
         writer = Writer(f"127.0.0.1:{proxy.port}")
         assert await puts(client, count, 20) == []
         for number in range(30):
             # The connections of the watches count streams.
-            streams.append((await open_watch(client, PREFIX, PREFIX_END, 1), 1))
+            streams.append((await client.open_watch(PREFIX, PREFIX_END, 1), 1))
             assert not streams[-1][0].raw.over, number
         last = await writer.stop()
         await all_kept(streams, etcd.endpoint, last)
@@ -164,24 +157,20 @@ def test_clients_do_not_notice_nginx_closing_connections(more: str) -> None:
 
 
 @pytest.mark.long
-def test_clients_do_not_notice_a_haproxy_reload() -> None:
+async def test_clients_do_not_notice_a_haproxy_reload() -> None:
     """The old process closes its connections gracefully and keeps open streams."""
-
-    async def scenario(etcd: EtcdServer, before: Front) -> None:
+    with EtcdServer() as etcd, Front("haproxy", etcd.endpoint) as before:
         async with proxy_for(before.endpoint) as proxy, await RawClient.connect(proxy.port) as client:
-            streams = [(await open_watch(client, PREFIX, PREFIX_END, start), start) for start in (0, 1)]
+            streams = [(await client.open_watch(PREFIX, PREFIX_END, start), start) for start in (0, 1)]
             leases = await keep_leases(client, 5)
             for _ in range(3):
                 loading = asyncio.create_task(puts(client, 1_000, 20))
                 await asyncio.to_thread(before.reload)
                 assert await loading == []
-                streams.append((await open_watch(client, PREFIX, PREFIX_END, 1), 1))
-            async with straight(etcd.endpoint) as store:
+                streams.append((await client.open_watch(PREFIX, PREFIX_END, 1), 1))
+            async with direct(etcd) as store:
                 last = await store.put(PREFIX + b"a", b"x")
             await all_kept(streams, etcd.endpoint, last)
             assert not any(lease.over for lease in leases)
             assert proxy.engine.stats.upstream_broken == 0
             await until_async(lambda: proxy.pool.rotated >= 3, "connections that ended")
-
-    with EtcdServer() as etcd, Front("haproxy", etcd.endpoint) as before:
-        run(scenario(etcd, before))

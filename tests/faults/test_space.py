@@ -16,10 +16,9 @@ import pytest
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from tests.e2e.raw_client import RawClient
-from tests.e2e.running import Etcd, proxy_for
-from tests.e2e.scenario import run
+from tests.e2e.running import Etcd, direct, proxy_for
 from tests.etcd.server import EtcdServer
-from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch, straight
+from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept
 from tests.waiting import until_async
 
 QUOTA_BYTES = 2 << 20
@@ -52,98 +51,88 @@ async def _fill(store: Etcd) -> int:
     raise AssertionError("etcd has taken everything")
 
 
-def test_writes_are_refused_as_by_etcd_and_watches_go_on(small: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with (
-            proxy_for(small) as proxy,
-            straight(small.endpoint) as direct,
-            straight(f"127.0.0.1:{proxy.port}") as through,
-            await RawClient.connect(proxy.port) as client,
-        ):
-            early = [(await open_watch(client, PREFIX, PREFIX_END, start), start) for start in (0, 1)]
-            full = await _fill(through)
-            refused = await _refusal(direct)
-            assert await _refusal(through) == refused
-            assert refused == (grpc.StatusCode.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded")
-            assert proxy.health.serving
-            late = [(await open_watch(client, PREFIX, PREFIX_END, start), start) for start in (0, 1, full)]
-            # Deletes are allowed during the alarm, and are delivered.
-            gone = await through.delete(PREFIX + b"0")
-            await all_kept(early + late, small.endpoint, gone)
-            await through.compact(gone)
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{proxy.port}") as channel:
-                maintenance = rpc_pb2_grpc.MaintenanceStub(channel)
-                alarms = (await maintenance.Alarm(rpc_pb2.AlarmRequest())).alarms
-                assert [alarm.alarm for alarm in alarms] == [rpc_pb2.NOSPACE]
-                await maintenance.Defragment(rpc_pb2.DefragmentRequest())
-                off = rpc_pb2.AlarmRequest.DEACTIVATE
-                for alarm in alarms:
-                    request = rpc_pb2.AlarmRequest(action=off, memberID=alarm.memberID, alarm=alarm.alarm)
-                    await maintenance.Alarm(request)
-            again = await through.put(PREFIX + b"0", b"room")
-            for stream, _ in early + late:
-                while (await stream.next()).header.revision < again:
-                    pass
-                assert stream.values[-1] == b"room"
-
-    run(scenario())
-
-
-def test_the_disk_is_full_under_load(etcd: EtcdServer) -> None:
-    """No file of etcd may grow any more, nor be written beyond the limit: neither its log nor its database."""
-
-    async def scenario() -> None:
-        assert etcd.process is not None
-        async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
-            through = f"127.0.0.1:{proxy.port}"
-            writer = Writer(through)
-            await writer.more(20)
-            streams = [(await open_watch(client, PREFIX, PREFIX_END, start), start) for start in (0, 1)]
-            await writer.more(20)
-            resource.prlimit(etcd.process.pid, resource.RLIMIT_FSIZE, (1, 1))
-            await until_async(lambda: etcd.process is None or etcd.process.poll() is not None, "etcd to give up")
-            await until_async(lambda: not proxy.health.serving, "the proxy to say so")
-            async with straight(through) as store:
-                with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await store.put(PREFIX, b"")
-                assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-            etcd.kill()
-            await asyncio.to_thread(etcd.start)
-            await writer.more(20)
-            # No watch has ended, and every put acknowledged before has arrived.
-            await all_kept(streams, etcd.endpoint, await writer.stop())
-
-    run(scenario())
-
-
-def test_compaction_and_defragmentation_under_load(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with (
-            proxy_for(etcd) as proxy,
-            straight(etcd.endpoint) as store,
-            await RawClient.connect(proxy.port) as client,
-            grpc.aio.insecure_channel(f"127.0.0.1:{proxy.port}") as channel,
-        ):
-            first = await store.put(PREFIX + b"0", b"before")
-            writer = Writer(etcd.endpoint)
-            streams = [await open_watch(client, PREFIX, PREFIX_END, first) for _ in range(10)]
-            got: list[list[int]] = []
+async def test_writes_are_refused_as_by_etcd_and_watches_go_on(small: EtcdServer) -> None:
+    async with (
+        proxy_for(small) as proxy,
+        direct(small) as store,
+        direct(f"127.0.0.1:{proxy.port}") as through,
+        await RawClient.connect(proxy.port) as client,
+    ):
+        early = [(await client.open_watch(PREFIX, PREFIX_END, start), start) for start in (0, 1)]
+        full = await _fill(through)
+        refused = await _refusal(store)
+        assert await _refusal(through) == refused
+        assert refused == (grpc.StatusCode.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded")
+        assert proxy.health.serving
+        late = [(await client.open_watch(PREFIX, PREFIX_END, start), start) for start in (0, 1, full)]
+        # Deletes are allowed during the alarm, and are delivered.
+        gone = await through.delete(PREFIX + b"0")
+        await all_kept(early + late, small.endpoint, gone)
+        await through.compact(gone)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{proxy.port}") as channel:
             maintenance = rpc_pb2_grpc.MaintenanceStub(channel)
-            for _ in range(4):
-                await writer.more(50)
-                compacting = asyncio.create_task(store.compact(writer.last - 10))
-                await maintenance.Defragment(rpc_pb2.DefragmentRequest())
-                await compacting
-            await writer.more(20)
-            last = await writer.stop()
-            for stream in streams:
-                revisions: list[int] = []
-                while not revisions or revisions[-1] < last:
-                    response = await stream.next()
-                    assert not response.canceled
-                    revisions += [event.kv.mod_revision for event in response.events]
-                got.append(revisions)
-            # Each put is one revision: none is missing, none came twice.
-            assert got == [list(range(first, last + 1))] * len(streams)
+            alarms = (await maintenance.Alarm(rpc_pb2.AlarmRequest())).alarms
+            assert [alarm.alarm for alarm in alarms] == [rpc_pb2.NOSPACE]
+            await maintenance.Defragment(rpc_pb2.DefragmentRequest())
+            off = rpc_pb2.AlarmRequest.DEACTIVATE
+            for alarm in alarms:
+                request = rpc_pb2.AlarmRequest(action=off, memberID=alarm.memberID, alarm=alarm.alarm)
+                await maintenance.Alarm(request)
+        again = await through.put(PREFIX + b"0", b"room")
+        for stream, _ in early + late:
+            while (await stream.next()).header.revision < again:
+                pass
+            assert stream.values[-1] == b"room"
 
-    run(scenario())
+
+async def test_the_disk_is_full_under_load(etcd: EtcdServer) -> None:
+    """No file of etcd may grow any more, nor be written beyond the limit: neither its log nor its database."""
+    assert etcd.process is not None
+    async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
+        through = f"127.0.0.1:{proxy.port}"
+        writer = Writer(through)
+        await writer.more(20)
+        streams = [(await client.open_watch(PREFIX, PREFIX_END, start), start) for start in (0, 1)]
+        await writer.more(20)
+        resource.prlimit(etcd.process.pid, resource.RLIMIT_FSIZE, (1, 1))
+        await until_async(lambda: etcd.process is None or etcd.process.poll() is not None, "etcd to give up")
+        await until_async(lambda: not proxy.health.serving, "the proxy to say so")
+        async with direct(through) as store:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await store.put(PREFIX, b"")
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        etcd.kill()
+        await asyncio.to_thread(etcd.start)
+        await writer.more(20)
+        # No watch has ended, and every put acknowledged before has arrived.
+        await all_kept(streams, etcd.endpoint, await writer.stop())
+
+
+async def test_compaction_and_defragmentation_under_load(etcd: EtcdServer) -> None:
+    async with (
+        proxy_for(etcd) as proxy,
+        direct(etcd) as store,
+        await RawClient.connect(proxy.port) as client,
+        grpc.aio.insecure_channel(f"127.0.0.1:{proxy.port}") as channel,
+    ):
+        first = await store.put(PREFIX + b"0", b"before")
+        writer = Writer(etcd.endpoint)
+        streams = [await client.open_watch(PREFIX, PREFIX_END, first) for _ in range(10)]
+        got: list[list[int]] = []
+        maintenance = rpc_pb2_grpc.MaintenanceStub(channel)
+        for _ in range(4):
+            await writer.more(50)
+            compacting = asyncio.create_task(store.compact(writer.last - 10))
+            await maintenance.Defragment(rpc_pb2.DefragmentRequest())
+            await compacting
+        await writer.more(20)
+        last = await writer.stop()
+        for stream in streams:
+            revisions: list[int] = []
+            while not revisions or revisions[-1] < last:
+                response = await stream.next()
+                assert not response.canceled
+                revisions += [event.kv.mod_revision for event in response.events]
+            got.append(revisions)
+        # Each put is one revision: none is missing, none came twice.
+        assert got == [list(range(first, last + 1))] * len(streams)

@@ -15,10 +15,9 @@ from proto.framing import frame
 from proto.pb import rpc_pb2
 from tests.e2e.judging import assert_kept
 from tests.e2e.raw_client import RawClient, WatchStream
-from tests.e2e.running import Etcd, proxy_for
-from tests.e2e.scenario import run
+from tests.e2e.running import Etcd, direct, proxy_for
 from tests.etcd.server import EtcdServer
-from tests.faults.scene import PREFIX, PREFIX_END, also_with_a_cover, straight
+from tests.faults.scene import PREFIX, PREFIX_END, also_with_a_cover
 from tests.waiting import until_async
 
 pytestmark = also_with_a_cover(pytest.mark.long)
@@ -103,58 +102,54 @@ async def put(store: Etcd, count: int) -> int:
 @pytest.mark.parametrize(
     ("connections", "each"), [(20, 10), pytest.param(100, 20, marks=pytest.mark.long)], ids=["200", "2000"]
 )
-def test_a_reconnect_storm_costs_etcd_nothing(etcd: EtcdServer, connections: int, each: int) -> None:
+async def test_a_reconnect_storm_costs_etcd_nothing(etcd: EtcdServer, connections: int, each: int) -> None:
     """The connections break at different revisions during puts, and each client resumes from its own revision."""
-
-    async def scenario() -> None:
-        # On a loaded machine they may be gone for longer than a trunk lingers.
-        async with (
-            proxy_for(etcd, limits=CoreLimits(linger_s=30)) as proxy,
-            straight(etcd.endpoint) as store,
-            AsyncExitStack() as open_clients,
-        ):
-            first = await put(store, 1)
-            clients = [await RawClient.connect(proxy.port) for _ in range(connections)]
-            streams = [open_watches(client, [0] * each) for client in clients]
-            for mine in streams:
-                for stream in mine:
-                    await stream.created(20)
-            await all_reached([stream for mine in streams for stream in mine], await put(store, 20))
-            # By now the trunk's own read and probe are done.
-            before, began = await asked(etcd), time.monotonic()
-            assert before.watchers == 1
-            last = 0
-            for client in clients:
-                assert client.transport is not None
-                client.transport.abort()
-                last = await put(store, 1)
-            back = time.monotonic()
-            for client in clients:
-                await client.close()
-            starts = [[newest(stream) + 1 for stream in mine] for mine in streams]
-            again = [
-                await open_clients.enter_async_context(await RawClient.connect(proxy.port)) for _ in range(connections)
-            ]
-            resumed: list[tuple[WatchStream, int]] = []
-            for client, at in zip(again, starts, strict=True):
-                resumed += [(stream, start) for stream, start in zip(open_watches(client, at), at, strict=True)]
+    # On a loaded machine they may be gone for longer than a trunk lingers.
+    async with (
+        proxy_for(etcd, limits=CoreLimits(linger_s=30)) as proxy,
+        direct(etcd) as store,
+        AsyncExitStack() as open_clients,
+    ):
+        first = await put(store, 1)
+        clients = [await RawClient.connect(proxy.port) for _ in range(connections)]
+        streams = [open_watches(client, [0] * each) for client in clients]
+        for mine in streams:
+            for stream in mine:
+                await stream.created(20)
+        await all_reached([stream for mine in streams for stream in mine], await put(store, 20))
+        # By now the trunk's own read and probe are done.
+        before, began = await asked(etcd), time.monotonic()
+        assert before.watchers == 1
+        last = 0
+        for client in clients:
+            assert client.transport is not None
+            client.transport.abort()
             last = await put(store, 1)
-            await all_reached([stream for stream, _ in resumed], last)
-            took_s = time.monotonic() - back
-            assert took_s < 10 * BACK_S, f"{len(resumed)} came back in {took_s:.2f} s"
-            after = await asked(etcd)
-            elapsed_s = time.monotonic() - began
-            assert len({start for _, start in resumed}) > connections // 4, "they were all at the same revision"
-            stats = proxy.engine.core.stats
-            assert (after.watchers, stats.upstreams_opened, stats.joins_backfill) == (1, 1, 0)
-            assert after.watch_streams == before.watch_streams
-            assert after.watch_messages - before.watch_messages <= stats.progress_asked
-            assert after.others == before.others
-            # Only the probe that auth is off, at most one a second.
-            assert after.reads - before.reads <= elapsed_s + 1
-            await assert_kept(resumed, etcd.endpoint, PREFIX, PREFIX_END, last, first)
-
-    run(scenario(), 100)
+        back = time.monotonic()
+        for client in clients:
+            await client.close()
+        starts = [[newest(stream) + 1 for stream in mine] for mine in streams]
+        again = [
+            await open_clients.enter_async_context(await RawClient.connect(proxy.port)) for _ in range(connections)
+        ]
+        resumed: list[tuple[WatchStream, int]] = []
+        for client, at in zip(again, starts, strict=True):
+            resumed += [(stream, start) for stream, start in zip(open_watches(client, at), at, strict=True)]
+        last = await put(store, 1)
+        await all_reached([stream for stream, _ in resumed], last)
+        took_s = time.monotonic() - back
+        assert took_s < 10 * BACK_S, f"{len(resumed)} came back in {took_s:.2f} s"
+        after = await asked(etcd)
+        elapsed_s = time.monotonic() - began
+        assert len({start for _, start in resumed}) > connections // 4, "they were all at the same revision"
+        stats = proxy.engine.core.stats
+        assert (after.watchers, stats.upstreams_opened, stats.joins_backfill) == (1, 1, 0)
+        assert after.watch_streams == before.watch_streams
+        assert after.watch_messages - before.watch_messages <= stats.progress_asked
+        assert after.others == before.others
+        # Only the probe that auth is off, at most one a second.
+        assert after.reads - before.reads <= elapsed_s + 1
+        await assert_kept(resumed, etcd.endpoint, PREFIX, PREFIX_END, last, first)
 
 
 def ask_all(streams: Sequence[WatchStream]) -> None:
@@ -167,47 +162,45 @@ def ask_all(streams: Sequence[WatchStream]) -> None:
 @pytest.mark.parametrize(
     ("connections", "each", "rounds"), [(10, 10, 20), pytest.param(10, 100, 25, marks=pytest.mark.long)]
 )
-def test_progress_for_all_watches_is_requested_once(etcd: EtcdServer, connections: int, each: int, rounds: int) -> None:
+async def test_progress_for_all_watches_is_requested_once(
+    etcd: EtcdServer, connections: int, each: int, rounds: int
+) -> None:
     """Every session asks every 100 ms during puts: each answer is true, and not older than the request."""
-
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy, straight(etcd.endpoint) as store, AsyncExitStack() as open_clients:
-            first = await put(store, 1)
-            by_client = []
-            for _ in range(connections):
-                client = await open_clients.enter_async_context(await RawClient.connect(proxy.port))
-                by_client.append(open_watches(client, [0] * each))
-            streams = [stream for mine in by_client for stream in mine]
-            for stream in streams:
-                await stream.created(20)
-            stats = proxy.engine.core.stats
-            loop = asyncio.get_running_loop()
-            before, asked_before = await asked(etcd), stats.progress_asked
-            began = loop.time()
-            acknowledged, answers = [], stats.progress_answers
-            for number in range(rounds):
-                acknowledged.append(await put(store, 1))
-                for index, mine in enumerate(by_client):
-                    # Spread over the interval, as independent clients are.
-                    at = began + (number + index / connections) * INTERVAL_S
-                    await until_async(lambda at=at: loop.time() >= at, "its turn")  # type: ignore[misc]
-                    ask_all(mine)
-                goal = answers + (number + 1) * len(streams)
-                await until_async(lambda goal=goal: stats.progress_answers >= goal, "all answers", 40)  # type: ignore[misc]
-            took_s = loop.time() - began
-            requests = stats.progress_asked - asked_before
-            last = await put(store, 1)
-            await all_reached(streams, last)
-            after = await asked(etcd)
-            intervals = took_s / INTERVAL_S
-            assert requests <= REQUESTS_PER_INTERVAL * (intervals + 1), (requests, took_s)
-            # On a slow machine, a request that follows an unanswered one is sent with a probe.
-            assert requests <= after.watch_messages - before.watch_messages <= 2 * requests
-            assert (after.watchers, after.watch_streams) == (1, before.watch_streams)
-            for stream in streams:
-                told = [each.header.revision for each in stream.responses if each.watch_id == -1]
-                assert len(told) == rounds
-                assert all(p >= put for p, put in zip(told, acknowledged, strict=True)), (told, acknowledged)
-            await assert_kept([(stream, 0) for stream in streams], etcd.endpoint, PREFIX, PREFIX_END, last, first)
-
-    run(scenario(), 100)
+    async with proxy_for(etcd) as proxy, direct(etcd) as store, AsyncExitStack() as open_clients:
+        first = await put(store, 1)
+        by_client = []
+        for _ in range(connections):
+            client = await open_clients.enter_async_context(await RawClient.connect(proxy.port))
+            by_client.append(open_watches(client, [0] * each))
+        streams = [stream for mine in by_client for stream in mine]
+        for stream in streams:
+            await stream.created(20)
+        stats = proxy.engine.core.stats
+        loop = asyncio.get_running_loop()
+        before, asked_before = await asked(etcd), stats.progress_asked
+        began = loop.time()
+        acknowledged, answers = [], stats.progress_answers
+        for number in range(rounds):
+            acknowledged.append(await put(store, 1))
+            for index, mine in enumerate(by_client):
+                # Spread over the interval, as independent clients are.
+                at = began + (number + index / connections) * INTERVAL_S
+                await until_async(lambda at=at: loop.time() >= at, "its turn")  # type: ignore[misc]
+                ask_all(mine)
+            goal = answers + (number + 1) * len(streams)
+            await until_async(lambda goal=goal: stats.progress_answers >= goal, "all answers", 40)  # type: ignore[misc]
+        took_s = loop.time() - began
+        requests = stats.progress_asked - asked_before
+        last = await put(store, 1)
+        await all_reached(streams, last)
+        after = await asked(etcd)
+        intervals = took_s / INTERVAL_S
+        assert requests <= REQUESTS_PER_INTERVAL * (intervals + 1), (requests, took_s)
+        # On a slow machine, a request that follows an unanswered one is sent with a probe.
+        assert requests <= after.watch_messages - before.watch_messages <= 2 * requests
+        assert (after.watchers, after.watch_streams) == (1, before.watch_streams)
+        for stream in streams:
+            told = [each.header.revision for each in stream.responses if each.watch_id == -1]
+            assert len(told) == rounds
+            assert all(p >= put for p, put in zip(told, acknowledged, strict=True)), (told, acknowledged)
+        await assert_kept([(stream, 0) for stream in streams], etcd.endpoint, PREFIX, PREFIX_END, last, first)

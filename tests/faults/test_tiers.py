@@ -15,7 +15,7 @@ from tests.e2e.running import direct, proxy_for, two_tiers
 from tests.e2e.scenario import run
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.faults.relay import relay_to
-from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept, open_watch
+from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept
 from tests.waiting import until_async
 from upstream.settings import UpstreamSettings
 
@@ -40,7 +40,7 @@ def test_hubs_restart_in_turn_and_no_client_notices(etcd: EtcdServer) -> None:
             await RawClient.connect(one.port) as client,
             await RawClient.connect(two.port) as other,
         ):
-            streams = [(await open_watch(each, PREFIX, PREFIX_END, 1), 1) for each in (client, other)]
+            streams = [(await each.open_watch(PREFIX, PREFIX_END, 1), 1) for each in (client, other)]
             writer = Writer(etcd.endpoint, 0.002)
             await writer.more(20)
             for turn in (0, 1, 0, 1):
@@ -60,110 +60,94 @@ def test_hubs_restart_in_turn_and_no_client_notices(etcd: EtcdServer) -> None:
     run(scenario(), 120)
 
 
-def test_etcd_serves_one_watch_for_all_leaves(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with AsyncExitStack() as stack:
-            hub = await stack.enter_async_context(proxy_for(etcd))
-            streams = []
-            for _ in range(3):
-                leaf = await stack.enter_async_context(proxy_for(etcd, watch_endpoints=f"{HOST}:{hub.port}"))
-                client = await stack.enter_async_context(await RawClient.connect(leaf.port))
-                streams += [await open_watch(client, PREFIX, PREFIX_END) for _ in range(10)]
-            calls = await stack.enter_async_context(direct(etcd))
-            revision = await calls.put(PREFIX + b"1", b"1")
-            for stream in streams:
-                assert (await stream.next()).events[0].kv.mod_revision == revision
-            assert etcd.metrics()[WATCHERS] == 1
-
-    run(scenario())
+async def test_etcd_serves_one_watch_for_all_leaves(etcd: EtcdServer) -> None:
+    async with AsyncExitStack() as stack:
+        hub = await stack.enter_async_context(proxy_for(etcd))
+        streams = []
+        for _ in range(3):
+            leaf = await stack.enter_async_context(proxy_for(etcd, watch_endpoints=f"{HOST}:{hub.port}"))
+            client = await stack.enter_async_context(await RawClient.connect(leaf.port))
+            streams += [await client.open_watch(PREFIX, PREFIX_END) for _ in range(10)]
+        calls = await stack.enter_async_context(direct(etcd))
+        revision = await calls.put(PREFIX + b"1", b"1")
+        for stream in streams:
+            assert (await stream.next()).events[0].kv.mod_revision == revision
+        assert etcd.metrics()[WATCHERS] == 1
 
 
-def test_watches_of_another_cluster_are_not_served(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        with EtcdServer(etcd.binary) as foreign:
-            async with proxy_for(foreign) as hub, proxy_for(etcd, watch_endpoints=f"{HOST}:{hub.port}") as leaf:
-                await until_async(lambda: "another cluster" in leaf.health.reason, "the leaf to refuse the hub", 20)
-                async with await RawClient.connect(leaf.port) as client:
-                    stream = client.watch()
-                    stream.create(PREFIX)
-                    status, text = await stream.raw.end()
-                    assert status == grpc.StatusCode.UNAVAILABLE.value[0]
-                    assert "another cluster" in text
-
-    run(scenario())
-
-
-def test_a_restored_store_is_noticed_through_two_tiers(etcd: EtcdServer, tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with (
-            two_tiers(etcd) as leaf,
-            direct(etcd) as calls,
-            await RawClient.connect(leaf.port) as client,
-        ):
-            await calls.put(PREFIX + b"a", b"kept")
-            await asyncio.to_thread(etcd.ctl, "snapshot", "save", str(tmp_path / "s"))
-            stream = await open_watch(client, PREFIX, PREFIX_END)
-            for _ in range(10):
-                await calls.put(PREFIX + b"a", b"lost")
-            await until_async(lambda: len(stream.values) == 10, "the events")
-            await asyncio.to_thread(etcd.stop)
-            await asyncio.to_thread(etcd.restore, tmp_path / "s")
-            await asyncio.to_thread(etcd.start)
-            await until_async(lambda: stream.responses[-1].canceled, "the cancel", 20)
-            assert stream.responses[-1].cancel_reason == OTHER_HISTORY
-
-    run(scenario())
-
-
-def test_proxies_that_watch_each_other_are_refused(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        port = free_port()
-        async with (
-            proxy_for(etcd, watch_endpoints=f"{HOST}:{port}") as leaf,
-            proxy_for(f"{HOST}:{leaf.port}", watch_endpoints=[], port=port),
-            await RawClient.connect(leaf.port) as client,
-        ):
-            await until_async(lambda: "in a loop" in leaf.health.reason, "the loop to be found", 20)
-            stream = client.watch()
-            stream.create(PREFIX)
-            status, text = await stream.raw.end()
-            assert status == grpc.StatusCode.UNAVAILABLE.value[0]
-            assert f"in a loop: {HOST}:{port};" in text
-            assert not leaf.health.serving
-
-    run(scenario())
-
-
-def test_a_loop_of_watch_endpoints_is_named(etcd: EtcdServer) -> None:
-    """Each of three proxies has --endpoints at etcd and takes its watches from the next one; a fourth uses them."""
-
-    async def scenario() -> None:
-        places = [f"{HOST}:{free_port()}" for _ in range(3)]
-        async with AsyncExitStack() as stack:
-            loop = [
-                await stack.enter_async_context(
-                    proxy_for(etcd, port=int(place.rpartition(":")[2]), watch_endpoints=places[(turn + 1) % 3])
-                )
-                for turn, place in enumerate(places)
-            ]
-            other = await stack.enter_async_context(proxy_for(etcd, watch_endpoints=places[0]))
-            way = f"in a loop: {places[1]} -> {places[2]} -> {places[0]};"
-            await until_async(lambda: way in loop[0].health.reason, "the loop to be found", 20)
-            assert not loop[0].health.serving
-            async with await RawClient.connect(loop[0].port) as client:
+async def test_watches_of_another_cluster_are_not_served(etcd: EtcdServer) -> None:
+    with EtcdServer(etcd.binary) as foreign:
+        async with proxy_for(foreign) as hub, proxy_for(etcd, watch_endpoints=f"{HOST}:{hub.port}") as leaf:
+            await until_async(lambda: "another cluster" in leaf.health.reason, "the leaf to refuse the hub", 20)
+            async with await RawClient.connect(leaf.port) as client:
                 stream = client.watch()
                 stream.create(PREFIX)
                 status, text = await stream.raw.end()
                 assert status == grpc.StatusCode.UNAVAILABLE.value[0]
-                assert way in text
-            assert not other.upstream.connected
-            # One of them gets another hub: all of them serve.
-            hub = await stack.enter_async_context(proxy_for(etcd, watch_endpoints=[]))
-            assert await loop[2].set_endpoints([etcd.endpoint], [f"{HOST}:{hub.port}"]) == ""
-            everyone = (*loop, other)
-            await until_async(lambda: all(proxy.health.serving for proxy in everyone), "all to serve", 20)
+                assert "another cluster" in text
 
-    run(scenario())
+
+async def test_a_restored_store_is_noticed_through_two_tiers(etcd: EtcdServer, tmp_path: Path) -> None:
+    async with (
+        two_tiers(etcd) as leaf,
+        direct(etcd) as calls,
+        await RawClient.connect(leaf.port) as client,
+    ):
+        await calls.put(PREFIX + b"a", b"kept")
+        await asyncio.to_thread(etcd.ctl, "snapshot", "save", str(tmp_path / "s"))
+        stream = await client.open_watch(PREFIX, PREFIX_END)
+        for _ in range(10):
+            await calls.put(PREFIX + b"a", b"lost")
+        await until_async(lambda: len(stream.values) == 10, "the events")
+        await asyncio.to_thread(etcd.stop)
+        await asyncio.to_thread(etcd.restore, tmp_path / "s")
+        await asyncio.to_thread(etcd.start)
+        await until_async(lambda: stream.responses[-1].canceled, "the cancel", 20)
+        assert stream.responses[-1].cancel_reason == OTHER_HISTORY
+
+
+async def test_proxies_that_watch_each_other_are_refused(etcd: EtcdServer) -> None:
+    port = free_port()
+    async with (
+        proxy_for(etcd, watch_endpoints=f"{HOST}:{port}") as leaf,
+        proxy_for(f"{HOST}:{leaf.port}", watch_endpoints=[], port=port),
+        await RawClient.connect(leaf.port) as client,
+    ):
+        await until_async(lambda: "in a loop" in leaf.health.reason, "the loop to be found", 20)
+        stream = client.watch()
+        stream.create(PREFIX)
+        status, text = await stream.raw.end()
+        assert status == grpc.StatusCode.UNAVAILABLE.value[0]
+        assert f"in a loop: {HOST}:{port};" in text
+        assert not leaf.health.serving
+
+
+async def test_a_loop_of_watch_endpoints_is_named(etcd: EtcdServer) -> None:
+    """Each of three proxies has --endpoints at etcd and takes its watches from the next one; a fourth uses them."""
+    places = [f"{HOST}:{free_port()}" for _ in range(3)]
+    async with AsyncExitStack() as stack:
+        loop = [
+            await stack.enter_async_context(
+                proxy_for(etcd, port=int(place.rpartition(":")[2]), watch_endpoints=places[(turn + 1) % 3])
+            )
+            for turn, place in enumerate(places)
+        ]
+        other = await stack.enter_async_context(proxy_for(etcd, watch_endpoints=places[0]))
+        way = f"in a loop: {places[1]} -> {places[2]} -> {places[0]};"
+        await until_async(lambda: way in loop[0].health.reason, "the loop to be found", 20)
+        assert not loop[0].health.serving
+        async with await RawClient.connect(loop[0].port) as client:
+            stream = client.watch()
+            stream.create(PREFIX)
+            status, text = await stream.raw.end()
+            assert status == grpc.StatusCode.UNAVAILABLE.value[0]
+            assert way in text
+        assert not other.upstream.connected
+        # One of them gets another hub: all of them serve.
+        hub = await stack.enter_async_context(proxy_for(etcd, watch_endpoints=[]))
+        assert await loop[2].set_endpoints([etcd.endpoint], [f"{HOST}:{hub.port}"]) == ""
+        everyone = (*loop, other)
+        await until_async(lambda: all(proxy.health.serving for proxy in everyone), "all to serve", 20)
 
 
 def uses(leaf: Proxy, hub: str) -> bool:
@@ -171,33 +155,29 @@ def uses(leaf: Proxy, hub: str) -> bool:
     return leaf.upstream.server is not None and leaf.upstream.server.endpoint == hub
 
 
-def test_a_hub_without_etcd_is_left_for_another_one(etcd: EtcdServer) -> None:
+async def test_a_hub_without_etcd_is_left_for_another_one(etcd: EtcdServer) -> None:
     """The hub still serves its clients' connections, so that only its own route to etcd shows it."""
-
-    async def scenario() -> None:
+    async with (
+        relay_to(etcd.client_port) as way,
+        proxy_for(way.endpoint) as cut_off,
+        proxy_for(etcd) as other,
+    ):
+        hubs = [f"{HOST}:{hub.port}" for hub in (cut_off, other)]
+        settings = UpstreamSettings(create_timeout_s=0.4)
         async with (
-            relay_to(etcd.client_port) as way,
-            proxy_for(way.endpoint) as cut_off,
-            proxy_for(etcd) as other,
+            proxy_for(etcd, watch_endpoints=hubs, upstream=settings) as leaf,
+            await RawClient.connect(leaf.port) as client,
         ):
-            hubs = [f"{HOST}:{hub.port}" for hub in (cut_off, other)]
-            settings = UpstreamSettings(create_timeout_s=0.4)
-            async with (
-                proxy_for(etcd, watch_endpoints=hubs, upstream=settings) as leaf,
-                await RawClient.connect(leaf.port) as client,
-            ):
-                await until_async(lambda: leaf.upstream.connected, "the leaf to use a hub")
-                if not uses(leaf, hubs[0]):
-                    assert await leaf.set_endpoints([etcd.endpoint], hubs[:1]) == ""
-                    await until_async(lambda: uses(leaf, hubs[0]), "the first hub", 20)
-                    assert await leaf.set_endpoints([etcd.endpoint], hubs) == ""
-                streams = [(await open_watch(client, PREFIX, PREFIX_END, 1), 1)]
-                writer = Writer(etcd.endpoint, 0.002)
-                await writer.more(20)
-                way.cut()
-                await until_async(lambda: uses(leaf, hubs[1]), "the other hub", 20)
-                await writer.more(20)
-                await all_kept(streams, etcd.endpoint, await writer.stop())
-                way.mend()
-
-    run(scenario())
+            await until_async(lambda: leaf.upstream.connected, "the leaf to use a hub")
+            if not uses(leaf, hubs[0]):
+                assert await leaf.set_endpoints([etcd.endpoint], hubs[:1]) == ""
+                await until_async(lambda: uses(leaf, hubs[0]), "the first hub", 20)
+                assert await leaf.set_endpoints([etcd.endpoint], hubs) == ""
+            streams = [(await client.open_watch(PREFIX, PREFIX_END, 1), 1)]
+            writer = Writer(etcd.endpoint, 0.002)
+            await writer.more(20)
+            way.cut()
+            await until_async(lambda: uses(leaf, hubs[1]), "the other hub", 20)
+            await writer.more(20)
+            await all_kept(streams, etcd.endpoint, await writer.stop())
+            way.mend()

@@ -20,7 +20,6 @@ from tests.e2e.test_auth import DENIED, INVALID, put, token_of, with_users
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import Relay, relay_to
-from tests.faults.scene import open_watch
 from tests.waiting import until_async
 
 TTL_S = 1
@@ -74,8 +73,8 @@ async def expire_while_using(client: RawClient, used: str) -> None:
 def test_one_expired_token_does_not_stop_the_others(proxies: Proxies) -> None:
     async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
         expiring, used = await token_of(client, "u1"), await token_of(client, "u2")
-        first = await open_watch(client, b"a/", b"a0", 0, [("token", expiring)])
-        second = await open_watch(client, b"a/", b"a0", 0, [("token", used)])
+        first = await client.open_watch(b"a/", b"a0", 0, [("token", expiring)])
+        second = await client.open_watch(b"a/", b"a0", 0, [("token", used)])
         await expire_while_using(client, used)
         late = client.watch([("token", expiring)])
         late.create(b"a/", b"a0")
@@ -96,9 +95,9 @@ def test_one_expired_token_does_not_stop_the_others(proxies: Proxies) -> None:
 def test_sessions_return_with_new_tokens_when_all_expired(proxies: Proxies) -> None:
     async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
         tokens = [await token_of(client, user) for user in ("u1", "u2")]
-        streams = [await open_watch(client, b"a/", b"a0", 0, [("token", token)]) for token in tokens]
+        streams = [await client.open_watch(b"a/", b"a0", 0, [("token", token)]) for token in tokens]
         kept = await token_of(client, "u3")
-        other = await open_watch(client, b"b", b"", 0, [("authorization", kept)])
+        other = await client.open_watch(b"b", b"", 0, [("authorization", kept)])
         loop = asyncio.get_running_loop()
         end = loop.time() + TTL_S + 1.5
 
@@ -112,7 +111,7 @@ def test_sessions_return_with_new_tokens_when_all_expired(proxies: Proxies) -> N
         await broken(proxy, way)
         for stream in streams:
             assert await stream.raw.end() == (Status.UNAVAILABLE, "etcdserver: invalid auth token")
-        again = await open_watch(client, b"a/", b"a0", 0, [("token", await token_of(client, "u1"))])
+        again = await client.open_watch(b"a/", b"a0", 0, [("token", await token_of(client, "u1"))])
         await put(etcd, "a/k", "1")
         await put(etcd, "b", "2")
         await until_async(lambda: again.values == [b"1"], "the event")
@@ -132,7 +131,7 @@ def test_watches_beyond_a_right_are_refused(binary: EtcdBinary) -> None:
         root = await token_of(client, "root", "r")
         # Also if a trunk for such a range exists already.
         for key in (b"a/", b"a/k", b"\0"):
-            await open_watch(client, key, b"\0", 0, [("token", root)])
+            await client.open_watch(key, b"\0", 0, [("token", root)])
         stream = client.watch([("token", token)])
         for key, range_end in (
             (b"a/", b"\0"),
@@ -162,8 +161,8 @@ def test_a_revoked_role_does_not_stop_the_others(etcd: EtcdServer, proxies: Prox
 
     async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
         first, second = [await token_of(client, user) for user in ("u1", "u2")]
-        revoked = await open_watch(client, b"a/", b"a0", 0, [("token", first)])
-        stayer = await open_watch(client, b"a/", b"a0", 0, [("token", second)])
+        revoked = await client.open_watch(b"a/", b"a0", 0, [("token", first)])
+        stayer = await client.open_watch(b"a/", b"a0", 0, [("token", second)])
         await asyncio.to_thread(etcd.ctl, "--user=root:r", "user", "revoke-role", "u1", "reader")
         refused = client.watch([("token", first)])
         refused.create(b"a/", b"a0")
@@ -202,7 +201,7 @@ def test_signed_tokens_that_are_older_than_the_users(tmp_path: Path) -> None:
 
     async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
         old = await token_of(client, "u1")
-        first = await open_watch(client, b"a/", b"a0", 0, [("token", old)])
+        first = await client.open_watch(b"a/", b"a0", 0, [("token", old)])
         await asyncio.to_thread(etcd.ctl, "--user=root:r", "user", "add", "another:p")
         direct = await RawClient.connect(etcd.client_port)
         reasons = []
@@ -216,7 +215,7 @@ def test_signed_tokens_that_are_older_than_the_users(tmp_path: Path) -> None:
             == reasons[1]
             == "rpc error: code = InvalidArgument desc = etcdserver: revision of auth store is old"
         )
-        second = await open_watch(client, b"a/", b"a0", 0, [("token", await token_of(client, "u2"))])
+        second = await client.open_watch(b"a/", b"a0", 0, [("token", await token_of(client, "u2"))])
         await broken(proxy, way)
         await put(etcd, "a/k", "1")
         for stream in (first, second):
@@ -235,10 +234,10 @@ def test_signed_tokens_that_are_older_than_the_users(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_signed_tokens_that_expire(tmp_path: Path) -> None:
     async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
-        first = await open_watch(client, b"a/", b"a0", 0, [("token", await token_of(client, "u1"))])
+        first = await client.open_watch(b"a/", b"a0", 0, [("token", await token_of(client, "u1"))])
         end = asyncio.get_running_loop().time() + 5
         await until_async(lambda: asyncio.get_running_loop().time() > end, "the token to expire")
-        second = await open_watch(client, b"a/", b"a0", 0, [("token", await token_of(client, "u2"))])
+        second = await client.open_watch(b"a/", b"a0", 0, [("token", await token_of(client, "u2"))])
         await broken(proxy, way)
         await put(etcd, "a/k", "1")
         for stream in (first, second):
@@ -252,7 +251,7 @@ def test_signed_tokens_that_expire(tmp_path: Path) -> None:
 @pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
 def test_without_auth_no_token_is_needed(binary: EtcdBinary) -> None:
     async def story(_proxy: Proxy, client: RawClient, _way: Relay) -> None:
-        stream = await open_watch(client, b"a/", b"a0")
+        stream = await client.open_watch(b"a/", b"a0")
         await asyncio.to_thread(etcd.ctl, "put", "a/k", "1")
         await until_async(lambda: stream.values == [b"1"], "the event")
 
@@ -263,11 +262,11 @@ def test_without_auth_no_token_is_needed(binary: EtcdBinary) -> None:
 def test_without_auth_one_probe_a_second_at_most(etcd: EtcdServer) -> None:
     async def story(proxy: Proxy, client: RawClient, _way: Relay) -> None:
         await asyncio.to_thread(etcd.ctl, "put", "a/k", "0")
-        await open_watch(client, b"a/", b"a0", 1)
+        await client.open_watch(b"a/", b"a0", 1)
         loop = asyncio.get_running_loop()
         reads, began = proxy.reader.reads, loop.time()
         for _ in range(60):
-            await open_watch(client, b"a/", b"a0", 2)
+            await client.open_watch(b"a/", b"a0", 2)
         assert proxy.reader.reads - reads <= 1 + (loop.time() - began)
 
     scenario_with(etcd, story)

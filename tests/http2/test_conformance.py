@@ -21,7 +21,6 @@ from proxy.listening.calls import ConnectionHandle, Handler, Headers, ServerCall
 from proxy.listening.listener import Listener
 from proxy.listening.settings import ListenerSettings
 from tests.e2e.raw_client import HOST
-from tests.e2e.scenario import run
 from tests.http2 import cases, cases_headers, cases_page
 from tests.http2.cases import (
     ANSWERED,
@@ -213,12 +212,9 @@ async def judged_by_the_listener(port: int, case: Case) -> str:
 
 
 @pytest.mark.parametrize("section", rows("server"))
-def test_answers_of_the_listener(section: str) -> None:
-    async def scenario() -> None:
-        async with listener_of() as listener:
-            await judge_section(section, "server", partial(judged_by_the_listener, listener.port))
-
-    run(scenario())
+async def test_answers_of_the_listener(section: str) -> None:
+    async with listener_of() as listener:
+        await judge_section(section, "server", partial(judged_by_the_listener, listener.port))
 
 
 class Answers:
@@ -319,12 +315,9 @@ async def judged_by_the_client(server: Server, case: Case) -> str:
 
 
 @pytest.mark.parametrize("section", rows("client"))
-def test_answers_of_the_connection_to_etcd(section: str) -> None:
-    async def scenario() -> None:
-        async with server_of() as server:
-            await judge_section(section, "client", partial(judged_by_the_client, server))
-
-    run(scenario())
+async def test_answers_of_the_connection_to_etcd(section: str) -> None:
+    async with server_of() as server:
+        await judge_section(section, "client", partial(judged_by_the_client, server))
 
 
 def test_row_names_are_unique() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from types import TracebackType
 from typing import Self
 
 from upstream.store.server import Store, StoreSettings
@@ -32,9 +31,7 @@ class RunningStore:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         assert self.store is not None
         asyncio.run_coroutine_threadsafe(self.store.stop(grace_s=0.1), self._loop).result(START_TIMEOUT_S)
         self._end()

@@ -94,16 +94,13 @@ def start(connection: ClientConnection, path: str = ECHO, consume: bool = True) 
     return seen
 
 
-def test_error_texts_when_no_server_answers(tmp_path: Path) -> None:
-    async def story() -> None:
-        assert "connection refused; check that etcd runs" in await refused(f"127.0.0.1:{free_port()}")
-        assert "cannot be resolved; check the spelling" in await refused("no-such-host.invalid:2379")
-        assert "there is no such socket" in await refused(f"unix://{tmp_path}/none.sock")
-        async with scripted() as silent:
-            silent.mute = True
-            assert "no answer in time" in await refused(silent.endpoint, settings=FAST)
-
-    run(story())
+async def test_error_texts_when_no_server_answers(tmp_path: Path) -> None:
+    assert "connection refused; check that etcd runs" in await refused(f"127.0.0.1:{free_port()}")
+    assert "cannot be resolved; check the spelling" in await refused("no-such-host.invalid:2379")
+    assert "there is no such socket" in await refused(f"unix://{tmp_path}/none.sock")
+    async with scripted() as silent:
+        silent.mute = True
+        assert "no answer in time" in await refused(silent.endpoint, settings=FAST)
 
 
 @pytest.mark.parametrize(
@@ -118,64 +115,48 @@ def test_error_texts_when_no_server_answers(tmp_path: Path) -> None:
         (b"\x00\x00\x01\x04\x00\x00\x00\x00\x00x", "the server violated HTTP/2 (FRAME_SIZE_ERROR"),
     ],
 )
-def test_error_texts_when_the_server_is_not_an_etcd(answer: bytes, complaint: str) -> None:
-    async def story() -> None:
-        async with answering(answer) as endpoint:
-            assert complaint in await refused(endpoint)
-
-    run(story())
+async def test_error_texts_when_the_server_is_not_an_etcd(answer: bytes, complaint: str) -> None:
+    async with answering(answer) as endpoint:
+        assert complaint in await refused(endpoint)
 
 
-def test_error_texts_when_a_real_etcd_speaks_no_tls(etcd: EtcdServer, certificates: Certificates) -> None:
-    async def story() -> None:
-        text = await refused(f"https://{etcd.endpoint}", client_context(cacert=certificates.ca))
-        assert (
-            f"https://{etcd.endpoint}: it closed the connection during the TLS handshake; if it does not use TLS"
-            in text
-        )
-        assert "use http:// for this endpoint" in text
-
-    run(story())
+async def test_error_texts_when_a_real_etcd_speaks_no_tls(etcd: EtcdServer, certificates: Certificates) -> None:
+    text = await refused(f"https://{etcd.endpoint}", client_context(cacert=certificates.ca))
+    assert f"https://{etcd.endpoint}: it closed the connection during the TLS handshake; if it does not use TLS" in text
+    assert "use http:// for this endpoint" in text
 
 
-def test_error_texts_when_tls_does_not_match(certificates: Certificates) -> None:
+async def test_error_texts_when_tls_does_not_match(certificates: Certificates) -> None:
     files = certificates
-
-    async def story() -> None:
-        trusting = client_context(cacert=files.ca)
-        server_side = server_context(files.server_cert, files.server_key)
-        async with scripted() as plain:
-            assert "it does not speak TLS; use http://" in await refused(f"https://{plain.endpoint}", trusting)
-        async with scripted(server_side) as secure:
-            text = await refused(f"http://{secure.endpoint}", trusting)
-            assert "use https://" in text
-            text = await refused(f"https://{secure.endpoint}", client_context(cacert=files.other_ca))
-            assert "its certificate is not trusted" in text
-            assert "--cacert" in text
-            # Without a context the system's authorities are used.
-            assert "its certificate is not trusted" in await refused(f"https://{secure.endpoint}")
-            careless = client_context(insecure_skip_verify=True)
-            connection = await connect(parse_endpoint(f"https://{secure.endpoint}"), careless)
-            connection.close()
-        async with scripted(server_context(files.server_cert, files.server_key, files.ca)) as strict:
-            text = await refused(f"https://{strict.endpoint}", trusting)
-            assert "--cert and --key" in text
-        http1 = server_context(files.server_cert, files.server_key)
-        http1.set_alpn_protocols(["http/1.1"])
-        async with scripted(http1) as old:
-            text = await refused(f"https://{old.endpoint}", trusting)
-            assert "HTTP/2" in text
-
-    run(story())
+    trusting = client_context(cacert=files.ca)
+    server_side = server_context(files.server_cert, files.server_key)
+    async with scripted() as plain:
+        assert "it does not speak TLS; use http://" in await refused(f"https://{plain.endpoint}", trusting)
+    async with scripted(server_side) as secure:
+        text = await refused(f"http://{secure.endpoint}", trusting)
+        assert "use https://" in text
+        text = await refused(f"https://{secure.endpoint}", client_context(cacert=files.other_ca))
+        assert "its certificate is not trusted" in text
+        assert "--cacert" in text
+        # Without a context the system's authorities are used.
+        assert "its certificate is not trusted" in await refused(f"https://{secure.endpoint}")
+        careless = client_context(insecure_skip_verify=True)
+        connection = await connect(parse_endpoint(f"https://{secure.endpoint}"), careless)
+        connection.close()
+    async with scripted(server_context(files.server_cert, files.server_key, files.ca)) as strict:
+        text = await refused(f"https://{strict.endpoint}", trusting)
+        assert "--cert and --key" in text
+    http1 = server_context(files.server_cert, files.server_key)
+    http1.set_alpn_protocols(["http/1.1"])
+    async with scripted(http1) as old:
+        text = await refused(f"https://{old.endpoint}", trusting)
+        assert "HTTP/2" in text
 
 
-def test_a_certificate_for_another_name(certificates: Certificates) -> None:
-    async def story() -> None:
-        async with scripted(server_context(certificates.client_cert, certificates.client_key)) as etcd:
-            text = await refused(f"https://{etcd.endpoint}", client_context(cacert=certificates.ca))
-            assert "connect by a name or address that the certificate lists" in text
-
-    run(story())
+async def test_a_certificate_for_another_name(certificates: Certificates) -> None:
+    async with scripted(server_context(certificates.client_cert, certificates.client_key)) as etcd:
+        text = await refused(f"https://{etcd.endpoint}", client_context(cacert=certificates.ca))
+        assert "connect by a name or address that the certificate lists" in text
 
 
 async def echo(etcd: ScriptedEtcd, endpoint: str, tls: ssl.SSLContext | None = None) -> None:
@@ -201,29 +182,25 @@ async def echo(etcd: ScriptedEtcd, endpoint: str, tls: ssl.SSLContext | None = N
     await until_async(lambda: not etcd.connections, "the connection to be closed")
 
 
-def test_plain_tls_and_unix_sockets(certificates: Certificates, tmp_path: Path) -> None:
+async def test_plain_tls_and_unix_sockets(certificates: Certificates, tmp_path: Path) -> None:
     files = certificates
-
-    async def story() -> None:
-        async with scripted() as etcd:
-            await echo(etcd, etcd.endpoint)
-            await echo(etcd, f"http://{etcd.endpoint}", client_context(cacert=files.ca))
-        strict = server_context(files.server_cert, files.server_key, files.ca)
-        mutual = client_context(files.client_cert, files.client_key, files.ca)
-        asked_for: list[str | None] = []
-        strict.sni_callback = lambda _connection, name, _context: asked_for.append(name)
-        async with scripted(strict) as etcd:
-            await echo(etcd, f"https://{etcd.endpoint}", mutual)
-            await echo(etcd, etcd.endpoint, mutual)
-            await echo(etcd, f"localhost:{etcd.port}", mutual)
-        # A name is sent to the server (SNI), an address is not (RFC 6066 section 3).
-        assert asked_for == [None, None, "localhost"]
-        async with scripted(path=str(tmp_path / "s")) as etcd:
-            await echo(etcd, f"unix://{tmp_path}/s")
-        async with scripted(strict, path=str(tmp_path / "t")) as etcd:
-            await echo(etcd, f"unixs://{tmp_path}/t", mutual)
-
-    run(story())
+    async with scripted() as etcd:
+        await echo(etcd, etcd.endpoint)
+        await echo(etcd, f"http://{etcd.endpoint}", client_context(cacert=files.ca))
+    strict = server_context(files.server_cert, files.server_key, files.ca)
+    mutual = client_context(files.client_cert, files.client_key, files.ca)
+    asked_for: list[str | None] = []
+    strict.sni_callback = lambda _connection, name, _context: asked_for.append(name)
+    async with scripted(strict) as etcd:
+        await echo(etcd, f"https://{etcd.endpoint}", mutual)
+        await echo(etcd, etcd.endpoint, mutual)
+        await echo(etcd, f"localhost:{etcd.port}", mutual)
+    # A name is sent to the server (SNI), an address is not (RFC 6066 section 3).
+    assert asked_for == [None, None, "localhost"]
+    async with scripted(path=str(tmp_path / "s")) as etcd:
+        await echo(etcd, f"unix://{tmp_path}/s")
+    async with scripted(strict, path=str(tmp_path / "t")) as etcd:
+        await echo(etcd, f"unixs://{tmp_path}/t", mutual)
 
 
 def test_uvloop_is_the_same(certificates: Certificates) -> None:
@@ -264,229 +241,204 @@ def test_a_ping_that_is_answered_at_once_is_answered() -> None:
         runner.run(story())
 
 
-def test_urgent_output_is_written_before_the_end_of_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_urgent_output_is_written_before_the_end_of_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the first output; later output in the same turn of the loop shares one write."""
+    async with scripted() as server:
+        connection = await connect(parse_endpoint(server.endpoint), None, PATIENT)
+        sent: list[int] = []
+        write_output = connection._write_output
 
-    async def story() -> None:
-        async with scripted() as server:
-            connection = await connect(parse_endpoint(server.endpoint), None, PATIENT)
-            sent: list[int] = []
-            write_output = connection._write_output
+        def counted() -> None:
+            # Further writes answer the server's SETTINGS and PING.
+            if call.stream.send_window not in sent:
+                sent.append(call.stream.send_window)
+            write_output()
 
-            def counted() -> None:
-                # Further writes answer the server's SETTINGS and PING.
-                if call.stream.send_window not in sent:
-                    sent.append(call.stream.send_window)
-                write_output()
-
-            call = start(connection).call
-            await until_async(lambda: not connection._flush_scheduled, "the request to be written")
-            monkeypatch.setattr(connection, "_write_output", counted)
-            window = call.stream.send_window
-            for _ in range(3):
-                call.write((b"\0\0\0\0\0",), 5)
-                connection.hurry()
-            assert sent == [window - 5]
-            await until_async(lambda: len(sent) > 1, "the end of the turn")
-            assert sent == [window - 5, window - 15]
-            connection.close()
-
-    run(story())
+        call = start(connection).call
+        await until_async(lambda: not connection._flush_scheduled, "the request to be written")
+        monkeypatch.setattr(connection, "_write_output", counted)
+        window = call.stream.send_window
+        for _ in range(3):
+            call.write((b"\0\0\0\0\0",), 5)
+            connection.hurry()
+        assert sent == [window - 5]
+        await until_async(lambda: len(sent) > 1, "the end of the turn")
+        assert sent == [window - 5, window - 15]
+        connection.close()
 
 
-def test_how_a_call_can_end() -> None:
-    async def story() -> None:
-        async with scripted() as etcd:
-            connection = await connect(parse_endpoint(etcd.endpoint), None)
+async def test_how_a_call_can_end() -> None:
+    async with scripted() as etcd:
+        connection = await connect(parse_endpoint(etcd.endpoint), None)
 
-            async def ended(finish: Callable[[ScriptedCall], None]) -> Collected:
-                seen = start(connection)
-                await until_async(lambda: etcd.calls and etcd.calls[-1].ended == "", "the call")
-                finish(etcd.calls[-1])
-                await until_async(lambda: seen.ends, "its end")
-                etcd.calls[-1].ended = "x"
-                assert seen.call.ended
-                # These have no effect any more.
-                seen.call.write((b"x",), 1)
-                seen.call.reset()
-                return seen
+        async def ended(finish: Callable[[ScriptedCall], None]) -> Collected:
+            seen = start(connection)
+            await until_async(lambda: etcd.calls and etcd.calls[-1].ended == "", "the call")
+            finish(etcd.calls[-1])
+            await until_async(lambda: seen.ends, "its end")
+            etcd.calls[-1].ended = "x"
+            assert seen.call.ended
+            # These have no effect any more.
+            seen.call.write((b"x",), 1)
+            seen.call.reset()
+            return seen
 
-            only = await ended(lambda call: call.end(5, "key 100% gone"))
-            assert only.ends[0][:2] == (5, "key 100% gone")
-            assert only.headers == []
-            assert (b"content-type", b"application/grpc") in only.ends[0][2]
+        only = await ended(lambda call: call.end(5, "key 100% gone"))
+        assert only.ends[0][:2] == (5, "key 100% gone")
+        assert only.headers == []
+        assert (b"content-type", b"application/grpc") in only.ends[0][2]
 
-            def answer(call: ScriptedCall) -> None:
-                call.send_raw(b"abc")
-                call.end()
+        def answer(call: ScriptedCall) -> None:
+            call.send_raw(b"abc")
+            call.end()
 
-            whole = await ended(answer)
-            assert (whole.data, whole.ends[0][0]) == (b"abc", 0)
-            assert whole.call.http_status == 200
-            reset = await ended(lambda call: call.reset(ErrorCode.ENHANCE_YOUR_CALM))
-            assert (reset.ends[0][0], reset.call.reset_code) == (Status.RESOURCE_EXHAUSTED, ErrorCode.ENHANCE_YOUR_CALM)
-            assert not reset.call.unprocessed
-            unseen = await ended(lambda call: call.reset(ErrorCode.REFUSED_STREAM))
-            assert (unseen.ends[0][0], unseen.call.unprocessed) == (Status.UNAVAILABLE, True)
+        whole = await ended(answer)
+        assert (whole.data, whole.ends[0][0]) == (b"abc", 0)
+        assert whole.call.http_status == 200
+        reset = await ended(lambda call: call.reset(ErrorCode.ENHANCE_YOUR_CALM))
+        assert (reset.ends[0][0], reset.call.reset_code) == (Status.RESOURCE_EXHAUSTED, ErrorCode.ENHANCE_YOUR_CALM)
+        assert not reset.call.unprocessed
+        unseen = await ended(lambda call: call.reset(ErrorCode.REFUSED_STREAM))
+        assert (unseen.ends[0][0], unseen.call.unprocessed) == (Status.UNAVAILABLE, True)
 
-            def http(call: ScriptedCall) -> None:
-                call.start(b"503")
-                call.connection.http2.send(call.stream, (b"<html>",), 6, True)
-                call.connection.flush()
+        def http(call: ScriptedCall) -> None:
+            call.start(b"503")
+            call.connection.http2.send(call.stream, (b"<html>",), 6, True)
+            call.connection.flush()
 
-            strange = await ended(http)
-            assert strange.ends == [(14, "the server answered with HTTP status 503, not with gRPC", [])]
-            lost = await ended(lambda _: etcd.drop())
-            assert lost.ends[0][0] == Status.UNAVAILABLE
-            assert "connection" in lost.ends[0][1]
-            assert not connection.healthy
-
-    run(story())
+        strange = await ended(http)
+        assert strange.ends == [(14, "the server answered with HTTP status 503, not with gRPC", [])]
+        lost = await ended(lambda _: etcd.drop())
+        assert lost.ends[0][0] == Status.UNAVAILABLE
+        assert "connection" in lost.ends[0][1]
+        assert not connection.healthy
 
 
-def test_flow_control_goes_both_ways() -> None:
-    async def story() -> None:
-        async with scripted() as etcd:
-            etcd.limits = Http2Limits(initial_window=70_000)
-            etcd.on_message = lambda _, __: None
-            settings = ConnectionSettings(stream_window_bytes=70_000)
-            connection = await connect(parse_endpoint(etcd.endpoint), None, settings)
-            seen = start(connection, consume=False)
-            await until_async(lambda: etcd.calls, "the call")
-            call = etcd.calls[0]
-            call.send_raw(bytes(100_000))
-            await until_async(lambda: len(seen.data) == 70_000, "a window of data")
-            assert call.stream.blocked
-            seen.call.consumed(70_000)
-            await until_async(lambda: len(seen.data) == 100_000, "the rest")
-            # Outbound: blocked by the window, drained when the server has read the data.
-            assert seen.call.write((bytes(50_000), bytes(50_000)), 100_000) is False
-            assert seen.call.blocked
-            await until_async(lambda: seen.drained, "the server to read")
-            assert not seen.call.blocked
-            seen.call.end()
-            await until_async(lambda: call.ended == "end", "the half-close")
-            connection.close()
-
-    run(story())
+async def test_flow_control_goes_both_ways() -> None:
+    async with scripted() as etcd:
+        etcd.limits = Http2Limits(initial_window=70_000)
+        etcd.on_message = lambda _, __: None
+        settings = ConnectionSettings(stream_window_bytes=70_000)
+        connection = await connect(parse_endpoint(etcd.endpoint), None, settings)
+        seen = start(connection, consume=False)
+        await until_async(lambda: etcd.calls, "the call")
+        call = etcd.calls[0]
+        call.send_raw(bytes(100_000))
+        await until_async(lambda: len(seen.data) == 70_000, "a window of data")
+        assert call.stream.blocked
+        seen.call.consumed(70_000)
+        await until_async(lambda: len(seen.data) == 100_000, "the rest")
+        # Outbound: blocked by the window, drained when the server has read the data.
+        assert seen.call.write((bytes(50_000), bytes(50_000)), 100_000) is False
+        assert seen.call.blocked
+        await until_async(lambda: seen.drained, "the server to read")
+        assert not seen.call.blocked
+        seen.call.end()
+        await until_async(lambda: call.ended == "end", "the half-close")
+        connection.close()
 
 
 @pytest.mark.parametrize("how", ["reset", "end"])
-def test_flow_control_a_call_kept_is_returned_at_its_end(how: str) -> None:
-    async def story() -> None:
-        async with scripted() as etcd:
-            settings = ConnectionSettings(stream_window_bytes=70_000, connection_window_bytes=70_000)
-            connection = await connect(parse_endpoint(etcd.endpoint), None, settings)
-            for number in range(3):
-                seen = start(connection, consume=False)
-                await until_async(lambda number=number: len(etcd.calls) == number + 1, "the call")  # type: ignore[misc] # bound at once
-                etcd.calls[number].send_raw(bytes(60_000))
-                await until_async(lambda seen=seen: len(seen.data) == 60_000, "the data")  # type: ignore[misc] # bound at once
-                if how == "reset":
-                    seen.call.reset()
-                else:
-                    etcd.calls[number].end()
-                    await until_async(lambda seen=seen: seen.ends, "the end")  # type: ignore[misc] # bound at once
-                # Too late: it is not counted twice.
-                seen.call.consumed(60_000)
-            connection.close()
-
-    run(story())
+async def test_flow_control_a_call_kept_is_returned_at_its_end(how: str) -> None:
+    async with scripted() as etcd:
+        settings = ConnectionSettings(stream_window_bytes=70_000, connection_window_bytes=70_000)
+        connection = await connect(parse_endpoint(etcd.endpoint), None, settings)
+        for number in range(3):
+            seen = start(connection, consume=False)
+            await until_async(lambda number=number: len(etcd.calls) == number + 1, "the call")  # type: ignore[misc] # bound at once
+            etcd.calls[number].send_raw(bytes(60_000))
+            await until_async(lambda seen=seen: len(seen.data) == 60_000, "the data")  # type: ignore[misc] # bound at once
+            if how == "reset":
+                seen.call.reset()
+            else:
+                etcd.calls[number].end()
+                await until_async(lambda seen=seen: seen.ends, "the end")  # type: ignore[misc] # bound at once
+            # Too late: it is not counted twice.
+            seen.call.consumed(60_000)
+        connection.close()
 
 
-def test_full_transport_buffer_pauses_the_connection() -> None:
-    async def story() -> None:
-        async with scripted() as etcd:
-            etcd.limits = Http2Limits(initial_window=64 << 20, connection_window=64 << 20)
-            etcd.on_message = lambda _, __: None
-            connection = await connect(parse_endpoint(etcd.endpoint), None)
-            seen = start(connection)
-            await until_async(lambda: etcd.calls, "the call")
-            transport = etcd.connections[0].transport
-            assert transport is not None
-            transport.pause_reading()
-            for _ in range(100):
-                seen.call.write((bytes(1 << 18),), 1 << 18)
-                await asyncio.sleep(0)
-                if seen.call.blocked:
-                    break
-            assert connection.http2.paused
-            transport.resume_reading()
-            await until_async(lambda: seen.drained, "the rest to be written")
-            assert not connection.http2.paused
-            connection.close()
-
-    run(story())
+async def test_full_transport_buffer_pauses_the_connection() -> None:
+    async with scripted() as etcd:
+        etcd.limits = Http2Limits(initial_window=64 << 20, connection_window=64 << 20)
+        etcd.on_message = lambda _, __: None
+        connection = await connect(parse_endpoint(etcd.endpoint), None)
+        seen = start(connection)
+        await until_async(lambda: etcd.calls, "the call")
+        transport = etcd.connections[0].transport
+        assert transport is not None
+        transport.pause_reading()
+        for _ in range(100):
+            seen.call.write((bytes(1 << 18),), 1 << 18)
+            await asyncio.sleep(0)
+            if seen.call.blocked:
+                break
+        assert connection.http2.paused
+        transport.resume_reading()
+        await until_async(lambda: seen.drained, "the rest to be written")
+        assert not connection.http2.paused
+        connection.close()
 
 
-def test_goaway_lets_calls_finish_and_takes_no_new_ones() -> None:
-    async def story() -> None:
-        async with scripted() as etcd:
-            closed: list[ClientConnection] = []
-            connection = await connect(parse_endpoint(etcd.endpoint), None, on_closed=closed.append)
-            first, second = start(connection), start(connection)
-            await until_async(lambda: len(etcd.calls) == 2, "the calls")
-            etcd.connections[0].go_away(last_id=1)
-            await until_async(lambda: closed, "the news")
-            assert second.ends[0][0] == Status.UNAVAILABLE
-            assert second.call.unprocessed
-            assert not first.ends
-            assert not connection.healthy
-            with pytest.raises(NotSent):
-                start(connection)
-            etcd.calls[0].send_raw(b"still here")
-            etcd.calls[0].end()
-            await until_async(lambda: first.ends, "the first call's end")
-            assert first.data == b"still here"
-            assert "is closing the connection" in str(connection.failure)
-            await until_async(lambda: not etcd.connections, "the connection to be closed")
-
-    run(story())
+async def test_goaway_lets_calls_finish_and_takes_no_new_ones() -> None:
+    async with scripted() as etcd:
+        closed: list[ClientConnection] = []
+        connection = await connect(parse_endpoint(etcd.endpoint), None, on_closed=closed.append)
+        first, second = start(connection), start(connection)
+        await until_async(lambda: len(etcd.calls) == 2, "the calls")
+        etcd.connections[0].go_away(last_id=1)
+        await until_async(lambda: closed, "the news")
+        assert second.ends[0][0] == Status.UNAVAILABLE
+        assert second.call.unprocessed
+        assert not first.ends
+        assert not connection.healthy
+        with pytest.raises(NotSent):
+            start(connection)
+        etcd.calls[0].send_raw(b"still here")
+        etcd.calls[0].end()
+        await until_async(lambda: first.ends, "the first call's end")
+        assert first.data == b"still here"
+        assert "is closing the connection" in str(connection.failure)
+        await until_async(lambda: not etcd.connections, "the connection to be closed")
 
 
-def test_unary_calls_that_fail() -> None:
-    async def story() -> None:
-        async with scripted() as etcd:
-            connection = await connect(parse_endpoint(etcd.endpoint), None)
+async def test_unary_calls_that_fail() -> None:
+    async with scripted() as etcd:
+        connection = await connect(parse_endpoint(etcd.endpoint), None)
 
-            async def failure(on_message: Callable[[ScriptedCall, bytes], None], **extra: Any) -> CallFailed:
-                etcd.on_message = on_message
-                with pytest.raises(CallFailed) as error:
-                    await call_unary(connection, ECHO, b"x", **extra)
-                return error.value
+        async def failure(on_message: Callable[[ScriptedCall, bytes], None], **extra: Any) -> CallFailed:
+            etcd.on_message = on_message
+            with pytest.raises(CallFailed) as error:
+                await call_unary(connection, ECHO, b"x", **extra)
+            return error.value
 
-            error = await failure(lambda call, _: call.end(9, "learner"))
-            assert (error.status, error.text) == (9, "learner")
-            assert isinstance(await failure(lambda call, _: call.reset(ErrorCode.REFUSED_STREAM)), NotProcessed)
-            assert (await failure(lambda call, _: call.end())).status == Status.INTERNAL
+        error = await failure(lambda call, _: call.end(9, "learner"))
+        assert (error.status, error.text) == (9, "learner")
+        assert isinstance(await failure(lambda call, _: call.reset(ErrorCode.REFUSED_STREAM)), NotProcessed)
+        assert (await failure(lambda call, _: call.end())).status == Status.INTERNAL
 
-            def twice(call: ScriptedCall, _: bytes) -> None:
-                call.send(b"1")
-                call.send(b"2")
-                call.end()
+        def twice(call: ScriptedCall, _: bytes) -> None:
+            call.send(b"1")
+            call.send(b"2")
+            call.end()
 
-            assert (await failure(twice)).status == Status.INTERNAL
-            error = await failure(lambda call, _: call.send(bytes(100)), message_bytes_max=10)
-            assert error.status == Status.RESOURCE_EXHAUSTED
-            error = await failure(lambda _, __: None, timeout_s=0.01)
-            assert error.status == Status.DEADLINE_EXCEEDED
-            await until_async(lambda: etcd.calls[-1].ended == "CANCEL", "the reset")
-            connection.close()
-
-    run(story())
+        assert (await failure(twice)).status == Status.INTERNAL
+        error = await failure(lambda call, _: call.send(bytes(100)), message_bytes_max=10)
+        assert error.status == Status.RESOURCE_EXHAUSTED
+        error = await failure(lambda _, __: None, timeout_s=0.01)
+        assert error.status == Status.DEADLINE_EXCEEDED
+        await until_async(lambda: etcd.calls[-1].ended == "CANCEL", "the reset")
+        connection.close()
 
 
-def test_settings_have_to_be_acknowledged() -> None:
-    async def story() -> None:
-        # SETTINGS, and no more bytes.
-        async with answering(b"\x00\x00\x00\x04\x00\x00\x00\x00\x00", stay=True) as endpoint:
-            closed: list[ClientConnection] = []
-            settings = ConnectionSettings(settings_timeout_s=0.05)
-            connection = await connect(parse_endpoint(endpoint), None, settings, closed.append)
-            await until_async(lambda: closed, "the end")
-            assert "did not acknowledge our SETTINGS in 0.05 s" in str(connection.failure)
-
-    run(story())
+async def test_settings_have_to_be_acknowledged() -> None:
+    # SETTINGS, and no more bytes.
+    async with answering(b"\x00\x00\x00\x04\x00\x00\x00\x00\x00", stay=True) as endpoint:
+        closed: list[ClientConnection] = []
+        settings = ConnectionSettings(settings_timeout_s=0.05)
+        connection = await connect(parse_endpoint(endpoint), None, settings, closed.append)
+        await until_async(lambda: closed, "the end")
+        assert "did not acknowledge our SETTINGS in 0.05 s" in str(connection.failure)
 
 
 def test_a_real_etcd_with_tls(certificates: Certificates, tmp_path: Path) -> None:

@@ -27,40 +27,34 @@ def after_turns(turns: int, task: asyncio.Task[Any]) -> None:
 
 
 @pytest.mark.parametrize("turns", range(8))
-def test_cancelled_search_leaves_no_connection(turns: int) -> None:
-    async def story() -> None:
-        async with scripted() as one, scripted() as other, asyncio.timeout(20):
-            endpoints = parse_endpoints([one.endpoint, other.endpoint])
-            dialer = Dialer(endpoints, None, UpstreamSettings(stagger_s=0.0), RecordedLog(), lambda: None)
+async def test_cancelled_search_leaves_no_connection(turns: int) -> None:
+    async with scripted() as one, scripted() as other, asyncio.timeout(20):
+        endpoints = parse_endpoints([one.endpoint, other.endpoint])
+        dialer = Dialer(endpoints, None, UpstreamSettings(stagger_s=0.0), RecordedLog(), lambda: None)
 
-            def accept(_: Server) -> bool:
-                after_turns(turns, search)
-                return True
+        def accept(_: Server) -> bool:
+            after_turns(turns, search)
+            return True
 
-            search = asyncio.create_task(dialer.dial(accept))
-            (found,) = await asyncio.gather(search, return_exceptions=True)
-            if isinstance(found, Server):
-                found.connection.close()
-            else:
-                assert isinstance(found, asyncio.CancelledError)
-            await until_async(lambda: not (one.connections or other.connections), "the connections to be closed")
-
-    asyncio.run(story())
+        search = asyncio.create_task(dialer.dial(accept))
+        (found,) = await asyncio.gather(search, return_exceptions=True)
+        if isinstance(found, Server):
+            found.connection.close()
+        else:
+            assert isinstance(found, asyncio.CancelledError)
+        await until_async(lambda: not (one.connections or other.connections), "the connections to be closed")
 
 
 @pytest.mark.parametrize("turns", range(8))
-def test_cancelled_status_request_leaves_no_connection(turns: int) -> None:
-    async def story() -> None:
-        async with scripted() as one, scripted() as silent, asyncio.timeout(20):
-            silent.on_message = lambda _call, _message: None
-            dialer = Dialer([], None, UpstreamSettings(), RecordedLog(), lambda: None)
-            question = asyncio.create_task(dialer.cluster_ids(parse_endpoints([one.endpoint, silent.endpoint])))
-            await until_async(lambda: bool(one.asked and silent.asked), "both to be asked")
-            asyncio.get_running_loop().call_soon(after_turns, turns, question)
-            await asyncio.gather(question, return_exceptions=True)
-            await until_async(lambda: not (one.connections or silent.connections), "the connections to be closed")
-
-    asyncio.run(story())
+async def test_cancelled_status_request_leaves_no_connection(turns: int) -> None:
+    async with scripted() as one, scripted() as silent, asyncio.timeout(20):
+        silent.on_message = lambda _call, _message: None
+        dialer = Dialer([], None, UpstreamSettings(), RecordedLog(), lambda: None)
+        question = asyncio.create_task(dialer.cluster_ids(parse_endpoints([one.endpoint, silent.endpoint])))
+        await until_async(lambda: bool(one.asked and silent.asked), "both to be asked")
+        asyncio.get_running_loop().call_soon(after_turns, turns, question)
+        await asyncio.gather(question, return_exceptions=True)
+        await until_async(lambda: not (one.connections or silent.connections), "the connections to be closed")
 
 
 class NoConnection:
@@ -89,21 +83,18 @@ class OneLeader(Dialer):
         return server
 
 
-def test_found_leader_counts_while_another_endpoint_has_none() -> None:
-    async def story() -> None:
-        choice, reports = EndpointPolicy(), list[bool]()
-        settings = UpstreamSettings(stagger_s=0.0, backoff_first_s=0.001, backoff_max_s=0.001)
-        endpoints = parse_endpoints(["127.0.0.1:1", "127.0.0.1:2"])
-        dialer = OneLeader(
-            endpoints, None, settings, RecordedLog(), lambda: reports.append(choice.failed(dialer.targets, False))
-        )
-        dialer.asked = {}
-        search = asyncio.create_task(dialer.dial(lambda server: choice.is_acceptable(server.has_leader)))
-        await until_async(lambda: len(dialer.asked) == 2, "both to be asked")
-        for target in dialer.targets:
-            dialer.asked[target].set_result(None)
-        found = await search
-        assert found.target is dialer.targets[0]
-        assert reports == [False, False]
-
-    asyncio.run(story())
+async def test_found_leader_counts_while_another_endpoint_has_none() -> None:
+    choice, reports = EndpointPolicy(), list[bool]()
+    settings = UpstreamSettings(stagger_s=0.0, backoff_first_s=0.001, backoff_max_s=0.001)
+    endpoints = parse_endpoints(["127.0.0.1:1", "127.0.0.1:2"])
+    dialer = OneLeader(
+        endpoints, None, settings, RecordedLog(), lambda: reports.append(choice.failed(dialer.targets, False))
+    )
+    dialer.asked = {}
+    search = asyncio.create_task(dialer.dial(lambda server: choice.is_acceptable(server.has_leader)))
+    await until_async(lambda: len(dialer.asked) == 2, "both to be asked")
+    for target in dialer.targets:
+        dialer.asked[target].set_result(None)
+    found = await search
+    assert found.target is dialer.targets[0]
+    assert reports == [False, False]

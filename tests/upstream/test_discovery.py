@@ -19,7 +19,6 @@ from proxy.cli.group import run as watchmux
 from proxy.config.knobs import Settings, UpstreamTable
 from proxy.process.serving import discovered
 from tests.e2e.running import proxy_for
-from tests.e2e.scenario import run
 from tests.etcd.server import HOST, EtcdServer
 from tests.proxy_process import serve_here
 from tests.waiting import until_async
@@ -96,15 +95,12 @@ async def name_server(zone: Zone) -> AsyncIterator[tuple[NameServer, dns.asyncre
         ({SECURE: ["0 0 0 .", "1 0 1 a."]}, "", False, ["https://a:1"]),
     ],
 )
-def test_records_become_endpoints(zone: Zone, service_name: str, insecure: bool, endpoints: list[str]) -> None:
-    async def scenario() -> None:
-        async with name_server(zone) as (server, resolver):
-            assert await discover("example.com", service_name, insecure, resolver) == endpoints
-            suffix = f"-{service_name}" if service_name else ""
-            names = [f"_etcd-client-ssl{suffix}._tcp.example.com.", f"_etcd-client{suffix}._tcp.example.com."]
-            assert server.asked == names
-
-    run(scenario())
+async def test_records_become_endpoints(zone: Zone, service_name: str, insecure: bool, endpoints: list[str]) -> None:
+    async with name_server(zone) as (server, resolver):
+        assert await discover("example.com", service_name, insecure, resolver) == endpoints
+        suffix = f"-{service_name}" if service_name else ""
+        names = [f"_etcd-client-ssl{suffix}._tcp.example.com.", f"_etcd-client{suffix}._tcp.example.com."]
+        assert server.asked == names
 
 
 @pytest.mark.parametrize(
@@ -119,46 +115,35 @@ def test_records_become_endpoints(zone: Zone, service_name: str, insecure: bool,
         ({PLAIN: ["0 0 2379 b."]}, "it names only members without TLS (b:2379); name members with TLS there, or take"),
     ],
 )
-def test_discovery_failures_are_explained(zone: Zone, problem: str) -> None:
-    async def scenario() -> None:
-        async with name_server(zone) as (_, resolver):
-            with pytest.raises(NotDiscovered) as error:
-                await discover("example.com", resolver=resolver)
-            assert str(error.value).startswith("--discovery-srv=example.com: ")
-            assert problem in str(error.value)
-
-    run(scenario())
+async def test_discovery_failures_are_explained(zone: Zone, problem: str) -> None:
+    async with name_server(zone) as (_, resolver):
+        with pytest.raises(NotDiscovered) as error:
+            await discover("example.com", resolver=resolver)
+        assert str(error.value).startswith("--discovery-srv=example.com: ")
+        assert problem in str(error.value)
 
 
-def test_a_name_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_name_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("upstream.discovery.TIMEOUT_S", 0.2)
-
-    async def scenario() -> None:
-        with socket.socket(type=socket.SOCK_DGRAM) as silent:
-            silent.bind((HOST, 0))
-            resolver = dns.asyncresolver.Resolver(configure=False)
-            resolver.nameservers = [HOST]
-            resolver.port = silent.getsockname()[1]
-            with pytest.raises(NotDiscovered, match=r"_etcd-client-ssl\._tcp\.example\.com cannot be looked up"):
-                await discover("example.com", resolver=resolver)
-
-    run(scenario())
+    with socket.socket(type=socket.SOCK_DGRAM) as silent:
+        silent.bind((HOST, 0))
+        resolver = dns.asyncresolver.Resolver(configure=False)
+        resolver.nameservers = [HOST]
+        resolver.port = silent.getsockname()[1]
+        with pytest.raises(NotDiscovered, match=r"_etcd-client-ssl\._tcp\.example\.com cannot be looked up"):
+            await discover("example.com", resolver=resolver)
 
 
-def test_settings_with_discovery_get_its_endpoints(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_settings_with_discovery_get_its_endpoints(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
     given = Settings(
         upstream=UpstreamTable(endpoints=["10.0.0.1:1"], discovery_srv="example.com", insecure_discovery=True)
     )
-
-    async def scenario() -> None:
-        async with name_server({PLAIN: [f"0 0 {etcd.client_port} localhost."]}) as (_, resolver):
-            monkeypatch.setattr(dns.asyncresolver, "default_resolver", resolver)
-            found = (await discovered(given)).upstream
-            assert found == replace(given.upstream, endpoints=[f"http://localhost:{etcd.client_port}"])
-            async with proxy_for(found.endpoints[0]) as proxy:
-                await until_async(lambda: proxy.health.upstream_reachable, "etcd to be reached")
-
-    run(scenario())
+    async with name_server({PLAIN: [f"0 0 {etcd.client_port} localhost."]}) as (_, resolver):
+        monkeypatch.setattr(dns.asyncresolver, "default_resolver", resolver)
+        found = (await discovered(given)).upstream
+        assert found == replace(given.upstream, endpoints=[f"http://localhost:{etcd.client_port}"])
+        async with proxy_for(found.endpoints[0]) as proxy:
+            await until_async(lambda: proxy.health.upstream_reachable, "etcd to be reached")
 
 
 def test_serve_reports_in_one_line_that_discovery_failed(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from proto.http2.headers import MalformedHeaders, check_trailers
 from tests.etcd.server import EtcdServer
 from upstream.connection import ClientConnection, connect
@@ -32,18 +30,14 @@ async def is_reset(connection: ClientConnection, field: Field) -> bool:
     return False
 
 
-def test_etcd_and_the_listener_refuse_the_same_octets(etcd: EtcdServer) -> None:
+async def test_etcd_and_the_listener_refuse_the_same_octets(etcd: EtcdServer) -> None:
     """RFC 9110 5.1 and 5.5; each octet inside a name and inside a value."""
     octets = [bytes([number]) for number in range(256)]
     fields = [(b"name", b"a%bz" % octet) for octet in octets] + [(b"a%bz" % octet, b"value") for octet in octets]
-
-    async def story() -> None:
-        connection = await connect(parse_endpoint(etcd.endpoint), None)
-        try:
-            differ = [field for field in fields if await is_reset(connection, field) is not is_malformed(field)]
-            assert differ == []
-            assert connection.healthy
-        finally:
-            connection.close()
-
-    asyncio.run(story())
+    connection = await connect(parse_endpoint(etcd.endpoint), None)
+    try:
+        differ = [field for field in fields if await is_reset(connection, field) is not is_malformed(field)]
+        assert differ == []
+        assert connection.healthy
+    finally:
+        connection.close()

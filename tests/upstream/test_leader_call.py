@@ -8,7 +8,6 @@ import pytest
 
 from proto.etcd_errors import NO_LEADER
 from proto.framing import Status
-from tests.e2e.scenario import run
 from tests.waiting import until_async
 from upstream.connection import NotSent
 from upstream.watching import leader
@@ -58,63 +57,54 @@ def call_to(connection: Any, lost: list[None]) -> LeaderCall:
     return LeaderCall(lambda: connection, lambda: lost.append(None))
 
 
-def test_it_is_open_while_wanted_and_while_there_is_a_leader(connection: Connection) -> None:
-    async def scenario() -> None:
-        call = call_to(connection, [])
-        call.use(True)
-        assert connection.calls == []
-        call.want()
-        call.want()
-        assert call.is_open
-        assert connection.headers == [(b":path", b"/etcdserverpb.Watch/Watch"), (b"hasleader", b"true")]
-        call.on_data(b"xyz", 3)
-        assert connection.calls[0].taken == 3
-        call.leave()
-        assert connection.calls[0].ended
+async def test_it_is_open_while_wanted_and_while_there_is_a_leader(connection: Connection) -> None:
+    call = call_to(connection, [])
+    call.use(True)
+    assert connection.calls == []
+    call.want()
+    call.want()
+    assert call.is_open
+    assert connection.headers == [(b":path", b"/etcdserverpb.Watch/Watch"), (b"hasleader", b"true")]
+    call.on_data(b"xyz", 3)
+    assert connection.calls[0].taken == 3
+    call.leave()
+    assert connection.calls[0].ended
+    assert not call.is_open
+    connection.places = 2
+    call.use(False)
+    assert len(connection.calls) == 1
+    call.use(True)
+    assert len(connection.calls) == 2
+
+
+async def test_only_no_leader_counts_as_loss_of_the_leader(connection: Connection) -> None:
+    lost: list[None] = []
+    connection.places = 9
+    call = call_to(connection, lost)
+    call.use(True)
+    call.want()
+    for made, (status, text) in enumerate([(Status.UNAVAILABLE, "moved"), (Status.INTERNAL, NO_LEADER)], 2):
+        call.on_end(status, text, [])
         assert not call.is_open
-        connection.places = 2
-        call.use(False)
-        assert len(connection.calls) == 1
-        call.use(True)
-        assert len(connection.calls) == 2
-
-    run(scenario())
-
-
-def test_only_no_leader_counts_as_loss_of_the_leader(connection: Connection) -> None:
-    async def scenario() -> None:
-        lost: list[None] = []
-        connection.places = 9
-        call = call_to(connection, lost)
-        call.use(True)
-        call.want()
-        for made, (status, text) in enumerate([(Status.UNAVAILABLE, "moved"), (Status.INTERNAL, NO_LEADER)], 2):
-            call.on_end(status, text, [])
-            assert not call.is_open
-            await until_async(lambda made=made: len(connection.calls) == made, "another call")  # type: ignore[misc]  # bound
-        assert lost == []
-        call.on_end(Status.UNAVAILABLE, NO_LEADER, [])
-        assert lost == [None]
-        call.leave()
-        call.on_end(Status.UNAVAILABLE, NO_LEADER, [])
-        assert lost == [None]
-
-    run(scenario())
+        await until_async(lambda made=made: len(connection.calls) == made, "another call")  # type: ignore[misc]  # bound
+    assert lost == []
+    call.on_end(Status.UNAVAILABLE, NO_LEADER, [])
+    assert lost == [None]
+    call.leave()
+    call.on_end(Status.UNAVAILABLE, NO_LEADER, [])
+    assert lost == [None]
 
 
-def test_it_waits_for_a_place(connection: Connection) -> None:
-    async def scenario() -> None:
-        connection.places = 0
-        call = call_to(connection, [])
-        call.use(True)
-        call.want()
-        assert not call.is_open
-        connection.places = 1
-        await until_async(lambda: call.is_open, "a place")
-        nowhere = call_to(None, [])
-        nowhere.use(True)
-        nowhere.want()
-        nowhere.leave()
-        assert not nowhere.is_open
-
-    run(scenario())
+async def test_it_waits_for_a_place(connection: Connection) -> None:
+    connection.places = 0
+    call = call_to(connection, [])
+    call.use(True)
+    call.want()
+    assert not call.is_open
+    connection.places = 1
+    await until_async(lambda: call.is_open, "a place")
+    nowhere = call_to(None, [])
+    nowhere.use(True)
+    nowhere.want()
+    nowhere.leave()
+    assert not nowhere.is_open

@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 
 from proto.scan import Header
-from tests.e2e.running import Etcd
-from tests.e2e.scenario import run
+from tests.e2e.running import Etcd, direct
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.server import EtcdServer
-from tests.faults.scene import straight
 from tests.upstream.recorder import Recorder
 from tests.upstream.stories import Opened
 from tests.waiting import until_async
@@ -99,7 +97,7 @@ WAIT_S = 15.0
     [CURRENT, *(pytest.param(older, marks=pytest.mark.long) for older in OLDER)],
     ids=lambda binary: binary.name,
 )
-def test_restore_is_detected_and_restart_is_not_taken_for_one(
+async def test_restore_is_detected_and_restart_is_not_taken_for_one(
     binary: EtcdBinary, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Also when the restored store is at first not ahead of the old one, and passes it later."""
@@ -131,15 +129,12 @@ def test_restore_is_detected_and_restart_is_not_taken_for_one(
         await until_async(lambda: bool(seen.others), "the look at the history", WAIT_S)
         assert seen.others[0] >= after
 
-    async def scenario(etcd: EtcdServer) -> None:
+    with EtcdServer(binary) as etcd:
         seen = Recorder()
         client = WatchClient(parse_endpoints(etcd.endpoint), seen, UpstreamSettings(create_timeout_s=0.4))
-        async with straight(etcd.endpoint) as store:
+        async with direct(etcd) as store:
             try:
                 await story(etcd, store, client, seen)
             finally:
                 # In any case: a loop with open connections does not close.
                 await client.stop()
-
-    with EtcdServer(binary) as etcd:
-        run(scenario(etcd))

@@ -13,7 +13,7 @@ from tests.etcd.server import free_port
 from tests.upstream.recorder import RecordedLog, Recorder, watching
 from tests.upstream.scripted import ScriptedCall, scripted
 from tests.upstream.stories import Opened, request
-from tests.waiting import run, until_async
+from tests.waiting import until_async
 from upstream.settings import ConnectionSettings, UpstreamSettings
 
 NO_LEADER = "etcdserver: no leader"
@@ -24,72 +24,66 @@ def requests(call: ScriptedCall) -> list[str]:
     return [request(message) for message in call.messages]
 
 
-def test_trunks_of_one_token_share_a_stream_with_hasleader() -> None:
-    async def story() -> None:
-        async with scripted() as etcd:
-            seen = Recorder()
-            a, b, mine = Opened(b"a"), Opened(b"b", start_revision=14), Opened(b"mine", token=b"secret")
-            async with watching(etcd.endpoint, seen) as client:
-                for watch in (a, b, mine):
-                    client.open(watch)
-                await until_async(lambda: all(map(seen.created, (a, b, mine))), "three watches")
-                plain, tokened = etcd.watches()
-                assert requests(plain) == ["create a from 0", "create b from 0"]
-                assert plain.metadata[b"hasleader"] == b"true"
-                assert plain.metadata[b":authority"] == etcd.endpoint.encode()
-                assert b"token" not in plain.metadata
-                assert tokened.metadata[b"token"] == b"secret"
-                assert (client.stream_count, client.watch_count) == (2, 3)
-                assert (client.server or ())[:2] == (etcd.endpoint, "3.5.30")
-                client.close(mine)
-                await until_async(lambda: tokened.ended, "the stream of the token to end")
-                assert tokened.ended == "CANCEL"
-                client.close(a)
-                await until_async(lambda: "cancel 0" in requests(plain), "the cancel")
-            await until_async(lambda: not etcd.connections, "the connection to be closed")
-
-    run(story())
+async def test_trunks_of_one_token_share_a_stream_with_hasleader() -> None:
+    async with scripted() as etcd:
+        seen = Recorder()
+        a, b, mine = Opened(b"a"), Opened(b"b", start_revision=14), Opened(b"mine", token=b"secret")
+        async with watching(etcd.endpoint, seen) as client:
+            for watch in (a, b, mine):
+                client.open(watch)
+            await until_async(lambda: all(map(seen.created, (a, b, mine))), "three watches")
+            plain, tokened = etcd.watches()
+            assert requests(plain) == ["create a from 0", "create b from 0"]
+            assert plain.metadata[b"hasleader"] == b"true"
+            assert plain.metadata[b":authority"] == etcd.endpoint.encode()
+            assert b"token" not in plain.metadata
+            assert tokened.metadata[b"token"] == b"secret"
+            assert (client.stream_count, client.watch_count) == (2, 3)
+            assert (client.server or ())[:2] == (etcd.endpoint, "3.5.30")
+            client.close(mine)
+            await until_async(lambda: tokened.ended, "the stream of the token to end")
+            assert tokened.ended == "CANCEL"
+            client.close(a)
+            await until_async(lambda: "cancel 0" in requests(plain), "the cancel")
+        await until_async(lambda: not etcd.connections, "the connection to be closed")
 
 
-def test_watches_resume_pipelined_after_a_broken_connection() -> None:
-    async def story() -> None:
-        async with scripted() as etcd:
-            seen = Recorder()
-            watches = [Opened(b"w%d" % number) for number in range(300)]
-            async with watching(etcd.endpoint, seen) as client:
-                for watch in watches:
-                    client.open(watch)
-                await until_async(lambda: seen.created(watches[-1]), "the watches")
-                first = etcd.watches()[0]
-                first.answer(7, 12, [11, 12])
-                first.answer(8, 13, [13, 13])
-                await until_async(lambda: seen.revisions(watches[8]), "the events")
-                etcd.revision = 20
-                # No create is answered before all have arrived: they do not wait for each other.
-                held: list[tuple[ScriptedCall, rpc_pb2.WatchRequest]] = []
+async def test_watches_resume_pipelined_after_a_broken_connection() -> None:
+    async with scripted() as etcd:
+        seen = Recorder()
+        watches = [Opened(b"w%d" % number) for number in range(300)]
+        async with watching(etcd.endpoint, seen) as client:
+            for watch in watches:
+                client.open(watch)
+            await until_async(lambda: seen.created(watches[-1]), "the watches")
+            first = etcd.watches()[0]
+            first.answer(7, 12, [11, 12])
+            first.answer(8, 13, [13, 13])
+            await until_async(lambda: seen.revisions(watches[8]), "the events")
+            etcd.revision = 20
+            # No create is answered before all have arrived: they do not wait for each other.
+            held: list[tuple[ScriptedCall, rpc_pb2.WatchRequest]] = []
 
-                def hold(call: ScriptedCall, message: rpc_pb2.WatchRequest) -> None:
-                    held.append((call, message))
-                    if len(held) == len(watches):
-                        for one in held:
-                            etcd.answer_watch(*one)
+            def hold(call: ScriptedCall, message: rpc_pb2.WatchRequest) -> None:
+                held.append((call, message))
+                if len(held) == len(watches):
+                    for one in held:
+                        etcd.answer_watch(*one)
 
-                etcd.on_watch = hold
-                etcd.drop()
-                await until_async(lambda: len(held) == len(watches), "all creates")
-                await until_async(lambda: len(seen.headers) > len(watches), "the answers")
-                second = etcd.watches()[1:]
-                # They have to catch up, and do not wait for each other's responses.
-                assert len(second) == 16
-                words = [request for call in second for request in requests(call)]
-                assert {"create w6 from 10", "create w7 from 13", "create w8 from 14"} <= set(words)
-                [call] = [call for call in second if "create w8 from 14" in requests(call)]
-                call.answer(requests(call).index("create w8 from 14"), 20, [13, 13, 15])
-                await until_async(lambda: seen.revisions(watches[8]) == [13, 13, 15], "the event after the break")
-                assert (seen.breaks, seen.resumes, client.breaks) == (1, 2, 1)
-                assert all(sum(response.created for response in seen.of(watch)) == 1 for watch in watches)
-
-    run(story())
+            etcd.on_watch = hold
+            etcd.drop()
+            await until_async(lambda: len(held) == len(watches), "all creates")
+            await until_async(lambda: len(seen.headers) > len(watches), "the answers")
+            second = etcd.watches()[1:]
+            # They have to catch up, and do not wait for each other's responses.
+            assert len(second) == 16
+            words = [request for call in second for request in requests(call)]
+            assert {"create w6 from 10", "create w7 from 13", "create w8 from 14"} <= set(words)
+            [call] = [call for call in second if "create w8 from 14" in requests(call)]
+            call.answer(requests(call).index("create w8 from 14"), 20, [13, 13, 15])
+            await until_async(lambda: seen.revisions(watches[8]) == [13, 13, 15], "the event after the break")
+            assert (seen.breaks, seen.resumes, client.breaks) == (1, 2, 1)
+            assert all(sum(response.created for response in seen.of(watch)) == 1 for watch in watches)
 
 
 @pytest.mark.parametrize(
@@ -105,216 +99,184 @@ def test_watches_resume_pipelined_after_a_broken_connection() -> None:
         ("anything", False),
     ],
 )
-def test_manual_progress_is_asked_only_of_versions_that_order_it(version: str, ordered: bool) -> None:
-    async def story() -> None:
-        async with scripted() as etcd:
-            etcd.version = version
-            seen = Recorder()
-            a = Opened(b"a")
-            async with watching(etcd.endpoint, seen) as client:
-                client.open(a)
-                await until_async(lambda: seen.created(a), "the watch")
-                assert client.ordered_progress is ordered
-                client.request_progress(1)
-                if ordered:
-                    await until_async(lambda: seen.progress(a) == 10, "the proof")
-                else:
-                    # A bookmark under its own id is in order everywhere.
-                    etcd.watches()[0].answer(0, 12)
-                    await until_async(lambda: len(seen.of(a)) == 2, "the bookmark")
-                    assert requests(etcd.watches()[0]) == ["create a from 0", "probe"]
-
-    run(story())
+async def test_manual_progress_is_asked_only_of_versions_that_order_it(version: str, ordered: bool) -> None:
+    async with scripted() as etcd:
+        etcd.version = version
+        seen = Recorder()
+        a = Opened(b"a")
+        async with watching(etcd.endpoint, seen) as client:
+            client.open(a)
+            await until_async(lambda: seen.created(a), "the watch")
+            assert client.ordered_progress is ordered
+            client.request_progress(1)
+            if ordered:
+                await until_async(lambda: seen.progress(a) == 10, "the proof")
+            else:
+                # A bookmark under its own id is in order everywhere.
+                etcd.watches()[0].answer(0, 12)
+                await until_async(lambda: len(seen.of(a)) == 2, "the bookmark")
+                assert requests(etcd.watches()[0]) == ["create a from 0", "probe"]
 
 
 @pytest.mark.parametrize(
     ("refusal", "ordered"),
     [((3, "etcdserver: user name is empty"), True), ((16, "x"), True), ((12, "unknown service"), False)],
 )
-def test_server_that_refuses_its_status(refusal: tuple[int, str], ordered: bool) -> None:
-    async def story() -> None:
-        async with scripted() as etcd:
-            etcd.status_refusal = refusal
-            seen = Recorder()
-            a = Opened(b"a")
-            async with watching(etcd.endpoint, seen) as client:
-                client.open(a)
-                await until_async(lambda: seen.created(a), "the watch")
-                assert client.ordered_progress is ordered
-
-    run(story())
+async def test_server_that_refuses_its_status(refusal: tuple[int, str], ordered: bool) -> None:
+    async with scripted() as etcd:
+        etcd.status_refusal = refusal
+        seen = Recorder()
+        a = Opened(b"a")
+        async with watching(etcd.endpoint, seen) as client:
+            client.open(a)
+            await until_async(lambda: seen.created(a), "the watch")
+            assert client.ordered_progress is ordered
 
 
-def test_no_leader_goes_to_another_endpoint() -> None:
-    async def story() -> None:
-        async with scripted() as cut_off, scripted() as whole:
-            seen = Recorder()
-            a = Opened(b"a")
-            async with watching(f"{cut_off.endpoint},{whole.endpoint}", seen) as client:
-                client.open(a)
-                await until_async(lambda: seen.created(a), "the watch")
-                assert (client.server or ())[:2] == (cut_off.endpoint, "3.5.30")
-                cut_off.leader = 0
-                cut_off.watches()[0].end(14, NO_LEADER)
-                await until_async(lambda: (client.server or ())[:2] == (whole.endpoint, "3.5.30"), "the other endpoint")
-                await until_async(lambda: whole.watches(), "its stream")
-                assert whole.watches()[0].metadata[b"hasleader"] == b"true"
-                assert seen.leaderless == 0
-
-    run(story())
+async def test_no_leader_goes_to_another_endpoint() -> None:
+    async with scripted() as cut_off, scripted() as whole:
+        seen = Recorder()
+        a = Opened(b"a")
+        async with watching(f"{cut_off.endpoint},{whole.endpoint}", seen) as client:
+            client.open(a)
+            await until_async(lambda: seen.created(a), "the watch")
+            assert (client.server or ())[:2] == (cut_off.endpoint, "3.5.30")
+            cut_off.leader = 0
+            cut_off.watches()[0].end(14, NO_LEADER)
+            await until_async(lambda: (client.server or ())[:2] == (whole.endpoint, "3.5.30"), "the other endpoint")
+            await until_async(lambda: whole.watches(), "its stream")
+            assert whole.watches()[0].metadata[b"hasleader"] == b"true"
+            assert seen.leaderless == 0
 
 
-def test_no_leader_anywhere_is_reported_and_watches_continue() -> None:
-    async def story() -> None:
-        async with scripted() as one, scripted() as two:
-            seen = Recorder()
-            log = RecordedLog()
-            a = Opened(b"a")
-            dead = f"127.0.0.1:{free_port()}"
-            async with watching(f"{one.endpoint},{two.endpoint},{dead}", seen, log=log) as client:
-                client.open(a)
-                await until_async(lambda: seen.created(a), "the watch")
-                one.leader = two.leader = 0
-                one.watches()[0].end(14, NO_LEADER)
-                await until_async(lambda: seen.leaderless, "no_leader")
-                assert client.leaderless
-                await until_async(lambda: len(one.watches() + two.watches()) == 2, "a stream without hasleader")
-                [plain] = [call for call in one.watches() + two.watches() if b"hasleader" not in call.metadata]
-                await until_async(lambda: plain.messages, "its create")
-                plain.answer(0, 11, [11])
-                await until_async(lambda: seen.revisions(a) == [11], "an event without a leader")
-                two.leader = 1
-                await until_async(lambda: not client.leaderless, "the leader's return")
-                assert (client.server or ())[:2] == (two.endpoint, "3.5.30")
-                await until_async(
-                    lambda: any(b"hasleader" in call.metadata for call in two.watches()[-1:]), "a stream with hasleader"
-                )
-                assert seen.leaderless == 1
-                assert any("no leader" in problem for problem in log.problems())
-
-    run(story())
+async def test_no_leader_anywhere_is_reported_and_watches_continue() -> None:
+    async with scripted() as one, scripted() as two:
+        seen = Recorder()
+        log = RecordedLog()
+        a = Opened(b"a")
+        dead = f"127.0.0.1:{free_port()}"
+        async with watching(f"{one.endpoint},{two.endpoint},{dead}", seen, log=log) as client:
+            client.open(a)
+            await until_async(lambda: seen.created(a), "the watch")
+            one.leader = two.leader = 0
+            one.watches()[0].end(14, NO_LEADER)
+            await until_async(lambda: seen.leaderless, "no_leader")
+            assert client.leaderless
+            await until_async(lambda: len(one.watches() + two.watches()) == 2, "a stream without hasleader")
+            [plain] = [call for call in one.watches() + two.watches() if b"hasleader" not in call.metadata]
+            await until_async(lambda: plain.messages, "its create")
+            plain.answer(0, 11, [11])
+            await until_async(lambda: seen.revisions(a) == [11], "an event without a leader")
+            two.leader = 1
+            await until_async(lambda: not client.leaderless, "the leader's return")
+            assert (client.server or ())[:2] == (two.endpoint, "3.5.30")
+            await until_async(
+                lambda: any(b"hasleader" in call.metadata for call in two.watches()[-1:]), "a stream with hasleader"
+            )
+            assert seen.leaderless == 1
+            assert any("no leader" in problem for problem in log.problems())
 
 
-def test_a_learner_is_not_used() -> None:
-    async def story() -> None:
-        async with scripted() as learner, scripted() as voter:
-            learner.is_learner = True
-            log = RecordedLog()
-            async with watching(f"{learner.endpoint},{voter.endpoint}", Recorder(), log=log) as client:
-                await until_async(lambda: (client.server or ())[:2] == (voter.endpoint, "3.5.30"), "the voter")
-                assert "learner" in log.problems()[0]
-
-    run(story())
+async def test_a_learner_is_not_used() -> None:
+    async with scripted() as learner, scripted() as voter:
+        learner.is_learner = True
+        log = RecordedLog()
+        async with watching(f"{learner.endpoint},{voter.endpoint}", Recorder(), log=log) as client:
+            await until_async(lambda: (client.server or ())[:2] == (voter.endpoint, "3.5.30"), "the voter")
+            assert "learner" in log.problems()[0]
 
 
 @pytest.mark.parametrize(
     ("status", "text"),
     [(16, "etcdserver: invalid auth token"), (7, "etcdserver: permission denied"), (12, "unknown service")],
 )
-def test_a_stream_refused_for_good_loses_its_watches_alone(status: int, text: str) -> None:
-    async def story() -> None:
-        async with scripted() as etcd:
-            seen = Recorder()
-            a, mine = Opened(b"a"), Opened(b"mine", token=b"bad")
-            etcd.on_call = lambda call: call.end(status, text) if b"token" in call.metadata else None
-            async with watching(etcd.endpoint, seen) as client:
-                client.open(a)
-                client.open(mine)
-                await until_async(lambda: seen.losses, "the loss")
-                assert seen.losses == [(mine, status, text)]
-                await until_async(lambda: seen.created(a), "the other watch")
-                assert seen.breaks == 0
-                assert client.watch_count == 1
-
-    run(story())
+async def test_a_stream_refused_for_good_loses_its_watches_alone(status: int, text: str) -> None:
+    async with scripted() as etcd:
+        seen = Recorder()
+        a, mine = Opened(b"a"), Opened(b"mine", token=b"bad")
+        etcd.on_call = lambda call: call.end(status, text) if b"token" in call.metadata else None
+        async with watching(etcd.endpoint, seen) as client:
+            client.open(a)
+            client.open(mine)
+            await until_async(lambda: seen.losses, "the loss")
+            assert seen.losses == [(mine, status, text)]
+            await until_async(lambda: seen.created(a), "the other watch")
+            assert seen.breaks == 0
+            assert client.watch_count == 1
 
 
-def test_token_whose_create_is_never_answered_is_given_up() -> None:
+async def test_token_whose_create_is_never_answered_is_given_up() -> None:
     """etcd waits without end when it cannot know a token yet; watches of other tokens are not affected."""
-
-    async def story() -> None:
-        async with scripted() as etcd:
-            answer = etcd.answer_watch
-            etcd.on_watch = lambda call, asked: None if call.metadata.get(b"token") == b"dead" else answer(call, asked)
-            seen = Recorder()
-            dead, good, plain = Opened(b"a", token=b"dead"), Opened(b"b", token=b"good"), Opened(b"c")
-            async with watching(etcd.endpoint, seen, UpstreamSettings(create_timeout_s=0.2)) as client:
-                for watch in (dead, good, plain):
-                    client.open(watch)
-                await until_async(lambda: seen.losses, "the loss")
-                assert seen.losses == [(dead, Status.UNAUTHENTICATED, "etcdserver: invalid auth token")]
-                assert seen.created(good)
-                assert seen.created(plain)
-
-    run(story())
+    async with scripted() as etcd:
+        answer = etcd.answer_watch
+        etcd.on_watch = lambda call, asked: None if call.metadata.get(b"token") == b"dead" else answer(call, asked)
+        seen = Recorder()
+        dead, good, plain = Opened(b"a", token=b"dead"), Opened(b"b", token=b"good"), Opened(b"c")
+        async with watching(etcd.endpoint, seen, UpstreamSettings(create_timeout_s=0.2)) as client:
+            for watch in (dead, good, plain):
+                client.open(watch)
+            await until_async(lambda: seen.losses, "the loss")
+            assert seen.losses == [(dead, Status.UNAUTHENTICATED, "etcdserver: invalid auth token")]
+            assert seen.created(good)
+            assert seen.created(plain)
 
 
-def test_endpoint_without_watch_service_is_left_for_another() -> None:
-    async def story() -> None:
-        async with scripted() as other, scripted() as etcd:
-            other.on_call = lambda call: call.end(12, "unknown service")
-            seen = Recorder()
-            a = Opened(b"a")
-            async with watching(f"{other.endpoint},{etcd.endpoint}", seen) as client:
-                client.open(a)
-                await until_async(lambda: seen.created(a), "the watch")
-                assert (client.server or ())[:2] == (etcd.endpoint, "3.5.30")
-                assert seen.losses == []
-
-    run(story())
+async def test_endpoint_without_watch_service_is_left_for_another() -> None:
+    async with scripted() as other, scripted() as etcd:
+        other.on_call = lambda call: call.end(12, "unknown service")
+        seen = Recorder()
+        a = Opened(b"a")
+        async with watching(f"{other.endpoint},{etcd.endpoint}", seen) as client:
+            client.open(a)
+            await until_async(lambda: seen.created(a), "the watch")
+            assert (client.server or ())[:2] == (etcd.endpoint, "3.5.30")
+            assert seen.losses == []
 
 
-def test_a_create_that_is_not_answered_is_reported() -> None:
+async def test_a_create_that_is_not_answered_is_reported() -> None:
     """Without a token no watch is given up; log, metric and readiness report it once, and its end."""
-
-    async def story() -> None:
-        log = RecordedLog()
-        async with scripted() as etcd:
-            seen = Recorder()
-            etcd.on_watch = lambda _call, _request: None
-            a = Opened(b"a")
-            async with watching(etcd.endpoint, seen, UpstreamSettings(create_timeout_s=0.05), log) as client:
-                told: list[str] = []
-                client.on_problem = lambda: told.append(client.problem)
-                client.open(a)
-                await until_async(lambda: told, "the report")
-                assert "has not answered watch create requests" in told[0]
-                (call,) = etcd.watches()
-                call.answer(0, 10, created=True)
-                await until_async(lambda: client.problem == "", "the end of it")
-                assert seen.created(a)
-                assert [event for event, _ in log.lines].count("etcd does not answer requests for watches") == 1
-                assert client.timeouts["create_timeout_s"] == 1
-
-    run(story())
+    log = RecordedLog()
+    async with scripted() as etcd:
+        seen = Recorder()
+        etcd.on_watch = lambda _call, _request: None
+        a = Opened(b"a")
+        async with watching(etcd.endpoint, seen, UpstreamSettings(create_timeout_s=0.05), log) as client:
+            told: list[str] = []
+            client.on_problem = lambda: told.append(client.problem)
+            client.open(a)
+            await until_async(lambda: told, "the report")
+            assert "has not answered watch create requests" in told[0]
+            (call,) = etcd.watches()
+            call.answer(0, 10, created=True)
+            await until_async(lambda: client.problem == "", "the end of it")
+            assert seen.created(a)
+            assert [event for event, _ in log.lines].count("etcd does not answer requests for watches") == 1
+            assert client.timeouts["create_timeout_s"] == 1
 
 
-def test_paused_backfill_is_not_read_and_blocks_no_other_watch() -> None:
-    async def story() -> None:
-        async with scripted() as etcd:
-            seen = Recorder()
-            window = 64 * 1024
-            settings = UpstreamSettings(connection=ConnectionSettings(stream_window_bytes=window))
-            trunk, fill = Opened(b"t"), Opened(b"f", start_revision=1, is_backfill=True)
-            async with watching(etcd.endpoint, seen, settings) as client:
-                client.open(trunk)
-                client.open(fill)
-                await until_async(lambda: seen.created(fill) and seen.created(trunk), "the watches")
-                client.pause(fill)
-                tcall, fcall = etcd.watches()
-                revisions = list(range(1, 10_001))
-                for first in range(0, 10_000, 100):
-                    fcall.answer(0, 10_000, revisions[first : first + 100])
-                tcall.answer(0, 20, [20])
-                await until_async(lambda: seen.revisions(trunk) == [20], "the trunk's event")
-                assert seen.revisions(fill) == []
-                assert fcall.stream.blocked
-                client.resume(fill)
-                await until_async(lambda: len(seen.revisions(fill)) == 10_000, "the backfill's events")
-                assert seen.revisions(fill) == revisions
-                assert not fcall.stream.blocked
-
-    run(story())
+async def test_paused_backfill_is_not_read_and_blocks_no_other_watch() -> None:
+    async with scripted() as etcd:
+        seen = Recorder()
+        window = 64 * 1024
+        settings = UpstreamSettings(connection=ConnectionSettings(stream_window_bytes=window))
+        trunk, fill = Opened(b"t"), Opened(b"f", start_revision=1, is_backfill=True)
+        async with watching(etcd.endpoint, seen, settings) as client:
+            client.open(trunk)
+            client.open(fill)
+            await until_async(lambda: seen.created(fill) and seen.created(trunk), "the watches")
+            client.pause(fill)
+            tcall, fcall = etcd.watches()
+            revisions = list(range(1, 10_001))
+            for first in range(0, 10_000, 100):
+                fcall.answer(0, 10_000, revisions[first : first + 100])
+            tcall.answer(0, 20, [20])
+            await until_async(lambda: seen.revisions(trunk) == [20], "the trunk's event")
+            assert seen.revisions(fill) == []
+            assert fcall.stream.blocked
+            client.resume(fill)
+            await until_async(lambda: len(seen.revisions(fill)) == 10_000, "the backfill's events")
+            assert seen.revisions(fill) == revisions
+            assert not fcall.stream.blocked
 
 
 def events_of(watch_id: int, value_bytes: Sequence[int]) -> bytes:
@@ -325,80 +287,65 @@ def events_of(watch_id: int, value_bytes: Sequence[int]) -> bytes:
 
 
 @pytest.mark.parametrize("sizes", [[90_000], [50_000] * 20], ids=["one event", "one revision"])
-def test_a_response_above_the_limit_ends_its_watch_alone(sizes: list[int]) -> None:
+async def test_a_response_above_the_limit_ends_its_watch_alone(sizes: list[int]) -> None:
     """The rest of the response is skipped: its stream and the other watches on it are not affected."""
-
-    async def story() -> None:
-        async with scripted() as etcd:
-            seen = Recorder()
-            a, b = Opened(b"a"), Opened(b"b")
-            async with watching(etcd.endpoint, seen, UpstreamSettings(watch_message_bytes_max=80_000)) as client:
-                client.open(a)
-                client.open(b)
-                await until_async(lambda: seen.created(b), "the watches")
-                (call,) = etcd.watches()
-                call.send(events_of(0, sizes))
-                call.answer(1, 13, [13])
-                await until_async(lambda: seen.losses, "the loss")
-                [(watch, status, text)] = seen.losses
-                assert (watch, status) == (a, 8)
-                assert "80000 bytes" in text
-                call.answer(1, 14, [14])
-                await until_async(lambda: seen.revisions(b) == [13, 14], "the events of the other watch")
-                assert seen.revisions(a) == []
-                assert not call.ended
-
-    run(story())
+    async with scripted() as etcd:
+        seen = Recorder()
+        a, b = Opened(b"a"), Opened(b"b")
+        async with watching(etcd.endpoint, seen, UpstreamSettings(watch_message_bytes_max=80_000)) as client:
+            client.open(a)
+            client.open(b)
+            await until_async(lambda: seen.created(b), "the watches")
+            (call,) = etcd.watches()
+            call.send(events_of(0, sizes))
+            call.answer(1, 13, [13])
+            await until_async(lambda: seen.losses, "the loss")
+            [(watch, status, text)] = seen.losses
+            assert (watch, status) == (a, 8)
+            assert "80000 bytes" in text
+            call.answer(1, 14, [14])
+            await until_async(lambda: seen.revisions(b) == [13, 14], "the events of the other watch")
+            assert seen.revisions(a) == []
+            assert not call.ended
 
 
 @pytest.mark.parametrize("garbage", [frame(b"\xff\xff"), b"\x07\x00\x00\x00\x01x", b"\x01\x00\x00\x00\x01x"])
-def test_an_unreadable_response_is_a_break(garbage: bytes) -> None:
-    async def story() -> None:
-        async with scripted() as etcd:
-            seen = Recorder()
-            a = Opened(b"a")
-            async with watching(etcd.endpoint, seen) as client:
-                client.open(a)
-                await until_async(lambda: seen.created(a), "the watch")
-                etcd.watches()[0].send_raw(garbage)
-                await until_async(lambda: len(etcd.watches()) == 2 and etcd.watches()[1].messages, "a second try")
-                etcd.watches()[1].answer(0, 11, [11])
-                await until_async(lambda: seen.revisions(a) == [11], "the event")
-
-    run(story())
+async def test_an_unreadable_response_is_a_break(garbage: bytes) -> None:
+    async with scripted() as etcd:
+        seen = Recorder()
+        a = Opened(b"a")
+        async with watching(etcd.endpoint, seen) as client:
+            client.open(a)
+            await until_async(lambda: seen.created(a), "the watch")
+            etcd.watches()[0].send_raw(garbage)
+            await until_async(lambda: len(etcd.watches()) == 2 and etcd.watches()[1].messages, "a second try")
+            etcd.watches()[1].answer(0, 11, [11])
+            await until_async(lambda: seen.revisions(a) == [11], "the event")
 
 
-def test_a_server_that_stops_answering_is_noticed() -> None:
-    async def story() -> None:
-        async with scripted() as etcd, scripted() as other:
-            seen = Recorder()
-            log = RecordedLog()
-            a = Opened(b"a")
-            settings = UpstreamSettings(connection=ConnectionSettings(keepalive_s=0.1, keepalive_timeout_s=0.1))
-            async with watching(f"{etcd.endpoint},{other.endpoint}", seen, settings, log) as client:
-                client.open(a)
-                await until_async(lambda: seen.created(a), "the watch")
-                etcd.connections[0].frozen = True
-                etcd.mute = True
-                await until_async(lambda: (client.server or ())[:2] == (other.endpoint, "3.5.30"), "the other endpoint")
-                assert "not even to a PING" in log.problems()[0]
-
-    run(story())
+async def test_a_server_that_stops_answering_is_noticed() -> None:
+    async with scripted() as etcd, scripted() as other:
+        seen = Recorder()
+        log = RecordedLog()
+        a = Opened(b"a")
+        settings = UpstreamSettings(connection=ConnectionSettings(keepalive_s=0.1, keepalive_timeout_s=0.1))
+        async with watching(f"{etcd.endpoint},{other.endpoint}", seen, settings, log) as client:
+            client.open(a)
+            await until_async(lambda: seen.created(a), "the watch")
+            etcd.connections[0].frozen = True
+            etcd.mute = True
+            await until_async(lambda: (client.server or ())[:2] == (other.endpoint, "3.5.30"), "the other endpoint")
+            assert "not even to a PING" in log.problems()[0]
 
 
-def test_silent_endpoint_delays_no_other() -> None:
-    async def story() -> None:
-        async with scripted() as silent, scripted() as etcd:
-            silent.mute = True
-            async with watching(f"{silent.endpoint},{etcd.endpoint}", Recorder()) as client:
-                await until_async(
-                    lambda: (client.server or ())[:2] == (etcd.endpoint, "3.5.30"), "the other", timeout_s=2
-                )
-
-    run(story())
+async def test_silent_endpoint_delays_no_other() -> None:
+    async with scripted() as silent, scripted() as etcd:
+        silent.mute = True
+        async with watching(f"{silent.endpoint},{etcd.endpoint}", Recorder()) as client:
+            await until_async(lambda: (client.server or ())[:2] == (etcd.endpoint, "3.5.30"), "the other", timeout_s=2)
 
 
-def test_listener_may_call_the_client_from_a_callback() -> None:
+async def test_listener_may_call_the_client_from_a_callback() -> None:
     class Eager(Recorder):
         client: Any = None
         more: Opened | None = None
@@ -411,36 +358,30 @@ def test_listener_may_call_the_client_from_a_callback() -> None:
                 self.client.open(self.more)
                 self.client.request_progress(1)
 
-    async def story() -> None:
-        async with scripted() as etcd:
-            seen = Eager()
-            a = Opened(b"a")
-            async with watching(etcd.endpoint, seen) as client:
-                seen.client = client
-                client.open(a)
-                await until_async(lambda: seen.created(a), "the watch")
-                call = etcd.watches()[0]
-                etcd.on_watch = etcd.answer_watch
-                call.answer(0, 11, [11])
-                call.answer(0, 12, [12])
-                await until_async(lambda: seen.more is not None and seen.progress(seen.more), "the proof")
-                assert seen.revisions(a) == [11]
-
-    run(story())
+    async with scripted() as etcd:
+        seen = Eager()
+        a = Opened(b"a")
+        async with watching(etcd.endpoint, seen) as client:
+            seen.client = client
+            client.open(a)
+            await until_async(lambda: seen.created(a), "the watch")
+            call = etcd.watches()[0]
+            etcd.on_watch = etcd.answer_watch
+            call.answer(0, 11, [11])
+            call.answer(0, 12, [12])
+            await until_async(lambda: seen.more is not None and seen.progress(seen.more), "the proof")
+            assert seen.revisions(a) == [11]
 
 
-def test_revision_regressed_lowers_the_newest_revision() -> None:
-    async def story() -> None:
-        async with scripted() as etcd:
-            seen = Recorder()
-            async with watching(etcd.endpoint, seen) as client:
-                await until_async(lambda: client.connected, "the connection")
-                assert client.newest_revision == 10
-                client.revision_regressed(3)
-                etcd.revision = 3
-                ahead = Opened(b"a", start_revision=8)
-                client.open(ahead)
-                await until_async(lambda: seen.created(ahead), "the watch")
-                assert requests(etcd.watches()[0]) == ["create a from 0"]
-
-    run(story())
+async def test_revision_regressed_lowers_the_newest_revision() -> None:
+    async with scripted() as etcd:
+        seen = Recorder()
+        async with watching(etcd.endpoint, seen) as client:
+            await until_async(lambda: client.connected, "the connection")
+            assert client.newest_revision == 10
+            client.revision_regressed(3)
+            etcd.revision = 3
+            ahead = Opened(b"a", start_revision=8)
+            client.open(ahead)
+            await until_async(lambda: seen.created(ahead), "the watch")
+            assert requests(etcd.watches()[0]) == ["create a from 0"]

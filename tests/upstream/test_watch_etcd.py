@@ -3,118 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
 
 from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import Event
+from tests.e2e.running import direct
 from tests.etcd.binaries import EtcdBinary, etcds
-from tests.etcd.server import EtcdServer, free_port
+from tests.etcd.cluster import cluster
+from tests.etcd.server import EtcdServer
+from tests.faults.relay import relay_to
 from tests.upstream.recorder import RecordedLog, Recorder, watching
 from tests.upstream.stories import Opened
-from tests.waiting import run, until_async
-from upstream.connection import ClientConnection, connect
+from tests.waiting import until_async
+from upstream.connection import connect
 from upstream.endpoints import parse_endpoint
 from upstream.unary import call_unary
-
-KV = "/etcdserverpb.KV"
-
-
-class Writer:
-    """Writes to an etcd on a connection of its own."""
-
-    def __init__(self, etcd: EtcdServer) -> None:
-        self._etcd = etcd
-        self._connection: ClientConnection | None = None
-
-    async def _call(self, path: str, message: bytes) -> bytes:
-        if self._connection is None or not self._connection.healthy:
-            self._connection = await connect(parse_endpoint(self._etcd.endpoint), None)
-        answer, _ = await call_unary(self._connection, path, message, timeout_s=20)
-        return answer
-
-    async def put(self, key: bytes, value: bytes = b"v") -> int:
-        """Put a key; return the revision."""
-        answer = await self._call(f"{KV}/Put", rpc_pb2.PutRequest(key=key, value=value).SerializeToString())
-        return rpc_pb2.PutResponse.FromString(answer).header.revision
-
-    async def put_many(self, keys: Sequence[bytes], value: bytes = b"v") -> int:
-        """Put several keys in one revision."""
-        puts = [rpc_pb2.RequestOp(request_put=rpc_pb2.PutRequest(key=key, value=value)) for key in keys]
-        answer = await self._call(f"{KV}/Txn", rpc_pb2.TxnRequest(success=puts).SerializeToString())
-        return rpc_pb2.TxnResponse.FromString(answer).header.revision
-
-    async def delete(self, key: bytes, range_end: bytes) -> int:
-        """Delete a range in one revision."""
-        request = rpc_pb2.DeleteRangeRequest(key=key, range_end=range_end)
-        answer = await self._call(f"{KV}/DeleteRange", request.SerializeToString())
-        return rpc_pb2.DeleteRangeResponse.FromString(answer).header.revision
-
-    async def compact(self, revision: int) -> None:
-        """Compact at a revision."""
-        await self._call(f"{KV}/Compact", rpc_pb2.CompactionRequest(revision=revision).SerializeToString())
-
-    def close(self) -> None:
-        """Close the connection."""
-        if self._connection is not None:
-            self._connection.close()
-
-
-class Gate:
-    """A TCP proxy to an etcd, which can be cut while the etcd keeps running."""
-
-    def __init__(self, etcd: EtcdServer) -> None:
-        self._etcd = etcd
-        self._open = True
-        self._writers: set[asyncio.StreamWriter] = set()
-        self.endpoint = ""
-
-    def cut(self) -> None:
-        """Break all connections and accept no new ones."""
-        self._open = False
-        for writer in self._writers:
-            writer.transport.abort()
-
-    def repair(self) -> None:
-        """Accept connections again."""
-        self._open = True
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pass one connection on."""
-        if not self._open:
-            writer.close()
-            return
-        there, back = await asyncio.open_connection("127.0.0.1", self._etcd.client_port)
-        self._writers |= {writer, back}
-        await asyncio.gather(self._pass(reader, back), self._pass(there, writer))
-        self._writers -= {writer, back}
-
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(1 << 16):
-                writer.write(data)
-        except ConnectionError:
-            pass
-        writer.close()
-
-    @property
-    def empty(self) -> bool:
-        """No connection goes through."""
-        return not self._writers
-
-
-@asynccontextmanager
-async def gate(etcd: EtcdServer) -> AsyncIterator[Gate]:
-    """Run a gate in front of an etcd."""
-    way = Gate(etcd)
-    server = await asyncio.start_server(way.serve, "127.0.0.1", 0)
-    way.endpoint = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    yield way
-    server.close()
-    await until_async(lambda: way.empty, "the gate to be empty")
 
 
 def decoded(event: Event) -> kv_pb2.Event:
@@ -122,49 +26,32 @@ def decoded(event: Event) -> kv_pb2.Event:
     return rpc_pb2.WatchResponse.FromString(event.encoded).events[0]
 
 
-def with_writer(etcd: EtcdServer, story: Callable[[Writer], Coroutine[Any, Any, None]]) -> None:
-    """Run a story that writes."""
-
-    async def closing() -> None:
-        writer = Writer(etcd)
-        try:
-            await story(writer)
-        finally:
-            writer.close()
-
-    run(closing(), 40)
-
-
-@pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
-def test_events_prev_kv_and_the_past(binary: EtcdBinary) -> None:
-    with EtcdServer(binary) as etcd:
-
-        async def story(writer: Writer) -> None:
-            first = await writer.put(b"a", b"1")
-            seen = Recorder()
-            now, past = Opened(b"a", prev_kv=True), Opened(b"", b"\x00", start_revision=first)
-            async with watching(etcd.endpoint, seen) as client:
-                client.open(now)
-                client.open(past)
-                await until_async(lambda: seen.created(now) and seen.created(past), "the watches")
-                second = await writer.put(b"a", b"2")
-                await until_async(lambda: seen.revisions(now) == [second], "the event")
-                await until_async(lambda: seen.revisions(past) == [first, second], "the past")
-                event = decoded(seen.of(now)[-1].events[0])
-                assert (event.kv.value, event.prev_kv.value) == (b"2", b"1")
-                assert not decoded(seen.of(past)[-1].events[-1]).HasField("prev_kv")
-                assert (client.server or ())[:2] == (etcd.endpoint, binary.name)
-                assert client.ordered_progress is binary.ordered_progress
-                client.close(now)
-                client.close(past)
-                await until_async(lambda: etcd.watchers() == 0, "etcd to have no watchers")
-
-        with_writer(etcd, story)
+@pytest.mark.parametrize("etcd_binary", etcds(), ids=lambda binary: binary.name)
+async def test_events_prev_kv_and_the_past(etcd: EtcdServer, etcd_binary: EtcdBinary) -> None:
+    async with direct(etcd) as writer:
+        first = await writer.put(b"a", b"1")
+        seen = Recorder()
+        now, past = Opened(b"a", prev_kv=True), Opened(b"", b"\x00", start_revision=first)
+        async with watching(etcd.endpoint, seen) as client:
+            client.open(now)
+            client.open(past)
+            await until_async(lambda: seen.created(now) and seen.created(past), "the watches")
+            second = await writer.put(b"a", b"2")
+            await until_async(lambda: seen.revisions(now) == [second], "the event")
+            await until_async(lambda: seen.revisions(past) == [first, second], "the past")
+            event = decoded(seen.of(now)[-1].events[0])
+            assert (event.kv.value, event.prev_kv.value) == (b"2", b"1")
+            assert not decoded(seen.of(past)[-1].events[-1]).HasField("prev_kv")
+            assert (client.server or ())[:2] == (etcd.endpoint, etcd_binary.name)
+            assert client.ordered_progress is etcd_binary.ordered_progress
+            client.close(now)
+            client.close(past)
+            await until_async(lambda: etcd.watchers() == 0, "etcd to have no watchers")
 
 
 @pytest.mark.parametrize("how", ["stop", "kill"])
-def test_nothing_is_lost_over_a_restart(etcd: EtcdServer, how: str) -> None:
-    async def story(writer: Writer) -> None:
+async def test_nothing_is_lost_over_a_restart(etcd: EtcdServer, how: str) -> None:
+    async with direct(etcd) as writer:
         seen = Recorder()
         log = RecordedLog()
         all_keys = Opened(b"k", b"l")
@@ -190,11 +77,9 @@ def test_nothing_is_lost_over_a_restart(etcd: EtcdServer, how: str) -> None:
             assert [response.created for response in seen.of(quiet)] == [True, False]
             assert log.problems()
 
-    with_writer(etcd, story)
 
-
-def test_progress_is_proven_and_true(etcd: EtcdServer) -> None:
-    async def story(writer: Writer) -> None:
+async def test_progress_is_proven_and_true(etcd: EtcdServer) -> None:
+    async with direct(etcd) as writer:
         seen = Recorder()
         busy, quiet = Opened(b"k", b"l"), Opened(b"quiet")
         async with watching(etcd.endpoint, seen) as client:
@@ -228,11 +113,9 @@ def test_progress_is_proven_and_true(etcd: EtcdServer) -> None:
 
             await until_async(proven_fill, "the backfill's proof")
 
-    with_writer(etcd, story)
 
-
-def test_compaction_ends_only_watches_that_need_the_revisions(etcd: EtcdServer) -> None:
-    async def story(writer: Writer) -> None:
+async def test_compaction_ends_only_watches_that_need_the_revisions(etcd: EtcdServer) -> None:
+    async with direct(etcd) as writer:
         for number in range(20):
             last = await writer.put(b"k%d" % number)
         await writer.compact(last - 5)
@@ -256,14 +139,12 @@ def test_compaction_ends_only_watches_that_need_the_revisions(etcd: EtcdServer) 
             await until_async(lambda: seen.progress(live) == last, "the proof")
             await until_async(lambda: etcd.watchers() == 2, "the dead watch to be gone")
 
-    with_writer(etcd, story)
 
-
-def test_watches_that_sleep_through_a_compaction(etcd: EtcdServer) -> None:
-    async def story(writer: Writer) -> None:
+async def test_watches_that_sleep_through_a_compaction(etcd: EtcdServer) -> None:
+    async with direct(etcd) as writer:
         seen = Recorder()
         asleep, proven, busy = Opened(b"asleep"), Opened(b"proven", token=b"x"), Opened(b"busy", token=b"x")
-        async with gate(etcd) as way, watching(way.endpoint, seen) as client:
+        async with relay_to(etcd.client_port) as way, watching(way.endpoint, seen) as client:
             client.open(asleep)
             await until_async(lambda: seen.created(asleep), "the watch")
             await writer.put(b"asleep")
@@ -286,18 +167,16 @@ def test_watches_that_sleep_through_a_compaction(etcd: EtcdServer) -> None:
             await writer.put(b"busy")
             await writer.compact(last)
             last = await writer.put(b"proven")
-            way.repair()
+            way.mend()
             await until_async(lambda: seen.revisions(proven) == [last], "the event of the watch that was proven")
             await until_async(lambda: seen.of(asleep)[-1].canceled, "the cancel")
             assert seen.of(asleep)[-1].compact_revision == last - 2
             assert seen.revisions(busy) == [last - 6 + n for n in range(6)]
             assert seen.losses == []
 
-    with_writer(etcd, story)
 
-
-def test_a_large_revision_comes_in_one_piece(etcd: EtcdServer) -> None:
-    async def story(writer: Writer) -> None:
+async def test_a_large_revision_comes_in_one_piece(etcd: EtcdServer) -> None:
+    async with direct(etcd) as writer:
         seen = Recorder()
         live = Opened(b"k", b"l")
         async with watching(etcd.endpoint, seen) as client:
@@ -323,11 +202,9 @@ def test_a_large_revision_comes_in_one_piece(etcd: EtcdServer) -> None:
             await until_async(lambda: len(seen.revisions(past)) == 200, "the past")
             assert seen.revisions(past) == seen.revisions(live)
 
-    with_writer(etcd, story)
 
-
-def test_two_thousand_watches_are_created_in_one_go_and_resume(etcd: EtcdServer) -> None:
-    async def story(writer: Writer) -> None:
+async def test_two_thousand_watches_are_created_in_one_go_and_resume(etcd: EtcdServer) -> None:
+    async with direct(etcd) as writer:
         seen = Recorder()
         watches = [Opened(b"k%d" % number) for number in range(2000)]
         async with watching(etcd.endpoint, seen) as client:
@@ -346,29 +223,9 @@ def test_two_thousand_watches_are_created_in_one_go_and_resume(etcd: EtcdServer)
             await until_async(lambda: etcd.watchers() == 1000, "half of the watches to be gone")
         await until_async(lambda: etcd.watchers() == 0, "the rest to be gone")
 
-    with_writer(etcd, story)
 
-
-def test_one_of_two_endpoints_is_dead(etcd: EtcdServer) -> None:
-    async def story(writer: Writer) -> None:
-        seen = Recorder()
-        log = RecordedLog()
-        a = Opened(b"a")
-        dead = f"127.0.0.1:{free_port()}"
-        async with watching(f"{dead},{etcd.endpoint}", seen, log=log) as client:
-            client.open(a)
-            await until_async(lambda: seen.created(a), "the watch")
-            last = await writer.put(b"a")
-            await until_async(lambda: seen.revisions(a) == [last], "the event")
-            assert log.problems() == [
-                f"{dead}: connection refused; check that etcd runs and listens on that address and port"
-            ]
-
-    with_writer(etcd, story)
-
-
-def test_streams_use_their_own_token(etcd: EtcdServer) -> None:
-    async def story(writer: Writer) -> None:
+async def test_streams_use_their_own_token(etcd: EtcdServer) -> None:
+    async with direct(etcd) as writer:
         await writer.put(b"a")
         for line in ("user add root:r", "user grant-role root root", "role add reader", "user add u:p"):
             await asyncio.to_thread(etcd.ctl, *line.split())
@@ -396,42 +253,20 @@ def test_streams_use_their_own_token(etcd: EtcdServer) -> None:
             await asyncio.to_thread(etcd.ctl, "--user=root:r", "put", "a", "b")
             await until_async(lambda: seen.revisions(mine), "its event")
 
-    with_writer(etcd, story)
 
-
-@pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
-def test_ordered_progress_is_known_with_auth_on(binary: EtcdBinary) -> None:
+@pytest.mark.parametrize("etcd_binary", etcds(), ids=lambda binary: binary.name)
+async def test_ordered_progress_is_known_with_auth_on(etcd: EtcdServer, etcd_binary: EtcdBinary) -> None:
     """Newer releases refuse their status without a token; older ones return it."""
-    with EtcdServer(binary) as etcd:
-        for line in ("user add root:r", "user grant-role root root", "auth enable"):
-            etcd.ctl(*line.split())
-
-        async def story() -> None:
-            async with watching(etcd.endpoint, Recorder()) as client:
-                await until_async(lambda: client.connected, "the connection")
-                assert client.ordered_progress is binary.ordered_progress
-
-        run(story(), 40)
+    for line in ("user add root:r", "user grant-role root root", "auth enable"):
+        etcd.ctl(*line.split())
+    async with watching(etcd.endpoint, Recorder()) as client:
+        await until_async(lambda: client.connected, "the connection")
+        assert client.ordered_progress is etcd_binary.ordered_progress
 
 
-class Member(EtcdServer):
-    """One of two members: without the other member it has no leader."""
-
-    members: Sequence[Member] = ()
-
-    def arguments(self) -> list[str]:
-        cluster = ",".join(f"m{member.peer_port}=http://127.0.0.1:{member.peer_port}" for member in self.members)
-        replaced = {"--name": f"m{self.peer_port}", "--initial-cluster": cluster}
-        arguments = [text for text in super().arguments() if text.partition("=")[0] not in replaced]
-        return [*arguments, *(f"{name}={value}" for name, value in replaced.items())]
-
-
-def test_a_real_etcd_without_a_leader() -> None:
-    one, two = Member(), Member()
-    one.members = two.members = (one, two)
-
-    async def story(writer: Writer) -> None:
-        await asyncio.gather(asyncio.to_thread(one.start), asyncio.to_thread(two.start))
+async def test_a_real_etcd_without_a_leader() -> None:
+    async with cluster(2) as members, direct(members.members[0]) as writer:
+        one, two = members.members
         seen = Recorder()
         a = Opened(b"a")
         async with watching(f"{one.endpoint},{two.endpoint}", seen) as client:
@@ -451,9 +286,3 @@ def test_a_real_etcd_without_a_leader() -> None:
             await until_async(lambda: seen.revisions(a) == [first, second], "the next event")
             assert seen.leaderless == 1
             assert seen.losses == []
-
-    try:
-        with_writer(one, story)
-    finally:
-        one.__exit__(None, None, None)
-        two.__exit__(None, None, None)

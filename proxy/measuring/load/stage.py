@@ -6,7 +6,6 @@ caller gave are used and left running; those started here are stopped here, by p
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Self
 
 import msgspec
@@ -46,9 +45,7 @@ class Stage:
             await self._start_store()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_error: object) -> None:
         await self.page.close()
         if self.proxy_page is not None:
             await self.proxy_page.close()

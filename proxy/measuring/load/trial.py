@@ -56,18 +56,9 @@ class TrialSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Changes made before the first watch, so that watches can start in the past."""
 
 
-class Trial(msgspec.Struct, kw_only=True):
-    """The result of a trial."""
+class Circumstances(msgspec.Struct, kw_only=True):
+    """What a trial found besides the cost and the events."""
 
-    before: Cost
-    watching: Cost
-    """When all watches are open, before the writes."""
-    after: Cost
-    """When all events have been received."""
-    verdict: RunVerdict
-    written: int
-    """Events written while the clients watched."""
-    opened_s: float
     complaints: list[str]
     """Streams that ended, and watches that did not get all events."""
     samples: list[Sample] = []
@@ -84,6 +75,20 @@ class Trial(msgspec.Struct, kw_only=True):
     """CPU time of the proxy between `before` and `after`; None without its metrics."""
     proxy_memory_bytes: float | None = None
     """Resident memory of the proxy at `after`."""
+
+
+class Trial(Circumstances, kw_only=True):
+    """The result of a trial."""
+
+    before: Cost
+    watching: Cost
+    """When all watches are open, before the writes."""
+    after: Cost
+    """When all events have been received."""
+    verdict: RunVerdict
+    written: int
+    """Events written while the clients watched."""
+    opened_s: float
 
     @property
     def watchers(self) -> int:
@@ -189,7 +194,7 @@ def _other_calls(before: Cost, after: Cost, ours: int) -> int | None:
 
 
 def _growth(before: Mapping[str, float], after: Mapping[str, float], name: str) -> float | None:
-    return after[name] - before[name] if name in before and name in after else None
+    return round(after[name] - before[name], 3) if name in before and name in after else None
 
 
 async def _write_past(writer: PutWriter, spec: TrialSpec, show: Show) -> list[int]:

@@ -8,7 +8,8 @@ from collections.abc import Coroutine
 from typing import Any
 
 from proto.pb import rpc_pb2
-from tests.bench.sharing.front import Figures, Front
+from tests.bench.sharing.bystander import port_of
+from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.e2e.raw_client import RawClient, WatchStream
 from tests.e2e.running import Etcd, direct
 from tests.etcd.cluster import cluster
@@ -18,11 +19,6 @@ from tests.waiting import until_async
 INTERVAL_S = 2.0
 NOTIFIED_S = 14.0
 NOPUT = rpc_pb2.WatchCreateRequest.NOPUT
-
-
-def port_of(address: str) -> int:
-    """Return the port of HOST:PORT."""
-    return int(address.rpartition(":")[2])
 
 
 async def pause(seconds: float) -> None:
@@ -79,22 +75,17 @@ async def _notified(address: str, endpoint: str, *, with_quiet: bool) -> Figures
         return {f"{name}: worst gap / interval": worst(times, start) for name, times in at.items()}
 
 
-def notifications(front: Front) -> Figures:
-    """progress_notify at an interval of 2 s; one range is quiet."""
-    with (
-        EtcdServer(None, [f"--experimental-watch-progress-notify-interval={INTERVAL_S:g}s"]) as etcd,
-        front.before(etcd.endpoint) as address,
-    ):
-        return asyncio.run(_notified(address, etcd.endpoint, with_quiet=True))
+def notifications(*, with_quiet: bool) -> Scenario:
+    """Make the scenario of progress_notify at an interval of 2 s; without a quiet range etcd notifies no watch."""
 
+    def scenario(front: Front) -> Figures:
+        with (
+            EtcdServer(None, [f"--experimental-watch-progress-notify-interval={INTERVAL_S:g}s"]) as etcd,
+            front.before(etcd.endpoint) as address,
+        ):
+            return asyncio.run(_notified(address, etcd.endpoint, with_quiet=with_quiet))
 
-def notifications_all_busy(front: Front) -> Figures:
-    """progress_notify at an interval of 2 s; etcd has no reason to notify the proxy of any range."""
-    with (
-        EtcdServer(None, [f"--experimental-watch-progress-notify-interval={INTERVAL_S:g}s"]) as etcd,
-        front.before(etcd.endpoint) as address,
-    ):
-        return asyncio.run(_notified(address, etcd.endpoint, with_quiet=False))
+    return scenario
 
 
 RETURNED_S = 4.0
@@ -154,9 +145,7 @@ EVENT_BYTES = 1_000_000
 async def _caught_up(address: str, endpoint: str) -> Figures:
     async with direct(endpoint) as store, await RawClient.connect(port_of(address)) as client:
         revisions = [await store.put(b"k", bytes(EVENT_BYTES)) for _ in range(EVENTS)]
-        live = client.watch()
-        live.create(b"k")
-        await live.created()
+        await client.open_watch(b"k")
         counts: dict[str, float | str] = {}
         for kind, fragment in (("with fragment", True), ("without", False)):
             stream = client.watch()
@@ -209,9 +198,9 @@ def leaderless(front: Front) -> Figures:
     return asyncio.run(_leaderless(front))
 
 
-SCENARIOS = {
-    "notifications": notifications,
-    "notifications-all-busy": notifications_all_busy,
+SCENARIOS: dict[str, Scenario] = {
+    "notifications": notifications(with_quiet=True),
+    "notifications-all-busy": notifications(with_quiet=False),
     "return-within-linger": returning,
     "large-catch-up": large_catch_up,
     "leaderless-stream": leaderless,

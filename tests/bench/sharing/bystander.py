@@ -13,12 +13,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import click
 import uvloop
 
 from tests.bench.sharing.front import Figures, Front
+from tests.bench.targets import Target
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct
 from tests.etcd.server import EtcdServer
@@ -37,9 +37,7 @@ def port_of(address: str) -> int:
 async def _delays(etcd: EtcdServer, port: int, key: bytes, done: Callable[[], bool]) -> list[float]:
     found: list[float] = []
     async with direct(etcd) as store, await RawClient.connect(port) as client:
-        stream = client.watch()
-        stream.create(KEY)
-        await stream.created(30)
+        stream = await client.open_watch(KEY, timeout_s=30)
         seen = 1
         while not done():
             began = time.perf_counter()
@@ -62,21 +60,17 @@ def quantiles(name: str, delays: list[float]) -> Figures:
 
 
 class MemoryPeak:
-    """The sampled maximum growth of a process's resident size since the start. Use as a context manager."""
+    """The sampled maximum growth of a server's resident size since the start. Use as a context manager."""
 
-    def __init__(self, pid: int) -> None:
-        self._statm = Path(f"/proc/{pid}/statm")
-        self._first = self._now()
-        self._most = self._first
+    def __init__(self, server: Target) -> None:
+        self._server = server
+        self._first = self._most = server.memory_mib()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._sample)
 
-    def _now(self) -> int:
-        return int(self._statm.read_text().split()[1]) * 4096
-
     def _sample(self) -> None:
         while not self._over.wait(SAMPLE_S):
-            self._most = max(self._most, self._now())
+            self._most = max(self._most, self._server.memory_mib())
 
     def __enter__(self) -> MemoryPeak:
         self._thread.start()
@@ -89,19 +83,27 @@ class MemoryPeak:
     @property
     def mib(self) -> float:
         """The growth, in MiB."""
-        return (self._most - self._first) / 2**20
+        return self._most - self._first
 
 
 @asynccontextmanager
-async def _load(module: str, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def load(module: str, *arguments: str) -> AsyncIterator[asyncio.Task[str]]:
+    """Run `python -m MODULE ARGUMENTS` in a separate process; the task's result is its output."""
     command = (sys.executable, "-m", module, *arguments)
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+
+    async def said() -> str:
+        output, _ = await process.communicate()
+        assert process.returncode == 0, f"the load {' '.join(arguments)} failed"
+        return output.decode().strip()
+
+    task = asyncio.create_task(said())
     try:
-        yield process
+        yield task
     finally:
         if process.returncode is None:
             process.kill()
-            await process.wait()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def with_bystander(
@@ -113,18 +115,13 @@ async def with_bystander(
     """
     key = KEY if front.proxy is None else namespace + KEY
     port = port_of(address)
-    server = etcd.process if front.proxy is None else front.proxy.process
-    assert server is not None, "it runs"
     quiet = time.perf_counter() + QUIET_S
     before = await _delays(etcd, port, key, lambda: time.perf_counter() > quiet)
-    with MemoryPeak(server.pid) as peak:
-        async with _load(module, *arguments, str(port)) as process:
-            said = asyncio.ensure_future(process.communicate())
+    with MemoryPeak(front.server(etcd)) as peak:
+        async with load(module, *arguments, str(port)) as said:
             during = await _delays(etcd, port, key, said.done)
-            output, _ = await said
-            assert process.returncode == 0, f"the load {' '.join(arguments)} failed"
+            outcome = await said
     figures = {**quantiles("before", before), **quantiles("during", during), "memory peak MiB": peak.mib}
-    outcome = output.decode().strip()
     return {**figures, "outcome": outcome} if outcome else figures
 
 

@@ -11,7 +11,6 @@ import gc
 import os
 import resource
 import time
-from pathlib import Path
 
 import uvloop
 
@@ -21,10 +20,11 @@ from proto.pb import rpc_pb2
 from proto.scan import WatchResponse, scan_watch_response
 from tests.bench.load import WATCH
 from tests.bench.profiles import DATA, HEADERS, frame
-from tests.bench.sharing.bystander import port_of, quantiles
+from tests.bench.sharing.bystander import quantiles
 from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.bench.sharing.list_storm import SENT, server_before
 from tests.bench.sharing.lists import cpu_s
+from tests.bench.targets import Target
 from tests.bench.wire import RawClient, RequestBlocks, message_frame
 from tests.coalesce.shell import header, put
 from tests.e2e.running import Etcd, direct
@@ -140,8 +140,8 @@ def unique_keys(*, cover: bool, unwatched: bool) -> Scenario:
 
     def scenario(front: Front) -> Figures:
         flags = (f"--cover={PREFIX.decode()}",) if cover and front.root is not None else ()
-        with EtcdServer() as etcd, server_before(front, etcd, *flags) as (address, _):
-            return uvloop.run(measured(front, etcd, port_of(address)))
+        with EtcdServer() as etcd, server_before(front, etcd, *flags) as server:
+            return uvloop.run(measured(front, etcd, server.port))
 
     return scenario
 
@@ -167,18 +167,8 @@ def storm(front: Front) -> Figures:
             return {**quantiles("last event", delays), "watch requests at etcd": etcd.metrics()[CREATES] - opened}
 
     flags = () if front.root is None else (f"--cover={PREFIX.decode()}",)
-    with EtcdServer() as etcd, server_before(front, etcd, *flags) as (address, _):
-        return uvloop.run(measured(etcd, port_of(address)))
-
-
-CREATES = (
-    'grpc_server_msg_received_total{grpc_method="Watch",grpc_service="etcdserverpb.Watch",grpc_type="bidi_stream"}'
-)
-
-
-def rss_bytes() -> int:
-    """Return the memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    with EtcdServer() as etcd, server_before(front, etcd, *flags) as server:
+        return uvloop.run(measured(etcd, server.port))
 
 
 def covered_core(count: int) -> tuple[Coalescer, Upstream, float]:
@@ -187,7 +177,8 @@ def covered_core(count: int) -> tuple[Coalescer, Upstream, float]:
     core.header_seen(header(10))
     upstreams: list[Upstream] = []
     gc.collect()
-    before = rss_bytes()
+    own = Target("", 0, os.getpid())
+    before = own.memory_mib()
     for place in range(count):
         if place % 1000 == 0:
             session = core.open_session(object(), Identity(), 0.0)
@@ -199,7 +190,7 @@ def covered_core(count: int) -> tuple[Coalescer, Upstream, float]:
                 upstreams.append(effect.upstream)
                 effects += core.upstream_response(effect.upstream, WatchResponse(header(10), 0, created=True), 0.0)
     gc.collect()
-    memory = (rss_bytes() - before) / count
+    memory = (own.memory_mib() - before) * 2**20 / count
     assert (core.stats.watches, len(upstreams)) == (count, 1)
     return core, upstreams[0], memory
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bench.targets import Target
+from tests.etcd.server import EtcdServer
 from tests.proxy_process import ProxyProcess
 
 Figures = dict[str, float | str]
@@ -35,6 +37,12 @@ class Front:
         with proxy as self.proxy:
             yield proxy.endpoint
         self.proxy = None
+
+    def server(self, etcd: EtcdServer) -> Target:
+        """Return the running server of the clients."""
+        process = etcd.process if self.proxy is None else self.proxy.process
+        assert process is not None, "it runs"
+        return Target(self.name, etcd.client_port if self.proxy is None else self.proxy.port, process.pid)
 
 
 Scenario = Callable[[Front], Figures]

@@ -5,22 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from typing import cast
-
-import click
-import uvloop
 
 from proto.pb import rpc_pb2
 from tests.bench.caller import RANGE
 from tests.bench.cases import PEER, Case
 from tests.bench.profiles import DATA, HEADERS, frame
-from tests.bench.sharing.bystander import MemoryPeak, port_of, quantiles
+from tests.bench.sharing.bystander import MemoryPeak, load, load_command, quantiles
 from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.bench.sharing.lists import cpu_s
-from tests.bench.targets import TARGETS
+from tests.bench.targets import TARGETS, Target
 from tests.bench.wire import END_STREAM, RawClient, RequestBlocks, message_frame
 from tests.e2e.running import direct
 from tests.etcd.server import HOST, EtcdServer
@@ -67,9 +63,9 @@ class Lister(RawClient):
         self.over.set()
 
 
-async def storm(port: int, clients: int) -> dict[str, list[float]]:
-    """List with so many clients at once; return the seconds and bytes of each."""
-    loop, listers = asyncio.get_running_loop(), list[Lister]()
+async def storm(port: int, count: str) -> str:
+    """List with so many clients at once; return the seconds and bytes of each, as JSON."""
+    loop, listers, clients = asyncio.get_running_loop(), list[Lister](), int(count)
     for _ in range(0, clients, CONNECTING):
         made = (
             loop.create_connection(lambda: Lister(f"{HOST}:{port}"), HOST, port)
@@ -80,7 +76,7 @@ async def storm(port: int, clients: int) -> dict[str, list[float]]:
         lister.list()
     async with asyncio.timeout(LIMIT_S):
         await asyncio.gather(*(lister.over.wait() for lister in listers))
-    return {"delays": [lister.delay for lister in listers], "bytes": [float(lister.received) for lister in listers]}
+    return json.dumps({"delays": [each.delay for each in listers], "bytes": [float(each.received) for each in listers]})
 
 
 async def _write(etcd: EtcdServer) -> None:
@@ -94,37 +90,32 @@ async def _write(etcd: EtcdServer) -> None:
 
 
 @contextlib.contextmanager
-def server_before(front: Front, etcd: EtcdServer, *flags: str) -> Iterator[tuple[str, int]]:
-    """Yield the address for clients, and the process id of their server."""
+def server_before(front: Front, etcd: EtcdServer, *flags: str) -> Iterator[Target]:
+    """Yield the clients' server."""
     if front.name == PEER:
         # No certificates: the case has no TLS.
         with TARGETS[PEER](Case("list storm", "", 0, 0), etcd, cast("Certificates", None)) as target:
-            yield f"{HOST}:{target.port}", target.pid
+            yield target
         return
-    with front.before(etcd.endpoint, *flags) as address:
-        server = etcd.process if front.proxy is None else front.proxy.process
-        assert server is not None
-        yield address, server.pid
+    with front.before(etcd.endpoint, *flags):
+        yield front.server(etcd)
 
 
 def storm_of(clients: int) -> Scenario:
     """Make the scenario of so many clients."""
 
     async def listed(port: int) -> dict[str, list[float]]:
-        command = (sys.executable, "-m", "tests.bench.sharing.list_storm", str(clients), str(port))
-        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-        output, _ = await process.communicate()
-        assert process.returncode == 0, "the clients failed"
-        found: dict[str, list[float]] = json.loads(output)
+        async with load("tests.bench.sharing.list_storm", "list", str(clients), str(port)) as said:
+            found: dict[str, list[float]] = json.loads(await said)
         return found
 
     def scenario(front: Front) -> Figures:
         with EtcdServer() as etcd:
             asyncio.run(_write(etcd))
-            with server_before(front, etcd) as (address, pid):
+            with server_before(front, etcd) as server:
                 before, cpu = etcd.metrics(), cpu_s(etcd)
-                with MemoryPeak(pid) as peak:
-                    found = asyncio.run(listed(port_of(address)))
+                with MemoryPeak(server) as peak:
+                    found = asyncio.run(listed(server.port))
                 after = etcd.metrics()
                 whole = max(found["bytes"])
                 assert whole > KEYS * VALUE_BYTES, "an answer with all keys"
@@ -143,12 +134,7 @@ def storm_of(clients: int) -> Scenario:
 SCENARIOS: dict[str, Scenario] = {f"list storm: {clients:,} clients": storm_of(clients) for clients in (50, 200, 1_000)}
 
 
-@click.command()
-@click.argument("clients", type=int)
-@click.argument("port", type=int)
-def main(clients: int, port: int) -> None:
-    """Run CLIENTS against the server at PORT."""
-    click.echo(json.dumps(uvloop.run(storm(port, clients))))
+main = load_command({"list": storm})
 
 
 if __name__ == "__main__":

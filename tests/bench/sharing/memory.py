@@ -161,9 +161,7 @@ def few_descriptors(front: Front) -> Figures:
 
     async def watch_goes_on(address: str) -> bool:
         async with await RawClient.connect(port_of(address)) as client:
-            stream = client.watch()
-            stream.create(b"k")
-            await stream.created()
+            stream = await client.open_watch(b"k")
             with contextlib.ExitStack() as stack:
                 open_idle(stack, port_of(address), IDLE)
                 await asyncio.to_thread(etcd.kill)

@@ -102,9 +102,7 @@ def large_delete(front: Front) -> Figures:
 async def load_delete(port: int, endpoint: str) -> str:
     """Watch them, delete them, and wait for all events."""
     async with await RawClient.connect(port) as client, direct(endpoint) as store:
-        stream = client.watch()
-        stream.create(BIG, BIG_END)
-        await stream.created()
+        stream = await client.open_watch(BIG, BIG_END)
         began = time.perf_counter()
         await store.delete(BIG, BIG_END)
         response = await stream.next(60)
@@ -127,9 +125,7 @@ class Resuming:
         while True:
             try:
                 async with await RawClient.connect(self._port) as client:
-                    stream = client.watch()
-                    stream.create(*self._range, start_revision=self._next)
-                    await stream.created()
+                    stream = await client.open_watch(*self._range, start_revision=self._next)
                     self.opened.set()
                     while True:
                         response = await stream.next(60)

@@ -5,24 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import statistics
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 
-import click
 import uvloop
 
 from proto.framing import MessageReader, frame
 from proto.http2 import Headers
 from proto.pb import rpc_pb2
-from tests.bench.sharing.bystander import MemoryPeak, port_of, quantiles
+from tests.bench.sharing.bystander import MemoryPeak, load, load_command, port_of, quantiles
 from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct
 from tests.e2e.test_auth import token_of, with_users
 from tests.etcd.cluster import Cluster, cluster
 from tests.etcd.server import HOST, EtcdServer
-from tests.faults.scene import straight
 from tests.faults.test_reads import logged_in
 from tests.waiting import until_async
 from upstream.connection import ClientConnection, UpstreamCall, connect
@@ -35,7 +32,7 @@ USERS = 10
 CALLERS = 8
 HELD_S = 8.0
 CREATES = 100_000
-MADE_UP = 100_000
+MODULE = "tests.bench.sharing.reads"
 LIMIT_S = 30.0
 RANGE = "/etcdserverpb.KV/Range"
 AT_ONCE = 500
@@ -111,11 +108,11 @@ def open_stream(connection: ClientConnection, token: str, wanted: int) -> Creati
     return handler
 
 
-async def crowd(port: int, token: str, count: int, prefix: bytes = b"a/") -> str:
-    """Create so many watches on one stream; report their outcome."""
-    creates = creates_of(count, prefix)
+async def crowd(port: int, token: str) -> str:
+    """Create CREATES watches on one stream; report their outcome."""
+    creates = creates_of(CREATES, b"a/")
     connection = await connect(parse_endpoint(f"{HOST}:{port}"), None)
-    handler = open_stream(connection, token, count)
+    handler = open_stream(connection, token, CREATES)
     began = time.perf_counter()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LIMIT_S):
@@ -126,35 +123,14 @@ async def crowd(port: int, token: str, count: int, prefix: bytes = b"a/") -> str
     return f"{handler.answered} answered, {handler.refused} refused, {took:.2f} s {handler.ended}"
 
 
-@contextlib.asynccontextmanager
-async def load(*arguments: str) -> AsyncIterator[asyncio.Task[str]]:
-    """Run this module with these arguments in a separate process; the task's result is its output."""
-    command = (sys.executable, "-m", "tests.bench.sharing.reads", *arguments)
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-
-    async def said() -> str:
-        output, _ = await process.communicate()
-        return output.decode().strip()
-
-    task = asyncio.create_task(said())
-    try:
-        yield task
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await task
-
-
 def many_creates(front: Front) -> Figures:
     """A restarted client creates all of its watches on one stream, with a valid token."""
 
     async def measured(etcd: EtcdServer, address: str) -> Figures:
-        server = etcd.process if front.proxy is None else front.proxy.process
-        assert server is not None, "it runs"
         async with await RawClient.connect(port_of(address)) as client:
             token = await token_of(client, "u1")
-        with MemoryPeak(server.pid) as peak:
-            async with load("--creates", str(CREATES), "--token", token, str(port_of(address))) as said:
+        with MemoryPeak(front.server(etcd)) as peak:
+            async with load(MODULE, "creates", token, str(port_of(address))) as said:
                 outcome = await said
         proxy = front.proxy
         reads, cpu_s = (0.0, 0.0) if proxy is None else (proxy.metric("watchmux_upstream_reads_total"), proxy.cpu_s())
@@ -198,7 +174,7 @@ def made_up_token(front: Front) -> Figures:
             token = await token_of(client, "u1")
             quiet = time.perf_counter() + 1
             before = await _create_delays(client, token, lambda: time.perf_counter() > quiet)
-            async with load("--creates", str(MADE_UP), "--token", "made.up", str(port_of(address))) as said:
+            async with load(MODULE, "creates", "made.up", str(port_of(address))) as said:
                 during = await _create_delays(client, token, said.done)
                 outcome = await said
         return {**quantiles("before", before), **quantiles("during", during), "outcome": outcome}
@@ -215,7 +191,7 @@ def poisoned_reader(front: Front) -> Figures:
         async with await RawClient.connect(port_of(address)) as client:
             quiet = time.perf_counter() + 1
             before = await _create_delays(client, "", lambda: time.perf_counter() > quiet)
-            async with load("--poison", "3", str(port_of(address))) as said:
+            async with load(MODULE, "poison", "3", str(port_of(address))) as said:
                 during = await _create_delays(client, "", said.done)
                 outcome = await said
         return {**quantiles("before", before), **quantiles("during", during), "outcome": outcome}
@@ -224,14 +200,14 @@ def poisoned_reader(front: Front) -> Figures:
         return uvloop.run(measured(address))
 
 
-async def poison(port: int, seconds: float) -> str:
-    """Create a watch of a key of 1 MiB, on a new stream each time one ends, or after 0.2 s."""
+async def poison(port: int, seconds: str) -> str:
+    """Create a watch of a key of 1 MiB for so long, on a new stream each time one ends, or after 0.2 s."""
     large = frame(
         rpc_pb2.WatchRequest(
             create_request=rpc_pb2.WatchCreateRequest(key=b"a/" + b"k" * (1 << 20))
         ).SerializeToString()
     )
-    end, ends = time.perf_counter() + seconds, set()
+    end, ends = time.perf_counter() + float(seconds), set()
     while time.perf_counter() < end:
         connection = await connect(parse_endpoint(f"{HOST}:{port}"), None)
         handler = open_stream(connection, "", 1)
@@ -251,7 +227,7 @@ async def _with_one_cut_off(front: Front, members: Cluster, auth: bool) -> Figur
         await asyncio.to_thread(with_users, leader)
     endpoints = members.endpoints if front.root is not None else leader.endpoint
     with front.before(endpoints) as address:
-        async with await RawClient.connect(port_of(address)) as client, straight(leader.endpoint) as store:
+        async with await RawClient.connect(port_of(address)) as client, direct(leader) as store:
             token = await logged_in(client, "u1") if auth else ""
             root = [("token", await logged_in(client, "root", "r"))] if auth else []
             members.cut_off(cut)
@@ -359,14 +335,7 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
-@click.command()
-@click.option("--creates", type=int, default=0)
-@click.option("--token", default="")
-@click.option("--poison", "poison_s", type=float, default=0.0)
-@click.argument("port", type=int)
-def main(creates: int, token: str, poison_s: float, port: int) -> None:
-    """Run a load against the listener at PORT."""
-    click.echo(uvloop.run(poison(port, poison_s) if poison_s else crowd(port, token, creates)))
+main = load_command({"creates": crowd, "poison": poison})
 
 
 if __name__ == "__main__":

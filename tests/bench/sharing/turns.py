@@ -7,13 +7,12 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import click
 import grpc
 import grpc.aio
 import uvloop
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
-from tests.bench.sharing.bystander import MemoryPeak, port_of, with_bystander
+from tests.bench.sharing.bystander import MemoryPeak, load_command, port_of, with_bystander
 from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.e2e.floods import Sender, create, flood
 from tests.e2e.held import held
@@ -39,7 +38,7 @@ def flooded(name: str) -> Scenario:
 
     def scenario(front: Front) -> Figures:
         with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
-            return uvloop.run(with_bystander(front, etcd, address, "tests.bench.sharing.turns", "--flood", name))
+            return uvloop.run(with_bystander(front, etcd, address, "tests.bench.sharing.turns", "flood", name))
 
     return scenario
 
@@ -47,9 +46,7 @@ def flooded(name: str) -> Scenario:
 def waiting_requests(front: Front) -> Figures:
     """Twenty streams create watches while etcd does not answer: how much does the proxy keep?"""
     with EtcdServer() as etcd, front.before(etcd.endpoint) as address:
-        server = etcd.process if front.proxy is None else front.proxy.process
-        assert server is not None, "it runs"
-        with held(etcd), MemoryPeak(server.pid) as peak:
+        with held(etcd), MemoryPeak(front.server(etcd)) as peak:
             outcome = uvloop.run(hold(port_of(address)))
         return {"memory peak MiB": peak.mib, "outcome": outcome}
 
@@ -117,12 +114,7 @@ async def _flood(port: int, name: str) -> str:
     return outcome
 
 
-@click.command()
-@click.option("--flood", "name", type=click.Choice(list(LOADS)), required=True)
-@click.argument("port", type=int)
-def main(name: str, port: int) -> None:
-    """Run the load against the listener at PORT."""
-    click.echo(uvloop.run(_flood(port, name)))
+main = load_command({"flood": _flood})
 
 
 if __name__ == "__main__":

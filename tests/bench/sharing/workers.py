@@ -6,17 +6,16 @@ Each scenario runs with one process, with two workers, and as a leaf in front of
 from __future__ import annotations
 
 import asyncio
-import os
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Final, NamedTuple
 
 from tests.bench.sharing.front import Figures, Front, Scenario
+from tests.bench.targets import Target
 from tests.e2e.raw_client import RawClient, WatchStream
 from tests.e2e.running import direct
 from tests.etcd.binaries import current
@@ -48,11 +47,7 @@ LOADS: Final = {
 
 def cpu_s(pids: list[int]) -> list[float]:
     """Return the CPU seconds that each process has used."""
-    used = []
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        used.append((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
-    return used
+    return [Target("", 0, pid).cpu_s() for pid in pids]
 
 
 def family(proxy: ProxyProcess) -> list[int]:

@@ -69,32 +69,27 @@ def test_the_status_table_shows_covers_and_suggestions() -> None:
     assert "--cover=/u/ would leave 1 upstream watch" in text
 
 
-def test_a_cover_is_shown_with_what_no_client_watches(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with proxy_for(etcd, limits=CoreLimits(covers=(b"/s/",))) as proxy, direct(etcd) as store:
-            source = SnapshotSource(proxy, "")
-            assert source.take().covers == [CoverState(cover="/s/")]
-            async with await RawClient.connect(proxy.port) as client:
-                stream = client.watch()
-                stream.create(b"/s/a")
-                await stream.created()
-                await store.put(b"/s/a", b"v")
-                await store.put(b"/s/b", b"v")
-                await until_async(lambda: source.take().covers[0].events_total == 2, "the events")
-                snapshot = source.take()
-                (cover,) = snapshot.covers
-                assert (cover.branches, cover.watches, cover.upstream_watches, cover.unwanted_events_total) == (
-                    1,
-                    1,
-                    1,
-                    1,
-                )
-                assert 0 < cover.unwanted_bytes_total < cover.bytes_total
-                samples = {sample.name: sample for family in families(snapshot) for sample in family.samples}
-                assert samples["watchmux_cover_unwanted_events_total"].labels == {"cover": "/s/"}
-                assert samples["watchmux_cover_unwanted_events_total"].value == 1
-
-    asyncio.run(scenario())
+async def test_a_cover_is_shown_with_what_no_client_watches(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd, limits=CoreLimits(covers=(b"/s/",))) as proxy, direct(etcd) as store:
+        source = SnapshotSource(proxy, "")
+        assert source.take().covers == [CoverState(cover="/s/")]
+        async with await RawClient.connect(proxy.port) as client:
+            await client.open_watch(b"/s/a")
+            await store.put(b"/s/a", b"v")
+            await store.put(b"/s/b", b"v")
+            await until_async(lambda: source.take().covers[0].events_total == 2, "the events")
+            snapshot = source.take()
+            (cover,) = snapshot.covers
+            assert (cover.branches, cover.watches, cover.upstream_watches, cover.unwanted_events_total) == (
+                1,
+                1,
+                1,
+                1,
+            )
+            assert 0 < cover.unwanted_bytes_total < cover.bytes_total
+            samples = {sample.name: sample for family in families(snapshot) for sample in family.samples}
+            assert samples["watchmux_cover_unwanted_events_total"].labels == {"cover": "/s/"}
+            assert samples["watchmux_cover_unwanted_events_total"].value == 1
 
 
 def test_rates_come_from_two_snapshots() -> None:

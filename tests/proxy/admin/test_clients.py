@@ -38,73 +38,64 @@ def listed(proxy: Proxy) -> list[ClientView]:
     return Monitor(proxy, "").clients().clients
 
 
-def test_a_client_is_listed_with_what_it_does(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy:
-            await until_async(lambda: proxy.health.serving, "the proxy to find etcd")
-            channel, calls = await watch(proxy, 3)
-            async with grpc.aio.insecure_channel(
-                f"127.0.0.1:{proxy.port}", options=[("grpc.primary_user_agent", "small/1.0")]
-            ) as other:
-                await rpc_pb2_grpc.KVStub(other).Range(rpc_pb2.RangeRequest(key=b"a"))
-                busy, idle = listed(proxy)
-            assert (busy.watches, busy.sessions, busy.streams, busy.lagging, busy.tls) == (3, 3, 3, 0, "")
-            assert (idle.watches, idle.sessions) == (0, 0)
-            assert busy.peer.startswith("127.0.0.1:")
-            assert busy.user_agent.startswith("grpc-python")
-            assert idle.user_agent.startswith("small/1.0")
-            assert busy.received_bytes is not None
-            assert busy.received_bytes > 0
-            assert busy.sent_bytes is not None
-            shown = io.StringIO()
-            Console(file=shown, width=200).print(render_clients(Monitor(proxy, "").clients()))
-            assert busy.peer in shown.getvalue()
-            assert len(Monitor(proxy, "").clients(1).clients) == 1
-            del calls
-            await channel.close()
-
-    run(scenario())
+async def test_a_client_is_listed_with_what_it_does(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd) as proxy:
+        await until_async(lambda: proxy.health.serving, "the proxy to find etcd")
+        channel, calls = await watch(proxy, 3)
+        async with grpc.aio.insecure_channel(
+            f"127.0.0.1:{proxy.port}", options=[("grpc.primary_user_agent", "small/1.0")]
+        ) as other:
+            await rpc_pb2_grpc.KVStub(other).Range(rpc_pb2.RangeRequest(key=b"a"))
+            busy, idle = listed(proxy)
+        assert (busy.watches, busy.sessions, busy.streams, busy.lagging, busy.tls) == (3, 3, 3, 0, "")
+        assert (idle.watches, idle.sessions) == (0, 0)
+        assert busy.peer.startswith("127.0.0.1:")
+        assert busy.user_agent.startswith("grpc-python")
+        assert idle.user_agent.startswith("small/1.0")
+        assert busy.received_bytes is not None
+        assert busy.received_bytes > 0
+        assert busy.sent_bytes is not None
+        shown = io.StringIO()
+        Console(file=shown, width=200).print(render_clients(Monitor(proxy, "").clients()))
+        assert busy.peer in shown.getvalue()
+        assert len(Monitor(proxy, "").clients(1).clients) == 1
+        del calls
+        await channel.close()
 
 
-def test_a_worker_does_not_list_its_clients_for_each_report(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy:
-            await until_async(lambda: proxy.health.serving, "the proxy to find etcd")
-            monitor = Monitor(proxy, "")
-            assert monitor.report("worker-1").details.clients == []
-            channel, calls = await watch(proxy, 3)
-            report = monitor.report("worker-1")
-            assert (report.snapshot.watches, report.details.clients) == (3, [])
-            monitor._details_at -= DETAILS_S
-            assert [client.watches for client in monitor.report("worker-1").details.clients] == [3]
-            del calls
-            await channel.close()
-
-    run(scenario())
+async def test_a_worker_does_not_list_its_clients_for_each_report(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd) as proxy:
+        await until_async(lambda: proxy.health.serving, "the proxy to find etcd")
+        monitor = Monitor(proxy, "")
+        assert monitor.report("worker-1").details.clients == []
+        channel, calls = await watch(proxy, 3)
+        report = monitor.report("worker-1")
+        assert (report.snapshot.watches, report.details.clients) == (3, [])
+        monitor._details_at -= DETAILS_S
+        assert [client.watches for client in monitor.report("worker-1").details.clients] == [3]
+        del calls
+        await channel.close()
 
 
-def test_the_client_that_lags_longest_is_first(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy:
-            await until_async(lambda: proxy.health.serving, "the proxy to find etcd")
-            many, many_calls = await watch(proxy, 3)
-            # Other arguments, so that it is another connection.
-            one = grpc.aio.insecure_channel(f"127.0.0.1:{proxy.port}", [("grpc.primary_user_agent", "other")])
-            one_call: Any = rpc_pb2_grpc.WatchStub(one).Watch()
-            await one_call.write(rpc_pb2.WatchRequest(create_request=rpc_pb2.WatchCreateRequest(key=b"a")))
-            assert (await one_call.read()).created
-            assert [each.watches for each in listed(proxy)] == [3, 1]
-            call = next(each for each in proxy.watches.calls if each.connection.sessions == 1)
-            assert call.session is not None
-            call.session.lagging_since = asyncio.get_running_loop().time() - 5
-            first = listed(proxy)[0]
-            call.session.lagging_since = None
-            assert (first.watches, first.behind_s >= 5) == (1, True)
-            del many_calls
-            await many.close()
-            await one.close()
-
-    run(scenario())
+async def test_the_client_that_lags_longest_is_first(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd) as proxy:
+        await until_async(lambda: proxy.health.serving, "the proxy to find etcd")
+        many, many_calls = await watch(proxy, 3)
+        # Other arguments, so that it is another connection.
+        one = grpc.aio.insecure_channel(f"127.0.0.1:{proxy.port}", [("grpc.primary_user_agent", "other")])
+        one_call: Any = rpc_pb2_grpc.WatchStub(one).Watch()
+        await one_call.write(rpc_pb2.WatchRequest(create_request=rpc_pb2.WatchCreateRequest(key=b"a")))
+        assert (await one_call.read()).created
+        assert [each.watches for each in listed(proxy)] == [3, 1]
+        call = next(each for each in proxy.watches.calls if each.connection.sessions == 1)
+        assert call.session is not None
+        call.session.lagging_since = asyncio.get_running_loop().time() - 5
+        first = listed(proxy)[0]
+        call.session.lagging_since = None
+        assert (first.watches, first.behind_s >= 5) == (1, True)
+        del many_calls
+        await many.close()
+        await one.close()
 
 
 def test_the_kernel_counts_the_bytes_of_a_connection() -> None:

@@ -14,7 +14,6 @@ from proto.framing import Status
 from proxy.admin.health import CHECK, LIST, WATCH, Health
 from proxy.listening.listener import Listener
 from tests.e2e.raw_client import HOST, RawClient
-from tests.e2e.scenario import run
 from tests.waiting import until_async
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -47,78 +46,63 @@ def status_of(message: bytes) -> int:
     return int(health_pb2.HealthCheckResponse.FromString(message).status)
 
 
-def test_check_reports_the_state() -> None:
-    async def scenario() -> None:
-        async with health_and_client() as (health, client):
-            assert await check(client) == SERVING
-            assert await check(client, "etcdserverpb.Watch") == SERVING
-            health.set_upstream(False)
-            assert health.reason == "etcd is not reachable"
-            assert await check(client) == NOT_SERVING
-            health.set_upstream(True)
-            assert await check(client) == SERVING
-            health.set_draining()
-            assert health.reason == "draining"
-            assert await check(client) == NOT_SERVING
-
-    run(scenario())
+async def test_check_reports_the_state() -> None:
+    async with health_and_client() as (health, client):
+        assert await check(client) == SERVING
+        assert await check(client, "etcdserverpb.Watch") == SERVING
+        health.set_upstream(False)
+        assert health.reason == "etcd is not reachable"
+        assert await check(client) == NOT_SERVING
+        health.set_upstream(True)
+        assert await check(client) == SERVING
+        health.set_draining()
+        assert health.reason == "draining"
+        assert await check(client) == NOT_SERVING
 
 
-def test_an_unknown_service_is_not_found() -> None:
-    async def scenario() -> None:
-        async with health_and_client() as (_, client):
-            request = health_pb2.HealthCheckRequest(service="nope").SerializeToString()
-            call = await client.unary(CHECK.decode(), request)
-            assert call.status == Status.NOT_FOUND
-
-    run(scenario())
+async def test_an_unknown_service_is_not_found() -> None:
+    async with health_and_client() as (_, client):
+        request = health_pb2.HealthCheckRequest(service="nope").SerializeToString()
+        call = await client.unary(CHECK.decode(), request)
+        assert call.status == Status.NOT_FOUND
 
 
-def test_watch_reports_only_changes() -> None:
-    async def scenario() -> None:
-        async with health_and_client() as (health, client):
-            call, unknown = client.call(WATCH.decode()), client.call(WATCH.decode())
-            call.send(b"", end=True)
-            unknown.send(health_pb2.HealthCheckRequest(service="nope").SerializeToString(), end=True)
-            assert status_of(await call.next()) == SERVING
-            assert status_of(await unknown.next()) == SERVICE_UNKNOWN
-            health.set_upstream(True)
-            health.set_upstream(False)
-            health.set_upstream(False)
-            assert status_of(await call.next()) == NOT_SERVING
-            health.set_upstream(True)
-            assert status_of(await call.next()) == SERVING
-            assert not call.over
-            call.cancel()
-            unknown.cancel()
-            await until_async(lambda: not health._watchers, "the watches to be forgotten")
-            assert len(call.messages) == 3
-
-    run(scenario())
+async def test_watch_reports_only_changes() -> None:
+    async with health_and_client() as (health, client):
+        call, unknown = client.call(WATCH.decode()), client.call(WATCH.decode())
+        call.send(b"", end=True)
+        unknown.send(health_pb2.HealthCheckRequest(service="nope").SerializeToString(), end=True)
+        assert status_of(await call.next()) == SERVING
+        assert status_of(await unknown.next()) == SERVICE_UNKNOWN
+        health.set_upstream(True)
+        health.set_upstream(False)
+        health.set_upstream(False)
+        assert status_of(await call.next()) == NOT_SERVING
+        health.set_upstream(True)
+        assert status_of(await call.next()) == SERVING
+        assert not call.over
+        call.cancel()
+        unknown.cancel()
+        await until_async(lambda: not health._watchers, "the watches to be forgotten")
+        assert len(call.messages) == 3
 
 
-def test_watches_end_at_a_drain() -> None:
-    async def scenario() -> None:
-        async with health_and_client() as (health, client):
-            call = client.call(WATCH.decode())
-            call.send(b"", end=True)
-            await call.next()
-            health.set_draining()
-            health.leave_all()
-            assert status_of(await call.next()) == NOT_SERVING
-            assert (await call.end())[0] == Status.UNAVAILABLE
-
-    run(scenario())
+async def test_watches_end_at_a_drain() -> None:
+    async with health_and_client() as (health, client):
+        call = client.call(WATCH.decode())
+        call.send(b"", end=True)
+        await call.next()
+        health.set_draining()
+        health.leave_all()
+        assert status_of(await call.next()) == NOT_SERVING
+        assert (await call.end())[0] == Status.UNAVAILABLE
 
 
-def test_list() -> None:
-    async def scenario() -> None:
-        async with health_and_client() as (_, client):
-            call = await client.unary(LIST.decode(), b"")
-            statuses = health_pb2.HealthListResponse.FromString(call.messages[0]).statuses
-            assert {statuses[name].status for name in ("", "etcdserverpb.Watch")} == {SERVING}
-
-    run(scenario())
+async def test_list() -> None:
+    async with health_and_client() as (_, client):
+        call = await client.unary(LIST.decode(), b"")
+        statuses = health_pb2.HealthListResponse.FromString(call.messages[0]).statuses
+        assert {statuses[name].status for name in ("", "etcdserverpb.Watch")} == {SERVING}
 
 
 @pytest.mark.parametrize(
@@ -130,24 +114,18 @@ def test_list() -> None:
         (b"\2\0\0\0\0", Status.INTERNAL),
     ],
 )
-def test_bad_requests(raw: bytes, status: Status) -> None:
-    async def scenario() -> None:
-        async with health_and_client() as (_, client):
-            call = client.call(CHECK.decode())
-            call.send_raw(raw, end=True)
-            assert (await call.end())[0] == status
-
-    run(scenario())
+async def test_bad_requests(raw: bytes, status: Status) -> None:
+    async with health_and_client() as (_, client):
+        call = client.call(CHECK.decode())
+        call.send_raw(raw, end=True)
+        assert (await call.end())[0] == status
 
 
-def test_a_missing_request_times_out() -> None:
-    async def scenario() -> None:
-        async with health_and_client() as (_, client):
-            call = client.call(CHECK.decode(), [("grpc-timeout", "50m")])
-            assert (await call.end())[0] == Status.DEADLINE_EXCEEDED
-            assert (await client.call(CHECK.decode(), end=True).end())[0] == Status.INTERNAL
-
-    run(scenario())
+async def test_a_missing_request_times_out() -> None:
+    async with health_and_client() as (_, client):
+        call = client.call(CHECK.decode(), [("grpc-timeout", "50m")])
+        assert (await call.end())[0] == Status.DEADLINE_EXCEEDED
+        assert (await client.call(CHECK.decode(), end=True).end())[0] == Status.INTERNAL
 
 
 def test_the_health_service_loads_no_grpc() -> None:

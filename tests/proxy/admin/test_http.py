@@ -88,22 +88,18 @@ def test_a_bad_or_too_large_request_gets_one_error(request_bytes: bytes) -> None
     assert text.count(b"HTTP/1.1 ") == 1
 
 
-def test_answers_wait_for_a_client_that_does_not_read() -> None:
+async def test_answers_wait_for_a_client_that_does_not_read() -> None:
     """The proxy keeps at most one large answer for it, however many it asks for."""
-
-    async def run() -> None:
-        async with serving() as (server, port):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n" * 20 + b"GET / HTTP/1.1\r\n" + CLOSE)
-            await until_async(lambda: len(server.connections) == 1, "the connection")
-            (connection,) = server.connections
-            await until_async(lambda: not connection._reading, "the answers to wait")
-            assert connection._transport.get_write_buffer_size() < 2 * len(LARGE)
-            received = await asyncio.wait_for(reader.read(), LIMIT_S)
-            assert received.count(b"HTTP/1.1 200 OK") == 21
-            writer.close()
-
-    asyncio.run(run())
+    async with serving() as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n" * 20 + b"GET / HTTP/1.1\r\n" + CLOSE)
+        await until_async(lambda: len(server.connections) == 1, "the connection")
+        (connection,) = server.connections
+        await until_async(lambda: not connection._reading, "the answers to wait")
+        assert connection._transport.get_write_buffer_size() < 2 * len(LARGE)
+        received = await asyncio.wait_for(reader.read(), LIMIT_S)
+        assert received.count(b"HTTP/1.1 200 OK") == 21
+        writer.close()
 
 
 def test_a_connection_without_a_request_is_closed() -> None:
@@ -114,16 +110,12 @@ def test_a_connection_without_a_request_is_closed() -> None:
     assert asyncio.run(run()) == b""
 
 
-def test_one_connection_too_many_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_connection_too_many_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "CONNECTIONS_MAX", 2)
-
-    async def run() -> None:
-        async with serving() as (server, port):
-            kept = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
-            await until_async(lambda: len(server.connections) == 2, "two connections")
-            assert await ask(port, b"GET") == b""
-            await until_async(lambda: len(server.connections) == 2, "two connections again")
-            for _, writer in kept:
-                writer.close()
-
-    asyncio.run(run())
+    async with serving() as (server, port):
+        kept = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        await until_async(lambda: len(server.connections) == 2, "two connections")
+        assert await ask(port, b"GET") == b""
+        await until_async(lambda: len(server.connections) == 2, "two connections again")
+        for _, writer in kept:
+            writer.close()

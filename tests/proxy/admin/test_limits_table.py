@@ -49,7 +49,7 @@ def test_refused_and_closed_clients_are_counted() -> None:
 @cache
 def found_in(path: str) -> set[str]:
     """The tests of a file."""
-    return set(re.findall(r"^def (test_\w+)\(", (ROOT / "tests" / path).read_text(), re.MULTILINE))
+    return set(re.findall(r"^(?:async )?def (test_\w+)\(", (ROOT / "tests" / path).read_text(), re.MULTILINE))
 
 
 def test_every_named_test_exists() -> None:

@@ -21,7 +21,6 @@ from proxy.config.values import Address
 from proxy.server import Proxy
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct, proxy_for
-from tests.e2e.scenario import run
 from tests.e2e.test_auth import token_of, with_users
 from tests.etcd.binaries import EtcdBinary
 from tests.etcd.server import EtcdServer
@@ -67,23 +66,21 @@ async def probe(proxy: Proxy, failing: int = 0) -> None:
     assert (proxy.probe.made - made, proxy.probe.failed - failed) == (int(attempt is not None), failing)
 
 
-def test_an_idle_proxy_is_probed_without_any_upstream_watch(etcd: EtcdServer) -> None:
-    async def story() -> None:
-        async with proxy_and_client(etcd) as (proxy, _):
-            before = counts(proxy)
-            for _ in range(5):
-                await probe(proxy)
-            assert counts(proxy) == before
-            assert proxy.upstream.watch_count == proxy.engine.stats.upstream_opened == 0
-            seen = SnapshotSource(proxy, "").take()
-            assert seen.probes_total == seen.requests_total == seen.creates_total == seen.creates_refused_total == 5
-            assert seen.sessions == 0, "an answered probe is closed at once"
-
-    run(story())
+async def test_an_idle_proxy_is_probed_without_any_upstream_watch(etcd: EtcdServer) -> None:
+    async with proxy_and_client(etcd) as (proxy, _):
+        before = counts(proxy)
+        for _ in range(5):
+            await probe(proxy)
+        assert counts(proxy) == before
+        assert proxy.upstream.watch_count == proxy.engine.stats.upstream_opened == 0
+        seen = SnapshotSource(proxy, "").take()
+        assert seen.probes_total == seen.requests_total == seen.creates_total == seen.creates_refused_total == 5
+        assert seen.sessions == 0, "an answered probe is closed at once"
 
 
-def test_a_probe_needs_no_permissions(etcd_binary: EtcdBinary) -> None:
-    async def story(etcd: EtcdServer) -> None:
+async def test_a_probe_needs_no_permissions(etcd_binary: EtcdBinary) -> None:
+    with EtcdServer(etcd_binary) as etcd:
+        with_users(etcd)
         async with proxy_and_client(etcd) as (proxy, client):
             stream = client.watch([("token", await token_of(client, "u1"))])
             stream.create(b"a/", b"a0")
@@ -91,10 +88,6 @@ def test_a_probe_needs_no_permissions(etcd_binary: EtcdBinary) -> None:
             reads = proxy.reader.reads
             await probe(proxy)
             assert proxy.reader.reads == reads
-
-    with EtcdServer(etcd_binary) as etcd:
-        with_users(etcd)
-        run(story(etcd))
 
 
 def inbox_is_stuck(proxy: Proxy) -> None:
@@ -123,87 +116,78 @@ HANGS: dict[str, Callable[[Proxy], None]] = {
 
 
 @pytest.mark.parametrize("name", HANGS)
-def test_a_hang_is_detected_and_reported_everywhere(name: str, etcd: EtcdServer) -> None:
-    async def story() -> None:
-        async with proxy_and_client(etcd) as (proxy, client), direct(etcd) as store:
-            admin = Admin(proxy, Address("127.0.0.1", 0), "")
-            await admin.start()
-            stream = client.watch()
-            stream.create(b"h")
-            assert (await stream.next()).created
-            await store.put(b"h", b"1")
-            assert (await stream.next()).events
-            await probe(proxy)
-            engine, whole = proxy.engine, dict(proxy.engine._carry_out)
-            HANGS[name](proxy)
-            for _ in range(HUNG_AFTER - 1):
-                await probe(proxy, failing=1)
-                assert (await fetch(admin, "/livez"))[0] == 200, "one or two are not a hang"
+async def test_a_hang_is_detected_and_reported_everywhere(name: str, etcd: EtcdServer) -> None:
+    async with proxy_and_client(etcd) as (proxy, client), direct(etcd) as store:
+        admin = Admin(proxy, Address("127.0.0.1", 0), "")
+        await admin.start()
+        stream = client.watch()
+        stream.create(b"h")
+        assert (await stream.next()).created
+        await store.put(b"h", b"1")
+        assert (await stream.next()).events
+        await probe(proxy)
+        engine, whole = proxy.engine, dict(proxy.engine._carry_out)
+        HANGS[name](proxy)
+        for _ in range(HUNG_AFTER - 1):
             await probe(proxy, failing=1)
-            status, text = await fetch(admin, "/livez")
-            assert (status, text) == (503, "the proxy hangs: 3 self-probes in a row were not answered\n")
-            assert (await fetch(admin, "/readyz"))[0] == 503
-            # The hang ends.
-            engine._busy = False
-            engine._carry_out = whole
-            vars(proxy.listener).pop("flush_soon", None)
-            proxy.listener._dirty.clear()
+            assert (await fetch(admin, "/livez"))[0] == 200, "one or two are not a hang"
+        await probe(proxy, failing=1)
+        status, text = await fetch(admin, "/livez")
+        assert (status, text) == (503, "the proxy hangs: 3 self-probes in a row were not answered\n")
+        assert (await fetch(admin, "/readyz"))[0] == 503
+        # The hang ends.
+        engine._busy = False
+        engine._carry_out = whole
+        vars(proxy.listener).pop("flush_soon", None)
+        proxy.listener._dirty.clear()
+        await probe(proxy)
+        assert await check(client) == SERVING
+        assert (await fetch(admin, "/livez")) == (200, "ok\n")
+        assert SnapshotSource(proxy, "").take().probes_failed_total == HUNG_AFTER
+        await admin.stop()
+
+
+async def test_a_core_that_fails_repeatedly_is_detected(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd, failures=2 * HUNG_AFTER) as proxy, await RawClient.connect(proxy.port) as client:
+        await until_async(lambda: proxy.health.serving and proxy.engine.core.header, "the proxy to find etcd")
+        engine: Any = proxy.engine
+
+        def broken(*_: object) -> list[object]:
+            raise ArithmeticError("on purpose")
+
+        for attempts in (1, 0):
+            # First the core fails at the probe, later at another input in between.
+            for _ in range(HUNG_AFTER):
+                engine.core.create = engine.core.expire = broken
+                if not attempts:
+                    engine._input(engine.core.expire)
+                    # A new core was started.
+                    assert "create" not in vars(engine.core)
+                await probe(proxy, failing=1)
+            assert proxy.health.hung
+            assert await check(client) == NOT_SERVING
+            vars(engine.core).pop("create", None), vars(engine.core).pop("expire", None)
             await probe(proxy)
             assert await check(client) == SERVING
-            assert (await fetch(admin, "/livez")) == (200, "ok\n")
-            assert SnapshotSource(proxy, "").take().probes_failed_total == HUNG_AFTER
-            await admin.stop()
-
-    run(story())
 
 
-def test_a_core_that_fails_repeatedly_is_detected(etcd: EtcdServer) -> None:
-    async def story() -> None:
-        async with proxy_for(etcd, failures=2 * HUNG_AFTER) as proxy, await RawClient.connect(proxy.port) as client:
-            await until_async(lambda: proxy.health.serving and proxy.engine.core.header, "the proxy to find etcd")
-            engine: Any = proxy.engine
-
-            def broken(*_: object) -> list[object]:
-                raise ArithmeticError("on purpose")
-
-            for attempts in (1, 0):
-                # First the core fails at the probe, later at another input in between.
-                for _ in range(HUNG_AFTER):
-                    engine.core.create = engine.core.expire = broken
-                    if not attempts:
-                        engine._input(engine.core.expire)
-                        # A new core was started.
-                        assert "create" not in vars(engine.core)
-                    await probe(proxy, failing=1)
-                assert proxy.health.hung
-                assert await check(client) == NOT_SERVING
-                vars(engine.core).pop("create", None), vars(engine.core).pop("expire", None)
-                await probe(proxy)
-                assert await check(client) == SERVING
-
-    run(story())
-
-
-def test_other_problems_are_not_a_hang(etcd: EtcdServer) -> None:
-    async def story() -> None:
-        async with proxy_for("127.0.0.1:1") as alone:
-            # Without etcd there is no header to answer with.
-            for _ in range(HUNG_AFTER):
-                alone.probe.attempt()
-                alone.probe.judge()
-            assert (alone.probe.made, alone.health.hung) == (0, "")
-        async with proxy_and_client(etcd) as (proxy, _):
-            # A limit that leaves no room is not a fault of the proxy, and the limit's metric does not count it.
-            proxy.engine.set_limits(replace(proxy.engine.core.limits, watches_max=1))
-            await probe(proxy)
-            assert not any(proxy.engine.core.stats.refused_at.values())
-            proxy.health.set_draining()
-            for _ in range(HUNG_AFTER):
-                proxy.probe.attempt()
-                proxy.probe.judge()
-            assert (proxy.probe.made, proxy.health.hung, proxy.health.reason) == (1, "", "draining")
-
-    run(story())
+async def test_other_problems_are_not_a_hang(etcd: EtcdServer) -> None:
+    async with proxy_for("127.0.0.1:1") as alone:
+        # Without etcd there is no header to answer with.
+        for _ in range(HUNG_AFTER):
+            alone.probe.attempt()
+            alone.probe.judge()
+        assert (alone.probe.made, alone.health.hung) == (0, "")
+    async with proxy_and_client(etcd) as (proxy, _):
+        # A limit that leaves no room is not a fault of the proxy, and the limit's metric does not count it.
+        proxy.engine.set_limits(replace(proxy.engine.core.limits, watches_max=1))
+        await probe(proxy)
+        assert not any(proxy.engine.core.stats.refused_at.values())
+        proxy.health.set_draining()
+        for _ in range(HUNG_AFTER):
+            proxy.probe.attempt()
+            proxy.probe.judge()
+        assert (proxy.probe.made, proxy.health.hung, proxy.health.reason) == (1, "", "draining")
 
 
 def test_a_stopped_process_is_not_hung_a_blocked_one_is_silent(tmp_path: Path, etcd: EtcdServer) -> None:
@@ -233,15 +217,11 @@ def test_a_stopped_process_is_not_hung_a_blocked_one_is_silent(tmp_path: Path, e
         assert proxy.end() == 0
 
 
-def test_etcd_refuses_the_request_of_a_probe_too(etcd: EtcdServer) -> None:
+async def test_etcd_refuses_the_request_of_a_probe_too(etcd: EtcdServer) -> None:
     """etcd refuses the impossible revision of the probe with the same response as the proxy."""
-
-    async def story() -> None:
-        _, _, port = etcd.endpoint.rpartition(":")
-        async with await RawClient.connect(int(port)) as client:
-            stream = client.watch()
-            stream.create(b"", start_revision=-1)
-            answer = await stream.next()
-            assert (answer.created, answer.canceled, answer.watch_id) == (True, True, -1)
-
-    run(story())
+    _, _, port = etcd.endpoint.rpartition(":")
+    async with await RawClient.connect(int(port)) as client:
+        stream = client.watch()
+        stream.create(b"", start_revision=-1)
+        answer = await stream.next()
+        assert (answer.created, answer.canceled, answer.watch_id) == (True, True, -1)

@@ -20,7 +20,6 @@ from proxy.auth.model import Outcome, PermissionCheck
 from proxy.auth.queries import RevisionRead
 from proxy.auth.reads import AUTHENTICATE, TXN, Reader, ReaderSettings
 from proxy.auth.restore import AuthScope
-from tests.e2e.scenario import run
 from tests.waiting import until_async
 from upstream.errors import CallFailed
 from upstream.unary import Answer
@@ -187,222 +186,182 @@ def reader_on(pool: ScriptedPool, settings: ReaderSettings | None = None) -> tup
     return reader, seen
 
 
-def test_a_read_is_linearizable_and_requires_a_leader() -> None:
-    async def scenario() -> None:
-        pool = ScriptedPool()
-        reader, seen = reader_on(pool)
-        reader.read(now(FakeSession()))
-        asked = await pool.count(1)
-        assert asked.has_leader
-        assert not asked.range.serializable
-        assert (asked.range.limit, asked.range.keys_only) == (1, True)
-        asked.answer.set_result(42)
-        await until_async(lambda: seen.got, "the answer")
-        header = seen.got[0]
-        assert isinstance(header, Header)
-        assert (header.revision, header.cluster_id, header.member_id, header.raft_term) == (42, 1, 2, 3)
-
-    run(scenario())
+async def test_a_read_is_linearizable_and_requires_a_leader() -> None:
+    pool = ScriptedPool()
+    reader, seen = reader_on(pool)
+    reader.read(now(FakeSession()))
+    asked = await pool.count(1)
+    assert asked.has_leader
+    assert not asked.range.serializable
+    assert (asked.range.limit, asked.range.keys_only) == (1, True)
+    asked.answer.set_result(42)
+    await until_async(lambda: seen.got, "the answer")
+    header = seen.got[0]
+    assert isinstance(header, Header)
+    assert (header.revision, header.cluster_id, header.member_id, header.raft_term) == (42, 1, 2, 3)
 
 
-def test_a_serializable_read_does_not_report_a_rollback() -> None:
-    async def scenario() -> None:
-        pool = ScriptedPool()
-        pool.auto = lambda asked: 7 if asked.range.serializable else CallFailed(Status.UNAVAILABLE, NO_LEADER)
-        reader, seen = reader_on(pool)
-        seen.newest_revision = 9
-        seen.leaderless = True
-        reader.read(now(FakeSession()))
-        await until_async(lambda: seen.got, "the answer")
-        assert seen.back == []
-        # The member lags: "now" is at least the revision known here.
-        assert kinds(seen.got) == [("Header", 9)]
-        assert [(asked.range.serializable, asked.has_leader) for asked in pool.asked] == [(False, True), (True, False)]
-
-    run(scenario())
+async def test_a_serializable_read_does_not_report_a_rollback() -> None:
+    pool = ScriptedPool()
+    pool.auto = lambda asked: 7 if asked.range.serializable else CallFailed(Status.UNAVAILABLE, NO_LEADER)
+    reader, seen = reader_on(pool)
+    seen.newest_revision = 9
+    seen.leaderless = True
+    reader.read(now(FakeSession()))
+    await until_async(lambda: seen.got, "the answer")
+    assert seen.back == []
+    # The member lags: "now" is at least the revision known here.
+    assert kinds(seen.got) == [("Header", 9)]
+    assert [(asked.range.serializable, asked.has_leader) for asked in pool.asked] == [(False, True), (True, False)]
 
 
-def test_a_rollback_is_reported_before_the_read_is_answered() -> None:
-    async def scenario() -> None:
-        pool = ScriptedPool()
-        pool.auto = lambda _: 7
-        reader, seen = reader_on(pool)
-        seen.newest_revision = 9
-        reported: list[list[int]] = []
-        seen.on_answer = lambda: reported.append(list(seen.back))
-        reader.read(now(FakeSession()))
-        await until_async(lambda: reported, "the answer")
-        assert reported == [[7]]
-
-    run(scenario())
+async def test_a_rollback_is_reported_before_the_read_is_answered() -> None:
+    pool = ScriptedPool()
+    pool.auto = lambda _: 7
+    reader, seen = reader_on(pool)
+    seen.newest_revision = 9
+    reported: list[list[int]] = []
+    seen.on_answer = lambda: reported.append(list(seen.back))
+    reader.read(now(FakeSession()))
+    await until_async(lambda: reported, "the answer")
+    assert reported == [[7]]
 
 
-def test_a_read_is_retried_until_it_succeeds() -> None:
-    async def scenario() -> None:
-        pool = ScriptedPool()
-        failures = [CallFailed(Status.UNAVAILABLE, "gone"), CallFailed(Status.DEADLINE_EXCEEDED, "slow")]
-        pool.auto = lambda _: failures.pop(0) if failures else 9
-        reader, seen = reader_on(pool)
-        reader.read(now(FakeSession()))
-        await until_async(lambda: seen.got, "the answer")
-        assert kinds(seen.got) == [("Header", 9)]
-        assert not any(asked.range.serializable for asked in pool.asked)
-
-    run(scenario())
+async def test_a_read_is_retried_until_it_succeeds() -> None:
+    pool = ScriptedPool()
+    failures = [CallFailed(Status.UNAVAILABLE, "gone"), CallFailed(Status.DEADLINE_EXCEEDED, "slow")]
+    pool.auto = lambda _: failures.pop(0) if failures else 9
+    reader, seen = reader_on(pool)
+    reader.read(now(FakeSession()))
+    await until_async(lambda: seen.got, "the answer")
+    assert kinds(seen.got) == [("Header", 9)]
+    assert not any(asked.range.serializable for asked in pool.asked)
 
 
 @pytest.mark.parametrize("tokens", [[b"bad", b"good"], [b"bad", b"bad"]])
-def test_a_refused_read_is_retried_with_another_token(tokens: list[bytes]) -> None:
-    async def scenario() -> None:
-        pool = ScriptedPool()
-        pool.auto = lambda call: 5 if call.token == b"good" else DENIED
-        reader, seen = reader_on(pool)
-        reader.queries.auth_on = True
-        reader.read(now(*map(FakeSession, tokens)))
-        await until_async(lambda: seen.got, "the read to end")
-        # If no client is left, the core still gets an answer, without information.
-        assert kinds(seen.got) == [("Header", 5 * tokens.count(b"good"))]
-        assert len(seen.away) == tokens.count(b"bad")
-        assert (pool.asked[-1].range.key, pool.asked[-1].range.range_end) == (b"k", b"l")
-
-    run(scenario())
+async def test_a_refused_read_is_retried_with_another_token(tokens: list[bytes]) -> None:
+    pool = ScriptedPool()
+    pool.auto = lambda call: 5 if call.token == b"good" else DENIED
+    reader, seen = reader_on(pool)
+    reader.queries.auth_on = True
+    reader.read(now(*map(FakeSession, tokens)))
+    await until_async(lambda: seen.got, "the read to end")
+    # If no client is left, the core still gets an answer, without information.
+    assert kinds(seen.got) == [("Header", 5 * tokens.count(b"good"))]
+    assert len(seen.away) == tokens.count(b"bad")
+    assert (pool.asked[-1].range.key, pool.asked[-1].range.range_end) == (b"k", b"l")
 
 
-def test_a_read_without_permission_is_not_linearizable() -> None:
-    async def scenario() -> None:
-        pool = ScriptedPool()
-        pool.auto = lambda call: 3 if not call.range.key else DENIED
-        reader, seen = reader_on(pool)
-        reader.queries.auth_on = True
-        reader.read(now(FakeSession(), refusal="no"))
-        await until_async(lambda: seen.got, "the answer")
-        assert kinds(seen.got) == [("Header", 3)]
-        assert seen.back == []
-
-    run(scenario())
+async def test_a_read_without_permission_is_not_linearizable() -> None:
+    pool = ScriptedPool()
+    pool.auto = lambda call: 3 if not call.range.key else DENIED
+    reader, seen = reader_on(pool)
+    reader.queries.auth_on = True
+    reader.read(now(FakeSession(), refusal="no"))
+    await until_async(lambda: seen.got, "the answer")
+    assert kinds(seen.got) == [("Header", 3)]
+    assert seen.back == []
 
 
-def test_with_a_cn_the_probe_is_first_an_invalid_login() -> None:
+async def test_with_a_cn_the_probe_is_first_an_invalid_login() -> None:
     """With auth on the login is refused as invalid; with any other answer a probe without a token follows."""
-
-    async def scenario() -> None:
-        for refused in (True, False):
-            pool = ScriptedPool()
-            pool.auto = lambda _: 5
-            pool.login = CallFailed(Status.INVALID_ARGUMENT if refused else Status.FAILED_PRECONDITION, "no")
-            reader = Reader(pool)
-            reader.queries.named = True
-            assert await reader.requires_users() is refused
-            assert len(pool.asked) == (0 if refused else 1)
-
-    run(scenario())
-
-
-def test_with_auth_off_one_probe_serves_all() -> None:
-    async def scenario() -> None:
-        pool = ScriptedPool()
-        reader, seen = reader_on(pool)
-        reader.check(check_of(None, b"a"))
-        asked = await pool.count(1)
-        reader.check(check_of(b"a token is not looked at with auth off", b"b"))
-        asked.answer.set_result(5)
-        await until_async(lambda: len(seen.got) == 2, "both answers")
-        reader.check(check_of(None, b"c"))
-        # Only the first check arrived before the read began, so only for it the header is "now".
-        assert kinds(seen.got) == [("Granted", 5), ("Header", 5), ("Header", 5)]
-        assert [asked.token for asked in pool.asked] == [None]
-        assert not reader.queries.auth_on
-
-    run(scenario())
-
-
-def test_a_probe_expires() -> None:
-    async def scenario() -> None:
+    for refused in (True, False):
         pool = ScriptedPool()
         pool.auto = lambda _: 5
-        reader, seen = reader_on(pool, ReaderSettings(probe_age_s_max=-1.0))
-        for count in (1, 2):
-            reader.check(check_of(None, b"a"))
-            await until_async(functools.partial(has, seen.got, count), "the answer")
-        assert kinds(seen.got) == [("Granted", 5)] * 2
-        assert len(pool.asked) == 2
-
-    run(scenario())
+        pool.login = CallFailed(Status.INVALID_ARGUMENT if refused else Status.FAILED_PRECONDITION, "no")
+        reader = Reader(pool)
+        reader.queries.named = True
+        assert await reader.requires_users() is refused
+        assert len(pool.asked) == (0 if refused else 1)
 
 
-def test_with_auth_on_each_client_is_checked_by_its_token() -> None:
-    async def scenario() -> None:
-        pool = ScriptedPool()
-        verdicts: dict[bytes | None, int | CallFailed] = {None: EMPTY, b"good": 8, b"bad": DENIED}
-        pool.auto = lambda asked: verdicts[asked.token]
-        reader, seen = reader_on(pool)
-        for token in (b"good", b"bad", None):
-            reader.check(check_of(token, b"k", b"l"))
-        await until_async(lambda: len(seen.got) == 3, "all answers")
-        assert kinds([seen.by_token[b"good"]]) == [("Granted", 8)]
-        denied = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
-        assert kinds([seen.by_token[b"bad"]]) == [("CreateRefusal", denied)]
-        empty = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty"
-        assert kinds([seen.by_token[None]]) == [("CreateRefusal", empty)]
-        assert reader.queries.auth_on
-        assert [(asked.range.key, asked.range.range_end) for asked in pool.asked if asked.token is not None] == [
-            (b"k", b"l")
-        ] * 2
-        # Auth is known to be on: a token is checked without another probe.
-        before = len(pool.asked)
-        reader.check(check_of(b"good", b"m"))
-        await until_async(lambda: len(seen.got) == 4, "the answer")
-        assert len(pool.asked) == before + 1
-
-    run(scenario())
+async def test_with_auth_off_one_probe_serves_all() -> None:
+    pool = ScriptedPool()
+    reader, seen = reader_on(pool)
+    reader.check(check_of(None, b"a"))
+    asked = await pool.count(1)
+    reader.check(check_of(b"a token is not looked at with auth off", b"b"))
+    asked.answer.set_result(5)
+    await until_async(lambda: len(seen.got) == 2, "both answers")
+    reader.check(check_of(None, b"c"))
+    # Only the first check arrived before the read began, so only for it the header is "now".
+    assert kinds(seen.got) == [("Granted", 5), ("Header", 5), ("Header", 5)]
+    assert [asked.token for asked in pool.asked] == [None]
+    assert not reader.queries.auth_on
 
 
-def test_switching_auth_off_is_noticed() -> None:
-    async def scenario() -> None:
-        pool = ScriptedPool()
-        answers: list[int | CallFailed] = [EMPTY, 6]
-        pool.auto = lambda _: answers.pop(0)
-        reader, seen = reader_on(pool)
-        for count in (1, 2):
-            reader.check(check_of(None, b"a"))
-            await until_async(functools.partial(has, seen.got, count), "the answer")
-        assert isinstance(seen.got[0], CreateRefusal)
-        assert kinds(seen.got[1:]) == [("Granted", 6)]
-        assert not reader.queries.auth_on
+async def test_a_probe_expires() -> None:
+    pool = ScriptedPool()
+    pool.auto = lambda _: 5
+    reader, seen = reader_on(pool, ReaderSettings(probe_age_s_max=-1.0))
+    for count in (1, 2):
+        reader.check(check_of(None, b"a"))
+        await until_async(functools.partial(has, seen.got, count), "the answer")
+    assert kinds(seen.got) == [("Granted", 5)] * 2
+    assert len(pool.asked) == 2
 
-    run(scenario())
+
+async def test_with_auth_on_each_client_is_checked_by_its_token() -> None:
+    pool = ScriptedPool()
+    verdicts: dict[bytes | None, int | CallFailed] = {None: EMPTY, b"good": 8, b"bad": DENIED}
+    pool.auto = lambda asked: verdicts[asked.token]
+    reader, seen = reader_on(pool)
+    for token in (b"good", b"bad", None):
+        reader.check(check_of(token, b"k", b"l"))
+    await until_async(lambda: len(seen.got) == 3, "all answers")
+    assert kinds([seen.by_token[b"good"]]) == [("Granted", 8)]
+    denied = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
+    assert kinds([seen.by_token[b"bad"]]) == [("CreateRefusal", denied)]
+    empty = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty"
+    assert kinds([seen.by_token[None]]) == [("CreateRefusal", empty)]
+    assert reader.queries.auth_on
+    assert [(asked.range.key, asked.range.range_end) for asked in pool.asked if asked.token is not None] == [
+        (b"k", b"l")
+    ] * 2
+    # Auth is known to be on: a token is checked without another probe.
+    before = len(pool.asked)
+    reader.check(check_of(b"good", b"m"))
+    await until_async(lambda: len(seen.got) == 4, "the answer")
+    assert len(pool.asked) == before + 1
+
+
+async def test_switching_auth_off_is_noticed() -> None:
+    pool = ScriptedPool()
+    answers: list[int | CallFailed] = [EMPTY, 6]
+    pool.auto = lambda _: answers.pop(0)
+    reader, seen = reader_on(pool)
+    for count in (1, 2):
+        reader.check(check_of(None, b"a"))
+        await until_async(functools.partial(has, seen.got, count), "the answer")
+    assert isinstance(seen.got[0], CreateRefusal)
+    assert kinds(seen.got[1:]) == [("Granted", 6)]
+    assert not reader.queries.auth_on
 
 
 @pytest.mark.parametrize("auth_on", [False, True])
-def test_checks_of_closed_sessions_are_not_retried(auth_on: bool) -> None:
-    async def scenario() -> None:
-        pool = ScriptedPool()
-        pool.auto = lambda _: CallFailed(Status.UNAVAILABLE, "gone")
-        reader, seen = reader_on(pool)
-        reader.queries.auth_on = auth_on
-        create: Any = SimpleNamespace(session=FakeSession())
-        for _ in range(3):
-            reader.check(PermissionCheck(AuthScope(b"t", b"a"), create))
-        await until_async(lambda: len(pool.asked) > 5, "some tries")
-        create.session.ended = True
-        await until_async(lambda: not reader._asking and not reader._pausing, "the calls to end")
-        assert not reader.checks_waiting
-        pool.auto = lambda _: 4
-        reader.check(check_of(b"t", b"a"))
-        await until_async(lambda: seen.got, "an answer for the next one")
-        assert len(seen.got) == 1
-
-    run(scenario())
+async def test_checks_of_closed_sessions_are_not_retried(auth_on: bool) -> None:
+    pool = ScriptedPool()
+    pool.auto = lambda _: CallFailed(Status.UNAVAILABLE, "gone")
+    reader, seen = reader_on(pool)
+    reader.queries.auth_on = auth_on
+    create: Any = SimpleNamespace(session=FakeSession())
+    for _ in range(3):
+        reader.check(PermissionCheck(AuthScope(b"t", b"a"), create))
+    await until_async(lambda: len(pool.asked) > 5, "some tries")
+    create.session.ended = True
+    await until_async(lambda: not reader._asking and not reader._pausing, "the calls to end")
+    assert not reader.checks_waiting
+    pool.auto = lambda _: 4
+    reader.check(check_of(b"t", b"a"))
+    await until_async(lambda: seen.got, "an answer for the next one")
+    assert len(seen.got) == 1
 
 
-def test_stop_aborts_all_calls() -> None:
-    async def scenario() -> None:
-        pool = ScriptedPool()
-        reader, seen = reader_on(pool)
-        reader.read(now(FakeSession()))
-        await pool.count(1)
-        reader.stop()
-        assert not reader._asking
-        assert not seen.got
-
-    run(scenario())
+async def test_stop_aborts_all_calls() -> None:
+    pool = ScriptedPool()
+    reader, seen = reader_on(pool)
+    reader.read(now(FakeSession()))
+    await pool.count(1)
+    reader.stop()
+    assert not reader._asking
+    assert not seen.got

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 from proxy.measuring.load.prometheus import MetricsPage
@@ -16,31 +15,25 @@ async def started(directory: Path) -> Child:
     return await Child.start("the store", python_command("proxy.cli", *COMMAND, f"--data-dir={directory}"))
 
 
-def test_written_data_survives_a_restart(tmp_path: Path) -> None:
-    async def run() -> None:
-        store = await started(tmp_path)
-        revision = await Etcd(store.ready.address).put(b"greeting", b"hello")
-        assert await store.stop() == 0
-        store = await started(tmp_path)
-        try:
-            assert await Etcd(store.ready.address).revision() == revision
-        finally:
-            await store.stop()
-
-    asyncio.run(run())
+async def test_written_data_survives_a_restart(tmp_path: Path) -> None:
+    store = await started(tmp_path)
+    revision = await Etcd(store.ready.address).put(b"greeting", b"hello")
+    assert await store.stop() == 0
+    store = await started(tmp_path)
+    try:
+        assert await Etcd(store.ready.address).revision() == revision
+    finally:
+        await store.stop()
 
 
-def test_its_metrics_suffice_for_a_measurement(tmp_path: Path) -> None:
-    async def run() -> None:
-        store = await started(tmp_path)
-        page = MetricsPage(f"http://{store.ready.metrics}")
-        try:
-            cost = await page.cost()
-            assert cost.cpu_s
-            assert cost.memory_bytes
-            assert cost.watchers == 0
-        finally:
-            await page.close()
-            await store.stop()
-
-    asyncio.run(run())
+async def test_its_metrics_suffice_for_a_measurement(tmp_path: Path) -> None:
+    store = await started(tmp_path)
+    page = MetricsPage(f"http://{store.ready.metrics}")
+    try:
+        cost = await page.cost()
+        assert cost.cpu_s
+        assert cost.memory_bytes
+        assert cost.watchers == 0
+    finally:
+        await page.close()
+        await store.stop()

@@ -21,7 +21,6 @@ from proxy.config.values import Address, BadValue, parse_listen_address
 from proxy.listening.listener import Listener
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct, proxy_for
-from tests.e2e.scenario import run
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.secure import SecureEtcdServer, secure_options
 from tests.etcd.server import EtcdServer, free_port
@@ -107,24 +106,18 @@ def test_etcdctl_over_unix_sockets_on_both_sides(client: EtcdBinary, tmp_path: P
 
 
 @pytest.mark.parametrize("write", ["unix://{}", "unix:{}"])
-def test_grpc_python_over_a_unix_socket(write: str, etcd: EtcdServer, tmp_path: Path) -> None:
+async def test_grpc_python_over_a_unix_socket(write: str, etcd: EtcdServer, tmp_path: Path) -> None:
     path = tmp_path / "watchmux.sock"
-
-    async def scenario() -> None:
-        async with proxy_for(etcd, path=str(path)), grpc.aio.insecure_channel(write.format(path)) as channel:
-            revision = (
-                await rpc_pb2_grpc.KVStub(channel).Put(rpc_pb2.PutRequest(key=b"a", value=b"1"))
-            ).header.revision
-            watch = rpc_pb2_grpc.WatchStub(channel).Watch()
-            create = rpc_pb2.WatchCreateRequest(key=b"a", start_revision=revision)
-            await watch.write(rpc_pb2.WatchRequest(create_request=create))
-            answers = [cast(rpc_pb2.WatchResponse, await watch.read()) for _ in range(2)]
-            assert answers[0].created
-            assert [event.kv.value for event in answers[1].events] == [b"1"]
-            watch.cancel()
-        assert not path.exists()
-
-    run(scenario())
+    async with proxy_for(etcd, path=str(path)), grpc.aio.insecure_channel(write.format(path)) as channel:
+        revision = (await rpc_pb2_grpc.KVStub(channel).Put(rpc_pb2.PutRequest(key=b"a", value=b"1"))).header.revision
+        watch = rpc_pb2_grpc.WatchStub(channel).Watch()
+        create = rpc_pb2.WatchCreateRequest(key=b"a", start_revision=revision)
+        await watch.write(rpc_pb2.WatchRequest(create_request=create))
+        answers = [cast(rpc_pb2.WatchResponse, await watch.read()) for _ in range(2)]
+        assert answers[0].created
+        assert [event.kv.value for event in answers[1].events] == [b"1"]
+        watch.cancel()
+    assert not path.exists()
 
 
 def test_tls_over_unix_sockets_on_both_sides(tmp_path: Path) -> None:
@@ -147,18 +140,14 @@ def test_http1_over_a_unix_socket(tmp_path: Path) -> None:
         assert b"etcdserver" in client.makefile("rb").read()
 
 
-def test_stale_socket_file_is_replaced(tmp_path: Path) -> None:
+async def test_stale_socket_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "watchmux.sock"
     with socket.socket(socket.AF_UNIX) as left_behind:
         left_behind.bind(str(path))
-
-    async def scenario() -> None:
-        async with proxy_for("127.0.0.1:1", path=str(path)):
-            with socket.socket(socket.AF_UNIX) as client:
-                client.connect(str(path))
-        assert not path.exists()
-
-    run(scenario())
+    async with proxy_for("127.0.0.1:1", path=str(path)):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+    assert not path.exists()
 
 
 def test_socket_in_use_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,16 +161,12 @@ def test_socket_in_use_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFix
             client.connect(str(path))
 
 
-def test_socket_file_of_another_process_is_not_removed(etcd: EtcdServer, tmp_path: Path) -> None:
+async def test_socket_file_of_another_process_is_not_removed(etcd: EtcdServer, tmp_path: Path) -> None:
     path = tmp_path / "watchmux.sock"
-
-    async def scenario() -> None:
-        async with proxy_for(etcd, path=str(path)):
-            path.unlink()
-            path.write_text("mine")
-        assert path.read_text() == "mine"
-
-    run(scenario())
+    async with proxy_for(etcd, path=str(path)):
+        path.unlink()
+        path.write_text("mine")
+    assert path.read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -213,14 +198,11 @@ def test_ipv6_on_both_sides(tmp_path: Path) -> None:
         assert etcd.ctl("get", "a", endpoint=f"http://{endpoint}").stdout == "a\n1\n"
 
 
-def test_all_interfaces_include_ipv4_and_ipv6(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with proxy_for(etcd, host="", port=0) as proxy:
-            for host in ("127.0.0.1", "::1"):
-                _, writer = await asyncio.open_connection(host, proxy.port)
-                writer.close()
-
-    run(scenario())
+async def test_all_interfaces_include_ipv4_and_ipv6(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd, host="", port=0) as proxy:
+        for host in ("127.0.0.1", "::1"):
+            _, writer = await asyncio.open_connection(host, proxy.port)
+            writer.close()
 
 
 class Resolver:
@@ -245,41 +227,31 @@ class Resolver:
 
 
 @pytest.mark.parametrize("addresses", [("::1", "127.0.0.1"), ("127.0.0.1", "::1"), ("127.0.0.2", "::1", "127.0.0.1")])
-def test_the_addresses_of_a_name_are_tried_in_turn(
+async def test_the_addresses_of_a_name_are_tried_in_turn(
     addresses: tuple[str, ...], etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolver = Resolver(monkeypatch, "etcd.example", *addresses)
-
-    async def scenario() -> None:
-        async with (
-            proxy_for(f"etcd.example:{etcd.client_port}") as proxy,
-            direct(etcd) as store,
-            await RawClient.connect(proxy.port) as client,
-        ):
-            stream = client.watch()
-            stream.create(b"a")
-            await stream.created()
-            await store.put(b"a", b"1")
-            await until_async(lambda: stream.values == [b"1"], "the event")
-            assert resolver.asked
-
-    run(scenario())
+    async with (
+        proxy_for(f"etcd.example:{etcd.client_port}") as proxy,
+        direct(etcd) as store,
+        await RawClient.connect(proxy.port) as client,
+    ):
+        stream = await client.open_watch(b"a")
+        await store.put(b"a", b"1")
+        await until_async(lambda: stream.values == [b"1"], "the event")
+        assert resolver.asked
 
 
-def test_unresponsive_address_delays_no_client(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unresponsive_address_delays_no_client(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
     Resolver(monkeypatch, "etcd.example", "127.0.0.2", "127.0.0.1")
-
-    async def scenario() -> None:
-        async with proxy_for(f"etcd.example:{etcd.client_port}") as proxy:
-            await until_async(lambda: proxy.health.upstream_reachable, "etcd to be reached")
-
     with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
         deaf.bind(("127.0.0.2", etcd.client_port))
         deaf.listen(0)
         for filler in (first, second):
             filler.setblocking(False)
             filler.connect_ex(("127.0.0.2", etcd.client_port))
-        run(scenario())
+        async with proxy_for(f"etcd.example:{etcd.client_port}") as proxy:
+            await until_async(lambda: proxy.health.upstream_reachable, "etcd to be reached")
 
 
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])

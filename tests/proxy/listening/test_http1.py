@@ -50,40 +50,31 @@ def test_pages_and_json_gateway_come_from_etcd(etcd: EtcdServer) -> None:
     assert etcd.ctl("get", "a").stdout == "a\n1\n"
 
 
-def test_first_bytes_may_come_one_by_one(etcd: EtcdServer) -> None:
-    async def run() -> None:
-        async with passing(etcd.endpoint) as running:
-            host, _, port = running.address.rpartition(":")
-            reader, writer = await asyncio.open_connection(host, int(port))
-            for byte in get("/health"):
-                writer.write(bytes([byte]))
-                await writer.drain()
-            assert b'"health":"true"' in await asyncio.wait_for(reader.read(), 10)
-            writer.close()
-
-    asyncio.run(run())
+async def test_first_bytes_may_come_one_by_one(etcd: EtcdServer) -> None:
+    async with passing(etcd.endpoint) as running:
+        host, _, port = running.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        for byte in get("/health"):
+            writer.write(bytes([byte]))
+            await writer.drain()
+        assert b'"health":"true"' in await asyncio.wait_for(reader.read(), 10)
+        writer.close()
 
 
 @pytest.mark.parametrize("garbage", [b"\x16\x03\x01\x02\x00", b"\0\0\0\0", b"get / HTTP/1.1\r\n\r\n", b"A" * 40])
-def test_garbage_is_refused_with_a_reason(etcd: EtcdServer, garbage: bytes) -> None:
-    async def run() -> None:
-        async with passing(etcd.endpoint) as running:
-            answer = await ask(running.address, garbage)
-            assert answer.startswith(b"HTTP/1.1 400 ")
-            assert b"neither HTTP/2 nor HTTP/1" in answer
-
-    asyncio.run(run())
+async def test_garbage_is_refused_with_a_reason(etcd: EtcdServer, garbage: bytes) -> None:
+    async with passing(etcd.endpoint) as running:
+        answer = await ask(running.address, garbage)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert b"neither HTTP/2 nor HTTP/1" in answer
 
 
-def test_unreachable_etcd_is_a_bad_gateway() -> None:
-    async def run() -> None:
-        port = free_port()
-        async with passing(f"{HOST}:{port}") as running:
-            answer = await ask(running.address, get("/version"))
-            assert answer.startswith(b"HTTP/1.1 502 ")
-            assert f"{HOST}:{port}".encode() in answer
-
-    asyncio.run(run())
+async def test_unreachable_etcd_is_a_bad_gateway() -> None:
+    port = free_port()
+    async with passing(f"{HOST}:{port}") as running:
+        answer = await ask(running.address, get("/version"))
+        assert answer.startswith(b"HTTP/1.1 502 ")
+        assert f"{HOST}:{port}".encode() in answer
 
 
 def test_dead_endpoint_is_not_used() -> None:
@@ -103,23 +94,19 @@ def test_dead_endpoint_is_not_used() -> None:
         run_scenario(scenario())
 
 
-def test_bounds(etcd: EtcdServer) -> None:
+async def test_bounds(etcd: EtcdServer) -> None:
     """A connection above the limit gets 503, and one without a complete method 408."""
-
-    async def run() -> None:
-        async with passing(etcd.endpoint) as running:
-            running.http1.settings = Http1Settings(opening_timeout_s=0.1, connections_max=1)
-            host, _, port = running.address.rpartition(":")
-            reader, writer = await asyncio.open_connection(host, int(port))
-            writer.write(b"GE")
-            await writer.drain()
-            await until_async(lambda: running.http1.connections, "the connection to be taken over")
-            assert (await ask(running.address, get("/version"))).startswith(b"HTTP/1.1 503 ")
-            assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 408 ")
-            assert (running.http1.refused[503], running.http1.refused[408]) == (1, 1)
-            writer.close()
-
-    asyncio.run(run())
+    async with passing(etcd.endpoint) as running:
+        running.http1.settings = Http1Settings(opening_timeout_s=0.1, connections_max=1)
+        host, _, port = running.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GE")
+        await writer.drain()
+        await until_async(lambda: running.http1.connections, "the connection to be taken over")
+        assert (await ask(running.address, get("/version"))).startswith(b"HTTP/1.1 503 ")
+        assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 408 ")
+        assert (running.http1.refused[503], running.http1.refused[408]) == (1, 1)
+        writer.close()
 
 
 def test_own_pages_of_the_hub(etcd: EtcdServer) -> None:

@@ -9,7 +9,6 @@ import pytest
 from proxy.listening.pings import IDLE_MIN_S, PingPolicy
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct, proxy_for
-from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.waiting import until_async
 
@@ -38,35 +37,28 @@ def test_pings_without_streams_need_two_hours_between() -> None:
 
 
 @pytest.mark.parametrize("with_stream", [True, False])
-def test_client_that_pings_too_often_gets_goaway(etcd: EtcdServer, with_stream: bool) -> None:
-    async def scenario() -> None:
-        async with (
-            proxy_for(etcd) as proxy,
-            direct(etcd) as store,
-            await RawClient.connect(proxy.port) as good,
-            await RawClient.connect(proxy.port) as bad,
-        ):
-            stream = good.watch()
-            stream.create(b"a")
-            await stream.created()
-            if with_stream:
-                other = bad.watch()
-                other.create(b"b")
-                await other.created()
-            for number in range(3):
-                bad.h2.ping(b"%08d" % number)
-                bad.flush()
-                await until_async(lambda: len(bad.pings) == number + 1, "the answer")  # noqa: B023  # called at once
-            bad.h2.ping(b"the last")
+async def test_client_that_pings_too_often_gets_goaway(etcd: EtcdServer, with_stream: bool) -> None:
+    async with (
+        proxy_for(etcd) as proxy,
+        direct(etcd) as store,
+        await RawClient.connect(proxy.port) as good,
+        await RawClient.connect(proxy.port) as bad,
+    ):
+        stream = await good.open_watch(b"a")
+        if with_stream:
+            await bad.open_watch(b"b")
+        for number in range(3):
+            bad.h2.ping(b"%08d" % number)
             bad.flush()
-            await until_async(lambda: bad.lost, "the end")
-            assert (bad.goaways[-1].error_code, bad.goaways[-1].additional_data) == (11, b"too_many_pings")
-            assert +proxy.listener.stats.cut_off == Counter(["too_many_pings"])
-            for number in range(20):
-                good.h2.ping(b"%08d" % number)
-                good.flush()
-                await store.put(b"a", b"%d" % number)
-                await until_async(lambda: len(stream.values) == number + 1, "the event")  # noqa: B023  # called at once
-            assert not good.lost
-
-    run(scenario())
+            await until_async(lambda: len(bad.pings) == number + 1, "the answer")  # noqa: B023  # called at once
+        bad.h2.ping(b"the last")
+        bad.flush()
+        await until_async(lambda: bad.lost, "the end")
+        assert (bad.goaways[-1].error_code, bad.goaways[-1].additional_data) == (11, b"too_many_pings")
+        assert +proxy.listener.stats.cut_off == Counter(["too_many_pings"])
+        for number in range(20):
+            good.h2.ping(b"%08d" % number)
+            good.flush()
+            await store.put(b"a", b"%d" % number)
+            await until_async(lambda: len(stream.values) == number + 1, "the event")  # noqa: B023  # called at once
+        assert not good.lost

@@ -19,7 +19,6 @@ from proxy.listening.settings import ListenerSettings
 from proxy.server import Proxy
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct, proxy_for
-from tests.e2e.scenario import run
 from tests.etcd.secure import SecureEtcdServer
 from tests.etcd.server import HOST, EtcdServer
 from tests.proxy.listening.test_http1 import get
@@ -73,25 +72,21 @@ def trusting(files: Certificates, protocols: Sequence[str] = PROTOCOLS) -> ssl.S
     ("offered", "chosen"),
     [(("h2",), "h2"), (("http/1.1",), "http/1.1"), (("http/1.1", "h2"), "h2"), (("other",), None)],
 )
-def test_alpn_protocol_is_negotiated(
+async def test_alpn_protocol_is_negotiated(
     etcd: EtcdServer, files: Certificates, offered: tuple[str, ...], chosen: str
 ) -> None:
-    async def scenario() -> None:
-        async with (
-            proxy_for(etcd, tls=server_context(files.server_cert, files.server_key)) as proxy,
-            connection(proxy.port, trusting(files, offered), "localhost") as (_, writer),
-        ):
-            assert writer.get_extra_info("ssl_object").selected_alpn_protocol() == chosen
-
-    run(scenario())
+    async with (
+        proxy_for(etcd, tls=server_context(files.server_cert, files.server_key)) as proxy,
+        connection(proxy.port, trusting(files, offered), "localhost") as (_, writer),
+    ):
+        assert writer.get_extra_info("ssl_object").selected_alpn_protocol() == chosen
 
 
 @pytest.mark.parametrize("offered", [("http/1.1",), ("other",), PROTOCOLS])
-def test_http1_over_tls_reaches_an_etcd_with_tls(files: Certificates, offered: tuple[str, ...]) -> None:
+async def test_http1_over_tls_reaches_an_etcd_with_tls(files: Certificates, offered: tuple[str, ...]) -> None:
     """The client's first bytes decide and not its ALPN; towards etcd, ALPN offers HTTP/1."""
     outward = client_context(files.client_cert, files.client_key, files.ca)
-
-    async def scenario(etcd: SecureEtcdServer) -> None:
+    with SecureEtcdServer(files) as etcd:
         async with (
             all_closed(),
             proxy_for(
@@ -104,9 +99,6 @@ def test_http1_over_tls_reaches_an_etcd_with_tls(files: Certificates, offered: t
             assert b" 200 " in answer.splitlines()[0]
             assert etcd.binary.name.encode() in answer
             await until_async(lambda: not proxy.http1.connections | proxy.http1.upstreams, "both to be closed")
-
-    with SecureEtcdServer(files) as etcd:
-        run(scenario(etcd))
 
 
 def renew(files: Certificates, authority: trustme.CA, *names: str) -> bytes:
@@ -131,44 +123,37 @@ async def first_byte(port: int, context: ssl.SSLContext) -> bytes:
         return await reader.readexactly(1)
 
 
-def test_renewed_files_are_used_without_a_restart(etcd: EtcdServer, tmp_path: Path) -> None:
+async def test_renewed_files_are_used_without_a_restart(etcd: EtcdServer, tmp_path: Path) -> None:
     files = make_certificates(tmp_path)
-
-    async def scenario() -> None:
-        inward = server_context(files.server_cert, files.server_key, files.ca)
-        old = client_context(files.client_cert, files.client_key, files.ca)
-        async with (
-            proxy_for(etcd, tls=inward) as proxy,
-            direct(etcd) as store,
-            await RawClient.connect(proxy.port, tls=old) as client,
-        ):
-            stream = client.watch()
-            stream.create(b"a")
-            await stream.created()
-            before = await shown(proxy.port, old)
-            # Half of a renewal: the key does not match the certificate. The old pair stays in use.
-            authority = trustme.CA()
-            shutil.copy(files.client_cert, files.server_cert)
-            assert await shown(proxy.port, old) == before
-            new = renew(files, authority, HOST)
-            ours = authority.issue_cert("client.example")
-            ours.private_key_pem.write_to_path(files.client_key)
-            ours.cert_chain_pems[0].write_to_path(files.client_cert)
-            assert await shown(proxy.port, old.newest()) == new
-            # The old CA is no longer trusted, in either direction.
-            with pytest.raises(ssl.SSLCertVerificationError):
-                await shown(proxy.port, old)
-            await store.put(b"a", b"1")
-            await until_async(lambda: stream.values == [b"1"], "the connection of before the renewal to go on")
-
-    run(scenario())
+    inward = server_context(files.server_cert, files.server_key, files.ca)
+    old = client_context(files.client_cert, files.client_key, files.ca)
+    async with (
+        proxy_for(etcd, tls=inward) as proxy,
+        direct(etcd) as store,
+        await RawClient.connect(proxy.port, tls=old) as client,
+    ):
+        stream = await client.open_watch(b"a")
+        before = await shown(proxy.port, old)
+        # Half of a renewal: the key does not match the certificate. The old pair stays in use.
+        authority = trustme.CA()
+        shutil.copy(files.client_cert, files.server_cert)
+        assert await shown(proxy.port, old) == before
+        new = renew(files, authority, HOST)
+        ours = authority.issue_cert("client.example")
+        ours.private_key_pem.write_to_path(files.client_key)
+        ours.cert_chain_pems[0].write_to_path(files.client_cert)
+        assert await shown(proxy.port, old.newest()) == new
+        # The old CA is no longer trusted, in either direction.
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await shown(proxy.port, old)
+        await store.put(b"a", b"1")
+        await until_async(lambda: stream.values == [b"1"], "the connection of before the renewal to go on")
 
 
-def test_renewed_files_are_used_towards_etcd(tmp_path: Path) -> None:
+async def test_renewed_files_are_used_towards_etcd(tmp_path: Path) -> None:
     """After a break, the proxy reconnects with the current certificate."""
     files = make_certificates(tmp_path)
-
-    async def scenario(etcd: SecureEtcdServer) -> None:
+    with SecureEtcdServer(files) as etcd:
         outward = client_context(files.client_cert, files.client_key, files.ca)
         async with (
             all_closed(),
@@ -188,11 +173,10 @@ def test_renewed_files_are_used_towards_etcd(tmp_path: Path) -> None:
             await until_async(proxy.pool.pick, "a connection to etcd")
             assert (await client.unary(RANGE, request)).status == 0
 
-    with SecureEtcdServer(files) as etcd:
-        run(scenario(etcd))
 
-
-def test_clients_without_a_valid_certificate_are_refused(etcd: EtcdServer, files: Certificates, tmp_path: Path) -> None:
+async def test_clients_without_a_valid_certificate_are_refused(
+    etcd: EtcdServer, files: Certificates, tmp_path: Path
+) -> None:
     strangers = make_certificates(tmp_path)
 
     async def refused(proxy: Proxy, context: ssl.SSLContext) -> None:
@@ -201,54 +185,45 @@ def test_clients_without_a_valid_certificate_are_refused(etcd: EtcdServer, files
             await first_byte(proxy.port, context)
         await until_async(lambda: proxy.listener.stats.handshakes_failed == failed + 1, "the refusal to be counted")
 
-    async def scenario() -> None:
-        inward = server_context(files.server_cert, files.server_key, files.ca, min_version="TLS1.3")
-        async with proxy_for(etcd, tls=inward) as proxy:
-            await refused(proxy, client_context(cacert=files.ca))
-            await refused(proxy, client_context(strangers.client_cert, strangers.client_key, files.ca))
-            await refused(proxy, client_context(cacert=files.other_ca))
-            old = client_context(files.client_cert, files.client_key, files.ca)
-            old.maximum_version = ssl.TLSVersion.TLSv1_2
-            await refused(proxy, old)
-            assert proxy.listener.stats.accepted == 0
-
-    run(scenario())
+    inward = server_context(files.server_cert, files.server_key, files.ca, min_version="TLS1.3")
+    async with proxy_for(etcd, tls=inward) as proxy:
+        await refused(proxy, client_context(cacert=files.ca))
+        await refused(proxy, client_context(strangers.client_cert, strangers.client_key, files.ca))
+        await refused(proxy, client_context(cacert=files.other_ca))
+        old = client_context(files.client_cert, files.client_key, files.ca)
+        old.maximum_version = ssl.TLSVersion.TLSv1_2
+        await refused(proxy, old)
+        assert proxy.listener.stats.accepted == 0
 
 
-def test_unfinished_handshakes_time_out(etcd: EtcdServer, files: Certificates) -> None:
+async def test_unfinished_handshakes_time_out(etcd: EtcdServer, files: Certificates) -> None:
     """They count as connections and are closed after the timeout; other clients are not affected."""
-
-    async def scenario() -> None:
-        settings = ListenerSettings(connections_max=11, first_bytes_timeout_s=1.0)
-        inward = server_context(files.server_cert, files.server_key)
-        async with (
-            proxy_for(etcd, tls=inward, listener=settings) as proxy,
-            direct(etcd) as store,
-            await RawClient.connect(proxy.port, tls=client_context(cacert=files.ca)) as client,
-        ):
-            stream = client.watch()
-            stream.create(b"a")
-            await stream.created()
-            mute = [await asyncio.open_connection(HOST, proxy.port) for _ in range(10)]
-            for _, writer in mute[::2]:
-                writer.write(b"\x16\x03\x01\x02\x00\x01")
-            await until_async(lambda: proxy.listener.handshakes == 10, "ten handshakes")
-            reader, writer = await asyncio.open_connection(HOST, proxy.port)
-            assert await reader.read() == b""
+    settings = ListenerSettings(connections_max=11, first_bytes_timeout_s=1.0)
+    inward = server_context(files.server_cert, files.server_key)
+    async with (
+        proxy_for(etcd, tls=inward, listener=settings) as proxy,
+        direct(etcd) as store,
+        await RawClient.connect(proxy.port, tls=client_context(cacert=files.ca)) as client,
+    ):
+        stream = await client.open_watch(b"a")
+        mute = [await asyncio.open_connection(HOST, proxy.port) for _ in range(10)]
+        for _, writer in mute[::2]:
+            writer.write(b"\x16\x03\x01\x02\x00\x01")
+        await until_async(lambda: proxy.listener.handshakes == 10, "ten handshakes")
+        reader, writer = await asyncio.open_connection(HOST, proxy.port)
+        assert await reader.read() == b""
+        writer.close()
+        assert proxy.listener.stats.refused == 1
+        await store.put(b"a", b"1")
+        await until_async(lambda: stream.values == [b"1"], "the event")
+        for reader, writer in mute:
+            with contextlib.suppress(ConnectionError):
+                assert await asyncio.wait_for(reader.read(), 10) == b""
             writer.close()
-            assert proxy.listener.stats.refused == 1
-            await store.put(b"a", b"1")
-            await until_async(lambda: stream.values == [b"1"], "the event")
-            for reader, writer in mute:
-                with contextlib.suppress(ConnectionError):
-                    assert await asyncio.wait_for(reader.read(), 10) == b""
-                writer.close()
-            await until_async(lambda: proxy.listener.handshakes == 0, "all to be forgotten")
-            assert proxy.listener.stats.handshakes_failed == 10
-            assert +proxy.listener.stats.timed_out == {"first_bytes_timeout_s": 10}
-            assert len(await shown(proxy.port, client_context(cacert=files.ca))) > 100
-
-    run(scenario())
+        await until_async(lambda: proxy.listener.handshakes == 0, "all to be forgotten")
+        assert proxy.listener.stats.handshakes_failed == 10
+        assert +proxy.listener.stats.timed_out == {"first_bytes_timeout_s": 10}
+        assert len(await shown(proxy.port, client_context(cacert=files.ca))) > 100
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,6 @@ from tests.e2e.floods import FLOODS, GZIP, Sender, cancel, create, filters, floo
 from tests.e2e.held import held
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct, proxy_for
-from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.waiting import until_async
 
@@ -56,80 +55,63 @@ class DeferredConnection:
             self.turns.wait(self)
 
 
-def test_turn_is_shared_and_keeps_a_reserve() -> None:
-    async def scenario() -> None:
-        turns, log = Turns(1_000), list[str]()
-        large = [DeferredConnection(turns, log, name, 2 * SHARE) for name in "abcdef"]
-        for worker in large:
-            turns.wait(worker)
-        done = []
-        while any(worker.work > 0 for worker in large):
-            before = sum(worker.work for worker in large)
-            turns._next_turn()
-            done.append(before - sum(worker.work for worker in large))
-            assert turns.left >= 1_000 // 4
-        assert max(done) <= 750 + SHARE
-        # Every worker gets its first share before any gets a second one.
-        assert log[:6] == list("abcdef")
-        assert sorted(log[6:12]) == list("abcdef")
-
-    run(scenario())
+async def test_turn_is_shared_and_keeps_a_reserve() -> None:
+    turns, log = Turns(1_000), list[str]()
+    large = [DeferredConnection(turns, log, name, 2 * SHARE) for name in "abcdef"]
+    for worker in large:
+        turns.wait(worker)
+    done = []
+    while any(worker.work > 0 for worker in large):
+        before = sum(worker.work for worker in large)
+        turns._next_turn()
+        done.append(before - sum(worker.work for worker in large))
+        assert turns.left >= 1_000 // 4
+    assert max(done) <= 750 + SHARE
+    # Every worker gets its first share before any gets a second one.
+    assert log[:6] == list("abcdef")
+    assert sorted(log[6:12]) == list("abcdef")
 
 
-def test_step_over_budget_is_charged() -> None:
+async def test_step_over_budget_is_charged() -> None:
     """The worker that exceeds the budget has had its share, and the turn ends."""
-
-    async def scenario() -> None:
-        turns, log = Turns(1_000), list[str]()
-        for name in "ab":
-            turns.wait(DeferredConnection(turns, log, name, 20_000, piece=10_000))
-        turns._next_turn()
-        assert log == ["a"]
-        turns._next_turn()
-        assert log == ["a", "b"]
-
-    run(scenario())
+    turns, log = Turns(1_000), list[str]()
+    for name in "ab":
+        turns.wait(DeferredConnection(turns, log, name, 20_000, piece=10_000))
+    turns._next_turn()
+    assert log == ["a"]
+    turns._next_turn()
+    assert log == ["a", "b"]
 
 
-def test_budget_is_restored_in_the_next_turn() -> None:
-    async def scenario() -> None:
-        turns = Turns(1_000)
-        turns.spend(5_000)
-        assert turns.left == -4_000
-        await until_async(lambda: turns.left == 1_000, "the next turn")
-
-    run(scenario())
+async def test_budget_is_restored_in_the_next_turn() -> None:
+    turns = Turns(1_000)
+    turns.spend(5_000)
+    assert turns.left == -4_000
+    await until_async(lambda: turns.left == 1_000, "the next turn")
 
 
-def test_little_work_causes_no_callback() -> None:
-    async def scenario() -> None:
-        turns = Turns(1_000)
-        turns.spend(250)
-        assert not turns._turning
-        turns.spend(1)
-        await until_async(lambda: turns.left == 1_000, "the next turn")
-
-    run(scenario())
+async def test_little_work_causes_no_callback() -> None:
+    turns = Turns(1_000)
+    turns.spend(250)
+    assert not turns._turning
+    turns.spend(1)
+    await until_async(lambda: turns.left == 1_000, "the next turn")
 
 
-def test_many_connections_are_handled_in_parts() -> None:
+async def test_many_connections_are_handled_in_parts() -> None:
     """For a drain and for the timeout checks, with twenty thousand connections."""
-
-    async def scenario() -> None:
-        handled: list[int] = []
-        over = asyncio.Event()
-        in_parts(range(2 * PART + 1), handled.append, over.set)
-        counts = [len(handled)]
-        while not over.is_set():
-            turn = asyncio.Event()
-            asyncio.get_running_loop().call_soon(turn.set)
-            await turn.wait()
-            counts.append(len(handled))
-        assert handled == list(range(2 * PART + 1))
-        # Two turns pass between two counts.
-        assert max(after - before for before, after in pairwise([0, *counts])) <= 2 * PART
-
-    run(scenario())
+    handled: list[int] = []
+    over = asyncio.Event()
+    in_parts(range(2 * PART + 1), handled.append, over.set)
+    counts = [len(handled)]
+    while not over.is_set():
+        turn = asyncio.Event()
+        asyncio.get_running_loop().call_soon(turn.set)
+        await turn.wait()
+        counts.append(len(handled))
+    assert handled == list(range(2 * PART + 1))
+    # Two turns pass between two counts.
+    assert max(after - before for before, after in pairwise([0, *counts])) <= 2 * PART
 
 
 @contextlib.contextmanager
@@ -172,98 +154,81 @@ WORK = {
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_many_messages_of_one_frame_are_handled_in_turns(
+async def test_many_messages_of_one_frame_are_handled_in_turns(
     etcd: EtcdServer, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count, work = WORK[name]
-
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy, direct(etcd) as store, await RawClient.connect(proxy.port) as client:
-            stream = client.watch()
-            stream.create(b"bystander")
-            await stream.created()
-            with inputs_by_turn(proxy, monkeypatch) as counts:
-                load = asyncio.ensure_future(flood(proxy.port, name, count, streams=3))
-                puts = 0
-                while not load.done():
-                    puts += 1
-                    await store.put(b"bystander", b"%d" % puts)
-                    await until_async(lambda: len(stream.values) == puts, "the event")  # noqa: B023  # awaited at once
-                assert await load == "taken"
-            assert sum(counts) >= 3 * count
-            # One share may start when the turn is nearly over.
-            assert max(counts) <= (TURN_WORK + SHARE) // work + 1
-            assert proxy.watches.waiting_bytes == 0
-
-    run(scenario())
+    async with proxy_for(etcd) as proxy, direct(etcd) as store, await RawClient.connect(proxy.port) as client:
+        stream = await client.open_watch(b"bystander")
+        with inputs_by_turn(proxy, monkeypatch) as counts:
+            load = asyncio.ensure_future(flood(proxy.port, name, count, streams=3))
+            puts = 0
+            while not load.done():
+                puts += 1
+                await store.put(b"bystander", b"%d" % puts)
+                await until_async(lambda: len(stream.values) == puts, "the event")  # noqa: B023  # awaited at once
+            assert await load == "taken"
+        assert sum(counts) >= 3 * count
+        # One share may start when the turn is nearly over.
+        assert max(counts) <= (TURN_WORK + SHARE) // work + 1
+        assert proxy.watches.waiting_bytes == 0
 
 
-def test_requests_full_of_filters_are_handled_one_by_one(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_requests_full_of_filters_are_handled_one_by_one(
+    etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each has 2 MB when decompressed: as much work as a whole turn."""
-
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy, direct(etcd) as store:
-            with inputs_by_turn(proxy, monkeypatch) as counts:
-                assert await flood(proxy.port, "requests full of filters", 6, streams=2) == "taken"
-                # One handled by a turn and one as it arrives, besides the small ones at both ends.
-                assert max(counts) <= 4
-            async with await RawClient.connect(proxy.port) as client:
-                stream = client.watch([(name.decode(), value.decode()) for name, value in [GZIP]])
-                stream.raw.send_raw(filters(1_000_000, value=0))
-                await stream.created()
-                await store.put(b"abuse", b"1")
-                await store.delete(b"abuse")
-                await until_async(lambda: stream.responses[-1].events, "the delete")
-                assert [event.type for response in stream.responses for event in response.events] == [1]
-
-    run(scenario())
+    async with proxy_for(etcd) as proxy, direct(etcd) as store:
+        with inputs_by_turn(proxy, monkeypatch) as counts:
+            assert await flood(proxy.port, "requests full of filters", 6, streams=2) == "taken"
+            # One handled by a turn and one as it arrives, besides the small ones at both ends.
+            assert max(counts) <= 4
+        async with await RawClient.connect(proxy.port) as client:
+            stream = client.watch([(name.decode(), value.decode()) for name, value in [GZIP]])
+            stream.raw.send_raw(filters(1_000_000, value=0))
+            await stream.created()
+            await store.put(b"abuse", b"1")
+            await store.delete(b"abuse")
+            await until_async(lambda: stream.responses[-1].events, "the delete")
+            assert [event.type for response in stream.responses for event in response.events] == [1]
 
 
-def test_another_stream_of_the_connection_gets_its_turn(etcd: EtcdServer) -> None:
+async def test_another_stream_of_the_connection_gets_its_turn(etcd: EtcdServer) -> None:
     """It does not wait for all requests of the first."""
-
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy, direct(etcd):
-            sender = await Sender.open(proxy.port)
-            await sender.say(sender.request(1) + sender.request(3))
-            waiting = asyncio.ensure_future(sender.send(1, cancel(9) * 100_000))
-            await until_async(lambda: proxy.watches.unread_bytes > 50_000, "requests that wait")
-            before = proxy.watches.unread_bytes
-            await sender.send(3, create(start_revision=-1))
-            await until_async(lambda: 3 in sender.last, "the answer")
-            assert not waiting.done() or before
-            assert await waiting
-            sender.close()
-
-    run(scenario())
+    async with proxy_for(etcd) as proxy, direct(etcd):
+        sender = await Sender.open(proxy.port)
+        await sender.say(sender.request(1) + sender.request(3))
+        waiting = asyncio.ensure_future(sender.send(1, cancel(9) * 100_000))
+        await until_async(lambda: proxy.watches.unread_bytes > 50_000, "requests that wait")
+        before = proxy.watches.unread_bytes
+        await sender.send(3, create(start_revision=-1))
+        await until_async(lambda: 3 in sender.last, "the answer")
+        assert not waiting.done() or before
+        assert await waiting
+        sender.close()
 
 
-def test_requests_wait_while_responses_are_unread(etcd: EtcdServer) -> None:
+async def test_requests_wait_while_responses_are_unread(etcd: EtcdServer) -> None:
     """Duplicates get responses of ten times their size: unread ones are bounded; requests go on once they are read."""
-
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port, window=0) as client:
-            stream = client.watch()
-            stream.raw.send_raw(create(watch_id=7))
-            await until_async(lambda: proxy.engine.core.stats.stalls == 1, "an answer that is not read")
-            (call,) = proxy.watches.calls
-            stream.raw.send_raw(create(watch_id=7) * 999)
-            await until_async(lambda: not call._queued and proxy.watches.unread_bytes, "it to wait")
-            await until_async(lambda: call._answers_unread == ANSWERS_UNREAD_MAX, "so many answers")
-            assert proxy.engine.core.stats.creates <= ANSWERS_UNREAD_MAX + 2
-            client.h2.update_settings({4: 2**31 - 1})
-            client.flush()
-            await until_async(lambda: len(stream.raw.messages) == 1_000, "all answers")
-            assert proxy.watches.waiting_bytes == 0
-
-    run(scenario())
+    async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port, window=0) as client:
+        stream = client.watch()
+        stream.raw.send_raw(create(watch_id=7))
+        await until_async(lambda: proxy.engine.core.stats.stalls == 1, "an answer that is not read")
+        (call,) = proxy.watches.calls
+        stream.raw.send_raw(create(watch_id=7) * 999)
+        await until_async(lambda: not call._queued and proxy.watches.unread_bytes, "it to wait")
+        await until_async(lambda: call._answers_unread == ANSWERS_UNREAD_MAX, "so many answers")
+        assert proxy.engine.core.stats.creates <= ANSWERS_UNREAD_MAX + 2
+        client.h2.update_settings({4: 2**31 - 1})
+        client.flush()
+        await until_async(lambda: len(stream.raw.messages) == 1_000, "all answers")
+        assert proxy.watches.waiting_bytes == 0
 
 
-def test_waiting_requests_block_their_client() -> None:
+async def test_waiting_requests_block_their_client() -> None:
     """While etcd does not answer, each stream keeps one full queue and one window, and not a byte more."""
     line_bytes_max = 20_000
-
-    async def scenario(etcd: EtcdServer) -> None:
+    with EtcdServer() as etcd:
         async with proxy_for(etcd, limits=CoreLimits(line_bytes_max=line_bytes_max)) as proxy:
             sender = await Sender.open(proxy.port)
             with held(etcd):
@@ -279,15 +244,11 @@ def test_waiting_requests_block_their_client() -> None:
             assert proxy.watches.waiting_bytes == 0
             sender.close()
 
-    with EtcdServer() as etcd:
-        run(scenario(etcd))
 
-
-def test_waiting_requests_are_bounded() -> None:
+async def test_waiting_requests_are_bounded() -> None:
     """At the limit, the stream with most waiting bytes ends; the others are served when etcd answers."""
     limit = 100_000
-
-    async def scenario(etcd: EtcdServer) -> None:
+    with EtcdServer() as etcd:
         async with (
             proxy_for(etcd, watch=WatchSettings(requests_waiting_bytes_max=limit)) as proxy,
             await RawClient.connect(proxy.port) as small,
@@ -315,43 +276,33 @@ def test_waiting_requests_are_bounded() -> None:
             assert proxy.watches.waiting_bytes == 0
             sender.close()
 
-    with EtcdServer() as etcd:
-        run(scenario(etcd))
 
-
-def test_partial_requests_are_counted_and_released(etcd: EtcdServer) -> None:
+async def test_partial_requests_are_counted_and_released(etcd: EtcdServer) -> None:
     limit = 50_000
-
-    async def scenario() -> None:
-        settings = WatchSettings(requests_waiting_bytes_max=limit)
-        async with proxy_for(etcd, watch=settings) as proxy, await RawClient.connect(proxy.port) as client:
-            streams = [client.watch() for _ in range(3)]
-            for number, stream in enumerate(streams, 1):
-                stream.raw.send_raw(create(b"k" * 20_000)[:15_000])
-                await until_async(lambda number=number: proxy.watches.waiting_bytes == number * 15_000, "it")  # type: ignore[misc]
-            streams[1].raw.send_raw(b"k" * 5_001)
-            assert (await streams[1].raw.end())[0] == Status.RESOURCE_EXHAUSTED
-            assert proxy.watches.waiting_bytes == 30_000
-            streams[0].raw.cancel()
-            await until_async(lambda: proxy.watches.waiting_bytes == 15_000, "it to be given back")
-            streams[2].raw.send_raw(create(b"k" * 20_000)[15_000:])
-            await streams[2].created()
-            assert proxy.watches.waiting_bytes == 0
-
-    run(scenario())
+    settings = WatchSettings(requests_waiting_bytes_max=limit)
+    async with proxy_for(etcd, watch=settings) as proxy, await RawClient.connect(proxy.port) as client:
+        streams = [client.watch() for _ in range(3)]
+        for number, stream in enumerate(streams, 1):
+            stream.raw.send_raw(create(b"k" * 20_000)[:15_000])
+            await until_async(lambda number=number: proxy.watches.waiting_bytes == number * 15_000, "it")  # type: ignore[misc]
+        streams[1].raw.send_raw(b"k" * 5_001)
+        assert (await streams[1].raw.end())[0] == Status.RESOURCE_EXHAUSTED
+        assert proxy.watches.waiting_bytes == 30_000
+        streams[0].raw.cancel()
+        await until_async(lambda: proxy.watches.waiting_bytes == 15_000, "it to be given back")
+        streams[2].raw.send_raw(create(b"k" * 20_000)[15_000:])
+        await streams[2].created()
+        assert proxy.watches.waiting_bytes == 0
 
 
-def test_a_half_close_comes_after_the_requests_before_it(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
-            whole, half = client.watch(), client.watch()
-            whole.raw.send_raw(create(start_revision=-1) * 800, end=True)
-            half.raw.send_raw(progress() * 1_000 + create()[:7], end=True)
-            assert await half.raw.end() == (Status.INTERNAL, "the request stream ended inside a message")
-            await until_async(lambda: len(whole.raw.messages) == 800, "all answers")
-            assert not whole.raw.over
-
-    run(scenario())
+async def test_a_half_close_comes_after_the_requests_before_it(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
+        whole, half = client.watch(), client.watch()
+        whole.raw.send_raw(create(start_revision=-1) * 800, end=True)
+        half.raw.send_raw(progress() * 1_000 + create()[:7], end=True)
+        assert await half.raw.end() == (Status.INTERNAL, "the request stream ended inside a message")
+        await until_async(lambda: len(whole.raw.messages) == 800, "all answers")
+        assert not whole.raw.over
 
 
 @pytest.mark.parametrize("few", [True, False])

@@ -76,7 +76,7 @@ def test_an_etcd_with_users(etcd: EtcdServer, capsys: pytest.CaptureFixture[str]
     assert f"cannot log in at {etcd.endpoint} as load" in capsys.readouterr().err
 
 
-def test_status_through_a_tls_server_with_a_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_status_through_a_tls_server_with_a_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files, port = make_certificates(tmp_path), free_port()
     expected = "Basic b3BzOndvcmQ="  # ops:word
 
@@ -85,25 +85,22 @@ def test_status_through_a_tls_server_with_a_user(tmp_path: Path, capsys: pytest.
             return web.Response(status=401)
         return web.json_response({"version": "1.2.3", "serving": True, "watches": 4711})
 
-    async def story() -> None:
-        application = web.Application()
-        application.router.add_get("/v1/status", answer)
-        runner = web.AppRunner(application)
-        await runner.setup()
-        context = server_context(files.server_cert, files.server_key, protocols=("http/1.1",))
-        await web.TCPSite(runner, "127.0.0.1", port, ssl_context=context).start()
-        try:
-            url, ca = f"https://127.0.0.1:{port}", f"--cacert={files.ca}"
-            assert await asyncio.to_thread(run, ["status", url, ca, "--user=ops:word"]) == 0
-            assert "4,711" in capsys.readouterr().out
-            assert await asyncio.to_thread(run, ["status", url, ca]) == 1
-            assert "demands a user" in capsys.readouterr().err
-            assert await asyncio.to_thread(run, ["status", url]) == 1
-            assert "its certificate is not trusted" in capsys.readouterr().err
-        finally:
-            await runner.cleanup()
-
-    asyncio.run(story())
+    application = web.Application()
+    application.router.add_get("/v1/status", answer)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    context = server_context(files.server_cert, files.server_key, protocols=("http/1.1",))
+    await web.TCPSite(runner, "127.0.0.1", port, ssl_context=context).start()
+    try:
+        url, ca = f"https://127.0.0.1:{port}", f"--cacert={files.ca}"
+        assert await asyncio.to_thread(run, ["status", url, ca, "--user=ops:word"]) == 0
+        assert "4,711" in capsys.readouterr().out
+        assert await asyncio.to_thread(run, ["status", url, ca]) == 1
+        assert "demands a user" in capsys.readouterr().err
+        assert await asyncio.to_thread(run, ["status", url]) == 1
+        assert "its certificate is not trusted" in capsys.readouterr().err
+    finally:
+        await runner.cleanup()
 
 
 def test_observing_an_etcd_that_is_not_the_proxys(etcd: EtcdServer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,6 @@ from proxy.passthrough.advertised import MEMBER_LIST, rules
 from proxy.process.serving import proxy_of
 from tests.e2e.raw_client import RawClient, RawStream
 from tests.e2e.running import proxy_for
-from tests.e2e.scenario import run
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.proxy_process import ProxyProcess
 from tests.upstream.certificates import make_certificates
@@ -37,33 +36,29 @@ def members(stream: RawStream) -> rpc_pb2.MemberListResponse:
     return rpc_pb2.MemberListResponse.FromString(stream.messages[0])
 
 
-def test_members_have_the_advertised_url_without_other_changes(etcd: EtcdServer) -> None:
+async def test_members_have_the_advertised_url_without_other_changes(etcd: EtcdServer) -> None:
     learner = f"http://{HOST}:{free_port()}"
     etcd.ctl("member", "add", "later", "--learner", f"--peer-urls={learner}")
-
-    async def scenario() -> None:
-        theirs = await member_list(etcd.client_port)
-        async with proxy_for(etcd) as plain, proxy_for(etcd, advertised=URL) as proxy:
-            untouched, ours = await member_list(plain.port), await member_list(proxy.port)
-            assert untouched.messages == theirs.messages
-            expected = members(theirs)
-            started, later = sorted(expected.members, key=lambda member: member.name, reverse=True)
-            assert (list(started.clientURLs), list(later.clientURLs), later.isLearner) == ([etcd.url], [], True)
-            started.clientURLs[:] = [URL]
-            assert members(ours) == expected
-            # With any encoding of the request and the response.
-            packed = frame(gzip.compress(LINEARIZABLE), compressed=True)
-            assert members(await member_list(proxy.port, packed, ("grpc-encoding", "gzip"))) == expected
-            assert members(await member_list(proxy.port, frame(b""))) == expected
-            # The proxy does not decode the request: etcd judges it.
-            for body, metadata in ((frame(b"\xff\xff"), ()), (packed, (("grpc-encoding", "snappy"),))):
-                refused = await member_list(proxy.port, body, *metadata)
-                judged = await member_list(etcd.client_port, body, *metadata)
-                assert refused.status not in (None, Status.OK)
-                assert (refused.status, refused.text) == (judged.status, judged.text)
-            assert proxy.passthrough.stats.partial_bytes == 0
-
-    run(scenario())
+    theirs = await member_list(etcd.client_port)
+    async with proxy_for(etcd) as plain, proxy_for(etcd, advertised=URL) as proxy:
+        untouched, ours = await member_list(plain.port), await member_list(proxy.port)
+        assert untouched.messages == theirs.messages
+        expected = members(theirs)
+        started, later = sorted(expected.members, key=lambda member: member.name, reverse=True)
+        assert (list(started.clientURLs), list(later.clientURLs), later.isLearner) == ([etcd.url], [], True)
+        started.clientURLs[:] = [URL]
+        assert members(ours) == expected
+        # With any encoding of the request and the response.
+        packed = frame(gzip.compress(LINEARIZABLE), compressed=True)
+        assert members(await member_list(proxy.port, packed, ("grpc-encoding", "gzip"))) == expected
+        assert members(await member_list(proxy.port, frame(b""))) == expected
+        # The proxy does not decode the request: etcd judges it.
+        for body, metadata in ((frame(b"\xff\xff"), ()), (packed, (("grpc-encoding", "snappy"),))):
+            refused = await member_list(proxy.port, body, *metadata)
+            judged = await member_list(etcd.client_port, body, *metadata)
+            assert refused.status not in (None, Status.OK)
+            assert (refused.status, refused.text) == (judged.status, judged.text)
+        assert proxy.passthrough.stats.partial_bytes == 0
 
 
 def test_etcdctl_stays_with_the_proxy(etcd: EtcdServer) -> None:

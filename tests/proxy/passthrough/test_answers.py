@@ -12,7 +12,6 @@ from proto.http2 import Headers
 from proxy.passthrough.answers import trailers_of
 from proxy.passthrough.settings import PassthroughSettings
 from tests.e2e.raw_client import RawClient
-from tests.e2e.scenario import run
 from tests.proxy.passthrough.test_passthrough import passing
 from tests.upstream.scripted import ScriptedCall, scripted
 from tests.waiting import until_async
@@ -75,52 +74,48 @@ def gone(call: ScriptedCall) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_interrupted_response_has_one_head(
+async def test_interrupted_response_has_one_head(
     second: Callable[[ScriptedCall], None], status: Status, text: str, messages: list[bytes]
 ) -> None:
     """The result of the second try is sent as trailers (RFC 9113 8.1), never with a second `:status`."""
+    async with (
+        scripted() as etcd,
+        passing(
+            etcd.endpoint,
+            settings=UpstreamSettings(backoff_max_s=0.02),
+            bounds=PassthroughSettings(call_wait_s=0.3),
+        ) as running,
+    ):
+        tries: list[ScriptedCall] = []
 
-    async def scenario() -> None:
-        async with (
-            scripted() as etcd,
-            passing(
-                etcd.endpoint,
-                settings=UpstreamSettings(backoff_max_s=0.02),
-                bounds=PassthroughSettings(call_wait_s=0.3),
-            ) as running,
-        ):
-            tries: list[ScriptedCall] = []
+        def answer(call: ScriptedCall, _message: bytes) -> None:
+            tries.append(call)
+            if len(tries) == 1:
+                asyncio.get_running_loop().create_task(first(call))
+            else:
+                second(call)
 
-            def answer(call: ScriptedCall, _message: bytes) -> None:
-                tries.append(call)
-                if len(tries) == 1:
-                    asyncio.get_running_loop().create_task(first(call))
-                else:
-                    second(call)
+        async def first(call: ScriptedCall) -> None:
+            call.start()
+            call.connection.flush()
+            await until_async(lambda: stream.headers, "the head at the client")
+            if second is gone:
+                gone(call)
+            else:
+                call.connection.server.drop()
 
-            async def first(call: ScriptedCall) -> None:
-                call.start()
-                call.connection.flush()
-                await until_async(lambda: stream.headers, "the head at the client")
-                if second is gone:
-                    gone(call)
-                else:
-                    call.connection.server.drop()
-
-            etcd.on_message = answer
-            await until_async(running.pool.pick, "a connection")
-            async with await RawClient.connect(int(running.address.rpartition(":")[2])) as client:
-                stream = client.call(RANGE)
-                stream.send(b"", end=True)
-                ended = await stream.end(20)
-                assert ended[0] == status, ended
-                assert text in ended[1]
-                assert (stream.messages, stream.reset) == (messages, None)
-                assert stream.headers[":status"] == "200"
-                assert ":status" not in stream.trailers
-                assert second is gone or len(tries) > 1
-
-    run(scenario())
+        etcd.on_message = answer
+        await until_async(running.pool.pick, "a connection")
+        async with await RawClient.connect(int(running.address.rpartition(":")[2])) as client:
+            stream = client.call(RANGE)
+            stream.send(b"", end=True)
+            ended = await stream.end(20)
+            assert ended[0] == status, ended
+            assert text in ended[1]
+            assert (stream.messages, stream.reset) == (messages, None)
+            assert stream.headers[":status"] == "200"
+            assert ":status" not in stream.trailers
+            assert second is gone or len(tries) > 1
 
 
 def test_trailers_only_head_becomes_trailers() -> None:

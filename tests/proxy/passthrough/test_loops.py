@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import AsyncExitStack
 
 import grpc
@@ -13,7 +12,6 @@ from proto.pb import rpc_pb2
 from proxy.listening import http1
 from proxy.server import Proxy
 from tests.e2e.running import direct, proxy_for
-from tests.e2e.scenario import run
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.proxy.listening.test_http1 import ask, get
 from tests.waiting import until_async
@@ -30,47 +28,38 @@ async def circle(stack: AsyncExitStack, count: int) -> list[Proxy]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_call_in_a_loop_is_refused(count: int) -> None:
-    async def scenario() -> None:
-        async with AsyncExitStack() as stack:
-            proxies = await circle(stack, count)
-            await until_async(lambda: all(proxy.pool.connected for proxy in proxies), "connections")
-            before = sum(proxy.passthrough.stats.calls for proxy in proxies)
-            async with direct(f"{HOST}:{proxies[0].port}") as client:
-                with pytest.raises(grpc.aio.AioRpcError) as refused:
-                    await client.kv.Range(rpc_pb2.RangeRequest(key=b"a"))
-            assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-            text = str(refused.value.details())
-            assert any(f"in a loop by way of {HOST}:{proxy.port}:" in text for proxy in proxies)
-            # The dials of watches and members take the same way, so the exact number varies.
-            assert sum(proxy.passthrough.stats.calls for proxy in proxies) - before <= 20 * HOPS_MAX
-            assert sum(proxy.passthrough.stats.refused_at["hops_max"] for proxy in proxies) > 0
-            assert not any(proxy.health.serving or proxy.upstream.connected for proxy in proxies)
-
-    run(scenario())
+async def test_a_call_in_a_loop_is_refused(count: int) -> None:
+    async with AsyncExitStack() as stack:
+        proxies = await circle(stack, count)
+        await until_async(lambda: all(proxy.pool.connected for proxy in proxies), "connections")
+        before = sum(proxy.passthrough.stats.calls for proxy in proxies)
+        async with direct(f"{HOST}:{proxies[0].port}") as client:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await client.kv.Range(rpc_pb2.RangeRequest(key=b"a"))
+        assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        text = str(refused.value.details())
+        assert any(f"in a loop by way of {HOST}:{proxy.port}:" in text for proxy in proxies)
+        # The dials of watches and members take the same way, so the exact number varies.
+        assert sum(proxy.passthrough.stats.calls for proxy in proxies) - before <= 20 * HOPS_MAX
+        assert sum(proxy.passthrough.stats.refused_at["hops_max"] for proxy in proxies) > 0
+        assert not any(proxy.health.serving or proxy.upstream.connected for proxy in proxies)
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_an_http1_connection_in_a_loop_is_refused(count: int) -> None:
-    async def scenario() -> None:
-        async with AsyncExitStack() as stack:
-            proxies = await circle(stack, count)
-            answer = await ask(f"{HOST}:{proxies[0].port}", get("/version"))
-            assert b" 508 " in answer.splitlines()[0]
-            assert b"in a loop by way of " in answer
-
-    run(scenario())
+async def test_an_http1_connection_in_a_loop_is_refused(count: int) -> None:
+    async with AsyncExitStack() as stack:
+        proxies = await circle(stack, count)
+        answer = await ask(f"{HOST}:{proxies[0].port}", get("/version"))
+        assert b" 508 " in answer.splitlines()[0]
+        assert b"in a loop by way of " in answer
 
 
-def test_calls_through_two_proxies_reach_etcd(etcd: EtcdServer) -> None:
-    async def scenario() -> None:
-        async with proxy_for(etcd) as first, proxy_for(f"{HOST}:{first.port}") as second:
-            async with direct(f"{HOST}:{second.port}") as client:
-                assert await client.put(b"a", b"1") == 2
-            answer = await ask(f"{HOST}:{second.port}", get("/version"))
-            assert b" 200 " in answer.splitlines()[0]
-
-    asyncio.run(scenario())
+async def test_calls_through_two_proxies_reach_etcd(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd) as first, proxy_for(f"{HOST}:{first.port}") as second:
+        async with direct(f"{HOST}:{second.port}") as client:
+            assert await client.put(b"a", b"1") == 2
+        answer = await ask(f"{HOST}:{second.port}", get("/version"))
+        assert b" 200 " in answer.splitlines()[0]
 
 
 def test_hops_are_counted_in_the_metadata() -> None:

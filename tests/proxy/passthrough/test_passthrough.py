@@ -23,7 +23,6 @@ from proxy.passthrough.settings import MIB, PassthroughSettings
 from proxy.passthrough.shared_reads import RANGE, SharedReads
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import proxy_for
-from tests.e2e.scenario import run
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.waiting import until_async
 from upstream.endpoints import parse_endpoints
@@ -251,108 +250,90 @@ async def test_slow_reader_delays_only_itself(running: Running) -> None:
 
 
 @pytest.mark.parametrize(("per_connection", "in_all"), [(3, 7), (100, 5)])
-def test_clients_that_do_not_read_delay_no_others(per_connection: int, in_all: int) -> None:
+async def test_clients_that_do_not_read_delay_no_others(per_connection: int, in_all: int) -> None:
     """Unread answers fill the window of the connection to etcd, which all clients share: they are bounded."""
     window = ConnectionSettings(connection_window_bytes=16 * MIB)
     bounds = PassthroughSettings(unread_bytes_per_connection_max=per_connection * MIB, unread_bytes_max=in_all * MIB)
-
-    async def run() -> None:
+    async with (
+        echo_server() as (echo, address),
+        passing(address, echo, UpstreamSettings(connection=window), bounds) as running,
+    ):
+        port = int(running.address.rpartition(":")[2])
+        stats = running.passthrough.stats
         async with (
-            echo_server() as (echo, address),
-            passing(address, echo, UpstreamSettings(connection=window), bounds) as running,
+            await RawClient.connect(port, window=0) as first,
+            await RawClient.connect(port, window=0) as second,
         ):
-            port = int(running.address.rpartition(":")[2])
-            stats = running.passthrough.stats
-            async with (
-                await RawClient.connect(port, window=0) as first,
-                await RawClient.connect(port, window=0) as second,
-            ):
-                calls = [client.call("/any.Service/Flood") for client in (first, second) for _ in range(10)]
-                for call in calls:
-                    call.send(b"2", end=True)
-                await until_async(lambda: [call.reset for call in calls].count(11) >= 2, "calls to be reset")
-                assert await running.call("/any.Service/Echo")(b"quick", timeout=5) == b"quick"
-                assert stats.unread >= 2
-                assert 0 < stats.unread_bytes <= in_all * MIB
-                assert {call.reset for call in calls} == {None, 11}
-            await until_async(lambda: stats.unread_bytes == 0, "it to be forgotten with its clients")
+            calls = [client.call("/any.Service/Flood") for client in (first, second) for _ in range(10)]
+            for call in calls:
+                call.send(b"2", end=True)
+            await until_async(lambda: [call.reset for call in calls].count(11) >= 2, "calls to be reset")
+            assert await running.call("/any.Service/Echo")(b"quick", timeout=5) == b"quick"
+            assert stats.unread >= 2
+            assert 0 < stats.unread_bytes <= in_all * MIB
+            assert {call.reset for call in calls} == {None, 11}
+        await until_async(lambda: stats.unread_bytes == 0, "it to be forgotten with its clients")
+        assert stats.resend_bytes == 0
+
+
+async def test_requests_kept_for_resending_are_bounded() -> None:
+    bounds = PassthroughSettings(resend_bytes_max=1000, resend_bytes_total_max=2500)
+    async with echo_server() as (echo, address), passing(address, echo, bounds=bounds) as running:
+        stats = running.passthrough.stats
+        async with await RawClient.connect(int(running.address.rpartition(":")[2])) as client:
+            calls = [client.call("/any.Service/Stream") for _ in range(5)]
+            for call in calls:
+                call.send_raw(frame(bytes(5000))[:900])
+            await until_async(lambda: stats.calls == 5, "the calls")
+            await until_async(lambda: stats.resend_bytes == 1800, "two of them to be kept")
+            for call in calls:
+                call.send_raw(frame(bytes(5000))[900:], end=True)
+            for call in calls:
+                assert await call.end() == (0, "")
             assert stats.resend_bytes == 0
 
-    asyncio.run(run())
+
+async def test_lost_upstream_ends_its_calls_and_is_reconnected() -> None:
+    server = grpc.aio.server()
+    echo = Echo()
+    server.add_generic_rpc_handlers((echo,))
+    port = server.add_insecure_port(f"{HOST}:0")
+    await server.start()
+    async with passing(f"{HOST}:{port}", echo) as running:
+        waiting = running.call("/any.Service/Wait")(b"")
+        await until_async(lambda: running.echo.seen, "the call to arrive")
+        await server.stop(0)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await waiting
+        assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        second = grpc.aio.server()
+        second.add_generic_rpc_handlers((echo,))
+        second.add_insecure_port(f"{HOST}:{port}")
+        await second.start()
+        await until_async(lambda: running.pool.pick(), "the pool to connect again")
+        assert await running.call("/any.Service/Echo")(b"again", timeout=10) == b"again"
+        await second.stop(0)
 
 
-def test_requests_kept_for_resending_are_bounded() -> None:
-    bounds = PassthroughSettings(resend_bytes_max=1000, resend_bytes_total_max=2500)
-
-    async def run() -> None:
-        async with echo_server() as (echo, address), passing(address, echo, bounds=bounds) as running:
-            stats = running.passthrough.stats
-            async with await RawClient.connect(int(running.address.rpartition(":")[2])) as client:
-                calls = [client.call("/any.Service/Stream") for _ in range(5)]
-                for call in calls:
-                    call.send_raw(frame(bytes(5000))[:900])
-                await until_async(lambda: stats.calls == 5, "the calls")
-                await until_async(lambda: stats.resend_bytes == 1800, "two of them to be kept")
-                for call in calls:
-                    call.send_raw(frame(bytes(5000))[900:], end=True)
-                for call in calls:
-                    assert await call.end() == (0, "")
-                assert stats.resend_bytes == 0
-
-    asyncio.run(run())
+async def test_calls_continue_at_the_live_endpoint() -> None:
+    async with echo_server() as (_, address), passing(f"{HOST}:{free_port()},{address}") as running:
+        for _ in range(10):
+            assert await running.call("/any.Service/Echo")(b"x", timeout=10) == b"x"
 
 
-def test_lost_upstream_ends_its_calls_and_is_reconnected() -> None:
-    async def run() -> None:
-        server = grpc.aio.server()
-        echo = Echo()
-        server.add_generic_rpc_handlers((echo,))
-        port = server.add_insecure_port(f"{HOST}:0")
-        await server.start()
-        async with passing(f"{HOST}:{port}", echo) as running:
-            waiting = running.call("/any.Service/Wait")(b"")
-            await until_async(lambda: running.echo.seen, "the call to arrive")
-            await server.stop(0)
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await waiting
-            assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-            second = grpc.aio.server()
-            second.add_generic_rpc_handlers((echo,))
-            second.add_insecure_port(f"{HOST}:{port}")
-            await second.start()
-            await until_async(lambda: running.pool.pick(), "the pool to connect again")
-            assert await running.call("/any.Service/Echo")(b"again", timeout=10) == b"again"
-            await second.stop(0)
-
-    asyncio.run(run())
-
-
-def test_calls_continue_at_the_live_endpoint() -> None:
-    async def run() -> None:
-        async with echo_server() as (_, address), passing(f"{HOST}:{free_port()},{address}") as running:
-            for _ in range(10):
-                assert await running.call("/any.Service/Echo")(b"x", timeout=10) == b"x"
-
-    asyncio.run(run())
-
-
-def test_etcd_decides_on_sizes_and_methods(etcd: EtcdServer) -> None:
+async def test_etcd_decides_on_sizes_and_methods(etcd: EtcdServer) -> None:
     """Requests of any size that etcd refuses get etcd's own error text."""
-
-    async def run() -> None:
-        async with passing(etcd.endpoint) as running:
-            kv = rpc_pb2_grpc.KVStub(running.channel)
-            await kv.Put(rpc_pb2.PutRequest(key=b"a", value=bytes(1_400_000)))
-            assert len((await kv.Range(rpc_pb2.RangeRequest(key=b"a"))).kvs[0].value) == 1_400_000
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await kv.Put(rpc_pb2.PutRequest(key=b"a", value=bytes(1_600_000)))
-            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-            assert caught.value.details() == "etcdserver: request is too large"
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await running.call("/no.Such/Method")(b"")
-            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-
-    asyncio.run(run())
+    async with passing(etcd.endpoint) as running:
+        kv = rpc_pb2_grpc.KVStub(running.channel)
+        await kv.Put(rpc_pb2.PutRequest(key=b"a", value=bytes(1_400_000)))
+        assert len((await kv.Range(rpc_pb2.RangeRequest(key=b"a"))).kvs[0].value) == 1_400_000
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await kv.Put(rpc_pb2.PutRequest(key=b"a", value=bytes(1_600_000)))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert caught.value.details() == "etcdserver: request is too large"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await running.call("/no.Such/Method")(b"")
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
@@ -365,27 +346,23 @@ def test_message_boundary(step: int) -> None:
         assert boundary.inside == (min(start + step, len(stream)) not in ends)
 
 
-def test_ended_calls_credit_bytes_etcd_has_not_taken(etcd: EtcdServer) -> None:
+async def test_ended_calls_credit_bytes_etcd_has_not_taken(etcd: EtcdServer) -> None:
     """Otherwise a connection's window shrinks with each of them, until nothing more can be sent on it."""
-
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
-            await until_async(lambda: client.h2.outbound_flow_control_window > 65_535, "the window")
-            (connection,) = proxy.listener.connections
-            whole = connection.h2.receive_window
-            await until_async(lambda: proxy.pool.pick() is not None, "etcd")
-            assert etcd.process is not None
-            etcd.process.send_signal(signal.SIGSTOP)
-            try:
-                for _ in range(3):
-                    call = client.call("/etcdserverpb.KV/Put")
-                    call.send_raw(frame(bytes(200_000))[:200_000])
-                    left = connection.h2.receive_window
-                    await until_async(lambda left=left: connection.h2.receive_window < left, "the request")  # type: ignore[misc]
-                    call.cancel()
-                await until_async(lambda: not connection.h2.streams, "the end of the calls")
-                assert connection.h2.receive_window + connection.h2._unreturned == whole
-            finally:
-                etcd.process.send_signal(signal.SIGCONT)
-
-    run(scenario())
+    async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
+        await until_async(lambda: client.h2.outbound_flow_control_window > 65_535, "the window")
+        (connection,) = proxy.listener.connections
+        whole = connection.h2.receive_window
+        await until_async(lambda: proxy.pool.pick() is not None, "etcd")
+        assert etcd.process is not None
+        etcd.process.send_signal(signal.SIGSTOP)
+        try:
+            for _ in range(3):
+                call = client.call("/etcdserverpb.KV/Put")
+                call.send_raw(frame(bytes(200_000))[:200_000])
+                left = connection.h2.receive_window
+                await until_async(lambda left=left: connection.h2.receive_window < left, "the request")  # type: ignore[misc]
+                call.cancel()
+            await until_async(lambda: not connection.h2.streams, "the end of the calls")
+            assert connection.h2.receive_window + connection.h2._unreturned == whole
+        finally:
+            etcd.process.send_signal(signal.SIGCONT)

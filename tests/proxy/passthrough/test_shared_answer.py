@@ -12,7 +12,6 @@ import grpc.aio
 import pytest
 
 from proxy.passthrough.shared_reads import RANGE
-from tests.e2e.scenario import run
 from tests.etcd.server import HOST
 from tests.proxy.passthrough.test_passthrough import Running, passing
 from tests.waiting import until_async
@@ -66,51 +65,42 @@ async def held(then: Callable[[Any], Any]) -> AsyncIterator[tuple[Running, Held,
     await server.stop(None)
 
 
-def test_metadata_of_the_answer_reach_each_call() -> None:
+async def test_metadata_of_the_answer_reach_each_call() -> None:
     def answer(context: Any) -> bytes:
         context.set_trailing_metadata((("after", "1"), ("binary-bin", b"\x00\xff")))
         return b"an answer"
 
-    async def scenario() -> None:
-        async with held(answer) as (_, handler, calls):
-            handler.released.set()
-            for call in calls:
-                assert await call == b"an answer"
-                assert dict(await call.trailing_metadata()) == {"after": "1", "binary-bin": b"\x00\xff"}
-            assert handler.arrived == 2
-
-    run(scenario())
+    async with held(answer) as (_, handler, calls):
+        handler.released.set()
+        for call in calls:
+            assert await call == b"an answer"
+            assert dict(await call.trailing_metadata()) == {"after": "1", "binary-bin": b"\x00\xff"}
+        assert handler.arrived == 2
 
 
-def test_a_failure_with_its_details_reaches_each_call() -> None:
+async def test_a_failure_with_its_details_reaches_each_call() -> None:
     """Trailers only, as etcd's refusals are."""
 
     def answer(context: Any) -> Any:
         context.set_trailing_metadata((("grpc-status-details-bin", DETAILS),))
         return context.abort(grpc.StatusCode.OUT_OF_RANGE, "etcdserver: mvcc: required revision has been compacted")
 
-    async def scenario() -> None:
-        async with held(answer) as (_, handler, calls):
-            handler.released.set()
-            for call in calls:
-                with pytest.raises(grpc.aio.AioRpcError, match="required revision has been compacted") as failure:
-                    await call
-                assert failure.value.code() is grpc.StatusCode.OUT_OF_RANGE
-                assert ("grpc-status-details-bin", DETAILS) in tuple(failure.value.trailing_metadata())
-            assert handler.arrived == 2
-
-    run(scenario())
+    async with held(answer) as (_, handler, calls):
+        handler.released.set()
+        for call in calls:
+            with pytest.raises(grpc.aio.AioRpcError, match="required revision has been compacted") as failure:
+                await call
+            assert failure.value.code() is grpc.StatusCode.OUT_OF_RANGE
+            assert ("grpc-status-details-bin", DETAILS) in tuple(failure.value.trailing_metadata())
+        assert handler.arrived == 2
 
 
-def test_a_read_is_cancelled_at_the_server_with_its_last_call() -> None:
-    async def scenario() -> None:
-        async with held(lambda _: b"an answer") as (_, handler, calls):
-            calls[0].cancel()
-            await until_async(lambda: handler.arrived == 2, "the shared read")
-            for call in calls[1:-1]:
-                call.cancel()
-            await until_async(lambda: handler.cancelled == 1, "the first read to be cancelled")
-            calls[-1].cancel()
-            await until_async(lambda: handler.cancelled == 2, "the shared read to be cancelled")
-
-    run(scenario())
+async def test_a_read_is_cancelled_at_the_server_with_its_last_call() -> None:
+    async with held(lambda _: b"an answer") as (_, handler, calls):
+        calls[0].cancel()
+        await until_async(lambda: handler.arrived == 2, "the shared read")
+        for call in calls[1:-1]:
+            call.cancel()
+        await until_async(lambda: handler.cancelled == 1, "the first read to be cancelled")
+        calls[-1].cancel()
+        await until_async(lambda: handler.cancelled == 2, "the shared read to be cancelled")

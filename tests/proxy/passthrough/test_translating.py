@@ -44,45 +44,37 @@ async def refused(client: RawClient, size: int) -> tuple[int | None, str]:
     return await call.end()
 
 
-def test_requests_are_bounded_as_etcd_bounds_them(etcd: EtcdServer) -> None:
+async def test_requests_are_bounded_as_etcd_bounds_them(etcd: EtcdServer) -> None:
     """A request that would decompress beyond etcd's limit is refused before that, with etcd's status."""
-
-    async def scenario() -> None:
-        async with proxy_for(etcd, namespace=NS) as proxy, await RawClient.connect(proxy.port) as client:
-            bound = proxy.passthrough.settings.translated_request_bytes_max
-            assert bound == 1536 * 1024 + 512 * 1024
-            assert (await refused(client, 1_500_000))[0] == Status.OK
-            for _ in range(10):
-                status, text = await refused(client, 60 * MIB)
-                assert status == Status.RESOURCE_EXHAUSTED
-                assert text == f"gRPC message larger than the maximum (inflated, more vs. {bound} bytes)"
-            stats = proxy.passthrough.stats
-            assert stats.refused_at["translated_request_bytes_max"] == 10
-            assert stats.partial_bytes == 0
-
-    run(scenario())
+    async with proxy_for(etcd, namespace=NS) as proxy, await RawClient.connect(proxy.port) as client:
+        bound = proxy.passthrough.settings.translated_request_bytes_max
+        assert bound == 1536 * 1024 + 512 * 1024
+        assert (await refused(client, 1_500_000))[0] == Status.OK
+        for _ in range(10):
+            status, text = await refused(client, 60 * MIB)
+            assert status == Status.RESOURCE_EXHAUSTED
+            assert text == f"gRPC message larger than the maximum (inflated, more vs. {bound} bytes)"
+        stats = proxy.passthrough.stats
+        assert stats.refused_at["translated_request_bytes_max"] == 10
+        assert stats.partial_bytes == 0
 
 
-def test_unread_answers_count_by_their_translated_size(etcd: EtcdServer) -> None:
+async def test_unread_answers_count_by_their_translated_size(etcd: EtcdServer) -> None:
     """etcd answers with gzip: 20 responses of a megabyte each arrive as 20 KB and wait in the proxy as 20 MB."""
-
-    async def scenario() -> None:
-        settings = PassthroughSettings(unread_bytes_per_connection_max=15 * MIB, share_reads=False)
-        async with proxy_for(etcd, namespace=NS, passthrough=settings) as proxy, direct(etcd) as store:
-            await store.put(NS + b"k", bytes(MIB))
-            async with await RawClient.connect(proxy.port, window=1000) as client:
-                stats = proxy.passthrough.stats
-                calls = [unread(client) for _ in range(10)]
-                await until_async(lambda: stats.unread_bytes > 10 * MIB - 200_000, "all to be translated")
-                calls += [unread(client) for _ in range(10)]
-                await until_async(lambda: stats.refused_at["unread_bytes_per_connection_max"] >= 5, "too much")
-                assert stats.unread_bytes <= 15 * MIB
-                for call in calls:
-                    if not call.over:
-                        call.cancel()
-                await until_async(lambda: stats.unread_bytes == stats.partial_bytes == 0, "all to be released")
-
-    run(scenario())
+    settings = PassthroughSettings(unread_bytes_per_connection_max=15 * MIB, share_reads=False)
+    async with proxy_for(etcd, namespace=NS, passthrough=settings) as proxy, direct(etcd) as store:
+        await store.put(NS + b"k", bytes(MIB))
+        async with await RawClient.connect(proxy.port, window=1000) as client:
+            stats = proxy.passthrough.stats
+            calls = [unread(client) for _ in range(10)]
+            await until_async(lambda: stats.unread_bytes > 10 * MIB - 200_000, "all to be translated")
+            calls += [unread(client) for _ in range(10)]
+            await until_async(lambda: stats.refused_at["unread_bytes_per_connection_max"] >= 5, "too much")
+            assert stats.unread_bytes <= 15 * MIB
+            for call in calls:
+                if not call.over:
+                    call.cancel()
+            await until_async(lambda: stats.unread_bytes == stats.partial_bytes == 0, "all to be released")
 
 
 def unread(client: RawClient) -> RawStream:
@@ -167,28 +159,24 @@ def test_few_large_messages_are_translated_at_a_time(etcd: EtcdServer, monkeypat
     assert most < 8 * 2.2 * MIB + 40 * 200_000
 
 
-def test_requests_not_accepted_by_etcd_are_counted(etcd: EtcdServer) -> None:
+async def test_requests_not_accepted_by_etcd_are_counted(etcd: EtcdServer) -> None:
     """Bytes that wait for an etcd that does not read are counted by their size in memory, until their calls end."""
-
-    async def scenario() -> None:
-        assert etcd.process is not None
-        async with proxy_for(etcd, namespace=NS) as proxy, await RawClient.connect(proxy.port) as client:
-            stats = proxy.passthrough.stats
-            assert (await refused(client, 1000))[0] == Status.OK
-            etcd.process.send_signal(signal.SIGSTOP)
-            try:
-                calls = [client.call(f"{KV}Put", GZIP) for _ in range(20)]
-                for call in calls:
-                    call.send_raw(put(MIB), end=True)
-                await until_async(lambda: waiting(proxy) > 18 * MIB, "all to be changed")
-                for call in calls:
-                    call.cancel()
-                await until_async(lambda: waiting(proxy) == 0, "all to be released")
-                assert stats.resend_bytes == 0
-            finally:
-                etcd.process.send_signal(signal.SIGCONT)
-
-    run(scenario())
+    assert etcd.process is not None
+    async with proxy_for(etcd, namespace=NS) as proxy, await RawClient.connect(proxy.port) as client:
+        stats = proxy.passthrough.stats
+        assert (await refused(client, 1000))[0] == Status.OK
+        etcd.process.send_signal(signal.SIGSTOP)
+        try:
+            calls = [client.call(f"{KV}Put", GZIP) for _ in range(20)]
+            for call in calls:
+                call.send_raw(put(MIB), end=True)
+            await until_async(lambda: waiting(proxy) > 18 * MIB, "all to be changed")
+            for call in calls:
+                call.cancel()
+            await until_async(lambda: waiting(proxy) == 0, "all to be released")
+            assert stats.resend_bytes == 0
+        finally:
+            etcd.process.send_signal(signal.SIGCONT)
 
 
 def waiting(proxy: Proxy) -> int:
@@ -196,24 +184,20 @@ def waiting(proxy: Proxy) -> int:
     return proxy.passthrough.stats.partial_bytes
 
 
-def test_connection_with_most_unfinished_bytes_loses_its_calls(etcd: EtcdServer) -> None:
+async def test_connection_with_most_unfinished_bytes_loses_its_calls(etcd: EtcdServer) -> None:
     """A client that reaches the total bound does not block the calls of others."""
     half = rpc_pb2.PutRequest(key=b"k", value=bytes(50_000)).SerializeToString()
-
-    async def scenario() -> None:
-        settings = PassthroughSettings(partial_bytes_max=200_000)
-        async with (
-            proxy_for(etcd, namespace=NS, passthrough=settings) as proxy,
-            await RawClient.connect(proxy.port) as greedy,
-            await RawClient.connect(proxy.port) as other,
-        ):
-            calls = [greedy.call(f"{KV}Put") for _ in range(3)]
-            for call in calls:
-                call.send_raw(b"\0" + len(half).to_bytes(4, "big") + half[:-1])
-            await until_async(lambda: waiting(proxy) > 150_000, "three halves")
-            assert (await other.unary(f"{KV}Put", half)).status == Status.OK
-            assert {(await call.end())[0] for call in calls} == {Status.RESOURCE_EXHAUSTED}
-            assert proxy.passthrough.stats.partial_refused == 3
-            await until_async(lambda: waiting(proxy) == 0, "all to be released")
-
-    run(scenario())
+    settings = PassthroughSettings(partial_bytes_max=200_000)
+    async with (
+        proxy_for(etcd, namespace=NS, passthrough=settings) as proxy,
+        await RawClient.connect(proxy.port) as greedy,
+        await RawClient.connect(proxy.port) as other,
+    ):
+        calls = [greedy.call(f"{KV}Put") for _ in range(3)]
+        for call in calls:
+            call.send_raw(b"\0" + len(half).to_bytes(4, "big") + half[:-1])
+        await until_async(lambda: waiting(proxy) > 150_000, "three halves")
+        assert (await other.unary(f"{KV}Put", half)).status == Status.OK
+        assert {(await call.end())[0] for call in calls} == {Status.RESOURCE_EXHAUSTED}
+        assert proxy.passthrough.stats.partial_refused == 3
+        await until_async(lambda: waiting(proxy) == 0, "all to be released")

@@ -37,35 +37,30 @@ def script(text: str) -> list[str]:
     return [sys.executable, "-c", text]
 
 
-def test_a_child_imports_nothing_from_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_child_imports_nothing_from_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("click", "proxy", "msgspec"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the current directory was imported')")
     monkeypatch.chdir(tmp_path)
-
-    async def run() -> None:
-        store = await Child.start("the store", python_command("proxy.cli", "store", "--listen-addr=127.0.0.1:0"))
-        assert store.ready.address
-        await store.stop()
-
-    asyncio.run(run())
+    store = await Child.start("the store", python_command("proxy.cli", "store", "--listen-addr=127.0.0.1:0"))
+    assert store.ready.address
+    await store.stop()
 
 
 async def with_child(text: str) -> Child:
     return await Child.start("the child", script(text))
 
 
-def test_a_child_reports_its_address_and_answers() -> None:
-    async def run() -> None:
-        started = await with_child(GOOD)
-        assert started.ready.address == "here:1"
-        assert started.running()
-        started.write_line({"a": 1})
-        assert b"a" in await started.read_line()
-        assert started.last_words() == "serving"
-        assert await started.stop() == 0
-        assert not started.running()
-
-    asyncio.run(run())
+async def test_a_child_reports_its_address_and_answers() -> None:
+    started = await with_child(GOOD)
+    assert started.ready.address == "here:1"
+    assert started.running()
+    started.write_line({"a": 1})
+    assert b"a" in await started.read_line()
+    assert started.last_words() == "serving"
+    assert await started.stop() == 0
+    assert not started.running()
 
 
 def test_variables_of_the_parent_do_not_configure_the_child(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,22 +115,19 @@ class Opened(asyncio.Protocol):
         self.all.append(transport)
 
 
-def test_a_worker_takes_what_it_is_passed(parent: Parent) -> None:
-    async def story() -> None:
-        receiver = Receiver(parent.start("worker-1"), Opened, None)
+async def test_a_worker_takes_what_it_is_passed(parent: Parent) -> None:
+    receiver = Receiver(parent.start("worker-1"), Opened, None)
 
-        def turned() -> bool:
-            parent.turn()
-            return len(Opened.all) == 2
+    def turned() -> bool:
+        parent.turn()
+        return len(Opened.all) == 2
 
-        with parent.connect(), parent.connect():
-            await until_async(turned, "both connections")
-            assert receiver.taken == 2
-            for transport in Opened.all:
-                transport.close()
-        receiver.close()
-
-    asyncio.run(story())
+    with parent.connect(), parent.connect():
+        await until_async(turned, "both connections")
+        assert receiver.taken == 2
+        for transport in Opened.all:
+            transport.close()
+    receiver.close()
 
 
 def test_after_a_stop_no_connection_is_accepted(parent: Parent) -> None:

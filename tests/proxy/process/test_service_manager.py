@@ -69,14 +69,11 @@ def test_a_hung_proxy_sends_no_watchdog_notification(abstract: bool, tmp_path: P
 @pytest.mark.parametrize(
     "environment", [{}, {"WATCHDOG_USEC": "30000"}, {"NOTIFY_SOCKET": "/none/there", "WATCHDOG_PID": "1"}]
 )
-def test_without_a_manager_nothing_happens(environment: dict[str, str]) -> None:
-    async def story() -> None:
-        told = ServiceManager(str, environment)
-        told.start()
-        told.stopping()
-        assert told._timer is None
-
-    asyncio.run(story())
+async def test_without_a_manager_nothing_happens(environment: dict[str, str]) -> None:
+    told = ServiceManager(str, environment)
+    told.start()
+    told.stopping()
+    assert told._timer is None
 
 
 def test_a_served_proxy_is_ready_alive_and_stopping(

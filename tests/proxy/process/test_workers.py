@@ -28,7 +28,7 @@ from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct
 from tests.e2e.scenario import run
 from tests.etcd.server import HOST, EtcdServer
-from tests.faults.scene import PREFIX, PREFIX_END, Writer, open_watch, reached
+from tests.faults.scene import PREFIX, PREFIX_END, Writer, reached
 from tests.proxy_process import ProxyProcess
 from tests.upstream.certificates import make_certificates
 from tests.waiting import until, until_async
@@ -44,38 +44,36 @@ def served(etcd: EtcdServer) -> Iterator[ProxyProcess]:
         yield proxy
 
 
-def test_workers_share_one_upstream_watch_and_one_page(etcd: EtcdServer, served: ProxyProcess) -> None:
-    async def scenario() -> None:
-        clients = [await RawClient.connect(served.port) for _ in range(24)]
-        streams = [await open_watch(client, PREFIX, PREFIX_END) for client in clients]
-        async with direct(etcd) as calls:
-            revision = await calls.put(PREFIX + b"1", b"1")
-        for stream in streams:
-            assert (await stream.next()).events[0].kv.mod_revision == revision
-        assert etcd.metrics()[WATCHERS] == 1
-        await until_async(lambda: served.overview()["now"]["events_delivered_total"] == 24, "the sums", 10)
-        shown = served.overview()
-        assert shown["now"]["watches"] == shown["now"]["connections"] == 24
-        assert shown["now"]["trunks"] == 1
-        await until_async(
-            lambda: [trunk["watches"] for trunk in served.overview()["trunks"]] == [24], "the watches of the range", 10
-        )
-        assert shown["now"]["serving"]
-        shares = {each["name"]: each["watches"] for each in shown["processes"]}
-        assert shares["worker-1"] + shares["worker-2"] == 24
-        # Connections that closed since the last report still count for a worker.
-        assert min(shares["worker-1"], shares["worker-2"]) >= 10
-        for client in clients:
-            await client.close()
-
-    run(scenario())
+async def test_workers_share_one_upstream_watch_and_one_page(etcd: EtcdServer, served: ProxyProcess) -> None:
+    clients = [await RawClient.connect(served.port) for _ in range(24)]
+    streams = [await client.open_watch(PREFIX, PREFIX_END) for client in clients]
+    async with direct(etcd) as calls:
+        revision = await calls.put(PREFIX + b"1", b"1")
+    for stream in streams:
+        assert (await stream.next()).events[0].kv.mod_revision == revision
+    assert etcd.metrics()[WATCHERS] == 1
+    await until_async(lambda: served.overview()["now"]["events_delivered_total"] == 24, "the sums", 10)
+    shown = served.overview()
+    assert shown["now"]["watches"] == shown["now"]["connections"] == 24
+    assert shown["now"]["trunks"] == 1
+    await until_async(
+        lambda: [trunk["watches"] for trunk in served.overview()["trunks"]] == [24], "the watches of the range", 10
+    )
+    assert shown["now"]["serving"]
+    shares = {each["name"]: each["watches"] for each in shown["processes"]}
+    assert shares["worker-1"] + shares["worker-2"] == 24
+    # Connections that closed since the last report still count for a worker.
+    assert min(shares["worker-1"], shares["worker-2"]) >= 10
+    for client in clients:
+        await client.close()
 
 
 @pytest.mark.long
-def test_500_watches_of_four_workers_are_one_at_etcd(etcd: EtcdServer) -> None:
-    async def scenario(proxy: ProxyProcess) -> None:
+async def test_500_watches_of_four_workers_are_one_at_etcd(etcd: EtcdServer) -> None:
+    with ProxyProcess(etcd.endpoint, ["--workers=4", "--drain=1s"]) as proxy:
+        until(lambda: len(proxy.processes()) == 5, "all processes", 20)
         clients = [await RawClient.connect(proxy.port) for _ in range(500)]
-        streams = [await open_watch(client, PREFIX, PREFIX_END) for client in clients]
+        streams = [await client.open_watch(PREFIX, PREFIX_END) for client in clients]
         assert etcd.metrics()[WATCHERS] == 1
         async with direct(etcd) as calls:
             revision = await calls.put(PREFIX + b"1", b"1")
@@ -87,10 +85,6 @@ def test_500_watches_of_four_workers_are_one_at_etcd(etcd: EtcdServer) -> None:
         assert min(parts) >= 120
         for client in clients:
             await client.close()
-
-    with ProxyProcess(etcd.endpoint, ["--workers=4", "--drain=1s"]) as proxy:
-        until(lambda: len(proxy.processes()) == 5, "all processes", 20)
-        run(scenario(proxy))
 
 
 class Counters(threading.Thread):
@@ -135,7 +129,7 @@ def test_killed_processes_are_replaced_and_no_event_is_lost(etcd: EtcdServer, se
         writer = Writer(etcd.endpoint, 0.005)
         await writer.more(5)
         clients = [await RawClient.connect(served.port) for _ in range(8)]
-        streams = [await open_watch(client, PREFIX, PREFIX_END, 1) for client in clients]
+        streams = [await client.open_watch(PREFIX, PREFIX_END, 1) for client in clients]
         before = served.processes()
         falls = [Counters(served.metrics_port, "/metrics"), Counters(served.port, "/proxy/metrics")]
         os.kill(before["hub"], signal.SIGKILL)
@@ -155,7 +149,7 @@ def test_killed_processes_are_replaced_and_no_event_is_lost(etcd: EtcdServer, se
                 continue
             await until_async(lambda s=stream: reached(s, writer.last), "the newest event", 10)  # type: ignore[misc]
         async with await RawClient.connect(served.port) as client:
-            again = await open_watch(client, PREFIX, PREFIX_END, 1)
+            again = await client.open_watch(PREFIX, PREFIX_END, 1)
             await until_async(lambda: reached(again, writer.last), "everything from the beginning", 10)
         last = await writer.stop()
         assert last

@@ -1,4 +1,4 @@
-"""`python -m tests.bench.leaving`: the longest turn of the event loop when a client with very many streams disconnects.
+"""The longest turn of the event loop when a client with very many streams disconnects.
 
 The client is a separate process with a watch on each of its streams, and is killed. The proxy runs in this process,
 where a callback in every turn of the loop measures the CPU time of each turn, independent of other load on the machine.
@@ -13,7 +13,6 @@ import sys
 import time
 from typing import Any
 
-import click
 import uvloop
 
 from proto.pb import rpc_pb2
@@ -21,6 +20,8 @@ from proxy.listening.settings import ListenerSettings
 from proxy.server import Proxy, tune_gc
 from proxy.watch.settings import WatchSettings
 from tests.bench.profiles import DATA, HEADERS, frame
+from tests.bench.sharing.bystander import load_command
+from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.bench.wire import RawClient, RequestBlocks, message_frame
 from tests.etcd.server import HOST, EtcdServer
 from tests.waiting import until_async
@@ -83,10 +84,11 @@ class Leaver(RawClient):
             self._answered = 0
 
 
-async def stay(port: int, streams: int) -> None:
+async def stay(port: int, streams: str) -> str:
     """Open the streams and wait to be killed."""
-    await asyncio.get_running_loop().create_connection(lambda: Leaver(port, streams), HOST, port)
+    await asyncio.get_running_loop().create_connection(lambda: Leaver(port, int(streams)), HOST, port)
     await asyncio.Event().wait()
+    return ""
 
 
 async def leaving(etcd: EtcdServer, streams: int, per_turn: int) -> Turns:
@@ -97,7 +99,7 @@ async def leaving(etcd: EtcdServer, streams: int, per_turn: int) -> Turns:
     }
     proxy = Proxy(endpoints=etcd.endpoint, tune_gc=False, **settings)
     await proxy.start()
-    command = [sys.executable, "-m", "tests.bench.leaving", "--client", str(proxy.port), "--streams", str(streams)]
+    command = [sys.executable, "-m", "tests.bench.sharing.leaving", "stay", str(streams), str(proxy.port)]
     client = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
     assert client.stdout is not None
     assert await client.stdout.readline() == b"there\n"
@@ -112,23 +114,24 @@ async def leaving(etcd: EtcdServer, streams: int, per_turn: int) -> Turns:
     return turns
 
 
-@click.command()
-@click.option("--streams", default=20_000, show_default=True, help="Streams of the client.")
-@click.option("--rounds", default=3, show_default=True, help="Number of disconnects.")
-@click.option("--client", "port", type=int, help="Only be the client, of the listener at this port.")
-def main(streams: int, rounds: int, port: int | None) -> None:
-    """Measure how long a disconnecting client delays the others."""
-    if port is not None:
-        uvloop.run(stay(port, streams))
-        return
-    for per_turn in (ListenerSettings().leaving_per_turn, NO_LIMIT):
-        for _ in range(rounds):
-            with EtcdServer() as etcd:
-                turns = uvloop.run(leaving(etcd, streams, per_turn))
-            limit = "no limit" if per_turn == NO_LIMIT else f"{per_turn} in a turn"
-            click.echo(
-                f"{streams} streams, {limit}: {turns.count} turns, the longest {turns.longest_s * 1000:.1f} ms of CPU"
-            )
+def left(streams: int) -> Scenario:
+    """Make the scenario of a client with so many streams; it measures the proxy of this checkout only."""
+
+    def scenario(front: Front) -> Figures:
+        figures: Figures = {}
+        for limit, per_turn in (("", ListenerSettings().leaving_per_turn), (", no limit", NO_LIMIT)):
+            if front.name == "watchmux":
+                with EtcdServer() as etcd:
+                    turns = uvloop.run(leaving(etcd, streams, per_turn))
+                figures |= {f"turns{limit}": turns.count, f"longest turn, ms of CPU{limit}": turns.longest_s * 1000}
+        return figures
+
+    return scenario
+
+
+SCENARIOS: dict[str, Scenario] = {f"leaving: {streams:,} streams": left(streams) for streams in (5_000, 20_000)}
+
+main = load_command({"stay": stay})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""`python -m tests.bench.leases`: 2,000 keep-alives, directly at etcd and through the proxy.
+"""2,000 keep-alives of leases, on few and many streams.
 
 Streams are open and every lease has been kept alive once before a round begins; a round is one keep-alive for each
 lease, all written at once (or each after the answer to the previous one), and ends with the last answer. Every answer
-is checked: the right lease on the right stream, in order, with its full time to live. Rows are Markdown, for
-docs/performance.md.
+is checked: the right lease on the right stream, in order, with its full time to live.
 """
 
 from __future__ import annotations
@@ -12,26 +11,23 @@ import asyncio
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
-import click
 import grpc
 import uvloop
 
 from proto.framing import MessageReader
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from tests.bench.profiles import DATA, HEADERS, frame
+from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.bench.targets import Target
 from tests.bench.wire import RawClient, RequestBlocks, message_frame
 from tests.etcd.server import HOST, EtcdServer
-from tests.proxy_process import ProxyProcess
 
 LEASES = 2_000
 TTL_S = 600
 PATH = "/etcdserverpb.Lease/LeaseKeepAlive"
-HEADINGS = ("keep-alives", "target", "all answered, median ms", "slowest round, ms", "a second", "CPU us each")
+ROUNDS = 9
 
 
 class Shape(NamedTuple):
@@ -97,7 +93,7 @@ class Round(NamedTuple):
     cpu_s: float
 
 
-async def measured(target: Target, shape: Shape, rounds: int) -> list[Round]:
+async def measured(target: Target, shape: Shape) -> list[Round]:
     """Run the rounds of a shape at a target."""
     loop = asyncio.get_running_loop()
     keepers = []
@@ -109,7 +105,7 @@ async def measured(target: Target, shape: Shape, rounds: int) -> list[Round]:
     for lease in range(1, LEASES + 1):
         leases[places[lease % len(places)]].append(lease)
     found = []
-    for _ in range(rounds + 1):
+    for _ in range(ROUNDS + 1):
         cpu_s, began = target.cpu_s(), time.perf_counter()
         await (_at_once if shape.at_once else _in_turn)(leases)
         found.append(Round(time.perf_counter() - began, target.cpu_s() - cpu_s))
@@ -149,42 +145,26 @@ def _check(leases: dict[tuple[Keeper, int], list[int]]) -> None:
             raise AssertionError(f"stream {stream}: other answers than {len(kept)} leases kept alive, in order")
 
 
-@contextmanager
-def targets(etcd: EtcdServer) -> Iterator[list[Target]]:
-    """Yield etcd itself and watchmux in front of it."""
-    with ProxyProcess(etcd.endpoint) as proxy:
-        assert etcd.process is not None
-        assert proxy.process is not None
-        yield [
-            Target("etcd", etcd.client_port, etcd.process.pid),
-            Target("watchmux", proxy.port, proxy.process.pid),
-        ]
+def kept_alive(shape: Shape) -> Scenario:
+    """Make the scenario of a shape."""
+
+    def scenario(front: Front) -> Figures:
+        with EtcdServer() as etcd:
+            with grpc.insecure_channel(etcd.endpoint) as channel:
+                stub = rpc_pb2_grpc.LeaseStub(channel)
+                for lease in range(1, LEASES + 1):
+                    stub.LeaseGrant(rpc_pb2.LeaseGrantRequest(ID=lease, TTL=TTL_S))
+            with front.before(etcd.endpoint):
+                found = uvloop.run(measured(front.server(etcd), shape))
+        took = statistics.median(each.seconds for each in found)
+        return {
+            "all answered, median ms": took * 1000,
+            "slowest round, ms": max(each.seconds for each in found) * 1000,
+            "keep-alives a second": LEASES / took,
+            "CPU us each": statistics.median(each.cpu_s for each in found) / LEASES * 1e6,
+        }
+
+    return scenario
 
 
-def row(shape: Shape, target: Target, found: Sequence[Round]) -> str:
-    """Format the figures of a shape at a target."""
-    took = statistics.median(each.seconds for each in found)
-    slowest = max(each.seconds for each in found)
-    cpu_us = statistics.median(each.cpu_s for each in found) / LEASES * 1e6
-    cells = (f"{took * 1000:.0f}", f"{slowest * 1000:.0f}", f"{LEASES / took:,.0f}", f"{cpu_us:.0f}")
-    return f"| {shape.name} | {target.name} | {' | '.join(cells)} |"
-
-
-@click.command()
-@click.option("--rounds", default=9, show_default=True, help="Rounds of each shape at each target.")
-def main(rounds: int) -> None:
-    """Measure keep-alives, directly and through the proxy."""
-    click.echo(f"| {' | '.join(HEADINGS)} |\n|---|---|{'---:|' * (len(HEADINGS) - 2)}")
-    with EtcdServer() as etcd:
-        with grpc.insecure_channel(etcd.endpoint) as channel:
-            stub = rpc_pb2_grpc.LeaseStub(channel)
-            for lease in range(1, LEASES + 1):
-                stub.LeaseGrant(rpc_pb2.LeaseGrantRequest(ID=lease, TTL=TTL_S))
-        with targets(etcd) as both:
-            for shape in SHAPES:
-                for target in both:
-                    click.echo(row(shape, target, uvloop.run(measured(target, shape, rounds))))
-
-
-if __name__ == "__main__":
-    main()
+SCENARIOS: dict[str, Scenario] = {f"leases: {shape.name}": kept_alive(shape) for shape in SHAPES}
