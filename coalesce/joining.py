@@ -9,7 +9,9 @@ Answers are sent in the order of the requests. The needs of a create are request
   trunk at its own start revision needs only the approximate revision of the store, since a trunk must start neither
   above that nor far below: any recent answer is enough, otherwise "now" is read first.
 
-When the create is at the head of its session's queue and has all it needs, it is decided. Refusals, in etcd's order: a
+When the create is at the head of its session's queue and has all it needs, it is decided. It needs the answer of etcd
+for its trunk only if that decides where it starts or may be a refusal (`Admission._waits_for`); so a create from a
+start revision on a cold range is answered at once, like one on a range that others watch. Refusals, in etcd's order: a
 negative start, the permission, an empty range, an id in use; the proxy's own limits come last.
 
 "Now" is the revision read, or the trunk's start if that is higher: a trunk that started at "now" is complete only above
@@ -24,7 +26,7 @@ from collections import deque
 from coalesce.effects import CheckPermission, TakeRequests
 from coalesce.ending import Cancellation
 from coalesce.inputs import NO_WATCH_ID, CreateRefusal, CreateRequest, Granted
-from coalesce.model import LISTED_MAX, Pending, PendingCreate, PendingRead, Session, Watch
+from coalesce.model import LISTED_MAX, Pending, PendingCreate, PendingRead, Session, Trunk, Watch
 from coalesce.pending import PendingCancel, PendingProgress
 from coalesce.place import Place
 from coalesce.placement import Placement
@@ -39,6 +41,10 @@ from proto.scan import Header
 # etcd's own texts (api/v3rpc/rpctypes/error.go, storage/mvcc/watcher.go): clients compare them.
 EMPTY_RANGE = "mvcc: watcher range is empty"
 DUPLICATE_ID = "mvcc: duplicate watch ID provided on the WatchStream"
+
+SMALL_CREATE_BYTES = 4 * 1024
+"""Creates up to this size, in memory, may be answered before etcd answers. They are never too large for etcd, which
+accepts 512 KiB in any case (server/embed/config.go, grpcOverheadBytes), and thousands of them take little memory."""
 
 
 class Admission:
@@ -237,7 +243,7 @@ class Admission:
             self.refuse(create, create.refusal)
             return True
         trunk = create.trunk
-        if trunk is None or trunk.opening or (create.reading and create.header is None):
+        if trunk is None or (create.reading and create.header is None) or self._waits_for(trunk, create):
             return False
         session = create.session
         refusal = self._refusal(session, create.request.watch_id)
@@ -246,6 +252,26 @@ class Admission:
             return True
         self._join(create)
         return True
+
+    def _waits_for(self, trunk: Trunk, create: PendingCreate) -> bool:
+        """Whether a create must wait until etcd has answered that of its trunk.
+
+        Not if the position of the trunk is known and serves it, and if etcd never refuses it: etcd checks a token once
+        more, and a create that is too large ends its stream.
+        """
+        if not trunk.opening:
+            return False
+        request, floor = create.request, trunk.history.floor
+        if (
+            request.start_revision is None
+            or trunk.upstream.start_revision is None
+            or create.session.identity.token is not None
+            or create.bytes > SMALL_CREATE_BYTES
+            or self._state.limits.upstream_has_limits
+        ):
+            return True
+        served_from = trunk.prev_kv_from if request.prev_kv else floor
+        return served_from is None or request.start_revision < max(served_from, floor)
 
     def _refusal(self, session: Session, watch_id: int) -> str | None:
         limits, stats = self._state.limits, self._state.stats

@@ -14,6 +14,8 @@ class CoreLimits:
 
     # Prefixes below which all ranges share one upstream watch, in the clients' keys; b"" is all keys.
     covers: tuple[bytes, ...] = ()
+    # Upstream is another proxy, which may refuse a watch at a limit of its own. etcd has none.
+    upstream_has_limits: bool = False
 
     # How long a trunk without watches is kept. Operators, and etcd's own tests, expect watches gone within a second.
     linger_s: float = 0.5

@@ -23,13 +23,14 @@ def request_bytes_max(settings: Settings) -> int:
 
 
 def core_limits(settings: Settings) -> CoreLimits:
-    """Return the core's limits; they have the settings' names, except for four."""
+    """Return the core's limits; they have the settings' names, except for five."""
     values = {field.name: getattr(settings.watch, field.name) for field in fields(settings.watch)}
     return CoreLimits(
         progress_notify_s=values.pop("watch_progress_notify_interval_s"),
         lagging_age_s_max=values.pop("lagging_age_s_max") or None,
         covers=tuple(prefix.encode() for prefix in values.pop("cover")),
         fragment_bytes=request_bytes_max(settings),
+        upstream_has_limits=bool(settings.upstream.watch_endpoints),
         **values,
     )
 

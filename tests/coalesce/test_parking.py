@@ -78,15 +78,13 @@ def test_a_compaction_while_parked_drops_the_history() -> None:
     shell = Shell()
     parked(shell)
     client, trunk = come_back(shell, 7, 50)
+    waiting = shell.client()
+    waiting.create()
     shell.canceled(trunk, compact_revision=40)
     again = shell.opened[-1]
     assert again.start_revision == 40
     assert shell.core.stats.history_bytes == 0
-    shell.created(again, 50)
-    backfill = shell.opened[-1]
-    assert (backfill.start_revision, backfill.is_backfill) == (7, True)
-    shell.canceled(backfill, compact_revision=40)
-    assert client.read() == ["#0 @50 created", "#0 @50 canceled compacted 40"]
+    assert client.read() == ["#0 @50 created", "#0 @8 put 7 k=v put 8 k=v", "#0 @50 canceled compacted 40"]
 
 
 def test_a_known_compaction_drops_the_history_at_once() -> None:

@@ -184,9 +184,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant("a stalled session gets progress", "model", " and not self.session.stalled", ""),
     Mutant("a stall is not heard", "core", "self._replayer.stalled(session)", "pass"),
-    Mutant(
-        "a watch joins a trunk that is not there", "joining", "trunk is None or trunk.opening or ", "trunk is None or "
-    ),
+    Mutant("a watch joins a trunk that is not there", "joining", "if not trunk.opening:", "if True:"),
     Mutant(
         "one read serves for ever", "revision_reads", "self.current, self.later = self.later, None", "self.later = None"
     ),
