@@ -211,15 +211,19 @@ class Admission:
 
     def _prepare(self, create: PendingCreate) -> None:
         """Request what a permitted create still needs."""
-        needs_read = create.request.start_revision is None
         limit = self._state.limits.trunks_max
         if create.trunk is None and len(self._state.trunks) >= limit and not self._trunks.is_open(create):
             create.refusal = f"watchmux: the limit of {limit} different ranges is reached"
             self._state.stats.refused_at["trunks_max"] += 1
             return
+        if create.request.start_revision is None:
+            # Before the trunk is opened: the read takes etcd longer than the create.
+            self._read(create)
         if not self._trunks.hold(create):
-            needs_read = True
-        if needs_read and create.header is None:
+            self._read(create)
+
+    def _read(self, create: PendingCreate) -> None:
+        if create.header is None:
             self._reads.read(create)
 
     def _refused(self, create: PendingCreate) -> None:

@@ -143,7 +143,7 @@ class Proxy:
         sources = self.watch_endpoints or self.endpoints
         route = self._id if self.watch_endpoints else b""
         self.upstream = WatchClient(sources, self.engine, settings, tls, watch_log, self._credentials, namespace, route)
-        self.upstream.cork = self.listener
+        self.pool.cork = self.upstream.cork = self.listener
         self.engine.attach(self.upstream)
         self.engine.upstream_changed = self._watches_changed
         self.watches = watch_service.WatchService(self.engine, self._watch_settings)

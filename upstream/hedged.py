@@ -15,6 +15,7 @@ from proto.framing import Status
 from upstream.attempts import Attempts
 from upstream.connection import ClientConnection, NotSent
 from upstream.errors import CallFailed
+from upstream.expiry import ExpiryTimer
 from upstream.unary import GRACE_S, Answer, Metadata, NotProcessed, UnaryCall, start_unary
 
 HEDGE_AFTER_S: Final = 0.1
@@ -43,20 +44,40 @@ class Request(NamedTuple):
 
 
 class Hedging:
-    """How long answers usually take, and when a call is late because of it."""
+    """How long answers usually take, and which calls are late because of it: one timer for all calls."""
 
-    __slots__ = ("hedged", "usual_s")
+    __slots__ = ("_timer", "_waiting", "hedged", "usual_s")
 
     def __init__(self) -> None:
         # How long an answer usually takes, in seconds.
         self.usual_s = 0.0
         # Attempts made because another one was late.
         self.hedged = 0
+        # Calls that wait for an answer: a few, or as many as there are permission checks in flight.
+        self._waiting: dict[HedgedCall, None] = {}
+        self._timer = ExpiryTimer(self._expire)
 
     @property
     def late_after_s(self) -> float:
         """The seconds after which a call is sent to one more endpoint."""
         return min(max(HEDGE_AFTER_S, _USUAL_TIMES * self.usual_s), HEDGE_AFTER_S_MAX)
+
+    def wait(self, call: HedgedCall) -> None:
+        """Call `late` of a call at `due`, unless it ends before."""
+        self._waiting[call] = None
+        self._timer.set(call.due)
+
+    def forget(self, call: HedgedCall) -> None:
+        """Remove a call that has ended."""
+        self._waiting.pop(call, None)
+
+    def _expire(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for call in [call for call in self._waiting if call.due <= now]:
+            if call in self._waiting:
+                del self._waiting[call]
+                call.late()
+        self._timer.set(min((call.due for call in self._waiting), default=None))
 
 
 class Endpoints(Protocol):
@@ -88,8 +109,8 @@ class HedgedCall:
         "_loop",
         "_processed",
         "_request",
-        "_timer",
         "deadline",
+        "due",
     )
 
     def __init__(
@@ -110,7 +131,8 @@ class HedgedCall:
         # A server has processed an attempt.
         self._processed = False
         self._calls: dict[str, UnaryCall] = {}
-        self._timer: asyncio.TimerHandle | None = None
+        # When an answer is late, or the call has failed: loop time.
+        self.due = 0.0
 
     def start(self) -> None:
         """Start, or start again while no server has processed the call."""
@@ -121,9 +143,7 @@ class HedgedCall:
     def cancel(self) -> None:
         """Cancel the call; `callback` is not called."""
         self._callback = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._hedging.forget(self)
         for call in self._calls.values():
             call.give_up()
         self._calls.clear()
@@ -150,12 +170,10 @@ class HedgedCall:
             else:
                 self._endpoints.start_later(self)
             return
-        due = self.deadline + GRACE_S
+        self.due = self.deadline + GRACE_S
         if self._attempts.left:
-            due = min(due, now + self._hedging.late_after_s)
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_at(due, self._ring)
+            self.due = min(self.due, now + self._hedging.late_after_s)
+        self._hedging.wait(self)
 
     def _send(self, name: str, connection: ClientConnection | None, left_s: float) -> bool:
         if connection is None:
@@ -168,9 +186,8 @@ class HedgedCall:
             return False
         return True
 
-    def _ring(self) -> None:
-        """An answer is late, or the deadline has passed."""
-        self._timer = None
+    def late(self) -> None:
+        """Ask one more endpoint, since an answer is late, or fail, since the deadline has passed."""
         if self._loop.time() >= self.deadline + GRACE_S:
             text = f"no answer in {self.deadline - self._began:.3g} s"
             self.finish(CallFailed(Status.DEADLINE_EXCEEDED, text))

@@ -24,6 +24,7 @@ from upstream.fitness import Fitness, is_refused_unserved, is_suspicious
 from upstream.hedged import HedgedCall, Hedging, Request
 from upstream.settings import CONNECTION_LIMITS, ConnectionSettings, UpstreamSettings
 from upstream.slot import Slot
+from upstream.transport import Cork
 from upstream.unary import HAS_LEADER, Answer, Metadata, settle
 
 
@@ -64,6 +65,8 @@ class Pool:
         self.timeouts = Counter(dict.fromkeys(CONNECTION_LIMITS, 0))
         # Connections that servers closed in good order, since the start.
         self.rotated = 0
+        # Held while a read is dispatched, see `ClientConnection.cork`; to be set before `start`.
+        self.cork: Cork | None = None
         # Set and replaced whenever a slot changes.
         self._changed = asyncio.Event()
 
@@ -297,10 +300,12 @@ class Pool:
     async def connect(self, endpoint: Endpoint, settings: ConnectionSettings) -> ClientConnection:
         """Connect to an endpoint. Raises Unreachable."""
         try:
-            return await connect(endpoint, self._tls, settings)
+            connection = await connect(endpoint, self._tls, settings)
         except Unreachable as error:
             self._count(error)
             raise
+        connection.cork = self.cork
+        return connection
 
     def ended(self, connection: ClientConnection, rotated: bool) -> None:
         """Count a connection that takes no more calls; `rotated`: its server closed it in good order."""

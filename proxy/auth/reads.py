@@ -149,6 +149,8 @@ class Reader:
         self._pool = pool
         # Maps a client's range to the range at etcd.
         self._interval = _as_it_is if namespace is None else namespace.interval
+        # The transaction of nearly all calls while auth is off.
+        self._usual = self._transaction(_ANY_RANGE, True)
         self._loop = asyncio.get_running_loop()
         self._asking: dict[Call, SentCall] = {}
         """Calls in flight."""
@@ -305,7 +307,8 @@ class Reader:
         if call.login:
             path, message = AUTHENTICATE, _LOGIN
         else:
-            path, message = TXN, self._transaction(call.ranges, call.linearizable)
+            is_usual = call.linearizable and call.ranges == _ANY_RANGE
+            path, message = TXN, self._usual if is_usual else self._transaction(call.ranges, call.linearizable)
         metadata = [] if call.token is None else [(b"token", call.token)]
         has_leader = call.linearizable and bool(call.ranges) and not call.login
         self._asking[call] = self._pool.ask(
@@ -354,6 +357,8 @@ class Reader:
             )
         return request.SerializeToString()
 
+
+_ANY_RANGE = (AuthScope()[1:],)
 
 _LOGIN = rpc_pb2.AuthenticateRequest(name=INVALID_USER.decode(), password="-").SerializeToString()
 """An attempt to log in as a user that does not exist, which is expected to fail."""

@@ -178,12 +178,17 @@ class ServerConnection(asyncio.Protocol):
             if left > 0 and not self._queued:
                 if len(data) == UPDATE_AND_PING_BYTES and self._acknowledge(data):
                     return
-                self._receive(data, left)
-            else:
-                self.h2.defer(data)
-                self._take_turns()
-            if not self.dirty:
-                self.schedule_flush()
+                # The answers are written at the end of the read: a flush at the end of the turn costs a callback.
+                self._listener.cork()
+                try:
+                    self._receive(data, left)
+                finally:
+                    self.schedule_flush()
+                    self._listener.uncork()
+                return
+            self.h2.defer(data)
+            self._take_turns()
+            self.schedule_flush()
 
     def pause_writing(self) -> None:
         """Stall the streams: the client does not read what is written."""

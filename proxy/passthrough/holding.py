@@ -13,10 +13,11 @@ from typing import Protocol
 from proto.framing import Status
 from proxy import logs
 from proxy.listening.calls import CallRefusal
-from proxy.passthrough.expiry import ExpiryTimer, deadline_exceeded
+from proxy.passthrough.expiry import deadline_exceeded
 from proxy.passthrough.settings import PassthroughSettings, PassthroughStats
 from proxy.passthrough.waiting import NO_CONNECTION, WaitingCalls, wait_until
 from upstream.connection import ClientConnection
+from upstream.expiry import ExpiryTimer
 from upstream.pool import Pool
 
 TURN_CALLS_MAX = 200

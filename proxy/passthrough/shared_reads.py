@@ -20,11 +20,12 @@ from typing import Final
 
 from proto.http2 import Stream
 from proxy.listening.calls import CallRefusal, ConnectionHandle, Handler, Headers
-from proxy.passthrough.expiry import ExpiryTimer, deadline_exceeded
+from proxy.passthrough.expiry import deadline_exceeded
 from proxy.passthrough.relay import Passthrough, Relay
 from proxy.passthrough.shared_answer import PORTION_BYTES, TURN_BYTES, SharedAnswer
 from proxy.passthrough.sharing import Late, Read, Sharing
 from upstream.connection import ClientConnection
+from upstream.expiry import ExpiryTimer
 from upstream.pool import Pool
 
 RANGE: Final = b"/etcdserverpb.KV/Range"

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from coalesce import CoreLimits, UpstreamLost
+from coalesce import (
+    CheckPermission,
+    Coalescer,
+    CoreLimits,
+    CreateRequest,
+    Identity,
+    OpenUpstream,
+    ReadRevision,
+    UpstreamLost,
+)
 from tests.coalesce.shell import Shell, put
 
 
@@ -73,3 +82,12 @@ def test_a_create_that_another_proxy_may_refuse_waits() -> None:
     shell.do(shell.core.upstream_lost, shell.opened[-1], UpstreamLost(2, "watchmux: the limit is reached"))
     assert client.read() == ["#-1 @5 created canceled (watchmux: the limit is reached)"]
     assert client.ended is None
+
+
+def test_the_read_of_now_is_sent_before_the_trunk_opens() -> None:
+    """It takes etcd longer than the create."""
+    core = Coalescer()
+    session = core.open_session(object(), Identity(None, False), 1.0)
+    (check,) = core.create(session, CreateRequest(b"k", b"", None), 1.0)
+    assert isinstance(check, CheckPermission)
+    assert [type(effect) for effect in core.permission(check.check, None, 1.0)] == [ReadRevision, OpenUpstream]
