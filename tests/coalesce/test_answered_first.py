@@ -28,7 +28,7 @@ from tests.coalesce.shell import Shell, put
         (False, 5, {"prev_kv": False}),
     ],
 )
-def test_an_answer_that_etcd_cannot_change_is_sent_at_once(is_first: bool, start: int, more: dict[str, bool]) -> None:
+def test_an_answer_that_etcd_cannot_change_is_sent_at_once(is_first: bool, start: int, more: dict[str, Any]) -> None:
     shell = Shell()
     shell.trunk(5, shell.client(), b"other")
     if not is_first:

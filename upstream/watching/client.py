@@ -199,11 +199,8 @@ class WatchClient:
         """Open a watch; it registers as soon as there is a connection. Raises ValueError if it is open already."""
         effects = self._state.open(watch)
         self._apply(effects)
-        if watch.start_revision is not None:
-            return
-        for effect in effects:
+        for effect in effects if watch.start_revision is None else ():
             # Send the create now: the client may send a put right after its own create, on another connection to etcd.
-            # A watch with a start revision gets its event in any case.
             if isinstance(effect, watch_effects.Write) and isinstance(effect.stream.shell, UpstreamWatchCall):
                 effect.stream.shell.hurry()
 
