@@ -126,6 +126,7 @@ def test_a_disk_too_full_to_start_gives_an_error_of_one_line(tmp_path: Path) -> 
 
 
 @pytest.mark.long
+@pytest.mark.timeout(400)
 def test_a_store_killed_many_times_loses_nothing(tmp_path: Path) -> None:
     rng = Random(1)
     for turn in range(20):

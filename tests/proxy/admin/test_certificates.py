@@ -35,7 +35,7 @@ def test_the_expiry_of_each_certificate_is_a_metric(tmp_path: Path) -> None:
     authority.cert_pem.write_to_path(files.other_ca)
     cert, key = str(tmp_path / "listener.pem"), str(tmp_path / "listener.key")
     ours = [f"--cert-file={cert}", f"--key-file={key}", f"--trusted-ca-file={files.other_ca}", *secure_options(files)]
-    listener = issue(authority, cert, key, timedelta(minutes=10))
+    listener = issue(authority, cert, key, timedelta(hours=3))
     with SecureEtcdServer(files) as etcd, ProxyProcess(etcd.url, ours) as proxy:
         assert proxy.metric(METRIC % "listener") == listener
         assert proxy.metric(METRIC % "upstream") > listener
