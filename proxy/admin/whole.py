@@ -84,7 +84,7 @@ class ProcessReport(msgspec.Struct, kw_only=True):
 
 
 class Beat(msgspec.Struct, kw_only=True):
-    """The report of a process to its parent, every second."""
+    """The report of a process to its parent, every few seconds."""
 
     problem: str = ""
     """Why it does not serve; "" if it does."""

@@ -50,10 +50,10 @@ from proxy.process.service_manager import ServiceManager
 from proxy.process.supervision import HUB, Kill, Phase, Start, Stop, Supervision
 from proxy.version import process_identity
 
-WAIT_S_MAX: Final = 1.0
+WAIT_S_MAX: Final = 2.5
 """The parent looks at its processes at least this often, and passes their reports on."""
 
-PASSED_ON_S: Final = 1.0
+PASSED_ON_S: Final = 2.5
 """How often the hub gets the reports of all processes."""
 
 IN_USE_S_MAX: Final = 2.0
@@ -182,7 +182,8 @@ class _Parent:
         return self._code
 
     def _timeout_s(self) -> float:
-        deadlines = (self._state.next_deadline(), self._passing.again_at)
+        alive_at = self._alive_at if self._announced and self._manager.interval_s else None
+        deadlines = (self._state.next_deadline(), self._passing.again_at, alive_at)
         now = time.monotonic()
         return min([WAIT_S_MAX, *(max(0.0, deadline - now) for deadline in deadlines if deadline is not None)])
 

@@ -17,9 +17,9 @@ from upstream.endpoints import Backoff
 HUB: Final = "hub"
 
 SILENT_S: Final = 15.0
-"""A process that reports nothing for this time is killed. Processes report every second: its event loop is blocked."""
+"""A process that reports nothing for this time is killed. Processes report every 2.5 s: its event loop is blocked."""
 
-LATE_S: Final = 3.0
+LATE_S: Final = 6.0
 """A worker that reports nothing for this time gets no new connections while others report."""
 
 RESTART_S_FIRST: Final = 0.25
