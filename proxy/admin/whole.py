@@ -44,7 +44,7 @@ MINIMA: Final = frozenset({"certificate_expiry_s"})
 OF_ALL: Final = frozenset(
     {
         *("history_bytes", "history_batches", "upstream_connections", "upstream_reads_total", "reads_failed_total"),
-        *("reads_hedged_total", "checks_waiting", "upstream_timeouts_total", "core_failures_total", "probes_total"),
+        *("reads_hedged_total", "checks_waiting", "upstream_timeouts_total", "core_failures_total"),
         *("probes_failed_total", "evictions_total", "coalesced_total"),
     }
 )
@@ -127,7 +127,10 @@ def merged(hub: Snapshot, workers: Iterable[Snapshot]) -> Snapshot:
     values: dict[str, Any] = {}
     for name in Snapshot.__struct_fields__:
         of_hub, of_workers = getattr(hub, name), [getattr(part, name) for part in parts]
-        if name == "covers":
+        if name == "address":
+            # Clients know the workers' address, not the hub's private socket.
+            values[name] = next((part.address for part in parts if part.address), of_hub)
+        elif name == "covers":
             values[name] = _covers(of_hub, [cover for each in of_workers for cover in each])
         elif name in OF_THE_HUB or isinstance(of_hub, str | bool | list):
             values[name] = of_hub

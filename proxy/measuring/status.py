@@ -98,8 +98,8 @@ def render(now: Snapshot, before: Snapshot | None = None, stale: str = "") -> Ta
     table.add_section()
     joins = ", ".join(f"{count:,} {kind}" for kind, count in now.joins_total.items() if count)
     # The proxy requests a watch of itself in each self-probe, and refuses it; the counters include these.
-    opened, refused = (max(0, total - now.probes_total) for total in (now.creates_total, now.creates_refused_total))
-    table.add_row("watches opened", f"{opened:,}", joins or "none yet")
+    refused = max(0, now.creates_refused_total - now.probes_total)
+    table.add_row("watches opened", f"{now.creates_total - now.creates_refused_total:,}", joins or "none yet")
     table.add_row("refused", f"{refused:,}", f"{now.compacted_total:,} cancelled as compacted")
     for limit, count in now.refusals_total.items():
         if count:

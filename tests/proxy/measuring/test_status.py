@@ -106,7 +106,7 @@ def test_the_status_counts_what_clients_did() -> None:
     text = " ".join(printed(status.render(now), 120).split())
     assert "on 1 stream, 1 connection │" in text
     assert "1 trunk, 0 backfills" in text
-    assert "watches opened │ 3" in text
+    assert "watches opened │ 2" in text
     assert "refused │ 1" in text
 
 

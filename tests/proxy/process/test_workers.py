@@ -278,11 +278,12 @@ def test_limits_of_the_whole_are_divided() -> None:
 def test_sums_are_of_workers_and_never_decrease() -> None:
     names = set(Snapshot.__struct_fields__)
     assert names >= OF_THE_HUB | MAXIMA | OF_ALL
-    hub = Snapshot(watches=2, trunks=1, events_received_total=5, probes_total=3, lagging_s=9.0)
-    parts = [Snapshot(watches=n, trunks=7, calls_total=n, probes_total=1, lagging_s=n) for n in (3, 4)]
+    hub = Snapshot(address="unix:///hub", watches=2, trunks=1, events_received_total=5, probes_total=3, lagging_s=9.0)
+    parts = [Snapshot(address=":1", watches=n, trunks=7, calls_total=n, probes_total=1, lagging_s=n) for n in (3, 4)]
     whole = merged(hub, parts)
     assert (whole.watches, whole.trunks, whole.events_received_total, whole.calls_total) == (7, 1, 5, 7)
-    assert (whole.probes_total, whole.lagging_s) == (5, 4)
+    # Probes as creates, which include them: those of the workers.
+    assert (whole.probes_total, whole.lagging_s, whole.address) == (2, 4, ":1")
     ended = None
     for part in parts:
         part.refusals_total = {"watches_max": 1}
