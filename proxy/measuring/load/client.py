@@ -8,6 +8,7 @@ bytes with their time of arrival; the client decodes them only to know when all 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def failure_of(error: grpc.aio.AioRpcError, secure: bool = False) -> str:
         return "TLS failed: the server there closed the connection; use http:// if it does not use TLS"
     if "Expected SETTINGS frame" in details or "Failed parsing HTTP/2" in details or "Socket closed" in details:
         return "the server there does not speak gRPC in plain text; give the client port, with https:// if it uses TLS"
+    if found := re.search(r"CERTIFICATE_VERIFY_FAILED: ([\w ]+)", details):
+        return f"its certificate is not trusted ({found[1]}); check the address and --cacert"
     if "handshake" in details or "certificate" in details.lower():
         return f"TLS failed; check the address, --cacert, --cert and --key: {details}"
     if error.code() is grpc.StatusCode.PERMISSION_DENIED:
