@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import subprocess
+import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,7 +18,8 @@ from proto.pb import rpc_pb2, rpc_pb2_grpc
 from tests.bench.sharing.bystander import quantiles
 from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.clients.restarting import PROGRAMS, starts_again
-from tests.etcd.server import EtcdServer
+from tests.etcd.server import EtcdServer, free_port
+from tests.waiting import until
 
 WATCH = "/etcdserverpb.Watch/Watch"
 COLD_CREATES = 4_000
@@ -64,8 +68,26 @@ async def _at_once(call: Any, creates: Iterable[bytes]) -> None:
     await writing
 
 
+@contextmanager
+def _floor(endpoint: str) -> Iterator[str]:
+    """Yield the address of a loop that only makes the system calls of a create from now."""
+    host, _, port = endpoint.rpartition(":")
+    listen = free_port()
+    with subprocess.Popen([sys.executable, "-m", "tests.bench.create_floor", host, port, str(listen)]) as process:
+        try:
+            until(lambda: _listens(listen), "the floor to listen")
+            yield f"127.0.0.1:{listen}"
+        finally:
+            process.kill()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def cold_creates(front: Front) -> Figures:
-    """One stream watches thousands of keys that no other client watches."""
+    """One stream watches thousands of keys that no other client watches; directly also through the floor."""
 
     async def measured(address: str, how: Callable[[Any, Iterable[bytes]], Any], messages: list[bytes]) -> float:
         async with grpc.aio.insecure_channel(address) as channel, watch_stream(channel) as call:
@@ -83,7 +105,16 @@ def cold_creates(front: Front) -> Figures:
             ("at once, next revision", _at_once, 3),
         ):
             messages = [create(b"%s %d" % (name.encode(), number), start) for number in range(COLD_CREATES)]
+            before_s = front.proxy.cpu_s() if front.proxy else 0.0
             figures[f"{name}: s"] = asyncio.run(measured(address, how, messages))
+            if front.proxy:
+                figures[f"{name}: CPU, us each"] = 1e6 * (front.proxy.cpu_s() - before_s) / COLD_CREATES
+        if not front.proxy:
+            messages = [create(b"floor %d" % number) for number in range(COLD_CREATES)]
+            with _floor(etcd.endpoint) as floor:
+                figures["one by one, now, the system calls alone: s"] = asyncio.run(
+                    measured(floor, _one_by_one, messages)
+                )
     return figures
 
 
