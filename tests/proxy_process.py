@@ -13,12 +13,22 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from proxy.config.knobs import Settings
 from proxy.process import running
+from tests.e2e.running import TIERS
 from tests.etcd.server import HOST, free_port
 from tests.waiting import until
+
+WORKERS: Final = int(os.environ.get("WORKERS", "1"))
+"""WORKERS=N: each proxy process of the tests has --workers=N."""
+
+HUB: Final = "--workers=1"
+"""The hub itself has neither workers nor a hub."""
+
+HUB_FLAGS: Final = ("--cacert", "--cert=", "--key=", "--user", "--password", "--insecure", "--probe-interval")
+"""With TIERS=2 each proxy process takes its watches from another one; these of its flags concern both."""
 
 
 class ProxyProcess:
@@ -41,6 +51,14 @@ class ProxyProcess:
         self.port = free_port()
         self.metrics_port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
+        self.hub: ProxyProcess | None = None
+        alone = not endpoints or any(flag.startswith(("--workers", "--watch-endpoints")) for flag in extra)
+        if WORKERS > 1 and not alone:
+            self.extra.append(f"--workers={WORKERS}")
+        if TIERS > 1 and not alone:
+            hub = [*(flag for flag in extra if flag.startswith(HUB_FLAGS)), HUB]
+            self.hub = ProxyProcess(endpoints, hub, environment, directory)
+            self.extra.append(f"--watch-endpoints=http://{self.hub.endpoint}")
         self._log = Path(tempfile.mkstemp(prefix="watchmux-proxy-", suffix=".log")[1])
 
     @property
@@ -49,11 +67,15 @@ class ProxyProcess:
         return f"{HOST}:{self.port}"
 
     def __enter__(self) -> Self:
+        if self.hub is not None:
+            self.hub.start()
         self.start()
         return self
 
     def __exit__(self, error: object, *_rest: object) -> None:
         self.kill()
+        if self.hub is not None:
+            self.hub.__exit__(error)
         if error is not None:
             sys.stderr.write(self.log()[-4000:])
         self._log.unlink(missing_ok=True)

@@ -35,7 +35,7 @@ def test_prints_the_same(server: EtcdBinary, client: EtcdBinary, part: str, tmp_
     with (
         EtcdServer(server) as direct,
         EtcdServer(server) as behind,
-        ProxyProcess(behind.endpoint, ["--linger=50ms"]) as proxy,
+        ProxyProcess(behind.endpoint, ["--linger=50ms", "--history-linger=0s"]) as proxy,
     ):
         players = []
         for name, endpoint, etcd in (("direct", direct.endpoint, direct), ("proxy", proxy.endpoint, behind)):

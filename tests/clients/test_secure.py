@@ -31,7 +31,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 def secure_proxy(etcd: SecureEtcdServer, files: Certificates) -> ProxyProcess:
     """Make a proxy that requires certificates, in front of an etcd that does."""
     listening = [f"--cert-file={files.server_cert}", f"--key-file={files.server_key}", f"--trusted-ca-file={files.ca}"]
-    return ProxyProcess(etcd.url, [*listening, *secure_options(files), "--linger=50ms"])
+    return ProxyProcess(etcd.url, [*listening, *secure_options(files), "--linger=50ms", "--history-linger=0s"])
 
 
 @pytest.mark.parametrize(
