@@ -29,7 +29,23 @@ async def hub_at(etcd: EtcdServer, port: int) -> Proxy:
     return hub
 
 
+async def calls_and_creates(leaf: Proxy, stopping: asyncio.Event) -> int:
+    """Make calls and watches until stopped, none of which may fail; return how many."""
+    done = 0
+    async with direct(f"{HOST}:{leaf.port}") as calls, await RawClient.connect(leaf.port) as client:
+        while not stopping.is_set():
+            revision = await calls.put(b"/c/%d" % (done % 50), b"1")
+            async with asyncio.timeout(10):
+                stream = await client.open_watch(b"/c/%d" % (done % 50), start_revision=revision)
+                assert (await stream.next()).events[0].kv.mod_revision == revision
+            stream.raw.cancel()
+            done += 1
+    return done
+
+
 def test_hubs_restart_in_turn_and_no_client_notices(etcd: EtcdServer) -> None:
+    """No event is lost, and no call and no create fails."""
+
     async def scenario() -> None:
         ports = [free_port(), free_port()]
         hubs = [await hub_at(etcd, port) for port in ports]
@@ -43,6 +59,8 @@ def test_hubs_restart_in_turn_and_no_client_notices(etcd: EtcdServer) -> None:
             streams = [(await each.open_watch(PREFIX, PREFIX_END, 1), 1) for each in (client, other)]
             writer = Writer(etcd.endpoint, 0.002)
             await writer.more(20)
+            stopping = asyncio.Event()
+            others = [asyncio.create_task(calls_and_creates(leaf, stopping)) for leaf in (one, two)]
             for turn in (0, 1, 0, 1):
                 breaks = one.upstream.breaks + two.upstream.breaks
                 carried = any(hubs[turn].listener.connections)
@@ -52,6 +70,8 @@ def test_hubs_restart_in_turn_and_no_client_notices(etcd: EtcdServer) -> None:
                 await until_async(lambda: one.upstream.connected and two.upstream.connected, "both leaves to go on", 20)
                 assert not carried or one.upstream.breaks + two.upstream.breaks > breaks
                 await writer.more(20)
+            stopping.set()
+            assert min(await asyncio.gather(*others)) >= 4
             await all_kept(streams, etcd.endpoint, await writer.stop())
             assert one.engine.stats.upstream_broken + two.engine.stats.upstream_broken > 0
         for hub in hubs:
