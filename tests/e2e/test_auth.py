@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -13,7 +13,6 @@ from proto.pb import rpc_pb2
 from proxy.server import Proxy
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import proxy_for
-from tests.e2e.scenario import run
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.server import EtcdServer
 from tests.waiting import until_async
@@ -46,16 +45,6 @@ async def proxy_and_client(etcd: EtcdServer) -> AsyncIterator[tuple[Proxy, RawCl
         yield proxy, client
 
 
-def scenario_of(etcd: EtcdServer, story: Callable[[Proxy, RawClient], Awaitable[None]]) -> None:
-    """Run a story with a proxy and a client of it."""
-
-    async def scenario() -> None:
-        async with proxy_and_client(etcd) as (proxy, client):
-            await story(proxy, client)
-
-    run(scenario())
-
-
 async def put(etcd: EtcdServer, key: str, value: str) -> None:
     """Put as root."""
     await asyncio.to_thread(etcd.ctl, "--user=root:r", "put", key, value)
@@ -68,34 +57,31 @@ EMPTY = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty
 
 @pytest.mark.parametrize("header", ["token", "authorization"])
 @pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
-def test_refusals_are_etcds(binary: EtcdBinary, header: str) -> None:
-    async def story(proxy: Proxy, client: RawClient) -> None:
-        token = await token_of(client, "u1")
-        stream = client.watch([(header, token)])
-        stream.create(b"b")
-        # A right to [a/, a0) does not cover everything from a/ on, though older releases of etcd allow that.
-        stream.create(b"a/k", b"a/z")
-        refused = await stream.next()
-        assert (refused.created, refused.canceled, refused.watch_id) == (True, True, -1)
-        assert refused.cancel_reason == DENIED
-        assert refused.header.revision > 0
-        assert (await stream.created()).watch_id == 0
-        for metadata, reason in (([(header, "nonsense")], INVALID), ([], EMPTY)):
-            stranger = client.watch(metadata)
-            stranger.create(b"a/k")
-            response = await stranger.next()
-            assert (response.created, response.canceled, response.cancel_reason) == (True, True, reason)
-        assert proxy.engine.core.stats.watches == 1
-
+async def test_refusals_are_etcds(binary: EtcdBinary, header: str) -> None:
     with EtcdServer(binary) as etcd:
         with_users(etcd)
-        scenario_of(etcd, story)
+        async with proxy_and_client(etcd) as (proxy, client):
+            token = await token_of(client, "u1")
+            stream = client.watch([(header, token)])
+            stream.create(b"b")
+            # A right to [a/, a0) does not cover everything from a/ on, though older releases of etcd allow that.
+            stream.create(b"a/k", b"a/z")
+            refused = await stream.next()
+            assert (refused.created, refused.canceled, refused.watch_id) == (True, True, -1)
+            assert refused.cancel_reason == DENIED
+            assert refused.header.revision > 0
+            assert (await stream.created()).watch_id == 0
+            for metadata, reason in (([(header, "nonsense")], INVALID), ([], EMPTY)):
+                stranger = client.watch(metadata)
+                stranger.create(b"a/k")
+                response = await stranger.next()
+                assert (response.created, response.canceled, response.cancel_reason) == (True, True, reason)
+            assert proxy.engine.core.stats.watches == 1
 
 
-def test_users_with_the_same_right_share_a_watch(etcd: EtcdServer) -> None:
+async def test_users_with_the_same_right_share_a_watch(etcd: EtcdServer) -> None:
     with_users(etcd)
-
-    async def story(_proxy: Proxy, client: RawClient) -> None:
+    async with proxy_and_client(etcd) as (_proxy, client):
         tokens = [await token_of(client, user) for user in ("u1", "u2", "u3")]
         base = etcd.watchers()
         streams = [client.watch([("token", token)]) for token in tokens[:2] for _ in range(5)]
@@ -111,13 +97,10 @@ def test_users_with_the_same_right_share_a_watch(etcd: EtcdServer) -> None:
             await until_async(lambda s=stream: s.values == [b"v"], "the event")  # type: ignore[misc]  # bound
         assert third.values == []
 
-    scenario_of(etcd, story)
 
-
-def test_a_trunk_outlives_the_user_who_opened_it(etcd: EtcdServer) -> None:
+async def test_a_trunk_outlives_the_user_who_opened_it(etcd: EtcdServer) -> None:
     with_users(etcd)
-
-    async def story(_proxy: Proxy, client: RawClient) -> None:
+    async with proxy_and_client(etcd) as (_proxy, client):
         first, second = await token_of(client, "u1"), await token_of(client, "u2")
         opener, stayer = client.watch([("token", first)]), client.watch([("token", second)])
         for stream in (opener, stayer):
@@ -127,13 +110,10 @@ def test_a_trunk_outlives_the_user_who_opened_it(etcd: EtcdServer) -> None:
         await put(etcd, "a/k", "1")
         await until_async(lambda: stayer.values == [b"1"], "the event")
 
-    scenario_of(etcd, story)
 
-
-def test_sessions_whose_token_etcd_forgets_are_ended(etcd: EtcdServer) -> None:
+async def test_sessions_whose_token_etcd_forgets_are_ended(etcd: EtcdServer) -> None:
     with_users(etcd)
-
-    async def story(proxy: Proxy, client: RawClient) -> None:
+    async with proxy_and_client(etcd) as (proxy, client):
         stream = client.watch([("token", await token_of(client, "u1"))])
         stayer = client.watch([("token", await token_of(client, "u2"))])
         for each, key in ((stream, b"a/k"), (stayer, b"a/l")):
@@ -154,11 +134,9 @@ def test_sessions_whose_token_etcd_forgets_are_ended(etcd: EtcdServer) -> None:
         assert stayer.raw.status in (None, Status.UNAVAILABLE)
         assert proxy.engine.core.stats.sessions == 2 - stayer.raw.over
 
-    scenario_of(etcd, story)
 
-
-def test_auth_is_enabled_while_clients_watch(etcd: EtcdServer) -> None:
-    async def story(_proxy: Proxy, client: RawClient) -> None:
+async def test_auth_is_enabled_while_clients_watch(etcd: EtcdServer) -> None:
+    async with proxy_and_client(etcd) as (_proxy, client):
         await client.open_watch(b"a/k")
         await asyncio.to_thread(with_users, etcd)
         # "Auth is off" is cached for a second at most; in that second a client is admitted, or refused.
@@ -170,5 +148,3 @@ def test_auth_is_enabled_while_clients_watch(etcd: EtcdServer) -> None:
             reasons.append(asked.responses[0].cancel_reason if asked.raw.messages else str(asked.raw.status))
         assert set(reasons) <= {"", EMPTY, str(int(Status.UNAVAILABLE))}
         await client.open_watch(b"a/k", metadata=[("token", await token_of(client, "u1"))])
-
-    scenario_of(etcd, story)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,6 @@ from proto.framing import Status
 from proxy.server import Proxy
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import next_to_etcd, proxy_for, two_tiers
-from tests.e2e.scenario import run
 from tests.e2e.test_auth import DENIED, INVALID, put, token_of, with_users
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.server import EtcdServer
@@ -37,22 +36,17 @@ async def broken(proxy: Proxy, way: Relay) -> None:
     await until_async(lambda: stats.upstream_resumed > resumed, "the connection to be back")
 
 
-def scenario_with(
-    etcd: EtcdServer,
-    story: Callable[[Proxy, RawClient, Relay], Awaitable[None]],
-    proxies: Proxies = proxy_for,
-) -> None:
-    """Run a scenario with a proxy behind a relay, and a client of the proxy; `proxies`: one proxy, or two tiers."""
-
-    async def scenario() -> None:
-        async with (
-            relay_to(etcd.client_port) as way,
-            proxies(way.endpoint) as proxy,
-            await RawClient.connect(proxy.port) as client,
-        ):
-            await story(proxy, client, way)
-
-    run(scenario())
+@asynccontextmanager
+async def behind_a_relay(
+    etcd: EtcdServer, proxies: Proxies = proxy_for
+) -> AsyncIterator[tuple[Proxy, RawClient, Relay]]:
+    """Yield a proxy behind a relay, a client of the proxy, and the relay; `proxies`: one proxy, or two tiers."""
+    async with (
+        relay_to(etcd.client_port) as way,
+        proxies(way.endpoint) as proxy,
+        await RawClient.connect(proxy.port) as client,
+    ):
+        yield proxy, client, way
 
 
 async def expire_while_using(client: RawClient, used: str) -> None:
@@ -70,96 +64,88 @@ async def expire_while_using(client: RawClient, used: str) -> None:
 
 
 @BOTH
-def test_one_expired_token_does_not_stop_the_others(proxies: Proxies) -> None:
-    async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
-        expiring, used = await token_of(client, "u1"), await token_of(client, "u2")
-        first = await client.open_watch(b"a/", b"a0", 0, [("token", expiring)])
-        second = await client.open_watch(b"a/", b"a0", 0, [("token", used)])
-        await expire_while_using(client, used)
-        late = client.watch([("token", expiring)])
-        late.create(b"a/", b"a0")
-        assert (await late.next()).cancel_reason == INVALID
-        await broken(proxy, way)
-        await put(etcd, "a/k", "1")
-        for stream in (first, second):
-            await until_async(lambda s=stream: s.values == [b"1"], "the event after the break")  # type: ignore[misc]
-            assert not stream.raw.over
-
+async def test_one_expired_token_does_not_stop_the_others(proxies: Proxies) -> None:
     with EtcdServer(extra=[f"--auth-token-ttl={TTL_S}"]) as etcd:
         with_users(etcd)
-        scenario_with(etcd, story, proxies)
+        async with behind_a_relay(etcd, proxies) as (proxy, client, way):
+            expiring, used = await token_of(client, "u1"), await token_of(client, "u2")
+            first = await client.open_watch(b"a/", b"a0", 0, [("token", expiring)])
+            second = await client.open_watch(b"a/", b"a0", 0, [("token", used)])
+            await expire_while_using(client, used)
+            late = client.watch([("token", expiring)])
+            late.create(b"a/", b"a0")
+            assert (await late.next()).cancel_reason == INVALID
+            await broken(proxy, way)
+            await put(etcd, "a/k", "1")
+            for stream in (first, second):
+                await until_async(lambda s=stream: s.values == [b"1"], "the event after the break")  # type: ignore[misc]
+                assert not stream.raw.over
 
 
 @pytest.mark.long
 @BOTH
-def test_sessions_return_with_new_tokens_when_all_expired(proxies: Proxies) -> None:
-    async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
-        tokens = [await token_of(client, user) for user in ("u1", "u2")]
-        streams = [await client.open_watch(b"a/", b"a0", 0, [("token", token)]) for token in tokens]
-        kept = await token_of(client, "u3")
-        other = await client.open_watch(b"b", b"", 0, [("authorization", kept)])
-        loop = asyncio.get_running_loop()
-        end = loop.time() + TTL_S + 1.5
-
-        def over() -> bool:
-            stream = client.watch([("token", kept)])
-            stream.create(b"b")
-            stream.raw.cancel()
-            return loop.time() > end
-
-        await until_async(over, "the tokens to expire")
-        await broken(proxy, way)
-        for stream in streams:
-            assert await stream.raw.end() == (Status.UNAVAILABLE, "etcdserver: invalid auth token")
-        again = await client.open_watch(b"a/", b"a0", 0, [("token", await token_of(client, "u1"))])
-        await put(etcd, "a/k", "1")
-        await put(etcd, "b", "2")
-        await until_async(lambda: again.values == [b"1"], "the event")
-        await until_async(lambda: other.values == [b"2"], "the event of the user who was not concerned")
-
+async def test_sessions_return_with_new_tokens_when_all_expired(proxies: Proxies) -> None:
     with EtcdServer(extra=[f"--auth-token-ttl={TTL_S}"]) as etcd:
         with_users(etcd)
-        scenario_with(etcd, story, proxies)
+        async with behind_a_relay(etcd, proxies) as (proxy, client, way):
+            tokens = [await token_of(client, user) for user in ("u1", "u2")]
+            streams = [await client.open_watch(b"a/", b"a0", 0, [("token", token)]) for token in tokens]
+            kept = await token_of(client, "u3")
+            other = await client.open_watch(b"b", b"", 0, [("authorization", kept)])
+            loop = asyncio.get_running_loop()
+            end = loop.time() + TTL_S + 1.5
+
+            def over() -> bool:
+                stream = client.watch([("token", kept)])
+                stream.create(b"b")
+                stream.raw.cancel()
+                return loop.time() > end
+
+            await until_async(over, "the tokens to expire")
+            await broken(proxy, way)
+            for stream in streams:
+                assert await stream.raw.end() == (Status.UNAVAILABLE, "etcdserver: invalid auth token")
+            again = await client.open_watch(b"a/", b"a0", 0, [("token", await token_of(client, "u1"))])
+            await put(etcd, "a/k", "1")
+            await put(etcd, "b", "2")
+            await until_async(lambda: again.values == [b"1"], "the event")
+            await until_async(lambda: other.values == [b"2"], "the event of the user who was not concerned")
 
 
 @pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
-def test_watches_beyond_a_right_are_refused(binary: EtcdBinary) -> None:
+async def test_watches_beyond_a_right_are_refused(binary: EtcdBinary) -> None:
     """From a key on, and from the first key on: releases before 3.5.33 and 3.6.14 allow those."""
-
-    async def story(proxy: Proxy, client: RawClient, _way: Relay) -> None:
-        token = await token_of(client, "u1")
-        root = await token_of(client, "root", "r")
-        # Also if a trunk for such a range exists already.
-        for key in (b"a/", b"a/k", b"\0"):
-            await client.open_watch(key, b"\0", 0, [("token", root)])
-        stream = client.watch([("token", token)])
-        for key, range_end in (
-            (b"a/", b"\0"),
-            (b"a/k", b"\0"),
-            (b"\0", b"\0"),
-            (b"", b"\0"),
-            (b"a/", b"a1"),
-            (b"a", b"a0"),
-        ):
-            for start in (0, 1):
-                stream.create(key, range_end, start)
-                response = await stream.next()
-                assert (response.created, response.canceled) == (True, True), (key, range_end)
-                assert response.cancel_reason == DENIED
-        stream.create(b"a/", b"a0")
-        await stream.created()
-        assert proxy.engine.core.stats.watches == 4
-
     with EtcdServer(binary) as etcd:
         with_users(etcd)
-        scenario_with(etcd, story)
+        async with behind_a_relay(etcd) as (proxy, client, _way):
+            token = await token_of(client, "u1")
+            root = await token_of(client, "root", "r")
+            # Also if a trunk for such a range exists already.
+            for key in (b"a/", b"a/k", b"\0"):
+                await client.open_watch(key, b"\0", 0, [("token", root)])
+            stream = client.watch([("token", token)])
+            for key, range_end in (
+                (b"a/", b"\0"),
+                (b"a/k", b"\0"),
+                (b"\0", b"\0"),
+                (b"", b"\0"),
+                (b"a/", b"a1"),
+                (b"a", b"a0"),
+            ):
+                for start in (0, 1):
+                    stream.create(key, range_end, start)
+                    response = await stream.next()
+                    assert (response.created, response.canceled) == (True, True), (key, range_end)
+                    assert response.cancel_reason == DENIED
+            stream.create(b"a/", b"a0")
+            await stream.created()
+            assert proxy.engine.core.stats.watches == 4
 
 
 @BOTH
-def test_a_revoked_role_does_not_stop_the_others(etcd: EtcdServer, proxies: Proxies) -> None:
+async def test_a_revoked_role_does_not_stop_the_others(etcd: EtcdServer, proxies: Proxies) -> None:
     with_users(etcd)
-
-    async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
+    async with behind_a_relay(etcd, proxies) as (proxy, client, way):
         first, second = [await token_of(client, user) for user in ("u1", "u2")]
         revoked = await client.open_watch(b"a/", b"a0", 0, [("token", first)])
         stayer = await client.open_watch(b"a/", b"a0", 0, [("token", second)])
@@ -176,8 +162,6 @@ def test_a_revoked_role_does_not_stop_the_others(etcd: EtcdServer, proxies: Prox
         await broken(proxy, way)
         for stream in (revoked, stayer):
             assert await stream.raw.end() == (Status.UNAVAILABLE, "etcdserver: permission denied")
-
-    scenario_with(etcd, story, proxies)
 
 
 def jwt_flags(directory: Path, ttl: str) -> list[str]:
@@ -196,71 +180,64 @@ def jwt_flags(directory: Path, ttl: str) -> list[str]:
 
 
 @pytest.mark.long
-def test_signed_tokens_that_are_older_than_the_users(tmp_path: Path) -> None:
+async def test_signed_tokens_that_are_older_than_the_users(tmp_path: Path) -> None:
     """With signed tokens any change of users invalidates all older ones: refused as etcd does, trunks rotate."""
-
-    async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
-        old = await token_of(client, "u1")
-        first = await client.open_watch(b"a/", b"a0", 0, [("token", old)])
-        await asyncio.to_thread(etcd.ctl, "--user=root:r", "user", "add", "another:p")
-        direct = await RawClient.connect(etcd.client_port)
-        reasons = []
-        for asked in (direct, client):
-            stream = asked.watch([("token", old)])
-            stream.create(b"a/", b"a0")
-            reasons.append((await stream.next()).cancel_reason)
-        await direct.close()
-        assert (
-            reasons[0]
-            == reasons[1]
-            == "rpc error: code = InvalidArgument desc = etcdserver: revision of auth store is old"
-        )
-        second = await client.open_watch(b"a/", b"a0", 0, [("token", await token_of(client, "u2"))])
-        await broken(proxy, way)
-        await put(etcd, "a/k", "1")
-        for stream in (first, second):
-            await until_async(lambda s=stream: s.values == [b"1"], "the event after the break")  # type: ignore[misc]
-        await asyncio.to_thread(etcd.ctl, "--user=root:r", "user", "delete", "another")
-        await broken(proxy, way)
-        for stream in (first, second):
-            status, text = await stream.raw.end()
-            assert (status, text) == (Status.UNAVAILABLE, "etcdserver: revision of auth store is old")
-
     with EtcdServer(extra=jwt_flags(tmp_path, "5m")) as etcd:
         with_users(etcd)
-        scenario_with(etcd, story)
+        async with behind_a_relay(etcd) as (proxy, client, way):
+            old = await token_of(client, "u1")
+            first = await client.open_watch(b"a/", b"a0", 0, [("token", old)])
+            await asyncio.to_thread(etcd.ctl, "--user=root:r", "user", "add", "another:p")
+            direct = await RawClient.connect(etcd.client_port)
+            reasons = []
+            for asked in (direct, client):
+                stream = asked.watch([("token", old)])
+                stream.create(b"a/", b"a0")
+                reasons.append((await stream.next()).cancel_reason)
+            await direct.close()
+            assert (
+                reasons[0]
+                == reasons[1]
+                == "rpc error: code = InvalidArgument desc = etcdserver: revision of auth store is old"
+            )
+            second = await client.open_watch(b"a/", b"a0", 0, [("token", await token_of(client, "u2"))])
+            await broken(proxy, way)
+            await put(etcd, "a/k", "1")
+            for stream in (first, second):
+                await until_async(lambda s=stream: s.values == [b"1"], "the event after the break")  # type: ignore[misc]
+            await asyncio.to_thread(etcd.ctl, "--user=root:r", "user", "delete", "another")
+            await broken(proxy, way)
+            for stream in (first, second):
+                status, text = await stream.raw.end()
+                assert (status, text) == (Status.UNAVAILABLE, "etcdserver: revision of auth store is old")
 
 
 @pytest.mark.long
-def test_signed_tokens_that_expire(tmp_path: Path) -> None:
-    async def story(proxy: Proxy, client: RawClient, way: Relay) -> None:
-        first = await client.open_watch(b"a/", b"a0", 0, [("token", await token_of(client, "u1"))])
-        end = asyncio.get_running_loop().time() + 5
-        await until_async(lambda: asyncio.get_running_loop().time() > end, "the token to expire")
-        second = await client.open_watch(b"a/", b"a0", 0, [("token", await token_of(client, "u2"))])
-        await broken(proxy, way)
-        await put(etcd, "a/k", "1")
-        for stream in (first, second):
-            await until_async(lambda s=stream: s.values == [b"1"], "the event after the break")  # type: ignore[misc]
-
+async def test_signed_tokens_that_expire(tmp_path: Path) -> None:
     with EtcdServer(extra=jwt_flags(tmp_path, "4s")) as etcd:
         with_users(etcd)
-        scenario_with(etcd, story)
+        async with behind_a_relay(etcd) as (proxy, client, way):
+            first = await client.open_watch(b"a/", b"a0", 0, [("token", await token_of(client, "u1"))])
+            end = asyncio.get_running_loop().time() + 5
+            await until_async(lambda: asyncio.get_running_loop().time() > end, "the token to expire")
+            second = await client.open_watch(b"a/", b"a0", 0, [("token", await token_of(client, "u2"))])
+            await broken(proxy, way)
+            await put(etcd, "a/k", "1")
+            for stream in (first, second):
+                await until_async(lambda s=stream: s.values == [b"1"], "the event after the break")  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
-def test_without_auth_no_token_is_needed(binary: EtcdBinary) -> None:
-    async def story(_proxy: Proxy, client: RawClient, _way: Relay) -> None:
-        stream = await client.open_watch(b"a/", b"a0")
-        await asyncio.to_thread(etcd.ctl, "put", "a/k", "1")
-        await until_async(lambda: stream.values == [b"1"], "the event")
-
+async def test_without_auth_no_token_is_needed(binary: EtcdBinary) -> None:
     with EtcdServer(binary) as etcd:
-        scenario_with(etcd, story)
+        async with behind_a_relay(etcd) as (_proxy, client, _way):
+            stream = await client.open_watch(b"a/", b"a0")
+            await asyncio.to_thread(etcd.ctl, "put", "a/k", "1")
+            await until_async(lambda: stream.values == [b"1"], "the event")
 
 
-def test_without_auth_one_probe_a_second_at_most(etcd: EtcdServer) -> None:
-    async def story(proxy: Proxy, client: RawClient, _way: Relay) -> None:
+async def test_without_auth_one_probe_a_second_at_most(etcd: EtcdServer) -> None:
+    async with behind_a_relay(etcd) as (proxy, client, _way):
         await asyncio.to_thread(etcd.ctl, "put", "a/k", "0")
         await client.open_watch(b"a/", b"a0", 1)
         loop = asyncio.get_running_loop()
@@ -268,5 +245,3 @@ def test_without_auth_one_probe_a_second_at_most(etcd: EtcdServer) -> None:
         for _ in range(60):
             await client.open_watch(b"a/", b"a0", 2)
         assert proxy.reader.reads - reads <= 1 + (loop.time() - began)
-
-    scenario_with(etcd, story)

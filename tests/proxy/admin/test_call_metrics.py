@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc.aio
@@ -20,7 +21,7 @@ from proxy.server import Proxy
 from tests.e2e.running import proxy_for
 from tests.etcd.server import EtcdServer
 from tests.proxy.admin.test_metrics import faults, scrape, watch
-from tests.waiting import run, until_async
+from tests.waiting import until_async
 
 
 def handled(proxy: Proxy) -> dict[tuple[str, str], int]:
@@ -35,18 +36,17 @@ def handled(proxy: Proxy) -> dict[tuple[str, str], int]:
     }
 
 
-def with_proxy(etcd: EtcdServer, story: Callable[[Proxy, grpc.aio.Channel], Awaitable[None]]) -> None:
-    async def scenario() -> None:
-        async with proxy_for(etcd) as proxy:
-            await until_async(lambda: proxy.health.serving, "the proxy to find etcd")
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{proxy.port}") as channel:
-                await story(proxy, channel)
+@asynccontextmanager
+async def proxy_and_channel(etcd: EtcdServer) -> AsyncIterator[tuple[Proxy, grpc.aio.Channel]]:
+    """Yield a proxy that has found etcd, and a channel to it."""
+    async with proxy_for(etcd) as proxy:
+        await until_async(lambda: proxy.health.serving, "the proxy to find etcd")
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{proxy.port}") as channel:
+            yield proxy, channel
 
-    run(scenario())
 
-
-def test_calls_are_counted_by_method_and_code(etcd: EtcdServer) -> None:
-    async def story(proxy: Proxy, channel: grpc.aio.Channel) -> None:
+async def test_calls_are_counted_by_method_and_code(etcd: EtcdServer) -> None:
+    async with proxy_and_channel(etcd) as (proxy, channel):
         kv = rpc_pb2_grpc.KVStub(channel)
         for _ in range(3):
             await kv.Range(rpc_pb2.RangeRequest(key=b"a"))
@@ -57,12 +57,9 @@ def test_calls_are_counted_by_method_and_code(etcd: EtcdServer) -> None:
         assert methods[b"/etcdserverpb.KV/Range"].started == sum(methods[b"/etcdserverpb.KV/Range"].buckets) == 3
         assert 0 < methods[b"/etcdserverpb.KV/Range"].seconds < 60
 
-    with_proxy(etcd, story)
 
-
-def test_a_client_that_leaves_is_a_canceled_call(etcd: EtcdServer) -> None:
-    async def story(proxy: Proxy, channel: grpc.aio.Channel) -> None:
-        del channel
+async def test_a_client_that_leaves_is_a_canceled_call(etcd: EtcdServer) -> None:
+    async with proxy_and_channel(etcd) as (proxy, _channel):
         leaving, calls = await watch(proxy, 2)
         assert proxy.listener.calls.methods[b"/etcdserverpb.Watch/Watch"].started == 2
         assert handled(proxy) == {}
@@ -71,11 +68,9 @@ def test_a_client_that_leaves_is_a_canceled_call(etcd: EtcdServer) -> None:
         await leaving.close()
         await until_async(lambda: handled(proxy) == {("Watch", "Canceled"): 2}, "the lost connection")
 
-    with_proxy(etcd, story)
 
-
-def test_methods_that_clients_make_up_share_one_label(etcd: EtcdServer) -> None:
-    async def story(proxy: Proxy, channel: grpc.aio.Channel) -> None:
+async def test_methods_that_clients_make_up_share_one_label(etcd: EtcdServer) -> None:
+    async with proxy_and_channel(etcd) as (proxy, channel):
         for number in range(50):
             call: Any = channel.unary_unary(f"/made.Up/Method{number}")
             with pytest.raises(grpc.aio.AioRpcError):
@@ -83,18 +78,13 @@ def test_methods_that_clients_make_up_share_one_label(etcd: EtcdServer) -> None:
         assert list(proxy.listener.calls.methods) == [UNKNOWN]
         assert handled(proxy) == {("unknown", "Unimplemented"): 50}
 
-    with_proxy(etcd, story)
 
-
-def test_the_self_probe_is_not_a_call_of_a_client(etcd: EtcdServer) -> None:
-    async def story(proxy: Proxy, channel: grpc.aio.Channel) -> None:
-        del channel
+async def test_the_self_probe_is_not_a_call_of_a_client(etcd: EtcdServer) -> None:
+    async with proxy_and_channel(etcd) as (proxy, _channel):
         await until_async(lambda: proxy.engine.core.header is not None, "a header")
         proxy.probe.attempt()
         await until_async(lambda: proxy.probe._run is not None and proxy.probe._run.answered, "the answer")
         assert proxy.listener.calls.methods == {}
-
-    with_proxy(etcd, story)
 
 
 def test_a_call_is_counted_once_however_it_ends() -> None:
