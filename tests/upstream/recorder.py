@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from proto.scan import Header, WatchResponse
 from tests.upstream.stories import Opened
+from tests.waiting import until_async
 from upstream.endpoints import parse_endpoints
 from upstream.settings import UpstreamSettings
 from upstream.watching.client import WatchClient
@@ -67,6 +68,12 @@ class Recorder:
 
     def resumed(self) -> None:
         self.resumes += 1
+
+    async def open(self, client: WatchClient, *watches: Opened) -> None:
+        """Open watches, and wait until all of them are created."""
+        for watch in watches:
+            client.open(watch)
+        await until_async(lambda: all(map(self.created, watches)), "the watches")
 
     def of(self, watch: Opened) -> list[WatchResponse]:
         """Return all responses of a watch."""

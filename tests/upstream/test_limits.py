@@ -82,8 +82,7 @@ async def test_server_that_answers_no_ping_is_given_up_and_counted() -> None:
         seen = Recorder()
         async with watching(etcd.endpoint, seen, settings) as client:
             watch = Opened(b"a")
-            client.open(watch)
-            await until_async(lambda: seen.created(watch), "the watch")
+            await seen.open(client, watch)
             for connection in etcd.connections:
                 connection.frozen = True
             await until_async(lambda: client.timeouts["keepalive_timeout_s"] == 1, "it to be counted")
@@ -183,8 +182,7 @@ async def test_the_size_of_a_watch_response(taken: bool) -> None:
         seen = Recorder()
         watch = Opened(b"a")
         async with watching(etcd.endpoint, seen, UpstreamSettings(watch_message_bytes_max=limit)) as client:
-            client.open(watch)
-            await until_async(lambda: seen.created(watch), "the watch")
+            await seen.open(client, watch)
             (call,) = etcd.watches()
             call.send(response)
             if taken:

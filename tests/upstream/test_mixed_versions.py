@@ -21,13 +21,11 @@ async def test_progress_order_is_known_per_stream() -> None:
         seen = Recorder()
         a, fill = Opened(b"a"), Opened(b"f", start_revision=1, is_backfill=True)
         async with watching(etcd.endpoint, seen) as client:
-            client.open(a)
-            await until_async(lambda: seen.created(a), "the watch")
+            await seen.open(client, a)
             first = etcd.watches()[0]
             etcd.version = "3.5.30"
             first.connection.go_away(2**31 - 1)
-            client.open(fill)
-            await until_async(lambda: seen.created(fill), "a new stream, on another connection")
+            await seen.open(client, fill)
             assert client.ordered_progress
             client.request_progress(1)
             await until_async(lambda: seen.progress(fill) == 10, "the proof of the new stream")

@@ -26,8 +26,7 @@ async def test_create_that_is_too_large_is_lost_alone(backfill: bool) -> None:
             seen = Recorder()
             live = Opened(b"live")
             async with watching(etcd.endpoint, seen) as client:
-                client.open(live)
-                await until_async(lambda: seen.created(live), "the watch")
+                await seen.open(client, live)
                 large = [Opened(KEY + b"%d" % number, start_revision=1, is_backfill=backfill) for number in range(3)]
                 for each in large:
                     client.open(each)
@@ -66,9 +65,7 @@ async def test_a_large_delete_comes_whole_and_others_overtake_it(etcd: EtcdServe
         async with watching(etcd.endpoint, seen) as client:
             for first in range(0, len(keys), 100):
                 await writer.put_many(keys[first : first + 100])
-            client.open(many)
-            client.open(other)
-            await until_async(lambda: seen.created(many) and seen.created(other), "the watches")
+            await seen.open(client, many, other)
             deleted = await writer.delete(b"many/", b"many0")
             last = await writer.put(b"other")
             await until_async(lambda: seen.revisions(other) == [last], "the event of the other watch")

@@ -105,8 +105,7 @@ async def test_manual_progress_is_asked_only_of_versions_that_order_it(version: 
         seen = Recorder()
         a = Opened(b"a")
         async with watching(etcd.endpoint, seen) as client:
-            client.open(a)
-            await until_async(lambda: seen.created(a), "the watch")
+            await seen.open(client, a)
             assert client.ordered_progress is ordered
             client.request_progress(1)
             if ordered:
@@ -128,8 +127,7 @@ async def test_server_that_refuses_its_status(refusal: tuple[int, str], ordered:
         seen = Recorder()
         a = Opened(b"a")
         async with watching(etcd.endpoint, seen) as client:
-            client.open(a)
-            await until_async(lambda: seen.created(a), "the watch")
+            await seen.open(client, a)
             assert client.ordered_progress is ordered
 
 
@@ -138,8 +136,7 @@ async def test_no_leader_goes_to_another_endpoint() -> None:
         seen = Recorder()
         a = Opened(b"a")
         async with watching(f"{cut_off.endpoint},{whole.endpoint}", seen) as client:
-            client.open(a)
-            await until_async(lambda: seen.created(a), "the watch")
+            await seen.open(client, a)
             assert (client.server or ())[:2] == (cut_off.endpoint, "3.5.30")
             cut_off.leader = 0
             cut_off.watches()[0].end(14, NO_LEADER)
@@ -156,8 +153,7 @@ async def test_no_leader_anywhere_is_reported_and_watches_continue() -> None:
         a = Opened(b"a")
         dead = f"127.0.0.1:{free_port()}"
         async with watching(f"{one.endpoint},{two.endpoint},{dead}", seen, log=log) as client:
-            client.open(a)
-            await until_async(lambda: seen.created(a), "the watch")
+            await seen.open(client, a)
             one.leader = two.leader = 0
             one.watches()[0].end(14, NO_LEADER)
             await until_async(lambda: seen.leaderless, "no_leader")
@@ -227,8 +223,7 @@ async def test_endpoint_without_watch_service_is_left_for_another() -> None:
         seen = Recorder()
         a = Opened(b"a")
         async with watching(f"{other.endpoint},{etcd.endpoint}", seen) as client:
-            client.open(a)
-            await until_async(lambda: seen.created(a), "the watch")
+            await seen.open(client, a)
             assert (client.server or ())[:2] == (etcd.endpoint, "3.5.30")
             assert seen.losses == []
 
@@ -294,8 +289,7 @@ async def test_a_response_above_the_limit_ends_its_watch_alone(sizes: list[int])
         a, b = Opened(b"a"), Opened(b"b")
         async with watching(etcd.endpoint, seen, UpstreamSettings(watch_message_bytes_max=80_000)) as client:
             client.open(a)
-            client.open(b)
-            await until_async(lambda: seen.created(b), "the watches")
+            await seen.open(client, b)
             (call,) = etcd.watches()
             call.send(events_of(0, sizes))
             call.answer(1, 13, [13])
@@ -315,8 +309,7 @@ async def test_an_unreadable_response_is_a_break(garbage: bytes) -> None:
         seen = Recorder()
         a = Opened(b"a")
         async with watching(etcd.endpoint, seen) as client:
-            client.open(a)
-            await until_async(lambda: seen.created(a), "the watch")
+            await seen.open(client, a)
             etcd.watches()[0].send_raw(garbage)
             await until_async(lambda: len(etcd.watches()) == 2 and etcd.watches()[1].messages, "a second try")
             etcd.watches()[1].answer(0, 11, [11])
@@ -330,8 +323,7 @@ async def test_a_server_that_stops_answering_is_noticed() -> None:
         a = Opened(b"a")
         settings = UpstreamSettings(connection=ConnectionSettings(keepalive_s=0.1, keepalive_timeout_s=0.1))
         async with watching(f"{etcd.endpoint},{other.endpoint}", seen, settings, log) as client:
-            client.open(a)
-            await until_async(lambda: seen.created(a), "the watch")
+            await seen.open(client, a)
             etcd.connections[0].frozen = True
             etcd.mute = True
             await until_async(lambda: (client.server or ())[:2] == (other.endpoint, "3.5.30"), "the other endpoint")
@@ -363,8 +355,7 @@ async def test_listener_may_call_the_client_from_a_callback() -> None:
         a = Opened(b"a")
         async with watching(etcd.endpoint, seen) as client:
             seen.client = client
-            client.open(a)
-            await until_async(lambda: seen.created(a), "the watch")
+            await seen.open(client, a)
             call = etcd.watches()[0]
             etcd.on_watch = etcd.answer_watch
             call.answer(0, 11, [11])
@@ -382,6 +373,5 @@ async def test_revision_regressed_lowers_the_newest_revision() -> None:
             client.revision_regressed(3)
             etcd.revision = 3
             ahead = Opened(b"a", start_revision=8)
-            client.open(ahead)
-            await until_async(lambda: seen.created(ahead), "the watch")
+            await seen.open(client, ahead)
             assert requests(etcd.watches()[0]) == ["create a from 0"]

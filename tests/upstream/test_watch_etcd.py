@@ -33,9 +33,7 @@ async def test_events_prev_kv_and_the_past(etcd: EtcdServer, etcd_binary: EtcdBi
         seen = Recorder()
         now, past = Opened(b"a", prev_kv=True), Opened(b"", b"\x00", start_revision=first)
         async with watching(etcd.endpoint, seen) as client:
-            client.open(now)
-            client.open(past)
-            await until_async(lambda: seen.created(now) and seen.created(past), "the watches")
+            await seen.open(client, now, past)
             second = await writer.put(b"a", b"2")
             await until_async(lambda: seen.revisions(now) == [second], "the event")
             await until_async(lambda: seen.revisions(past) == [first, second], "the past")
@@ -57,9 +55,7 @@ async def test_nothing_is_lost_over_a_restart(etcd: EtcdServer, how: str) -> Non
         all_keys = Opened(b"k", b"l")
         quiet = Opened(b"quiet")
         async with watching(etcd.endpoint, seen, log=log) as client:
-            client.open(all_keys)
-            client.open(quiet)
-            await until_async(lambda: seen.created(all_keys) and seen.created(quiet), "the watches")
+            await seen.open(client, all_keys, quiet)
             written = [await writer.put(b"k%d" % number) for number in range(20)]
             await asyncio.to_thread(etcd.stop if how == "stop" else etcd.kill)
             await until_async(lambda: not client.connected, "the break")
@@ -83,9 +79,7 @@ async def test_progress_is_proven_and_true(etcd: EtcdServer) -> None:
         seen = Recorder()
         busy, quiet = Opened(b"k", b"l"), Opened(b"quiet")
         async with watching(etcd.endpoint, seen) as client:
-            client.open(busy)
-            client.open(quiet)
-            await until_async(lambda: seen.created(busy) and seen.created(quiet), "the watches")
+            await seen.open(client, busy, quiet)
             for number in range(30):
                 last = await writer.put(b"k%d" % number)
                 client.request_progress(1)
@@ -145,13 +139,10 @@ async def test_watches_that_sleep_through_a_compaction(etcd: EtcdServer) -> None
         seen = Recorder()
         asleep, proven, busy = Opened(b"asleep"), Opened(b"proven", token=b"x"), Opened(b"busy", token=b"x")
         async with relay_to(etcd.client_port) as way, watching(way.endpoint, seen) as client:
-            client.open(asleep)
-            await until_async(lambda: seen.created(asleep), "the watch")
+            await seen.open(client, asleep)
             await writer.put(b"asleep")
             await until_async(lambda: seen.revisions(asleep), "its event")
-            client.open(proven)
-            client.open(busy)
-            await until_async(lambda: seen.created(proven) and seen.created(busy), "the others")
+            await seen.open(client, proven, busy)
             for _ in range(5):
                 last = await writer.put(b"busy")
             await until_async(lambda: len(seen.revisions(busy)) == 5, "the events")
@@ -180,8 +171,7 @@ async def test_a_large_revision_comes_in_one_piece(etcd: EtcdServer) -> None:
         seen = Recorder()
         live = Opened(b"k", b"l")
         async with watching(etcd.endpoint, seen) as client:
-            client.open(live)
-            await until_async(lambda: seen.created(live), "the watch")
+            await seen.open(client, live)
             value = bytes(200_000)
             for number in range(100):
                 await writer.put(b"k%03d" % number, value)
@@ -189,8 +179,7 @@ async def test_a_large_revision_comes_in_one_piece(etcd: EtcdServer) -> None:
             await until_async(lambda: len(seen.revisions(live)) == 100, "the puts")
             past = Opened(b"k", b"l", start_revision=2, prev_kv=True, is_backfill=True)
             gone = Opened(b"k", b"l", prev_kv=True)
-            client.open(gone)
-            await until_async(lambda: seen.created(gone), "the watch with prev_kv")
+            await seen.open(client, gone)
             done = await asyncio.to_thread(etcd.ctl, "del", "--prefix", "k")
             assert done.stdout.strip() == "100"
             await until_async(lambda: seen.revisions(gone), "the deletes")
@@ -270,8 +259,7 @@ async def test_a_real_etcd_without_a_leader() -> None:
         seen = Recorder()
         a = Opened(b"a")
         async with watching(f"{one.endpoint},{two.endpoint}", seen) as client:
-            client.open(a)
-            await until_async(lambda: seen.created(a), "the watch")
+            await seen.open(client, a)
             first = await writer.put(b"a")
             await until_async(lambda: seen.revisions(a) == [first], "the event")
             await asyncio.to_thread(two.kill)

@@ -24,8 +24,7 @@ async def test_a_stream_that_ends_is_opened_again_on_its_connection(how: str) ->
         seen = Recorder()
         a = Opened(b"a")
         async with watching(etcd.endpoint, seen) as client:
-            client.open(a)
-            await until_async(lambda: seen.created(a), "the watch")
+            await seen.open(client, a)
             first = etcd.watches()[0]
             if how == "status":
                 first.end(14, "etcdserver: server stopped")
@@ -74,8 +73,7 @@ async def test_goaway_is_not_a_break(answered: bool) -> None:
             etcd.on_watch = etcd.answer_watch
             (first,) = etcd.watches()
             first.connection.go_away(2**31 - 1)
-            client.open(fill)
-            await until_async(lambda: seen.created(fill), "a new stream, on another connection")
+            await seen.open(client, fill)
             assert etcd.watches()[1].connection is not first.connection
             if answered:
                 first.answer(0, 12, [12])
@@ -92,8 +90,7 @@ async def test_streams_that_a_connection_does_not_take_any_more_move() -> None:
         seen = Recorder()
         a, b = Opened(b"a"), Opened(b"b", token=b"t")
         async with watching(etcd.endpoint, seen) as client:
-            client.open(a)
-            await until_async(lambda: seen.created(a), "the watch")
+            await seen.open(client, a)
             went: list[ScriptedCall] = []
 
             def go_away(call: ScriptedCall) -> None:
@@ -102,8 +99,7 @@ async def test_streams_that_a_connection_does_not_take_any_more_move() -> None:
                     call.connection.go_away(call.stream.id - 2)
 
             etcd.on_call = go_away
-            client.open(b)
-            await until_async(lambda: seen.created(b), "the second watch")
+            await seen.open(client, b)
             assert (client.breaks, seen.losses) == (0, [])
 
 
