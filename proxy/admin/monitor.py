@@ -61,7 +61,7 @@ class Monitor:
         """`whole`: the reports of all processes, if this proxy is the hub: then everything here is about the whole."""
         self._proxy = proxy
         self.whole = whole
-        self.limits = limits
+        self.limits = limits if whole is None else lambda: whole.limits
         """Returns the limits in force, by setting; 0 means no limit."""
         self._source = SnapshotSource(proxy, address)
         self._own_deliveries = watch_deliveries(proxy.listener, proxy.engine)

@@ -103,6 +103,8 @@ class Order(msgspec.Struct, kw_only=True):
     settings: str = ""
     reports: list[msgspec.Raw] | None = None
     """The newest `ProcessReport` of each process that runs."""
+    limits: dict[str, float] | None = None
+    """With changed settings: the limits of the whole, by setting."""
     ended: dict[str, ProcessReport] | None = None
     """By name, the counters of its processes that have ended; None: they are as before."""
 
@@ -220,10 +222,16 @@ class Whole:
     """What the parent knows of all processes, as the hub has it."""
 
     def __init__(
-        self, reports: Sequence[msgspec.Raw] = (), ended: Mapping[str, ProcessReport] | None = None, since: float = 0.0
+        self,
+        reports: Sequence[msgspec.Raw] = (),
+        ended: Mapping[str, ProcessReport] | None = None,
+        since: float = 0.0,
+        limits: Mapping[str, float] | None = None,
     ) -> None:
         """`since`: the time at which the parent started, in seconds since the epoch."""
         self.since = since
+        self.limits = dict(limits or {})
+        """The limits of the whole as they are configured, by setting; each process has its part."""
         self.ended = dict(ended or {})
         """By name, the counters of processes that have ended."""
         self._raw = list(reports)
@@ -235,6 +243,8 @@ class Whole:
             self._raw, self._reports = order.reports, None
         if order.ended is not None:
             self.ended = order.ended
+        if order.limits is not None:
+            self.limits = order.limits
 
     @property
     def reports(self) -> list[ProcessReport]:

@@ -34,7 +34,7 @@ import msgspec
 
 from proxy import logs
 from proxy.admin.whole import Beat, Order, ProcessReport, Whole, with_ended
-from proxy.config.knobs import Settings
+from proxy.config.knobs import Settings, limits
 from proxy.config.values import Address, parse_listen_address, parse_metrics_address
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed, complain
 from proxy.listening.handing import Handed
@@ -278,7 +278,7 @@ class _Parent:
         path = os.path.join(self._directory, HUB_SOCKET)
         if name == HUB:
             settings = shares.hub_settings(self._settings, self._workers, path)
-            whole = Whole(self._reports(), self._ended, self._since)
+            whole = Whole(self._reports(), self._ended, self._since, limits(self._settings))
             place = ProcessPlace(name, listening, metrics=self._metrics, whole=whole)
         else:
             hub = f"http+unix://{path}"
@@ -391,4 +391,4 @@ class _Parent:
                 theirs = shares.hub_settings(settings, self._workers, path)
             else:
                 theirs = shares.worker_settings(settings, self._workers, f"http+unix://{path}")
-            process.send(Order(settings=base64.b64encode(pickle.dumps(theirs)).decode()))
+            process.send(Order(settings=base64.b64encode(pickle.dumps(theirs)).decode(), limits=limits(settings)))

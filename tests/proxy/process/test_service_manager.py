@@ -76,14 +76,15 @@ async def test_without_a_manager_nothing_happens(environment: dict[str, str]) ->
     assert told._timer is None
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_served_proxy_is_ready_alive_and_stopping(
-    tmp_path: Path, etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch
+    workers: int, tmp_path: Path, etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(tmp_path / "notify")
     manager = Manager(path)
     monkeypatch.setenv("NOTIFY_SOCKET", path)
     monkeypatch.setenv("WATCHDOG_USEC", "300000")
-    with served(tmp_path, f"--endpoints={etcd.endpoint}") as proxy:
+    with served(tmp_path, f"--endpoints={etcd.endpoint}", f"--workers={workers}") as proxy:
         until(lambda: "WATCHDOG=1" in manager.hear(), "a watchdog notification", 20)
         assert proxy.end() == 0
     assert manager.hear()[0] == "READY=1"
