@@ -137,7 +137,6 @@ class Progress:
         self._bookmark_at = state.now + state.limits.bookmark_s / _LOOKS
         if state.ordered_progress:
             old = state.now - state.limits.bookmark_s / 2
-            upstreams = [trunk.upstream for trunk in state.trunks.values() if trunk.proven_at <= old]
-            quiet = [upstream for upstream in upstreams if not upstream.closed]
+            quiet = [trunk.upstream for trunk in state.trunks.values() if trunk.proven_at <= old]
             if quiet:
                 self._requests.want(*quiet)

@@ -12,6 +12,8 @@ asked for their revision only; proofs are events and progress notifies, and answ
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from coalesce.effects import RequestProgress
 from coalesce.model import Backfill, Session, Upstream
 from coalesce.state import CoreState
@@ -91,12 +93,16 @@ class ProgressRequests:
     def want(self, *upstreams: Upstream) -> None:
         """Make a request soon, for the waiting sessions and these upstream watches; repeat it at short pauses."""
         state = self._state
-        state.to_ask.update(dict.fromkeys(upstreams))
+        self._add(upstreams)
         self._wanted = state.progress_serial + 1
         self._pause_s = state.limits.progress_retry_s
         at = state.now + self._pause_s
         self._retry_at = at if self._retry_at is None else min(self._retry_at, at)
         self._ask_soon()
+
+    def _add(self, upstreams: Iterable[Upstream]) -> None:
+        """Let the next request ask these too; that of a refused cover is closed while its watches leave."""
+        self._state.to_ask.update((upstream, None) for upstream in upstreams if not upstream.closed)
 
     def forget(self, session: Session) -> None:
         """Remove a session that does not wait any more."""
@@ -143,7 +149,7 @@ class ProgressRequests:
                 state.to_ask[backfill.upstream] = None
                 if backfill.is_upgrade:
                     state.to_ask[backfill.trunk.upstream] = None
-        state.to_ask.update(dict.fromkeys(notices.trunk.upstream for notices in waiters.rounds))
+        self._add(notices.trunk.upstream for notices in waiters.rounds)
         self._ask(again=True)
 
     def _may_prove(self, backfill: Backfill) -> bool:

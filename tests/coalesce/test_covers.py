@@ -483,3 +483,23 @@ def test_a_round_goes_on_while_its_watches_move(monkeypatch: pytest.MonkeyPatch)
     shell.settle()
     shell.events(trunks[b"/s/b"], put(20, b"/s/b"))
     assert b.read() == ["#0 @12 progress", "#0 @20 put 20 /s/b=v"]
+
+
+def test_a_refused_cover_is_not_asked_for_progress() -> None:
+    """Found by the simulator with short steps, seed 100712: its watches leave it over several steps."""
+    shell, _ = covered(step_watches_max=1, progress_notify_s=1.0)
+    clients = [joined(shell, b"/s/%d" % place, progress_notify=True) for place in range(3)]
+    (cover,) = shell.opened
+    shell.bookmark(cover, 12)
+    shell.wait(1.5)
+    assert shell.asked.pop() == (cover,)
+    shell.asked.clear()
+    shell.do(shell.core.upstream_lost, cover, UpstreamLost(Status.PERMISSION_DENIED, "denied"))
+    shell.now += 10
+    shell.do(shell.core.expire)
+    shell.settle()
+    for upstream in shell.opened[1:]:
+        shell.created(upstream, 12)
+        shell.bookmark(upstream, 13)
+    assert [client.read() for client in clients] == [["#0 @12 progress", "#0 @13 progress"]] * 3
+    assert cover not in [upstream for asked in shell.asked for upstream in asked]

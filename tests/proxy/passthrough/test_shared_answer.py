@@ -11,9 +11,13 @@ import grpc
 import grpc.aio
 import pytest
 
+from proto.framing import frame
 from proxy.passthrough.shared_reads import RANGE
+from tests.e2e.raw_client import RawStream
 from tests.etcd.server import HOST
 from tests.proxy.passthrough.test_passthrough import Running, passing
+from tests.proxy.passthrough.test_passthrough_unseen import client_of
+from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.waiting import until_async
 
 CALLS = 5
@@ -104,3 +108,48 @@ async def test_a_read_is_cancelled_at_the_server_with_its_last_call() -> None:
         await until_async(lambda: handler.cancelled == 1, "the first read to be cancelled")
         calls[-1].cancel()
         await until_async(lambda: handler.cancelled == 2, "the shared read to be cancelled")
+
+
+@asynccontextmanager
+async def scripted_calls() -> AsyncIterator[tuple[Running, ScriptedEtcd, list[RawStream], ScriptedCall]]:
+    """Yield a proxy in front of a scripted etcd, calls that share a read, and that read, which is not answered yet."""
+    async with scripted() as etcd, passing(etcd.endpoint) as running, await client_of(running) as client:
+        etcd.on_message = lambda *_: None
+        calls = []
+        for _ in range(CALLS):
+            call = client.call(RANGE.decode())
+            call.send(b"a read", end=True)
+            calls.append(call)
+        stats = running.passthrough.stats
+        await until_async(lambda: stats.range_calls == CALLS and etcd.calls, "the calls")
+        etcd.answer(etcd.calls[0], b"first")
+        assert (await calls[0].next(), await calls[0].end()) == (b"first", (0, ""))
+        await until_async(lambda: len(etcd.calls) == 2, "the shared read")
+        yield running, etcd, calls[1:], etcd.calls[1]
+        assert stats.shared_reads_bytes == stats.resend_bytes == 0
+
+
+@pytest.mark.parametrize("sent", [0, 3, 1000])
+async def test_a_shared_read_goes_on_after_goaway(sent: int) -> None:
+    """A server that is stopped in good order finishes the calls it has begun (RFC 9113 6.8)."""
+    message = b"an answer" * 1000
+    async with scripted_calls() as (_, etcd, calls, shared):
+        answer = frame(message)
+        shared.send_raw(answer[:sent])
+        shared.connection.go_away(shared.stream.id)
+        await until_async(lambda: len(etcd.connections) == 2, "another connection")
+        shared.send_raw(answer[sent:])
+        shared.end()
+        for call in calls:
+            assert (await call.next(), await call.end()) == (message, (0, ""))
+        assert len(etcd.calls) == 2
+
+
+async def test_a_shared_read_that_goaway_excludes_is_sent_again() -> None:
+    async with scripted_calls() as (_, etcd, calls, shared):
+        etcd.on_message = etcd.answer
+        shared.connection.go_away(0)
+        for call in calls:
+            assert (await call.next(), await call.end()) == (b"a read", (0, ""))
+        # They wait for a connection one by one, then one begins a read and the others share the next one.
+        assert len(etcd.calls) == 4
