@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from math import inf
 from typing import TYPE_CHECKING
 
 from proto.http2 import Stream
@@ -79,6 +80,10 @@ class Listener:
         """Takes the connections that another process accepts."""
         self._port = 0
         self._sweeper: asyncio.TimerHandle | None = None
+        self._sweep_at = inf
+        """When the next sweep is due."""
+        self._put_off = False
+        """The last sweep was late and did nothing."""
         self._all_gone: asyncio.Event = asyncio.Event()
 
     async def start(
@@ -229,10 +234,15 @@ class Listener:
     def _sweep(self) -> None:
         settings = self.settings
         now = self._loop.time()
-        in_parts(self.connections, lambda connection: connection.sweep(now))
         spans = [settings.first_bytes_timeout_s, settings.settings_timeout_s, settings.keepalive_timeout_s]
         spans += [span for span in (settings.keepalive_interval_s, settings.idle_timeout_s) if span is not None]
-        self._sweeper = self._loop.call_later(min(SWEEP_S_MAX, min(spans) / 4), self._sweep)
+        interval_s = min(SWEEP_S_MAX, min(spans) / 4)
+        # After a pause of the process, read first what clients sent meanwhile; but only once in a row.
+        self._put_off = not self._put_off and now > self._sweep_at + interval_s
+        if not self._put_off:
+            in_parts(self.connections, lambda connection: connection.sweep(now))
+        self._sweep_at = now + interval_s
+        self._sweeper = self._loop.call_later(interval_s, self._sweep)
 
     def stop_accepting(self) -> None:
         """Close the listening socket; connections stay open."""

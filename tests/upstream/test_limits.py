@@ -111,7 +111,7 @@ async def test_late_answers_of_calls_given_up_cost_nothing() -> None:
         etcd.limits = Http2Limits().with_floods_at(1_000_000)
         deaf_to(ECHO)(etcd)
         await up(pool, 1)
-        lease = asyncio.create_task(pool.unary("/test/Lease", b"x"))
+        lease = asyncio.create_task(pool.unary("/test/Lease", b"x", timeout_s=60))
         etcd.on_message, others = lambda call, _: held.append(call), etcd.on_message
         held: list[ScriptedCall] = []
         await until_async(lambda: held, "the call that others have open")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import AsyncExitStack
 from random import Random
 
@@ -384,6 +385,21 @@ async def test_client_that_does_not_answer_pings_is_dropped() -> None:
         assert not good.lost
         await good.close()
         dead.transport.abort()
+
+
+async def test_a_pause_of_the_proxy_drops_no_client() -> None:
+    """While the process is suspended, the client's answer to a ping waits in the socket."""
+    settings = ListenerSettings(keepalive_interval_s=0.2, keepalive_timeout_s=0.2)
+    async with rig_of(settings) as rig, await rig.connect() as client:
+        await until_async(lambda: rig.listener.connections, "the connection")
+        (connection,) = rig.listener.connections
+        assert client.transport is not None
+        client.transport.pause_reading()
+        await until_async(lambda: connection._pinged_at is not None, "a ping")
+        client.transport.resume_reading()
+        time.sleep(0.5)  # noqa: ASYNC251 - the pause
+        await until_async(lambda: connection._pinged_at is None, "the answer")
+        assert not +rig.listener.stats.timed_out
 
 
 async def test_connection_above_the_limit_gets_goaway() -> None:
