@@ -228,7 +228,7 @@ class Whole:
         since: float = 0.0,
         limits: Mapping[str, float] | None = None,
     ) -> None:
-        """`since`: the time at which the parent started, in seconds since the epoch."""
+        """`since`: when the parent started, by the monotonic clock, which all processes of a machine share."""
         self.since = since
         self.limits = dict(limits or {})
         """The limits of the whole as they are configured, by setting; each process has its part."""
@@ -277,7 +277,7 @@ class Whole:
         """Return the snapshot of the whole, `hub` being that of the hub now; it serves if the hub and a worker do."""
         own = with_counters(hub, [each.snapshot for each in self.lives if each.name == HUB])
         whole = merged(own, [each.snapshot for each in self.lives if each.name != HUB])
-        whole.uptime_s = round(time.time() - self.since, 1)
+        whole.uptime_s = round(time.monotonic() - self.since, 1)
         if hub.serving and not any(report.snapshot.serving for report in self.workers):
             reasons = [report.snapshot.reason for report in self.workers]
             whole.serving, whole.reason = False, reasons[0] if reasons else "no worker is ready"

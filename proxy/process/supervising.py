@@ -117,7 +117,7 @@ class _Parent:
         # By name, the counters of processes that have ended.
         self._ended: dict[str, ProcessReport] = {}
         self._ended_is_new = False
-        self._since = time.time()
+        self._since = time.monotonic()
         self._code = 0
         self._announced = False
         self._passed_on_at = 0.0
