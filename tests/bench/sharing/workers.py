@@ -1,13 +1,18 @@
 """--workers and two levels: CPU of all processes per delivered event, the share of each worker, and the delay.
 
-Each scenario runs with one process, with two workers, and as a leaf in front of a hub, in turn.
+Each scenario runs with one process, with two workers, and as a leaf in front of a hub, in turn. `workers-throughput`
+leaves the cores to the proxy: the clients do not read, since the kernel keeps what they receive.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import socket
 import statistics
+import struct
 import subprocess
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,6 +95,7 @@ def scenario(load: Load) -> Scenario:
                 used, delay_s, last = asyncio.run(measured(etcd, port, pids, load))
             events = load.connections * load.streams * load.puts
             figures[f"{how}: us of CPU per event"] = round(sum(used) / events * 1e6, 2)
+            figures[f"{how}: us of CPU per write, by process"] = " + ".join(f"{s / load.puts * 1e6:.0f}" for s in used)
             figures[f"{how}: delay p50, ms"] = round(delay_s * 1e3, 2)
             figures[f"{how}: time of all events, s"] = round(last, 2)
             if how == "2 workers":
@@ -142,4 +148,77 @@ async def measured(
     return used, statistics.median(delays), last
 
 
-SCENARIOS: Final = {f"workers-{name}": scenario(load) for name, load in LOADS.items()}
+UNREAD_BYTES_MAX: Final = 4 * 1024 * 1024
+CONNECTIONS: Final = 400
+PUTS: Final = 4000
+AT_A_TIME: Final = 16
+LOOK_S: Final = 0.05
+EVENT_BYTES_MIN: Final = 40
+"""Each event has a key of 10 bytes, a value of 16, and the frames and fields around them."""
+
+
+def throughput(front: Front) -> Figures:
+    """400 connections with one stream each, and writes as fast as etcd takes them; no client reads meanwhile."""
+    figures: Figures = {}
+    if front.root is None:
+        return figures
+    rates: list[float] = []
+    for how in ("1 process", "2 workers"):
+        with EtcdServer(current()) as etcd, arranged(front, etcd, how) as (port, pids):
+            time.sleep(SETTLE_S)
+            used, took_s, own_s = asyncio.run(unread(etcd, port, pids))
+        events = CONNECTIONS * PUTS
+        rates.append(events / took_s)
+        figures[f"{how}: events per second"] = round(rates[-1])
+        figures[f"{how}: us of CPU per event"] = round(sum(used) / events * 1e6, 2)
+        figures[f"{how}: cores used by the proxy"] = round(sum(used) / took_s, 2)
+        figures[f"{how}: cores used by its busiest process"] = round(max(used) / took_s, 2)
+        figures[f"{how}: cores used by the load generator"] = round(own_s / took_s, 2)
+    figures["2 workers: times the events per second of 1 process"] = round(rates[1] / rates[0], 2)
+    return figures
+
+
+async def unread(etcd: EtcdServer, port: int, pids: Callable[[], list[int]]) -> tuple[list[float], float, float]:
+    """Return the CPU seconds of each process, the seconds until the last event, and the CPU seconds of the clients."""
+    clients = [await RawClient.connect(port) for _ in range(CONNECTIONS)]
+    streams = [client.watch() for client in clients]
+    for stream in streams:
+        stream.create(KEY)
+    for stream in streams:
+        await stream.created(30)
+    sockets: list[socket.socket] = []
+    for client in clients:
+        assert client.transport is not None
+        client.transport.pause_reading()
+        sockets.append(client.transport.get_extra_info("socket"))
+        sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UNREAD_BYTES_MAX)
+
+    def received() -> list[int]:
+        return [struct.unpack("i", fcntl.ioctl(each, termios.FIONREAD, bytes(4)))[0] for each in sockets]
+
+    before, began, own = cpu_s(pids()), time.perf_counter(), time.process_time()
+    async with direct(etcd) as calls:
+
+        async def write() -> None:
+            for _ in range(PUTS // AT_A_TIME):
+                await calls.put(KEY, bytes(16))
+
+        await asyncio.gather(*(write() for _ in range(AT_A_TIME)))
+    sizes: list[int] = []
+    last, used, own_s = time.perf_counter(), before, own
+    while time.perf_counter() - last < 1.0:
+        now = received()
+        if now != sizes:
+            sizes, last = now, time.perf_counter()
+            used, own_s = cpu_s(pids()), time.process_time()
+        await asyncio.sleep(LOOK_S)
+    assert min(sizes) > PUTS * EVENT_BYTES_MIN, "a client did not get all events"
+    for client in clients:
+        await client.close()
+    return [after - was for after, was in zip(used, before, strict=True)], last - began, own_s - own
+
+
+SCENARIOS: Final = {
+    **{f"workers-{name}": scenario(load) for name, load in LOADS.items()},
+    "workers-throughput": throughput,
+}
