@@ -304,8 +304,7 @@ class Upstream:
         self.created = False
         # It is not needed any more; later responses are ignored.
         self.closed = False
-        # The last value of `token`, () if it was never read: a refusal by etcd applies to this token, even if the
-        # sessions have changed since.
+        # The last value of `token`, to which a refusal by etcd applies; () if it was never read.
         self.said_token: tuple[bytes | None, ...] = ()
         # The number of the newest progress request that asked it; 0 = none.
         self.asked = 0
@@ -320,14 +319,15 @@ class Upstream:
         assert self.fed is not None, "its source has ended"
         return self.fed
 
-    def feed(self, owner: Source) -> None:
-        """Switch to feeding another source."""
-        self.fed = owner
-
     def leave(self, owner: Source) -> None:
         """Drop the reference to an ended source, to break the reference cycle."""
         if self.fed is owner:
             self.fed = None
+
+    @property
+    def watchers(self) -> int:
+        """How many watches it serves."""
+        return 0 if self.fed is None else len(self.fed.watches)
 
     @property
     def token(self) -> bytes | None:

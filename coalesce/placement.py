@@ -391,7 +391,7 @@ class Placement:
         self._fanout.advance(trunk, upgrade.next_revision - 1)
         state.close_upstream(trunk.upstream)
         trunk.upstream = upgrade.upstream
-        trunk.upstream.feed(trunk)
+        trunk.upstream.fed = trunk
         trunk.prev_kv_from = prev_kv_from
         watches = list(upgrade.watches)
         for watch in watches:

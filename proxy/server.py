@@ -38,9 +38,11 @@ from upstream.settings import UpstreamSettings as UpstreamSettings
 from upstream.tls import FileContext
 from upstream.watching.client import WatchClient
 
-GC_THRESHOLDS = (50_000, 20, 50)
+GC_THRESHOLDS = (20_000, 5, 500)
 """Allocations before a young collection, and how many of those before an older one. The fan-out creates no cycles: with
-the interpreter's default of 700 the collector would run hundreds of times a second and find almost nothing."""
+the interpreter's default of 700 the collector would run hundreds of times a second and find almost nothing. The loop
+stands still meanwhile, 0.3 us for each object: while a million watches are created, for 35 ms at most (the middle
+generation has 100,000 objects then)."""
 
 DRAIN_WATCHES_SHARE = 0.5
 """Share of the drain limit over which watches are ended; the rest is left for other calls to complete."""

@@ -49,6 +49,7 @@ class _Watch:
         self.prev_kv = prev_kv
         # A stream of its own, so that a slow reader holds up no other watch.
         self.is_backfill = True
+        self.watchers = 1
         self.token = token
         self.waiting: deque[WatchResponse] = deque()
         self.paused = False

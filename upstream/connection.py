@@ -184,7 +184,8 @@ class ClientConnection(asyncio.Protocol):
         self._flush_scheduled = False
         # `hurry` has written output in this turn of the loop.
         self._hurried = False
-        self._heard_at = 0.0
+        # When bytes last arrived, in the time of the loop.
+        self.heard_at = 0.0
         # When the unanswered PING was sent; None once any bytes arrived after it.
         self._pinged_at: float | None = None
         self._keepalive: asyncio.TimerHandle | None = None
@@ -203,7 +204,7 @@ class ClientConnection(asyncio.Protocol):
             what = "it does not offer HTTP/2 over TLS (ALPN h2)"
             self._fail(Unreachable(self.endpoint.text, what, "use etcd's client port"))
             return
-        self._heard_at = self._loop.time()
+        self.heard_at = self._loop.time()
         self.http2.start()
         self._flush()
         self._settings_timer = self._loop.call_later(self._settings.settings_timeout_s, self._check_settings)
@@ -213,7 +214,7 @@ class ClientConnection(asyncio.Protocol):
         """Receive bytes from the server, notify the calls, and write the resulting output."""
         if self._over:
             return
-        self._heard_at = self._loop.time()
+        self.heard_at = self._loop.time()
         self.owing.since = None
         # Not by comparing times: on a fast network the answer arrives in the same tick of the loop's clock.
         self._pinged_at = None
@@ -492,10 +493,10 @@ class ClientConnection(asyncio.Protocol):
         now = self._loop.time()
         settings = self._settings
         if self._pinged_at is not None and now - self._pinged_at >= settings.keepalive_timeout_s:
-            what = f"no answer for {now - self._heard_at:.0f} s, not even to a PING"
+            what = f"no answer for {now - self.heard_at:.0f} s, not even to a PING"
             self._fail(Unreachable(self.endpoint.text, what, "check etcd and the network", "keepalive_timeout_s"))
             return
-        due = self._heard_at + settings.keepalive_s
+        due = self.heard_at + settings.keepalive_s
         if self._pinged_at is None and now >= due:
             # Only while calls are open: etcd counts PINGs on an idle connection as abuse.
             if self.http2.streams and self.ready.done():

@@ -76,14 +76,20 @@ CLIENT_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "progress overtakes the events that it speaks of",
         _FEED,
-        "if watch_id >= 0 else not response.created",
-        "if watch_id >= 0 else False",
+        "waits = same if watch_id >= 0 else not response.created",
+        "waits = same if watch_id >= 0 else False",
     ),
     Mutant(
         "events overtake a large response for the same watch",
         _FEED,
-        "any(each.watch_id == watch_id for each in self._waiting) if watch_id >= 0",
-        "False if watch_id >= 0",
+        "or any(each.watch_id == watch_id for each in self._large)",
+        "",
+    ),
+    Mutant(
+        "events overtake a response of the same watch that is held back",
+        _FEED,
+        "same = watch_id in self._waiting_ids or ",
+        "same = ",
     ),
     Mutant(
         "created is reported at each connection",

@@ -29,6 +29,7 @@ class Opened:
     start_revision: int | None = None
     prev_kv: bool = False
     is_backfill: bool = False
+    watchers: int = 1
     token: bytes | None = None
 
     def __repr__(self) -> str:

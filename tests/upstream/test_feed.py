@@ -93,9 +93,24 @@ def test_responses_of_other_watches_overtake_a_large_one() -> None:
     while feed.behind:
         steps.append(feed.step())
     assert len(steps) > 5
-    assert [len(step) for step in steps[:-1]] == [1] * (len(steps) - 1)
-    last, progress, after = steps[-1]
+    assert [len(step) for step in steps] == [1] * len(steps)
+    last, progress, after = (step[0] for step in steps[-3:])
     assert (last.fragment, progress.watch_id, after.events[0].revision) == (False, -1, 20_000)
+
+
+def test_a_response_held_back_is_overtaken_by_other_watches() -> None:
+    feed = Feed(scan_watch_response, 1 << 30)
+    [held] = feed.feed(frame(message(1, [7])))
+    feed.hold(held)
+    assert feed.unread == len(held.events[0].encoded)
+    sent = [message(1, [8]), message(2, [9]), message(-1, []), message(1, [10])]
+    assert [each.watch_id for each in feed.feed(b"".join(map(frame, sent)))] == [2]
+    got = []
+    while feed.has_next:
+        got += feed.step()
+    assert [each.watch_id for each in got] == [1, 1, -1, 1]
+    assert (feed.unread, feed.behind) == (0, False)
+    assert len(feed.feed(frame(message(1, [11])))) == 1
 
 
 def test_a_piece_is_read_in_a_bounded_turn() -> None:

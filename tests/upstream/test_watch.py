@@ -9,12 +9,15 @@ import pytest
 
 from proto.framing import Status, frame
 from proto.pb import kv_pb2, rpc_pb2
+from proto.scan import WatchResponse
 from tests.etcd.server import free_port
 from tests.upstream.recorder import RecordedLog, Recorder, watching
 from tests.upstream.scripted import ScriptedCall, scripted
 from tests.upstream.stories import Opened, request
 from tests.waiting import until_async
 from upstream.settings import ConnectionSettings, UpstreamSettings
+from upstream.watching.call import MANY_CLIENTS
+from upstream.watching.stream import OpenedWatch
 
 NO_LEADER = "etcdserver: no leader"
 
@@ -272,6 +275,39 @@ async def test_paused_backfill_is_not_read_and_blocks_no_other_watch() -> None:
             await until_async(lambda: len(seen.revisions(fill)) == 10_000, "the backfill's events")
             assert seen.revisions(fill) == revisions
             assert not fcall.stream.blocked
+
+
+async def test_events_for_many_clients_wait_in_a_long_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upstream.watching.call.TURN_S", -1.0)
+
+    class Ordered(Recorder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.order: list[tuple[OpenedWatch, int]] = []
+
+        def received(self, watch: OpenedWatch, response: WatchResponse) -> None:
+            super().received(watch, response)
+            self.order += [(watch, event.revision) for event in response.events]
+
+    async with scripted() as etcd:
+        seen = Ordered()
+        many, few = Opened(b"a", watchers=MANY_CLIENTS), Opened(b"b", watchers=MANY_CLIENTS - 1)
+        async with watching(etcd.endpoint, seen) as client:
+            client.open(many)
+            client.open(few)
+            await until_async(lambda: seen.created(few), "two watches")
+            [call] = etcd.watches()
+            sent = [(0, 11), (0, 12), (1, 13), (0, 14), (1, 15)]
+            call.send_raw(b"".join(frame(event_of(watch_id, revision)) for watch_id, revision in sent))
+            await until_async(lambda: len(seen.order) == 5, "all events")
+            assert seen.order == [(few, 13), (few, 15), (many, 11), (many, 12), (many, 14)]
+
+
+def event_of(watch_id: int, revision: int) -> bytes:
+    """Return a response with one event."""
+    header = rpc_pb2.ResponseHeader(cluster_id=1, member_id=1, revision=revision, raft_term=1)
+    events = [kv_pb2.Event(kv=kv_pb2.KeyValue(key=b"k", mod_revision=revision))]
+    return rpc_pb2.WatchResponse(header=header, watch_id=watch_id, events=events).SerializeToString()
 
 
 def events_of(watch_id: int, value_bytes: Sequence[int]) -> bytes:

@@ -1,4 +1,8 @@
-"""The call that carries one `WatchStream`: from DATA to responses, flow control, and holding data while paused."""
+"""The call that carries one `WatchStream`: from DATA to responses, flow control, and holding data while paused.
+
+One read of a socket can bring events for a million watches of clients. Once a turn has lasted for TURN_S, events of
+upstream watches that serve many clients wait for the next turn, and those of others overtake them.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +33,12 @@ it, responses that follow the large ones can overtake them."""
 _UNREAD_ALONE_BYTES_MAX: Final = 256 * 1024
 """The same for a stream with one watch, where nothing can overtake."""
 
+TURN_S: Final = 0.01
+"""Once what one read brought has taken this long, events for many clients wait for the next turn."""
+
+MANY_CLIENTS: Final = 32
+"""From this number of watches on; the events of other upstream watches never wait."""
+
 
 class CallOwner(Protocol):
     """The owner of the calls, which gets their responses: the watch client."""
@@ -54,6 +64,7 @@ class UpstreamWatchCall:
         "_feed",
         "_goes_on",
         "_held",
+        "_loop",
         "_oldest",
         "_oldest_since",
         "_owner",
@@ -68,6 +79,7 @@ class UpstreamWatchCall:
     def __init__(self, owner: CallOwner, stream: WatchStream, settings: UpstreamSettings) -> None:
         self._owner = owner
         self._stream = stream
+        self._loop = asyncio.get_running_loop()
         self._feed = Feed(owner.scan, settings.watch_message_bytes_max)
         # The next step of a large response is scheduled.
         self._goes_on = False
@@ -156,6 +168,8 @@ class UpstreamWatchCall:
             for response in read(*data):
                 if call.ended:
                     break
+                if data and self._waits(call, response):
+                    continue
                 owner.take(stream, response)
         except FramingError as error:
             self._broken(call, error.code, error.text)
@@ -163,16 +177,41 @@ class UpstreamWatchCall:
             self._broken(call, Status.INTERNAL, str(error))
         if self._feed.behind and not self._goes_on and not stream.paused and self.call is not None:
             self._goes_on = True
-            asyncio.get_running_loop().call_soon(self._go_on)
+            self._loop.call_soon(self._go_on)
+
+    def _waits(self, call: UpstreamCall, response: WatchResponse) -> bool:
+        """Return whether a response that has just arrived waits for the next turn."""
+        feed = self._feed
+        if not feed.passes(response):
+            # One of its watch has been held back since it arrived.
+            return True
+        if not response.plain or self._loop.time() - call.connection.heard_at < TURN_S:
+            return False
+        registration = self._stream.by_id.get(response.watch_id)
+        if registration is None or registration.watch.watchers < MANY_CLIENTS:
+            return False
+        feed.hold(response)
+        return True
 
     def _go_on(self) -> None:
-        """Read the next piece of a large response."""
+        """Read the next piece of a large response, or responses that waited, as far as this turn allows."""
         self._goes_on = False
         call = self.call
-        if call is not None and not self._stream.paused:
+        if call is None or self._stream.paused:
+            return
+        end = self._loop.time() + TURN_S
+        cork = call.connection.cork
+        if cork is not None:
+            cork.cork()
+        try:
             self._take(call, self._feed.step)
-            if self._taken >= self._taken_max:
-                self._give_back(call)
+            while self._feed.has_next and self._loop.time() < end and self.call is not None and not self._stream.paused:
+                self._take(call, self._feed.step)
+        finally:
+            if cork is not None:
+                cork.uncork()
+        if self._taken >= self._taken_max and self.call is not None:
+            self._give_back(call)
 
     def _broken(self, call: UpstreamCall, status: int, text: str) -> None:
         """End the stream after data that is not a valid response."""

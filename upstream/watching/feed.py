@@ -4,7 +4,8 @@ A large response (100,000 keys deleted at once, a thousand transactions to catch
 half a second and need memory for all of it. So it is cut while it arrives, see `proto.large`, and one piece is taken
 per turn of the loop (`step`). Meanwhile other responses of the stream overtake it, except those of the same watch, and
 answers to progress requests, which concern all watches. `created` and refusals do not wait: etcd itself sends these
-ahead of events.
+ahead of events. The shell may also hold a small response back (`hold`), because its watch has so many clients that the
+events of other watches would come late; it is overtaken in the same way.
 
 No I/O: the shell (`call`) and the simulator feed it and call `step`.
 """
@@ -108,7 +109,17 @@ class LargePieces:
 class Feed:
     """The responses of one stream, in an order in which etcd could have sent them."""
 
-    __slots__ = ("_buffer", "_coming", "_event_bytes_max", "_need", "_scan", "_waiting")
+    __slots__ = (
+        "_buffer",
+        "_coming",
+        "_event_bytes_max",
+        "_large",
+        "_need",
+        "_scan",
+        "_waiting",
+        "_waiting_bytes",
+        "_waiting_ids",
+    )
 
     def __init__(self, scan: Callable[[bytes], WatchResponse], event_bytes_max: int) -> None:
         """`scan` reads a message; an event larger than `event_bytes_max` ends its watch."""
@@ -120,8 +131,13 @@ class Feed:
         self._need = PREFIX_BYTES
         # A large message that is still arriving.
         self._coming: LargePieces | None = None
-        # Large responses that are not fully read, oldest first, and the responses that must wait for them.
+        # Large responses that are not fully read and small ones that are held back, oldest first, and the responses
+        # that must wait for them.
         self._waiting: deque[Large | WatchResponse] = deque()
+        # The large ones of them; of the others, how many there are of each watch, and the bytes of their events.
+        self._large: list[Large] = []
+        self._waiting_ids: dict[int, int] = {}
+        self._waiting_bytes = 0
 
     @property
     def behind(self) -> bool:
@@ -132,9 +148,14 @@ class Feed:
         return isinstance(first, WatchResponse) or first.done or first.readable
 
     @property
+    def has_next(self) -> bool:
+        """`step` would return a whole response, not a piece of a large one."""
+        return bool(self._waiting) and isinstance(self._waiting[0], WatchResponse)
+
+    @property
     def unread(self) -> int:
-        """Bytes of large messages that have arrived and were not read."""
-        return sum(each.unread for each in self._waiting if not isinstance(each, WatchResponse))
+        """Bytes of messages that have arrived and wait."""
+        return self._waiting_bytes + sum(each.unread for each in self._large)
 
     def feed(self, data: bytes) -> list[WatchResponse]:
         """
@@ -185,33 +206,43 @@ class Feed:
     def begin(self, large: Large) -> None:
         """Add a large response that begins to arrive."""
         self._waiting.append(large)
+        self._large.append(large)
 
     def passes(self, response: WatchResponse) -> bool:
         """Return whether to handle a response now; if not, it is queued."""
         if not self._waiting:
             return True
         watch_id = response.watch_id
-        waits = any(each.watch_id == watch_id for each in self._waiting) if watch_id >= 0 else not response.created
+        same = watch_id in self._waiting_ids or any(each.watch_id == watch_id for each in self._large)
+        waits = same if watch_id >= 0 else not response.created
         if waits:
-            self._waiting.append(response)
+            self.hold(response)
         return not waits
 
+    def hold(self, response: WatchResponse) -> None:
+        """Queue a response that passes: `step` returns it in its turn."""
+        self._waiting.append(response)
+        self._waiting_ids[response.watch_id] = self._waiting_ids.get(response.watch_id, 0) + 1
+        self._waiting_bytes += sum(len(event.encoded) for event in response.events)
+
     def step(self) -> list[WatchResponse]:
-        """Take the next piece of a large response, or the responses that waited for its end. Raises ScanError."""
+        """Take the next piece of a large response, or the next whole one; empty: none has arrived. Raises ScanError."""
         waiting = self._waiting
-        taken: list[WatchResponse] = []
         while waiting:
             first = waiting[0]
             if isinstance(first, WatchResponse):
-                taken.append(first)
-            elif not first.done:
-                if taken:
-                    break
-                piece = first.step()
-                if piece is None:
-                    break
-                taken.append(piece)
-                if not first.done:
-                    break
-            waiting.popleft()
-        return taken
+                waiting.popleft()
+                self._waiting_ids[first.watch_id] -= 1
+                if not self._waiting_ids[first.watch_id]:
+                    del self._waiting_ids[first.watch_id]
+                self._waiting_bytes -= sum(len(event.encoded) for event in first.events)
+                return [first]
+            piece = None if first.done else first.step()
+            if first.done:
+                waiting.popleft()
+                self._large.remove(first)
+            elif piece is None:
+                return []
+            if piece is not None:
+                return [piece]
+        return []

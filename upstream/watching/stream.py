@@ -57,6 +57,10 @@ class OpenedWatch(Protocol):
         """Whether it gets a stream of its own, which can be paused."""
 
     @property
+    def watchers(self) -> int:
+        """How many watches of clients get its events: those for many may wait for those for few, see `call`."""
+
+    @property
     def token(self) -> bytes | None:
         """The auth token to register with; read again at each registration."""
 
