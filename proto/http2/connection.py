@@ -50,6 +50,8 @@ STREAMS_PER_WORK = 100
 
 _unpack_header = frames.FRAME_HEADER.unpack_from
 _HEADER_BYTES = frames.FRAME_HEADER_BYTES
+_unpack_update_and_ping = frames.UPDATE_AND_PING.unpack
+_UPDATE_HEADER, _PING_HEADER, _PING_ACK_HEADER = frames.UPDATE_HEADER, frames.PING_HEADER, frames.PING_ACK_HEADER
 
 
 class Connection(ReceiveSide):
@@ -200,14 +202,14 @@ class Connection(ReceiveSide):
             or self.closed
         ):
             return None
-        found = frames.read_update_and_ping(data)
-        if found is None:
+        update, increment, ping, payload = _unpack_update_and_ping(data)
+        if update != _UPDATE_HEADER or ping != _PING_HEADER:
             return None
-        increment, acknowledgement = found
         if not 0 < increment <= WINDOW_BYTES_MAX - self.send_window:
             return None
         self.send_window += increment
         self._granted += increment
+        acknowledgement: bytes = _PING_ACK_HEADER + payload
         return acknowledgement
 
     def append(self, frame: bytes) -> None:

@@ -42,25 +42,15 @@ FRAME_HEADER = Struct(">IBI")
 WORD = Struct(">I")
 SETTING = Struct(">HI")
 _FRAME_WITH_WORD = Struct(">IBII")
-_UPDATE_AND_PING = Struct(">9sI9s8s")
-UPDATE_AND_PING_BYTES = _UPDATE_AND_PING.size
+# A WINDOW_UPDATE and a PING: the header and the increment, the header and the payload.
+UPDATE_AND_PING = Struct(">9sI9s8s")
+UPDATE_AND_PING_BYTES = UPDATE_AND_PING.size
 _GOAWAY_HEAD = Struct(">IBIII")
 
 SETTINGS_ACK = FRAME_HEADER.pack(SETTINGS, ACK, 0)
-_UPDATE_HEADER = FRAME_HEADER.pack(4 << 8 | WINDOW_UPDATE, 0, 0)
-_PING_HEADER = FRAME_HEADER.pack(8 << 8 | PING, 0, 0)
-_PING_ACK_HEADER = FRAME_HEADER.pack(8 << 8 | PING, ACK, 0)
-
-
-def read_update_and_ping(data: bytes) -> tuple[int, bytes] | None:
-    """Read UPDATE_AND_PING_BYTES that are a WINDOW_UPDATE of the connection, then a PING.
-
-    Returns the increment and the frame that acknowledges the PING; None: the bytes are something else.
-    """
-    update, increment, ping_header, payload = _UPDATE_AND_PING.unpack(data)
-    if update != _UPDATE_HEADER or ping_header != _PING_HEADER:
-        return None
-    return increment, _PING_ACK_HEADER + payload
+UPDATE_HEADER = FRAME_HEADER.pack(4 << 8 | WINDOW_UPDATE, 0, 0)
+PING_HEADER = FRAME_HEADER.pack(8 << 8 | PING, 0, 0)
+PING_ACK_HEADER = FRAME_HEADER.pack(8 << 8 | PING, ACK, 0)
 
 
 def rst_stream(stream_id: int, code: int) -> bytes:

@@ -44,8 +44,6 @@ from proxy.listening.settings import REFUSED_AT, ListenerSettings
 if TYPE_CHECKING:
     from proxy.listening.listener import Listener
 
-"""The first bytes of every HTTP/2 client (RFC 9113 3.4)."""
-
 PIECE_BYTES_COPIED = 4096
 """Pieces of output that are larger than this on average are written without being joined."""
 
@@ -326,9 +324,10 @@ class ServerConnection(asyncio.Protocol):
     def _acknowledge(self, data: bytes) -> bool:
         """Handle grpc-go's answer to DATA. Returns False, having done nothing, if `data` is something else.
 
-        Fast path: 1,020 ns instead of 4,110, without the system call (`python -m tests.bench.lanes`).
+        Fast path: 910 ns instead of 4,090, without the system call (`python -m tests.bench.lanes`).
         """
-        if self._transport is None or self._transport.is_closing():
+        transport = self._transport
+        if transport is None or transport.is_closing():
             return False
         acknowledgement = self.h2.receive_update_and_ping(data)
         if acknowledgement is None:
@@ -337,7 +336,10 @@ class ServerConnection(asyncio.Protocol):
         if self.dirty:
             self.h2.append(acknowledgement)
         else:
-            self._write(acknowledgement)
+            stats = self._listener.stats
+            stats.writes += 1
+            stats.written_bytes += len(acknowledgement)
+            transport.write(acknowledgement)
         self._pinged()
         return True
 
@@ -447,13 +449,6 @@ class ServerConnection(asyncio.Protocol):
                 log.exception("handler failed; resetting its stream", peer=self.peer)
                 self._give_up(getattr(event, "stream", None))
 
-    def _write(self, data: bytes) -> None:
-        stats = self._listener.stats
-        stats.writes += 1
-        stats.written_bytes += len(data)
-        if self._transport is not None:
-            self._transport.write(data)
-
     def _write_unwritten(self) -> None:
         """Write the pending output in parts until the transport blocks (it calls `pause_writing` during the write)."""
         rest = self._unwritten
@@ -465,13 +460,13 @@ class ServerConnection(asyncio.Protocol):
             del part[bisect_right(ends, part_bytes) + 1 :]
             del rest[: len(part)]
             size = ends[len(part) - 1]
+            stats = self._listener.stats
+            stats.writes += 1
+            stats.written_bytes += size
             if size < len(part) * PIECE_BYTES_COPIED:
-                self._write(b"".join(part))
+                self._transport.write(b"".join(part))
             else:
                 # Not copied: a large answer may be in the buffers of a thousand connections.
-                stats = self._listener.stats
-                stats.writes += 1
-                stats.written_bytes += size
                 self._transport.writelines(part)
 
     def _hold(self, pieces: Sequence[Piece]) -> None:
