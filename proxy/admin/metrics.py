@@ -248,7 +248,6 @@ def _processes(whole: Whole) -> Iterator[Metric]:
         value=sum(each.cpu_s for each in whole.lives),
     )
     for name, text, value in (
-        ("start_time_seconds", "Start of the parent process in seconds since the epoch.", whole.since),
         ("resident_memory_bytes", "Sum of the processes, shared pages included in each.", whole.memory_bytes),
         ("open_fds", "Open file descriptors of the process that has the most.", whole.descriptors),
         ("max_fds", "Maximum number of open file descriptors of a process.", descriptors.limit()),
