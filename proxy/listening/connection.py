@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 from proto.http2 import (
     UPDATE_AND_PING_BYTES,
@@ -38,11 +38,11 @@ from proto.http2 import (
 from proto.http2.frames import PREFACE
 from proxy import logs
 from proxy.listening.calls import Headers
+from proxy.listening.leaving import ClosedStreamReaper
 from proxy.listening.pings import TOO_MANY_PINGS, PingPolicy
-from proxy.listening.settings import REFUSED_AT, ListenerSettings
-
-if TYPE_CHECKING:
-    from proxy.listening.listener import Listener
+from proxy.listening.settings import REFUSED_AT, ListenerSettings, ListenerStats
+from proxy.listening.sockets import show_address
+from proxy.listening.turns import DeferredHandler, Turns
 
 PIECE_BYTES_COPIED = 4096
 """Pieces of output that are larger than this on average are written without being joined."""
@@ -63,13 +63,27 @@ CLOSE_GRACE_S = 5.0
 log = logs.logger("listener")
 
 
-class DeferredHandler(Protocol):
-    """A handler with client requests that wait for a turn."""
+class ConnectionOwner(Protocol):
+    """The part of `listener.Listener` that its connections and handshakes use."""
 
-    stream: Stream
+    settings: ListenerSettings
+    stats: ListenerStats
+    turns: Turns
+    leaving: ClosedStreamReaper
+    http1: Callable[[asyncio.Transport, bytes], asyncio.Protocol] | None
+    draining: bool
 
-    def go_on(self) -> bool:
-        """Handle some of them. Returns True if more can be handled in the next turn."""
+    @property
+    def is_full(self) -> bool: ...
+
+    def now(self) -> float: ...
+    def refused(self) -> None: ...
+    def opened(self, connection: ServerConnection) -> None: ...
+    def gone(self, connection: ServerConnection) -> None: ...
+    def route(self, connection: ServerConnection, stream: Stream, headers: Headers, end_stream: bool) -> Any: ...
+    def flush_soon(self, connection: ServerConnection) -> None: ...
+    def cork(self) -> None: ...
+    def uncork(self) -> None: ...
 
 
 class ServerConnection(asyncio.Protocol):
@@ -105,7 +119,7 @@ class ServerConnection(asyncio.Protocol):
         "user_agent",
     )
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: ConnectionOwner) -> None:
         self.h2 = Connection(Role.SERVER, listener.settings.http2)
         self.dirty = False
         """A flush is scheduled for the end of this turn."""
@@ -537,7 +551,7 @@ class ServerConnection(asyncio.Protocol):
             self._close()
 
     def _drop_streams(self) -> None:
-        self._listener.leaving.add(self.h2.streams.values(), _nothing)
+        self._listener.leaving.add(self.h2.streams.values(), lambda: None)
 
     def _close(self) -> None:
         """Close once all output is given to the transport; `sweep` bounds how long that may take."""
@@ -579,17 +593,5 @@ class ServerConnection(asyncio.Protocol):
             self.schedule_flush()
 
 
-def show_address(peername: object) -> str:
-    """Format a peer's address as HOST:PORT; "unix" if it is not TCP."""
-    if isinstance(peername, tuple) and len(peername) >= 2:
-        host, port = peername[0], peername[1]
-        return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
-    return "unix"
-
-
 def _user_agent(headers: Headers) -> bytes:
     return next((value[:USER_AGENT_BYTES] for name, value in headers if name == b"user-agent"), b"-")
-
-
-def _nothing() -> None:
-    """Do nothing: no one waits for these streams."""

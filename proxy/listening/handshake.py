@@ -13,15 +13,12 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from proxy import logs
-from proxy.listening.connection import show_address
+from proxy.listening.connection import ConnectionOwner
+from proxy.listening.sockets import show_address
 from upstream.errors import BadTls
 from upstream.tls import newest
-
-if TYPE_CHECKING:
-    from proxy.listening.listener import Listener
 
 SHUTDOWN_S = 2.0
 """How long a client may take to answer the TLS close_notify."""
@@ -45,7 +42,7 @@ class Acceptor:
 
     def __init__(
         self,
-        listener: Listener,
+        listener: ConnectionOwner,
         context: ssl.SSLContext,
         sockets: Sequence[socket.socket],
         connection: Callable[[], asyncio.Protocol],

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
+from proto.http2 import Stream
+
 UNBOUNDED = 1 << 62
 
 SHARE = 200
@@ -28,6 +30,15 @@ class DeferredConnection(Protocol):
 
     def take_turn(self) -> None:
         """Do some of it, as long as `Turns.left` is above zero; call `Turns.wait` again if there is more."""
+
+
+class DeferredHandler(Protocol):
+    """A handler with client requests that wait for a turn."""
+
+    stream: Stream
+
+    def go_on(self) -> bool:
+        """Handle some of them. Returns True if more can be handled in the next turn."""
 
 
 class Turns:
